@@ -1,0 +1,67 @@
+"""QuickMerge++: token sequences in, shorter token sequences out."""
+
+from ._checks import check_finite
+from .alignment import MLP, AlignmentLoss, MLPPrior, Prior, alignment_loss, decode
+from .budget import norm_budget, token_budget
+from .clustering import cluster_tokens, cosine_similarity, cut_linkage, linkage
+from .fidelity import fidelity_loss, norm_mass, reconstruction_error
+from .framework import (
+    BidirectionalARAlignment,
+    DifferentiableTokenMerging,
+    EntropyAwareSaliency,
+    NormBasedFidelityConstraint,
+    QuickMergePP,
+    quickmerge_inference,
+)
+from .merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
+from .pipeline import Merged, quickmerge
+from .saliency import (
+    attention_entropy,
+    norm_saliency,
+    query_key_entropy,
+    saliency,
+    self_attention_entropy,
+)
+from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "AlignmentLoss",
+    "BidirectionalARAlignment",
+    "DifferentiableTokenMerging",
+    "EntropyAwareSaliency",
+    "MLPPrior",
+    "Merged",
+    "NormBasedFidelityConstraint",
+    "Prior",
+    "QuickMergePP",
+    "alignment_loss",
+    "attention_entropy",
+    "check_finite",
+    "cluster_tokens",
+    "cosine_similarity",
+    "cut_linkage",
+    "decode",
+    "fidelity_loss",
+    "group_positions",
+    "group_sizes",
+    "gumbel_noise",
+    "gumbel_softmax",
+    "linkage",
+    "merge_tokens",
+    "norm_budget",
+    "norm_mass",
+    "norm_saliency",
+    "query_key_entropy",
+    "quickmerge",
+    "quickmerge_inference",
+    "reconstruction_error",
+    "saliency",
+    "saliency_mass",
+    "select_tokens",
+    "self_attention_entropy",
+    "token_budget",
+    "unmerge_tokens",
+]

@@ -1,0 +1,260 @@
+"""Every check of an argument and every message: name, what is wanted, what came."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_finite_checked: ContextVar[bool] = ContextVar("finite_checked", default=True)
+
+
+@contextmanager
+def check_finite(enabled: bool) -> Iterator[None]:
+    """Switch the search for NaN and Inf in the inputs on or off within a block.
+
+    Parameters
+    ----------
+    enabled : bool
+        Whether inputs are searched. They are by default: one pass over each input.
+
+    Examples
+    --------
+    >>> import numpy as np, qm_cupy
+    >>> with qm_cupy.check_finite(False):
+    ...     qm_cupy.norm_saliency(np.array([[1.0], [3.0], [2.0]]))
+    array([0. , 1. , 0.5])
+    """
+    token = _finite_checked.set(enabled)
+    try:
+        yield
+    finally:
+        _finite_checked.reset(token)
+
+
+def check_finite_values(name: str, x: NDArray[Any]) -> None:
+    """Refuse NaN and Inf, saying where the first one is."""
+    if not _finite_checked.get():
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(x.sum()):  # one cheap pass; only an overflow looks closer
+            return
+    wrong = np.argwhere(~np.isfinite(x))
+    if len(wrong):
+        place = tuple(map(int, wrong[0]))
+        raise ValueError(f"`{name}` must be finite, got {x[place]} at index {place}")
+
+
+def check_floating(name: str, x: NDArray[Any]) -> None:
+    """Refuse all but float16, float32 and float64."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"`{name}` must be an array, got {type(x).__name__}")
+    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+        raise TypeError(f"`{name}` must be float16, float32 or float64, got {x.dtype}")
+
+
+def check_values(name: str, x: NDArray[Any], *layouts: str) -> None:
+    """Refuse what is not a finite, non-empty float array with axes as in a layout."""
+    check_floating(name, x)
+    wanted = [f"({', '.join(layout)})" for layout in layouts]
+    if x.ndim not in map(len, layouts):
+        raise ValueError(f"`{name}` must have shape {_any_of(wanted)}, got {x.shape}")
+    layout = layouts[[len(layout) for layout in layouts].index(x.ndim)]
+    empty = [axis for axis, size in zip(layout, x.shape, strict=True) if size == 0]
+    if set(empty) - {"B"}:  # an empty batch is a batch; an empty sequence is a mistake
+        raise ValueError(f"`{name}` must not be empty, got shape {x.shape}")
+    check_finite_values(name, x)
+
+
+def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:
+    """Refuse what is not (N, D) or (B, N, D) floating and finite."""
+    check_values(name, tokens, "ND", "BND")
+
+
+def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) -> None:
+    """Refuse another shape than the wanted one, whose last axes `axes` name."""
+    if x.shape != wanted:
+        letters = ", ".join(axes[-len(wanted) :])
+        raise ValueError(
+            f"`{name}` must have shape ({letters}) = {wanted}, got {x.shape}"
+        )
+
+
+def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
+    """Refuse a mask that is not boolean (B, N) or leaves a sequence without tokens."""
+    if mask is None:
+        return
+    if mask.dtype != np.bool_:
+        raise TypeError(f"`mask` must be boolean (True = token), got {mask.dtype}")
+    check_shape("mask", mask, "BN", wanted)
+    empty = np.argwhere(~mask.any(axis=-1))
+    if len(empty):
+        where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
+        raise ValueError(f"`mask` must leave at least one token, but {where} has none")
+
+
+def check_mass(
+    mass: NDArray[Any] | None, wanted: tuple[int, ...], name: str = "mass"
+) -> None:
+    """Refuse weights that are not finite, non-negative and of shape (B, N)."""
+    if mass is None:
+        return
+    check_floating(name, mass)
+    check_shape(name, mass, "BN", wanted)
+    check_finite_values(name, mass)
+    check_not_negative(name, mass)
+
+
+def check_not_negative(name: str, x: NDArray[Any]) -> None:
+    """Refuse negative entries."""
+    if _finite_checked.get() and x.size and x.min() < 0:
+        place = tuple(map(int, np.unravel_index(x.argmin(), x.shape)))
+        raise ValueError(f"`{name}` must be ≥ 0, got {x[place]} at index {place}")
+
+
+def check_num_groups(
+    num_groups: Any,
+    batch: tuple[int, ...],
+    most: NDArray[Any] | int | None = None,
+    name: str = "num_groups",
+) -> NDArray[np.int64]:
+    """Return K of every sequence (shape `batch`), each within 1..`most`."""
+    if isinstance(num_groups, np.ndarray) and num_groups.ndim:
+        if num_groups.dtype.kind not in "iu":
+            raise TypeError(f"`{name}` must be integers, got {num_groups.dtype}")
+        check_shape(name, num_groups, "B", batch)
+        counts = num_groups.astype(np.int64)
+    else:
+        counts = np.full(batch, check_integer(name, num_groups), dtype=np.int64)
+    limits = np.asarray(np.iinfo(np.int32).max if most is None else most)
+    limit = np.broadcast_to(limits, batch)
+    wrong = np.argwhere((counts < 1) | (counts > limit))
+    if len(wrong):
+        at = tuple(wrong[0])
+        where = f" for sequence {int(at[0])}" if at and limits.ndim else ""
+        top = "" if most is None else f"..{limit[at]} (its tokens)"
+        raise ValueError(
+            f"`{name}` must lie in 1{top or '..'}{where}, got {counts[at]}"
+        )
+    return counts
+
+
+def check_integer(name: str, value: Any) -> int:
+    """Return a Python integer; bool, float and arrays of several are refused."""
+    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
+        raise TypeError(f"`{name}` must be an integer, got a bool")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be an integer, got {type(value).__name__}"
+        ) from None
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed within 0..2⁶⁴ - 1."""
+    value = check_integer("seed", seed)
+    if not 0 <= value < 2**64:
+        raise ValueError(f"`seed` must lie in 0..2**64 - 1, got {value}")
+    return value
+
+
+def check_number(name: str, value: Any, low: float, high: float, closed: str) -> float:
+    """Return a float within an interval; `closed` is its brackets, such as "(]"."""
+    if isinstance(value, bool) or not isinstance(value, float | int | np.number):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    number = float(value)
+    above = number >= low if closed[0] == "[" else number > low
+    below = number <= high if closed[1] == "]" else number < high
+    if not (above and below):
+        interval = f"{closed[0]}{low:g}, {high:g}{closed[1]}"
+        raise ValueError(f"`{name}` must lie in {interval}, got {value}")
+    return number
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a word that is not one of the choices."""
+    if value not in choices:
+        wanted = _any_of([f'"{choice}"' for choice in choices])
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+
+
+def check_labels(
+    labels: NDArray[Any], wanted: tuple[int, ...] | None, num_groups: int | None
+) -> None:
+    """Refuse labels that are not integers within -1..K-1 of shape (B, N)."""
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}")
+    if wanted is None and labels.ndim not in (1, 2):
+        raise ValueError(f"`labels` must have shape (N) or (B, N), got {labels.shape}")
+    if wanted is not None:
+        check_shape("labels", labels, "BN", wanted)
+    if labels.size == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or (num_groups is not None and high >= num_groups):
+        top = "" if num_groups is None else f"{num_groups - 1}"
+        raise ValueError(f"`labels` must lie in -1..{top}, got {low}..{high}")
+
+
+def check_dendrogram(dendrogram: NDArray[Any]) -> None:
+    """Refuse what is not a linkage matrix (B, N - 1, 4)."""
+    check_floating("dendrogram", dendrogram)
+    if dendrogram.ndim not in (2, 3) or dendrogram.shape[-1] != 4:
+        raise ValueError(
+            "`dendrogram` must have shape (N - 1, 4) or (B, N - 1, 4), "
+            f"got {dendrogram.shape}"
+        )
+    check_finite_values("dendrogram", dendrogram)
+    merges = dendrogram.shape[-2]
+    child = dendrogram[..., :2]
+    first_later = merges + 1 + np.arange(merges)[:, None]
+    if ((child < 0) | (child >= first_later) | (child != np.floor(child))).any():
+        raise ValueError(
+            "`dendrogram` must merge tokens or groups of earlier rows only"
+        )
+
+
+def check_anchors(
+    anchors: NDArray[Any],
+    method: str,
+    counts: NDArray[np.int64],
+    tokens: tuple[int, ...],
+    mask: NDArray[np.bool_] | None,
+) -> None:
+    """Refuse anchors that are not K distinct positions of tokens per sequence."""
+    if method != "nearest":
+        raise ValueError(f'`anchors` are for method="nearest", got {method!r}')
+    if anchors.dtype.kind not in "iu":
+        raise TypeError(f"`anchors` must be integers, got {anchors.dtype}")
+    check_shape("anchors", anchors, "BK", (*tokens[:-1], int(counts.max(initial=0))))
+    for index in np.ndindex(tokens[:-1]):
+        given = anchors[index][: int(counts[index])]
+        if len(given) and not 0 <= given.min() <= given.max() < tokens[-1]:
+            raise ValueError(f"`anchors` must lie in 0..{tokens[-1] - 1}, got {given}")
+        if len(np.unique(given)) < len(given):
+            raise ValueError(f"`anchors` must be distinct, got {given}")
+        if mask is not None and not mask[index][given].all():
+            raise ValueError(f"`anchors` must be tokens that `mask` keeps, got {given}")
+
+
+def check_out(
+    out: NDArray[Any] | None, wanted: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    """Refuse an `out` of another shape or dtype, or one that cannot be written."""
+    if out is None:
+        return
+    check_shape("out", out, "BND", wanted)
+    if out.dtype != dtype:
+        raise TypeError(f"`out` must be {dtype}, got {out.dtype}")
+    if not (out.flags.c_contiguous and out.flags.writeable):
+        raise ValueError("`out` must be C-contiguous and writeable")
+
+
+def _any_of(words: Sequence[str]) -> str:
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,288 @@
+"""Alignment: how well an autoregressive prior predicts the merged tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import array_api_compat
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import Array, enter
+from ._checks import check_integer, check_num_groups, check_seed, check_tokens
+
+
+class AlignmentLoss(NamedTuple):
+    """Losses of `alignment_loss`, each of shape () or (B,)."""
+
+    forward: Any
+    backward: Any
+    total: Any
+
+
+class Prior(Protocol):
+    """What `alignment_loss` asks of a prior."""
+
+    def predict(
+        self, tokens: Any, *, reverse: bool = False, num_groups: Any = None
+    ) -> Any:
+        """Return for every token the prediction of the one after (or before) it."""
+
+
+class MLP(NamedTuple):
+    """Weights of a two-layer perceptron W₂ relu(W₁ x + b₁) + b₂, stored (out, in)."""
+
+    weight_in: NDArray[Any]
+    bias_in: NDArray[Any]
+    weight_out: NDArray[Any]
+    bias_out: NDArray[Any]
+
+    def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Map (..., D) to (..., D)."""
+        hidden = np.maximum(x @ self.weight_in.T + self.bias_in, 0)
+        result: NDArray[Any] = hidden @ self.weight_out.T + self.bias_out
+        return result
+
+
+@dataclass(frozen=True)
+class MLPPrior:
+    """The paper's prior: a small network reads the mean of all tokens so far.
+
+    Parameters
+    ----------
+    forward : MLP
+        Reads the mean of tokens 1..t and predicts token t + 1.
+    backward : MLP
+        Reads the mean of tokens t..K and predicts token t - 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> prior = MLPPrior.init(8, seed=0)
+    >>> prior.predict(np.ones((5, 8))).shape
+    (5, 8)
+    """
+
+    forward: MLP
+    backward: MLP
+
+    @classmethod
+    def init(cls, dim: int, *, hidden_dim: int = 256, seed: int = 0) -> "MLPPrior":
+        """Draw a prior at random: uniform within ±1/√(inputs) of each layer.
+
+        Parameters
+        ----------
+        dim : int
+            Width D of the tokens.
+        hidden_dim : int, default 256
+            Width of the hidden layer.
+        seed : int, default 0
+            Seed of the draw.
+
+        Returns
+        -------
+        MLPPrior
+            With float32 weights.
+
+        Raises
+        ------
+        ValueError
+            If a width or the seed is out of range.
+        """
+        widths = check_integer("dim", dim), check_integer("hidden_dim", hidden_dim)
+        if min(widths) < 1:
+            raise ValueError(f"`dim` and `hidden_dim` must be at least 1, got {widths}")
+        generator = np.random.default_rng(check_seed(seed))
+        return cls(_random_mlp(generator, *widths), _random_mlp(generator, *widths))
+
+    def predict(
+        self, tokens: Array, *, reverse: bool = False, num_groups: Any = None
+    ) -> Array:
+        """Predict the neighbour of every token from all tokens up to it, at once.
+
+        Parameters
+        ----------
+        tokens : ndarray of shape (K, D) or (B, K, D)
+            Merged tokens; float16, float32 or float64.
+        reverse : bool, default False
+            Whether to read from the right and predict the token before.
+        num_groups : int or ndarray of int of shape (B,), optional
+            Valid tokens of each sequence; the rest is padding.
+
+        Returns
+        -------
+        ndarray of shape (K, D) or (B, K, D)
+            Row t predicts token t + 1 (t - 1 in reverse); float32, or float64 for
+            float64 input.
+
+        Raises
+        ------
+        TypeError
+            If `tokens` is not floating or `num_groups` not integer.
+        ValueError
+            If a shape does not fit or an entry is not finite.
+        """
+        leave, tokens, num_groups = enter(tokens=tokens, num_groups=num_groups)
+        check_tokens(tokens)
+        network = self.backward if reverse else self.forward
+        dim = network.weight_in.shape[1]
+        if tokens.shape[-1] != dim:
+            raise ValueError(
+                f"`tokens` must have width D = {dim} like the prior, "
+                f"got {tokens.shape[-1]}"
+            )
+        counts = _valid_groups(tokens, num_groups)
+        dtype = np.result_type(tokens.dtype, np.float32)
+        context = _running_mean(tokens, counts, reverse).astype(dtype)  # (B, K, D)
+        return leave(network(context).astype(dtype, copy=False))
+
+
+def _random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:
+    def draw(inputs: int, *shape: int) -> NDArray[np.float32]:
+        bound = inputs**-0.5
+        return generator.uniform(-bound, bound, shape).astype(np.float32)
+
+    return MLP(
+        draw(dim, hidden_dim, dim),
+        draw(dim, hidden_dim),
+        draw(hidden_dim, dim, hidden_dim),
+        draw(hidden_dim, dim),
+    )
+
+
+def _running_mean(
+    tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
+) -> NDArray[np.float64]:
+    """Return the mean of tokens 1..t, or of t..K in reverse, for every t at once."""
+    place = np.arange(tokens.shape[-2])[:, None]  # (K, 1)
+    if not reverse:
+        return np.cumsum(tokens, axis=-2, dtype=np.float64) / (place + 1)
+    left = counts[..., None, None] - place  # tokens from here on: (B, K, 1)
+    tokens = np.where(left > 0, tokens, 0)
+    total = np.cumsum(tokens[..., ::-1, :], axis=-2, dtype=np.float64)[..., ::-1, :]
+    mean: NDArray[np.float64] = total / np.maximum(left, 1)
+    return mean
+
+
+def _valid_groups(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
+    most = tokens.shape[-2]
+    return check_num_groups(
+        most if num_groups is None else num_groups, tokens.shape[:-2], most
+    )
+
+
+def alignment_loss(
+    merged: Array, prior: Prior, *, num_groups: Any = None
+) -> AlignmentLoss:
+    r"""Bidirectional autoregressive loss of merged tokens under a prior.
+
+    .. math:: L_{AR} = \frac{1}{K-1} \sum_{t=1}^{K-1} \operatorname{MSE}\bigl(
+        f(\bar x_{1..t}), \tilde x_{t+1}\bigr) + \frac{1}{K-1} \sum_{t=2}^{K}
+        \operatorname{MSE}\bigl(g(\bar x_{t..K}), \tilde x_{t-1}\bigr)
+
+    Parameters
+    ----------
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens; float16, float32 or float64.
+    prior : Prior
+        Such as `MLPPrior`: its ``predict`` gives all predictions at once.
+    num_groups : int or ndarray of int of shape (B,), optional
+        K of each sequence where they differ; the rest is padding.
+
+    Returns
+    -------
+    AlignmentLoss
+        ``forward``, ``backward`` and ``total`` (their sum), each of shape () or (B,);
+        float32, or float64 for float64 input. 0 for K = 1.
+
+    Raises
+    ------
+    TypeError
+        If `merged` is not floating or `num_groups` not integer.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> loss = alignment_loss(np.ones((5, 8)), MLPPrior.init(8, seed=0))
+    >>> bool(loss.total == loss.forward + loss.backward)
+    True
+    """
+    leave, merged, num_groups = enter(merged=merged, num_groups=num_groups)
+    check_tokens(merged, "merged")
+    counts = _valid_groups(merged, num_groups)
+    losses = _alignment_loss_reference(merged, prior, counts)
+    return AlignmentLoss(*map(leave, losses))
+
+
+def _alignment_loss_reference(
+    merged: NDArray[Any], prior: Prior, counts: NDArray[np.int64]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    valid = counts if counts.ndim else int(counts)
+    steps = np.maximum(counts - 1, 1)
+    known = np.arange(1, merged.shape[-2]) < counts[..., None]  # (B, K - 1)
+
+    def loss(prediction: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
+        gap = prediction - target
+        error = np.einsum("...d,...d->...", gap, gap) / gap.shape[-1]  # (B, K - 1)
+        total: NDArray[Any] = np.sum(error, axis=-1, where=known) / steps
+        return np.asarray(total, dtype=gap.dtype)
+
+    after = prior.predict(merged, num_groups=valid)[..., :-1, :]
+    before = prior.predict(merged, reverse=True, num_groups=valid)[..., 1:, :]
+    forward, backward = (
+        loss(after, merged[..., 1:, :]),
+        loss(before, merged[..., :-1, :]),
+    )
+    return forward, backward, np.asarray(forward + backward)
+
+
+def decode(merged: Array, model: Callable[[Any], Any]) -> Any:
+    """Run a model left to right over merged tokens: its prediction at every step.
+
+    Parameters
+    ----------
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens, of any array library.
+    model : callable
+        Maps a prefix of shape (..., t, D), in the caller's own kind, to (..., t, E);
+        the last row is the prediction after t tokens.
+
+    Returns
+    -------
+    ndarray of shape (K, E) or (B, K, E)
+        The predictions, as the model gives them.
+
+    Raises
+    ------
+    TypeError
+        If `merged` is not a floating array, or the model returns none.
+    ValueError
+        If the shape does not fit or an entry is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> decode(np.array([[1.0], [2.0], [4.0]]), lambda prefix: prefix.cumsum(0)).ravel()
+    array([1., 3., 7.])
+    """
+    _, inside = enter(merged=merged)
+    check_tokens(inside, "merged")
+    predictions = []
+    prefix: Any = merged
+    for stop in range(1, inside.shape[-2] + 1):
+        output = model(prefix[..., :stop, :])
+        if getattr(output, "ndim", 0) < 2:
+            raise TypeError(
+                "`model` must return an array of shape (..., t, E), "
+                f"got {type(output).__name__}"
+            )
+        predictions.append(output[..., -1, :])
+    xp = array_api_compat.array_namespace(predictions[0])
+    return xp.stack(predictions, axis=-2)

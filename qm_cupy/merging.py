@@ -1,0 +1,257 @@
+"""Merging: groups of tokens to one token each, and back."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from ._arrays import Array, enter
+from ._checks import (
+    check_labels,
+    check_mass,
+    check_num_groups,
+    check_out,
+    check_tokens,
+)
+
+
+def merge_tokens(
+    tokens: Array,
+    labels: Array,
+    num_groups: Any,
+    *,
+    mass: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    r"""Saliency-weighted mean of the tokens of each group.
+
+    .. math:: \tilde x_k = \sum_{j \in G_k} m_j x_j \Big/ \sum_{j \in G_k} m_j
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings or any values that go with them; float16, float32 or float64.
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding, as `cluster_tokens` gives.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence: then the result is padded to the largest.
+    mass : ndarray of shape (N,) or (B, N), optional
+        Non-negative weights m; 1 by default. A group of mass 0 takes the plain mean.
+    out : ndarray of shape (K, D) or (B, K, D), optional
+        Where to write the result: the dtype of `tokens`, C-contiguous.
+
+    Returns
+    -------
+    ndarray of shape (K, D) or (B, K, D)
+        Merged tokens in the dtype of `tokens`, summed in float32 at least and in index
+        order. Groups without members are zero.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite, a mass is negative or a label
+        outside -1..K-1.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.array([[0.0], [4.0], [7.0]])
+    >>> merge_tokens(tokens, np.array([0, 0, 1]), 2, mass=np.array([1.0, 3.0, 1.0]))
+    array([[3.],
+           [7.]])
+    """
+    leave, tokens, labels, num_groups, mass, target = enter(
+        tokens=tokens, labels=labels, num_groups=num_groups, mass=mass, out=out
+    )
+    check_tokens(tokens)
+    batch = tokens.shape[:-2]
+    most = int(check_num_groups(num_groups, batch).max(initial=0))
+    check_labels(labels, tokens.shape[:-1], most)
+    check_mass(mass, tokens.shape[:-1])
+    check_out(target, (*batch, most, tokens.shape[-1]), tokens.dtype)
+    merged = _merge_tokens_reference(tokens, labels, most, mass)
+    return _deliver(leave, merged, out, target)
+
+
+def _merge_tokens_reference(
+    tokens: NDArray[Any],
+    labels: NDArray[Any],
+    num_groups: int,
+    mass: NDArray[Any] | None,
+) -> NDArray[Any]:
+    *batch, _, dim = tokens.shape
+    dtype = np.result_type(tokens.dtype, np.float32)
+    flat, group, num_rows = _flat_groups(labels, num_groups)
+    weight = np.ones(labels.size) if mass is None else mass.ravel().astype(np.float64)
+    weight = weight[flat]
+    total = np.bincount(group, weight, num_rows)[group]
+    size = np.bincount(group, minlength=num_rows)[group]
+    share = np.where(total > 0, weight / np.where(total > 0, total, 1), 1 / size)
+    matrix = csr_array(
+        (share.astype(dtype), (group, flat)), shape=(num_rows, labels.size)
+    )
+    values = tokens.reshape(-1, dim).astype(dtype, copy=False)
+    merged = (matrix @ values).astype(tokens.dtype, copy=False)  # (B·K, D)
+    return merged.reshape(*batch, num_groups, dim)
+
+
+def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) -> Array:
+    """Give every token the value of its group: the gather by labels.
+
+    Parameters
+    ----------
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens; float16, float32 or float64.
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding, whose tokens are zero.
+    out : ndarray of shape (N, D) or (B, N, D), optional
+        Where to write the result: the dtype of `merged`, C-contiguous.
+
+    Returns
+    -------
+    ndarray of shape (N, D) or (B, N, D)
+        Tokens rebuilt, in the dtype of `merged`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite or a label outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unmerge_tokens(np.array([[3.0], [7.0]]), np.array([0, 0, 1])).ravel()
+    array([3., 3., 7.])
+    """
+    leave, merged, labels, target = enter(merged=merged, labels=labels, out=out)
+    check_tokens(merged, "merged")
+    check_labels(labels, (*merged.shape[:-2], *labels.shape[-1:]), merged.shape[-2])
+    check_out(target, (*labels.shape, merged.shape[-1]), merged.dtype)
+    return _deliver(leave, _unmerge_tokens_reference(merged, labels), out, target)
+
+
+def _unmerge_tokens_reference(
+    merged: NDArray[Any], labels: NDArray[Any]
+) -> NDArray[Any]:
+    index = labels.astype(np.intp)[..., None]  # (B, N, 1)
+    tokens = np.take_along_axis(merged, np.maximum(index, 0), axis=-2)  # (B, N, D)
+    if (labels < 0).any():
+        tokens[labels < 0] = 0
+    return tokens
+
+
+def _deliver(leave: Any, result: NDArray[Any], out: Any, target: Any) -> Any:
+    """Return the result, through the caller's `out` (inside: `target`) if given."""
+    if out is None:
+        return leave(result)
+    target[...] = result
+    return out
+
+
+def group_sizes(labels: Array, num_groups: Any) -> Array:
+    """Number of tokens of each group.
+
+    Parameters
+    ----------
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence: then the result is padded to the largest with 0.
+
+    Returns
+    -------
+    ndarray of shape (K,) or (B, K)
+        int32. Attention over merged tokens adds log(size) to its scores.
+
+    Raises
+    ------
+    TypeError
+        If `labels` or `num_groups` is not integer.
+    ValueError
+        If a shape does not fit or a label lies outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> group_sizes(np.array([0, 1, 0, -1]), 2)
+    array([2, 1], dtype=int32)
+    """
+    leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
+    most = _check_groups(labels, num_groups)
+    return leave(_group_sizes_reference(labels, most))
+
+
+def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.int32]:
+    _, group, num_rows = _flat_groups(labels, num_groups)
+    sizes = np.bincount(group, minlength=num_rows).astype(np.int32)
+    return sizes.reshape(*labels.shape[:-1], num_groups)
+
+
+def group_positions(labels: Array, num_groups: Any) -> Array:
+    """Position of each group: that of its last member.
+
+    Parameters
+    ----------
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence: then the result is padded to the largest with -1.
+
+    Returns
+    -------
+    ndarray of shape (K,) or (B, K)
+        int32; -1 for a group without members.
+
+    Raises
+    ------
+    TypeError
+        If `labels` or `num_groups` is not integer.
+    ValueError
+        If a shape does not fit or a label lies outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> group_positions(np.array([0, 1, 0, -1]), 2)
+    array([2, 1], dtype=int32)
+    """
+    leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
+    most = _check_groups(labels, num_groups)
+    return leave(_group_positions_reference(labels, most))
+
+
+def _group_positions_reference(
+    labels: NDArray[Any], num_groups: int
+) -> NDArray[np.int32]:
+    flat, group, num_rows = _flat_groups(labels, num_groups)
+    last = np.full(num_rows, -1, np.int32)
+    np.maximum.at(last, group, (flat % labels.shape[-1]).astype(np.int32))
+    return last.reshape(*labels.shape[:-1], num_groups)
+
+
+def _check_groups(labels: NDArray[Any], num_groups: Any) -> int:
+    check_labels(labels, None, None)
+    most = int(check_num_groups(num_groups, labels.shape[:-1]).max(initial=0))
+    check_labels(labels, None, most)
+    return most
+
+
+def _flat_groups(
+    labels: NDArray[Any], num_groups: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp], int]:
+    """Return each token's place in the flat (B·N), its group in (B·K), and B·K."""
+    rows = labels.reshape(-1, labels.shape[-1])  # (B, N)
+    flat = np.flatnonzero(rows >= 0)
+    group = rows.ravel()[flat].astype(np.intp)
+    group += flat // rows.shape[-1] * num_groups
+    return flat, group, len(rows) * num_groups

@@ -1,0 +1,216 @@
+"""The pipeline: tokens in, fewer tokens out."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import enter
+from ._checks import check_choice, check_mask, check_mass, check_shape, check_tokens
+from .budget import token_budget
+from .clustering import METHODS, ORDERS, cluster_tokens
+from .merging import group_positions, group_sizes, merge_tokens
+from .saliency import (
+    attention_entropy,
+    query_key_entropy,
+    self_attention_entropy,
+)
+from .saliency import (
+    saliency as entropy_saliency,
+)
+from .selection import (
+    gumbel_noise,
+    gumbel_softmax,
+    num_valid,
+    saliency_mass,
+    select_tokens,
+)
+
+
+class Merged(NamedTuple):
+    """Result of `quickmerge`, of the caller's own kind; without B for one sequence.
+
+    ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)`` merges any other
+    array over the same tokens, keys and values of a cache for example, the same way.
+    """
+
+    tokens: Any
+    """(B, K, D), the dtype of the input: the merged tokens."""
+    labels: Any
+    """(B, N) int32: the group of each token, -1 for padding."""
+    sizes: Any
+    """(B, K) int32: the tokens in each group."""
+    positions: Any
+    """(B, K) int32: the position of each group's last token, -1 for padding."""
+    saliency: Any
+    """(B, N): the saliency of each token."""
+    mass: Any
+    """(B, N): the weights of the merge."""
+
+
+def quickmerge(
+    tokens: Any,
+    budget: Any,
+    *,
+    hidden_states: Any = None,
+    attention: Any = None,
+    query: Any = None,
+    key: Any = None,
+    saliency: Any = None,
+    mask: Any = None,
+    method: str = "average",
+    order: str = "last",
+    temperature: float = 0.1,
+    epsilon: float = 0.01,
+    weights: Any = "mass",
+    seed: int | None = 0,
+    sequence_offset: int = 0,
+) -> Merged:
+    """Merge token sequences into fewer tokens that a model can read in their place.
+
+    Saliency from attention entropy, Gumbel-softmax selection, saliency mass, groups
+    by cosine similarity, and the weighted mean of each group, in causal order.
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, float32 or float64.
+    budget : int, float or ndarray of int of shape (B,)
+        Groups to keep: K, a share of the tokens within (0, 1], or K of each sequence
+        (from `norm_budget`, say). K may differ between sequences; results are then
+        padded to the largest.
+    hidden_states : ndarray of shape (B, N, D) or (L, B, N, D), optional
+        Where the saliency comes from: self-attention entropy of these, layer by layer.
+        By default of `tokens` themselves. Without B for one sequence, here and below.
+    attention : ndarray of shape (B, N, N), (L, B, N, N) or (L, B, H, N, N), optional
+        Or: the entropy of attention a model has computed.
+    query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
+        Or: the entropy of the attention of these queries to these keys.
+    saliency : ndarray of shape (B, N), optional
+        Or: the saliency itself, from `norm_saliency`, say.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token.
+    method, order : str
+        As in `cluster_tokens`. For "nearest" the anchors are the K tokens whose
+        saliency plus Gumbel noise is greatest.
+    temperature, seed, sequence_offset
+        As in `gumbel_softmax`.
+    epsilon : float, default 0.01
+        As in `saliency_mass`.
+    weights : {"mass", "saliency", "uniform"} or ndarray of shape (B, N), default "mass"
+        Weights of the merge.
+
+    Returns
+    -------
+    Merged
+        Named tuple of ``tokens``, ``labels``, ``sizes``, ``positions``, ``saliency``
+        and ``mass``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit or the arrays come from several libraries.
+    ValueError
+        If a shape does not fit, an entry is not finite, the budget is out of range, or
+        more than one source of saliency is given.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.random.default_rng(0).standard_normal((2, 100, 16))
+    >>> merged = quickmerge(tokens, 0.2)
+    >>> merged.tokens.shape, int(merged.sizes.sum())
+    ((2, 20, 16), 200)
+    """
+    leave, tokens, budget, mask, weights, saliency, *source = enter(
+        tokens=tokens, budget=budget, mask=mask, weights=weights, saliency=saliency,
+        hidden_states=hidden_states, attention=attention, query=query, key=key,
+    )  # fmt: skip
+    check_tokens(tokens)
+    check_mask(mask, tokens.shape[:-1])
+    check_choice("method", method, METHODS)
+    check_choice("order", order, ORDERS)
+    num_groups = token_budget(budget, num_valid(tokens[..., 0], mask))
+    scores = _saliency(tokens, mask, saliency, *source)
+    probabilities = gumbel_softmax(
+        scores,
+        temperature=temperature,
+        seed=seed,
+        mask=mask,
+        sequence_offset=sequence_offset,
+    )
+    mass = saliency_mass(scores, probabilities, epsilon=epsilon)
+    mass = _weights(weights, scores, mass, mask)
+    anchors = None
+    if method == "nearest":
+        noise = gumbel_noise(scores.shape, seed, sequence_offset=sequence_offset)
+        anchors = select_tokens(scores + noise, num_groups, mask=mask)
+    labels = cluster_tokens(
+        tokens, num_groups, method=method, anchors=anchors, mask=mask, order=order
+    )
+    merged = merge_tokens(tokens, labels, num_groups, mass=mass)
+    sizes = group_sizes(labels, num_groups)
+    positions = group_positions(labels, num_groups)
+    return Merged(*map(leave, (merged, labels, sizes, positions, scores, mass)))
+
+
+def _saliency(
+    tokens: NDArray[Any],
+    mask: NDArray[np.bool_] | None,
+    given: NDArray[Any] | None,
+    hidden_states: NDArray[Any] | None,
+    attention: NDArray[Any] | None,
+    query: NDArray[Any] | None,
+    key: NDArray[Any] | None,
+) -> NDArray[Any]:
+    """Return saliency (B, N) from the one source given, or from the tokens."""
+    sources = {
+        "saliency": given,
+        "hidden_states": hidden_states,
+        "attention": attention,
+        "query": query,
+    }
+    named = [name for name, source in sources.items() if source is not None]
+    if len(named) > 1:
+        raise ValueError(f"give one source of saliency, got {' and '.join(named)}")
+    if (query is None) != (key is None):
+        raise ValueError("`query` and `key` go together")
+    if given is not None:
+        check_mass(given, tokens.shape[:-1], "saliency")
+        return given if mask is None else given * mask
+    single = tokens.ndim == 2
+    padding = mask[None] if single and mask is not None else mask
+
+    def batched(x: NDArray[Any]) -> NDArray[Any]:
+        """Put in the batch axis that one sequence leaves out, after that of layers."""
+        return np.expand_dims(x, 0 if x.ndim == 2 else 1) if single else x
+
+    if attention is not None:
+        entropy = attention_entropy(batched(attention), mask=padding)
+    elif query is not None and key is not None:
+        entropy = query_key_entropy(batched(query), batched(key), mask=padding)
+    else:
+        x = tokens if hidden_states is None else hidden_states
+        entropy = self_attention_entropy(batched(x), mask=padding)
+    scores = entropy_saliency(entropy, mask=padding)  # (B, N)
+    scores = scores[0] if single else scores
+    check_shape(named[0] if named else "tokens", scores, "BN", tokens.shape[:-1])
+    return scores
+
+
+def _weights(
+    weights: Any, scores: NDArray[Any], mass: NDArray[Any], mask: NDArray[Any] | None
+) -> NDArray[Any]:
+    if isinstance(weights, np.ndarray):
+        check_mass(weights, mass.shape, "weights")
+        chosen = weights
+    else:
+        check_choice("weights", weights, ("mass", "saliency", "uniform"))
+        choices = {"mass": mass, "saliency": scores, "uniform": np.ones_like(mass)}
+        chosen = choices[weights]
+    return chosen.copy() if mask is None else chosen * mask

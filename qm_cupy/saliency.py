@@ -1,0 +1,413 @@
+"""Saliency: how much each token matters, from attention entropy or from norms."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import Array, enter
+from ._checks import (
+    check_choice,
+    check_mask,
+    check_not_negative,
+    check_number,
+    check_shape,
+    check_tokens,
+    check_values,
+)
+
+_BLOCK = 256  # rows of scores in flight: a block and its exponentials stay in cache
+_NEVER = -1e30  # a score no softmax sees, finite so that 0 · (score - max) is 0
+
+State = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+
+
+def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
+    r"""Shannon entropy of every row of given attention probabilities, in nats.
+
+    .. math:: H_i = -\sum_j A_{ij} \log A_{ij}, \qquad 0 \log 0 = 0
+
+    Parameters
+    ----------
+    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
+        Attention probabilities, non-negative, rows summing to 1. float16, float32 or
+        float64. One layer of heads, (B, H, N, N), is given as ``attention[None]``.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded rows have entropy 0; padded columns are left out.
+
+    Returns
+    -------
+    ndarray of shape (..., N)
+        Entropy in nats; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If `attention` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit, or `attention` has negative or non-finite entries.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> attention_entropy(np.array([[1.0, 0.0], [0.5, 0.5]])).round(4)
+    array([0.    , 0.6931])
+    """
+    leave, attention, mask = enter(attention=attention, mask=mask)
+    check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
+    check_shape(
+        "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
+    )
+    check_not_negative("attention", attention)
+    keep = _expand_mask(mask, attention.shape[:-1])
+    return leave(_attention_entropy_reference(attention, keep))
+
+
+def _attention_entropy_reference(
+    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    dtype = np.result_type(attention.dtype, np.float32)
+    tiny = np.finfo(dtype).tiny
+    entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
+    for index, keep in _sequences(entropy.shape[:-1], mask):
+        for start in range(0, attention.shape[-1], _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            p = attention[index][rows].astype(dtype)
+            if keep is not None:
+                p *= keep
+            log_p = np.log(np.maximum(p, tiny))  # 0 · log(tiny) = 0
+            entropy[index][rows] = -np.einsum("ij,ij->i", p, log_p)
+    return np.maximum(entropy if mask is None else entropy * mask, 0)
+
+
+def query_key_entropy(
+    query: Array,
+    key: Array,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Array | None = None,
+) -> Array:
+    r"""Entropy of the attention of queries to keys, never storing the N × N matrix.
+
+    .. math:: H_i = \operatorname{entropy}(\operatorname{softmax}_j(q_i \cdot k_j\,c))
+
+    Parameters
+    ----------
+    query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
+        Queries and keys of the same shape and dtype. One layer of heads,
+        (B, H, N, d), is given as ``query[None]``.
+    causal : bool, default False
+        Whether token i attends only to tokens 0..i.
+    scale : float, optional
+        The factor c of the scores, 1/√d by default.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens neither attend nor are attended; their
+        entropy is 0.
+
+    Returns
+    -------
+    ndarray of shape (..., N)
+        Entropy in nats; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If an array is not floating, `mask` not boolean, or the dtypes differ.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Notes
+    -----
+    The largest score m of a row is left out of the running sums
+    :math:`r = \sum e^{s-m}` and :math:`t = \sum e^{s-m}(s-m)` and added last,
+    :math:`H = \log(1+r) - t/(1+r)`, so an entropy of 1e-12 is as exact as one of 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> query_key_entropy(np.zeros((4, 2)), np.zeros((4, 2)), causal=True).round(4)
+    array([0.    , 0.6931, 1.0986, 1.3863])
+    """
+    leave, query, key, mask = enter(query=query, key=key, mask=mask)
+    check_values("query", query, "Nd", "BNd", "LBNd", "LBHNd")
+    check_values("key", key, "Nd", "BNd", "LBNd", "LBHNd")
+    check_shape("key", key, "LBHNd", query.shape)
+    if key.dtype != query.dtype:
+        raise TypeError(f"`key` must be {query.dtype} like `query`, got {key.dtype}")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    scale = check_number("scale", scale, 0, np.inf, "()")
+    keep = _expand_mask(mask, query.shape[:-1])
+    return leave(_query_key_entropy_reference(query, key, causal, scale, keep))
+
+
+def _query_key_entropy_reference(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    causal: bool,
+    scale: float,
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    dtype = np.result_type(query.dtype, np.float32)
+    entropy = np.zeros(query.shape[:-1], dtype)  # (..., N)
+    for index, keep in _sequences(entropy.shape[:-1], mask):
+        token = slice(None) if keep is None else keep  # the padding is cut off
+        q, k = query[index][token].astype(dtype), key[index][token].astype(dtype)
+        q *= dtype.type(scale)
+        values = np.empty(len(q), dtype)
+        for start in range(0, len(q), _BLOCK):
+            stop = min(start + _BLOCK, len(q))
+            scores = q[start:stop] @ k[: stop if causal else None].T
+            if causal:
+                later = np.triu_indices(stop - start, 1)
+                scores[:, start:][later] = _NEVER
+            values[start:stop] = _entropy(_row_state(scores))
+        entropy[index][token] = values
+    return entropy
+
+
+def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array:
+    r"""Entropy of each token's softmax attention to all tokens, scores over √D.
+
+    .. math:: A = \operatorname{softmax}(X X^\top / \sqrt{D}), \quad
+        H_i = -\sum_j A_{ij} \log A_{ij}
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D), (B, N, D) or (L, B, N, D)
+        Hidden states, of L layers if so shaped. float16, float32 or float64.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens neither attend nor are attended; their
+        entropy is 0.
+
+    Returns
+    -------
+    ndarray of shape (..., N)
+        Entropy in nats; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If `tokens` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Notes
+    -----
+    The scores are symmetric: only blocks on and above the diagonal are computed, each
+    feeding the sums of its rows and of its columns, and none is kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> self_attention_entropy(np.array([[9.0, 0.0], [0.0, 0.0], [0.0, 9.0]])).round(4)
+    array([0.    , 1.0986, 0.    ])
+    """
+    leave, tokens, mask = enter(tokens=tokens, mask=mask)
+    check_values("tokens", tokens, "ND", "BND", "LBND")
+    keep = _expand_mask(mask, tokens.shape[:-1])
+    return leave(_self_attention_entropy_reference(tokens, keep))
+
+
+def _self_attention_entropy_reference(
+    tokens: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    dtype = np.result_type(tokens.dtype, np.float32)
+    entropy = np.zeros(tokens.shape[:-1], dtype)  # (..., N)
+    for index, keep in _sequences(entropy.shape[:-1], mask):
+        token = slice(None) if keep is None else keep
+        x = tokens[index][token].astype(dtype, copy=False)
+        entropy[index][token] = _symmetric_entropy(x)
+    return entropy
+
+
+def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
+    num_tokens, dim = x.shape
+    scaled = x * x.dtype.type(dim**-0.5)
+    zeros = np.zeros(num_tokens, x.dtype)
+    state = np.full(num_tokens, _NEVER, x.dtype), zeros, zeros.copy()
+    for start in range(0, num_tokens, _BLOCK):
+        stop = min(start + _BLOCK, num_tokens)
+        scores = scaled[start:stop] @ x[start:].T  # (block, N - start)
+        across = np.ascontiguousarray(scores[:, stop - start :].T)
+        for part, block in ((slice(start, stop), scores), (slice(stop, None), across)):
+            if len(block):
+                before = tuple(sums[part] for sums in state)
+                for sums, new in zip(
+                    state, _add_states(before, _row_state(block)), strict=True
+                ):
+                    sums[part] = new
+    return _entropy(state)
+
+
+def _row_state(scores: NDArray[Any]) -> State:
+    """Return (m, r, t) of each row: maximum, and sums without it; eats `scores`."""
+    top = scores.argmax(axis=-1)[:, None]
+    m = np.take_along_axis(scores, top, axis=-1)
+    scores -= m
+    weights = np.exp(scores)
+    np.put_along_axis(weights, top, 0, axis=-1)
+    return m[:, 0], weights.sum(axis=-1), np.einsum("ij,ij->i", weights, scores)
+
+
+def _add_states(a: tuple[NDArray[Any], ...], b: State) -> State:
+    """Return (m, r, t) over the scores of both."""
+    first = a[0] >= b[0]
+    m, r, t = (np.where(first, x, y) for x, y in zip(a, b, strict=True))
+    low, r_low, t_low = (np.where(first, y, x) for x, y in zip(a, b, strict=True))
+    weight = np.exp(low - m)
+    return m, r + weight * (1 + r_low), t + weight * (t_low + (low - m) * (1 + r_low))
+
+
+def _entropy(state: State) -> NDArray[Any]:
+    _, r, t = state
+    entropy: NDArray[Any] = np.log1p(r) - t / (1 + r)
+    return entropy
+
+
+def _sequences(
+    leading: tuple[int, ...], mask: NDArray[np.bool_] | None
+) -> Iterator[tuple[tuple[int, ...], NDArray[np.bool_] | None]]:
+    """Yield the index of every sequence with its tokens' mask."""
+    for index in np.ndindex(leading):
+        yield index, None if mask is None else mask[index]
+
+
+def _expand_mask(
+    mask: NDArray[np.bool_] | None, shape: tuple[int, ...]
+) -> NDArray[np.bool_] | None:
+    """Return a (B, N) mask as one of shape (N), (B, N), (L, B, N) or (L, B, H, N)."""
+    if mask is None:
+        return None
+    batch = shape[-2:-1] if len(shape) < 4 else shape[1:2]
+    check_mask(mask, (*batch, shape[-1]))
+    if len(shape) == 4:
+        mask = mask[:, None]
+    return np.broadcast_to(mask, shape)
+
+
+def saliency(
+    entropy: Array, *, salient: str = "low", mask: Array | None = None
+) -> Array:
+    r"""Saliency of each token from its attention entropy in every layer.
+
+    .. math:: s_i = 1 - \frac{1}{L} \sum_l \operatorname{Normalize}(H_i^{(l)})
+
+    with Normalize the min–max scaling over the tokens of a sequence.
+
+    Parameters
+    ----------
+    entropy : ndarray of shape (N,), (B, N), (L, B, N) or (L, B, H, N)
+        Attention entropy; heads are averaged first, layers after normalisation.
+    salient : {"low", "high"}, default "low"
+        Which entropy is salient. "low", as the authors' code computes it: a token
+        that knows where to look. "high" leaves out the "1 -", as they print it.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens have saliency 0 and set no extreme.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        Saliency within [0, 1]; float32, or float64 for float64 input. A sequence whose
+        entropies are all equal normalises to 0.
+
+    Raises
+    ------
+    TypeError
+        If `entropy` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit, an entry is not finite or `salient` is another word.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> saliency(np.array([0.5, 2.5, 1.5]))
+    array([1. , 0. , 0.5])
+    """
+    leave, entropy, mask = enter(entropy=entropy, mask=mask)
+    check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
+    check_choice("salient", salient, ("low", "high"))
+    check_mask(
+        mask,
+        (*entropy.shape[1:2], entropy.shape[-1]) if entropy.ndim > 2 else entropy.shape,
+    )
+    return leave(_saliency_reference(entropy, salient, mask))
+
+
+def _saliency_reference(
+    entropy: NDArray[Any], salient: str, mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    entropy = entropy.astype(np.result_type(entropy.dtype, np.float32), copy=False)
+    if entropy.ndim == 4:
+        entropy = entropy.mean(axis=2)  # (L, B, N)
+    scaled = _normalize(entropy, mask)
+    if scaled.ndim == 3:
+        scaled = scaled.mean(axis=0)  # (B, N)
+    if salient == "low":
+        scaled = 1 - scaled
+    return scaled if mask is None else scaled * mask
+
+
+def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
+    """Saliency of each token from its L2 norm, min–max scaled over its sequence.
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, float32 or float64.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens have saliency 0 and set no extreme.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        Saliency within [0, 1]; float32, or float64 for float64 input. 0 throughout a
+        sequence whose norms are all equal.
+
+    Raises
+    ------
+    TypeError
+        If `tokens` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> norm_saliency(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]]))
+    array([0.5, 0. , 1. ])
+    """
+    leave, tokens, mask = enter(tokens=tokens, mask=mask)
+    check_tokens(tokens)
+    check_mask(mask, tokens.shape[:-1])
+    return leave(_norm_saliency_reference(tokens, mask))
+
+
+def _norm_saliency_reference(
+    tokens: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    dtype = np.result_type(tokens.dtype, np.float32)
+    norms = np.linalg.norm(tokens.astype(dtype, copy=False), axis=-1)  # (B, N)
+    return _normalize(norms, mask)
+
+
+def _normalize(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Min–max scale the last axis over its tokens; a constant row and padding are 0."""
+    token: Any = True if mask is None else mask
+    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=token)
+    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=token)
+    span = np.where(high > low, high - low, 1)
+    scaled = (x - low) / span
+    return scaled if mask is None else scaled * mask
