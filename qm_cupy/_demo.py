@@ -1,0 +1,190 @@
+"""The demonstration: a picture in a fifth of its tokens."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .alignment import MLPPrior, alignment_loss
+from .budget import token_budget
+from .clustering import cluster_tokens
+from .fidelity import fidelity_loss, norm_mass, reconstruction_error
+from .merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
+from .saliency import saliency, self_attention_entropy
+from .selection import gumbel_softmax, saliency_mass
+
+_MOST_TOKENS = 5000  # a larger picture gets larger patches
+_LEAST_PATCH = 8  # pixels
+
+
+def run_demo(
+    image: Path | None, budget: Any, output: Path, *, method: str, seed: int
+) -> None:
+    """Merge a picture's patches, print what it cost and kept, and write pictures."""
+    picture = _read_picture(image)  # (height, width, 3) within 0..1
+    patch = max(_LEAST_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MOST_TOKENS))))
+    pixels, rows = _patches(picture, patch)  # (N, patch·patch·3)
+    tokens = _embed(pixels, rows)
+    num_groups = token_budget(budget, len(tokens))
+    output.mkdir(parents=True, exist_ok=True)
+
+    seconds: dict[str, float] = {}
+    with _timed("saliency", seconds):
+        scores = saliency(self_attention_entropy(tokens))
+    with _timed("selection", seconds):
+        mass = saliency_mass(scores, gumbel_softmax(scores, seed=seed))
+    with _timed("clustering", seconds):
+        labels = cluster_tokens(tokens, num_groups, method=method)
+    with _timed("merging", seconds):
+        merged = merge_tokens(tokens, labels, num_groups, mass=mass)
+        rebuilt = unmerge_tokens(
+            merge_tokens(pixels, labels, num_groups, mass=mass), labels
+        )
+    with _timed("alignment", seconds):
+        loss = alignment_loss(merged, MLPPrior.init(tokens.shape[-1], seed=seed))
+    with _timed("fidelity", seconds):
+        error = reconstruction_error(tokens, merged, labels=labels)
+        mass_kept = norm_mass(tokens, num_groups)
+        fidelity = fidelity_loss(tokens, merged, labels=labels)
+
+    noise = float(np.mean((pixels - rebuilt) ** 2))
+    quality = -10 * np.log10(noise) if noise > 0 else np.inf
+    print(f"picture     {picture.shape[1]} × {picture.shape[0]}, patches of {patch} px")
+    print(f"tokens      {len(tokens)} → {num_groups}  ({tokens.shape[-1]} wide, {method})")
+    print(f"error       {error:.4f} of the squared norm, PSNR {quality:.1f} dB")
+    print(f"norm mass   {mass_kept:.4f} in the {num_groups} largest tokens")
+    print(f"losses      alignment {loss.total:.4f} (untrained prior), ", end="")
+    print(f"fidelity {fidelity:.4f}")
+    for stage, value in seconds.items():
+        print(f"{stage:<11} {1e3 * value:7.1f} ms")
+    print("device      CPU (NumPy)")
+
+    arrays = {
+        "tokens": merged,
+        "labels": labels,
+        "sizes": group_sizes(labels, num_groups),
+        "positions": group_positions(labels, num_groups),
+        "saliency": scores,
+        "mass": mass,
+    }
+    archive, figure = output / "merged.npz", output / "merged.png"
+    with _replacing(archive) as path:
+        np.savez(path, allow_pickle=False, **arrays)
+    with _replacing(figure) as path:
+        _draw(
+            path,
+            _unpatch(pixels, rows, patch),
+            _unpatch(rebuilt, rows, patch),
+            labels.reshape(rows, -1),
+            f"{len(tokens)} tokens",
+            f"{num_groups} tokens, PSNR {quality:.1f} dB",
+        )
+    print(f"wrote       {figure}, {archive}")
+
+
+def _read_picture(image: Path | None) -> NDArray[np.float32]:
+    try:
+        from matplotlib import cbook
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        message = 'the demo needs matplotlib: pip install "qm-cupy[demo]"'
+        raise ImportError(message) from error
+    source: Any = image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    try:
+        with Image.open(source) as opened:
+            picture = np.asarray(opened.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError(f"`{source}` is not a picture") from None
+    if min(picture.shape[:2]) < 2 * _LEAST_PATCH:
+        size = f"{picture.shape[1]} × {picture.shape[0]}"
+        raise ValueError(f"a picture must be 16 × 16 pixels or more, got {size}")
+    return picture.astype(np.float32) / 255
+
+
+def _patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
+    """Cut a picture into patches in raster order, (N, patch·patch·3), and their rows."""
+    rows, columns = picture.shape[0] // patch, picture.shape[1] // patch
+    whole = picture[: rows * patch, : columns * patch]
+    blocks = whole.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    return blocks.reshape(rows * columns, -1), rows
+
+
+def _unpatch(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
+    blocks = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
+    return blocks.reshape(rows * patch, -1, 3)
+
+
+def _embed(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
+    """Make patches into tokens whose cosine tells them apart.
+
+    Centred, because all-positive pixels point the same way; one constant component,
+    because cosine forgets brightness; two for the place, so that groups hold together.
+    """
+    centred = pixels - pixels.mean(axis=0)
+    spread = np.sqrt(np.mean(np.sum(centred**2, axis=-1)))
+    spread = spread if spread > 0 else 1.0
+    columns = len(pixels) // rows
+    y, x = np.mgrid[:rows, :columns] / max(rows, columns) - 0.5
+    place = np.stack([np.ones_like(x), y, x], axis=-1).reshape(-1, 3) * spread
+    return np.concatenate([centred, place.astype(pixels.dtype)], axis=-1)
+
+
+def _draw(
+    path: Path,
+    picture: NDArray[Any],
+    rebuilt: NDArray[Any],
+    labels: NDArray[Any],
+    before: str,
+    after: str,
+) -> None:
+    """Draw the picture, its groups outlined, and the picture rebuilt."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    height, width = picture.shape[:2]
+    figure = Figure(figsize=(13.5, 4.5 * height / width + 0.4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    for panel, shown, title in zip(
+        panels,
+        (picture, 0.5 + 0.5 * picture, rebuilt.clip(0, 1)),
+        (before, "groups", after),
+        strict=True,
+    ):
+        panel.imshow(shown, extent=(0, labels.shape[1], labels.shape[0], 0))
+        panel.set_title(title)
+        panel.set_axis_off()
+    outline = LineCollection(_outline(labels), colors="#b3001b", linewidths=0.6)
+    panels[1].add_collection(outline)
+    canvas.print_figure(path, dpi=150, format="png")
+
+
+def _outline(labels: NDArray[Any]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return the edges, as ((x, y), (x, y)), between patches of different groups."""
+    y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])
+    upright = [((i + 1, j), (i + 1, j + 1)) for i, j in zip(x, y, strict=True)]
+    y, x = np.nonzero(labels[1:] != labels[:-1])
+    return upright + [((i, j + 1), (i + 1, j + 1)) for i, j in zip(x, y, strict=True)]
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, and rename it once all is written."""
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
