@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import array_api_compat
 import numpy as np
+from array_api_compat import array_namespace, is_array_api_obj
 
 Array = TypeVar("Array", bound=Any)  # T -> T: the caller gets back what came in
 Leave = Callable[[Any], Any]
@@ -21,8 +21,8 @@ def enter(**arrays: Any) -> tuple[Any, ...]:
     if len(set(libraries.values())) > 1:
         found = ", ".join(f"`{name}` of {lib}" for name, lib in libraries.items())
         raise TypeError(f"arrays must come from one library, got {found}")
-    leave = _leave(next(iter(given.values()))) if given else _leave_numpy
     inside = {name: _to_numpy(name, x) for name, x in given.items()}
+    leave = _leave(next(iter(given.values()))) if given else _leave_numpy
     return leave, *(inside.get(name, x) for name, x in arrays.items())
 
 
@@ -55,9 +55,10 @@ def _to_numpy(name: str, x: Any) -> np.ndarray:
 
 
 def _leave(example: Any) -> Leave:
-    if isinstance(example, np.ndarray):
+    """Return how to give results back; what no library knows comes back as NumPy."""
+    if isinstance(example, np.ndarray) or not is_array_api_obj(example):
         return _leave_numpy
-    leave: Leave = array_api_compat.array_namespace(example).from_dlpack
+    leave: Leave = array_namespace(example).from_dlpack
     return leave
 
 

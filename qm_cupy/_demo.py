@@ -26,7 +26,9 @@ def run_demo(
 ) -> None:
     """Merge a picture's patches, print what it cost and kept, and write pictures."""
     picture = _read_picture(image)  # (height, width, 3) within 0..1
-    patch = max(_LEAST_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MOST_TOKENS))))
+    patch = max(
+        _LEAST_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MOST_TOKENS)))
+    )
     pixels, rows = _patches(picture, patch)  # (N, patch·patch·3)
     tokens = _embed(pixels, rows)
     num_groups = token_budget(budget, len(tokens))
@@ -54,7 +56,9 @@ def run_demo(
     noise = float(np.mean((pixels - rebuilt) ** 2))
     quality = -10 * np.log10(noise) if noise > 0 else np.inf
     print(f"picture     {picture.shape[1]} × {picture.shape[0]}, patches of {patch} px")
-    print(f"tokens      {len(tokens)} → {num_groups}  ({tokens.shape[-1]} wide, {method})")
+    print(
+        f"tokens      {len(tokens)} → {num_groups}  ({tokens.shape[-1]} wide, {method})"
+    )
     print(f"error       {error:.4f} of the squared norm, PSNR {quality:.1f} dB")
     print(f"norm mass   {mass_kept:.4f} in the {num_groups} largest tokens")
     print(f"losses      alignment {loss.total:.4f} (untrained prior), ", end="")
@@ -86,7 +90,7 @@ def run_demo(
     print(f"wrote       {figure}, {archive}")
 
 
-def _read_picture(image: Path | None) -> NDArray[np.float32]:
+def _read_picture(image: Path | None) -> NDArray[Any]:
     try:
         from matplotlib import cbook
         from PIL import Image, UnidentifiedImageError
@@ -106,7 +110,7 @@ def _read_picture(image: Path | None) -> NDArray[np.float32]:
 
 
 def _patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
-    """Cut a picture into patches in raster order, (N, patch·patch·3), and their rows."""
+    """Cut into patches in raster order, (N, patch·patch·3); return their rows too."""
     rows, columns = picture.shape[0] // patch, picture.shape[1] // patch
     whole = picture[: rows * patch, : columns * patch]
     blocks = whole.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
@@ -147,7 +151,7 @@ def _draw(
     from matplotlib.figure import Figure
 
     height, width = picture.shape[:2]
-    figure = Figure(figsize=(13.5, 4.5 * height / width + 0.4), layout="constrained")
+    figure = Figure(figsize=(13.5, 4.4 * height / width + 0.2), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     for panel, shown, title in zip(
@@ -164,7 +168,7 @@ def _draw(
     canvas.print_figure(path, dpi=150, format="png")
 
 
-def _outline(labels: NDArray[Any]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _outline(labels: NDArray[Any]) -> list[tuple[tuple[Any, Any], tuple[Any, Any]]]:
     """Return the edges, as ((x, y), (x, y)), between patches of different groups."""
     y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])
     upright = [((i + 1, j), (i + 1, j + 1)) for i, j in zip(x, y, strict=True)]

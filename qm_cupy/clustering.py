@@ -143,7 +143,7 @@ def _linkage_sequence(tokens: NDArray[Any], method: str) -> NDArray[np.float64]:
     if method == "ward":
         np.sqrt(2 * distance, out=distance)
     condensed = squareform(distance, checks=False)
-    tree: NDArray[np.float64] = hierarchy.linkage(condensed, method)  # type: ignore[arg-type]
+    tree: NDArray[np.float64] = hierarchy.linkage(condensed, method)
     return tree
 
 

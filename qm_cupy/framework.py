@@ -7,7 +7,9 @@ is trained: losses are plain floats for one sequence or batch.
 from collections.abc import Callable
 from typing import Any
 
-from ._arrays import Array
+import numpy as np
+
+from ._arrays import Array, enter
 from .alignment import MLPPrior, alignment_loss, decode
 from .budget import token_budget
 from .fidelity import fidelity_loss
@@ -154,15 +156,20 @@ class BidirectionalARAlignment:
 
     def forward_loss(self, merged: Any) -> Any:
         """Return the left-to-right loss, the mean over the batch."""
-        return alignment_loss(merged, self.prior).forward.mean()
+        return self._mean_loss(merged, "forward")
 
     def backward_loss(self, merged: Any) -> Any:
         """Return the right-to-left loss, the mean over the batch."""
-        return alignment_loss(merged, self.prior).backward.mean()
+        return self._mean_loss(merged, "backward")
 
     def compute_alignment_loss(self, merged: Any) -> Any:
         """Return the sum of both losses, the mean over the batch."""
-        return alignment_loss(merged, self.prior).total.mean()
+        return self._mean_loss(merged, "total")
+
+    def _mean_loss(self, merged: Any, which: str) -> Any:
+        leave, merged = enter(merged=merged)
+        losses = getattr(alignment_loss(merged, self.prior), which)
+        return leave(np.asarray(losses.mean()))
 
 
 class NormBasedFidelityConstraint:

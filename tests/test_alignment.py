@@ -1,0 +1,97 @@
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+
+import qm_cupy as qm
+
+
+def losses_by_loop(merged, prior):
+    return oracle.alignment_losses(
+        merged,
+        lambda x: oracle.mlp(x, *prior.forward),
+        lambda x: oracle.mlp(x, *prior.backward),
+    )
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 17])
+def test_losses_oracle(rng, dtype, num_groups):
+    prior = qm.MLPPrior.init(5, hidden_dim=7, seed=3)
+    merged = rng.standard_normal((2, num_groups, 5)).astype(dtype)
+    got = qm.alignment_loss(merged, prior)
+    for b in range(2):
+        wanted = losses_by_loop(merged[b], prior)
+        for loss, truth in zip(got, wanted, strict=True):
+            assert loss.dtype == np.result_type(dtype, np.float32)
+            assert_close(loss[b], truth, "float32" if dtype == "float16" else dtype)
+
+
+def test_padding_does_not_count(rng):
+    prior = qm.MLPPrior.init(4, seed=1)
+    merged = rng.standard_normal((3, 9, 4))  # the padding is rubbish, not zeros
+    counts = np.array([9, 1, 4])
+    got = qm.alignment_loss(merged, prior, num_groups=counts)
+    for b, count in enumerate(counts):
+        wanted = qm.alignment_loss(merged[b, :count], prior)
+        assert_close([loss[b] for loss in got], list(wanted))
+    assert got.total[1] == 0
+
+
+def test_one_sequence_gives_scalars(rng):
+    loss = qm.alignment_loss(rng.standard_normal((6, 4)), qm.MLPPrior.init(4))
+    assert loss.total.shape == ()
+    assert_close(loss.total, loss.forward + loss.backward)
+
+
+def test_reading_backwards_is_the_mirror_image(rng):
+    prior = qm.MLPPrior.init(4, seed=2)
+    mirrored = qm.MLPPrior(forward=prior.backward, backward=prior.forward)
+    merged = rng.standard_normal((8, 4))
+    ahead = qm.alignment_loss(merged, prior)
+    behind = qm.alignment_loss(merged[::-1], mirrored)
+    assert_close(ahead.forward, behind.backward)
+    assert_close(ahead.backward, behind.forward)
+
+
+def test_init_is_seeded_and_bounded():
+    prior, same, other = (qm.MLPPrior.init(6, seed=seed) for seed in (4, 4, 5))
+    assert prior.forward.weight_in.shape == (256, 6)
+    assert prior.forward.weight_out.shape == (6, 256)
+    for weights, twin, stranger in zip(
+        prior.forward + prior.backward,
+        same.forward + same.backward,
+        other.forward + other.backward,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(weights, twin)
+        assert (weights != stranger).all()
+    assert abs(prior.forward.weight_in).max() <= 6**-0.5
+
+
+def test_predict_checks_the_width():
+    with pytest.raises(
+        ValueError, match="`tokens` must have width D = 6 like the prior"
+    ):
+        qm.MLPPrior.init(6).predict(np.ones((3, 5)))
+    with pytest.raises(ValueError, match="at least 1"):
+        qm.MLPPrior.init(0)
+
+
+class TestDecode:
+    def test_model_sees_every_prefix_and_nothing_later(self, rng):
+        merged = rng.standard_normal((2, 5, 3))
+        seen = []
+
+        def model(prefix):
+            seen.append(prefix.copy())
+            return np.concatenate([prefix, prefix], axis=-1)
+
+        got = qm.decode(merged, model)
+        assert got.shape == (2, 5, 6)
+        assert_close(got[..., :3], merged)
+        for t, prefix in enumerate(seen):
+            np.testing.assert_array_equal(prefix, merged[:, : t + 1])
+
+    def test_model_must_return_an_array(self):
+        with pytest.raises(TypeError, match="`model` must return an array"):
+            qm.decode(np.ones((3, 2)), lambda prefix: 1.0)

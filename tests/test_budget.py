@@ -1,0 +1,62 @@
+import numpy as np
+import oracle
+import pytest
+
+import qm_cupy as qm
+
+
+def test_ratio_is_floored_but_at_least_one():
+    assert qm.token_budget(0.2, 104) == 20
+    assert qm.token_budget(0.001, 104) == 1
+    assert qm.token_budget(1.0, 104) == 104
+
+
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_ratio_of_a_hundred_is_its_percentage(percent):
+    assert qm.token_budget(percent / 100, 100) == percent
+
+
+def test_per_sequence():
+    sizes = np.array([10, 3])
+    np.testing.assert_array_equal(qm.token_budget(0.5, sizes), [5, 1])
+    np.testing.assert_array_equal(qm.token_budget(2, sizes), [2, 2])
+    np.testing.assert_array_equal(qm.token_budget(np.array([4, 1]), sizes), [4, 1])
+
+
+@pytest.mark.parametrize("budget", [0, -1, 11, 0.0, -0.5, 1.01, float("nan")])
+def test_out_of_range(budget):
+    with pytest.raises(ValueError, match="`budget` must lie in"):
+        qm.token_budget(budget, 10)
+
+
+@pytest.mark.parametrize("budget", ["0.2", None, [3], True, np.array([1.5])])
+def test_other_kinds(budget):
+    with pytest.raises(TypeError, match="`budget` must be"):
+        qm.token_budget(budget, np.array([10]))
+
+
+@pytest.mark.parametrize("gamma", [0.01, 0.3, 0.5, 0.8, 0.999, 1.0])
+def test_norm_budget_oracle(rng, dtype, gamma):
+    tokens = rng.standard_normal((3, 11, 4)).astype(dtype)
+    got = qm.norm_budget(tokens, gamma)
+    assert got.dtype == np.int32
+    assert list(got) == [oracle.norm_budget(x, gamma) for x in tokens]
+
+
+def test_norm_budget_is_the_least_that_holds(rng):
+    tokens = rng.standard_normal((40, 4))
+    least = int(qm.norm_budget(tokens, 0.7))
+    assert qm.norm_mass(tokens, least) >= 0.7 > qm.norm_mass(tokens, least - 1)
+
+
+def test_norm_budget_edges():
+    assert qm.norm_budget(np.zeros((5, 2)), 0.8) == 1
+    assert qm.norm_budget(np.ones((10, 1)), 0.3) == 3  # 0.3 · 10 > 3 in binary
+    mask = np.array([True, True, False, False])
+    assert qm.norm_budget(np.ones((4, 1)), 1.0, mask=mask) == 2
+
+
+@pytest.mark.parametrize("gamma", [0, 1.5, -1])
+def test_gamma_out_of_range(gamma):
+    with pytest.raises(ValueError, match=r"`gamma` must lie in \(0, 1\]"):
+        qm.norm_budget(np.ones((3, 2)), gamma)

@@ -1,0 +1,92 @@
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+
+import qm_cupy as qm
+
+
+def test_norm_mass_oracle(rng, dtype):
+    tokens = rng.standard_normal((3, 10, 4)).astype(dtype)
+    got = qm.norm_mass(tokens, np.array([1, 4, 10]))
+    assert got.dtype == np.result_type(dtype, np.float32)
+    wanted = [oracle.norm_mass(x, k) for x, k in zip(tokens, (1, 4, 10), strict=True)]
+    assert_close(got, wanted, dtype)
+
+
+def test_norm_mass_edges():
+    assert qm.norm_mass(np.zeros((4, 2)), 1) == 1
+    mask = np.array([True, True, False])
+    assert qm.norm_mass(np.array([[1.0], [3.0], [99.0]]), 1, mask=mask) == 0.75
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_reconstruction_error_oracle(rng, dtype, labelled):
+    tokens = rng.standard_normal((2, 14, 4)).astype(dtype)
+    labels = qm.cluster_tokens(tokens, 5)
+    merged = qm.merge_tokens(tokens, labels, 5)
+    got = qm.reconstruction_error(tokens, merged, labels=labels if labelled else None)
+    assert got.dtype == np.result_type(dtype, np.float32)
+    for b in range(2):
+        wanted = oracle.reconstruction_error(
+            tokens[b], merged[b], labels[b] if labelled else None
+        )
+        assert_close(got[b], wanted, dtype)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_padding_neither_counts_nor_rebuilds(rng, labelled):
+    tokens = -rng.random((2, 9, 3))  # every token is unlike the zero padding of groups
+    mask = np.array([[True] * 9, [True] * 6 + [False] * 3])
+    counts = np.array([4, 2])
+    labels = qm.cluster_tokens(tokens, counts, mask=mask)
+    merged = qm.merge_tokens(tokens, labels, counts)
+    got = qm.reconstruction_error(
+        tokens,
+        merged,
+        labels=labels if labelled else None,
+        num_groups=counts,
+        mask=mask,
+    )
+    alone = qm.reconstruction_error(
+        tokens[1, :6], merged[1, :2], labels=labels[1, :6] if labelled else None
+    )
+    assert_close(got[1], alone)
+
+
+def test_zero_tokens():
+    zeros = np.zeros((3, 2))
+    labels = np.zeros(3, int)
+    assert qm.reconstruction_error(zeros, np.zeros((1, 2)), labels=labels) == 0
+    assert qm.reconstruction_error(zeros, np.ones((1, 2)), labels=labels) == np.inf
+
+
+def test_fidelity_loss_oracle(rng):
+    tokens = rng.standard_normal((3, 12, 4))
+    merged = qm.merge_tokens(tokens, qm.cluster_tokens(tokens, 4), 4)
+    for gamma in (0.0, 0.5, 0.8, 1.0):
+        got = qm.fidelity_loss(tokens, merged, gamma=gamma)
+        assert got.shape == ()
+        assert_close(got, oracle.fidelity_loss(tokens, merged, gamma))
+
+
+def test_fidelity_loss_is_the_mean_excess(rng):
+    tokens = rng.standard_normal((2, 12, 4))
+    labels = qm.cluster_tokens(tokens, 4)
+    merged = qm.merge_tokens(tokens, labels, 4)
+    error = qm.reconstruction_error(tokens, merged, labels=labels)
+    wanted = np.maximum(error - 0.04, 0).mean()
+    assert_close(qm.fidelity_loss(tokens, merged, labels=labels), wanted)
+    assert qm.fidelity_loss(tokens, tokens, labels=np.tile(np.arange(12), (2, 1))) == 0
+
+
+def test_bad_input(rng):
+    tokens = rng.standard_normal((2, 6, 3))
+    with pytest.raises(ValueError, match=r"`gamma` must lie in \[0, 1\]"):
+        qm.fidelity_loss(tokens, tokens, gamma=1.2)
+    with pytest.raises(ValueError, match=r"`merged` must have shape \(B, K, D\)"):
+        qm.reconstruction_error(tokens, tokens[..., :2])
+    with pytest.raises(TypeError, match="`merged` must be float64 like `tokens`"):
+        qm.reconstruction_error(tokens, tokens.astype(np.float32))
+    with pytest.raises(ValueError, match=r"`num_groups` must lie in 1..6"):
+        qm.norm_mass(tokens, 7)

@@ -1,0 +1,184 @@
+"""The paper's README, block by block and claim by claim, on every array library."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import to_library
+
+from qm_cupy import (
+    BidirectionalARAlignment,
+    DifferentiableTokenMerging,
+    EntropyAwareSaliency,
+    NormBasedFidelityConstraint,
+    QuickMergePP,
+    cosine_similarity,
+    quickmerge,
+    quickmerge_inference,
+    reconstruction_error,
+    saliency,
+    self_attention_entropy,
+)
+
+
+@pytest.fixture
+def X(library, rng):  # noqa: N802 - the README's own name
+    return to_library(library, rng.standard_normal((2, 100, 512)).astype(np.float32))
+
+
+@pytest.fixture
+def saliency_scores(X):
+    return EntropyAwareSaliency(embedding_dim=512, num_layers=12)(X)
+
+
+def test_quick_start(X):
+    embedding_dim = 512
+    quickmerge = QuickMergePP(embedding_dim=embedding_dim)
+    target_tokens = 20
+    merged_tokens, losses = quickmerge(X, target_tokens)
+    assert type(merged_tokens) is type(X)
+    assert tuple(merged_tokens.shape) == (2, 20, 512)
+    assert set(losses) == {"ar_alignment", "fidelity", "total"}
+    assert all(isinstance(loss, float) for loss in losses.values())
+    total = 0.1 * losses["ar_alignment"] + losses["fidelity"]
+    assert losses["total"] == pytest.approx(total)
+    assert losses["ar_alignment"] > 0
+
+
+def test_saliency_block(X, saliency_scores):
+    assert type(saliency_scores) is type(X)
+    assert tuple(saliency_scores.shape) == (2, 100)
+    scores = np.asarray(saliency_scores)
+    np.testing.assert_array_equal(scores.min(axis=-1), [0, 0])
+    np.testing.assert_array_equal(scores.max(axis=-1), [1, 1])
+
+
+def test_merging_block(X, saliency_scores):
+    token_merger = DifferentiableTokenMerging(temperature=0.1, epsilon=0.01)
+    merged_tokens, mask = token_merger(X, saliency_scores, K=20)
+    assert tuple(merged_tokens.shape) == (2, 20, 512)
+    np.testing.assert_allclose(np.asarray(mask).sum(axis=-1), [1, 1], rtol=1e-6)
+
+
+def test_alignment_block(X):
+    ar_alignment = BidirectionalARAlignment(embedding_dim=512)
+    alignment_loss = ar_alignment.compute_alignment_loss(X)
+    both = ar_alignment.forward_loss(X) + ar_alignment.backward_loss(X)
+    assert float(alignment_loss) == pytest.approx(float(both))
+
+
+def test_fidelity_block(X):
+    fidelity_constraint = NormBasedFidelityConstraint(gamma=0.8)
+    merged_tokens = quickmerge(X, 20).tokens
+    fidelity_loss = fidelity_constraint.compute_fidelity_loss(X, merged_tokens)
+    error = np.asarray(reconstruction_error(X, merged_tokens))
+    assert float(fidelity_loss) == pytest.approx(np.mean(error - 0.2**2), rel=1e-5)
+    assert float(fidelity_constraint.compute_fidelity_loss(X, X)) == 0
+
+
+def test_inference_pipeline(X):
+    X_single = X[0, ...]  # noqa: N806
+    merged_tokens, predictions = quickmerge_inference(
+        X_single, lambda prefix: prefix * 2, entropy_budget=0.2
+    )
+    assert type(predictions) is type(X)
+    assert tuple(merged_tokens.shape) == tuple(predictions.shape) == (20, 512)
+    np.testing.assert_array_equal(
+        np.asarray(predictions), 2 * np.asarray(merged_tokens)
+    )
+    alone, nothing = quickmerge_inference(X_single, None, entropy_budget=0.2)
+    np.testing.assert_array_equal(np.asarray(alone), np.asarray(merged_tokens))
+    assert len(nothing) == 0
+
+
+class TestClaims:
+    """Its feature list and parameters, line by line."""
+
+    def test_entropy_across_transformer_layers(self, rng):
+        layers = rng.standard_normal((12, 2, 20, 8))
+        estimator = EntropyAwareSaliency(embedding_dim=8, num_layers=12)
+        wanted = saliency(self_attention_entropy(layers))
+        np.testing.assert_array_equal(estimator(layers), wanted)
+        with pytest.raises(ValueError, match="must have L = 12 layers, got 11"):
+            estimator(layers[:11])
+
+    def test_embedding_dim_is_the_width(self, rng):
+        with pytest.raises(ValueError, match="`tokens` must have width D = 9, got 8"):
+            QuickMergePP(embedding_dim=9)(rng.standard_normal((5, 8)), 2)
+
+    def test_low_temperature_is_more_discrete(self, rng):
+        tokens, scores = rng.standard_normal((2, 30, 8)), rng.random((2, 30))
+        peaks = [
+            DifferentiableTokenMerging(temperature=t)(tokens, scores, K=5)[1].max()
+            for t in (10.0, 1.0, 0.1, 0.001)
+        ]
+        assert peaks == sorted(peaks)
+        assert peaks[-1] == pytest.approx(1)
+
+    def test_epsilon_weighs_the_background(self, rng):
+        tokens, scores = rng.standard_normal((1, 30, 8)), rng.random((1, 30))
+        faint, level = (
+            DifferentiableTokenMerging(0.1, epsilon).merge(tokens, scores, 5)
+            for epsilon in (1e-6, 1e6)
+        )
+        assert faint.mass.max() / faint.mass.min() > 1e3
+        assert level.mass.min() == pytest.approx(1e6, rel=1e-2) or level.mass.std() > 0
+
+    def test_merged_tokens_are_saliency_weighted_means(self, rng):
+        tokens, scores = rng.standard_normal((30, 8)), rng.random(30)
+        m = DifferentiableTokenMerging().merge(tokens, scores, 5)
+        for k in range(5):
+            members = m.labels == k
+            mean = np.average(tokens[members], axis=0, weights=m.mass[members])
+            np.testing.assert_allclose(m.tokens[k], mean)
+
+    def test_clusters_are_by_cosine(self, rng):
+        """Tokens' lengths do not move them between groups."""
+        tokens, scores = rng.standard_normal((30, 8)), rng.random(30)
+        lengths = rng.uniform(0.1, 10, (30, 1))
+        np.testing.assert_allclose(
+            cosine_similarity(tokens * lengths), cosine_similarity(tokens)
+        )
+        plain, scaled = (
+            DifferentiableTokenMerging().merge(x, scores, 5).labels
+            for x in (tokens, tokens * lengths)
+        )
+        np.testing.assert_array_equal(plain, scaled)
+
+    def test_compressed_sequences_stay_valid_for_decoding(self, rng):
+        """No merged token holds a later token than its own place in the order."""
+        m = quickmerge(rng.standard_normal((40, 8)), 10)
+        assert (np.diff(m.positions) > 0).all()
+        assert (np.arange(40) <= m.positions[m.labels]).all()
+
+    def test_alpha_weighs_the_alignment(self, rng):
+        model, tokens = QuickMergePP(embedding_dim=8), rng.standard_normal((2, 30, 8))
+        _, losses = model(tokens, 6, alpha=2.5)
+        assert losses["total"] == pytest.approx(
+            2.5 * losses["ar_alignment"] + losses["fidelity"]
+        )
+
+    def test_gamma_is_the_norm_mass_to_retain(self, rng):
+        tokens = rng.standard_normal((2, 30, 8))
+        strict, loose = (
+            QuickMergePP(embedding_dim=8, gamma=gamma)(tokens, 6)[1]["fidelity"]
+            for gamma in (1.0, 0.0)
+        )
+        assert strict > loose >= 0
+
+    def test_half_precision_halves_the_bytes(self, rng):
+        tokens = rng.standard_normal((2, 30, 8))
+        half, single = (
+            quickmerge(tokens.astype(t), 6).tokens for t in (np.float16, np.float32)
+        )
+        assert half.nbytes * 2 == single.nbytes
+        np.testing.assert_allclose(half, single, atol=5e-3)
+
+    def test_one_target_token(self, rng):
+        _, losses = QuickMergePP(embedding_dim=8)(rng.standard_normal((2, 9, 8)), 1)
+        assert losses["ar_alignment"] == 0
+        assert all(math.isfinite(loss) for loss in losses.values())
+
+    def test_inference_wants_one_sequence(self, rng):
+        with pytest.raises(ValueError, match=r"`tokens` must have shape \(N, D\)"):
+            quickmerge_inference(rng.standard_normal((2, 9, 8)), None)

@@ -1,0 +1,56 @@
+"""The public face: names, docstrings, and what an import costs in imports."""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import qm_cupy
+
+
+def public_modules():
+    for module in pkgutil.iter_modules(qm_cupy.__path__):
+        if not module.name.startswith("_"):
+            yield importlib.import_module(f"qm_cupy.{module.name}")
+
+
+def test_all_holds_every_public_name():
+    public = {
+        name
+        for module in public_modules()
+        for name, thing in vars(module).items()
+        if not name.startswith("_")
+        and getattr(thing, "__module__", None) == module.__name__
+        and (inspect.isfunction(thing) or inspect.isclass(thing))
+    }
+    helpers = {"num_valid"}  # shared between stages, not for users
+    assert public - helpers | {"check_finite"} == set(qm_cupy.__all__)
+    assert sorted(qm_cupy.__all__) == sorted(set(qm_cupy.__all__))
+
+
+def test_public_functions_have_runnable_examples():
+    for name in qm_cupy.__all__:
+        thing = getattr(qm_cupy, name)
+        if inspect.isfunction(thing):
+            assert ">>> " in (thing.__doc__ or ""), name
+            assert "Raises" in thing.__doc__ or name == "check_finite", name
+
+
+def test_options_are_keywords():
+    """Arrays and counts by position; everything after `*` by name only."""
+    for name in ("quickmerge", "cluster_tokens", "merge_tokens", "query_key_entropy"):
+        kinds = inspect.signature(getattr(qm_cupy, name)).parameters.values()
+        with_default = [p for p in kinds if p.default is not p.empty]
+        assert all(p.kind is p.KEYWORD_ONLY for p in with_default), name
+
+
+def test_import_brings_no_framework():
+    code = (
+        "import sys, qm_cupy; unwanted = {'cupy', 'torch', 'jax', 'matplotlib'}; "
+        "print(unwanted & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
