@@ -154,12 +154,17 @@ def _running_mean(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[np.float64]:
     """Return the mean of tokens 1..t, or of t..K in reverse, for every t at once."""
-    place = np.arange(tokens.shape[-2])[:, None]  # (K, 1)
+    most = tokens.shape[-2]
+    place = np.arange(most)[:, None]  # (K, 1)
+    total = tokens.astype(np.float64)
     if not reverse:
-        return np.cumsum(tokens, axis=-2, dtype=np.float64) / (place + 1)
+        for t in range(1, most):  # row by row: several times as fast as cumsum
+            total[..., t, :] += total[..., t - 1, :]
+        return total / (place + 1)
     left = counts[..., None, None] - place  # tokens from here on: (B, K, 1)
-    tokens = np.where(left > 0, tokens, 0)
-    total = np.cumsum(tokens[..., ::-1, :], axis=-2, dtype=np.float64)[..., ::-1, :]
+    total = np.where(left > 0, total, 0)
+    for t in reversed(range(most - 1)):
+        total[..., t, :] += total[..., t + 1, :]
     mean: NDArray[np.float64] = total / np.maximum(left, 1)
     return mean
 

@@ -168,7 +168,7 @@ def _query_key_entropy_reference(
             if causal:
                 later = np.triu_indices(stop - start, 1)
                 scores[:, start:][later] = _NEVER
-            values[start:stop] = _entropy(_row_state(scores))
+            values[start:stop] = _entropy(_softmax_state(scores, axis=1))
         entropy[index][token] = values
     return entropy
 
@@ -233,28 +233,33 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
     scaled = x * x.dtype.type(dim**-0.5)
     zeros = np.zeros(num_tokens, x.dtype)
     state = np.full(num_tokens, _NEVER, x.dtype), zeros, zeros.copy()
+
+    def add(part: slice, new: State) -> None:
+        total = _add_states(tuple(sums[part] for sums in state), new)
+        for sums, values in zip(state, total, strict=True):
+            sums[part] = values
+
     for start in range(0, num_tokens, _BLOCK):
         stop = min(start + _BLOCK, num_tokens)
         scores = scaled[start:stop] @ x[start:].T  # (block, N - start)
-        across = np.ascontiguousarray(scores[:, stop - start :].T)
-        for part, block in ((slice(start, stop), scores), (slice(stop, None), across)):
-            if len(block):
-                before = tuple(sums[part] for sums in state)
-                for sums, new in zip(
-                    state, _add_states(before, _row_state(block)), strict=True
-                ):
-                    sums[part] = new
+        if stop < num_tokens:
+            across = scores[:, stop - start :].copy()
+            add(slice(stop, None), _softmax_state(across, axis=0))
+        add(slice(start, stop), _softmax_state(scores, axis=1))
     return _entropy(state)
 
 
-def _row_state(scores: NDArray[Any]) -> State:
-    """Return (m, r, t) of each row: maximum, and sums without it; eats `scores`."""
-    top = scores.argmax(axis=-1)[:, None]
-    m = np.take_along_axis(scores, top, axis=-1)
+def _softmax_state(scores: NDArray[Any], axis: int) -> State:
+    """Return (m, r, t): the maximum, and the sums without it. Overwrites `scores`."""
+    m = scores.max(axis=axis, keepdims=True)
     scores -= m
+    top = scores == 0
     weights = np.exp(scores)
-    np.put_along_axis(weights, top, 0, axis=-1)
-    return m[:, 0], weights.sum(axis=-1), np.einsum("ij,ij->i", weights, scores)
+    np.copyto(weights, 0, where=top)
+    ties = np.count_nonzero(top, axis=axis) - 1
+    r = weights.sum(axis=axis) + ties.astype(weights.dtype)
+    t = np.einsum("ij,ij->i" if axis else "ij,ij->j", weights, scores)
+    return m.squeeze(axis), r, t
 
 
 def _add_states(a: tuple[NDArray[Any], ...], b: State) -> State:
