@@ -1,0 +1,44 @@
+"""What the README says runs, runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_code_blocks():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    merged = names["merged"]
+    for field, shape in re.findall(r"merged\.(\w+)(?:\.shape)? +# \((.*?)\)", README):
+        wanted = tuple(int(size) for size in shape.split(","))
+        assert getattr(merged, field).shape == wanted, field
+
+
+def test_files_it_names_exist():
+    named = re.findall(r"\]\(([\w/.]+)\)|`((?:benchmarks|tests)/[\w/.]+\.py)`", README)
+    assert named
+    for path in filter(None, sum(named, ())):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("script", ["reference.py"])
+def test_benchmarks_run(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, "--quick", "--json", "out.json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "qm_cupy" in done.stdout
+    assert (tmp_path / "out.json").exists()
