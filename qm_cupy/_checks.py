@@ -115,6 +115,12 @@ def check_not_negative(name: str, x: NDArray[Any]) -> None:
         raise ValueError(f"`{name}` must be ≥ 0, got {x[place]} at index {place}")
 
 
+def check_scores(largest: float) -> None:
+    """Refuse values whose products leave float64."""
+    if largest >= 1e300:
+        raise ValueError("the values are too large: their attention scores overflow")
+
+
 def check_num_groups(
     num_groups: Any,
     batch: tuple[int, ...],

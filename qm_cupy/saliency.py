@@ -1,5 +1,6 @@
 """Saliency: how much each token matters, from attention entropy or from norms."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +13,13 @@ from ._checks import (
     check_mask,
     check_not_negative,
     check_number,
+    check_scores,
     check_shape,
     check_tokens,
     check_values,
 )
 
 _BLOCK = 256  # rows of scores in flight: a block and its exponentials stay in cache
-_NEVER = -1e30  # a score no softmax sees, finite so that 0 · (score - max) is 0
 
 State = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -155,8 +156,9 @@ def _query_key_entropy_reference(
     scale: float,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    dtype = np.result_type(query.dtype, np.float32)
-    entropy = np.zeros(query.shape[:-1], dtype)  # (..., N)
+    dtype = _score_dtype(query, key, scale)
+    never = _never(dtype)
+    entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
     for index, keep in _sequences(entropy.shape[:-1], mask):
         token = slice(None) if keep is None else keep  # the padding is cut off
         q, k = query[index][token].astype(dtype), key[index][token].astype(dtype)
@@ -167,7 +169,7 @@ def _query_key_entropy_reference(
             scores = q[start:stop] @ k[: stop if causal else None].T
             if causal:
                 later = np.triu_indices(stop - start, 1)
-                scores[:, start:][later] = _NEVER
+                scores[:, start:][later] = never
             values[start:stop] = _entropy(_softmax_state(scores, axis=1))
         entropy[index][token] = values
     return entropy
@@ -219,8 +221,8 @@ def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array
 def _self_attention_entropy_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    dtype = np.result_type(tokens.dtype, np.float32)
-    entropy = np.zeros(tokens.shape[:-1], dtype)  # (..., N)
+    dtype = _score_dtype(tokens, tokens, tokens.shape[-1] ** -0.5)
+    entropy = np.zeros(tokens.shape[:-1], np.result_type(tokens.dtype, np.float32))
     for index, keep in _sequences(entropy.shape[:-1], mask):
         token = slice(None) if keep is None else keep
         x = tokens[index][token].astype(dtype, copy=False)
@@ -232,7 +234,7 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
     num_tokens, dim = x.shape
     scaled = x * x.dtype.type(dim**-0.5)
     zeros = np.zeros(num_tokens, x.dtype)
-    state = np.full(num_tokens, _NEVER, x.dtype), zeros, zeros.copy()
+    state = np.full(num_tokens, _never(x.dtype)), zeros, zeros.copy()
 
     def add(part: slice, new: State) -> None:
         total = _add_states(tuple(sums[part] for sums in state), new)
@@ -247,6 +249,20 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
             add(slice(stop, None), _softmax_state(across, axis=0))
         add(slice(start, stop), _softmax_state(scores, axis=1))
     return _entropy(state)
+
+
+def _score_dtype(query: NDArray[Any], key: NDArray[Any], scale: float) -> np.dtype[Any]:
+    """Return the dtype that holds every score: float32 where it does."""
+    peaks = (max(float(x.max()), -float(x.min())) for x in (query, key) if x.size)
+    largest = math.prod(peaks) * query.shape[-1] * scale
+    check_scores(largest)
+    narrow = query.dtype.itemsize < 8 and largest < 1e30
+    return np.dtype(np.float32 if narrow else np.float64)
+
+
+def _never(dtype: np.dtype[Any]) -> Any:
+    """Return a score no softmax sees, finite so that 0 · (score - max) is 0."""
+    return np.finfo(dtype).min / 8
 
 
 def _softmax_state(scores: NDArray[Any], axis: int) -> State:

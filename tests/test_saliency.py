@@ -115,6 +115,15 @@ class TestSelfAttentionEntropy:
         assert wanted.min() < 1e-9
         np.testing.assert_allclose(qm.self_attention_entropy(tokens), wanted, rtol=2e-4)
 
+    def test_huge_values(self, rng):
+        tokens = rng.standard_normal((280, 4)).astype(np.float32)
+        tokens[3] = tokens[270]
+        got = qm.self_attention_entropy(tokens * np.float32(1e25))
+        wanted = oracle.self_attention_entropy(tokens * np.float32(1e25))
+        assert_close(got, wanted, "float32")
+        with pytest.raises(ValueError, match="too large: their attention scores"):
+            qm.self_attention_entropy(tokens.astype(float) * 1e200)
+
     def test_layers_and_batch(self, rng):
         tokens = rng.standard_normal((2, 3, 5, 4))
         got = qm.self_attention_entropy(tokens)

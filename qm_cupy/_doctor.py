@@ -1,0 +1,87 @@
+"""What is installed, what is missing, and how to get it."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_REQUIRED = ("qm-cupy", "numpy", "scipy", "array-api-compat")
+# Distributions of one module, and the command that gets it.
+_OPTIONAL = {
+    ("cupy-cuda13x", "cupy-cuda12x", "cupy"): (
+        'pip install "qm-cupy[cuda13]", or "qm-cupy[cuda12]" for an older driver'
+    ),
+    ("matplotlib",): 'pip install "qm-cupy[demo]"',
+    ("safetensors",): 'pip install "qm-cupy[safetensors]"',
+    ("torch",): "pip install torch",
+}
+
+
+def doctor() -> None:
+    """Print the state of this installation."""
+    rows = [("Python", platform.python_version())]
+    rows += [(name, _version(name) or "missing") for name in _REQUIRED]
+    for names, command in _OPTIONAL.items():
+        found = [(name, version) for name in names if (version := _version(name))]
+        rows += found or [(names[-1], f"not installed: {command}")]
+    rows += [("GPU", line) for line in _gpus()]
+    rows += [("kernel cache", _cache())]
+    rows += [("device", "this version computes on the CPU: it has no CUDA kernels yet")]
+    for name, text in rows:
+        print(f"{name:<17} {text}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> Iterator[str]:
+    try:
+        import cupy
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+        yield "unknown: CuPy is not installed" if missing else _failure(error)
+        return
+    except Exception as error:  # a broken driver or toolkit fails in many ways
+        yield _failure(error)
+        return
+    try:
+        runtime = cupy.cuda.runtime
+        for index in range(runtime.getDeviceCount()):
+            yield _describe(runtime.getDeviceProperties(index))
+        driver, own = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        yield f"CUDA {_dotted(driver)} by the driver, {_dotted(own)} by the runtime"
+    except Exception as error:
+        yield _failure(error)
+
+
+def _describe(device: dict[str, Any]) -> str:
+    memory = device["totalGlobalMem"] / 2**30
+    capability = f"{device['major']}.{device['minor']}"
+    return f"{device['name'].decode()}, {memory:.1f} GiB, sm {capability}"
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _failure(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or "no reason given"
+    return f"none that CuPy can use: {type(error).__name__}: {reason}"
+
+
+def _cache() -> str:
+    default = Path("~/.cupy/kernel_cache").expanduser()
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or default)
+    if not folder.is_dir():
+        return f"{folder}, not made yet"
+    try:
+        sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+    except OSError as error:
+        return f"{folder}, not readable: {error.strerror}"
+    return f"{folder}, {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"

@@ -1,0 +1,120 @@
+"""What users install: the wheel, the sdist, and what an import of it costs."""
+
+import statistics
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def run(*command, cwd):
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build_wheel(source, folder):
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    run(sys.executable, *PIP, "wheel", *options, source, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def names_in(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+def test_wheel_holds_the_package_and_its_kernels(wheel):
+    names = names_in(wheel)
+    kernels = {f"qm_cupy/{p.relative_to(ROOT)}" for p in ROOT.glob("kernels/**/*.cu*")}
+    modules = {f"qm_cupy/{p.name}" for p in ROOT.glob("qm_cupy/*.py")}
+    assert "qm_cupy/kernels/common.cuh" in kernels
+    assert kernels | modules | {"qm_cupy/py.typed"} <= names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"qm_cupy"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_sdist_builds_the_same_wheel(wheel, tmp_path):
+    run(
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "-t",
+        "sdist",
+        "-d",
+        tmp_path,
+        cwd=ROOT,
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert (source / "kernels" / "common.cuh").is_file()
+    assert names_in(build_wheel(source, tmp_path)) == names_in(wheel)
+
+
+def test_wheel_works_in_a_fresh_environment(wheel, tmp_path):
+    """Nothing of the checkout is in reach: another folder, another environment."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, *PIP, "install", wheel, cwd=tmp_path)
+    tokens = np.random.default_rng(0).standard_normal((3, 10, 4))
+    np.save(tmp_path / "tokens.npy", tokens)
+    words = ["compress", "tokens.npy", "--budget", "0.2", "-o", "merged.npz"]
+    out = run(python.parent / "qm-cupy", *words, cwd=tmp_path)
+    assert "3 x 10 x 4 float64 -> 3 x 2 x 4" in out
+    with np.load(tmp_path / "merged.npz") as merged:
+        assert merged["tokens"].shape == (3, 2, 4)
+    where = run(python, "-c", "import qm_cupy; print(qm_cupy.__file__)", cwd=tmp_path)
+    kernels = Path(where.strip()).parent / "kernels"
+    assert kernels.is_relative_to(tmp_path / "venv")
+    assert (kernels / "common.cuh").is_file()
+    report = run(python, "-m", "qm_cupy", "doctor", cwd=tmp_path)
+    assert 'pip install "qm-cupy[safetensors]"' in report
+
+
+IMPORT = """
+import time, numpy, scipy.cluster.hierarchy, scipy.sparse, scipy.spatial.distance, sys
+begun, before = time.perf_counter(), set(sys.modules)
+import qm_cupy
+seconds, new = time.perf_counter() - begun, set(sys.modules) - before
+print(seconds, *{name.split(".")[0] for name in new})
+"""
+
+
+def test_import_is_light(tmp_path):
+    """Well under 0.3 s where nothing else runs; the bound is twice that for noise."""
+    outputs = [
+        run(sys.executable, "-c", IMPORT, cwd=tmp_path).split() for _ in range(5)
+    ]
+    unwanted = {"cupy", "torch", "jax", "matplotlib", "safetensors"}
+    assert not unwanted & {name for output in outputs for name in output[1:]}
+    assert statistics.median(float(output[0]) for output in outputs) < 0.6
+
+
+def test_import_leaves_the_command_line_alone(tmp_path):
+    code = "import sys, qm_cupy; print(*(n for n in sys.modules if 'qm_cupy._' in n))"
+    names = set(run(sys.executable, "-c", code, cwd=tmp_path).split())
+    assert "qm_cupy._checks" in names
+    assert not names & {f"qm_cupy._{x}" for x in ("cli", "files", "doctor", "demo")}
