@@ -1,2 +1,224 @@
-// Shared by every kernel; the loader splices this text in front of each source.
-#pragma once
+// The opening of every kernel file: the loader puts this text in front of it.
+//
+//   -D real_t=...   what is stored:     __half, __nv_bfloat16, float or double
+//   -D acc_t=...    what is computed:   float, or double where real_t is double
+//
+// A kernel's integers are `long long`, its options `double`, its masks `bool` (True =
+// token, null = all tokens), its labels `int` (-1 = padding). Grids have one dimension.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// A score below all others, finite so that 0 * (score - m) is 0.
+constexpr float NEVER = -1e30f;
+
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+
+__device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* p, float x) {
+    *p = __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ void store(float* p, float x) { *p = x; }
+__device__ __forceinline__ void store(double* p, double x) { *p = x; }
+
+__device__ __forceinline__ long long thread_index() {
+    return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ bool is_token(const bool* mask, long long index) {
+    return mask == nullptr || mask[index];
+}
+
+// The entropy of softmax(scores) in one pass, in nats. The largest score m stays out of
+//   r = sum e^(s - m),   t = sum e^(s - m) (s - m),
+// so that H = log1p(r) - t / (1 + r) adds two terms >= 0 and nothing cancels, however
+// far one score stands above the rest.
+struct SoftmaxEntropy {
+    acc_t m = NEVER, r = 0, t = 0;
+
+    __device__ __forceinline__ void add(acc_t score) {
+        if (score > m) {
+            *this = {score, 0, 0, *this};
+        } else {
+            const acc_t d = score - m;
+            const acc_t e = exp(d);
+            r += e;
+            t += e * d;
+        }
+    }
+
+    // Take in the terms of another state; the larger m of the two stays out.
+    __device__ __forceinline__ void merge(const SoftmaxEntropy& other) {
+        *this = other.m > m ? SoftmaxEntropy{other.m, other.r, other.t, *this}
+                            : SoftmaxEntropy{m, r, t, other};
+    }
+
+    __device__ __forceinline__ acc_t value() const { return log1p(r) - t / (1 + r); }
+
+    SoftmaxEntropy() = default;
+
+    // (m, r, t) and the terms of a state whose largest score is at most m.
+    __device__ __forceinline__ SoftmaxEntropy(acc_t m, acc_t r, acc_t t,
+                                              const SoftmaxEntropy& lower)
+        : m(m), r(r), t(t) {
+        if (lower.m == NEVER) return;  // it holds no score
+        const acc_t d = lower.m - m;
+        const acc_t e = exp(d);
+        this->r += e * (1 + lower.r);
+        this->t += e * (lower.t + d * (1 + lower.r));
+    }
+};
+
+// Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405): the first of the
+// four words of counter (c0, c1, 0, 0) under a 64-bit key.
+__device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1,
+                                               unsigned long long key) {
+    unsigned c2 = 0, c3 = 0;
+    unsigned k0 = static_cast<unsigned>(key), k1 = static_cast<unsigned>(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const unsigned high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+        const unsigned high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+        c0 = high1 ^ c1 ^ k0, c1 = low1;
+        c2 = high0 ^ c3 ^ k1, c3 = low0;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return c0;
+}
+
+// g = -log(-log u). u = (k + 1/2) 2^-23 is never 0 or 1, and the logarithms are taken
+// in double and rounded once, so that the CPU finds the same bits.
+__device__ __forceinline__ float gumbel(unsigned long long seed, long long sequence,
+                                        long long token) {
+    const unsigned k = philox4x32(static_cast<unsigned>(token),
+                                  static_cast<unsigned>(sequence), seed) >>
+                       9;
+    return static_cast<float>(-log(-log((k + 0.5) * (1.0 / (1 << 23)))));
+}
+
+// A row is read and written in vectors of 16 bytes where it can be.
+constexpr int WIDTH = 16 / sizeof(real_t);
+struct __align__(16) Vector {
+    real_t element[WIDTH];
+};
+
+__device__ __forceinline__ bool is_whole(const void* address, long long left) {
+    return left >= WIDTH && reinterpret_cast<unsigned long long>(address) % 16 == 0;
+}
+
+// x = the next WIDTH of a row's `left` elements, zeros behind its end.
+__device__ __forceinline__ void load_vector(acc_t (&x)[WIDTH], const real_t* address,
+                                            long long left) {
+    if (is_whole(address, left)) {
+        const Vector v = *reinterpret_cast<const Vector*>(address);
+        for (int i = 0; i < WIDTH; ++i) x[i] = widen(v.element[i]);
+    } else {
+        for (int i = 0; i < WIDTH; ++i) x[i] = i < left ? widen(address[i]) : acc_t(0);
+    }
+}
+
+__device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[WIDTH],
+                                             long long left) {
+    if (is_whole(address, left)) {
+        Vector v;
+        for (int i = 0; i < WIDTH; ++i) store(&v.element[i], x[i]);
+        *reinterpret_cast<Vector*>(address) = v;
+    } else {
+        for (int i = 0; i < WIDTH && i < left; ++i) store(address + i, x[i]);
+    }
+}
+
+struct Add {
+    __device__ acc_t operator()(acc_t a, acc_t b) const { return a + b; }
+};
+struct Least {
+    __device__ acc_t operator()(acc_t a, acc_t b) const { return min(a, b); }
+};
+struct Greatest {
+    __device__ acc_t operator()(acc_t a, acc_t b) const { return max(a, b); }
+};
+
+// Every lane's value combined, the same in all lanes.
+template <class Combine>
+__device__ __forceinline__ acc_t warp_reduce(acc_t x, Combine combine) {
+    for (int bits = 16; bits > 0; bits /= 2)
+        x = combine(x, __shfl_xor_sync(~0u, x, bits));
+    return x;
+}
+
+// Every thread's value combined, in a fixed order, the same in all threads. `scratch`
+// is shared memory for 32 values.
+template <class Combine>
+__device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
+                                              Combine combine) {
+    x = warp_reduce(x, combine);
+    __syncthreads();  // the scratch may still be in use
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = scratch[0];
+    for (unsigned warp = 1; warp < blockDim.x / 32; ++warp)
+        x = combine(x, scratch[warp]);
+    return x;
+}
+
+#ifndef CUDA_EMULATOR  // which has its own of what follows
+
+__device__ __forceinline__ unsigned shared_address(const void* address) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(address));
+}
+
+// Copy 16 bytes to shared memory, in the background where the hardware can (sm_80 on).
+__device__ __forceinline__ void cp_async_16(void* target, const void* source) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
+        "l"(source)
+        : "memory");
+#else
+    *static_cast<uint4*>(target) = *static_cast<const uint4*>(source);
+#endif
+}
+
+// Close the group of copies begun since the last commit.
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Wait until at most `pending` groups are in flight.
+template <int pending>
+__device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives row r of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) on the tensor cores (sm_80 on). Lane l holds
+// rows l / 4 and l / 4 + 8 and columns l % 4 * 2 and the next: c0 c1 above, c2 c3
+// below.
+#define MMA_16X8X16(type, name)                                                    \
+    __device__ __forceinline__ void mma_16x8x16(float& c0, float& c1, float& c2,   \
+                                                float& c3, const unsigned (&a)[4], \
+                                                const unsigned (&b)[2], type) {    \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name        \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "         \
+                     "{%0, %1, %2, %3};"                                           \
+                     : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),      \
+                       "r"(b[1]));                                                 \
+    }
+MMA_16X8X16(__half, "f16")
+MMA_16X8X16(__nv_bfloat16, "bf16")
+
+#endif

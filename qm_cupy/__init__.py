@@ -1,6 +1,7 @@
 """QuickMerge++: token sequences in, shorter token sequences out."""
 
 from ._checks import check_finite
+from ._cuda import KernelCompilationError, use_kernels, warmup
 from .alignment import MLP, AlignmentLoss, MLPPrior, Prior, alignment_loss, decode
 from .budget import norm_budget, token_budget
 from .clustering import cluster_tokens, cosine_similarity, cut_linkage, linkage
@@ -32,6 +33,7 @@ __all__ = [
     "BidirectionalARAlignment",
     "DifferentiableTokenMerging",
     "EntropyAwareSaliency",
+    "KernelCompilationError",
     "MLPPrior",
     "Merged",
     "NormBasedFidelityConstraint",
@@ -64,4 +66,6 @@ __all__ = [
     "self_attention_entropy",
     "token_budget",
     "unmerge_tokens",
+    "use_kernels",
+    "warmup",
 ]

@@ -1,4 +1,8 @@
-"""Every check of an argument and every message: name, what is wanted, what came."""
+"""Every check of an argument and every message: name, what is wanted, what came.
+
+Of CUDA arrays only shapes and dtypes are checked: a look at values would make the CPU
+wait for the GPU. Kernels read no memory but their own whatever the values are.
+"""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -8,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from . import _cuda
 
 _finite_checked: ContextVar[bool] = ContextVar("finite_checked", default=True)
 
@@ -19,7 +25,8 @@ def check_finite(enabled: bool) -> Iterator[None]:
     Parameters
     ----------
     enabled : bool
-        Whether inputs are searched. They are by default: one pass over each input.
+        Whether inputs are searched, for negative weights too. They are by default,
+        with one pass over each; CUDA arrays never, as the CPU would have to wait.
 
     Examples
     --------
@@ -37,7 +44,7 @@ def check_finite(enabled: bool) -> Iterator[None]:
 
 def check_finite_values(name: str, x: NDArray[Any]) -> None:
     """Refuse NaN and Inf, saying where the first one is."""
-    if not _finite_checked.get():
+    if not _values_checked(x):
         return
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(x.sum()):  # one cheap pass; only an overflow looks closer
@@ -48,10 +55,21 @@ def check_finite_values(name: str, x: NDArray[Any]) -> None:
         raise ValueError(f"`{name}` must be finite, got {x[place]} at index {place}")
 
 
-def check_floating(name: str, x: NDArray[Any]) -> None:
-    """Refuse all but float16, float32 and float64."""
-    if not isinstance(x, np.ndarray):
+def _values_checked(x: NDArray[Any]) -> bool:
+    return _finite_checked.get() and not _cuda.is_cuda(x)
+
+
+def check_given(name: str, x: Any) -> None:
+    """Refuse None and numbers in the place of an array."""
+    if not hasattr(x, "dtype"):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}")
+
+
+def check_floating(name: str, x: NDArray[Any]) -> None:
+    """Refuse all but float16, float32 and float64; CUDA arrays may be bfloat16."""
+    check_given(name, x)
+    if _cuda.is_cuda(x) and x.dtype.name == "bfloat16":
+        return
     if x.dtype.kind != "f" or x.dtype.itemsize > 8:
         raise TypeError(f"`{name}` must be float16, float32 or float64, got {x.dtype}")
 
@@ -87,9 +105,12 @@ def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
     """Refuse a mask that is not boolean (B, N) or leaves a sequence without tokens."""
     if mask is None:
         return
+    check_given("mask", mask)
     if mask.dtype != np.bool_:
         raise TypeError(f"`mask` must be boolean (True = token), got {mask.dtype}")
     check_shape("mask", mask, "BN", wanted)
+    if _cuda.is_cuda(mask):
+        return
     empty = np.argwhere(~mask.any(axis=-1))
     if len(empty):
         where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
@@ -110,7 +131,7 @@ def check_mass(
 
 def check_not_negative(name: str, x: NDArray[Any]) -> None:
     """Refuse negative entries."""
-    if _finite_checked.get() and x.size and x.min() < 0:
+    if _values_checked(x) and x.size and x.min() < 0:
         place = tuple(map(int, np.unravel_index(x.argmin(), x.shape)))
         raise ValueError(f"`{name}` must be ≥ 0, got {x[place]} at index {place}")
 
@@ -124,7 +145,7 @@ def check_scores(largest: float) -> None:
 def check_num_groups(
     num_groups: Any,
     batch: tuple[int, ...],
-    most: NDArray[Any] | int | None = None,
+    most: Any = None,
     name: str = "num_groups",
 ) -> NDArray[np.int64]:
     """Return K of every sequence (shape `batch`), each within 1..`most`."""
@@ -135,17 +156,22 @@ def check_num_groups(
         counts = num_groups.astype(np.int64)
     else:
         counts = np.full(batch, check_integer(name, num_groups), dtype=np.int64)
-    limits = np.asarray(np.iinfo(np.int32).max if most is None else most)
-    limit = np.broadcast_to(limits, batch)
+    unlimited = most is None or _cuda.is_cuda(most)  # of a mask on a GPU: not looked at
+    limits = np.asarray(np.iinfo(np.int32).max if unlimited else most)
+    limit = np.broadcast_to(limits, counts.shape)
     wrong = np.argwhere((counts < 1) | (counts > limit))
     if len(wrong):
         at = tuple(wrong[0])
         where = f" for sequence {int(at[0])}" if at and limits.ndim else ""
-        top = "" if most is None else f"..{limit[at]} (its tokens)"
-        raise ValueError(
-            f"`{name}` must lie in 1{top or '..'}{where}, got {counts[at]}"
-        )
+        top = ".." if unlimited else f"..{limit[at]} (its tokens)"
+        raise ValueError(f"`{name}` must lie in 1{top}{where}, got {counts[at]}")
     return counts
+
+
+def largest(num_groups: Any, counts: NDArray[np.int64]) -> int:
+    """Return K, or the largest K: of an empty batch too, where K is one number."""
+    alone = not isinstance(num_groups, np.ndarray) or num_groups.ndim == 0
+    return int(num_groups) if alone else int(counts.max(initial=0))
 
 
 def check_integer(name: str, value: Any) -> int:
@@ -188,22 +214,53 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
 
 
+def check_source(
+    name: str,
+    source: NDArray[Any],
+    lifted: NDArray[Any],
+    tokens: tuple[int, ...],
+    layouts: Sequence[str],
+) -> None:
+    """Refuse a source of saliency whose B and N are not those of the tokens."""
+    batch = tokens[0] if len(tokens) == 3 else 1
+    if lifted.ndim in map(len, layouts):
+        found = lifted.shape[0 if lifted.ndim == 3 else 1], lifted.shape[-2]
+        if found == (batch, tokens[-2]):
+            return
+    axes = "BN" if len(tokens) == 3 else "N"
+    spelled = [
+        layout if len(tokens) == 3 else layout.replace("B", "") for layout in layouts
+    ]
+    wanted = _any_of([f"({', '.join(layout)})" for layout in spelled])
+    raise ValueError(
+        f"`{name}` must have shape {wanted} with ({', '.join(axes)}) = {tokens[:-1]}, "
+        f"got {source.shape}"
+    )
+
+
 def check_labels(
-    labels: NDArray[Any], wanted: tuple[int, ...] | None, num_groups: int | None
+    labels: NDArray[Any],
+    wanted: tuple[int, ...] | None,
+    counts: NDArray[np.int64] | int,
 ) -> None:
     """Refuse labels that are not integers within -1..K-1 of shape (B, N)."""
+    check_given("labels", labels)
     if labels.dtype.kind not in "iu":
         raise TypeError(f"`labels` must be integers, got {labels.dtype}")
-    if wanted is None and labels.ndim not in (1, 2):
+    if wanted is None and (labels.ndim not in (1, 2) or labels.shape[-1] == 0):
         raise ValueError(f"`labels` must have shape (N) or (B, N), got {labels.shape}")
     if wanted is not None:
         check_shape("labels", labels, "BN", wanted)
-    if labels.size == 0:
+    if _cuda.is_cuda(labels) or labels.size == 0:
         return
-    low, high = int(labels.min()), int(labels.max())
-    if low < -1 or (num_groups is not None and high >= num_groups):
-        top = "" if num_groups is None else f"{num_groups - 1}"
-        raise ValueError(f"`labels` must lie in -1..{top}, got {low}..{high}")
+    low, high = labels.min(axis=-1), labels.max(axis=-1)
+    wrong = np.argwhere((low < -1) | (high >= counts))
+    if len(wrong):
+        at = tuple(wrong[0])
+        where = f" in sequence {int(at[0])}" if at else ""
+        most = np.broadcast_to(counts, high.shape)[at] - 1
+        got = f"{low[at]}..{high[at]}"
+        raise ValueError(f"`labels` must lie in -1..{most}, got {got}{where}")
 
 
 def check_dendrogram(dendrogram: NDArray[Any]) -> None:
@@ -218,6 +275,9 @@ def check_dendrogram(dendrogram: NDArray[Any]) -> None:
     merges = dendrogram.shape[-2]
     child = dendrogram[..., :2]
     first_later = merges + 1 + np.arange(merges)[:, None]
+    again = np.diff(np.sort(child.reshape(*child.shape[:-2], -1), axis=-1), axis=-1)
+    if (again == 0).any():
+        raise ValueError("`dendrogram` must merge every group once at most")
     if ((child < 0) | (child >= first_later) | (child != np.floor(child))).any():
         raise ValueError(
             "`dendrogram` must merge tokens or groups of earlier rows only"
@@ -234,6 +294,7 @@ def check_anchors(
     """Refuse anchors that are not K distinct positions of tokens per sequence."""
     if method != "nearest":
         raise ValueError(f'`anchors` are for method="nearest", got {method!r}')
+    check_given("anchors", anchors)
     if anchors.dtype.kind not in "iu":
         raise TypeError(f"`anchors` must be integers, got {anchors.dtype}")
     check_shape("anchors", anchors, "BK", (*tokens[:-1], int(counts.max(initial=0))))

@@ -1,5 +1,6 @@
 """Alignment: how well an autoregressive prior predicts the merged tokens."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -8,8 +9,15 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import Array, enter
-from ._checks import check_integer, check_num_groups, check_seed, check_tokens
+from ._checks import (
+    check_integer,
+    check_num_groups,
+    check_seed,
+    check_shape,
+    check_tokens,
+)
 
 
 class AlignmentLoss(NamedTuple):
@@ -132,9 +140,41 @@ class MLPPrior:
                 f"got {tokens.shape[-1]}"
             )
         counts = _valid_groups(tokens, num_groups)
+        if _cuda.is_cuda(tokens):
+            return leave(_predict_cuda(network, tokens, counts, reverse))
         dtype = np.result_type(tokens.dtype, np.float32)
         context = _running_mean(tokens, counts, reverse).astype(dtype)  # (B, K, D)
         return leave(network(context).astype(dtype, copy=False))
+
+
+def _predict_cuda(
+    network: MLP, tokens: Any, counts: NDArray[np.int64], reverse: bool
+) -> Any:
+    num_groups, dim = tokens.shape[-2:]
+    batch = math.prod(tokens.shape[:-2])
+    kind = _cuda.accumulation(tokens.dtype)
+    chosen = _cuda.implementation()
+    file = f"{chosen}/alignment"
+    context = _cuda.empty(tokens.shape, kind)
+    each, _ = _cuda.counts(counts)
+    sizes = batch, num_groups, dim, int(reverse)
+    args: tuple[Any, ...] = (_cuda.contiguous(tokens), each, *sizes, context)
+    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
+    _cuda.launch(file, "prefix_means", tokens.dtype, batch * columns, args)
+    layers = (*network[:2], 1), (*network[2:], 0)
+    for weight, bias, relu in layers:
+        weight, bias = (
+            _cuda.contiguous(_cuda.to_device(w), kind) for w in (weight, bias)
+        )
+        out_dim, in_dim = weight.shape
+        out = _cuda.empty((*tokens.shape[:-1], out_dim), kind)
+        rows = batch * num_groups
+        args = (context, weight, bias, rows, in_dim, out_dim, relu, out)
+        tiles = -(-rows // _cuda.TILE) * -(-out_dim // _cuda.TILE)
+        threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
+        _cuda.launch(file, "linear", kind, threads, args)
+        context = out
+    return context
 
 
 def _random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:
@@ -158,7 +198,7 @@ def _running_mean(
     place = np.arange(most)[:, None]  # (K, 1)
     total = tokens.astype(np.float64)
     if not reverse:
-        for t in range(1, most):  # row by row: several times as fast as cumsum
+        for t in range(1, most):  # a row at a time, for cumsum goes by columns
             total[..., t, :] += total[..., t - 1, :]
         return total / (place + 1)
     left = counts[..., None, None] - place  # tokens from here on: (B, K, 1)
@@ -190,7 +230,8 @@ def alignment_loss(
     merged : ndarray of shape (K, D) or (B, K, D)
         Merged tokens; float16, float32 or float64.
     prior : Prior
-        Such as `MLPPrior`: its ``predict`` gives all predictions at once.
+        Such as `MLPPrior`: its ``predict`` gives all predictions at once. It is given
+        NumPy arrays, or CuPy arrays on a GPU, whatever library `merged` is of.
     num_groups : int or ndarray of int of shape (B,), optional
         K of each sequence where they differ; the rest is padding.
 
@@ -222,14 +263,24 @@ def alignment_loss(
     leave, merged, num_groups = enter(merged=merged, num_groups=num_groups)
     check_tokens(merged, "merged")
     counts = _valid_groups(merged, num_groups)
-    losses = _alignment_loss_reference(merged, prior, counts)
-    return AlignmentLoss(*map(leave, losses))
+    valid = counts if counts.ndim else int(counts)
+    after = prior.predict(merged, num_groups=valid)
+    before = prior.predict(merged, reverse=True, num_groups=valid)
+    check_shape("prediction", after, "BKD", merged.shape)
+    check_shape("prediction", before, "BKD", merged.shape)
+    find = _alignment_loss_reference
+    if _cuda.is_cuda(merged):
+        find = _alignment_loss_cuda
+    forward, backward = find(merged, after, before, counts)
+    return AlignmentLoss(leave(forward), leave(backward), leave(forward + backward))
 
 
 def _alignment_loss_reference(
-    merged: NDArray[Any], prior: Prior, counts: NDArray[np.int64]
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    valid = counts if counts.ndim else int(counts)
+    merged: NDArray[Any],
+    after: NDArray[Any],
+    before: NDArray[Any],
+    counts: NDArray[np.int64],
+) -> tuple[NDArray[Any], NDArray[Any]]:
     steps = np.maximum(counts - 1, 1)
     known = np.arange(1, merged.shape[-2]) < counts[..., None]  # (B, K - 1)
 
@@ -239,13 +290,32 @@ def _alignment_loss_reference(
         total: NDArray[Any] = np.sum(error, axis=-1, where=known) / steps
         return np.asarray(total, dtype=gap.dtype)
 
-    after = prior.predict(merged, num_groups=valid)[..., :-1, :]
-    before = prior.predict(merged, reverse=True, num_groups=valid)[..., 1:, :]
-    forward, backward = (
-        loss(after, merged[..., 1:, :]),
-        loss(before, merged[..., :-1, :]),
-    )
-    return forward, backward, np.asarray(forward + backward)
+    forward = loss(after[..., :-1, :], merged[..., 1:, :])
+    backward = loss(before[..., 1:, :], merged[..., :-1, :])
+    return forward, backward
+
+
+def _alignment_loss_cuda(
+    merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
+) -> tuple[Any, Any]:
+    num_groups, dim = merged.shape[-2:]
+    batch = math.prod(merged.shape[:-2])
+    kind = _cuda.accumulation(merged.dtype)
+    merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
+    chosen = _cuda.implementation()
+    warp, block = (1, 1) if chosen == "basic" else (_cuda.WARP, _cuda.BLOCK)
+    losses = []
+    for reverse, prediction in enumerate((after, before)):
+        prediction = _cuda.contiguous(prediction, kind)
+        errors = _cuda.empty(merged.shape[:-1], kind)
+        sizes = batch, num_groups, dim
+        args: tuple[Any, ...] = (prediction, merged, each, *sizes, reverse, errors)
+        file, threads = f"{chosen}/alignment", errors.size * warp
+        _cuda.launch(file, "prediction_errors", merged.dtype, threads, args)
+        losses.append(_cuda.empty(merged.shape[:-2], kind))
+        args = (errors, each, batch, num_groups, losses[-1])
+        _cuda.launch(file, "alignment_loss", kind, batch * block, args)
+    return losses[0], losses[1]
 
 
 def decode(merged: Array, model: Callable[[Any], Any]) -> Any:
@@ -287,6 +357,11 @@ def decode(merged: Array, model: Callable[[Any], Any]) -> Any:
             raise TypeError(
                 "`model` must return an array of shape (..., t, E), "
                 f"got {type(output).__name__}"
+            )
+        if output.shape[:-1] != prefix[..., :stop, :].shape[:-1]:
+            raise ValueError(
+                "`model` must return shape (..., t, E) for a prefix of shape "
+                f"{tuple(prefix[..., :stop, :].shape)}, got {tuple(output.shape)}"
             )
         predictions.append(output[..., -1, :])
     xp = array_api_compat.array_namespace(predictions[0])

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from ._arrays import Array, enter
 from ._checks import check_mask, check_num_groups, check_number, check_tokens
+from .saliency import _relative_norms
 
 
 def token_budget(budget: Any, num_tokens: Any) -> Any:
@@ -40,16 +41,17 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     >>> token_budget(0.5, np.array([7, 100]))
     array([ 3, 50])
     """
-    ratio = isinstance(budget, float | np.floating)
     leave, counts, sizes = enter(budget=budget, num_tokens=num_tokens)
-    if not isinstance(sizes, np.ndarray):
-        sizes = check_num_groups(sizes, (), name="num_tokens")
-    if ratio:
-        share = check_number("budget", budget, 0, 1, "(]")
+    many = isinstance(sizes, np.ndarray) and sizes.ndim > 0
+    sizes = check_num_groups(sizes, sizes.shape if many else (), name="num_tokens")
+    if isinstance(budget, float | np.floating):
+        check_number("budget", budget, 0, 1, "(]")
+        share = float(str(budget))  # 0.29 as it is written, of float32 too
         kept = np.floor(np.round(sizes * share, 9))  # 0.29 · 100 is 29, not 28.999…
         counts = np.maximum(kept, 1).astype(np.int64)
     else:
-        batch = np.broadcast_shapes(np.shape(counts), sizes.shape)
+        several = isinstance(counts, np.ndarray) and counts.ndim > 0
+        batch = counts.shape if several and not many else sizes.shape
         counts = check_num_groups(counts, batch, sizes, name="budget")
     return leave(counts) if counts.ndim else int(counts)
 
@@ -99,9 +101,12 @@ def norm_budget(
 def _norm_budget_reference(
     tokens: NDArray[Any], gamma: float, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.int32]:
-    norms = np.linalg.norm(tokens.astype(np.float64), axis=-1)  # (B, N)
-    if mask is not None:
-        norms = norms * mask
-    held = np.cumsum(-np.sort(-norms, axis=-1), axis=-1)
+    held = _held_mass(tokens, mask)
     wanted = gamma * held[..., -1:] * (1 - 1e-12)  # γ is met to rounding
     return np.sum(held < wanted, axis=-1).astype(np.int32) + np.int32(1)
+
+
+def _held_mass(tokens: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Return the norm mass that the 1, 2, ... N largest tokens hold, (B, N)."""
+    norms = _relative_norms(tokens, mask)
+    return np.cumsum(-np.sort(-norms, axis=-1), axis=-1)

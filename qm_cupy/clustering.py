@@ -1,5 +1,6 @@
 """Clustering: tokens to exactly K groups by cosine similarity, in causal order."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,18 +8,22 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+from . import _cuda
 from ._arrays import Array, enter
 from ._checks import (
     check_anchors,
     check_choice,
     check_dendrogram,
+    check_given,
     check_mask,
     check_num_groups,
     check_number,
     check_tokens,
+    largest,
 )
 from ._matching import bipartite_groups, contiguous_groups, nearest_groups
-from .selection import num_valid, select_tokens
+from .saliency import _relative_norms, _token_norms_cuda
+from .selection import _num_valid, _select_tokens_reference
 
 LINKAGES = ("average", "ward", "complete", "single")
 METHODS = (*LINKAGES, "nearest", "bipartite", "contiguous")
@@ -58,6 +63,8 @@ def cosine_similarity(tokens: Array) -> Array:
     """
     leave, tokens = enter(tokens=tokens)
     check_tokens(tokens)
+    if _cuda.is_cuda(tokens):
+        return leave(_cosine_similarity_cuda(tokens))
     return leave(_cosine_similarity_reference(tokens))
 
 
@@ -70,6 +77,22 @@ def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
         np.matmul(unit, unit.T, out=similarity[index])  # one triangle, mirrored
         np.fill_diagonal(similarity[index], unit.any(axis=-1))
     return similarity.clip(-1, 1, out=similarity)
+
+
+def _cosine_similarity_cuda(tokens: Any) -> Any:
+    *leading, num_tokens, dim = tokens.shape
+    batch, kind = math.prod(leading), _cuda.accumulation(tokens.dtype)
+    out = _cuda.empty((*leading, num_tokens, num_tokens), kind)
+    tokens, norms = _cuda.contiguous(tokens), _token_norms_cuda(tokens)
+    args = (tokens, norms, batch, num_tokens, dim, out)
+    num_tiles = -(-num_tokens // _cuda.TILE)
+    blocks = batch * num_tiles * (num_tiles + 1) // 2
+    chosen = _cuda.implementation()
+    threads = out.size if chosen == "basic" else blocks * _cuda.BLOCK
+    _cuda.launch(
+        f"{chosen}/clustering", "cosine_similarity", tokens.dtype, threads, args
+    )
+    return out
 
 
 def _unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
@@ -123,6 +146,8 @@ def linkage(tokens: Array, method: str = "average") -> Array:
     leave, tokens = enter(tokens=tokens)
     check_tokens(tokens)
     check_choice("method", method, LINKAGES)
+    if _cuda.is_cuda(tokens):  # dendrograms grow on the CPU so far
+        return leave(_cuda.to_device(_linkage_reference(_cuda.to_host(tokens), method)))
     return leave(_linkage_reference(tokens, method))
 
 
@@ -139,7 +164,6 @@ def _linkage_sequence(tokens: NDArray[Any], method: str) -> NDArray[np.float64]:
         return np.empty((0, 4))
     distance = _cosine_similarity_reference(tokens.astype(np.float64))
     np.subtract(1, distance, out=distance)
-    np.fill_diagonal(distance, 0)
     if method == "ward":
         np.sqrt(2 * distance, out=distance)
     condensed = squareform(distance, checks=False)
@@ -197,6 +221,9 @@ def cut_linkage(
     array([1, 0, 1], dtype=int32)
     """
     leave, dendrogram, num_groups = enter(dendrogram=dendrogram, num_groups=num_groups)
+    check_given("dendrogram", dendrogram)
+    on_gpu = _cuda.is_cuda(dendrogram)
+    dendrogram = _cuda.to_host(dendrogram)
     check_dendrogram(dendrogram)
     check_choice("order", order, ORDERS)
     if (num_groups is None) == (max_error is None):
@@ -213,7 +240,7 @@ def cut_linkage(
     for index in np.ndindex(*batch):
         groups = _cut(dendrogram[index], int(counts[index]))
         labels[index] = _in_order(groups, order)
-    return leave(labels)
+    return leave(_cuda.to_device(labels) if on_gpu else labels)
 
 
 def _cut(dendrogram: NDArray[Any], num_groups: int) -> NDArray[np.intp]:
@@ -302,21 +329,21 @@ def cluster_tokens(
         tokens=tokens, num_groups=num_groups, anchors=anchors, mask=mask
     )
     check_tokens(tokens)
+    on_gpu = _cuda.is_cuda(tokens)  # groups are found on the CPU so far
+    mask, given = _cuda.to_host(mask), _cuda.to_host(anchors)
+    tokens = _cuda.to_host(tokens)
     check_choice("method", method, METHODS)
     check_choice("order", order, ORDERS)
     check_mask(mask, tokens.shape[:-1])
-    limit = num_valid(tokens[..., 0], mask)
+    limit = _num_valid(tokens[..., 0], mask)
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
-    if method == "nearest" and anchors is None:
-        norms = np.linalg.norm(tokens.astype(np.float64), axis=-1)
-        anchors = select_tokens(
-            norms, counts if counts.ndim else int(counts), mask=mask
-        )
-    if anchors is not None:
-        check_anchors(anchors, method, counts, tokens.shape[:-1], mask)
-    return leave(
-        _cluster_tokens_reference(tokens, counts, method, anchors, mask, order)
-    )
+    if given is not None:
+        check_anchors(given, method, counts, tokens.shape[:-1], mask)
+    elif method == "nearest":
+        norms, most = _relative_norms(tokens, mask), largest(num_groups, counts)
+        given = _select_tokens_reference(norms, counts, most, mask)
+    labels = _cluster_tokens_reference(tokens, counts, method, given, mask, order)
+    return leave(_cuda.to_device(labels) if on_gpu else labels)
 
 
 def _cluster_tokens_reference(

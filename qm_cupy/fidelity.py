@@ -1,10 +1,12 @@
 """Fidelity: what merging loses."""
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import Array, enter
 from ._checks import (
     check_labels,
@@ -14,8 +16,11 @@ from ._checks import (
     check_shape,
     check_tokens,
 )
+from .budget import _held_mass
 from .clustering import _unit_tokens
 from .merging import _unmerge_tokens_reference
+from .saliency import _token_norms_cuda
+from .selection import _num_valid, _top_tokens_cuda
 
 
 def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> Array:
@@ -49,30 +54,41 @@ def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> A
     Examples
     --------
     >>> import numpy as np
-    >>> float(norm_mass(np.array([[6.0], [1.0], [3.0]]), 2))
-    0.9
+    >>> float(norm_mass(np.array([[4.0], [1.0], [3.0]]), 2))
+    0.875
     """
     leave, tokens, num_groups, mask = enter(
         tokens=tokens, num_groups=num_groups, mask=mask
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    limit = tokens.shape[-2] if mask is None else mask.sum(axis=-1)
+    limit = _num_valid(tokens[..., 0], mask)
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
+    if _cuda.is_cuda(tokens):
+        return leave(_norm_mass_cuda(tokens, counts, mask))
     return leave(_norm_mass_reference(tokens, counts, mask))
 
 
 def _norm_mass_reference(
     tokens: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    norms = np.linalg.norm(tokens.astype(np.float64), axis=-1)  # (B, N)
-    if mask is not None:
-        norms = norms * mask
-    held = np.cumsum(-np.sort(-norms, axis=-1), axis=-1)
+    held = _held_mass(tokens, mask)
     total = held[..., -1]
     largest = np.take_along_axis(held, counts[..., None] - 1, axis=-1)[..., 0]
     share = np.where(total > 0, largest / np.where(total > 0, total, 1), 1)
     return share.astype(np.result_type(tokens.dtype, np.float32))
+
+
+def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
+    norms = _token_norms_cuda(tokens, mask)
+    selected = _top_tokens_cuda(norms, counts)
+    batch, num_tokens = math.prod(norms.shape[:-1]), norms.shape[-1]
+    out = _cuda.empty(norms.shape[:-1], norms.dtype)
+    chosen = _cuda.implementation()
+    threads = batch * (1 if chosen == "basic" else _cuda.BLOCK)
+    args = (norms, selected, batch, num_tokens, out)
+    _cuda.launch(f"{chosen}/fidelity", "norm_mass", norms.dtype, threads, args)
+    return out
 
 
 def reconstruction_error(
@@ -117,12 +133,20 @@ def reconstruction_error(
     Examples
     --------
     >>> import numpy as np
-    >>> tokens, merged = np.array([[1.0], [3.0], [5.0]]), np.array([[2.0], [5.0]])
-    >>> float(reconstruction_error(tokens, merged, labels=np.array([0, 0, 1])))
-    0.05714285714285714
+    >>> tokens, merged = np.array([[4.0], [0.0]]), np.array([[2.0]])
+    >>> float(reconstruction_error(tokens, merged, labels=np.array([0, 0])))
+    0.5
     """
     leave, *arrays = _enter_fidelity(tokens, merged, labels, num_groups, mask)
-    return leave(_reconstruction_error_reference(*arrays))
+    return leave(_reconstruction_error(*arrays))
+
+
+def _reconstruction_error(
+    tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
+) -> Any:
+    if _cuda.is_cuda(tokens):
+        return _reconstruction_error_cuda(tokens, merged, labels, counts, mask)
+    return _reconstruction_error_reference(tokens, merged, labels, counts, mask)
 
 
 def _enter_fidelity(
@@ -140,9 +164,9 @@ def _enter_fidelity(
             f"`merged` must be {tokens.dtype} like `tokens`, got {merged.dtype}"
         )
     check_mask(mask, tokens.shape[:-1])
-    if labels is not None:
-        check_labels(labels, tokens.shape[:-1], most)
     counts = check_num_groups(most if num_groups is None else num_groups, batch, most)
+    if labels is not None:
+        check_labels(labels, tokens.shape[:-1], counts)
     return leave, tokens, merged, labels, counts, mask
 
 
@@ -159,7 +183,9 @@ def _reconstruction_error_reference(
     lost, whole = np.empty(counts.shape), np.empty(counts.shape)
     for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
         x = tokens[index][token[index]].astype(np.float64)
+        peak = np.abs(x).max(initial=0) or 1.0  # first, so that no square overflows
         gap = x - _unmerge_tokens_reference(merged[index], labels[index][token[index]])
+        x, gap = x / peak, gap / peak
         lost[index], whole[index] = np.vdot(gap, gap), np.vdot(x, x)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.where(lost > 0, lost / whole, 0)
@@ -176,6 +202,48 @@ def _most_similar(
         unit = _unit_tokens(merged[index][: counts[index]].astype(dtype))
         labels[index] = np.argmax(tokens[index].astype(dtype) @ unit.T, axis=-1)
     return labels
+
+
+def _reconstruction_error_cuda(
+    tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
+) -> Any:
+    *leading, num_tokens, dim = tokens.shape
+    batch, num_groups = math.prod(leading), merged.shape[-2]
+    kind = _cuda.accumulation(tokens.dtype)
+    if labels is None:
+        labels = _most_similar_cuda(tokens, merged, counts)
+    if mask is not None:
+        labels = labels * mask + (mask - 1)
+    tokens, merged = _cuda.contiguous(tokens), _cuda.contiguous(merged)
+    labels = _cuda.contiguous(labels, np.int32)
+    errors, squares = (_cuda.empty((batch, num_tokens), kind) for _ in range(2))
+    sizes = batch, num_tokens, dim, num_groups
+    chosen = _cuda.implementation()
+    warp, block = (1, 1) if chosen == "basic" else (_cuda.WARP, _cuda.BLOCK)
+    file = f"{chosen}/fidelity"
+    args: tuple[Any, ...] = (tokens, merged, labels, *sizes, errors, squares)
+    _cuda.launch(file, "token_errors", tokens.dtype, errors.size * warp, args)
+    out = _cuda.empty(tuple(leading), kind)
+    args = (errors, squares, batch, num_tokens, out)
+    _cuda.launch(file, "reconstruction_error", kind, batch * block, args)
+    return out
+
+
+def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> Any:
+    """Return each token's most similar merged token, as labels (B, N)."""
+    *leading, num_tokens, dim = tokens.shape
+    out = _cuda.empty((*leading, num_tokens), np.int32)
+    batch, num_groups = math.prod(leading), merged.shape[-2]
+    tokens, merged = _cuda.contiguous(tokens), _cuda.contiguous(merged)
+    each, _ = _cuda.counts(counts)
+    norms = _token_norms_cuda(tokens), _token_norms_cuda(merged)
+    arrays = tokens, norms[0], merged, norms[1], each
+    args = (*arrays, batch, num_tokens, dim, num_groups, out)
+    chosen = _cuda.implementation()
+    tiles = batch * -(-num_tokens // _cuda.TILE)
+    threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
+    _cuda.launch(f"{chosen}/clustering", "nearest_anchors", tokens.dtype, threads, args)
+    return out
 
 
 def fidelity_loss(
@@ -228,6 +296,6 @@ def fidelity_loss(
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
     leave, *arrays = _enter_fidelity(tokens, merged, labels, num_groups, mask)
-    error = _reconstruction_error_reference(*arrays)
-    excess = np.maximum(error - error.dtype.type((1 - gamma) ** 2), 0)
-    return leave(np.asarray(excess.mean() if excess.size else 0, error.dtype))
+    error = _reconstruction_error(*arrays)
+    excess = (error - error.dtype.type((1 - gamma) ** 2)).clip(0)
+    return leave(excess.sum(dtype=error.dtype) / error.dtype.type(max(error.size, 1)))

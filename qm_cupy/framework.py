@@ -7,9 +7,8 @@ is trained: losses are plain floats for one sequence or batch.
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ._arrays import Array, enter
+from ._checks import check_number
 from .alignment import MLPPrior, alignment_loss, decode
 from .budget import token_budget
 from .fidelity import fidelity_loss
@@ -96,21 +95,29 @@ class DifferentiableTokenMerging:
         self.seed = seed
 
     def __call__(
-        self, tokens: Array, saliency_scores: Array, K: int
+        self,
+        tokens: Array,
+        saliency_scores: Array,
+        K: Any,
+        *,
+        mask: Array | None = None,
     ) -> tuple[Array, Array]:
         """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
-        merged = self.merge(tokens, saliency_scores, K)
+        merged = self.merge(tokens, saliency_scores, K, mask=mask)
         probabilities = gumbel_softmax(
-            saliency_scores, temperature=self.temperature, seed=self.seed
+            saliency_scores, temperature=self.temperature, seed=self.seed, mask=mask
         )
         return merged.tokens, probabilities
 
-    def merge(self, tokens: Any, saliency_scores: Any, K: int) -> Merged:
+    def merge(
+        self, tokens: Any, saliency_scores: Any, K: Any, *, mask: Any = None
+    ) -> Merged:
         """Return the whole `Merged` result: labels, sizes and positions too."""
         return quickmerge(
             tokens,
             K,
             saliency=saliency_scores,
+            mask=mask,
             method=self.method,
             order=self.order,
             temperature=self.temperature,
@@ -150,26 +157,26 @@ class BidirectionalARAlignment:
         prior: Any = None,
     ) -> None:
         self.embedding_dim = embedding_dim
-        self.prior = prior or MLPPrior.init(
-            embedding_dim, hidden_dim=hidden_dim, seed=seed
-        )
+        if prior is None:
+            prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
+        self.prior = prior
 
-    def forward_loss(self, merged: Any) -> Any:
+    def forward_loss(self, merged: Any, *, num_groups: Any = None) -> Any:
         """Return the left-to-right loss, the mean over the batch."""
-        return self._mean_loss(merged, "forward")
+        return self._mean_loss(merged, num_groups, "forward")
 
-    def backward_loss(self, merged: Any) -> Any:
+    def backward_loss(self, merged: Any, *, num_groups: Any = None) -> Any:
         """Return the right-to-left loss, the mean over the batch."""
-        return self._mean_loss(merged, "backward")
+        return self._mean_loss(merged, num_groups, "backward")
 
-    def compute_alignment_loss(self, merged: Any) -> Any:
+    def compute_alignment_loss(self, merged: Any, *, num_groups: Any = None) -> Any:
         """Return the sum of both losses, the mean over the batch."""
-        return self._mean_loss(merged, "total")
+        return self._mean_loss(merged, num_groups, "total")
 
-    def _mean_loss(self, merged: Any, which: str) -> Any:
-        leave, merged = enter(merged=merged)
-        losses = getattr(alignment_loss(merged, self.prior), which)
-        return leave(np.asarray(losses.mean()))
+    def _mean_loss(self, merged: Any, num_groups: Any, which: str) -> Any:
+        leave, merged, num_groups = enter(merged=merged, num_groups=num_groups)
+        losses = alignment_loss(merged, self.prior, num_groups=num_groups)
+        return leave(getattr(losses, which).mean())
 
 
 class NormBasedFidelityConstraint:
@@ -192,10 +199,11 @@ class NormBasedFidelityConstraint:
         self.gamma = gamma
 
     def compute_fidelity_loss(
-        self, tokens: Any, merged: Any, *, labels: Any = None
+        self, tokens: Any, merged: Any, *, labels: Any = None, mask: Any = None
     ) -> Any:
         """Return the mean excess of the reconstruction error over its bound."""
-        return fidelity_loss(tokens, merged, labels=labels, gamma=self.gamma)
+        options = {"labels": labels, "gamma": self.gamma, "mask": mask}
+        return fidelity_loss(tokens, merged, **options)
 
 
 class QuickMergePP:
@@ -242,7 +250,12 @@ class QuickMergePP:
         self.fidelity_constraint = NormBasedFidelityConstraint(gamma)
 
     def __call__(
-        self, tokens: Array, K: int, alpha: float = 0.1
+        self,
+        tokens: Array,
+        K: Any,
+        alpha: float = 0.1,
+        *,
+        mask: Array | None = None,
     ) -> tuple[Array, dict[str, float]]:
         """Merge tokens to K; total loss = alpha · alignment + fidelity.
 
@@ -250,10 +263,12 @@ class QuickMergePP:
         ----------
         tokens : ndarray of shape (N, D) or (B, N, D)
             Token embeddings.
-        K : int
+        K : int or ndarray of int of shape (B,)
             Groups to keep.
         alpha : float, default 0.1
             Weight of the alignment loss.
+        mask : ndarray of shape (N,) or (B, N), optional
+            Boolean, True = token.
 
         Returns
         -------
@@ -262,13 +277,13 @@ class QuickMergePP:
         losses : dict
             Floats "ar_alignment", "fidelity" and "total".
         """
-        scores = self.saliency_estimator(tokens)
-        merged = self.token_merger.merge(tokens, scores, K)
-        alignment = float(self.ar_alignment.compute_alignment_loss(merged.tokens))
+        scores = self.saliency_estimator(tokens, mask=mask)
+        merged = self.token_merger.merge(tokens, scores, K, mask=mask)
+        align = self.ar_alignment.compute_alignment_loss
+        alignment = float(align(merged.tokens, num_groups=K))
+        constrain = self.fidelity_constraint.compute_fidelity_loss
         fidelity = float(
-            self.fidelity_constraint.compute_fidelity_loss(
-                tokens, merged.tokens, labels=merged.labels
-            )
+            constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
         )
         losses = {
             "ar_alignment": alignment,
@@ -323,5 +338,6 @@ def quickmerge_inference(
     shape: tuple[int, ...] = getattr(tokens, "shape", ())
     if len(shape) != 2:
         raise ValueError(f"`tokens` must have shape (N, D), got {tuple(shape)}")
+    share = check_number("entropy_budget", entropy_budget, 0, 1, "(]")
     model = QuickMergePP(embedding_dim=shape[1])
-    return model.inference(tokens, token_budget(entropy_budget, shape[0]), ar_model)
+    return model.inference(tokens, token_budget(share, shape[0]), ar_model)

@@ -1,18 +1,22 @@
 """Merging: groups of tokens to one token each, and back."""
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from . import _cuda
 from ._arrays import Array, enter
 from ._checks import (
+    check_given,
     check_labels,
     check_mass,
     check_num_groups,
     check_out,
     check_tokens,
+    largest,
 )
 
 
@@ -73,11 +77,15 @@ def merge_tokens(
     )
     check_tokens(tokens)
     batch = tokens.shape[:-2]
-    most = int(check_num_groups(num_groups, batch).max(initial=0))
-    check_labels(labels, tokens.shape[:-1], most)
+    counts = check_num_groups(num_groups, batch)
+    most = largest(num_groups, counts)
+    check_labels(labels, tokens.shape[:-1], counts)
     check_mass(mass, tokens.shape[:-1])
     check_out(target, (*batch, most, tokens.shape[-1]), tokens.dtype)
-    merged = _merge_tokens_reference(tokens, labels, most, mass)
+    if _cuda.is_cuda(tokens):
+        merged = _merge_tokens_cuda(tokens, labels, most, mass, target)
+    else:
+        merged = _merge_tokens_reference(tokens, labels, most, mass)
     return _deliver(leave, merged, out, target)
 
 
@@ -92,6 +100,9 @@ def _merge_tokens_reference(
     flat, group, num_rows = _flat_groups(labels, num_groups)
     weight = np.ones(labels.size) if mass is None else mass.ravel().astype(np.float64)
     weight = weight[flat]
+    peak = np.zeros(num_rows)
+    np.maximum.at(peak, group, weight)
+    weight /= np.where(peak > 0, peak, 1)[group]  # so that no total overflows
     total = np.bincount(group, weight, num_rows)[group]
     size = np.bincount(group, minlength=num_rows)[group]
     share = np.where(total > 0, weight / np.where(total > 0, total, 1), 1 / size)
@@ -101,6 +112,31 @@ def _merge_tokens_reference(
     values = tokens.reshape(-1, dim).astype(dtype, copy=False)
     merged = (matrix @ values).astype(tokens.dtype, copy=False)  # (B·K, D)
     return merged.reshape(*batch, num_groups, dim)
+
+
+def _merge_tokens_cuda(
+    tokens: Any, labels: Any, num_groups: int, mass: Any, out: Any
+) -> Any:
+    *leading, num_tokens, dim = tokens.shape
+    batch = math.prod(leading)
+    if out is None:
+        out = _cuda.empty((*leading, num_groups, dim), tokens.dtype)
+    tokens, labels = _cuda.contiguous(tokens), _cuda.contiguous(labels, np.int32)
+    mass = _cuda.contiguous(mass, _cuda.accumulation(tokens.dtype))
+    sizes = batch, num_tokens, dim, num_groups
+    args: tuple[Any, ...]
+    if _cuda.implementation() == "basic":
+        args = (tokens, mass, labels, *sizes, out)
+        _cuda.launch("basic/merging", "merge_tokens", tokens.dtype, out.size, args)
+        return out
+    ends = _cuda.empty((batch, num_groups), np.int32)
+    members = _cuda.empty((batch, num_tokens), np.int32)
+    file, threads = "optimized/merging", batch * _cuda.BLOCK
+    args = (labels, batch, num_tokens, num_groups, ends, members)
+    _cuda.launch(file, "sort_members", tokens.dtype, threads, args)
+    args = (tokens, mass, ends, members, *sizes, out)
+    _cuda.launch(file, "merge_tokens", tokens.dtype, _cuda.vectors(out), args)
+    return out
 
 
 def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) -> Array:
@@ -135,9 +171,15 @@ def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) ->
     """
     leave, merged, labels, target = enter(merged=merged, labels=labels, out=out)
     check_tokens(merged, "merged")
-    check_labels(labels, (*merged.shape[:-2], *labels.shape[-1:]), merged.shape[-2])
+    check_given("labels", labels)
+    wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))
+    check_labels(labels, wanted, merged.shape[-2])
     check_out(target, (*labels.shape, merged.shape[-1]), merged.dtype)
-    return _deliver(leave, _unmerge_tokens_reference(merged, labels), out, target)
+    if _cuda.is_cuda(merged):
+        tokens = _unmerge_tokens_cuda(merged, labels, target)
+    else:
+        tokens = _unmerge_tokens_reference(merged, labels)
+    return _deliver(leave, tokens, out, target)
 
 
 def _unmerge_tokens_reference(
@@ -150,11 +192,25 @@ def _unmerge_tokens_reference(
     return tokens
 
 
+def _unmerge_tokens_cuda(merged: Any, labels: Any, out: Any) -> Any:
+    *leading, num_groups, dim = merged.shape
+    batch, num_tokens = math.prod(leading), labels.shape[-1]
+    if out is None:
+        out = _cuda.empty((*leading, num_tokens, dim), merged.dtype)
+    arrays = _cuda.contiguous(merged), _cuda.contiguous(labels, np.int32)
+    args = (*arrays, batch, num_tokens, dim, num_groups, out)
+    chosen = _cuda.implementation()
+    threads = out.size if chosen == "basic" else _cuda.vectors(out)
+    _cuda.launch(f"{chosen}/merging", "unmerge_tokens", merged.dtype, threads, args)
+    return out
+
+
 def _deliver(leave: Any, result: NDArray[Any], out: Any, target: Any) -> Any:
     """Return the result, through the caller's `out` (inside: `target`) if given."""
     if out is None:
         return leave(result)
-    target[...] = result
+    if target is not result:  # a kernel has written it already
+        target[...] = result
     return out
 
 
@@ -188,6 +244,8 @@ def group_sizes(labels: Array, num_groups: Any) -> Array:
     """
     leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
     most = _check_groups(labels, num_groups)
+    if _cuda.is_cuda(labels):
+        return leave(_groups_cuda("group_sizes", labels, most))
     return leave(_group_sizes_reference(labels, most))
 
 
@@ -227,6 +285,8 @@ def group_positions(labels: Array, num_groups: Any) -> Array:
     """
     leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
     most = _check_groups(labels, num_groups)
+    if _cuda.is_cuda(labels):
+        return leave(_groups_cuda("group_positions", labels, most))
     return leave(_group_positions_reference(labels, most))
 
 
@@ -239,11 +299,22 @@ def _group_positions_reference(
     return last.reshape(*labels.shape[:-1], num_groups)
 
 
+def _groups_cuda(kernel: str, labels: Any, num_groups: int) -> Any:
+    *leading, num_tokens = labels.shape
+    batch = math.prod(leading)
+    out = _cuda.empty((*leading, num_groups), np.int32)
+    args = (_cuda.contiguous(labels, np.int32), batch, num_tokens, num_groups, out)
+    chosen = _cuda.implementation()
+    threads = out.size if chosen == "basic" else batch * _cuda.BLOCK
+    _cuda.launch(f"{chosen}/merging", kernel, np.float32, threads, args)
+    return out
+
+
 def _check_groups(labels: NDArray[Any], num_groups: Any) -> int:
-    check_labels(labels, None, None)
-    most = int(check_num_groups(num_groups, labels.shape[:-1]).max(initial=0))
-    check_labels(labels, None, most)
-    return most
+    check_given("labels", labels)
+    counts = check_num_groups(num_groups, labels.shape[:-1])
+    check_labels(labels, None, counts)
+    return largest(num_groups, counts)
 
 
 def _flat_groups(

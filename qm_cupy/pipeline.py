@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import enter
-from ._checks import check_choice, check_mask, check_mass, check_shape, check_tokens
+from ._checks import check_choice, check_mask, check_mass, check_source, check_tokens
 from .budget import token_budget
 from .clustering import METHODS, ORDERS, cluster_tokens
 from .merging import group_positions, group_sizes, merge_tokens
@@ -19,12 +19,18 @@ from .saliency import (
     saliency as entropy_saliency,
 )
 from .selection import (
-    gumbel_noise,
+    _num_valid,
     gumbel_softmax,
-    num_valid,
     saliency_mass,
     select_tokens,
 )
+
+_LAYOUTS = {
+    "hidden_states": ("BND", "LBND"),
+    "attention": ("BNN", "LBNN", "LBHNN"),
+    "query": ("BNd", "LBNd", "LBHNd"),
+    "key": ("BNd", "LBNd", "LBHNd"),
+}
 
 
 class Merged(NamedTuple):
@@ -135,7 +141,9 @@ def quickmerge(
     check_mask(mask, tokens.shape[:-1])
     check_choice("method", method, METHODS)
     check_choice("order", order, ORDERS)
-    num_groups = token_budget(budget, num_valid(tokens[..., 0], mask))
+    share = isinstance(budget, float | np.floating)
+    sizes = _num_valid(tokens[..., 0], mask if share else None)  # K needs no look at it
+    num_groups = token_budget(budget, sizes)
     scores = _saliency(tokens, mask, saliency, *source)
     probabilities = gumbel_softmax(
         scores,
@@ -148,8 +156,14 @@ def quickmerge(
     mass = _weights(weights, scores, mass, mask)
     anchors = None
     if method == "nearest":
-        noise = gumbel_noise(scores.shape, seed, sequence_offset=sequence_offset)
-        anchors = select_tokens(scores + noise, num_groups, mask=mask)
+        chosen = gumbel_softmax(
+            scores,
+            seed=seed,
+            hard=num_groups,
+            mask=mask,
+            sequence_offset=sequence_offset,
+        )
+        anchors = select_tokens(chosen, num_groups, mask=mask)
     labels = cluster_tokens(
         tokens, num_groups, method=method, anchors=anchors, mask=mask, order=order
     )
@@ -182,35 +196,45 @@ def _saliency(
         raise ValueError("`query` and `key` go together")
     if given is not None:
         check_mass(given, tokens.shape[:-1], "saliency")
-        return given if mask is None else given * mask
+        return _fresh(given, mask)
     single = tokens.ndim == 2
     padding = mask[None] if single and mask is not None else mask
-
-    def batched(x: NDArray[Any]) -> NDArray[Any]:
-        """Put in the batch axis that one sequence leaves out, after that of layers."""
-        return np.expand_dims(x, 0 if x.ndim == 2 else 1) if single else x
-
     if attention is not None:
-        entropy = attention_entropy(batched(attention), mask=padding)
+        entropy = attention_entropy(_lift("attention", attention, tokens), mask=padding)
     elif query is not None and key is not None:
-        entropy = query_key_entropy(batched(query), batched(key), mask=padding)
+        lifted = _lift("query", query, tokens), _lift("key", key, tokens)
+        entropy = query_key_entropy(*lifted, mask=padding)
     else:
         x = tokens if hidden_states is None else hidden_states
-        entropy = self_attention_entropy(batched(x), mask=padding)
+        entropy = self_attention_entropy(
+            _lift("hidden_states", x, tokens), mask=padding
+        )
     scores = entropy_saliency(entropy, mask=padding)  # (B, N)
-    scores = scores[0] if single else scores
-    check_shape(named[0] if named else "tokens", scores, "BN", tokens.shape[:-1])
-    return scores
+    return scores[0] if single else scores
+
+
+def _lift(name: str, source: NDArray[Any], tokens: NDArray[Any]) -> NDArray[Any]:
+    """Put in the batch axis that one sequence leaves out, after that of layers."""
+    single = tokens.ndim == 2
+    lifted = source
+    if single and source.ndim > 1:
+        lifted = source[None] if source.ndim == 2 else source[:, None]
+    check_source(name, source, lifted, tokens.shape, _LAYOUTS[name])
+    return lifted
 
 
 def _weights(
     weights: Any, scores: NDArray[Any], mass: NDArray[Any], mask: NDArray[Any] | None
 ) -> NDArray[Any]:
-    if isinstance(weights, np.ndarray):
+    if not isinstance(weights, str):
         check_mass(weights, mass.shape, "weights")
-        chosen = weights
-    else:
-        check_choice("weights", weights, ("mass", "saliency", "uniform"))
-        choices = {"mass": mass, "saliency": scores, "uniform": np.ones_like(mass)}
-        chosen = choices[weights]
-    return chosen.copy() if mask is None else chosen * mask
+        return _fresh(weights, mask)
+    check_choice("weights", weights, ("mass", "saliency", "uniform"))
+    choices = {"mass": mass, "saliency": scores, "uniform": np.ones_like(mass)}
+    return _fresh(choices[weights], mask)
+
+
+def _fresh(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
+    """Return a copy, in float32 at least, that is 0 for padding."""
+    x = x.astype(np.result_type(x.dtype, np.float32), order="C")
+    return x if mask is None else x * mask

@@ -1,12 +1,13 @@
 """Saliency: how much each token matters, from attention entropy or from norms."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import Array, enter
 from ._checks import (
     check_choice,
@@ -32,10 +33,12 @@ def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
     Parameters
     ----------
     attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
-        Attention probabilities, non-negative, rows summing to 1. float16, float32 or
-        float64. One layer of heads, (B, H, N, N), is given as ``attention[None]``.
+        Attention probabilities, non-negative; float16, float32 or float64. Each row is
+        taken relative to its sum. One layer of heads, (B, H, N, N), is given as
+        ``attention[None]``.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded rows have entropy 0; padded columns are left out.
+        Boolean, True = token. Padded rows have entropy 0; padded columns are left out,
+        and the rest of the row taken relative to its own sum.
 
     Returns
     -------
@@ -67,6 +70,8 @@ def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
     )
     check_not_negative("attention", attention)
     keep = _expand_mask(mask, attention.shape[:-1])
+    if _cuda.is_cuda(attention):
+        return leave(_attention_entropy_cuda(attention, mask))
     return leave(_attention_entropy_reference(attention, keep))
 
 
@@ -82,9 +87,30 @@ def _attention_entropy_reference(
             p = attention[index][rows].astype(dtype)
             if keep is not None:
                 p *= keep
+            total = np.maximum(p.sum(axis=-1), tiny)
             log_p = np.log(np.maximum(p, tiny))  # 0 · log(tiny) = 0
-            entropy[index][rows] = -np.einsum("ij,ij->i", p, log_p)
+            mean = np.einsum("ij,ij->i", p, log_p) / total
+            entropy[index][rows] = np.where(total > tiny, np.log(total) - mean, 0)
     return np.maximum(entropy if mask is None else entropy * mask, 0)
+
+
+def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
+    *leading, num_tokens, _ = attention.shape
+    out = _cuda.empty((*leading, num_tokens), _cuda.accumulation(attention.dtype))
+    arrays = _cuda.contiguous(attention), _cuda.contiguous(mask)
+    args = (*arrays, *_axes(leading), num_tokens, out)
+    chosen = _cuda.implementation()
+    threads = out.size * (1 if chosen == "basic" else _cuda.WARP)
+    _cuda.launch(
+        f"{chosen}/saliency", "attention_entropy", attention.dtype, threads, args
+    )
+    return out
+
+
+def _axes(leading: Sequence[int]) -> tuple[int, int, int]:
+    """Return L·B·H, B and H of leading axes (), (B), (L, B) or (L, B, H)."""
+    batch = leading[1] if len(leading) > 1 else math.prod(leading)
+    return math.prod(leading), batch, leading[2] if len(leading) > 2 else 1
 
 
 def query_key_entropy(
@@ -146,6 +172,8 @@ def query_key_entropy(
         scale = query.shape[-1] ** -0.5
     scale = check_number("scale", scale, 0, np.inf, "()")
     keep = _expand_mask(mask, query.shape[:-1])
+    if _cuda.is_cuda(query):
+        return leave(_query_key_entropy_cuda(query, key, causal, scale, mask))
     return leave(_query_key_entropy_reference(query, key, causal, scale, keep))
 
 
@@ -173,6 +201,21 @@ def _query_key_entropy_reference(
             values[start:stop] = _entropy(_softmax_state(scores, axis=1))
         entropy[index][token] = values
     return entropy
+
+
+def _query_key_entropy_cuda(
+    query: Any, key: Any, causal: bool, scale: float, mask: Any
+) -> Any:
+    *leading, num_tokens, head_dim = query.shape
+    out = _cuda.empty((*leading, num_tokens), _cuda.accumulation(query.dtype))
+    arrays = map(_cuda.contiguous, (query, key, mask))
+    axes = _axes(leading)
+    args = (*arrays, *axes, num_tokens, head_dim, int(causal), scale, out)
+    chosen = _cuda.implementation()
+    tiles = axes[0] * -(-num_tokens // _cuda.TILE)
+    threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
+    _cuda.launch(f"{chosen}/saliency", "query_key_entropy", query.dtype, threads, args)
+    return out
 
 
 def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array:
@@ -215,6 +258,8 @@ def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array
     leave, tokens, mask = enter(tokens=tokens, mask=mask)
     check_values("tokens", tokens, "ND", "BND", "LBND")
     keep = _expand_mask(mask, tokens.shape[:-1])
+    if _cuda.is_cuda(tokens):
+        return leave(_self_attention_entropy_cuda(tokens, keep))
     return leave(_self_attention_entropy_reference(tokens, keep))
 
 
@@ -249,6 +294,28 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
             add(slice(stop, None), _softmax_state(across, axis=0))
         add(slice(start, stop), _softmax_state(scores, axis=1))
     return _entropy(state)
+
+
+def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
+    *leading, num_tokens, dim = tokens.shape
+    batch, kind = math.prod(leading), _cuda.accumulation(tokens.dtype)
+    out = _cuda.empty((*leading, num_tokens), kind)
+    tokens, mask = _cuda.contiguous(tokens), _cuda.contiguous(mask)
+    sizes = batch, num_tokens, dim
+    if _cuda.implementation() == "basic":
+        args = (tokens, mask, *sizes, out)
+        file, kernel = "basic/saliency", "self_attention_entropy"
+        _cuda.launch(file, kernel, tokens.dtype, out.size, args)
+        return out
+    num_tiles = -(-num_tokens // _cuda.TILE)
+    states = _cuda.empty((batch, num_tiles, num_tokens, 3), kind)
+    blocks = batch * num_tiles * (num_tiles + 1) // 2
+    args = (tokens, mask, *sizes, states)
+    file, kernel = "optimized/saliency", "self_attention_states"
+    _cuda.launch(file, kernel, tokens.dtype, blocks * _cuda.BLOCK, args)
+    args = (states, mask, batch, num_tokens, num_tiles, out)
+    _cuda.launch(file, "self_attention_entropy", tokens.dtype, out.size, args)
+    return out
 
 
 def _score_dtype(query: NDArray[Any], key: NDArray[Any], scale: float) -> np.dtype[Any]:
@@ -364,6 +431,8 @@ def saliency(
         mask,
         (*entropy.shape[1:2], entropy.shape[-1]) if entropy.ndim > 2 else entropy.shape,
     )
+    if _cuda.is_cuda(entropy):
+        return leave(_saliency_cuda(entropy, salient, mask))
     return leave(_saliency_reference(entropy, salient, mask))
 
 
@@ -379,6 +448,24 @@ def _saliency_reference(
     if salient == "low":
         scaled = 1 - scaled
     return scaled if mask is None else scaled * mask
+
+
+def _saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
+    *leading, num_tokens = entropy.shape
+    layers = leading[0] if len(leading) > 1 else 1
+    _, batch, heads = _axes(leading)
+    kind = _cuda.accumulation(entropy.dtype)
+    lowest, highest = (_cuda.empty((layers, batch), kind) for _ in range(2))
+    out = _cuda.empty((batch, num_tokens) if leading else (num_tokens,), kind)
+    entropy, mask = _cuda.contiguous(entropy), _cuda.contiguous(mask)
+    sizes = layers, batch, heads, num_tokens
+    chosen = _cuda.implementation()
+    threads = lowest.size * (1 if chosen == "basic" else _cuda.BLOCK)
+    args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest)
+    _cuda.launch(f"{chosen}/saliency", "entropy_range", entropy.dtype, threads, args)
+    args = (entropy, mask, lowest, highest, *sizes, int(salient == "high"), out)
+    _cuda.launch("basic/saliency", "saliency", entropy.dtype, out.size, args)
+    return out
 
 
 def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
@@ -413,15 +500,42 @@ def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
     leave, tokens, mask = enter(tokens=tokens, mask=mask)
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
+    if _cuda.is_cuda(tokens):
+        norms = _token_norms_cuda(tokens, mask)
+        return leave(_saliency_cuda(norms, "high", mask))
     return leave(_norm_saliency_reference(tokens, mask))
 
 
 def _norm_saliency_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    dtype = np.result_type(tokens.dtype, np.float32)
-    norms = np.linalg.norm(tokens.astype(dtype, copy=False), axis=-1)  # (B, N)
-    return _normalize(norms, mask)
+    scaled = _normalize(_relative_norms(tokens, mask), mask)
+    return scaled.astype(np.result_type(tokens.dtype, np.float32))
+
+
+def _relative_norms(
+    tokens: NDArray[Any], mask: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Return L2 norms (B, N) over the largest entry of the sequence; 0 for padding.
+
+    What uses them asks for ratios only, and no square can overflow or vanish.
+    """
+    x = tokens.astype(np.float64)
+    if mask is not None:
+        x = x * mask[..., None]
+    peak = np.abs(x).max(axis=(-2, -1), keepdims=True)
+    return np.linalg.norm(x / np.where(peak > 0, peak, 1), axis=-1)
+
+
+def _token_norms_cuda(tokens: Any, mask: Any = None) -> Any:
+    """Return the L2 norm of each token, (..., N, D) -> (..., N); 0 for padding."""
+    out = _cuda.empty(tokens.shape[:-1], _cuda.accumulation(tokens.dtype))
+    arrays = _cuda.contiguous(tokens), _cuda.contiguous(mask)
+    args = (*arrays, out.size, tokens.shape[-1], out)
+    chosen = _cuda.implementation()
+    threads = out.size * (1 if chosen == "basic" else _cuda.WARP)
+    _cuda.launch(f"{chosen}/saliency", "token_norms", tokens.dtype, threads, args)
+    return out
 
 
 def _normalize(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:

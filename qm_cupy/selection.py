@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import Array, enter
 from ._checks import (
     check_integer,
@@ -14,6 +15,7 @@ from ._checks import (
     check_seed,
     check_shape,
     check_values,
+    largest,
 )
 from ._philox import philox4x32, uniform
 
@@ -58,13 +60,23 @@ def gumbel_noise(
     >>> bool((gumbel_noise(3, seed=0, sequence_offset=1) == whole[1]).all())
     True
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    sizes = tuple(check_integer("shape", size) for size in sizes)
+    return _gumbel_noise_reference(sizes, *_check_noise(seed, sequence_offset))
+
+
+def _check_noise(seed: Any, sequence_offset: Any) -> tuple[int | None, int]:
     first = check_integer("sequence_offset", sequence_offset)
     if not 0 <= first < 2**32:
         raise ValueError(f"`sequence_offset` must lie in 0..2**32 - 1, got {first}")
+    return None if seed is None else check_seed(seed), first
+
+
+def _gumbel_noise_reference(
+    sizes: tuple[int, ...], seed: int | None, first: int
+) -> NDArray[np.float32]:
     if seed is None:
         return np.zeros(sizes, np.float32)
-    seed = check_seed(seed)
     *outer, num_sequences, num_tokens = (1, 1, *sizes)
     token = np.arange(num_tokens)
     sequence = first + np.arange(num_sequences)[:, None]
@@ -99,7 +111,8 @@ def gumbel_softmax(
         Return 1 for the K tokens of greatest s + g and 0 for the others instead
         (ties: the lower index).
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens get 0.
+        Boolean, True = token. Padded tokens get 0, and no noise is drawn for them: the
+        result is that of the tokens alone.
     sequence_offset : int, default 0
         As in `gumbel_noise`.
 
@@ -133,14 +146,28 @@ def gumbel_softmax(
     check_values("saliency", saliency, "N", "BN")
     check_mask(mask, saliency.shape)
     temperature = check_number("temperature", temperature, 0, np.inf, "()")
-    noise = gumbel_noise(saliency.shape, seed, sequence_offset=sequence_offset)
-    scores = saliency.astype(np.result_type(saliency, np.float32)) + noise
-    if hard is None:
+    noise = _check_noise(seed, sequence_offset)
+    counts = None
+    if hard is not None:
+        most = _num_valid(saliency, mask)
+        counts = check_num_groups(hard, saliency.shape[:-1], most, name="hard")
+    if _cuda.is_cuda(saliency):
+        return leave(_gumbel_softmax_cuda(saliency, temperature, noise, counts, mask))
+    scores = saliency.astype(np.result_type(saliency, np.float32))
+    scores = scores + _by_rank(_gumbel_noise_reference(saliency.shape, *noise), mask)
+    if counts is None:
         return leave(_softmax_reference(scores, temperature, mask))
-    counts = check_num_groups(
-        hard, saliency.shape[:-1], num_valid(saliency, mask), name="hard"
-    )
     return leave(_top_reference(scores, counts, mask).astype(scores.dtype))
+
+
+def _by_rank(
+    noise: NDArray[np.float32], mask: NDArray[np.bool_] | None
+) -> NDArray[np.float32]:
+    """Give token number n of a sequence draw n, wherever its padding lies."""
+    if mask is None:
+        return noise
+    rank = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+    return np.take_along_axis(noise, rank, axis=-1)
 
 
 def _softmax_reference(
@@ -148,9 +175,10 @@ def _softmax_reference(
 ) -> NDArray[Any]:
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)
+    gap = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature: -inf is what is meant
-        logits = (scores - scores.max(axis=-1, keepdims=True)) / temperature
-    weights = np.exp(logits.astype(scores.dtype, copy=False))
+        logits = (gap / temperature).astype(scores.dtype, copy=False)
+    weights = np.exp(logits)
     total: NDArray[Any] = weights.sum(axis=-1, keepdims=True)
     return weights / total
 
@@ -166,6 +194,68 @@ def _top_reference(
     within = np.arange(scores.shape[-1]) < counts[..., None]  # (B, N), by rank
     np.put_along_axis(chosen, order, within, axis=-1)
     return chosen
+
+
+def _gumbel_softmax_cuda(
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    counts: NDArray[np.int64] | None,
+    mask: Any,
+) -> Any:
+    if counts is None and _cuda.implementation() == "optimized":
+        return _softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
+    scores = _perturbed_scores_cuda(saliency, noise, mask)
+    if counts is not None:
+        return _top_tokens_cuda(scores, counts).astype(scores.dtype)
+    batch, num_tokens = _rows(scores)
+    highest, total = (_cuda.empty((batch,), scores.dtype) for _ in range(2))
+    out = _cuda.empty(scores.shape, scores.dtype)
+    args: tuple[Any, ...] = (scores, batch, num_tokens, temperature, highest, total)
+    _cuda.launch("basic/selection", "softmax_totals", scores.dtype, batch, args)
+    args = (scores, highest, total, batch, num_tokens, temperature, out)
+    _cuda.launch("basic/selection", "gumbel_softmax", scores.dtype, out.size, args)
+    return out
+
+
+def _softmax_mass_cuda(
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    epsilon: float | None,
+    mask: Any,
+) -> tuple[Any, Any]:
+    """Return π and, unless `epsilon` is None, the mass, in one launch."""
+    batch, num_tokens = _rows(saliency)
+    kind = _cuda.accumulation(saliency.dtype)
+    out = _cuda.empty(saliency.shape, kind)
+    mass = None if epsilon is None else _cuda.empty(saliency.shape, kind)
+    arrays = _cuda.contiguous(saliency), _cuda.contiguous(mask)
+    options = temperature, *_noise_arguments(noise), epsilon or 0.0
+    args = (*arrays, batch, num_tokens, *options, out, mass)
+    threads = batch * _cuda.BLOCK
+    _cuda.launch("optimized/selection", "gumbel_softmax", saliency.dtype, threads, args)
+    return out, mass
+
+
+def _perturbed_scores_cuda(
+    saliency: Any, noise: tuple[int | None, int], mask: Any
+) -> Any:
+    batch, num_tokens = _rows(saliency)
+    out = _cuda.empty(saliency.shape, _cuda.accumulation(saliency.dtype))
+    arrays = _cuda.contiguous(saliency), _cuda.contiguous(mask)
+    args = (*arrays, batch, num_tokens, *_noise_arguments(noise), out)
+    _cuda.launch("basic/selection", "perturbed_scores", saliency.dtype, out.size, args)
+    return out
+
+
+def _noise_arguments(noise: tuple[int | None, int]) -> tuple[int, np.uint64, int]:
+    seed, first = noise
+    return int(seed is not None), np.uint64(seed or 0), first
+
+
+def _rows(x: Any) -> tuple[int, int]:
+    return x.size // x.shape[-1], x.shape[-1]
 
 
 def saliency_mass(
@@ -207,6 +297,8 @@ def saliency_mass(
     check_values("probabilities", probabilities, "N", "BN")
     check_shape("probabilities", probabilities, "BN", saliency.shape)
     epsilon = check_number("epsilon", epsilon, 0, np.inf, "[)")
+    if _cuda.is_cuda(saliency):
+        return leave(_saliency_mass_cuda(saliency, probabilities, epsilon))
     return leave(_saliency_mass_reference(saliency, probabilities, epsilon))
 
 
@@ -217,6 +309,15 @@ def _saliency_mass_reference(
     s, p = saliency.astype(dtype), probabilities.astype(dtype)
     mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
     return mass
+
+
+def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> Any:
+    dtype = np.result_type(saliency.dtype, probabilities.dtype, np.float32)
+    out = _cuda.empty(saliency.shape, dtype)
+    arrays = _cuda.contiguous(saliency, dtype), _cuda.contiguous(probabilities, dtype)
+    args = (*arrays, out.size, epsilon, out)
+    _cuda.launch("basic/selection", "saliency_mass", dtype, out.size, args)
+    return out
 
 
 def select_tokens(
@@ -257,20 +358,46 @@ def select_tokens(
     )
     check_values("scores", scores, "N", "BN")
     check_mask(mask, scores.shape)
-    counts = check_num_groups(num_groups, scores.shape[:-1], num_valid(scores, mask))
-    return leave(_select_tokens_reference(scores, counts, mask))
+    counts = check_num_groups(num_groups, scores.shape[:-1], _num_valid(scores, mask))
+    most = largest(num_groups, counts)
+    if _cuda.is_cuda(scores):
+        return leave(_select_tokens_cuda(scores, counts, most, mask))
+    return leave(_select_tokens_reference(scores, counts, most, mask))
 
 
 def _select_tokens_reference(
-    scores: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
+    scores: NDArray[Any],
+    counts: NDArray[np.int64],
+    most: int,
+    mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
     chosen = _top_reference(scores, counts, mask)
-    most = counts.max(initial=0)
     positions = np.argsort(~chosen, axis=-1, stable=True)[..., :most]  # (B, K)
     padded = np.arange(most) >= counts[..., None]
     return np.where(padded, -1, positions).astype(np.int32)
 
 
-def num_valid(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> Any:
+def _select_tokens_cuda(
+    scores: Any, counts: NDArray[np.int64], most: int, mask: Any
+) -> Any:
+    scores = _perturbed_scores_cuda(scores, (None, 0), mask)
+    chosen = _top_tokens_cuda(scores, counts)
+    batch, num_tokens = _rows(scores)
+    out = _cuda.empty((*scores.shape[:-1], most), np.int32)
+    args = (chosen, batch, num_tokens, most, out)
+    _cuda.launch("basic/selection", "select_tokens", np.float32, out.size, args)
+    return out
+
+
+def _top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
+    """Mark the K highest of scores whose padding is below all others."""
+    out = _cuda.empty(scores.shape, np.bool_)
+    each, most = _cuda.counts(counts)
+    args = (scores, each, *_rows(scores), most, out)
+    _cuda.launch("basic/selection", "top_tokens", scores.dtype, out.size, args)
+    return out
+
+
+def _num_valid(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> Any:
     """Return the number of tokens of (B, N): N, or per sequence under a mask."""
     return x.shape[-1] if mask is None else mask.sum(axis=-1)

@@ -1,0 +1,57 @@
+// Fidelity: what the merged tokens keep of the tokens.
+//
+//   norm mass = sum of the K largest ‖x‖ / sum of all ‖x‖
+//   reconstruction error = ‖X - X̂‖² / ‖X‖²,   x̂_i = the merged token of i's group
+//
+// One thread, one output; sums run in index order.
+
+// ‖x_i - x̂_i‖² and ‖x_i‖²; padding (label -1) counts in neither.
+extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merged,
+                                        const int* labels, long long batch,
+                                        long long num_tokens, long long dim,
+                                        long long num_groups, acc_t* errors,
+                                        acc_t* squares) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const int k = labels[index];
+    acc_t error = 0, square = 0;
+    if (k >= 0) {
+        const real_t* x = tokens + index * dim;                                  // (D,)
+        const real_t* y = merged + (index / num_tokens * num_groups + k) * dim;  // (D,)
+        for (long long d = 0; d < dim; ++d) {
+            const acc_t difference = widen(x[d]) - widen(y[d]);
+            error += difference * difference;
+            square += widen(x[d]) * widen(x[d]);
+        }
+    }
+    errors[index] = error;
+    squares[index] = square;
+}
+
+// A sequence of zeros is reconstructed without error.
+extern "C" __global__ void reconstruction_error(const acc_t* errors,
+                                                const acc_t* squares, long long batch,
+                                                long long num_tokens, acc_t* out) {
+    const long long b = thread_index();  // (B,)
+    if (b >= batch) return;
+    acc_t error = 0, square = 0;
+    for (long long i = b * num_tokens; i < (b + 1) * num_tokens; ++i) {
+        error += errors[i];
+        square += squares[i];
+    }
+    out[b] = square > 0 ? error / square : 0;
+}
+
+// `selected` marks the K largest norms. Of no norm at all, every part is all of it.
+extern "C" __global__ void norm_mass(const acc_t* norms, const bool* selected,
+                                     long long batch, long long num_tokens,
+                                     acc_t* out) {
+    const long long b = thread_index();  // (B,)
+    if (b >= batch) return;
+    acc_t kept = 0, total = 0;
+    for (long long i = b * num_tokens; i < (b + 1) * num_tokens; ++i) {
+        total += norms[i];
+        if (selected[i]) kept += norms[i];
+    }
+    out[b] = total > 0 ? kept / total : 1;
+}

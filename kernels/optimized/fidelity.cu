@@ -1,0 +1,63 @@
+// Fidelity: a warp for a token, a block for a sequence; see basic/fidelity.cu.
+
+// One warp, one token.
+extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merged,
+                                        const int* labels, long long batch,
+                                        long long num_tokens, long long dim,
+                                        long long num_groups, acc_t* errors,
+                                        acc_t* squares) {
+    const long long index = thread_index() / 32;  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const int k = labels[index];
+    const real_t* token = tokens + index * dim;
+    const real_t* group = merged + (index / num_tokens * num_groups + k) * dim;
+    acc_t error = 0, square = 0;
+    // All lanes of a warp have the same k.
+    for (long long d = threadIdx.x % 32 * WIDTH; k >= 0 && d < dim; d += 32 * WIDTH) {
+        acc_t x[WIDTH], y[WIDTH];
+        load_vector(x, token + d, dim - d);
+        load_vector(y, group + d, dim - d);
+        for (int i = 0; i < WIDTH; ++i) {
+            error += (x[i] - y[i]) * (x[i] - y[i]);
+            square += x[i] * x[i];
+        }
+    }
+    error = warp_reduce(error, Add());
+    square = warp_reduce(square, Add());
+    if (threadIdx.x % 32 == 0) {
+        errors[index] = error;
+        squares[index] = square;
+    }
+}
+
+// One block, one sequence.
+extern "C" __global__ void reconstruction_error(const acc_t* errors,
+                                                const acc_t* squares, long long batch,
+                                                long long num_tokens, acc_t* out) {
+    __shared__ acc_t scratch[32];
+    const long long first = blockIdx.x * num_tokens;
+    acc_t error = 0, square = 0;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
+        error += errors[first + i];
+        square += squares[first + i];
+    }
+    error = block_reduce(error, scratch, Add());
+    square = block_reduce(square, scratch, Add());
+    if (threadIdx.x == 0) out[blockIdx.x] = square > 0 ? error / square : 0;
+}
+
+// One block, one sequence.
+extern "C" __global__ void norm_mass(const acc_t* norms, const bool* selected,
+                                     long long batch, long long num_tokens,
+                                     acc_t* out) {
+    __shared__ acc_t scratch[32];
+    const long long first = blockIdx.x * num_tokens;
+    acc_t kept = 0, total = 0;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
+        total += norms[first + i];
+        if (selected[first + i]) kept += norms[first + i];
+    }
+    kept = block_reduce(kept, scratch, Add());
+    total = block_reduce(total, scratch, Add());
+    if (threadIdx.x == 0) out[blockIdx.x] = total > 0 ? kept / total : 1;
+}

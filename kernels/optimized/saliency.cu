@@ -1,0 +1,283 @@
+// Saliency: entropies without the N x N scores, by tiles; see basic/saliency.cu.
+//
+// A score lives in one thread's registers only. Each thread keeps the state (m, r, t)
+// of SoftmaxEntropy for its rows; states are merged in a fixed order, so that every run
+// gives the same bits.
+
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
+
+// SoftmaxEntropy of scores in units of ln 2, whose exponential is one instruction.
+struct Exponents {
+    acc_t m = NEVER, r = 0, t = 0;
+
+    // Add scores, of which masked ones are NEVER. One that equals m counts 1, but m
+    // itself stays out: equals are counted apart, so that r never holds its 1.
+    template <int count>
+    __device__ __forceinline__ void add(const acc_t (&scores)[count]) {
+        acc_t top = scores[0];
+#pragma unroll
+        for (int i = 1; i < count; ++i) top = max(top, scores[i]);
+        int equals = 0;
+        if (top > m) {
+            const acc_t e = exp2(m - top);
+            t = e * (t + (m - top) * (1 + r));
+            r = e * (1 + r);
+            m = top;
+            equals = -1;
+        }
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const acc_t d = scores[i] - m;
+            const acc_t e = d < 0 ? exp2(d) : acc_t(0);
+            equals += d == 0;
+            r += e;
+            t += e * d;
+        }
+        r += equals;
+    }
+
+    __device__ __forceinline__ SoftmaxEntropy natural() const {
+        SoftmaxEntropy state;
+        state.m = m == NEVER ? acc_t(NEVER) : m * acc_t(LN_2);
+        state.r = r;
+        state.t = t * acc_t(LN_2);
+        return state;
+    }
+};
+
+// Merge the states of lanes that differ in the bits from `first` up to `end`.
+__device__ __forceinline__ SoftmaxEntropy merge_lanes(SoftmaxEntropy state, int first,
+                                                      int end) {
+    for (int bits = first; bits < end; bits *= 2) {
+        SoftmaxEntropy other;
+        other.m = __shfl_xor_sync(~0u, state.m, bits);
+        other.r = __shfl_xor_sync(~0u, state.r, bits);
+        other.t = __shfl_xor_sync(~0u, state.t, bits);
+        state.merge(other);
+    }
+    return state;
+}
+
+__device__ __forceinline__ void write_state(acc_t* out, const SoftmaxEntropy& state) {
+    out[0] = state.m;
+    out[1] = state.r;
+    out[2] = state.t;
+}
+
+__device__ __forceinline__ SoftmaxEntropy read_state(const acc_t* in) {
+    SoftmaxEntropy state;
+    state.m = in[0], state.r = in[1], state.t = in[2];
+    return state;
+}
+
+// Bit i: the thread's i-th row (or column) of the tile from `first` on is a token.
+template <int count, class Place>
+__device__ __forceinline__ unsigned tokens_among(const bool* mask, long long first,
+                                                 long long num_tokens, Place place) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        const long long token = first + place(i);
+        bits |= unsigned(token < num_tokens && is_token(mask, token)) << i;
+    }
+    return bits;
+}
+
+// One block, one tile (i <= j) of one sequence: the states of its rows, and, off the
+// diagonal, of its columns, for they are rows of the lower half. states: (B, T, N, 3).
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    self_attention_states(const real_t* tokens, const bool* mask, long long batch,
+                          long long num_tokens, long long dim, acc_t* states) {
+    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    const long long num_tiles = (num_tokens + TILE - 1) / TILE;
+    const long long tiles = num_tiles * (num_tiles + 1) / 2;
+    const long long b = blockIdx.x / tiles, first = b * num_tokens;
+    long long tile_i, tile_j;
+    upper_tile(blockIdx.x % tiles, num_tiles, &tile_i, &tile_j);
+    const long long row0 = tile_i * TILE, column0 = tile_j * TILE;
+
+    const real_t* sequence = tokens + first * dim;  // (N, D)
+    acc_t scores[4][16];
+    multiply_tiles(stages, {sequence + row0 * dim, num_tokens - row0},
+                   {sequence + column0 * dim, num_tokens - column0}, 1, dim, scores,
+                   [](int) {});
+    const acc_t scale = acc_t(LOG2_E) / sqrt(static_cast<acc_t>(dim));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 16; ++j) scores[i][j] *= scale;
+
+    const bool* valid = mask ? mask + first : nullptr;
+    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, tile_row);
+    const unsigned columns = tokens_among<16>(valid, column0, num_tokens, tile_column);
+    auto* of_rows = reinterpret_cast<acc_t*>(stages);  // (2, TILE, 3), a warp's columns
+    acc_t* of_columns = of_rows + 2 * TILE * 3;        // (4, TILE, 3), a warp's rows
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        acc_t row[16];
+#pragma unroll
+        for (int j = 0; j < 16; ++j) row[j] = columns >> j & 1 ? scores[i][j] : NEVER;
+        Exponents exponents;
+        exponents.add(row);
+        const SoftmaxEntropy state = merge_lanes(exponents.natural(), 1, 4);
+        if (lane % 4 == 0)
+            write_state(of_rows + (warp % 2 * TILE + tile_row(i)) * 3, state);
+    }
+    if (tile_i != tile_j) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            acc_t column[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                column[i] = rows >> i & 1 ? scores[i][j] : NEVER;
+            Exponents exponents;
+            exponents.add(column);
+            const SoftmaxEntropy state = merge_lanes(exponents.natural(), 4, 32);
+            if (lane < 4)
+                write_state(of_columns + (warp / 2 * TILE + tile_column(j)) * 3, state);
+        }
+    }
+    __syncthreads();
+
+    // Half of the threads merge a row's two states, half a column's four.
+    const bool is_row = threadIdx.x < TILE;
+    const int index = threadIdx.x % TILE;
+    const long long token = (is_row ? row0 : column0) + index;
+    if (token >= num_tokens || (!is_row && tile_i == tile_j)) return;
+    const acc_t* parts = (is_row ? of_rows : of_columns) + index * 3;
+    SoftmaxEntropy state;
+    for (int part = 0; part < (is_row ? 2 : 4); ++part)
+        state.merge(read_state(parts + part * TILE * 3));
+    const long long slot = b * num_tiles + (is_row ? tile_j : tile_i);
+    write_state(states + (slot * num_tokens + token) * 3, state);
+}
+
+// The entropy of every row from its T states.
+extern "C" __global__ void self_attention_entropy(const acc_t* states, const bool* mask,
+                                                  long long batch, long long num_tokens,
+                                                  long long num_states, acc_t* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long b = index / num_tokens, i = index % num_tokens;
+    SoftmaxEntropy state;
+    for (long long s = b * num_states; s < (b + 1) * num_states; ++s)
+        state.merge(read_state(states + (s * num_tokens + i) * 3));
+    out[index] = is_token(mask, index) ? state.value() : 0;
+}
+
+// One block, 128 rows of one head; it passes by all keys, or those up to its last row.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
+                      long long outer, long long batch, long long heads,
+                      long long num_tokens, long long head_dim, long long causal,
+                      double scale, acc_t* out) {
+    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    const long long row_tiles = (num_tokens + TILE - 1) / TILE;
+    const long long head = blockIdx.x / row_tiles;  // (L, B, H)
+    // Causal rows near the end have most to do: they go first.
+    const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
+    const long long row0 = row_tile * TILE;
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+
+    const real_t* queries = query + (head * num_tokens + row0) * head_dim;
+    const real_t* keys = key + head * num_tokens * head_dim;
+    const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
+    const acc_t factor = acc_t(scale * LOG2_E);
+    acc_t scores[4][16];
+    Exponents exponents[4];
+    multiply_tiles(stages, {queries, num_tokens - row0}, {keys, num_tokens}, num_tiles,
+                   head_dim, scores, [&](int tile) {
+                       const long long column0 = static_cast<long long>(tile) * TILE;
+                       const unsigned columns =
+                           tokens_among<16>(valid, column0, num_tokens, tile_column);
+#pragma unroll
+                       for (int i = 0; i < 4; ++i) {
+                           const long long last =
+                               causal ? row0 + tile_row(i) : num_tokens;
+#pragma unroll
+                           for (int j = 0; j < 16; ++j) {
+                               const bool seen =
+                                   columns >> j & 1 && column0 + tile_column(j) <= last;
+                               scores[i][j] = seen ? scores[i][j] * factor : NEVER;
+                           }
+                           exponents[i].add(scores[i]);
+                       }
+                   });
+
+    auto* parts =
+        reinterpret_cast<acc_t*>(stages);  // (2, TILE, 3): columns of two warps
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const SoftmaxEntropy state = merge_lanes(exponents[i].natural(), 1, 4);
+        if (threadIdx.x % 4 == 0)
+            write_state(parts + (threadIdx.x / 32 % 2 * TILE + tile_row(i)) * 3, state);
+    }
+    __syncthreads();
+    const long long row = row0 + threadIdx.x;
+    if (threadIdx.x >= TILE || row >= num_tokens) return;
+    SoftmaxEntropy state = read_state(parts + threadIdx.x * 3);
+    state.merge(read_state(parts + (TILE + threadIdx.x) * 3));
+    out[head * num_tokens + row] = is_token(valid, row) ? state.value() : 0;
+}
+
+// One warp, one row.
+extern "C" __global__ void attention_entropy(const real_t* attention, const bool* mask,
+                                             long long outer, long long batch,
+                                             long long heads, long long num_tokens,
+                                             acc_t* out) {
+    const long long row = thread_index() / 32;  // (L, B, H, N)
+    if (row >= outer * num_tokens) return;
+    const long long first = row / num_tokens / heads % batch * num_tokens;
+    const real_t* probabilities = attention + row * num_tokens;  // (N,)
+    acc_t entropy = 0;
+    for (long long j = threadIdx.x % 32 * WIDTH; j < num_tokens; j += 32 * WIDTH) {
+        acc_t p[WIDTH];
+        load_vector(p, probabilities + j, num_tokens - j);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i)
+            if (p[i] > 0 && is_token(mask, first + j + i)) entropy -= p[i] * log(p[i]);
+    }
+    entropy = warp_reduce(entropy, Add());
+    if (threadIdx.x % 32 == 0)
+        out[row] = is_token(mask, first + row % num_tokens) ? entropy : 0;
+}
+
+// One warp, one row.
+extern "C" __global__ void token_norms(const real_t* tokens, long long num_rows,
+                                       long long dim, acc_t* out) {
+    const long long row = thread_index() / 32;  // (B, N)
+    if (row >= num_rows) return;
+    acc_t squares = 0;
+    for (long long d = threadIdx.x % 32 * WIDTH; d < dim; d += 32 * WIDTH) {
+        acc_t x[WIDTH];
+        load_vector(x, tokens + row * dim + d, dim - d);
+        for (int i = 0; i < WIDTH; ++i) squares += x[i] * x[i];
+    }
+    squares = warp_reduce(squares, Add());
+    if (threadIdx.x % 32 == 0) out[row] = sqrt(squares);
+}
+
+// One block, one layer of one sequence.
+extern "C" __global__ void entropy_range(const real_t* entropy, const bool* mask,
+                                         long long layers, long long batch,
+                                         long long heads, long long num_tokens,
+                                         acc_t* lowest, acc_t* highest) {
+    __shared__ acc_t scratch[32];
+    const long long row = blockIdx.x;  // (L, B)
+    acc_t low = -NEVER, high = NEVER;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
+        if (!is_token(mask, row % batch * num_tokens + i)) continue;
+        acc_t sum = 0;
+        for (long long h = 0; h < heads; ++h)
+            sum += widen(entropy[(row * heads + h) * num_tokens + i]);
+        low = min(low, sum / heads);
+        high = max(high, sum / heads);
+    }
+    low = block_reduce(low, scratch, Least());
+    high = block_reduce(high, scratch, Greatest());
+    if (threadIdx.x == 0) {
+        lowest[row] = low;
+        highest[row] = high;
+    }
+}

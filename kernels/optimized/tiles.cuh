@@ -1,0 +1,167 @@
+// Tiles of S = A Bᵀ, 128 x 128 at a time, for A and B of shape (rows, dim).
+//
+// 256 threads. The rows of both tiles come to shared memory 64 bytes at a time, with
+// two such steps in flight ahead of the one being multiplied. Of the 128 x 128 sums
+// each thread holds 4 x 16, the same ones whether the tensor cores find them (16-bit
+// types, sm_80 on) or the FMA units: warp w has rows w / 2 * 32 and columns w % 2 * 64
+// onwards.
+
+constexpr int TILE = 128;
+constexpr int TILE_THREADS = 256;
+constexpr int STAGES = 3;
+constexpr int STEP_BYTES = 64;  // of each row
+constexpr int STEP = STEP_BYTES / sizeof(real_t);
+constexpr int STAGE_BYTES = 2 * TILE * STEP_BYTES;  // A's rows, then B's: 16 KB
+constexpr bool TENSOR_CORES = sizeof(real_t) == 2 && __CUDA_ARCH__ >= 800;
+constexpr int TILE_BLOCKS = TENSOR_CORES ? 2 : 1;  // that share the registers of an SM
+
+// Rows of a matrix from a tile's first on; those from `count` on do not exist.
+struct Rows {
+    const real_t* data;
+    long long count;
+};
+
+// Where a thread's i-th row and j-th column lie in the tile.
+__device__ __forceinline__ int tile_row(int i) {
+    return threadIdx.x / 64 * 32 + i * 8 + threadIdx.x % 32 / 4;
+}
+__device__ __forceinline__ int tile_column(int j) {
+    return threadIdx.x / 32 % 2 * 64 + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+}
+
+// The 16 bytes `chunk` of a staged row. Turning the chunks with the row keeps eight
+// rows that are read at once in different banks.
+__device__ __forceinline__ unsigned char* staged(unsigned char* stage, int row,
+                                                 int chunk) {
+    return stage + row * STEP_BYTES + (chunk ^ row / 2 % 4) * 16;
+}
+
+__device__ __forceinline__ void stage_step(unsigned char* stage, const Rows& a,
+                                           const Rows& b, long long k, long long dim) {
+    for (int n = 0; n < 2 * TILE * 4 / TILE_THREADS; ++n) {
+        const int chunk = n * TILE_THREADS + threadIdx.x;
+        const int row = chunk / 4;  // 0 .. 255, B's from TILE on
+        const Rows& from = row < TILE ? a : b;
+        const long long column = k + chunk % 4 * WIDTH;
+        const real_t* source = from.data + row % TILE * dim + column;
+        const long long left = row % TILE < from.count ? dim - column : 0;
+        unsigned char* target = staged(stage, row, chunk % 4);
+        if (is_whole(source, left)) {
+            cp_async_16(target, source);
+        } else {
+            Vector v;
+            for (int i = 0; i < WIDTH; ++i)
+                if (i < left)
+                    v.element[i] = source[i];
+                else
+                    store(&v.element[i], acc_t(0));
+            *reinterpret_cast<Vector*>(target) = v;
+        }
+    }
+}
+
+// sums += the products of one step, on the tensor cores.
+template <class T>
+__device__ __forceinline__ void multiply_mma(unsigned char* stage,
+                                             acc_t (&sums)[4][16]) {
+    const int lane = threadIdx.x % 32;
+    const int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // of the step's 32 elements
+        unsigned a[2][4];
+        for (int m = 0; m < 2; ++m)
+            ldmatrix_x4(a[m],
+                        staged(stage, row + m * 16 + lane % 16, half * 2 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {  // two 8-column strips to a load
+            unsigned b[4];
+            ldmatrix_x4(b,
+                        staged(stage, TILE + column + n * 8 + lane / 16 * 8 + lane % 8,
+                               half * 2 + lane / 8 % 2));
+            const unsigned strips[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
+            for (int m = 0; m < 2; ++m)
+                for (int s = 0; s < 2; ++s)
+                    mma_16x8x16(sums[2 * m][2 * (n + s)], sums[2 * m][2 * (n + s) + 1],
+                                sums[2 * m + 1][2 * (n + s)],
+                                sums[2 * m + 1][2 * (n + s) + 1], a[m], strips[s], T());
+        }
+    }
+}
+
+// The same by fused multiply-adds.
+__device__ __forceinline__ void multiply_fma(unsigned char* stage,
+                                             acc_t (&sums)[4][16]) {
+    for (int chunk = 0; chunk < 4; ++chunk) {
+        acc_t a[4][WIDTH], b[WIDTH];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            load_vector(
+                a[i],
+                reinterpret_cast<const real_t*>(staged(stage, tile_row(i), chunk)),
+                WIDTH);
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            load_vector(b,
+                        reinterpret_cast<const real_t*>(
+                            staged(stage, TILE + tile_column(j), chunk)),
+                        WIDTH);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int k = 0; k < WIDTH; ++k) sums[i][j] += a[i][k] * b[k];
+        }
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void multiply(unsigned char* stage, acc_t (&sums)[4][16]) {
+    if constexpr (TENSOR_CORES)
+        multiply_mma<T>(stage, sums);
+    else
+        multiply_fma(stage, sums);
+}
+
+// For tile 0, 1, ... of B's rows: find the sums with A's tile, then call use(tile).
+// `stages` (STAGES * STAGE_BYTES, shared) is free again at the end.
+template <class Use>
+__device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
+                                               const Rows& b, int num_tiles,
+                                               long long dim, acc_t (&sums)[4][16],
+                                               Use use) {
+    const int steps_per_tile = static_cast<int>((dim + STEP - 1) / STEP);
+    int next_tile = 0, next_step = 0;  // to be staged
+    const auto stage_next = [&](int slot) {
+        if (next_tile < num_tiles) {
+            const long long first = static_cast<long long>(next_tile) * TILE;
+            stage_step(stages + slot * STAGE_BYTES, a,
+                       {b.data + first * dim, b.count - first},
+                       static_cast<long long>(next_step) * STEP, dim);
+            if (++next_step == steps_per_tile) next_step = 0, ++next_tile;
+        }
+        cp_async_commit();
+    };
+    for (int slot = 0; slot < STAGES - 1; ++slot) stage_next(slot);
+
+    int slot = 0;
+    for (int tile = 0; tile < num_tiles; ++tile) {
+        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 16; ++j) sums[i][j] = 0;
+        for (int step = 0; step < steps_per_tile; ++step) {
+            cp_async_wait<STAGES - 2>();
+            __syncthreads();  // this step is there, and the one before it is used up
+            stage_next(slot == 0 ? STAGES - 1 : slot - 1);
+            multiply<real_t>(stages + slot * STAGE_BYTES, sums);
+            slot = slot == STAGES - 1 ? 0 : slot + 1;
+        }
+        use(tile);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+}
+
+// Tile (i, j) with i <= j, the index-th of the upper ones row by row.
+__device__ __forceinline__ void upper_tile(long long index, long long num_tiles,
+                                           long long* i, long long* j) {
+    for (*i = 0; index >= num_tiles - *i; ++*i) index -= num_tiles - *i;
+    *j = *i + index;
+}

@@ -1,0 +1,272 @@
+"""The keeper of the kernels: finds, splices, compiles, caches and launches them.
+
+Importing this does nothing to the GPU; CuPy itself is imported by the first launch.
+"""
+
+import functools
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Implementation = Literal["basic", "optimized"]
+
+_HERE = Path(__file__).resolve().parent
+_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # a wheel's, a checkout's
+_STORAGE = {
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+_KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\(")
+
+WARP = 32  # threads that go in step
+BLOCK = 256  # threads of a block, where a kernel does not say otherwise
+TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
+
+_chosen: Implementation = "optimized"
+
+
+class KernelCompilationError(RuntimeError):
+    """A kernel did not compile; holds the compiler's log and what may help."""
+
+
+class use_kernels:  # noqa: N801
+    """Choose the kernels that run: ``"optimized"`` (the default) or ``"basic"``.
+
+    Parameters
+    ----------
+    implementation : {"basic", "optimized"}
+        ``"basic"`` is one thread, one output: slow, plain, and the cross-check.
+
+    Raises
+    ------
+    ValueError
+        If it is another word.
+
+    Examples
+    --------
+    >>> with use_kernels("basic"):  # within the block, and only there
+    ...     ...
+    Ellipsis
+    >>> choice = use_kernels("optimized")  # from here on
+    """
+
+    def __init__(self, implementation: Implementation) -> None:
+        global _chosen
+        if implementation not in ("basic", "optimized"):
+            raise ValueError(
+                '`implementation` must be "basic" or "optimized", '
+                f"got {implementation!r}"
+            )
+        self._before = _chosen
+        _chosen = implementation
+
+    def __enter__(self) -> None:
+        """Keep the choice until the end of the ``with``."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Go back to the choice before."""
+        global _chosen
+        _chosen = self._before
+
+
+def implementation() -> Implementation:
+    """Return which kernels run now."""
+    return _chosen
+
+
+def launch(
+    file: str,
+    kernel: str,
+    dtype: Any,
+    threads: int,
+    args: tuple[Any, ...],
+    *,
+    block: int = BLOCK,
+) -> None:
+    """Run a kernel of ``kernels/<file>.cu`` on the current stream and device.
+
+    `threads` is rounded up to whole blocks, all in x: the one axis that may have more
+    than 65,535 of them. Nothing is launched for zero threads.
+    """
+    if threads == 0:
+        return
+    grid = -(-threads // block)
+    run = raw_kernel(file, kernel, np.dtype(dtype).name)
+    run((grid,), (block,), tuple(_argument(x) for x in args))
+
+
+def _argument(x: Any) -> Any:
+    """Give `x` the width its parameter has: a launch checks and converts nothing."""
+    if x is None:
+        return np.uint64(0)  # a null pointer
+    if isinstance(x, int):
+        return np.int64(x)
+    if isinstance(x, float):
+        return np.float64(x)
+    if not isinstance(x, np.generic) and not x.flags.c_contiguous:
+        raise ValueError(f"a kernel takes C-contiguous arrays, got strides {x.strides}")
+    return x
+
+
+def accumulation(dtype: Any) -> np.dtype[Any]:
+    """Return `acc_t`: float64 for float64, float32 for everything narrower."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def vectors(x: Any) -> int:
+    """Return how many vectors of 16 bytes the rows of `x` take."""
+    width: int = 16 // x.dtype.itemsize
+    rows: int = math.prod(x.shape[:-1])
+    return rows * -(-int(x.shape[-1]) // width)
+
+
+def raw_kernel(file: str, kernel: str, dtype: str) -> Any:
+    """Return the compiled kernel for the current device.
+
+    The seam, with `empty`: the emulator's tests put their own in its place, which is
+    called as this is, with ``(grid, block, args)``, and takes NumPy arrays.
+    """
+    import cupy
+
+    return _compile(file, kernel, dtype, cupy.cuda.runtime.getDevice())
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an array for a kernel to fill; part of the seam."""
+    import cupy
+
+    return cupy.empty(shape, dtype=dtype)
+
+
+def to_device(x: NDArray[Any]) -> Any:
+    """Return a small array of the CPU's on the current device; part of the seam."""
+    import cupy
+
+    return cupy.asarray(x)
+
+
+def to_host(x: Any) -> Any:
+    """Return an array of the CPU's, which waits for the GPU; part of the seam."""
+    return x if x is None or isinstance(x, np.ndarray) else x.get()
+
+
+def is_cuda(x: Any) -> bool:
+    """Whether an array that has come through the door is CuPy's; part of the seam."""
+    return hasattr(type(x), "__cuda_array_interface__")
+
+
+def contiguous(x: Any, dtype: Any = None) -> Any:
+    """Return `x` as a kernel takes it: C-contiguous, of `dtype`; None stays None."""
+    return None if x is None else x.astype(dtype or x.dtype, order="C", copy=False)
+
+
+def counts(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
+    """Return K of every sequence as a kernel takes it, null if all are equal, and K."""
+    most = int(num_groups.max(initial=0))
+    if (num_groups == most).all():
+        return None, most
+    return to_device(num_groups.astype(np.int32)), most
+
+
+@functools.cache
+def _compile(file: str, kernel: str, dtype: str, device: int) -> Any:
+    import cupy
+
+    try:
+        return _module(file, dtype).get_function(kernel)
+    except cupy.cuda.compiler.CompileException as error:
+        raise KernelCompilationError(
+            f"kernel `{kernel}` of {file}.cu did not compile for {dtype} on device "
+            f"{device}:\n{error}\n{_hint(str(error))}"
+        ) from error
+
+
+@functools.cache
+def _module(file: str, dtype: str) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source(file), options=options(dtype))
+
+
+def _hint(log: str) -> str:
+    if "cuda_fp16.h" in log or "cannot open source file" in log:
+        return (
+            "Hint: the CUDA headers are missing; install CuPy with them, for example "
+            "`pip install 'qm_cupy[cuda13]'`."
+        )
+    return (
+        "Hint: sm_75 (Turing) is the oldest GPU these kernels are for; if yours is "
+        "newer, please report this log."
+    )
+
+
+def source(file: str) -> str:
+    """Return ``common.cuh``, the ``.cuh`` beside the kernel file, and the file itself.
+
+    One text, because CuPy's disk cache would not notice a change in an included file;
+    errors name the true files all the same.
+    """
+    folder = _folder()
+    beside = sorted((folder / file).parent.glob("*.cuh"))
+    return "".join(
+        f'#line 1 "{path.relative_to(folder)}"\n{path.read_text(encoding="utf-8")}'
+        for path in (folder / "common.cuh", *beside, folder / f"{file}.cu")
+    )
+
+
+def options(dtype: str) -> tuple[str, ...]:
+    """Return the compiler's options: the language and the two types."""
+    storage = _STORAGE[dtype]
+    compute = "double" if dtype == "float64" else "float"
+    return "--std=c++17", f"-Dreal_t={storage}", f"-Dacc_t={compute}"
+
+
+def kernel_files() -> list[str]:
+    """Return all kernel files, as ``basic/merging`` and so on."""
+    return [
+        f"{path.parent.name}/{path.stem}" for path in sorted(_folder().glob("*/*.cu"))
+    ]
+
+
+def kernel_names(file: str) -> list[str]:
+    """Return the names of the kernels in a file, in its order."""
+    return _KERNEL.findall((_folder() / f"{file}.cu").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _folder() -> Path:
+    for folder in _FOLDERS:
+        if (folder / "common.cuh").is_file():
+            return folder
+    places = " and ".join(str(folder) for folder in _FOLDERS)
+    raise FileNotFoundError(f"no kernels: looked for common.cuh in {places}")
+
+
+def warmup(dtype: Any = np.float32) -> None:
+    """Compile every kernel for `dtype` on the current device, ahead of its first use.
+
+    Parameters
+    ----------
+    dtype : dtype, default float32
+        float16, bfloat16, float32 or float64, as the tokens will be.
+
+    Raises
+    ------
+    TypeError
+        If no kernel is of that dtype.
+    KernelCompilationError
+        If a kernel does not compile.
+    """
+    name = np.dtype(dtype).name
+    if name not in _STORAGE:
+        raise TypeError(f"`dtype` must be one of {', '.join(_STORAGE)}, got {name}")
+    for file in kernel_files():
+        for kernel in kernel_names(file):
+            raw_kernel(file, kernel, name)
+            raw_kernel(file, kernel, accumulation(np.dtype(dtype)).name)
