@@ -1,17 +1,19 @@
 """The command line: compress a file of tokens, look at a picture, look at the setup."""
 
 import argparse
+import functools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__
+from . import __version__, _cuda
+from ._checks import check_tokens
 from ._doctor import doctor
 from ._files import Mask, Stored, check_output, open_tokens, replacing, write_merged
 from ._progress import Step, progress
@@ -115,8 +117,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _compress(arguments: argparse.Namespace) -> None:
     begun = time.perf_counter()
-    if arguments.device == "cuda":
-        raise ValueError("--device cuda: this version has no CUDA kernels yet, use cpu")
+    on_gpu = _on_gpu(arguments.device)
     names = ("method", "order", "temperature", "epsilon", "weights", "seed")
     options = {name: getattr(arguments, name) for name in names}
     quickmerge(np.ones((1, 1)), 1, **options)  # a wrong option fails here, not later
@@ -127,14 +128,33 @@ def _compress(arguments: argparse.Namespace) -> None:
         dtype = tokens.dtype.newbyteorder("=")
         num_sequences = math.prod(tokens.shape[:-2])
         with replacing(output) as file, progress(num_sequences, sys.stderr) as step:
-            parts = _merge_parts(tokens, mask, arguments.budget, most, options, step)
+            merge = functools.partial(_merge_chunk, on_gpu, arguments.budget, options)
+            parts = _merge_parts(tokens, mask, merge, most, step)
             write_merged(file, shape, dtype, parts)
     seconds = time.perf_counter() - begun
     sizes = [f"{path.stat().st_size:,} bytes" for path in (source, output)]
     axes = " x ".join(map(str, tokens.shape))
+    where = "a GPU" if on_gpu else "the CPU"
     print(f"{source} -> {output}")
-    print(f"{axes} {dtype} -> {' x '.join(map(str, shape))} in {seconds:.2f} s")
+    print(
+        f"{axes} {dtype} -> {' x '.join(map(str, shape))} in {seconds:.2f} s on {where}"
+    )
     print(f"{sizes[0]} -> {sizes[1]}")
+
+
+def _on_gpu(device: str) -> bool:
+    """Whether to compute on a GPU: where there is one, or as asked."""
+    if device == "cpu":
+        return False
+    try:
+        import cupy
+
+        found, missing = bool(cupy.is_available()), "CuPy finds no CUDA device"
+    except ImportError:
+        found, missing = False, "CuPy is not installed"
+    if device == "cuda" and not found:
+        raise ValueError(f"--device cuda: {missing}; `qm-cupy doctor` says more")
+    return found
 
 
 def _result_shape(
@@ -143,17 +163,12 @@ def _result_shape(
     """Return the shape of the merged tokens, and K: the largest, under a mask."""
     *batch, num_tokens, dim = tokens.shape
     counts = token_budget(budget, num_tokens if mask is None else mask.sum(axis=-1))
-    most = int(np.max(np.broadcast_to(counts, batch), initial=0))
+    most = int(np.max(counts, initial=0))
     return (*batch, most, dim), most
 
 
 def _merge_parts(
-    tokens: Stored,
-    mask: Mask,
-    budget: int | float,
-    most: int,
-    options: dict[str, Any],
-    step: Step,
+    tokens: Stored, mask: Mask, merge: Callable[..., Merged], most: int, step: Step
 ) -> Iterator[Merged]:
     """Merge a chunk at a time, to the bit as if it were the whole; with batch axis."""
     single = len(tokens.shape) == 2
@@ -164,25 +179,28 @@ def _merge_parts(
         chunk = block[None] if single else block  # (b, N, D)
         stop = start + len(chunk)
         valid = None if mask is None else np.atleast_2d(mask)[start:stop]
-        yield _pad(_merge_chunk(chunk, valid, budget, start, options), most)
+        yield _pad(merge(chunk, valid, start), most)
         step(stop)
         start = stop
 
 
 def _merge_chunk(
+    on_gpu: bool,
+    budget: int | float,
+    options: dict[str, Any],
     chunk: NDArray[Any],
     mask: Mask,
-    budget: int | float,
     start: int,
-    options: dict[str, Any],
 ) -> Merged:
+    options = {**options, "mask": mask, "sequence_offset": start}
     try:
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # what comes of it is checked
-            return quickmerge(
-                chunk, budget, mask=mask, sequence_offset=start, **options
-            )
+        if not on_gpu:
+            return quickmerge(chunk, budget, **options)
+        check_tokens(chunk)  # here, where values can be looked at
+        if mask is not None:
+            options["mask"] = _cuda.to_device(mask)
+        merged = quickmerge(_cuda.to_device(chunk), budget, **options)
+        return Merged(*map(_cuda.to_host, merged))
     except ValueError as error:
         wrong = np.argwhere(~np.isfinite(chunk))
         if not len(wrong):

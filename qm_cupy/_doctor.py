@@ -28,7 +28,9 @@ def doctor() -> None:
         rows += found or [(names[-1], f"not installed: {command}")]
     rows += [("GPU", line) for line in _gpus()]
     rows += [("kernel cache", _cache())]
-    rows += [("device", "this version computes on the CPU: it has no CUDA kernels yet")]
+    rows += [
+        ("device", "tensors on a GPU run the CUDA kernels; clusters form on the CPU")
+    ]
     for name, text in rows:
         print(f"{name:<17} {text}")
 

@@ -344,7 +344,7 @@ class TestBadInput:
             ("--temperature", "0", "`temperature` must lie in (0, inf)"),
             ("--epsilon", "-1", "`epsilon` must lie in [0, inf)"),
             ("--device", "tpu", "invalid choice"),
-            ("--device", "cuda", "this version has no CUDA kernels yet"),
+            ("--device", "cuda", "--device cuda: CuPy"),
             ("--colour", "red", "unrecognized arguments"),
         ],
     )
@@ -429,7 +429,7 @@ class TestDoctor:
             assert f"\n{name} " in f"\n{text}"
         assert np.__version__ in text
         assert f"{tmp_path / 'cache'}, not made yet" in text
-        assert "computes on the CPU" in text
+        assert "clusters form on the CPU" in text
 
     def test_with_a_gpu(self, tmp_path, report):
         (tmp_path / "cache").mkdir()
