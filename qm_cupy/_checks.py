@@ -275,7 +275,8 @@ def check_dendrogram(dendrogram: NDArray[Any]) -> None:
     merges = dendrogram.shape[-2]
     child = dendrogram[..., :2]
     first_later = merges + 1 + np.arange(merges)[:, None]
-    again = np.diff(np.sort(child.reshape(*child.shape[:-2], -1), axis=-1), axis=-1)
+    flat = child.reshape(*child.shape[:-2], 2 * merges)
+    again = np.diff(np.sort(flat, axis=-1), axis=-1)
     if (again == 0).any():
         raise ValueError("`dendrogram` must merge every group once at most")
     if ((child < 0) | (child >= first_later) | (child != np.floor(child))).any():
@@ -288,6 +289,7 @@ def check_anchors(
     anchors: NDArray[Any],
     method: str,
     counts: NDArray[np.int64],
+    most: int,
     tokens: tuple[int, ...],
     mask: NDArray[np.bool_] | None,
 ) -> None:
@@ -297,7 +299,7 @@ def check_anchors(
     check_given("anchors", anchors)
     if anchors.dtype.kind not in "iu":
         raise TypeError(f"`anchors` must be integers, got {anchors.dtype}")
-    check_shape("anchors", anchors, "BK", (*tokens[:-1], int(counts.max(initial=0))))
+    check_shape("anchors", anchors, "BK", (*tokens[:-1], most))
     for index in np.ndindex(tokens[:-1]):
         given = anchors[index][: int(counts[index])]
         if len(given) and not 0 <= given.min() <= given.max() < tokens[-1]:

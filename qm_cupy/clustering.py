@@ -337,10 +337,11 @@ def cluster_tokens(
     check_mask(mask, tokens.shape[:-1])
     limit = _num_valid(tokens[..., 0], mask)
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
+    most = largest(num_groups, counts)
     if given is not None:
-        check_anchors(given, method, counts, tokens.shape[:-1], mask)
+        check_anchors(given, method, counts, most, tokens.shape[:-1], mask)
     elif method == "nearest":
-        norms, most = _relative_norms(tokens, mask), largest(num_groups, counts)
+        norms = _relative_norms(tokens, mask)
         given = _select_tokens_reference(norms, counts, most, mask)
     labels = _cluster_tokens_reference(tokens, counts, method, given, mask, order)
     return leave(_cuda.to_device(labels) if on_gpu else labels)

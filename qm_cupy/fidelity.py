@@ -183,9 +183,10 @@ def _reconstruction_error_reference(
     lost, whole = np.empty(counts.shape), np.empty(counts.shape)
     for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
         x = tokens[index][token[index]].astype(np.float64)
-        peak = np.abs(x).max(initial=0) or 1.0  # first, so that no square overflows
-        gap = x - _unmerge_tokens_reference(merged[index], labels[index][token[index]])
-        x, gap = x / peak, gap / peak
+        rebuilt = _unmerge_tokens_reference(merged[index], labels[index][token[index]])
+        gap = x - rebuilt
+        peak = np.abs(x).max(initial=0) or np.abs(gap).max(initial=0) or 1.0
+        x, gap = x / peak, gap / peak  # first, so that no square overflows
         lost[index], whole[index] = np.vdot(gap, gap), np.vdot(x, x)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.where(lost > 0, lost / whole, 0)
@@ -200,7 +201,9 @@ def _most_similar(
     labels = np.empty(tokens.shape[:-1], np.intp)
     for index in np.ndindex(counts.shape):
         unit = _unit_tokens(merged[index][: counts[index]].astype(dtype))
-        labels[index] = np.argmax(tokens[index].astype(dtype) @ unit.T, axis=-1)
+        labels[index] = np.argmax(
+            _unit_tokens(tokens[index].astype(dtype)) @ unit.T, -1
+        )
     return labels
 
 

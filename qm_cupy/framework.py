@@ -176,7 +176,8 @@ class BidirectionalARAlignment:
     def _mean_loss(self, merged: Any, num_groups: Any, which: str) -> Any:
         leave, merged, num_groups = enter(merged=merged, num_groups=num_groups)
         losses = alignment_loss(merged, self.prior, num_groups=num_groups)
-        return leave(getattr(losses, which).mean())
+        chosen = getattr(losses, which)
+        return leave(chosen.sum() / max(chosen.size, 1))
 
 
 class NormBasedFidelityConstraint:

@@ -62,6 +62,8 @@ def gumbel_noise(
     """
     sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     sizes = tuple(check_integer("shape", size) for size in sizes)
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"`shape` must not be negative, got {sizes}")
     return _gumbel_noise_reference(sizes, *_check_noise(seed, sequence_offset))
 
 

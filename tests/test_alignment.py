@@ -65,6 +65,8 @@ def test_init_is_seeded_and_bounded():
     ):
         np.testing.assert_array_equal(weights, twin)
         assert (weights != stranger).all()
+    for ahead, behind in zip(prior.forward, prior.backward, strict=True):
+        assert (ahead != behind).all()
     assert abs(prior.forward.weight_in).max() <= 6**-0.5
 
 
@@ -75,6 +77,19 @@ def test_predict_checks_the_width():
         qm.MLPPrior.init(6).predict(np.ones((3, 5)))
     with pytest.raises(ValueError, match="at least 1"):
         qm.MLPPrior.init(0)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 4, 4), (2, 5, 1), (2, 1, 4)])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_prediction_of_another_shape(shape, wrong):
+    """`wrong`: the direction whose prediction is of that shape, forward or reverse."""
+
+    class Prior:
+        def predict(self, tokens, *, reverse=False, num_groups=None):
+            return np.ones(shape if reverse == wrong else tokens.shape)
+
+    with pytest.raises(ValueError, match="`prediction` must have shape"):
+        qm.alignment_loss(np.ones((2, 5, 4)), Prior())
 
 
 class TestDecode:
@@ -95,3 +110,16 @@ class TestDecode:
     def test_model_must_return_an_array(self):
         with pytest.raises(TypeError, match="`model` must return an array"):
             qm.decode(np.ones((3, 2)), lambda prefix: 1.0)
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            lambda prefix: prefix[:, -1:],
+            lambda prefix: prefix[..., 0],
+            lambda prefix: prefix[0],
+            lambda prefix: np.concatenate([prefix, prefix], axis=-2),
+        ],
+    )
+    def test_model_must_answer_every_token(self, model):
+        with pytest.raises(ValueError, match="`model` must return shape"):
+            qm.decode(np.ones((2, 3, 2)), model)

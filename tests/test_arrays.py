@@ -1,8 +1,9 @@
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
-from conftest import to_library
+from conftest import assert_close, to_library
 
 import qm_cupy as qm
 
@@ -31,6 +32,99 @@ def test_same_bits_whatever_the_library(library, rng, dtype):
 def test_not_an_array(tokens):
     with pytest.raises(TypeError, match="`tokens` must be an array"):
         qm.quickmerge(tokens, 1)
+
+
+X, PRIOR = np.ones((4, 2)), qm.MLPPrior.init(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("attention", lambda: qm.attention_entropy(None)),
+        ("query", lambda: qm.query_key_entropy(None, X)),
+        ("key", lambda: qm.query_key_entropy(X, None)),
+        ("tokens", lambda: qm.self_attention_entropy(None)),
+        ("entropy", lambda: qm.saliency(None)),
+        ("tokens", lambda: qm.norm_saliency(None)),
+        ("saliency", lambda: qm.gumbel_softmax(None)),
+        ("saliency", lambda: qm.saliency_mass(None, X)),
+        ("probabilities", lambda: qm.saliency_mass(X, None)),
+        ("scores", lambda: qm.select_tokens(None, 1)),
+        ("tokens", lambda: qm.norm_budget(None)),
+        ("tokens", lambda: qm.cosine_similarity(None)),
+        ("tokens", lambda: qm.linkage(None)),
+        ("dendrogram", lambda: qm.cut_linkage(None, num_groups=1)),
+        ("tokens", lambda: qm.cluster_tokens(None, 1)),
+        ("tokens", lambda: qm.merge_tokens(None, X, 1)),
+        ("labels", lambda: qm.merge_tokens(X, None, 1)),
+        ("merged", lambda: qm.unmerge_tokens(None, X)),
+        ("labels", lambda: qm.unmerge_tokens(X, None)),
+        ("labels", lambda: qm.group_sizes(None, 1)),
+        ("labels", lambda: qm.group_positions(None, 1)),
+        ("merged", lambda: qm.alignment_loss(None, PRIOR)),
+        ("tokens", lambda: PRIOR.predict(None)),
+        ("merged", lambda: qm.decode(None, abs)),
+        ("tokens", lambda: qm.norm_mass(None, 1)),
+        ("tokens", lambda: qm.reconstruction_error(None, X)),
+        ("merged", lambda: qm.reconstruction_error(X, None)),
+        ("merged", lambda: qm.fidelity_loss(X, None)),
+    ],
+)
+def test_none_is_not_an_array(name, call):
+    with pytest.raises(TypeError, match=f"`{name}` must be an array"):
+        call()
+
+
+@pytest.mark.parametrize("library", ["torch", "array_api_strict"])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        qm.norm_budget,
+        lambda x: qm.norm_mass(x, 2),
+        lambda x: qm.reconstruction_error(x, x[:2, :]),
+        lambda x: qm.fidelity_loss(x, x[:2, :]),
+        lambda x: qm.alignment_loss(x, PRIOR).forward,
+        lambda x: qm.alignment_loss(x, PRIOR).backward,
+        lambda x: qm.alignment_loss(x, PRIOR).total,
+    ],
+)
+def test_measures_of_one_sequence(library, rng, measure):
+    tokens = rng.standard_normal((5, 2))
+    given, wanted = to_library(library, tokens), measure(tokens)
+    got = measure(given)
+    assert type(got) is type(given)
+    assert got.shape == ()
+    assert np.asarray(got).dtype == wanted.dtype
+    assert float(got) == wanted
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (qm.attention_entropy, [(3, 2, 5, 5)]),
+        (qm.query_key_entropy, [(3, 2, 5, 4)] * 2),
+        (qm.self_attention_entropy, [(3, 2, 5, 4)]),
+        (qm.saliency, [(2, 5)]),
+        (qm.saliency, [(3, 2, 4, 5)]),
+        (qm.norm_saliency, [(2, 5, 4)]),
+        (qm.gumbel_softmax, [(2, 5)]),
+        (lambda x: qm.gumbel_softmax(x, hard=2), [(2, 5)]),
+        (qm.saliency_mass, [(2, 5)] * 2),
+        (lambda x: qm.select_tokens(x, 2), [(2, 5)]),
+        (qm.cosine_similarity, [(2, 5, 4)]),
+        (qm.linkage, [(2, 5, 4)]),
+        (lambda x: qm.cluster_tokens(x, 5), [(2, 5, 4)]),
+        (lambda x: qm.merge_tokens(x, np.tile(np.arange(5), (2, 1)), 5), [(2, 5, 4)]),
+        (lambda x: qm.unmerge_tokens(x, np.tile(np.arange(5), (2, 1))), [(2, 5, 4)]),
+        (qm.MLPPrior.init(4).predict, [(2, 5, 4)]),
+    ],
+)
+def test_results_are_c_contiguous_and_fresh(rng, function, shapes):
+    given = [np.asfortranarray(rng.random(shape)) for shape in shapes]
+    got = function(*given)
+    assert got.flags.c_contiguous
+    assert not any(np.shares_memory(got, x) for x in given)
+    assert_close(got, function(*map(np.ascontiguousarray, given)))
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.complex128, np.bool_, object])
@@ -70,16 +164,24 @@ def test_masked_array():
         qm.norm_saliency(np.ma.ones((4, 2)))
 
 
-def test_device_that_is_not_the_cpu():
-    class OnGpu:
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        (2, ImportError, "`tokens` is on a CUDA device, which takes CuPy"),
+        (10, ValueError, "`tokens` must be in the memory of a CPU or a CUDA device"),
+    ],
+)
+def test_device_that_is_not_the_cpu(monkeypatch, device, error, message):
+    class Elsewhere:
         def __dlpack__(self):
             raise AssertionError("must not be read")
 
         def __dlpack_device__(self):
-            return (2, 0)
+            return (device, 0)
 
-    with pytest.raises(ValueError, match="`tokens` must be in CPU memory"):
-        qm.norm_saliency(OnGpu())
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(error, match=message):
+        qm.norm_saliency(Elsewhere())
 
 
 def test_producer_of_no_known_library(rng):

@@ -16,6 +16,12 @@ def test_ratio_of_a_hundred_is_its_percentage(percent):
     assert qm.token_budget(percent / 100, 100) == percent
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_ratio_of_any_width_is_as_written(kind):
+    assert qm.token_budget(kind(0.29), 100) == 29
+    assert qm.token_budget(kind(0.7), 1000) == 700
+
+
 def test_per_sequence():
     sizes = np.array([10, 3])
     np.testing.assert_array_equal(qm.token_budget(0.5, sizes), [5, 1])
@@ -35,6 +41,28 @@ def test_other_kinds(budget):
         qm.token_budget(budget, np.array([10]))
 
 
+@pytest.mark.parametrize("budget", [0.2, 2, np.array([1, 1])])
+def test_token_counts_out_of_range(budget):
+    with pytest.raises(ValueError, match="`num_tokens` must lie in"):
+        qm.token_budget(budget, np.array([0, 20]))
+    with pytest.raises(ValueError, match="`num_tokens` must lie in"):
+        qm.token_budget(budget, np.array([20, -1]))
+    with pytest.raises(TypeError, match="`num_tokens` must be"):
+        qm.token_budget(budget, np.array([20.0, 20.0]))
+
+
+@pytest.mark.parametrize("num_tokens", [0, -3])
+def test_token_count_out_of_range(num_tokens):
+    with pytest.raises(ValueError, match="`num_tokens` must lie in"):
+        qm.token_budget(0.2, num_tokens)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"`budget` must have shape \(B\) = \(3,\)"):
+        qm.token_budget(np.array([1, 2]), np.array([4, 5, 6]))
+    np.testing.assert_array_equal(qm.token_budget(np.array([1, 2]), 4), [1, 2])
+
+
 @pytest.mark.parametrize("gamma", [0.01, 0.3, 0.5, 0.8, 0.999, 1.0])
 def test_norm_budget_oracle(rng, dtype, gamma):
     tokens = rng.standard_normal((3, 11, 4)).astype(dtype)
@@ -49,9 +77,14 @@ def test_norm_budget_is_the_least_that_holds(rng):
     assert qm.norm_mass(tokens, least) >= 0.7 > qm.norm_mass(tokens, least - 1)
 
 
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_gamma_of_a_hundred_equal_tokens_is_its_percentage(percent):
+    """Met to rounding: 0.07 · 100 > 7 in binary."""
+    assert qm.norm_budget(np.ones((100, 1)), percent / 100) == percent
+
+
 def test_norm_budget_edges():
     assert qm.norm_budget(np.zeros((5, 2)), 0.8) == 1
-    assert qm.norm_budget(np.ones((10, 1)), 0.3) == 3  # 0.3 · 10 > 3 in binary
     mask = np.array([True, True, False, False])
     assert qm.norm_budget(np.ones((4, 1)), 1.0, mask=mask) == 2
 

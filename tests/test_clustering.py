@@ -47,6 +47,15 @@ class TestLinkage:
                 wanted = oracle.partition(merges, num_tokens, num_groups)
                 assert groups_of(labels) == wanted
 
+    @pytest.mark.parametrize("method", LINKAGES)
+    def test_distances_are_found_in_float64(self, dtype, method):
+        """Nearly parallel tokens, 1 - cos from 5e-7 on."""
+        slopes = np.array([0, 1, 3, 7, 15, 31], dtype) / 1024
+        tokens = np.stack([np.ones_like(slopes), slopes], axis=-1)
+        wanted = [height for _, _, height in oracle.agglomerate(tokens, method)]
+        got = qm.linkage(tokens, method)[:, 2]
+        np.testing.assert_allclose(got, wanted, rtol=1e-8)
+
     def test_scipy_reads_it(self, rng):
         tree = qm.linkage(rng.standard_normal((20, 3)).astype(np.float32), "ward")
         assert tree.dtype == np.float64
@@ -61,8 +70,12 @@ class TestLinkage:
         labels = qm.cut_linkage(tree, num_groups=4)
         assert sorted(set(labels)) == [0, 1, 2, 3]
 
-    def test_one_token(self):
-        assert qm.linkage(np.ones((2, 1, 3))).shape == (2, 0, 4)
+    @pytest.mark.parametrize("shape", [(2, 1, 3), (0, 5, 3), (0, 1, 3), (1, 3)])
+    def test_one_token_and_no_sequence(self, shape):
+        tree = qm.linkage(np.ones(shape))
+        assert tree.shape == (*shape[:-2], shape[-2] - 1, 4)
+        labels = qm.cut_linkage(tree, num_groups=1)
+        np.testing.assert_array_equal(labels, np.zeros(shape[:-1]))
 
     def test_unknown_method_lists_those_there_are(self):
         with pytest.raises(
@@ -82,6 +95,12 @@ class TestCutLinkage:
         if num_groups > 1:
             fewer = qm.cut_linkage(tree, num_groups=num_groups - 1)
             assert oracle.ward_error(tokens, groups_of(fewer)) > max_error
+
+    def test_error_bound_is_met_to_rounding(self):
+        tree = qm.linkage(np.eye(2), "ward")
+        assert tree[0, 2] ** 2 / 2 > 1  # √2 rounded up
+        np.testing.assert_array_equal(qm.cut_linkage(tree, max_error=0.5), [0, 0])
+        np.testing.assert_array_equal(qm.cut_linkage(tree, max_error=0.499), [0, 1])
 
     def test_batch_cut_at_its_own_k(self, rng):
         tree = qm.linkage(rng.standard_normal((3, 12, 4)))
@@ -109,6 +128,12 @@ class TestCutLinkage:
             qm.cut_linkage(tree[:, :3], num_groups=2)
         with pytest.raises(ValueError, match="earlier rows"):
             qm.cut_linkage(tree[::-1], num_groups=2)
+        for node in (0, 5):  # a token, and the group of the first row
+            twice = np.array(
+                [[0, 1, 0, 2], [2, 5, 0, 3], [3, node, 0, 2], [4, 7, 0, 5]]
+            )
+            with pytest.raises(ValueError, match=r"`dendrogram` must merge .*once"):
+                qm.cut_linkage(np.stack([tree, twice.astype(float)]), num_groups=2)
 
 
 class TestClusterTokens:
@@ -126,6 +151,12 @@ class TestClusterTokens:
         labels = qm.cluster_tokens(tokens, num_groups, method="bipartite")
         assert groups_of(labels) == oracle.bipartite(tokens, num_groups)
 
+    def test_bipartite_oracle_among_many_ties(self, rng):
+        tokens = np.eye(3)[rng.integers(0, 3, 400)]
+        tokens[1::2, 2] = 0  # so that some of the even places have no partner
+        labels = qm.cluster_tokens(tokens, 300, method="bipartite")
+        assert groups_of(labels) == oracle.bipartite(tokens, 300)
+
     @pytest.mark.parametrize("num_groups", [1, 2, 5, 9, 16, 17])
     def test_contiguous_oracle(self, rng, num_groups):
         tokens = rng.standard_normal((17, 4))
@@ -142,6 +173,14 @@ class TestClusterTokens:
             tokens, len(anchors), method="nearest", anchors=np.array(anchors)
         )
         assert groups_of(labels) == oracle.nearest(tokens, anchors)
+
+    @pytest.mark.parametrize("anchors", [[0, 2], [2, 0]])
+    def test_nearest_goes_to_the_earlier_of_equal_anchors(self, anchors):
+        tokens = np.array([[1.0, 0], [1, 1], [0, 1]])
+        labels = qm.cluster_tokens(
+            tokens, 2, method="nearest", anchors=np.array(anchors)
+        )
+        np.testing.assert_array_equal(labels, [0, 0, 1])
 
     def test_nearest_takes_the_longest_by_default(self, rng):
         tokens = rng.standard_normal((2, 12, 4))

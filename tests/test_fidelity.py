@@ -36,11 +36,11 @@ def test_reconstruction_error_oracle(rng, dtype, labelled):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_padding_neither_counts_nor_rebuilds(rng, labelled):
-    tokens = -rng.random((2, 9, 3))  # every token is unlike the zero padding of groups
+    tokens, merged = rng.random((2, 9, 3)), -rng.random((2, 4, 3))
     mask = np.array([[True] * 9, [True] * 6 + [False] * 3])
     counts = np.array([4, 2])
-    labels = qm.cluster_tokens(tokens, counts, mask=mask)
-    merged = qm.merge_tokens(tokens, labels, counts)
+    merged[1, 2:] = 0  # more similar to every token than all that point away from it
+    labels = rng.integers(0, 2, (2, 9))
     got = qm.reconstruction_error(
         tokens,
         merged,
@@ -52,13 +52,16 @@ def test_padding_neither_counts_nor_rebuilds(rng, labelled):
         tokens[1, :6], merged[1, :2], labels=labels[1, :6] if labelled else None
     )
     assert_close(got[1], alone)
+    assert alone > 1  # worse than zeros
 
 
 def test_zero_tokens():
     zeros = np.zeros((3, 2))
     labels = np.zeros(3, int)
     assert qm.reconstruction_error(zeros, np.zeros((1, 2)), labels=labels) == 0
-    assert qm.reconstruction_error(zeros, np.ones((1, 2)), labels=labels) == np.inf
+    for value in (1.0, 1e-200):
+        merged = np.full((1, 2), value)
+        assert qm.reconstruction_error(zeros, merged, labels=labels) == np.inf
 
 
 def test_fidelity_loss_oracle(rng):
@@ -90,3 +93,7 @@ def test_bad_input(rng):
         qm.reconstruction_error(tokens, tokens.astype(np.float32))
     with pytest.raises(ValueError, match=r"`num_groups` must lie in 1..6"):
         qm.norm_mass(tokens, 7)
+    with pytest.raises(ValueError, match="`labels` must lie in"):
+        qm.reconstruction_error(
+            tokens, tokens, labels=np.full((2, 6), 3), num_groups=np.array([2, 6])
+        )

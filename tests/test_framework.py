@@ -10,9 +10,13 @@ from qm_cupy import (
     BidirectionalARAlignment,
     DifferentiableTokenMerging,
     EntropyAwareSaliency,
+    MLPPrior,
     NormBasedFidelityConstraint,
     QuickMergePP,
+    alignment_loss,
     cosine_similarity,
+    fidelity_loss,
+    gumbel_softmax,
     quickmerge,
     quickmerge_inference,
     reconstruction_error,
@@ -91,6 +95,96 @@ def test_inference_pipeline(X):
     assert len(nothing) == 0
 
 
+OPTIONS = {
+    "temperature": 2.0,
+    "epsilon": 0.3,
+    "method": "ward",
+    "order": "first",
+    "seed": 5,
+}
+
+
+class TestOptions:
+    """Each option reaches the stage it is for."""
+
+    @pytest.fixture
+    def tokens(self, rng):
+        return rng.standard_normal((2, 30, 8))
+
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_each_matters(self, tokens, name):
+        others = {option: OPTIONS[option] for option in OPTIONS if option != name}
+        whole, part = quickmerge(tokens, 6, **OPTIONS), quickmerge(tokens, 6, **others)
+        assert not np.allclose(whole.tokens, part.tokens)
+
+    def test_of_token_merging(self, tokens, rng):
+        scores = rng.random((2, 30))
+        merger = DifferentiableTokenMerging(**OPTIONS)
+        wanted = quickmerge(tokens, 6, saliency=scores, **OPTIONS)
+        for got, field in zip(merger.merge(tokens, scores, 6), wanted, strict=True):
+            np.testing.assert_array_equal(got, field)
+        merged, probabilities = merger(tokens, scores, 6)
+        np.testing.assert_array_equal(merged, wanted.tokens)
+        np.testing.assert_array_equal(
+            probabilities, gumbel_softmax(scores, temperature=2.0, seed=5)
+        )
+
+    def test_of_the_whole(self, tokens):
+        model = QuickMergePP(embedding_dim=8, gamma=0.9, **OPTIONS)
+        merged, losses = model(tokens, 6)
+        wanted = quickmerge(tokens, 6, **OPTIONS)
+        np.testing.assert_array_equal(merged, wanted.tokens)
+        np.testing.assert_array_equal(model.inference(tokens, 6)[0], wanted.tokens)
+        alignment = alignment_loss(merged, MLPPrior.init(8, seed=5)).total
+        assert losses["ar_alignment"] == pytest.approx(alignment.mean())
+        fidelity = fidelity_loss(tokens, merged, labels=wanted.labels, gamma=0.9)
+        assert losses["fidelity"] == pytest.approx(float(fidelity))
+
+    def test_mask_and_k_per_sequence(self, tokens, rng):
+        mask, counts = rng.random((2, 30)) < 0.8, np.array([6, 3])
+        ragged = {"mask": mask, "num_groups": counts}
+        wanted = quickmerge(tokens, counts, mask=mask)
+        merged, losses = QuickMergePP(embedding_dim=8)(tokens, counts, mask=mask)
+        np.testing.assert_array_equal(merged, wanted.tokens)
+        alignment = alignment_loss(merged, MLPPrior.init(8), num_groups=counts).total
+        assert losses["ar_alignment"] == pytest.approx(alignment.mean())
+        fidelity = fidelity_loss(tokens, merged, labels=wanted.labels, **ragged)
+        assert losses["fidelity"] == pytest.approx(float(fidelity))
+        got, probabilities = DifferentiableTokenMerging()(
+            tokens, wanted.saliency, counts, mask=mask
+        )
+        np.testing.assert_array_equal(got, merged)
+        np.testing.assert_array_equal(
+            probabilities, gumbel_softmax(wanted.saliency, mask=mask)
+        )
+
+    def test_no_seed(self, tokens):
+        merged, losses = QuickMergePP(embedding_dim=8, seed=None)(tokens, 6)
+        np.testing.assert_array_equal(merged, quickmerge(tokens, 6, seed=None).tokens)
+        assert math.isfinite(losses["total"])
+
+    def test_of_alignment(self, tokens):
+        prior = MLPPrior.init(8, hidden_dim=5, seed=3)
+        wanted = alignment_loss(tokens, prior)
+        for alignment in (
+            BidirectionalARAlignment(8, 5, seed=3),
+            BidirectionalARAlignment(8, prior=prior),
+        ):
+            got = alignment.forward_loss(tokens), alignment.backward_loss(tokens)
+            assert got == pytest.approx([wanted.forward.mean(), wanted.backward.mean()])
+            total = alignment.compute_alignment_loss(tokens)
+            assert total == pytest.approx(wanted.total.mean())
+
+    def test_of_fidelity(self, tokens):
+        m = quickmerge(tokens, 6)
+        constraint = NormBasedFidelityConstraint(gamma=0.6)
+        plain = constraint.compute_fidelity_loss(tokens, m.tokens)
+        for option in ({"labels": m.labels}, {"mask": m.labels > 0}):
+            got = constraint.compute_fidelity_loss(tokens, m.tokens, **option)
+            wanted = fidelity_loss(tokens, m.tokens, gamma=0.6, **option)
+            assert got == wanted != plain
+
+
 class TestClaims:
     """Its feature list and parameters, line by line."""
 
@@ -117,12 +211,10 @@ class TestClaims:
 
     def test_epsilon_weighs_the_background(self, rng):
         tokens, scores = rng.standard_normal((1, 30, 8)), rng.random((1, 30))
-        faint, level = (
-            DifferentiableTokenMerging(0.1, epsilon).merge(tokens, scores, 5)
-            for epsilon in (1e-6, 1e6)
-        )
-        assert faint.mass.max() / faint.mass.min() > 1e3
-        assert level.mass.min() == pytest.approx(1e6, rel=1e-2) or level.mass.std() > 0
+        faint = DifferentiableTokenMerging(0.1, 1e-6).merge(tokens, scores, 5).mass
+        assert faint.max() / faint.min() > 1e3
+        level = DifferentiableTokenMerging(100.0, 1e6).merge(tokens, scores, 5).mass
+        assert level.min() / level.max() > 0.99  # so hot that none is selected alone
 
     def test_merged_tokens_are_saliency_weighted_means(self, rng):
         tokens, scores = rng.standard_normal((30, 8)), rng.random(30)
@@ -178,6 +270,17 @@ class TestClaims:
         _, losses = QuickMergePP(embedding_dim=8)(rng.standard_normal((2, 9, 8)), 1)
         assert losses["ar_alignment"] == 0
         assert all(math.isfinite(loss) for loss in losses.values())
+
+    @pytest.mark.parametrize("entropy_budget", [1, 1.0])
+    def test_a_budget_of_one_keeps_all(self, rng, entropy_budget):
+        tokens = rng.standard_normal((9, 8))
+        merged, _ = quickmerge_inference(tokens, None, entropy_budget)
+        np.testing.assert_array_equal(merged, tokens)
+
+    @pytest.mark.parametrize("entropy_budget", [0, 2, 1.01, -0.5])
+    def test_a_budget_is_a_share(self, rng, entropy_budget):
+        with pytest.raises(ValueError, match=r"`entropy_budget` must lie in \(0, 1\]"):
+            quickmerge_inference(rng.standard_normal((9, 8)), None, entropy_budget)
 
     def test_inference_wants_one_sequence(self, rng):
         with pytest.raises(ValueError, match=r"`tokens` must have shape \(N, D\)"):

@@ -43,6 +43,22 @@ def test_half_precision_sums_in_float32():
     assert qm.merge_tokens(tokens, labels, 1)[0, 0] == 60000
 
 
+def test_masses_are_summed_in_float64():
+    """Of float16 masses too, where 60000 + 1 is 60000 and 1 / 60000 off by 0.1 %."""
+    tokens = np.array([[0.0]] + [[1.0]] * 512, np.float32)
+    mass = np.array([60000.0] + [1.0] * 512, np.float16)
+    merged = qm.merge_tokens(tokens, np.zeros(513, int), 1, mass=mass)
+    np.testing.assert_allclose(merged, [[512 / 60512]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2.0**1022, 2.0**-1074])
+def test_masses_as_large_and_small_as_they_come(scale):
+    tokens = np.array([[0.0], [4.0], [5.0], [7.0], [1.0]])
+    mass = np.array([1.0, 3.0, 3.0, 3.0, 1.0]) * [scale, scale, scale, scale, 1]
+    merged = qm.merge_tokens(tokens, np.array([0, 0, 1, 1, 2]), 3, mass=mass)
+    assert_close(merged, [[3.0], [6.0], [1.0]])
+
+
 def test_large_values_do_not_overflow():
     tokens = np.full((4, 1), 3e38, np.float32)
     mass = np.full(4, 1e38, np.float32)
@@ -68,6 +84,28 @@ def test_k_per_sequence_pads_to_the_largest(problem):
     assert merged.shape == (2, 5, 5)
     assert not merged[0, 2:].any()
     assert list((qm.group_sizes(labels, counts) > 0).sum(axis=-1)) == [2, 5]
+
+
+def test_empty_batch_keeps_k():
+    tokens, labels = np.ones((0, 5, 3)), np.zeros((0, 5), int)
+    assert qm.merge_tokens(tokens, labels, 2).shape == (0, 2, 3)
+    assert qm.group_sizes(labels, 2).shape == (0, 2)
+    assert qm.group_positions(labels, 2).shape == (0, 2)
+
+
+def test_labels_are_held_to_their_own_sequence():
+    labels, counts = np.array([[0, 4], [0, 4]]), np.array([2, 5])
+    calls = (
+        lambda: qm.group_sizes(labels, counts),
+        lambda: qm.group_positions(labels, counts),
+        lambda: qm.merge_tokens(np.ones((2, 2, 3)), labels, counts),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="`labels` must lie in"):
+            call()
+    np.testing.assert_array_equal(
+        qm.group_sizes(labels % 4, counts), [[2, 0, 0, 0, 0]] * 2
+    )
 
 
 def test_sizes_and_positions(problem):

@@ -1,9 +1,12 @@
+import re
+from itertools import product
+
 import numpy as np
 import pytest
-from conftest import assert_close
+from conftest import assert_close, to_library
 
 import qm_cupy as qm
-from qm_cupy.clustering import METHODS
+from qm_cupy.clustering import METHODS, ORDERS
 
 
 @pytest.fixture
@@ -11,12 +14,18 @@ def tokens(rng):
     return rng.standard_normal((2, 30, 6))
 
 
-def test_is_its_stages(tokens):
-    m = qm.quickmerge(tokens, 0.2, temperature=0.5, epsilon=0.1, seed=7)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_is_its_stages(tokens, method, order):
+    options = {"method": method, "order": order}
+    m = qm.quickmerge(tokens, 0.2, temperature=0.5, epsilon=0.1, seed=7, **options)
     scores = qm.saliency(qm.self_attention_entropy(tokens))
     probabilities = qm.gumbel_softmax(scores, temperature=0.5, seed=7)
     mass = qm.saliency_mass(scores, probabilities, epsilon=0.1)
-    labels = qm.cluster_tokens(tokens, 6)
+    if method == "nearest":
+        noise = qm.gumbel_noise((2, 30), seed=7)
+        options["anchors"] = qm.select_tokens(scores + noise, 6)
+    labels = qm.cluster_tokens(tokens, 6, **options)
     np.testing.assert_array_equal(m.saliency, scores)
     np.testing.assert_array_equal(m.mass, mass)
     np.testing.assert_array_equal(m.labels, labels)
@@ -43,21 +52,30 @@ def test_a_part_is_as_the_whole(tokens, method):
         np.testing.assert_array_equal(of_whole[1:], of_part)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_mask_is_cutting_off(tokens, method):
+def test_mask_is_cutting_out(tokens, rng, method, order):
     mask = np.ones((2, 30), bool)
-    mask[1, 20:] = False
-    rubbish = tokens.copy()
-    rubbish[1, 20:] = 1e6
-    m = qm.quickmerge(rubbish, 0.2, mask=mask, method=method)
-    cut = qm.quickmerge(tokens[1:, :20], 0.2, method=method, sequence_offset=1)
-    assert_close(m.tokens[1, :4], cut.tokens[0])
-    np.testing.assert_array_equal(m.labels[1, :20], cut.labels[0])
-    np.testing.assert_array_equal(m.sizes[1], [*cut.sizes[0], 0, 0])
-    np.testing.assert_array_equal(m.positions[1], [*cut.positions[0], -1, -1])
-    assert not m.tokens[1, 4:].any()
-    assert not m.saliency[1, 20:].any()
-    assert not m.mass[1, 20:].any()
+    mask[0, :5] = False  # padding on the left: 25 tokens, K = 5
+    mask[1, rng.choice(30, 12, replace=False)] = False  # holes: 18 tokens, K = 3
+    rubbish = np.where(mask[..., None], tokens, 1e6)
+    options = {"method": method, "order": order, "seed": 5}
+    m = qm.quickmerge(rubbish, 0.2, mask=mask, **options)
+    for b, count in enumerate((5, 3)):
+        kept, place = tokens[b, mask[b]], np.flatnonzero(mask[b])
+        cut = qm.quickmerge(kept, count, sequence_offset=b, **options)
+        assert_close(m.tokens[b, :count], cut.tokens)
+        np.testing.assert_array_equal(m.labels[b, mask[b]], cut.labels)
+        np.testing.assert_array_equal(m.sizes[b, :count], cut.sizes)
+        np.testing.assert_array_equal(m.positions[b, :count], place[cut.positions])
+        assert_close(m.saliency[b, mask[b]], cut.saliency)
+        assert_close(m.mass[b, mask[b]], cut.mass)
+    assert not m.tokens[1, 3:].any()
+    assert list(m.sizes[1, 3:]) == [0, 0]
+    assert list(m.positions[1, 3:]) == [-1, -1]
+    assert (m.labels[~mask] == -1).all()
+    assert not m.saliency[~mask].any()
+    assert not m.mass[~mask].any()
 
 
 def test_merge_carries_over_to_other_values(tokens, rng):
@@ -105,6 +123,9 @@ class TestSources:
         scores = qm.norm_saliency(tokens)
         m = qm.quickmerge(tokens, 5, saliency=scores)
         np.testing.assert_array_equal(m.saliency, scores)
+        mask = np.arange(30) % 4 > 0
+        padded = qm.quickmerge(tokens[0], 5, saliency=scores[0], mask=mask)
+        np.testing.assert_array_equal(padded.saliency, scores[0] * mask)
 
     def test_only_one_and_of_the_same_tokens(self, tokens):
         scores = qm.norm_saliency(tokens)
@@ -112,24 +133,57 @@ class TestSources:
             qm.quickmerge(tokens, 5, saliency=scores, hidden_states=tokens)
         with pytest.raises(ValueError, match="`query` and `key` go together"):
             qm.quickmerge(tokens, 5, query=tokens)
-        with pytest.raises(ValueError, match="`hidden_states` must have shape"):
-            qm.quickmerge(tokens, 5, hidden_states=tokens[:, :20])
         with pytest.raises(ValueError, match="`saliency` must be ≥ 0"):
             qm.quickmerge(tokens, 5, saliency=-scores)
+
+    @pytest.mark.parametrize("name", ["hidden_states", "attention", "query"])
+    @pytest.mark.parametrize("shape", [(20,), (1, 30), (2, 20), (3, 1, 30), (1,) * 5])
+    def test_another_shape_is_named_as_given(self, tokens, name, shape):
+        """Each shape is that of B and N; the last axis is N for attention, else 4."""
+        source = np.ones((*shape, shape[-1] if name == "attention" else 4))
+        given = {name: source}
+        if name == "query":
+            given["key"] = source
+        wanted = (
+            rf"`{name}` must have shape .*\(2, 30\).*got {re.escape(str(source.shape))}"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            qm.quickmerge(tokens, 5, **given)
+
+    def test_another_shape_of_one_sequence(self, tokens):
+        with pytest.raises(ValueError, match=r"`hidden_states` must .*got \(20, 6\)"):
+            qm.quickmerge(tokens[0], 5, hidden_states=tokens[0, :20])
+        with pytest.raises(
+            ValueError, match=r"`hidden_states` must .*got \(2, 20, 6\)"
+        ):
+            qm.quickmerge(tokens[0], 5, hidden_states=tokens[:, :20])
 
 
 class TestWeights:
     def test_words(self, tokens):
         uniform = qm.quickmerge(tokens, 5, weights="uniform")
+        assert (uniform.mass == 1).all()
         assert_close(uniform.tokens, qm.merge_tokens(tokens, uniform.labels, 5))
         by_saliency = qm.quickmerge(tokens, 5, weights="saliency")
         np.testing.assert_array_equal(by_saliency.mass, by_saliency.saliency)
+        assert_close(
+            by_saliency.tokens,
+            qm.merge_tokens(tokens, uniform.labels, 5, mass=by_saliency.saliency),
+        )
 
     def test_array(self, tokens, rng):
         weights = rng.random((2, 30))
         m = qm.quickmerge(tokens, 5, weights=weights)
         assert_close(m.tokens, qm.merge_tokens(tokens, m.labels, 5, mass=weights))
-        assert not np.shares_memory(m.mass, weights)
+        np.testing.assert_array_equal(m.mass, weights)
+
+    @pytest.mark.parametrize("word", ["uniform", "saliency", "array"])
+    def test_padding_weighs_nothing(self, tokens, rng, word):
+        weights = rng.random((2, 30)) if word == "array" else word
+        mask = rng.random((2, 30)) < 0.7
+        m = qm.quickmerge(tokens, 5, weights=weights, mask=mask)
+        whole = {"uniform": 1, "saliency": m.saliency, "array": weights}[word]
+        np.testing.assert_array_equal(m.mass, whole * mask)
 
     def test_unknown_word(self, tokens):
         with pytest.raises(ValueError, match='`weights` must be "mass", "saliency"'):
@@ -143,6 +197,12 @@ class TestBudgets:
         m = qm.quickmerge(tokens, counts)
         assert counts[0] == 1 < counts[1]
         assert list((m.sizes > 0).sum(axis=-1)) == list(counts)
+
+    def test_norm_budget_of_one_sequence(self, tokens, library):
+        given = to_library(library, tokens[0])
+        counts = qm.norm_budget(given, 0.5)
+        m = qm.quickmerge(given, counts)
+        assert m.sizes.shape == (int(counts),)
 
     def test_everything_kept_is_the_identity(self, tokens):
         m = qm.quickmerge(tokens.astype(np.float16), 1.0)
@@ -169,6 +229,27 @@ def test_dtypes(tokens, dtype):
     assert all(x.flags.c_contiguous for x in m)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weights", ["mass", "saliency", "uniform", "array"])
+def test_results_are_fresh_whatever_is_given(tokens, rng, dtype, weights, masked):
+    tokens = np.asfortranarray(tokens, dtype)
+    scores, array = (
+        np.asfortranarray(rng.random((2, 30)), dtype=dtype) for _ in range(2)
+    )
+    m = qm.quickmerge(
+        tokens,
+        5,
+        saliency=scores,
+        weights=array if weights == "array" else weights,
+        mask=np.asfortranarray(rng.random((2, 30)) < 0.8) if masked else None,
+    )
+    assert m.saliency.dtype == m.mass.dtype == np.result_type(dtype, np.float32)
+    assert all(x.flags.c_contiguous for x in m)
+    assert not np.shares_memory(m.mass, m.saliency)
+    for result, given in product(m, (tokens, scores, array)):
+        assert not np.shares_memory(result, given)
+
+
 def test_same_seed_same_bits_other_seed_others(tokens):
     first, again = (qm.quickmerge(tokens, 5, seed=3) for _ in range(2))
     for x, y in zip(first, again, strict=True):
@@ -185,6 +266,10 @@ def test_inputs_are_not_written(tokens):
         assert not np.shares_memory(m.tokens, tokens)
 
 
-def test_empty_batch():
-    m = qm.quickmerge(np.ones((0, 5, 3)), 2)
-    assert m.labels.shape == (0, 5)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [2, 0.4])
+def test_empty_batch_keeps_k(budget, method):
+    m = qm.quickmerge(np.ones((0, 5, 3)), budget, method=method)
+    assert m.tokens.shape == (0, 2, 3)
+    assert m.sizes.shape == m.positions.shape == (0, 2)
+    assert m.labels.shape == m.saliency.shape == m.mass.shape == (0, 5)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,16 +108,18 @@ def test_hard_is_k_hot(seed, num_tokens, data):
 
 
 @given(problems(), methods, st.integers(1, 5), seeds)
-def test_padding_is_as_if_cut_off(problem, method, padding, seed):
+def test_padding_anywhere_is_as_if_cut_out(problem, method, padding, seed):
     tokens, num_groups = problem
-    rubbish = np.random.default_rng(seed).standard_normal((padding, tokens.shape[1]))
-    padded = np.concatenate([tokens, rubbish])
-    mask = np.arange(len(padded)) < len(tokens)
+    rng = np.random.default_rng(seed)
+    padded = rng.standard_normal((len(tokens) + padding, tokens.shape[1]))
+    mask = rng.permutation(len(padded)) < len(tokens)
+    padded[mask] = tokens
     cut = qm.quickmerge(tokens, num_groups, method=method)
     got = qm.quickmerge(padded, num_groups, method=method, mask=mask)
-    np.testing.assert_array_equal(got.labels[: len(tokens)], cut.labels)
+    np.testing.assert_array_equal(got.labels[mask], cut.labels)
     np.testing.assert_allclose(got.tokens, cut.tokens, rtol=1e-12, atol=1e-13)
-    np.testing.assert_array_equal(got.positions, cut.positions)
+    place = np.flatnonzero(mask)
+    np.testing.assert_array_equal(got.positions, place[cut.positions])
 
 
 @given(problems(), st.floats(0, 1))
@@ -158,3 +161,26 @@ def test_groups_lie_closer_than_chance(rng, method):
     anchors = np.array([0, 10, 20, 30]) if method == "nearest" else None
     labels = qm.cluster_tokens(tokens, 4, method=method, anchors=anchors)
     np.testing.assert_array_equal(labels, np.repeat(np.arange(4), 10))
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        qm.norm_saliency,
+        qm.norm_budget,
+        lambda x: qm.norm_mass(x, 3),
+        lambda x: qm.cluster_tokens(x, 3, method="nearest"),
+        lambda x: qm.linkage(x),
+        lambda x: qm.reconstruction_error(x, x[:, :3]),
+        lambda x: qm.reconstruction_error(x, 0 * x[:, :3]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [("float32", 1e20), ("float32", 1e-25), ("float64", 1e200), ("float64", 1e-200)],
+)
+def test_no_square_overflows_or_vanishes(rng, measure, dtype, scale):
+    """What is relative stays as it is for very long tokens and for very short ones."""
+    tokens = rng.standard_normal((2, 9, 4)).astype(dtype)
+    scaled = tokens * np.array([scale, 1], dtype)[:, None, None]  # each on its own
+    assert_close(measure(scaled), measure(tokens), dtype)

@@ -33,6 +33,23 @@ class TestAttentionEntropy:
         assert_close(got[2, 1, 3], oracle.attention_entropy(attention[2, 1, 3]))
         assert_close(qm.attention_entropy(attention[0]), got[0])
 
+    def test_rows_are_relative_to_their_sum(self):
+        attention = np.array([[2.5, 2.5, 0], [0, 0, 0], [1e-30, 1e-30, 2e-30]])
+        wanted = [np.log(2), 0, 1.5 * np.log(2)]
+        assert_close(qm.attention_entropy(attention), wanted)
+
+    def test_masked_rows_are_relative_to_what_is_left(self):
+        attention = np.tile([0.05, 0.05, 0.9], (3, 1))
+        got = qm.attention_entropy(attention, mask=np.array([True, True, False]))
+        assert_close(got, [np.log(2), np.log(2), 0])
+
+    def test_never_negative(self, rng, dtype):
+        """One entry a row: entropy 0 but for rounding."""
+        attention = np.diag(rng.uniform(0.1, 5, 300)).astype(dtype)
+        got = qm.attention_entropy(attention)
+        assert_close(got, np.zeros(300), "float32")
+        assert (got >= 0).all()
+
     @pytest.mark.parametrize("lead", [(), (2,), (3, 2), (3, 2, 4)])
     def test_mask_is_cutting_off(self, rng, lead):
         attention = softmax(rng.standard_normal((*lead, 6, 6)))
@@ -114,6 +131,15 @@ class TestSelfAttentionEntropy:
         wanted = oracle.self_attention_entropy(tokens)
         assert wanted.min() < 1e-9
         np.testing.assert_allclose(qm.self_attention_entropy(tokens), wanted, rtol=2e-4)
+
+    @pytest.mark.parametrize("places", [[270], [3, 4], [3, 270], [2, 9, 258, 270]])
+    def test_equal_largest_scores_share_the_attention(self, places):
+        """In a block, across blocks, on the diagonal and off it."""
+        tokens = np.ones((280, 4))
+        tokens[places] = 50
+        wanted = np.full(280, np.log(len(places)))
+        assert_close(qm.self_attention_entropy(tokens), wanted)
+        assert_close(qm.query_key_entropy(np.ones((280, 4)), tokens), wanted)
 
     def test_huge_values(self, rng):
         tokens = rng.standard_normal((280, 4)).astype(np.float32)

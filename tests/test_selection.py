@@ -55,6 +55,11 @@ class TestGumbelNoise:
         assert not (noise[0] == noise[1]).any()
         np.testing.assert_array_equal(noise[0], qm.gumbel_noise((3, 40), seed=1))
 
+    def test_size_of_any_integer_kind(self):
+        np.testing.assert_array_equal(
+            qm.gumbel_noise(np.int64(3), 0), qm.gumbel_noise(3, 0)
+        )
+
     def test_distribution(self):
         noise = qm.gumbel_noise(200_000, seed=11)
         assert abs(noise.mean() - np.euler_gamma) < 0.01
@@ -93,9 +98,36 @@ class TestGumbelSoftmax:
         got = qm.gumbel_softmax(np.array([0.5, 1, 1, 0.5, 1]), seed=None, hard=2)
         np.testing.assert_array_equal(got, [0, 1, 1, 0, 0])
 
-    def test_tiny_temperature(self, rng):
-        got = qm.gumbel_softmax(rng.random(9).astype(np.float32), temperature=1e-45)
-        assert sorted(got) == [0] * 8 + [1]
+    def test_many_ties(self, rng):
+        """More than a short sort sees, which is stable by chance."""
+        saliency = rng.integers(0, 3, (2, 500)).astype(float)
+        got = qm.gumbel_softmax(saliency, seed=None, hard=200)
+        for b in range(2):
+            np.testing.assert_array_equal(got[b], oracle.top_k_mask(saliency[b], 200))
+
+    @pytest.mark.parametrize("temperature", [1e-45, 1e-46, 5e-324])
+    def test_tiny_temperature(self, rng, dtype, temperature):
+        saliency = rng.random(9).astype(dtype)
+        got = qm.gumbel_softmax(saliency, temperature=temperature)
+        np.testing.assert_array_equal(got, qm.gumbel_softmax(saliency, hard=1))
+
+    @pytest.mark.parametrize("temperature", [1e46, 1e308])
+    def test_huge_temperature(self, rng, dtype, temperature):
+        got = qm.gumbel_softmax(rng.random(8).astype(dtype), temperature=temperature)
+        np.testing.assert_array_equal(got, np.full(8, 1 / 8))
+
+    @pytest.mark.parametrize("hard", [None, 3])
+    def test_mask_is_cutting_out(self, rng, hard):
+        """Noise goes by a token's rank among the tokens, not by its place."""
+        saliency, mask = rng.random((4, 20)), rng.random((4, 20)) < 0.6
+        mask[0] = np.arange(20) >= 8  # padding on the left
+        got = qm.gumbel_softmax(saliency, seed=5, hard=hard, mask=mask)
+        assert not got[~mask].any()
+        for b in range(4):
+            cut = qm.gumbel_softmax(
+                saliency[b, mask[b]], seed=5, hard=hard, sequence_offset=b
+            )
+            assert_close(got[b, mask[b]], cut)
 
     def test_mask_and_k_per_sequence(self, rng):
         saliency = rng.random((2, 6))
@@ -131,3 +163,15 @@ def test_select_tokens():
     got = qm.select_tokens(scores, np.array([3, 1]), mask=mask)
     np.testing.assert_array_equal(got, [[0, 2, 3], [1, -1, -1]])
     assert got.dtype == np.int32
+
+
+def test_select_tokens_among_many_ties(rng):
+    scores = rng.integers(0, 3, (2, 500)).astype(float)
+    got = qm.select_tokens(scores, 200)
+    for b in range(2):
+        wanted = np.flatnonzero(oracle.top_k_mask(scores[b], 200))
+        np.testing.assert_array_equal(got[b], wanted)
+
+
+def test_empty_batch_keeps_k():
+    assert qm.select_tokens(np.ones((0, 5)), 2).shape == (0, 2)
