@@ -1,13 +1,12 @@
 """Compiles kernels for any architecture with NVRTC, which needs no GPU and no driver.
 
-Importing this raises ``ImportError`` where the package cuda-bindings is missing.
+It takes the packages cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-runtime, whose
+headers are those of a toolkit; the first is imported by the first compilation.
 """
 
 import importlib.util
 import os
 from pathlib import Path
-
-from cuda.bindings import nvrtc
 
 
 def include_folder() -> Path:
@@ -33,6 +32,8 @@ def compile_log(source: str, options: list[str]) -> str:
     `options` are the caller's, ``-arch=sm_…`` among them; what CuPy adds to those of a
     ``RawModule`` is added here too. A failure raises ``RuntimeError`` with the log.
     """
+    from cuda.bindings import nvrtc
+
     added = f"-I{include_folder()}", "-ftz=true", "--ptxas-options=-v"
     encoded = [option.encode() for option in (*options, *added)]
     program = _check(
@@ -44,13 +45,15 @@ def compile_log(source: str, options: list[str]) -> str:
         _check(*nvrtc.nvrtcGetProgramLog(program, log))
     finally:
         _check(*nvrtc.nvrtcDestroyProgram(program))
-    text = log.decode(errors="replace")
+    text = log.decode(errors="replace").rstrip("\0")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(text)
     return text
 
 
 def _check(status, *results):
+    from cuda.bindings import nvrtc
+
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(nvrtc.nvrtcGetErrorString(status)[1].decode())
     return results[0] if results else None

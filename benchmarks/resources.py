@@ -1,0 +1,143 @@
+"""What each kernel takes of a multiprocessor, on every architecture; needs no GPU.
+
+    python benchmarks/resources.py [--arch 80 90] [--quick] [--json PATH]
+
+Compiles with NVRTC (packages cuda-bindings, nvidia-cuda-nvrtc, nvidia-cuda-runtime) and
+prints registers, spills, shared memory and theoretical occupancy; exits 1 on a spill.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests, qm_cupy
+
+from qm_cupy import _cuda
+from tests.emulator.nvrtc import compile_log
+
+
+class Limits(NamedTuple):
+    """What a multiprocessor (SM) holds at once."""
+
+    threads: int
+    blocks: int
+    shared: int  # bytes
+
+
+# CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications
+# per Compute Capability". The register file holds 65,536 on all of them.
+LIMITS = {
+    75: Limits(1024, 16, 64 << 10),
+    80: Limits(2048, 32, 164 << 10),
+    86: Limits(1536, 16, 100 << 10),
+    89: Limits(1536, 24, 100 << 10),
+    90: Limits(2048, 32, 228 << 10),
+    100: Limits(2048, 32, 228 << 10),
+    120: Limits(1536, 24, 100 << 10),
+}
+REGISTERS = 65_536
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_ENTRY = re.compile(
+    r"Function properties for (?P<kernel>\w+)\n"
+    r".*?(?P<spilled>\d+) bytes spill stores, (?P<reloaded>\d+) bytes spill loads\n"
+    r".*?Used (?P<registers>\d+) registers(?P<used>.*)"
+)
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def blocks_per_sm(arch: int, threads: int, registers: int, shared: int) -> int:
+    """Return how many blocks fit, by the rules of CUDA's own cuda_occupancy.h."""
+    limits, warps = LIMITS[arch], -(-threads // 32)
+    # Registers are given out per warp, 256 at a time, by four parts of the SM.
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // 4 // per_warp * 4 // warps
+    # From sm_80 on the system takes 1 KB of each block; bytes go by the 128 (or 256).
+    unit, system = (256, 0) if arch < 80 else (128, 1024)
+    per_block = -(-(shared + system) // unit) * unit
+    by_shared = limits.shared // per_block if per_block else limits.blocks
+    by_threads = limits.threads // (warps * 32)
+    return min(limits.blocks, by_registers, by_shared, by_threads)
+
+
+def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
+    """Compile a file for one dtype and architecture; return a row per kernel."""
+    file, dtype, arch = job
+    log = compile_log(_cuda.source(file), [*_cuda.options(dtype), f"-arch=sm_{arch}"])
+    found = {match["kernel"]: match for match in _ENTRY.finditer(log)}
+    rows = []
+    for kernel in _cuda.kernel_names(file):
+        match = found[kernel]
+        registers = int(match["registers"])
+        shared = int(next(iter(_SHARED.findall(match["used"])), 0))
+        blocks = blocks_per_sm(arch, _cuda.BLOCK, registers, shared)
+        rows.append(
+            {
+                "arch": arch,
+                "dtype": dtype,
+                "kernel": f"{file}/{kernel}",
+                "registers": registers,
+                "spill_bytes": int(match["spilled"]) + int(match["reloaded"]),
+                "shared_bytes": shared,
+                "threads": _cuda.BLOCK,
+                "blocks_per_sm": blocks,
+                "occupancy": blocks * _cuda.BLOCK / LIMITS[arch].threads,
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table per architecture and dtype."""
+    before = None
+    for row in rows:
+        if before != (before := (row["arch"], row["dtype"])):
+            print(f"\nsm_{row['arch']}, {row['dtype']}")
+            print(
+                f"{'kernel':<44}{'regs':>5}{'spill B':>9}{'shared B':>10}"
+                f"{'threads':>9}{'blocks':>8}{'occup.':>8}"
+            )
+        print(
+            f"{row['kernel']:<44}{row['registers']:>5}{row['spill_bytes']:>9}"
+            f"{row['shared_bytes']:>10}{row['threads']:>9}{row['blocks_per_sm']:>8}"
+            f"{row['occupancy']:>8.0%}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, metavar="CC")
+    parser.add_argument("--quick", action="store_true", help="sm_90, two dtypes")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    options = parser.parse_args()
+    dtypes = ("float16", "float32") if options.quick else DTYPES
+    archs = options.arch or ((90,) if options.quick else tuple(LIMITS))
+    files = _cuda.kernel_files()
+    jobs = [(file, dtype, arch) for arch in archs for dtype in dtypes for file in files]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for number, found in enumerate(pool.map(measure, jobs), 1):
+            rows += found
+            print(f"\r[{number}/{len(jobs)}] compiled", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    show(rows)
+    spilled = [row for row in rows if row["spill_bytes"]]
+    print(f"\n{len(rows)} kernels compiled, {len(spilled)} spill")
+    for row in spilled:
+        print(
+            f"    sm_{row['arch']} {row['dtype']} {row['kernel']}: {row['spill_bytes']}"
+        )
+    if options.json:
+        partial = options.json.with_suffix(".part")
+        partial.write_text(json.dumps({"kernels": rows}, indent=2))
+        partial.replace(options.json)
+    sys.exit(1 if spilled else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What benchmarks/kernels.py measures: inputs, rivals, and what each kernel must do."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import qm_cupy as qm
+
+try:
+    import cupy
+except ImportError:
+    cupy = None
+try:
+    import ml_dtypes  # noqa: F401  from where CuPy has bfloat16
+
+    DTYPE = "bfloat16"
+except ImportError:
+    DTYPE = "float16"
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+class Case(NamedTuple):
+    """One kernel at one size; every function takes the arrays of an input set."""
+
+    inputs: tuple[Any, ...]  # CuPy arrays
+    ours: Callable[..., Any]
+    in_torch: Callable[..., Any]
+    in_cupy: Callable[..., Any] | None
+    sample: tuple[int, ...]  # the sequence that is held against the reference
+    bytes: float  # that must be read and written, each once
+    flops: float = 0  # two for a multiply-add, at the tensor cores' rate for 16 bits
+    exps: float = 0
+    layered: bool = False  # rivals get a layer at a time, or N x N fits no memory
+    others: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  what else to time
+
+
+def draw(*shape: int, scale: float = 1.0) -> Any:
+    x = cupy.empty(shape, DTYPE)
+    for matrix in x.reshape(-1, *shape[-2:]):  # float32 for one matrix at a time
+        matrix[...] = scale * cupy.random.standard_normal(matrix.shape, np.float32)
+    return x
+
+
+def entropy_in_torch(scores: Any) -> Any:
+    return torch.special.entr(torch.softmax(scores.float(), -1)).sum(-1)
+
+
+def entropy_in_cupy(scores: Any) -> Any:
+    p = cupy.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return -(p * cupy.log(cupy.maximum(p, 1e-30))).sum(-1)
+
+
+def transposed(x: Any) -> Any:
+    return x.swapaxes(-1, -2)
+
+
+def self_attention(layers: int, batch: int, n: int, dim: int) -> Case:
+    x = draw(layers, batch, n, dim, scale=0.3)
+    pairs = layers * batch * n * n
+
+    def in_torch(x: Any) -> Any:
+        return entropy_in_torch(x @ x.mT / dim**0.5)
+
+    def in_cupy(x: Any) -> Any:
+        y = x.astype(np.float32)
+        return entropy_in_cupy(y @ transposed(y) / dim**0.5)
+
+    # x is read once; half of the symmetric product, 2 D flops for each of its pairs;
+    # an exp for every pair, as the two rows that share a score differ in their maximum.
+    work = x.nbytes, pairs / 2 * 2 * dim, pairs, True
+    return Case((x,), qm.self_attention_entropy, in_torch, in_cupy, (-1, -1), *work)
+
+
+def query_key(layers: int, batch: int, heads: int, n: int, width: int) -> Case:
+    query, key = (draw(layers, batch, heads, n, width) for _ in range(2))
+    pairs = layers * batch * heads * n * n
+
+    def in_torch(q: Any, k: Any) -> Any:
+        return entropy_in_torch(q @ k.mT / width**0.5)
+
+    def in_cupy(q: Any, k: Any) -> Any:
+        q, k = q.astype(np.float32), k.astype(np.float32)
+        return entropy_in_cupy(q @ transposed(k) / width**0.5)
+
+    def attention(q: Any, k: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    # Both are read once; 2 d flops and an exp for every pair.
+    work = 2 * query.nbytes, 2 * width * pairs, pairs, True
+    others = {"torch's attention with V = K": attention}
+    call = qm.query_key_entropy
+    return Case((query, key), call, in_torch, in_cupy, (-1,) * 3, *work, others)
+
+
+def given_attention(layers: int, batch: int, heads: int, n: int) -> Case:
+    a = draw(layers, batch, heads, n, n)
+    for matrix in a.reshape(-1, n, n):
+        p = cupy.exp(matrix.astype(np.float32))
+        matrix[...] = p / p.sum(-1, keepdims=True)
+
+    def in_torch(a: Any) -> Any:
+        return torch.special.entr(a.float()).sum(-1)
+
+    def in_cupy(a: Any) -> Any:
+        p = a.astype(np.float32)
+        return -(p * cupy.log(cupy.maximum(p, 1e-30))).sum(-1)
+
+    # A is read once; a logarithm of each entry costs what an exp does.
+    work = a.nbytes, 0, a.size, True
+    return Case((a,), qm.attention_entropy, in_torch, in_cupy, (-1,) * 3, *work)
+
+
+def cosine(batch: int, n: int, dim: int) -> Case:
+    x = draw(batch, n, dim)
+
+    def in_torch(x: Any) -> Any:
+        y = torch.nn.functional.normalize(x, dim=-1)
+        return (y @ y.mT).float()
+
+    def in_cupy(x: Any) -> Any:
+        y = x.astype(np.float32)
+        y /= cupy.linalg.norm(y, axis=-1, keepdims=True)
+        return y @ transposed(y)
+
+    # x is read, N x N in float32 written; half of the symmetric product.
+    work = x.nbytes + 4 * batch * n * n, batch * n * n / 2 * 2 * dim
+    return Case((x,), qm.cosine_similarity, in_torch, in_cupy, (-1,), *work)
+
+
+def merge(batch: int, n: int, dim: int, groups: int) -> Case:
+    x = draw(batch, n, dim)
+    labels = cupy.random.randint(0, groups, (batch, n)).astype(np.int32)
+    mass = cupy.random.random((batch, n), dtype=np.float32) + 0.1
+
+    def ours(x: Any, labels: Any, mass: Any) -> Any:
+        return qm.merge_tokens(x, labels, groups, mass=mass)
+
+    def in_torch(x: Any, labels: Any, mass: Any) -> Any:
+        index = labels.long() + groups * torch.arange(batch, device="cuda")[:, None]
+        index, weight = index.flatten(), mass.reshape(-1, 1)
+        sums = torch.zeros(batch * groups, dim, device="cuda")
+        sums = sums.index_add(0, index, x.flatten(0, 1) * weight)
+        total = torch.zeros(batch * groups, 1, device="cuda")
+        total = total.index_add(0, index, weight)
+        return (sums / total.clamp_min(1e-30)).to(x.dtype).view(batch, groups, dim)
+
+    def in_cupy(x: Any, labels: Any, mass: Any) -> Any:
+        index = (labels + groups * cupy.arange(batch)[:, None]).ravel()
+        sums = cupy.zeros((batch * groups, dim), np.float32)
+        weighted = x.reshape(-1, dim).astype(np.float32) * mass.reshape(-1, 1)
+        cupy.add.at(sums, index, weighted)
+        sums /= cupy.bincount(index, mass.ravel(), batch * groups)[:, None]
+        return sums.reshape(batch, groups, dim)
+
+    # Everything is read once, the merged tokens written.
+    size = x.nbytes * (1 + groups / n) + labels.nbytes + mass.nbytes
+    return Case((x, labels, mass), ours, in_torch, in_cupy, (-1,), size)
+
+
+def unmerge(batch: int, n: int, dim: int, groups: int) -> Case:
+    y = draw(batch, groups, dim)
+    labels = cupy.random.randint(0, groups, (batch, n)).astype(np.int32)
+
+    def in_torch(y: Any, labels: Any) -> Any:
+        return y.gather(1, labels.long()[..., None].expand(-1, -1, dim))
+
+    def in_cupy(y: Any, labels: Any) -> Any:
+        return cupy.take_along_axis(y, labels[..., None], 1)
+
+    # The merged tokens and labels are read, N tokens written.
+    size = y.nbytes * (1 + n / groups) + labels.nbytes
+    return Case((y, labels), qm.unmerge_tokens, in_torch, in_cupy, (-1,), size)
+
+
+def nearest(batch: int, n: int, dim: int, groups: int) -> Case:
+    x, y = draw(batch, n, dim), draw(batch, groups, dim)
+
+    def in_torch(x: Any, y: Any) -> Any:
+        near = (x @ torch.nn.functional.normalize(y, dim=-1).mT).argmax(-1)
+        gap = x.float() - y.gather(1, near[..., None].expand(-1, -1, dim))
+        return gap.square().sum((1, 2)) / x.float().square().sum((1, 2))
+
+    # 2 D flops for every token and merged token.
+    work = x.nbytes + y.nbytes, 2 * batch * n * groups * dim
+    return Case((x, y), qm.reconstruction_error, in_torch, None, (-1,), *work)
+
+
+def softmax_mass(batch: int, n: int) -> Case:
+    def ours(s: Any) -> Any:
+        return qm.saliency_mass(s, qm.gumbel_softmax(s, seed=0))
+
+    def in_torch(s: Any) -> Any:
+        noise = -torch.log(-torch.log(torch.rand_like(s)))
+        p = torch.softmax((s + noise) / 0.1, -1)
+        return p * s + (1 - p) * 0.01
+
+    score = cupy.random.random((batch, n), dtype=np.float32)
+    # The saliency is read, the mass written. Noise is that of sequence 0: the sample.
+    return Case((score,), ours, in_torch, None, (0,), 2 * score.nbytes, 0, score.size)
+
+
+def norms(batch: int, n: int, dim: int) -> Case:
+    def in_torch(x: Any) -> Any:
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+        low, high = norm.amin(-1, keepdim=True), norm.amax(-1, keepdim=True)
+        return (norm - low) / (high - low)
+
+    x = draw(batch, n, dim)  # read once
+    return Case((x,), qm.norm_saliency, in_torch, None, (-1,), x.nbytes)
+
+
+def alignment(batch: int, groups: int, dim: int) -> Case:
+    x = draw(batch, groups, dim)
+    prior = qm.MLPPrior.init(dim)
+    nets = [prior.forward, prior.backward]
+    if torch:
+        nets = [[torch.from_numpy(w).cuda() for w in net] for net in nets]
+
+    def in_torch(x: Any) -> Any:
+        total, steps = 0.0, torch.arange(1, groups + 1, device="cuda")[:, None]
+        for (w1, b1, w2, b2), z in zip(nets, (x, x.flip(1)), strict=True):
+            mean = z.float().cumsum(1) / steps
+            guess = torch.relu(mean @ w1.T + b1) @ w2.T + b2
+            total = total + (guess[:, :-1] - z[:, 1:]).square().mean((1, 2))
+        return total
+
+    def ours(x: Any) -> Any:
+        return qm.alignment_loss(x, prior).total
+
+    # x is read; two directions of two layers, 2 D hidden flops a token each. The layers
+    # are of float32: the tensor cores' rate for 16 bits is a floor far below them.
+    work = x.nbytes, 2 * 2 * 2 * batch * groups * prior.forward.weight_in.size
+    return Case((x,), ours, in_torch, None, (-1,), *work)
+
+
+def cases(quick: bool) -> Iterator[tuple[str, Callable[..., Case], tuple[int, ...]]]:
+    """Yield a title each, what makes the case, and its sizes."""
+    sizes = [(2, 2, 1024, 1024, 4)] if quick else [(8, 12, 4096, 1024, 16)]
+    sizes += [(1, 1, n, 768, 12) for n in ((196,) if quick else (196, 576, 1024))]
+    for b, layers, n, d, h in sizes:
+        k, size = n // 4, f"B={b} N={n}"
+        # Beside A, torch holds it in float32 and a result of that size: 5 times A.
+        fits = cupy.cuda.Device().mem_info[0] // (6 * 2 * b * h * n * n)
+        some = max(1, min(layers, fits))
+        heads = f"{size} L={layers} H={h}"
+        yield (
+            f"{size} L={layers} D={d} self-attention",
+            self_attention,
+            (layers, b, n, d),
+        )
+        yield f"{heads} query-key d=64", query_key, (layers, b, h, n, 64)
+        yield f"{heads} query-key d=128", query_key, (layers, b, h, n, 128)
+        yield f"{size} L={some} H={h} given A", given_attention, (some, b, h, n)
+        yield f"{size} D={d} cosine matrix", cosine, (b, n, d)
+        yield f"{size} D={d} K={k} merge", merge, (b, n, d, k)
+        yield f"{size} D={d} K={k} unmerge", unmerge, (b, n, d, k)
+        yield f"{size} D={d} K={k} error by nearest", nearest, (b, n, d, k)
+        yield f"{size} Gumbel, softmax, mass", softmax_mass, (b, n)
+        yield f"{size} D={d} norm saliency", norms, (b, n, d)
+        yield f"B={b} K={k} D={d} alignment losses", alignment, (b, k, d)

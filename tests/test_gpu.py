@@ -1,0 +1,348 @@
+"""Every public function on a GPU against the NumPy reference; needs CuPy and a GPU.
+
+``QM_CUPY_NO_POOL=1`` takes CuPy's memory pool away, so that compute-sanitizer sees the
+bounds of each array, and leaves only one small size.
+"""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+from conftest import TOLERANCE
+
+import qm_cupy as qm
+from qm_cupy import pipeline
+
+
+def _import_cupy():
+    """Return CuPy, or None, and why there is no GPU to test on, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CuPy's, of a CUDA that it cannot find
+            import cupy
+    except ImportError as error:
+        return None, f"needs CuPy: {error}"
+    available = cupy.is_available()
+    return cupy, None if available else "needs a GPU: cupy.is_available() is False"
+
+
+cupy, missing = _import_cupy()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(missing is not None, reason=str(missing)),
+    pytest.mark.filterwarnings("default"),  # a driver's warning is no fault of ours
+]
+
+NO_POOL = os.environ.get("QM_CUPY_NO_POOL") == "1"
+SIZES = [33] if NO_POOL else [1, 33, 128, 257]
+WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # D: whole vectors of 16 bytes, and not
+# bfloat16 has 8 bits: half of the last one, 2 ** -9, in both, and room for the sum.
+ACCURACY = {"bfloat16": (8e-3, 8e-3), **TOLERANCE}
+# What comes out where it is not all sums: t(okens), s(ums), i(ntegers).
+RESULTS = {
+    "merge_tokens": "t",
+    "unmerge_tokens": "t",
+    "select_tokens": "i",
+    "group_sizes": "i",
+    "group_positions": "i",
+    "alignment_loss": "sss",
+    "quickmerge": "tiiiss",  # the fields of Merged
+}
+
+
+def calls(num_tokens, masked=False, ragged=False):
+    """Return, by name, a public function and the arguments of a call on NumPy arrays.
+
+    Three sequences; with `ragged`, K differs between them.
+    """
+    rng = np.random.default_rng(num_tokens)
+    batch, dim = 3, WIDTHS[num_tokens]
+    mask = None
+    if masked:  # on the left, and in between
+        mask = rng.random((batch, num_tokens)) < 0.7
+        mask[0] = np.arange(num_tokens) >= num_tokens // 3
+        mask[:, -1] = True
+    valid = np.full(batch, num_tokens) if mask is None else mask.sum(-1)
+    counts = np.maximum(valid // np.array([3, 4, 5]), 1)
+    most = int(counts.max()) if ragged else int(counts.min())
+    num_groups = counts if ragged else most
+    below = counts[:, None] if ragged else most
+    labels = rng.integers(0, below, (batch, num_tokens)).astype(np.int32)
+    labels[rng.random(labels.shape) < 0.1] = -1
+    tokens = rng.standard_normal((batch, num_tokens, dim))
+    merged = rng.standard_normal((batch, most, dim))
+    score, other, mass = rng.random((3, batch, num_tokens))
+    mass[labels == 0] = 0  # a group that takes the plain mean
+    shape = (2, batch, 2, num_tokens)  # (L, B, H, N)
+    attention = rng.random((*shape, num_tokens))
+    attention[..., ::3] = 0
+    query, key = rng.standard_normal((2, *shape, min(dim, 64)))
+    entropy = rng.random(shape)
+    prior = qm.MLPPrior.init(dim, hidden_dim=50)
+    padded = {"mask": mask}
+    grouped = {"labels": labels, "num_groups": num_groups}
+    softmax = {"saliency": score, "seed": 7, **padded}
+    rebuilt = {"tokens": tokens, "merged": merged}
+    if ragged:  # so that padding rebuilds no token
+        rebuilt["num_groups"] = num_groups
+    return {
+        "attention_entropy": (qm.attention_entropy, {"attention": attention, **padded}),
+        "query_key_entropy": (
+            qm.query_key_entropy,
+            {"query": query, "key": key, **padded},
+        ),
+        "query_key_entropy, causal": (
+            qm.query_key_entropy,
+            {"query": query, "key": key, "causal": True, **padded},
+        ),
+        "self_attention_entropy": (
+            qm.self_attention_entropy,
+            {"tokens": tokens, **padded},
+        ),
+        "saliency": (qm.saliency, {"entropy": entropy, **padded}),
+        "norm_saliency": (qm.norm_saliency, {"tokens": tokens, **padded}),
+        "gumbel_softmax": (qm.gumbel_softmax, softmax),
+        "gumbel_softmax, hard": (qm.gumbel_softmax, {**softmax, "hard": num_groups}),
+        "saliency_mass": (
+            qm.saliency_mass,
+            {"saliency": score, "probabilities": other},
+        ),
+        "select_tokens": (
+            qm.select_tokens,
+            {"scores": score, "num_groups": num_groups, **padded},
+        ),
+        "cosine_similarity": (qm.cosine_similarity, {"tokens": tokens}),
+        "merge_tokens": (qm.merge_tokens, {"tokens": tokens, **grouped, "mass": mass}),
+        "unmerge_tokens": (qm.unmerge_tokens, {"merged": merged, "labels": labels}),
+        "group_sizes": (qm.group_sizes, grouped),
+        "group_positions": (qm.group_positions, grouped),
+        "alignment_loss": (
+            qm.alignment_loss,
+            {"merged": merged, "prior": prior, "num_groups": num_groups},
+        ),
+        "norm_mass": (
+            qm.norm_mass,
+            {"tokens": tokens, "num_groups": num_groups, **padded},
+        ),
+        "reconstruction_error": (
+            qm.reconstruction_error,
+            {**rebuilt, "labels": labels, **padded},
+        ),
+        "reconstruction_error, nearest": (
+            qm.reconstruction_error,
+            {**rebuilt, **padded},
+        ),
+        "fidelity_loss": (qm.fidelity_loss, {**rebuilt, "labels": labels, **padded}),
+        "quickmerge": (
+            qm.quickmerge,
+            {"tokens": tokens, "budget": num_groups, **padded},
+        ),
+    }
+
+
+NAMES = list(calls(1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory():
+    if NO_POOL:
+        cupy.cuda.set_allocator(None)
+    yield
+    if NO_POOL:
+        cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
+
+
+@pytest.fixture(params=["basic", "optimized"])
+def kernels(request):
+    with qm.use_kernels(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def library(request):
+    if request.param == "torch":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("this torch has no CUDA")
+    return request.param
+
+
+@pytest.fixture(params=["float16", "bfloat16", "float32", "float64"])
+def dtype(request):
+    if request.param == "bfloat16":
+        pytest.importorskip("ml_dtypes")  # from where NumPy knows bfloat16
+    return np.dtype(request.param)
+
+
+def as_numpy(x, dtype):
+    """Round to `dtype`; what NumPy has no functions for is held in float32."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+        return x
+    return x.astype(dtype).astype(np.float32 if dtype.name == "bfloat16" else dtype)
+
+
+def as_given(x, library, dtype, strided=False):
+    """Give an array to the GPU, floating ones in `dtype`; other arguments stay."""
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.dtype.kind == "f":
+        x = x.astype(dtype)
+    if strided:
+        x = np.repeat(x, 2, axis=-1)
+    if library == "cupy":
+        given = cupy.asarray(x)
+    else:
+        import torch
+
+        if x.dtype.name == "bfloat16":  # which torch does not take from NumPy
+            given = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda()
+        else:
+            given = torch.from_numpy(x).cuda()
+    return given[..., ::2] if strided else given
+
+
+def leaves(result):
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def on_host(x):
+    if type(x).__module__.startswith("torch"):
+        x = x.cpu()
+        return (
+            x.float() if x.dtype.is_floating_point and x.itemsize == 2 else x
+        ).numpy()
+    return x.get()
+
+
+def result_dtypes(name, dtype):
+    accumulation = "float64" if dtype == np.float64 else "float32"
+    spelled = {"t": dtype.name, "s": accumulation, "i": "int32"}
+    return [spelled[letter] for letter in RESULTS.get(name, "s")]
+
+
+def run(call, library, dtype, strided=False):
+    function, arguments = call
+    given = {k: as_given(x, library, dtype, strided) for k, x in arguments.items()}
+    return leaves(function(**given))
+
+
+def check(name, got, call, library, dtype):
+    """Hold results against the reference: values, dtype, kind, place and layout."""
+    function, arguments = call
+    wanted = leaves(function(**{k: as_numpy(x, dtype) for k, x in arguments.items()}))
+    assert len(got) == len(wanted)
+    # Both sides round, and what comes at the end of a pipeline has rounded often.
+    room = 20 if name == "quickmerge" else 2
+    for x, y, kind in zip(got, wanted, result_dtypes(name, dtype), strict=True):
+        assert type(x).__module__.split(".")[0] == library
+        assert str(x.dtype).removeprefix("torch.") == kind
+        assert tuple(x.shape) == np.shape(y)
+        if library == "torch":
+            assert x.is_cuda
+            assert x.is_contiguous()
+        else:
+            assert x.flags.c_contiguous
+        if kind == "int32":
+            np.testing.assert_array_equal(on_host(x), y)
+        else:
+            rtol, atol = (room * tolerance for tolerance in ACCURACY[kind])
+            found = on_host(x).astype(np.float64)
+            np.testing.assert_allclose(found, y, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("num_tokens", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_parity(name, num_tokens, masked, kernels, dtype):
+    call = calls(num_tokens, masked)[name]
+    check(name, run(call, "cupy", dtype), call, "cupy", dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_num_groups_per_sequence(name, library, kernels, dtype):
+    call = calls(33, masked=True, ragged=True)[name]
+    check(name, run(call, library, dtype), call, library, dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strided_inputs(name, library, kernels, dtype):
+    call = calls(33, masked=True)[name]
+    check(name, run(call, library, dtype, strided=True), call, library, dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_batch(name, kernels, dtype):
+    function, arguments = calls(33)[name]
+    axis = {"attention": 1, "query": 1, "key": 1, "entropy": 1}  # (L, B, …)
+    arguments = {
+        k: np.take(x, [], axis=axis.get(k, 0)) if isinstance(x, np.ndarray) else x
+        for k, x in arguments.items()
+    }
+    call = function, arguments
+    check(name, run(call, "cupy", dtype), call, "cupy", dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_on_every_run(name, kernels, dtype):
+    call = calls(SIZES[-1], masked=True)[name]
+    first, again = run(call, "cupy", dtype), run(call, "cupy", dtype)
+    for x, y in zip(first, again, strict=True):
+        assert on_host(x).tobytes() == on_host(y).tobytes()
+
+
+# Work is captured into a CUDA graph: while a stream captures, the driver refuses every
+# wait for it and every touch of the legacy default stream, so neither can hide. The
+# stream is not "non-blocking", which would let the latter pass.
+
+
+def capture(function):
+    """Return the result of a captured call, empty still, and how to fill it."""
+    stream = cupy.cuda.Stream()
+    cupy.cuda.Device().synchronize()  # the inputs come from another stream
+    with stream:
+        for _ in range(2):  # compiles the kernels and fills the stream's memory pool
+            function()
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            result = function()
+        finally:
+            graph = stream.end_capture()
+
+    def replay():
+        graph.launch(stream)
+        stream.synchronize()
+
+    return result, replay
+
+
+needs_pool = pytest.mark.skipif(NO_POOL, reason="a graph cannot allocate without pool")
+
+
+@needs_pool
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+# alignment_loss brings its prior's weights from the CPU: a copy no graph can hold.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "alignment_loss"])
+def test_no_host_synchronisation(name, masked, kernels, monkeypatch):
+    function, arguments = calls(33, masked)[name]
+    given = {k: as_given(x, "cupy", np.dtype("f4")) for k, x in arguments.items()}
+    wanted = leaves(function(**given))
+    if name == "quickmerge":  # its groups are found on the CPU, and so are left out
+        labels = wanted[1]
+        monkeypatch.setattr(pipeline, "cluster_tokens", lambda *_, **__: labels)
+    got, replay = capture(lambda: leaves(function(**given)))
+    for x in got:
+        if name != "quickmerge" or x is not got[1]:  # which is `labels` itself
+            x[...] = 7  # memory comes back from the pool with the last result in it
+    cupy.cuda.Device().synchronize()
+    replay()
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(x.get(), y.get())
+
+
+@needs_pool
+def test_a_host_synchronisation_would_be_caught():
+    x = cupy.arange(3)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match=r"[cC]apture"):
+        capture(lambda: int(x.sum()))
