@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test sanitize lint clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/qm-cupy demo --output build/demo
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest
+
+# Every kernel at small sizes, emulated, under ThreadSanitizer and under ASan with UBSan.
+sanitize: $(VENV)/test.done
+	$(MAKE) -j2 sanitize-thread sanitize-address
+
+sanitize-%: $(VENV)/test.done
+	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider test_kernels.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

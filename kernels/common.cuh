@@ -4,7 +4,9 @@
 //   -D acc_t=...    what is computed:   float, or double where real_t is double
 //
 // A kernel's integers are `long long`, its options `double`, its masks `bool` (True =
-// token, null = all tokens), its labels `int` (-1 = padding). Grids have one dimension.
+// token, null = all tokens), its labels `int` (-1 = padding), its counts `int` (K of
+// each sequence, null = num_groups of all). Grids have one dimension. Nobody has looked
+// at labels and counts: whatever they hold, no kernel leaves its arrays.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,6 +33,22 @@ __device__ __forceinline__ long long thread_index() {
 __device__ __forceinline__ bool is_token(const bool* mask, long long index) {
     return mask == nullptr || mask[index];
 }
+
+// The group of a token, or -1: for padding, and for a label that is no group's.
+__device__ __forceinline__ int group_of(int label, long long num_groups) {
+    return 0 <= label && label < num_groups ? label : -1;
+}
+
+// K of a sequence, within 0 .. num_groups.
+__device__ __forceinline__ long long count_of(const int* counts, long long sequence,
+                                              long long num_groups) {
+    if (counts == nullptr) return num_groups;
+    const long long count = counts[sequence];
+    return count < 0 ? 0 : min(count, num_groups);
+}
+
+// What padding scores, -infinity: less than any token.
+__device__ __forceinline__ acc_t padding() { return __uint_as_float(0xff800000u); }
 
 // The entropy of softmax(scores) in one pass, in nats. The largest score m stays out of
 //   r = sum e^(s - m),   t = sum e^(s - m) (s - m),
@@ -161,6 +179,23 @@ __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
     for (unsigned warp = 1; warp < blockDim.x / 32; ++warp)
         x = combine(x, scratch[warp]);
     return x;
+}
+
+// How many threads before this one have `flag`; `total` is how many have it in all.
+// `scratch` is shared memory for 32 counts.
+__device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const unsigned votes = __ballot_sync(~0u, flag);
+    __syncthreads();  // the scratch may still be in use
+    if (lane == 0) scratch[warp] = __popc(votes);
+    __syncthreads();
+    int rank = __popc(votes & ((1u << lane) - 1));
+    *total = 0;
+    for (int w = 0; w < warps; ++w) {
+        if (w < warp) rank += scratch[w];
+        *total += scratch[w];
+    }
+    return rank;
 }
 
 #ifndef CUDA_EMULATOR  // which has its own of what follows

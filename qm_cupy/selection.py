@@ -387,7 +387,11 @@ def _select_tokens_cuda(
     batch, num_tokens = _rows(scores)
     out = _cuda.empty((*scores.shape[:-1], most), np.int32)
     args = (chosen, batch, num_tokens, most, out)
-    _cuda.launch("basic/selection", "select_tokens", np.float32, out.size, args)
+    implementation = _cuda.implementation()
+    threads = out.size if implementation == "basic" else batch * _cuda.BLOCK
+    _cuda.launch(
+        f"{implementation}/selection", "select_tokens", np.float32, threads, args
+    )
     return out
 
 
@@ -396,7 +400,10 @@ def _top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
     out = _cuda.empty(scores.shape, np.bool_)
     each, most = _cuda.counts(counts)
     args = (scores, each, *_rows(scores), most, out)
-    _cuda.launch("basic/selection", "top_tokens", scores.dtype, out.size, args)
+    chosen = _cuda.implementation()
+    batch, _ = _rows(scores)
+    threads = out.size if chosen == "basic" else batch * _cuda.BLOCK
+    _cuda.launch(f"{chosen}/selection", "top_tokens", scores.dtype, threads, args)
     return out
 
 

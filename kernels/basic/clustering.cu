@@ -28,15 +28,18 @@ extern "C" __global__ void cosine_similarity(const real_t* tokens, const acc_t* 
 // The most similar of a sequence's K anchors; of equal ones the lowest.
 extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* norms,
                                            const real_t* anchors,
-                                           const acc_t* anchor_norms, long long batch,
-                                           long long num_tokens, long long dim,
-                                           long long num_groups, int* out) {
+                                           const acc_t* anchor_norms, const int* counts,
+                                           long long batch, long long num_tokens,
+                                           long long dim, long long num_groups,
+                                           int* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
-    const long long first = index / num_tokens * num_groups;  // anchor of (B, K)
+    const long long b = index / num_tokens;
+    const long long first = b * num_groups;  // anchor of (B, K)
+    const long long count = count_of(counts, b, num_groups);
     int best = 0;
     acc_t highest = NEVER;
-    for (long long k = 0; k < num_groups; ++k) {
+    for (long long k = 0; k < count; ++k) {
         const acc_t similarity =
             cosine(tokens + index * dim, anchors + (first + k) * dim, norms[index],
                    anchor_norms[first + k], dim);

@@ -13,7 +13,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
                                         acc_t* squares) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
-    const int k = labels[index];
+    const int k = group_of(labels[index], num_groups);
     acc_t error = 0, square = 0;
     if (k >= 0) {
         const real_t* x = tokens + index * dim;                                  // (D,)
@@ -28,7 +28,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
     squares[index] = square;
 }
 
-// A sequence of zeros is reconstructed without error.
+// Of a sequence of zeros, nothing lost is no error, and anything is infinite.
 extern "C" __global__ void reconstruction_error(const acc_t* errors,
                                                 const acc_t* squares, long long batch,
                                                 long long num_tokens, acc_t* out) {
@@ -39,7 +39,7 @@ extern "C" __global__ void reconstruction_error(const acc_t* errors,
         error += errors[i];
         square += squares[i];
     }
-    out[b] = square > 0 ? error / square : 0;
+    out[b] = error == 0 ? 0 : error / square;
 }
 
 // `selected` marks the K largest norms. Of no norm at all, every part is all of it.

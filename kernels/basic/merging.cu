@@ -40,7 +40,7 @@ extern "C" __global__ void unmerge_tokens(const real_t* merged, const int* label
     const long long index = thread_index();  // (B, N, D)
     if (index >= batch * num_tokens * dim) return;
     const long long token = index / dim, b = token / num_tokens;
-    const int k = labels[token];
+    const int k = group_of(labels[token], num_groups);
     if (k < 0)
         store(out + index, acc_t(0));
     else

@@ -1,10 +1,14 @@
 // Saliency: how much each token matters, from the entropy of its attention.
 //
-//   H_i = -sum_j p_ij log p_ij             in nats, 0 log 0 = 0
+//   H_i = -sum_j p_ij log p_ij             in nats, 0 log 0 = 0, over the tokens j
 //   s_i = 1 - mean_l normalize(H_i^(l))    normalize = min-max over a row's tokens
 //
 // p is given (attention_entropy), or the softmax of q_i . k_j scale (query_key_entropy)
 // or of x_i . x_j / sqrt(D) (self_attention_entropy); then no N x N array is stored.
+// Given probabilities a need not sum to 1: p = a / S with S = sum_j a_ij, and so
+//
+//   H_i = log S - sum_j a_ij log a_ij / S
+//
 // One thread, one output. `outer` runs over (L, B, H), so that the sequence of an outer
 // index, which its mask needs, is outer / heads % batch.
 
@@ -17,14 +21,18 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
     const long long sequence = row / num_tokens / heads % batch;
     const long long first = sequence * num_tokens;  // of this sequence in the mask
 
-    acc_t entropy = 0;
+    acc_t sum = 0, logs = 0;
     if (is_token(mask, first + row % num_tokens)) {
         for (long long j = 0; j < num_tokens; ++j) {
-            const acc_t p = widen(attention[row * num_tokens + j]);
-            if (p > 0 && is_token(mask, first + j)) entropy -= p * log(p);
+            const acc_t a = widen(attention[row * num_tokens + j]);
+            if (a > 0 && is_token(mask, first + j)) {
+                sum += a;
+                logs += a * log(a);
+            }
         }
     }
-    out[row] = entropy;
+    // Rounding may leave less than nothing; a row without attention has no entropy.
+    out[row] = sum > 0 ? max(log(sum) - logs / sum, acc_t(0)) : 0;
 }
 
 // The entropy of query's attention over the first `num_keys` keys.
@@ -79,13 +87,13 @@ extern "C" __global__ void self_attention_entropy(const real_t* tokens,
     out[row] = entropy;
 }
 
-// ‖x‖₂ of every row.
-extern "C" __global__ void token_norms(const real_t* tokens, long long num_rows,
-                                       long long dim, acc_t* out) {
+// ‖x‖₂ of every row, 0 of padding.
+extern "C" __global__ void token_norms(const real_t* tokens, const bool* mask,
+                                       long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index();  // (B, N)
     if (row >= num_rows) return;
     acc_t squares = 0;
-    for (long long d = 0; d < dim; ++d) {
+    for (long long d = 0; d < dim && is_token(mask, row); ++d) {
         const acc_t x = widen(tokens[row * dim + d]);
         squares += x * x;
     }

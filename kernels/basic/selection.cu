@@ -1,31 +1,40 @@
 // Selection: Gumbel noise, the softmax over it, and the K tokens that stand highest.
 //
 //   g = -log(-log u)                       u from Philox4x32-10, see common.cuh
-//   z_i = s_i + g_i                        the perturbed scores; padding is NEVER
+//   z_i = s_i + g_i                        the perturbed scores; of padding -infinity
 //   pi_i = e^((z_i - m) / tau) / sum_j e^((z_j - m) / tau)
 //   mass_i = pi_i s_i + (1 - pi_i) epsilon
 //
 // One thread, one output.
 
-// Leading axes repeat: only (sequence, token) count, and the same pair is the same
-// bits.
-extern "C" __global__ void gumbel_noise(unsigned long long seed, long long count,
-                                        long long sequences, long long num_tokens,
-                                        float* out) {
-    const long long index = thread_index();  // (..., sequence, token)
-    if (index >= count) return;
-    out[index] = gumbel(seed, index / num_tokens % sequences, index % num_tokens);
-}
-
+// `first` is the number of the batch's first sequence among all that share the seed.
 extern "C" __global__ void perturbed_scores(const real_t* saliency, const bool* mask,
                                             long long batch, long long num_tokens,
                                             long long noisy, unsigned long long seed,
-                                            acc_t* out) {
+                                            long long first, acc_t* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
-    acc_t score = widen(saliency[index]);
-    if (noisy) score += gumbel(seed, index / num_tokens, index % num_tokens);
-    out[index] = is_token(mask, index) ? score : NEVER;
+    const long long b = index / num_tokens, i = index % num_tokens;
+    acc_t score = padding();
+    if (is_token(mask, index)) {
+        score = widen(saliency[index]);
+        if (noisy) {
+            // Draw n is the n-th token's, wherever padding lies: the result is that of
+            // the tokens alone. A thread has nobody to ask, so it counts for itself.
+            long long rank = mask ? 0 : i;
+            if (mask)
+                for (long long j = index - i; j < index; ++j) rank += mask[j];
+            score += gumbel(seed, first + b, rank);
+        }
+    }
+    out[index] = score;
+}
+
+// e^((z - m) / tau). The division is in double, where no temperature is too small: of
+// float 1e-46 is 0, and 0 / 0 is no number.
+__device__ acc_t softmax_term(acc_t score, acc_t highest, double temperature) {
+    if (score == padding()) return 0;
+    return exp(static_cast<acc_t>((score - highest) / temperature));
 }
 
 // The largest score of every sequence and the sum its softmax divides by.
@@ -35,10 +44,10 @@ extern "C" __global__ void softmax_totals(const acc_t* scores, long long batch,
     const long long b = thread_index();  // (B,)
     if (b >= batch) return;
     const acc_t* row = scores + b * num_tokens;  // (N,)
-    acc_t high = NEVER, sum = 0;
+    acc_t high = padding(), sum = 0;
     for (long long i = 0; i < num_tokens; ++i) high = max(high, row[i]);
     for (long long i = 0; i < num_tokens; ++i)
-        if (row[i] != NEVER) sum += exp((row[i] - high) / acc_t(temperature));
+        sum += softmax_term(row[i], high, temperature);
     highest[b] = high;
     total[b] = sum;
 }
@@ -50,8 +59,8 @@ extern "C" __global__ void gumbel_softmax(const acc_t* scores, const acc_t* high
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens;
-    const acc_t e = exp((scores[index] - highest[b]) / acc_t(temperature));
-    out[index] = scores[index] == NEVER ? 0 : e / total[b];
+    const acc_t e = softmax_term(scores[index], highest[b], temperature);
+    out[index] = total[b] > 0 ? e / total[b] : 0;  // without tokens it is 0
 }
 
 extern "C" __global__ void saliency_mass(const real_t* saliency,
@@ -64,8 +73,7 @@ extern "C" __global__ void saliency_mass(const real_t* saliency,
 }
 
 // True for the K highest scores of a sequence: those that fewer than K others beat,
-// where of two equal ones the lower index wins. `counts` is K for each sequence, or
-// null.
+// where of two equal ones the lower index wins.
 extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
                                       long long batch, long long num_tokens,
                                       long long num_groups, bool* out) {
@@ -76,7 +84,7 @@ extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
     long long better = 0;
     for (long long j = 0; j < num_tokens; ++j)
         better += row[j] > row[i] || (row[j] == row[i] && j < i);
-    out[index] = row[i] != NEVER && better < (counts ? counts[b] : num_groups);
+    out[index] = row[i] != padding() && better < count_of(counts, b, num_groups);
 }
 
 // The positions of the selected tokens, ascending; -1 where there are fewer than K.

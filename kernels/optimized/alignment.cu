@@ -1,8 +1,8 @@
 // AR alignment: prefix means by runs, layers by tiles; see basic/alignment.cu.
 
-// The row of x that is read t-th.
+// The row that is read t-th. Rows behind the last token keep their places.
 __device__ long long reading(long long t, long long count, long long reversed) {
-    return reversed ? count - 1 - t : t;
+    return reversed && t < count ? count - 1 - t : t;
 }
 
 // One block, 32 columns of one sequence. Each of its warps sums a run of rows, then
@@ -14,7 +14,7 @@ extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const long long strips = (dim + 31) / 32;
     const long long b = blockIdx.x / strips, d = blockIdx.x % strips * 32 + lane;
-    const long long count = counts ? counts[b] : num_groups;
+    const long long count = count_of(counts, b, num_groups);
     const long long column = b * num_groups * dim + d;  // of (B, K, D)
     const long long run = (num_groups + warps - 1) / warps;
     const long long first = warp * run, last = min(first + run, num_groups);
@@ -22,13 +22,14 @@ extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
     acc_t sum = 0;
     for (long long t = first; t < min(last, count) && d < dim; ++t)
         sum += widen(merged[column + reading(t, count, reversed) * dim]);
-    sums[warp][lane] = sum;
+    sums[warp][lane] = sum;  // the warp's run, t being the order of reading
     __syncthreads();
     sum = 0;
     for (int w = 0; w < warp; ++w) sum += sums[w][lane];
     for (long long t = first; t < last && d < dim; ++t) {
-        if (t < count) sum += widen(merged[column + reading(t, count, reversed) * dim]);
-        out[column + t * dim] = t < count ? sum / acc_t(t + 1) : 0;
+        const long long row = column + reading(t, count, reversed) * dim;
+        if (t < count) sum += widen(merged[row]);
+        out[row] = t < count ? sum / acc_t(t + 1) : 0;
     }
 }
 
@@ -69,14 +70,14 @@ extern "C" __global__ void prediction_errors(const acc_t* prediction,
     const long long index = thread_index() / 32;  // (B, K)
     if (index >= batch * num_groups) return;
     const long long b = index / num_groups, t = index % num_groups;
-    const long long count = counts ? counts[b] : num_groups;
+    const long long count = count_of(counts, b, num_groups);
 
     acc_t squares = 0;
-    if (t + 1 < count) {
-        const long long target = b * num_groups + reading(t + 1, count, reversed);
+    const long long target = reversed ? t - 1 : t + 1;
+    if (t < count && 0 <= target && target < count) {
+        const real_t* x = merged + (b * num_groups + target) * dim;  // (D,)
         for (long long d = threadIdx.x % 32; d < dim; d += 32) {
-            const acc_t x = widen(merged[target * dim + d]);
-            const acc_t error = prediction[index * dim + d] - x;
+            const acc_t error = prediction[index * dim + d] - widen(x[d]);
             squares += error * error;
         }
     }
@@ -90,9 +91,9 @@ extern "C" __global__ void alignment_loss(const acc_t* errors, const int* counts
                                           acc_t* out) {
     __shared__ acc_t scratch[32];
     const long long b = blockIdx.x;
-    const long long count = counts ? counts[b] : num_groups;
+    const long long count = count_of(counts, b, num_groups);
     acc_t sum = 0;
-    for (long long t = threadIdx.x; t + 1 < count; t += blockDim.x)
+    for (long long t = threadIdx.x; t < count; t += blockDim.x)
         sum += errors[b * num_groups + t];
     sum = block_reduce(sum, scratch, Add());
     if (threadIdx.x == 0) out[b] = count > 1 ? sum / acc_t(count - 1) : 0;

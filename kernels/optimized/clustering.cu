@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
 
 // The most similar anchor seen so far; of equal ones the lowest.
 struct Nearest {
-    acc_t similarity = NEVER;
+    acc_t similarity = padding();
     int anchor = 0;
 
     __device__ __forceinline__ void merge(acc_t other, int index) {
@@ -50,36 +50,36 @@ struct Nearest {
     }
 };
 
-// One block, 128 tokens of one sequence; it passes by all of the sequence's anchors.
+// One block, 128 tokens of one sequence; it passes by all of the sequence's anchors. A
+// token's own norm changes nothing in what is nearest, so `norms` is for the basic one.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     nearest_anchors(const real_t* tokens, const acc_t* norms, const real_t* anchors,
-                    const acc_t* anchor_norms, long long batch, long long num_tokens,
-                    long long dim, long long num_groups, int* out) {
+                    const acc_t* anchor_norms, const int* counts, long long batch,
+                    long long num_tokens, long long dim, long long num_groups,
+                    int* out) {
     __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
     const long long row_tiles = (num_tokens + TILE - 1) / TILE;
     const long long b = blockIdx.x / row_tiles;
     const long long row0 = blockIdx.x % row_tiles * TILE;
     const long long first = b * num_tokens + row0;  // token of (B, N)
-    const int num_tiles = static_cast<int>((num_groups + TILE - 1) / TILE);
+    const int num_tiles =
+        static_cast<int>((count_of(counts, b, num_groups) + TILE - 1) / TILE);
 
     acc_t sums[4][16];
     Nearest nearest[4];
     multiply_tiles(stages, {tokens + first * dim, num_tokens - row0},
                    {anchors + b * num_groups * dim, num_groups}, num_tiles, dim, sums,
                    [&](int tile) {
+                       // Read again for each tile: registers are full.
+                       const long long count = count_of(counts, b, num_groups);
 #pragma unroll
                        for (int j = 0; j < 16; ++j) {
                            const int k = tile * TILE + tile_column(j);
-                           if (k >= num_groups) continue;
+                           if (k >= count) continue;
                            const acc_t other = anchor_norms[b * num_groups + k];
 #pragma unroll
-                           for (int i = 0; i < 4; ++i) {
-                               const bool row = row0 + tile_row(i) < num_tokens;
-                               const acc_t norm = row ? norms[first + tile_row(i)] : 0;
-                               const bool zero = norm == 0 || other == 0;
-                               nearest[i].merge(zero ? 0 : sums[i][j] / norm / other,
-                                                k);
-                           }
+                           for (int i = 0; i < 4; ++i)
+                               nearest[i].merge(other == 0 ? 0 : sums[i][j] / other, k);
                        }
                    });
 

@@ -8,7 +8,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
                                         acc_t* squares) {
     const long long index = thread_index() / 32;  // (B, N)
     if (index >= batch * num_tokens) return;
-    const int k = labels[index];
+    const int k = group_of(labels[index], num_groups);
     const real_t* token = tokens + index * dim;
     const real_t* group = merged + (index / num_tokens * num_groups + k) * dim;
     acc_t error = 0, square = 0;
@@ -43,7 +43,7 @@ extern "C" __global__ void reconstruction_error(const acc_t* errors,
     }
     error = block_reduce(error, scratch, Add());
     square = block_reduce(square, scratch, Add());
-    if (threadIdx.x == 0) out[blockIdx.x] = square > 0 ? error / square : 0;
+    if (threadIdx.x == 0) out[blockIdx.x] = error == 0 ? 0 : error / square;
 }
 
 // One block, one sequence.

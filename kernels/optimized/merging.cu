@@ -14,8 +14,10 @@ extern "C" __global__ void sort_members(const int* labels, long long batch,
 
     for (long long k = thread; k < num_groups; k += threads) end[k] = 0;
     __syncthreads();
-    for (long long j = thread; j < num_tokens; j += threads)
-        if (label[j] >= 0) atomicAdd(end + label[j], 1);
+    for (long long j = thread; j < num_tokens; j += threads) {
+        const int k = group_of(label[j], num_groups);
+        if (k >= 0) atomicAdd(end + k, 1);
+    }
     __syncthreads();
 
     // Sizes to beginnings: each thread has a run of groups, and begins where the sum of
@@ -41,7 +43,7 @@ extern "C" __global__ void sort_members(const int* labels, long long batch,
     if (thread >= 32) return;
     for (long long j0 = 0; j0 < num_tokens; j0 += 32) {
         const long long j = j0 + thread;
-        const int k = j < num_tokens ? label[j] : -1;
+        const int k = j < num_tokens ? group_of(label[j], num_groups) : -1;
         const unsigned same = __match_any_sync(~0u, k);
         const int slot = k < 0 ? 0 : end[k] + __popc(same & ((1u << thread) - 1));
         if (k >= 0) member[slot] = static_cast<int>(j);
@@ -104,9 +106,10 @@ extern "C" __global__ void unmerge_tokens(const real_t* merged, const int* label
     const long long index = thread_index();  // (B, N, vectors)
     if (index >= batch * num_tokens * vectors) return;
     const long long token = index / vectors, d = index % vectors * WIDTH;
-    const long long group = token / num_tokens * num_groups + labels[token];
+    const int k = group_of(labels[token], num_groups);
+    const long long group = token / num_tokens * num_groups + k;
     acc_t x[WIDTH] = {};
-    if (labels[token] >= 0) load_vector(x, merged + group * dim + d, dim - d);
+    if (k >= 0) load_vector(x, merged + group * dim + d, dim - d);
     store_vector(out + token * dim + d, x, dim - d);
 }
 
@@ -118,8 +121,10 @@ extern "C" __global__ void group_sizes(const int* labels, long long batch,
     int* size = out + blockIdx.x * num_groups;            // (K,)
     for (long long k = threadIdx.x; k < num_groups; k += blockDim.x) size[k] = 0;
     __syncthreads();
-    for (long long j = threadIdx.x; j < num_tokens; j += blockDim.x)
-        if (label[j] >= 0) atomicAdd(size + label[j], 1);
+    for (long long j = threadIdx.x; j < num_tokens; j += blockDim.x) {
+        const int k = group_of(label[j], num_groups);
+        if (k >= 0) atomicAdd(size + k, 1);
+    }
 }
 
 // One block, one sequence.
@@ -130,6 +135,8 @@ extern "C" __global__ void group_positions(const int* labels, long long batch,
     int* position = out + blockIdx.x * num_groups;        // (K,)
     for (long long k = threadIdx.x; k < num_groups; k += blockDim.x) position[k] = -1;
     __syncthreads();
-    for (long long j = threadIdx.x; j < num_tokens; j += blockDim.x)
-        if (label[j] >= 0) atomicMax(position + label[j], static_cast<int>(j));
+    for (long long j = threadIdx.x; j < num_tokens; j += blockDim.x) {
+        const int k = group_of(label[j], num_groups);
+        if (k >= 0) atomicMax(position + k, static_cast<int>(j));
+    }
 }

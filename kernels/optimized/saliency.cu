@@ -230,26 +230,32 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
     if (row >= outer * num_tokens) return;
     const long long first = row / num_tokens / heads % batch * num_tokens;
     const real_t* probabilities = attention + row * num_tokens;  // (N,)
-    acc_t entropy = 0;
+    acc_t sum = 0, logs = 0;
     for (long long j = threadIdx.x % 32 * WIDTH; j < num_tokens; j += 32 * WIDTH) {
-        acc_t p[WIDTH];
-        load_vector(p, probabilities + j, num_tokens - j);
+        acc_t a[WIDTH];
+        load_vector(a, probabilities + j, num_tokens - j);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i)
-            if (p[i] > 0 && is_token(mask, first + j + i)) entropy -= p[i] * log(p[i]);
+            if (a[i] > 0 && is_token(mask, first + j + i)) {
+                sum += a[i];
+                logs += a[i] * log(a[i]);
+            }
     }
-    entropy = warp_reduce(entropy, Add());
-    if (threadIdx.x % 32 == 0)
-        out[row] = is_token(mask, first + row % num_tokens) ? entropy : 0;
+    sum = warp_reduce(sum, Add());
+    logs = warp_reduce(logs, Add());
+    if (threadIdx.x % 32 != 0) return;
+    const bool seen = sum > 0 && is_token(mask, first + row % num_tokens);
+    out[row] = seen ? max(log(sum) - logs / sum, acc_t(0)) : 0;
 }
 
 // One warp, one row.
-extern "C" __global__ void token_norms(const real_t* tokens, long long num_rows,
-                                       long long dim, acc_t* out) {
+extern "C" __global__ void token_norms(const real_t* tokens, const bool* mask,
+                                       long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index() / 32;  // (B, N)
     if (row >= num_rows) return;
     acc_t squares = 0;
-    for (long long d = threadIdx.x % 32 * WIDTH; d < dim; d += 32 * WIDTH) {
+    const long long end = is_token(mask, row) ? dim : 0;  // the same for all lanes
+    for (long long d = threadIdx.x % 32 * WIDTH; d < end; d += 32 * WIDTH) {
         acc_t x[WIDTH];
         load_vector(x, tokens + row * dim + d, dim - d);
         for (int i = 0; i < WIDTH; ++i) squares += x[i] * x[i];

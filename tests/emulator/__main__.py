@@ -1,4 +1,7 @@
-"""``python -m tests.emulator address pytest …`` runs tests under a sanitizer."""
+"""``python -m emulator thread|address pytest …`` runs tests under a sanitizer.
+
+From within ``tests/``.
+"""
 
 import os
 import sys

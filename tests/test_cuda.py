@@ -1,0 +1,124 @@
+"""The keeper of the kernels, without CuPy: what it splices, casts and refuses."""
+
+import sys
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qm_cupy import _cuda
+
+
+def test_kernels_are_chosen_for_a_block_or_for_good():
+    assert _cuda.implementation() == "optimized"
+    with _cuda.use_kernels("basic"):
+        with _cuda.use_kernels("optimized"):
+            assert _cuda.implementation() == "optimized"
+        assert _cuda.implementation() == "basic"
+    choice = _cuda.use_kernels("basic")
+    assert _cuda.implementation() == "basic"
+    choice.__exit__()
+    assert _cuda.implementation() == "optimized"
+    with pytest.raises(ValueError, match='"basic" or "optimized", got \'fast\''):
+        _cuda.use_kernels("fast")
+
+
+@pytest.mark.parametrize("file", _cuda.kernel_files())
+def test_source_names_its_files_and_kernels(file):
+    text = _cuda.source(file)
+    assert text.startswith('#line 1 "common.cuh"\n')
+    assert f'#line 1 "{file}.cu"\n' in text
+    assert _cuda.kernel_names(file)
+    assert text.count("__global__ void") == len(_cuda.kernel_names(file))
+
+
+def test_the_package_comes_before_the_repository(tmp_path, monkeypatch):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        folder.mkdir()
+    monkeypatch.setattr(_cuda, "_FOLDERS", (first, second))
+    with pytest.raises(FileNotFoundError, match=r"common\.cuh"):
+        _cuda._folder.__wrapped__()
+    (second / "common.cuh").touch()  # the folder alone is not enough
+    assert _cuda._folder.__wrapped__() == second
+    (first / "common.cuh").touch()
+    assert _cuda._folder.__wrapped__() == first
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    calls = []
+
+    def raw_kernel(file, kernel, dtype):
+        return lambda *call: calls.append((file, kernel, dtype, *call))
+
+    monkeypatch.setattr(_cuda, "raw_kernel", raw_kernel)
+    return calls
+
+
+def test_launch_casts_every_scalar(launched):
+    x = np.zeros(3)
+    args = (x, None, 3, True, 0.5, np.uint64(7))
+    _cuda.launch("basic/merging", "merge_tokens", np.float16, 257, args)
+    [(file, kernel, dtype, grid, block, given)] = launched
+    assert (file, kernel, dtype) == ("basic/merging", "merge_tokens", "float16")
+    assert (grid, block) == ((2,), (256,))
+    assert given[0] is x
+    types_ = [np.uint64, np.int64, np.int64, np.float64, np.uint64]
+    assert [type(a) for a in given[1:]] == types_
+    assert given[1:] == (0, 3, 1, 0.5, 7)
+
+
+def test_launch_skips_empty_work_and_refuses_strides(launched):
+    _cuda.launch("basic/merging", "merge_tokens", np.float32, 0, ())
+    assert launched == []
+    with pytest.raises(ValueError, match="C-contiguous"):
+        _cuda.launch("a", "b", np.float32, 1, (np.zeros((4, 4))[:, 0],))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_warmup_compiles_every_kernel(dtype, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(_cuda, "raw_kernel", lambda *key: seen.add(key))
+    _cuda.warmup(dtype)
+    name = np.dtype(dtype).name
+    wide = "float64" if dtype == np.float64 else "float32"
+    wanted = {
+        (file, kernel, kind)
+        for file in _cuda.kernel_files()
+        for kernel in _cuda.kernel_names(file)
+        for kind in (name, wide)
+    }
+    assert seen == wanted
+    with pytest.raises(TypeError, match="int32"):
+        _cuda.warmup(np.int32)
+
+
+def test_a_kernel_that_does_not_compile_says_why(monkeypatch):
+    """A stand-in for CuPy, whose compiler fails as the real one does."""
+
+    class CompileException(Exception):  # noqa: N818 (CuPy's name)
+        pass
+
+    class RawModule:
+        def __init__(self, *, code, options):
+            assert "--std=c++17" in options
+            assert "common.cuh" in code
+
+        def get_function(self, name):
+            raise CompileException('catastrophic error: cannot open source file "x.h"')
+
+    cupy = types.ModuleType("cupy")
+    compiler = types.SimpleNamespace(CompileException=CompileException)
+    runtime = types.SimpleNamespace(getDevice=lambda: 0)
+    cupy.cuda = types.SimpleNamespace(compiler=compiler, runtime=runtime)
+    cupy.RawModule = RawModule
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(_cuda.KernelCompilationError) as caught:
+        _cuda.raw_kernel("basic/merging", "merge_tokens", "float32")
+    message = str(caught.value)
+    assert "`merge_tokens` of basic/merging.cu" in message
+    assert "cannot open source file" in message
+    assert "Hint: the CUDA headers are missing" in message
+    _cuda._module.cache_clear()
