@@ -10,15 +10,11 @@ from emulator import nvrtc
 
 from qm_cupy import _cuda
 
-ARCHITECTURES = (75, 80, 90, 120)
-OTHERS = (86, 89, 100)  # of the same code paths: 86 and 89 as 80, 100 as 90
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SPILL = re.compile(r"Function properties for (\w+)\n.*?(\d+) bytes spill stores")
 
-CASES = [
-    *itertools.product(_cuda.kernel_files(), DTYPES, ARCHITECTURES),
-    *itertools.product(["optimized/saliency"], ["float16", "float64"], OTHERS),
-]
+CASES = list(itertools.product(_cuda.kernel_files(), DTYPES, ARCHITECTURES))
 
 
 @pytest.fixture(scope="module")
