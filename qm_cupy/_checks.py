@@ -149,7 +149,7 @@ def check_num_groups(
     name: str = "num_groups",
 ) -> NDArray[np.int64]:
     """Return K of every sequence (shape `batch`), each within 1..`most`."""
-    if isinstance(num_groups, np.ndarray) and num_groups.ndim:
+    if is_per_sequence(num_groups):
         if num_groups.dtype.kind not in "iu":
             raise TypeError(f"`{name}` must be integers, got {num_groups.dtype}")
         check_shape(name, num_groups, "B", batch)
@@ -170,8 +170,13 @@ def check_num_groups(
 
 def largest(num_groups: Any, counts: NDArray[np.int64]) -> int:
     """Return K, or the largest K: of an empty batch too, where K is one number."""
-    alone = not isinstance(num_groups, np.ndarray) or num_groups.ndim == 0
-    return int(num_groups) if alone else int(counts.max(initial=0))
+    several = is_per_sequence(num_groups)
+    return int(counts.max(initial=0)) if several else int(num_groups)
+
+
+def is_per_sequence(count: Any) -> bool:
+    """Whether a count is an array of one per sequence rather than one for all."""
+    return isinstance(count, np.ndarray) and count.ndim > 0
 
 
 def check_integer(name: str, value: Any) -> int:

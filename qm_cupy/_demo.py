@@ -4,11 +4,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._files import replacing
 from .alignment import MLPPrior, alignment_loss
 from .budget import token_budget
 from .clustering import cluster_tokens
@@ -76,11 +77,11 @@ def run_demo(
         "mass": mass,
     }
     archive, figure = output / "merged.npz", output / "merged.png"
-    with _replacing(archive) as path:
-        np.savez(path, allow_pickle=False, **arrays)
-    with _replacing(figure) as path:
+    with replacing(archive) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    with replacing(figure) as file:
         _draw(
-            path,
+            file,
             _unpatch(pixels, rows, patch),
             _unpatch(rebuilt, rows, patch),
             labels.reshape(rows, -1),
@@ -138,7 +139,7 @@ def _embed(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
 
 
 def _draw(
-    path: Path,
+    file: BinaryIO,
     picture: NDArray[Any],
     rebuilt: NDArray[Any],
     labels: NDArray[Any],
@@ -165,7 +166,7 @@ def _draw(
         panel.set_axis_off()
     outline = LineCollection(_outline(labels), colors="#b3001b", linewidths=0.6)
     panels[1].add_collection(outline)
-    canvas.print_figure(path, dpi=150, format="png")
+    canvas.print_figure(file, dpi=150, format="png")
 
 
 def _outline(labels: NDArray[Any]) -> list[tuple[tuple[Any, Any], tuple[Any, Any]]]:
@@ -181,14 +182,3 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, and rename it once all is written."""
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,7 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import Array, enter
-from ._checks import check_mask, check_num_groups, check_number, check_tokens
+from ._checks import (
+    check_mask,
+    check_num_groups,
+    check_number,
+    check_tokens,
+    is_per_sequence,
+)
 from .saliency import _relative_norms
 
 
@@ -42,7 +48,7 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     array([ 3, 50])
     """
     leave, counts, sizes = enter(budget=budget, num_tokens=num_tokens)
-    many = isinstance(sizes, np.ndarray) and sizes.ndim > 0
+    many = is_per_sequence(sizes)
     sizes = check_num_groups(sizes, sizes.shape if many else (), name="num_tokens")
     if isinstance(budget, float | np.floating):
         check_number("budget", budget, 0, 1, "(]")
@@ -50,8 +56,8 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
         kept = np.floor(np.round(sizes * share, 9))  # 0.29 · 100 is 29, not 28.999…
         counts = np.maximum(kept, 1).astype(np.int64)
     else:
-        several = isinstance(counts, np.ndarray) and counts.ndim > 0
-        batch = counts.shape if several and not many else sizes.shape
+        alone = is_per_sequence(counts) and not many
+        batch = counts.shape if alone else sizes.shape
         counts = check_num_groups(counts, batch, sizes, name="budget")
     return leave(counts) if counts.ndim else int(counts)
 

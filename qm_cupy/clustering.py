@@ -329,11 +329,11 @@ def cluster_tokens(
         tokens=tokens, num_groups=num_groups, anchors=anchors, mask=mask
     )
     check_tokens(tokens)
+    check_choice("method", method, METHODS)
+    check_choice("order", order, ORDERS)
     on_gpu = _cuda.is_cuda(tokens)  # groups are found on the CPU so far
     mask, given = _cuda.to_host(mask), _cuda.to_host(anchors)
     tokens = _cuda.to_host(tokens)
-    check_choice("method", method, METHODS)
-    check_choice("order", order, ORDERS)
     check_mask(mask, tokens.shape[:-1])
     limit = _num_valid(tokens[..., 0], mask)
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
