@@ -49,6 +49,7 @@ _ENTRY = re.compile(
     r".*?Used (?P<registers>\d+) registers(?P<used>.*)"
 )
 _SHARED = re.compile(r"(\d+) bytes smem")
+_BOUNDS = re.compile(r"__launch_bounds__\((\w+).*?\)\s*(\w+)\(")
 
 
 def blocks_per_sm(arch: int, threads: int, registers: int, shared: int) -> int:
@@ -65,17 +66,31 @@ def blocks_per_sm(arch: int, threads: int, registers: int, shared: int) -> int:
     return min(limits.blocks, by_registers, by_shared, by_threads)
 
 
+def most_threads(source: str, dtype: str) -> dict[str, int]:
+    """Return the threads of a block, at most, of the kernels that say so."""
+    found = {}
+    for name, kernel in _BOUNDS.findall(source):
+        value = re.search(rf"constexpr int {name} = (.+?);", source)[1]
+        if "?" in value:  # sizeof(acc_t) == 4 ? narrow : wide
+            value = value.split("?")[1].split(":")[dtype == "float64"]
+        found[kernel] = int(value)
+    return found
+
+
 def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     """Compile a file for one dtype and architecture; return a row per kernel."""
     file, dtype, arch = job
-    log = compile_log(_cuda.source(file), [*_cuda.options(dtype), f"-arch=sm_{arch}"])
+    source = _cuda.source(file)
+    largest = most_threads(source, dtype)
+    log = compile_log(source, [*_cuda.options(dtype), f"-arch=sm_{arch}"])
     found = {match["kernel"]: match for match in _ENTRY.finditer(log)}
     rows = []
     for kernel in _cuda.kernel_names(file):
         match = found[kernel]
         registers = int(match["registers"])
         shared = int(next(iter(_SHARED.findall(match["used"])), 0))
-        blocks = blocks_per_sm(arch, _cuda.BLOCK, registers, shared)
+        threads = largest.get(kernel, _cuda.BLOCK)
+        blocks = blocks_per_sm(arch, threads, registers, shared)
         rows.append(
             {
                 "arch": arch,
@@ -84,9 +99,9 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
                 "registers": registers,
                 "spill_bytes": int(match["spilled"]) + int(match["reloaded"]),
                 "shared_bytes": shared,
-                "threads": _cuda.BLOCK,
+                "threads": threads,
                 "blocks_per_sm": blocks,
-                "occupancy": blocks * _cuda.BLOCK / LIMITS[arch].threads,
+                "occupancy": blocks * threads / LIMITS[arch].threads,
             }
         )
     return rows
@@ -119,6 +134,8 @@ def main() -> None:
     archs = options.arch or ((90,) if options.quick else tuple(LIMITS))
     files = _cuda.kernel_files()
     jobs = [(file, dtype, arch) for arch in archs for dtype in dtypes for file in files]
+    tiled = [file for file in files if "multiply_tiles(" in _cuda.text(file)]
+    jobs += [(file, "tf32", arch) for arch in archs for file in tiled]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for number, found in enumerate(pool.map(measure, jobs), 1):

@@ -2,6 +2,7 @@
 //
 //   -D real_t=...   what is stored:     __half, __nv_bfloat16, float or double
 //   -D acc_t=...    what is computed:   float, or double where real_t is double
+//   -D TF32=...     1 if floats may be multiplied as TF32, else 0
 //
 // A kernel's integers are `long long`, its options `double`, its masks `bool` (True =
 // token, null = all tokens), its labels `int` (-1 = padding), its counts `int` (K of
@@ -200,60 +201,24 @@ __device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
 
 #ifndef CUDA_EMULATOR  // which has its own of what follows
 
-__device__ __forceinline__ unsigned shared_address(const void* address) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(address));
+// The shared memory whose size the launch gives, 16-byte aligned.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+    extern __shared__ __align__(16) unsigned char dynamic_bytes[];
+    return dynamic_bytes;
 }
 
-// Copy 16 bytes to shared memory, in the background where the hardware can (sm_80 on).
-__device__ __forceinline__ void cp_async_16(void* target, const void* source) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
-        "l"(source)
-        : "memory");
-#else
-    *static_cast<uint4*>(target) = *static_cast<const uint4*>(source);
-#endif
-}
-
-// Close the group of copies begun since the last commit.
-__device__ __forceinline__ void cp_async_commit() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Wait until at most `pending` groups are in flight.
-template <int pending>
-__device__ __forceinline__ void cp_async_wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-#endif
-}
-
-// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives row r of matrix i.
-__device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
-// c (16 x 8) += a (16 x 16) b (16 x 8) on the tensor cores (sm_80 on). Lane l holds
-// rows l / 4 and l / 4 + 8 and columns l % 4 * 2 and the next: c0 c1 above, c2 c3
-// below.
-#define MMA_16X8X16(type, name)                                                    \
-    __device__ __forceinline__ void mma_16x8x16(float& c0, float& c1, float& c2,   \
-                                                float& c3, const unsigned (&a)[4], \
-                                                const unsigned (&b)[2], type) {    \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name        \
-                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "         \
-                     "{%0, %1, %2, %3};"                                           \
-                     : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                      \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),      \
-                       "r"(b[1]));                                                 \
+// Wait until `num_blocks` blocks have come here as often as this one has. They are of a
+// cooperative launch, so all of them are running; `arrived` counts them, from 0.
+__device__ __forceinline__ void blocks_barrier(unsigned* arrived, unsigned num_blocks) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // what this block wrote, before its arrival is seen
+        const unsigned ticket = atomicAdd(arrived, 1u);
+        const unsigned all = (ticket / num_blocks + 1) * num_blocks;
+        while (static_cast<int>(*static_cast<volatile unsigned*>(arrived) - all) < 0);
+        __threadfence();  // what the others wrote, after theirs
     }
-MMA_16X8X16(__half, "f16")
-MMA_16X8X16(__nv_bfloat16, "bf16")
+    __syncthreads();
+}
 
 #endif

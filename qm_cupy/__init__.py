@@ -2,6 +2,7 @@
 
 from ._checks import check_finite
 from ._cuda import KernelCompilationError, use_kernels, warmup
+from ._precision import allow_tf32
 from .alignment import MLP, AlignmentLoss, MLPPrior, Prior, alignment_loss, decode
 from .budget import norm_budget, token_budget
 from .clustering import cluster_tokens, cosine_similarity, cut_linkage, linkage
@@ -40,6 +41,7 @@ __all__ = [
     "Prior",
     "QuickMergePP",
     "alignment_loss",
+    "allow_tf32",
     "attention_entropy",
     "check_finite",
     "cluster_tokens",

@@ -4,13 +4,16 @@ Importing this does nothing to the GPU; CuPy itself is imported by the first lau
 """
 
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ._precision import TF32, kernel_dtype
 
 Implementation = Literal["basic", "optimized"]
 
@@ -26,6 +29,7 @@ _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)
 
 WARP = 32  # threads that go in step
 BLOCK = 256  # threads of a block, where a kernel does not say otherwise
+_SHARED_BYTES = 48 << 10
 TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
 
 _chosen: Implementation = "optimized"
@@ -88,17 +92,23 @@ def launch(
     args: tuple[Any, ...],
     *,
     block: int = BLOCK,
+    shared: int = 0,
+    cooperative: bool = False,
 ) -> None:
     """Run a kernel of ``kernels/<file>.cu`` on the current stream and device.
 
     `threads` is rounded up to whole blocks, all in x: the one axis that may have more
-    than 65,535 of them. Nothing is launched for zero threads.
+    than 65,535 of them. Nothing is launched for zero threads. `shared` is in bytes;
+    blocks that wait for each other take a `cooperative` launch.
     """
     if threads == 0:
         return
     grid = -(-threads // block)
-    run = raw_kernel(file, kernel, np.dtype(dtype).name)
-    run((grid,), (block,), tuple(_argument(x) for x in args))
+    run = raw_kernel(file, kernel, kernel_dtype(file, dtype), cooperative)
+    if shared > _SHARED_BYTES:  # more than a kernel may have without asking
+        run.max_dynamic_shared_size_bytes = shared
+    values = tuple(_argument(x) for x in args)
+    run((grid,), (block,), values, shared_mem=shared)
 
 
 def _argument(x: Any) -> Any:
@@ -126,7 +136,7 @@ def vectors(x: Any) -> int:
     return rows * -(-int(x.shape[-1]) // width)
 
 
-def raw_kernel(file: str, kernel: str, dtype: str) -> Any:
+def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) -> Any:
     """Return the compiled kernel for the current device.
 
     The seam, with `empty`: the emulator's tests put their own in its place, which is
@@ -134,7 +144,8 @@ def raw_kernel(file: str, kernel: str, dtype: str) -> Any:
     """
     import cupy
 
-    return _compile(file, kernel, dtype, cupy.cuda.runtime.getDevice())
+    device = cupy.cuda.runtime.getDevice()
+    return _compile(file, kernel, dtype, cooperative, device)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -156,6 +167,38 @@ def to_host(x: Any) -> Any:
     return x if x is None or isinstance(x, np.ndarray) else x.get()
 
 
+class Device(NamedTuple):
+    """What a launcher asks of the current device."""
+
+    multiprocessors: int
+    """How many there are: blocks of up to 1024 threads that can run at once."""
+    shared_bytes: int
+    """The most shared memory that a block can have."""
+
+
+def device() -> Device:
+    """Return the current device; part of the seam."""
+    import cupy
+
+    return _device(cupy.cuda.runtime.getDevice())
+
+
+@functools.cache
+def _device(number: int) -> Device:
+    import cupy
+
+    has = cupy.cuda.Device(number).attributes
+    return Device(has["MultiProcessorCount"], has["MaxSharedMemoryPerBlockOptin"])
+
+
+def free_memory() -> int:
+    """Return how many bytes can be had on the current device; part of the seam."""
+    import cupy
+
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+
+
 def is_cuda(x: Any) -> bool:
     """Whether an array that has come through the door is CuPy's; part of the seam."""
     return hasattr(type(x), "__cuda_array_interface__")
@@ -175,11 +218,11 @@ def counts(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
 
 
 @functools.cache
-def _compile(file: str, kernel: str, dtype: str, device: int) -> Any:
+def _compile(file: str, kernel: str, dtype: str, cooperative: bool, device: int) -> Any:
     import cupy
 
     try:
-        return _module(file, dtype).get_function(kernel)
+        return _module(file, dtype, cooperative).get_function(kernel)
     except cupy.cuda.compiler.CompileException as error:
         raise KernelCompilationError(
             f"kernel `{kernel}` of {file}.cu did not compile for {dtype} on device "
@@ -188,10 +231,14 @@ def _compile(file: str, kernel: str, dtype: str, device: int) -> Any:
 
 
 @functools.cache
-def _module(file: str, dtype: str) -> Any:
+def _module(file: str, dtype: str, cooperative: bool) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(file), options=options(dtype))
+    return cupy.RawModule(
+        code=source(file),
+        options=options(dtype),
+        enable_cooperative_groups=cooperative,  # a way to launch, not to compile
+    )
 
 
 def _hint(log: str) -> str:
@@ -222,9 +269,10 @@ def source(file: str) -> str:
 
 def options(dtype: str) -> tuple[str, ...]:
     """Return the compiler's options: the language and the two types."""
-    storage = _STORAGE[dtype]
+    storage = _STORAGE["float32" if dtype == TF32 else dtype]
     compute = "double" if dtype == "float64" else "float"
-    return "--std=c++17", f"-Dreal_t={storage}", f"-Dacc_t={compute}"
+    types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
+    return "--std=c++17", *types, f"-DTF32={int(dtype == TF32)}"
 
 
 def kernel_files() -> list[str]:
@@ -236,7 +284,12 @@ def kernel_files() -> list[str]:
 
 def kernel_names(file: str) -> list[str]:
     """Return the names of the kernels in a file, in its order."""
-    return _KERNEL.findall((_folder() / f"{file}.cu").read_text(encoding="utf-8"))
+    return _KERNEL.findall(text(file))
+
+
+def text(file: str) -> str:
+    """Return a kernel file as it is."""
+    return (_folder() / f"{file}.cu").read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -267,6 +320,8 @@ def warmup(dtype: Any = np.float32) -> None:
     if name not in _STORAGE:
         raise TypeError(f"`dtype` must be one of {', '.join(_STORAGE)}, got {name}")
     for file in kernel_files():
-        for kernel in kernel_names(file):
-            raw_kernel(file, kernel, name)
-            raw_kernel(file, kernel, accumulation(np.dtype(dtype)).name)
+        kinds = {kernel_dtype(file, x) for x in (dtype, accumulation(np.dtype(dtype)))}
+        for kernel, kind in itertools.product(kernel_names(file), kinds):
+            raw_kernel(file, kernel, kind)
+            if "blocks_barrier(" in text(file):
+                raw_kernel(file, kernel, kind, True)

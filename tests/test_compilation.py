@@ -14,7 +14,12 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SPILL = re.compile(r"Function properties for (\w+)\n.*?(\d+) bytes spill stores")
 
-CASES = list(itertools.product(_cuda.kernel_files(), DTYPES, ARCHITECTURES))
+FILES = _cuda.kernel_files()
+TILED = [file for file in FILES if "multiply_tiles(" in _cuda.text(file)]
+CASES = [
+    *itertools.product(FILES, DTYPES, ARCHITECTURES),
+    *itertools.product(TILED, ["tf32"], ARCHITECTURES),
+]
 
 
 @pytest.fixture(scope="module")

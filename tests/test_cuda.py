@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qm_cupy import _cuda
+from qm_cupy import _cuda, _precision
 
 
 def test_kernels_are_chosen_for_a_block_or_for_good():
@@ -22,6 +22,33 @@ def test_kernels_are_chosen_for_a_block_or_for_good():
     assert _cuda.implementation() == "optimized"
     with pytest.raises(ValueError, match='"basic" or "optimized", got \'fast\''):
         _cuda.use_kernels("fast")
+
+
+def test_tf32_is_allowed_for_a_block_or_for_good():
+    plain = ["float16", "float32", "float64"] * 2
+    allowed = [*plain[:4], "tf32", "float64"]
+    files = ["basic/saliency"] * 3 + ["optimized/saliency"] * 3
+
+    def kinds():
+        return [*map(_precision.kernel_dtype, files, plain)]
+
+    assert kinds() == plain
+    with _precision.allow_tf32():
+        assert kinds() == allowed
+        with _precision.allow_tf32(False):
+            assert kinds() == plain
+        assert kinds() == allowed
+    choice = _precision.allow_tf32()
+    assert kinds() == allowed
+    choice.__exit__()
+    assert kinds() == plain
+    with pytest.raises(TypeError, match="`enabled` must be True or False, got 1"):
+        _precision.allow_tf32(1)
+
+
+def test_the_compiler_hears_of_tf32():
+    assert {"-Dreal_t=float", "-Dacc_t=float", "-DTF32=1"} < {*_cuda.options("tf32")}
+    assert "-DTF32=0" in _cuda.options("float32")
 
 
 @pytest.mark.parametrize("file", _cuda.kernel_files())
@@ -50,8 +77,8 @@ def test_the_package_comes_before_the_repository(tmp_path, monkeypatch):
 def launched(monkeypatch):
     calls = []
 
-    def raw_kernel(file, kernel, dtype):
-        return lambda *call: calls.append((file, kernel, dtype, *call))
+    def raw_kernel(*key):
+        return lambda *call, **options: calls.append((*key, *call, options))
 
     monkeypatch.setattr(_cuda, "raw_kernel", raw_kernel)
     return calls
@@ -61,8 +88,9 @@ def test_launch_casts_every_scalar(launched):
     x = np.zeros(3)
     args = (x, None, 3, True, 0.5, np.uint64(7))
     _cuda.launch("basic/merging", "merge_tokens", np.float16, 257, args)
-    [(file, kernel, dtype, grid, block, given)] = launched
-    assert (file, kernel, dtype) == ("basic/merging", "merge_tokens", "float16")
+    [(*key, grid, block, given, options)] = launched
+    assert key == ["basic/merging", "merge_tokens", "float16", False]
+    assert options == {"shared_mem": 0}
     assert (grid, block) == ((2,), (256,))
     assert given[0] is x
     types_ = [np.uint64, np.int64, np.int64, np.float64, np.uint64]
@@ -75,6 +103,21 @@ def test_launch_skips_empty_work_and_refuses_strides(launched):
     assert launched == []
     with pytest.raises(ValueError, match="C-contiguous"):
         _cuda.launch("a", "b", np.float32, 1, (np.zeros((4, 4))[:, 0],))
+
+
+def test_launch_asks_for_much_shared_memory(monkeypatch):
+    kernel = types.SimpleNamespace()
+
+    class Kernel:
+        def __call__(self, *call, shared_mem):
+            kernel.bytes = shared_mem
+
+    run = Kernel()
+    monkeypatch.setattr(_cuda, "raw_kernel", lambda *key: run)
+    for size, asked in ((48 << 10, None), (100 << 10, 100 << 10)):
+        _cuda.launch("a", "b", np.float32, 1, (), shared=size)
+        assert kernel.bytes == size
+        assert getattr(run, "max_dynamic_shared_size_bytes", None) == asked
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -90,7 +133,9 @@ def test_warmup_compiles_every_kernel(dtype, monkeypatch):
         for kernel in _cuda.kernel_names(file)
         for kind in (name, wide)
     }
-    assert seen == wanted
+    together = {key for key in seen if key[3:] == (True,)}
+    assert {key[1] for key in together} == {"linkage", "single_linkage"}
+    assert seen - together == wanted
     with pytest.raises(TypeError, match="int32"):
         _cuda.warmup(np.int32)
 
@@ -102,7 +147,7 @@ def test_a_kernel_that_does_not_compile_says_why(monkeypatch):
         pass
 
     class RawModule:
-        def __init__(self, *, code, options):
+        def __init__(self, *, code, options, enable_cooperative_groups):
             assert "--std=c++17" in options
             assert "common.cuh" in code
 

@@ -69,7 +69,7 @@ def test_mma_and_ldmatrix_make_a_matrix_product(dtype):
             ldmatrix_x4(y, right + lane % 8 * 16 + lane / 8 % 2 * 8);
             float d[4] = {};
             const unsigned strip[2] = {y[0], y[1]};
-            mma_16x8x16(d[0], d[1], d[2], d[3], x, strip, real_t());
+            mma_16x8(d[0], d[1], d[2], d[3], x, strip, real_t());
             for (int i = 0; i < 4; ++i)
                 c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
         }
@@ -83,6 +83,30 @@ def test_mma_and_ldmatrix_make_a_matrix_product(dtype):
     c = emulator.empty((16, 8), np.float32)
     product((1,), (32,), (a, b, c))
     np.testing.assert_array_equal(c, a.astype(np.float32) @ b.astype(np.float32).T)
+
+
+def test_mma_of_tf32_drops_the_last_bits():
+    product = kernel(
+        """
+        extern "C" __global__ void probe(const float* a, const float* b, float* c) {
+            const int row = threadIdx.x / 4, k = threadIdx.x % 4;
+            unsigned x[4], y[2];
+            for (int i = 0; i < 4; ++i)
+                x[i] = __float_as_uint(a[(row + i % 2 * 8) * 8 + k + i / 2 * 4]);
+            for (int i = 0; i < 2; ++i) y[i] = __float_as_uint(b[row * 8 + k + i * 4]);
+            float d[4] = {};
+            mma_16x8(d[0], d[1], d[2], d[3], x, y, float());
+            for (int i = 0; i < 4; ++i)
+                c[(row + i / 2 * 8) * 8 + k * 2 + i % 2] = d[i];
+        }
+        """
+    )
+    rng = np.random.default_rng(0)
+    a = rng.integers(-8, 9, (16, 8)).astype(np.float32)
+    b = rng.integers(-8, 9, (8, 8)).astype(np.float32)
+    c = emulator.empty((16, 8), np.float32)
+    product((1,), (32,), (a * np.float32(1 + 2**-11), b * np.float32(1 + 2**-12), c))
+    np.testing.assert_array_equal(c, a @ b.T)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +175,57 @@ def test_dynamic_shared_memory_is_as_large_as_the_launch_says():
     np.testing.assert_array_equal(out[1:], np.arange(32)[::-1])
 
 
+MEETING = """
+    extern "C" __global__ void probe(unsigned* arrived, int* out, long long rounds) {
+        for (int round = 0; round < rounds; ++round) {
+            const int next = (blockIdx.x + 1) % gridDim.x;
+            if (threadIdx.x == 0) out[blockIdx.x] = round;
+            blocks_barrier(arrived, gridDim.x);
+            if (threadIdx.x == 0) out[gridDim.x + blockIdx.x] = out[next];
+            blocks_barrier(arrived, gridDim.x);
+        }
+    }
+"""
+
+
+def test_blocks_of_a_cooperative_launch_meet():
+    arrived, out = np.zeros(1, np.uint32), np.zeros(10, np.int32)
+    run = kernel(MEETING)
+    run((5,), (64,), (arrived, out, np.int64(3)), cooperative=True)
+    np.testing.assert_array_equal(out, np.full(10, 2))
+    assert arrived[0] == 5 * 2 * 3
+
+
+def test_blocks_that_are_not_there_never_meet():
+    run = kernel(MEETING)
+    args = np.zeros(1, np.uint32), np.zeros(10, np.int32), np.int64(1)
+    with pytest.raises(emulator.EmulationError, match="blocks that never come"):
+        run((5,), (64,), args)
+    one_early = MEETING.replace("round < rounds", "round < rounds + blockIdx.x")
+    with pytest.raises(emulator.EmulationError, match="blocks that never come"):
+        kernel(one_early)((5,), (64,), args, cooperative=True)
+
+
+def test_cooperative_blocks_have_shared_memory_of_their_own():
+    own = """
+        extern "C" __global__ void probe(unsigned* arrived, int* out) {
+            int* mine = reinterpret_cast<int*>(dynamic_shared());
+            mine[0] = blockIdx.x;
+            blocks_barrier(arrived, gridDim.x);
+            out[blockIdx.x] = mine[0];
+        }
+    """
+    arrived, out = np.zeros(1, np.uint32), np.zeros(4, np.int32)
+    kernel(own)((4,), (1,), (arrived, out), cooperative=True, shared_mem=4)
+    np.testing.assert_array_equal(out, np.arange(4))
+    static = own.replace(
+        "int* mine = reinterpret_cast<int*>(dynamic_shared());",
+        "__shared__ int mine[1];",
+    )
+    with pytest.raises(emulator.EmulationError, match="dynamic_shared"):
+        kernel(static)((4,), (1,), (arrived, out), cooperative=True)
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -193,6 +268,39 @@ assert (out == 1).all()
 """
 BARRIER = "    __syncthreads();\n    x = scratch[0];"
 STORE = "out[blockIdx.x] = total"
+
+
+LINKAGE = """
+import numpy as np
+import emulator
+from qm_cupy import _cuda, _linkage_cuda
+source = _cuda.source("optimized/linkage")
+assert source.count({old!r}) == 1
+library = emulator.compile_source(source.replace({old!r}, {new!r}), "float32")
+kernel = emulator.Kernel(library, "linkage")
+run = lambda *args, **options: kernel(*args, cooperative=True, **options)
+_cuda.raw_kernel = lambda *_: run
+_cuda.empty, _cuda.to_device = emulator.empty, np.asarray
+_cuda.device = lambda: _cuda.Device(3, 0)
+_linkage_cuda.THREADS = {{4: 32}}
+cosines = np.corrcoef(np.random.default_rng(0).random((8, 5))).astype(np.float32)
+_linkage_cuda.linkage_cuda(cosines[None], "average")
+"""
+MEETS = "            meet();\n            if (first) plan_round"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "report"),
+    [
+        (MEETS, "            if (first) plan_round", "ThreadSanitizer: data race"),
+        (MEETS, MEETS, None),
+    ],
+    ids=["blocks-do-not-meet", "whole"],
+)
+def test_sanitizers_see_races_between_blocks(old, new, report):
+    status, output = run_sanitized("thread", LINKAGE.format(old=old, new=new))
+    assert (status == 0) == (report is None), output
+    assert report is None or report in output
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from conftest import assert_close
 
 import qm_cupy as qm
 from qm_cupy import _cuda, selection
@@ -20,9 +21,6 @@ SIZES = [1, 31, 32, 33, 127, 128, 129, 257]
 KERNELS = ["basic", "optimized", "optimized-750"]
 if os.environ.get("QM_CUPY_SANITIZER"):  # twenty times slower: one size, every line
     DTYPES, SIZES, KERNELS = [np.float16, np.float32], [32], ["basic", "optimized"]
-# Relative to values of about 1: of a sum in the accumulation type, and of storage.
-COMPUTED = {"float16": 2e-5, "bfloat16": 2e-5, "float32": 2e-5, "float64": 1e-12}
-STORED = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-13}
 
 dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
@@ -65,12 +63,6 @@ def labels_of(batch, num_tokens, num_groups, seed=3):
     labels = rng.integers(0, max(num_groups - 1, 1), size=(batch, num_tokens))
     labels[rng.random((batch, num_tokens)) < 0.1] = -1
     return labels
-
-
-def assert_close(got, wanted, dtype, tolerances=COMPUTED):
-    tolerance = tolerances[np.dtype(dtype).name]
-    got = np.asarray(got).astype(np.float64)
-    np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 def entropy_of(scores, allowed):
@@ -246,7 +238,7 @@ def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
     if kernels == "optimized":
         again, fused = selection._softmax_mass_cuda(s, 0.1, (seed, first), 0.01, mask)
         np.testing.assert_array_equal(again, got)
-        np.testing.assert_allclose(fused, mass, rtol=1e-6)
+        np.testing.assert_allclose(fused, np.where(valid, mass, 0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**64 - 1])
@@ -255,6 +247,17 @@ def test_noise_has_the_same_bits(seed, dtype):
     """Saliency 0 leaves nothing but the noise in the scores."""
     got = selection._perturbed_scores_cuda(np.zeros((3, 33), dtype), (seed, 5), None)
     np.testing.assert_array_equal(got, qm.gumbel_noise((8, 33), seed)[5:])
+
+
+@dtypes
+@pytest.mark.parametrize("num_tokens", [*SIZES, 1000])
+@optimized
+def test_perturbed_scores_have_the_bits_of_the_basic_kernel(dtype, num_tokens):
+    saliency, mask = random((3, num_tokens), dtype), mask_of(3, num_tokens)
+    got = selection._perturbed_scores_cuda(saliency, (7, 5), mask)
+    with qm.use_kernels("basic"):
+        wanted = selection._perturbed_scores_cuda(saliency, (7, 5), mask)
+    np.testing.assert_array_equal(got, wanted)
 
 
 @dtypes
@@ -357,19 +360,17 @@ def test_saliency_gumbel_mass_in_one_launch(dtype, num_tokens, masked):
     mask = mask_of(batch, num_tokens, masked)
     entropy = abs(random((layers, batch, heads, num_tokens), dtype))
     entropy[1] = 2
-    kind = _cuda.accumulation(dtype)
+    valid = valid_of(mask, (batch, num_tokens))
     for seed, salient in ((None, "low"), (11, "high")):
-        outs = [emulator.empty((batch, num_tokens), kind) for _ in range(3)]
-        sizes = layers, batch, heads, num_tokens, int(salient == "high")
-        noise = int(seed is not None), np.uint64(seed or 0), 4
-        args = (entropy, mask, *sizes, 0.1, *noise, 0.01, *outs)
-        file, threads = "optimized/selection", batch * _cuda.BLOCK
-        _cuda.launch(file, "saliency_gumbel_mass", dtype, threads, args)
+        options = 0.1, (seed, 4), 0.01, mask
+        got = selection._saliency_gumbel_mass_cuda(entropy, salient, *options)
         s = qm.saliency(entropy, salient=salient, mask=mask)
-        p, m = selection._softmax_mass_cuda(s, 0.1, (seed, 4), 0.01, mask)
-        np.testing.assert_allclose(outs[0], s, rtol=1e-6, atol=1e-6)
-        assert_close(outs[1], p, dtype)
-        assert_close(outs[2], m, dtype)
+        np.testing.assert_allclose(got[0], s, rtol=1e-6, atol=1e-6)
+        drawn = {"seed": seed, "sequence_offset": 4, "mask": mask}
+        p = qm.gumbel_softmax(s, temperature=0.1, **drawn)
+        assert_close(got[1], p, dtype)
+        m = qm.saliency_mass(s, p, epsilon=0.01)
+        assert_close(got[2], np.where(valid, m, 0), dtype)
 
 
 def merged_of(tokens, labels, num_groups, mass):
@@ -397,7 +398,7 @@ def test_merge_and_unmerge_tokens(dtype, num_tokens, weighted):
             mass[labels == 1] = 0  # this group takes the plain mean
         got = qm.merge_tokens(tokens, labels, num_groups, mass=mass)
         assert got.dtype == dtype
-        assert_close(got, merged_of(tokens, labels, num_groups, mass), dtype, STORED)
+        assert_close(got, merged_of(tokens, labels, num_groups, mass), dtype, "stored")
         out = emulator.empty(got.shape, dtype)
         again = qm.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
         assert again is out
@@ -480,6 +481,27 @@ def test_alignment(dtype, num_groups, ragged):
             wanted = np.mean(error**2) if count > 1 else 0
             assert_close(losses[reverse][b], wanted, dtype)
     np.testing.assert_array_equal(losses.total, losses.forward + losses.backward)
+
+
+def test_weights_of_a_prior_are_uploaded_once(monkeypatch):
+    uploads, to_device = [], _cuda.to_device
+
+    def counted(x):
+        uploads.append(x)
+        return to_device(x)
+
+    monkeypatch.setattr(_cuda, "to_device", counted)
+    prior = qm.MLPPrior.init(9, hidden_dim=5)
+    prior.predict(random((2, 6, 9), np.float32))
+    assert len(uploads) == 4  # of the one network that was asked
+    first = qm.alignment_loss(random((2, 6, 9), np.float32), prior)
+    assert len(uploads) == 8
+    for dtype in (np.float32, np.float16):  # both compute in float32
+        again = qm.alignment_loss(random((2, 6, 9), dtype), prior)
+    assert len(uploads) == 8
+    assert_close(again.total, first.total, np.float16, "stored")
+    qm.alignment_loss(random((2, 6, 9), np.float64), prior)
+    assert len(uploads) == 16
 
 
 @dtypes
@@ -571,6 +593,63 @@ def test_most_similar_merged_token(dtype, num_tokens, ragged):
     similarity = np.where(out_of[:, None], -np.inf, similarity)
     similarity[..., -1] -= 1e-9
     assert_close(got, error_of(tokens, merged, similarity.argmax(-1)), dtype)
+
+
+def truncated(x):
+    """Drop the 13 bits of float32 that TF32 does not have."""
+    return (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
+
+
+@sizes
+@optimized
+def test_entropies_with_tf32_are_those_of_truncated_tokens(num_tokens):
+    mask = mask_of(2, num_tokens)
+    tokens = random((2, num_tokens, 37), np.float32)
+
+    def entropies(x):
+        self_attention = qm.self_attention_entropy(x, mask=mask)
+        return self_attention, qm.query_key_entropy(x, x, causal=True, mask=mask)
+
+    plain, wanted = entropies(tokens), entropies(truncated(tokens))
+    with qm.allow_tf32():
+        got = entropies(tokens)
+    for x, y, z in zip(got, wanted, plain, strict=True):
+        assert_close(x, y, np.float32)
+        assert (x != z).any() or num_tokens == 1  # entropy 0
+
+
+@optimized
+def test_products_with_tf32_are_near_the_truth():
+    tokens = random((2, 129, 37), np.float32)
+    prior = qm.MLPPrior.init(37, hidden_dim=50)
+    measures = qm.cosine_similarity, prior.predict
+    for measure in measures:
+        plain = measure(tokens)
+        with qm.allow_tf32():
+            got = measure(tokens)
+        assert got.dtype == np.float32
+        assert_close(got, plain, "tf32")
+        assert (got != plain).any()
+    with qm.allow_tf32():
+        cosines = qm.cosine_similarity(tokens)
+        np.testing.assert_array_equal(cosines, np.swapaxes(cosines, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [
+        ("basic", np.float32),
+        ("optimized-750", np.float32),  # whose tensor cores know no TF32
+        ("optimized", np.float16),
+        ("optimized", np.float64),
+    ],
+    indirect=["kernels"],
+)
+def test_tf32_is_for_float32_on_tensor_cores_alone(dtype):
+    tokens = random((1, 40, 16), dtype)
+    plain = qm.self_attention_entropy(tokens)
+    with qm.allow_tf32():
+        np.testing.assert_array_equal(qm.self_attention_entropy(tokens), plain)
 
 
 def test_public_functions_take_one_sequence():

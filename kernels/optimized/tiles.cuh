@@ -3,8 +3,8 @@
 // 256 threads. The rows of both tiles come to shared memory 64 bytes at a time, with
 // two such steps in flight ahead of the one being multiplied. Of the 128 x 128 sums
 // each thread holds 4 x 16, the same ones whether the tensor cores find them (16-bit
-// types, sm_80 on) or the FMA units: warp w has rows w / 2 * 32 and columns w % 2 * 64
-// onwards.
+// types, and float where TF32 is allowed; sm_80 on) or the FMA units: warp w has rows
+// w / 2 * 32 and columns w % 2 * 64 onwards.
 
 constexpr int TILE = 128;
 constexpr int TILE_THREADS = 256;
@@ -12,8 +12,9 @@ constexpr int STAGES = 3;
 constexpr int STEP_BYTES = 64;  // of each row
 constexpr int STEP = STEP_BYTES / sizeof(real_t);
 constexpr int STAGE_BYTES = 2 * TILE * STEP_BYTES;  // A's rows, then B's: 16 KB
-constexpr bool TENSOR_CORES = sizeof(real_t) == 2 && __CUDA_ARCH__ >= 800;
-constexpr int TILE_BLOCKS = TENSOR_CORES ? 2 : 1;  // that share the registers of an SM
+constexpr bool TENSOR_CORES = (sizeof(real_t) == 2 || TF32) && __CUDA_ARCH__ >= 800;
+// Blocks that share the registers of an SM: TF32 takes more of them than 16 bits do.
+constexpr int TILE_BLOCKS = TENSOR_CORES && !TF32 ? 2 : 1;
 
 // Rows of a matrix from a tile's first on; those from `count` on do not exist.
 struct Rows {
@@ -67,7 +68,7 @@ __device__ __forceinline__ void multiply_mma(unsigned char* stage,
     const int lane = threadIdx.x % 32;
     const int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // of the step's 32 elements
+    for (int half = 0; half < 2; ++half) {  // of the step: 32 bytes of each row
         unsigned a[2][4];
         for (int m = 0; m < 2; ++m)
             ldmatrix_x4(a[m],
@@ -81,9 +82,9 @@ __device__ __forceinline__ void multiply_mma(unsigned char* stage,
             const unsigned strips[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
             for (int m = 0; m < 2; ++m)
                 for (int s = 0; s < 2; ++s)
-                    mma_16x8x16(sums[2 * m][2 * (n + s)], sums[2 * m][2 * (n + s) + 1],
-                                sums[2 * m + 1][2 * (n + s)],
-                                sums[2 * m + 1][2 * (n + s) + 1], a[m], strips[s], T());
+                    mma_16x8(sums[2 * m][2 * (n + s)], sums[2 * m][2 * (n + s) + 1],
+                             sums[2 * m + 1][2 * (n + s)],
+                             sums[2 * m + 1][2 * (n + s) + 1], a[m], strips[s], T());
         }
     }
 }
@@ -157,6 +158,19 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
     }
     cp_async_wait<0>();
     __syncthreads();
+}
+
+// Bit i: the thread's i-th row (or column) of the tile from `first` on is a token.
+template <int count, class Place>
+__device__ __forceinline__ unsigned tokens_among(const bool* mask, long long first,
+                                                 long long num_tokens, Place place) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        const long long token = first + place(i);
+        bits |= unsigned(token < num_tokens && is_token(mask, token)) << i;
+    }
+    return bits;
 }
 
 // Tile (i, j) with i <= j, the index-th of the upper ones row by row.

@@ -60,7 +60,7 @@ class Kernel:
         signature.restype = ctypes.c_char_p
         self._parameters = signature().decode().split()
 
-    def __call__(self, grid, block, args, *, shared_mem=0):
+    def __call__(self, grid, block, args, *, shared_mem=0, cooperative=False):
         if len(args) != len(self._parameters):
             raise EmulationError(
                 f"{self._name} takes {len(self._parameters)} arguments, got {len(args)}"
@@ -71,7 +71,11 @@ class Kernel:
         ]
         addresses = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
         error = self._launch(
-            _dim3(grid), _dim3(block), ctypes.c_size_t(shared_mem), addresses
+            _dim3(grid),
+            _dim3(block),
+            ctypes.c_size_t(shared_mem),
+            ctypes.c_bool(cooperative),
+            addresses,
         )
         if error is not None:
             raise EmulationError(f"{self._name}: {error.decode()}")
@@ -97,6 +101,8 @@ def install(monkeypatch, arch=900):
     monkeypatch.setattr(_cuda, "raw_kernel", functools.partial(raw_kernel, arch=arch))
     monkeypatch.setattr(_cuda, "empty", empty)
     monkeypatch.setattr(_cuda, "to_device", np.asarray)
+    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(3, 48 << 10))
+    monkeypatch.setattr(_cuda, "free_memory", lambda: 1 << 30)
     monkeypatch.setattr(_cuda, "is_cuda", lambda x: True)
 
 
@@ -107,9 +113,10 @@ def _dim3(size):
     return (ctypes.c_uint * 3)(*size)
 
 
-def raw_kernel(file, kernel, dtype, *, arch=900, sanitizer=None):
+def raw_kernel(file, kernel, dtype, cooperative=False, *, arch=900, sanitizer=None):
     """Return a kernel of ``kernels/<file>.cu``; `arch` is its ``__CUDA_ARCH__``."""
-    return _kernel(_cuda.source(file), kernel, dtype, arch, sanitizer)
+    found = _kernel(_cuda.source(file), kernel, dtype, arch, sanitizer)
+    return functools.partial(found, cooperative=cooperative)
 
 
 @functools.cache

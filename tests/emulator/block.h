@@ -2,7 +2,9 @@
 //
 // A fibre runs until it waits at a barrier, then gives way to the next that can run.
 // A barrier that some thread never reaches is noticed when nobody can run, and every
-// arrival must come from the same source line. Under ThreadSanitizer each fibre is a
+// arrival must come from the same source line. Blocks run one after another; those of a
+// cooperative launch are all there from the beginning, and give way to each other where
+// they wait for each other. Under ThreadSanitizer each fibre is a
 // thread of its own, and only barriers order them, so a race is reported whether or not
 // it happens to do harm; deterministic, and much faster than OS threads.
 #pragma once
@@ -109,17 +111,25 @@ struct Fibre {
 
 constexpr size_t stack_bytes = 256 << 10;
 
-static std::vector<Fibre> fibres;
-static std::vector<Warp> warps;
-static std::vector<unsigned char> dynamic_bytes;
+struct Block {
+    uint3 index;
+    std::vector<Fibre> fibres;
+    std::vector<Warp> warps;
+    std::vector<unsigned char> dynamic_bytes;
+    Barrier barrier;
+    unsigned current, stopped;  // stopped = waiting or finished
+};
+
+static std::vector<Block> blocks;  // one, or all of a cooperative launch
+static Block* block;               // the one that runs
+static unsigned finished_blocks, idle_yields;
 static std::function<void()> thread_body;
-static Barrier block_barrier;
-static unsigned current, stopped;  // stopped = waiting or finished
 static Fibre outside;
 static char failure[512];
 
 UNSEEN inline void switch_to(Fibre& from, Fibre& to) {
     threadIdx = to.index;
+    blockIdx = block->index;
     if (from.finished) __tsan_release(&outside);
     __tsan_switch_to_fiber(to.tsan, 1);  // 1: the switch itself orders nothing
     switch_stack(&from.stack_pointer, to.stack_pointer);
@@ -130,14 +140,30 @@ UNSEEN inline void fail(const char* message, const char* file, int line) {
                   "%s:%d: %s (block %u %u %u, thread %u %u %u)", file, line, message,
                   blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y,
                   threadIdx.z);
-    switch_to(fibres[current], outside);
+    switch_to(block->fibres[block->current], outside);
+}
+
+// Go on with the next block that has not finished, from where it gave way.
+UNSEEN inline void run_another_block() {
+    Fibre& from = block->fibres[block->current];
+    if (finished_blocks == blocks.size()) return switch_to(from, outside);
+    do {
+        block = block == &blocks.back() ? &blocks.front() : block + 1;
+    } while (block->stopped == block->fibres.size());
+    if (&from != &block->fibres[block->current])
+        switch_to(from, block->fibres[block->current]);
 }
 
 UNSEEN inline void run_another() {
-    if (stopped == fibres.size()) {
+    auto& fibres = block->fibres;
+    unsigned& current = block->current;
+    if (block->stopped == fibres.size()) {
         unsigned finished = 0;
         for (const Fibre& f : fibres) finished += f.finished;
-        if (finished == fibres.size()) return switch_to(fibres[current], outside);
+        if (finished == fibres.size()) {
+            ++finished_blocks;
+            return run_another_block();
+        }
         for (current = 0; fibres[current].finished;) ++current;
         threadIdx = fibres[current].index;
         const Barrier& barrier = *fibres[current].waits_for;
@@ -171,16 +197,25 @@ UNSEEN inline void arrive(Barrier& barrier, unsigned expected, const char* what,
         fail(message, file, line);
     }
     if (++barrier.arrived == expected) {
-        stopped -= expected - 1;
+        block->stopped -= expected - 1;
         barrier.arrived = 0;
         ++barrier.generation;
         return;
     }
-    Fibre& self = fibres[current];
+    Fibre& self = block->fibres[block->current];
     self.waits_for = &barrier;
     self.generation = barrier.generation;
-    ++stopped;
+    ++block->stopped;
     run_another();
+}
+
+UNSEEN inline void blocks_move_on() { idle_yields = 0; }
+
+// Let the other blocks run while this thread waits for them.
+UNSEEN inline void give_way(const char* file, int line) {
+    if (++idle_yields > 2 * blocks.size())
+        fail("waits for blocks that never come", file, line);
+    run_another_block();
 }
 
 // Show `mine` to the other lanes; returns what all 32 show. Orders no memory.
@@ -189,22 +224,23 @@ UNSEEN const T (&exchange(const T& mine, const char* what, const char* file,
                           int line))[32] {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) % 16 == 0);
     static_assert(sizeof(T) <= 64);
-    if (fibres.size() % 32) fail("a collective in a warp that is not full", file, line);
-    Warp& warp = warps[current / 32];
+    if (block->fibres.size() % 32)
+        fail("a collective in a warp that is not full", file, line);
+    Warp& warp = block->warps[block->current / 32];
     unsigned char* slots = warp.slots[warp.barrier.generation & 1][0];
-    std::memcpy(slots + current % 32 * sizeof(T), &mine, sizeof(T));
+    std::memcpy(slots + block->current % 32 * sizeof(T), &mine, sizeof(T));
     arrive(warp.barrier, 32, what, file, line);
     return *reinterpret_cast<const T(*)[32]>(slots);
 }
 
-UNSEEN inline unsigned lane() { return current % 32; }
-UNSEEN inline Fibre& self() { return fibres[current]; }
+UNSEEN inline unsigned lane() { return block->current % 32; }
+UNSEEN inline Fibre& self() { return block->fibres[block->current]; }
 
 UNSEEN inline void fibre_main() {
     __tsan_acquire(&outside);
     thread_body();
-    fibres[current].finished = true;
-    ++stopped;
+    self().finished = true;
+    ++block->stopped;
     run_another();
 }
 
@@ -214,12 +250,14 @@ UNSEEN __attribute__((no_sanitize("address"))) inline void poison(
     for (size_t i = 0; i < count; ++i) bytes[i] = 0xff;
 }
 
-UNSEEN inline void run_block() {
-    poison(__start_qm_shared, size_t(__stop_qm_shared - __start_qm_shared));
-    poison(dynamic_bytes.data(), dynamic_bytes.size());
-    block_barrier = {};
-    for (Warp& warp : warps) warp.barrier = {};
-    for (Fibre& f : fibres) {
+// Set the running block to the start of its threads.
+UNSEEN inline void prepare(uint3 index) {
+    block->index = index;
+    block->barrier = {};
+    block->current = block->stopped = 0;
+    poison(block->dynamic_bytes.data(), block->dynamic_bytes.size());
+    for (Warp& warp : block->warps) warp.barrier = {};
+    for (Fibre& f : block->fibres) {
         // Six registers to pop, the address to return to, and a stack that is aligned
         // as after a call.
         const auto top = reinterpret_cast<uintptr_t>(f.stack.get() + stack_bytes);
@@ -231,38 +269,50 @@ UNSEEN inline void run_block() {
         f.waits_for = nullptr, f.finished = false;
         f.copies.clear();
     }
-    current = stopped = 0;
+}
+
+// Run the blocks that are prepared, from the first thread of the first.
+UNSEEN inline void run_blocks() {
+    poison(__start_qm_shared, size_t(__stop_qm_shared - __start_qm_shared));
+    block = blocks.data();
+    finished_blocks = idle_yields = 0;
     __tsan_release(&outside);
-    switch_to(outside, fibres[0]);
+    switch_to(outside, block->fibres[0]);
     __tsan_acquire(&outside);
 }
 
 inline const char* launch(std::function<void()> body, const unsigned* grid,
-                          const unsigned* block, size_t shared_bytes) {
+                          const unsigned* size, size_t shared_bytes, bool cooperative) {
     gridDim = {{grid[0], grid[1], grid[2]}};
-    blockDim = {{block[0], block[1], block[2]}};
+    blockDim = {{size[0], size[1], size[2]}};
     thread_body = std::move(body);
     failure[0] = 0;
-    dynamic_bytes = std::vector<unsigned char>(shared_bytes);  // exact, for ASan
-    const unsigned threads = block[0] * block[1] * block[2];
-    warps = std::vector<Warp>((threads + 31) / 32);
-    fibres = std::vector<Fibre>(threads);
+    if (cooperative && __stop_qm_shared - __start_qm_shared > 0)
+        return "blocks that run at once take their shared memory from dynamic_shared()";
+    const unsigned threads = size[0] * size[1] * size[2];
+    const size_t num_blocks = size_t(grid[0]) * grid[1] * grid[2];
     outside.tsan = __tsan_get_current_fiber();
-    for (unsigned t = 0; t < threads; ++t) {
-        fibres[t].stack.reset(new char[stack_bytes]);
-        fibres[t].tsan = __tsan_create_fiber(0);
-        fibres[t].index = {t % block[0], t / block[0] % block[1],
-                           t / block[0] / block[1]};
+    blocks = std::vector<Block>(cooperative ? num_blocks : 1);
+    for (Block& b : blocks) {
+        b.dynamic_bytes = std::vector<unsigned char>(shared_bytes);  // exact, for ASan
+        b.warps = std::vector<Warp>((threads + 31) / 32);
+        b.fibres = std::vector<Fibre>(threads);
+        for (unsigned t = 0; t < threads; ++t) {
+            b.fibres[t].stack.reset(new char[stack_bytes]);
+            b.fibres[t].tsan = __tsan_create_fiber(0);
+            b.fibres[t].index = {t % size[0], t / size[0] % size[1],
+                                 t / size[0] / size[1]};
+        }
     }
-    for (unsigned z = 0; z < grid[2] && !failure[0]; ++z)
-        for (unsigned y = 0; y < grid[1] && !failure[0]; ++y)
-            for (unsigned x = 0; x < grid[0] && !failure[0]; ++x) {
-                blockIdx = {x, y, z};
-                run_block();
-            }
-    for (Fibre& f : fibres) __tsan_destroy_fiber(f.tsan);
-    fibres.clear();
-    dynamic_bytes.clear();
+    for (size_t i = 0; i < num_blocks && !failure[0]; ++i) {
+        block = &blocks[cooperative ? i : 0];
+        prepare({unsigned(i % grid[0]), unsigned(i / grid[0] % grid[1]),
+                 unsigned(i / grid[0] / grid[1])});
+        if (!cooperative || i + 1 == num_blocks) run_blocks();
+    }
+    for (Block& b : blocks)
+        for (Fibre& f : b.fibres) __tsan_destroy_fiber(f.tsan);
+    blocks.clear();
     return failure[0] ? failure : nullptr;
 }
 

@@ -17,6 +17,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("qm_shared")))
@@ -55,6 +56,11 @@ inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 inline unsigned __float_as_uint(float x) { return emulator::float_bits(x); }
+inline double __longlong_as_double(long long x) {
+    double value;
+    std::memcpy(&value, &x, sizeof value);
+    return value;
+}
 inline long long __double_as_longlong(double x) {
     long long bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -84,19 +90,43 @@ T atomicMax(T* address, T value) {
                                         __ATOMIC_RELAXED));
     return old;
 }
+template <class T>
+T atomicMin(T* address, T value) {
+    T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (value < old &&
+           !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED));
+    return old;
+}
 
 inline void __syncthreads(HERE) {
-    __tsan_release(&emulator::block_barrier);
-    const auto expected = unsigned(emulator::fibres.size());
-    emulator::arrive(emulator::block_barrier, expected, "__syncthreads", file, line);
-    __tsan_acquire(&emulator::block_barrier);
+    emulator::Barrier& barrier = emulator::block->barrier;
+    __tsan_release(&barrier);
+    const auto expected = unsigned(emulator::block->fibres.size());
+    emulator::arrive(barrier, expected, "__syncthreads", file, line);
+    __tsan_acquire(&barrier);
 }
 
 inline void __syncwarp(unsigned = ~0u, HERE) {
-    void* warp = &emulator::warps[emulator::current / 32];
+    void* warp = &emulator::block->warps[emulator::block->current / 32];
     __tsan_release(warp);
     emulator::exchange(0, "__syncwarp", file, line);
     __tsan_acquire(warp);
+}
+
+// Wait until `num_blocks` blocks have come, as often as this one has; see common.cuh.
+inline void blocks_barrier(unsigned* arrived, unsigned num_blocks, HERE) {
+    __syncthreads(file, line);
+    if (emulator::block->current == 0) {
+        __tsan_release(arrived);
+        const unsigned ticket = atomicAdd(arrived, 1u);
+        emulator::blocks_move_on();
+        const unsigned all = (ticket / num_blocks + 1) * num_blocks;
+        while (__atomic_load_n(arrived, __ATOMIC_RELAXED) < all)
+            emulator::give_way(file, line);
+        __tsan_acquire(arrived);
+    }
+    __syncthreads(file, line);
 }
 
 namespace emulator {
@@ -178,11 +208,11 @@ struct Kernel {
         function(*static_cast<std::decay_t<Parameters>*>(args[I])...);
     }
     const char* launch(const unsigned* grid, const unsigned* block, size_t shared_bytes,
-                       void** args) const {
+                       bool cooperative, void** args) const {
         const auto body = [=, *this] {
             call(args, std::index_sequence_for<Parameters...>());
         };
-        return emulator::launch(body, grid, block, shared_bytes);
+        return emulator::launch(body, grid, block, shared_bytes, cooperative);
     }
 };
 
@@ -196,8 +226,9 @@ struct Kernel {
     }                                                                                  \
     extern "C" const char* launch_##kernel(const unsigned* grid,                       \
                                            const unsigned* block, size_t shared_bytes, \
-                                           void** args) {                              \
-        return emulator::Kernel(kernel).launch(grid, block, shared_bytes, args);       \
+                                           bool cooperative, void** args) {            \
+        return emulator::Kernel(kernel).launch(grid, block, shared_bytes, cooperative, \
+                                               args);                                  \
     }
 
 #include "tensor_core.h"

@@ -7,12 +7,15 @@
 #include "half.h"
 
 // What `extern __shared__` is to a kernel: `shared_mem` bytes.
-inline unsigned char* dynamic_shared() { return emulator::dynamic_bytes.data(); }
+inline unsigned char* dynamic_shared() { return emulator::block->dynamic_bytes.data(); }
 
 namespace emulator {
 
 inline float widen(__half, uint16_t bits) { return __half2float({bits}); }
 inline float widen(__nv_bfloat16, uint16_t bits) { return __bfloat162float({bits}); }
+// TF32 has 13 bits less than a float; the hardware is taken to drop them, though PTX
+// leaves open what it makes of them.
+inline float widen(float, uint32_t bits) { return bits_float(bits & ~0u << 13); }
 
 struct Fragments {
     unsigned a[4], b[2], unused[2];
@@ -20,10 +23,12 @@ struct Fragments {
 
 }  // namespace emulator
 
-// mma.sync.aligned.m16n8k16.row.col: c (16 x 8, f32) += a (16 x 16) * b (16 x 8).
+// mma.sync.aligned.m16n8k16.row.col: c (16 x 8, f32) += a (16 x 16) * b (16 x 8), or
+// m16n8k8 for TF32.
 template <class T>
-void mma_16x8x16(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)[4],
-                 const unsigned (&b)[2], T type, HERE) {
+void mma_16x8(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)[4],
+              const unsigned (&b)[2], T type, HERE) {
+    constexpr unsigned packed = 4 / sizeof(T);  // elements of one register
     const emulator::Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {}};
     const auto& lanes = emulator::exchange(mine, "mma", file, line);
     float* const c[] = {&c0, &c1, &c2, &c3};
@@ -31,13 +36,14 @@ void mma_16x8x16(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)
         const unsigned row = emulator::lane() / 4 + i / 2 * 8;
         const unsigned column = emulator::lane() % 4 * 2 + i % 2;
         float sum = 0;
-        for (unsigned k = 0; k < 16; ++k) {
-            // a: register (row >= 8) + 2 (k >= 8) of lane (row % 8) * 4 + k % 8 / 2.
-            const unsigned shift = k % 2 * 16;
-            const auto& left = lanes[row % 8 * 4 + k % 8 / 2];
-            const auto& right = lanes[column * 4 + k % 8 / 2];
-            sum += emulator::widen(type, left.a[row / 8 + k / 8 * 2] >> shift) *
-                   emulator::widen(type, right.b[k / 8] >> shift);
+        for (unsigned k = 0; k < 8 * packed; ++k) {
+            // a: register (row >= 8) + 2 (k in the second half) of lane
+            // (row % 8) * 4 + k / packed % 4.
+            const unsigned shift = k % packed * 16, half = k / packed / 4;
+            const auto& left = lanes[row % 8 * 4 + k / packed % 4];
+            const auto& right = lanes[column * 4 + k / packed % 4];
+            sum += emulator::widen(type, left.a[row / 8 + half * 2] >> shift) *
+                   emulator::widen(type, right.b[half] >> shift);
         }
         *c[i] += sum;
     }

@@ -1,0 +1,63 @@
+// Copies in the background and tensor cores: every PTX instruction behind one function.
+
+#ifndef CUDA_EMULATOR  // which has its own of these
+
+__device__ __forceinline__ unsigned shared_address(const void* address) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(address));
+}
+
+// Copy 16 bytes to shared memory, in the background where the hardware can (sm_80 on).
+__device__ __forceinline__ void cp_async_16(void* target, const void* source) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
+        "l"(source)
+        : "memory");
+#else
+    *static_cast<uint4*>(target) = *static_cast<const uint4*>(source);
+#endif
+}
+
+// Close the group of copies begun since the last commit.
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Wait until at most `pending` groups are in flight.
+template <int pending>
+__device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives row r of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c (16 x 8) += a (16 rows) b (8 columns) over 32 bytes of each row, on the tensor
+// cores (sm_80 on): 16 elements of 16 bits, or 8 floats, whose 13 last bits are not
+// read. Lane l holds rows l / 4 and l / 4 + 8 and columns l % 4 * 2 and the next: c0 c1
+// above, c2 c3 below.
+#define MMA_16X8(type, shape, name)                                             \
+    __device__ __forceinline__ void mma_16x8(float& c0, float& c1, float& c2,   \
+                                             float& c3, const unsigned (&a)[4], \
+                                             const unsigned (&b)[2], type) {    \
+        asm volatile("mma.sync.aligned." shape ".row.col.f32." name "." name    \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
+                     "{%0, %1, %2, %3};"                                        \
+                     : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),   \
+                       "r"(b[1]));                                              \
+    }
+MMA_16X8(__half, "m16n8k16", "f16")
+MMA_16X8(__nv_bfloat16, "m16n8k16", "bf16")
+MMA_16X8(float, "m16n8k8", "tf32")
+
+#endif
