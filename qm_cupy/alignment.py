@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import array_api_compat
@@ -56,6 +56,9 @@ class MLP(NamedTuple):
 class MLPPrior:
     """The paper's prior: a small network reads the mean of all tokens so far.
 
+    Its weights are copied to a GPU at the first use there, and later uses read that
+    copy: for other weights make another prior.
+
     Parameters
     ----------
     forward : MLP
@@ -73,6 +76,13 @@ class MLPPrior:
 
     forward: MLP
     backward: MLP
+    _copies: dict[tuple[str, np.dtype[Any], bool], MLP] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the copies of the weights out of pickles and copies of the prior."""
+        return type(self), (self.forward, self.backward)
 
     @classmethod
     def init(cls, dim: int, *, hidden_dim: int = 256, seed: int = 0) -> "MLPPrior":
@@ -141,10 +151,22 @@ class MLPPrior:
             )
         counts = _valid_groups(tokens, num_groups)
         if _cuda.is_cuda(tokens):
+            network = self._copy_beside(tokens, reverse)
             return leave(_predict_cuda(network, tokens, counts, reverse))
         dtype = np.result_type(tokens.dtype, np.float32)
         context = _running_mean(tokens, counts, reverse).astype(dtype)  # (B, K, D)
         return leave(network(context).astype(dtype, copy=False))
+
+    def _copy_beside(self, tokens: Any, reverse: bool) -> MLP:
+        """Return a network with its weights on the device of `tokens`."""
+        dtype = _cuda.accumulation(tokens.dtype)
+        key = str(tokens.device), dtype, reverse
+        if key not in self._copies:
+            network = self.backward if reverse else self.forward
+            arrays = (_cuda.contiguous(_cuda.to_device(w), dtype) for w in network)
+            self._copies[key] = MLP(*arrays)
+            _cuda.to_host(self._copies[key].bias_out)  # waits: any stream may read now
+        return self._copies[key]
 
 
 def _predict_cuda(
@@ -163,9 +185,6 @@ def _predict_cuda(
     _cuda.launch(file, "prefix_means", tokens.dtype, batch * columns, args)
     layers = (*network[:2], 1), (*network[2:], 0)
     for weight, bias, relu in layers:
-        weight, bias = (
-            _cuda.contiguous(_cuda.to_device(w), kind) for w in (weight, bias)
-        )
         out_dim, in_dim = weight.shape
         out = _cuda.empty((*tokens.shape[:-1], out_dim), kind)
         rows = batch * num_groups

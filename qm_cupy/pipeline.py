@@ -5,8 +5,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import enter
-from ._checks import check_choice, check_mask, check_mass, check_source, check_tokens
+from ._checks import (
+    check_choice,
+    check_mask,
+    check_mass,
+    check_num_groups,
+    check_protect,
+    check_source,
+    check_tokens,
+)
 from .budget import token_budget
 from .clustering import METHODS, ORDERS, cluster_tokens
 from .merging import group_positions, group_sizes, merge_tokens
@@ -19,7 +28,12 @@ from .saliency import (
     saliency as entropy_saliency,
 )
 from .selection import (
+    _check_epsilon,
+    _check_noise,
+    _check_temperature,
     _num_valid,
+    _saliency_gumbel_mass_cuda,
+    _softmax_mass_cuda,
     gumbel_softmax,
     saliency_mass,
     select_tokens,
@@ -64,6 +78,7 @@ def quickmerge(
     key: Any = None,
     saliency: Any = None,
     mask: Any = None,
+    protect: Any = None,
     method: str = "average",
     order: str = "last",
     temperature: float = 0.1,
@@ -96,9 +111,11 @@ def quickmerge(
         Or: the saliency itself, from `norm_saliency`, say.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
+    protect : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = stays alone, as in `cluster_tokens`; the budget counts it.
     method, order : str
-        As in `cluster_tokens`. For "nearest" the anchors are the K tokens whose
-        saliency plus Gumbel noise is greatest.
+        As in `cluster_tokens`. For "nearest" the anchors are the protected tokens and,
+        up to K, those whose saliency plus Gumbel noise is greatest.
     temperature, seed, sequence_offset
         As in `gumbel_softmax`.
     epsilon : float, default 0.01
@@ -117,8 +134,9 @@ def quickmerge(
     TypeError
         If a dtype does not fit or the arrays come from several libraries.
     ValueError
-        If a shape does not fit, an entry is not finite, the budget is out of range, or
-        more than one source of saliency is given.
+        If a shape does not fit, an entry is not finite, the budget is out of range or
+        too small for the protected tokens, or more than one source of saliency is
+        given.
 
     References
     ----------
@@ -133,56 +151,90 @@ def quickmerge(
     >>> merged.tokens.shape, int(merged.sizes.sum())
     ((2, 20, 16), 200)
     """
-    leave, tokens, budget, mask, weights, saliency, *source = enter(
-        tokens=tokens, budget=budget, mask=mask, weights=weights, saliency=saliency,
-        hidden_states=hidden_states, attention=attention, query=query, key=key,
+    leave, tokens, budget, mask, protect, weights, saliency, *source = enter(
+        tokens=tokens, budget=budget, mask=mask, protect=protect, weights=weights,
+        saliency=saliency, hidden_states=hidden_states, attention=attention,
+        query=query, key=key,
     )  # fmt: skip
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     check_choice("method", method, METHODS)
     check_choice("order", order, ORDERS)
+    if _cuda.is_cuda(tokens):  # copied here, or else by every stage
+        tokens = _cuda.contiguous(tokens)
     share = isinstance(budget, float | np.floating)
     sizes = _num_valid(tokens[..., 0], mask if share else None)  # K needs no look at it
     num_groups = token_budget(budget, sizes)
-    scores = _saliency(tokens, mask, saliency, *source)
-    probabilities = gumbel_softmax(
-        scores,
-        temperature=temperature,
-        seed=seed,
-        mask=mask,
-        sequence_offset=sequence_offset,
+    _check_groups(num_groups, protect, method, tokens, mask)
+    temperature, epsilon = _check_temperature(temperature), _check_epsilon(epsilon)
+    noise = _check_noise(seed, sequence_offset)
+    scores, mass = _saliency_and_mass(
+        tokens, mask, saliency, source, temperature, noise, epsilon
     )
-    mass = saliency_mass(scores, probabilities, epsilon=epsilon)
     mass = _weights(weights, scores, mass, mask)
     anchors = None
     if method == "nearest":
-        chosen = gumbel_softmax(
-            scores,
-            seed=seed,
-            hard=num_groups,
-            mask=mask,
-            sequence_offset=sequence_offset,
-        )
-        anchors = select_tokens(chosen, num_groups, mask=mask)
+        anchors = _anchors(scores, protect, num_groups, noise, mask)
     labels = cluster_tokens(
-        tokens, num_groups, method=method, anchors=anchors, mask=mask, order=order
-    )
+        tokens, num_groups, method=method, anchors=anchors, protect=protect, mask=mask,
+        order=order,
+    )  # fmt: skip
     merged = merge_tokens(tokens, labels, num_groups, mass=mass)
     sizes = group_sizes(labels, num_groups)
     positions = group_positions(labels, num_groups)
     return Merged(*map(leave, (merged, labels, sizes, positions, scores, mass)))
 
 
-def _saliency(
+def _saliency_and_mass(
     tokens: NDArray[Any],
     mask: NDArray[np.bool_] | None,
     given: NDArray[Any] | None,
-    hidden_states: NDArray[Any] | None,
-    attention: NDArray[Any] | None,
-    query: NDArray[Any] | None,
-    key: NDArray[Any] | None,
-) -> NDArray[Any]:
-    """Return saliency (B, N) from the one source given, or from the tokens."""
+    sources: list[NDArray[Any] | None],
+    temperature: float,
+    noise: tuple[int | None, int],
+    epsilon: float,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return saliency and mass (B, N), 0 for padding, from the one source there is.
+
+    The optimized kernels find all that follows the entropy in one launch.
+    """
+    _check_one_source(given, *sources)
+    shape = tokens.shape[:-1]
+    padding = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
+    fused = _cuda.is_cuda(tokens) and _cuda.implementation() == "optimized"
+    if given is None:
+        entropy = _entropy(tokens, padding, *sources)
+        if fused:
+            scores, _, mass = _saliency_gumbel_mass_cuda(
+                entropy, "low", temperature, noise, epsilon, padding
+            )
+            return scores.reshape(shape), mass.reshape(shape)
+        scores = entropy_saliency(entropy, mask=padding).reshape(shape)
+    else:
+        check_mass(given, shape, "saliency")
+        scores = _fresh(given, mask)
+    if fused:
+        _, mass = _softmax_mass_cuda(scores, temperature, noise, epsilon, mask)
+        return scores, mass
+    seed, first = noise
+    probabilities = gumbel_softmax(
+        scores, temperature=temperature, seed=seed, mask=mask, sequence_offset=first
+    )
+    return scores, _fresh(saliency_mass(scores, probabilities, epsilon=epsilon), mask)
+
+
+def _check_groups(
+    num_groups: Any, protect: Any, method: str, tokens: NDArray[Any], mask: Any
+) -> None:
+    """Refuse, before any work, what `cluster_tokens` would refuse after some."""
+    shape, limit = tokens.shape[:-1], _num_valid(tokens[..., 0], mask)
+    counts = check_num_groups(num_groups, shape[:-1], limit, name="budget")
+    check_protect(protect, method, counts, shape, mask)
+
+
+def _check_one_source(
+    given: Any, hidden_states: Any, attention: Any, query: Any, key: Any
+) -> None:
     sources = {
         "saliency": given,
         "hidden_states": hidden_states,
@@ -194,23 +246,42 @@ def _saliency(
         raise ValueError(f"give one source of saliency, got {' and '.join(named)}")
     if (query is None) != (key is None):
         raise ValueError("`query` and `key` go together")
-    if given is not None:
-        check_mass(given, tokens.shape[:-1], "saliency")
-        return _fresh(given, mask)
-    single = tokens.ndim == 2
-    padding = mask[None] if single and mask is not None else mask
+
+
+def _entropy(
+    tokens: NDArray[Any],
+    mask: NDArray[np.bool_] | None,
+    hidden_states: NDArray[Any] | None,
+    attention: NDArray[Any] | None,
+    query: NDArray[Any] | None,
+    key: NDArray[Any] | None,
+) -> NDArray[Any]:
+    """Return entropy (B, N), (L, B, N) or (L, B, H, N), by default of the tokens."""
     if attention is not None:
-        entropy = attention_entropy(_lift("attention", attention, tokens), mask=padding)
-    elif query is not None and key is not None:
+        return attention_entropy(_lift("attention", attention, tokens), mask=mask)
+    if query is not None and key is not None:
         lifted = _lift("query", query, tokens), _lift("key", key, tokens)
-        entropy = query_key_entropy(*lifted, mask=padding)
-    else:
-        x = tokens if hidden_states is None else hidden_states
-        entropy = self_attention_entropy(
-            _lift("hidden_states", x, tokens), mask=padding
-        )
-    scores = entropy_saliency(entropy, mask=padding)  # (B, N)
-    return scores[0] if single else scores
+        return query_key_entropy(*lifted, mask=mask)
+    x = tokens if hidden_states is None else hidden_states
+    return self_attention_entropy(_lift("hidden_states", x, tokens), mask=mask)
+
+
+def _anchors(
+    scores: NDArray[Any],
+    protect: NDArray[np.bool_] | None,
+    num_groups: Any,
+    noise: tuple[int | None, int],
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[np.int32]:
+    """Return the protected and the K - P others of greatest saliency plus noise."""
+    seed, first = noise
+    if protect is not None:
+        scores = scores.copy()
+        scores[protect] = np.finfo(scores.dtype).max / 2  # noise is nothing to this
+    chosen = gumbel_softmax(
+        scores, seed=seed, hard=num_groups, mask=mask, sequence_offset=first
+    )
+    return select_tokens(chosen, num_groups, mask=mask)
 
 
 def _lift(name: str, source: NDArray[Any], tokens: NDArray[Any]) -> NDArray[Any]:
@@ -230,8 +301,9 @@ def _weights(
         check_mass(weights, mass.shape, "weights")
         return _fresh(weights, mask)
     check_choice("weights", weights, ("mass", "saliency", "uniform"))
-    choices = {"mass": mass, "saliency": scores, "uniform": np.ones_like(mass)}
-    return _fresh(choices[weights], mask)
+    if weights == "mass":
+        return mass
+    return _fresh(scores if weights == "saliency" else np.ones_like(scores), mask)
 
 
 def _fresh(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:

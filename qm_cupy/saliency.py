@@ -98,7 +98,8 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     *leading, num_tokens, _ = attention.shape
     out = _cuda.empty((*leading, num_tokens), _cuda.accumulation(attention.dtype))
     arrays = _cuda.contiguous(attention), _cuda.contiguous(mask)
-    args = (*arrays, *_axes(leading), num_tokens, out)
+    _, batch, heads = _axes(leading)
+    args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
     chosen = _cuda.implementation()
     threads = out.size * (1 if chosen == "basic" else _cuda.WARP)
     _cuda.launch(
@@ -108,9 +109,10 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
 
 
 def _axes(leading: Sequence[int]) -> tuple[int, int, int]:
-    """Return L·B·H, B and H of leading axes (), (B), (L, B) or (L, B, H)."""
+    """Return L, B and H of leading axes (), (B), (L, B) or (L, B, H)."""
+    layers = leading[0] if len(leading) > 1 else 1
     batch = leading[1] if len(leading) > 1 else math.prod(leading)
-    return math.prod(leading), batch, leading[2] if len(leading) > 2 else 1
+    return layers, batch, leading[2] if len(leading) > 2 else 1
 
 
 def query_key_entropy(
@@ -209,10 +211,11 @@ def _query_key_entropy_cuda(
     *leading, num_tokens, head_dim = query.shape
     out = _cuda.empty((*leading, num_tokens), _cuda.accumulation(query.dtype))
     arrays = map(_cuda.contiguous, (query, key, mask))
-    axes = _axes(leading)
-    args = (*arrays, *axes, num_tokens, head_dim, int(causal), scale, out)
+    outer, (_, batch, heads) = math.prod(leading), _axes(leading)
+    sizes = outer, batch, heads, num_tokens, head_dim
+    args = (*arrays, *sizes, int(causal), scale, out)
     chosen = _cuda.implementation()
-    tiles = axes[0] * -(-num_tokens // _cuda.TILE)
+    tiles = outer * -(-num_tokens // _cuda.TILE)
     threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
     _cuda.launch(f"{chosen}/saliency", "query_key_entropy", query.dtype, threads, args)
     return out
@@ -452,8 +455,7 @@ def _saliency_reference(
 
 def _saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     *leading, num_tokens = entropy.shape
-    layers = leading[0] if len(leading) > 1 else 1
-    _, batch, heads = _axes(leading)
+    layers, batch, heads = _axes(leading)
     kind = _cuda.accumulation(entropy.dtype)
     lowest, highest = (_cuda.empty((layers, batch), kind) for _ in range(2))
     out = _cuda.empty((batch, num_tokens) if leading else (num_tokens,), kind)

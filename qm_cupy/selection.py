@@ -18,6 +18,7 @@ from ._checks import (
     largest,
 )
 from ._philox import philox4x32, uniform
+from .saliency import _axes
 
 
 def gumbel_noise(
@@ -147,7 +148,7 @@ def gumbel_softmax(
     leave, saliency, mask, hard = enter(saliency=saliency, mask=mask, hard=hard)
     check_values("saliency", saliency, "N", "BN")
     check_mask(mask, saliency.shape)
-    temperature = check_number("temperature", temperature, 0, np.inf, "()")
+    temperature = _check_temperature(temperature)
     noise = _check_noise(seed, sequence_offset)
     counts = None
     if hard is not None:
@@ -160,6 +161,10 @@ def gumbel_softmax(
     if counts is None:
         return leave(_softmax_reference(scores, temperature, mask))
     return leave(_top_reference(scores, counts, mask).astype(scores.dtype))
+
+
+def _check_temperature(temperature: Any) -> float:
+    return check_number("temperature", temperature, 0, np.inf, "()")
 
 
 def _by_rank(
@@ -227,7 +232,7 @@ def _softmax_mass_cuda(
     epsilon: float | None,
     mask: Any,
 ) -> tuple[Any, Any]:
-    """Return π and, unless `epsilon` is None, the mass, in one launch."""
+    """Return π and, unless `epsilon` is None, the mass, both 0 for padding."""
     batch, num_tokens = _rows(saliency)
     kind = _cuda.accumulation(saliency.dtype)
     out = _cuda.empty(saliency.shape, kind)
@@ -235,9 +240,29 @@ def _softmax_mass_cuda(
     arrays = _cuda.contiguous(saliency), _cuda.contiguous(mask)
     options = temperature, *_noise_arguments(noise), epsilon or 0.0
     args = (*arrays, batch, num_tokens, *options, out, mass)
-    threads = batch * _cuda.BLOCK
-    _cuda.launch("optimized/selection", "gumbel_softmax", saliency.dtype, threads, args)
+    _launch_rows("gumbel_softmax", saliency.dtype, batch, num_tokens, args)
     return out, mass
+
+
+def _saliency_gumbel_mass_cuda(
+    entropy: Any,
+    salient: str,
+    temperature: float,
+    noise: tuple[int | None, int],
+    epsilon: float,
+    mask: Any,
+) -> tuple[Any, Any, Any]:
+    """Return saliency, π and mass (B, N) of (..., N) entropies, in one launch."""
+    *leading, num_tokens = entropy.shape
+    layers, batch, heads = _axes(leading)
+    kind = _cuda.accumulation(entropy.dtype)
+    outs = [_cuda.empty((batch, num_tokens), kind) for _ in range(3)]
+    arrays = _cuda.contiguous(entropy), _cuda.contiguous(mask)
+    sizes = layers, batch, heads, num_tokens
+    options = int(salient == "high"), temperature, *_noise_arguments(noise), epsilon
+    args = (*arrays, *sizes, *options, *outs)
+    _launch_rows("saliency_gumbel_mass", entropy.dtype, batch, num_tokens, args)
+    return outs[0], outs[1], outs[2]
 
 
 def _perturbed_scores_cuda(
@@ -247,8 +272,21 @@ def _perturbed_scores_cuda(
     out = _cuda.empty(saliency.shape, _cuda.accumulation(saliency.dtype))
     arrays = _cuda.contiguous(saliency), _cuda.contiguous(mask)
     args = (*arrays, batch, num_tokens, *_noise_arguments(noise), out)
-    _cuda.launch("basic/selection", "perturbed_scores", saliency.dtype, out.size, args)
+    kernel = "perturbed_scores"
+    counting = mask is not None and noise[0] is not None  # draw n is the n-th token's
+    if counting and _cuda.implementation() == "optimized":
+        _launch_rows(kernel, saliency.dtype, batch, num_tokens, args)
+    else:
+        _cuda.launch("basic/selection", kernel, saliency.dtype, out.size, args)
     return out
+
+
+def _launch_rows(
+    kernel: str, dtype: Any, batch: int, num_tokens: int, args: tuple[Any, ...]
+) -> None:
+    """Run an optimized kernel with a block for each sequence, larger for a long one."""
+    block = _cuda.BLOCK if num_tokens <= _cuda.BLOCK else 2 * _cuda.BLOCK
+    _cuda.launch("optimized/selection", kernel, dtype, batch * block, args, block=block)
 
 
 def _noise_arguments(noise: tuple[int | None, int]) -> tuple[int, np.uint64, int]:
@@ -298,10 +336,14 @@ def saliency_mass(
     check_values("saliency", saliency, "N", "BN")
     check_values("probabilities", probabilities, "N", "BN")
     check_shape("probabilities", probabilities, "BN", saliency.shape)
-    epsilon = check_number("epsilon", epsilon, 0, np.inf, "[)")
+    epsilon = _check_epsilon(epsilon)
     if _cuda.is_cuda(saliency):
         return leave(_saliency_mass_cuda(saliency, probabilities, epsilon))
     return leave(_saliency_mass_reference(saliency, probabilities, epsilon))
+
+
+def _check_epsilon(epsilon: Any) -> float:
+    return check_number("epsilon", epsilon, 0, np.inf, "[)")
 
 
 def _saliency_mass_reference(
@@ -387,11 +429,10 @@ def _select_tokens_cuda(
     batch, num_tokens = _rows(scores)
     out = _cuda.empty((*scores.shape[:-1], most), np.int32)
     args = (chosen, batch, num_tokens, most, out)
-    implementation = _cuda.implementation()
-    threads = out.size if implementation == "basic" else batch * _cuda.BLOCK
-    _cuda.launch(
-        f"{implementation}/selection", "select_tokens", np.float32, threads, args
-    )
+    if _cuda.implementation() == "optimized":
+        _launch_rows("select_tokens", np.float32, batch, num_tokens, args)
+    else:
+        _cuda.launch("basic/selection", "select_tokens", np.float32, out.size, args)
     return out
 
 
@@ -400,10 +441,10 @@ def _top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
     out = _cuda.empty(scores.shape, np.bool_)
     each, most = _cuda.counts(counts)
     args = (scores, each, *_rows(scores), most, out)
-    chosen = _cuda.implementation()
-    batch, _ = _rows(scores)
-    threads = out.size if chosen == "basic" else batch * _cuda.BLOCK
-    _cuda.launch(f"{chosen}/selection", "top_tokens", scores.dtype, threads, args)
+    if _cuda.implementation() == "optimized":
+        _launch_rows("top_tokens", scores.dtype, *_rows(scores), args)
+    else:
+        _cuda.launch("basic/selection", "top_tokens", scores.dtype, out.size, args)
     return out
 
 

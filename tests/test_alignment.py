@@ -1,3 +1,7 @@
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import oracle
 import pytest
@@ -23,7 +27,7 @@ def test_losses_oracle(rng, dtype, num_groups):
         wanted = losses_by_loop(merged[b], prior)
         for loss, truth in zip(got, wanted, strict=True):
             assert loss.dtype == np.result_type(dtype, np.float32)
-            assert_close(loss[b], truth, "float32" if dtype == "float16" else dtype)
+            assert_close(loss[b], truth, dtype)
 
 
 def test_padding_does_not_count(rng):
@@ -123,3 +127,13 @@ class TestDecode:
     def test_model_must_answer_every_token(self, model):
         with pytest.raises(ValueError, match="`model` must return shape"):
             qm.decode(np.ones((2, 3, 2)), model)
+
+
+def test_a_prior_is_pickled_and_copied_without_its_copies_on_gpus():
+    prior = qm.MLPPrior.init(4, seed=1)
+    prior._copies["a GPU", np.dtype("f4"), False] = prior.forward
+    twins = pickle.loads(pickle.dumps(prior)), copy.deepcopy(prior)
+    for twin in (*twins, dataclasses.replace(prior)):
+        assert twin._copies == {}
+        for weights, wanted in zip(twin.forward, prior.forward, strict=True):
+            np.testing.assert_array_equal(weights, wanted)

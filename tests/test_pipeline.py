@@ -6,6 +6,7 @@ import pytest
 from conftest import assert_close, to_library
 
 import qm_cupy as qm
+from qm_cupy import pipeline
 from qm_cupy.clustering import METHODS, ORDERS
 
 
@@ -273,3 +274,29 @@ def test_empty_batch_keeps_k(budget, method):
     assert m.tokens.shape == (0, 2, 3)
     assert m.sizes.shape == m.positions.shape == (0, 2)
     assert m.labels.shape == m.saliency.shape == m.mass.shape == (0, 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_protected_tokens_stay_alone(rng, method):
+    tokens = rng.standard_normal((2, 20, 6))
+    tokens[:, 9] = tokens[:, 4]  # a protected token's twin
+    protect = np.zeros((2, 20), np.bool_)
+    protect[0, [0, 4]] = protect[1, [4, 19]] = True
+    merged = qm.quickmerge(tokens, 8, protect=protect, method=method)
+    for b in range(2):
+        for i in np.flatnonzero(protect[b]):
+            group = merged.labels[b, i]
+            assert merged.sizes[b, group] == 1
+            np.testing.assert_allclose(merged.tokens[b, group], tokens[b, i])
+    assert (merged.sizes > 0).all()
+
+
+def test_a_budget_too_small_for_the_protected_is_refused_at_once(rng, monkeypatch):
+    monkeypatch.setattr(pipeline, "_saliency_and_mass", None)  # no work is done
+    tokens = rng.standard_normal((2, 20, 6))
+    protect = np.zeros((2, 20), np.bool_)
+    protect[1, :8] = True
+    with pytest.raises(ValueError, match="for sequence 1, got 8: the 8 protected"):
+        qm.quickmerge(tokens, 8, protect=protect)
+    with pytest.raises(ValueError, match=r"`budget` must lie in 1..20"):
+        qm.quickmerge(tokens, 21)

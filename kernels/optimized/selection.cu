@@ -1,26 +1,24 @@
 // Selection: one block, one sequence; see basic/selection.cu. What is elementwise there
-// (perturbed_scores without noise, saliency_mass) has nothing to gain and runs from
-// there.
+// (perturbed_scores without noise or padding, saliency_mass) has nothing to gain and
+// runs from there.
 
-// The noise, the softmax over it and the saliency mass. Each thread comes back to its
-// own tokens, so `out` can hold the scores, then their exponentials, then the
-// probabilities. `mask` and `mass` may be null; all arrays are (N,).
+constexpr int MOST_THREADS = 512;  // of a block, which has an SM to itself
+
+// out = the perturbed scores, (N,); returns the highest of this thread's. Draw n is the
+// n-th token's, wherever padding lies, and the block counts the tokens together.
 template <class T>
-__device__ __forceinline__ void softmax_and_mass(const T* saliency, const bool* mask,
-                                                 long long num_tokens,
-                                                 double temperature, long long noisy,
-                                                 unsigned long long seed,
-                                                 long long sequence, double epsilon,
-                                                 acc_t* out, acc_t* mass) {
-    __shared__ acc_t scratch[32];
-    __shared__ int counts[32];
+__device__ __forceinline__ acc_t perturb(const T* saliency, const bool* mask,
+                                         long long num_tokens, long long noisy,
+                                         unsigned long long seed, long long sequence,
+                                         acc_t* out) {
+    __shared__ int scratch[32];
     acc_t highest = padding();
     long long before = 0;  // tokens before these blockDim.x places
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
         const long long i = i0 + threadIdx.x;
         const bool token = i < num_tokens && is_token(mask, i);
-        int tokens;  // draw n is the n-th token's, wherever padding lies
-        const long long rank = before + block_rank(token, counts, &tokens);
+        int tokens;
+        const long long rank = before + block_rank(token, scratch, &tokens);
         before += tokens;
         acc_t score = padding();
         if (token) {
@@ -30,6 +28,31 @@ __device__ __forceinline__ void softmax_and_mass(const T* saliency, const bool* 
         if (i < num_tokens) out[i] = score;
         highest = max(highest, score);
     }
+    return highest;
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    perturbed_scores(const real_t* saliency, const bool* mask, long long batch,
+                     long long num_tokens, long long noisy, unsigned long long seed,
+                     long long first, acc_t* out) {
+    const long long row = blockIdx.x * num_tokens;  // of (B, N)
+    perturb(saliency + row, mask ? mask + row : nullptr, num_tokens, noisy, seed,
+            first + blockIdx.x, out + row);
+}
+
+// The noise, the softmax over it and the saliency mass, which is 0 for padding. Each
+// thread comes back to its own tokens, so `out` can hold the scores, then their
+// exponentials, then the probabilities. `mask` and `mass` may be null; all arrays are
+// (N,).
+template <class T>
+__device__ __forceinline__ void softmax_and_mass(const T* saliency, const bool* mask,
+                                                 long long num_tokens,
+                                                 double temperature, long long noisy,
+                                                 unsigned long long seed,
+                                                 long long sequence, double epsilon,
+                                                 acc_t* out, acc_t* mass) {
+    __shared__ acc_t scratch[32];
+    acc_t highest = perturb(saliency, mask, num_tokens, noisy, seed, sequence, out);
     highest = block_reduce(highest, scratch, Greatest());
 
     acc_t total = 0;
@@ -46,15 +69,17 @@ __device__ __forceinline__ void softmax_and_mass(const T* saliency, const bool* 
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         const acc_t p = total > 0 ? out[i] / total : acc_t(0);
         out[i] = p;
-        if (mass) mass[i] = p * widen(saliency[i]) + (1 - p) * acc_t(epsilon);
+        if (mass == nullptr) continue;
+        const acc_t whole = p * widen(saliency[i]) + (1 - p) * acc_t(epsilon);
+        mass[i] = is_token(mask, i) ? whole : acc_t(0);
     }
 }
 
-extern "C" __global__ void gumbel_softmax(const real_t* saliency, const bool* mask,
-                                          long long batch, long long num_tokens,
-                                          double temperature, long long noisy,
-                                          unsigned long long seed, long long first,
-                                          double epsilon, acc_t* out, acc_t* mass) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    gumbel_softmax(const real_t* saliency, const bool* mask, long long batch,
+                   long long num_tokens, double temperature, long long noisy,
+                   unsigned long long seed, long long first, double epsilon, acc_t* out,
+                   acc_t* mass) {
     const long long row = blockIdx.x * num_tokens;  // of (B, N)
     softmax_and_mass(saliency + row, mask ? mask + row : nullptr, num_tokens,
                      temperature, noisy, seed, first + blockIdx.x, epsilon, out + row,
@@ -63,11 +88,13 @@ extern "C" __global__ void gumbel_softmax(const real_t* saliency, const bool* ma
 
 // The same from the entropies (L, B, H, N) on: entropy_range and saliency of
 // saliency.cu come first, a layer at a time.
-extern "C" __global__ void saliency_gumbel_mass(
-    const real_t* entropy, const bool* mask, long long layers, long long batch,
-    long long heads, long long num_tokens, long long salient_high, double temperature,
-    long long noisy, unsigned long long seed, long long first, double epsilon,
-    acc_t* saliency_out, acc_t* probabilities_out, acc_t* mass_out) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    saliency_gumbel_mass(const real_t* entropy, const bool* mask, long long layers,
+                         long long batch, long long heads, long long num_tokens,
+                         long long salient_high, double temperature, long long noisy,
+                         unsigned long long seed, long long first, double epsilon,
+                         acc_t* saliency_out, acc_t* probabilities_out,
+                         acc_t* mass_out) {
     __shared__ acc_t scratch[32];
     const long long b = blockIdx.x;
     const bool* valid = mask ? mask + b * num_tokens : nullptr;  // (N,)
@@ -138,9 +165,9 @@ __device__ __forceinline__ void choose_digit(const int* histogram, int* digit,
 
 // The K-th highest score is found eight bits at a time, from a histogram of the scores
 // that agree with it so far. Those above it are in, and of its equals the first ones.
-extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
-                                      long long batch, long long num_tokens,
-                                      long long num_groups, bool* out) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    top_tokens(const acc_t* scores, const int* counts, long long batch,
+               long long num_tokens, long long num_groups, bool* out) {
     __shared__ int histogram[256], scratch[32], digit, left;
     const acc_t* row = scores + blockIdx.x * num_tokens;  // (N,)
     const long long count = min(count_of(counts, blockIdx.x, num_groups), num_tokens);
@@ -180,9 +207,9 @@ extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
     }
 }
 
-extern "C" __global__ void select_tokens(const bool* selected, long long batch,
-                                         long long num_tokens, long long num_groups,
-                                         int* out) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    select_tokens(const bool* selected, long long batch, long long num_tokens,
+                  long long num_groups, int* out) {
     __shared__ int scratch[32];
     const bool* row = selected + blockIdx.x * num_tokens;  // (N,)
     int* positions = out + blockIdx.x * num_groups;        // (K,)

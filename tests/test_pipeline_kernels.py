@@ -1,0 +1,219 @@
+"""`quickmerge` by its kernels, on the emulator: launches, values, bytes held.
+
+The groups are given: clustering has tests of its own.
+"""
+
+import os
+
+import emulator
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import assert_close
+
+import qm_cupy as qm
+from qm_cupy import _cuda, pipeline
+
+BATCH, TOKENS, DIM, GROUPS, LAYERS, HEADS = 2, 70, 24, 9, 3, 2
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+if os.environ.get("QM_CUPY_SANITIZER"):  # twenty times slower
+    DTYPES = [np.float16, np.float32]
+ENTROPY = {
+    "tokens": ["self_attention_states", "self_attention_entropy"],
+    "hidden_states": ["self_attention_states", "self_attention_entropy"],
+    "attention": ["attention_entropy"],
+    "query": ["query_key_entropy"],
+}
+SOURCES = [*ENTROPY, "saliency"]
+
+dtypes = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
+)
+masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+single = pytest.mark.parametrize("single", [False, True], ids=["batch", "single"])
+sources = pytest.mark.parametrize("source", SOURCES)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    emulator.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def labels(monkeypatch):
+    """Groups of neighbours, whatever the tokens are."""
+    labels = np.tile(np.arange(TOKENS) * GROUPS // TOKENS, (BATCH, 1)).astype(np.int32)
+
+    def cluster_tokens(tokens, *_, mask, **__):
+        found = labels if tokens.ndim == 3 else labels[0]
+        return found if mask is None else np.where(mask, found, np.int32(-1))
+
+    monkeypatch.setattr(pipeline, "cluster_tokens", cluster_tokens)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched so far."""
+    names, launch = [], _cuda.launch
+
+    def counted(file, kernel, *args, **options):
+        names.append(kernel)
+        launch(file, kernel, *args, **options)
+
+    monkeypatch.setattr(_cuda, "launch", counted)
+    return names
+
+
+def arguments(source, dtype, masked, single):
+    """Return what `quickmerge` takes, every array of `dtype`."""
+    rng = np.random.default_rng(8)
+    tokens = rng.standard_normal((BATCH, TOKENS, DIM))
+    mask = None
+    if masked:  # on the left, and in between
+        mask = rng.random((BATCH, TOKENS)) < 0.7
+        mask[0] = np.arange(TOKENS) >= TOKENS // 3
+    heads = LAYERS, BATCH, HEADS, TOKENS
+    given = {
+        "tokens": {},
+        "hidden_states": {
+            "hidden_states": rng.standard_normal((LAYERS, *tokens.shape))
+        },
+        "attention": {"attention": rng.random((*heads, TOKENS)) ** 3},
+        "query": dict(
+            zip(("query", "key"), rng.normal(size=(2, *heads, 8)), strict=True)
+        ),
+        "saliency": {"saliency": rng.random((BATCH, TOKENS))},
+    }[source]
+    axis = 0 if source == "saliency" else 1
+    if single:
+        tokens, mask = tokens[0], None if mask is None else mask[0]
+        given = {name: x.take(0, axis) for name, x in given.items()}
+    given = {name: x.astype(dtype) for name, x in given.items()}
+    return {"tokens": tokens.astype(dtype), "budget": GROUPS, "mask": mask, **given}
+
+
+def stages(given):
+    """Return saliency and mass by one public function after the other."""
+    given, mask = dict(given), given["mask"]
+    tokens = given["tokens"]
+    padding = mask if mask is None or tokens.ndim == 3 else mask[None]
+
+    def lifted(name):  # the batch axis comes after that of layers
+        return given[name] if tokens.ndim == 3 else given[name][:, None]
+
+    if "saliency" in given:
+        scores = given["saliency"].astype(_cuda.accumulation(tokens.dtype))
+        scores = scores if mask is None else scores * mask
+    else:
+        if "attention" in given:
+            entropy = qm.attention_entropy(lifted("attention"), mask=padding)
+        elif "query" in given:
+            pair = lifted("query"), lifted("key")
+            entropy = qm.query_key_entropy(*pair, mask=padding)
+        elif "hidden_states" in given:
+            entropy = qm.self_attention_entropy(lifted("hidden_states"), mask=padding)
+        else:
+            x = tokens.reshape(-1, TOKENS, DIM)
+            entropy = qm.self_attention_entropy(x, mask=padding)
+        scores = qm.saliency(entropy, mask=padding).reshape(tokens.shape[:-1])
+    probabilities = qm.gumbel_softmax(scores, seed=5, sequence_offset=3, mask=mask)
+    mass = qm.saliency_mass(scores, probabilities)
+    return scores, mass if mask is None else mass * mask
+
+
+@dtypes
+@sources
+@masked
+@single
+def test_one_launch_is_its_stages(dtype, source, masked, single, launches):
+    given = arguments(source, dtype, masked, single)
+    got = qm.quickmerge(**given, seed=5, sequence_offset=3)
+    one = "gumbel_softmax" if source == "saliency" else "saliency_gumbel_mass"
+    before = [*ENTROPY.get(source, []), one]
+    assert launches[: len(before)] == before
+    separate = {"entropy_range", "perturbed_scores", "softmax_totals", "saliency_mass"}
+    assert not separate & set(launches)
+
+    scores, mass = stages(given)
+    assert_close(got.saliency, scores, dtype)
+    assert_close(got.mass, mass, dtype)
+    assert got.saliency.dtype == got.mass.dtype == _cuda.accumulation(dtype)
+    merged = qm.merge_tokens(given["tokens"], got.labels, GROUPS, mass=got.mass)
+    np.testing.assert_array_equal(got.tokens, merged)
+    launches.clear()
+    with qm.use_kernels("basic"):
+        basic = qm.quickmerge(**given, seed=5, sequence_offset=3)
+    assert launches.count("saliency_mass") == 1
+    for x, y, column in zip(got, basic, ("stored", *["computed"] * 5), strict=True):
+        assert x.shape == y.shape
+        assert_close(x, y, dtype, column)
+
+
+@dtypes
+@sources
+@masked
+@single
+def test_kernels_give_what_numpy_gives(dtype, source, masked, single, monkeypatch):
+    given = arguments(source, dtype, masked, single)
+    got = qm.quickmerge(**given, weights="mass", seed=5)
+    monkeypatch.setattr(_cuda, "is_cuda", lambda x: False)
+    if dtype is ml_dtypes.bfloat16:  # of which NumPy knows no arithmetic
+        given = {
+            name: x.astype(np.float32) if getattr(x, "dtype", None) == dtype else x
+            for name, x in given.items()
+        }
+    wanted = qm.quickmerge(**given, weights="mass", seed=5)
+    for x, y, column in zip(got, wanted, ("stored", *["computed"] * 5), strict=True):
+        assert_close(x, y.astype(np.float64), dtype, column)
+
+
+@masked
+@pytest.mark.parametrize("weights", ["mass", "saliency", "uniform", "array"])
+def test_results_share_no_memory(weights, masked):
+    given = arguments("saliency", np.float32, masked, single=False)
+    if weights == "array":
+        weights = given["saliency"].copy()
+    merged = qm.quickmerge(**given, weights=weights)
+    assert not np.shares_memory(merged.mass, merged.saliency)
+    assert not np.shares_memory(merged.saliency, given["saliency"])
+    assert not np.shares_memory(merged.mass, weights)
+    if masked:
+        assert not merged.mass[~given["mask"]].any()
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """All arrays of the tokens' width that were made so far, copies of inputs too."""
+    made = []
+
+    def recorded(make):
+        def call(*args):
+            x = make(*args)
+            is_new = not any(x is argument for argument in args)
+            if x is not None and is_new and x.shape[-1:] == (DIM,):
+                made.append(x)
+            return x
+
+        return call
+
+    monkeypatch.setattr(_cuda, "empty", recorded(_cuda.empty))
+    monkeypatch.setattr(_cuda, "contiguous", recorded(_cuda.contiguous))
+    return made
+
+
+@sources
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_half_precision_halves_the_bytes_held(source, strided, wide):
+    """Of tokens, one array is made, the result; and one copy if they are strided."""
+    held = {}
+    for dtype in (np.float16, np.float32):
+        given = arguments(source, dtype, masked=True, single=False)
+        if strided:
+            given["tokens"] = given["tokens"].repeat(2, axis=-1)[..., ::2]
+        merged = qm.quickmerge(**given)
+        shapes = sorted(x.shape for x in wide)
+        assert shapes == [(BATCH, GROUPS, DIM)] + [(BATCH, TOKENS, DIM)] * strided
+        assert {x.dtype for x in (*wide, merged.tokens)} == {np.dtype(dtype)}
+        held[dtype] = sum(x.nbytes for x in wide)
+        wide.clear()
+    assert 2 * held[np.float16] == held[np.float32]
