@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 Groups = NDArray[np.intp]
 
 
+def _unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
+    """Scale each token to norm 1; zero tokens stay zero."""
+    peak = np.abs(x).max(axis=-1, keepdims=True)  # first, so that no square overflows
+    x = x / np.where(peak > 0, peak, 1)
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)
+
+
 def nearest_groups(unit: NDArray[Any], anchors: NDArray[Any]) -> Groups:
     """Join each token to its most similar anchor (ties: the earlier anchor)."""
     anchors = np.sort(anchors)
@@ -48,8 +56,12 @@ def bipartite_groups(unit: NDArray[Any], num_groups: int) -> Groups:
     return groups
 
 
-def contiguous_groups(unit: NDArray[Any], num_groups: int) -> Groups:
+def contiguous_groups(
+    unit: NDArray[Any], num_groups: int, runs: NDArray[np.intp]
+) -> Groups:
     """Merge the neighbours that add least to the squared error, until K are left.
+
+    Tokens of different `runs` (N,), which never sink, are no neighbours.
 
     Ward's cost of two groups of n_a and n_b unit tokens with sums S_a and S_b. The
     leftmost pair goes first among equals. A zero token counts as a unit vector
@@ -63,8 +75,11 @@ def contiguous_groups(unit: NDArray[Any], num_groups: int) -> Groups:
     starts = np.ones(num_tokens, np.intp)  # 1 where a group starts
     cost = np.full(num_tokens, np.inf)  # of merging a group with the next one
     cost[:-1] = 1 - np.einsum("ij,ij->i", unit[:-1], unit[1:])
+    cost[:-1][runs[:-1] != runs[1:]] = np.inf
 
     def pair_cost(a: int, b: int) -> float:
+        if runs[a] != runs[b]:
+            return np.inf
         gap = square[a] / size[a] ** 2 + square[b] / size[b] ** 2
         gap -= 2 * (sums[a] @ sums[b]) / (size[a] * size[b])
         return float(size[a] * size[b] / (size[a] + size[b]) * gap)

@@ -297,6 +297,69 @@ def ward_error(tokens, groups):
     return math.fsum(squares) / len(units)
 
 
+def floored(mass):
+    """max(m, max(m)/10^6); all 1 when all are 0."""
+    mass = [float(m) for m in mass]
+    if max(mass) == 0:
+        return [1.0 for _ in mass]
+    return [max(m, max(mass) / 1e6) for m in mass]
+
+
+def _orthogonal_units(tokens):
+    """x / ||x||, and for each zero token a unit vector along an axis of its own."""
+    tokens = _rows(tokens)
+    zeros = [i for i, x in enumerate(tokens) if not any(x)]
+    return [[*_unit(x), *(float(i == z) for z in zeros)] for i, x in enumerate(tokens)]
+
+
+def _weighted_mean(units, group, mass):
+    """sum_i m_i u_i / sum_i m_i over a group, and the sum of its masses."""
+    weights = [mass[i] for i in sorted(group)]
+    total = math.fsum(weights)
+    columns = zip(*(units[i] for i in sorted(group)), strict=True)
+    return [_dot(weights, column) / total for column in columns], total
+
+
+def weighted_distance(units, a, c, mass, method):
+    """sum m_i m_j (1-cos_ij) / (W_A W_C); ward: sqrt(2 W_A W_C/(W_A+W_C)) |mu-mu|."""
+    (mean_a, w_a), (mean_c, w_c) = (_weighted_mean(units, g, mass) for g in (a, c))
+    if method == "ward":
+        return math.sqrt(2 * w_a * w_c / (w_a + w_c)) * math.dist(mean_a, mean_c)
+    between = []
+    for i in a:
+        for j in c:
+            gap = math.dist(units[i], units[j]) ** 2 / 2
+            between.append(mass[i] * mass[j] * gap)
+    return math.fsum(between) / (w_a * w_c)
+
+
+def weighted_agglomerate(tokens, method, mass):
+    """[(A, B, d(A, B)), ...]: every merge the cheapest of all pairs, found anew."""
+    units, mass = _orthogonal_units(tokens), floored(mass)
+    clusters = [frozenset([i]) for i in range(len(units))]
+    distance, merges = {}, []
+    while len(clusters) > 1:
+        for i, a in enumerate(clusters):
+            for b in clusters[i + 1 :]:
+                pair = frozenset([a, b])
+                if pair not in distance:
+                    distance[pair] = weighted_distance(units, a, b, mass, method)
+        a, b = _closest(clusters, distance)
+        merges.append((a, b, distance[frozenset([a, b])]))
+        clusters = [a | b if c == a else c for c in clusters if c != b]
+    return merges
+
+
+def weighted_error(tokens, groups, mass):
+    """(1/W) sum_k sum_{i in G_k} m_i ||u_i - mu_k||^2, mu_k the weighted mean."""
+    units, mass = _orthogonal_units(tokens), floored(mass)
+    squares = []
+    for group in groups:
+        mean, _ = _weighted_mean(units, group, mass)
+        squares.extend(mass[i] * math.dist(units[i], mean) ** 2 for i in group)
+    return math.fsum(squares) / math.fsum(mass)
+
+
 def bipartite(tokens, num_groups):
     """ToMe until K: the r = min(n-K, n//2) best even places join their best odd one."""
     units = [_unit(x) for x in _rows(tokens)]
@@ -323,13 +386,16 @@ def _bipartite_step(vectors, r):
     return {place: target for _, place, target in sorted(matches)[:r]}
 
 
-def contiguous(tokens, num_groups):
+def contiguous(tokens, num_groups, protected=()):
     """Merge the neighbours of least ward cost (ties: the leftmost) until K groups."""
     units = [_unit(x) for x in _rows(tokens)]
     groups = [[i] for i in range(len(units))]
     while len(groups) > num_groups:
         members = [[units[i] for i in group] for group in groups]
         costs = [_ward_cost(a, b) for a, b in zip(members, members[1:], strict=False)]
+        for place in range(len(costs)):
+            if {groups[place][0], groups[place + 1][0]} & set(protected):
+                costs[place] = math.inf
         place = costs.index(min(costs))
         groups[place : place + 2] = [groups[place] + groups[place + 1]]
     return groups
