@@ -1,12 +1,9 @@
 """Clustering: tokens to exactly K groups by cosine similarity, in causal order."""
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 
 from . import _cuda
 from ._arrays import Array, enter
@@ -16,13 +13,37 @@ from ._checks import (
     check_dendrogram,
     check_given,
     check_mask,
+    check_mass,
+    check_mass_method,
     check_num_groups,
     check_number,
+    check_protect,
     check_tokens,
     largest,
 )
-from ._matching import bipartite_groups, contiguous_groups, nearest_groups
-from .saliency import _relative_norms, _token_norms_cuda
+from ._linkage import (
+    cut_reference,
+    cut_sequence,
+    in_order,
+    linkage_reference,
+    linkage_sequence,
+)
+from ._linkage_cuda import cosine_similarity_cuda, dendrograms_cuda
+from ._matching import (
+    _unit_tokens,
+    bipartite_groups,
+    contiguous_groups,
+    nearest_groups,
+)
+from ._matching_cuda import (
+    bipartite_groups_cuda,
+    contiguous_groups_cuda,
+    cut_linkage_cuda,
+    nearest_groups_cuda,
+    number_groups_cuda,
+    top_norm_anchors_cuda,
+)
+from .saliency import _relative_norms
 from .selection import _num_valid, _select_tokens_reference
 
 LINKAGES = ("average", "ward", "complete", "single")
@@ -64,7 +85,7 @@ def cosine_similarity(tokens: Array) -> Array:
     leave, tokens = enter(tokens=tokens)
     check_tokens(tokens)
     if _cuda.is_cuda(tokens):
-        return leave(_cosine_similarity_cuda(tokens))
+        return leave(cosine_similarity_cuda(tokens))
     return leave(_cosine_similarity_reference(tokens))
 
 
@@ -79,31 +100,13 @@ def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
     return similarity.clip(-1, 1, out=similarity)
 
 
-def _cosine_similarity_cuda(tokens: Any) -> Any:
-    *leading, num_tokens, dim = tokens.shape
-    batch, kind = math.prod(leading), _cuda.accumulation(tokens.dtype)
-    out = _cuda.empty((*leading, num_tokens, num_tokens), kind)
-    tokens, norms = _cuda.contiguous(tokens), _token_norms_cuda(tokens)
-    args = (tokens, norms, batch, num_tokens, dim, out)
-    num_tiles = -(-num_tokens // _cuda.TILE)
-    blocks = batch * num_tiles * (num_tiles + 1) // 2
-    chosen = _cuda.implementation()
-    threads = out.size if chosen == "basic" else blocks * _cuda.BLOCK
-    _cuda.launch(
-        f"{chosen}/clustering", "cosine_similarity", tokens.dtype, threads, args
-    )
-    return out
-
-
-def _unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
-    """Scale each token to norm 1; zero tokens stay zero."""
-    peak = np.abs(x).max(axis=-1, keepdims=True)  # first, so that no square overflows
-    x = x / np.where(peak > 0, peak, 1)
-    norm = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)
-
-
-def linkage(tokens: Array, method: str = "average") -> Array:
+def linkage(
+    tokens: Array,
+    method: str = "average",
+    *,
+    mass: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
     r"""Dendrogram of each sequence's tokens by cosine similarity, in SciPy's format.
 
     Parameters
@@ -113,19 +116,27 @@ def linkage(tokens: Array, method: str = "average") -> Array:
     method : {"average", "ward", "complete", "single"}, default "average"
         Distance between groups. Between tokens it is 1 - cos, for ward √(2 - 2 cos),
         the distance of unit vectors.
+    mass : ndarray of shape (N,) or (B, N), optional
+        For "average" and "ward": a token of mass w counts as w equal tokens. What is
+        below a millionth of the sequence's largest mass counts as that millionth, so
+        that a token of no mass still joins its nearest; if all are 0, as 1 each.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token.
 
     Returns
     -------
     ndarray of shape (N - 1, 4) or (B, N - 1, 4)
         float64, a merge a row, nearest first: the two groups merged (tokens are
-        0..N-1, row i makes group N + i), their distance, the size of the new group.
+        0..N-1, row r makes group N + r), their distance, the tokens of the new group.
+        n tokens that a mask keeps have n - 1 rows, and (-1, -1, inf, 0) follows.
 
     Raises
     ------
     TypeError
-        If `tokens` is not floating.
+        If a dtype does not fit.
     ValueError
-        If the shape does not fit, an entry is not finite or there is no such method.
+        If a shape does not fit, an entry is not finite, a mass is negative or for
+        another method, a sequence has no tokens, or there is no such method.
 
     See Also
     --------
@@ -133,6 +144,15 @@ def linkage(tokens: Array, method: str = "average") -> Array:
 
     Notes
     -----
+    With weights w, sums W_A of them and weighted means μ_A of unit tokens, the average
+    distance is
+
+    .. math:: \frac{1}{W_A W_C} \sum_{i \in A, j \in C} w_i w_j (1 - \cos_{ij})
+
+    and ward's
+
+    .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
+
     Takes 16 N² bytes or so for each sequence in turn. Equal distances are taken in an
     order that depends on the tokens alone.
 
@@ -143,32 +163,15 @@ def linkage(tokens: Array, method: str = "average") -> Array:
     array([[0., 1., 0., 2.],
            [2., 3., 1., 3.]])
     """
-    leave, tokens = enter(tokens=tokens)
+    leave, tokens, mass, mask = enter(tokens=tokens, mass=mass, mask=mask)
     check_tokens(tokens)
     check_choice("method", method, LINKAGES)
-    if _cuda.is_cuda(tokens):  # dendrograms grow on the CPU so far
-        return leave(_cuda.to_device(_linkage_reference(_cuda.to_host(tokens), method)))
-    return leave(_linkage_reference(tokens, method))
-
-
-def _linkage_reference(tokens: NDArray[Any], method: str) -> NDArray[np.float64]:
-    *batch, num_tokens, _ = tokens.shape
-    dendrogram = np.empty((*batch, num_tokens - 1, 4))
-    for index in np.ndindex(*batch):
-        dendrogram[index] = _linkage_sequence(tokens[index], method)
-    return dendrogram
-
-
-def _linkage_sequence(tokens: NDArray[Any], method: str) -> NDArray[np.float64]:
-    if len(tokens) == 1:
-        return np.empty((0, 4))
-    distance = _cosine_similarity_reference(tokens.astype(np.float64))
-    np.subtract(1, distance, out=distance)
-    if method == "ward":
-        np.sqrt(2 * distance, out=distance)
-    condensed = squareform(distance, checks=False)
-    tree: NDArray[np.float64] = hierarchy.linkage(condensed, method)
-    return tree
+    check_mask(mask, tokens.shape[:-1])
+    check_mass_method(mass, method)
+    check_mass(mass, tokens.shape[:-1])
+    if _cuda.is_cuda(tokens):
+        return leave(dendrograms_cuda(tokens, method, mass, mask))
+    return leave(linkage_reference(tokens, method, mass, mask))
 
 
 def cut_linkage(
@@ -176,6 +179,8 @@ def cut_linkage(
     *,
     num_groups: Any = None,
     max_error: float | None = None,
+    mass: Array | None = None,
+    mask: Array | None = None,
     order: str = "last",
 ) -> Array:
     r"""Groups of a dendrogram, cut at exactly K groups or within an error.
@@ -188,8 +193,15 @@ def cut_linkage(
         K, or K of each sequence.
     max_error : float, optional
         Instead of K, for a ward dendrogram: the fewest groups whose squared distance
-        of unit tokens to their group's mean, summed and divided by N, is at most this.
-        K may then differ from sequence to sequence: it is ``labels.max(-1) + 1``.
+        of unit tokens to their group's mean, summed and divided by the number of
+        tokens, is at most this. K may then differ from sequence to sequence: it is
+        ``labels.max(-1) + 1``.
+    mass : ndarray of shape (N,) or (B, N), optional
+        With `max_error`, the masses the dendrogram was made with: squared distances
+        are weighted by them and divided by their sum. To K groups they make no
+        difference.
+    mask : ndarray of shape (N,) or (B, N), optional
+        The mask the dendrogram was made with.
     order : {"last", "first"}, default "last"
         Number groups by the position of their last member, so that no group holds a
         token later than its place, or of their first.
@@ -197,15 +209,15 @@ def cut_linkage(
     Returns
     -------
     ndarray of shape (N,) or (B, N)
-        int32 labels within 0..K-1.
+        int32 labels within 0..K-1; -1 for padding.
 
     Raises
     ------
     TypeError
         If a dtype does not fit.
     ValueError
-        If the dendrogram is not one, K is outside 1..N, or not exactly one of
-        `num_groups` and `max_error` is given.
+        If the dendrogram is not one, or not of this mask, K is outside 1..N, or not
+        exactly one of `num_groups` and `max_error` is given.
 
     Notes
     -----
@@ -220,51 +232,27 @@ def cut_linkage(
     >>> cut_linkage(tree, max_error=0.0)
     array([1, 0, 1], dtype=int32)
     """
-    leave, dendrogram, num_groups = enter(dendrogram=dendrogram, num_groups=num_groups)
+    leave, dendrogram, num_groups, mass, mask = enter(
+        dendrogram=dendrogram, num_groups=num_groups, mass=mass, mask=mask
+    )
     check_given("dendrogram", dendrogram)
-    on_gpu = _cuda.is_cuda(dendrogram)
-    dendrogram = _cuda.to_host(dendrogram)
-    check_dendrogram(dendrogram)
     check_choice("order", order, ORDERS)
     if (num_groups is None) == (max_error is None):
         raise ValueError("give exactly one of `num_groups` and `max_error`")
+    check_dendrogram(dendrogram, mask)
     batch, num_tokens = dendrogram.shape[:-2], dendrogram.shape[-2] + 1
+    check_mass(mass, (*batch, num_tokens))
+    counts = None
     if max_error is None:
-        counts = check_num_groups(num_groups, batch, num_tokens)
+        limit = num_tokens if mask is None else mask.sum(axis=-1)
+        counts = check_num_groups(num_groups, batch, limit)
     else:
-        bound = check_number("max_error", max_error, 0, np.inf, "[)")
-        error = np.cumsum(dendrogram[..., 2] ** 2 / 2, axis=-1) / num_tokens
-        merges = np.sum(error <= bound + 1e-12, axis=-1)  # to rounding
-        counts = np.asarray(num_tokens - merges)
-    labels = np.empty((*batch, num_tokens), np.int32)
-    for index in np.ndindex(*batch):
-        groups = _cut(dendrogram[index], int(counts[index]))
-        labels[index] = _in_order(groups, order)
-    return leave(_cuda.to_device(labels) if on_gpu else labels)
-
-
-def _cut(dendrogram: NDArray[Any], num_groups: int) -> NDArray[np.intp]:
-    """Return the topmost node above each token once N - K merges are made."""
-    num_tokens = len(dendrogram) + 1
-    merges = num_tokens - num_groups
-    parent = np.arange(num_tokens + merges)
-    children = dendrogram[:merges, :2].astype(np.intp)
-    parent[children] = num_tokens + np.arange(merges)[:, None]
-    while True:  # each round doubles the distance climbed
-        above = parent[parent]
-        if np.array_equal(above, parent):
-            return parent[:num_tokens]
-        parent = above
-
-
-def _in_order(groups: NDArray[np.intp], order: str) -> NDArray[np.intp]:
-    """Number groups 0..K-1 by the position of their last or first member."""
-    forwards = groups if order == "first" else groups[::-1]
-    _, place, label = np.unique(forwards, return_index=True, return_inverse=True)
-    if order == "last":
-        place, label = -place, label[::-1]
-    rank = np.argsort(np.argsort(place))
-    return rank[label]
+        max_error = check_number("max_error", max_error, 0, np.inf, "[)")
+    if _cuda.is_cuda(dendrogram):
+        given, most = (None, 1) if counts is None else _cuda.counts(counts)
+        cut = cut_linkage_cuda(dendrogram, given, most, max_error, mass, mask, order)
+        return leave(cut)
+    return leave(cut_reference(dendrogram, mass, mask, counts, max_error, order))
 
 
 def cluster_tokens(
@@ -272,7 +260,9 @@ def cluster_tokens(
     num_groups: Any,
     *,
     method: str = "average",
+    mass: Array | None = None,
     anchors: Array | None = None,
+    protect: Array | None = None,
     mask: Array | None = None,
     order: str = "last",
 ) -> Array:
@@ -291,11 +281,19 @@ def cluster_tokens(
         until K groups are left.
         "contiguous": only neighbours merge, each time the pair that adds least to the
         squared error of unit tokens.
+    mass : ndarray of shape (N,) or (B, N), optional
+        For "average" and "ward", as in `linkage`.
     anchors : ndarray of int of shape (K,) or (B, K), optional
         For "nearest": distinct positions, padded with -1 where K differs between
-        sequences. By default the K tokens of largest norm.
+        sequences; every protected token is among them. By default the protected tokens
+        and those of largest norm among the others.
+    protect : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = stays alone (class tokens, attention sinks); K counts these
+        groups too. The others are grouped as if the protected ones were cut out, but
+        "contiguous" merges no neighbours across one.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens get label -1.
+        Boolean, True = token. Padded tokens get label -1, protected or not. What is
+        left is grouped as if the padding were cut out: its neighbours are neighbours.
     order : {"last", "first"}, default "last"
         Number groups by the position of their last member, so that no group holds a
         token later than its place, or of their first.
@@ -310,8 +308,9 @@ def cluster_tokens(
     TypeError
         If a dtype does not fit.
     ValueError
-        If a shape does not fit, an entry is not finite, K exceeds the tokens, a method
-        or order does not exist, or `anchors` are not distinct tokens.
+        If a shape does not fit, an entry is not finite, K exceeds the tokens or is too
+        small for the protected ones, a method or order does not exist, `mass` is for
+        another method, or `anchors` are not distinct tokens.
 
     References
     ----------
@@ -324,51 +323,121 @@ def cluster_tokens(
     >>> tokens = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [0.1, 3.0]])
     >>> cluster_tokens(tokens, 2)
     array([0, 1, 0, 1], dtype=int32)
+    >>> protect = np.array([True, False, False, False])
+    >>> cluster_tokens(tokens, 3, protect=protect)
+    array([0, 2, 1, 2], dtype=int32)
     """
-    leave, tokens, num_groups, anchors, mask = enter(
-        tokens=tokens, num_groups=num_groups, anchors=anchors, mask=mask
-    )
+    leave, tokens, num_groups, mass, anchors, protect, mask = enter(
+        tokens=tokens, num_groups=num_groups, mass=mass, anchors=anchors,
+        protect=protect, mask=mask,
+    )  # fmt: skip
     check_tokens(tokens)
     check_choice("method", method, METHODS)
     check_choice("order", order, ORDERS)
-    on_gpu = _cuda.is_cuda(tokens)  # groups are found on the CPU so far
-    mask, given = _cuda.to_host(mask), _cuda.to_host(anchors)
-    tokens = _cuda.to_host(tokens)
-    check_mask(mask, tokens.shape[:-1])
-    limit = _num_valid(tokens[..., 0], mask)
-    counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
+    shape = tokens.shape[:-1]
+    check_mask(mask, shape)
+    check_mass_method(mass, method)
+    check_mass(mass, shape)
+    counts = check_num_groups(num_groups, shape[:-1], _num_valid(tokens[..., 0], mask))
+    check_protect(protect, method, counts, shape, mask)
     most = largest(num_groups, counts)
-    if given is not None:
-        check_anchors(given, method, counts, most, tokens.shape[:-1], mask)
-    elif method == "nearest":
-        norms = _relative_norms(tokens, mask)
-        given = _select_tokens_reference(norms, counts, most, mask)
-    labels = _cluster_tokens_reference(tokens, counts, method, given, mask, order)
-    return leave(_cuda.to_device(labels) if on_gpu else labels)
+    if anchors is not None:
+        check_anchors(anchors, method, counts, most, shape, mask, protect)
+    cluster = (
+        _cluster_tokens_cuda if _cuda.is_cuda(tokens) else _cluster_tokens_reference
+    )
+    given = tokens, mass, anchors, protect, mask
+    return leave(cluster(*given, counts, method, order))
 
 
 def _cluster_tokens_reference(
     tokens: NDArray[Any],
+    mass: NDArray[Any] | None,
+    anchors: NDArray[Any] | None,
+    protect: NDArray[np.bool_] | None,
+    mask: NDArray[np.bool_] | None,
     counts: NDArray[np.int64],
     method: str,
-    anchors: NDArray[Any] | None,
-    mask: NDArray[np.bool_] | None,
     order: str,
 ) -> NDArray[np.int32]:
+    if method == "nearest" and anchors is None:
+        anchors = _longest_tokens(tokens, protect, mask, counts)
     labels = np.full(tokens.shape[:-1], -1, np.int32)
     for index in np.ndindex(tokens.shape[:-2]):
         keep = np.ones(tokens.shape[-2], np.bool_) if mask is None else mask[index]
-        x, num_groups = tokens[index][keep], int(counts[index])  # the padding cut off
-        if num_groups == len(x):
-            groups = np.arange(len(x))
-        elif method in LINKAGES:
-            groups = _cut(_linkage_sequence(x, method), num_groups)
-        elif method == "nearest" and anchors is not None:
-            place = np.cumsum(keep) - 1  # of each token once the padding is cut off
-            unit = _unit_tokens(x.astype(np.float64))
-            groups = nearest_groups(unit, place[anchors[index][:num_groups]])
-        else:
-            match = bipartite_groups if method == "bipartite" else contiguous_groups
-            groups = match(_unit_tokens(x.astype(np.float64)), num_groups)
-        labels[index][keep] = _in_order(groups, order)
+        alone = np.zeros_like(keep) if protect is None else keep & protect[index]
+        free, num_groups = keep & ~alone, int(counts[index])
+        weight = None if mass is None else mass[index][free]
+        chosen = None
+        if anchors is not None:
+            chosen = anchors[index][:num_groups]
+            place = np.cumsum(free) - 1  # of each token once the rest is cut out
+            chosen = place[chosen[free[chosen]]]
+        runs = np.cumsum(alone, dtype=np.intp)[free]
+        num_groups -= int(np.count_nonzero(alone))
+        found = _groups(tokens[index][free], num_groups, method, weight, chosen, runs)
+        groups = np.arange(len(keep))
+        groups[free] = len(keep) + found
+        labels[index][keep] = in_order(groups[keep], order)
     return labels
+
+
+def _longest_tokens(
+    tokens: NDArray[Any],
+    protect: NDArray[np.bool_] | None,
+    mask: NDArray[np.bool_] | None,
+    counts: NDArray[np.int64],
+) -> NDArray[np.int32]:
+    """Return the positions (B, K) of K tokens: the protected, then by their norms."""
+    norms = _relative_norms(tokens, mask)
+    if protect is not None:
+        norms[protect] = np.inf
+    return _select_tokens_reference(norms, counts, counts.max(initial=0), mask)
+
+
+def _groups(
+    tokens: NDArray[Any],
+    num_groups: int,
+    method: str,
+    mass: NDArray[Any] | None,
+    anchors: NDArray[Any] | None,
+    runs: NDArray[np.intp],
+) -> NDArray[np.intp]:
+    """Group the tokens (N, D) of one sequence, without padding and protected ones."""
+    if num_groups == len(tokens):
+        return np.arange(len(tokens))
+    if method in LINKAGES:
+        tree = linkage_sequence(tokens, method, mass)
+        return cut_sequence(tree, len(tokens) - num_groups)
+    unit = _unit_tokens(tokens.astype(np.float64))
+    if anchors is not None:
+        return nearest_groups(unit, anchors)
+    if method == "bipartite":
+        return bipartite_groups(unit, num_groups)
+    return contiguous_groups(unit, num_groups, runs)
+
+
+def _cluster_tokens_cuda(
+    tokens: Any,
+    mass: Any,
+    anchors: Any,
+    protect: Any,
+    mask: Any,
+    counts: NDArray[np.int64],
+    method: str,
+    order: str,
+) -> Any:
+    given, most = _cuda.counts(counts)
+    if method in LINKAGES:
+        tree = dendrograms_cuda(tokens, method, mass, mask, protect, counts)
+        return cut_linkage_cuda(tree, given, most, mask=mask, order=order)
+    if method == "nearest":
+        if anchors is None:
+            anchors = top_norm_anchors_cuda(tokens, given, most, mask, protect)
+        roots = nearest_groups_cuda(tokens, anchors, given, mask, protect)
+    elif method == "bipartite":
+        fewest = int(counts.min(initial=most))
+        roots = bipartite_groups_cuda(tokens, given, most, mask, protect, fewest=fewest)
+    else:
+        roots = contiguous_groups_cuda(tokens, given, most, mask, protect)
+    return number_groups_cuda(roots, order)

@@ -16,8 +16,9 @@ from ._checks import (
     check_shape,
     check_tokens,
 )
+from ._matching import _unit_tokens
+from ._matching_cuda import nearest_anchors_cuda
 from .budget import _held_mass
-from .clustering import _unit_tokens
 from .merging import _unmerge_tokens_reference
 from .saliency import _token_norms_cuda
 from .selection import _num_valid, _top_tokens_cuda
@@ -234,19 +235,9 @@ def _reconstruction_error_cuda(
 
 def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> Any:
     """Return each token's most similar merged token, as labels (B, N)."""
-    *leading, num_tokens, dim = tokens.shape
-    out = _cuda.empty((*leading, num_tokens), np.int32)
-    batch, num_groups = math.prod(leading), merged.shape[-2]
-    tokens, merged = _cuda.contiguous(tokens), _cuda.contiguous(merged)
     each, _ = _cuda.counts(counts)
-    norms = _token_norms_cuda(tokens), _token_norms_cuda(merged)
-    arrays = tokens, norms[0], merged, norms[1], each
-    args = (*arrays, batch, num_tokens, dim, num_groups, out)
-    chosen = _cuda.implementation()
-    tiles = batch * -(-num_tokens // _cuda.TILE)
-    threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
-    _cuda.launch(f"{chosen}/clustering", "nearest_anchors", tokens.dtype, threads, args)
-    return out
+    labels, _ = nearest_anchors_cuda(tokens, merged, each)
+    return labels
 
 
 def fidelity_loss(

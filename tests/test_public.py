@@ -25,7 +25,8 @@ def test_all_holds_every_public_name():
         and getattr(thing, "__module__", None) == module.__name__
         and (inspect.isfunction(thing) or inspect.isclass(thing))
     }
-    settings = {"check_finite", "use_kernels", "warmup", "KernelCompilationError"}
+    settings = {"allow_tf32", "check_finite", "use_kernels", "warmup"}
+    settings.add("KernelCompilationError")
     assert public | settings == set(qm_cupy.__all__)
     assert sorted(qm_cupy.__all__) == sorted(set(qm_cupy.__all__))
 
@@ -39,12 +40,22 @@ def test_public_functions_have_runnable_examples():
 
 
 def test_every_stage_has_a_reference_and_kernels():
-    """One stem: qm_cupy/<stage>.py, kernels/basic/<stage>.cu, tests/test_<stage>.py."""
+    """One stem: qm_cupy/<stage>.py, kernels/basic/<stage>.cu, tests/test_<stage>.py.
+
+    Clustering has more to it: launchers, and kernels, in files of their own.
+    """
+    parts = dict.fromkeys(("groups", "matching", "contiguous"), "matching")
+    parts["linkage"] = "linkage"
     root = Path(__file__).parents[1]
     for file in root.glob("kernels/*/*.cu"):
-        assert (root / "qm_cupy" / f"{file.stem}.py").exists()
-        assert (root / "tests" / f"test_{file.stem}.py").exists()
-        assert (root / "kernels" / "basic" / file.name).exists()
+        stem = file.stem.removeprefix("single_")  # which is plain enough as linkage
+        assert (root / "kernels" / "basic" / f"{stem}.cu").exists()
+        if stem in parts:
+            assert (root / "qm_cupy" / f"_{parts[stem]}_cuda.py").exists()
+            assert (root / "tests" / f"test_{parts[stem]}_kernels.py").exists()
+        else:
+            assert (root / "qm_cupy" / f"{stem}.py").exists()
+            assert (root / "tests" / f"test_{stem}.py").exists()
 
 
 def test_options_are_keywords():

@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
 // The most similar anchor seen so far; of equal ones the lowest.
 struct Nearest {
     acc_t similarity = padding();
-    int anchor = 0;
+    int anchor = -1;
 
     __device__ __forceinline__ void merge(acc_t other, int index) {
         if (other > similarity || (other == similarity && index < anchor)) {
@@ -51,12 +51,12 @@ struct Nearest {
 };
 
 // One block, 128 tokens of one sequence; it passes by all of the sequence's anchors. A
-// token's own norm changes nothing in what is nearest, so `norms` is for the basic one.
+// token's own norm changes nothing in what is nearest: `norms` is for `highest_out`.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-    nearest_anchors(const real_t* tokens, const acc_t* norms, const real_t* anchors,
-                    const acc_t* anchor_norms, const int* counts, long long batch,
-                    long long num_tokens, long long dim, long long num_groups,
-                    int* out) {
+    nearest_anchors(const real_t* tokens, const acc_t* norms, const bool* mask,
+                    const real_t* anchors, const acc_t* anchor_norms, const int* counts,
+                    long long batch, long long num_tokens, long long dim,
+                    long long num_groups, int* out, acc_t* highest_out) {
     __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
     const long long row_tiles = (num_tokens + TILE - 1) / TILE;
     const long long b = blockIdx.x / row_tiles;
@@ -77,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
                            const int k = tile * TILE + tile_column(j);
                            if (k >= count) continue;
                            const acc_t other = anchor_norms[b * num_groups + k];
+                           if (other < 0) continue;
 #pragma unroll
                            for (int i = 0; i < 4; ++i)
                                nearest[i].merge(other == 0 ? 0 : sums[i][j] / other, k);
@@ -94,8 +95,19 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
             parts[threadIdx.x / 32 % 2 * TILE + tile_row(i)] = nearest[i];
     }
     __syncthreads();
+    const long long token = first + threadIdx.x;
     if (threadIdx.x >= TILE || row0 + threadIdx.x >= num_tokens) return;
     Nearest best = parts[threadIdx.x];
     best.merge(parts[TILE + threadIdx.x].similarity, parts[TILE + threadIdx.x].anchor);
-    out[first + threadIdx.x] = best.anchor;
+    const bool valid = is_token(mask, token);
+    const long long count = valid ? count_of(counts, b, num_groups) : 0;
+    if (!valid) best.anchor = -1;
+    // Where no similarity is a number, it is the first anchor after all.
+    for (int k = 0; k < count && best.anchor < 0; ++k)
+        if (!(anchor_norms[b * num_groups + k] < 0)) best = {NEVER, k};
+    out[token] = best.anchor;
+    if (highest_out == nullptr) return;
+    const acc_t norm = norms[token];
+    const acc_t similarity = norm == 0 ? 0 : best.similarity / norm;
+    highest_out[token] = best.anchor < 0 ? padding() : max(acc_t(NEVER), similarity);
 }

@@ -1,0 +1,87 @@
+// Contiguous groups: of all neighbours those two merge that add least to the squared
+// error, until K groups are left; none across a protected token. The cost of two groups
+// a and b of n unit tokens that sum to S is Ward's:
+//
+//   n_a n_b / (n_a + n_b) (|S_a|^2 / n_a^2 + |S_b|^2 / n_b^2 - 2 S_a . S_b / (n_a n_b))
+//
+// A zero token counts as a unit vector orthogonal to all others. Of equal costs the
+// leftmost goes first. What merges next depends on all before, for a merge may bring
+// its neighbours nearer: no two can be chosen at once.
+
+// What a sequence's groups are known by at their first members, each array (N,).
+struct Groups {
+    const bool* protect;
+    acc_t *cost, *square, *size;  // cost of merging with the next one; size 0 is none
+    int *left, *right;            // the neighbours' first members
+};
+
+__device__ acc_t dot(const real_t* x, const real_t* y, long long dim) {
+    acc_t sum = 0;
+    for (long long d = 0; d < dim; ++d) sum += widen(x[d]) * widen(y[d]);
+    return sum;
+}
+
+// Infinity where one is protected; what is not a number costs more than all that is.
+__device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t product) {
+    if (g.protect != nullptr && (g.protect[a] || g.protect[b])) return -padding();
+    const acc_t m = g.size[a], n = g.size[b];
+    const acc_t gap =
+        g.square[a] / (m * m) + g.square[b] / (n * n) - 2 * product / (m * n);
+    return min(acc_t(-NEVER), m * n / (m + n) * gap);
+}
+
+// `sums` (B, N, D) holds unit tokens. One thread, one sequence.
+extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
+                                             const bool* protect, const int* counts,
+                                             long long batch, long long num_tokens,
+                                             long long dim, long long num_groups,
+                                             acc_t* reals, int* links, int* out) {
+    const long long sequence = thread_index();  // (B,)
+    if (sequence >= batch) return;
+    const long long row = sequence * num_tokens;  // of (B, N)
+    real_t* sum = sums + row * dim;               // (N, D)
+    acc_t* real = reals + 3 * row;
+    const Groups g = {protect ? protect + row : nullptr,
+                      real,
+                      real + num_tokens,
+                      real + 2 * num_tokens,
+                      links + 2 * row,
+                      links + 2 * row + num_tokens};
+    const auto cost = [&](long long a, long long b) {
+        return ward_cost(g, a, b, dot(sum + a * dim, sum + b * dim, dim));
+    };
+    long long merges = -count_of(counts, sequence, num_groups), last = -1;
+    for (long long i = 0; i < num_tokens; ++i) {
+        const bool token = is_token(mask, row + i);
+        g.cost[i] = -padding(), g.square[i] = 1, g.size[i] = token;
+        g.left[i] = static_cast<int>(last), g.right[i] = static_cast<int>(num_tokens);
+        if (!token) continue;
+        if (last >= 0) {
+            g.right[last] = static_cast<int>(i);
+            g.cost[last] = cost(last, i);
+        }
+        last = i;
+        ++merges;
+    }
+    for (; merges > 0; --merges) {
+        long long a = 0;
+        for (long long i = 1; i < num_tokens; ++i)
+            if (g.cost[i] < g.cost[a]) a = i;
+        if (g.cost[a] == -padding()) break;  // all that is left is protected
+        const long long b = g.right[a], after = g.right[b], before = g.left[a];
+        g.square[a] += g.square[b] + 2 * dot(sum + a * dim, sum + b * dim, dim);
+        for (long long d = 0; d < dim; ++d)
+            store(sum + a * dim + d, widen(sum[a * dim + d]) + widen(sum[b * dim + d]));
+        g.size[a] += g.size[b];
+        g.size[b] = 0, g.cost[b] = -padding();
+        g.right[a] = static_cast<int>(after);
+        if (after < num_tokens) g.left[after] = static_cast<int>(a);
+        g.cost[a] = after < num_tokens ? cost(a, after) : -padding();
+        if (before >= 0) g.cost[before] = cost(before, a);
+    }
+    int group = -1;
+    for (long long i = 0; i < num_tokens; ++i) {
+        group += g.size[i] > 0;
+        out[row + i] = is_token(mask, row + i) ? group : -1;
+    }
+}

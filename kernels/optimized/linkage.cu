@@ -1,0 +1,342 @@
+// Average, complete and ward linkage by rounds of reciprocal nearest neighbours: every
+// two clusters that are each other's nearest merge, in the same round. For these three
+// distances a merge never brings the new cluster nearer to a third one than its parts
+// were, so this is the dendrogram that the closest pair after the closest pair gives.
+//
+//   E(A, C) = sum of m_a m_c (1 - cos)      adds up:  E(A u B, C) = E(A, C) + E(B, C)
+//   average   E / (W_A W_C)                 W: the mass, of a token 1 or m
+//   complete  the largest 1 - cos           in the place of the sum
+//   ward      2 W_A W_C / (W_A + W_C) |mu_A - mu_C|^2, of which the height is the root
+//   |mu_A - mu_C|^2 = 2 E(A, C) / (W_A W_C) - E(A, A) / W_A^2 - E(C, C) / W_C^2
+//
+// A cluster lives in the slot (row and column) of its first token. Several blocks share
+// a sequence: its first block plans a round, then each warp brings rows up to date, in
+// rows of its own, and finds their nearest clusters.
+
+constexpr int COMPLETE = 1, WARD = 2;         // 0: average
+constexpr int UNTOUCHED = -1, ABSORBED = -2;  // else: the slot that this one absorbs
+
+// A cluster, as every row asks for it.
+struct __align__(16) Slot {
+    acc_t weight, spread;  // W, and E(A, A) / W^2
+    int mate, nearest;     // the slot it absorbs in this round; that of the nearest
+};
+
+// A cluster, as the plan of a round asks for it.
+struct __align__(16) Record {
+    acc_t sum;         // E with the nearest
+    acc_t tallest;     // the height of its last merge
+    int node, tokens;  // its number in the dendrogram; how many it has
+};
+
+struct Merge {
+    int left, right, tokens;  // the nodes it joins
+};
+
+__device__ __forceinline__ acc_t distance(acc_t e, const Slot& a, const Slot& b,
+                                          int method) {
+    if (method == COMPLETE) return e;
+    const acc_t area = a.weight * b.weight;
+    const acc_t mean = e / area;
+    if (method != WARD) return mean;
+    const acc_t gap = 2 * mean - (a.spread + b.spread);
+    return max(gap, acc_t(0)) * (2 * area) / (a.weight + b.weight);
+}
+
+// The state of a sequence between rounds, in the order it lies in.
+struct Clusters {
+    Slot* slot;      // (N,)
+    Record* record;  // (N,)
+    acc_t* height;   // (N,) of merge t, before the root
+    acc_t* unit;     // (1,) the mass that counts as 1
+    Merge* merge;    // (N,)
+    int* active;     // (N,) the slots there are
+    int* joined;     // (N,) and those that are new
+
+    __device__ Clusters(acc_t* reals, int* integers, long long n)
+        : slot(reinterpret_cast<Slot*>(reals)),
+          record(reinterpret_cast<Record*>(reals + 4 * n)),
+          height(reals + 8 * n),
+          unit(reals + 9 * n),
+          merge(reinterpret_cast<Merge*>(integers)),
+          active(integers + 3 * n),
+          joined(integers + 4 * n) {}
+
+    __device__ acc_t nearest_distance(int i, int method) const {
+        return distance(record[i].sum, slot[i], slot[slot[i].nearest], method);
+    }
+};
+
+// Distances are compared without their last bits, which rounding alone decides.
+__device__ __forceinline__ float compared(float x) {
+    return __uint_as_float((__float_as_uint(x) + 4) & ~7u);
+}
+__device__ __forceinline__ double compared(double x) {
+    return __longlong_as_double((__double_as_longlong(x) + 4) & ~7ll);
+}
+
+__device__ __forceinline__ Neighbour candidate(acc_t e, const Slot& own, int j,
+                                               const Slot& other, int method) {
+    const acc_t found = compared(distance(e, own, other, method));
+    return {found, e, found >= 0 ? j : -1};
+}
+
+__device__ __forceinline__ acc_t join(acc_t x, acc_t y, int method) {
+    return method == COMPLETE ? max(x, y) : x + y;
+}
+
+// What the first block of a sequence tells the others.
+struct Plan {
+    int clusters, joined;  // how many there are, and are new
+    int made, wanted;      // merges
+    int rounds, done;
+};
+
+// Set up the clusters, of one token each.
+__device__ __noinline__ void begin(Clusters& all, Plan* plan, const acc_t* mass,
+                                   const bool* mask, const bool* protect,
+                                   long long num_tokens, long long num_groups,
+                                   acc_t* scratch) {
+    auto* ranks = reinterpret_cast<int*>(scratch + 32);
+    acc_t top = 0;
+    for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
+        if (is_token(mask, i) && !(protect && protect[i])) top = max(top, mass[i]);
+    top = block_reduce(top, scratch, Greatest());
+    int tokens = 0, clusters = 0;
+    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
+        const long long i = i0 + threadIdx.x;
+        const bool token = i < num_tokens && is_token(mask, i);
+        const bool merges = token && !(protect && protect[i]);
+        int found;
+        block_rank(token, ranks, &found);
+        tokens += found;
+        const int place = clusters + block_rank(merges, ranks, &found);
+        clusters += found;
+        if (i >= num_tokens) continue;
+        if (merges) all.active[place] = static_cast<int>(i);
+        // So that a token of no mass still joins its nearest.
+        const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(1e-6)) : acc_t(1);
+        all.slot[i] = {weight, 0, UNTOUCHED, -1};
+        all.record[i] = {0, 0, static_cast<int>(i), 1};
+    }
+    if (threadIdx.x > 0) return;
+    *all.unit = top > 0 ? top : acc_t(1);
+    const long long wanted = min(tokens - num_groups, clusters - 1ll);
+    *plan = {clusters, 0, 0, static_cast<int>(wanted), 0, wanted <= 0};
+}
+
+// Merge all pairs that are each other's nearest, until the lowest `wanted` merges are
+// made: those that come are no lower than the closest pair there is now.
+__device__ __noinline__ void plan_round(Clusters& all, Plan* plan, long long num_tokens,
+                                        int method, acc_t* scratch) {
+    auto* ranks = reinterpret_cast<int*>(scratch + 32);
+    const int clusters = plan->clusters, made = plan->made, wanted = plan->wanted;
+    if (made >= wanted) {
+        acc_t least = -NEVER, lower = 0;
+        for (int p = threadIdx.x; p < clusters; p += blockDim.x) {
+            const int i = all.active[p];
+            if (all.slot[i].nearest >= 0)
+                least = min(least, all.nearest_distance(i, method));
+        }
+        least = block_reduce(least, scratch, Least());
+        for (int t = threadIdx.x; t < made; t += blockDim.x)
+            lower += compared(all.height[t]) <= compared(least);
+        lower = block_reduce(lower, scratch, Add());
+        if (lower >= wanted) {
+            if (threadIdx.x == 0) plan->done = 1;
+            return;
+        }
+    }
+    for (int p = threadIdx.x; p < clusters; p += blockDim.x) {
+        const int i = all.active[p], j = all.slot[i].nearest;
+        const bool pair = j >= 0 && all.slot[j].nearest == i;
+        all.slot[i].mate = !pair ? UNTOUCHED : i < j ? j : ABSORBED;
+    }
+    __syncthreads();
+    int kept = 0, joined = 0;
+    for (int p0 = 0; p0 < clusters; p0 += blockDim.x) {
+        const int p = p0 + threadIdx.x;
+        const int i = p < clusters ? all.active[p] : -1;
+        const int j = i < 0 ? ABSORBED : all.slot[i].mate;
+        int found;
+        const int place = kept + block_rank(j != ABSORBED, ranks, &found);
+        kept += found;
+        const int t = joined + block_rank(j >= 0, ranks, &found);
+        joined += found;
+        if (j == ABSORBED) continue;
+        all.active[place] = i;  // no further back than it was read
+        if (j < 0) continue;
+        Slot &a = all.slot[i], &b = all.slot[j];
+        Record &own = all.record[i], &other = all.record[j];
+        const acc_t weight = a.weight + b.weight;
+        const acc_t within =
+            a.spread * a.weight * a.weight + b.spread * b.weight * b.weight;
+        const acc_t height = all.nearest_distance(i, method);
+        own.tallest = max(height, max(own.tallest, other.tallest));  // than its parts
+        all.height[made + t] = own.tallest;
+        a.spread = (within + 2 * own.sum) / (weight * weight);
+        a.weight = weight;
+        own.tokens += other.tokens;
+        all.merge[made + t] = {own.node, other.node, own.tokens};
+        own.node = static_cast<int>(num_tokens) + made + t;
+        all.joined[t] = i;
+    }
+    if (threadIdx.x == 0)
+        *plan = {kept, joined, made + joined, wanted, plan->rounds + 1, joined == 0};
+}
+
+// One warp: the nearest of all lanes' is that of row i.
+__device__ __forceinline__ void keep_nearest(Clusters& all, int i, Neighbour best) {
+    best = warp_nearest(i, best);
+    __syncwarp();  // every lane has read the slot
+    if (threadIdx.x % 32 == 0)
+        all.slot[i].nearest = best.slot, all.record[i].sum = best.sum;
+}
+
+constexpr int AHEAD = 4;  // loads in flight
+
+// One warp: E of row i with all clusters, from cosines; its nearest one.
+__device__ void first_row(Clusters& all, const acc_t* cosines, acc_t* row, int i,
+                          int clusters, int method) {
+    const Slot own = all.slot[i];
+    Neighbour best = {0, 0, -1};
+    for (int p0 = threadIdx.x % 32; p0 < clusters; p0 += 32 * AHEAD) {
+        int column[AHEAD];
+        acc_t cosine[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            column[k] = p0 + 32 * k < clusters ? all.active[p0 + 32 * k] : i;
+            cosine[k] = cosines[column[k]];
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            const int j = column[k];
+            if (j == i) continue;
+            const Slot& other = all.slot[j];
+            const acc_t e = cosine_distance(cosine[k]) * (own.weight * other.weight);
+            row[j] = e;
+            const Neighbour found = candidate(e, own, j, other, method);
+            if (nearer(i, found, best)) best = found;
+        }
+    }
+    keep_nearest(all, i, best);
+}
+
+// One warp: bring row i up to date with this round's merges, and its nearest cluster.
+// Columns are looked at only where something has changed, or all of them where the
+// nearest cluster is no more what it was.
+__device__ void next_row(Clusters& all, acc_t* matrix, int i, int clusters, int joined,
+                         long long num_tokens, int method) {
+    acc_t* row = matrix + i * num_tokens;
+    const Slot own = all.slot[i];
+    const acc_t* absorbed = own.mate < 0 ? nullptr : matrix + own.mate * num_tokens;
+    const bool anew =
+        absorbed || own.nearest < 0 || all.slot[own.nearest].mate != UNTOUCHED;
+    const int* columns = anew ? all.active : all.joined;
+    const int count = anew ? clusters : joined;
+    Neighbour best = {0, 0, -1};
+    if (!anew)
+        best = candidate(all.record[i].sum, own, own.nearest, all.slot[own.nearest],
+                         method);
+
+    for (int p0 = threadIdx.x % 32; p0 < count; p0 += 32 * AHEAD) {
+        int column[AHEAD];
+        acc_t e[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            column[k] = p0 + 32 * k < count ? columns[p0 + 32 * k] : i;
+            e[k] = row[column[k]];
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            const int j = column[k];
+            if (j == i) continue;
+            const Slot& other = all.slot[j];
+            const int mate = other.mate;
+            // In this order, so that row j finds the same: the sums commute.
+            if (absorbed && mate >= 0)
+                e[k] = join(join(e[k], absorbed[mate], method),
+                            join(row[mate], absorbed[j], method), method);
+            else if (absorbed || mate >= 0)
+                e[k] = join(e[k], absorbed ? absorbed[j] : row[mate], method);
+            if (absorbed || mate >= 0) row[j] = e[k];
+            const Neighbour found = candidate(e[k], own, j, other, method);
+            if (nearer(i, found, best)) best = found;
+        }
+    }
+    keep_nearest(all, i, best);
+}
+
+// One warp, one row of the dendrogram: merges by height, their nodes named by it.
+__device__ __noinline__ void write_rows(const Clusters& all, int made,
+                                        long long num_tokens, int method, int warp,
+                                        int warps, double* out) {
+    const double unit = *all.unit;
+    for (long long t = warp; t < num_tokens - 1; t += warps) {
+        if (t >= made) {
+            if (threadIdx.x % 32 == 0) store_no_row(out, t);
+            continue;
+        }
+        long long node[2] = {all.merge[t].left, all.merge[t].right};
+        for (int side = 0; side < 2; ++side)
+            if (node[side] >= num_tokens)
+                node[side] =
+                    num_tokens + merge_rank(all.height, made, node[side] - num_tokens);
+        const long long row = merge_rank(all.height, made, t);
+        const double height = all.height[t];
+        if (threadIdx.x % 32 == 0)
+            store_row(out, row, node[0], node[1],
+                      method == WARD ? sqrt(height * unit) : height,
+                      all.merge[t].tokens);
+    }
+}
+
+// matrix (B, N, N): cosines, used up unless there is shared memory for a matrix (N, N).
+// `blocks` work at a sequence; of the sequences at work at once, `reals` and `integers`
+// hold the clusters, `plans` the plans and `arrived` zeros. rounds (B,).
+extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
+    linkage(acc_t* matrix, const acc_t* mass, const bool* mask, const bool* protect,
+            const int* counts, long long batch, long long num_tokens,
+            long long num_groups, long long method, long long in_shared,
+            long long blocks, acc_t* reals, int* integers, int* plans,
+            unsigned* arrived, double* out, int* rounds) {
+    auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());  // 64, then the matrix
+    const int share = static_cast<int>(blocks);
+    const int place = blockIdx.x / share;
+    const bool first = blockIdx.x % share == 0;
+    const int warps = share * (blockDim.x / 32);
+    const int warp = blockIdx.x % share * (blockDim.x / 32) + threadIdx.x / 32;
+    Clusters all(reals + place * (9 * num_tokens / 4 * 4 + 4),
+                 integers + place * 5 * num_tokens, num_tokens);
+    Plan* told = reinterpret_cast<Plan*>(plans) + place;
+    const auto meet = [&] { blocks_barrier(arrived + place, share); };
+    for (long long b = place; b < batch; b += gridDim.x / share) {
+        const long long row = b * num_tokens;  // of (B, N)
+        acc_t* cosines = matrix + row * num_tokens;
+        acc_t* sums = in_shared ? scratch + 64 : cosines;
+        if (first)
+            begin(all, told, mass ? mass + row : nullptr, mask ? mask + row : nullptr,
+                  protect ? protect + row : nullptr, num_tokens,
+                  count_of(counts, b, num_groups), scratch);
+        meet();
+        Plan plan = *told;
+        for (int p = warp; p < plan.clusters && !plan.done; p += warps) {
+            const int i = all.active[p];
+            first_row(all, cosines + i * num_tokens, sums + i * num_tokens, i,
+                      plan.clusters, method);
+        }
+        while (!plan.done) {
+            meet();
+            if (first) plan_round(all, told, num_tokens, method, scratch);
+            meet();
+            plan = *told;
+            for (int p = warp; p < plan.clusters && !plan.done; p += warps)
+                next_row(all, sums, all.active[p], plan.clusters, plan.joined,
+                         num_tokens, method);
+        }
+        write_rows(all, plan.made, num_tokens, method, warp, warps,
+                   out + b * (num_tokens - 1) * 4);
+        if (first && threadIdx.x == 0) rounds[b] = plan.rounds;
+        meet();  // before the next sequence takes this one's place
+    }
+}

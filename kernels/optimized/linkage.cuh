@@ -1,0 +1,73 @@
+// Nearest clusters: what the two linkage kernels share.
+//
+// Every comparison is by one strict order of pairs, whoever makes it: a pair's
+// distance, then a hash of the pair. So the closest pair of all is the nearest of both
+// its sides, and of many equal distances a good part can merge in one round.
+
+constexpr int LINKAGE_THREADS = sizeof(acc_t) == 4 ? 768 : 512;
+
+// A cosine is exact but for its last bits: equal tokens are at distance 0.
+__device__ __forceinline__ acc_t cosine_distance(acc_t cosine) {
+    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
+    const acc_t distance = 1 - cosine;
+    return distance < NOISE ? acc_t(0) : distance;
+}
+
+// A number for each pair {i, j}, the mixed bits of both (splitmix64, which is one to
+// one, Steele et al. 2014, doi:10.1145/2660193.2660195).
+__device__ __forceinline__ unsigned long long pair_number(int i, int j) {
+    unsigned long long x = static_cast<unsigned long long>(min(i, j)) << 32 | max(i, j);
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBull;
+    return x ^ x >> 31;
+}
+
+// The nearest that a row has found so far; slot -1 is none.
+struct Neighbour {
+    acc_t distance, sum;
+    int slot;
+};
+
+// Whether `a` is nearer to row i than `b`.
+__device__ __forceinline__ bool nearer(int i, const Neighbour& a, const Neighbour& b) {
+    if (a.slot < 0 || b.slot < 0) return a.slot >= 0;
+    return a.distance < b.distance || (a.distance == b.distance &&
+                                       pair_number(i, a.slot) < pair_number(i, b.slot));
+}
+
+// The nearest that any lane of row i has found, the same in all lanes.
+__device__ __forceinline__ Neighbour warp_nearest(int i, Neighbour best) {
+    for (int bits = 16; bits > 0; bits /= 2) {
+        const Neighbour other = {__shfl_xor_sync(~0u, best.distance, bits),
+                                 __shfl_xor_sync(~0u, best.sum, bits),
+                                 __shfl_xor_sync(~0u, best.slot, bits)};
+        if (nearer(i, other, best)) best = other;
+    }
+    return best;
+}
+
+// Where merge t comes among `made` merges by height, and by time among equals; by a
+// warp.
+__device__ __forceinline__ long long merge_rank(const acc_t* height, long long made,
+                                                long long t) {
+    const acc_t own = height[t];
+    acc_t lower = 0;  // a count, exact up to 2^24
+    for (long long other = threadIdx.x % 32; other < made; other += 32)
+        lower += height[other] < own || (height[other] == own && other < t);
+    return static_cast<long long>(warp_reduce(lower, Add()));
+}
+
+// A row of a dendrogram (N - 1, 4) in SciPy's format.
+__device__ __forceinline__ void store_row(double* out, long long row, long long left,
+                                          long long right, double height,
+                                          long long size) {
+    out[4 * row] = static_cast<double>(min(left, right));
+    out[4 * row + 1] = static_cast<double>(max(left, right));
+    out[4 * row + 2] = height;
+    out[4 * row + 3] = static_cast<double>(size);
+}
+
+// A row of no merge, behind those of a sequence with padding or one that stopped early.
+__device__ __forceinline__ void store_no_row(double* out, long long row) {
+    store_row(out, row, -1, -1, __longlong_as_double(0x7FF0000000000000ll), 0);
+}

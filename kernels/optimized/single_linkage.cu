@@ -1,0 +1,216 @@
+// Single linkage by Boruvka's rounds (1926): every component of the tokens joined so
+// far finds the shortest edge that leaves it, and all of these edges join at once, so
+// that the components at least halve. The edges are those of the minimum spanning tree;
+// taken by length, each is a merge of the dendrogram.
+//
+// Reciprocal nearest neighbours would be as right, but one large cluster that takes in
+// its neighbours one after another, as single linkage does, would make a round of each.
+
+constexpr unsigned long long NO_EDGE = ~0ull;
+
+// The state of a sequence between rounds, in the order it lies in: (N,) each.
+struct Components {
+    unsigned long long *length, *number;  // of the shortest edge that leaves it
+    acc_t* distance;                      // of the nearest token outside
+    acc_t* height;                        // of edge t of the tree
+    int* nearest;                         // the token itself
+    int* component;        // of a token: that one's first token, at first
+    int* winner;           // the token where that edge begins
+    int* parent;           // of a component: what it joins
+    int *active, *sorted;  // tokens that take part; edges by length
+    int *from, *to;        // of edge t
+
+    __device__ Components(unsigned long long* words, acc_t* reals, int* integers,
+                          long long n)
+        : length(words),
+          number(words + n),
+          distance(reals),
+          height(reals + n),
+          nearest(integers),
+          component(integers + n),
+          winner(integers + 2 * n),
+          parent(integers + 3 * n),
+          active(integers + 4 * n),
+          sorted(integers + 5 * n),
+          from(integers + 6 * n),
+          to(integers + 7 * n) {}
+};
+
+// What the first block of a sequence tells the others.
+struct Progress {
+    int tokens, edges;  // that take part, found so far
+    int rounds, done;
+};
+
+// Bits that are in order as distances >= 0 are.
+__device__ __forceinline__ unsigned long long distance_bits(acc_t distance) {
+    return static_cast<unsigned long long>(
+        __double_as_longlong(static_cast<double>(distance)));
+}
+
+// Every token is a component.
+__device__ __noinline__ void begin(Components& all, Progress* told, const bool* mask,
+                                   const bool* protect, long long num_tokens,
+                                   long long num_groups, int* ranks) {
+    int tokens = 0, free = 0;
+    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
+        const long long i = i0 + threadIdx.x;
+        const bool token = i < num_tokens && is_token(mask, i);
+        const bool merges = token && !(protect && protect[i]);
+        int found;
+        block_rank(token, ranks, &found);
+        tokens += found;
+        const int place = free + block_rank(merges, ranks, &found);
+        free += found;
+        if (merges) all.active[place] = static_cast<int>(i);
+        if (i < num_tokens) all.component[i] = all.parent[i] = static_cast<int>(i);
+    }
+    if (threadIdx.x == 0) *told = {free, 0, 0, tokens <= num_groups || free < 2};
+}
+
+// One warp: the nearest token of another component.
+__device__ void find_edge(Components& all, const acc_t* cosines, int i, int tokens) {
+    const int own = all.component[i];
+    Neighbour best = {0, 0, -1};
+    for (int p = threadIdx.x % 32; p < tokens; p += 32) {
+        const int j = all.active[p];
+        const acc_t distance = cosine_distance(cosines[j]);
+        const Neighbour other = {distance, 0, distance >= 0 ? j : -1};
+        if (all.component[j] != own && nearer(i, other, best)) best = other;
+    }
+    best = warp_nearest(i, best);
+    if (threadIdx.x % 32 == 0)
+        all.nearest[i] = best.slot, all.distance[i] = best.distance;
+}
+
+// Join each component along the shortest edge that leaves it.
+__device__ __noinline__ void join_components(Components& all, Progress* told,
+                                             int* ranks) {
+    const int tokens = told->tokens;
+    const auto each = [&](auto&& step) {
+        for (int p = threadIdx.x; p < tokens; p += blockDim.x) step(all.active[p]);
+        __syncthreads();
+    };
+    each([&](int i) { all.length[i] = all.number[i] = NO_EDGE, all.winner[i] = -1; });
+    each([&](int i) {
+        if (all.nearest[i] >= 0)
+            atomicMin(all.length + all.component[i], distance_bits(all.distance[i]));
+    });
+    const auto is_shortest = [&](int i) {
+        return all.nearest[i] >= 0 &&
+               distance_bits(all.distance[i]) == all.length[all.component[i]];
+    };
+    each([&](int i) {
+        if (is_shortest(i))
+            atomicMin(all.number + all.component[i], pair_number(i, all.nearest[i]));
+    });
+    each([&](int i) {  // one token: a number belongs to one pair
+        if (is_shortest(i) &&
+            pair_number(i, all.nearest[i]) == all.number[all.component[i]])
+            all.winner[all.component[i]] = i;
+    });
+
+    int edges = told->edges;
+    for (int p0 = 0; p0 < tokens; p0 += blockDim.x) {
+        const int p = p0 + threadIdx.x;
+        const int own = p < tokens ? all.active[p] : -1;  // a component's first token?
+        const int i = own < 0 ? -1 : all.winner[own];
+        bool joins = i >= 0;
+        if (joins) {  // of two that choose the same edge, the second joins the first
+            const int other = all.component[all.nearest[i]];
+            joins = all.winner[other] != all.nearest[i] ||
+                    all.nearest[all.winner[other]] != i || other < own;
+            if (joins) all.parent[own] = other;
+        }
+        int found;
+        const int t = edges + block_rank(joins, ranks, &found);
+        edges += found;
+        if (!joins) continue;
+        all.height[t] = all.distance[i];
+        all.from[t] = i, all.to[t] = all.nearest[i];
+    }
+    __syncthreads();
+    each([&](int i) {
+        int root = all.component[i];
+        while (all.parent[root] != root) root = all.parent[root];
+        all.component[i] = root;
+    });
+    if (threadIdx.x > 0) return;
+    const bool done = edges == told->edges || edges == tokens - 1;
+    *told = {tokens, edges, told->rounds + 1, done};
+}
+
+// The component that token i is in, once some edges are taken; halves the way to it.
+__device__ int find_root(int* parent, int i) {
+    while (parent[i] != i) i = parent[i] = parent[parent[i]];
+    return i;
+}
+
+// One block: the edges by length are the merges. One thread takes them one by one.
+__device__ __noinline__ void write_rows(Components& all, int edges,
+                                        long long num_tokens, double* out) {
+    int *node = all.winner, *size = all.nearest;  // of a component; no more needed
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
+        all.parent[i] = node[i] = static_cast<int>(i);
+        size[i] = 1;
+        if (edges <= i && i < num_tokens - 1) store_no_row(out, i);
+    }
+    __syncthreads();
+    for (int row = 0; row < edges && threadIdx.x == 0; ++row) {
+        const int t = all.sorted[row];
+        const int a = find_root(all.parent, all.from[t]);
+        const int b = find_root(all.parent, all.to[t]);
+        size[a] += size[b];
+        store_row(out, row, node[a], node[b], all.height[t], size[a]);
+        all.parent[b] = a;
+        node[a] = static_cast<int>(num_tokens) + row;
+    }
+}
+
+// As in linkage.cu; cosines (B, N, N) stay as they are.
+extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
+    single_linkage(const acc_t* cosines, const bool* mask, const bool* protect,
+                   const int* counts, long long batch, long long num_tokens,
+                   long long num_groups, long long blocks, unsigned long long* words,
+                   acc_t* reals, int* integers, int* plans, unsigned* arrived,
+                   double* out, int* rounds) {
+    int* ranks = reinterpret_cast<int*>(dynamic_shared());  // 32
+    const int share = static_cast<int>(blocks);
+    const int place = blockIdx.x / share;
+    const bool first = blockIdx.x % share == 0;
+    const int warps = share * (blockDim.x / 32);
+    const int warp = blockIdx.x % share * (blockDim.x / 32) + threadIdx.x / 32;
+    Components all(words + place * 2 * num_tokens, reals + place * 2 * num_tokens,
+                   integers + place * 8 * num_tokens, num_tokens);
+    Progress* told = reinterpret_cast<Progress*>(plans) + place;
+    const auto meet = [&] { blocks_barrier(arrived + place, share); };
+    for (long long b = place; b < batch; b += gridDim.x / share) {
+        const long long row = b * num_tokens;  // of (B, N)
+        if (first)
+            begin(all, told, mask ? mask + row : nullptr,
+                  protect ? protect + row : nullptr, num_tokens,
+                  count_of(counts, b, num_groups), ranks);
+        meet();
+        Progress now = *told;
+        while (!now.done) {
+            for (int p = warp; p < now.tokens; p += warps) {
+                const int i = all.active[p];
+                find_edge(all, cosines + (row + i) * num_tokens, i, now.tokens);
+            }
+            meet();
+            if (first) join_components(all, told, ranks);
+            meet();
+            now = *told;
+        }
+        for (int t = warp; t < now.edges; t += warps) {
+            const long long rank = merge_rank(all.height, now.edges, t);
+            if (threadIdx.x % 32 == 0) all.sorted[rank] = t;
+        }
+        meet();
+        if (first) {
+            write_rows(all, now.edges, num_tokens, out + b * (num_tokens - 1) * 4);
+            if (threadIdx.x == 0) rounds[b] = now.rounds;
+        }
+        meet();  // before the next sequence takes this one's place
+    }
+}

@@ -1,0 +1,283 @@
+"""Dendrograms of the emulated kernels against SciPy's, tie by tie."""
+
+import os
+
+import emulator
+import numpy as np
+import pytest
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from qm_cupy import _cuda, _linkage_cuda
+
+METHODS = _linkage_cuda.METHODS
+SANITIZED = bool(os.environ.get("QM_CUPY_SANITIZER"))
+# By (multiprocessors, bytes of shared memory): a matrix in shared memory; in global
+# memory by one block a sequence; by several.
+DEVICES = {"shared": (1, 200 << 10), "one-block": (1, 0), "blocks": (6, 0)}
+SIZES = [2, 33] if SANITIZED else [2, 3, 31, 33, 64, 129]
+
+methods = pytest.mark.parametrize("method", METHODS)
+sizes = pytest.mark.parametrize("num_tokens", SIZES)
+every_device = pytest.mark.parametrize("device", list(DEVICES), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request, monkeypatch):
+    name = getattr(request, "param", "blocks")
+    emulator.install(monkeypatch)
+    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 64, 8: 64})
+    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(*DEVICES[name]))
+    return name
+
+
+def tokens_of(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def cosines_of(tokens, dtype=np.float32):
+    norm = np.linalg.norm(tokens, axis=-1, keepdims=True)
+    unit = tokens / np.where(norm > 0, norm, 1)
+    return (unit @ np.swapaxes(unit, -1, -2)).astype(dtype)
+
+
+def dendrogram_of(tokens, method, dtype=np.float32, **options):
+    """Return the rows and the rounds; one sequence is a batch of one."""
+    many = tokens if tokens.ndim == 3 else tokens[None]
+    cosines = cosines_of(many, dtype)
+    rows, rounds = _linkage_cuda.linkage_cuda(cosines, method, **options)
+    return (rows, rounds) if tokens.ndim == 3 else (rows[0], int(rounds[0]))
+
+
+def scipy_of(tokens, method):
+    distance = 1 - cosines_of(tokens, np.float64)
+    if method == "ward":
+        distance = np.sqrt(2 * distance.clip(0))
+    return hierarchy.linkage(squareform(distance, checks=False), method)
+
+
+def partition_of(rows, num_groups):
+    """Return the groups of the first N - K merges as a set of sets of tokens."""
+    num_tokens = len(rows) + 1
+    groups = {i: frozenset([i]) for i in range(num_tokens)}
+    for r, (a, b) in enumerate(rows[: num_tokens - num_groups, :2].astype(int)):
+        groups[num_tokens + r] = groups.pop(a) | groups.pop(b)
+    return set(groups.values())
+
+
+def assert_same_dendrogram(got, wanted, rtol=1e-5):
+    np.testing.assert_allclose(got[:, 2], wanted[:, 2], rtol=rtol, atol=1e-6)
+    assert hierarchy.is_valid_linkage(got)
+    num_tokens = len(got) + 1
+    clear = np.diff(wanted[:, 2]) > 1e-6
+    apart = np.array([*clear, True]) & np.array([True, *clear])
+    for num_groups in {2, 3, num_tokens // 5, num_tokens // 2} & set(range(1, 999)):
+        merges = num_tokens - num_groups
+        if 0 < merges < num_tokens and apart[:merges].all():
+            assert partition_of(got, num_groups) == partition_of(wanted, num_groups)
+
+
+@methods
+@sizes
+@every_device
+def test_against_scipy(method, num_tokens, device):
+    tokens = tokens_of(3, num_tokens, 16)
+    rows, rounds = dendrogram_of(tokens, method)
+    for got, x in zip(rows, tokens, strict=True):
+        assert_same_dendrogram(got, scipy_of(x, method))
+    assert (rounds >= 1).all()
+
+
+@methods
+@pytest.mark.skipif(SANITIZED, reason="many sequences: the others see all lines")
+def test_two_hundred_problems_against_scipy(method):
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        num_tokens, dim = rng.integers(8, 50), rng.integers(12, 40)
+        tokens = rng.standard_normal((20, num_tokens, dim))
+        tokens[::2] += rng.standard_normal((10, 1, dim))  # half of them in a cone
+        rows, _ = dendrogram_of(tokens, method)
+        for got, x in zip(rows, tokens, strict=True):
+            assert_same_dendrogram(got, scipy_of(x, method))
+
+
+@methods
+def test_float64(method):
+    tokens = tokens_of(40, 6)
+    got, _ = dendrogram_of(tokens, method, np.float64)
+    wanted = scipy_of(tokens, method)
+    np.testing.assert_allclose(got[:, 2], wanted[:, 2], rtol=1e-9)
+    np.testing.assert_array_equal(got[:, [0, 1, 3]], wanted[:, [0, 1, 3]])
+
+
+@methods
+@pytest.mark.parametrize("num_tokens", SIZES[-1:])
+def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatch):
+    tokens = tokens_of(2, num_tokens, 4)
+    tokens[1, : num_tokens // 2] = tokens[1, 0]
+    found = []
+    for multiprocessors in (1, 4, 7):
+        for shared in (0, 200 << 10):
+            given = _cuda.Device(multiprocessors, shared)
+            monkeypatch.setattr(_cuda, "device", lambda given=given: given)
+            found.append(dendrogram_of(tokens, method)[0])
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+
+
+@methods
+@every_device
+def test_stopping_early_gives_the_first_merges(method, device):
+    num_tokens = SIZES[-1]
+    tokens = tokens_of(3, num_tokens, 5)
+    whole, all_rounds = dendrogram_of(tokens, method)
+    counts = np.array([num_tokens // 5, num_tokens, 1])
+    rows, rounds = dendrogram_of(tokens, method, num_groups=counts)
+    for got, wanted, count in zip(rows, whole, counts, strict=True):
+        merges = num_tokens - count
+        np.testing.assert_array_equal(got[:merges], wanted[:merges])
+    if method != "single":
+        assert rounds[0] < all_rounds[0]
+    assert rounds[1] == 0
+
+
+@methods
+@every_device
+def test_padding_and_protected_tokens_take_no_part(method, device):
+    num_tokens = 33
+    tokens = tokens_of(4, num_tokens, 8)
+    mask = np.random.default_rng(2).random((4, num_tokens)) < 0.6
+    mask[1] = np.arange(num_tokens) >= 11
+    mask[2] = np.arange(num_tokens) == 5
+    mask[3] = False
+    protect = np.random.default_rng(3).random((4, num_tokens)) < 0.2
+    tokens[~mask] = 9
+    rows, _ = dendrogram_of(tokens, method, mask=mask, protect=protect)
+    for got, x, kept in zip(rows, tokens, mask & ~protect, strict=True):
+        places = np.flatnonzero(kept)
+        merges = max(len(places) - 1, 0)
+        padding = np.broadcast_to([-1, -1, np.inf, 0], (num_tokens - 1 - merges, 4))
+        np.testing.assert_array_equal(got[merges:], padding)
+        if merges == 0:
+            continue
+        alone, _ = dendrogram_of(x[kept], method)
+        nodes = alone[:, :2].astype(int)
+        leaf = nodes < len(places)
+        named = np.where(leaf, places[np.where(leaf, nodes, 0)], nodes)
+        named = np.where(leaf, named, nodes - len(places) + num_tokens)
+        np.testing.assert_array_equal(got[:merges, 2:], alone[:, 2:])
+        np.testing.assert_array_equal(got[:merges, :2], np.sort(named, axis=-1))
+
+
+def test_protected_tokens_count_among_the_groups():
+    num_tokens, count = 33, 9
+    tokens, protect = tokens_of(1, num_tokens, 8), np.zeros((1, num_tokens), bool)
+    protect[0, [0, 7, 20]] = True
+    given = np.array([count])
+    rows, _ = dendrogram_of(tokens, "average", protect=protect, num_groups=given)
+    alone, _ = dendrogram_of(tokens[0, ~protect[0]], "average")
+    merges = num_tokens - count  # whoever is protected
+    np.testing.assert_array_equal(rows[0, :merges, 2], alone[:merges, 2])
+
+
+@pytest.mark.parametrize("method", ["average", "ward"])
+@every_device
+def test_whole_masses_are_repeated_tokens(method, device):
+    tokens = tokens_of(30, 8)
+    mass = np.random.default_rng(4).integers(1, 5, 30)
+    got, _ = dendrogram_of(tokens, method, mass=mass[None].astype(float))
+    wanted = scipy_of(np.repeat(tokens, mass, axis=0), method)[-29:]
+    np.testing.assert_allclose(got[:, 2], wanted[:, 2], rtol=1e-5, atol=1e-6)
+    for scale in (1e-6, 1e6):  # of masses, of which the ward heights are roots
+        again, _ = dendrogram_of(tokens, method, mass=mass[None] * scale)
+        height = np.sqrt(scale) if method == "ward" else 1
+        np.testing.assert_allclose(again[:, 2], got[:, 2] * height, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["average", "ward"])
+def test_a_token_of_no_mass_joins_its_nearest(method):
+    tokens = tokens_of(20, 8)
+    mass = np.ones((1, 20))
+    mass[0, ::4] = 0
+    got, _ = dendrogram_of(tokens, method, mass=mass)
+    assert np.isfinite(got).all()
+    if method == "ward":
+        cosines = cosines_of(tokens, np.float64) - 2 * np.eye(20)
+        first = dict(zip(*got[:5, :2].astype(int).T, strict=True))
+        first |= {b: a for a, b in first.items()}
+        assert first[0] == cosines[0].argmax()
+    none, _ = dendrogram_of(tokens, method, mass=np.zeros((1, 20)))
+    np.testing.assert_array_equal(none, dendrogram_of(tokens, method)[0])
+
+
+TIES = {
+    "equal": lambda x: np.ones_like(x),
+    "quarter equal": lambda x: np.where(np.arange(len(x))[:, None] % 4, x, x[0]),
+    "pairs": lambda x: np.repeat(x[::2], 2, axis=0)[: len(x)],
+    "zeros": lambda x: np.where(np.arange(len(x))[:, None] % 3, x, 0),
+    "orthogonal": lambda x: np.eye(len(x)),
+}
+
+
+@methods
+@pytest.mark.parametrize("ties", list(TIES))
+def test_ties_take_few_rounds(method, ties):
+    num_tokens = 33 if SANITIZED else 256
+    tokens = tokens_of(num_tokens, 24)
+    _, rounds = dendrogram_of(tokens, method)
+    tied = TIES[ties](tokens)
+    got, tied_rounds = dendrogram_of(tied, method)
+    assert tied_rounds <= 3 * rounds
+    assert hierarchy.is_valid_linkage(got)
+    if ties != "zeros" or method in ("complete", "single"):
+        # Average and ward differ by which of equal pairs merge first.
+        np.testing.assert_allclose(got[:, 2] == 0, scipy_of(tied, method)[:, 2] < 1e-7)
+    if method in ("complete", "single") and ties != "orthogonal":
+        wanted = scipy_of(tied, method)[:, 2]
+        np.testing.assert_allclose(got[:, 2], wanted, rtol=1e-5, atol=1e-6)
+
+
+@methods
+def test_a_chain_is_right_though_it_takes_a_round_a_merge(method):
+    """Each gap is wider than the last: every token's nearest is the one before."""
+    num_tokens = 20
+    angle = np.cumsum(1.1 ** np.arange(num_tokens) / 100)
+    tokens = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    got, _ = dendrogram_of(tokens, method, np.float64)
+    wanted = scipy_of(tokens, method)
+    np.testing.assert_allclose(got[:, 2], wanted[:, 2], rtol=1e-7)
+    np.testing.assert_array_equal(got[:, [0, 1, 3]], wanted[:, [0, 1, 3]])
+
+
+@methods
+@every_device
+def test_tokens_that_are_not_numbers_end_nothing(method, device):
+    tokens = tokens_of(2, 33, 8)
+    cosines = cosines_of(tokens)
+    cosines[0, 5] = cosines[0, :, 5] = np.nan
+    cosines[1] = np.nan
+    rows, _ = _linkage_cuda.linkage_cuda(cosines, method)
+    nodes = rows[..., :2]
+    assert ((nodes >= -1) & (nodes < 2 * 33)).all()
+
+
+@methods
+def test_basic_kernels_agree(method):
+    num_tokens = SIZES[-1]
+    tokens = tokens_of(2, num_tokens, 16)
+    mask = np.arange(num_tokens) >= np.array([[0], [5]])
+    mass = np.random.default_rng(5).random((2, num_tokens)) + 0.1
+    for options in ({}, {"mask": mask}, {"mass": mass, "mask": mask}):
+        if "mass" in options and method not in ("average", "ward"):
+            continue
+        wanted, _ = dendrogram_of(tokens, method, **options)
+        with _cuda.use_kernels("basic"):
+            got, _ = dendrogram_of(tokens, method, **options)
+        np.testing.assert_allclose(got[..., 2], wanted[..., 2], rtol=1e-5)
+        np.testing.assert_array_equal(got[..., 3] > 0, wanted[..., 3] > 0)
+
+
+def test_one_token_and_no_sequence():
+    for shape in ((1, 1, 1), (0, 5, 5), (0, 1, 1)):
+        rows, _ = _linkage_cuda.linkage_cuda(np.ones(shape, np.float32), "average")
+        assert rows.shape == (shape[0], shape[1] - 1, 4)
