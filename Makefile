@@ -15,8 +15,10 @@ test: $(VENV)/test.done
 sanitize: $(VENV)/test.done
 	$(MAKE) -j2 sanitize-thread sanitize-address
 
+KERNEL_TESTS := $(notdir $(wildcard tests/test_*kernels.py))
+
 sanitize-%: $(VENV)/test.done
-	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider test_kernels.py
+	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

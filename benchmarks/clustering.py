@@ -1,0 +1,226 @@
+"""Clustering: what it costs in rounds and bytes, and its time beside its peers.
+
+    python benchmarks/clustering.py [--quick] [--json PATH]
+
+Times are of one process, contenders in turn, medians; on the CPU they shrink with the
+cores. With a GPU and CuPy, the GPU's. Peers that are not installed are left out.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import pdist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+
+from workload import cupy, torch
+
+import kernels  # its neighbour, which times what a GPU does
+import qm_cupy as qm
+
+try:
+    from sklearn.cluster import AgglomerativeClustering
+except ImportError:
+    AgglomerativeClustering = None
+try:  # the authors' own code of token merging, installed from its repository
+    from tome.merge import bipartite_soft_matching
+except ImportError:
+    bipartite_soft_matching = None
+
+PATIENCE = 10  # seconds for each contender, or one call of it
+
+
+class Case(NamedTuple):
+    """Sequences (B, N, D) to be put into K groups each."""
+
+    title: str
+    batch: int
+    num_tokens: int
+    dim: int
+    num_groups: int
+
+    def tokens(self) -> np.ndarray:
+        """Tokens around a few hundred topics, as hidden states lie."""
+        rng = np.random.default_rng(0)
+        topics = rng.standard_normal((max(self.num_tokens // 16, 1), self.dim))
+        chosen = rng.integers(0, len(topics), (self.batch, self.num_tokens))
+        noise = rng.standard_normal((self.batch, self.num_tokens, self.dim))
+        return (topics[chosen] + noise).astype(np.float32)
+
+
+CASES = (
+    Case("8 sequences of 4096, D = 1024, to a fifth", 8, 4096, 1024, 819),
+    Case("a sequence of 1024, D = 1024, to a fifth", 1, 1024, 1024, 204),
+    Case("1000 documents of 300, D = 128, to a third", 1000, 300, 128, 100),
+)
+QUICK = (Case("2 sequences of 256, D = 64, to a fifth", 2, 256, 64, 51),)
+
+
+class Work(NamedTuple):
+    """What a sequence costs: rounds, and the values of the matrix read or written."""
+
+    rounds: int
+    values: int
+
+
+def count_work(tokens: np.ndarray, num_groups: int) -> Work:
+    """Go through the rounds of kernels/optimized/linkage.cu, and count.
+
+    Average linkage, until the first N - K merges are known.
+    """
+    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    sums = 1 - unit @ unit.T
+    size = np.ones(len(tokens), np.float32)
+    heights: list[float] = []
+    rounds, values = 0, 2 * len(tokens) ** 2  # every cosine becomes a distance
+    while True:
+        distance = sums / (size[:, None] * size)
+        np.fill_diagonal(distance, np.inf)
+        nearest = distance.argmin(axis=-1)
+        least = distance.min(axis=-1)
+        if np.sum(np.array(heights) <= least.min()) >= len(tokens) - num_groups:
+            return Work(rounds, values)
+        place = np.arange(len(size))
+        first = np.flatnonzero((nearest[nearest] == place) & (place < nearest))
+        second = nearest[first]
+        heights += least[first].tolist()
+        touched = np.zeros(len(size), np.bool_)
+        touched[first] = touched[second] = True
+        anew = touched[nearest] | touched
+        kept = np.delete(place, second)
+        many, rows, joined = len(kept), int(anew[kept].sum()), len(first)
+        # Rows searched anew; the other half of those that merge; what is new in rows.
+        values += rows * many + joined * many + 2 * many * joined + joined * many
+        sums[first] += sums[second]
+        sums[:, first] += sums[:, second]
+        size[first] += size[second]
+        sums, size = sums[np.ix_(kept, kept)], size[kept]
+        rounds += 1
+
+
+def in_scipy(tokens: np.ndarray, num_groups: int) -> np.ndarray:
+    tree = hierarchy.linkage(pdist(tokens, "cosine"), "average")
+    return hierarchy.fcluster(tree, num_groups, "maxclust")
+
+
+def on_cpu(case: Case) -> dict[str, Callable[[], Any]]:
+    """Return the contenders' calls, for all sequences."""
+    tokens, num_groups = case.tokens(), case.num_groups
+
+    def all_cores() -> Any:
+        with multiprocessing.get_context("fork").Pool() as pool:
+            jobs = [(x, num_groups) for x in tokens]
+            return pool.starmap(in_scipy, jobs)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "SciPy": lambda: [in_scipy(x, num_groups) for x in tokens],
+        "qm_cupy": lambda: qm.cluster_tokens(tokens, num_groups),
+        "qm_cupy, ward": lambda: qm.cluster_tokens(tokens, num_groups, method="ward"),
+    }
+    if case.batch > 1 and hasattr(os, "fork"):
+        runs["SciPy, all cores"] = all_cores
+    if AgglomerativeClustering is not None:
+        model = AgglomerativeClustering(
+            num_groups, metric="cosine", linkage="average", compute_full_tree=True
+        )
+        runs["scikit-learn"] = lambda: [model.fit_predict(x) for x in tokens]
+    for method in ("nearest", "bipartite", "contiguous"):
+        runs[f"qm_cupy, {method}"] = lambda method=method: qm.cluster_tokens(
+            tokens, num_groups, method=method
+        )
+    return runs
+
+
+def on_gpu(case: Case) -> dict[str, Callable[[], Any]]:
+    tokens = cupy.asarray(case.tokens()).astype(np.float16)
+    num_groups = case.num_groups
+    runs: dict[str, Callable[[], Any]] = {}
+    for method in ("average", "ward", "complete", "single", "nearest", "bipartite"):
+        runs[f"qm_cupy, {method}"] = lambda method=method: qm.cluster_tokens(
+            tokens, num_groups, method=method
+        )
+    if case.num_tokens <= 1024:
+
+        def basic() -> Any:
+            with qm.use_kernels("basic"):
+                return qm.cluster_tokens(tokens, num_groups)
+
+        runs["qm_cupy, average, basic"] = basic
+        runs["qm_cupy, contiguous"] = lambda: qm.cluster_tokens(
+            tokens, num_groups, method="contiguous"
+        )
+    if torch is not None:
+        x = torch.from_dlpack(tokens)
+        unit = torch.nn.functional.normalize(x, dim=-1)
+        anchors = unit[:, :num_groups].transpose(1, 2)
+        runs["torch, nearest of K: bmm + argmax"] = lambda: torch.bmm(
+            unit, anchors
+        ).argmax(dim=-1)
+        if bipartite_soft_matching is not None:
+            # One step of theirs: half of the tokens, at most.
+            step = min(case.num_tokens - num_groups, case.num_tokens // 2)
+            runs["ToMe, one step"] = lambda: bipartite_soft_matching(x, step)[0](x)
+    return runs
+
+
+def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return the median milliseconds of each contender, in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            if sum(times[name]) > PATIENCE:
+                continue
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--json", type=Path, help="write the results here as well")
+    options = parser.parse_args()
+    has_gpu = cupy is not None and cupy.is_available()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
+    if has_gpu:
+        machine = ", ".join(f"{k} {v}" for k, v in kernels.machine().items())
+    print(machine)
+    report: dict[str, Any] = {"machine": machine, "cases": {}}
+    for case in QUICK if options.quick else CASES:
+        print(case.title, file=sys.stderr, flush=True)
+        work = count_work(case.tokens()[0], case.num_groups)
+        row: dict[str, Any] = {
+            "rounds of the first sequence": work.rounds,
+            "bytes, all": 4 * work.values * case.batch,
+        }
+        if has_gpu:
+            found = kernels.measure(on_gpu(case), 5 if options.quick else 11)
+            row |= {"ms": found["ms"], "errors": found["errors"]}
+        else:
+            row["ms"] = measure(on_cpu(case), 3 if options.quick else 5)
+        report["cases"][case.title] = row
+        print(f"{case.title}: {work.rounds} rounds, {row['bytes, all'] / 1e9:.2f} GB")
+        for name, ms in row["ms"].items():
+            print(f"    {name:<40}{ms:>12.3f} ms")
+        for name, error in row.get("errors", {}).items():
+            print(f"    {name}: {error}")
+    if options.json:
+        partial = options.json.with_suffix(".part")
+        partial.write_text(json.dumps(report, indent=2))
+        partial.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()
