@@ -106,7 +106,8 @@ def launch(
     grid = -(-threads // block)
     run = raw_kernel(file, kernel, kernel_dtype(file, dtype), cooperative)
     if shared > _SHARED_BYTES:  # more than a kernel may have without asking
-        run.max_dynamic_shared_size_bytes = shared
+        # The same for every launch, so that threads cannot take it from each other.
+        run.max_dynamic_shared_size_bytes = device().shared_bytes
     values = tuple(_argument(x) for x in args)
     run((grid,), (block,), values, shared_mem=shared)
 
@@ -202,6 +203,13 @@ def free_memory() -> int:
 def is_cuda(x: Any) -> bool:
     """Whether an array that has come through the door is CuPy's; part of the seam."""
     return hasattr(type(x), "__cuda_array_interface__")
+
+
+def may_share_memory(x: Any, y: Any) -> bool:
+    """Whether the bounds of two CuPy arrays overlap."""
+    import cupy
+
+    return bool(cupy.may_share_memory(x, y))
 
 
 def contiguous(x: Any, dtype: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """Dendrograms on a GPU: the launchers of ``kernels/*/linkage.cu``."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,10 @@ from .saliency import _token_norms_cuda
 METHODS = ("average", "complete", "ward", "single")  # by their numbers in the kernels
 # Threads of a block, by the bytes of a distance: as many as have the registers they
 # need. A multiprocessor has one block at a time, so that all of a launch can run.
-THREADS = {4: 768, 8: 512}
+THREADS = {4: 640, 8: 384}
+_MEETINGS = 430  # tokens whose rows take a block as long as meetings do; an estimate
 _SMALL = 256 << 20  # bytes that nobody asks the free memory for
+_FEWER = 256  # threads of a block where several share a multiprocessor
 _SCRATCH = 64  # values in shared memory, in front of the matrix
 
 
@@ -116,29 +118,19 @@ def linkage_cuda(
     if method == "single":
         _single_linkage_cuda(cosines, masks, counts, out, rounds)
         return out, rounds
-    device, width = _cuda.device(), cosines.dtype.itemsize
-    matrix = width * (_SCRATCH + num_tokens**2)
-    in_shared = matrix <= device.shared_bytes
-    threads = THREADS[width]
-    blocks = 1 if in_shared else _blocks(batch, num_tokens, threads)
-    places = _places(batch, blocks)
+    kind, shared = cosines.dtype, _cuda.device().shared_bytes
+    matrix = kind.itemsize * (_SCRATCH + num_tokens**2)
+    in_shared = matrix <= shared
+    layout = _layout(batch, num_tokens, kind.itemsize, matrix if in_shared else 0)
     state = (
-        _cuda.empty((places, 9 * num_tokens // 4 * 4 + 4), cosines.dtype),
-        _cuda.empty((places, 5 * num_tokens), np.int32),
-        _cuda.empty((places, 6), np.int32),
-        _zeros(places),
+        _cuda.empty((layout.places, 13 * num_tokens // 4 * 4 + 4), kind),
+        _cuda.empty((layout.places, 5 * num_tokens), np.int32),
+        _cuda.empty((layout.places, 6), np.int32),
     )
-    options = METHODS.index(method), int(in_shared), blocks
-    _cuda.launch(
-        "optimized/linkage",
-        "linkage",
-        cosines.dtype,
-        places * blocks * threads,
-        (cosines, mass, *masks, *counts, *options, *state, out, rounds),
-        block=threads,
-        shared=matrix if in_shared else width * _SCRATCH,
-        cooperative=blocks > 1,
-    )
+    options = METHODS.index(method), int(in_shared)
+    args = (cosines, mass, *masks, *counts, *options, layout.blocks, *state)
+    scratch = matrix if in_shared else kind.itemsize * _SCRATCH
+    _launch("linkage", kind, layout, args, out, rounds, scratch)
     return out, rounds
 
 
@@ -146,25 +138,71 @@ def _single_linkage_cuda(
     cosines: Any, masks: tuple[Any, ...], counts: tuple[Any, ...], out: Any, rounds: Any
 ) -> None:
     batch, num_tokens, _ = cosines.shape
-    threads = THREADS[cosines.dtype.itemsize]
-    blocks = _blocks(batch, num_tokens, threads)
-    places = _places(batch, blocks)
+    kind = cosines.dtype
+    ranks, components = 4 * _cuda.WARP, 12 * num_tokens  # bytes
+    in_shared = ranks + components <= _cuda.device().shared_bytes
+    layout = _layout(batch, num_tokens, kind.itemsize, 0)
     state = (
-        _cuda.empty((places, 2 * num_tokens), np.uint64),
-        _cuda.empty((places, 2 * num_tokens), cosines.dtype),
-        _cuda.empty((places, 8 * num_tokens), np.int32),
-        _cuda.empty((places, 4), np.int32),
-        _zeros(places),
+        _cuda.empty((layout.places, 2 * num_tokens), np.uint64),
+        _cuda.empty((layout.places, 3 * num_tokens), kind),
+        _cuda.empty((layout.places, 8 * num_tokens), np.int32),
+        _cuda.empty((layout.places, 4), np.int32),
     )
+    args = (cosines, *masks, *counts, int(in_shared), layout.blocks, *state)
+    scratch = ranks + components if in_shared else ranks
+    _launch("single_linkage", kind, layout, args, out, rounds, scratch)
+
+
+class _Layout(NamedTuple):
+    """How a launch shares out the sequences."""
+
+    places: int  # sequences at work at once
+    blocks: int  # for each of them
+    threads: int  # of a block
+
+
+def _layout(batch: int, num_tokens: int, width: int, shared: int) -> _Layout:
+    """Return the layout that should be fastest.
+
+    A sequence with `shared` memory for its matrix has one block.
+    """
+    device, threads = _cuda.device(), THREADS[width]
+    rows = threads // _cuda.WARP  # a warp works at a row
+    most = min(-(-num_tokens // rows), device.multiprocessors)
+    if shared or batch >= device.multiprocessors or most == 1:
+        # Nobody waits for other blocks; smaller ones, where three fit, fill the waits.
+        several = batch > device.multiprocessors and 3 * shared <= device.shared_bytes
+        return _Layout(batch, 1, min(threads, _FEWER) if several else threads)
+
+    def cost(blocks: int) -> float:
+        turns = -(-batch // (device.multiprocessors // blocks))
+        return turns * (1 / blocks + (_MEETINGS / num_tokens) ** 2)
+
+    blocks = min(range(1, most + 1), key=cost)
+    places = min(batch, device.multiprocessors // blocks)
+    return _Layout(places, blocks, threads)
+
+
+def _launch(
+    kernel: str,
+    kind: Any,
+    layout: _Layout,
+    args: tuple[Any, ...],
+    out: Any,
+    rounds: Any,
+    shared: int,
+) -> None:
+    arrived = _cuda.empty((layout.places,), np.uint32)
+    arrived.fill(0)  # without a copy to wait for
     _cuda.launch(
-        "optimized/single_linkage",
-        "single_linkage",
-        cosines.dtype,
-        places * blocks * threads,
-        (cosines, *masks, *counts, blocks, *state, out, rounds),
-        block=threads,
-        shared=4 * _cuda.WARP,
-        cooperative=blocks > 1,
+        f"optimized/{kernel}",
+        kernel,
+        kind,
+        layout.places * layout.blocks * layout.threads,
+        (*args, arrived, out, rounds),
+        block=layout.threads,
+        shared=shared,
+        cooperative=layout.blocks > 1,
     )
 
 
@@ -178,24 +216,3 @@ def _linkage_basic_cuda(
     args = (cosines, mass, *masks, *sizes, *reals, *integers, out)
     threads = batch * _cuda.BLOCK
     _cuda.launch("basic/linkage", "linkage", cosines.dtype, threads, args)
-
-
-def _blocks(batch: int, num_tokens: int, threads: int) -> int:
-    """Return how many blocks share a sequence, each with a row for every warp."""
-    rows = threads // _cuda.WARP
-    share = _cuda.device().multiprocessors // max(batch, 1)
-    return max(min(share, -(-num_tokens // rows)), 1)
-
-
-def _places(batch: int, blocks: int) -> int:
-    """Return how many sequences are at work at once."""
-    if blocks == 1:  # which waits for nobody
-        return batch
-    return min(batch, _cuda.device().multiprocessors // blocks)
-
-
-def _zeros(places: int) -> Any:
-    """Return counts of the blocks that have arrived; `fill` waits for no copy."""
-    arrived = _cuda.empty((places,), np.uint32)
-    arrived.fill(0)
-    return arrived

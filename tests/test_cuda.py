@@ -114,7 +114,8 @@ def test_launch_asks_for_much_shared_memory(monkeypatch):
 
     run = Kernel()
     monkeypatch.setattr(_cuda, "raw_kernel", lambda *key: run)
-    for size, asked in ((48 << 10, None), (100 << 10, 100 << 10)):
+    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(1, 200 << 10))
+    for size, asked in ((48 << 10, None), (100 << 10, 200 << 10)):
         _cuda.launch("a", "b", np.float32, 1, (), shared=size)
         assert kernel.bytes == size
         assert getattr(run, "max_dynamic_shared_size_bytes", None) == asked

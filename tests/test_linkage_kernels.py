@@ -126,6 +126,35 @@ def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatc
 
 
 @methods
+@pytest.mark.parametrize("threads", [64, 640])
+def test_sequences_take_turns(method, threads, monkeypatch):
+    """Blocks that meet again, at another sequence, and as many threads as on a GPU."""
+    tokens = tokens_of(5, 40, 6)
+    wanted, _ = dendrogram_of(tokens, method)
+    few = _linkage_cuda._Layout(places=2, blocks=2, threads=threads)
+    monkeypatch.setattr(_linkage_cuda, "_layout", lambda *_: few)
+    got, _ = dendrogram_of(tokens, method)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_layouts(monkeypatch):
+    device = _cuda.Device(132, 227 << 10)
+    monkeypatch.setattr(_cuda, "device", lambda: device)
+    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 640, 8: 384})
+    layout = _linkage_cuda._layout
+    assert layout(8, 4096, 4, 0) == (8, 16, 640)
+    assert layout(1, 1024, 4, 0) == (1, 52, 640)  # a row for every warp
+    assert layout(1, 200, 4, 160_000) == (1, 1, 640)
+    assert layout(1000, 300, 4, 0) == (1000, 1, 256)
+    for batch in range(1, 400):
+        for num_tokens in (2, 64, 300, 4096):
+            places, blocks, threads = layout(batch, num_tokens, 4, 0)
+            assert blocks == 1 or places * blocks <= 132
+            assert 1 <= places <= batch
+            assert threads % 32 == 0
+
+
+@methods
 @every_device
 def test_stopping_early_gives_the_first_merges(method, device):
     num_tokens = SIZES[-1]
@@ -251,14 +280,22 @@ def test_a_chain_is_right_though_it_takes_a_round_a_merge(method):
 
 @methods
 @every_device
-def test_tokens_that_are_not_numbers_end_nothing(method, device):
-    tokens = tokens_of(2, 33, 8)
+@pytest.mark.parametrize("kernels", ["optimized", "basic"])
+def test_tokens_that_are_not_numbers_stay_alone(method, device, kernels):
+    num_tokens, bad = 33, 5
+    tokens = tokens_of(2, num_tokens, 8)
     cosines = cosines_of(tokens)
-    cosines[0, 5] = cosines[0, :, 5] = np.nan
-    cosines[1] = np.nan
-    rows, _ = _linkage_cuda.linkage_cuda(cosines, method)
-    nodes = rows[..., :2]
-    assert ((nodes >= -1) & (nodes < 2 * 33)).all()
+    nan = np.uint32(0x7FFFFFFF).view(np.float32)  # as a GPU makes it, which may wrap
+    cosines[0, bad] = cosines[0, :, bad] = nan
+    cosines[1] = nan
+    with _cuda.use_kernels(kernels):
+        rows, rounds = _linkage_cuda.linkage_cuda(cosines, method)
+        others = np.arange(num_tokens) != bad
+        alone, few = dendrogram_of(tokens[0, others], method)
+    np.testing.assert_allclose(rows[0, :-1, 2:], alone[:, 2:], rtol=1e-5)
+    assert (rows[0, -1, :2] == -1).all()
+    assert (rows[1, :, :2] == -1).all()
+    assert kernels == "basic" or rounds[0] <= few + 3
 
 
 @methods

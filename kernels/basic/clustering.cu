@@ -22,7 +22,10 @@ extern "C" __global__ void cosine_similarity(const real_t* tokens, const acc_t* 
     const long long row = index / num_tokens % num_tokens, column = index % num_tokens;
     const long long i = b * num_tokens + min(row, column);
     const long long j = b * num_tokens + max(row, column);
-    out[index] = cosine(tokens + i * dim, tokens + j * dim, norms[i], norms[j], dim);
+    const acc_t similarity =
+        cosine(tokens + i * dim, tokens + j * dim, norms[i], norms[j], dim);
+    // Within [-1, 1] but for rounding; a NaN stays one.
+    out[index] = similarity > 1 ? 1 : similarity < -1 ? -1 : similarity;
 }
 
 // The most similar of a sequence's K anchors, of equal ones the lowest, and how

@@ -20,7 +20,8 @@ __device__ acc_t cluster_distance(const acc_t* matrix, const acc_t* weight, long
     if (method != WARD) return e / area;
     const acc_t within = matrix[i * n + i] / (weight[i] * weight[i]) +
                          matrix[j * n + j] / (weight[j] * weight[j]);
-    return max(2 * e / area - within, acc_t(0)) * 2 * area / (weight[i] + weight[j]);
+    const acc_t gap = 2 * e / area - within;
+    return (gap < 0 ? acc_t(0) : gap) * 2 * area / (weight[i] + weight[j]);
 }
 
 __device__ acc_t joined(acc_t x, acc_t y, long long method) {
@@ -56,7 +57,8 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
     __syncthreads();
     for (long long i = thread; i < n; i += blockDim.x)
         for (long long j = 0; j < n; ++j) {
-            const acc_t e = max(1 - matrix[i * n + j], acc_t(0));
+            const acc_t cosine = matrix[i * n + j];  // a NaN stays one
+            const acc_t e = cosine > 1 ? acc_t(0) : 1 - cosine;
             const bool sums = method != COMPLETE && method != SINGLE;
             matrix[i * n + j] = i == j ? 0 : sums ? e * weight[i] * weight[j] : e;
         }

@@ -30,7 +30,9 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
             if (column >= num_tokens || column < row) continue;
             const acc_t other = norms[first + column];
             const bool zero = norm == 0 || other == 0;
-            const acc_t similarity = zero ? acc_t(0) : sums[i][j] / norm / other;
+            acc_t similarity = zero ? acc_t(0) : sums[i][j] / norm / other;
+            if (similarity > 1) similarity = 1;  // by rounding; a NaN stays
+            if (similarity < -1) similarity = -1;
             out[(first + row) * num_tokens + column] = similarity;
             out[(first + column) * num_tokens + row] = similarity;
         }

@@ -18,14 +18,16 @@ constexpr int UNTOUCHED = -1, ABSORBED = -2;  // else: the slot that this one ab
 
 // A cluster, as every row asks for it.
 struct __align__(16) Slot {
-    acc_t weight, spread;  // W, and E(A, A) / W^2
-    int mate, nearest;     // the slot it absorbs in this round; that of the nearest
+    acc_t inverse, spread;  // 1 / W, and E(A, A) / W^2
+    int mate;               // the slot that it absorbs in this round
 };
 
 // A cluster, as the plan of a round asks for it.
 struct __align__(16) Record {
     acc_t sum;         // E with the nearest
     acc_t tallest;     // the height of its last merge
+    acc_t weight;      // W
+    int nearest;       // the slot of the nearest
     int node, tokens;  // its number in the dendrogram; how many it has
 };
 
@@ -36,18 +38,17 @@ struct Merge {
 __device__ __forceinline__ acc_t distance(acc_t e, const Slot& a, const Slot& b,
                                           int method) {
     if (method == COMPLETE) return e;
-    const acc_t area = a.weight * b.weight;
-    const acc_t mean = e / area;
+    const acc_t mean = e * (a.inverse * b.inverse);
     if (method != WARD) return mean;
     const acc_t gap = 2 * mean - (a.spread + b.spread);
-    return max(gap, acc_t(0)) * (2 * area) / (a.weight + b.weight);
+    return (gap < 0 ? acc_t(0) : gap) * 2 / (a.inverse + b.inverse);  // keeps a NaN
 }
 
 // The state of a sequence between rounds, in the order it lies in.
 struct Clusters {
     Slot* slot;      // (N,)
     Record* record;  // (N,)
-    acc_t* height;   // (N,) of merge t, before the root
+    acc_t* height;   // (N,) of merge t, before the root; first 1 / |x| of token t
     acc_t* unit;     // (1,) the mass that counts as 1
     Merge* merge;    // (N,)
     int* active;     // (N,) the slots there are
@@ -56,14 +57,14 @@ struct Clusters {
     __device__ Clusters(acc_t* reals, int* integers, long long n)
         : slot(reinterpret_cast<Slot*>(reals)),
           record(reinterpret_cast<Record*>(reals + 4 * n)),
-          height(reals + 8 * n),
-          unit(reals + 9 * n),
+          height(reals + 12 * n),
+          unit(reals + 13 * n),
           merge(reinterpret_cast<Merge*>(integers)),
           active(integers + 3 * n),
           joined(integers + 4 * n) {}
 
     __device__ acc_t nearest_distance(int i, int method) const {
-        return distance(record[i].sum, slot[i], slot[slot[i].nearest], method);
+        return distance(record[i].sum, slot[i], slot[record[i].nearest], method);
     }
 };
 
@@ -77,8 +78,8 @@ __device__ __forceinline__ double compared(double x) {
 
 __device__ __forceinline__ Neighbour candidate(acc_t e, const Slot& own, int j,
                                                const Slot& other, int method) {
-    const acc_t found = compared(distance(e, own, other, method));
-    return {found, e, found >= 0 ? j : -1};
+    const acc_t exact = distance(e, own, other, method);
+    return {compared(exact), e, exact >= 0 ? j : -1};  // no NaN, whose bits may wrap
 }
 
 __device__ __forceinline__ acc_t join(acc_t x, acc_t y, int method) {
@@ -93,10 +94,9 @@ struct Plan {
 };
 
 // Set up the clusters, of one token each.
-__device__ __noinline__ void begin(Clusters& all, Plan* plan, const acc_t* mass,
-                                   const bool* mask, const bool* protect,
-                                   long long num_tokens, long long num_groups,
-                                   acc_t* scratch) {
+__device__ void begin(Clusters& all, Plan* plan, const acc_t* cosines,
+                      const acc_t* mass, const bool* mask, const bool* protect,
+                      long long num_tokens, long long num_groups, acc_t* scratch) {
     auto* ranks = reinterpret_cast<int*>(scratch + 32);
     acc_t top = 0;
     for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
@@ -116,8 +116,9 @@ __device__ __noinline__ void begin(Clusters& all, Plan* plan, const acc_t* mass,
         if (merges) all.active[place] = static_cast<int>(i);
         // So that a token of no mass still joins its nearest.
         const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(1e-6)) : acc_t(1);
-        all.slot[i] = {weight, 0, UNTOUCHED, -1};
-        all.record[i] = {0, 0, static_cast<int>(i), 1};
+        all.slot[i] = {1 / weight, 0, UNTOUCHED};
+        all.record[i] = {0, 0, weight, -1, static_cast<int>(i), 1};
+        all.height[i] = inverse_length(cosines[i * num_tokens + i]);
     }
     if (threadIdx.x > 0) return;
     *all.unit = top > 0 ? top : acc_t(1);
@@ -127,15 +128,15 @@ __device__ __noinline__ void begin(Clusters& all, Plan* plan, const acc_t* mass,
 
 // Merge all pairs that are each other's nearest, until the lowest `wanted` merges are
 // made: those that come are no lower than the closest pair there is now.
-__device__ __noinline__ void plan_round(Clusters& all, Plan* plan, long long num_tokens,
-                                        int method, acc_t* scratch) {
+__device__ void plan_round(Clusters& all, Plan* plan, long long num_tokens, int method,
+                           acc_t* scratch) {
     auto* ranks = reinterpret_cast<int*>(scratch + 32);
     const int clusters = plan->clusters, made = plan->made, wanted = plan->wanted;
     if (made >= wanted) {
         acc_t least = -NEVER, lower = 0;
         for (int p = threadIdx.x; p < clusters; p += blockDim.x) {
             const int i = all.active[p];
-            if (all.slot[i].nearest >= 0)
+            if (all.record[i].nearest >= 0)
                 least = min(least, all.nearest_distance(i, method));
         }
         least = block_reduce(least, scratch, Least());
@@ -148,8 +149,8 @@ __device__ __noinline__ void plan_round(Clusters& all, Plan* plan, long long num
         }
     }
     for (int p = threadIdx.x; p < clusters; p += blockDim.x) {
-        const int i = all.active[p], j = all.slot[i].nearest;
-        const bool pair = j >= 0 && all.slot[j].nearest == i;
+        const int i = all.active[p], j = all.record[i].nearest;
+        const bool pair = j >= 0 && all.record[j].nearest == i;
         all.slot[i].mate = !pair ? UNTOUCHED : i < j ? j : ABSORBED;
     }
     __syncthreads();
@@ -168,14 +169,15 @@ __device__ __noinline__ void plan_round(Clusters& all, Plan* plan, long long num
         if (j < 0) continue;
         Slot &a = all.slot[i], &b = all.slot[j];
         Record &own = all.record[i], &other = all.record[j];
-        const acc_t weight = a.weight + b.weight;
+        const acc_t weight = own.weight + other.weight;
         const acc_t within =
-            a.spread * a.weight * a.weight + b.spread * b.weight * b.weight;
+            a.spread * own.weight * own.weight + b.spread * other.weight * other.weight;
         const acc_t height = all.nearest_distance(i, method);
         own.tallest = max(height, max(own.tallest, other.tallest));  // than its parts
         all.height[made + t] = own.tallest;
         a.spread = (within + 2 * own.sum) / (weight * weight);
-        a.weight = weight;
+        a.inverse = 1 / weight;
+        own.weight = weight;
         own.tokens += other.tokens;
         all.merge[made + t] = {own.node, other.node, own.tokens};
         own.node = static_cast<int>(num_tokens) + made + t;
@@ -188,9 +190,9 @@ __device__ __noinline__ void plan_round(Clusters& all, Plan* plan, long long num
 // One warp: the nearest of all lanes' is that of row i.
 __device__ __forceinline__ void keep_nearest(Clusters& all, int i, Neighbour best) {
     best = warp_nearest(i, best);
-    __syncwarp();  // every lane has read the slot
+    __syncwarp();  // every lane has read the record
     if (threadIdx.x % 32 == 0)
-        all.slot[i].nearest = best.slot, all.record[i].sum = best.sum;
+        all.record[i].nearest = best.slot, all.record[i].sum = best.sum;
 }
 
 constexpr int AHEAD = 4;  // loads in flight
@@ -199,23 +201,26 @@ constexpr int AHEAD = 4;  // loads in flight
 __device__ void first_row(Clusters& all, const acc_t* cosines, acc_t* row, int i,
                           int clusters, int method) {
     const Slot own = all.slot[i];
+    const acc_t scale = all.height[i], weight = all.record[i].weight;
     Neighbour best = {0, 0, -1};
     for (int p0 = threadIdx.x % 32; p0 < clusters; p0 += 32 * AHEAD) {
         int column[AHEAD];
-        acc_t cosine[AHEAD];
+        acc_t e[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k)
+            column[k] = p0 + 32 * k < clusters ? all.active[p0 + 32 * k] : i;
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            column[k] = p0 + 32 * k < clusters ? all.active[p0 + 32 * k] : i;
-            cosine[k] = cosines[column[k]];
+            const int j = column[k];
+            e[k] = cosine_distance(cosines[j] * (scale * all.height[j])) *
+                   (weight * all.record[j].weight);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
             if (j == i) continue;
-            const Slot& other = all.slot[j];
-            const acc_t e = cosine_distance(cosine[k]) * (own.weight * other.weight);
-            row[j] = e;
-            const Neighbour found = candidate(e, own, j, other, method);
+            row[j] = e[k];
+            const Neighbour found = candidate(e[k], own, j, all.slot[j], method);
             if (nearer(i, found, best)) best = found;
         }
     }
@@ -229,38 +234,46 @@ __device__ void next_row(Clusters& all, acc_t* matrix, int i, int clusters, int 
                          long long num_tokens, int method) {
     acc_t* row = matrix + i * num_tokens;
     const Slot own = all.slot[i];
+    const int before = all.record[i].nearest;
     const acc_t* absorbed = own.mate < 0 ? nullptr : matrix + own.mate * num_tokens;
-    const bool anew =
-        absorbed || own.nearest < 0 || all.slot[own.nearest].mate != UNTOUCHED;
+    const bool anew = absorbed || before < 0 || all.slot[before].mate != UNTOUCHED;
     const int* columns = anew ? all.active : all.joined;
     const int count = anew ? clusters : joined;
     Neighbour best = {0, 0, -1};
     if (!anew)
-        best = candidate(all.record[i].sum, own, own.nearest, all.slot[own.nearest],
-                         method);
+        best = candidate(all.record[i].sum, own, before, all.slot[before], method);
 
     for (int p0 = threadIdx.x % 32; p0 < count; p0 += 32 * AHEAD) {
+        // All loads come before the first store, which they could not pass.
         int column[AHEAD];
+        Slot other[AHEAD];
         acc_t e[AHEAD];
 #pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
+        for (int k = 0; k < AHEAD; ++k)
             column[k] = p0 + 32 * k < count ? columns[p0 + 32 * k] : i;
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            other[k] = all.slot[column[k]];
             e[k] = row[column[k]];
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            const int j = column[k], mate = j == i ? UNTOUCHED : other[k].mate;
+            // In this order, so that row j finds the same: the sums commute.
+            if (absorbed && mate >= 0)
+                e[k] = join(join(e[k], absorbed[mate], method),
+                            join(row[mate], absorbed[j], method), method);
+            else if (absorbed)
+                e[k] = join(e[k], absorbed[j], method);
+            else if (mate >= 0)
+                e[k] = join(e[k], row[mate], method);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
             if (j == i) continue;
-            const Slot& other = all.slot[j];
-            const int mate = other.mate;
-            // In this order, so that row j finds the same: the sums commute.
-            if (absorbed && mate >= 0)
-                e[k] = join(join(e[k], absorbed[mate], method),
-                            join(row[mate], absorbed[j], method), method);
-            else if (absorbed || mate >= 0)
-                e[k] = join(e[k], absorbed ? absorbed[j] : row[mate], method);
-            if (absorbed || mate >= 0) row[j] = e[k];
-            const Neighbour found = candidate(e[k], own, j, other, method);
+            if (absorbed || other[k].mate >= 0) row[j] = e[k];
+            const Neighbour found = candidate(e[k], own, j, other[k], method);
             if (nearer(i, found, best)) best = found;
         }
     }
@@ -268,9 +281,8 @@ __device__ void next_row(Clusters& all, acc_t* matrix, int i, int clusters, int 
 }
 
 // One warp, one row of the dendrogram: merges by height, their nodes named by it.
-__device__ __noinline__ void write_rows(const Clusters& all, int made,
-                                        long long num_tokens, int method, int warp,
-                                        int warps, double* out) {
+__device__ void write_rows(const Clusters& all, int made, long long num_tokens,
+                           int method, int warp, int warps, double* out) {
     const double unit = *all.unit;
     for (long long t = warp; t < num_tokens - 1; t += warps) {
         if (t >= made) {
@@ -302,22 +314,28 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
             unsigned* arrived, double* out, int* rounds) {
     auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());  // 64, then the matrix
     const int share = static_cast<int>(blocks);
-    const int place = blockIdx.x / share;
+    const int place = blockIdx.x / share, places = gridDim.x / share;
     const bool first = blockIdx.x % share == 0;
     const int warps = share * (blockDim.x / 32);
     const int warp = blockIdx.x % share * (blockDim.x / 32) + threadIdx.x / 32;
-    Clusters all(reals + place * (9 * num_tokens / 4 * 4 + 4),
+    if (place >= places) return;  // of a group that is not whole
+    Clusters all(reals + place * (13 * num_tokens / 4 * 4 + 4),
                  integers + place * 5 * num_tokens, num_tokens);
     Plan* told = reinterpret_cast<Plan*>(plans) + place;
-    const auto meet = [&] { blocks_barrier(arrived + place, share); };
-    for (long long b = place; b < batch; b += gridDim.x / share) {
+    const auto meet = [&] {
+        if (share > 1)
+            blocks_barrier(arrived + place, share);
+        else
+            __syncthreads();
+    };
+    for (long long b = place; b < batch; b += places) {
         const long long row = b * num_tokens;  // of (B, N)
         acc_t* cosines = matrix + row * num_tokens;
         acc_t* sums = in_shared ? scratch + 64 : cosines;
         if (first)
-            begin(all, told, mass ? mass + row : nullptr, mask ? mask + row : nullptr,
-                  protect ? protect + row : nullptr, num_tokens,
-                  count_of(counts, b, num_groups), scratch);
+            begin(all, told, cosines, mass ? mass + row : nullptr,
+                  mask ? mask + row : nullptr, protect ? protect + row : nullptr,
+                  num_tokens, count_of(counts, b, num_groups), scratch);
         meet();
         Plan plan = *told;
         for (int p = warp; p < plan.clusters && !plan.done; p += warps) {

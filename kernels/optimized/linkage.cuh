@@ -4,13 +4,19 @@
 // distance, then a hash of the pair. So the closest pair of all is the nearest of both
 // its sides, and of many equal distances a good part can merge in one round.
 
-constexpr int LINKAGE_THREADS = sizeof(acc_t) == 4 ? 768 : 512;
+constexpr int LINKAGE_THREADS = sizeof(acc_t) == 4 ? 640 : 384;
 
 // A cosine is exact but for its last bits: equal tokens are at distance 0.
 __device__ __forceinline__ acc_t cosine_distance(acc_t cosine) {
     constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     const acc_t distance = 1 - cosine;
     return distance < NOISE ? acc_t(0) : distance;
+}
+
+// What makes the cosine of a token with itself 1, which cosines by tensor cores are not
+// quite, nor then those of equal tokens; 1 for a token of norm 0.
+__device__ __forceinline__ acc_t inverse_length(acc_t own_cosine) {
+    return own_cosine == 0 ? acc_t(1) : 1 / sqrt(own_cosine);
 }
 
 // A number for each pair {i, j}, the mixed bits of both (splitmix64, which is one to

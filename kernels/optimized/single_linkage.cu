@@ -11,6 +11,7 @@ constexpr unsigned long long NO_EDGE = ~0ull;
 // The state of a sequence between rounds, in the order it lies in: (N,) each.
 struct Components {
     unsigned long long *length, *number;  // of the shortest edge that leaves it
+    acc_t* scale;                         // 1 / |x| of the token
     acc_t* distance;                      // of the nearest token outside
     acc_t* height;                        // of edge t of the tree
     int* nearest;                         // the token itself
@@ -24,8 +25,9 @@ struct Components {
                           long long n)
         : length(words),
           number(words + n),
-          distance(reals),
-          height(reals + n),
+          scale(reals),
+          distance(reals + n),
+          height(reals + 2 * n),
           nearest(integers),
           component(integers + n),
           winner(integers + 2 * n),
@@ -49,9 +51,9 @@ __device__ __forceinline__ unsigned long long distance_bits(acc_t distance) {
 }
 
 // Every token is a component.
-__device__ __noinline__ void begin(Components& all, Progress* told, const bool* mask,
-                                   const bool* protect, long long num_tokens,
-                                   long long num_groups, int* ranks) {
+__device__ void begin(Components& all, Progress* told, const acc_t* cosines,
+                      const bool* mask, const bool* protect, long long num_tokens,
+                      long long num_groups, int* ranks) {
     int tokens = 0, free = 0;
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
         const long long i = i0 + threadIdx.x;
@@ -63,7 +65,9 @@ __device__ __noinline__ void begin(Components& all, Progress* told, const bool* 
         const int place = free + block_rank(merges, ranks, &found);
         free += found;
         if (merges) all.active[place] = static_cast<int>(i);
-        if (i < num_tokens) all.component[i] = all.parent[i] = static_cast<int>(i);
+        if (i >= num_tokens) continue;
+        all.component[i] = all.parent[i] = static_cast<int>(i);
+        all.scale[i] = inverse_length(cosines[i * num_tokens + i]);
     }
     if (threadIdx.x == 0) *told = {free, 0, 0, tokens <= num_groups || free < 2};
 }
@@ -71,10 +75,11 @@ __device__ __noinline__ void begin(Components& all, Progress* told, const bool* 
 // One warp: the nearest token of another component.
 __device__ void find_edge(Components& all, const acc_t* cosines, int i, int tokens) {
     const int own = all.component[i];
+    const acc_t scale = all.scale[i];
     Neighbour best = {0, 0, -1};
     for (int p = threadIdx.x % 32; p < tokens; p += 32) {
         const int j = all.active[p];
-        const acc_t distance = cosine_distance(cosines[j]);
+        const acc_t distance = cosine_distance(cosines[j] * (scale * all.scale[j]));
         const Neighbour other = {distance, 0, distance >= 0 ? j : -1};
         if (all.component[j] != own && nearer(i, other, best)) best = other;
     }
@@ -84,8 +89,7 @@ __device__ void find_edge(Components& all, const acc_t* cosines, int i, int toke
 }
 
 // Join each component along the shortest edge that leaves it.
-__device__ __noinline__ void join_components(Components& all, Progress* told,
-                                             int* ranks) {
+__device__ void join_components(Components& all, Progress* told, int* ranks) {
     const int tokens = told->tokens;
     const auto each = [&](auto&& step) {
         for (int p = threadIdx.x; p < tokens; p += blockDim.x) step(all.active[p]);
@@ -146,48 +150,56 @@ __device__ int find_root(int* parent, int i) {
     return i;
 }
 
-// One block: the edges by length are the merges. One thread takes them one by one.
-__device__ __noinline__ void write_rows(Components& all, int edges,
-                                        long long num_tokens, double* out) {
-    int *node = all.winner, *size = all.nearest;  // of a component; no more needed
+// One block: the edges by length are the merges. One thread takes them one by one, with
+// the components in `state` (3N,), which is fastest in shared memory.
+__device__ void write_rows(const Components& all, int edges, long long num_tokens,
+                           int* state, double* out) {
+    int *parent = state, *node = state + num_tokens, *size = state + 2 * num_tokens;
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        all.parent[i] = node[i] = static_cast<int>(i);
+        parent[i] = node[i] = static_cast<int>(i);
         size[i] = 1;
         if (edges <= i && i < num_tokens - 1) store_no_row(out, i);
     }
     __syncthreads();
     for (int row = 0; row < edges && threadIdx.x == 0; ++row) {
         const int t = all.sorted[row];
-        const int a = find_root(all.parent, all.from[t]);
-        const int b = find_root(all.parent, all.to[t]);
+        const int a = find_root(parent, all.from[t]);
+        const int b = find_root(parent, all.to[t]);
         size[a] += size[b];
         store_row(out, row, node[a], node[b], all.height[t], size[a]);
-        all.parent[b] = a;
+        parent[b] = a;
         node[a] = static_cast<int>(num_tokens) + row;
     }
 }
 
-// As in linkage.cu; cosines (B, N, N) stay as they are.
+// As in linkage.cu; cosines (B, N, N) stay as they are. There may be shared memory for
+// 3N integers.
 extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     single_linkage(const acc_t* cosines, const bool* mask, const bool* protect,
                    const int* counts, long long batch, long long num_tokens,
-                   long long num_groups, long long blocks, unsigned long long* words,
-                   acc_t* reals, int* integers, int* plans, unsigned* arrived,
-                   double* out, int* rounds) {
+                   long long num_groups, long long in_shared, long long blocks,
+                   unsigned long long* words, acc_t* reals, int* integers, int* plans,
+                   unsigned* arrived, double* out, int* rounds) {
     int* ranks = reinterpret_cast<int*>(dynamic_shared());  // 32
     const int share = static_cast<int>(blocks);
-    const int place = blockIdx.x / share;
+    const int place = blockIdx.x / share, places = gridDim.x / share;
     const bool first = blockIdx.x % share == 0;
     const int warps = share * (blockDim.x / 32);
     const int warp = blockIdx.x % share * (blockDim.x / 32) + threadIdx.x / 32;
-    Components all(words + place * 2 * num_tokens, reals + place * 2 * num_tokens,
+    if (place >= places) return;  // of a group that is not whole
+    Components all(words + place * 2 * num_tokens, reals + place * 3 * num_tokens,
                    integers + place * 8 * num_tokens, num_tokens);
     Progress* told = reinterpret_cast<Progress*>(plans) + place;
-    const auto meet = [&] { blocks_barrier(arrived + place, share); };
-    for (long long b = place; b < batch; b += gridDim.x / share) {
+    const auto meet = [&] {
+        if (share > 1)
+            blocks_barrier(arrived + place, share);
+        else
+            __syncthreads();
+    };
+    for (long long b = place; b < batch; b += places) {
         const long long row = b * num_tokens;  // of (B, N)
         if (first)
-            begin(all, told, mask ? mask + row : nullptr,
+            begin(all, told, cosines + row * num_tokens, mask ? mask + row : nullptr,
                   protect ? protect + row : nullptr, num_tokens,
                   count_of(counts, b, num_groups), ranks);
         meet();
@@ -208,7 +220,9 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
         }
         meet();
         if (first) {
-            write_rows(all, now.edges, num_tokens, out + b * (num_tokens - 1) * 4);
+            int* state = in_shared ? ranks + 32 : all.nearest;  // no more needed
+            write_rows(all, now.edges, num_tokens, state,
+                       out + b * (num_tokens - 1) * 4);
             if (threadIdx.x == 0) rounds[b] = now.rounds;
         }
         meet();  // before the next sequence takes this one's place

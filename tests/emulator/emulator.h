@@ -17,7 +17,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("qm_shared")))
@@ -46,6 +45,23 @@ T min(T a, T b) {
 template <class T>
 T max(T a, T b) {
     return a < b ? b : a;
+}
+// As CUDA's: of a NaN and a number, the number.
+template <>
+inline float min(float a, float b) {
+    return std::fmin(a, b);
+}
+template <>
+inline float max(float a, float b) {
+    return std::fmax(a, b);
+}
+template <>
+inline double min(double a, double b) {
+    return std::fmin(a, b);
+}
+template <>
+inline double max(double a, double b) {
+    return std::fmax(a, b);
 }
 template <class T>
 T __ldg(const T* address) {
