@@ -66,12 +66,13 @@ def check_given(name: str, x: Any) -> None:
 
 
 def check_floating(name: str, x: NDArray[Any]) -> None:
-    """Refuse all but float16, float32 and float64; CUDA arrays may be bfloat16."""
+    """Refuse all but float16, bfloat16, float32 and float64."""
     check_given(name, x)
-    if _cuda.is_cuda(x) and x.dtype.name == "bfloat16":
-        return
-    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
-        raise TypeError(f"`{name}` must be float16, float32 or float64, got {x.dtype}")
+    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8
+    if not usual and x.dtype.name != "bfloat16":
+        raise TypeError(
+            f"`{name}` must be float16, bfloat16, float32 or float64, got {x.dtype}"
+        )
 
 
 def check_values(name: str, x: NDArray[Any], *layouts: str) -> None:
@@ -285,7 +286,8 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
     _check_padded_rows(dendrogram, padded, mask)
     child = dendrogram[..., :2]
     first_later = merges + 1 + np.arange(merges)[:, None]
-    flat = np.where(padded[..., None], np.nan, child).reshape(*batch, 2 * merges)
+    flat = np.where(padded[..., None], np.nan, child.astype(np.float64))
+    flat = flat.reshape(*batch, 2 * merges)
     again = np.diff(np.sort(flat, axis=-1), axis=-1)
     if (again == 0).any():
         raise ValueError("`dendrogram` must merge every group once at most")
@@ -398,16 +400,24 @@ def check_anchors(
 
 
 def check_out(
-    out: NDArray[Any] | None, wanted: tuple[int, ...], dtype: np.dtype[Any]
+    out: NDArray[Any] | None,
+    wanted: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *inputs: NDArray[Any] | None,
 ) -> None:
-    """Refuse an `out` of another shape or dtype, or one that cannot be written."""
+    """Refuse an `out` that does not fit, cannot be written or lies in an input."""
     if out is None:
         return
+    check_given("out", out)
     check_shape("out", out, "BND", wanted)
     if out.dtype != dtype:
         raise TypeError(f"`out` must be {dtype}, got {out.dtype}")
     if not (out.flags.c_contiguous and out.flags.writeable):
         raise ValueError("`out` must be C-contiguous and writeable")
+    on_host = isinstance(out, np.ndarray)
+    overlap = np.may_share_memory if on_host else _cuda.may_share_memory
+    if any(x is not None and overlap(out, x) for x in inputs):
+        raise ValueError("`out` must not share memory with an input")
 
 
 def _any_of(words: Sequence[str]) -> str:

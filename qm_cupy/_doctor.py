@@ -15,7 +15,9 @@ _OPTIONAL = {
     ),
     ("matplotlib",): 'pip install "qm-cupy[demo]"',
     ("safetensors",): 'pip install "qm-cupy[safetensors]"',
+    ("ml_dtypes",): 'pip install "qm-cupy[bfloat16]"',
     ("torch",): "pip install torch",
+    ("jax",): "pip install jax",
 }
 
 

@@ -18,6 +18,7 @@ from ._checks import (
     check_shape,
     check_tokens,
 )
+from ._libraries import give_inside, no_grad
 
 
 class AlignmentLoss(NamedTuple):
@@ -121,7 +122,7 @@ class MLPPrior:
         Parameters
         ----------
         tokens : ndarray of shape (K, D) or (B, K, D)
-            Merged tokens; float16, float32 or float64.
+            Merged tokens; float16, bfloat16, float32 or float64.
         reverse : bool, default False
             Whether to read from the right and predict the token before.
         num_groups : int or ndarray of int of shape (B,), optional
@@ -247,7 +248,7 @@ def alignment_loss(
     Parameters
     ----------
     merged : ndarray of shape (K, D) or (B, K, D)
-        Merged tokens; float16, float32 or float64.
+        Merged tokens; float16, bfloat16, float32 or float64.
     prior : Prior
         Such as `MLPPrior`: its ``predict`` gives all predictions at once. It is given
         NumPy arrays, or CuPy arrays on a GPU, whatever library `merged` is of.
@@ -371,7 +372,8 @@ def decode(merged: Array, model: Callable[[Any], Any]) -> Any:
     predictions = []
     prefix: Any = merged
     for stop in range(1, inside.shape[-2] + 1):
-        output = model(prefix[..., :stop, :])
+        with no_grad(merged):
+            output = model(prefix[..., :stop, :])
         if getattr(output, "ndim", 0) < 2:
             raise TypeError(
                 "`model` must return an array of shape (..., t, E), "
@@ -384,4 +386,5 @@ def decode(merged: Array, model: Callable[[Any], Any]) -> Any:
             )
         predictions.append(output[..., -1, :])
     xp = array_api_compat.array_namespace(predictions[0])
-    return xp.stack(predictions, axis=-2)
+    stacked = xp.stack(predictions, axis=-2)
+    return give_inside(stacked) if isinstance(stacked, np.ndarray) else stacked

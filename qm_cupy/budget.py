@@ -73,7 +73,7 @@ def norm_budget(
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     gamma : float, default 0.8
         Share γ of the norm mass to hold, within (0, 1].
     mask : ndarray of shape (N,) or (B, N), optional

@@ -59,7 +59,7 @@ def cosine_similarity(tokens: Array) -> Array:
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def linkage(
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     method : {"average", "ward", "complete", "single"}, default "average"
         Distance between groups. Between tokens it is 1 - cos, for ward √(2 - 2 cos),
         the distance of unit vectors.
@@ -271,7 +271,7 @@ def cluster_tokens(
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     num_groups : int or ndarray of int of shape (B,)
         K, or K of each sequence.
     method : str, default "average"

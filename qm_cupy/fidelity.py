@@ -33,7 +33,7 @@ def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> A
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     num_groups : int or ndarray of int of shape (B,)
         K, or K of each sequence.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -107,7 +107,7 @@ def reconstruction_error(
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     merged : ndarray of shape (K, D) or (B, K, D)
         Merged tokens of the same dtype.
     labels : ndarray of shape (N,) or (B, N), optional
@@ -257,7 +257,7 @@ def fidelity_loss(
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     merged : ndarray of shape (K, D) or (B, K, D)
         Merged tokens of the same dtype.
     labels : ndarray of shape (N,) or (B, N), optional

@@ -35,7 +35,8 @@ def merge_tokens(
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings or any values that go with them; float16, float32 or float64.
+        Token embeddings or any values that go with them; float16, bfloat16, float32 or
+        float64.
     labels : ndarray of shape (N,) or (B, N)
         Group of each token within 0..K-1, or -1 for padding, as `cluster_tokens` gives.
     num_groups : int or ndarray of int of shape (B,)
@@ -81,7 +82,8 @@ def merge_tokens(
     most = largest(num_groups, counts)
     check_labels(labels, tokens.shape[:-1], counts)
     check_mass(mass, tokens.shape[:-1])
-    check_out(target, (*batch, most, tokens.shape[-1]), tokens.dtype)
+    wanted = (*batch, most, tokens.shape[-1])
+    check_out(target, wanted, tokens.dtype, tokens, labels, mass)
     if _cuda.is_cuda(tokens):
         merged = _merge_tokens_cuda(tokens, labels, most, mass, target)
     else:
@@ -145,7 +147,7 @@ def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) ->
     Parameters
     ----------
     merged : ndarray of shape (K, D) or (B, K, D)
-        Merged tokens; float16, float32 or float64.
+        Merged tokens; float16, bfloat16, float32 or float64.
     labels : ndarray of shape (N,) or (B, N)
         Group of each token within 0..K-1, or -1 for padding, whose tokens are zero.
     out : ndarray of shape (N, D) or (B, N, D), optional
@@ -174,7 +176,8 @@ def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) ->
     check_given("labels", labels)
     wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))
     check_labels(labels, wanted, merged.shape[-2])
-    check_out(target, (*labels.shape, merged.shape[-1]), merged.dtype)
+    wanted = (*labels.shape, merged.shape[-1])
+    check_out(target, wanted, merged.dtype, merged, labels)
     if _cuda.is_cuda(merged):
         tokens = _unmerge_tokens_cuda(merged, labels, target)
     else:

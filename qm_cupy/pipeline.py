@@ -95,7 +95,7 @@ def quickmerge(
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     budget : int, float or ndarray of int of shape (B,)
         Groups to keep: K, a share of the tokens within (0, 1], or K of each sequence
         (from `norm_budget`, say). K may differ between sequences; results are then

@@ -33,9 +33,9 @@ def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
     Parameters
     ----------
     attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
-        Attention probabilities, non-negative; float16, float32 or float64. Each row is
-        taken relative to its sum. One layer of heads, (B, H, N, N), is given as
-        ``attention[None]``.
+        Attention probabilities, non-negative; float16, bfloat16, float32 or float64.
+        Each row is taken relative to its sum. One layer of heads, (B, H, N, N), is
+        given as ``attention[None]``.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded rows have entropy 0; padded columns are left out,
         and the rest of the row taken relative to its own sum.
@@ -230,7 +230,7 @@ def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array
     Parameters
     ----------
     tokens : ndarray of shape (N, D), (B, N, D) or (L, B, N, D)
-        Hidden states, of L layers if so shaped. float16, float32 or float64.
+        Hidden states, of L layers if so shaped. float16, bfloat16, float32 or float64.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens neither attend nor are attended; their
         entropy is 0.
@@ -476,7 +476,7 @@ def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, float32 or float64.
+        Token embeddings; float16, bfloat16, float32 or float64.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens have saliency 0 and set no extreme.
 

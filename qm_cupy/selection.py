@@ -105,7 +105,7 @@ def gumbel_softmax(
     Parameters
     ----------
     saliency : ndarray of shape (N,) or (B, N)
-        Saliency s; float16, float32 or float64.
+        Saliency s; float16, bfloat16, float32 or float64.
     temperature : float, default 0.1
         τ > 0: the lower, the closer π comes to one token.
     seed : int or None, default 0
@@ -349,14 +349,21 @@ def _check_epsilon(epsilon: Any) -> float:
 def _saliency_mass_reference(
     saliency: NDArray[Any], probabilities: NDArray[Any], epsilon: float
 ) -> NDArray[Any]:
-    dtype = np.result_type(saliency, probabilities, np.float32)
+    dtype = _mass_dtype(saliency, probabilities)
     s, p = saliency.astype(dtype), probabilities.astype(dtype)
     mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
     return mass
 
 
+def _mass_dtype(saliency: Any, probabilities: Any) -> np.dtype[Any]:
+    """Return float32 or float64: what NumPy finds, but of bfloat16 and float16 too."""
+    return np.result_type(
+        *map(_cuda.accumulation, (saliency.dtype, probabilities.dtype))
+    )
+
+
 def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> Any:
-    dtype = np.result_type(saliency.dtype, probabilities.dtype, np.float32)
+    dtype = _mass_dtype(saliency, probabilities)
     out = _cuda.empty(saliency.shape, dtype)
     arrays = _cuda.contiguous(saliency, dtype), _cuda.contiguous(probabilities, dtype)
     args = (*arrays, out.size, epsilon, out)
@@ -372,7 +379,7 @@ def select_tokens(
     Parameters
     ----------
     scores : ndarray of shape (N,) or (B, N)
-        Any score; float16, float32 or float64.
+        Any score; float16, bfloat16, float32 or float64.
     num_groups : int or ndarray of int of shape (B,)
         K, or K of each sequence.
     mask : ndarray of shape (N,) or (B, N), optional

@@ -47,14 +47,31 @@ def dtype(request):
     return np.dtype(request.param)
 
 
+LIBRARIES = "numpy", "array_api_strict", "torch", "jax"
+
+
 def to_library(name, x):
-    """Give a NumPy array to another array library."""
+    """Give a copy of a NumPy array to another array library, in the same dtype."""
     if name == "numpy":
         return x
-    return pytest.importorskip(name).asarray(x.copy())
+    library, x = pytest.importorskip(name), x.copy()
+    if name == "jax":
+        with library.enable_x64(True):  # or JAX narrows to 32 bits
+            return library.numpy.asarray(x)
+    if x.dtype.name == "bfloat16":  # which torch does not take from NumPy
+        return library.from_numpy(x.view(np.int16)).view(library.bfloat16)
+    return library.asarray(x)
 
 
-@pytest.fixture(params=["numpy", "torch", "array_api_strict"])
+def to_numpy(x):
+    """View an array of any of the libraries as NumPy's."""
+    if str(x.dtype) == "torch.bfloat16":
+        bits = x.view(pytest.importorskip("torch").int16).numpy()
+        return bits.view(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.asarray(x)
+
+
+@pytest.fixture(params=LIBRARIES)
 def library(request):
     """Name of an array library whose arrays the public functions take."""
     pytest.importorskip(request.param)

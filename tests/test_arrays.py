@@ -129,7 +129,7 @@ def test_results_are_c_contiguous_and_fresh(rng, function, shapes):
 
 @pytest.mark.parametrize("kind", [np.int64, np.complex128, np.bool_, object])
 def test_dtypes_that_are_no_tokens(kind):
-    with pytest.raises(TypeError, match="must be float16, float32 or float64, got"):
+    with pytest.raises(TypeError, match="float16, bfloat16, float32 or float64"):
         qm.quickmerge(np.ones((4, 2)).astype(kind), 1)
 
 
@@ -151,12 +151,6 @@ def test_mixed_libraries():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match="`tokens` of numpy, `mask` of torch"):
         qm.norm_saliency(np.ones((4, 2)), mask=torch.ones(4, dtype=torch.bool))
-
-
-def test_torch_that_requires_grad():
-    torch = pytest.importorskip("torch")
-    with pytest.raises(TypeError, match=r"`tokens` cannot be read.*detach"):
-        qm.norm_saliency(torch.ones((4, 2), requires_grad=True))
 
 
 def test_masked_array():

@@ -1,0 +1,171 @@
+"""What the door knows of each array library, of which it imports none.
+
+Arrays of a library that nobody has imported cannot come in: `sys.modules` has it.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CPU = 1, 0  # DLPack's kDLCPU, and the one device of that kind
+
+
+class Library(NamedTuple):
+    """How the arrays of one library come in and go out."""
+
+    name: str
+    device: Callable[[Any], tuple[int, int]]
+    """DLPack's number for the kind of memory, and the device's own."""
+    prepare: Callable[[str, Any], Any]
+    """Returns what can be exported, or refuses the argument by its name."""
+    to_numpy: Callable[[str, Any], NDArray[Any]]
+    """Exports an array of the CPU's, without a copy."""
+    give_back: Callable[[Any, Any], Any]
+    """Imports a fresh result, NumPy's or CuPy's, for the giver of an array."""
+
+
+def library(x: Any) -> Library:
+    """Return the library of an object that speaks DLPack."""
+    kind: type = type(x)
+    return _library(kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _library(kind: type) -> Library:
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if issubclass(kind, np.ndarray):
+        return Library("numpy", lambda x: CPU, _not_masked, _native, give_inside)
+    if torch and issubclass(kind, torch.Tensor):
+        return Library("torch", _torch_device, _detached, _torch_to_numpy, _to_torch)
+    if jax and issubclass(kind, jax.Array | jax.core.Tracer):
+        return Library("jax", _dlpack_device, _concrete, _jax_to_numpy, _to_jax)
+    name = kind.__module__.split(".")[0]
+    back = _to_namesake if hasattr(kind, "__array_namespace__") else give_inside
+    return Library(name, _dlpack_device, lambda name, x: x, _from_dlpack, back)
+
+
+def on_host(x: Any) -> bool:
+    """Whether an array that has come through the door is NumPy's."""
+    return isinstance(x, np.ndarray | np.generic)
+
+
+def give_inside(x: Any, like: Any = None) -> Any:
+    """Return a result as NumPy's or CuPy's, C-contiguous; NumPy's (), as a scalar."""
+    if not on_host(x):
+        return x
+    return np.ascontiguousarray(x) if x.ndim else x[()]
+
+
+def bfloat16(name: str) -> np.dtype[Any]:
+    """Return the dtype that NumPy and CuPy know by ml_dtypes alone."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError(
+            f"`{name}` is bfloat16, which takes ml_dtypes: "
+            'pip install "qm-cupy[bfloat16]"'
+        ) from error
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def no_grad(x: Any) -> AbstractContextManager[Any]:
+    """Return a context in which torch, if `x` is a tensor of its, keeps no graph."""
+    torch = sys.modules.get("torch")
+    if torch and isinstance(x, torch.Tensor):
+        return torch.no_grad()
+    return nullcontext()
+
+
+def _dlpack_device(x: Any) -> tuple[int, int]:
+    kind, number = x.__dlpack_device__()
+    return int(kind), int(number)
+
+
+def _from_dlpack(name: str, x: Any) -> NDArray[Any]:
+    return np.from_dlpack(x)
+
+
+def _to_namesake(x: Any, like: Any) -> Any:
+    """Give a result to a library by the array API that it speaks."""
+    x = np.asarray(x, order="C") if on_host(x) else x
+    return like.__array_namespace__().from_dlpack(x)
+
+
+def _not_masked(name: str, x: Any) -> Any:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"`{name}` is a NumPy masked array: pass its data and `mask=`")
+    return x
+
+
+def _native(name: str, x: Any) -> NDArray[Any]:
+    if not x.dtype.isnative and name != "out":  # a copy, and nobody would see it
+        x = x.astype(x.dtype.newbyteorder("="))
+    return x.view(np.ndarray)
+
+
+def _torch_device(x: Any) -> tuple[int, int]:
+    return CPU if x.device.type == "cpu" else _dlpack_device(x)
+
+
+def _detached(name: str, x: Any) -> Any:
+    torch = sys.modules["torch"]
+    if x.requires_grad:
+        if torch.is_grad_enabled():
+            raise TypeError(
+                f"`{name}` requires grad, and nothing here is differentiated: give "
+                f"`{name}.detach()`, or call this under `torch.no_grad()`"
+            )
+        x = x.detach()
+    if x.dtype == torch.bfloat16:
+        bfloat16(name)
+    return x.resolve_neg()  # as of `x.conj().imag`, whose memory has the other sign
+
+
+def _torch_to_numpy(name: str, x: Any) -> NDArray[Any]:
+    torch = sys.modules["torch"]
+    if x.dtype == torch.bfloat16:  # NumPy < 2.5 has no DLPack for it
+        return x.view(torch.int16).numpy().view(bfloat16(name))
+    return x.numpy()
+
+
+def _to_torch(x: Any, like: Any) -> Any:
+    torch = sys.modules["torch"]
+    if not on_host(x):
+        return torch.from_dlpack(x)
+    x = np.asarray(x, order="C")
+    if x.dtype.kind == "V":  # bfloat16: no other result is one
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def _concrete(name: str, x: Any) -> Any:
+    if isinstance(x, sys.modules["jax"].core.Tracer):
+        raise TypeError(
+            f"`{name}` is a JAX tracer, which has no values yet: call this outside of "
+            "jax.jit, jax.grad and jax.vmap, or through jax.pure_callback"
+        )
+    if name == "out":
+        raise TypeError("`out` cannot be written: JAX arrays are immutable; leave it")
+    return x
+
+
+def _jax_to_numpy(name: str, x: Any) -> NDArray[Any]:
+    return np.asarray(x)  # JAX's own view, which knows bfloat16 and is read-only
+
+
+def _to_jax(x: Any, like: Any) -> Any:
+    jax = sys.modules["jax"]
+    wide: AbstractContextManager[Any] = nullcontext()
+    if x.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+        wide = jax.enable_x64(True)  # or JAX would narrow int64 and float64, silently
+    with wide:
+        if not on_host(x):
+            return jax.numpy.from_dlpack(x)
+        found = jax.numpy.asarray(x)  # copies: NumPy aligns to 16 bytes, JAX to 64
+        here = found.device == like.device
+        return found if here else jax.device_put(found, like.device)

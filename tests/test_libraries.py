@@ -1,0 +1,330 @@
+"""Every public function from every array library on the CPU: one body for all."""
+
+import os
+import re
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import LIBRARIES, to_library, to_numpy
+from test_gpu import calls, leaves, result_kinds
+
+import qm_cupy as qm
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = "float16", "bfloat16", "float32", "float64"
+CALLS = {
+    **calls(33, masked=True),
+    "norm_budget": (qm.norm_budget, {"tokens": np.ones((3, 9, 4))}),
+    "predict": (qm.MLPPrior.init(4).predict, {"tokens": np.ones((3, 9, 4))}),
+    "decode": (lambda tokens: qm.decode(tokens, abs), {"tokens": np.ones((3, 9, 4))}),
+    "token_budget": (qm.token_budget, {"budget": 0.3, "num_tokens": np.arange(7, 9)}),
+}
+KINDS = {"norm_budget": ["int32"], "token_budget": ["int64"]}
+
+
+def arguments(name, dtype):
+    """Return the arguments of a call as NumPy arrays, floating ones in `dtype`."""
+    _, given = CALLS[name]
+    return {k: x.astype(dtype) if is_floating(x) else x for k, x in given.items()}
+
+
+def is_floating(x):
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f"
+
+
+def give(library, given):
+    return {
+        k: to_library(library, x) if isinstance(x, np.ndarray) else x
+        for k, x in given.items()
+    }
+
+
+def run(name, given):
+    return leaves(CALLS[name][0](**given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_same_kind_and_the_same_bits(name, dtype, library):
+    if library == "array_api_strict" and dtype.endswith("16"):
+        pytest.skip("array-api-strict has no 16 bits")
+    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    arrays = arguments(name, kind)
+    wanted, given = run(name, arrays), give(library, arrays)
+    inputs = [x for x in given.values() if hasattr(x, "__dlpack__")]
+    before = [to_numpy(x).copy() for x in inputs]
+    got = run(name, given)
+    assert len(got) == len(wanted)
+    for x, y in zip(got, wanted, strict=True):
+        if library != "numpy":
+            assert type(x) is type(inputs[0])
+            assert x.device == inputs[0].device
+        found = to_numpy(x)
+        assert found.dtype == y.dtype
+        assert found.flags.c_contiguous
+        assert found.tobytes() == np.asarray(y).tobytes()
+        assert not any(np.may_share_memory(found, to_numpy(a)) for a in inputs)
+    kinds = KINDS.get(name, [kind for kind, _ in result_kinds(name, kind)])
+    if name == "decode":
+        kinds = [kind.name]
+    assert [y.dtype.name for y in wanted] == kinds
+    for x, y in zip(inputs, before, strict=True):
+        assert to_numpy(x).tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bfloat16_is_float32_rounded_once(name):
+    given = arguments(name, BFLOAT16)
+    wide = {
+        k: x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == BFLOAT16
+        else x for k, x in given.items()
+    }  # fmt: skip
+    for x, y in zip(run(name, given), run(name, wide), strict=True):
+        np.testing.assert_array_equal(x, y.astype(x.dtype))
+
+
+def strided(x):
+    return np.repeat(x, 2, axis=-1)[..., ::2]
+
+
+def backwards(x):
+    return x[..., ::-1].copy()[..., ::-1]
+
+
+def fortran(x):
+    return np.asfortranarray(x)
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def repeated(x):
+    return np.broadcast_to(x[:1], x.shape)
+
+
+@pytest.mark.parametrize("layout", [strided, backwards, fortran, read_only, repeated])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", CALLS)
+def test_any_layout(name, dtype, layout):
+    plain = arguments(name, BFLOAT16 if dtype == "bfloat16" else dtype)
+    given = {k: layout(x) if isinstance(x, np.ndarray) else x for k, x in plain.items()}
+    copies = {k: x.copy() if isinstance(x, np.ndarray) else x for k, x in given.items()}
+    same_results(run(name, given), run(name, copies))
+    for k, x in given.items():
+        if isinstance(x, np.ndarray):
+            assert x.tobytes() == copies[k].tobytes()
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "repeated"])
+@pytest.mark.parametrize("name", CALLS)
+def test_any_layout_of_torch(name, layout):
+    torch = pytest.importorskip("torch")
+    change = {
+        "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
+        "repeated": lambda x: x[:1].expand(x.shape),
+    }[layout]
+    given = {
+        k: change(x) if isinstance(x, torch.Tensor) else x
+        for k, x in give("torch", arguments(name, BFLOAT16)).items()
+    }
+    copies = {
+        k: x.contiguous() if isinstance(x, torch.Tensor) else x
+        for k, x in given.items()
+    }
+    same_results(run(name, given), run(name, copies))
+
+
+def same_results(got, wanted):
+    """Compare to the rounding of a product, whose order of sums a layout changes."""
+    for x, y in zip(got, wanted, strict=True):
+        assert to_numpy(x).flags.c_contiguous
+        x, y = (to_numpy(each).astype(np.float64) for each in (x, y))
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_an_empty_batch_is_as_numpy_has_it(name, library):
+    """It works, or the same error names the argument."""
+    given = {
+        k: x[:0] if isinstance(x, np.ndarray) else x
+        for k, x in arguments(name, np.float32).items()
+    }
+    try:
+        wanted, refused = run(name, given), None
+    except ValueError as error:
+        wanted, refused = [], str(error)
+    if refused:
+        with pytest.raises(ValueError, match=re.escape(refused)):
+            run(name, give(library, given))
+        assert "`" in refused
+        return
+    got = run(name, give(library, given))
+    assert [tuple(x.shape) for x in got] == [x.shape for x in wanted]
+
+
+class TestOut:
+    """`out=`: the same object, written in place, where arrays can be written."""
+
+    @pytest.fixture
+    def given(self, library):
+        tokens = np.arange(24.0).reshape(2, 4, 3)
+        labels = np.array([[0, 0, 1, 1], [0, 1, 1, 0]], np.int32)
+        return to_library(library, tokens), to_library(library, labels)
+
+    def test_it_is_written(self, given, library):
+        tokens, labels = given
+        merged = to_library(library, np.full((2, 2, 3), np.nan))
+        if library == "jax":
+            with pytest.raises(TypeError, match="`out` cannot be written: JAX arrays"):
+                qm.merge_tokens(tokens, labels, 2, out=merged)
+            return
+        assert qm.merge_tokens(tokens, labels, 2, out=merged) is merged
+        wanted = qm.merge_tokens(tokens, labels, 2)
+        np.testing.assert_array_equal(to_numpy(merged), to_numpy(wanted))
+        back = to_library(library, np.full((2, 4, 3), np.nan))
+        assert qm.unmerge_tokens(merged, labels, out=back) is back
+        wanted = qm.unmerge_tokens(merged, labels)
+        np.testing.assert_array_equal(to_numpy(back), to_numpy(wanted))
+
+    def test_bfloat16_of_torch(self):
+        tokens = to_library("torch", np.ones((4, 3), BFLOAT16))
+        labels = to_library("torch", np.array([0, 0, 1, 1]))
+        out = to_library("torch", np.zeros((2, 3), BFLOAT16))
+        qm.merge_tokens(tokens, labels, 2, out=out)
+        assert (out == 1).all()
+
+    def test_not_into_an_input(self):
+        tokens, labels = np.ones((4, 3)), np.array([0, 0, 1, 1])
+        for call in (
+            lambda: qm.merge_tokens(tokens, labels, 2, out=tokens[1:3]),
+            lambda: qm.unmerge_tokens(tokens, labels, out=tokens),
+        ):
+            with pytest.raises(ValueError, match="must not share memory with an input"):
+                call()
+
+    def test_not_in_another_byte_order(self):
+        tokens, labels = np.ones((4, 3)), np.array([0, 0, 1, 1])
+        with pytest.raises(TypeError, match="`out` must be float64, got >f8"):
+            qm.merge_tokens(tokens, labels, 2, out=np.ones((2, 3), ">f8"))
+
+
+class TestTorch:
+    """What only tensors have: a graph, a sign bit, memory elsewhere."""
+
+    @pytest.fixture
+    def torch(self):
+        return pytest.importorskip("torch")
+
+    def test_requires_grad(self, torch):
+        tokens = torch.arange(8.0).reshape(4, 2).requires_grad_()
+        with pytest.raises(TypeError, match=r"`tokens` requires grad.*tokens.detach"):
+            qm.norm_saliency(tokens)
+        with torch.no_grad():
+            got = qm.norm_saliency(tokens)
+        assert not got.requires_grad
+        assert (got == qm.norm_saliency(tokens.detach())).all()
+
+    def test_inference_mode(self, torch):
+        with torch.inference_mode():
+            assert qm.norm_saliency(torch.ones((4, 2))).shape == (4,)
+
+    def test_negative_bit(self, torch):
+        part = torch.complex(torch.ones(4), torch.arange(4.0)).conj().imag
+        assert part.is_neg()
+        got = qm.select_tokens(part, 1)
+        assert got.tolist() == [0]
+
+    def test_no_memory_and_no_dense_memory(self, torch):
+        for tokens in (torch.ones((4, 2), device="meta"), torch.eye(4).to_sparse()):
+            with pytest.raises(
+                TypeError, match="`tokens` cannot be read through DLPack"
+            ):
+                qm.norm_saliency(tokens)
+
+    def test_bfloat16_takes_ml_dtypes(self, torch, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        with pytest.raises(ImportError, match=r"`tokens` is bfloat16.*\[bfloat16\]"):
+            qm.norm_saliency(torch.ones((4, 2), dtype=torch.bfloat16))
+
+    def test_the_input_may_change_later(self, torch):
+        tokens = torch.ones((4, 2))
+        got = qm.unmerge_tokens(tokens, torch.arange(4))
+        tokens.zero_()
+        assert (got == 1).all()
+
+    @pytest.mark.parametrize("kind", ["int64", "bool", "complex64", "uint8"])
+    def test_dtypes_that_are_no_tokens(self, torch, kind):
+        tokens = torch.ones((4, 2), dtype=getattr(torch, kind))
+        with pytest.raises(TypeError, match="`tokens` must be float16, bfloat16, fl"):
+            qm.norm_saliency(tokens)
+
+
+class TestJax:
+    """What only JAX has: tracers, and 32 bits unless it is asked for more."""
+
+    @pytest.fixture
+    def jax(self):
+        return pytest.importorskip("jax")
+
+    @pytest.mark.parametrize("transform", ["jit", "vmap", "grad"])
+    def test_tracer(self, jax, transform):
+        traced = getattr(jax, transform)(lambda x: qm.norm_saliency(x).sum())
+        with pytest.raises(TypeError, match=r"`tokens` is a JAX tracer.*pure_callback"):
+            traced(jax.numpy.ones((4, 2, 3)))
+
+    def test_nothing_is_narrowed(self, jax, rng):
+        assert not jax.config.jax_enable_x64
+        tokens = rng.standard_normal((9, 4)).astype(np.float32)
+        tree = qm.linkage(jax.numpy.asarray(tokens))
+        assert tree.dtype == np.float64
+        np.testing.assert_array_equal(np.asarray(tree), qm.linkage(tokens))
+        labels = qm.cut_linkage(tree, num_groups=3)
+        np.testing.assert_array_equal(labels, qm.cluster_tokens(tokens, 3))
+        assert not jax.config.jax_enable_x64
+
+    def test_second_device(self):
+        code = (
+            "import jax, qm_cupy; x = jax.device_put(jax.numpy.ones((4, 2)), "
+            "jax.devices()[1]); print(qm_cupy.norm_saliency(x).device.id)"
+        )
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        pytest.importorskip("jax")
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | flags,
+        )
+        assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("other", LIBRARIES[1:])
+def test_mixed_libraries(other):
+    mask = to_library(other, np.ones(4, bool))
+    wanted = f"one library, got `tokens` of numpy, `mask` of {other}$"
+    with pytest.raises(TypeError, match=wanted):
+        qm.norm_saliency(np.ones((4, 2)), mask=mask)
+
+
+def test_mixed_devices():
+    class Producer:
+        def __init__(self, kind):
+            self.kind = kind
+
+        def __dlpack__(self):
+            raise AssertionError("must not be read")
+
+        def __dlpack_device__(self):
+            return self.kind, 0
+
+    wanted = "one device, got `tokens` on the CPU, `mask` on CUDA device 0"
+    with pytest.raises(ValueError, match=wanted):
+        qm.norm_saliency(Producer(1), mask=Producer(2))
