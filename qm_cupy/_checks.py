@@ -288,8 +288,8 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
     first_later = merges + 1 + np.arange(merges)[:, None]
     flat = np.where(padded[..., None], np.nan, child.astype(np.float64))
     flat = flat.reshape(*batch, 2 * merges)
-    again = np.diff(np.sort(flat, axis=-1), axis=-1)
-    if (again == 0).any():
+    ranked = np.sort(flat, axis=-1)
+    if (ranked[..., 1:] == ranked[..., :-1]).any():
         raise ValueError("`dendrogram` must merge every group once at most")
     wrong = (child < 0) | (child >= first_later) | (child != np.floor(child))
     if (wrong & ~padded[..., None]).any():
