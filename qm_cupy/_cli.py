@@ -168,8 +168,8 @@ def _result_shape(
 
 
 def _merge_parts(
-    tokens: Stored, mask: Mask, merge: Callable[..., Merged], most: int, step: Step
-) -> Iterator[Merged]:
+    tokens: Stored, mask: Mask, merge: Callable[..., Merged[Any]], most: int, step: Step
+) -> Iterator[Merged[Any]]:
     """Merge a chunk at a time, to the bit as if it were the whole; with batch axis."""
     single = len(tokens.shape) == 2
     num_bytes = math.prod(tokens.shape[-2:]) * tokens.dtype.itemsize  # of a sequence
@@ -191,7 +191,7 @@ def _merge_chunk(
     chunk: NDArray[Any],
     mask: Mask,
     start: int,
-) -> Merged:
+) -> Merged[Any]:
     options = {**options, "mask": mask, "sequence_offset": start}
     try:
         if not on_gpu:
@@ -214,7 +214,7 @@ def _merge_chunk(
         ) from error
 
 
-def _pad(merged: Merged, most: int) -> Merged:
+def _pad(merged: Merged[Any], most: int) -> Merged[Any]:
     """Pad the groups of a chunk to the largest K of the whole file."""
     extra = ((0, 0), (0, most - merged.sizes.shape[-1]))
     return merged._replace(

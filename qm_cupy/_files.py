@@ -264,7 +264,7 @@ def write_merged(
     file: BinaryIO,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-    parts: Iterable[Merged],
+    parts: Iterable[Merged[Any]],
 ) -> None:
     """Write an .npz: tokens (B, K, D) or (K, D) as they come, the small arrays last."""
     rest: list[tuple[NDArray[Any], ...]] = []

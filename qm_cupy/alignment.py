@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol
 
 import array_api_compat
 import numpy as np
@@ -21,12 +21,12 @@ from ._checks import (
 from ._libraries import give_inside, no_grad
 
 
-class AlignmentLoss(NamedTuple):
+class AlignmentLoss(NamedTuple, Generic[Array]):
     """Losses of `alignment_loss`, each of shape () or (B,)."""
 
-    forward: Any
-    backward: Any
-    total: Any
+    forward: Array
+    backward: Array
+    total: Array
 
 
 class Prior(Protocol):
@@ -238,7 +238,7 @@ def _valid_groups(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
 
 def alignment_loss(
     merged: Array, prior: Prior, *, num_groups: Any = None
-) -> AlignmentLoss:
+) -> AlignmentLoss[Array]:
     r"""Bidirectional autoregressive loss of merged tokens under a prior.
 
     .. math:: L_{AR} = \frac{1}{K-1} \sum_{t=1}^{K-1} \operatorname{MSE}\bigl(
@@ -347,7 +347,8 @@ def decode(merged: Array, model: Callable[[Any], Any]) -> Any:
         Merged tokens, of any array library.
     model : callable
         Maps a prefix of shape (..., t, D), in the caller's own kind, to (..., t, E);
-        the last row is the prediction after t tokens.
+        the last row is the prediction after t tokens. A `torch.nn.Module`, say: over
+        tensors it runs under `torch.no_grad()`, in the mode that it is in.
 
     Returns
     -------

@@ -110,8 +110,13 @@ class DifferentiableTokenMerging:
         return merged.tokens, probabilities
 
     def merge(
-        self, tokens: Any, saliency_scores: Any, K: Any, *, mask: Any = None
-    ) -> Merged:
+        self,
+        tokens: Array,
+        saliency_scores: Array,
+        K: Any,
+        *,
+        mask: Array | None = None,
+    ) -> Merged[Array]:
         """Return the whole `Merged` result: labels, sizes and positions too."""
         return quickmerge(
             tokens,
@@ -161,15 +166,15 @@ class BidirectionalARAlignment:
             prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
         self.prior = prior
 
-    def forward_loss(self, merged: Any, *, num_groups: Any = None) -> Any:
+    def forward_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
         """Return the left-to-right loss, the mean over the batch."""
         return self._mean_loss(merged, num_groups, "forward")
 
-    def backward_loss(self, merged: Any, *, num_groups: Any = None) -> Any:
+    def backward_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
         """Return the right-to-left loss, the mean over the batch."""
         return self._mean_loss(merged, num_groups, "backward")
 
-    def compute_alignment_loss(self, merged: Any, *, num_groups: Any = None) -> Any:
+    def compute_alignment_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
         """Return the sum of both losses, the mean over the batch."""
         return self._mean_loss(merged, num_groups, "total")
 
@@ -200,11 +205,15 @@ class NormBasedFidelityConstraint:
         self.gamma = gamma
 
     def compute_fidelity_loss(
-        self, tokens: Any, merged: Any, *, labels: Any = None, mask: Any = None
-    ) -> Any:
+        self,
+        tokens: Array,
+        merged: Array,
+        *,
+        labels: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
         """Return the mean excess of the reconstruction error over its bound."""
-        options = {"labels": labels, "gamma": self.gamma, "mask": mask}
-        return fidelity_loss(tokens, merged, **options)
+        return fidelity_loss(tokens, merged, labels=labels, gamma=self.gamma, mask=mask)
 
 
 class QuickMergePP:
@@ -312,7 +321,7 @@ def quickmerge_inference(
     tokens : ndarray of shape (N, D)
         Token embeddings.
     ar_model : callable or None
-        Maps a prefix (t, D) to (t, E); as in `decode`.
+        Maps a prefix (t, D) to (t, E), a `torch.nn.Module` say; as in `decode`.
     entropy_budget : float, default 0.5
         Share of the tokens to keep, within (0, 1].
 

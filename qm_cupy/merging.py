@@ -44,7 +44,8 @@ def merge_tokens(
     mass : ndarray of shape (N,) or (B, N), optional
         Non-negative weights m; 1 by default. A group of mass 0 takes the plain mean.
     out : ndarray of shape (K, D) or (B, K, D), optional
-        Where to write the result: the dtype of `tokens`, C-contiguous.
+        Where to write the result: the dtype of `tokens`, C-contiguous, and no memory
+        of an input. JAX arrays cannot be written.
 
     Returns
     -------
@@ -151,7 +152,8 @@ def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) ->
     labels : ndarray of shape (N,) or (B, N)
         Group of each token within 0..K-1, or -1 for padding, whose tokens are zero.
     out : ndarray of shape (N, D) or (B, N, D), optional
-        Where to write the result: the dtype of `merged`, C-contiguous.
+        Where to write the result: the dtype of `merged`, C-contiguous, and no memory
+        of an input. JAX arrays cannot be written.
 
     Returns
     -------

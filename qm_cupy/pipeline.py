@@ -1,12 +1,12 @@
 """The pipeline: tokens in, fewer tokens out."""
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import enter
+from ._arrays import Array, enter
 from ._checks import (
     check_choice,
     check_mask,
@@ -47,38 +47,38 @@ _LAYOUTS = {
 }
 
 
-class Merged(NamedTuple):
+class Merged(NamedTuple, Generic[Array]):
     """Result of `quickmerge`, of the caller's own kind; without B for one sequence.
 
     ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)`` merges any other
     array over the same tokens, keys and values of a cache for example, the same way.
     """
 
-    tokens: Any
+    tokens: Array
     """(B, K, D), the dtype of the input: the merged tokens."""
-    labels: Any
+    labels: Array
     """(B, N) int32: the group of each token, -1 for padding."""
-    sizes: Any
+    sizes: Array
     """(B, K) int32: the tokens in each group."""
-    positions: Any
+    positions: Array
     """(B, K) int32: the position of each group's last token, -1 for padding."""
-    saliency: Any
+    saliency: Array
     """(B, N): the saliency of each token."""
-    mass: Any
+    mass: Array
     """(B, N): the weights of the merge."""
 
 
 def quickmerge(
-    tokens: Any,
+    tokens: Array,
     budget: Any,
     *,
-    hidden_states: Any = None,
-    attention: Any = None,
-    query: Any = None,
-    key: Any = None,
-    saliency: Any = None,
-    mask: Any = None,
-    protect: Any = None,
+    hidden_states: Array | None = None,
+    attention: Array | None = None,
+    query: Array | None = None,
+    key: Array | None = None,
+    saliency: Array | None = None,
+    mask: Array | None = None,
+    protect: Array | None = None,
     method: str = "average",
     order: str = "last",
     temperature: float = 0.1,
@@ -86,7 +86,7 @@ def quickmerge(
     weights: Any = "mass",
     seed: int | None = 0,
     sequence_offset: int = 0,
-) -> Merged:
+) -> Merged[Array]:
     """Merge token sequences into fewer tokens that a model can read in their place.
 
     Saliency from attention entropy, Gumbel-softmax selection, saliency mass, groups

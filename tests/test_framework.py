@@ -15,6 +15,7 @@ from qm_cupy import (
     QuickMergePP,
     alignment_loss,
     cosine_similarity,
+    decode,
     fidelity_loss,
     gumbel_softmax,
     quickmerge,
@@ -93,6 +94,80 @@ def test_inference_pipeline(X):
     alone, nothing = quickmerge_inference(X_single, None, entropy_budget=0.2)
     np.testing.assert_array_equal(np.asarray(alone), np.asarray(merged_tokens))
     assert len(nothing) == 0
+
+
+PAPER = """
+import torch
+from quickmerge import QuickMergePP
+
+# Initialize QuickMerge++
+embedding_dim = 512
+quickmerge = QuickMergePP(embedding_dim=embedding_dim)
+
+# Input embeddings [batch_size, num_tokens, embedding_dim]
+X = torch.randn(2, 100, 512)
+target_tokens = 20
+
+# Compress tokens
+merged_tokens, losses = quickmerge(X, target_tokens)
+print(f"Compressed from {X.shape[1]} to {merged_tokens.shape[1]} tokens")
+
+from quickmerge import EntropyAwareSaliency
+
+saliency_estimator = EntropyAwareSaliency(embedding_dim=512, num_layers=12)
+saliency_scores = saliency_estimator(X)  # [B, N]
+
+from quickmerge import DifferentiableTokenMerging
+
+token_merger = DifferentiableTokenMerging(temperature=0.1, epsilon=0.01)
+merged_tokens, mask = token_merger(X, saliency_scores, K=20)
+
+from quickmerge import BidirectionalARAlignment
+
+ar_alignment = BidirectionalARAlignment(embedding_dim=512)
+alignment_loss = ar_alignment.compute_alignment_loss(merged_tokens)
+
+from quickmerge import NormBasedFidelityConstraint
+
+fidelity_constraint = NormBasedFidelityConstraint(gamma=0.8)
+fidelity_loss = fidelity_constraint.compute_fidelity_loss(X, merged_tokens)
+
+from quickmerge import quickmerge_inference
+
+# Single sequence inference
+X_single = torch.randn(100, 512)  # [N, D]
+ar_model = YourARModel()  # Your autoregressive model
+
+merged_tokens, predictions = quickmerge_inference(
+    X_single, 
+    ar_model, 
+    entropy_budget=0.2  # Compress to 20% of original tokens
+)
+"""  # noqa: W291 - as it was printed
+
+
+def test_the_papers_blocks_on_torch(capsys):
+    torch = pytest.importorskip("torch")
+    names = {"YourARModel": lambda: torch.nn.Linear(512, 7)}
+    exec(PAPER.replace("from quickmerge", "from qm_cupy"), names)
+    assert capsys.readouterr().out == "Compressed from 100 to 20 tokens\n"
+    results = "saliency_scores", "merged_tokens", "mask", "predictions"
+    assert all(isinstance(names[name], torch.Tensor) for name in results)
+    assert names["saliency_scores"].shape == names["mask"].shape == (2, 100)
+    assert names["merged_tokens"].shape == (20, 512)
+    for name in ("alignment_loss", "fidelity_loss"):
+        assert names[name].shape == ()
+    assert names["predictions"].shape == (20, 7)
+    assert not names["predictions"].requires_grad  # though the model's weights do
+    wanted = names["ar_model"](names["merged_tokens"]).detach()
+    torch.testing.assert_close(names["predictions"], wanted)
+
+
+def test_a_model_of_batches():
+    torch = pytest.importorskip("torch")
+    merged, model = torch.ones(2, 5, 8), torch.nn.Linear(8, 3)
+    assert decode(merged, model).shape == (2, 5, 3)
+    assert torch.is_grad_enabled()
 
 
 OPTIONS = {

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext, suppress
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +22,6 @@ CALLS = {
     "decode": (lambda tokens: qm.decode(tokens, abs), {"tokens": np.ones((3, 9, 4))}),
     "token_budget": (qm.token_budget, {"budget": 0.3, "num_tokens": np.arange(7, 9)}),
 }
-REFUSE_EMPTY = {}
 KINDS = {"norm_budget": ["int32"], "token_budget": ["int64"]}
 
 

@@ -68,7 +68,8 @@ def test_options_are_keywords():
 
 def test_import_brings_no_framework():
     code = (
-        "import sys, qm_cupy; unwanted = {'cupy', 'torch', 'jax', 'matplotlib'}; "
+        "import sys, qm_cupy; "
+        "unwanted = {'cupy', 'torch', 'jax', 'ml_dtypes', 'matplotlib'}; "
         "print(unwanted & set(sys.modules))"
     )
     done = subprocess.run(
