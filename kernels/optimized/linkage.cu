@@ -102,24 +102,16 @@ __device__ void begin(Clusters& all, Plan* plan, const acc_t* cosines,
     for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
         if (is_token(mask, i) && !(protect && protect[i])) top = max(top, mass[i]);
     top = block_reduce(top, scratch, Greatest());
-    int tokens = 0, clusters = 0;
-    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
-        const long long i = i0 + threadIdx.x;
-        const bool token = i < num_tokens && is_token(mask, i);
-        const bool merges = token && !(protect && protect[i]);
-        int found;
-        block_rank(token, ranks, &found);
-        tokens += found;
-        const int place = clusters + block_rank(merges, ranks, &found);
-        clusters += found;
-        if (i >= num_tokens) continue;
-        if (merges) all.active[place] = static_cast<int>(i);
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         // So that a token of no mass still joins its nearest.
         const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(1e-6)) : acc_t(1);
         all.slot[i] = {1 / weight, 0, UNTOUCHED};
         all.record[i] = {0, 0, weight, -1, static_cast<int>(i), 1};
         all.height[i] = inverse_length(cosines[i * num_tokens + i]);
     }
+    int tokens;
+    const int clusters =
+        list_tokens(mask, protect, num_tokens, ranks, all.active, &tokens);
     if (threadIdx.x > 0) return;
     *all.unit = top > 0 ? top : acc_t(1);
     const long long wanted = min(tokens - num_groups, clusters - 1ll);

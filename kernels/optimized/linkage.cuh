@@ -52,6 +52,27 @@ __device__ __forceinline__ Neighbour warp_nearest(int i, Neighbour best) {
     return best;
 }
 
+// One block: list the tokens that may merge, ascending. Returns how many these are;
+// `tokens` becomes how many there are with the protected ones.
+__device__ __forceinline__ int list_tokens(const bool* mask, const bool* protect,
+                                           long long num_tokens, int* ranks,
+                                           int* active, int* tokens) {
+    int free = 0;
+    *tokens = 0;
+    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
+        const long long i = i0 + threadIdx.x;
+        const bool token = i < num_tokens && is_token(mask, i);
+        const bool merges = token && !(protect && protect[i]);
+        int found;
+        block_rank(token, ranks, &found);
+        *tokens += found;
+        const int place = free + block_rank(merges, ranks, &found);
+        free += found;
+        if (merges) active[place] = static_cast<int>(i);
+    }
+    return free;
+}
+
 // Where merge t comes among `made` merges by height, and by time among equals; by a
 // warp.
 __device__ __forceinline__ long long merge_rank(const acc_t* height, long long made,

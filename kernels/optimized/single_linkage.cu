@@ -54,18 +54,9 @@ __device__ __forceinline__ unsigned long long distance_bits(acc_t distance) {
 __device__ void begin(Components& all, Progress* told, const acc_t* cosines,
                       const bool* mask, const bool* protect, long long num_tokens,
                       long long num_groups, int* ranks) {
-    int tokens = 0, free = 0;
-    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
-        const long long i = i0 + threadIdx.x;
-        const bool token = i < num_tokens && is_token(mask, i);
-        const bool merges = token && !(protect && protect[i]);
-        int found;
-        block_rank(token, ranks, &found);
-        tokens += found;
-        const int place = free + block_rank(merges, ranks, &found);
-        free += found;
-        if (merges) all.active[place] = static_cast<int>(i);
-        if (i >= num_tokens) continue;
+    int tokens;
+    const int free = list_tokens(mask, protect, num_tokens, ranks, all.active, &tokens);
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         all.component[i] = all.parent[i] = static_cast<int>(i);
         all.scale[i] = inverse_length(cosines[i * num_tokens + i]);
     }
