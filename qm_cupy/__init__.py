@@ -3,7 +3,7 @@
 from ._checks import check_finite
 from ._cuda import KernelCompilationError, use_kernels, warmup
 from ._precision import allow_tf32
-from .alignment import MLP, AlignmentLoss, MLPPrior, Prior, alignment_loss, decode
+from .alignment import AlignmentLoss, Prior, SteppingPrior, alignment_loss, decode
 from .budget import norm_budget, token_budget
 from .clustering import cluster_tokens, cosine_similarity, cut_linkage, linkage
 from .fidelity import fidelity_loss, norm_mass, reconstruction_error
@@ -15,8 +15,15 @@ from .framework import (
     QuickMergePP,
     quickmerge_inference,
 )
-from .merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
-from .pipeline import Merged, quickmerge
+from .merging import (
+    Merged,
+    group_positions,
+    group_sizes,
+    merge_tokens,
+    unmerge_tokens,
+)
+from .mlp_prior import MLP, MLPPrior
+from .pipeline import quickmerge
 from .saliency import (
     attention_entropy,
     norm_saliency,
@@ -40,6 +47,7 @@ __all__ = [
     "NormBasedFidelityConstraint",
     "Prior",
     "QuickMergePP",
+    "SteppingPrior",
     "alignment_loss",
     "allow_tf32",
     "attention_entropy",

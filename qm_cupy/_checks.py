@@ -424,3 +424,11 @@ def _any_of(words: Sequence[str]) -> str:
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def check_counts(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
+    """Return how many of the tokens (..., K, D) of each sequence are no padding."""
+    most = tokens.shape[-2]
+    return check_num_groups(
+        most if num_groups is None else num_groups, tokens.shape[:-2], most
+    )

@@ -19,7 +19,8 @@ from ._files import Mask, Stored, check_output, open_tokens, replacing, write_me
 from ._progress import Step, progress
 from .budget import token_budget
 from .clustering import METHODS, ORDERS
-from .pipeline import Merged, quickmerge
+from .merging import Merged
+from .pipeline import quickmerge
 
 _CHUNK = 64 * 2**20  # bytes of tokens worked on at a time
 

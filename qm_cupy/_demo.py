@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._files import replacing
-from .alignment import MLPPrior, alignment_loss
+from .alignment import alignment_loss
 from .budget import token_budget
 from .clustering import cluster_tokens
 from .fidelity import fidelity_loss, norm_mass, reconstruction_error
 from .merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
+from .mlp_prior import MLPPrior
 from .saliency import saliency, self_attention_entropy
 from .selection import gumbel_softmax, saliency_mass
 

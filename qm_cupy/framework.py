@@ -9,10 +9,12 @@ from typing import Any
 
 from ._arrays import Array, enter
 from ._checks import check_number
-from .alignment import MLPPrior, alignment_loss, decode
+from .alignment import alignment_loss, decode
 from .budget import token_budget
 from .fidelity import fidelity_loss
-from .pipeline import Merged, quickmerge
+from .merging import Merged
+from .mlp_prior import MLPPrior
+from .pipeline import quickmerge
 from .saliency import saliency, self_attention_entropy
 from .selection import gumbel_softmax
 

@@ -1,6 +1,6 @@
 """The pipeline: tokens in, fewer tokens out."""
 
-from typing import Any, Generic, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from ._checks import (
 )
 from .budget import token_budget
 from .clustering import METHODS, ORDERS, cluster_tokens
-from .merging import group_positions, group_sizes, merge_tokens
+from .merging import Merged, group_positions, group_sizes, merge_tokens
 from .saliency import (
     attention_entropy,
     query_key_entropy,
@@ -45,27 +45,6 @@ _LAYOUTS = {
     "query": ("BNd", "LBNd", "LBHNd"),
     "key": ("BNd", "LBNd", "LBHNd"),
 }
-
-
-class Merged(NamedTuple, Generic[Array]):
-    """Result of `quickmerge`, of the caller's own kind; without B for one sequence.
-
-    ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)`` merges any other
-    array over the same tokens, keys and values of a cache for example, the same way.
-    """
-
-    tokens: Array
-    """(B, K, D), the dtype of the input: the merged tokens."""
-    labels: Array
-    """(B, N) int32: the group of each token, -1 for padding."""
-    sizes: Array
-    """(B, K) int32: the tokens in each group."""
-    positions: Array
-    """(B, K) int32: the position of each group's last token, -1 for padding."""
-    saliency: Array
-    """(B, N): the saliency of each token."""
-    mass: Array
-    """(B, N): the weights of the merge."""
 
 
 def quickmerge(

@@ -89,7 +89,7 @@ def test_prediction_of_another_shape(shape, wrong):
     """`wrong`: the direction whose prediction is of that shape, forward or reverse."""
 
     class Prior:
-        def predict(self, tokens, *, reverse=False, num_groups=None):
+        def predict(self, tokens, *, reverse=False, **known):
             return np.ones(shape if reverse == wrong else tokens.shape)
 
     with pytest.raises(ValueError, match="`prediction` must have shape"):
