@@ -32,6 +32,7 @@ from .saliency import (
     self_attention_entropy,
 )
 from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
+from .workspace import Workspace
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "Prior",
     "QuickMergePP",
     "SteppingPrior",
+    "Workspace",
     "alignment_loss",
     "allow_tf32",
     "attention_entropy",

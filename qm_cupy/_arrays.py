@@ -1,17 +1,47 @@
 """The door: arrays of any library come in through DLPack and leave as they came."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from ._libraries import give_inside, library
+from ._libraries import CUDA, give_inside, library
 
 Array = TypeVar("Array", bound=Any)  # T -> T: the caller gets back what came in
+P = ParamSpec("P")
+Result = TypeVar("Result")
 Leave = Callable[[Any], Any]
 
 # Arguments that may also be a number or a word; who takes them checks those.
 _OFTEN_PLAIN = frozenset({"num_groups", "budget", "num_tokens", "hard", "weights"})
 _ON_HOST = _OFTEN_PLAIN - {"weights"}  # counts, which shapes depend on
-_HOST, _CUDA = (1, 3), (2,)  # DLPack's kDLCPU and kDLCUDAHost; kDLCUDA
+_HOST, _CUDA = (1, 3), (CUDA,)  # DLPack's kDLCPU and kDLCUDAHost; kDLCUDA
+
+
+def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a public function work on the device and in the stream of its first array.
+
+    For torch that is its current stream: its allocator then needs to hear of nothing,
+    and a graph that it captures holds the work. For CuPy it is CuPy's current stream,
+    as it is for all others, which DLPack orders before and after it.
+    """
+
+    @functools.wraps(function)
+    def on_stream(*args: P.args, **kwargs: P.kwargs) -> Result:
+        scope = _scope((*args, *kwargs.values()))
+        if scope is None:
+            return function(*args, **kwargs)
+        with scope:
+            return function(*args, **kwargs)
+
+    return on_stream
+
+
+def _scope(given: tuple[Any, ...]) -> Any:
+    for x in given:
+        first = x[0] if isinstance(x, tuple) and x else x  # the tokens of a `Merged`
+        if hasattr(first, "__dlpack__"):
+            return library(first).scope(first)
+    return None
 
 
 def enter(**arrays: Any) -> tuple[Any, ...]:
@@ -70,8 +100,8 @@ def _spelled(kind: int, number: int) -> str:
 
 
 def _bring_in(name: str, x: Any) -> Any:
-    kind, number = _device(name, x)
-    cupy = None if kind in _HOST else _cupy(name, number)
+    kind, _ = _device(name, x)
+    cupy = None if kind in _HOST else _cupy(name)
     try:
         if cupy is None:
             return library(x).to_numpy(name, x)
@@ -81,7 +111,7 @@ def _bring_in(name: str, x: Any) -> Any:
     return found.get() if name in _ON_HOST else found
 
 
-def _cupy(name: str, number: int) -> Any:
+def _cupy(name: str) -> Any:
     try:
         import cupy
     except ImportError as error:
@@ -89,12 +119,6 @@ def _cupy(name: str, number: int) -> Any:
             f"`{name}` is on a CUDA device, which takes CuPy: "
             'pip install "qm-cupy[cuda13]" (or cuda12)'
         ) from error
-    current = cupy.cuda.runtime.getDevice()
-    if number != current:
-        raise ValueError(
-            f"`{name}` is on CUDA device {number}, and the current one is {current}: "
-            f"call within `with cupy.cuda.Device({number}):`"
-        )
     return cupy
 
 

@@ -404,20 +404,22 @@ def check_out(
     wanted: tuple[int, ...],
     dtype: np.dtype[Any],
     *inputs: NDArray[Any] | None,
+    name: str = "out",
+    axes: str = "BND",
 ) -> None:
     """Refuse an `out` that does not fit, cannot be written or lies in an input."""
     if out is None:
         return
-    check_given("out", out)
-    check_shape("out", out, "BND", wanted)
+    check_given(name, out)
+    check_shape(name, out, axes, wanted)
     if out.dtype != dtype:
-        raise TypeError(f"`out` must be {dtype}, got {out.dtype}")
-    if not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError("`out` must be C-contiguous and writeable")
+        raise TypeError(f"`{name}` must be {dtype}, got {out.dtype}")
+    if not (out.flags.c_contiguous and getattr(out.flags, "writeable", True)):
+        raise ValueError(f"`{name}` must be C-contiguous and writeable")
     on_host = isinstance(out, np.ndarray)
     overlap = np.may_share_memory if on_host else _cuda.may_share_memory
     if any(x is not None and overlap(out, x) for x in inputs):
-        raise ValueError("`out` must not share memory with an input")
+        raise ValueError(f"`{name}` must not share memory with an input")
 
 
 def _any_of(words: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._precision import TF32, kernel_dtype
+from .workspace import Workspace
 
 Implementation = Literal["basic", "optimized"]
 
@@ -197,7 +199,16 @@ def free_memory() -> int:
     import cupy
 
     free, _ = cupy.cuda.runtime.memGetInfo()
-    return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+    free = int(free) + int(cupy.get_default_memory_pool().free_bytes())
+    lender = getattr(cupy.cuda.get_allocator(), "__self__", None)
+    return lender.free_memory(free) if isinstance(lender, Workspace) else free
+
+
+def memory_of(workspace: Workspace | None, tokens: Any) -> AbstractContextManager[None]:
+    """Return a context that allocates from a workspace, if that is of use here."""
+    if workspace is None or not is_cuda(tokens):
+        return nullcontext()
+    return workspace.lend()
 
 
 def is_cuda(x: Any) -> bool:

@@ -6,13 +6,14 @@ Arrays of a library that nobody has imported cannot come in: `sys.modules` has i
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 CPU = 1, 0  # DLPack's kDLCPU, and the one device of that kind
+CUDA = 2  # kDLCUDA
 
 
 class Library(NamedTuple):
@@ -27,6 +28,17 @@ class Library(NamedTuple):
     """Exports an array of the CPU's, without a copy."""
     give_back: Callable[[Any, Any], Any]
     """Imports a fresh result, NumPy's or CuPy's, for the giver of an array."""
+    scope: Callable[[Any], AbstractContextManager[Any] | None]
+    """Makes an array's device, and the stream its library works in, CuPy's own."""
+
+
+class _Stream(NamedTuple):
+    """A stream as the CUDA stream protocol has it."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer  # the protocol's version first
 
 
 def library(x: Any) -> Library:
@@ -39,14 +51,18 @@ def library(x: Any) -> Library:
 def _library(kind: type) -> Library:
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if issubclass(kind, np.ndarray):
-        return Library("numpy", lambda x: CPU, _not_masked, _native, give_inside)
+        at_home = _not_masked, _native, give_inside, _no_scope
+        return Library("numpy", lambda x: CPU, *at_home)
     if torch and issubclass(kind, torch.Tensor):
-        return Library("torch", _torch_device, _detached, _torch_to_numpy, _to_torch)
+        ways = _detached, _torch_to_numpy, _to_torch, _torch_scope
+        return Library("torch", _torch_device, *ways)
     if jax and issubclass(kind, jax.Array | jax.core.Tracer):
-        return Library("jax", _dlpack_device, _concrete, _jax_to_numpy, _to_jax)
+        ways = _concrete, _jax_to_numpy, _to_jax, _device_scope
+        return Library("jax", _dlpack_device, *ways)
     name = kind.__module__.split(".")[0]
     back = _to_namesake if hasattr(kind, "__array_namespace__") else give_inside
-    return Library(name, _dlpack_device, lambda name, x: x, _from_dlpack, back)
+    ways = (lambda name, x: x), _from_dlpack, back, _device_scope
+    return Library(name, _dlpack_device, *ways)
 
 
 def on_host(x: Any) -> bool:
@@ -86,6 +102,24 @@ def _dlpack_device(x: Any) -> tuple[int, int]:
     return int(kind), int(number)
 
 
+def _no_scope(x: Any) -> None:
+    return None
+
+
+def _device_scope(x: Any) -> AbstractContextManager[Any] | None:
+    """Return a context on the device of `x`, or None where that is the current one."""
+    try:
+        kind, number = _dlpack_device(x)
+        if kind != CUDA:
+            return None
+        import cupy
+    except (AttributeError, BufferError, ImportError, RuntimeError, TypeError):
+        return None  # the door has the words for it
+    if number == cupy.cuda.runtime.getDevice():
+        return None
+    return cupy.cuda.Device(number)
+
+
 def _from_dlpack(name: str, x: Any) -> NDArray[Any]:
     return np.from_dlpack(x)
 
@@ -102,14 +136,33 @@ def _not_masked(name: str, x: Any) -> Any:
     return x
 
 
+def _is_out(name: str) -> bool:
+    return name.split(".")[0] == "out"
+
+
 def _native(name: str, x: Any) -> NDArray[Any]:
-    if not x.dtype.isnative and name != "out":  # a copy, and nobody would see it
+    if not x.dtype.isnative and not _is_out(name):  # a copy, and nobody would see it
         x = x.astype(x.dtype.newbyteorder("="))
     return x.view(np.ndarray)
 
 
 def _torch_device(x: Any) -> tuple[int, int]:
     return CPU if x.device.type == "cpu" else _dlpack_device(x)
+
+
+def _torch_scope(x: Any) -> AbstractContextManager[Any] | None:
+    if x.device.type != "cuda":
+        return None
+    try:
+        import cupy
+    except ImportError:
+        return None  # the door has the words for it
+    stream = sys.modules["torch"].cuda.current_stream(x.device)
+    scope = ExitStack()
+    scope.enter_context(cupy.cuda.Device(x.device.index))
+    theirs = _Stream(stream.cuda_stream)
+    scope.enter_context(cupy.cuda.Stream.from_external(theirs))
+    return scope
 
 
 def _detached(name: str, x: Any) -> Any:
@@ -149,8 +202,8 @@ def _concrete(name: str, x: Any) -> Any:
             f"`{name}` is a JAX tracer, which has no values yet: call this outside of "
             "jax.jit, jax.grad and jax.vmap, or through jax.pure_callback"
         )
-    if name == "out":
-        raise TypeError("`out` cannot be written: JAX arrays are immutable; leave it")
+    if _is_out(name):
+        raise TypeError(f"`{name}` cannot be written: JAX arrays are immutable")
     return x
 
 

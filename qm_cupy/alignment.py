@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_counts, check_shape, check_tokens
 from ._libraries import give_inside, no_grad
 from .merging import Merged
@@ -47,6 +47,7 @@ class SteppingPrior(Protocol):
         """Return the prediction (..., D) after a token (..., D), and the new state."""
 
 
+@on_callers_stream
 def alignment_loss(
     merged: Array | Merged[Array], prior: Prior, *, num_groups: Any = None
 ) -> AlignmentLoss[Array]:
@@ -166,6 +167,7 @@ def _alignment_loss_cuda(
     return losses[0], losses[1]
 
 
+@on_callers_stream
 def decode(merged: Array, model: Callable[[Any], Any]) -> Any:
     """Run a model left to right over merged tokens: its prediction at every step.
 

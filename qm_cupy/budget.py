@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_mask,
     check_num_groups,
@@ -16,6 +16,7 @@ from ._checks import (
 from .saliency import _relative_norms
 
 
+@on_callers_stream
 def token_budget(budget: Any, num_tokens: Any) -> Any:
     """Number of groups K that a budget means for sequences of N tokens.
 
@@ -62,6 +63,7 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     return leave(counts) if counts.ndim else int(counts)
 
 
+@on_callers_stream
 def norm_budget(
     tokens: Array, gamma: float = 0.8, *, mask: Array | None = None
 ) -> Array:

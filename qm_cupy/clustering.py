@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_anchors,
     check_choice,
@@ -51,6 +51,7 @@ METHODS = (*LINKAGES, "nearest", "bipartite", "contiguous")
 ORDERS = ("last", "first")
 
 
+@on_callers_stream
 def cosine_similarity(tokens: Array) -> Array:
     r"""Cosine of the angle between every two tokens of a sequence.
 
@@ -100,6 +101,7 @@ def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
     return similarity.clip(-1, 1, out=similarity)
 
 
+@on_callers_stream
 def linkage(
     tokens: Array,
     method: str = "average",
@@ -174,6 +176,7 @@ def linkage(
     return leave(linkage_reference(tokens, method, mass, mask))
 
 
+@on_callers_stream
 def cut_linkage(
     dendrogram: Array,
     *,
@@ -255,6 +258,7 @@ def cut_linkage(
     return leave(cut_reference(dendrogram, mass, mask, counts, max_error, order))
 
 
+@on_callers_stream
 def cluster_tokens(
     tokens: Array,
     num_groups: Any,

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_labels,
     check_mask,
@@ -24,6 +24,7 @@ from .saliency import _token_norms_cuda
 from .selection import _num_valid, _top_tokens_cuda
 
 
+@on_callers_stream
 def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> Array:
     r"""Share γ of the norm mass that the K largest token norms hold.
 
@@ -92,6 +93,7 @@ def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
     return out
 
 
+@on_callers_stream
 def reconstruction_error(
     tokens: Array,
     merged: Array,
@@ -240,6 +242,7 @@ def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> A
     return labels
 
 
+@on_callers_stream
 def fidelity_loss(
     tokens: Array,
     merged: Array,

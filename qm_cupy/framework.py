@@ -7,7 +7,7 @@ is trained: losses are plain floats for one sequence or batch.
 from collections.abc import Callable
 from typing import Any
 
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_number
 from .alignment import alignment_loss, decode
 from .budget import token_budget
@@ -180,6 +180,7 @@ class BidirectionalARAlignment:
         """Return the sum of both losses, the mean over the batch."""
         return self._mean_loss(merged, num_groups, "total")
 
+    @on_callers_stream
     def _mean_loss(self, merged: Any, num_groups: Any, which: str) -> Any:
         leave, merged, num_groups = enter(merged=merged, num_groups=num_groups)
         losses = alignment_loss(merged, self.prior, num_groups=num_groups)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_given,
     check_labels,
@@ -41,6 +41,7 @@ class Merged(NamedTuple, Generic[Array]):
     """(B, N): the weights of the merge."""
 
 
+@on_callers_stream
 def merge_tokens(
     tokens: Array,
     labels: Array,
@@ -163,6 +164,7 @@ def _merge_tokens_cuda(
     return out
 
 
+@on_callers_stream
 def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) -> Array:
     """Give every token the value of its group: the gather by labels.
 
@@ -240,6 +242,7 @@ def _deliver(leave: Any, result: NDArray[Any], out: Any, target: Any) -> Any:
     return out
 
 
+@on_callers_stream
 def group_sizes(labels: Array, num_groups: Any) -> Array:
     """Number of tokens of each group.
 
@@ -281,6 +284,7 @@ def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.
     return sizes.reshape(*labels.shape[:-1], num_groups)
 
 
+@on_callers_stream
 def group_positions(labels: Array, num_groups: Any) -> Array:
     """Position of each group: that of its last member.
 

@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_choice,
+    check_given,
     check_mask,
     check_mass,
     check_num_groups,
+    check_out,
     check_protect,
     check_source,
     check_tokens,
@@ -38,6 +40,7 @@ from .selection import (
     saliency_mass,
     select_tokens,
 )
+from .workspace import Workspace
 
 _LAYOUTS = {
     "hidden_states": ("BND", "LBND"),
@@ -47,6 +50,7 @@ _LAYOUTS = {
 }
 
 
+@on_callers_stream
 def quickmerge(
     tokens: Array,
     budget: Any,
@@ -65,6 +69,8 @@ def quickmerge(
     weights: Any = "mass",
     seed: int | None = 0,
     sequence_offset: int = 0,
+    out: Merged[Array] | None = None,
+    workspace: Workspace | None = None,
 ) -> Merged[Array]:
     """Merge token sequences into fewer tokens that a model can read in their place.
 
@@ -101,6 +107,13 @@ def quickmerge(
         As in `saliency_mass`.
     weights : {"mass", "saliency", "uniform"} or ndarray of shape (B, N), default "mass"
         Weights of the merge.
+    out : Merged, optional
+        Where to write the results: those of a call with the same shapes, dtypes and
+        budget. JAX arrays cannot be written.
+    workspace : Workspace, optional
+        Memory for all that is held meanwhile. With it, `out` and an integer `budget`,
+        calls on a GPU allocate nothing from the second on, and CUDA graphs can hold
+        them: see `Workspace`.
 
     Returns
     -------
@@ -130,38 +143,101 @@ def quickmerge(
     >>> merged.tokens.shape, int(merged.sizes.sum())
     ((2, 20, 16), 200)
     """
-    leave, tokens, budget, mask, protect, weights, saliency, *source = enter(
+    places = _places(out)
+    leave, tokens, budget, mask, protect, weights, saliency, *rest = enter(
         tokens=tokens, budget=budget, mask=mask, protect=protect, weights=weights,
         saliency=saliency, hidden_states=hidden_states, attention=attention,
-        query=query, key=key,
+        query=query, key=key, **places,
     )  # fmt: skip
+    source, target = rest[:4], Merged(*rest[4:]) if places else None
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     check_choice("method", method, METHODS)
     check_choice("order", order, ORDERS)
-    if _cuda.is_cuda(tokens):  # copied here, or else by every stage
-        tokens = _cuda.contiguous(tokens)
+    _check_one_source(saliency, *source)
+    _check_weights(weights, tokens.shape[:-1])
+    temperature, epsilon = _check_temperature(temperature), _check_epsilon(epsilon)
+    noise = _check_noise(seed, sequence_offset)
+    with _cuda.memory_of(workspace, tokens):
+        if _cuda.is_cuda(tokens):  # copied here, or else by every stage
+            tokens = _cuda.contiguous(tokens)
+        num_groups = _num_groups(tokens, budget, protect, method, mask)
+        if target is not None:
+            _check_target(target, tokens, num_groups, weights, saliency, *source)
+        scores, mass = _saliency_and_mass(
+            tokens, mask, saliency, source, temperature, noise, epsilon
+        )
+        mass = _weights(weights, scores, mass, mask)
+        anchors = None
+        if method == "nearest":
+            anchors = _anchors(scores, protect, num_groups, noise, mask)
+        labels = cluster_tokens(
+            tokens, num_groups, method=method, anchors=anchors, protect=protect,
+            mask=mask, order=order,
+        )  # fmt: skip
+        place = None if target is None else target.tokens
+        merged = merge_tokens(tokens, labels, num_groups, mass=mass, out=place)
+        sizes = group_sizes(labels, num_groups)
+        positions = group_positions(labels, num_groups)
+        found = Merged(merged, labels, sizes, positions, scores, mass)
+        if target is not None and out is not None:
+            for x, place in zip(found[1:], target[1:], strict=True):
+                place[...] = x
+            return out
+    if workspace is not None and _cuda.is_cuda(tokens):
+        found = Merged(*(x.copy() for x in found))  # into memory of their own
+    return Merged(*map(leave, found))
+
+
+def _places(out: Any) -> dict[str, Any]:
+    """Return the arrays to write to by the names that errors give them."""
+    if out is None:
+        return {}
+    if not isinstance(out, Merged):
+        raise TypeError(f"`out` must be a Merged, got {type(out).__name__}")
+    return {f"out.{name}": x for name, x in out._asdict().items()}
+
+
+def _num_groups(
+    tokens: NDArray[Any], budget: Any, protect: Any, method: str, mask: Any
+) -> Any:
+    """Return K, refusing before any work what `cluster_tokens` would after some."""
     share = isinstance(budget, float | np.floating)
     sizes = _num_valid(tokens[..., 0], mask if share else None)  # K needs no look at it
     num_groups = token_budget(budget, sizes)
-    _check_groups(num_groups, protect, method, tokens, mask)
-    temperature, epsilon = _check_temperature(temperature), _check_epsilon(epsilon)
-    noise = _check_noise(seed, sequence_offset)
-    scores, mass = _saliency_and_mass(
-        tokens, mask, saliency, source, temperature, noise, epsilon
+    shape, limit = tokens.shape[:-1], _num_valid(tokens[..., 0], mask)
+    counts = check_num_groups(num_groups, shape[:-1], limit, name="budget")
+    check_protect(protect, method, counts, shape, mask)
+    return num_groups
+
+
+def _check_target(
+    target: Merged[Any],
+    tokens: NDArray[Any],
+    num_groups: Any,
+    weights: Any,
+    *sources: Any,
+) -> None:
+    """Refuse places that do not fit the results, or lie in an input."""
+    given = [x for x in sources if x is not None]
+    inputs = [tokens, *given] + ([] if isinstance(weights, str) else [weights])
+    scores = _cuda.accumulation((given or [tokens])[0].dtype)
+    mass = scores if isinstance(weights, str) else _cuda.accumulation(weights.dtype)
+    *leading, num_tokens, dim = tokens.shape
+    batch, most = tuple(leading), int(np.max(num_groups, initial=0))
+    each, groups = (*batch, num_tokens), (*batch, most)
+    wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (
+        ("BKD", (*groups, dim), tokens.dtype),
+        ("BN", each, np.dtype(np.int32)),
+        ("BK", groups, np.dtype(np.int32)),
+        ("BK", groups, np.dtype(np.int32)),
+        ("BN", each, scores),
+        ("BN", each, mass),
     )
-    mass = _weights(weights, scores, mass, mask)
-    anchors = None
-    if method == "nearest":
-        anchors = _anchors(scores, protect, num_groups, noise, mask)
-    labels = cluster_tokens(
-        tokens, num_groups, method=method, anchors=anchors, protect=protect, mask=mask,
-        order=order,
-    )  # fmt: skip
-    merged = merge_tokens(tokens, labels, num_groups, mass=mass)
-    sizes = group_sizes(labels, num_groups)
-    positions = group_positions(labels, num_groups)
-    return Merged(*map(leave, (merged, labels, sizes, positions, scores, mass)))
+    for name, x, (axes, shape, dtype) in zip(
+        target._fields, target, wanted, strict=True
+    ):
+        check_out(x, shape, dtype, *inputs, name=f"out.{name}", axes=axes)
 
 
 def _saliency_and_mass(
@@ -177,7 +253,6 @@ def _saliency_and_mass(
 
     The optimized kernels find all that follows the entropy in one launch.
     """
-    _check_one_source(given, *sources)
     shape = tokens.shape[:-1]
     padding = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
     fused = _cuda.is_cuda(tokens) and _cuda.implementation() == "optimized"
@@ -202,15 +277,6 @@ def _saliency_and_mass(
     return scores, _fresh(saliency_mass(scores, probabilities, epsilon=epsilon), mask)
 
 
-def _check_groups(
-    num_groups: Any, protect: Any, method: str, tokens: NDArray[Any], mask: Any
-) -> None:
-    """Refuse, before any work, what `cluster_tokens` would refuse after some."""
-    shape, limit = tokens.shape[:-1], _num_valid(tokens[..., 0], mask)
-    counts = check_num_groups(num_groups, shape[:-1], limit, name="budget")
-    check_protect(protect, method, counts, shape, mask)
-
-
 def _check_one_source(
     given: Any, hidden_states: Any, attention: Any, query: Any, key: Any
 ) -> None:
@@ -225,6 +291,14 @@ def _check_one_source(
         raise ValueError(f"give one source of saliency, got {' and '.join(named)}")
     if (query is None) != (key is None):
         raise ValueError("`query` and `key` go together")
+
+
+def _check_weights(weights: Any, shape: tuple[int, ...]) -> None:
+    if isinstance(weights, str):
+        check_choice("weights", weights, ("mass", "saliency", "uniform"))
+    else:
+        check_given("weights", weights)
+        check_mass(weights, shape, "weights")
 
 
 def _entropy(
@@ -277,9 +351,7 @@ def _weights(
     weights: Any, scores: NDArray[Any], mass: NDArray[Any], mask: NDArray[Any] | None
 ) -> NDArray[Any]:
     if not isinstance(weights, str):
-        check_mass(weights, mass.shape, "weights")
         return _fresh(weights, mask)
-    check_choice("weights", weights, ("mass", "saliency", "uniform"))
     if weights == "mass":
         return mass
     return _fresh(scores if weights == "saliency" else np.ones_like(scores), mask)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_choice,
     check_mask,
@@ -25,6 +25,7 @@ _BLOCK = 256  # rows of scores in flight: a block and its exponentials stay in c
 State = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
+@on_callers_stream
 def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
     r"""Shannon entropy of every row of given attention probabilities, in nats.
 
@@ -115,6 +116,7 @@ def _axes(leading: Sequence[int]) -> tuple[int, int, int]:
     return layers, batch, leading[2] if len(leading) > 2 else 1
 
 
+@on_callers_stream
 def query_key_entropy(
     query: Array,
     key: Array,
@@ -221,6 +223,7 @@ def _query_key_entropy_cuda(
     return out
 
 
+@on_callers_stream
 def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array:
     r"""Entropy of each token's softmax attention to all tokens, scores over √D.
 
@@ -384,6 +387,7 @@ def _expand_mask(
     return np.broadcast_to(mask, shape)
 
 
+@on_callers_stream
 def saliency(
     entropy: Array, *, salient: str = "low", mask: Array | None = None
 ) -> Array:
@@ -470,6 +474,7 @@ def _saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     return out
 
 
+@on_callers_stream
 def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
     """Saliency of each token from its L2 norm, min–max scaled over its sequence.
 

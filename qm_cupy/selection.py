@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_integer,
     check_mask,
@@ -89,6 +89,7 @@ def _gumbel_noise_reference(
     return noise.astype(np.float32).reshape(sizes)
 
 
+@on_callers_stream
 def gumbel_softmax(
     saliency: Array,
     *,
@@ -298,6 +299,7 @@ def _rows(x: Any) -> tuple[int, int]:
     return x.size // x.shape[-1], x.shape[-1]
 
 
+@on_callers_stream
 def saliency_mass(
     saliency: Array, probabilities: Array, *, epsilon: float = 0.01
 ) -> Array:
@@ -371,6 +373,7 @@ def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> An
     return out
 
 
+@on_callers_stream
 def select_tokens(
     scores: Array, num_groups: Any, *, mask: Array | None = None
 ) -> Array:

@@ -1,0 +1,107 @@
+"""Whose device and stream a call works on; stand-ins for CuPy and for CUDA tensors."""
+
+import sys
+import types
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from conftest import to_library
+from test_libraries import CALLS
+
+import qm_cupy as qm
+from qm_cupy import _arrays
+
+NAMES = [name for name in CALLS if name != "decode"]
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """A stand-in for CuPy, on device 0, and what its contexts were entered with."""
+    active = []
+
+    @contextmanager
+    def scope(what):
+        active.append(what)
+        yield
+        active.remove(what)
+
+    def from_external(stream):
+        return scope(("stream", *stream.__cuda_stream__()))
+
+    cuda = types.SimpleNamespace(
+        Device=lambda number: scope(("device", number)),
+        Stream=types.SimpleNamespace(from_external=from_external),
+        runtime=types.SimpleNamespace(getDevice=lambda: 0),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    return active
+
+
+@_arrays.on_callers_stream
+def during(active, tokens, *, fail=False):
+    if fail:
+        raise RuntimeError("in the middle")
+    return list(active)
+
+
+def test_torch_works_in_its_current_stream(entered, monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    class Tensor(torch.Tensor):
+        device = types.SimpleNamespace(type="cuda", index=1)
+
+    stream = types.SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    tensor = torch.zeros(2).as_subclass(Tensor)
+    assert during(entered, tensor) == [("device", 1), ("stream", 0, 77)]
+    merged = qm.Merged(tensor, *[None] * 5)
+    assert during(entered, merged) == [("device", 1), ("stream", 0, 77)]
+    with pytest.raises(RuntimeError, match="in the middle"):
+        during(entered, tensor, fail=True)
+    assert entered == []
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert during(entered, tensor) == []  # and the door says what is missing
+
+
+@pytest.mark.parametrize(
+    ("place", "wanted"), [((2, 1), [("device", 1)]), ((2, 0), []), ((1, 0), [])]
+)
+def test_others_work_on_their_device(entered, place, wanted):
+    class Producer:
+        def __dlpack__(self):
+            raise AssertionError("must not be read")
+
+        def __dlpack_device__(self):
+            return place
+
+    assert during(entered, Producer()) == wanted
+    assert during(entered, tokens=Producer()) == wanted
+
+
+def test_numpy_and_tensors_of_the_cpu_need_nothing(entered, library):
+    assert during(entered, to_library(library, np.ones(3))) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_function_asks_before_its_arrays_come_in(name, monkeypatch):
+    function, given = CALLS[name]
+    inside, entrances = [], []
+
+    @contextmanager
+    def scope(_):
+        inside.append(True)
+        yield
+        inside.pop()
+
+    prepare = _arrays._prepare
+
+    def prepared(*args):
+        entrances.append(bool(inside))
+        return prepare(*args)
+
+    monkeypatch.setattr(_arrays, "_scope", lambda given: scope(given))
+    monkeypatch.setattr(_arrays, "_prepare", prepared)
+    function(**given)
+    assert entrances
+    assert all(entrances)

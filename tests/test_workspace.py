@@ -1,0 +1,235 @@
+"""`out=` and `workspace=`: where results are written and what is allocated.
+
+CuPy's allocator is a stand-in, and kernels run on the emulator.
+"""
+
+import copy
+import sys
+import types
+from contextlib import contextmanager
+
+import emulator
+import numpy as np
+import pytest
+from conftest import to_library, to_numpy
+
+import qm_cupy as qm
+from qm_cupy import _cuda
+
+FIELDS = qm.Merged._fields
+
+
+class Pointer:
+    """As CuPy's MemoryPointer: holds its memory, and that its owner."""
+
+    def __init__(self, memory, offset=0):
+        self.memory, self.ptr = memory, getattr(memory, "ptr", 0) + offset
+
+
+class Cupy:
+    """A stand-in: counts what is allocated, and who is asked for it."""
+
+    def __init__(self):
+        self.sizes, self.current, self.device = [], self.malloc, 0
+        memory = types.SimpleNamespace
+        self.cuda = types.SimpleNamespace(
+            get_allocator=lambda: self.current,
+            using_allocator=self.using,
+            runtime=types.SimpleNamespace(
+                getDevice=lambda: self.device, memGetInfo=lambda: (self.free, 0)
+            ),
+            MemoryPointer=Pointer,
+            UnownedMemory=lambda ptr, size, owner, device: memory(
+                ptr=ptr, owner=owner, device=device
+            ),
+        )
+        self.free = 100
+
+    def get_default_memory_pool(self):
+        return types.SimpleNamespace(free_bytes=lambda: 0)
+
+    def malloc(self, size):
+        self.sizes.append(size)
+        return Pointer(types.SimpleNamespace(ptr=1000 * len(self.sizes)))
+
+    @contextmanager
+    def using(self, allocator):
+        before, self.current = self.current, allocator
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    found = Cupy()
+    monkeypatch.setitem(sys.modules, "cupy", found)
+    return found
+
+
+def test_blocks_of_one_size_are_lent_again(cupy):
+    workspace = qm.Workspace()
+    with workspace.lend():
+        first, second = cupy.current(64), cupy.current(64)
+        assert first.ptr != second.ptr
+        del first
+        third = cupy.current(64)  # the first is free
+        assert cupy.sizes == [64, 64]
+        fourth = cupy.current(65)
+        assert len({second.ptr, third.ptr, fourth.ptr}) == 3
+    assert cupy.current == cupy.malloc
+    assert workspace.nbytes == 64 + 64 + 65
+    del second, third, fourth
+    for _ in range(3):  # the same demands, and no more memory
+        with workspace.lend():
+            held = [cupy.current(size) for size in (65, 64, 64)]
+            assert len({x.ptr for x in held}) == 3
+            del held
+    assert cupy.sizes == [64, 64, 65]
+
+
+def test_a_block_of_another_device_is_not_lent(cupy):
+    workspace = qm.Workspace()
+    with workspace.lend():
+        cupy.current(8)  # and free at once
+        cupy.device = 1
+        assert cupy.current(8).memory.device == 1
+    assert cupy.sizes == [8, 8]
+
+
+def test_arrays_of_no_bytes_take_no_block(cupy):
+    workspace = qm.Workspace()
+    with workspace.lend():
+        cupy.current(0)
+    assert workspace.nbytes == 0
+
+
+def test_free_memory_is_what_it_was_at_first(cupy):
+    workspace = qm.Workspace()
+    with workspace.lend():
+        assert _cuda.free_memory() == 100
+    cupy.free = 30
+    with workspace.lend():
+        assert _cuda.free_memory() == 100
+    assert _cuda.free_memory() == 30
+
+
+def test_a_workspace_is_one():
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(qm.Workspace())
+
+
+def problem(seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((2, 33, 8)).astype(dtype)
+
+
+def same(got, wanted):
+    for x, y in zip(got, wanted, strict=True):
+        assert to_numpy(x).tobytes() == to_numpy(y).tobytes()
+
+
+@pytest.mark.parametrize("method", ["average", "nearest", "contiguous"])
+def test_out_is_written(library, method, dtype):
+    if library == "jax":
+        pytest.skip("JAX arrays are immutable: see below")
+    if library == "array_api_strict" and np.dtype(dtype).itemsize == 2:
+        pytest.skip("array-api-strict has no 16 bits")
+    x, y = (to_library(library, problem(seed, dtype)) for seed in (0, 1))
+    wanted = qm.quickmerge(y, 5, method=method)
+    out = qm.quickmerge(x, 5, method=method)
+    before = [to_numpy(part) for part in out]
+    got = qm.quickmerge(y, 5, method=method, out=out, workspace=qm.Workspace())
+    assert got is out
+    same(before, wanted)  # the very memory
+    same(got, wanted)
+
+
+def test_out_of_jax_cannot_be_written():
+    x = to_library("jax", problem())
+    with pytest.raises(TypeError, match=r"`out.tokens` cannot be written: JAX arrays"):
+        qm.quickmerge(x, 5, out=qm.quickmerge(x, 5))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "strided", "read-only", "list"])
+def test_an_out_that_does_not_fit_is_left_as_it_is(field, wrong):
+    x = problem()
+    out = qm.quickmerge(problem(1), 5)
+    part = getattr(out, field)
+    part = {
+        "shape": lambda: part[..., 1:].copy(),
+        "dtype": lambda: part.astype(np.complex64),
+        "strided": lambda: np.repeat(part, 2, axis=-1)[..., ::2],
+        "read-only": lambda: np.frombuffer(part.tobytes(), part.dtype).reshape(
+            part.shape
+        ),
+        "list": part.tolist,
+    }[wrong]()
+    out = out._replace(**{field: part})
+    before = copy.deepcopy(out)
+    with pytest.raises((TypeError, ValueError), match=rf"`out\.{field}` must"):
+        qm.quickmerge(x, 5, out=out)
+    for x, y in zip(out, before, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_out_must_be_a_merged_and_no_input():
+    x = problem()
+    with pytest.raises(TypeError, match="`out` must be a Merged, got ndarray"):
+        qm.quickmerge(x, 5, out=x)
+    scores = np.ones(x.shape[:2], np.float32)
+    out = qm.quickmerge(x, 5)._replace(saliency=scores)
+    with pytest.raises(ValueError, match=r"`out.saliency` must not share memory"):
+        qm.quickmerge(x, 5, saliency=scores, out=out)
+
+
+@pytest.mark.parametrize("weights", ["mass", "uniform", "float64"])
+@pytest.mark.parametrize("source", ["tokens", "saliency", "hidden_states"])
+def test_out_has_the_dtypes_of_any_call(weights, source):
+    x = problem()
+    given = {
+        "tokens": {},
+        "saliency": {"saliency": np.linspace(0, 1, 66).reshape(2, 33)},
+        "hidden_states": {"hidden_states": problem(3, np.float64)},
+    }[source]
+    if weights == "float64":
+        weights = np.ones((2, 33))
+    wanted = qm.quickmerge(x, 5, weights=weights, **given)
+    out = copy.deepcopy(wanted)
+    for part in out:
+        part[...] = 0
+    same(qm.quickmerge(x, 5, weights=weights, out=out, **given), wanted)
+
+
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+@pytest.mark.parametrize("method", ["average", "nearest", "bipartite", "contiguous"])
+def test_kernels_write_where_they_are_told(kernels, method, monkeypatch):
+    """Under a workspace, results are in memory of their own or in `out`."""
+    emulator.install(monkeypatch)
+    lent, open_now = [], []
+
+    @contextmanager
+    def lend(self):
+        open_now.append(self)
+        yield
+        open_now.pop()
+
+    def empty(shape, dtype):
+        x = emulator.empty(shape, dtype)
+        if open_now:
+            lent.append(x)
+        return x
+
+    monkeypatch.setattr(qm.Workspace, "lend", lend)
+    monkeypatch.setattr(_cuda, "empty", empty)
+    x, y = problem(), problem(1)
+    with qm.use_kernels(kernels):
+        plain = qm.quickmerge(x, 5, method=method)
+        assert lent == []
+        workspace = qm.Workspace()
+        out = qm.quickmerge(y, 5, method=method, workspace=workspace)
+        assert lent
+        assert not any(np.shares_memory(a, b) for a in out for b in lent)
+        again = qm.quickmerge(x, 5, method=method, out=out, workspace=workspace)
+    assert again is out
+    same(out, plain)
