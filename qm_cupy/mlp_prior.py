@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
-from ._arrays import Array, enter
+from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_counts, check_integer, check_seed, check_tokens
 
 
@@ -88,6 +88,7 @@ class MLPPrior:
         generator = np.random.default_rng(check_seed(seed))
         return cls(_random_mlp(generator, *widths), _random_mlp(generator, *widths))
 
+    @on_callers_stream
     def predict(
         self,
         tokens: Array,

@@ -23,8 +23,10 @@ def entered(monkeypatch):
     @contextmanager
     def scope(what):
         active.append(what)
-        yield
-        active.remove(what)
+        try:
+            yield
+        finally:
+            active.remove(what)
 
     def from_external(stream):
         return scope(("stream", *stream.__cuda_stream__()))
