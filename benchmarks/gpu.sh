@@ -37,6 +37,7 @@ else
     echo "no compute-sanitizer" | tee -a "$out/summary.txt"
 fi
 step kernels 210 "$python" benchmarks/kernels.py --minutes 2.8 --json "$out/kernels.json"
+step overhead 30 "$python" benchmarks/overhead.py --json "$out/overhead.json"
 if "$python" -c "from cuda.bindings import nvrtc" 2>/dev/null; then
     # For this GPU alone: all architectures take minutes, and any machine will do.
     arch=$("$python" -c "import cupy; print(cupy.cuda.Device().compute_capability)" ||

@@ -1,10 +1,11 @@
-"""What a call costs beside its mathematics: microseconds, by array library, on the CPU.
+"""What a call costs beside its mathematics: microseconds, by array library.
 
     python benchmarks/overhead.py [--quick] [--json PATH]
 
 One process, libraries in turn, medians of many short runs. torch and JAX are measured
-where they are installed; beside the way out stands each library's own import of a NumPy
-array, below which it cannot be.
+where they are installed, and on a GPU, with CuPy, where there is one: then it is the
+time until a call returns, its kernels under way. Beside the way out stands each
+library's own import of a NumPy (or CuPy) array, below which it cannot be.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,31 +28,56 @@ Calls = dict[str, Callable[[], Any]]
 RUN = 50  # calls between two looks at the clock
 
 
-def importers() -> dict[str, Callable[[np.ndarray], Any]]:
-    """Return, by library, its own way to take a NumPy array."""
-    found: dict[str, Callable[[np.ndarray], Any]] = {"NumPy": np.asarray}
+class Library(NamedTuple):
+    """How arrays get into a library."""
+
+    give: Callable[[np.ndarray], Any]
+    """From NumPy, to where they are measured."""
+    inside: Callable[[np.ndarray], Any]
+    """From NumPy to what the door lets out: NumPy's, or CuPy's on a GPU."""
+    take: Callable[[Any], Any]
+    """The library's own import of that."""
+
+
+def libraries() -> dict[str, Library]:
+    found = {"NumPy": Library(np.asarray, np.asarray, np.asarray)}
+    cupy = None
+    if find_spec("cupy"):
+        import cupy
+
+        cupy = cupy if cupy.is_available() else None
+    if cupy:
+        found["CuPy"] = Library(cupy.asarray, cupy.asarray, cupy.asarray)
     if find_spec("torch"):
         import torch
 
-        found["torch"] = torch.from_numpy
+        found["torch"] = Library(torch.from_numpy, np.asarray, torch.from_numpy)
+        if cupy and torch.cuda.is_available():
+            found["torch CUDA"] = Library(
+                lambda x: torch.from_numpy(x).cuda(), cupy.asarray, torch.from_dlpack
+            )
     if find_spec("jax"):
-        import jax.numpy
+        import jax
 
-        found["JAX"] = jax.numpy.asarray
+        on_gpu = cupy and jax.default_backend() == "gpu"
+        inside = cupy.asarray if on_gpu else np.asarray
+        take = jax.numpy.from_dlpack if on_gpu else jax.numpy.asarray
+        found["JAX"] = Library(jax.numpy.asarray, inside, take)
     return found
 
 
-def calls(give: Callable[[np.ndarray], Any]) -> Calls:
+def calls(library: Library) -> Calls:
     rng = np.random.default_rng(0)
-    inside = rng.standard_normal((8, 4)).astype(np.float32)
-    tokens, mask = give(inside), give(np.ones(8, np.bool_))
+    x = rng.standard_normal((8, 4)).astype(np.float32)
+    give, inside = library.give, library.inside(x)
+    tokens, mask = give(x), give(np.ones(8, np.bool_))
     labels = give(np.arange(8, dtype=np.int32) % 2)
     leave, *_ = enter(tokens=tokens)
     return {
         "door, one array in": lambda: enter(tokens=tokens),
         "door, two arrays in": lambda: enter(tokens=tokens, mask=mask),
         "door, one array out": lambda: leave(inside),
-        "  the library's own import": lambda: give(inside),
+        "  the library's own import": lambda: library.take(inside),
         "unmerge_tokens": lambda: qm.unmerge_tokens(tokens, labels),
         "quickmerge": lambda: qm.quickmerge(tokens, 2),
     }
@@ -76,15 +102,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--json", type=Path, help="write the medians here as well")
     options = parser.parse_args()
-    by_library = {name: calls(give) for name, give in importers().items()}
+    by_library = {name: calls(found) for name, found in libraries().items()}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
     print(f"qm_cupy {qm.__version__}, {machine}; microseconds, N, D = (8, 4)")
-    print(f"{'':<30}" + "".join(f"{name:>10}" for name in by_library))
+    print(f"{'':<30}" + "".join(f"{name:>11}" for name in by_library))
     report: dict[str, dict[str, float]] = {}
     for title in next(iter(by_library.values())):
         contenders = {name: those[title] for name, those in by_library.items()}
         report[title.strip()] = measure(contenders, 3 if options.quick else 40)
-        row = "".join(f"{x:>10.1f}" for x in report[title.strip()].values())
+        row = "".join(f"{x:>11.1f}" for x in report[title.strip()].values())
         print(f"{title:<30}{row}")
     if options.json:
         partial = options.json.with_suffix(".part")

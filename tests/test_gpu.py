@@ -197,13 +197,24 @@ def kernels(request):
         yield request.param
 
 
-@pytest.fixture(params=["cupy", "torch"])
+@pytest.fixture(params=["cupy", "torch", "jax"])
 def library(request):
     if request.param == "torch":
-        torch = pytest.importorskip("torch")
-        if not torch.cuda.is_available():
-            pytest.skip("this torch has no CUDA")
+        need_torch()
+    if request.param == "jax":
+        # Or JAX takes most of the memory for itself, when it is first used.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        jax = pytest.importorskip("jax")
+        if jax.default_backend() != "gpu":
+            pytest.skip("this JAX has no CUDA")
     return request.param
+
+
+def need_torch():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    return torch
 
 
 @pytest.fixture(params=["float16", "bfloat16", "float32", "float64"])
@@ -230,6 +241,11 @@ def as_given(x, library, dtype, strided=False):
         x = np.repeat(x, 2, axis=-1)
     if library == "cupy":
         given = cupy.asarray(x)
+    elif library == "jax":
+        import jax
+
+        with jax.enable_x64(True):
+            given = jax.numpy.asarray(x)
     else:
         import torch
 
@@ -250,7 +266,7 @@ def on_host(x):
         return (
             x.float() if x.dtype.is_floating_point and x.itemsize == 2 else x
         ).numpy()
-    return x.get()
+    return x.get() if isinstance(x, cupy.ndarray) else np.asarray(x)
 
 
 def result_kinds(name, dtype):
@@ -276,12 +292,14 @@ def check(name, got, call, library, dtype):
     room = 20 if name == "quickmerge" else 2
     kinds = result_kinds(name, dtype)
     for x, y, (kind, column) in zip(got, wanted, kinds, strict=True):
-        assert type(x).__module__.split(".")[0] == library
+        assert type(x).__module__.split(".")[0].removesuffix("lib") == library
         assert str(x.dtype).removeprefix("torch.") == kind
         assert tuple(x.shape) == np.shape(y)
         if library == "torch":
             assert x.is_cuda
             assert x.is_contiguous()
+        elif library == "jax":
+            assert x.device.platform == "gpu"
         else:
             assert x.flags.c_contiguous
         if column == "heights":  # rows of nearly equal ones may change places
@@ -394,3 +412,127 @@ def test_a_host_synchronisation_would_be_caught():
     x = cupy.arange(3)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match=r"[cC]apture"):
         capture(lambda: int(x.sum()))
+
+
+GRAPHED = [method for method in METHODS if not (NO_POOL and method in LINKAGES)]
+
+
+def sequences(seed):
+    """Return tokens (2, 257, 64), or fewer without a pool, of float32."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((2, SIZES[-1], 64)).astype(np.float32)
+
+
+def same_results(got, wanted):
+    for x, y in zip(got, wanted, strict=True):
+        assert on_host(x).tobytes() == on_host(y).tobytes()
+
+
+@pytest.mark.parametrize("method", GRAPHED)
+def test_a_workspace_allocates_once(method, kernels):
+    x, workspace = cupy.asarray(sequences(0)), qm.Workspace()
+    wanted = qm.quickmerge(x, 9, method=method)
+    out = qm.quickmerge(x * 2, 9, method=method, workspace=workspace)
+    assert workspace.nbytes > 0
+    qm.quickmerge(x * 3, 9, method=method, out=out, workspace=workspace)
+    held = workspace.nbytes
+
+    def refuse(size):
+        raise AssertionError(f"{size} bytes are allocated")
+
+    with cupy.cuda.using_allocator(refuse):
+        got = qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+    assert got is out
+    assert workspace.nbytes == held
+    same_results(got, wanted)
+
+
+@pytest.mark.parametrize("method", GRAPHED)
+def test_a_graph_replays_with_new_inputs(method, kernels):
+    x, workspace = cupy.asarray(sequences(0)), qm.Workspace()
+    out = qm.quickmerge(x, 9, method=method, workspace=workspace)
+
+    def call():
+        return qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+
+    _, replay = capture(call)
+    for seed in (1, 2):
+        x[...] = cupy.asarray(sequences(seed))
+        cupy.cuda.Device().synchronize()
+        replay()
+        wanted = qm.quickmerge(cupy.asarray(sequences(seed)), 9, method=method)
+        same_results(out, wanted)
+
+
+@pytest.mark.parametrize("method", GRAPHED)
+def test_a_graph_of_torch_replays_with_new_inputs(method, kernels):
+    torch = need_torch()
+    x, workspace = torch.from_numpy(sequences(0)).cuda(), qm.Workspace()
+    out = qm.quickmerge(x, 9, method=method, workspace=workspace)
+    qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+    for seed in (1, 2):
+        new = torch.from_numpy(sequences(seed)).cuda()
+        x.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        same_results(out, qm.quickmerge(new, 9, method=method))
+
+
+def sleep():
+    """Keep CuPy's current stream busy for a tenth of a second or so."""
+    code = """extern "C" __global__ void wait(long long cycles) {
+        for (long long start = clock64(); clock64() - start < cycles;) {}
+    }"""
+    cupy.RawKernel(code, "wait")((1,), (1,), (np.int64(200_000_000),))
+
+
+def test_a_slow_producer_is_waited_for():
+    """In its own stream, and through DLPack's `stream` from another one."""
+
+    class Producer:
+        """Speaks DLPack alone, with its work on a side stream."""
+
+        def __dlpack_device__(self):
+            return x.__dlpack_device__()
+
+        def __dlpack__(self, *, stream=None, **options):
+            with side:  # CuPy lets `stream` wait for the current one
+                return x.__dlpack__(stream=stream, **options)
+
+    values = cupy.asarray(sequences(1))
+    x = cupy.zeros_like(values)
+    wanted = qm.norm_saliency(values).get()
+    side, ours = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    for given, stream in ((x, side), (Producer(), ours)):
+        x[...] = 0
+        cupy.cuda.Device().synchronize()
+        with side:
+            sleep()
+            x[...] = values
+            slow = side.record()
+        with stream:
+            got = qm.norm_saliency(given)
+            assert not slow.done  # the call has not waited: the stream does
+            np.testing.assert_array_equal(got.get(), wanted)
+
+
+def test_torch_is_worked_for_in_its_current_stream():
+    """Its other stream, which waits for that one, does not read too early."""
+    torch = need_torch()
+    values = torch.from_numpy(sequences(1)).cuda()
+    x = torch.zeros_like(values)
+    wanted = qm.norm_saliency(values).cpu()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        x.copy_(values)
+        slow = side.record_event()
+        got = qm.norm_saliency(x)
+        assert not slow.query()  # the call has not waited
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(got.cpu(), wanted)
