@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 _WIDTH = 30
+_PATIENCE = 1.0  # seconds: what is done by then needs no bar
 _CLEAR = "\r\x1b[K"  # to the line's start, and erase it
 
 
@@ -14,19 +15,20 @@ class Step(Protocol):
 
 
 @contextmanager
-def progress(total: int, stream: TextIO) -> Iterator[Step]:
-    """Give a function that shows how many of `total` sequences are done."""
+def progress(total: int, stream: TextIO, unit: str = "sequences") -> Iterator[Step]:
+    """Give a function that shows how many of `total` are done, from a second on."""
     shown = stream.isatty()
     begun = time.monotonic()
 
     def step(done: int) -> None:
-        if not shown:
+        taken = time.monotonic() - begun
+        if not shown or taken < _PATIENCE:
             return
         share = done / max(total, 1)
-        left = (time.monotonic() - begun) * (1 / share - 1) if share else 0
+        left = taken * (1 / share - 1) if share else 0
         bar = ("#" * int(share * _WIDTH)).ljust(_WIDTH, ".")
         rest = f", {left:.0f} s left" if share else ""
-        stream.write(f"{_CLEAR}[{bar}] {done} of {total} sequences{rest}")
+        stream.write(f"{_CLEAR}[{bar}] {done} of {total} {unit}{rest}")
         stream.flush()
 
     try:

@@ -1,6 +1,8 @@
 """The paper's prior: a two-layer perceptron over the mean of the tokens so far."""
 
+import functools
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,7 +11,20 @@ from numpy.typing import NDArray
 
 from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
-from ._checks import check_counts, check_integer, check_seed, check_tokens
+from ._checks import (
+    check_counts,
+    check_integer,
+    check_number,
+    check_seed,
+    check_shape,
+    check_tokens,
+    check_values,
+)
+from ._fitting import Block, RidgeRegression, refine
+from .alignment import AlignmentLoss, alignment_loss
+from .merging import Merged
+
+_ROWS = 1 << 14  # prefixes at a time: 32 MB of hidden activations of width 256
 
 
 class MLP(NamedTuple):
@@ -126,20 +141,244 @@ class MLPPrior:
         """
         leave, tokens, num_groups = enter(tokens=tokens, num_groups=num_groups)
         check_tokens(tokens)
-        network = self.backward if reverse else self.forward
-        dim = network.weight_in.shape[1]
-        if tokens.shape[-1] != dim:
-            raise ValueError(
-                f"`tokens` must have width D = {dim} like the prior, "
-                f"got {tokens.shape[-1]}"
-            )
+        self._check_width("tokens", tokens)
         counts = check_counts(tokens, num_groups)
+        context = _running_mean(tokens, counts, reverse)
         if _cuda.is_cuda(tokens):
-            network = self._copy_beside(tokens, reverse)
-            return leave(_predict_cuda(network, tokens, counts, reverse))
+            return leave(_network_cuda(self._copy_beside(tokens, reverse), context))
+        network = self.backward if reverse else self.forward
         dtype = np.result_type(tokens.dtype, np.float32)
-        context = _running_mean(tokens, counts, reverse).astype(dtype)  # (B, K, D)
-        return leave(network(context).astype(dtype, copy=False))
+        return leave(network(context.astype(dtype)).astype(dtype, copy=False))
+
+    @on_callers_stream
+    def step(
+        self, token: Array, state: Any = None, *, position: Any = None, size: Any = None
+    ) -> tuple[Array, Any]:
+        """Predict the token after this one, and all before it, left to right.
+
+        Parameters
+        ----------
+        token : ndarray of shape (D,) or (B, D)
+            The next token; float16, bfloat16, float32 or float64.
+        state : optional
+            What the step before returned; None at the first token.
+        position, size : optional
+            What other priors read of a `Merged`; this one does not.
+
+        Returns
+        -------
+        prediction : ndarray of shape (D,) or (B, D)
+            As `predict` has it in this token's row.
+        state : object
+            For the next step.
+
+        Raises
+        ------
+        TypeError
+            If `token` is not floating.
+        ValueError
+            If a shape does not fit or an entry is not finite.
+        """
+        leave, token = enter(token=token)
+        check_values("token", token, "D", "BD")
+        self._check_width("token", token)
+        total: Any = None
+        count = 0
+        if state is not None:
+            total, count = state
+            check_shape("token", token, "BD", total.shape)
+        kind = _cuda.accumulation(token.dtype)
+        # As wide as `predict` adds up: float64 but for float32 on a GPU.
+        now = token.astype(kind if _cuda.is_cuda(token) else np.float64)
+        total = total + now if count else now
+        context = (total / (count + 1)).astype(kind)
+        if _cuda.is_cuda(token):
+            network = self._copy_beside(token, False)
+            prediction = _network_cuda(network, context)
+        else:
+            prediction = self.forward(context).astype(kind, copy=False)
+        return leave(prediction), (total, count + 1)
+
+    def loss(
+        self, merged: Array | Merged[Array], *, num_groups: Any = None
+    ) -> AlignmentLoss[Array]:
+        """Return `alignment_loss` under this prior.
+
+        Parameters
+        ----------
+        merged : Merged, or ndarray of shape (K, D) or (B, K, D)
+            Merged tokens.
+        num_groups : int or ndarray of int of shape (B,), optional
+            K of each sequence where they differ.
+
+        Returns
+        -------
+        AlignmentLoss
+            ``forward``, ``backward`` and ``total``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `alignment_loss` does.
+        """
+        return alignment_loss(merged, self, num_groups=num_groups)
+
+    @on_callers_stream
+    def fit(
+        self,
+        sequences: Any,
+        *,
+        ridge: float = 1e-3,
+        steps: int = 0,
+        learning_rate: float = 1e-3,
+        batch_size: int = 256,
+        seed: int = 0,
+    ) -> "MLPPrior":
+        r"""Return a prior fitted to token sequences, without an autograd engine.
+
+        Both networks keep their hidden layer; the output layer is that of ridge
+        regression over all prefixes (suffixes) of all sequences,
+
+        .. math:: \min_W \lVert H W - Y \rVert^2 + \lambda \lVert W \rVert^2,
+
+        in closed form. `steps` of Adam on both layers may follow.
+
+        Parameters
+        ----------
+        sequences : ndarray of shape (K, D) or (B, K, D), Merged, or iterable of these
+            What to fit to; K may differ within an iterable, which is read an array at
+            a time. Padding of a `Merged` is left out.
+        ridge : float, default 1e-3
+            λ over the mean squared norm of a hidden unit's activations, > 0.
+        steps : int, default 0
+            Steps of Adam. They read the sequences several times: an iterator, which can
+            be read only once, will not do.
+        learning_rate : float, default 1e-3
+            Of Adam.
+        batch_size : int, default 256
+            Prefixes of each step.
+        seed : int, default 0
+            Of the order in which steps read them.
+
+        Returns
+        -------
+        MLPPrior
+            With weights of this prior's dtype. Where Adam has not lowered the mean
+            squared error over all sequences, its steps are dropped.
+
+        Raises
+        ------
+        TypeError
+            If a sequence is not floating or no array.
+        ValueError
+            If a shape or width does not fit, an entry is not finite, no sequence has
+            two tokens, an option is out of range, or `steps` come with an iterator.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> walks = np.random.default_rng(0).standard_normal((20, 30, 4)).cumsum(1)
+        >>> prior = MLPPrior.init(4, hidden_dim=32)
+        >>> fitted = prior.fit(walks)
+        >>> bool(fitted.loss(walks).total.mean() < 0.5 * prior.loss(walks).total.mean())
+        True
+        """
+        ridge = check_number("ridge", ridge, 0, np.inf, "()")
+        rate = check_number("learning_rate", learning_rate, 0, np.inf, "()")
+        for name, x, least in (("steps", steps, 0), ("batch_size", batch_size, 1)):
+            if check_integer(name, x) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {x}")
+        seed = check_seed(seed)
+        if isinstance(sequences, Merged) or hasattr(sequences, "__dlpack__"):
+            sequences = [sequences]
+        elif not isinstance(sequences, Iterable):
+            raise TypeError(
+                "`sequences` must be an array, a Merged or an iterable of these, "
+                f"got {type(sequences).__name__}"
+            )
+        if steps and iter(sequences) is sequences:
+            raise ValueError(
+                "`steps` read the sequences several times: give a list of them, "
+                "not an iterator"
+            )
+        networks = self.forward, self.backward
+        fits = [RidgeRegression(network, ridge) for network in networks]
+        for tokens, counts in self._parts(sequences):
+            for reverse, fit in enumerate(fits):
+                for block in _pairs(tokens, counts, bool(reverse)):
+                    fit.add(*block)
+        found = []
+        for reverse, (network, fit) in enumerate(zip(networks, fits, strict=True)):
+            fitted = fit.network()
+            if fitted is None:
+                raise ValueError("`sequences` must have one of two tokens or more")
+            if steps:
+                blocks = functools.partial(self._blocks, sequences, bool(reverse))
+                fitted = refine(fitted, blocks, steps, rate, batch_size, seed)
+            weights = zip(fitted, network, strict=True)
+            found.append(
+                MLP(*(_cuda.to_host(w).astype(old.dtype) for w, old in weights))
+            )
+        return MLPPrior(*found)
+
+    def _blocks(self, sequences: Iterable[Any], reverse: bool) -> Iterator[Block]:
+        for tokens, counts in self._parts(sequences):
+            yield from _pairs(tokens, counts, reverse)
+
+    def _parts(
+        self, sequences: Iterable[Any]
+    ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+        """Give tokens (b, K, D) and their counts (b,), a few sequences at a time."""
+        for given in sequences:
+            sizes = given.sizes if isinstance(given, Merged) else None
+            tokens = given.tokens if isinstance(given, Merged) else given
+            _, tokens, sizes = enter(sequences=tokens, sizes=sizes)
+            check_tokens(tokens, "sequences")
+            self._check_width("sequences", tokens)
+            valid = None if sizes is None else _cuda.to_host((sizes > 0).sum(axis=-1))
+            each = check_counts(tokens, valid).reshape(-1)
+            tokens = tokens.reshape(-1, *tokens.shape[-2:])
+            part = max(1, _ROWS // tokens.shape[-2])
+            for first in range(0, len(tokens), part):
+                yield tokens[first : first + part], each[first : first + part]
+
+    def _check_width(self, name: str, x: NDArray[Any]) -> None:
+        dim = self.forward.weight_in.shape[1]
+        if x.shape[-1] != dim:
+            raise ValueError(
+                f"`{name}` must have width D = {dim} like the prior, got {x.shape[-1]}"
+            )
+
+    @classmethod
+    def from_state_dict(
+        cls, forward: Mapping[str, Any], backward: Mapping[str, Any]
+    ) -> "MLPPrior":
+        """Make a prior of two networks trained in torch, as the paper's code has them.
+
+        Parameters
+        ----------
+        forward, backward : mapping of str to ndarray
+            The ``state_dict()`` of ``nn.Sequential(nn.Linear(D, H), nn.ReLU(),
+            nn.Linear(H, D))``: "0.weight" (H, D), "0.bias" (H,), "2.weight" (D, H) and
+            "2.bias" (D,), of torch or any other library.
+
+        Returns
+        -------
+        MLPPrior
+            With copies of the weights, in float32 or float64.
+
+        Raises
+        ------
+        TypeError
+            If a weight is not floating.
+        ValueError
+            If names or shapes do not fit.
+        """
+        networks = _state_mlp("forward", forward), _state_mlp("backward", backward)
+        dims = [network.weight_in.shape[1] for network in networks]
+        if dims[0] != dims[1]:
+            raise ValueError(f"`forward` has width D = {dims[0]}, `backward` {dims[1]}")
+        return cls(*networks)
 
     def _copy_beside(self, tokens: Any, reverse: bool) -> MLP:
         """Return a network with its weights on the device of `tokens`."""
@@ -153,29 +392,55 @@ class MLPPrior:
         return self._copies[key]
 
 
-def _predict_cuda(
-    network: MLP, tokens: Any, counts: NDArray[np.int64], reverse: bool
-) -> Any:
-    num_groups, dim = tokens.shape[-2:]
-    batch = math.prod(tokens.shape[:-2])
-    kind = _cuda.accumulation(tokens.dtype)
-    chosen = _cuda.implementation()
-    file = f"{chosen}/alignment"
-    context = _cuda.empty(tokens.shape, kind)
-    each, _ = _cuda.counts(counts)
-    sizes = batch, num_groups, dim, int(reverse)
-    args: tuple[Any, ...] = (_cuda.contiguous(tokens), each, *sizes, context)
-    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
-    _cuda.launch(file, "prefix_means", tokens.dtype, batch * columns, args)
-    layers = (*network[:2], 1), (*network[2:], 0)
-    for weight, bias, relu in layers:
+def _pairs(
+    tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
+) -> Iterator[Block]:
+    """Give the means that a network reads (R, D) and the tokens it should predict."""
+    known = np.arange(1, tokens.shape[-2]) < counts[:, None]  # (b, K - 1)
+    if not known.any():
+        return
+    context = _running_mean(tokens, counts, reverse)
+    ahead, behind = slice(1, None), slice(None, -1)
+    read, wanted = (ahead, behind) if reverse else (behind, ahead)
+    chosen = np.asarray(known, like=context)
+    x, y = context[:, read][chosen], tokens[:, wanted][chosen]
+    yield x.astype(np.float64), y.astype(np.float64)
+
+
+_STATE = {"0.weight": "HD", "0.bias": "H", "2.weight": "DH", "2.bias": "D"}
+
+
+def _state_mlp(name: str, state: Mapping[str, Any]) -> MLP:
+    if set(state) != set(_STATE):
+        raise ValueError(f"`{name}` must hold {[*_STATE]}, got {[*state]}")
+    _, *weights = enter(**{f"{name}[{key!r}]": state[key] for key in _STATE})
+    sizes: dict[str, int] = {}
+    found = []
+    for (key, axes), weight in zip(_STATE.items(), weights, strict=True):
+        label = f"{name}[{key!r}]"
+        check_values(label, weight, axes)
+        wanted = tuple(
+            sizes.setdefault(axis, size)
+            for axis, size in zip(axes, weight.shape, strict=True)
+        )
+        check_shape(label, weight, axes, wanted)
+        kind = _cuda.accumulation(weight.dtype)
+        found.append(np.array(_cuda.to_host(weight), dtype=kind, order="C"))
+    return MLP(*found)
+
+
+def _network_cuda(network: MLP, context: Any) -> Any:
+    """Return the network's output for contexts (..., D), by two launches."""
+    chosen, kind = _cuda.implementation(), context.dtype
+    context = _cuda.contiguous(context)
+    for weight, bias, relu in ((*network[:2], 1), (*network[2:], 0)):
         out_dim, in_dim = weight.shape
-        out = _cuda.empty((*tokens.shape[:-1], out_dim), kind)
-        rows = batch * num_groups
+        out = _cuda.empty((*context.shape[:-1], out_dim), kind)
+        rows = math.prod(context.shape[:-1])
         args = (context, weight, bias, rows, in_dim, out_dim, relu, out)
         tiles = -(-rows // _cuda.TILE) * -(-out_dim // _cuda.TILE)
         threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
-        _cuda.launch(file, "linear", kind, threads, args)
+        _cuda.launch(f"{chosen}/alignment", "linear", kind, threads, args)
         context = out
     return context
 
@@ -195,8 +460,30 @@ def _random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> ML
 
 def _running_mean(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
-) -> NDArray[np.float64]:
+) -> NDArray[Any]:
     """Return the mean of tokens 1..t, or of t..K in reverse, for every t at once."""
+    if _cuda.is_cuda(tokens):
+        return _running_mean_cuda(tokens, counts, reverse)
+    return _running_mean_reference(tokens, counts, reverse)
+
+
+def _running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> Any:
+    num_groups, dim = tokens.shape[-2:]
+    batch = math.prod(tokens.shape[:-2])
+    out = _cuda.empty(tokens.shape, _cuda.accumulation(tokens.dtype))
+    chosen = _cuda.implementation()
+    each, _ = _cuda.counts(counts)
+    sizes = batch, num_groups, dim, int(reverse)
+    args = (_cuda.contiguous(tokens), each, *sizes, out)
+    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
+    kernel = f"{chosen}/alignment", "prefix_means"
+    _cuda.launch(*kernel, tokens.dtype, batch * columns, args)
+    return out
+
+
+def _running_mean_reference(
+    tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
+) -> NDArray[np.float64]:
     most = tokens.shape[-2]
     place = np.arange(most)[:, None]  # (K, 1)
     total = tokens.astype(np.float64)

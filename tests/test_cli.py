@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import qm_cupy as qm
-from qm_cupy import _cli
+from qm_cupy import _cli, _progress
 from qm_cupy._cli import main
 
 FORMATS = ["raw.npy", "stored.npz", "deflated.npz", "flat.safetensors"]
@@ -187,6 +187,7 @@ def test_progress_on_a_terminal_only(tmp_path, tokens, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(_progress, "_PATIENCE", 0)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(_cli, "_CHUNK", 1)
     compress(path)

@@ -1,0 +1,118 @@
+"""How an `MLPPrior` learns: ridge regression in closed form, then Adam.
+
+Arrays are NumPy's or CuPy's. A block is inputs (R, D) and targets (R, D), float64; a
+fit asks for all blocks anew at every pass over the data.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .mlp_prior import MLP
+
+Block = tuple[Any, Any]
+Blocks = Callable[[], Iterator[Block]]
+
+_DECAY, _SQUARE_DECAY, _TINY = 0.9, 0.999, 1e-8  # Adam's own
+
+
+class RidgeRegression:
+    """Finds the output layer of least squares; the hidden layer stays as it is.
+
+    Solves (HᵀH + λI) W = HᵀY for hidden activations H and a constant, which λ spares;
+    λ is `ridge` times the mean of HᵀH's diagonal.
+    """
+
+    def __init__(self, network: "MLP", ridge: float) -> None:
+        self._network, self._ridge = network, ridge
+        self._gram: Any = None
+        self._moments: Any = None
+
+    def add(self, x: Any, y: Any) -> None:
+        """Take in a block."""
+        if self._gram is None:
+            wide = (np.asarray(w, dtype=np.float64, like=x) for w in self._network)
+            self._network = type(self._network)(*wide)
+            self._gram = self._moments = 0
+        network = self._network
+        hidden = np.maximum(x @ network.weight_in.T + network.bias_in, 0)
+        hidden = np.concatenate([hidden, np.ones_like(hidden[:, :1])], axis=1)
+        self._gram = self._gram + hidden.T @ hidden
+        self._moments = self._moments + hidden.T @ y
+
+    def network(self) -> "MLP | None":
+        """Return the fitted network, in float64; None if there was no block."""
+        if self._gram is None:
+            return None
+        penalty = np.eye(len(self._gram), like=self._gram)
+        penalty[-1, -1] = 0
+        mean = np.diagonal(self._gram)[:-1].mean()
+        # The floor is for hidden units none of which ever fires.
+        strength = np.maximum(self._ridge * mean, np.finfo(np.float64).tiny)
+        weights = np.linalg.solve(self._gram + strength * penalty, self._moments)
+        return self._network._replace(weight_out=weights[:-1].T, bias_out=weights[-1])
+
+
+def mean_squared_error(network: "MLP", blocks: Blocks) -> float:
+    """Return the error of all blocks together."""
+    total, count = 0.0, 0
+    for x, y in blocks():
+        total = total + ((network(x) - y) ** 2).sum()
+        count += y.size
+    return float(total) / count
+
+
+def gradient(network: "MLP", x: Any, y: Any) -> "MLP":
+    """Return the gradient of a block's mean squared error, shaped as the network."""
+    before = x @ network.weight_in.T + network.bias_in
+    hidden = np.maximum(before, 0)
+    error = hidden @ network.weight_out.T + network.bias_out - y
+    error = error * (2 / error.size)
+    back = (error @ network.weight_out) * (before > 0)
+    parts = back.T @ x, back.sum(axis=0), error.T @ hidden, error.sum(axis=0)
+    return type(network)(*parts)
+
+
+def refine(
+    network: "MLP",
+    blocks: Blocks,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> "MLP":
+    """Return the network after so many steps of Adam, or as it was if that was better.
+
+    A step reads up to `batch_size` rows of a block, drawn anew at every pass.
+    """
+    moment = [0.0 * w for w in network]
+    square = [0.0 * w for w in network]
+    now = network
+    batches = _batches(blocks, batch_size, np.random.default_rng(seed))
+    for step, (x, y) in enumerate(itertools.islice(batches, steps), 1):
+        slope = gradient(now, x, y)
+        bias, square_bias = 1 - _DECAY**step, 1 - _SQUARE_DECAY**step
+        weights = []
+        for i, (w, g) in enumerate(zip(now, slope, strict=True)):
+            moment[i] = _DECAY * moment[i] + (1 - _DECAY) * g
+            square[i] = _SQUARE_DECAY * square[i] + (1 - _SQUARE_DECAY) * g * g
+            size = (square[i] / square_bias) ** 0.5 + _TINY
+            weights.append(w - learning_rate * moment[i] / bias / size)
+        now = type(network)(*weights)
+    better = mean_squared_error(now, blocks) < mean_squared_error(network, blocks)
+    return now if better else network
+
+
+def _batches(
+    blocks: Blocks, batch_size: int, generator: np.random.Generator
+) -> Iterator[Block]:
+    while True:
+        for x, y in blocks():
+            order: NDArray[np.intp] = generator.permutation(len(x))
+            for first in range(0, len(x), batch_size):
+                chosen = np.asarray(order[first : first + batch_size], like=x)
+                yield x[chosen], y[chosen]
