@@ -2,8 +2,10 @@
 
 import functools
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from ._checks import (
     check_values,
 )
 from ._fitting import Block, RidgeRegression, refine
+from ._weights import load_weights, save_weights
 from .alignment import AlignmentLoss, alignment_loss
 from .merging import Merged
 
@@ -342,6 +345,65 @@ class MLPPrior:
             for first in range(0, len(tokens), part):
                 yield tokens[first : first + part], each[first : first + part]
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights as a safetensors file, at once or not at all.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Where to; a file there is replaced.
+
+        Raises
+        ------
+        ImportError
+            Without the extra ``safetensors``.
+        OSError
+            If the file cannot be written.
+
+        See Also
+        --------
+        MLPPrior.load : The way back, bit for bit.
+        """
+        both = {"forward": self.forward, "backward": self.backward}
+        arrays = {
+            f"{direction}.{name}": weight
+            for direction, network in both.items()
+            for name, weight in network._asdict().items()
+        }
+        hidden_dim, dim = self.forward.weight_in.shape
+        settings = {"dim": dim, "hidden_dim": hidden_dim}
+        save_weights(Path(path), "MLPPrior", settings, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "MLPPrior":
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A file that `save` has written.
+
+        Returns
+        -------
+        MLPPrior
+            Equal to the saved one, bit for bit.
+
+        Raises
+        ------
+        ImportError
+            Without the extra ``safetensors``.
+        OSError
+            If the file cannot be read.
+        ValueError
+            If any of its bytes is not as it was saved, or it is no file of this prior.
+        """
+        _, arrays = load_weights(Path(path), "MLPPrior", _declared)
+        networks = (
+            MLP(*(arrays[f"{direction}.{name}"] for name in MLP._fields))
+            for direction in ("forward", "backward")
+        )
+        return cls(*networks)
+
     def _check_width(self, name: str, x: NDArray[Any]) -> None:
         dim = self.forward.weight_in.shape[1]
         if x.shape[-1] != dim:
@@ -405,6 +467,25 @@ def _pairs(
     chosen = np.asarray(known, like=context)
     x, y = context[:, read][chosen], tokens[:, wanted][chosen]
     yield x.astype(np.float64), y.astype(np.float64)
+
+
+def _declared(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a file of these settings must hold."""
+    widths = settings.get("dim"), settings.get("hidden_dim")
+    dim, hidden_dim = (x if isinstance(x, int) and x > 0 else 0 for x in widths)
+    if not dim or not hidden_dim or set(settings) != {"dim", "hidden_dim"}:
+        raise ValueError(f"`dim` and `hidden_dim` must be at least 1, got {settings}")
+    shapes = {
+        "weight_in": (hidden_dim, dim),
+        "bias_in": (hidden_dim,),
+        "weight_out": (dim, hidden_dim),
+        "bias_out": (dim,),
+    }
+    return {
+        f"{direction}.{name}": shape
+        for direction in ("forward", "backward")
+        for name, shape in shapes.items()
+    }
 
 
 _STATE = {"0.weight": "HD", "0.bias": "H", "2.weight": "DH", "2.bias": "D"}
