@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from . import __version__, _cuda
 from ._checks import check_tokens
 from ._doctor import doctor
-from ._files import Mask, Stored, check_output, open_tokens, replacing, write_merged
+from ._files import Mask, Stored, check_output, open_tokens, write_merged
 from ._progress import Step, progress
+from ._replacing import replacing
 from .budget import token_budget
 from .clustering import METHODS, ORDERS
 from .merging import Merged

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ._files import replacing
+from ._replacing import replacing
 from .alignment import alignment_loss
 from .budget import token_budget
 from .clustering import cluster_tokens

@@ -1,7 +1,6 @@
 """Files of token arrays: read a few sequences at a time, written in one piece."""
 
 import math
-import os
 import tokenize
 import zipfile
 import zlib
@@ -239,25 +238,6 @@ def check_output(path: Path, source: Path) -> None:
         raise ValueError(f"the output {path} is a folder")
     if path.exists() and path.samefile(source):
         raise ValueError(f"the output {path} is the input")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file under a temporary name that becomes `path` if all goes well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        file = temporary.open("xb")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:  # KeyboardInterrupt too
-        temporary.unlink()
-        raise
 
 
 def write_merged(
