@@ -159,10 +159,10 @@ def check_num_groups(
         counts = np.full(batch, check_integer(name, num_groups), dtype=np.int64)
     unlimited = most is None or _cuda.is_cuda(most)  # of a mask on a GPU: not looked at
     limits = np.asarray(np.iinfo(np.int32).max if unlimited else most)
-    limit = np.broadcast_to(limits, counts.shape)
-    wrong = np.argwhere((counts < 1) | (counts > limit))
-    if len(wrong):
-        at = tuple(wrong[0])
+    wrong = (counts < 1) | (counts > limits)
+    if wrong.any():
+        at = tuple(np.argwhere(wrong)[0])
+        limit = np.broadcast_to(limits, counts.shape)
         where = f" for sequence {int(at[0])}" if at and limits.ndim else ""
         top = ".." if unlimited else f"..{limit[at]} (its tokens)"
         raise ValueError(f"`{name}` must lie in 1{top}{where}, got {counts[at]}")

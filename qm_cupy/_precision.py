@@ -1,5 +1,6 @@
 """Whether float32 may be multiplied as TF32; off, unless the user allows it."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,11 @@ class allow_tf32:  # noqa: N801
 
 def kernel_dtype(file: str, dtype: Any) -> str:
     """Return the dtype that a file's kernels are compiled for: TF32 for float32?"""
-    name = np.dtype(dtype).name
+    name = _name(np.dtype(dtype))
     by_tensor_cores = _allowed and name == "float32" and file.startswith("optimized/")
     return TF32 if by_tensor_cores else name
+
+
+@functools.lru_cache(maxsize=16)
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # which NumPy composes anew, at the price of a launch
