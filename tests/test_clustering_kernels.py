@@ -141,7 +141,7 @@ def test_a_batch_that_does_not_fit_goes_in_parts(emulated, monkeypatch):
     )
 
     def in_parts(free):
-        monkeypatch.setattr(_cuda, "free_memory", lambda: free)
+        patch.setattr(_cuda, "free_memory", lambda: free)
         return qm.cluster_tokens(tokens, counts, **given)
 
     with monkeypatch.context() as patch:
