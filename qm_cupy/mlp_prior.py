@@ -231,7 +231,7 @@ class MLPPrior:
         self,
         sequences: Any,
         *,
-        ridge: float = 1e-3,
+        ridge: float = 1e-2,
         steps: int = 0,
         learning_rate: float = 1e-3,
         batch_size: int = 256,
@@ -251,7 +251,7 @@ class MLPPrior:
         sequences : ndarray of shape (K, D) or (B, K, D), Merged, or iterable of these
             What to fit to; K may differ within an iterable, which is read an array at
             a time. Padding of a `Merged` is left out.
-        ridge : float, default 1e-3
+        ridge : float, default 1e-2
             λ over the mean squared norm of a hidden unit's activations, > 0.
         steps : int, default 0
             Steps of Adam. They read the sequences several times: an iterator, which can

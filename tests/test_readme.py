@@ -30,7 +30,9 @@ def test_files_it_names_exist():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("script", ["clustering.py", "overhead.py", "reference.py"])
+@pytest.mark.parametrize(
+    "script", ["alignment.py", "clustering.py", "overhead.py", "reference.py"]
+)
 def test_benchmarks_run(script, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--quick", "--json", "out.json"],
