@@ -23,7 +23,7 @@ from .merging import (
     unmerge_tokens,
 )
 from .mlp_prior import MLP, MLPPrior
-from .pipeline import quickmerge
+from .pipeline import Choice, choose_merge, quickmerge
 from .saliency import (
     attention_entropy,
     norm_saliency,
@@ -40,6 +40,7 @@ __all__ = [
     "MLP",
     "AlignmentLoss",
     "BidirectionalARAlignment",
+    "Choice",
     "DifferentiableTokenMerging",
     "EntropyAwareSaliency",
     "KernelCompilationError",
@@ -54,6 +55,7 @@ __all__ = [
     "allow_tf32",
     "attention_entropy",
     "check_finite",
+    "choose_merge",
     "cluster_tokens",
     "cosine_similarity",
     "cut_linkage",

@@ -167,7 +167,7 @@ def to_device(x: NDArray[Any]) -> Any:
 
 def to_host(x: Any) -> Any:
     """Return an array of the CPU's, which waits for the GPU; part of the seam."""
-    return x if x is None or isinstance(x, np.ndarray) else x.get()
+    return x if x is None or isinstance(x, np.ndarray | np.generic) else x.get()
 
 
 class Device(NamedTuple):

@@ -1,0 +1,133 @@
+"""Choosing by alignment: the scores, who is kept, and what is refused."""
+
+import emulator
+import numpy as np
+import pytest
+from conftest import assert_close, to_library, to_numpy
+
+import qm_cupy as qm
+
+PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
+WAYS = [{"method": "average"}, {"method": "ward", "budget": 9}, {"method": "single"}]
+
+
+@pytest.fixture
+def walks(rng):
+    return rng.standard_normal((6, 30, 5)).cumsum(1)
+
+
+def score(tokens, merged, alpha, gamma):
+    """The formula for one sequence, on groups that are there."""
+    kept = merged.tokens[merged.sizes > 0]
+    rebuilt = kept[merged.labels[merged.labels >= 0]]
+    x = tokens[merged.labels >= 0]
+    error = ((x - rebuilt) ** 2).sum() / (x**2).sum()
+    loss = qm.alignment_loss(kept, PRIOR).total
+    return alpha * loss + max(0.0, error - (1 - gamma) ** 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_sequence_takes_the_least_score(walks, rng, masked):
+    mask = rng.random((6, 30)) < 0.8 if masked else None
+    got = qm.choose_merge(
+        walks, WAYS, PRIOR, alpha=0.02, gamma=0.9, mask=mask, budget=6
+    )
+    merges = [qm.quickmerge(walks, **{"budget": 6, **w}, mask=mask) for w in WAYS]
+    for b in range(6):
+        each = [qm.Merged(*(x[b] for x in m)) for m in merges]
+        wanted = [score(walks[b], m, 0.02, 0.9) for m in each]
+        np.testing.assert_allclose(got.scores[:, b], wanted, rtol=1e-6)
+        best = each[int(np.argmin(wanted))]
+        assert got.best[b] == np.argmin(wanted)
+        count = len(best.sizes)
+        np.testing.assert_array_equal(got.merged.tokens[b, :count], best.tokens)
+        np.testing.assert_array_equal(got.merged.sizes[b, :count], best.sizes)
+        np.testing.assert_array_equal(got.merged.positions[b, :count], best.positions)
+        for name in ("labels", "saliency", "mass"):
+            np.testing.assert_array_equal(
+                getattr(got.merged, name)[b], getattr(best, name)
+            )
+        assert not got.merged.tokens[b, count:].any()
+        assert not got.merged.sizes[b, count:].any()
+        assert (got.merged.positions[b, count:] == -1).all()
+    assert got.best.dtype == np.int32
+    assert len(set(got.best.tolist())) > 1  # or the test shows little
+
+
+def test_equal_scores_go_to_the_first(walks):
+    got = qm.choose_merge(walks, [{}, {}, {}], PRIOR, budget=4)
+    assert not got.best.any()
+    np.testing.assert_array_equal(got.scores[0], got.scores[2])
+
+
+def test_one_sequence_is_a_batch_of_one(walks):
+    alone = qm.choose_merge(walks[2], WAYS, PRIOR, budget=6)
+    batch = qm.choose_merge(walks[2:3], WAYS, PRIOR, budget=6)
+    assert alone.scores.shape == (3,)
+    assert alone.best.shape == ()
+    assert_close(alone.scores, batch.scores[:, 0])
+    for x, y in zip(alone.merged, batch.merged, strict=True):
+        assert_close(x, y[0])
+
+
+def test_any_library(walks, library):
+    wanted = qm.choose_merge(walks, WAYS, PRIOR, budget=6)
+    tokens = to_library(library, walks)
+    got = qm.choose_merge(tokens, WAYS, PRIOR, budget=6)
+    pairs = zip(
+        (*got.merged, got.scores, got.best),
+        (*wanted.merged, wanted.scores, wanted.best),
+        strict=True,
+    )
+    for x, y in pairs:
+        assert type(x) is type(tokens)
+        assert to_numpy(x).dtype == y.dtype
+        np.testing.assert_array_equal(to_numpy(x), y)
+
+
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+def test_by_kernels(walks, kernels, monkeypatch):
+    wanted = qm.choose_merge(walks, WAYS[:2], PRIOR, budget=6)
+    emulator.install(monkeypatch)
+    prior = qm.MLPPrior(PRIOR.forward, PRIOR.backward)
+    with qm.use_kernels(kernels):
+        got = qm.choose_merge(walks, WAYS[:2], prior, budget=6)
+    np.testing.assert_array_equal(got.best, wanted.best)
+    assert_close(got.scores, wanted.scores)
+    assert_close(got.merged.tokens, wanted.merged.tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"candidates": []}, ValueError, "at least one"),
+        ({"candidates": {"seed": 1}}, TypeError, "sequence of mappings, got dict"),
+        ({"candidates": iter([{}])}, TypeError, "sequence of mappings"),
+        ({"candidates": [{}, 3]}, TypeError, r"`candidates\[1\]` must be a mapping"),
+        ({"candidates": [{"tau": 1}]}, TypeError, r"candidates\[0\]`.*got tau"),
+        ({"candidates": [{"mask": None}]}, TypeError, "got mask"),
+        ({"candidates": [{"method": "magic"}]}, ValueError, "`method`"),
+        ({"budget": 99}, ValueError, "`budget`"),
+        ({"alpha": -1}, ValueError, "`alpha`"),
+        ({"gamma": 2}, ValueError, "`gamma`"),
+        ({"tokens": None}, TypeError, "`tokens`"),
+    ],
+)
+def test_what_cannot_be_chosen(walks, change, error, message):
+    given = {"tokens": walks, "candidates": WAYS, "prior": PRIOR, "budget": 6}
+    with pytest.raises(error, match=message):
+        qm.choose_merge(**{**given, **change})
+
+
+def test_a_budget_is_needed(walks):
+    with pytest.raises(ValueError, match=r"`candidates\[0\]` has no `budget`"):
+        qm.choose_merge(walks, WAYS, PRIOR)
+
+
+def test_the_loss_of_one_merged_sequence(walks):
+    merged = qm.quickmerge(walks[0], 6)
+    assert_close(
+        qm.alignment_loss(merged, PRIOR), qm.alignment_loss(merged.tokens, PRIOR)
+    )
+    fitted = PRIOR.fit(merged).predict(walks[0])
+    assert_close(fitted, PRIOR.fit(merged.tokens).predict(walks[0]))
