@@ -7,7 +7,6 @@ cores. With a GPU and CuPy, the GPU's. Peers that are not installed are left out
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -24,6 +23,7 @@ from scipy.spatial.distance import pdist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
 
+from report import write_json
 from workload import cupy, torch
 
 import kernels  # its neighbour, which times what a GPU does
@@ -218,9 +218,7 @@ def main() -> None:
         for name, error in row.get("errors", {}).items():
             print(f"    {name}: {error}")
     if options.json:
-        partial = options.json.with_suffix(".part")
-        partial.write_text(json.dumps(report, indent=2))
-        partial.replace(options.json)
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import datetime
 import functools
 import gc
 import itertools
-import json
 import math
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
 
+from report import write_json
 from workload import DTYPE, Case, cases, cupy, draw, torch
 
 import qm_cupy as qm
@@ -280,9 +280,7 @@ def main() -> None:
         rounds = 5 if options.quick else 15
         report["rows"].append(row_of(title, make(*sizes), report["ceilings"], rounds))
         if options.json:  # after each, so that a run cut short leaves what it has
-            partial = options.json.with_suffix(".part")
-            partial.write_text(json.dumps(report, indent=2))
-            partial.replace(options.json)
+            write_json(options.json, report)
     for part in ("machine", "ceilings"):
         print(", ".join(f"{name} {value}" for name, value in report[part].items()))
     show(report["rows"])

@@ -9,7 +9,6 @@ library's own import of a NumPy (or CuPy) array, below which it cannot be.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from report import write_json
 
 import qm_cupy as qm
 from qm_cupy._arrays import enter
@@ -113,11 +113,7 @@ def main() -> None:
         row = "".join(f"{x:>11.1f}" for x in report[title.strip()].values())
         print(f"{title:<30}{row}")
     if options.json:
-        partial = options.json.with_suffix(".part")
-        partial.write_text(
-            json.dumps({"machine": machine, "microseconds": report}, indent=2)
-        )
-        partial.replace(options.json)
+        write_json(options.json, {"machine": machine, "microseconds": report})
 
 
 if __name__ == "__main__":

@@ -6,17 +6,15 @@ One process, contenders in turn, medians, ratios to the naive form (below 1 is f
 """
 
 import argparse
-import json
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from report import median_seconds, write_json
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import pdist
 from scipy.special import entr, softmax
@@ -141,18 +139,12 @@ def merge_contenders(
 def measure(contenders: Contenders, repeats: int) -> dict[str, float]:
     """Return the median seconds of each contender, run in turn after one warm-up."""
     results = {name: np.asarray(run()) for name, run in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
     for name, result in results.items():  # the same sums, unless they are labels
         if result.dtype.kind == "f":
             np.testing.assert_allclose(
                 result, results["naive"], rtol=2e-3, atol=2e-3, err_msg=name
             )
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return median_seconds(contenders, repeats)
 
 
 def cases(quick: bool) -> dict[str, Contenders]:
@@ -198,11 +190,7 @@ def main() -> None:
             ratio = median / medians["naive"]
             print(f"    {name:<38}{1e3 * median:>10.2f}{ratio:>9.2f}×")
     if options.json:
-        partial = options.json.with_suffix(".part")
-        partial.write_text(
-            json.dumps({"machine": machine, "seconds": report}, indent=2)
-        )
-        partial.replace(options.json)
+        write_json(options.json, {"machine": machine, "seconds": report})
 
 
 if __name__ == "__main__":

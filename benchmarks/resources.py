@@ -7,7 +7,6 @@ prints registers, spills, shared memory and theoretical occupancy; exits 1 on a 
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests, qm_cupy
+
+from report import write_json
 
 from qm_cupy import _cuda
 from tests.emulator.nvrtc import compile_log
@@ -150,9 +151,7 @@ def main() -> None:
             f"    sm_{row['arch']} {row['dtype']} {row['kernel']}: {row['spill_bytes']}"
         )
     if options.json:
-        partial = options.json.with_suffix(".part")
-        partial.write_text(json.dumps({"kernels": rows}, indent=2))
-        partial.replace(options.json)
+        write_json(options.json, {"kernels": rows})
     sys.exit(1 if spilled else 0)
 
 

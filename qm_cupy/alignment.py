@@ -103,9 +103,7 @@ def alignment_loss(
         merged=given, num_groups=num_groups, positions=positions, sizes=sizes
     )
     check_tokens(tokens, "merged")
-    if num_groups is None and sizes is not None:
-        num_groups = _cuda.to_host((sizes > 0).sum(axis=-1))
-    counts = check_counts(tokens, num_groups)
+    counts = _counts(tokens, num_groups, sizes)
     valid = counts if counts.ndim else int(counts)
     known = {"num_groups": valid, "positions": positions, "sizes": sizes}
     after = prior.predict(tokens, **known)
@@ -117,6 +115,13 @@ def alignment_loss(
         find = _alignment_loss_cuda
     forward, backward = find(tokens, after, before, counts)
     return AlignmentLoss(leave(forward), leave(backward), leave(forward + backward))
+
+
+def _counts(tokens: NDArray[Any], num_groups: Any, sizes: Any) -> NDArray[np.int64]:
+    """Return K of each sequence: what is given, or else its groups with members."""
+    if num_groups is None and sizes is not None:
+        num_groups = _cuda.to_host((sizes > 0).sum(axis=-1))
+    return check_counts(tokens, num_groups)
 
 
 def _parts(merged: Any) -> tuple[Any, Any, Any]:

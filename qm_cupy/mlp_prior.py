@@ -24,7 +24,7 @@ from ._checks import (
 )
 from ._fitting import Block, RidgeRegression, refine
 from ._weights import load_weights, save_weights
-from .alignment import AlignmentLoss, alignment_loss
+from .alignment import AlignmentLoss, _counts, _parts, alignment_loss
 from .merging import Merged
 
 _ROWS = 1 << 14  # prefixes at a time: 32 MB of hidden activations of width 256
@@ -336,13 +336,11 @@ class MLPPrior:
     ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
         """Give tokens (b, K, D) and their counts (b,), a few sequences at a time."""
         for given in sequences:
-            sizes = given.sizes if isinstance(given, Merged) else None
-            tokens = given.tokens if isinstance(given, Merged) else given
+            tokens, _, sizes = _parts(given)
             _, tokens, sizes = enter(sequences=tokens, sizes=sizes)
             check_tokens(tokens, "sequences")
             self._check_width("sequences", tokens)
-            valid = None if sizes is None else _cuda.to_host((sizes > 0).sum(axis=-1))
-            each = check_counts(tokens, valid).reshape(-1)
+            each = _counts(tokens, None, sizes).reshape(-1)
             tokens = tokens.reshape(-1, *tokens.shape[-2:])
             part = max(1, _ROWS // tokens.shape[-2])
             for first in range(0, len(tokens), part):

@@ -194,8 +194,9 @@ def quickmerge(
     return Merged(*map(leave, found))
 
 
-_OPTIONS = frozenset(inspect.signature(quickmerge).parameters)
-_OPTIONS -= {"tokens", "mask", "out", "workspace"}
+_OPTIONS = {*inspect.signature(quickmerge).parameters} - {
+    "tokens", "mask", "out", "workspace",
+}  # fmt: skip
 
 
 class Choice(NamedTuple, Generic[Array]):
@@ -280,14 +281,14 @@ def choose_merge(
     merges, scores = [], []
     for arguments in _arguments(candidates, options):
         found = quickmerge(tokens, mask=mask, **arguments)
-        fields = {f"merged.{name}": x for name, x in found._asdict().items()}
+        fields = _named("merged", found)
         leave, x, valid, *parts = enter(tokens=tokens, mask=mask, **fields)
         merged = Merged(*parts)
         error = reconstruction_error(x, merged.tokens, labels=merged.labels, mask=valid)
         loss: Any = alignment_loss(merged, prior).total
         scores.append(alpha * loss + np.maximum(error - (1 - gamma) ** 2, 0))
         merges.append(merged)
-    table = np.stack(scores).astype(scores[0].dtype, copy=False)  # (C, B)
+    table = np.stack(scores)  # (C, B)
     best = table.argmin(axis=0)  # (B,)
     most = max(merged.tokens.shape[-2] for merged in merges)
     chosen = _padded(merges[0], most)
@@ -351,12 +352,17 @@ def _as_wide(taken: NDArray[np.bool_], x: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _places(out: Any) -> dict[str, Any]:
-    """Return the arrays to write to by the names that errors give them."""
+    """Return the arrays to write to, if any, by name."""
     if out is None:
         return {}
     if not isinstance(out, Merged):
         raise TypeError(f"`out` must be a Merged, got {type(out).__name__}")
-    return {f"out.{name}": x for name, x in out._asdict().items()}
+    return _named("out", out)
+
+
+def _named(name: str, merged: Merged[Any]) -> dict[str, Any]:
+    """Return the arrays by the names that errors give them."""
+    return {f"{name}.{field}": x for field, x in merged._asdict().items()}
 
 
 def _num_groups(
