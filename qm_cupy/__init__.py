@@ -32,6 +32,7 @@ from .saliency import (
     self_attention_entropy,
 )
 from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
+from .transformer_prior import TransformerPrior
 from .workspace import Workspace
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "Prior",
     "QuickMergePP",
     "SteppingPrior",
+    "TransformerPrior",
     "Workspace",
     "alignment_loss",
     "allow_tf32",

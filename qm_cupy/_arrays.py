@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 Leave = Callable[[Any], Any]
 
 # Arguments that may also be a number or a word; who takes them checks those.
-_OFTEN_PLAIN = frozenset({"num_groups", "budget", "num_tokens", "hard", "weights"})
-_ON_HOST = _OFTEN_PLAIN - {"weights"}  # counts, which shapes depend on
+_ON_HOST = frozenset({"num_groups", "budget", "num_tokens", "hard"})  # shapes need them
+_OFTEN_PLAIN = _ON_HOST | {"weights", "position", "size"}
 _HOST, _CUDA = (1, 3), (CUDA,)  # DLPack's kDLCPU and kDLCUDAHost; kDLCUDA
 
 

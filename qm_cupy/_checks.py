@@ -434,3 +434,32 @@ def check_counts(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
     return check_num_groups(
         most if num_groups is None else num_groups, tokens.shape[:-2], most
     )
+
+
+def check_positions(
+    name: str, positions: NDArray[Any] | None, wanted: tuple[int, ...], learned: int
+) -> None:
+    """Refuse what is not integer (B, K), or beyond the `learned` ones, if any are."""
+    if positions is None:
+        return
+    if positions.dtype.kind not in "iu":
+        raise TypeError(f"`{name}` must be integers, got {positions.dtype}")
+    check_shape(name, positions, "BK", wanted)
+    if not learned or _cuda.is_cuda(positions) or not positions.size:
+        return
+    if positions.max() >= learned:
+        raise ValueError(
+            f"`{name}` must be below the {learned} that the prior has learned, "
+            f"got {positions.max()}"
+        )
+
+
+def check_sizes(name: str, sizes: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
+    """Refuse what is not a number of tokens (B, K), at least 0."""
+    if sizes is None:
+        return
+    if sizes.dtype.kind not in "iu":
+        check_floating(name, sizes)
+        check_finite_values(name, sizes)
+    check_shape(name, sizes, "BK", wanted)
+    check_not_negative(name, sizes)

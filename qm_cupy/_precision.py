@@ -29,7 +29,7 @@ class allow_tf32:  # noqa: N801
     Notes
     -----
     It changes cosine similarities and what follows from them, the scores of
-    `query_key_entropy` and `self_attention_entropy`, and the layers of `MLPPrior`, by
+    `query_key_entropy` and `self_attention_entropy`, and the linear maps of priors, by
     up to 2⁻⁹ of the sum of the products' magnitudes. float64 and the basic kernels stay
     as they are.
 

@@ -23,6 +23,7 @@ from ._checks import (
     check_values,
 )
 from ._fitting import Block, RidgeRegression, refine
+from ._layers import linear
 from ._weights import load_weights, save_weights
 from .alignment import AlignmentLoss, _counts, _parts, alignment_loss
 from .merging import Merged
@@ -48,7 +49,7 @@ class MLP(NamedTuple):
         return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MLPPrior:
     """The paper's prior: a small network reads the mean of all tokens so far.
 
@@ -513,18 +514,8 @@ def _state_mlp(name: str, state: Mapping[str, Any]) -> MLP:
 
 def _network_cuda(network: MLP, context: Any) -> Any:
     """Return the network's output for contexts (..., D), by two launches."""
-    chosen, kind = _cuda.implementation(), context.dtype
-    context = _cuda.contiguous(context)
-    for weight, bias, relu in ((*network[:2], 1), (*network[2:], 0)):
-        out_dim, in_dim = weight.shape
-        out = _cuda.empty((*context.shape[:-1], out_dim), kind)
-        rows = math.prod(context.shape[:-1])
-        args = (context, weight, bias, rows, in_dim, out_dim, relu, out)
-        tiles = -(-rows // _cuda.TILE) * -(-out_dim // _cuda.TILE)
-        threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
-        _cuda.launch(f"{chosen}/alignment", "linear", kind, threads, args)
-        context = out
-    return context
+    hidden = linear(context, *network[:2], activation="relu")
+    return linear(hidden, *network[2:])
 
 
 def _random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:

@@ -482,6 +482,68 @@ def mlp(x, weight_in, bias_in, weight_out, bias_out):
 # ---------------------------------------------------------------- fidelity
 
 
+def transformer(tokens, weights, num_heads, reverse, positions, sizes):
+    """Predictions of a pre-norm transformer, a token and a head at a time."""
+    of = {name: np.asarray(w, np.float64) for name, w in weights.items()}
+    order = range(len(tokens))
+
+    def linear(name, x):
+        return of[f"{name}.weight"] @ x + of[f"{name}.bias"]
+
+    def norm(name, x):
+        if f"{name}.bias" not in of:
+            return x / math.sqrt((x * x).mean() + 1e-5) * of[f"{name}.weight"]
+        centred = x - x.mean()
+        scale = math.sqrt((centred * centred).mean() + 1e-5)
+        return centred / scale * of[f"{name}.weight"] + of[f"{name}.bias"]
+
+    def gelu(x):
+        return np.array([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x])
+
+    def rotated(x, position):
+        if "positions.weight" in of:
+            return x
+        half, y = len(x) // 2, x.copy()
+        for i in range(half):
+            angle = position * 10000.0 ** (-2 * i / len(x))
+            turn = complex(math.cos(angle), math.sin(angle))
+            pair = complex(x[i], x[i + half]) * turn
+            y[i], y[i + half] = pair.real, pair.imag
+        return y
+
+    x = [linear("embed", np.asarray(t, np.float64)) for t in tokens]
+    if "positions.weight" in of:
+        x = [row + of["positions.weight"][positions[t]] for t, row in enumerate(x)]
+    block = 0
+    while f"blocks.{block}.qkv.weight" in of:
+        name = f"blocks.{block}"
+        parts = [
+            np.split(linear(f"{name}.qkv", norm(f"{name}.norm1", row)), 3) for row in x
+        ]
+        heads = [[np.split(part, num_heads) for part in row] for row in parts]
+        read = []
+        for t in order:
+            seen = [j for j in order if (j >= t if reverse else j <= t) and sizes[j]]
+            out = []
+            for h in range(num_heads):
+                q = rotated(heads[t][0][h], positions[t])
+                scores = [
+                    q @ rotated(heads[j][1][h], positions[j]) / math.sqrt(len(q))
+                    + math.log(sizes[j])
+                    for j in seen
+                ]
+                p = [math.exp(score - max(scores)) for score in scores]
+                total = sum(v * heads[j][2][h] for v, j in zip(p, seen, strict=True))
+                out.append(total / sum(p) if seen else np.zeros(len(q)))
+            read.append(np.concatenate(out))
+        x = [row + linear(f"{name}.out", y) for row, y in zip(x, read, strict=True)]
+        for t, row in enumerate(x):
+            hidden = gelu(linear(f"{name}.mlp_in", norm(f"{name}.norm2", row)))
+            x[t] = row + linear(f"{name}.mlp_out", hidden)
+        block += 1
+    return np.array([linear("head", norm("norm", row)) for row in x])
+
+
 def reconstruction_error(tokens, merged, labels=None):
     """||X - Xhat||^2 / ||X||^2, xhat_i = merged[label_i], or of greatest cosine."""
     tokens, merged = _rows(tokens), _rows(merged)

@@ -45,6 +45,7 @@ RESULTS = {
     "group_sizes": "i",
     "group_positions": "i",
     "alignment_loss": "sss",
+    "alignment_loss, transformer": "sss",
     "cut_linkage": "i",
     "cut_linkage, max_error": "i",
     **{f"linkage, {method}": "d" for method in LINKAGES},
@@ -82,6 +83,7 @@ def calls(num_tokens, masked=False, ragged=False):
     query, key = rng.standard_normal((2, *shape, min(dim, 64)))
     entropy = rng.random(shape)
     prior = qm.MLPPrior.init(dim, hidden_dim=50)
+    transformer = qm.TransformerPrior.init(dim, hidden_dim=48, num_heads=3)
     padded = {"mask": mask}
     grouped = {"labels": labels, "num_groups": num_groups}
     softmax = {"saliency": score, "seed": 7, **padded}
@@ -158,6 +160,10 @@ def calls(num_tokens, masked=False, ragged=False):
         "alignment_loss": (
             qm.alignment_loss,
             {"merged": merged, "prior": prior, "num_groups": num_groups},
+        ),
+        "alignment_loss, transformer": (
+            qm.alignment_loss,
+            {"merged": merged, "prior": transformer, "num_groups": num_groups},
         ),
         "norm_mass": (
             qm.norm_mass,

@@ -700,3 +700,44 @@ def test_empty_batches_launch_nothing():
     assert qm.select_tokens(tokens[..., 0], 2).shape == (0, 2)
     assert qm.merge_tokens(tokens, np.zeros((0, 5), int), 2).shape == (0, 2, 3)
     assert qm.cosine_similarity(tokens).shape == (0, 5, 5)
+
+
+@dtypes
+@pytest.mark.parametrize("num_tokens", [n for n in SIZES if n in (1, 32, 33, 129)])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("learned", [None, 300])
+def test_transformer_prior(dtype, num_tokens, norm, learned):
+    """129 tokens take two tiles of rows and every warp; one takes a warp an output."""
+    heads, width = (2, 6) if num_tokens == 33 else (1, 40)
+    prior = qm.TransformerPrior.init(
+        5, hidden_dim=heads * width, num_heads=heads, num_layers=1, mlp_dim=7,
+        norm=norm, num_positions=learned,
+    )  # fmt: skip
+    rng = np.random.default_rng(num_tokens)
+    tokens = random((2, num_tokens, 5), dtype)
+    counts = np.array([num_tokens, -(-num_tokens // 2)])
+    positions = np.sort(rng.choice(300, (2, num_tokens)), axis=-1)
+    sizes = rng.integers(0, 4, (2, num_tokens))
+    for reverse in (False, True):
+        got = prior.predict(
+            tokens, reverse=reverse, num_groups=counts, positions=positions, sizes=sizes
+        )
+        weights = prior.backward if reverse else prior.forward
+        for b, k in enumerate(counts):
+            given = tokens[b, :k].astype(np.float64), weights, heads, reverse
+            wanted = oracle.transformer(*given, positions[b, :k], sizes[b, :k])
+            assert_close(got[b, :k], wanted, dtype)
+
+
+@dtypes
+def test_transformer_prior_steps(dtype):
+    """Past the room that a cache begins with."""
+    prior = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, num_layers=2)
+    tokens = random((2, 19, 5), dtype)
+    sizes, state = np.arange(38).reshape(2, 19) % 4, None
+    positions = 3 * np.arange(38).reshape(2, 19)
+    wanted = prior.predict(tokens, positions=positions, sizes=sizes)
+    for t in range(19):
+        known = {"position": positions[:, t], "size": sizes[:, t]}
+        got, state = prior.step(tokens[:, t], state, **known)
+        assert_close(got, wanted[:, t], dtype)

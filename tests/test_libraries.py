@@ -19,6 +19,10 @@ CALLS = {
     **calls(33, masked=True),
     "norm_budget": (qm.norm_budget, {"tokens": np.ones((3, 9, 4))}),
     "predict": (qm.MLPPrior.init(4).predict, {"tokens": np.ones((3, 9, 4))}),
+    "predict, transformer": (
+        qm.TransformerPrior.init(4, hidden_dim=8, num_heads=2).predict,
+        {"tokens": np.arange(108.0).reshape(3, 9, 4) / 50, "sizes": np.ones((3, 9))},
+    ),
     "decode": (lambda tokens: qm.decode(tokens, abs), {"tokens": np.ones((3, 9, 4))}),
     "token_budget": (qm.token_budget, {"budget": 0.3, "num_tokens": np.arange(7, 9)}),
 }

@@ -30,10 +30,11 @@ extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
     }
 }
 
-// y = x Wᵀ + b, weight (out, in), optionally relu(y).
+// y = activated(x Wᵀ + b) + residual, weight (out, in); no residual if it is null.
 extern "C" __global__ void linear(const real_t* input, const real_t* weight,
-                                  const real_t* bias, long long num_rows,
-                                  long long in_dim, long long out_dim, long long relu,
+                                  const real_t* bias, const real_t* residual,
+                                  long long num_rows, long long in_dim,
+                                  long long out_dim, long long activation,
                                   real_t* out) {
     const long long index = thread_index();  // (rows, out)
     if (index >= num_rows * out_dim) return;
@@ -41,8 +42,8 @@ extern "C" __global__ void linear(const real_t* input, const real_t* weight,
     const real_t* w = weight + index % out_dim * in_dim;
     acc_t sum = 0;
     for (long long i = 0; i < in_dim; ++i) sum += widen(x[i]) * widen(w[i]);
-    sum += widen(bias[index % out_dim]);
-    store(out + index, relu && sum < 0 ? acc_t(0) : sum);
+    sum = activated(sum + widen(bias[index % out_dim]), activation);
+    store(out + index, residual ? sum + widen(residual[index]) : sum);
 }
 
 // The error of every prediction; a row that predicts no token has none.

@@ -33,11 +33,11 @@ extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
     }
 }
 
-// One block, one tile of y = x Wᵀ + b, optionally relu(y).
+// One block, one tile of y = activated(x Wᵀ + b) + residual.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     linear(const real_t* input, const real_t* weight, const real_t* bias,
-           long long num_rows, long long in_dim, long long out_dim, long long relu,
-           real_t* out) {
+           const real_t* residual, long long num_rows, long long in_dim,
+           long long out_dim, long long activation, real_t* out) {
     __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
     const long long strips = (out_dim + TILE - 1) / TILE;
     const long long row0 = blockIdx.x / strips * TILE;
@@ -54,11 +54,53 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const long long row = row0 + tile_row(i);
-            const acc_t y = sums[i][j] + shift;
-            if (row < num_rows)
-                store(out + row * out_dim + column, relu && y < 0 ? acc_t(0) : y);
+            if (row >= num_rows) continue;
+            const long long index = row * out_dim + column;
+            const acc_t y = activated(sums[i][j] + shift, activation);
+            store(out + index, residual ? y + widen(residual[index]) : y);
         }
     }
+}
+
+// One warp, one output of `linear`: of few rows, where reading the weights is all there
+// is to do. With `gain` the row is normalized first, see basic/transformer_prior.cu.
+extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
+                                      const real_t* shift, const real_t* weight,
+                                      const real_t* bias, const real_t* residual,
+                                      long long num_rows, long long in_dim,
+                                      long long out_dim, long long activation,
+                                      double epsilon, real_t* out) {
+    const long long index = thread_index() / 32;  // (rows, out)
+    if (index >= num_rows * out_dim) return;
+    const int lane = threadIdx.x % 32;
+    const real_t* x = input + index / out_dim * in_dim;
+    const real_t* w = weight + index % out_dim * in_dim;
+
+    acc_t mean = 0;
+    if (shift) {
+        for (long long k = lane; k < in_dim; k += 32) mean += widen(x[k]);
+        mean = warp_reduce(mean, Add()) / in_dim;
+    }
+    acc_t dot = 0, squares = 0, sum = 0;
+    for (long long k = lane * WIDTH; k < in_dim; k += 32 * WIDTH) {
+        acc_t a[WIDTH], v[WIDTH], g[WIDTH], s[WIDTH];
+        load_vector(a, x + k, in_dim - k);
+        load_vector(v, w + k, in_dim - k);
+        if (gain) load_vector(g, gain + k, in_dim - k);
+        if (shift) load_vector(s, shift + k, in_dim - k);
+        for (int i = 0; i < WIDTH && k + i < in_dim; ++i) {
+            const acc_t centred = a[i] - mean;
+            squares += centred * centred;
+            dot += (gain ? centred * g[i] : centred) * v[i];
+            if (shift) sum += s[i] * v[i];
+        }
+    }
+    dot = warp_reduce(dot, Add());
+    if (gain) dot *= 1 / sqrt(warp_reduce(squares, Add()) / in_dim + acc_t(epsilon));
+    if (shift) dot += warp_reduce(sum, Add());
+    if (lane > 0) return;
+    const acc_t y = activated(dot + widen(bias[index % out_dim]), activation);
+    store(out + index, residual ? y + widen(residual[index]) : y);
 }
 
 // One warp, one prediction.

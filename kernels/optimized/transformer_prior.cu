@@ -1,0 +1,139 @@
+// The transformer prior: a warp a row, pairs rotated in place, and attention in one
+// pass; see basic/transformer_prior.cu.
+
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int MAX_WARPS = 8;
+
+// One warp, one row.
+extern "C" __global__ void normalize(const real_t* input, const real_t* gain,
+                                     const real_t* shift, long long num_rows,
+                                     long long dim, double epsilon, real_t* out) {
+    const long long row = thread_index() / 32;
+    if (row >= num_rows) return;
+    const int lane = threadIdx.x % 32;
+    const real_t* x = input + row * dim;
+
+    acc_t mean = 0, squares = 0;
+    if (shift) {
+        for (long long d = lane; d < dim; d += 32) mean += widen(x[d]);
+        mean = warp_reduce(mean, Add()) / dim;
+    }
+    for (long long d = lane; d < dim; d += 32) {
+        const acc_t centred = widen(x[d]) - mean;
+        squares += centred * centred;
+    }
+    squares = warp_reduce(squares, Add());
+    const acc_t scale = 1 / sqrt(squares / dim + acc_t(epsilon));
+    for (long long d = lane; d < dim; d += 32) {
+        const acc_t y = (widen(x[d]) - mean) * scale * widen(gain[d]);
+        store(out + row * dim + d, shift ? y + widen(shift[d]) : y);
+    }
+}
+
+// One thread, one pair of elements of a query, a key and a value.
+extern "C" __global__ void split_heads(const real_t* heads, const long long* positions,
+                                       const double* turns, long long batch,
+                                       long long num_tokens, long long num_heads,
+                                       long long head_dim, long long capacity,
+                                       long long start, real_t* query, real_t* keys,
+                                       real_t* values) {
+    const long long index = thread_index();  // (B, T, H, d / 2)
+    const long long half = head_dim / 2, dim = num_heads * head_dim;
+    if (index >= batch * num_tokens * num_heads * half) return;
+    const long long head = index / half, i = index % half;  // (B, T, H)
+    const long long row = head / num_heads, h = head % num_heads;
+    const long long b = row / num_tokens, t = row % num_tokens;
+    const real_t* q = heads + row * 3 * dim + h * head_dim + i;
+    const real_t* k = q + dim;
+    const real_t* v = k + dim;
+
+    acc_t cosine = 1, sine = 0;
+    if (turns) {
+        const long long position = positions ? positions[row] : start + t;
+        const double turn = position * turns[i];
+        const acc_t angle = acc_t(6.283185307179586 * (turn - rint(turn)));
+        cosine = cos(angle), sine = sin(angle);
+    }
+    const auto rotate = [&](const real_t* x, real_t* y) {
+        const acc_t a = widen(x[0]), b = widen(x[half]);
+        store(y, a * cosine - b * sine);
+        store(y + half, b * cosine + a * sine);
+    };
+    const long long to = ((b * num_heads + h) * capacity + start + t) * head_dim + i;
+    rotate(q, query + head * head_dim + i);
+    rotate(k, keys + to);
+    values[to] = v[0], values[to + half] = v[half];
+}
+
+// One block, one query of one head. Its warps share the keys, 32 at a time: first a
+// lane finds the score of a key, then a lane sums columns of their values.
+extern "C" __global__ void attend(const real_t* query, const real_t* keys,
+                                  const real_t* values, const acc_t* sizes,
+                                  const int* counts, long long batch,
+                                  long long num_queries, long long num_heads,
+                                  long long head_dim, long long capacity,
+                                  long long start, long long reversed, double scale,
+                                  real_t* out) {
+    __shared__ acc_t q[MAX_HEAD_DIM];
+    __shared__ acc_t sums[MAX_WARPS][MAX_HEAD_DIM];
+    __shared__ acc_t tops[MAX_WARPS], totals[MAX_WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const long long index = blockIdx.x;  // (B, T, H)
+    const long long b = index / num_heads / num_queries;
+    const long long here = start + index / num_heads % num_queries;
+    const long long count = start + count_of(counts, b, num_queries);
+    const long long first = reversed ? here : 0;
+    const long long last = reversed ? count : min(here + 1, count);
+    const long long head = (b * num_heads + index % num_heads) * capacity;
+
+    for (long long d = threadIdx.x; d < head_dim; d += blockDim.x)
+        q[d] = widen(query[index * head_dim + d]) * acc_t(scale);
+    __syncthreads();
+
+    acc_t m = NEVER, r = 0, sum[MAX_HEAD_DIM / 32] = {};
+    for (long long j0 = first + warp * 32; j0 < last; j0 += warps * 32) {
+        const long long j = j0 + lane;
+        const acc_t size = j >= last ? acc_t(0)
+                           : sizes   ? sizes[b * capacity + j]
+                                     : acc_t(1);
+        acc_t score = NEVER;
+        if (size > 0) {
+            const real_t* key = keys + (head + j) * head_dim;
+            score = log(size);
+            for (long long d = 0; d < head_dim; d += WIDTH) {
+                acc_t k[WIDTH];
+                load_vector(k, key + d, head_dim - d);
+                for (int i = 0; i < WIDTH && d + i < head_dim; ++i)
+                    score += q[d + i] * k[i];
+            }
+        }
+        const acc_t top = max(m, warp_reduce(score, Greatest()));
+        const acc_t p = size > 0 ? exp(score - top) : acc_t(0), fade = exp(m - top);
+        m = top;
+        r = r * fade + warp_reduce(p, Add());
+#pragma unroll
+        for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sum[c] *= fade;
+        for (int k = 0; k < 32 && j0 + k < last; ++k) {
+            const acc_t weight = __shfl_sync(~0u, p, k);
+            if (weight == 0) continue;
+            const real_t* value = values + (head + j0 + k) * head_dim;
+#pragma unroll
+            for (int c = 0; c < MAX_HEAD_DIM / 32; ++c)
+                if (c * 32 + lane < head_dim)
+                    sum[c] += weight * widen(value[c * 32 + lane]);
+        }
+    }
+    if (lane == 0) tops[warp] = m, totals[warp] = r;
+#pragma unroll
+    for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sums[warp][c * 32 + lane] = sum[c];
+    __syncthreads();
+
+    acc_t top = NEVER, total = 0;
+    for (int w = 0; w < warps; ++w) top = max(top, tops[w]);
+    for (int w = 0; w < warps; ++w) total += totals[w] * exp(tops[w] - top);
+    for (long long d = threadIdx.x; d < head_dim; d += blockDim.x) {
+        acc_t y = 0;
+        for (int w = 0; w < warps; ++w) y += sums[w][d] * exp(tops[w] - top);
+        store(out + index * head_dim + d, total > 0 ? y / total : acc_t(0));
+    }
+}

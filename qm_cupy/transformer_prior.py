@@ -1,0 +1,817 @@
+"""A small causal transformer as the prior: its predictions, all at once or in steps."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _cuda
+from ._arrays import Array, enter, on_callers_stream
+from ._checks import (
+    check_counts,
+    check_integer,
+    check_positions,
+    check_seed,
+    check_shape,
+    check_sizes,
+    check_tokens,
+    check_values,
+)
+from ._layers import Norm, linear
+from ._weights import load_weights, save_weights
+from .alignment import AlignmentLoss, alignment_loss
+from .merging import Merged
+
+_BASE = 10_000.0  # of the rotary wavelengths
+_MOST_LAYERS = 1024
+_WIDEST_HEAD = 256  # MAX_HEAD_DIM of the kernels
+_LEAST_ROOM = 16  # tokens of a new cache
+_SCORES = 1 << 22  # attention scores at a time
+
+Weights = Mapping[str, Any]
+
+
+class _Settings(NamedTuple):
+    """The widths of a network, which say all its weights' shapes."""
+
+    dim: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    norm: Literal["rms", "layer"]
+    num_positions: int
+    """Learned ones; 0 means rotary."""
+
+    def checked(self) -> "_Settings":
+        for name, value in self._asdict().items():
+            if name == "norm":
+                if value not in ("rms", "layer"):
+                    raise ValueError(f'`norm` must be "rms" or "layer", got {value!r}')
+                continue
+            check_integer(name, value)
+            if value < (0 if name == "num_positions" else 1):
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.num_layers > _MOST_LAYERS:
+            raise ValueError(
+                f"`num_layers` must be at most {_MOST_LAYERS}, got {self.num_layers}"
+            )
+        width = self.hidden_dim // self.num_heads
+        if width * self.num_heads != self.hidden_dim or width % 2:
+            raise ValueError(
+                "`hidden_dim` must be `num_heads` times an even number, "
+                f"got {self.hidden_dim} for {self.num_heads} heads"
+            )
+        if width > _WIDEST_HEAD:
+            raise ValueError(
+                f"a head must be at most {_WIDEST_HEAD} wide, got {width}: "
+                "more `num_heads`"
+            )
+        return self
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight of one network, by its name."""
+        norms = {"weight", "bias"} if self.norm == "layer" else {"weight"}
+        found: dict[str, tuple[int, ...]] = {}
+
+        def declare(name: str, *shape: int) -> None:
+            found[f"{name}.weight"] = shape
+            found[f"{name}.bias"] = shape[:1]
+
+        def declare_norm(name: str) -> None:
+            found.update({f"{name}.{part}": (self.hidden_dim,) for part in norms})
+
+        declare("embed", self.hidden_dim, self.dim)
+        if self.num_positions:
+            found["positions.weight"] = self.num_positions, self.hidden_dim
+        for i in range(self.num_layers):
+            block = f"blocks.{i}"
+            declare_norm(f"{block}.norm1")
+            declare(f"{block}.qkv", 3 * self.hidden_dim, self.hidden_dim)
+            declare(f"{block}.out", self.hidden_dim, self.hidden_dim)
+            declare_norm(f"{block}.norm2")
+            declare(f"{block}.mlp_in", self.mlp_dim, self.hidden_dim)
+            declare(f"{block}.mlp_out", self.hidden_dim, self.mlp_dim)
+        declare_norm("norm")
+        declare("head", self.dim, self.hidden_dim)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class TransformerPrior:
+    r"""A causal transformer over the merged tokens: for inference, trained elsewhere.
+
+    Pre-norm blocks, x += attention(norm(x)) and x += MLP(norm(x)) with GELU, between a
+    linear embedding and a linear head. A token's place is its position in the unmerged
+    sequence, and attention is proportional [1]_: a token that stands for n others is
+    attended to as n would be,
+
+    .. math:: p_{ij} = \operatorname{softmax}_j(q_i \cdot k_j / \sqrt d + \log n_j).
+
+    Make one by `init`, `from_state_dict` or `load`. Its weights are copied to a GPU at
+    the first use there, and later uses read that copy.
+
+    Parameters
+    ----------
+    forward : mapping of str to ndarray
+        Weights of the network that reads from the left and predicts token t + 1, by
+        the names that `from_state_dict` lists.
+    backward : mapping of str to ndarray
+        Weights of the network that reads from the right and predicts token t - 1.
+    num_heads : int
+        Heads of attention; each is of even width, at most 256.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes of weights do not fit.
+
+    References
+    ----------
+    .. [1] D. Bolya et al., "Token Merging: Your ViT but faster", ICLR 2023,
+       arXiv:2210.09461.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> prior = TransformerPrior.init(8, hidden_dim=32, num_heads=2, seed=0)
+    >>> tokens = np.random.default_rng(0).standard_normal((5, 8))
+    >>> whole = prior.predict(tokens)
+    >>> first, state = prior.step(tokens[0])
+    >>> second, state = prior.step(tokens[1], state)
+    >>> bool(np.allclose([first, second], whole[:2], atol=1e-6))
+    True
+    """
+
+    forward: Weights
+    backward: Weights
+    num_heads: int
+    _settings: _Settings = field(init=False, repr=False)
+    _copies: dict[tuple[str, np.dtype[Any], bool], dict[str, Any]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse weights that make no network."""
+        settings = _found(self.forward, self.num_heads)
+        shapes = settings.shapes()
+        for name in ("forward", "backward"):
+            weights: Weights = getattr(self, name)
+            if set(weights) != set(shapes):
+                lack, extra = set(shapes) - set(weights), set(weights) - set(shapes)
+                raise ValueError(
+                    f"`{name}` must hold the weights of {settings.num_layers} blocks: "
+                    f"it lacks {sorted(lack)}, and {sorted(extra)} are of no use"
+                )
+            for key, shape in shapes.items():
+                check_shape(f"{name}[{key!r}]", weights[key], "XY", shape)
+        object.__setattr__(self, "_settings", settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the copies of the weights out of pickles and copies of the prior."""
+        return type(self), (dict(self.forward), dict(self.backward), self.num_heads)
+
+    @classmethod
+    def init(
+        cls,
+        dim: int,
+        *,
+        hidden_dim: int = 256,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        mlp_dim: int | None = None,
+        norm: Literal["rms", "layer"] = "rms",
+        num_positions: int | None = None,
+        seed: int = 0,
+    ) -> "TransformerPrior":
+        """Draw a prior at random: uniform within ±1/√(inputs) of each linear map.
+
+        Parameters
+        ----------
+        dim : int
+            Width D of the tokens.
+        hidden_dim : int, default 256
+            Width E of the network.
+        num_layers : int, default 2
+            Blocks.
+        num_heads : int, default 4
+            Heads of attention.
+        mlp_dim : int, optional
+            Hidden width of a block's MLP; by default 4 E.
+        norm : {"rms", "layer"}, default "rms"
+            RMSNorm or LayerNorm.
+        num_positions : int, optional
+            How many learned positions there are; by default positions are rotary.
+        seed : int, default 0
+            Seed of the draw.
+
+        Returns
+        -------
+        TransformerPrior
+            With float32 weights.
+
+        Raises
+        ------
+        ValueError
+            If a width or the seed is out of range.
+        """
+        mlp_dim = 4 * hidden_dim if mlp_dim is None else mlp_dim
+        if num_positions == 0:
+            raise ValueError("`num_positions` must be at least 1, or None, got 0")
+        widths = dim, hidden_dim, num_layers, num_heads, mlp_dim
+        settings = _Settings(*widths, norm, num_positions or 0).checked()
+        generator = np.random.default_rng(check_seed(seed))
+        forward = _random_network(generator, settings)
+        return cls(forward, _random_network(generator, settings), num_heads)
+
+    @classmethod
+    def from_state_dict(
+        cls, forward: Mapping[str, Any], backward: Mapping[str, Any], *, num_heads: int
+    ) -> "TransformerPrior":
+        """Make a prior of two networks trained in torch.
+
+        Parameters
+        ----------
+        forward, backward : mapping of str to ndarray
+            The ``state_dict()`` of a module with ``embed = nn.Linear(D, E)``; where
+            positions are learned, ``positions = nn.Embedding(P, E)``, added to it;
+            ``blocks``, a ModuleList, each with ``norm1``, ``qkv = nn.Linear(E, 3 * E)``
+            (queries, keys and values, each by heads), ``out = nn.Linear(E, E)``,
+            ``norm2``, ``mlp_in = nn.Linear(E, M)`` and ``mlp_out = nn.Linear(M, E)``;
+            ``norm``; and ``head = nn.Linear(E, D)``. Norms are all ``nn.LayerNorm(E)``
+            or all ``nn.RMSNorm(E, eps=1e-5)``. Without ``positions``, queries and keys
+            are rotated: elements i and i + d / 2 of a head by the angle
+            position · 10000^(-2i / d).
+        num_heads : int
+            Heads of attention.
+
+        Returns
+        -------
+        TransformerPrior
+            With copies of the weights, in float32 or float64.
+
+        Raises
+        ------
+        TypeError
+            If a weight is not floating.
+        ValueError
+            If names or shapes do not fit, or an entry is not finite.
+        """
+        networks = _state("forward", forward), _state("backward", backward)
+        return cls(*networks, num_heads)
+
+    @on_callers_stream
+    def predict(
+        self,
+        tokens: Array,
+        *,
+        reverse: bool = False,
+        num_groups: Any = None,
+        positions: Any = None,
+        sizes: Any = None,
+    ) -> Array:
+        """Predict the neighbour of every token from all tokens up to it, at once.
+
+        Parameters
+        ----------
+        tokens : ndarray of shape (K, D) or (B, K, D)
+            Merged tokens; float16, bfloat16, float32 or float64.
+        reverse : bool, default False
+            Whether to read from the right and predict the token before.
+        num_groups : int or ndarray of int of shape (B,), optional
+            Valid tokens of each sequence; the rest is padding, whose predictions mean
+            nothing.
+        positions : ndarray of int of shape (K,) or (B, K), optional
+            Place of each token in the unmerged sequence; by default 0..K-1. Of learned
+            positions the first stands for those below it, and, on a GPU, where nobody
+            looks at them beforehand, the last for those above it.
+        sizes : ndarray of shape (K,) or (B, K), optional
+            How many tokens each stands for, ≥ 0; by default 1. A token of size 0 is not
+            attended to.
+
+        Returns
+        -------
+        ndarray of shape (K, D) or (B, K, D)
+            Row t predicts token t + 1 (t - 1 in reverse); float32, or float64 for
+            float64 input.
+
+        Raises
+        ------
+        TypeError
+            If `tokens` is not floating, or `num_groups` or `positions` not integer.
+        ValueError
+            If a shape does not fit, an entry is not finite, a size negative, or a
+            position beyond the learned ones.
+        """
+        leave, tokens, num_groups, positions, sizes = enter(
+            tokens=tokens, num_groups=num_groups, positions=positions, sizes=sizes
+        )
+        check_tokens(tokens)
+        counts = check_counts(tokens, num_groups)
+        wanted = tokens.shape[:-1]
+        self._check(tokens, positions, sizes, "tokens", wanted, wanted[-1])
+        kind = _cuda.accumulation(tokens.dtype)
+        inside = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
+        rows = inside.shape[:2]
+        place = _Place(
+            positions=None if positions is None else positions.reshape(rows),
+            sizes=None if sizes is None else sizes.reshape(rows).astype(kind),
+            counts=counts.reshape(-1),
+            start=0,
+            reverse=bool(reverse),
+        )
+        cache = _Cache.empty(inside, self._settings, rows[1], layers=1)
+        # One layer's keys and values are of no use to the next.
+        caches = [(cache.keys[0], cache.values[0])] * self._settings.num_layers
+        return leave(self._run(inside, place, caches).reshape(tokens.shape))
+
+    @on_callers_stream
+    def step(
+        self, token: Array, state: Any = None, *, position: Any = None, size: Any = None
+    ) -> tuple[Array, Any]:
+        """Predict the token after this one, and all before it, left to right.
+
+        Parameters
+        ----------
+        token : ndarray of shape (D,) or (B, D)
+            The next token; float16, bfloat16, float32 or float64.
+        state : optional
+            What the step before returned; None at the first token. It holds the keys
+            and values so far, and several steps may go on from one state.
+        position : int or ndarray of int of shape () or (B,), optional
+            Place of the token in the unmerged sequence; by default how many tokens came
+            before it.
+        size : number or ndarray of shape () or (B,), optional
+            How many tokens it stands for, ≥ 0; by default 1.
+
+        Returns
+        -------
+        prediction : ndarray of shape (D,) or (B, D)
+            As `predict` has it in this token's row.
+        state : object
+            For the next step.
+
+        Raises
+        ------
+        TypeError
+            If `token` is not floating or `position` not integer.
+        ValueError
+            If a shape does not fit, an entry is not finite, a size negative, or a
+            position beyond the learned ones.
+        """
+        leave, token, position, size = enter(token=token, position=position, size=size)
+        check_values("token", token, "D", "BD")
+        cache, count = (None, 0) if state is None else state
+        kind = _cuda.accumulation(token.dtype)
+        inside = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
+        if cache is None:
+            cache = _Cache.empty(inside, self._settings, _LEAST_ROOM)
+        batch = len(cache.sizes)
+        check_shape("token", token, "BD", (batch, token.shape[-1])[2 - token.ndim :])
+        if cache.sizes.dtype != kind:
+            raise TypeError(
+                f"`token` must be as wide as the tokens before it, got {token.dtype}"
+            )
+        position, size = _of_each(position, token), _of_each(size, token)
+        self._check(token, position, size, "token", token.shape[:-1], count + 1)
+        cache = cache.after(count)
+        cache.sizes[:, count] = 1 if size is None else size
+        place = _Place(
+            positions=None if position is None else position.reshape(batch, 1),
+            sizes=cache.sizes,
+            counts=np.ones(batch, np.int64),
+            start=count,
+            reverse=False,
+        )
+        caches = list(zip(cache.keys, cache.values, strict=True))
+        prediction = self._run(inside, place, caches).reshape(token.shape)
+        cache.length = count + 1
+        return leave(prediction), (cache, count + 1)
+
+    def loss(
+        self, merged: Array | Merged[Array], *, num_groups: Any = None
+    ) -> AlignmentLoss[Array]:
+        """Return `alignment_loss` under this prior.
+
+        Parameters
+        ----------
+        merged : Merged, or ndarray of shape (K, D) or (B, K, D)
+            Merged tokens; the positions and sizes of a `Merged` are read.
+        num_groups : int or ndarray of int of shape (B,), optional
+            K of each sequence where they differ.
+
+        Returns
+        -------
+        AlignmentLoss
+            ``forward``, ``backward`` and ``total``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `alignment_loss` does.
+        """
+        return alignment_loss(merged, self, num_groups=num_groups)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights as a safetensors file, at once or not at all.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Where to; a file there is replaced.
+
+        Raises
+        ------
+        ImportError
+            Without the extra ``safetensors``.
+        OSError
+            If the file cannot be written.
+
+        See Also
+        --------
+        TransformerPrior.load : The way back, bit for bit.
+        """
+        arrays = {
+            f"{direction}.{name}": weight
+            for direction in ("forward", "backward")
+            for name, weight in getattr(self, direction).items()
+        }
+        settings = self._settings._asdict()
+        save_weights(Path(path), "TransformerPrior", settings, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TransformerPrior":
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A file that `save` has written.
+
+        Returns
+        -------
+        TransformerPrior
+            Equal to the saved one, bit for bit.
+
+        Raises
+        ------
+        ImportError
+            Without the extra ``safetensors``.
+        OSError
+            If the file cannot be read.
+        ValueError
+            If any of its bytes is not as it was saved, or it is no file of this prior.
+        """
+        settings, arrays = load_weights(Path(path), "TransformerPrior", _declared)
+        networks: dict[str, dict[str, Any]] = {"forward": {}, "backward": {}}
+        for key, weight in arrays.items():
+            direction, _, name = key.partition(".")
+            networks[direction][name] = weight
+        return cls(**networks, num_heads=settings["num_heads"])
+
+    def _check(
+        self,
+        tokens: NDArray[Any],
+        positions: Any,
+        sizes: Any,
+        name: str,
+        wanted: tuple[int, ...],
+        num_places: int,
+    ) -> None:
+        """Refuse what this prior cannot read; 0..`num_places`-1 is the default."""
+        dim, learned = self._settings.dim, self._settings.num_positions
+        if tokens.shape[-1] != dim:
+            raise ValueError(
+                f"`{name}` must have width D = {dim} like the prior, "
+                f"got {tokens.shape[-1]}"
+            )
+        plural = "s" if name == "tokens" else ""
+        check_positions(f"position{plural}", positions, wanted, learned)
+        check_sizes(f"size{plural}", sizes, wanted)
+        if positions is None and 0 < learned < num_places:
+            raise ValueError(
+                f"the prior has learned {learned} positions, too few for "
+                f"{num_places} tokens"
+            )
+
+    def _run(
+        self, tokens: Any, place: "_Place", caches: list[tuple[Any, Any]]
+    ) -> NDArray[Any]:
+        """Return predictions (B, T, D); keys and values go to each layer's cache."""
+        kind = _cuda.accumulation(tokens.dtype)
+        weights = self._weights(tokens, kind, place.reverse)
+
+        def of(name: str) -> tuple[Any, Any]:
+            return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+        def norm_of(name: str) -> Norm:
+            return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+        place, added = self._placed(weights, place, tokens)
+        x = tokens.astype(kind, copy=False)
+        x = linear(x, *of("embed"), residual=added)
+        for i, cache in enumerate(caches):
+            block = f"blocks.{i}"
+            heads = linear(x, *of(f"{block}.qkv"), norm=norm_of(f"{block}.norm1"))
+            heads = heads.reshape(*x.shape[:2], 3, *cache[0].shape[1::2])
+            query = _split_heads(heads, place, weights.get("turns"), *cache)
+            read = _attend(query, *cache, place).reshape(x.shape)
+            x = linear(read, *of(f"{block}.out"), residual=x)
+            norm = norm_of(f"{block}.norm2")
+            hidden = linear(x, *of(f"{block}.mlp_in"), norm=norm, activation="gelu")
+            x = linear(hidden, *of(f"{block}.mlp_out"), residual=x)
+        return linear(x, *of("head"), norm=norm_of("norm"))
+
+    def _placed(
+        self, weights: Mapping[str, Any], place: "_Place", tokens: Any
+    ) -> tuple["_Place", Any]:
+        """Return positions as kernels take them, and what learned ones add."""
+        positions, learned = place.positions, weights.get("positions.weight")
+        if learned is None:
+            positions = _cuda.contiguous(positions, np.int64)
+            return place._replace(positions=positions), None
+        if positions is None:
+            rows = np.arange(place.start, place.start + tokens.shape[1])
+            positions = np.asarray(rows, like=learned) + np.zeros(
+                tokens.shape[:2], np.int64, like=learned
+            )
+        return place, learned[positions.clip(0, len(learned) - 1)]
+
+    def _weights(
+        self, tokens: Any, kind: np.dtype[Any], reverse: bool
+    ) -> dict[str, Any]:
+        """Return a network's weights beside `tokens`, of the dtype to compute in."""
+        on_gpu = _cuda.is_cuda(tokens)
+        key = str(tokens.device) if on_gpu else "NumPy", kind, reverse
+        if key not in self._copies:
+            given = {**(self.backward if reverse else self.forward)}
+            if not self._settings.num_positions:
+                width = self._settings.hidden_dim // self.num_heads
+                given["turns"] = _turns(width)
+            copies = {}
+            for name, weight in given.items():
+                dtype = weight.dtype if name == "turns" else kind
+                weight = _cuda.to_device(weight) if on_gpu else weight
+                copies[name] = _cuda.contiguous(weight, dtype)
+            if on_gpu:
+                _cuda.to_host(copies["head.bias"])  # waits: any stream may read now
+            self._copies[key] = copies
+        return self._copies[key]
+
+
+class _Place(NamedTuple):
+    """Where the tokens of a pass stand, and which of them may be attended to."""
+
+    positions: Any
+    """(B, T), or None: from `start` on."""
+    sizes: Any
+    """(B, capacity of the cache), or None: all 1."""
+    counts: NDArray[np.int64]
+    """Valid ones among the T of each sequence."""
+    start: int
+    """Tokens before them, which are in the cache."""
+    reverse: bool
+
+
+@dataclass
+class _Cache:
+    """Keys and values of the tokens so far, with room for more."""
+
+    keys: Any  # (L, B, H, capacity, d)
+    values: Any
+    sizes: Any  # (B, capacity)
+    length: int = 0
+
+    @classmethod
+    def empty(
+        cls, tokens: Any, settings: _Settings, capacity: int, layers: int | None = None
+    ) -> "_Cache":
+        """Return room for tokens like these, (B, T, D), in every layer."""
+        heads = settings.num_heads
+        width = settings.hidden_dim // heads
+        shape = (layers or settings.num_layers, len(tokens), heads, capacity, width)
+        kind = _cuda.accumulation(tokens.dtype)
+        make = _cuda.empty if _cuda.is_cuda(tokens) else np.empty
+        return cls(make(shape, kind), make(shape, kind), make(shape[1:4:2], kind))
+
+    def after(self, count: int) -> "_Cache":
+        """Return a cache of the first `count` tokens with room for another.
+
+        Itself, unless it is full or has already gone on from there.
+        """
+        capacity = self.sizes.shape[-1]
+        if count == self.length < capacity:
+            return self
+        make = _cuda.empty if _cuda.is_cuda(self.sizes) else np.empty
+        capacity = max(2 * count, _LEAST_ROOM)
+
+        def grown(x: Any, axis: int) -> Any:
+            shape = list(x.shape)
+            shape[axis] = capacity
+            larger = make(tuple(shape), x.dtype)
+            kept: Any = (..., slice(count), *[slice(None)] * (-1 - axis))
+            larger[kept] = x[kept]
+            return larger
+
+        return _Cache(
+            grown(self.keys, -2), grown(self.values, -2), grown(self.sizes, -1), count
+        )
+
+
+def _of_each(x: Any, token: Any) -> Any:
+    """Return a number of each sequence as an array beside `token`; one may be for all.
+
+    Python's numbers become arrays here, None stays None.
+    """
+    if x is None:
+        return None
+    if not hasattr(x, "ndim") or isinstance(x, np.generic):
+        x = np.asarray(x)
+        x = _cuda.to_device(x) if _cuda.is_cuda(token) else x
+    if x.ndim:
+        return x
+    return x + np.zeros(token.shape[:-1], x.dtype, like=x)
+
+
+def _turns(width: int) -> NDArray[np.float64]:
+    """Return by what share of a turn one position rotates each pair: 1 / wavelength."""
+    pairs = np.arange(width // 2)
+    turns: NDArray[np.float64] = _BASE ** (-2.0 * pairs / width) / (2 * np.pi)
+    return turns
+
+
+def _split_heads(
+    heads: Any, place: _Place, turns: Any, keys: Any, values: Any
+) -> NDArray[Any]:
+    """Return queries (B, T, H, d), rotated; keys and values go to the caches."""
+    split = _split_heads_cuda if _cuda.is_cuda(heads) else _split_heads_reference
+    query: NDArray[Any] = split(heads, place, turns, keys, values)
+    return query
+
+
+def _split_heads_reference(
+    heads: NDArray[Any],
+    place: _Place,
+    turns: NDArray[np.float64] | None,
+    keys: NDArray[Any],
+    values: NDArray[Any],
+) -> NDArray[Any]:
+    rows = heads.shape[1]
+    query, key, value = (heads[:, :, i] for i in range(3))  # (B, T, H, d)
+    if turns is not None:
+        positions = place.positions
+        if positions is None:
+            positions = place.start + np.arange(rows)[None]
+        angle = 2 * np.pi * (positions[:, :, None, None] * turns % 1)  # (B, T, 1, d/2)
+        cosine, sine = np.cos(angle), np.sin(angle)
+        query, key = (_rotated(x, cosine, sine) for x in (query, key))
+    there = slice(place.start, place.start + rows)
+    keys[:, :, there] = key.transpose(0, 2, 1, 3)
+    values[:, :, there] = value.transpose(0, 2, 1, 3)
+    return query
+
+
+def _rotated(
+    x: NDArray[Any], cosine: NDArray[np.float64], sine: NDArray[np.float64]
+) -> NDArray[Any]:
+    a, b = np.split(x, 2, axis=-1)
+    cosine, sine = cosine.astype(x.dtype), sine.astype(x.dtype)
+    return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+
+
+def _split_heads_cuda(
+    heads: Any, place: _Place, turns: Any, keys: Any, values: Any
+) -> Any:
+    batch, rows, _, num_heads, width = heads.shape
+    query = _cuda.empty((batch, rows, num_heads, width), heads.dtype)
+    chosen = _cuda.implementation()
+    threads = query.size if chosen == "basic" else query.size // 2
+    sizes = batch, rows, num_heads, width, keys.shape[-2], place.start
+    args = (heads, place.positions, turns, *sizes, query, keys, values)
+    file = f"{chosen}/transformer_prior"
+    _cuda.launch(file, "split_heads", heads.dtype, threads, args)
+    return query
+
+
+def _attend(query: Any, keys: Any, values: Any, place: _Place) -> NDArray[Any]:
+    """Return what each query (B, T, H, d) reads from the cache (B, H, capacity, d)."""
+    attend = _attend_cuda if _cuda.is_cuda(query) else _attend_reference
+    read: NDArray[Any] = attend(query, keys, values, place)
+    return read
+
+
+def _attend_reference(
+    query: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], place: _Place
+) -> NDArray[Any]:
+    batch, rows, num_heads, width = query.shape
+    length = place.start + rows
+    keys, values = keys[:, :, :length], values[:, :, :length]
+    j = np.arange(length)
+    limits = (place.start + place.counts)[:, None, None, None]
+    bias: Any = 0
+    if place.sizes is not None:
+        sizes = place.sizes[:, None, None, :length]
+        with np.errstate(divide="ignore"):
+            bias = np.log(sizes)  # -inf for size 0
+    read = np.empty_like(query)
+    part = max(1, _SCORES // max(1, batch * num_heads * length))
+    for first in range(0, rows, part):
+        chosen = slice(first, min(first + part, rows))
+        some = query[:, chosen].transpose(0, 2, 1, 3) * query.dtype.type(width**-0.5)
+        scores = some @ keys.swapaxes(-1, -2) + bias  # (B, H, part, length)
+        i = (place.start + np.arange(rows)[chosen])[:, None]
+        allowed = (j >= i if place.reverse else j <= i) & (j < limits)
+        scores[~np.broadcast_to(allowed, scores.shape)] = -np.inf
+        scores -= np.maximum(scores.max(axis=-1, keepdims=True), -1e30)
+        np.exp(scores, out=scores)
+        total = scores.sum(axis=-1, keepdims=True)
+        read[:, chosen] = ((scores @ values) / np.where(total > 0, total, 1)).transpose(
+            0, 2, 1, 3
+        )
+    return read
+
+
+def _attend_cuda(query: Any, keys: Any, values: Any, place: _Place) -> Any:
+    batch, rows, num_heads, width = query.shape
+    out = _cuda.empty(query.shape, query.dtype)
+    chosen = _cuda.implementation()
+    counts = place.counts
+    each = None if (counts == rows).all() else _cuda.counts(counts)[0]
+    sizes = batch, rows, num_heads, width, keys.shape[-2], place.start
+    arrays = query, keys, values, place.sizes, each
+    args = (*arrays, *sizes, int(place.reverse), width**-0.5, out)
+    blocks = batch * rows * num_heads
+    threads = out.size if chosen == "basic" else blocks * _cuda.BLOCK
+    file = f"{chosen}/transformer_prior"
+    _cuda.launch(file, "attend", query.dtype, threads, args)
+    return out
+
+
+def _found(weights: Weights, num_heads: int) -> _Settings:
+    """Return the settings that a network's weights speak of."""
+    wide = ("embed.weight", "blocks.0.mlp_in.weight")
+    for name in wide:
+        if getattr(weights.get(name), "ndim", 0) != 2:
+            raise ValueError(f"`forward` must hold {name!r}, of two axes")
+    (hidden_dim, dim), (mlp_dim, _) = (weights[name].shape for name in wide)
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    learned = weights.get("positions.weight")
+    return _Settings(
+        dim,
+        hidden_dim,
+        len(blocks),
+        check_integer("num_heads", num_heads),
+        mlp_dim,
+        "layer" if "norm.bias" in weights else "rms",
+        0 if learned is None else len(learned),
+    ).checked()
+
+
+def _declared(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a file of these settings must hold."""
+    if set(settings) != set(_Settings._fields):
+        raise ValueError(f"its settings must be {_Settings._fields}, got {settings}")
+    try:
+        shapes = _Settings(**settings).checked().shapes()
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return {
+        f"{direction}.{name}": shape
+        for direction in ("forward", "backward")
+        for name, shape in shapes.items()
+    }
+
+
+def _state(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return copies of a state dict's weights, in float32 or float64."""
+    if not state:
+        raise ValueError(f"`{name}` must hold weights, got none")
+    given = {f"{name}[{key!r}]": weight for key, weight in state.items()}
+    _, *weights = enter(**given)
+    found = {}
+    for key, label, weight in zip(state, given, weights, strict=True):
+        check_values(label, weight, "X", "XY")
+        kind = _cuda.accumulation(weight.dtype)
+        found[key] = np.array(_cuda.to_host(weight), dtype=kind, order="C")
+    return found
+
+
+def _random_network(
+    generator: np.random.Generator, settings: _Settings
+) -> dict[str, NDArray[np.float32]]:
+    shapes, found = settings.shapes(), {}
+    for name, shape in shapes.items():
+        layer, _, part = name.rpartition(".")
+        if "norm" in layer:
+            weight = np.full(shape, part == "weight")
+        elif layer == "positions":
+            weight = generator.normal(0, 0.02, shape)
+        else:
+            bound = shapes[f"{layer}.weight"][1] ** -0.5
+            weight = generator.uniform(-bound, bound, shape)
+        found[name] = weight.astype(np.float32)
+    return found

@@ -1,0 +1,449 @@
+"""The transformer prior: against loops and torch, in steps, its weights in and out."""
+
+import pickle
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from conftest import TOLERANCE, assert_close, to_library, to_numpy
+
+import qm_cupy as qm
+from qm_cupy import _weights, transformer_prior
+
+PRIOR = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, mlp_dim=16, seed=3)
+DIRECTIONS = "forward", "backward"
+
+
+def cast(prior, change):
+    networks = (
+        {k: change(w) for k, w in getattr(prior, d).items()} for d in DIRECTIONS
+    )
+    return qm.TransformerPrior(*networks, prior.num_heads)
+
+
+def assert_same(prior, other):
+    assert prior.num_heads == other.num_heads
+    for direction in DIRECTIONS:
+        weights, wanted = getattr(prior, direction), getattr(other, direction)
+        assert weights.keys() == wanted.keys()
+        for name, weight in weights.items():
+            assert weight.dtype == wanted[name].dtype
+            assert weight.shape == wanted[name].shape
+            assert weight.tobytes() == wanted[name].tobytes()
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("learned", [None, 40])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 2, 17])
+def test_predict_by_loop(rng, dtype, norm, learned, reverse, num_groups):
+    prior = qm.TransformerPrior.init(
+        5, hidden_dim=12, num_heads=3, norm=norm, num_positions=learned, seed=1
+    )
+    # Norms and biases that a seed leaves at 1 and 0 would hide mistakes.
+    prior = cast(prior, lambda w: w + 0.1 * rng.standard_normal(w.shape))
+    tokens = rng.standard_normal((2, num_groups, 5)).astype(dtype)
+    positions = np.sort(rng.choice(40, (2, num_groups)), axis=-1)
+    sizes = rng.integers(0, 4, (2, num_groups))
+    weights = prior.backward if reverse else prior.forward
+    plain = np.arange(num_groups), np.ones(num_groups)
+    given = prior.predict(tokens, reverse=reverse, positions=positions, sizes=sizes)
+    alone = prior.predict(tokens, reverse=reverse)
+    assert given.dtype == np.result_type(dtype, np.float32)
+    for b, some in enumerate(tokens.astype(np.float64)):
+        for got, known in ((given, (positions[b], sizes[b])), (alone, plain)):
+            wanted = oracle.transformer(some, weights, 3, reverse, *known)
+            assert_close(got[b], wanted, dtype)
+
+
+def torch_network(torch, norm, learned):
+    """The documented module, forward only, with its attention by torch."""
+    nn = torch.nn
+    make_norm = nn.LayerNorm if norm == "layer" else rms_norm(torch)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = make_norm(12), make_norm(12)
+            self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+            self.mlp_in, self.mlp_out = nn.Linear(12, 20), nn.Linear(20, 12)
+
+        def forward(self, x, bias, angle):
+            parts = self.qkv(self.norm1(x)).unflatten(-1, (3, 3, 4))
+            q, k, v = parts.unbind(1)  # (K, H, d)
+            if not learned:
+                q, k = (rotate_half(torch, y, angle) for y in (q, k))
+            read = nn.functional.scaled_dot_product_attention(
+                *(y.transpose(0, 1) for y in (q, k, v)), attn_mask=bias
+            )
+            x = x + self.out(read.transpose(0, 1).flatten(-2))
+            hidden = nn.functional.gelu(self.mlp_in(self.norm2(x)))
+            return x + self.mlp_out(hidden)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, 12)
+            if learned:
+                self.positions = nn.Embedding(50, 12)
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+            self.norm, self.head = make_norm(12), nn.Linear(12, 5)
+
+        def forward(self, tokens, positions, sizes, reverse):
+            x = self.embed(tokens)
+            if learned:
+                x = x + self.positions(positions)
+            frequencies = 10000.0 ** (-torch.arange(0, 4, 2) / 4)
+            angle = positions[:, None, None] * frequencies
+            mask = torch.ones(len(x), len(x)).tril().bool()
+            mask = mask.T if reverse else mask
+            bias = torch.log(sizes.float()).masked_fill(~mask, -torch.inf)
+            for block in self.blocks:
+                x = block(x, bias, angle)
+            return self.head(self.norm(x))
+
+    return Network()
+
+
+def rms_norm(torch):
+    return lambda dim: torch.nn.RMSNorm(dim, eps=1e-5)
+
+
+def rotate_half(torch, x, angle):
+    angle = torch.cat([angle, angle], -1)
+    a, b = x.chunk(2, -1)
+    return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_weights_of_torch(rng, norm, learned):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    networks = [torch_network(torch, norm, learned).double() for _ in range(2)]
+    for network in networks:
+        for name, weight in network.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(weight)
+    states = [network.state_dict() for network in networks]
+    prior = qm.TransformerPrior.from_state_dict(*states, num_heads=3)
+    tokens = rng.standard_normal((9, 5))
+    positions = np.sort(rng.choice(50, 9))
+    sizes = rng.integers(1, 5, 9)
+    given = [torch.from_numpy(x) for x in (tokens, positions, sizes)]
+    for reverse, network in enumerate(networks):
+        with torch.no_grad():
+            wanted = network(*given, reverse).numpy()
+        known = {"positions": positions, "sizes": sizes}
+        got = prior.predict(tokens, reverse=bool(reverse), **known)
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        networks[0].embed.weight.zero_()  # the prior's are copies
+    assert prior.forward["embed.weight"].all()
+
+
+def test_a_size_is_so_many_tokens():
+    """Repeated in one place; one block, for in two the copies differ by their past."""
+    prior = qm.TransformerPrior.init(4, hidden_dim=8, num_heads=2, num_layers=1)
+    tokens = np.random.default_rng(0).standard_normal((5, 4))
+    sizes = np.array([3, 1, 4, 2, 1])
+    got = prior.predict(tokens, sizes=sizes)
+    whole = prior.predict(
+        np.repeat(tokens, sizes, axis=0), positions=np.repeat(np.arange(5), sizes)
+    )
+    assert_close(got[-1], whole[-1], "float32")
+
+
+def test_a_turn_of_all_positions_changes_nothing(rng):
+    tokens, positions = rng.standard_normal((9, 5)), np.arange(9)
+    one = PRIOR.predict(tokens, positions=positions)
+    two = PRIOR.predict(tokens, positions=positions + 1_000_000)
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    apart = PRIOR.predict(tokens, positions=2 * positions)
+    assert abs(one - apart).max() > 1e-4
+
+
+def test_queries_in_parts(rng, monkeypatch):
+    tokens, counts = rng.standard_normal((2, 17, 5)), np.array([17, 9])
+    wanted = PRIOR.predict(tokens, num_groups=counts, reverse=True)
+    monkeypatch.setattr(transformer_prior, "_SCORES", 2 * 3 * 17 * 4)  # four rows
+    got = PRIOR.predict(tokens, num_groups=counts, reverse=True)
+    assert_close(got[0], wanted[0])
+    assert_close(got[1, :9], wanted[1, :9])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_is_not_read(rng, reverse):
+    tokens, counts = rng.standard_normal((3, 9, 5)), np.array([9, 1, 4])
+    rubbish = tokens.copy()
+    for b, k in enumerate(counts):
+        rubbish[b, k:] = 1e6
+        wanted = PRIOR.predict(tokens[b, :k], reverse=reverse)
+        got = PRIOR.predict(rubbish, num_groups=counts, reverse=reverse)
+        assert_close(got[b, :k], wanted)
+
+
+def test_no_sequences():
+    assert PRIOR.predict(np.ones((0, 3, 5))).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (3, 40, 5), (1, 5)])
+def test_steps_are_rows_of_predict(rng, library, dtype, shape):
+    if library == "array_api_strict" and np.dtype(dtype).itemsize == 2:
+        pytest.skip("array-api-strict has no 16 bits")
+    tokens = to_library(library, rng.standard_normal(shape).astype(dtype))
+    positions = to_library(library, np.cumsum(rng.integers(1, 9, shape[:-1]), -1))
+    sizes = to_library(library, rng.integers(0, 4, shape[:-1]).astype(np.int32))
+    wanted = to_numpy(PRIOR.predict(tokens, positions=positions, sizes=sizes))
+    state = None
+    for t in range(shape[-2]):
+        known = {"position": positions[..., t], "size": sizes[..., t]}
+        got, state = PRIOR.step(tokens[..., t, :], state, **known)
+        assert type(got) is type(tokens)
+        found = to_numpy(got)
+        assert found.dtype == wanted.dtype
+        tolerance = TOLERANCE[wanted.dtype.name].computed
+        np.testing.assert_allclose(found, wanted[..., t, :], tolerance, tolerance)
+
+
+@pytest.mark.parametrize("learned", [None, 8])
+def test_steps_by_default_and_by_numbers(rng, learned):
+    prior = qm.TransformerPrior.init(
+        5, hidden_dim=8, num_heads=2, num_positions=learned
+    )
+    tokens = rng.standard_normal((2, 8, 5))
+    wanted, state, other = prior.predict(tokens), None, None
+    for t in range(8):
+        got, state = prior.step(tokens[:, t], state)
+        same, other = prior.step(tokens[:, t], other, position=t, size=1)
+        assert_close(got, wanted[:, t])
+        np.testing.assert_array_equal(got, same)
+
+
+def test_two_futures_from_one_state(rng):
+    past, one, two = rng.standard_normal((3, 6, 5))
+    state = None
+    for token in past:
+        _, state = PRIOR.step(token, state)
+    states = {0: state, 1: state}
+    futures = one, two
+    wanted = [PRIOR.predict(np.concatenate([past, future])) for future in futures]
+    for t in range(6):
+        for which, future in enumerate(futures):
+            got, states[which] = PRIOR.step(future[t], states[which])
+            assert_close(got, wanted[which][6 + t])
+    again, _ = PRIOR.step(one[0], state)
+    assert_close(again, wanted[0][6])
+
+
+def test_it_aligns_decodes_and_chooses(rng):
+    tokens = rng.standard_normal((3, 20, 5)).cumsum(axis=1)
+    counts = np.array([9, 4, 1])
+    merged = qm.quickmerge(tokens, counts)
+    loss = qm.alignment_loss(merged, PRIOR)
+    for b, k in enumerate(counts):
+        x = merged.tokens[b, :k]
+        known = merged.positions[b, :k], merged.sizes[b, :k]
+        after, before = (
+            oracle.transformer(x, getattr(PRIOR, d), 3, d == "backward", *known)
+            for d in DIRECTIONS
+        )
+        steps = max(k - 1, 1)
+        forward = ((after[:-1] - x[1:]) ** 2).mean(-1).sum() / steps
+        backward = ((before[1:] - x[:-1]) ** 2).mean(-1).sum() / steps
+        assert_close(loss.forward[b], forward, "float32")
+        assert_close(loss.backward[b], backward, "float32")
+    np.testing.assert_array_equal(PRIOR.loss(merged).total, loss.total)
+    decoded = qm.decode(merged, PRIOR)
+    known = {"positions": merged.positions, "sizes": merged.sizes}
+    whole = PRIOR.predict(merged.tokens, **known)
+    for b, k in enumerate(counts):
+        assert_close(decoded[b, :k], whole[b, :k])
+    candidates = [{"budget": 5, "method": m} for m in ("average", "contiguous")]
+    choice = qm.choose_merge(tokens, candidates, PRIOR)
+    losses = [qm.alignment_loss(qm.quickmerge(tokens, **c), PRIOR) for c in candidates]
+    assert choice.scores.shape == (2, 3)
+    gap = choice.scores[0] - choice.scores[1]
+    assert np.isfinite(gap).all()
+    assert (losses[0].total != losses[1].total).any()
+
+
+def test_init_is_seeded():
+    same, other = (
+        qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, mlp_dim=16, seed=seed)
+        for seed in (3, 4)
+    )
+    assert_same(same, PRIOR)
+    name = "blocks.1.mlp_out.weight"
+    assert (other.forward[name] != PRIOR.forward[name]).all()
+    assert (PRIOR.backward[name] != PRIOR.forward[name]).all()
+    assert abs(PRIOR.forward[name]).max() <= 16**-0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dim": 0}, ValueError, "`dim` must be at least 1"),
+        ({"hidden_dim": 10}, ValueError, "times an even number, got 10 for 4 heads"),
+        ({"hidden_dim": 12}, ValueError, "times an even number"),
+        ({"hidden_dim": 2048}, ValueError, "at most 256 wide, got 512"),
+        ({"num_layers": 0}, ValueError, "`num_layers` must be at least 1"),
+        ({"num_layers": 1 << 40}, ValueError, "`num_layers` must be at most 1024"),
+        ({"norm": "batch"}, ValueError, '`norm` must be "rms" or "layer"'),
+        ({"num_positions": 0}, ValueError, "`num_positions` must be at least 1"),
+        ({"num_positions": -3}, ValueError, "`num_positions` must be at least"),
+        ({"num_heads": 2.0}, TypeError, "`num_heads` must be an integer"),
+        ({"seed": -1}, ValueError, "`seed`"),
+    ],
+)
+def test_networks_that_cannot_be(change, error, message):
+    with pytest.raises(error, match=message):
+        qm.TransformerPrior.init(**{"dim": 8, **change})
+
+
+LEARNED = qm.TransformerPrior.init(5, hidden_dim=4, num_heads=2, num_positions=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"tokens": np.ones((3, 4))}, ValueError, "`tokens` must have width D = 5"),
+        ({"tokens": np.ones((3, 5), int)}, TypeError, "`tokens` must be float"),
+        ({"positions": np.ones(3)}, TypeError, "`positions` must be integers"),
+        ({"positions": np.arange(4)}, ValueError, r"`positions` must have shape \(K\)"),
+        ({"positions": np.arange(2, 5)}, ValueError, "below the 4 .* got 4"),
+        ({"tokens": np.ones((5, 5))}, ValueError, "learned 4 positions, too few for 5"),
+        ({"sizes": np.ones(4)}, ValueError, r"`sizes` must have shape \(K\) = \(3,\)"),
+        ({"sizes": np.array([1, -1, 2])}, ValueError, "`sizes` must be ≥ 0, got -1"),
+        ({"sizes": np.array([1, np.nan, 2])}, ValueError, "`sizes` must be finite"),
+        ({"sizes": np.ones(3, bool)}, TypeError, "`sizes` must be float"),
+        ({"num_groups": 4}, ValueError, "`num_groups`"),
+    ],
+)
+def test_what_cannot_be_read(given, error, message):
+    with pytest.raises(error, match=message):
+        LEARNED.predict(**{"tokens": np.ones((3, 5)), **given})
+
+
+@pytest.mark.parametrize(
+    ("token", "known", "error", "message"),
+    [
+        (np.ones(4), {}, ValueError, "`token` must have width D = 5"),
+        (np.ones((2, 5)), {}, ValueError, "`token` must have shape"),
+        (np.ones(5, "f4"), {}, TypeError, "as wide as the tokens before it"),
+        (np.ones(5), {"position": 1.5}, TypeError, "`position` must be integers"),
+        (np.ones(5), {"position": 4}, ValueError, "`position` must be below the 4"),
+        (np.ones(5), {"size": -1}, ValueError, "`size` must be ≥ 0"),
+        (np.ones(5), {"size": np.ones(2)}, ValueError, "`size` must have shape"),
+        (np.ones(5), {"size": "three"}, TypeError, "`size` must be float"),
+    ],
+)
+def test_steps_that_cannot_be(token, known, error, message):
+    first, state = LEARNED.step(np.ones(5))
+    with pytest.raises(error, match=message):
+        LEARNED.step(token, state, **known)
+    again, _ = LEARNED.step(np.ones(5), state)
+    assert_close(again, LEARNED.predict(np.ones((2, 5)))[1])
+    assert first.shape == (5,)
+
+
+def test_more_steps_than_learned_positions():
+    state = None
+    for _ in range(4):
+        _, state = LEARNED.step(np.ones(5), state)
+    with pytest.raises(ValueError, match="learned 4 positions, too few for 5"):
+        LEARNED.step(np.ones(5), state)
+
+
+def state_of(**change):
+    found = {**PRIOR.forward, **change}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, ValueError, "`forward` must hold weights, got none"),
+        ({"head.bias": np.ones(5)}, ValueError, "`forward` must hold 'embed.weight'"),
+        (state_of(extra=np.ones(1)), ValueError, r"\['extra'\] are of no use"),
+        (state_of(**{"head.bias": None}), ValueError, r"lacks \['head.bias'\]"),
+        (
+            state_of(**{"blocks.1.qkv.bias": np.ones(3)}),
+            ValueError,
+            r"`forward\['blocks.1.qkv.bias'\]` must have shape .* = \(36,\)",
+        ),
+        (state_of(**{"head.bias": np.ones(5, int)}), TypeError, "must be float16"),
+        (state_of(**{"head.bias": np.full(5, np.inf)}), ValueError, "must be finite"),
+    ],
+)
+def test_weights_that_do_not_fit(given, error, message):
+    with pytest.raises(error, match=message):
+        qm.TransformerPrior.from_state_dict(given, PRIOR.backward, num_heads=3)
+
+
+def test_directions_of_two_kinds():
+    one = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, num_layers=1)
+    with pytest.raises(ValueError, match=r"`backward` .* lacks .*'blocks.1.out.bias'"):
+        qm.TransformerPrior(PRIOR.forward, one.backward, 3)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
+def test_weights_there_and_back_bit_for_bit(tmp_path, kind, rng):
+    dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+    prior = cast(PRIOR, lambda w: np.asfortranarray(w.astype(dtype)))
+    prior.save(tmp_path / "prior")
+    found = qm.TransformerPrior.load(tmp_path / "prior")
+    assert_same(found, prior)
+    tokens = rng.standard_normal((4, 5))
+    np.testing.assert_array_equal(found.predict(tokens), prior.predict(tokens))
+    wide = cast(prior, lambda w: w.astype(np.float64))
+    assert_close(found.predict(tokens), wide.predict(tokens))
+
+
+def test_a_hundred_corruptions_are_found(tmp_path, rng):
+    path = tmp_path / "prior"
+    PRIOR.save(path)
+    raw = path.read_bytes()
+    for _ in range(100):
+        damaged = bytearray(raw)
+        for place in rng.integers(0, len(raw), rng.integers(1, 9)):
+            damaged[place] ^= int(rng.integers(1, 256))
+        if rng.random() < 0.3:
+            damaged = damaged[: rng.integers(0, len(raw))]
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="prior"):
+            qm.TransformerPrior.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 3}, "must hold"),
+        ({"num_layers": 1 << 40}, "at most 1024"),
+        ({"hidden_dim": 24}, "must have shape"),
+        ({"hidden_dim": "12"}, "`hidden_dim` must be an integer"),
+        ({"num_heads": 5}, "an even number"),
+        ({"norm": "layer"}, "must hold"),
+        ({"more": 1}, "its settings must be"),
+    ],
+)
+def test_settings_and_arrays_that_do_not_go_together(tmp_path, change, message):
+    """With a digest that is right: it is no signature."""
+    path = tmp_path / "prior"
+    arrays = {
+        f"{d}.{name}": w for d in DIRECTIONS for name, w in getattr(PRIOR, d).items()
+    }
+    settings = {**PRIOR._settings._asdict(), **change}
+    _weights.save_weights(path, "TransformerPrior", settings, arrays)
+    with pytest.raises(ValueError, match=message):
+        qm.TransformerPrior.load(path)
+
+
+def test_a_prior_is_pickled_without_its_copies(rng):
+    prior = cast(PRIOR, lambda w: w)
+    prior.predict(rng.standard_normal((3, 5)))
+    twin = pickle.loads(pickle.dumps(prior))
+    assert prior._copies
+    assert twin._copies == {}
+    assert_same(twin, prior)
