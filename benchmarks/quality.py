@@ -8,7 +8,7 @@ encoder (see minilm.py), are merged to a share of their tokens, and go through l
 the unmerged passage. Task 2: late-interaction search (MaxSim) among sections of the
 same text, queries made of each topic's title and first sentence, the rest of the topic
 being relevant; the sections' vectors are pooled by a factor. Task 3: 8 x 8 patches of
-a photograph, tile by tile, rebuilt from the merged ones.
+photographs, tile by tile, rebuilt from the merged ones.
 
 Figures are means over documents (topics, queries, tiles) with 95 % intervals of a
 bootstrap over them.
@@ -41,6 +41,7 @@ from peers import (
 )
 from PIL import Image
 from report import write_json
+from sklearn.datasets import load_sample_images
 
 import qm_cupy as qm
 from qm_cupy._progress import progress
@@ -265,14 +266,16 @@ def ranked(
 
 
 def tiles() -> np.ndarray:
-    """Return patches (B, N, D) of the tiles of matplotlib's own photograph."""
+    """Return patches (B, N, D) of tiles of matplotlib's and scikit-learn's photos."""
     with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:
-        picture = np.asarray(file.convert("RGB"), dtype=np.float32) / 255
-    rows, columns = (size // TILE for size in picture.shape[:2])
-    side = TILE // PATCH
-    shape = rows, side, PATCH, columns, side, PATCH, 3
-    cropped = picture[: rows * TILE, : columns * TILE].reshape(shape)
-    return cropped.transpose(0, 3, 1, 4, 2, 5, 6).reshape(rows * columns, side**2, -1)
+        photos = [np.asarray(file.convert("RGB")), *load_sample_images().images]
+    side, found = TILE // PATCH, []
+    for photo in photos:
+        rows, columns = (size // TILE for size in photo.shape[:2])
+        cropped = photo[: rows * TILE, : columns * TILE].astype(np.float32) / 255
+        patches = cropped.reshape(rows, side, PATCH, columns, side, PATCH, 3)
+        found.append(patches.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, side**2, 192))
+    return np.concatenate(found)
 
 
 def pictures(names: list[str], quick: bool) -> Report:
