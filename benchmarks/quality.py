@@ -360,17 +360,17 @@ def plot(report: Report, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, (title, found) in zip(axes, tasks.items(), strict=True):
-        for name, marker in zip(shown, "osDd^vx", strict=True):
+        for n, (name, marker) in enumerate(zip(shown, "osDd^vx", strict=True)):
             if name not in found:
                 continue
             columns = found[name]
             x = [percent(column) for column in columns]
             y = np.array([next(iter(values.values())) for values in columns.values()])
             bars = np.abs(y[:, 1:] - y[:, :1]).T
-            axis.errorbar(x, y[:, 0], bars, marker=marker, label=name, capsize=2)
+            axis.errorbar(x, y[:, 0], bars, fmt=f"C{n}{marker}-", label=name, capsize=2)
         axis.set(title=title, xlabel="tokens kept, %")
     axes[0].set_yscale("log")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120, format="png")
 
 
