@@ -33,7 +33,14 @@ def test_files_it_names_exist():
 
 @pytest.mark.parametrize(
     "script",
-    ["alignment.py", "clustering.py", "overhead.py", "quality.py", "reference.py"],
+    [
+        "alignment.py",
+        "clustering.py",
+        "overhead.py",
+        "pipeline.py",
+        "quality.py",
+        "reference.py",
+    ],
 )
 def test_benchmarks_run(script, tmp_path):
     if script == "quality.py":
