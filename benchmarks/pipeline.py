@@ -3,16 +3,16 @@
     python benchmarks/pipeline.py [--quick] [--json PATH] [--plot PATH]
                                   [--width D] [--depth L] [--after LAYERS] [--seconds S]
 
-Tokens are 16 x 16 patches of a photograph (matplotlib's own) at random places, in raster
-order, less their mean, N from 196 to 16,384, merged to a quarter. On the CPU in
+Tokens are 16 x 16 patches of a photograph (matplotlib's own) at random places, in
+raster order, less their mean, N from 196 to 16,384, merged to a quarter. On the CPU in
 float32; on a GPU, where there is one, in float16. Contenders run in one process, in
 turn: medians. One that would take longer than `--seconds` for a call, judged by the
 size before, is not run.
 
 Then the question that decides: with a transformer of `--depth` pre-norm layers of this
-width (torch's, with its fused attention), merged after layer `--after`, how much time do
-the layers behind it save, over that of merging? Layers to break even = time of merging /
-(a layer's time for N tokens - that for N / 4).
+width (torch's, with its fused attention), merged after layer `--after`, how much time
+do the layers behind it save, over that of merging? Layers to break even = time of
+merging / (a layer's time for N tokens - that for N / 4).
 """
 
 import argparse
@@ -107,16 +107,17 @@ def tome(x: Any, num_groups: int) -> Any:
         source, stay = order[:, :merges], order[:, merges:].sort(dim=1).values
         into = target[..., None].gather(1, source)
 
-        def merged(y: Any, source: Any = source, stay: Any = stay, into: Any = into):
-            wide = (-1, -1, y.shape[-1])
-            even, odd = y[:, ::2], y[:, 1::2]
-            moved = even.gather(1, source.expand(*wide))
-            sums = odd.scatter_add(1, into.expand(*wide), moved)
-            return torch.cat([even.gather(1, stay.expand(*wide)), sums], dim=1)
-
-        total, sizes = merged(x * sizes), merged(sizes)
+        total = _matched(x * sizes, source, stay, into)
+        sizes = _matched(sizes, source, stay, into)
         x = total / sizes
     return x
+
+
+def _matched(x: Any, source: Any, stay: Any, into: Any) -> Any:
+    wide = (-1, -1, x.shape[-1])
+    even, odd = x[:, ::2], x[:, 1::2]
+    sums = odd.scatter_add(1, into.expand(*wide), even.gather(1, source.expand(*wide)))
+    return torch.cat([even.gather(1, stay.expand(*wide)), sums], dim=1)
 
 
 def ward_pooling(x: Any, num_groups: int) -> Any:
@@ -306,7 +307,7 @@ def growth(rows: list[Report], name: str) -> float | None:
 
 
 def layer(machine: Machine, width: int) -> Callable[[Any], Any]:
-    """Return a pre-norm transformer layer of random weights, as fast as torch has it."""
+    """Return a pre-norm transformer layer of random weights, of torch's own parts."""
     functional, heads = torch.nn.functional, max(width // HEAD, 1)
     rng = np.random.default_rng(0)
 
@@ -380,8 +381,13 @@ def break_even(rows: list[Report], name: str, layers: int) -> tuple[float, str]:
 # ----------------------------------------------------------------------- tables
 
 
+def column_titles(rows: list[Report]) -> str:
+    sizes = [f"{row['batch']} x {row['num_tokens']}" for row in rows]
+    return "".join(f"{size:>12}" for size in sizes)
+
+
 def print_calls(rows: list[Report], names: list[str]) -> None:
-    heads = "".join(f"{f'{r['batch']} x {r['num_tokens']}':>12}" for r in rows)
+    heads = column_titles(rows)
     for title, field, scale in (
         ("milliseconds a call", "seconds", 1e3),
         ("kernels a call", "launches", 1),
@@ -403,7 +409,7 @@ def print_calls(rows: list[Report], names: list[str]) -> None:
 
 
 def print_break_even(rows: list[Report], names: list[str], layers: int) -> Report:
-    heads = "".join(f"{f'{r['batch']} x {r['num_tokens']}':>12}" for r in rows)
+    heads = column_titles(rows)
     print(f"\n{'milliseconds of a layer, B x N':<40}{heads}")
     for which, title in (("unmerged", "N tokens"), ("merged", f"N / {SHARE} tokens")):
         print(
