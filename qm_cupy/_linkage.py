@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from ._matching import Groups, _unit_tokens
+from ._matching import Groups, _gram, _unit_tokens
 from ._rounds import Floats, weighted_linkage
 
 LEAST_MASS = 1e-6  # of the largest in the sequence: what counts as no mass
@@ -50,7 +50,8 @@ def linkage_sequence(
     if len(tokens) == 1:
         return np.empty((0, 4))
     unit = _unit_tokens(tokens.astype(np.float64))
-    distance = unit @ unit.T  # one triangle, mirrored
+    distance = np.empty((len(unit), len(unit)))
+    _gram(unit, distance)
     if mass is None:
         distance = squareform(distance, checks=False)  # what is above the diagonal
     np.subtract(1, distance, out=distance)

@@ -9,7 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_GRAM_ROWS = 2048  # of a product of tokens by themselves
+
 Groups = NDArray[np.intp]
+
+
+def _gram(x: NDArray[Any], out: NDArray[Any]) -> None:
+    """Write x xᵀ (N, N), symmetric to the bit: some rows at a time, each mirrored.
+
+    Never as one product: OpenBLAS's threaded syrk, which NumPy takes for that, faults
+    from some 16,384 rows on (numpy#19685).
+    """
+    for start in range(0, len(x), _GRAM_ROWS):
+        stop = start + _GRAM_ROWS
+        rows = x[start:stop]
+        np.matmul(rows, rows.T, out=out[start:stop, start:stop])
+        rest = rows @ x[stop:].T
+        out[start:stop, stop:] = rest
+        out[stop:, start:stop] = rest.T
 
 
 def _unit_tokens(x: NDArray[Any]) -> NDArray[Any]:

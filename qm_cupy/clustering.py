@@ -30,6 +30,7 @@ from ._linkage import (
 )
 from ._linkage_cuda import cosine_similarity_cuda, dendrograms_cuda
 from ._matching import (
+    _gram,
     _unit_tokens,
     bipartite_groups,
     contiguous_groups,
@@ -96,7 +97,7 @@ def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
     similarity = np.empty((*batch, num_tokens, num_tokens), dtype)
     for index in np.ndindex(*batch):
         unit = _unit_tokens(tokens[index].astype(dtype))
-        np.matmul(unit, unit.T, out=similarity[index])  # one triangle, mirrored
+        _gram(unit, similarity[index])
         np.fill_diagonal(similarity[index], unit.any(axis=-1))
     return similarity.clip(-1, 1, out=similarity)
 

@@ -34,6 +34,14 @@ def ragged_mask(rng, batch, num_tokens):
 
 
 class TestCosineSimilarity:
+    def test_more_tokens_than_one_product_takes(self, rng):
+        tokens = rng.standard_normal((4100, 3))
+        got = qm.cosine_similarity(tokens)
+        assert np.array_equal(got, got.T)  # to the bit
+        unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+        for row in (0, 2047, 2048, 4095, 4096, 4099):
+            np.testing.assert_allclose(got[row], unit @ unit[row], atol=1e-14)
+
     def test_oracle(self, rng, dtype):
         tokens = rng.standard_normal((2, 9, 5)).astype(dtype)
         tokens[0, 3] = 0
