@@ -145,7 +145,7 @@ def contenders() -> dict[str, Contender]:
     if torch is not None:
         found["torch, ToMe's matching"] = tome
     if torch is not None and importlib.util.find_spec("sklearn"):
-        found["torch + scikit-learn, the paper's code"] = reference_semantics
+        found["torch + scikit-learn, the paper's stages"] = reference_semantics
     return found
 
 
@@ -465,9 +465,8 @@ def plot(report: Report, path: Path) -> None:
         axes[2].bar(names, shares, bottom=below, label=stage, **style)
         below += shares
     axes[2].set(title="share of each stage, %", xlabel="tokens N", ylim=(0, 100))
-    axes[2].legend(loc="lower right", framealpha=1)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3)
     figure.savefig(path, dpi=120, format="png")
 
 
