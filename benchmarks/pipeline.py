@@ -465,8 +465,9 @@ def plot(report: Report, path: Path) -> None:
         axes[2].bar(names, shares, bottom=below, label=stage, **style)
         below += shares
     axes[2].set(title="share of each stage, %", xlabel="tokens N", ylim=(0, 100))
-    axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-    axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3)
+    for axis, place, columns in ((axes[0], "left", 3), (axes[2], "right", 2)):
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=f"outside lower {place}", ncols=columns)
     figure.savefig(path, dpi=120, format="png")
 
 
