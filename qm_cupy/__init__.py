@@ -31,6 +31,13 @@ from .saliency import (
     saliency,
     self_attention_entropy,
 )
+from .saliency_vjp import (
+    attention_entropy_vjp,
+    norm_saliency_vjp,
+    query_key_entropy_vjp,
+    saliency_vjp,
+    self_attention_entropy_vjp,
+)
 from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
 from .transformer_prior import TransformerPrior
 from .workspace import Workspace
@@ -56,6 +63,7 @@ __all__ = [
     "alignment_loss",
     "allow_tf32",
     "attention_entropy",
+    "attention_entropy_vjp",
     "check_finite",
     "choose_merge",
     "cluster_tokens",
@@ -72,14 +80,18 @@ __all__ = [
     "norm_budget",
     "norm_mass",
     "norm_saliency",
+    "norm_saliency_vjp",
     "query_key_entropy",
+    "query_key_entropy_vjp",
     "quickmerge",
     "quickmerge_inference",
     "reconstruction_error",
     "saliency",
     "saliency_mass",
+    "saliency_vjp",
     "select_tokens",
     "self_attention_entropy",
+    "self_attention_entropy_vjp",
     "token_budget",
     "unmerge_tokens",
     "use_kernels",

@@ -120,6 +120,21 @@ def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
         raise ValueError(f"`mask` must leave at least one token, but {where} has none")
 
 
+def check_gradient(
+    gradient: NDArray[Any],
+    wanted: tuple[int, ...],
+    axes: str,
+    mask: NDArray[np.bool_] | None = None,
+) -> None:
+    """Refuse the gradient of a result of another shape, or not finite at its tokens."""
+    check_floating("gradient", gradient)
+    check_shape("gradient", gradient, axes, wanted)
+    if _values_checked(gradient):
+        zero = gradient.dtype.type(0)
+        seen = gradient if mask is None else np.where(mask, gradient, zero)
+        check_finite_values("gradient", seen)
+
+
 def check_mass(
     mass: NDArray[Any] | None, wanted: tuple[int, ...], name: str = "mass"
 ) -> None:
