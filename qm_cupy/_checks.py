@@ -96,10 +96,30 @@ def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:
 def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) -> None:
     """Refuse another shape than the wanted one, whose last axes `axes` name."""
     if x.shape != wanted:
-        letters = ", ".join(axes[-len(wanted) :])
+        letters = ", ".join(axes[len(axes) - len(wanted) :])
         raise ValueError(
             f"`{name}` must have shape ({letters}) = {wanted}, got {x.shape}"
         )
+
+
+def check_gradient(
+    gradient: Any,
+    wanted: tuple[int, ...],
+    axes: str,
+    inputs: NDArray[Any],
+    name: str = "gradient",
+) -> Any:
+    """Return the gradient of a result of the wanted shape, beside the inputs.
+
+    It may be a number where that shape is ().
+    """
+    if wanted == () and not hasattr(gradient, "__dlpack__"):
+        number = np.asarray(check_number(name, gradient, -np.inf, np.inf, "()"))
+        return _cuda.to_device(number) if _cuda.is_cuda(inputs) else number
+    check_floating(name, gradient)
+    check_shape(name, gradient, axes, wanted)
+    check_finite_values(name, gradient)
+    return gradient
 
 
 def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
