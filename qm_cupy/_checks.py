@@ -106,19 +106,23 @@ def check_gradient(
     gradient: Any,
     wanted: tuple[int, ...],
     axes: str,
-    inputs: NDArray[Any],
+    inputs: NDArray[Any] | None = None,
     name: str = "gradient",
+    mask: NDArray[np.bool_] | None = None,
 ) -> Any:
     """Return the gradient of a result of the wanted shape, beside the inputs.
 
-    It may be a number where that shape is ().
+    It may be a number where that shape is (); where a mask is False, anything.
     """
     if wanted == () and not hasattr(gradient, "__dlpack__"):
         number = np.asarray(check_number(name, gradient, -np.inf, np.inf, "()"))
         return _cuda.to_device(number) if _cuda.is_cuda(inputs) else number
     check_floating(name, gradient)
     check_shape(name, gradient, axes, wanted)
-    check_finite_values(name, gradient)
+    seen = gradient
+    if mask is not None and _values_checked(gradient):
+        seen = np.where(mask, gradient, gradient.dtype.type(0))
+    check_finite_values(name, seen)
     return gradient
 
 
@@ -136,21 +140,6 @@ def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
     if len(empty):
         where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
         raise ValueError(f"`mask` must leave at least one token, but {where} has none")
-
-
-def check_gradient(
-    gradient: NDArray[Any],
-    wanted: tuple[int, ...],
-    axes: str,
-    mask: NDArray[np.bool_] | None = None,
-) -> None:
-    """Refuse the gradient of a result of another shape, or not finite at its tokens."""
-    check_floating("gradient", gradient)
-    check_shape("gradient", gradient, axes, wanted)
-    if _values_checked(gradient):
-        zero = gradient.dtype.type(0)
-        seen = gradient if mask is None else np.where(mask, gradient, zero)
-        check_finite_values("gradient", seen)
 
 
 def check_mass(

@@ -350,7 +350,7 @@ def saliency_vjp(
     check_choice("salient", salient, ("low", "high"))
     shape = _saliency_shape(entropy)
     check_mask(mask, shape)
-    check_gradient(gradient, shape, "BN", mask)
+    check_gradient(gradient, shape, "BN", mask=mask)
     return leave(_saliency_vjp_reference(gradient, entropy, salient, mask))
 
 
@@ -444,7 +444,7 @@ def norm_saliency_vjp(
     leave, gradient, tokens, mask = enter(gradient=gradient, tokens=tokens, mask=mask)
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    check_gradient(gradient, tokens.shape[:-1], "BN", mask)
+    check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
     return leave(_norm_saliency_vjp_reference(gradient, tokens, mask))
 
 
@@ -467,7 +467,7 @@ def _norm_saliency_vjp_reference(
 def _check_entropy_gradient(
     gradient: NDArray[Any], shape: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> None:
-    check_gradient(gradient, shape, _AXES[len(shape)], mask)
+    check_gradient(gradient, shape, _AXES[len(shape)], mask=mask)
 
 
 def _of_tokens(
