@@ -98,7 +98,7 @@ def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) 
     if x.shape != wanted:
         letters = ", ".join(axes[len(axes) - len(wanted) :])
         raise ValueError(
-            f"`{name}` must have shape ({letters}) = {wanted}, got {x.shape}"
+            f"`{name}` must have shape ({letters}) = {wanted}, got {tuple(x.shape)}"
         )
 
 
@@ -263,8 +263,8 @@ def check_source(
     ]
     wanted = _any_of([f"({', '.join(layout)})" for layout in spelled])
     raise ValueError(
-        f"`{name}` must have shape {wanted} with ({', '.join(axes)}) = {tokens[:-1]}, "
-        f"got {source.shape}"
+        f"`{name}` must have shape {wanted} with ({', '.join(axes)}) = "
+        f"{tuple(tokens[:-1])}, got {tuple(source.shape)}"
     )
 
 
