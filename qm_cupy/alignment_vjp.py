@@ -87,7 +87,7 @@ def alignment_loss_vjp(
     prior._check_width("merged", tokens)
     counts = _counts(tokens, num_groups, sizes)
     ahead, behind, total = (
-        check_gradient(slope, tokens.shape[:-2], "B", tokens, name)
+        check_gradient(slope, tokens.shape[:-2], "B", tokens, name).astype(np.float64)
         for name, slope in zip(names, slopes, strict=True)
     )
     args = (ahead + total, behind + total), tokens, prior, counts

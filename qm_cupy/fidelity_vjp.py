@@ -194,7 +194,7 @@ def fidelity_loss_vjp(
     leave, tokens, merged, labels, counts, mask, gradient = _enter_fidelity(
         tokens, merged, labels, num_groups, mask, gradient
     )
-    gradient = check_gradient(gradient, (), "", tokens)
+    gradient = check_gradient(gradient, (), "", tokens).astype(np.float64)
     each = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)
     args = each, tokens, merged, labels, counts, mask, (1 - gamma) ** 2
     by_tokens, by_merged = _reconstruction_error_vjp(*args)
