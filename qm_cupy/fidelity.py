@@ -140,7 +140,7 @@ def reconstruction_error(
     >>> float(reconstruction_error(tokens, merged, labels=np.array([0, 0])))
     0.5
     """
-    leave, *arrays = _enter_fidelity(tokens, merged, labels, num_groups, mask)
+    leave, *arrays, _ = _enter_fidelity(tokens, merged, labels, num_groups, mask)
     return leave(_reconstruction_error(*arrays))
 
 
@@ -153,10 +153,21 @@ def _reconstruction_error(
 
 
 def _enter_fidelity(
-    tokens: Any, merged: Any, labels: Any, num_groups: Any, mask: Any
+    tokens: Any,
+    merged: Any,
+    labels: Any,
+    num_groups: Any,
+    mask: Any,
+    gradient: Any = None,
 ) -> tuple[Any, ...]:
-    leave, tokens, merged, labels, num_groups, mask = enter(
-        tokens=tokens, merged=merged, labels=labels, num_groups=num_groups, mask=mask
+    """Return ``leave``, all arrays checked but the gradient, and that."""
+    leave, tokens, merged, labels, num_groups, mask, gradient = enter(
+        tokens=tokens,
+        merged=merged,
+        labels=labels,
+        num_groups=num_groups,
+        mask=mask,
+        gradient=gradient,
     )
     check_tokens(tokens)
     check_tokens(merged, "merged")
@@ -170,7 +181,7 @@ def _enter_fidelity(
     counts = check_num_groups(most if num_groups is None else num_groups, batch, most)
     if labels is not None:
         check_labels(labels, tokens.shape[:-1], counts)
-    return leave, tokens, merged, labels, counts, mask
+    return leave, tokens, merged, labels, counts, mask, gradient
 
 
 def _reconstruction_error_reference(
@@ -292,7 +303,7 @@ def fidelity_loss(
     0.0
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
-    leave, *arrays = _enter_fidelity(tokens, merged, labels, num_groups, mask)
+    leave, *arrays, _ = _enter_fidelity(tokens, merged, labels, num_groups, mask)
     error = _reconstruction_error(*arrays)
     excess = (error - error.dtype.type((1 - gamma) ** 2)).clip(0)
     return leave(excess.sum(dtype=error.dtype) / error.dtype.type(max(error.size, 1)))

@@ -128,6 +128,16 @@ def _merge_tokens_reference(
 ) -> NDArray[Any]:
     *batch, _, dim = tokens.shape
     dtype = np.result_type(tokens.dtype, np.float32)
+    values = tokens.reshape(-1, dim).astype(dtype, copy=False)
+    shares = _shares_reference(labels, num_groups, mass).astype(dtype)
+    merged = (shares @ values).astype(tokens.dtype, copy=False)  # (B·K, D)
+    return merged.reshape(*batch, num_groups, dim)
+
+
+def _shares_reference(
+    labels: NDArray[Any], num_groups: int, mass: NDArray[Any] | None
+) -> csr_array:
+    """Return the shares of the tokens in the merged ones, as a matrix (B·K, B·N)."""
     flat, group, num_rows = _flat_groups(labels, num_groups)
     weight = np.ones(labels.size) if mass is None else mass.ravel().astype(np.float64)
     weight = weight[flat]
@@ -137,12 +147,7 @@ def _merge_tokens_reference(
     total = np.bincount(group, weight, num_rows)[group]
     size = np.bincount(group, minlength=num_rows)[group]
     share = np.where(total > 0, weight / np.where(total > 0, total, 1), 1 / size)
-    matrix = csr_array(
-        (share.astype(dtype), (group, flat)), shape=(num_rows, labels.size)
-    )
-    values = tokens.reshape(-1, dim).astype(dtype, copy=False)
-    merged = (matrix @ values).astype(tokens.dtype, copy=False)  # (B·K, D)
-    return merged.reshape(*batch, num_groups, dim)
+    return csr_array((share, (group, flat)), shape=(num_rows, labels.size))
 
 
 def _merge_tokens_cuda(

@@ -177,8 +177,7 @@ def _gumbel_softmax_reference(
     counts: NDArray[np.int64] | None,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    scores = saliency.astype(np.result_type(saliency, np.float32))
-    scores = scores + _by_rank(_gumbel_noise_reference(saliency.shape, *noise), mask)
+    scores = _perturbed_scores_reference(saliency, noise, mask)
     if counts is None:
         return _softmax_reference(scores, temperature, mask)
     return _top_reference(scores, counts, mask).astype(scores.dtype)
@@ -186,6 +185,15 @@ def _gumbel_softmax_reference(
 
 def _check_temperature(temperature: Any) -> float:
     return check_number("temperature", temperature, 0, np.inf, "()")
+
+
+def _perturbed_scores_reference(
+    saliency: NDArray[Any],
+    noise: tuple[int | None, int],
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    scores = saliency.astype(np.result_type(saliency, np.float32))
+    return scores + _by_rank(_gumbel_noise_reference(saliency.shape, *noise), mask)
 
 
 def _by_rank(

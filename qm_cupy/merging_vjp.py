@@ -1,0 +1,183 @@
+"""Vector–Jacobian products of merging: from the gradient of a result to its inputs.
+
+Labels are constants.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from ._arrays import Array, enter, on_callers_stream
+from ._checks import (
+    check_gradient,
+    check_labels,
+    check_mass,
+    check_num_groups,
+    check_tokens,
+    largest,
+)
+from .merging import (
+    _flat_groups,
+    _shares_reference,
+)
+
+
+@on_callers_stream
+def merge_tokens_vjp(
+    gradient: Array,
+    tokens: Array,
+    labels: Array,
+    num_groups: Any,
+    *,
+    mass: Array | None = None,
+) -> tuple[Array, Array | None]:
+    r"""Gradients of `merge_tokens` with respect to the tokens and to their mass.
+
+    .. math:: \bar x_j = \frac{m_j}{W_k} \bar x_k, \qquad
+        \bar m_j = \frac{1}{W_k} \bar x_k \cdot (x_j - \tilde x_k), \qquad
+        W_k = \sum_{i \in G_k} m_i
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (K, D) or (B, K, D)
+        Gradient of a loss with respect to the merged tokens; any float dtype. That of
+        groups without members does not count.
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings, as `merge_tokens` takes them.
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding: constants.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence.
+    mass : ndarray of shape (N,) or (B, N), optional
+        Non-negative weights m; 1 by default.
+
+    Returns
+    -------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Gradient of the loss with respect to the tokens, in their dtype; 0 for padding.
+    mass : ndarray of shape (N,) or (B, N), or None
+        That with respect to the mass, in its dtype; None without one. A group of mass 0
+        takes the plain mean: its mass has gradient 0.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite, a mass is negative or a label
+        outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens, mass = np.array([[0.0], [4.0], [7.0]]), np.array([1.0, 3.0, 1.0])
+    >>> labels, gradient = np.array([0, 0, 1]), np.array([[1.0], [2.0]])
+    >>> by_tokens, by_mass = merge_tokens_vjp(gradient, tokens, labels, 2, mass=mass)
+    >>> by_tokens.ravel()
+    array([0.25, 0.75, 2.  ])
+    >>> by_mass
+    array([-0.75,  0.25,  0.  ])
+    """
+    leave, gradient, tokens, labels, num_groups, mass = enter(
+        gradient=gradient,
+        tokens=tokens,
+        labels=labels,
+        num_groups=num_groups,
+        mass=mass,
+    )
+    check_tokens(tokens)
+    batch = tokens.shape[:-2]
+    counts = check_num_groups(num_groups, batch)
+    most = largest(num_groups, counts)
+    gradient = check_gradient(gradient, (*batch, most, tokens.shape[-1]), "BKD", tokens)
+    check_labels(labels, tokens.shape[:-1], counts)
+    check_mass(mass, tokens.shape[:-1])
+    args = gradient, tokens, labels, most, mass
+    by_tokens, by_mass = _merge_tokens_vjp_reference(*args)
+    return leave(by_tokens), None if by_mass is None else leave(by_mass)
+
+
+def _merge_tokens_vjp_reference(
+    gradient: NDArray[Any],
+    tokens: NDArray[Any],
+    labels: NDArray[Any],
+    num_groups: int,
+    mass: NDArray[Any] | None,
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    dim = tokens.shape[-1]
+    shares = _shares_reference(labels, num_groups, mass)  # (B·K, B·N)
+    wide = gradient.reshape(-1, dim).astype(np.float64)
+    by_tokens = (shares.T @ wide).reshape(tokens.shape).astype(tokens.dtype)
+    if mass is None:
+        return by_tokens, None
+    flat, group, num_rows = _flat_groups(labels, num_groups)
+    total = np.bincount(group, mass.ravel()[flat].astype(np.float64), num_rows)[group]
+    x = tokens.reshape(-1, dim)[flat].astype(np.float64)
+    x -= (shares @ tokens.reshape(-1, dim).astype(np.float64))[group]
+    slope = np.einsum("md,md->m", wide[group], x)
+    by_mass = np.zeros(labels.size)
+    by_mass[flat] = np.where(total > 0, slope / np.where(total > 0, total, 1), 0)
+    return by_tokens, by_mass.reshape(labels.shape).astype(mass.dtype)
+
+
+@on_callers_stream
+def unmerge_tokens_vjp(gradient: Array, labels: Array, num_groups: Any) -> Array:
+    r"""Gradient of `unmerge_tokens` with respect to the merged tokens: sums by labels.
+
+    .. math:: \bar x_k = \sum_{j \in G_k} \bar x_j
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (N, D) or (B, N, D)
+        Gradient of a loss with respect to the tokens rebuilt; float16, bfloat16,
+        float32 or float64. That of padding does not count.
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding: constants.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence: then the result is padded to the largest.
+
+    Returns
+    -------
+    ndarray of shape (K, D) or (B, K, D)
+        Gradient of the loss with respect to the merged tokens in the dtype of
+        `gradient`, summed in float32 at least and in index order. Groups without
+        members have 0.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite or a label outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> gradient = np.array([[1.0], [2.0], [4.0]])
+    >>> unmerge_tokens_vjp(gradient, np.array([0, 0, 1]), 2).ravel()
+    array([3., 4.])
+    """
+    leave, gradient, labels, num_groups = enter(
+        gradient=gradient, labels=labels, num_groups=num_groups
+    )
+    check_tokens(gradient, "gradient")
+    counts = check_num_groups(num_groups, gradient.shape[:-2])
+    check_labels(labels, gradient.shape[:-1], counts)
+    most = largest(num_groups, counts)
+    return leave(_unmerge_tokens_vjp_reference(gradient, labels, most))
+
+
+def _unmerge_tokens_vjp_reference(
+    gradient: NDArray[Any], labels: NDArray[Any], num_groups: int
+) -> NDArray[Any]:
+    *batch, _, dim = gradient.shape
+    flat, group, num_rows = _flat_groups(labels, num_groups)
+    dtype = np.result_type(gradient.dtype, np.float32)
+    member = csr_array(
+        (np.ones(len(flat), dtype), (group, flat)), shape=(num_rows, labels.size)
+    )
+    values = gradient.reshape(-1, dim).astype(dtype, copy=False)
+    total: NDArray[Any] = (member @ values).astype(gradient.dtype, copy=False)
+    return total.reshape(*batch, num_groups, dim)
