@@ -583,5 +583,7 @@ def _sum_rows(x: NDArray[Any]) -> None:
     runs = x[..., :whole, :].reshape(*batch, whole // run, run, dim)  # a view
     for t in range(1, run):
         runs[..., t, :] += runs[..., t - 1, :]
+    for t in range(whole + 1, num_rows):  # the rows left over, fewer than a run
+        x[..., t, :] += x[..., t - 1, :]
     for first in range(run, num_rows, run):
         x[..., first : first + run, :] += x[..., first - 1 : first, :]

@@ -320,3 +320,16 @@ def test_directions_of_two_widths():
     names = "0.weight", "0.bias", "2.weight", "2.bias"
     with pytest.raises(ValueError, match="`forward` has width D = 5, `backward` 4"):
         qm.MLPPrior.from_state_dict(state(), dict(zip(names, other, strict=True)))
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 60))
+def test_means_of_any_number_of_tokens(rng, num_tokens):
+    """They are summed by runs of rows, of which some may be left over."""
+    both = np.concatenate([np.eye(2), -np.eye(2)])
+    same = qm.MLP(both, np.zeros(4), both.T, np.zeros(2))  # relu(x) - relu(-x) = x
+    prior = qm.MLPPrior(same, same)
+    tokens = rng.standard_normal((3, num_tokens, 2))
+    count = np.arange(1, num_tokens + 1)[:, None]
+    for reverse, order in ((False, np.s_[:, :]), (True, np.s_[:, ::-1])):
+        wanted = (np.cumsum(tokens[order], axis=1) / count)[order]
+        assert_close(prior.predict(tokens, reverse=reverse), wanted)
