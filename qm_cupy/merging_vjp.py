@@ -3,12 +3,14 @@
 Labels are constants.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_gradient,
@@ -20,6 +22,7 @@ from ._checks import (
 )
 from .merging import (
     _flat_groups,
+    _members_cuda,
     _shares_reference,
 )
 
@@ -94,8 +97,11 @@ def merge_tokens_vjp(
     gradient = check_gradient(gradient, (*batch, most, tokens.shape[-1]), "BKD", tokens)
     check_labels(labels, tokens.shape[:-1], counts)
     check_mass(mass, tokens.shape[:-1])
-    args = gradient, tokens, labels, most, mass
-    by_tokens, by_mass = _merge_tokens_vjp_reference(*args)
+    find = _merge_tokens_vjp_reference
+    if _cuda.is_cuda(tokens):
+        find = _merge_tokens_vjp_cuda
+    gradient = gradient.astype(tokens.dtype, copy=False)
+    by_tokens, by_mass = find(gradient, tokens, labels, most, mass)
     return leave(by_tokens), None if by_mass is None else leave(by_mass)
 
 
@@ -120,6 +126,75 @@ def _merge_tokens_vjp_reference(
     by_mass = np.zeros(labels.size)
     by_mass[flat] = np.where(total > 0, slope / np.where(total > 0, total, 1), 0)
     return by_tokens, by_mass.reshape(labels.shape).astype(mass.dtype)
+
+
+def _merge_tokens_vjp_cuda(
+    gradient: Any, tokens: Any, labels: Any, num_groups: int, mass: Any
+) -> tuple[Any, Any]:
+    *leading, num_tokens, dim = tokens.shape
+    batch, kind = math.prod(leading), _cuda.accumulation(tokens.dtype)
+    gradient, tokens = _cuda.contiguous(gradient), _cuda.contiguous(tokens)
+    labels, weight = _cuda.contiguous(labels, np.int32), _cuda.contiguous(mass, kind)
+    shares, out = (
+        _cuda.empty(labels.shape, kind),
+        _cuda.empty(tokens.shape, tokens.dtype),
+    )
+    slope = None if mass is None else _cuda.empty(labels.shape, kind)
+    sizes = batch, num_tokens, dim, num_groups
+    find = _merge_vjp_optimized
+    if _cuda.implementation() == "basic":
+        find = _merge_vjp_basic
+    find(gradient, tokens, labels, weight, sizes, shares, slope, out)
+    return out, None if slope is None else slope.astype(mass.dtype, copy=False)
+
+
+def _merge_vjp_basic(
+    gradient: Any,
+    tokens: Any,
+    labels: Any,
+    mass: Any,
+    sizes: tuple[int, int, int, int],
+    shares: Any,
+    slope: Any,
+    out: Any,
+) -> None:
+    batch, num_tokens, _, num_groups = sizes
+    file, few = "basic/merging_vjp", (batch, num_tokens, num_groups)
+    args: tuple[Any, ...] = (mass, labels, *few, shares)
+    _cuda.launch(file, "member_shares", tokens.dtype, shares.size, args)
+    args = (gradient, labels, shares, *sizes, out)
+    _cuda.launch(file, "merge_tokens_vjp", tokens.dtype, out.size, args)
+    if slope is None:
+        return
+    products = _cuda.empty(slope.shape, slope.dtype)
+    args = (gradient, tokens, labels, *sizes, products)
+    _cuda.launch(file, "member_products", tokens.dtype, products.size, args)
+    args = (mass, labels, shares, products, *few, slope)
+    _cuda.launch(file, "merge_mass_vjp", tokens.dtype, slope.size, args)
+
+
+def _merge_vjp_optimized(
+    gradient: Any,
+    tokens: Any,
+    labels: Any,
+    mass: Any,
+    sizes: tuple[int, int, int, int],
+    shares: Any,
+    slope: Any,
+    out: Any,
+) -> None:
+    batch, num_tokens, _, num_groups = sizes
+    file, few = "optimized/merging_vjp", (batch, num_tokens, num_groups)
+    groups, lists = batch * num_groups * _cuda.WARP, _members_cuda(labels, num_groups)
+    args: tuple[Any, ...] = (mass, *lists, *few, shares)
+    _cuda.launch(file, "member_shares", tokens.dtype, groups, args)
+    args = (gradient, tokens, labels, shares, *sizes, slope, out)
+    threads = shares.size * _cuda.WARP
+    _cuda.launch(file, "merge_tokens_vjp", tokens.dtype, threads, args)
+    if slope is None:
+        return
+    args = (mass, *lists, shares, *few, slope)
+    _cuda.launch(file, "merge_mass_vjp", tokens.dtype, groups, args)
 
 
 @on_callers_stream
@@ -166,6 +241,8 @@ def unmerge_tokens_vjp(gradient: Array, labels: Array, num_groups: Any) -> Array
     counts = check_num_groups(num_groups, gradient.shape[:-2])
     check_labels(labels, gradient.shape[:-1], counts)
     most = largest(num_groups, counts)
+    if _cuda.is_cuda(gradient):
+        return leave(_unmerge_tokens_vjp_cuda(gradient, labels, most))
     return leave(_unmerge_tokens_vjp_reference(gradient, labels, most))
 
 
@@ -181,3 +258,18 @@ def _unmerge_tokens_vjp_reference(
     values = gradient.reshape(-1, dim).astype(dtype, copy=False)
     total: NDArray[Any] = (member @ values).astype(gradient.dtype, copy=False)
     return total.reshape(*batch, num_groups, dim)
+
+
+def _unmerge_tokens_vjp_cuda(gradient: Any, labels: Any, num_groups: int) -> Any:
+    *leading, num_tokens, dim = gradient.shape
+    out = _cuda.empty((*leading, num_groups, dim), gradient.dtype)
+    gradient, labels = _cuda.contiguous(gradient), _cuda.contiguous(labels, np.int32)
+    sizes = math.prod(leading), num_tokens, dim, num_groups
+    chosen = _cuda.implementation()
+    basic = chosen == "basic"
+    groups = (labels,) if basic else _members_cuda(labels, num_groups)
+    args = (gradient, *groups, *sizes, out)
+    threads = out.size if basic else _cuda.vectors(out)
+    kernel = f"{chosen}/merging_vjp", "unmerge_tokens_vjp"
+    _cuda.launch(*kernel, gradient.dtype, threads, args)
+    return out
