@@ -6,7 +6,7 @@ import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
 import qm_cupy as qm
-from qm_cupy import _fitting, mlp_prior
+from qm_cupy import _cuda, _fitting, mlp_prior
 
 PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
 
@@ -254,6 +254,17 @@ def test_steps_by_kernels(rng, kernels, dtype, monkeypatch):
         for t in range(4):
             got, state = prior.step(tokens[:, t], state)
             assert_close(got, wanted[:, t], np.result_type(dtype, np.float32))
+
+
+def test_weights_that_are_on_the_gpu_are_not_waited_for(monkeypatch):
+    emulator.install(monkeypatch)
+    waits, to_host = [], _cuda.to_host
+    monkeypatch.setattr(_cuda, "to_host", lambda x: waits.append(x) or to_host(x))
+    prior = qm.MLPPrior(PRIOR.forward, PRIOR.backward)
+    prior.predict(np.ones((4, 5), np.float32))
+    assert not waits
+    prior.predict(np.ones((4, 5)))  # in float64, of which a copy is made
+    assert len(waits) == 1
 
 
 @pytest.mark.parametrize("kernels", ["basic", "optimized"])
