@@ -106,19 +106,25 @@ def check_gradient(
     gradient: Any,
     wanted: tuple[int, ...],
     axes: str,
-    inputs: NDArray[Any],
+    inputs: NDArray[Any] | None = None,
     name: str = "gradient",
+    mask: NDArray[np.bool_] | None = None,
 ) -> Any:
     """Return the gradient of a result of the wanted shape, beside the inputs.
 
-    It may be a number where that shape is ().
+    It may be a number where that shape is (); where a mask is False, anything.
     """
     if wanted == () and not hasattr(gradient, "__dlpack__"):
-        number = np.asarray(check_number(name, gradient, -np.inf, np.inf, "()"))
-        return _cuda.to_device(number) if _cuda.is_cuda(inputs) else number
+        empty = _cuda.empty if _cuda.is_cuda(inputs) else np.empty
+        number = empty((), np.float64)
+        number[...] = check_number(name, gradient, -np.inf, np.inf, "()")
+        return number
     check_floating(name, gradient)
     check_shape(name, gradient, axes, wanted)
-    check_finite_values(name, gradient)
+    seen = gradient
+    if mask is not None and _values_checked(gradient):
+        seen = np.where(mask, gradient, gradient.dtype.type(0))
+    check_finite_values(name, seen)
     return gradient
 
 

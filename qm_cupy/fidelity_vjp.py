@@ -118,6 +118,7 @@ def _reconstruction_error_vjp_reference(
         labels = _most_similar(tokens, merged, counts)
     if mask is not None:
         labels = np.where(mask, labels, -1)
+    kind = np.result_type(tokens.dtype, np.float32).type  # of the error as it is told
     by_tokens, by_merged = np.zeros_like(tokens), np.zeros_like(merged)
     for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
         group = labels[index]
@@ -130,7 +131,7 @@ def _reconstruction_error_vjp_reference(
         x, gap = x / peak, gap / peak  # first, so that no square overflows
         whole = np.vdot(x, x)
         error = np.vdot(gap, gap) / whole
-        if not error > bound:
+        if not kind(error) > kind(bound):
             continue
         scale = 2 * float(gradient[index]) / (whole * peak)
         by_tokens[index] = scale * (gap - error * x)

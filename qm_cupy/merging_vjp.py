@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
+    check_finite,
     check_gradient,
     check_labels,
     check_mass,
@@ -45,8 +46,8 @@ def merge_tokens_vjp(
     Parameters
     ----------
     gradient : ndarray of shape (K, D) or (B, K, D)
-        Gradient of a loss with respect to the merged tokens; any float dtype. That of
-        groups without members does not count.
+        Gradient of a loss with respect to the merged tokens; any float dtype, taken in
+        that of `tokens`. That of groups without members does not count.
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings, as `merge_tokens` takes them.
     labels : ndarray of shape (N,) or (B, N)
@@ -94,7 +95,9 @@ def merge_tokens_vjp(
     batch = tokens.shape[:-2]
     counts = check_num_groups(num_groups, batch)
     most = largest(num_groups, counts)
-    gradient = check_gradient(gradient, (*batch, most, tokens.shape[-1]), "BKD", tokens)
+    wanted = (*batch, most, tokens.shape[-1])
+    kept = (np.arange(most) < counts[..., None])[..., None]  # (B, K, 1)
+    gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=kept)
     check_labels(labels, tokens.shape[:-1], counts)
     check_mass(mass, tokens.shape[:-1])
     find = _merge_tokens_vjp_reference
@@ -237,9 +240,12 @@ def unmerge_tokens_vjp(gradient: Array, labels: Array, num_groups: Any) -> Array
     leave, gradient, labels, num_groups = enter(
         gradient=gradient, labels=labels, num_groups=num_groups
     )
-    check_tokens(gradient, "gradient")
+    with check_finite(False):  # which of it is padding, the labels say
+        check_tokens(gradient, "gradient")
     counts = check_num_groups(num_groups, gradient.shape[:-2])
     check_labels(labels, gradient.shape[:-1], counts)
+    kept = None if _cuda.is_cuda(gradient) else (labels >= 0)[..., None]
+    check_gradient(gradient, gradient.shape, "BND", mask=kept)
     most = largest(num_groups, counts)
     if _cuda.is_cuda(gradient):
         return leave(_unmerge_tokens_vjp_cuda(gradient, labels, most))

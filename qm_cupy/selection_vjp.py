@@ -82,8 +82,8 @@ def gumbel_softmax_vjp(
         gradient=gradient, saliency=saliency, mask=mask
     )
     check_values("saliency", saliency, "N", "BN")
-    gradient = check_gradient(gradient, saliency.shape, "BN", saliency)
     check_mask(mask, saliency.shape)
+    gradient = check_gradient(gradient, saliency.shape, "BN", saliency, mask=mask)
     temperature = _check_temperature(temperature)
     noise = _check_noise(seed, sequence_offset)
     args = gradient, saliency, temperature, noise, mask
