@@ -154,7 +154,7 @@ def _draw(
     from .plot import plot_groups
 
     height, width = picture.shape[:2]
-    figure = Figure(figsize=(13.5, 4.4 * height / width + 0.2), layout="constrained")
+    figure = Figure(figsize=(13.5, 4.4 * height / width + 0.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     panels[0].imshow(picture)

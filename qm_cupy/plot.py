@@ -592,6 +592,7 @@ def _draw_limit(
             at = budgets[within[0]], curve[within[0]]
             ax.scatter(*at, s=120, facecolor="none", edgecolor=_OUTLINE, zorder=3)
             found.add(at[0])
+    text["bbox"] = {"fc": "white", "ec": "none", "pad": 1}
     for least in sorted(found):
         ax.text(least, max_error, f" K = {least}", **text)
 
