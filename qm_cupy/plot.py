@@ -485,8 +485,8 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
         ax.add_patch(frame)
     some = slice(None, None, -(-len(numbers) // _MOST_NUMBERS))
     centre = start + sizes / 2
-    ax.set_xticks(centre[some], numbers[some])
-    ax.set_yticks(centre[some], numbers[some])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(centre[some], numbers[some], size="x-small")
     ax.set(xlabel="group", ylabel="group")
     return ax
 
@@ -538,7 +538,7 @@ def plot_budget(
     >>> budgets, errors = np.array([8, 4, 2]), np.array([0.01, 0.06, 0.3])
     >>> ax = plot_budget(budgets, errors, max_error=0.1)
     >>> ax.lines[0].get_xdata(), [text.get_text() for text in ax.texts]
-    (array([2, 4, 8]), ['error 0.1', ' K = 4'])
+    (array([2, 4, 8]), ['error 0.1', 'K = 4'])
     """
     budgets, errors = _on_host("budgets", budgets), _on_host("errors", errors)
     check_given("budgets", budgets)
@@ -592,9 +592,10 @@ def _draw_limit(
             at = budgets[within[0]], curve[within[0]]
             ax.scatter(*at, s=120, facecolor="none", edgecolor=_OUTLINE, zorder=3)
             found.add(at[0])
+    text.update(ha="center", zorder=1.5)  # under the curves
     text["bbox"] = {"fc": "white", "ec": "none", "pad": 1}
     for least in sorted(found):
-        ax.text(least, max_error, f" K = {least}", **text)
+        ax.text(least, max_error, f"K = {least}", **text)
 
 
 def _draw_values(

@@ -263,7 +263,7 @@ def test_budget_curves():
     assert [text.get_text() for text in ax.get_legend().texts] == ["average", "ward"]
     rings = [tuple(c.get_offsets()[0]) for c in ax.collections if c.get_offsets().any()]
     assert rings == [(8, 0.1), (4, 0.15)]
-    texts = [text.get_text().strip() for text in ax.texts]
+    texts = [text.get_text() for text in ax.texts]
     assert texts == ["error 0.15", "K = 4", "K = 8"]
     assert ax.get_xscale() == "log"
     assert ax.get_ylim()[0] == 0
