@@ -102,8 +102,11 @@ def _draw_roof(axis: Any, rows: list[Report], ceilings: dict[str, float]) -> Non
         near.setdefault(next(alike, point), []).append(str(number))
     axis.set_ylim(top=3 * ceilings["flops"])  # room for the numbers
     for (intensity, reached), numbers in near.items():
-        on_roof = reached > 0.9 * min(intensity * ceilings["bytes"], ceilings["flops"])
-        offset, align = ((0, 7), "center") if on_roof else ((8, -4), "left")
+        slope, flat = intensity * ceilings["bytes"], ceilings["flops"]
+        if reached < 0.9 * min(slope, flat):
+            offset, align = (8, -4), "left"
+        else:
+            offset, align = (0, 7), "center" if flat < slope else "right"
         axis.annotate(
             ", ".join(numbers),
             (intensity, reached),
