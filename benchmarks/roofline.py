@@ -95,9 +95,10 @@ def _draw_roof(axis: Any, rows: list[Report], ceilings: dict[str, float]) -> Non
         marker, colour = RESOURCES[row["bound"]]
         style = {"marker": marker, "color": colour, "linestyle": "none"}
         axis.plot(*point, **style, markerfacecolor="white", markersize=8)
-        for name in CONTENDERS.keys() & ms.keys():
-            marker, colour = CONTENDERS[name]
-            axis.plot(point[0], 1e3 * flops / ms[name], marker=marker, color=colour)
+        for name, (marker, colour) in CONTENDERS.items():
+            if name in ms:
+                reached = 1e3 * flops / ms[name]
+                axis.plot(point[0], reached, marker=marker, color=colour)
         alike = (p for p in near if abs(np.log(np.divide(p, point))).max() < 0.3)
         near.setdefault(next(alike, point), []).append(str(number))
     axis.set_ylim(top=3 * ceilings["flops"])  # room for the numbers
