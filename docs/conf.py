@@ -8,12 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
 
-sys.path.insert(0, str(ROOT))
 import qm_cupy
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # the kernels import this checkout, too
 here = Path(sys.executable).parent, os.environ.get("PATH", "")
 os.environ["PATH"] = os.pathsep.join(map(str, here))  # where `qm-cupy` is
@@ -55,6 +55,7 @@ nb_execution_mode = "force"
 nb_execution_show_tb = True  # and a warning, which is an error
 nb_execution_timeout = 180
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # which has tables
 
 html_theme = "pydata_sphinx_theme"
 html_title = "qm_cupy"
