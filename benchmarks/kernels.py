@@ -1,6 +1,7 @@
 """Each kernel against its floor, and against what torch and CuPy users have today.
 
-    python benchmarks/kernels.py [--quick] [--json PATH] [--minutes M]
+    python benchmarks/kernels.py [--quick] [--json PATH] [--plot PATH]
+                                 [--minutes M]
 
 Needs a GPU and CuPy; takes torch if it is there. The ceilings (copy, matrix product,
 exp, launch) are measured in the same run. Times are the GPU's, medians, contenders in
@@ -26,7 +27,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
 
 from report import write_json
-from workload import DTYPE, Case, cases, cupy, draw, torch
+from roofline import draw as draw_roofline
+from roofline import floor_of
+from workload import DTYPE, Case, Operation, cupy, draw, operations, torch
 
 import qm_cupy as qm
 from qm_cupy import _cuda
@@ -198,22 +201,16 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
     return runs
 
 
-def row_of(
-    title: str, case: Case, peak: dict[str, float], rounds: int
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"title": title, "wrong": {}, "error": {}}
+def row_of(operation: Operation, peak: dict[str, float], rounds: int) -> dict[str, Any]:
+    title, make, count, sizes = operation
+    case = make(*sizes)
+    row = floor_of(title, count(*sizes), peak) | {"wrong": {}, "error": {}}
     for name in COLUMNS[:2]:
         try:
             with qm.use_kernels(name):
                 row["error"][name] = check(case)
         except Exception as error:
             row["wrong"][name] = " ".join(str(error).split())[:200]
-    floors = {x: getattr(case, x) / peak[x] for x in ("bytes", "flops", "exps")}
-    floors["launch"] = peak["launch_s"]
-    row["bound"], row["floor_ms"] = (
-        max(floors, key=floors.get),
-        1e3 * max(floors.values()),
-    )
     runs = contenders(case)
     return row | measure(
         {x: r for x, r in runs.items() if x not in row["wrong"]}, rounds
@@ -263,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--json", type=Path, help="write the results here as well")
+    parser.add_argument("--plot", type=Path, help="draw them here, a PNG")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then stop")
     options = parser.parse_args()
     if cupy is None or not cupy.is_available():
@@ -270,20 +268,22 @@ def main() -> None:
         sys.exit(3)
     end = time.monotonic() + 60 * options.minutes
     report: dict[str, Any] = {"machine": machine(), "ceilings": ceilings(), "rows": []}
-    todo = list(cases(options.quick))
-    for number, (title, make, sizes) in enumerate(todo, 1):
+    todo = list(operations(options.quick, cupy.cuda.Device().mem_info[0]))
+    for number, operation in enumerate(todo, 1):
         if time.monotonic() > end:
             print(f"out of time: {len(todo) - number + 1} left out", file=sys.stderr)
             break
-        print(f"[{number}/{len(todo)}] {title}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(todo)}] {operation.title}", file=sys.stderr, flush=True)
         free_memory()
         rounds = 5 if options.quick else 15
-        report["rows"].append(row_of(title, make(*sizes), report["ceilings"], rounds))
+        report["rows"].append(row_of(operation, report["ceilings"], rounds))
         if options.json:  # after each, so that a run cut short leaves what it has
             write_json(options.json, report)
     for part in ("machine", "ceilings"):
         print(", ".join(f"{name} {value}" for name, value in report[part].items()))
     show(report["rows"])
+    if options.plot:
+        draw_roofline(report).savefig(options.plot, dpi=120, format="png")
     sys.exit(1 if any(row["wrong"] for row in report["rows"]) else 0)
 
 

@@ -1,5 +1,6 @@
 """What benchmarks/kernels.py measures: inputs, rivals, and what each kernel must do."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,17 @@ except ImportError:
     torch = None
 
 
+ITEM = 2  # bytes of an entry
+
+
+class Work(NamedTuple):
+    """What an operation must do at least, whatever does it; no array is needed."""
+
+    bytes: float  # that must be read and written, each once
+    flops: float = 0  # two for a multiply-add
+    exps: float = 0
+
+
 class Case(NamedTuple):
     """One kernel at one size; every function takes the arrays of an input set."""
 
@@ -31,9 +43,6 @@ class Case(NamedTuple):
     in_torch: Callable[..., Any]
     in_cupy: Callable[..., Any] | None
     sample: tuple[int, ...]  # the sequence that is held against the reference
-    bytes: float  # that must be read and written, each once
-    flops: float = 0  # two for a multiply-add, at the tensor cores' rate for 16 bits
-    exps: float = 0
     layered: bool = False  # rivals get a layer at a time, or N x N fits no memory
     others: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  what else to time
 
@@ -59,9 +68,15 @@ def transposed(x: Any) -> Any:
     return x.swapaxes(-1, -2)
 
 
+def self_attention_work(layers: int, batch: int, n: int, dim: int) -> Work:
+    # x is read once; half of the symmetric product, 2 D flops for each of its pairs;
+    # an exp for every pair, as the two rows that share a score differ in their maximum.
+    pairs = layers * batch * n * n
+    return Work(ITEM * layers * batch * n * dim, pairs / 2 * 2 * dim, pairs)
+
+
 def self_attention(layers: int, batch: int, n: int, dim: int) -> Case:
     x = draw(layers, batch, n, dim, scale=0.3)
-    pairs = layers * batch * n * n
 
     def in_torch(x: Any) -> Any:
         return entropy_in_torch(x @ x.mT / dim**0.5)
@@ -70,15 +85,18 @@ def self_attention(layers: int, batch: int, n: int, dim: int) -> Case:
         y = x.astype(np.float32)
         return entropy_in_cupy(y @ transposed(y) / dim**0.5)
 
-    # x is read once; half of the symmetric product, 2 D flops for each of its pairs;
-    # an exp for every pair, as the two rows that share a score differ in their maximum.
-    work = x.nbytes, pairs / 2 * 2 * dim, pairs, True
-    return Case((x,), qm.self_attention_entropy, in_torch, in_cupy, (-1, -1), *work)
+    call = qm.self_attention_entropy
+    return Case((x,), call, in_torch, in_cupy, (-1, -1), layered=True)
+
+
+def query_key_work(layers: int, batch: int, heads: int, n: int, width: int) -> Work:
+    # Both are read once; 2 d flops and an exp for every pair.
+    rows = layers * batch * heads * n
+    return Work(2 * ITEM * rows * width, 2 * width * rows * n, rows * n)
 
 
 def query_key(layers: int, batch: int, heads: int, n: int, width: int) -> Case:
     query, key = (draw(layers, batch, heads, n, width) for _ in range(2))
-    pairs = layers * batch * heads * n * n
 
     def in_torch(q: Any, k: Any) -> Any:
         return entropy_in_torch(q @ k.mT / width**0.5)
@@ -90,11 +108,16 @@ def query_key(layers: int, batch: int, heads: int, n: int, width: int) -> Case:
     def attention(q: Any, k: Any) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(q, k, k)
 
-    # Both are read once; 2 d flops and an exp for every pair.
-    work = 2 * query.nbytes, 2 * width * pairs, pairs, True
     others = {"torch's attention with V = K": attention}
     call = qm.query_key_entropy
-    return Case((query, key), call, in_torch, in_cupy, (-1,) * 3, *work, others)
+    return Case((query, key), call, in_torch, in_cupy, (-1,) * 3, True, others)
+
+
+def given_attention_work(layers: int, batch: int, heads: int, n: int) -> Work:
+    # A is read once; each entry a takes a log a, which is added up, and a logarithm
+    # costs what an exp does.
+    entries = layers * batch * heads * n * n
+    return Work(ITEM * entries, 2 * entries, entries)
 
 
 def given_attention(layers: int, batch: int, heads: int, n: int) -> Case:
@@ -110,9 +133,12 @@ def given_attention(layers: int, batch: int, heads: int, n: int) -> Case:
         p = a.astype(np.float32)
         return -(p * cupy.log(cupy.maximum(p, 1e-30))).sum(-1)
 
-    # A is read once; a logarithm of each entry costs what an exp does.
-    work = a.nbytes, 0, a.size, True
-    return Case((a,), qm.attention_entropy, in_torch, in_cupy, (-1,) * 3, *work)
+    return Case((a,), qm.attention_entropy, in_torch, in_cupy, (-1,) * 3, layered=True)
+
+
+def cosine_work(batch: int, n: int, dim: int) -> Work:
+    # x is read, N x N in float32 written; half of the symmetric product.
+    return Work(batch * n * (ITEM * dim + 4 * n), batch * n * n / 2 * 2 * dim)
 
 
 def cosine(batch: int, n: int, dim: int) -> Case:
@@ -127,9 +153,13 @@ def cosine(batch: int, n: int, dim: int) -> Case:
         y /= cupy.linalg.norm(y, axis=-1, keepdims=True)
         return y @ transposed(y)
 
-    # x is read, N x N in float32 written; half of the symmetric product.
-    work = x.nbytes + 4 * batch * n * n, batch * n * n / 2 * 2 * dim
-    return Case((x,), qm.cosine_similarity, in_torch, in_cupy, (-1,), *work)
+    return Case((x,), qm.cosine_similarity, in_torch, in_cupy, (-1,))
+
+
+def merge_work(batch: int, n: int, dim: int, groups: int) -> Work:
+    # Everything is read once, labels and mass too, the merged tokens written; every
+    # entry is weighted and added.
+    return Work(batch * (ITEM * (n + groups) * dim + 8 * n), 2 * batch * n * dim)
 
 
 def merge(batch: int, n: int, dim: int, groups: int) -> Case:
@@ -157,9 +187,12 @@ def merge(batch: int, n: int, dim: int, groups: int) -> Case:
         sums /= cupy.bincount(index, mass.ravel(), batch * groups)[:, None]
         return sums.reshape(batch, groups, dim)
 
-    # Everything is read once, the merged tokens written.
-    size = x.nbytes * (1 + groups / n) + labels.nbytes + mass.nbytes
-    return Case((x, labels, mass), ours, in_torch, in_cupy, (-1,), size)
+    return Case((x, labels, mass), ours, in_torch, in_cupy, (-1,))
+
+
+def unmerge_work(batch: int, n: int, dim: int, groups: int) -> Work:
+    # The merged tokens and labels are read, N tokens written.
+    return Work(batch * (ITEM * (n + groups) * dim + 4 * n))
 
 
 def unmerge(batch: int, n: int, dim: int, groups: int) -> Case:
@@ -172,9 +205,12 @@ def unmerge(batch: int, n: int, dim: int, groups: int) -> Case:
     def in_cupy(y: Any, labels: Any) -> Any:
         return cupy.take_along_axis(y, labels[..., None], 1)
 
-    # The merged tokens and labels are read, N tokens written.
-    size = y.nbytes * (1 + n / groups) + labels.nbytes
-    return Case((y, labels), qm.unmerge_tokens, in_torch, in_cupy, (-1,), size)
+    return Case((y, labels), qm.unmerge_tokens, in_torch, in_cupy, (-1,))
+
+
+def nearest_work(batch: int, n: int, dim: int, groups: int) -> Work:
+    # 2 D flops for every token and merged token.
+    return Work(ITEM * batch * (n + groups) * dim, 2 * batch * n * groups * dim)
 
 
 def nearest(batch: int, n: int, dim: int, groups: int) -> Case:
@@ -185,9 +221,12 @@ def nearest(batch: int, n: int, dim: int, groups: int) -> Case:
         gap = x.float() - y.gather(1, near[..., None].expand(-1, -1, dim))
         return gap.square().sum((1, 2)) / x.float().square().sum((1, 2))
 
-    # 2 D flops for every token and merged token.
-    work = x.nbytes + y.nbytes, 2 * batch * n * groups * dim
-    return Case((x, y), qm.reconstruction_error, in_torch, None, (-1,), *work)
+    return Case((x, y), qm.reconstruction_error, in_torch, None, (-1,))
+
+
+def softmax_mass_work(batch: int, n: int) -> Work:
+    # The saliency is read, the mass written; an exp for each. Flops are next to none.
+    return Work(2 * 4 * batch * n, exps=batch * n)
 
 
 def softmax_mass(batch: int, n: int) -> Case:
@@ -200,8 +239,13 @@ def softmax_mass(batch: int, n: int) -> Case:
         return p * s + (1 - p) * 0.01
 
     score = cupy.random.random((batch, n), dtype=np.float32)
-    # The saliency is read, the mass written. Noise is that of sequence 0: the sample.
-    return Case((score,), ours, in_torch, None, (0,), 2 * score.nbytes, 0, score.size)
+    # Noise is that of sequence 0: the sample.
+    return Case((score,), ours, in_torch, None, (0,))
+
+
+def norms_work(batch: int, n: int, dim: int) -> Work:
+    # Read once; every entry is squared and added.
+    return Work(ITEM * batch * n * dim, 2 * batch * n * dim)
 
 
 def norms(batch: int, n: int, dim: int) -> Case:
@@ -210,8 +254,15 @@ def norms(batch: int, n: int, dim: int) -> Case:
         low, high = norm.amin(-1, keepdim=True), norm.amax(-1, keepdim=True)
         return (norm - low) / (high - low)
 
-    x = draw(batch, n, dim)  # read once
-    return Case((x,), qm.norm_saliency, in_torch, None, (-1,), x.nbytes)
+    x = draw(batch, n, dim)
+    return Case((x,), qm.norm_saliency, in_torch, None, (-1,))
+
+
+def alignment_work(batch: int, groups: int, dim: int) -> Work:
+    # x is read; two directions of two layers, 2 D hidden flops a token each. The layers
+    # are of float32: the tensor cores' rate for 16 bits is a floor far below them.
+    weights = qm.MLPPrior.init(dim).forward.weight_in.size
+    return Work(ITEM * batch * groups * dim, 2 * 2 * 2 * batch * groups * weights)
 
 
 def alignment(batch: int, groups: int, dim: int) -> Case:
@@ -232,34 +283,44 @@ def alignment(batch: int, groups: int, dim: int) -> Case:
     def ours(x: Any) -> Any:
         return qm.alignment_loss(x, prior).total
 
-    # x is read; two directions of two layers, 2 D hidden flops a token each. The layers
-    # are of float32: the tensor cores' rate for 16 bits is a floor far below them.
-    work = x.nbytes, 2 * 2 * 2 * batch * groups * prior.forward.weight_in.size
-    return Case((x,), ours, in_torch, None, (-1,), *work)
+    return Case((x,), ours, in_torch, None, (-1,))
 
 
-def cases(quick: bool) -> Iterator[tuple[str, Callable[..., Case], tuple[int, ...]]]:
-    """Yield a title each, what makes the case, and its sizes."""
+class Operation(NamedTuple):
+    """A kernel at one size: what it is called, makes its case, and counts its work."""
+
+    title: str
+    make: Callable[..., Case]
+    count: Callable[..., Work]
+    sizes: tuple[int, ...]  # what both take
+
+
+def operations(quick: bool, memory: float = math.inf) -> Iterator[Operation]:
+    """Yield what is measured on a GPU with so many bytes of memory to spare."""
     sizes = [(2, 2, 1024, 1024, 4)] if quick else [(8, 12, 4096, 1024, 16)]
     sizes += [(1, 1, n, 768, 12) for n in ((196,) if quick else (196, 576, 1024))]
     for b, layers, n, d, h in sizes:
         k, size = n // 4, f"B={b} N={n}"
         # Beside A, torch holds it in float32 and a result of that size: 5 times A.
-        fits = cupy.cuda.Device().mem_info[0] // (6 * 2 * b * h * n * n)
-        some = max(1, min(layers, fits))
-        heads = f"{size} L={layers} H={h}"
-        yield (
-            f"{size} L={layers} D={d} self-attention",
-            self_attention,
-            (layers, b, n, d),
+        some = max(1, int(min(layers, memory / (6 * ITEM * b * h * n * n))))
+        states, heads = f"{size} L={layers} D={d}", f"{size} L={layers} H={h}"
+        given, groups = f"{size} L={some} H={h}", f"{size} D={d} K={k}"
+        of_states = self_attention, self_attention_work
+        of_pairs = query_key, query_key_work
+        of_given = given_attention, given_attention_work
+        of_losses = alignment, alignment_work
+        yield Operation(f"{states} self-attention", *of_states, (layers, b, n, d))
+        yield Operation(f"{heads} query-key d=64", *of_pairs, (layers, b, h, n, 64))
+        yield Operation(f"{heads} query-key d=128", *of_pairs, (layers, b, h, n, 128))
+        yield Operation(f"{given} given A", *of_given, (some, b, h, n))
+        yield Operation(f"{size} D={d} cosine matrix", cosine, cosine_work, (b, n, d))
+        yield Operation(f"{groups} merge", merge, merge_work, (b, n, d, k))
+        yield Operation(f"{groups} unmerge", unmerge, unmerge_work, (b, n, d, k))
+        yield Operation(
+            f"{groups} error by nearest", nearest, nearest_work, (b, n, d, k)
         )
-        yield f"{heads} query-key d=64", query_key, (layers, b, h, n, 64)
-        yield f"{heads} query-key d=128", query_key, (layers, b, h, n, 128)
-        yield f"{size} L={some} H={h} given A", given_attention, (some, b, h, n)
-        yield f"{size} D={d} cosine matrix", cosine, (b, n, d)
-        yield f"{size} D={d} K={k} merge", merge, (b, n, d, k)
-        yield f"{size} D={d} K={k} unmerge", unmerge, (b, n, d, k)
-        yield f"{size} D={d} K={k} error by nearest", nearest, (b, n, d, k)
-        yield f"{size} Gumbel, softmax, mass", softmax_mass, (b, n)
-        yield f"{size} D={d} norm saliency", norms, (b, n, d)
-        yield f"B={b} K={k} D={d} alignment losses", alignment, (b, k, d)
+        yield Operation(
+            f"{size} Gumbel, softmax, mass", softmax_mass, softmax_mass_work, (b, n)
+        )
+        yield Operation(f"{size} D={d} norm saliency", norms, norms_work, (b, n, d))
+        yield Operation(f"B={b} K={k} D={d} alignment losses", *of_losses, (b, k, d))

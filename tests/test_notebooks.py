@@ -1,0 +1,73 @@
+"""What can be seen of a notebook without running it; the documentation runs them."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def test_there_are_some():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_form(self, path):
+        notebook = read(path)
+        assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5)
+        assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+        names = [cell["id"] for cell in notebook["cells"]]
+        assert len(set(names)) == len(names)
+        nbformat = pytest.importorskip("nbformat")
+        nbformat.validate(nbformat.from_dict(notebook))
+
+    def test_nothing_of_a_run_is_kept(self, path):
+        for cell in read(path)["cells"]:
+            assert cell["cell_type"] in ("markdown", "code")
+            assert not cell["metadata"].keys() & {"execution", "collapsed", "scrolled"}
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == []
+                assert cell["execution_count"] is None
+
+    def test_begins_with_its_one_title(self, path):
+        cells = read(path)["cells"]
+        assert cells[0]["cell_type"] == "markdown"
+        titles = [
+            re.findall(r"^# .+$", source(cell), re.MULTILINE)
+            for cell in cells
+            if cell["cell_type"] == "markdown"
+        ]
+        assert len(titles[0]) == 1
+        assert source(cells[0]).startswith(titles[0][0])
+        assert not any(titles[1:])
+
+    def test_code_is_python(self, path):
+        """No magics either: what a cell says, a script could."""
+        code = [source(x) for x in read(path)["cells"] if x["cell_type"] == "code"]
+        assert code
+        assert all(ast.parse(text).body for text in code)
+
+    def test_paths_are_relative(self, path):
+        absolute = re.compile(r"""["'(](/(?!/)[\w.-]+/|~/|[A-Za-z]:\\|file:)""")
+        for cell in read(path)["cells"]:
+            assert not absolute.search(source(cell)), source(cell)
+
+    def test_files_it_names_exist(self, path):
+        text = "\n".join(source(cell) for cell in read(path)["cells"])
+        folders = "benchmarks|docs|kernels|qm_cupy|tests"
+        for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text):
+            made = name == "benchmarks/results/kernels.json"  # by whoever has a GPU
+            assert made or (ROOT / name).exists(), name
