@@ -10,8 +10,8 @@ search (MaxSim) among sections of the same text: the title and the sentence befo
 section are to find it again; the sections' vectors are pooled by a factor. Task 3:
 8 x 8 patches of photographs, tile by tile, rebuilt from the merged ones.
 
-Figures are means with 95 % intervals of a bootstrap over documents: those of task 1,
-the queries of task 2, the tiles of task 3.
+Figures are means over documents, or tiles, with 95 % intervals of a bootstrap over
+them; passages and queries of one document are averaged first.
 """
 
 import argparse
@@ -42,13 +42,13 @@ from peers import (
 from PIL import Image
 from report import write_json
 from sklearn.datasets import load_sample_images
-from texts import Document, Section, cut, documents, licences, sections
+from texts import Document, cut, documents, licences, sections
 
 import qm_cupy as qm
 from qm_cupy._progress import progress
 
-LENGTH = 256  # word pieces of a passage, [CLS] and [SEP] among them
-SECTION, SECTIONS = 128, 6  # word pieces of a section; the most of a document
+LENGTH, PASSAGES = 256, 6  # word pieces of a passage; the most of a document
+SECTION, SECTIONS = 128, 6  # and of a section, [CLS] and [SEP] among them
 SPLIT = 3  # layers before the merge
 BATCH = 8
 SHARES = 0.5, 0.25, 0.1
@@ -180,7 +180,8 @@ def ratio(values: np.ndarray, peer: np.ndarray) -> list[float]:
 
 def mid_network(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
     """Errors (contender, share, document)."""
-    parts = [(d, ids) for d, x in enumerate(texts) for ids in cut(x.text, LENGTH)]
+    cuts = [cut(x.text, LENGTH)[:PASSAGES] for x in texts]
+    parts = [(d, ids) for d, of_text in enumerate(cuts) for ids in of_text]
     owner, passages = np.array([d for d, _ in parts]), np.array([x for _, x in parts])
     names = [*names, *(OVER_TWO if len(names) == len(CONTENDERS) else ())]
     errors = np.zeros((len(names), len(SHARES), len(passages)))
@@ -203,22 +204,31 @@ def mid_network(model: MiniLM, texts: list[Document], names: list[str]) -> Repor
                     errors[n, s, here] = 1 - np.einsum("bd,bd->b", found, whole)
             done += len(ids)
             shown(done)
-    each = np.array([errors[..., owner == d].mean(axis=-1) for d in np.unique(owner)])
-    each = np.moveaxis(each, 0, -1)
-    title = f"error after merging mid-network, {len(passages)} passages"
+    each = by_document(errors, owner)
+    title = f"error after merging mid-network, {len(passages)} passages of "
+    title += f"{each.shape[-1]} documents"
     return table(title, names, [f"{s:.0%}" for s in SHARES], each, PEER)
 
 
-def search(model: MiniLM, texts: list[Section], names: list[str]) -> Report:
-    """nDCG@10 and recall@10 (contender, factor, query), unpooled first."""
-    passages = np.array([x.passage for x in texts])
+def by_document(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Return means over what is of one document: (..., X) to (..., documents)."""
+    means = [values[..., owner == d].mean(axis=-1) for d in np.unique(owner)]
+    return np.stack(means, axis=-1)
+
+
+def search(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
+    """nDCG@10 and recall@10 (contender, factor, document), unpooled first."""
+    cuts = [sections(x, SECTION, SECTIONS) for x in texts]
+    owner = np.repeat(np.arange(len(texts)), [len(x) for x in cuts])
+    parts = [part for of_text in cuts for part in of_text]
+    passages = np.array([x.passage for x in parts])
     vectors = np.concatenate(
         [unit(model.run(model.embed(x), 0, 6)) for x in in_batches(passages)]
     )
-    queries = [unit(model.run(model.embed(x.query[None]), 0, 6))[0] for x in texts]
+    queries = [unit(model.run(model.embed(x.query[None]), 0, 6))[0] for x in parts]
     none = np.ones(vectors.shape[:2], np.float32)
     inside = Inside(vectors, vectors, none, none)
-    plain = ranked(queries, vectors)
+    plain = by_document(ranked(queries, vectors), owner)
     found = np.empty((len(names), len(FACTORS), *plain.shape))
     with progress(len(names), sys.stderr, "contenders") as shown:
         for n, name in enumerate(names):
@@ -226,13 +236,13 @@ def search(model: MiniLM, texts: list[Section], names: list[str]) -> Report:
                 x, sizes = merged(inside, CONTENDERS[name], SECTION // factor)
                 x = np.where(sizes[..., None] > 0, x, 0)
                 length = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
-                found[n, f] = ranked(queries, x / length)
+                found[n, f] = by_document(ranked(queries, x / length), owner)
             shown(n + 1)
     report: Report = {}
     for which, measure in enumerate(("nDCG@10", "recall@10")):
         whole = interval(plain[which])
-        title = f"{measure} of {len(queries)} queries among as many sections, unpooled "
-        title += f"{whole[0]:.3f}; ratios to it"
+        title = f"{measure} of {len(queries)} queries among as many sections of "
+        title += f"{plain.shape[-1]} documents, unpooled {whole[0]:.3f}; ratios to it"
         each = found[:, :, which]
         columns = [f"1/{f}" for f in FACTORS]
         report[measure] = table(title, names, columns, each, None, plain[which])
@@ -372,14 +382,13 @@ def main() -> None:
     python = platform.python_version()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
     print(f"qm_cupy {qm.__version__}, {machine}, text of Python {python}")
-    limit = 4 if quick else None
+    limit = 3 if quick else None
     texts = documents(model, limit, SECTION) + licences(model, limit, SECTION)
     names = ["quickmerge", "ward", PEER] if quick else list(CONTENDERS)
     of_vectors = ["ward", "ToMe, tokens"] if quick else OF_VECTORS
     report: Report = {"machine": machine, "python": python}
     report["mid-network"] = mid_network(model, texts, names)
-    parts = [part for x in texts for part in sections(x, SECTION, SECTIONS)]
-    report["search"] = search(model, parts, of_vectors)
+    report["search"] = search(model, texts, of_vectors)
     report["pictures"] = pictures(of_vectors, quick)
     if options.plot:
         plot(report, options.plot)
