@@ -67,16 +67,20 @@ def _scores(
     *leading, num_tokens, dim = query.shape
     outer, (_, batch, heads) = math.prod(leading), _axes(leading)
     kind, mask = _cuda.accumulation(query.dtype), _cuda.contiguous(mask)
-    states = _cuda.empty((outer, num_tokens, 3), kind)
-    units = _cuda.empty((outer,), kind)
-    basic = _cuda.implementation() == "basic"
-    sizes = outer, batch, heads, num_tokens
-    args: tuple[Any, ...] = (query, key, mask, *sizes, dim, int(causal), scale, states)
-    threads = outer * (num_tokens if basic else _tiles(num_tokens) * _cuda.BLOCK)
-    _launch("score_states", query, threads, args)
-    args = (_as_computed(gradient, query), mask, *sizes, states, units)
-    _launch("score_weights", query, outer * (1 if basic else _cuda.BLOCK), args)
-    return _Scores(states, units, mask, outer, batch, heads, int(causal), scale)
+    weights = _cuda.empty((outer, num_tokens, 3), kind)
+    arrays = _as_computed(gradient, query), query, key, mask
+    sizes = outer, batch, heads, num_tokens, dim
+    args = (*arrays, *sizes, int(causal), scale, weights)
+    if _cuda.implementation() == "basic":
+        units = None
+        _launch("score_weights", query, outer * num_tokens, args)
+    else:
+        units = _cuda.empty((outer,), kind)
+        threads = outer * _tiles(num_tokens) * _cuda.BLOCK
+        _launch("score_weights", query, threads, args)
+        each = outer * _cuda.BLOCK
+        _launch("weight_units", query, each, (num_tokens, weights, units))
+    return _Scores(weights, units, mask, outer, batch, heads, int(causal), scale)
 
 
 def _token_gradients(scores: _Scores, own: Any, other: Any, sides: int) -> Any:
@@ -100,7 +104,7 @@ def _token_gradients(scores: _Scores, own: Any, other: Any, sides: int) -> Any:
         threads = rows * columns if basic else part[1] * tiles * _cuda.BLOCK
         _launch("score_gradients", own, threads, args)
         if basic:
-            args = (band, factor, scores.units, scores.mask, *part, *masked)
+            args = (band, factor, scores.mask, *part, *masked)
             _launch("token_gradients", own, rows * dim, (*args, scores.scale, out))
         else:
             args = (band, factor, scores.units, *part, num_tokens, dim, *options, out)

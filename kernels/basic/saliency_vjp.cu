@@ -6,30 +6,20 @@
 //   dH_i / ds_ij = -p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
 //
 // with (m, r, t) of row i as in SoftmaxEntropy, so that nothing cancels where one score
-// stands above the rest. Scores are found again, and the gradients of a band of rows
-// stored at a time, never N x N:
+// stands above the rest. Scores are found again, and their gradients G stored for a
+// band of rows at a time, never N x N:
 //
-//   score_states      (m, r, t) of every row
 //   score_weights     (m, t / (1 + r), g / (1 + r)) of every row, g its gradient
-//   score_gradients   a band of G, whose rows are queries, or of its transpose
+//   score_gradients   a band of G, whose rows are queries, or of Gᵀ, whose are keys
 //   token_gradients   the band times the tokens of its columns
 //
 // A band holds whole tiles of 128 rows of (L, B, H, T), T of them to a head, and in
 // each row 128 T columns; `sides` says what its rows are: 1 queries, 2 keys, 3 both at
 // once, which is G + Gᵀ where queries and keys are the same tokens.
 //
-// One thread, one output; a row where its entries share what they need.
+// One thread, one output.
 
-// G is stored in units of its head's greatest |g / (1 + r)| over this: |G| is then
-// below this times log N + 1, in the middle of a half's range.
-constexpr float UNITS = 512;
 constexpr long long BAND_ROWS = 128;  // of a tile
-
-// -p (log p + H) of a score, times the gradient of its row: (m, t / (1 + r), weight).
-__device__ acc_t score_gradient(const acc_t* row, acc_t score) {
-    const acc_t d = score - row[0];
-    return row[2] * exp(d) * (row[1] - d);
-}
 
 __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double scale) {
     acc_t dot = 0;
@@ -37,48 +27,31 @@ __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double s
     return rounded_product(dot, acc_t(scale));
 }
 
-extern "C" __global__ void score_states(const real_t* query, const real_t* key,
-                                        const bool* mask, long long outer,
-                                        long long batch, long long heads,
-                                        long long num_tokens, long long dim,
-                                        long long causal, double scale, acc_t* states) {
+extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* query,
+                                         const real_t* key, const bool* mask,
+                                         long long outer, long long batch,
+                                         long long heads, long long num_tokens,
+                                         long long dim, long long causal, double scale,
+                                         acc_t* weights) {
     const long long row = thread_index();  // (L, B, H, N)
     if (row >= outer * num_tokens) return;
     const long long head = row / num_tokens, i = row % num_tokens;
     const long long first = head / heads % batch * num_tokens;  // in the mask
+    const real_t* keys = key + head * num_tokens * dim;         // (N, d) of this head
     SoftmaxEntropy state;
     for (long long j = 0; j < (causal ? i + 1 : num_tokens); ++j)
         if (is_token(mask, first + j))
-            state.add(score(query + row * dim, key + (head * num_tokens + j) * dim, dim,
-                            scale));
-    states[row * 3] = state.m;
-    states[row * 3 + 1] = state.r;
-    states[row * 3 + 2] = state.t;
+            state.add(score(query + row * dim, keys + j * dim, dim, scale));
+    weights[row * 3] = state.m;
+    weights[row * 3 + 1] = state.t / (1 + state.r);
+    weights[row * 3 + 2] =
+        is_token(mask, first + i) ? gradient[row] / (1 + state.r) : 0;
 }
 
-// One thread, one head: the weights take the place of the states.
-extern "C" __global__ void score_weights(const acc_t* gradient, const bool* mask,
-                                         long long outer, long long batch,
-                                         long long heads, long long num_tokens,
-                                         acc_t* states, acc_t* units) {
-    const long long head = thread_index();  // (L, B, H)
-    if (head >= outer) return;
-    const long long first = head / heads % batch * num_tokens;
-    acc_t peak = 0;
-    for (long long i = 0; i < num_tokens; ++i) {
-        const long long row = head * num_tokens + i;
-        if (is_token(mask, first + i))
-            peak = max(peak, fabs(gradient[row]) / (1 + states[row * 3 + 1]));
-    }
-    for (long long i = 0; i < num_tokens; ++i) {
-        const long long row = head * num_tokens + i;
-        acc_t* state = states + row * 3;
-        const acc_t sum = 1 + state[1];
-        const bool seen = is_token(mask, first + i) && peak > 0;
-        state[1] = state[2] / sum;
-        state[2] = seen ? gradient[row] / sum / peak * UNITS : 0;
-    }
-    units[head] = peak / UNITS;
+// -g p (log p + H) of a score, by the weights of its row.
+__device__ acc_t score_gradient(const acc_t* weights, acc_t score) {
+    const acc_t d = score - weights[0];
+    return weights[2] * exp(d) * (weights[1] - d);
 }
 
 extern "C" __global__ void score_gradients(const real_t* own, const real_t* other,
@@ -111,11 +84,10 @@ extern "C" __global__ void score_gradients(const real_t* own, const real_t* othe
 }
 
 extern "C" __global__ void token_gradients(const acc_t* band, const real_t* other,
-                                           const acc_t* units, const bool* mask,
-                                           long long first_tile, long long num_tiles,
-                                           long long batch, long long heads,
-                                           long long num_tokens, long long dim,
-                                           double scale, real_t* out) {
+                                           const bool* mask, long long first_tile,
+                                           long long num_tiles, long long batch,
+                                           long long heads, long long num_tokens,
+                                           long long dim, double scale, real_t* out) {
     const long long tiles = (num_tokens + BAND_ROWS - 1) / BAND_ROWS;
     const long long index = thread_index();
     if (index >= num_tiles * BAND_ROWS * dim) return;
@@ -131,7 +103,7 @@ extern "C" __global__ void token_gradients(const acc_t* band, const real_t* othe
         if (is_token(mask, first + j))
             sum += band[band_row * tiles * BAND_ROWS + j] *
                    widen(other[(start + j) * dim + d]);
-    store(out + (start + i) * dim + d, sum * acc_t(scale) * units[head]);
+    store(out + (start + i) * dim + d, sum * acc_t(scale));
 }
 
 // dH_i / da_ij = -(log p_ij + H_i) / sum_k a_ik, and 0 where a_ij = 0. Relative to the

@@ -2,20 +2,16 @@
 // basic/saliency_vjp.cu.
 //
 // Scores are in units of ln 2 here, m too. A band of G is stored as real_t, so that the
-// tensor cores take it; it goes by tiles to its product with the tokens of its columns,
-// which are transposed once. Every run gives the same bits.
-
-// G is stored in units of its head's greatest |g / (1 + r)| over this: |G| is then
-// below this times log N + 1, in the middle of a half's range.
-constexpr float UNITS = 512;
+// tensor cores take it, and goes by tiles to its product with the tokens of its
+// columns, which are transposed once. Every run gives the same bits.
 
 // One block, 128 rows of one head; it passes by all keys, or those up to its last row.
-// m is the largest score itself, so that m less that score is 0 in `score_gradients`.
+// m is its largest score to the bit, so that s - m is 0 there in `score_gradients` too.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-    score_states(const real_t* query, const real_t* key, const bool* mask,
-                 long long outer, long long batch, long long heads,
-                 long long num_tokens, long long dim, long long causal, double scale,
-                 acc_t* states) {
+    score_weights(const acc_t* gradient, const real_t* query, const real_t* key,
+                  const bool* mask, long long outer, long long batch, long long heads,
+                  long long num_tokens, long long dim, long long causal, double scale,
+                  acc_t* weights) {
     __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
     const long long row_tiles = (num_tokens + TILE - 1) / TILE;
     const long long head = blockIdx.x / row_tiles;  // (L, B, H)
@@ -70,39 +66,36 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const acc_t* part = parts + threadIdx.x * 4;
     SoftmaxEntropy state = read_state(part);
     state.merge(read_state(part + TILE * 4));
-    state.m = max(part[3], part[TILE * 4 + 3]);
-    write_state(states + (head * num_tokens + row) * 3, state);
+    acc_t* out = weights + (head * num_tokens + row) * 3;
+    out[0] = max(part[3], part[TILE * 4 + 3]);
+    out[1] = state.t / (1 + state.r);
+    out[2] =
+        is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
 }
 
-// One block, one head: the weights take the place of the states.
-extern "C" __global__ void score_weights(const acc_t* gradient, const bool* mask,
-                                         long long outer, long long batch,
-                                         long long heads, long long num_tokens,
-                                         acc_t* states, acc_t* units) {
+// G is stored in units of its head's greatest |g / (1 + r)| over this: it is then below
+// this times log N + 1, in the middle of a half's range.
+constexpr float UNITS = 512;
+
+// One block, one head: its unit, and the weights in it.
+extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
+                                        acc_t* units) {
     __shared__ acc_t scratch[32];
     const long long head = blockIdx.x;  // (L, B, H)
-    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
-    gradient += head * num_tokens;
-    states += head * num_tokens * 3;
+    weights += head * num_tokens * 3 + 2;
     acc_t peak = 0;
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
-        if (is_token(valid, i))
-            peak = max(peak, fabs(gradient[i]) / (1 + states[i * 3 + 1]));
+        peak = max(peak, fabs(weights[i * 3]));
     peak = block_reduce(peak, scratch, Greatest());
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        acc_t* state = states + i * 3;
-        const acc_t sum = 1 + state[1];
-        const bool seen = is_token(valid, i) && peak > 0;
-        state[1] = state[2] / sum;
-        state[2] = seen ? gradient[i] / sum / peak * UNITS : 0;
-    }
+    for (long long i = threadIdx.x; i < num_tokens && peak > 0; i += blockDim.x)
+        weights[i * 3] = weights[i * 3] / peak * UNITS;
     if (threadIdx.x == 0) units[head] = peak / UNITS;
 }
 
 struct Weights {
     acc_t m, mean, weight;
 
-    __device__ __forceinline__ Weights(const acc_t* of_row)
+    explicit __device__ __forceinline__ Weights(const acc_t* of_row)
         : m(of_row[0]), mean(of_row[1]), weight(of_row[2]) {}
 
     __device__ __forceinline__ acc_t gradient(acc_t score) const {
