@@ -27,6 +27,8 @@ from .merging import (
     _shares_reference,
 )
 
+_BLOCK = 256  # tokens at a time: 2 MB of each array for D = 1024
+
 
 @on_callers_stream
 def merge_tokens_vjp(
@@ -116,18 +118,24 @@ def _merge_tokens_vjp_reference(
     mass: NDArray[Any] | None,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     dim = tokens.shape[-1]
-    shares = _shares_reference(labels, num_groups, mass)  # (B·K, B·N)
-    wide = gradient.reshape(-1, dim).astype(np.float64)
-    by_tokens = (shares.T @ wide).reshape(tokens.shape).astype(tokens.dtype)
+    flat, group, num_rows = _flat_groups(labels, num_groups)
+    share = _shares_reference(labels, num_groups, mass).tocsc().data  # by token
+    slopes, x = gradient.reshape(-1, dim), tokens.reshape(-1, dim)
+    by_tokens, product = np.zeros(x.shape, x.dtype), np.empty(len(flat))
+    for first in range(0, len(flat), _BLOCK):
+        some = slice(first, first + _BLOCK)
+        slope = slopes[group[some]].astype(np.float64)
+        by_tokens[flat[some]] = share[some, None] * slope
+        if mass is not None:
+            near = x[flat[some]].astype(np.float64)
+            product[some] = np.einsum("md,md->m", slope, near)
+    by_tokens = by_tokens.reshape(tokens.shape)
     if mass is None:
         return by_tokens, None
-    flat, group, num_rows = _flat_groups(labels, num_groups)
     total = np.bincount(group, mass.ravel()[flat].astype(np.float64), num_rows)[group]
-    x = tokens.reshape(-1, dim)[flat].astype(np.float64)
-    x -= (shares @ tokens.reshape(-1, dim).astype(np.float64))[group]
-    slope = np.einsum("md,md->m", wide[group], x)
+    gap = product - np.bincount(group, share * product, num_rows)[group]
     by_mass = np.zeros(labels.size)
-    by_mass[flat] = np.where(total > 0, slope / np.where(total > 0, total, 1), 0)
+    by_mass[flat] = np.where(total > 0, gap / np.where(total > 0, total, 1), 0)
     return by_tokens, by_mass.reshape(labels.shape).astype(mass.dtype)
 
 
