@@ -21,7 +21,7 @@ def transform(request):
 
 
 def arrays(given, dtype=np.float64):
-    """Give arrays to JAX, floats in a dtype; counts, which shapes need, stay NumPy's."""
+    """Give arrays to JAX, floats in a dtype; counts, of which shapes are, stay ours."""
     found = {}
     for name, x in given.items():
         found[name] = x
