@@ -115,8 +115,10 @@ def check_gradient(
     It may be a number where that shape is (); where a mask is False, anything.
     """
     if wanted == () and not hasattr(gradient, "__dlpack__"):
-        number = np.asarray(check_number(name, gradient, -np.inf, np.inf, "()"))
-        return _cuda.to_device(number) if _cuda.is_cuda(inputs) else number
+        empty = _cuda.empty if _cuda.is_cuda(inputs) else np.empty
+        number = empty((), np.float64)
+        number[...] = check_number(name, gradient, -np.inf, np.inf, "()")
+        return number
     check_floating(name, gradient)
     check_shape(name, gradient, axes, wanted)
     seen = gradient

@@ -3,17 +3,24 @@
 Both networks are walked back by hand; there is no autograd engine.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_gradient, check_tokens
 from ._fitting import back_propagate
+from ._layers import linear
 from .alignment import AlignmentLoss, _counts, _parts
 from .merging import Merged
-from .mlp_prior import MLP, MLPPrior, _running_mean, _sum_rows
+from .mlp_prior import MLP, MLPPrior, _running_mean, _running_mean_cuda, _sum_rows
+
+# Rows that one block sums for a tile of a weight's gradient: 8,192 rows, D = 1024 and
+# the prior's H = 256 make 256 blocks. Each part takes the memory of the weights.
+_PART_ROWS, _MOST_PARTS = 512, 32
 
 
 @on_callers_stream
@@ -90,8 +97,11 @@ def alignment_loss_vjp(
         check_gradient(slope, tokens.shape[:-2], "B", tokens, name).astype(np.float64)
         for name, slope in zip(names, slopes, strict=True)
     )
-    args = (ahead + total, behind + total), tokens, prior, counts
-    by_merged, by_weights = _alignment_loss_vjp_reference(*args)
+    find = _alignment_loss_vjp_reference
+    if _cuda.is_cuda(tokens):
+        find = _alignment_loss_vjp_cuda
+    each = ahead + total, behind + total
+    by_merged, by_weights = find(each, tokens, prior, counts)
     forward, backward = (MLP(*map(leave, weights)) for weights in by_weights)
     return leave(by_merged), (forward, backward)
 
@@ -155,3 +165,125 @@ def _running_mean_vjp_reference(
         total /= place + 1
         _sum_rows(total[..., ::-1, :])
     return np.where(valid, total, 0)
+
+
+def _alignment_loss_vjp_cuda(
+    gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
+) -> tuple[Any, list[MLP]]:
+    num_groups, dim = merged.shape[-2:]
+    batch, kind = math.prod(merged.shape[:-2]), _cuda.accumulation(merged.dtype)
+    merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
+    sizes = batch, num_groups, dim
+    means, slopes, by_weights = [], [], []
+    for reverse, gradient in enumerate(gradients):
+        network = prior._copy_beside(merged, bool(reverse))
+        context = _running_mean_cuda(merged, counts, bool(reverse))
+        hidden = linear(context, *network[:2], activation="relu")
+        prediction, slope = (
+            linear(hidden, *network[2:]),
+            _cuda.empty(merged.shape, kind),
+        )
+        gradient = _cuda.contiguous(gradient.reshape(-1), kind)  # (B,)
+        args = (prediction, merged, each, gradient, *sizes, reverse, slope)
+        kernel = "basic/alignment_vjp", "prediction_slopes"
+        _cuda.launch(*kernel, merged.dtype, slope.size, args)
+
+        back, *second = _linear_vjp_cuda(
+            slope, hidden, network.weight_out, rectified=True
+        )
+        by_context, *first = _linear_vjp_cuda(back, context, network.weight_in)
+        by_weights.append(MLP(*first, *second))
+        means.append(_running_mean_vjp_cuda(by_context, each, reverse))
+        slopes.append(slope)
+    out = _cuda.empty(merged.shape, merged.dtype)
+    args = (*means, *slopes, *sizes, out)
+    kernel = "basic/alignment_vjp", "alignment_loss_vjp"
+    _cuda.launch(*kernel, merged.dtype, out.size, args)
+    return out, by_weights
+
+
+def _running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
+    num_groups, dim = gradient.shape[-2:]
+    batch = math.prod(gradient.shape[:-2])
+    out = _cuda.empty(gradient.shape, gradient.dtype)
+    chosen = _cuda.implementation()
+    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
+    args = (gradient, counts, batch, num_groups, dim, reverse, out)
+    kernel = f"{chosen}/alignment_vjp", "prefix_means_vjp"
+    _cuda.launch(*kernel, gradient.dtype, batch * columns, args)
+    return out
+
+
+def _linear_vjp_cuda(
+    gradient: Any, x: Any, weight: Any, *, rectified: bool = False
+) -> tuple[Any, Any, Any]:
+    """Return the gradients of x (..., in), weight (out, in) and bias of a layer.
+
+    `rectified`: a ReLU gave x, and its gradient is that of what the ReLU was given.
+    """
+    find = _linear_vjp_optimized
+    if _cuda.implementation() == "basic":
+        find = _linear_vjp_basic
+    return find(gradient, x, weight, x if rectified else None)
+
+
+def _linear_vjp_basic(
+    gradient: Any, x: Any, weight: Any, gate: Any
+) -> tuple[Any, Any, Any]:
+    (out_dim, in_dim), rows = weight.shape, math.prod(x.shape[:-1])
+    kind, file = x.dtype, "basic/alignment_vjp"
+    by_x, by_weight = _cuda.empty(x.shape, kind), _cuda.empty(weight.shape, kind)
+    by_bias = _cuda.empty((out_dim,), kind)
+    args: tuple[Any, ...] = (gradient, weight, gate, rows, in_dim, out_dim, by_x)
+    _cuda.launch(file, "linear_vjp", kind, by_x.size, args)
+    args = (gradient, x, rows, in_dim, out_dim, by_weight)
+    _cuda.launch(file, "weight_vjp", kind, by_weight.size, args)
+    args = (gradient, rows, out_dim, by_bias)
+    _cuda.launch(file, "bias_vjp", kind, by_bias.size, args)
+    return by_x, by_weight, by_bias
+
+
+def _linear_vjp_optimized(
+    gradient: Any, x: Any, weight: Any, gate: Any
+) -> tuple[Any, Any, Any]:
+    out_dim, rows = len(weight), math.prod(x.shape[:-1])
+    across = _transposed_cuda(weight, out_dim)  # (1, in, out)
+    by_x = _products_cuda(gradient.reshape(1, rows, out_dim), across, gate)
+    parts = min(max(-(-rows // _PART_ROWS), 1), _MOST_PARTS)
+    part = -(-max(rows, 1) // parts)
+    part = -(-part // _cuda.WARP) * _cuda.WARP  # rows of whole vectors of 16 bytes
+    turned = _transposed_cuda(gradient, part)  # (S, out, part)
+    by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
+    file, num_parts, kind = "optimized/alignment_vjp", len(turned), x.dtype
+    args: tuple[Any, ...]
+    if num_parts > 1:
+        each, by_weight = by_weight, _cuda.empty(weight.shape, kind)
+        args = (each, num_parts, by_weight.size, by_weight)
+        _cuda.launch(file, "sum_parts", kind, by_weight.size, args)
+    by_bias = _cuda.empty((out_dim,), kind)
+    args = (turned, num_parts, out_dim, part, by_bias)
+    _cuda.launch(file, "bias_vjp", kind, out_dim * _cuda.WARP, args)
+    return by_x.reshape(x.shape), by_weight.reshape(weight.shape), by_bias
+
+
+def _transposed_cuda(x: Any, part: int) -> Any:
+    """Return x (..., columns) as (S, columns, part): `part` rows a time, then zeros."""
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    num_parts = max(-(-rows // part), 1)
+    out = _cuda.empty((num_parts, columns, part), x.dtype)
+    tiles = num_parts * -(-columns // _cuda.WARP) * -(-part // _cuda.WARP)
+    args = (x, rows, columns, part, num_parts, out)
+    kernel = "optimized/alignment_vjp", "transpose"
+    _cuda.launch(*kernel, x.dtype, tiles * _cuda.BLOCK, args)
+    return out
+
+
+def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
+    """Return A Bᵀ of every part: (S, rows, columns); 0 where the gate is not above."""
+    (num_parts, rows, dim), columns = a.shape, b.shape[-2]
+    out = _cuda.empty((num_parts, rows, columns), a.dtype)
+    tiles = num_parts * -(-rows // _cuda.TILE) * -(-columns // _cuda.TILE)
+    args = (a, b, gate, rows, columns, dim, out)
+    kernel = "optimized/alignment_vjp", "products"
+    _cuda.launch(*kernel, a.dtype, tiles * _cuda.BLOCK, args)
+    return out

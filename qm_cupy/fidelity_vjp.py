@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import Array, on_callers_stream
 from ._checks import check_gradient, check_number
-from .fidelity import _enter_fidelity, _most_similar
-from .merging import _unmerge_tokens_reference
+from .fidelity import (
+    _enter_fidelity,
+    _most_similar,
+    _rebuilding_cuda,
+    _token_errors_cuda,
+)
+from .merging import _members_cuda, _unmerge_tokens_reference
 from .merging_vjp import _unmerge_tokens_vjp_reference
 
 
@@ -94,6 +100,8 @@ def _reconstruction_error_vjp(
 ) -> tuple[Any, Any]:
     """Return both gradients; an error up to the bound has none."""
     args = gradient, tokens, merged, labels, counts, mask, bound
+    if _cuda.is_cuda(tokens):
+        return _reconstruction_error_vjp_cuda(*args)
     return _reconstruction_error_vjp_reference(*args)
 
 
@@ -110,6 +118,7 @@ def _reconstruction_error_vjp_reference(
         labels = _most_similar(tokens, merged, counts)
     if mask is not None:
         labels = np.where(mask, labels, -1)
+    kind = np.result_type(tokens.dtype, np.float32).type  # of the error as it is told
     by_tokens, by_merged = np.zeros_like(tokens), np.zeros_like(merged)
     for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
         group = labels[index]
@@ -122,13 +131,49 @@ def _reconstruction_error_vjp_reference(
         x, gap = x / peak, gap / peak  # first, so that no square overflows
         whole = np.vdot(x, x)
         error = np.vdot(gap, gap) / whole
-        if not error > bound:
+        if not kind(error) > kind(bound):
             continue
         scale = 2 * float(gradient[index]) / (whole * peak)
         by_tokens[index] = scale * (gap - error * x)
         by_merged[index] = _unmerge_tokens_vjp_reference(
             -scale * gap, group, merged.shape[-2]
         )
+    return by_tokens, by_merged
+
+
+def _reconstruction_error_vjp_cuda(
+    gradient: Any,
+    tokens: Any,
+    merged: Any,
+    labels: Any,
+    counts: NDArray[np.int64],
+    mask: Any,
+    bound: float,
+) -> tuple[Any, Any]:
+    given = tokens, merged, labels = _rebuilding_cuda(
+        tokens, merged, labels, counts, mask
+    )
+    errors, squares = _token_errors_cuda(*given)
+    (batch, num_tokens), kind = errors.shape, errors.dtype
+    num_groups, dim = merged.shape[-2:]
+    relative, scales = (_cuda.empty((batch,), kind) for _ in range(2))
+    by_tokens, by_merged = (_cuda.empty(x.shape, x.dtype) for x in (tokens, merged))
+    basic = _cuda.implementation() == "basic"
+    file = f"{_cuda.implementation()}/fidelity_vjp"
+    slopes = _cuda.contiguous(gradient, kind)
+    args: tuple[Any, ...]
+    args = (errors, squares, slopes, batch, num_tokens, bound, relative, scales)
+    threads = batch * (1 if basic else _cuda.BLOCK)
+    _cuda.launch(file, "error_scales", kind, threads, args)
+
+    sizes = batch, num_tokens, dim, num_groups
+    args = (*given, relative, scales, *sizes, by_tokens)
+    threads = by_tokens.size if basic else errors.size * _cuda.WARP
+    _cuda.launch(file, "reconstruction_error_vjp", tokens.dtype, threads, args)
+    members = (labels,) if basic else _members_cuda(labels, num_groups)
+    args = (tokens, merged, *members, scales, *sizes, by_merged)
+    threads = by_merged.size if basic else _cuda.vectors(by_merged)
+    _cuda.launch(file, "merged_error_vjp", tokens.dtype, threads, args)
     return by_tokens, by_merged
 
 

@@ -159,14 +159,22 @@ def _merge_tokens_cuda(
         args = (tokens, mass, labels, *sizes, out)
         _cuda.launch("basic/merging", "merge_tokens", tokens.dtype, out.size, args)
         return out
+    args = (tokens, mass, *_members_cuda(labels, num_groups), *sizes, out)
+    kernel = "optimized/merging", "merge_tokens"
+    _cuda.launch(*kernel, tokens.dtype, _cuda.vectors(out), args)
+    return out
+
+
+def _members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
+    """Return where groups end, (B·K), and the tokens (B·N) of one after the other."""
+    num_tokens = labels.shape[-1]
+    batch = math.prod(labels.shape[:-1])
     ends = _cuda.empty((batch, num_groups), np.int32)
     members = _cuda.empty((batch, num_tokens), np.int32)
-    file, threads = "optimized/merging", batch * _cuda.BLOCK
     args = (labels, batch, num_tokens, num_groups, ends, members)
-    _cuda.launch(file, "sort_members", tokens.dtype, threads, args)
-    args = (tokens, mass, ends, members, *sizes, out)
-    _cuda.launch(file, "merge_tokens", tokens.dtype, _cuda.vectors(out), args)
-    return out
+    kernel = "optimized/merging", "sort_members"
+    _cuda.launch(*kernel, np.float32, batch * _cuda.BLOCK, args)
+    return ends, members
 
 
 @on_callers_stream

@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_gradient, check_mask, check_shape, check_values
 from .selection import (
     _check_epsilon,
     _check_noise,
     _check_temperature,
+    _gumbel_softmax_cuda,
+    _mass_dtype,
     _perturbed_scores_reference,
+    _rows,
     _softmax_reference,
 )
 
@@ -78,11 +82,13 @@ def gumbel_softmax_vjp(
         gradient=gradient, saliency=saliency, mask=mask
     )
     check_values("saliency", saliency, "N", "BN")
-    gradient = check_gradient(gradient, saliency.shape, "BN", saliency)
     check_mask(mask, saliency.shape)
+    gradient = check_gradient(gradient, saliency.shape, "BN", saliency, mask=mask)
     temperature = _check_temperature(temperature)
     noise = _check_noise(seed, sequence_offset)
     args = gradient, saliency, temperature, noise, mask
+    if _cuda.is_cuda(saliency):
+        return leave(_gumbel_softmax_vjp_cuda(*args))
     return leave(_gumbel_softmax_vjp_reference(*args))
 
 
@@ -100,6 +106,24 @@ def _gumbel_softmax_vjp_reference(
         gap -= np.sum(p * gap, axis=-1, keepdims=True)
     with np.errstate(over="ignore"):  # a tiny temperature: inf is what is meant
         return (p * gap / temperature).astype(saliency.dtype)
+
+
+def _gumbel_softmax_vjp_cuda(
+    gradient: Any,
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    mask: Any,
+) -> Any:
+    p = _gumbel_softmax_cuda(saliency, temperature, noise, None, mask)
+    batch, num_tokens = _rows(saliency)
+    out = _cuda.empty(saliency.shape, saliency.dtype)
+    chosen = _cuda.implementation()
+    threads = out.size if chosen == "basic" else batch * _cuda.BLOCK
+    args = (_cuda.contiguous(gradient, p.dtype), p, batch, num_tokens, temperature, out)
+    kernel = f"{chosen}/selection_vjp", "gumbel_softmax_vjp"
+    _cuda.launch(*kernel, saliency.dtype, threads, args)
+    return out
 
 
 @on_callers_stream
@@ -148,7 +172,10 @@ def saliency_mass_vjp(
     gradient = check_gradient(gradient, saliency.shape, "BN", saliency)
     epsilon = _check_epsilon(epsilon)
     args = gradient, saliency, probabilities, epsilon
-    by_saliency, by_probability = _saliency_mass_vjp_reference(*args)
+    find = _saliency_mass_vjp_reference
+    if _cuda.is_cuda(saliency):
+        find = _saliency_mass_vjp_cuda
+    by_saliency, by_probability = find(*args)
     return leave(by_saliency), leave(by_probability)
 
 
@@ -158,8 +185,25 @@ def _saliency_mass_vjp_reference(
     probabilities: NDArray[Any],
     epsilon: float,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    wide = (x.astype(np.float64) for x in (gradient, saliency, probabilities))
-    g, s, p = wide
-    return (g * p).astype(saliency.dtype), (g * (s - epsilon)).astype(
+    g, s, p = (x.astype(np.float64) for x in (gradient, saliency, probabilities))
+    by_saliency, by_probability = g * p, g * (s - epsilon)
+    return by_saliency.astype(saliency.dtype), by_probability.astype(
         probabilities.dtype
+    )
+
+
+def _saliency_mass_vjp_cuda(
+    gradient: Any, saliency: Any, probabilities: Any, epsilon: float
+) -> tuple[Any, Any]:
+    dtype = _mass_dtype(saliency, probabilities)
+    given = gradient, saliency, probabilities
+    arrays = (_cuda.contiguous(x, dtype) for x in given)
+    outs = [_cuda.empty(saliency.shape, dtype) for _ in range(2)]
+    args = (*arrays, saliency.size, epsilon, *outs)
+    kernel = "basic/selection_vjp", "saliency_mass_vjp"
+    _cuda.launch(*kernel, dtype, saliency.size, args)
+    by_saliency, by_probability = outs
+    return (
+        by_saliency.astype(saliency.dtype, copy=False),
+        by_probability.astype(probabilities.dtype, copy=False),
     )

@@ -87,6 +87,7 @@ class TestMerge:
     def test_k_per_sequence(self, problem):
         gradient, tokens, mass = problem
         counts = np.array([4, 3])
+        gradient[1, 3] = np.nan  # padding is not read
         got = qm.merge_tokens_vjp(gradient[:, :4], tokens, LABELS, counts, mass=mass)
         for b in range(2):
             alone = qm.merge_tokens_vjp(
@@ -160,9 +161,11 @@ class TestUnmerge:
         _, gradient, _ = problem
         wanted = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
         gradient[LABELS < 0] = np.nan
-        with qm.check_finite(False):
-            got = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
+        got = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
         np.testing.assert_array_equal(got, wanted)
+        gradient[0, 1, 2] = np.inf
+        with pytest.raises(ValueError, match=r"`gradient` must be finite, got inf at"):
+            qm.unmerge_tokens_vjp(gradient, LABELS, 5)
 
     def test_bad_input(self, problem):
         _, gradient, _ = problem
