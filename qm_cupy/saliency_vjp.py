@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda, _saliency_vjp_cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_choice,
@@ -86,6 +87,10 @@ def attention_entropy_vjp(
     leave, gradient, attention, mask = given
     keep = _check_attention(attention, mask)
     _check_entropy_gradient(gradient, attention.shape[:-1], keep)
+    if _cuda.is_cuda(attention):
+        return leave(
+            _saliency_vjp_cuda.attention_entropy_vjp_cuda(gradient, attention, mask)
+        )
     return leave(_attention_entropy_vjp_reference(gradient, attention, keep))
 
 
@@ -180,7 +185,11 @@ def query_key_entropy_vjp(
     scale = _check_query_key(query, key, scale)
     keep = _expand_mask(mask, query.shape[:-1])
     _check_entropy_gradient(gradient, query.shape[:-1], keep)
-    found = _query_key_entropy_vjp_reference(gradient, query, key, causal, scale, keep)
+    given = gradient, query, key, causal, scale
+    if _cuda.is_cuda(query):
+        found = _saliency_vjp_cuda.query_key_entropy_vjp_cuda(*given, mask)
+    else:
+        found = _query_key_entropy_vjp_reference(*given, keep)
     return leave(found[0]), leave(found[1])
 
 
@@ -276,6 +285,10 @@ def self_attention_entropy_vjp(
     check_values("tokens", tokens, "ND", "BND", "LBND")
     keep = _expand_mask(mask, tokens.shape[:-1])
     _check_entropy_gradient(gradient, tokens.shape[:-1], keep)
+    if _cuda.is_cuda(tokens):
+        return leave(
+            _saliency_vjp_cuda.self_attention_entropy_vjp_cuda(gradient, tokens, mask)
+        )
     return leave(_self_attention_entropy_vjp_reference(gradient, tokens, keep))
 
 
@@ -351,6 +364,10 @@ def saliency_vjp(
     shape = _saliency_shape(entropy)
     check_mask(mask, shape)
     check_gradient(gradient, shape, "BN", mask=mask)
+    if _cuda.is_cuda(entropy):
+        return leave(
+            _saliency_vjp_cuda.saliency_vjp_cuda(gradient, entropy, salient, mask)
+        )
     return leave(_saliency_vjp_reference(gradient, entropy, salient, mask))
 
 
@@ -445,6 +462,8 @@ def norm_saliency_vjp(
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
+    if _cuda.is_cuda(tokens):
+        return leave(_saliency_vjp_cuda.norm_saliency_vjp_cuda(gradient, tokens, mask))
     return leave(_norm_saliency_vjp_reference(gradient, tokens, mask))
 
 
