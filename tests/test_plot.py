@@ -260,11 +260,11 @@ def test_budget_curves():
     for line, curve in zip(ax.lines, errors[:, [1, 2, 0]], strict=True):
         np.testing.assert_array_equal(line.get_xdata(), [2, 4, 8])
         np.testing.assert_array_equal(line.get_ydata(), curve)
-    assert [text.get_text() for text in ax.get_legend().texts] == ["average", "ward"]
+    legend = [text.get_text() for text in ax.get_legend().texts]
+    assert legend == ["average, K = 8", "ward, K = 4"]
     rings = [tuple(c.get_offsets()[0]) for c in ax.collections if c.get_offsets().any()]
     assert rings == [(8, 0.1), (4, 0.15)]
-    texts = [text.get_text() for text in ax.texts]
-    assert texts == ["error 0.15", "K = 4", "K = 8"]
+    assert [text.get_text() for text in ax.texts] == ["error 0.15"]
     assert ax.get_xscale() == "log"
     assert ax.get_ylim()[0] == 0
 
@@ -283,6 +283,7 @@ def test_budget_goes_on_with_other_styles():
 def test_no_error_is_small_enough():
     ax = plot_budget(np.array([2, 4]), np.array([0.2, 0.1]), max_error=0.05)
     assert [text.get_text() for text in ax.texts] == ["error 0.05"]
+    assert ax.get_legend() is None
 
 
 def calls(tree):
