@@ -16,6 +16,7 @@ sanitize: $(VENV)/test.done
 	$(MAKE) -j2 sanitize-thread sanitize-address
 
 KERNEL_TESTS := test_kernels.py test_linkage_kernels.py test_matching_kernels.py
+KERNEL_TESTS += test_saliency_vjp_kernels.py test_stages_vjp_kernels.py
 
 sanitize-%: $(VENV)/test.done
 	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider $(KERNEL_TESTS)

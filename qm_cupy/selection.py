@@ -157,8 +157,7 @@ def gumbel_softmax(
         counts = check_num_groups(hard, saliency.shape[:-1], most, name="hard")
     if _cuda.is_cuda(saliency):
         return leave(_gumbel_softmax_cuda(saliency, temperature, noise, counts, mask))
-    scores = saliency.astype(np.result_type(saliency, np.float32))
-    scores = scores + _by_rank(_gumbel_noise_reference(saliency.shape, *noise), mask)
+    scores = _perturbed_scores_reference(saliency, noise, mask)
     if counts is None:
         return leave(_softmax_reference(scores, temperature, mask))
     return leave(_top_reference(scores, counts, mask).astype(scores.dtype))
@@ -166,6 +165,15 @@ def gumbel_softmax(
 
 def _check_temperature(temperature: Any) -> float:
     return check_number("temperature", temperature, 0, np.inf, "()")
+
+
+def _perturbed_scores_reference(
+    saliency: NDArray[Any],
+    noise: tuple[int | None, int],
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    scores = saliency.astype(np.result_type(saliency, np.float32))
+    return scores + _by_rank(_gumbel_noise_reference(saliency.shape, *noise), mask)
 
 
 def _by_rank(
