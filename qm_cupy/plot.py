@@ -485,8 +485,8 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
         ax.add_patch(frame)
     some = slice(None, None, -(-len(numbers) // _MOST_NUMBERS))
     centre = start + sizes / 2
-    ax.set_xticks(centre[some], numbers[some])
-    ax.set_yticks(centre[some], numbers[some])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(centre[some], numbers[some], size="x-small")
     ax.set(xlabel="group", ylabel="group")
     return ax
 
@@ -514,8 +514,8 @@ def plot_budget(
     names : sequence of C str, optional
         What the curves are.
     max_error : float, optional
-        An error to stay within: drawn as a line, and a ring around the first point of
-        each curve that does.
+        An error to stay within: drawn as a line, with a ring around the least K of each
+        curve that does, which the legend tells.
     ax : matplotlib.axes.Axes, optional
         Where to draw; in a new figure by default.
 
@@ -537,8 +537,8 @@ def plot_budget(
     >>> import numpy as np
     >>> budgets, errors = np.array([8, 4, 2]), np.array([0.01, 0.06, 0.3])
     >>> ax = plot_budget(budgets, errors, max_error=0.1)
-    >>> ax.lines[0].get_xdata(), [text.get_text() for text in ax.texts]
-    (array([2, 4, 8]), ['error 0.1', ' K = 4'])
+    >>> ax.lines[0].get_xdata(), ax.lines[0].get_label()
+    (array([2, 4, 8]), 'K = 4')
     """
     budgets, errors = _on_host("budgets", budgets), _on_host("errors", errors)
     check_given("budgets", budgets)
@@ -553,48 +553,48 @@ def plot_budget(
         max_error = check_number("max_error", max_error, 0, np.inf, "[)")
     ax = _axes(ax, 5.5, 4)
     order = np.argsort(budgets, kind="stable")
-    for number, curve in enumerate(curves):
+    for number, curve in enumerate(curves[:, order]):
+        label = [] if names is None else [names[number]]
+        if max_error is not None:
+            label += _ring_first_within(ax, budgets[order], curve, max_error)
         index = len(ax.lines)
         ax.plot(
             budgets[order],
-            curve[order],
+            curve,
             color=_COLOURS[index % len(_COLOURS)],
             linestyle=_DASHES[index % len(_DASHES)],
             marker=_MARKERS[index % len(_MARKERS)],
-            label=None if names is None else names[number],
+            label=", ".join(label) or None,
         )
     if max_error is not None:
-        _draw_limit(ax, budgets[order], curves[:, order], max_error)
+        _draw_limit(ax, max_error)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_locator(NullLocator())
     ax.autoscale(axis="y")  # over what an earlier call has drawn too
     ax.set_ylim(bottom=0)
     ax.set(xlabel="groups K", ylabel="error")
-    if names is not None:
+    if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False)
     return ax
 
 
-def _draw_limit(
-    ax: Axes, budgets: NDArray[Any], curves: NDArray[Any], max_error: float
-) -> None:
-    """Draw the error to stay within and ring the least K of each curve that does."""
+def _ring_first_within(
+    ax: Axes, budgets: NDArray[Any], curve: NDArray[Any], max_error: float
+) -> list[str]:
+    """Ring the least K whose error is small enough, and say it, if there is one."""
+    within = np.flatnonzero(curve <= max_error)[:1]
+    ring: dict[str, Any] = {"facecolor": "none", "edgecolor": _OUTLINE, "zorder": 3}
+    ax.scatter(budgets[within], curve[within], s=120, **ring)
+    return [f"K = {least}" for least in budgets[within]]
+
+
+def _draw_limit(ax: Axes, max_error: float) -> None:
     across = ax.get_yaxis_transform()
     style: dict[str, Any] = {"color": _OUTLINE, "linewidth": 1, "zorder": 1}
     ax.hlines(max_error, 0, 1, transform=across, **style)  # no curve: not in `ax.lines`
     text: dict[str, Any] = {"size": "small", "color": _OUTLINE, "va": "bottom"}
     ax.text(0.01, max_error, f"error {max_error:g}", transform=across, **text)
-    found = set()
-    for curve in curves:
-        within = np.flatnonzero(curve <= max_error)
-        if len(within):
-            at = budgets[within[0]], curve[within[0]]
-            ax.scatter(*at, s=120, facecolor="none", edgecolor=_OUTLINE, zorder=3)
-            found.add(at[0])
-    text["bbox"] = {"fc": "white", "ec": "none", "pad": 1}
-    for least in sorted(found):
-        ax.text(least, max_error, f" K = {least}", **text)
 
 
 def _draw_values(
