@@ -1,6 +1,7 @@
 """Figures of benchmarks/results/, as tables of the pages that are being built."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markdown:
 
 def significant(x: float, digits: int = 3) -> str:
     """Return a number of so many digits, without an exponent."""
-    return f"{float(f'{x:.{digits}g}'):,.10g}"
+    rounded = float(f"{x:.{digits}g}")
+    places = digits - 1 - math.floor(math.log10(abs(rounded))) if rounded else 0
+    return f"{rounded:,.{max(places, 0)}f}"
 
 
 def best(cells: list[str], values: list[float], least: bool = True) -> list[str]:
