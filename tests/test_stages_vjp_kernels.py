@@ -230,7 +230,8 @@ def test_alignment_loss(dtype, num_groups, ragged):
     got = qm.alignment_loss_vjp(
         gradient, merged, prior, num_groups=counts if ragged else None
     )
-    each = wide(gradient[0] + gradient[2]), wide(gradient[1] + gradient[2])
+    ahead, behind, total = map(wide, gradient)
+    each = ahead + total, behind + total
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda, "is_cuda", lambda x: False)
         wanted = _alignment_loss_vjp_reference(each, wide(merged), prior, counts)
