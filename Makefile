@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test sanitize lint clean
+.PHONY: demo test sanitize lint docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/qm-cupy demo --output build/demo
@@ -16,6 +16,7 @@ sanitize: $(VENV)/test.done
 	$(MAKE) -j2 sanitize-thread sanitize-address
 
 KERNEL_TESTS := test_kernels.py test_linkage_kernels.py test_matching_kernels.py
+KERNEL_TESTS += test_saliency_vjp_kernels.py test_stages_vjp_kernels.py
 
 sanitize-%: $(VENV)/test.done
 	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider $(KERNEL_TESTS)
@@ -26,6 +27,10 @@ lint: $(VENV)/dev.done
 	$(BIN)/mypy
 	$(BIN)/python -m numpydoc.hooks.validate_docstrings --config . qm_cupy/*.py
 	find kernels -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# Every page anew, its examples and the notebooks executed; whatever warns is an error.
+docs: $(VENV)/docs.done $(VENV)/minilm
+	$(BIN)/python -m sphinx -q -j auto -E -n -W --keep-going docs build/docs
 
 # One stamp for each extra: made again when pyproject.toml changes.
 $(VENV)/%.done: pyproject.toml

@@ -11,6 +11,7 @@ read and never imported:
 """
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,10 @@ class MiniLM:
         """Return the numbers of a text's word pieces, without [CLS] and [SEP]."""
         found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return found
+
+    def spelled(self, ids: Iterable[int]) -> list[str]:
+        """Return word pieces as they are written; "##" goes on with a word."""
+        return [self._tokenizer.id_to_token(int(i)) for i in ids]
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Map word pieces (B, N), [CLS] first and [SEP] last, to (B, N, D)."""

@@ -27,6 +27,15 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, float x) {
 __device__ __forceinline__ void store(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store(double* p, double x) { *p = x; }
 
+// a * b rounded, which no fused multiply-add takes in: wherever a score is found again
+// it has the same bits.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+    return __fmul_rn(a, b);
+}
+__device__ __forceinline__ double rounded_product(double a, double b) {
+    return __dmul_rn(a, b);
+}
+
 __device__ __forceinline__ long long thread_index() {
     return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
 }

@@ -4,9 +4,11 @@ from ._checks import check_finite
 from ._cuda import KernelCompilationError, use_kernels, warmup
 from ._precision import allow_tf32
 from .alignment import AlignmentLoss, Prior, SteppingPrior, alignment_loss, decode
+from .alignment_vjp import alignment_loss_vjp
 from .budget import norm_budget, token_budget
 from .clustering import cluster_tokens, cosine_similarity, cut_linkage, linkage
 from .fidelity import fidelity_loss, norm_mass, reconstruction_error
+from .fidelity_vjp import fidelity_loss_vjp, reconstruction_error_vjp
 from .framework import (
     BidirectionalARAlignment,
     DifferentiableTokenMerging,
@@ -22,6 +24,7 @@ from .merging import (
     merge_tokens,
     unmerge_tokens,
 )
+from .merging_vjp import merge_tokens_vjp, unmerge_tokens_vjp
 from .mlp_prior import MLP, MLPPrior
 from .pipeline import Choice, choose_merge, quickmerge
 from .saliency import (
@@ -31,7 +34,15 @@ from .saliency import (
     saliency,
     self_attention_entropy,
 )
+from .saliency_vjp import (
+    attention_entropy_vjp,
+    norm_saliency_vjp,
+    query_key_entropy_vjp,
+    saliency_vjp,
+    self_attention_entropy_vjp,
+)
 from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
+from .selection_vjp import gumbel_softmax_vjp, saliency_mass_vjp
 from .transformer_prior import TransformerPrior
 from .workspace import Workspace
 
@@ -54,8 +65,10 @@ __all__ = [
     "TransformerPrior",
     "Workspace",
     "alignment_loss",
+    "alignment_loss_vjp",
     "allow_tf32",
     "attention_entropy",
+    "attention_entropy_vjp",
     "check_finite",
     "choose_merge",
     "cluster_tokens",
@@ -63,25 +76,35 @@ __all__ = [
     "cut_linkage",
     "decode",
     "fidelity_loss",
+    "fidelity_loss_vjp",
     "group_positions",
     "group_sizes",
     "gumbel_noise",
     "gumbel_softmax",
+    "gumbel_softmax_vjp",
     "linkage",
     "merge_tokens",
+    "merge_tokens_vjp",
     "norm_budget",
     "norm_mass",
     "norm_saliency",
+    "norm_saliency_vjp",
     "query_key_entropy",
+    "query_key_entropy_vjp",
     "quickmerge",
     "quickmerge_inference",
     "reconstruction_error",
+    "reconstruction_error_vjp",
     "saliency",
     "saliency_mass",
+    "saliency_mass_vjp",
+    "saliency_vjp",
     "select_tokens",
     "self_attention_entropy",
+    "self_attention_entropy_vjp",
     "token_budget",
     "unmerge_tokens",
+    "unmerge_tokens_vjp",
     "use_kernels",
     "warmup",
 ]

@@ -61,7 +61,8 @@ def enter(**arrays: Any) -> tuple[Any, ...]:
 
 
 def _is_plain(name: str, x: Any) -> bool:
-    return x is None or (name in _OFTEN_PLAIN and not hasattr(x, "__dlpack__"))
+    often = name in _OFTEN_PLAIN or name.startswith("gradient")
+    return x is None or (often and not hasattr(x, "__dlpack__"))
 
 
 def _prepare(name: str, x: Any) -> Any:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from . import _cuda
 
+_INT32 = 2**31 - 1  # the most of anything that kernels count
+
 _finite_checked: ContextVar[bool] = ContextVar("finite_checked", default=True)
 
 
@@ -96,10 +98,36 @@ def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:
 def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) -> None:
     """Refuse another shape than the wanted one, whose last axes `axes` name."""
     if x.shape != wanted:
-        letters = ", ".join(axes[-len(wanted) :])
+        letters = ", ".join(axes[len(axes) - len(wanted) :])
         raise ValueError(
-            f"`{name}` must have shape ({letters}) = {wanted}, got {x.shape}"
+            f"`{name}` must have shape ({letters}) = {wanted}, got {tuple(x.shape)}"
         )
+
+
+def check_gradient(
+    gradient: Any,
+    wanted: tuple[int, ...],
+    axes: str,
+    inputs: NDArray[Any] | None = None,
+    name: str = "gradient",
+    mask: NDArray[np.bool_] | None = None,
+) -> Any:
+    """Return the gradient of a result of the wanted shape, beside the inputs.
+
+    It may be a number where that shape is (); where a mask is False, anything.
+    """
+    if wanted == () and not hasattr(gradient, "__dlpack__"):
+        empty = _cuda.empty if _cuda.is_cuda(inputs) else np.empty
+        number = empty((), np.float64)
+        number[...] = check_number(name, gradient, -np.inf, np.inf, "()")
+        return number
+    check_floating(name, gradient)
+    check_shape(name, gradient, axes, wanted)
+    seen = gradient
+    if mask is not None and _values_checked(gradient):
+        seen = np.where(mask, gradient, gradient.dtype.type(0))
+    check_finite_values(name, seen)
+    return gradient
 
 
 def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
@@ -150,15 +178,21 @@ def check_num_groups(
     name: str = "num_groups",
 ) -> NDArray[np.int64]:
     """Return K of every sequence (shape `batch`), each within 1..`most`."""
+    unlimited = most is None or _cuda.is_cuda(most)  # of a mask on a GPU: not looked at
     if is_per_sequence(num_groups):
         if num_groups.dtype.kind not in "iu":
             raise TypeError(f"`{name}` must be integers, got {num_groups.dtype}")
         check_shape(name, num_groups, "B", batch)
         counts = num_groups.astype(np.int64)
     else:
-        counts = np.full(batch, check_integer(name, num_groups), dtype=np.int64)
-    unlimited = most is None or _cuda.is_cuda(most)  # of a mask on a GPU: not looked at
-    limits = np.asarray(np.iinfo(np.int32).max if unlimited else most)
+        count = check_integer(name, num_groups)
+        counts = np.full(batch, count, dtype=np.int64)
+        limit = _INT32 if unlimited else most
+        if not isinstance(limit, int):
+            limit = int(np.min(limit, initial=_INT32))
+        if 1 <= count <= limit:
+            return counts
+    limits = np.asarray(_INT32 if unlimited else most)
     wrong = (counts < 1) | (counts > limits)
     if wrong.any():
         at = tuple(np.argwhere(wrong)[0])
@@ -239,8 +273,8 @@ def check_source(
     ]
     wanted = _any_of([f"({', '.join(layout)})" for layout in spelled])
     raise ValueError(
-        f"`{name}` must have shape {wanted} with ({', '.join(axes)}) = {tokens[:-1]}, "
-        f"got {source.shape}"
+        f"`{name}` must have shape {wanted} with ({', '.join(axes)}) = "
+        f"{tuple(tokens[:-1])}, got {tuple(source.shape)}"
     )
 
 

@@ -149,33 +149,24 @@ def _draw(
 ) -> None:
     """Draw the picture, its groups outlined, and the picture rebuilt."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
+    from .plot import plot_groups
+
     height, width = picture.shape[:2]
-    figure = Figure(figsize=(13.5, 4.4 * height / width + 0.2), layout="constrained")
+    figure = Figure(figsize=(13.5, 4.4 * height / width + 0.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    for panel, shown, title in zip(
-        panels,
-        (picture, 0.5 + 0.5 * picture, rebuilt.clip(0, 1)),
-        (before, "groups", after),
-        strict=True,
-    ):
-        panel.imshow(shown, extent=(0, labels.shape[1], labels.shape[0], 0))
-        panel.set_title(title)
+    panels[0].imshow(picture)
+    plot_groups(
+        labels.ravel(), grid=labels.shape, picture=picture, linewidth=0.6, ax=panels[1]
+    )
+    panels[2].imshow(rebuilt.clip(0, 1))
+    for panel, title in zip(panels, (before, "groups", after), strict=True):
+        panel.set(title=title, xticks=[], yticks=[])
+    for panel in panels[::2]:
         panel.set_axis_off()
-    outline = LineCollection(_outline(labels), colors="#b3001b", linewidths=0.6)
-    panels[1].add_collection(outline)
     canvas.print_figure(file, dpi=150, format="png")
-
-
-def _outline(labels: NDArray[Any]) -> list[tuple[tuple[Any, Any], tuple[Any, Any]]]:
-    """Return the edges, as ((x, y), (x, y)), between patches of different groups."""
-    y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])
-    upright = [((i + 1, j), (i + 1, j + 1)) for i, j in zip(x, y, strict=True)]
-    y, x = np.nonzero(labels[1:] != labels[:-1])
-    return upright + [((i, j + 1), (i + 1, j + 1)) for i, j in zip(x, y, strict=True)]
 
 
 @contextmanager

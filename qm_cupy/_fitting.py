@@ -68,13 +68,21 @@ def mean_squared_error(network: "MLP", blocks: Blocks) -> float:
 
 def gradient(network: "MLP", x: Any, y: Any) -> "MLP":
     """Return the gradient of a block's mean squared error, shaped as the network."""
-    before = x @ network.weight_in.T + network.bias_in
-    hidden = np.maximum(before, 0)
+    hidden = np.maximum(x @ network.weight_in.T + network.bias_in, 0)
     error = hidden @ network.weight_out.T + network.bias_out - y
-    error = error * (2 / error.size)
-    back = (error @ network.weight_out) * (before > 0)
-    parts = back.T @ x, back.sum(axis=0), error.T @ hidden, error.sum(axis=0)
-    return type(network)(*parts)
+    return back_propagate(network, x, hidden, error * (2 / error.size))[0]
+
+
+def back_propagate(
+    network: "MLP", x: Any, hidden: Any, slope: Any
+) -> tuple["MLP", Any]:
+    """Return the gradient of the weights, and of the hidden layer before its ReLU.
+
+    `slope` is the gradient of the outputs; rows are (R, D), hidden ones (R, H).
+    """
+    back = (slope @ network.weight_out) * (hidden > 0)
+    parts = back.T @ x, back.sum(axis=0), slope.T @ hidden, slope.sum(axis=0)
+    return type(network)(*parts), back
 
 
 def refine(

@@ -64,7 +64,7 @@ def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> A
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    limit = _num_valid(tokens[..., 0], mask)
+    limit = _num_valid(tokens.shape[:-1], mask)
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
     if _cuda.is_cuda(tokens):
         return leave(_norm_mass_cuda(tokens, counts, mask))
@@ -140,7 +140,7 @@ def reconstruction_error(
     >>> float(reconstruction_error(tokens, merged, labels=np.array([0, 0])))
     0.5
     """
-    leave, *arrays = _enter_fidelity(tokens, merged, labels, num_groups, mask)
+    leave, *arrays, _ = _enter_fidelity(tokens, merged, labels, num_groups, mask)
     return leave(_reconstruction_error(*arrays))
 
 
@@ -153,10 +153,21 @@ def _reconstruction_error(
 
 
 def _enter_fidelity(
-    tokens: Any, merged: Any, labels: Any, num_groups: Any, mask: Any
+    tokens: Any,
+    merged: Any,
+    labels: Any,
+    num_groups: Any,
+    mask: Any,
+    gradient: Any = None,
 ) -> tuple[Any, ...]:
-    leave, tokens, merged, labels, num_groups, mask = enter(
-        tokens=tokens, merged=merged, labels=labels, num_groups=num_groups, mask=mask
+    """Return ``leave``, all arrays checked but the gradient, and that."""
+    leave, tokens, merged, labels, num_groups, mask, gradient = enter(
+        tokens=tokens,
+        merged=merged,
+        labels=labels,
+        num_groups=num_groups,
+        mask=mask,
+        gradient=gradient,
     )
     check_tokens(tokens)
     check_tokens(merged, "merged")
@@ -170,7 +181,7 @@ def _enter_fidelity(
     counts = check_num_groups(most if num_groups is None else num_groups, batch, most)
     if labels is not None:
         check_labels(labels, tokens.shape[:-1], counts)
-    return leave, tokens, merged, labels, counts, mask
+    return leave, tokens, merged, labels, counts, mask, gradient
 
 
 def _reconstruction_error_reference(
@@ -213,26 +224,43 @@ def _most_similar(
 def _reconstruction_error_cuda(
     tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
 ) -> Any:
-    *leading, num_tokens, dim = tokens.shape
-    batch, num_groups = math.prod(leading), merged.shape[-2]
-    kind = _cuda.accumulation(tokens.dtype)
+    given = _rebuilding_cuda(tokens, merged, labels, counts, mask)
+    errors, squares = _token_errors_cuda(*given)
+    batch, num_tokens = errors.shape
+    out = _cuda.empty(tokens.shape[:-2], errors.dtype)
+    chosen = _cuda.implementation()
+    threads = batch * (1 if chosen == "basic" else _cuda.BLOCK)
+    args = (errors, squares, batch, num_tokens, out)
+    kernel = f"{chosen}/fidelity", "reconstruction_error"
+    _cuda.launch(*kernel, errors.dtype, threads, args)
+    return out
+
+
+def _rebuilding_cuda(
+    tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
+) -> tuple[Any, Any, Any]:
+    """Return tokens, merged tokens and labels, -1 for padding, as kernels take them."""
     if labels is None:
         labels = _most_similar_cuda(tokens, merged, counts)
     if mask is not None:
         labels = labels * mask + (mask - 1)
-    tokens, merged = _cuda.contiguous(tokens), _cuda.contiguous(merged)
-    labels = _cuda.contiguous(labels, np.int32)
+    arrays = _cuda.contiguous(tokens), _cuda.contiguous(merged)
+    return *arrays, _cuda.contiguous(labels, np.int32)
+
+
+def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]:
+    """Return squared error and squared norm of each token, (B, N)."""
+    *leading, num_tokens, dim = tokens.shape
+    batch, num_groups = math.prod(leading), merged.shape[-2]
+    kind = _cuda.accumulation(tokens.dtype)
     errors, squares = (_cuda.empty((batch, num_tokens), kind) for _ in range(2))
-    sizes = batch, num_tokens, dim, num_groups
     chosen = _cuda.implementation()
-    warp, block = (1, 1) if chosen == "basic" else (_cuda.WARP, _cuda.BLOCK)
-    file = f"{chosen}/fidelity"
-    args: tuple[Any, ...] = (tokens, merged, labels, *sizes, errors, squares)
-    _cuda.launch(file, "token_errors", tokens.dtype, errors.size * warp, args)
-    out = _cuda.empty(tuple(leading), kind)
-    args = (errors, squares, batch, num_tokens, out)
-    _cuda.launch(file, "reconstruction_error", kind, batch * block, args)
-    return out
+    threads = errors.size * (1 if chosen == "basic" else _cuda.WARP)
+    sizes = batch, num_tokens, dim, num_groups
+    args = (tokens, merged, labels, *sizes, errors, squares)
+    kernel = f"{chosen}/fidelity", "token_errors"
+    _cuda.launch(*kernel, tokens.dtype, threads, args)
+    return errors, squares
 
 
 def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> Any:
@@ -292,7 +320,7 @@ def fidelity_loss(
     0.0
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
-    leave, *arrays = _enter_fidelity(tokens, merged, labels, num_groups, mask)
+    leave, *arrays, _ = _enter_fidelity(tokens, merged, labels, num_groups, mask)
     error = _reconstruction_error(*arrays)
     excess = (error - error.dtype.type((1 - gamma) ** 2)).clip(0)
     return leave(excess.sum(dtype=error.dtype) / error.dtype.type(max(error.size, 1)))

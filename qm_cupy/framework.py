@@ -5,7 +5,7 @@ is trained: losses are plain floats for one sequence or batch.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_number
@@ -17,6 +17,21 @@ from .mlp_prior import MLPPrior
 from .pipeline import quickmerge
 from .saliency import saliency, self_attention_entropy
 from .selection import gumbel_softmax
+
+
+class _Functions(NamedTuple):
+    """What the paper's first, second and fourth step call; differentiable elsewhere."""
+
+    self_attention_entropy: Callable[..., Any]
+    saliency: Callable[..., Any]
+    gumbel_softmax: Callable[..., Any]
+    quickmerge: Callable[..., Any]
+    fidelity_loss: Callable[..., Any]
+
+
+_OF_ANY_LIBRARY = _Functions(
+    self_attention_entropy, saliency, gumbel_softmax, quickmerge, fidelity_loss
+)
 
 
 class EntropyAwareSaliency:
@@ -38,6 +53,8 @@ class EntropyAwareSaliency:
     (2, 10)
     """
 
+    _functions: ClassVar = _OF_ANY_LIBRARY
+
     def __init__(self, embedding_dim: int, num_layers: int = 12) -> None:
         self.embedding_dim = embedding_dim
         self.num_layers = num_layers
@@ -53,8 +70,8 @@ class EntropyAwareSaliency:
             raise ValueError(
                 f"`tokens` must have L = {self.num_layers} layers, got {shape[0]}"
             )
-        entropy = self_attention_entropy(tokens, mask=mask)
-        return saliency(entropy, mask=mask)
+        entropy = self._functions.self_attention_entropy(tokens, mask=mask)
+        return self._functions.saliency(entropy, mask=mask)
 
 
 class DifferentiableTokenMerging:
@@ -81,6 +98,8 @@ class DifferentiableTokenMerging:
     ((2, 4, 8), (2, 10))
     """
 
+    _functions: ClassVar = _OF_ANY_LIBRARY
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -106,7 +125,7 @@ class DifferentiableTokenMerging:
     ) -> tuple[Array, Array]:
         """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
         merged = self.merge(tokens, saliency_scores, K, mask=mask)
-        probabilities = gumbel_softmax(
+        probabilities = self._functions.gumbel_softmax(
             saliency_scores, temperature=self.temperature, seed=self.seed, mask=mask
         )
         return merged.tokens, probabilities
@@ -120,7 +139,7 @@ class DifferentiableTokenMerging:
         mask: Array | None = None,
     ) -> Merged[Array]:
         """Return the whole `Merged` result: labels, sizes and positions too."""
-        return quickmerge(
+        return self._functions.quickmerge(
             tokens,
             K,
             saliency=saliency_scores,
@@ -204,6 +223,8 @@ class NormBasedFidelityConstraint:
     0.0
     """
 
+    _functions: ClassVar = _OF_ANY_LIBRARY
+
     def __init__(self, gamma: float = 0.8) -> None:
         self.gamma = gamma
 
@@ -216,7 +237,9 @@ class NormBasedFidelityConstraint:
         mask: Array | None = None,
     ) -> Array:
         """Return the mean excess of the reconstruction error over its bound."""
-        return fidelity_loss(tokens, merged, labels=labels, gamma=self.gamma, mask=mask)
+        return self._functions.fidelity_loss(
+            tokens, merged, labels=labels, gamma=self.gamma, mask=mask
+        )
 
 
 class QuickMergePP:

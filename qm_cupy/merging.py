@@ -107,11 +107,17 @@ def merge_tokens(
     check_mass(mass, tokens.shape[:-1])
     wanted = (*batch, most, tokens.shape[-1])
     check_out(target, wanted, tokens.dtype, tokens, labels, mass)
-    if _cuda.is_cuda(tokens):
-        merged = _merge_tokens_cuda(tokens, labels, most, mass, target)
-    else:
-        merged = _merge_tokens_reference(tokens, labels, most, mass)
+    merged = _merge_tokens(tokens, labels, most, mass, target)
     return _deliver(leave, merged, out, target)
+
+
+def _merge_tokens(
+    tokens: Any, labels: Any, num_groups: int, mass: Any, out: Any
+) -> Any:
+    """Return the merged tokens, in `out` if it is given and a kernel writes them."""
+    if _cuda.is_cuda(tokens):
+        return _merge_tokens_cuda(tokens, labels, num_groups, mass, out)
+    return _merge_tokens_reference(tokens, labels, num_groups, mass)
 
 
 def _merge_tokens_reference(
@@ -122,6 +128,16 @@ def _merge_tokens_reference(
 ) -> NDArray[Any]:
     *batch, _, dim = tokens.shape
     dtype = np.result_type(tokens.dtype, np.float32)
+    values = tokens.reshape(-1, dim).astype(dtype, copy=False)
+    shares = _shares_reference(labels, num_groups, mass).astype(dtype)
+    merged = (shares @ values).astype(tokens.dtype, copy=False)  # (B·K, D)
+    return merged.reshape(*batch, num_groups, dim)
+
+
+def _shares_reference(
+    labels: NDArray[Any], num_groups: int, mass: NDArray[Any] | None
+) -> csr_array:
+    """Return the shares of the tokens in the merged ones, as a matrix (B·K, B·N)."""
     flat, group, num_rows = _flat_groups(labels, num_groups)
     weight = np.ones(labels.size) if mass is None else mass.ravel().astype(np.float64)
     weight = weight[flat]
@@ -131,12 +147,7 @@ def _merge_tokens_reference(
     total = np.bincount(group, weight, num_rows)[group]
     size = np.bincount(group, minlength=num_rows)[group]
     share = np.where(total > 0, weight / np.where(total > 0, total, 1), 1 / size)
-    matrix = csr_array(
-        (share.astype(dtype), (group, flat)), shape=(num_rows, labels.size)
-    )
-    values = tokens.reshape(-1, dim).astype(dtype, copy=False)
-    merged = (matrix @ values).astype(tokens.dtype, copy=False)  # (B·K, D)
-    return merged.reshape(*batch, num_groups, dim)
+    return csr_array((share, (group, flat)), shape=(num_rows, labels.size))
 
 
 def _merge_tokens_cuda(
@@ -154,14 +165,22 @@ def _merge_tokens_cuda(
         args = (tokens, mass, labels, *sizes, out)
         _cuda.launch("basic/merging", "merge_tokens", tokens.dtype, out.size, args)
         return out
+    args = (tokens, mass, *_members_cuda(labels, num_groups), *sizes, out)
+    kernel = "optimized/merging", "merge_tokens"
+    _cuda.launch(*kernel, tokens.dtype, _cuda.vectors(out), args)
+    return out
+
+
+def _members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
+    """Return where groups end, (B·K), and the tokens (B·N) of one after the other."""
+    num_tokens = labels.shape[-1]
+    batch = math.prod(labels.shape[:-1])
     ends = _cuda.empty((batch, num_groups), np.int32)
     members = _cuda.empty((batch, num_tokens), np.int32)
-    file, threads = "optimized/merging", batch * _cuda.BLOCK
     args = (labels, batch, num_tokens, num_groups, ends, members)
-    _cuda.launch(file, "sort_members", tokens.dtype, threads, args)
-    args = (tokens, mass, ends, members, *sizes, out)
-    _cuda.launch(file, "merge_tokens", tokens.dtype, _cuda.vectors(out), args)
-    return out
+    kernel = "optimized/merging", "sort_members"
+    _cuda.launch(*kernel, np.float32, batch * _cuda.BLOCK, args)
+    return ends, members
 
 
 @on_callers_stream
@@ -272,10 +291,13 @@ def group_sizes(labels: Array, num_groups: Any) -> Array:
     array([2, 1], dtype=int32)
     """
     leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
-    most = _check_groups(labels, num_groups)
+    return leave(_group_sizes(labels, _check_groups(labels, num_groups)))
+
+
+def _group_sizes(labels: Any, num_groups: int) -> Any:
     if _cuda.is_cuda(labels):
-        return leave(_groups_cuda("group_sizes", labels, most))
-    return leave(_group_sizes_reference(labels, most))
+        return _groups_cuda("group_sizes", labels, num_groups)
+    return _group_sizes_reference(labels, num_groups)
 
 
 def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.int32]:
@@ -314,10 +336,13 @@ def group_positions(labels: Array, num_groups: Any) -> Array:
     array([2, 1], dtype=int32)
     """
     leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
-    most = _check_groups(labels, num_groups)
+    return leave(_group_positions(labels, _check_groups(labels, num_groups)))
+
+
+def _group_positions(labels: Any, num_groups: int) -> Any:
     if _cuda.is_cuda(labels):
-        return leave(_groups_cuda("group_positions", labels, most))
-    return leave(_group_positions_reference(labels, most))
+        return _groups_cuda("group_positions", labels, num_groups)
+    return _group_positions_reference(labels, num_groups)
 
 
 def _group_positions_reference(

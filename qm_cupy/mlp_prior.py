@@ -450,9 +450,10 @@ class MLPPrior:
         key = str(tokens.device), dtype, reverse
         if key not in self._copies:
             network = self.backward if reverse else self.forward
-            arrays = (_cuda.contiguous(_cuda.to_device(w), dtype) for w in network)
+            arrays = [_cuda.contiguous(_cuda.to_device(w), dtype) for w in network]
             self._copies[key] = MLP(*arrays)
-            _cuda.to_host(self._copies[key].bias_out)  # waits: any stream may read now
+            if any(x is not w for x, w in zip(arrays, network, strict=True)):
+                _cuda.to_host(arrays[-1])  # waits: any stream may read now
         return self._copies[key]
 
 
@@ -583,5 +584,7 @@ def _sum_rows(x: NDArray[Any]) -> None:
     runs = x[..., :whole, :].reshape(*batch, whole // run, run, dim)  # a view
     for t in range(1, run):
         runs[..., t, :] += runs[..., t - 1, :]
+    for t in range(whole + 1, num_rows):  # the rows left over, fewer than a run
+        x[..., t, :] += x[..., t - 1, :]
     for first in range(run, num_rows, run):
         x[..., first : first + run, :] += x[..., first - 1 : first, :]

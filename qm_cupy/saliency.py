@@ -65,15 +65,22 @@ def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
     array([0.    , 0.6931])
     """
     leave, attention, mask = enter(attention=attention, mask=mask)
+    keep = _check_attention(attention, mask)
+    if _cuda.is_cuda(attention):
+        return leave(_attention_entropy_cuda(attention, mask))
+    return leave(_attention_entropy_reference(attention, keep))
+
+
+def _check_attention(
+    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[np.bool_] | None:
+    """Refuse what is no attention; return the mask of its rows."""
     check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
     check_shape(
         "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
     )
     check_not_negative("attention", attention)
-    keep = _expand_mask(mask, attention.shape[:-1])
-    if _cuda.is_cuda(attention):
-        return leave(_attention_entropy_cuda(attention, mask))
-    return leave(_attention_entropy_reference(attention, keep))
+    return _expand_mask(mask, attention.shape[:-1])
 
 
 def _attention_entropy_reference(
@@ -167,6 +174,17 @@ def query_key_entropy(
     array([0.    , 0.6931, 1.0986, 1.3863])
     """
     leave, query, key, mask = enter(query=query, key=key, mask=mask)
+    scale = _check_query_key(query, key, scale)
+    keep = _expand_mask(mask, query.shape[:-1])
+    if _cuda.is_cuda(query):
+        return leave(_query_key_entropy_cuda(query, key, causal, scale, mask))
+    return leave(_query_key_entropy_reference(query, key, causal, scale, keep))
+
+
+def _check_query_key(
+    query: NDArray[Any], key: NDArray[Any], scale: float | None
+) -> float:
+    """Refuse queries and keys that do not fit; return the factor of their scores."""
     check_values("query", query, "Nd", "BNd", "LBNd", "LBHNd")
     check_values("key", key, "Nd", "BNd", "LBNd", "LBHNd")
     check_shape("key", key, "LBHNd", query.shape)
@@ -174,11 +192,7 @@ def query_key_entropy(
         raise TypeError(f"`key` must be {query.dtype} like `query`, got {key.dtype}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    scale = check_number("scale", scale, 0, np.inf, "()")
-    keep = _expand_mask(mask, query.shape[:-1])
-    if _cuda.is_cuda(query):
-        return leave(_query_key_entropy_cuda(query, key, causal, scale, mask))
-    return leave(_query_key_entropy_reference(query, key, causal, scale, keep))
+    return check_number("scale", scale, 0, np.inf, "()")
 
 
 def _query_key_entropy_reference(
@@ -264,9 +278,13 @@ def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array
     leave, tokens, mask = enter(tokens=tokens, mask=mask)
     check_values("tokens", tokens, "ND", "BND", "LBND")
     keep = _expand_mask(mask, tokens.shape[:-1])
+    return leave(_self_attention_entropy(tokens, keep))
+
+
+def _self_attention_entropy(tokens: Any, mask: Any) -> Any:
     if _cuda.is_cuda(tokens):
-        return leave(_self_attention_entropy_cuda(tokens, keep))
-    return leave(_self_attention_entropy_reference(tokens, keep))
+        return _self_attention_entropy_cuda(tokens, mask)
+    return _self_attention_entropy_reference(tokens, mask)
 
 
 def _self_attention_entropy_reference(
@@ -339,7 +357,7 @@ def _never(dtype: np.dtype[Any]) -> Any:
 
 
 def _softmax_state(scores: NDArray[Any], axis: int) -> State:
-    """Return (m, r, t): the maximum, and the sums without it. Overwrites `scores`."""
+    """Return (m, r, t): the maximum, and the sums without it. Takes m off `scores`."""
     m = scores.max(axis=axis, keepdims=True)
     scores -= m
     top = scores == 0
@@ -434,13 +452,20 @@ def saliency(
     leave, entropy, mask = enter(entropy=entropy, mask=mask)
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
     check_choice("salient", salient, ("low", "high"))
-    check_mask(
-        mask,
-        (*entropy.shape[1:2], entropy.shape[-1]) if entropy.ndim > 2 else entropy.shape,
-    )
+    check_mask(mask, _saliency_shape(entropy))
+    return leave(_saliency(entropy, salient, mask))
+
+
+def _saliency(entropy: Any, salient: str, mask: Any) -> Any:
     if _cuda.is_cuda(entropy):
-        return leave(_saliency_cuda(entropy, salient, mask))
-    return leave(_saliency_reference(entropy, salient, mask))
+        return _saliency_cuda(entropy, salient, mask)
+    return _saliency_reference(entropy, salient, mask)
+
+
+def _saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:
+    """Return (N,) or (B, N)."""
+    leading = entropy.shape[1:2] if entropy.ndim > 2 else entropy.shape[:-1]
+    return (*leading, entropy.shape[-1])
 
 
 def _saliency_reference(

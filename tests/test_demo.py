@@ -5,7 +5,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 import qm_cupy as qm
-from qm_cupy._demo import _embed, _outline, _patches, _unpatch, run_demo
+from qm_cupy._demo import _embed, _patches, _unpatch, run_demo
 
 
 @pytest.fixture
@@ -18,13 +18,6 @@ def test_patches_come_back(rng):
     pixels, rows = _patches(picture, 8)
     assert pixels.shape == (4 * 3, 192)
     np.testing.assert_array_equal(_unpatch(pixels, rows, 8), picture[:32, :24])
-
-
-def test_outline_lies_between_groups():
-    labels = np.array([[0, 0, 1], [0, 2, 1]])
-    edges = {frozenset(edge) for edge in _outline(labels)}
-    wanted = [((2, 0), (2, 1)), ((1, 1), (1, 2)), ((2, 1), (2, 2)), ((1, 1), (2, 1))]
-    assert edges == {frozenset(edge) for edge in wanted}
 
 
 def test_portrait(tmp_path, capsys, options):

@@ -37,7 +37,8 @@ pytestmark = [
 NO_POOL = os.environ.get("QM_CUPY_NO_POOL") == "1"
 SIZES = [33] if NO_POOL else [1, 33, 128, 257]
 WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # D: whole vectors of 16 bytes, and not
-# What comes out where it is not all sums: t(okens), s(ums), i(ntegers), d(endrograms).
+# What comes out where it is not all sums: t(okens), s(ums), i(ntegers), d(endrograms),
+# g(radients, in the dtype of what they belong to).
 RESULTS = {
     "merge_tokens": "t",
     "unmerge_tokens": "t",
@@ -51,7 +52,21 @@ RESULTS = {
     **{f"linkage, {method}": "d" for method in LINKAGES},
     **{f"cluster_tokens, {method}": "i" for method in METHODS},
     "quickmerge": "tiiiss",  # the fields of Merged
+    "gumbel_softmax_vjp": "g",
+    "saliency_mass_vjp": "gg",
+    "merge_tokens_vjp": "gg",
+    "unmerge_tokens_vjp": "g",
+    "alignment_loss_vjp": "gssssssss",  # the tokens', and those of two MLPs
+    "reconstruction_error_vjp": "gg",
+    "reconstruction_error_vjp, nearest": "gg",
+    "fidelity_loss_vjp": "gg",
 }
+
+
+def alignment_loss_vjp(forward, backward, total, **arguments):
+    """Return the gradients in a row, of losses' gradients that are arguments alike."""
+    by_merged, weights = qm.alignment_loss_vjp((forward, backward, total), **arguments)
+    return by_merged, *weights[0], *weights[1]
 
 
 def calls(num_tokens, masked=False, ragged=False):
@@ -94,6 +109,10 @@ def calls(num_tokens, masked=False, ragged=False):
     rebuilt = {"tokens": tokens, "merged": merged}
     if ragged:  # so that padding rebuilds no token
         rebuilt["num_groups"] = num_groups
+    slope, slopes = rng.standard_normal(), rng.standard_normal((3, batch))
+    by_score = {"gradient": rng.standard_normal((batch, num_tokens))}
+    by_token = {"gradient": rng.standard_normal(tokens.shape)}
+    by_merged = {"gradient": rng.standard_normal(merged.shape)}
     return {
         "attention_entropy": (qm.attention_entropy, {"attention": attention, **padded}),
         "query_key_entropy": (
@@ -181,6 +200,35 @@ def calls(num_tokens, masked=False, ragged=False):
         "quickmerge": (
             qm.quickmerge,
             {"tokens": tokens, "budget": num_groups, **padded},
+        ),
+        "gumbel_softmax_vjp": (qm.gumbel_softmax_vjp, {**by_score, **softmax}),
+        "saliency_mass_vjp": (
+            qm.saliency_mass_vjp,
+            {**by_score, "saliency": score, "probabilities": other},
+        ),
+        "merge_tokens_vjp": (
+            qm.merge_tokens_vjp,
+            {**by_merged, "tokens": tokens, **grouped, "mass": mass},
+        ),
+        "unmerge_tokens_vjp": (qm.unmerge_tokens_vjp, {**by_token, **grouped}),
+        "alignment_loss_vjp": (
+            alignment_loss_vjp,
+            {
+                **dict(zip(("forward", "backward", "total"), slopes, strict=True)),
+                **{"merged": merged, "prior": prior, "num_groups": num_groups},
+            },
+        ),
+        "reconstruction_error_vjp": (
+            qm.reconstruction_error_vjp,
+            {"gradient": slopes[0], **rebuilt, "labels": labels, **padded},
+        ),
+        "reconstruction_error_vjp, nearest": (
+            qm.reconstruction_error_vjp,
+            {"gradient": slopes[0], **rebuilt, **padded},
+        ),
+        "fidelity_loss_vjp": (
+            qm.fidelity_loss_vjp,
+            {"gradient": slope, **rebuilt, "labels": labels, **padded},
         ),
     }
 
@@ -279,7 +327,9 @@ def result_kinds(name, dtype):
     """Return the dtype of each result and its column in the table of tolerances."""
     accumulation = "float64" if dtype == np.float64 else "float32"
     tokens, sums = (dtype.name, "stored"), (accumulation, "computed")
+    gradients = tokens if dtype.itemsize == 2 else (dtype.name, "computed")
     kinds = {"t": tokens, "s": sums, "i": ("int32", None), "d": ("float64", "heights")}
+    kinds["g"] = gradients
     return [kinds[letter] for letter in RESULTS.get(name, "s")]
 
 

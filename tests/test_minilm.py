@@ -34,7 +34,11 @@ def ids_of(model, *texts):
 
 
 def test_word_pieces(model):
-    assert model.word_pieces("Hello world, merged.") == [7592, 2088, 1010, 5314, 1012]
+    ids = model.word_pieces("Hello world, merged.")
+    assert ids == [7592, 2088, 1010, 5314, 1012]
+    assert model.spelled(np.array([101, *ids])) == [
+        "[CLS]", "hello", "world", ",", "merged", "."
+    ]  # fmt: skip
 
 
 def test_layers_are_those_of_torch(model):

@@ -6,7 +6,7 @@ import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
 import qm_cupy as qm
-from qm_cupy import _fitting, mlp_prior
+from qm_cupy import _cuda, _fitting, mlp_prior
 
 PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
 
@@ -256,6 +256,17 @@ def test_steps_by_kernels(rng, kernels, dtype, monkeypatch):
             assert_close(got, wanted[:, t], np.result_type(dtype, np.float32))
 
 
+def test_weights_that_are_on_the_gpu_are_not_waited_for(monkeypatch):
+    emulator.install(monkeypatch)
+    waits, to_host = [], _cuda.to_host
+    monkeypatch.setattr(_cuda, "to_host", lambda x: waits.append(x) or to_host(x))
+    prior = qm.MLPPrior(PRIOR.forward, PRIOR.backward)
+    prior.predict(np.ones((4, 5), np.float32))
+    assert not waits
+    prior.predict(np.ones((4, 5)))  # in float64, of which a copy is made
+    assert len(waits) == 1
+
+
 @pytest.mark.parametrize("kernels", ["basic", "optimized"])
 def test_fit_by_kernels(rng, kernels, monkeypatch):
     tokens, counts = walks(rng, 3, 9, 5), np.array([9, 4, 1])
@@ -320,3 +331,16 @@ def test_directions_of_two_widths():
     names = "0.weight", "0.bias", "2.weight", "2.bias"
     with pytest.raises(ValueError, match="`forward` has width D = 5, `backward` 4"):
         qm.MLPPrior.from_state_dict(state(), dict(zip(names, other, strict=True)))
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 60))
+def test_means_of_any_number_of_tokens(rng, num_tokens):
+    """They are summed by runs of rows, of which some may be left over."""
+    both = np.concatenate([np.eye(2), -np.eye(2)])
+    same = qm.MLP(both, np.zeros(4), both.T, np.zeros(2))  # relu(x) - relu(-x) = x
+    prior = qm.MLPPrior(same, same)
+    tokens = rng.standard_normal((3, num_tokens, 2))
+    count = np.arange(1, num_tokens + 1)[:, None]
+    for reverse, order in ((False, np.s_[:, :]), (True, np.s_[:, ::-1])):
+        wanted = (np.cumsum(tokens[order], axis=1) / count)[order]
+        assert_close(prior.predict(tokens, reverse=reverse), wanted)

@@ -7,33 +7,55 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import qm_cupy
 
 
 def public_modules():
+    """Give all but the two that have these names once more: test_torch, test_jax."""
     for module in pkgutil.iter_modules(qm_cupy.__path__):
-        if not module.name.startswith("_"):
+        if not module.name.startswith("_") and module.name not in ("torch", "jax"):
             yield importlib.import_module(f"qm_cupy.{module.name}")
 
 
-def test_all_holds_every_public_name():
-    public = {
+def public_names(module):
+    return {
         name
-        for module in public_modules()
         for name, thing in vars(module).items()
         if not name.startswith("_")
         and getattr(thing, "__module__", None) == module.__name__
         and (inspect.isfunction(thing) or inspect.isclass(thing))
     }
+
+
+def of_their_own():
+    """The modules that users import by name, `qm_cupy.plot` for one."""
+    return [module for module in public_modules() if hasattr(module, "__all__")]
+
+
+def test_all_holds_every_public_name():
+    stages = [module for module in public_modules() if not hasattr(module, "__all__")]
+    public = set().union(*map(public_names, stages))
     settings = {"allow_tf32", "check_finite", "use_kernels", "warmup"}
     settings.add("KernelCompilationError")
     assert public | settings == set(qm_cupy.__all__)
     assert sorted(qm_cupy.__all__) == sorted(set(qm_cupy.__all__))
 
 
-def test_public_functions_have_runnable_examples():
-    for name in qm_cupy.__all__:
-        thing = getattr(qm_cupy, name)
+def test_modules_of_their_own_hold_their_public_names():
+    assert "qm_cupy.plot" in [module.__name__ for module in of_their_own()]
+    for module in of_their_own():
+        assert sorted(public_names(module)) == module.__all__
+        assert not set(module.__all__) & set(qm_cupy.__all__)
+
+
+@pytest.mark.parametrize(
+    "module", [qm_cupy, *of_their_own()], ids=lambda module: module.__name__
+)
+def test_public_functions_have_runnable_examples(module):
+    for name in module.__all__:
+        thing = getattr(module, name)
         if inspect.isfunction(thing) and name != "warmup":  # which takes a GPU
             assert ">>> " in (thing.__doc__ or ""), name
             assert "Raises" in thing.__doc__ or name == "check_finite", name

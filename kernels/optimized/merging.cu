@@ -53,23 +53,6 @@ extern "C" __global__ void sort_members(const int* labels, long long batch,
     }
 }
 
-// sum += the weighted members of a group in 16 bytes of columns; returns their mass.
-__device__ __forceinline__ acc_t add_members(const real_t* columns, const acc_t* mass,
-                                             const int* members, int begin, int end,
-                                             long long dim, long long left,
-                                             acc_t (&sum)[WIDTH]) {
-    acc_t total = 0;
-    for (int slot = begin; slot < end; ++slot) {
-        const long long j = members[slot];
-        const acc_t weight = mass ? mass[j] : acc_t(1);
-        acc_t x[WIDTH];
-        load_vector(x, columns + j * dim, left);
-        for (int i = 0; i < WIDTH; ++i) sum[i] += weight * x[i];
-        total += weight;
-    }
-    return total;
-}
-
 // One thread, 16 bytes of one merged token.
 extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
                                         const int* ends, const int* members,
@@ -80,21 +63,18 @@ extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
     const long long index = thread_index();  // (B, K, vectors)
     if (index >= batch * num_groups * vectors) return;
     const long long d = index % vectors * WIDTH;
-    const long long group = index / vectors;  // (B, K)
-    const long long first = group / num_groups * num_tokens;
-    const int begin = group % num_groups ? ends[group - 1] : 0, end = ends[group];
+    const long long k = index / vectors;  // (B, K)
+    const Members group = members_of(ends, members, k, num_tokens, num_groups);
 
-    const real_t* columns = tokens + first * dim + d;
     acc_t sum[WIDTH] = {};
-    acc_t total = add_members(columns, mass ? mass + first : nullptr, members + first,
-                              begin, end, dim, dim - d, sum);
+    acc_t total = add_members(tokens + d, mass, group, dim, dim - d, sum);
     if (total == 0) {  // no mass: the plain mean, and zero for a group of nothing
         for (int i = 0; i < WIDTH; ++i) sum[i] = 0;
-        total = add_members(columns, nullptr, members + first, begin, end, dim, dim - d,
-                            sum);
+        total = add_members(tokens + d, nullptr, group, dim, dim - d, sum);
     }
-    for (int i = 0; i < WIDTH; ++i) sum[i] = begin == end ? acc_t(0) : sum[i] / total;
-    store_vector(out + group * dim + d, sum, dim - d);
+    const bool none = group.begin == group.end;
+    for (int i = 0; i < WIDTH; ++i) sum[i] = none ? acc_t(0) : sum[i] / total;
+    store_vector(out + k * dim + d, sum, dim - d);
 }
 
 // One thread, 16 bytes of one token.

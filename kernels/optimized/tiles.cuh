@@ -38,13 +38,14 @@ __device__ __forceinline__ unsigned char* staged(unsigned char* stage, int row,
 }
 
 __device__ __forceinline__ void stage_step(unsigned char* stage, const Rows& a,
-                                           const Rows& b, long long k, long long dim) {
+                                           const Rows& b, long long k, long long dim,
+                                           long long stride) {
     for (int n = 0; n < 2 * TILE * 4 / TILE_THREADS; ++n) {
         const int chunk = n * TILE_THREADS + threadIdx.x;
         const int row = chunk / 4;  // 0 .. 255, B's from TILE on
         const Rows& from = row < TILE ? a : b;
         const long long column = k + chunk % 4 * WIDTH;
-        const real_t* source = from.data + row % TILE * dim + column;
+        const real_t* source = from.data + row % TILE * stride + column;
         const long long left = row % TILE < from.count ? dim - column : 0;
         unsigned char* target = staged(stage, row, chunk % 4);
         if (is_whole(source, left)) {
@@ -123,20 +124,21 @@ __device__ __forceinline__ void multiply(unsigned char* stage, acc_t (&sums)[4][
 }
 
 // For tile 0, 1, ... of B's rows: find the sums with A's tile, then call use(tile).
-// `stages` (STAGES * STAGE_BYTES, shared) is free again at the end.
+// `stages` (STAGES * STAGE_BYTES, shared) is free again at the end. The rows' first
+// `dim` elements are read, and they lie `stride` apart.
 template <class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
-                                               long long dim, acc_t (&sums)[4][16],
-                                               Use use) {
+                                               long long dim, long long stride,
+                                               acc_t (&sums)[4][16], Use use) {
     const int steps_per_tile = static_cast<int>((dim + STEP - 1) / STEP);
     int next_tile = 0, next_step = 0;  // to be staged
     const auto stage_next = [&](int slot) {
         if (next_tile < num_tiles) {
             const long long first = static_cast<long long>(next_tile) * TILE;
             stage_step(stages + slot * STAGE_BYTES, a,
-                       {b.data + first * dim, b.count - first},
-                       static_cast<long long>(next_step) * STEP, dim);
+                       {b.data + first * stride, b.count - first},
+                       static_cast<long long>(next_step) * STEP, dim, stride);
             if (++next_step == steps_per_tile) next_step = 0, ++next_tile;
         }
         cp_async_commit();
@@ -158,6 +160,15 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
     }
     cp_async_wait<0>();
     __syncthreads();
+}
+
+// The same for rows without gaps.
+template <class Use>
+__device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
+                                               const Rows& b, int num_tiles,
+                                               long long dim, acc_t (&sums)[4][16],
+                                               Use use) {
+    multiply_tiles(stages, a, b, num_tiles, dim, dim, sums, use);
 }
 
 // Bit i: the thread's i-th row (or column) of the tile from `first` on is a token.

@@ -83,6 +83,8 @@ inline long long __double_as_longlong(double x) {
     return bits;
 }
 inline float __uint_as_float(unsigned x) { return emulator::bits_float(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }  // none is fused on x86-64
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }

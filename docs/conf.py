@@ -1,0 +1,77 @@
+"""The documentation: `make docs` builds it into build/docs, warnings being errors.
+
+Pages are MyST notebooks, executed while they are built; so are those of notebooks/,
+which a link brings under this folder: their kernels start where the notebooks lie.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+
+import qm_cupy
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # the kernels import this checkout, too
+here = Path(sys.executable).parent, os.environ.get("PATH", "")
+os.environ["PATH"] = os.pathsep.join(map(str, here))  # where `qm-cupy` is
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(name, "1")  # the pages are built beside each other
+
+NOTEBOOKS = HERE / "notebooks"
+if not NOTEBOOKS.is_symlink():
+    NOTEBOOKS.symlink_to(Path("..") / "notebooks", target_is_directory=True)
+
+project = "qm_cupy"
+author = "the qm_cupy developers"
+version = release = qm_cupy.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "numpydoc",
+    "myst_nb",
+]
+exclude_patterns = ["**/.ipynb_checkpoints"]
+templates_path = ["_templates"]
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:obj", r"(scipy|torch)\..*"),  # no inventories are downloaded
+    ("py:obj", "token|budget"),  # parameters that bear a module's name
+]
+default_role = "autolink"
+
+autodoc_typehints = "none"  # docstrings have the types, with their shapes
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False  # the template lists them
+numpydoc_class_members_toctree = False
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 2
+nb_execution_mode = "force"
+nb_execution_show_tb = True  # and a warning, which is an error
+nb_execution_timeout = 180
+nb_merge_streams = True
+nb_render_markdown_format = "myst"  # which has tables
+
+html_theme = "pydata_sphinx_theme"
+html_title = "qm_cupy"
+html_static_path = ["_static"]
+html_css_files = ["qm_cupy.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "logo": {"text": "qm_cupy"},
+    "navbar_align": "left",
+    "navbar_end": ["theme-switcher"],
+    "header_links_before_dropdown": 8,
+    "show_prev_next": True,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+html_sidebars = {"start": [], "contributing": [], "limits": []}
+project_copyright = "the qm_cupy developers, MIT licence"

@@ -1,0 +1,88 @@
+// Gradients of merging, see basic/merging.cu; dx is that of a loss by x.
+//
+//   W_k = sum_{i in G_k} m_i,   share_j = m_j / W_k        x_k = sum share_j x_j
+//   dx_j = share_j dx_k
+//   dm_j = (dx_k x_j - sum_{i in G_k} share_i dx_k x_i) / W_k
+//
+// A group of mass 0 takes the plain mean: its shares are 1 / |G_k|, its dm is 0. So it
+// is where `mass` is null. One thread, one output; sums run in index order.
+
+// Of padding 0.
+extern "C" __global__ void member_shares(const acc_t* mass, const int* labels,
+                                         long long batch, long long num_tokens,
+                                         long long num_groups, acc_t* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long row = index - index % num_tokens;
+    const int k = group_of(labels[index], num_groups);
+    acc_t size = 0, total = 0;
+    for (long long j = row; j < row + num_tokens; ++j) {
+        if (labels[j] != k) continue;
+        size += 1;
+        if (mass != nullptr) total += mass[j];
+    }
+    out[index] = k < 0 ? 0 : total != 0 ? mass[index] / total : 1 / size;
+}
+
+extern "C" __global__ void merge_tokens_vjp(const real_t* gradient, const int* labels,
+                                            const acc_t* shares, long long batch,
+                                            long long num_tokens, long long dim,
+                                            long long num_groups, real_t* out) {
+    const long long index = thread_index();  // (B, N, D)
+    if (index >= batch * num_tokens * dim) return;
+    const long long token = index / dim, b = token / num_tokens;
+    const int k = group_of(labels[token], num_groups);
+    acc_t slope = 0;
+    if (k >= 0)
+        slope =
+            shares[token] * widen(gradient[(b * num_groups + k) * dim + index % dim]);
+    store(out + index, slope);
+}
+
+// dx_k x_j of every token; of padding 0.
+extern "C" __global__ void member_products(const real_t* gradient, const real_t* tokens,
+                                           const int* labels, long long batch,
+                                           long long num_tokens, long long dim,
+                                           long long num_groups, acc_t* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const int k = group_of(labels[index], num_groups);
+    const real_t* x = tokens + index * dim;                                    // (D,)
+    const real_t* y = gradient + (index / num_tokens * num_groups + k) * dim;  // (D,)
+    acc_t sum = 0;
+    for (long long d = 0; d < dim && k >= 0; ++d) sum += widen(x[d]) * widen(y[d]);
+    out[index] = sum;
+}
+
+extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* labels,
+                                          const acc_t* shares, const acc_t* products,
+                                          long long batch, long long num_tokens,
+                                          long long num_groups, acc_t* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long row = index - index % num_tokens;
+    const int k = group_of(labels[index], num_groups);
+    acc_t total = 0, mean = 0;
+    for (long long j = row; j < row + num_tokens; ++j) {
+        if (labels[j] != k || k < 0) continue;
+        total += mass[j];
+        mean += shares[j] * products[j];
+    }
+    out[index] = total != 0 ? (products[index] - mean) / total : 0;
+}
+
+// Every merged token's gradient is the sum of those of the tokens rebuilt from it.
+extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* labels,
+                                              long long batch, long long num_tokens,
+                                              long long dim, long long num_groups,
+                                              real_t* out) {
+    const long long index = thread_index();  // (B, K, D)
+    if (index >= batch * num_groups * dim) return;
+    const long long d = index % dim;
+    const long long k = index / dim % num_groups;
+    const long long first = index / dim / num_groups * num_tokens;  // token of (B, N)
+    acc_t sum = 0;
+    for (long long j = first; j < first + num_tokens; ++j)
+        if (labels[j] == k) sum += widen(gradient[j * dim + d]);
+    store(out + index, sum);
+}

@@ -1,0 +1,35 @@
+// Gradients of selection, see basic/selection.cu; dx is that of a loss by x.
+//
+//   ds_i = pi_i (dpi_i - sum_j pi_j dpi_j) / tau                     of the softmax
+//   ds_i = dmass_i pi_i,   dpi_i = dmass_i (s_i - epsilon)           of the mass
+//
+// One thread, one output.
+
+// Padding has probability 0, and its gradient is not read.
+extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
+                                              const acc_t* probabilities,
+                                              long long batch, long long num_tokens,
+                                              double temperature, real_t* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long row = index - index % num_tokens;
+    const acc_t* p = probabilities;
+    acc_t mean = 0, rest = 0;
+    for (long long j = row; j < row + num_tokens; ++j)
+        if (p[j] > 0) mean += p[j] * gradient[j];
+    // Once more from there: of a token that has nearly all, little is left.
+    for (long long j = row; j < row + num_tokens; ++j)
+        if (p[j] > 0) rest += p[j] * (gradient[j] - mean);
+    const acc_t slope = p[index] > 0 ? p[index] * (gradient[index] - mean - rest) : 0;
+    store(out + index, static_cast<acc_t>(slope / temperature));
+}
+
+extern "C" __global__ void saliency_mass_vjp(
+    const real_t* gradient, const real_t* saliency, const real_t* probabilities,
+    long long count, double epsilon, real_t* by_saliency, real_t* by_probability) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= count) return;
+    const acc_t slope = widen(gradient[index]);
+    store(by_saliency + index, slope * widen(probabilities[index]));
+    store(by_probability + index, slope * (widen(saliency[index]) - acc_t(epsilon)));
+}

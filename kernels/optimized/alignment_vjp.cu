@@ -1,0 +1,120 @@
+// Gradients of AR alignment: layers by tiles, means by runs; see
+// basic/alignment_vjp.cu. What is elementwise there runs from there.
+//
+// A tile wants rows to multiply, so that what is summed over rows is turned round
+// first. There are many rows and few weights: the rows are cut into parts, each part
+// finds its own sums, and these are added in order.
+
+// The row that is read t-th. Rows behind the last token keep their places.
+__device__ long long reading(long long t, long long count, long long reversed) {
+    return reversed && t < count ? count - 1 - t : t;
+}
+
+// x (rows, columns) as (S, columns, part): part s has its rows s * part onwards as
+// columns, and zeros behind the last. One block, 32 x 32 of them.
+extern "C" __global__ void transpose(const real_t* x, long long num_rows,
+                                     long long num_columns, long long part,
+                                     long long num_parts, real_t* out) {
+    __shared__ real_t tile[32][33];  // one more, or a column would be in one bank
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const long long across = (num_columns + 31) / 32, down = (part + 31) / 32;
+    const long long s = blockIdx.x / across / down;
+    const long long row0 = blockIdx.x / across % down * 32;  // within the part
+    const long long column0 = blockIdx.x % across * 32;
+    if (s >= num_parts) return;
+    for (int i = warp; i < 32; i += warps) {
+        const long long row = s * part + row0 + i, column = column0 + lane;
+        if (row < num_rows && column < num_columns)
+            tile[i][lane] = x[row * num_columns + column];
+        else
+            store(&tile[i][lane], acc_t(0));
+    }
+    __syncthreads();
+    for (int i = warp; i < 32; i += warps) {
+        const long long column = column0 + i, row = row0 + lane;
+        if (column < num_columns && row < part)
+            out[(s * num_columns + column) * part + row] = tile[lane][i];
+    }
+}
+
+// One block, one tile of A_s B_sᵀ for A (S, rows, dim) and B (S, columns, dim); 0 where
+// `input`, unless null, is no more than 0, see `linear_vjp` of basic/alignment_vjp.cu.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    products(const real_t* a, const real_t* b, const real_t* input, long long num_rows,
+             long long num_columns, long long dim, real_t* out) {
+    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    const long long across = (num_columns + TILE - 1) / TILE;
+    const long long down = (num_rows + TILE - 1) / TILE;
+    const long long s = blockIdx.x / across / down;
+    const long long row0 = blockIdx.x / across % down * TILE;
+    const long long column0 = blockIdx.x % across * TILE;
+    acc_t sums[4][16];
+    multiply_tiles(stages, {a + (s * num_rows + row0) * dim, num_rows - row0},
+                   {b + (s * num_columns + column0) * dim, num_columns - column0}, 1,
+                   dim, sums, [](int) {});
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+        const long long column = column0 + tile_column(j);
+        if (column >= num_columns) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const long long row = row0 + tile_row(i);
+            if (row >= num_rows) continue;
+            const long long index = (s * num_rows + row) * num_columns + column;
+            const bool stopped = input && !(widen(input[index]) > 0);
+            store(out + index, stopped ? acc_t(0) : sums[i][j]);
+        }
+    }
+}
+
+// The sum of S parts of `size` each.
+extern "C" __global__ void sum_parts(const real_t* parts, long long num_parts,
+                                     long long size, real_t* out) {
+    const long long index = thread_index();  // (size,)
+    if (index >= size) return;
+    acc_t sum = 0;
+    for (long long s = 0; s < num_parts; ++s) sum += widen(parts[s * size + index]);
+    store(out + index, sum);
+}
+
+// One warp, one bias, from the transposed gradient (S, out, part).
+extern "C" __global__ void bias_vjp(const real_t* gradient, long long num_parts,
+                                    long long out_dim, long long part, real_t* out) {
+    const long long index = thread_index() / 32;  // (out,)
+    if (index >= out_dim) return;
+    acc_t sum = 0;
+    for (long long s = 0; s < num_parts; ++s)
+        for (long long r = threadIdx.x % 32; r < part; r += 32)
+            sum += widen(gradient[(s * out_dim + index) * part + r]);
+    sum = warp_reduce(sum, Add());
+    if (threadIdx.x % 32 == 0) store(out + index, sum);
+}
+
+// One block, 32 columns of one sequence. Each of its warps sums a run of rows, then
+// walks the run back from the sum of all runs behind it.
+extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* counts,
+                                            long long batch, long long num_groups,
+                                            long long dim, long long reversed,
+                                            acc_t* out) {
+    __shared__ acc_t sums[32][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const long long strips = (dim + 31) / 32;
+    const long long b = blockIdx.x / strips, d = blockIdx.x % strips * 32 + lane;
+    const long long count = count_of(counts, b, num_groups);
+    const long long column = b * num_groups * dim + d;  // of (B, K, D)
+    const long long run = (num_groups + warps - 1) / warps;
+    const long long first = warp * run, last = min(first + run, num_groups);
+
+    acc_t sum = 0;
+    for (long long t = min(last, count) - 1; t >= first && d < dim; --t)
+        sum += gradient[column + reading(t, count, reversed) * dim] / acc_t(t + 1);
+    sums[warp][lane] = sum;  // the warp's run, t being the order of reading
+    __syncthreads();
+    sum = 0;
+    for (int w = warps - 1; w > warp; --w) sum += sums[w][lane];
+    for (long long t = last - 1; t >= first && d < dim; --t) {
+        const long long row = column + reading(t, count, reversed) * dim;
+        if (t < count) sum += gradient[row] / acc_t(t + 1);
+        out[row] = t < count ? sum : 0;
+    }
+}

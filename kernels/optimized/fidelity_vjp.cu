@@ -1,0 +1,66 @@
+// Gradients of fidelity: a block for a sequence, a warp for a token, a thread for 16
+// bytes of a merged token; see basic/fidelity_vjp.cu and members.cuh.
+
+// One block, one sequence.
+extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* squares,
+                                        const acc_t* gradient, long long batch,
+                                        long long num_tokens, double bound,
+                                        acc_t* relative, acc_t* scales) {
+    __shared__ acc_t scratch[32];
+    const long long b = blockIdx.x;
+    acc_t error = 0, square = 0;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
+        error += errors[b * num_tokens + i];
+        square += squares[b * num_tokens + i];
+    }
+    error = block_reduce(error, scratch, Add());
+    square = block_reduce(square, scratch, Add());
+    if (threadIdx.x > 0) return;
+    const acc_t e = square > 0 ? error / square : acc_t(0);
+    relative[b] = e;
+    scales[b] = square > 0 && e > acc_t(bound) ? 2 * gradient[b] / square : acc_t(0);
+}
+
+// One warp, one token.
+extern "C" __global__ void reconstruction_error_vjp(
+    const real_t* tokens, const real_t* merged, const int* labels,
+    const acc_t* relative, const acc_t* scales, long long batch, long long num_tokens,
+    long long dim, long long num_groups, real_t* out) {
+    const long long index = thread_index() / 32;  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long b = index / num_tokens;
+    const int k = group_of(labels[index], num_groups);
+    const real_t* group = merged + (b * num_groups + k) * dim;
+    const acc_t e = relative[b], scale = scales[b];
+    for (long long d = threadIdx.x % 32 * WIDTH; d < dim; d += 32 * WIDTH) {
+        acc_t slope[WIDTH] = {}, x[WIDTH], y[WIDTH];
+        if (k >= 0) {
+            load_vector(x, tokens + index * dim + d, dim - d);
+            load_vector(y, group + d, dim - d);
+            for (int i = 0; i < WIDTH; ++i) slope[i] = scale * (x[i] - y[i] - e * x[i]);
+        }
+        store_vector(out + index * dim + d, slope, dim - d);
+    }
+}
+
+// One thread, 16 bytes of one merged token.
+extern "C" __global__ void merged_error_vjp(const real_t* tokens, const real_t* merged,
+                                            const int* ends, const int* members,
+                                            const acc_t* scales, long long batch,
+                                            long long num_tokens, long long dim,
+                                            long long num_groups, real_t* out) {
+    const long long vectors = (dim + WIDTH - 1) / WIDTH;
+    const long long index = thread_index();  // (B, K, vectors)
+    if (index >= batch * num_groups * vectors) return;
+    const long long d = index % vectors * WIDTH, k = index / vectors;
+    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    acc_t sum[WIDTH] = {}, y[WIDTH], x[WIDTH];
+    load_vector(y, merged + k * dim + d, dim - d);
+    for (int slot = group.begin; slot < group.end; ++slot) {
+        const long long j = group.first + group.of[slot];
+        load_vector(x, tokens + j * dim + d, dim - d);
+        for (int i = 0; i < WIDTH; ++i) sum[i] += x[i] - y[i];
+    }
+    for (int i = 0; i < WIDTH; ++i) sum[i] *= -scales[k / num_groups];
+    store_vector(out + k * dim + d, sum, dim - d);
+}

@@ -1,0 +1,89 @@
+// Gradients of merging by its member lists, see members.cuh and basic/merging_vjp.cu:
+// a warp for a group, or for a token.
+
+// One warp, one group. What padding holds is left as it is.
+extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
+                                         const int* members, long long batch,
+                                         long long num_tokens, long long num_groups,
+                                         acc_t* out) {
+    const long long k = thread_index() / 32;  // (B, K)
+    if (k >= batch * num_groups) return;
+    const int lane = threadIdx.x % 32;
+    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    const acc_t size = static_cast<acc_t>(group.end - group.begin);
+    acc_t total = 0;
+    for (int slot = group.begin + lane; mass && slot < group.end; slot += 32)
+        total += mass[group.first + group.of[slot]];
+    total = warp_reduce(total, Add());
+    for (int slot = group.begin + lane; slot < group.end; slot += 32) {
+        const long long j = group.first + group.of[slot];
+        out[j] = total != 0 ? mass[j] / total : 1 / size;
+    }
+}
+
+// One warp, one token: its gradient and, unless `products` is null, its product with
+// that of its group, which is 0 for padding.
+extern "C" __global__ void merge_tokens_vjp(const real_t* gradient,
+                                            const real_t* tokens, const int* labels,
+                                            const acc_t* shares, long long batch,
+                                            long long num_tokens, long long dim,
+                                            long long num_groups, acc_t* products,
+                                            real_t* out) {
+    const long long index = thread_index() / 32;  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const int k = group_of(labels[index], num_groups);
+    const real_t* slope = gradient + (index / num_tokens * num_groups + k) * dim;
+    const acc_t share = k < 0 ? acc_t(0) : shares[index];
+    acc_t product = 0;
+    for (long long d = threadIdx.x % 32 * WIDTH; d < dim; d += 32 * WIDTH) {
+        acc_t g[WIDTH] = {}, x[WIDTH];
+        if (k >= 0) {
+            load_vector(g, slope + d, dim - d);
+            if (products) load_vector(x, tokens + index * dim + d, dim - d);
+            for (int i = 0; i < WIDTH && products; ++i) product += g[i] * x[i];
+        }
+        for (int i = 0; i < WIDTH; ++i) g[i] *= share;
+        store_vector(out + index * dim + d, g, dim - d);
+    }
+    if (products == nullptr) return;
+    product = warp_reduce(product, Add());
+    if (threadIdx.x % 32 == 0) products[index] = product;
+}
+
+// One warp, one group: from the products to the gradients of the masses, in place.
+extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* ends,
+                                          const int* members, const acc_t* shares,
+                                          long long batch, long long num_tokens,
+                                          long long num_groups, acc_t* products) {
+    const long long k = thread_index() / 32;  // (B, K)
+    if (k >= batch * num_groups) return;
+    const int lane = threadIdx.x % 32;
+    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    acc_t total = 0, mean = 0;
+    for (int slot = group.begin + lane; slot < group.end; slot += 32) {
+        const long long j = group.first + group.of[slot];
+        total += mass[j];
+        mean += shares[j] * products[j];
+    }
+    total = warp_reduce(total, Add());
+    mean = warp_reduce(mean, Add());
+    for (int slot = group.begin + lane; slot < group.end; slot += 32) {
+        const long long j = group.first + group.of[slot];
+        products[j] = total != 0 ? (products[j] - mean) / total : acc_t(0);
+    }
+}
+
+// One thread, 16 bytes of one merged token.
+extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* ends,
+                                              const int* members, long long batch,
+                                              long long num_tokens, long long dim,
+                                              long long num_groups, real_t* out) {
+    const long long vectors = (dim + WIDTH - 1) / WIDTH;
+    const long long index = thread_index();  // (B, K, vectors)
+    if (index >= batch * num_groups * vectors) return;
+    const long long d = index % vectors * WIDTH, k = index / vectors;
+    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    acc_t sum[WIDTH] = {};
+    add_members(gradient + d, nullptr, group, dim, dim - d, sum);
+    store_vector(out + k * dim + d, sum, dim - d);
+}

@@ -1,0 +1,329 @@
+// Vector-Jacobian products of saliency, the scores' by tiles; see
+// basic/saliency_vjp.cu.
+//
+// Scores are in units of ln 2 here, m too. A band of G is stored as real_t, so that the
+// tensor cores take it, and goes by tiles to its product with the tokens of its
+// columns, which are transposed once. Every run gives the same bits.
+
+// One block, 128 rows of one head; it passes by all keys, or those up to its last row.
+// m is its largest score to the bit, so that s - m is 0 there in `score_gradients` too.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    score_weights(const acc_t* gradient, const real_t* query, const real_t* key,
+                  const bool* mask, long long outer, long long batch, long long heads,
+                  long long num_tokens, long long dim, long long causal, double scale,
+                  acc_t* weights) {
+    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    const long long row_tiles = (num_tokens + TILE - 1) / TILE;
+    const long long head = blockIdx.x / row_tiles;  // (L, B, H)
+    // Causal rows near the end have most to do: they go first.
+    const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
+    const long long row0 = row_tile * TILE;
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+
+    const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
+    const acc_t factor = acc_t(scale * LOG2_E);
+    acc_t scores[4][16];
+    Exponents exponents[4];
+    multiply_tiles(
+        stages, {query + (head * num_tokens + row0) * dim, num_tokens - row0},
+        {key + head * num_tokens * dim, num_tokens}, num_tiles, dim, scores,
+        [&](int tile) {
+            const long long column0 = static_cast<long long>(tile) * TILE;
+            const unsigned columns =
+                tokens_among<16>(valid, column0, num_tokens, tile_column);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int last =
+                    causal ? static_cast<int>(
+                                 min(row0 - column0, static_cast<long long>(TILE))) +
+                                 tile_row(i)
+                           : TILE;
+#pragma unroll
+                for (int j = 0; j < 16; ++j) {
+                    const bool seen = columns >> j & 1 && tile_column(j) <= last;
+                    scores[i][j] = seen ? rounded_product(scores[i][j], factor) : NEVER;
+                }
+                exponents[i].add(scores[i]);
+            }
+        });
+
+    // (2, TILE, 4), columns of two warps: the state, and m as it is.
+    auto* parts = reinterpret_cast<acc_t*>(stages);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const SoftmaxEntropy state = merge_lanes(exponents[i].natural(), 1, 4);
+        acc_t m = exponents[i].m;
+        for (int bits = 1; bits < 4; bits *= 2)
+            m = max(m, __shfl_xor_sync(~0u, m, bits));
+        if (threadIdx.x % 4 != 0) continue;
+        acc_t* part = parts + (threadIdx.x / 32 % 2 * TILE + tile_row(i)) * 4;
+        write_state(part, state);
+        part[3] = m;
+    }
+    __syncthreads();
+    const long long row = row0 + threadIdx.x;
+    if (threadIdx.x >= TILE || row >= num_tokens) return;
+    const acc_t* part = parts + threadIdx.x * 4;
+    SoftmaxEntropy state = read_state(part);
+    state.merge(read_state(part + TILE * 4));
+    acc_t* out = weights + (head * num_tokens + row) * 3;
+    out[0] = max(part[3], part[TILE * 4 + 3]);
+    out[1] = state.t / (1 + state.r);
+    out[2] =
+        is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
+}
+
+// G is stored in units of its head's greatest |g / (1 + r)| over this: it is then below
+// this times log N + 1, in the middle of a half's range.
+constexpr float UNITS = 512;
+
+// One block, one head: its unit, and the weights in it.
+extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
+                                        acc_t* units) {
+    __shared__ acc_t scratch[32];
+    const long long head = blockIdx.x;  // (L, B, H)
+    weights += head * num_tokens * 3 + 2;
+    acc_t peak = 0;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
+        peak = max(peak, fabs(weights[i * 3]));
+    peak = block_reduce(peak, scratch, Greatest());
+    for (long long i = threadIdx.x; i < num_tokens && peak > 0; i += blockDim.x)
+        weights[i * 3] = weights[i * 3] / peak * UNITS;
+    if (threadIdx.x == 0) units[head] = peak / UNITS;
+}
+
+struct Weights {
+    acc_t m, mean, weight;
+
+    explicit __device__ __forceinline__ Weights(const acc_t* of_row)
+        : m(of_row[0]), mean(of_row[1]), weight(of_row[2]) {}
+
+    __device__ __forceinline__ acc_t gradient(acc_t score) const {
+        const acc_t d = score - m;
+        return weight * exp2(d) * (mean - d * acc_t(LN_2));
+    }
+};
+
+// Two neighbours of a row.
+struct __align__(2 * sizeof(real_t)) Pair {
+    real_t element[2];
+};
+
+// One block, one tile of a band. Those that a causal mask leaves empty are not written.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    score_gradients(const real_t* own, const real_t* other, const acc_t* weights,
+                    const bool* mask, long long first_tile, long long num_tiles,
+                    long long batch, long long heads, long long num_tokens,
+                    long long dim, long long causal, double scale, long long sides,
+                    real_t* band) {
+    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    const long long tiles = (num_tokens + TILE - 1) / TILE;  // of a head
+    const long long tile = first_tile + blockIdx.x / tiles, head = tile / tiles;
+    const long long row0 = tile % tiles * TILE, column0 = blockIdx.x % tiles * TILE;
+    if (causal && (sides == 1 ? column0 > row0 : column0 < row0)) return;
+
+    const long long start = head * num_tokens;
+    acc_t sums[4][16];
+    multiply_tiles(stages, {own + (start + row0) * dim, num_tokens - row0},
+                   {other + (start + column0) * dim, num_tokens - column0}, 1, dim,
+                   sums, [](int) {});
+
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, tile_row);
+    const unsigned columns = tokens_among<16>(valid, column0, num_tokens, tile_column);
+    const acc_t factor = acc_t(scale * LOG2_E);
+    const bool diagonal = causal && row0 == column0;
+
+    // (2, TILE, 3): the weights of the rows, then of the columns.
+    auto* kept = reinterpret_cast<acc_t*>(stages);
+    const int place = threadIdx.x % TILE;
+    const long long token = (threadIdx.x < TILE ? row0 : column0) + place;
+    for (int k = 0; k < 3 && token < num_tokens; ++k)
+        kept[threadIdx.x * 3 + k] = weights[(start + token) * 3 + k];
+    __syncthreads();
+
+    real_t* target = band + blockIdx.x / tiles * TILE * tiles * TILE + column0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = tile_row(i);
+        const Weights of_row(kept + row * 3);
+#pragma unroll
+        for (int j = 0; j < 16; j += 2) {
+            Pair pair;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int column = tile_column(j + k);
+                acc_t sum = 0;
+                if (rows >> i & columns >> (j + k) & 1) {
+                    const acc_t s = rounded_product(sums[i][j + k], factor);
+                    if (sides & 1 && !(diagonal && column > row))
+                        sum += of_row.gradient(s);
+                    if (sides & 2 && !(diagonal && row > column))
+                        sum += Weights(kept + (TILE + column) * 3).gradient(s);
+                }
+                store(&pair.element[k], sum);
+            }
+            *reinterpret_cast<Pair*>(target + row * tiles * TILE + tile_column(j)) =
+                pair;
+        }
+    }
+}
+
+// (L, B, H, N, D) to (L, B, H, D, 128 T), padding and what is behind the last token 0.
+// One block, 32 x 32 elements.
+extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* mask,
+                                            long long outer, long long batch,
+                                            long long heads, long long num_tokens,
+                                            long long dim, real_t* out) {
+    __shared__ real_t square[32][33];
+    const long long columns = (num_tokens + TILE - 1) / TILE * TILE;
+    const long long strips = (dim + 31) / 32, squares = columns / 32 * strips;
+    const long long head = blockIdx.x / squares;
+    const long long token0 = blockIdx.x % squares / strips * 32;
+    const long long d0 = blockIdx.x % strips * 32;
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+
+    for (int i = warp; i < 32; i += warps) {
+        const long long token = token0 + i, d = d0 + lane;
+        if (token < num_tokens && d < dim && is_token(valid, token))
+            square[i][lane] = tokens[(head * num_tokens + token) * dim + d];
+        else
+            store(&square[i][lane], acc_t(0));
+    }
+    __syncthreads();
+    for (int i = warp; i < 32; i += warps)
+        if (d0 + i < dim)
+            out[(head * dim + d0 + i) * columns + token0 + lane] = square[lane][i];
+}
+
+// One block, one tile of rows of a band by 128 of the D columns of their gradients;
+// `other` is transposed. Behind a causal mask's edge the band is 0, and not read.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+    token_gradients(const real_t* band, const real_t* other, const acc_t* units,
+                    long long first_tile, long long num_tiles, long long num_tokens,
+                    long long dim, long long causal, double scale, long long sides,
+                    real_t* out) {
+    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    const long long tiles = (num_tokens + TILE - 1) / TILE, columns = tiles * TILE;
+    const long long strips = (dim + TILE - 1) / TILE;
+    const long long tile = first_tile + blockIdx.x / strips, head = tile / tiles;
+    const long long row0 = tile % tiles * TILE, d0 = blockIdx.x % strips * TILE;
+    const long long begin = causal && sides == 2 ? row0 : 0;
+    const long long end = causal && sides == 1 ? row0 + TILE : columns;
+
+    const real_t* of_band = band + blockIdx.x / strips * TILE * columns;
+    acc_t sums[4][16];
+    multiply_tiles(stages, {of_band + begin, TILE},
+                   {other + (head * dim + d0) * columns + begin, dim - d0}, 1,
+                   end - begin, columns, sums, [](int) {});
+
+    const acc_t factor = units[head] * acc_t(scale);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const long long row = row0 + tile_row(i);
+        if (row >= num_tokens) continue;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            const long long d = d0 + tile_column(j);
+            if (d < dim)
+                store(out + (head * num_tokens + row) * dim + d, sums[i][j] * factor);
+        }
+    }
+}
+
+// One warp, one row, which it reads three times: the cache has it.
+extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
+                                                 const real_t* attention,
+                                                 const bool* mask, long long outer,
+                                                 long long batch, long long heads,
+                                                 long long num_tokens, real_t* out) {
+    const long long row = thread_index() / 32;  // (L, B, H, N)
+    if (row >= outer * num_tokens) return;
+    const long long first = row / num_tokens / heads % batch * num_tokens;
+    const real_t* probabilities = attention + row * num_tokens;  // (N,)
+    const long long lane = threadIdx.x % 32 * WIDTH;
+    const bool valid = is_token(mask, first + row % num_tokens);
+    const long long end = valid ? num_tokens : 0;  // the same for all lanes
+    acc_t a[WIDTH];
+
+    acc_t m = 0;
+    for (long long j = lane; j < end; j += 32 * WIDTH) {
+        load_vector(a, probabilities + j, num_tokens - j);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i)
+            if (a[i] > 0 && is_token(mask, first + j + i)) m = max(m, a[i]);
+    }
+    m = warp_reduce(m, Greatest());
+
+    acc_t sum = 0, logs = 0;
+    for (long long j = lane; j < end; j += 32 * WIDTH) {
+        load_vector(a, probabilities + j, num_tokens - j);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            const acc_t u = a[i] / m;
+            if (u > 0 && is_token(mask, first + j + i)) {
+                sum += u;
+                logs += u * log(u);
+            }
+        }
+    }
+    sum = warp_reduce(sum, Add());
+    const acc_t mean = warp_reduce(logs, Add()) / sum;
+
+    const acc_t weight = gradient[row] / (m * sum);
+    for (long long j = lane; j < num_tokens; j += 32 * WIDTH) {
+        load_vector(a, probabilities + j, num_tokens - j);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            const acc_t u = m > 0 ? a[i] / m : acc_t(0);  // behind the end a is 0
+            const bool seen = u > 0 && is_token(mask, first + j + i);
+            a[i] = seen ? weight * (mean - log(u)) : acc_t(0);
+        }
+        store_vector(out + row * num_tokens + j, a, num_tokens - j);
+    }
+}
+
+// One block, one layer of one sequence.
+extern "C" __global__ void entropy_extremes(const acc_t* gradient,
+                                            const real_t* entropy, const bool* mask,
+                                            long long layers, long long batch,
+                                            long long heads, long long num_tokens,
+                                            acc_t* extremes) {
+    __shared__ acc_t scratch[32];
+    const long long row = blockIdx.x, first = row % batch * num_tokens;  // (L, B)
+    const auto head_mean = [&](long long i) {
+        acc_t sum = 0;
+        for (long long h = 0; h < heads; ++h)
+            sum += widen(entropy[(row * heads + h) * num_tokens + i]);
+        return sum / heads;
+    };
+    acc_t low = -NEVER, high = NEVER;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
+        if (!is_token(mask, first + i)) continue;
+        const acc_t h = head_mean(i);
+        low = min(low, h);
+        high = max(high, h);
+    }
+    low = block_reduce(low, scratch, Least());
+    high = block_reduce(high, scratch, Greatest());
+
+    acc_t at_low = 0, at_high = 0, from_low = 0, from_high = 0;
+    for (long long i = threadIdx.x; i < num_tokens && high > low; i += blockDim.x) {
+        if (!is_token(mask, first + i)) continue;
+        const acc_t h = head_mean(i), y = (h - low) / (high - low);
+        at_low += h == low;
+        at_high += h == high;
+        from_low += gradient[first + i] * (1 - y);
+        from_high += gradient[first + i] * y;
+    }
+    at_low = block_reduce(at_low, scratch, Add());
+    at_high = block_reduce(at_high, scratch, Add());
+    from_low = block_reduce(from_low, scratch, Add());
+    from_high = block_reduce(from_high, scratch, Add());
+    if (threadIdx.x != 0) return;
+    extremes[row * 4] = low;
+    extremes[row * 4 + 1] = high;
+    extremes[row * 4 + 2] = from_low / max(at_low, acc_t(1));
+    extremes[row * 4 + 3] = from_high / max(at_high, acc_t(1));
+}

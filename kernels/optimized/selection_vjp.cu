@@ -1,0 +1,22 @@
+// Gradients of selection: one block, one sequence; see basic/selection_vjp.cu. That of
+// the mass is elementwise, has nothing to gain and runs from there.
+
+extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
+                                              const acc_t* probabilities,
+                                              long long batch, long long num_tokens,
+                                              double temperature, real_t* out) {
+    __shared__ acc_t scratch[32];
+    const long long row = blockIdx.x * num_tokens;  // of (B, N)
+    const acc_t *p = probabilities + row, *g = gradient + row;
+    acc_t mean = 0, rest = 0;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
+        if (p[i] > 0) mean += p[i] * g[i];
+    mean = block_reduce(mean, scratch, Add());
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
+        if (p[i] > 0) rest += p[i] * (g[i] - mean);
+    rest = block_reduce(rest, scratch, Add());
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
+        const acc_t slope = p[i] > 0 ? p[i] * (g[i] - mean - rest) : acc_t(0);
+        store(out + row + i, static_cast<acc_t>(slope / temperature));
+    }
+}

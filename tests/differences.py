@@ -1,0 +1,23 @@
+"""The slope of a function by what it gives on both sides of a point."""
+
+import numpy as np
+
+
+def differences(function, x, step=1e-5):
+    """Return the gradient of a number with respect to x, in float64."""
+    slope = np.zeros(x.shape)
+    for index in np.ndindex(x.shape):
+        above, below = x.copy(), x.copy()
+        above[index] += step
+        below[index] -= step
+        slope[index] = (function(above) - function(below)) / (2 * step)
+    return slope
+
+
+def assert_slope(got, function, x, step=1e-5):
+    """Hold a gradient against differences, to 1e-6 of its largest entry."""
+    assert got.dtype == x.dtype == np.float64
+    assert got.flags.c_contiguous
+    wanted = differences(function, x, step)
+    room = 1e-6 * max(abs(wanted).max(initial=0), 1e-3)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=room)

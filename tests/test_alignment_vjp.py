@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+from differences import assert_slope
+
+import qm_cupy as qm
+
+
+def prior_of(dim, hidden_dim, seed=3):
+    """Return a prior with weights in float64."""
+    prior = qm.MLPPrior.init(dim, hidden_dim=hidden_dim, seed=seed)
+    wide = (
+        qm.MLP(*(w.astype(np.float64) for w in network))
+        for network in (prior.forward, prior.backward)
+    )
+    return qm.MLPPrior(*wide)
+
+
+def loss_of(gradient, merged, prior, counts=None):
+    losses = qm.alignment_loss(merged, prior, num_groups=counts)
+    pairs = zip(gradient, losses, strict=True)
+    return sum(np.sum(slope * loss) for slope, loss in pairs)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 18])
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
+def test_differences(rng, num_groups, ragged):
+    merged = rng.standard_normal((3, num_groups, 4))
+    gradient = tuple(rng.standard_normal((3, 3)))
+    counts = np.array([num_groups, (num_groups + 1) // 2, 1]) if ragged else None
+    prior = prior_of(4, 6)
+    slope, weights = qm.alignment_loss_vjp(gradient, merged, prior, num_groups=counts)
+    assert_slope(slope, lambda x: loss_of(gradient, x, prior, counts), merged)
+    networks = [prior.forward, prior.backward]
+    for i, network in enumerate(networks):
+        for name, weight in network._asdict().items():
+
+            def loss(w, i=i, name=name):
+                both = list(networks)
+                both[i] = both[i]._replace(**{name: w})
+                return loss_of(gradient, merged, qm.MLPPrior(*both), counts)
+
+            assert_slope(getattr(weights[i], name), loss, weight)
+    if ragged:
+        padding = np.arange(num_groups) >= counts[:, None]
+        assert not slope[padding].any()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_torch(rng, kind):
+    torch = pytest.importorskip("torch")
+    merged = rng.standard_normal((2, 7, 4)).astype(kind)
+    prior = qm.MLPPrior.init(4, hidden_dim=6)
+    x = torch.tensor(merged, requires_grad=True)
+    networks = [
+        [torch.tensor(w.astype(kind), requires_grad=True) for w in network]
+        for network in (prior.forward, prior.backward)
+    ]
+
+    def mean_error(x, network):
+        first, shift, second, last = network
+        count = torch.arange(1, 8, dtype=x.dtype)[:, None]
+        hidden = torch.relu(x.cumsum(1) / count @ first.T + shift)
+        predicted = hidden @ second.T + last
+        return (predicted[:, :-1] - x[:, 1:]).square().mean((1, 2))
+
+    ahead, behind = mean_error(x, networks[0]), mean_error(x.flip(1), networks[1])
+    (ahead + behind).sum().backward()
+    ones, zeros = np.ones(2, kind), np.zeros(2, kind)
+    slope, weights = qm.alignment_loss_vjp((zeros, zeros, ones), merged, prior)
+    assert slope.dtype == kind
+    np.testing.assert_allclose(slope, x.grad, rtol=1e-5, atol=1e-5)
+    for mlp, network in zip(weights, networks, strict=True):
+        for got, wanted in zip(mlp, network, strict=True):
+            assert got.dtype == kind
+            np.testing.assert_allclose(got, wanted.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_total_is_both(rng):
+    merged, prior = rng.standard_normal((2, 6, 4)), qm.MLPPrior.init(4)
+    one, none = np.ones(2), np.zeros(2)
+    total = qm.alignment_loss_vjp((none, none, one), merged, prior)
+    both = qm.alignment_loss_vjp((one, one, none), merged, prior)
+    ahead = qm.alignment_loss_vjp(qm.AlignmentLoss(one, none, none), merged, prior)
+    np.testing.assert_array_equal(total[0], both[0])
+    for x, y in zip(total[1][0], ahead[1][0], strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not any(w.any() for w in ahead[1][1])
+
+
+def test_it_is_what_the_prior_learns_by(rng):
+    """One formula: the gradient that `fit` follows is that of the loss."""
+    from qm_cupy._fitting import gradient
+    from qm_cupy.mlp_prior import _pairs
+
+    merged, prior = rng.standard_normal((1, 9, 4)), prior_of(4, 6)
+    ((x, y),) = _pairs(merged, np.array([9]), reverse=False)
+    wanted = gradient(prior.forward, x, y)
+    _, (got, _) = qm.alignment_loss_vjp(
+        (np.ones(1),) * 2 + (np.zeros(1),), merged, prior
+    )
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_padding_is_not_read(rng):
+    merged, prior = rng.standard_normal((2, 6, 4)), qm.MLPPrior.init(4)
+    counts, gradient = np.array([6, 3]), tuple(np.ones((3, 2)))
+    wanted = qm.alignment_loss_vjp(gradient, merged, prior, num_groups=counts)
+    merged[1, 3:] = np.nan
+    with qm.check_finite(False):
+        got = qm.alignment_loss_vjp(gradient, merged, prior, num_groups=counts)
+    np.testing.assert_array_equal(got[0], wanted[0])
+    for mlp, other in zip(got[1], wanted[1], strict=True):
+        for x, y in zip(mlp, other, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_merged_tells_its_own_counts(rng):
+    merged = qm.quickmerge(rng.standard_normal((2, 12, 4)), np.array([5, 3]))
+    prior, gradient = qm.MLPPrior.init(4), tuple(np.ones((3, 2)))
+    got = qm.alignment_loss_vjp(gradient, merged, prior)
+    wanted = qm.alignment_loss_vjp(
+        gradient, merged.tokens, prior, num_groups=np.array([5, 3])
+    )
+    np.testing.assert_array_equal(got[0], wanted[0])
+
+
+def test_one_sequence_takes_numbers(rng):
+    merged, prior = rng.standard_normal((2, 6, 4)), qm.MLPPrior.init(4)
+    many, _ = qm.alignment_loss_vjp(tuple(np.ones((3, 2))), merged, prior)
+    one, weights = qm.alignment_loss_vjp((1, 1.0, np.float32(1)), merged[0], prior)
+    np.testing.assert_allclose(one, many[0], rtol=1e-12)
+    for got, weight in zip(weights[0], prior.forward, strict=True):
+        assert got.shape == weight.shape
+        assert got.dtype == np.float64
+
+
+def test_relu_at_zero_has_slope_zero():
+    """All weights 0: every hidden unit stands at 0, and only the last bias moves."""
+    prior = qm.MLPPrior.init(2, hidden_dim=3)
+    still = qm.MLPPrior(
+        *(qm.MLP(*(0 * w for w in mlp)) for mlp in (prior.forward,) * 2)
+    )
+    merged = np.array([[1.0, 2.0], [3.0, 4.0]])
+    slope, (forward, _) = qm.alignment_loss_vjp((1.0, 0.0, 0.0), merged, still)
+    np.testing.assert_array_equal(forward.bias_out, [-3, -4])
+    assert not any(w.any() for w in forward[:3])
+    np.testing.assert_array_equal(slope, [[0, 0], [3, 4]])
+
+
+def test_bad_input(rng):
+    merged, prior = rng.standard_normal((2, 6, 4)), qm.MLPPrior.init(4)
+    gradient = tuple(np.ones((3, 2)))
+    with pytest.raises(TypeError, match="`prior` must be an MLPPrior, got Transformer"):
+        qm.alignment_loss_vjp(
+            gradient, merged, qm.TransformerPrior.init(4, num_heads=1)
+        )
+    for wrong in (gradient[:2], 1.0, None):
+        with pytest.raises(TypeError, match="`gradient` must be three, of the losses"):
+            qm.alignment_loss_vjp(wrong, merged, prior)
+    with pytest.raises(ValueError, match=r"`gradient.total` must have shape \(B\)"):
+        qm.alignment_loss_vjp((*gradient[:2], np.ones(3)), merged, prior)
+    with pytest.raises(TypeError, match=r"`gradient.forward` must be float16"):
+        qm.alignment_loss_vjp((np.ones(2, int), *gradient[1:]), merged, prior)
+    with pytest.raises(ValueError, match="`merged` must have width D = 4"):
+        qm.alignment_loss_vjp(gradient, merged[..., :3], prior)

@@ -1,0 +1,340 @@
+"""`qm_cupy.jax`: the same names, differentiable, under JAX's transformations."""
+
+import functools
+
+import numpy as np
+import pytest
+from conftest import to_numpy
+from gradient_calls import CALLS, CLASSES, CONSTANT, DIFFERENTIABLE, flat
+
+import qm_cupy as qm
+
+jax = pytest.importorskip("jax")
+qj = pytest.importorskip("qm_cupy.jax")
+jnp = jax.numpy
+check_grads = pytest.importorskip("jax.test_util").check_grads
+
+
+@pytest.fixture(params=["eager", "jit"])
+def transform(request):
+    return jax.jit if request.param == "jit" else lambda function: function
+
+
+def arrays(given, dtype=np.float64):
+    """Give arrays to JAX, floats in a dtype; counts, of which shapes are, stay ours."""
+    found = {}
+    for name, x in given.items():
+        found[name] = x
+        if isinstance(x, np.ndarray) and name not in ("num_groups", "budget"):
+            found[name] = jnp.asarray(x, dtype if x.dtype.kind == "f" else None)
+    return found
+
+
+def run(call, inputs, rest):
+    return flat(getattr(qj, call.function)(**inputs, **rest))
+
+
+def total(results):
+    """Sum the results up, each entry with a weight of its own."""
+    rng = np.random.default_rng(0)
+    return sum((x * rng.standard_normal(x.shape)).sum() for x in results)
+
+
+class TestNames:
+    def test_all_are_here(self):
+        assert qj.__all__ == qm.__all__
+        own = {
+            name for name in qm.__all__ if getattr(qj, name) is not getattr(qm, name)
+        }
+        assert own == DIFFERENTIABLE | CONSTANT | CLASSES
+
+    def test_constants_have_no_gradient(self, transform):
+        tokens = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 4)))
+        labels = qm.cluster_tokens(tokens, 3)
+        tree = qm.linkage(tokens).astype(np.float32)
+        calls = {
+            "cluster_tokens": (tokens, {"num_groups": 3}),
+            "cut_linkage": (tree, {"num_groups": 3}),
+            "select_tokens": (tokens[..., 0], {"num_groups": 3}),
+            "norm_budget": (tokens, {"gamma": 0.5}),
+            "group_sizes": (labels, {"num_groups": np.array([3, 3])}),
+            "group_positions": (labels, {"num_groups": 3}),
+        }
+        assert set(calls) == CONSTANT
+        for name, (x, options) in calls.items():
+            function = transform(functools.partial(getattr(qj, name), **options))
+            result = function(x)
+            assert result.dtype == np.int32
+            np.testing.assert_array_equal(result, getattr(qm, name)(x, **options))
+            if x.dtype == np.float32:
+
+                def loss(x, function=function):
+                    return (function(x) * 1.0).sum()
+
+                assert not jax.grad(loss)(x).any()
+
+    @pytest.mark.parametrize("name", ["cosine_similarity", "linkage", "decode"])
+    def test_the_others_refuse_tracers(self, name):
+        more = (lambda x: x,) if name == "decode" else ()
+        with pytest.raises(TypeError, match="is a JAX tracer"):
+            jax.grad(lambda x: getattr(qj, name)(x, *more).sum())(jnp.ones((5, 3)))
+
+
+@pytest.mark.parametrize("name", CALLS)
+class TestCalls:
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_results_are_the_library_s(self, name, wide, transform):
+        call = CALLS[name]
+        with jax.enable_x64(wide):
+            dtype = np.float64 if wide else np.float32
+            inputs, rest = arrays(call.inputs, dtype), arrays(call.rest, dtype)
+            got = transform(lambda inputs: run(call, inputs, rest))(inputs)
+            wanted = flat(getattr(qm, call.function)(**inputs, **rest))
+            for x, y in zip(got, wanted, strict=True):
+                assert x.dtype == y.dtype
+                np.testing.assert_array_equal(x, y)
+
+    def test_check_grads(self, name, transform):
+        call = CALLS[name]
+        with jax.enable_x64(True):
+            inputs, rest = arrays(call.inputs), arrays(call.rest)
+
+            @transform
+            def function(*given):
+                return run(call, dict(zip(inputs, given, strict=True)), rest)
+
+            given = (*inputs.values(),)
+            near = {"eps": 1e-5, "rtol": 1e-6, "atol": 1e-8}
+            check_grads(function, given, order=1, modes=["rev"], **near)
+
+    def test_gradients_under_transformations(self, name):
+        """grad, value_and_grad, both orders of jit and grad, and one input alone."""
+        call = CALLS[name]
+        inputs, rest = arrays(call.inputs, np.float32), arrays(call.rest, np.float32)
+
+        def loss(inputs):
+            return total(run(call, inputs, rest))
+
+        wanted = jax.grad(loss)(inputs)
+        value, found = jax.value_and_grad(jax.jit(loss))(inputs)
+        assert value == pytest.approx(float(loss(inputs)), rel=1e-5)
+        for other in (found, jax.jit(jax.grad(loss))(inputs)):
+            for x, y in zip(other.values(), wanted.values(), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        for one in inputs:
+            alone = jax.grad(lambda x, one=one: loss({**inputs, one: x}))(inputs[one])
+            np.testing.assert_array_equal(alone, wanted[one])
+
+    def test_second_derivative(self, name):
+        call = CALLS[name]
+        inputs, rest = arrays(call.inputs, np.float32), arrays(call.rest, np.float32)
+
+        def slope(inputs):
+            found = jax.grad(lambda x: total([y * y for y in run(call, x, rest)]))
+            return sum(x.sum() for x in found(inputs).values())
+
+        with pytest.raises(NotImplementedError, match="can be differentiated once"):
+            jax.grad(slope)(inputs)
+
+    @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+    def test_halves(self, name, dtype, transform):
+        call = CALLS[name]
+        inputs, rest = arrays(call.inputs, dtype), arrays(call.rest, dtype)
+
+        def loss(inputs, rest=rest):
+            return total([x.astype(np.float32) for x in run(call, inputs, rest)])
+
+        found = transform(jax.grad(loss))(inputs)
+        wide = {k: x.astype(np.float32) for k, x in inputs.items()}
+        wanted = jax.grad(lambda x: loss(x, arrays(call.rest, np.float32)))(wide)
+        for x, y in zip(found.values(), wanted.values(), strict=True):
+            assert x.dtype == dtype
+            size = float(abs(y).max())
+            got = np.asarray(x, np.float32)
+            np.testing.assert_allclose(got, y, rtol=2**-6, atol=2**-6 * size)
+
+
+class TestVmap:
+    def test_one_sequence_after_the_other(self, rng):
+        tokens = jnp.asarray(rng.standard_normal((3, 9, 4)), np.float32)
+
+        def loss(tokens):
+            merged = qj.quickmerge(tokens, 3)
+            return (merged.tokens**2).sum() + merged.mass.sum()
+
+        wanted = [jax.value_and_grad(loss)(x) for x in tokens]
+        for function in (jax.vmap, lambda f: jax.jit(jax.vmap(f))):
+            values, slopes = function(jax.value_and_grad(loss))(tokens)
+            for i, (value, slope) in enumerate(wanted):
+                assert float(values[i]) == pytest.approx(float(value), rel=1e-6)
+                np.testing.assert_allclose(slopes[i], slope, rtol=1e-5, atol=1e-6)
+
+    def test_what_is_not_mapped(self, rng):
+        tokens = jnp.asarray(rng.standard_normal((3, 5, 4)), np.float32)
+        labels = jnp.array([0, 1, 0, 1, 1])
+        found = jax.vmap(qj.merge_tokens, in_axes=(0, None, None))(tokens, labels, 2)
+        every = jnp.broadcast_to(labels, (3, 5))
+        np.testing.assert_array_equal(found, qm.merge_tokens(tokens, every, 2))
+
+    def test_a_jacobian(self, rng):
+        scores = jnp.asarray(rng.random(4), np.float32)
+        found = jax.jacrev(functools.partial(qj.gumbel_softmax, temperature=0.5))(
+            scores
+        )
+        p = np.asarray(qm.gumbel_softmax(scores, temperature=0.5))
+        wanted = (np.diag(p) - np.outer(p, p)) / 0.5
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+class TestPrior:
+    @pytest.fixture
+    def merged(self, rng):
+        return jnp.asarray(rng.standard_normal((2, 6, 4)), np.float32)
+
+    def test_weights(self, merged, transform):
+        """Against JAX's own gradients through the plain formula."""
+        prior = qm.MLPPrior.init(4, hidden_dim=5, seed=3)
+
+        def plain(prior, merged):
+            steps = jnp.arange(1, 6)[:, None]
+            ways = (prior.forward, merged), (prior.backward, merged[:, ::-1])
+            losses = 0
+            for (w1, b1, w2, b2), x in ways:
+                context = x.cumsum(axis=1)[:, :-1] / steps
+                gap = jax.nn.relu(context @ w1.T + b1) @ w2.T + b2 - x[:, 1:]
+                losses += (gap**2).mean(axis=(1, 2)).sum()
+            return losses
+
+        def ours(prior, merged):
+            return qj.alignment_loss(merged, prior).total.sum()
+
+        found = transform(jax.grad(ours, argnums=(0, 1)))(prior, merged)
+        wanted = jax.grad(plain, argnums=(0, 1))(prior, merged)
+        assert isinstance(found[0], qm.MLPPrior)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+        for x, y in pairs:
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+    def test_a_pytree_goes_back_to_the_library(self, merged):
+        prior = jax.tree.map(jnp.asarray, qm.MLPPrior.init(4))
+        back = jax.tree.map(np.asarray, prior)
+        np.testing.assert_array_equal(
+            back.loss(merged).total, qj.alignment_loss(merged, prior).total
+        )
+
+    def test_a_merged_knows_its_groups(self):
+        tokens = jnp.arange(40.0).reshape(2, 5, 4) ** 2
+        prior, counts = qm.MLPPrior.init(4), np.array([4, 2])
+        found = qj.quickmerge(tokens, counts)
+        wanted = qj.alignment_loss(found.tokens, prior, num_groups=counts).total
+        np.testing.assert_array_equal(qj.alignment_loss(found, prior).total, wanted)
+        assert (qj.alignment_loss(found.tokens, prior).total != wanted).any()
+
+    def test_other_priors_have_no_gradient(self, merged):
+        class Zero:
+            def predict(self, tokens, **known):
+                return 0 * tokens
+
+        assert qj.alignment_loss(merged, Zero()).total.shape == (2,)
+        with pytest.raises(TypeError, match="`merged` is a JAX tracer"):
+            jax.grad(lambda x: qj.alignment_loss(x, Zero()).total.sum())(merged)
+
+
+class TestQuickMergePP:
+    def test_losses_are_the_library_s(self, rng, transform):
+        tokens = jnp.asarray(rng.standard_normal((2, 30, 8)), np.float32)
+        mask, counts = jnp.asarray(rng.random((2, 30)) < 0.9), np.array([6, 3])
+        model = qj.QuickMergePP(8, seed=3)
+        call = transform(lambda model, x: model(x, counts, 0.5, mask=mask))
+        merged, losses = call(model, tokens)
+        wanted, floats = qm.QuickMergePP(8, seed=3)(tokens, counts, 0.5, mask=mask)
+        np.testing.assert_array_equal(merged, wanted)
+        assert {k: float(x) for k, x in losses.items()} == pytest.approx(floats)
+
+    def test_steps_lower_the_loss(self, rng):
+        tokens = jnp.asarray(rng.standard_normal((2, 30, 8)), np.float32)
+        model = qj.QuickMergePP(8)
+        step = jax.jit(jax.value_and_grad(lambda model: model(tokens, 6)[1]["total"]))
+        values = []
+        for _ in range(4):
+            value, slope = step(model)
+            model = jax.tree.map(lambda w, g: w - 0.05 * g, model, slope)
+            values.append(float(value))
+        assert values == sorted(values, reverse=True)
+        assert step._cache_size() == 2  # NumPy's weights at first, then JAX's
+        assert isinstance(model.ar_alignment, qj.BidirectionalARAlignment)
+
+    def test_inference(self, rng):
+        tokens = jnp.asarray(rng.standard_normal((30, 8)), np.float32)
+        merged, predictions = qj.QuickMergePP(8).inference(tokens, 6, jnp.tanh)
+        np.testing.assert_array_equal(merged, qm.quickmerge(tokens, 6).tokens)
+        np.testing.assert_allclose(predictions, jnp.tanh(merged), rtol=1e-6)
+
+    def test_the_other_classes(self, rng):
+        tokens = jnp.asarray(rng.standard_normal((2, 9, 4)), np.float32)
+
+        def loss(tokens):
+            scores = qj.EntropyAwareSaliency(4)(tokens)
+            merged, chosen = qj.DifferentiableTokenMerging()(tokens, scores, 3)
+            fidelity = qj.NormBasedFidelityConstraint().compute_fidelity_loss(
+                tokens, merged
+            )
+            return fidelity + (chosen * chosen).sum()
+
+        assert jax.jit(jax.grad(loss))(tokens).any()
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("name", "call"),
+        [
+            ("seed", lambda x, k: qj.gumbel_softmax(x[0], seed=k)),
+            ("hard", lambda x, k: qj.gumbel_softmax(x[0], hard=k)),
+            ("temperature", lambda x, k: qj.gumbel_softmax(x[0], temperature=k)),
+            ("num_groups", lambda x, k: qj.cluster_tokens(x, k)),
+            ("num_groups", lambda x, k: qj.group_sizes(jnp.zeros(3, int), k[None])),
+        ],
+    )
+    def test_options_are_static(self, name, call):
+        with pytest.raises(TypeError, match=f"`{name}` is a JAX tracer, but must be"):
+            jax.jit(call)(jnp.ones((5, 3)), 2)
+
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda x: qj.norm_saliency([[1.0]]), TypeError,
+             "`tokens` must be a jax.Array, got list"),
+            (lambda x: qj.quickmerge(x, 2, mask=jnp.ones(3, bool)), ValueError,
+             r"`mask` must have shape \(B, N\) = \(2, 5\), got \(3,\)"),
+            (lambda x: qj.quickmerge(x, 6), ValueError,
+             r"`budget` must lie in 1..5 \(its tokens\), got 6"),
+            (lambda x: qj.gumbel_softmax(x[0], seed=-1), ValueError, "`seed`"),
+            (lambda x: qj.merge_tokens(x, x, 2), TypeError,
+             "`labels` must be integers"),
+            (lambda x: qj.group_sizes(jnp.zeros(3, int), np.ones(2)), TypeError,
+             "`num_groups` must be integers, got float64"),
+            (lambda x: qj.norm_saliency(x / 0), ValueError, "`tokens` must be finite"),
+            (lambda x: jax.jit(qj.norm_saliency)(x / 0), Exception,
+             "`tokens` must be finite"),
+            (lambda x: jax.jvp(qj.norm_saliency, (x,), (x,)), TypeError,
+             "forward-mode"),
+        ],
+    )  # fmt: skip
+    def test_words(self, call, error, message):
+        with pytest.raises(error, match=message):
+            call(jnp.ones((2, 5, 3)))
+
+
+def test_numpy_is_taken_as_jax_takes_it(rng):
+    tokens = rng.standard_normal((2, 9, 4))
+    found = qj.quickmerge(tokens, 3, weights=rng.random((2, 9)))
+    assert all(isinstance(x, jax.Array) for x in found)
+    assert found.tokens.dtype == np.float32
+    assert to_numpy(found.labels).tolist() == qm.cluster_tokens(tokens, 3).tolist()
+
+
+def test_large_arrays_come_back():
+    """A callback that waited for the thread it runs in would hang."""
+    tokens = jnp.ones((4, 2048, 256)) * jnp.arange(2048)[:, None]
+    slope = jax.jit(jax.grad(lambda x: qj.norm_saliency(x * 2).sum()))(tokens)
+    assert slope.shape == tokens.shape

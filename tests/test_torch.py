@@ -1,0 +1,525 @@
+"""`qm_cupy.torch`: the same names, differentiable, and whole to the compiler."""
+
+import inspect
+
+import numpy as np
+import pytest
+from conftest import to_library, to_numpy
+from gradient_calls import CALLS, CLASSES, CONSTANT, DIFFERENTIABLE, LABELS, flat
+from test_framework import PAPER
+
+import qm_cupy as qm
+
+torch = pytest.importorskip("torch")
+qt = pytest.importorskip("qm_cupy.torch")
+
+
+def tensors(arrays, dtype=torch.float64, grad=False):
+    """Give arrays to torch, floats in a dtype, copied; leave all else as it is."""
+    found = {}
+    for name, x in arrays.items():
+        found[name] = x
+        if isinstance(x, np.ndarray):
+            tensor = torch.tensor(x)
+            floating = tensor.is_floating_point()
+            found[name] = tensor.to(dtype).requires_grad_(grad) if floating else tensor
+    return found
+
+
+def run(call, inputs, rest):
+    return flat(getattr(qt, call.function)(**inputs, **rest))
+
+
+def total(results):
+    """Sum the results up, each entry with a weight of its own."""
+    rng = np.random.default_rng(0)
+    sums = [(x * torch.tensor(rng.standard_normal(x.shape))).sum() for x in results]
+    return torch.stack(sums).sum()
+
+
+def gradients(call, inputs, rest):
+    given = tuple(inputs.values())
+    return torch.autograd.grad(total(run(call, inputs, rest)), given)
+
+
+class TestNames:
+    def test_all_are_here(self):
+        assert qt.__all__ == qm.__all__
+        own = {
+            name for name in qm.__all__ if getattr(qt, name) is not getattr(qm, name)
+        }
+        assert own == DIFFERENTIABLE | CONSTANT | CLASSES | {"MLPPrior"}
+        assert {call.function for call in CALLS.values()} == DIFFERENTIABLE
+
+    @pytest.mark.parametrize("name", sorted(DIFFERENTIABLE | CONSTANT))
+    def test_signatures(self, name):
+        theirs = dict(inspect.signature(getattr(qm, name)).parameters)
+        for left_out in ("out", "workspace"):
+            theirs.pop(left_out, None)
+        ours = inspect.signature(getattr(qt, name)).parameters
+        assert [*ours] == [*theirs]
+        for parameter in ours:
+            assert ours[parameter].default == theirs[parameter].default
+            assert ours[parameter].kind == theirs[parameter].kind
+
+    @pytest.mark.parametrize("name", sorted(CLASSES))
+    def test_constructors(self, name):
+        ours, theirs = (inspect.signature(getattr(m, name)) for m in (qt, qm))
+        assert str(ours) == str(theirs)
+
+    def test_constants_take_what_requires_grad(self):
+        tokens = torch.randn(2, 9, 4, requires_grad=True)
+        labels = qt.cluster_tokens(tokens, 3)
+        tree = qm.linkage(tokens.detach()).requires_grad_()
+        found = {
+            "cluster_tokens": labels,
+            "cut_linkage": qt.cut_linkage(tree, num_groups=3),
+            "select_tokens": qt.select_tokens(tokens[..., 0], 3),
+            "norm_budget": qt.norm_budget(tokens, 0.5),
+            "group_sizes": qt.group_sizes(labels, 3),
+            "group_positions": qt.group_positions(labels, torch.tensor([3, 3])),
+        }
+        assert set(found) == CONSTANT
+        given = {
+            "cluster_tokens": (tokens.detach(), 3),
+            "select_tokens": (tokens[..., 0].detach(), 3),
+            "norm_budget": (tokens.detach(), 0.5),
+            "group_sizes": (labels, 3),
+            "group_positions": (labels, 3),
+        }
+        for name, result in found.items():
+            assert result.dtype == torch.int32
+            assert not result.requires_grad
+            if name in given:
+                assert torch.equal(result, getattr(qm, name)(*given[name]))
+        assert torch.equal(found["cut_linkage"], labels)
+
+    @pytest.mark.parametrize("name", ["cosine_similarity", "linkage", "decode"])
+    def test_the_others_refuse_it(self, name):
+        tokens = torch.randn(9, 4, requires_grad=True)
+        more = (lambda x: x,) if name == "decode" else ()
+        with pytest.raises(TypeError, match="requires grad"):
+            getattr(qt, name)(tokens, *more)
+
+
+@pytest.mark.parametrize("name", CALLS)
+class TestCalls:
+    def test_results_are_the_library_s(self, name):
+        call = CALLS[name]
+        given = tensors({**call.inputs, **call.rest})
+        got = getattr(qt, call.function)(**given)
+        wanted = getattr(qm, call.function)(**given)
+        if isinstance(got, torch.Tensor):
+            got, wanted = (got,), (wanted,)
+        inputs = {x.data_ptr() for x in given.values() if isinstance(x, torch.Tensor)}
+        for x, y in zip(got, wanted, strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+            assert x.data_ptr() not in inputs
+
+    def test_gradcheck(self, name):
+        call = CALLS[name]
+        inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
+
+        def function(*arrays):
+            return tuple(run(call, dict(zip(inputs, arrays, strict=True)), rest))
+
+        assert torch.autograd.gradcheck(function, (*inputs.values(),))
+
+    def test_each_input_alone(self, name):
+        call = CALLS[name]
+        rest = tensors(call.rest)
+        both = gradients(call, tensors(call.inputs, grad=True), rest)
+        for number, one in enumerate(call.inputs):
+            inputs = tensors(call.inputs)
+            inputs[one].requires_grad_()
+            total(run(call, inputs, rest)).backward()
+            for other, x in inputs.items():
+                assert (x.grad is not None) == (other == one)
+            assert torch.equal(inputs[one].grad, both[number])
+
+    def test_no_grad(self, name):
+        call = CALLS[name]
+        inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
+        with torch.no_grad():
+            assert not any(x.requires_grad for x in run(call, inputs, rest))
+
+    def test_second_derivative(self, name):
+        call = CALLS[name]
+        inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
+        value = total([x * x for x in run(call, inputs, rest)])
+        slope = torch.autograd.grad(value, [*inputs.values()], create_graph=True)
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            total(slope).backward()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_halves(self, name, dtype):
+        """The gradient of a half is that of the same numbers in float32, rounded."""
+        call = CALLS[name]
+        inputs, rest = tensors(call.inputs, dtype, grad=True), tensors(call.rest, dtype)
+        results = run(call, inputs, rest)
+        found = torch.autograd.grad(total(results), [*inputs.values()])
+        wide = {k: x.detach().float().requires_grad_() for k, x in inputs.items()}
+        wanted = gradients(call, wide, tensors(call.rest, torch.float32))
+        for x, y, given in zip(found, wanted, inputs.values(), strict=True):
+            assert x.dtype == given.dtype == dtype
+            size = y.abs().max().item()
+            torch.testing.assert_close(x.float(), y, rtol=2**-6, atol=2**-6 * size)
+
+    def test_any_layout(self, name):
+        call = CALLS[name]
+        inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
+        wanted = gradients(call, inputs, rest)
+        twice = {k: x.detach().repeat_interleave(2, -1) for k, x in inputs.items()}
+        for x in twice.values():
+            x.requires_grad_()
+        views = {k: x[..., ::2] for k, x in twice.items()}
+        results = run(call, views, rest)
+        spread = [x.sum(dim=0, keepdim=True).expand(x.shape) for x in results if x.ndim]
+        total(results).backward(retain_graph=True)
+        for x, y in zip(twice.values(), wanted, strict=True):
+            torch.testing.assert_close(x.grad[..., ::2], y, rtol=1e-9, atol=1e-12)
+            assert not x.grad[..., 1::2].any()
+        if spread:  # an expanded gradient comes back
+            torch.autograd.grad(total(spread), [*twice.values()])
+
+
+OPERATIONS = [name for name in CALLS if not name.startswith("quickmerge")]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_opcheck(name, monkeypatch):
+    """What torch asks of a custom operator, of each and of its gradient."""
+    from qm_cupy._operations import OPERATIONS
+
+    call, seen = CALLS[name], []
+    operator = getattr(torch.ops.qm_cupy, call.function)
+    inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
+    with monkeypatch.context() as patch:
+        spy = lambda *x: seen.append(x) or operator(*x)  # noqa: E731
+        patch.setattr(torch.ops.qm_cupy, call.function, spy)
+        results = run(call, inputs, rest)
+    (arguments,) = seen
+    torch.library.opcheck(operator.default, arguments)
+    operation = OPERATIONS[call.function]
+    slope = [torch.ones_like(x) for x in results[: operation.results]]
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    wanted = [x is not None for x in arguments[: len(operation.inputs)]]
+    vjp = getattr(torch.ops.qm_cupy, f"{call.function}_vjp")
+    torch.library.opcheck(vjp.default, (*slope, *detached, wanted))
+
+
+class TestCompiler:
+    """`torch.compile` holds every operator whole: no graph is broken."""
+
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_each(self, name):
+        call = CALLS[name]
+        inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
+        if "num_groups" in rest:
+            rest["num_groups"] = 3
+        if "prior" in rest:
+            rest["prior"] = qt.MLPPrior(rest["prior"].forward, rest["prior"].backward)
+        function = getattr(qt, call.function)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        value = total(flat(compiled(**inputs, **rest)))
+        assert torch.equal(value, total(run(call, inputs, rest)))
+        found = torch.autograd.grad(value, [*inputs.values()])
+        for x, y in zip(found, gradients(call, inputs, rest), strict=True):
+            assert torch.equal(x, y)
+
+    def test_counts_are_read(self):
+        tokens, labels = torch.randn(2, 5, 3), torch.from_numpy(LABELS)
+        compiled = torch.compile(qt.merge_tokens, backend="aot_eager")
+        for counts in (torch.tensor([3, 2]), torch.tensor([4, 2])):
+            wanted = qm.merge_tokens(tokens, labels, counts)
+            assert torch.equal(compiled(tokens, labels, counts), wanted)
+
+    @pytest.mark.parametrize("method", ["average", "nearest"])
+    def test_the_pipeline(self, method):
+        tokens = torch.randn(2, 12, 4, requires_grad=True)
+
+        def loss(tokens, budget):
+            merged = qt.quickmerge(tokens, budget, method=method, seed=2**63 + 1)
+            rebuilt = qt.unmerge_tokens(merged.tokens, merged.labels)
+            error = qt.reconstruction_error(tokens, merged.tokens, labels=merged.labels)
+            return ((rebuilt - tokens) ** 2).mean() + error.sum() + merged.mass.sum()
+
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for budget in (3, 5):  # at the second, K becomes a symbol
+            value = compiled(tokens, budget)
+            torch.testing.assert_close(value, loss(tokens, budget))
+            (found,) = torch.autograd.grad(value, tokens)
+            (wanted,) = torch.autograd.grad(loss(tokens, budget), tokens)
+            torch.testing.assert_close(found, wanted)
+
+    def test_a_share_of_the_tokens(self):
+        tokens = torch.randn(2, 12, 4)
+        compiled = torch.compile(
+            lambda x: qt.quickmerge(x, 0.25), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(tokens).tokens, qm.quickmerge(tokens, 3).tokens)
+
+    def test_a_module(self):
+        model, tokens = qt.QuickMergePP(4), torch.randn(2, 12, 4)
+        model(tokens, 3)[1]["total"].backward()
+        wanted = [x.grad.clone() for x in model.parameters()]
+        model.zero_grad()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(tokens, 3)[1]["total"].backward()
+        for x, y in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(x.grad, y)
+
+
+def plain_losses(tokens, labels, networks, num_groups, noise, tau=0.1, gamma=0.8):
+    """The whole of `QuickMergePP` as torch differentiates it, of given labels."""
+    scores = tokens @ tokens.mT / tokens.shape[-1] ** 0.5
+    log_attention = torch.log_softmax(scores, dim=-1)
+    entropy = -(log_attention.exp() * log_attention).sum(dim=-1)
+    low, high = entropy.aminmax(dim=-1, keepdim=True)
+    saliency = 1 - (entropy - low) / (high - low)
+    chosen = torch.softmax((saliency + noise) / tau, dim=-1)
+    mass = chosen * saliency + (1 - chosen) * 0.01
+    member = (labels[..., None] == torch.arange(num_groups)).to(tokens) * mass[
+        ..., None
+    ]
+    merged = member.mT @ tokens / member.sum(dim=1)[..., None]
+    rebuilt = merged.gather(1, labels.long()[..., None].expand(tokens.shape))
+    error = ((tokens - rebuilt) ** 2).sum(dim=(1, 2)) / (tokens**2).sum(dim=(1, 2))
+    fidelity = (error - (1 - gamma) ** 2).clamp_min(0).mean()
+    steps = torch.arange(1, num_groups)[:, None]
+    ahead = networks[0](merged.cumsum(dim=1)[:, :-1] / steps) - merged[:, 1:]
+    behind = networks[1](merged.flip(1).cumsum(dim=1)[:, :-1] / steps)
+    behind = behind - merged.flip(1)[:, 1:]
+    alignment = (ahead**2).mean() + (behind**2).mean()
+    return merged, {
+        "ar_alignment": alignment,
+        "fidelity": fidelity,
+        "total": 0.1 * alignment + fidelity,
+    }
+
+
+class TestQuickMergePP:
+    def test_against_torch_s_own_gradients(self, rng):
+        tokens = torch.tensor(rng.standard_normal((3, 40, 8)), requires_grad=True)
+        model = qt.QuickMergePP(embedding_dim=8, seed=5).double()
+        merged, losses = model(tokens, 7)
+        labels = qt.quickmerge(tokens, 7, seed=5).labels
+        noise = torch.from_numpy(qm.gumbel_noise((3, 40), 5)).double()
+        prior = model.ar_alignment.prior
+        networks = prior.forward_prior, prior.backward_prior
+        wanted, plain = plain_losses(tokens, labels, networks, 7, noise)
+        torch.testing.assert_close(merged, wanted)
+        places = [tokens, *model.parameters()]
+        for name in ("ar_alignment", "fidelity", "total"):
+            torch.testing.assert_close(losses[name], plain[name])
+            which = places[:1] if name == "fidelity" else places
+            found = torch.autograd.grad(losses[name], which, retain_graph=True)
+            right = torch.autograd.grad(plain[name], which, retain_graph=True)
+            for x, y in zip(found, right, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-10)
+
+    def test_losses_are_the_library_s(self, rng):
+        tokens = torch.tensor(rng.standard_normal((2, 30, 8)), dtype=torch.float32)
+        mask, counts = torch.rand(2, 30) < 0.9, torch.tensor([6, 3])
+        merged, losses = qt.QuickMergePP(8, seed=3)(tokens, counts, 0.5, mask=mask)
+        wanted, floats = qm.QuickMergePP(8, seed=3)(tokens, counts, 0.5, mask=mask)
+        assert torch.equal(merged, wanted)
+        values = {name: x.item() for name, x in losses.items()}
+        assert values == pytest.approx(floats)
+        assert all(x.shape == () for x in losses.values())
+
+    def test_a_step_lowers_the_loss(self, rng):
+        tokens = torch.tensor(rng.standard_normal((2, 30, 8)), dtype=torch.float32)
+        model = qt.QuickMergePP(8)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        values = []
+        for _ in range(5):
+            loss = model(tokens, 6)[1]["total"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        assert values == sorted(values, reverse=True)
+
+    def test_it_is_a_module(self):
+        model = qt.QuickMergePP(8)
+        one, other = (
+            qt.BidirectionalARAlignment(8),
+            qt.BidirectionalARAlignment(8, seed=1),
+        )
+        assert len([*model.parameters()]) == 8
+        tokens = torch.ones(9, 8).cumsum(0)
+        assert one(tokens) != other(tokens)
+        model.ar_alignment = other
+        other.load_state_dict(one.state_dict())
+        assert one(tokens) == model.ar_alignment(tokens)
+        assert one.forward_loss(tokens) + one.backward_loss(tokens) == one(tokens)
+        weights = model.to(torch.bfloat16).state_dict()
+        name = "ar_alignment.prior.forward_prior.0.weight"
+        assert weights[name].dtype == torch.bfloat16
+
+    def test_inference(self, rng):
+        tokens = torch.tensor(rng.standard_normal((30, 8)), requires_grad=True)
+        ar_model = torch.nn.Linear(8, 5, dtype=torch.float64)
+        merged, predictions = qt.QuickMergePP(8).inference(tokens, 6, ar_model)
+        assert torch.equal(merged, qm.quickmerge(tokens.detach(), 6).tokens)
+        torch.testing.assert_close(predictions, ar_model(merged).detach())
+        assert not merged.requires_grad
+
+    def test_the_papers_blocks(self, capsys):
+        names = {"YourARModel": lambda: torch.nn.Linear(512, 7)}
+        exec(PAPER.replace("from quickmerge", "from qm_cupy.torch"), names)
+        assert capsys.readouterr().out == "Compressed from 100 to 20 tokens\n"
+        assert names["losses"]["total"].requires_grad
+        assert names["alignment_loss"].requires_grad
+        assert names["fidelity_loss"].shape == ()
+        assert names["predictions"].shape == (20, 7)
+
+
+class TestPrior:
+    @pytest.fixture
+    def merged(self, rng):
+        return torch.tensor(rng.standard_normal((2, 6, 4)), requires_grad=True)
+
+    def test_it_is_the_library_s(self, merged):
+        drawn = qm.MLPPrior.init(4, hidden_dim=5, seed=3)
+        prior = qt.MLPPrior.init(4, hidden_dim=5, seed=3)
+        state = prior.forward_prior.state_dict(), prior.backward_prior.state_dict()
+        for other in (prior.detach(), qm.MLPPrior.from_state_dict(*state)):
+            for ours, theirs in zip(
+                (*other.forward, *other.backward),
+                (*drawn.forward, *drawn.backward),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(ours, theirs)
+        wanted = drawn.loss(merged.detach())
+        for x, y in zip(prior(merged), wanted, strict=True):
+            assert torch.equal(x, y)
+        again = qt.MLPPrior.from_state_dict(*state)
+        assert torch.equal(again(merged).total, wanted.total)
+
+    def test_detach_copies(self):
+        prior = qt.MLPPrior.init(4)
+        before = prior.detach()
+        kept = before.forward.weight_in.copy()
+        with torch.no_grad():
+            prior.forward_prior[0].weight.zero_()
+        np.testing.assert_array_equal(before.forward.weight_in, kept)
+
+    def test_drawing_leaves_torch_s_generator_alone(self):
+        torch.manual_seed(0)
+        wanted = torch.rand(3)
+        torch.manual_seed(0)
+        qt.QuickMergePP(8)
+        assert torch.equal(torch.rand(3), wanted)
+
+    def test_weights(self, merged):
+        """Against torch's own gradients, of float32 weights beside float64 tokens."""
+        prior = qt.MLPPrior.init(4, hidden_dim=5)
+        found = torch.autograd.grad(prior(merged).forward.sum(), prior.parameters())
+        context = merged.cumsum(1)[:, :-1] / torch.arange(1, 6)[:, None]
+        network = qt.MLPPrior.init(4, hidden_dim=5).double().forward_prior
+        loss = ((network(context) - merged[:, 1:]) ** 2).mean(dim=(1, 2)).sum()
+        wanted = torch.autograd.grad(loss, network.parameters())
+        for x, y in zip(found[:4], wanted, strict=True):
+            assert x.dtype == torch.float32
+            torch.testing.assert_close(x, y.float())
+        assert not any(x.any() for x in found[4:])  # which read backwards
+
+    def test_half_weights(self, merged):
+        prior = qt.MLPPrior.init(4, hidden_dim=5).bfloat16()
+        prior(merged.bfloat16()).total.sum().backward()
+        assert {x.grad.dtype for x in prior.parameters()} == {torch.bfloat16}
+
+    def test_a_merged_knows_its_groups(self, merged):
+        tokens = torch.tensor(np.arange(40.0).reshape(2, 5, 4) ** 2)
+        found = qt.quickmerge(tokens, torch.tensor([4, 2]))
+        prior = qt.MLPPrior.init(4).double()
+        wanted = prior(found.tokens, num_groups=torch.tensor([4, 2]))
+        assert torch.equal(prior(found).total, wanted.total)
+        assert not torch.equal(prior(found.tokens).total, wanted.total)
+
+    def test_other_priors_have_no_gradient(self, merged):
+        class Zero:
+            def predict(self, tokens, **known):
+                return 0 * tokens
+
+        assert qt.alignment_loss(merged.detach(), Zero()).total.shape == (2,)
+        with pytest.raises(TypeError, match="`merged` requires grad"):
+            qt.alignment_loss(merged, Zero())
+
+
+class TestSelection:
+    def test_hard_is_straight_through(self, rng):
+        scores = torch.tensor(rng.random((2, 9)), requires_grad=True)
+        weights = torch.tensor(rng.random((2, 9)))
+        soft, hard = qt.gumbel_softmax(scores), qt.gumbel_softmax(scores, hard=3)
+        assert torch.equal(hard, qm.gumbel_softmax(scores.detach(), hard=3))
+        (wanted,) = torch.autograd.grad((soft * weights).sum(), scores)
+        counts = torch.tensor([2, 4])
+        for mask in (hard, qt.gumbel_softmax(scores, hard=counts)):
+            (found,) = torch.autograd.grad((mask * weights).sum(), scores)
+            assert torch.equal(found, wanted)
+
+    def test_seeds_of_64_bits(self):
+        scores = torch.rand(2, 9)
+        for seed in (0, 2**63 - 1, 2**63, 2**64 - 1, np.uint64(2**64 - 1), None):
+            wanted = qm.gumbel_softmax(scores, seed=seed)
+            assert torch.equal(qt.gumbel_softmax(scores, seed=seed), wanted)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda x: qt.norm_saliency(x.numpy()), TypeError,
+             "`tokens` must be a torch.Tensor, got ndarray"),
+            (lambda x: qt.quickmerge([[1.0]], 1), TypeError,
+             "`tokens` must be a torch.Tensor, got list"),
+            (lambda x: qt.norm_saliency(x, mask=torch.ones(3, dtype=bool)), ValueError,
+             r"`mask` must have shape \(B, N\) = \(2, 5\), got \(3,\)"),
+            (lambda x: qt.quickmerge(x, 2, mask=torch.ones(3, dtype=bool)), ValueError,
+             r"`mask` must have shape \(B, N\) = \(2, 5\), got \(3,\)"),
+            (lambda x: qt.quickmerge(x, 2, saliency=x[0]), ValueError,
+             r"`saliency` must have shape \(B, N\) = \(2, 5\), got \(5, 3\)"),
+            (lambda x: qt.quickmerge(x, 2, query=x), ValueError, "go together"),
+            (lambda x: qt.quickmerge(x, 2, weights="no"), ValueError, "`weights`"),
+            (lambda x: qt.quickmerge(x, 6), ValueError,
+             r"`budget` must lie in 1..5 \(its tokens\), got 6"),
+            (lambda x: qt.quickmerge(x, True), TypeError, "`budget`.*got a bool"),
+            (lambda x: qt.quickmerge(x, 2, attention=x[:, :4]), ValueError,
+             r"`attention` must have shape .* = \(2, 5\), got \(2, 4, 3\)"),
+            (lambda x: qt.gumbel_softmax(x[0], temperature=torch.tensor(0.1)),
+             TypeError, "`temperature` must be a number, got Tensor"),
+            (lambda x: qt.gumbel_softmax(x[0], seed=-1), ValueError, "`seed`"),
+            (lambda x: qt.gumbel_softmax(x[0], seed=0.5), TypeError, "`seed`"),
+            (lambda x: qt.gumbel_softmax(x[0], hard=9), ValueError, "`hard`"),
+            (lambda x: qt.saliency(x[0], salient=3), TypeError, "`salient`.*got int"),
+            (lambda x: qt.saliency(x[0], salient="no"), ValueError, "`salient`"),
+            (lambda x: qt.merge_tokens(x, x, 2), TypeError,
+             "`labels` must be integers"),
+            (lambda x: qt.merge_tokens(x, torch.zeros(2, 5, dtype=int), 1.5),
+             TypeError, "`num_groups` must be an integer, got float"),
+            (lambda x: qt.merge_tokens(x, torch.zeros(2, 5, dtype=int), x[:, 0, 0]),
+             TypeError, "`num_groups` must be integers, got torch.float32"),
+            (lambda x: qt.norm_saliency(x / 0), ValueError, "`tokens` must be finite"),
+        ],
+    )  # fmt: skip
+    def test_words(self, call, error, message):
+        with pytest.raises(error, match=message):
+            call(torch.ones(2, 5, 3))
+
+    def test_an_empty_batch(self):
+        tokens = torch.ones(0, 5, 3, requires_grad=True)
+        merged = qt.quickmerge(tokens, 2)
+        merged.tokens.sum().backward()
+        assert merged.tokens.shape == (0, 2, 3)
+        assert tokens.grad.shape == (0, 5, 3)
+
+
+def test_bfloat16_comes_through(rng):
+    tokens = to_library("torch", rng.standard_normal((2, 9, 4)).astype(np.float32))
+    tokens = tokens.bfloat16()
+    for x, y in zip(qt.quickmerge(tokens, 3), qm.quickmerge(tokens, 3), strict=True):
+        np.testing.assert_array_equal(to_numpy(x), to_numpy(y))
