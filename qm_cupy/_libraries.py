@@ -170,8 +170,9 @@ def _detached(name: str, x: Any) -> Any:
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise TypeError(
-                f"`{name}` requires grad, and nothing here is differentiated: give "
-                f"`{name}.detach()`, or call this under `torch.no_grad()`"
+                f"`{name}` requires grad, which the differentiable functions of "
+                f"`qm_cupy.torch` take and no others: give `{name}.detach()`, or call "
+                "this under `torch.no_grad()`"
             )
         x = x.detach()
     if x.dtype == torch.bfloat16:
@@ -199,8 +200,9 @@ def _to_torch(x: Any, like: Any) -> Any:
 def _concrete(name: str, x: Any) -> Any:
     if isinstance(x, sys.modules["jax"].core.Tracer):
         raise TypeError(
-            f"`{name}` is a JAX tracer, which has no values yet: call this outside of "
-            "jax.jit, jax.grad and jax.vmap, or through jax.pure_callback"
+            f"`{name}` is a JAX tracer, which has no values yet: take the function of "
+            "`qm_cupy.jax`, or call this outside of jax.jit, jax.grad and jax.vmap, or "
+            "through jax.pure_callback"
         )
     if _is_out(name):
         raise TypeError(f"`{name}` cannot be written: JAX arrays are immutable")
