@@ -96,10 +96,36 @@ def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:
 def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) -> None:
     """Refuse another shape than the wanted one, whose last axes `axes` name."""
     if x.shape != wanted:
-        letters = ", ".join(axes[-len(wanted) :])
+        letters = ", ".join(axes[len(axes) - len(wanted) :])
         raise ValueError(
             f"`{name}` must have shape ({letters}) = {wanted}, got {x.shape}"
         )
+
+
+def check_gradient(
+    gradient: Any,
+    wanted: tuple[int, ...],
+    axes: str,
+    inputs: NDArray[Any] | None = None,
+    name: str = "gradient",
+    mask: NDArray[np.bool_] | None = None,
+) -> Any:
+    """Return the gradient of a result of the wanted shape, beside the inputs.
+
+    It may be a number where that shape is (); where a mask is False, anything.
+    """
+    if wanted == () and not hasattr(gradient, "__dlpack__"):
+        empty = _cuda.empty if _cuda.is_cuda(inputs) else np.empty
+        number = empty((), np.float64)
+        number[...] = check_number(name, gradient, -np.inf, np.inf, "()")
+        return number
+    check_floating(name, gradient)
+    check_shape(name, gradient, axes, wanted)
+    seen = gradient
+    if mask is not None and _values_checked(gradient):
+        seen = np.where(mask, gradient, gradient.dtype.type(0))
+    check_finite_values(name, seen)
+    return gradient
 
 
 def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
@@ -116,21 +142,6 @@ def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
     if len(empty):
         where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
         raise ValueError(f"`mask` must leave at least one token, but {where} has none")
-
-
-def check_gradient(
-    gradient: NDArray[Any],
-    wanted: tuple[int, ...],
-    axes: str,
-    mask: NDArray[np.bool_] | None = None,
-) -> None:
-    """Refuse the gradient of a result of another shape, or not finite at its tokens."""
-    check_floating("gradient", gradient)
-    check_shape("gradient", gradient, axes, wanted)
-    if _values_checked(gradient):
-        zero = gradient.dtype.type(0)
-        seen = gradient if mask is None else np.where(mask, gradient, zero)
-        check_finite_values("gradient", seen)
 
 
 def check_mass(

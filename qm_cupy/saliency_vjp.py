@@ -363,7 +363,7 @@ def saliency_vjp(
     check_choice("salient", salient, ("low", "high"))
     shape = _saliency_shape(entropy)
     check_mask(mask, shape)
-    check_gradient(gradient, shape, "BN", mask)
+    check_gradient(gradient, shape, "BN", mask=mask)
     if _cuda.is_cuda(entropy):
         return leave(
             _saliency_vjp_cuda.saliency_vjp_cuda(gradient, entropy, salient, mask)
@@ -461,7 +461,7 @@ def norm_saliency_vjp(
     leave, gradient, tokens, mask = enter(gradient=gradient, tokens=tokens, mask=mask)
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    check_gradient(gradient, tokens.shape[:-1], "BN", mask)
+    check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
     if _cuda.is_cuda(tokens):
         return leave(_saliency_vjp_cuda.norm_saliency_vjp_cuda(gradient, tokens, mask))
     return leave(_norm_saliency_vjp_reference(gradient, tokens, mask))
@@ -486,7 +486,7 @@ def _norm_saliency_vjp_reference(
 def _check_entropy_gradient(
     gradient: NDArray[Any], shape: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> None:
-    check_gradient(gradient, shape, _AXES[len(shape)], mask)
+    check_gradient(gradient, shape, _AXES[len(shape)], mask=mask)
 
 
 def _of_tokens(
