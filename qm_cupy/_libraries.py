@@ -170,7 +170,8 @@ def _detached(name: str, x: Any) -> Any:
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise TypeError(
-                f"`{name}` requires grad, and nothing here is differentiated: give "
+                f"`{name}` requires grad, and this is not differentiated, though "
+                "`qm_cupy.torch` may have it so: give "
                 f"`{name}.detach()`, or call this under `torch.no_grad()`"
             )
         x = x.detach()
@@ -200,7 +201,8 @@ def _concrete(name: str, x: Any) -> Any:
     if isinstance(x, sys.modules["jax"].core.Tracer):
         raise TypeError(
             f"`{name}` is a JAX tracer, which has no values yet: call this outside of "
-            "jax.jit, jax.grad and jax.vmap, or through jax.pure_callback"
+            "jax.jit, jax.grad and jax.vmap, or through jax.pure_callback, unless "
+            "`qm_cupy.jax` has it for tracers"
         )
     if _is_out(name):
         raise TypeError(f"`{name}` cannot be written: JAX arrays are immutable")

@@ -1,7 +1,8 @@
 """The paper's interface: the names and call forms of the authors' code, over ours.
 
 Arrays are of any library that speaks DLPack and come back as they came. Nothing here
-is trained: losses are plain floats for one sequence or batch.
+is trained: losses are plain floats for one sequence or batch. `qm_cupy.torch` and
+`qm_cupy.jax` have the same classes with losses that can be trained on.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,43 @@
+"""A projection and a prior learn through the merge, in torch and in JAX alike."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "training.py"
+
+
+@pytest.fixture(scope="module")
+def courses(tmp_path_factory):
+    """Loss and PSNR of the whole photograph, step by step, in both frameworks."""
+    found = {}
+    for framework in ("torch", "jax"):
+        pytest.importorskip(framework)
+        pytest.importorskip("matplotlib")
+        path = tmp_path_factory.mktemp(framework) / "figures.json"
+        command = [sys.executable, SCRIPT, "--framework", framework, "--quick"]
+        done = subprocess.run(
+            [*command, "--json", path], check=True, capture_output=True, text=True
+        )
+        assert "PSNR" in done.stdout
+        found[framework] = json.loads(path.read_text())["steps"]
+    return found
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_both_improve(courses, framework):
+    losses = [found["loss"] for found in courses[framework]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5 * losses[0]
+    psnr = [found["psnr"] for found in courses[framework]]
+    assert psnr[-1] > psnr[0] + 4
+
+
+def test_they_take_the_same_course(courses):
+    for ours, theirs in zip(*courses.values(), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["psnr"] == pytest.approx(theirs["psnr"], abs=0.2)
