@@ -5,7 +5,8 @@
 One process, libraries in turn, medians of many short runs. torch and JAX are measured
 where they are installed, and on a GPU, with CuPy, where there is one: then it is the
 time until a call returns, its kernels under way. Beside the way out stands each
-library's own import of a NumPy (or CuPy) array, below which it cannot be.
+library's own import of a NumPy (or CuPy) array, below which it cannot be. Last stands
+the Python of `quickmerge` on a GPU, on any machine: launchers whose kernels do nothing.
 """
 
 import argparse
@@ -14,14 +15,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from report import write_json
 
 import qm_cupy as qm
+from qm_cupy import _cuda
 from qm_cupy._arrays import enter
 
 Calls = dict[str, Callable[[], Any]]
@@ -83,6 +87,27 @@ def calls(library: Library) -> Calls:
     }
 
 
+def launchers() -> Calls:
+    tokens = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    methods = "average", "bipartite", "nearest", "contiguous"
+    return {x: lambda x=x: qm.quickmerge(tokens, 2, method=x) for x in methods}
+
+
+def without_kernels() -> ExitStack:
+    """Return a context in which NumPy's arrays pass for a GPU's, and nothing runs."""
+    stand_ins = {
+        "raw_kernel": lambda *names: lambda grid, block, args, **options: None,
+        "empty": np.empty,
+        "to_device": np.asarray,
+        "is_cuda": lambda x: True,
+        "device": lambda: _cuda.Device(multiprocessors=132, shared_bytes=227 << 10),
+    }
+    scope = ExitStack()
+    for name, stand_in in stand_ins.items():
+        scope.enter_context(mock.patch.object(_cuda, name, stand_in))
+    return scope
+
+
 def measure(contenders: Calls, runs: int) -> dict[str, float]:
     """Return the median microseconds of each, run in turn after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -112,6 +137,11 @@ def main() -> None:
         report[title.strip()] = measure(contenders, 3 if options.quick else 40)
         row = "".join(f"{x:>11.1f}" for x in report[title.strip()].values())
         print(f"{title:<30}{row}")
+    with without_kernels():
+        report["launchers"] = measure(launchers(), 3 if options.quick else 40)
+    print("Python of `quickmerge` on a GPU, by method:")
+    for method, taken in report["launchers"].items():
+        print(f"  {method:<28}{taken:>11.1f}")
     if options.json:
         write_json(options.json, {"machine": machine, "microseconds": report})
 

@@ -2,16 +2,16 @@
 
     python benchmarks/quality.py [--quick] [--json PATH] [--plot PATH]
 
-Task 1: passages of Python's language reference go through layers 1-3 of a sentence
-encoder (see minilm.py), are merged to a share of their tokens, and go through layers
-4-6, where a token is attended to by its size; error = 1 - cosine to the embedding of
-the unmerged passage. Task 2: late-interaction search (MaxSim) among sections of the
-same text, queries made of each topic's title and first sentence, the rest of the topic
-being relevant; the sections' vectors are pooled by a factor. Task 3: 8 x 8 patches of
-photographs, tile by tile, rebuilt from the merged ones.
+Task 1: passages of Python's language reference and of the licences of what is installed
+go through layers 1-3 of a sentence encoder (see minilm.py), are merged to a share of
+their tokens, and go through layers 4-6, where a token is attended to by its size;
+error = 1 - cosine to the embedding of the unmerged passage. Task 2: late-interaction
+search (MaxSim) among sections of the same text: the title and the sentence before each
+section are to find it again; the sections' vectors are pooled by a factor. Task 3:
+8 x 8 patches of photographs, tile by tile, rebuilt from the merged ones.
 
-Figures are means over documents (topics, queries, tiles) with 95 % intervals of a
-bootstrap over them.
+Figures are means over documents, or tiles, with 95 % intervals of a bootstrap over
+them; passages and queries of one document are averaged first.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib import cbook
-from minilm import CLS, SEP, MiniLM, pooled, unit
+from minilm import MiniLM, pooled, unit
 from peers import (
     Contender,
     Inside,
     at_random,
+    authors,
     euclidean_kmeans,
     kept,
     kmeans,
@@ -41,13 +42,13 @@ from peers import (
 from PIL import Image
 from report import write_json
 from sklearn.datasets import load_sample_images
-from texts import Document, cut, documents
+from texts import Document, cut, documents, licences, sections
 
 import qm_cupy as qm
 from qm_cupy._progress import progress
 
-LENGTH = 256  # word pieces of a passage, [CLS] and [SEP] among them
-SECTION = 128
+LENGTH, PASSAGES = 256, 6  # word pieces of a passage; the most of a document
+SECTION, SECTIONS = 128, 6  # and of a section, [CLS] and [SEP] among them
 SPLIT = 3  # layers before the merge
 BATCH = 8
 SHARES = 0.5, 0.25, 0.1
@@ -95,10 +96,12 @@ def most_salient(inside: Inside) -> np.ndarray:
 
 CONTENDERS: dict[str, Contender] = {
     "quickmerge": quickmerge,
+    "the authors' labels": authors,
     **{f"{method}": ours(method) for method in ("average", "ward", "complete")},
     **{f"{method}": ours(method) for method in ("single", "nearest", "bipartite")},
     "contiguous": ours("contiguous"),
     "average, saliency weights": ours(weights=saliency),
+    "average, saliency mass": ours(mass=saliency, weights=saliency),
     "ward, saliency weights": ours("ward", weights=saliency),
     "ward, saliency³ weights": ours("ward", weights=cubed),
     "ward, attention weights": ours("ward", weights=received),
@@ -116,6 +119,7 @@ CONTENDERS: dict[str, Contender] = {
     "pruned by entropy": kept(saliency),
     "pruned by attention": kept(received),
 }
+OVER_TWO = {"average, over two layers": "average", "ward, over two layers": "ward"}
 OF_VECTORS = [  # those that ask for nothing but tokens
     "average", "ward", "complete", "single", "bipartite", "contiguous",
     "ward by place too", "ToMe, tokens", "k-means, unit", "uniform chunks",
@@ -145,6 +149,20 @@ def merged(inside: Inside, contender: Contender, num_groups: int) -> tuple[Any, 
     return x, qm.group_sizes(labels, num_groups)
 
 
+def over_two_layers(
+    model: MiniLM, x: np.ndarray, method: str, num_groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge (B, N, D) before the last of the first layers to √(N K), and then to K."""
+    middle = round((x.shape[1] * num_groups) ** 0.5)
+    labels = qm.cluster_tokens(x, middle, method=method)
+    sizes = qm.group_sizes(labels, middle).astype(np.float32)
+    x = model.layer(SPLIT - 1, qm.merge_tokens(x, labels, middle), sizes).hidden
+    labels = qm.cluster_tokens(x, num_groups, method=method, mass=sizes)
+    x = qm.merge_tokens(x, labels, num_groups, mass=sizes)
+    member = labels[:, None] == np.arange(num_groups)[:, None]  # (B, K, N)
+    return x, np.einsum("bkn,bn->bk", member, sizes)
+
+
 def interval(values: np.ndarray) -> list[float]:
     """Return the mean over documents and its 95 % interval."""
     chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
@@ -162,46 +180,55 @@ def ratio(values: np.ndarray, peer: np.ndarray) -> list[float]:
 
 def mid_network(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
     """Errors (contender, share, document)."""
-    parts = [(d, ids) for d, x in enumerate(texts) for ids in cut(x.text, LENGTH)]
+    cuts = [cut(x.text, LENGTH)[:PASSAGES] for x in texts]
+    parts = [(d, ids) for d, of_text in enumerate(cuts) for ids in of_text]
     owner, passages = np.array([d for d, _ in parts]), np.array([x for _, x in parts])
+    names = [*names, *(OVER_TWO if len(names) == len(CONTENDERS) else ())]
     errors = np.zeros((len(names), len(SHARES), len(passages)))
     done = 0
     with progress(len(passages), sys.stderr, "passages") as shown:
         for ids in in_batches(passages):
             inside = looked_into(model, ids, SPLIT)
+            before = model.run(model.embed(ids), 0, SPLIT - 1)
             whole = pooled(model.run(inside.tokens, SPLIT, 6))
             here = slice(done, done + len(ids))
             for n, name in enumerate(names):
                 for s, share in enumerate(SHARES):
                     budget = int(LENGTH * share)
-                    x, sizes = merged(inside, CONTENDERS[name], budget)
+                    if name in OVER_TWO:
+                        method = OVER_TWO[name]
+                        x, sizes = over_two_layers(model, before, method, budget)
+                    else:
+                        x, sizes = merged(inside, CONTENDERS[name], budget)
                     found = pooled(model.run(x, SPLIT, 6, sizes), sizes)
                     errors[n, s, here] = 1 - np.einsum("bd,bd->b", found, whole)
             done += len(ids)
             shown(done)
-    each = np.array([errors[..., owner == d].mean(axis=-1) for d in np.unique(owner)])
-    each = np.moveaxis(each, 0, -1)
-    title = f"error after merging mid-network, {len(passages)} passages"
+    each = by_document(errors, owner)
+    title = f"error after merging mid-network, {len(passages)} passages of "
+    title += f"{each.shape[-1]} documents"
     return table(title, names, [f"{s:.0%}" for s in SHARES], each, PEER)
 
 
+def by_document(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Return means over what is of one document: (..., X) to (..., documents)."""
+    means = [values[..., owner == d].mean(axis=-1) for d in np.unique(owner)]
+    return np.stack(means, axis=-1)
+
+
 def search(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
-    """nDCG@10 and recall@10 (contender, factor, query), unpooled first."""
-    sections = [cut(x.text, SECTION)[:6] for x in texts]
-    owner = np.repeat(np.arange(len(texts)), [len(x) for x in sections])
+    """nDCG@10 and recall@10 (contender, factor, document), unpooled first."""
+    cuts = [sections(x, SECTION, SECTIONS) for x in texts]
+    owner = np.repeat(np.arange(len(texts)), [len(x) for x in cuts])
+    parts = [part for of_text in cuts for part in of_text]
+    passages = np.array([x.passage for x in parts])
     vectors = np.concatenate(
-        [
-            unit(model.run(model.embed(x), 0, 6))
-            for x in in_batches(np.concatenate(sections))
-        ]
+        [unit(model.run(model.embed(x), 0, 6)) for x in in_batches(passages)]
     )
-    queries = [
-        unit(model.run(model.embed(np.array([[CLS, *x.query[:60], SEP]])), 0, 6))[0]
-        for x in texts
-    ]
+    queries = [unit(model.run(model.embed(x.query[None]), 0, 6))[0] for x in parts]
     none = np.ones(vectors.shape[:2], np.float32)
     inside = Inside(vectors, vectors, none, none)
-    plain = ranked(queries, vectors, owner)
+    plain = by_document(ranked(queries, vectors), owner)
     found = np.empty((len(names), len(FACTORS), *plain.shape))
     with progress(len(names), sys.stderr, "contenders") as shown:
         for n, name in enumerate(names):
@@ -209,13 +236,13 @@ def search(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
                 x, sizes = merged(inside, CONTENDERS[name], SECTION // factor)
                 x = np.where(sizes[..., None] > 0, x, 0)
                 length = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
-                found[n, f] = ranked(queries, x / length, owner)
+                found[n, f] = by_document(ranked(queries, x / length), owner)
             shown(n + 1)
     report: Report = {}
     for which, measure in enumerate(("nDCG@10", "recall@10")):
         whole = interval(plain[which])
-        title = f"{measure} of {len(queries)} queries, unpooled {whole[0]:.3f}; ratios"
-        title += f" to it; {len(vectors)} sections"
+        title = f"{measure} of {len(queries)} queries among as many sections of "
+        title += f"{plain.shape[-1]} documents, unpooled {whole[0]:.3f}; ratios to it"
         each = found[:, :, which]
         columns = [f"1/{f}" for f in FACTORS]
         report[measure] = table(title, names, columns, each, None, plain[which])
@@ -223,18 +250,15 @@ def search(model: MiniLM, texts: list[Document], names: list[str]) -> Report:
     return report
 
 
-def ranked(
-    queries: list[np.ndarray], sections: np.ndarray, owner: np.ndarray
-) -> np.ndarray:
-    """Return nDCG@10 and recall@10 of every query: (2, Q)."""
-    gains = 1 / np.log2(np.arange(2, BEST + 2))
+def ranked(queries: list[np.ndarray], vectors: np.ndarray) -> np.ndarray:
+    """Return nDCG@10 and recall@10 (2, Q): the q-th query looks for section q."""
     found = []
+    flat = vectors.reshape(-1, vectors.shape[-1])
     for q, query in enumerate(queries):
-        scores = (query @ sections.swapaxes(-1, -2)).max(axis=-1).sum(axis=-1)
-        hits = owner[np.argsort(-scores, kind="stable")[:BEST]] == q
-        relevant = np.count_nonzero(owner == q)
-        best = gains[: min(relevant, BEST)].sum()
-        found.append((gains[: len(hits)][hits].sum() / best, hits.sum() / relevant))
+        scores = (query @ flat.T).reshape(len(query), *vectors.shape[:2])
+        scores = scores.max(axis=-1).sum(axis=0)
+        rank = np.count_nonzero(scores > scores[q])
+        found.append((rank < BEST) * np.array([1 / np.log2(rank + 2), 1]))
     return np.array(found).T
 
 
@@ -358,7 +382,8 @@ def main() -> None:
     python = platform.python_version()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
     print(f"qm_cupy {qm.__version__}, {machine}, text of Python {python}")
-    texts = documents(model, 4 if quick else None, SECTION)
+    limit = 3 if quick else None
+    texts = documents(model, limit, SECTION) + licences(model, limit, SECTION)
     names = ["quickmerge", "ward", PEER] if quick else list(CONTENDERS)
     of_vectors = ["ward", "ToMe, tokens"] if quick else OF_VECTORS
     report: Report = {"machine": machine, "python": python}

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from . import _cuda
 
+_INT32 = 2**31 - 1  # the most of anything that kernels count
+
 _finite_checked: ContextVar[bool] = ContextVar("finite_checked", default=True)
 
 
@@ -176,15 +178,21 @@ def check_num_groups(
     name: str = "num_groups",
 ) -> NDArray[np.int64]:
     """Return K of every sequence (shape `batch`), each within 1..`most`."""
+    unlimited = most is None or _cuda.is_cuda(most)  # of a mask on a GPU: not looked at
     if is_per_sequence(num_groups):
         if num_groups.dtype.kind not in "iu":
             raise TypeError(f"`{name}` must be integers, got {num_groups.dtype}")
         check_shape(name, num_groups, "B", batch)
         counts = num_groups.astype(np.int64)
     else:
-        counts = np.full(batch, check_integer(name, num_groups), dtype=np.int64)
-    unlimited = most is None or _cuda.is_cuda(most)  # of a mask on a GPU: not looked at
-    limits = np.asarray(np.iinfo(np.int32).max if unlimited else most)
+        count = check_integer(name, num_groups)
+        counts = np.full(batch, count, dtype=np.int64)
+        limit = _INT32 if unlimited else most
+        if not isinstance(limit, int):
+            limit = int(np.min(limit, initial=_INT32))
+        if 1 <= count <= limit:
+            return counts
+    limits = np.asarray(_INT32 if unlimited else most)
     wrong = (counts < 1) | (counts > limits)
     if wrong.any():
         at = tuple(np.argwhere(wrong)[0])

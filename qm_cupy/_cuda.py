@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -110,21 +111,24 @@ def launch(
     if shared > _SHARED_BYTES:  # more than a kernel may have without asking
         # The same for every launch, so that threads cannot take it from each other.
         run.max_dynamic_shared_size_bytes = device().shared_bytes
-    values = tuple(_argument(x) for x in args)
+    # Every argument in the width of its parameter: a launch converts nothing itself.
+    values = tuple([_WIDEN.get(type(x), _as_it_is)(x) for x in args])
     run((grid,), (block,), values, shared_mem=shared)
 
 
-def _argument(x: Any) -> Any:
-    """Give `x` the width its parameter has: a launch checks and converts nothing."""
-    if x is None:
-        return np.uint64(0)  # a null pointer
-    if isinstance(x, int):
-        return np.int64(x)
-    if isinstance(x, float):
-        return np.float64(x)
+def _as_it_is(x: Any) -> Any:
     if not isinstance(x, np.generic) and not x.flags.c_contiguous:
         raise ValueError(f"a kernel takes C-contiguous arrays, got strides {x.strides}")
     return x
+
+
+_NULL = np.uint64(0)
+_WIDEN: dict[type, Callable[[Any], Any]] = {
+    int: np.int64,
+    bool: np.int64,
+    float: np.float64,
+    type(None): lambda x: _NULL,
+}
 
 
 def accumulation(dtype: Any) -> np.dtype[Any]:

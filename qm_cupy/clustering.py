@@ -343,16 +343,28 @@ def cluster_tokens(
     check_mask(mask, shape)
     check_mass_method(mass, method)
     check_mass(mass, shape)
-    counts = check_num_groups(num_groups, shape[:-1], _num_valid(tokens[..., 0], mask))
+    counts = check_num_groups(num_groups, shape[:-1], _num_valid(shape, mask))
     check_protect(protect, method, counts, shape, mask)
     most = largest(num_groups, counts)
     if anchors is not None:
         check_anchors(anchors, method, counts, most, shape, mask, protect)
-    cluster = (
-        _cluster_tokens_cuda if _cuda.is_cuda(tokens) else _cluster_tokens_reference
-    )
     given = tokens, mass, anchors, protect, mask
-    return leave(cluster(*given, counts, method, order))
+    return leave(_cluster_tokens(*given, counts, method, order))
+
+
+def _cluster_tokens(
+    tokens: Any,
+    mass: Any,
+    anchors: Any,
+    protect: Any,
+    mask: Any,
+    counts: NDArray[np.int64],
+    method: str,
+    order: str,
+) -> Any:
+    on_cuda = _cuda.is_cuda(tokens)
+    cluster = _cluster_tokens_cuda if on_cuda else _cluster_tokens_reference
+    return cluster(tokens, mass, anchors, protect, mask, counts, method, order)
 
 
 def _cluster_tokens_reference(

@@ -64,7 +64,7 @@ def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> A
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    limit = _num_valid(tokens[..., 0], mask)
+    limit = _num_valid(tokens.shape[:-1], mask)
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
     if _cuda.is_cuda(tokens):
         return leave(_norm_mass_cuda(tokens, counts, mask))

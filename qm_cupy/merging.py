@@ -107,11 +107,17 @@ def merge_tokens(
     check_mass(mass, tokens.shape[:-1])
     wanted = (*batch, most, tokens.shape[-1])
     check_out(target, wanted, tokens.dtype, tokens, labels, mass)
-    if _cuda.is_cuda(tokens):
-        merged = _merge_tokens_cuda(tokens, labels, most, mass, target)
-    else:
-        merged = _merge_tokens_reference(tokens, labels, most, mass)
+    merged = _merge_tokens(tokens, labels, most, mass, target)
     return _deliver(leave, merged, out, target)
+
+
+def _merge_tokens(
+    tokens: Any, labels: Any, num_groups: int, mass: Any, out: Any
+) -> Any:
+    """Return the merged tokens, in `out` if it is given and a kernel writes them."""
+    if _cuda.is_cuda(tokens):
+        return _merge_tokens_cuda(tokens, labels, num_groups, mass, out)
+    return _merge_tokens_reference(tokens, labels, num_groups, mass)
 
 
 def _merge_tokens_reference(
@@ -285,10 +291,13 @@ def group_sizes(labels: Array, num_groups: Any) -> Array:
     array([2, 1], dtype=int32)
     """
     leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
-    most = _check_groups(labels, num_groups)
+    return leave(_group_sizes(labels, _check_groups(labels, num_groups)))
+
+
+def _group_sizes(labels: Any, num_groups: int) -> Any:
     if _cuda.is_cuda(labels):
-        return leave(_groups_cuda("group_sizes", labels, most))
-    return leave(_group_sizes_reference(labels, most))
+        return _groups_cuda("group_sizes", labels, num_groups)
+    return _group_sizes_reference(labels, num_groups)
 
 
 def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.int32]:
@@ -327,10 +336,13 @@ def group_positions(labels: Array, num_groups: Any) -> Array:
     array([2, 1], dtype=int32)
     """
     leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
-    most = _check_groups(labels, num_groups)
+    return leave(_group_positions(labels, _check_groups(labels, num_groups)))
+
+
+def _group_positions(labels: Any, num_groups: int) -> Any:
     if _cuda.is_cuda(labels):
-        return leave(_groups_cuda("group_positions", labels, most))
-    return leave(_group_positions_reference(labels, most))
+        return _groups_cuda("group_positions", labels, num_groups)
+    return _group_positions_reference(labels, num_groups)
 
 
 def _group_positions_reference(

@@ -20,30 +20,31 @@ from ._checks import (
     check_protect,
     check_source,
     check_tokens,
+    largest,
 )
 from .alignment import Prior, alignment_loss
 from .budget import token_budget
-from .clustering import METHODS, ORDERS, cluster_tokens
+from .clustering import METHODS, ORDERS, _cluster_tokens
 from .fidelity import reconstruction_error
-from .merging import Merged, group_positions, group_sizes, merge_tokens
+from .merging import Merged, _group_positions, _group_sizes, _merge_tokens
 from .saliency import (
+    _expand_mask,
+    _saliency,
+    _self_attention_entropy,
     attention_entropy,
     query_key_entropy,
     self_attention_entropy,
-)
-from .saliency import (
-    saliency as entropy_saliency,
 )
 from .selection import (
     _check_epsilon,
     _check_noise,
     _check_temperature,
+    _gumbel_softmax,
     _num_valid,
     _saliency_gumbel_mass_cuda,
+    _saliency_mass,
+    _select_tokens,
     _softmax_mass_cuda,
-    gumbel_softmax,
-    saliency_mass,
-    select_tokens,
 )
 from .workspace import Workspace
 
@@ -166,28 +167,26 @@ def quickmerge(
     with _cuda.memory_of(workspace, tokens):
         if _cuda.is_cuda(tokens):  # copied here, or else by every stage
             tokens = _cuda.contiguous(tokens)
-        num_groups = _num_groups(tokens, budget, protect, method, mask)
+        counts, most = _num_groups(tokens.shape[:-1], budget, protect, method, mask)
         if target is not None:
-            _check_target(target, tokens, num_groups, weights, saliency, *source)
+            _check_target(target, tokens, most, weights, saliency, *source)
         scores, mass = _saliency_and_mass(
             tokens, mask, saliency, source, temperature, noise, epsilon
         )
         mass = _weights(weights, scores, mass, mask)
         anchors = None
         if method == "nearest":
-            anchors = _anchors(scores, protect, num_groups, noise, mask)
-        labels = cluster_tokens(
-            tokens, num_groups, method=method, anchors=anchors, protect=protect,
-            mask=mask, order=order,
-        )  # fmt: skip
+            anchors = _anchors(scores, protect, counts, most, noise, mask)
+        given = tokens, None, anchors, protect, mask
+        labels = _cluster_tokens(*given, counts, method, order)
         place = None if target is None else target.tokens
-        merged = merge_tokens(tokens, labels, num_groups, mass=mass, out=place)
-        sizes = group_sizes(labels, num_groups)
-        positions = group_positions(labels, num_groups)
+        merged = _merge_tokens(tokens, labels, most, mass, place)
+        sizes, positions = _group_sizes(labels, most), _group_positions(labels, most)
         found = Merged(merged, labels, sizes, positions, scores, mass)
         if target is not None and out is not None:
-            for x, place in zip(found[1:], target[1:], strict=True):
-                place[...] = x
+            for x, place in zip(found, target, strict=True):
+                if x is not place:  # a kernel has written it already
+                    place[...] = x
             return out
     if workspace is not None and _cuda.is_cuda(tokens):
         found = Merged(*(x.copy() for x in found))  # into memory of their own
@@ -366,22 +365,21 @@ def _named(name: str, merged: Merged[Any]) -> dict[str, Any]:
 
 
 def _num_groups(
-    tokens: NDArray[Any], budget: Any, protect: Any, method: str, mask: Any
-) -> Any:
-    """Return K, refusing before any work what `cluster_tokens` would after some."""
+    shape: tuple[int, ...], budget: Any, protect: Any, method: str, mask: Any
+) -> tuple[NDArray[np.int64], int]:
+    """Return K of every sequence and the largest, for tokens of shape (B, N)."""
+    limit = _num_valid(shape, mask)
     share = isinstance(budget, float | np.floating)
-    sizes = _num_valid(tokens[..., 0], mask if share else None)  # K needs no look at it
-    num_groups = token_budget(budget, sizes)
-    shape, limit = tokens.shape[:-1], _num_valid(tokens[..., 0], mask)
+    num_groups = token_budget(budget, limit) if share else budget
     counts = check_num_groups(num_groups, shape[:-1], limit, name="budget")
     check_protect(protect, method, counts, shape, mask)
-    return num_groups
+    return counts, largest(num_groups, counts)
 
 
 def _check_target(
     target: Merged[Any],
     tokens: NDArray[Any],
-    num_groups: Any,
+    most: int,
     weights: Any,
     *sources: Any,
 ) -> None:
@@ -391,8 +389,7 @@ def _check_target(
     scores = _cuda.accumulation((given or [tokens])[0].dtype)
     mass = scores if isinstance(weights, str) else _cuda.accumulation(weights.dtype)
     *leading, num_tokens, dim = tokens.shape
-    batch, most = tuple(leading), int(np.max(num_groups, initial=0))
-    each, groups = (*batch, num_tokens), (*batch, most)
+    each, groups = (*leading, num_tokens), (*leading, most)
     wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (
         ("BKD", (*groups, dim), tokens.dtype),
         ("BN", each, np.dtype(np.int32)),
@@ -430,18 +427,15 @@ def _saliency_and_mass(
                 entropy, "low", temperature, noise, epsilon, padding
             )
             return scores.reshape(shape), mass.reshape(shape)
-        scores = entropy_saliency(entropy, mask=padding).reshape(shape)
+        scores = _saliency(entropy, "low", padding).reshape(shape)
     else:
         check_mass(given, shape, "saliency")
         scores = _fresh(given, mask)
     if fused:
         _, mass = _softmax_mass_cuda(scores, temperature, noise, epsilon, mask)
         return scores, mass
-    seed, first = noise
-    probabilities = gumbel_softmax(
-        scores, temperature=temperature, seed=seed, mask=mask, sequence_offset=first
-    )
-    return scores, _fresh(saliency_mass(scores, probabilities, epsilon=epsilon), mask)
+    probabilities = _gumbel_softmax(scores, temperature, noise, None, mask)
+    return scores, _fresh(_saliency_mass(scores, probabilities, epsilon), mask)
 
 
 def _check_one_source(
@@ -482,26 +476,27 @@ def _entropy(
     if query is not None and key is not None:
         lifted = _lift("query", query, tokens), _lift("key", key, tokens)
         return query_key_entropy(*lifted, mask=mask)
-    x = tokens if hidden_states is None else hidden_states
-    return self_attention_entropy(_lift("hidden_states", x, tokens), mask=mask)
+    if hidden_states is not None:
+        layers = _lift("hidden_states", hidden_states, tokens)
+        return self_attention_entropy(layers, mask=mask)
+    x = tokens.reshape(-1, *tokens.shape[-2:])
+    return _self_attention_entropy(x, _expand_mask(mask, x.shape[:-1]))
 
 
 def _anchors(
     scores: NDArray[Any],
     protect: NDArray[np.bool_] | None,
-    num_groups: Any,
+    counts: NDArray[np.int64],
+    most: int,
     noise: tuple[int | None, int],
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
     """Return the protected and the K - P others of greatest saliency plus noise."""
-    seed, first = noise
     if protect is not None:
         scores = scores.copy()
         scores[protect] = np.finfo(scores.dtype).max / 2  # noise is nothing to this
-    chosen = gumbel_softmax(
-        scores, seed=seed, hard=num_groups, mask=mask, sequence_offset=first
-    )
-    return select_tokens(chosen, num_groups, mask=mask)
+    chosen = _gumbel_softmax(scores, 1.0, noise, counts, mask)
+    return _select_tokens(chosen, counts, most, mask)
 
 
 def _lift(name: str, source: NDArray[Any], tokens: NDArray[Any]) -> NDArray[Any]:

@@ -278,9 +278,13 @@ def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array
     leave, tokens, mask = enter(tokens=tokens, mask=mask)
     check_values("tokens", tokens, "ND", "BND", "LBND")
     keep = _expand_mask(mask, tokens.shape[:-1])
+    return leave(_self_attention_entropy(tokens, keep))
+
+
+def _self_attention_entropy(tokens: Any, mask: Any) -> Any:
     if _cuda.is_cuda(tokens):
-        return leave(_self_attention_entropy_cuda(tokens, keep))
-    return leave(_self_attention_entropy_reference(tokens, keep))
+        return _self_attention_entropy_cuda(tokens, mask)
+    return _self_attention_entropy_reference(tokens, mask)
 
 
 def _self_attention_entropy_reference(
@@ -449,9 +453,13 @@ def saliency(
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
     check_choice("salient", salient, ("low", "high"))
     check_mask(mask, _saliency_shape(entropy))
+    return leave(_saliency(entropy, salient, mask))
+
+
+def _saliency(entropy: Any, salient: str, mask: Any) -> Any:
     if _cuda.is_cuda(entropy):
-        return leave(_saliency_cuda(entropy, salient, mask))
-    return leave(_saliency_reference(entropy, salient, mask))
+        return _saliency_cuda(entropy, salient, mask)
+    return _saliency_reference(entropy, salient, mask)
 
 
 def _saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:

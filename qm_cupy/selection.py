@@ -153,14 +153,34 @@ def gumbel_softmax(
     noise = _check_noise(seed, sequence_offset)
     counts = None
     if hard is not None:
-        most = _num_valid(saliency, mask)
+        most = _num_valid(saliency.shape, mask)
         counts = check_num_groups(hard, saliency.shape[:-1], most, name="hard")
+    return leave(_gumbel_softmax(saliency, temperature, noise, counts, mask))
+
+
+def _gumbel_softmax(
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    counts: NDArray[np.int64] | None,
+    mask: Any,
+) -> Any:
     if _cuda.is_cuda(saliency):
-        return leave(_gumbel_softmax_cuda(saliency, temperature, noise, counts, mask))
+        return _gumbel_softmax_cuda(saliency, temperature, noise, counts, mask)
+    return _gumbel_softmax_reference(saliency, temperature, noise, counts, mask)
+
+
+def _gumbel_softmax_reference(
+    saliency: NDArray[Any],
+    temperature: float,
+    noise: tuple[int | None, int],
+    counts: NDArray[np.int64] | None,
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
     scores = _perturbed_scores_reference(saliency, noise, mask)
     if counts is None:
-        return leave(_softmax_reference(scores, temperature, mask))
-    return leave(_top_reference(scores, counts, mask).astype(scores.dtype))
+        return _softmax_reference(scores, temperature, mask)
+    return _top_reference(scores, counts, mask).astype(scores.dtype)
 
 
 def _check_temperature(temperature: Any) -> float:
@@ -347,9 +367,13 @@ def saliency_mass(
     check_values("probabilities", probabilities, "N", "BN")
     check_shape("probabilities", probabilities, "BN", saliency.shape)
     epsilon = _check_epsilon(epsilon)
+    return leave(_saliency_mass(saliency, probabilities, epsilon))
+
+
+def _saliency_mass(saliency: Any, probabilities: Any, epsilon: float) -> Any:
     if _cuda.is_cuda(saliency):
-        return leave(_saliency_mass_cuda(saliency, probabilities, epsilon))
-    return leave(_saliency_mass_reference(saliency, probabilities, epsilon))
+        return _saliency_mass_cuda(saliency, probabilities, epsilon)
+    return _saliency_mass_reference(saliency, probabilities, epsilon)
 
 
 def _check_epsilon(epsilon: Any) -> float:
@@ -420,11 +444,16 @@ def select_tokens(
     )
     check_values("scores", scores, "N", "BN")
     check_mask(mask, scores.shape)
-    counts = check_num_groups(num_groups, scores.shape[:-1], _num_valid(scores, mask))
+    limit = _num_valid(scores.shape, mask)
+    counts = check_num_groups(num_groups, scores.shape[:-1], limit)
     most = largest(num_groups, counts)
+    return leave(_select_tokens(scores, counts, most, mask))
+
+
+def _select_tokens(scores: Any, counts: NDArray[np.int64], most: int, mask: Any) -> Any:
     if _cuda.is_cuda(scores):
-        return leave(_select_tokens_cuda(scores, counts, most, mask))
-    return leave(_select_tokens_reference(scores, counts, most, mask))
+        return _select_tokens_cuda(scores, counts, most, mask)
+    return _select_tokens_reference(scores, counts, most, mask)
 
 
 def _select_tokens_reference(
@@ -466,6 +495,6 @@ def _top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
     return out
 
 
-def _num_valid(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> Any:
+def _num_valid(shape: tuple[int, ...], mask: NDArray[np.bool_] | None) -> Any:
     """Return the number of tokens of (B, N): N, or per sequence under a mask."""
-    return x.shape[-1] if mask is None else mask.sum(axis=-1)
+    return shape[-1] if mask is None else mask.sum(axis=-1)

@@ -44,11 +44,11 @@ def labels(monkeypatch):
     """Groups of neighbours, whatever the tokens are."""
     labels = np.tile(np.arange(TOKENS) * GROUPS // TOKENS, (BATCH, 1)).astype(np.int32)
 
-    def cluster_tokens(tokens, *_, mask, **__):
+    def cluster_tokens(tokens, mass, anchors, protect, mask, *_):
         found = labels if tokens.ndim == 3 else labels[0]
         return found if mask is None else np.where(mask, found, np.int32(-1))
 
-    monkeypatch.setattr(pipeline, "cluster_tokens", cluster_tokens)
+    monkeypatch.setattr(pipeline, "_cluster_tokens", cluster_tokens)
 
 
 @pytest.fixture
