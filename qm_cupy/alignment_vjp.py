@@ -179,18 +179,15 @@ def _alignment_loss_vjp_cuda(
         network = prior._copy_beside(merged, bool(reverse))
         context = _running_mean_cuda(merged, counts, bool(reverse))
         hidden = linear(context, *network[:2], activation="relu")
-        prediction, slope = (
-            linear(hidden, *network[2:]),
-            _cuda.empty(merged.shape, kind),
-        )
+        prediction = linear(hidden, *network[2:])
+        slope = _cuda.empty(merged.shape, kind)
         gradient = _cuda.contiguous(gradient.reshape(-1), kind)  # (B,)
         args = (prediction, merged, each, gradient, *sizes, reverse, slope)
         kernel = "basic/alignment_vjp", "prediction_slopes"
         _cuda.launch(*kernel, merged.dtype, slope.size, args)
 
-        back, *second = _linear_vjp_cuda(
-            slope, hidden, network.weight_out, rectified=True
-        )
+        layer = slope, hidden, network.weight_out
+        back, *second = _linear_vjp_cuda(*layer, rectified=True)
         by_context, *first = _linear_vjp_cuda(back, context, network.weight_in)
         by_weights.append(MLP(*first, *second))
         means.append(_running_mean_vjp_cuda(by_context, each, reverse))
