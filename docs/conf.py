@@ -39,8 +39,9 @@ exclude_patterns = ["**/.ipynb_checkpoints"]
 templates_path = ["_templates"]
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:obj", r"(scipy|torch)\..*"),  # no inventories are downloaded
+    ("py:obj", r"(scipy|torch|jax)\..*"),  # no inventories are downloaded
     ("py:obj", "token|budget"),  # parameters that bear a module's name
+    ("py:obj", "MLPPrior|gumbel_noise"),  # of qm_cupy.jax, which are the package's
 ]
 default_role = "autolink"
 
