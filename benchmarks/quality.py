@@ -47,7 +47,7 @@ from texts import Document, cut, documents, licences, sections
 import qm_cupy as qm
 from qm_cupy._progress import progress
 
-LENGTH, PASSAGES = 256, 6  # word pieces of a passage; the most of a document
+LENGTH, PASSAGES = 256, 2  # word pieces of a passage; the most of a document
 SECTION, SECTIONS = 128, 6  # and of a section, [CLS] and [SEP] among them
 SPLIT = 3  # layers before the merge
 BATCH = 8
