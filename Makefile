@@ -25,7 +25,7 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m numpydoc.hooks.validate_docstrings --config . qm_cupy/*.py
+	$(BIN)/numpydoc lint --config . qm_cupy/*.py
 	find kernels -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # Every page anew, its examples and the notebooks executed; whatever warns is an error.

@@ -107,12 +107,16 @@ def quickmerge(
     method, order : str
         As in `cluster_tokens`. For "nearest" the anchors are the protected tokens and,
         up to K, those whose saliency plus Gumbel noise is greatest.
-    temperature, seed, sequence_offset
+    temperature : float, default 0.1
         As in `gumbel_softmax`.
     epsilon : float, default 0.01
         As in `saliency_mass`.
     weights : {"mass", "saliency", "uniform"} or ndarray of shape (B, N), default "mass"
         Weights of the merge.
+    seed : int or None, default 0
+        As in `gumbel_softmax`.
+    sequence_offset : int, default 0
+        As in `gumbel_noise`.
     out : Merged, optional
         Where to write the results: those of a call with the same shapes, dtypes and
         budget. JAX arrays cannot be written.
