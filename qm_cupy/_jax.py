@@ -29,7 +29,7 @@ def apply(name: str, *arguments: Any) -> Any:
 
 def counts_of(name: str, count: Any) -> tuple[jax.Array | None, int]:
     """Return an array of a count for each sequence, or None, and the largest count."""
-    _check_known(name, count)
+    check_known(name, count)
     if getattr(count, "ndim", 0) == 0:
         return None, check_integer(name, count)
     counts = np.asarray(count)
@@ -45,7 +45,7 @@ def optional_counts(name: str, count: Any) -> tuple[jax.Array | None, int | None
 
 def known_seed(seed: Any) -> int | None:
     """Return a seed within 0..2⁶⁴ - 1."""
-    _check_known("seed", seed)
+    check_known("seed", seed)
     return None if seed is None else check_seed(seed)
 
 
@@ -67,11 +67,12 @@ def check_array(declared: str, x: Any) -> Any:
 
 
 def _static_option(declared: str, value: Any) -> Any:
-    _check_known(declared.split()[-1], value)
+    check_known(declared.split()[-1], value)
     return check_option(declared, value)
 
 
-def _check_known(name: str, value: Any) -> None:
+def check_known(name: str, value: Any) -> None:
+    """Refuse a tracer."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
             f"`{name}` is a JAX tracer, but must be known while tracing: "

@@ -23,7 +23,14 @@ from jax import Array
 from jax import numpy as jnp
 
 from . import _composed, _jax, alignment, framework
-from ._jax import apply, check_array, counts_of, known_seed, optional_counts
+from ._jax import (
+    apply,
+    check_array,
+    check_known,
+    counts_of,
+    known_seed,
+    optional_counts,
+)
 
 # isort: off
 from . import (
@@ -249,6 +256,9 @@ def quickmerge(
     To `tokens`, to what the saliency comes from, and to `weights` if they are an array.
     """
     tokens, mask = check_array("tokens", tokens), check_array("mask?", mask)
+    check_known("budget", budget)
+    if isinstance(budget, float):  # a share of the tokens that the mask keeps
+        check_known("mask", mask)
     return _composed.quickmerge(
         _HERE, jnp, _jax.fresh, tokens, budget, hidden_states, attention, query,
         key, saliency, mask, protect, method, order, temperature, epsilon, weights,

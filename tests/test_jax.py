@@ -294,6 +294,8 @@ class TestErrors:
             ("temperature", lambda x, k: qj.gumbel_softmax(x[0], temperature=k)),
             ("num_groups", lambda x, k: qj.cluster_tokens(x, k)),
             ("num_groups", lambda x, k: qj.group_sizes(jnp.zeros(3, int), k[None])),
+            ("budget", lambda x, k: qj.quickmerge(x, k)),
+            ("mask", lambda x, k: qj.quickmerge(x, 0.5, mask=x[:, 0] > 0)),
         ],
     )
     def test_options_are_static(self, name, call):
