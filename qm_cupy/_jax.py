@@ -1,5 +1,6 @@
 """The operations as JAX knows them: for its gradients, and in what it traces."""
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -141,8 +142,10 @@ def _call(function: Callable[..., Any], results: Any, *arrays: Any) -> Any:
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         return function(*arrays)
 
+    settings = contextvars.copy_context()  # of this thread, which is not the callback's
+
     def on_host(*given: Any) -> Any:
-        return function(*jax.tree.map(np.asarray, given))
+        return settings.copy().run(function, *jax.tree.map(np.asarray, given))
 
     return jax.pure_callback(on_host, results, *arrays, vmap_method="sequential")
 

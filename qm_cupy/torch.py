@@ -8,8 +8,9 @@ require grad, and detaches them. All else is the very same object, and refuses s
 tensors: no gradient is ever left out in silence.
 
 The operations are torch's custom operators, ``torch.ops.qm_cupy``: a compiled graph
-holds them whole. Where K differs between sequences, its array is read while tracing.
-Each can be differentiated once, and by `torch.autograd`, not by `torch.func`.
+holds them whole. It breaks where K differs between sequences, as its array is read; a
+budget that is a share of the tokens takes an N known to the compiler. Each operation
+can be differentiated once, and by `torch.autograd`, not by `torch.func`.
 """
 
 import sys

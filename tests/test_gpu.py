@@ -47,6 +47,12 @@ RESULTS = {
     "group_positions": "i",
     "alignment_loss": "sss",
     "alignment_loss, transformer": "sss",
+    "attention_entropy_vjp": "g",
+    "query_key_entropy_vjp": "gg",
+    "query_key_entropy_vjp, causal": "gg",
+    "self_attention_entropy_vjp": "g",
+    "saliency_vjp": "g",
+    "norm_saliency_vjp": "g",
     "cut_linkage": "i",
     "cut_linkage, max_error": "i",
     **{f"linkage, {method}": "d" for method in LINKAGES},
@@ -97,6 +103,7 @@ def calls(num_tokens, masked=False, ragged=False):
     attention[..., ::3] = 0
     query, key = rng.standard_normal((2, *shape, min(dim, 64)))
     entropy = rng.random(shape)
+    by_row, by_place = rng.standard_normal(shape), rng.standard_normal(score.shape)
     prior = qm.MLPPrior.init(dim, hidden_dim=50)
     transformer = qm.TransformerPrior.init(dim, hidden_dim=48, num_heads=3)
     padded = {"mask": mask}
@@ -129,6 +136,33 @@ def calls(num_tokens, masked=False, ragged=False):
         ),
         "saliency": (qm.saliency, {"entropy": entropy, **padded}),
         "norm_saliency": (qm.norm_saliency, {"tokens": tokens, **padded}),
+        "attention_entropy_vjp": (
+            qm.attention_entropy_vjp,
+            {"gradient": by_row, "attention": attention, **padded},
+        ),
+        "query_key_entropy_vjp": (
+            qm.query_key_entropy_vjp,
+            {"gradient": by_row, "query": query, "key": key, **padded},
+        ),
+        "query_key_entropy_vjp, causal": (
+            qm.query_key_entropy_vjp,
+            {
+                **{"gradient": by_row, "query": query, "key": key},
+                **{"causal": True, **padded},
+            },
+        ),
+        "self_attention_entropy_vjp": (
+            qm.self_attention_entropy_vjp,
+            {"gradient": by_place, "tokens": tokens, **padded},
+        ),
+        "saliency_vjp": (
+            qm.saliency_vjp,
+            {"gradient": by_place, "entropy": entropy, **padded},
+        ),
+        "norm_saliency_vjp": (
+            qm.norm_saliency_vjp,
+            {"gradient": by_place, "tokens": tokens, **padded},
+        ),
         "gumbel_softmax": (qm.gumbel_softmax, softmax),
         "gumbel_softmax, hard": (qm.gumbel_softmax, {**softmax, "hard": num_groups}),
         "saliency_mass": (

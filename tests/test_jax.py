@@ -1,6 +1,7 @@
 """`qm_cupy.jax`: the same names, differentiable, under JAX's transformations."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -338,3 +339,27 @@ def test_large_arrays_come_back():
     tokens = jnp.ones((4, 2048, 256)) * jnp.arange(2048)[:, None]
     slope = jax.jit(jax.grad(lambda x: qj.norm_saliency(x * 2).sum()))(tokens)
     assert slope.shape == tokens.shape
+
+
+def test_settings_hold_in_callbacks(monkeypatch):
+    """As they were while tracing: a callback may come in a thread of its own."""
+    tokens, labels = jnp.ones((3, 2)), jnp.zeros(3, int)
+    mass, plain = jnp.array([-1.0, 2.0, 3.0]), jax.pure_callback
+
+    def elsewhere(function, results, *given, **options):
+        def in_a_thread(*x):
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(function, *x).result()
+
+        return plain(in_a_thread, results, *given, **options)
+
+    monkeypatch.setattr(jax, "pure_callback", elsewhere)
+
+    def merge(mass):
+        return qj.merge_tokens(tokens, labels, 1, mass=mass)
+
+    with pytest.raises(Exception, match="`mass` must be ≥ 0"):
+        jax.jit(merge)(mass)
+    with qm.check_finite(False):
+        found = jax.jit(lambda mass: merge(mass))(mass)
+    np.testing.assert_allclose(found, np.ones((1, 2)))

@@ -13,7 +13,7 @@ import pytest
 from conftest import TOLERANCE, assert_close
 
 import qm_cupy as qm
-from qm_cupy import _cuda
+from qm_cupy import _cuda, alignment_vjp
 from qm_cupy.alignment_vjp import _alignment_loss_vjp_reference
 from qm_cupy.fidelity_vjp import _reconstruction_error_vjp_reference
 from qm_cupy.merging_vjp import (
@@ -230,7 +230,8 @@ def test_alignment_loss(dtype, num_groups, ragged):
     got = qm.alignment_loss_vjp(
         gradient, merged, prior, num_groups=counts if ragged else None
     )
-    each = wide(gradient[0] + gradient[2]), wide(gradient[1] + gradient[2])
+    ahead, behind, total = map(wide, gradient)
+    each = ahead + total, behind + total
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda, "is_cuda", lambda x: False)
         wanted = _alignment_loss_vjp_reference(each, wide(merged), prior, counts)
@@ -244,8 +245,6 @@ def test_alignment_loss(dtype, num_groups, ragged):
 
 @pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
 def test_weights_of_many_rows_are_summed_by_parts(monkeypatch):
-    from qm_cupy import alignment_vjp
-
     gradient, merged, prior = alignment_of(33, np.float64)
     whole = qm.alignment_loss_vjp(gradient, merged, prior)
     for rows, most in ((40, 32), (7, 2)):  # 99 rows in parts of 64 and of 64
@@ -260,16 +259,16 @@ def test_weights_of_many_rows_are_summed_by_parts(monkeypatch):
 
 @pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
 def test_products_with_tf32_are_near_the_truth():
-    given = alignment_of(33, np.float32)
-    plain = qm.alignment_loss_vjp(*given)
+    """Of a layer alone: which of its units fire is the forward's to say."""
+    x, weight = random((99, 37), np.float32), random((50, 37), np.float32, 1)
+    gradient = random((99, 50), np.float32, 2) / 99
+    plain = alignment_vjp._linear_vjp_cuda(gradient, x, weight)
     with qm.allow_tf32():
-        got = qm.alignment_loss_vjp(*given)
-    pairs = [(got[0], plain[0])]
-    for mlp, other in zip(got[1], plain[1], strict=True):
-        pairs += zip(mlp[::2], other[::2], strict=True)  # the weights
-    for x, y in pairs:
-        assert_close(x, y, "tf32")
-        assert (x != y).any()
+        got = alignment_vjp._linear_vjp_cuda(gradient, x, weight)
+    for y, z in zip(got[:2], plain[:2], strict=True):
+        assert_close(y, z, "tf32")
+        assert (y != z).any()
+    np.testing.assert_array_equal(got[2], plain[2])  # the bias has no products
 
 
 @dtypes

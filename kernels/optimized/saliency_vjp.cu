@@ -1,5 +1,4 @@
-// Vector-Jacobian products of saliency, the scores' by tiles; see
-// basic/saliency_vjp.cu.
+// Vector-Jacobian products of saliency, by tiles; see basic/saliency_vjp.cu.
 //
 // Scores are in units of ln 2 here, m too. A band of G is stored as real_t, so that the
 // tensor cores take it, and goes by tiles to its product with the tokens of its
@@ -33,11 +32,8 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
                 tokens_among<16>(valid, column0, num_tokens, tile_column);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int last =
-                    causal ? static_cast<int>(
-                                 min(row0 - column0, static_cast<long long>(TILE))) +
-                                 tile_row(i)
-                           : TILE;
+                // No tile is behind the one on the diagonal.
+                const int last = causal && column0 == row0 ? tile_row(i) : TILE;
 #pragma unroll
                 for (int j = 0; j < 16; ++j) {
                     const bool seen = columns >> j & 1 && tile_column(j) <= last;
