@@ -30,9 +30,7 @@ def doctor() -> None:
         rows += found or [(names[-1], f"not installed: {command}")]
     rows += [("GPU", line) for line in _gpus()]
     rows += [("kernel cache", _cache())]
-    rows += [
-        ("device", "tensors on a GPU run the CUDA kernels; clusters form on the CPU")
-    ]
+    rows += [("device", "tensors on a GPU run the CUDA kernels, all others NumPy")]
     for name, text in rows:
         print(f"{name:<17} {text}")
 

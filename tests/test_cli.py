@@ -430,7 +430,7 @@ class TestDoctor:
             assert f"\n{name} " in f"\n{text}"
         assert np.__version__ in text
         assert f"{tmp_path / 'cache'}, not made yet" in text
-        assert "clusters form on the CPU" in text
+        assert "on a GPU run the CUDA kernels, all others NumPy" in text
 
     def test_with_a_gpu(self, tmp_path, report):
         (tmp_path / "cache").mkdir()
