@@ -20,8 +20,8 @@ def softmax(scores):
 
 def calls(rng):
     """Return, by name, an operation, its product, differentiable inputs and options."""
-    attention = softmax(rng.standard_normal((3, 2, 4, 5, 5)))
-    query, key = rng.standard_normal((2, 3, 2, 4, 5, 3))
+    attention = softmax(rng.standard_normal((2, 2, 2, 5, 5)))
+    query, key = rng.standard_normal((2, 2, 2, 2, 5, 3))
     return {
         "attention": (
             qm.attention_entropy,

@@ -69,8 +69,8 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
         is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
 }
 
-// G is stored in units of its head's greatest |g / (1 + r)| over this: it is then below
-// this times log N + 1, in the middle of a half's range.
+// G is stored in units of its head's greatest |g / (1 + r)| over this: G + Gᵀ is then
+// below 2 (log N + 1) times this, well within a half's range.
 constexpr float UNITS = 512;
 
 // One block, one head: its unit, and the weights in it.
