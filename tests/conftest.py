@@ -2,9 +2,13 @@
 
 from typing import NamedTuple
 
+import emulator
 import numpy as np
 import pytest
+from emulated import SANITIZED
 from hypothesis import settings
+
+from qm_cupy import _cuda
 
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("steady")
@@ -76,3 +80,15 @@ def library(request):
     """Name of an array library whose arrays the public functions take."""
     pytest.importorskip(request.param)
     return request.param
+
+
+KERNELS = "basic", "optimized", "optimized-750"  # the last as sm_75 has them
+
+
+@pytest.fixture(params=KERNELS[:2] if SANITIZED else KERNELS)
+def kernels(request, monkeypatch):
+    """Name of the kernels that an emulator runs under the public functions."""
+    name, _, arch = request.param.partition("-")
+    emulator.install(monkeypatch, arch=int(arch or 900))
+    with _cuda.use_kernels(name):
+        yield name

@@ -3,12 +3,9 @@
 Launchers are called directly, on NumPy arrays that pass for CUDA's.
 """
 
-import os
-
-import emulator
-import ml_dtypes
 import numpy as np
 import pytest
+from emulated import SANITIZED, dtypes, masked, random
 from scipy.cluster import hierarchy
 
 from qm_cupy import _cuda
@@ -22,35 +19,17 @@ from qm_cupy._matching_cuda import (
     top_norm_anchors_cuda,
 )
 
-DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+pytestmark = pytest.mark.usefixtures("kernels")
+
 SIZES = [1, 2, 31, 33, 129, 257]
 SHARES = [0.0, 0.3, 0.8, 1.0]  # of the tokens, to be left as groups
 LONG = [*SIZES, 1100]  # more than a block has threads
-KERNELS = ["basic", "optimized", "optimized-750"]
-QUICK = bool(os.environ.get("QM_CUPY_SANITIZER"))
-if QUICK:  # a hundred times slower: one size, every line
-    DTYPES, KERNELS = [np.float32], ["basic", "optimized"]
+if SANITIZED:
     SIZES, LONG, SHARES = [33], [33], [0.3]
 
-dtypes = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
-)
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
 long_sizes = pytest.mark.parametrize("num_tokens", LONG)
-masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
 orders = pytest.mark.parametrize("order", ["last", "first"])
-
-
-@pytest.fixture(autouse=True, params=KERNELS)
-def kernels(request, monkeypatch):
-    name, _, arch = request.param.partition("-")
-    emulator.install(monkeypatch, arch=int(arch or 900))
-    with _cuda.use_kernels(name):
-        yield name
-
-
-def random(shape, dtype, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 def masks_of(batch, num_tokens, masked=True):
@@ -419,8 +398,8 @@ def test_wild_values_stay_within_the_arrays(dtype):
     every = np.ones_like(mask)
     all_masks = (mask, protect), (None, None), (mask, every), (None, every)
     all_counts = (wild, 40), (None, 1), (None, 10**9), (None, 0)
-    for masks in all_masks[:1] if QUICK else all_masks:
-        for counts, most in all_counts[:1] if QUICK else all_counts:
+    for masks in all_masks[:1] if SANITIZED else all_masks:
+        for counts, most in all_counts[:1] if SANITIZED else all_counts:
             for match in MATCHINGS.values():
                 labels = number_groups_cuda(match(tokens, counts, most, *masks), "last")
                 assert labels.max() < num_tokens

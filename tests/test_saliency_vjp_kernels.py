@@ -4,53 +4,20 @@ The public functions are called, on NumPy arrays that pass for CUDA's, so that e
 launcher runs too.
 """
 
-import os
-
-import emulator
-import ml_dtypes
 import numpy as np
 import pytest
 from conftest import TOLERANCE
+from emulated import SANITIZED, dtypes, mask_of, masked, optimized, random
 
 import qm_cupy as qm
 from qm_cupy import _cuda, _saliency_vjp_cuda
 
-DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-SIZES = [1, 31, 33, 128, 129, 257]
+pytestmark = pytest.mark.usefixtures("kernels")
+
+SIZES = [32] if SANITIZED else [1, 31, 33, 128, 129, 257]
 WIDTHS = {1: 1, 31: 17, 32: 64, 33: 100, 128: 64, 129: 33, 257: 136}
-KERNELS = ["basic", "optimized", "optimized-750"]
-if os.environ.get("QM_CUPY_SANITIZER"):  # twenty times slower: one size, every line
-    DTYPES, SIZES, KERNELS = [np.float16, np.float32], [32], ["basic", "optimized"]
 
-dtypes = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
-)
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
-masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
-optimized = pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
-
-
-@pytest.fixture(autouse=True, params=KERNELS)
-def kernels(request, monkeypatch):
-    name, _, arch = request.param.partition("-")
-    emulator.install(monkeypatch, arch=int(arch or 900))
-    with _cuda.use_kernels(name):
-        yield name
-
-
-def random(shape, dtype, seed=0, scale=1.0):
-    x = np.random.default_rng(seed).normal(size=shape) * scale
-    return x.astype(dtype)
-
-
-def mask_of(batch, num_tokens, masked=True):
-    """Return padding on the left of sequence 0, in between, and all of the last."""
-    if not masked:
-        return None
-    mask = np.random.default_rng(5).random((batch, num_tokens)) < 0.7
-    mask[0] = np.arange(num_tokens) >= num_tokens // 3
-    mask[-1] = False
-    return mask
 
 
 def gradient_of(valid, dtype, seed=9):

@@ -4,13 +4,10 @@ Which tests of its own hold against differences. The public functions are called
 that every launcher runs too.
 """
 
-import os
-
-import emulator
-import ml_dtypes
 import numpy as np
 import pytest
 from conftest import TOLERANCE, assert_close
+from emulated import SANITIZED, dtypes, mask_of, masked, random
 
 import qm_cupy as qm
 from qm_cupy import _cuda, alignment_vjp
@@ -21,42 +18,14 @@ from qm_cupy.merging_vjp import (
     _unmerge_tokens_vjp_reference,
 )
 
-DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-SIZES = [1, 31, 32, 33, 129, 257]
-WIDTHS = [1, 7, 32, 130]
-KERNELS = ["basic", "optimized", "optimized-750"]
-if os.environ.get("QM_CUPY_SANITIZER"):  # twenty times slower: one size, every line
-    DTYPES, SIZES, WIDTHS = [np.float16, np.float32], [33], [7]
-    KERNELS = ["basic", "optimized"]
+pytestmark = pytest.mark.usefixtures("kernels")
 
-dtypes = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
-)
+SIZES, WIDTHS = [1, 31, 32, 33, 129, 257], [1, 7, 32, 130]
+if SANITIZED:
+    SIZES, WIDTHS = [33], [7]
+
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
-masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
 ragged = pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
-
-
-@pytest.fixture(autouse=True, params=KERNELS)
-def kernels(request, monkeypatch):
-    name, _, arch = request.param.partition("-")
-    emulator.install(monkeypatch, arch=int(arch or 900))
-    with _cuda.use_kernels(name):
-        yield name
-
-
-def random(shape, dtype, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
-def mask_of(batch, num_tokens, masked):
-    """Return padding on the left of sequence 0, in between, and all of the last."""
-    if not masked:
-        return None
-    mask = np.random.default_rng(5).random((batch, num_tokens)) < 0.7
-    mask[0] = np.arange(num_tokens) >= num_tokens // 3
-    mask[-1] = False
-    return mask
 
 
 def labels_of(batch, num_tokens, num_groups):

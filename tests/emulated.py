@@ -1,0 +1,36 @@
+"""What the tests of emulated kernels share: dtypes, marks and inputs.
+
+The fixture `kernels` (conftest.py) runs a test on each kind of kernels.
+"""
+
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+SANITIZED = bool(os.environ.get("QM_CUPY_SANITIZER"))  # twenty times slower, and more
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+if SANITIZED:  # every line, but only once
+    DTYPES = [np.float16, np.float32]
+
+dtypes = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
+)
+masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+optimized = pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
+
+
+def random(shape, dtype, seed=0, scale=1.0):
+    x = np.random.default_rng(seed).normal(size=shape) * scale
+    return x.astype(dtype)
+
+
+def mask_of(batch, num_tokens, masked=True):
+    """Return padding on the left of sequence 0, in between, and all of the last."""
+    if not masked:
+        return None
+    mask = np.random.default_rng(5).random((batch, num_tokens)) < 0.7
+    mask[0] = np.arange(num_tokens) >= num_tokens // 3
+    mask[-1] = False
+    return mask
