@@ -366,6 +366,18 @@ def check_mass_method(mass: NDArray[Any] | None, method: str) -> None:
         raise ValueError(f'`mass` is for method="average" or "ward", got {method!r}')
 
 
+def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
+    """Refuse what is no bool, or True for a method that has no use for masses."""
+    if not isinstance(weighted_linkage, bool):
+        raise TypeError(
+            f"`weighted_linkage` must be True or False, got {weighted_linkage!r}"
+        )
+    if weighted_linkage and method not in ("average", "ward"):
+        raise ValueError(
+            f'`weighted_linkage` is for method="average" or "ward", got {method!r}'
+        )
+
+
 def check_protect(
     protect: NDArray[Any] | None,
     method: str,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ._checks import check_choice, check_shape
+from ._checks import check_choice, check_shape, check_weighted_linkage
 from .budget import token_budget
 from .merging import Merged
 from .pipeline import _check_one_source, _lift
@@ -29,6 +29,7 @@ def quickmerge(
     temperature: float,
     epsilon: float,
     weights: Any,
+    weighted_linkage: bool,
     seed: int | None,
     sequence_offset: int,
 ) -> Merged[Any]:
@@ -37,6 +38,7 @@ def quickmerge(
     `xp` is its array library; ``fresh(x, mask)`` copies an array into float32 at least,
     with 0 for padding.
     """
+    check_weighted_linkage(weighted_linkage, method)
     _check_one_source(saliency, hidden_states, attention, query, key)
     shape = tuple(tokens.shape[:-1])
     if mask is not None:
@@ -72,8 +74,8 @@ def quickmerge(
         chosen = stages.gumbel_softmax(ranked, hard=num_groups, **noise)
         anchors = stages.select_tokens(chosen, num_groups, mask=mask)
     labels = stages.cluster_tokens(
-        tokens, num_groups, method=method, anchors=anchors, protect=protect,
-        mask=mask, order=order,
+        tokens, num_groups, method=method, mass=mass if weighted_linkage else None,
+        anchors=anchors, protect=protect, mask=mask, order=order,
     )  # fmt: skip
     merged = stages.merge_tokens(tokens, labels, num_groups, mass=mass)
     sizes = stages.group_sizes(labels, num_groups)

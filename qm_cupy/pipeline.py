@@ -20,6 +20,7 @@ from ._checks import (
     check_protect,
     check_source,
     check_tokens,
+    check_weighted_linkage,
     largest,
 )
 from .alignment import Prior, alignment_loss
@@ -73,6 +74,7 @@ def quickmerge(
     temperature: float = 0.1,
     epsilon: float = 0.01,
     weights: Any = "mass",
+    weighted_linkage: bool = False,
     seed: int | None = 0,
     sequence_offset: int = 0,
     out: Merged[Array] | None = None,
@@ -113,6 +115,9 @@ def quickmerge(
         As in `saliency_mass`.
     weights : {"mass", "saliency", "uniform"} or ndarray of shape (B, N), default "mass"
         Weights of the merge.
+    weighted_linkage : bool, default False
+        Whether they are the tokens' masses in the clustering as well, as `mass` in
+        `linkage`; for "average" and "ward".
     seed : int or None, default 0
         As in `gumbel_softmax`.
     sequence_offset : int, default 0
@@ -166,6 +171,7 @@ def quickmerge(
     check_choice("order", order, ORDERS)
     _check_one_source(saliency, *source)
     _check_weights(weights, tokens.shape[:-1])
+    check_weighted_linkage(weighted_linkage, method)
     temperature, epsilon = _check_temperature(temperature), _check_epsilon(epsilon)
     noise = _check_noise(seed, sequence_offset)
     with _cuda.memory_of(workspace, tokens):
@@ -181,7 +187,7 @@ def quickmerge(
         anchors = None
         if method == "nearest":
             anchors = _anchors(scores, protect, counts, most, noise, mask)
-        given = tokens, None, anchors, protect, mask
+        given = tokens, mass if weighted_linkage else None, anchors, protect, mask
         labels = _cluster_tokens(*given, counts, method, order)
         place = None if target is None else target.tokens
         merged = _merge_tokens(tokens, labels, most, mass, place)

@@ -249,6 +249,7 @@ def quickmerge(
     temperature: float = 0.1,
     epsilon: float = 0.01,
     weights: Any = "mass",
+    weighted_linkage: bool = False,
     seed: int | None = 0,
     sequence_offset: int = 0,
 ) -> Merged[Tensor]:
@@ -260,7 +261,7 @@ def quickmerge(
     return _composed.quickmerge(
         _HERE, torch, _torch.fresh, tokens, budget, hidden_states, attention, query,
         key, saliency, mask, protect, method, order, temperature, epsilon, weights,
-        seed, sequence_offset,
+        weighted_linkage, seed, sequence_offset,
     )  # fmt: skip
 
 

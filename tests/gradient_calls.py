@@ -144,7 +144,7 @@ CALLS = {
             "saliency": RNG.random(6),
             "weights": RNG.random(6) + 0.1,
         },
-        {"budget": 0.5},
+        {"budget": 0.5, "method": "ward", "weighted_linkage": True},
     ),
 }
 

@@ -291,6 +291,28 @@ def test_protected_tokens_stay_alone(rng, method):
     assert (merged.sizes > 0).all()
 
 
+@pytest.mark.parametrize("weights", ["mass", "saliency", "given"])
+@pytest.mark.parametrize("method", ["average", "ward"])
+def test_weighted_linkage(rng, method, weights):
+    tokens, mask = rng.standard_normal((2, 30, 6)), np.arange(30) < [[30], [20]]
+    given = rng.random((2, 30)) if weights == "given" else weights
+    options = {"method": method, "mask": mask}
+    merged = qm.quickmerge(tokens, 7, weights=given, weighted_linkage=True, **options)
+    weighed = qm.cluster_tokens(tokens, 7, mass=merged.mass, **options)
+    np.testing.assert_array_equal(merged.labels, weighed)
+    plain = qm.quickmerge(tokens, 7, weights=given, **options)
+    assert (merged.labels != plain.labels).any()
+    np.testing.assert_array_equal(merged.mass, plain.mass)
+
+
+def test_weighted_linkage_is_for_methods_with_masses(rng):
+    tokens = rng.standard_normal((9, 6))
+    with pytest.raises(ValueError, match='is for method="average" or "ward", got'):
+        qm.quickmerge(tokens, 3, method="complete", weighted_linkage=True)
+    with pytest.raises(TypeError, match="`weighted_linkage` must be True or False"):
+        qm.quickmerge(tokens, 3, weighted_linkage=1)
+
+
 def test_a_budget_too_small_for_the_protected_is_refused_at_once(rng, monkeypatch):
     monkeypatch.setattr(pipeline, "_saliency_and_mass", None)  # no work is done
     tokens = rng.standard_normal((2, 20, 6))
