@@ -10,7 +10,8 @@ from emulator import nvrtc
 
 from qm_cupy import _cuda
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (75, 80, 90, 120)
+BETWEEN = (86, 89, 100)  # which have their elders' instructions: in one dtype
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SPILL = re.compile(r"Function properties for (\w+)\n.*?(\d+) bytes spill stores")
 
@@ -18,6 +19,7 @@ FILES = _cuda.kernel_files()
 TILED = [file for file in FILES if "multiply_tiles(" in _cuda.text(file)]
 CASES = [
     *itertools.product(FILES, DTYPES, ARCHITECTURES),
+    *itertools.product(FILES, ["float16"], BETWEEN),
     *itertools.product(TILED, ["tf32"], ARCHITECTURES),
 ]
 

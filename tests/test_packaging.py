@@ -95,22 +95,24 @@ def test_wheel_works_in_a_fresh_environment(wheel, tmp_path):
 
 
 IMPORT = """
-import time, numpy, scipy.cluster.hierarchy, scipy.sparse, scipy.spatial.distance, sys
+import sys, time
+start = time.perf_counter()
+import numpy, scipy.cluster.hierarchy, scipy.sparse, scipy.spatial.distance
 begun, before = time.perf_counter(), set(sys.modules)
 import qm_cupy
-seconds, new = time.perf_counter() - begun, set(sys.modules) - before
-print(seconds, *{name.split(".")[0] for name in new})
+ended, new = time.perf_counter(), set(sys.modules) - before
+print((ended - begun) / (begun - start), *{name.split(".")[0] for name in new})
 """
 
 
 def test_import_is_light(tmp_path):
-    """Well under 0.3 s where nothing else runs; the bound is twice that for noise."""
+    """What it adds to its own dependencies takes less than they do."""
     outputs = [
         run(sys.executable, "-c", IMPORT, cwd=tmp_path).split() for _ in range(5)
     ]
     unwanted = {"cupy", "torch", "jax", "matplotlib", "safetensors"}
     assert not unwanted & {name for output in outputs for name in output[1:]}
-    assert statistics.median(float(output[0]) for output in outputs) < 0.6
+    assert statistics.median(float(output[0]) for output in outputs) < 1
 
 
 def test_import_leaves_the_command_line_alone(tmp_path):
