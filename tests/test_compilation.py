@@ -1,4 +1,4 @@
-"""Every kernel file compiles for every architecture and dtype; no GPU is needed."""
+"""Every kernel file compiles for every architecture; no GPU is needed."""
 
 import itertools
 import os
