@@ -69,6 +69,11 @@ def cubed(inside: Inside) -> np.ndarray:
     return inside.saliency**3
 
 
+def own(inside: Inside) -> np.ndarray:
+    """What `quickmerge` finds from the tokens alone."""
+    return qm.saliency(qm.self_attention_entropy(inside.tokens))
+
+
 def received(inside: Inside) -> np.ndarray:
     return inside.received
 
@@ -106,6 +111,7 @@ CONTENDERS: dict[str, Contender] = {
     "ward, saliency³ weights": ours("ward", weights=cubed),
     "ward, attention weights": ours("ward", weights=received),
     "ward, saliency mass": ours("ward", mass=saliency, weights=saliency),
+    "ward, own saliency mass": ours("ward", mass=own, weights=own),
     "ward, attention mass": ours("ward", mass=received, weights=received),
     "ward by keys": ours("ward", by=key),
     "ward by place too": ours("ward", by=placed),
