@@ -9,10 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-SANITIZED = bool(os.environ.get("QM_CUPY_SANITIZER"))  # twenty times slower, and more
+SANITIZER = os.environ.get("QM_CUPY_SANITIZER", "")
+SANITIZED = bool(SANITIZER)  # twenty times slower, and more: every line, but only once
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-if SANITIZED:  # every line, but only once
+if SANITIZED:
     DTYPES = [np.float16, np.float32]
+if SANITIZER == "thread":  # slower still; a half takes the way with the most meetings
+    DTYPES = [np.float16]
 
 dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
