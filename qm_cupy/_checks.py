@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from . import _cuda
 
 _INT32 = 2**31 - 1  # the most of anything that kernels count
+_WEIGHED = "average", "ward"  # the linkages that have a use for masses
 
 _finite_checked: ContextVar[bool] = ContextVar("finite_checked", default=True)
 
@@ -362,7 +363,7 @@ def _check_padded_rows(
 
 def check_mass_method(mass: NDArray[Any] | None, method: str) -> None:
     """Refuse masses for a method that has no use for them."""
-    if mass is not None and method not in ("average", "ward"):
+    if mass is not None and method not in _WEIGHED:
         raise ValueError(f'`mass` is for method="average" or "ward", got {method!r}')
 
 
@@ -372,7 +373,7 @@ def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
         raise TypeError(
             f"`weighted_linkage` must be True or False, got {weighted_linkage!r}"
         )
-    if weighted_linkage and method not in ("average", "ward"):
+    if weighted_linkage and method not in _WEIGHED:
         raise ValueError(
             f'`weighted_linkage` is for method="average" or "ward", got {method!r}'
         )
