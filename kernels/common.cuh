@@ -101,10 +101,10 @@ struct SoftmaxEntropy {
 };
 
 // Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405): the first of the
-// four words of counter (c0, c1, 0, 0) under a 64-bit key.
-__device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1,
+// four words of counter (c0, c1, 0, c3) under a 64-bit key.
+__device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigned c3,
                                                unsigned long long key) {
-    unsigned c2 = 0, c3 = 0;
+    unsigned c2 = 0;
     unsigned k0 = static_cast<unsigned>(key), k1 = static_cast<unsigned>(key >> 32);
     for (int round = 0; round < 10; ++round) {
         const unsigned high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
@@ -120,9 +120,9 @@ __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1,
 // in double and rounded once, so that the CPU finds the same bits.
 __device__ __forceinline__ float gumbel(unsigned long long seed, long long sequence,
                                         long long token) {
-    const unsigned k = philox4x32(static_cast<unsigned>(token),
-                                  static_cast<unsigned>(sequence), seed) >>
-                       9;
+    const auto low = static_cast<unsigned>(sequence);
+    const auto high = static_cast<unsigned>(sequence >> 32);
+    const unsigned k = philox4x32(static_cast<unsigned>(token), low, high, seed) >> 9;
     return static_cast<float>(-log(-log((k + 0.5) * (1.0 / (1 << 23)))));
 }
 

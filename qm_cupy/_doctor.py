@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_REQUIRED = ("qm-cupy", "numpy", "scipy", "array-api-compat")
+_REQUIRED = ("qm-cupy", "numpy", "scipy")
 # Distributions of one module, and the command that gets it.
 _OPTIONAL = {
     ("cupy-cuda13x", "cupy-cuda12x", "cupy"): (

@@ -5,7 +5,7 @@ Arrays of a library that nobody has imported cannot come in: `sys.modules` has i
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
@@ -87,6 +87,15 @@ def bfloat16(name: str) -> np.dtype[Any]:
             'pip install "qm-cupy[bfloat16]"'
         ) from error
     return np.dtype(ml_dtypes.bfloat16)
+
+
+def stack(arrays: Sequence[Any], axis: int) -> Any:
+    """Return arrays of one library, any library, joined along a new axis."""
+    first = arrays[0]
+    if hasattr(first, "__array_namespace__"):
+        return first.__array_namespace__().stack(arrays, axis=axis)
+    module = sys.modules[library(first).name]  # CuPy and torch have no namespace
+    return module.stack(arrays, axis)
 
 
 def no_grad(x: Any) -> AbstractContextManager[Any]:

@@ -5,14 +5,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, Protocol
 
-import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_counts, check_shape, check_tokens
-from ._libraries import give_inside, no_grad
+from ._libraries import give_inside, no_grad, stack
 from ._progress import progress
 from .merging import Merged
 
@@ -224,8 +223,7 @@ def decode(
                 prediction = _last(model, tokens[..., : t + 1, :])
             predictions.append(prediction)
             shown(t + 1)
-    xp = array_api_compat.array_namespace(predictions[0])
-    stacked = xp.stack(predictions, axis=-2)
+    stacked = stack(predictions, -2)
     return give_inside(stacked) if isinstance(stacked, np.ndarray) else stacked
 
 

@@ -468,8 +468,9 @@ def _pairs(
     ahead, behind = slice(1, None), slice(None, -1)
     read, wanted = (ahead, behind) if reverse else (behind, ahead)
     chosen = np.asarray(known, like=context)
-    x, y = context[:, read][chosen], tokens[:, wanted][chosen]
-    yield x.astype(np.float64), y.astype(np.float64)
+    # Wide before it is picked: not all that CuPy can do, it can do in bfloat16.
+    x, y = (wide.astype(np.float64) for wide in (context[:, read], tokens[:, wanted]))
+    yield x[chosen], y[chosen]
 
 
 def _declared(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

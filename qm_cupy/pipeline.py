@@ -304,7 +304,7 @@ def choose_merge(
     for number, merged in enumerate(merges[1:], 1):
         taken = best == number
         pairs = zip(_padded(merged, most), chosen, strict=True)
-        chosen = Merged(*(np.where(_as_wide(taken, x), x, y) for x, y in pairs))
+        chosen = Merged(*(_where(taken, x, y) for x, y in pairs))
     best = np.asarray(best, dtype=np.int32, like=table)
     return Choice(Merged(*map(leave, chosen)), leave(table), leave(best))
 
@@ -347,7 +347,7 @@ def _padded(merged: Merged[Any], most: int) -> Merged[Any]:
     def pad(x: NDArray[Any], axis: int, value: int) -> NDArray[Any]:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, gap)
-        return np.pad(x, widths, constant_values=value)
+        return np.pad(_copyable(x), widths, constant_values=value).view(x.dtype)
 
     return merged._replace(
         tokens=pad(merged.tokens, -2, 0),
@@ -356,8 +356,15 @@ def _padded(merged: Merged[Any], most: int) -> Merged[Any]:
     )
 
 
-def _as_wide(taken: NDArray[np.bool_], x: NDArray[Any]) -> NDArray[np.bool_]:
-    return taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))
+def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
+    """Return `x` for the sequences (B,) that are taken and `y` for the others."""
+    wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))
+    return np.where(wide, _copyable(x), _copyable(y)).view(x.dtype)
+
+
+def _copyable(x: NDArray[Any]) -> NDArray[Any]:
+    """Return bfloat16 as int16: CuPy's `where` has no loop for it and widens it."""
+    return x.view(np.int16) if x.dtype.name == "bfloat16" else x
 
 
 def _places(out: Any) -> dict[str, Any]:
@@ -503,8 +510,8 @@ def _anchors(
 ) -> NDArray[np.int32]:
     """Return the protected and the K - P others of greatest saliency plus noise."""
     if protect is not None:
-        scores = scores.copy()
-        scores[protect] = np.finfo(scores.dtype).max / 2  # noise is nothing to this
+        most = scores.dtype.type(np.finfo(scores.dtype).max / 2)  # whatever the noise
+        scores = np.where(protect, most, scores)  # CuPy waits to assign by a mask
     chosen = _gumbel_softmax(scores, 1.0, noise, counts, mask)
     return _select_tokens(chosen, counts, most, mask)
 

@@ -84,7 +84,8 @@ def _gumbel_noise_reference(
     token = np.arange(num_tokens)
     sequence = first + np.arange(num_sequences)[:, None]
     block = np.arange(np.prod(outer, dtype=np.int64))[:, None, None]
-    words, *_ = philox4x32((token, sequence, block, 0), seed)
+    low, high = sequence & 0xFFFFFFFF, sequence >> 32  # a counter's words have 32 bits
+    words, *_ = philox4x32((token, low, block, high), seed)
     noise = -np.log(-np.log(uniform(words)))  # in float64: the same bits anywhere
     return noise.astype(np.float32).reshape(sizes)
 

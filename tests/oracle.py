@@ -133,7 +133,8 @@ def gumbel_noise(num_tokens, seed, sequence=0):
     key = (seed & WORD, seed >> 32)
     noise = []
     for token in range(num_tokens):
-        word = philox4x32((token, sequence, 0, 0), key)[0]
+        counter = (token, sequence & WORD, 0, sequence >> 32)
+        word = philox4x32(counter, key)[0]
         u = ((word >> 9) + 0.5) * 2.0**-23
         noise.append(np.float32(-math.log(-math.log(u))))
     return np.array(noise, dtype=np.float32)

@@ -426,7 +426,7 @@ class TestDoctor:
 
     def test_without_cupy(self, tmp_path, report):
         text = report(None)
-        for name in ("Python", "qm-cupy", "numpy", "scipy", "array-api-compat"):
+        for name in ("Python", "qm-cupy", "numpy", "scipy"):
             assert f"\n{name} " in f"\n{text}"
         assert np.__version__ in text
         assert f"{tmp_path / 'cache'}, not made yet" in text

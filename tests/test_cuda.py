@@ -1,5 +1,6 @@
 """The keeper of the kernels, without CuPy: what it splices, casts and refuses."""
 
+import math
 import sys
 import types
 
@@ -71,6 +72,36 @@ def test_the_package_comes_before_the_repository(tmp_path, monkeypatch):
     assert _cuda._folder.__wrapped__() == second
     (first / "common.cuh").touch()
     assert _cuda._folder.__wrapped__() == first
+
+
+def at(address, shape, strides, itemsize=4):
+    """A stand-in for a CuPy array that came in through DLPack, with an owner of its own."""
+    return types.SimpleNamespace(
+        data=types.SimpleNamespace(ptr=address),
+        **{"shape": shape, "strides": strides, "itemsize": itemsize},
+        size=math.prod(shape),
+    )
+
+
+@pytest.mark.parametrize(
+    ("y", "wanted"),
+    [
+        (at(1000, (10,), (4,)), True),
+        (at(1036, (10,), (4,)), True),  # from the last entry on
+        (at(1040, (10,), (4,)), False),
+        (at(960, (10,), (4,)), False),
+        (at(964, (10,), (4,)), True),
+        (at(1076, (10,), (-4,)), False),  # 1040 to 1080
+        (at(1072, (10,), (-4,)), True),
+        (at(900, (3, 2), (50, 4)), True),  # 900 to 1008
+        (at(892, (3, 2), (50, 4)), False),
+        (at(1000, (0, 2), (8, 4)), False),
+    ],
+)
+def test_views_share_memory_by_their_addresses(y, wanted):
+    x = at(1000, (10,), (4,))
+    assert _cuda.may_share_memory(x, y) is wanted
+    assert _cuda.may_share_memory(y, x) is wanted
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def softmax_of(z, valid, temperature):
 @masked
 @pytest.mark.parametrize("seed", [None, 7])
 def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
-    batch, first = 3, 2**32 - 2  # the third sequence's number starts again at 0
+    batch, first = 3, 2**32 - 2  # the third sequence's number takes 33 bits
     mask = mask_of(batch, num_tokens, masked)
     s = abs(random((batch, num_tokens), dtype))
     valid = valid_of(mask, s.shape)
@@ -196,8 +196,8 @@ def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
     got = qm.gumbel_softmax(s, temperature=0.1, **options)
     z = s.astype(np.float64)
     if seed is not None:
-        numbers = [noise_of(valid[b : b + 1], seed, first + b) for b in range(2)]
-        z = z + np.concatenate([*numbers, noise_of(valid[2:], seed, 0)])
+        noise = [noise_of(valid[b : b + 1], seed, first + b) for b in range(batch)]
+        z = z + np.concatenate(noise)
     wanted = softmax_of(z, valid, 0.1)
     assert_close(got, wanted, dtype)
     mass = qm.saliency_mass(s.astype(got.dtype), got, epsilon=0.01)
@@ -213,8 +213,11 @@ def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_noise_has_the_same_bits(seed, dtype):
     """Saliency 0 leaves nothing but the noise in the scores."""
-    got = selection._perturbed_scores_cuda(np.zeros((3, 33), dtype), (seed, 5), None)
-    np.testing.assert_array_equal(got, qm.gumbel_noise((8, 33), seed)[5:])
+    for first in (5, 2**32 - 2):  # of three sequences, the last takes 33 bits
+        zeros = np.zeros((3, 33), dtype)
+        got = selection._perturbed_scores_cuda(zeros, (seed, first), None)
+        wanted = qm.gumbel_noise((3, 33), seed, sequence_offset=first)
+        np.testing.assert_array_equal(got, wanted)
 
 
 @dtypes

@@ -43,6 +43,15 @@ class TestGumbelNoise:
             wanted = oracle.gumbel_noise(50, 2**40 + 7, sequence=b)
             np.testing.assert_array_equal(got[b], wanted)
 
+    def test_sequences_from_2_to_the_32_on(self):
+        """A counter's words have 32 bits: the upper half of a number is another word."""
+        first = 2**32 - 1
+        got = qm.gumbel_noise((2, 50), seed=7, sequence_offset=first)
+        for b in range(2):
+            wanted = oracle.gumbel_noise(50, 7, sequence=first + b)
+            np.testing.assert_array_equal(got[b], wanted)
+        assert not (got[1] == qm.gumbel_noise(50, seed=7)).any()  # nor sequence 0's
+
     def test_a_part_draws_as_the_whole(self):
         whole = qm.gumbel_noise((5, 9), seed=3)
         np.testing.assert_array_equal(
