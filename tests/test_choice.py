@@ -60,7 +60,8 @@ def test_bfloat16_stays_bfloat16(walks, monkeypatch):
 
     def without_bfloat16(function):
         def call(*args, **options):
-            assert not any(getattr(x, "dtype", None) == ml_dtypes.bfloat16 for x in args)
+            dtypes = [getattr(x, "dtype", None) for x in args]
+            assert ml_dtypes.bfloat16 not in dtypes
             return function(*args, **options)
 
         return call

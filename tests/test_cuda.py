@@ -75,7 +75,7 @@ def test_the_package_comes_before_the_repository(tmp_path, monkeypatch):
 
 
 def at(address, shape, strides, itemsize=4):
-    """A stand-in for a CuPy array that came in through DLPack, with an owner of its own."""
+    """A stand-in for a CuPy array, of which only the bounds are asked."""
     return types.SimpleNamespace(
         data=types.SimpleNamespace(ptr=address),
         **{"shape": shape, "strides": strides, "itemsize": itemsize},

@@ -44,7 +44,7 @@ class TestGumbelNoise:
             np.testing.assert_array_equal(got[b], wanted)
 
     def test_sequences_from_2_to_the_32_on(self):
-        """A counter's words have 32 bits: the upper half of a number is another word."""
+        """A counter's words have 32 bits: a number takes two of them."""
         first = 2**32 - 1
         got = qm.gumbel_noise((2, 50), seed=7, sequence_offset=first)
         for b in range(2):
