@@ -510,8 +510,8 @@ def _anchors(
 ) -> NDArray[np.int32]:
     """Return the protected and the K - P others of greatest saliency plus noise."""
     if protect is not None:
-        most = scores.dtype.type(np.finfo(scores.dtype).max / 2)  # whatever the noise
-        scores = np.where(protect, most, scores)  # CuPy waits to assign by a mask
+        above = scores.dtype.type(np.finfo(scores.dtype).max / 2)  # whatever the noise
+        scores = np.where(protect, above, scores)  # CuPy waits to assign by a mask
     chosen = _gumbel_softmax(scores, 1.0, noise, counts, mask)
     return _select_tokens(chosen, counts, most, mask)
 

@@ -1,5 +1,6 @@
 """What the tests share: one table of tolerances, random numbers, array libraries."""
 
+import os
 from typing import NamedTuple
 
 import emulator
@@ -92,3 +93,33 @@ def kernels(request, monkeypatch):
     emulator.install(monkeypatch, arch=int(arch or 900))
     with _cuda.use_kernels(name):
         yield name
+
+
+@pytest.fixture(params=["basic", "optimized"])
+def gpu_kernels(request):
+    """Name of the kernels that a GPU runs under the public functions."""
+    with _cuda.use_kernels(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cupy", "torch", "jax"])
+def gpu_library(request):
+    """Name of an array library that has arrays on the GPU."""
+    if request.param == "torch":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("this torch has no CUDA")
+    if request.param == "jax":
+        # Or JAX takes most of the memory for itself, when it is first used.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        jax = pytest.importorskip("jax")
+        if jax.default_backend() != "gpu":
+            pytest.skip("this JAX has no CUDA")
+    return request.param
+
+
+@pytest.fixture(params=["float16", "bfloat16", "float32", "float64"])
+def gpu_dtype(request):
+    if request.param == "bfloat16":
+        pytest.importorskip("ml_dtypes")  # from where NumPy knows bfloat16
+    return np.dtype(request.param)

@@ -1,0 +1,338 @@
+"""Every public function and the arguments of a call, for the tests on a GPU."""
+
+import functools
+
+import numpy as np
+
+import qm_cupy as qm
+from qm_cupy.clustering import LINKAGES, METHODS
+
+WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # D: whole vectors of 16 bytes, and not
+# What comes out where it is not all sums: t(okens), s(ums), i(ntegers), d(endrograms),
+# g(radients, in the dtype of what they belong to), w(eights of a fit, on the CPU).
+RESULTS = {
+    "merge_tokens": "t",
+    "unmerge_tokens": "t",
+    "select_tokens": "i",
+    "group_sizes": "i",
+    "group_positions": "i",
+    "alignment_loss": "sss",
+    "alignment_loss, transformer": "sss",
+    "attention_entropy_vjp": "g",
+    "query_key_entropy_vjp": "gg",
+    "query_key_entropy_vjp, causal": "gg",
+    "self_attention_entropy_vjp": "g",
+    "saliency_vjp": "g",
+    "norm_saliency_vjp": "g",
+    "cut_linkage": "i",
+    "cut_linkage, max_error": "i",
+    **{f"linkage, {method}": "d" for method in LINKAGES},
+    **{f"cluster_tokens, {method}": "i" for method in METHODS},
+    **dict.fromkeys(
+        [
+            "quickmerge",
+            "quickmerge, attention",
+            "quickmerge, query and key",
+            "quickmerge, hidden states",
+            "quickmerge, protected anchors",
+            "quickmerge, saliency and bipartite",
+            "quickmerge, contiguous",
+        ],
+        "tiiiss",  # the fields of Merged
+    ),
+    "choose_merge": "tiiisssi",
+    "norm_budget": "i",
+    "MLPPrior.fit": "wwwwwwww",
+    "gumbel_softmax_vjp": "g",
+    "saliency_mass_vjp": "gg",
+    "merge_tokens_vjp": "gg",
+    "unmerge_tokens_vjp": "g",
+    "alignment_loss_vjp": "gssssssss",  # the tokens', and those of two MLPs
+    "reconstruction_error_vjp": "gg",
+    "reconstruction_error_vjp, nearest": "gg",
+    "fidelity_loss_vjp": "gg",
+}
+
+
+def alignment_loss_vjp(forward, backward, total, **arguments):
+    """Return the gradients in a row, of losses' gradients that are arguments alike."""
+    by_merged, weights = qm.alignment_loss_vjp((forward, backward, total), **arguments)
+    return by_merged, *weights[0], *weights[1]
+
+
+def choose_merge(**arguments):
+    """Return the merge that was chosen, the scores and the choice in a row."""
+    choice = qm.choose_merge(**arguments)
+    return *choice.merged, choice.scores, choice.best
+
+
+def decode(tokens, sizes, positions, model):
+    """Decode what a merge would give: `step` reads positions and sizes."""
+    return qm.decode(qm.Merged(tokens, None, sizes, positions, None, None), model)
+
+
+def fit(prior, **arguments):
+    """Return the weights of a prior that is fitted, then refined for two steps."""
+    fitted = prior.fit(steps=2, **arguments)
+    return *fitted.forward, *fitted.backward
+
+
+def _pipelines(tokens, num_groups, protect, mask, rng):
+    """Return the calls of whole pipelines, from every source of saliency."""
+    batch, num_tokens, dim = tokens.shape
+    heads = rng.standard_normal((2, 2, batch, 2, num_tokens, 8))  # (2, L, B, H, N, d)
+    attention = rng.random((2, batch, 2, num_tokens, num_tokens))
+    common = {"tokens": tokens, "budget": num_groups, "mask": mask}
+    alone = {**common, "protect": protect}
+    ways = [{"method": "average"}, {"method": "single"}, {"method": "contiguous"}]
+    prior = qm.MLPPrior.init(dim, hidden_dim=20, seed=1)
+    return {
+        "quickmerge": (qm.quickmerge, common),
+        "quickmerge, attention": (qm.quickmerge, {**alone, "attention": attention}),
+        "quickmerge, query and key": (
+            qm.quickmerge,
+            {**alone, "query": heads[0], "key": heads[1], "weighted_linkage": True},
+        ),
+        "quickmerge, hidden states": (
+            qm.quickmerge,
+            {**alone, "hidden_states": np.stack([tokens, 2 - tokens])},
+        ),
+        "quickmerge, protected anchors": (
+            qm.quickmerge,
+            {**alone, "method": "nearest", "weights": "saliency"},
+        ),
+        "quickmerge, saliency and bipartite": (
+            qm.quickmerge,
+            {
+                **{**alone, "method": "bipartite", "weights": "uniform"},
+                "saliency": rng.random((batch, num_tokens)),
+            },
+        ),
+        "quickmerge, contiguous": (qm.quickmerge, {**alone, "method": "contiguous"}),
+        "choose_merge": (
+            choose_merge,
+            {**common, "candidates": ways, "prior": prior, "seed": None},
+        ),
+    }
+
+
+def _priors(tokens, merged, num_groups, prior, transformer, rng):
+    """Return the calls of priors; groups' sizes and positions are any that can be."""
+    batch, most, _ = merged.shape
+    sizes = rng.integers(1, 5, (batch, most)).astype(np.int32)
+    positions = np.cumsum(sizes, axis=-1, dtype=np.int32) - 1
+    places = {"sizes": sizes, "positions": positions}
+    pairs = np.concatenate([tokens, 1 - tokens], axis=1)  # two tokens at the least
+    return {
+        "MLPPrior.predict": (prior.predict, {"tokens": merged}),
+        "MLPPrior.predict, reverse": (
+            prior.predict,
+            {"tokens": merged, "reverse": True, "num_groups": num_groups},
+        ),
+        "TransformerPrior.predict": (transformer.predict, {"tokens": merged, **places}),
+        "TransformerPrior.predict, reverse": (
+            transformer.predict,
+            {"tokens": merged, "reverse": True, "num_groups": num_groups},
+        ),
+        "MLPPrior.step": (decode, {"tokens": merged, **places, "model": prior}),
+        "TransformerPrior.step": (
+            decode,
+            {"tokens": merged, **places, "model": transformer},
+        ),
+        "MLPPrior.fit": (fit, {"prior": prior, "sequences": pairs}),
+    }
+
+
+@functools.cache
+def calls(num_tokens, masked=False, ragged=False):
+    """Return, by name, a public function and the arguments of a call on NumPy arrays.
+
+    Three sequences; with `ragged`, K differs between them.
+    """
+    rng = np.random.default_rng(num_tokens)
+    batch, dim = 3, WIDTHS[num_tokens]
+    mask = None
+    if masked:  # on the left, and in between
+        mask = rng.random((batch, num_tokens)) < 0.7
+        mask[0] = np.arange(num_tokens) >= num_tokens // 3
+        mask[:, -1] = True
+    valid = np.full(batch, num_tokens) if mask is None else mask.sum(-1)
+    counts = np.maximum(valid // np.array([3, 4, 5]), 1)
+    most = int(counts.max()) if ragged else int(counts.min())
+    num_groups = counts if ragged else most
+    below = counts[:, None] if ragged else most
+    labels = rng.integers(0, below, (batch, num_tokens)).astype(np.int32)
+    labels[rng.random(labels.shape) < 0.1] = -1
+    tokens = rng.standard_normal((batch, num_tokens, dim))
+    merged = rng.standard_normal((batch, most, dim))
+    score, other, mass = rng.random((3, batch, num_tokens))
+    mass[labels == 0] = 0  # a group that takes the plain mean
+    shape = (2, batch, 2, num_tokens)  # (L, B, H, N)
+    attention = rng.random((*shape, num_tokens))
+    attention[..., ::3] = 0
+    query, key = rng.standard_normal((2, *shape, min(dim, 64)))
+    entropy = rng.random(shape)
+    by_row, by_place = rng.standard_normal(shape), rng.standard_normal(score.shape)
+    prior = qm.MLPPrior.init(dim, hidden_dim=50)
+    transformer = qm.TransformerPrior.init(dim, hidden_dim=48, num_heads=3)
+    padded = {"mask": mask}
+    grouped = {"labels": labels, "num_groups": num_groups}
+    softmax = {"saliency": score, "seed": 7, **padded}
+    protect = np.zeros((batch, num_tokens), np.bool_)
+    protect[:, -1] = num_tokens > 9
+    tree = qm.linkage(tokens, "ward", **padded)
+    weighed = {"tokens": tokens, **padded}
+    rebuilt = {"tokens": tokens, "merged": merged}
+    if ragged:  # so that padding rebuilds no token
+        rebuilt["num_groups"] = num_groups
+    slope, slopes = rng.standard_normal(), rng.standard_normal((3, batch))
+    by_score = {"gradient": rng.standard_normal((batch, num_tokens))}
+    by_token = {"gradient": rng.standard_normal(tokens.shape)}
+    by_merged = {"gradient": rng.standard_normal(merged.shape)}
+    return {
+        "attention_entropy": (qm.attention_entropy, {"attention": attention, **padded}),
+        "query_key_entropy": (
+            qm.query_key_entropy,
+            {"query": query, "key": key, **padded},
+        ),
+        "query_key_entropy, causal": (
+            qm.query_key_entropy,
+            {"query": query, "key": key, "causal": True, **padded},
+        ),
+        "self_attention_entropy": (
+            qm.self_attention_entropy,
+            {"tokens": tokens, **padded},
+        ),
+        "saliency": (qm.saliency, {"entropy": entropy, **padded}),
+        "norm_saliency": (qm.norm_saliency, {"tokens": tokens, **padded}),
+        "attention_entropy_vjp": (
+            qm.attention_entropy_vjp,
+            {"gradient": by_row, "attention": attention, **padded},
+        ),
+        "query_key_entropy_vjp": (
+            qm.query_key_entropy_vjp,
+            {"gradient": by_row, "query": query, "key": key, **padded},
+        ),
+        "query_key_entropy_vjp, causal": (
+            qm.query_key_entropy_vjp,
+            {
+                **{"gradient": by_row, "query": query, "key": key},
+                **{"causal": True, **padded},
+            },
+        ),
+        "self_attention_entropy_vjp": (
+            qm.self_attention_entropy_vjp,
+            {"gradient": by_place, "tokens": tokens, **padded},
+        ),
+        "saliency_vjp": (
+            qm.saliency_vjp,
+            {"gradient": by_place, "entropy": entropy, **padded},
+        ),
+        "norm_saliency_vjp": (
+            qm.norm_saliency_vjp,
+            {"gradient": by_place, "tokens": tokens, **padded},
+        ),
+        "gumbel_softmax": (qm.gumbel_softmax, softmax),
+        "gumbel_softmax, hard": (qm.gumbel_softmax, {**softmax, "hard": num_groups}),
+        "saliency_mass": (
+            qm.saliency_mass,
+            {"saliency": score, "probabilities": other},
+        ),
+        "select_tokens": (
+            qm.select_tokens,
+            {"scores": score, "num_groups": num_groups, **padded},
+        ),
+        "cosine_similarity": (qm.cosine_similarity, {"tokens": tokens}),
+        **{
+            f"linkage, {method}": (
+                qm.linkage,
+                {
+                    "method": method,
+                    **weighed,
+                    **({"mass": other} if method in ("average", "ward") else {}),
+                },
+            )
+            for method in LINKAGES
+        },
+        "cut_linkage": (
+            qm.cut_linkage,
+            {"dendrogram": tree, "num_groups": num_groups, **padded},
+        ),
+        "cut_linkage, max_error": (
+            qm.cut_linkage,
+            {"dendrogram": tree, "max_error": 0.3, **padded},
+        ),
+        **{
+            f"cluster_tokens, {method}": (
+                qm.cluster_tokens,
+                {
+                    "tokens": tokens,
+                    "num_groups": num_groups,
+                    "method": method,
+                    "protect": protect,
+                    **padded,
+                },
+            )
+            for method in METHODS
+        },
+        "merge_tokens": (qm.merge_tokens, {"tokens": tokens, **grouped, "mass": mass}),
+        "unmerge_tokens": (qm.unmerge_tokens, {"merged": merged, "labels": labels}),
+        "group_sizes": (qm.group_sizes, grouped),
+        "group_positions": (qm.group_positions, grouped),
+        "alignment_loss": (
+            qm.alignment_loss,
+            {"merged": merged, "prior": prior, "num_groups": num_groups},
+        ),
+        "alignment_loss, transformer": (
+            qm.alignment_loss,
+            {"merged": merged, "prior": transformer, "num_groups": num_groups},
+        ),
+        "norm_mass": (
+            qm.norm_mass,
+            {"tokens": tokens, "num_groups": num_groups, **padded},
+        ),
+        "reconstruction_error": (
+            qm.reconstruction_error,
+            {**rebuilt, "labels": labels, **padded},
+        ),
+        "reconstruction_error, nearest": (
+            qm.reconstruction_error,
+            {**rebuilt, **padded},
+        ),
+        "fidelity_loss": (qm.fidelity_loss, {**rebuilt, "labels": labels, **padded}),
+        "norm_budget": (qm.norm_budget, weighed),
+        **_pipelines(tokens, num_groups, protect, mask, rng),
+        **_priors(tokens, merged, num_groups, prior, transformer, rng),
+        "gumbel_softmax_vjp": (qm.gumbel_softmax_vjp, {**by_score, **softmax}),
+        "saliency_mass_vjp": (
+            qm.saliency_mass_vjp,
+            {**by_score, "saliency": score, "probabilities": other},
+        ),
+        "merge_tokens_vjp": (
+            qm.merge_tokens_vjp,
+            {**by_merged, "tokens": tokens, **grouped, "mass": mass},
+        ),
+        "unmerge_tokens_vjp": (qm.unmerge_tokens_vjp, {**by_token, **grouped}),
+        "alignment_loss_vjp": (
+            alignment_loss_vjp,
+            {
+                **dict(zip(("forward", "backward", "total"), slopes, strict=True)),
+                **{"merged": merged, "prior": prior, "num_groups": num_groups},
+            },
+        ),
+        "reconstruction_error_vjp": (
+            qm.reconstruction_error_vjp,
+            {"gradient": slopes[0], **rebuilt, "labels": labels, **padded},
+        ),
+        "reconstruction_error_vjp, nearest": (
+            qm.reconstruction_error_vjp,
+            {"gradient": slopes[0], **rebuilt, **padded},
+        ),
+        "fidelity_loss_vjp": (
+            qm.fidelity_loss_vjp,
+            {"gradient": slope, **rebuilt, "labels": labels, **padded},
+        ),
+    }
+
+
+NAMES = list(calls(1))

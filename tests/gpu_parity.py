@@ -1,0 +1,169 @@
+"""How the tests on a GPU call a public function and hold it against the reference.
+
+``QM_CUPY_NO_POOL=1`` takes CuPy's memory pool away, so that compute-sanitizer sees the
+bounds of each array, and leaves only one small size. ``QM_CUPY_SIZES`` names the sizes
+N. ``QM_CUPY_REFERENCES`` names a folder in which processes share the references.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TOLERANCE
+from gpu_calls import RESULTS, calls
+
+
+def _import_cupy():
+    """Return CuPy, or None, and why there is no GPU to test on, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CuPy's, of a CUDA that it cannot find
+            import cupy
+    except ImportError as error:
+        return None, f"needs CuPy: {error}"
+    available = cupy.is_available()
+    return cupy, None if available else "needs a GPU: cupy.is_available() is False"
+
+
+cupy, missing = _import_cupy()
+marks = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(missing is not None, reason=str(missing)),
+    pytest.mark.filterwarnings("default"),  # a driver's warning is no fault of ours
+]
+
+NO_POOL = os.environ.get("QM_CUPY_NO_POOL") == "1"
+_SIZES = "33" if NO_POOL else os.environ.get("QM_CUPY_SIZES", "33,257,1,128")
+SIZES = [int(size) for size in _SIZES.split(",")]  # in this order
+HOST = {"MLPPrior.fit"}  # whose results are NumPy's wherever the tokens are
+
+
+def need_torch():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    return torch
+
+
+def as_numpy(x, dtype):
+    """Round to `dtype`; what NumPy has no functions for is held in float32."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+        return x
+    return x.astype(dtype).astype(np.float32 if dtype.name == "bfloat16" else dtype)
+
+
+def as_given(x, library, dtype, strided=False):
+    """Give an array to the GPU, floating ones in `dtype`; other arguments stay."""
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.dtype.kind == "f":
+        x = x.astype(dtype)
+    if strided:
+        x = np.repeat(x, 2, axis=-1)
+    if library == "cupy":
+        given = cupy.asarray(x)
+    elif library == "jax":
+        import jax
+
+        with jax.enable_x64(True):
+            given = jax.numpy.asarray(x)
+    else:
+        import torch
+
+        if x.dtype.name == "bfloat16":  # which torch does not take from NumPy
+            given = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda()
+        else:
+            given = torch.from_numpy(x).cuda()
+    return given[..., ::2] if strided else given
+
+
+def leaves(result):
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def on_host(x):
+    if type(x).__module__.startswith("torch"):
+        x = x.cpu()
+        half = x.dtype.is_floating_point and x.itemsize == 2
+        return (x.float() if half else x).numpy()
+    return x.get() if isinstance(x, cupy.ndarray) else np.asarray(x)
+
+
+def result_kinds(name, dtype):
+    """Return the dtype of each result and its column in the table of tolerances."""
+    accumulation = "float64" if dtype == np.float64 else "float32"
+    tokens, sums = (dtype.name, "stored"), (accumulation, "computed")
+    gradients = tokens if dtype.itemsize == 2 else (dtype.name, "computed")
+    kinds = {"t": tokens, "s": sums, "i": ("int32", None), "d": ("float64", "heights")}
+    kinds |= {"g": gradients, "w": ("float32", "computed")}
+    return [kinds[letter] for letter in RESULTS.get(name, "s")]
+
+
+def run(call, library, dtype, strided=False):
+    function, arguments = call
+    given = {k: as_given(x, library, dtype, strided) for k, x in arguments.items()}
+    return leaves(function(**given))
+
+
+def reference_of(call, dtype):
+    """Return the results of a call on NumPy arrays that are rounded to `dtype`."""
+    function, arguments = call
+    return leaves(function(**{k: as_numpy(x, dtype) for k, x in arguments.items()}))
+
+
+@functools.cache
+def reference(name, num_tokens, masked, ragged, dtype):
+    """Return the reference of a call of the table, computed once for all processes."""
+    call = calls(num_tokens, masked, ragged)[name]
+    folder = os.environ.get("QM_CUPY_REFERENCES")
+    if not folder:
+        return reference_of(call, dtype)
+    key = repr((name, num_tokens, masked, ragged, dtype.name)).encode()
+    path = Path(folder, hashlib.sha256(key).hexdigest()[:24])
+    if path.exists():
+        return pickle.loads(path.read_bytes())
+    wanted = reference_of(call, dtype)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(pickle.dumps(wanted))
+    Path(file.name).replace(path)  # whole at once, for processes beside this one
+    return wanted
+
+
+def check(name, got, wanted, library, dtype):
+    """Hold results against the reference: values, dtype, kind, place and layout."""
+    assert len(got) == len(wanted)
+    # Both sides round, and what comes at the end of a pipeline has rounded often.
+    often = name.split(",")[0] in ("quickmerge", "choose_merge", *HOST)
+    room = 20 if often else 2
+    kinds = result_kinds(name, dtype)
+    for x, y, (kind, column) in zip(got, wanted, kinds, strict=True):
+        assert str(x.dtype).removeprefix("torch.") == kind
+        assert tuple(x.shape) == np.shape(y)
+        if name not in HOST:
+            _check_kind(x, library)
+        if column == "heights":  # rows of nearly equal ones may change places
+            np.testing.assert_allclose(on_host(x)[..., 2], y[..., 2], 2e-5, 2e-6)
+        elif kind == "int32":
+            np.testing.assert_array_equal(on_host(x), y)
+        else:
+            tolerance = room * getattr(TOLERANCE[dtype.name], column)
+            found = on_host(x).astype(np.float64)
+            np.testing.assert_allclose(found, y, rtol=tolerance, atol=tolerance)
+
+
+def _check_kind(x, library):
+    """Hold a result against the library it must come from, on the GPU, without gaps."""
+    assert type(x).__module__.split(".")[0].removesuffix("lib") == library
+    if library == "torch":
+        assert x.is_cuda
+        assert x.is_contiguous()
+    elif library == "jax":
+        assert x.device.platform == "gpu"
+    else:
+        assert x.flags.c_contiguous

@@ -1,0 +1,74 @@
+"""Every public function on a GPU against the NumPy reference; needs CuPy and a GPU."""
+
+import numpy as np
+import pytest
+from conftest import TOLERANCE
+from gpu_calls import NAMES, calls
+from gpu_parity import (
+    SIZES,
+    check,
+    leaves,
+    marks,
+    on_host,
+    reference,
+    reference_of,
+    run,
+)
+
+import qm_cupy as qm
+
+pytestmark = marks
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("num_tokens", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_parity(name, num_tokens, masked, gpu_kernels, gpu_dtype):
+    got = run(calls(num_tokens, masked)[name], "cupy", gpu_dtype)
+    wanted = reference(name, num_tokens, masked, False, gpu_dtype)
+    check(name, got, wanted, "cupy", gpu_dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_num_groups_per_sequence(name, gpu_library, gpu_kernels, gpu_dtype):
+    got = run(calls(33, masked=True, ragged=True)[name], gpu_library, gpu_dtype)
+    wanted = reference(name, 33, True, True, gpu_dtype)
+    check(name, got, wanted, gpu_library, gpu_dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strided_inputs(name, gpu_library, gpu_kernels, gpu_dtype):
+    got = run(calls(33, masked=True)[name], gpu_library, gpu_dtype, strided=True)
+    wanted = reference(name, 33, True, False, gpu_dtype)
+    check(name, got, wanted, gpu_library, gpu_dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "MLPPrior.fit"])
+def test_empty_batch(name, gpu_kernels, gpu_dtype):
+    function, arguments = calls(33)[name]
+    axis = {"attention": 1, "query": 1, "key": 1, "entropy": 1}  # (L, B, …)
+    arguments = {
+        k: np.take(x, [], axis=axis.get(k, 0)) if isinstance(x, np.ndarray) else x
+        for k, x in arguments.items()
+    }
+    call = function, arguments
+    got = run(call, "cupy", gpu_dtype)
+    check(name, got, reference_of(call, gpu_dtype), "cupy", gpu_dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_on_every_run(name, gpu_kernels, gpu_dtype):
+    call = calls(SIZES[0], masked=True)[name]
+    first, again = run(call, "cupy", gpu_dtype), run(call, "cupy", gpu_dtype)
+    for x, y in zip(first, again, strict=True):
+        assert on_host(x).tobytes() == on_host(y).tobytes()
+
+
+@pytest.mark.parametrize("name", ["cosine_similarity", "alignment_loss"])
+def test_tf32_is_near_the_reference(name):
+    function, arguments = call = calls(SIZES[0])[name]
+    with qm.allow_tf32():
+        got = run(call, "cupy", np.dtype("f4"))
+    tolerance = TOLERANCE["tf32"].computed
+    for x, y in zip(got, leaves(function(**arguments)), strict=True):
+        np.testing.assert_allclose(on_host(x), y, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,195 @@
+"""Graphs, streams and memory on a GPU; needs CuPy and a GPU."""
+
+import numpy as np
+import pytest
+from gpu_calls import NAMES, calls
+from gpu_parity import (
+    NO_POOL,
+    SIZES,
+    as_given,
+    cupy,
+    leaves,
+    marks,
+    need_torch,
+    on_host,
+)
+
+import qm_cupy as qm
+from qm_cupy.clustering import LINKAGES, METHODS
+
+pytestmark = marks
+
+# Work is captured into a CUDA graph: while a stream captures, the driver refuses every
+# wait for it and every touch of the legacy default stream, so neither can hide. The
+# stream is not "non-blocking", which would let the latter pass.
+
+
+def capture(function):
+    """Return the result of a captured call, empty still, and how to fill it."""
+    stream = cupy.cuda.Stream()
+    cupy.cuda.Device().synchronize()  # the inputs come from another stream
+    with stream:
+        for _ in range(2):  # compiles the kernels and fills the stream's memory pool
+            function()
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            result = function()
+        finally:
+            graph = stream.end_capture()
+
+    def replay():
+        graph.launch(stream)
+        stream.synchronize()
+
+    return result, replay
+
+
+needs_pool = pytest.mark.skipif(NO_POOL, reason="a graph cannot allocate without pool")
+
+
+@needs_pool
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_host_synchronisation(name, masked, gpu_kernels):
+    function, arguments = calls(33, masked)[name]
+    given = {k: as_given(x, "cupy", np.dtype("f4")) for k, x in arguments.items()}
+    wanted = leaves(function(**given))
+    got, replay = capture(lambda: leaves(function(**given)))
+    for x in got:
+        x[...] = 7  # memory comes back from the pool with the last result in it
+    cupy.cuda.Device().synchronize()
+    replay()
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(x.get(), y.get())
+
+
+@needs_pool
+def test_a_host_synchronisation_would_be_caught():
+    x = cupy.arange(3)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match=r"[cC]apture"):
+        capture(lambda: int(x.sum()))
+
+
+GRAPHED = [method for method in METHODS if not (NO_POOL and method in LINKAGES)]
+
+
+def sequences(seed):
+    """Return tokens (2, 257, 64), or fewer without a pool, of float32."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((2, SIZES[-1], 64)).astype(np.float32)
+
+
+def same_results(got, wanted):
+    for x, y in zip(got, wanted, strict=True):
+        assert on_host(x).tobytes() == on_host(y).tobytes()
+
+
+@pytest.mark.parametrize("method", GRAPHED)
+def test_a_workspace_allocates_once(method, gpu_kernels):
+    x, workspace = cupy.asarray(sequences(0)), qm.Workspace()
+    wanted = qm.quickmerge(x, 9, method=method)
+    out = qm.quickmerge(x * 2, 9, method=method, workspace=workspace)
+    assert workspace.nbytes > 0
+    qm.quickmerge(x * 3, 9, method=method, out=out, workspace=workspace)
+    held = workspace.nbytes
+
+    def refuse(size):
+        raise AssertionError(f"{size} bytes are allocated")
+
+    with cupy.cuda.using_allocator(refuse):
+        got = qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+    assert got is out
+    assert workspace.nbytes == held
+    same_results(got, wanted)
+
+
+@pytest.mark.parametrize("method", GRAPHED)
+def test_a_graph_replays_with_new_inputs(method, gpu_kernels):
+    x, workspace = cupy.asarray(sequences(0)), qm.Workspace()
+    out = qm.quickmerge(x, 9, method=method, workspace=workspace)
+
+    def call():
+        return qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+
+    _, replay = capture(call)
+    for seed in (1, 2):
+        x[...] = cupy.asarray(sequences(seed))
+        cupy.cuda.Device().synchronize()
+        replay()
+        wanted = qm.quickmerge(cupy.asarray(sequences(seed)), 9, method=method)
+        same_results(out, wanted)
+
+
+@pytest.mark.parametrize("method", GRAPHED)
+def test_a_graph_of_torch_replays_with_new_inputs(method, gpu_kernels):
+    torch = need_torch()
+    x, workspace = torch.from_numpy(sequences(0)).cuda(), qm.Workspace()
+    out = qm.quickmerge(x, 9, method=method, workspace=workspace)
+    qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+    for seed in (1, 2):
+        new = torch.from_numpy(sequences(seed)).cuda()
+        x.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        same_results(out, qm.quickmerge(new, 9, method=method))
+
+
+def sleep():
+    """Keep CuPy's current stream busy for a tenth of a second or so."""
+    code = """extern "C" __global__ void wait(long long cycles) {
+        for (long long start = clock64(); clock64() - start < cycles;) {}
+    }"""
+    cupy.RawKernel(code, "wait")((1,), (1,), (np.int64(200_000_000),))
+
+
+def test_a_slow_producer_is_waited_for():
+    """In its own stream, and through DLPack's `stream` from another one."""
+
+    class Producer:
+        """Speaks DLPack alone, with its work on a side stream."""
+
+        def __dlpack_device__(self):
+            return x.__dlpack_device__()
+
+        def __dlpack__(self, *, stream=None, **options):
+            with side:  # CuPy lets `stream` wait for the current one
+                return x.__dlpack__(stream=stream, **options)
+
+    values = cupy.asarray(sequences(1))
+    x = cupy.zeros_like(values)
+    wanted = qm.norm_saliency(values).get()
+    side, ours = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    for given, stream in ((x, side), (Producer(), ours)):
+        x[...] = 0
+        cupy.cuda.Device().synchronize()
+        with side:
+            sleep()
+            x[...] = values
+            slow = side.record()
+        with stream:
+            got = qm.norm_saliency(given)
+            assert not slow.done  # the call has not waited: the stream does
+            np.testing.assert_array_equal(got.get(), wanted)
+
+
+def test_torch_is_worked_for_in_its_current_stream():
+    """Its other stream, which waits for that one, does not read too early."""
+    torch = need_torch()
+    values = torch.from_numpy(sequences(1)).cuda()
+    x = torch.zeros_like(values)
+    wanted = qm.norm_saliency(values).cpu()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        x.copy_(values)
+        slow = side.record_event()
+        got = qm.norm_saliency(x)
+        assert not slow.query()  # the call has not waited
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(got.cpu(), wanted)
