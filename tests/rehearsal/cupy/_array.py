@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy import _index, _memory, _streams
-from cupy.cuda import runtime
+from cupy import _index, _memory, _runtime, _streams
 
 _IMPLICIT = (
     "Implicit conversion to a NumPy array is not allowed. "
@@ -324,7 +323,7 @@ class Capsule:
 
 def wait() -> None:
     """Wait for the current stream, as every read by the CPU does."""
-    runtime._check()
+    _runtime.check()
     _streams.get_current_stream().synchronize()
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cupy import _card, _streams
+from cupy import _card, _runtime, _streams
 from cupy._array import ndarray
-from cupy.cuda import compiler, runtime
+from cupy.cuda import compiler
 
 Execute = Callable[..., None]
 
@@ -76,7 +76,7 @@ class _Kernel:
     def __call__(
         self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0
     ) -> None:
-        runtime._check()
+        _runtime.check()
         for x in args:
             if not isinstance(x, ndarray | np.generic):
                 raise TypeError(f"Unsupported type {type(x)}")
@@ -91,13 +91,13 @@ class _Kernel:
         _streams.submit(functools.partial(*work))
 
     def _run(self, grid: Any, block: Any, values: Any, shared_mem: int) -> None:
-        if runtime._planted("ILLEGAL", self.name):
-            runtime._break()
+        if _runtime.planted("ILLEGAL", self.name):
+            _runtime.break_()
             return
-        if runtime._planted("HANG", self.name):
-            runtime._hang()
+        if _runtime.planted("HANG", self.name):
+            _runtime.hang()
         self._execute(grid, block, values, shared_mem, self.enable_cooperative_groups)
-        if runtime._planted("WRONG", self.name):
+        if _runtime.planted("WRONG", self.name):
             _spoil([x for x in values if isinstance(x, np.ndarray)][-1])
 
 

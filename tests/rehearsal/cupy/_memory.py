@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy import _card, _streams
-from cupy.cuda import runtime
+from cupy import _card, _runtime, _streams
 
 _UNIT = 512  # bytes that CuPy's pool rounds up to, and that CUDA aligns to
 _local = threading.local()
@@ -134,7 +133,7 @@ def using_allocator(
 
 def alloc(size: int) -> MemoryPointer:
     """Allocate by the current allocator."""
-    runtime._check()
+    _runtime.check()
     return get_allocator()(size)
 
 
@@ -158,7 +157,7 @@ def _new_buffer(size: int) -> np.ndarray:
 
     CUDA allows it in the relaxed mode of CuPy's default and in no other.
     """
-    runtime._check()
+    _runtime.check()
     if size == 0:
         return np.empty(0, np.uint8)
     _streams.refuse_in_capture()

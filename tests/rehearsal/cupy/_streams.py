@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from cupy.cuda import runtime
+from cupy import _runtime
 
 _CAPTURING, _INVALIDATED, _IMPLICIT, _CAPTURED_EVENT = 900, 901, 906, 907
 _current = threading.local()
@@ -71,7 +71,7 @@ class Stream:
     ) -> None:
         if ptds:
             raise NotImplementedError("the stand-in has no per-thread default stream")
-        runtime._check()
+        _runtime.check()
         self.ptr = 0 if null else 0x1000 + 16 * len(_all)
         self.is_non_blocking = non_blocking
         self.priority = priority or 0
@@ -109,17 +109,17 @@ class Stream:
 
     @property
     def done(self) -> bool:
-        runtime._check()
+        _runtime.check()
         self._advance()
         return not self._queue
 
     def synchronize(self) -> None:
-        runtime._check()
+        _runtime.check()
         if self._recorded is not None:
             self._invalidate(_CAPTURING)
         self._order()
         self._drain()
-        runtime._settle()
+        _runtime.settle()
 
     def record(self, event: "Event | None" = None) -> "Event":
         event = Event() if event is None else event
@@ -131,9 +131,9 @@ class Stream:
             submit(_Wait(event._marker), self)
 
     def begin_capture(self, mode: int | None = None) -> None:
-        runtime._check()
+        _runtime.check()
         if self.ptr == 0 or self._recorded is not None:
-            raise runtime.CUDARuntimeError(_CAPTURING)
+            raise _runtime.CUDARuntimeError(_CAPTURING)
         self._recorded, self._invalid = [], False
 
     @property
@@ -141,17 +141,17 @@ class Stream:
         return self._recorded is not None
 
     def end_capture(self) -> "Graph":
-        runtime._check()
+        _runtime.check()
         recorded, self._recorded = self._recorded, None
         if recorded is None:
             raise RuntimeError("cudaStreamBeginCapture must be called first")
         if self._invalid:
-            raise runtime.CUDARuntimeError(_INVALIDATED)
+            raise _runtime.CUDARuntimeError(_INVALIDATED)
         return Graph(recorded)
 
     def _invalidate(self, status: int) -> None:
         self._invalid = True
-        raise runtime.CUDARuntimeError(status)
+        raise _runtime.CUDARuntimeError(status)
 
     def _order(self) -> None:
         """Wait for the null stream, or as the null stream for all blocking ones."""
@@ -185,7 +185,7 @@ class Event:
         disable_timing: bool = False,
         interprocess: bool = False,
     ) -> None:
-        runtime._check()
+        _runtime.check()
         self._marker: _Marker | None = None
 
     def record(self, stream: Stream | None = None) -> None:
@@ -197,22 +197,22 @@ class Event:
 
     @property
     def done(self) -> bool:
-        runtime._check()
+        _runtime.check()
         marker = self._known()
         if marker is not None and not marker.passed:
             marker.stream._advance()
         return marker is None or marker.passed
 
     def synchronize(self) -> None:
-        runtime._check()
+        _runtime.check()
         marker = self._known()
         if marker is not None:
             marker.stream._drain(marker)
-        runtime._settle()
+        _runtime.settle()
 
     def _known(self) -> _Marker | None:
         if self._marker is not None and self._marker.captured:
-            raise runtime.CUDARuntimeError(_CAPTURED_EVENT)
+            raise _runtime.CUDARuntimeError(_CAPTURED_EVENT)
         return self._marker
 
 
@@ -235,7 +235,7 @@ def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     """Return the milliseconds between two events that have passed."""
     times = [event._marker for event in (start_event, end_event)]
     if not all(marker is not None and marker.passed for marker in times):
-        raise runtime.CUDARuntimeError(1)
+        raise _runtime.CUDARuntimeError(1)
     return (times[1].seconds - times[0].seconds) * 1e3
 
 
@@ -253,7 +253,7 @@ def submit(work: Callable[[], None], stream: Stream | None = None) -> None:
 
 def idle(stream: Stream | None = None) -> bool:
     """Whether what is put into a stream now is done at once."""
-    runtime._check()
+    _runtime.check()
     stream = get_current_stream() if stream is None else stream
     if stream._recorded is not None:
         return False
@@ -280,13 +280,13 @@ def refuse_in_capture() -> None:
 
 def synchronize_device() -> None:
     """Wait for all streams."""
-    runtime._check()
+    _runtime.check()
     for stream in _all:
         if stream._recorded is not None:
             stream._invalidate(_CAPTURING)
     for stream in _all:
         stream._drain()
-    runtime._settle()
+    _runtime.settle()
 
 
 def wait_between(ahead: Stream, pointer: int) -> None:

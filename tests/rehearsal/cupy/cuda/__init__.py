@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cupy import _card
+from cupy import _card, _runtime
 from cupy._memory import (
     Memory,
     MemoryPointer,
@@ -43,7 +43,7 @@ class Device:
 
     def __init__(self, device: Any = None) -> None:
         self.id = 0 if device is None else int(device)
-        runtime._check_number(self.id)
+        _runtime.check_number(self.id)
 
     def __int__(self) -> int:
         return self.id
@@ -71,7 +71,7 @@ class Device:
 
     @property
     def attributes(self) -> dict[str, int]:
-        runtime._check()
+        _runtime.check()
         return dict(_card.ATTRIBUTES)
 
     @property
