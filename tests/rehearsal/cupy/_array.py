@@ -1,0 +1,456 @@
+"""CuPy's array, over the bytes of a NumPy array that stands for device memory."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from cupy import _index, _memory, _runtime, _streams
+
+_IMPLICIT = (
+    "Implicit conversion to a NumPy array is not allowed. "
+    "Please use `.get()` to construct a NumPy array explicitly."
+)
+_SCALARS = (bool, int, float, np.generic)
+
+
+class ndarray:  # noqa: N801
+    """An array on the device; what CuPy has and this has not is an AttributeError."""
+
+    __array_priority__ = 100
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        shape: Any,
+        dtype: Any = float,
+        memptr: Any = None,
+        strides: Any = None,
+        order: str = "C",
+    ) -> None:
+        if strides is not None:
+            raise NotImplementedError("the stand-in's cupy.ndarray takes no strides")
+        shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+        dtype = np.dtype(dtype)
+        size = math.prod(shape) * dtype.itemsize
+        self.data = _memory.alloc(size) if memptr is None else memptr
+        there = _memory.as_numpy(self.data, size).view(dtype)
+        self._numpy: np.ndarray = there.reshape(shape, order=order)
+
+    # What describes it.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._numpy.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self._numpy.strides
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._numpy.dtype
+
+    @property
+    def size(self) -> int:
+        return self._numpy.size
+
+    @property
+    def ndim(self) -> int:
+        return self._numpy.ndim
+
+    @property
+    def itemsize(self) -> int:
+        return self._numpy.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self._numpy.nbytes
+
+    @property
+    def flags(self) -> "Flags":
+        return Flags(self._numpy.flags)
+
+    @property
+    def device(self) -> Any:
+        from cupy.cuda import Device
+
+        return Device(0)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "strides": None if self.flags.c_contiguous else self.strides,
+            "data": (self.data.ptr, False),
+            "version": 3,
+        }
+
+    def __len__(self) -> int:
+        if not self.ndim:
+            raise TypeError("len() of unsized object")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator["ndarray"]:
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(len(self)))
+
+    # What reads it on the CPU, which waits for the current stream.
+
+    def get(
+        self,
+        stream: Any = None,
+        order: str = "C",
+        out: Any = None,
+        blocking: bool = True,
+    ) -> np.ndarray:
+        if stream is not None or out is not None or not blocking:
+            raise NotImplementedError("the stand-in's get() takes `order` alone")
+        wait()
+        return self._numpy.copy(order=order)
+
+    def item(self) -> Any:
+        wait()
+        return self._numpy.item()
+
+    def tolist(self) -> Any:
+        return self.get().tolist()
+
+    def tobytes(self, order: str = "C") -> bytes:
+        return self.get().tobytes(order)
+
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            return bool(self._numpy)  # NumPy's error is CuPy's
+        wait()
+        return bool(self._numpy.item())
+
+    def __int__(self) -> int:
+        return int(self.get())
+
+    def __float__(self) -> float:
+        return float(self.get())
+
+    def __index__(self) -> int:
+        return self.get().__index__()
+
+    def __repr__(self) -> str:
+        return repr(self.get())
+
+    def __str__(self) -> str:
+        return str(self.get())
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(_IMPLICIT)
+
+    # What leads from NumPy's functions to CuPy's.
+
+    def __array_ufunc__(
+        self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any
+    ) -> Any:
+        import cupy
+
+        if method != "__call__":
+            return NotImplemented
+        if "out" in kwargs:
+            (kwargs["out"],) = kwargs["out"]
+        return getattr(cupy, ufunc.__name__)(*inputs, **kwargs)
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        import cupy
+
+        if not all(issubclass(t, ndarray | np.ndarray) for t in types):
+            return NotImplemented
+        path = [*func.__module__.split(".")[1:], func.__name__]
+        return functools.reduce(getattr, path, cupy)(*args, **kwargs)
+
+    # DLPack, between CuPy's own arrays.
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: Any = None,
+        dl_device: Any = None,
+        copy: Any = None,
+    ) -> "Capsule":
+        if dl_device not in (None, (2, 0)) or copy:
+            raise NotImplementedError("the stand-in's __dlpack__ makes no copy")
+        if stream == 0:
+            raise ValueError("stream=0 is ambiguous: DLPack spells it 1 or 2")
+        if stream != -1:
+            _streams.wait_between(_streams.get_current_stream(), stream or 1)
+        return Capsule(self)
+
+    # Views and copies.
+
+    @property
+    def T(self) -> "ndarray":  # noqa: N802
+        return view_of(self, self._numpy.T)
+
+    @property
+    def mT(self) -> "ndarray":  # noqa: N802
+        return view_of(self, self._numpy.mT)
+
+    def transpose(self, *axes: Any) -> "ndarray":
+        return view_of(self, self._numpy.transpose(*axes))
+
+    def swapaxes(self, axis1: int, axis2: int) -> "ndarray":
+        return view_of(self, self._numpy.swapaxes(axis1, axis2))
+
+    def squeeze(self, axis: Any = None) -> "ndarray":
+        return view_of(self, self._numpy.squeeze(axis))
+
+    def view(self, dtype: Any = None) -> "ndarray":
+        same = dtype is None
+        return view_of(self, self._numpy.view() if same else self._numpy.view(dtype))
+
+    def reshape(self, *shape: Any, order: str = "C") -> "ndarray":
+        shaped = self._numpy.reshape(*shape, order=order)
+        if not shaped.size or np.may_share_memory(shaped, self._numpy):
+            return view_of(self, shaped)
+        return compute(lambda x: x.reshape(*shape, order=order), self)
+
+    def ravel(self, order: str = "C") -> "ndarray":
+        return self.reshape(-1, order=order)
+
+    def copy(self, order: str = "C") -> "ndarray":
+        return compute(lambda x: x.copy(order=order), self, order=order)
+
+    def astype(
+        self,
+        dtype: Any,
+        order: str = "K",
+        casting: str | None = None,
+        subok: None = None,
+        copy: bool = True,
+    ) -> "ndarray":
+        if casting is not None or subok is not None:
+            raise NotImplementedError("the stand-in's astype() has no casting or subok")
+        dtype, flags = np.dtype(dtype), self.flags
+        laid = order in "KA" or (
+            flags.c_contiguous if order == "C" else flags.f_contiguous
+        )
+        if not copy and dtype == self.dtype and laid:
+            return self
+        return compute(lambda x: x.astype(dtype), self, order=order)
+
+    def fill(self, value: Any) -> None:
+        if isinstance(value, ndarray | list | tuple) or np.ndim(value):
+            raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
+        if isinstance(value, np.ndarray):
+            value = value.item()
+        _streams.submit(functools.partial(_fill, self._numpy, value))
+
+    def __getitem__(self, key: Any) -> "ndarray":
+        return _index.get(self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _index.put(self, key, value)
+
+    # Reductions.
+
+    def sum(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("sum", out, axis=axis, dtype=dtype, keepdims=keepdims)
+
+    def mean(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("mean", out, axis=axis, dtype=dtype, keepdims=keepdims)
+
+    def max(self, axis=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("max", out, axis=axis, keepdims=keepdims)
+
+    def min(self, axis=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("min", out, axis=axis, keepdims=keepdims)
+
+    def any(self, axis=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("any", out, axis=axis, keepdims=keepdims)
+
+    def all(self, axis=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("all", out, axis=axis, keepdims=keepdims)
+
+    def argmax(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("argmax", out or dtype, axis=axis, keepdims=keepdims)
+
+    def argmin(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
+        return self._reduce("argmin", out or dtype, axis=axis, keepdims=keepdims)
+
+    def cumsum(self, axis=None, dtype=None, out=None) -> "ndarray":
+        return self._reduce("cumsum", out, axis=axis, dtype=dtype)
+
+    def _reduce(self, name: str, out: Any, **options: Any) -> "ndarray":
+        if out is not None:
+            raise NotImplementedError(f"the stand-in's {name}() has no `out`")
+        kept = self.dtype if name in ("sum", "mean", "cumsum") else None
+
+        def reduce(x: np.ndarray) -> Any:
+            if x.dtype.name != "bfloat16":
+                return getattr(np, name)(x, **options)
+            found = getattr(np, name)(x.astype(np.float32), **options)
+            # CuPy adds up bfloat16 in float32, and rounds once.
+            short = found.dtype == np.float32 and options.get("dtype") is None
+            return found.astype(x.dtype if kept is None else kept) if short else found
+
+        return compute(reduce, self, order="C")
+
+    def clip(self, min: Any = None, max: Any = None, out: Any = None) -> "ndarray":
+        if out is not None:
+            raise NotImplementedError("the stand-in's clip() has no `out`")
+        return compute(lambda x: np.clip(x, min, max), self)
+
+
+class Flags:
+    """What CuPy tells of an array's layout; it has no `writeable`."""
+
+    def __init__(self, flags: Any) -> None:
+        self.c_contiguous: bool = flags.c_contiguous
+        self.f_contiguous: bool = flags.f_contiguous
+
+
+class Capsule:
+    """An array on its way through DLPack."""
+
+    def __init__(self, array: ndarray) -> None:
+        self.array = array
+
+
+def wait() -> None:
+    """Wait for the current stream, as every read by the CPU does."""
+    _runtime.check()
+    _streams.get_current_stream().synchronize()
+
+
+def view_of(x: ndarray, values: np.ndarray) -> ndarray:
+    """Return an array of `x`'s memory, of which `values` is a view."""
+    return _wrap(values, x.data)
+
+
+def imported(x: ndarray) -> ndarray:
+    """Return what DLPack makes of `x`: its memory starts at its first element."""
+    address = int(x._numpy.__array_interface__["data"][0])
+    memory = _memory.UnownedMemory.__new__(_memory.UnownedMemory)
+    memory.ptr, memory.size, memory.device_id = address, x.nbytes, 0
+    memory._owner, memory._buffer = x, None
+    return _wrap(x._numpy.view(), _memory.MemoryPointer(memory, 0))
+
+
+def _wrap(values: np.ndarray, data: Any) -> ndarray:
+    result = ndarray.__new__(ndarray)
+    first = int(values.__array_interface__["data"][0]) - data.mem.ptr
+    result.data = _memory.MemoryPointer(data.mem, first if values.size else 0)
+    result._numpy = values
+    return result
+
+
+def operand(x: Any) -> Any:
+    """Return what CuPy's functions take: an array's values or a number."""
+    if isinstance(x, ndarray):
+        return x._numpy
+    if isinstance(x, _SCALARS):
+        return x
+    raise TypeError(f"Unsupported type {type(x)}")
+
+
+def compute(
+    function: Callable[..., Any], *operands: Any, out: Any = None, order: str = "K"
+) -> ndarray:
+    """Return a function of arrays, whose values come when the stream has come there.
+
+    It runs once now, for the shape and dtype of its result, on whatever is in memory.
+    """
+    values = [operand(x) for x in operands]
+    with np.errstate(all="ignore"):
+        result = np.asarray(function(*values))
+    if out is None:
+        by_columns = result.flags.f_contiguous and not result.flags.c_contiguous
+        layout = "F" if order == "F" or (order in "KA" and by_columns) else "C"
+        out = ndarray(result.shape, result.dtype, order=layout)
+    target = out._numpy
+    if target.shape != np.broadcast_shapes(result.shape, target.shape):
+        raise ValueError(f"Output shape {target.shape} does not fit {result.shape}")
+    if not np.can_cast(result.dtype, target.dtype, "same_kind"):
+        raise TypeError(f"output (typecode {result.dtype}) cannot be {target.dtype}")
+    if _streams.idle():
+        target[...] = result
+    else:
+        _streams.submit(functools.partial(_run, function, values, target))
+    return out
+
+
+def _run(function: Callable[..., Any], values: list[Any], target: np.ndarray) -> None:
+    with np.errstate(all="ignore"):
+        target[...] = function(*values)
+
+
+def _fill(target: np.ndarray, value: Any) -> None:
+    with np.errstate(all="ignore"):
+        target[...] = np.asarray(value).astype(target.dtype)
+
+
+def _binary(name: str) -> Any:
+    function = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}.get(
+        name, {"sub": "subtract", "mul": "multiply", "pow": "power"}.get(name, name)
+    )
+    function = {
+        "truediv": "true_divide",
+        "floordiv": "floor_divide",
+        "mod": "remainder",
+        "eq": "equal",
+        "ne": "not_equal",
+        "lt": "less",
+        "le": "less_equal",
+        "gt": "greater",
+        "ge": "greater_equal",
+    }.get(name, function)
+
+    def forward(self: ndarray, other: Any) -> Any:
+        import cupy
+
+        return getattr(cupy, function)(self, other)
+
+    def reflected(self: ndarray, other: Any) -> Any:
+        import cupy
+
+        return getattr(cupy, function)(other, self)
+
+    def in_place(self: ndarray, other: Any) -> Any:
+        import cupy
+
+        return getattr(cupy, function)(self, other, out=self)
+
+    return forward, reflected, in_place
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "matmul",
+):
+    for _prefix, _function in zip(("", "r", "i"), _binary(_name), strict=True):
+        setattr(ndarray, f"__{_prefix}{_name}__", _function)
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(ndarray, f"__{_name}__", _binary(_name)[0])
+for _name, _ufunc in (("neg", "negative"), ("abs", "absolute"), ("invert", "invert")):
+    setattr(
+        ndarray,
+        f"__{_name}__",
+        lambda self, _ufunc=_ufunc: operator.attrgetter(_ufunc)(__import__("cupy"))(
+            self
+        ),
+    )
+ndarray.__module__ = "cupy"

@@ -1,0 +1,181 @@
+"""Kernels: the library's run in the emulator, those that only take time do nothing."""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupy import _card, _runtime, _streams
+from cupy._array import ndarray
+from cupy.cuda import compiler
+
+Execute = Callable[..., None]
+
+_CLOCK = 2e9  # cycles a second
+
+
+def _nothing(*args: Any) -> None:
+    """Stand for a kernel that heats the card or lets the CPU run ahead."""
+
+
+def _wait(cycles: Any) -> None:
+    _streams.sleep(int(cycles) / _CLOCK)
+
+
+# Kernels of the benchmarks and tests that compute nothing anybody reads.
+_FOREIGN = {"spin": _nothing, "exponentials": _nothing, "wait": _wait}
+
+
+def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
+    """Return what runs a kernel on NumPy arrays: the one seam to the emulator.
+
+    It is called with ``(grid, block, values, shared_mem, cooperative)``.
+    """
+    emulator = _emulator()
+    dtype = _dtype_of(options)
+    try:
+        arch = int(_card.CAPABILITY) * 10
+        library = emulator.compile_source(source, dtype, arch=arch)
+    except emulator.EmulationError as error:
+        raise compiler.CompileException(str(error), source, name, options) from error
+    try:
+        kernel = emulator.Kernel(library, name)
+    except AttributeError as error:
+        raise RuntimeError(
+            "CUDA_ERROR_NOT_FOUND: named symbol not found: " + name
+        ) from error
+
+    def execute(
+        grid: Any, block: Any, values: Any, shared_mem: int, cooperative: bool
+    ) -> None:
+        kernel(grid, block, values, shared_mem=shared_mem, cooperative=cooperative)
+
+    return execute
+
+
+class _Kernel:
+    """A kernel that can be launched."""
+
+    def __init__(
+        self,
+        source: str,
+        options: tuple[str, ...],
+        name: str,
+        cooperative: bool,
+        execute: Execute | None,
+    ) -> None:
+        self.name, self.options, self.code = name, options, source
+        self.enable_cooperative_groups = cooperative
+        self._execute = execute
+        self.max_dynamic_shared_size_bytes = 48 << 10
+
+    def __call__(
+        self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0
+    ) -> None:
+        _runtime.check()
+        for x in args:
+            if not isinstance(x, ndarray | np.generic):
+                raise TypeError(f"Unsupported type {type(x)}")
+        cooperative = self.enable_cooperative_groups
+        launch = (grid, block, args, shared_mem, cooperative)
+        _card.check(self.code, self.options, self.name, *launch)
+        if self._execute is None:
+            _FOREIGN[self.name](*args)
+            return
+        values = tuple([x._numpy if isinstance(x, ndarray) else x for x in args])
+        work = (self._run, grid, block, values, shared_mem)
+        _streams.submit(functools.partial(*work))
+
+    def _run(self, grid: Any, block: Any, values: Any, shared_mem: int) -> None:
+        if _runtime.planted("ILLEGAL", self.name):
+            _runtime.break_()
+            return
+        if _runtime.planted("HANG", self.name):
+            _runtime.hang()
+        self._execute(grid, block, values, shared_mem, self.enable_cooperative_groups)
+        if _runtime.planted("WRONG", self.name):
+            _spoil([x for x in values if isinstance(x, np.ndarray)][-1])
+
+
+class RawModule:
+    """Kernels of one of the library's sources."""
+
+    def __init__(
+        self,
+        code: str | None = None,
+        *,
+        options: tuple[str, ...] = (),
+        backend: str = "nvrtc",
+        enable_cooperative_groups: bool = False,
+    ) -> None:
+        if code is None or code not in _own_sources():
+            raise NotImplementedError(
+                "the stand-in's cupy.RawModule compiles the library's sources alone"
+            )
+        self.code, self.options, self.backend = code, options, backend
+        self.enable_cooperative_groups = enable_cooperative_groups
+
+    def get_function(self, name: str) -> _Kernel:
+        execute = executor(self.code, self.options, name)
+        cooperative = self.enable_cooperative_groups
+        return _Kernel(self.code, self.options, name, cooperative, execute)
+
+
+class RawKernel(_Kernel):
+    """A kernel by itself: one of the library's, or one that only takes time."""
+
+    def __init__(
+        self,
+        code: str,
+        name: str,
+        options: tuple[str, ...] = (),
+        backend: str = "nvrtc",
+        *,
+        enable_cooperative_groups: bool = False,
+    ) -> None:
+        cooperative, execute = enable_cooperative_groups, None
+        if code in _own_sources():
+            execute = executor(code, options, name)
+        elif name not in _FOREIGN:
+            raise NotImplementedError(f"the stand-in cannot run the kernel {name!r}")
+        super().__init__(code, options, name, cooperative, execute)
+
+
+def _spoil(x: np.ndarray) -> None:
+    """Change one element."""
+    if x.size:
+        first = np.unravel_index(0, x.shape)
+        old = x[first]
+        near = np.isfinite(old.astype(np.float64)) and abs(float(old)) < 100
+        x[first] = not old if x.dtype == np.bool_ else old + 1 if near else 0
+
+
+def _own_sources() -> frozenset[str]:
+    from qm_cupy import _cuda
+
+    return frozenset(_cuda.source(file) for file in _cuda.kernel_files())
+
+
+def _dtype_of(options: tuple[str, ...]) -> str:
+    """Return the dtype whose options these are."""
+    from qm_cupy import _cuda
+
+    for dtype in (*_cuda._STORAGE, _cuda.TF32):
+        if tuple(_cuda.options(dtype)) == tuple(options):
+            return dtype
+    raise NotImplementedError(f"the stand-in knows no dtype of the options {options}")
+
+
+def _emulator() -> Any:
+    try:
+        return importlib.import_module("emulator")
+    except ModuleNotFoundError:
+        sys.path.append(str(Path(__file__).resolve().parents[2]))  # tests/
+        return importlib.import_module("emulator")
+
+
+RawModule.__module__ = RawKernel.__module__ = "cupy"

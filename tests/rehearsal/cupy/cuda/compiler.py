@@ -1,0 +1,20 @@
+"""The error of a kernel that does not compile."""
+
+from typing import Any
+
+
+class CompileException(Exception):  # noqa: N818
+    """Holds the compiler's log."""
+
+    def __init__(
+        self, msg: str, source: str, name: str, options: Any, backend: str = "nvrtc"
+    ) -> None:
+        self._msg = msg
+        self.source = source
+        self.name = name
+        self.options = options
+        self.backend = backend
+        super().__init__()
+
+    def __str__(self) -> str:
+        return self._msg

@@ -1,0 +1,29 @@
+"""Random numbers; their values are not CuPy's."""
+
+from typing import Any
+
+import numpy as np
+
+from cupy import _functions
+from cupy._array import ndarray
+
+_generator = [np.random.default_rng(0)]
+
+
+def seed(seed: int | None = None) -> None:
+    _generator[0] = np.random.default_rng(seed)
+
+
+def random_sample(size: Any = None, dtype: Any = float) -> ndarray:
+    return _functions.asarray(_generator[0].random(size, dtype))
+
+
+random = random_sample
+
+
+def standard_normal(size: Any = None, dtype: Any = float) -> ndarray:
+    return _functions.asarray(_generator[0].standard_normal(size, dtype))
+
+
+def randint(low: Any, high: Any = None, size: Any = None, dtype: Any = "l") -> ndarray:
+    return _functions.asarray(_generator[0].integers(low, high, size, dtype))
