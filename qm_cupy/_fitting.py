@@ -48,8 +48,10 @@ class RidgeRegression:
         """Return the fitted network, in float64; None if there was no block."""
         if self._gram is None:
             return None
-        penalty = np.eye(len(self._gram), like=self._gram)
-        penalty[-1, -1] = 0
+        # NB: not np.eye(like=…), which gives CuPy's an argument that it does not have.
+        ones = np.ones(len(self._gram))
+        ones[-1] = 0  # λ spares the constant
+        penalty = np.asarray(np.diag(ones), like=self._gram)
         mean = np.diagonal(self._gram)[:-1].mean()
         # The floor is for hidden units none of which ever fires.
         strength = np.maximum(self._ridge * mean, np.finfo(np.float64).tiny)

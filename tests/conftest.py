@@ -118,7 +118,10 @@ def gpu_library(request):
     return request.param
 
 
-@pytest.fixture(params=["float16", "bfloat16", "float32", "float64"])
+_GPU_DTYPES = os.environ.get("QM_CUPY_DTYPES", "float16,bfloat16,float32,float64")
+
+
+@pytest.fixture(params=_GPU_DTYPES.split(","))
 def gpu_dtype(request):
     if request.param == "bfloat16":
         pytest.importorskip("ml_dtypes")  # from where NumPy knows bfloat16

@@ -7,6 +7,7 @@ import numpy as np
 import qm_cupy as qm
 from qm_cupy.clustering import LINKAGES, METHODS
 
+BATCH = 3  # sequences; no other axis has as many
 WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # D: whole vectors of 16 bytes, and not
 # What comes out where it is not all sums: t(okens), s(ums), i(ntegers), d(endrograms),
 # g(radients, in the dtype of what they belong to), w(eights of a fit, on the CPU).
@@ -147,10 +148,10 @@ def _priors(tokens, merged, num_groups, prior, transformer, rng):
 def calls(num_tokens, masked=False, ragged=False):
     """Return, by name, a public function and the arguments of a call on NumPy arrays.
 
-    Three sequences; with `ragged`, K differs between them.
+    With `ragged`, K differs between the sequences.
     """
     rng = np.random.default_rng(num_tokens)
-    batch, dim = 3, WIDTHS[num_tokens]
+    batch, dim = BATCH, WIDTHS[num_tokens]
     mask = None
     if masked:  # on the left, and in between
         mask = rng.random((batch, num_tokens)) < 0.7

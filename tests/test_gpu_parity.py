@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import TOLERANCE
-from gpu_calls import NAMES, calls
+from gpu_calls import BATCH, NAMES, calls
 from gpu_parity import (
     SIZES,
     check,
@@ -46,9 +46,10 @@ def test_strided_inputs(name, gpu_library, gpu_kernels, gpu_dtype):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "MLPPrior.fit"])
 def test_empty_batch(name, gpu_kernels, gpu_dtype):
     function, arguments = calls(33)[name]
-    axis = {"attention": 1, "query": 1, "key": 1, "entropy": 1}  # (L, B, …)
     arguments = {
-        k: np.take(x, [], axis=axis.get(k, 0)) if isinstance(x, np.ndarray) else x
+        k: np.take(x, [], axis=x.shape.index(BATCH))  # (B, …) or (L, B, …)
+        if isinstance(x, np.ndarray) and BATCH in x.shape
+        else x
         for k, x in arguments.items()
     }
     call = function, arguments

@@ -48,9 +48,13 @@ def capture(function):
 needs_pool = pytest.mark.skipif(NO_POOL, reason="a graph cannot allocate without pool")
 
 
+# These read on the host what they have found on the GPU: K, or weights.
+WAIT = {"norm_budget", "choose_merge", "MLPPrior.fit"}
+
+
 @needs_pool
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WAIT])
 def test_no_host_synchronisation(name, masked, gpu_kernels):
     function, arguments = calls(33, masked)[name]
     given = {k: as_given(x, "cupy", np.dtype("f4")) for k, x in arguments.items()}
@@ -77,7 +81,7 @@ GRAPHED = [method for method in METHODS if not (NO_POOL and method in LINKAGES)]
 def sequences(seed):
     """Return tokens (2, 257, 64), or fewer without a pool, of float32."""
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((2, SIZES[-1], 64)).astype(np.float32)
+    return rng.standard_normal((2, max(SIZES), 64)).astype(np.float32)
 
 
 def same_results(got, wanted):

@@ -1,0 +1,66 @@
+"""Compile every kernel for the GPU at hand, in parallel, into CuPy's cache on disk.
+
+    python benchmarks/compile_kernels.py [--processes P] [--dtypes DTYPE ...]
+
+NVRTC takes half a second or so for each file and dtype. Processes that come later, such
+as those of the tests, read the machine code from the cache. Exits 1 if a file fails.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+
+from qm_cupy import _cuda
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "tf32")
+
+
+def compile_file(job: tuple[str, str]) -> str | None:
+    """Compile a file for a dtype; return what went wrong, or None."""
+    file, dtype = job
+    try:
+        for kernel in _cuda.kernel_names(file):
+            _cuda.raw_kernel(file, kernel, dtype)
+            if "blocks_barrier(" in _cuda.text(file):
+                _cuda.raw_kernel(file, kernel, dtype, True)
+    except Exception as error:
+        return f"{file} {dtype}: {type(error).__name__}: {error}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    options = parser.parse_args()
+    # TF32 is for products, which the files with tiles have.
+    jobs = [
+        (file, dtype)
+        for file, dtype in itertools.product(_cuda.kernel_files(), options.dtypes)
+        if dtype != "tf32" or "multiply_tiles(" in _cuda.text(file)
+    ]
+    start, failures = time.monotonic(), 0
+    context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
+    pool = ProcessPoolExecutor(options.processes, mp_context=context)
+    try:
+        for failure in pool.map(compile_file, jobs):
+            if failure:
+                failures += 1
+                print(failure, flush=True)
+    except KeyboardInterrupt:  # what is compiled is in the cache
+        print("interrupted", flush=True)
+        os._exit(130)  # without the wait for compilations under way
+    seconds = time.monotonic() - start
+    print(f"{len(jobs)} compilations, {failures} failed, {seconds:.0f} s")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
