@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from cupy import _array, _streams
-from cupy._array import compute, ndarray, operand
+from cupy import _array, _compute, _streams
+from cupy._array import ndarray
+from cupy._compute import compute, operand
 
 
 class Ufunc:
@@ -36,7 +37,8 @@ def _add_at(a: np.ndarray, index: np.ndarray, b: Any) -> None:
 
 
 UFUNCS = (
-    "add", "subtract", "multiply", "true_divide", "floor_divide", "remainder", "power",
+    "add", "subtract", "multiply", "true_divide", "divide", "floor_divide", "remainder",
+    "power",
     "maximum", "minimum", "exp", "log", "sqrt", "square", "absolute", "negative",
     "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "isfinite",
     "isnan", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or",
@@ -223,7 +225,7 @@ def argsort(a: Any, axis: Any = -1, kind: Any = None) -> ndarray:
 
 
 def bincount(x: Any, weights: Any = None, minlength: Any = None) -> ndarray:
-    _array.wait()  # for the largest
+    _compute.wait()  # for the largest
     return compute(
         lambda x, *w: np.bincount(x, *w, minlength=minlength or 0),
         *(x, *([] if weights is None else [weights])),

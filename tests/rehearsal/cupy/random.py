@@ -7,6 +7,8 @@ import numpy as np
 from cupy import _functions
 from cupy._array import ndarray
 
+__all__ = ["randint", "random", "random_sample", "seed", "standard_normal"]
+
 _generator = [np.random.default_rng(0)]
 
 
