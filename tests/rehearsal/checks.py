@@ -165,6 +165,23 @@ def test_a_wait_spoils_a_capture(read):
             stream.end_capture()
 
 
+def test_a_copy_from_the_cpu_spoils_a_capture():
+    """It queries an event of the stream; a single number goes as an argument."""
+    x, stream = cupy.ones(3), cupy.cuda.Stream()
+    with stream:
+        for _ in range(2):
+            cupy.asarray(2.0), cupy.asarray([2.0])
+        stream.begin_capture()
+        cupy.asarray(2.0)
+        stream.end_capture()
+        stream.begin_capture()
+        cupy.asarray([2.0])
+        with pytest.raises(Error, match="cudaErrorStreamCaptureInvalidated"):
+            x.fill(1)
+        with pytest.raises(Error, match="cudaErrorStreamCaptureInvalidated"):
+            stream.end_capture()
+
+
 @pytest.mark.parametrize("non_blocking", [False, True])
 def test_the_default_stream_is_closed_to_blocking_captures(non_blocking):
     x, stream = cupy.ones(3), cupy.cuda.Stream(non_blocking=non_blocking)

@@ -12,6 +12,7 @@ timing shows, alignment, or speed.
 
 from typing import Any as _Any
 
+import ml_dtypes as _ml_dtypes  # NumPy then knows bfloat16 by name, as after CuPy
 import numpy as _np
 from numpy import bool_, float16, float32, float64, int32, int64, uint8, uint64
 

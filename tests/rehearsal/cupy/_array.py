@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -185,7 +186,9 @@ class ndarray(Operators):  # noqa: N801
         if dl_device not in (None, (2, 0)) or copy:
             raise NotImplementedError("the stand-in's __dlpack__ makes no copy")
         if stream == 0:
-            raise ValueError("stream=0 is ambiguous: DLPack spells it 1 or 2")
+            warnings.warn(
+                "DLPack has no stream 0: taken for the default one", stacklevel=2
+            )
         if stream != -1:
             _streams.wait_between(_streams.get_current_stream(), stream or 1)
         return Capsule(self)
