@@ -10,8 +10,9 @@ timing shows, alignment, or speed.
 
 # ruff: noqa: F401  (the imports are what the package offers)
 
-from typing import Any
+from typing import Any as _Any
 
+import ml_dtypes as _ml_dtypes  # NumPy then knows bfloat16 by name, as after CuPy
 import numpy as _np
 from numpy import bool_, float16, float32, float64, int32, int64, uint8, uint64
 
@@ -66,5 +67,5 @@ def is_available() -> bool:
     return cuda.is_available()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     raise AttributeError(f"the stand-in for CuPy has no cupy.{name}")

@@ -2,24 +2,28 @@
 
 import functools
 import math
-import operator
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from cupy import _index, _memory, _runtime, _streams
+from cupy import _compute, _index, _memory, _streams
+from cupy._operators import Operators
 
 _IMPLICIT = (
     "Implicit conversion to a NumPy array is not allowed. "
     "Please use `.get()` to construct a NumPy array explicitly."
 )
-_SCALARS = (bool, int, float, np.generic)
 
 
-class ndarray:  # noqa: N801
+class ndarray(Operators):  # noqa: N801
     """An array on the device; what CuPy has and this has not is an AttributeError."""
 
+    __slots__ = (
+        "_numpy",
+        "data",
+    )  # CuPy's take no other attribute, nor a weak reference
     __array_priority__ = 100
     __hash__ = None  # type: ignore[assignment]
 
@@ -111,11 +115,11 @@ class ndarray:  # noqa: N801
     ) -> np.ndarray:
         if stream is not None or out is not None or not blocking:
             raise NotImplementedError("the stand-in's get() takes `order` alone")
-        wait()
+        _compute.wait()
         return self._numpy.copy(order=order)
 
     def item(self) -> Any:
-        wait()
+        _compute.wait()
         return self._numpy.item()
 
     def tolist(self) -> Any:
@@ -127,7 +131,7 @@ class ndarray:  # noqa: N801
     def __bool__(self) -> bool:
         if self.size != 1:
             return bool(self._numpy)  # NumPy's error is CuPy's
-        wait()
+        _compute.wait()
         return bool(self._numpy.item())
 
     def __int__(self) -> int:
@@ -135,9 +139,6 @@ class ndarray:  # noqa: N801
 
     def __float__(self) -> float:
         return float(self.get())
-
-    def __index__(self) -> int:
-        return self.get().__index__()
 
     def __repr__(self) -> str:
         return repr(self.get())
@@ -185,7 +186,9 @@ class ndarray:  # noqa: N801
         if dl_device not in (None, (2, 0)) or copy:
             raise NotImplementedError("the stand-in's __dlpack__ makes no copy")
         if stream == 0:
-            raise ValueError("stream=0 is ambiguous: DLPack spells it 1 or 2")
+            warnings.warn(
+                "DLPack has no stream 0: taken for the default one", stacklevel=2
+            )
         if stream != -1:
             _streams.wait_between(_streams.get_current_stream(), stream or 1)
         return Capsule(self)
@@ -217,13 +220,13 @@ class ndarray:  # noqa: N801
         shaped = self._numpy.reshape(*shape, order=order)
         if not shaped.size or np.may_share_memory(shaped, self._numpy):
             return view_of(self, shaped)
-        return compute(lambda x: x.reshape(*shape, order=order), self)
+        return _compute.compute(lambda x: x.reshape(*shape, order=order), self)
 
     def ravel(self, order: str = "C") -> "ndarray":
         return self.reshape(-1, order=order)
 
     def copy(self, order: str = "C") -> "ndarray":
-        return compute(lambda x: x.copy(order=order), self, order=order)
+        return _compute.compute(lambda x: x.copy(order=order), self, order=order)
 
     def astype(
         self,
@@ -241,7 +244,7 @@ class ndarray:  # noqa: N801
         )
         if not copy and dtype == self.dtype and laid:
             return self
-        return compute(lambda x: x.astype(dtype), self, order=order)
+        return _compute.compute(lambda x: x.astype(dtype), self, order=order)
 
     def fill(self, value: Any) -> None:
         if isinstance(value, ndarray | list | tuple) or np.ndim(value):
@@ -255,55 +258,6 @@ class ndarray:  # noqa: N801
 
     def __setitem__(self, key: Any, value: Any) -> None:
         _index.put(self, key, value)
-
-    # Reductions.
-
-    def sum(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("sum", out, axis=axis, dtype=dtype, keepdims=keepdims)
-
-    def mean(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("mean", out, axis=axis, dtype=dtype, keepdims=keepdims)
-
-    def max(self, axis=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("max", out, axis=axis, keepdims=keepdims)
-
-    def min(self, axis=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("min", out, axis=axis, keepdims=keepdims)
-
-    def any(self, axis=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("any", out, axis=axis, keepdims=keepdims)
-
-    def all(self, axis=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("all", out, axis=axis, keepdims=keepdims)
-
-    def argmax(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("argmax", out or dtype, axis=axis, keepdims=keepdims)
-
-    def argmin(self, axis=None, dtype=None, out=None, keepdims=False) -> "ndarray":
-        return self._reduce("argmin", out or dtype, axis=axis, keepdims=keepdims)
-
-    def cumsum(self, axis=None, dtype=None, out=None) -> "ndarray":
-        return self._reduce("cumsum", out, axis=axis, dtype=dtype)
-
-    def _reduce(self, name: str, out: Any, **options: Any) -> "ndarray":
-        if out is not None:
-            raise NotImplementedError(f"the stand-in's {name}() has no `out`")
-        kept = self.dtype if name in ("sum", "mean", "cumsum") else None
-
-        def reduce(x: np.ndarray) -> Any:
-            if x.dtype.name != "bfloat16":
-                return getattr(np, name)(x, **options)
-            found = getattr(np, name)(x.astype(np.float32), **options)
-            # CuPy adds up bfloat16 in float32, and rounds once.
-            short = found.dtype == np.float32 and options.get("dtype") is None
-            return found.astype(x.dtype if kept is None else kept) if short else found
-
-        return compute(reduce, self, order="C")
-
-    def clip(self, min: Any = None, max: Any = None, out: Any = None) -> "ndarray":
-        if out is not None:
-            raise NotImplementedError("the stand-in's clip() has no `out`")
-        return compute(lambda x: np.clip(x, min, max), self)
 
 
 class Flags:
@@ -319,12 +273,6 @@ class Capsule:
 
     def __init__(self, array: ndarray) -> None:
         self.array = array
-
-
-def wait() -> None:
-    """Wait for the current stream, as every read by the CPU does."""
-    _runtime.check()
-    _streams.get_current_stream().synchronize()
 
 
 def view_of(x: ndarray, values: np.ndarray) -> ndarray:
@@ -349,108 +297,9 @@ def _wrap(values: np.ndarray, data: Any) -> ndarray:
     return result
 
 
-def operand(x: Any) -> Any:
-    """Return what CuPy's functions take: an array's values or a number."""
-    if isinstance(x, ndarray):
-        return x._numpy
-    if isinstance(x, _SCALARS):
-        return x
-    raise TypeError(f"Unsupported type {type(x)}")
-
-
-def compute(
-    function: Callable[..., Any], *operands: Any, out: Any = None, order: str = "K"
-) -> ndarray:
-    """Return a function of arrays, whose values come when the stream has come there.
-
-    It runs once now, for the shape and dtype of its result, on whatever is in memory.
-    """
-    values = [operand(x) for x in operands]
-    with np.errstate(all="ignore"):
-        result = np.asarray(function(*values))
-    if out is None:
-        by_columns = result.flags.f_contiguous and not result.flags.c_contiguous
-        layout = "F" if order == "F" or (order in "KA" and by_columns) else "C"
-        out = ndarray(result.shape, result.dtype, order=layout)
-    target = out._numpy
-    if target.shape != np.broadcast_shapes(result.shape, target.shape):
-        raise ValueError(f"Output shape {target.shape} does not fit {result.shape}")
-    if not np.can_cast(result.dtype, target.dtype, "same_kind"):
-        raise TypeError(f"output (typecode {result.dtype}) cannot be {target.dtype}")
-    if _streams.idle():
-        target[...] = result
-    else:
-        _streams.submit(functools.partial(_run, function, values, target))
-    return out
-
-
-def _run(function: Callable[..., Any], values: list[Any], target: np.ndarray) -> None:
-    with np.errstate(all="ignore"):
-        target[...] = function(*values)
-
-
 def _fill(target: np.ndarray, value: Any) -> None:
     with np.errstate(all="ignore"):
         target[...] = np.asarray(value).astype(target.dtype)
 
 
-def _binary(name: str) -> Any:
-    function = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}.get(
-        name, {"sub": "subtract", "mul": "multiply", "pow": "power"}.get(name, name)
-    )
-    function = {
-        "truediv": "true_divide",
-        "floordiv": "floor_divide",
-        "mod": "remainder",
-        "eq": "equal",
-        "ne": "not_equal",
-        "lt": "less",
-        "le": "less_equal",
-        "gt": "greater",
-        "ge": "greater_equal",
-    }.get(name, function)
-
-    def forward(self: ndarray, other: Any) -> Any:
-        import cupy
-
-        return getattr(cupy, function)(self, other)
-
-    def reflected(self: ndarray, other: Any) -> Any:
-        import cupy
-
-        return getattr(cupy, function)(other, self)
-
-    def in_place(self: ndarray, other: Any) -> Any:
-        import cupy
-
-        return getattr(cupy, function)(self, other, out=self)
-
-    return forward, reflected, in_place
-
-
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "matmul",
-):
-    for _prefix, _function in zip(("", "r", "i"), _binary(_name), strict=True):
-        setattr(ndarray, f"__{_prefix}{_name}__", _function)
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(ndarray, f"__{_name}__", _binary(_name)[0])
-for _name, _ufunc in (("neg", "negative"), ("abs", "absolute"), ("invert", "invert")):
-    setattr(
-        ndarray,
-        f"__{_name}__",
-        lambda self, _ufunc=_ufunc: operator.attrgetter(_ufunc)(__import__("cupy"))(
-            self
-        ),
-    )
 ndarray.__module__ = "cupy"

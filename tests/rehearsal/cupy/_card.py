@@ -1,4 +1,7 @@
-"""The card that the stand-in claims to be, and the check of each launch against it."""
+"""The card that the stand-in claims to be, and what holds each launch against it.
+
+`checker` is the hook: replace it by a function whose result knows a real card's limits.
+"""
 
 from typing import Any
 
@@ -6,7 +9,7 @@ NAME = b"rehearsal"
 CAPABILITY = "90"
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 << 10  # that a block may ask for
-MEMORY_BYTES = 8 << 30
+MEMORY_BYTES = 1 << 30  # little, as who asks for a share of it gets it from the CPU
 
 ATTRIBUTES = {
     "MultiProcessorCount": MULTIPROCESSORS,
@@ -41,18 +44,30 @@ PROPERTIES = {
 }
 
 
-def check(
-    source: str,
-    options: tuple[str, ...],
-    name: str,
-    grid: tuple[int, ...],
-    block: tuple[int, ...],
-    args: tuple[Any, ...],
-    shared_mem: int,
-    cooperative: bool,
-) -> None:
-    """Refuse a launch that the card could not run.
+class Accepting:
+    """Accepts every launch: the emulator counts no registers and no shared memory."""
 
-    Every launch of a kernel passes here before it is put into its stream. Replace this
-    function to hold launches against a real card's limits; it accepts all of them.
+    def __init__(self) -> None:
+        self.shared_size_bytes = 0  # static shared memory, which nobody has counted
+        self.max_dynamic_shared_size_bytes = 48 << 10  # set by who needs more
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        *,
+        shared_mem: int = 0,
+    ) -> None:
+        """Refuse a launch that the card cannot run; `args` are CuPy's arrays."""
+
+
+def checker(
+    source: str, options: tuple[str, ...], name: str, cooperative: bool
+) -> Accepting:
+    """Return what checks each launch of a kernel before it goes into its stream.
+
+    It is asked once for each kernel, and has the two attributes of `Accepting`, which
+    ``cupy.RawKernel`` shows as its own.
     """
+    return Accepting()

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from cupy import _array, _streams
-from cupy._array import compute, ndarray, operand
+from cupy import _array, _compute, _runtime, _streams
+from cupy._array import ndarray
+from cupy._compute import compute, operand
 
 
 class Ufunc:
@@ -36,7 +37,8 @@ def _add_at(a: np.ndarray, index: np.ndarray, b: Any) -> None:
 
 
 UFUNCS = (
-    "add", "subtract", "multiply", "true_divide", "floor_divide", "remainder", "power",
+    "add", "subtract", "multiply", "true_divide", "divide", "floor_divide", "remainder",
+    "power",
     "maximum", "minimum", "exp", "log", "sqrt", "square", "absolute", "negative",
     "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "isfinite",
     "isnan", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or",
@@ -100,15 +102,20 @@ def _layout(a: Any, order: str) -> str:
     return "F" if order == "F" or (order in "KA" and by_columns) else "C"
 
 
+def made(values: Any, order: str = "K") -> ndarray:
+    """Return values that a kernel makes, without a copy from the CPU."""
+    return compute(lambda: values, order=order)
+
+
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> ndarray:
     bounds = (0, start) if stop is None else (start, stop)
-    return asarray(np.arange(*bounds, step, dtype=dtype))
+    return made(np.arange(*bounds, step, dtype=dtype))
 
 
 def eye(
     N: int, M: Any = None, k: int = 0, dtype: Any = float, order: str = "C"
 ) -> ndarray:
-    return asarray(np.eye(N, M, k, dtype, order))
+    return made(np.eye(N, M, k, dtype, order))
 
 
 def array(obj: Any, dtype: Any = None, copy: Any = True, order: str = "K") -> ndarray:
@@ -121,7 +128,12 @@ def array(obj: Any, dtype: Any = None, copy: Any = True, order: str = "K") -> nd
     )  # by now, as a pinned buffer has it
     if values.dtype == object:
         raise ValueError(f"Unsupported dtype {values.dtype}")
-    return compute(lambda: values, order=order)
+    result = made(values, order)
+    if values.ndim:
+        # CuPy copies from a pinned buffer and queries an event, to know when the buffer
+        # is free. CUDA ends a capture for it. A single number is filled in.
+        _streams.spoil_capture()
+    return result
 
 
 def asarray(
@@ -145,7 +157,12 @@ def from_dlpack(x: Any, /, *, device: Any = None, copy: Any = None) -> ndarray:
         raise TypeError("the argument does not speak DLPack")
     if tuple(map(int, x.__dlpack_device__())) != (2, 0):
         raise NotImplementedError("the stand-in's from_dlpack takes arrays of the GPU")
-    capsule = x.__dlpack__(stream=_streams.get_current_stream().ptr or 1)
+    _runtime.check()
+    stream = _streams.get_current_stream().ptr or 1
+    try:
+        capsule = x.__dlpack__(stream=stream, max_version=(1, 3), copy=copy)
+    except TypeError:  # of a producer that knows the first version alone
+        capsule = x.__dlpack__(stream=stream)
     if not isinstance(capsule, _array.Capsule):
         raise NotImplementedError("the stand-in's from_dlpack takes CuPy's arrays")
     return _array.imported(capsule.array)
@@ -223,7 +240,7 @@ def argsort(a: Any, axis: Any = -1, kind: Any = None) -> ndarray:
 
 
 def bincount(x: Any, weights: Any = None, minlength: Any = None) -> ndarray:
-    _array.wait()  # for the largest
+    _compute.wait()  # for the largest
     return compute(
         lambda x, *w: np.bincount(x, *w, minlength=minlength or 0),
         *(x, *([] if weights is None else [weights])),

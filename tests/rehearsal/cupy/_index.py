@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy import _array, _streams
+from cupy import _array, _compute, _streams
 
 
 def get(x: Any, key: Any) -> Any:
@@ -18,8 +18,8 @@ def get(x: Any, key: Any) -> Any:
     if not arrays:
         return _view(x, entries)
     if has_mask:
-        _array.wait()
-    return _array.compute(
+        _compute.wait()
+    return _compute.compute(
         lambda values, *indices: values[_wrapped(entries, indices, values.shape)],
         x,
         *arrays,
@@ -34,12 +34,12 @@ def put(x: Any, key: Any, value: Any) -> None:
         _view(x, entries).fill(value)
         return
     if has_mask:
-        _array.wait()
+        _compute.wait()
     if not isinstance(value, _array.ndarray) and not np.isscalar(value):
         raise NotImplementedError(
             f"the stand-in assigns arrays and numbers, got {type(value).__name__}"
         )
-    new = _array.operand(value)
+    new = _compute.operand(value)
     indices = [index._numpy for index in arrays]
     work = functools.partial(_assign, x._numpy, entries, indices, new)
     shape = x._numpy[_wrapped(entries, indices, x.shape)].shape

@@ -52,7 +52,10 @@ def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
     def execute(
         grid: Any, block: Any, values: Any, shared_mem: int, cooperative: bool
     ) -> None:
-        kernel(grid, block, values, shared_mem=shared_mem, cooperative=cooperative)
+        try:
+            kernel(grid, block, values, shared_mem=shared_mem, cooperative=cooperative)
+        except emulator.EmulationError as error:
+            raise _runtime.CUDARuntimeError(719, str(error)) from error
 
     return execute
 
@@ -71,7 +74,22 @@ class _Kernel:
         self.name, self.options, self.code = name, options, source
         self.enable_cooperative_groups = cooperative
         self._execute = execute
-        self.max_dynamic_shared_size_bytes = 48 << 10
+        # The launches of foreign kernels are not checked: they are not the library's.
+        self._check = _card.Accepting()
+        if execute is not None:
+            self._check = _card.checker(source, options, name, cooperative)
+
+    @property
+    def shared_size_bytes(self) -> int:
+        return self._check.shared_size_bytes
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return self._check.max_dynamic_shared_size_bytes
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        self._check.max_dynamic_shared_size_bytes = size
 
     def __call__(
         self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0
@@ -80,9 +98,7 @@ class _Kernel:
         for x in args:
             if not isinstance(x, ndarray | np.generic):
                 raise TypeError(f"Unsupported type {type(x)}")
-        cooperative = self.enable_cooperative_groups
-        launch = (grid, block, args, shared_mem, cooperative)
-        _card.check(self.code, self.options, self.name, *launch)
+        self._check(grid, block, args, shared_mem=shared_mem)
         if self._execute is None:
             _FOREIGN[self.name](*args)
             return

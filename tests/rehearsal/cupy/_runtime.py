@@ -51,9 +51,10 @@ _fault: dict[str, Any] = {"pending": 0, "sticky": 0, "hangs": False}
 class CUDARuntimeError(RuntimeError):
     """An error of the CUDA runtime, by its number."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, reason: str = "") -> None:
         self.status = status
-        super().__init__(": ".join(_ERRORS[status]))
+        text = ": ".join(_ERRORS[status])
+        super().__init__(f"{text} ({reason})" if reason else text)
 
     def __reduce__(self) -> Any:
         return type(self), (self.status,)

@@ -132,7 +132,9 @@ class Stream:
 
     def begin_capture(self, mode: int | None = None) -> None:
         _runtime.check()
-        if self.ptr == 0 or self._recorded is not None:
+        if self.ptr == 0:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if self._recorded is not None:
             raise _runtime.CUDARuntimeError(_CAPTURING)
         self._recorded, self._invalid = [], False
 
@@ -198,22 +200,22 @@ class Event:
     @property
     def done(self) -> bool:
         _runtime.check()
-        marker = self._known()
-        if marker is not None and not marker.passed:
+        marker = self._marker
+        if marker is not None and marker.captured:
+            spoil_capture(marker.stream)  # CUDA's answer is an error; CuPy's is False
+        elif marker is not None and not marker.passed:
             marker.stream._advance()
         return marker is None or marker.passed
 
     def synchronize(self) -> None:
         _runtime.check()
-        marker = self._known()
+        marker = self._marker
+        if marker is not None and marker.captured:
+            spoil_capture(marker.stream)
+            raise _runtime.CUDARuntimeError(_CAPTURED_EVENT)
         if marker is not None:
             marker.stream._drain(marker)
         _runtime.settle()
-
-    def _known(self) -> _Marker | None:
-        if self._marker is not None and self._marker.captured:
-            raise _runtime.CUDARuntimeError(_CAPTURED_EVENT)
-        return self._marker
 
 
 class Graph:
@@ -256,6 +258,8 @@ def idle(stream: Stream | None = None) -> bool:
     _runtime.check()
     stream = get_current_stream() if stream is None else stream
     if stream._recorded is not None:
+        if stream._invalid:
+            raise _runtime.CUDARuntimeError(_INVALIDATED)
         return False
     if stream.ptr == 0:
         for other in _all:
@@ -276,6 +280,12 @@ def refuse_in_capture() -> None:
     stream = get_current_stream()
     if stream._recorded is not None:
         stream._invalidate(_CAPTURING)
+
+
+def spoil_capture(stream: Stream | None = None) -> None:
+    """Let a capture fail later, if there is one: so does a query of its events."""
+    stream = get_current_stream() if stream is None else stream
+    stream._invalid = stream._recorded is not None
 
 
 def synchronize_device() -> None:

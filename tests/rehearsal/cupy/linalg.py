@@ -4,7 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from cupy._array import compute, ndarray
+from cupy._array import ndarray
+from cupy._compute import compute
+
+__all__ = ["norm", "solve"]
 
 
 def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> ndarray:

@@ -7,6 +7,8 @@ import numpy as np
 from cupy import _functions
 from cupy._array import ndarray
 
+__all__ = ["randint", "random", "random_sample", "seed", "standard_normal"]
+
 _generator = [np.random.default_rng(0)]
 
 
@@ -15,15 +17,15 @@ def seed(seed: int | None = None) -> None:
 
 
 def random_sample(size: Any = None, dtype: Any = float) -> ndarray:
-    return _functions.asarray(_generator[0].random(size, dtype))
+    return _functions.made(_generator[0].random(size, dtype))
 
 
 random = random_sample
 
 
 def standard_normal(size: Any = None, dtype: Any = float) -> ndarray:
-    return _functions.asarray(_generator[0].standard_normal(size, dtype))
+    return _functions.made(_generator[0].standard_normal(size, dtype))
 
 
 def randint(low: Any, high: Any = None, size: Any = None, dtype: Any = "l") -> ndarray:
-    return _functions.asarray(_generator[0].integers(low, high, size, dtype))
+    return _functions.made(_generator[0].integers(low, high, size, dtype))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+__all__ = ["CompileException"]
+
 
 class CompileException(Exception):  # noqa: N818
     """Holds the compiler's log."""

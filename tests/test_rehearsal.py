@@ -1,0 +1,105 @@
+"""The stand-in for CuPy, each time in a process of its own where it is CuPy."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+PATH = os.pathsep.join(map(str, (TESTS / "rehearsal", TESTS, TESTS.parent)))
+
+CALL = """
+import cupy, numpy as np, qm_cupy as qm
+x = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+result = qm.norm_saliency(cupy.asarray(x))
+print("launched", flush=True)
+"""
+
+
+def started(*command, **planted):
+    faults = {f"QM_CUPY_REHEARSE_{kind}": kernel for kind, kernel in planted.items()}
+    environment = os.environ | {"PYTHONPATH": PATH} | faults
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        cwd=TESTS.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def output(*command, **planted):
+    process = started(*command, **planted)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    return text
+
+
+def test_checks():
+    text = output("-m", "pytest", "-q", "tests/rehearsal/checks.py")
+    assert " passed" in text
+    assert "skipped" not in text
+
+
+def test_torch_and_jax_see_no_gpu():
+    code = """
+import cupy, torch, jax
+assert cupy.is_available() and not torch.cuda.is_available()
+assert jax.default_backend() == "cpu"
+"""
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    output("-c", code)
+
+
+def test_a_planted_wrong_result_shows():
+    code = CALL + "print(abs(result.get() - qm.norm_saliency(x)).max() > 0.1)"
+    assert output("-c", code).split() == ["launched", "False"]
+    kernel = "token_norms"
+    assert output("-c", code, WRONG=kernel).split() == ["launched", "True"]
+
+
+def test_an_illegal_access_poisons_the_process():
+    """The launch returns; the next wait fails, and so does all that follows."""
+    code = (
+        CALL
+        + """
+Error = cupy.cuda.runtime.CUDARuntimeError
+calls = (
+    cupy.cuda.get_current_stream().synchronize,
+    result.get,
+    lambda: cupy.zeros(3),
+    cupy.cuda.runtime.getDevice,
+    cupy.cuda.Event,
+    cupy.cuda.Device().synchronize,
+)
+for call in calls:
+    try:
+        call()
+    except Error as error:
+        assert str(error) == (
+            "cudaErrorIllegalAddress: an illegal memory access was encountered"
+        )
+        print("fails")
+"""
+    )
+    assert output("-c", code).split() == ["launched"]
+    found = output("-c", code, ILLEGAL="token_norms").split()
+    assert found == ["launched", *["fails"] * 6]
+
+
+def test_a_hang_cannot_be_interrupted():
+    process = started("-c", CALL + "result.get()\nprint('over')", HANG="token_norms")
+    assert process.stdout.readline() == "launched\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.kill()
+    text, _ = process.communicate()
+    assert text == ""
