@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test sanitize lint docs clean
+.PHONY: demo test rehearse sanitize lint docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/qm-cupy demo --output build/demo
@@ -20,6 +20,10 @@ KERNEL_TESTS += test_saliency_vjp_kernels.py test_stages_vjp_kernels.py
 
 sanitize-%: $(VENV)/test.done
 	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider $(KERNEL_TESTS)
+
+# Every step of benchmarks/gpu.sh, without a GPU: kernels run on the CPU.
+rehearse: $(VENV)/test.done $(VENV)/minilm
+	PYTHON=$(BIN)/python benchmarks/gpu.sh --rehearse build/rehearsal
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -47,11 +47,11 @@ quick=()
 dtypes=()
 if [[ $rehearse ]]; then
     export PYTHONPATH=$PWD/tests/rehearsal:$PYTHONPATH
-    export QM_CUPY_SIZES=${QM_CUPY_SIZES:-33,1} QM_CUPY_LONG=${QM_CUPY_LONG:-300}
-    export QM_CUPY_DTYPES=${QM_CUPY_DTYPES:-bfloat16,float32} # of those that tests take
+    export QM_CUPY_SIZES=${QM_CUPY_SIZES:-33} QM_CUPY_LONG=${QM_CUPY_LONG:-300}
+    export QM_CUPY_DTYPES=${QM_CUPY_DTYPES:-bfloat16}
     quick=(--rehearse)
     patience=6 # for kernels that a CPU compiles and runs
-    dtypes=(--dtypes bfloat16 float32)
+    dtypes=(--dtypes bfloat16 float32) # float32 for what is summed
 else
     export PATH=$PATH:/usr/local/cuda/bin # where compute-sanitizer may be
 fi

@@ -41,6 +41,7 @@ marks = [
 NO_POOL = os.environ.get("QM_CUPY_NO_POOL") == "1"
 _SIZES = "33" if NO_POOL else os.environ.get("QM_CUPY_SIZES", "33,257,1,128")
 SIZES = [int(size) for size in _SIZES.split(",")]  # in this order
+ROUNDED = {"choose_merge"}  # which scores merged tokens, rounded to their dtype
 HOST = {"MLPPrior.fit"}  # whose results are NumPy's wherever the tokens are
 
 
@@ -51,11 +52,12 @@ def need_torch():
     return torch
 
 
-def as_numpy(x, dtype):
-    """Round to `dtype`; what NumPy has no functions for is held in float32."""
+def as_numpy(x, dtype, wide=True):
+    """Round to `dtype`; hold bfloat16 in float32, unless results depend on rounding."""
     if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
         return x
-    return x.astype(dtype).astype(np.float32 if dtype.name == "bfloat16" else dtype)
+    x = x.astype(dtype)
+    return x.astype(np.float32) if wide and dtype.name == "bfloat16" else x
 
 
 def as_given(x, library, dtype, strided=False):
@@ -111,10 +113,12 @@ def run(call, library, dtype, strided=False):
     return leaves(function(**given))
 
 
-def reference_of(call, dtype):
+def reference_of(name, call, dtype):
     """Return the results of a call on NumPy arrays that are rounded to `dtype`."""
     function, arguments = call
-    return leaves(function(**{k: as_numpy(x, dtype) for k, x in arguments.items()}))
+    wide = name not in ROUNDED
+    given = {k: as_numpy(x, dtype, wide) for k, x in arguments.items()}
+    return leaves(function(**given))
 
 
 @functools.cache
@@ -123,12 +127,12 @@ def reference(name, num_tokens, masked, ragged, dtype):
     call = calls(num_tokens, masked, ragged)[name]
     folder = os.environ.get("QM_CUPY_REFERENCES")
     if not folder:
-        return reference_of(call, dtype)
+        return reference_of(name, call, dtype)
     key = repr((name, num_tokens, masked, ragged, dtype.name)).encode()
     path = Path(folder, hashlib.sha256(key).hexdigest()[:24])
     if path.exists():
         return pickle.loads(path.read_bytes())
-    wanted = reference_of(call, dtype)
+    wanted = reference_of(name, call, dtype)
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         file.write(pickle.dumps(wanted))
     Path(file.name).replace(path)  # whole at once, for processes beside this one

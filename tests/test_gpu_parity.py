@@ -54,7 +54,7 @@ def test_empty_batch(name, gpu_kernels, gpu_dtype):
     }
     call = function, arguments
     got = run(call, "cupy", gpu_dtype)
-    check(name, got, reference_of(call, gpu_dtype), "cupy", gpu_dtype)
+    check(name, got, reference_of(name, call, gpu_dtype), "cupy", gpu_dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,9 +5,9 @@ import inspect
 import numpy as np
 import pytest
 from conftest import to_library, to_numpy
+from gpu_parity import missing
 from gradient_calls import CALLS, CLASSES, CONSTANT, DIFFERENTIABLE, LABELS, flat
 from test_framework import PAPER
-from test_gpu import missing
 
 import qm_cupy as qm
 

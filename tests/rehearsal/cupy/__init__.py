@@ -1,7 +1,7 @@
 """A stand-in for CuPy on a machine without a GPU: kernels run in the emulator.
 
 Put ``tests/rehearsal`` in front of ``PYTHONPATH``, and ``import cupy`` finds this. It
-has what the library, tests/test_gpu.py and the benchmarks use, under CuPy's names, by
+has what the library, the tests of a GPU and the benchmarks use, under CuPy's names, by
 CuPy 14.2's rules where code can go wrong by them: no NumPy array is taken for an
 operand, a read by the CPU fails while a stream captures, `where` turns bfloat16 into
 float32. It refuses all else by name. It does not know races between streams that only
