@@ -11,6 +11,9 @@ from hypothesis import settings
 
 from qm_cupy import _cuda
 
+# For one process each, where it is CuPy: see test_rehearsal.py.
+collect_ignore = ["rehearsal"]
+
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("steady")
 

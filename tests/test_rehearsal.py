@@ -41,7 +41,9 @@ def output(*command, **planted):
 
 
 def test_checks():
-    text = output("-m", "pytest", "-q", "tests/rehearsal/checks.py")
+    folder = "tests/rehearsal"
+    command = "-m", "pytest", "-q", f"--confcutdir={folder}", f"{folder}/checks.py"
+    text = output(*command)
     assert " passed" in text
     assert "skipped" not in text
 

@@ -129,7 +129,9 @@ class ndarray(Operators):  # noqa: N801
         return self.get().tobytes(order)
 
     def __bool__(self) -> bool:
-        if self.size != 1:
+        if not self.size:
+            return False  # where NumPy raises an error
+        if self.size > 1:
             return bool(self._numpy)  # NumPy's error is CuPy's
         _compute.wait()
         return bool(self._numpy.item())

@@ -179,7 +179,9 @@ def copyto(dst: Any, src: Any, casting: str = "same_kind", where: Any = None) ->
 
 def where(condition: Any, x: Any = None, y: Any = None) -> ndarray:
     """Choose by a condition; CuPy has no loop for bfloat16 and gives float32."""
-    if x is None or y is None:
+    if (x is None) != (y is None):
+        raise ValueError("Must provide both 'x' and 'y' or neither.")
+    if x is None:
         raise NotImplementedError("the stand-in's cupy.where takes three arguments")
 
     def choose(condition: np.ndarray, x: Any, y: Any) -> np.ndarray:

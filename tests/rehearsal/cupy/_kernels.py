@@ -164,10 +164,10 @@ class RawKernel(_Kernel):
 def _spoil(x: np.ndarray) -> None:
     """Change one element."""
     if x.size:
-        first = np.unravel_index(0, x.shape)
-        old = x[first]
+        last = np.unravel_index(x.size - 1, x.shape)  # of no padding, in most tests
+        old = x[last]
         near = np.isfinite(old.astype(np.float64)) and abs(float(old)) < 100
-        x[first] = not old if x.dtype == np.bool_ else old + 1 if near else 0
+        x[last] = not old if x.dtype == np.bool_ else old + 1 if near else 0
 
 
 def _own_sources() -> frozenset[str]:

@@ -135,3 +135,6 @@ def settle() -> None:
     if _fault["pending"]:
         _fault["sticky"] = _fault["pending"]
     check()
+
+
+CUDARuntimeError.__module__ = "cupy.cuda.runtime"
