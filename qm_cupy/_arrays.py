@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from ._libraries import CUDA, give_inside, library
 
@@ -90,10 +90,20 @@ def _device(name: str, x: Any) -> tuple[int, int]:
     try:
         kind, number = library(x).device(x)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"`{name}` cannot be read through DLPack: {error}") from error
+        _refuse(name, error)
     if kind not in _HOST + _CUDA:
         raise ValueError(f"`{name}` must be in the memory of a CPU or a CUDA device")
     return kind, number
+
+
+def _refuse(name: str, error: Exception) -> NoReturn:
+    """Raise for an array that cannot be exported; a GPU's own failure stays what it is.
+
+    CuPy's errors of CUDA, and torch's, are RuntimeErrors too.
+    """
+    if "cudaError" in str(error) or "CUDA error" in str(error):
+        raise error
+    raise TypeError(f"`{name}` cannot be read through DLPack: {error}") from error
 
 
 def _spelled(kind: int, number: int) -> str:
@@ -108,7 +118,7 @@ def _bring_in(name: str, x: Any) -> Any:
             return library(x).to_numpy(name, x)
         found = cupy.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
-        raise TypeError(f"`{name}` cannot be read through DLPack: {error}") from error
+        _refuse(name, error)
     return found.get() if name in _ON_HOST else found
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,6 +34,7 @@ _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)
 WARP = 32  # threads that go in step
 BLOCK = 256  # threads of a block, where a kernel does not say otherwise
 _SHARED_BYTES = 48 << 10
+COUNTS = 16  # arguments of `write_counts` in kernels/basic/groups.cu
 TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
 
 _chosen: Implementation = "optimized"
@@ -250,7 +252,32 @@ def counts(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
     most = int(num_groups.max(initial=0))
     if (num_groups == most).all():
         return None, most
+    if is_capturing():
+        return _write_counts(num_groups), most
     return to_device(num_groups.astype(np.int32)), most
+
+
+def is_capturing() -> bool:
+    """Whether the current stream captures a CUDA graph."""
+    cupy = sys.modules.get("cupy")  # nothing else here makes CuPy's arrays
+    return cupy is not None and bool(cupy.cuda.get_current_stream().is_capturing())
+
+
+def _write_counts(num_groups: NDArray[np.int64]) -> Any:
+    """Return counts (B,) int32 as arguments of launches, which a graph can hold.
+
+    CuPy copies from the CPU through memory that it uses again: a graph that is replayed
+    later would read something else there.
+    """
+    out = empty(num_groups.shape, np.int32)
+    values = num_groups.ravel().tolist()
+    for first in range(0, len(values), COUNTS):
+        some = values[first : first + COUNTS]
+        some += [0] * (COUNTS - len(some))
+        launch(
+            "basic/groups", "write_counts", np.float32, 1, (first, out.size, *some, out)
+        )
+    return out
 
 
 @functools.cache

@@ -529,17 +529,20 @@ class TransformerPrior:
     def _placed(
         self, weights: Mapping[str, Any], place: "_Place", tokens: Any
     ) -> tuple["_Place", Any]:
-        """Return positions as kernels take them, and what learned ones add."""
+        """Return positions as kernels take them, and what learned ones add.
+
+        Learned positions are added here, so that no kernel has a use for them.
+        """
         positions, learned = place.positions, weights.get("positions.weight")
         if learned is None:
             positions = _cuda.contiguous(positions, np.int64)
             return place._replace(positions=positions), None
         if positions is None:
-            rows = np.arange(place.start, place.start + tokens.shape[1])
-            positions = np.asarray(rows, like=learned) + np.zeros(
-                tokens.shape[:2], np.int64, like=learned
-            )
-        return place, learned[positions.clip(0, len(learned) - 1)]
+            end = place.start + tokens.shape[1]
+            rows = np.arange(place.start, end, like=learned)  # no copy from the CPU
+            positions = rows + np.zeros(tokens.shape[:2], np.int64, like=learned)
+        placed = place._replace(positions=None)
+        return placed, learned[positions.clip(0, len(learned) - 1)]
 
     def _weights(
         self, tokens: Any, kind: np.dtype[Any], reverse: bool

@@ -124,6 +124,9 @@ def _priors(tokens, merged, num_groups, prior, transformer, rng):
     positions = np.cumsum(sizes, axis=-1, dtype=np.int32) - 1
     places = {"sizes": sizes, "positions": positions}
     pairs = np.concatenate([tokens, 1 - tokens], axis=1)  # two tokens at the least
+    learned = qm.TransformerPrior.init(
+        tokens.shape[-1], hidden_dim=48, num_heads=3, num_positions=5 * most
+    )
     return {
         "MLPPrior.predict": (prior.predict, {"tokens": merged}),
         "MLPPrior.predict, reverse": (
@@ -139,6 +142,14 @@ def _priors(tokens, merged, num_groups, prior, transformer, rng):
         "TransformerPrior.step": (
             decode,
             {"tokens": merged, **places, "model": transformer},
+        ),
+        "TransformerPrior.predict, learned positions": (
+            learned.predict,
+            {"tokens": merged, **places},
+        ),
+        "TransformerPrior.step, learned positions": (
+            decode,
+            {"tokens": merged, **places, "model": learned},
         ),
         "MLPPrior.fit": (fit, {"prior": prior, "sequences": pairs}),
     }

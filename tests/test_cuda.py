@@ -4,6 +4,7 @@ import math
 import sys
 import types
 
+import emulator
 import ml_dtypes
 import numpy as np
 import pytest
@@ -127,6 +128,28 @@ def test_launch_casts_every_scalar(launched):
     types_ = [np.uint64, np.int64, np.int64, np.float64, np.uint64]
     assert [type(a) for a in given[1:]] == types_
     assert given[1:] == (0, 3, 1, 0.5, 7)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 17, 40])
+def test_a_capture_takes_counts_as_arguments(batch, monkeypatch):
+    """A graph cannot hold a copy from the CPU; each launch carries sixteen counts."""
+    emulator.install(monkeypatch)
+    monkeypatch.setattr(_cuda, "is_capturing", lambda: True)
+    monkeypatch.setattr(_cuda, "to_device", None)  # no copy
+    wanted = np.arange(1, batch + 2)
+    got, most = _cuda.counts(wanted)
+    assert most == batch + 1
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_capture_is_of_cupys_current_stream(monkeypatch):
+    assert not _cuda.is_capturing()  # CuPy is not imported
+    for answer in (True, False):
+        stream = types.SimpleNamespace(is_capturing=lambda answer=answer: answer)
+        cuda = types.SimpleNamespace(get_current_stream=lambda stream=stream: stream)
+        monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+        assert _cuda.is_capturing() is answer
 
 
 def test_launch_skips_empty_work_and_refuses_strides(launched):

@@ -701,12 +701,15 @@ def test_transformer_prior(dtype, num_tokens, norm, learned):
 
 
 @dtypes
-def test_transformer_prior_steps(dtype):
-    """Past the room that a cache begins with."""
-    prior = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, num_layers=2)
+@pytest.mark.parametrize("learned", [None, 200])
+def test_transformer_prior_steps(dtype, learned):
+    """Past the room that a cache begins with; positions are as a `Merged` has them."""
+    prior = qm.TransformerPrior.init(
+        5, hidden_dim=12, num_heads=3, num_layers=2, num_positions=learned
+    )
     tokens = random((2, 19, 5), dtype)
     sizes, state = np.arange(38).reshape(2, 19) % 4, None
-    positions = 3 * np.arange(38).reshape(2, 19)
+    positions = 3 * np.arange(38, dtype=np.int32).reshape(2, 19)
     wanted = prior.predict(tokens, positions=positions, sizes=sizes)
     for t in range(19):
         known = {"position": positions[:, t], "size": sizes[:, t]}

@@ -215,6 +215,32 @@ class TestOut:
             qm.merge_tokens(tokens, labels, 2, out=np.ones((2, 3), ">f8"))
 
 
+class Lost:
+    """An array on a GPU that answers no more."""
+
+    def __init__(self, failure):
+        self.failure = failure
+
+    def __dlpack__(self, **options):
+        raise self.failure
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("cudaErrorIllegalAddress: an illegal memory access was encountered", None),
+        ("CUDA error: an illegal memory access was encountered", None),
+        ("this array is on another planet", TypeError),
+    ],
+)
+def test_a_failure_of_the_gpu_is_not_taken_for_a_wrong_argument(text, kind):
+    with pytest.raises(kind or RuntimeError, match=text):
+        qm.norm_saliency(Lost(RuntimeError(text)))
+
+
 class TestTorch:
     """What only tensors have: a graph, a sign bit, memory elsewhere."""
 

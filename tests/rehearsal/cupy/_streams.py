@@ -138,7 +138,6 @@ class Stream:
             raise _runtime.CUDARuntimeError(_CAPTURING)
         self._recorded, self._invalid = [], False
 
-    @property
     def is_capturing(self) -> bool:
         return self._recorded is not None
 
