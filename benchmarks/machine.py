@@ -5,10 +5,12 @@ import functools
 import os
 import platform
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from guard import one_line
+from guard import free_memory, one_line, synchronize
 
 # JAX would take three quarters of the memory at its first call.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -98,3 +100,83 @@ def describe() -> dict[str, str]:
         "torch": str(torch.__version__) if torch else "none",
         "date": datetime.date.today().isoformat(),
     }
+
+
+class Machine:
+    """Where tokens lie, and how work there is waited for and weighed."""
+
+    def __init__(self, on_cpu: bool = False) -> None:
+        self.cupy = None if on_cpu else cupy_or_reason()[0]
+        self.gpu = self.cupy is not None
+        self.torch = torch_on_gpu() if self.gpu else torch_or_none()
+        self.card = describe() if self.gpu else {}
+        self.name = self.card.get("GPU", cpu())
+
+    def put(self, x: np.ndarray, for_torch: bool) -> Any:
+        if self.gpu and self.torch is not None:
+            return self.torch.from_numpy(x).cuda().half()
+        if self.gpu:
+            return self.cupy.asarray(x.astype(np.float16))
+        return self.torch.from_numpy(x) if for_torch else x
+
+    def waited(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        if not self.gpu:
+            return call
+
+        def run() -> None:
+            call()
+            synchronize()
+
+        return run
+
+    def launches(self, call: Callable[[], Any]) -> int | None:
+        """Return how many kernels a call launches, on a GPU with torch."""
+        if not self.gpu or self.torch is None:
+            return None
+        torch = self.torch
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+        on_gpu = torch.autograd.DeviceType.CUDA
+        return sum(
+            event.count
+            for event in profile.key_averages()
+            if event.device_type == on_gpu and not event.key.startswith("Mem")
+        )
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
+        """Return the most bytes a call holds above what was held before it.
+
+        On a GPU the allocations' sum over both pools; on Linux the resident set, whose
+        mark is reset before; elsewhere unknown.
+        """
+        if self.gpu:
+            return self._peak_on_gpu(call)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+        before = _status("VmRSS")
+        call()
+        return max(_status("VmHWM") - before, 0)
+
+    def _peak_on_gpu(self, call: Callable[[], Any]) -> int:
+        free_memory()
+        pool = self.cupy.get_default_memory_pool()
+        kept, cuda = pool.total_bytes(), None
+        if self.torch is not None:
+            cuda = self.torch.cuda
+            cuda.reset_peak_memory_stats()
+            before = cuda.memory_allocated()
+        call()
+        synchronize()
+        ours = pool.total_bytes() - kept
+        return int(ours + (cuda.max_memory_allocated() - before if cuda else 0))
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    raise OSError(f"no {field} in /proc/self/status")
