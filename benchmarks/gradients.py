@@ -11,9 +11,10 @@ all sides, and in the whole only.
 Then what forward and backward of the self-attention entropy hold above their input,
 from N to N: ours should grow as N does, autograd's as its square.
 
-Small sizes come first, torch.compile last, and the JSON is written after every row. A
-contender that fails is an entry of its row. Exit status: 1 if one of ours failed or was
-wrong; 3 without torch; 4 if the process lost the GPU; 130 if interrupted.
+Small sizes come first, torch.compile last (the largest size first), and the JSON is
+written after every row. A contender that fails is an entry of its row. Exit status: 1 if
+one of ours failed or was wrong; 3 without torch; 4 if the process lost the GPU; 130 if
+interrupted.
 """
 
 import argparse
@@ -165,7 +166,7 @@ class Measurements:
         for size in sizes:
             self.measure_size(size, EAGER, math.inf)
         self.measure_memory(tokens, sizes[-1][-1])
-        for size in sizes if compiled else ():
+        for size in reversed(sizes) if compiled else ():
             self.measure_size(size, (COMPILED,), COMPILE_SECONDS)
 
     def failed(self) -> bool:

@@ -156,14 +156,22 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def catch_signals() -> None:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt.
+@contextmanager
+def signals(handler: Any) -> Iterator[None]:
+    """Let SIGINT and SIGTERM come to a handler within the block.
 
     A shell starts background commands with SIGINT ignored, which Python inherits.
     """
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
 
 
 def complete(
@@ -173,10 +181,10 @@ def complete(
     failed: Callable[[], bool],
 ) -> int:
     """Measure, then save and show whatever there is; return the exit status."""
-    catch_signals()
     status = 0
     try:
-        measure()
+        with signals(signal.default_int_handler):
+            measure()
     except KeyboardInterrupt:
         status = INTERRUPTED
         say("interrupted: what follows is what was measured so far")
@@ -186,15 +194,14 @@ def complete(
     except Exception:  # a fault of the benchmark itself
         status = FAILED
         traceback.print_exc()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # no second one cuts this off
-    for last in (save, show):
-        try:
-            last()
-        except Exception:
-            status = status or FAILED
-            traceback.print_exc()
-    sys.stdout.flush()
+    with signals(signal.SIG_IGN):  # a second interrupt does not cut this off
+        for last in (save, show):
+            try:
+                last()
+            except Exception:
+                status = status or FAILED
+                traceback.print_exc()
+        sys.stdout.flush()
     return status or (FAILED if failed() else 0)
 
 

@@ -8,8 +8,9 @@ exp, launch) are measured in the same run. Times are the GPU's, medians, contend
 turn: calls are queued behind a kernel that spins, so Python's own time does not show.
 
 Small sizes come first, and the JSON is written after every row. A contender that fails
-is an entry of its row. torch.compile comes last. Exit status: 1 if one of our kernels
-failed or was wrong; 3 without a GPU; 4 if the process lost the GPU; 130 if interrupted.
+is an entry of its row. torch.compile comes last, with the largest size first. Exit
+status: 1 if one of our kernels failed or was wrong; 3 without a GPU; 4 if the process
+lost the GPU; 130 if interrupted.
 """
 
 import argparse
@@ -308,8 +309,11 @@ def measure_all(report: Report, options: Any, save: Callable[[], None]) -> None:
 def measure_all_compiled(
     todo: list[Operation], report: Report, rounds: int, end: float, save: Any
 ) -> None:
-    # The list may be longer than the rows.
-    for operation, row in zip(todo, report["rows"], strict=False):
+    # The list may be longer than the rows. Large sizes first: there it matters.
+    pairs = list(zip(todo, report["rows"], strict=False))
+    sizes = list(dict.fromkeys(operation.size for operation in todo))
+    pairs.sort(key=lambda pair: -sizes.index(pair[0].size))
+    for operation, row in pairs:
         left = end - time.monotonic()
         if left <= 0:
             say("out of time: the rest of torch.compile left out")
