@@ -12,9 +12,9 @@ Then what forward and backward of the self-attention entropy hold above their in
 from N to N: ours should grow as N does, autograd's as its square.
 
 Small sizes come first, torch.compile last (the largest size first), and the JSON is
-written after every row. A contender that fails is an entry of its row. Exit status: 1 if
-one of ours failed or was wrong; 3 without torch; 4 if the process lost the GPU; 130 if
-interrupted.
+written after every row. A contender that fails is an entry of its row. Exit status: 1
+if one of ours failed or was wrong; 3 without torch; 4 if the process lost the GPU; 130
+if interrupted.
 """
 
 import argparse
@@ -52,7 +52,8 @@ Report = dict[str, Any]
 
 def gradients(function: Loss, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     result = function(*inputs)
-    slope = torch.linspace(0, 1, result.numel(), device=result.device)
+    # From 1: a scalar's one slope must not be 0, or every gradient would be right.
+    slope = torch.linspace(1, 2, result.numel(), device=result.device)
     slope = slope.reshape(result.shape).to(result.dtype)
     return torch.autograd.grad(result, inputs, slope)
 
