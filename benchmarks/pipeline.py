@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
 
-from guard import complete, free_memory, guarded, leave, one_line, say
+from guard import complete, free_memory, guarded, leave, one_line, say, time_limit
 from machine import Machine
 from pipeline_tables import (
     SHARE,
@@ -44,6 +44,8 @@ from report import median_seconds, write_json
 from whole_calls import HEAD, OURS, contenders, layer, patches, sound, stages
 
 import qm_cupy as qm
+
+WEIGH_SECONDS = 60.0  # for the memory or the launches of one call
 
 Report = dict[str, Any]
 
@@ -161,7 +163,7 @@ class Measurements:
             for name, figures in row["contenders"].items():
                 if name in calls and not errors:
                     call = self.machine.waited(calls[name])
-                    with guarded(errors, field, title(row)):
+                    with guarded(errors, field, title(row)), time_limit(WEIGH_SECONDS):
                         figures[field] = of_call(call)
             row["errors"] |= errors
             self.save()
