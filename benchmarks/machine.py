@@ -89,13 +89,17 @@ def cpu() -> str:
 def describe() -> dict[str, str]:
     """Return the name of the GPU and the versions of what uses it."""
     cupy, torch = cupy_or_reason()[0], torch_on_gpu()
-    name = properties()["name"]
     said = clocks()
+    try:
+        name = properties()["name"]
+        cuda = str(cupy.cuda.runtime.runtimeGetVersion())
+    except Exception as error:  # no reason to measure nothing
+        name, cuda = one_line(error), "unknown"
     return {
         "GPU": name.decode() if isinstance(name, bytes) else str(name),
         "driver": said.pop("driver_version", "unknown"),
         **said,
-        "CUDA": str(cupy.cuda.runtime.runtimeGetVersion()),
+        "CUDA": cuda,
         "CuPy": str(cupy.__version__),
         "torch": str(torch.__version__) if torch else "none",
         "date": datetime.date.today().isoformat(),

@@ -219,11 +219,11 @@ def merge(batch: int, n: int, dim: int, groups: int) -> Case:
         return qm.merge_tokens(x, labels, groups, mass=mass)
 
     def in_torch(x: Any, labels: Any, mass: Any) -> Any:
-        index = labels.long() + groups * torch.arange(batch, device="cuda")[:, None]
+        index = labels.long() + groups * torch.arange(batch, device=x.device)[:, None]
         index, weight = index.flatten(), mass.reshape(-1, 1)
-        sums = torch.zeros(batch * groups, dim, device="cuda")
+        sums = torch.zeros(batch * groups, dim, device=x.device)
         sums = sums.index_add(0, index, x.flatten(0, 1) * weight)
-        total = torch.zeros(batch * groups, 1, device="cuda")
+        total = torch.zeros(batch * groups, 1, device=x.device)
         total = total.index_add(0, index, weight)
         return (sums / total.clamp_min(1e-30)).to(x.dtype).view(batch, groups, dim)
 
@@ -318,13 +318,14 @@ def alignment(batch: int, groups: int, dim: int) -> Case:
     prior = qm.MLPPrior.init(dim)
 
     @functools.cache
-    def nets() -> list[Any]:
+    def nets(device: Any) -> list[Any]:
         both = prior.forward, prior.backward
-        return [[torch.from_numpy(w).cuda() for w in net] for net in both]
+        return [[torch.from_numpy(w).to(device) for w in net] for net in both]
 
     def in_torch(x: Any) -> Any:
-        total, steps = 0.0, torch.arange(1, groups + 1, device="cuda")[:, None]
-        for (w1, b1, w2, b2), z in zip(nets(), (x, x.flip(1)), strict=True):
+        steps = torch.arange(1, groups + 1, device=x.device)[:, None]
+        total, both = 0.0, (x, x.flip(1))
+        for (w1, b1, w2, b2), z in zip(nets(x.device), both, strict=True):
             mean = z.float().cumsum(1) / steps
             guess = torch.relu(mean @ w1.T + b1) @ w2.T + b2
             total = total + (guess[:, :-1] - z[:, 1:]).square().mean((1, 2))

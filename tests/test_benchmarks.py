@@ -311,6 +311,46 @@ def test_inputs_stay_within_their_memory(scripts):
         assert x.count(*x.sizes).bytes <= 12e9
 
 
+@pytest.fixture
+def on_cpu(scripts, monkeypatch, rng):
+    """workload.py over NumPy and torch on the CPU, in float32."""
+    workload, torch = scripts.workload, pytest.importorskip("torch")
+    for name, value in (
+        ("cupy", np),
+        ("torch", torch),
+        ("dtype", lambda: "float32"),
+        ("normal", lambda count: rng.standard_normal(count, np.float32)),
+    ):
+        monkeypatch.setattr(workload, name, value)
+    return workload
+
+
+def test_rivals_compute_what_ours_does(scripts, on_cpu):
+    """A slice at a time, as they are timed."""
+    import torch
+
+    checked = 0
+    for operation in on_cpu.operations("rehearse"):
+        case = operation.make(*operation.sizes)
+        wanted = np.asarray(case.ours(*case.inputs))
+        tensors = tuple(map(torch.from_numpy, case.inputs))
+        for function, arrays in ((case.in_torch, tensors), (case.in_cupy, case.inputs)):
+            if function is None:
+                continue
+            parts = []
+            run = scripts.kernels.over(
+                lambda *x, f=function, parts=parts: parts.append(np.asarray(f(*x))),
+                [arrays],
+                case.sliced,
+            )
+            run()
+            got = np.reshape(parts, wanted.shape)
+            if "Gumbel" not in operation.title:  # whose noise is torch's own
+                np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-4)
+            checked += 1
+    assert checked == 18
+
+
 # --------------------------------------------------------------------- guard.py
 
 
