@@ -1,7 +1,7 @@
 """Each kernel against its floor, and against what torch and CuPy users have today.
 
     python benchmarks/kernels.py [--quick | --rehearse] [--json PATH] [--plot PATH]
-                                 [--minutes M] [--seconds S] [--no-compile]
+                                 [--minutes M] [--seconds S] [--no-compile] [--resume]
 
 Needs a GPU and CuPy; takes torch if it is there. The ceilings (copy, matrix product,
 exp, launch) are measured in the same run. Times are the GPU's, medians, contenders in
@@ -10,12 +10,14 @@ turn: calls are queued behind a kernel that spins, so Python's own time does not
 Small sizes come first, and the JSON is written after every row. A contender that fails
 is an entry of its row. torch.compile comes last, with the largest size first. Exit
 status: 1 if one of our kernels failed or was wrong; 3 without a GPU; 4 if the process
-lost the GPU; 130 if interrupted.
+lost the GPU; 130 if interrupted. After a 4, `--resume` measures in a new process what
+is not in the JSON yet.
 """
 
 import argparse
 import functools
 import itertools
+import json
 import math
 import sys
 import time
@@ -287,10 +289,13 @@ def measure_all(report: Report, options: Any, save: Callable[[], None]) -> None:
     free = cupy.cuda.Device().mem_info[0]
     todo = list(operations(which, min(free / 4, GIVEN_BYTES)))
     patience = Patience(options.seconds)
+    there = {row["title"] for row in report["rows"]}
     for number, operation in enumerate(todo, 1):
         if time.monotonic() > end:
             say(f"out of time: {len(todo) - number + 1} left out")
             break
+        if operation.title in there:
+            continue
         say(f"[{number}/{len(todo)}] {operation.title}")
         free_memory()
         row = new_row(operation, report["ceilings"])
@@ -309,11 +314,13 @@ def measure_all(report: Report, options: Any, save: Callable[[], None]) -> None:
 def measure_all_compiled(
     todo: list[Operation], report: Report, rounds: int, end: float, save: Any
 ) -> None:
-    # The list may be longer than the rows. Large sizes first: there it matters.
-    pairs = list(zip(todo, report["rows"], strict=False))
+    rows = {row["title"]: row for row in report["rows"]}
     sizes = list(dict.fromkeys(operation.size for operation in todo))
-    pairs.sort(key=lambda pair: -sizes.index(pair[0].size))
-    for operation, row in pairs:
+    # Large sizes first: there it matters.
+    for operation in sorted(todo, key=lambda operation: -sizes.index(operation.size)):
+        row = rows.get(operation.title)
+        if row is None or "torch.compile" in row["ms"].keys() | row["errors"].keys():
+            continue
         left = end - time.monotonic()
         if left <= 0:
             say("out of time: the rest of torch.compile left out")
@@ -375,11 +382,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="then stop")
     parser.add_argument("--seconds", type=float, default=3, help="the most for a call")
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile")
+    parser.add_argument("--resume", action="store_true", help="keep the JSON's rows")
     options = parser.parse_args()
     if cupy is None:
         print("no GPU: " + cupy_or_reason()[1])
         return 3
     report: Report = {"machine": {}, "ceilings": {}, "rows": []}
+    if options.resume and options.json and options.json.exists():
+        report["rows"] = json.loads(options.json.read_text())["rows"]
 
     def save() -> None:
         if options.json:

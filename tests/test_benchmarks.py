@@ -214,6 +214,19 @@ def test_lost_gpu_stops_the_run_and_names_the_operation(kernels, capsys):
     assert "second, CuPy" in line
 
 
+def test_new_process_measures_the_rest(kernels):
+    done = []
+    kernels.add("first", in_cupy=lambda x: done.append("first"))
+    kernels.add("second", in_cupy=failing(RuntimeError(ILLEGAL)))
+    kernels.add("third", in_cupy=lambda x: done.append("third"))
+    assert kernels.run() == 4
+    done.clear()
+    assert kernels.run("--resume") == 0
+    assert kernels.rows.keys() == {"first", "second", "third"}
+    assert set(done) == {"third"}
+    assert ILLEGAL in kernels.rows["second"]["errors"]["CuPy"]
+
+
 def test_gpu_that_cannot_be_waited_for_is_lost(kernels, scripts, monkeypatch):
     monkeypatch.setattr(scripts.guard, "synchronize", failing(RuntimeError("unknown")))
     kernels.add("first", in_cupy=failing(RuntimeError("as if nothing were wrong")))
