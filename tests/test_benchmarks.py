@@ -1,6 +1,7 @@
 """The benchmarks lose one cell to a failure, not the run; no GPU is needed."""
 
 import ast
+import itertools
 import json
 import os
 import signal
@@ -188,6 +189,18 @@ def test_interrupt_leaves_what_was_measured(kernels, capsys):
     out, err = capsys.readouterr()
     assert "interrupted" in err
     assert "first" in out
+
+
+def test_interrupted_row_keeps_the_times_it_has(kernels):
+    count = itertools.count(1)
+
+    def interrupts(x):
+        if next(count) > 2:  # in the first round; two calls come before
+            raise KeyboardInterrupt
+
+    kernels.add("first", in_cupy=interrupts)
+    assert kernels.run() == 130
+    assert kernels.rows["first"]["ms"].keys() == {"basic", "optimized"}
 
 
 def test_rows_are_on_disk_before_the_next(kernels):
