@@ -1,21 +1,24 @@
 """What each kernel takes of a multiprocessor, on every architecture; needs no GPU.
 
-    python benchmarks/resources.py [--arch 80 90] [--quick] [--json PATH]
+    python benchmarks/resources.py [--arch 80 90] [--quick | --rehearse] [--json PATH]
 
 Compiles with NVRTC (packages cuda-bindings, nvidia-cuda-nvrtc, nvidia-cuda-runtime) and
-prints registers, spills, shared memory and theoretical occupancy; exits 1 on a spill.
+prints registers, spills, shared memory and theoretical occupancy. A file that does not
+compile is an entry of "errors". Exits 1 on a spill or an error, 130 if interrupted.
 """
 
 import argparse
 import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests, qm_cupy
 
+from guard import complete, guarded, leave, say
 from report import write_json
 
 from qm_cupy import _cuda
@@ -125,24 +128,43 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, metavar="CC")
-    parser.add_argument("--quick", action="store_true", help="sm_90, two dtypes")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
-    options = parser.parse_args()
+Job = tuple[str, str, int]  # a file, a dtype, an architecture
+
+
+def jobs_of(options: Any) -> list[Job]:
+    if options.rehearse:
+        return [(_cuda.kernel_files()[0], "float32", 90)]
     dtypes = ("float16", "float32") if options.quick else DTYPES
     archs = options.arch or ((90,) if options.quick else tuple(LIMITS))
     files = _cuda.kernel_files()
     jobs = [(file, dtype, arch) for arch in archs for dtype in dtypes for file in files]
     tiled = [file for file in files if "multiply_tiles(" in _cuda.text(file)]
-    jobs += [(file, "tf32", arch) for arch in archs for file in tiled]
-    rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for number, found in enumerate(pool.map(measure, jobs), 1):
-            rows += found
-            print(f"\r[{number}/{len(jobs)}] compiled", end="", file=sys.stderr)
-    print(file=sys.stderr)
+    return jobs + [(file, "tf32", arch) for arch in archs for file in tiled]
+
+
+def compile_all(
+    jobs: list[Job], report: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Add the rows of all jobs, in their order, and the errors of those that fail."""
+    done: dict[Job, list[dict[str, Any]]] = {}
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs))) as pool:
+        futures = {pool.submit(measure, job): job for job in jobs}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                job = futures[future]
+                file, dtype, arch = job
+                with guarded(report["errors"], f"sm_{arch} {dtype} {file}"):
+                    done[job] = future.result()
+                report["kernels"] = [row for x in jobs for row in done.get(x, [])]
+                if number % 16 == 0 or number == len(jobs):
+                    say(f"[{number}/{len(jobs)}] compiled")
+                    save()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def show_all(report: dict[str, Any]) -> None:
+    rows = report["kernels"]
     show(rows)
     spilled = [row for row in rows if row["spill_bytes"]]
     print(f"\n{len(rows)} kernels compiled, {len(spilled)} spill")
@@ -150,10 +172,32 @@ def main() -> None:
         print(
             f"    sm_{row['arch']} {row['dtype']} {row['kernel']}: {row['spill_bytes']}"
         )
-    if options.json:
-        write_json(options.json, {"kernels": rows})
-    sys.exit(1 if spilled else 0)
+    for job, error in report["errors"].items():
+        print(f"    {job}: {error}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, metavar="CC")
+    parser.add_argument("--quick", action="store_true", help="sm_90, two dtypes")
+    parser.add_argument("--rehearse", action="store_true", help="one file")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"kernels": [], "errors": {}}
+
+    def save() -> None:
+        if options.json:
+            write_json(options.json, report)
+
+    return complete(
+        lambda: compile_all(jobs_of(options), report, save),
+        save,
+        lambda: show_all(report),
+        lambda: bool(
+            report["errors"] or any(x["spill_bytes"] for x in report["kernels"])
+        ),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -45,22 +45,29 @@ def floor_of(title: str, work: Work, ceilings: dict[str, float]) -> Report:
 
 def unmeasured() -> Report:
     """Return what `kernels.py` would report of an assumed GPU, without times."""
-    rows = [floor_of(x.title, x.count(*x.sizes), ASSUMED) for x in operations(False)]
+    rows = [
+        {"size": x.size, **floor_of(x.title, x.count(*x.sizes), ASSUMED)}
+        for x in operations("all")
+    ]
     machine = {"GPU": "an H200, assumed"}
     return {"machine": machine, "ceilings": ASSUMED, "rows": rows}
 
 
 def largest(report: Report) -> list[Report]:
-    """Return the rows of the first size, without it in their titles."""
-    size = report["rows"][0]["title"].split()[0]
-    rows = [row for row in report["rows"] if row["title"].split()[0] == size]
+    """Return the rows of the last size, or of that with most rows in a run cut short.
+
+    Their titles are without it.
+    """
+    sizes = [row["size"] for row in report["rows"]]
+    size = max(reversed(sizes), key=sizes.count, default="")
+    rows = [row for row in report["rows"] if row["size"] == size]
     return [row | {"title": re.sub(r"\b[A-Z]=\d+ ", "", row["title"])} for row in rows]
 
 
 def draw(report: Report) -> Any:
     """Draw the roofline and each operation's floors, and what is measured beside them.
 
-    Of the first size; returns the figure. A title's number is its place on the left,
+    Of the largest size; returns the figure. A title's number is its place on the left,
     where an operation without flops has none.
     """
     from matplotlib import pyplot as plt

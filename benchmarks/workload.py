@@ -1,30 +1,21 @@
 """What benchmarks/kernels.py measures: inputs, rivals, and what each kernel must do."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from guard import one_line, say
+from machine import cupy_or_reason, torch_on_gpu
 
 import qm_cupy as qm
 
-try:
-    import cupy
-except ImportError:
-    cupy = None
-try:
-    import ml_dtypes  # noqa: F401  from where CuPy has bfloat16
-
-    DTYPE = "bfloat16"
-except ImportError:
-    DTYPE = "float16"
-try:
-    import torch
-except ImportError:
-    torch = None
-
+cupy, _ = cupy_or_reason()
+torch = torch_on_gpu()
 
 ITEM = 2  # bytes of an entry
+CHUNK = 1 << 26  # entries that are drawn at a time, in float32
 
 
 class Work(NamedTuple):
@@ -43,15 +34,71 @@ class Case(NamedTuple):
     in_torch: Callable[..., Any]
     in_cupy: Callable[..., Any] | None
     sample: tuple[int, ...]  # the sequence that is held against the reference
-    layered: bool = False  # rivals get a layer at a time, or N x N fits no memory
+    # Of so many leading axes, rivals get a slice at a time, or N x N fits no memory.
+    sliced: int = 0
     others: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  what else to time
 
 
+@functools.cache
+def dtype() -> str:
+    """Return the tokens' dtype: bfloat16, or float16 where CuPy cannot fill that."""
+    try:
+        import ml_dtypes  # noqa: F401  from where CuPy has bfloat16
+
+        cupy.empty(2, "bfloat16")[...] = cupy.ones(2, np.float32)
+    except Exception as error:
+        say(f"float16 instead of bfloat16: {one_line(error)}")
+        return "float16"
+    return "bfloat16"
+
+
+@functools.cache
+def generators() -> list[Callable[[int], Any]]:
+    """Return what draws so many normal numbers on the GPU: the first that works."""
+
+    def of_cupy(count: int) -> Any:
+        return cupy.random.standard_normal(count, dtype=np.float32)
+
+    def of_torch(count: int) -> Any:
+        return cupy.from_dlpack(torch.randn(count, device="cuda"))
+
+    for generator in (of_cupy, of_torch):  # CuPy's takes cuRAND, which may be missing
+        try:
+            generator(2)
+        except Exception as error:
+            say(f"random numbers: {one_line(error)}")
+            continue
+        return [generator]
+    raise RuntimeError("neither CuPy nor torch draws random numbers")
+
+
+def normal(count: int) -> Any:
+    return generators()[0](count)
+
+
+def uniform(*shape: int) -> Any:
+    """Return numbers in [0, 1): the part of normal ones after the point."""
+    return (normal(math.prod(shape)) % 1).reshape(shape)
+
+
 def draw(*shape: int, scale: float = 1.0) -> Any:
-    x = cupy.empty(shape, DTYPE)
-    for matrix in x.reshape(-1, *shape[-2:]):  # float32 for one matrix at a time
-        matrix[...] = scale * cupy.random.standard_normal(matrix.shape, np.float32)
+    x = cupy.empty(shape, dtype())
+    flat = x.reshape(-1)
+    for start in range(0, flat.size, CHUNK):  # no float32 copy of the whole
+        part = flat[start : start + CHUNK]
+        part[...] = np.float32(scale) * normal(part.size)
     return x
+
+
+def draw_labels(batch: int, n: int, groups: int) -> Any:
+    return cupy.minimum(uniform(batch, n) * groups, groups - 1).astype(np.int32)
+
+
+def as_torch(x: Any) -> Any:
+    """Return torch's view of a CuPy array, whatever DLPack knows of bfloat16."""
+    if x.dtype.name == "bfloat16":
+        return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(x)
 
 
 def entropy_in_torch(scores: Any) -> Any:
@@ -86,7 +133,7 @@ def self_attention(layers: int, batch: int, n: int, dim: int) -> Case:
         return entropy_in_cupy(y @ transposed(y) / dim**0.5)
 
     call = qm.self_attention_entropy
-    return Case((x,), call, in_torch, in_cupy, (-1, -1), layered=True)
+    return Case((x,), call, in_torch, in_cupy, (-1, -1), sliced=1)
 
 
 def query_key_work(layers: int, batch: int, heads: int, n: int, width: int) -> Work:
@@ -106,11 +153,12 @@ def query_key(layers: int, batch: int, heads: int, n: int, width: int) -> Case:
         return entropy_in_cupy(q @ transposed(k) / width**0.5)
 
     def attention(q: Any, k: Any) -> Any:
+        q, k = q[None], k[None]  # the fused kernels take four axes
         return torch.nn.functional.scaled_dot_product_attention(q, k, k)
 
     others = {"torch's attention with V = K": attention}
     call = qm.query_key_entropy
-    return Case((query, key), call, in_torch, in_cupy, (-1,) * 3, True, others)
+    return Case((query, key), call, in_torch, in_cupy, (-1,) * 3, 2, others)
 
 
 def given_attention_work(layers: int, batch: int, heads: int, n: int) -> Work:
@@ -133,7 +181,7 @@ def given_attention(layers: int, batch: int, heads: int, n: int) -> Case:
         p = a.astype(np.float32)
         return -(p * cupy.log(cupy.maximum(p, 1e-30))).sum(-1)
 
-    return Case((a,), qm.attention_entropy, in_torch, in_cupy, (-1,) * 3, layered=True)
+    return Case((a,), qm.attention_entropy, in_torch, in_cupy, (-1,) * 3, sliced=2)
 
 
 def cosine_work(batch: int, n: int, dim: int) -> Work:
@@ -164,18 +212,18 @@ def merge_work(batch: int, n: int, dim: int, groups: int) -> Work:
 
 def merge(batch: int, n: int, dim: int, groups: int) -> Case:
     x = draw(batch, n, dim)
-    labels = cupy.random.randint(0, groups, (batch, n)).astype(np.int32)
-    mass = cupy.random.random((batch, n), dtype=np.float32) + 0.1
+    labels = draw_labels(batch, n, groups)
+    mass = uniform(batch, n) + np.float32(0.1)
 
     def ours(x: Any, labels: Any, mass: Any) -> Any:
         return qm.merge_tokens(x, labels, groups, mass=mass)
 
     def in_torch(x: Any, labels: Any, mass: Any) -> Any:
-        index = labels.long() + groups * torch.arange(batch, device="cuda")[:, None]
+        index = labels.long() + groups * torch.arange(batch, device=x.device)[:, None]
         index, weight = index.flatten(), mass.reshape(-1, 1)
-        sums = torch.zeros(batch * groups, dim, device="cuda")
+        sums = torch.zeros(batch * groups, dim, device=x.device)
         sums = sums.index_add(0, index, x.flatten(0, 1) * weight)
-        total = torch.zeros(batch * groups, 1, device="cuda")
+        total = torch.zeros(batch * groups, 1, device=x.device)
         total = total.index_add(0, index, weight)
         return (sums / total.clamp_min(1e-30)).to(x.dtype).view(batch, groups, dim)
 
@@ -197,7 +245,7 @@ def unmerge_work(batch: int, n: int, dim: int, groups: int) -> Work:
 
 def unmerge(batch: int, n: int, dim: int, groups: int) -> Case:
     y = draw(batch, groups, dim)
-    labels = cupy.random.randint(0, groups, (batch, n)).astype(np.int32)
+    labels = draw_labels(batch, n, groups)
 
     def in_torch(y: Any, labels: Any) -> Any:
         return y.gather(1, labels.long()[..., None].expand(-1, -1, dim))
@@ -238,7 +286,7 @@ def softmax_mass(batch: int, n: int) -> Case:
         p = torch.softmax((s + noise) / 0.1, -1)
         return p * s + (1 - p) * 0.01
 
-    score = cupy.random.random((batch, n), dtype=np.float32)
+    score = uniform(batch, n)
     # Noise is that of sequence 0: the sample.
     return Case((score,), ours, in_torch, None, (0,))
 
@@ -268,13 +316,16 @@ def alignment_work(batch: int, groups: int, dim: int) -> Work:
 def alignment(batch: int, groups: int, dim: int) -> Case:
     x = draw(batch, groups, dim)
     prior = qm.MLPPrior.init(dim)
-    nets = [prior.forward, prior.backward]
-    if torch:
-        nets = [[torch.from_numpy(w).cuda() for w in net] for net in nets]
+
+    @functools.cache
+    def nets(device: Any) -> list[Any]:
+        both = prior.forward, prior.backward
+        return [[torch.from_numpy(w).to(device) for w in net] for net in both]
 
     def in_torch(x: Any) -> Any:
-        total, steps = 0.0, torch.arange(1, groups + 1, device="cuda")[:, None]
-        for (w1, b1, w2, b2), z in zip(nets, (x, x.flip(1)), strict=True):
+        steps = torch.arange(1, groups + 1, device=x.device)[:, None]
+        total, both = 0.0, (x, x.flip(1))
+        for (w1, b1, w2, b2), z in zip(nets(x.device), both, strict=True):
             mean = z.float().cumsum(1) / steps
             guess = torch.relu(mean @ w1.T + b1) @ w2.T + b2
             total = total + (guess[:, :-1] - z[:, 1:]).square().mean((1, 2))
@@ -289,38 +340,46 @@ def alignment(batch: int, groups: int, dim: int) -> Case:
 class Operation(NamedTuple):
     """A kernel at one size: what it is called, makes its case, and counts its work."""
 
+    size: str  # common to all operations of a size
     title: str
     make: Callable[..., Case]
     count: Callable[..., Work]
     sizes: tuple[int, ...]  # what both take
 
 
-def operations(quick: bool, memory: float = math.inf) -> Iterator[Operation]:
-    """Yield what is measured on a GPU with so many bytes of memory to spare."""
-    sizes = [(2, 2, 1024, 1024, 4)] if quick else [(8, 12, 4096, 1024, 16)]
-    sizes += [(1, 1, n, 768, 12) for n in ((196,) if quick else (196, 576, 1024))]
-    for b, layers, n, d, h in sizes:
+SIZES = {  # (B, L, N, D, H), small ones first
+    "all": (
+        *((1, 1, n, 768, 12) for n in (196, 576, 1024)),
+        (8, 12, 4096, 1024, 16),
+    ),
+    "quick": ((1, 1, 196, 768, 12), (2, 2, 1024, 1024, 4)),
+    "rehearse": ((1, 1, 64, 32, 2),),
+}
+
+
+def operations(which: str, memory: float = math.inf) -> Iterator[Operation]:
+    """Yield what is measured; given attention takes `memory` bytes at the most."""
+    for b, layers, n, d, h in SIZES[which]:
         k, size = n // 4, f"B={b} N={n}"
-        # Beside A, torch holds it in float32 and a result of that size: 5 times A.
-        some = max(1, int(min(layers, memory / (6 * ITEM * b * h * n * n))))
+        some = max(1, int(min(layers, memory / (ITEM * b * h * n * n))))
         states, heads = f"{size} L={layers} D={d}", f"{size} L={layers} H={h}"
         given, groups = f"{size} L={some} H={h}", f"{size} D={d} K={k}"
         of_states = self_attention, self_attention_work
         of_pairs = query_key, query_key_work
         of_given = given_attention, given_attention_work
         of_losses = alignment, alignment_work
-        yield Operation(f"{states} self-attention", *of_states, (layers, b, n, d))
-        yield Operation(f"{heads} query-key d=64", *of_pairs, (layers, b, h, n, 64))
-        yield Operation(f"{heads} query-key d=128", *of_pairs, (layers, b, h, n, 128))
-        yield Operation(f"{given} given A", *of_given, (some, b, h, n))
-        yield Operation(f"{size} D={d} cosine matrix", cosine, cosine_work, (b, n, d))
-        yield Operation(f"{groups} merge", merge, merge_work, (b, n, d, k))
-        yield Operation(f"{groups} unmerge", unmerge, unmerge_work, (b, n, d, k))
-        yield Operation(
-            f"{groups} error by nearest", nearest, nearest_work, (b, n, d, k)
-        )
-        yield Operation(
-            f"{size} Gumbel, softmax, mass", softmax_mass, softmax_mass_work, (b, n)
-        )
-        yield Operation(f"{size} D={d} norm saliency", norms, norms_work, (b, n, d))
-        yield Operation(f"B={b} K={k} D={d} alignment losses", *of_losses, (b, k, d))
+        of_mass = softmax_mass, softmax_mass_work
+        for title, make, count, sizes in (
+            (f"{states} self-attention", *of_states, (layers, b, n, d)),
+            (f"{heads} query-key d=64", *of_pairs, (layers, b, h, n, 64)),
+            (f"{heads} query-key d=128", *of_pairs, (layers, b, h, n, 128)),
+            (f"{given} given A", *of_given, (some, b, h, n)),
+            (f"{size} D={d} cosine matrix", cosine, cosine_work, (b, n, d)),
+            (f"{groups} merge", merge, merge_work, (b, n, d, k)),
+            (f"{groups} unmerge", unmerge, unmerge_work, (b, n, d, k)),
+            (f"{groups} error by nearest", nearest, nearest_work, (b, n, d, k)),
+            (f"{size} Gumbel, softmax, mass", *of_mass, (b, n)),
+            (f"{size} D={d} norm saliency", norms, norms_work, (b, n, d)),
+            (f"B={b} K={k} D={d} alignment losses", *of_losses, (b, k, d)),
+        ):
+            yield Operation(size, title, make, count, sizes)

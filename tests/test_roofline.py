@@ -56,11 +56,23 @@ def at(lines, x, y):
     return any(np.allclose(line.get_xydata(), [[x, y]]) for line in lines)
 
 
+def test_picture_of_a_run_cut_short_is_of_the_size_with_most_rows(benchmarks):
+    roofline, _ = benchmarks
+    rows = roofline.unmeasured()["rows"]
+    small, large = rows[0]["size"], rows[-1]["size"]
+    count = sum(row["size"] == small for row in rows)
+    cut = [row for row in rows if row["size"] == small]
+    cut += [row for row in rows if row["size"] == large][: count - 1]
+    assert {row["size"] for row in roofline.largest({"rows": cut})} == {small}
+    assert {row["size"] for row in roofline.largest({"rows": rows})} == {large}
+
+
 def test_picture(benchmarks):
     """Without a GPU floors alone, with one its times too, at the right places."""
     roofline, _ = benchmarks
     report = roofline.unmeasured()
-    first = report["rows"][0]
+    size = report["rows"][-1]["size"]
+    first = next(row for row in report["rows"] if row["size"] == size)
     for ms in ({}, {"optimized": 4.0, "torch": 8.0}):
         first["ms"] = ms
         left, right = roofline.draw(report).axes

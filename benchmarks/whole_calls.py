@@ -1,0 +1,191 @@
+"""What benchmarks/pipeline.py calls: tokens of a photograph, contenders, a layer."""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from guard import one_line, say
+from machine import Machine, torch_or_none
+from scipy.cluster import hierarchy
+
+import qm_cupy as qm
+
+torch = torch_or_none()
+
+PATCH = 16  # pixels; 768 numbers
+HEAD = 64  # width of a head of the transformer
+OURS = "quickmerge", "quickmerge, saliency of norms", "quickmerge, bipartite"
+
+Contender = Callable[[Any, int], Any]
+
+
+@functools.cache
+def photograph() -> np.ndarray:
+    """Return matplotlib's sample in [0, 1]; without it a picture of smooth waves."""
+    try:
+        from matplotlib import cbook
+        from PIL import Image
+
+        path = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        with Image.open(path) as file:
+            return np.asarray(file.convert("RGB"), dtype=np.float32) / 255
+    except Exception as error:
+        say(f"waves instead of the photograph: {one_line(error)}")
+    y, x, c = np.ogrid[:600, :512, :3]
+    waves = np.sin(x / 37 + c) * np.sin(y / 23) + np.sin((x + y) / 5) / 8
+    return (waves / 4 + 0.5).astype(np.float32)
+
+
+def patches(batch: int, num_tokens: int, width: int) -> np.ndarray:
+    """Return tokens (B, N, D), D at most 768."""
+    windows = np.lib.stride_tricks.sliding_window_view(photograph(), (PATCH, PATCH, 3))
+    windows = windows.reshape(-1, PATCH, PATCH, 3)
+    rng = np.random.default_rng(0)
+    places = [rng.choice(len(windows), num_tokens, replace=False) for _ in range(batch)]
+    tokens = windows[np.sort(places)].reshape(batch, num_tokens, -1)[..., :width]
+    return tokens - tokens.mean(axis=1, keepdims=True)
+
+
+def by_norms(x: Any, num_groups: int) -> Any:
+    return qm.quickmerge(x, num_groups, saliency=qm.norm_saliency(x))
+
+
+def by_matching(x: Any, num_groups: int) -> Any:
+    return qm.quickmerge(x, num_groups, method="bipartite")
+
+
+def reference_semantics(x: Any, num_groups: int) -> Any:
+    """The paper's stages as its authors' code strings them together, in torch."""
+    from sklearn.cluster import AgglomerativeClustering
+
+    found = []
+    for tokens in x:
+        attention = torch.softmax(tokens @ tokens.T / tokens.shape[1] ** 0.5, dim=-1)
+        attention = attention.float()
+        entropy = -(attention * torch.log(attention + 1e-8)).sum(dim=-1)
+        low, high = entropy.min(), entropy.max()
+        score = 1 - (entropy - low) / (high - low)
+        noise = -torch.log(-torch.log(torch.rand_like(score).clamp_min(1e-20)))
+        chosen = torch.softmax((score + noise) / 0.1, dim=-1)
+        mass = chosen * score + (1 - chosen) * 0.01
+        model = AgglomerativeClustering(num_groups, metric="cosine", linkage="average")
+        labels = torch.from_numpy(model.fit_predict(tokens.float().cpu().numpy()))
+        labels = labels.to(tokens.device)
+        merged = []
+        for group in range(num_groups):
+            members = labels == group
+            weights = mass[members][:, None].to(tokens.dtype)
+            merged.append((tokens[members] * weights).sum(0) / weights.sum())
+        found.append(torch.stack(merged))
+    return torch.stack(found)
+
+
+def tome(x: Any, num_groups: int) -> Any:
+    """ToMe's matching by tokens, in one place until K are left, in torch."""
+    sizes = torch.ones(*x.shape[:2], 1, device=x.device, dtype=x.dtype)
+    while x.shape[1] > num_groups:
+        merges = min(x.shape[1] - num_groups, x.shape[1] // 2)
+        unit = x / x.norm(dim=-1, keepdim=True)
+        best, target = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)
+        order = best.argsort(dim=-1, descending=True)[..., None]
+        source, stay = order[:, :merges], order[:, merges:].sort(dim=1).values
+        into = target[..., None].gather(1, source)
+
+        total = _matched(x * sizes, source, stay, into)
+        sizes = _matched(sizes, source, stay, into)
+        x = total / sizes
+    return x
+
+
+def _matched(x: Any, source: Any, stay: Any, into: Any) -> Any:
+    wide = (-1, -1, x.shape[-1])
+    even, odd = x[:, ::2], x[:, 1::2]
+    sums = odd.scatter_add(1, into.expand(*wide), even.gather(1, source.expand(*wide)))
+    return torch.cat([even.gather(1, stay.expand(*wide)), sums], dim=1)
+
+
+def ward_pooling(x: Any, num_groups: int) -> Any:
+    """What multi-vector search does: SciPy's ward on unit vectors, plain means."""
+    if hasattr(x, "get"):  # of CuPy
+        host = x.get().astype(np.float32)
+    else:
+        host = x if isinstance(x, np.ndarray) else x.float().cpu().numpy()
+    found = []
+    for tokens in host:
+        unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+        tree = hierarchy.linkage(unit, "ward")
+        labels = hierarchy.fcluster(tree, num_groups, "maxclust") - 1
+        sums = np.zeros((num_groups, tokens.shape[1]), tokens.dtype)
+        np.add.at(sums, labels, tokens)
+        counts = np.bincount(labels, minlength=num_groups)
+        found.append(sums / np.maximum(counts, 1)[:, None])
+    return np.stack(found)
+
+
+def contenders(machine: Machine) -> dict[str, Contender]:
+    found: dict[str, Contender] = {
+        OURS[0]: qm.quickmerge,
+        OURS[1]: by_norms,
+        OURS[2]: by_matching,
+        "SciPy, ward pooling": ward_pooling,
+    }
+    if machine.torch is not None:
+        found["torch, ToMe's matching"] = tome
+    if machine.torch is not None and importlib.util.find_spec("sklearn"):
+        found["torch + scikit-learn, the paper's stages"] = reference_semantics
+    return found
+
+
+def sound(result: Any, shape: tuple[int, ...]) -> bool:
+    """Return whether tokens have a shape and are means of a photograph's patches."""
+    tokens = getattr(result, "tokens", result)
+    return tuple(tokens.shape) == shape and bool((abs(tokens) <= 2).all())
+
+
+def stages(x: Any, num_groups: int) -> dict[str, Callable[[], Any]]:
+    """Return what `quickmerge` does, a stage at a time."""
+    entropy = qm.self_attention_entropy(x)
+
+    def mass() -> Any:
+        score = qm.saliency(entropy)
+        return qm.saliency_mass(score, qm.gumbel_softmax(score, seed=0))
+
+    weights, labels = mass(), qm.cluster_tokens(x, num_groups)
+
+    def merge() -> Any:
+        merged = qm.merge_tokens(x, labels, num_groups, mass=weights)
+        sizes = qm.group_sizes(labels, num_groups)
+        return merged, sizes, qm.group_positions(labels, num_groups)
+
+    return {
+        "entropy": lambda: qm.self_attention_entropy(x),
+        "saliency, Gumbel, mass": mass,
+        "clustering": lambda: qm.cluster_tokens(x, num_groups),
+        "merging": merge,
+    }
+
+
+def layer(machine: Machine, width: int) -> Callable[[Any], Any]:
+    """Return a pre-norm transformer layer of random weights, of torch's own parts."""
+    functional, heads = torch.nn.functional, max(width // HEAD, 1)
+    rng = np.random.default_rng(0)
+
+    def weights(*shape: int) -> Any:
+        scaled = rng.standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[1]))
+        return machine.put(scaled, for_torch=True)
+
+    qkv, out = weights(3 * width, width), weights(width, width)
+    wide, narrow = weights(4 * width, width), weights(width, 4 * width)
+
+    def run(x: Any) -> Any:
+        batch, count, _ = x.shape
+        parts = functional.linear(functional.layer_norm(x, (width,)), qkv)
+        parts = parts.view(batch, count, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        read = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + functional.linear(read.transpose(1, 2).reshape(x.shape), out)
+        hidden = functional.linear(functional.layer_norm(x, (width,)), wide)
+        return x + functional.linear(functional.gelu(hidden), narrow)
+
+    return run
