@@ -29,6 +29,7 @@ part=${2-}
 word=${3-}
 python=${PYTHON:-python3}
 worst=0
+status=0
 
 work=$(mktemp -d)
 files=$work/results
@@ -73,11 +74,13 @@ finish() {
 } 2>/dev/null
 trap finish EXIT
 
-# step NAME SECONDS COMMAND...: run it with that long to go, its output in NAME.txt.
+# step NAME SECONDS COMMAND...: run it with that long to go, its output in NAME.txt and
+# its exit status in `status`.
 # An interrupt comes first, which leaves Python the time to write what it has.
 step() {
-    local name=$1 limit=$(($2 * patience)) status=0 start=$SECONDS
+    local name=$1 limit=$(($2 * patience)) start=$SECONDS
     shift 2
+    status=0
     timeout --signal=INT --kill-after=10 "$limit" "$@" >"$files/$name.txt" 2>&1 || status=$?
     # Of tests that are chosen by a word, a step may have none.
     if [[ $word && $status == 5 ]]; then status=0; fi
@@ -128,8 +131,13 @@ run_tests() {
 }
 
 run_benchmarks() {
+    local figures=(--json "$files/kernels.json" --plot "$files/kernels.png")
     step kernels 210 "$python" benchmarks/kernels.py "${quick[@]}" --minutes 3.2 \
-        --json "$files/kernels.json" --plot "$files/kernels.png"
+        "${figures[@]}"
+    if ((status == 4)); then # the GPU has left that process
+        step kernels-resumed 60 "$python" benchmarks/kernels.py "${quick[@]}" --resume \
+            --minutes 0.8 "${figures[@]}"
+    fi
     step pipeline 120 "$python" benchmarks/pipeline.py "${quick[@]}" --seconds 0.5 \
         --minutes 1.7 --json "$files/pipeline.json" --plot "$files/pipeline.png"
     step overhead 40 "$python" benchmarks/overhead.py "${quick[@]}" \
