@@ -235,6 +235,25 @@ def test_sources_declare_what_is_compiled(dtype):
             assert compiled == facts[kernel].parameters
 
 
+@pytest.mark.parametrize(
+    ("constant", "value", "file", "kernel"),
+    [
+        ("BLOCK", 128, "alignment", "linear"),
+        ("SELECTION_THREADS", 256, "selection", "top_tokens"),
+        ("GROUP_THREADS", 256, "groups", "number_groups"),
+        ("GROUP_THREADS", 256, "matching", "match_counts"),
+        ("LINKAGE_THREADS", {4: 256, 8: 256}, "single_linkage", "single_linkage"),
+    ],
+)
+def test_launch_bounds_follow_the_launchers(constant, value, file, kernel, monkeypatch):
+    before = facts_of(f"optimized/{file}", "float32", 80)[kernel].bound
+    known = getattr(_cuda, constant)
+    assert before == (known[4] if isinstance(known, dict) else known)
+    monkeypatch.setattr(_cuda, constant, value)
+    after = facts_of(f"optimized/{file}", "float32", 80)[kernel].bound
+    assert after == (value[4] if isinstance(value, dict) else value)
+
+
 def test_types_follow_the_dtype():
     def types(dtype):
         source = _cuda.source("optimized/merging")
