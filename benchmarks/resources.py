@@ -9,100 +9,41 @@ compile is an entry of "errors". Exits 1 on a spill or an error, 130 if interrup
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests, qm_cupy
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qm_cupy
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # cards
 
+from card_device import facts_of
+from cards import LIMITS, blocks_per_sm
 from guard import complete, guarded, leave, say
 from report import write_json
 
 from qm_cupy import _cuda
-from tests.emulator.nvrtc import compile_log
 
-
-class Limits(NamedTuple):
-    """What a multiprocessor (SM) holds at once."""
-
-    threads: int
-    blocks: int
-    shared: int  # bytes
-
-
-# CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications
-# per Compute Capability". The register file holds 65,536 on all of them.
-LIMITS = {
-    75: Limits(1024, 16, 64 << 10),
-    80: Limits(2048, 32, 164 << 10),
-    86: Limits(1536, 16, 100 << 10),
-    89: Limits(1536, 24, 100 << 10),
-    90: Limits(2048, 32, 228 << 10),
-    100: Limits(2048, 32, 228 << 10),
-    120: Limits(1536, 24, 100 << 10),
-}
-REGISTERS = 65_536
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-_ENTRY = re.compile(
-    r"Function properties for (?P<kernel>\w+)\n"
-    r".*?(?P<spilled>\d+) bytes spill stores, (?P<reloaded>\d+) bytes spill loads\n"
-    r".*?Used (?P<registers>\d+) registers(?P<used>.*)"
-)
-_SHARED = re.compile(r"(\d+) bytes smem")
-_BOUNDS = re.compile(r"__launch_bounds__\((\w+).*?\)\s*(\w+)\(")
-
-
-def blocks_per_sm(arch: int, threads: int, registers: int, shared: int) -> int:
-    """Return how many blocks fit, by the rules of CUDA's own cuda_occupancy.h."""
-    limits, warps = LIMITS[arch], -(-threads // 32)
-    # Registers are given out per warp, 256 at a time, by four parts of the SM.
-    per_warp = -(-registers * 32 // 256) * 256
-    by_registers = REGISTERS // 4 // per_warp * 4 // warps
-    # From sm_80 on the system takes 1 KB of each block; bytes go by the 128 (or 256).
-    unit, system = (256, 0) if arch < 80 else (128, 1024)
-    per_block = -(-(shared + system) // unit) * unit
-    by_shared = limits.shared // per_block if per_block else limits.blocks
-    by_threads = limits.threads // (warps * 32)
-    return min(limits.blocks, by_registers, by_shared, by_threads)
-
-
-def most_threads(source: str, dtype: str) -> dict[str, int]:
-    """Return the threads of a block, at most, of the kernels that say so."""
-    found = {}
-    for name, kernel in _BOUNDS.findall(source):
-        value = re.search(rf"constexpr int {name} = (.+?);", source)[1]
-        if "?" in value:  # sizeof(acc_t) == 4 ? narrow : wide
-            value = value.split("?")[1].split(":")[dtype == "float64"]
-        found[kernel] = int(value)
-    return found
 
 
 def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     """Compile a file for one dtype and architecture; return a row per kernel."""
     file, dtype, arch = job
-    source = _cuda.source(file)
-    largest = most_threads(source, dtype)
-    log = compile_log(source, [*_cuda.options(dtype), f"-arch=sm_{arch}"])
-    found = {match["kernel"]: match for match in _ENTRY.finditer(log)}
-    rows = []
+    found, rows = facts_of(file, dtype, arch), []
     for kernel in _cuda.kernel_names(file):
-        match = found[kernel]
-        registers = int(match["registers"])
-        shared = int(next(iter(_SHARED.findall(match["used"])), 0))
-        threads = largest.get(kernel, _cuda.BLOCK)
-        blocks = blocks_per_sm(arch, threads, registers, shared)
+        facts = found[kernel]
+        threads = facts.bound or _cuda.BLOCK
+        blocks = blocks_per_sm(arch, threads, facts.registers, facts.shared)
         rows.append(
             {
                 "arch": arch,
                 "dtype": dtype,
                 "kernel": f"{file}/{kernel}",
-                "registers": registers,
-                "spill_bytes": int(match["spilled"]) + int(match["reloaded"]),
-                "shared_bytes": shared,
+                "registers": facts.registers,
+                "spill_bytes": facts.spilled,
+                "shared_bytes": facts.shared,
                 "threads": threads,
                 "blocks_per_sm": blocks,
                 "occupancy": blocks * threads / LIMITS[arch].threads,
@@ -147,7 +88,7 @@ def compile_all(
 ) -> None:
     """Add the rows of all jobs, in their order, and the errors of those that fail."""
     done: dict[Job, list[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC releases the lock
         futures = {pool.submit(measure, job): job for job in jobs}
         try:
             for number, future in enumerate(as_completed(futures), 1):

@@ -3,6 +3,8 @@
 //   -D real_t=...   what is stored:     __half, __nv_bfloat16, float or double
 //   -D acc_t=...    what is computed:   float, or double where real_t is double
 //   -D TF32=...     1 if floats may be multiplied as TF32, else 0
+//   -D TILE=...     rows and columns of a tile
+//   -D ..._THREADS  threads of a block, at most: BLOCK_, SELECTION_, GROUP_, LINKAGE_
 //
 // A kernel's integers are `long long`, its options `double`, its masks `bool` (True =
 // token, null = all tokens), its labels `int` (-1 = padding), its counts `int` (K of

@@ -33,9 +33,15 @@ _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)
 
 WARP = 32  # threads that go in step
 BLOCK = 256  # threads of a block, where a kernel does not say otherwise
-_SHARED_BYTES = 48 << 10
 COUNTS = 16  # arguments of `write_counts` in kernels/basic/groups.cu
 TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
+# Threads of a block, at most, in the kernels whose launch bounds these are; see
+# `options`. Of linkages, by the bytes of a distance: as many as have the registers they
+# need. A multiprocessor has one such block at a time, so that all of a launch can run.
+SELECTION_THREADS = 512
+GROUP_THREADS = 1024
+LINKAGE_THREADS = {4: 640, 8: 384}
+_SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
 
 _chosen: Implementation = "optimized"
 
@@ -110,12 +116,22 @@ def launch(
         return
     grid = -(-threads // block)
     run = raw_kernel(file, kernel, kernel_dtype(file, dtype), cooperative)
-    if shared > _SHARED_BYTES:  # more than a kernel may have without asking
+    if shared and run.shared_size_bytes + shared > _SHARED_BYTES:
         # The same for every launch, so that threads cannot take it from each other.
-        run.max_dynamic_shared_size_bytes = device().shared_bytes
+        run.max_dynamic_shared_size_bytes = _most_dynamic(run)
     # Every argument in the width of its parameter: a launch converts nothing itself.
     values = tuple([_WIDEN.get(type(x), _as_it_is)(x) for x in args])
     run((grid,), (block,), values, shared_mem=shared)
+
+
+def dynamic_shared_bytes(file: str, kernel: str, dtype: Any) -> int:
+    """Return the most shared memory that a launch of a kernel can add to its own."""
+    return _most_dynamic(raw_kernel(file, kernel, kernel_dtype(file, dtype)))
+
+
+def _most_dynamic(run: Any) -> int:
+    most: int = device().shared_bytes - run.shared_size_bytes
+    return most
 
 
 def _as_it_is(x: Any) -> Any:
@@ -149,7 +165,8 @@ def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) ->
     """Return the compiled kernel for the current device.
 
     The seam, with `empty`: the emulator's tests put their own in its place, which is
-    called as this is, with ``(grid, block, args)``, and takes NumPy arrays.
+    called as this is, with ``(grid, block, args)``, and takes NumPy arrays. A launch
+    with `shared` memory also reads its ``shared_size_bytes``, the static part.
     """
     import cupy
 
@@ -182,7 +199,7 @@ class Device(NamedTuple):
     multiprocessors: int
     """How many there are: blocks of up to 1024 threads that can run at once."""
     shared_bytes: int
-    """The most shared memory that a block can have."""
+    """The most shared memory that a block can have, static and dynamic."""
 
 
 def device() -> Device:
@@ -331,11 +348,19 @@ def source(file: str) -> str:
 
 
 def options(dtype: str) -> tuple[str, ...]:
-    """Return the compiler's options: the language and the two types."""
+    """Return the compiler's options: the language, the types, and sizes of blocks."""
     storage = _STORAGE["float32" if dtype == TF32 else dtype]
     compute = "double" if dtype == "float64" else "float"
     types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
-    return "--std=c++17", *types, f"-DTF32={int(dtype == TF32)}"
+    sizes = {
+        "TILE": TILE,
+        "BLOCK_THREADS": BLOCK,
+        "SELECTION_THREADS": SELECTION_THREADS,
+        "GROUP_THREADS": GROUP_THREADS,
+        "LINKAGE_THREADS": LINKAGE_THREADS[8 if dtype == "float64" else 4],
+    }
+    defined = (f"-D{name}={size}" for name, size in sizes.items())
+    return "--std=c++17", *types, f"-DTF32={int(dtype == TF32)}", *defined
 
 
 def kernel_files() -> list[str]:

@@ -10,9 +10,7 @@ from . import _cuda
 from .saliency import _token_norms_cuda
 
 METHODS = ("average", "complete", "ward", "single")  # by their numbers in the kernels
-# Threads of a block, by the bytes of a distance: as many as have the registers they
-# need. A multiprocessor has one block at a time, so that all of a launch can run.
-THREADS = {4: 640, 8: 384}
+THREADS = _cuda.LINKAGE_THREADS  # of a block, by the bytes of a distance
 _MEETINGS = 430  # tokens whose rows take a block as long as meetings do; an estimate
 _SMALL = 256 << 20  # bytes that nobody asks the free memory for
 _FEWER = 256  # threads of a block where several share a multiprocessor
@@ -118,9 +116,9 @@ def linkage_cuda(
     if method == "single":
         _single_linkage_cuda(cosines, masks, counts, out, rounds)
         return out, rounds
-    kind, shared = cosines.dtype, _cuda.device().shared_bytes
+    kind = cosines.dtype
     matrix = kind.itemsize * (_SCRATCH + num_tokens**2)
-    in_shared = matrix <= shared
+    in_shared = matrix <= _dynamic_shared_bytes("linkage", kind)
     layout = _layout(batch, num_tokens, kind.itemsize, matrix if in_shared else 0)
     state = (
         _cuda.empty((layout.places, 13 * num_tokens // 4 * 4 + 4), kind),
@@ -140,7 +138,7 @@ def _single_linkage_cuda(
     batch, num_tokens, _ = cosines.shape
     kind = cosines.dtype
     ranks, components = 4 * _cuda.WARP, 12 * num_tokens  # bytes
-    in_shared = ranks + components <= _cuda.device().shared_bytes
+    in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", kind)
     layout = _layout(batch, num_tokens, kind.itemsize, 0)
     state = (
         _cuda.empty((layout.places, 2 * num_tokens), np.uint64),
@@ -151,6 +149,10 @@ def _single_linkage_cuda(
     args = (cosines, *masks, *counts, int(in_shared), layout.blocks, *state)
     scratch = ranks + components if in_shared else ranks
     _launch("single_linkage", kind, layout, args, out, rounds, scratch)
+
+
+def _dynamic_shared_bytes(kernel: str, kind: Any) -> int:
+    return _cuda.dynamic_shared_bytes(f"optimized/{kernel}", kernel, kind)
 
 
 class _Layout(NamedTuple):

@@ -232,7 +232,7 @@ def contiguous_groups_cuda(
     _cuda.launch(file, "neighbour_products", kind, out.size * _cuda.WARP, given)
     reals = links = None
     shared = num_tokens * (5 * kind.itemsize + 3 * 4)  # what the groups take
-    if shared > _cuda.device().shared_bytes - 1024:
+    if shared > _cuda.dynamic_shared_bytes(file, "contiguous_groups", kind):
         shared, reals = 0, _cuda.empty((batch, 5 * num_tokens), kind)
         links = _cuda.empty((batch, 3 * num_tokens), np.int32)
     args = (sums, products, *args, reals, links, out)
@@ -259,7 +259,8 @@ def _top(scores: Any, counts: Any, num_groups: int) -> Any:
     if _cuda.implementation() == "basic":
         _cuda.launch("basic/selection", "top_tokens", scores.dtype, out.size, args)
     else:
-        _launch_sequences("selection", "top_tokens", scores.dtype, args, scores)
+        kernel, most = ("selection", "top_tokens"), _cuda.SELECTION_THREADS
+        _launch_sequences(*kernel, scores.dtype, args, scores, most)
     return out
 
 
@@ -270,7 +271,8 @@ def _selected(chosen: Any, num_groups: int) -> Any:
     if _cuda.implementation() == "basic":
         _cuda.launch("basic/selection", "select_tokens", np.float32, out.size, args)
     else:
-        _launch_sequences("selection", "select_tokens", np.float32, args, chosen)
+        kernel, most = ("selection", "select_tokens"), _cuda.SELECTION_THREADS
+        _launch_sequences(*kernel, np.float32, args, chosen, most)
     return out
 
 
@@ -284,10 +286,18 @@ def _launch(file: str, kernel: str, threads: int, args: tuple[Any, ...]) -> None
 
 
 def _launch_sequences(
-    file: str, kernel: str, dtype: Any, args: tuple[Any, ...], x: Any
+    file: str,
+    kernel: str,
+    dtype: Any,
+    args: tuple[Any, ...],
+    x: Any,
+    most: int = _cuda.GROUP_THREADS,
 ) -> None:
-    """Run an optimized kernel with a block for each sequence of `x` (B, N)."""
+    """Run an optimized kernel with a block for each sequence of `x` (B, N).
+
+    A block has a thread for each token, and at most `most`.
+    """
     batch, num_tokens = _rows(x)
-    block = min(-(-num_tokens // _cuda.WARP) * _cuda.WARP, 1024)
+    block = min(-(-num_tokens // _cuda.WARP) * _cuda.WARP, most)
     threads = batch * block
     _cuda.launch(f"optimized/{file}", kernel, dtype, threads, args, block=block)

@@ -315,7 +315,8 @@ def _launch_rows(
     kernel: str, dtype: Any, batch: int, num_tokens: int, args: tuple[Any, ...]
 ) -> None:
     """Run an optimized kernel with a block for each sequence, larger for a long one."""
-    block = _cuda.BLOCK if num_tokens <= _cuda.BLOCK else 2 * _cuda.BLOCK
+    short = num_tokens <= _cuda.BLOCK
+    block = _cuda.BLOCK if short else _cuda.SELECTION_THREADS
     _cuda.launch("optimized/selection", kernel, dtype, batch * block, args, block=block)
 
 

@@ -163,13 +163,16 @@ def test_launch_asks_for_much_shared_memory(monkeypatch):
     kernel = types.SimpleNamespace()
 
     class Kernel:
+        shared_size_bytes = 400
+
         def __call__(self, *call, shared_mem):
             kernel.bytes = shared_mem
 
     run = Kernel()
     monkeypatch.setattr(_cuda, "raw_kernel", lambda *key: run)
     monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(1, 200 << 10))
-    for size, asked in ((48 << 10, None), (100 << 10, 200 << 10)):
+    most = (48 << 10) - 400
+    for size, asked in ((most, None), (most + 1, (200 << 10) - 400)):
         _cuda.launch("a", "b", np.float32, 1, (), shared=size)
         assert kernel.bytes == size
         assert getattr(run, "max_dynamic_shared_size_bytes", None) == asked

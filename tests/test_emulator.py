@@ -279,6 +279,7 @@ assert source.count({old!r}) == 1
 library = emulator.compile_source(source.replace({old!r}, {new!r}), "float32")
 kernel = emulator.Kernel(library, "linkage")
 run = lambda *args, **options: kernel(*args, cooperative=True, **options)
+run.shared_size_bytes = 0
 _cuda.raw_kernel = lambda *_: run
 _cuda.empty, _cuda.to_device = emulator.empty, np.asarray
 _cuda.device = lambda: _cuda.Device(3, 0)

@@ -1,9 +1,8 @@
 // Groups: numbered by the order of the sequence, and read from a dendrogram, both in
 // one launch; see basic/groups.cu. One block, one sequence.
 
-// Of a block; a short sequence gets fewer. One block may have all the registers there
-// are: left to itself the compiler spares some for a second one.
-constexpr int MOST_GROUP_THREADS = 1024;
+// A block has GROUP_THREADS, or fewer for a short sequence. One block may have all the
+// registers there are: left to itself the compiler spares some for a second one.
 constexpr double LEAST_MASS = 1e-6;  // of the largest: what counts as no mass
 
 // out (N,) = the labels of roots (N,). `places` is scratch (2N,), `scratch` is shared
@@ -41,7 +40,7 @@ __device__ __forceinline__ void number(const int* roots, long long num_tokens,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_GROUP_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     number_groups(const int* roots, long long batch, long long num_tokens,
                   long long first, int* places, int* out) {
     __shared__ int scratch[32];
@@ -131,14 +130,14 @@ __device__ __forceinline__ void climb(const double* rows, long long num_tokens,
 }
 
 // Without a max_error, which is then negative, K decides. `nodes` is scratch (B, 4N).
-extern "C" __global__ void __launch_bounds__(MOST_GROUP_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     cut_linkage(const double* dendrogram, const acc_t* mass, const bool* mask,
                 const int* counts, long long batch, long long num_tokens,
                 long long num_groups, double max_error, long long first, int* nodes,
                 int* out) {
     __shared__ int scratch[32];
     __shared__ acc_t partial[32];
-    __shared__ double terms[MOST_GROUP_THREADS];
+    __shared__ double terms[GROUP_THREADS];
     const long long b = blockIdx.x, row = b * num_tokens;        // of (B, N)
     const double* rows = dendrogram + b * (num_tokens - 1) * 4;  // (N - 1, 4)
     const bool* valid = mask ? mask + row : nullptr;             // (N,)

@@ -4,8 +4,6 @@
 // distance, then a hash of the pair. So the closest pair of all is the nearest of both
 // its sides, and of many equal distances a good part can merge in one round.
 
-constexpr int LINKAGE_THREADS = sizeof(acc_t) == 4 ? 640 : 384;
-
 // A cosine is exact but for its last bits: equal tokens are at distance 0.
 __device__ __forceinline__ acc_t cosine_distance(acc_t cosine) {
     constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);

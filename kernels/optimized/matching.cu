@@ -19,10 +19,10 @@ extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
 }
 
 // One block, one sequence.
-extern "C" __global__ void match_counts(const int* places, const bool* mask,
-                                        const bool* protect, const int* counts,
-                                        long long batch, long long num_tokens,
-                                        long long num_groups, int* out) {
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
+    match_counts(const int* places, const bool* mask, const bool* protect,
+                 const int* counts, long long batch, long long num_tokens,
+                 long long num_groups, int* out) {
     __shared__ int num_places, num_fixed;
     const long long b = blockIdx.x, row = b * num_tokens;  // of (B, N)
     if (threadIdx.x == 0) num_places = num_fixed = 0;

@@ -2,8 +2,6 @@
 // (perturbed_scores without noise or padding, saliency_mass) has nothing to gain and
 // runs from there.
 
-constexpr int MOST_THREADS = 512;  // of a block, which has an SM to itself
-
 // out = the perturbed scores, (N,); returns the highest of this thread's. Draw n is the
 // n-th token's, wherever padding lies, and the block counts the tokens together.
 template <class T>
@@ -31,7 +29,7 @@ __device__ __forceinline__ acc_t perturb(const T* saliency, const bool* mask,
     return highest;
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     perturbed_scores(const real_t* saliency, const bool* mask, long long batch,
                      long long num_tokens, long long noisy, unsigned long long seed,
                      long long first, acc_t* out) {
@@ -75,7 +73,7 @@ __device__ __forceinline__ void softmax_and_mass(const T* saliency, const bool* 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     gumbel_softmax(const real_t* saliency, const bool* mask, long long batch,
                    long long num_tokens, double temperature, long long noisy,
                    unsigned long long seed, long long first, double epsilon, acc_t* out,
@@ -88,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
 
 // The same from the entropies (L, B, H, N) on: entropy_range and saliency of
 // saliency.cu come first, a layer at a time.
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     saliency_gumbel_mass(const real_t* entropy, const bool* mask, long long layers,
                          long long batch, long long heads, long long num_tokens,
                          long long salient_high, double temperature, long long noisy,
@@ -165,7 +163,7 @@ __device__ __forceinline__ void choose_digit(const int* histogram, int* digit,
 
 // The K-th highest score is found eight bits at a time, from a histogram of the scores
 // that agree with it so far. Those above it are in, and of its equals the first ones.
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     top_tokens(const acc_t* scores, const int* counts, long long batch,
                long long num_tokens, long long num_groups, bool* out) {
     __shared__ int histogram[256], scratch[32], digit, left;
@@ -207,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     select_tokens(const bool* selected, long long batch, long long num_tokens,
                   long long num_groups, int* out) {
     __shared__ int scratch[32];

@@ -6,8 +6,7 @@
 // types, and float where TF32 is allowed; sm_80 on) or the FMA units: warp w has rows
 // w / 2 * 32 and columns w % 2 * 64 onwards.
 
-constexpr int TILE = 128;
-constexpr int TILE_THREADS = 256;
+constexpr int TILE_THREADS = BLOCK_THREADS;
 constexpr int STAGES = 3;
 constexpr int STEP_BYTES = 64;  // of each row
 constexpr int STEP = STEP_BYTES / sizeof(real_t);

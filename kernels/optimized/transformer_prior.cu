@@ -2,7 +2,7 @@
 // pass; see basic/transformer_prior.cu.
 
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int MAX_WARPS = 8;
+constexpr int MAX_WARPS = BLOCK_THREADS / 32;
 
 // One warp, one row.
 extern "C" __global__ void normalize(const real_t* input, const real_t* gain,

@@ -116,7 +116,9 @@ def _dim3(size):
 def raw_kernel(file, kernel, dtype, cooperative=False, *, arch=900, sanitizer=None):
     """Return a kernel of ``kernels/<file>.cu``; `arch` is its ``__CUDA_ARCH__``."""
     found = _kernel(_cuda.source(file), kernel, dtype, arch, sanitizer)
-    return functools.partial(found, cooperative=cooperative)
+    run = functools.partial(found, cooperative=cooperative)
+    run.shared_size_bytes = 0  # static shared memory, which has no limit here
+    return run
 
 
 @functools.cache

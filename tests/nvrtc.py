@@ -1,0 +1,150 @@
+"""Compiles kernels for any architecture with NVRTC, which needs no GPU and no driver.
+
+It needs the packages cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-runtime, whose
+headers are those of a toolkit. The first compilation imports them.
+
+`kernel_facts` keeps what it finds on disk, so a source is compiled once for every
+architecture, whoever asks: the tests of compilation, the tests of launches, and
+benchmarks/resources.py.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+_CACHE = Path(
+    os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "qm_cupy-kernels"
+)
+# What CuPy adds to the options of a `RawModule`, beside the architecture.
+_CUPY = "-ftz=true", "--device-as-default-execution-space"
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for .*\n")
+_SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+_SIGNATURE = re.compile(r"\.entry\s+(\w+)\((.*?)\)(.*?)\{", re.DOTALL)
+_PARAMETER = re.compile(r"\.param\s+\.(\w+)")
+_BOUND = re.compile(r"\.maxntid\s+(\d+)")
+
+
+class Facts(NamedTuple):
+    """What a compiled kernel asks of the device."""
+
+    registers: int
+    """Of each thread."""
+    spilled: int
+    """Bytes stored and loaded for want of registers."""
+    shared: int
+    """Bytes of static shared memory."""
+    bound: int | None
+    """Threads of a block, at most, where ``__launch_bounds__`` says so."""
+    parameters: list[str]
+    """Types in PTX: ``u64`` for pointers and long long, ``f64`` for double."""
+
+
+@functools.cache
+def include_folder() -> Path:
+    """Return where cuda_fp16.h is: in the pip packages, or else in a toolkit.
+
+    The packages come first because NVRTC itself comes from them, and headers are
+    written for the compiler of their own release.
+    """
+    folders = []
+    if spec := importlib.util.find_spec("nvidia"):
+        folders = [Path(p, "cu13", "include") for p in spec.submodule_search_locations]
+    folders.append(Path(os.environ.get("CUDA_PATH", "/usr/local/cuda"), "include"))
+    for folder in folders:
+        if (folder / "cuda_fp16.h").is_file():
+            return folder
+    places = ", ".join(map(str, folders))
+    raise FileNotFoundError(f"no cuda_fp16.h: looked in {places}")
+
+
+@functools.cache
+def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
+    """Return the facts of every kernel of a source, compiled to machine code.
+
+    `options` are the caller's, ``-arch=sm_…`` among them; what CuPy adds is added here
+    too. A failure raises ``RuntimeError`` with the compiler's log.
+    """
+    this = Path(__file__).read_text(encoding="utf-8")
+    text = "\0".join([this, repr(_version()), source, *options])
+    path = _CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {name: Facts(*facts) for name, facts in kept.items()}
+    except FileNotFoundError:
+        found = _facts(*compile_source(source, options))
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_CACHE) as folder:
+        written = Path(folder, path.name)
+        written.write_text(json.dumps(found), encoding="utf-8")
+        written.replace(path)  # at once, for tests that run side by side
+    return found
+
+
+def compile_source(source: str, options: tuple[str, ...]) -> tuple[str, str]:
+    """Compile to machine code; return the log, with each kernel's needs, and the PTX.
+
+    NVRTC releases the interpreter lock meanwhile: threads compile side by side.
+    """
+    from cuda.bindings import nvrtc
+
+    added = f"-I{include_folder()}", *_CUPY, "--ptxas-options=-v"
+    encoded = [option.encode() for option in (*options, *added)]
+    program = _check(
+        *nvrtc.nvrtcCreateProgram(source.encode(), b"spliced.cu", 0, [], [])
+    )
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(log)
+        return log, _text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+    finally:
+        _check(*nvrtc.nvrtcDestroyProgram(program))
+
+
+def _facts(log: str, ptx: str) -> dict[str, Facts]:
+    _, *parts = _ENTRY.split(log)  # name, its lines, name, its lines, ...
+    lines = dict(zip(parts[::2], parts[1::2], strict=True))
+    found = {}
+    for name, parameters, directives in _SIGNATURE.findall(ptx):
+        bound = _BOUND.search(directives)
+        found[name] = Facts(
+            int(_REGISTERS.search(lines[name])[1]),
+            sum(map(int, _SPILLS.findall(lines[name]))),
+            sum(map(int, _SHARED.findall(lines[name]))),
+            int(bound[1]) if bound else None,
+            _PARAMETER.findall(parameters),
+        )
+    return found
+
+
+def _text(program, find_size, read) -> str:
+    text = b" " * _check(*find_size(program))
+    _check(*read(program, text))
+    return text.decode(errors="replace").rstrip("\0")
+
+
+@functools.cache
+def _version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    status, *version = nvrtc.nvrtcVersion()
+    _check(status)
+    return tuple(version)
+
+
+def _check(status, *results):
+    from cuda.bindings import nvrtc
+
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(nvrtc.nvrtcGetErrorString(status)[1].decode())
+    return results[0] if results else None

@@ -1,0 +1,126 @@
+"""Every launch of the public functions, held against the limits of real GPUs.
+
+Nothing is executed: `cards` knows what the compiled kernels declare, `card_device` puts
+the cards in the place of the device. What holds launches is tested in test_cards.py.
+"""
+
+import itertools
+import re
+
+import card_device
+import device_array
+import ml_dtypes
+import numpy as np
+import pytest
+from cards import CARDS
+from launch_calls import OPERATIONS, Case
+
+import qm_cupy as qm
+from qm_cupy import _cuda
+
+# Around every threshold of the launchers: warps, blocks, tiles, shared memory.
+SIZES = (
+    1, 2, 31, 32, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 600, 932, 933, 1023,
+    1024, 1025, 1100, 1523, 1524, 1600, 2049, 4096, 4200, 5000,
+)  # fmt: skip
+SHAPES = [  # N, D, B
+    *((n, 3, 3) for n in SIZES),
+    *((n, 3, 1) for n in SIZES[::2]),
+    *((n, 3, 150) for n in (1, 33, 257, 1600, 5000)),  # more than any card has SMs
+    *((33, d, 1) for d in (1, 64, 72, 1000)),
+    (1025, 72, 1),
+    (1025, 8192, 1),
+    (5000, 1000, 1),
+]
+VARIANTS = [
+    *itertools.product(
+        ("basic", "optimized"), ("float16", "bfloat16", "float32", "float64")
+    ),
+    ("optimized", "tf32"),
+]
+# Public functions and classes that launch nothing of their own.
+LAUNCH_NOTHING = {
+    "allow_tf32", "check_finite", "use_kernels", "warmup",  # settings
+    "gumbel_noise", "token_budget",  # on the host
+    "Workspace",  # memory
+    "BidirectionalARAlignment", "DifferentiableTokenMerging", "EntropyAwareSaliency",
+    "NormBasedFidelityConstraint", "QuickMergePP", "quickmerge_inference",  # by others
+}  # fmt: skip
+# Where the host reads values that a GPU has computed, and so waits for it.
+READS = {
+    "alignment_loss, Merged": ["to_host"],  # K of each sequence, from its sizes
+    "choose_merge": ["to_host"],  # the same of every candidate
+    "MLPPrior.fit": ["to_host", "x[mask]", "__float__"],  # rows that are no padding
+}
+
+
+def numpy_dtype(name):
+    known = {"bfloat16": ml_dtypes.bfloat16, "tf32": np.float32}
+    return np.dtype(known.get(name, name))
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), VARIANTS)
+def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
+    card_device.compile_kernels(dtype, CARDS)
+    device = card_device.install(monkeypatch, *CARDS)
+    with _cuda.use_kernels(kernels), qm.allow_tf32(dtype == "tf32"):
+        for shape in SHAPES:
+            case = Case(*shape, dtype=numpy_dtype(dtype))
+            for operation, call in OPERATIONS.items():
+                device.run((operation, shape), call, case)
+    if device.faults:
+        pytest.fail(f"launches that a card refuses:\n{listed(device.faults)}")
+    wanted = {
+        f"{file}/{kernel}"
+        for file in _cuda.kernel_files()
+        for kernel in _cuda.kernel_names(file)
+        if file.startswith(kernels)
+    }
+    assert wanted - set(device.launches) == set()
+
+
+def listed(faults):
+    """Return a line for each kernel, card and limit: calls by their N, D and B."""
+    calls, wanted = {}, {}
+    for message, found in faults.items():
+        number = max(map(int, re.findall(r"wanted (\d+)", message)), default=0)
+        fault = re.sub(r"wanted \d+", "wanted up to {}", message)
+        calls.setdefault(fault, []).extend(found)
+        wanted[fault] = max(wanted.get(fault, 0), number)
+    lines = []
+    for fault, found in calls.items():
+        operations = sorted({operation for operation, _ in found})
+        sizes = ", ".join(map(str, sorted({shape[0] for _, shape in found})))
+        most = "" if len(operations) < 4 else f" and {len(operations) - 3} more"
+        lines.append(
+            f"{fault.format(wanted[fault])}; N = {sizes}; first (N, D, B) = "
+            f"{found[0][1]}; by {'; '.join(operations[:3])}{most}"
+        )
+    return "\n".join(lines)
+
+
+def test_every_public_function_is_launched():
+    called = {re.split(r"[ .,]", name)[0] for name in OPERATIONS}
+    results = {  # named tuples and protocols
+        "AlignmentLoss", "Choice", "KernelCompilationError", "MLP", "Merged", "Prior",
+        "SteppingPrior",
+    }  # fmt: skip
+    public = {name for name in qm.__all__ if callable(getattr(qm, name))}
+    assert public - LAUNCH_NOTHING - results == called
+
+
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+def test_the_host_reads_nothing_else(kernels, monkeypatch):
+    card_device.compile_kernels("float32", CARDS[-1:])
+    device = card_device.install(monkeypatch, CARDS[-1])
+    case, found = Case(33), {}
+    with _cuda.use_kernels(kernels):
+        for operation, call in OPERATIONS.items():
+            device.run(operation, call, case)  # priors copy their weights
+            device_array.READS.clear()
+            device.run(operation, call, case)
+            if device_array.READS:
+                found[operation] = list(dict.fromkeys(device_array.READS))
+    assert {name: sorted(reads) for name, reads in found.items()} == {
+        name: sorted(reads) for name, reads in READS.items()
+    }
