@@ -60,6 +60,21 @@ __device__ __forceinline__ long long count_of(const int* counts, long long seque
 // What padding scores, -infinity: less than any token.
 __device__ __forceinline__ acc_t padding() { return __uint_as_float(0xff800000u); }
 
+// An unsigned integer for each score, in the order of the scores; -0 and 0 are equal.
+// Scores are compared as these: a comparison of floats flushes subnormals to 0 (CuPy
+// compiles with -ftz=true), so that NumPy's order of them would be lost.
+__device__ __forceinline__ unsigned ordered_bits(float x) {
+    unsigned bits = __float_as_uint(x);
+    if (bits << 1 == 0) bits = 0;
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+__device__ __forceinline__ unsigned long long ordered_bits(double x) {
+    unsigned long long bits = __double_as_longlong(x);
+    if (bits << 1 == 0) bits = 0;
+    return bits >> 63 ? ~bits : bits | 1ull << 63;
+}
+using bits_t = decltype(ordered_bits(acc_t()));
+
 // The entropy of softmax(scores) in one pass, in nats. The largest score m stays out of
 //   r = sum e^(s - m),   t = sum e^(s - m) (s - m),
 // so that H = log1p(r) - t / (1 + r) adds two terms >= 0 and nothing cancels, however

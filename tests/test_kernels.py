@@ -5,6 +5,7 @@ launcher runs too.
 """
 
 import emulator
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -278,6 +279,22 @@ def test_select_tokens(dtype, num_tokens, masked):
             kept = kept_of(scores[b], valid, count)
             wanted[: len(kept)] = kept
             np.testing.assert_array_equal(got[b], wanted)
+            np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
+
+
+@dtypes
+def test_select_tokens_orders_subnormal_scores(dtype):
+    """As NumPy does, though arithmetic in float32 counts all of them as 0 on a GPU."""
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    scores = np.random.default_rng(8).integers(-60, 61, (2, 300)) * tiny
+    scores[1, :150] = np.copysign(0, scores[1, :150])  # -0 and 0 are equal
+    scores = scores.astype(dtype)
+    for count in (1, 40, 170, 299):
+        got = qm.select_tokens(scores, count)
+        hot = qm.gumbel_softmax(scores, seed=None, hard=count)
+        for b in range(2):
+            kept = kept_of(scores[b], np.ones(300, np.bool_), count)
+            np.testing.assert_array_equal(got[b], kept)
             np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
 
 

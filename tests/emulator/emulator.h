@@ -1,6 +1,7 @@
 // Stands for CUDA, so that g++ compiles the very same .cu files: -include emulator.h.
 #pragma once
 
+#include <immintrin.h>
 #include <math.h>
 
 #include <cstdint>
@@ -213,6 +214,20 @@ std::string type_name() {
     return "unknown";
 }
 
+// While this lives, subnormals count as 0 and results that would be subnormal are 0:
+// what CuPy's -ftz=true makes of float. The processor's switch is for float and double
+// alike. A GPU never flushes double, so kernels of double do not set it; in a kernel of
+// float the doubles (logarithms, temperatures) are far above 1e-308.
+class FlushSubnormals {
+    const unsigned before = _mm_getcsr();
+
+public:
+    explicit FlushSubnormals(bool enabled) {
+        if (enabled) _mm_setcsr(before | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+    }
+    ~FlushSubnormals() { _mm_setcsr(before); }
+};
+
 template <class... Parameters>
 struct Kernel {
     void (*function)(Parameters...);
@@ -226,7 +241,8 @@ struct Kernel {
         function(*static_cast<std::decay_t<Parameters>*>(args[I])...);
     }
     const char* launch(const unsigned* grid, const unsigned* block, size_t shared_bytes,
-                       bool cooperative, void** args) const {
+                       bool cooperative, void** args, bool flush) const {
+        const FlushSubnormals guard(flush);
         const auto body = [=, *this] {
             call(args, std::index_sequence_for<Parameters...>());
         };
@@ -246,7 +262,7 @@ struct Kernel {
                                            const unsigned* block, size_t shared_bytes, \
                                            bool cooperative, void** args) {            \
         return emulator::Kernel(kernel).launch(grid, block, shared_bytes, cooperative, \
-                                               args);                                  \
+                                               args, sizeof(acc_t) == sizeof(float));  \
     }
 
 #include "tensor_core.h"
