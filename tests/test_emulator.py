@@ -165,7 +165,7 @@ def test_shared_memory_is_poisoned_and_copies_are_late():
         extern "C" __global__ void probe(const float4* in, float* out) {
             __shared__ __align__(16) float bytes[4];
             const bool left_over = bytes[0] == 5;
-            cp_async_16(bytes, in);
+            cp_async<16>(bytes, in);
             cp_async_commit();
             out[0] = bytes[0];
             cp_async_wait<0>();

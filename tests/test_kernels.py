@@ -580,6 +580,43 @@ def test_most_similar_merged_token(dtype, num_tokens, ragged):
     assert_close(got, error_of(tokens, merged, similarity.argmax(-1)), dtype)
 
 
+def shifted(x, elements):
+    """Copy an array to so many elements behind 16 bytes, at the end of its memory."""
+    raw = np.empty(elements + x.size, x.dtype)
+    assert raw.ctypes.data % 16 == 0
+    raw[elements:] = x.ravel()
+    return raw[elements:].reshape(x.shape)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [20, 37, 50, 64, 3])
+def test_results_do_not_depend_on_alignment(dtype, dim):
+    """Whatever width loads and stores have, the sums are the same."""
+    tokens, other = random((2, 33, dim), dtype), random((2, 5, dim), dtype, 1)
+    attention = abs(random((1, 2, 1, dim, dim), dtype, 2))
+    labels, mass = labels_of(2, 33, 5), abs(random((2, 33), np.float32, 3))
+
+    def results(shift):
+        x, y, a = (shifted(z, shift) for z in (tokens, other, attention))
+        yield qm.cosine_similarity(x)
+        yield qm.self_attention_entropy(x)
+        yield qm.query_key_entropy(x[:, None], x[:, None])
+        yield qm.attention_entropy(a)
+        yield qm.attention_entropy_vjp(a[..., 0], a)
+        yield qm.norm_saliency(x)
+        yield qm.merge_tokens(x, labels, 5)
+        yield qm.unmerge_tokens(y, labels)
+        yield qm.unmerge_tokens_vjp(x, labels, 5)
+        yield from qm.merge_tokens_vjp(y, x, labels, 5, mass=mass)
+        yield qm.reconstruction_error(x, y)
+        yield from qm.reconstruction_error_vjp(np.ones(2), x, y)
+
+    wanted = list(results(0))
+    for shift in (1, 2, 4):
+        for x, z in zip(results(shift), wanted, strict=True):
+            np.testing.assert_array_equal(x, z)
+
+
 def truncated(x):
     """Drop the 13 bits of float32 that TF32 does not have."""
     return (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
