@@ -140,9 +140,9 @@ __device__ __forceinline__ void multiply_fma(unsigned char* stage,
     }
 }
 
-template <class T>
+template <class T, bool tensor_cores>
 __device__ __forceinline__ void multiply(unsigned char* stage, acc_t (&sums)[4][16]) {
-    if constexpr (TENSOR_CORES)
+    if constexpr (tensor_cores)
         multiply_mma<T>(stage, sums);
     else
         multiply_fma(stage, sums);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void multiply(unsigned char* stage, acc_t (&sums)[4][
 // For tile 0, 1, ... of B's rows: find the sums with A's tile, then call use(tile).
 // `stages` (STAGES * STAGE_BYTES, shared) is free again at the end. The rows' first
 // `dim` elements are read, and they lie `stride` apart.
-template <class Use>
+template <bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
                                                long long dim, long long stride,
@@ -182,7 +182,7 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
             cp_async_wait<STAGES - 2>();
             __syncthreads();  // this step is there, and the one before it is used up
             stage_next(slot == 0 ? STAGES - 1 : slot - 1);
-            multiply<real_t>(stages + slot * STAGE_BYTES, sums);
+            multiply<real_t, tensor_cores>(stages + slot * STAGE_BYTES, sums);
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }
         use(tile);
@@ -192,12 +192,12 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
 }
 
 // The same for rows without gaps.
-template <class Use>
+template <bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
                                                long long dim, acc_t (&sums)[4][16],
                                                Use use) {
-    multiply_tiles(stages, a, b, num_tiles, dim, dim, sums, use);
+    multiply_tiles<tensor_cores>(stages, a, b, num_tiles, dim, dim, sums, use);
 }
 
 // Bit i: the thread's i-th row (or column) of the tile from `first` on is a token.
