@@ -147,13 +147,18 @@ struct __align__(16) Vector {
     real_t element[WIDTH];
 };
 
-// The largest power of two, at most 16, that divides a number of bytes. Of an address
-// and what is left of its row, together: the widest access that is aligned and ends
-// with the row. All vectors of a row have the same.
+__device__ __forceinline__ bool is_whole(const void* address, long long left) {
+    return left >= WIDTH && reinterpret_cast<unsigned long long>(address) % 16 == 0;
+}
+
+// The largest power of two, at most 16, that divides a number of bytes.
 __device__ __forceinline__ int grain_of(unsigned long long bytes) {
     const int low = static_cast<int>(bytes) | 16;
     return low & -low;
 }
+
+// The widest access that is aligned and ends with the row, in bytes: all vectors of a
+// row have the same.
 __device__ __forceinline__ int grain_of(const real_t* address, long long left) {
     return grain_of(reinterpret_cast<unsigned long long>(address) |
                     static_cast<unsigned long long>(left) * sizeof(real_t));
@@ -204,9 +209,9 @@ __device__ __forceinline__ Vector read_halfwords(const real_t* address,
 
 // The next WIDTH of a row's `left` elements, zeros behind its end.
 __device__ __forceinline__ Vector read_vector(const real_t* address, long long left) {
+    if (is_whole(address, left)) return *reinterpret_cast<const Vector*>(address);
     const int grain = grain_of(address, left);
-    if (grain == 16) return read_pieces<uint4>(address, left);
-    if (sizeof(real_t) == 8 || grain == 8) return read_pieces<uint2>(address, left);
+    if (grain >= 8) return read_pieces<uint2>(address, left);
     if (sizeof(real_t) == 4 || grain == 4) return read_pieces<unsigned>(address, left);
     return read_halfwords(address, left);
 }
@@ -233,12 +238,14 @@ __device__ __forceinline__ void write_pieces(real_t* address, const Vector& v,
 
 __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[WIDTH],
                                              long long left) {
-    const int grain = grain_of(address, left);
     Vector v;
     for (int i = 0; i < WIDTH; ++i) store(&v.element[i], x[i]);
-    if (grain == 16)
-        write_pieces<uint4>(address, v, left);
-    else if (sizeof(real_t) == 8 || grain == 8)
+    if (is_whole(address, left)) {
+        *reinterpret_cast<Vector*>(address) = v;
+        return;
+    }
+    const int grain = grain_of(address, left);
+    if (grain >= 8)
         write_pieces<uint2>(address, v, left);
     else if (sizeof(real_t) == 4 || grain == 4)
         write_pieces<unsigned>(address, v, left);
