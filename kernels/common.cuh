@@ -62,6 +62,21 @@ __device__ __forceinline__ long long count_of(const int* counts, long long seque
 // What padding scores, -infinity: less than any token.
 __device__ __forceinline__ acc_t padding() { return __uint_as_float(0xff800000u); }
 
+// An unsigned integer for each score, in the order of the scores; -0 and 0 are equal.
+// Scores are compared as these: a comparison of floats flushes subnormals to 0 (CuPy
+// compiles with -ftz=true), so that NumPy's order of them would be lost.
+__device__ __forceinline__ unsigned ordered_bits(float x) {
+    unsigned bits = __float_as_uint(x);
+    if (bits << 1 == 0) bits = 0;
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+__device__ __forceinline__ unsigned long long ordered_bits(double x) {
+    unsigned long long bits = __double_as_longlong(x);
+    if (bits << 1 == 0) bits = 0;
+    return bits >> 63 ? ~bits : bits | 1ull << 63;
+}
+using bits_t = decltype(ordered_bits(acc_t()));
+
 // The entropy of softmax(scores) in one pass, in nats. The largest score m stays out of
 //   r = sum e^(s - m),   t = sum e^(s - m) (s - m),
 // so that H = log1p(r) - t / (1 + r) adds two terms >= 0 and nothing cancels, however
@@ -138,26 +153,106 @@ __device__ __forceinline__ bool is_whole(const void* address, long long left) {
     return left >= WIDTH && reinterpret_cast<unsigned long long>(address) % 16 == 0;
 }
 
-// x = the next WIDTH of a row's `left` elements, zeros behind its end.
+// The largest power of two, at most 16, that divides a number of bytes.
+__device__ __forceinline__ int grain_of(unsigned long long bytes) {
+    const int low = static_cast<int>(bytes) | 16;
+    return low & -low;
+}
+
+// The widest access that is aligned and ends with the row, in bytes: all vectors of a
+// row have the same.
+__device__ __forceinline__ int grain_of(const real_t* address, long long left) {
+    return grain_of(reinterpret_cast<unsigned long long>(address) |
+                    static_cast<unsigned long long>(left) * sizeof(real_t));
+}
+
+template <class Piece>
+__device__ __forceinline__ Vector read_pieces(const real_t* address, long long left) {
+    constexpr int count = 16 / sizeof(Piece), each = WIDTH / count;
+    union {
+        Piece piece[count];
+        Vector vector;
+    };
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+        piece[i] =
+            i * each < left ? reinterpret_cast<const Piece*>(address)[i] : Piece{};
+    return vector;
+}
+
+// 16 bytes of a row whose elements of 16 bits are only aligned as such: by the aligned
+// words among them, and single elements where no word is within the row.
+__device__ __forceinline__ Vector read_halfwords(const real_t* address,
+                                                 long long left) {
+    const auto* element = reinterpret_cast<const unsigned short*>(address);
+    const bool odd = reinterpret_cast<unsigned long long>(address) % 4 != 0;
+    union {
+        unsigned word[4];
+        Vector vector;
+    };
+    if (left < WIDTH) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            word[i] = 2 * i < left ? element[2 * i] : 0u;
+            if (2 * i + 1 < left) word[i] |= unsigned(element[2 * i + 1]) << 16;
+        }
+    } else {
+        const auto* aligned = reinterpret_cast<const unsigned*>(element + odd);
+        const unsigned first = odd ? element[0] << 16 : aligned[0];
+        const unsigned x = aligned[odd ? 0 : 1], y = aligned[odd ? 1 : 2];
+        const unsigned z = aligned[odd ? 2 : 3], last = odd ? element[7] : 0u;
+        word[0] = odd ? first >> 16 | x << 16 : first;
+        word[1] = odd ? x >> 16 | y << 16 : x;
+        word[2] = odd ? y >> 16 | z << 16 : y;
+        word[3] = odd ? z >> 16 | last << 16 : z;
+    }
+    return vector;
+}
+
+// The next WIDTH of a row's `left` elements, zeros behind its end.
+__device__ __forceinline__ Vector read_vector(const real_t* address, long long left) {
+    if (is_whole(address, left)) return *reinterpret_cast<const Vector*>(address);
+    const int grain = grain_of(address, left);
+    if (grain >= 8) return read_pieces<uint2>(address, left);
+    if (sizeof(real_t) == 4 || grain == 4) return read_pieces<unsigned>(address, left);
+    return read_halfwords(address, left);
+}
+
 __device__ __forceinline__ void load_vector(acc_t (&x)[WIDTH], const real_t* address,
                                             long long left) {
-    if (is_whole(address, left)) {
-        const Vector v = *reinterpret_cast<const Vector*>(address);
-        for (int i = 0; i < WIDTH; ++i) x[i] = widen(v.element[i]);
-    } else {
-        for (int i = 0; i < WIDTH; ++i) x[i] = i < left ? widen(address[i]) : acc_t(0);
-    }
+    const Vector v = read_vector(address, left);
+    for (int i = 0; i < WIDTH; ++i) x[i] = widen(v.element[i]);
+}
+
+template <class Piece>
+__device__ __forceinline__ void write_pieces(real_t* address, const Vector& v,
+                                             long long left) {
+    constexpr int count = 16 / sizeof(Piece), each = WIDTH / count;
+    union {
+        Vector vector;
+        Piece piece[count];
+    };
+    vector = v;
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+        if (i * each < left) reinterpret_cast<Piece*>(address)[i] = piece[i];
 }
 
 __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[WIDTH],
                                              long long left) {
+    Vector v;
+    for (int i = 0; i < WIDTH; ++i) store(&v.element[i], x[i]);
     if (is_whole(address, left)) {
-        Vector v;
-        for (int i = 0; i < WIDTH; ++i) store(&v.element[i], x[i]);
         *reinterpret_cast<Vector*>(address) = v;
-    } else {
-        for (int i = 0; i < WIDTH && i < left; ++i) store(address + i, x[i]);
+        return;
     }
+    const int grain = grain_of(address, left);
+    if (grain >= 8)
+        write_pieces<uint2>(address, v, left);
+    else if (sizeof(real_t) == 4 || grain == 4)
+        write_pieces<unsigned>(address, v, left);
+    else
+        for (int i = 0; i < WIDTH && i < left; ++i) address[i] = v.element[i];
 }
 
 // What a layer does to its outputs: 0 nothing, 1 ReLU, 2 GELU (y times the normal

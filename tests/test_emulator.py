@@ -53,6 +53,31 @@ def test_storage_types_round_as_numpy_and_ml_dtypes_do(dtype):
     np.testing.assert_array_equal(got.view(np.uint16), wanted.view(np.uint16))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_subnormals_are_flushed_as_cupy_compiles_them(dtype):
+    """float alone is flushed: in comparisons, sources and results, not in copies."""
+    probe = kernel(
+        """
+        extern "C" __global__ void probe(const acc_t* x, acc_t* out) {
+            out[0] = x[0];
+            out[1] = x[0] == 0;
+            out[2] = x[1] * acc_t(0.5);
+            out[3] = max(x[0], acc_t(0));
+            out[4] = x[0] * acc_t(1e9);
+        }
+        """,
+        dtype=dtype,
+    )
+    wide = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    tiny = np.finfo(wide).tiny
+    x, out = np.array([tiny / 4, tiny], wide), emulator.empty((5,), wide)
+    probe((1,), (1,), (x, out))
+    kept = [x[0], 0, tiny / 2, x[0], x[0] * wide.type(1e9)]
+    wanted = kept if dtype == "float64" else [x[0], 1, 0, 0, 0]
+    np.testing.assert_array_equal(out, np.array(wanted, wide))
+    assert x[0] * wide.type(0.5) > 0  # the switch is back where it was
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_mma_and_ldmatrix_make_a_matrix_product(dtype):
     """Fragments come by ldmatrix and lie as the PTX ISA's tables say."""
@@ -140,7 +165,7 @@ def test_shared_memory_is_poisoned_and_copies_are_late():
         extern "C" __global__ void probe(const float4* in, float* out) {
             __shared__ __align__(16) float bytes[4];
             const bool left_over = bytes[0] == 5;
-            cp_async_16(bytes, in);
+            cp_async<16>(bytes, in);
             cp_async_commit();
             out[0] = bytes[0];
             cp_async_wait<0>();

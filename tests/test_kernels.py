@@ -5,10 +5,11 @@ launcher runs too.
 """
 
 import emulator
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from conftest import assert_close
+from conftest import TF32_TOLERANCE, assert_close
 from emulated import SANITIZED, dtypes, mask_of, masked, optimized, random
 
 import qm_cupy as qm
@@ -281,6 +282,22 @@ def test_select_tokens(dtype, num_tokens, masked):
             kept = kept_of(scores[b], valid, count)
             wanted[: len(kept)] = kept
             np.testing.assert_array_equal(got[b], wanted)
+            np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
+
+
+@dtypes
+def test_select_tokens_orders_subnormal_scores(dtype):
+    """As NumPy does, though arithmetic in float32 counts all of them as 0 on a GPU."""
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    scores = np.random.default_rng(8).integers(-60, 61, (2, 300)) * tiny
+    scores[1, :150] = np.copysign(0, scores[1, :150])  # -0 and 0 are equal
+    scores = scores.astype(dtype)
+    for count in (1, 40, 170, 299):
+        got = qm.select_tokens(scores, count)
+        hot = qm.gumbel_softmax(scores, seed=None, hard=count)
+        for b in range(2):
+            kept = kept_of(scores[b], np.ones(300, np.bool_), count)
+            np.testing.assert_array_equal(got[b], kept)
             np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
 
 
@@ -566,6 +583,43 @@ def test_most_similar_merged_token(dtype, num_tokens, ragged):
     assert_close(got, error_of(tokens, merged, similarity.argmax(-1)), dtype)
 
 
+def shifted(x, elements):
+    """Copy an array to so many elements behind 16 bytes, at the end of its memory."""
+    raw = np.empty(elements + x.size, x.dtype)
+    assert raw.ctypes.data % 16 == 0
+    raw[elements:] = x.ravel()
+    return raw[elements:].reshape(x.shape)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [20, 37, 50])
+def test_results_do_not_depend_on_alignment(dtype, dim):
+    """Whatever width loads and stores have, the sums are the same."""
+    tokens, other = random((2, 33, dim), dtype), random((2, 5, dim), dtype, 1)
+    attention = abs(random((1, 2, 1, dim, dim), dtype, 2))
+    labels, mass = labels_of(2, 33, 5), abs(random((2, 33), np.float32, 3))
+
+    def results(shift):
+        x, y, a = (shifted(z, shift) for z in (tokens, other, attention))
+        yield qm.cosine_similarity(x)
+        yield qm.self_attention_entropy(x)
+        yield qm.query_key_entropy(x[:, None], x[:, None])
+        yield qm.attention_entropy(a)
+        yield qm.attention_entropy_vjp(a[..., 0], a)
+        yield qm.norm_saliency(x)
+        yield qm.merge_tokens(x, labels, 5)
+        yield qm.unmerge_tokens(y, labels)
+        yield qm.unmerge_tokens_vjp(x, labels, 5)
+        yield from qm.merge_tokens_vjp(y, x, labels, 5, mass=mass)
+        yield qm.reconstruction_error(x, y)
+        yield from qm.reconstruction_error_vjp(np.ones(2), x, y)
+
+    wanted = list(results(0))
+    for shift in (1, 2, 4):
+        for x, z in zip(results(shift), wanted, strict=True):
+            np.testing.assert_array_equal(x, z)
+
+
 def truncated(x):
     """Drop the 13 bits of float32 that TF32 does not have."""
     return (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
@@ -587,6 +641,67 @@ def test_entropies_with_tf32_are_those_of_truncated_tokens(num_tokens):
     for x, y, z in zip(got, wanted, plain, strict=True):
         assert_close(x, y, np.float32)
         assert (x != z).any() or num_tokens == 1  # entropy 0
+
+
+def tf32_calls(num_tokens, dim):
+    """Return a call for every operation whose products TF32 changes."""
+    x = random((2, num_tokens, dim), np.float32)
+    query, key = (
+        random((2, num_tokens, dim), np.float32, seed, 1.5) for seed in (1, 2)
+    )
+    gradient, ones = random((2, num_tokens), np.float32, 3), np.ones(2, np.float32)
+    mlp = qm.MLPPrior.init(dim, hidden_dim=50)
+    transformer = qm.TransformerPrior.init(
+        dim, hidden_dim=40, num_heads=2, num_layers=1, mlp_dim=70
+    )
+
+    def alignment_vjp():
+        by_merged, weights = qm.alignment_loss_vjp((0 * ones, ones, ones), x, mlp)
+        return by_merged, *weights[0], *weights[1]
+
+    return {
+        "cosine_similarity": lambda: [qm.cosine_similarity(x)],
+        "query_key_entropy": lambda: [qm.query_key_entropy(query, key)],
+        "self_attention_entropy": lambda: [qm.self_attention_entropy(x)],
+        "alignment_loss": lambda: qm.alignment_loss(x, mlp),
+        "MLPPrior.predict": lambda: [mlp.predict(x)],
+        "TransformerPrior.predict": lambda: [transformer.predict(x)],
+        "query_key_entropy_vjp": lambda: qm.query_key_entropy_vjp(gradient, query, key),
+        "self_attention_entropy_vjp": lambda: [
+            qm.self_attention_entropy_vjp(gradient, x)
+        ],
+        "alignment_loss_vjp": alignment_vjp,
+    }
+
+
+@pytest.mark.parametrize("name", TF32_TOLERANCE)
+@optimized
+def test_tf32_changes_results_no_more_than_it_may(name):
+    for num_tokens, dim in ((33, 37), (65, 64)):
+        call = tf32_calls(num_tokens, dim)[name]
+        plain = call()
+        with qm.allow_tf32():
+            got = call()
+        assert any((x != y).any() for x, y in zip(got, plain, strict=True))
+        for x, y in zip(got, plain, strict=True):
+            peak = abs(y).max()
+            room = TF32_TOLERANCE[name] * (peak if "vjp" in name else max(peak, 1))
+            np.testing.assert_allclose(x, y, rtol=0, atol=room)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+@optimized
+def test_entropies_with_tf32_are_within_their_bound(scale):
+    """The one that the docstring of allow_tf32 derives, whatever the scores."""
+    query, key = (random((129, 64), np.float32, seed, 1.5) for seed in (1, 2))
+    q, k = query.astype(np.float64), key.astype(np.float64)
+    allowed = np.ones((129, 129), np.bool_)
+    wanted = entropy_of(q @ k.T * scale, allowed)
+    change = 2**-9 * scale * (abs(q) @ abs(k).T).max(-1)
+    bound = change * np.sqrt(1 + np.log(129) ** 2 / 4) + 2e-5
+    with qm.allow_tf32():
+        got = qm.query_key_entropy(query, key, scale=scale)
+    assert (abs(got - wanted) <= bound).all()
 
 
 @optimized

@@ -352,6 +352,32 @@ def test_matching_of_equal_and_zero_tokens(method, dtype):
             assert got[b].max() + 1 == counts[b]
 
 
+@dtypes
+def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
+    dtype, monkeypatch
+):
+    """16-bit tokens go to tensor cores; unit tokens and means are wider."""
+    seen, launch = [], _cuda.launch
+
+    def recorded(file, kernel, kind, *args, **options):
+        if kernel in ("nearest_anchors", "unit_tokens"):
+            seen.append((kernel, np.dtype(kind).name))
+        launch(file, kernel, kind, *args, **options)
+
+    monkeypatch.setattr(_cuda, "launch", recorded)
+    tokens = random((1, 40, 8), dtype)
+    own, wide = np.dtype(dtype), _cuda.accumulation(dtype)
+    for num_groups, steps in ((30, 1), (20, 1), (6, 3)):
+        seen.clear()
+        bipartite_groups_cuda(tokens, None, num_groups)
+        names = [own.name, *[wide.name] * (steps - 1)]
+        products = [("nearest_anchors", name) for name in names]
+        late = own.itemsize == 2  # then one step alone needs no unit tokens
+        if not late or steps > 1:
+            products.insert(int(late), ("unit_tokens", own.name))
+        assert seen == products
+
+
 @matchings
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_matching_of_a_long_sequence(method, dtype):

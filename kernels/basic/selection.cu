@@ -81,9 +81,12 @@ extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
     const acc_t* row = scores + b * num_tokens;  // (N,)
+    const bits_t own = ordered_bits(row[i]);
     long long better = 0;
-    for (long long j = 0; j < num_tokens; ++j)
-        better += row[j] > row[i] || (row[j] == row[i] && j < i);
+    for (long long j = 0; j < num_tokens; ++j) {
+        const bits_t other = ordered_bits(row[j]);
+        better += other > own || (other == own && j < i);
+    }
     out[index] = row[i] != padding() && better < count_of(counts, b, num_groups);
 }
 

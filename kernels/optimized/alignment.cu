@@ -33,7 +33,9 @@ extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
     }
 }
 
-// One block, one tile of y = activated(x Wᵀ + b) + residual.
+// One block, one tile of y = activated(x Wᵀ + b) + residual. The sign of a sum decides
+// what a ReLU lets through, and its gradient is all or nothing: those sums are float32
+// even where TF32 is allowed, so that a gradient is that of the float32 network.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     linear(const real_t* input, const real_t* weight, const real_t* bias,
            const real_t* residual, long long num_rows, long long in_dim,
@@ -43,9 +45,12 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const long long row0 = blockIdx.x / strips * TILE;
     const long long column0 = blockIdx.x % strips * TILE;
     acc_t sums[4][16];
-    multiply_tiles(stages, {input + row0 * in_dim, num_rows - row0},
-                   {weight + column0 * in_dim, out_dim - column0}, 1, in_dim, sums,
-                   [](int) {});
+    const Rows rows = {input + row0 * in_dim, num_rows - row0};
+    const Rows columns = {weight + column0 * in_dim, out_dim - column0};
+    if (TF32 && activation == 1)
+        multiply_tiles<false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
+    else
+        multiply_tiles(stages, rows, columns, 1, in_dim, sums, [](int) {});
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
         const long long column = column0 + tile_column(j);

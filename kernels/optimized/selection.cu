@@ -127,17 +127,6 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
                      epsilon, mean, mass_out + b * num_tokens);
 }
 
-// Bits that are in order as the scores are; -0 and 0 are equal.
-__device__ __forceinline__ unsigned ordered_bits(float x) {
-    const unsigned bits = x == 0 ? 0 : __float_as_uint(x);
-    return bits >> 31 ? ~bits : bits | 1u << 31;
-}
-__device__ __forceinline__ unsigned long long ordered_bits(double x) {
-    const unsigned long long bits = x == 0 ? 0 : __double_as_longlong(x);
-    return bits >> 63 ? ~bits : bits | 1ull << 63;
-}
-using bits_t = decltype(ordered_bits(acc_t()));
-
 // One warp finds the highest digit d such that the scores with a digit >= d are `left`
 // or more; `left` becomes what those above d leave over.
 __device__ __forceinline__ void choose_digit(const int* histogram, int* digit,

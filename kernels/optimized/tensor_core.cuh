@@ -1,20 +1,43 @@
 // Copies in the background and tensor cores: every PTX instruction behind one function.
 
+template <int bytes>
+struct WordOf {
+    using type = unsigned;
+};
+template <>
+struct WordOf<8> {
+    using type = uint2;
+};
+template <>
+struct WordOf<16> {
+    using type = uint4;
+};
+template <int bytes>
+using Word = typename WordOf<bytes>::type;
+
 #ifndef CUDA_EMULATOR  // which has its own of these
 
 __device__ __forceinline__ unsigned shared_address(const void* address) {
     return static_cast<unsigned>(__cvta_generic_to_shared(address));
 }
 
-// Copy 16 bytes to shared memory, in the background where the hardware can (sm_80 on).
-__device__ __forceinline__ void cp_async_16(void* target, const void* source) {
+// Copy 4, 8 or 16 bytes to shared memory, in the background where the hardware can
+// (sm_80 on). Both addresses are multiples of `bytes`.
+template <int bytes>
+__device__ __forceinline__ void cp_async(void* target, const void* source) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
-        "l"(source)
-        : "memory");
+    if constexpr (bytes == 16)  // past L1, which only 16 bytes can
+        asm volatile(
+            "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
+            "l"(source)
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(target)),
+            "l"(source), "n"(bytes)
+            : "memory");
 #else
-    *static_cast<uint4*>(target) = *static_cast<const uint4*>(source);
+    *static_cast<Word<bytes>*>(target) = *static_cast<const Word<bytes>*>(source);
 #endif
 }
 

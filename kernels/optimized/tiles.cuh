@@ -36,29 +36,52 @@ __device__ __forceinline__ unsigned char* staged(unsigned char* stage, int row,
     return stage + row * STEP_BYTES + (chunk ^ row / 2 % 4) * 16;
 }
 
+// Stage STEP_BYTES of all rows from column k on, zeros for what does not exist. Copies
+// are of `grain` bytes, which divides every row's address and length; 2 stands for what
+// cannot be copied in the background.
+template <int grain>
 __device__ __forceinline__ void stage_step(unsigned char* stage, const Rows& a,
                                            const Rows& b, long long k, long long dim,
                                            long long stride) {
-    for (int n = 0; n < 2 * TILE * 4 / TILE_THREADS; ++n) {
-        const int chunk = n * TILE_THREADS + threadIdx.x;
-        const int row = chunk / 4;  // 0 .. 255, B's from TILE on
-        const Rows& from = row < TILE ? a : b;
-        const long long column = k + chunk % 4 * WIDTH;
-        const real_t* source = from.data + row % TILE * stride + column;
-        const long long left = row % TILE < from.count ? dim - column : 0;
-        unsigned char* target = staged(stage, row, chunk % 4);
-        if (is_whole(source, left)) {
-            cp_async_16(target, source);
+    constexpr int rows = TILE_THREADS / 4;  // at a time, a thread for a chunk
+    const int chunk = threadIdx.x % 4;
+    const long long column = k + chunk * WIDTH;
+    const int rest = static_cast<int>(min(dim - column, (long long)WIDTH));
+#pragma unroll
+    for (int first = 0; first < 2 * TILE; first += rows) {  // B's from TILE on
+        const Rows& from = first < TILE ? a : b;
+        const int row = first % TILE + threadIdx.x / 4;
+        const real_t* source = from.data + row * stride + column;
+        const int left = row < from.count ? rest : 0;
+        unsigned char* target = staged(stage, first / TILE * TILE + row, chunk);
+        if constexpr (grain == 2) {
+            *reinterpret_cast<Vector*>(target) = read_halfwords(source, left);
         } else {
-            Vector v;
-            for (int i = 0; i < WIDTH; ++i)
+            constexpr int each = grain / sizeof(real_t);
+#pragma unroll
+            for (int i = 0; i < WIDTH; i += each) {
+                auto* piece = target + i * sizeof(real_t);
                 if (i < left)
-                    v.element[i] = source[i];
+                    cp_async<grain>(piece, source + i);
                 else
-                    store(&v.element[i], acc_t(0));
-            *reinterpret_cast<Vector*>(target) = v;
+                    *reinterpret_cast<Word<grain>*>(piece) = Word<grain>{};
+            }
         }
     }
+}
+
+// The same by the widest copies that fit, the same ones for a whole launch.
+__device__ __forceinline__ void stage_step(int grain, unsigned char* stage,
+                                           const Rows& a, const Rows& b, long long k,
+                                           long long dim, long long stride) {
+    if (grain == 16)
+        stage_step<16>(stage, a, b, k, dim, stride);
+    else if (sizeof(real_t) == 8 || grain == 8)
+        stage_step<8>(stage, a, b, k, dim, stride);
+    else if (sizeof(real_t) == 4 || grain == 4)
+        stage_step<sizeof(real_t) == 8 ? 8 : 4>(stage, a, b, k, dim, stride);
+    else
+        stage_step<sizeof(real_t) == 2 ? 2 : 8>(stage, a, b, k, dim, stride);
 }
 
 // sums += the products of one step, on the tensor cores.
@@ -89,6 +112,14 @@ __device__ __forceinline__ void multiply_mma(unsigned char* stage,
     }
 }
 
+// One staged chunk, which is always whole and aligned.
+__device__ __forceinline__ void load_staged(acc_t (&x)[WIDTH],
+                                            const unsigned char* chunk) {
+    const Vector v = *reinterpret_cast<const Vector*>(chunk);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) x[i] = widen(v.element[i]);
+}
+
 // The same by fused multiply-adds.
 __device__ __forceinline__ void multiply_fma(unsigned char* stage,
                                              acc_t (&sums)[4][16]) {
@@ -96,16 +127,10 @@ __device__ __forceinline__ void multiply_fma(unsigned char* stage,
         acc_t a[4][WIDTH], b[WIDTH];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            load_vector(
-                a[i],
-                reinterpret_cast<const real_t*>(staged(stage, tile_row(i), chunk)),
-                WIDTH);
+            load_staged(a[i], staged(stage, tile_row(i), chunk));
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            load_vector(b,
-                        reinterpret_cast<const real_t*>(
-                            staged(stage, TILE + tile_column(j), chunk)),
-                        WIDTH);
+            load_staged(b, staged(stage, TILE + tile_column(j), chunk));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -114,9 +139,9 @@ __device__ __forceinline__ void multiply_fma(unsigned char* stage,
     }
 }
 
-template <class T>
+template <class T, bool tensor_cores>
 __device__ __forceinline__ void multiply(unsigned char* stage, acc_t (&sums)[4][16]) {
-    if constexpr (TENSOR_CORES)
+    if constexpr (tensor_cores)
         multiply_mma<T>(stage, sums);
     else
         multiply_fma(stage, sums);
@@ -125,17 +150,21 @@ __device__ __forceinline__ void multiply(unsigned char* stage, acc_t (&sums)[4][
 // For tile 0, 1, ... of B's rows: find the sums with A's tile, then call use(tile).
 // `stages` (STAGES * STAGE_BYTES, shared) is free again at the end. The rows' first
 // `dim` elements are read, and they lie `stride` apart.
-template <class Use>
+template <bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
                                                long long dim, long long stride,
                                                acc_t (&sums)[4][16], Use use) {
     const int steps_per_tile = static_cast<int>((dim + STEP - 1) / STEP);
+    const int grain =
+        grain_of(reinterpret_cast<unsigned long long>(a.data) |
+                 reinterpret_cast<unsigned long long>(b.data) |
+                 static_cast<unsigned long long>(stride | dim) * sizeof(real_t));
     int next_tile = 0, next_step = 0;  // to be staged
     const auto stage_next = [&](int slot) {
         if (next_tile < num_tiles) {
             const long long first = static_cast<long long>(next_tile) * TILE;
-            stage_step(stages + slot * STAGE_BYTES, a,
+            stage_step(grain, stages + slot * STAGE_BYTES, a,
                        {b.data + first * stride, b.count - first},
                        static_cast<long long>(next_step) * STEP, dim, stride);
             if (++next_step == steps_per_tile) next_step = 0, ++next_tile;
@@ -152,7 +181,7 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
             cp_async_wait<STAGES - 2>();
             __syncthreads();  // this step is there, and the one before it is used up
             stage_next(slot == 0 ? STAGES - 1 : slot - 1);
-            multiply<real_t>(stages + slot * STAGE_BYTES, sums);
+            multiply<real_t, tensor_cores>(stages + slot * STAGE_BYTES, sums);
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }
         use(tile);
@@ -162,12 +191,12 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
 }
 
 // The same for rows without gaps.
-template <class Use>
+template <bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
                                                long long dim, acc_t (&sums)[4][16],
                                                Use use) {
-    multiply_tiles(stages, a, b, num_tiles, dim, dim, sums, use);
+    multiply_tiles<tensor_cores>(stages, a, b, num_tiles, dim, dim, sums, use);
 }
 
 // Bit i: the thread's i-th row (or column) of the tile from `first` on is a token.

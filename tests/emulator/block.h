@@ -96,6 +96,7 @@ struct Warp {
 struct AsyncCopy {
     void* target;
     const void* source;
+    size_t bytes;
 };
 
 struct Fibre {

@@ -1,8 +1,10 @@
 // Stands for CUDA, so that g++ compiles the very same .cu files: -include emulator.h.
 #pragma once
 
+#include <immintrin.h>
 #include <math.h>
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -213,6 +215,28 @@ std::string type_name() {
     return "unknown";
 }
 
+// While this lives, subnormals count as 0 and results that would be subnormal are 0:
+// what CuPy's -ftz=true makes of float. The processor's switch is for float and double
+// alike, but a GPU never flushes double. So it stays off in kernels of double, and for
+// a launch that is given a subnormal double (a temperature of 1e-320, say); no other
+// double in a kernel of float comes near 1e-308.
+class FlushSubnormals {
+    const unsigned before = _mm_getcsr();
+
+  public:
+    explicit FlushSubnormals(bool enabled) {
+        if (enabled) _mm_setcsr(before | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+    }
+    ~FlushSubnormals() { _mm_setcsr(before); }
+};
+
+template <class T>
+bool is_subnormal(const void* argument) {
+    if constexpr (std::is_same_v<T, double>)
+        return std::fpclassify(*static_cast<const double*>(argument)) == FP_SUBNORMAL;
+    return false;
+}
+
 template <class... Parameters>
 struct Kernel {
     void (*function)(Parameters...);
@@ -225,8 +249,14 @@ struct Kernel {
     void call(void** args, std::index_sequence<I...>) const {
         function(*static_cast<std::decay_t<Parameters>*>(args[I])...);
     }
+    template <size_t... I>
+    bool any_subnormal(void** args, std::index_sequence<I...>) const {
+        return (is_subnormal<std::decay_t<Parameters>>(args[I]) || ...);
+    }
     const char* launch(const unsigned* grid, const unsigned* block, size_t shared_bytes,
-                       bool cooperative, void** args) const {
+                       bool cooperative, void** args, bool is_float) const {
+        const auto indices = std::index_sequence_for<Parameters...>();
+        const FlushSubnormals guard(is_float && !any_subnormal(args, indices));
         const auto body = [=, *this] {
             call(args, std::index_sequence_for<Parameters...>());
         };
@@ -246,7 +276,7 @@ struct Kernel {
                                            const unsigned* block, size_t shared_bytes, \
                                            bool cooperative, void** args) {            \
         return emulator::Kernel(kernel).launch(grid, block, shared_bytes, cooperative, \
-                                               args);                                  \
+                                               args, sizeof(acc_t) == sizeof(float));  \
     }
 
 #include "tensor_core.h"

@@ -64,15 +64,17 @@ inline void ldmatrix_x4(unsigned (&d)[4], const void* row, HERE) {
 
 // cp.async: the copy happens as late as allowed, at the wait, and until then the target
 // is poison: a missing wait shows.
-inline void cp_async_16(void* target, const void* source, HERE) {
+template <int bytes>
+void cp_async(void* target, const void* source, HERE) {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16);
     const auto addresses =
         reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source);
-    if (addresses % 16)
-        emulator::fail("cp.async that is not aligned to 16 bytes", file, line);
-    std::memset(target, 0xff, 16);
+    if (addresses % bytes)
+        emulator::fail("cp.async that is not aligned to its size", file, line);
+    std::memset(target, 0xff, bytes);
     auto& groups = emulator::self().copies;
     if (groups.empty()) groups.emplace_back();
-    groups.back().push_back({target, source});
+    groups.back().push_back({target, source, bytes});
 }
 
 inline void cp_async_commit() {
@@ -87,7 +89,7 @@ void cp_async_wait() {
     auto& groups = emulator::self().copies;
     while (groups.size() > pending + 1) {
         for (const emulator::AsyncCopy& copy : groups.front())
-            std::memcpy(copy.target, copy.source, 16);
+            std::memcpy(copy.target, copy.source, copy.bytes);
         groups.erase(groups.begin());
     }
 }
