@@ -2,11 +2,13 @@
 
 import functools
 from typing import Any, NamedTuple
+from unittest import mock
 
 import device_array
 import numpy as np
 
 import qm_cupy as qm
+from qm_cupy import _cuda
 from qm_cupy.clustering import LINKAGES, METHODS
 
 HEADS, HEAD_DIM = 2, 40
@@ -195,6 +197,16 @@ def _choose(c):
         qm.choose_merge(c.tokens, ways, mlp(c.dim), **options)
 
 
+def _in_a_graph(call):
+    """Let a call find that its stream captures: counts come as arguments."""
+
+    def run(c):
+        with mock.patch.object(_cuda, "is_capturing", return_value=True):
+            call(c)
+
+    return run
+
+
 def _slope(c):
     return tuple(np.ones(c.batch, np.float32) for _ in range(3))
 
@@ -262,6 +274,9 @@ OPERATIONS = {
         c.tokens, c.labels, c.num_groups
     ),
     "group_sizes": lambda c: qm.group_sizes(c.labels, c.ragged),
+    "group_sizes, in a graph": _in_a_graph(
+        lambda c: qm.group_sizes(c.labels, c.ragged)
+    ),
     "group_positions": lambda c: qm.group_positions(c.labels, c.num_groups),
     "norm_mass": lambda c: qm.norm_mass(c.tokens, c.ragged, mask=c.mask),
     "norm_budget": _norm_budget,
