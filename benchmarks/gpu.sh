@@ -113,40 +113,40 @@ sanitize() {
         fi
         checker+=(compute-sanitizer --tool "$1" --error-exitcode 9)
     fi
-    tests "$1" 55 "$2" tests/test_gpu_parity.py
+    tests "$1" 50 "$2" tests/test_gpu_parity.py
 }
 
 run_tests() {
     local checker=() workers=(-n "$processes" --max-worker-restart 64)
     if [[ ! $word ]]; then
-        step compile 90 "$python" benchmarks/compile_kernels.py \
+        step compile 80 "$python" benchmarks/compile_kernels.py \
             --processes "$processes" "${dtypes[@]}"
     fi
     tests long 80 "optimized" tests/test_gpu_long.py
     tests parity-optimized 90 "optimized" tests/test_gpu_parity.py
-    tests streams 60 "test" tests/test_gpu_streams.py
-    tests parity-basic 90 "basic" tests/test_gpu_parity.py
+    tests streams 55 "test" tests/test_gpu_streams.py
+    tests parity-basic 80 "basic" tests/test_gpu_parity.py
     sanitize memcheck "test_parity and padded and bfloat16"
     sanitize racecheck "test_parity and padded and bfloat16 and optimized"
 }
 
 run_benchmarks() {
     local figures=(--json "$files/kernels.json" --plot "$files/kernels.png")
-    step kernels 210 "$python" benchmarks/kernels.py "${quick[@]}" --minutes 3.2 \
+    step kernels 200 "$python" benchmarks/kernels.py "${quick[@]}" --minutes 3 \
         "${figures[@]}"
     if ((status == 4)); then # the GPU has left that process
         step kernels-resumed 60 "$python" benchmarks/kernels.py "${quick[@]}" --resume \
             --minutes 0.8 "${figures[@]}"
     fi
-    step pipeline 120 "$python" benchmarks/pipeline.py "${quick[@]}" --seconds 0.5 \
-        --minutes 1.7 --json "$files/pipeline.json" --plot "$files/pipeline.png"
+    step pipeline 100 "$python" benchmarks/pipeline.py "${quick[@]}" --seconds 0.5 \
+        --minutes 1.4 --json "$files/pipeline.json" --plot "$files/pipeline.png"
     step overhead 40 "$python" benchmarks/overhead.py "${quick[@]}" \
         --json "$files/overhead.json"
-    step gradients 100 "$python" benchmarks/gradients.py "${quick[@]}" --no-compile \
-        --minutes 1.4 --json "$files/gradients.json"
+    step gradients 80 "$python" benchmarks/gradients.py "${quick[@]}" --no-compile \
+        --minutes 1.1 --json "$files/gradients.json"
 }
 
-step machine 60 "$python" - <<'PYTHON'
+step machine 20 "$python" - <<'PYTHON'
 import sys, cupy, numpy
 device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
 cupy.zeros(1).get()

@@ -56,6 +56,19 @@ def test_wrong_arguments_start_nothing(arguments):
     assert output.startswith("usage: benchmarks/gpu.sh [--rehearse] OUTDIR")
 
 
+def test_each_part_takes_less_than_nine_minutes():
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    limits = re.findall(r"^ *(?:step|tests) (\S+) (\d+) ", text, re.M)
+    seconds = {name: int(limit) for name, limit in limits}
+    sanitizers = len(re.findall(r"^ *sanitize ", text, re.M))
+    seconds["racecheck"] = (sanitizers - 1) * seconds['"$1"']
+    after = list(seconds).index("kernels")
+    measured = sum(list(seconds.values())[after:]) - seconds["racecheck"]
+    tested = sum(seconds.values()) - measured - seconds["machine"]
+    assert {"compile", "parity-basic", "gradients", "machine"} < set(seconds)
+    assert max(tested, measured) + seconds["machine"] < 9 * 60
+
+
 def test_without_a_gpu_it_fails_at_once(tmp_path):
     status, output = gpu_sh(tmp_path, "tests")
     assert status == 3

@@ -112,6 +112,22 @@ def test_a_workspace_allocates_once(method, gpu_kernels):
     same_results(got, wanted)
 
 
+@pytest.mark.parametrize("offset", [0, 64, 2 * 9 * 64 - 1, 2 * 9 * 64])
+def test_out_overlaps_no_input(offset):
+    """Two views of one buffer; each is an array of its own when it has come in."""
+    buffer = cupy.zeros(40_000, cupy.float32)
+    x = buffer[offset : offset + 2 * 33 * 64].reshape(2, 33, 64)
+    x[...] = cupy.asarray(sequences(0)[:, :33])
+    out = qm.quickmerge(x, 9)._replace(tokens=buffer[: 2 * 9 * 64].reshape(2, 9, 64))
+    before = buffer.get()
+    if offset < out.tokens.size:
+        with pytest.raises(ValueError, match=r"`out\.tokens` must not share memory"):
+            qm.quickmerge(x, 9, out=out)
+        np.testing.assert_array_equal(buffer.get(), before)
+    else:
+        assert qm.quickmerge(x, 9, out=out) is out
+
+
 @pytest.mark.parametrize("method", GRAPHED)
 def test_a_graph_replays_with_new_inputs(method, gpu_kernels):
     x, workspace = cupy.asarray(sequences(0)), qm.Workspace()
