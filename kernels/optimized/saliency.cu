@@ -107,24 +107,24 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const acc_t factor = acc_t(scale * LOG2_E);
     acc_t scores[4][16];
     Exponents exponents[4];
-    multiply_tiles(stages, {queries, num_tokens - row0}, {keys, num_tokens}, num_tiles,
-                   head_dim, scores, [&](int tile) {
-                       const long long column0 = static_cast<long long>(tile) * TILE;
-                       const unsigned columns =
-                           tokens_among<16>(valid, column0, num_tokens, tile_column);
+    multiply_tiles(
+        stages, {queries, num_tokens - row0}, {keys, num_tokens}, num_tiles, head_dim,
+        scores, [&](int tile) {
+            const long long column0 = static_cast<long long>(tile) * TILE;
+            const unsigned columns =
+                tokens_among<16>(valid, column0, num_tokens, tile_column);
 #pragma unroll
-                       for (int i = 0; i < 4; ++i) {
-                           const long long last =
-                               causal ? row0 + tile_row(i) : num_tokens;
+            for (int i = 0; i < 4; ++i) {
+                // No tile is behind the one on the diagonal.
+                const int last = causal && column0 == row0 ? tile_row(i) : TILE;
 #pragma unroll
-                           for (int j = 0; j < 16; ++j) {
-                               const bool seen =
-                                   columns >> j & 1 && column0 + tile_column(j) <= last;
-                               scores[i][j] = seen ? scores[i][j] * factor : NEVER;
-                           }
-                           exponents[i].add(scores[i]);
-                       }
-                   });
+                for (int j = 0; j < 16; ++j) {
+                    const bool seen = columns >> j & 1 && tile_column(j) <= last;
+                    scores[i][j] = seen ? scores[i][j] * factor : NEVER;
+                }
+                exponents[i].add(scores[i]);
+            }
+        });
 
     auto* parts =
         reinterpret_cast<acc_t*>(stages);  // (2, TILE, 3): columns of two warps
