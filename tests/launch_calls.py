@@ -246,6 +246,9 @@ OPERATIONS = {
     "saliency_mass": lambda c: qm.saliency_mass(c.scores, c.scores),
     "saliency_mass_vjp": lambda c: qm.saliency_mass_vjp(c.scores, c.scores, c.scores),
     "select_tokens": lambda c: qm.select_tokens(c.scores, c.ragged, mask=c.mask),
+    "select_tokens, in a graph": _in_a_graph(
+        lambda c: qm.select_tokens(c.scores, c.ragged)
+    ),
     "cosine_similarity": lambda c: qm.cosine_similarity(c.tokens),
     **{
         f"linkage {method}": lambda c, m=method: qm.linkage(c.tokens, m, mask=c.mask)
@@ -274,9 +277,6 @@ OPERATIONS = {
         c.tokens, c.labels, c.num_groups
     ),
     "group_sizes": lambda c: qm.group_sizes(c.labels, c.ragged),
-    "group_sizes, in a graph": _in_a_graph(
-        lambda c: qm.group_sizes(c.labels, c.ragged)
-    ),
     "group_positions": lambda c: qm.group_positions(c.labels, c.num_groups),
     "norm_mass": lambda c: qm.norm_mass(c.tokens, c.ragged, mask=c.mask),
     "norm_budget": _norm_budget,
