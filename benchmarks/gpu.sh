@@ -123,7 +123,7 @@ run_tests() {
             --processes "$processes" "${dtypes[@]}"
     fi
     tests long 80 "optimized" tests/test_gpu_long.py
-    tests parity-optimized 90 "optimized" tests/test_gpu_parity.py
+    tests parity-optimized 90 "optimized or tf32" tests/test_gpu_parity.py
     tests streams 55 "test" tests/test_gpu_streams.py
     tests parity-basic 80 "basic" tests/test_gpu_parity.py
     sanitize memcheck "test_parity and padded and bfloat16"
