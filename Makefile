@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo.done
 	$(BIN)/qm-cupy demo --output build/demo
 
+# A process for each core, with a thread each; a file's tests stay together.
 test: $(VENV)/test.done $(VENV)/minilm
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Every kernel at small sizes, emulated, under ThreadSanitizer and under ASan with UBSan.
 sanitize: $(VENV)/test.done

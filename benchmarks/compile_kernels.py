@@ -10,6 +10,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -35,20 +36,27 @@ def compile_file(job: tuple[str, str]) -> str | None:
     return None
 
 
+def ignore_interrupts() -> None:
+    """Leave an interrupt to the first process, which ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     options = parser.parse_args()
-    # TF32 is for products, which the files with tiles have.
+    # Optimized kernels of float32 are compiled for TF32 where that is allowed.
     jobs = [
         (file, dtype)
         for file, dtype in itertools.product(_cuda.kernel_files(), options.dtypes)
-        if dtype != "tf32" or "multiply_tiles(" in _cuda.text(file)
+        if dtype != "tf32" or file.startswith("optimized/")
     ]
     start, failures = time.monotonic(), 0
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
-    pool = ProcessPoolExecutor(options.processes, mp_context=context)
+    pool = ProcessPoolExecutor(
+        options.processes, mp_context=context, initializer=ignore_interrupts
+    )
     try:
         for failure in pool.map(compile_file, jobs):
             if failure:
@@ -56,7 +64,9 @@ def main() -> None:
                 print(failure, flush=True)
     except KeyboardInterrupt:  # what is compiled is in the cache
         print("interrupted", flush=True)
-        os._exit(130)  # without the wait for compilations under way
+        for process in pool._processes.values():  # which would compile all the rest
+            process.terminate()
+        os._exit(130)
     seconds = time.monotonic() - start
     print(f"{len(jobs)} compilations, {failures} failed, {seconds:.0f} s")
     sys.exit(1 if failures else 0)

@@ -38,13 +38,16 @@ def photograph() -> np.ndarray:
     return (waves / 4 + 0.5).astype(np.float32)
 
 
+@functools.lru_cache(maxsize=1)  # a size is asked for several times in a row
 def patches(batch: int, num_tokens: int, width: int) -> np.ndarray:
-    """Return tokens (B, N, D), D at most 768."""
+    """Return tokens (B, N, D), D at most 768, the same array for the same sizes."""
     windows = np.lib.stride_tricks.sliding_window_view(photograph(), (PATCH, PATCH, 3))
-    windows = windows.reshape(-1, PATCH, PATCH, 3)
-    rng = np.random.default_rng(0)
-    places = [rng.choice(len(windows), num_tokens, replace=False) for _ in range(batch)]
-    tokens = windows[np.sort(places)].reshape(batch, num_tokens, -1)[..., :width]
+    windows = windows[:, :, 0]  # (rows, columns, PATCH, PATCH, 3), a view
+    rows, columns = windows.shape[:2]
+    rng, count = np.random.default_rng(0), rows * columns
+    places = [rng.choice(count, num_tokens, replace=False) for _ in range(batch)]
+    chosen = windows[np.divmod(np.sort(places), columns)]  # (B, N, PATCH, PATCH, 3)
+    tokens = chosen.reshape(batch, num_tokens, -1)[..., :width]
     return tokens - tokens.mean(axis=1, keepdims=True)
 
 

@@ -34,6 +34,7 @@ _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)
 WARP = 32  # threads that go in step
 BLOCK = 256  # threads of a block, where a kernel does not say otherwise
 COUNTS = 16  # arguments of `write_counts` in kernels/basic/groups.cu
+_WRITE_COUNTS = "basic/groups", "write_counts", "float32"
 TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
 # Threads of a block, at most, in the kernels whose launch bounds these are; see
 # `options`. Of linkages, by the bytes of a distance: as many as have the registers they
@@ -271,6 +272,7 @@ def counts(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
         return None, most
     if is_capturing():
         return _write_counts(num_groups), most
+    raw_kernel(*_WRITE_COUNTS)  # loaded by now, should the next call be captured
     return to_device(num_groups.astype(np.int32)), most
 
 
@@ -291,9 +293,8 @@ def _write_counts(num_groups: NDArray[np.int64]) -> Any:
     for first in range(0, len(values), COUNTS):
         some = values[first : first + COUNTS]
         some += [0] * (COUNTS - len(some))
-        launch(
-            "basic/groups", "write_counts", np.float32, 1, (first, out.size, *some, out)
-        )
+        file, kernel, dtype = _WRITE_COUNTS
+        launch(file, kernel, dtype, 1, (first, out.size, *some, out))
     return out
 
 

@@ -468,7 +468,7 @@ def _pairs(
     ahead, behind = slice(1, None), slice(None, -1)
     read, wanted = (ahead, behind) if reverse else (behind, ahead)
     chosen = np.asarray(known, like=context)
-    # Wide before it is picked: not all that CuPy can do, it can do in bfloat16.
+    # Widened before the mask picks rows: CuPy lacks some operations for bfloat16.
     x, y = (wide.astype(np.float64) for wide in (context[:, read], tokens[:, wanted]))
     yield x[chosen], y[chosen]
 

@@ -101,7 +101,7 @@ class Launch(NamedTuple):
     block: tuple[int, ...]
     shared: int  # bytes of dynamic shared memory
     arguments: tuple[Argument, ...]
-    meeting: int
+    waiting: int
     """Blocks that wait for each other: the argument `blocks`, if there is one."""
 
 
@@ -115,7 +115,7 @@ def describe(parameters, grid, block, args, shared_mem=0):
 
 
 def _argument(x):
-    if isinstance(x, DeviceArray):
+    if isinstance(x, DeviceArray) or hasattr(type(x), "__cuda_array_interface__"):
         return _known(x.dtype, True, False, x.flags.c_contiguous)
     if isinstance(x, np.generic):
         return _known(x.dtype, False, type(x) is np.uint64 and x == 0, True)
@@ -161,8 +161,11 @@ class Kernel:
 
     def _check(self, launch, allowed):
         self._check_arguments(launch.arguments)
-        if launch.meeting > 1 and not self.cooperative:
-            raise self._error(f"{launch.meeting} blocks meet in no cooperative launch")
+        if launch.waiting > 1 and not self.cooperative:
+            raise self._error(
+                f"{launch.waiting} blocks wait for each other, but the launch is not "
+                "cooperative"
+            )
         grid, block = ((*size, 1, 1)[:3] for size in (launch.grid, launch.block))
         if min(*grid, *block) < 1:
             raise self._error(f"grid {grid} of blocks {block} is empty")

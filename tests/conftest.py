@@ -7,12 +7,22 @@ import emulator
 import numpy as np
 import pytest
 from emulated import SANITIZED
+from gpu_at_hand import missing
 from hypothesis import settings
 
 from qm_cupy import _cuda
 
-# For one process each, where it is CuPy: see test_rehearsal.py.
+# It would be imported as CuPy; test_rehearsal.py runs it in processes of its own.
 collect_ignore = ["rehearsal"]
+NEED_A_GPU = ["test_gpu_long.py", "test_gpu_parity.py", "test_gpu_streams.py"]
+if missing:
+    collect_ignore += NEED_A_GPU
+
+
+def pytest_report_header():
+    """Name what does not run: thousands of skipped tests would hide all others."""
+    return f"left out: {', '.join(NEED_A_GPU)} ({missing})" if missing else None
+
 
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("steady")

@@ -1,8 +1,8 @@
 """How the tests on a GPU call a public function and hold it against the reference.
 
-``QM_CUPY_NO_POOL=1`` takes CuPy's memory pool away, so that compute-sanitizer sees the
-bounds of each array, and leaves only one small size. ``QM_CUPY_SIZES`` names the sizes
-N. ``QM_CUPY_REFERENCES`` names a folder in which processes share the references.
+``QM_CUPY_NO_POOL=1`` says that CuPy has no memory pool (see ``gpu_run``), so that
+compute-sanitizer sees the bounds of each array. ``QM_CUPY_SIZES`` names the sizes N.
+``QM_CUPY_REFERENCES`` names a folder in which processes share the references.
 """
 
 import functools
@@ -10,37 +10,21 @@ import hashlib
 import os
 import pickle
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TOLERANCE
+from gpu_at_hand import cupy
 from gpu_calls import RESULTS, calls
 
-
-def _import_cupy():
-    """Return CuPy, or None, and why there is no GPU to test on, or None."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # CuPy's, of a CUDA that it cannot find
-            import cupy
-    except ImportError as error:
-        return None, f"needs CuPy: {error}"
-    available = cupy.is_available()
-    return cupy, None if available else "needs a GPU: cupy.is_available() is False"
-
-
-cupy, missing = _import_cupy()
 marks = [
     pytest.mark.gpu,
-    pytest.mark.skipif(missing is not None, reason=str(missing)),
     pytest.mark.filterwarnings("default"),  # a driver's warning is no fault of ours
 ]
 
 NO_POOL = os.environ.get("QM_CUPY_NO_POOL") == "1"
-_SIZES = "33" if NO_POOL else os.environ.get("QM_CUPY_SIZES", "33,257,1,128")
-SIZES = [int(size) for size in _SIZES.split(",")]  # in this order
+SIZES = [int(n) for n in os.environ.get("QM_CUPY_SIZES", "33,257,1,128").split(",")]
 ROUNDED = {"choose_merge"}  # which scores merged tokens, rounded to their dtype
 HOST = {"MLPPrior.fit"}  # whose results are NumPy's wherever the tokens are
 

@@ -23,7 +23,7 @@ extern "C" __global__ void shared(int* out) {
     out[threadIdx.x] = x[(threadIdx.x + 1) % 100];
 }
 
-extern "C" __global__ void meeting(long long blocks, int* out) { *out = blocks; }
+extern "C" __global__ void waiting(long long blocks, int* out) { *out = blocks; }
 
 // Holds 200 values at once.
 extern "C" __global__ void __launch_bounds__(256, 1) wide(float* out) {
@@ -163,15 +163,15 @@ def test_shared_memory_that_is_asked_for(card):
 
 
 def test_cooperative_grids(card):
-    kernel = planted("meeting", card, cooperative=True, registers=32)
+    kernel = planted("waiting", card, cooperative=True, registers=32)
     arguments = np.int64(4), NUMBERS
     resident = RESIDENT[card.name]
     kernel((resident,), (1024,), arguments)
     with refused("blocks of a cooperative launch", resident + 1, resident):
         kernel((resident + 1,), (1024,), arguments)
-    alone = planted("meeting", card)
+    alone = planted("waiting", card)
     alone((4,), (32,), (np.int64(1), NUMBERS))
-    with pytest.raises(LaunchError, match="2 blocks meet in no cooperative launch"):
+    with pytest.raises(LaunchError, match="2 blocks wait for each other"):
         alone((4,), (32,), (np.int64(2), NUMBERS))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import TF32_TOLERANCE
+from gpu_at_hand import cupy
 from gpu_calls import BATCH, NAMES, calls
 from gpu_parity import (
     SIZES,
@@ -75,3 +76,13 @@ def test_tf32_is_near_the_reference(name, num_tokens):
         peak = abs(y).max()
         room = TF32_TOLERANCE[name] * (peak if "vjp" in name else max(peak, 1))
         np.testing.assert_allclose(on_host(x), y, rtol=0, atol=room)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_subnormal_scores_are_ordered(dtype, gpu_kernels):
+    """CuPy compiles with -ftz=true: a comparison of floats would find them equal."""
+    tiny = np.finfo(dtype).smallest_subnormal
+    scores = np.random.default_rng(0).permutation(300).astype(dtype) * tiny
+    scores[::7] *= -1
+    got = qm.select_tokens(cupy.asarray(scores), 100).get()
+    np.testing.assert_array_equal(got, qm.select_tokens(scores, 100))

@@ -5,9 +5,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -57,16 +59,86 @@ def test_wrong_arguments_start_nothing(arguments):
 
 
 def test_each_part_takes_less_than_nine_minutes():
+    """With every step at its limit, and five seconds more until it is killed."""
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    limits = re.findall(r"^ *(?:step|tests) (\S+) (\d+) ", text, re.M)
-    seconds = {name: int(limit) for name, limit in limits}
-    sanitizers = len(re.findall(r"^ *sanitize ", text, re.M))
-    seconds["racecheck"] = (sanitizers - 1) * seconds['"$1"']
-    after = list(seconds).index("kernels")
-    measured = sum(list(seconds.values())[after:]) - seconds["racecheck"]
-    tested = sum(seconds.values()) - measured - seconds["machine"]
-    assert {"compile", "parity-basic", "gradients", "machine"} < set(seconds)
-    assert max(tested, measured) + seconds["machine"] < 9 * 60
+    name = r"^ *(?:step|tests|sanitize) ([a-z-]+) (\d+) "
+    limits = {step: int(limit) + 5 for step, limit in re.findall(name, text, re.M)}
+    compilation = int(re.search(r'step "\$1" (\d+)', text)[1]) + 5
+    parts = {
+        "tests": "long parity-first parity-optimized streams basic memcheck racecheck",
+        "benchmarks": "kernels kernels-resumed pipeline overhead gradients",
+    }
+    steps = [step for part in parts.values() for step in part.split()]
+    assert set(limits) == {"machine", *steps}
+    for part in parts.values():
+        seconds = sum(limits[step] for step in part.split())
+        assert limits["machine"] + compilation + seconds < 9 * 60
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """An interpreter that does what a step needs of it, without a GPU."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+
+    def write(step):
+        card = "[[ $1 == - ]] && echo a card && exit"
+        python.write_text(f"#!/bin/bash\n{card}\n{step}\n")
+        python.chmod(0o755)
+        return python
+
+    return write
+
+
+def test_it_runs_from_anywhere_and_a_silent_step_stops_nothing(fake, tmp_path):
+    fake("exit 7")
+    script = os.path.relpath(ROOT / "benchmarks" / "gpu.sh", tmp_path)
+    done = subprocess.run(
+        [script, "--rehearse", "out put"],
+        env=os.environ | {"PYTHON": "bin/python"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 7
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("machine: status 0")
+    assert lines[0].endswith("a card")
+    assert len(lines) == 1 + 8 + 5
+    assert all("status 7" in x and x.endswith("no output") for x in lines[1:])
+    names = {path.name for path in (tmp_path / "out put").iterdir()}
+    assert names == {"summary.txt", "failures.txt", "results.tar.gz"}
+
+
+def processes_of(session):
+    """Return the commands of a session that still run."""
+    columns = ["ps", "-eo", "sess=,state=,args="]
+    lines = subprocess.run(columns, capture_output=True, text=True).stdout.splitlines()
+    found = [line.split(maxsplit=2) for line in lines]
+    return [x[2] for x in found if x[0] == str(session) and x[1] != "Z"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_end_from_outside_leaves_no_process_and_an_archive(number, fake, tmp_path):
+    python = fake(f"echo $$ >>{tmp_path}/started; echo begun; exec sleep 60")
+    process = subprocess.Popen(
+        [ROOT / "benchmarks" / "gpu.sh", "--rehearse", tmp_path / "out"],
+        env=os.environ | {"PYTHON": str(python)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started = tmp_path / "started"
+    while not started.exists() or not started.read_text():
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(20) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    end = time.monotonic() + 5  # a process that is ended takes a moment
+    while processes_of(process.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert processes_of(process.pid) == []
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        found = archive.extractfile("results/compile-tests.txt").read().decode()
+    assert found == "begun\n"
 
 
 def test_without_a_gpu_it_fails_at_once(tmp_path):
@@ -84,7 +156,7 @@ def test_a_wrong_result_is_found_and_kept(tmp_path):
     steps = dict(re.findall(r"(\S+): status (\d+)", summary))
     # A graph repeats what the kernel does, so that streams find nothing wrong.
     assert [name for name, found in steps.items() if found == "1"] == [
-        *("parity-optimized", "parity-basic", "memcheck", "racecheck")
+        *("parity-first", "parity-optimized", "basic", "memcheck", "racecheck")
     ]
     failures = (tmp_path / "failures.txt").read_text()
     assert "FAILED tests/test_gpu_parity.py::test_parity[" in failures

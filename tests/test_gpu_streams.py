@@ -145,22 +145,24 @@ def test_a_graph_replays_with_new_inputs(method, gpu_kernels):
         same_results(out, wanted)
 
 
+@pytest.mark.parametrize("counts", [9, (9, 5)], ids=["alike", "ragged"])
 @pytest.mark.parametrize("method", GRAPHED)
-def test_a_graph_of_torch_replays_with_new_inputs(method, gpu_kernels):
+def test_a_graph_of_torch_replays_with_new_inputs(method, counts, gpu_kernels):
     torch = need_torch()
     x, workspace = torch.from_numpy(sequences(0)).cuda(), qm.Workspace()
-    out = qm.quickmerge(x, 9, method=method, workspace=workspace)
-    qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+    budget = np.array(counts) if isinstance(counts, tuple) else counts
+    out = qm.quickmerge(x, budget, method=method, workspace=workspace)
+    qm.quickmerge(x, budget, method=method, out=out, workspace=workspace)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
+        qm.quickmerge(x, budget, method=method, out=out, workspace=workspace)
     for seed in (1, 2):
         new = torch.from_numpy(sequences(seed)).cuda()
         x.copy_(new)
         graph.replay()
         torch.cuda.synchronize()
-        same_results(out, qm.quickmerge(new, 9, method=method))
+        same_results(out, qm.quickmerge(new, budget, method=method))
 
 
 def sleep():

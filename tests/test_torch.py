@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 from conftest import to_library, to_numpy
-from gpu_parity import missing
+from gpu_at_hand import missing
 from gradient_calls import CALLS, CLASSES, CONSTANT, DIFFERENTIABLE, LABELS, flat
 from test_framework import PAPER
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import qm_cupy as qm
+from qm_cupy import _cuda
 
 Error = cupy.cuda.runtime.CUDARuntimeError
 CAPTURE = "cudaErrorStreamCaptureUnsupported"
@@ -249,30 +250,24 @@ def test_memory_comes_from_the_current_allocator():
 
 
 def test_a_wrong_launch_fails():
-    from qm_cupy import _cuda
-
     module = cupy.RawModule(
         code=_cuda.source("basic/saliency"), options=_cuda.options("float32")
     )
     kernel = module.get_function("token_norms")
-    with pytest.raises(Error, match=r"cudaErrorLaunchFailure.*takes"):
+    with pytest.raises(RuntimeError, match="H100: takes 5 arguments, got 1"):
         kernel((1,), (1,), (cupy.ones(3, np.float32),))
     with pytest.raises(RuntimeError, match="named symbol not found"):
         module.get_function("unheard_of")
 
 
-def test_a_card_sees_each_launch(monkeypatch):
-    seen = []
-
-    def checker(source, options, name, cooperative):
-        def check(grid, block, args, *, shared_mem=0):
-            seen.append((name, grid, block, len(args), shared_mem, cooperative))
-
-        return check
-
-    monkeypatch.setattr(cupy._card, "checker", checker)
-    with qm.use_kernels("basic"):
-        # A file that no test before has launched: kernels are kept for the process.
-        qm.group_sizes(cupy.asarray(np.zeros((1, 3), np.int32)), 2)
-    assert seen
-    assert all(cooperative is False for *_, cooperative in seen)
+def test_a_card_sees_each_launch():
+    """An H100: a block has no more threads than the launch bound allows."""
+    source, options = _cuda.source("optimized/selection"), _cuda.options("float32")
+    kernel = cupy.RawModule(code=source, options=options).get_function("select_tokens")
+    chosen, out = cupy.ones((1, 600), np.bool_), cupy.empty((1, 2), np.int32)
+    args = chosen, np.int64(1), np.int64(600), np.int64(2), out
+    kernel((1,), (_cuda.SELECTION_THREADS,), args)
+    assert out.get().tolist() == [[0, 1]]
+    assert kernel.shared_size_bytes == 32 * 4
+    with pytest.raises(RuntimeError, match="threads of a block: wanted 544, limit 512"):
+        kernel((1,), (544,), args)

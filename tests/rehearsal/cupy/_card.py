@@ -1,15 +1,15 @@
-"""The card that the stand-in claims to be, and what holds each launch against it.
+"""The card that the stand-in claims to be, an H100, and the check of its launches."""
 
-`checker` is the hook: replace it by a function whose result knows a real card's limits.
-"""
-
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 NAME = b"rehearsal"
 CAPABILITY = "90"
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 << 10  # that a block may ask for
-MEMORY_BYTES = 1 << 30  # little, as who asks for a share of it gets it from the CPU
+MEMORY_BYTES = 1 << 30  # little: it is the CPU's, and benchmarks take a part of it
 
 ATTRIBUTES = {
     "MultiProcessorCount": MULTIPROCESSORS,
@@ -45,11 +45,10 @@ PROPERTIES = {
 
 
 class Accepting:
-    """Accepts every launch: the emulator counts no registers and no shared memory."""
+    """Accepts every launch: of kernels that are not the library's."""
 
-    def __init__(self) -> None:
-        self.shared_size_bytes = 0  # static shared memory, which nobody has counted
-        self.max_dynamic_shared_size_bytes = 48 << 10  # set by who needs more
+    shared_size_bytes = 0
+    max_dynamic_shared_size_bytes = 48 << 10
 
     def __call__(
         self,
@@ -59,15 +58,28 @@ class Accepting:
         *,
         shared_mem: int = 0,
     ) -> None:
-        """Refuse a launch that the card cannot run; `args` are CuPy's arrays."""
+        """Accept a launch."""
 
 
 def checker(
-    source: str, options: tuple[str, ...], name: str, cooperative: bool
-) -> Accepting:
-    """Return what checks each launch of a kernel before it goes into its stream.
+    source: str, options: tuple[str, ...], dtype: str, name: str, cooperative: bool
+) -> Any:
+    """Return what refuses each launch of a kernel that the card cannot run.
 
-    It is asked once for each kernel, and has the two attributes of `Accepting`, which
-    ``cupy.RawKernel`` shows as its own.
+    It is asked for once for each kernel. Its two attributes, those of `Accepting`, are
+    what ``cupy.RawKernel`` shows as its own.
     """
-    return Accepting()
+    cards, card_device, nvrtc = map(of_tests, ("cards", "card_device", "nvrtc"))
+    card = cards.CARDS[-1]
+    facts = nvrtc.kernel_facts(source, (*options, f"-arch=sm_{card.arch}"))[name]
+    parameters = card_device.parameters_of(source, name, dtype)
+    return cards.Kernel(name, facts, parameters, card, cooperative)
+
+
+def of_tests(name: str) -> Any:
+    """Return a module of the folder that this package is below."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        sys.path.append(str(Path(__file__).resolve().parents[2]))  # tests/
+        return importlib.import_module(name)

@@ -1,10 +1,7 @@
 """Kernels: the library's run in the emulator, those that only take time do nothing."""
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +32,7 @@ def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
 
     It is called with ``(grid, block, values, shared_mem, cooperative)``.
     """
-    emulator = _emulator()
+    emulator = _card.of_tests("emulator")
     dtype = _dtype_of(options)
     try:
         arch = int(_card.CAPABILITY) * 10
@@ -77,7 +74,8 @@ class _Kernel:
         # The launches of foreign kernels are not checked: they are not the library's.
         self._check = _card.Accepting()
         if execute is not None:
-            self._check = _card.checker(source, options, name, cooperative)
+            dtype = _dtype_of(options)
+            self._check = _card.checker(source, options, dtype, name, cooperative)
 
     @property
     def shared_size_bytes(self) -> int:
@@ -170,6 +168,7 @@ def _spoil(x: np.ndarray) -> None:
         x[last] = not old if x.dtype == np.bool_ else old + 1 if near else 0
 
 
+@functools.cache
 def _own_sources() -> frozenset[str]:
     from qm_cupy import _cuda
 
@@ -184,14 +183,6 @@ def _dtype_of(options: tuple[str, ...]) -> str:
         if tuple(_cuda.options(dtype)) == tuple(options):
             return dtype
     raise NotImplementedError(f"the stand-in knows no dtype of the options {options}")
-
-
-def _emulator() -> Any:
-    try:
-        return importlib.import_module("emulator")
-    except ModuleNotFoundError:
-        sys.path.append(str(Path(__file__).resolve().parents[2]))  # tests/
-        return importlib.import_module("emulator")
 
 
 RawModule.__module__ = RawKernel.__module__ = "cupy"
