@@ -115,7 +115,7 @@ class Measurements:
         if name in OURS:
             result = call()
             if not sound(result, shape):
-                raise ValueError("wrong: the tokens are no means of the inputs")
+                raise ValueError("wrong: the tokens are not means of the inputs")
         elif name not in self.last:
             call()
         self.machine.waited(lambda: None)()
