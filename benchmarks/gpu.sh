@@ -88,7 +88,7 @@ step() {
     shift 2
     status=0
     set -m # or bash would have the step ignore interrupts
-    timeout --signal=INT --kill-after=5 "$limit" "$@" >"$files/$name.txt" 2>&1 <&0 &
+    timeout --signal=INT --kill-after=5 "$limit" "$@" >"$files/$name.txt" 2>&1 </dev/null &
     running=$!
     set +m
     wait "$running" || status=$?
@@ -179,13 +179,12 @@ run_benchmarks() {
         --minutes 0.9 --json "$files/gradients.json"
 }
 
-step machine 15 "$python" - <<'PYTHON'
+step machine 15 "$python" -c '
 import sys, cupy, numpy
 device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
 cupy.zeros(1).get()
-print(f"{device['name'].decode()}, Python {sys.version.split()[0]}, "
-      f"NumPy {numpy.__version__}, CuPy {cupy.__version__}")
-PYTHON
+versions = f"NumPy {numpy.__version__}, CuPy {cupy.__version__}"
+print(device["name"].decode(), sys.version.split()[0], versions, sep=", ")'
 if ((worst)); then
     cat "$files/machine.txt" >&2
     exit 3 # nothing that follows could say more

@@ -82,7 +82,7 @@ def fake(tmp_path):
     python.parent.mkdir()
 
     def write(step):
-        card = "[[ $1 == - ]] && echo a card && exit"
+        card = "[[ $1 == -c ]] && echo a card && exit"
         python.write_text(f"#!/bin/bash\n{card}\n{step}\n")
         python.chmod(0o755)
         return python
