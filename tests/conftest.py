@@ -122,7 +122,7 @@ def kernels(request, monkeypatch):
         yield name
 
 
-@pytest.fixture(params=["basic", "optimized"])
+@pytest.fixture(params=["optimized", "basic"])
 def gpu_kernels(request):
     """Name of the kernels that a GPU runs under the public functions."""
     with _cuda.use_kernels(request.param):
