@@ -214,7 +214,7 @@ def contenders(case: Case, errors: dict[str, str], title: str) -> Report:
 
 
 class Patience:
-    """Contenders that a row leaves out, judged by the smaller sizes of the same operation."""
+    """Contenders that a row leaves out, judged by smaller sizes of the operation."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
