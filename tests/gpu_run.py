@@ -34,14 +34,22 @@ def pytest_runtest_makereport(item, call):
         failed = not _gpu_answers()  # what the test started and did not wait for
     if failed and not _gpu_answers():
         _write(f"POISONED {item.nodeid}", report.longreprtext)
-        _end_process(item.nodeid)
+        if hasattr(item.config, "workerinput"):
+            os._exit(_POISONED)  # pytest-xdist reports the test as failed and goes on
+        pytest.exit(f"the GPU is lost to this process since {item.nodeid}", _POISONED)
     return report
 
 
-def pytest_runtest_logreport(report):
-    """Write a failure; under pytest-xdist this is called in the first process."""
-    if report.failed and not os.environ.get("PYTEST_XDIST_WORKER"):
-        _write(f"FAILED {report.nodeid} ({report.when})", report.longreprtext)
+def pytest_configure(config):
+    """Write failures where all reports arrive: in the first process."""
+    if not hasattr(config, "workerinput"):  # which pytest-xdist gives to the others
+        config.pluginmanager.register(_Failures())
+
+
+class _Failures:
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            _write(f"FAILED {report.nodeid} ({report.when})", report.longreprtext)
 
 
 def _gpu_answers():
@@ -59,9 +67,3 @@ def _write(title, text):
     if path:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(f"{title}\n{text}\n\n")
-
-
-def _end_process(nodeid):
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        os._exit(_POISONED)  # pytest-xdist reports the test as failed and goes on
-    pytest.exit(f"the GPU is lost to this process since {nodeid}", _POISONED)
