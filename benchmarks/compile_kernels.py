@@ -27,10 +27,7 @@ def compile_file(job: tuple[str, str]) -> str | None:
     """Compile a file for a dtype; return what went wrong, or None."""
     file, dtype = job
     try:
-        for kernel in _cuda.kernel_names(file):
-            _cuda.raw_kernel(file, kernel, dtype)
-            if "blocks_barrier(" in _cuda.text(file):
-                _cuda.raw_kernel(file, kernel, dtype, True)
+        _cuda.compile_file(file, dtype)
     except Exception as error:
         return f"{file} {dtype}: {type(error).__name__}: {error}"
     return None

@@ -4,7 +4,6 @@ Importing this does nothing to the GPU; CuPy itself is imported by the first lau
 """
 
 import functools
-import itertools
 import math
 import re
 import sys
@@ -293,8 +292,7 @@ def _write_counts(num_groups: NDArray[np.int64]) -> Any:
     for first in range(0, len(values), COUNTS):
         some = values[first : first + COUNTS]
         some += [0] * (COUNTS - len(some))
-        file, kernel, dtype = _WRITE_COUNTS
-        launch(file, kernel, dtype, 1, (first, out.size, *some, out))
+        launch(*_WRITE_COUNTS, 1, (first, out.size, *some, out))
     return out
 
 
@@ -410,7 +408,13 @@ def warmup(dtype: Any = np.float32) -> None:
         raise TypeError(f"`dtype` must be one of {', '.join(_STORAGE)}, got {name}")
     for file in kernel_files():
         kinds = {kernel_dtype(file, x) for x in (dtype, accumulation(np.dtype(dtype)))}
-        for kernel, kind in itertools.product(kernel_names(file), kinds):
-            raw_kernel(file, kernel, kind)
-            if "blocks_barrier(" in text(file):
-                raw_kernel(file, kernel, kind, True)
+        for kind in kinds:
+            compile_file(file, kind)
+
+
+def compile_file(file: str, dtype: str) -> None:
+    """Compile every kernel of a file, for each way in which it is launched."""
+    for kernel in kernel_names(file):
+        raw_kernel(file, kernel, dtype)
+        if "blocks_barrier(" in text(file):
+            raw_kernel(file, kernel, dtype, True)
