@@ -108,8 +108,8 @@ last_line() {
         tail -n 1 | cut -c 1-100
 }
 
-# tests NAME SECONDS SELECTION FILES...: in parallel processes. One that hangs, or that
-# its GPU has left, is ended, named and replaced.
+# tests NAME SECONDS SELECTION FILES...: in parallel processes. A process that hangs, or
+# that has lost the GPU, is ended, named and replaced.
 tests() {
     local name=$1 limit=$2 selection=$3
     shift 3
@@ -167,7 +167,7 @@ run_benchmarks() {
     compile compile-benchmarks --dtypes bfloat16 float16 float32
     step kernels 180 "$python" benchmarks/kernels.py "${quick[@]}" --minutes 2.7 \
         "${figures[@]}"
-    if ((status == 4)); then # the GPU has left that process
+    if ((status == 4)); then # that process has lost the GPU
         step kernels-resumed 50 "$python" benchmarks/kernels.py "${quick[@]}" --resume \
             --minutes 0.6 "${figures[@]}"
     fi

@@ -90,7 +90,7 @@ def bfloat16(name: str) -> np.dtype[Any]:
 
 
 def stack(arrays: Sequence[Any], axis: int) -> Any:
-    """Return arrays of one library, any library, joined along a new axis."""
+    """Return arrays of one library, whichever it is, joined along a new axis."""
     first = arrays[0]
     if hasattr(first, "__array_namespace__"):
         return first.__array_namespace__().stack(arrays, axis=axis)

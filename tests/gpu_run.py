@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-_POISONED = 70  # the exit status of a process that its GPU has left
+_POISONED = 70  # the exit status of a process that has lost the GPU
 
 
 def pytest_sessionstart(session):
