@@ -23,14 +23,21 @@ from qm_cupy import _cuda
 DTYPES = ("float16", "bfloat16", "float32", "float64", "tf32")
 
 
-def compile_file(job: tuple[str, str]) -> str | None:
-    """Compile a file for a dtype; return what went wrong, or None."""
+def compile_file(job: tuple[str, str]) -> tuple[str | None, float]:
+    """Compile a file for a dtype; return what went wrong, or None, and the seconds."""
     file, dtype = job
+    start = time.monotonic()
     try:
         _cuda.compile_file(file, dtype)
     except Exception as error:
-        return f"{file} {dtype}: {type(error).__name__}: {error}"
-    return None
+        wrong = f"{file} {dtype}: {type(error).__name__}: {error}"
+        return wrong, time.monotonic() - start
+    return None, time.monotonic() - start
+
+
+def say_slowest(times: list[tuple[float, str, str]]) -> None:
+    for seconds, file, dtype in sorted(times, reverse=True)[:5]:
+        print(f"{seconds:6.1f} s  {file} {dtype}", flush=True)
 
 
 def ignore_interrupts() -> None:
@@ -49,21 +56,26 @@ def main() -> None:
         for file, dtype in itertools.product(_cuda.kernel_files(), options.dtypes)
         if dtype != "tf32" or file.startswith("optimized/")
     ]
-    start, failures = time.monotonic(), 0
+    start, failures, times = time.monotonic(), 0, []
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
     pool = ProcessPoolExecutor(
         options.processes, mp_context=context, initializer=ignore_interrupts
     )
     try:
-        for failure in pool.map(compile_file, jobs):
+        for job, (failure, seconds) in zip(
+            jobs, pool.map(compile_file, jobs), strict=True
+        ):
+            times.append((seconds, *job))
             if failure:
                 failures += 1
                 print(failure, flush=True)
     except KeyboardInterrupt:  # what is compiled is in the cache
-        print("interrupted", flush=True)
+        say_slowest(times)
+        print(f"interrupted after {len(times)} of {len(jobs)}", flush=True)
         for process in pool._processes.values():  # which would compile all the rest
             process.terminate()
         os._exit(130)
+    say_slowest(times)
     seconds = time.monotonic() - start
     print(f"{len(jobs)} compilations, {failures} failed, {seconds:.0f} s")
     sys.exit(1 if failures else 0)

@@ -55,7 +55,8 @@ def given_attention(attention: Any) -> Any:
 
 
 def mass(found: Any, noise: Any) -> Any:
-    low, high = found.aminmax(dim=-1, keepdim=True)
+    # `aminmax` has no derivative in torch 2.11.
+    low, high = (f(found, dim=-1, keepdim=True) for f in (torch.amin, torch.amax))
     saliency = 1 - (found - low) / (high - low)
     chosen = torch.softmax((saliency + noise) / TAU, dim=-1)
     return chosen * saliency + (1 - chosen) * EPSILON

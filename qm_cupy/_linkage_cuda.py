@@ -14,7 +14,7 @@ THREADS = _cuda.LINKAGE_THREADS  # of a block, by the bytes of a distance
 _MEETINGS = 430  # tokens whose rows take a block as long as meetings do; an estimate
 _SMALL = 256 << 20  # bytes that nobody asks the free memory for
 _FEWER = 256  # threads of a block where several share a multiprocessor
-_SCRATCH = 64  # values in shared memory, in front of the matrix
+_SCRATCH = 128  # values in shared memory, in front of clusters and matrix
 
 
 def cosine_similarity_cuda(tokens: Any) -> Any:
@@ -117,19 +117,28 @@ def linkage_cuda(
         _single_linkage_cuda(cosines, masks, counts, out, rounds)
         return out, rounds
     kind = cosines.dtype
-    matrix = kind.itemsize * (_SCRATCH + num_tokens**2)
-    in_shared = matrix <= _dynamic_shared_bytes("linkage", kind)
-    layout = _layout(batch, num_tokens, kind.itemsize, matrix if in_shared else 0)
-    state = (
-        _cuda.empty((layout.places, 13 * num_tokens // 4 * 4 + 4), kind),
+    scratch, state = _SCRATCH * kind.itemsize, _state_bytes(num_tokens, kind.itemsize)
+    matrix = num_tokens**2 * kind.itemsize
+    room = _dynamic_shared_bytes("linkage", kind) - scratch
+    held = state + matrix <= room, state <= room  # the matrix, the clusters
+    shared = scratch + held[1] * state + held[0] * matrix
+    layout = _layout(batch, num_tokens, kind.itemsize, shared, alone=held[0])
+    copies = 0 if held[1] else layout.places * layout.blocks
+    trees = (
+        _cuda.empty((layout.places, 2 * num_tokens), kind),
         _cuda.empty((layout.places, 5 * num_tokens), np.int32),
-        _cuda.empty((layout.places, 6), np.int32),
     )
-    options = METHODS.index(method), int(in_shared)
-    args = (cosines, mass, *masks, *counts, *options, layout.blocks, *state)
-    scratch = matrix if in_shared else kind.itemsize * _SCRATCH
-    _launch("linkage", kind, layout, args, out, rounds, scratch)
+    found = _cuda.empty((layout.places, 4 * num_tokens * kind.itemsize), np.uint8)
+    states = _cuda.empty((copies, state), np.uint8) if copies else None
+    options = METHODS.index(method), int(held[0]), layout.blocks, state
+    args = (cosines, mass, *masks, *counts, *options, *trees, found, states)
+    _launch("linkage", kind, layout, args, out, rounds, shared)
     return out, rounds
+
+
+def _state_bytes(num_tokens: int, width: int) -> int:
+    """Return the bytes of the clusters that each block keeps."""
+    return -(-num_tokens * (4 * width + 18) // 16) * 16
 
 
 def _single_linkage_cuda(
@@ -163,15 +172,17 @@ class _Layout(NamedTuple):
     threads: int  # of a block
 
 
-def _layout(batch: int, num_tokens: int, width: int, shared: int) -> _Layout:
+def _layout(
+    batch: int, num_tokens: int, width: int, shared: int, *, alone: bool = False
+) -> _Layout:
     """Return the layout that should be fastest.
 
-    A sequence with `shared` memory for its matrix has one block.
+    A block takes `shared` bytes of shared memory, and one `alone` has a sequence.
     """
     device, threads = _cuda.device(), THREADS[width]
     rows = threads // _cuda.WARP  # a warp works at a row
     most = min(-(-num_tokens // rows), device.multiprocessors)
-    if shared or batch >= device.multiprocessors or most == 1:
+    if alone or batch >= device.multiprocessors or most == 1:
         # Nobody waits for other blocks; smaller ones, where three fit, fill the waits.
         several = batch > device.multiprocessors and 3 * shared <= device.shared_bytes
         return _Layout(batch, 1, min(threads, _FEWER) if several else threads)

@@ -75,7 +75,7 @@ def test_no_host_synchronisation(name, kind, gpu_kernels):
 @needs_pool
 def test_a_host_synchronisation_would_be_caught():
     x = cupy.arange(3)
-    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match=r"[cC]apture"):
+    with pytest.raises(RuntimeError, match="captur"):  # CuPy's own words, or CUDA's
         capture(lambda: int(x.sum()))
 
 

@@ -13,8 +13,13 @@ from qm_cupy import _cuda, _linkage_cuda
 METHODS = _linkage_cuda.METHODS
 SANITIZED = bool(os.environ.get("QM_CUPY_SANITIZER"))
 # By (multiprocessors, bytes of shared memory): a matrix in shared memory; in global
-# memory by one block a sequence; by several.
-DEVICES = {"shared": (1, 200 << 10), "one-block": (1, 0), "blocks": (6, 0)}
+# memory by one block a sequence; by several, their clusters in shared memory or not.
+DEVICES = {
+    "shared": (1, 200 << 10),
+    "one-block": (1, 0),
+    "blocks": (6, 0),
+    "shared-clusters": (6, 5 << 10),
+}
 SIZES = [2, 33] if SANITIZED else [2, 3, 31, 33, 64, 129]
 
 methods = pytest.mark.parametrize("method", METHODS)
@@ -132,9 +137,24 @@ def test_sequences_take_turns(method, threads, monkeypatch):
     tokens = tokens_of(5, 40, 6)
     wanted, _ = dendrogram_of(tokens, method)
     few = _linkage_cuda._Layout(places=2, blocks=2, threads=threads)
-    monkeypatch.setattr(_linkage_cuda, "_layout", lambda *_: few)
+    monkeypatch.setattr(_linkage_cuda, "_layout", lambda *_, **__: few)
     got, _ = dendrogram_of(tokens, method)
     np.testing.assert_array_equal(got, wanted)
+
+
+@methods
+@pytest.mark.parametrize("multiprocessors", [1, 6])
+def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypatch):
+    """Ever longer steps along an arc: one or two pairs merge in a round."""
+    monkeypatch.setattr(_linkage_cuda, "THREADS", {8: 128})
+    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(multiprocessors, 0))
+    angle = np.pi / 2 * np.linspace(0, 1, 700) ** 1.5
+    tokens = np.stack((np.cos(angle), np.sin(angle)), axis=-1)
+    got, rounds = dendrogram_of(tokens, method, np.float64, num_groups=np.array([670]))
+    wanted = scipy_of(tokens, method)[:30]
+    np.testing.assert_allclose(got[:30, 2], wanted[:, 2], rtol=1e-7)
+    np.testing.assert_array_equal(got[:30, [0, 1, 3]], wanted[:, [0, 1, 3]])
+    assert method == "single" or rounds > 10
 
 
 def test_layouts(monkeypatch):
@@ -144,7 +164,7 @@ def test_layouts(monkeypatch):
     layout = _linkage_cuda._layout
     assert layout(8, 4096, 4, 0) == (8, 16, 640)
     assert layout(1, 1024, 4, 0) == (1, 52, 640)  # a row for every warp
-    assert layout(1, 200, 4, 160_000) == (1, 1, 640)
+    assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 640)
     assert layout(1000, 300, 4, 0) == (1000, 1, 256)
     for batch in range(1, 400):
         for num_tokens in (2, 64, 300, 4096):

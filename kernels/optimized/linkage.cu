@@ -10,25 +10,24 @@
 //   |mu_A - mu_C|^2 = 2 E(A, C) / (W_A W_C) - E(A, A) / W_A^2 - E(C, C) / W_C^2
 //
 // A cluster lives in the slot (row and column) of its first token. Several blocks share
-// a sequence: its first block plans a round, then each warp brings rows up to date, in
-// rows of its own, and finds their nearest clusters.
+// a sequence. Each keeps the clusters for itself and plans every round as all others
+// do, so blocks meet once a round, to tell the nearest clusters that they have found.
+// Rows where little has changed take a warp; those that are searched anew take a block.
 
 constexpr int COMPLETE = 1, WARD = 2;         // 0: average
 constexpr int UNTOUCHED = -1, ABSORBED = -2;  // else: the slot that this one absorbs
 
 // A cluster, as every row asks for it.
 struct __align__(16) Slot {
+    acc_t weight;           // W
     acc_t inverse, spread;  // 1 / W, and E(A, A) / W^2
     int mate;               // the slot that it absorbs in this round
 };
 
-// A cluster, as the plan of a round asks for it.
-struct __align__(16) Record {
-    acc_t sum;         // E with the nearest
-    acc_t tallest;     // the height of its last merge
-    acc_t weight;      // W
-    int nearest;       // the slot of the nearest
-    int node, tokens;  // its number in the dendrogram; how many it has
+// The nearest cluster of a slot, and E with it.
+struct Found {
+    acc_t sum;
+    int slot;
 };
 
 struct Merge {
@@ -44,28 +43,49 @@ __device__ __forceinline__ acc_t distance(acc_t e, const Slot& a, const Slot& b,
     return (gap < 0 ? acc_t(0) : gap) * 2 / (a.inverse + b.inverse);  // keeps a NaN
 }
 
-// The state of a sequence between rounds, in the order it lies in.
+// The clusters of a sequence: a copy for each block, in the order it lies in.
 struct Clusters {
-    Slot* slot;      // (N,)
-    Record* record;  // (N,)
-    acc_t* height;   // (N,) of merge t, before the root; first 1 / |x| of token t
-    acc_t* unit;     // (1,) the mass that counts as 1
+    Slot* slot;     // (N,)
+    int* nearest;   // (N,)
+    int* active;    // (N,) the slots there are
+    int* next;      // (N,) room for those after this round
+    int* searched;  // (N,) the slots whose rows are searched anew
+    int* joined;    // (N / 2,) the slots that are new
+
+    __device__ Clusters(unsigned char* state, long long n)
+        : slot(reinterpret_cast<Slot*>(state)),
+          nearest(reinterpret_cast<int*>(slot + n)),
+          active(nearest + n),
+          next(active + n),
+          searched(next + n),
+          joined(searched + n) {}
+
+    // Of each token, 1 / |x|: before the first round, which needs no list but one.
+    __device__ acc_t* scale() const { return reinterpret_cast<acc_t*>(next); }
+};
+
+// What becomes the dendrogram: of a sequence, by its first block.
+struct Tree {
+    acc_t* height;   // (N,) of merge t, before the root
+    acc_t* tallest;  // (N,) of a slot, the height of its last merge
+    int* node;       // (N,) of a slot, its number in the dendrogram
+    int* tokens;     // (N,) of a slot, how many it has
     Merge* merge;    // (N,)
-    int* active;     // (N,) the slots there are
-    int* joined;     // (N,) and those that are new
 
-    __device__ Clusters(acc_t* reals, int* integers, long long n)
-        : slot(reinterpret_cast<Slot*>(reals)),
-          record(reinterpret_cast<Record*>(reals + 4 * n)),
-          height(reals + 12 * n),
-          unit(reals + 13 * n),
-          merge(reinterpret_cast<Merge*>(integers)),
-          active(integers + 3 * n),
-          joined(integers + 4 * n) {}
+    __device__ Tree(acc_t* reals, int* integers, long long n)
+        : height(reals),
+          tallest(reals + n),
+          node(integers),
+          tokens(integers + n),
+          merge(reinterpret_cast<Merge*>(integers + 2 * n)) {}
+};
 
-    __device__ acc_t nearest_distance(int i, int method) const {
-        return distance(record[i].sum, slot[i], slot[record[i].nearest], method);
-    }
+// Where a sequence stands, the same in all threads of all blocks.
+struct Progress {
+    int clusters, joined, searched;  // how many there are, are new, are searched anew
+    int made, wanted;                // merges
+    int rounds;
+    bool done;
 };
 
 // Distances are compared without their last bits, which rounding alone decides.
@@ -86,18 +106,47 @@ __device__ __forceinline__ acc_t join(acc_t x, acc_t y, int method) {
     return method == COMPLETE ? max(x, y) : x + y;
 }
 
-// What the first block of a sequence tells the others.
-struct Plan {
-    int clusters, joined;  // how many there are, and are new
-    int made, wanted;      // merges
-    int rounds, done;
+// How many of each kind there are up to a thread: three counts in one number, of 21
+// bits each, so that one pass sums all three.
+struct Counts {
+    unsigned long long packed;
+
+    __device__ void add(bool kept, bool joined, bool searched) {
+        packed += kept | (unsigned long long)joined << 21 |
+                  (unsigned long long)searched << 42;
+    }
+    __device__ int kept() const { return packed & 0x1FFFFF; }
+    __device__ int joined() const { return packed >> 21 & 0x1FFFFF; }
+    __device__ int searched() const { return static_cast<int>(packed >> 42); }
 };
 
-// Set up the clusters, of one token each.
-__device__ void begin(Clusters& all, Plan* plan, const acc_t* cosines,
-                      const acc_t* mass, const bool* mask, const bool* protect,
-                      long long num_tokens, long long num_groups, acc_t* scratch) {
-    auto* ranks = reinterpret_cast<int*>(scratch + 32);
+// The counts of all threads before this one; `total` becomes those of all.
+__device__ __forceinline__ Counts counts_before(Counts own, unsigned long long* scratch,
+                                                Counts* total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    unsigned long long sum = own.packed;
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned long long before = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += before;
+    }
+    __syncthreads();  // the scratch may still be in use
+    if (lane == 31) scratch[warp] = sum;
+    __syncthreads();
+    unsigned long long all = lane < warps ? scratch[lane] : 0;
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned long long before = __shfl_up_sync(~0u, all, step);
+        if (lane >= step) all += before;
+    }
+    total->packed = __shfl_sync(~0u, all, 31);
+    const unsigned long long earlier = __shfl_sync(~0u, all, max(warp - 1, 0));
+    return {sum - own.packed + (warp > 0 ? earlier : 0)};
+}
+
+// Set up the clusters, of one token each; `unit` becomes the mass that counts as 1.
+__device__ Progress begin(Clusters& all, Tree& tree, bool first, const acc_t* cosines,
+                          const acc_t* mass, const bool* mask, const bool* protect,
+                          long long num_tokens, long long num_groups, acc_t* scratch,
+                          acc_t* unit) {
     acc_t top = 0;
     for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
         if (is_token(mask, i) && !(protect && protect[i])) top = max(top, mass[i]);
@@ -105,95 +154,120 @@ __device__ void begin(Clusters& all, Plan* plan, const acc_t* cosines,
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         // So that a token of no mass still joins its nearest.
         const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(1e-6)) : acc_t(1);
-        all.slot[i] = {1 / weight, 0, UNTOUCHED};
-        all.record[i] = {0, 0, weight, -1, static_cast<int>(i), 1};
-        all.height[i] = inverse_length(cosines[i * num_tokens + i]);
+        all.slot[i] = {weight, 1 / weight, 0, UNTOUCHED};
+        all.scale()[i] = inverse_length(cosines[i * num_tokens + i]);
+        if (!first) continue;
+        tree.tallest[i] = 0;
+        tree.node[i] = static_cast<int>(i);
+        tree.tokens[i] = 1;
     }
     int tokens;
     const int clusters =
-        list_tokens(mask, protect, num_tokens, ranks, all.active, &tokens);
-    if (threadIdx.x > 0) return;
-    *all.unit = top > 0 ? top : acc_t(1);
+        list_tokens(mask, protect, num_tokens, reinterpret_cast<int*>(scratch),
+                    all.active, &tokens);
+    *unit = top > 0 ? top : acc_t(1);
     const long long wanted = min(tokens - num_groups, clusters - 1ll);
-    *plan = {clusters, 0, 0, static_cast<int>(wanted), 0, wanted <= 0};
+    __syncthreads();
+    return {clusters, 0, 0, 0, static_cast<int>(wanted), 0, wanted <= 0};
+}
+
+// Whether row i needs every column: it is a new cluster, or its nearest is no more.
+__device__ __forceinline__ bool is_searched(const Clusters& all, int i) {
+    const int nearest = all.nearest[i];
+    return all.slot[i].mate >= 0 || nearest < 0 || all.slot[nearest].mate != UNTOUCHED;
 }
 
 // Merge all pairs that are each other's nearest, until the lowest `wanted` merges are
 // made: those that come are no lower than the closest pair there is now.
-__device__ void plan_round(Clusters& all, Plan* plan, long long num_tokens, int method,
+__device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* found,
+                           Progress& now, long long num_tokens, int method,
                            acc_t* scratch) {
-    auto* ranks = reinterpret_cast<int*>(scratch + 32);
-    const int clusters = plan->clusters, made = plan->made, wanted = plan->wanted;
-    if (made >= wanted) {
-        acc_t least = -NEVER, lower = 0;
-        for (int p = threadIdx.x; p < clusters; p += blockDim.x) {
-            const int i = all.active[p];
-            if (all.record[i].nearest >= 0)
-                least = min(least, all.nearest_distance(i, method));
-        }
+    acc_t least = -NEVER, lower = 0;
+    const bool enough = now.made >= now.wanted;
+    for (int p = threadIdx.x; p < now.clusters; p += blockDim.x) {
+        const int i = all.active[p];
+        const Found own = found[i];
+        all.nearest[i] = own.slot;
+        if (enough && own.slot >= 0)
+            least =
+                min(least, distance(own.sum, all.slot[i], all.slot[own.slot], method));
+    }
+    if (enough) {
         least = block_reduce(least, scratch, Least());
-        for (int t = threadIdx.x; t < made; t += blockDim.x)
-            lower += compared(all.height[t]) <= compared(least);
+        for (int t = threadIdx.x; t < now.made; t += blockDim.x)
+            lower += compared(tree.height[t]) <= compared(least);
         lower = block_reduce(lower, scratch, Add());
-        if (lower >= wanted) {
-            if (threadIdx.x == 0) plan->done = 1;
+        if (lower >= now.wanted) {
+            now.done = true;
             return;
         }
     }
-    for (int p = threadIdx.x; p < clusters; p += blockDim.x) {
-        const int i = all.active[p], j = all.record[i].nearest;
-        const bool pair = j >= 0 && all.record[j].nearest == i;
+    __syncthreads();
+    for (int p = threadIdx.x; p < now.clusters; p += blockDim.x) {
+        const int i = all.active[p], j = all.nearest[i];
+        const bool pair = j >= 0 && all.nearest[j] == i;
         all.slot[i].mate = !pair ? UNTOUCHED : i < j ? j : ABSORBED;
     }
     __syncthreads();
-    int kept = 0, joined = 0;
-    for (int p0 = 0; p0 < clusters; p0 += blockDim.x) {
-        const int p = p0 + threadIdx.x;
-        const int i = p < clusters ? all.active[p] : -1;
-        const int j = i < 0 ? ABSORBED : all.slot[i].mate;
-        int found;
-        const int place = kept + block_rank(j != ABSORBED, ranks, &found);
-        kept += found;
-        const int t = joined + block_rank(j >= 0, ranks, &found);
-        joined += found;
-        if (j == ABSORBED) continue;
-        all.active[place] = i;  // no further back than it was read
-        if (j < 0) continue;
-        Slot &a = all.slot[i], &b = all.slot[j];
-        Record &own = all.record[i], &other = all.record[j];
-        const acc_t weight = own.weight + other.weight;
-        const acc_t within =
-            a.spread * own.weight * own.weight + b.spread * other.weight * other.weight;
-        const acc_t height = all.nearest_distance(i, method);
-        own.tallest = max(height, max(own.tallest, other.tallest));  // than its parts
-        all.height[made + t] = own.tallest;
-        a.spread = (within + 2 * own.sum) / (weight * weight);
-        a.inverse = 1 / weight;
-        own.weight = weight;
-        own.tokens += other.tokens;
-        all.merge[made + t] = {own.node, other.node, own.tokens};
-        own.node = static_cast<int>(num_tokens) + made + t;
-        all.joined[t] = i;
+    const int share = (now.clusters + blockDim.x - 1) / blockDim.x;  // of a thread
+    const int begin = min(static_cast<int>(threadIdx.x) * share, now.clusters);
+    const int end = min(begin + share, now.clusters);
+    Counts own = {0}, total;
+    for (int p = begin; p < end; ++p) {
+        const int i = all.active[p], mate = all.slot[i].mate;
+        const bool kept = mate != ABSORBED;
+        own.add(kept, mate >= 0, kept && is_searched(all, i));
     }
-    if (threadIdx.x == 0)
-        *plan = {kept, joined, made + joined, wanted, plan->rounds + 1, joined == 0};
-}
-
-// One warp: the nearest of all lanes' is that of row i.
-__device__ __forceinline__ void keep_nearest(Clusters& all, int i, Neighbour best) {
-    best = warp_nearest(i, best);
-    __syncwarp();  // every lane has read the record
-    if (threadIdx.x % 32 == 0)
-        all.record[i].nearest = best.slot, all.record[i].sum = best.sum;
+    auto* sums = reinterpret_cast<unsigned long long*>(scratch);
+    Counts place = counts_before(own, sums, &total);
+    for (int p = begin; p < end; ++p) {
+        const int i = all.active[p], j = all.slot[i].mate;
+        if (j == ABSORBED) continue;
+        all.next[place.kept()] = i;
+        const bool searched = is_searched(all, i);
+        if (searched) all.searched[place.searched()] = i;
+        if (j >= 0) {
+            const int t = now.made + place.joined();
+            all.joined[place.joined()] = i;
+            Slot& a = all.slot[i];
+            const Slot b = all.slot[j];
+            const acc_t sum = found[i].sum, weight = a.weight + b.weight;
+            const acc_t within =
+                a.spread * a.weight * a.weight + b.spread * b.weight * b.weight;
+            if (first) {  // no lower than its parts
+                const acc_t height = distance(sum, a, b, method);
+                const acc_t tallest =
+                    max(height, max(tree.tallest[i], tree.tallest[j]));
+                tree.tallest[i] = tree.height[t] = tallest;
+                tree.tokens[i] += tree.tokens[j];
+                tree.merge[t] = {tree.node[i], tree.node[j], tree.tokens[i]};
+                tree.node[i] = static_cast<int>(num_tokens) + t;
+            }
+            a.spread = (within + 2 * sum) / (weight * weight);
+            a.inverse = 1 / weight;
+            a.weight = weight;
+        }
+        place.add(true, j >= 0, searched);
+    }
+    int* freed = all.active;
+    all.active = all.next;
+    all.next = freed;
+    now.clusters = total.kept();
+    now.joined = total.joined();
+    now.searched = total.searched();
+    now.made += now.joined;
+    now.rounds += 1;
+    now.done = now.joined == 0;
+    __syncthreads();
 }
 
 constexpr int AHEAD = 4;  // loads in flight
 
 // One warp: E of row i with all clusters, from cosines; its nearest one.
-__device__ void first_row(Clusters& all, const acc_t* cosines, acc_t* row, int i,
-                          int clusters, int method) {
+__device__ Neighbour first_row(const Clusters& all, const acc_t* cosines, acc_t* row,
+                               int i, int clusters, int method) {
     const Slot own = all.slot[i];
-    const acc_t scale = all.height[i], weight = all.record[i].weight;
+    const acc_t scale = all.scale()[i];
     Neighbour best = {0, 0, -1};
     for (int p0 = threadIdx.x % 32; p0 < clusters; p0 += 32 * AHEAD) {
         int column[AHEAD];
@@ -204,8 +278,8 @@ __device__ void first_row(Clusters& all, const acc_t* cosines, acc_t* row, int i
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
-            e[k] = cosine_distance(cosines[j] * (scale * all.height[j])) *
-                   (weight * all.record[j].weight);
+            e[k] = cosine_distance(cosines[j] * (scale * all.scale()[j])) *
+                   (own.weight * all.slot[j].weight);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
@@ -216,104 +290,158 @@ __device__ void first_row(Clusters& all, const acc_t* cosines, acc_t* row, int i
             if (nearer(i, found, best)) best = found;
         }
     }
-    keep_nearest(all, i, best);
+    return warp_nearest(i, best);
 }
 
-// One warp: bring row i up to date with this round's merges, and its nearest cluster.
-// Columns are looked at only where something has changed, or all of them where the
-// nearest cluster is no more what it was.
-__device__ void next_row(Clusters& all, acc_t* matrix, int i, int clusters, int joined,
-                         long long num_tokens, int method) {
+// Bring row i up to date with this round's merges, in every `step`-th of the columns
+// from `start`; return the nearest cluster among them and `best`.
+__device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix, int i,
+                                              const int* columns, int count, int start,
+                                              int step, long long num_tokens,
+                                              int method, Neighbour best) {
     acc_t* row = matrix + i * num_tokens;
     const Slot own = all.slot[i];
-    const int before = all.record[i].nearest;
     const acc_t* absorbed = own.mate < 0 ? nullptr : matrix + own.mate * num_tokens;
-    const bool anew = absorbed || before < 0 || all.slot[before].mate != UNTOUCHED;
-    const int* columns = anew ? all.active : all.joined;
-    const int count = anew ? clusters : joined;
-    Neighbour best = {0, 0, -1};
-    if (!anew)
-        best = candidate(all.record[i].sum, own, before, all.slot[before], method);
-
-    for (int p0 = threadIdx.x % 32; p0 < count; p0 += 32 * AHEAD) {
+    for (int p0 = start; p0 < count; p0 += step * AHEAD) {
         // All loads come before the first store, which they could not pass.
-        int column[AHEAD];
-        Slot other[AHEAD];
+        int column[AHEAD], mate[AHEAD];
         acc_t e[AHEAD];
 #pragma unroll
-        for (int k = 0; k < AHEAD; ++k)
-            column[k] = p0 + 32 * k < count ? columns[p0 + 32 * k] : i;
+        for (int k = 0; k < AHEAD; ++k) {
+            const int p = p0 + step * k;
+            column[k] = p < count ? columns[p] : i;
+        }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            other[k] = all.slot[column[k]];
+            mate[k] = column[k] == i ? UNTOUCHED : all.slot[column[k]].mate;
             e[k] = row[column[k]];
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            const int j = column[k], mate = j == i ? UNTOUCHED : other[k].mate;
+            const int j = column[k];
             // In this order, so that row j finds the same: the sums commute.
-            if (absorbed && mate >= 0)
-                e[k] = join(join(e[k], absorbed[mate], method),
-                            join(row[mate], absorbed[j], method), method);
+            if (absorbed && mate[k] >= 0)
+                e[k] = join(join(e[k], absorbed[mate[k]], method),
+                            join(row[mate[k]], absorbed[j], method), method);
             else if (absorbed)
                 e[k] = join(e[k], absorbed[j], method);
-            else if (mate >= 0)
-                e[k] = join(e[k], row[mate], method);
+            else if (mate[k] >= 0)
+                e[k] = join(e[k], row[mate[k]], method);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
             if (j == i) continue;
-            if (absorbed || other[k].mate >= 0) row[j] = e[k];
-            const Neighbour found = candidate(e[k], own, j, other[k], method);
+            if (absorbed || mate[k] >= 0) row[j] = e[k];
+            const Neighbour found = candidate(e[k], own, j, all.slot[j], method);
             if (nearer(i, found, best)) best = found;
         }
     }
-    keep_nearest(all, i, best);
+    return best;
+}
+
+// The nearest that any thread of a block has found of row i, in the first warp.
+__device__ __forceinline__ Neighbour block_nearest(int i, Neighbour best,
+                                                   Neighbour* scratch) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    best = warp_nearest(i, best);
+    __syncthreads();  // the scratch may still be in use
+    if (lane == 0) scratch[warp] = best;
+    __syncthreads();
+    if (warp > 0) return best;
+    best = lane < warps ? scratch[lane] : Neighbour{0, 0, -1};
+    return warp_nearest(i, best);
+}
+
+// Bring every row up to date. `block` of `blocks` has rows of its own; a row's nearest
+// cluster goes from `found` to `next`.
+__device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& now,
+                          int block, int blocks, const Found* found, Found* next,
+                          long long num_tokens, int method, Neighbour* scratch) {
+    const Neighbour none = {0, 0, -1};
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    // A block at a row, unless a warp at a row is done sooner.
+    const int threads = blockDim.x, turns = (now.searched + blocks - 1) / blocks;
+    const bool by_block = turns * (3 + now.clusters / (threads * AHEAD)) <
+                          (turns + warps - 1) / warps * (now.clusters / (32 * AHEAD));
+    for (int q = block; by_block && q < now.searched; q += blocks) {
+        const int i = all.searched[q];
+        Neighbour best = next_row(all, matrix, i, all.active, now.clusters, threadIdx.x,
+                                  blockDim.x, num_tokens, method, none);
+        best = block_nearest(i, best, scratch);
+        if (threadIdx.x == 0) next[i] = {best.sum, best.slot};
+    }
+    // Whole rows first: they take longest.
+    const int warp = threadIdx.x / 32 * blocks + block;
+    for (int q = warp; !by_block && q < now.searched; q += blocks * warps) {
+        const int i = all.searched[q];
+        Neighbour best = next_row(all, matrix, i, all.active, now.clusters, lane, 32,
+                                  num_tokens, method, none);
+        best = warp_nearest(i, best);
+        if (lane == 0) next[i] = {best.sum, best.slot};
+    }
+    for (int p = warp; p < now.clusters; p += blocks * warps) {
+        const int i = all.active[p], before = all.nearest[i];
+        if (is_searched(all, i)) continue;
+        Neighbour best =
+            candidate(found[i].sum, all.slot[i], before, all.slot[before], method);
+        best = next_row(all, matrix, i, all.joined, now.joined, lane, 32, num_tokens,
+                        method, best);
+        best = warp_nearest(i, best);
+        if (lane == 0) next[i] = {best.sum, best.slot};
+    }
 }
 
 // One warp, one row of the dendrogram: merges by height, their nodes named by it.
-__device__ void write_rows(const Clusters& all, int made, long long num_tokens,
+__device__ void write_rows(const Tree& tree, acc_t unit, int made, long long num_tokens,
                            int method, int warp, int warps, double* out) {
-    const double unit = *all.unit;
     for (long long t = warp; t < num_tokens - 1; t += warps) {
         if (t >= made) {
             if (threadIdx.x % 32 == 0) store_no_row(out, t);
             continue;
         }
-        long long node[2] = {all.merge[t].left, all.merge[t].right};
+        long long node[2] = {tree.merge[t].left, tree.merge[t].right};
         for (int side = 0; side < 2; ++side)
             if (node[side] >= num_tokens)
                 node[side] =
-                    num_tokens + merge_rank(all.height, made, node[side] - num_tokens);
-        const long long row = merge_rank(all.height, made, t);
-        const double height = all.height[t];
+                    num_tokens + merge_rank(tree.height, made, node[side] - num_tokens);
+        const long long row = merge_rank(tree.height, made, t);
+        const double height = tree.height[t];
         if (threadIdx.x % 32 == 0)
             store_row(out, row, node[0], node[1],
-                      method == WARD ? sqrt(height * unit) : height,
-                      all.merge[t].tokens);
+                      method == WARD ? sqrt(height * double(unit)) : height,
+                      tree.merge[t].tokens);
     }
 }
 
 // matrix (B, N, N): cosines, used up unless there is shared memory for a matrix (N, N).
-// `blocks` work at a sequence; of the sequences at work at once, `reals` and `integers`
-// hold the clusters, `plans` the plans and `arrived` zeros. rounds (B,).
+// `blocks` work at a sequence. Of the sequences at work at once, `reals` and `integers`
+// hold the trees, `found` (2, N) the nearest clusters and `arrived` zeros; `states`
+// holds the clusters of every block, or is null if there is shared memory for them.
+// rounds (B,).
 extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     linkage(acc_t* matrix, const acc_t* mass, const bool* mask, const bool* protect,
             const int* counts, long long batch, long long num_tokens,
             long long num_groups, long long method, long long in_shared,
-            long long blocks, acc_t* reals, int* integers, int* plans,
-            unsigned* arrived, double* out, int* rounds) {
-    auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());  // 64, then the matrix
+            long long blocks, long long state_bytes, acc_t* reals, int* integers,
+            unsigned char* found, unsigned char* states, unsigned* arrived, double* out,
+            int* rounds) {
+    auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());  // 128, state, matrix
+    auto* neighbours = reinterpret_cast<Neighbour*>(scratch);
+    unsigned char* state = states ? states + blockIdx.x * state_bytes
+                                  : reinterpret_cast<unsigned char*>(scratch + 128);
     const int share = static_cast<int>(blocks);
     const int place = blockIdx.x / share, places = gridDim.x / share;
-    const bool first = blockIdx.x % share == 0;
+    const int block = blockIdx.x % share;
+    const bool first = block == 0;
     const int warps = share * (blockDim.x / 32);
-    const int warp = blockIdx.x % share * (blockDim.x / 32) + threadIdx.x / 32;
+    const int warp = threadIdx.x / 32 * share + block;
     if (place >= places) return;  // of a group that is not whole
-    Clusters all(reals + place * (13 * num_tokens / 4 * 4 + 4),
-                 integers + place * 5 * num_tokens, num_tokens);
-    Plan* told = reinterpret_cast<Plan*>(plans) + place;
+    Clusters all(state, num_tokens);
+    Tree tree(reals + place * 2 * num_tokens, integers + place * 5 * num_tokens,
+              num_tokens);
+    Found* old = reinterpret_cast<Found*>(found) + place * 2 * num_tokens;
+    Found* next = old + num_tokens;  // in turns, or one block overtakes another
     const auto meet = [&] {
         if (share > 1)
             blocks_barrier(arrived + place, share);
@@ -323,30 +451,34 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     for (long long b = place; b < batch; b += places) {
         const long long row = b * num_tokens;  // of (B, N)
         acc_t* cosines = matrix + row * num_tokens;
-        acc_t* sums = in_shared ? scratch + 64 : cosines;
-        if (first)
-            begin(all, told, cosines, mass ? mass + row : nullptr,
+        acc_t* sums =
+            in_shared ? reinterpret_cast<acc_t*>(state + state_bytes) : cosines;
+        acc_t unit;
+        Progress now =
+            begin(all, tree, first, cosines, mass ? mass + row : nullptr,
                   mask ? mask + row : nullptr, protect ? protect + row : nullptr,
-                  num_tokens, count_of(counts, b, num_groups), scratch);
-        meet();
-        Plan plan = *told;
-        for (int p = warp; p < plan.clusters && !plan.done; p += warps) {
+                  num_tokens, count_of(counts, b, num_groups), scratch, &unit);
+        for (int p = warp; p < now.clusters && !now.done; p += warps) {
             const int i = all.active[p];
-            first_row(all, cosines + i * num_tokens, sums + i * num_tokens, i,
-                      plan.clusters, method);
+            const Neighbour best =
+                first_row(all, cosines + i * num_tokens, sums + i * num_tokens, i,
+                          now.clusters, method);
+            if (threadIdx.x % 32 == 0) next[i] = {best.sum, best.slot};
         }
-        while (!plan.done) {
+        while (!now.done) {
             meet();
-            if (first) plan_round(all, told, num_tokens, method, scratch);
-            meet();
-            plan = *told;
-            for (int p = warp; p < plan.clusters && !plan.done; p += warps)
-                next_row(all, sums, all.active[p], plan.clusters, plan.joined,
-                         num_tokens, method);
+            Found* given = old;
+            old = next;
+            next = given;
+            plan_round(all, tree, first, old, now, num_tokens, method, scratch);
+            if (!now.done)
+                next_rows(all, sums, now, block, share, old, next, num_tokens, method,
+                          neighbours);
         }
-        write_rows(all, plan.made, num_tokens, method, warp, warps,
+        meet();  // the first block's last merges
+        write_rows(tree, unit, now.made, num_tokens, method, warp, warps,
                    out + b * (num_tokens - 1) * 4);
-        if (first && threadIdx.x == 0) rounds[b] = plan.rounds;
+        if (first && threadIdx.x == 0) rounds[b] = now.rounds;
         meet();  // before the next sequence takes this one's place
     }
 }
