@@ -289,10 +289,13 @@ __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
     __syncthreads();  // the scratch may still be in use
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
-    x = scratch[0];
-    for (unsigned warp = 1; warp < blockDim.x / 32; ++warp)
-        x = combine(x, scratch[warp]);
-    return x;
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    x = scratch[min(lane, warps - 1)];
+    for (int bits = 16; bits > 0; bits /= 2) {
+        const acc_t other = __shfl_down_sync(~0u, x, bits);
+        if (lane + bits < warps) x = combine(x, other);
+    }
+    return __shfl_sync(~0u, x, 0);
 }
 
 // How many threads before this one have `flag`; `total` is how many have it in all.

@@ -124,14 +124,13 @@ def linkage_cuda(
     shared = scratch + held[1] * state + held[0] * matrix
     layout = _layout(batch, num_tokens, kind.itemsize, shared, alone=held[0])
     copies = 0 if held[1] else layout.places * layout.blocks
-    trees = (
-        _cuda.empty((layout.places, 2 * num_tokens), kind),
-        _cuda.empty((layout.places, 5 * num_tokens), np.int32),
+    trees = _cuda.empty(
+        (layout.places, _tree_bytes(num_tokens, kind.itemsize)), np.uint8
     )
     found = _cuda.empty((layout.places, 4 * num_tokens * kind.itemsize), np.uint8)
     states = _cuda.empty((copies, state), np.uint8) if copies else None
     options = METHODS.index(method), int(held[0]), layout.blocks, state
-    args = (cosines, mass, *masks, *counts, *options, *trees, found, states)
+    args = (cosines, mass, *masks, *counts, *options, trees, found, states)
     _launch("linkage", kind, layout, args, out, rounds, shared)
     return out, rounds
 
@@ -139,6 +138,11 @@ def linkage_cuda(
 def _state_bytes(num_tokens: int, width: int) -> int:
     """Return the bytes of the clusters that each block keeps."""
     return -(-num_tokens * (4 * width + 18) // 16) * 16
+
+
+def _tree_bytes(num_tokens: int, width: int) -> int:
+    """Return the bytes of what becomes a sequence's dendrogram."""
+    return num_tokens * (2 * width + 20) + num_tokens % 2 * 4
 
 
 def _single_linkage_cuda(

@@ -16,6 +16,7 @@
 
 constexpr int COMPLETE = 1, WARD = 2;         // 0: average
 constexpr int UNTOUCHED = -1, ABSORBED = -2;  // else: the slot that this one absorbs
+constexpr int AHEAD = 4, READ = 8;  // loads in flight: of rows, of what was found
 
 // A cluster, as every row asks for it.
 struct __align__(16) Slot {
@@ -64,20 +65,27 @@ struct Clusters {
     __device__ acc_t* scale() const { return reinterpret_cast<acc_t*>(next); }
 };
 
-// What becomes the dendrogram: of a sequence, by its first block.
-struct Tree {
-    acc_t* height;   // (N,) of merge t, before the root
-    acc_t* tallest;  // (N,) of a slot, the height of its last merge
-    int* node;       // (N,) of a slot, its number in the dendrogram
-    int* tokens;     // (N,) of a slot, how many it has
-    Merge* merge;    // (N,)
+// The node of a cluster in the dendrogram.
+struct Node {
+    acc_t height;  // no lower than those of its parts
+    int number;    // below N: a token
+    int tokens;
+};
 
-    __device__ Tree(acc_t* reals, int* integers, long long n)
-        : height(reals),
-          tallest(reals + n),
-          node(integers),
-          tokens(integers + n),
-          merge(reinterpret_cast<Merge*>(integers + 2 * n)) {}
+// What becomes the dendrogram of a sequence, by its first block.
+struct Tree {
+    Node* node;     // (N,) of every slot
+    acc_t* height;  // (N,) of merge t, before the root
+    Merge* merge;   // (N,)
+
+    __device__ Tree(unsigned char* bytes, long long n)
+        : node(reinterpret_cast<Node*>(bytes)),
+          height(reinterpret_cast<acc_t*>(node + n)),
+          merge(reinterpret_cast<Merge*>(height + n)) {}
+
+    static __device__ long long bytes(long long n) {
+        return n * (sizeof(Node) + sizeof(acc_t) + sizeof(Merge)) + n % 2 * 4;
+    }
 };
 
 // Where a sequence stands, the same in all threads of all blocks.
@@ -157,9 +165,7 @@ __device__ Progress begin(Clusters& all, Tree& tree, bool first, const acc_t* co
         all.slot[i] = {weight, 1 / weight, 0, UNTOUCHED};
         all.scale()[i] = inverse_length(cosines[i * num_tokens + i]);
         if (!first) continue;
-        tree.tallest[i] = 0;
-        tree.node[i] = static_cast<int>(i);
-        tree.tokens[i] = 1;
+        tree.node[i] = {0, static_cast<int>(i), 1};
     }
     int tokens;
     const int clusters =
@@ -184,13 +190,21 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
                            acc_t* scratch) {
     acc_t least = -NEVER, lower = 0;
     const bool enough = now.made >= now.wanted;
-    for (int p = threadIdx.x; p < now.clusters; p += blockDim.x) {
-        const int i = all.active[p];
-        const Found own = found[i];
-        all.nearest[i] = own.slot;
-        if (enough && own.slot >= 0)
-            least =
-                min(least, distance(own.sum, all.slot[i], all.slot[own.slot], method));
+    const int threads = blockDim.x;
+    for (int p0 = threadIdx.x; p0 < now.clusters; p0 += threads * READ) {
+        Found own[READ];  // all loads before the first store, which they could not pass
+#pragma unroll
+        for (int k = 0; k < READ; ++k)
+            own[k] = found[all.active[min(p0 + threads * k, now.clusters - 1)]];
+#pragma unroll
+        for (int k = 0; k < READ; ++k) {
+            if (p0 + threads * k >= now.clusters) break;
+            const int i = all.active[p0 + threads * k], j = own[k].slot;
+            all.nearest[i] = j;
+            if (enough && j >= 0)
+                least =
+                    min(least, distance(own[k].sum, all.slot[i], all.slot[j], method));
+        }
     }
     if (enough) {
         least = block_reduce(least, scratch, Least());
@@ -209,7 +223,7 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
         all.slot[i].mate = !pair ? UNTOUCHED : i < j ? j : ABSORBED;
     }
     __syncthreads();
-    const int share = (now.clusters + blockDim.x - 1) / blockDim.x;  // of a thread
+    const int share = (now.clusters + threads - 1) / threads;  // of a thread
     const int begin = min(static_cast<int>(threadIdx.x) * share, now.clusters);
     const int end = min(begin + share, now.clusters);
     Counts own = {0}, total;
@@ -234,14 +248,14 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
             const acc_t sum = found[i].sum, weight = a.weight + b.weight;
             const acc_t within =
                 a.spread * a.weight * a.weight + b.spread * b.weight * b.weight;
-            if (first) {  // no lower than its parts
-                const acc_t height = distance(sum, a, b, method);
-                const acc_t tallest =
-                    max(height, max(tree.tallest[i], tree.tallest[j]));
-                tree.tallest[i] = tree.height[t] = tallest;
-                tree.tokens[i] += tree.tokens[j];
-                tree.merge[t] = {tree.node[i], tree.node[j], tree.tokens[i]};
-                tree.node[i] = static_cast<int>(num_tokens) + t;
+            if (first) {  // loads first, because no store may be passed
+                const Node left = tree.node[i], right = tree.node[j];
+                const acc_t height =
+                    max(distance(sum, a, b, method), max(left.height, right.height));
+                const int tokens = left.tokens + right.tokens;
+                tree.node[i] = {height, static_cast<int>(num_tokens) + t, tokens};
+                tree.height[t] = height;
+                tree.merge[t] = {left.number, right.number, tokens};
             }
             a.spread = (within + 2 * sum) / (weight * weight);
             a.inverse = 1 / weight;
@@ -260,8 +274,6 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
     now.done = now.joined == 0;
     __syncthreads();
 }
-
-constexpr int AHEAD = 4;  // loads in flight
 
 // One warp: E of row i with all clusters, from cosines; its nearest one.
 __device__ Neighbour first_row(const Clusters& all, const acc_t* cosines, acc_t* row,
@@ -340,55 +352,59 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix
     return best;
 }
 
-// The nearest that any thread of a block has found of row i, in the first warp.
-__device__ __forceinline__ Neighbour block_nearest(int i, Neighbour best,
-                                                   Neighbour* scratch) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    best = warp_nearest(i, best);
-    __syncthreads();  // the scratch may still be in use
-    if (lane == 0) scratch[warp] = best;
-    __syncthreads();
-    if (warp > 0) return best;
-    best = lane < warps ? scratch[lane] : Neighbour{0, 0, -1};
-    return warp_nearest(i, best);
-}
-
 // Bring every row up to date. `block` of `blocks` has rows of its own; a row's nearest
 // cluster goes from `found` to `next`.
 __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& now,
                           int block, int blocks, const Found* found, Found* next,
                           long long num_tokens, int method, Neighbour* scratch) {
     const Neighbour none = {0, 0, -1};
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    // A block at a row, unless a warp at a row is done sooner.
-    const int threads = blockDim.x, turns = (now.searched + blocks - 1) / blocks;
-    const bool by_block = turns * (3 + now.clusters / (threads * AHEAD)) <
-                          (turns + warps - 1) / warps * (now.clusters / (32 * AHEAD));
-    for (int q = block; by_block && q < now.searched; q += blocks) {
-        const int i = all.searched[q];
-        Neighbour best = next_row(all, matrix, i, all.active, now.clusters, threadIdx.x,
-                                  blockDim.x, num_tokens, method, none);
-        best = block_nearest(i, best, scratch);
-        if (threadIdx.x == 0) next[i] = {best.sum, best.slot};
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32, warps = blockDim.x / 32;
+    // Rows that are searched, first: they take longest. Where a block has fewer of them
+    // than warps, several warps share the columns of one.
+    const int turns = (now.searched + blocks - 1) / blocks;
+    const int parts = min(warps / max(turns, 1), (now.clusters + 127) / 128);
+    if (parts > 1) {
+        const int q = own / parts * blocks + block, part = own % parts;
+        const int i = q < now.searched ? all.searched[q] : -1;
+        if (i >= 0) {
+            Neighbour best =
+                next_row(all, matrix, i, all.active, now.clusters, part * 32 + lane,
+                         parts * 32, num_tokens, method, none);
+            best = warp_nearest(i, best);
+            if (lane == 0) scratch[own] = best;
+        }
+        __syncthreads();
+        if (i >= 0 && part == 0) {
+            Neighbour best = lane < parts ? scratch[own + lane] : none;
+            best = warp_nearest(i, best);
+            if (lane == 0) next[i] = {best.sum, best.slot};
+        }
     }
-    // Whole rows first: they take longest.
-    const int warp = threadIdx.x / 32 * blocks + block;
-    for (int q = warp; !by_block && q < now.searched; q += blocks * warps) {
+    const int warp = own * blocks + block;
+    for (int q = warp; parts <= 1 && q < now.searched; q += blocks * warps) {
         const int i = all.searched[q];
         Neighbour best = next_row(all, matrix, i, all.active, now.clusters, lane, 32,
                                   num_tokens, method, none);
         best = warp_nearest(i, best);
         if (lane == 0) next[i] = {best.sum, best.slot};
     }
-    for (int p = warp; p < now.clusters; p += blocks * warps) {
-        const int i = all.active[p], before = all.nearest[i];
-        if (is_searched(all, i)) continue;
-        Neighbour best =
-            candidate(found[i].sum, all.slot[i], before, all.slot[before], method);
-        best = next_row(all, matrix, i, all.joined, now.joined, lane, 32, num_tokens,
-                        method, best);
-        best = warp_nearest(i, best);
-        if (lane == 0) next[i] = {best.sum, best.slot};
+    // As many lanes at a row as have a new cluster to look at.
+    int lanes = 1;
+    while (lanes < 32 && lanes * AHEAD < now.joined) lanes *= 2;
+    const int rows = 32 / lanes;
+    for (int p0 = warp * rows; p0 < now.clusters; p0 += blocks * warps * rows) {
+        const int p = p0 + lane / lanes, i = p < now.clusters ? all.active[p] : -1;
+        const bool current = i >= 0 && !is_searched(all, i);
+        Neighbour best = none;
+        if (current) {
+            const int before = all.nearest[i];
+            best =
+                candidate(found[i].sum, all.slot[i], before, all.slot[before], method);
+            best = next_row(all, matrix, i, all.joined, now.joined, lane % lanes, lanes,
+                            num_tokens, method, best);
+        }
+        best = warp_nearest(i, best, lanes);
+        if (current && lane % lanes == 0) next[i] = {best.sum, best.slot};
     }
 }
 
@@ -415,15 +431,15 @@ __device__ void write_rows(const Tree& tree, acc_t unit, int made, long long num
 }
 
 // matrix (B, N, N): cosines, used up unless there is shared memory for a matrix (N, N).
-// `blocks` work at a sequence. Of the sequences at work at once, `reals` and `integers`
-// hold the trees, `found` (2, N) the nearest clusters and `arrived` zeros; `states`
-// holds the clusters of every block, or is null if there is shared memory for them.
-// rounds (B,).
+// `blocks` work at a sequence. Of the sequences at work at once, `trees` holds what
+// becomes the dendrograms, `found` (2, N) the nearest clusters and `arrived` zeros;
+// `states` holds the clusters of every block, or is null if there is shared memory for
+// them. rounds (B,).
 extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     linkage(acc_t* matrix, const acc_t* mass, const bool* mask, const bool* protect,
             const int* counts, long long batch, long long num_tokens,
             long long num_groups, long long method, long long in_shared,
-            long long blocks, long long state_bytes, acc_t* reals, int* integers,
+            long long blocks, long long state_bytes, unsigned char* trees,
             unsigned char* found, unsigned char* states, unsigned* arrived, double* out,
             int* rounds) {
     auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());  // 128, state, matrix
@@ -438,8 +454,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     const int warp = threadIdx.x / 32 * share + block;
     if (place >= places) return;  // of a group that is not whole
     Clusters all(state, num_tokens);
-    Tree tree(reals + place * 2 * num_tokens, integers + place * 5 * num_tokens,
-              num_tokens);
+    Tree tree(trees + place * Tree::bytes(num_tokens), num_tokens);
     Found* old = reinterpret_cast<Found*>(found) + place * 2 * num_tokens;
     Found* next = old + num_tokens;  // in turns, or one block overtakes another
     const auto meet = [&] {

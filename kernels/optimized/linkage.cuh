@@ -39,9 +39,11 @@ __device__ __forceinline__ bool nearer(int i, const Neighbour& a, const Neighbou
                                        pair_number(i, a.slot) < pair_number(i, b.slot));
 }
 
-// The nearest that any lane of row i has found, the same in all lanes.
-__device__ __forceinline__ Neighbour warp_nearest(int i, Neighbour best) {
-    for (int bits = 16; bits > 0; bits /= 2) {
+// The nearest that any of the `lanes` at row i has found, the same in all of them: the
+// whole warp, or parts of a power of two with a row each.
+__device__ __forceinline__ Neighbour warp_nearest(int i, Neighbour best,
+                                                  int lanes = 32) {
+    for (int bits = lanes / 2; bits > 0; bits /= 2) {
         const Neighbour other = {__shfl_xor_sync(~0u, best.distance, bits),
                                  __shfl_xor_sync(~0u, best.sum, bits),
                                  __shfl_xor_sync(~0u, best.slot, bits)};
