@@ -73,8 +73,9 @@ def test_every_benchmark_and_its_figures_are_in_the_measurements():
     text = PAGES["measured/index"] + PAGES["measured/gpu"]
     scripts = {path.name for path in ROOT.glob("benchmarks/*.*")}
     assert scripts == set(re.findall(r"benchmarks/(\w+\.(?:py|sh))\)", text))
-    figures = {path.name for path in ROOT.glob("benchmarks/results/*.json")}
-    assert figures <= set(re.findall(r"benchmarks/results/(\w+\.json)\)", text))
+    results = ROOT / "benchmarks" / "results"
+    figures = {path.relative_to(results).as_posix() for path in results.rglob("*.json")}
+    assert figures <= set(re.findall(r"benchmarks/results/([\w/]+\.json)\)", text))
 
 
 def test_every_kernel_file_is_in_a_stage():
