@@ -6,6 +6,7 @@ from typing import NamedTuple
 import emulator
 import numpy as np
 import pytest
+from covering import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 from emulated import SANITIZED
 from gpu_at_hand import missing
 from hypothesis import settings
