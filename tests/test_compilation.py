@@ -1,8 +1,6 @@
 """Every kernel file compiles for every architecture; no GPU is needed."""
 
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import nvrtc
 import pytest
@@ -23,17 +21,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def facts():
-    """Futures of all facts: NVRTC releases the interpreter lock while it compiles."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {case: pool.submit(facts_of, *case) for case in CASES}
-        pool.shutdown(cancel_futures=True)
-
-
+@pytest.mark.machine_code
 @pytest.mark.parametrize(("file", "dtype", "arch"), CASES)
-def test_kernels_compile_and_do_not_spill(file, dtype, arch, facts):
-    found = facts[file, dtype, arch].result()
+def test_kernels_compile_and_do_not_spill(file, dtype, arch):
+    found = facts_of(file, dtype, arch)
     assert set(found) >= set(_cuda.kernel_names(file))
     assert {name: x.spilled for name, x in found.items() if x.spilled} == {}
 

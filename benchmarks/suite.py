@@ -1,0 +1,61 @@
+"""What the proof takes: seconds of each file of tests, and of each part.
+
+    make check && python benchmarks/suite.py [--json FILE]
+
+Reads what `make test` and `make machine-code` leave in build/, and writes the table of
+docs/project/testing.md. Seconds are those of one process; the parts run one a core.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+from machine import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("test", "machine-code")
+
+
+def file_of(case: ElementTree.Element) -> str:
+    """Return the file of a test, by the name of its class: tests.test_it.TestIt."""
+    words = case.get("classname", "").split(".")
+    modules = [word for word in words if not word[:1].isupper()]
+    return "/".join(modules) + ".py"
+
+
+def read(path: Path) -> dict[str, dict[str, float]]:
+    """Return tests and seconds of every file of a JUnit report, the slowest first."""
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for case in ElementTree.parse(path).iter("testcase"):
+        seconds[file_of(case)] += float(case.get("time", 0))
+        tests[file_of(case)] += 1
+    return {
+        file: {"tests": tests[file], "seconds": round(taken, 1)}
+        for file, taken in seconds.most_common()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "benchmarks" / "results" / "suite.json"
+    )
+    options = parser.parse_args()
+    paths = {part: ROOT / "build" / f"{part}.xml" for part in PARTS}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        sys.exit(f"no {' and no '.join(missing)}: `make check` writes them")
+    report = {"machine": cpu(), "parts": {p: read(x) for p, x in paths.items()}}
+    for part, files in report["parts"].items():
+        print(f"make {part}: {sum(x['seconds'] for x in files.values()):.0f} s")
+        for file, found in files.items():
+            print(f"  {found['seconds']:8.1f} s  {found['tests']:5d} tests  {file}")
+    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Names the tests that take long, and why they do, at the end of a run.
+
+A test says it itself: ``@pytest.mark.slow("compiles torch's graph")``. One that does
+not is named too, so that nobody waits without a reason. conftest.py takes the hooks
+from here.
+"""
+
+import pytest
+
+LONG = 5  # seconds
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if mark := item.get_closest_marker("slow"):
+        item.user_properties.append(("slow", mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    lines = []
+    for report in terminalreporter.stats.get("passed", []):
+        if report.when == "call" and report.duration > LONG:
+            reason = dict(report.user_properties).get("slow", "NOTHING SAYS WHY")
+            lines.append((report.duration, f"{report.nodeid}: {reason}"))
+    if lines:
+        terminalreporter.section(f"tests of more than {LONG} s")
+    for seconds, line in sorted(lines, reverse=True):
+        terminalreporter.line(f"{seconds:6.1f} s  {line}")
