@@ -4,7 +4,9 @@ Pages are MyST notebooks, executed while they are built; so are those of noteboo
 which a link brings under this folder: their kernels start where the notebooks lie.
 """
 
+import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +23,27 @@ os.environ["PATH"] = os.pathsep.join(map(str, here))  # where `qm-cupy` is
 NOTEBOOKS = HERE / "notebooks"
 if not NOTEBOOKS.is_symlink():
     NOTEBOOKS.symlink_to(Path("..") / "notebooks", target_is_directory=True)
+
+# Pages that run torch or JAX are executed where these are installed, and named if not.
+MISSING = {
+    name for name in ("torch", "jax") if importlib.util.find_spec(name) is None
+}
+USED = re.compile(r"^[\s\"]*(?:import|from) (?:qm_cupy\.)?(torch|jax)\b", re.MULTILINE)
+
+
+def needs(page):
+    """Return which of torch and JAX a page runs."""
+    return set(USED.findall(page.read_text(encoding="utf-8")))
+
+
+NOT_RUN = sorted(
+    page.relative_to(HERE).as_posix()
+    for folder in (HERE, NOTEBOOKS)  # a pattern does not follow the link
+    for page in (*folder.rglob("*.md"), *folder.rglob("*.ipynb"))
+    if needs(page) & MISSING
+)
+if NOT_RUN:
+    print(f"not executed without {', '.join(sorted(MISSING))}: {', '.join(NOT_RUN)}")
 
 project = "qm_cupy"
 author = "the qm_cupy developers"
@@ -43,6 +66,7 @@ nitpick_ignore_regex = [
 ]
 default_role = "autolink"
 
+autodoc_mock_imports = sorted(MISSING)
 autodoc_typehints = "none"  # docstrings have the types, with their shapes
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False  # the template lists them
@@ -51,6 +75,7 @@ numpydoc_class_members_toctree = False
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 2
 nb_execution_mode = "force"
+nb_execution_excludepatterns = NOT_RUN
 nb_execution_show_tb = True  # and a warning, which is an error
 nb_execution_timeout = 180
 nb_merge_streams = True

@@ -8,8 +8,8 @@ from card_device import facts_of
 
 from qm_cupy import _cuda
 
-ARCHITECTURES = (75, 80, 89, 90, 120)
-BETWEEN = (86, 100)  # which have their elders' instructions: in one dtype
+ARCHITECTURES = (75, 80, 90)
+BETWEEN = (86, 89, 100, 120)  # which have their elders' instructions: in one dtype
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 FILES = _cuda.kernel_files()

@@ -62,8 +62,10 @@ def numpy_dtype(name):
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("kernels", "dtype"), VARIANTS)
 def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
-    card_device.compile_kernels(dtype, CARDS)
-    device = card_device.install(monkeypatch, *CARDS)
+    # sm_89 has the instructions of sm_80: in one dtype.
+    cards = [card for card in CARDS if card.arch != 89 or dtype == "float16"]
+    card_device.compile_kernels(dtype, cards)
+    device = card_device.install(monkeypatch, *cards)
     with _cuda.use_kernels(kernels), qm.allow_tf32(dtype == "tf32"):
         for shape in SHAPES:
             case = Case(*shape, dtype=numpy_dtype(dtype))
