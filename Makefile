@@ -24,14 +24,15 @@ demo: $(VENV)/demo.done
 
 # A process for each core; a file's tests stay together. Times go to build/test.xml.
 test: $(VENV)/test.done $(VENV)/minilm
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not machine_code" --junitxml build/test.xml
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not machine_code and not rehearsal" --junitxml build/test.xml
 
 # Every kernel compiled for every architecture, every launch held against real cards.
 machine-code: $(VENV)/test.done
 	$(BIN)/python -m pytest -n auto -m machine_code --every-case --junitxml build/machine-code.xml tests
 
-# Every step of benchmarks/gpu.sh, without a GPU: kernels run on the CPU.
+# The benchmarks at small sizes, and every step of benchmarks/gpu.sh without a GPU.
 rehearse: $(VENV)/test.done $(VENV)/minilm
+	$(BIN)/python -m pytest -n auto -m rehearsal --junitxml build/rehearsal.xml tests
 	PYTHON=$(BIN)/python benchmarks/gpu.sh --rehearse build/rehearsal
 
 lint: $(VENV)/lint.done

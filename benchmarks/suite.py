@@ -2,7 +2,7 @@
 
     make check && python benchmarks/suite.py [--json FILE]
 
-Reads what `make test` and `make machine-code` leave in build/, and writes the table of
+Reads what these targets leave in build/, and writes the table of
 docs/project/testing.md. Seconds are those of one process; the parts run one a core.
 """
 
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from machine import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("test", "machine-code")
+PARTS = ("test", "machine-code", "rehearsal")
 
 
 def file_of(case: ElementTree.Element) -> str:

@@ -25,9 +25,7 @@ if not NOTEBOOKS.is_symlink():
     NOTEBOOKS.symlink_to(Path("..") / "notebooks", target_is_directory=True)
 
 # Pages that run torch or JAX are executed where these are installed, and named if not.
-MISSING = {
-    name for name in ("torch", "jax") if importlib.util.find_spec(name) is None
-}
+MISSING = {name for name in ("torch", "jax") if importlib.util.find_spec(name) is None}
 USED = re.compile(r"^[\s\"]*(?:import|from) (?:qm_cupy\.)?(torch|jax)\b", re.MULTILINE)
 
 
@@ -43,7 +41,8 @@ NOT_RUN = sorted(
     if needs(page) & MISSING
 )
 if NOT_RUN:
-    print(f"not executed without {', '.join(sorted(MISSING))}: {', '.join(NOT_RUN)}")
+    without = ", ".join(sorted(MISSING))
+    sys.stderr.write(f"not executed without {without}: {', '.join(NOT_RUN)}\n")
 
 project = "qm_cupy"
 author = "the qm_cupy developers"

@@ -16,7 +16,12 @@ from qm_cupy import _cuda
 
 # It would be imported as CuPy; test_rehearsal.py runs it in processes of its own.
 collect_ignore = ["rehearsal"]
-NEED_A_GPU = ["test_gpu_long.py", "test_gpu_parity.py", "test_gpu_streams.py"]
+NEED_A_GPU = [
+    "test_gpu_long.py",
+    "test_gpu_parity.py",
+    "test_gpu_streams.py",
+    "test_gpu_torch.py",
+]
 if missing:
     collect_ignore += NEED_A_GPU
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from benchmark_scripts import FOLDER, ILLEGAL, Array, failing, loaded, run_main
 
+pytestmark = pytest.mark.rehearsal
+
 
 @pytest.fixture(scope="module")
 def scripts():

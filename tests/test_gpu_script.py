@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.rehearsal
+
 ROOT = Path(__file__).parents[1]
 SMALL = {"QM_CUPY_SIZES": "33", "QM_CUPY_DTYPES": "bfloat16"}
 

@@ -11,6 +11,8 @@ from benchmark_scripts import ILLEGAL, Array, failing, loaded, run_main
 
 from qm_cupy import _cuda
 
+pytestmark = pytest.mark.rehearsal
+
 
 @pytest.fixture(scope="module")
 def scripts():

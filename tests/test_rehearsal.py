@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.rehearsal
+
 TESTS = Path(__file__).resolve().parent
 PATH = os.pathsep.join(map(str, (TESTS / "rehearsal", TESTS, TESTS.parent)))
 

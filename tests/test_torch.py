@@ -5,7 +5,6 @@ import inspect
 import numpy as np
 import pytest
 from conftest import to_library, to_numpy
-from gpu_at_hand import missing
 from gradient_calls import CALLS, CLASSES, CONSTANT, DIFFERENTIABLE, LABELS, flat
 from test_framework import PAPER
 
@@ -208,53 +207,6 @@ def test_opcheck(name, monkeypatch):
     wanted = [x is not None for x in arguments[: len(operation.inputs)]]
     vjp = getattr(torch.ops.qm_cupy, f"{call.function}_vjp")
     torch.library.opcheck(vjp.default, (*slope, *detached, wanted))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(missing is not None, reason=str(missing))
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs torch with CUDA")
-@pytest.mark.filterwarnings("default")
-class TestOnAGPU:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("name", CALLS)
-    def test_gradients_are_those_of_the_cpu(self, name, dtype):
-        call = CALLS[name]
-        inputs, rest = tensors(call.inputs, dtype, grad=True), tensors(call.rest, dtype)
-        wanted = gradients(call, inputs, rest)
-        moved = [
-            {
-                k: x.cuda() if isinstance(x, torch.Tensor) else x
-                for k, x in given.items()
-            }
-            for given in (inputs, rest)
-        ]
-        results = [x.cpu() for x in run(call, *moved)]
-        found = torch.autograd.grad(total(results), [*moved[0].values()])
-        near = 1e-4 if dtype == torch.float32 else 1e-10
-        for x, y in zip(found, wanted, strict=True):
-            assert x.is_cuda
-            torch.testing.assert_close(x.cpu(), y, rtol=near, atol=near)
-
-    def test_backward_works_in_the_forward_s_stream(self):
-        tokens = torch.randn(4, 256, 64, device="cuda", requires_grad=True)
-        (wanted,) = torch.autograd.grad(qt.norm_saliency(tokens).sum(), tokens)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            result = qt.norm_saliency(tokens).sum()
-        torch.cuda.current_stream().wait_stream(stream)
-        (found,) = torch.autograd.grad(result, tokens)
-        torch.testing.assert_close(found, wanted)
-
-    def test_a_module_moves(self):
-        model = qt.QuickMergePP(8).cuda()
-        tokens = torch.randn(2, 40, 8, device="cuda", requires_grad=True)
-        losses = model(tokens, 5)[1]
-        losses["total"].backward()
-        assert all(x.grad.is_cuda for x in (tokens, *model.parameters()))
-        wanted = qm.QuickMergePP(8)(tokens.detach().cpu(), 5)[1]
-        values = {name: x.item() for name, x in losses.items()}
-        assert values == pytest.approx(wanted, rel=1e-4)
 
 
 class TestCompiler:
