@@ -116,7 +116,9 @@ def run_tests(tests: str, fault: Fault | None, folder: Path, runner: str) -> Out
     return Outcome(status, failed if seconds < LIMIT else "no end", output, seconds)
 
 
-def run_all(faults: list[Fault], processes: int, runner: str) -> list[dict[str, object]]:
+def run_all(
+    faults: list[Fault], processes: int, runner: str
+) -> list[dict[str, object]]:
     """Run every selection without a fault, then every fault; return the records."""
     folders: SimpleQueue[Path] = SimpleQueue()
     for number in range(processes):

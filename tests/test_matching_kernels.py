@@ -135,6 +135,19 @@ def test_cut_linkage_at_a_number_of_groups(num_tokens, masked, order):
     np.testing.assert_array_equal(one, np.where(valid[0], 0, -1))
 
 
+@sizes
+def test_cut_linkage_of_a_chain(num_tokens):
+    """As deep as a dendrogram can be: every merge takes in one more token."""
+    row = np.arange(num_tokens - 1)
+    groups = np.where(row > 0, num_tokens + row - 1, 0)
+    rows = np.stack((row + 1, groups, row / num_tokens, row + 2), axis=-1).astype(float)
+    for num_groups in (1, num_tokens // 3 + 1):
+        got = cut_linkage_cuda(rows, None, num_groups)
+        merges = num_tokens - num_groups
+        wanted = np.maximum(np.arange(num_tokens) - merges, 0)
+        np.testing.assert_array_equal(got, wanted)
+
+
 @long_sizes
 @masked
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -391,6 +404,15 @@ def test_matching_of_a_long_sequence(method, dtype):
     wanted = matched(method, x[0], everyone, ~everyone, num_groups)
     np.testing.assert_array_equal(got[0], wanted)
     assert got[1].max() + 1 == num_groups
+
+
+def test_neighbours_of_a_long_sequence_that_cost_the_same_merge_from_the_left():
+    num_tokens, merges = LONG[-1], 20
+    tokens = np.zeros((1, num_tokens, 4), np.float32)
+    tokens[..., 1] = 1
+    roots = contiguous_groups_cuda(tokens, None, num_tokens - merges)
+    wanted = np.maximum(np.arange(num_tokens) - merges, 0)
+    np.testing.assert_array_equal(number_groups_cuda(roots, "last"), [wanted])
 
 
 @matchings
