@@ -184,6 +184,8 @@ def test_cut_linkage_of_what_is_no_dendrogram(num_tokens):
     ids[1, :, :2] = circle[:, None]  # each row is its own child
     ids[2, :, :2] = circle[::-1, None]
     ids[3, :, :2] = rng.integers(0, 2 * num_tokens, (num_tokens - 1, 2))
+    ids[3, :, 2] = 0.5
+    ids[3, num_tokens // 3 :, 2] = np.nan  # no error is within a bound any more
     ids[4, :, :2], ids[4, :, 2] = 0, -1e200
     labels = []
     for name in ("basic", "optimized"):
