@@ -347,6 +347,20 @@ def test_matching(method, dtype, num_tokens, masked):
     np.testing.assert_array_equal(number_groups_cuda(one, "last"), got[0])
 
 
+@matchings
+def test_matching_of_opposite_tokens(method):
+    """Few groups, of few dimensions, may have no partner that is like them at all."""
+    rng = np.random.default_rng(6)
+    tokens = rng.standard_normal((60, 9, 2)).astype(np.float32)
+    valid = rng.random((60, 9)) < 0.5
+    valid[:, :3] = True
+    roots = MATCHINGS[method](tokens, *given(np.full(60, 2)), valid, None)
+    got, nobody = number_groups_cuda(roots, "last"), np.zeros(9, np.bool_)
+    for b in range(60):
+        wanted = matched(method, tokens[b], valid[b], nobody, 2)
+        np.testing.assert_array_equal(got[b], wanted)
+
+
 @dtypes
 @matchings
 def test_matching_of_equal_and_zero_tokens(method, dtype):
@@ -492,6 +506,15 @@ def test_similarity_with_the_nearest_anchor(dtype, num_tokens):
     )
     assert (got == -1).all()
     assert (similarity == -np.inf).all()
+
+
+@dtypes
+def test_a_token_that_is_not_a_number_has_the_first_anchor(dtype):
+    tokens, anchors = random((1, 33, 9), dtype), random((1, 4, 9), dtype, 1)
+    wanted, _ = nearest_anchors_cuda(tokens, anchors)
+    tokens[0, 5], wanted[0, 5] = np.nan, 0
+    got, _ = nearest_anchors_cuda(tokens, anchors)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_empty_batches_launch_nothing():
