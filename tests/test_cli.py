@@ -238,6 +238,14 @@ class TestBadInput:
         path.write_bytes(damaged)
         compress_fails(path, "is damaged")
 
+    def test_what_cannot_be_inflated(self, tmp_path, tokens, compress_fails):
+        path = save(tmp_path / "deflated.npz", tokens=tokens)
+        damaged = bytearray(path.read_bytes())
+        name, extra = int.from_bytes(damaged[26:28], "little"), damaged[28]
+        damaged[30 + name + extra] = 0xFF  # there is no such kind of block
+        path.write_bytes(damaged)
+        compress_fails(path, "is damaged", "invalid block type")
+
     def test_headers_that_lie(self, tmp_path, compress_fails):
         header = np.lib.format.header_data_from_array_1_0(np.zeros((2, 3, 4)))
         header["shape"] = (10**9, 10**9, 10**9)

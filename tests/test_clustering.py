@@ -557,7 +557,7 @@ class TestProtect:
         ]
         np.testing.assert_array_equal(*labels)
 
-    @pytest.mark.parametrize("num_groups", [8, 9, 12, 17])
+    @pytest.mark.parametrize("num_groups", [7, 8, 9, 12, 17])
     def test_contiguous_groups_never_span_them(self, rng, num_groups):
         tokens, protected = rng.standard_normal((17, 4)), [0, 5, 6, 12]
         protect = np.isin(np.arange(17), protected)

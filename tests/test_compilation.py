@@ -29,6 +29,15 @@ def test_kernels_compile_and_do_not_spill(file, dtype, arch):
     assert {name: x.spilled for name, x in found.items() if x.spilled} == {}
 
 
+def test_the_index_of_a_thread_has_64_bits():
+    """No test can launch the 2**32 threads from which on 32 bits would not do."""
+    kernel = 'extern "C" __global__ void f(long long* x) { *x = thread_index(); }'
+    options = (*_cuda.options("float32"), "-arch=sm_80")
+    source = (_cuda._folder() / "common.cuh").read_text(encoding="utf-8")
+    _, ptx = nvrtc.compile_source(source + kernel, options)
+    assert "mul.wide.u32" in ptx
+
+
 @pytest.mark.parametrize("place", ["common.cuh", "basic/merging.cu"])
 def test_an_error_names_its_own_file(place):
     source = _cuda.source("basic/merging")

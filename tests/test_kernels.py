@@ -13,7 +13,7 @@ from conftest import TF32_TOLERANCE, assert_close
 from emulated import SANITIZED, dtypes, mask_of, masked, optimized, random
 
 import qm_cupy as qm
-from qm_cupy import _cuda, selection
+from qm_cupy import _cuda, selection, transformer_prior
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -94,6 +94,17 @@ def test_query_key_entropy(dtype, num_tokens, masked):
         allowed = np.broadcast_to(allowed, scores.shape)
         wanted = entropy_of(scores * shape[-1] ** -0.5, allowed)
         assert_close(got, wanted, dtype)
+
+
+@dtypes
+def test_query_key_entropy_takes_the_mask_of_its_sequence(dtype):
+    """Of layers, sequences and heads there are different numbers."""
+    query, key = (random((2, 3, 5, 33, 8), dtype, seed) for seed in (1, 2))
+    mask = mask_of(4, 33)[:3]
+    got = qm.query_key_entropy(query, key, mask=mask)
+    for b in range(3):
+        one = qm.query_key_entropy(query[:, [b]], key[:, [b]], mask=mask[[b]])
+        np.testing.assert_array_equal(got[:, [b]], one)
 
 
 @dtypes
@@ -471,6 +482,17 @@ def test_alignment(dtype, num_groups, ragged):
     np.testing.assert_array_equal(losses.total, losses.forward + losses.backward)
 
 
+@dtypes
+def test_predictions_from_what_is_not_a_number(dtype):
+    """Inputs are not checked on a GPU: what has read a NaN is NaN, and nothing else."""
+    merged = random((2, 6, 9), dtype)
+    merged[0, 2, 4] = np.nan
+    got = qm.MLPPrior.init(9, hidden_dim=5).predict(merged)
+    assert np.isnan(got[0, 2:]).all()
+    assert np.isfinite(got[0, :2]).all()
+    assert np.isfinite(got[1]).all()
+
+
 def test_weights_of_a_prior_are_uploaded_once(monkeypatch):
     uploads, to_device = [], _cuda.to_device
 
@@ -562,6 +584,16 @@ def test_cosine_similarity(dtype, num_tokens):
     got = qm.cosine_similarity(tokens)
     assert_close(got, cosine_of(tokens, tokens), dtype)
     np.testing.assert_array_equal(got, np.swapaxes(got, 1, 2))
+
+
+@dtypes
+def test_cosine_similarity_of_what_is_not_a_number(dtype):
+    """Which are not checked on a GPU: by its cosines linkage leaves the token alone."""
+    tokens = random((2, 33, 9), dtype)
+    tokens[0, 5] = np.nan
+    bad = np.zeros((2, 33, 33), np.bool_)
+    bad[0, 5] = bad[0, :, 5] = True
+    np.testing.assert_array_equal(np.isnan(qm.cosine_similarity(tokens)), bad)
 
 
 @dtypes
@@ -813,6 +845,21 @@ def test_transformer_prior(dtype, num_tokens, norm, learned):
             given = tokens[b, :k].astype(np.float64), weights, heads, reverse
             wanted = oracle.transformer(*given, positions[b, :k], sizes[b, :k])
             assert_close(got[b, :k], wanted, dtype)
+
+
+@dtypes
+def test_attention_to_more_keys_than_a_block_has_threads(dtype):
+    """The maximum rises from one pass to the next, and what was summed fades."""
+    query, keys, values = (
+        random((1, 1, 2, 16), dtype, 1),
+        random((1, 2, 640, 16), dtype, 2, np.arange(640)[:, None] / 320),
+        random((1, 2, 640, 16), dtype, 3),
+    )
+    place = transformer_prior._Place(None, None, np.ones(1, int), 599, False)
+    got = transformer_prior._attend_cuda(query, keys, values, place)
+    q, k, v = (x.astype(np.float64) for x in (query, keys[:, :, :600], values))
+    p = softmax_of((q[:, 0, :, None] @ np.swapaxes(k, -1, -2))[:, :, 0] / 4, True, 1)
+    assert_close(got[:, 0], (p[:, :, None] @ v[:, :, :600])[:, :, 0], dtype, "stored")
 
 
 @dtypes

@@ -135,6 +135,19 @@ def test_cut_linkage_at_a_number_of_groups(num_tokens, masked, order):
     np.testing.assert_array_equal(one, np.where(valid[0], 0, -1))
 
 
+@sizes
+def test_cut_linkage_of_a_chain(num_tokens):
+    """As deep as a dendrogram can be: every merge takes in one more token."""
+    row = np.arange(num_tokens - 1)
+    groups = np.where(row > 0, num_tokens + row - 1, 0)
+    rows = np.stack((row + 1, groups, row / num_tokens, row + 2), axis=-1).astype(float)
+    for num_groups in (1, num_tokens // 3 + 1):
+        got = cut_linkage_cuda(rows, None, num_groups)
+        merges = num_tokens - num_groups
+        wanted = np.maximum(np.arange(num_tokens) - merges, 0)
+        np.testing.assert_array_equal(got, wanted)
+
+
 @long_sizes
 @masked
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -171,6 +184,8 @@ def test_cut_linkage_of_what_is_no_dendrogram(num_tokens):
     ids[1, :, :2] = circle[:, None]  # each row is its own child
     ids[2, :, :2] = circle[::-1, None]
     ids[3, :, :2] = rng.integers(0, 2 * num_tokens, (num_tokens - 1, 2))
+    ids[3, :, 2] = 0.5
+    ids[3, num_tokens // 3 :, 2] = np.nan  # no error is within a bound any more
     ids[4, :, :2], ids[4, :, 2] = 0, -1e200
     labels = []
     for name in ("basic", "optimized"):
@@ -332,6 +347,20 @@ def test_matching(method, dtype, num_tokens, masked):
     np.testing.assert_array_equal(number_groups_cuda(one, "last"), got[0])
 
 
+@matchings
+def test_matching_of_opposite_tokens(method):
+    """Few groups, of few dimensions, may have no partner that is like them at all."""
+    rng = np.random.default_rng(6)
+    tokens = rng.standard_normal((60, 9, 2)).astype(np.float32)
+    valid = rng.random((60, 9)) < 0.5
+    valid[:, :3] = True
+    roots = MATCHINGS[method](tokens, *given(np.full(60, 2)), valid, None)
+    got, nobody = number_groups_cuda(roots, "last"), np.zeros(9, np.bool_)
+    for b in range(60):
+        wanted = matched(method, tokens[b], valid[b], nobody, 2)
+        np.testing.assert_array_equal(got[b], wanted)
+
+
 @dtypes
 @matchings
 def test_matching_of_equal_and_zero_tokens(method, dtype):
@@ -391,6 +420,15 @@ def test_matching_of_a_long_sequence(method, dtype):
     wanted = matched(method, x[0], everyone, ~everyone, num_groups)
     np.testing.assert_array_equal(got[0], wanted)
     assert got[1].max() + 1 == num_groups
+
+
+def test_neighbours_of_a_long_sequence_that_cost_the_same_merge_from_the_left():
+    num_tokens, merges = LONG[-1], 20
+    tokens = np.zeros((1, num_tokens, 4), np.float32)
+    tokens[..., 1] = 1
+    roots = contiguous_groups_cuda(tokens, None, num_tokens - merges)
+    wanted = np.maximum(np.arange(num_tokens) - merges, 0)
+    np.testing.assert_array_equal(number_groups_cuda(roots, "last"), [wanted])
 
 
 @matchings
@@ -468,6 +506,15 @@ def test_similarity_with_the_nearest_anchor(dtype, num_tokens):
     )
     assert (got == -1).all()
     assert (similarity == -np.inf).all()
+
+
+@dtypes
+def test_a_token_that_is_not_a_number_has_the_first_anchor(dtype):
+    tokens, anchors = random((1, 33, 9), dtype), random((1, 4, 9), dtype, 1)
+    wanted, _ = nearest_anchors_cuda(tokens, anchors)
+    tokens[0, 5], wanted[0, 5] = np.nan, 0
+    got, _ = nearest_anchors_cuda(tokens, anchors)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_empty_batches_launch_nothing():

@@ -186,9 +186,9 @@ class TestSaliency:
         assert_close(qm.saliency(np.full(4, 2.0), salient="high"), np.zeros(4))
 
     def test_padding_sets_no_extreme(self):
-        entropy = np.array([[5.0, 1.0, 2.0, -9.0]])
-        mask = np.array([[True, True, True, False]])
-        assert_close(qm.saliency(entropy, mask=mask), [[0, 1, 0.75, 0]])
+        entropy = np.array([[5.0, 1.0, 2.0, -9.0, 99.0]])
+        mask = np.array([[True, True, True, False, False]])
+        assert_close(qm.saliency(entropy, mask=mask), [[0, 1, 0.75, 0, 0]])
 
     def test_unknown_word(self):
         with pytest.raises(ValueError, match='must be "low" or "high", got \'mid\''):

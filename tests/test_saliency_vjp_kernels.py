@@ -92,6 +92,19 @@ def test_query_key_entropy_vjp(dtype, num_tokens, masked, causal):
 
 
 @dtypes
+def test_query_key_entropy_vjp_takes_the_mask_of_its_sequence(dtype):
+    """Of layers, sequences and heads there are different numbers."""
+    query, key = (random((2, 3, 5, 33, 8), dtype, seed) for seed in (1, 2))
+    gradient, mask = random((2, 3, 5, 33), np.float32), mask_of(4, 33)[:3]
+    got = qm.query_key_entropy_vjp(gradient, query, key, mask=mask)
+    for b in range(3):
+        one = gradient[:, [b]], query[:, [b]], key[:, [b]]
+        wanted = qm.query_key_entropy_vjp(*one, mask=mask[[b]])
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(x[:, [b]], y)
+
+
+@dtypes
 @sizes
 @masked
 def test_self_attention_entropy_vjp(dtype, num_tokens, masked):
