@@ -9,6 +9,7 @@ Exit status: 0 if every fault is caught, 1 if one is missed, 2 if the list is wr
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -156,7 +157,9 @@ def run_all(faults: list[Fault], processes: int, runner: str) -> list[Record]:
             "seconds": round(outcome.seconds, 1),
         }
 
-    with ThreadPoolExecutor(processes) as pool:
+    COPIES.mkdir(parents=True, exist_ok=True)
+    with (COPIES / "lock").open("w") as lock, ThreadPoolExecutor(processes) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run would use the same copies
         selections = dict.fromkeys(fault.tests for fault in faults)
         if not all(list(pool.map(check, selections))):
             raise SystemExit(2)
