@@ -1,4 +1,4 @@
-"""Seeded faults: would the tests of a page notice a mistake that a developer makes there?
+"""Seeded faults: do the tests of a page notice a mistake that a developer may make?
 
     python tests/mutants.py [--only NAME ...] [--json FILE] [--processes N]
 
@@ -9,6 +9,7 @@ Exit status: 0 if every fault is caught, 1 if one is missed, 2 if the list is wr
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -27,10 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
 COPIES = ROOT / "build" / "mutants"  # always there: compilers' caches know the path
 COPIED = "pyproject.toml", "qm_cupy", "kernels", "tests", "benchmarks"
-LIMIT = 600  # seconds; a fault that takes longer never ends
+LIMIT = 300  # seconds; a fault that takes longer never ends
 # What selections say for short. A half takes the tensor cores' way.
 SHORT = {"HALF": "float16 and not bfloat16", "FAST": "optimized and not 750"}
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+
+
+Record = dict[str, object]
 
 
 class Fault(NamedTuple):
@@ -52,6 +56,10 @@ class Outcome(NamedTuple):
     failed: str  # the first test that failed, or what ended the run instead
     output: str
     seconds: float
+
+
+def say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
 
 
 def read_faults() -> list[Fault]:
@@ -116,9 +124,7 @@ def run_tests(tests: str, fault: Fault | None, folder: Path, runner: str) -> Out
     return Outcome(status, failed if seconds < LIMIT else "no end", output, seconds)
 
 
-def run_all(
-    faults: list[Fault], processes: int, runner: str
-) -> list[dict[str, object]]:
+def run_all(faults: list[Fault], processes: int, runner: str) -> list[Record]:
     """Run every selection without a fault, then every fault; return the records."""
     folders: SimpleQueue[Path] = SimpleQueue()
     for number in range(processes):
@@ -134,14 +140,14 @@ def run_all(
     def check(tests: str) -> bool:
         outcome = run(tests)
         if outcome.status != 0:
-            print(f"without a fault: {tests}\n{outcome.output}", flush=True)
+            say(f"without a fault: {tests}\n{outcome.output}")
         return outcome.status == 0
 
-    def record(fault: Fault) -> dict[str, object]:
+    def record(fault: Fault) -> Record:
         outcome = run(fault.tests, fault)
         caught = outcome.status != 0
         verdict = f"caught by {outcome.failed}" if caught else "MISSED"
-        print(f"{fault.name:42} {outcome.seconds:6.1f} s  {verdict}", flush=True)
+        say(f"{fault.name:42} {outcome.seconds:6.1f} s  {verdict}")
         return {
             "fault": fault.name,
             "kind": fault.kind,
@@ -151,14 +157,16 @@ def run_all(
             "seconds": round(outcome.seconds, 1),
         }
 
-    with ThreadPoolExecutor(processes) as pool:
+    COPIES.mkdir(parents=True, exist_ok=True)
+    with (COPIES / "lock").open("w") as lock, ThreadPoolExecutor(processes) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run would use the same copies
         selections = dict.fromkeys(fault.tests for fault in faults)
         if not all(list(pool.map(check, selections))):
             raise SystemExit(2)
         return list(pool.map(record, faults))
 
 
-def write_records(path: Path, suite: str, records: list[dict[str, object]]) -> None:
+def write_records(path: Path, suite: str, records: list[Record]) -> None:
     """Write the records of a suite; others, and other suites', stay as they are."""
     known = json.loads(path.read_text()) if path.exists() else []
     new = {(suite, r["fault"]): {"suite": suite, **r} for r in records}
@@ -184,17 +192,19 @@ def main() -> int:
     unknown = set(options.only or ()) - {fault.name for fault in faults}
     wrong = mistakes(faults) + [f"{name}: no such fault" for name in sorted(unknown)]
     if wrong:
-        print("\n".join(wrong), file=sys.stderr)
+        say("\n".join(wrong))
         return 2
     if options.only:
         faults = [fault for fault in faults if fault.name in options.only]
     if options.list:
         for fault in faults:
-            print(f"{fault.name}: {fault.kind}, {fault.file}\n    {fault.note}")
+            say(f"{fault.name}: {fault.kind}, {fault.file}\n    {fault.note}")
         return 0
     records = run_all(faults, options.processes, options.runner)
     missed = [str(r["fault"]) for r in records if r["caught_by"] is None]
-    print(f"{len(records) - len(missed)} of {len(records)} caught", *missed, sep="\n  ")
+    say(
+        "\n  ".join([f"{len(records) - len(missed)} of {len(records)} caught", *missed])
+    )
     if options.json:
         head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
