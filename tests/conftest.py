@@ -3,12 +3,12 @@
 import os
 from typing import NamedTuple
 
-import emulator
 import numpy as np
+import ptx
 import pytest
-from emulated import SANITIZED
 from gpu_at_hand import missing
 from hypothesis import settings
+from kernel_cases import SANITIZED
 
 from qm_cupy import _cuda
 
@@ -110,14 +110,14 @@ def library(request):
     return request.param
 
 
-KERNELS = "basic", "optimized", "optimized-750"  # the last as sm_75 has them
+KERNELS = "basic", "optimized", "optimized-75"  # the last as sm_75 has them
 
 
 @pytest.fixture(params=KERNELS[:2] if SANITIZED else KERNELS)
 def kernels(request, monkeypatch):
     """Name of the kernels that an emulator runs under the public functions."""
     name, _, arch = request.param.partition("-")
-    emulator.install(monkeypatch, arch=int(arch or 900))
+    ptx.install(monkeypatch, arch=int(arch or 90))
     with _cuda.use_kernels(name):
         yield name
 

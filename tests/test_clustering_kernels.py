@@ -2,9 +2,9 @@
 
 import os
 
-import emulator
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 
 import qm_cupy as qm
@@ -25,7 +25,7 @@ def emulated(monkeypatch):
 
     def call(function, *args, kernels="optimized", device=(5, 0), **options):
         with monkeypatch.context() as patch, _cuda.use_kernels(kernels):
-            emulator.install(patch)
+            ptx.install(patch)
             patch.setattr(_linkage_cuda, "THREADS", {4: 64, 8: 64})
             patch.setattr(_cuda, "device", lambda: _cuda.Device(*device))
             return function(*args, **options)
@@ -145,7 +145,7 @@ def test_a_batch_that_does_not_fit_goes_in_parts(emulated, monkeypatch):
         return qm.cluster_tokens(tokens, counts, **given)
 
     with monkeypatch.context() as patch:
-        emulator.install(patch)
+        ptx.install(patch)
         np.testing.assert_array_equal(in_parts(3 * each), whole)
         assert taken == [2, 1]
         with pytest.raises(MemoryError, match=r"40 tokens takes .* merge fewer tokens"):

@@ -4,13 +4,13 @@ The public functions are called, on NumPy arrays that pass for CUDA's, so that e
 launcher runs too.
 """
 
-import emulator
 import ml_dtypes
 import numpy as np
 import oracle
+import ptx
 import pytest
 from conftest import TF32_TOLERANCE, assert_close
-from emulated import SANITIZED, dtypes, mask_of, masked, optimized, random
+from kernel_cases import SANITIZED, dtypes, mask_of, masked, optimized, random
 
 import qm_cupy as qm
 from qm_cupy import _cuda, selection
@@ -304,11 +304,11 @@ def test_select_tokens_orders_subnormal_scores(dtype):
 def select_of_optimized(scores, counts, num_groups):
     """Launch both kernels of the selection and return the K-hot mask and positions."""
     batch, num_tokens = scores.shape
-    chosen = emulator.empty(scores.shape, np.bool_)
+    chosen = ptx.empty(scores.shape, np.bool_)
     args = (scores, counts, batch, num_tokens, num_groups, chosen)
     file, threads = "optimized/selection", batch * _cuda.BLOCK
     _cuda.launch(file, "top_tokens", scores.dtype, threads, args)
-    positions = emulator.empty((batch, num_groups), np.int32)
+    positions = ptx.empty((batch, num_groups), np.int32)
     args = (chosen, batch, num_tokens, num_groups, positions)
     _cuda.launch(file, "select_tokens", np.float32, threads, args)
     return chosen, positions
@@ -387,7 +387,7 @@ def test_merge_and_unmerge_tokens(dtype, num_tokens, weighted):
         got = qm.merge_tokens(tokens, labels, num_groups, mass=mass)
         assert got.dtype == dtype
         assert_close(got, merged_of(tokens, labels, num_groups, mass), dtype, "stored")
-        out = emulator.empty(got.shape, dtype)
+        out = ptx.empty(got.shape, dtype)
         again = qm.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
         assert again is out
         np.testing.assert_array_equal(got, out)
@@ -725,7 +725,7 @@ def test_products_with_tf32_are_near_the_truth():
     ("kernels", "dtype"),
     [
         ("basic", np.float32),
-        ("optimized-750", np.float32),  # whose tensor cores know no TF32
+        ("optimized-75", np.float32),  # whose tensor cores know no TF32
         ("optimized", np.float16),
         ("optimized", np.float64),
     ],

@@ -2,8 +2,8 @@
 
 import os
 
-import emulator
 import numpy as np
+import ptx
 import pytest
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -25,7 +25,7 @@ every_device = pytest.mark.parametrize("device", list(DEVICES), indirect=True)
 @pytest.fixture(autouse=True)
 def device(request, monkeypatch):
     name = getattr(request, "param", "blocks")
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 64, 8: 64})
     monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(*DEVICES[name]))
     return name

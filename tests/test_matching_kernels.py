@@ -5,7 +5,7 @@ Launchers are called directly, on NumPy arrays that pass for CUDA's.
 
 import numpy as np
 import pytest
-from emulated import SANITIZED, dtypes, masked, random
+from kernel_cases import SANITIZED, dtypes, masked, random
 from scipy.cluster import hierarchy
 
 from qm_cupy import _cuda

@@ -5,9 +5,9 @@ The groups are given: clustering has tests of its own.
 
 import os
 
-import emulator
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 from conftest import assert_close
 
@@ -36,7 +36,7 @@ sources = pytest.mark.parametrize("source", SOURCES)
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

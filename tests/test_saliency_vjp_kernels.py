@@ -7,7 +7,7 @@ launcher runs too.
 import numpy as np
 import pytest
 from conftest import TOLERANCE
-from emulated import SANITIZED, dtypes, mask_of, masked, optimized, random
+from kernel_cases import SANITIZED, dtypes, mask_of, masked, optimized, random
 
 import qm_cupy as qm
 from qm_cupy import _cuda, _saliency_vjp_cuda

@@ -7,7 +7,7 @@ that every launcher runs too.
 import numpy as np
 import pytest
 from conftest import TOLERANCE, assert_close
-from emulated import SANITIZED, dtypes, mask_of, masked, random
+from kernel_cases import SANITIZED, dtypes, mask_of, masked, random
 
 import qm_cupy as qm
 from qm_cupy import _cuda, alignment_vjp
