@@ -684,6 +684,7 @@ class Decoder {
         const int wide = width(results[0]);
         for (size_t n = 0; n < results.size(); ++n) i.o[n] = operand(results[n], wide);
         i.o[i.count] = address(operands[1], i, &i.offset);
+        i.poison = parts.back()[0] == 'f';
         i.run = loader(parts.back()[0] == 's', i.bytes, i.count, wide == 8);
         emit(i);
     }

@@ -9,8 +9,11 @@
 
 #include "shared_memory.h"
 
-struct Cell {  // one element of an array: who used it last, and when
-    u32 writer = 0, written_at = 0, reader = 0, read_at = 0;
+// One element of an array: who used it last, and when. Of several readers, the first and
+// the last by number are kept (blocks that wait for each other are neighbours), and when
+// the earliest read: a grid's barrier then makes all of them past.
+struct Cell {
+    u32 writer = 0, written_at = 0, reader = 0, last_reader = 0, read_at = 0;
 };
 
 struct Range {  // memory that a launch may reach; the first five come from Python
@@ -50,46 +53,29 @@ struct Observer {
     Pasts released;    // what a fence made ready for atomics to publish
     bool fenced = false;
 
-    // A warp is named by its number in the grid, + 1. More than one: of a block, or any.
-    static constexpr u32 ATOMIC = 1u << 31, MANY = 1u << 30, ANYONE = MANY | (MANY - 1);
+    // A warp is named by its number in the grid, + 1.
+    static constexpr u32 ATOMIC = 1u << 31;
     u32 name() const { return block * clocks->warps + warp + 1; }
-
-    bool is_past(u32 who, u32 at) const {
-        if (who & MANY) {
-            if (who == (MANY | block)) return at < barrier;
-            if (who != ANYONE) return knows((who & ~MANY), 0, at);
-            bool all = !known.empty() && at < barrier;
-            for (u32 i = 0; i < known.size(); ++i) all = all && (i == block || knows(i, 0, at));
-            return all;
-        }
-        const u32 other = (who - 1) / clocks->warps;
-        return other == block ? at < barrier : knows(other, who, at);
-    }
 
     void read(Cell& cell, bool ordered, int lane) const {
         const u32 me = name();
-        if (const u32 writer = cell.writer & ~ATOMIC; writer && writer != me) {
-            const bool both = ordered && cell.writer & ATOMIC;
-            if (!both && !is_past(writer, cell.written_at)) fault("read", writer, "written", lane);
-        }
+        check_writer(cell, ordered, lane, "read");
         if (ordered) return;
-        if (cell.reader && cell.reader != me && !is_past(cell.reader, cell.read_at)) {
-            const bool same = block_of(cell.reader) == block;
-            cell.reader = same ? MANY | block : ANYONE;
+        if (cell.reader == 0 || are_past(cell)) {
+            cell.reader = cell.last_reader = me;
+            cell.read_at = clocks->now;
         } else {
-            cell.reader = me;
+            cell.reader = std::min(cell.reader, me);
+            cell.last_reader = std::max(cell.last_reader, me);
         }
-        cell.read_at = clocks->now;
     }
     void write(Cell& cell, bool ordered, int lane) const {
-        const u32 me = name();
-        if (const u32 writer = cell.writer & ~ATOMIC; writer && writer != me) {
-            const bool both = ordered && cell.writer & ATOMIC;
-            if (!both && !is_past(writer, cell.written_at)) fault("write", writer, "written", lane);
+        check_writer(cell, ordered, lane, "write");
+        if (cell.reader && !are_past(cell)) {
+            const u32 other = cell.reader == name() ? cell.last_reader : cell.reader;
+            fault("write", other, "read", lane);
         }
-        if (cell.reader && cell.reader != me && !is_past(cell.reader, cell.read_at))
-            fault("write", cell.reader, "read", lane);
-        cell = {me | (ordered ? ATOMIC : 0), clocks->now, 0, 0};
+        cell = {name() | (ordered ? ATOMIC : 0), clocks->now};
     }
 
     void fence() {
@@ -106,20 +92,36 @@ struct Observer {
     }
 
   private:
-    bool knows(u32 other, u32 who, u32 at) const {
+    u32 block_of(u32 who) const { return (who - 1) / clocks->warps; }
+
+    bool is_past(u32 who, u32 at) const {
+        if (who == name()) return true;
+        const u32 other = block_of(who);
+        if (other == block) return at < barrier;
         if (other >= known.size()) return false;
         const Past& past = known[other];
-        return at < past.barrier || (who && who == past.warp && at < past.warp_at);
+        return at < past.barrier || (who == past.warp && at < past.warp_at);
     }
-    u32 block_of(u32 who) const {
-        if (who == ANYONE) return ~0u;
-        return who & MANY ? who & ~MANY : (who - 1) / clocks->warps;
+    bool are_past(const Cell& cell) const {  // its readers
+        if (cell.reader == cell.last_reader) return is_past(cell.reader, cell.read_at);
+        for (u32 other = block_of(cell.reader); other <= block_of(cell.last_reader); ++other) {
+            const bool past = other == block ? cell.read_at < barrier
+                                             : other < known.size() &&
+                                                   cell.read_at < known[other].barrier;
+            if (!past) return false;
+        }
+        return true;
+    }
+    void check_writer(const Cell& cell, bool ordered, int lane, const char* now) const {
+        const u32 writer = cell.writer & ~ATOMIC;
+        if (writer == 0 || (ordered && cell.writer & ATOMIC)) return;
+        if (!is_past(writer, cell.written_at)) fault(now, writer, "written", lane);
     }
     [[noreturn]] void fault(const char* now, u32 who, const char* before, int lane) const {
         const u32 other = block_of(who);
-        const std::string name = other == ~0u    ? "other blocks have"
-                                 : other == block ? "another warp of the block has"
-                                                  : "block " + std::to_string(other) + " has";
-        throw Fault(std::string("race in global memory: ") + now + " of what " + name + " " + before, lane);
+        const std::string name = other == block ? "another warp of the block"
+                                                : "block " + std::to_string(other);
+        throw Fault(std::string("race in global memory: ") + now + " of what " + name +
+                        " has " + before, lane);
     }
 };

@@ -122,7 +122,7 @@ void check_global(Warp& w, const Instruction& i, Access& x, Kind kind) {
     });
 }
 
-void check_shared(Warp& w, Access& x, Kind kind) {
+void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
     SharedMemory& shared = w.block->shared;
     if (x.high > shared.size())
         for_each_lane(x.lanes, [&](int l) {
@@ -137,7 +137,7 @@ void check_shared(Warp& w, Access& x, Kind kind) {
     if (!done)
         for_each_lane(x.lanes, [&](int l) {
             const u32 at = u32(x.address[l]);
-            kind == READ    ? shared.read(w.thread(l), at, x.bytes)
+            kind == READ    ? shared.read(w.thread(l), at, x.bytes, poison)
             : kind == WRITE ? shared.write(w.thread(l), at, x.bytes)
                             : shared.atomic(w.thread(l), at, x.bytes);
         });
@@ -148,7 +148,7 @@ void check_shared(Warp& w, Access& x, Kind kind) {
 // Check an access, and turn its addresses into those of the host.
 void check(Warp& w, const Instruction& i, Access& x, Kind kind) {
     if (x.space == GLOBAL) return check_global(w, i, x, kind);
-    if (x.space == SHARED) return check_shared(w, x, kind);
+    if (x.space == SHARED) return check_shared(w, x, kind, i.poison);
     if (x.high > w.local_bytes)
         throw Fault("access to local byte " + std::to_string(x.high - 1) + " of " +
                     std::to_string(w.local_bytes), std::countr_zero(x.lanes));

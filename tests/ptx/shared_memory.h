@@ -28,7 +28,7 @@ class SharedMemory {
 
     void begin(u32 size, u32 grain, u32 warps) {
         const u32 lines = (size + 63) / 64;
-        bytes.resize(lines * 64);
+        bytes.assign(lines * 64, 0xFF);  // NaN
         size_ = size, grain_ = grain;
         defined_.assign(lines, 0), flying_.assign(lines, 0);
         block_.assign(lines, {});
@@ -51,10 +51,12 @@ class SharedMemory {
             warps_[warp][i].just_read = warps_[warp][i].just_written = 0;
     }
 
-    void read(u32 thread, u32 address, u32 size) {
+    // `poison`: bytes never written may be read, as the NaN that they are; whoever uses
+    // it will see.
+    void read(u32 thread, u32 address, u32 size, bool poison) {
         const u64 mask = mask_of(address, size);
         WarpLine& mine = touch(thread / LANES, address);
-        if (!read_line(mine, address / 64, mask)) explain_read(thread, mine, address, mask);
+        if (!read_line(mine, address / 64, mask)) explain_read(thread, mine, address, mask, poison);
         note_reader(thread, mine, address, size, mask);
     }
 
@@ -184,11 +186,11 @@ class SharedMemory {
     }
 
     // Name what is wrong with an access, if anything is.
-    void explain_read(u32 thread, const WarpLine& mine, u32 address, u64 mask) {
+    void explain_read(u32 thread, const WarpLine& mine, u32 address, u64 mask, bool poison) {
         const u32 line = address / 64;
         if (mask & flying_[line])
             fault(thread, "read of shared bytes whose cp.async has not been waited for");
-        if (mask & ~defined_[line]) fault(thread, "read of shared bytes never written");
+        if (!poison && mask & ~defined_[line]) fault(thread, "read of shared bytes never written");
         if (mask & block_[line].atomic)
             fault(thread, "race in shared memory: read of bytes that an atomic changed");
         if (mask & block_[line].written & ~mine.written)
