@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test rehearse sanitize lint docs clean
+.PHONY: demo test rehearse lint docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/qm-cupy demo --output build/demo
@@ -11,16 +11,6 @@ demo: $(VENV)/demo.done
 # A process for each core, with a thread each; a file's tests stay together.
 test: $(VENV)/test.done $(VENV)/minilm
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
-
-# Every kernel at small sizes, emulated, under ThreadSanitizer and under ASan with UBSan.
-sanitize: $(VENV)/test.done
-	$(MAKE) -j2 sanitize-thread sanitize-address
-
-KERNEL_TESTS := test_kernels.py test_linkage_kernels.py test_matching_kernels.py
-KERNEL_TESTS += test_saliency_vjp_kernels.py test_stages_vjp_kernels.py
-
-sanitize-%: $(VENV)/test.done
-	cd tests && ../$(BIN)/python -m emulator $* pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
 # Every step of benchmarks/gpu.sh, without a GPU: kernels run on the CPU.
 rehearse: $(VENV)/test.done $(VENV)/minilm

@@ -8,7 +8,6 @@ import ptx
 import pytest
 from gpu_at_hand import missing
 from hypothesis import settings
-from kernel_cases import SANITIZED
 
 from qm_cupy import _cuda
 
@@ -113,9 +112,9 @@ def library(request):
 KERNELS = "basic", "optimized", "optimized-75"  # the last as sm_75 has them
 
 
-@pytest.fixture(params=KERNELS[:2] if SANITIZED else KERNELS)
+@pytest.fixture(params=KERNELS)
 def kernels(request, monkeypatch):
-    """Name of the kernels that an emulator runs under the public functions."""
+    """Name of the kernels that the interpreter runs under the public functions."""
     name, _, arch = request.param.partition("-")
     ptx.install(monkeypatch, arch=int(arch or 90))
     with _cuda.use_kernels(name):

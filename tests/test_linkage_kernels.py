@@ -1,6 +1,5 @@
-"""Dendrograms of the emulated kernels against SciPy's, tie by tie."""
+"""Dendrograms of the interpreted kernels against SciPy's, tie by tie."""
 
-import os
 
 import numpy as np
 import ptx
@@ -11,11 +10,10 @@ from scipy.spatial.distance import squareform
 from qm_cupy import _cuda, _linkage_cuda
 
 METHODS = _linkage_cuda.METHODS
-SANITIZED = bool(os.environ.get("QM_CUPY_SANITIZER"))
 # By (multiprocessors, bytes of shared memory): a matrix in shared memory; in global
 # memory by one block a sequence; by several.
 DEVICES = {"shared": (1, 200 << 10), "one-block": (1, 0), "blocks": (6, 0)}
-SIZES = [2, 33] if SANITIZED else [2, 3, 31, 33, 64, 129]
+SIZES = [2, 3, 31, 33, 64, 129]
 
 methods = pytest.mark.parametrize("method", METHODS)
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
@@ -89,7 +87,6 @@ def test_against_scipy(method, num_tokens, device):
 
 
 @methods
-@pytest.mark.skipif(SANITIZED, reason="many sequences: the others see all lines")
 def test_two_hundred_problems_against_scipy(method):
     rng = np.random.default_rng(1)
     for _ in range(10):
@@ -251,7 +248,7 @@ TIES = {
 @methods
 @pytest.mark.parametrize("ties", list(TIES))
 def test_ties_take_few_rounds(method, ties):
-    num_tokens = 33 if SANITIZED else 256
+    num_tokens = 256
     tokens = tokens_of(num_tokens, 24)
     _, rounds = dendrogram_of(tokens, method)
     tied = TIES[ties](tokens)

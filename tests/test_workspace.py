@@ -1,6 +1,6 @@
 """`out=` and `workspace=`: where results are written and what is allocated.
 
-CuPy's allocator is a stand-in, and kernels run on the emulator.
+CuPy's allocator is a stand-in, and kernels are interpreted on the CPU.
 """
 
 import copy
