@@ -237,10 +237,17 @@ void add_floats(Table& table, const std::string& type) {
         add("rcp.approx.", one([](F a) { return 1 / a; }));
         add("sqrt.approx.", one([](F a) { return std::sqrt(a); }));
         add("rsqrt.approx.", one([](F a) { return F(1 / std::sqrt(f64(a))); }));
-        add("add.rz.", two([](F a, F b) { return rounded_sum(a, b, Rounding::ZERO); }));
-        add("fma.rm.", three([](F a, F b, F c) {  // the product is exact in f64
-                return rounded_sum(f64(a) * b, c, Rounding::DOWN);
-            }));
+        const auto add_rounded = [&](const std::string& how, auto rounding) {
+            constexpr Rounding to = decltype(rounding)::value;
+            add(("add." + how).c_str(), two([](F a, F b) { return rounded_sum(a, b, to); }));
+            add(("mul." + how).c_str(),  // products of f32 are exact in f64
+                two([](F a, F b) { return rounded(f64(a) * b, 0, to); }));
+            add(("fma." + how).c_str(),
+                three([](F a, F b, F c) { return rounded_sum(f64(a) * b, c, to); }));
+        };
+        add_rounded("rz.", std::integral_constant<Rounding, Rounding::ZERO>());
+        add_rounded("rm.", std::integral_constant<Rounding, Rounding::DOWN>());
+        add_rounded("rp.", std::integral_constant<Rounding, Rounding::UP>());
     }
 }
 
