@@ -315,8 +315,6 @@ __device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
     return rank;
 }
 
-#ifndef CUDA_EMULATOR  // which has its own of what follows
-
 // The shared memory whose size the launch gives, 16-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ __align__(16) unsigned char dynamic_bytes[];
@@ -336,5 +334,3 @@ __device__ __forceinline__ void blocks_barrier(unsigned* arrived, unsigned num_b
     }
     __syncthreads();
 }
-
-#endif

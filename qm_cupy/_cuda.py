@@ -164,7 +164,7 @@ def vectors(x: Any) -> int:
 def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) -> Any:
     """Return the compiled kernel for the current device.
 
-    The seam, with `empty`: the emulator's tests put their own in its place, which is
+    The seam, with `empty`: tests/ptx puts its own in its place, which is
     called as this is, with ``(grid, block, args)``, and takes NumPy arrays. A launch
     with `shared` memory also reads its ``shared_size_bytes``, the static part.
     """

@@ -3,11 +3,10 @@
 import os
 from typing import NamedTuple
 
-import emulator
 import numpy as np
+import ptx
 import pytest
 from covering import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
-from emulated import SANITIZED
 from gpu_at_hand import missing
 from hypothesis import settings
 from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
@@ -117,14 +116,14 @@ def library(request):
     return request.param
 
 
-KERNELS = "basic", "optimized", "optimized-750"  # the last as sm_75 has them
+KERNELS = "basic", "optimized", "optimized-75"  # the last as sm_75 has them
 
 
-@pytest.fixture(params=KERNELS[:2] if SANITIZED else KERNELS)
+@pytest.fixture(params=KERNELS)
 def kernels(request, monkeypatch):
-    """Name of the kernels that an emulator runs under the public functions."""
+    """Name of the kernels that the interpreter runs under the public functions."""
     name, _, arch = request.param.partition("-")
-    emulator.install(monkeypatch, arch=int(arch or 900))
+    ptx.install(monkeypatch, arch=int(arch or 90))
     with _cuda.use_kernels(name):
         yield name
 

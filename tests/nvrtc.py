@@ -3,9 +3,9 @@
 It needs the packages cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-runtime, whose
 headers are those of a toolkit. The first compilation imports them.
 
-`kernel_facts` keeps what it finds on disk, so a source is compiled once for every
-architecture, whoever asks: the tests of compilation, the tests of launches, and
-benchmarks/resources.py.
+`kernel_facts` and `ptx` keep what they find on disk, so a source is compiled once for
+every architecture, whoever asks: the tests of compilation and of launches, the
+interpreter in tests/ptx, and benchmarks/resources.py.
 """
 
 import functools
@@ -18,9 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-_CACHE = Path(
-    os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "qm_cupy-kernels"
-)
+CACHE = Path(os.environ.get("XDGCACHE_HOME", Path.home() / ".cache"), "qm_cupy-kernels")
 # What CuPy adds to the options of a `RawModule`, beside the architecture.
 _CUPY = "-ftz=true", "--device-as-default-execution-space"
 
@@ -75,29 +73,55 @@ def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
     """
     this = Path(__file__).read_text(encoding="utf-8")
     text = "\0".join([this, repr(_version()), source, *options])
-    path = _CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    path = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {name: Facts(*facts) for name, facts in kept.items()}
     except FileNotFoundError:
         found = _facts(*compile_source(source, options))
-    _CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_CACHE) as folder:
-        written = Path(folder, path.name)
-        written.write_text(json.dumps(found), encoding="utf-8")
-        written.replace(path)  # at once, for tests that run side by side
+    keep(path, json.dumps(found).encode())
     return found
 
 
+@functools.cache
+def ptx(source: str, options: tuple[str, ...]) -> str:
+    """Return the PTX of a source, with line numbers, as CuPy would have it made.
+
+    `options` are the caller's, ``-arch=compute_…`` among them: no machine code is made.
+    """
+    options = (*options, *_CUPY, "-lineinfo")
+    text = "\0".join([repr(_version()), source, *options])
+    path = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.ptx"
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        _, found = _compile(source, options)
+    keep(path, found.encode())
+    return found
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file at once, for tests that run side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written = Path(folder, path.name)
+        written.write_bytes(content)
+        written.replace(path)
+
+
 def compile_source(source: str, options: tuple[str, ...]) -> tuple[str, str]:
-    """Compile to machine code; return the log, with each kernel's needs, and the PTX.
+    """Compile to machine code; return the log, which tells each need, and the PTX."""
+    return _compile(source, (*options, *_CUPY, "--ptxas-options=-v"))
+
+
+def _compile(source: str, options: tuple[str, ...]) -> tuple[str, str]:
+    """Return NVRTC's log and its PTX.
 
     NVRTC releases the interpreter lock meanwhile: threads compile side by side.
     """
     from cuda.bindings import nvrtc
 
-    added = f"-I{include_folder()}", *_CUPY, "--ptxas-options=-v"
-    encoded = [option.encode() for option in (*options, *added)]
+    encoded = [x.encode() for x in (*options, f"-I{include_folder()}")]
     program = _check(
         *nvrtc.nvrtcCreateProgram(source.encode(), b"spliced.cu", 0, [], [])
     )

@@ -1,8 +1,8 @@
 """Choosing by alignment: the scores, who is kept, and what is refused."""
 
-import emulator
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 from conftest import assert_close, to_library, to_numpy
 
@@ -67,7 +67,7 @@ def test_bfloat16_stays_bfloat16(walks, monkeypatch):
         return call
 
     tokens = walks.astype(ml_dtypes.bfloat16)
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     for name in ("where", "pad"):
         monkeypatch.setattr(np, name, without_bfloat16(getattr(np, name)))
     got = qm.choose_merge(tokens, WAYS, PRIOR, alpha=0.02, gamma=0.9, budget=6)
@@ -113,7 +113,7 @@ def test_any_library(walks, library):
 @pytest.mark.parametrize("kernels", ["basic", "optimized"])
 def test_by_kernels(walks, kernels, monkeypatch):
     wanted = qm.choose_merge(walks, WAYS[:2], PRIOR, budget=6)
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     prior = qm.MLPPrior(PRIOR.forward, PRIOR.backward)
     with qm.use_kernels(kernels):
         got = qm.choose_merge(walks, WAYS[:2], prior, budget=6)

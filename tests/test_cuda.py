@@ -4,9 +4,9 @@ import math
 import sys
 import types
 
-import emulator
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 
 from qm_cupy import _cuda, _precision
@@ -133,7 +133,7 @@ def test_launch_casts_every_scalar(launched):
 @pytest.mark.parametrize("batch", [1, 16, 17, 40])
 def test_a_capture_takes_counts_as_arguments(batch, monkeypatch):
     """A graph cannot hold a copy from the CPU; each launch carries sixteen counts."""
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     monkeypatch.setattr(_cuda, "is_capturing", lambda: True)
     monkeypatch.setattr(_cuda, "to_device", None)  # no copy
     wanted = np.arange(1, batch + 2)

@@ -1,23 +1,23 @@
-"""Every kernel on the emulator against its formula in float64, at awkward sizes.
+"""Every kernel, interpreted, against its formula in float64, at awkward sizes.
 
 The public functions are called, on NumPy arrays that pass for CUDA's, so that every
 launcher runs too.
 """
 
-import emulator
 import ml_dtypes
 import numpy as np
 import oracle
+import ptx
 import pytest
 from conftest import TF32_TOLERANCE, assert_close
-from emulated import SANITIZED, dtypes, mask_of, masked, optimized, random
+from kernel_cases import dtypes, mask_of, masked, optimized, random
 
 import qm_cupy as qm
 from qm_cupy import _cuda, selection, transformer_prior
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-SIZES = [32] if SANITIZED else [1, 31, 32, 33, 127, 128, 129, 257]
+SIZES = [1, 31, 32, 33, 127, 128, 129, 257]
 
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
 
@@ -315,11 +315,11 @@ def test_select_tokens_orders_subnormal_scores(dtype):
 def select_of_optimized(scores, counts, num_groups):
     """Launch both kernels of the selection and return the K-hot mask and positions."""
     batch, num_tokens = scores.shape
-    chosen = emulator.empty(scores.shape, np.bool_)
+    chosen = ptx.empty(scores.shape, np.bool_)
     args = (scores, counts, batch, num_tokens, num_groups, chosen)
     file, threads = "optimized/selection", batch * _cuda.BLOCK
     _cuda.launch(file, "top_tokens", scores.dtype, threads, args)
-    positions = emulator.empty((batch, num_groups), np.int32)
+    positions = ptx.empty((batch, num_groups), np.int32)
     args = (chosen, batch, num_tokens, num_groups, positions)
     _cuda.launch(file, "select_tokens", np.float32, threads, args)
     return chosen, positions
@@ -398,7 +398,7 @@ def test_merge_and_unmerge_tokens(dtype, num_tokens, weighted):
         got = qm.merge_tokens(tokens, labels, num_groups, mass=mass)
         assert got.dtype == dtype
         assert_close(got, merged_of(tokens, labels, num_groups, mass), dtype, "stored")
-        out = emulator.empty(got.shape, dtype)
+        out = ptx.empty(got.shape, dtype)
         again = qm.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
         assert again is out
         np.testing.assert_array_equal(got, out)
@@ -420,7 +420,7 @@ def test_group_sizes_and_positions(num_tokens):
 
 @dtypes
 def test_wild_labels_count_as_padding(dtype):
-    """Nobody looks at labels on a GPU; the address sanitizer looks at the kernels."""
+    """Nobody looks at labels on a GPU; the interpreter looks at the kernels."""
     num_groups = 5
     tokens, merged = random((2, 70, 9), dtype), random((2, num_groups, 9), dtype, 1)
     tame = labels_of(2, 70, num_groups).astype(np.int32)
@@ -757,7 +757,7 @@ def test_products_with_tf32_are_near_the_truth():
     ("kernels", "dtype"),
     [
         ("basic", np.float32),
-        ("optimized-750", np.float32),  # whose tensor cores know no TF32
+        ("optimized-75", np.float32),  # whose tensor cores know no TF32
         ("optimized", np.float16),
         ("optimized", np.float64),
     ],

@@ -1,9 +1,7 @@
-"""Dendrograms of the emulated kernels against SciPy's, tie by tie."""
+"""Dendrograms of the interpreted kernels against SciPy's, tie by tie."""
 
-import os
-
-import emulator
 import numpy as np
+import ptx
 import pytest
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -11,7 +9,6 @@ from scipy.spatial.distance import squareform
 from qm_cupy import _cuda, _linkage_cuda
 
 METHODS = _linkage_cuda.METHODS
-SANITIZED = bool(os.environ.get("QM_CUPY_SANITIZER"))
 # By (multiprocessors, bytes of shared memory): a matrix in shared memory; in global
 # memory by one block a sequence; by several, their clusters in shared memory or not.
 DEVICES = {
@@ -20,7 +17,7 @@ DEVICES = {
     "blocks": (6, 0),
     "shared-clusters": (6, 5 << 10),
 }
-SIZES = [2, 33] if SANITIZED else [2, 3, 31, 33, 64, 129]
+SIZES = [2, 3, 31, 33, 64, 129]
 
 methods = pytest.mark.parametrize("method", METHODS)
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
@@ -30,7 +27,7 @@ every_device = pytest.mark.parametrize("device", list(DEVICES), indirect=True)
 @pytest.fixture(autouse=True)
 def device(request, monkeypatch):
     name = getattr(request, "param", "blocks")
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 64, 8: 64})
     monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(*DEVICES[name]))
     return name
@@ -94,7 +91,6 @@ def test_against_scipy(method, num_tokens, device):
 
 
 @methods
-@pytest.mark.skipif(SANITIZED, reason="many sequences: the others see all lines")
 def test_two_hundred_problems_against_scipy(method):
     rng = np.random.default_rng(1)
     for _ in range(10):
@@ -271,7 +267,7 @@ TIES = {
 @methods
 @pytest.mark.parametrize("ties", list(TIES))
 def test_ties_take_few_rounds(method, ties):
-    num_tokens = 33 if SANITIZED else 256
+    num_tokens = 256
     tokens = tokens_of(num_tokens, 24)
     _, rounds = dendrogram_of(tokens, method)
     tied = TIES[ties](tokens)

@@ -1,11 +1,11 @@
-"""The groupings on the emulator against their definitions, written out plainly.
+"""The groupings, interpreted, against their definitions, written out plainly.
 
 Launchers are called directly, on NumPy arrays that pass for CUDA's.
 """
 
 import numpy as np
 import pytest
-from emulated import SANITIZED, dtypes, masked, random
+from kernel_cases import dtypes, masked, random
 from scipy.cluster import hierarchy
 
 from qm_cupy import _cuda
@@ -24,8 +24,6 @@ pytestmark = pytest.mark.usefixtures("kernels")
 SIZES = [1, 2, 31, 33, 129, 257]
 SHARES = [0.0, 0.3, 0.8, 1.0]  # of the tokens, to be left as groups
 LONG = [*SIZES, 1100]  # more than a block has threads
-if SANITIZED:
-    SIZES, LONG, SHARES = [33], [33], [0.3]
 
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
 long_sizes = pytest.mark.parametrize("num_tokens", LONG)
@@ -462,8 +460,8 @@ def test_wild_values_stay_within_the_arrays(dtype):
     every = np.ones_like(mask)
     all_masks = (mask, protect), (None, None), (mask, every), (None, every)
     all_counts = (wild, 40), (None, 1), (None, 10**9), (None, 0)
-    for masks in all_masks[:1] if SANITIZED else all_masks:
-        for counts, most in all_counts[:1] if SANITIZED else all_counts:
+    for masks in all_masks:
+        for counts, most in all_counts:
             for match in MATCHINGS.values():
                 labels = number_groups_cuda(match(tokens, counts, most, *masks), "last")
                 assert labels.max() < num_tokens

@@ -1,7 +1,7 @@
 """The MLP prior: what it learns, steps, and weights of torch's."""
 
-import emulator
 import numpy as np
+import ptx
 import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
@@ -248,7 +248,7 @@ def test_decode_gives_a_step_what_a_merged_knows(rng):
 def test_steps_by_kernels(rng, kernels, dtype, monkeypatch):
     tokens = rng.standard_normal((2, 4, 5)).astype(dtype)
     wanted = PRIOR.predict(tokens)
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     prior, state = qm.MLPPrior(PRIOR.forward, PRIOR.backward), None
     with qm.use_kernels(kernels):
         for t in range(4):
@@ -257,7 +257,7 @@ def test_steps_by_kernels(rng, kernels, dtype, monkeypatch):
 
 
 def test_weights_that_are_on_the_gpu_are_not_waited_for(monkeypatch):
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     waits, to_host = [], _cuda.to_host
     monkeypatch.setattr(_cuda, "to_host", lambda x: waits.append(x) or to_host(x))
     prior = qm.MLPPrior(PRIOR.forward, PRIOR.backward)
@@ -272,7 +272,7 @@ def test_fit_by_kernels(rng, kernels, monkeypatch):
     tokens, counts = walks(rng, 3, 9, 5), np.array([9, 4, 1])
     given = [tokens[b, :k] for b, k in enumerate(counts)]
     wanted = PRIOR.fit(given).predict(tokens)
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     with qm.use_kernels(kernels):
         fitted = PRIOR.fit(given)
     monkeypatch.undo()

@@ -1,13 +1,11 @@
-"""`quickmerge` by its kernels, on the emulator: launches, values, bytes held.
+"""`quickmerge` by its kernels, interpreted on the CPU: launches, values, bytes held.
 
 The groups are given: clustering has tests of its own.
 """
 
-import os
-
-import emulator
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 from conftest import assert_close
 
@@ -16,8 +14,6 @@ from qm_cupy import _cuda, pipeline
 
 BATCH, TOKENS, DIM, GROUPS, LAYERS, HEADS = 2, 70, 24, 9, 3, 2
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-if os.environ.get("QM_CUPY_SANITIZER"):  # twenty times slower
-    DTYPES = [np.float16, np.float32]
 ENTROPY = {
     "tokens": ["self_attention_states", "self_attention_entropy"],
     "hidden_states": ["self_attention_states", "self_attention_entropy"],
@@ -35,8 +31,8 @@ sources = pytest.mark.parametrize("source", SOURCES)
 
 
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    emulator.install(monkeypatch)
+def interpreted(monkeypatch):
+    ptx.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

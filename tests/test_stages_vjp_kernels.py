@@ -1,4 +1,4 @@
-"""The gradients' kernels on the emulator against the reference in float64.
+"""The gradients' kernels, interpreted, against the reference in float64.
 
 Which tests of its own hold against differences. The public functions are called, so
 that every launcher runs too.
@@ -7,7 +7,7 @@ that every launcher runs too.
 import numpy as np
 import pytest
 from conftest import TOLERANCE, assert_close
-from emulated import SANITIZED, dtypes, mask_of, masked, random
+from kernel_cases import dtypes, mask_of, masked, random
 
 import qm_cupy as qm
 from qm_cupy import _cuda, alignment_vjp
@@ -21,8 +21,6 @@ from qm_cupy.merging_vjp import (
 pytestmark = pytest.mark.usefixtures("kernels")
 
 SIZES, WIDTHS = [1, 31, 32, 33, 129, 257], [1, 7, 32, 130]
-if SANITIZED:
-    SIZES, WIDTHS = [33], [7]
 
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
 ragged = pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
@@ -242,7 +240,7 @@ def test_products_with_tf32_are_near_the_truth():
 
 @dtypes
 def test_wild_labels_count_as_padding(dtype):
-    """Nobody looks at labels on a GPU; the address sanitizer looks at the kernels."""
+    """Nobody looks at labels on a GPU; the interpreter looks at the kernels."""
     tokens, merged = random((2, 70, 9), dtype), random((2, 5, 9), dtype, 1)
     tame = labels_of(2, 70, 5).astype(np.int32)
     tame[:, 60:] = -1

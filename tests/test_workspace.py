@@ -1,6 +1,6 @@
 """`out=` and `workspace=`: where results are written and what is allocated.
 
-CuPy's allocator is a stand-in, and kernels run on the emulator.
+CuPy's allocator is a stand-in, and kernels are interpreted on the CPU.
 """
 
 import copy
@@ -8,8 +8,8 @@ import sys
 import types
 from contextlib import contextmanager
 
-import emulator
 import numpy as np
+import ptx
 import pytest
 from conftest import to_library, to_numpy
 
@@ -205,7 +205,7 @@ def test_out_has_the_dtypes_of_any_call(weights, source):
 @pytest.mark.parametrize("method", ["average", "nearest", "bipartite", "contiguous"])
 def test_kernels_write_where_they_are_told(kernels, method, monkeypatch):
     """Under a workspace, results are in memory of their own or in `out`."""
-    emulator.install(monkeypatch)
+    ptx.install(monkeypatch)
     lent, open_now = [], []
 
     @contextmanager
@@ -215,7 +215,7 @@ def test_kernels_write_where_they_are_told(kernels, method, monkeypatch):
         open_now.pop()
 
     def empty(shape, dtype):
-        x = emulator.empty(shape, dtype)
+        x = ptx.empty(shape, dtype)
         if open_now:
             lent.append(x)
         return x

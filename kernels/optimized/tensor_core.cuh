@@ -15,8 +15,6 @@ struct WordOf<16> {
 template <int bytes>
 using Word = typename WordOf<bytes>::type;
 
-#ifndef CUDA_EMULATOR  // which has its own of these
-
 __device__ __forceinline__ unsigned shared_address(const void* address) {
     return static_cast<unsigned>(__cvta_generic_to_shared(address));
 }
@@ -82,5 +80,3 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
 MMA_16X8(__half, "m16n8k16", "f16")
 MMA_16X8(__nv_bfloat16, "m16n8k16", "bf16")
 MMA_16X8(float, "m16n8k8", "tf32")
-
-#endif

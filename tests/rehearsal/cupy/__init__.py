@@ -1,4 +1,4 @@
-"""A stand-in for CuPy on a machine without a GPU: kernels run in the emulator.
+"""A stand-in for CuPy on a machine without a GPU: kernels are interpreted.
 
 Put ``tests/rehearsal`` in front of ``PYTHONPATH``, and ``import cupy`` finds this. It
 has what the library, the tests of a GPU and the benchmarks use, under CuPy's names, by

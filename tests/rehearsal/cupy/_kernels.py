@@ -1,4 +1,4 @@
-"""Kernels: the library's run in the emulator, those that only take time do nothing."""
+"""Kernels: the library's are interpreted, those that only take time do nothing."""
 
 import functools
 from collections.abc import Callable
@@ -28,20 +28,19 @@ _FOREIGN = {"spin": _nothing, "exponentials": _nothing, "wait": _wait}
 
 
 def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
-    """Return what runs a kernel on NumPy arrays: the one seam to the emulator.
+    """Return what runs a kernel on NumPy arrays: the one seam to tests/ptx.
 
     It is called with ``(grid, block, values, shared_mem, cooperative)``.
     """
-    emulator = _card.of_tests("emulator")
+    ptx = _card.of_tests("ptx")
     dtype = _dtype_of(options)
     try:
-        arch = int(_card.CAPABILITY) * 10
-        library = emulator.compile_source(source, dtype, arch=arch)
-    except emulator.EmulationError as error:
+        module = ptx.module(source, dtype, int(_card.CAPABILITY))
+    except RuntimeError as error:
         raise compiler.CompileException(str(error), source, name, options) from error
     try:
-        kernel = emulator.Kernel(library, name)
-    except AttributeError as error:
+        kernel = module.kernel(name)
+    except ptx.Fault as error:
         raise RuntimeError(
             "CUDA_ERROR_NOT_FOUND: named symbol not found: " + name
         ) from error
@@ -50,8 +49,15 @@ def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
         grid: Any, block: Any, values: Any, shared_mem: int, cooperative: bool
     ) -> None:
         try:
-            kernel(grid, block, values, shared_mem=shared_mem, cooperative=cooperative)
-        except emulator.EmulationError as error:
+            kernel(
+                grid,
+                block,
+                values,
+                shared_mem=shared_mem,
+                cooperative=cooperative,
+                dynamic_limit=shared_mem,  # the card has looked at it
+            )
+        except ptx.Fault as error:
             raise _runtime.CUDARuntimeError(719, str(error)) from error
 
     return execute

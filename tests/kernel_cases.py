@@ -1,21 +1,13 @@
-"""What the tests of emulated kernels share: dtypes, marks and inputs.
+"""What the tests of interpreted kernels share: dtypes, marks and inputs.
 
 The fixture `kernels` (conftest.py) runs a test on each kind of kernels.
 """
-
-import os
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-SANITIZER = os.environ.get("QM_CUPY_SANITIZER", "")
-SANITIZED = bool(SANITIZER)  # twenty times slower, and more: every line, but only once
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-if SANITIZED:
-    DTYPES = [np.float16, np.float32]
-if SANITIZER == "thread":  # slower still; a half takes the way with the most meetings
-    DTYPES = [np.float16]
 
 dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]

@@ -1,0 +1,369 @@
+// Loads, stores, atomics and copies in the background, every address checked.
+#include "memory.h"
+
+#include "floats.h"
+
+namespace {
+
+// Where the lanes of a warp access memory.
+struct Access {
+    alignas(64) u64 address[LANES];  // in its space; of host memory once it is checked
+    u32 lanes, bytes;                // of one lane
+    u64 low, high;                   // from the first byte to behind the last
+    bool row;                        // all lanes, neighbours in order
+    Space space;
+
+    Access(Warp& w, u32 lanes, u32 operand, s64 offset, u32 bytes,
+           Space space, bool wide)
+        : lanes(lanes), bytes(bytes), space(space) {
+        if (wide) {
+            const u64* from = w.at<u64>(operand);
+            for (int l = 0; l < LANES; ++l) address[l] = from[l] + offset;
+        } else {
+            const u32* from = w.at<u32>(operand);
+            for (int l = 0; l < LANES; ++l) address[l] = u32(from[l] + offset);
+        }
+        const u64 first = address[std::countr_zero(lanes)];
+        if (lanes != ALL)
+            for (int l = 0; l < LANES; ++l) address[l] = lanes >> l & 1 ? address[l] : first;
+        if (space == GENERIC) leave_window();
+        measure();
+    }
+
+    void measure() {
+        u64 bits = 0, gaps = 0;
+        s64 least = s64(address[0]), most = least;
+        for (int l = 0; l < LANES; ++l) {
+            const s64 a = s64(address[l]);
+            bits |= address[l];
+            gaps |= (address[l] - address[0]) ^ u64(bytes * l);
+            least = std::min(least, a), most = std::max(most, a);
+        }
+        low = u64(least), high = u64(most) + bytes, row = gaps == 0 && lanes == ALL;
+        if (bits & (bytes - 1)) {
+            int lane = 0;
+            for_each_lane(lanes, [&](int l) { if (address[l] & (bytes - 1)) lane = l; });
+            throw Fault("misaligned access of " + std::to_string(bytes) + " bytes at " +
+                        hex(address[lane]), lane);
+        }
+    }
+
+    static std::string hex(u64 x) {
+        char text[24];
+        snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(x));
+        return text;
+    }
+
+  private:
+    void leave_window() {
+        const auto space_of = [](u64 a) {
+            return a >= LOCAL_WINDOW ? LOCAL : a >= SHARED_WINDOW ? SHARED : GLOBAL;
+        };
+        space = space_of(address[std::countr_zero(lanes)]);
+        const u64 window = space == LOCAL ? LOCAL_WINDOW : space == SHARED ? SHARED_WINDOW : 0;
+        for (u64& a : address) {
+            if (space_of(a) != space)
+                throw Unknown("lanes of one access in different memories");
+            a -= window;
+        }
+    }
+};
+
+enum Kind { READ, WRITE, ATOMIC };
+
+// Find the memory that holds all bytes from `low` on, or null.
+Range* find(Launch& launch, u32& hint, u64 low, u64 high) {
+    const auto holds = [&](const Range& r) { return r.low <= low && high <= r.high; };
+    if (hint < launch.ranges.size() && holds(launch.ranges[hint])) return &launch.ranges[hint];
+    for (u32 i = 0; i < launch.ranges.size(); ++i)
+        if (holds(launch.ranges[i])) return &launch.ranges[hint = i];
+    return nullptr;
+}
+
+void check_never_written(const Range& range, u64 at, u32 bytes, int lane) {
+    const u8* memory = reinterpret_cast<const u8*>(at);
+    for (u32 i = 0; i < bytes; ++i)
+        if (memory[i] != 0xFF || range.written[at - range.low + i]) return;
+    throw Fault("read of global memory never written, at byte " +
+                std::to_string(at - range.low) + " of an array", lane);
+}
+
+void check_range(Warp& w, const Instruction& i, Range& range, u64 at, u32 bytes, Kind kind,
+                 int lane) {
+    if (kind != READ && range.constant)
+        throw Fault("write to constant memory, at byte " + std::to_string(at - range.low) +
+                    " of an array", lane);
+    if (range.written) {
+        if (kind != WRITE && *reinterpret_cast<u8*>(at) == 0xFF)
+            check_never_written(range, at, bytes, lane);
+        if (kind != READ) memset(range.written + (at - range.low), 0xFF, bytes);
+    }
+    if (!range.cells) return;
+    Cell* cell = range.cells + (at - range.low) / range.grain;
+    for (u32 n = std::max(bytes / range.grain, 1u); n; --n, ++cell)
+        kind == READ ? w.observer.read(*cell, i.ordered, lane)
+                     : w.observer.write(*cell, i.ordered, lane);
+}
+
+void check_global(Warp& w, const Instruction& i, Access& x, Kind kind) {
+    Launch& launch = *w.launch;
+    u32& hint = launch.last_range[&i - launch.program->code.data()];
+    Range* range = find(launch, hint, x.low, x.high);
+    if (range && !range->written && !range->cells && (kind == READ || !range->constant)) return;
+    for_each_lane(x.lanes, [&](int l) {
+        const u64 at = x.address[l];
+        Range* mine = range ? range : find(launch, hint, at, at + x.bytes);
+        if (!mine)
+            throw Fault(std::string(kind == READ ? "read" : "write") + " of " +
+                        std::to_string(x.bytes) + " bytes outside all arrays, at " +
+                        nearest(launch, at), l);
+        check_range(w, i, *mine, at, x.bytes, kind, l);
+        if (i.ordered && launch.program->fences) w.observer.synchronize(at, kind != READ);
+    });
+}
+
+void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
+    SharedMemory& shared = w.block->shared;
+    if (x.high > shared.size())
+        for_each_lane(x.lanes, [&](int l) {
+            if (x.address[l] + x.bytes > shared.size())
+                throw Fault("access to shared byte " + std::to_string(x.address[l]) + " of " +
+                            std::to_string(shared.size()), l);
+        });
+    const u32 low = u32(x.low);
+    const bool done = x.row && (kind == READ    ? shared.read_row(w.number, low, x.bytes)
+                                : kind == WRITE ? shared.write_row(w.number, low, x.bytes)
+                                                : false);
+    if (!done)
+        for_each_lane(x.lanes, [&](int l) {
+            const u32 at = u32(x.address[l]);
+            kind == READ    ? shared.read(w.thread(l), at, x.bytes, poison)
+            : kind == WRITE ? shared.write(w.thread(l), at, x.bytes)
+                            : shared.atomic(w.thread(l), at, x.bytes);
+        });
+    const u64 base = reinterpret_cast<u64>(shared.bytes.data());
+    for (u64& a : x.address) a += base;
+}
+
+// Check an access, and turn its addresses into those of the host.
+void check(Warp& w, const Instruction& i, Access& x, Kind kind) {
+    if (x.space == GLOBAL) return check_global(w, i, x, kind);
+    if (x.space == SHARED) return check_shared(w, x, kind, i.poison);
+    if (x.high > w.local_bytes)
+        throw Fault("access to local byte " + std::to_string(x.high - 1) + " of " +
+                    std::to_string(w.local_bytes), std::countr_zero(x.lanes));
+    const u64 base = reinterpret_cast<u64>(w.local.data());
+    for (int l = 0; l < LANES; ++l) x.address[l] += base + l * w.local_bytes;
+    x.row = false;
+}
+
+template <class T>
+T fetch(u64 at) {
+    T value;
+    memcpy(&value, reinterpret_cast<const void*>(at), sizeof value);
+    return value;
+}
+
+// T is the type in memory; Wide, of 4 or 8 bytes, the one in the register.
+template <class T, class Wide, int count>
+void load(Warp& w, const Instruction& i, u32 lanes) {
+    Access x(w, lanes, i.o[count], i.offset, count * sizeof(T), i.space, i.wide_address);
+    check(w, i, x, READ);
+    if (i.ordered) w.yields = true;  // it may wait for another warp
+    if constexpr (count == 1) {
+        auto* d = w.at<Wide>(i.o[0]);
+        if (x.row) {
+            const T* from = reinterpret_cast<const T*>(x.address[0]);
+            for (int l = 0; l < LANES; ++l) d[l] = to_slot<Wide>(Wide(from[l]));
+            return;
+        }
+    }
+    u64 from[LANES];
+    memcpy(from, x.address, sizeof from);
+    const auto move = [&](int l) {
+        for (int n = 0; n < count; ++n)
+            w.at<Wide>(i.o[n])[l] = to_slot<Wide>(Wide(fetch<T>(from[l] + n * sizeof(T))));
+    };
+    if (lanes == ALL)
+        for (int l = 0; l < LANES; ++l) move(l);
+    else
+        for_each_lane(lanes, move);
+}
+
+template <class T, class Wide, int count>
+void store(Warp& w, const Instruction& i, u32 lanes) {
+    Access x(w, lanes, i.o[0], i.offset, count * sizeof(T), i.space, i.wide_address);
+    check(w, i, x, WRITE);
+    ++w.launch->progress;
+    if constexpr (count == 1)
+        if (x.row) {
+            T* to = reinterpret_cast<T*>(x.address[0]);
+            const auto* s = w.at<Wide>(i.o[1]);
+            for (int l = 0; l < LANES; ++l) to[l] = T(s[l]);
+            return;
+        }
+    for_each_lane(lanes, [&](int l) {
+        for (int n = 0; n < count; ++n) {
+            const T value = T(w.at<Wide>(i.o[1 + n])[l]);
+            memcpy(reinterpret_cast<void*>(x.address[l] + n * sizeof(T)), &value, sizeof value);
+        }
+    });
+}
+
+// f takes what was there, and the operands.
+template <class T, class F>
+Form atomic(F) {
+    const auto run = [](Warp& w, const Instruction& i, u32 lanes) {
+        Access x(w, lanes, i.o[1], i.offset, sizeof(T), i.space, i.wide_address);
+        check(w, i, x, ATOMIC);
+        ++w.launch->progress;
+        for_each_lane(lanes, [&](int l) {
+            const T old = fetch<T>(x.address[l]);
+            const T b = from_slot<T>(w.at<T>(i.o[2])[l]);
+            const T c = from_slot<T>(w.at<T>(i.o[i.operands - 1])[l]);
+            const T now = F{}(old, b, c);
+            memcpy(reinterpret_cast<void*>(x.address[l]), &now, sizeof now);
+            w.at<T>(i.o[0])[l] = to_slot<T>(old);
+        });
+    };
+    return {run, {}};
+}
+template <class T>
+void add_atomics(Table& table, const std::string& type) {
+    const auto add = [&](const char* name, Form form) { table["atom." + (name + type)] = form; };
+    add("add.", atomic<T>([](T old, T b, T) { return T(old + b); }));
+    add("min.", atomic<T>([](T old, T b, T) { return std::min(old, b); }));
+    add("max.", atomic<T>([](T old, T b, T) { return std::max(old, b); }));
+    add("exch.", atomic<T>([](T, T b, T) { return b; }));
+    if constexpr (std::is_integral_v<T>) {
+        add("and.", atomic<T>([](T old, T b, T) { return T(old & b); }));
+        add("or.", atomic<T>([](T old, T b, T) { return T(old | b); }));
+        add("xor.", atomic<T>([](T old, T b, T) { return T(old ^ b); }));
+        add("cas.", atomic<T>([](T old, T b, T c) { return old == b ? c : old; }));
+    }
+}
+
+void copy_async(Warp& w, const Instruction& i, u32 lanes) {
+    Access to(w, lanes, i.o[0], i.offset, i.bytes, SHARED, i.wide_address);
+    Access from(w, lanes, i.o[1], i.target, i.bytes, GLOBAL, true);
+    check_global(w, i, from, READ);
+    SharedMemory& shared = w.block->shared;
+    for_each_lane(lanes, [&](int l) {
+        const u32 at = u32(to.address[l]);
+        if (at + i.bytes > shared.size())
+            throw Fault("cp.async to shared byte " + std::to_string(at) + " of " +
+                        std::to_string(shared.size()), l);
+        shared.begin_copy(w.thread(l), at, i.bytes);
+        memset(&shared.bytes[at], 0xFF, i.bytes);
+        w.copies.push_back({u32(l), at, i.bytes, w.copy_group[l], from.address[l]});
+    });
+}
+void copy_commit(Warp& w, const Instruction&, u32 lanes) {
+    for_each_lane(lanes, [&](int l) { ++w.copy_group[l]; });
+}
+// Copies arrive when they are waited for, not before; `offset` groups may stay under way.
+void copy_wait(Warp& w, const Instruction& i, u32 lanes) {
+    const auto arrives = [&](const Copy& copy) {
+        if (!(lanes >> copy.lane & 1)) return false;
+        if (i.offset >= 0 && copy.group + i.offset >= w.copy_group[copy.lane]) return false;
+        SharedMemory& shared = w.block->shared;
+        shared.end_copy(w.thread(copy.lane), copy.target, copy.bytes);
+        memcpy(&shared.bytes[copy.target], reinterpret_cast<const void*>(copy.source), copy.bytes);
+        return true;
+    };
+    w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), arrives), w.copies.end());
+}
+
+// Matrices of 8 rows of 16 bytes; lane 8 n + r has the address of row r of matrix n, and
+// every lane receives two neighbours of row lane / 4, or of column lane / 4.
+template <bool transposed>
+void load_matrices(Warp& w, const Instruction& i, u32 lanes) {
+    if (lanes != ALL) throw Fault("ldmatrix by a part of a warp", std::countr_zero(lanes));
+    const u32 rows = i.count == 4 ? ALL : (1u << 8 * i.count) - 1;
+    Access x(w, rows, i.o[i.count], i.offset, 16, SHARED, i.wide_address);
+    check_shared(w, x, READ);
+    for (int n = 0; n < i.count; ++n) {
+        auto* d = w.at<u32>(i.o[n]);
+        for (int l = 0; l < LANES; ++l) {
+            const u64* row = x.address + 8 * n;
+            if (transposed)
+                d[l] = fetch<u16>(row[l % 4 * 2] + l / 4 * 2) |
+                       u32(fetch<u16>(row[l % 4 * 2 + 1] + l / 4 * 2)) << 16;
+            else
+                d[l] = fetch<u32>(row[l / 4] + l % 4 * 4);
+        }
+    }
+}
+
+void fence(Warp& w, const Instruction&, u32) {
+    if (w.launch->races) w.observer.fence();
+}
+void warp_barrier(Warp& w, const Instruction&, u32) { w.block->shared.warp_barrier(w.number); }
+
+template <class T, class Wide>
+Handler load_of(int count) {
+    return count == 1 ? load<T, Wide, 1> : count == 2 ? load<T, Wide, 2> : load<T, Wide, 4>;
+}
+template <class T, class Wide>
+Handler store_of(int count) {
+    return count == 1 ? store<T, Wide, 1> : count == 2 ? store<T, Wide, 2> : store<T, Wide, 4>;
+}
+
+}  // namespace
+
+std::string nearest(const Launch& launch, u64 at) {
+    std::string best = Access::hex(at);
+    u64 least = 1 << 20;
+    for (const Range& r : launch.ranges) {
+        if (at >= r.high && at - r.high < least) {
+            least = at - r.high;
+            best = std::to_string(least) + " bytes behind an array of " +
+                   std::to_string(r.high - r.low);
+        } else if (at < r.low && r.low - at < least) {
+            least = r.low - at;
+            best = std::to_string(least) + " bytes before an array of " +
+                   std::to_string(r.high - r.low);
+        }
+    }
+    return best;
+}
+
+static Handler narrow_loader(bool is_signed, int bytes) {  // to a register of 8 bytes
+    if (bytes == 2) return is_signed ? load<s16, s64, 1> : load<u16, u64, 1>;
+    return is_signed ? load<s8, s64, 1> : load<u8, u64, 1>;
+}
+Handler loader(bool is_signed, int bytes, int count, bool wide) {
+    if (bytes == 8) return load_of<u64, u64>(count);
+    if (bytes == 4)
+        return !wide ? load_of<u32, u32>(count)
+               : is_signed ? load_of<s32, s64>(count) : load_of<u32, u64>(count);
+    if (wide && count == 1) return narrow_loader(is_signed, bytes);
+    if (wide) throw Unknown("a narrow vector in registers of 8 bytes");
+    if (bytes == 2) return is_signed ? load_of<s16, s32>(count) : load_of<u16, u32>(count);
+    return is_signed ? load_of<s8, s32>(count) : load_of<u8, u32>(count);
+}
+Handler storer(int bytes, int count, bool wide) {
+    if (bytes == 8) return store_of<u64, u64>(count);
+    if (bytes == 4) return wide ? store_of<u32, u64>(count) : store_of<u32, u32>(count);
+    if (wide) throw Unknown("a narrow store from a register of 8 bytes");
+    return bytes == 2 ? store_of<u16, u32>(count) : store_of<u8, u32>(count);
+}
+
+void add_memory(Table& table) {
+    add_atomics<u32>(table, "u32");
+    add_atomics<s32>(table, "s32");
+    add_atomics<u64>(table, "u64");
+    add_atomics<s64>(table, "s64");
+    for (const std::string name : {"and", "or", "xor", "exch", "cas"})
+        for (const std::string width : {"32", "64"})
+            table["atom." + name + ".b" + width] = table["atom." + name + ".u" + width];
+    table["atom.add.f32"] = atomic<f32>([](f32 old, f32 b, f32) { return old + b; });
+    table["atom.add.f64"] = atomic<f64>([](f64 old, f64 b, f64) { return old + b; });
+    table["cp.async"] = {copy_async, {}};
+    table["cp.async.commit_group"] = {copy_commit, {}};
+    table["cp.async.wait_group"] = {copy_wait, {}};
+    table["ldmatrix"] = {load_matrices<false>, {}};
+    table["ldmatrix.trans"] = {load_matrices<true>, {}};
+    table["membar"] = {fence, {}};
+    table["bar.warp.sync"] = {warp_barrier, {}};
+}

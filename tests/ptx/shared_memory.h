@@ -1,0 +1,239 @@
+// Shared memory of a block, every byte of which knows who used it since the barrier.
+//
+// A bit stands for a byte, a `u64` for a line of 64. Races between warps show in bits
+// alone: each warp keeps what it read and wrote itself, the block what anyone did. Races
+// within a warp, between two __syncwarp, also need the lane, one for each grain.
+#pragma once
+#include <algorithm>
+
+#include "program.h"
+
+struct Fault : std::runtime_error {  // what a GPU would do silently, or hang on
+    Fault(const std::string& what, int lane) : runtime_error(what), lane(lane) {}
+    int lane;
+};
+
+// What one warp did to a line: since the barrier, and since the last __syncwarp.
+struct WarpLine {
+    u64 read = 0, written = 0, just_read = 0, just_written = 0;
+};
+
+struct BlockLine {  // what any warp did since the barrier
+    u64 read = 0, read_by_many = 0, written = 0, atomic = 0;
+};
+
+class SharedMemory {
+  public:
+    std::vector<u8> bytes;
+
+    void begin(u32 size, u32 grain, u32 warps) {
+        const u32 lines = (size + 63) / 64;
+        bytes.assign(lines * 64, 0xFF);  // NaN
+        size_ = size, grain_ = grain;
+        defined_.assign(lines, 0), flying_.assign(lines, 0);
+        block_.assign(lines, {});
+        warps_.assign(warps, std::vector<WarpLine>(lines));
+        reader_.resize(lines * 64 / grain), writer_.resize(lines * 64 / grain);
+        low_ = lines, high_ = 0;
+    }
+    u32 size() const { return size_; }
+
+    // All warps have met: nothing before can race with what follows.
+    void barrier() {
+        if (low_ >= high_) return;
+        std::fill(&block_[low_], &block_[high_ - 1] + 1, BlockLine{});
+        for (auto& lines : warps_) std::fill(&lines[low_], &lines[high_ - 1] + 1, WarpLine{});
+        low_ = u32(block_.size()), high_ = 0;
+    }
+
+    void warp_barrier(u32 warp) {
+        for (u32 i = low_; i < high_; ++i)
+            warps_[warp][i].just_read = warps_[warp][i].just_written = 0;
+    }
+
+    // `poison`: bytes never written may be read, as the NaN that they are; whoever uses
+    // it will see.
+    void read(u32 thread, u32 address, u32 size, bool poison) {
+        const u64 mask = mask_of(address, size);
+        WarpLine& mine = touch(thread / LANES, address);
+        if (!read_line(mine, address / 64, mask)) explain_read(thread, mine, address, mask, poison);
+        note_reader(thread, mine, address, size, mask);
+    }
+
+    void write(u32 thread, u32 address, u32 size) {
+        const u64 mask = mask_of(address, size);
+        WarpLine& mine = touch(thread / LANES, address);
+        if (!write_line(mine, address / 64, mask)) explain_write(thread, mine, address, mask);
+        std::fill_n(&writer_[address / grain_], size / grain_, u16(thread));
+        mine.just_written |= mask;
+    }
+
+    // All lanes of a warp read neighbours, `size` bytes each; false if that must be
+    // looked at lane by lane.
+    bool read_row(u32 warp, u32 address, u32 size) {
+        return row(warp, address, size, [&](WarpLine& mine, u32 line, u64 mask) {
+            return !(mine.just_read & mask) && !(mine.just_written & mask) &&
+                   (problems_of_read(mine, line) & mask) == 0;
+        }) && record_row(warp, address, size, reader_, [&](WarpLine& mine, u32 line, u64 mask) {
+            read_line(mine, line, mask);
+            mine.just_read |= mask;
+        });
+    }
+    bool write_row(u32 warp, u32 address, u32 size) {
+        return row(warp, address, size, [&](WarpLine& mine, u32 line, u64 mask) {
+            return !(mine.just_read & mask) && !(mine.just_written & mask) &&
+                   (problems_of_write(mine, line) & mask) == 0;
+        }) && record_row(warp, address, size, writer_, [&](WarpLine& mine, u32 line, u64 mask) {
+            write_line(mine, line, mask);
+            mine.just_written |= mask;
+        });
+    }
+
+    void atomic(u32 thread, u32 address, u32 size) {
+        const u64 mask = mask_of(address, size);
+        const u32 line = address / 64;
+        WarpLine& mine = touch(thread / LANES, address);
+        if (mask & ~defined_[line]) fault(thread, "atomic on shared bytes never written");
+        if (mask & (problems_of_write(mine, line) & ~block_[line].atomic))
+            fault(thread, "race in shared memory: atomic on bytes that another warp used");
+        block_[line].atomic |= mask;
+    }
+
+    // A copy in the background begins: its target is undefined until it has ended.
+    void begin_copy(u32 thread, u32 address, u32 size) {
+        write(thread, address, size);
+        defined_[address / 64] &= ~mask_of(address, size);
+        flying_[address / 64] |= mask_of(address, size);
+    }
+    void end_copy(u32 thread, u32 address, u32 size) {
+        flying_[address / 64] &= ~mask_of(address, size);
+        write(thread, address, size);
+    }
+
+  private:
+    static constexpr u16 MANY = 0x8000;  // lanes of a warp
+
+    static u64 mask_of(u32 address, u32 size) {
+        return ((size >= 64 ? 0 : 1ull << size) - 1) << address % 64;
+    }
+
+    WarpLine& touch(u32 warp, u32 address) {
+        const u32 line = address / 64;
+        low_ = std::min(low_, line), high_ = std::max(high_, line + 1);
+        return warps_[warp][line];
+    }
+
+    u64 problems_of_read(const WarpLine& mine, u32 line) const {
+        return ~defined_[line] | (block_[line].written & ~mine.written) | block_[line].atomic;
+    }
+    u64 problems_of_write(const WarpLine& mine, u32 line) const {
+        const BlockLine& all = block_[line];
+        return flying_[line] | (all.written & ~mine.written) | (all.read & ~mine.read) |
+               all.read_by_many | all.atomic;
+    }
+
+    // Record an access; false if something may be wrong with it.
+    bool read_line(WarpLine& mine, u32 line, u64 mask) {
+        BlockLine& all = block_[line];
+        const bool good = !(mask & (problems_of_read(mine, line) | mine.just_written));
+        const u64 first = mask & ~mine.read;
+        all.read_by_many |= all.read & first;
+        all.read |= first;
+        mine.read |= first;
+        return good;
+    }
+    bool write_line(WarpLine& mine, u32 line, u64 mask) {
+        const u64 problems = problems_of_write(mine, line);
+        const bool good = !(mask & (problems | mine.just_written | mine.just_read));
+        block_[line].written |= mask;
+        mine.written |= mask;
+        defined_[line] |= mask;
+        return good;
+    }
+
+    void note_reader(u32 thread, WarpLine& mine, u32 address, u32 size, u64 mask) {
+        const u32 first = address / grain_, grains = size / grain_;
+        for (u32 i = 0; i < grains; ++i) {
+            u16& reader = reader_[first + i];
+            const bool again = mine.just_read >> (address + i * grain_) % 64 & 1;
+            const bool other = again && reader != thread &&
+                               (reader & ~MANY) / LANES == thread / LANES;
+            reader = other ? thread | MANY : thread;
+        }
+        mine.just_read |= mask;
+    }
+
+    template <class F>
+    bool row(u32 warp, u32 address, u32 size, F f) {
+        const u32 end = address + size * LANES;
+        for (u32 at = address; at < end;) {
+            const u32 stop = std::min(end, at / 64 * 64 + 64);
+            if (!f(touch(warp, at), at / 64, mask_of(at, stop - at))) return false;
+            at = stop;
+        }
+        return true;
+    }
+    template <class F>
+    bool record_row(u32 warp, u32 address, u32 size, std::vector<u16>& threads, F f) {
+        const u32 grains = size / grain_;
+        u16* thread = &threads[address / grain_];
+        for (int lane = 0; lane < LANES; ++lane)
+            for (u32 i = 0; i < grains; ++i) *thread++ = u16(warp * LANES + lane);
+        return row(warp, address, size, [&](WarpLine& mine, u32 line, u64 mask) {
+            f(mine, line, mask);
+            return true;
+        });
+    }
+
+    // Name what is wrong with an access, if anything is.
+    void explain_read(u32 thread, const WarpLine& mine, u32 address, u64 mask, bool poison) {
+        const u32 line = address / 64;
+        if (mask & flying_[line])
+            fault(thread, "read of shared bytes whose cp.async has not been waited for");
+        if (!poison && mask & ~defined_[line]) fault(thread, "read of shared bytes never written");
+        if (mask & block_[line].atomic)
+            fault(thread, "race in shared memory: read of bytes that an atomic changed");
+        if (mask & block_[line].written & ~mine.written)
+            fault(thread, "race in shared memory: read of bytes that another warp wrote");
+        if (others(writer_, thread, mine.just_written & mask, line))
+            fault(thread, "race in shared memory: read of bytes that another lane wrote");
+    }
+    void explain_write(u32 thread, const WarpLine& mine, u32 address, u64 mask) {
+        const u32 line = address / 64;
+        const BlockLine& all = block_[line];
+        if (mask & flying_[line])
+            fault(thread, "write to shared bytes whose cp.async has not been waited for");
+        if (mask & all.atomic)
+            fault(thread, "race in shared memory: write to bytes that an atomic changed");
+        const u32 me = thread / LANES;
+        for (u32 warp = 0; warp < warps_.size(); ++warp) {
+            if (warp == me) continue;
+            if (mask & warps_[warp][line].written)
+                fault(thread, "race in shared memory: write to bytes that another warp wrote");
+            if (mask & warps_[warp][line].read)
+                fault(thread, "race in shared memory: write to bytes that another warp read");
+        }
+        if (others(writer_, thread, mine.just_written & mask, line))
+            fault(thread, "race in shared memory: write to bytes that another lane wrote");
+        if (others(reader_, thread, mine.just_read & mask, line))
+            fault(thread, "race in shared memory: write to bytes that another lane read");
+    }
+
+    // Whether another lane than this thread's used any of these bytes last.
+    bool others(const std::vector<u16>& threads, u32 thread, u64 mask, u32 line) const {
+        for (; mask; mask &= mask - 1)
+            if (threads[(line * 64 + std::countr_zero(mask)) / grain_] != thread) return true;
+        return false;
+    }
+
+    [[noreturn]] static void fault(u32 thread, const char* what) {
+        throw Fault(what, thread % LANES);
+    }
+
+    u32 size_ = 0, grain_ = 4;
+    std::vector<u64> defined_, flying_;  // written in this block; cp.async under way
+    std::vector<BlockLine> block_;
+    std::vector<std::vector<WarpLine>> warps_;
+    std::vector<u16> reader_, writer_;   // the last thread, of each grain
+    u32 low_ = 0, high_ = 0;             // lines used since the barrier
+};

@@ -1,0 +1,48 @@
+// How a handler is made of a function of one lane's values.
+#pragma once
+#include "floats.h"
+#include "warp.h"
+
+void add_arithmetic(Table&);
+void add_conversions(Table&);
+void add_comparisons(Table&);
+
+template <class T>
+constexpr int form_of = sizeof(T) == 8 ? 8 : 4;
+
+// F takes the values of the sources and returns the result, for one lane.
+template <class D, class A, class F>
+Form unary(F) {
+    const auto run = [](Warp& w, const Instruction& i, u32 lanes) {
+        auto* d = w.at<D>(i.o[0]);
+        const auto* a = w.at<A>(i.o[1]);
+        w.each(lanes, [=](int l) { d[l] = to_slot<D>(D(F{}(from_slot<A>(a[l])))); });
+    };
+    return {run, {form_of<D>, form_of<A>}};
+}
+template <class D, class A, class B, class F>
+Form binary(F) {
+    const auto run = [](Warp& w, const Instruction& i, u32 lanes) {
+        auto* d = w.at<D>(i.o[0]);
+        const auto* a = w.at<A>(i.o[1]);
+        const auto* b = w.at<B>(i.o[2]);
+        w.each(lanes, [=](int l) {
+            d[l] = to_slot<D>(D(F{}(from_slot<A>(a[l]), from_slot<B>(b[l]))));
+        });
+    };
+    return {run, {form_of<D>, form_of<A>, form_of<B>}};
+}
+template <class D, class A, class B, class C, class F>
+Form ternary(F) {
+    const auto run = [](Warp& w, const Instruction& i, u32 lanes) {
+        auto* d = w.at<D>(i.o[0]);
+        const auto* a = w.at<A>(i.o[1]);
+        const auto* b = w.at<B>(i.o[2]);
+        const auto* c = w.at<C>(i.o[3]);
+        w.each(lanes, [=](int l) {
+            d[l] = to_slot<D>(
+                D(F{}(from_slot<A>(a[l]), from_slot<B>(b[l]), from_slot<C>(c[l]))));
+        });
+    };
+    return {run, {form_of<D>, form_of<A>, form_of<B>, form_of<C>}};
+}
