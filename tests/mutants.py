@@ -30,7 +30,7 @@ COPIES = ROOT / "build" / "mutants"  # always there: compilers' caches know the 
 COPIED = "pyproject.toml", "qm_cupy", "kernels", "tests", "benchmarks"
 LIMIT = 300  # seconds; a fault that takes longer never ends
 # What selections say for short. A half takes the tensor cores' way.
-SHORT = {"HALF": "float16 and not bfloat16", "FAST": "optimized and not 750"}
+SHORT = {"HALF": "float16 and not bfloat16", "FAST": "optimized and not optimized-75"}
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
