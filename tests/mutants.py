@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
-COPIES = ROOT / "build" / "mutants"  # always there: compilers' caches know the path
+COPIES = ROOT / "build" / "mutants"
 COPIED = "pyproject.toml", "qm_cupy", "kernels", "tests", "benchmarks"
 LIMIT = 300  # seconds; a fault that takes longer never ends
 # What selections say for short. A half takes the tensor cores' way.
@@ -90,7 +90,7 @@ def selected(tests: str) -> list[str]:
     return shlex.split(tests)
 
 
-def run_tests(tests: str, fault: Fault | None, folder: Path, runner: str) -> Outcome:
+def run_tests(tests: str, fault: Fault | None, folder: Path) -> Outcome:
     """Run a selection in a fresh copy of the tree, with a fault or without."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in COPIED:
@@ -105,7 +105,7 @@ def run_tests(tests: str, fault: Fault | None, folder: Path, runner: str) -> Out
         file = folder / fault.file
         file.write_text(file.read_text().replace(fault.old, fault.new))
     options = "-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE"
-    command = [sys.executable, "-m", *shlex.split(runner), *options, *selected(tests)]
+    command = [sys.executable, "-m", "pytest", *options, *selected(tests)]
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **threads, "PYTHONPATH": str(folder)}
     begun = time.perf_counter()
@@ -124,7 +124,7 @@ def run_tests(tests: str, fault: Fault | None, folder: Path, runner: str) -> Out
     return Outcome(status, failed if seconds < LIMIT else "no end", output, seconds)
 
 
-def run_all(faults: list[Fault], processes: int, runner: str) -> list[Record]:
+def run_all(faults: list[Fault], processes: int) -> list[Record]:
     """Run every selection without a fault, then every fault; return the records."""
     folders: SimpleQueue[Path] = SimpleQueue()
     for number in range(processes):
@@ -133,7 +133,7 @@ def run_all(faults: list[Fault], processes: int, runner: str) -> list[Record]:
     def run(tests: str, fault: Fault | None = None) -> Outcome:
         folder = folders.get()
         try:
-            return run_tests(tests, fault, folder, runner)
+            return run_tests(tests, fault, folder)
         finally:
             folders.put(folder)
 
@@ -153,7 +153,6 @@ def run_all(faults: list[Fault], processes: int, runner: str) -> list[Record]:
             "kind": fault.kind,
             "file": fault.file,
             "caught_by": outcome.failed if caught else None,
-            "tool": runner if caught else None,
             "seconds": round(outcome.seconds, 1),
         }
 
@@ -183,7 +182,6 @@ def arguments() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write what caught each fault")
     add("--suite", default="", help="in the JSON: which tests ran (default: commit)")
     add("--processes", type=int, default=1, metavar="N")
-    add("--runner", default="pytest", help='module to run, as "emulator thread pytest"')
     return parser.parse_args()
 
 
@@ -200,7 +198,7 @@ def main() -> int:
         for fault in faults:
             say(f"{fault.name}: {fault.kind}, {fault.file}\n    {fault.note}")
         return 0
-    records = run_all(faults, options.processes, options.runner)
+    records = run_all(faults, options.processes)
     missed = [str(r["fault"]) for r in records if r["caught_by"] is None]
     say(
         "\n  ".join([f"{len(records) - len(missed)} of {len(records)} caught", *missed])
