@@ -85,7 +85,8 @@ MMA_16X8(float, "m16n8k8", "tf32")
 
 #endif
 
-// The same as `cp_async`, or zeros where the source does not exist; it is then not read.
+// The same as `cp_async`, or zeros where the source does not exist; it is then not
+// read.
 template <int bytes>
 __device__ __forceinline__ void cp_async_or_zeros(void* target, const void* source,
                                                   bool exists) {

@@ -116,8 +116,8 @@ __device__ __forceinline__ void multiply_mma(unsigned char* stage,
     // from the stage's start; what is added to a row below is a multiple of 8 and turns
     // no chunk, and the second half's chunk is 2 further, which flips a bit.
     const int a0 = staged(threadIdx.x / 64 * 32 + lane % 16, lane / 16);
-    const int b0 = staged(
-        TILE + threadIdx.x / 32 % 2 * 64 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const int b0 = staged(TILE + threadIdx.x / 32 % 2 * 64 + lane / 16 * 8 + lane % 8,
+                          lane / 8 % 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // of the step: 32 bytes of each row
         const unsigned char* from_a = stage + (a0 ^ half * 32);
