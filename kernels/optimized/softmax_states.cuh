@@ -17,6 +17,16 @@ __device__ __forceinline__ double lesser(double score, double top) {
     return score >= top ? top : score;
 }
 
+// log2 of a number that is not subnormal, to 2^-22 of it or, near 1, of 1.
+__device__ __forceinline__ float near_log2(float x) {
+#ifdef CUDA_EMULATOR
+    return log2(x);
+#else
+    return __log2f(x);
+#endif
+}
+__device__ __forceinline__ double near_log2(double x) { return log2(x); }
+
 // Scores that are exponents of 2 as they come.
 struct Exponents {
     acc_t never = NEVER;  // what no token scores
