@@ -45,15 +45,18 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const int warp = threadIdx.x / 32;
     const Exponents units;
     if (tile_i != tile_j) {
-        State states[16];
 #pragma unroll
-        for (int j = 0; j < 16; ++j) {
-            acc_t column[4];
+        for (int first = 0; first < 16; first += 8) {
+            State states[8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) column[i] = scores[i][j];
-            states[j].add(column, units);
+            for (int j = 0; j < 8; ++j) {
+                acc_t column[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) column[i] = scores[i][first + j];
+                states[j].add(column, units);
+            }
+            write_columns(of_columns + warp / 2 * TILE * 3, states, first, tile_column);
         }
-        write_columns(of_columns + warp / 2 * TILE * 3, states, tile_column);
     }
     State states[4];
 #pragma unroll
@@ -105,13 +108,14 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const ScaledExponents units(scale);
     acc_t scores[4][16];
     State states[4];
-    for (State& state : states) state.m = units.never;
+    for (State& state : states) state.m = units.never();
     multiply_tiles(stages, {queries, num_tokens - row0}, {keys, num_tokens}, num_tiles,
                    head_dim, scores, [&](int tile) {
                        const long long column0 = static_cast<long long>(tile) * TILE;
                        // No tile is behind the one on the diagonal.
                        const bool diagonal = causal && column0 == row0;
                        if (diagonal || valid || column0 + TILE > num_tokens) {
+                           const acc_t never = units.never();
                            const unsigned columns = tokens_among<16>(
                                valid, column0, num_tokens, tile_column);
 #pragma unroll
@@ -121,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
                                for (int j = 0; j < 16; ++j) {
                                    const bool seen =
                                        columns >> j & 1 && tile_column(j) <= last;
-                                   if (!seen) scores[i][j] = units.never;
+                                   if (!seen) scores[i][j] = never;
                                }
                            }
                        }

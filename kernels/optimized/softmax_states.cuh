@@ -3,19 +3,27 @@
 
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
-// The lesser of a score and a number; NaN where the score is NaN.
-__device__ __forceinline__ float lesser(float score, float top) {
+// The lesser of two numbers, or the greater; NaN where the first is NaN.
+__device__ __forceinline__ float lesser(float x, float y) {
 #if __CUDA_ARCH__ >= 800 && !defined(CUDA_EMULATOR)
     float least;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(score), "f"(top));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
     return least;
 #else
-    return score >= top ? top : score;
+    return x >= y ? y : x;
 #endif
 }
-__device__ __forceinline__ double lesser(double score, double top) {
-    return score >= top ? top : score;
+__device__ __forceinline__ float greater(float x, float y) {
+#if __CUDA_ARCH__ >= 800 && !defined(CUDA_EMULATOR)
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+    return most;
+#else
+    return x <= y ? y : x;
+#endif
 }
+__device__ __forceinline__ double lesser(double x, double y) { return x >= y ? y : x; }
+__device__ __forceinline__ double greater(double x, double y) { return x <= y ? y : x; }
 
 // log2 of a number that is not subnormal, to 2^-22 of it or, near 1, of 1.
 __device__ __forceinline__ float near_log2(float x) {
@@ -29,8 +37,6 @@ __device__ __forceinline__ double near_log2(double x) { return log2(x); }
 
 // Scores that are exponents of 2 as they come.
 struct Exponents {
-    acc_t never = NEVER;  // what no token scores
-
     __device__ __forceinline__ acc_t base(acc_t m) const { return m; }
     __device__ __forceinline__ acc_t above(acc_t score, acc_t base) const {
         return score - base;
@@ -39,21 +45,25 @@ struct Exponents {
 
 // Scores that `factor` makes exponents of 2, in the same instruction that subtracts.
 struct ScaledExponents {
-    acc_t factor, never;
+    acc_t factor;
 
     explicit __device__ __forceinline__ ScaledExponents(double scale)
-        : factor(acc_t(scale * LOG2_E)),
-          // Times the factor it is below all exponents, and finite.
-          never(max(NEVER / factor, acc_t(-3e38f))) {}
+        : factor(acc_t(scale * LOG2_E)) {}
 
-    // m * factor and a little more, so that no exponent is above it, by rounding or
-    // otherwise. `State::exact` takes it out again.
+    // What no token scores: times the factor below all exponents, and finite.
+    __device__ __forceinline__ acc_t never() const {
+        return max(NEVER / factor, acc_t(-3e38f));
+    }
+
+    // m * factor, and of floats a little more, so that no exponent is above it, by
+    // rounding or otherwise. `State::exact` takes it out again.
     __device__ __forceinline__ acc_t base(acc_t m) const {
-        constexpr acc_t little = sizeof(acc_t) == 8 ? 0x1p-52 : 0x1p-23;
         const acc_t exponent = rounded_product(m, factor);
-        return fma(abs(exponent), little, exponent);
+        return sizeof(acc_t) == 8 ? exponent
+                                  : fma(abs(exponent), acc_t(0x1p-23), exponent);
     }
     __device__ __forceinline__ acc_t above(acc_t score, acc_t base) const {
+        if (sizeof(acc_t) == 8) return rounded_product(score, factor) - base;
         return fma(score, factor, -base);
     }
 };
@@ -66,6 +76,10 @@ struct State {
     // that equal it do not. Sums are of exponents above base(m).
     template <int count, class Units>
     __device__ __forceinline__ void add(acc_t (&scores)[count], const Units& units) {
+        if constexpr (sizeof(acc_t) == 8) {
+            add_doubles(scores, units);
+            return;
+        }
         const acc_t before = units.base(m);
 #pragma unroll
         for (int i = 0; i < count; ++i) {
@@ -84,6 +98,33 @@ struct State {
         }
     }
 
+    // The same with fewer registers, of which doubles leave none: the scores stay, and
+    // those that equal m are counted, m itself not.
+    template <int count, class Units>
+    __device__ __forceinline__ void add_doubles(acc_t (&scores)[count],
+                                                const Units& units) {
+        acc_t top = scores[0];
+#pragma unroll
+        for (int i = 1; i < count; ++i) top = max(top, scores[i]);
+        int equals = 0;
+        if (top > m) {
+            ++r;
+            lift(units.base(m) - units.base(top));
+            m = top;
+            equals = -1;
+        }
+        const acc_t base = units.base(m);
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const acc_t d = units.above(scores[i], base);
+            const acc_t e = d < 0 ? exp2(d) : acc_t(0);
+            equals += d == 0;
+            r += e;
+            t += e * d;
+        }
+        r += equals;
+    }
+
     // Let the sums be of exponents that are d more.
     __device__ __forceinline__ void lift(acc_t d) {
         const acc_t e = exp2(d);
@@ -94,7 +135,7 @@ struct State {
     // m as an exponent of 2, and the sums of exponents above it and not above base(m).
     __device__ __forceinline__ State exact(const ScaledExponents& units) const {
         State state = *this;
-        if (m == units.never) {
+        if (m == units.never()) {
             state.m = NEVER;
             return state;  // it holds no score, or only NaN
         }
@@ -166,17 +207,17 @@ __device__ __forceinline__ void write_rows(acc_t* out, State (&states)[4],
     write_state(out + row * 3, states[0]);
 }
 
-// The same of 16 columns, by `tile_column`; each lane writes two.
+// The same of the eight columns from the thread's j-th on, by `tile_column`; rows are
+// those of a warp.
 template <class Place>
-__device__ __forceinline__ void write_columns(acc_t* out, State (&states)[16],
+__device__ __forceinline__ void write_columns(acc_t* out, State (&states)[8], int j,
                                               Place place) {
-    fold<16>(states, 4);
-    fold<8>(states, 8);
-    fold<4>(states, 16);
+    fold<8>(states, 4);
+    fold<4>(states, 8);
+    fold<2>(states, 16);
     const int lane = threadIdx.x % 32;
-    const int first = lane / 4 % 2 * 8 + lane / 8 % 2 * 4 + lane / 16 * 2;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) write_state(out + place(first + j) * 3, states[j]);
+    const int column = place(j + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16);
+    write_state(out + column * 3, states[0]);
 }
 
 // Merge `count` parts of a row's, or a column's, that lie (TILE, 3) apart.

@@ -82,18 +82,27 @@ __device__ __forceinline__ void stage_step(int grain, unsigned char* stage,
         stage_step<sizeof(real_t) == 2 ? 2 : 8>(stage, a, b, k, dim, stride);
 }
 
-// A thread's part of a matrix whose chunks are all whole and aligned: one chunk of the
-// rows `threadIdx.x / 4` and 64 further of a tile. A row that does not exist is another
-// copy of the last one, whose sums have no use.
-struct Chunks {
-    const real_t* row[2];
+// Whether a matrix is staged as `Chunks`: whole chunks, aligned, and offsets within a
+// tile that fit 32 bits.
+__device__ __forceinline__ bool in_chunks(int grain, long long stride) {
+    return grain == 16 && stride < 1 << 24;
+}
 
-    __device__ __forceinline__ Chunks(const Rows& rows, long long stride) {
+// A thread's part of such a tile: one chunk of the rows `threadIdx.x / 4` and 64
+// further. A row that does not exist is another copy of the last one, whose sums have
+// no use.
+struct Chunks {
+    const real_t* data;
+    unsigned offset[2];
+
+    __device__ __forceinline__ Chunks(const Rows& rows, long long stride)
+        : data(rows.data) {
+        const int last = static_cast<int>(min(rows.count, (long long)TILE)) - 1;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const long long place = threadIdx.x / 4 + i * (TILE / 2);
-            row[i] = rows.data + min(place, rows.count - 1) * stride +
-                     threadIdx.x % 4 * WIDTH;
+            const int row =
+                min(static_cast<int>(threadIdx.x / 4) + i * (TILE / 2), last);
+            offset[i] = row * static_cast<unsigned>(stride) + threadIdx.x % 4 * WIDTH;
         }
     }
 
@@ -102,8 +111,8 @@ struct Chunks {
                                           bool exists) const {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            cp_async_or_zeros<16>(target + i * (TILE / 2) * STEP_BYTES, row[i] + column,
-                                  exists);
+            cp_async_or_zeros<16>(target + i * (TILE / 2) * STEP_BYTES,
+                                  data + column + offset[i], exists);
     }
 };
 
@@ -190,6 +199,7 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
         const long long first = static_cast<long long>(tile) * TILE;
         return Rows{b.data + first * stride, b.count - first};
     };
+    const bool chunks = in_chunks(grain, stride);
     const Chunks of_a(a, stride);
     Chunks of_b(b, stride);
     const int target = staged(threadIdx.x / 4, threadIdx.x % 4);
@@ -199,7 +209,7 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
         if (next_tile < num_tiles) {
             unsigned char* stage = stages + slot * STAGE_BYTES;
             const int column = next_step * STEP;
-            if (grain == 16) {
+            if (chunks) {
                 of_a.stage(stage + target, column, column < rest);
                 of_b.stage(stage + TILE * STEP_BYTES + target, column, column < rest);
             } else {
