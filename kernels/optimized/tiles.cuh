@@ -195,7 +195,7 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
         grain_of(reinterpret_cast<unsigned long long>(a.data) |
                  reinterpret_cast<unsigned long long>(b.data) |
                  static_cast<unsigned long long>(stride | dim) * sizeof(real_t));
-    const auto rows_from = [&](int tile) {
+    const auto rows_from = [&](unsigned tile) {
         const long long first = static_cast<long long>(tile) * TILE;
         return Rows{b.data + first * stride, b.count - first};
     };
@@ -204,9 +204,11 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
     Chunks of_b(b, stride);
     const int target = staged(threadIdx.x / 4, threadIdx.x % 4);
     const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
-    int next_tile = 0, next_step = 0;  // to be staged
+    // To be staged. Unsigned, so that of one tile the compiler sees that none follows.
+    unsigned next_tile = 0;
+    int next_step = 0;
     const auto stage_next = [&](int slot) {
-        if (next_tile < num_tiles) {
+        if (next_tile < static_cast<unsigned>(num_tiles)) {
             unsigned char* stage = stages + slot * STAGE_BYTES;
             const int column = next_step * STEP;
             if (chunks) {
@@ -217,7 +219,8 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
             }
             if (++next_step == steps_per_tile) {
                 next_step = 0, ++next_tile;
-                if (next_tile < num_tiles) of_b = Chunks(rows_from(next_tile), stride);
+                if (next_tile < static_cast<unsigned>(num_tiles))
+                    of_b = Chunks(rows_from(next_tile), stride);
             }
         }
         cp_async_commit();
