@@ -26,8 +26,9 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
 
     // 1 / norm of the tile's rows, then of its columns; 0 for no token.
     auto* reciprocals = reinterpret_cast<acc_t*>(stages);
-    const long long row0 = tile_i * TILE, column0 = tile_j * TILE;
-    const long long token = (threadIdx.x < TILE ? row0 : column0) + threadIdx.x % TILE;
+    const int row0 = static_cast<int>(tile_i * TILE);
+    const int column0 = static_cast<int>(tile_j * TILE);
+    const int token = (threadIdx.x < TILE ? row0 : column0) + threadIdx.x % TILE;
     const acc_t norm = token < num_tokens ? norms[first + token] : acc_t(0);
     reciprocals[threadIdx.x] = norm == 0 ? acc_t(0) : 1 / norm;
     __syncthreads();
@@ -40,11 +41,12 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
         const acc_t of_column = reciprocals[TILE + tile_column(j)];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const acc_t similarity = sums[i][j] * of_row[i] * of_column;
-            // Within [-1, 1] but for rounding; a NaN stays one, but with a zero norm.
+            // With a zero norm it is 0, whatever the other token is. Within [-1, 1] but
+            // for rounding; a NaN stays one.
+            const bool zero = of_row[i] == 0 || of_column == 0;
+            const acc_t sum = zero ? acc_t(0) : sums[i][j];
+            const acc_t similarity = sum * of_row[i] * of_column;
             sums[i][j] = greater(lesser(similarity, acc_t(1)), acc_t(-1));
-            if (similarity != similarity && (of_row[i] == 0 || of_column == 0))
-                sums[i][j] = 0;
         }
     }
 
