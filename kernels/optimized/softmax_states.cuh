@@ -5,7 +5,7 @@ constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
 // The lesser of two numbers, or the greater; NaN where the first is NaN.
 __device__ __forceinline__ float lesser(float x, float y) {
-#if __CUDA_ARCH__ >= 800 && !defined(CUDA_EMULATOR)
+#if __CUDA_ARCH__ >= 800
     float least;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
     return least;
@@ -14,7 +14,7 @@ __device__ __forceinline__ float lesser(float x, float y) {
 #endif
 }
 __device__ __forceinline__ float greater(float x, float y) {
-#if __CUDA_ARCH__ >= 800 && !defined(CUDA_EMULATOR)
+#if __CUDA_ARCH__ >= 800
     float most;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
     return most;
@@ -26,13 +26,7 @@ __device__ __forceinline__ double lesser(double x, double y) { return x >= y ? y
 __device__ __forceinline__ double greater(double x, double y) { return x <= y ? y : x; }
 
 // log2 of a number that is not subnormal, to 2^-22 of it or, near 1, of 1.
-__device__ __forceinline__ float near_log2(float x) {
-#ifdef CUDA_EMULATOR
-    return log2(x);
-#else
-    return __log2f(x);
-#endif
-}
+__device__ __forceinline__ float near_log2(float x) { return __log2f(x); }
 __device__ __forceinline__ double near_log2(double x) { return log2(x); }
 
 // Scores that are exponents of 2 as they come.
