@@ -142,6 +142,35 @@ def test_self_attention_entropy_where_one_score_dominates(dtype):
     np.testing.assert_allclose(got, wanted, rtol=tolerance)
 
 
+@dtypes
+@pytest.mark.parametrize("scale", [1e-25, 0.3, 1e3, 1e6])
+def test_entropy_of_equal_scores(dtype, scale):
+    """A score as large as the largest counts as much, however large they are."""
+    token = random((1, 40), dtype) + np.ones(1, dtype)
+    query = np.repeat(token, 129, axis=0)
+    mask = np.arange(129) >= 2
+    wanted = np.where(mask, np.log(mask.sum()), 0)
+    got = qm.query_key_entropy(query, query, scale=scale, mask=mask)
+    assert_close(got, wanted, dtype)
+    got = qm.query_key_entropy(query, query, scale=scale, causal=True)
+    assert_close(got, np.log(np.arange(129) + 1), dtype)
+    assert_close(qm.self_attention_entropy(query, mask=mask), wanted, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_entropies_of_what_is_no_number_are_none(dtype, wrong):
+    """A kernel does not look for NaN, and never hides it."""
+    query, key = (random((130, 24), dtype, seed) for seed in (1, 2))
+    key[70, 3] = wrong
+    got = qm.query_key_entropy(query, key, causal=True)
+    assert np.isfinite(got[:70]).all()
+    assert np.isnan(got[70:]).all()
+    assert np.isnan(qm.self_attention_entropy(key)).all()
+    got = qm.query_key_entropy(query, key, mask=np.arange(130) != 70)
+    assert np.isfinite(got).all()  # what lies under padding does not count
+
+
 def saliency_of(entropy, valid, salient):
     """Return saliency (B, N) of entropy (L, B, H, N) and tokens (B, N)."""
     h = entropy.astype(np.float64).mean(2)

@@ -5,10 +5,11 @@
 // same bits.
 
 // One block, one tile (i <= j) of one sequence: the states of its rows, and, off the
-// diagonal, of its columns, for they are rows of the lower half. states: (B, T, N, 3).
+// diagonal, of its columns, for they are rows of the lower half. states_out: (B, T, N,
+// 3).
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     self_attention_states(const real_t* tokens, const bool* mask, long long batch,
-                          long long num_tokens, long long dim, acc_t* states) {
+                          long long num_tokens, long long dim, acc_t* states_out) {
     __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
     const long long num_tiles = (num_tokens + TILE - 1) / TILE;
     const long long tiles = num_tiles * (num_tiles + 1) / 2;
@@ -29,36 +30,38 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
         for (int j = 0; j < 16; ++j) scores[i][j] *= scale;
 
     const bool* valid = mask ? mask + first : nullptr;
-    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, tile_row);
-    const unsigned columns = tokens_among<16>(valid, column0, num_tokens, tile_column);
+    if (valid || column0 + TILE > num_tokens) {  // not all rows and columns are tokens
+        const unsigned rows = tokens_among<4>(valid, row0, num_tokens, tile_row);
+        const unsigned columns =
+            tokens_among<16>(valid, column0, num_tokens, tile_column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < 16; ++j)
+                if (!(rows >> i & columns >> j & 1)) scores[i][j] = NEVER;
+    }
     auto* of_rows = reinterpret_cast<acc_t*>(stages);  // (2, TILE, 3), a warp's columns
     acc_t* of_columns = of_rows + 2 * TILE * 3;        // (4, TILE, 3), a warp's rows
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        acc_t row[16];
-#pragma unroll
-        for (int j = 0; j < 16; ++j) row[j] = columns >> j & 1 ? scores[i][j] : NEVER;
-        Exponents exponents;
-        exponents.add(row);
-        const SoftmaxEntropy state = merge_lanes(exponents.natural(), 1, 4);
-        if (lane % 4 == 0)
-            write_state(of_rows + (warp % 2 * TILE + tile_row(i)) * 3, state);
-    }
+    const int warp = threadIdx.x / 32;
+    const Exponents units;
     if (tile_i != tile_j) {
 #pragma unroll
-        for (int j = 0; j < 16; ++j) {
-            acc_t column[4];
+        for (int first = 0; first < 16; first += 8) {
+            State states[8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                column[i] = rows >> i & 1 ? scores[i][j] : NEVER;
-            Exponents exponents;
-            exponents.add(column);
-            const SoftmaxEntropy state = merge_lanes(exponents.natural(), 4, 32);
-            if (lane < 4)
-                write_state(of_columns + (warp / 2 * TILE + tile_column(j)) * 3, state);
+            for (int j = 0; j < 8; ++j) {
+                acc_t column[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) column[i] = scores[i][first + j];
+                states[j].add(column, units);
+            }
+            write_columns(of_columns + warp / 2 * TILE * 3, states, first, tile_column);
         }
     }
+    State states[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) states[i].add(scores[i], units);
+    write_rows(of_rows + warp % 2 * TILE * 3, states, tile_row);
     __syncthreads();
 
     // Half of the threads merge a row's two states, half a column's four.
@@ -66,12 +69,10 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const int index = threadIdx.x % TILE;
     const long long token = (is_row ? row0 : column0) + index;
     if (token >= num_tokens || (!is_row && tile_i == tile_j)) return;
-    const acc_t* parts = (is_row ? of_rows : of_columns) + index * 3;
-    SoftmaxEntropy state;
-    for (int part = 0; part < (is_row ? 2 : 4); ++part)
-        state.merge(read_state(parts + part * TILE * 3));
+    const State state = is_row ? merge_parts<2>(of_rows + index * 3)
+                               : merge_parts<4>(of_columns + index * 3);
     const long long slot = b * num_tiles + (is_row ? tile_j : tile_i);
-    write_state(states + (slot * num_tokens + token) * 3, state);
+    write_state(states_out + (slot * num_tokens + token) * 3, state);
 }
 
 // The entropy of every row from its T states.
@@ -81,7 +82,7 @@ extern "C" __global__ void self_attention_entropy(const acc_t* states, const boo
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
-    SoftmaxEntropy state;
+    State state;
     for (long long s = b * num_states; s < (b + 1) * num_states; ++s)
         state.merge(read_state(states + (s * num_tokens + i) * 3));
     out[index] = is_token(mask, index) ? state.value() : 0;
@@ -104,41 +105,43 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const real_t* queries = query + (head * num_tokens + row0) * head_dim;
     const real_t* keys = key + head * num_tokens * head_dim;
     const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
-    const acc_t factor = acc_t(scale * LOG2_E);
+    const ScaledExponents units(scale);
     acc_t scores[4][16];
-    Exponents exponents[4];
-    multiply_tiles(
-        stages, {queries, num_tokens - row0}, {keys, num_tokens}, num_tiles, head_dim,
-        scores, [&](int tile) {
-            const long long column0 = static_cast<long long>(tile) * TILE;
-            const unsigned columns =
-                tokens_among<16>(valid, column0, num_tokens, tile_column);
+    State states[4];
+    for (State& state : states) state.m = units.never();
+    multiply_tiles(stages, {queries, num_tokens - row0}, {keys, num_tokens}, num_tiles,
+                   head_dim, scores, [&](int tile) {
+                       const long long column0 = static_cast<long long>(tile) * TILE;
+                       // No tile is behind the one on the diagonal.
+                       const bool diagonal = causal && column0 == row0;
+                       if (diagonal || valid || column0 + TILE > num_tokens) {
+                           const acc_t never = units.never();
+                           const unsigned columns = tokens_among<16>(
+                               valid, column0, num_tokens, tile_column);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                // No tile is behind the one on the diagonal.
-                const int last = causal && column0 == row0 ? tile_row(i) : TILE;
+                           for (int i = 0; i < 4; ++i) {
+                               const int last = diagonal ? tile_row(i) : TILE;
 #pragma unroll
-                for (int j = 0; j < 16; ++j) {
-                    const bool seen = columns >> j & 1 && tile_column(j) <= last;
-                    scores[i][j] = seen ? scores[i][j] * factor : NEVER;
-                }
-                exponents[i].add(scores[i]);
-            }
-        });
+                               for (int j = 0; j < 16; ++j) {
+                                   const bool seen =
+                                       columns >> j & 1 && tile_column(j) <= last;
+                                   if (!seen) scores[i][j] = never;
+                               }
+                           }
+                       }
+#pragma unroll
+                       for (int i = 0; i < 4; ++i) states[i].add(scores[i], units);
+                   });
 
-    auto* parts =
-        reinterpret_cast<acc_t*>(stages);  // (2, TILE, 3): columns of two warps
+    // (2, TILE, 3): columns of two warps.
+    auto* parts = reinterpret_cast<acc_t*>(stages);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const SoftmaxEntropy state = merge_lanes(exponents[i].natural(), 1, 4);
-        if (threadIdx.x % 4 == 0)
-            write_state(parts + (threadIdx.x / 32 % 2 * TILE + tile_row(i)) * 3, state);
-    }
+    for (int i = 0; i < 4; ++i) states[i] = states[i].exact(units);
+    write_rows(parts + threadIdx.x / 32 % 2 * TILE * 3, states, tile_row);
     __syncthreads();
     const long long row = row0 + threadIdx.x;
     if (threadIdx.x >= TILE || row >= num_tokens) return;
-    SoftmaxEntropy state = read_state(parts + threadIdx.x * 3);
-    state.merge(read_state(parts + (TILE + threadIdx.x) * 3));
+    const State state = merge_parts<2>(parts + threadIdx.x * 3);
     out[head * num_tokens + row] = is_token(valid, row) ? state.value() : 0;
 }
 
@@ -151,22 +154,33 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
     if (row >= outer * num_tokens) return;
     const long long first = row / num_tokens / heads % batch * num_tokens;
     const real_t* probabilities = attention + row * num_tokens;  // (N,)
-    acc_t sum = 0, logs = 0;
-    for (long long j = threadIdx.x % 32 * WIDTH; j < num_tokens; j += 32 * WIDTH) {
-        acc_t a[WIDTH];
-        load_vector(a, probabilities + j, num_tokens - j);
+    constexpr acc_t tiny = sizeof(acc_t) == 8 ? 0x1p-1022 : 0x1p-126;
+    acc_t sum = 0, logs = 0;  // of p and of p log2 p
+    const auto add = [&](const Vector& v, long long j) {
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i)
-            if (a[i] > 0 && is_token(mask, first + j + i)) {
-                sum += a[i];
-                logs += a[i] * log(a[i]);
-            }
+        for (int i = 0; i < WIDTH; ++i) {
+            acc_t p = max(widen(v.element[i]), acc_t(0));
+            // Behind the end p is 0, and there is no mask.
+            if (mask && p > 0 && !mask[first + j + i]) p = 0;
+            sum += p;
+            logs += p * near_log2(max(p, tiny));
+        }
+    };
+    const long long lane = threadIdx.x % 32 * WIDTH;
+    if (grain_of(probabilities, num_tokens) == 16) {
+#pragma unroll 4
+        for (long long j = lane; j < num_tokens; j += 32 * WIDTH)
+            add(read_pieces<uint4>(probabilities + j, num_tokens - j), j);
+    } else {
+        for (long long j = lane; j < num_tokens; j += 32 * WIDTH)
+            add(read_vector(probabilities + j, num_tokens - j), j);
     }
     sum = warp_reduce(sum, Add());
     logs = warp_reduce(logs, Add());
     if (threadIdx.x % 32 != 0) return;
     const bool seen = sum > 0 && is_token(mask, first + row % num_tokens);
-    out[row] = seen ? max(log(sum) - logs / sum, acc_t(0)) : 0;
+    const acc_t mean = logs / sum * acc_t(LN_2);
+    out[row] = seen ? max(log(sum) - mean, acc_t(0)) : 0;
 }
 
 // One warp, one row.

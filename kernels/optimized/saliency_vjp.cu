@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
     const acc_t factor = acc_t(scale * LOG2_E);
     acc_t scores[4][16];
-    Exponents exponents[4];
+    State states[4];
     multiply_tiles(
         stages, {query + (head * num_tokens + row0) * dim, num_tokens - row0},
         {key + head * num_tokens * dim, num_tokens}, num_tiles, dim, scores,
@@ -39,32 +39,20 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
                     const bool seen = columns >> j & 1 && tile_column(j) <= last;
                     scores[i][j] = seen ? rounded_product(scores[i][j], factor) : NEVER;
                 }
-                exponents[i].add(scores[i]);
+                states[i].add(scores[i], Exponents());
             }
         });
 
-    // (2, TILE, 4), columns of two warps: the state, and m as it is.
+    // (2, TILE, 3): columns of two warps.
     auto* parts = reinterpret_cast<acc_t*>(stages);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const SoftmaxEntropy state = merge_lanes(exponents[i].natural(), 1, 4);
-        acc_t m = exponents[i].m;
-        for (int bits = 1; bits < 4; bits *= 2)
-            m = max(m, __shfl_xor_sync(~0u, m, bits));
-        if (threadIdx.x % 4 != 0) continue;
-        acc_t* part = parts + (threadIdx.x / 32 % 2 * TILE + tile_row(i)) * 4;
-        write_state(part, state);
-        part[3] = m;
-    }
+    write_rows(parts + threadIdx.x / 32 % 2 * TILE * 3, states, tile_row);
     __syncthreads();
     const long long row = row0 + threadIdx.x;
     if (threadIdx.x >= TILE || row >= num_tokens) return;
-    const acc_t* part = parts + threadIdx.x * 4;
-    SoftmaxEntropy state = read_state(part);
-    state.merge(read_state(part + TILE * 4));
+    const State state = merge_parts<2>(parts + threadIdx.x * 3);
     acc_t* out = weights + (head * num_tokens + row) * 3;
-    out[0] = max(part[3], part[TILE * 4 + 3]);
-    out[1] = state.t / (1 + state.r);
+    out[0] = state.m;
+    out[1] = state.t * acc_t(LN_2) / (1 + state.r);
     out[2] =
         is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
 }

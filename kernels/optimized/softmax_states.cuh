@@ -1,29 +1,116 @@
-// States (m, r, t) of SoftmaxEntropy: gathered from scores, merged between lanes, kept.
+// States (m, r, t) of softmax entropies in base 2, whose exponential is one
+// instruction: gathered from scores, merged between lanes, kept. See SoftmaxEntropy.
 
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
-// SoftmaxEntropy of scores in units of ln 2, whose exponential is one instruction.
+// The lesser of two numbers, or the greater; NaN where the first is NaN.
+__device__ __forceinline__ float lesser(float x, float y) {
+#if __CUDA_ARCH__ >= 800
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+    return least;
+#else
+    return x >= y ? y : x;
+#endif
+}
+__device__ __forceinline__ float greater(float x, float y) {
+#if __CUDA_ARCH__ >= 800
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+    return most;
+#else
+    return x <= y ? y : x;
+#endif
+}
+__device__ __forceinline__ double lesser(double x, double y) { return x >= y ? y : x; }
+__device__ __forceinline__ double greater(double x, double y) { return x <= y ? y : x; }
+
+// log2 of a number that is not subnormal, to 2^-22 of it or, near 1, of 1.
+__device__ __forceinline__ float near_log2(float x) { return __log2f(x); }
+__device__ __forceinline__ double near_log2(double x) { return log2(x); }
+
+// Scores that are exponents of 2 as they come.
 struct Exponents {
+    __device__ __forceinline__ acc_t base(acc_t m) const { return m; }
+    __device__ __forceinline__ acc_t above(acc_t score, acc_t base) const {
+        return score - base;
+    }
+};
+
+// Scores that `factor` makes exponents of 2, in the same instruction that subtracts.
+struct ScaledExponents {
+    acc_t factor;
+
+    explicit __device__ __forceinline__ ScaledExponents(double scale)
+        : factor(acc_t(scale * LOG2_E)) {}
+
+    // What no token scores: times the factor below all exponents, and finite.
+    __device__ __forceinline__ acc_t never() const {
+        return max(NEVER / factor, acc_t(-3e38f));
+    }
+
+    // m * factor, and of floats a little more, so that no exponent is above it, by
+    // rounding or otherwise. `State::exact` takes it out again.
+    __device__ __forceinline__ acc_t base(acc_t m) const {
+        const acc_t exponent = rounded_product(m, factor);
+        return sizeof(acc_t) == 8 ? exponent
+                                  : fma(abs(exponent), acc_t(0x1p-23), exponent);
+    }
+    __device__ __forceinline__ acc_t above(acc_t score, acc_t base) const {
+        if (sizeof(acc_t) == 8) return rounded_product(score, factor) - base;
+        return fma(score, factor, -base);
+    }
+};
+
+struct State {
     acc_t m = NEVER, r = 0, t = 0;
 
-    // Add scores, of which masked ones are NEVER. One that equals m counts 1, but m
-    // itself stays out: equals are counted apart, so that r never holds its 1.
-    template <int count>
-    __device__ __forceinline__ void add(const acc_t (&scores)[count]) {
+    // Add scores, in place of which then stand the losers, those that are not the
+    // largest: every comparison of a score with m has one. So m stays out, and scores
+    // that equal it do not. Sums are of exponents above base(m).
+    template <int count, class Units>
+    __device__ __forceinline__ void add(acc_t (&scores)[count], const Units& units) {
+        if constexpr (sizeof(acc_t) == 8) {
+            add_doubles(scores, units);
+            return;
+        }
+        const acc_t before = units.base(m);
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const acc_t score = scores[i];
+            scores[i] = lesser(score, m);
+            m = max(m, score);
+        }
+        const acc_t base = units.base(m);
+        lift(before - base);
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const acc_t d = units.above(scores[i], base);
+            const acc_t e = exp2(d);
+            r += e;
+            t += e * d;
+        }
+    }
+
+    // The same with fewer registers, of which doubles leave none: the scores stay, and
+    // those that equal m are counted, m itself not.
+    template <int count, class Units>
+    __device__ __forceinline__ void add_doubles(acc_t (&scores)[count],
+                                                const Units& units) {
         acc_t top = scores[0];
 #pragma unroll
         for (int i = 1; i < count; ++i) top = max(top, scores[i]);
         int equals = 0;
         if (top > m) {
-            const acc_t e = exp2(m - top);
-            t = e * (t + (m - top) * (1 + r));
-            r = e * (1 + r);
+            ++r;
+            lift(units.base(m) - units.base(top));
             m = top;
             equals = -1;
         }
+        const acc_t base = units.base(m);
 #pragma unroll
         for (int i = 0; i < count; ++i) {
-            const acc_t d = scores[i] - m;
+            const acc_t d = units.above(scores[i], base);
             const acc_t e = d < 0 ? exp2(d) : acc_t(0);
             equals += d == 0;
             r += e;
@@ -32,36 +119,107 @@ struct Exponents {
         r += equals;
     }
 
-    __device__ __forceinline__ SoftmaxEntropy natural() const {
-        SoftmaxEntropy state;
-        state.m = m == NEVER ? acc_t(NEVER) : m * acc_t(LN_2);
-        state.r = r;
-        state.t = t * acc_t(LN_2);
+    // Let the sums be of exponents that are d more.
+    __device__ __forceinline__ void lift(acc_t d) {
+        const acc_t e = exp2(d);
+        t = e * (t + d * r);
+        r *= e;
+    }
+
+    // m as an exponent of 2, and the sums of exponents above it and not above base(m).
+    __device__ __forceinline__ State exact(const ScaledExponents& units) const {
+        State state = *this;
+        if (m == units.never()) {
+            state.m = NEVER;
+            return state;  // it holds no score, or only NaN
+        }
+        state.m = rounded_product(m, units.factor);
+        // Beyond 2^29 neighbouring scores are too far apart for it.
+        state.lift(min(-units.above(m, units.base(m)), acc_t(100)));
         return state;
+    }
+
+    // Take in the terms of another state, of whom the larger m stays out. What holds no
+    // score has m = NEVER, so that its terms vanish.
+    __device__ __forceinline__ void merge(const State& other) {
+        const bool first = m >= other.m;
+        const acc_t d = min(m, other.m) - max(m, other.m), e = exp2(d);
+        const acc_t low_r = 1 + (first ? other.r : r), low_t = first ? other.t : t;
+        t = (first ? t : other.t) + e * (low_t + d * low_r);
+        r = (first ? r : other.r) + e * low_r;
+        m = max(m, other.m);
+    }
+
+    // The entropy, in nats.
+    __device__ __forceinline__ acc_t value() const {
+        SoftmaxEntropy state;
+        state.r = r, state.t = t * acc_t(LN_2);
+        return state.value();
     }
 };
 
-// Merge the states of lanes that differ in the bits from `first` up to `end`.
-__device__ __forceinline__ SoftmaxEntropy merge_lanes(SoftmaxEntropy state, int first,
-                                                      int end) {
-    for (int bits = first; bits < end; bits *= 2) {
-        SoftmaxEntropy other;
-        other.m = __shfl_xor_sync(~0u, state.m, bits);
-        other.r = __shfl_xor_sync(~0u, state.r, bits);
-        other.t = __shfl_xor_sync(~0u, state.t, bits);
-        state.merge(other);
-    }
-    return state;
-}
-
-__device__ __forceinline__ void write_state(acc_t* out, const SoftmaxEntropy& state) {
+__device__ __forceinline__ void write_state(acc_t* out, const State& state) {
     out[0] = state.m;
     out[1] = state.r;
     out[2] = state.t;
 }
 
-__device__ __forceinline__ SoftmaxEntropy read_state(const acc_t* in) {
-    SoftmaxEntropy state;
+__device__ __forceinline__ State read_state(const acc_t* in) {
+    State state;
     state.m = in[0], state.r = in[1], state.t = in[2];
     return state;
+}
+
+// Merge the states of lanes that differ in `bit`. Each then has half of them: the lane
+// with the bit the upper half.
+template <int count>
+__device__ __forceinline__ void fold(State* states, int bit) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) {
+        const State a = states[i], b = states[i + count / 2];
+        State kept, other;
+        kept.m = upper ? b.m : a.m;
+        kept.r = upper ? b.r : a.r;
+        kept.t = upper ? b.t : a.t;
+        other.m = __shfl_xor_sync(~0u, upper ? a.m : b.m, bit);
+        other.r = __shfl_xor_sync(~0u, upper ? a.r : b.r, bit);
+        other.t = __shfl_xor_sync(~0u, upper ? a.t : b.t, bit);
+        kept.merge(other);
+        states[i] = kept;
+    }
+}
+
+// Merge a thread's states of four rows with those of the other lanes of these rows.
+// Each lane writes one, of (TILE, 3) of a warp's columns; `place` is `tile_row`.
+template <class Place>
+__device__ __forceinline__ void write_rows(acc_t* out, State (&states)[4],
+                                           Place place) {
+    fold<4>(states, 1);
+    fold<2>(states, 2);
+    const int row = place(threadIdx.x % 2 * 2 + threadIdx.x / 2 % 2);
+    write_state(out + row * 3, states[0]);
+}
+
+// The same of the eight columns from the thread's j-th on, by `tile_column`; rows are
+// those of a warp.
+template <class Place>
+__device__ __forceinline__ void write_columns(acc_t* out, State (&states)[8], int j,
+                                              Place place) {
+    fold<8>(states, 4);
+    fold<4>(states, 8);
+    fold<2>(states, 16);
+    const int lane = threadIdx.x % 32;
+    const int column = place(j + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16);
+    write_state(out + column * 3, states[0]);
+}
+
+// Merge `count` parts of a row's, or a column's, that lie (TILE, 3) apart.
+template <int count>
+__device__ __forceinline__ State merge_parts(const acc_t* parts) {
+    State merged;
+#pragma unroll
+    for (int part = 0; part < count; ++part)
+        merged.merge(read_state(parts + part * TILE * 3));
+    return merged;
 }

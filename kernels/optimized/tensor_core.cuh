@@ -80,3 +80,22 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
 MMA_16X8(__half, "m16n8k16", "f16")
 MMA_16X8(__nv_bfloat16, "m16n8k16", "bf16")
 MMA_16X8(float, "m16n8k8", "tf32")
+
+// The same as `cp_async`, or zeros where the source does not exist; it is then not
+// read.
+template <int bytes>
+__device__ __forceinline__ void cp_async_or_zeros(void* target, const void* source,
+                                                  bool exists) {
+#if __CUDA_ARCH__ >= 800
+    static_assert(bytes == 16);
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
+        "l"(source), "r"(exists ? 16 : 0)
+        : "memory");
+#else
+    if (exists)
+        cp_async<bytes>(target, source);
+    else
+        *static_cast<Word<bytes>*>(target) = Word<bytes>{};
+#endif
+}

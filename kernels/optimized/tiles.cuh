@@ -29,11 +29,11 @@ __device__ __forceinline__ int tile_column(int j) {
     return threadIdx.x / 32 % 2 * 64 + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
 }
 
-// The 16 bytes `chunk` of a staged row. Turning the chunks with the row keeps eight
-// rows that are read at once in different banks.
-__device__ __forceinline__ unsigned char* staged(unsigned char* stage, int row,
-                                                 int chunk) {
-    return stage + row * STEP_BYTES + (chunk ^ row / 2 % 4) * 16;
+// Where the 16 bytes `chunk` of a staged row lie, in bytes from the stage's start.
+// Turning the chunks with the row keeps eight rows that are read at once in different
+// banks.
+__device__ __forceinline__ int staged(int row, int chunk) {
+    return row * STEP_BYTES + (chunk ^ row / 2 % 4) * 16;
 }
 
 // Stage STEP_BYTES of all rows from column k on, zeros for what does not exist. Copies
@@ -53,7 +53,7 @@ __device__ __forceinline__ void stage_step(unsigned char* stage, const Rows& a,
         const int row = first % TILE + threadIdx.x / 4;
         const real_t* source = from.data + row * stride + column;
         const int left = row < from.count ? rest : 0;
-        unsigned char* target = staged(stage, first / TILE * TILE + row, chunk);
+        unsigned char* target = stage + staged(first / TILE * TILE + row, chunk);
         if constexpr (grain == 2) {
             *reinterpret_cast<Vector*>(target) = read_halfwords(source, left);
         } else {
@@ -74,9 +74,7 @@ __device__ __forceinline__ void stage_step(unsigned char* stage, const Rows& a,
 __device__ __forceinline__ void stage_step(int grain, unsigned char* stage,
                                            const Rows& a, const Rows& b, long long k,
                                            long long dim, long long stride) {
-    if (grain == 16)
-        stage_step<16>(stage, a, b, k, dim, stride);
-    else if (sizeof(real_t) == 8 || grain == 8)
+    if (sizeof(real_t) == 8 || grain == 8)
         stage_step<8>(stage, a, b, k, dim, stride);
     else if (sizeof(real_t) == 4 || grain == 4)
         stage_step<sizeof(real_t) == 8 ? 8 : 4>(stage, a, b, k, dim, stride);
@@ -84,24 +82,61 @@ __device__ __forceinline__ void stage_step(int grain, unsigned char* stage,
         stage_step<sizeof(real_t) == 2 ? 2 : 8>(stage, a, b, k, dim, stride);
 }
 
+// Whether a matrix is staged as `Chunks`: whole chunks, aligned, and offsets within a
+// tile that fit 32 bits.
+__device__ __forceinline__ bool in_chunks(int grain, long long stride) {
+    return grain == 16 && stride < 1 << 24;
+}
+
+// A thread's part of such a tile: one chunk of the rows `threadIdx.x / 4` and 64
+// further. A row that does not exist is another copy of the last one, whose sums have
+// no use.
+struct Chunks {
+    const real_t* data;
+    unsigned offset[2];
+
+    __device__ __forceinline__ Chunks(const Rows& rows, long long stride)
+        : data(rows.data) {
+        const int last = static_cast<int>(min(rows.count, (long long)TILE)) - 1;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row =
+                min(static_cast<int>(threadIdx.x / 4) + i * (TILE / 2), last);
+            offset[i] = row * static_cast<unsigned>(stride) + threadIdx.x % 4 * WIDTH;
+        }
+    }
+
+    // Begin to stage columns `column` onwards, or zeros behind the end of the rows.
+    __device__ __forceinline__ void stage(unsigned char* target, int column,
+                                          bool exists) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            cp_async_or_zeros<16>(target + i * (TILE / 2) * STEP_BYTES,
+                                  data + column + offset[i], exists);
+    }
+};
+
 // sums += the products of one step, on the tensor cores.
 template <class T>
 __device__ __forceinline__ void multiply_mma(unsigned char* stage,
                                              acc_t (&sums)[4][16]) {
     const int lane = threadIdx.x % 32;
-    const int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
+    // The chunk of the step's first half that the lane gives to `ldmatrix_x4`, in bytes
+    // from the stage's start; what is added to a row below is a multiple of 8 and turns
+    // no chunk, and the second half's chunk is 2 further, which flips a bit.
+    const int a0 = staged(threadIdx.x / 64 * 32 + lane % 16, lane / 16);
+    const int b0 = staged(TILE + threadIdx.x / 32 % 2 * 64 + lane / 16 * 8 + lane % 8,
+                          lane / 8 % 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // of the step: 32 bytes of each row
+        const unsigned char* from_a = stage + (a0 ^ half * 32);
+        const unsigned char* from_b = stage + (b0 ^ half * 32);
         unsigned a[2][4];
-        for (int m = 0; m < 2; ++m)
-            ldmatrix_x4(a[m],
-                        staged(stage, row + m * 16 + lane % 16, half * 2 + lane / 16));
+        for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], from_a + m * 16 * STEP_BYTES);
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {  // two 8-column strips to a load
             unsigned b[4];
-            ldmatrix_x4(b,
-                        staged(stage, TILE + column + n * 8 + lane / 16 * 8 + lane % 8,
-                               half * 2 + lane / 8 % 2));
+            ldmatrix_x4(b, from_b + n * 8 * STEP_BYTES);
             const unsigned strips[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
             for (int m = 0; m < 2; ++m)
                 for (int s = 0; s < 2; ++s)
@@ -127,10 +162,10 @@ __device__ __forceinline__ void multiply_fma(unsigned char* stage,
         acc_t a[4][WIDTH], b[WIDTH];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            load_staged(a[i], staged(stage, tile_row(i), chunk));
+            load_staged(a[i], stage + staged(tile_row(i), chunk));
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            load_staged(b, staged(stage, TILE + tile_column(j), chunk));
+            load_staged(b, stage + staged(TILE + tile_column(j), chunk));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -160,14 +195,33 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
         grain_of(reinterpret_cast<unsigned long long>(a.data) |
                  reinterpret_cast<unsigned long long>(b.data) |
                  static_cast<unsigned long long>(stride | dim) * sizeof(real_t));
-    int next_tile = 0, next_step = 0;  // to be staged
+    const auto rows_from = [&](unsigned tile) {
+        const long long first = static_cast<long long>(tile) * TILE;
+        return Rows{b.data + first * stride, b.count - first};
+    };
+    const bool chunks = in_chunks(grain, stride);
+    const Chunks of_a(a, stride);
+    Chunks of_b(b, stride);
+    const int target = staged(threadIdx.x / 4, threadIdx.x % 4);
+    const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
+    // To be staged. Unsigned, so that of one tile the compiler sees that none follows.
+    unsigned next_tile = 0;
+    int next_step = 0;
     const auto stage_next = [&](int slot) {
-        if (next_tile < num_tiles) {
-            const long long first = static_cast<long long>(next_tile) * TILE;
-            stage_step(grain, stages + slot * STAGE_BYTES, a,
-                       {b.data + first * stride, b.count - first},
-                       static_cast<long long>(next_step) * STEP, dim, stride);
-            if (++next_step == steps_per_tile) next_step = 0, ++next_tile;
+        if (next_tile < static_cast<unsigned>(num_tiles)) {
+            unsigned char* stage = stages + slot * STAGE_BYTES;
+            const int column = next_step * STEP;
+            if (chunks) {
+                of_a.stage(stage + target, column, column < rest);
+                of_b.stage(stage + TILE * STEP_BYTES + target, column, column < rest);
+            } else {
+                stage_step(grain, stage, a, rows_from(next_tile), column, dim, stride);
+            }
+            if (++next_step == steps_per_tile) {
+                next_step = 0, ++next_tile;
+                if (next_tile < static_cast<unsigned>(num_tiles))
+                    of_b = Chunks(rows_from(next_tile), stride);
+            }
         }
         cp_async_commit();
     };
