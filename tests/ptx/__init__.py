@@ -29,6 +29,7 @@ _TYPES = {
     "float": "float32",
     "double": "float64",
     "bool": "bool",
+    "unsigned char": "uint8",
 }
 _RANGE = np.dtype(
     [
