@@ -71,7 +71,8 @@ def main() -> None:
                 print(failure, flush=True)
     except KeyboardInterrupt:  # what is compiled is in the cache
         say_slowest(times)
-        print(f"interrupted after {len(times)} of {len(jobs)}", flush=True)
+        late = " ".join(jobs[len(times)])
+        print(f"interrupted after {len(times)} of {len(jobs)}, at {late}", flush=True)
         for process in pool._processes.values():  # which would compile all the rest
             process.terminate()
         os._exit(130)
