@@ -235,6 +235,8 @@ void add_floats(Table& table, const std::string& type) {
         add("ex2.approx.", one([](F a) { return exp2_of(a); }));
         add("lg2.approx.", one([](F a) { return log2_of(a); }));
         add("rcp.approx.", one([](F a) { return 1 / a; }));
+        add("div.approx.", two([](F a, F b) { return a / b; }));
+        add("div.full.", two([](F a, F b) { return a / b; }));
         add("sqrt.approx.", one([](F a) { return std::sqrt(a); }));
         add("rsqrt.approx.", one([](F a) { return F(1 / std::sqrt(f64(a))); }));
         const auto add_rounded = [&](const std::string& how, auto rounding) {

@@ -39,7 +39,6 @@ inline void join(Pasts& pasts, const Pasts& others) {
 
 struct Clocks {  // of a launch
     u32 now = 1;
-    u32 warps = 1;  // of a block
     std::unordered_map<u64, Pasts> released;  // by the address of an atomic
 };
 
@@ -53,9 +52,9 @@ struct Observer {
     Pasts released;    // what a fence made ready for atomics to publish
     bool fenced = false;
 
-    // A warp is named by its number in the grid, + 1.
+    // A warp is named by its block and its number there, of at most 32.
     static constexpr u32 ATOMIC = 1u << 31;
-    u32 name() const { return block * clocks->warps + warp + 1; }
+    u32 name() const { return (block << 5 | warp) + 1; }
 
     void read(Cell& cell, bool ordered, int lane) const {
         const u32 me = name();
@@ -92,7 +91,7 @@ struct Observer {
     }
 
   private:
-    u32 block_of(u32 who) const { return (who - 1) / clocks->warps; }
+    u32 block_of(u32 who) const { return (who - 1) >> 5; }
 
     bool is_past(u32 who, u32 at) const {
         if (who == name()) return true;

@@ -365,8 +365,7 @@ int ptx_launch(void* kernel, u32 grid, u32 block, u32 dynamic_bytes, int coopera
     launch.program = &p, launch.grid = grid, launch.block = block;
     launch.shared_bytes = p.shared_bytes + dynamic_bytes;
     launch.constants = loaded.constants.get();
-    launch.clocks.warps = (block + LANES - 1) / LANES;
-    launch.races = launch.clocks.warps * u64(grid) > 1;
+    launch.races = grid > 1 || block > LANES;
     launch.last_range.resize(p.code.size());
     fill_constants(p, launch, arguments);
     set_ranges(p, launch, ranges, num_ranges);

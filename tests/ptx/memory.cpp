@@ -32,14 +32,18 @@ struct Access {
 
     void measure() {
         u64 bits = 0, gaps = 0;
-        s64 least = s64(address[0]), most = least;
         for (int l = 0; l < LANES; ++l) {
-            const s64 a = s64(address[l]);
             bits |= address[l];
             gaps |= (address[l] - address[0]) ^ u64(bytes * l);
-            least = std::min(least, a), most = std::max(most, a);
         }
-        low = u64(least), high = u64(most) + bytes, row = gaps == 0 && lanes == ALL;
+        row = gaps == 0 && lanes == ALL;
+        s64 least = s64(address[0]), most = s64(address[LANES - 1]);
+        if (!row)
+            for (int l = 0; l < LANES; ++l) {
+                const s64 a = s64(address[l]);
+                least = std::min(least, a), most = std::max(most, a);
+            }
+        low = u64(least), high = u64(most) + bytes;
         if (bits & (bytes - 1)) {
             int lane = 0;
             for_each_lane(lanes, [&](int l) { if (address[l] & (bytes - 1)) lane = l; });
@@ -122,25 +126,31 @@ void check_global(Warp& w, const Instruction& i, Access& x, Kind kind) {
     });
 }
 
+void check_bounds(const SharedMemory& shared, const Access& x) {
+    if (x.high <= shared.size()) return;
+    for_each_lane(x.lanes, [&](int l) {
+        if (x.address[l] + x.bytes > shared.size())
+            throw Fault("access to shared byte " + std::to_string(x.address[l]) + " of " +
+                            std::to_string(shared.size()), l);
+    });
+}
+
 void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
     SharedMemory& shared = w.block->shared;
-    if (x.high > shared.size())
-        for_each_lane(x.lanes, [&](int l) {
-            if (x.address[l] + x.bytes > shared.size())
-                throw Fault("access to shared byte " + std::to_string(x.address[l]) + " of " +
-                            std::to_string(shared.size()), l);
-        });
+    check_bounds(shared, x);
     const u32 low = u32(x.low);
+    shared.touch(low, u32(x.high));
     const bool done = x.row && (kind == READ    ? shared.read_row(w.number, low, x.bytes)
                                 : kind == WRITE ? shared.write_row(w.number, low, x.bytes)
                                                 : false);
-    if (!done)
-        for_each_lane(x.lanes, [&](int l) {
-            const u32 at = u32(x.address[l]);
-            kind == READ    ? shared.read(w.thread(l), at, x.bytes, poison)
-            : kind == WRITE ? shared.write(w.thread(l), at, x.bytes)
-                            : shared.atomic(w.thread(l), at, x.bytes);
-        });
+    if (!done) {
+        if (kind == READ) shared.read(w.number, x.lanes, x.address, x.bytes, poison);
+        if (kind == WRITE) shared.write(w.number, x.lanes, x.address, x.bytes);
+        if (kind == ATOMIC)
+            for_each_lane(x.lanes, [&](int l) {
+                shared.atomic(w.thread(l), u32(x.address[l]), x.bytes);
+            });
+    }
     const u64 base = reinterpret_cast<u64>(shared.bytes.data());
     for (u64& a : x.address) a += base;
 }
@@ -178,16 +188,16 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
             return;
         }
     }
-    u64 from[LANES];
-    memcpy(from, x.address, sizeof from);
-    const auto move = [&](int l) {
-        for (int n = 0; n < count; ++n)
-            w.at<Wide>(i.o[n])[l] = to_slot<Wide>(Wide(fetch<T>(from[l] + n * sizeof(T))));
-    };
-    if (lanes == ALL)
-        for (int l = 0; l < LANES; ++l) move(l);
-    else
-        for_each_lane(lanes, move);
+    for (int n = 0; n < count; ++n) {
+        auto* d = w.at<Wide>(i.o[n]);
+        const auto move = [&](int l) {
+            d[l] = to_slot<Wide>(Wide(fetch<T>(x.address[l] + n * sizeof(T))));
+        };
+        if (lanes == ALL)
+            for (int l = 0; l < LANES; ++l) move(l);
+        else
+            for_each_lane(lanes, move);
+    }
 }
 
 template <class T, class Wide, int count>
@@ -247,12 +257,11 @@ void copy_async(Warp& w, const Instruction& i, u32 lanes) {
     Access to(w, lanes, i.o[0], i.offset, i.bytes, SHARED, i.wide_address);
     Access from(w, lanes, i.o[1], i.target, i.bytes, GLOBAL, true);
     check_global(w, i, from, READ);
+    check_bounds(w.block->shared, to);
     SharedMemory& shared = w.block->shared;
+    shared.touch(u32(to.low), u32(to.high));
     for_each_lane(lanes, [&](int l) {
         const u32 at = u32(to.address[l]);
-        if (at + i.bytes > shared.size())
-            throw Fault("cp.async to shared byte " + std::to_string(at) + " of " +
-                        std::to_string(shared.size()), l);
         shared.begin_copy(w.thread(l), at, i.bytes);
         memset(&shared.bytes[at], 0xFF, i.bytes);
         w.copies.push_back({u32(l), at, i.bytes, w.copy_group[l], from.address[l]});
@@ -267,6 +276,7 @@ void copy_wait(Warp& w, const Instruction& i, u32 lanes) {
         if (!(lanes >> copy.lane & 1)) return false;
         if (i.offset >= 0 && copy.group + i.offset >= w.copy_group[copy.lane]) return false;
         SharedMemory& shared = w.block->shared;
+        shared.touch(copy.target, copy.target + copy.bytes);
         shared.end_copy(w.thread(copy.lane), copy.target, copy.bytes);
         memcpy(&shared.bytes[copy.target], reinterpret_cast<const void*>(copy.source), copy.bytes);
         return true;
