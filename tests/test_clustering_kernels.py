@@ -1,6 +1,5 @@
 """The public clustering functions, interpreted, against NumPy's own."""
 
-
 import ml_dtypes
 import numpy as np
 import ptx

@@ -1,6 +1,5 @@
 """Dendrograms of the interpreted kernels against SciPy's, tie by tie."""
 
-
 import numpy as np
 import ptx
 import pytest

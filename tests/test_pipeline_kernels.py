@@ -3,7 +3,6 @@
 The groups are given: clustering has tests of its own.
 """
 
-
 import ml_dtypes
 import numpy as np
 import ptx

@@ -284,7 +284,9 @@ RACES = {
 @pytest.mark.parametrize("race", RACES)
 def test_races_in_shared_memory(race):
     statements, message = RACES[race]
-    declared = "__shared__ float s[64]; __shared__ int n[64]; const int t = threadIdx.x;"
+    declared = (
+        "__shared__ float s[64]; __shared__ int n[64]; const int t = threadIdx.x;"
+    )
     with pytest.raises(ptx.Fault, match=message):
         run(declared + statements)
 
@@ -319,11 +321,11 @@ BETWEEN_BLOCKS = {
 
 @pytest.mark.parametrize("race", BETWEEN_BLOCKS)
 def test_races_in_global_memory(race):
-    body = f"const int b = blockIdx.x; if (threadIdx.x % 32) return; {BETWEEN_BLOCKS[race]}"
+    body = "const int b = blockIdx.x; if (threadIdx.x % 32) return;"
     grid = 1 if race == "within a block" else 4
     out = np.zeros(16, np.float32)
     with pytest.raises(ptx.Fault, match="race in global memory"):
-        probe(body)((grid,), (64,), (out,))
+        probe(body + BETWEEN_BLOCKS[race])((grid,), (64,), (out,))
 
 
 def test_atomics_of_blocks_do_not_race():
