@@ -107,7 +107,8 @@ class Reader {
             const size_t end = std::min(text_.find_first_of("{}\n", at), text_.size());
             at = end;
             if (end == text_.size()) return;
-            text_[end] == '\n' ? void(++line) : void(depth += text_[end] == '{' ? 1 : -1);
+            text_[end] == '\n' ? void(++line)
+                               : void(depth += text_[end] == '{' ? 1 : -1);
         }
     }
 
@@ -138,7 +139,8 @@ struct Declared {  // ".shared .align 4 .b8 name[4096]"
 Declared declared(const string& text) {
     Declared d;
     for (const string& word : split(text, ' ')) {
-        if (word == ".visible" || word == ".extern" || word == ".weak" || word == ".common")
+        if (word == ".visible" || word == ".extern" || word == ".weak" ||
+            word == ".common")
             continue;
         if (word[0] == '.' && d.space.empty()) {
             d.space = word.substr(1);
@@ -153,7 +155,8 @@ Declared declared(const string& text) {
             d.name = word.substr(0, bracket);
             d.bytes = bytes_of(d.type);
             for (; bracket != string::npos; bracket = word.find('[', bracket + 1)) {
-                const string length = word.substr(bracket + 1, word.find(']', bracket) - bracket - 1);
+                const string length =
+                    word.substr(bracket + 1, word.find(']', bracket) - bracket - 1);
                 d.sized = d.sized && !length.empty();
                 d.bytes *= length.empty() ? 0 : std::stoull(length);
             }
@@ -184,8 +187,7 @@ struct Module {
                 const size_t quote = line.find('"');
                 files[u32(std::stoul(line.substr(6)))] =
                     line.substr(quote + 1, line.rfind('"') - quote - 1);
-            } else if (reader.next_is(".version") ||
-                       reader.next_is(".target") ||
+            } else if (reader.next_is(".version") || reader.next_is(".target") ||
                        reader.next_is(".address_size")) {
                 reader.until("\n");
             } else {
@@ -208,7 +210,8 @@ struct Module {
         } else if (head.find(".shared") != string::npos) {
             const Declared d = declared(head);
             shared[d.name] = d;
-        } else if (head.find(".global") != string::npos || head.find(".const") != string::npos) {
+        } else if (head.find(".global") != string::npos ||
+                   head.find(".const") != string::npos) {
             add_global(head, "");
         }
     }
@@ -216,7 +219,8 @@ struct Module {
         size_t at = head.find(".entry");
         if (at == string::npos) {
             at = head.find(".func") + 5;
-            if (const size_t first = head.find_first_not_of(' ', at); head[first] == '(')
+            if (const size_t first = head.find_first_not_of(' ', at);
+                head[first] == '(')
                 at = head.find(')', first) + 1;  // what it returns
         } else {
             at += 6;
@@ -230,7 +234,8 @@ struct Module {
         const int each = bytes_of(d.type);
         const bool list = !value.empty() && value[0] == '{';
         const Strings values = list ? split(value.substr(1, value.rfind('}') - 1))
-                                    : value.empty() ? Strings{} : Strings{value};
+                               : value.empty() ? Strings{}
+                                               : Strings{value};
         for (size_t i = 0; i < values.size(); ++i) {
             const u64 x = is_literal(values[i]) ? bits_of(values[i], each) : 0;
             memcpy(&v.value[i * each], &x, each);
@@ -240,12 +245,12 @@ struct Module {
 };
 
 struct Scope {
-    string prefix;                             // of its registers' names
-    std::map<string, string> types;            // of registers, by name
-    std::map<string, string> ranges;           // of registers, by "%r" and so on
+    string prefix;                    // of its registers' names
+    std::map<string, string> types;   // of registers, by name
+    std::map<string, string> ranges;  // of registers, by "%r" and so on
     std::map<string, u64> locals;
-    std::map<string, string> parameters;       // of calls: what they are called here
-    bool function = false;                     // no name from outside is seen
+    std::map<string, string> parameters;  // of calls: what they are called here
+    bool function = false;                // no name from outside is seen
 };
 
 namespace {
@@ -287,9 +292,11 @@ class Decoder {
     void read_head(const string& head) {
         const size_t open = head.find('('), close = head.rfind(')');
         if (open != string::npos)
-            for (const string& text : split(string_view(head).substr(open + 1, close - open - 1))) {
+            for (const string& text :
+                 split(string_view(head).substr(open + 1, close - open - 1))) {
                 const Declared d = declared(text);
-                p_.parameter_bytes = u32((p_.parameter_bytes + d.align - 1) / d.align * d.align);
+                p_.parameter_bytes =
+                    u32((p_.parameter_bytes + d.align - 1) / d.align * d.align);
                 p_.parameters.push_back({d.name, p_.parameter_bytes, u32(d.bytes)});
                 p_.parameter_bytes += u32(d.bytes);
             }
@@ -315,7 +322,8 @@ class Decoder {
         if (is_new) {
             at->second = new_constant(bytes);
             for (int l = 0; l < LANES; ++l)
-                memcpy(&constants_[(at->second & ~CONSTANT) + l * bytes], &value, bytes);
+                memcpy(&constants_[(at->second & ~CONSTANT) + l * bytes], &value,
+                       bytes);
         }
         return at->second;
     }
@@ -330,8 +338,10 @@ class Decoder {
             special_[name] = constant(1, 4);
         special_["%ntid.x"] = new_constant(4);
         special_["%nctaid.x"] = new_constant(4);
-        p_.launch_constants.push_back({LaunchConstant::BLOCK_SIZE, special_["%ntid.x"]});
-        p_.launch_constants.push_back({LaunchConstant::GRID_SIZE, special_["%nctaid.x"]});
+        p_.launch_constants.push_back(
+            {LaunchConstant::BLOCK_SIZE, special_["%ntid.x"]});
+        p_.launch_constants.push_back(
+            {LaunchConstant::GRID_SIZE, special_["%nctaid.x"]});
         const auto by_lane = [&](const string& name, auto f) {
             const u32 at = special_[name] = new_constant(4);
             for (u32 l = 0; l < LANES; ++l) {
@@ -379,7 +389,8 @@ class Decoder {
         if (text == "_") return UNUSED_PREDICATE;
         const bool negated = text[0] == '!';
         const string name = negated ? trimmed(text.substr(1)) : text;
-        if (is_literal(name)) return TRUE_PREDICATE | ((name == "0") != negated ? NEGATED : 0);
+        if (is_literal(name))
+            return TRUE_PREDICATE | ((name == "0") != negated ? NEGATED : 0);
         const auto [type, full] = find(name);
         if (type != "pred") unknown(name + " is not a predicate");
         auto [at, is_new] = predicates_.try_emplace(full, p_.predicates);
@@ -430,17 +441,21 @@ class Decoder {
         const string inside = trimmed(string_view(text).substr(1, text.rfind(']') - 1));
         const size_t plus = inside.find('+');
         const string base = trimmed(inside.substr(0, plus));
-        *offset = plus == string::npos ? 0 : s64(bits_of(trimmed(inside.substr(plus + 1)), 8));
+        *offset = plus == string::npos
+                      ? 0
+                      : s64(bits_of(trimmed(inside.substr(plus + 1)), 8));
         i.wide_address = base[0] != '%' || width(base) == 8;
         return operand(base, i.wide_address ? 8 : 4);
     }
     Strings elements(const string& text) const {  // of "{%r1, %r2}", or one
-        return text[0] == '{' ? split(text.substr(1, text.rfind('}') - 1)) : Strings{text};
+        return text[0] == '{' ? split(text.substr(1, text.rfind('}') - 1))
+                              : Strings{text};
     }
 
     // ---- statements
 
-    void body(const Function& function, std::vector<Scope> scopes, const string& prefix) {
+    void body(const Function& function, std::vector<Scope> scopes,
+              const string& prefix) {
         const std::vector<Scope> outer = std::exchange(scopes_, std::move(scopes));
         const string before = std::exchange(function_, prefix);
         Reader reader(module_.text, function.begin, function.end, function.line);
@@ -449,13 +464,15 @@ class Decoder {
             if (reader.next_is(".loc") && isspace(reader.rest()[4])) {
                 const string loc = reader.until("\n");
                 const Strings words = split(loc, ' ');
-                file_ = u32(std::stoul(words[1])), source_line_ = u32(std::stoul(words[2]));
+                file_ = u32(std::stoul(words[1])),
+                source_line_ = u32(std::stoul(words[2]));
                 continue;
             }
             line_ = reader.line;
             if (reader.rest()[0] == '{') {
                 ++reader.at;
-                scopes_.push_back({"block" + std::to_string(++blocks_) + ":", {}, {}, {}, {}, false});
+                scopes_.push_back(
+                    {"block" + std::to_string(++blocks_) + ":", {}, {}, {}, {}, false});
             } else if (reader.rest()[0] == '}') {
                 ++reader.at;
                 scopes_.pop_back();
@@ -473,7 +490,9 @@ class Decoder {
     bool label(Reader& reader) {
         const string_view rest = reader.rest();
         size_t n = 0;
-        while (n < rest.size() && (isalnum(rest[n]) || rest[n] == '_' || rest[n] == '$')) ++n;
+        while (n < rest.size() &&
+               (isalnum(rest[n]) || rest[n] == '_' || rest[n] == '$'))
+            ++n;
         if (n == 0 || n >= rest.size() || rest[n] != ':') return false;
         labels_[function_ + string(rest.substr(0, n))] = u32(p_.code.size());
         reader.at += n + 1;
@@ -485,7 +504,8 @@ class Decoder {
         if (text.empty() || starts_with(text, ".pragma")) return;
         if (starts_with(text, ".reg")) {
             const size_t name = text.find_first_of("% ", text.find('.', 4));
-            const string type = trimmed(text.substr(text.find('.', 4) + 1, name - text.find('.', 4) - 1));
+            const string type = trimmed(
+                text.substr(text.find('.', 4) + 1, name - text.find('.', 4) - 1));
             for (const string& one : split(text.substr(name))) {
                 if (const size_t count = one.find('<'); count != string::npos)
                     scopes_.back().ranges[one.substr(0, count)] = type;
@@ -519,7 +539,8 @@ class Decoder {
         }
         const size_t space = text.find_first_of(" \t");
         const string mnemonic = text.substr(0, space);
-        const Strings operands = space == string::npos ? Strings{} : split(text.substr(space));
+        const Strings operands =
+            space == string::npos ? Strings{} : split(text.substr(space));
         const Strings parts = split(mnemonic, '.');
         const string& base = parts[0];
         if (base == "bra") return branch(i, function_ + operands[0]);
@@ -569,7 +590,8 @@ class Decoder {
         if (operands.size() != form.bytes.size()) unknown("number of operands");
         narrow(name, form, operands);
         for (size_t n = 0; n < operands.size(); ++n)
-            i.o[n] = form.bytes[n] ? operand(operands[n], form.bytes[n]) : predicate(operands[n]);
+            i.o[n] = form.bytes[n] ? operand(operands[n], form.bytes[n])
+                                   : predicate(operands[n]);
         i.operands = u8(operands.size());
         if (name.find(".sync") != string::npos) i.flow = TOGETHER;
         emit(i);
@@ -577,7 +599,8 @@ class Decoder {
 
     // cvt takes the lower half of a register of 8 bytes.
     void narrow(const string& name, const Form& form, Strings& operands) {
-        if (!starts_with(name, "cvt.") || form.bytes[1] == 8 || operands[1][0] != '%') return;
+        if (!starts_with(name, "cvt.") || form.bytes[1] == 8 || operands[1][0] != '%')
+            return;
         if (width(operands[1]) != 8) return;
         Instruction lower;
         lower.run = handler("cvt.u32.u64");
@@ -616,18 +639,22 @@ class Decoder {
         };
         const auto inside = [](const string& text) {
             const size_t open = text.find('(');
-            return open == string::npos ? "" : text.substr(open + 1, text.find(')', open) - open - 1);
+            return open == string::npos
+                       ? ""
+                       : text.substr(open + 1, text.find(')', open) - open - 1);
         };
         const size_t at = head.find(name);
         if (returns) bind(inside(head), inside(operands[0]));
-        if (operands.size() > (returns ? 2u : 1u)) bind(inside(head.substr(at)), inside(operands.back()));
+        if (operands.size() > (returns ? 2u : 1u))
+            bind(inside(head.substr(at)), inside(operands.back()));
         const string prefix = scope.prefix;
         body(found->second, {scope}, prefix);
         labels_[prefix + "end"] = u32(p_.code.size());
     }
     string parameter_name(const string& name) const {
         for (size_t n = scopes_.size(); n--;)
-            if (auto at = scopes_[n].parameters.find(name); at != scopes_[n].parameters.end())
+            if (auto at = scopes_[n].parameters.find(name);
+                at != scopes_[n].parameters.end())
                 return at->second;
         return "";
     }
@@ -637,7 +664,8 @@ class Decoder {
         const string inside = text.substr(1, text.rfind(']') - 1);
         const size_t plus = inside.find('+');
         const string name = trimmed(inside.substr(0, plus));
-        const u32 offset = plus == string::npos ? 0 : u32(std::stoul(inside.substr(plus + 1)));
+        const u32 offset =
+            plus == string::npos ? 0 : u32(std::stoul(inside.substr(plus + 1)));
         if (const string full = parameter_name(name); !full.empty()) {
             const string key = "param " + full + "+" + std::to_string(offset);
             if (!registers_.count(key)) registers_[key] = new_register(bytes);
@@ -646,7 +674,8 @@ class Decoder {
         for (const Parameter& p : p_.parameters) {
             if (p.name != name) continue;
             const u32 at = new_constant(bytes);
-            p_.launch_constants.push_back({LaunchConstant::PARAMETER, at, p.at + offset, u32(bytes)});
+            p_.launch_constants.push_back(
+                {LaunchConstant::PARAMETER, at, p.at + offset, u32(bytes)});
             return at;
         }
         unknown("parameter " + name);
@@ -655,11 +684,16 @@ class Decoder {
     void memory_modifiers(Instruction& i, const Strings& parts) {
         for (size_t n = 1; n + 1 < parts.size(); ++n) {
             const string& part = parts[n];
-            if (part == "global" || part == "const") i.space = GLOBAL;
-            else if (part == "shared") i.space = SHARED;
-            else if (part == "local") i.space = LOCAL;
-            else if (part == "v2" || part == "v4") i.count = u8(part[1] - '0');
-            else if (part == "volatile" || part == "relaxed") i.ordered = true;
+            if (part == "global" || part == "const")
+                i.space = GLOBAL;
+            else if (part == "shared")
+                i.space = SHARED;
+            else if (part == "local")
+                i.space = LOCAL;
+            else if (part == "v2" || part == "v4")
+                i.count = u8(part[1] - '0');
+            else if (part == "volatile" || part == "relaxed")
+                i.ordered = true;
             else if (part != "nc" && part != "weak" && part != "gpu" && part != "cta")
                 unknown("modifier " + part);
         }
@@ -667,7 +701,8 @@ class Decoder {
         note_grain(i.space, i.bytes * i.count);
     }
     void note_grain(Space space, u32 bytes) {
-        if (space != GLOBAL && space != LOCAL) p_.shared_grain = std::min(p_.shared_grain, bytes);
+        if (space != GLOBAL && space != LOCAL)
+            p_.shared_grain = std::min(p_.shared_grain, bytes);
     }
 
     void load(Instruction& i, const Strings& parts, const Strings& operands) {
@@ -676,7 +711,8 @@ class Decoder {
             i.run = handler(bytes == 8 ? "mov.b64" : "mov.b32");
             i.o[0] = operand(operands[0], width(operands[0]));
             i.o[1] = parameter(operands[1], bytes);
-            if ((width(operands[0]) == 8) != (bytes == 8)) unknown("width of a parameter");
+            if ((width(operands[0]) == 8) != (bytes == 8))
+                unknown("width of a parameter");
             return emit(i);
         }
         memory_modifiers(i, parts);
@@ -699,16 +735,20 @@ class Decoder {
         memory_modifiers(i, parts);
         i.o[0] = address(operands[0], i, &i.offset);
         const Strings values = elements(operands[1]);
-        const int wide = is_literal(values[0]) ? (i.bytes == 8 ? 8 : 4) : width(values[0]);
-        for (size_t n = 0; n < values.size(); ++n) i.o[1 + n] = operand(values[n], wide);
+        const int wide =
+            is_literal(values[0]) ? (i.bytes == 8 ? 8 : 4) : width(values[0]);
+        for (size_t n = 0; n < values.size(); ++n)
+            i.o[1 + n] = operand(values[n], wide);
         i.run = storer(i.bytes, i.count, wide == 8);
         emit(i);
     }
     void atomic(Instruction& i, const Strings& parts, Strings operands) {
         string operation;
         for (size_t n = 1; n + 1 < parts.size(); ++n) {
-            if (parts[n] == "global") i.space = GLOBAL;
-            else if (parts[n] == "shared") i.space = SHARED;
+            if (parts[n] == "global")
+                i.space = GLOBAL;
+            else if (parts[n] == "shared")
+                i.space = SHARED;
             else if (parts[n] != "gpu" && parts[n] != "cta" && parts[n] != "relaxed")
                 operation = parts[n];
         }
@@ -719,7 +759,8 @@ class Decoder {
         if (parts[0] == "red") operands.insert(operands.begin(), "_");
         i.o[0] = operand(operands[0], i.bytes);
         i.o[1] = address(operands[1], i, &i.offset);
-        for (size_t n = 2; n < operands.size(); ++n) i.o[n] = operand(operands[n], i.bytes);
+        for (size_t n = 2; n < operands.size(); ++n)
+            i.o[n] = operand(operands[n], i.bytes);
         i.operands = u8(operands.size());
         emit(i);
     }
@@ -757,7 +798,8 @@ class Decoder {
             i.target = u32(offset);
             i.o[0] = address(operands[0], i, &i.offset);
             i.bytes = u8(std::stoi(operands[2]));
-            if (parts[2] == "cg" && i.bytes != 16) unknown("cp.async.cg of other than 16 bytes");
+            if (parts[2] == "cg" && i.bytes != 16)
+                unknown("cp.async.cg of other than 16 bytes");
             note_grain(SHARED, i.bytes);
         }
         emit(i);
@@ -771,7 +813,8 @@ class Decoder {
         i.run = handler(transposed ? "ldmatrix.trans" : "ldmatrix");
         with_all_lanes(i, i.count + 1);
     }
-    void matrix_product(Instruction& i, const string& mnemonic, const Strings& operands) {
+    void matrix_product(Instruction& i, const string& mnemonic,
+                        const Strings& operands) {
         i.run = handler(mnemonic);
         int n = 0;
         for (const string& group : operands)
@@ -787,10 +830,13 @@ class Decoder {
         emit(i);
     }
 
-    void convert_address(Instruction& i, const Strings& parts, const Strings& operands) {
+    void convert_address(Instruction& i, const Strings& parts,
+                         const Strings& operands) {
         const bool to = parts[1] == "to";
         const string& space = parts[to ? 2 : 1];
-        const u64 window = space == "shared" ? SHARED_WINDOW : space == "local" ? LOCAL_WINDOW : 0;
+        const u64 window = space == "shared"  ? SHARED_WINDOW
+                           : space == "local" ? LOCAL_WINDOW
+                                              : 0;
         i.run = handler("add.u64");
         i.o[0] = operand(operands[0], 8);
         i.o[1] = operand(operands[1], 8);
@@ -809,8 +855,8 @@ class Decoder {
         const int first = pack ? 1 : 0;
         i.o[pack ? 0 : i.count] = operand(operands[pack ? 0 : 1], bytes);
         for (int n = 0; n < i.count; ++n) i.o[first + n] = operand(few[n], 4);
-        i.run = handler(string(pack ? "pack" : "unpack") + ".b" + std::to_string(8 * bytes) +
-                        ".x" + std::to_string(i.count));
+        i.run = handler(string(pack ? "pack" : "unpack") + ".b" +
+                        std::to_string(8 * bytes) + ".x" + std::to_string(i.count));
         emit(i);
     }
 
@@ -824,7 +870,8 @@ class Decoder {
         for (const auto& [at, bytes] : dynamic_)
             for (int l = 0; l < LANES; ++l) {
                 const u64 address = p_.shared_bytes;
-                memcpy(&constants_[(at & ~CONSTANT) + l * std::stoi(bytes)], &address, std::stoi(bytes));
+                memcpy(&constants_[(at & ~CONSTANT) + l * std::stoi(bytes)], &address,
+                       std::stoi(bytes));
             }
         std::vector<bool> is_target(p_.code.size());
         for (const auto& [at, label] : branches_) {
