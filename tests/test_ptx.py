@@ -256,7 +256,7 @@ def test_dynamic_shared_memory_is_as_large_as_the_launch_says():
 RACES = {
     "no barrier": (
         "s[t] = t; out[t] = s[(t + 32) % 64];",
-        "write to bytes that another warp read",  # NaN, which warp 0 read before
+        "read of shared bytes never written",  # by warp 0, which is first
     ),
     "a write too early": (
         "s[t] = t; __syncthreads(); out[t] = s[(t + 32) % 64]; s[t] = 0;",
@@ -342,6 +342,7 @@ def test_atomics_of_blocks_do_not_race():
         ("*reinterpret_cast<float4*>(out + 1) = float4();", "misaligned access of 16"),
         ("out[0] = out[1];", "read of global memory never written"),
         ("__shared__ int s[4]; out[0] = s[threadIdx.x % 4];", "never written"),
+        ("__shared__ float s[4]; out[0] = s[threadIdx.x % 4];", "never written"),
     ],
 )
 def test_accesses_that_are_wrong(statements, message):
@@ -384,6 +385,41 @@ def test_copies_arrive_when_they_are_waited_for(wait, message):
     else:
         copy((1,), (32,), (x, out))
         np.testing.assert_array_equal(out, np.roll(x, -4))
+
+
+def test_copies_of_no_bytes_are_zeros_and_read_nothing():
+    copy = probe(
+        """
+        __shared__ __align__(16) float s[128];
+        const int t = threadIdx.x;
+        cp_async_or_zeros<16>(s + 4 * t, in + 4 * t, t < 5);
+        cp_async_commit();
+        cp_async_wait<0>();
+        for (int i = 0; i < 4; ++i) out[4 * t + i] = s[4 * t + i];
+        """,
+        "const float* in, float* out",
+    )
+    x, out = np.arange(24, dtype=np.float32), ptx.empty((128,), np.float32)
+    x = x[-x.ctypes.data % 16 // 4 :][:20]
+    copy((1,), (32,), (x, out))
+    np.testing.assert_array_equal(out, np.pad(x, (0, 108)))
+
+
+@pytest.mark.parametrize("name", ["min", "max"])
+def test_the_least_with_a_number_that_is_none_is_none(name):
+    values = np.array([1, -2, np.nan, np.nan], np.float32)
+    text = f'asm("{name}.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(in[t]), "f"(in[3 - t]));'
+    least = probe(
+        f"const int t = threadIdx.x; float y; {text} out[t] = y;",
+        "const float* in, float* out",
+    )
+    out = ptx.empty((4,), np.float32)
+    least((1,), (4,), (values, out))
+    assert np.isnan(out).all()
+    values[2:] = 3, 4
+    least((1,), (4,), (values, out))
+    wanted = getattr(np, f"{name}imum")(values, values[::-1])
+    np.testing.assert_array_equal(out, wanted)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +514,9 @@ def test_a_linkage_whose_blocks_do_not_meet(new, monkeypatch):
     if new == MEETS:
         _linkage_cuda.linkage_cuda(cosines[None], "average")
     else:
-        with pytest.raises(ptx.LaunchError, match=r"race in global memory|never written"):
+        with pytest.raises(
+            ptx.LaunchError, match=r"race in global memory|never written"
+        ):
             _linkage_cuda.linkage_cuda(cosines[None], "average")
 
 

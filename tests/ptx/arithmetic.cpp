@@ -237,6 +237,10 @@ void add_floats(Table& table, const std::string& type) {
     add("sqrt.", one([](F a) { return std::sqrt(a); }));
     add("min.", two([](F a, F b) { return smaller(a, b); }));
     add("max.", two([](F a, F b) { return larger(a, b); }));
+    add("min.NaN.",
+        two([](F a, F b) { return a != a || b != b ? a + b : smaller(a, b); }));
+    add("max.NaN.",
+        two([](F a, F b) { return a != a || b != b ? a + b : larger(a, b); }));
     add("neg.", unary<F, F>([](F a) { return input<ftz>(-a); }));
     add("abs.", unary<F, F>([](F a) { return input<ftz>(std::fabs(a)); }));
     if constexpr (sizeof(F) == 4) {

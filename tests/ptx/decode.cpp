@@ -496,7 +496,6 @@ class Decoder {
         const int wide = width(results[0]);
         for (size_t n = 0; n < results.size(); ++n) i.o[n] = operand(results[n], wide);
         i.o[i.count] = address(operands[1], i, &i.offset);
-        i.poison = parts.back()[0] == 'f';
         i.run = loader(parts.back()[0] == 's', i.bytes, i.count, wide == 8);
         emit(i);
     }
@@ -567,13 +566,15 @@ class Decoder {
             i.run = handler("cp.async.wait_group");
             i.offset = parts[2] == "wait_all" ? -1 : std::stol(operands[0]);
         } else {
-            if (operands.size() != 3) unknown("cp.async");
+            if (operands.size() != 3 && operands.size() != 4) unknown("cp.async");
             i.run = handler("cp.async");
             s64 offset;
             i.o[1] = address(operands[1], i, &offset);
             i.target = u32(offset);
             i.o[0] = address(operands[0], i, &i.offset);
             i.bytes = u8(std::stoi(operands[2]));
+            const bool all = operands.size() == 3;
+            i.o[2] = all ? constant(i.bytes, 4) : operand(operands[3], 4);
             if (parts[2] == "cg" && i.bytes != 16)
                 unknown("cp.async.cg of other than 16 bytes");
             note_grain(SHARED, i.bytes);

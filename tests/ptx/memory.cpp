@@ -148,7 +148,7 @@ void check_bounds(const SharedMemory& shared, const Access& x) {
     });
 }
 
-void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
+void check_shared(Warp& w, Access& x, Kind kind) {
     SharedMemory& shared = w.block->shared;
     check_bounds(shared, x);
     const u32 low = u32(x.low);
@@ -158,7 +158,7 @@ void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
                   : kind == WRITE ? shared.write_row(w.number, low, x.bytes)
                                   : false);
     if (!done) {
-        if (kind == READ) shared.read(w.number, x.lanes, x.address, x.bytes, poison);
+        if (kind == READ) shared.read(w.number, x.lanes, x.address, x.bytes);
         if (kind == WRITE) shared.write(w.number, x.lanes, x.address, x.bytes);
         if (kind == ATOMIC)
             for_each_lane(x.lanes, [&](int l) {
@@ -172,7 +172,7 @@ void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
 // Check an access, and turn its addresses into those of the host.
 void check(Warp& w, const Instruction& i, Access& x, Kind kind) {
     if (x.space == GLOBAL) return check_global(w, i, x, kind);
-    if (x.space == SHARED) return check_shared(w, x, kind, i.poison);
+    if (x.space == SHARED) return check_shared(w, x, kind);
     if (x.high > w.local_bytes)
         throw Fault("access to local byte " + std::to_string(x.high - 1) + " of " +
                         std::to_string(w.local_bytes),
@@ -272,10 +272,22 @@ void add_atomics(Table& table, const std::string& type) {
     }
 }
 
+// A lane copies all bytes, or none: zeros come instead, and the source is not read.
 void copy_async(Warp& w, const Instruction& i, u32 lanes) {
     Access to(w, lanes, i.o[0], i.offset, i.bytes, SHARED, i.wide_address);
-    Access from(w, lanes, i.o[1], i.target, i.bytes, GLOBAL, true);
-    check_global(w, i, from, READ);
+    const u32* size = w.at<u32>(i.o[2]);
+    u32 reading = 0;
+    for_each_lane(lanes, [&](int l) {
+        if (size[l] == i.bytes)
+            reading |= 1u << l;
+        else if (size[l] != 0)
+            throw Fault("cp.async of a part of its bytes", l);
+    });
+    const u64* source = w.at<u64>(i.o[1]);
+    if (reading) {
+        Access from(w, reading, i.o[1], s32(i.target), i.bytes, GLOBAL, true);
+        check_global(w, i, from, READ);
+    }
     check_bounds(w.block->shared, to);
     SharedMemory& shared = w.block->shared;
     shared.touch(u32(to.low), u32(to.high));
@@ -283,7 +295,8 @@ void copy_async(Warp& w, const Instruction& i, u32 lanes) {
         const u32 at = u32(to.address[l]);
         shared.begin_copy(w.thread(l), at, i.bytes);
         memset(&shared.bytes[at], 0xFF, i.bytes);
-        w.copies.push_back({u32(l), at, i.bytes, w.copy_group[l], from.address[l]});
+        const u64 origin = reading >> l & 1 ? source[l] + s32(i.target) : 0;
+        w.copies.push_back({u32(l), at, i.bytes, w.copy_group[l], origin});
     });
 }
 void copy_commit(Warp& w, const Instruction&, u32 lanes) {
@@ -299,8 +312,11 @@ void copy_wait(Warp& w, const Instruction& i, u32 lanes) {
         SharedMemory& shared = w.block->shared;
         shared.touch(copy.target, copy.target + copy.bytes);
         shared.end_copy(w.thread(copy.lane), copy.target, copy.bytes);
-        memcpy(&shared.bytes[copy.target], reinterpret_cast<const void*>(copy.source),
-               copy.bytes);
+        if (copy.source)
+            memcpy(&shared.bytes[copy.target],
+                   reinterpret_cast<const void*>(copy.source), copy.bytes);
+        else
+            memset(&shared.bytes[copy.target], 0, copy.bytes);
         return true;
     };
     w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), arrives),

@@ -59,7 +59,6 @@ struct Instruction {
     u8 count = 1;              // elements of a vector
     u8 operands = 0;           // how many there are
     bool wide_address = true;  // 8 bytes, not 4
-    bool poison = false;       // a load of a float: NaN shows by itself
     bool ordered = false;      // volatile or atomic: may meet others of its kind
 };
 

@@ -63,17 +63,15 @@ class SharedMemory {
             warps_[warp][i].just_read = warps_[warp][i].just_written = 0;
     }
 
-    // Lanes of a warp read `size` bytes each. `poison`: bytes never written may be
-    // read, as the NaN that they are; whoever uses it will see.
-    void read(u32 warp, u32 lanes, const u64* addresses, u32 size, bool poison) {
+    // Lanes of a warp read `size` bytes each.
+    void read(u32 warp, u32 lanes, const u64* addresses, u32 size) {
         WarpLine* lines = warps_[warp].data();
         for (; lanes; lanes &= lanes - 1) {
             const u32 lane = std::countr_zero(lanes), thread = warp * LANES + lane;
             const u32 address = u32(addresses[lane]), line = address / 64;
             const u64 mask = mask_of(address, size);
             WarpLine& mine = lines[line];
-            if (!read_line(mine, line, mask))
-                explain_read(thread, mine, line, mask, poison);
+            if (!read_line(mine, line, mask)) explain_read(thread, mine, line, mask);
             note_reader(u16(thread), mine, address, size, mask);
         }
     }
@@ -227,13 +225,11 @@ class SharedMemory {
     }
 
     // Name what is wrong with an access, if anything is.
-    void explain_read(u32 thread, const WarpLine& mine, u32 line, u64 mask,
-                      bool poison) {
+    void explain_read(u32 thread, const WarpLine& mine, u32 line, u64 mask) {
         if (mask & flying_[line])
             fault(thread,
                   "read of shared bytes whose cp.async has not been waited for");
-        if (!poison && mask & ~defined_[line])
-            fault(thread, "read of shared bytes never written");
+        if (mask & ~defined_[line]) fault(thread, "read of shared bytes never written");
         if (mask & block_[line].atomic)
             fault(thread,
                   "race in shared memory: read of bytes that an atomic changed");

@@ -13,7 +13,7 @@ struct Part {  // lanes of a warp that go together
 
 struct Copy {  // a cp.async on its way
     u32 lane, target, bytes, group;
-    u64 source;
+    u64 source;  // 0: zeros
 };
 
 // Registers hold 32 lanes, one after the other; narrow types lie in 4 bytes each.
