@@ -7,6 +7,7 @@ as those of the tests, read the machine code from the cache. Exits 1 if a file f
 """
 
 import argparse
+import faulthandler
 import itertools
 import multiprocessing
 import os
@@ -40,9 +41,9 @@ def say_slowest(times: list[tuple[float, str, str]]) -> None:
         print(f"{seconds:6.1f} s  {file} {dtype}", flush=True)
 
 
-def ignore_interrupts() -> None:
-    """Leave an interrupt to the first process, which ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def show_interrupts() -> None:
+    """At an interrupt, say where this process is; the first process ends it."""
+    faulthandler.register(signal.SIGINT)
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     start, failures, times = time.monotonic(), 0, []
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
     pool = ProcessPoolExecutor(
-        options.processes, mp_context=context, initializer=ignore_interrupts
+        options.processes, mp_context=context, initializer=show_interrupts
     )
     try:
         for job, (failure, seconds) in zip(
@@ -71,7 +72,8 @@ def main() -> None:
                 print(failure, flush=True)
     except KeyboardInterrupt:  # what is compiled is in the cache
         say_slowest(times)
-        print(f"interrupted after {len(times)} of {len(jobs)}", flush=True)
+        late = " ".join(jobs[len(times)])
+        print(f"interrupted after {len(times)} of {len(jobs)}, at {late}", flush=True)
         for process in pool._processes.values():  # which would compile all the rest
             process.terminate()
         os._exit(130)

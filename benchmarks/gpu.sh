@@ -45,11 +45,11 @@ export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1} OMP_NUM_THREADS=${OMP_NUM
 processes=$(nproc)
 processes=$((processes < 16 ? processes : 16))
 patience=1
-quick=()
+quick=() cases=(--every-case)
 if [[ $rehearse ]]; then
     export PYTHONPATH=$PWD/tests/rehearsal:$PYTHONPATH
     export QM_CUPY_DTYPES=${QM_CUPY_DTYPES:-bfloat16} # of those that tests take
-    quick=(--rehearse)
+    quick=(--rehearse) cases=()
     patience=6 # for kernels that a CPU compiles and runs
 else
     export PATH=$PATH:/usr/local/cuda/bin # where compute-sanitizer may be
@@ -116,6 +116,7 @@ tests() {
     if [[ $word ]]; then selection="($selection) and $word"; fi
     step "$name" "$limit" env "${variables[@]}" "${checker[@]}" "$python" -m pytest \
         -p gpu_run -p no:cacheprovider -q -W default --tb=short -k "$selection" \
+        "${cases[@]}" \
         --timeout=60 --timeout-method=thread "${workers[@]}" "$@"
 }
 
@@ -155,7 +156,7 @@ run_tests() {
     tests long 70 "optimized" tests/test_gpu_long.py
     tests parity-first 60 "$first" "$parity"
     tests parity-optimized 60 "(optimized or tf32 or subnormal) and not ($first)" "$parity"
-    tests streams 60 "test" tests/test_gpu_streams.py tests/test_gpu_torch.py
+    tests streams 60 "test" tests/test_gpu_{streams,torch,plot}.py
     variables+=("$long")
     tests basic 60 "basic" "$parity" tests/test_gpu_long.py
     sanitize memcheck 45 33,128 "test_parity and padded and bfloat16"

@@ -18,6 +18,7 @@ collect_ignore = ["rehearsal"]
 NEED_A_GPU = [
     "test_gpu_long.py",
     "test_gpu_parity.py",
+    "test_gpu_plot.py",
     "test_gpu_streams.py",
     "test_gpu_torch.py",
 ]

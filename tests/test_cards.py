@@ -73,7 +73,7 @@ def test_facts_are_those_of_the_machine_code(card):
 
 
 def test_facts_are_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(nvrtc, "_CACHE", tmp_path)
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
     options = ("-arch=sm_80",)
     source = 'extern "C" __global__ void kept(int* out) { *out = 7; }'
     found = nvrtc.kernel_facts.__wrapped__(source, options)

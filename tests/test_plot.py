@@ -335,20 +335,6 @@ def test_arrays_of_any_library(library, tree, name):
         function(arrays[0].tolist(), *arrays[1:], **options)
 
 
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("default")  # CuPy's, of a CUDA that it cannot find
-@pytest.mark.parametrize("name", plot.__all__)
-def test_arrays_on_a_gpu(tree, name):
-    cupy = pytest.importorskip("cupy")
-    if not cupy.is_available():
-        pytest.skip("needs a GPU: cupy.is_available() is False")
-    function = getattr(plot, name)
-    arrays, options = calls(tree)[function]
-    wanted = pixels(function(*arrays, **options).figure)
-    got = pixels(function(*map(cupy.asarray, arrays), **options).figure)
-    np.testing.assert_array_equal(got, wanted)
-
-
 def test_what_the_door_finds_on_a_gpu_is_copied(monkeypatch):
     class OnGPU:
         def get(self):

@@ -325,8 +325,9 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            mate[k] = column[k] == i ? UNTOUCHED : all.slot[column[k]].mate;
-            e[k] = row[column[k]];
+            const bool own_column = column[k] == i;  // which holds nothing
+            mate[k] = own_column ? UNTOUCHED : all.slot[column[k]].mate;
+            e[k] = own_column ? acc_t(0) : row[column[k]];
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {

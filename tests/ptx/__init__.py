@@ -43,7 +43,7 @@ _RANGE = np.dtype(
 )
 
 
-class Fault(RuntimeError):
+class LaunchError(RuntimeError):
     """What a real GPU would do silently, or refuse, or never return from."""
 
 
@@ -57,12 +57,15 @@ class Module:
         message = ctypes.create_string_buffer(_MESSAGE)
         self.address = library().ptx_module(text, len(text), message, _MESSAGE)
         if not self.address:
-            raise Fault(message.value.decode())
+            raise LaunchError(message.value.decode())
 
-    @functools.cache
+        self._kernels = {}
+
     def kernel(self, name):
-        """Return a kernel by its name."""
-        return Kernel(self, name)
+        """Return a kernel by its name, decoded once."""
+        if name not in self._kernels:
+            self._kernels[name] = Kernel(self, name)
+        return self._kernels[name]
 
 
 class Kernel:
@@ -75,14 +78,14 @@ class Kernel:
             module.address, name.encode(), message, _MESSAGE
         )
         if not self._program:
-            raise Fault(f"{name}: {message.value.decode()}")
+            raise LaunchError(f"{name}: {message.value.decode()}")
         numbers = [ctypes.c_uint32() for _ in range(3)]
         library().ptx_facts(self._program, *numbers)
         self.shared_size_bytes, self.max_threads, count = (x.value for x in numbers)
         self._parameters = _parameters(module.source, name, module.dtype)
         self._places = [self._place(n) for n in range(count)]
         if [size for _, size in self._places] != [x.size for x in self._parameters]:
-            raise Fault(f"{name}: the source declares {self._parameters}")
+            raise LaunchError(f"{name}: the source declares {self._parameters}")
 
     def _place(self, n):
         """Return where a parameter lies among the arguments, and its bytes."""
@@ -104,12 +107,12 @@ class Kernel:
         if dynamic_limit is None:
             dynamic_limit = _UNASKED - self.shared_size_bytes
         if shared_mem > max(dynamic_limit, 0):
-            raise Fault(
+            raise LaunchError(
                 f"{self.name}: {shared_mem} bytes of dynamic shared memory, at most "
                 f"{dynamic_limit}"
             )
         if len(args) != len(self._parameters):
-            raise Fault(
+            raise LaunchError(
                 f"{self.name} takes {len(self._parameters)} arguments, got {len(args)}"
             )
         last, size = self._places[-1] if args else (0, 0)
@@ -136,17 +139,19 @@ class Kernel:
             _MESSAGE,
         )
         if failed:
-            raise Fault(message.value.decode(errors="replace"))
+            raise LaunchError(message.value.decode(errors="replace"))
 
     def _launch_size(self, grid, block):
         """Return blocks and threads of each, all in x."""
         sizes = *tuple(grid), *tuple(block)
         if min(sizes) < 1 or grid[0] >= 2**31 or math.prod(block) > 1024:
-            raise Fault(f"{self.name}: no grid {grid} or block {block}")
+            raise LaunchError(f"{self.name}: no grid {grid} or block {block}")
         if math.prod(sizes) != grid[0] * block[0]:
-            raise Fault(f"{self.name}: only x is interpreted, got {grid}, {block}")
+            raise LaunchError(
+                f"{self.name}: only x is interpreted, got {grid}, {block}"
+            )
         if block[0] > self.max_threads:
-            raise Fault(
+            raise LaunchError(
                 f"{self.name}: {block[0]} threads, its launch bound is "
                 f"{self.max_threads}"
             )
@@ -156,14 +161,14 @@ class Kernel:
         """Return the bytes of an argument."""
         if isinstance(x, np.ndarray) and parameter.name == f"{x.dtype.name}*":
             if not x.flags.c_contiguous:
-                raise Fault(f"{self.name}: argument {n} is not contiguous")
+                raise LaunchError(f"{self.name}: argument {n} is not contiguous")
             return x.ctypes.data.to_bytes(8, "little")
         if isinstance(x, np.generic):
             null = parameter.name.endswith("*") and x.dtype == np.uint64 and x == 0
             if null or parameter.name == x.dtype.name:
                 return x.tobytes()
         kind = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else repr(x)
-        raise Fault(f"{self.name}: argument {n} is {parameter.name}, got {kind}")
+        raise LaunchError(f"{self.name}: argument {n} is {parameter.name}, got {kind}")
 
 
 class _Parameter:
@@ -194,7 +199,7 @@ def _parameters(source, kernel, dtype):
     ]
 
 
-_allocations = {}  # address of the first byte -> the bytes ever written, a weak reference
+_allocations = {}  # id of an array -> a weak reference to it, its bytes ever written
 
 
 def empty(shape, dtype):
@@ -236,9 +241,13 @@ class _Handle:
         limit = self.max_dynamic_shared_size_bytes
         most = _cuda.device()
         if limit + self.shared_size_bytes > max(most.shared_bytes, _UNASKED):
-            raise Fault(f"{self._kernel.name}: asks for {limit} bytes of shared memory")
+            raise LaunchError(
+                f"{self._kernel.name}: asks for {limit} bytes of shared memory"
+            )
         if self._cooperative and grid[0] > most.multiprocessors:
-            raise Fault(f"{self._kernel.name}: {grid[0]} blocks that wait for others")
+            raise LaunchError(
+                f"{self._kernel.name}: {grid[0]} blocks that wait for others"
+            )
         self._kernel(
             grid,
             block,

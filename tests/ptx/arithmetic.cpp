@@ -76,14 +76,17 @@ u32 shift_to_top(T a) {
 template <class T>
 void add_integers(Table& table, const std::string& type) {
     using U = std::make_unsigned_t<T>;
-    using Product = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+    using Product =
+        std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
     constexpr int width = 8 * sizeof(T);
     const auto add = [&](const char* name, Form form) { table[name + type] = form; };
     add("add.", binary<U, U, U>([](U a, U b) { return a + b; }));
     add("sub.", binary<U, U, U>([](U a, U b) { return a - b; }));
     add("mul.lo.", binary<U, U, U>([](U a, U b) { return U(u64(a) * b); }));
-    add("mad.lo.", ternary<U, U, U, U>([](U a, U b, U c) { return U(u64(a) * b + c); }));
-    add("mul.hi.", binary<T, T, T>([](T a, T b) { return T(Product(a) * b >> width); }));
+    add("mad.lo.",
+        ternary<U, U, U, U>([](U a, U b, U c) { return U(u64(a) * b + c); }));
+    add("mul.hi.",
+        binary<T, T, T>([](T a, T b) { return T(Product(a) * b >> width); }));
     add("div.", binary<T, T, T>([](T a, T b) { return quotient(a, b); }));
     add("rem.", binary<T, T, T>([](T a, T b) { return remainder(a, b); }));
     add("min.", binary<T, T, T>([](T a, T b) { return a < b ? a : b; }));
@@ -144,7 +147,9 @@ void choose_bits(Warp& w, const Instruction& i, u32 lanes) {  // lop3: any funct
 template <class T>
 void add_words(Table& table, const std::vector<std::string>& types) {
     for (const auto& type : types) {
-        const auto add = [&](const char* name, Form form) { table[name + type] = form; };
+        const auto add = [&](const char* name, Form form) {
+            table[name + type] = form;
+        };
         add("mov.", unary<T, T>([](T a) { return a; }));
         add("and.", binary<T, T, T>([](T a, T b) { return a & b; }));
         add("or.", binary<T, T, T>([](T a, T b) { return a | b; }));
@@ -164,7 +169,8 @@ void pack(Warp& w, const Instruction& i, u32 lanes) {
     for (int n = 0; n < count; ++n) parts[n] = w.at<u32>(i.o[1 + n]);
     w.each(lanes, [=](int l) {
         T x = 0;
-        for (int n = 0; n < count; ++n) x |= T(Part(parts[n][l])) << 8 * sizeof(Part) * n;
+        for (int n = 0; n < count; ++n)
+            x |= T(Part(parts[n][l])) << 8 * sizeof(Part) * n;
         d[l] = x;
     });
 }
@@ -186,7 +192,8 @@ Form carrying(int sources, F) {
         const auto *a = w.at<u32>(i.o[1]), *b = w.at<u32>(i.o[2]);
         const auto* c = w.at<u32>(i.o[i.operands - 1]);
         for_each_lane(lanes, [&](int l) {
-            const u64 x = F{}(u64(a[l]), u64(b[l]), u64(c[l]), u64(in ? w.carry[l] : 0));
+            const u64 x =
+                F{}(u64(a[l]), u64(b[l]), u64(c[l]), u64(in ? w.carry[l] : 0));
             d[l] = u32(x);
             if (out) w.carry[l] = x >> 32 & 1;
         });
@@ -207,7 +214,8 @@ template <class F, bool ftz>
 void add_floats(Table& table, const std::string& type) {
     const auto add = [&](const char* name, Form form) { table[name + type] = form; };
     const auto one = [](auto f) {
-        return unary<F, F>([](F a) { return result<ftz>(decltype(f){}(input<ftz>(a))); });
+        return unary<F, F>(
+            [](F a) { return result<ftz>(decltype(f){}(input<ftz>(a))); });
     };
     const auto two = [](auto f) {
         return binary<F, F, F>([](F a, F b) {
@@ -229,17 +237,24 @@ void add_floats(Table& table, const std::string& type) {
     add("sqrt.", one([](F a) { return std::sqrt(a); }));
     add("min.", two([](F a, F b) { return smaller(a, b); }));
     add("max.", two([](F a, F b) { return larger(a, b); }));
+    add("min.NaN.",
+        two([](F a, F b) { return a != a || b != b ? a + b : smaller(a, b); }));
+    add("max.NaN.",
+        two([](F a, F b) { return a != a || b != b ? a + b : larger(a, b); }));
     add("neg.", unary<F, F>([](F a) { return input<ftz>(-a); }));
     add("abs.", unary<F, F>([](F a) { return input<ftz>(std::fabs(a)); }));
     if constexpr (sizeof(F) == 4) {
         add("ex2.approx.", one([](F a) { return exp2_of(a); }));
         add("lg2.approx.", one([](F a) { return log2_of(a); }));
         add("rcp.approx.", one([](F a) { return 1 / a; }));
+        add("div.approx.", two([](F a, F b) { return a / b; }));
+        add("div.full.", two([](F a, F b) { return a / b; }));
         add("sqrt.approx.", one([](F a) { return std::sqrt(a); }));
         add("rsqrt.approx.", one([](F a) { return F(1 / std::sqrt(f64(a))); }));
         const auto add_rounded = [&](const std::string& how, auto rounding) {
             constexpr Rounding to = decltype(rounding)::value;
-            add(("add." + how).c_str(), two([](F a, F b) { return rounded_sum(a, b, to); }));
+            add(("add." + how).c_str(),
+                two([](F a, F b) { return rounded_sum(a, b, to); }));
             add(("mul." + how).c_str(),  // products of f32 are exact in f64
                 two([](F a, F b) { return rounded(f64(a) * b, 0, to); }));
             add(("fma." + how).c_str(),
@@ -284,9 +299,8 @@ void add_arithmetic(Table& table) {
     table["clz.b64"] = unary<u32, u64>([](u64 a) { return std::countl_zero(a); });
     table["popc.b32"] = unary<u32, u32>([](u32 a) { return std::popcount(a); });
     table["popc.b64"] = unary<u32, u64>([](u64 a) { return std::popcount(a); });
-    table["shf.l.wrap.b32"] = ternary<u32, u32, u32, u32>([](u32 a, u32 b, u32 n) {
-        return u32((u64(b) << 32 | a) << (n & 31) >> 32);
-    });
+    table["shf.l.wrap.b32"] = ternary<u32, u32, u32, u32>(
+        [](u32 a, u32 b, u32 n) { return u32((u64(b) << 32 | a) << (n & 31) >> 32); });
     table["shf.r.wrap.b32"] = ternary<u32, u32, u32, u32>(
         [](u32 a, u32 b, u32 n) { return u32((u64(b) << 32 | a) >> (n & 31)); });
 
@@ -297,8 +311,10 @@ void add_arithmetic(Table& table) {
     table["unpack.b64.x2"] = {unpack<u64, u32, 2>, {}};
     table["unpack.b64.x4"] = {unpack<u64, u16, 4>, {}};
 
-    add_carrying(table, "add", "", 2, [](u64 a, u64 b, u64, u64 k) { return a + b + k; });
-    add_carrying(table, "sub", "", 2, [](u64 a, u64 b, u64, u64 k) { return a - b - k; });
+    add_carrying(table, "add", "", 2,
+                 [](u64 a, u64 b, u64, u64 k) { return a + b + k; });
+    add_carrying(table, "sub", "", 2,
+                 [](u64 a, u64 b, u64, u64 k) { return a - b - k; });
     add_carrying(table, "mad", ".lo", 3,
                  [](u64 a, u64 b, u64 c, u64 k) { return u64(u32(a * b)) + c + k; });
     add_carrying(table, "mad", ".hi", 3,
@@ -307,8 +323,11 @@ void add_arithmetic(Table& table) {
     add_floats<f32, false>(table, "f32");
     add_floats<f32, true>(table, "ftz.f32");
     add_floats<f64, false>(table, "f64");
-    table["rcp.approx.ftz.f64"] = unary<f64, f64>([](f64 a) { return coarse_reciprocal(a); });
+    table["rcp.approx.ftz.f64"] =
+        unary<f64, f64>([](f64 a) { return coarse_reciprocal(a); });
     // "Copies the sign bit of a into the value of b."
-    table["copysign.f32"] = binary<f32, f32, f32>([](f32 a, f32 b) { return std::copysign(b, a); });
-    table["copysign.f64"] = binary<f64, f64, f64>([](f64 a, f64 b) { return std::copysign(b, a); });
+    table["copysign.f32"] =
+        binary<f32, f32, f32>([](f32 a, f32 b) { return std::copysign(b, a); });
+    table["copysign.f64"] =
+        binary<f64, f64, f64>([](f64 a, f64 b) { return std::copysign(b, a); });
 }

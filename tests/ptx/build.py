@@ -1,4 +1,4 @@
-"""Compiles the interpreter with g++ and loads it; kept by the hash of all that matters."""
+"""Compiles the interpreter with g++, once for each machine, and loads it."""
 
 import ctypes
 import fcntl
@@ -31,7 +31,7 @@ def library():
     path = _kept(repr(sorted(objects.values())).encode(), ".so")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:  # one process compiles it
+        with path.with_suffix(".lock").open("w") as lock:  # one process compiles it
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -7,7 +7,8 @@ namespace {
 u32 lanes_of(const u32* words) {
     u32 lanes = 0;
     for (int i = 0; i < 4; ++i) {
-        const __m256 eight = _mm256_load_ps(reinterpret_cast<const float*>(words) + 8 * i);
+        const __m256 eight =
+            _mm256_load_ps(reinterpret_cast<const float*>(words) + 8 * i);
         lanes |= u32(_mm256_movemask_ps(eight)) << 8 * i;
     }
     return lanes;
@@ -29,7 +30,9 @@ Form compare(F) {
 
 template <class T>
 void add_integers(Table& table, const std::string& type) {
-    const auto add = [&](const char* name, Form form) { table["setp." + (name + type)] = form; };
+    const auto add = [&](const char* name, Form form) {
+        table["setp." + (name + type)] = form;
+    };
     add("eq.", compare<T>([](T a, T b) { return a == b; }));
     add("ne.", compare<T>([](T a, T b) { return a != b; }));
     add("lt.", compare<T>([](T a, T b) { return a < b; }));

@@ -24,7 +24,8 @@ void add_to_integer(Table& table, const std::string& i, const std::string& f) {
     const auto add = [&](const std::string& rounding, Form form) {
         table["cvt." + rounding + (ftz ? ".ftz." : ".") + i + "." + f] = form;
     };
-    add("rni", unary<I, F>([](F x) { return whole<I>(std::nearbyint(input<ftz>(x))); }));
+    add("rni",
+        unary<I, F>([](F x) { return whole<I>(std::nearbyint(input<ftz>(x))); }));
     add("rzi", unary<I, F>([](F x) { return whole<I>(std::trunc(input<ftz>(x))); }));
     add("rmi", unary<I, F>([](F x) { return whole<I>(std::floor(input<ftz>(x))); }));
     add("rpi", unary<I, F>([](F x) { return whole<I>(std::ceil(input<ftz>(x))); }));
@@ -44,7 +45,8 @@ void add_roundings(Table& table, const std::string& types) {
     const auto add = [&](const std::string& rounding, Form form) {
         table["cvt." + rounding + (ftz ? ".ftz." : ".") + types] = form;
     };
-    add("rni", unary<F, F>([](F x) { return result<ftz>(std::nearbyint(input<ftz>(x))); }));
+    add("rni",
+        unary<F, F>([](F x) { return result<ftz>(std::nearbyint(input<ftz>(x))); }));
     add("rzi", unary<F, F>([](F x) { return result<ftz>(std::trunc(input<ftz>(x))); }));
     add("rmi", unary<F, F>([](F x) { return result<ftz>(std::floor(input<ftz>(x))); }));
     add("rpi", unary<F, F>([](F x) { return result<ftz>(std::ceil(input<ftz>(x))); }));
@@ -76,11 +78,15 @@ void add_conversions(Table& table) {
     table["cvt.f64.f32"] = unary<f64, f32>([](f32 x) { return f64(x); });
     table["cvt.ftz.f64.f32"] = unary<f64, f32>([](f32 x) { return f64(flush(x)); });
     table["cvt.f32.f64"] = unary<f32, f64>([](f64 x) { return canonical(f32(x)); });
-    table["cvt.ftz.f32.f64"] = unary<f32, f64>([](f64 x) { return canonical(flush(f32(x))); });
+    table["cvt.ftz.f32.f64"] =
+        unary<f32, f64>([](f64 x) { return canonical(flush(f32(x))); });
     table["cvt.sat.f32.f32"] = unary<f32, f32>([](f32 x) { return saturated(x); });
-    table["cvt.ftz.sat.f32.f32"] = unary<f32, f32>([](f32 x) { return saturated(flush(x)); });
-    table["cvt.f32.f16"] = unary<f32, u16>([](u16 x) { return canonical(from_half(x)); });
+    table["cvt.ftz.sat.f32.f32"] =
+        unary<f32, f32>([](f32 x) { return saturated(flush(x)); });
+    table["cvt.f32.f16"] =
+        unary<f32, u16>([](u16 x) { return canonical(from_half(x)); });
     table["cvt.f16.f32"] = unary<u16, f32>([](f32 x) { return to_half(x); });
-    table["cvt.f32.bf16"] = unary<f32, u16>([](u16 x) { return canonical(from_bfloat(x)); });
+    table["cvt.f32.bf16"] =
+        unary<f32, u16>([](u16 x) { return canonical(from_bfloat(x)); });
     table["cvt.bf16.f32"] = unary<u16, f32>([](f32 x) { return to_bfloat(x); });
 }

@@ -1,9 +1,8 @@
 // PTX text to instructions. Functions that a kernel calls are put in line.
-#include <cstring>
-#include <map>
 #include <utility>
 
 #include "memory.h"
+#include "module.h"
 #include "table.h"
 
 void add_together(Table&);
@@ -23,232 +22,14 @@ const Table& instructions() {
 
 namespace {
 
-using std::string;
-using std::string_view;
-using Strings = std::vector<string>;
-
-bool starts_with(string_view text, string_view with) {
-    return text.substr(0, with.size()) == with;
-}
-string trimmed(string_view text) {
-    const size_t first = text.find_first_not_of(" \t\r\n");
-    if (first == string_view::npos) return "";
-    return string(text.substr(first, text.find_last_not_of(" \t\r\n") - first + 1));
-}
-
-// Split at separators outside brackets.
-Strings split(string_view text, char separator = ',') {
-    Strings parts;
-    int depth = 0;
-    size_t from = 0;
-    for (size_t i = 0; i <= text.size(); ++i) {
-        if (i == text.size() || (text[i] == separator && depth == 0)) {
-            if (string part = trimmed(text.substr(from, i - from)); !part.empty())
-                parts.push_back(part);
-            from = i + 1;
-        } else {
-            depth += strchr("([{", text[i]) ? 1 : strchr(")]}", text[i]) ? -1 : 0;
-        }
-    }
-    return parts;
-}
-
-int bytes_of(string_view type) {  // "f32", ".b64"
-    const size_t digits = type.find_first_of("0123456789");
-    if (digits == string_view::npos) return 0;  // of pred
-    return std::stoi(string(type.substr(digits))) / 8;
-}
-
-bool is_literal(string_view text) {
-    return isdigit(text[0]) || (text[0] == '-' && text.size() > 1);
-}
-u64 bits_of(const string& text, int bytes) {
-    if (starts_with(text, "0f") || starts_with(text, "0F")) {
-        const u32 single = u32(std::stoul(text.substr(2), nullptr, 16));
-        return bytes == 8 ? bits(f64(float_of(single))) : single;
-    }
-    if (starts_with(text, "0d") || starts_with(text, "0D"))
-        return std::stoull(text.substr(2), nullptr, 16);
-    if (text[0] == '-') return u64(-s64(std::stoull(text.substr(1), nullptr, 0)));
-    return std::stoull(text, nullptr, 0);
-}
-
-// Reads statements of a text that has no comments.
-class Reader {
-  public:
-    Reader(string_view text, size_t at, size_t end, u32 line)
-        : at(at), line(line), text_(text.substr(0, end)) {}
-    size_t at;
-    u32 line;
-
-    bool skip() {  // white space; false at the end
-        for (; at < text_.size(); ++at) {
-            if (text_[at] == '\n') ++line;
-            if (!isspace(text_[at])) return true;
-        }
-        return false;
-    }
-    bool next_is(string_view word) const { return starts_with(text_.substr(at), word); }
-    string_view rest() const { return text_.substr(at); }
-
-    // Up to one of these characters, which is passed and given too.
-    string until(const char* stops, char* stop = nullptr) {
-        const size_t end = std::min(text_.find_first_of(stops, at), text_.size());
-        string found(text_.substr(at, end - at));
-        line += u32(std::count(found.begin(), found.end(), '\n'));
-        std::replace_if(found.begin(), found.end(), isspace, ' ');
-        if (stop) *stop = end < text_.size() ? text_[end] : 0;
-        at = end + 1;
-        return trimmed(found);
-    }
-
-    void past_block() {  // from behind its opening brace
-        for (int depth = 1; depth && at < text_.size(); ++at) {
-            const size_t end = std::min(text_.find_first_of("{}\n", at), text_.size());
-            at = end;
-            if (end == text_.size()) return;
-            text_[end] == '\n' ? void(++line) : void(depth += text_[end] == '{' ? 1 : -1);
-        }
-    }
-
-  private:
-    string_view text_;
-};
-
-string without_comments(string_view text) {  // of the same length, and lines
-    string kept(text);
-    for (size_t at = kept.find("//"); at != string::npos; at = kept.find("//", at)) {
-        const size_t end = std::min(kept.find('\n', at), kept.size());
-        std::fill(kept.begin() + at, kept.begin() + end, ' ');
-    }
-    return kept;
-}
-
-struct Function {
-    string head;
-    size_t begin, end;
-    u32 line;
-};
-struct Declared {  // ".shared .align 4 .b8 name[4096]"
-    string space, type, name;
-    u64 align = 0, bytes = 0;
-    bool sized = true;
-};
-
-Declared declared(const string& text) {
-    Declared d;
-    for (const string& word : split(text, ' ')) {
-        if (word == ".visible" || word == ".extern" || word == ".weak" || word == ".common")
-            continue;
-        if (word[0] == '.' && d.space.empty()) {
-            d.space = word.substr(1);
-        } else if (word == ".align") {
-            d.align = ~0ull;
-        } else if (d.align == ~0ull) {
-            d.align = std::stoull(word);
-        } else if (word[0] == '.') {
-            d.type = word.substr(1);
-        } else {
-            size_t bracket = word.find('[');
-            d.name = word.substr(0, bracket);
-            d.bytes = bytes_of(d.type);
-            for (; bracket != string::npos; bracket = word.find('[', bracket + 1)) {
-                const string length = word.substr(bracket + 1, word.find(']', bracket) - bracket - 1);
-                d.sized = d.sized && !length.empty();
-                d.bytes *= length.empty() ? 0 : std::stoull(length);
-            }
-        }
-    }
-    if (!d.align) d.align = std::max(bytes_of(d.type), 1);
-    return d;
-}
-
-}  // namespace
-
-struct Module {
-    string text;
-    std::map<string, Function> functions;
-    std::map<string, Declared> shared;
-    std::map<string, Variable> globals;
-    std::unordered_map<u32, string> files;
-
-    explicit Module(string_view source) : text(without_comments(source)) {
-        Reader reader(text, 0, text.size(), 1);
-        while (reader.skip()) {
-            char stop;
-            if (reader.next_is(".section")) {
-                reader.until("{");
-                reader.past_block();
-            } else if (reader.next_is(".file")) {
-                const string line = reader.until("\n");
-                const size_t quote = line.find('"');
-                files[u32(std::stoul(line.substr(6)))] =
-                    line.substr(quote + 1, line.rfind('"') - quote - 1);
-            } else if (reader.next_is(".version") ||
-                       reader.next_is(".target") ||
-                       reader.next_is(".address_size")) {
-                reader.until("\n");
-            } else {
-                declare(reader);
-            }
-        }
-    }
-
-  private:
-    void declare(Reader& reader) {
-        char stop;
-        const string head = reader.until(";{=", &stop);
-        if (stop == '=') {
-            add_global(head, reader.until(";"));
-        } else if (stop == '{') {
-            const size_t begin = reader.at;
-            const u32 line = reader.line;
-            reader.past_block();
-            functions[name_of(head)] = {head, begin, reader.at - 1, line};
-        } else if (head.find(".shared") != string::npos) {
-            const Declared d = declared(head);
-            shared[d.name] = d;
-        } else if (head.find(".global") != string::npos || head.find(".const") != string::npos) {
-            add_global(head, "");
-        }
-    }
-    static string name_of(const string& head) {
-        size_t at = head.find(".entry");
-        if (at == string::npos) {
-            at = head.find(".func") + 5;
-            if (const size_t first = head.find_first_not_of(' ', at); head[first] == '(')
-                at = head.find(')', first) + 1;  // what it returns
-        } else {
-            at += 6;
-        }
-        at = head.find_first_not_of(' ', at);
-        return trimmed(string_view(head).substr(at, head.find_first_of(" (", at) - at));
-    }
-    void add_global(const string& head, const string& value) {
-        const Declared d = declared(head);
-        Variable v{d.align, d.bytes, std::vector<u8>(d.bytes)};
-        const int each = bytes_of(d.type);
-        const bool list = !value.empty() && value[0] == '{';
-        const Strings values = list ? split(value.substr(1, value.rfind('}') - 1))
-                                    : value.empty() ? Strings{} : Strings{value};
-        for (size_t i = 0; i < values.size(); ++i) {
-            const u64 x = is_literal(values[i]) ? bits_of(values[i], each) : 0;
-            memcpy(&v.value[i * each], &x, each);
-        }
-        globals[d.name] = std::move(v);
-    }
-};
-
 struct Scope {
-    string prefix;                             // of its registers' names
-    std::map<string, string> types;            // of registers, by name
-    std::map<string, string> ranges;           // of registers, by "%r" and so on
+    string prefix;                    // of its registers' names
+    std::map<string, string> types;   // of registers, by name
+    std::map<string, string> ranges;  // of registers, by "%r" and so on
     std::map<string, u64> locals;
-    std::map<string, string> parameters;       // of calls: what they are called here
-    bool function = false;                     // no name from outside is seen
+    std::map<string, string> parameters;  // of calls: what they are called here
+    bool function = false;                // no name from outside is seen
 };
-
-namespace {
 
 class Decoder {
   public:
@@ -287,9 +68,11 @@ class Decoder {
     void read_head(const string& head) {
         const size_t open = head.find('('), close = head.rfind(')');
         if (open != string::npos)
-            for (const string& text : split(string_view(head).substr(open + 1, close - open - 1))) {
+            for (const string& text :
+                 split(string_view(head).substr(open + 1, close - open - 1))) {
                 const Declared d = declared(text);
-                p_.parameter_bytes = u32((p_.parameter_bytes + d.align - 1) / d.align * d.align);
+                p_.parameter_bytes =
+                    u32((p_.parameter_bytes + d.align - 1) / d.align * d.align);
                 p_.parameters.push_back({d.name, p_.parameter_bytes, u32(d.bytes)});
                 p_.parameter_bytes += u32(d.bytes);
             }
@@ -315,7 +98,8 @@ class Decoder {
         if (is_new) {
             at->second = new_constant(bytes);
             for (int l = 0; l < LANES; ++l)
-                memcpy(&constants_[(at->second & ~CONSTANT) + l * bytes], &value, bytes);
+                memcpy(&constants_[(at->second & ~CONSTANT) + l * bytes], &value,
+                       bytes);
         }
         return at->second;
     }
@@ -330,8 +114,10 @@ class Decoder {
             special_[name] = constant(1, 4);
         special_["%ntid.x"] = new_constant(4);
         special_["%nctaid.x"] = new_constant(4);
-        p_.launch_constants.push_back({LaunchConstant::BLOCK_SIZE, special_["%ntid.x"]});
-        p_.launch_constants.push_back({LaunchConstant::GRID_SIZE, special_["%nctaid.x"]});
+        p_.launch_constants.push_back(
+            {LaunchConstant::BLOCK_SIZE, special_["%ntid.x"]});
+        p_.launch_constants.push_back(
+            {LaunchConstant::GRID_SIZE, special_["%nctaid.x"]});
         const auto by_lane = [&](const string& name, auto f) {
             const u32 at = special_[name] = new_constant(4);
             for (u32 l = 0; l < LANES; ++l) {
@@ -379,7 +165,8 @@ class Decoder {
         if (text == "_") return UNUSED_PREDICATE;
         const bool negated = text[0] == '!';
         const string name = negated ? trimmed(text.substr(1)) : text;
-        if (is_literal(name)) return TRUE_PREDICATE | ((name == "0") != negated ? NEGATED : 0);
+        if (is_literal(name))
+            return TRUE_PREDICATE | ((name == "0") != negated ? NEGATED : 0);
         const auto [type, full] = find(name);
         if (type != "pred") unknown(name + " is not a predicate");
         auto [at, is_new] = predicates_.try_emplace(full, p_.predicates);
@@ -430,17 +217,21 @@ class Decoder {
         const string inside = trimmed(string_view(text).substr(1, text.rfind(']') - 1));
         const size_t plus = inside.find('+');
         const string base = trimmed(inside.substr(0, plus));
-        *offset = plus == string::npos ? 0 : s64(bits_of(trimmed(inside.substr(plus + 1)), 8));
+        *offset = plus == string::npos
+                      ? 0
+                      : s64(bits_of(trimmed(inside.substr(plus + 1)), 8));
         i.wide_address = base[0] != '%' || width(base) == 8;
         return operand(base, i.wide_address ? 8 : 4);
     }
     Strings elements(const string& text) const {  // of "{%r1, %r2}", or one
-        return text[0] == '{' ? split(text.substr(1, text.rfind('}') - 1)) : Strings{text};
+        return text[0] == '{' ? split(text.substr(1, text.rfind('}') - 1))
+                              : Strings{text};
     }
 
     // ---- statements
 
-    void body(const Function& function, std::vector<Scope> scopes, const string& prefix) {
+    void body(const Function& function, std::vector<Scope> scopes,
+              const string& prefix) {
         const std::vector<Scope> outer = std::exchange(scopes_, std::move(scopes));
         const string before = std::exchange(function_, prefix);
         Reader reader(module_.text, function.begin, function.end, function.line);
@@ -449,13 +240,15 @@ class Decoder {
             if (reader.next_is(".loc") && isspace(reader.rest()[4])) {
                 const string loc = reader.until("\n");
                 const Strings words = split(loc, ' ');
-                file_ = u32(std::stoul(words[1])), source_line_ = u32(std::stoul(words[2]));
+                file_ = u32(std::stoul(words[1])),
+                source_line_ = u32(std::stoul(words[2]));
                 continue;
             }
             line_ = reader.line;
             if (reader.rest()[0] == '{') {
                 ++reader.at;
-                scopes_.push_back({"block" + std::to_string(++blocks_) + ":", {}, {}, {}, {}, false});
+                scopes_.push_back(
+                    {"block" + std::to_string(++blocks_) + ":", {}, {}, {}, {}, false});
             } else if (reader.rest()[0] == '}') {
                 ++reader.at;
                 scopes_.pop_back();
@@ -473,7 +266,9 @@ class Decoder {
     bool label(Reader& reader) {
         const string_view rest = reader.rest();
         size_t n = 0;
-        while (n < rest.size() && (isalnum(rest[n]) || rest[n] == '_' || rest[n] == '$')) ++n;
+        while (n < rest.size() &&
+               (isalnum(rest[n]) || rest[n] == '_' || rest[n] == '$'))
+            ++n;
         if (n == 0 || n >= rest.size() || rest[n] != ':') return false;
         labels_[function_ + string(rest.substr(0, n))] = u32(p_.code.size());
         reader.at += n + 1;
@@ -485,7 +280,8 @@ class Decoder {
         if (text.empty() || starts_with(text, ".pragma")) return;
         if (starts_with(text, ".reg")) {
             const size_t name = text.find_first_of("% ", text.find('.', 4));
-            const string type = trimmed(text.substr(text.find('.', 4) + 1, name - text.find('.', 4) - 1));
+            const string type = trimmed(
+                text.substr(text.find('.', 4) + 1, name - text.find('.', 4) - 1));
             for (const string& one : split(text.substr(name))) {
                 if (const size_t count = one.find('<'); count != string::npos)
                     scopes_.back().ranges[one.substr(0, count)] = type;
@@ -519,7 +315,8 @@ class Decoder {
         }
         const size_t space = text.find_first_of(" \t");
         const string mnemonic = text.substr(0, space);
-        const Strings operands = space == string::npos ? Strings{} : split(text.substr(space));
+        const Strings operands =
+            space == string::npos ? Strings{} : split(text.substr(space));
         const Strings parts = split(mnemonic, '.');
         const string& base = parts[0];
         if (base == "bra") return branch(i, function_ + operands[0]);
@@ -569,7 +366,8 @@ class Decoder {
         if (operands.size() != form.bytes.size()) unknown("number of operands");
         narrow(name, form, operands);
         for (size_t n = 0; n < operands.size(); ++n)
-            i.o[n] = form.bytes[n] ? operand(operands[n], form.bytes[n]) : predicate(operands[n]);
+            i.o[n] = form.bytes[n] ? operand(operands[n], form.bytes[n])
+                                   : predicate(operands[n]);
         i.operands = u8(operands.size());
         if (name.find(".sync") != string::npos) i.flow = TOGETHER;
         emit(i);
@@ -577,7 +375,8 @@ class Decoder {
 
     // cvt takes the lower half of a register of 8 bytes.
     void narrow(const string& name, const Form& form, Strings& operands) {
-        if (!starts_with(name, "cvt.") || form.bytes[1] == 8 || operands[1][0] != '%') return;
+        if (!starts_with(name, "cvt.") || form.bytes[1] == 8 || operands[1][0] != '%')
+            return;
         if (width(operands[1]) != 8) return;
         Instruction lower;
         lower.run = handler("cvt.u32.u64");
@@ -616,18 +415,22 @@ class Decoder {
         };
         const auto inside = [](const string& text) {
             const size_t open = text.find('(');
-            return open == string::npos ? "" : text.substr(open + 1, text.find(')', open) - open - 1);
+            return open == string::npos
+                       ? ""
+                       : text.substr(open + 1, text.find(')', open) - open - 1);
         };
         const size_t at = head.find(name);
         if (returns) bind(inside(head), inside(operands[0]));
-        if (operands.size() > (returns ? 2u : 1u)) bind(inside(head.substr(at)), inside(operands.back()));
+        if (operands.size() > (returns ? 2u : 1u))
+            bind(inside(head.substr(at)), inside(operands.back()));
         const string prefix = scope.prefix;
         body(found->second, {scope}, prefix);
         labels_[prefix + "end"] = u32(p_.code.size());
     }
     string parameter_name(const string& name) const {
         for (size_t n = scopes_.size(); n--;)
-            if (auto at = scopes_[n].parameters.find(name); at != scopes_[n].parameters.end())
+            if (auto at = scopes_[n].parameters.find(name);
+                at != scopes_[n].parameters.end())
                 return at->second;
         return "";
     }
@@ -637,7 +440,8 @@ class Decoder {
         const string inside = text.substr(1, text.rfind(']') - 1);
         const size_t plus = inside.find('+');
         const string name = trimmed(inside.substr(0, plus));
-        const u32 offset = plus == string::npos ? 0 : u32(std::stoul(inside.substr(plus + 1)));
+        const u32 offset =
+            plus == string::npos ? 0 : u32(std::stoul(inside.substr(plus + 1)));
         if (const string full = parameter_name(name); !full.empty()) {
             const string key = "param " + full + "+" + std::to_string(offset);
             if (!registers_.count(key)) registers_[key] = new_register(bytes);
@@ -646,7 +450,8 @@ class Decoder {
         for (const Parameter& p : p_.parameters) {
             if (p.name != name) continue;
             const u32 at = new_constant(bytes);
-            p_.launch_constants.push_back({LaunchConstant::PARAMETER, at, p.at + offset, u32(bytes)});
+            p_.launch_constants.push_back(
+                {LaunchConstant::PARAMETER, at, p.at + offset, u32(bytes)});
             return at;
         }
         unknown("parameter " + name);
@@ -655,11 +460,16 @@ class Decoder {
     void memory_modifiers(Instruction& i, const Strings& parts) {
         for (size_t n = 1; n + 1 < parts.size(); ++n) {
             const string& part = parts[n];
-            if (part == "global" || part == "const") i.space = GLOBAL;
-            else if (part == "shared") i.space = SHARED;
-            else if (part == "local") i.space = LOCAL;
-            else if (part == "v2" || part == "v4") i.count = u8(part[1] - '0');
-            else if (part == "volatile" || part == "relaxed") i.ordered = true;
+            if (part == "global" || part == "const")
+                i.space = GLOBAL;
+            else if (part == "shared")
+                i.space = SHARED;
+            else if (part == "local")
+                i.space = LOCAL;
+            else if (part == "v2" || part == "v4")
+                i.count = u8(part[1] - '0');
+            else if (part == "volatile" || part == "relaxed")
+                i.ordered = true;
             else if (part != "nc" && part != "weak" && part != "gpu" && part != "cta")
                 unknown("modifier " + part);
         }
@@ -667,7 +477,8 @@ class Decoder {
         note_grain(i.space, i.bytes * i.count);
     }
     void note_grain(Space space, u32 bytes) {
-        if (space != GLOBAL && space != LOCAL) p_.shared_grain = std::min(p_.shared_grain, bytes);
+        if (space != GLOBAL && space != LOCAL)
+            p_.shared_grain = std::min(p_.shared_grain, bytes);
     }
 
     void load(Instruction& i, const Strings& parts, const Strings& operands) {
@@ -676,7 +487,8 @@ class Decoder {
             i.run = handler(bytes == 8 ? "mov.b64" : "mov.b32");
             i.o[0] = operand(operands[0], width(operands[0]));
             i.o[1] = parameter(operands[1], bytes);
-            if ((width(operands[0]) == 8) != (bytes == 8)) unknown("width of a parameter");
+            if ((width(operands[0]) == 8) != (bytes == 8))
+                unknown("width of a parameter");
             return emit(i);
         }
         memory_modifiers(i, parts);
@@ -684,7 +496,6 @@ class Decoder {
         const int wide = width(results[0]);
         for (size_t n = 0; n < results.size(); ++n) i.o[n] = operand(results[n], wide);
         i.o[i.count] = address(operands[1], i, &i.offset);
-        i.poison = parts.back()[0] == 'f';
         i.run = loader(parts.back()[0] == 's', i.bytes, i.count, wide == 8);
         emit(i);
     }
@@ -699,16 +510,20 @@ class Decoder {
         memory_modifiers(i, parts);
         i.o[0] = address(operands[0], i, &i.offset);
         const Strings values = elements(operands[1]);
-        const int wide = is_literal(values[0]) ? (i.bytes == 8 ? 8 : 4) : width(values[0]);
-        for (size_t n = 0; n < values.size(); ++n) i.o[1 + n] = operand(values[n], wide);
+        const int wide =
+            is_literal(values[0]) ? (i.bytes == 8 ? 8 : 4) : width(values[0]);
+        for (size_t n = 0; n < values.size(); ++n)
+            i.o[1 + n] = operand(values[n], wide);
         i.run = storer(i.bytes, i.count, wide == 8);
         emit(i);
     }
     void atomic(Instruction& i, const Strings& parts, Strings operands) {
         string operation;
         for (size_t n = 1; n + 1 < parts.size(); ++n) {
-            if (parts[n] == "global") i.space = GLOBAL;
-            else if (parts[n] == "shared") i.space = SHARED;
+            if (parts[n] == "global")
+                i.space = GLOBAL;
+            else if (parts[n] == "shared")
+                i.space = SHARED;
             else if (parts[n] != "gpu" && parts[n] != "cta" && parts[n] != "relaxed")
                 operation = parts[n];
         }
@@ -719,7 +534,8 @@ class Decoder {
         if (parts[0] == "red") operands.insert(operands.begin(), "_");
         i.o[0] = operand(operands[0], i.bytes);
         i.o[1] = address(operands[1], i, &i.offset);
-        for (size_t n = 2; n < operands.size(); ++n) i.o[n] = operand(operands[n], i.bytes);
+        for (size_t n = 2; n < operands.size(); ++n)
+            i.o[n] = operand(operands[n], i.bytes);
         i.operands = u8(operands.size());
         emit(i);
     }
@@ -750,14 +566,17 @@ class Decoder {
             i.run = handler("cp.async.wait_group");
             i.offset = parts[2] == "wait_all" ? -1 : std::stol(operands[0]);
         } else {
-            if (operands.size() != 3) unknown("cp.async");
+            if (operands.size() != 3 && operands.size() != 4) unknown("cp.async");
             i.run = handler("cp.async");
             s64 offset;
             i.o[1] = address(operands[1], i, &offset);
             i.target = u32(offset);
             i.o[0] = address(operands[0], i, &i.offset);
             i.bytes = u8(std::stoi(operands[2]));
-            if (parts[2] == "cg" && i.bytes != 16) unknown("cp.async.cg of other than 16 bytes");
+            const bool all = operands.size() == 3;
+            i.o[2] = all ? constant(i.bytes, 4) : operand(operands[3], 4);
+            if (parts[2] == "cg" && i.bytes != 16)
+                unknown("cp.async.cg of other than 16 bytes");
             note_grain(SHARED, i.bytes);
         }
         emit(i);
@@ -771,7 +590,8 @@ class Decoder {
         i.run = handler(transposed ? "ldmatrix.trans" : "ldmatrix");
         with_all_lanes(i, i.count + 1);
     }
-    void matrix_product(Instruction& i, const string& mnemonic, const Strings& operands) {
+    void matrix_product(Instruction& i, const string& mnemonic,
+                        const Strings& operands) {
         i.run = handler(mnemonic);
         int n = 0;
         for (const string& group : operands)
@@ -787,10 +607,13 @@ class Decoder {
         emit(i);
     }
 
-    void convert_address(Instruction& i, const Strings& parts, const Strings& operands) {
+    void convert_address(Instruction& i, const Strings& parts,
+                         const Strings& operands) {
         const bool to = parts[1] == "to";
         const string& space = parts[to ? 2 : 1];
-        const u64 window = space == "shared" ? SHARED_WINDOW : space == "local" ? LOCAL_WINDOW : 0;
+        const u64 window = space == "shared"  ? SHARED_WINDOW
+                           : space == "local" ? LOCAL_WINDOW
+                                              : 0;
         i.run = handler("add.u64");
         i.o[0] = operand(operands[0], 8);
         i.o[1] = operand(operands[1], 8);
@@ -809,8 +632,8 @@ class Decoder {
         const int first = pack ? 1 : 0;
         i.o[pack ? 0 : i.count] = operand(operands[pack ? 0 : 1], bytes);
         for (int n = 0; n < i.count; ++n) i.o[first + n] = operand(few[n], 4);
-        i.run = handler(string(pack ? "pack" : "unpack") + ".b" + std::to_string(8 * bytes) +
-                        ".x" + std::to_string(i.count));
+        i.run = handler(string(pack ? "pack" : "unpack") + ".b" +
+                        std::to_string(8 * bytes) + ".x" + std::to_string(i.count));
         emit(i);
     }
 
@@ -824,7 +647,8 @@ class Decoder {
         for (const auto& [at, bytes] : dynamic_)
             for (int l = 0; l < LANES; ++l) {
                 const u64 address = p_.shared_bytes;
-                memcpy(&constants_[(at & ~CONSTANT) + l * std::stoi(bytes)], &address, std::stoi(bytes));
+                memcpy(&constants_[(at & ~CONSTANT) + l * std::stoi(bytes)], &address,
+                       std::stoi(bytes));
             }
         std::vector<bool> is_target(p_.code.size());
         for (const auto& [at, label] : branches_) {

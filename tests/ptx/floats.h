@@ -14,7 +14,9 @@ inline f32 float_of(u32 x) { return std::bit_cast<f32>(x); }
 inline f64 double_of(u64 x) { return std::bit_cast<f64>(x); }
 
 // .ftz: a subnormal becomes a zero of its sign.
-inline f32 flush(f32 x) { return bits(x) & 0x7f800000u ? x : float_of(bits(x) & 1u << 31); }
+inline f32 flush(f32 x) {
+    return bits(x) & 0x7f800000u ? x : float_of(bits(x) & 1u << 31);
+}
 inline f64 flush(f64 x) { return x; }
 
 // Results of float arithmetic have one NaN.
@@ -53,9 +55,11 @@ inline f32 rounded(f64 high, f64 low, Rounding rounding) {
     const f32 near = f32(high);
     if (!std::isfinite(near)) return near;
     const f64 rest = (high - f64(near)) + low;  // what `near` lacks
-    const bool down = rounding == Rounding::DOWN || (rounding == Rounding::ZERO && near > 0);
+    const bool down =
+        rounding == Rounding::DOWN || (rounding == Rounding::ZERO && near > 0);
     if (rest < 0 && down) return std::nextafter(near, -INFINITY);
-    const bool up = rounding == Rounding::UP || (rounding == Rounding::ZERO && near < 0);
+    const bool up =
+        rounding == Rounding::UP || (rounding == Rounding::ZERO && near < 0);
     return rest > 0 && up ? std::nextafter(near, f32(INFINITY)) : near;
 }
 inline f32 rounded_sum(f64 a, f64 b, Rounding rounding) {
@@ -66,30 +70,36 @@ inline f32 rounded_sum(f64 a, f64 b, Rounding rounding) {
 // 2^x and log2(x) to the last bit of a float, in a form that can be vectorized.
 inline f32 exp2_of(f32 x) {
     const f64 y = x < -200 ? -200.0 : x > 200 ? 200.0 : f64(x);
-    const f64 shifted = y + 0x1.8p52, whole = shifted - 0x1.8p52, t = (y - whole) * M_LN2;
+    const f64 shifted = y + 0x1.8p52, whole = shifted - 0x1.8p52,
+              t = (y - whole) * M_LN2;
     f64 e = 1.0 / 3628800;
-    for (const f64 c : {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24,
-                        1.0 / 6, 0.5, 1.0, 1.0})
+    for (const f64 c : {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
+                        1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
         e = __builtin_fma(e, t, c);
     const f64 scaled = double_of(bits(e) + (bits(shifted) << 52));
     return x != x ? x : f32(scaled);
 }
 inline f32 log2_of(f32 x) {
-    const f64 y = x;  // normal, whatever x is
+    const f64 y = x;                                      // normal, whatever x is
     const u64 shifted = bits(y) - 0x3fe6a09e00000000ull;  // of sqrt(1/2)
     const s32 exponent = s32(u32(shifted >> 32)) >> 20;
     const f64 m = double_of((shifted & 0x000fffffffffffffull) + 0x3fe6a09e00000000ull);
     const f64 t = (m - 1) / (m + 1), square = t * t;
     f64 s = 1.0 / 17;
-    for (const f64 c : {1.0 / 15, 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0})
+    for (const f64 c :
+         {1.0 / 15, 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0})
         s = __builtin_fma(s, square, c);
     const f32 log = f32(exponent + s * t * (2 * M_LOG2E));
-    const f32 special = x == 0 ? -INFINITY : x > 0 || x != x ? x : NAN;  // infinity, NaN
+    const f32 special = x == 0            ? -INFINITY
+                        : x > 0 || x != x ? x
+                                          : NAN;  // infinity, NaN
     return x > 0 && x < INFINITY ? log : special;
 }
 
 inline f32 from_half(u16 h) { return _cvtsh_ss(h); }
-inline u16 to_half(f32 x) { return x == x ? _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT) : 0x7fff; }
+inline u16 to_half(f32 x) {
+    return x == x ? _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT) : 0x7fff;
+}
 inline f32 from_bfloat(u16 b) { return float_of(u32(b) << 16); }
 inline u16 to_bfloat(f32 x) {
     const u32 b = bits(x);
@@ -112,7 +122,9 @@ template <class I, class F>
 I whole(F x) {
     constexpr bool top = sizeof(I) == 8 && sizeof(F) == 8;
     if (x != x) return top ? I(1ull << 63) : I(0);
-    const F low = F(std::numeric_limits<I>::min()), high = F(std::numeric_limits<I>::max());
-    return x <= low ? std::numeric_limits<I>::min()
-           : x >= high ? std::numeric_limits<I>::max() : I(x);
+    const F low = F(std::numeric_limits<I>::min()),
+            high = F(std::numeric_limits<I>::max());
+    return x <= low    ? std::numeric_limits<I>::min()
+           : x >= high ? std::numeric_limits<I>::max()
+                       : I(x);
 }

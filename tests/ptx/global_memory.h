@@ -2,26 +2,26 @@
 //
 // Time is a counter that rises at each barrier and each release. An access of another
 // warp lies in the past if it came before a barrier of the same block; or, for another
-// block, before a release that this one has acquired: __threadfence and an atomic there,
-// an atomic or volatile access to the same address and __threadfence here.
+// block, before a release that this one has acquired: __threadfence and an atomic
+// there, an atomic or volatile access to the same address and __threadfence here.
 #pragma once
 #include <memory>
 
 #include "shared_memory.h"
 
-// One element of an array: who used it last, and when. Of several readers, the first and
-// the last by number are kept (blocks that wait for each other are neighbours), and when
-// the earliest read: a grid's barrier then makes all of them past.
+// One element of an array: who used it last, and when. Of several readers, the first
+// and the last by number are kept (blocks that wait for each other are neighbours), and
+// when the earliest read: a grid's barrier then makes all of them past.
 struct Cell {
     u32 writer = 0, written_at = 0, reader = 0, last_reader = 0, read_at = 0;
 };
 
 struct Range {  // memory that a launch may reach; the first five come from Python
     u64 low, high;
-    u8* written;    // a byte for each, 0xFF where the GPU ever wrote; null: all are
-    u32 constant;   // may not be written
-    u32 grain;      // bytes of an element
-    Cell* cells;    // null where no race can be
+    u8* written;   // a byte for each, 0xFF where the GPU ever wrote; null: all are
+    u32 constant;  // may not be written
+    u32 grain;     // bytes of an element
+    Cell* cells;   // null where no race can be
 };
 
 struct Past {  // what a warp knows of a block: all before its barrier, or of one warp
@@ -39,7 +39,6 @@ inline void join(Pasts& pasts, const Pasts& others) {
 
 struct Clocks {  // of a launch
     u32 now = 1;
-    u32 warps = 1;  // of a block
     std::unordered_map<u64, Pasts> released;  // by the address of an atomic
 };
 
@@ -47,15 +46,15 @@ struct Clocks {  // of a launch
 struct Observer {
     u32 block = 0, warp = 0;
     Clocks* clocks = nullptr;
-    u32 barrier = 0;   // the time of the block's last one
-    Pasts known;       // of other blocks
-    Pasts acquired;    // known from the next fence on
-    Pasts released;    // what a fence made ready for atomics to publish
+    u32 barrier = 0;  // the time of the block's last one
+    Pasts known;      // of other blocks
+    Pasts acquired;   // known from the next fence on
+    Pasts released;   // what a fence made ready for atomics to publish
     bool fenced = false;
 
-    // A warp is named by its number in the grid, + 1.
+    // A warp is named by its block and its number there, of at most 32.
     static constexpr u32 ATOMIC = 1u << 31;
-    u32 name() const { return block * clocks->warps + warp + 1; }
+    u32 name() const { return (block << 5 | warp) + 1; }
 
     void read(Cell& cell, bool ordered, int lane) const {
         const u32 me = name();
@@ -92,7 +91,7 @@ struct Observer {
     }
 
   private:
-    u32 block_of(u32 who) const { return (who - 1) / clocks->warps; }
+    u32 block_of(u32 who) const { return (who - 1) >> 5; }
 
     bool is_past(u32 who, u32 at) const {
         if (who == name()) return true;
@@ -104,7 +103,8 @@ struct Observer {
     }
     bool are_past(const Cell& cell) const {  // its readers
         if (cell.reader == cell.last_reader) return is_past(cell.reader, cell.read_at);
-        for (u32 other = block_of(cell.reader); other <= block_of(cell.last_reader); ++other) {
+        for (u32 other = block_of(cell.reader); other <= block_of(cell.last_reader);
+             ++other) {
             const bool past = other == block ? cell.read_at < barrier
                                              : other < known.size() &&
                                                    cell.read_at < known[other].barrier;
@@ -117,11 +117,13 @@ struct Observer {
         if (writer == 0 || (ordered && cell.writer & ATOMIC)) return;
         if (!is_past(writer, cell.written_at)) fault(now, writer, "written", lane);
     }
-    [[noreturn]] void fault(const char* now, u32 who, const char* before, int lane) const {
+    [[noreturn]] void fault(const char* now, u32 who, const char* before,
+                            int lane) const {
         const u32 other = block_of(who);
         const std::string name = other == block ? "another warp of the block"
                                                 : "block " + std::to_string(other);
         throw Fault(std::string("race in global memory: ") + now + " of what " + name +
-                        " has " + before, lane);
+                        " has " + before,
+                    lane);
     }
 };

@@ -25,7 +25,8 @@ std::string place(const Program& p, const Instruction* i) {
     const auto file = p.files.find(p.source_files[n]);
     std::string text = file == p.files.end() ? "line " : file->second + ":";
     text += std::to_string(p.source_lines[n]);
-    return text + ", `" + p.texts[n] + "` (PTX line " + std::to_string(p.lines[n]) + ")";
+    return text + ", `" + p.texts[n] + "` (PTX line " + std::to_string(p.lines[n]) +
+           ")";
 }
 
 // Continue with the diverged lanes that are furthest behind.
@@ -109,15 +110,20 @@ bool branch(Warp& w, const Instruction& i, u32 lanes, State& state) {  // false:
 
 void leave(Warp& w, u32 lanes) {
     for (const Copy& copy : w.copies)
-        if (lanes >> copy.lane & 1) throw Fault("exit before cp.async has been waited for", copy.lane);
+        if (lanes >> copy.lane & 1)
+            throw Fault("exit before cp.async has been waited for", copy.lane);
     w.alive &= ~lanes, w.active &= ~lanes, ++w.pc;
     ++w.launch->progress;
-    if (!w.active) resume(w); else reconverge(w);
+    if (!w.active)
+        resume(w);
+    else
+        reconverge(w);
 }
 
 // True if all lanes are here.
 bool arrive(Warp& w, u32 lanes) {
-    if (lanes != w.active) throw Fault("predicated barrier", std::countr_zero(w.active));
+    if (lanes != w.active)
+        throw Fault("predicated barrier", std::countr_zero(w.active));
     lanes |= take_waiting(w, w.pc);
     w.active = lanes;
     if (lanes == w.alive) return w.at_barrier = true;
@@ -135,14 +141,16 @@ Outcome run(Warp& w, State& state, const Instruction*& i) {
             const Part& part = w.waiting.front();
             i = code + part.pc;
             const u32 gone = std::popcount(~w.alive & w.first_alive);
-            throw Fault("lanes wait here for others that do not come" +
-                            (gone ? ": " + std::to_string(gone) + " have returned" : ""),
-                        std::countr_zero(part.lanes));
+            throw Fault(
+                "lanes wait here for others that do not come" +
+                    (gone ? ": " + std::to_string(gone) + " have returned" : ""),
+                std::countr_zero(part.lanes));
         }
         i = code + w.pc;
         if (const u32 count = i->straight) {
             const u32 lanes = w.active;
-            for (const Instruction* end = i + count; i != end; ++i) i->run(w, *i, lanes);
+            for (const Instruction* end = i + count; i != end; ++i)
+                i->run(w, *i, lanes);
             --i;
             w.pc += count;
             reconverge(w);
@@ -166,8 +174,10 @@ Outcome run(Warp& w, State& state, const Instruction*& i) {
                 break;
             case TOGETHER:
                 suspend(w, w.pc + 1, w.active & ~lanes);
-                if (lanes) meet(w, *i, lanes);
-                else w.active = 0, resume(w);
+                if (lanes)
+                    meet(w, *i, lanes);
+                else
+                    w.active = 0, resume(w);
                 break;
         }
     }
@@ -193,7 +203,8 @@ void begin(Block& block, Launch& launch, u32 number) {
         Warp& w = block.warps[n];
         w.launch = &launch, w.block = &block, w.number = n;
         const u32 threads = std::min<u32>(launch.block - n * LANES, LANES);
-        w.alive = w.active = w.first_alive = threads == LANES ? ALL : (1u << threads) - 1;
+        w.alive = w.active = w.first_alive =
+            threads == LANES ? ALL : (1u << threads) - 1;
         w.pc = 0, w.at_barrier = w.yields = false;
         w.ready.clear(), w.waiting.clear(), w.copies.clear();
         w.bases[0] = grown(w.registers, w.register_bytes, p.register_bytes);
@@ -203,7 +214,8 @@ void begin(Block& block, Launch& launch, u32 number) {
         w.local_bytes = p.local_bytes;
         w.local.assign(size_t(p.local_bytes) * LANES, 0xFF);
         w.observer = {};
-        w.observer.block = number, w.observer.warp = n, w.observer.clocks = &launch.clocks;
+        w.observer.block = number, w.observer.warp = n,
+        w.observer.clocks = &launch.clocks;
         w.observer.barrier = launch.clocks.now;
         for (int l = 0; l < LANES; ++l) {
             w.at<u32>(p.thread_register)[l] = w.thread(l);
@@ -223,19 +235,23 @@ void release(Block& block, Launch& launch, const Instruction*& i, Warp*& at) {
         at = &w, i = &p.code[w.pc];
         here += std::popcount(w.alive);
         if (pc != ~0u && pc != w.pc)
-            throw Fault("barrier while other threads are at " + place(p, &p.code[pc]), std::countr_zero(w.alive));
+            throw Fault("barrier while other threads are at " + place(p, &p.code[pc]),
+                        std::countr_zero(w.alive));
         pc = w.pc;
     }
     if (here != launch.block)
-        throw Fault("not all threads reach the barrier: " + std::to_string(here) + " wait here, " +
-                        std::to_string(launch.block - here) + " have returned",
+        throw Fault("not all threads reach the barrier: " + std::to_string(here) +
+                        " wait here, " + std::to_string(launch.block - here) +
+                        " have returned",
                     std::countr_zero(at->alive));
     const u32 now = ++launch.clocks.now;
     ++launch.progress;
     if (launch.program->fences && launch.races) {
         Pasts known;
-        for (u32 n = 0; n < block.live_warps; ++n) join(known, block.warps[n].observer.known);
-        for (u32 n = 0; n < block.live_warps; ++n) block.warps[n].observer.known = known;
+        for (u32 n = 0; n < block.live_warps; ++n)
+            join(known, block.warps[n].observer.known);
+        for (u32 n = 0; n < block.live_warps; ++n)
+            block.warps[n].observer.known = known;
     }
     block.shared.barrier();
     for (u32 n = 0; n < block.live_warps; ++n) {
@@ -260,7 +276,9 @@ bool turn(Block& block, State& state, const Instruction*& i, Warp*& at) {
     if (launch.progress != state.last_progress)
         state.last_progress = launch.progress, state.idle = state.branches;
     if (state.branches - state.idle > IDLE)
-        throw Fault("waits for what no running thread writes, such as blocks that never come", 0);
+        throw Fault(
+            "waits for what no running thread writes, such as blocks that never come",
+            0);
     if (state.branches > LIMIT) throw Fault("does not end", 0);
     return alive;
 }
@@ -284,7 +302,8 @@ void set_ranges(const Program& p, Launch& launch, const Range* ranges, u32 count
         const u64 low = (reinterpret_cast<u64>(v.value.data()) + 255) / 256 * 256;
         all.push_back({low, low + v.bytes, nullptr, 1, 1, nullptr});
     }
-    std::sort(all.begin(), all.end(), [](const Range& a, const Range& b) { return a.low < b.low; });
+    std::sort(all.begin(), all.end(),
+              [](const Range& a, const Range& b) { return a.low < b.low; });
     for (const Range& r : all) {
         if (launch.ranges.empty() || r.low >= launch.ranges.back().high) {
             launch.ranges.push_back(r);
@@ -297,7 +316,8 @@ void set_ranges(const Program& p, Launch& launch, const Range* ranges, u32 count
     }
     for (Range& r : launch.ranges) {
         if (r.constant || !launch.races) continue;
-        r.cells = static_cast<Cell*>(calloc((r.high - r.low) / r.grain + 1, sizeof(Cell)));
+        r.cells =
+            static_cast<Cell*>(calloc((r.high - r.low) / r.grain + 1, sizeof(Cell)));
         launch.cells.emplace_back(r.cells, free);
     }
 }
@@ -330,7 +350,8 @@ void* ptx_module(const char* text, u64 size, char* message, u64 room) {
 void* ptx_kernel(const void* module, const char* kernel, char* message, u64 room) {
     try {
         auto loaded = std::make_unique<Loaded>();
-        const auto& from_text = *static_cast<const std::shared_ptr<const Module>*>(module);
+        const auto& from_text =
+            *static_cast<const std::shared_ptr<const Module>*>(module);
         loaded->program = decode(*from_text, kernel);
         const auto& from = loaded->program.constants;
         u8* to = grown(loaded->constants, loaded->constant_bytes, from.size());
@@ -342,13 +363,15 @@ void* ptx_kernel(const void* module, const char* kernel, char* message, u64 room
     }
 }
 
-void ptx_facts(const void* kernel, u32* shared_bytes, u32* max_threads, u32* parameters) {
+void ptx_facts(const void* kernel, u32* shared_bytes, u32* max_threads,
+               u32* parameters) {
     const Program& p = static_cast<const Loaded*>(kernel)->program;
     *shared_bytes = p.shared_bytes, *max_threads = p.max_threads;
     *parameters = u32(p.parameters.size());
 }
 void ptx_parameter(const void* kernel, u32 n, u32* at, u32* bytes) {
-    const Parameter& parameter = static_cast<const Loaded*>(kernel)->program.parameters[n];
+    const Parameter& parameter =
+        static_cast<const Loaded*>(kernel)->program.parameters[n];
     *at = parameter.at, *bytes = parameter.bytes;
 }
 
@@ -365,8 +388,7 @@ int ptx_launch(void* kernel, u32 grid, u32 block, u32 dynamic_bytes, int coopera
     launch.program = &p, launch.grid = grid, launch.block = block;
     launch.shared_bytes = p.shared_bytes + dynamic_bytes;
     launch.constants = loaded.constants.get();
-    launch.clocks.warps = (block + LANES - 1) / LANES;
-    launch.races = launch.clocks.warps * u64(grid) > 1;
+    launch.races = grid > 1 || block > LANES;
     launch.last_range.resize(p.code.size());
     fill_constants(p, launch, arguments);
     set_ranges(p, launch, ranges, num_ranges);
@@ -380,12 +402,15 @@ int ptx_launch(void* kernel, u32 grid, u32 block, u32 dynamic_bytes, int coopera
             std::vector<bool> ended(together);
             for (u32 left = together; left;)
                 for (u32 n = 0; n < together; ++n)
-                    if (!ended[n] && !turn(*blocks[n], state, i, at)) ended[n] = true, --left;
+                    if (!ended[n] && !turn(*blocks[n], state, i, at))
+                        ended[n] = true, --left;
         }
         return 0;
     } catch (const Fault& fault) {
-        return give(message, room, p.name + ": " + fault.what() + "; " + place(p, i) + ", block " +
-                    std::to_string(at->block->number) + ", thread " + std::to_string(at->thread(fault.lane)));
+        return give(message, room,
+                    p.name + ": " + fault.what() + "; " + place(p, i) + ", block " +
+                        std::to_string(at->block->number) + ", thread " +
+                        std::to_string(at->thread(fault.lane)));
     } catch (const std::exception& error) {
         return give(message, room, p.name + ": " + error.what() + "; " + place(p, i));
     }

@@ -13,8 +13,8 @@ struct Access {
     bool row;                        // all lanes, neighbours in order
     Space space;
 
-    Access(Warp& w, u32 lanes, u32 operand, s64 offset, u32 bytes,
-           Space space, bool wide)
+    Access(Warp& w, u32 lanes, u32 operand, s64 offset, u32 bytes, Space space,
+           bool wide)
         : lanes(lanes), bytes(bytes), space(space) {
         if (wide) {
             const u64* from = w.at<u64>(operand);
@@ -25,26 +25,34 @@ struct Access {
         }
         const u64 first = address[std::countr_zero(lanes)];
         if (lanes != ALL)
-            for (int l = 0; l < LANES; ++l) address[l] = lanes >> l & 1 ? address[l] : first;
+            for (int l = 0; l < LANES; ++l)
+                address[l] = lanes >> l & 1 ? address[l] : first;
         if (space == GENERIC) leave_window();
         measure();
     }
 
     void measure() {
         u64 bits = 0, gaps = 0;
-        s64 least = s64(address[0]), most = least;
         for (int l = 0; l < LANES; ++l) {
-            const s64 a = s64(address[l]);
             bits |= address[l];
             gaps |= (address[l] - address[0]) ^ u64(bytes * l);
-            least = std::min(least, a), most = std::max(most, a);
         }
-        low = u64(least), high = u64(most) + bytes, row = gaps == 0 && lanes == ALL;
+        row = gaps == 0 && lanes == ALL;
+        s64 least = s64(address[0]), most = s64(address[LANES - 1]);
+        if (!row)
+            for (int l = 0; l < LANES; ++l) {
+                const s64 a = s64(address[l]);
+                least = std::min(least, a), most = std::max(most, a);
+            }
+        low = u64(least), high = u64(most) + bytes;
         if (bits & (bytes - 1)) {
             int lane = 0;
-            for_each_lane(lanes, [&](int l) { if (address[l] & (bytes - 1)) lane = l; });
+            for_each_lane(lanes, [&](int l) {
+                if (address[l] & (bytes - 1)) lane = l;
+            });
             throw Fault("misaligned access of " + std::to_string(bytes) + " bytes at " +
-                        hex(address[lane]), lane);
+                            hex(address[lane]),
+                        lane);
         }
     }
 
@@ -60,7 +68,9 @@ struct Access {
             return a >= LOCAL_WINDOW ? LOCAL : a >= SHARED_WINDOW ? SHARED : GLOBAL;
         };
         space = space_of(address[std::countr_zero(lanes)]);
-        const u64 window = space == LOCAL ? LOCAL_WINDOW : space == SHARED ? SHARED_WINDOW : 0;
+        const u64 window = space == LOCAL    ? LOCAL_WINDOW
+                           : space == SHARED ? SHARED_WINDOW
+                                             : 0;
         for (u64& a : address) {
             if (space_of(a) != space)
                 throw Unknown("lanes of one access in different memories");
@@ -74,7 +84,8 @@ enum Kind { READ, WRITE, ATOMIC };
 // Find the memory that holds all bytes from `low` on, or null.
 Range* find(Launch& launch, u32& hint, u64 low, u64 high) {
     const auto holds = [&](const Range& r) { return r.low <= low && high <= r.high; };
-    if (hint < launch.ranges.size() && holds(launch.ranges[hint])) return &launch.ranges[hint];
+    if (hint < launch.ranges.size() && holds(launch.ranges[hint]))
+        return &launch.ranges[hint];
     for (u32 i = 0; i < launch.ranges.size(); ++i)
         if (holds(launch.ranges[i])) return &launch.ranges[hint = i];
     return nullptr;
@@ -85,14 +96,16 @@ void check_never_written(const Range& range, u64 at, u32 bytes, int lane) {
     for (u32 i = 0; i < bytes; ++i)
         if (memory[i] != 0xFF || range.written[at - range.low + i]) return;
     throw Fault("read of global memory never written, at byte " +
-                std::to_string(at - range.low) + " of an array", lane);
+                    std::to_string(at - range.low) + " of an array",
+                lane);
 }
 
-void check_range(Warp& w, const Instruction& i, Range& range, u64 at, u32 bytes, Kind kind,
-                 int lane) {
+void check_range(Warp& w, const Instruction& i, Range& range, u64 at, u32 bytes,
+                 Kind kind, int lane) {
     if (kind != READ && range.constant)
-        throw Fault("write to constant memory, at byte " + std::to_string(at - range.low) +
-                    " of an array", lane);
+        throw Fault("write to constant memory, at byte " +
+                        std::to_string(at - range.low) + " of an array",
+                    lane);
     if (range.written) {
         if (kind != WRITE && *reinterpret_cast<u8*>(at) == 0xFF)
             check_never_written(range, at, bytes, lane);
@@ -109,38 +122,49 @@ void check_global(Warp& w, const Instruction& i, Access& x, Kind kind) {
     Launch& launch = *w.launch;
     u32& hint = launch.last_range[&i - launch.program->code.data()];
     Range* range = find(launch, hint, x.low, x.high);
-    if (range && !range->written && !range->cells && (kind == READ || !range->constant)) return;
+    if (range && !range->written && !range->cells && (kind == READ || !range->constant))
+        return;
     for_each_lane(x.lanes, [&](int l) {
         const u64 at = x.address[l];
         Range* mine = range ? range : find(launch, hint, at, at + x.bytes);
         if (!mine)
             throw Fault(std::string(kind == READ ? "read" : "write") + " of " +
-                        std::to_string(x.bytes) + " bytes outside all arrays, at " +
-                        nearest(launch, at), l);
+                            std::to_string(x.bytes) + " bytes outside all arrays, at " +
+                            nearest(launch, at),
+                        l);
         check_range(w, i, *mine, at, x.bytes, kind, l);
-        if (i.ordered && launch.program->fences) w.observer.synchronize(at, kind != READ);
+        if (i.ordered && launch.program->fences)
+            w.observer.synchronize(at, kind != READ);
     });
 }
 
-void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
+void check_bounds(const SharedMemory& shared, const Access& x) {
+    if (x.high <= shared.size()) return;
+    for_each_lane(x.lanes, [&](int l) {
+        if (x.address[l] + x.bytes > shared.size())
+            throw Fault("access to shared byte " + std::to_string(x.address[l]) +
+                            " of " + std::to_string(shared.size()),
+                        l);
+    });
+}
+
+void check_shared(Warp& w, Access& x, Kind kind) {
     SharedMemory& shared = w.block->shared;
-    if (x.high > shared.size())
-        for_each_lane(x.lanes, [&](int l) {
-            if (x.address[l] + x.bytes > shared.size())
-                throw Fault("access to shared byte " + std::to_string(x.address[l]) + " of " +
-                            std::to_string(shared.size()), l);
-        });
+    check_bounds(shared, x);
     const u32 low = u32(x.low);
-    const bool done = x.row && (kind == READ    ? shared.read_row(w.number, low, x.bytes)
-                                : kind == WRITE ? shared.write_row(w.number, low, x.bytes)
-                                                : false);
-    if (!done)
-        for_each_lane(x.lanes, [&](int l) {
-            const u32 at = u32(x.address[l]);
-            kind == READ    ? shared.read(w.thread(l), at, x.bytes, poison)
-            : kind == WRITE ? shared.write(w.thread(l), at, x.bytes)
-                            : shared.atomic(w.thread(l), at, x.bytes);
-        });
+    shared.touch(low, u32(x.high));
+    const bool done =
+        x.row && (kind == READ    ? shared.read_row(w.number, low, x.bytes)
+                  : kind == WRITE ? shared.write_row(w.number, low, x.bytes)
+                                  : false);
+    if (!done) {
+        if (kind == READ) shared.read(w.number, x.lanes, x.address, x.bytes);
+        if (kind == WRITE) shared.write(w.number, x.lanes, x.address, x.bytes);
+        if (kind == ATOMIC)
+            for_each_lane(x.lanes, [&](int l) {
+                shared.atomic(w.thread(l), u32(x.address[l]), x.bytes);
+            });
+    }
     const u64 base = reinterpret_cast<u64>(shared.bytes.data());
     for (u64& a : x.address) a += base;
 }
@@ -148,10 +172,11 @@ void check_shared(Warp& w, Access& x, Kind kind, bool poison = false) {
 // Check an access, and turn its addresses into those of the host.
 void check(Warp& w, const Instruction& i, Access& x, Kind kind) {
     if (x.space == GLOBAL) return check_global(w, i, x, kind);
-    if (x.space == SHARED) return check_shared(w, x, kind, i.poison);
+    if (x.space == SHARED) return check_shared(w, x, kind);
     if (x.high > w.local_bytes)
         throw Fault("access to local byte " + std::to_string(x.high - 1) + " of " +
-                    std::to_string(w.local_bytes), std::countr_zero(x.lanes));
+                        std::to_string(w.local_bytes),
+                    std::countr_zero(x.lanes));
     const u64 base = reinterpret_cast<u64>(w.local.data());
     for (int l = 0; l < LANES; ++l) x.address[l] += base + l * w.local_bytes;
     x.row = false;
@@ -167,7 +192,8 @@ T fetch(u64 at) {
 // T is the type in memory; Wide, of 4 or 8 bytes, the one in the register.
 template <class T, class Wide, int count>
 void load(Warp& w, const Instruction& i, u32 lanes) {
-    Access x(w, lanes, i.o[count], i.offset, count * sizeof(T), i.space, i.wide_address);
+    Access x(w, lanes, i.o[count], i.offset, count * sizeof(T), i.space,
+             i.wide_address);
     check(w, i, x, READ);
     if (i.ordered) w.yields = true;  // it may wait for another warp
     if constexpr (count == 1) {
@@ -178,16 +204,16 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
             return;
         }
     }
-    u64 from[LANES];
-    memcpy(from, x.address, sizeof from);
-    const auto move = [&](int l) {
-        for (int n = 0; n < count; ++n)
-            w.at<Wide>(i.o[n])[l] = to_slot<Wide>(Wide(fetch<T>(from[l] + n * sizeof(T))));
-    };
-    if (lanes == ALL)
-        for (int l = 0; l < LANES; ++l) move(l);
-    else
-        for_each_lane(lanes, move);
+    for (int n = 0; n < count; ++n) {
+        auto* d = w.at<Wide>(i.o[n]);
+        const auto move = [&](int l) {
+            d[l] = to_slot<Wide>(Wide(fetch<T>(x.address[l] + n * sizeof(T))));
+        };
+        if (lanes == ALL)
+            for (int l = 0; l < LANES; ++l) move(l);
+        else
+            for_each_lane(lanes, move);
+    }
 }
 
 template <class T, class Wide, int count>
@@ -205,7 +231,8 @@ void store(Warp& w, const Instruction& i, u32 lanes) {
     for_each_lane(lanes, [&](int l) {
         for (int n = 0; n < count; ++n) {
             const T value = T(w.at<Wide>(i.o[1 + n])[l]);
-            memcpy(reinterpret_cast<void*>(x.address[l] + n * sizeof(T)), &value, sizeof value);
+            memcpy(reinterpret_cast<void*>(x.address[l] + n * sizeof(T)), &value,
+                   sizeof value);
         }
     });
 }
@@ -230,7 +257,9 @@ Form atomic(F) {
 }
 template <class T>
 void add_atomics(Table& table, const std::string& type) {
-    const auto add = [&](const char* name, Form form) { table["atom." + (name + type)] = form; };
+    const auto add = [&](const char* name, Form form) {
+        table["atom." + (name + type)] = form;
+    };
     add("add.", atomic<T>([](T old, T b, T) { return T(old + b); }));
     add("min.", atomic<T>([](T old, T b, T) { return std::min(old, b); }));
     add("max.", atomic<T>([](T old, T b, T) { return std::max(old, b); }));
@@ -243,42 +272,63 @@ void add_atomics(Table& table, const std::string& type) {
     }
 }
 
+// A lane copies all bytes, or none: zeros come instead, and the source is not read.
 void copy_async(Warp& w, const Instruction& i, u32 lanes) {
     Access to(w, lanes, i.o[0], i.offset, i.bytes, SHARED, i.wide_address);
-    Access from(w, lanes, i.o[1], i.target, i.bytes, GLOBAL, true);
-    check_global(w, i, from, READ);
+    const u32* size = w.at<u32>(i.o[2]);
+    u32 reading = 0;
+    for_each_lane(lanes, [&](int l) {
+        if (size[l] == i.bytes)
+            reading |= 1u << l;
+        else if (size[l] != 0)
+            throw Fault("cp.async of a part of its bytes", l);
+    });
+    const u64* source = w.at<u64>(i.o[1]);
+    if (reading) {
+        Access from(w, reading, i.o[1], s32(i.target), i.bytes, GLOBAL, true);
+        check_global(w, i, from, READ);
+    }
+    check_bounds(w.block->shared, to);
     SharedMemory& shared = w.block->shared;
+    shared.touch(u32(to.low), u32(to.high));
     for_each_lane(lanes, [&](int l) {
         const u32 at = u32(to.address[l]);
-        if (at + i.bytes > shared.size())
-            throw Fault("cp.async to shared byte " + std::to_string(at) + " of " +
-                        std::to_string(shared.size()), l);
         shared.begin_copy(w.thread(l), at, i.bytes);
         memset(&shared.bytes[at], 0xFF, i.bytes);
-        w.copies.push_back({u32(l), at, i.bytes, w.copy_group[l], from.address[l]});
+        const u64 origin = reading >> l & 1 ? source[l] + s32(i.target) : 0;
+        w.copies.push_back({u32(l), at, i.bytes, w.copy_group[l], origin});
     });
 }
 void copy_commit(Warp& w, const Instruction&, u32 lanes) {
     for_each_lane(lanes, [&](int l) { ++w.copy_group[l]; });
 }
-// Copies arrive when they are waited for, not before; `offset` groups may stay under way.
+// Copies arrive when they are waited for, not before; `offset` groups may stay under
+// way.
 void copy_wait(Warp& w, const Instruction& i, u32 lanes) {
     const auto arrives = [&](const Copy& copy) {
         if (!(lanes >> copy.lane & 1)) return false;
-        if (i.offset >= 0 && copy.group + i.offset >= w.copy_group[copy.lane]) return false;
+        if (i.offset >= 0 && copy.group + i.offset >= w.copy_group[copy.lane])
+            return false;
         SharedMemory& shared = w.block->shared;
+        shared.touch(copy.target, copy.target + copy.bytes);
         shared.end_copy(w.thread(copy.lane), copy.target, copy.bytes);
-        memcpy(&shared.bytes[copy.target], reinterpret_cast<const void*>(copy.source), copy.bytes);
+        if (copy.source)
+            memcpy(&shared.bytes[copy.target],
+                   reinterpret_cast<const void*>(copy.source), copy.bytes);
+        else
+            memset(&shared.bytes[copy.target], 0, copy.bytes);
         return true;
     };
-    w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), arrives), w.copies.end());
+    w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), arrives),
+                   w.copies.end());
 }
 
-// Matrices of 8 rows of 16 bytes; lane 8 n + r has the address of row r of matrix n, and
-// every lane receives two neighbours of row lane / 4, or of column lane / 4.
+// Matrices of 8 rows of 16 bytes; lane 8 n + r has the address of row r of matrix n,
+// and every lane receives two neighbours of row lane / 4, or of column lane / 4.
 template <bool transposed>
 void load_matrices(Warp& w, const Instruction& i, u32 lanes) {
-    if (lanes != ALL) throw Fault("ldmatrix by a part of a warp", std::countr_zero(lanes));
+    if (lanes != ALL)
+        throw Fault("ldmatrix by a part of a warp", std::countr_zero(lanes));
     const u32 rows = i.count == 4 ? ALL : (1u << 8 * i.count) - 1;
     Access x(w, rows, i.o[i.count], i.offset, 16, SHARED, i.wide_address);
     check_shared(w, x, READ);
@@ -298,15 +348,21 @@ void load_matrices(Warp& w, const Instruction& i, u32 lanes) {
 void fence(Warp& w, const Instruction&, u32) {
     if (w.launch->races) w.observer.fence();
 }
-void warp_barrier(Warp& w, const Instruction&, u32) { w.block->shared.warp_barrier(w.number); }
+void warp_barrier(Warp& w, const Instruction&, u32) {
+    w.block->shared.warp_barrier(w.number);
+}
 
 template <class T, class Wide>
 Handler load_of(int count) {
-    return count == 1 ? load<T, Wide, 1> : count == 2 ? load<T, Wide, 2> : load<T, Wide, 4>;
+    return count == 1   ? load<T, Wide, 1>
+           : count == 2 ? load<T, Wide, 2>
+                        : load<T, Wide, 4>;
 }
 template <class T, class Wide>
 Handler store_of(int count) {
-    return count == 1 ? store<T, Wide, 1> : count == 2 ? store<T, Wide, 2> : store<T, Wide, 4>;
+    return count == 1   ? store<T, Wide, 1>
+           : count == 2 ? store<T, Wide, 2>
+                        : store<T, Wide, 4>;
 }
 
 }  // namespace
@@ -335,11 +391,13 @@ static Handler narrow_loader(bool is_signed, int bytes) {  // to a register of 8
 Handler loader(bool is_signed, int bytes, int count, bool wide) {
     if (bytes == 8) return load_of<u64, u64>(count);
     if (bytes == 4)
-        return !wide ? load_of<u32, u32>(count)
-               : is_signed ? load_of<s32, s64>(count) : load_of<u32, u64>(count);
+        return !wide       ? load_of<u32, u32>(count)
+               : is_signed ? load_of<s32, s64>(count)
+                           : load_of<u32, u64>(count);
     if (wide && count == 1) return narrow_loader(is_signed, bytes);
     if (wide) throw Unknown("a narrow vector in registers of 8 bytes");
-    if (bytes == 2) return is_signed ? load_of<s16, s32>(count) : load_of<u16, u32>(count);
+    if (bytes == 2)
+        return is_signed ? load_of<s16, s32>(count) : load_of<u16, u32>(count);
     return is_signed ? load_of<s8, s32>(count) : load_of<u8, u32>(count);
 }
 Handler storer(int bytes, int count, bool wide) {

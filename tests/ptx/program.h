@@ -48,19 +48,18 @@ enum Flow : u8 {
 
 struct Instruction {
     Handler run = nullptr;
-    s64 offset = 0;                // added to an address
-    u32 o[14] = {};                // operands: results first
-    u32 guard = TRUE_PREDICATE;    // lanes that take part
-    u32 target = 0;                // of a branch; the second offset of cp.async
-    u32 straight = 0;              // plain, unguarded instructions from here on
+    s64 offset = 0;              // added to an address
+    u32 o[14] = {};              // operands: results first
+    u32 guard = TRUE_PREDICATE;  // lanes that take part
+    u32 target = 0;              // of a branch; the second offset of cp.async
+    u32 straight = 0;            // plain, unguarded instructions from here on
     Flow flow = PLAIN;
     Space space = GENERIC;
-    u8 bytes = 0;                  // of an element
-    u8 count = 1;                  // elements of a vector
-    u8 operands = 0;               // how many there are
-    bool wide_address = true;      // 8 bytes, not 4
-    bool poison = false;           // a load of a float: NaN shows by itself
-    bool ordered = false;          // volatile or atomic: may meet others of its kind
+    u8 bytes = 0;              // of an element
+    u8 count = 1;              // elements of a vector
+    u8 operands = 0;           // how many there are
+    bool wide_address = true;  // 8 bytes, not 4
+    bool ordered = false;      // volatile or atomic: may meet others of its kind
 };
 
 // What an instruction takes: the bytes of each operand, 0 for a predicate.

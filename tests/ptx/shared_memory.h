@@ -1,10 +1,12 @@
 // Shared memory of a block, every byte of which knows who used it since the barrier.
 //
 // A bit stands for a byte, a `u64` for a line of 64. Races between warps show in bits
-// alone: each warp keeps what it read and wrote itself, the block what anyone did. Races
-// within a warp, between two __syncwarp, also need the lane, one for each grain.
+// alone: each warp keeps what it read and wrote itself, the block what anyone did.
+// Races within a warp, between two __syncwarp, also need the lane, one for each grain.
 #pragma once
 #include <algorithm>
+#include <bit>
+#include <cstring>
 
 #include "program.h"
 
@@ -28,21 +30,31 @@ class SharedMemory {
 
     void begin(u32 size, u32 grain, u32 warps) {
         const u32 lines = (size + 63) / 64;
-        bytes.assign(lines * 64, 0xFF);  // NaN
-        size_ = size, grain_ = grain;
-        defined_.assign(lines, 0), flying_.assign(lines, 0);
-        block_.assign(lines, {});
-        warps_.assign(warps, std::vector<WarpLine>(lines));
-        reader_.resize(lines * 64 / grain), writer_.resize(lines * 64 / grain);
+        if (size == size_ && warps == warps_.size()) {
+            barrier();  // clears what was used
+        } else {
+            block_.assign(lines, {});
+            warps_.assign(warps, std::vector<WarpLine>(lines));
+        }
+        size_ = size, grain_ = std::countr_zero(grain);
         low_ = lines, high_ = 0;
+        bytes.assign(lines * 64, 0xFF);  // NaN
+        defined_.assign(lines, 0), flying_.assign(lines, 0);
+        reader_.resize(lines * 64 >> grain_), writer_.resize(lines * 64 >> grain_);
     }
     u32 size() const { return size_; }
+
+    // Every access between these addresses must be announced.
+    void touch(u32 low, u32 high) {
+        low_ = std::min(low_, low / 64), high_ = std::max(high_, (high - 1) / 64 + 1);
+    }
 
     // All warps have met: nothing before can race with what follows.
     void barrier() {
         if (low_ >= high_) return;
         std::fill(&block_[low_], &block_[high_ - 1] + 1, BlockLine{});
-        for (auto& lines : warps_) std::fill(&lines[low_], &lines[high_ - 1] + 1, WarpLine{});
+        for (auto& lines : warps_)
+            std::fill(&lines[low_], &lines[high_ - 1] + 1, WarpLine{});
         low_ = u32(block_.size()), high_ = 0;
     }
 
@@ -51,51 +63,70 @@ class SharedMemory {
             warps_[warp][i].just_read = warps_[warp][i].just_written = 0;
     }
 
-    // `poison`: bytes never written may be read, as the NaN that they are; whoever uses
-    // it will see.
-    void read(u32 thread, u32 address, u32 size, bool poison) {
-        const u64 mask = mask_of(address, size);
-        WarpLine& mine = touch(thread / LANES, address);
-        if (!read_line(mine, address / 64, mask)) explain_read(thread, mine, address, mask, poison);
-        note_reader(thread, mine, address, size, mask);
+    // Lanes of a warp read `size` bytes each.
+    void read(u32 warp, u32 lanes, const u64* addresses, u32 size) {
+        WarpLine* lines = warps_[warp].data();
+        for (; lanes; lanes &= lanes - 1) {
+            const u32 lane = std::countr_zero(lanes), thread = warp * LANES + lane;
+            const u32 address = u32(addresses[lane]), line = address / 64;
+            const u64 mask = mask_of(address, size);
+            WarpLine& mine = lines[line];
+            if (!read_line(mine, line, mask)) explain_read(thread, mine, line, mask);
+            note_reader(u16(thread), mine, address, size, mask);
+        }
     }
-
+    void write(u32 warp, u32 lanes, const u64* addresses, u32 size) {
+        for (; lanes; lanes &= lanes - 1) {
+            const u32 lane = std::countr_zero(lanes);
+            write(warp * LANES + lane, u32(addresses[lane]), size);
+        }
+    }
     void write(u32 thread, u32 address, u32 size) {
         const u64 mask = mask_of(address, size);
-        WarpLine& mine = touch(thread / LANES, address);
-        if (!write_line(mine, address / 64, mask)) explain_write(thread, mine, address, mask);
-        std::fill_n(&writer_[address / grain_], size / grain_, u16(thread));
+        const u32 line = address / 64;
+        WarpLine& mine = warps_[thread / LANES][line];
+        if (!write_line(mine, line, mask)) explain_write(thread, mine, line, mask);
+        for (u32 n = size >> grain_, at = address >> grain_; n; --n)
+            writer_[at++] = u16(thread);
         mine.just_written |= mask;
     }
 
     // All lanes of a warp read neighbours, `size` bytes each; false if that must be
     // looked at lane by lane.
     bool read_row(u32 warp, u32 address, u32 size) {
-        return row(warp, address, size, [&](WarpLine& mine, u32 line, u64 mask) {
-            return !(mine.just_read & mask) && !(mine.just_written & mask) &&
-                   (problems_of_read(mine, line) & mask) == 0;
-        }) && record_row(warp, address, size, reader_, [&](WarpLine& mine, u32 line, u64 mask) {
-            read_line(mine, line, mask);
-            mine.just_read |= mask;
-        });
+        return row(warp, address, size,
+                   [&](WarpLine& mine, u32 line, u64 mask) {
+                       return !(mine.just_read & mask) && !(mine.just_written & mask) &&
+                              (problems_of_read(mine, line) & mask) == 0;
+                   }) &&
+               record_row(warp, address, size, reader_,
+                          [&](WarpLine& mine, u32 line, u64 mask) {
+                              read_line(mine, line, mask);
+                              mine.just_read |= mask;
+                          });
     }
     bool write_row(u32 warp, u32 address, u32 size) {
-        return row(warp, address, size, [&](WarpLine& mine, u32 line, u64 mask) {
-            return !(mine.just_read & mask) && !(mine.just_written & mask) &&
-                   (problems_of_write(mine, line) & mask) == 0;
-        }) && record_row(warp, address, size, writer_, [&](WarpLine& mine, u32 line, u64 mask) {
-            write_line(mine, line, mask);
-            mine.just_written |= mask;
-        });
+        return row(warp, address, size,
+                   [&](WarpLine& mine, u32 line, u64 mask) {
+                       return !(mine.just_read & mask) && !(mine.just_written & mask) &&
+                              (problems_of_write(mine, line) & mask) == 0;
+                   }) &&
+               record_row(warp, address, size, writer_,
+                          [&](WarpLine& mine, u32 line, u64 mask) {
+                              write_line(mine, line, mask);
+                              mine.just_written |= mask;
+                          });
     }
 
     void atomic(u32 thread, u32 address, u32 size) {
         const u64 mask = mask_of(address, size);
         const u32 line = address / 64;
-        WarpLine& mine = touch(thread / LANES, address);
-        if (mask & ~defined_[line]) fault(thread, "atomic on shared bytes never written");
+        const WarpLine& mine = warps_[thread / LANES][line];
+        if (mask & ~defined_[line])
+            fault(thread, "atomic on shared bytes never written");
         if (mask & (problems_of_write(mine, line) & ~block_[line].atomic))
-            fault(thread, "race in shared memory: atomic on bytes that another warp used");
+            fault(thread,
+                  "race in shared memory: atomic on bytes that another warp used");
         block_[line].atomic |= mask;
     }
 
@@ -117,14 +148,9 @@ class SharedMemory {
         return ((size >= 64 ? 0 : 1ull << size) - 1) << address % 64;
     }
 
-    WarpLine& touch(u32 warp, u32 address) {
-        const u32 line = address / 64;
-        low_ = std::min(low_, line), high_ = std::max(high_, line + 1);
-        return warps_[warp][line];
-    }
-
     u64 problems_of_read(const WarpLine& mine, u32 line) const {
-        return ~defined_[line] | (block_[line].written & ~mine.written) | block_[line].atomic;
+        return ~defined_[line] | (block_[line].written & ~mine.written) |
+               block_[line].atomic;
     }
     u64 problems_of_write(const WarpLine& mine, u32 line) const {
         const BlockLine& all = block_[line];
@@ -136,10 +162,11 @@ class SharedMemory {
     bool read_line(WarpLine& mine, u32 line, u64 mask) {
         BlockLine& all = block_[line];
         const bool good = !(mask & (problems_of_read(mine, line) | mine.just_written));
-        const u64 first = mask & ~mine.read;
-        all.read_by_many |= all.read & first;
-        all.read |= first;
-        mine.read |= first;
+        if (const u64 first = mask & ~mine.read) {
+            all.read_by_many |= all.read & first;
+            all.read |= first;
+            mine.read |= first;
+        }
         return good;
     }
     bool write_line(WarpLine& mine, u32 line, u64 mask) {
@@ -151,16 +178,27 @@ class SharedMemory {
         return good;
     }
 
-    void note_reader(u32 thread, WarpLine& mine, u32 address, u32 size, u64 mask) {
-        const u32 first = address / grain_, grains = size / grain_;
-        for (u32 i = 0; i < grains; ++i) {
-            u16& reader = reader_[first + i];
-            const bool again = mine.just_read >> (address + i * grain_) % 64 & 1;
-            const bool other = again && reader != thread &&
-                               (reader & ~MANY) / LANES == thread / LANES;
-            reader = other ? thread | MANY : thread;
-        }
+    void note_reader(u16 thread, WarpLine& mine, u32 address, u32 size, u64 mask) {
+        u16* reader = &reader_[address >> grain_];
+        const u32 grains = size >> grain_;
+        const u64 again = mine.just_read & mask;
         mine.just_read |= mask;
+        if (again == mask && grains % 4 == 0) {  // four at once, in the parts of a word
+            constexpr u64 EACH = 0x0001000100010001ull;
+            for (u32 i = 0; i < grains; i += 4) {
+                u64 four;
+                memcpy(&four, reader + i, sizeof four);
+                const u64 differs = four ^ EACH * thread, low = EACH * (MANY - 1);
+                const u64 others = (((differs & low) + low) | differs) & EACH * MANY;
+                four = EACH * thread | others;
+                memcpy(reader + i, &four, sizeof four);
+            }
+            return;
+        }
+        for (u32 i = 0; i < grains; ++i) {
+            const bool before = again >> (address + (i << grain_)) % 64 & 1;
+            reader[i] = before && reader[i] != thread ? thread | MANY : thread;
+        }
     }
 
     template <class F>
@@ -168,15 +206,16 @@ class SharedMemory {
         const u32 end = address + size * LANES;
         for (u32 at = address; at < end;) {
             const u32 stop = std::min(end, at / 64 * 64 + 64);
-            if (!f(touch(warp, at), at / 64, mask_of(at, stop - at))) return false;
+            if (!f(warps_[warp][at / 64], at / 64, mask_of(at, stop - at)))
+                return false;
             at = stop;
         }
         return true;
     }
     template <class F>
     bool record_row(u32 warp, u32 address, u32 size, std::vector<u16>& threads, F f) {
-        const u32 grains = size / grain_;
-        u16* thread = &threads[address / grain_];
+        const u32 grains = size >> grain_;
+        u16* thread = &threads[address >> grain_];
         for (int lane = 0; lane < LANES; ++lane)
             for (u32 i = 0; i < grains; ++i) *thread++ = u16(warp * LANES + lane);
         return row(warp, address, size, [&](WarpLine& mine, u32 line, u64 mask) {
@@ -186,43 +225,52 @@ class SharedMemory {
     }
 
     // Name what is wrong with an access, if anything is.
-    void explain_read(u32 thread, const WarpLine& mine, u32 address, u64 mask, bool poison) {
-        const u32 line = address / 64;
+    void explain_read(u32 thread, const WarpLine& mine, u32 line, u64 mask) {
         if (mask & flying_[line])
-            fault(thread, "read of shared bytes whose cp.async has not been waited for");
-        if (!poison && mask & ~defined_[line]) fault(thread, "read of shared bytes never written");
+            fault(thread,
+                  "read of shared bytes whose cp.async has not been waited for");
+        if (mask & ~defined_[line]) fault(thread, "read of shared bytes never written");
         if (mask & block_[line].atomic)
-            fault(thread, "race in shared memory: read of bytes that an atomic changed");
+            fault(thread,
+                  "race in shared memory: read of bytes that an atomic changed");
         if (mask & block_[line].written & ~mine.written)
-            fault(thread, "race in shared memory: read of bytes that another warp wrote");
+            fault(thread,
+                  "race in shared memory: read of bytes that another warp wrote");
         if (others(writer_, thread, mine.just_written & mask, line))
-            fault(thread, "race in shared memory: read of bytes that another lane wrote");
+            fault(thread,
+                  "race in shared memory: read of bytes that another lane wrote");
     }
-    void explain_write(u32 thread, const WarpLine& mine, u32 address, u64 mask) {
-        const u32 line = address / 64;
+    void explain_write(u32 thread, const WarpLine& mine, u32 line, u64 mask) {
         const BlockLine& all = block_[line];
         if (mask & flying_[line])
-            fault(thread, "write to shared bytes whose cp.async has not been waited for");
+            fault(thread,
+                  "write to shared bytes whose cp.async has not been waited for");
         if (mask & all.atomic)
-            fault(thread, "race in shared memory: write to bytes that an atomic changed");
+            fault(thread,
+                  "race in shared memory: write to bytes that an atomic changed");
         const u32 me = thread / LANES;
         for (u32 warp = 0; warp < warps_.size(); ++warp) {
             if (warp == me) continue;
             if (mask & warps_[warp][line].written)
-                fault(thread, "race in shared memory: write to bytes that another warp wrote");
+                fault(thread,
+                      "race in shared memory: write to bytes that another warp wrote");
             if (mask & warps_[warp][line].read)
-                fault(thread, "race in shared memory: write to bytes that another warp read");
+                fault(thread,
+                      "race in shared memory: write to bytes that another warp read");
         }
         if (others(writer_, thread, mine.just_written & mask, line))
-            fault(thread, "race in shared memory: write to bytes that another lane wrote");
+            fault(thread,
+                  "race in shared memory: write to bytes that another lane wrote");
         if (others(reader_, thread, mine.just_read & mask, line))
-            fault(thread, "race in shared memory: write to bytes that another lane read");
+            fault(thread,
+                  "race in shared memory: write to bytes that another lane read");
     }
 
     // Whether another lane than this thread's used any of these bytes last.
     bool others(const std::vector<u16>& threads, u32 thread, u64 mask, u32 line) const {
         for (; mask; mask &= mask - 1)
-            if (threads[(line * 64 + std::countr_zero(mask)) / grain_] != thread) return true;
+            if (threads[(line * 64 + std::countr_zero(mask)) >> grain_] != thread)
+                return true;
         return false;
     }
 
@@ -230,10 +278,10 @@ class SharedMemory {
         throw Fault(what, thread % LANES);
     }
 
-    u32 size_ = 0, grain_ = 4;
+    u32 size_ = 0, grain_ = 2;           // the grain as a power of 2
     std::vector<u64> defined_, flying_;  // written in this block; cp.async under way
     std::vector<BlockLine> block_;
     std::vector<std::vector<WarpLine>> warps_;
-    std::vector<u16> reader_, writer_;   // the last thread, of each grain
-    u32 low_ = 0, high_ = 0;             // lines used since the barrier
+    std::vector<u16> reader_, writer_;  // the last thread, of each grain
+    u32 low_ = 0, high_ = 0;            // lines used since the barrier
 };

@@ -8,7 +8,8 @@ namespace {
 enum Shuffle { UP, DOWN, BUTTERFLY, INDEX };
 
 template <Shuffle shuffle>
-void shuffle_lanes(Warp& w, const Instruction& i, u32 lanes) {  // d, p; a, b, c, members
+void shuffle_lanes(Warp& w, const Instruction& i,
+                   u32 lanes) {  // d, p; a, b, c, members
     u32 value[LANES], from[LANES], in_range = 0;
     const auto *a = w.at<u32>(i.o[2]), *b = w.at<u32>(i.o[3]), *c = w.at<u32>(i.o[4]);
     memcpy(value, a, sizeof value);
@@ -26,7 +27,9 @@ void shuffle_lanes(Warp& w, const Instruction& i, u32 lanes) {  // d, p; a, b, c
     auto* d = w.at<u32>(i.o[0]);
     for_each_lane(lanes, [&](int l) {
         if (!(lanes >> from[l] & 1))
-            throw Fault("shuffle from lane " + std::to_string(from[l]) + ", which is not here", l);
+            throw Fault(
+                "shuffle from lane " + std::to_string(from[l]) + ", which is not here",
+                l);
         d[l] = value[from[l]];
     });
     w.set(i.o[1], lanes, in_range);
@@ -64,7 +67,8 @@ struct Bfloat {
     static constexpr int PACKED = 2;
     static f32 of(u32 x, int n) { return from_bfloat(u16(x >> 16 * n)); }
 };
-struct Tf32 {  // hardware may do as it likes with the last 13 bits; here they are dropped
+struct Tf32 {  // hardware may do as it likes with the last 13 bits; here they are
+               // dropped
     static constexpr int PACKED = 1;
     static f32 of(u32 x, int) { return float_of(x & ~0u << 13); }
 };
@@ -80,7 +84,8 @@ void multiply(Warp& w, const Instruction& i, u32 lanes) {
         const auto* x = w.at<u32>(i.o[4 + r]);
         for (int l = 0; l < LANES; ++l)
             for (int n = 0; n < packed; ++n)
-                a[l / 4 + r % 2 * 8][l % 4 * packed + n + r / 2 * 4 * packed] = Element::of(x[l], n);
+                a[l / 4 + r % 2 * 8][l % 4 * packed + n + r / 2 * 4 * packed] =
+                    Element::of(x[l], n);
     }
     for (int r = 0; r < registers; ++r) {
         const auto* x = w.at<u32>(i.o[4 + 2 * registers + r]);
@@ -97,7 +102,8 @@ void multiply(Warp& w, const Instruction& i, u32 lanes) {
     for (int row = 0; row < 16; ++row)
         for (int n = 0; n < k; ++n)
             for (int column = 0; column < 8; ++column)
-                sum[row][column] = __builtin_fma(a[row][n], b[n][column], sum[row][column]);
+                sum[row][column] =
+                    __builtin_fma(a[row][n], b[n][column], sum[row][column]);
     for (int r = 0; r < 4; ++r) {
         auto* d = w.at<u32>(i.o[r]);
         for (int l = 0; l < LANES; ++l)

@@ -13,7 +13,7 @@ struct Part {  // lanes of a warp that go together
 
 struct Copy {  // a cp.async on its way
     u32 lane, target, bytes, group;
-    u64 source;
+    u64 source;  // 0: zeros
 };
 
 // Registers hold 32 lanes, one after the other; narrow types lie in 4 bytes each.
@@ -61,16 +61,16 @@ struct Launch {
     std::vector<std::unique_ptr<Cell, decltype(&free)>> cells;
     std::vector<u32> last_range;  // of each instruction
     Clocks clocks;
-    u64 progress = 0;             // rises with all that another warp can wait for
+    u64 progress = 0;  // rises with all that another warp can wait for
 };
 
 struct Warp {
     Launch* launch = nullptr;
     Block* block = nullptr;
-    u32 number = 0;             // within the block
-    u32 alive = 0;              // lanes that have not exited
-    u32 first_alive = 0;        // lanes that there were
-    u8* bases[2] = {};          // of registers and of constants
+    u32 number = 0;       // within the block
+    u32 alive = 0;        // lanes that have not exited
+    u32 first_alive = 0;  // lanes that there were
+    u8* bases[2] = {};    // of registers and of constants
     std::vector<u32> predicate;
     Memory registers{nullptr, free};
     size_t register_bytes = 0;
@@ -84,8 +84,8 @@ struct Warp {
 
     std::vector<Copy> copies;
     u32 copy_group[LANES] = {};
-    Observer observer;          // of races in global memory
-    u32 carry[LANES] = {};      // of add.cc and the like
+    Observer observer;      // of races in global memory
+    u32 carry[LANES] = {};  // of add.cc and the like
 
     template <class T>
     Slot<T>* at(u32 operand) {

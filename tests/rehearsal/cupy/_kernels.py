@@ -40,7 +40,7 @@ def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
         raise compiler.CompileException(str(error), source, name, options) from error
     try:
         kernel = module.kernel(name)
-    except ptx.Fault as error:
+    except ptx.LaunchError as error:
         raise RuntimeError(
             "CUDA_ERROR_NOT_FOUND: named symbol not found: " + name
         ) from error
@@ -57,7 +57,7 @@ def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
                 cooperative=cooperative,
                 dynamic_limit=shared_mem,  # the card has looked at it
             )
-        except ptx.Fault as error:
+        except ptx.LaunchError as error:
             raise _runtime.CUDARuntimeError(719, str(error)) from error
 
     return execute

@@ -1,0 +1,20 @@
+"""Pictures of arrays on a GPU are those of NumPy's; needs CuPy and a GPU."""
+
+import numpy as np
+import pytest
+from gpu_at_hand import cupy
+from gpu_parity import marks
+from test_plot import calls, pixels, tree  # noqa: F401
+
+from qm_cupy import plot
+
+pytestmark = marks
+
+
+@pytest.mark.parametrize("name", plot.__all__)
+def test_arrays_on_a_gpu(tree, name):  # noqa: F811
+    function = getattr(plot, name)
+    arrays, options = calls(tree)[function]
+    wanted = pixels(function(*arrays, **options).figure)
+    got = pixels(function(*map(cupy.asarray, arrays), **options).figure)
+    np.testing.assert_array_equal(got, wanted)
