@@ -319,6 +319,34 @@ BETWEEN_BLOCKS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        ("__syncwarp();", None),
+        ("__syncthreads();", None),
+        ("", "read of what another lane of the warp has written"),
+        ("__shfl_sync(~0u, t, 0);", "another lane of the warp"),  # orders no memory
+    ],
+)
+def test_lanes_of_a_warp_race_in_global_memory(between, message):
+    body = f"const int t = threadIdx.x; out[t] = t; {between} out[64 + t] = out[t ^ 1];"
+    if message:
+        with pytest.raises(ptx.LaunchError, match=message):
+            run(body)
+    else:
+        np.testing.assert_array_equal(run(body)[64:128], np.arange(64) ^ 1)
+
+
+def test_an_atomic_after_a_store_of_another_warp_races():
+    body = """__shared__ int n; const int t = threadIdx.x;
+        if (t == 0) n = 0;
+        BARRIER if (t % 32 == 0) atomicAdd(&n, 1);
+        __syncthreads(); out[t] = n;"""
+    assert (run(body.replace("BARRIER", "__syncthreads();"))[:64] == 2).all()
+    with pytest.raises(ptx.LaunchError, match="atomic on bytes that another warp"):
+        run(body.replace("BARRIER", ""))
+
+
 @pytest.mark.parametrize("race", BETWEEN_BLOCKS)
 def test_races_in_global_memory(race):
     body = "const int b = blockIdx.x; if (threadIdx.x % 32) return;"

@@ -350,6 +350,7 @@ void fence(Warp& w, const Instruction&, u32) {
 }
 void warp_barrier(Warp& w, const Instruction&, u32) {
     w.block->shared.warp_barrier(w.number);
+    if (w.launch->races) w.observer.meet();
 }
 
 template <class T, class Wide>

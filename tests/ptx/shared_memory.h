@@ -124,7 +124,11 @@ class SharedMemory {
         const WarpLine& mine = warps_[thread / LANES][line];
         if (mask & ~defined_[line])
             fault(thread, "atomic on shared bytes never written");
-        if (mask & (problems_of_write(mine, line) & ~block_[line].atomic))
+        // Atomics of other warps are no problem, but plain accesses of theirs are.
+        const BlockLine& all = block_[line];
+        const u64 others =
+            (all.written & ~mine.written) | (all.read & ~mine.read) | all.read_by_many;
+        if (mask & (flying_[line] | others))
             fault(thread,
                   "race in shared memory: atomic on bytes that another warp used");
         block_[line].atomic |= mask;
