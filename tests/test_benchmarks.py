@@ -230,6 +230,7 @@ def test_resources_go_on_without_a_file(scripts):
     assert len(saved) == 1
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [

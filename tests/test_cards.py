@@ -221,6 +221,7 @@ def test_arguments_are_counted():
             kernel((1,), (32,), given)
 
 
+@pytest.mark.slow("compiles every kernel")
 @pytest.mark.machine_code
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "tf32"])
 def test_sources_declare_what_is_compiled(dtype):
@@ -236,6 +237,7 @@ def test_sources_declare_what_is_compiled(dtype):
             assert compiled == facts[kernel].parameters
 
 
+@pytest.mark.slow("compiles kernels")
 @pytest.mark.machine_code
 @pytest.mark.parametrize(
     ("constant", "value", "file", "kernel"),

@@ -81,6 +81,7 @@ def test_fidelity_block(X):
     assert float(fidelity_constraint.compute_fidelity_loss(X, X)) == 0
 
 
+@pytest.mark.slow("JAX compiles its operations, one by one")
 def test_inference_pipeline(X):
     X_single = X[0, ...]  # noqa: N806
     merged_tokens, predictions = quickmerge_inference(

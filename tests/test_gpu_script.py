@@ -150,6 +150,7 @@ def test_without_a_gpu_it_fails_at_once(tmp_path):
     assert "machine: status 1" in (tmp_path / "summary.txt").read_text()
 
 
+@pytest.mark.slow("runs the script, kernels interpreted")
 def test_a_wrong_result_is_found_and_kept(tmp_path):
     broken = {"QM_CUPY_REHEARSE_WRONG": "unmerge_tokens"}
     status, _ = gpu_sh("--rehearse", tmp_path, "tests", "unmerge_tokens", **broken)
@@ -172,6 +173,7 @@ def test_a_wrong_result_is_found_and_kept(tmp_path):
 CHOSEN = "test_parity and optimized and full and (merge_tokens or group_sizes)"
 
 
+@pytest.mark.slow("waits for a kernel that hangs")
 @pytest.mark.parametrize("fault", ["ILLEGAL", "HANG"])
 def test_a_process_that_is_lost_is_named_and_replaced(fault, tmp_path):
     broken = {f"QM_CUPY_REHEARSE_{fault}": "group_sizes"}
@@ -187,6 +189,7 @@ def test_a_process_that_is_lost_is_named_and_replaced(fault, tmp_path):
 FOUND = "passed", "failed"
 
 
+@pytest.mark.slow("runs the script, kernels interpreted")
 def test_nothing_is_lost_where_no_kernel_is_broken(tmp_path):
     status, output, failures = run_pytest(CHOSEN, tmp_path)
     assert (status, failures) == (0, "")

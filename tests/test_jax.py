@@ -156,6 +156,7 @@ class TestCalls:
 
 
 class TestVmap:
+    @pytest.mark.slow("JAX compiles every call")
     def test_one_sequence_after_the_other(self, rng):
         tokens = jnp.asarray(rng.standard_normal((3, 9, 4)), np.float32)
 

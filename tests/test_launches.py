@@ -59,6 +59,7 @@ def numpy_dtype(name):
     return np.dtype(known.get(name, name))
 
 
+@pytest.mark.slow("compiles kernels, and calls all there is at sixty sizes")
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("kernels", "dtype"), VARIANTS)
 def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
@@ -112,6 +113,7 @@ def test_every_public_function_is_launched():
     assert public - LAUNCH_NOTHING - results == called
 
 
+@pytest.mark.slow("compiles kernels")
 @pytest.mark.machine_code
 @pytest.mark.parametrize("kernels", ["basic", "optimized"])
 def test_the_host_reads_nothing_else(kernels, monkeypatch):

@@ -74,6 +74,7 @@ def test_sdist_builds_the_same_wheel(wheel, tmp_path):
     assert names_in(build_wheel(source, tmp_path)) == names_in(wheel)
 
 
+@pytest.mark.slow("makes an environment and installs into it")
 def test_wheel_works_in_a_fresh_environment(wheel, tmp_path):
     """Nothing of the checkout is in reach: another folder, another environment."""
     venv.create(tmp_path / "venv", with_pip=True)

@@ -31,6 +31,7 @@ def test_files_it_names_exist():
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.slow("runs a benchmark")
 @pytest.mark.rehearsal
 @pytest.mark.parametrize(
     "script",

@@ -29,6 +29,7 @@ def courses(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow("trains in torch and in JAX")
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_both_improve(courses, framework):
     losses = [found["loss"] for found in courses[framework]]
