@@ -42,7 +42,7 @@ export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # or JAX takes most of the GPU's memory
 export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-processes=$(nproc)
+processes=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which heeds these
 processes=$((processes < 16 ? processes : 16))
 patience=1
 quick=() cases=(--every-case)

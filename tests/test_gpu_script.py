@@ -24,7 +24,7 @@ def gpu_sh(*arguments, **environment):
     """Run the script; return its exit status and what it printed."""
     done = subprocess.run(
         [ROOT / "benchmarks" / "gpu.sh", *map(str, arguments)],
-        env=os.environ | SMALL | environment | {"PYTHON": sys.executable},
+        env=os.environ | SMALL | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
     )
@@ -110,6 +110,19 @@ def test_it_runs_from_anywhere_and_a_silent_step_stops_nothing(fake, tmp_path):
     assert all("status 7" in x and x.endswith("no output") for x in lines[1:])
     names = {path.name for path in (tmp_path / "out put").iterdir()}
     assert names == {"summary.txt", "failures.txt", "results.tar.gz"}
+
+
+def test_steps_take_all_cores(fake, tmp_path):
+    """Whatever says how many threads a process may have, which `nproc` obeys."""
+    python = fake(f'echo "$@" >>{tmp_path}/commands')
+    status, output = gpu_sh(
+        "--rehearse", tmp_path / "out", "tests", PYTHON=str(python), OMP_NUM_THREADS="1"
+    )
+    assert status == 0, output
+    commands = (tmp_path / "commands").read_text()
+    cores = min(len(os.sched_getaffinity(0)), 16)
+    assert re.findall(r"compile_kernels.py --processes (\d+)", commands) == [str(cores)]
+    assert set(re.findall(r" -n (\d+) ", commands)) == {str(cores)}
 
 
 def processes_of(session):

@@ -120,7 +120,7 @@ def test_query_key_entropy_of_wide_heads(dtype, head_dim):
 @sizes
 @masked
 def test_self_attention_entropy(dtype, num_tokens, masked):
-    batch, dim = 2, 32 if num_tokens % 2 == 0 else 37
+    batch, dim = 2, (32, 37, 40)[num_tokens % 3]  # whole steps, odd, in 16 bytes
     mask = mask_of(batch, num_tokens, masked)
     tokens = random((batch, num_tokens, dim), dtype)
     got = qm.self_attention_entropy(tokens, mask=mask)
