@@ -44,25 +44,27 @@ __device__ __forceinline__ acc_t distance(acc_t e, const Slot& a, const Slot& b,
     return (gap < 0 ? acc_t(0) : gap) * 2 / (a.inverse + b.inverse);  // keeps a NaN
 }
 
-// The clusters of a sequence: a copy for each block, in the order it lies in.
+// The clusters of a sequence: a copy for each block, in the order it lies in. Lists are
+// found when they are asked for: pointers to all of them would take too many registers.
 struct Clusters {
-    Slot* slot;     // (N,)
-    int* nearest;   // (N,)
-    int* active;    // (N,) the slots there are
-    int* next;      // (N,) room for those after this round
-    int* searched;  // (N,) the slots whose rows are searched anew
-    int* joined;    // (N / 2,) the slots that are new
+    unsigned char* state;
+    int num_tokens;
+    int turn;  // which of two lists is `active`
 
-    __device__ Clusters(unsigned char* state, long long n)
-        : slot(reinterpret_cast<Slot*>(state)),
-          nearest(reinterpret_cast<int*>(slot + n)),
-          active(nearest + n),
-          next(active + n),
-          searched(next + n),
-          joined(searched + n) {}
+    __device__ Slot* slot() const { return reinterpret_cast<Slot*>(state); }  // (N,)
+    __device__ int* nearest() const {                                         // (N,)
+        return reinterpret_cast<int*>(slot() + num_tokens);
+    }
+    // (N,) the slots there are, and room for those after this round.
+    __device__ int* active() const { return list(turn); }
+    __device__ int* next() const { return list(1 - turn); }
+    __device__ int* searched() const { return list(2); }  // (N,) that are searched anew
+    __device__ int* joined() const { return list(3); }    // (N / 2,) that are new
 
     // Of each token, 1 / |x|: before the first round, which needs no list but one.
-    __device__ acc_t* scale() const { return reinterpret_cast<acc_t*>(next); }
+    __device__ acc_t* scale() const { return reinterpret_cast<acc_t*>(list(1)); }
+
+    __device__ int* list(int k) const { return nearest() + (1 + k) * num_tokens; }
 };
 
 // The node of a cluster in the dendrogram.
@@ -74,15 +76,16 @@ struct Node {
 
 // What becomes the dendrogram of a sequence, by its first block.
 struct Tree {
-    Node* node;     // (N,) of every slot
-    acc_t* height;  // (N,) of merge t, before the root
-    Merge* merge;   // (N,)
+    unsigned char* data;
+    int num_tokens;
 
-    __device__ Tree(unsigned char* bytes, long long n)
-        : node(reinterpret_cast<Node*>(bytes)),
-          height(reinterpret_cast<acc_t*>(node + n)),
-          merge(reinterpret_cast<Merge*>(height + n)) {}
-
+    __device__ Node* node() const { return reinterpret_cast<Node*>(data); }  // (N,)
+    __device__ acc_t* height() const {  // (N,) of merge t, before the root
+        return reinterpret_cast<acc_t*>(node() + num_tokens);
+    }
+    __device__ Merge* merge() const {  // (N,)
+        return reinterpret_cast<Merge*>(height() + num_tokens);
+    }
     static __device__ long long bytes(long long n) {
         return n * (sizeof(Node) + sizeof(acc_t) + sizeof(Merge)) + n % 2 * 4;
     }
@@ -151,10 +154,12 @@ __device__ __forceinline__ Counts counts_before(Counts own, unsigned long long* 
 }
 
 // Set up the clusters, of one token each; `unit` becomes the mass that counts as 1.
-__device__ Progress begin(Clusters& all, Tree& tree, bool first, const acc_t* cosines,
-                          const acc_t* mass, const bool* mask, const bool* protect,
-                          long long num_tokens, long long num_groups, acc_t* scratch,
-                          acc_t* unit) {
+// Called, not in line: it would take registers from the rounds.
+__device__ __noinline__ Progress begin(Clusters& all, const Tree& tree, bool first,
+                                       const acc_t* cosines, const acc_t* mass,
+                                       const bool* mask, const bool* protect,
+                                       long long num_tokens, long long num_groups,
+                                       acc_t* scratch, acc_t* unit) {
     acc_t top = 0;
     for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
         if (is_token(mask, i) && !(protect && protect[i])) top = max(top, mass[i]);
@@ -162,15 +167,15 @@ __device__ Progress begin(Clusters& all, Tree& tree, bool first, const acc_t* co
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         // So that a token of no mass still joins its nearest.
         const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(1e-6)) : acc_t(1);
-        all.slot[i] = {weight, 1 / weight, 0, UNTOUCHED};
+        all.slot()[i] = {weight, 1 / weight, 0, UNTOUCHED};
         all.scale()[i] = inverse_length(cosines[i * num_tokens + i]);
         if (!first) continue;
-        tree.node[i] = {0, static_cast<int>(i), 1};
+        tree.node()[i] = {0, static_cast<int>(i), 1};
     }
     int tokens;
     const int clusters =
         list_tokens(mask, protect, num_tokens, reinterpret_cast<int*>(scratch),
-                    all.active, &tokens);
+                    all.active(), &tokens);
     *unit = top > 0 ? top : acc_t(1);
     const long long wanted = min(tokens - num_groups, clusters - 1ll);
     __syncthreads();
@@ -179,15 +184,16 @@ __device__ Progress begin(Clusters& all, Tree& tree, bool first, const acc_t* co
 
 // Whether row i needs every column: it is a new cluster, or its nearest is no more.
 __device__ __forceinline__ bool is_searched(const Clusters& all, int i) {
-    const int nearest = all.nearest[i];
-    return all.slot[i].mate >= 0 || nearest < 0 || all.slot[nearest].mate != UNTOUCHED;
+    const int nearest = all.nearest()[i];
+    return all.slot()[i].mate >= 0 || nearest < 0 ||
+           all.slot()[nearest].mate != UNTOUCHED;
 }
 
 // Merge all pairs that are each other's nearest, until the lowest `wanted` merges are
 // made: those that come are no lower than the closest pair there is now.
-__device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* found,
-                           Progress& now, long long num_tokens, int method,
-                           acc_t* scratch) {
+__device__ void plan_round(Clusters& all, const Tree& tree, bool first,
+                           const Found* found, Progress& now, long long num_tokens,
+                           int method, acc_t* scratch) {
     acc_t least = -NEVER, lower = 0;
     const bool enough = now.made >= now.wanted;
     const int threads = blockDim.x;
@@ -195,21 +201,21 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
         Found own[READ];  // all loads before the first store, which they could not pass
 #pragma unroll
         for (int k = 0; k < READ; ++k)
-            own[k] = found[all.active[min(p0 + threads * k, now.clusters - 1)]];
+            own[k] = found[all.active()[min(p0 + threads * k, now.clusters - 1)]];
 #pragma unroll
         for (int k = 0; k < READ; ++k) {
             if (p0 + threads * k >= now.clusters) break;
-            const int i = all.active[p0 + threads * k], j = own[k].slot;
-            all.nearest[i] = j;
+            const int i = all.active()[p0 + threads * k], j = own[k].slot;
+            all.nearest()[i] = j;
             if (enough && j >= 0)
-                least =
-                    min(least, distance(own[k].sum, all.slot[i], all.slot[j], method));
+                least = min(least,
+                            distance(own[k].sum, all.slot()[i], all.slot()[j], method));
         }
     }
     if (enough) {
         least = block_reduce(least, scratch, Least());
         for (int t = threadIdx.x; t < now.made; t += blockDim.x)
-            lower += compared(tree.height[t]) <= compared(least);
+            lower += compared(tree.height()[t]) <= compared(least);
         lower = block_reduce(lower, scratch, Add());
         if (lower >= now.wanted) {
             now.done = true;
@@ -218,9 +224,9 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
     }
     __syncthreads();
     for (int p = threadIdx.x; p < now.clusters; p += blockDim.x) {
-        const int i = all.active[p], j = all.nearest[i];
-        const bool pair = j >= 0 && all.nearest[j] == i;
-        all.slot[i].mate = !pair ? UNTOUCHED : i < j ? j : ABSORBED;
+        const int i = all.active()[p], j = all.nearest()[i];
+        const bool pair = j >= 0 && all.nearest()[j] == i;
+        all.slot()[i].mate = !pair ? UNTOUCHED : i < j ? j : ABSORBED;
     }
     __syncthreads();
     const int share = (now.clusters + threads - 1) / threads;  // of a thread
@@ -228,34 +234,34 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
     const int end = min(begin + share, now.clusters);
     Counts own = {0}, total;
     for (int p = begin; p < end; ++p) {
-        const int i = all.active[p], mate = all.slot[i].mate;
+        const int i = all.active()[p], mate = all.slot()[i].mate;
         const bool kept = mate != ABSORBED;
         own.add(kept, mate >= 0, kept && is_searched(all, i));
     }
     auto* sums = reinterpret_cast<unsigned long long*>(scratch);
     Counts place = counts_before(own, sums, &total);
     for (int p = begin; p < end; ++p) {
-        const int i = all.active[p], j = all.slot[i].mate;
+        const int i = all.active()[p], j = all.slot()[i].mate;
         if (j == ABSORBED) continue;
-        all.next[place.kept()] = i;
+        all.next()[place.kept()] = i;
         const bool searched = is_searched(all, i);
-        if (searched) all.searched[place.searched()] = i;
+        if (searched) all.searched()[place.searched()] = i;
         if (j >= 0) {
             const int t = now.made + place.joined();
-            all.joined[place.joined()] = i;
-            Slot& a = all.slot[i];
-            const Slot b = all.slot[j];
+            all.joined()[place.joined()] = i;
+            Slot& a = all.slot()[i];
+            const Slot b = all.slot()[j];
             const acc_t sum = found[i].sum, weight = a.weight + b.weight;
             const acc_t within =
                 a.spread * a.weight * a.weight + b.spread * b.weight * b.weight;
             if (first) {  // loads first, because no store may be passed
-                const Node left = tree.node[i], right = tree.node[j];
+                const Node left = tree.node()[i], right = tree.node()[j];
                 const acc_t height =
                     max(distance(sum, a, b, method), max(left.height, right.height));
                 const int tokens = left.tokens + right.tokens;
-                tree.node[i] = {height, static_cast<int>(num_tokens) + t, tokens};
-                tree.height[t] = height;
-                tree.merge[t] = {left.number, right.number, tokens};
+                tree.node()[i] = {height, static_cast<int>(num_tokens) + t, tokens};
+                tree.height()[t] = height;
+                tree.merge()[t] = {left.number, right.number, tokens};
             }
             a.spread = (within + 2 * sum) / (weight * weight);
             a.inverse = 1 / weight;
@@ -263,9 +269,7 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
         }
         place.add(true, j >= 0, searched);
     }
-    int* freed = all.active;
-    all.active = all.next;
-    all.next = freed;
+    all.turn = 1 - all.turn;
     now.clusters = total.kept();
     now.joined = total.joined();
     now.searched = total.searched();
@@ -278,27 +282,28 @@ __device__ void plan_round(Clusters& all, Tree& tree, bool first, const Found* f
 // One warp: E of row i with all clusters, from cosines; its nearest one.
 __device__ Neighbour first_row(const Clusters& all, const acc_t* cosines, acc_t* row,
                                int i, int clusters, int method) {
-    const Slot own = all.slot[i];
+    const Slot own = all.slot()[i];
     const acc_t scale = all.scale()[i];
     Neighbour best = {0, 0, -1};
+    if (row != cosines && threadIdx.x % 32 == 0) row[i] = 0;  // loaded and dropped
     for (int p0 = threadIdx.x % 32; p0 < clusters; p0 += 32 * AHEAD) {
         int column[AHEAD];
         acc_t e[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k)
-            column[k] = p0 + 32 * k < clusters ? all.active[p0 + 32 * k] : i;
+            column[k] = p0 + 32 * k < clusters ? all.active()[p0 + 32 * k] : i;
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
             e[k] = cosine_distance(cosines[j] * (scale * all.scale()[j])) *
-                   (own.weight * all.slot[j].weight);
+                   (own.weight * all.slot()[j].weight);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
             if (j == i) continue;
             row[j] = e[k];
-            const Neighbour found = candidate(e[k], own, j, all.slot[j], method);
+            const Neighbour found = candidate(e[k], own, j, all.slot()[j], method);
             if (nearer(i, found, best)) best = found;
         }
     }
@@ -312,7 +317,7 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix
                                               int step, long long num_tokens,
                                               int method, Neighbour best) {
     acc_t* row = matrix + i * num_tokens;
-    const Slot own = all.slot[i];
+    const Slot own = all.slot()[i];
     const acc_t* absorbed = own.mate < 0 ? nullptr : matrix + own.mate * num_tokens;
     for (int p0 = start; p0 < count; p0 += step * AHEAD) {
         // All loads come before the first store, which they could not pass.
@@ -325,9 +330,8 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            const bool own_column = column[k] == i;  // which holds nothing
-            mate[k] = own_column ? UNTOUCHED : all.slot[column[k]].mate;
-            e[k] = own_column ? acc_t(0) : row[column[k]];
+            mate[k] = column[k] == i ? UNTOUCHED : all.slot()[column[k]].mate;
+            e[k] = row[column[k]];
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
@@ -346,7 +350,7 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix
             const int j = column[k];
             if (j == i) continue;
             if (absorbed || mate[k] >= 0) row[j] = e[k];
-            const Neighbour found = candidate(e[k], own, j, all.slot[j], method);
+            const Neighbour found = candidate(e[k], own, j, all.slot()[j], method);
             if (nearer(i, found, best)) best = found;
         }
     }
@@ -366,10 +370,10 @@ __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& no
     const int parts = min(warps / max(turns, 1), (now.clusters + 127) / 128);
     if (parts > 1) {
         const int q = own / parts * blocks + block, part = own % parts;
-        const int i = q < now.searched ? all.searched[q] : -1;
+        const int i = q < now.searched ? all.searched()[q] : -1;
         if (i >= 0) {
             Neighbour best =
-                next_row(all, matrix, i, all.active, now.clusters, part * 32 + lane,
+                next_row(all, matrix, i, all.active(), now.clusters, part * 32 + lane,
                          parts * 32, num_tokens, method, none);
             best = warp_nearest(i, best);
             if (lane == 0) scratch[own] = best;
@@ -383,8 +387,8 @@ __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& no
     }
     const int warp = own * blocks + block;
     for (int q = warp; parts <= 1 && q < now.searched; q += blocks * warps) {
-        const int i = all.searched[q];
-        Neighbour best = next_row(all, matrix, i, all.active, now.clusters, lane, 32,
+        const int i = all.searched()[q];
+        Neighbour best = next_row(all, matrix, i, all.active(), now.clusters, lane, 32,
                                   num_tokens, method, none);
         best = warp_nearest(i, best);
         if (lane == 0) next[i] = {best.sum, best.slot};
@@ -394,15 +398,15 @@ __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& no
     while (lanes < 32 && lanes * AHEAD < now.joined) lanes *= 2;
     const int rows = 32 / lanes;
     for (int p0 = warp * rows; p0 < now.clusters; p0 += blocks * warps * rows) {
-        const int p = p0 + lane / lanes, i = p < now.clusters ? all.active[p] : -1;
+        const int p = p0 + lane / lanes, i = p < now.clusters ? all.active()[p] : -1;
         const bool current = i >= 0 && !is_searched(all, i);
         Neighbour best = none;
         if (current) {
-            const int before = all.nearest[i];
-            best =
-                candidate(found[i].sum, all.slot[i], before, all.slot[before], method);
-            best = next_row(all, matrix, i, all.joined, now.joined, lane % lanes, lanes,
-                            num_tokens, method, best);
+            const int before = all.nearest()[i];
+            best = candidate(found[i].sum, all.slot()[i], before, all.slot()[before],
+                             method);
+            best = next_row(all, matrix, i, all.joined(), now.joined, lane % lanes,
+                            lanes, num_tokens, method, best);
         }
         best = warp_nearest(i, best, lanes);
         if (current && lane % lanes == 0) next[i] = {best.sum, best.slot};
@@ -410,24 +414,26 @@ __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& no
 }
 
 // One warp, one row of the dendrogram: merges by height, their nodes named by it.
-__device__ void write_rows(const Tree& tree, acc_t unit, int made, long long num_tokens,
-                           int method, int warp, int warps, double* out) {
+// Called, as `begin`.
+__device__ __noinline__ void write_rows(const Tree& tree, acc_t unit, int made,
+                                        long long num_tokens, int method, int warp,
+                                        int warps, double* out) {
     for (long long t = warp; t < num_tokens - 1; t += warps) {
         if (t >= made) {
             if (threadIdx.x % 32 == 0) store_no_row(out, t);
             continue;
         }
-        long long node[2] = {tree.merge[t].left, tree.merge[t].right};
+        long long node[2] = {tree.merge()[t].left, tree.merge()[t].right};
         for (int side = 0; side < 2; ++side)
             if (node[side] >= num_tokens)
-                node[side] =
-                    num_tokens + merge_rank(tree.height, made, node[side] - num_tokens);
-        const long long row = merge_rank(tree.height, made, t);
-        const double height = tree.height[t];
+                node[side] = num_tokens +
+                             merge_rank(tree.height(), made, node[side] - num_tokens);
+        const long long row = merge_rank(tree.height(), made, t);
+        const double height = tree.height()[t];
         if (threadIdx.x % 32 == 0)
             store_row(out, row, node[0], node[1],
                       method == WARD ? sqrt(height * double(unit)) : height,
-                      tree.merge[t].tokens);
+                      tree.merge()[t].tokens);
     }
 }
 
@@ -454,8 +460,9 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     const int warps = share * (blockDim.x / 32);
     const int warp = threadIdx.x / 32 * share + block;
     if (place >= places) return;  // of a group that is not whole
-    Clusters all(state, num_tokens);
-    Tree tree(trees + place * Tree::bytes(num_tokens), num_tokens);
+    Clusters all = {state, static_cast<int>(num_tokens), 0};
+    const Tree tree = {trees + place * Tree::bytes(num_tokens),
+                       static_cast<int>(num_tokens)};
     Found* old = reinterpret_cast<Found*>(found) + place * 2 * num_tokens;
     Found* next = old + num_tokens;  // in turns, or one block overtakes another
     const auto meet = [&] {
@@ -470,12 +477,13 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
         acc_t* sums =
             in_shared ? reinterpret_cast<acc_t*>(state + state_bytes) : cosines;
         acc_t unit;
+        all.turn = 0;
         Progress now =
             begin(all, tree, first, cosines, mass ? mass + row : nullptr,
                   mask ? mask + row : nullptr, protect ? protect + row : nullptr,
                   num_tokens, count_of(counts, b, num_groups), scratch, &unit);
         for (int p = warp; p < now.clusters && !now.done; p += warps) {
-            const int i = all.active[p];
+            const int i = all.active()[p];
             const Neighbour best =
                 first_row(all, cosines + i * num_tokens, sums + i * num_tokens, i,
                           now.clusters, method);
