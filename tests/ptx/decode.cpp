@@ -484,10 +484,14 @@ class Decoder {
     void load(Instruction& i, const Strings& parts, const Strings& operands) {
         if (parts[1] == "param") {
             const int bytes = bytes_of(parts.back());
-            i.run = handler(bytes == 8 ? "mov.b64" : "mov.b32");
+            const bool widened = width(operands[0]) == 8 && bytes == 4;
+            i.run = handler(
+                widened      ? (parts.back() == "s32" ? "cvt.s64.s32" : "cvt.u64.u32")
+                : bytes == 8 ? "mov.b64"
+                             : "mov.b32");
             i.o[0] = operand(operands[0], width(operands[0]));
             i.o[1] = parameter(operands[1], bytes);
-            if ((width(operands[0]) == 8) != (bytes == 8))
+            if (!widened && (width(operands[0]) == 8) != (bytes == 8))
                 unknown("width of a parameter");
             return emit(i);
         }
