@@ -72,7 +72,7 @@ def main() -> None:
                 print(failure, flush=True)
     except KeyboardInterrupt:  # what is compiled is in the cache
         say_slowest(times)
-        late = " ".join(jobs[len(times)])
+        late = " ".join(jobs[min(len(times), len(jobs) - 1)])
         print(f"interrupted after {len(times)} of {len(jobs)}, at {late}", flush=True)
         for process in pool._processes.values():  # which would compile all the rest
             process.terminate()

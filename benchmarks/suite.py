@@ -2,8 +2,8 @@
 
     make check && python benchmarks/suite.py [--json FILE]
 
-Reads what these targets leave in build/, and writes the table of
-docs/project/testing.md. Seconds are those of one process; the parts run one a core.
+Reads what these targets leave in build/, and writes the tables of
+docs/project/testing.md. Seconds of tests are those of one process; each core runs one.
 """
 
 import argparse
@@ -46,10 +46,18 @@ def main() -> None:
     )
     options = parser.parse_args()
     paths = {part: ROOT / "build" / f"{part}.xml" for part in PARTS}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
+    walls = ROOT / "build" / "seconds.txt"
+    missing = [str(path) for path in (*paths.values(), walls) if not path.is_file()]
     if missing:
         sys.exit(f"no {' and no '.join(missing)}: `make check` writes them")
-    report = {"machine": cpu(), "parts": {p: read(x) for p, x in paths.items()}}
+    lines = walls.read_text(encoding="utf-8").splitlines()
+    report = {
+        "machine": cpu(),
+        "targets": {target: int(taken) for target, taken in map(str.split, lines)},
+        "parts": {part: read(path) for part, path in paths.items()},
+    }
+    for target, taken in report["targets"].items():
+        print(f"make {target}: {taken} s, installation included")
     for part, files in report["parts"].items():
         print(f"make {part}: {sum(x['seconds'] for x in files.values()):.0f} s")
         for file, found in files.items():

@@ -18,7 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "qm_cupy-kernels")
+CACHE = Path(
+    os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "qm_cupy-kernels"
+)
 # What CuPy adds to the options of a `RawModule`, beside the architecture.
 _CUPY = "-ftz=true", "--device-as-default-execution-space"
 

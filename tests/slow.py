@@ -19,7 +19,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     lines = []
     for report in terminalreporter.stats.get("passed", []):
         if report.when == "call" and report.duration > LONG:
-            reason = dict(report.user_properties).get("slow", "NOTHING SAYS WHY")
+            reason = dict(report.user_properties).get("slow", "no reason given")
             lines.append((report.duration, f"{report.nodeid}: {reason}"))
     if lines:
         terminalreporter.section(f"tests of more than {LONG} s")

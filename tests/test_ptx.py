@@ -369,6 +369,19 @@ def test_atomics_of_blocks_do_not_race():
         ("out[-1] = 1;", "4 bytes before an array|outside all arrays"),
         ("*reinterpret_cast<float4*>(out + 1) = float4();", "misaligned access of 16"),
         ("out[0] = out[1];", "read of global memory never written"),
+        (
+            "out[0] = 1; const float4 v = *(float4*)out; out[4] = v.x + v.w;",
+            "read of global memory never written",
+        ),
+        (
+            "__shared__ int s[4]; out[0] = s[-1 - (int)blockIdx.x];",
+            "shared byte 4294967292 of 16",
+        ),
+        (
+            "float a[4]; for (int i = 0; i < 4; ++i) a[i] = i;"
+            " out[0] = a[(int)threadIdx.x - (int)blockDim.x];",
+            "local bytes",
+        ),
         ("__shared__ int s[4]; out[0] = s[threadIdx.x % 4];", "never written"),
         ("__shared__ float s[4]; out[0] = s[threadIdx.x % 4];", "never written"),
     ],

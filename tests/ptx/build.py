@@ -66,7 +66,13 @@ def _make(target, *options):
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         command = _COMPILER, *options, "-o", str(made)
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            message = (
+                f"the interpreter of kernels needs {_COMPILER}: install it, or set CXX"
+            )
+            raise RuntimeError(message) from None
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
         made.replace(target)  # at once

@@ -107,8 +107,11 @@ void check_range(Warp& w, const Instruction& i, Range& range, u64 at, u32 bytes,
                         std::to_string(at - range.low) + " of an array",
                     lane);
     if (range.written) {
-        if (kind != WRITE && *reinterpret_cast<u8*>(at) == 0xFF)
-            check_never_written(range, at, bytes, lane);
+        if (kind != WRITE && memchr(reinterpret_cast<void*>(at), 0xFF, bytes)) {
+            const u32 each = std::min(bytes, range.grain);  // one element of a vector
+            for (u32 n = 0; n < bytes; n += each)
+                check_never_written(range, at + n, each, lane);
+        }
         if (kind != READ) memset(range.written + (at - range.low), 0xFF, bytes);
     }
     if (!range.cells) return;
@@ -139,11 +142,12 @@ void check_global(Warp& w, const Instruction& i, Access& x, Kind kind) {
 }
 
 void check_bounds(const SharedMemory& shared, const Access& x) {
-    if (x.high <= shared.size()) return;
+    if (s64(x.low) >= 0 && x.high <= shared.size()) return;
     for_each_lane(x.lanes, [&](int l) {
-        if (x.address[l] + x.bytes > shared.size())
-            throw Fault("access to shared byte " + std::to_string(x.address[l]) +
-                            " of " + std::to_string(shared.size()),
+        const s64 at = s64(x.address[l]);
+        if (at < 0 || at + x.bytes > shared.size())
+            throw Fault("access to shared byte " + std::to_string(at) + " of " +
+                            std::to_string(shared.size()),
                         l);
     });
 }
@@ -173,8 +177,9 @@ void check_shared(Warp& w, Access& x, Kind kind) {
 void check(Warp& w, const Instruction& i, Access& x, Kind kind) {
     if (x.space == GLOBAL) return check_global(w, i, x, kind);
     if (x.space == SHARED) return check_shared(w, x, kind);
-    if (x.high > w.local_bytes)
-        throw Fault("access to local byte " + std::to_string(x.high - 1) + " of " +
+    if (s64(x.low) < 0 || x.high > w.local_bytes)
+        throw Fault("access to local bytes " + std::to_string(s64(x.low)) + " to " +
+                        std::to_string(s64(x.high)) + " of " +
                         std::to_string(w.local_bytes),
                     std::countr_zero(x.lanes));
     const u64 base = reinterpret_cast<u64>(w.local.data());
