@@ -154,7 +154,9 @@ def _facts(log: str, ptx: str) -> dict[str, Facts]:
 
 
 def _text(program, find_size, read) -> str:
-    text = b" " * _check(*find_size(program))
+    # NVRTC writes into it. `b" " * 1` would be the one b" " of the whole process, and an
+    # empty log is one byte, 0.
+    text = bytes(_check(*find_size(program)))
     _check(*read(program, text))
     return text.decode(errors="replace").rstrip("\0")
 

@@ -45,3 +45,11 @@ def test_an_error_names_its_own_file(place):
     broken = source.replace(marker[place], "no_such_type x;\n" + marker[place], 1)
     with pytest.raises(RuntimeError, match=rf"{place}\(\d+\): error"):
         nvrtc.kernel_facts(broken, (*_cuda.options("float32"), "-arch=sm_80"))
+
+
+def test_an_empty_log_changes_nothing_else():
+    source = 'extern "C" __global__ void silent() {}'
+    log, text = nvrtc._compile(source, ("-arch=compute_80",))
+    assert log == ""
+    assert ".entry silent" in text
+    assert b" " * 2 == bytes([32, 32])  # which NVRTC once wrote its 0 into
