@@ -154,8 +154,8 @@ def _facts(log: str, ptx: str) -> dict[str, Facts]:
 
 
 def _text(program, find_size, read) -> str:
-    # NVRTC writes into it. `b" " * 1` would be the one b" " of the whole process, and an
-    # empty log is one byte, 0.
+    # NVRTC writes into it. An empty log is one byte, 0, and `b" " * 1` is the one b" "
+    # of the whole process.
     text = bytes(_check(*find_size(program)))
     _check(*read(program, text))
     return text.decode(errors="replace").rstrip("\0")
