@@ -75,6 +75,8 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 2
 nb_execution_mode = "force"
 nb_execution_excludepatterns = NOT_RUN
+if NOT_RUN:
+    suppress_warnings = ["myst-nb.lexer"]  # a run says what language a page is in
 nb_execution_show_tb = True  # and a warning, which is an error
 nb_execution_timeout = 180
 nb_merge_streams = True
