@@ -65,7 +65,6 @@ nitpick_ignore_regex = [
 ]
 default_role = "autolink"
 
-autodoc_mock_imports = sorted(MISSING)
 autodoc_typehints = "none"  # docstrings have the types, with their shapes
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False  # the template lists them
@@ -77,6 +76,9 @@ nb_execution_mode = "force"
 nb_execution_excludepatterns = NOT_RUN
 if NOT_RUN:
     suppress_warnings = ["myst-nb.lexer"]  # a run says what language a page is in
+    nitpick_ignore_regex += [
+        (r"py:\w+", rf"qm_cupy\.{name}(\..*)?") for name in sorted(MISSING)
+    ]
 nb_execution_show_tb = True  # and a warning, which is an error
 nb_execution_timeout = 180
 nb_merge_streams = True
@@ -100,3 +102,14 @@ html_theme_options = {
 }
 html_sidebars = {"start": [], "contributing": [], "limits": []}
 project_copyright = "the qm_cupy developers, MIT licence"
+
+
+def leave_out(app, page, source):
+    """Say in the API which of `qm_cupy.torch` and `qm_cupy.jax` cannot be imported."""
+    for name in MISSING if page == "api" else ():
+        block = rf"\.\. automodule:: qm_cupy\.{name}\n(?:   .*\n)*"
+        source[0] = re.sub(block, f"Left out: {name} is not installed.\n", source[0])
+
+
+def setup(app):
+    app.connect("source-read", leave_out)
