@@ -75,7 +75,9 @@ myst_heading_anchors = 2
 nb_execution_mode = "force"
 nb_execution_excludepatterns = NOT_RUN
 if NOT_RUN:
-    suppress_warnings = ["myst-nb.lexer"]  # a run says what language a page is in
+    # A run says what language a page is in; the API of a framework takes the framework.
+    suppress_warnings = ["myst-nb.lexer", "toc.excluded"]
+    exclude_patterns.append("frameworks.rst")
     nitpick_ignore_regex += [
         (r"py:\w+", rf"qm_cupy\.{name}(\..*)?") for name in sorted(MISSING)
     ]
@@ -102,14 +104,3 @@ html_theme_options = {
 }
 html_sidebars = {"start": [], "contributing": [], "limits": []}
 project_copyright = "the qm_cupy developers, MIT licence"
-
-
-def leave_out(app, page, source):
-    """Say in the API which of `qm_cupy.torch` and `qm_cupy.jax` cannot be imported."""
-    for name in MISSING if page == "api" else ():
-        block = rf"\.\. automodule:: qm_cupy\.{name}\n(?:   .*\n)*"
-        source[0] = re.sub(block, f"Left out: {name} is not installed.\n", source[0])
-
-
-def setup(app):
-    app.connect("source-read", leave_out)
