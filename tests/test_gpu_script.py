@@ -141,6 +141,8 @@ def test_an_end_from_outside_leaves_no_process_and_an_archive(number, fake, tmp_
         env=os.environ | {"PYTHON": str(python)},
         stdout=subprocess.DEVNULL,
         start_new_session=True,
+        # A shell's background job ignores it, and what ignores it cannot trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     started = tmp_path / "started"
     while not started.exists() or not started.read_text():

@@ -239,8 +239,8 @@ class _Handle:
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         limit = self.max_dynamic_shared_size_bytes
-        most = _cuda.device()
-        if limit + self.shared_size_bytes > max(most.shared_bytes, _UNASKED):
+        shared = limit + self.shared_size_bytes
+        if shared > _UNASKED and shared > (most := _cuda.device()).shared_bytes:
             raise LaunchError(
                 f"{self._kernel.name}: asks for {limit} bytes of shared memory"
             )
