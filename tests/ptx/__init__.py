@@ -240,11 +240,11 @@ class _Handle:
     def __call__(self, grid, block, args, *, shared_mem=0):
         limit = self.max_dynamic_shared_size_bytes
         shared = limit + self.shared_size_bytes
-        if shared > _UNASKED and shared > (most := _cuda.device()).shared_bytes:
+        if shared > _UNASKED and shared > _cuda.device().shared_bytes:
             raise LaunchError(
                 f"{self._kernel.name}: asks for {limit} bytes of shared memory"
             )
-        if self._cooperative and grid[0] > most.multiprocessors:
+        if self._cooperative and grid[0] > _cuda.device().multiprocessors:
             raise LaunchError(
                 f"{self._kernel.name}: {grid[0]} blocks that wait for others"
             )
