@@ -92,10 +92,15 @@ def result_kinds(name, dtype):
     return [kinds[letter] for letter in RESULTS.get(name, "s")]
 
 
+def dtype_of(argument, dtype):
+    """Return the dtype in which an argument is given."""
+    return np.dtype(np.float64) if argument in EXACT else dtype
+
+
 def run(call, library, dtype, strided=False):
     function, arguments = call
     given = {
-        k: as_given(x, library, np.dtype("f8") if k in EXACT else dtype, strided)
+        k: as_given(x, library, dtype_of(k, dtype), strided)
         for k, x in arguments.items()
     }
     return leaves(function(**given))
@@ -105,9 +110,7 @@ def reference_of(name, call, dtype):
     """Return the results of a call on NumPy arrays that are rounded to `dtype`."""
     function, arguments = call
     wide = name not in ROUNDED
-    given = {
-        k: x if k in EXACT else as_numpy(x, dtype, wide) for k, x in arguments.items()
-    }
+    given = {k: as_numpy(x, dtype_of(k, dtype), wide) for k, x in arguments.items()}
     return leaves(function(**given))
 
 
@@ -146,9 +149,8 @@ def check(name, got, wanted, library, dtype):
         elif kind == "int32":
             np.testing.assert_array_equal(on_host(x), y)
         else:
-            held = max(
-                TOLERANCE[dtype.name], TOLERANCE[kind]
-            )  # weights of a fit are float32
+            # The weights of a fit are float32, whatever came in.
+            held = max(TOLERANCE[dtype.name], TOLERANCE[kind])
             tolerance = room * getattr(held, column)
             found = on_host(x).astype(np.float64)
             np.testing.assert_allclose(found, y, rtol=tolerance, atol=tolerance)

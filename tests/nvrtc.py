@@ -73,9 +73,8 @@ def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
     `options` are the caller's, ``-arch=sm_…`` among them; what CuPy adds is added here
     too. A failure raises ``RuntimeError`` with the compiler's log.
     """
-    this = Path(__file__).read_text(encoding="utf-8")
-    text = "\0".join([this, repr(_version()), source, *options])
-    path = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    this = Path(__file__).read_text(encoding="utf-8")  # which finds the facts
+    path = _kept(".json", this, source, *options)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {name: Facts(*facts) for name, facts in kept.items()}
@@ -92,14 +91,19 @@ def ptx(source: str, options: tuple[str, ...]) -> str:
     `options` are the caller's, ``-arch=compute_…`` among them: no machine code is made.
     """
     options = (*options, *_CUPY, "-lineinfo")
-    text = "\0".join([repr(_version()), source, *options])
-    path = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.ptx"
+    path = _kept(".ptx", source, *options)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         _, found = _compile(source, options)
     keep(path, found.encode())
     return found
+
+
+def _kept(suffix: str, *parts: str) -> Path:
+    """Return where what this NVRTC makes of some texts is kept."""
+    text = "\0".join([repr(_version()), *parts])
+    return CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{suffix}"
 
 
 def keep(path: Path, content: bytes) -> None:
