@@ -124,12 +124,11 @@ def linkage_cuda(
     shared = scratch + held[1] * state + held[0] * matrix
     layout = _layout(batch, num_tokens, kind.itemsize, shared, alone=held[0])
     copies = 0 if held[1] else layout.places * layout.blocks
-    trees = _cuda.empty(
-        (layout.places, _tree_bytes(num_tokens, kind.itemsize)), np.uint8
-    )
+    tree = _tree_bytes(num_tokens, kind.itemsize)
+    trees = _cuda.empty((layout.places, tree), np.uint8)
     found = _cuda.empty((layout.places, 4 * num_tokens * kind.itemsize), np.uint8)
     states = _cuda.empty((copies, state), np.uint8) if copies else None
-    options = METHODS.index(method), int(held[0]), layout.blocks, state
+    options = METHODS.index(method), int(held[0]), layout.blocks, state, tree
     args = (cosines, mass, *masks, *counts, *options, trees, found, states)
     _launch("linkage", kind, layout, args, out, rounds, shared)
     return out, rounds

@@ -86,9 +86,6 @@ struct Tree {
     __device__ Merge* merge() const {  // (N,)
         return reinterpret_cast<Merge*>(height() + num_tokens);
     }
-    static __device__ long long bytes(long long n) {
-        return n * (sizeof(Node) + sizeof(acc_t) + sizeof(Merge)) + n % 2 * 4;
-    }
 };
 
 // Where a sequence stands, the same in all threads of all blocks.
@@ -279,9 +276,16 @@ __device__ void plan_round(Clusters& all, const Tree& tree, bool first,
     __syncthreads();
 }
 
-// One warp: E of row i with all clusters, from cosines; its nearest one.
-__device__ Neighbour first_row(const Clusters& all, const acc_t* cosines, acc_t* row,
-                               int i, int clusters, int method) {
+// Keep the nearest cluster that any of the `lanes` at row i has found; -1 is no row.
+__device__ __forceinline__ void keep_nearest(Found* next, int i, Neighbour best,
+                                             int lanes = 32) {
+    best = warp_nearest(i, best, lanes);
+    if (i >= 0 && threadIdx.x % lanes == 0) next[i] = {best.sum, best.slot};
+}
+
+// One warp: E of row i with all clusters, from cosines, and its nearest one.
+__device__ void first_row(const Clusters& all, const acc_t* cosines, acc_t* row, int i,
+                          int clusters, int method, Found* next) {
     const Slot own = all.slot()[i];
     const acc_t scale = all.scale()[i];
     Neighbour best = {0, 0, -1};
@@ -307,7 +311,7 @@ __device__ Neighbour first_row(const Clusters& all, const acc_t* cosines, acc_t*
             if (nearer(i, found, best)) best = found;
         }
     }
-    return warp_nearest(i, best);
+    keep_nearest(next, i, best);
 }
 
 // Bring row i up to date with this round's merges, in every `step`-th of the columns
@@ -380,18 +384,15 @@ __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& no
         }
         __syncthreads();
         if (i >= 0 && part == 0) {
-            Neighbour best = lane < parts ? scratch[own + lane] : none;
-            best = warp_nearest(i, best);
-            if (lane == 0) next[i] = {best.sum, best.slot};
+            keep_nearest(next, i, lane < parts ? scratch[own + lane] : none);
         }
     }
     const int warp = own * blocks + block;
     for (int q = warp; parts <= 1 && q < now.searched; q += blocks * warps) {
         const int i = all.searched()[q];
-        Neighbour best = next_row(all, matrix, i, all.active(), now.clusters, lane, 32,
-                                  num_tokens, method, none);
-        best = warp_nearest(i, best);
-        if (lane == 0) next[i] = {best.sum, best.slot};
+        keep_nearest(next, i,
+                     next_row(all, matrix, i, all.active(), now.clusters, lane, 32,
+                              num_tokens, method, none));
     }
     // As many lanes at a row as have a new cluster to look at.
     int lanes = 1;
@@ -408,8 +409,7 @@ __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& no
             best = next_row(all, matrix, i, all.joined(), now.joined, lane % lanes,
                             lanes, num_tokens, method, best);
         }
-        best = warp_nearest(i, best, lanes);
-        if (current && lane % lanes == 0) next[i] = {best.sum, best.slot};
+        keep_nearest(next, current ? i : -1, best, lanes);
     }
 }
 
@@ -446,9 +446,9 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     linkage(acc_t* matrix, const acc_t* mass, const bool* mask, const bool* protect,
             const int* counts, long long batch, long long num_tokens,
             long long num_groups, long long method, long long in_shared,
-            long long blocks, long long state_bytes, unsigned char* trees,
-            unsigned char* found, unsigned char* states, unsigned* arrived, double* out,
-            int* rounds) {
+            long long blocks, long long state_bytes, long long tree_bytes,
+            unsigned char* trees, unsigned char* found, unsigned char* states,
+            unsigned* arrived, double* out, int* rounds) {
     auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());  // 128, state, matrix
     auto* neighbours = reinterpret_cast<Neighbour*>(scratch);
     unsigned char* state = states ? states + blockIdx.x * state_bytes
@@ -461,8 +461,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     const int warp = threadIdx.x / 32 * share + block;
     if (place >= places) return;  // of a group that is not whole
     Clusters all = {state, static_cast<int>(num_tokens), 0};
-    const Tree tree = {trees + place * Tree::bytes(num_tokens),
-                       static_cast<int>(num_tokens)};
+    const Tree tree = {trees + place * tree_bytes, static_cast<int>(num_tokens)};
     Found* old = reinterpret_cast<Found*>(found) + place * 2 * num_tokens;
     Found* next = old + num_tokens;  // in turns, or one block overtakes another
     const auto meet = [&] {
@@ -484,10 +483,8 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
                   num_tokens, count_of(counts, b, num_groups), scratch, &unit);
         for (int p = warp; p < now.clusters && !now.done; p += warps) {
             const int i = all.active()[p];
-            const Neighbour best =
-                first_row(all, cosines + i * num_tokens, sums + i * num_tokens, i,
-                          now.clusters, method);
-            if (threadIdx.x % 32 == 0) next[i] = {best.sum, best.slot};
+            first_row(all, cosines + i * num_tokens, sums + i * num_tokens, i,
+                      now.clusters, method, next);
         }
         while (!now.done) {
             meet();
