@@ -269,12 +269,7 @@ void add_floats(Table& table, const std::string& type) {
 }  // namespace
 
 void add_arithmetic(Table& table) {
-    add_integers<u16>(table, "u16");
-    add_integers<s16>(table, "s16");
-    add_integers<u32>(table, "u32");
-    add_integers<s32>(table, "s32");
-    add_integers<u64>(table, "u64");
-    add_integers<s64>(table, "s64");
+    for_integers([&]<class T>(const char* type) { add_integers<T>(table, type); });
     add_wide_products<u16, u32>(table, "u16");
     add_wide_products<s16, s32>(table, "s16");
     add_wide_products<u32, u64>(table, "u32");

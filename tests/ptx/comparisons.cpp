@@ -75,12 +75,7 @@ Form logic(F, int sources) {
 }  // namespace
 
 void add_comparisons(Table& table) {
-    add_integers<u16>(table, "u16");
-    add_integers<s16>(table, "s16");
-    add_integers<u32>(table, "u32");
-    add_integers<s32>(table, "s32");
-    add_integers<u64>(table, "u64");
-    add_integers<s64>(table, "s64");
+    for_integers([&]<class T>(const char* type) { add_integers<T>(table, type); });
     for (const std::string name : {"setp.eq.", "setp.ne."})
         for (const std::string width : {"16", "32", "64"})
             table[name + "b" + width] = table[name + "u" + width];

@@ -57,12 +57,7 @@ void add_roundings(Table& table, const std::string& types) {
 void add_conversions(Table& table) {
     add_from_integers<u8>(table, "u8");
     add_from_integers<s8>(table, "s8");
-    add_from_integers<u16>(table, "u16");
-    add_from_integers<s16>(table, "s16");
-    add_from_integers<u32>(table, "u32");
-    add_from_integers<s32>(table, "s32");
-    add_from_integers<u64>(table, "u64");
-    add_from_integers<s64>(table, "s64");
+    for_integers([&]<class T>(const char* type) { add_from_integers<T>(table, type); });
 
     add_with_floats<u8>(table, "u8");
     add_with_floats<u16>(table, "u16");

@@ -7,6 +7,14 @@ void add_arithmetic(Table&);
 void add_conversions(Table&);
 void add_comparisons(Table&);
 
+// Call f<T>(name) for each type of integers that instructions compute with.
+template <class F>
+void for_integers(F f) {
+    f.template operator()<u16>("u16"), f.template operator()<s16>("s16");
+    f.template operator()<u32>("u32"), f.template operator()<s32>("s32");
+    f.template operator()<u64>("u64"), f.template operator()<s64>("s64");
+}
+
 template <class T>
 constexpr int form_of = sizeof(T) == 8 ? 8 : 4;
 
