@@ -34,7 +34,9 @@ WARP = 32  # threads that go in step
 BLOCK = 256  # threads of a block, where a kernel does not say otherwise
 COUNTS = 16  # arguments of `write_counts` in kernels/basic/groups.cu
 _WRITE_COUNTS = "basic/groups", "write_counts", "float32"
-TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
+# Of kernels/optimized/tiles.cuh: rows and columns of a tile, bytes of each row that are
+# staged in a step, and the steps in shared memory of the widest tile.
+TILE, STEP_BYTES, WIDE_STAGES = 128, 64, 4
 # Threads of a block, at most, in the kernels whose launch bounds these are; see
 # `options`. Of linkages, by the bytes of a distance: as many as have the registers they
 # need. A multiprocessor has one such block at a time, so that all of a launch can run.
@@ -353,6 +355,8 @@ def options(dtype: str) -> tuple[str, ...]:
     types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
     sizes = {
         "TILE": TILE,
+        "STEP_BYTES": STEP_BYTES,
+        "WIDE_STAGES": WIDE_STAGES,
         "BLOCK_THREADS": BLOCK,
         "SELECTION_THREADS": SELECTION_THREADS,
         "GROUP_THREADS": GROUP_THREADS,

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf
 
-from . import _cuda
+from . import _cuda, _tiles
 
 Activation = Literal["none", "relu", "gelu"]
 
@@ -88,9 +88,16 @@ def _linear_cuda(
         return out
     if norm is not None:
         x = _normalize_cuda(x, norm)
-    tiles = -(-rows // _cuda.TILE) * -(-out_dim // _cuda.TILE)
-    threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
-    _cuda.launch(file, "linear", kind, threads, (x, *map_, *sizes, out))
+    args = (x, *map_, *sizes, out)
+    if chosen == "basic":
+        _cuda.launch(file, "linear", kind, out.size, args)
+        return out
+
+    def blocks(shape: _tiles.Shape) -> int:
+        return _tiles.row_tiles(shape, rows) * _tiles.column_tiles(shape, out_dim)
+
+    shape = _tiles.select_shape(blocks)
+    _tiles.launch("alignment", "linear", kind, shape, blocks(shape), args)
     return out
 
 

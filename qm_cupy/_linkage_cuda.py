@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cuda
+from . import _cuda, _tiles
 from .saliency import _token_norms_cuda
 
 METHODS = ("average", "complete", "ward", "single")  # by their numbers in the kernels
@@ -24,13 +24,16 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
     out = _cuda.empty((*leading, num_tokens, num_tokens), kind)
     tokens, norms = _cuda.contiguous(tokens), _token_norms_cuda(tokens)
     args = (tokens, norms, batch, num_tokens, dim, out)
-    num_tiles = -(-num_tokens // _cuda.TILE)
-    blocks = batch * num_tiles * (num_tiles + 1) // 2
-    chosen = _cuda.implementation()
-    threads = out.size if chosen == "basic" else blocks * _cuda.BLOCK
-    _cuda.launch(
-        f"{chosen}/clustering", "cosine_similarity", tokens.dtype, threads, args
-    )
+    kernel = "cosine_similarity"
+    if _cuda.implementation() == "basic":
+        _cuda.launch("basic/clustering", kernel, tokens.dtype, out.size, args)
+        return out
+
+    def blocks(shape: _tiles.Shape) -> int:
+        return batch * _tiles.upper_tiles(shape, num_tokens)
+
+    shape = _tiles.select_shape(blocks, tokens.dtype)
+    _tiles.launch("clustering", kernel, tokens.dtype, shape, blocks(shape), args)
     return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _cuda
+from . import _cuda, _tiles
 from .merging import _merge_tokens_cuda, _unmerge_tokens_cuda
 from .saliency import _token_norms_cuda
 
@@ -95,9 +95,19 @@ def nearest_anchors_cuda(
         anchor_norms = _token_norms_cuda(anchors)
     given = tokens, norms, _cuda.contiguous(mask), anchors, anchor_norms, counts
     args = (*given, batch, num_tokens, dim, num_groups, out, highest)
-    tiles = batch * -(-num_tokens // _cuda.TILE)
-    threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
-    _cuda.launch(f"{chosen}/clustering", "nearest_anchors", tokens.dtype, threads, args)
+    kernel = "nearest_anchors"
+    if chosen == "basic":
+        _cuda.launch("basic/clustering", kernel, tokens.dtype, out.size, args)
+        return out, highest
+
+    def blocks(shape: _tiles.Shape) -> int:
+        return batch * _tiles.row_tiles(shape, num_tokens)
+
+    def tiles(shape: _tiles.Shape) -> int:
+        return _tiles.column_tiles(shape, num_groups)
+
+    shape = _tiles.select_shape(blocks, tokens.dtype, tiles)
+    _tiles.launch("clustering", kernel, tokens.dtype, shape, blocks(shape), args)
     return out, highest
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cuda
+from . import _cuda, _tiles
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
     check_choice,
@@ -230,10 +230,19 @@ def _query_key_entropy_cuda(
     outer, (_, batch, heads) = math.prod(leading), _axes(leading)
     sizes = outer, batch, heads, num_tokens, head_dim
     args = (*arrays, *sizes, int(causal), scale, out)
-    chosen = _cuda.implementation()
-    tiles = outer * -(-num_tokens // _cuda.TILE)
-    threads = out.size if chosen == "basic" else tiles * _cuda.BLOCK
-    _cuda.launch(f"{chosen}/saliency", "query_key_entropy", query.dtype, threads, args)
+    kernel = "query_key_entropy"
+    if _cuda.implementation() == "basic":
+        _cuda.launch("basic/saliency", kernel, query.dtype, out.size, args)
+        return out
+
+    def blocks(shape: _tiles.Shape) -> int:
+        return outer * _tiles.row_tiles(shape, num_tokens)
+
+    shape = _tiles.select_shape(blocks)
+    kept = _tiles.kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
+    if kept and shape is _tiles.WHOLE:
+        shape = shape._replace(suffix="_kept", shared=kept)
+    _tiles.launch("saliency", kernel, query.dtype, shape, blocks(shape), args)
     return out
 
 
@@ -331,14 +340,19 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
         file, kernel = "basic/saliency", "self_attention_entropy"
         _cuda.launch(file, kernel, tokens.dtype, out.size, args)
         return out
-    num_tiles = -(-num_tokens // _cuda.TILE)
-    states = _cuda.empty((batch, num_tiles, num_tokens, 3), kind)
-    blocks = batch * num_tiles * (num_tiles + 1) // 2
-    args = (tokens, mask, *sizes, states)
-    file, kernel = "optimized/saliency", "self_attention_states"
-    _cuda.launch(file, kernel, tokens.dtype, blocks * _cuda.BLOCK, args)
-    args = (states, mask, batch, num_tokens, num_tiles, out)
-    _cuda.launch(file, "self_attention_entropy", tokens.dtype, out.size, args)
+
+    def blocks(shape: _tiles.Shape) -> int:
+        return batch * _tiles.upper_tiles(shape, num_tokens)
+
+    shape = _tiles.select_shape(blocks, tokens.dtype)
+    halves = 2 if shape is _tiles.HALF else 1
+    slots = -(-num_tokens // _cuda.TILE) * halves
+    states = _cuda.empty((batch, slots, num_tokens, 3), kind)
+    args, kernel = (tokens, mask, *sizes, states), "self_attention_states"
+    _tiles.launch("saliency", kernel, tokens.dtype, shape, blocks(shape), args)
+    args = (states, mask, batch, num_tokens, halves, out)
+    file, kernel = "optimized/saliency", "self_attention_entropy"
+    _cuda.launch(file, kernel, tokens.dtype, out.size, args)
     return out
 
 

@@ -36,35 +36,54 @@ extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
 // One block, one tile of y = activated(x Wᵀ + b) + residual. The sign of a sum decides
 // what a ReLU lets through, and its gradient is all or nothing: those sums are float32
 // even where TF32 is allowed, so that a gradient is that of the float32 network.
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-    linear(const real_t* input, const real_t* weight, const real_t* bias,
-           const real_t* residual, long long num_rows, long long in_dim,
-           long long out_dim, long long activation, real_t* out) {
-    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
-    const long long strips = (out_dim + TILE - 1) / TILE;
-    const long long row0 = blockIdx.x / strips * TILE;
-    const long long column0 = blockIdx.x % strips * TILE;
-    acc_t sums[4][16];
+template <class Tile>
+__device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t* input,
+                                            const real_t* weight, const real_t* bias,
+                                            const real_t* residual, long long num_rows,
+                                            long long in_dim, long long out_dim,
+                                            long long activation, real_t* out) {
+    const long long strips = (out_dim + Tile::columns - 1) / Tile::columns;
+    const long long row0 = blockIdx.x / strips * Tile::rows;
+    const long long column0 = blockIdx.x % strips * Tile::columns;
+    Fragment sums[1];
     const Rows rows = {input + row0 * in_dim, num_rows - row0};
     const Rows columns = {weight + column0 * in_dim, out_dim - column0};
     if (TF32 && activation == 1)
-        multiply_tiles<false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
+        multiply_tiles<Tile, false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
     else
-        multiply_tiles(stages, rows, columns, 1, in_dim, sums, [](int) {});
+        multiply_tiles<Tile>(stages, rows, columns, 1, in_dim, sums, [](int) {});
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-        const long long column = column0 + tile_column(j);
+        const long long column = column0 + Tile::column(j);
         if (column >= out_dim) continue;
         const acc_t shift = widen(bias[column]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const long long row = row0 + tile_row(i);
+            const long long row = row0 + Tile::row(i);
             if (row >= num_rows) continue;
             const long long index = row * out_dim + column;
-            const acc_t y = activated(sums[i][j] + shift, activation);
+            const acc_t y = activated(sums[0][i][j] + shift, activation);
             store(out + index, residual ? y + widen(residual[index]) : y);
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+    linear(const real_t* input, const real_t* weight, const real_t* bias,
+           const real_t* residual, long long num_rows, long long in_dim,
+           long long out_dim, long long activation, real_t* out) {
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    linear_tile<Whole>(stages, input, weight, bias, residual, num_rows, in_dim, out_dim,
+                       activation, out);
+}
+
+extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
+    linear_half(const real_t* input, const real_t* weight, const real_t* bias,
+                const real_t* residual, long long num_rows, long long in_dim,
+                long long out_dim, long long activation, real_t* out) {
+    __shared__ __align__(16) unsigned char stages[Half::bytes];
+    linear_tile<Half>(stages, input, weight, bias, residual, num_rows, in_dim, out_dim,
+                      activation, out);
 }
 
 // One warp, one output of `linear`: of few rows, where reading the weights is all there

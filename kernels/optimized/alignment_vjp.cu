@@ -39,30 +39,31 @@ extern "C" __global__ void transpose(const real_t* x, long long num_rows,
 
 // One block, one tile of A_s B_sᵀ for A (S, rows, dim) and B (S, columns, dim); 0 where
 // `input`, unless null, is no more than 0, see `linear_vjp` of basic/alignment_vjp.cu.
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     products(const real_t* a, const real_t* b, const real_t* input, long long num_rows,
              long long num_columns, long long dim, real_t* out) {
-    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
     const long long across = (num_columns + TILE - 1) / TILE;
     const long long down = (num_rows + TILE - 1) / TILE;
     const long long s = blockIdx.x / across / down;
     const long long row0 = blockIdx.x / across % down * TILE;
     const long long column0 = blockIdx.x % across * TILE;
-    acc_t sums[4][16];
-    multiply_tiles(stages, {a + (s * num_rows + row0) * dim, num_rows - row0},
-                   {b + (s * num_columns + column0) * dim, num_columns - column0}, 1,
-                   dim, sums, [](int) {});
+    Fragment sums[1];
+    multiply_tiles<Whole>(
+        stages, {a + (s * num_rows + row0) * dim, num_rows - row0},
+        {b + (s * num_columns + column0) * dim, num_columns - column0}, 1, dim, sums,
+        [](int) {});
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-        const long long column = column0 + tile_column(j);
+        const long long column = column0 + Whole::column(j);
         if (column >= num_columns) continue;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const long long row = row0 + tile_row(i);
+            const long long row = row0 + Whole::row(i);
             if (row >= num_rows) continue;
             const long long index = (s * num_rows + row) * num_columns + column;
             const bool stopped = input && !(widen(input[index]) > 0);
-            store(out + index, stopped ? acc_t(0) : sums[i][j]);
+            store(out + index, stopped ? acc_t(0) : sums[0][i][j]);
         }
     }
 }

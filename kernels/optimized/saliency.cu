@@ -4,145 +4,245 @@
 // (softmax_states.cuh); states are merged in a fixed order, so that every run gives the
 // same bits.
 
-// One block, one tile (i <= j) of one sequence: the states of its rows, and, off the
-// diagonal, of its columns, for they are rows of the lower half. states_out: (B, T, N,
-// 3).
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
-    self_attention_states(const real_t* tokens, const bool* mask, long long batch,
-                          long long num_tokens, long long dim, acc_t* states_out) {
-    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
-    const long long num_tiles = (num_tokens + TILE - 1) / TILE;
-    const long long tiles = num_tiles * (num_tiles + 1) / 2;
+// One block, one tile of one sequence on or above the diagonal: the states of its rows
+// and, off the diagonal, of its columns, for they are rows of the lower half.
+//
+// A row of square c (TILE rows) has the columns of square s >= c from the tiles of its
+// own rows, and s < c from tiles whose column it is. States of square s lie in slot
+// `halves` s of states_out (B, slots, N, 3); those of a column that comes from two
+// `Half` tiles, in the next slot too.
+template <class Tile>
+__device__ __forceinline__ void tile_states(unsigned char* shared, const real_t* tokens,
+                                            const bool* mask, long long num_tokens,
+                                            long long dim, acc_t* states_out) {
+    constexpr int halves = Tile::rows < TILE ? 2 : 1;
+    constexpr int squares = Tile::columns / TILE;
+    const long long num_squares = (num_tokens + TILE - 1) / TILE;
+    const long long sides = (num_squares + squares - 1) / squares;
+    const long long tiles = sides * (sides + 1) / 2 * (Tile::columns / Tile::rows);
     const long long b = blockIdx.x / tiles, first = b * num_tokens;
-    long long tile_i, tile_j;
-    upper_tile(blockIdx.x % tiles, num_tiles, &tile_i, &tile_j);
-    const long long row0 = tile_i * TILE, column0 = tile_j * TILE;
+    const Corner corner = upper_tile<Tile>(blockIdx.x % tiles, sides);
+    if (Tile::rows < Tile::columns && corner.row >= num_tokens) return;
 
     const real_t* sequence = tokens + first * dim;  // (N, D)
-    acc_t scores[4][16];
-    multiply_tiles(stages, {sequence + row0 * dim, num_tokens - row0},
-                   {sequence + column0 * dim, num_tokens - column0}, 1, dim, scores,
-                   [](int) {});
+    Fragment scores[Tile::fragments];
+    multiply_tiles<Tile>(shared, {sequence + corner.row * dim, num_tokens - corner.row},
+                         {sequence + corner.column * dim, num_tokens - corner.column},
+                         1, dim, scores, [](int) {});
     const acc_t scale = acc_t(LOG2_E) / sqrt(static_cast<acc_t>(dim));
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 16; ++j) scores[i][j] *= scale;
-
-    const bool* valid = mask ? mask + first : nullptr;
-    if (valid || column0 + TILE > num_tokens) {  // not all rows and columns are tokens
-        const unsigned rows = tokens_among<4>(valid, row0, num_tokens, tile_row);
-        const unsigned columns =
-            tokens_among<16>(valid, column0, num_tokens, tile_column);
+    for (int f = 0; f < Tile::fragments; ++f)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
+            for (int j = 0; j < 16; ++j) scores[f][i][j] *= scale;
+
+    const bool* valid = mask ? mask + first : nullptr;
+    if (valid || corner.column + Tile::columns > num_tokens) {  // not all are tokens
+        const unsigned rows =
+            tokens_among<4 * Tile::fragments>(valid, corner.row, num_tokens, Tile::row);
+        const unsigned columns =
+            tokens_among<16>(valid, corner.column, num_tokens, Tile::column);
+#pragma unroll
+        for (int i = 0; i < 4 * Tile::fragments; ++i)
+#pragma unroll
             for (int j = 0; j < 16; ++j)
-                if (!(rows >> i & columns >> j & 1)) scores[i][j] = NEVER;
+                if (!(rows >> i & columns >> j & 1)) scores[i / 4][i % 4][j] = NEVER;
     }
-    auto* of_rows = reinterpret_cast<acc_t*>(stages);  // (2, TILE, 3), a warp's columns
-    acc_t* of_columns = of_rows + 2 * TILE * 3;        // (4, TILE, 3), a warp's rows
-    const int warp = threadIdx.x / 32;
+
+    // (across, rows, 3), a warp's columns; (down, columns, 3), a fragment's rows.
+    auto* of_rows = reinterpret_cast<acc_t*>(shared);
+    acc_t* of_columns = of_rows + Tile::across * Tile::rows * 3;
+    const int across = Tile::warp_column() / 64, down = Tile::warp_row() / 32;
+    const int row_square = static_cast<int>(corner.row / TILE);
+    const int first_square = static_cast<int>(corner.column / TILE);
+    const int square = first_square + across / 2;  // of the warp's columns
     const Exponents units;
-    if (tile_i != tile_j) {
 #pragma unroll
-        for (int first = 0; first < 16; first += 8) {
-            State states[8];
+    for (int f = 0; f < Tile::fragments; ++f) {
+        if (row_square < square) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                acc_t column[4];
+            for (int j0 = 0; j0 < 16; j0 += 8) {
+                State states[8];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) column[i] = scores[i][first + j];
-                states[j].add(column, units);
+                for (int j = 0; j < 8; ++j) {
+                    acc_t column[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) column[i] = scores[f][i][j0 + j];
+                    states[j].add(column, units);
+                }
+                write_columns(of_columns + (down + f) * Tile::columns * 3, states, j0,
+                              Tile::column);
             }
-            write_columns(of_columns + warp / 2 * TILE * 3, states, first, tile_column);
+        }
+        if (row_square <= square) {
+            State states[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) states[i].add(scores[f][i], units);
+            write_rows(of_rows + across * Tile::rows * 3, states,
+                       [&](int i) { return Tile::row(4 * f + i); });
         }
     }
-    State states[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) states[i].add(scores[i], units);
-    write_rows(of_rows + warp % 2 * TILE * 3, states, tile_row);
     __syncthreads();
 
-    // Half of the threads merge a row's two states, half a column's four.
-    const bool is_row = threadIdx.x < TILE;
-    const int index = threadIdx.x % TILE;
-    const long long token = (is_row ? row0 : column0) + index;
-    if (token >= num_tokens || (!is_row && tile_i == tile_j)) return;
-    const State state = is_row ? merge_parts<2>(of_rows + index * 3)
-                               : merge_parts<4>(of_columns + index * 3);
-    const long long slot = b * num_tiles + (is_row ? tile_j : tile_i);
-    write_state(states_out + (slot * num_tokens + token) * 3, state);
+    // A thread merges what the warps have of a row in one square, or of a column.
+    for (int index = threadIdx.x; index < squares * Tile::rows + Tile::columns;
+         index += Tile::threads) {
+        const bool is_row = index < squares * Tile::rows;
+        const int k =
+            is_row ? index / Tile::rows : (index - squares * Tile::rows) / TILE;
+        const int other = first_square + k;  // the square of its columns
+        if (other >= num_squares || row_square > other) continue;
+        if (!is_row && row_square == other) continue;
+        const int place = is_row ? index % Tile::rows : index - squares * Tile::rows;
+        const long long token = (is_row ? corner.row : corner.column) + place;
+        if (token >= num_tokens) continue;
+        State state;
+        if (is_row)
+            state =
+                merge_two(of_rows + (2 * k * Tile::rows + place) * 3, Tile::rows * 3);
+        else if constexpr (halves == 2)
+            state = merge_two(of_columns + place * 3, Tile::columns * 3);
+        else
+            state = merge_four(of_columns + place * 3, Tile::columns * 3);
+        const long long slot = is_row ? other * halves : corner.row * halves / TILE;
+        const long long slots = num_squares * halves;
+        write_state(states_out + ((b * slots + slot) * num_tokens + token) * 3, state);
+    }
 }
 
-// The entropy of every row from its T states.
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+    self_attention_states(const real_t* tokens, const bool* mask, long long batch,
+                          long long num_tokens, long long dim, acc_t* states_out) {
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    tile_states<Whole>(stages, tokens, mask, num_tokens, dim, states_out);
+}
+
+extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
+    self_attention_states_half(const real_t* tokens, const bool* mask, long long batch,
+                               long long num_tokens, long long dim, acc_t* states_out) {
+    __shared__ __align__(16) unsigned char stages[Half::bytes];
+    tile_states<Half>(stages, tokens, mask, num_tokens, dim, states_out);
+}
+
+extern "C" __global__ void __launch_bounds__(Wide::threads, 1)
+    self_attention_states_wide(const real_t* tokens, const bool* mask, long long batch,
+                               long long num_tokens, long long dim, acc_t* states_out) {
+    if constexpr (TENSOR_CORES)
+        tile_states<Wide>(dynamic_shared(), tokens, mask, num_tokens, dim, states_out);
+}
+
+// The entropy of every row from its states. Of `halves` slots to a square, the second
+// one is a state of its own where the square comes before the row's own.
 extern "C" __global__ void self_attention_entropy(const acc_t* states, const bool* mask,
                                                   long long batch, long long num_tokens,
-                                                  long long num_states, acc_t* out) {
+                                                  long long halves, acc_t* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
+    const long long squares = (num_tokens + TILE - 1) / TILE;
+    const acc_t* own = states + (b * squares * halves * num_tokens + i) * 3;
     State state;
-    for (long long s = b * num_states; s < (b + 1) * num_states; ++s)
-        state.merge(read_state(states + (s * num_tokens + i) * 3));
+    for (long long s = 0; s < squares; ++s) {
+        const acc_t* slot = own + s * halves * num_tokens * 3;
+        State part = read_state(slot);
+        if (halves == 2 && s < i / TILE) part.merge(read_state(slot + num_tokens * 3));
+        state.merge(part);
+    }
     out[index] = is_token(mask, index) ? state.value() : 0;
 }
 
-// One block, 128 rows of one head; it passes by all keys, or those up to its last row.
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+// One block, Tile::rows rows of one head; it passes by all keys, or those up to its
+// last row. `kept`: the queries stay in shared memory, which the launch gives.
+template <class Tile, bool kept>
+__device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t* query,
+                                             const real_t* key, const bool* mask,
+                                             long long batch, long long heads,
+                                             long long num_tokens, long long head_dim,
+                                             long long causal, double scale,
+                                             acc_t* out) {
+    const long long row_tiles = (num_tokens + Tile::rows - 1) / Tile::rows;
+    const long long head = blockIdx.x / row_tiles;  // (L, B, H)
+    // Causal rows near the end have most to do: they go first.
+    const long long row0 = (row_tiles - 1 - blockIdx.x % row_tiles) * Tile::rows;
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+
+    const Rows queries = {query + (head * num_tokens + row0) * head_dim,
+                          num_tokens - row0};
+    const Rows keys = {key + head * num_tokens * head_dim, num_tokens};
+    const long long end = causal ? min(row0 + Tile::rows, num_tokens) : num_tokens;
+    const int num_tiles = static_cast<int>((end + Tile::columns - 1) / Tile::columns);
+    const ScaledExponents units(scale);
+    Fragment scores[1];
+    State states[4];
+    for (State& state : states) state.m = units.never();
+    const auto add = [&](int tile) {
+        const long long column0 = static_cast<long long>(tile) * Tile::columns;
+        // Only the last tile reaches beyond the diagonal.
+        const bool diagonal = causal && tile == num_tiles - 1;
+        if (diagonal || valid || column0 + Tile::columns > num_tokens) {
+            const acc_t never = units.never();
+            const int ahead = static_cast<int>(row0 - column0);
+            const unsigned columns =
+                tokens_among<16>(valid, column0, num_tokens, Tile::column);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int last = diagonal ? ahead + Tile::row(i) : Tile::columns;
+#pragma unroll
+                for (int j = 0; j < 16; ++j) {
+                    const bool seen = columns >> j & 1 && Tile::column(j) <= last;
+                    if (!seen) scores[0][i][j] = never;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) states[i].add(scores[0][i], units);
+    };
+    if constexpr (kept)
+        multiply_kept<Tile>(shared, queries, keys, num_tiles, head_dim, scores, add);
+    else
+        multiply_tiles<Tile>(shared, queries, keys, num_tiles, head_dim, scores, add);
+
+    // (2, rows, 3): columns of two warps.
+    auto* parts = reinterpret_cast<acc_t*>(shared);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) states[i] = states[i].exact(units);
+    write_rows(parts + Tile::warp_column() / 64 * Tile::rows * 3, states, Tile::row);
+    __syncthreads();
+    const long long row = row0 + threadIdx.x;
+    if (threadIdx.x >= Tile::rows || row >= num_tokens) return;
+    const State state = merge_two(parts + threadIdx.x * 3, Tile::rows * 3);
+    out[head * num_tokens + row] = is_token(valid, row) ? state.value() : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
                       long long outer, long long batch, long long heads,
                       long long num_tokens, long long head_dim, long long causal,
                       double scale, acc_t* out) {
-    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
-    const long long row_tiles = (num_tokens + TILE - 1) / TILE;
-    const long long head = blockIdx.x / row_tiles;  // (L, B, H)
-    // Causal rows near the end have most to do: they go first.
-    const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
-    const long long row0 = row_tile * TILE;
-    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    rows_entropy<Whole, false>(stages, query, key, mask, batch, heads, num_tokens,
+                               head_dim, causal, scale, out);
+}
 
-    const real_t* queries = query + (head * num_tokens + row0) * head_dim;
-    const real_t* keys = key + head * num_tokens * head_dim;
-    const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
-    const ScaledExponents units(scale);
-    acc_t scores[4][16];
-    State states[4];
-    for (State& state : states) state.m = units.never();
-    multiply_tiles(stages, {queries, num_tokens - row0}, {keys, num_tokens}, num_tiles,
-                   head_dim, scores, [&](int tile) {
-                       const long long column0 = static_cast<long long>(tile) * TILE;
-                       // No tile is behind the one on the diagonal.
-                       const bool diagonal = causal && column0 == row0;
-                       if (diagonal || valid || column0 + TILE > num_tokens) {
-                           const acc_t never = units.never();
-                           const unsigned columns = tokens_among<16>(
-                               valid, column0, num_tokens, tile_column);
-#pragma unroll
-                           for (int i = 0; i < 4; ++i) {
-                               const int last = diagonal ? tile_row(i) : TILE;
-#pragma unroll
-                               for (int j = 0; j < 16; ++j) {
-                                   const bool seen =
-                                       columns >> j & 1 && tile_column(j) <= last;
-                                   if (!seen) scores[i][j] = never;
-                               }
-                           }
-                       }
-#pragma unroll
-                       for (int i = 0; i < 4; ++i) states[i].add(scores[i], units);
-                   });
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+    query_key_entropy_kept(const real_t* query, const real_t* key, const bool* mask,
+                           long long outer, long long batch, long long heads,
+                           long long num_tokens, long long head_dim, long long causal,
+                           double scale, acc_t* out) {
+    if constexpr (sizeof(acc_t) == 4)
+        rows_entropy<Whole, true>(dynamic_shared(), query, key, mask, batch, heads,
+                                  num_tokens, head_dim, causal, scale, out);
+}
 
-    // (2, TILE, 3): columns of two warps.
-    auto* parts = reinterpret_cast<acc_t*>(stages);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) states[i] = states[i].exact(units);
-    write_rows(parts + threadIdx.x / 32 % 2 * TILE * 3, states, tile_row);
-    __syncthreads();
-    const long long row = row0 + threadIdx.x;
-    if (threadIdx.x >= TILE || row >= num_tokens) return;
-    const State state = merge_parts<2>(parts + threadIdx.x * 3);
-    out[head * num_tokens + row] = is_token(valid, row) ? state.value() : 0;
+extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
+    query_key_entropy_half(const real_t* query, const real_t* key, const bool* mask,
+                           long long outer, long long batch, long long heads,
+                           long long num_tokens, long long head_dim, long long causal,
+                           double scale, acc_t* out) {
+    __shared__ __align__(16) unsigned char stages[Half::bytes];
+    rows_entropy<Half, false>(stages, query, key, mask, batch, heads, num_tokens,
+                              head_dim, causal, scale, out);
 }
 
 // One warp, one row.

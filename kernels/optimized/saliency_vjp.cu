@@ -6,12 +6,12 @@
 
 // One block, 128 rows of one head; it passes by all keys, or those up to its last row.
 // m is its largest score to the bit, so that s - m is 0 there in `score_gradients` too.
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     score_weights(const acc_t* gradient, const real_t* query, const real_t* key,
                   const bool* mask, long long outer, long long batch, long long heads,
                   long long num_tokens, long long dim, long long causal, double scale,
                   acc_t* weights) {
-    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
     const long long row_tiles = (num_tokens + TILE - 1) / TILE;
     const long long head = blockIdx.x / row_tiles;  // (L, B, H)
     // Causal rows near the end have most to do: they go first.
@@ -21,35 +21,36 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
 
     const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
     const acc_t factor = acc_t(scale * LOG2_E);
-    acc_t scores[4][16];
+    Fragment scores[1];
     State states[4];
-    multiply_tiles(
+    multiply_tiles<Whole>(
         stages, {query + (head * num_tokens + row0) * dim, num_tokens - row0},
         {key + head * num_tokens * dim, num_tokens}, num_tiles, dim, scores,
         [&](int tile) {
             const long long column0 = static_cast<long long>(tile) * TILE;
             const unsigned columns =
-                tokens_among<16>(valid, column0, num_tokens, tile_column);
+                tokens_among<16>(valid, column0, num_tokens, Whole::column);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 // No tile is behind the one on the diagonal.
-                const int last = causal && column0 == row0 ? tile_row(i) : TILE;
+                const int last = causal && column0 == row0 ? Whole::row(i) : TILE;
 #pragma unroll
                 for (int j = 0; j < 16; ++j) {
-                    const bool seen = columns >> j & 1 && tile_column(j) <= last;
-                    scores[i][j] = seen ? rounded_product(scores[i][j], factor) : NEVER;
+                    const bool seen = columns >> j & 1 && Whole::column(j) <= last;
+                    scores[0][i][j] =
+                        seen ? rounded_product(scores[0][i][j], factor) : NEVER;
                 }
-                states[i].add(scores[i], Exponents());
+                states[i].add(scores[0][i], Exponents());
             }
         });
 
     // (2, TILE, 3): columns of two warps.
     auto* parts = reinterpret_cast<acc_t*>(stages);
-    write_rows(parts + threadIdx.x / 32 % 2 * TILE * 3, states, tile_row);
+    write_rows(parts + threadIdx.x / 32 % 2 * TILE * 3, states, Whole::row);
     __syncthreads();
     const long long row = row0 + threadIdx.x;
     if (threadIdx.x >= TILE || row >= num_tokens) return;
-    const State state = merge_parts<2>(parts + threadIdx.x * 3);
+    const State state = merge_two(parts + threadIdx.x * 3, TILE * 3);
     acc_t* out = weights + (head * num_tokens + row) * 3;
     out[0] = state.m;
     out[1] = state.t * acc_t(LN_2) / (1 + state.r);
@@ -94,27 +95,28 @@ struct __align__(2 * sizeof(real_t)) Pair {
 };
 
 // One block, one tile of a band. Those that a causal mask leaves empty are not written.
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     score_gradients(const real_t* own, const real_t* other, const acc_t* weights,
                     const bool* mask, long long first_tile, long long num_tiles,
                     long long batch, long long heads, long long num_tokens,
                     long long dim, long long causal, double scale, long long sides,
                     real_t* band) {
-    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
     const long long tiles = (num_tokens + TILE - 1) / TILE;  // of a head
     const long long tile = first_tile + blockIdx.x / tiles, head = tile / tiles;
     const long long row0 = tile % tiles * TILE, column0 = blockIdx.x % tiles * TILE;
     if (causal && (sides == 1 ? column0 > row0 : column0 < row0)) return;
 
     const long long start = head * num_tokens;
-    acc_t sums[4][16];
-    multiply_tiles(stages, {own + (start + row0) * dim, num_tokens - row0},
-                   {other + (start + column0) * dim, num_tokens - column0}, 1, dim,
-                   sums, [](int) {});
+    Fragment sums[1];
+    multiply_tiles<Whole>(stages, {own + (start + row0) * dim, num_tokens - row0},
+                          {other + (start + column0) * dim, num_tokens - column0}, 1,
+                          dim, sums, [](int) {});
 
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
-    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, tile_row);
-    const unsigned columns = tokens_among<16>(valid, column0, num_tokens, tile_column);
+    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, Whole::row);
+    const unsigned columns =
+        tokens_among<16>(valid, column0, num_tokens, Whole::column);
     const acc_t factor = acc_t(scale * LOG2_E);
     const bool diagonal = causal && row0 == column0;
 
@@ -129,17 +131,17 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     real_t* target = band + blockIdx.x / tiles * TILE * tiles * TILE + column0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = tile_row(i);
+        const int row = Whole::row(i);
         const Weights of_row(kept + row * 3);
 #pragma unroll
         for (int j = 0; j < 16; j += 2) {
             Pair pair;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int column = tile_column(j + k);
+                const int column = Whole::column(j + k);
                 acc_t sum = 0;
                 if (rows >> i & columns >> (j + k) & 1) {
-                    const acc_t s = rounded_product(sums[i][j + k], factor);
+                    const acc_t s = rounded_product(sums[0][i][j + k], factor);
                     if (sides & 1 && !(diagonal && column > row))
                         sum += of_row.gradient(s);
                     if (sides & 2 && !(diagonal && row > column))
@@ -147,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
                 }
                 store(&pair.element[k], sum);
             }
-            *reinterpret_cast<Pair*>(target + row * tiles * TILE + tile_column(j)) =
+            *reinterpret_cast<Pair*>(target + row * tiles * TILE + Whole::column(j)) =
                 pair;
         }
     }
@@ -183,12 +185,12 @@ extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* ma
 
 // One block, one tile of rows of a band by 128 of the D columns of their gradients;
 // `other` is transposed. Behind a causal mask's edge the band is 0, and not read.
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     token_gradients(const real_t* band, const real_t* other, const acc_t* units,
                     long long first_tile, long long num_tiles, long long num_tokens,
                     long long dim, long long causal, double scale, long long sides,
                     real_t* out) {
-    __shared__ __align__(16) unsigned char stages[STAGES * STAGE_BYTES];
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
     const long long tiles = (num_tokens + TILE - 1) / TILE, columns = tiles * TILE;
     const long long strips = (dim + TILE - 1) / TILE;
     const long long tile = first_tile + blockIdx.x / strips, head = tile / tiles;
@@ -197,21 +199,22 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS)
     const long long end = causal && sides == 1 ? row0 + TILE : columns;
 
     const real_t* of_band = band + blockIdx.x / strips * TILE * columns;
-    acc_t sums[4][16];
-    multiply_tiles(stages, {of_band + begin, TILE},
-                   {other + (head * dim + d0) * columns + begin, dim - d0}, 1,
-                   end - begin, columns, sums, [](int) {});
+    Fragment sums[1];
+    multiply_tiles<Whole>(stages, {of_band + begin, TILE},
+                          {other + (head * dim + d0) * columns + begin, dim - d0}, 1,
+                          end - begin, columns, sums, [](int) {});
 
     const acc_t factor = units[head] * acc_t(scale);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const long long row = row0 + tile_row(i);
+        const long long row = row0 + Whole::row(i);
         if (row >= num_tokens) continue;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            const long long d = d0 + tile_column(j);
+            const long long d = d0 + Whole::column(j);
             if (d < dim)
-                store(out + (head * num_tokens + row) * dim + d, sums[i][j] * factor);
+                store(out + (head * num_tokens + row) * dim + d,
+                      sums[0][i][j] * factor);
         }
     }
 }

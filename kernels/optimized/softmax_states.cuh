@@ -190,19 +190,19 @@ __device__ __forceinline__ void fold(State* states, int bit) {
     }
 }
 
-// Merge a thread's states of four rows with those of the other lanes of these rows.
-// Each lane writes one, of (TILE, 3) of a warp's columns; `place` is `tile_row`.
+// Merge a thread's states of a fragment's four rows, whose other columns three more
+// lanes have. Each of them writes one row to its place in `out` (rows, 3).
 template <class Place>
 __device__ __forceinline__ void write_rows(acc_t* out, State (&states)[4],
                                            Place place) {
     fold<4>(states, 1);
     fold<2>(states, 2);
-    const int row = place(threadIdx.x % 2 * 2 + threadIdx.x / 2 % 2);
-    write_state(out + row * 3, states[0]);
+    const int i = threadIdx.x % 2 * 2 + threadIdx.x / 2 % 2;
+    write_state(out + place(i) * 3, states[0]);
 }
 
-// The same of the eight columns from the thread's j-th on, by `tile_column`; rows are
-// those of a warp.
+// The same of the eight columns from the thread's j-th on, whose other rows seven more
+// lanes have; `out` (columns, 3).
 template <class Place>
 __device__ __forceinline__ void write_columns(acc_t* out, State (&states)[8], int j,
                                               Place place) {
@@ -214,12 +214,15 @@ __device__ __forceinline__ void write_columns(acc_t* out, State (&states)[8], in
     write_state(out + column * 3, states[0]);
 }
 
-// Merge `count` parts of a row's, or a column's, that lie (TILE, 3) apart.
-template <int count>
-__device__ __forceinline__ State merge_parts(const acc_t* parts) {
-    State merged;
-#pragma unroll
-    for (int part = 0; part < count; ++part)
-        merged.merge(read_state(parts + part * TILE * 3));
+// Merge two parts of a row or column, which lie `stride` apart, or four of them by
+// pairs: as two tiles of half the rows do.
+__device__ __forceinline__ State merge_two(const acc_t* parts, int stride) {
+    State merged = read_state(parts);
+    merged.merge(read_state(parts + stride));
+    return merged;
+}
+__device__ __forceinline__ State merge_four(const acc_t* parts, int stride) {
+    State merged = merge_two(parts, stride);
+    merged.merge(merge_two(parts + 2 * stride, stride));
     return merged;
 }

@@ -1,33 +1,60 @@
-// Tiles of S = A Bᵀ, 128 x 128 at a time, for A and B of shape (rows, dim).
+// Tiles of S = A Bᵀ for A and B of shape (rows, dim), with sums in registers.
 //
-// 256 threads. The rows of both tiles come to shared memory 64 bytes at a time, with
-// two such steps in flight ahead of the one being multiplied. Of the 128 x 128 sums
-// each thread holds 4 x 16, the same ones whether the tensor cores find them (16-bit
-// types, and float where TF32 is allowed; sm_80 on) or the FMA units: warp w has rows
-// w / 2 * 32 and columns w % 2 * 64 onwards.
+// The rows of both sides come to shared memory STEP_BYTES at a time; copies of the next
+// steps are in flight while one is multiplied. A warp holds fragments of 32 x 64 sums,
+// 4 x 16 in each thread, whether the tensor cores find them (16-bit types, and float
+// where TF32 is allowed; sm_80 on) or the FMA units. Every shape of tile is made of the
+// same fragments and adds in the same order, so it changes no bit of a result.
 
-constexpr int TILE_THREADS = BLOCK_THREADS;
-constexpr int STAGES = 3;
-constexpr int STEP_BYTES = 64;  // of each row
 constexpr int STEP = STEP_BYTES / sizeof(real_t);
-constexpr int STAGE_BYTES = 2 * TILE * STEP_BYTES;  // A's rows, then B's: 16 KB
 constexpr bool TENSOR_CORES = (sizeof(real_t) == 2 || TF32) && __CUDA_ARCH__ >= 800;
 // Blocks that share the registers of an SM: TF32 takes more of them than 16 bits do.
 constexpr int TILE_BLOCKS = TENSOR_CORES && !TF32 ? 2 : 1;
+
+using Fragment = acc_t[4][16];
+
+// A tile of `rows` by `columns`. Warps stand `across` columns of 64 wide, and each has
+// `fragments` below one another.
+template <int rows_, int columns_, int fragments_, int stages_>
+struct Shape {
+    static constexpr int rows = rows_, columns = columns_, fragments = fragments_;
+    static constexpr int stages = stages_;
+    static constexpr int across = columns / 64, down = rows / (32 * fragments);
+    static constexpr int threads = across * down * 32;
+    static constexpr int stage_bytes = (rows + columns) * STEP_BYTES;  // A's, then B's
+    static constexpr int bytes = stages * stage_bytes;
+
+    // The first row and column of a thread's warp.
+    static __device__ __forceinline__ int warp_row() {
+        return threadIdx.x / 32 / across * (32 * fragments);
+    }
+    static __device__ __forceinline__ int warp_column() {
+        return threadIdx.x / 32 % across * 64;
+    }
+    // Where a thread's i-th row and j-th column lie in the tile. A fragment has 4 rows.
+    static __device__ __forceinline__ int row(int i) {
+        return warp_row() + i * 8 + threadIdx.x % 32 / 4;
+    }
+    static __device__ __forceinline__ int column(int j) {
+        return warp_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+    }
+};
+using Whole = Shape<TILE, TILE, 1, 3>;
+using Half = Shape<TILE / 2, TILE, 1, 4>;  // where few blocks run: twice as many
+// For tensor cores alone, one block on an SM: reads a quarter less.
+using Wide = Shape<TILE, 2 * TILE, 2, WIDE_STAGES>;
+
+// A number that a lambda gets at compile time.
+template <int number>
+struct Number {
+    static constexpr int value = number;
+};
 
 // Rows of a matrix from a tile's first on; those from `count` on do not exist.
 struct Rows {
     const real_t* data;
     long long count;
 };
-
-// Where a thread's i-th row and j-th column lie in the tile.
-__device__ __forceinline__ int tile_row(int i) {
-    return threadIdx.x / 64 * 32 + i * 8 + threadIdx.x % 32 / 4;
-}
-__device__ __forceinline__ int tile_column(int j) {
-    return threadIdx.x / 32 % 2 * 64 + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
-}
 
 // Where the 16 bytes `chunk` of a staged row lie, in bytes from the stage's start.
 // Turning the chunks with the row keeps eight rows that are read at once in different
@@ -36,24 +63,24 @@ __device__ __forceinline__ int staged(int row, int chunk) {
     return row * STEP_BYTES + (chunk ^ row / 2 % 4) * 16;
 }
 
-// Stage STEP_BYTES of all rows from column k on, zeros for what does not exist. Copies
-// are of `grain` bytes, which divides every row's address and length; 2 stands for what
-// cannot be copied in the background.
-template <int grain>
-__device__ __forceinline__ void stage_step(unsigned char* stage, const Rows& a,
-                                           const Rows& b, long long k, long long dim,
-                                           long long stride) {
-    constexpr int rows = TILE_THREADS / 4;  // at a time, a thread for a chunk
+// Stage STEP_BYTES of `rows_a` rows of A and `rows_b` of B from column k on, zeros for
+// what does not exist. Copies are of `grain` bytes, which divides every row's address
+// and length; 2 stands for what cannot be copied in the background.
+template <int rows_a, int rows_b, int threads, int grain>
+__device__ __forceinline__ void stage_pieces(unsigned char* stage, const Rows& a,
+                                             const Rows& b, long long k, long long dim,
+                                             long long stride) {
+    constexpr int rows = threads / 4;  // at a time, a thread for a chunk
     const int chunk = threadIdx.x % 4;
     const long long column = k + chunk * WIDTH;
     const int rest = static_cast<int>(min(dim - column, (long long)WIDTH));
 #pragma unroll
-    for (int first = 0; first < 2 * TILE; first += rows) {  // B's from TILE on
-        const Rows& from = first < TILE ? a : b;
-        const int row = first % TILE + threadIdx.x / 4;
+    for (int first = 0; first < rows_a + rows_b; first += rows) {
+        const Rows& from = first < rows_a ? a : b;
+        const int row = first - (first < rows_a ? 0 : rows_a) + threadIdx.x / 4;
         const real_t* source = from.data + row * stride + column;
         const int left = row < from.count ? rest : 0;
-        unsigned char* target = stage + staged(first / TILE * TILE + row, chunk);
+        unsigned char* target = stage + staged(first + threadIdx.x / 4, chunk);
         if constexpr (grain == 2) {
             *reinterpret_cast<Vector*>(target) = read_halfwords(source, left);
         } else {
@@ -71,15 +98,26 @@ __device__ __forceinline__ void stage_step(unsigned char* stage, const Rows& a,
 }
 
 // The same by the widest copies that fit, the same ones for a whole launch.
-__device__ __forceinline__ void stage_step(int grain, unsigned char* stage,
-                                           const Rows& a, const Rows& b, long long k,
-                                           long long dim, long long stride) {
+template <int rows_a, int rows_b, int threads>
+__device__ __forceinline__ void stage_pieces(int grain, unsigned char* stage,
+                                             const Rows& a, const Rows& b, long long k,
+                                             long long dim, long long stride) {
+    constexpr int word = sizeof(real_t) == 8 ? 8 : 4;
+    constexpr int least = sizeof(real_t) == 2 ? 2 : 8;
     if (sizeof(real_t) == 8 || grain == 8)
-        stage_step<8>(stage, a, b, k, dim, stride);
+        stage_pieces<rows_a, rows_b, threads, 8>(stage, a, b, k, dim, stride);
     else if (sizeof(real_t) == 4 || grain == 4)
-        stage_step<sizeof(real_t) == 8 ? 8 : 4>(stage, a, b, k, dim, stride);
+        stage_pieces<rows_a, rows_b, threads, word>(stage, a, b, k, dim, stride);
     else
-        stage_step<sizeof(real_t) == 2 ? 2 : 8>(stage, a, b, k, dim, stride);
+        stage_pieces<rows_a, rows_b, threads, least>(stage, a, b, k, dim, stride);
+}
+
+// The widest copy that divides the addresses of both matrices and of all their rows.
+__device__ __forceinline__ int grain_of_both(const Rows& a, const Rows& b,
+                                             long long lengths) {
+    return grain_of(reinterpret_cast<unsigned long long>(a.data) |
+                    reinterpret_cast<unsigned long long>(b.data) |
+                    static_cast<unsigned long long>(lengths) * sizeof(real_t));
 }
 
 // Whether a matrix is staged as `Chunks`: whole chunks, aligned, and offsets within a
@@ -88,20 +126,21 @@ __device__ __forceinline__ bool in_chunks(int grain, long long stride) {
     return grain == 16 && stride < 1 << 24;
 }
 
-// A thread's part of such a tile: one chunk of the rows `threadIdx.x / 4` and 64
-// further. A row that does not exist is another copy of the last one, whose sums have
-// no use.
+// A thread's part of `num_rows` rows by `threads`: a chunk of every (threads / 4)-th
+// row. A row that does not exist is another copy of the last one, whose sums have no
+// use.
+template <int num_rows, int threads>
 struct Chunks {
+    static constexpr int rows = threads / 4;  // at a time, a thread for a chunk
     const real_t* data;
-    unsigned offset[2];
+    unsigned offset[num_rows / rows];
 
-    __device__ __forceinline__ Chunks(const Rows& rows, long long stride)
-        : data(rows.data) {
-        const int last = static_cast<int>(min(rows.count, (long long)TILE)) - 1;
+    __device__ __forceinline__ Chunks(const Rows& from, long long stride)
+        : data(from.data) {
+        const int last = static_cast<int>(min(from.count, (long long)num_rows)) - 1;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row =
-                min(static_cast<int>(threadIdx.x / 4) + i * (TILE / 2), last);
+        for (int i = 0; i < num_rows / rows; ++i) {
+            const int row = min(static_cast<int>(threadIdx.x / 4) + i * rows, last);
             offset[i] = row * static_cast<unsigned>(stride) + threadIdx.x % 4 * WIDTH;
         }
     }
@@ -110,39 +149,46 @@ struct Chunks {
     __device__ __forceinline__ void stage(unsigned char* target, int column,
                                           bool exists) const {
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            cp_async_or_zeros<16>(target + i * (TILE / 2) * STEP_BYTES,
+        for (int i = 0; i < num_rows / rows; ++i)
+            cp_async_or_zeros<16>(target + i * rows * STEP_BYTES,
                                   data + column + offset[i], exists);
     }
 };
 
-// sums += the products of one step, on the tensor cores.
-template <class T>
-__device__ __forceinline__ void multiply_mma(unsigned char* stage,
-                                             acc_t (&sums)[4][16]) {
+// sums += the products of one step of A's rows and B's, on the tensor cores.
+template <class Tile>
+__device__ __forceinline__ void multiply_mma(const unsigned char* rows,
+                                             const unsigned char* columns,
+                                             Fragment (&sums)[Tile::fragments]) {
     const int lane = threadIdx.x % 32;
     // The chunk of the step's first half that the lane gives to `ldmatrix_x4`, in bytes
-    // from the stage's start; what is added to a row below is a multiple of 8 and turns
-    // no chunk, and the second half's chunk is 2 further, which flips a bit.
-    const int a0 = staged(threadIdx.x / 64 * 32 + lane % 16, lane / 16);
-    const int b0 = staged(TILE + threadIdx.x / 32 % 2 * 64 + lane / 16 * 8 + lane % 8,
-                          lane / 8 % 2);
+    // from the first row; what is added to a row below is a multiple of 8 and turns no
+    // chunk, and the second half's chunk is 2 further, which flips a bit.
+    const int a0 = staged(Tile::warp_row() + lane % 16, lane / 16);
+    const int b0 = staged(Tile::warp_column() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // of the step: 32 bytes of each row
-        const unsigned char* from_a = stage + (a0 ^ half * 32);
-        const unsigned char* from_b = stage + (b0 ^ half * 32);
-        unsigned a[2][4];
-        for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], from_a + m * 16 * STEP_BYTES);
+        const unsigned char* from_a = rows + (a0 ^ half * 32);
+        const unsigned char* from_b = columns + (b0 ^ half * 32);
+        unsigned a[2 * Tile::fragments][4];
+#pragma unroll
+        for (int m = 0; m < 2 * Tile::fragments; ++m)
+            ldmatrix_x4(a[m], from_a + m * 16 * STEP_BYTES);
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {  // two 8-column strips to a load
             unsigned b[4];
             ldmatrix_x4(b, from_b + n * 8 * STEP_BYTES);
             const unsigned strips[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
-            for (int m = 0; m < 2; ++m)
-                for (int s = 0; s < 2; ++s)
-                    mma_16x8(sums[2 * m][2 * (n + s)], sums[2 * m][2 * (n + s) + 1],
-                             sums[2 * m + 1][2 * (n + s)],
-                             sums[2 * m + 1][2 * (n + s) + 1], a[m], strips[s], T());
+#pragma unroll
+            for (int m = 0; m < 2 * Tile::fragments; ++m)
+#pragma unroll
+                for (int s = 0; s < 2; ++s) {
+                    auto& upper = sums[m / 2][m % 2 * 2];  // 8 rows, and 8 below
+                    auto& lower = sums[m / 2][m % 2 * 2 + 1];
+                    const int j = 2 * (n + s);
+                    mma_16x8(upper[j], upper[j + 1], lower[j], lower[j + 1], a[m],
+                             strips[s], real_t());
+                }
         }
     }
 }
@@ -156,52 +202,66 @@ __device__ __forceinline__ void load_staged(acc_t (&x)[WIDTH],
 }
 
 // The same by fused multiply-adds.
-__device__ __forceinline__ void multiply_fma(unsigned char* stage,
-                                             acc_t (&sums)[4][16]) {
+template <class Tile>
+__device__ __forceinline__ void multiply_fma(const unsigned char* rows,
+                                             const unsigned char* columns,
+                                             Fragment (&sums)[1]) {
     for (int chunk = 0; chunk < 4; ++chunk) {
         acc_t a[4][WIDTH], b[WIDTH];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            load_staged(a[i], stage + staged(tile_row(i), chunk));
+            load_staged(a[i], rows + staged(Tile::row(i), chunk));
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            load_staged(b, stage + staged(TILE + tile_column(j), chunk));
+            load_staged(b, columns + staged(Tile::column(j), chunk));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
-                for (int k = 0; k < WIDTH; ++k) sums[i][j] += a[i][k] * b[k];
+                for (int k = 0; k < WIDTH; ++k) sums[0][i][j] += a[i][k] * b[k];
         }
     }
 }
 
-template <class T, bool tensor_cores>
-__device__ __forceinline__ void multiply(unsigned char* stage, acc_t (&sums)[4][16]) {
+template <class Tile, bool tensor_cores>
+__device__ __forceinline__ void multiply(const unsigned char* rows,
+                                         const unsigned char* columns,
+                                         Fragment (&sums)[Tile::fragments]) {
     if constexpr (tensor_cores)
-        multiply_mma<T>(stage, sums);
+        multiply_mma<Tile>(rows, columns, sums);
     else
-        multiply_fma(stage, sums);
+        multiply_fma<Tile>(rows, columns, sums);
+}
+
+template <int fragments>
+__device__ __forceinline__ void clear(Fragment (&sums)[fragments]) {
+#pragma unroll
+    for (int f = 0; f < fragments; ++f)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < 16; ++j) sums[f][i][j] = 0;
 }
 
 // For tile 0, 1, ... of B's rows: find the sums with A's tile, then call use(tile).
-// `stages` (STAGES * STAGE_BYTES, shared) is free again at the end. The rows' first
-// `dim` elements are read, and they lie `stride` apart.
-template <bool tensor_cores = TENSOR_CORES, class Use>
+// `stages` (Tile::bytes, shared) is free again at the end. The rows' first `dim`
+// elements are read, and they lie `stride` apart.
+template <class Tile, bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
                                                long long dim, long long stride,
-                                               acc_t (&sums)[4][16], Use use) {
+                                               Fragment (&sums)[Tile::fragments],
+                                               Use use) {
     const int steps_per_tile = static_cast<int>((dim + STEP - 1) / STEP);
-    const int grain =
-        grain_of(reinterpret_cast<unsigned long long>(a.data) |
-                 reinterpret_cast<unsigned long long>(b.data) |
-                 static_cast<unsigned long long>(stride | dim) * sizeof(real_t));
+    const int grain = grain_of_both(a, b, stride | dim);
     const auto rows_from = [&](unsigned tile) {
-        const long long first = static_cast<long long>(tile) * TILE;
+        const long long first = static_cast<long long>(tile) * Tile::columns;
         return Rows{b.data + first * stride, b.count - first};
     };
     const bool chunks = in_chunks(grain, stride);
-    const Chunks of_a(a, stride);
-    Chunks of_b(b, stride);
+    constexpr int threads = Tile::threads;
+    const Chunks<Tile::rows, threads> of_a(a, stride);
+    Chunks<Tile::columns, threads> of_b(b, stride);
+    constexpr int a_bytes = Tile::rows * STEP_BYTES;
     const int target = staged(threadIdx.x / 4, threadIdx.x % 4);
     const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
     // To be staged. Unsigned, so that of one tile the compiler sees that none follows.
@@ -209,34 +269,35 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
     int next_step = 0;
     const auto stage_next = [&](int slot) {
         if (next_tile < static_cast<unsigned>(num_tiles)) {
-            unsigned char* stage = stages + slot * STAGE_BYTES;
+            unsigned char* stage = stages + slot * Tile::stage_bytes;
             const int column = next_step * STEP;
             if (chunks) {
                 of_a.stage(stage + target, column, column < rest);
-                of_b.stage(stage + TILE * STEP_BYTES + target, column, column < rest);
+                of_b.stage(stage + a_bytes + target, column, column < rest);
             } else {
-                stage_step(grain, stage, a, rows_from(next_tile), column, dim, stride);
+                stage_pieces<Tile::rows, Tile::columns, threads>(
+                    grain, stage, a, rows_from(next_tile), column, dim, stride);
             }
             if (++next_step == steps_per_tile) {
                 next_step = 0, ++next_tile;
                 if (next_tile < static_cast<unsigned>(num_tiles))
-                    of_b = Chunks(rows_from(next_tile), stride);
+                    of_b = Chunks<Tile::columns, threads>(rows_from(next_tile), stride);
             }
         }
         cp_async_commit();
     };
-    for (int slot = 0; slot < STAGES - 1; ++slot) stage_next(slot);
+    for (int slot = 0; slot < Tile::stages - 1; ++slot) stage_next(slot);
 
     int slot = 0;
     for (int tile = 0; tile < num_tiles; ++tile) {
-        for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < 16; ++j) sums[i][j] = 0;
+        clear(sums);
         for (int step = 0; step < steps_per_tile; ++step) {
-            cp_async_wait<STAGES - 2>();
+            cp_async_wait<Tile::stages - 2>();
             __syncthreads();  // this step is there, and the one before it is used up
-            stage_next(slot == 0 ? STAGES - 1 : slot - 1);
-            multiply<real_t, tensor_cores>(stages + slot * STAGE_BYTES, sums);
-            slot = slot == STAGES - 1 ? 0 : slot + 1;
+            stage_next(slot == 0 ? Tile::stages - 1 : slot - 1);
+            const unsigned char* stage = stages + slot * Tile::stage_bytes;
+            multiply<Tile, tensor_cores>(stage, stage + a_bytes, sums);
+            slot = slot == Tile::stages - 1 ? 0 : slot + 1;
         }
         use(tile);
     }
@@ -245,12 +306,65 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
 }
 
 // The same for rows without gaps.
-template <bool tensor_cores = TENSOR_CORES, class Use>
+template <class Tile, bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
-                                               long long dim, acc_t (&sums)[4][16],
+                                               long long dim,
+                                               Fragment (&sums)[Tile::fragments],
                                                Use use) {
-    multiply_tiles<tensor_cores>(stages, a, b, num_tiles, dim, dim, sums, use);
+    multiply_tiles<Tile, tensor_cores>(stages, a, b, num_tiles, dim, dim, sums, use);
+}
+
+// The same for rows so short that A's tile stays in shared memory, and each of B's is
+// there as a whole while the next one is on its way: `shared` holds A's and two of B's,
+// rows in whole steps.
+template <class Tile, class Use>
+__device__ __forceinline__ void multiply_kept(unsigned char* shared, const Rows& a,
+                                              const Rows& b, int num_tiles,
+                                              long long dim,
+                                              Fragment (&sums)[Tile::fragments],
+                                              Use use) {
+    constexpr int threads = Tile::threads;
+    constexpr int a_bytes = Tile::rows * STEP_BYTES;  // of a step
+    constexpr int b_bytes = Tile::columns * STEP_BYTES;
+    const int steps = static_cast<int>((dim + STEP - 1) / STEP);
+    const int grain = grain_of_both(a, b, dim);
+    unsigned char* tiles = shared + steps * a_bytes;  // of B, in turns
+    const auto stage = [&](auto num_rows, unsigned char* to, const Rows& from) {
+        constexpr int count = num_rows.value;
+        if (in_chunks(grain, dim)) {
+            const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
+            const Chunks<count, threads> chunks(from, dim);
+            to += staged(threadIdx.x / 4, threadIdx.x % 4);
+#pragma unroll 1
+            for (int k = 0; k < dim; k += STEP, to += count * STEP_BYTES)
+                chunks.stage(to, k, k < rest);
+        } else {
+#pragma unroll 1
+            for (int k = 0; k < dim; k += STEP, to += count * STEP_BYTES)
+                stage_pieces<count, 0, threads>(grain, to, from, from, k, dim, dim);
+        }
+    };
+    const auto stage_tile = [&](int tile) {
+        const long long first = static_cast<long long>(tile) * Tile::columns;
+        stage(Number<Tile::columns>(), tiles + tile % 2 * steps * b_bytes,
+              {b.data + first * dim, b.count - first});
+        cp_async_commit();
+    };
+    stage(Number<Tile::rows>(), shared, a);
+    stage_tile(0);
+    for (int tile = 0; tile < num_tiles; ++tile) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile is there, and the one before it is used up
+        if (tile + 1 < num_tiles) stage_tile(tile + 1);
+        clear(sums);
+        const unsigned char* columns = tiles + tile % 2 * steps * b_bytes;
+        for (int step = 0; step < steps; ++step)
+            multiply<Tile, TENSOR_CORES>(shared + step * a_bytes,
+                                         columns + step * b_bytes, sums);
+        use(tile);
+    }
+    __syncthreads();
 }
 
 // Bit i: the thread's i-th row (or column) of the tile from `first` on is a token.
@@ -266,9 +380,19 @@ __device__ __forceinline__ unsigned tokens_among(const bool* mask, long long fir
     return bits;
 }
 
-// Tile (i, j) with i <= j, the index-th of the upper ones row by row.
-__device__ __forceinline__ void upper_tile(long long index, long long num_tiles,
-                                           long long* i, long long* j) {
-    for (*i = 0; index >= num_tiles - *i; ++*i) index -= num_tiles - *i;
-    *j = *i + index;
+// Where a tile of a symmetric product lies: its first row and column.
+struct Corner {
+    long long row, column;
+};
+
+// The index-th tile that reaches the diagonal or the half above it. The matrix is cut
+// into squares as wide as a tile, and these from above into tiles. Of the last ones a
+// tile may have no row at all.
+template <class Tile>
+__device__ __forceinline__ Corner upper_tile(long long index, long long num_squares) {
+    constexpr int parts = Tile::columns / Tile::rows;
+    const long long part = index % parts;
+    long long i = 0, j = index / parts;
+    for (; j >= num_squares - i; ++i) j -= num_squares - i;
+    return {i * Tile::columns + part * Tile::rows, (i + j) * Tile::columns};
 }

@@ -1,0 +1,197 @@
+"""Shapes of tiles: which one a launch takes, and that none changes a bit."""
+
+import ml_dtypes
+import numpy as np
+import ptx
+import pytest
+from kernel_cases import mask_of, random
+
+import qm_cupy as qm
+from qm_cupy import _cuda, _tiles
+
+BFLOAT16 = ml_dtypes.bfloat16
+DEVICES = {  # multiprocessors, and bytes of shared memory
+    "_half": _cuda.Device(1000, 48 << 10),
+    "": _cuda.Device(1, 16 << 10),
+    "_wide": _cuda.Device(1, 227 << 10),
+    "_kept": _cuda.Device(1, 227 << 10),
+}
+H200 = _cuda.Device(132, 227 << 10)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Return a function that makes a call with one shape of tile."""
+    ptx.install(monkeypatch)
+    names, launch = [], _cuda.launch
+
+    def counted(file, kernel, *args, **options):
+        names.append(kernel)
+        launch(file, kernel, *args, **options)
+
+    def with_shape(shape, kernel, call):
+        monkeypatch.setattr(_cuda, "device", lambda: DEVICES[shape])
+        # Whether a wide tile pays is another question.
+        monkeypatch.setattr(_tiles, "_WIDE_COST", 0)
+        names.clear()
+        got = call()
+        assert kernel + shape in names
+        return np.asarray(got)
+
+    monkeypatch.setattr(_cuda, "launch", counted)
+    return with_shape
+
+
+def same(run, kernel, shapes, call):
+    whole = run("", kernel, call)
+    for shape in shapes:
+        np.testing.assert_array_equal(run(shape, kernel, call), whole, shape)
+
+
+# N around the tiles' edges; D with and without whole chunks of 16 bytes.
+SIZES = [(1, 8), (64, 8), (65, 40), (128, 33), (130, 72), (257, 8), (300, 36)]
+sizes = pytest.mark.parametrize(("num_tokens", "dim"), SIZES)
+masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+dtypes = pytest.mark.parametrize(
+    ("dtype", "shapes"),
+    [
+        (np.float16, ["_half", "_wide"]),
+        (BFLOAT16, ["_half", "_wide"]),
+        (np.float32, ["_half"]),
+        (np.float64, ["_half"]),
+    ],
+)
+
+
+@dtypes
+@sizes
+@masked
+def test_self_attention(run, dtype, shapes, num_tokens, dim, masked):
+    x = random((2, num_tokens, dim), dtype)
+    mask = mask_of(2, num_tokens, masked)
+    same(
+        run,
+        "self_attention_states",
+        shapes,
+        lambda: qm.self_attention_entropy(x, mask=mask),
+    )
+
+
+@dtypes
+@sizes
+def test_cosines(run, dtype, shapes, num_tokens, dim):
+    x = random((2, num_tokens, dim), dtype)
+    x[0, num_tokens // 2] = 0
+    same(run, "cosine_similarity", shapes, lambda: qm.cosine_similarity(x))
+
+
+@dtypes
+@pytest.mark.parametrize("num_groups", [1, 130, 257])
+def test_nearest_anchors(run, dtype, shapes, num_groups):
+    x = random((2, 300, 24), dtype)
+    anchors = random((2, num_groups, 24), dtype, seed=1)
+    same(run, "nearest_anchors", shapes, lambda: qm.reconstruction_error(x, anchors))
+
+
+@dtypes
+@sizes
+@masked
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_queries_and_keys(run, dtype, shapes, num_tokens, dim, masked, causal):
+    q, k = (random((2, num_tokens, dim), dtype, seed=s) for s in (0, 1))
+    mask = mask_of(2, num_tokens, masked)
+    kept = [] if dtype == np.float64 else ["_kept"]
+    same(
+        run,
+        "query_key_entropy",
+        ["_half", *kept],
+        lambda: qm.query_key_entropy(q, k, mask=mask, causal=causal),
+    )
+
+
+def test_queries_and_keys_whose_rows_are_not_aligned(run):
+    """A view that begins 2 bytes further: its rows are copied in single elements."""
+    q, k = (random((257 * 64 + 1), np.float16, seed=s)[1:] for s in (0, 1))
+    q, k = q.reshape(257, 64), k.reshape(257, 64)
+    shapes = ["_half", "_kept"]
+    call = lambda: qm.query_key_entropy(q, k)  # noqa: E731
+    same(run, "query_key_entropy", shapes, call)
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["float32", "tf32"])
+@pytest.mark.parametrize("rows", [40, 64, 65, 129])
+def test_linear_maps(run, rows, allowed):
+    prior = qm.MLPPrior.init(24, hidden_dim=130)
+    x = random((2, rows, 24), np.float32)
+    with qm.allow_tf32(allowed):
+        same(run, "linear", ["_half"], lambda: qm.alignment_loss(x, prior).total)
+
+
+@pytest.mark.parametrize("num_tokens", [130, 300])
+def test_tf32(run, num_tokens):
+    x = random((2, num_tokens, 36), np.float32)
+    shapes = ["_half", "_wide"]
+    with qm.allow_tf32():
+        states, cosines = "self_attention_states", "cosine_similarity"
+        same(run, states, shapes, lambda: qm.self_attention_entropy(x))
+        same(run, cosines, shapes, lambda: qm.cosine_similarity(x))
+
+
+def selected(device, monkeypatch, blocks, dtype=None, tiles=lambda shape: 1):
+    monkeypatch.setattr(_cuda, "device", lambda: device)
+    return _tiles.select_shape(blocks, dtype, tiles)
+
+
+def upper(batch, num_tokens):
+    return lambda shape: batch * _tiles.upper_tiles(shape, num_tokens)
+
+
+def test_few_blocks_are_halved(monkeypatch):
+    dtype = np.dtype(np.float16)
+    assert selected(H200, monkeypatch, upper(1, 576), dtype) is _tiles.HALF  # 15
+    assert selected(H200, monkeypatch, upper(131, 1), dtype) is _tiles.HALF
+    assert selected(H200, monkeypatch, upper(132, 1), dtype) is _tiles.WHOLE
+
+
+def test_many_blocks_of_16_bits_are_wide(monkeypatch):
+    many = upper(96, 4096)
+    for dtype in np.float16, BFLOAT16:
+        assert selected(H200, monkeypatch, many, np.dtype(dtype)) is _tiles.WIDE
+    for dtype in np.float32, np.float64:
+        assert selected(H200, monkeypatch, many, np.dtype(dtype)) is _tiles.WHOLE
+    assert selected(H200, monkeypatch, many) is _tiles.WHOLE  # there is no wide kernel
+    with qm.allow_tf32():
+        found = selected(H200, monkeypatch, many, np.dtype(np.float32))
+        assert found is _tiles.WIDE
+    for shared in 64 << 10, (96 << 10) - 1:  # a T4 has no such tensor cores
+        small = _cuda.Device(40, shared)
+        found = selected(small, monkeypatch, many, np.dtype(np.float16))
+        assert found is _tiles.WHOLE
+    fits = _cuda.Device(40, 96 << 10)
+    assert selected(fits, monkeypatch, many, np.dtype(np.float16)) is _tiles.WIDE
+
+
+def test_a_wide_tile_must_fill_the_gpu(monkeypatch):
+    """One sequence of 4096: two full turns of 528 tiles, or three of 272, 16 in one."""
+    dtype = np.dtype(np.float16)
+    assert selected(H200, monkeypatch, upper(1, 4096), dtype) is _tiles.WHOLE
+
+
+def test_tiles_that_reach_the_diagonal():
+    assert [_tiles.upper_tiles(_tiles.WHOLE, n) for n in (1, 128, 129, 385)] == [
+        1, 1, 3, 10,
+    ]  # fmt: skip
+    assert [_tiles.upper_tiles(_tiles.HALF, n) for n in (1, 128, 129)] == [2, 2, 6]
+    assert [_tiles.upper_tiles(_tiles.WIDE, n) for n in (1, 256, 257)] == [2, 2, 6]
+
+
+def test_room_for_kept_queries(monkeypatch):
+    monkeypatch.setattr(_cuda, "device", lambda: H200)
+    f16, f32, f64 = map(np.dtype, (np.float16, np.float32, np.float64))
+    assert _tiles.kept_bytes(128, f16) == 48 << 10  # d = 64: a query tile and two more
+    assert _tiles.kept_bytes(130, f16) == 72 << 10  # a step more
+    assert _tiles.kept_bytes(256, f16) == 96 << 10
+    assert _tiles.kept_bytes(320, f16) == 0  # two blocks have no room
+    assert _tiles.kept_bytes(512, f32) == 192 << 10  # one has
+    assert _tiles.kept_bytes(640, f32) == 0
+    assert _tiles.kept_bytes(64, f64) == 0
