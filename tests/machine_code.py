@@ -1,9 +1,9 @@
 """Machine code as loops: what a warp executes in one iteration, counted by unit.
 
-`parse` reads what nvdisasm prints. A loop's body also holds code for rare cases, such as
-unaligned rows, so a body's length says little. `Function.path` therefore counts the
-shortest path through a loop that passes the instructions which the common case needs:
-for example the matrix products and the 16-byte copies of a tile's step.
+`parse` reads what nvdisasm prints. A loop's body also holds code for rare cases, such
+as unaligned rows, so its length says little. `Function.path` therefore counts the
+shortest path through a loop that passes the instructions of the common case: for
+example the matrix products and the 16-byte copies of a tile's step.
 """
 
 import functools
@@ -14,31 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# The unit of an opcode, by its first word.
-_UNITS = {
-    "tensor": "HMMA IMMA DMMA BMMA",
-    "mufu": "MUFU F2F F2I I2F FRND POPC FLO BREV",
-    "fp32": "FFMA FADD FMUL HFMA2 HADD2 HMUL2 FFMA32I FADD32I FMUL32I",
-    "imad": "IMAD",
-    "fp64": "DFMA DADD DMUL DSETP",
-    "alu": "IADD3 LOP3 SHF LEA ISETP FSETP DSETP FMNMX IMNMX VIMNMX VIADD VIADDMNMX SEL "
-    "FSEL PRMT MOV PLOP3 IABS SGXT FSET F2FP I2FP CS2R P2R R2P FCHK BMSK LOP SHL SHR "
-    "HSETP2 HMNMX2 VOTE ISCADD XMAD NOP",
-    "lds": "LDS",
-    "ldsm": "LDSM",
-    "sts": "STS ATOMS",
-    "ldgsts": "LDGSTS",
-    "ldg": "LDG LD",
-    "stg": "STG ST ATOMG ATOM REDG RED",
-    "local": "LDL STL",
-    "shuffle": "SHFL MATCH",
-    "control": "BRA BSSY BSYNC BREAK EXIT RET CALL BAR WARPSYNC DEPBAR LDGDEPBAR BRX "
-    "YIELD MEMBAR ERRBAR CCTL CGAERRBAR ENDCOLLECTIVE BPT NANOSLEEP",
-}
-_UNIT_OF = {word: unit for unit, words in _UNITS.items() for word in words.split()}
-
-# Units whose instructions move data between registers, shared memory and the caches.
-MEMORY = "lds", "ldsm", "sts", "ldgsts", "ldg", "stg", "local", "shuffle"
+from instruction_units import MEMORY, lane_bytes, unit_of
 
 _SECTION = re.compile(r"\n\s*\.section\s+\.text\.(\w+)")
 _LABEL = re.compile(r"([.$\w]+):$")
@@ -47,28 +23,6 @@ _INSTRUCTION = re.compile(
 )
 _TARGET = re.compile(r"`\(([.$\w]+)\)")
 _ENDS = "EXIT", "RET", "BRA", "BRX", "JMP", "BPT"
-
-
-def unit_of(opcode: str) -> str:
-    """Return the unit that executes an opcode, or ``"other"``.
-
-    Opcodes that start with U, such as UIADD3, run once for a warp on the uniform unit.
-    """
-    word = opcode.split(".")[0]
-    if word in _UNIT_OF:
-        return _UNIT_OF[word]
-    return "uniform" if word.startswith("U") or word == "R2UR" else "other"
-
-
-def lane_bytes(opcode: str) -> int:
-    """Return how many bytes of each lane a load, store or copy moves."""
-    words = opcode.split(".")
-    if words[0] == "LDSM":
-        return 4 * int(words[-1]) if words[-1] in "124" else 4
-    for size in (128, 64, 16, 8):
-        if any(word in (f"{size}", f"U{size}", f"S{size}") for word in words):
-            return size // 8
-    return 4
 
 
 class Instruction(NamedTuple):
@@ -137,6 +91,11 @@ class Function:
         self._at = {x: block_at[i] for x, i in labels.items() if i in block_at}
         self._next = [self._successors(i) for i in range(len(self._code))]
 
+    @property
+    def size(self) -> int:
+        """Return how many instructions there are, but for padding."""
+        return sum(x.opcode != "NOP" for code in self._code for x in code)
+
     def _successors(self, block: int) -> tuple[int | None, ...]:
         """Return the blocks that can follow; None stands for the kernel's end."""
         last = self._code[block][-1]
@@ -156,7 +115,11 @@ class Function:
     def _opcodes(self, code: list[Instruction]) -> Counter[str]:
         counts = Counter(x.opcode for x in code if x.opcode != "NOP")
         for x in code:
-            if x.opcode.startswith("CALL") and x.targets[:1] and x.targets[0] in self._at:
+            if (
+                x.opcode.startswith("CALL")
+                and x.targets[:1]
+                and x.targets[0] in self._at
+            ):
                 counts += self._callee(self._at[x.targets[0]])
         return counts
 
@@ -326,7 +289,9 @@ def _immediate_dominators(
     while changed:
         changed = False
         for block in reversed(order[:-1]):
-            dominator = functools.reduce(common, [x for x in before[block] if x in found])
+            dominator = functools.reduce(
+                common, [x for x in before[block] if x in found]
+            )
             changed |= found.get(block) != dominator
             found[block] = dominator
     return found
@@ -346,11 +311,13 @@ def _ends_block(x: Instruction) -> bool:
     return x.opcode.split(".")[0] in _ENDS
 
 
-def parse(text: str) -> dict[str, Function]:
-    """Return the kernels of nvdisasm's text, by name."""
+def parse(text: str, kernels: Iterable[str]) -> dict[str, Function]:
+    """Return kernels of nvdisasm's text, by name."""
     _, *parts = _SECTION.split(text)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
     found = {}
-    for name, part in zip(parts[::2], parts[1::2], strict=True):
+    for name in kernels:
+        part = sections[name]
         code: list[Instruction] = []
         labels: dict[str, int] = {}
         for line in map(str.strip, part.splitlines()):
