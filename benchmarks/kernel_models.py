@@ -135,7 +135,8 @@ MODELS = {
     "optimized/merging/merge_tokens": Model(
         {
             "member": Loop(
-                {"LDG.E.128": 1}, lambda s: s.num_tokens / s.num_groups, "LDG.E.128"
+                {"LDG.E.128": 1, "LDG.E": 3},  # which member, its mass, its columns
+                lambda s: s.num_tokens / s.num_groups, "LDG.E.128",
             )
         },
         {"STG.E.128": 1},

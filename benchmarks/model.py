@@ -16,7 +16,7 @@ import machine_code
 import nvrtc
 from card_device import facts_of
 from cards import blocks_per_sm
-from kernel_models import MODELS, Model, Sizes
+from kernel_models import MODELS, UNPREDICTED, Model, Sizes
 from machine_code import Function, Path
 
 from qm_cupy import _cuda
@@ -61,7 +61,12 @@ class Part(NamedTuple):
 
 
 def parts_of(launch: Launch, model: Model, function: Function) -> dict[str, Part]:
-    """Return what a warp of a launch executes: the model's loops and the rest."""
+    """Return what a warp of a launch executes: the model's loops and the rest.
+
+    Of a kernel whose time is not predicted, it is all of its code.
+    """
+    if model is UNPREDICTED:
+        return {"code": Part(function.code, 1.0, 0.0, 0.0)}
     if not model.loops:
         return {}
     sizes = SimpleNamespace(

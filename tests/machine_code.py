@@ -92,9 +92,11 @@ class Function:
         self._next = [self._successors(i) for i in range(len(self._code))]
 
     @property
-    def size(self) -> int:
-        """Return how many instructions there are, but for padding."""
-        return sum(x.opcode != "NOP" for code in self._code for x in code)
+    def code(self) -> Path:
+        """Return all of the kernel's instructions, each once, but for padding."""
+        return Path(
+            Counter(x.opcode for code in self._code for x in code if x.opcode != "NOP")
+        )
 
     def _successors(self, block: int) -> tuple[int | None, ...]:
         """Return the blocks that can follow; None stands for the kernel's end."""

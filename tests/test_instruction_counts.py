@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmark_scripts import run_main
 
 from qm_cupy import _cuda
 
@@ -89,8 +90,9 @@ def test_differences_name_the_kernel(scripts, table):
     assert differences(now, before) == [f"{name}: is launched now and not in the table"]
     now = copy.deepcopy(before)
     name = "optimized/linkage/linkage float32"  # which has no loop by name
-    now["kernels"][name]["code"] *= 2
-    assert len(differences(before, now)) == 1
+    now["kernels"][name]["parts"]["code"]["instructions"] *= 2
+    (grown,) = differences(before, now)
+    assert grown.startswith(f"{name}, code: ")
     now["errors"] = {"merge": "NoPathError: no loop"}
     assert "merge: NoPathError: no loop" in differences(before, now)
 
@@ -113,6 +115,26 @@ def test_a_loop_that_is_not_there_is_an_error(scripts, monkeypatch):
     monkeypatch.setitem(kernel_models.MODELS, name, model)
     (error,) = counted(scripts, " merge")["errors"].values()
     assert "merge_tokens: no loop passes 1 HMMA" in error
+
+
+@pytest.mark.machine_code
+def test_the_script_writes_an_entry_and_keeps_the_other(scripts, monkeypatch, tmp_path):
+    import model
+    import resources
+
+    _, _, launches = scripts
+    merge = [x for x in launches.of_the_table() if x.title.endswith(" merge")]
+    monkeypatch.setattr(launches, "of_the_table", lambda: merge)
+    path = tmp_path / "table.json"
+    arguments = "--counts", "--json", path
+    assert run_main(monkeypatch, resources, *arguments, "--before", "a commit") == 0
+    assert run_main(monkeypatch, resources, *arguments) == 0
+    table = json.loads(path.read_text())
+    assert table["before"] == {"commit": "a commit", **table["now"]}
+    assert len(table["now"]["kernels"]) == 2
+    monkeypatch.setattr(model, "MODELS", {})
+    assert run_main(monkeypatch, resources, *arguments) == 1
+    assert json.loads(path.read_text())["before"] == table["before"]
 
 
 @pytest.mark.machine_code

@@ -2,6 +2,7 @@
 
 import instruction_units
 import machine_code
+import nvrtc
 import pytest
 from machine_code import NoPathError
 
@@ -46,7 +47,7 @@ def test_path_passes_what_the_common_case_needs():
     assert path.count("LDG") == path.count("LDG.E") == path.count("LDG.E.128") == 1
     assert path.count("LD") == path.count("LDG.E.12") == 0
     assert function.path(None, {"STG": 1}, [loop]).instructions == 3
-    assert function.size == 12
+    assert function.code.instructions == 12
     with pytest.raises(NoPathError, match="no way through the loop passes 2 LDG"):
         function.path(loop, {"LDG": 2})
     with pytest.raises(NoPathError, match="planted: no loop passes 1 HMMA"):
@@ -143,3 +144,34 @@ def test_a_jump_whose_predicate_follows_it_is_conditional():
 def test_units_and_bytes(opcode, unit, size):
     assert instruction_units.unit_of(opcode) == unit
     assert instruction_units.lane_bytes(opcode) == size
+
+
+PLANTED = """
+extern "C" __global__ void sums(const float* x, int n, float* y) {
+    float sum = 0;
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) sum += x[i] * x[i];
+    *y = sum;
+}
+"""
+
+
+def test_a_compiled_loop_is_found_and_its_text_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    options = ("-arch=sm_90",)
+    text = nvrtc.disassembly(PLANTED, options)
+    function = machine_code.parse(text, ["sums"])["sums"]
+    _, path = function.loop_through({"LDG": 1}, "LDG")
+    assert (path.count("LDG"), path.count("FFMA")) == (1, 1)
+    assert path.lane_bytes == {"ldg": 4}
+    monkeypatch.setattr(nvrtc, "_compiled", None)  # what follows compiles nothing
+    assert nvrtc.disassembly(PLANTED, options) == text
+
+
+def test_where_nvdisasm_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    nvrtc._folder_with.cache_clear()
+    with pytest.raises(FileNotFoundError, match="no nvdisasm: looked in"):
+        nvrtc._folder_with("bin", "nvdisasm")
+    nvrtc._folder_with.cache_clear()
