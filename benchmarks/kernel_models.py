@@ -35,12 +35,17 @@ class Model(NamedTuple):
     scores: Callable[[Sizes], float] | None = None  # of a thread, in the rest
     port_bytes: Callable[[Sizes], float] = lambda s: 0.0  # that a block reads more
     warps: int = 0  # that work, where it is not all of the block's
+    predicted: bool = True
 
 
 # A kernel that only streams its arrays: the memory alone bounds it.
 STREAM = Model({})
 # A kernel whose time depends on the data: it is counted, and nothing is predicted.
-UNPREDICTED = Model({})
+UNPREDICTED = Model({}, predicted=False)
+
+
+# A step of a tile of 128 x 128 by 256 threads: 32 elements of 256 rows.
+STEP = {"HMMA": 32, "LDGSTS.E.BYPASS.128": 4}
 
 
 def tiles(
@@ -48,14 +53,16 @@ def tiles(
     columns: int,
     depth: str,
     *,
+    step: dict[str, int] = STEP,
     passes: Callable[[Sizes], float] = lambda s: 1.0,
     each: dict[str, int] | None = None,
     rest: dict[str, int],
 ) -> Model:
     """Return the model of a kernel around `multiply_tiles`, on tensor cores.
 
-    Each block multiplies `passes` tiles of rows x columns over the number `depth`. With
-    `each`, a loop over the tiles has these opcodes.
+    Each block multiplies `passes` tiles of rows x columns over the number `depth`, in
+    passes of a loop that execute `step`. With `each`, a loop over the tiles has these
+    opcodes.
     """
 
     def products(s: Sizes) -> float:
@@ -65,7 +72,6 @@ def tiles(
     def scores(s: Sizes) -> float:
         return rows * columns / s.threads
 
-    step = {"HMMA": 1, "LDGSTS.E.BYPASS.128": 1}
     loops = {"step": Loop(step, products, "HMMA")}
     if each is None:
         return Model(loops, rest, scores)

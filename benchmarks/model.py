@@ -16,7 +16,7 @@ import machine_code
 import nvrtc
 from card_device import facts_of
 from cards import blocks_per_sm
-from kernel_models import MODELS, UNPREDICTED, Model, Sizes
+from kernel_models import MODELS, Model, Sizes
 from machine_code import Function, Path
 
 from qm_cupy import _cuda
@@ -44,11 +44,21 @@ class UnknownKernelError(LookupError):
     """A kernel that MODELS does not name."""
 
 
+def text_of(file: str, dtype: str) -> str:
+    """Return the machine code of a file for the H200."""
+    options = (*_cuda.options(dtype), f"-arch=sm_{H200.arch}")
+    return nvrtc.disassembly(_cuda.source(file), options)
+
+
 def function_of(file: str, kernel: str, dtype: str) -> Function:
     """Return a kernel's machine code for the H200."""
-    options = (*_cuda.options(dtype), f"-arch=sm_{H200.arch}")
-    text = nvrtc.disassembly(_cuda.source(file), options)
-    return machine_code.parse(text, [kernel])[kernel]
+    return machine_code.parse(text_of(file, dtype), [kernel])[kernel]
+
+
+def sizes_of(launch: Launch) -> Sizes:
+    """Return a launch's sizes as the functions of kernel_models.py take them."""
+    own = {"blocks": launch.blocks, "threads": launch.threads}  # and no argument's
+    return SimpleNamespace(**(launch.numbers | own))
 
 
 class Part(NamedTuple):
@@ -65,13 +75,11 @@ def parts_of(launch: Launch, model: Model, function: Function) -> dict[str, Part
 
     Of a kernel whose time is not predicted, it is all of its code.
     """
-    if model is UNPREDICTED:
+    if not model.predicted:
         return {"code": Part(function.code, 1.0, 0.0, 0.0)}
     if not model.loops:
         return {}
-    sizes = SimpleNamespace(
-        **launch.numbers, blocks=launch.blocks, threads=launch.threads
-    )
+    sizes = sizes_of(launch)
     loops: dict[str, machine_code.Loop] = {}
     parts: dict[str, Part] = {}
     for name, spec in model.loops.items():
@@ -123,17 +131,13 @@ def bounds(launch: Launch, model: Model, parts: dict[str, Part]) -> dict[str, fl
     seconds = {name: warps * clocks / CLOCK for name, clocks in per_warp.items()}
     # Copies and stores come from L2, or go there; narrow loads may come from L1.
     far = 32 * (moved["ldgsts"] + moved["stg"])
-    port = blocks * (launch.threads / 32 * far + model.port_bytes(_numbers(launch)))
+    port = blocks * (launch.threads / 32 * far + model.port_bytes(sizes_of(launch)))
     seconds["L2"] = launch.blocks * launch.threads / 32 * far / L2_BYTES
     seconds["L2 port"] = port / PORT_BYTES / CLOCK
     seconds["memory"] = launch.array_bytes / MEMORY_BYTES
     turns = math.ceil(blocks / max(resident(launch), 1))
     seconds["chain"] = turns * chain * ROUND_TRIP / CLOCK
     return seconds
-
-
-def _numbers(launch: Launch) -> Sizes:
-    return SimpleNamespace(**launch.numbers)
 
 
 def resident(launch: Launch) -> int:

@@ -134,14 +134,19 @@ def count(options: Any) -> int:
     table = json.loads(path.read_text()) if path and path.exists() else {}
     if options.before:
         report = {"commit": options.before, **report}
+    earlier = table.get("now", {}).get("kernels", ())
     table["before" if options.before else "now"] = report
+
+    def measure() -> None:
+        instructions.compile_ahead(earlier)
+        instructions.count_all(report, of_the_table(), save)
 
     def save() -> None:
         if path:
             write_json(path, table)
 
     return complete(
-        lambda: instructions.count_all(report, of_the_table(), save),
+        measure,
         save,
         lambda: instructions.show(report),
         lambda: bool(report["errors"]),

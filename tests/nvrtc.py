@@ -84,8 +84,7 @@ def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
     `options` are the caller's, ``-arch=sm_…`` among them; what CuPy adds is added here
     too. A failure raises ``RuntimeError`` with the compiler's log.
     """
-    this = Path(__file__).read_text(encoding="utf-8")  # which finds the facts
-    path = _kept(".json", this, source, *options)
+    path = _kept_facts(source, options)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {name: Facts(*facts) for name, facts in kept.items()}
@@ -93,6 +92,11 @@ def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
         found = _facts(*compile_source(source, options))
     keep(path, json.dumps(found).encode())
     return found
+
+
+def _kept_facts(source: str, options: tuple[str, ...]) -> Path:
+    this = Path(__file__).read_text(encoding="utf-8")  # which finds the facts
+    return _kept(".json", this, source, *options)
 
 
 @functools.cache
@@ -114,13 +118,16 @@ def ptx(source: str, options: tuple[str, ...]) -> str:
 def disassembly(source: str, options: tuple[str, ...]) -> str:
     """Return the machine code of a source as nvdisasm prints it, with labels.
 
-    `options` are the caller's, ``-arch=sm_…`` among them.
+    `options` are the caller's, ``-arch=sm_…`` among them. The facts of the kernels are
+    kept as well: one compilation is enough for both.
     """
     path = _kept(".sass", source, *options)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        cubin = _compiled((*options, *_CUPY), source, _cubin)
+        added = *_CUPY, "--ptxas-options=-v"
+        facts, cubin = _compiled((*options, *added), source, _facts_and_cubin)
+    keep(_kept_facts(source, options), json.dumps(facts).encode())
     tool = _folder_with("bin", "nvdisasm") / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernels.cubin")
@@ -195,10 +202,11 @@ def _log_and_ptx(program) -> tuple[str, str]:
     return _log(program), text
 
 
-def _cubin(program) -> bytes:
+def _facts_and_cubin(program) -> tuple[dict[str, Facts], bytes]:
     from cuda.bindings import nvrtc
 
-    return _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    cubin = _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    return _facts(*_log_and_ptx(program)), cubin
 
 
 def _facts(log: str, ptx: str) -> dict[str, Facts]:
