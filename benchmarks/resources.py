@@ -1,13 +1,20 @@
 """What each kernel takes of a multiprocessor, on every architecture; needs no GPU.
 
     python benchmarks/resources.py [--arch 80 90] [--quick | --rehearse] [--json PATH]
+    python benchmarks/resources.py --counts [--before COMMIT] [--json PATH]
 
 Compiles with NVRTC (packages cuda-bindings, nvidia-cuda-nvrtc, nvidia-cuda-runtime) and
 prints registers, spills, shared memory and theoretical occupancy. A file that does not
 compile is an entry of "errors". Exits 1 on a spill or an error, 130 if interrupted.
+
+`--counts` also needs nvidia-cuda-nvdisasm. It prints the instructions of the kernels'
+loops by unit, and the least time of each operation on an H200 (model.py). The JSON
+holds them as "now", beside "before": those of an earlier commit, which `--before`
+writes. `--counts --json benchmarks/results/instructions.json` refreshes the table.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -117,13 +124,46 @@ def show_all(report: dict[str, Any]) -> None:
         print(f"    {job}: {error}")
 
 
+def count(options: Any) -> int:
+    """Count instructions; write them beside what the file already holds."""
+    import instructions
+    from launches import of_the_table
+
+    report = instructions.new_report()
+    path = options.json
+    table = json.loads(path.read_text()) if path and path.exists() else {}
+    if options.before:
+        report = {"commit": options.before, **report}
+    earlier = table.get("now", {}).get("kernels", ())
+    table["before" if options.before else "now"] = report
+
+    def measure() -> None:
+        instructions.compile_ahead(earlier)
+        instructions.count_all(report, of_the_table(), save)
+
+    def save() -> None:
+        if path:
+            write_json(path, table)
+
+    return complete(
+        measure,
+        save,
+        lambda: instructions.show(report),
+        lambda: bool(report["errors"]),
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, metavar="CC")
     parser.add_argument("--quick", action="store_true", help="sm_90, two dtypes")
     parser.add_argument("--rehearse", action="store_true", help="one file")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--counts", action="store_true", help="count instructions")
+    parser.add_argument("--before", metavar="COMMIT", help="write them as an earlier")
     options = parser.parse_args()
+    if options.counts:
+        return count(options)
     report: dict[str, Any] = {"kernels": [], "errors": {}}
 
     def save() -> None:

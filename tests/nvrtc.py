@@ -6,6 +6,9 @@ headers are those of a toolkit. The first compilation imports them.
 `kernel_facts` and `ptx` keep what they find on disk, so a source is compiled once for
 every architecture, whoever asks: the tests of compilation and of launches, the
 interpreter in tests/ptx, and benchmarks/resources.py.
+
+`disassembly` also needs nvdisasm, from the package nvidia-cuda-nvdisasm or a toolkit.
+Its results are kept on disk as well.
 """
 
 import functools
@@ -14,9 +17,11 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CACHE = Path(
     os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "qm_cupy-kernels"
@@ -55,15 +60,21 @@ def include_folder() -> Path:
     The packages come first because NVRTC itself comes from them, and headers are
     written for the compiler of their own release.
     """
+    return _folder_with("include", "cuda_fp16.h")
+
+
+@functools.cache
+def _folder_with(kind: str, file: str) -> Path:
+    """Return the folder of the packages, or else of a toolkit, that holds a file."""
     folders = []
     if spec := importlib.util.find_spec("nvidia"):
-        folders = [Path(p, "cu13", "include") for p in spec.submodule_search_locations]
-    folders.append(Path(os.environ.get("CUDA_PATH", "/usr/local/cuda"), "include"))
+        folders = [Path(p, "cu13", kind) for p in spec.submodule_search_locations]
+    folders.append(Path(os.environ.get("CUDA_PATH", "/usr/local/cuda"), kind))
     for folder in folders:
-        if (folder / "cuda_fp16.h").is_file():
+        if (folder / file).is_file():
             return folder
     places = ", ".join(map(str, folders))
-    raise FileNotFoundError(f"no cuda_fp16.h: looked in {places}")
+    raise FileNotFoundError(f"no {file}: looked in {places}")
 
 
 @functools.cache
@@ -73,8 +84,7 @@ def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
     `options` are the caller's, ``-arch=sm_…`` among them; what CuPy adds is added here
     too. A failure raises ``RuntimeError`` with the compiler's log.
     """
-    this = Path(__file__).read_text(encoding="utf-8")  # which finds the facts
-    path = _kept(".json", this, source, *options)
+    path = _kept_facts(source, options)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {name: Facts(*facts) for name, facts in kept.items()}
@@ -82,6 +92,11 @@ def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
         found = _facts(*compile_source(source, options))
     keep(path, json.dumps(found).encode())
     return found
+
+
+def _kept_facts(source: str, options: tuple[str, ...]) -> Path:
+    this = Path(__file__).read_text(encoding="utf-8")  # which finds the facts
+    return _kept(".json", this, source, *options)
 
 
 @functools.cache
@@ -98,6 +113,35 @@ def ptx(source: str, options: tuple[str, ...]) -> str:
         _, found = _compile(source, options)
     keep(path, found.encode())
     return found
+
+
+def disassembly(source: str, options: tuple[str, ...]) -> str:
+    """Return the machine code of a source as nvdisasm prints it, with labels.
+
+    `options` are the caller's, ``-arch=sm_…`` among them. The facts of the kernels are
+    kept as well: one compilation is enough for both.
+    """
+    path = _kept(".sass", source, *options)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        added = *_CUPY, "--ptxas-options=-v"
+        facts, cubin = _compiled((*options, *added), source, _facts_and_cubin)
+    keep(_kept_facts(source, options), json.dumps(facts).encode())
+    tool = _folder_with("bin", "nvdisasm") / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernels.cubin")
+        file.write_bytes(cubin)
+        done = subprocess.run([tool, "-c", file], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvdisasm failed: {done.stderr}")
+    keep(path, done.stdout.encode())
+    return done.stdout
+
+
+def version() -> str:
+    """Return the version of NVRTC, as ``13.5``."""
+    return ".".join(map(str, _version()))
 
 
 def _kept(suffix: str, *parts: str) -> Path:
@@ -121,7 +165,12 @@ def compile_source(source: str, options: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _compile(source: str, options: tuple[str, ...]) -> tuple[str, str]:
-    """Return NVRTC's log and its PTX.
+    """Return NVRTC's log and its PTX."""
+    return _compiled(options, source, _log_and_ptx)
+
+
+def _compiled(options: tuple[str, ...], source: str, read: Callable[..., Any]) -> Any:
+    """Return what `read` takes from a compiled program.
 
     NVRTC releases the interpreter lock meanwhile: threads compile side by side.
     """
@@ -133,12 +182,31 @@ def _compile(source: str, options: tuple[str, ...]) -> tuple[str, str]:
     )
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-        log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(log)
-        return log, _text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+            raise RuntimeError(_log(program))
+        return read(program)
     finally:
         _check(*nvrtc.nvrtcDestroyProgram(program))
+
+
+def _log(program) -> str:
+    from cuda.bindings import nvrtc
+
+    return _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+
+
+def _log_and_ptx(program) -> tuple[str, str]:
+    from cuda.bindings import nvrtc
+
+    text = _text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+    return _log(program), text
+
+
+def _facts_and_cubin(program) -> tuple[dict[str, Facts], bytes]:
+    from cuda.bindings import nvrtc
+
+    cubin = _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    return _facts(*_log_and_ptx(program)), cubin
 
 
 def _facts(log: str, ptx: str) -> dict[str, Facts]:
@@ -158,11 +226,15 @@ def _facts(log: str, ptx: str) -> dict[str, Facts]:
 
 
 def _text(program, find_size, read) -> str:
+    return _read(program, find_size, read).decode(errors="replace").rstrip("\0")
+
+
+def _read(program, find_size, read) -> bytes:
     # NVRTC writes into it. An empty log is one byte, 0, and `b" " * 1` is the one b" "
     # of the whole process.
-    text = bytes(_check(*find_size(program)))
-    _check(*read(program, text))
-    return text.decode(errors="replace").rstrip("\0")
+    content = bytes(_check(*find_size(program)))
+    _check(*read(program, content))
+    return content
 
 
 @functools.cache

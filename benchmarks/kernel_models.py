@@ -1,0 +1,167 @@
+"""What each kernel of the table does: its loops, and how often a warp runs them.
+
+One line of MODELS for a kernel. A launch of a kernel without a line is an error, and so
+is a line whose loops are not in the machine code.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Sizes = Any  # a namespace of the launch's numbers, and its blocks and threads
+
+
+class Loop(NamedTuple):
+    """A loop that a model names: how to find it, and how often a warp runs it."""
+
+    via: dict[str, int]
+    """Opcodes that one pass executes, and how many of each at least."""
+    times: Callable[[Sizes], float]
+    """Passes of a warp, or, with `work`, how many of that opcode it executes."""
+    work: str = ""
+    around: str = ""
+    """Another loop: this one is the smallest around it."""
+    chain: float = 0
+    """Loads that wait for each other, for each pass or each `work`."""
+    scores: Callable[[Sizes], float] | None = None
+    """Scores that a thread finishes in one pass, if there are any."""
+
+
+class Model(NamedTuple):
+    """What a kernel does with its sizes."""
+
+    loops: dict[str, Loop]
+    rest: dict[str, int] = {}  # noqa: RUF012  opcodes that the rest executes
+    scores: Callable[[Sizes], float] | None = None  # of a thread, in the rest
+    port_bytes: Callable[[Sizes], float] = lambda s: 0.0  # that a block reads more
+    warps: int = 0  # that work, where it is not all of the block's
+    predicted: bool = True
+
+
+# A kernel that only streams its arrays: the memory alone bounds it.
+STREAM = Model({})
+# A kernel whose time depends on the data: it is counted, and nothing is predicted.
+UNPREDICTED = Model({}, predicted=False)
+
+
+# A step of a tile of 128 x 128 by 256 threads: 32 elements of 256 rows.
+STEP = {"HMMA": 32, "LDGSTS.E.BYPASS.128": 4}
+
+
+def tiles(
+    rows: int,
+    columns: int,
+    depth: str,
+    *,
+    step: dict[str, int] = STEP,
+    passes: Callable[[Sizes], float] = lambda s: 1.0,
+    each: dict[str, int] | None = None,
+    rest: dict[str, int],
+) -> Model:
+    """Return the model of a kernel around `multiply_tiles`, on tensor cores.
+
+    Each block multiplies `passes` tiles of rows x columns over the number `depth`, in
+    passes of a loop that execute `step`. With `each`, a loop over the tiles has these
+    opcodes.
+    """
+
+    def products(s: Sizes) -> float:
+        steps = getattr(s, depth) / 16  # of one HMMA
+        return passes(s) * rows * columns * steps / 128 / (s.threads / 32)
+
+    def scores(s: Sizes) -> float:
+        return rows * columns / s.threads
+
+    loops = {"step": Loop(step, products, "HMMA")}
+    if each is None:
+        return Model(loops, rest, scores)
+    loops["tile"] = Loop(each, passes, around="step", scores=scores)
+    return Model(loops, rest)
+
+
+def _linear() -> Model:
+    """Return the model of `linear` in float32, whose products are FFMAs."""
+
+    def products(s: Sizes) -> float:
+        return 128 * 128 * s.in_dim / s.threads
+
+    def copies(s: Sizes) -> float:
+        return (128 + 128) * s.in_dim * 4 / 16 / s.threads
+
+    return Model(
+        {
+            "chunk": Loop({"FFMA": 64}, products, "FFMA"),
+            "step": Loop({"LDGSTS.E.BYPASS.128": 1}, copies, "LDGSTS.E.BYPASS.128"),
+        },
+        {"STG": 64},
+    )
+
+
+def _tiles_of(number: str) -> Callable[[Sizes], float]:
+    return lambda s: math.ceil(getattr(s, number) / 128)
+
+
+MODELS = {
+    "optimized/saliency/self_attention_states": tiles(
+        128, 128, "dim", rest={"STG": 3, "MUFU.EX2": 128}
+    ),
+    "optimized/saliency/self_attention_entropy": STREAM,
+    "optimized/saliency/query_key_entropy": tiles(
+        128, 128, "head_dim", passes=_tiles_of("num_tokens"),
+        each={"MUFU.EX2": 64}, rest={"STG": 1},
+    ),
+    "optimized/saliency/attention_entropy": Model(
+        {
+            "row": Loop(
+                {"LDG.E.128": 1, "MUFU.LG2": 1}, lambda s: s.num_tokens / 32,
+                "MUFU.LG2",
+            )
+        },
+        {"STG": 1},
+    ),
+    "optimized/saliency/token_norms": STREAM,
+    "optimized/clustering/cosine_similarity": tiles(
+        128, 128, "dim", rest={"STG.E.64": 32, "STG": 96}
+    ),
+    "optimized/clustering/nearest_anchors": tiles(
+        128, 128, "dim", passes=_tiles_of("num_groups"),
+        each={"FMUL": 64, "LDG": 16, "MUFU.RCP": 16}, rest={"STG": 2},
+    ),
+    "optimized/fidelity/token_errors": STREAM,
+    "optimized/fidelity/reconstruction_error": STREAM,
+    # One warp places the tokens: the label, then where its group ends so far.
+    "optimized/merging/sort_members": Model(
+        {
+            "place": Loop(
+                {"MATCH": 1}, lambda s: s.num_tokens / 32, "MATCH", chain=2
+            )
+        },
+        {"STG": 1}, warps=1,
+    ),
+    "optimized/merging/merge_tokens": Model(
+        {
+            "member": Loop(
+                {"LDG.E.128": 1, "LDG.E": 3},  # which member, its mass, its columns
+                lambda s: s.num_tokens / s.num_groups, "LDG.E.128",
+            )
+        },
+        {"STG.E.128": 1},
+    ),
+    "optimized/alignment/prefix_means": STREAM,
+    "optimized/alignment/linear": _linear(),
+    "optimized/alignment/prediction_errors": STREAM,
+    "optimized/alignment/alignment_loss": STREAM,
+    # The entropies are read twice, by one block for each sequence, 16 loads at a time.
+    "optimized/selection/saliency_gumbel_mass": Model(
+        {
+            "heads": Loop(
+                {"LDG": 16},
+                lambda s: 2 * s.layers * s.heads * s.num_tokens / s.threads,
+                "LDG", chain=1 / 16,
+            )
+        },
+        {"STG": 1},
+        port_bytes=lambda s: 8 * s.layers * s.heads * s.num_tokens,
+    ),
+    "optimized/linkage/linkage": UNPREDICTED,
+}  # fmt: skip

@@ -1,0 +1,174 @@
+"""What an operation launches on an H200, found by running its launcher without a GPU.
+
+The public functions run on stand-ins for arrays (tests/device_array.py), so these are
+the launches that a user's call makes, at sizes of kernels.py.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qm_cupy
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # cards
+
+import card_device
+import device_array
+from cards import Card
+from workload import Work, cosine_work, operations
+
+import qm_cupy as qm
+from qm_cupy import _cuda, selection
+from qm_cupy._precision import kernel_dtype
+
+H200 = Card("H200", 90, 132, 227 << 10, 139 << 30)
+GIVEN_BYTES = 12e9  # of given attention, as in kernels.py
+
+
+class Launch(NamedTuple):
+    """One launch: its kernel, its size, and its arguments but for the arrays."""
+
+    file: str
+    kernel: str
+    dtype: str
+    blocks: int
+    threads: int  # of a block
+    shared: int  # bytes of dynamic shared memory
+    numbers: dict[str, float]  # arguments by name
+    array_bytes: int  # of all array arguments
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}/{self.kernel}"
+
+
+class Operation(NamedTuple):
+    """An operation of the table: its least work, and the call that does it."""
+
+    title: str
+    work: Work
+    call: Callable[[], Any]
+    fp32: bool = False  # whether its products are of float32
+
+
+def array(*shape: int, dtype: Any = None) -> Any:
+    """Return an array of a user's, in bfloat16 unless another dtype is asked for."""
+    import ml_dtypes
+
+    x = device_array.empty(shape, dtype or ml_dtypes.bfloat16)
+    return x.view(np.ndarray)
+
+
+def _mass_work(layers: int, batch: int, heads: int, n: int) -> Work:
+    # Entropies are read, and saliency, probabilities and mass written.
+    return Work(4 * batch * n * (layers * heads + 3), exps=batch * n)
+
+
+def _linkage_work(batch: int, n: int, dim: int) -> Work:
+    # The cosines, then each is read once.
+    work = cosine_work(batch, n, dim)
+    return work._replace(bytes=work.bytes + 4 * batch * n * n)
+
+
+_CALLS: dict[str, Callable[..., Any]] = {  # by the names of workload.py
+    "self_attention": lambda *shape: qm.self_attention_entropy(array(*shape)),
+    "query_key": lambda *shape: qm.query_key_entropy(array(*shape), array(*shape)),
+    "given_attention": lambda *shape: qm.attention_entropy(array(*shape, shape[-1])),
+    "cosine": lambda *shape: qm.cosine_similarity(array(*shape)),
+    "merge": lambda b, n, d, k: qm.merge_tokens(
+        array(b, n, d),
+        array(b, n, dtype=np.int32),
+        k,
+        mass=array(b, n, dtype=np.float32),
+    ),
+    "nearest": lambda b, n, d, k: qm.reconstruction_error(
+        array(b, n, d), array(b, k, d)
+    ),
+    "alignment": lambda b, k, d: qm.alignment_loss(array(b, k, d), qm.MLPPrior.init(d)),
+}
+
+
+SIZE = "B=8 N=4096"
+SMALL = "B=1 N=576"  # where a tile of 128 x 128 leaves most of the GPU idle
+_AT_BOTH = "self_attention", "query_key", "cosine", "nearest"
+
+
+def of_the_table() -> Iterator[Operation]:
+    """Yield the operations whose instructions are counted."""
+    for size, title, make, count, sizes in operations("all", GIVEN_BYTES):
+        call = _CALLS.get(make.__name__)
+        if call and (size == SIZE or (size == SMALL and make.__name__ in _AT_BOTH)):
+            run = functools.partial(call, *sizes)
+            yield Operation(title, count(*sizes), run, make.__name__ == "alignment")
+    layers, b, h, n, d = 12, 8, 16, 4096, 1024
+    yield Operation(
+        f"{SIZE} L={layers} H={h} saliency to mass",
+        _mass_work(layers, b, h, n),
+        lambda: selection._saliency_gumbel_mass_cuda(
+            device_array.empty((layers, b, h, n), np.float32),
+            *("low", 0.1, (0, 0), 0.01, None),
+        ),
+    )
+    yield Operation(
+        f"{SIZE} D={d} average linkage",
+        _linkage_work(b, n, d),
+        lambda: qm.linkage(array(b, n, d), "average"),
+    )
+
+
+class _Patches:
+    """What `card_device.install` asks of pytest's monkeypatch."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def setattr(self, owner: Any, name: str, value: Any) -> None:
+        self._stack.enter_context(mock.patch.object(owner, name, value))
+
+
+def launches_of(operation: Operation) -> list[Launch]:
+    """Return the launches that an operation makes, in order."""
+    found: list[Launch] = []
+    with ExitStack() as stack:
+        patches = _Patches(stack)
+        device = card_device.install(patches, H200)
+        patches.setattr(_cuda, "launch", _recorder(found, _cuda.launch))
+        device.run(operation.title, operation.call)
+    if device.faults:
+        raise RuntimeError(f"an H200 would refuse: {', '.join(device.faults)}")
+    return found
+
+
+def _recorder(found: list[Launch], launch: Callable[..., None]) -> Callable[..., None]:
+    """Return `_cuda.launch` that also adds each launch to a list."""
+
+    def record(
+        file: str,
+        kernel: str,
+        dtype: Any,
+        threads: int,
+        args: tuple[Any, ...],
+        *,
+        block: int = _cuda.BLOCK,
+        shared: int = 0,
+        cooperative: bool = False,
+    ) -> None:
+        kind = kernel_dtype(file, dtype)
+        declared = card_device.parameters_of(_cuda.source(file), kernel, kind)
+        given = list(zip(declared, args, strict=True))
+        numbers = {p.name: float(x) for p, x in given if not p.pointer}
+        arrays = sum(x.nbytes for p, x in given if p.pointer and x is not None)
+        blocks = math.ceil(threads / block)
+        found.append(Launch(file, kernel, kind, blocks, block, shared, numbers, arrays))
+        launch(
+            file, kernel, dtype, threads, args,
+            block=block, shared=shared, cooperative=cooperative,
+        )  # fmt: skip
+
+    return record

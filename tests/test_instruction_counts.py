@@ -1,0 +1,157 @@
+"""The kernels' loops are no longer than the committed table of instructions says."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from benchmark_scripts import run_main
+
+from qm_cupy import _cuda
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The benchmarks' modules, which are scripts beside each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        import instructions
+        import kernel_models
+        import launches
+
+        yield instructions, kernel_models, launches
+
+
+@pytest.fixture(scope="module")
+def table(scripts):
+    return json.loads(scripts[0].TABLE.read_text(encoding="utf-8"))
+
+
+def counted(scripts, title=""):
+    """Count today's kernels, of the operations whose titles end in some words."""
+    instructions, _, launches = scripts
+    report = instructions.new_report()
+    chosen = [x for x in launches.of_the_table() if x.title.endswith(title)]
+    instructions.count_all(report, chosen)
+    return report
+
+
+@pytest.mark.machine_code
+@pytest.mark.slow("compiles and disassembles ten files")
+def test_no_loop_has_grown(scripts, table):
+    scripts[0].compile_ahead(table["now"]["kernels"])
+    now = counted(scripts)
+    found = scripts[0].differences(table["now"], now)
+    assert not found, (
+        f"counted by NVRTC {now['nvrtc']}, in the table by {table['now']['nvrtc']}:\n"
+        + "\n".join(found)
+        + "\nIf that is meant: python benchmarks/resources.py --counts "
+        "--json benchmarks/results/instructions.json"
+    )
+
+
+@pytest.mark.machine_code
+@pytest.mark.slow("compiles and disassembles a file")
+def test_a_longer_loop_is_noticed(scripts, monkeypatch):
+    """Two more instructions for each of 32 probabilities are."""
+    before = counted(scripts, "given A")
+    assert scripts[0].differences(before, before) == []
+    source = _cuda.source
+    line = "            sum += p;\n"
+    assert source("optimized/saliency").count(line) == 1
+    longer = line + "            sum += p * p * p;\n"
+    monkeypatch.setattr(_cuda, "source", lambda x: source(x).replace(line, longer))
+    (found,) = scripts[0].differences(before, counted(scripts, "given A"))
+    name = "optimized/saliency/attention_entropy bfloat16"
+    row = before["kernels"][name]["parts"]["row"]
+    assert found.startswith(f"{name}, row: {row['instructions']} instructions, now ")
+    assert f"fp32 {row['units']['fp32']} to " in found
+
+
+def test_differences_name_the_kernel(scripts, table):
+    differences = scripts[0].differences
+    before = table["now"]
+    assert before["errors"] == {}
+    assert differences(before, before) == []
+    name = "optimized/saliency/query_key_entropy bfloat16"
+    now = copy.deepcopy(before)
+    step = now["kernels"][name]["parts"]["step"]
+    step["instructions"] = int(1.1 * step["instructions"])
+    assert differences(before, now) == []
+    step["instructions"] += 1
+    (grown,) = differences(before, now)
+    assert grown.startswith(f"{name}, step: ")
+    now = copy.deepcopy(before)
+    del now["kernels"][name]["parts"]["tile"]
+    assert differences(before, now) == [f"{name}, tile: only in the table"]
+    del now["kernels"][name]
+    assert differences(before, now) == [
+        f"{name}: is in the table and not launched any more"
+    ]
+    assert differences(now, before) == [f"{name}: is launched now and not in the table"]
+    now = copy.deepcopy(before)
+    name = "optimized/linkage/linkage float32"  # which has no loop by name
+    now["kernels"][name]["parts"]["code"]["instructions"] *= 2
+    (grown,) = differences(before, now)
+    assert grown.startswith(f"{name}, code: ")
+    now["errors"] = {"merge": "NoPathError: no loop"}
+    assert "merge: NoPathError: no loop" in differences(before, now)
+
+
+@pytest.mark.machine_code
+def test_a_kernel_without_a_model_is_an_error(scripts, monkeypatch):
+    _, kernel_models, _ = scripts
+    name = "optimized/merging/merge_tokens"
+    monkeypatch.delitem(kernel_models.MODELS, name)
+    (error,) = counted(scripts, " merge")["errors"].values()
+    assert f"{name} is launched and has no model" in error
+
+
+@pytest.mark.machine_code
+def test_a_loop_that_is_not_there_is_an_error(scripts, monkeypatch):
+    _, kernel_models, _ = scripts
+    name = "optimized/merging/merge_tokens"
+    loop = kernel_models.Loop({"HMMA": 1}, lambda sizes: 1.0)
+    model = kernel_models.Model({"step": loop})
+    monkeypatch.setitem(kernel_models.MODELS, name, model)
+    (error,) = counted(scripts, " merge")["errors"].values()
+    assert "merge_tokens: no loop passes 1 HMMA" in error
+
+
+@pytest.mark.machine_code
+def test_the_script_writes_an_entry_and_keeps_the_other(scripts, monkeypatch, tmp_path):
+    import model
+    import resources
+
+    _, _, launches = scripts
+    merge = [x for x in launches.of_the_table() if x.title.endswith(" merge")]
+    monkeypatch.setattr(launches, "of_the_table", lambda: merge)
+    path = tmp_path / "table.json"
+    arguments = "--counts", "--json", path
+    assert run_main(monkeypatch, resources, *arguments, "--before", "a commit") == 0
+    assert run_main(monkeypatch, resources, *arguments) == 0
+    table = json.loads(path.read_text())
+    assert table["before"] == {"commit": "a commit", **table["now"]}
+    assert len(table["now"]["kernels"]) == 2
+    monkeypatch.setattr(model, "MODELS", {})
+    assert run_main(monkeypatch, resources, *arguments) == 1
+    assert json.loads(path.read_text())["before"] == table["before"]
+
+
+@pytest.mark.machine_code
+def test_launches_and_models_by_hand(scripts):
+    """Of 128 x 128 tiles, K = 1024: 32 steps of 32 elements, 528 tiles a sequence."""
+    report = counted(scripts, "cosine matrix")
+    large = report["operations"][-1]
+    norms, cosines = large["launches"]
+    assert norms["kernel"] == "optimized/saliency/token_norms bfloat16"
+    assert (cosines["blocks"], cosines["threads"]) == (8 * 32 * 33 // 2, 256)
+    assert cosines["times"] == {"step": 32, "rest": 1}
+    # 4224 blocks on 132 multiprocessors: 32 each, of 8 warps with 32 x 32 products,
+    # of which the tensor cores finish 0.62 in a clock.
+    clocks = 32 * 8 * 32 * 32 / 0.62
+    assert cosines["ms"]["tensor"] == pytest.approx(1e3 * clocks / 1.98e9, rel=1e-3)
+    # Each block copies 2 x 128 rows of 2 KiB from L2, and writes 2 tiles of 64 KiB.
+    moved = 4224 * (2 * 128 * 2048 + 2 * 65536)
+    assert cosines["ms"]["L2"] == pytest.approx(1e3 * moved / 5.5e12, rel=1e-3)
+    assert large["predicted_ms"] >= large["floor_ms"]
