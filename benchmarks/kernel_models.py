@@ -21,6 +21,8 @@ class Loop(NamedTuple):
     work: str = ""
     around: str = ""
     """Another loop: this one is the smallest around it."""
+    inside: str = ""
+    """Another loop, which holds this one."""
     chain: float = 0
     """Loads that wait for each other, for each pass or each `work`."""
     scores: Callable[[Sizes], float] | None = None
@@ -44,8 +46,10 @@ STREAM = Model({})
 UNPREDICTED = Model({}, predicted=False)
 
 
-# A step of a tile of 128 x 128 by 256 threads: 32 elements of 256 rows.
-STEP = {"HMMA": 32, "LDGSTS.E.BYPASS.128": 4}
+# A step of a tile by one thread: its products, and its copies of 32 elements a row.
+STEP = {"HMMA": 32, "LDGSTS.E.BYPASS.128": 4}  # 128 x 128, 256 threads
+HALF = {"HMMA": 32, "LDGSTS.E.BYPASS.128": 6}  # 64 x 128, 128 threads
+WIDE = {"HMMA": 64, "LDGSTS.E.BYPASS.128": 6}  # 128 x 256, 256 threads
 
 
 def tiles(
@@ -79,14 +83,31 @@ def tiles(
     return Model(loops, rest)
 
 
-def _linear() -> Model:
+def _kept() -> Model:
+    """Return the model of `query_key_entropy_kept`, which stages its queries once."""
+
+    def copies(s: Sizes) -> float:
+        rows = 128 * _tiles_of("num_tokens")(s)
+        return (128 + rows) * s.head_dim * 2 / 16 / s.threads
+
+    step = {"HMMA": 32}
+    model = tiles(
+        128, 128, "head_dim", step=step, passes=_tiles_of("num_tokens"),
+        each={"MUFU.EX2": 64}, rest={"STG": 1},
+    )  # fmt: skip
+    copy = "LDGSTS.E.BYPASS.128"
+    loops = model.loops | {"copy": Loop({copy: 2}, copies, copy, inside="tile")}
+    return model._replace(loops=loops)
+
+
+def _linear(rows: int) -> Model:
     """Return the model of `linear` in float32, whose products are FFMAs."""
 
     def products(s: Sizes) -> float:
-        return 128 * 128 * s.in_dim / s.threads
+        return rows * 128 * s.in_dim / s.threads
 
     def copies(s: Sizes) -> float:
-        return (128 + 128) * s.in_dim * 4 / 16 / s.threads
+        return (rows + 128) * s.in_dim * 4 / 16 / s.threads
 
     return Model(
         {
@@ -97,19 +118,30 @@ def _linear() -> Model:
     )
 
 
-def _tiles_of(number: str) -> Callable[[Sizes], float]:
-    return lambda s: math.ceil(getattr(s, number) / 128)
+def _tiles_of(number: str, columns: int = 128) -> Callable[[Sizes], float]:
+    return lambda s: math.ceil(getattr(s, number) / columns)
 
 
 MODELS = {
     "optimized/saliency/self_attention_states": tiles(
         128, 128, "dim", rest={"STG": 3, "MUFU.EX2": 128}
     ),
+    "optimized/saliency/self_attention_states_half": tiles(
+        64, 128, "dim", step=HALF, rest={"STG": 3, "MUFU.EX2": 128}
+    ),
+    "optimized/saliency/self_attention_states_wide": tiles(
+        128, 256, "dim", step=WIDE, rest={"STG": 3, "MUFU.EX2": 256}
+    ),
     "optimized/saliency/self_attention_entropy": STREAM,
     "optimized/saliency/query_key_entropy": tiles(
         128, 128, "head_dim", passes=_tiles_of("num_tokens"),
         each={"MUFU.EX2": 64}, rest={"STG": 1},
     ),
+    "optimized/saliency/query_key_entropy_half": tiles(
+        64, 128, "head_dim", step=HALF, passes=_tiles_of("num_tokens"),
+        each={"MUFU.EX2": 64}, rest={"STG": 1},
+    ),
+    "optimized/saliency/query_key_entropy_kept": _kept(),
     "optimized/saliency/attention_entropy": Model(
         {
             "row": Loop(
@@ -123,9 +155,23 @@ MODELS = {
     "optimized/clustering/cosine_similarity": tiles(
         128, 128, "dim", rest={"STG.E.64": 32, "STG": 96}
     ),
+    "optimized/clustering/cosine_similarity_half": tiles(
+        64, 128, "dim", step=HALF, rest={"STG.E.64": 32, "STG": 96}
+    ),
+    "optimized/clustering/cosine_similarity_wide": tiles(
+        128, 256, "dim", step=WIDE, rest={"STG.E.64": 64, "STG": 192}
+    ),
     "optimized/clustering/nearest_anchors": tiles(
         128, 128, "dim", passes=_tiles_of("num_groups"),
         each={"FMUL": 64, "LDG": 16, "MUFU.RCP": 16}, rest={"STG": 2},
+    ),
+    "optimized/clustering/nearest_anchors_half": tiles(
+        64, 128, "dim", step=HALF, passes=_tiles_of("num_groups"),
+        each={"FMUL": 64, "LDG": 16, "MUFU.RCP": 16}, rest={"STG": 2},
+    ),
+    "optimized/clustering/nearest_anchors_wide": tiles(
+        128, 256, "dim", step=WIDE, passes=_tiles_of("num_groups", 256),
+        each={"FMUL": 128, "LDG": 16, "MUFU.RCP": 16}, rest={"STG": 2},
     ),
     "optimized/fidelity/token_errors": STREAM,
     "optimized/fidelity/reconstruction_error": STREAM,
@@ -148,7 +194,8 @@ MODELS = {
         {"STG.E.128": 1},
     ),
     "optimized/alignment/prefix_means": STREAM,
-    "optimized/alignment/linear": _linear(),
+    "optimized/alignment/linear": _linear(128),
+    "optimized/alignment/linear_half": _linear(64),
     "optimized/alignment/prediction_errors": STREAM,
     "optimized/alignment/alignment_loss": STREAM,
     # The entropies are read twice, by one block for each sequence, 16 loads at a time.

@@ -83,18 +83,17 @@ def parts_of(launch: Launch, model: Model, function: Function) -> dict[str, Part
     loops: dict[str, machine_code.Loop] = {}
     parts: dict[str, Part] = {}
     for name, spec in model.loops.items():
-        within: list[machine_code.Loop] = []
         if spec.around:
-            within = [loops[spec.around]]
-            loop = function.loop_around(within[0])
+            loops[name] = function.loop_around(loops[spec.around])
         else:
-            loop, _ = function.loop_through(spec.via, spec.work)
-            within = [x for x in loops.values() if x.blocks < loop.blocks]
-        path = function.path(loop, spec.via, within)
+            outer_loop = loops.get(spec.inside)
+            loops[name], _ = function.loop_through(spec.via, spec.work, outer_loop)
+    for name, spec in model.loops.items():
+        within = [x for x in loops.values() if x.blocks < loops[name].blocks]
+        path = function.path(loops[name], spec.via, within)
         work = spec.times(sizes)
         times = work / path.count(spec.work) if spec.work else work
         scores = spec.scores(sizes) if spec.scores else 0.0
-        loops[name] = loop
         parts[name] = Part(path, times, scores, work * spec.chain)
     outer = [
         x

@@ -3,6 +3,8 @@
 The fixture `kernels` (conftest.py) runs a test on each kind of kernels.
 """
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -29,3 +31,8 @@ def mask_of(batch, num_tokens, masked=True):
     mask[0] = np.arange(num_tokens) >= num_tokens // 3
     mask[-1] = False
     return mask
+
+
+def whatever_shape(kernel):
+    """Return a kernel's name without the shape of its tiles."""
+    return re.sub("_(half|wide|kept)$", "", kernel)

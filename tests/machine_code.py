@@ -179,14 +179,19 @@ class Function:
                 stack.pop()
         return order
 
-    def loop_through(self, via: dict[str, int], work: str) -> tuple[Loop, Path]:
+    def loop_through(
+        self, via: dict[str, int], work: str, inside: Loop | None = None
+    ) -> tuple[Loop, Path]:
         """Return the innermost loop that passes so many of some opcodes, and a pass.
 
         Of several such loops it is the one with the fewest instructions for each
-        instruction `work`. An opcode stands for all that start with it.
+        instruction `work`. An opcode stands for all that start with it. The loop lies
+        `inside` another if there is one.
         """
         inner: list[tuple[float, Loop, Path]] = []
         for loop in self.loops:
+            if inside and not loop.blocks < inside.blocks:
+                continue
             if any(other.blocks < loop.blocks for _, other, _ in inner):
                 continue
             try:
