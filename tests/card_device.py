@@ -15,7 +15,7 @@ import nvrtc
 from cards import Kernel, LaunchError, Parameter, describe
 from device_array import DeviceArray
 
-from qm_cupy import _arrays, _cuda
+from qm_cupy import _arrays, _cuda, _tiles
 from qm_cupy._precision import TF32
 
 _TYPES = {
@@ -82,6 +82,7 @@ class Device:
 
     def __init__(self, cards):
         self.cards = self._now = tuple(cards)
+        self._trial = None  # a card that is asked about, without staying on it
         self.faults = {}  # message -> calls
         self.launches = Counter()  # of each kernel, by file/kernel
         self.raw_kernel = functools.cache(functools.partial(_Launcher, self))
@@ -97,8 +98,26 @@ class Device:
 
     def look(self):
         """Return the one card that is in place from now on."""
+        if self._trial:
+            return self._trial
         self._looked, self._now = True, self._now[:1]
         return self._now[0]
+
+    def agreed(self, ask):
+        """Return what `ask` answers on every card in place, or on the one to stay on.
+
+        Most launches take the same tiles everywhere; then a call need not be repeated.
+        """
+
+        def answer(*args):
+            answers = []
+            for self._trial in self._now:
+                answers.append(ask(*args))
+            self._trial = None
+            same = all(x == answers[0] for x in answers)
+            return answers[0] if same else ask(*args)
+
+        return answer
 
     def hold(self, kernels, check):
         """Check a kernel, which has a variant for each card, on those in place."""
@@ -167,6 +186,8 @@ def install(monkeypatch, *cards):
     monkeypatch.setattr(_cuda, "to_device", device_array.to_device)
     monkeypatch.setattr(_cuda, "to_host", device_array.to_host)
     monkeypatch.setattr(_cuda, "device", known)
+    for ask in _tiles.select_shape, _tiles.kept_bytes:
+        monkeypatch.setattr(_tiles, ask.__name__, device.agreed(ask))
     monkeypatch.setattr(_cuda, "free_memory", lambda: device.look().memory)
     monkeypatch.setattr(_cuda, "is_cuda", lambda x: isinstance(x, DeviceArray))
     return device

@@ -13,6 +13,7 @@ import pytest
 from gpu_parity import as_given, marks, on_host
 
 import qm_cupy as qm
+from qm_cupy import _cuda, _tiles
 from qm_cupy.clustering import METHODS
 
 pytestmark = marks
@@ -79,3 +80,26 @@ def test_quickmerge(method, num_tokens, gpu_kernels):
     for name in ("tokens", "saliency", "mass"):
         x, y = getattr(got, name), getattr(wanted, name)
         np.testing.assert_allclose(on_host(x), y, rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.parametrize("num_tokens", [n for n in SIZES if n < 2000])
+def test_optimized_tiles_of_every_shape_give_the_same_bits(
+    num_tokens, gpu_dtype, monkeypatch
+):
+    shared = _cuda.device().shared_bytes
+    x = as_given(tokens_of(num_tokens), "cupy", gpu_dtype)
+    calls = {
+        "self-attention": lambda: qm.self_attention_entropy(x),
+        "queries and keys": lambda: qm.query_key_entropy(x, x, causal=True),
+        "cosines": lambda: qm.cosine_similarity(x),
+        "nearest": lambda: qm.reconstruction_error(x, x[:, ::3]),
+    }
+    monkeypatch.setattr(_tiles, "_WIDE_COST", 0)  # whether it pays or not
+    for name, call in calls.items():
+        found = []
+        # Whole tiles; half ones; then wide ones and kept queries, where there is room.
+        for device in ((1, 0), (10_000, 0), (1, shared)):
+            monkeypatch.setattr(_cuda, "device", lambda now=device: _cuda.Device(*now))
+            found.append(on_host(call()))
+        np.testing.assert_array_equal(found[1], found[0], f"{name}, half")
+        np.testing.assert_array_equal(found[2], found[0], f"{name}, wide or kept")

@@ -52,18 +52,26 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         multiply_tiles<Tile, false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
     else
         multiply_tiles<Tile>(stages, rows, columns, 1, in_dim, sums, [](int) {});
+    const int left = static_cast<int>(min(out_dim - column0, (long long)Tile::columns));
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-        const long long column = column0 + Tile::column(j);
-        if (column >= out_dim) continue;
-        const acc_t shift = widen(bias[column]);
+        const int column = Tile::column(j);
+        const acc_t shift = column < left ? widen(bias[column0 + column]) : acc_t(0);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const long long row = row0 + Tile::row(i);
-            if (row >= num_rows) continue;
-            const long long index = row * out_dim + column;
-            const acc_t y = activated(sums[0][i][j] + shift, activation);
-            store(out + index, residual ? y + widen(residual[index]) : y);
+        for (int i = 0; i < 4; ++i)
+            sums[0][i][j] = activated(sums[0][i][j] + shift, activation);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const long long row = row0 + Tile::row(i), first = row * out_dim + column0;
+        if (row >= num_rows) continue;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            const int column = Tile::column(j);
+            if (column >= left) continue;
+            acc_t y = sums[0][i][j];
+            if (residual) y += widen(residual[first + column]);
+            store(out + first + column, y);
         }
     }
 }

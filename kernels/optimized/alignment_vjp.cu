@@ -53,17 +53,18 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
         stages, {a + (s * num_rows + row0) * dim, num_rows - row0},
         {b + (s * num_columns + column0) * dim, num_columns - column0}, 1, dim, sums,
         [](int) {});
+    const int left = static_cast<int>(min(num_columns - column0, (long long)TILE));
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-        const long long column = column0 + Whole::column(j);
-        if (column >= num_columns) continue;
+    for (int i = 0; i < 4; ++i) {
+        const long long row = row0 + Whole::row(i);
+        const long long first = (s * num_rows + row) * num_columns + column0;
+        if (row >= num_rows) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const long long row = row0 + Whole::row(i);
-            if (row >= num_rows) continue;
-            const long long index = (s * num_rows + row) * num_columns + column;
-            const bool stopped = input && !(widen(input[index]) > 0);
-            store(out + index, stopped ? acc_t(0) : sums[0][i][j]);
+        for (int j = 0; j < 16; ++j) {
+            const int column = Whole::column(j);
+            if (column >= left) continue;
+            const bool stopped = input && !(widen(input[first + column]) > 0);
+            store(out + first + column, stopped ? acc_t(0) : sums[0][i][j]);
         }
     }
 }

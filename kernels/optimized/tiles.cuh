@@ -44,12 +44,6 @@ using Half = Shape<TILE / 2, TILE, 1, 4>;  // where few blocks run: twice as man
 // For tensor cores alone, one block on an SM: reads a quarter less.
 using Wide = Shape<TILE, 2 * TILE, 2, WIDE_STAGES>;
 
-// A number that a lambda gets at compile time.
-template <int number>
-struct Number {
-    static constexpr int value = number;
-};
-
 // Rows of a matrix from a tile's first on; those from `count` on do not exist.
 struct Rows {
     const real_t* data;
@@ -74,13 +68,13 @@ __device__ __forceinline__ void stage_pieces(unsigned char* stage, const Rows& a
     const int chunk = threadIdx.x % 4;
     const long long column = k + chunk * WIDTH;
     const int rest = static_cast<int>(min(dim - column, (long long)WIDTH));
-#pragma unroll
-    for (int first = 0; first < rows_a + rows_b; first += rows) {
-        const Rows& from = first < rows_a ? a : b;
-        const int row = first - (first < rows_a ? 0 : rows_a) + threadIdx.x / 4;
-        const real_t* source = from.data + row * stride + column;
-        const int left = row < from.count ? rest : 0;
-        unsigned char* target = stage + staged(first + threadIdx.x / 4, chunk);
+#pragma unroll 1  // rare: less code matters more
+    for (int row = threadIdx.x / 4; row < rows_a + rows_b; row += rows) {
+        const bool of_a = row < rows_a;
+        const int i = of_a ? row : row - rows_a;
+        const real_t* source = (of_a ? a.data : b.data) + i * stride + column;
+        const int left = i < (of_a ? a.count : b.count) ? rest : 0;
+        unsigned char* target = stage + staged(row, chunk);
         if constexpr (grain == 2) {
             *reinterpret_cast<Vector*>(target) = read_halfwords(source, left);
         } else {
@@ -99,9 +93,9 @@ __device__ __forceinline__ void stage_pieces(unsigned char* stage, const Rows& a
 
 // The same by the widest copies that fit, the same ones for a whole launch.
 template <int rows_a, int rows_b, int threads>
-__device__ __forceinline__ void stage_pieces(int grain, unsigned char* stage,
-                                             const Rows& a, const Rows& b, long long k,
-                                             long long dim, long long stride) {
+__device__ __noinline__ void stage_pieces(int grain, unsigned char* stage, Rows a,
+                                          Rows b, long long k, long long dim,
+                                          long long stride) {
     constexpr int word = sizeof(real_t) == 8 ? 8 : 4;
     constexpr int least = sizeof(real_t) == 2 ? 2 : 8;
     if (sizeof(real_t) == 8 || grain == 8)
@@ -246,7 +240,7 @@ __device__ __forceinline__ void clear(Fragment (&sums)[fragments]) {
 // `stages` (Tile::bytes, shared) is free again at the end. The rows' first `dim`
 // elements are read, and they lie `stride` apart.
 template <class Tile, bool tensor_cores = TENSOR_CORES, class Use>
-__device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
+__device__ __forceinline__ void multiply_tiles(unsigned char* stages, Rows a,
                                                const Rows& b, int num_tiles,
                                                long long dim, long long stride,
                                                Fragment (&sums)[Tile::fragments],
@@ -315,54 +309,57 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
     multiply_tiles<Tile, tensor_cores>(stages, a, b, num_tiles, dim, dim, sums, use);
 }
 
-// The same for rows so short that A's tile stays in shared memory, and each of B's is
-// there as a whole while the next one is on its way: `shared` holds A's and two of B's,
-// rows in whole steps.
+// Stage all steps of rows without gaps, one step behind the other.
+template <int num_rows, int threads>
+__device__ __noinline__ void stage_all(int grain, unsigned char* to, Rows rows,
+                                       long long dim) {
+    for (long long k = 0; k < dim; k += STEP, to += num_rows * STEP_BYTES)
+        stage_pieces<num_rows, 0, threads>(grain, to, rows, rows, k, dim, dim);
+}
+
+// As `multiply_tiles`, for rows so short that A's tile stays in shared memory, and each
+// of B's is there as a whole while the next one is on its way: `shared` holds A's and
+// two of B's, rows in whole steps.
 template <class Tile, class Use>
 __device__ __forceinline__ void multiply_kept(unsigned char* shared, const Rows& a,
                                               const Rows& b, int num_tiles,
                                               long long dim,
                                               Fragment (&sums)[Tile::fragments],
                                               Use use) {
-    constexpr int threads = Tile::threads;
-    constexpr int a_bytes = Tile::rows * STEP_BYTES;  // of a step
-    constexpr int b_bytes = Tile::columns * STEP_BYTES;
-    const int steps = static_cast<int>((dim + STEP - 1) / STEP);
-    const int grain = grain_of_both(a, b, dim);
-    unsigned char* tiles = shared + steps * a_bytes;  // of B, in turns
-    const auto stage = [&](auto num_rows, unsigned char* to, const Rows& from) {
-        constexpr int count = num_rows.value;
+    static_assert(Tile::rows == Tile::columns);
+    constexpr int step_bytes = Tile::rows * STEP_BYTES;
+    const int tile_bytes = static_cast<int>((dim + STEP - 1) / STEP) * step_bytes;
+    const auto stage = [&](int at, const Rows& rows) {
+        const int grain = grain_of_both(a, b, dim);
         if (in_chunks(grain, dim)) {
             const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
-            const Chunks<count, threads> chunks(from, dim);
-            to += staged(threadIdx.x / 4, threadIdx.x % 4);
+            const Chunks<Tile::rows, Tile::threads> chunks(rows, dim);
+            unsigned char* to = shared + at + staged(threadIdx.x / 4, threadIdx.x % 4);
 #pragma unroll 1
-            for (int k = 0; k < dim; k += STEP, to += count * STEP_BYTES)
+            for (int k = 0; k < dim; k += STEP, to += step_bytes)
                 chunks.stage(to, k, k < rest);
         } else {
-#pragma unroll 1
-            for (int k = 0; k < dim; k += STEP, to += count * STEP_BYTES)
-                stage_pieces<count, 0, threads>(grain, to, from, from, k, dim, dim);
+            stage_all<Tile::rows, Tile::threads>(grain, shared + at, rows, dim);
         }
     };
-    const auto stage_tile = [&](int tile) {
-        const long long first = static_cast<long long>(tile) * Tile::columns;
-        stage(Number<Tile::columns>(), tiles + tile % 2 * steps * b_bytes,
-              {b.data + first * dim, b.count - first});
-        cp_async_commit();
-    };
-    stage(Number<Tile::rows>(), shared, a);
-    stage_tile(0);
+    stage(0, a);
+    stage(tile_bytes, b);
+    int now = tile_bytes, next = 2 * tile_bytes;  // where B's tiles are, in turns
     for (int tile = 0; tile < num_tiles; ++tile) {
+        cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();  // this tile is there, and the one before it is used up
-        if (tile + 1 < num_tiles) stage_tile(tile + 1);
+        if (tile + 1 < num_tiles) {
+            const long long first = static_cast<long long>(tile + 1) * Tile::columns;
+            stage(next, {b.data + first * dim, b.count - first});
+        }
         clear(sums);
-        const unsigned char* columns = tiles + tile % 2 * steps * b_bytes;
-        for (int step = 0; step < steps; ++step)
-            multiply<Tile, TENSOR_CORES>(shared + step * a_bytes,
-                                         columns + step * b_bytes, sums);
+#pragma unroll 1
+        for (int at = 0; at < tile_bytes; at += step_bytes)
+            multiply<Tile, TENSOR_CORES>(shared + at, shared + now + at, sums);
         use(tile);
+        next = now;
+        now = 3 * tile_bytes - now;
     }
     __syncthreads();
 }
