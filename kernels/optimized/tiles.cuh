@@ -329,17 +329,18 @@ __device__ __forceinline__ void multiply_kept(unsigned char* shared, const Rows&
     static_assert(Tile::rows == Tile::columns);
     constexpr int step_bytes = Tile::rows * STEP_BYTES;
     const int tile_bytes = static_cast<int>((dim + STEP - 1) / STEP) * step_bytes;
+    const bool chunks = in_chunks(grain_of_both(a, b, dim), dim);
     const auto stage = [&](int at, const Rows& rows) {
-        const int grain = grain_of_both(a, b, dim);
-        if (in_chunks(grain, dim)) {
+        if (chunks) {
             const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
-            const Chunks<Tile::rows, Tile::threads> chunks(rows, dim);
+            const Chunks<Tile::rows, Tile::threads> part(rows, dim);
             unsigned char* to = shared + at + staged(threadIdx.x / 4, threadIdx.x % 4);
 #pragma unroll 1
             for (int k = 0; k < dim; k += STEP, to += step_bytes)
-                chunks.stage(to, k, k < rest);
+                part.stage(to, k, k < rest);
         } else {
-            stage_all<Tile::rows, Tile::threads>(grain, shared + at, rows, dim);
+            stage_all<Tile::rows, Tile::threads>(grain_of_both(a, b, dim), shared + at,
+                                                 rows, dim);
         }
     };
     stage(0, a);
