@@ -40,6 +40,7 @@ TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
 # need. A multiprocessor has one such block at a time, so that all of a launch can run.
 SELECTION_THREADS = 512
 GROUP_THREADS = 1024
+SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 640, 8: 384}
 _SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
 
@@ -356,6 +357,7 @@ def options(dtype: str) -> tuple[str, ...]:
         "BLOCK_THREADS": BLOCK,
         "SELECTION_THREADS": SELECTION_THREADS,
         "GROUP_THREADS": GROUP_THREADS,
+        "SORT_THREADS": SORT_THREADS,
         "LINKAGE_THREADS": LINKAGE_THREADS[8 if dtype == "float64" else 4],
     }
     defined = (f"-D{name}={size}" for name, size in sizes.items())
