@@ -34,11 +34,12 @@ WARP = 32  # threads that go in step
 BLOCK = 256  # threads of a block, where a kernel does not say otherwise
 COUNTS = 16  # arguments of `write_counts` in kernels/basic/groups.cu
 _WRITE_COUNTS = "basic/groups", "write_counts", "float32"
+THREAD_TOKENS = 4  # of a thread, in selection and in the saliency of layers
 TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
 # Threads of a block, at most, in the kernels whose launch bounds these are; see
 # `options`. Of linkages, by the bytes of a distance: as many as have the registers they
 # need. A multiprocessor has one such block at a time, so that all of a launch can run.
-SELECTION_THREADS = 512
+SELECTION_THREADS = 1024
 GROUP_THREADS = 1024
 SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 640, 8: 384}
@@ -354,6 +355,7 @@ def options(dtype: str) -> tuple[str, ...]:
     types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
     sizes = {
         "TILE": TILE,
+        "THREAD_TOKENS": THREAD_TOKENS,
         "BLOCK_THREADS": BLOCK,
         "SELECTION_THREADS": SELECTION_THREADS,
         "GROUP_THREADS": GROUP_THREADS,

@@ -14,7 +14,7 @@ __device__ __forceinline__ void sort_sequence(const int* label, long long num_to
     const int lane = thread % 32, warp = thread / 32;
     const long long steps = (num_tokens + 31) / 32;  // of 32 tokens
     const long long run = (steps + runs - 1) / runs * 32;
-    const long long first = warp < runs ? min(warp * run, num_tokens) : num_tokens;
+    const long long first = min(warp * run, num_tokens);  // N beyond `runs`
     const long long last = min(first + run, num_tokens);
     int* count = counts + warp * num_groups;  // (K,), this warp's
 
