@@ -1,10 +1,11 @@
 // Entropies of layers (L, B, H, N): their mean over the heads, and its range over the
 // tokens of a layer. Each thread has THREAD_TOKENS tokens: first, first + step, ...
 
-// The mean over the heads (H, N) of each token of a thread, 0 beyond the last one.
+// The mean over the heads (H, N) of each token of a thread, 0 beyond the last one. The
+// index of a token is an int where rows are short: it takes half the registers.
+template <class Index>
 __device__ __forceinline__ void head_means(const real_t* rows, long long heads,
-                                           long long num_tokens, long long first,
-                                           long long step,
+                                           Index num_tokens, Index first, Index step,
                                            acc_t (&mean)[THREAD_TOKENS]) {
 #pragma unroll
     for (int t = 0; t < THREAD_TOKENS; ++t) mean[t] = 0;
@@ -24,12 +25,13 @@ struct Range {
     acc_t low = -NEVER, high = NEVER;
 
     // Takes in the tokens of a thread, not padding.
+    template <class Index>
     __device__ __forceinline__ void add(const acc_t (&mean)[THREAD_TOKENS],
-                                        const bool* mask, long long num_tokens,
-                                        long long first, long long step) {
+                                        const bool* mask, Index num_tokens, Index first,
+                                        Index step) {
 #pragma unroll
         for (int t = 0; t < THREAD_TOKENS; ++t) {
-            const long long i = first + t * step;
+            const Index i = first + t * step;
             if (i >= num_tokens || !is_token(mask, i)) continue;
             low = min(low, mean[t]);
             high = max(high, mean[t]);
@@ -41,6 +43,7 @@ struct Range {
 __device__ __forceinline__ void join_parts(const acc_t* lowest, const acc_t* highest,
                                            long long parts, acc_t* low, acc_t* width) {
     Range range;
+#pragma unroll 1  // nearly always one round
     for (long long p = threadIdx.x % 32; p < parts; p += 32) {
         range.low = min(range.low, lowest[p]);
         range.high = max(range.high, highest[p]);

@@ -210,9 +210,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     const long long parts = (num_tokens + tokens - 1) / tokens;
     const long long row = blockIdx.x / parts;  // (L, B)
     const long long first = blockIdx.x % parts * tokens + threadIdx.x;
+    const long long step = blockDim.x;
     const bool* valid = mask ? mask + row % batch * num_tokens : nullptr;  // (N,)
     acc_t mean[THREAD_TOKENS];
-    head_means(entropy + row * heads * num_tokens, heads, num_tokens, first, blockDim.x,
+    head_means(entropy + row * heads * num_tokens, heads, num_tokens, first, step,
                mean);
 #pragma unroll
     for (int t = 0; t < THREAD_TOKENS; ++t) {
@@ -220,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
         if (means && i < num_tokens) means[row * num_tokens + i] = mean[t];
     }
     Range range;
-    range.add(mean, valid, num_tokens, first, blockDim.x);
+    range.add(mean, valid, num_tokens, first, step);
     const acc_t low = block_reduce(range.low, scratch, Least());
     const acc_t high = block_reduce(range.high, scratch, Greatest());
     if (threadIdx.x > 0) return;
@@ -235,11 +236,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
              const acc_t* highest, long long layers, long long batch,
              long long num_tokens, long long salient_high, acc_t* out) {
     constexpr int LAYERS = 32;  // whose ranges are in shared memory at once
+    constexpr int AT_ONCE = 4;  // layers whose means a thread loads at once
     __shared__ acc_t low[LAYERS], width[LAYERS];
     const long long tokens = THREAD_TOKENS * blockDim.x;
     const long long parts = (num_tokens + tokens - 1) / tokens;
     const long long b = blockIdx.x / parts;
     const long long first = blockIdx.x % parts * tokens + threadIdx.x;
+    const long long step = blockDim.x;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     acc_t sum[THREAD_TOKENS] = {};
     for (long long l0 = 0; l0 < layers; l0 += LAYERS) {
@@ -252,11 +255,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
         }
         __syncthreads();
         const real_t* rows = means + row0 * num_tokens;
-#pragma unroll 4
-        for (int l = 0; l < count; ++l, rows += batch * num_tokens) {
-            acc_t mean[THREAD_TOKENS];
-            head_means(rows, 1, num_tokens, first, blockDim.x, mean);
-            add_layer(mean, low[l], width[l], sum);
+        for (int l = 0; l < count; l += AT_ONCE) {
+            acc_t mean[AT_ONCE][THREAD_TOKENS];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j)  // all loads before the first division
+                head_means(rows + min(l + j, count - 1) * batch * num_tokens, 1,
+                           num_tokens, first, step, mean[j]);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j)
+                if (l + j < count) add_layer(mean[j], low[l + j], width[l + j], sum);
         }
         __syncthreads();  // the ranges of the next layers come in their place
     }

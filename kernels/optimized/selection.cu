@@ -157,6 +157,7 @@ __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* ma
     __shared__ acc_t low[32], width[32];       // (layers,)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const long long stride = batch * heads * num_tokens;  // of a layer
+    const int row = static_cast<int>(num_tokens);
     acc_t mean[THREAD_TOKENS];
     for (long long l0 = 0; l0 < layers; l0 += warps, entropy += warps * stride) {
         const int count =
@@ -164,10 +165,10 @@ __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* ma
         const int parts = warps / count, layer = warp / parts;
         Range range;
         const int step = 32 * parts;
-        for (long long i = warp % parts * 32 + lane; i < num_tokens && layer < count;
+        for (int i = warp % parts * 32 + lane; i < row && layer < count;
              i += THREAD_TOKENS * step) {
-            head_means(entropy + layer * stride, heads, num_tokens, i, step, mean);
-            range.add(mean, mask, num_tokens, i, step);
+            head_means(entropy + layer * stride, heads, row, i, step, mean);
+            range.add(mean, mask, row, i, step);
         }
         range.low = warp_reduce(range.low, Least());
         range.high = warp_reduce(range.high, Greatest());
@@ -181,8 +182,8 @@ __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* ma
                        width + warp);
         __syncthreads();
         for (int l = 0; l < count; ++l) {
-            head_means(entropy + l * stride, heads, num_tokens, threadIdx.x, blockDim.x,
-                       mean);
+            head_means(entropy + l * stride, heads, row, static_cast<int>(threadIdx.x),
+                       static_cast<int>(blockDim.x), mean);
             add_layer(mean, low[l], width[l], sum);
         }
     }
