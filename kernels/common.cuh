@@ -4,7 +4,10 @@
 //   -D acc_t=...    what is computed:   float, or double where real_t is double
 //   -D TF32=...     1 if floats may be multiplied as TF32, else 0
 //   -D TILE=...     rows and columns of a tile
-//   -D ..._THREADS  threads of a block, at most: BLOCK_, SELECTION_, GROUP_, LINKAGE_
+//   -D THREAD_TOKENS=...  tokens of a thread, in selection and in the saliency of
+//   layers -D ..._THREADS  threads of a block, at most: BLOCK_, SELECTION_, GROUP_,
+//   SORT_,
+//                   LINKAGE_
 //
 // A kernel's integers are `long long`, its options `double`, its masks `bool` (True =
 // token, null = all tokens), its labels `int` (-1 = padding), its counts `int` (K of
@@ -301,21 +304,41 @@ __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
     return __shfl_sync(~0u, x, 0);
 }
 
-// How many threads before this one have `flag`; `total` is how many have it in all.
-// `scratch` is shared memory for 32 counts.
-__device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const unsigned votes = __ballot_sync(~0u, flag);
-    __syncthreads();  // the scratch may still be in use
-    if (lane == 0) scratch[warp] = __popc(votes);
-    __syncthreads();
-    int rank = __popc(votes & ((1u << lane) - 1));
-    *total = 0;
-    for (int w = 0; w < warps; ++w) {
-        if (w < warp) rank += scratch[w];
-        *total += scratch[w];
+// The sum of the lanes up to this one.
+__device__ __forceinline__ int sum_up_to_lane(int x) {
+    const int lane = threadIdx.x % 32;
+    for (int delta = 1; delta < 32; delta *= 2) {
+        const int other = __shfl_up_sync(~0u, x, delta);
+        if (lane >= delta) x += other;
     }
-    return rank;
+    return x;
+}
+
+// The sum of the warps before this one; `total` is that of all warps. x is the same in
+// all lanes, `scratch` is shared memory for 32 sums.
+__device__ __forceinline__ int sum_of_warps_before(int x, int* scratch, int* total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    __syncthreads();  // the scratch may still be in use
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    const int other = lane < warps ? scratch[lane] : 0;
+    const int up_to = sum_up_to_lane(other);
+    *total = __shfl_sync(~0u, up_to, 31);
+    return __shfl_sync(~0u, up_to - other, warp);
+}
+
+// The sum of the threads before this one; `total` is that of all threads.
+__device__ __forceinline__ int block_sum_before(int x, int* scratch, int* total) {
+    const int up_to = sum_up_to_lane(x);
+    const int of_warp = __shfl_sync(~0u, up_to, 31);
+    return sum_of_warps_before(of_warp, scratch, total) + up_to - x;
+}
+
+// How many threads before this one have `flag`; `total` is how many have it in all.
+__device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
+    const unsigned votes = __ballot_sync(~0u, flag);
+    const int rank = __popc(votes & ((1u << threadIdx.x % 32) - 1));
+    return rank + sum_of_warps_before(__popc(votes), scratch, total);
 }
 
 // The shared memory whose size the launch gives, 16-byte aligned.

@@ -37,11 +37,13 @@ _WRITE_COUNTS = "basic/groups", "write_counts", "float32"
 # Of kernels/optimized/tiles.cuh: rows and columns of a tile, bytes of each row that are
 # staged in a step, and the steps in shared memory of the widest tile.
 TILE, STEP_BYTES, WIDE_STAGES = 128, 64, 4
+THREAD_TOKENS = 4  # of a thread, in selection and in the saliency of layers
 # Threads of a block, at most, in the kernels whose launch bounds these are; see
 # `options`. Of linkages, by the bytes of a distance: as many as have the registers they
 # need. A multiprocessor has one such block at a time, so that all of a launch can run.
-SELECTION_THREADS = 512
+SELECTION_THREADS = 1024
 GROUP_THREADS = 1024
+SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 640, 8: 384}
 _SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
 
@@ -357,9 +359,11 @@ def options(dtype: str) -> tuple[str, ...]:
         "TILE": TILE,
         "STEP_BYTES": STEP_BYTES,
         "WIDE_STAGES": WIDE_STAGES,
+        "THREAD_TOKENS": THREAD_TOKENS,
         "BLOCK_THREADS": BLOCK,
         "SELECTION_THREADS": SELECTION_THREADS,
         "GROUP_THREADS": GROUP_THREADS,
+        "SORT_THREADS": SORT_THREADS,
         "LINKAGE_THREADS": LINKAGE_THREADS[8 if dtype == "float64" else 4],
     }
     defined = (f"-D{name}={size}" for name, size in sizes.items())

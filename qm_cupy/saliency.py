@@ -500,17 +500,36 @@ def _saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     *leading, num_tokens = entropy.shape
     layers, batch, heads = _axes(leading)
     kind = _cuda.accumulation(entropy.dtype)
-    lowest, highest = (_cuda.empty((layers, batch), kind) for _ in range(2))
     out = _cuda.empty((batch, num_tokens) if leading else (num_tokens,), kind)
     entropy, mask = _cuda.contiguous(entropy), _cuda.contiguous(mask)
-    sizes = layers, batch, heads, num_tokens
-    chosen = _cuda.implementation()
-    threads = lowest.size * (1 if chosen == "basic" else _cuda.BLOCK)
+    sizes, high = (layers, batch, heads, num_tokens), int(salient == "high")
+    if _cuda.implementation() == "optimized":
+        _saliency_optimized(entropy, mask, sizes, high, out)
+        return out
+    lowest, highest = (_cuda.empty((layers, batch), kind) for _ in range(2))
     args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest)
-    _cuda.launch(f"{chosen}/saliency", "entropy_range", entropy.dtype, threads, args)
-    args = (entropy, mask, lowest, highest, *sizes, int(salient == "high"), out)
-    _cuda.launch("basic/saliency", "saliency", entropy.dtype, out.size, args)
+    file, dtype = "basic/saliency", entropy.dtype
+    _cuda.launch(file, "entropy_range", dtype, lowest.size, args)
+    args = (entropy, mask, lowest, highest, *sizes, high, out)
+    _cuda.launch(file, "saliency", dtype, out.size, args)
     return out
+
+
+def _saliency_optimized(
+    entropy: Any, mask: Any, sizes: tuple[int, int, int, int], high: int, out: Any
+) -> None:
+    layers, batch, heads, num_tokens = sizes
+    file, kind = "optimized/saliency", out.dtype
+    parts = -(-num_tokens // (_cuda.THREAD_TOKENS * _cuda.BLOCK))
+    lowest, highest = (_cuda.empty((layers, batch, parts), kind) for _ in range(2))
+    # The heads are read once: the second kernel takes their means.
+    means = _cuda.empty((layers, batch, num_tokens), kind) if heads > 1 else None
+    args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest, means)
+    threads = lowest.size * _cuda.BLOCK
+    _cuda.launch(file, "entropy_range", entropy.dtype, threads, args)
+    means = entropy if means is None else means
+    args = (means, mask, lowest, highest, layers, batch, num_tokens, high, out)
+    _cuda.launch(file, "saliency", means.dtype, batch * parts * _cuda.BLOCK, args)
 
 
 @on_callers_stream

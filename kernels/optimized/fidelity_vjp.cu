@@ -54,13 +54,12 @@ extern "C" __global__ void merged_error_vjp(const real_t* tokens, const real_t* 
     if (index >= batch * num_groups * vectors) return;
     const long long d = index % vectors * WIDTH, k = index / vectors;
     const Members group = members_of(ends, members, k, num_tokens, num_groups);
-    acc_t sum[WIDTH] = {}, y[WIDTH], x[WIDTH];
+    acc_t sum[WIDTH] = {}, y[WIDTH];
     load_vector(y, merged + k * dim + d, dim - d);
-    for (int slot = group.begin; slot < group.end; ++slot) {
-        const long long j = group.first + group.of[slot];
-        load_vector(x, tokens + j * dim + d, dim - d);
-        for (int i = 0; i < WIDTH; ++i) sum[i] += x[i] - y[i];
-    }
+    visit_members(tokens + d, nullptr, group, dim, dim - d,
+                  [&](const acc_t(&x)[WIDTH], acc_t) {
+                      for (int i = 0; i < WIDTH; ++i) sum[i] += x[i] - y[i];
+                  });
     for (int i = 0; i < WIDTH; ++i) sum[i] *= -scales[k / num_groups];
     store_vector(out + k * dim + d, sum, dim - d);
 }

@@ -2,28 +2,33 @@
 // (perturbed_scores without noise or padding, saliency_mass) has nothing to gain and
 // runs from there.
 
-// out = the perturbed scores, (N,); returns the highest of this thread's. Draw n is the
+// scores = the perturbed scores; returns the highest of this thread's. Draw n is the
 // n-th token's, wherever padding lies, and the block counts the tokens together.
-template <class T>
-__device__ __forceinline__ acc_t perturb(const T* saliency, const bool* mask,
+template <class Saliency, class Scores>
+__device__ __forceinline__ acc_t perturb(const Saliency& saliency, const bool* mask,
                                          long long num_tokens, long long noisy,
                                          unsigned long long seed, long long sequence,
-                                         acc_t* out) {
+                                         Scores& scores) {
     __shared__ int scratch[32];
     acc_t highest = padding();
     long long before = 0;  // tokens before these blockDim.x places
-    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
+    int t = 0;
+#pragma unroll 1  // the noise takes 300 instructions: one copy of them is enough
+    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x, ++t) {
         const long long i = i0 + threadIdx.x;
         const bool token = i < num_tokens && is_token(mask, i);
-        int tokens;
-        const long long rank = before + block_rank(token, scratch, &tokens);
-        before += tokens;
+        long long rank = i;
+        if (mask && noisy) {
+            int tokens;
+            rank = before + block_rank(token, scratch, &tokens);
+            before += tokens;
+        }
         acc_t score = padding();
         if (token) {
-            score = widen(saliency[i]);
+            score = saliency.get(t, i);
             if (noisy) score += gumbel(seed, sequence, rank);
         }
-        if (i < num_tokens) out[i] = score;
+        if (i < num_tokens) scores.set(t, i, score);
         highest = max(highest, score);
     }
     return highest;
@@ -34,43 +39,42 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
                      long long num_tokens, long long noisy, unsigned long long seed,
                      long long first, acc_t* out) {
     const long long row = blockIdx.x * num_tokens;  // of (B, N)
-    perturb(saliency + row, mask ? mask + row : nullptr, num_tokens, noisy, seed,
-            first + blockIdx.x, out + row);
+    const Stored<const real_t> scores{saliency + row};
+    Stored<acc_t> perturbed{out + row};
+    perturb(scores, mask ? mask + row : nullptr, num_tokens, noisy, seed,
+            first + blockIdx.x, perturbed);
 }
 
-// The noise, the softmax over it and the saliency mass, which is 0 for padding. Each
-// thread comes back to its own tokens, so `out` can hold the scores, then their
-// exponentials, then the probabilities. `mask` and `mass` may be null; all arrays are
-// (N,).
-template <class T>
-__device__ __forceinline__ void softmax_and_mass(const T* saliency, const bool* mask,
-                                                 long long num_tokens,
-                                                 double temperature, long long noisy,
-                                                 unsigned long long seed,
-                                                 long long sequence, double epsilon,
-                                                 acc_t* out, acc_t* mass) {
+// The noise, the softmax over it and the saliency mass, which is 0 for padding.
+// `scores` hold the scores, then their exponentials. `mask` and `mass` may be null; all
+// arrays are (N,).
+template <class Saliency, class Scores>
+__device__ __forceinline__ void softmax_and_mass(
+    const Saliency& saliency, Scores& scores, const bool* mask, long long num_tokens,
+    double temperature, long long noisy, unsigned long long seed, long long sequence,
+    double epsilon, acc_t* out, acc_t* mass) {
     __shared__ acc_t scratch[32];
-    acc_t highest = perturb(saliency, mask, num_tokens, noisy, seed, sequence, out);
+    acc_t highest = perturb(saliency, mask, num_tokens, noisy, seed, sequence, scores);
     highest = block_reduce(highest, scratch, Greatest());
 
     acc_t total = 0;
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        const acc_t score = out[i];
+    visit_own(scores, num_tokens, [&](int t, long long i) {
+        const acc_t score = scores.get(t, i);
         acc_t e = 0;
         if (score != padding())  // in double, where no temperature is too small
             e = exp(static_cast<acc_t>((score - highest) / temperature));
-        out[i] = e;
+        scores.set(t, i, e);
         total += e;
-    }
+    });
     total = block_reduce(total, scratch, Add());
 
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        const acc_t p = total > 0 ? out[i] / total : acc_t(0);
+    visit_own(scores, num_tokens, [&](int t, long long i) {
+        const acc_t p = total > 0 ? scores.get(t, i) / total : acc_t(0);
         out[i] = p;
-        if (mass == nullptr) continue;
-        const acc_t whole = p * widen(saliency[i]) + (1 - p) * acc_t(epsilon);
+        if (mass == nullptr) return;
+        const acc_t whole = p * saliency.get(t, i) + (1 - p) * acc_t(epsilon);
         mass[i] = is_token(mask, i) ? whole : acc_t(0);
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
@@ -79,13 +83,67 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
                    unsigned long long seed, long long first, double epsilon, acc_t* out,
                    acc_t* mass) {
     const long long row = blockIdx.x * num_tokens;  // of (B, N)
-    softmax_and_mass(saliency + row, mask ? mask + row : nullptr, num_tokens,
-                     temperature, noisy, seed, first + blockIdx.x, epsilon, out + row,
-                     mass ? mass + row : nullptr);
+    const bool* valid = mask ? mask + row : nullptr;
+    const Stored<const real_t> stored{saliency + row};
+    acc_t *p = out + row, *m = mass ? mass + row : nullptr;
+    if (num_tokens <= THREAD_TOKENS * blockDim.x) {
+        Held own, scores;
+        visit_own(own, num_tokens,
+                  [&](int t, long long i) { own.set(t, i, stored.get(t, i)); });
+        softmax_and_mass(own, scores, valid, num_tokens, temperature, noisy, seed,
+                         first + blockIdx.x, epsilon, p, m);
+    } else {
+        Stored<acc_t> scores{p};
+        softmax_and_mass(stored, scores, valid, num_tokens, temperature, noisy, seed,
+                         first + blockIdx.x, epsilon, p, m);
+    }
 }
 
-// The same from the entropies (L, B, H, N) on: entropy_range and saliency of
-// saliency.cu come first, a layer at a time.
+// sum = over the layers, a thread's tokens scaled to 0 .. 1 by their range, as
+// entropy_range and saliency of saliency.cu find it. As many layers at once as the
+// block has warps: they share the tokens of these layers for the ranges.
+__device__ __forceinline__ void add_layers(const real_t* entropy, const bool* mask,
+                                           long long layers, long long batch,
+                                           long long heads, long long num_tokens,
+                                           acc_t (&sum)[THREAD_TOKENS]) {
+    __shared__ acc_t lowest[32], highest[32];  // (layers, parts)
+    __shared__ acc_t low[32], width[32];       // (layers,)
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const long long stride = batch * heads * num_tokens;  // of a layer
+    const int row = static_cast<int>(num_tokens);
+    acc_t mean[THREAD_TOKENS];
+    for (long long l0 = 0; l0 < layers; l0 += warps, entropy += warps * stride) {
+        const int count =
+            static_cast<int>(min(layers - l0, static_cast<long long>(warps)));
+        const int parts = warps / count, layer = warp / parts;
+        Range range;
+        const int step = 32 * parts;
+        for (int i = warp % parts * 32 + lane; i < row && layer < count;
+             i += THREAD_TOKENS * step) {
+            head_means(entropy + layer * stride, heads, row, i, step, mean);
+            range.add(mean, mask, row, i, step);
+        }
+        range.low = warp_reduce(range.low, Least());
+        range.high = warp_reduce(range.high, Greatest());
+        if (lane == 0) {
+            lowest[warp] = range.low;
+            highest[warp] = range.high;
+        }
+        __syncthreads();
+        if (warp < count)
+            join_parts(lowest + warp * parts, highest + warp * parts, parts, low + warp,
+                       width + warp);
+        __syncthreads();
+        for (int l = 0; l < count; ++l) {
+            head_means(entropy + l * stride, heads, row, static_cast<int>(threadIdx.x),
+                       static_cast<int>(blockDim.x), mean);
+            add_layer(mean, low[l], width[l], sum);
+        }
+    }
+}
+
+// The same from the entropies (L, B, H, N) on, of at most THREAD_TOKENS tokens a
+// thread.
 extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     saliency_gumbel_mass(const real_t* entropy, const bool* mask, long long layers,
                          long long batch, long long heads, long long num_tokens,
@@ -93,38 +151,18 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
                          unsigned long long seed, long long first, double epsilon,
                          acc_t* saliency_out, acc_t* probabilities_out,
                          acc_t* mass_out) {
-    __shared__ acc_t scratch[32];
-    const long long b = blockIdx.x;
-    const bool* valid = mask ? mask + b * num_tokens : nullptr;  // (N,)
-    acc_t* saliency = saliency_out + b * num_tokens;             // (N,)
-    acc_t* mean = probabilities_out + b * num_tokens;  // (N,), over heads, for now
-    for (long long l = 0; l < layers; ++l) {
-        const real_t* rows = entropy + (l * batch + b) * heads * num_tokens;  // (H, N)
-        acc_t low = -NEVER, high = NEVER;
-        for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-            if (!is_token(valid, i)) continue;
-            acc_t sum = 0;
-            for (long long h = 0; h < heads; ++h)
-                sum += widen(rows[h * num_tokens + i]);
-            mean[i] = sum / heads;
-            low = min(low, mean[i]);
-            high = max(high, mean[i]);
-        }
-        low = block_reduce(low, scratch, Least());
-        high = block_reduce(high, scratch, Greatest());
-        for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-            const acc_t before = l > 0 ? saliency[i] : acc_t(0);
-            const bool counts = high > low && is_token(valid, i);
-            saliency[i] = counts ? before + (mean[i] - low) / (high - low) : before;
-        }
-    }
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        const acc_t normal = saliency[i] / layers;
-        const acc_t salient = salient_high ? normal : 1 - normal;
-        saliency[i] = is_token(valid, i) ? salient : 0;
-    }
-    softmax_and_mass(saliency, valid, num_tokens, temperature, noisy, seed, first + b,
-                     epsilon, mean, mass_out + b * num_tokens);
+    const long long b = blockIdx.x, row = b * num_tokens;  // of (B, N)
+    const bool* valid = mask ? mask + row : nullptr;
+    acc_t sum[THREAD_TOKENS] = {};
+    add_layers(entropy + row * heads, valid, layers, batch, heads, num_tokens, sum);
+    Held saliency, scores;
+    visit_own(saliency, num_tokens, [&](int t, long long i) {
+        const acc_t salient = saliency_of(sum[t], layers, salient_high);
+        saliency.of[t] = is_token(valid, i) ? salient : acc_t(0);
+        saliency_out[row + i] = saliency.of[t];
+    });
+    softmax_and_mass(saliency, scores, valid, num_tokens, temperature, noisy, seed,
+                     first + b, epsilon, probabilities_out + row, mass_out + row);
 }
 
 // One warp finds the highest digit d such that the scores with a digit >= d are `left`

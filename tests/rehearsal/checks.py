@@ -260,8 +260,9 @@ def test_a_wrong_launch_fails():
         module.get_function("unheard_of")
 
 
-def test_a_card_sees_each_launch():
+def test_a_card_sees_each_launch(monkeypatch):
     """An H100: a block has no more threads than the launch bound allows."""
+    monkeypatch.setattr(_cuda, "SELECTION_THREADS", 512)  # below a card's own limit
     source, options = _cuda.source("optimized/selection"), _cuda.options("float32")
     kernel = cupy.RawModule(code=source, options=options).get_function("select_tokens")
     chosen, out = cupy.ones((1, 600), np.bool_), cupy.empty((1, 2), np.int32)

@@ -1,0 +1,135 @@
+"""The sort of merging and its layout: runs of tokens, groups, shared memory."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from kernel_cases import optimized
+
+import qm_cupy as qm
+from qm_cupy import _cuda, merging
+
+ROOM = 48 << 10  # bytes of shared memory
+
+
+def labels_of(batch, num_tokens, num_groups, kind):
+    rng = np.random.default_rng(num_tokens + num_groups)
+    shape = batch, num_tokens
+    if kind == "padding":
+        return np.full(shape, -1, np.int32)
+    if kind == "one":
+        return np.full(shape, num_groups - 1, np.int32)
+    if kind == "wild":  # a fifth are labels of no group
+        labels = rng.integers(-num_groups, 2 * num_groups, shape)
+        labels[:, ::7] = np.iinfo(np.int32).max
+        labels[:, 1::7] = np.iinfo(np.int32).min
+        return labels.astype(np.int32)
+    return rng.integers(-1, num_groups, shape).astype(np.int32)
+
+
+def assert_sorted(labels, num_groups, ends, members):
+    """Groups one after the other, each in index order, and nothing between them."""
+    for b, row in enumerate(labels):
+        known = (row >= 0) & (row < num_groups)
+        sizes = np.bincount(row[known], minlength=num_groups)
+        np.testing.assert_array_equal(ends[b], np.cumsum(sizes))
+        order = np.argsort(np.where(known, row, num_groups), kind="stable")
+        np.testing.assert_array_equal(members[b, : known.sum()], order[: known.sum()])
+
+
+@pytest.mark.parametrize("kind", ["random", "padding", "one", "wild"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_groups"),
+    [
+        (1, 1), (31, 31), (32, 1), (33, 7), (100, 100), (700, 1), (1025, 40),
+        (1100, 1100), (2500, 2500), (40, 3000),
+    ],
+)  # fmt: skip
+@optimized
+@pytest.mark.usefixtures("kernels")
+def test_sort_members(num_tokens, num_groups, kind):
+    labels = labels_of(3, num_tokens, num_groups, kind)
+    assert_sorted(labels, num_groups, *merging._members_cuda(labels, num_groups))
+
+
+@pytest.mark.parametrize("runs", [1, 2, 5, 8])
+@pytest.mark.parametrize("held", [True, False], ids=["shared", "global"])
+@optimized
+@pytest.mark.usefixtures("kernels")
+def test_sort_members_in_runs(runs, held, monkeypatch):
+    """Any number of runs, the last ones empty, counts here or there: one order."""
+    num_groups = 70
+    bytes_held = 4 * num_groups * (runs + 1) if held else 0
+    monkeypatch.setattr(merging, "_sort_layout", lambda *_: (runs, bytes_held))
+    for num_tokens in (1, 33, 97, 290):
+        labels = labels_of(2, num_tokens, num_groups, "random")
+        assert_sorted(labels, num_groups, *merging._members_cuda(labels, num_groups))
+
+
+@optimized
+@pytest.mark.usefixtures("kernels")
+def test_counts_that_shared_memory_cannot_hold(monkeypatch):
+    """At the largest K with counts in shared memory, and at the one after it."""
+    room = _cuda.dynamic_shared_bytes("optimized/merging", "sort_members", np.float32)
+    largest, made, empty = room // 8, [], _cuda.empty
+
+    def recorded(shape, dtype):
+        made.append(shape)
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(_cuda, "empty", recorded)
+    for num_groups, shared in ((largest, True), (largest + 1, False)):
+        labels = labels_of(2, 300, num_groups, "random")
+        assert_sorted(labels, num_groups, *merging._members_cuda(labels, num_groups))
+        counts = [shape for shape in made if len(shape) == 3]
+        assert counts == ([] if shared else [(2, 9, num_groups)])
+        made.clear()
+
+
+def test_layout_of_the_sort():
+    layout = merging._sort_layout
+    assert layout(4096, 1024, 227 << 10) == (16, 17 * 4096)  # W² = 70 N / K = 280
+    assert layout(4096, 1024, ROOM) == (11, 12 * 4096)
+    assert layout(4096, 4096, 227 << 10) == (8, 9 * 16384)
+    assert layout(4096, 1, ROOM) == (32, 33 * 4)  # no more warps than a block has
+    assert layout(33, 1, ROOM) == (2, 3 * 4)  # no run without tokens
+    assert layout(1, 1, ROOM) == (1, 2 * 4)
+    assert layout(1, 5000, ROOM) == (1, 2 * 20000)  # K above N
+    assert layout(6000, 6144, ROOM) == (1, ROOM)
+    assert layout(6000, 6145, ROOM) == (8, 0)
+    assert layout(33, 6145, ROOM) == (2, 0)
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 3000, 171))
+def test_layouts_are_within_their_limits(num_tokens):
+    for num_groups in (1, 2, 3, 50, 777, num_tokens, 5000, 6143, 9000):
+        runs, shared = merging._sort_layout(num_tokens, num_groups, ROOM)
+        assert 1 <= runs <= min(32, -(-num_tokens // 32))
+        assert shared in (0, (runs + 1) * num_groups * 4)
+        assert shared <= ROOM
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["merge", "gradient"])
+@optimized
+@pytest.mark.usefixtures("kernels")
+def test_whole_rows_have_the_sums_of_others(dtype, weighted, gradient):
+    """Members are read four at once where rows are whole vectors: the same bits."""
+    rng = np.random.default_rng(3)
+    sizes = np.arange(11)  # of groups: none, and around multiples of four
+    labels = rng.permutation(np.repeat(sizes, sizes)).astype(np.int32)[None]
+    tokens = rng.standard_normal((1, labels.size, 17)).astype(dtype)
+    mass = None
+    if weighted:
+        mass = rng.random(labels.shape).astype(_cuda.accumulation(dtype))
+        mass[labels == 6] = 0
+
+    def measure(x):
+        if gradient:
+            return qm.unmerge_tokens_vjp(x, labels, len(sizes))
+        return qm.merge_tokens(x, labels, len(sizes), mass=mass)
+
+    whole = measure(np.ascontiguousarray(tokens[..., :16]))
+    np.testing.assert_array_equal(whole, measure(tokens)[..., :16])

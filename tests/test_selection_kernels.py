@@ -1,0 +1,169 @@
+"""From entropies to the mass: in one launch of a block a sequence, or in three."""
+
+import numpy as np
+import pytest
+from conftest import assert_close
+from kernel_cases import dtypes, mask_of, masked, optimized, random
+
+import qm_cupy as qm
+from qm_cupy import _cuda, selection
+
+pytestmark = pytest.mark.usefixtures("kernels")
+ONE = ["saliency_gumbel_mass"]
+THREE = ["entropy_range", "saliency", "gumbel_softmax"]
+LIMIT = selection._ENTROPIES_OF_A_BLOCK
+HELD = _cuda.THREAD_TOKENS * _cuda.SELECTION_THREADS  # tokens in registers
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched so far."""
+    names, launch = [], _cuda.launch
+
+    def recorded(file, kernel, *args, **options):
+        names.append(kernel)
+        launch(file, kernel, *args, **options)
+
+    monkeypatch.setattr(_cuda, "launch", recorded)
+    return names
+
+
+def entropy_of(shape, dtype):
+    entropy = abs(random(shape, dtype, seed=sum(shape)))
+    entropy[0, :, :, ::3] = 2  # ties
+    if len(entropy) > 1:
+        entropy[1] = 2  # a constant layer
+    return entropy
+
+
+def masses(entropy, mask, salient="low", seed=11):
+    return selection._saliency_gumbel_mass_cuda(
+        entropy, salient, 0.1, (seed, 4), 0.01, mask
+    )
+
+
+# L, B, H, N: one warp and more, layers around the warps of a block and the ranges that
+# are held at once, tokens around a warp, a block and a part.
+SHAPES = [
+    (1, 1, 1, 1), (9, 2, 3, 31), (3, 2, 1, 33), (31, 1, 2, 5), (33, 2, 1, 7),
+    (70, 1, 1, 3), (2, 2, 5, 257), (5, 1, 1, 1024), (3, 2, 2, 1025), (1, 1, 3, 2049),
+]  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@masked
+@optimized
+def test_one_launch_gives_the_bits_of_three(
+    dtype, shape, masked, launches, monkeypatch
+):
+    _, batch, _, num_tokens = shape
+    entropy, mask = entropy_of(shape, dtype), mask_of(batch, num_tokens, masked)
+    for salient, seed in (("low", None), ("high", 11)):
+        found = []
+        for one, names in ((True, ONE), (False, THREE)):
+            monkeypatch.setattr(selection, "_one_launch", lambda *_, one=one: one)
+            launches.clear()
+            found.append(masses(entropy, mask, salient, seed))
+            assert launches == names
+        for x, y in zip(*found, strict=True):
+            assert x.shape == y.shape == (batch, num_tokens)
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@masked
+@optimized
+def test_saliency_has_the_bits_of_the_basic_kernel(dtype, shape, masked):
+    _, batch, _, num_tokens = shape
+    entropy, mask = entropy_of(shape, dtype), mask_of(batch, num_tokens, masked)
+    got = qm.saliency(entropy, mask=mask)
+    with qm.use_kernels("basic"):
+        np.testing.assert_array_equal(got, qm.saliency(entropy, mask=mask))
+
+
+@optimized
+def test_a_range_of_more_parts_than_a_warp_has_lanes():
+    entropy = entropy_of((1, 1, 1, 34_000), np.float32)
+    entropy[..., -1] = 9  # the greatest is in the last part
+    got = qm.saliency(entropy)
+    assert got[0, -1] == got.min() == 0
+    with qm.use_kernels("basic"):
+        np.testing.assert_array_equal(got, qm.saliency(entropy))
+
+
+@optimized
+def test_padding_may_hold_anything():
+    """A NaN under padding changes nothing, in either way."""
+    shape = 3, 3, 2, 70  # L, B, H, N
+    entropy, mask = entropy_of(shape, np.float32), mask_of(shape[1], shape[3])
+    hidden = np.broadcast_to(~mask[:, None], shape)
+    for one in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(selection, "_one_launch", lambda *_, one=one: one)
+            clean = masses(np.where(hidden, 0, entropy), mask)
+            dirty = masses(np.where(hidden, np.float32(np.nan), entropy), mask)
+        for x, y in zip(clean, dirty, strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert np.isfinite(x).all()
+            assert not x[~mask].any()
+
+
+@optimized
+def test_a_width_that_flushes_to_zero_counts_as_constant():
+    tiny = np.finfo(np.float32).smallest_subnormal
+    entropy = np.full((1, 1, 1, 40), np.finfo(np.float32).tiny)
+    entropy[..., ::2] += tiny
+    s, p, m = masses(entropy, None)
+    np.testing.assert_array_equal(s, 1)
+    assert np.isfinite(p).all()
+    assert np.isfinite(m).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "one"),
+    [
+        ((1, 1, 1, 64), True), ((16, 1, 2, LIMIT // 32), True),
+        ((16, 1, 2, LIMIT // 32 + 1), False), ((1, 1, 8, HELD), True),
+        ((1, 1, 9, HELD), False), ((1, 1, 1, HELD + 1), False),
+        ((LIMIT // 32 + 1, 1, 32, 1), False),
+    ],
+    ids=str,
+)  # fmt: skip
+@optimized
+def test_the_threshold(shape, one, launches):
+    got = masses(entropy_of(shape, np.float32), None)
+    assert launches == (ONE if one else THREE)
+    launches.clear()
+    with pytest.MonkeyPatch.context() as patch:  # the other way, where it can go
+        patch.setattr(
+            selection, "_one_launch", lambda *_: shape[-1] <= HELD and not one
+        )
+        other = masses(entropy_of(shape, np.float32), None)
+    assert launches == (THREE if one or shape[-1] > HELD else ONE)
+    for x, y in zip(got, other, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@dtypes
+@pytest.mark.parametrize("num_tokens", [HELD, HELD + 1, 2 * HELD + 33])
+@masked
+@optimized
+def test_softmax_of_rows_in_registers_and_in_memory(dtype, num_tokens, masked):
+    batch = 2
+    scores = random((batch, num_tokens), dtype)
+    mask = mask_of(batch, num_tokens, masked)
+    if masked:
+        mask[-1, -5:] = True
+    noise = 11, 4
+    p, m = selection._softmax_mass_cuda(scores, 0.1, noise, 0.01, mask)
+    drawn = {"seed": 11, "sequence_offset": 4, "mask": mask}
+    with qm.use_kernels("basic"):
+        wanted = qm.gumbel_softmax(scores, temperature=0.1, **drawn)
+        mass = qm.saliency_mass(scores, wanted, epsilon=0.01)
+    assert_close(p, wanted, dtype)
+    valid = np.True_ if mask is None else mask
+    assert_close(m, np.where(valid, mass, 0), dtype)
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
