@@ -175,20 +175,23 @@ MODELS = {
     ),
     "optimized/fidelity/token_errors": STREAM,
     "optimized/fidelity/reconstruction_error": STREAM,
-    # One warp places the tokens: the label, then where its group ends so far.
+    # A warp places a run of tokens, 32 at a time: about 210 clocks in shared memory.
     "optimized/merging/sort_members": Model(
         {
             "place": Loop(
-                {"MATCH": 1}, lambda s: s.num_tokens / 32, "MATCH", chain=2
+                {"MATCH": 1, "LDS": 2},
+                lambda s: math.ceil(s.num_tokens / 32 / s.runs), chain=210 / 270,
             )
         },
-        {"STG": 1}, warps=1,
+        {"STG": 1},
     ),
     "optimized/merging/merge_tokens": Model(
         {
-            "member": Loop(
-                {"LDG.E.128": 1, "LDG.E": 3},  # which member, its mass, its columns
-                lambda s: s.num_tokens / s.num_groups, "LDG.E.128",
+            # Four members in a pass: which ones, their masses, their columns. Of
+            # random labels the last pass is half empty.
+            "members": Loop(
+                {"LDG.E.128": 4, "LDG.E": 12},
+                lambda s: s.num_tokens / s.num_groups / 4 + 0.5,
             )
         },
         {"STG.E.128": 1},
@@ -198,17 +201,12 @@ MODELS = {
     "optimized/alignment/linear_half": _linear(64),
     "optimized/alignment/prediction_errors": STREAM,
     "optimized/alignment/alignment_loss": STREAM,
-    # The entropies are read twice, by one block for each sequence, 16 loads at a time.
-    "optimized/selection/saliency_gumbel_mass": Model(
-        {
-            "heads": Loop(
-                {"LDG": 16},
-                lambda s: 2 * s.layers * s.heads * s.num_tokens / s.threads,
-                "LDG", chain=1 / 16,
-            )
-        },
-        {"STG": 1},
-        port_bytes=lambda s: 8 * s.layers * s.heads * s.num_tokens,
+    "optimized/saliency/entropy_range": STREAM,
+    "optimized/saliency/saliency": STREAM,
+    # One block for each sequence draws the noise, in float64.
+    "optimized/selection/gumbel_softmax": Model(
+        {"token": Loop({"DFMA": 8, "BAR": 2}, lambda s: s.num_tokens / s.threads)},
+        {"STG": 4, "BAR": 4},
     ),
     "optimized/linkage/linkage": UNPREDICTED,
 }  # fmt: skip

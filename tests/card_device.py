@@ -111,7 +111,8 @@ class Device:
 
         def answer(*args):
             answers = []
-            for self._trial in self._now:
+            for card in self._now:
+                self._trial = card
                 answers.append(ask(*args))
             self._trial = None
             same = all(x == answers[0] for x in answers)
