@@ -134,12 +134,13 @@ MODELS = {
     ),
     "optimized/saliency/self_attention_entropy": STREAM,
     "optimized/saliency/query_key_entropy": tiles(
-        128, 128, "head_dim", passes=_tiles_of("num_tokens"),
-        each={"MUFU.EX2": 64}, rest={"STG": 1},
-    ),
-    "optimized/saliency/query_key_entropy_half": tiles(
-        64, 128, "head_dim", step=HALF, passes=_tiles_of("num_tokens"),
-        each={"MUFU.EX2": 64}, rest={"STG": 1},
+        64,
+        128,
+        "head_dim",
+        step=HALF,
+        passes=_tiles_of("num_tokens"),
+        each={"MUFU.EX2": 64},
+        rest={"STG": 1},
     ),
     "optimized/saliency/query_key_entropy_kept": _kept(),
     "optimized/saliency/attention_entropy": Model(

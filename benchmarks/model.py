@@ -112,10 +112,12 @@ def bounds(launch: Launch, model: Model, parts: dict[str, Part]) -> dict[str, fl
     counts: Counter[str] = Counter()  # of a warp, by unit
     moved: Counter[str] = Counter()  # bytes of a lane, by unit
     chain = 0.0
-    for part in parts.values():
+    for name, part in parts.items():
         for unit, count in part.path.units.items():
             counts[unit] += part.times * count
         for unit, size in part.path.lane_bytes.items():
+            if name == "rest" and unit == "ldgsts":
+                continue  # the first steps: as many of the last passes copy nothing
             # Of LDS, lanes may read the same bytes: a clock each, at least.
             least = 4 * part.path.units[unit] if unit == "lds" else size
             moved[unit] += part.times * least

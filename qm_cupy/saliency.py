@@ -238,10 +238,10 @@ def _query_key_entropy_cuda(
     def blocks(shape: _tiles.Shape) -> int:
         return outer * _tiles.row_tiles(shape, num_tokens)
 
-    shape = _tiles.select_shape(blocks)
+    shape = _tiles.HALF._replace(suffix="")
     kept = _tiles.kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
-    if kept and shape is _tiles.WHOLE:
-        shape = shape._replace(suffix="_kept", shared=kept)
+    if kept and _tiles.select_shape(blocks) is _tiles.WHOLE:
+        shape = _tiles.WHOLE._replace(suffix="_kept", shared=kept)
     _tiles.launch("saliency", kernel, query.dtype, shape, blocks(shape), args)
     return out
 

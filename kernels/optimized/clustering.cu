@@ -21,8 +21,7 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
     if (Tile::rows < Tile::columns && corner.row >= num_tokens) return;
 
     const real_t* sequence = tokens + first * dim;  // (N, D)
-    const int row0 = static_cast<int>(corner.row);
-    const int column0 = static_cast<int>(corner.column);
+    const int row0 = corner.row, column0 = corner.column;
     Fragment sums[Tile::fragments];
     multiply_tiles<Tile>(shared, {sequence + row0 * dim, num_tokens - row0},
                          {sequence + column0 * dim, num_tokens - column0}, 1, dim, sums,
@@ -59,34 +58,34 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
         }
     }
 
-    acc_t* upper = out + (first + row0) * num_tokens + column0;  // the tile
-    acc_t* lower = out + (first + column0) * num_tokens + row0;  // its transpose
-    if (column0 < row0 + Tile::rows || column0 + Tile::columns > num_tokens) {
+    acc_t* matrix = out + first * num_tokens;             // (N, N)
+    acc_t* upper = matrix + row0 * num_tokens + column0;  // the tile
+    acc_t* lower = matrix + column0 * num_tokens + row0;  // its transpose
+    const bool pairs = num_tokens % 2 == 0 &&
+                       reinterpret_cast<unsigned long long>(out) % sizeof(Pair) == 0;
+    if (column0 < row0 + Tile::rows || column0 + Tile::columns > num_tokens || !pairs) {
+        const int left = static_cast<int>(num_tokens - column0), ahead = row0 - column0;
 #pragma unroll
-        for (int i = 0; i < rows; ++i) {
-            const int row = Tile::row(i);
+        for (int j = 0; j < 16; ++j) {
+            const int column = Tile::column(j);
+            if (column >= left) continue;
 #pragma unroll
-            for (int j = 0; j < 16; ++j) {
-                const int column = Tile::column(j);
-                if (column0 + column >= num_tokens || column0 + column < row0 + row)
-                    continue;
+            for (int i = 0; i < rows; ++i) {
+                const int row = Tile::row(i);
+                if (column < row + ahead) continue;
                 upper[row * num_tokens + column] = sums[i / 4][i % 4][j];
                 lower[column * num_tokens + row] = sums[i / 4][i % 4][j];
             }
         }
         return;
     }
-    const bool pairs = num_tokens % 2 == 0 &&
-                       reinterpret_cast<unsigned long long>(out) % sizeof(Pair) == 0;
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
         const acc_t(&of_i)[16] = sums[i / 4][i % 4];
         acc_t* to = upper + Tile::row(i) * num_tokens + Tile::column(0);
 #pragma unroll
-        for (int j = 0; j < 16 && pairs; j += 2)
+        for (int j = 0; j < 16; j += 2)
             *reinterpret_cast<Pair*>(to + j * 4) = {of_i[j], of_i[j + 1]};
-#pragma unroll
-        for (int j = 0; j < 16 && !pairs; ++j) to[j / 2 * 8 + j % 2] = of_i[j];
     }
 #pragma unroll
     for (int j = 0; j < 16; ++j) {

@@ -17,9 +17,9 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                                             long long dim, acc_t* states_out) {
     constexpr int halves = Tile::rows < TILE ? 2 : 1;
     constexpr int squares = Tile::columns / TILE;
-    const long long num_squares = (num_tokens + TILE - 1) / TILE;
-    const long long sides = (num_squares + squares - 1) / squares;
-    const long long tiles = sides * (sides + 1) / 2 * (Tile::columns / Tile::rows);
+    const int num_squares = static_cast<int>((num_tokens + TILE - 1) / TILE);
+    const unsigned sides = (num_squares + squares - 1) / squares;
+    const unsigned tiles = sides * (sides + 1) / 2 * (Tile::columns / Tile::rows);
     const long long b = blockIdx.x / tiles, first = b * num_tokens;
     const Corner corner = upper_tile<Tile>(blockIdx.x % tiles, sides);
     if (Tile::rows < Tile::columns && corner.row >= num_tokens) return;
@@ -54,8 +54,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
     auto* of_rows = reinterpret_cast<acc_t*>(shared);
     acc_t* of_columns = of_rows + Tile::across * Tile::rows * 3;
     const int across = Tile::warp_column() / 64, down = Tile::warp_row() / 32;
-    const int row_square = static_cast<int>(corner.row / TILE);
-    const int first_square = static_cast<int>(corner.column / TILE);
+    const int row_square = corner.row / TILE, first_square = corner.column / TILE;
     const int square = first_square + across / 2;  // of the warp's columns
     const Exponents units;
 #pragma unroll
@@ -95,7 +94,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
         if (other >= num_squares || row_square > other) continue;
         if (!is_row && row_square == other) continue;
         const int place = is_row ? index % Tile::rows : index - squares * Tile::rows;
-        const long long token = (is_row ? corner.row : corner.column) + place;
+        const int token = (is_row ? corner.row : corner.column) + place;
         if (token >= num_tokens) continue;
         State state;
         if (is_row)
@@ -105,7 +104,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
             state = merge_two(of_columns + place * 3, Tile::columns * 3);
         else
             state = merge_four(of_columns + place * 3, Tile::columns * 3);
-        const long long slot = is_row ? other * halves : corner.row * halves / TILE;
+        const int slot = is_row ? other * halves : corner.row * halves / TILE;
         const long long slots = num_squares * halves;
         write_state(states_out + ((b * slots + slot) * num_tokens + token) * 3, state);
     }
@@ -178,8 +177,7 @@ __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t
     for (State& state : states) state.m = units.never();
     const auto add = [&](int tile) {
         const long long column0 = static_cast<long long>(tile) * Tile::columns;
-        // Only the last tile reaches beyond the diagonal.
-        const bool diagonal = causal && tile == num_tiles - 1;
+        const bool diagonal = causal && column0 + Tile::columns > row0;  // or beyond it
         if (diagonal || valid || column0 + Tile::columns > num_tokens) {
             const acc_t never = units.never();
             const int ahead = static_cast<int>(row0 - column0);
@@ -216,16 +214,6 @@ __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t
 }
 
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
-    query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
-                      long long outer, long long batch, long long heads,
-                      long long num_tokens, long long head_dim, long long causal,
-                      double scale, acc_t* out) {
-    __shared__ __align__(16) unsigned char stages[Whole::bytes];
-    rows_entropy<Whole, false>(stages, query, key, mask, batch, heads, num_tokens,
-                               head_dim, causal, scale, out);
-}
-
-extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     query_key_entropy_kept(const real_t* query, const real_t* key, const bool* mask,
                            long long outer, long long batch, long long heads,
                            long long num_tokens, long long head_dim, long long causal,
@@ -236,10 +224,10 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
 }
 
 extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
-    query_key_entropy_half(const real_t* query, const real_t* key, const bool* mask,
-                           long long outer, long long batch, long long heads,
-                           long long num_tokens, long long head_dim, long long causal,
-                           double scale, acc_t* out) {
+    query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
+                      long long outer, long long batch, long long heads,
+                      long long num_tokens, long long head_dim, long long causal,
+                      double scale, acc_t* out) {
     __shared__ __align__(16) unsigned char stages[Half::bytes];
     rows_entropy<Half, false>(stages, query, key, mask, batch, heads, num_tokens,
                               head_dim, causal, scale, out);

@@ -93,9 +93,9 @@ __device__ __forceinline__ void stage_pieces(unsigned char* stage, const Rows& a
 
 // The same by the widest copies that fit, the same ones for a whole launch.
 template <int rows_a, int rows_b, int threads>
-__device__ __noinline__ void stage_pieces(int grain, unsigned char* stage, Rows a,
-                                          Rows b, long long k, long long dim,
-                                          long long stride) {
+__device__ __forceinline__ void stage_pieces(int grain, unsigned char* stage, Rows a,
+                                             Rows b, long long k, long long dim,
+                                             long long stride) {
     constexpr int word = sizeof(real_t) == 8 ? 8 : 4;
     constexpr int least = sizeof(real_t) == 2 ? 2 : 8;
     if (sizeof(real_t) == 8 || grain == 8)
@@ -236,47 +236,20 @@ __device__ __forceinline__ void clear(Fragment (&sums)[fragments]) {
             for (int j = 0; j < 16; ++j) sums[f][i][j] = 0;
 }
 
-// For tile 0, 1, ... of B's rows: find the sums with A's tile, then call use(tile).
-// `stages` (Tile::bytes, shared) is free again at the end. The rows' first `dim`
-// elements are read, and they lie `stride` apart.
-template <class Tile, bool tensor_cores = TENSOR_CORES, class Use>
-__device__ __forceinline__ void multiply_tiles(unsigned char* stages, Rows a,
-                                               const Rows& b, int num_tiles,
-                                               long long dim, long long stride,
+// The steps of tiles 0, 1, ...: stage(to, tile, step) begins to bring one, others are
+// multiplied meanwhile, and use(tile) follows the last of a tile.
+template <class Tile, bool tensor_cores, class Stage, class Use>
+__device__ __forceinline__ void multiply_steps(unsigned char* stages, int num_tiles,
+                                               int steps_per_tile,
                                                Fragment (&sums)[Tile::fragments],
-                                               Use use) {
-    const int steps_per_tile = static_cast<int>((dim + STEP - 1) / STEP);
-    const int grain = grain_of_both(a, b, stride | dim);
-    const auto rows_from = [&](unsigned tile) {
-        const long long first = static_cast<long long>(tile) * Tile::columns;
-        return Rows{b.data + first * stride, b.count - first};
-    };
-    const bool chunks = in_chunks(grain, stride);
-    constexpr int threads = Tile::threads;
-    const Chunks<Tile::rows, threads> of_a(a, stride);
-    Chunks<Tile::columns, threads> of_b(b, stride);
-    constexpr int a_bytes = Tile::rows * STEP_BYTES;
-    const int target = staged(threadIdx.x / 4, threadIdx.x % 4);
-    const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
+                                               Stage stage, Use use) {
     // To be staged. Unsigned, so that of one tile the compiler sees that none follows.
     unsigned next_tile = 0;
     int next_step = 0;
     const auto stage_next = [&](int slot) {
         if (next_tile < static_cast<unsigned>(num_tiles)) {
-            unsigned char* stage = stages + slot * Tile::stage_bytes;
-            const int column = next_step * STEP;
-            if (chunks) {
-                of_a.stage(stage + target, column, column < rest);
-                of_b.stage(stage + a_bytes + target, column, column < rest);
-            } else {
-                stage_pieces<Tile::rows, Tile::columns, threads>(
-                    grain, stage, a, rows_from(next_tile), column, dim, stride);
-            }
-            if (++next_step == steps_per_tile) {
-                next_step = 0, ++next_tile;
-                if (next_tile < static_cast<unsigned>(num_tiles))
-                    of_b = Chunks<Tile::columns, threads>(rows_from(next_tile), stride);
-            }
+            stage(stages + slot * Tile::stage_bytes, next_tile, next_step);
+            if (++next_step == steps_per_tile) next_step = 0, ++next_tile;
         }
         cp_async_commit();
     };
@@ -289,14 +262,56 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, Rows a,
             cp_async_wait<Tile::stages - 2>();
             __syncthreads();  // this step is there, and the one before it is used up
             stage_next(slot == 0 ? Tile::stages - 1 : slot - 1);
-            const unsigned char* stage = stages + slot * Tile::stage_bytes;
-            multiply<Tile, tensor_cores>(stage, stage + a_bytes, sums);
+            const unsigned char* rows = stages + slot * Tile::stage_bytes;
+            multiply<Tile, tensor_cores>(rows, rows + Tile::rows * STEP_BYTES, sums);
             slot = slot == Tile::stages - 1 ? 0 : slot + 1;
         }
         use(tile);
     }
     cp_async_wait<0>();
     __syncthreads();
+}
+
+// For tile 0, 1, ... of B's rows: find the sums with A's tile, then call use(tile).
+// `stages` (Tile::bytes, shared) is free again at the end. The rows' first `dim`
+// elements are read, and they lie `stride` apart.
+template <class Tile, bool tensor_cores = TENSOR_CORES, class Use>
+__device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
+                                               const Rows& b, int num_tiles,
+                                               long long dim, long long stride,
+                                               Fragment (&sums)[Tile::fragments],
+                                               Use use) {
+    constexpr int threads = Tile::threads;
+    const int steps_per_tile = static_cast<int>((dim + STEP - 1) / STEP);
+    const int grain = grain_of_both(a, b, stride | dim);
+    const auto rows_from = [&](unsigned tile) {
+        const long long first = static_cast<long long>(tile) * Tile::columns;
+        return Rows{b.data + first * stride, b.count - first};
+    };
+    // Two loops, because a call within one takes registers from it.
+    if (in_chunks(grain, stride)) {
+        const Chunks<Tile::rows, threads> of_a(a, stride);
+        Chunks<Tile::columns, threads> of_b(b, stride);
+        const int target = staged(threadIdx.x / 4, threadIdx.x % 4);
+        const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
+        const auto stage = [&](unsigned char* to, unsigned tile, int step) {
+            const int column = step * STEP;
+            if (step == 0 && tile > 0)
+                of_b = Chunks<Tile::columns, threads>(rows_from(tile), stride);
+            to += target;
+            of_a.stage(to, column, column < rest);
+            of_b.stage(to + Tile::rows * STEP_BYTES, column, column < rest);
+        };
+        multiply_steps<Tile, tensor_cores>(stages, num_tiles, steps_per_tile, sums,
+                                           stage, use);
+    } else {
+        const auto stage = [&](unsigned char* to, unsigned tile, int step) {
+            stage_pieces<Tile::rows, Tile::columns, threads>(
+                grain, to, a, rows_from(tile), step * STEP, dim, stride);
+        };
+        multiply_steps<Tile, tensor_cores>(stages, num_tiles, steps_per_tile, sums,
+                                           stage, use);
+    }
 }
 
 // The same for rows without gaps.
@@ -378,19 +393,21 @@ __device__ __forceinline__ unsigned tokens_among(const bool* mask, long long fir
     return bits;
 }
 
-// Where a tile of a symmetric product lies: its first row and column.
+// Where a tile of a symmetric product lies: its first row and column. An N x N matrix
+// of a sequence has fewer than 2^31 rows, and a launch has fewer than 2^31 blocks.
 struct Corner {
-    long long row, column;
+    int row, column;
 };
 
 // The index-th tile that reaches the diagonal or the half above it. The matrix is cut
 // into squares as wide as a tile, and these from above into tiles. Of the last ones a
 // tile may have no row at all.
 template <class Tile>
-__device__ __forceinline__ Corner upper_tile(long long index, long long num_squares) {
-    constexpr int parts = Tile::columns / Tile::rows;
-    const long long part = index % parts;
-    long long i = 0, j = index / parts;
+__device__ __forceinline__ Corner upper_tile(unsigned index, unsigned num_squares) {
+    constexpr unsigned parts = Tile::columns / Tile::rows;
+    const unsigned part = index % parts;
+    unsigned i = 0, j = index / parts;
     for (; j >= num_squares - i; ++i) j -= num_squares - i;
-    return {i * Tile::columns + part * Tile::rows, (i + j) * Tile::columns};
+    return {static_cast<int>(i * Tile::columns + part * Tile::rows),
+            static_cast<int>((i + j) * Tile::columns)};
 }
