@@ -40,7 +40,7 @@ TILE = 128  # rows and columns of a tile in kernels/optimized/tiles.cuh
 # need. A multiprocessor has one such block at a time, so that all of a launch can run.
 SELECTION_THREADS = 512
 GROUP_THREADS = 1024
-LINKAGE_THREADS = {4: 640, 8: 384}
+LINKAGE_THREADS = {4: 512, 8: 384}
 _SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
 
 _chosen: Implementation = "optimized"

@@ -120,15 +120,17 @@ def linkage_cuda(
     scratch, state = _SCRATCH * kind.itemsize, _state_bytes(num_tokens, kind.itemsize)
     matrix = num_tokens**2 * kind.itemsize
     room = _dynamic_shared_bytes("linkage", kind) - scratch
-    held = state + matrix <= room, state <= room  # the matrix, the clusters
-    shared = scratch + held[1] * state + held[0] * matrix
-    layout = _layout(batch, num_tokens, kind.itemsize, shared, alone=held[0])
-    copies = 0 if held[1] else layout.places * layout.blocks
+    nearest = 4 * num_tokens * kind.itemsize  # a cluster's, now and in the next round
+    alone = state + nearest + matrix <= room  # all in the shared memory of a block
+    held = state <= room  # the clusters
+    shared = scratch + held * state + alone * (nearest + matrix)
+    layout = _layout(batch, num_tokens, kind.itemsize, shared, alone=alone)
+    copies = 0 if held else layout.places * layout.blocks
     tree = _tree_bytes(num_tokens, kind.itemsize)
     trees = _cuda.empty((layout.places, tree), np.uint8)
-    found = _cuda.empty((layout.places, 4 * num_tokens * kind.itemsize), np.uint8)
+    found = _cuda.empty((layout.places, nearest), np.uint8)
     states = _cuda.empty((copies, state), np.uint8) if copies else None
-    options = METHODS.index(method), int(held[0]), layout.blocks, state, tree
+    options = METHODS.index(method), int(alone), layout.blocks, state, tree
     args = (cosines, mass, *masks, *counts, *options, trees, found, states)
     _launch("linkage", kind, layout, args, out, rounds, shared)
     return out, rounds
@@ -136,7 +138,7 @@ def linkage_cuda(
 
 def _state_bytes(num_tokens: int, width: int) -> int:
     """Return the bytes of the clusters that each block keeps."""
-    return -(-num_tokens * (4 * width + 18) // 16) * 16
+    return -(-num_tokens * (6 * width + 18) // 16) * 16
 
 
 def _tree_bytes(num_tokens: int, width: int) -> int:

@@ -127,7 +127,7 @@ def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatc
 
 
 @methods
-@pytest.mark.parametrize("threads", [64, 640])
+@pytest.mark.parametrize("threads", [64, 512])
 def test_sequences_take_turns(method, threads, monkeypatch):
     """Blocks that meet again, at another sequence, and as many threads as on a GPU."""
     tokens = tokens_of(5, 40, 6)
@@ -157,11 +157,11 @@ def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypa
 def test_layouts(monkeypatch):
     device = _cuda.Device(132, 227 << 10)
     monkeypatch.setattr(_cuda, "device", lambda: device)
-    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 640, 8: 384})
+    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 512, 8: 384})
     layout = _linkage_cuda._layout
-    assert layout(8, 4096, 4, 0) == (8, 16, 640)
-    assert layout(1, 1024, 4, 0) == (1, 52, 640)  # a row for every warp
-    assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 640)
+    assert layout(8, 4096, 4, 0) == (8, 16, 512)
+    assert layout(1, 1024, 4, 0) == (1, 52, 512)  # a row for every warp
+    assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 512)
     assert layout(1000, 300, 4, 0) == (1000, 1, 256)
     for batch in range(1, 400):
         for num_tokens in (2, 64, 300, 4096):

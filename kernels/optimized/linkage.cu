@@ -17,6 +17,7 @@
 constexpr int COMPLETE = 1, WARD = 2;         // 0: average
 constexpr int UNTOUCHED = -1, ABSORBED = -2;  // else: the slot that this one absorbs
 constexpr int AHEAD = 4, READ = 8;  // loads in flight: of rows, of what was found
+constexpr int PART = 128;           // columns that are worth another warp
 
 // A cluster, as every row asks for it.
 struct __align__(16) Slot {
@@ -46,23 +47,30 @@ __device__ __forceinline__ acc_t distance(acc_t e, const Slot& a, const Slot& b,
 
 // The clusters of a sequence: a copy for each block, in the order it lies in. Lists are
 // found when they are asked for: pointers to all of them would take too many registers.
+// Its size is in qm_cupy/_linkage_cuda.py.
 struct Clusters {
     unsigned char* state;
     int num_tokens;
     int turn;  // which of two lists is `active`
 
     __device__ Slot* slot() const { return reinterpret_cast<Slot*>(state); }  // (N,)
-    __device__ int* nearest() const {                                         // (N,)
-        return reinterpret_cast<int*>(slot() + num_tokens);
+    // (N,) E with the nearest cluster; of one that has just merged, the distance.
+    __device__ acc_t* sum() const {
+        return reinterpret_cast<acc_t*>(slot() + num_tokens);
+    }
+    __device__ acc_t* height() const { return sum() + num_tokens; }  // (N,) of merges
+    __device__ int* nearest() const {                                // (N,)
+        return reinterpret_cast<int*>(height() + num_tokens);
     }
     // (N,) the slots there are, and room for those after this round.
     __device__ int* active() const { return list(turn); }
     __device__ int* next() const { return list(1 - turn); }
-    __device__ int* searched() const { return list(2); }  // (N,) that are searched anew
-    __device__ int* joined() const { return list(3); }    // (N / 2,) that are new
+    // (N,) the same slots: those that are searched anew, then the others.
+    __device__ int* rows() const { return list(2); }
+    __device__ int* joined() const { return list(3); }  // (N / 2,) that are new
 
-    // Of each token, 1 / |x|: before the first round, which needs no list but one.
-    __device__ acc_t* scale() const { return reinterpret_cast<acc_t*>(list(1)); }
+    // Of each token, 1 / |x|: before the first round, when there is no merge.
+    __device__ acc_t* scale() const { return height(); }
 
     __device__ int* list(int k) const { return nearest() + (1 + k) * num_tokens; }
 };
@@ -86,6 +94,8 @@ struct Tree {
     __device__ Merge* merge() const {  // (N,)
         return reinterpret_cast<Merge*>(height() + num_tokens);
     }
+    // (N,) the row of merge t, after the last round, when no node is needed.
+    __device__ int* rank() const { return reinterpret_cast<int*>(data); }
 };
 
 // Where a sequence stands, the same in all threads of all blocks.
@@ -107,19 +117,20 @@ __device__ __forceinline__ double compared(double x) {
 __device__ __forceinline__ Neighbour candidate(acc_t e, const Slot& own, int j,
                                                const Slot& other, int method) {
     const acc_t exact = distance(e, own, other, method);
-    return {compared(exact), e, exact >= 0 ? j : -1};  // no NaN, whose bits may wrap
+    // No NaN, whose bits may wrap.
+    return {exact >= 0 ? compared(exact) : -padding(), e, j};
 }
 
 __device__ __forceinline__ acc_t join(acc_t x, acc_t y, int method) {
     return method == COMPLETE ? max(x, y) : x + y;
 }
 
-// How many of each kind there are up to a thread: three counts in one number, of 21
-// bits each, so that one pass sums all three.
+// How many clusters of each kind come before a warp's: three counts in one number, of
+// 21 bits each, so that one pass sums all three.
 struct Counts {
     unsigned long long packed;
 
-    __device__ void add(bool kept, bool joined, bool searched) {
+    __device__ void add(int kept, int joined, int searched) {
         packed += kept | (unsigned long long)joined << 21 |
                   (unsigned long long)searched << 42;
     }
@@ -128,17 +139,11 @@ struct Counts {
     __device__ int searched() const { return static_cast<int>(packed >> 42); }
 };
 
-// The counts of all threads before this one; `total` becomes those of all.
+// The counts of all warps before this one; `total` becomes those of all.
 __device__ __forceinline__ Counts counts_before(Counts own, unsigned long long* scratch,
                                                 Counts* total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    unsigned long long sum = own.packed;
-    for (int step = 1; step < 32; step *= 2) {
-        const unsigned long long before = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += before;
-    }
-    __syncthreads();  // the scratch may still be in use
-    if (lane == 31) scratch[warp] = sum;
+    if (lane == 0) scratch[warp] = own.packed;
     __syncthreads();
     unsigned long long all = lane < warps ? scratch[lane] : 0;
     for (int step = 1; step < 32; step *= 2) {
@@ -147,7 +152,7 @@ __device__ __forceinline__ Counts counts_before(Counts own, unsigned long long* 
     }
     total->packed = __shfl_sync(~0u, all, 31);
     const unsigned long long earlier = __shfl_sync(~0u, all, max(warp - 1, 0));
-    return {sum - own.packed + (warp > 0 ? earlier : 0)};
+    return {warp > 0 ? earlier : 0};
 }
 
 // Set up the clusters, of one token each; `unit` becomes the mass that counts as 1.
@@ -179,92 +184,122 @@ __device__ __noinline__ Progress begin(Clusters& all, const Tree& tree, bool fir
     return {clusters, 0, 0, 0, static_cast<int>(wanted), 0, wanted <= 0};
 }
 
-// Whether row i needs every column: it is a new cluster, or its nearest is no more.
-__device__ __forceinline__ bool is_searched(const Clusters& all, int i) {
-    const int nearest = all.nearest()[i];
-    return all.slot()[i].mate >= 0 || nearest < 0 ||
-           all.slot()[nearest].mate != UNTOUCHED;
+// What a round does to a cluster: the slot that it absorbs, and whether its row needs
+// every column, because it is new or its nearest cluster is no more.
+struct Change {
+    int mate;
+    bool searched;
+};
+
+// Pairs that are each other's nearest merge, in the slot of the first.
+__device__ __forceinline__ Change change_of(const int* nearest, int i) {
+    const int j = nearest[i], back = j < 0 ? -1 : nearest[j];
+    if (back == i) return {i < j ? j : ABSORBED, i < j};
+    return {UNTOUCHED, back < 0 || nearest[back] == j};
 }
 
-// Merge all pairs that are each other's nearest, until the lowest `wanted` merges are
-// made: those that come are no lower than the closest pair there is now.
-__device__ void plan_round(Clusters& all, const Tree& tree, bool first,
-                           const Found* found, Progress& now, long long num_tokens,
-                           int method, acc_t* scratch) {
+// Whether the `wanted` lowest merges are made: those to come are no lower than the
+// closest pair there is now.
+__device__ bool is_enough(const Clusters& all, const Progress& now, int method,
+                          acc_t* scratch) {
     acc_t least = -NEVER, lower = 0;
-    const bool enough = now.made >= now.wanted;
+    for (int p = threadIdx.x; p < now.clusters; p += blockDim.x) {
+        const int i = all.active()[p], j = all.nearest()[i];
+        if (j >= 0)
+            least = min(least,
+                        distance(all.sum()[i], all.slot()[i], all.slot()[j], method));
+    }
+    least = compared(block_reduce(least, scratch, Least()));
+    for (int t = threadIdx.x; t < now.made; t += blockDim.x)
+        lower += compared(all.height()[t]) <= least;
+    lower = block_reduce(lower, scratch, Add());
+    __syncthreads();  // the scratch is used again
+    return lower >= now.wanted;
+}
+
+// Read what all blocks have found: the nearest clusters, and the heights of the merges
+// of the round before.
+__device__ void read_found(Clusters& all, const Tree& tree, const Found* found,
+                           const Progress& now) {
     const int threads = blockDim.x;
+    for (int q = threadIdx.x; q < now.joined; q += threads) {
+        const int t = now.made - now.joined + q;
+        all.height()[t] = tree.height()[t];
+    }
     for (int p0 = threadIdx.x; p0 < now.clusters; p0 += threads * READ) {
         Found own[READ];  // all loads before the first store, which they could not pass
 #pragma unroll
         for (int k = 0; k < READ; ++k)
-            own[k] = found[all.active()[min(p0 + threads * k, now.clusters - 1)]];
+            if (p0 + threads * k < now.clusters)
+                own[k] = found[all.active()[p0 + threads * k]];
 #pragma unroll
         for (int k = 0; k < READ; ++k) {
             if (p0 + threads * k >= now.clusters) break;
-            const int i = all.active()[p0 + threads * k], j = own[k].slot;
-            all.nearest()[i] = j;
-            if (enough && j >= 0)
-                least = min(least,
-                            distance(own[k].sum, all.slot()[i], all.slot()[j], method));
-        }
-    }
-    if (enough) {
-        least = block_reduce(least, scratch, Least());
-        for (int t = threadIdx.x; t < now.made; t += blockDim.x)
-            lower += compared(tree.height()[t]) <= compared(least);
-        lower = block_reduce(lower, scratch, Add());
-        if (lower >= now.wanted) {
-            now.done = true;
-            return;
+            const int i = all.active()[p0 + threads * k];
+            all.nearest()[i] = own[k].slot;
+            all.sum()[i] = own[k].sum;
         }
     }
     __syncthreads();
-    for (int p = threadIdx.x; p < now.clusters; p += blockDim.x) {
-        const int i = all.active()[p], j = all.nearest()[i];
-        const bool pair = j >= 0 && all.nearest()[j] == i;
-        all.slot()[i].mate = !pair ? UNTOUCHED : i < j ? j : ABSORBED;
+}
+
+// Put the cluster that slot i absorbs into it.
+__device__ __forceinline__ void merge_slots(Clusters& all, int i, int method) {
+    Slot& a = all.slot()[i];
+    const Slot b = all.slot()[a.mate];
+    const acc_t sum = all.sum()[i], weight = a.weight + b.weight;
+    const acc_t within =
+        a.spread * a.weight * a.weight + b.spread * b.weight * b.weight;
+    all.sum()[i] = distance(sum, a, b, method);
+    a.spread = (within + 2 * sum) / (weight * weight);
+    a.inverse = 1 / weight;
+    a.weight = weight;
+}
+
+// Merge all pairs that are each other's nearest, until enough merges are made.
+__device__ void plan_round(Clusters& all, const Tree& tree, const Found* found,
+                           Progress& now, int method, acc_t* scratch) {
+    read_found(all, tree, found, now);
+    if (now.made >= now.wanted && is_enough(all, now, method, scratch)) {
+        now.done = true;
+        return;
     }
-    __syncthreads();
-    const int share = (now.clusters + threads - 1) / threads;  // of a thread
-    const int begin = min(static_cast<int>(threadIdx.x) * share, now.clusters);
-    const int end = min(begin + share, now.clusters);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int each = (now.clusters + 32 * warps - 1) / (32 * warps) * 32;  // of a warp
+    const int begin = min(warp * each, now.clusters);
+    const int end = min(begin + each, now.clusters);
+    const auto change = [&](int p) {
+        return p < end ? change_of(all.nearest(), all.active()[p])
+                       : Change{ABSORBED, false};
+    };
     Counts own = {0}, total;
-    for (int p = begin; p < end; ++p) {
-        const int i = all.active()[p], mate = all.slot()[i].mate;
-        const bool kept = mate != ABSORBED;
-        own.add(kept, mate >= 0, kept && is_searched(all, i));
+    for (int p0 = begin; p0 < end; p0 += 32) {
+        const Change x = change(p0 + lane);
+        own.add(__popc(__ballot_sync(~0u, x.mate != ABSORBED)),
+                __popc(__ballot_sync(~0u, x.mate >= 0)),
+                __popc(__ballot_sync(~0u, x.searched)));
     }
     auto* sums = reinterpret_cast<unsigned long long*>(scratch);
     Counts place = counts_before(own, sums, &total);
-    for (int p = begin; p < end; ++p) {
-        const int i = all.active()[p], j = all.slot()[i].mate;
-        if (j == ABSORBED) continue;
-        all.next()[place.kept()] = i;
-        const bool searched = is_searched(all, i);
-        if (searched) all.searched()[place.searched()] = i;
-        if (j >= 0) {
-            const int t = now.made + place.joined();
-            all.joined()[place.joined()] = i;
-            Slot& a = all.slot()[i];
-            const Slot b = all.slot()[j];
-            const acc_t sum = found[i].sum, weight = a.weight + b.weight;
-            const acc_t within =
-                a.spread * a.weight * a.weight + b.spread * b.weight * b.weight;
-            if (first) {  // loads first, because no store may be passed
-                const Node left = tree.node()[i], right = tree.node()[j];
-                const acc_t height =
-                    max(distance(sum, a, b, method), max(left.height, right.height));
-                const int tokens = left.tokens + right.tokens;
-                tree.node()[i] = {height, static_cast<int>(num_tokens) + t, tokens};
-                tree.height()[t] = height;
-                tree.merge()[t] = {left.number, right.number, tokens};
+    for (int p0 = begin; p0 < end; p0 += 32) {
+        const Change x = change(p0 + lane);
+        const unsigned kept = __ballot_sync(~0u, x.mate != ABSORBED);
+        const unsigned joined = __ballot_sync(~0u, x.mate >= 0);
+        const unsigned searched = __ballot_sync(~0u, x.searched);
+        const unsigned before = (1u << lane) - 1;
+        if (x.mate != ABSORBED) {
+            const int i = all.active()[p0 + lane];
+            const int to = place.kept() + __popc(kept & before);
+            const int row = place.searched() + __popc(searched & before);
+            all.next()[to] = i;
+            all.rows()[x.searched ? row : total.searched() + to - row] = i;
+            all.slot()[i].mate = x.mate;
+            if (x.mate >= 0) {
+                all.joined()[place.joined() + __popc(joined & before)] = i;
+                merge_slots(all, i, method);
             }
-            a.spread = (within + 2 * sum) / (weight * weight);
-            a.inverse = 1 / weight;
-            a.weight = weight;
         }
-        place.add(true, j >= 0, searched);
+        place.add(__popc(kept), __popc(joined), __popc(searched));
     }
     all.turn = 1 - all.turn;
     now.clusters = total.kept();
@@ -274,6 +309,21 @@ __device__ void plan_round(Clusters& all, const Tree& tree, bool first,
     now.rounds += 1;
     now.done = now.joined == 0;
     __syncthreads();
+}
+
+// One block: write this round's merges. From the last thread on, as warps behind have
+// the least to search.
+__device__ void record_merges(const Clusters& all, const Tree& tree,
+                              const Progress& now) {
+    for (int q = blockDim.x - 1 - threadIdx.x; q < now.joined; q += blockDim.x) {
+        const int i = all.joined()[q], t = now.made - now.joined + q;
+        const Node left = tree.node()[i], right = tree.node()[all.slot()[i].mate];
+        const acc_t height = max(all.sum()[i], max(left.height, right.height));
+        const int tokens = left.tokens + right.tokens;
+        tree.node()[i] = {height, all.num_tokens + t, tokens};
+        tree.height()[t] = height;
+        tree.merge()[t] = {left.number, right.number, tokens};
+    }
 }
 
 // Keep the nearest cluster that any of the `lanes` at row i has found; -1 is no row.
@@ -288,7 +338,7 @@ __device__ void first_row(const Clusters& all, const acc_t* cosines, acc_t* row,
                           int clusters, int method, Found* next) {
     const Slot own = all.slot()[i];
     const acc_t scale = all.scale()[i];
-    Neighbour best = {0, 0, -1};
+    Neighbour best = no_neighbour();
     if (row != cosines && threadIdx.x % 32 == 0) row[i] = 0;  // loaded and dropped
     for (int p0 = threadIdx.x % 32; p0 < clusters; p0 += 32 * AHEAD) {
         int column[AHEAD];
@@ -315,18 +365,21 @@ __device__ void first_row(const Clusters& all, const acc_t* cosines, acc_t* row,
 }
 
 // Bring row i up to date with this round's merges, in every `step`-th of the columns
-// from `start`; return the nearest cluster among them and `best`.
+// from `start`; return the nearest cluster among them and `best`. JOINED: it is new.
+template <bool JOINED>
 __device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix, int i,
                                               const int* columns, int count, int start,
-                                              int step, long long num_tokens,
-                                              int method, Neighbour best) {
+                                              int step, int method, Neighbour best) {
+    const long long num_tokens = all.num_tokens;
     acc_t* row = matrix + i * num_tokens;
     const Slot own = all.slot()[i];
-    const acc_t* absorbed = own.mate < 0 ? nullptr : matrix + own.mate * num_tokens;
+    const acc_t* absorbed = matrix + (JOINED ? own.mate : i) * num_tokens;
     for (int p0 = start; p0 < count; p0 += step * AHEAD) {
-        // All loads come before the first store, which they could not pass.
-        int column[AHEAD], mate[AHEAD];
-        acc_t e[AHEAD];
+        // All loads before the first use, so that a warp waits once for all of them,
+        // and before the first store, which they could not pass.
+        int column[AHEAD];
+        Slot other[AHEAD];
+        acc_t e[AHEAD], right[AHEAD], below[AHEAD], corner[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int p = p0 + step * k;
@@ -334,114 +387,132 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, acc_t* matrix
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            mate[k] = column[k] == i ? UNTOUCHED : all.slot()[column[k]].mate;
-            e[k] = row[column[k]];
-        }
-#pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
-            // In this order, so that row j finds the same: the sums commute.
-            if (absorbed && mate[k] >= 0)
-                e[k] = join(join(e[k], absorbed[mate[k]], method),
-                            join(row[mate[k]], absorbed[j], method), method);
-            else if (absorbed)
-                e[k] = join(e[k], absorbed[j], method);
-            else if (mate[k] >= 0)
-                e[k] = join(e[k], row[mate[k]], method);
+            other[k] = all.slot()[j];
+            const int mate = other[k].mate;
+            const bool two = mate >= 0 && j != i;
+            e[k] = row[j];
+            right[k] = two ? row[mate] : acc_t(0);
+            below[k] = JOINED ? absorbed[j] : acc_t(0);
+            corner[k] = JOINED && two ? absorbed[mate] : acc_t(0);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const int j = column[k];
             if (j == i) continue;
-            if (absorbed || mate[k] >= 0) row[j] = e[k];
-            const Neighbour found = candidate(e[k], own, j, all.slot()[j], method);
+            // In this order, so that row j finds the same: the sums commute.
+            const bool two = other[k].mate >= 0;
+            acc_t sum = e[k];
+            if (JOINED && two)
+                sum = join(join(sum, corner[k], method),
+                           join(right[k], below[k], method), method);
+            else if (JOINED)
+                sum = join(sum, below[k], method);
+            else if (two)
+                sum = join(sum, right[k], method);
+            if (JOINED || two) row[j] = sum;
+            const Neighbour found = candidate(sum, own, j, other[k], method);
             if (nearer(i, found, best)) best = found;
         }
     }
     return best;
 }
 
-// Bring every row up to date. `block` of `blocks` has rows of its own; a row's nearest
-// cluster goes from `found` to `next`.
+// One warp: row i, in one of `parts` of all columns.
+__device__ __forceinline__ Neighbour search_row(const Clusters& all, acc_t* matrix,
+                                                int i, int clusters, int part,
+                                                int parts, int method) {
+    const int start = part * 32 + threadIdx.x % 32, step = parts * 32;
+    const Neighbour none = no_neighbour();
+    if (all.slot()[i].mate >= 0)
+        return next_row<true>(all, matrix, i, all.active(), clusters, start, step,
+                              method, none);
+    return next_row<false>(all, matrix, i, all.active(), clusters, start, step, method,
+                           none);
+}
+
+// The rows that keep their nearest cluster look at the new ones. As many lanes at a row
+// as have one to look at.
+__device__ __forceinline__ void next_columns(const Clusters& all, acc_t* matrix,
+                                             const Progress& now, int warp, int warps,
+                                             Found* next, int method) {
+    const int lane = threadIdx.x % 32;
+    int lanes = 1;
+    while (lanes < 32 && lanes * AHEAD < now.joined) lanes *= 2;
+    const int rows = 32 / lanes;
+    for (int q0 = now.searched + warp * rows; q0 < now.clusters; q0 += warps * rows) {
+        const int q = q0 + lane / lanes, i = q < now.clusters ? all.rows()[q] : -1;
+        Neighbour best = no_neighbour();
+        if (i >= 0) {
+            const int before = all.nearest()[i];
+            best = candidate(all.sum()[i], all.slot()[i], before, all.slot()[before],
+                             method);
+            best = next_row<false>(all, matrix, i, all.joined(), now.joined,
+                                   lane % lanes, lanes, method, best);
+        }
+        keep_nearest(next, i, best, lanes);
+    }
+}
+
+// Bring every row up to date. `block` of `blocks` has rows of its own; the nearest
+// clusters go to `next`.
 __device__ void next_rows(const Clusters& all, acc_t* matrix, const Progress& now,
-                          int block, int blocks, const Found* found, Found* next,
-                          long long num_tokens, int method, Neighbour* scratch) {
-    const Neighbour none = {0, 0, -1};
+                          int block, int blocks, Found* next, int method,
+                          Neighbour* scratch) {
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32, warps = blockDim.x / 32;
     // Rows that are searched, first: they take longest. Where a block has fewer of them
     // than warps, several warps share the columns of one.
     const int turns = (now.searched + blocks - 1) / blocks;
-    const int parts = min(warps / max(turns, 1), (now.clusters + 127) / 128);
-    if (parts > 1) {
-        const int q = own / parts * blocks + block, part = own % parts;
-        const int i = q < now.searched ? all.searched()[q] : -1;
-        if (i >= 0) {
-            Neighbour best =
-                next_row(all, matrix, i, all.active(), now.clusters, part * 32 + lane,
-                         parts * 32, num_tokens, method, none);
-            best = warp_nearest(i, best);
-            if (lane == 0) scratch[own] = best;
-        }
-        __syncthreads();
-        if (i >= 0 && part == 0) {
-            keep_nearest(next, i, lane < parts ? scratch[own + lane] : none);
-        }
+    const int parts =
+        max(min(warps / max(turns, 1), (now.clusters + PART - 1) / PART), 1);
+    const int at_once = warps / parts, part = own % parts;
+    Neighbour best = no_neighbour();
+    int i = -1;
+    for (int q = own / parts; q < turns && own / parts < at_once; q += at_once) {
+        const int place = q * blocks + block;
+        if (place >= now.searched) break;
+        i = all.rows()[place];
+        best = search_row(all, matrix, i, now.clusters, part, parts, method);
+        best = warp_nearest(i, best);
+        if (lane == 0 && parts == 1) next[i] = {best.sum, best.slot};
     }
-    const int warp = own * blocks + block;
-    for (int q = warp; parts <= 1 && q < now.searched; q += blocks * warps) {
-        const int i = all.searched()[q];
-        keep_nearest(next, i,
-                     next_row(all, matrix, i, all.active(), now.clusters, lane, 32,
-                              num_tokens, method, none));
-    }
-    // As many lanes at a row as have a new cluster to look at.
-    int lanes = 1;
-    while (lanes < 32 && lanes * AHEAD < now.joined) lanes *= 2;
-    const int rows = 32 / lanes;
-    for (int p0 = warp * rows; p0 < now.clusters; p0 += blocks * warps * rows) {
-        const int p = p0 + lane / lanes, i = p < now.clusters ? all.active()[p] : -1;
-        const bool current = i >= 0 && !is_searched(all, i);
-        Neighbour best = none;
-        if (current) {
-            const int before = all.nearest()[i];
-            best = candidate(found[i].sum, all.slot()[i], before, all.slot()[before],
-                             method);
-            best = next_row(all, matrix, i, all.joined(), now.joined, lane % lanes,
-                            lanes, num_tokens, method, best);
-        }
-        keep_nearest(next, current ? i : -1, best, lanes);
-    }
+    if (parts > 1 && lane == 0) scratch[own] = best;
+    // The others by the last warps first: these have no part, or the shortest.
+    next_columns(all, matrix, now, (warps - 1 - own) * blocks + block, blocks * warps,
+                 next, method);
+    if (parts == 1) return;
+    __syncthreads();
+    if (i >= 0 && part == 0)
+        keep_nearest(next, i, lane < parts ? scratch[own + lane] : no_neighbour());
 }
 
-// One warp, one row of the dendrogram: merges by height, their nodes named by it.
+// One warp: rows of the dendrogram, merges by height, whose nodes are named by it.
 // Called, as `begin`.
 __device__ __noinline__ void write_rows(const Tree& tree, acc_t unit, int made,
                                         long long num_tokens, int method, int warp,
                                         int warps, double* out) {
-    for (long long t = warp; t < num_tokens - 1; t += warps) {
+    const long long threads = warps * 32;
+    for (long long t = warp * 32 + threadIdx.x % 32; t < num_tokens - 1; t += threads) {
         if (t >= made) {
-            if (threadIdx.x % 32 == 0) store_no_row(out, t);
+            store_no_row(out, t);
             continue;
         }
-        long long node[2] = {tree.merge()[t].left, tree.merge()[t].right};
-        for (int side = 0; side < 2; ++side)
-            if (node[side] >= num_tokens)
-                node[side] = num_tokens +
-                             merge_rank(tree.height(), made, node[side] - num_tokens);
-        const long long row = merge_rank(tree.height(), made, t);
+        const Merge merge = tree.merge()[t];
+        const auto named = [&](int node) {
+            return node < num_tokens ? node
+                                     : num_tokens + tree.rank()[node - num_tokens];
+        };
         const double height = tree.height()[t];
-        if (threadIdx.x % 32 == 0)
-            store_row(out, row, node[0], node[1],
-                      method == WARD ? sqrt(height * double(unit)) : height,
-                      tree.merge()[t].tokens);
+        store_row(out, tree.rank()[t], named(merge.left), named(merge.right),
+                  method == WARD ? sqrt(height * double(unit)) : height, merge.tokens);
     }
 }
 
-// matrix (B, N, N): cosines, used up unless there is shared memory for a matrix (N, N).
-// `blocks` work at a sequence. Of the sequences at work at once, `trees` holds what
-// becomes the dendrograms, `found` (2, N) the nearest clusters and `arrived` zeros;
-// `states` holds the clusters of every block, or is null if there is shared memory for
-// them. rounds (B,).
+// matrix (B, N, N): cosines, used up unless there is shared memory for a matrix (N, N)
+// and for what is found. `blocks` work at a sequence. Of the sequences at work at once,
+// `trees` holds what becomes the dendrograms, `found` (2, N) the nearest clusters and
+// `arrived` zeros; `states` holds the clusters of every block, or is null if there is
+// shared memory for them. rounds (B,).
 extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     linkage(acc_t* matrix, const acc_t* mass, const bool* mask, const bool* protect,
             const int* counts, long long batch, long long num_tokens,
@@ -449,7 +520,8 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
             long long blocks, long long state_bytes, long long tree_bytes,
             unsigned char* trees, unsigned char* found, unsigned char* states,
             unsigned* arrived, double* out, int* rounds) {
-    auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());  // 128, state, matrix
+    // In shared memory: 128 values, state, what is found, matrix.
+    auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());
     auto* neighbours = reinterpret_cast<Neighbour*>(scratch);
     unsigned char* state = states ? states + blockIdx.x * state_bytes
                                   : reinterpret_cast<unsigned char*>(scratch + 128);
@@ -462,8 +534,10 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     if (place >= places) return;  // of a group that is not whole
     Clusters all = {state, static_cast<int>(num_tokens), 0};
     const Tree tree = {trees + place * tree_bytes, static_cast<int>(num_tokens)};
-    Found* old = reinterpret_cast<Found*>(found) + place * 2 * num_tokens;
+    Found* old = in_shared ? reinterpret_cast<Found*>(state + state_bytes)
+                           : reinterpret_cast<Found*>(found) + place * 2 * num_tokens;
     Found* next = old + num_tokens;  // in turns, or one block overtakes another
+    acc_t* held = reinterpret_cast<acc_t*>(old + 2 * num_tokens);
     const auto meet = [&] {
         if (share > 1)
             blocks_barrier(arrived + place, share);
@@ -473,8 +547,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     for (long long b = place; b < batch; b += places) {
         const long long row = b * num_tokens;  // of (B, N)
         acc_t* cosines = matrix + row * num_tokens;
-        acc_t* sums =
-            in_shared ? reinterpret_cast<acc_t*>(state + state_bytes) : cosines;
+        acc_t* sums = in_shared ? held : cosines;
         acc_t unit;
         all.turn = 0;
         Progress now =
@@ -491,12 +564,16 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
             Found* given = old;
             old = next;
             next = given;
-            plan_round(all, tree, first, old, now, num_tokens, method, scratch);
-            if (!now.done)
-                next_rows(all, sums, now, block, share, old, next, num_tokens, method,
-                          neighbours);
+            plan_round(all, tree, old, now, method, scratch);
+            if (now.done) break;
+            if (first) record_merges(all, tree, now);
+            next_rows(all, sums, now, block, share, next, method, neighbours);
         }
-        meet();  // the first block's last merges
+        for (int t = warp; t < now.made; t += warps) {
+            const int rank = static_cast<int>(merge_rank(all.height(), now.made, t));
+            if (threadIdx.x % 32 == 0) tree.rank()[t] = rank;
+        }
+        meet();
         write_rows(tree, unit, now.made, num_tokens, method, warp, warps,
                    out + b * (num_tokens - 1) * 4);
         if (first && threadIdx.x == 0) rounds[b] = now.rounds;
