@@ -26,9 +26,11 @@ __device__ __forceinline__ unsigned long long pair_number(int i, int j) {
     return x ^ x >> 31;
 }
 
-// Whether pair {i, a} comes before pair {i, b} of the same distance. Called, not in
-// line: it is rare, and the loops that ask are the shorter for it.
-__device__ __noinline__ bool is_before(int i, int a, int b) {
+// Whether pair {i, a} comes before pair {i, b} of the same distance; `token` (null: the
+// slot itself) is the token of a slot. Called, not in line: it is rare, and the loops
+// that ask are the shorter for it.
+__device__ __noinline__ bool is_before(const int* token, int i, int a, int b) {
+    if (token) i = token[i], a = token[a], b = token[b];
     return pair_number(i, a) < pair_number(i, b);
 }
 
@@ -41,15 +43,16 @@ struct Neighbour {
 __device__ __forceinline__ Neighbour no_neighbour() { return {-padding(), 0, -1}; }
 
 // Whether `a` is nearer to row i than `b`.
-__device__ __forceinline__ bool nearer(int i, const Neighbour& a, const Neighbour& b) {
+__device__ __forceinline__ bool nearer(const int* token, int i, const Neighbour& a,
+                                       const Neighbour& b) {
     if (a.distance != b.distance) return a.distance < b.distance;
-    return a.distance < -padding() && is_before(i, a.slot, b.slot);
+    return a.distance < -padding() && is_before(token, i, a.slot, b.slot);
 }
 
 // The nearest that any of the `lanes` at row i has found, the same in all of them: the
 // whole warp, or parts of a power of two with a row each.
-__device__ __forceinline__ Neighbour warp_nearest(int i, Neighbour best,
-                                                  int lanes = 32) {
+__device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
+                                                  Neighbour best, int lanes = 32) {
     if (lanes == 1) return best;
     acc_t least = best.distance;
     for (int bits = lanes / 2; bits > 0; bits /= 2)
@@ -64,11 +67,12 @@ __device__ __forceinline__ Neighbour warp_nearest(int i, Neighbour best,
         return {least, __shfl_sync(~0u, best.sum, from),
                 __shfl_sync(~0u, best.slot, from)};
     }
+#pragma unroll 1
     for (int bits = lanes / 2; bits > 0; bits /= 2) {
         const Neighbour other = {__shfl_xor_sync(~0u, best.distance, bits),
                                  __shfl_xor_sync(~0u, best.sum, bits),
                                  __shfl_xor_sync(~0u, best.slot, bits)};
-        if (nearer(i, other, best)) best = other;
+        if (nearer(token, i, other, best)) best = other;
     }
     return best;
 }

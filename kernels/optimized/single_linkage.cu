@@ -72,9 +72,9 @@ __device__ void find_edge(Components& all, const acc_t* cosines, int i, int toke
         const int j = all.active[p];
         const acc_t distance = cosine_distance(cosines[j] * (scale * all.scale[j]));
         const Neighbour other = {distance >= 0 ? distance : -padding(), 0, j};
-        if (all.component[j] != own && nearer(i, other, best)) best = other;
+        if (all.component[j] != own && nearer(nullptr, i, other, best)) best = other;
     }
-    best = warp_nearest(i, best);
+    best = warp_nearest(nullptr, i, best);
     if (threadIdx.x % 32 == 0)
         all.nearest[i] = best.slot, all.distance[i] = best.distance;
 }
