@@ -120,26 +120,54 @@ def linkage_cuda(
         _single_linkage_cuda(cosines, masks, counts, out, rounds)
         return out, rounds
     kind = cosines.dtype
-    scratch, state = _SCRATCH * kind.itemsize, _state_bytes(num_tokens, kind.itemsize)
-    matrix = num_tokens**2 * kind.itemsize
-    room = _dynamic_shared_bytes("linkage", kind) - scratch
-    held = state + matrix <= room, state <= room  # the matrix, the clusters
-    shared = scratch + held[1] * state + held[0] * matrix
-    layout = _layout(batch, num_tokens, kind.itemsize, shared, alone=held[0])
-    copies = 0 if held[1] else layout.places * layout.blocks
-    tree = _tree_bytes(num_tokens, kind.itemsize)
+    width = kind.itemsize
+    room = _dynamic_shared_bytes("linkage", kind) - _SCRATCH * width
+    heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
+    alone = heights + _held_bytes(num_tokens, width) <= room  # all in a block's memory
+    held = state <= room  # the clusters
+    shared = held * state
+    if alone:
+        shared = heights + _held_bytes(num_tokens, width)
+    layout = _layout(batch, num_tokens, width, _SCRATCH * width + shared, alone=alone)
+    last = 0  # clusters that a block of several can hold alone
+    if layout.blocks > 1:
+        last = _most_held(room - held * heights, layout.threads, width)
+        shared = room if last else shared
+    copies = 0 if held else layout.places * layout.blocks
+    tree = _tree_bytes(num_tokens, width)
     trees = _cuda.empty((layout.places, tree), np.uint8)
-    found = _cuda.empty((layout.places, 4 * num_tokens * kind.itemsize), np.uint8)
+    found = _cuda.empty((layout.places, 4 * num_tokens * width), np.uint8)
     states = _cuda.empty((copies, state), np.uint8) if copies else None
-    options = METHODS.index(method), int(held[0]), layout.blocks, state, tree
+    options = METHODS.index(method), int(alone), last, layout.blocks, state, tree
     args = (cosines, mass, *masks, *counts, *options, trees, found, states)
-    _launch("linkage", kind, layout, args, out, rounds, shared)
+    _launch("linkage", kind, layout, args, out, rounds, _SCRATCH * width + shared)
     return out, rounds
 
 
-def _state_bytes(num_tokens: int, width: int) -> int:
+def _height_bytes(num_tokens: int, width: int) -> int:
+    """Return the bytes of the heights that each block keeps."""
+    return -(-num_tokens * width // 16) * 16
+
+
+def _slot_bytes(num_slots: int, width: int) -> int:
     """Return the bytes of the clusters that each block keeps."""
-    return -(-num_tokens * (4 * width + 18) // 16) * 16
+    return -(-num_slots * (5 * width + 22) // 16) * 16
+
+
+def _state_bytes(num_tokens: int, width: int) -> int:
+    """Return the bytes of what each block keeps."""
+    return _height_bytes(num_tokens, width) + _slot_bytes(num_tokens, width)
+
+
+def _held_bytes(num_slots: int, width: int) -> int:
+    """Return the bytes of clusters, what is found for them, and their matrix."""
+    return _slot_bytes(num_slots, width) + num_slots * (4 + num_slots) * width
+
+
+def _most_held(room: int, threads: int, width: int) -> int:
+    """Return how many clusters, at most one a thread, a block can hold alone."""
+    sizes = range(min(threads, math.isqrt(max(room, 0) // width)), 1, -1)
+    return next((n for n in sizes if _held_bytes(n, width) <= room), 0)
 
 
 def _tree_bytes(num_tokens: int, width: int) -> int:

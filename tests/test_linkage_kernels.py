@@ -118,7 +118,7 @@ def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatc
     tokens[1, : num_tokens // 2] = tokens[1, 0]
     found = []
     for multiprocessors in (1, 4, 7):
-        for shared in (0, 200 << 10):
+        for shared in (0, 5 << 10, 200 << 10):
             given = _cuda.Device(multiprocessors, shared)
             monkeypatch.setattr(_cuda, "device", lambda given=given: given)
             found.append(dendrogram_of(tokens, method)[0])
@@ -127,7 +127,7 @@ def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatc
 
 
 @methods
-@pytest.mark.parametrize("threads", [64, 640])
+@pytest.mark.parametrize("threads", [64, 512])
 def test_sequences_take_turns(method, threads, monkeypatch):
     """Blocks that meet again, at another sequence, and as many threads as on a GPU."""
     tokens = tokens_of(5, 40, 6)
@@ -157,11 +157,11 @@ def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypa
 def test_layouts(monkeypatch):
     device = _cuda.Device(132, 227 << 10)
     monkeypatch.setattr(_cuda, "device", lambda: device)
-    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 640, 8: 384})
+    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 512, 8: 384})
     layout = _linkage_cuda._layout
-    assert layout(8, 4096, 4, 0) == (8, 16, 640)
-    assert layout(1, 1024, 4, 0) == (1, 52, 640)  # a row for every warp
-    assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 640)
+    assert layout(8, 4096, 4, 0) == (8, 16, 512)
+    assert layout(1, 1024, 4, 0) == (1, 64, 512)  # a row for every warp
+    assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 512)
     assert layout(1000, 300, 4, 0) == (1000, 1, 256)
     for batch in range(1, 400):
         for num_tokens in (2, 64, 300, 4096):
@@ -169,6 +169,15 @@ def test_layouts(monkeypatch):
             assert blocks == 1 or places * blocks <= 132
             assert 1 <= places <= batch
             assert threads % 32 == 0
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_as_many_clusters_are_held_as_fit(width):
+    for room in (-1, 0, 4 << 10, 100 << 10, 226 << 10):
+        most = _linkage_cuda._most_held(room, 512, width)
+        assert most == 0 or _linkage_cuda._held_bytes(most, width) <= room
+        assert _linkage_cuda._held_bytes(max(most, 1) + 1, width) > room
+    assert _linkage_cuda._most_held(226 << 10, 64, width) == 64  # one for a thread
 
 
 @methods

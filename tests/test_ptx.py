@@ -537,11 +537,13 @@ def test_a_barrier_of_blocks_needs_each_of_its_parts(old, new):
         ptx.Module(text, "float32").kernel("probe")((5,), (64,), args, cooperative=True)
 
 
-MEETS = "            meet();\n            Found* given = old;"
+MEETS = "                meet();\n            const int turn"
 
 
 @pytest.mark.parametrize(
-    "new", [MEETS, MEETS.split("\n")[1]], ids=["whole", "no meeting"]
+    "new",
+    [MEETS, MEETS.replace("meet()", "__syncthreads()")],
+    ids=["whole", "no meeting"],
 )
 def test_a_linkage_whose_blocks_do_not_meet(new, monkeypatch):
     source = _cuda.source("optimized/linkage")

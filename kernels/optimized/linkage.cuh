@@ -26,28 +26,53 @@ __device__ __forceinline__ unsigned long long pair_number(int i, int j) {
     return x ^ x >> 31;
 }
 
-// The nearest that a row has found so far; slot -1 is none.
+// Whether pair {i, a} comes before pair {i, b} of the same distance; `token` (null: the
+// slot itself) is the token of a slot. Called, not in line: it is rare, and the loops
+// that ask are the shorter for it.
+__device__ __noinline__ bool is_before(const int* token, int i, int a, int b) {
+    if (token) i = token[i], a = token[a], b = token[b];
+    return pair_number(i, a) < pair_number(i, b);
+}
+
+// The nearest that a row has found so far. Of none, the distance is infinite.
 struct Neighbour {
     acc_t distance, sum;
     int slot;
 };
 
+__device__ __forceinline__ Neighbour no_neighbour() { return {-padding(), 0, -1}; }
+
 // Whether `a` is nearer to row i than `b`.
-__device__ __forceinline__ bool nearer(int i, const Neighbour& a, const Neighbour& b) {
-    if (a.slot < 0 || b.slot < 0) return a.slot >= 0;
-    return a.distance < b.distance || (a.distance == b.distance &&
-                                       pair_number(i, a.slot) < pair_number(i, b.slot));
+__device__ __forceinline__ bool nearer(const int* token, int i, const Neighbour& a,
+                                       const Neighbour& b) {
+    if (a.distance != b.distance) return a.distance < b.distance;
+    return a.distance < -padding() && is_before(token, i, a.slot, b.slot);
 }
 
 // The nearest that any of the `lanes` at row i has found, the same in all of them: the
 // whole warp, or parts of a power of two with a row each.
-__device__ __forceinline__ Neighbour warp_nearest(int i, Neighbour best,
-                                                  int lanes = 32) {
+__device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
+                                                  Neighbour best, int lanes = 32) {
+    if (lanes == 1) return best;
+    acc_t least = best.distance;
+    for (int bits = lanes / 2; bits > 0; bits /= 2)
+        least = min(least, __shfl_xor_sync(~0u, least, bits));
+    const int first = threadIdx.x % 32 / lanes * lanes;  // lane of this row
+    const unsigned own = ~0u >> (32 - lanes) << first;
+    const unsigned votes = __ballot_sync(~0u, best.distance == least) & own;
+    // Pairs are hashed only where several lanes are at the least distance.
+    const bool tied = (votes & (votes - 1)) != 0 && least < -padding();
+    if (!__any_sync(~0u, tied)) {
+        const int from = __ffs(votes) - 1;
+        return {least, __shfl_sync(~0u, best.sum, from),
+                __shfl_sync(~0u, best.slot, from)};
+    }
+#pragma unroll 1
     for (int bits = lanes / 2; bits > 0; bits /= 2) {
         const Neighbour other = {__shfl_xor_sync(~0u, best.distance, bits),
                                  __shfl_xor_sync(~0u, best.sum, bits),
                                  __shfl_xor_sync(~0u, best.slot, bits)};
-        if (nearer(i, other, best)) best = other;
+        if (nearer(token, i, other, best)) best = other;
     }
     return best;
 }

@@ -67,14 +67,14 @@ __device__ void begin(Components& all, Progress* told, const acc_t* cosines,
 __device__ void find_edge(Components& all, const acc_t* cosines, int i, int tokens) {
     const int own = all.component[i];
     const acc_t scale = all.scale[i];
-    Neighbour best = {0, 0, -1};
+    Neighbour best = no_neighbour();
     for (int p = threadIdx.x % 32; p < tokens; p += 32) {
         const int j = all.active[p];
         const acc_t distance = cosine_distance(cosines[j] * (scale * all.scale[j]));
-        const Neighbour other = {distance, 0, distance >= 0 ? j : -1};
-        if (all.component[j] != own && nearer(i, other, best)) best = other;
+        const Neighbour other = {distance >= 0 ? distance : -padding(), 0, j};
+        if (all.component[j] != own && nearer(nullptr, i, other, best)) best = other;
     }
-    best = warp_nearest(i, best);
+    best = warp_nearest(nullptr, i, best);
     if (threadIdx.x % 32 == 0)
         all.nearest[i] = best.slot, all.distance[i] = best.distance;
 }
