@@ -43,12 +43,8 @@ THREAD_TOKENS = 4  # of a thread, in selection and in the saliency of layers
 # need. A multiprocessor has one such block at a time, so that all of a launch can run.
 SELECTION_THREADS = 1024
 GROUP_THREADS = 1024
-<<<<<<< HEAD
 SORT_THREADS = 1024
-LINKAGE_THREADS = {4: 640, 8: 384}
-=======
 LINKAGE_THREADS = {4: 512, 8: 384}
->>>>>>> i20-linkage
 _SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
 
 _chosen: Implementation = "optimized"
