@@ -109,10 +109,11 @@ def _linear(rows: int) -> Model:
     def copies(s: Sizes) -> float:
         return (rows + 128) * s.in_dim * 4 / 16 / s.threads
 
+    copy = "LDGSTS.E.BYPASS.128"
     return Model(
         {
-            "chunk": Loop({"FFMA": 64}, products, "FFMA"),
-            "step": Loop({"LDGSTS.E.BYPASS.128": 1}, copies, "LDGSTS.E.BYPASS.128"),
+            "step": Loop({copy: 1}, copies, copy),
+            "chunk": Loop({"FFMA": 64}, products, "FFMA", inside="step"),
         },
         {"STG": 64},
     )

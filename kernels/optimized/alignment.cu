@@ -61,14 +61,16 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         for (int i = 0; i < 4; ++i)
             sums[0][i][j] = activated(sums[0][i][j] + shift, activation);
     }
+    const int behind = left - Tile::column(0);  // columns, from the thread's first
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const long long row = row0 + Tile::row(i), first = row * out_dim + column0;
+        const long long row = row0 + Tile::row(i);
         if (row >= num_rows) continue;
+        const long long first = row * out_dim + column0 + Tile::column(0);
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            const int column = Tile::column(j);
-            if (column >= left) continue;
+            const int column = j / 2 * 8 + j % 2;
+            if (column >= behind) continue;
             acc_t y = sums[0][i][j];
             if (residual) y += widen(residual[first + column]);
             store(out + first + column, y);

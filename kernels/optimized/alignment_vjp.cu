@@ -53,16 +53,18 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
         stages, {a + (s * num_rows + row0) * dim, num_rows - row0},
         {b + (s * num_columns + column0) * dim, num_columns - column0}, 1, dim, sums,
         [](int) {});
-    const int left = static_cast<int>(min(num_columns - column0, (long long)TILE));
+    const int behind = static_cast<int>(min(num_columns - column0, (long long)TILE)) -
+                       Whole::column(0);  // columns, from the thread's first
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const long long row = row0 + Whole::row(i);
-        const long long first = (s * num_rows + row) * num_columns + column0;
         if (row >= num_rows) continue;
+        const long long first =
+            (s * num_rows + row) * num_columns + column0 + Whole::column(0);
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            const int column = Whole::column(j);
-            if (column >= left) continue;
+            const int column = j / 2 * 8 + j % 2;
+            if (column >= behind) continue;
             const bool stopped = input && !(widen(input[first + column]) > 0);
             store(out + first + column, stopped ? acc_t(0) : sums[0][i][j]);
         }

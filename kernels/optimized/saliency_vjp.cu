@@ -28,20 +28,28 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
         {key + head * num_tokens * dim, num_tokens}, num_tiles, dim, scores,
         [&](int tile) {
             const long long column0 = static_cast<long long>(tile) * TILE;
-            const unsigned columns =
-                tokens_among<16>(valid, column0, num_tokens, Whole::column);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                // No tile is behind the one on the diagonal.
-                const int last = causal && column0 == row0 ? Whole::row(i) : TILE;
+            for (int i = 0; i < 4; ++i)
 #pragma unroll
-                for (int j = 0; j < 16; ++j) {
-                    const bool seen = columns >> j & 1 && Whole::column(j) <= last;
-                    scores[0][i][j] =
-                        seen ? rounded_product(scores[0][i][j], factor) : NEVER;
+                for (int j = 0; j < 16; ++j)
+                    scores[0][i][j] = rounded_product(scores[0][i][j], factor);
+            // No tile is behind the one on the diagonal.
+            const bool diagonal = causal && column0 == row0;
+            if (diagonal || valid || column0 + TILE > num_tokens) {
+                const unsigned columns =
+                    tokens_among<16>(valid, column0, num_tokens, Whole::column);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int last = diagonal ? Whole::row(i) : TILE;
+#pragma unroll
+                    for (int j = 0; j < 16; ++j) {
+                        const bool seen = columns >> j & 1 && Whole::column(j) <= last;
+                        if (!seen) scores[0][i][j] = NEVER;
+                    }
                 }
-                states[i].add(scores[0][i], Exponents());
             }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) states[i].add(scores[0][i], Exponents());
         });
 
     // (2, TILE, 3): columns of two warps.
