@@ -4,9 +4,9 @@
 //   -D acc_t=...    what is computed:   float, or double where real_t is double
 //   -D TF32=...     1 if floats may be multiplied as TF32, else 0
 //   -D TILE=...     rows and columns of a tile
-//   -D THREAD_TOKENS=...  tokens of a thread, in selection and in the saliency of
-//   layers -D ..._THREADS  threads of a block, at most: BLOCK_, SELECTION_, GROUP_,
-//   SORT_,
+//   -D STEP_BYTES=...  of each row that is staged at a time; WIDE_STAGES=... steps
+//   -D THREAD_TOKENS=...  tokens of a thread, in selection and saliency
+//   -D ..._THREADS  threads of a block, at most: BLOCK_, SELECTION_, GROUP_, SORT_,
 //                   LINKAGE_
 //
 // A kernel's integers are `long long`, its options `double`, its masks `bool` (True =

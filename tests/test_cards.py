@@ -242,7 +242,6 @@ def test_sources_declare_what_is_compiled(dtype):
 @pytest.mark.parametrize(
     ("constant", "value", "file", "kernel"),
     [
-        ("BLOCK", 128, "alignment", "linear"),
         ("SELECTION_THREADS", 256, "selection", "top_tokens"),
         ("GROUP_THREADS", 256, "groups", "number_groups"),
         ("GROUP_THREADS", 256, "matching", "match_counts"),
@@ -256,6 +255,12 @@ def test_launch_bounds_follow_the_launchers(constant, value, file, kernel, monke
     monkeypatch.setattr(_cuda, constant, value)
     after = facts_of(f"optimized/{file}", "float32", 80)[kernel].bound
     assert after == (value[4] if isinstance(value, dict) else value)
+
+
+def test_tiles_have_the_threads_that_launchers_give_them(monkeypatch):
+    monkeypatch.setattr(_cuda, "BLOCK", 128)
+    with pytest.raises(RuntimeError, match="static assertion failed"):
+        facts_of("optimized/alignment", "float32", 80)
 
 
 def test_types_follow_the_dtype():

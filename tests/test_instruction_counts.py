@@ -140,18 +140,18 @@ def test_the_script_writes_an_entry_and_keeps_the_other(scripts, monkeypatch, tm
 
 @pytest.mark.machine_code
 def test_launches_and_models_by_hand(scripts):
-    """Of 128 x 128 tiles, K = 1024: 32 steps of 32 elements, 528 tiles a sequence."""
+    """Of 128 x 256 tiles, D = 1024: 32 steps of 32 elements, 272 tiles a sequence."""
     report = counted(scripts, "cosine matrix")
     large = report["operations"][-1]
     norms, cosines = large["launches"]
     assert norms["kernel"] == "optimized/saliency/token_norms bfloat16"
-    assert (cosines["blocks"], cosines["threads"]) == (8 * 32 * 33 // 2, 256)
+    assert (cosines["blocks"], cosines["threads"]) == (8 * 16 * 17, 256)
     assert cosines["times"] == {"step": 32, "rest": 1}
-    # 4224 blocks on 132 multiprocessors: 32 each, of 8 warps with 32 x 32 products,
-    # of which the tensor cores finish 0.62 in a clock.
-    clocks = 32 * 8 * 32 * 32 / 0.62
+    # 2176 blocks on 132 multiprocessors: at most 17 each, of 8 warps with 32 x 64
+    # products, of which the tensor cores finish 0.62 in a clock.
+    clocks = 17 * 8 * 32 * 64 / 0.62
     assert cosines["ms"]["tensor"] == pytest.approx(1e3 * clocks / 1.98e9, rel=1e-3)
-    # Each block copies 2 x 128 rows of 2 KiB from L2, and writes 2 tiles of 64 KiB.
-    moved = 4224 * (2 * 128 * 2048 + 2 * 65536)
+    # Each block copies 384 rows of 2 KiB from L2, and writes 2 tiles of 128 KiB.
+    moved = 2176 * (384 * 2048 + 2 * 131072)
     assert cosines["ms"]["L2"] == pytest.approx(1e3 * moved / 5.5e12, rel=1e-3)
     assert large["predicted_ms"] >= large["floor_ms"]

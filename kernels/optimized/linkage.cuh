@@ -78,10 +78,11 @@ __device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
 }
 
 // One block: list the tokens that may merge, ascending. Returns how many these are;
-// `tokens` becomes how many there are with the protected ones.
-__device__ __forceinline__ int list_tokens(const bool* mask, const bool* protect,
-                                           long long num_tokens, int* ranks,
-                                           int* active, int* tokens) {
+// `tokens` becomes how many there are with the protected ones. Called, not in line: it
+// would take registers from what follows.
+__device__ __noinline__ int list_tokens(const bool* mask, const bool* protect,
+                                        long long num_tokens, int* ranks, int* active,
+                                        int* tokens) {
     int free = 0;
     *tokens = 0;
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {

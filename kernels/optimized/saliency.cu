@@ -223,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
                                   num_tokens, head_dim, causal, scale, out);
 }
 
-extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS + 1)
     query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
                       long long outer, long long batch, long long heads,
                       long long num_tokens, long long head_dim, long long causal,
