@@ -128,14 +128,23 @@ def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatc
 
 @methods
 @pytest.mark.parametrize("threads", [64, 512])
-def test_sequences_take_turns(method, threads, monkeypatch):
-    """Blocks that meet again, at another sequence, and as many threads as on a GPU."""
+@pytest.mark.parametrize("device", ["blocks", "shared-clusters"], indirect=True)
+def test_sequences_take_turns(method, threads, device, monkeypatch):
+    """Blocks at another sequence, also where one ended the first alone."""
     tokens = tokens_of(5, 40, 6)
     wanted, _ = dendrogram_of(tokens, method)
     few = _linkage_cuda._Layout(places=2, blocks=2, threads=threads)
     monkeypatch.setattr(_linkage_cuda, "_layout", lambda *_, **__: few)
     got, _ = dendrogram_of(tokens, method)
     np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("method", ["average", "complete"])
+def test_columns_move_together_in_several_passes(method):
+    """Of 300 clusters half are gone: 150 columns, and a pass of a warp moves 128."""
+    tokens = tokens_of(300, 16)
+    rows, _ = dendrogram_of(tokens, method)
+    assert_same_dendrogram(rows, scipy_of(tokens, method))
 
 
 @methods

@@ -9,11 +9,13 @@
 //   ward      2 W_A W_C / (W_A + W_C) |mu_A - mu_C|^2, of which the height is the root
 //   |mu_A - mu_C|^2 = 2 E(A, C) / (W_A W_C) - E(A, A) / W_A^2 - E(C, C) / W_C^2
 //
-// A cluster lives in the slot (row and column) of its first token. When half of the
-// slots are empty, the others move together. Several blocks share a sequence. Each
-// keeps the clusters for itself and plans every round as all others do, so blocks meet
-// once a round, to tell the nearest clusters that they have found. Rows where little
-// has changed take a warp; those that are searched anew take a block.
+// The row of a cluster is that of its first token, and its column is its slot: at first
+// the same. When half of the slots are empty, the columns in use move together. Several
+// blocks work at a sequence. Each keeps the clusters for itself and plans every round
+// as all others do, so they wait for each other once a round, to exchange the nearest
+// clusters that they have found, and once more where columns move. When the rest fits
+// the shared memory of a block, the first one goes on alone. Rows where little has
+// changed take a warp; those that are searched anew take a block.
 
 constexpr int COMPLETE = 1, WARD = 2;         // 0: average
 constexpr int UNTOUCHED = -1, ABSORBED = -2;  // else: the slot that this one absorbs
@@ -556,10 +558,12 @@ __device__ __forceinline__ void next_columns(const Clusters& all, const Matrix& 
     for (int q0 = now.searched + warp * rows; q0 < now.clusters; q0 += warps * rows) {
         const int q = q0 + lane / lanes, i = q < now.clusters ? all.rows()[q] : -1;
         Neighbour best = no_neighbour();
-        if (i >= 0) {
+        if (i >= 0 && lane % lanes == 0) {  // one alone, or it would tie with itself
             const int before = all.nearest()[i];
             best = candidate(all.sum()[i], all.side(i, method), before,
                              all.side(before, method), method);
+        }
+        if (i >= 0) {
             best = next_row<false>(all, matrix, i, all.joined(), now.joined,
                                    lane % lanes, lanes, method, best);
         }
