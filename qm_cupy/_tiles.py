@@ -70,9 +70,12 @@ def select_shape(
 
 
 def _has_wide(dtype: Any, device: _cuda.Device) -> bool:
-    """Whether tensor cores multiply this dtype: GPUs without have less memory."""
+    """Whether tensor cores multiply this dtype, as wide kernels need.
+
+    GPUs without them (sm_75 and older) have less shared memory, 96 KB at most.
+    """
     name = kernel_dtype("optimized/", dtype)
-    return name in ("float16", "bfloat16", TF32) and WIDE.shared <= device.shared_bytes
+    return name in ("float16", "bfloat16", TF32) and WIDE.shared < device.shared_bytes
 
 
 def kept_bytes(row_bytes: int, dtype: Any) -> int:

@@ -238,6 +238,7 @@ def _query_key_entropy_cuda(
     def blocks(shape: _tiles.Shape) -> int:
         return outer * _tiles.row_tiles(shape, num_tokens)
 
+    # Rows that do not fit come step by step, which leaves no registers for more rows.
     shape = _tiles.HALF._replace(suffix="")
     kept = _tiles.kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
     if kept and _tiles.select_shape(blocks) is _tiles.WHOLE:

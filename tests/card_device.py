@@ -111,10 +111,12 @@ class Device:
 
         def answer(*args):
             answers = []
-            for card in self._now:
-                self._trial = card
-                answers.append(ask(*args))
-            self._trial = None
+            try:
+                for card in self._now:
+                    self._trial = card
+                    answers.append(ask(*args))
+            finally:
+                self._trial = None
             same = all(x == answers[0] for x in answers)
             return answers[0] if same else ask(*args)
 

@@ -83,23 +83,37 @@ def test_quickmerge(method, num_tokens, gpu_kernels):
 
 
 @pytest.mark.parametrize("num_tokens", [n for n in SIZES if n < 2000])
+@pytest.mark.parametrize("dim", [96, 267])  # of whole chunks, or not; many steps
 def test_optimized_tiles_of_every_shape_give_the_same_bits(
-    num_tokens, gpu_dtype, monkeypatch
+    dim, num_tokens, gpu_dtype, monkeypatch
 ):
+    names, launch = [], _cuda.launch
+
+    def recorded(file, kernel, *args, **options):
+        names.append(kernel)
+        launch(file, kernel, *args, **options)
+
     shared = _cuda.device().shared_bytes
-    x = as_given(tokens_of(num_tokens), "cupy", gpu_dtype)
+    tokens = np.random.default_rng(dim).standard_normal((2, num_tokens, dim))
+    x = as_given(tokens, "cupy", gpu_dtype)
     calls = {
-        "self-attention": lambda: qm.self_attention_entropy(x),
-        "queries and keys": lambda: qm.query_key_entropy(x, x, causal=True),
-        "cosines": lambda: qm.cosine_similarity(x),
-        "nearest": lambda: qm.reconstruction_error(x, x[:, ::3]),
+        "self_attention_states": lambda: qm.self_attention_entropy(x),
+        "query_key_entropy": lambda: qm.query_key_entropy(x, x, causal=True),
+        "cosine_similarity": lambda: qm.cosine_similarity(x),
+        "nearest_anchors": lambda: qm.reconstruction_error(x, x[:, ::3]),
     }
+    monkeypatch.setattr(_cuda, "launch", recorded)
     monkeypatch.setattr(_tiles, "_WIDE_COST", 0)  # whether it pays or not
-    for name, call in calls.items():
-        found = []
+    for kernel, call in calls.items():
+        found = {}
         # Whole tiles; half ones; then wide ones and kept queries, where there is room.
         for device in ((1, 0), (10_000, 0), (1, shared)):
             monkeypatch.setattr(_cuda, "device", lambda now=device: _cuda.Device(*now))
-            found.append(on_host(call()))
-        np.testing.assert_array_equal(found[1], found[0], f"{name}, half")
-        np.testing.assert_array_equal(found[2], found[0], f"{name}, wide or kept")
+            names.clear()
+            got = on_host(call())
+            (name,) = (name for name in names if name.startswith(kernel))
+            found[name] = got
+        if kernel != "query_key_entropy":
+            assert {kernel, f"{kernel}_half"} <= set(found)
+        for name, got in found.items():
+            np.testing.assert_array_equal(got, found[kernel], name)

@@ -48,8 +48,12 @@ def same(run, kernel, shapes, call):
         np.testing.assert_array_equal(run(shape, kernel, call), whole, shape)
 
 
-# N around the tiles' edges; D with and without whole chunks of 16 bytes.
-SIZES = [(1, 8), (64, 8), (65, 40), (128, 33), (130, 72), (257, 8), (300, 36)]
+# N around the tiles' edges; D with and without whole chunks of 16 bytes, and of more
+# steps than a tile has in shared memory.
+SIZES = [
+    (1, 8), (64, 8), (65, 40), (128, 33), (130, 72), (130, 200), (70, 171), (257, 8),
+    (300, 36),
+]  # fmt: skip
 sizes = pytest.mark.parametrize(("num_tokens", "dim"), SIZES)
 masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
 dtypes = pytest.mark.parametrize(
@@ -93,16 +97,15 @@ def test_nearest_anchors(run, dtype, shapes, num_groups):
     same(run, "nearest_anchors", shapes, lambda: qm.reconstruction_error(x, anchors))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
-@sizes
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32])
+@pytest.mark.parametrize(("num_tokens", "dim"), [x for x in SIZES if x[1] < 100])
 @masked
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 def test_queries_and_keys(run, dtype, num_tokens, dim, masked, causal):
     q, k = (random((2, num_tokens, dim), dtype, seed=s) for s in (0, 1))
     mask = mask_of(2, num_tokens, masked)
     call = lambda: qm.query_key_entropy(q, k, mask=mask, causal=causal)  # noqa: E731
-    kept = [] if dtype == np.float64 else ["_kept"]
-    same(run, "query_key_entropy", kept, call)
+    same(run, "query_key_entropy", ["_kept"], call)
 
 
 def test_queries_and_keys_whose_rows_are_not_aligned(run):
@@ -158,11 +161,11 @@ def test_many_blocks_of_16_bits_are_wide(monkeypatch):
     with qm.allow_tf32():
         found = selected(H200, monkeypatch, many, np.dtype(np.float32))
         assert found is _tiles.WIDE
-    for shared in 64 << 10, (96 << 10) - 1:  # a T4 has no such tensor cores
+    for shared in 64 << 10, 96 << 10:  # a T4 has no such tensor cores
         small = _cuda.Device(40, shared)
         found = selected(small, monkeypatch, many, np.dtype(np.float16))
         assert found is _tiles.WHOLE
-    fits = _cuda.Device(40, 96 << 10)
+    fits = _cuda.Device(40, 99 << 10)  # of sm_86 and sm_89
     assert selected(fits, monkeypatch, many, np.dtype(np.float16)) is _tiles.WIDE
 
 

@@ -35,7 +35,8 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
-            for (int j = 0; j < 16; ++j) scores[f][i][j] *= scale;
+            for (int j = 0; j < 16; ++j)
+                scores[f][i][j] = rounded_product(scores[f][i][j], scale);
 
     const bool* valid = mask ? mask + first : nullptr;
     if (valid || corner.column + Tile::columns > num_tokens) {  // not all are tokens

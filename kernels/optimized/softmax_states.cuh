@@ -1,5 +1,7 @@
 // States (m, r, t) of softmax entropies in base 2, whose exponential is one
 // instruction: gathered from scores, merged between lanes, kept. See SoftmaxEntropy.
+// Multiply-adds are written out: left to itself the compiler fuses now one product and
+// now another, and the same sums would differ between kernels.
 
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
@@ -88,7 +90,7 @@ struct State {
             const acc_t d = units.above(scores[i], base);
             const acc_t e = exp2(d);
             r += e;
-            t += e * d;
+            t = fma(e, d, t);
         }
     }
 
@@ -114,7 +116,7 @@ struct State {
             const acc_t e = d < 0 ? exp2(d) : acc_t(0);
             equals += d == 0;
             r += e;
-            t += e * d;
+            t = fma(e, d, t);
         }
         r += equals;
     }
@@ -122,8 +124,8 @@ struct State {
     // Let the sums be of exponents that are d more.
     __device__ __forceinline__ void lift(acc_t d) {
         const acc_t e = exp2(d);
-        t = e * (t + d * r);
-        r *= e;
+        t = rounded_product(e, fma(d, r, t));
+        r = rounded_product(e, r);
     }
 
     // m as an exponent of 2, and the sums of exponents above it and not above base(m).
@@ -145,8 +147,8 @@ struct State {
         const bool first = m >= other.m;
         const acc_t d = min(m, other.m) - max(m, other.m), e = exp2(d);
         const acc_t low_r = 1 + (first ? other.r : r), low_t = first ? other.t : t;
-        t = (first ? t : other.t) + e * (low_t + d * low_r);
-        r = (first ? r : other.r) + e * low_r;
+        t = fma(e, fma(d, low_r, low_t), first ? t : other.t);
+        r = fma(e, low_r, first ? r : other.r);
         m = max(m, other.m);
     }
 

@@ -31,9 +31,9 @@ __device__ __forceinline__ void stage_pieces(unsigned char* stage, const Rows& a
 #pragma unroll 1  // rare: less code matters more
     for (int row = threadIdx.x / 4; row < rows_a + rows_b; row += rows) {
         const bool of_a = row < rows_a;
-        const int i = of_a ? row : row - rows_a;
-        const real_t* source = (of_a ? a.data : b.data) + i * stride + column;
-        const int left = i < (of_a ? a.count : b.count) ? rest : 0;
+        const int own = of_a ? row : row - rows_a;
+        const real_t* source = (of_a ? a.data : b.data) + own * stride + column;
+        const int left = own < (of_a ? a.count : b.count) ? rest : 0;
         unsigned char* target = stage + staged(row, chunk);
         if constexpr (grain == 2) {
             *reinterpret_cast<Vector*>(target) = read_halfwords(source, left);
