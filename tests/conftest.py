@@ -129,6 +129,19 @@ def kernels(request, monkeypatch):
         yield name
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched so far."""
+    names, launch = [], _cuda.launch
+
+    def recorded(file, kernel, *args, **options):
+        names.append(kernel)
+        launch(file, kernel, *args, **options)
+
+    monkeypatch.setattr(_cuda, "launch", recorded)
+    return names
+
+
 @pytest.fixture(params=["optimized", "basic"])
 def gpu_kernels(request):
     """Name of the kernels that a GPU runs under the public functions."""

@@ -85,14 +85,8 @@ def test_quickmerge(method, num_tokens, gpu_kernels):
 @pytest.mark.parametrize("num_tokens", [n for n in SIZES if n < 2000])
 @pytest.mark.parametrize("dim", [96, 267])  # of whole chunks, or not; many steps
 def test_optimized_tiles_of_every_shape_give_the_same_bits(
-    dim, num_tokens, gpu_dtype, monkeypatch
+    dim, num_tokens, gpu_dtype, launches, monkeypatch
 ):
-    names, launch = [], _cuda.launch
-
-    def recorded(file, kernel, *args, **options):
-        names.append(kernel)
-        launch(file, kernel, *args, **options)
-
     shared = _cuda.device().shared_bytes
     tokens = np.random.default_rng(dim).standard_normal((2, num_tokens, dim))
     x = as_given(tokens, "cupy", gpu_dtype)
@@ -102,16 +96,15 @@ def test_optimized_tiles_of_every_shape_give_the_same_bits(
         "cosine_similarity": lambda: qm.cosine_similarity(x),
         "nearest_anchors": lambda: qm.reconstruction_error(x, x[:, ::3]),
     }
-    monkeypatch.setattr(_cuda, "launch", recorded)
     monkeypatch.setattr(_tiles, "_WIDE_COST", 0)  # whether it pays or not
     for kernel, call in calls.items():
         found = {}
         # Whole tiles; half ones; then wide ones and kept queries, where there is room.
         for device in ((1, 0), (10_000, 0), (1, shared)):
             monkeypatch.setattr(_cuda, "device", lambda now=device: _cuda.Device(*now))
-            names.clear()
+            launches.clear()
             got = on_host(call())
-            (name,) = (name for name in names if name.startswith(kernel))
+            (name,) = (name for name in launches if name.startswith(kernel))
             found[name] = got
         if kernel != "query_key_entropy":
             assert {kernel, f"{kernel}_half"} <= set(found)

@@ -48,19 +48,6 @@ def labels(monkeypatch):
     monkeypatch.setattr(pipeline, "_cluster_tokens", cluster_tokens)
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Names of the kernels launched so far."""
-    names, launch = [], _cuda.launch
-
-    def counted(file, kernel, *args, **options):
-        names.append(kernel)
-        launch(file, kernel, *args, **options)
-
-    monkeypatch.setattr(_cuda, "launch", counted)
-    return names
-
-
 def arguments(source, dtype, masked, single):
     """Return what `quickmerge` takes, every array of `dtype`."""
     rng = np.random.default_rng(8)

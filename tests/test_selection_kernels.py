@@ -15,19 +15,6 @@ LIMIT = selection._ENTROPIES_OF_A_BLOCK
 HELD = _cuda.THREAD_TOKENS * _cuda.SELECTION_THREADS  # tokens in registers
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Names of the kernels launched so far."""
-    names, launch = [], _cuda.launch
-
-    def recorded(file, kernel, *args, **options):
-        names.append(kernel)
-        launch(file, kernel, *args, **options)
-
-    monkeypatch.setattr(_cuda, "launch", recorded)
-    return names
-
-
 def entropy_of(shape, dtype):
     entropy = abs(random(shape, dtype, seed=sum(shape)))
     entropy[0, :, :, ::3] = 2  # ties

@@ -20,25 +20,19 @@ H200 = _cuda.Device(132, 227 << 10)
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(launches, monkeypatch):
     """Return a function that makes a call with one shape of tile."""
     ptx.install(monkeypatch)
-    names, launch = [], _cuda.launch
-
-    def counted(file, kernel, *args, **options):
-        names.append(kernel)
-        launch(file, kernel, *args, **options)
 
     def with_shape(shape, kernel, call):
         monkeypatch.setattr(_cuda, "device", lambda: DEVICES[shape])
         # Whether a wide tile pays is another question.
         monkeypatch.setattr(_tiles, "_WIDE_COST", 0)
-        names.clear()
+        launches.clear()
         got = call()
-        assert kernel + shape in names, names
+        assert kernel + shape in launches, launches
         return np.asarray(got)
 
-    monkeypatch.setattr(_cuda, "launch", counted)
     return with_shape
 
 
