@@ -134,7 +134,7 @@ struct Tree {
     __device__ int* made() const { return rank() + num_tokens; }
 };
 
-// Where a sequence stands, the same in all threads of all blocks.
+// Where a sequence stands, the same in all threads of the blocks that are at work.
 struct Progress {
     int clusters, joined, searched;  // how many there are, are new, are searched anew
     int made;                        // merges
