@@ -124,17 +124,17 @@ def _tiles_of(number: str, columns: int = 128) -> Callable[[Sizes], float]:
 
 
 MODELS = {
-    "optimized/saliency/self_attention_states": tiles(
+    "optimized/self_attention_entropy/self_attention_states": tiles(
         128, 128, "dim", rest={"STG": 3, "MUFU.EX2": 128}
     ),
-    "optimized/saliency/self_attention_states_half": tiles(
+    "optimized/self_attention_entropy/self_attention_states_half": tiles(
         64, 128, "dim", step=HALF, rest={"STG": 3, "MUFU.EX2": 128}
     ),
-    "optimized/saliency/self_attention_states_wide": tiles(
+    "optimized/self_attention_entropy/self_attention_states_wide": tiles(
         128, 256, "dim", step=WIDE, rest={"STG": 3, "MUFU.EX2": 256}
     ),
-    "optimized/saliency/self_attention_entropy": STREAM,
-    "optimized/saliency/query_key_entropy": tiles(
+    "optimized/self_attention_entropy/self_attention_entropy": STREAM,
+    "optimized/query_key_entropy/query_key_entropy": tiles(
         64,
         128,
         "head_dim",
@@ -143,8 +143,8 @@ MODELS = {
         each={"MUFU.EX2": 64},
         rest={"STG": 1},
     ),
-    "optimized/saliency/query_key_entropy_kept": _kept(),
-    "optimized/saliency/attention_entropy": Model(
+    "optimized/query_key_entropy/query_key_entropy_kept": _kept(),
+    "optimized/attention_entropy/attention_entropy": Model(
         {
             "row": Loop(
                 {"LDG.E.128": 1, "MUFU.LG2": 1}, lambda s: s.num_tokens / 32,
@@ -153,32 +153,32 @@ MODELS = {
         },
         {"STG": 1},
     ),
-    "optimized/saliency/token_norms": STREAM,
-    "optimized/clustering/cosine_similarity": tiles(
+    "optimized/token_norms/token_norms": STREAM,
+    "optimized/cosine_similarity/cosine_similarity": tiles(
         128, 128, "dim", rest={"STG.E.64": 32, "STG": 96}
     ),
-    "optimized/clustering/cosine_similarity_half": tiles(
+    "optimized/cosine_similarity/cosine_similarity_half": tiles(
         64, 128, "dim", step=HALF, rest={"STG.E.64": 32, "STG": 96}
     ),
-    "optimized/clustering/cosine_similarity_wide": tiles(
+    "optimized/cosine_similarity/cosine_similarity_wide": tiles(
         128, 256, "dim", step=WIDE, rest={"STG.E.64": 64, "STG": 192}
     ),
-    "optimized/clustering/nearest_anchors": tiles(
+    "optimized/nearest/nearest_anchors": tiles(
         128, 128, "dim", passes=_tiles_of("num_groups"),
         each={"FMUL": 64, "LDG": 16, "MUFU.RCP": 16}, rest={"STG": 2},
     ),
-    "optimized/clustering/nearest_anchors_half": tiles(
+    "optimized/nearest/nearest_anchors_half": tiles(
         64, 128, "dim", step=HALF, passes=_tiles_of("num_groups"),
         each={"FMUL": 64, "LDG": 16, "MUFU.RCP": 16}, rest={"STG": 2},
     ),
-    "optimized/clustering/nearest_anchors_wide": tiles(
+    "optimized/nearest/nearest_anchors_wide": tiles(
         128, 256, "dim", step=WIDE, passes=_tiles_of("num_groups", 256),
         each={"FMUL": 128, "LDG": 16, "MUFU.RCP": 16}, rest={"STG": 2},
     ),
-    "optimized/fidelity/token_errors": STREAM,
-    "optimized/fidelity/reconstruction_error": STREAM,
+    "optimized/reconstruction_error/token_errors": STREAM,
+    "optimized/reconstruction_error/reconstruction_error": STREAM,
     # A warp places a run of tokens, 32 at a time: about 210 clocks in shared memory.
-    "optimized/merging/sort_members": Model(
+    "optimized/groups/sort_members": Model(
         {
             "place": Loop(
                 {"MATCH": 1, "LDS": 2},
@@ -187,7 +187,7 @@ MODELS = {
         },
         {"STG": 1},
     ),
-    "optimized/merging/merge_tokens": Model(
+    "optimized/merge_tokens/merge_tokens": Model(
         {
             # Four members in a pass: which ones, their masses, their columns. Of
             # random labels the last pass is half empty.
@@ -206,7 +206,7 @@ MODELS = {
     "optimized/saliency/entropy_range": STREAM,
     "optimized/saliency/saliency": STREAM,
     # One block for each sequence draws the noise, in float64.
-    "optimized/selection/gumbel_softmax": Model(
+    "optimized/gumbel_softmax/gumbel_softmax": Model(
         {"token": Loop({"DFMA": 8, "BAR": 2}, lambda s: s.num_tokens / s.threads)},
         {"STG": 4, "BAR": 4},
     ),

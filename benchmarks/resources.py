@@ -66,11 +66,11 @@ def show(rows: list[dict[str, Any]]) -> None:
         if before != (before := (row["arch"], row["dtype"])):
             print(f"\nsm_{row['arch']}, {row['dtype']}")
             print(
-                f"{'kernel':<44}{'regs':>5}{'spill B':>9}{'shared B':>10}"
+                f"{'kernel':<60}{'regs':>5}{'spill B':>9}{'shared B':>10}"
                 f"{'threads':>9}{'blocks':>8}{'occup.':>8}"
             )
         print(
-            f"{row['kernel']:<44}{row['registers']:>5}{row['spill_bytes']:>9}"
+            f"{row['kernel']:<60}{row['registers']:>5}{row['spill_bytes']:>9}"
             f"{row['shared_bytes']:>10}{row['threads']:>9}{row['blocks_per_sm']:>8}"
             f"{row['occupancy']:>8.0%}"
         )

@@ -32,8 +32,8 @@ _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)
 
 WARP = 32  # threads that go in step
 BLOCK = 256  # threads of a block, where a kernel does not say otherwise
-COUNTS = 16  # arguments of `write_counts` in kernels/basic/groups.cu
-_WRITE_COUNTS = "basic/groups", "write_counts", "float32"
+COUNTS = 16  # arguments of `write_counts` in kernels/basic/counts.cu
+_WRITE_COUNTS = "basic/counts", "write_counts", "float32"
 # Of kernels/optimized/tiles.cuh: rows and columns of a tile, bytes of each row that are
 # staged in a step, and the steps in shared memory of the widest tile.
 TILE, STEP_BYTES, WIDE_STAGES = 128, 64, 4
@@ -371,7 +371,7 @@ def options(dtype: str) -> tuple[str, ...]:
 
 
 def kernel_files() -> list[str]:
-    """Return all kernel files, as ``basic/merging`` and so on."""
+    """Return all kernel files, as ``basic/merge_tokens`` and so on."""
     return [
         f"{path.parent.name}/{path.stem}" for path in sorted(_folder().glob("*/*.cu"))
     ]

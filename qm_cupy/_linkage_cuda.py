@@ -26,14 +26,14 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
     args = (tokens, norms, batch, num_tokens, dim, out)
     kernel = "cosine_similarity"
     if _cuda.implementation() == "basic":
-        _cuda.launch("basic/clustering", kernel, tokens.dtype, out.size, args)
+        _cuda.launch(f"basic/{kernel}", kernel, tokens.dtype, out.size, args)
         return out
 
     def blocks(shape: _tiles.Shape) -> int:
         return batch * _tiles.upper_tiles(shape, num_tokens)
 
     shape = _tiles.select_shape(blocks, tokens.dtype)
-    _tiles.launch("clustering", kernel, tokens.dtype, shape, blocks(shape), args)
+    _tiles.launch(kernel, kernel, tokens.dtype, shape, blocks(shape), args)
     return out
 
 

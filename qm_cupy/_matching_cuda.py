@@ -1,4 +1,4 @@
-"""Groups on a GPU: launchers of the kernels in groups, matching and contiguous.cu.
+"""Groups on a GPU: launchers of the kernels that label tokens.
 
 Tokens are (N, D) or (B, N, D), `mask` and `protect` bool (N,) or (B, N); K is
 `num_groups` for all sequences, or `counts` (B,), int32 and at most `num_groups`.
@@ -26,13 +26,13 @@ def number_groups_cuda(roots: Any, order: str) -> Any:
     if _cuda.implementation() == "basic":
         ends = _cuda.empty(roots.shape, np.bool_)
         args: tuple[Any, ...] = (roots, batch, num_tokens, first, ends)
-        _launch("groups", "group_ends", out.size, args)
+        _launch("labels", "group_ends", out.size, args)
         args = (roots, ends, batch, num_tokens, out)
-        _launch("groups", "number_groups", out.size, args)
+        _launch("labels", "number_groups", out.size, args)
     else:
         places = _cuda.empty((batch, 2 * num_tokens), np.int32)
         args = (roots, batch, num_tokens, first, places, out)
-        _launch_sequences("groups", "number_groups", np.float32, args, out)
+        _launch_sequences("labels", "number_groups", np.float32, args, out)
     return out
 
 
@@ -57,13 +57,13 @@ def cut_linkage_cuda(
     args: tuple[Any, ...] = (dendrogram, *weights, *sizes)
     if _cuda.implementation() == "basic":
         merges = _cuda.empty((batch,), np.int32)
-        _cuda.launch("basic/groups", "count_merges", kind, batch, (*args, merges))
+        _cuda.launch("basic/cut_linkage", "count_merges", kind, batch, (*args, merges))
         args = (dendrogram, weights[1], merges, batch, num_tokens, out)
-        _launch("groups", "dendrogram_roots", out.size, args)
+        _launch("cut_linkage", "dendrogram_roots", out.size, args)
         return number_groups_cuda(out, order)
     nodes = _cuda.empty((batch, 4 * num_tokens), np.int32)
     args = (*args, int(order == "first"), nodes, out)
-    _launch_sequences("groups", "cut_linkage", kind, args, out)
+    _launch_sequences("cut_linkage", "cut_linkage", kind, args, out)
     return out
 
 
@@ -97,7 +97,7 @@ def nearest_anchors_cuda(
     args = (*given, batch, num_tokens, dim, num_groups, out, highest)
     kernel = "nearest_anchors"
     if chosen == "basic":
-        _cuda.launch("basic/clustering", kernel, tokens.dtype, out.size, args)
+        _cuda.launch("basic/nearest", kernel, tokens.dtype, out.size, args)
         return out, highest
 
     def blocks(shape: _tiles.Shape) -> int:
@@ -107,7 +107,7 @@ def nearest_anchors_cuda(
         return _tiles.column_tiles(shape, num_groups)
 
     shape = _tiles.select_shape(blocks, tokens.dtype, tiles)
-    _tiles.launch("clustering", kernel, tokens.dtype, shape, blocks(shape), args)
+    _tiles.launch("nearest", kernel, tokens.dtype, shape, blocks(shape), args)
     return out, highest
 
 
@@ -119,7 +119,7 @@ def top_norm_anchors_cuda(
     scores = _cuda.empty(norms.shape, norms.dtype)
     masks = _cuda.contiguous(mask), _cuda.contiguous(protect)
     args = (norms, *masks, norms.size, scores)
-    kernel = "basic/clustering", "anchor_scores"
+    kernel = "basic/nearest", "anchor_scores"
     _cuda.launch(*kernel, norms.dtype, norms.size, args)
     return _selected(_top(scores, counts, num_groups), num_groups)
 
@@ -141,18 +141,18 @@ def nearest_groups_cuda(
     num_groups = anchors.shape[-1]
     chosen = _cuda.empty(tokens.shape[:-1], np.bool_)
     args: tuple[Any, ...] = (anchors, mask, counts, batch, num_tokens, num_groups)
-    _launch("clustering", "mark_anchors", chosen.size, (*args, chosen))
+    _launch("nearest", "mark_anchors", chosen.size, (*args, chosen))
     anchors = _selected(chosen, num_groups)  # by position, each of them once
     norms = _token_norms_cuda(tokens, mask)
     open_norms = _cuda.empty(anchors.shape, norms.dtype)
     args = (anchors, norms, protect, batch, num_tokens, num_groups, open_norms)
-    file = "basic/clustering"
+    file = "basic/nearest"
     _cuda.launch(file, "open_anchors", norms.dtype, open_norms.size, args)
     given = _unmerge_tokens_cuda(tokens, anchors, None)  # the gather by position
     nearest, _ = nearest_anchors_cuda(tokens, given, None, mask, open_norms)
     out = _cuda.empty(nearest.shape, np.int32)
     args = (nearest, anchors, chosen, mask, protect, batch, num_tokens, num_groups)
-    _launch("clustering", "join_anchors", out.size, (*args, out))
+    _launch("nearest", "join_anchors", out.size, (*args, out))
     return out
 
 
@@ -182,7 +182,7 @@ def bipartite_groups_cuda(
         vectors = _unit_tokens_cuda(vectors, mask)
     roots = _cuda.empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (mask, protect, batch, num_tokens, roots)
-    _launch("matching", "free_tokens", roots.size, args)
+    _launch("bipartite", "free_tokens", roots.size, args)
     places = number_groups_cuda(roots, "last")
     most = left = num_tokens  # at most as many groups, in any sequence, with the least
     while left > max(fewest, 1):
@@ -196,7 +196,7 @@ def bipartite_groups_cuda(
         most = max(min(num_groups, most), -(-most // 2))
     out = _cuda.empty(places.shape, np.int32)
     args = (places, mask, batch, num_tokens, out)
-    _launch("matching", "match_roots", out.size, args)
+    _launch("bipartite", "match_roots", out.size, args)
     return out
 
 
@@ -210,23 +210,23 @@ def _match_cuda(vectors: Any, places: Any, sizes: Any, most: int) -> Any:
     sides = [_cuda.empty(places.shape, np.int32) for _ in range(2)]
     exist = _cuda.empty((*places.shape[:-1], num_evens), np.bool_)
     args: tuple[Any, ...] = (places, sizes, batch, num_tokens, num_evens)
-    _launch("matching", "match_sides", places.size, (*args, *sides, exist))
+    _launch("bipartite", "match_sides", places.size, (*args, *sides, exist))
     evens = _merge_tokens_cuda(vectors, sides[0], num_evens, None, None)
     odds = _merge_tokens_cuda(vectors, sides[1], num_odds, None, None)
     partners, best = nearest_anchors_cuda(evens, odds, sizes[1], exist, similarity=True)
     chosen = _top(best, sizes[2], num_evens)
     roots = _cuda.empty(places.shape, np.int32)
     args = (places, chosen, partners, batch, num_tokens, num_evens, roots)
-    _launch("matching", "join_partners", roots.size, args)
+    _launch("bipartite", "join_partners", roots.size, args)
     return number_groups_cuda(roots, "last")
 
 
 def _match_counts_cuda(args: tuple[Any, ...], places: Any) -> None:
     if _cuda.implementation() == "basic":
         batch, _ = _rows(places)
-        _cuda.launch("basic/matching", "match_counts", np.float32, batch, args)
+        _cuda.launch("basic/bipartite", "match_counts", np.float32, batch, args)
     else:
-        _launch_sequences("matching", "match_counts", np.float32, args, places)
+        _launch_sequences("bipartite", "match_counts", np.float32, args, places)
 
 
 def contiguous_groups_cuda(
@@ -267,7 +267,7 @@ def _unit_tokens_cuda(tokens: Any, mask: Any) -> Any:
     args = (tokens, mask, num_rows, tokens.shape[-1], out)
     chosen = _cuda.implementation()
     threads = num_rows * (1 if chosen == "basic" else _cuda.WARP)
-    _cuda.launch(f"{chosen}/matching", "unit_tokens", tokens.dtype, threads, args)
+    _cuda.launch(f"{chosen}/unit_tokens", "unit_tokens", tokens.dtype, threads, args)
     return out
 
 
@@ -276,9 +276,9 @@ def _top(scores: Any, counts: Any, num_groups: int) -> Any:
     out = _cuda.empty(scores.shape, np.bool_)
     args = (scores, counts, *_rows(scores), num_groups, out)
     if _cuda.implementation() == "basic":
-        _cuda.launch("basic/selection", "top_tokens", scores.dtype, out.size, args)
+        _cuda.launch("basic/select_tokens", "top_tokens", scores.dtype, out.size, args)
     else:
-        kernel, most = ("selection", "top_tokens"), _cuda.SELECTION_THREADS
+        kernel, most = ("select_tokens", "top_tokens"), _cuda.SELECTION_THREADS
         _launch_sequences(*kernel, scores.dtype, args, scores, most)
     return out
 
@@ -288,9 +288,9 @@ def _selected(chosen: Any, num_groups: int) -> Any:
     out = _cuda.empty((*chosen.shape[:-1], num_groups), np.int32)
     args = (chosen, *_rows(chosen), num_groups, out)
     if _cuda.implementation() == "basic":
-        _cuda.launch("basic/selection", "select_tokens", np.float32, out.size, args)
+        _cuda.launch("basic/select_tokens", "select_tokens", np.float32, out.size, args)
     else:
-        kernel, most = ("selection", "select_tokens"), _cuda.SELECTION_THREADS
+        kernel, most = ("select_tokens", "select_tokens"), _cuda.SELECTION_THREADS
         _launch_sequences(*kernel, np.float32, args, chosen, most)
     return out
 

@@ -1,4 +1,4 @@
-"""Gradients of saliency on a GPU: launchers of the kernels in saliency_vjp.cu.
+"""Gradients of saliency on a GPU: launchers of the kernels.
 
 Arrays have passed the checks of the public functions. Nothing is read back.
 """
@@ -39,7 +39,7 @@ def attention_entropy_vjp_cuda(gradient: Any, attention: Any, mask: Any) -> Any:
     args = (_as_computed(gradient, attention), *arrays, *sizes, out)
     rows = outer * num_tokens
     threads = rows * (1 if _cuda.implementation() == "basic" else _cuda.WARP)
-    _launch("attention_entropy_vjp", attention, threads, args)
+    _launch("attention_entropy_vjp", "attention_entropy_vjp", attention, threads, args)
     return out
 
 
@@ -73,13 +73,29 @@ def _scores(
     args = (*arrays, *sizes, int(causal), scale, weights)
     if _cuda.implementation() == "basic":
         units = None
-        _launch("score_weights", query, outer * num_tokens, args)
+        _launch(
+            "score_gradients",
+            "score_gradients",
+            "score_weights",
+            query,
+            outer * num_tokens,
+            args,
+        )
     else:
         units = _cuda.empty((outer,), kind)
         threads = outer * _tiles(num_tokens) * _cuda.BLOCK
-        _launch("score_weights", query, threads, args)
+        _launch(
+            "score_gradients", "score_gradients", "score_weights", query, threads, args
+        )
         each = outer * _cuda.BLOCK
-        _launch("weight_units", query, each, (num_tokens, weights, units))
+        _launch(
+            "score_gradients",
+            "score_gradients",
+            "weight_units",
+            query,
+            each,
+            (num_tokens, weights, units),
+        )
     return _Scores(weights, units, mask, outer, batch, heads, int(causal), scale)
 
 
@@ -102,14 +118,20 @@ def _token_gradients(scores: _Scores, own: Any, other: Any, sides: int) -> Any:
         options = scores.causal, scores.scale, sides
         args: tuple[Any, ...] = (*arrays, *part, *masked, *options, band)
         threads = rows * columns if basic else part[1] * tiles * _cuda.BLOCK
-        _launch("score_gradients", own, threads, args)
+        _launch("score_gradients", "score_gradients", own, threads, args)
         if basic:
             args = (band, factor, scores.mask, *part, *masked)
-            _launch("token_gradients", own, rows * dim, (*args, scores.scale, out))
+            _launch(
+                "score_gradients",
+                "token_gradients",
+                own,
+                rows * dim,
+                (*args, scores.scale, out),
+            )
         else:
             args = (band, factor, scores.units, *part, num_tokens, dim, *options, out)
             threads = part[1] * _tiles(dim) * _cuda.BLOCK
-            _launch("token_gradients", own, threads, args)
+            _launch("score_gradients", "token_gradients", own, threads, args)
     return out
 
 
@@ -121,7 +143,7 @@ def _transposed(tokens: Any, scores: _Scores) -> Any:
     sizes = scores.outer, scores.batch, scores.heads, num_tokens, dim
     squares = scores.outer * (columns // 32) * -(-dim // 32)
     args = (tokens, scores.mask, *sizes, out)
-    _launch("transpose_tokens", tokens, squares * _cuda.BLOCK, args)
+    _launch("score_gradients", "transpose_tokens", tokens, squares * _cuda.BLOCK, args)
     return out
 
 
@@ -137,7 +159,7 @@ def saliency_vjp_cuda(gradient: Any, entropy: Any, salient: str, mask: Any) -> A
     rows = layers * batch
     threads = rows * (1 if _cuda.implementation() == "basic" else _cuda.BLOCK)
     args: tuple[Any, ...] = (gradient, entropy, mask, *sizes, extremes)
-    _launch("entropy_extremes", entropy, threads, args)
+    _launch("saliency_vjp", "entropy_extremes", entropy, threads, args)
     args = (gradient, entropy, mask, extremes, *sizes, int(salient == "high"), out)
     _cuda.launch("basic/saliency_vjp", "saliency_vjp", entropy.dtype, out.size, args)
     return out
@@ -150,13 +172,16 @@ def norm_saliency_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> Any:
     out = _cuda.empty(tokens.shape, tokens.dtype)
     tokens = _cuda.contiguous(tokens)
     args = (slopes, tokens, norms, norms.size, tokens.shape[-1], out)
-    _cuda.launch("basic/saliency_vjp", "token_norms_vjp", out.dtype, out.size, args)
+    _cuda.launch(
+        "basic/norm_saliency_vjp", "token_norms_vjp", out.dtype, out.size, args
+    )
     return out
 
 
-def _launch(kernel: str, like: Any, threads: int, args: tuple[Any, ...]) -> None:
-    file = f"{_cuda.implementation()}/saliency_vjp"
-    _cuda.launch(file, kernel, like.dtype, threads, args)
+def _launch(
+    file: str, kernel: str, like: Any, threads: int, args: tuple[Any, ...]
+) -> None:
+    _cuda.launch(f"{_cuda.implementation()}/{file}", kernel, like.dtype, threads, args)
 
 
 def _as_computed(gradient: Any, like: Any) -> Any:

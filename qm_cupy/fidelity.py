@@ -89,7 +89,7 @@ def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
     chosen = _cuda.implementation()
     threads = batch * (1 if chosen == "basic" else _cuda.BLOCK)
     args = (norms, selected, batch, num_tokens, out)
-    _cuda.launch(f"{chosen}/fidelity", "norm_mass", norms.dtype, threads, args)
+    _cuda.launch(f"{chosen}/norm_mass", "norm_mass", norms.dtype, threads, args)
     return out
 
 
@@ -231,7 +231,7 @@ def _reconstruction_error_cuda(
     chosen = _cuda.implementation()
     threads = batch * (1 if chosen == "basic" else _cuda.BLOCK)
     args = (errors, squares, batch, num_tokens, out)
-    kernel = f"{chosen}/fidelity", "reconstruction_error"
+    kernel = f"{chosen}/reconstruction_error", "reconstruction_error"
     _cuda.launch(*kernel, errors.dtype, threads, args)
     return out
 
@@ -258,7 +258,7 @@ def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]
     threads = errors.size * (1 if chosen == "basic" else _cuda.WARP)
     sizes = batch, num_tokens, dim, num_groups
     args = (tokens, merged, labels, *sizes, errors, squares)
-    kernel = f"{chosen}/fidelity", "token_errors"
+    kernel = f"{chosen}/reconstruction_error", "token_errors"
     _cuda.launch(*kernel, tokens.dtype, threads, args)
     return errors, squares
 

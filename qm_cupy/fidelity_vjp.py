@@ -159,7 +159,7 @@ def _reconstruction_error_vjp_cuda(
     relative, scales = (_cuda.empty((batch,), kind) for _ in range(2))
     by_tokens, by_merged = (_cuda.empty(x.shape, x.dtype) for x in (tokens, merged))
     basic = _cuda.implementation() == "basic"
-    file = f"{_cuda.implementation()}/fidelity_vjp"
+    file = f"{_cuda.implementation()}/reconstruction_error_vjp"
     slopes = _cuda.contiguous(gradient, kind)
     args: tuple[Any, ...]
     args = (errors, squares, slopes, batch, num_tokens, bound, relative, scales)

@@ -165,10 +165,10 @@ def _merge_tokens_cuda(
     args: tuple[Any, ...]
     if _cuda.implementation() == "basic":
         args = (tokens, mass, labels, *sizes, out)
-        _cuda.launch("basic/merging", "merge_tokens", tokens.dtype, out.size, args)
+        _cuda.launch("basic/merge_tokens", "merge_tokens", tokens.dtype, out.size, args)
         return out
     args = (tokens, mass, *_members_cuda(labels, num_groups), *sizes, out)
-    kernel = "optimized/merging", "merge_tokens"
+    kernel = "optimized/merge_tokens", "merge_tokens"
     _cuda.launch(*kernel, tokens.dtype, _cuda.vectors(out), args)
     return out
 
@@ -179,7 +179,7 @@ def _members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
     batch = math.prod(labels.shape[:-1])
     ends = _cuda.empty((batch, num_groups), np.int32)
     members = _cuda.empty((batch, num_tokens), np.int32)
-    kernel = "optimized/merging", "sort_members", np.float32
+    kernel = "optimized/groups", "sort_members", np.float32
     room = _cuda.dynamic_shared_bytes(*kernel)
     runs, shared = _sort_layout(num_tokens, num_groups, room)
     counts = None
@@ -278,7 +278,9 @@ def _unmerge_tokens_cuda(merged: Any, labels: Any, out: Any) -> Any:
     args = (*arrays, batch, num_tokens, dim, num_groups, out)
     chosen = _cuda.implementation()
     threads = out.size if chosen == "basic" else _cuda.vectors(out)
-    _cuda.launch(f"{chosen}/merging", "unmerge_tokens", merged.dtype, threads, args)
+    _cuda.launch(
+        f"{chosen}/unmerge_tokens", "unmerge_tokens", merged.dtype, threads, args
+    )
     return out
 
 
@@ -391,7 +393,7 @@ def _groups_cuda(kernel: str, labels: Any, num_groups: int) -> Any:
     args = (_cuda.contiguous(labels, np.int32), batch, num_tokens, num_groups, out)
     chosen = _cuda.implementation()
     threads = out.size if chosen == "basic" else batch * _cuda.BLOCK
-    _cuda.launch(f"{chosen}/merging", kernel, np.float32, threads, args)
+    _cuda.launch(f"{chosen}/groups", kernel, np.float32, threads, args)
     return out
 
 

@@ -170,7 +170,7 @@ def _merge_vjp_basic(
     out: Any,
 ) -> None:
     batch, num_tokens, _, num_groups = sizes
-    file, few = "basic/merging_vjp", (batch, num_tokens, num_groups)
+    file, few = "basic/merge_tokens_vjp", (batch, num_tokens, num_groups)
     args: tuple[Any, ...] = (mass, labels, *few, shares)
     _cuda.launch(file, "member_shares", tokens.dtype, shares.size, args)
     args = (gradient, labels, shares, *sizes, out)
@@ -195,7 +195,7 @@ def _merge_vjp_optimized(
     out: Any,
 ) -> None:
     batch, num_tokens, _, num_groups = sizes
-    file, few = "optimized/merging_vjp", (batch, num_tokens, num_groups)
+    file, few = "optimized/merge_tokens_vjp", (batch, num_tokens, num_groups)
     groups, lists = batch * num_groups * _cuda.WARP, _members_cuda(labels, num_groups)
     args: tuple[Any, ...] = (mass, *lists, *few, shares)
     _cuda.launch(file, "member_shares", tokens.dtype, groups, args)
@@ -284,6 +284,6 @@ def _unmerge_tokens_vjp_cuda(gradient: Any, labels: Any, num_groups: int) -> Any
     groups = (labels,) if basic else _members_cuda(labels, num_groups)
     args = (gradient, *groups, *sizes, out)
     threads = out.size if basic else _cuda.vectors(out)
-    kernel = f"{chosen}/merging_vjp", "unmerge_tokens_vjp"
+    kernel = f"{chosen}/unmerge_tokens_vjp", "unmerge_tokens_vjp"
     _cuda.launch(*kernel, gradient.dtype, threads, args)
     return out

@@ -111,7 +111,11 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     chosen = _cuda.implementation()
     threads = out.size * (1 if chosen == "basic" else _cuda.WARP)
     _cuda.launch(
-        f"{chosen}/saliency", "attention_entropy", attention.dtype, threads, args
+        f"{chosen}/attention_entropy",
+        "attention_entropy",
+        attention.dtype,
+        threads,
+        args,
     )
     return out
 
@@ -232,7 +236,7 @@ def _query_key_entropy_cuda(
     args = (*arrays, *sizes, int(causal), scale, out)
     kernel = "query_key_entropy"
     if _cuda.implementation() == "basic":
-        _cuda.launch("basic/saliency", kernel, query.dtype, out.size, args)
+        _cuda.launch(f"basic/{kernel}", kernel, query.dtype, out.size, args)
         return out
 
     def blocks(shape: _tiles.Shape) -> int:
@@ -243,7 +247,7 @@ def _query_key_entropy_cuda(
     kept = _tiles.kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
     if kept and _tiles.select_shape(blocks) is _tiles.WHOLE:
         shape = _tiles.WHOLE._replace(suffix="_kept", shared=kept)
-    _tiles.launch("saliency", kernel, query.dtype, shape, blocks(shape), args)
+    _tiles.launch(kernel, kernel, query.dtype, shape, blocks(shape), args)
     return out
 
 
@@ -338,7 +342,7 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     sizes = batch, num_tokens, dim
     if _cuda.implementation() == "basic":
         args = (tokens, mask, *sizes, out)
-        file, kernel = "basic/saliency", "self_attention_entropy"
+        file, kernel = "basic/self_attention_entropy", "self_attention_entropy"
         _cuda.launch(file, kernel, tokens.dtype, out.size, args)
         return out
 
@@ -350,9 +354,10 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     slots = -(-num_tokens // _cuda.TILE) * halves
     states = _cuda.empty((batch, slots, num_tokens, 3), kind)
     args, kernel = (tokens, mask, *sizes, states), "self_attention_states"
-    _tiles.launch("saliency", kernel, tokens.dtype, shape, blocks(shape), args)
+    file = "self_attention_entropy"
+    _tiles.launch(file, kernel, tokens.dtype, shape, blocks(shape), args)
     args = (states, mask, batch, num_tokens, halves, out)
-    file, kernel = "optimized/saliency", "self_attention_entropy"
+    file, kernel = "optimized/self_attention_entropy", "self_attention_entropy"
     _cuda.launch(file, kernel, tokens.dtype, out.size, args)
     return out
 
@@ -600,7 +605,7 @@ def _token_norms_cuda(tokens: Any, mask: Any = None) -> Any:
     args = (*arrays, out.size, tokens.shape[-1], out)
     chosen = _cuda.implementation()
     threads = out.size * (1 if chosen == "basic" else _cuda.WARP)
-    _cuda.launch(f"{chosen}/saliency", "token_norms", tokens.dtype, threads, args)
+    _cuda.launch(f"{chosen}/token_norms", "token_norms", tokens.dtype, threads, args)
     return out
 
 

@@ -251,9 +251,9 @@ def _gumbel_softmax_cuda(
     highest, total = (_cuda.empty((batch,), scores.dtype) for _ in range(2))
     out = _cuda.empty(scores.shape, scores.dtype)
     args: tuple[Any, ...] = (scores, batch, num_tokens, temperature, highest, total)
-    _cuda.launch("basic/selection", "softmax_totals", scores.dtype, batch, args)
+    _cuda.launch("basic/gumbel_softmax", "softmax_totals", scores.dtype, batch, args)
     args = (scores, highest, total, batch, num_tokens, temperature, out)
-    _cuda.launch("basic/selection", "gumbel_softmax", scores.dtype, out.size, args)
+    _cuda.launch("basic/gumbel_softmax", "gumbel_softmax", scores.dtype, out.size, args)
     return out
 
 
@@ -272,7 +272,9 @@ def _softmax_mass_cuda(
     arrays = _cuda.contiguous(saliency), _cuda.contiguous(mask)
     options = temperature, *_noise_arguments(noise), epsilon or 0.0
     args = (*arrays, batch, num_tokens, *options, out, mass)
-    _launch_rows("gumbel_softmax", saliency.dtype, batch, num_tokens, args)
+    _launch_rows(
+        "gumbel_softmax", "gumbel_softmax", saliency.dtype, batch, num_tokens, args
+    )
     return out, mass
 
 
@@ -296,7 +298,9 @@ def _saliency_gumbel_mass_cuda(
     sizes = layers, batch, heads, num_tokens
     options = int(salient == "high"), temperature, *_noise_arguments(noise), epsilon
     args = (*arrays, *sizes, *options, *outs)
-    _launch_rows("saliency_gumbel_mass", entropy.dtype, batch, num_tokens, args)
+    _launch_rows(
+        "gumbel_softmax", "saliency_gumbel_mass", entropy.dtype, batch, num_tokens, args
+    )
     return outs[0], outs[1], outs[2]
 
 
@@ -319,22 +323,27 @@ def _perturbed_scores_cuda(
     out = _cuda.empty(saliency.shape, _cuda.accumulation(saliency.dtype))
     arrays = _cuda.contiguous(saliency), _cuda.contiguous(mask)
     args = (*arrays, batch, num_tokens, *_noise_arguments(noise), out)
-    kernel = "perturbed_scores"
+    file, kernel = "gumbel_softmax", "perturbed_scores"
     counting = mask is not None and noise[0] is not None  # draw n is the n-th token's
     if counting and _cuda.implementation() == "optimized":
-        _launch_rows(kernel, saliency.dtype, batch, num_tokens, args)
+        _launch_rows(file, kernel, saliency.dtype, batch, num_tokens, args)
     else:
-        _cuda.launch("basic/selection", kernel, saliency.dtype, out.size, args)
+        _cuda.launch(f"basic/{file}", kernel, saliency.dtype, out.size, args)
     return out
 
 
 def _launch_rows(
-    kernel: str, dtype: Any, batch: int, num_tokens: int, args: tuple[Any, ...]
+    file: str,
+    kernel: str,
+    dtype: Any,
+    batch: int,
+    num_tokens: int,
+    args: tuple[Any, ...],
 ) -> None:
     """Run an optimized kernel with a block for each sequence, larger for a long one."""
     wanted = -(-num_tokens // _cuda.BLOCK) * _cuda.BLOCK
     block = min(wanted, _cuda.SELECTION_THREADS)
-    _cuda.launch("optimized/selection", kernel, dtype, batch * block, args, block=block)
+    _cuda.launch(f"optimized/{file}", kernel, dtype, batch * block, args, block=block)
 
 
 def _noise_arguments(noise: tuple[int | None, int]) -> tuple[int, np.uint64, int]:
@@ -420,7 +429,7 @@ def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> An
     out = _cuda.empty(saliency.shape, dtype)
     arrays = _cuda.contiguous(saliency, dtype), _cuda.contiguous(probabilities, dtype)
     args = (*arrays, out.size, epsilon, out)
-    _cuda.launch("basic/selection", "saliency_mass", dtype, out.size, args)
+    _cuda.launch("basic/saliency_mass", "saliency_mass", dtype, out.size, args)
     return out
 
 
@@ -496,9 +505,11 @@ def _select_tokens_cuda(
     out = _cuda.empty((*scores.shape[:-1], most), np.int32)
     args = (chosen, batch, num_tokens, most, out)
     if _cuda.implementation() == "optimized":
-        _launch_rows("select_tokens", np.float32, batch, num_tokens, args)
+        _launch_rows(
+            "select_tokens", "select_tokens", np.float32, batch, num_tokens, args
+        )
     else:
-        _cuda.launch("basic/selection", "select_tokens", np.float32, out.size, args)
+        _cuda.launch("basic/select_tokens", "select_tokens", np.float32, out.size, args)
     return out
 
 
@@ -508,9 +519,9 @@ def _top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
     each, most = _cuda.counts(counts)
     args = (scores, each, *_rows(scores), most, out)
     if _cuda.implementation() == "optimized":
-        _launch_rows("top_tokens", scores.dtype, *_rows(scores), args)
+        _launch_rows("select_tokens", "top_tokens", scores.dtype, *_rows(scores), args)
     else:
-        _cuda.launch("basic/selection", "top_tokens", scores.dtype, out.size, args)
+        _cuda.launch("basic/select_tokens", "top_tokens", scores.dtype, out.size, args)
     return out
 
 

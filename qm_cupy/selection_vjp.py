@@ -121,7 +121,7 @@ def _gumbel_softmax_vjp_cuda(
     chosen = _cuda.implementation()
     threads = out.size if chosen == "basic" else batch * _cuda.BLOCK
     args = (_cuda.contiguous(gradient, p.dtype), p, batch, num_tokens, temperature, out)
-    kernel = f"{chosen}/selection_vjp", "gumbel_softmax_vjp"
+    kernel = f"{chosen}/gumbel_softmax_vjp", "gumbel_softmax_vjp"
     _cuda.launch(*kernel, saliency.dtype, threads, args)
     return out
 
@@ -200,7 +200,7 @@ def _saliency_mass_vjp_cuda(
     arrays = (_cuda.contiguous(x, dtype) for x in given)
     outs = [_cuda.empty(saliency.shape, dtype) for _ in range(2)]
     args = (*arrays, saliency.size, epsilon, *outs)
-    kernel = "basic/selection_vjp", "saliency_mass_vjp"
+    kernel = "basic/saliency_mass_vjp", "saliency_mass_vjp"
     _cuda.launch(*kernel, dtype, saliency.size, args)
     by_saliency, by_probability = outs
     return (

@@ -242,9 +242,9 @@ def test_sources_declare_what_is_compiled(dtype):
 @pytest.mark.parametrize(
     ("constant", "value", "file", "kernel"),
     [
-        ("SELECTION_THREADS", 256, "selection", "top_tokens"),
-        ("GROUP_THREADS", 256, "groups", "number_groups"),
-        ("GROUP_THREADS", 256, "matching", "match_counts"),
+        ("SELECTION_THREADS", 256, "select_tokens", "top_tokens"),
+        ("GROUP_THREADS", 256, "labels", "number_groups"),
+        ("GROUP_THREADS", 256, "bipartite", "match_counts"),
         ("LINKAGE_THREADS", {4: 256, 8: 256}, "single_linkage", "single_linkage"),
     ],
 )
@@ -265,7 +265,7 @@ def test_tiles_have_the_threads_that_launchers_give_them(monkeypatch):
 
 def test_types_follow_the_dtype():
     def types(dtype):
-        source = _cuda.source("optimized/merging")
+        source = _cuda.source("optimized/merge_tokens")
         return [x.dtype for x in parameters_of(source, "merge_tokens", dtype)[:2]]
 
     assert types("bfloat16") == ["bfloat16", "float32"]

@@ -38,10 +38,13 @@ def test_the_index_of_a_thread_has_64_bits():
     assert "mul.wide.u32" in ptx
 
 
-@pytest.mark.parametrize("place", ["common.cuh", "basic/merging.cu"])
+@pytest.mark.parametrize("place", ["common.cuh", "basic/merge_tokens.cu"])
 def test_an_error_names_its_own_file(place):
-    source = _cuda.source("basic/merging")
-    marker = {"common.cuh": "constexpr float NEVER", "basic/merging.cu": 'extern "C"'}
+    source = _cuda.source("basic/merge_tokens")
+    marker = {
+        "common.cuh": "constexpr float NEVER",
+        "basic/merge_tokens.cu": 'extern "C"',
+    }
     broken = source.replace(marker[place], "no_such_type x;\n" + marker[place], 1)
     with pytest.raises(RuntimeError, match=rf"{place}\(\d+\): error"):
         nvrtc.kernel_facts(broken, (*_cuda.options("float32"), "-arch=sm_80"))

@@ -119,9 +119,9 @@ def launched(monkeypatch):
 def test_launch_casts_every_scalar(launched):
     x = np.zeros(3)
     args = (x, None, 3, True, 0.5, np.uint64(7))
-    _cuda.launch("basic/merging", "merge_tokens", np.float16, 257, args)
+    _cuda.launch("basic/merge_tokens", "merge_tokens", np.float16, 257, args)
     [(*key, grid, block, given, options)] = launched
-    assert key == ["basic/merging", "merge_tokens", "float16", False]
+    assert key == ["basic/merge_tokens", "merge_tokens", "float16", False]
     assert options == {"shared_mem": 0}
     assert (grid, block) == ((2,), (256,))
     assert given[0] is x
@@ -153,7 +153,7 @@ def test_a_capture_is_of_cupys_current_stream(monkeypatch):
 
 
 def test_launch_skips_empty_work_and_refuses_strides(launched):
-    _cuda.launch("basic/merging", "merge_tokens", np.float32, 0, ())
+    _cuda.launch("basic/merge_tokens", "merge_tokens", np.float32, 0, ())
     assert launched == []
     with pytest.raises(ValueError, match="C-contiguous"):
         _cuda.launch("a", "b", np.float32, 1, (np.zeros((4, 4))[:, 0],))
@@ -219,9 +219,9 @@ def test_a_kernel_that_does_not_compile_says_why(monkeypatch):
     cupy.RawModule = RawModule
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(_cuda.KernelCompilationError) as caught:
-        _cuda.raw_kernel("basic/merging", "merge_tokens", "float32")
+        _cuda.raw_kernel("basic/merge_tokens", "merge_tokens", "float32")
     message = str(caught.value)
-    assert "`merge_tokens` of basic/merging.cu" in message
+    assert "`merge_tokens` of basic/merge_tokens.cu" in message
     assert "cannot open source file" in message
     assert "Hint: the CUDA headers are missing" in message
     _cuda._module.cache_clear()

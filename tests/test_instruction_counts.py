@@ -58,11 +58,11 @@ def test_a_longer_loop_is_noticed(scripts, monkeypatch):
     assert scripts[0].differences(before, before) == []
     source = _cuda.source
     line = "            sum += p;\n"
-    assert source("optimized/saliency").count(line) == 1
+    assert source("optimized/attention_entropy").count(line) == 1
     longer = line + "            sum += p * p * p;\n"
     monkeypatch.setattr(_cuda, "source", lambda x: source(x).replace(line, longer))
     (found,) = scripts[0].differences(before, counted(scripts, "given A"))
-    name = "optimized/saliency/attention_entropy bfloat16"
+    name = "optimized/attention_entropy/attention_entropy bfloat16"
     row = before["kernels"][name]["parts"]["row"]
     assert found.startswith(f"{name}, row: {row['instructions']} instructions, now ")
     assert f"fp32 {row['units']['fp32']} to " in found
@@ -73,7 +73,7 @@ def test_differences_name_the_kernel(scripts, table):
     before = table["now"]
     assert before["errors"] == {}
     assert differences(before, before) == []
-    name = "optimized/saliency/query_key_entropy bfloat16"
+    name = "optimized/query_key_entropy/query_key_entropy bfloat16"
     now = copy.deepcopy(before)
     step = now["kernels"][name]["parts"]["step"]
     step["instructions"] = int(1.1 * step["instructions"])
@@ -101,7 +101,7 @@ def test_differences_name_the_kernel(scripts, table):
 @pytest.mark.machine_code
 def test_a_kernel_without_a_model_is_an_error(scripts, monkeypatch):
     _, kernel_models, _ = scripts
-    name = "optimized/merging/merge_tokens"
+    name = "optimized/merge_tokens/merge_tokens"
     monkeypatch.delitem(kernel_models.MODELS, name)
     (error,) = counted(scripts, " merge")["errors"].values()
     assert f"{name} is launched and has no model" in error
@@ -110,7 +110,7 @@ def test_a_kernel_without_a_model_is_an_error(scripts, monkeypatch):
 @pytest.mark.machine_code
 def test_a_loop_that_is_not_there_is_an_error(scripts, monkeypatch):
     _, kernel_models, _ = scripts
-    name = "optimized/merging/merge_tokens"
+    name = "optimized/merge_tokens/merge_tokens"
     loop = kernel_models.Loop({"HMMA": 1}, lambda sizes: 1.0)
     model = kernel_models.Model({"step": loop})
     monkeypatch.setitem(kernel_models.MODELS, name, model)
@@ -144,7 +144,7 @@ def test_launches_and_models_by_hand(scripts):
     report = counted(scripts, "cosine matrix")
     large = report["operations"][-1]
     norms, cosines = large["launches"]
-    assert norms["kernel"] == "optimized/saliency/token_norms bfloat16"
+    assert norms["kernel"] == "optimized/token_norms/token_norms bfloat16"
     assert (cosines["blocks"], cosines["threads"]) == (8 * 16 * 17, 256)
     assert cosines["times"] == {"step": 32, "rest": 1}
     # 2176 blocks on 132 multiprocessors: at most 17 each, of 8 warps with 32 x 64

@@ -346,7 +346,7 @@ def select_of_optimized(scores, counts, num_groups):
     batch, num_tokens = scores.shape
     chosen = ptx.empty(scores.shape, np.bool_)
     args = (scores, counts, batch, num_tokens, num_groups, chosen)
-    file, threads = "optimized/selection", batch * _cuda.BLOCK
+    file, threads = "optimized/select_tokens", batch * _cuda.BLOCK
     _cuda.launch(file, "top_tokens", scores.dtype, threads, args)
     positions = ptx.empty((batch, num_groups), np.int32)
     args = (chosen, batch, num_tokens, num_groups, positions)

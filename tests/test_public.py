@@ -61,23 +61,44 @@ def test_public_functions_have_runnable_examples(module):
             assert "Raises" in thing.__doc__ or name == "check_finite", name
 
 
-def test_every_stage_has_a_reference_and_kernels():
-    """One stem: qm_cupy/<stage>.py, kernels/basic/<stage>.cu, tests/test_<stage>.py.
+STAGES = {
+    "saliency": "attention_entropy query_key_entropy self_attention_entropy saliency "
+    "token_norms",
+    "saliency_vjp": "attention_entropy_vjp score_gradients saliency_vjp "
+    "norm_saliency_vjp",
+    "selection": "gumbel_softmax saliency_mass select_tokens",
+    "selection_vjp": "gumbel_softmax_vjp saliency_mass_vjp",
+    "clustering": "cosine_similarity",
+    "merging": "merge_tokens unmerge_tokens groups",
+    "merging_vjp": "merge_tokens_vjp unmerge_tokens_vjp",
+    "fidelity": "norm_mass reconstruction_error",
+    "fidelity_vjp": "reconstruction_error_vjp",
+}
+LAUNCHERS = {  # of clustering, in files of their own
+    "matching": "nearest bipartite contiguous unit_tokens cut_linkage labels",
+    "linkage": "linkage single_linkage",
+}
 
-    Clustering has more to it: launchers, and kernels, in files of their own.
+
+def test_every_kernel_file_has_a_stage_and_a_plain_twin():
+    """Stems are those of operations; the files of a stage have its functions and tests.
+
+    `single_linkage` is plain enough as `linkage`; counts come in where arrays do.
     """
-    parts = dict.fromkeys(("groups", "matching", "contiguous"), "matching")
-    parts["linkage"] = "linkage"
     root = Path(__file__).parents[1]
+    stage_of = {stem: stage for stage, x in STAGES.items() for stem in x.split()}
+    part_of = {stem: part for part, x in LAUNCHERS.items() for stem in x.split()}
     for file in root.glob("kernels/*/*.cu"):
-        stem = file.stem.removeprefix("single_")  # which is plain enough as linkage
-        assert (root / "kernels" / "basic" / f"{stem}.cu").exists()
-        if stem in parts:
-            assert (root / "qm_cupy" / f"_{parts[stem]}_cuda.py").exists()
-            assert (root / "tests" / f"test_{parts[stem]}_kernels.py").exists()
-        else:
-            assert (root / "qm_cupy" / f"{stem}.py").exists()
-            assert (root / "tests" / f"test_{stem}.py").exists()
+        plain = file.stem.removeprefix("single_")
+        assert (root / "kernels" / "basic" / f"{plain}.cu").exists()
+        if file.stem in part_of:
+            part = part_of[file.stem]
+            assert (root / "qm_cupy" / f"_{part}_cuda.py").exists()
+            assert (root / "tests" / f"test_{part}_kernels.py").exists()
+        elif file.stem != "counts":
+            stage = stage_of.get(file.stem, file.stem)
+            assert (root / "qm_cupy" / f"{stage}.py").exists()
+            assert (root / "tests" / f"test_{stage}.py").exists()
 
 
 def test_options_are_keywords():

@@ -1,122 +1,25 @@
-// Groups: numbered by the order of the sequence, and read from a dendrogram.
-//
-// A token's root is any number within 0 .. 2N-1 that its group shares and no other has;
-// -1, or any other, is padding. A group stands where its last member does (or its
-// first), and label = the number of groups that stand before it.
-//
-// Of a dendrogram's rows the first M are merges made, M = n - K for n tokens, or the
-// most for which, h being heights and m masses,
-//
-//   sum_{r < M} h_r^2 / 2  <=  (max_error + 1e-12) sum_i m_i
-//
-// One thread, one output.
+// Groups: how many members each has, and where its last one stands. One thread, one
+// output. Labels (B, N) are 0 .. K-1, or -1 for padding.
 
-constexpr double LEAST_MASS = 1e-6;  // of the largest: what counts as no mass
-
-// Whether a group stands at this token.
-extern "C" __global__ void group_ends(const int* roots, long long batch,
-                                      long long num_tokens, long long first,
-                                      bool* out) {
-    const long long index = thread_index();  // (B, N)
-    if (index >= batch * num_tokens) return;
-    const long long row = index - index % num_tokens;
-    const int root = group_of(roots[index], 2 * num_tokens);
-    const long long step = first ? -1 : 1;
-    bool end = root >= 0;
-    for (long long j = index + step; row <= j && j < row + num_tokens; j += step)
-        end = end && roots[j] != root;
-    out[index] = end;
+extern "C" __global__ void group_sizes(const int* labels, long long batch,
+                                       long long num_tokens, long long num_groups,
+                                       int* out) {
+    const long long index = thread_index();  // (B, K)
+    if (index >= batch * num_groups) return;
+    const int* row = labels + index / num_groups * num_tokens;  // (N,)
+    int size = 0;
+    for (long long j = 0; j < num_tokens; ++j) size += row[j] == index % num_groups;
+    out[index] = size;
 }
 
-extern "C" __global__ void number_groups(const int* roots, const bool* ends,
-                                         long long batch, long long num_tokens,
-                                         int* out) {
-    const long long index = thread_index();  // (B, N)
-    if (index >= batch * num_tokens) return;
-    const long long row = index - index % num_tokens;
-    const int root = group_of(roots[index], 2 * num_tokens);
-    int label = 0;
-    for (long long j = row; j < row + num_tokens && root >= 0; ++j) {
-        if (ends[j] && roots[j] == root) break;
-        label += ends[j];
-    }
-    out[index] = root < 0 ? -1 : label;
-}
-
-// sum_i m_i over the largest mass, which is `peak`; without masses the tokens' number.
-__device__ double total_mass(const acc_t* mass, const bool* mask, long long first,
-                             long long num_tokens, double* peak) {
-    acc_t most = 0;
-    for (long long i = first; i < first + num_tokens && mass != nullptr; ++i)
-        if (is_token(mask, i)) most = max(most, mass[i]);
-    *peak = most > 0 ? most : 1;
-    double total = 0;
-    for (long long i = first; i < first + num_tokens; ++i)
-        if (is_token(mask, i)) total += most > 0 ? max(mass[i] / *peak, LEAST_MASS) : 1;
-    return total;
-}
-
-// M of every sequence. Without a max_error, which is then negative, K decides.
-extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* mass,
-                                        const bool* mask, const int* counts,
-                                        long long batch, long long num_tokens,
-                                        long long num_groups, double max_error,
-                                        int* out) {
-    const long long b = thread_index();  // (B,)
-    if (b >= batch) return;
-    const double* rows = dendrogram + b * (num_tokens - 1) * 4;  // (N - 1, 4)
-    long long tokens = 0, merges = 0;
-    for (long long i = 0; i < num_tokens; ++i)
-        tokens += is_token(mask, b * num_tokens + i);
-    if (max_error < 0) {
-        merges = min(tokens - 1, tokens - count_of(counts, b, num_groups));
-    } else {
-        double peak, error = 0;
-        const double total = total_mass(mass, mask, b * num_tokens, num_tokens, &peak);
-        for (; merges < tokens - 1; ++merges) {
-            const double height = rows[4 * merges + 2];
-            error += height * height / peak / 2;
-            if (!(error <= (max_error + 1e-12) * total)) break;
-        }
-    }
-    out[b] = static_cast<int>(max(merges, 0ll));
-}
-
-// Whether a number in a dendrogram means this node.
-__device__ bool is_node(double id, long long node) {
-    return 0 <= id && id < node + 1.0 && static_cast<long long>(id) == node;
-}
-
-// The topmost node above each token, by the merges in their order: the group of row r
-// is N + r, and no earlier row can know of it.
-extern "C" __global__ void dendrogram_roots(const double* dendrogram, const bool* mask,
-                                            const int* merges, long long batch,
-                                            long long num_tokens, int* out) {
-    const long long index = thread_index();  // (B, N)
-    if (index >= batch * num_tokens) return;
-    const long long b = index / num_tokens;
-    const double* rows = dendrogram + b * (num_tokens - 1) * 4;  // (N - 1, 4)
-    long long node = index % num_tokens;
-    for (long long r = 0; r < merges[b]; ++r)
-        if (is_node(rows[4 * r], node) || is_node(rows[4 * r + 1], node))
-            node = num_tokens + r;
-    out[index] = is_token(mask, index) ? static_cast<int>(node) : -1;
-}
-
-// out[first + i] = the i-th value that the launch carries: K of each sequence (B,)
-// comes from the host without a copy, which a captured graph could not hold. One
-// thread.
-extern "C" __global__ void write_counts(long long first, long long batch, long long v0,
-                                        long long v1, long long v2, long long v3,
-                                        long long v4, long long v5, long long v6,
-                                        long long v7, long long v8, long long v9,
-                                        long long v10, long long v11, long long v12,
-                                        long long v13, long long v14, long long v15,
-                                        int* out) {
-    if (thread_index() > 0) return;
-    const long long values[] = {v0, v1, v2,  v3,  v4,  v5,  v6,  v7,
-                                v8, v9, v10, v11, v12, v13, v14, v15};
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-        if (first + i < batch) out[first + i] = static_cast<int>(values[i]);
+// The last member of every group, or -1.
+extern "C" __global__ void group_positions(const int* labels, long long batch,
+                                           long long num_tokens, long long num_groups,
+                                           int* out) {
+    const long long index = thread_index();  // (B, K)
+    if (index >= batch * num_groups) return;
+    const int* row = labels + index / num_groups * num_tokens;  // (N,)
+    long long j = num_tokens - 1;
+    while (j >= 0 && row[j] != index % num_groups) --j;
+    out[index] = static_cast<int>(j);
 }

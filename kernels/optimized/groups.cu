@@ -1,162 +1,123 @@
-// Groups: numbered by the order of the sequence, and read from a dendrogram, both in
-// one launch; see basic/groups.cu. One block, one sequence.
+// Groups: sizes, positions, and a counting sort: each group's members lie together, in
+// index order.
 
-// A block has GROUP_THREADS, or fewer for a short sequence. One block may have all the
-// registers there are: left to itself the compiler spares some for a second one.
-constexpr double LEAST_MASS = 1e-6;  // of the largest: what counts as no mass
+constexpr int LABELS = 8;  // that a thread loads at once
 
-// out (N,) = the labels of roots (N,). `places` is scratch (2N,), `scratch` is shared
-// memory for 32 counts.
-__device__ __forceinline__ void number(const int* roots, long long num_tokens,
-                                       long long first, int* places, int* scratch,
+// The members of one sequence, by a whole block. The first `runs` warps take a run of
+// the tokens each. counts (runs, K) and begins (K,) are shared memory, or global.
+__device__ __forceinline__ void sort_sequence(const int* label, long long num_tokens,
+                                              long long num_groups, int runs,
+                                              int* counts, int* begins, int* end,
+                                              int* member) {
+    __shared__ int scratch[32];
+    const int thread = threadIdx.x, threads = blockDim.x;
+    const int lane = thread % 32, warp = thread / 32;
+    const long long steps = (num_tokens + 31) / 32;  // of 32 tokens
+    const long long run = (steps + runs - 1) / runs * 32;
+    const long long first = min(warp * run, num_tokens);  // N beyond `runs`
+    const long long last = min(first + run, num_tokens);
+    int* count = counts + warp * num_groups;  // (K,), this warp's
+
+#pragma unroll 4
+    for (long long k = thread; k < runs * num_groups; k += threads) counts[k] = 0;
+    __syncthreads();
+    for (long long j0 = first + lane; j0 < last; j0 += 32 * LABELS) {
+        int next[LABELS];
+#pragma unroll
+        for (int i = 0; i < LABELS; ++i)
+            next[i] = j0 + 32 * i < last ? label[j0 + 32 * i] : -1;
+#pragma unroll
+        for (int i = 0; i < LABELS; ++i) {
+            const int k = group_of(next[i], num_groups);
+            if (k >= 0) atomicAdd(count + k, 1);
+        }
+    }
+    __syncthreads();
+
+    // From counts to beginnings: of each group in its sequence, of each run in a group.
+    int before = 0;  // members of the groups before these blockDim.x
+    for (long long k0 = 0; k0 < num_groups; k0 += threads) {
+        const long long k = k0 + thread;
+        int size = 0;
+#pragma unroll 4
+        for (int r = 0; r < runs && k < num_groups; ++r) {
+            const int own = counts[r * num_groups + k];
+            counts[r * num_groups + k] = size;
+            size += own;
+        }
+        int total;
+        const int begin = before + block_sum_before(size, scratch, &total);
+        before += total;
+        if (k >= num_groups) continue;
+        begins[k] = begin;
+        end[k] = begin + size;
+    }
+    __syncthreads();
+
+    // 32 tokens at a time: lanes of one group line up by lane, and the last of them
+    // counts them all for the next 32.
+    int next = first + lane < last ? label[first + lane] : -1;
+    for (long long j0 = first; j0 < last; j0 += 32) {
+        const long long j = j0 + lane;
+        const int k = group_of(next, num_groups);
+        next = j + 32 < last ? label[j + 32] : -1;
+        const unsigned same = __match_any_sync(~0u, k);
+        const int slot = k < 0 ? 0 : count[k] + __popc(same & ((1u << lane) - 1));
+        __syncwarp();  // every lane has read the count
+        if (k >= 0) {
+            member[begins[k] + slot] = static_cast<int>(j);
+            if (same >> lane == 1) count[k] = slot + 1;
+        }
+        __syncwarp();
+    }
+}
+
+// One block, one sequence. members (B, N): the tokens of group 0, of group 1, ...;
+// ends (B, K): where each group's members end, and the next one's begin. `counts`
+// (B, runs + 1, K) is null where shared memory holds that of a sequence.
+extern "C" __global__ void __launch_bounds__(SORT_THREADS, 1)
+    sort_members(const int* labels, long long batch, long long num_tokens,
+                 long long num_groups, long long runs, int* counts, int* ends,
+                 int* members) {
+    const int* label = labels + blockIdx.x * num_tokens;  // (N,)
+    int* end = ends + blockIdx.x * num_groups;            // (K,)
+    int* member = members + blockIdx.x * num_tokens;      // (N,)
+    const int count = static_cast<int>(runs);
+    if (counts == nullptr) {
+        int* shared = reinterpret_cast<int*>(dynamic_shared());
+        sort_sequence(label, num_tokens, num_groups, count, shared,
+                      shared + runs * num_groups, end, member);
+    } else {
+        int* own = counts + blockIdx.x * (runs + 1) * num_groups;
+        sort_sequence(label, num_tokens, num_groups, count, own,
+                      own + runs * num_groups, end, member);
+    }
+}
+
+// One block, one sequence.
+extern "C" __global__ void group_sizes(const int* labels, long long batch,
+                                       long long num_tokens, long long num_groups,
                                        int* out) {
-    // A maximum finds the last member; mirrored places, and it finds the first.
-    const auto mirror = [&](long long i) {
-        return static_cast<int>(first ? num_tokens - 1 - i : i);
-    };
-    for (long long r = threadIdx.x; r < 2 * num_tokens; r += blockDim.x) places[r] = -1;
+    const int* label = labels + blockIdx.x * num_tokens;  // (N,)
+    int* size = out + blockIdx.x * num_groups;            // (K,)
+    for (long long k = threadIdx.x; k < num_groups; k += blockDim.x) size[k] = 0;
     __syncthreads();
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        const int root = group_of(roots[i], 2 * num_tokens);
-        if (root >= 0) atomicMax(places + root, mirror(i));
-    }
-    __syncthreads();
-
-    long long before = 0;  // groups that stand before these blockDim.x tokens
-    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
-        const long long i = i0 + threadIdx.x;
-        const int root = i < num_tokens ? group_of(roots[i], 2 * num_tokens) : -1;
-        const bool end = root >= 0 && places[root] == mirror(i);
-        int found;
-        const long long rank = before + block_rank(end, scratch, &found);
-        before += found;
-        if (end) out[i] = static_cast<int>(rank);
-    }
-    __syncthreads();
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        const int root = group_of(roots[i], 2 * num_tokens);
-        const int end = root < 0 ? -1 : mirror(places[root]);
-        if (end != i) out[i] = root < 0 ? -1 : out[end];
+    for (long long j = threadIdx.x; j < num_tokens; j += blockDim.x) {
+        const int k = group_of(label[j], num_groups);
+        if (k >= 0) atomicAdd(size + k, 1);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
-    number_groups(const int* roots, long long batch, long long num_tokens,
-                  long long first, int* places, int* out) {
-    __shared__ int scratch[32];
-    const long long row = blockIdx.x * num_tokens;  // of (B, N)
-    number(roots + row, num_tokens, first, places + 2 * row, scratch, out + row);
-}
-
-// use(term(0)), use(term(1)), ... in this order by thread 0; the terms by all threads,
-// into shared memory for one each.
-template <class Term, class Use>
-__device__ __forceinline__ void in_turn(double* terms, long long count, Term term,
-                                        Use use) {
-    for (long long i0 = 0; i0 < count; i0 += blockDim.x) {
-        const long long i = i0 + threadIdx.x;
-        __syncthreads();  // those before have been used
-        if (i < count) terms[threadIdx.x] = term(i);
-        __syncthreads();
-        if (threadIdx.x > 0) continue;
-        const int end = static_cast<int>(min(count - i0, (long long)blockDim.x));
-        for (int t = 0; t < end; ++t) use(terms[t]);
+// One block, one sequence.
+extern "C" __global__ void group_positions(const int* labels, long long batch,
+                                           long long num_tokens, long long num_groups,
+                                           int* out) {
+    const int* label = labels + blockIdx.x * num_tokens;  // (N,)
+    int* position = out + blockIdx.x * num_groups;        // (K,)
+    for (long long k = threadIdx.x; k < num_groups; k += blockDim.x) position[k] = -1;
+    __syncthreads();
+    for (long long j = threadIdx.x; j < num_tokens; j += blockDim.x) {
+        const int k = group_of(label[j], num_groups);
+        if (k >= 0) atomicMax(position + k, static_cast<int>(j));
     }
-}
-
-// The most merges whose error is within the bound. Sums are by one thread, in double
-// and in order, so that no run decides otherwise. `scratch` and `terms` are shared.
-__device__ __forceinline__ long long merges_within(const double* rows,
-                                                   const acc_t* mass, const bool* mask,
-                                                   long long num_tokens,
-                                                   long long num_rows, double max_error,
-                                                   acc_t* scratch, double* terms) {
-    acc_t most = 0;
-    for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
-        if (is_token(mask, i)) most = max(most, mass[i]);
-    most = block_reduce(most, scratch, Greatest());
-    const double peak = most > 0 ? most : 1;
-
-    double total = 0, error = 0;
-    const auto weight = [&](long long i) {
-        if (!is_token(mask, i)) return 0.0;
-        return most > 0 ? max(mass[i] / peak, LEAST_MASS) : 1.0;
-    };
-    in_turn(terms, num_tokens, weight, [&](double term) { total += term; });
-
-    long long merges = 0;
-    bool within = true;
-    const auto cost = [&](long long r) {
-        return rows[4 * r + 2] * rows[4 * r + 2] / peak / 2;
-    };
-    in_turn(terms, num_rows, cost, [&](double term) {
-        error += term;
-        within = within && error <= (max_error + 1e-12) * total;
-        merges += within;
-    });
-    __syncthreads();
-    if (threadIdx.x == 0) terms[0] = static_cast<double>(merges);
-    __syncthreads();
-    return static_cast<long long>(terms[0]);
-}
-
-// Every node's parent to the topmost node above it: each round doubles the distance
-// climbed. `above` and `next` change places; both are (2N,).
-__device__ __forceinline__ void climb(const double* rows, long long num_tokens,
-                                      long long merges, int*& above, int*& next) {
-    const long long nodes = num_tokens + merges;
-    for (long long i = threadIdx.x; i < nodes; i += blockDim.x) next[i] = -1;
-    __syncthreads();
-    // Whatever the rows say, a parent is of a later row, so that nobody climbs in a
-    // circle; of two parents the earlier one counts.
-    for (long long side = threadIdx.x; side < 2 * merges; side += blockDim.x) {
-        const long long r = side / 2;
-        const double id = rows[4 * r + side % 2];
-        if (0 <= id && id < num_tokens + r)
-            atomicMax(next + static_cast<long long>(id),
-                      static_cast<int>(merges - 1 - r));
-    }
-    __syncthreads();
-    for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
-        above[i] = static_cast<int>(next[i] < 0 ? i : nodes - 1 - next[i]);
-    __syncthreads();
-    for (long long reach = 1; reach < merges; reach *= 2) {
-        for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
-            next[i] = above[above[i]];
-        int* const before = above;
-        above = next, next = before;
-        __syncthreads();
-    }
-}
-
-// Without a max_error, which is then negative, K decides. `nodes` is scratch (B, 4N).
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
-    cut_linkage(const double* dendrogram, const acc_t* mass, const bool* mask,
-                const int* counts, long long batch, long long num_tokens,
-                long long num_groups, double max_error, long long first, int* nodes,
-                int* out) {
-    __shared__ int scratch[32];
-    __shared__ acc_t partial[32];
-    __shared__ double terms[GROUP_THREADS];
-    const long long b = blockIdx.x, row = b * num_tokens;        // of (B, N)
-    const double* rows = dendrogram + b * (num_tokens - 1) * 4;  // (N - 1, 4)
-    const bool* valid = mask ? mask + row : nullptr;             // (N,)
-    long long tokens = 0;
-    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
-        const long long i = i0 + threadIdx.x;
-        int found;
-        block_rank(i < num_tokens && is_token(valid, i), scratch, &found);
-        tokens += found;
-    }
-    const long long most = max(tokens - 1, 0ll);
-    long long merges = min(most, max(tokens - count_of(counts, b, num_groups), 0ll));
-    if (max_error >= 0)
-        merges = merges_within(rows, mass ? mass + row : nullptr, valid, num_tokens,
-                               most, max_error, partial, terms);
-
-    int *above = nodes + 4 * row, *next = above + 2 * num_tokens;
-    climb(rows, num_tokens, merges, above, next);
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
-        if (!is_token(valid, i)) above[i] = -1;
-    number(above, num_tokens, first, next, scratch, out + row);
 }

@@ -1,4 +1,4 @@
-// The members of a group, as `sort_members` of merging.cu puts them: those of group k
+// The members of a group, as `sort_members` of groups.cu puts them: those of group k
 // of a sequence are `members[begin]` to `members[end - 1]`, in index order.
 
 struct Members {

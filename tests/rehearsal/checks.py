@@ -251,7 +251,7 @@ def test_memory_comes_from_the_current_allocator():
 
 def test_a_wrong_launch_fails():
     module = cupy.RawModule(
-        code=_cuda.source("basic/saliency"), options=_cuda.options("float32")
+        code=_cuda.source("basic/token_norms"), options=_cuda.options("float32")
     )
     kernel = module.get_function("token_norms")
     with pytest.raises(RuntimeError, match="H100: takes 5 arguments, got 1"):
@@ -263,7 +263,7 @@ def test_a_wrong_launch_fails():
 def test_a_card_sees_each_launch(monkeypatch):
     """An H100: a block has no more threads than the launch bound allows."""
     monkeypatch.setattr(_cuda, "SELECTION_THREADS", 512)  # below a card's own limit
-    source, options = _cuda.source("optimized/selection"), _cuda.options("float32")
+    source, options = _cuda.source("optimized/select_tokens"), _cuda.options("float32")
     kernel = cupy.RawModule(code=source, options=options).get_function("select_tokens")
     chosen, out = cupy.ones((1, 600), np.bool_), cupy.empty((1, 2), np.int32)
     args = chosen, np.int64(1), np.int64(600), np.int64(2), out

@@ -1,4 +1,5 @@
-// Fidelity: a warp for a token, a block for a sequence; see basic/fidelity.cu.
+// Reconstruction error: a warp for a token, a block for a sequence; see
+// basic/reconstruction_error.cu.
 
 // One warp, one token.
 extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merged,
@@ -44,20 +45,4 @@ extern "C" __global__ void reconstruction_error(const acc_t* errors,
     error = block_reduce(error, scratch, Add());
     square = block_reduce(square, scratch, Add());
     if (threadIdx.x == 0) out[blockIdx.x] = error == 0 ? 0 : error / square;
-}
-
-// One block, one sequence.
-extern "C" __global__ void norm_mass(const acc_t* norms, const bool* selected,
-                                     long long batch, long long num_tokens,
-                                     acc_t* out) {
-    __shared__ acc_t scratch[32];
-    const long long first = blockIdx.x * num_tokens;
-    acc_t kept = 0, total = 0;
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        total += norms[first + i];
-        if (selected[first + i]) kept += norms[first + i];
-    }
-    kept = block_reduce(kept, scratch, Add());
-    total = block_reduce(total, scratch, Add());
-    if (threadIdx.x == 0) out[blockIdx.x] = total > 0 ? kept / total : 1;
 }

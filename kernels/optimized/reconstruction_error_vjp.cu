@@ -1,5 +1,6 @@
-// Gradients of fidelity: a block for a sequence, a warp for a token, a thread for 16
-// bytes of a merged token; see basic/fidelity_vjp.cu and members.cuh.
+// Gradients of the reconstruction error: a block for a sequence, a warp for a token, a
+// thread for 16 bytes of a merged token; see basic/reconstruction_error_vjp.cu and
+// members.cuh.
 
 // One block, one sequence.
 extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* squares,

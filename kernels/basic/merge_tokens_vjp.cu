@@ -1,4 +1,4 @@
-// Gradients of merging, see basic/merging.cu; dx is that of a loss by x.
+// Gradients of merging, see basic/merge_tokens.cu; dx is that of a loss by x.
 //
 //   W_k = sum_{i in G_k} m_i,   share_j = m_j / W_k        x_k = sum share_j x_j
 //   dx_j = share_j dx_k
@@ -69,20 +69,4 @@ extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* labels,
         mean += shares[j] * products[j];
     }
     out[index] = total != 0 ? (products[index] - mean) / total : 0;
-}
-
-// Every merged token's gradient is the sum of those of the tokens rebuilt from it.
-extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* labels,
-                                              long long batch, long long num_tokens,
-                                              long long dim, long long num_groups,
-                                              real_t* out) {
-    const long long index = thread_index();  // (B, K, D)
-    if (index >= batch * num_groups * dim) return;
-    const long long d = index % dim;
-    const long long k = index / dim % num_groups;
-    const long long first = index / dim / num_groups * num_tokens;  // token of (B, N)
-    acc_t sum = 0;
-    for (long long j = first; j < first + num_tokens; ++j)
-        if (labels[j] == k) sum += widen(gradient[j * dim + d]);
-    store(out + index, sum);
 }

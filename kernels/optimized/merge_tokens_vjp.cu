@@ -1,5 +1,5 @@
-// Gradients of merging by its member lists, see members.cuh and basic/merging_vjp.cu:
-// a warp for a group, or for a token.
+// Gradients of merging by its member lists, see members.cuh and
+// basic/merge_tokens_vjp.cu: a warp for a group, or for a token.
 
 // One warp, one group. What padding holds is left as it is.
 extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
@@ -71,19 +71,4 @@ extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* ends,
         const long long j = group.first + group.of[slot];
         products[j] = total != 0 ? (products[j] - mean) / total : acc_t(0);
     }
-}
-
-// One thread, 16 bytes of one merged token.
-extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* ends,
-                                              const int* members, long long batch,
-                                              long long num_tokens, long long dim,
-                                              long long num_groups, real_t* out) {
-    const long long vectors = (dim + WIDTH - 1) / WIDTH;
-    const long long index = thread_index();  // (B, K, vectors)
-    if (index >= batch * num_groups * vectors) return;
-    const long long d = index % vectors * WIDTH, k = index / vectors;
-    const Members group = members_of(ends, members, k, num_tokens, num_groups);
-    acc_t sum[WIDTH] = {};
-    add_members(gradient + d, nullptr, group, dim, dim - d, sum);
-    store_vector(out + k * dim + d, sum, dim - d);
 }

@@ -9,22 +9,6 @@
 // One thread, one output. What is elementwise has nothing to gain: optimized runs it
 // from here.
 
-// Tokens of norm 1, or 0. Over its largest entry first, so that no square overflows.
-extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
-                                       long long num_rows, long long dim, acc_t* out) {
-    const long long row = thread_index();  // (B, N)
-    if (row >= num_rows) return;
-    const real_t* x = tokens + row * dim;
-    acc_t peak = 0, squares = 0;
-    for (long long d = 0; d < dim && is_token(mask, row); ++d)
-        peak = max(peak, abs(widen(x[d])));
-    for (long long d = 0; d < dim && peak > 0; ++d)
-        squares += widen(x[d]) / peak * (widen(x[d]) / peak);
-    const acc_t norm = sqrt(squares);
-    for (long long d = 0; d < dim; ++d)
-        out[row * dim + d] = peak > 0 ? widen(x[d]) / peak / norm : acc_t(0);
-}
-
 // A root for every token that may merge: itself; -1 for the others.
 extern "C" __global__ void free_tokens(const bool* mask, const bool* protect,
                                        long long batch, long long num_tokens,

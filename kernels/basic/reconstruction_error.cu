@@ -1,6 +1,5 @@
-// Fidelity: what the merged tokens keep of the tokens.
+// Reconstruction error: what the merged tokens lose of the tokens.
 //
-//   norm mass = sum of the K largest ‖x‖ / sum of all ‖x‖
 //   reconstruction error = ‖X - X̂‖² / ‖X‖²,   x̂_i = the merged token of i's group
 //
 // One thread, one output; sums run in index order.
@@ -40,18 +39,4 @@ extern "C" __global__ void reconstruction_error(const acc_t* errors,
         square += squares[i];
     }
     out[b] = error == 0 ? 0 : error / square;
-}
-
-// `selected` marks the K largest norms. Of no norm at all, every part is all of it.
-extern "C" __global__ void norm_mass(const acc_t* norms, const bool* selected,
-                                     long long batch, long long num_tokens,
-                                     acc_t* out) {
-    const long long b = thread_index();  // (B,)
-    if (b >= batch) return;
-    acc_t kept = 0, total = 0;
-    for (long long i = b * num_tokens; i < (b + 1) * num_tokens; ++i) {
-        total += norms[i];
-        if (selected[i]) kept += norms[i];
-    }
-    out[b] = total > 0 ? kept / total : 1;
 }

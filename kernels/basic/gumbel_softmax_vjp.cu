@@ -1,7 +1,7 @@
-// Gradients of selection, see basic/selection.cu; dx is that of a loss by x.
+// Gradient of the Gumbel softmax, see basic/gumbel_softmax.cu; dx is that of a loss by
+// x.
 //
-//   ds_i = pi_i (dpi_i - sum_j pi_j dpi_j) / tau                     of the softmax
-//   ds_i = dmass_i pi_i,   dpi_i = dmass_i (s_i - epsilon)           of the mass
+//   ds_i = pi_i (dpi_i - sum_j pi_j dpi_j) / tau
 //
 // One thread, one output.
 
@@ -22,14 +22,4 @@ extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
         if (p[j] > 0) rest += p[j] * (gradient[j] - mean);
     const acc_t slope = p[index] > 0 ? p[index] * (gradient[index] - mean - rest) : 0;
     store(out + index, static_cast<acc_t>(slope / temperature));
-}
-
-extern "C" __global__ void saliency_mass_vjp(
-    const real_t* gradient, const real_t* saliency, const real_t* probabilities,
-    long long count, double epsilon, real_t* by_saliency, real_t* by_probability) {
-    const long long index = thread_index();  // (B, N)
-    if (index >= count) return;
-    const acc_t slope = widen(gradient[index]);
-    store(by_saliency + index, slope * widen(probabilities[index]));
-    store(by_probability + index, slope * (widen(saliency[index]) - acc_t(epsilon)));
 }

@@ -1,5 +1,5 @@
-// Gradients of selection: one block, one sequence; see basic/selection_vjp.cu. That of
-// the mass is elementwise, has nothing to gain and runs from there.
+// Gradient of the Gumbel softmax: one block, one sequence; see
+// basic/gumbel_softmax_vjp.cu.
 
 extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
                                               const acc_t* probabilities,

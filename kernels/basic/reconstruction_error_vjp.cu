@@ -1,4 +1,5 @@
-// Gradients of fidelity, see basic/fidelity.cu; dx is that of a loss by x.
+// Gradients of the reconstruction error, see basic/reconstruction_error.cu; dx is that
+// of a loss by x.
 //
 //   e = ‖X - X̂‖² / ‖X‖²,   scale = 2 de / ‖X‖²
 //   dx_j = scale (x_j - x̂_j - e x_j),   dx̂_k = -scale sum_{j in G_k} (x_j - x̂_k)

@@ -1,0 +1,19 @@
+// Counts: K of each sequence.
+
+// out[first + i] = the i-th value that the launch carries: K of each sequence (B,)
+// comes from the host without a copy, which a captured graph could not hold. One
+// thread.
+extern "C" __global__ void write_counts(long long first, long long batch, long long v0,
+                                        long long v1, long long v2, long long v3,
+                                        long long v4, long long v5, long long v6,
+                                        long long v7, long long v8, long long v9,
+                                        long long v10, long long v11, long long v12,
+                                        long long v13, long long v14, long long v15,
+                                        int* out) {
+    if (thread_index() > 0) return;
+    const long long values[] = {v0, v1, v2,  v3,  v4,  v5,  v6,  v7,
+                                v8, v9, v10, v11, v12, v13, v14, v15};
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+        if (first + i < batch) out[first + i] = static_cast<int>(values[i]);
+}

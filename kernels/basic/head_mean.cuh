@@ -1,0 +1,7 @@
+// Token i's entropy in one layer of one sequence, averaged over the heads (H, N).
+__device__ acc_t head_mean(const real_t* entropy, long long heads, long long num_tokens,
+                           long long i) {
+    acc_t sum = 0;
+    for (long long h = 0; h < heads; ++h) sum += widen(entropy[h * num_tokens + i]);
+    return sum / heads;
+}

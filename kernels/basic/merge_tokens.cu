@@ -1,0 +1,33 @@
+// Merging: the tokens of a group become one, their weighted mean.
+//
+//   merged_k = sum_{j in G_k} m_j x_j / sum_{j in G_k} m_j
+//
+// One thread, one output; a group's members are added in index order, so that every run
+// gives the same bits. Labels (B, N) are 0 .. K-1, or -1 for padding.
+
+// `mass` may be null: then every token weighs the same. So they do in a group of mass
+// 0.
+extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
+                                        const int* labels, long long batch,
+                                        long long num_tokens, long long dim,
+                                        long long num_groups, real_t* out) {
+    const long long index = thread_index();  // (B, K, D)
+    if (index >= batch * num_groups * dim) return;
+    const long long d = index % dim;
+    const long long k = index / dim % num_groups;
+    const long long first = index / dim / num_groups * num_tokens;  // token of (B, N)
+
+    acc_t plain = 0, size = 0, weighted = 0, total = 0;
+    for (long long j = first; j < first + num_tokens; ++j) {
+        if (labels[j] != k) continue;
+        const acc_t x = widen(tokens[j * dim + d]);
+        plain += x;
+        size += 1;
+        if (mass != nullptr) {
+            weighted += mass[j] * x;
+            total += mass[j];
+        }
+    }
+    // An empty group, as sequences with fewer groups than K have, is zero.
+    store(out + index, total != 0 ? weighted / total : plain / max(size, acc_t(1)));
+}

@@ -1,0 +1,12 @@
+// Vector-Jacobian product of the norms of norm saliency. One thread, one output.
+
+// dn / dx = x / n of a norm n, and 0 where it is 0; `gradient` is that of the norms.
+extern "C" __global__ void token_norms_vjp(const acc_t* gradient, const real_t* tokens,
+                                           const acc_t* norms, long long num_rows,
+                                           long long dim, real_t* out) {
+    const long long index = thread_index();  // (B, N, D)
+    if (index >= num_rows * dim) return;
+    const acc_t norm = norms[index / dim];
+    const acc_t x = norm > 0 ? widen(tokens[index]) / norm : acc_t(0);
+    store(out + index, norm > 0 ? gradient[index / dim] * x : acc_t(0));
+}

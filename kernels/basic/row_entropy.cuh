@@ -1,0 +1,14 @@
+// The entropy of query's attention over the first `num_keys` keys.
+__device__ acc_t row_entropy(const real_t* query, const real_t* keys, const bool* mask,
+                             long long first, long long num_keys, long long dim,
+                             acc_t scale) {
+    SoftmaxEntropy entropy;
+    for (long long j = 0; j < num_keys; ++j) {
+        if (!is_token(mask, first + j)) continue;
+        acc_t dot = 0;
+        for (long long d = 0; d < dim; ++d)
+            dot += widen(query[d]) * widen(keys[j * dim + d]);
+        entropy.add(dot * scale);
+    }
+    return entropy.value();
+}

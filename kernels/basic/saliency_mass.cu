@@ -1,0 +1,12 @@
+// Saliency mass. One thread, one output.
+//
+//   mass_i = pi_i s_i + (1 - pi_i) epsilon
+
+extern "C" __global__ void saliency_mass(const real_t* saliency,
+                                         const acc_t* probabilities, long long count,
+                                         double epsilon, acc_t* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= count) return;
+    const acc_t p = probabilities[index];
+    out[index] = p * widen(saliency[index]) + (1 - p) * acc_t(epsilon);
+}

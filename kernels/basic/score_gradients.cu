@@ -1,0 +1,108 @@
+// Vector-Jacobian products of the entropies of softmax scores: from their gradient to
+// that of queries and keys, or of tokens. See basic/query_key_entropy.cu and
+// basic/self_attention_entropy.cu.
+//
+// A softmax's entropy has the slopes
+//
+//   dH_i / ds_ij = -p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
+//
+// with (m, r, t) of row i as in SoftmaxEntropy, so that nothing cancels where one score
+// stands above the rest. Scores are found again, and their gradients G stored for a
+// band of rows at a time, never N x N:
+//
+//   score_weights     (m, t / (1 + r), g / (1 + r)) of every row, g its gradient
+//   score_gradients   a band of G, whose rows are queries, or of Gᵀ, whose are keys
+//   token_gradients   the band times the tokens of its columns
+//
+// A band holds whole tiles of 128 rows of (L, B, H, T), T of them to a head, and in
+// each row 128 T columns; `sides` says what its rows are: 1 queries, 2 keys, 3 both at
+// once, which is G + Gᵀ where queries and keys are the same tokens.
+//
+// One thread, one output.
+
+constexpr long long BAND_ROWS = 128;  // of a tile
+
+__device__ acc_t score(const real_t* a, const real_t* b, long long dim, double scale) {
+    acc_t dot = 0;
+    for (long long d = 0; d < dim; ++d) dot += widen(a[d]) * widen(b[d]);
+    return rounded_product(dot, acc_t(scale));
+}
+
+extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* query,
+                                         const real_t* key, const bool* mask,
+                                         long long outer, long long batch,
+                                         long long heads, long long num_tokens,
+                                         long long dim, long long causal, double scale,
+                                         acc_t* weights) {
+    const long long row = thread_index();  // (L, B, H, N)
+    if (row >= outer * num_tokens) return;
+    const long long head = row / num_tokens, i = row % num_tokens;
+    const long long first = head / heads % batch * num_tokens;  // in the mask
+    const real_t* keys = key + head * num_tokens * dim;         // (N, d) of this head
+    SoftmaxEntropy state;
+    for (long long j = 0; j < (causal ? i + 1 : num_tokens); ++j)
+        if (is_token(mask, first + j))
+            state.add(score(query + row * dim, keys + j * dim, dim, scale));
+    weights[row * 3] = state.m;
+    weights[row * 3 + 1] = state.t / (1 + state.r);
+    weights[row * 3 + 2] =
+        is_token(mask, first + i) ? gradient[row] / (1 + state.r) : 0;
+}
+
+// -g p (log p + H) of a score, by the weights of its row.
+__device__ acc_t score_gradient(const acc_t* weights, acc_t score) {
+    const acc_t d = score - weights[0];
+    return weights[2] * exp(d) * (weights[1] - d);
+}
+
+extern "C" __global__ void score_gradients(const real_t* own, const real_t* other,
+                                           const acc_t* weights, const bool* mask,
+                                           long long first_tile, long long num_tiles,
+                                           long long batch, long long heads,
+                                           long long num_tokens, long long dim,
+                                           long long causal, double scale,
+                                           long long sides, acc_t* band) {
+    const long long tiles = (num_tokens + BAND_ROWS - 1) / BAND_ROWS;  // of a head
+    const long long columns = tiles * BAND_ROWS, index = thread_index();
+    if (index >= num_tiles * BAND_ROWS * columns) return;
+    const long long band_row = index / columns, j = index % columns;
+    const long long tile = first_tile + band_row / BAND_ROWS, head = tile / tiles;
+    const long long i = tile % tiles * BAND_ROWS + band_row % BAND_ROWS;
+    const long long first = head / heads % batch * num_tokens;
+    const long long start = head * num_tokens;
+
+    acc_t sum = 0;
+    if (i < num_tokens && j < num_tokens && is_token(mask, first + i) &&
+        is_token(mask, first + j)) {
+        const acc_t s =
+            score(own + (start + i) * dim, other + (start + j) * dim, dim, scale);
+        if (sides & 1 && !(causal && j > i))
+            sum += score_gradient(weights + (start + i) * 3, s);
+        if (sides & 2 && !(causal && i > j))
+            sum += score_gradient(weights + (start + j) * 3, s);
+    }
+    band[index] = sum;
+}
+
+extern "C" __global__ void token_gradients(const acc_t* band, const real_t* other,
+                                           const bool* mask, long long first_tile,
+                                           long long num_tiles, long long batch,
+                                           long long heads, long long num_tokens,
+                                           long long dim, double scale, real_t* out) {
+    const long long tiles = (num_tokens + BAND_ROWS - 1) / BAND_ROWS;
+    const long long index = thread_index();
+    if (index >= num_tiles * BAND_ROWS * dim) return;
+    const long long band_row = index / dim, d = index % dim;
+    const long long tile = first_tile + band_row / BAND_ROWS, head = tile / tiles;
+    const long long i = tile % tiles * BAND_ROWS + band_row % BAND_ROWS;
+    if (i >= num_tokens) return;
+    const long long first = head / heads % batch * num_tokens;
+    const long long start = head * num_tokens;
+
+    acc_t sum = 0;
+    for (long long j = 0; j < num_tokens; ++j)
+        if (is_token(mask, first + j))
+            sum += band[band_row * tiles * BAND_ROWS + j] *
+                   widen(other[(start + j) * dim + d]);
+    store(out + (start + i) * dim + d, sum * acc_t(scale));
+}

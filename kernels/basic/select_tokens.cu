@@ -1,0 +1,33 @@
+// Selection: the K tokens that stand highest. One thread, one output.
+
+// True for the K highest scores of a sequence: those that fewer than K others beat,
+// where of two equal ones the lower index wins.
+extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
+                                      long long batch, long long num_tokens,
+                                      long long num_groups, bool* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long b = index / num_tokens, i = index % num_tokens;
+    const acc_t* row = scores + b * num_tokens;  // (N,)
+    const bits_t own = ordered_bits(row[i]);
+    long long better = 0;
+    for (long long j = 0; j < num_tokens; ++j) {
+        const bits_t other = ordered_bits(row[j]);
+        better += other > own || (other == own && j < i);
+    }
+    out[index] = row[i] != padding() && better < count_of(counts, b, num_groups);
+}
+
+// The positions of the selected tokens, ascending; -1 where there are fewer than K.
+extern "C" __global__ void select_tokens(const bool* selected, long long batch,
+                                         long long num_tokens, long long num_groups,
+                                         int* out) {
+    const long long index = thread_index();  // (B, K)
+    if (index >= batch * num_groups) return;
+    const bool* row = selected + index / num_groups * num_tokens;  // (N,)
+    long long left = index % num_groups;  // selected tokens still to pass by
+    int position = -1;
+    for (long long i = 0; i < num_tokens && position < 0; ++i)
+        if (row[i] && left-- == 0) position = static_cast<int>(i);
+    out[index] = position;
+}

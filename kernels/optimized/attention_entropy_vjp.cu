@@ -1,0 +1,53 @@
+// Vector-Jacobian product of attention entropy; see basic/attention_entropy_vjp.cu.
+
+// One warp, one row, which it reads three times: the cache has it.
+extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
+                                                 const real_t* attention,
+                                                 const bool* mask, long long outer,
+                                                 long long batch, long long heads,
+                                                 long long num_tokens, real_t* out) {
+    const long long row = thread_index() / 32;  // (L, B, H, N)
+    if (row >= outer * num_tokens) return;
+    const long long first = row / num_tokens / heads % batch * num_tokens;
+    const real_t* probabilities = attention + row * num_tokens;  // (N,)
+    const long long lane = threadIdx.x % 32 * WIDTH;
+    const bool valid = is_token(mask, first + row % num_tokens);
+    const long long end = valid ? num_tokens : 0;  // the same for all lanes
+    acc_t a[WIDTH];
+
+    acc_t m = 0;
+    for (long long j = lane; j < end; j += 32 * WIDTH) {
+        load_vector(a, probabilities + j, num_tokens - j);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i)
+            if (a[i] > 0 && is_token(mask, first + j + i)) m = max(m, a[i]);
+    }
+    m = warp_reduce(m, Greatest());
+
+    acc_t sum = 0, logs = 0;
+    for (long long j = lane; j < end; j += 32 * WIDTH) {
+        load_vector(a, probabilities + j, num_tokens - j);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            const acc_t u = a[i] / m;
+            if (u > 0 && is_token(mask, first + j + i)) {
+                sum += u;
+                logs += u * log(u);
+            }
+        }
+    }
+    sum = warp_reduce(sum, Add());
+    const acc_t mean = warp_reduce(logs, Add()) / sum;
+
+    const acc_t weight = gradient[row] / (m * sum);
+    for (long long j = lane; j < num_tokens; j += 32 * WIDTH) {
+        load_vector(a, probabilities + j, num_tokens - j);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            const acc_t u = m > 0 ? a[i] / m : acc_t(0);  // behind the end a is 0
+            const bool seen = u > 0 && is_token(mask, first + j + i);
+            a[i] = seen ? weight * (mean - log(u)) : acc_t(0);
+        }
+        store_vector(out + row * num_tokens + j, a, num_tokens - j);
+    }
+}

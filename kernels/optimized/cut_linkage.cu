@@ -1,0 +1,120 @@
+// Cuts of dendrograms, and labels of their groups, in one launch; see
+// basic/cut_linkage.cu. One block, one sequence.
+//
+// A block has GROUP_THREADS, or fewer for a short sequence. One block may have all the
+// registers there are: left to itself the compiler spares some for a second one.
+
+constexpr double LEAST_MASS = 1e-6;  // of the largest: what counts as no mass
+
+// use(term(0)), use(term(1)), ... in this order by thread 0; the terms by all threads,
+// into shared memory for one each.
+template <class Term, class Use>
+__device__ __forceinline__ void in_turn(double* terms, long long count, Term term,
+                                        Use use) {
+    for (long long i0 = 0; i0 < count; i0 += blockDim.x) {
+        const long long i = i0 + threadIdx.x;
+        __syncthreads();  // those before have been used
+        if (i < count) terms[threadIdx.x] = term(i);
+        __syncthreads();
+        if (threadIdx.x > 0) continue;
+        const int end = static_cast<int>(min(count - i0, (long long)blockDim.x));
+        for (int t = 0; t < end; ++t) use(terms[t]);
+    }
+}
+
+// The most merges whose error is within the bound. Sums are by one thread, in double
+// and in order, so that no run decides otherwise. `scratch` and `terms` are shared.
+__device__ __forceinline__ long long merges_within(const double* rows,
+                                                   const acc_t* mass, const bool* mask,
+                                                   long long num_tokens,
+                                                   long long num_rows, double max_error,
+                                                   acc_t* scratch, double* terms) {
+    acc_t most = 0;
+    for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
+        if (is_token(mask, i)) most = max(most, mass[i]);
+    most = block_reduce(most, scratch, Greatest());
+    const double peak = most > 0 ? most : 1;
+
+    double total = 0, error = 0;
+    const auto weight = [&](long long i) {
+        if (!is_token(mask, i)) return 0.0;
+        return most > 0 ? max(mass[i] / peak, LEAST_MASS) : 1.0;
+    };
+    in_turn(terms, num_tokens, weight, [&](double term) { total += term; });
+
+    long long merges = 0;
+    bool within = true;
+    const auto cost = [&](long long r) {
+        return rows[4 * r + 2] * rows[4 * r + 2] / peak / 2;
+    };
+    in_turn(terms, num_rows, cost, [&](double term) {
+        error += term;
+        within = within && error <= (max_error + 1e-12) * total;
+        merges += within;
+    });
+    __syncthreads();
+    if (threadIdx.x == 0) terms[0] = static_cast<double>(merges);
+    __syncthreads();
+    return static_cast<long long>(terms[0]);
+}
+
+// Every node's parent to the topmost node above it: each round doubles the distance
+// climbed. `above` and `next` change places; both are (2N,).
+__device__ __forceinline__ void climb(const double* rows, long long num_tokens,
+                                      long long merges, int*& above, int*& next) {
+    const long long nodes = num_tokens + merges;
+    for (long long i = threadIdx.x; i < nodes; i += blockDim.x) next[i] = -1;
+    __syncthreads();
+    // Whatever the rows say, a parent is of a later row, so that nobody climbs in a
+    // circle; of two parents the earlier one counts.
+    for (long long side = threadIdx.x; side < 2 * merges; side += blockDim.x) {
+        const long long r = side / 2;
+        const double id = rows[4 * r + side % 2];
+        if (0 <= id && id < num_tokens + r)
+            atomicMax(next + static_cast<long long>(id),
+                      static_cast<int>(merges - 1 - r));
+    }
+    __syncthreads();
+    for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
+        above[i] = static_cast<int>(next[i] < 0 ? i : nodes - 1 - next[i]);
+    __syncthreads();
+    for (long long reach = 1; reach < merges; reach *= 2) {
+        for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
+            next[i] = above[above[i]];
+        int* const before = above;
+        above = next, next = before;
+        __syncthreads();
+    }
+}
+
+// Without a max_error, which is then negative, K decides. `nodes` is scratch (B, 4N).
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
+    cut_linkage(const double* dendrogram, const acc_t* mass, const bool* mask,
+                const int* counts, long long batch, long long num_tokens,
+                long long num_groups, double max_error, long long first, int* nodes,
+                int* out) {
+    __shared__ int scratch[32];
+    __shared__ acc_t partial[32];
+    __shared__ double terms[GROUP_THREADS];
+    const long long b = blockIdx.x, row = b * num_tokens;        // of (B, N)
+    const double* rows = dendrogram + b * (num_tokens - 1) * 4;  // (N - 1, 4)
+    const bool* valid = mask ? mask + row : nullptr;             // (N,)
+    long long tokens = 0;
+    for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
+        const long long i = i0 + threadIdx.x;
+        int found;
+        block_rank(i < num_tokens && is_token(valid, i), scratch, &found);
+        tokens += found;
+    }
+    const long long most = max(tokens - 1, 0ll);
+    long long merges = min(most, max(tokens - count_of(counts, b, num_groups), 0ll));
+    if (max_error >= 0)
+        merges = merges_within(rows, mass ? mass + row : nullptr, valid, num_tokens,
+                               most, max_error, partial, terms);
+
+    int *above = nodes + 4 * row, *next = above + 2 * num_tokens;
+    climb(rows, num_tokens, merges, above, next);
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
+        if (!is_token(valid, i)) above[i] = -1;
+    number(above, num_tokens, first, next, scratch, out + row);
+}

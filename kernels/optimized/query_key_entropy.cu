@@ -1,0 +1,88 @@
+// Entropy of queries and keys without the N x N scores, by tiles; see
+// basic/query_key_entropy.cu.
+//
+// A score lives in one thread's registers only. Each thread keeps the state of its rows
+// (softmax_states.cuh); states are merged in a fixed order, so that every run gives the
+// same bits.
+
+// One block, Tile::rows rows of one head; it passes by all keys, or those up to its
+// last row. `kept`: the queries stay in shared memory, which the launch gives.
+template <class Tile, bool kept>
+__device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t* query,
+                                             const real_t* key, const bool* mask,
+                                             long long batch, long long heads,
+                                             long long num_tokens, long long head_dim,
+                                             long long causal, double scale,
+                                             acc_t* out) {
+    const long long row_tiles = (num_tokens + Tile::rows - 1) / Tile::rows;
+    const long long head = blockIdx.x / row_tiles;  // (L, B, H)
+    // Causal rows near the end have most to do: they go first.
+    const long long row0 = (row_tiles - 1 - blockIdx.x % row_tiles) * Tile::rows;
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+
+    const Rows queries = {query + (head * num_tokens + row0) * head_dim,
+                          num_tokens - row0};
+    const Rows keys = {key + head * num_tokens * head_dim, num_tokens};
+    const long long end = causal ? min(row0 + Tile::rows, num_tokens) : num_tokens;
+    const int num_tiles = static_cast<int>((end + Tile::columns - 1) / Tile::columns);
+    const ScaledExponents units(scale);
+    Fragment scores[1];
+    State states[4];
+    for (State& state : states) state.m = units.never();
+    const auto add = [&](int tile) {
+        const long long column0 = static_cast<long long>(tile) * Tile::columns;
+        const bool diagonal = causal && column0 + Tile::columns > row0;  // or beyond it
+        if (diagonal || valid || column0 + Tile::columns > num_tokens) {
+            const acc_t never = units.never();
+            const int ahead = static_cast<int>(row0 - column0);
+            const unsigned columns =
+                tokens_among<16>(valid, column0, num_tokens, Tile::column);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int last = diagonal ? ahead + Tile::row(i) : Tile::columns;
+#pragma unroll
+                for (int j = 0; j < 16; ++j) {
+                    const bool seen = columns >> j & 1 && Tile::column(j) <= last;
+                    if (!seen) scores[0][i][j] = never;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) states[i].add(scores[0][i], units);
+    };
+    if constexpr (kept)
+        multiply_kept<Tile>(shared, queries, keys, num_tiles, head_dim, scores, add);
+    else
+        multiply_tiles<Tile>(shared, queries, keys, num_tiles, head_dim, scores, add);
+
+    // (2, rows, 3): columns of two warps.
+    auto* parts = reinterpret_cast<acc_t*>(shared);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) states[i] = states[i].exact(units);
+    write_rows(parts + Tile::warp_column() / 64 * Tile::rows * 3, states, Tile::row);
+    __syncthreads();
+    const long long row = row0 + threadIdx.x;
+    if (threadIdx.x >= Tile::rows || row >= num_tokens) return;
+    const State state = merge_two(parts + threadIdx.x * 3, Tile::rows * 3);
+    out[head * num_tokens + row] = is_token(valid, row) ? state.value() : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+    query_key_entropy_kept(const real_t* query, const real_t* key, const bool* mask,
+                           long long outer, long long batch, long long heads,
+                           long long num_tokens, long long head_dim, long long causal,
+                           double scale, acc_t* out) {
+    if constexpr (sizeof(acc_t) == 4)
+        rows_entropy<Whole, true>(dynamic_shared(), query, key, mask, batch, heads,
+                                  num_tokens, head_dim, causal, scale, out);
+}
+
+extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS + 1)
+    query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
+                      long long outer, long long batch, long long heads,
+                      long long num_tokens, long long head_dim, long long causal,
+                      double scale, acc_t* out) {
+    __shared__ __align__(16) unsigned char stages[Half::bytes];
+    rows_entropy<Half, false>(stages, query, key, mask, batch, heads, num_tokens,
+                              head_dim, causal, scale, out);
+}

@@ -1,0 +1,229 @@
+// Vector-Jacobian products of the entropies of softmax scores, by tiles; see
+// basic/score_gradients.cu.
+//
+// Scores are in units of ln 2 here, m too. A band of G is stored as real_t, so that the
+// tensor cores take it, and goes by tiles to its product with the tokens of its
+// columns, which are transposed once. Every run gives the same bits.
+
+// One block, 128 rows of one head; it passes by all keys, or those up to its last row.
+// m is its largest score to the bit, so that s - m is 0 there in `score_gradients` too.
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+    score_weights(const acc_t* gradient, const real_t* query, const real_t* key,
+                  const bool* mask, long long outer, long long batch, long long heads,
+                  long long num_tokens, long long dim, long long causal, double scale,
+                  acc_t* weights) {
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    const long long row_tiles = (num_tokens + TILE - 1) / TILE;
+    const long long head = blockIdx.x / row_tiles;  // (L, B, H)
+    // Causal rows near the end have most to do: they go first.
+    const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
+    const long long row0 = row_tile * TILE;
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+
+    const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
+    const acc_t factor = acc_t(scale * LOG2_E);
+    Fragment scores[1];
+    State states[4];
+    multiply_tiles<Whole>(
+        stages, {query + (head * num_tokens + row0) * dim, num_tokens - row0},
+        {key + head * num_tokens * dim, num_tokens}, num_tiles, dim, scores,
+        [&](int tile) {
+            const long long column0 = static_cast<long long>(tile) * TILE;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int j = 0; j < 16; ++j)
+                    scores[0][i][j] = rounded_product(scores[0][i][j], factor);
+            // No tile is behind the one on the diagonal.
+            const bool diagonal = causal && column0 == row0;
+            if (diagonal || valid || column0 + TILE > num_tokens) {
+                const unsigned columns =
+                    tokens_among<16>(valid, column0, num_tokens, Whole::column);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int last = diagonal ? Whole::row(i) : TILE;
+#pragma unroll
+                    for (int j = 0; j < 16; ++j) {
+                        const bool seen = columns >> j & 1 && Whole::column(j) <= last;
+                        if (!seen) scores[0][i][j] = NEVER;
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) states[i].add(scores[0][i], Exponents());
+        });
+
+    // (2, TILE, 3): columns of two warps.
+    auto* parts = reinterpret_cast<acc_t*>(stages);
+    write_rows(parts + threadIdx.x / 32 % 2 * TILE * 3, states, Whole::row);
+    __syncthreads();
+    const long long row = row0 + threadIdx.x;
+    if (threadIdx.x >= TILE || row >= num_tokens) return;
+    const State state = merge_two(parts + threadIdx.x * 3, TILE * 3);
+    acc_t* out = weights + (head * num_tokens + row) * 3;
+    out[0] = state.m;
+    out[1] = state.t * acc_t(LN_2) / (1 + state.r);
+    out[2] =
+        is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
+}
+
+// G is stored in units of its head's greatest |g / (1 + r)| over this: G + Gᵀ is then
+// below 2 (log N + 1) times this, well within a half's range.
+constexpr float UNITS = 512;
+
+// One block, one head: its unit, and the weights in it.
+extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
+                                        acc_t* units) {
+    __shared__ acc_t scratch[32];
+    const long long head = blockIdx.x;  // (L, B, H)
+    weights += head * num_tokens * 3 + 2;
+    acc_t peak = 0;
+    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
+        peak = max(peak, fabs(weights[i * 3]));
+    peak = block_reduce(peak, scratch, Greatest());
+    for (long long i = threadIdx.x; i < num_tokens && peak > 0; i += blockDim.x)
+        weights[i * 3] = weights[i * 3] / peak * UNITS;
+    if (threadIdx.x == 0) units[head] = peak / UNITS;
+}
+
+struct Weights {
+    acc_t m, mean, weight;
+
+    explicit __device__ __forceinline__ Weights(const acc_t* of_row)
+        : m(of_row[0]), mean(of_row[1]), weight(of_row[2]) {}
+
+    __device__ __forceinline__ acc_t gradient(acc_t score) const {
+        const acc_t d = score - m;
+        return weight * exp2(d) * (mean - d * acc_t(LN_2));
+    }
+};
+
+// Two neighbours of a row.
+struct __align__(2 * sizeof(real_t)) Pair {
+    real_t element[2];
+};
+
+// One block, one tile of a band. Those that a causal mask leaves empty are not written.
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+    score_gradients(const real_t* own, const real_t* other, const acc_t* weights,
+                    const bool* mask, long long first_tile, long long num_tiles,
+                    long long batch, long long heads, long long num_tokens,
+                    long long dim, long long causal, double scale, long long sides,
+                    real_t* band) {
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    const long long tiles = (num_tokens + TILE - 1) / TILE;  // of a head
+    const long long tile = first_tile + blockIdx.x / tiles, head = tile / tiles;
+    const long long row0 = tile % tiles * TILE, column0 = blockIdx.x % tiles * TILE;
+    if (causal && (sides == 1 ? column0 > row0 : column0 < row0)) return;
+
+    const long long start = head * num_tokens;
+    Fragment sums[1];
+    multiply_tiles<Whole>(stages, {own + (start + row0) * dim, num_tokens - row0},
+                          {other + (start + column0) * dim, num_tokens - column0}, 1,
+                          dim, sums, [](int) {});
+
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, Whole::row);
+    const unsigned columns =
+        tokens_among<16>(valid, column0, num_tokens, Whole::column);
+    const acc_t factor = acc_t(scale * LOG2_E);
+    const bool diagonal = causal && row0 == column0;
+
+    // (2, TILE, 3): the weights of the rows, then of the columns.
+    auto* kept = reinterpret_cast<acc_t*>(stages);
+    const int place = threadIdx.x % TILE;
+    const long long token = (threadIdx.x < TILE ? row0 : column0) + place;
+    for (int k = 0; k < 3 && token < num_tokens; ++k)
+        kept[threadIdx.x * 3 + k] = weights[(start + token) * 3 + k];
+    __syncthreads();
+
+    real_t* target = band + blockIdx.x / tiles * TILE * tiles * TILE + column0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = Whole::row(i);
+        const Weights of_row(kept + row * 3);
+#pragma unroll
+        for (int j = 0; j < 16; j += 2) {
+            Pair pair;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int column = Whole::column(j + k);
+                acc_t sum = 0;
+                if (rows >> i & columns >> (j + k) & 1) {
+                    const acc_t s = rounded_product(sums[0][i][j + k], factor);
+                    if (sides & 1 && !(diagonal && column > row))
+                        sum += of_row.gradient(s);
+                    if (sides & 2 && !(diagonal && row > column))
+                        sum += Weights(kept + (TILE + column) * 3).gradient(s);
+                }
+                store(&pair.element[k], sum);
+            }
+            *reinterpret_cast<Pair*>(target + row * tiles * TILE + Whole::column(j)) =
+                pair;
+        }
+    }
+}
+
+// (L, B, H, N, D) to (L, B, H, D, 128 T), padding and what is behind the last token 0.
+// One block, 32 x 32 elements.
+extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* mask,
+                                            long long outer, long long batch,
+                                            long long heads, long long num_tokens,
+                                            long long dim, real_t* out) {
+    __shared__ real_t square[32][33];
+    const long long columns = (num_tokens + TILE - 1) / TILE * TILE;
+    const long long strips = (dim + 31) / 32, squares = columns / 32 * strips;
+    const long long head = blockIdx.x / squares;
+    const long long token0 = blockIdx.x % squares / strips * 32;
+    const long long d0 = blockIdx.x % strips * 32;
+    const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+
+    for (int i = warp; i < 32; i += warps) {
+        const long long token = token0 + i, d = d0 + lane;
+        if (token < num_tokens && d < dim && is_token(valid, token))
+            square[i][lane] = tokens[(head * num_tokens + token) * dim + d];
+        else
+            store(&square[i][lane], acc_t(0));
+    }
+    __syncthreads();
+    for (int i = warp; i < 32; i += warps)
+        if (d0 + i < dim)
+            out[(head * dim + d0 + i) * columns + token0 + lane] = square[lane][i];
+}
+
+// One block, one tile of rows of a band by 128 of the D columns of their gradients;
+// `other` is transposed. Behind a causal mask's edge the band is 0, and not read.
+extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+    token_gradients(const real_t* band, const real_t* other, const acc_t* units,
+                    long long first_tile, long long num_tiles, long long num_tokens,
+                    long long dim, long long causal, double scale, long long sides,
+                    real_t* out) {
+    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    const long long tiles = (num_tokens + TILE - 1) / TILE, columns = tiles * TILE;
+    const long long strips = (dim + TILE - 1) / TILE;
+    const long long tile = first_tile + blockIdx.x / strips, head = tile / tiles;
+    const long long row0 = tile % tiles * TILE, d0 = blockIdx.x % strips * TILE;
+    const long long begin = causal && sides == 2 ? row0 : 0;
+    const long long end = causal && sides == 1 ? row0 + TILE : columns;
+
+    const real_t* of_band = band + blockIdx.x / strips * TILE * columns;
+    Fragment sums[1];
+    multiply_tiles<Whole>(stages, {of_band + begin, TILE},
+                          {other + (head * dim + d0) * columns + begin, dim - d0}, 1,
+                          end - begin, columns, sums, [](int) {});
+
+    const acc_t factor = units[head] * acc_t(scale);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const long long row = row0 + Whole::row(i);
+        if (row >= num_tokens) continue;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            const long long d = d0 + Whole::column(j);
+            if (d < dim)
+                store(out + (head * num_tokens + row) * dim + d,
+                      sums[0][i][j] * factor);
+        }
+    }
+}

@@ -1,0 +1,17 @@
+// Unmerging; see basic/unmerge_tokens.cu.
+
+// One thread, 16 bytes of one token.
+extern "C" __global__ void unmerge_tokens(const real_t* merged, const int* labels,
+                                          long long batch, long long num_tokens,
+                                          long long dim, long long num_groups,
+                                          real_t* out) {
+    const long long vectors = (dim + WIDTH - 1) / WIDTH;
+    const long long index = thread_index();  // (B, N, vectors)
+    if (index >= batch * num_tokens * vectors) return;
+    const long long token = index / vectors, d = index % vectors * WIDTH;
+    const int k = group_of(labels[token], num_groups);
+    const long long group = token / num_tokens * num_groups + k;
+    acc_t x[WIDTH] = {};
+    if (k >= 0) load_vector(x, merged + group * dim + d, dim - d);
+    store_vector(out + token * dim + d, x, dim - d);
+}

@@ -1,0 +1,17 @@
+// Gradient of unmerging by its member lists; see members.cuh and
+// basic/unmerge_tokens_vjp.cu.
+
+// One thread, 16 bytes of one merged token.
+extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* ends,
+                                              const int* members, long long batch,
+                                              long long num_tokens, long long dim,
+                                              long long num_groups, real_t* out) {
+    const long long vectors = (dim + WIDTH - 1) / WIDTH;
+    const long long index = thread_index();  // (B, K, vectors)
+    if (index >= batch * num_groups * vectors) return;
+    const long long d = index % vectors * WIDTH, k = index / vectors;
+    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    acc_t sum[WIDTH] = {};
+    add_members(gradient + d, nullptr, group, dim, dim - d, sum);
+    store_vector(out + k * dim + d, sum, dim - d);
+}
