@@ -39,7 +39,7 @@ struct Components {
 };
 
 // What the first block of a sequence tells the others.
-struct Progress {
+struct TreeProgress {
     int tokens, edges;  // that take part, found so far
     int rounds, done;
 };
@@ -51,7 +51,7 @@ __device__ __forceinline__ unsigned long long distance_bits(acc_t distance) {
 }
 
 // Every token is a component.
-__device__ void begin(Components& all, Progress* told, const acc_t* cosines,
+__device__ void begin(Components& all, TreeProgress* told, const acc_t* cosines,
                       const bool* mask, const bool* protect, long long num_tokens,
                       long long num_groups, int* ranks) {
     int tokens;
@@ -80,7 +80,7 @@ __device__ void find_edge(Components& all, const acc_t* cosines, int i, int toke
 }
 
 // Join each component along the shortest edge that leaves it.
-__device__ void join_components(Components& all, Progress* told, int* ranks) {
+__device__ void join_components(Components& all, TreeProgress* told, int* ranks) {
     const int tokens = told->tokens;
     const auto each = [&](auto&& step) {
         for (int p = threadIdx.x; p < tokens; p += blockDim.x) step(all.active[p]);
@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     if (place >= places) return;  // of a group that is not whole
     Components all(words + place * 2 * num_tokens, reals + place * 3 * num_tokens,
                    integers + place * 8 * num_tokens, num_tokens);
-    Progress* told = reinterpret_cast<Progress*>(plans) + place;
+    TreeProgress* told = reinterpret_cast<TreeProgress*>(plans) + place;
     const auto meet = [&] {
         if (share > 1)
             blocks_barrier(arrived + place, share);
@@ -194,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
                   protect ? protect + row : nullptr, num_tokens,
                   count_of(counts, b, num_groups), ranks);
         meet();
-        Progress now = *told;
+        TreeProgress now = *told;
         while (!now.done) {
             for (int p = warp; p < now.tokens; p += warps) {
                 const int i = all.active[p];

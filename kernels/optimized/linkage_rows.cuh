@@ -1,0 +1,170 @@
+// Rows of linkage.cu: brought up to date, and searched for nearest clusters.
+
+// Keep the nearest cluster that any of the `lanes` at row i has found; -1 is no row.
+__device__ __forceinline__ void keep_nearest(const Clusters& all, Found* next, int i,
+                                             Neighbour best, int lanes = 32) {
+    best = warp_nearest(all.token(), i, best, lanes);
+    if (i >= 0 && threadIdx.x % lanes == 0) next[i] = {best.sum, best.slot};
+}
+
+// One warp: E of row i with all clusters, from cosines, and its nearest one. Called, as
+// `begin`.
+__device__ __noinline__ void first_row(const Clusters& all, const acc_t* cosines,
+                                       acc_t* row, int i, int clusters, int method,
+                                       Found* next) {
+    const Side own = all.side(i, method);
+    const acc_t weight = all.weight()[i].weight, scale = all.scale()[i];
+    Neighbour best = no_neighbour();
+    if (row != cosines && threadIdx.x % 32 == 0) row[i] = 0;  // loaded and dropped
+    for (int p0 = threadIdx.x % 32; p0 < clusters; p0 += 32 * AHEAD) {
+        int column[AHEAD];
+        acc_t e[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k)
+            column[k] = p0 + 32 * k < clusters ? all.active()[p0 + 32 * k] : i;
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            const int j = column[k];
+            e[k] = cosine_distance(cosines[j] * (scale * all.scale()[j])) *
+                   (weight * all.weight()[j].weight);
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            const int j = column[k];
+            if (j == i) continue;
+            row[j] = e[k];
+            const Neighbour found =
+                candidate(e[k], own, j, all.side(j, method), method);
+            if (nearer(all.token(), i, found, best)) best = found;
+        }
+    }
+    keep_nearest(all, next, i, best);
+}
+
+// Bring row i up to date with this round's merges, in every `step`-th of the columns
+// from `start`; return the nearest cluster among them and `best`. JOINED: it is new.
+template <bool JOINED>
+__device__ __forceinline__ Neighbour next_row(const Clusters& all, const Matrix& matrix,
+                                              int i, const int* columns, int count,
+                                              int start, int step, int method,
+                                              Neighbour best) {
+    acc_t* row = matrix.row(all, i);
+    const Slot slot = all.slot()[i];
+    const Side own = all.side(i, slot, method);
+    const acc_t* absorbed = JOINED ? matrix.row(all, slot.mate) : nullptr;
+    constexpr int LOADS = JOINED ? AHEAD / 2 : AHEAD;  // columns, of twice the values
+    for (int p0 = start; p0 < count; p0 += step * LOADS) {
+        // All loads before the first use, so that a warp waits once for all of them,
+        // and before the first store, which they could not pass.
+        int column[LOADS];
+        Slot other[LOADS];
+        acc_t e[LOADS], right[LOADS], below[LOADS], corner[LOADS];
+#pragma unroll
+        for (int k = 0; k < LOADS; ++k) {
+            const int p = p0 + step * k;
+            column[k] = p < count ? columns[p] : i;
+        }
+#pragma unroll
+        for (int k = 0; k < LOADS; ++k) {
+            const int j = column[k];
+            other[k] = all.slot()[j];
+            const int mate = other[k].mate;
+            const bool two = mate >= 0 && j != i;
+            e[k] = row[j];
+            right[k] = two ? row[mate] : acc_t(0);
+            below[k] = JOINED ? absorbed[j] : acc_t(0);
+            corner[k] = JOINED && two ? absorbed[mate] : acc_t(0);
+        }
+#pragma unroll
+        for (int k = 0; k < LOADS; ++k) {
+            const int j = column[k];
+            if (j == i) continue;
+            // In this order, so that row j finds the same: the sums commute.
+            const bool two = other[k].mate >= 0;
+            acc_t sum = e[k];
+            if (JOINED && two)
+                sum = join(join(sum, corner[k], method),
+                           join(right[k], below[k], method), method);
+            else if (JOINED)
+                sum = join(sum, below[k], method);
+            else if (two)
+                sum = join(sum, right[k], method);
+            if (JOINED || two) row[j] = sum;
+            const Neighbour found =
+                candidate(sum, own, j, all.side(j, other[k], method), method);
+            if (nearer(all.token(), i, found, best)) best = found;
+        }
+    }
+    return best;
+}
+
+// One warp: row i, in one of `parts` of all columns.
+__device__ __forceinline__ Neighbour search_row(const Clusters& all,
+                                                const Matrix& matrix, int i,
+                                                int clusters, int part, int parts,
+                                                int method) {
+    const int start = part * 32 + threadIdx.x % 32, step = parts * 32;
+    const Neighbour none = no_neighbour();
+    if (all.slot()[i].mate >= 0)
+        return next_row<true>(all, matrix, i, all.active(), clusters, start, step,
+                              method, none);
+    return next_row<false>(all, matrix, i, all.active(), clusters, start, step, method,
+                           none);
+}
+
+// The rows that keep their nearest cluster look at the new ones. As many lanes at a row
+// as have one to look at.
+__device__ __forceinline__ void next_columns(const Clusters& all, const Matrix& matrix,
+                                             const Progress& now, int warp, int warps,
+                                             Found* next, int method) {
+    const int lane = threadIdx.x % 32;
+    int lanes = 1;
+    while (lanes < 32 && lanes * AHEAD < now.joined) lanes *= 2;
+    const int rows = 32 / lanes;
+    for (int q0 = now.searched + warp * rows; q0 < now.clusters; q0 += warps * rows) {
+        const int q = q0 + lane / lanes, i = q < now.clusters ? all.rows()[q] : -1;
+        Neighbour best = no_neighbour();
+        if (i >= 0 && lane % lanes == 0) {  // one alone, or it would tie with itself
+            const int before = all.nearest()[i];
+            best = candidate(all.sum()[i], all.side(i, method), before,
+                             all.side(before, method), method);
+        }
+        if (i >= 0) {
+            best = next_row<false>(all, matrix, i, all.joined(), now.joined,
+                                   lane % lanes, lanes, method, best);
+        }
+        keep_nearest(all, next, i, best, lanes);
+    }
+}
+
+// Bring every row up to date. `block` of `blocks` has rows of its own; the nearest
+// clusters go to `next`.
+__device__ void next_rows(const Clusters& all, const Matrix& matrix,
+                          const Progress& now, int block, int blocks, Found* next,
+                          int method, Neighbour* scratch) {
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32, warps = blockDim.x / 32;
+    // Rows that are searched, first: they take longest. Where a block has fewer of them
+    // than warps, several warps share the columns of one.
+    const int turns = (now.searched + blocks - 1) / blocks;
+    const int parts =
+        max(min(warps / max(turns, 1), (now.clusters + PART - 1) / PART), 1);
+    const int at_once = warps / parts, part = own % parts;
+    Neighbour best = no_neighbour();
+    int i = -1;
+    for (int q = own / parts; q < turns && own / parts < at_once; q += at_once) {
+        const int place = q * blocks + block;
+        if (place >= now.searched) break;
+        i = all.rows()[place];
+        best = search_row(all, matrix, i, now.clusters, part, parts, method);
+        best = warp_nearest(all.token(), i, best);
+        if (lane == 0 && parts == 1) next[i] = {best.sum, best.slot};
+    }
+    if (parts > 1 && lane == 0) scratch[own] = best;
+    // The others by the last warps first: these have no part, or the shortest.
+    next_columns(all, matrix, now, (warps - 1 - own) * blocks + block, blocks * warps,
+                 next, method);
+    if (parts == 1) return;
+    __syncthreads();
+    if (i >= 0 && part == 0)
+        keep_nearest(all, next, i, lane < parts ? scratch[own + lane] : no_neighbour());
+}
