@@ -13,6 +13,7 @@ from .saliency import _axes, _token_norms_cuda
 # product with the tokens has a block for each multiprocessor. No call holds more for
 # more heads, but one tile of 128 rows at least: memory is linear in N.
 _BAND_BYTES = 128 << 20
+_FILE = "score_gradients"  # of the kernels that go through scores again
 _QUERIES, _KEYS = 1, 2  # what the rows of a band are
 
 
@@ -73,29 +74,13 @@ def _scores(
     args = (*arrays, *sizes, int(causal), scale, weights)
     if _cuda.implementation() == "basic":
         units = None
-        _launch(
-            "score_gradients",
-            "score_gradients",
-            "score_weights",
-            query,
-            outer * num_tokens,
-            args,
-        )
+        _launch(_FILE, "score_weights", query, outer * num_tokens, args)
     else:
         units = _cuda.empty((outer,), kind)
         threads = outer * _tiles(num_tokens) * _cuda.BLOCK
-        _launch(
-            "score_gradients", "score_gradients", "score_weights", query, threads, args
-        )
+        _launch(_FILE, "score_weights", query, threads, args)
         each = outer * _cuda.BLOCK
-        _launch(
-            "score_gradients",
-            "score_gradients",
-            "weight_units",
-            query,
-            each,
-            (num_tokens, weights, units),
-        )
+        _launch(_FILE, "weight_units", query, each, (num_tokens, weights, units))
     return _Scores(weights, units, mask, outer, batch, heads, int(causal), scale)
 
 
@@ -118,20 +103,16 @@ def _token_gradients(scores: _Scores, own: Any, other: Any, sides: int) -> Any:
         options = scores.causal, scores.scale, sides
         args: tuple[Any, ...] = (*arrays, *part, *masked, *options, band)
         threads = rows * columns if basic else part[1] * tiles * _cuda.BLOCK
-        _launch("score_gradients", "score_gradients", own, threads, args)
+        _launch(_FILE, "score_gradients", own, threads, args)
         if basic:
             args = (band, factor, scores.mask, *part, *masked)
             _launch(
-                "score_gradients",
-                "token_gradients",
-                own,
-                rows * dim,
-                (*args, scores.scale, out),
+                _FILE, "token_gradients", own, rows * dim, (*args, scores.scale, out)
             )
         else:
             args = (band, factor, scores.units, *part, num_tokens, dim, *options, out)
             threads = part[1] * _tiles(dim) * _cuda.BLOCK
-            _launch("score_gradients", "token_gradients", own, threads, args)
+            _launch(_FILE, "token_gradients", own, threads, args)
     return out
 
 
@@ -143,7 +124,7 @@ def _transposed(tokens: Any, scores: _Scores) -> Any:
     sizes = scores.outer, scores.batch, scores.heads, num_tokens, dim
     squares = scores.outer * (columns // 32) * -(-dim // 32)
     args = (tokens, scores.mask, *sizes, out)
-    _launch("score_gradients", "transpose_tokens", tokens, squares * _cuda.BLOCK, args)
+    _launch(_FILE, "transpose_tokens", tokens, squares * _cuda.BLOCK, args)
     return out
 
 
