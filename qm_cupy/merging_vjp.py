@@ -13,7 +13,6 @@ from scipy.sparse import csr_array
 from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
-    check_finite,
     check_gradient,
     check_labels,
     check_mass,
@@ -26,6 +25,7 @@ from .merging import (
     _members_cuda,
     _shares_reference,
 )
+from .settings import check_finite
 
 _BLOCK = 256  # tokens at a time: 2 MB of each array for D = 1024
 

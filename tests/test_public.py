@@ -13,9 +13,13 @@ import qm_cupy
 
 
 def public_modules():
-    """Give all but the two that have these names once more: test_torch, test_jax."""
+    """Give all but the two that have these names once more, and the settings.
+
+    Those are in test_torch and test_jax; `settings` has names for the library too.
+    """
+    others = "torch", "jax", "settings"
     for module in pkgutil.iter_modules(qm_cupy.__path__):
-        if not module.name.startswith("_") and module.name not in ("torch", "jax"):
+        if not module.name.startswith("_") and module.name not in others:
             yield importlib.import_module(f"qm_cupy.{module.name}")
 
 
