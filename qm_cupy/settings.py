@@ -51,8 +51,10 @@ class _Setting:
     def __init__(self, value: Any) -> None:
         self._value = value
         now = self._state.get()
-        # Two objects at most: a statement that is repeated must not pile them up.
-        unused = now.unused and now.unused._replace(unused=None)
+        unused = now.unused
+        if unused is not None and unused.unused is not None:
+            # Two objects at most: a statement that is repeated must not pile them up.
+            unused = unused._replace(unused=None)
         undo = _Undo(self, now.value, unused)
         self._state.set(_State(value, now.blocks, undo))
 
