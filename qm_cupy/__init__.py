@@ -1,8 +1,6 @@
 """QuickMerge++: token sequences in, shorter token sequences out."""
 
-from ._checks import check_finite
-from ._cuda import KernelCompilationError, use_kernels, warmup
-from ._precision import allow_tf32
+from ._cuda import KernelCompilationError, warmup
 from .alignment import AlignmentLoss, Prior, SteppingPrior, alignment_loss, decode
 from .alignment_vjp import alignment_loss_vjp
 from .budget import norm_budget, token_budget
@@ -43,6 +41,7 @@ from .saliency_vjp import (
 )
 from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
 from .selection_vjp import gumbel_softmax_vjp, saliency_mass_vjp
+from .settings import allow_tf32, check_finite, use_kernels
 from .transformer_prior import TransformerPrior
 from .workspace import Workspace
 

@@ -5,44 +5,16 @@ wait for the GPU. Kernels read no memory but their own whatever the values are.
 """
 
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cuda
+from . import _cuda, settings
 
 _INT32 = 2**31 - 1  # the most of anything that kernels count
 _WEIGHED = "average", "ward"  # the linkages that have a use for masses
-
-_finite_checked: ContextVar[bool] = ContextVar("finite_checked", default=True)
-
-
-@contextmanager
-def check_finite(enabled: bool) -> Iterator[None]:
-    """Switch the search for NaN and Inf in the inputs on or off within a block.
-
-    Parameters
-    ----------
-    enabled : bool
-        Whether inputs are searched, for negative weights too. They are by default,
-        with one pass over each; CUDA arrays never, as the CPU would have to wait.
-
-    Examples
-    --------
-    >>> import numpy as np, qm_cupy
-    >>> with qm_cupy.check_finite(False):
-    ...     qm_cupy.norm_saliency(np.array([[1.0], [3.0], [2.0]]))
-    array([0. , 1. , 0.5])
-    """
-    token = _finite_checked.set(enabled)
-    try:
-        yield
-    finally:
-        _finite_checked.reset(token)
 
 
 def check_finite_values(name: str, x: NDArray[Any]) -> None:
@@ -59,7 +31,7 @@ def check_finite_values(name: str, x: NDArray[Any]) -> None:
 
 
 def _values_checked(x: NDArray[Any]) -> bool:
-    return _finite_checked.get() and not _cuda.is_cuda(x)
+    return settings.finite_checked() and not _cuda.is_cuda(x)
 
 
 def check_given(name: str, x: Any) -> None:

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._precision import TF32, kernel_dtype
+from .settings import implementation as implementation
 from .workspace import Workspace
-
-Implementation = Literal["basic", "optimized"]
 
 _HERE = Path(__file__).resolve().parent
 _FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # a wheel's, a checkout's
@@ -47,56 +46,9 @@ SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 512, 8: 384}
 _SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
 
-_chosen: Implementation = "optimized"
-
 
 class KernelCompilationError(RuntimeError):
     """A kernel did not compile; holds the compiler's log and what may help."""
-
-
-class use_kernels:  # noqa: N801
-    """Choose the kernels that run: ``"optimized"`` (the default) or ``"basic"``.
-
-    Parameters
-    ----------
-    implementation : {"basic", "optimized"}
-        ``"basic"`` is one thread, one output: slow, plain, and the cross-check.
-
-    Raises
-    ------
-    ValueError
-        If it is another word.
-
-    Examples
-    --------
-    >>> with use_kernels("basic"):  # within the block, and only there
-    ...     ...
-    Ellipsis
-    >>> choice = use_kernels("optimized")  # from here on
-    """
-
-    def __init__(self, implementation: Implementation) -> None:
-        global _chosen
-        if implementation not in ("basic", "optimized"):
-            raise ValueError(
-                '`implementation` must be "basic" or "optimized", '
-                f"got {implementation!r}"
-            )
-        self._before = _chosen
-        _chosen = implementation
-
-    def __enter__(self) -> None:
-        """Keep the choice until the end of the ``with``."""
-
-    def __exit__(self, *exception: object) -> None:
-        """Go back to the choice before."""
-        global _chosen
-        _chosen = self._before
-
-
-def implementation() -> Implementation:
-    """Return which kernels run now."""
-    return _chosen
 
 
 def launch(

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ._checks import check_finite, check_mask, check_shape, check_tokens
+from ._checks import check_mask, check_shape, check_tokens
 from .merging import Merged
+from .settings import check_finite
 
 _PIECE = 2**20  # bytes asked of a zip member at a time
 _PICKLED = "holds pickled Python objects, which are not loaded"

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 
 from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import (
-    check_finite,
     check_gradient,
     check_labels,
     check_mass,
@@ -26,6 +24,7 @@ from .merging import (
     _members_cuda,
     _shares_reference,
 )
+from .settings import check_finite
 
 _BLOCK = 256  # tokens at a time: 2 MB of each array for D = 1024
 
@@ -263,6 +262,8 @@ def unmerge_tokens_vjp(gradient: Array, labels: Array, num_groups: Any) -> Array
 def _unmerge_tokens_vjp_reference(
     gradient: NDArray[Any], labels: NDArray[Any], num_groups: int
 ) -> NDArray[Any]:
+    from scipy.sparse import csr_array  # here, or `import qm_cupy` takes twice as long
+
     *batch, _, dim = gradient.shape
     flat, group, num_rows = _flat_groups(labels, num_groups)
     dtype = np.result_type(gradient.dtype, np.float32)

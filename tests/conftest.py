@@ -11,6 +11,7 @@ from gpu_at_hand import missing
 from hypothesis import settings
 from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
 
+import qm_cupy as qm
 from qm_cupy import _cuda
 
 # It would be imported as CuPy; test_rehearsal.py runs it in processes of its own.
@@ -125,7 +126,7 @@ def kernels(request, monkeypatch):
     """Name of the kernels that the interpreter runs under the public functions."""
     name, _, arch = request.param.partition("-")
     ptx.install(monkeypatch, arch=int(arch or 90))
-    with _cuda.use_kernels(name):
+    with qm.use_kernels(name):
         yield name
 
 
@@ -145,7 +146,7 @@ def launches(monkeypatch):
 @pytest.fixture(params=["optimized", "basic"])
 def gpu_kernels(request):
     """Name of the kernels that a GPU runs under the public functions."""
-    with _cuda.use_kernels(request.param):
+    with qm.use_kernels(request.param):
         yield request.param
 
 

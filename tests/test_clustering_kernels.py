@@ -21,7 +21,7 @@ def interpreted(monkeypatch):
     """Return a function that calls another one, whose kernels are interpreted."""
 
     def call(function, *args, kernels="optimized", device=(5, 0), **options):
-        with monkeypatch.context() as patch, _cuda.use_kernels(kernels):
+        with monkeypatch.context() as patch, qm.use_kernels(kernels):
             ptx.install(patch)
             patch.setattr(_linkage_cuda, "THREADS", {4: 64, 8: 64})
             patch.setattr(_cuda, "device", lambda: _cuda.Device(*device))

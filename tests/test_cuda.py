@@ -9,21 +9,22 @@ import numpy as np
 import ptx
 import pytest
 
+import qm_cupy as qm
 from qm_cupy import _cuda, _precision
 
 
 def test_kernels_are_chosen_for_a_block_or_for_good():
     assert _cuda.implementation() == "optimized"
-    with _cuda.use_kernels("basic"):
-        with _cuda.use_kernels("optimized"):
+    with qm.use_kernels("basic"):
+        with qm.use_kernels("optimized"):
             assert _cuda.implementation() == "optimized"
         assert _cuda.implementation() == "basic"
-    choice = _cuda.use_kernels("basic")
+    choice = qm.use_kernels("basic")
     assert _cuda.implementation() == "basic"
     choice.__exit__()
     assert _cuda.implementation() == "optimized"
     with pytest.raises(ValueError, match='"basic" or "optimized", got \'fast\''):
-        _cuda.use_kernels("fast")
+        qm.use_kernels("fast")
 
 
 def test_tf32_is_allowed_for_a_block_or_for_good():
@@ -35,17 +36,17 @@ def test_tf32_is_allowed_for_a_block_or_for_good():
         return [*map(_precision.kernel_dtype, files, plain)]
 
     assert kinds() == plain
-    with _precision.allow_tf32():
+    with qm.allow_tf32():
         assert kinds() == allowed
-        with _precision.allow_tf32(False):
+        with qm.allow_tf32(False):
             assert kinds() == plain
         assert kinds() == allowed
-    choice = _precision.allow_tf32()
+    choice = qm.allow_tf32()
     assert kinds() == allowed
     choice.__exit__()
     assert kinds() == plain
     with pytest.raises(TypeError, match="`enabled` must be True or False, got 1"):
-        _precision.allow_tf32(1)
+        qm.allow_tf32(1)
 
 
 def test_the_compiler_hears_of_tf32():

@@ -67,7 +67,7 @@ def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
     cards = [card for card in CARDS if card.arch != 89 or dtype == "float16"]
     card_device.compile_kernels(dtype, cards)
     device = card_device.install(monkeypatch, *cards)
-    with _cuda.use_kernels(kernels), qm.allow_tf32(dtype == "tf32"):
+    with qm.use_kernels(kernels), qm.allow_tf32(dtype == "tf32"):
         for shape in SHAPES:
             case = Case(*shape, dtype=numpy_dtype(dtype))
             for operation, call in OPERATIONS.items():
@@ -127,7 +127,7 @@ def test_the_host_reads_nothing_else(kernels, monkeypatch):
     card_device.compile_kernels("float32", CARDS[-1:])
     device = card_device.install(monkeypatch, CARDS[-1])
     case, found = Case(33), {}
-    with _cuda.use_kernels(kernels):
+    with qm.use_kernels(kernels):
         for operation, call in OPERATIONS.items():
             device.run(operation, call, case)  # priors copy their weights
             device_array.READS.clear()

@@ -6,6 +6,7 @@ import pytest
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+import qm_cupy as qm
 from qm_cupy import _cuda, _linkage_cuda
 
 METHODS = _linkage_cuda.METHODS
@@ -322,7 +323,7 @@ def test_tokens_that_are_not_numbers_stay_alone(method, device, kernels):
     nan = np.uint32(0x7FFFFFFF).view(np.float32)  # as a GPU makes it, which may wrap
     cosines[0, bad] = cosines[0, :, bad] = nan
     cosines[1] = nan
-    with _cuda.use_kernels(kernels):
+    with qm.use_kernels(kernels):
         rows, rounds = _linkage_cuda.linkage_cuda(cosines, method)
         others = np.arange(num_tokens) != bad
         alone, few = dendrogram_of(tokens[0, others], method)
@@ -342,7 +343,7 @@ def test_basic_kernels_agree(method):
         if "mass" in options and method not in ("average", "ward"):
             continue
         wanted, _ = dendrogram_of(tokens, method, **options)
-        with _cuda.use_kernels("basic"):
+        with qm.use_kernels("basic"):
             got, _ = dendrogram_of(tokens, method, **options)
         np.testing.assert_allclose(got[..., 2], wanted[..., 2], rtol=1e-5)
         np.testing.assert_array_equal(got[..., 3] > 0, wanted[..., 3] > 0)

@@ -8,6 +8,7 @@ import pytest
 from kernel_cases import dtypes, masked, random, whatever_shape
 from scipy.cluster import hierarchy
 
+import qm_cupy as qm
 from qm_cupy import _cuda
 from qm_cupy._matching_cuda import (
     bipartite_groups_cuda,
@@ -187,7 +188,7 @@ def test_cut_linkage_of_what_is_no_dendrogram(num_tokens):
     ids[4, :, :2], ids[4, :, 2] = 0, -1e200
     labels = []
     for name in ("basic", "optimized"):
-        with _cuda.use_kernels(name):
+        with qm.use_kernels(name):
             for counts in ([-1, 0, 1, 2**31 - 1, 1], [1] * 5):
                 counts = np.array(counts, np.int32)
                 labels.append(cut_linkage_cuda(ids, counts, num_tokens))
