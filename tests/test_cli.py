@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import qm_cupy as qm
-from qm_cupy import _cli, _progress
-from qm_cupy._cli import main
+from qm_cupy.cli import compress as command
+from qm_cupy.cli import progress
+from qm_cupy.cli.main import main
 
 FORMATS = ["raw.npy", "stored.npz", "deflated.npz", "flat.safetensors"]
 
@@ -60,7 +61,7 @@ def mask(rng):
 
 @pytest.fixture(params=[1, 2 * 12 * 5 * 4, 2**26], ids=["one", "two", "all"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(_cli, "_CHUNK", request.param)
+    monkeypatch.setattr(command, "_CHUNK", request.param)
 
 
 @pytest.fixture
@@ -138,14 +139,14 @@ class TestCompress:
 
 def test_deflated_file_larger_than_a_chunk(tmp_path, monkeypatch, capsys):
     """60 sequences of 160 kB, worked on 13 at a time."""
-    monkeypatch.setattr(_cli, "_CHUNK", 2**21)
+    monkeypatch.setattr(command, "_CHUNK", 2**21)
     x = np.zeros((60, 20, 2000), np.float32)
     x[..., :8] = np.random.default_rng(0).standard_normal((60, 20, 8))
     path = save(tmp_path / "deflated.npz", tokens=x)
     sizes = []
-    whole = _cli.quickmerge
+    whole = command.quickmerge
     monkeypatch.setattr(
-        _cli,
+        command,
         "quickmerge",
         lambda x, *a, **k: sizes.append(x.nbytes) or whole(x, *a, **k),
     )
@@ -187,9 +188,9 @@ def test_progress_on_a_terminal_only(tmp_path, tokens, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(_progress, "_PATIENCE", 0)
+    monkeypatch.setattr(progress, "_PATIENCE", 0)
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(_cli, "_CHUNK", 1)
+    monkeypatch.setattr(command, "_CHUNK", 1)
     compress(path)
     shown = terminal.getvalue().split("\r\x1b[K")
     assert shown[1] == f"[{'.' * 30}] 0 of 7 sequences"
@@ -366,7 +367,7 @@ class TestOutput:
     def test_refused_before_any_work(self, tmp_path, tokens, fails, monkeypatch):
         source = save(tmp_path / "a.npz", tokens=tokens)
         before = source.read_bytes()
-        monkeypatch.setattr(_cli, "_merge_chunk", None)
+        monkeypatch.setattr(command, "_merge_chunk", None)
         (tmp_path / "folder.npz").mkdir()
         (tmp_path / "link.npz").symlink_to(source)
 
@@ -403,15 +404,15 @@ class TestOutput:
         source = save(tmp_path / "a.npy", tokens=tokens)
         compress(source)
         before = (tmp_path / "out.npz").read_bytes()
-        monkeypatch.setattr(_cli, "_CHUNK", 1)
-        merge = _cli.quickmerge
+        monkeypatch.setattr(command, "_CHUNK", 1)
+        merge = command.quickmerge
 
         def stop(*arguments, sequence_offset=0, **options):
             if sequence_offset == 4:
                 raise error
             return merge(*arguments, sequence_offset=sequence_offset, **options)
 
-        monkeypatch.setattr(_cli, "quickmerge", stop)
+        monkeypatch.setattr(command, "quickmerge", stop)
         capsys.readouterr()
         code, _ = compress(source, "--seed", "9")
         assert code == (130 if error is KeyboardInterrupt else 2)

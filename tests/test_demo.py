@@ -5,7 +5,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 import qm_cupy as qm
-from qm_cupy._demo import _embed, _patches, _unpatch, run_demo
+from qm_cupy.cli.demo import _embed, _patches, _unpatch, run_demo
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 import qm_cupy as qm
 from qm_cupy import plot
 from qm_cupy.plot import (
+    drawing,
     plot_budget,
     plot_dendrogram,
     plot_groups,
@@ -340,7 +341,7 @@ def test_what_the_door_finds_on_a_gpu_is_copied(monkeypatch):
         def get(self):
             return LABELS
 
-    monkeypatch.setattr(plot, "enter", lambda labels: (None, OnGPU()))
+    monkeypatch.setattr(drawing, "enter", lambda labels: (None, OnGPU()))
     assert list(arcs_of(plot_groups(OnGPU()))) == ["group 3", "group 4"]
 
 

@@ -9,15 +9,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ._replacing import replacing
-from .alignment import alignment_loss
-from .budget import token_budget
-from .clustering import cluster_tokens
-from .fidelity import fidelity_loss, norm_mass, reconstruction_error
-from .merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
-from .mlp_prior import MLPPrior
-from .saliency import saliency, self_attention_entropy
-from .selection import gumbel_softmax, saliency_mass
+from ..alignment import alignment_loss
+from ..atomic_write import atomic_write
+from ..budget import token_budget
+from ..clustering import cluster_tokens
+from ..fidelity import fidelity_loss, norm_mass, reconstruction_error
+from ..merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
+from ..mlp_prior import MLPPrior
+from ..saliency import saliency, self_attention_entropy
+from ..selection import gumbel_softmax, saliency_mass
 
 _MOST_TOKENS = 5000  # a larger picture gets larger patches
 _LEAST_PATCH = 8  # pixels
@@ -78,9 +78,9 @@ def run_demo(
         "mass": mass,
     }
     archive, figure = output / "merged.npz", output / "merged.png"
-    with replacing(archive) as file:
+    with atomic_write(archive) as file:
         np.savez(file, allow_pickle=False, **arrays)
-    with replacing(figure) as file:
+    with atomic_write(figure) as file:
         _draw(
             file,
             _unpatch(pixels, rows, patch),
@@ -151,7 +151,7 @@ def _draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from .plot import plot_groups
+    from ..plot import plot_groups
 
     height, width = picture.shape[:2]
     figure = Figure(figsize=(13.5, 4.4 * height / width + 0.4), layout="constrained")
