@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,36 @@ from .. import _cuda
 from .._checks import check_tokens
 from ..atomic_write import atomic_write
 from ..budget import token_budget
+from ..clustering import ORDERS
 from ..corpus.readers import Mask, Stored, open_tokens
 from ..corpus.writers import check_output, write_merged
 from ..merging import Merged
 from ..pipeline import quickmerge
+from .options import add_budget, add_method, add_seed
 from .progress import Step, progress
 
 _CHUNK = 64 * 2**20  # bytes of tokens worked on at a time
 
 
-def compress(arguments: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Merge the tokens (N, D) or (B, N, D) of a file into an .npz."
+    add = parser.add_argument
+    add("input", type=Path, metavar="INPUT", help=".npy, .npz or .safetensors")
+    add_budget(parser, required=True)
+    add("-o", "--output", type=Path, required=True, metavar="OUT.npz")
+    add("--key", metavar="NAME", help='the tokens in INPUT (default: "tokens")')
+    add("--mask", metavar="NAME", help="a boolean (B, N) in INPUT, True = token")
+    add_method(parser, default="average")
+    add("--order", choices=ORDERS, default="last", help="default: last")
+    add_seed(parser)
+    add("--temperature", type=float, default=0.1, metavar="T", help="default: 0.1")
+    add("--epsilon", type=float, default=0.01, metavar="E", help="default: 0.01")
+    add("--weights", choices=("mass", "saliency", "uniform"), default="mass")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(run=_compress)
+
+
+def _compress(arguments: argparse.Namespace) -> None:
     begun = time.perf_counter()
     on_gpu = _on_gpu(arguments.device)
     names = ("method", "order", "temperature", "epsilon", "weights", "seed")

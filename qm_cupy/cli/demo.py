@@ -1,5 +1,6 @@
 """The demonstration: a picture in a fifth of its tokens."""
 
+import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,31 @@ from ..merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
 from ..mlp_prior import MLPPrior
 from ..saliency import saliency, self_attention_entropy
 from ..selection import gumbel_softmax, saliency_mass
+from .options import add_budget, add_method, add_seed
 
 _MOST_TOKENS = 5000  # a larger picture gets larger patches
 _LEAST_PATCH = 8  # pixels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Merge the patches of a picture and draw what became of it."
+    add = parser.add_argument
+    add("--image", type=Path, metavar="PATH", help="default: a portrait photograph")
+    add_budget(parser, default=0.2)
+    add("--output", type=Path, default=Path("qm-cupy-demo"), metavar="FOLDER")
+    add_method(parser, default="ward")
+    add_seed(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    run_demo(
+        arguments.image,
+        arguments.budget,
+        arguments.output,
+        method=arguments.method,
+        seed=arguments.seed,
+    )
 
 
 def run_demo(
