@@ -26,7 +26,7 @@ def test_stopped_half_way(tmp_path, tokens, monkeypatch, capsys, error):
     source = save(tmp_path / "a.npy", tokens=tokens)
     compress(source)
     before = (tmp_path / "out.npz").read_bytes()
-    monkeypatch.setattr(command, "_CHUNK", 1)
+    monkeypatch.setattr(command, "CHUNK_BYTES", 1)
     merge = command.quickmerge
 
     def stop(*arguments, sequence_offset=0, **options):

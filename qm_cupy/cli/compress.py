@@ -24,14 +24,14 @@ from ..pipeline import quickmerge
 from .options import add_budget, add_method, add_seed
 from .progress import Step, progress
 
-_CHUNK = 64 * 2**20  # bytes of tokens worked on at a time
+CHUNK_BYTES = 64 * 2**20  # of tokens worked on at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Merge the tokens (N, D) or (B, N, D) of a file into an .npz."
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help=".npy, .npz or .safetensors")
-    add_budget(parser, required=True)
+    add_budget(parser)
     add("-o", "--output", type=Path, required=True, metavar="OUT.npz")
     add("--key", metavar="NAME", help='the tokens in INPUT (default: "tokens")')
     add("--mask", metavar="NAME", help="a boolean (B, N) in INPUT, True = token")
@@ -58,7 +58,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         dtype = tokens.dtype.newbyteorder("=")
         num_sequences = math.prod(tokens.shape[:-2])
         with atomic_write(output) as file, progress(num_sequences, sys.stderr) as step:
-            merge = functools.partial(_merge_chunk, on_gpu, arguments.budget, options)
+            merge = functools.partial(merge_chunk, on_gpu, arguments.budget, options)
             parts = _merge_parts(tokens, mask, merge, most, step)
             write_merged(file, shape, dtype, parts)
     seconds = time.perf_counter() - begun
@@ -103,7 +103,7 @@ def _merge_parts(
     """Merge a chunk at a time, to the bit as if it were the whole; with batch axis."""
     single = len(tokens.shape) == 2
     num_bytes = math.prod(tokens.shape[-2:]) * tokens.dtype.itemsize  # of a sequence
-    count = tokens.shape[0] if single else max(1, _CHUNK // num_bytes)
+    count = tokens.shape[0] if single else max(1, CHUNK_BYTES // num_bytes)
     start = 0
     for block in tokens.blocks(count):
         chunk = block[None] if single else block  # (b, N, D)
@@ -114,7 +114,7 @@ def _merge_parts(
         start = stop
 
 
-def _merge_chunk(
+def merge_chunk(
     on_gpu: bool,
     budget: int | float,
     options: dict[str, Any],

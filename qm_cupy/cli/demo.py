@@ -54,8 +54,8 @@ def run_demo(
     patch = max(
         _LEAST_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MOST_TOKENS)))
     )
-    pixels, rows = _patches(picture, patch)  # (N, patch·patch·3)
-    tokens = _embed(pixels, rows)
+    pixels, rows = cut_into_patches(picture, patch)  # (N, patch·patch·3)
+    tokens = embed_patches(pixels, rows)
     num_groups = token_budget(budget, len(tokens))
     output.mkdir(parents=True, exist_ok=True)
 
@@ -106,8 +106,8 @@ def run_demo(
     with atomic_write(figure) as file:
         _draw(
             file,
-            _unpatch(pixels, rows, patch),
-            _unpatch(rebuilt, rows, patch),
+            join_patches(pixels, rows, patch),
+            join_patches(rebuilt, rows, patch),
             labels.reshape(rows, -1),
             f"{len(tokens)} tokens",
             f"{num_groups} tokens, PSNR {quality:.1f} dB",
@@ -134,7 +134,7 @@ def _read_picture(image: Path | None) -> NDArray[Any]:
     return picture.astype(np.float32) / 255
 
 
-def _patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
+def cut_into_patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
     """Cut into patches in raster order, (N, patch·patch·3); return their rows too."""
     rows, columns = picture.shape[0] // patch, picture.shape[1] // patch
     whole = picture[: rows * patch, : columns * patch]
@@ -142,12 +142,12 @@ def _patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
     return blocks.reshape(rows * columns, -1), rows
 
 
-def _unpatch(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
+def join_patches(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
     blocks = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
     return blocks.reshape(rows * patch, -1, 3)
 
 
-def _embed(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
+def embed_patches(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
     """Make patches into tokens whose cosine tells them apart.
 
     Centred, because all-positive pixels point the same way; one constant component,

@@ -1,14 +1,20 @@
 """Options that several commands take."""
 
 import argparse
-from typing import Any
 
 from ..clustering import METHODS
 
 
-def add_budget(parser: argparse.ArgumentParser, **kind: Any) -> None:
-    text = "tokens to keep (20) or their share (0.2; 1.0 is all)"
-    parser.add_argument("--budget", type=_budget, metavar="K", help=text, **kind)
+def add_budget(parser: argparse.ArgumentParser, default: float | None = None) -> None:
+    """Add `--budget`, which must be there if it has no default."""
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="K",
+        required=default is None,
+        default=default,
+        help="tokens to keep (20) or their share (0.2; 1.0 is all)",
+    )
 
 
 def _budget(text: str) -> int | float:

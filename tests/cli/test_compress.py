@@ -15,7 +15,7 @@ def mask(rng):
 
 @pytest.fixture(params=[1, 2 * 12 * 5 * 4, 2**26], ids=["one", "two", "all"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(command, "_CHUNK", request.param)
+    monkeypatch.setattr(command, "CHUNK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -76,7 +76,7 @@ class TestCompress:
 
 def test_deflated_file_larger_than_a_chunk(tmp_path, monkeypatch, capsys):
     """60 sequences of 160 kB, worked on 13 at a time."""
-    monkeypatch.setattr(command, "_CHUNK", 2**21)
+    monkeypatch.setattr(command, "CHUNK_BYTES", 2**21)
     x = np.zeros((60, 20, 2000), np.float32)
     x[..., :8] = np.random.default_rng(0).standard_normal((60, 20, 8))
     path = save(tmp_path / "deflated.npz", tokens=x)

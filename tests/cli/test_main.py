@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import save
 
+import qm_cupy
 from qm_cupy.cli.main import main
 
 
@@ -17,6 +18,32 @@ def test_no_command_and_help(fails, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["compress", "--help"])
     assert "--budget K" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{qm_cupy.__version__}\n"
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_no_command_is_imported_before_it_is_asked_for(tmp_path, option):
+    code = f"""
+import sys
+from qm_cupy.cli.main import main
+try:
+    main(["{option}"])
+finally:
+    print(*sys.modules, sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = set(done.stdout.split("\n"))
+    assert "qm_cupy.cli.main" in names
+    for module in ("cli.compress", "cli.demo", "cli.doctor", "corpus", "plot"):
+        assert f"qm_cupy.{module}" not in names
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ def test_progress_on_a_terminal_only(tmp_path, tokens, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(progress, "_PATIENCE", 0)
+    monkeypatch.setattr(progress, "PATIENCE", 0)
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(command, "_CHUNK", 1)
+    monkeypatch.setattr(command, "CHUNK_BYTES", 1)
     compress(path)
     shown = terminal.getvalue().split("\r\x1b[K")
     assert shown[1] == f"[{'.' * 30}] 0 of 7 sequences"

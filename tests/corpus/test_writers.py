@@ -16,7 +16,7 @@ def test_same_bytes_twice(tmp_path, tokens):
 def test_refused_before_any_work(tmp_path, tokens, fails, monkeypatch):
     source = save(tmp_path / "a.npz", tokens=tokens)
     before = source.read_bytes()
-    monkeypatch.setattr(command, "_merge_chunk", None)
+    monkeypatch.setattr(command, "merge_chunk", None)
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "link.npz").symlink_to(source)
 
