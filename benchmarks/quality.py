@@ -45,7 +45,7 @@ from sklearn.datasets import load_sample_images
 from texts import Document, cut, documents, licences, sections
 
 import qm_cupy as qm
-from qm_cupy._progress import progress
+from qm_cupy.cli.progress import progress
 
 LENGTH, PASSAGES = 256, 2  # word pieces of a passage; the most of a document
 SECTION, SECTIONS = 128, 6  # and of a section, [CLS] and [SEP] among them

@@ -10,7 +10,7 @@ from typing import Any
 
 from guard import guarded
 
-from qm_cupy._replacing import replacing
+from qm_cupy.atomic_write import atomic_write
 
 
 def median_seconds(
@@ -43,5 +43,5 @@ def median_seconds(
 
 def write_json(path: Path, report: Any) -> None:
     """Write a report at once, or not at all."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(report, indent=2).encode())

@@ -26,7 +26,7 @@ from PIL import Image
 from report import write_json
 
 import qm_cupy as qm
-from qm_cupy._progress import progress
+from qm_cupy.cli.progress import progress
 
 PATCH = 8  # pixels
 WIDTH = 512  # of the photograph: 64 patches a row

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._replacing import replacing
+from .atomic_write import atomic_write
 
 _KEY = "qm_cupy"  # of the one entry of metadata: what kind of weights, and a digest
 _BLANK = "0" * 64  # what stands in for the digest while it is computed
@@ -33,7 +33,7 @@ def save_weights(
     plain = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     blank = save(plain, metadata={_KEY: about})
     digest = hashlib.sha256(blank).hexdigest()
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(blank.replace(_BLANK.encode(), digest.encode(), 1))
 
 

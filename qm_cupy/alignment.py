@@ -12,7 +12,7 @@ from . import _cuda
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_counts, check_shape, check_tokens
 from ._libraries import give_inside, no_grad, stack
-from ._progress import progress
+from .cli.progress import progress
 from .merging import Merged
 
 

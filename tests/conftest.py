@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import ptx
 import pytest
+from command_line import compress_fails, fails, tokens  # noqa: F401
 from covering import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 from gpu_at_hand import missing
 from hypothesis import settings
@@ -17,9 +18,9 @@ from qm_cupy import _cuda
 # It would be imported as CuPy; test_rehearsal.py runs it in processes of its own.
 collect_ignore = ["rehearsal"]
 NEED_A_GPU = [
+    "plot/test_gpu_plot.py",
     "test_gpu_long.py",
     "test_gpu_parity.py",
-    "test_gpu_plot.py",
     "test_gpu_streams.py",
     "test_gpu_torch.py",
 ]

@@ -43,7 +43,9 @@ def public():
     """Return the names of the package and of the modules that users import."""
     found = {"qm_cupy": qm_cupy.__all__}
     for module in pkgutil.iter_modules(qm_cupy.__path__, "qm_cupy."):
-        text = Path(module.module_finder.path, f"{module.name.split('.')[1]}.py")
+        name = module.name.split(".")[1]
+        file = f"{name}/__init__.py" if module.ispkg else f"{name}.py"
+        text = Path(module.module_finder.path, file)
         names = re.search(
             r"^__all__ = (\[.*?\])", text.read_text(encoding="utf-8"), re.M | re.S
         )

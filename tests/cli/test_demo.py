@@ -5,7 +5,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 import qm_cupy as qm
-from qm_cupy._demo import _embed, _patches, _unpatch, run_demo
+from qm_cupy.cli.demo import cut_into_patches, embed_patches, join_patches, run_demo
 
 
 @pytest.fixture
@@ -15,9 +15,9 @@ def options():
 
 def test_patches_come_back(rng):
     picture = rng.random((37, 29, 3))
-    pixels, rows = _patches(picture, 8)
+    pixels, rows = cut_into_patches(picture, 8)
     assert pixels.shape == (4 * 3, 192)
-    np.testing.assert_array_equal(_unpatch(pixels, rows, 8), picture[:32, :24])
+    np.testing.assert_array_equal(join_patches(pixels, rows, 8), picture[:32, :24])
 
 
 def test_portrait(tmp_path, capsys, options):
@@ -52,8 +52,8 @@ def test_merging_beats_larger_patches():
     y, x = np.mgrid[:64, :64] / 64
     disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).astype(np.float32)
     picture = np.stack([disc, x, y], axis=-1)
-    pixels, rows = _patches(picture, 4)
-    labels = qm.cluster_tokens(_embed(pixels, rows), 51, method="ward")
+    pixels, rows = cut_into_patches(picture, 4)
+    labels = qm.cluster_tokens(embed_patches(pixels, rows), 51, method="ward")
     rebuilt = qm.unmerge_tokens(qm.merge_tokens(pixels, labels, 51), labels)
     chosen = np.mean((rebuilt - pixels) ** 2)
     blocks = picture.reshape(8, 8, 8, 8, 3).mean(axis=(1, 3), keepdims=True)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from artists import CALLS, closed, pixels  # noqa: F401
 from gpu_at_hand import cupy
 from gpu_parity import marks
-from test_plot import calls, pixels, tree  # noqa: F401
 
 from qm_cupy import plot
 
@@ -12,9 +12,9 @@ pytestmark = marks
 
 
 @pytest.mark.parametrize("name", plot.__all__)
-def test_arrays_on_a_gpu(tree, name):  # noqa: F811
+def test_arrays_on_a_gpu(name):
     function = getattr(plot, name)
-    arrays, options = calls(tree)[function]
+    arrays, options = CALLS[name]
     wanted = pixels(function(*arrays, **options).figure)
     got = pixels(function(*map(cupy.asarray, arrays), **options).figure)
     np.testing.assert_array_equal(got, wanted)

@@ -1,5 +1,6 @@
 """The demonstration: a picture in a fifth of its tokens."""
 
+import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,18 +10,40 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ._replacing import replacing
-from .alignment import alignment_loss
-from .budget import token_budget
-from .clustering import cluster_tokens
-from .fidelity import fidelity_loss, norm_mass, reconstruction_error
-from .merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
-from .mlp_prior import MLPPrior
-from .saliency import saliency, self_attention_entropy
-from .selection import gumbel_softmax, saliency_mass
+from ..alignment import alignment_loss
+from ..atomic_write import atomic_write
+from ..budget import token_budget
+from ..clustering import cluster_tokens
+from ..fidelity import fidelity_loss, norm_mass, reconstruction_error
+from ..merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
+from ..mlp_prior import MLPPrior
+from ..saliency import saliency, self_attention_entropy
+from ..selection import gumbel_softmax, saliency_mass
+from .options import add_budget, add_method, add_seed
 
 _MOST_TOKENS = 5000  # a larger picture gets larger patches
 _LEAST_PATCH = 8  # pixels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Merge the patches of a picture and draw what became of it."
+    add = parser.add_argument
+    add("--image", type=Path, metavar="PATH", help="default: a portrait photograph")
+    add_budget(parser, default=0.2)
+    add("--output", type=Path, default=Path("qm-cupy-demo"), metavar="FOLDER")
+    add_method(parser, default="ward")
+    add_seed(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    run_demo(
+        arguments.image,
+        arguments.budget,
+        arguments.output,
+        method=arguments.method,
+        seed=arguments.seed,
+    )
 
 
 def run_demo(
@@ -31,8 +54,8 @@ def run_demo(
     patch = max(
         _LEAST_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MOST_TOKENS)))
     )
-    pixels, rows = _patches(picture, patch)  # (N, patch·patch·3)
-    tokens = _embed(pixels, rows)
+    pixels, rows = cut_into_patches(picture, patch)  # (N, patch·patch·3)
+    tokens = embed_patches(pixels, rows)
     num_groups = token_budget(budget, len(tokens))
     output.mkdir(parents=True, exist_ok=True)
 
@@ -78,13 +101,13 @@ def run_demo(
         "mass": mass,
     }
     archive, figure = output / "merged.npz", output / "merged.png"
-    with replacing(archive) as file:
+    with atomic_write(archive) as file:
         np.savez(file, allow_pickle=False, **arrays)
-    with replacing(figure) as file:
+    with atomic_write(figure) as file:
         _draw(
             file,
-            _unpatch(pixels, rows, patch),
-            _unpatch(rebuilt, rows, patch),
+            join_patches(pixels, rows, patch),
+            join_patches(rebuilt, rows, patch),
             labels.reshape(rows, -1),
             f"{len(tokens)} tokens",
             f"{num_groups} tokens, PSNR {quality:.1f} dB",
@@ -111,7 +134,7 @@ def _read_picture(image: Path | None) -> NDArray[Any]:
     return picture.astype(np.float32) / 255
 
 
-def _patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
+def cut_into_patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
     """Cut into patches in raster order, (N, patch·patch·3); return their rows too."""
     rows, columns = picture.shape[0] // patch, picture.shape[1] // patch
     whole = picture[: rows * patch, : columns * patch]
@@ -119,12 +142,12 @@ def _patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
     return blocks.reshape(rows * columns, -1), rows
 
 
-def _unpatch(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
+def join_patches(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
     blocks = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
     return blocks.reshape(rows * patch, -1, 3)
 
 
-def _embed(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
+def embed_patches(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
     """Make patches into tokens whose cosine tells them apart.
 
     Centred, because all-positive pixels point the same way; one constant component,
@@ -151,7 +174,7 @@ def _draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from .plot import plot_groups
+    from ..plot import plot_groups
 
     height, width = picture.shape[:2]
     figure = Figure(figsize=(13.5, 4.4 * height / width + 0.4), layout="constrained")

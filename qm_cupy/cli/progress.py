@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 _WIDTH = 30
-_PATIENCE = 1.0  # seconds: what is done by then needs no bar
+PATIENCE = 1.0  # seconds: what is done by then needs no bar
 _CLEAR = "\r\x1b[K"  # to the line's start, and erase it
 
 
@@ -22,7 +22,7 @@ def progress(total: int, stream: TextIO, unit: str = "sequences") -> Iterator[St
 
     def step(done: int) -> None:
         taken = time.monotonic() - begun
-        if not shown or taken < _PATIENCE:
+        if not shown or taken < PATIENCE:
             return
         share = done / max(total, 1)
         left = taken * (1 / share - 1) if share else 0

@@ -1,5 +1,6 @@
 """What is installed, what is missing, and how to get it."""
 
+import argparse
 import os
 import platform
 from collections.abc import Iterator
@@ -21,7 +22,12 @@ _OPTIONAL = {
 }
 
 
-def doctor() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Say what is installed and missing."
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
     """Print the state of this installation."""
     rows = [("Python", platform.python_version())]
     rows += [(name, _version(name) or "missing") for name in _REQUIRED]

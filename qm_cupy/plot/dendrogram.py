@@ -1,0 +1,176 @@
+"""The dendrogram of one sequence, and the cut that leaves K groups."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from numpy.typing import NDArray
+
+from .._arrays import on_callers_stream
+from .._checks import check_dendrogram
+from ..clustering import cut_linkage
+from .drawing import (
+    OUTLINE,
+    axes_or_new,
+    check_names,
+    figure_width,
+    name_tokens,
+    to_host,
+)
+
+
+@on_callers_stream
+def plot_dendrogram(
+    dendrogram: Any,
+    *,
+    num_groups: int | None = None,
+    mask: Any = None,
+    words: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the dendrogram of one sequence, and the cut that leaves K groups.
+
+    Branches stand in the order of their first tokens. Merges that the cut undoes are
+    dashed, and where it crosses a branch stands the number of the group below.
+
+    Parameters
+    ----------
+    dendrogram : ndarray of shape (N - 1, 4)
+        As `linkage` gives it.
+    num_groups : int, optional
+        K; no cut by default. The line is drawn half-way between the last merge below
+        it and the first above.
+    mask : ndarray of shape (N,), optional
+        The mask the dendrogram was made with.
+    words : sequence of str, optional
+        A name for each of the N tokens; their positions by default.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; in a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        With the merges in one line collection, in the order of their rows, and the cut
+        as its only line.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit or `ax` are no axes.
+    ValueError
+        If the dendrogram is not one, or not of this mask, or K is outside 1..N.
+
+    See Also
+    --------
+    scipy.cluster.hierarchy.dendrogram : More ways to draw one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qm_cupy import linkage
+    >>> tree = linkage(np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
+    >>> ax = plot_dendrogram(tree, num_groups=2, words=["here", "there", "here"])
+    >>> [word.get_text() for word in ax.get_xticklabels()]
+    ['here', 'here', 'there']
+    >>> float(ax.lines[0].get_ydata()[0])
+    0.5
+    """
+    dendrogram = to_host("dendrogram", dendrogram)
+    mask = None if mask is None else to_host("mask", mask)
+    check_dendrogram(dendrogram, mask)
+    if dendrogram.ndim != 2:
+        raise ValueError(
+            f"`dendrogram` must have shape (N - 1, 4), got {dendrogram.shape}"
+        )
+    num_tokens = len(dendrogram) + 1
+    check_names("words", words, num_tokens, "tokens")
+    keep = np.ones(num_tokens, np.bool_) if mask is None else mask
+    tree = dendrogram[: np.count_nonzero(keep) - 1].astype(np.float64)
+    labels, merges = None, len(tree)
+    if num_groups is not None:
+        labels = cut_linkage(dendrogram, num_groups=num_groups, mask=mask)
+        merges = len(tree) - int(labels.max())
+    leaves, place, height = _layout(tree, num_tokens, np.flatnonzero(keep))
+    ax = axes_or_new(ax, figure_width(len(leaves)), 3.5)
+    top = height.max() or 1.0
+    _draw_branches(ax, tree, place, height, merges)
+    if labels is not None:
+        _draw_cut(ax, tree, place, labels, merges)
+    ax.set(xlim=(-0.8, len(leaves) - 0.2), ylim=(0, 1.08 * top), ylabel="distance")
+    ax.spines[["right", "top"]].set_visible(False)
+    names = map(str, leaves) if words is None else (words[leaf] for leaf in leaves)
+    name_tokens(ax.xaxis, list(names))
+    return ax
+
+
+def _layout(
+    tree: NDArray[Any], num_tokens: int, tokens: NDArray[np.intp]
+) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the tokens from left to right, and x and height of every node."""
+    members = {int(token): [int(token)] for token in tokens}
+    for row, (a, b) in enumerate(tree[:, :2].astype(int), num_tokens):
+        first, second = sorted((members.pop(a), members.pop(b)))
+        members[row] = first + second
+    (leaves,) = members.values()
+    place = np.zeros(2 * num_tokens - 1)
+    height = np.zeros(2 * num_tokens - 1)
+    place[leaves] = np.arange(len(leaves))
+    for row, (a, b) in enumerate(tree[:, :2].astype(int), num_tokens):
+        place[row] = (place[a] + place[b]) / 2
+    height[num_tokens : num_tokens + len(tree)] = tree[:, 2]
+    return leaves, place, height
+
+
+def _draw_branches(
+    ax: Axes,
+    tree: NDArray[Any],
+    place: NDArray[np.float64],
+    height: NDArray[np.float64],
+    merges: int,
+) -> None:
+    """Draw every merge as a bracket over its two branches; dashed from `merges` on."""
+    child = tree[:, :2].astype(np.intp)
+    x = place[child].repeat(2, axis=1)  # left, left, right, right
+    y = height[child][:, [0, 0, 1, 1]]
+    y[:, 1:3] = tree[:, 2:3]
+    ax.add_collection(
+        LineCollection(
+            list(np.stack([x, y], axis=-1)),
+            colors=["black"] * merges + ["0.45"] * (len(tree) - merges),
+            linestyles=["-"] * merges + ["--"] * (len(tree) - merges),
+            linewidths=1,
+        )
+    )
+
+
+def _draw_cut(
+    ax: Axes,
+    tree: NDArray[Any],
+    place: NDArray[np.float64],
+    labels: NDArray[Any],
+    merges: int,
+) -> None:
+    """Draw the cut above the first `merges` rows, and the groups' numbers on it."""
+    below = tree[merges - 1, 2] if merges else 0.0
+    above = tree[merges, 2] if merges < len(tree) else 1.1 * below
+    cut = (below + above) / 2
+    ax.axhline(cut, color=OUTLINE, linewidth=1)
+    group = np.full(len(place), -1)
+    group[: len(labels)] = labels
+    child = tree[:, :2].astype(np.intp)
+    rows = len(labels) + np.arange(merges)
+    for row, pair in zip(rows, child[:merges], strict=True):
+        group[row] = group[pair[0]]
+        group[pair] = -1
+    for node in np.flatnonzero(group >= 0):
+        ax.text(
+            place[node],
+            cut,
+            str(group[node]),
+            size="x-small",
+            ha="center",
+            va="center",
+            bbox={"boxstyle": "circle", "fc": "white", "ec": OUTLINE},
+        )

@@ -1,0 +1,83 @@
+"""What the pictures share: colours, axes, values as shades, names, checks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from .._arrays import enter
+from .._checks import check_integer, check_labels
+from .._libraries import on_host
+
+# Okabe and Ito's, but for their yellow, which vanishes on white.
+COLOURS = (
+    "#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+)  # fmt: skip
+DASHES = "-", "--", "-.", ":"  # as many as share no factor with the colours
+OUTLINE = "#b3001b"  # darker than any paled picture
+
+
+def draw_values(
+    ax: Axes, values: NDArray[Any], label: str, limits: tuple[float, float] | None
+) -> AxesImage:
+    """Draw an image and the scale of its values."""
+    low, high = (None, None) if limits is None else limits
+    values = values.astype(np.result_type(values.dtype, np.float32))
+    image = ax.imshow(values, "cividis", vmin=low, vmax=high, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02, fraction=0.05)
+    return image
+
+
+def name_tokens(axis: Axis, words: Sequence[str] | None) -> None:
+    if words is None:
+        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_label_text("token")
+        return
+    axis.set_ticks(np.arange(len(words)), words, rotation=90, parse_math=False)
+
+
+def figure_width(num_tokens: int) -> float:
+    """Return the inches of a figure in which as many words can be read."""
+    return min(max(6, 0.2 * num_tokens), 16)
+
+
+def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:
+    """Return the axes given, or those of a new figure of so many inches."""
+    if ax is None:
+        return plt.subplots(figsize=(width, height), layout="constrained")[1]
+    if not isinstance(ax, Axes):
+        raise TypeError(f"`ax` must be matplotlib axes, got {type(ax).__name__}")
+    return ax
+
+
+def to_host(name: str, x: Any) -> NDArray[Any]:
+    _, x = enter(**{name: x})
+    return x if on_host(x) else x.get()
+
+
+def check_grid(grid: Any) -> tuple[int, int]:
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise TypeError(f"`grid` must be two integers (rows, columns), got {grid!r}")
+    rows, columns = (check_integer("grid", size) for size in grid)
+    if min(rows, columns) < 1:
+        raise ValueError(f"`grid` must be 1 or more each way, got {grid}")
+    return rows, columns
+
+
+def check_group_labels(labels: NDArray[Any], num_tokens: int | None) -> None:
+    """Refuse what is not the labels (N,) of one sequence."""
+    wanted = labels.shape[-1:] or (1,) if num_tokens is None else (num_tokens,)
+    check_labels(labels, wanted, np.iinfo(np.int32).max)
+
+
+def check_names(
+    name: str, names: Sequence[str] | None, count: int, things: str
+) -> None:
+    if names is not None and len(names) != count:
+        raise ValueError(f"`{name}` must name {count} {things}, got {len(names)}")

@@ -1,0 +1,156 @@
+"""The command `compress`: the same bits as `quickmerge`, one line for every mistake."""
+
+import numpy as np
+import pytest
+from command_line import FORMATS, assert_same, compress, save
+
+import qm_cupy as qm
+from qm_cupy.cli import compress as command
+
+
+@pytest.fixture
+def mask(rng):
+    return np.arange(12) < rng.integers(4, 13, 7)[:, None]
+
+
+@pytest.fixture(params=[1, 2 * 12 * 5 * 4, 2**26], ids=["one", "two", "all"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(command, "CHUNK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+class TestCompress:
+    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize(("text", "budget"), [("3", 3), ("0.4", 0.4), ("1.0", 1.0)])
+    def test_chunks_give_the_bits_of_the_whole(
+        self, tmp_path, tokens, name, text, budget
+    ):
+        path = save(tmp_path / name, tokens=tokens)
+        code, got = compress(path, budget=text)
+        assert code == 0
+        assert_same(got, qm.quickmerge(tokens, budget))
+        assert {p.name for p in tmp_path.iterdir()} == {name, "out.npz"}
+
+    @pytest.mark.parametrize("name", FORMATS[1:])
+    @pytest.mark.parametrize("budget", [3, 0.4])
+    def test_mask(self, tmp_path, tokens, mask, name, budget):
+        path = save(tmp_path / name, tokens=tokens, valid=mask)
+        _, got = compress(path, "--mask", "valid", budget=str(budget))
+        assert_same(got, qm.quickmerge(tokens, budget, mask=mask))
+
+    def test_options_arrive(self, tmp_path, tokens):
+        options = {
+            "method": "nearest",
+            "order": "first",
+            "seed": 5,
+            "weights": "uniform",
+        }
+        options |= {"temperature": 0.5, "epsilon": 0.2}
+        words = [word for name, x in options.items() for word in (f"--{name}", str(x))]
+        _, got = compress(save(tmp_path / "a.npy", tokens=tokens), *words)
+        assert_same(got, qm.quickmerge(tokens, 3, **options))
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_one_sequence(self, tmp_path, tokens, name):
+        _, got = compress(save(tmp_path / name, tokens=tokens[0]))
+        assert_same(got, qm.quickmerge(tokens[0], 3))
+
+    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("budget", [3, 0.4])
+    def test_empty_batch(self, tmp_path, tokens, name, budget):
+        _, got = compress(save(tmp_path / name, tokens=tokens[:0]), budget=str(budget))
+        assert_same(got, qm.quickmerge(tokens[:0], budget))
+
+    @pytest.mark.parametrize("kind", ["<f2", ">f2", ">f4", "<f8", ">f8"])
+    @pytest.mark.parametrize("name", FORMATS[:3])
+    def test_dtypes(self, tmp_path, tokens, name, kind):
+        x = tokens.astype(kind)
+        _, got = compress(save(tmp_path / name, tokens=x))
+        assert_same(got, qm.quickmerge(x, 3))
+
+    def test_fortran_order_in_a_mapped_file(self, tmp_path, tokens):
+        x = np.asfortranarray(tokens)
+        _, got = compress(save(tmp_path / "a.npy", tokens=x))
+        assert_same(got, qm.quickmerge(x, 3))
+
+
+def test_deflated_file_larger_than_a_chunk(tmp_path, monkeypatch, capsys):
+    """60 sequences of 160 kB, worked on 13 at a time."""
+    monkeypatch.setattr(command, "CHUNK_BYTES", 2**21)
+    x = np.zeros((60, 20, 2000), np.float32)
+    x[..., :8] = np.random.default_rng(0).standard_normal((60, 20, 8))
+    path = save(tmp_path / "deflated.npz", tokens=x)
+    sizes = []
+    whole = command.quickmerge
+    monkeypatch.setattr(
+        command,
+        "quickmerge",
+        lambda x, *a, **k: sizes.append(x.nbytes) or whole(x, *a, **k),
+    )
+    _, got = compress(path, "--method", "contiguous")
+    assert max(sizes) <= 2**21
+    assert len(sizes) == 1 + 5  # one more, of a single token, tries the options
+    assert_same(got, qm.quickmerge(x, 3, method="contiguous"))
+    assert "60 x 20 x 2000 float32 -> 60 x 3 x 2000" in capsys.readouterr().out
+
+
+class TestBadInput:
+    """Each with its reason in one line, and with nothing left in the folder."""
+
+    @pytest.mark.usefixtures("chunk")
+    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_not_finite(self, tmp_path, tokens, name, value, compress_fails):
+        tokens[5, 8, 2] = value
+        path = save(tmp_path / name, tokens=tokens)
+        compress_fails(path, f"must be finite, got {value} in sequence 5, token 8")
+
+    def test_too_large_for_the_arithmetic(self, tmp_path, tokens, compress_fails):
+        path = save(tmp_path / "a.npy", tokens=tokens.astype(np.float64) * 1e200)
+        compress_fails(path, "sequences 0..6: the values are too large")
+
+    @pytest.mark.parametrize(
+        ("budget", "words"),
+        [
+            ("0", "must lie in 1..12"),
+            ("13", "must lie in 1..12"),
+            ("-1", "must lie in 1..12"),
+            ("0.0", "must lie in (0, 1]"),
+            ("1.5", "must lie in (0, 1]"),
+            ("nan", "must lie in (0, 1]"),
+            ("most", "'most' is neither a number K nor a share"),
+        ],
+    )
+    def test_budget(self, tmp_path, tokens, budget, words, compress_fails):
+        path = save(tmp_path / "a.npy", tokens=tokens)
+        compress_fails(path, words, budget=budget)
+
+    def test_mask(self, tmp_path, tokens, mask, compress_fails):
+        none, few = np.ones_like(mask), np.ones_like(mask)
+        none[4], few[6, 2:] = False, False
+        arrays = {"none": none, "few": few, "short": mask[:, 1:], "number": mask * 1}
+        path = save(tmp_path / "a.npz", tokens=tokens, point=np.array(True), **arrays)
+        compress_fails(path, "sequence (4,) has none", options=["--mask", "none"])
+        compress_fails(path, "1..2 (its tokens) for seq", options=["--mask", "few"])
+        compress_fails(path, "(B, N) = (7, 12), got", options=["--mask", "short"])
+        compress_fails(path, "(B, N) = (7, 12), got ()", options=["--mask", "point"])
+        compress_fails(path, "boolean", options=["--mask", "number"])
+
+    @pytest.mark.parametrize(
+        ("option", "value", "words"),
+        [
+            ("--method", "centroid", "invalid choice: 'centroid'"),
+            ("--order", "middle", "invalid choice"),
+            ("--weights", "none", "invalid choice"),
+            ("--seed", "1.5", "invalid int value"),
+            ("--seed", "-1", "`seed` must lie in 0.."),
+            ("--temperature", "0", "`temperature` must lie in (0, inf)"),
+            ("--epsilon", "-1", "`epsilon` must lie in [0, inf)"),
+            ("--device", "tpu", "invalid choice"),
+            ("--device", "cuda", "--device cuda: CuPy"),
+            ("--colour", "red", "unrecognized arguments"),
+        ],
+    )
+    def test_options(self, tmp_path, tokens, option, value, words, compress_fails):
+        path = save(tmp_path / "a.npy", tokens=tokens)
+        compress_fails(path, words, options=[option, value])

@@ -1,0 +1,63 @@
+"""What `doctor` says of an installation."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from qm_cupy.cli.main import main
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+
+    def run(cupy):
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        assert main(["doctor"]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_without_cupy(tmp_path, report):
+    text = report(None)
+    for name in ("Python", "qm-cupy", "numpy", "scipy"):
+        assert f"\n{name} " in f"\n{text}"
+    assert np.__version__ in text
+    assert f"{tmp_path / 'cache'}, not made yet" in text
+    assert "on a GPU run the CUDA kernels, all others NumPy" in text
+
+
+def test_with_a_gpu(tmp_path, report):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernel.cubin").write_bytes(bytes(2_000_000))
+    device = {"name": b"NVIDIA H200", "totalGlobalMem": 139 * 2**30}
+    runtime = types.SimpleNamespace(
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda index: device | {"major": 9, "minor": 0},
+        driverGetVersion=lambda: 13010,
+        runtimeGetVersion=lambda: 12090,
+    )
+    text = report(types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime)))
+    assert "NVIDIA H200, 139.0 GiB, sm 9.0" in text
+    assert "CUDA 13.1 by the driver, 12.9 by the runtime" in text
+    assert "1 files, 2.0 MB" in text
+
+
+def test_cupy_that_fails(report):
+    def fail():
+        raise RuntimeError("cudaErrorInsufficientDriver:\n too old")
+
+    runtime = types.SimpleNamespace(getDeviceCount=fail)
+    text = report(types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime)))
+    assert "RuntimeError: cudaErrorInsufficientDriver: too old" in text
+
+
+def test_cupy_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cupy.py").write_text("import libcuda_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert main(["doctor"]) == 0
+    assert "No module named 'libcuda_that_is_not_there'" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""The command line as a whole: as a program, and without a command."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from command_line import save
+
+import qm_cupy
+from qm_cupy.cli.main import main
+
+
+def test_no_command_and_help(fails, capsys):
+    fails([], "required: COMMAND")
+    fails(["compress"], "required: INPUT, --budget")
+    with pytest.raises(SystemExit, match="0"):
+        main(["compress", "--help"])
+    assert "--budget K" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{qm_cupy.__version__}\n"
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_no_command_is_imported_before_it_is_asked_for(tmp_path, option):
+    code = f"""
+import sys
+from qm_cupy.cli.main import main
+try:
+    main(["{option}"])
+finally:
+    print(*sys.modules, sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = set(done.stdout.split("\n"))
+    assert "qm_cupy.cli.main" in names
+    for module in ("cli.compress", "cli.demo", "cli.doctor", "corpus", "plot"):
+        assert f"qm_cupy.{module}" not in names
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [str(Path(sysconfig.get_path("scripts")) / "qm-cupy")],
+        [sys.executable, "-m", "qm_cupy"],
+    ],
+    ids=["script", "module"],
+)
+def test_as_a_program(tmp_path, tokens, command):
+    save(tmp_path / "a.npy", tokens=tokens)
+
+    def run(*options):
+        words = ["compress", "a.npy", "-o", "b.npz", *options]
+        return subprocess.run(
+            [*command, *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run("--budget", "0.25")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "7 x 12 x 5 float32 -> 7 x 3 x 5 in" in done.stdout
+    done = run("--budget", "99")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "qm-cupy: error: `budget` must lie in 1..12 (its tokens), got 99\n"
+    )

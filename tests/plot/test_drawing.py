@@ -1,0 +1,63 @@
+"""What holds for every picture: its axes, and arrays of any library."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from artists import CALLS, LABELS, arcs_of, closed, pixels  # noqa: F401
+from conftest import to_library
+from matplotlib import pyplot as plt
+
+from qm_cupy import plot
+from qm_cupy.plot import drawing, plot_groups
+
+
+def test_every_function_is_tested_here():
+    assert set(CALLS) == set(plot.__all__)
+
+
+@pytest.mark.parametrize("name", plot.__all__)
+def test_on_the_axes_given_and_never_shown(monkeypatch, name):
+    monkeypatch.setattr(plt, "show", None)
+    function = getattr(plot, name)
+    arrays, options = CALLS[name]
+    figure, (left, right) = plt.subplots(1, 2)
+    assert function(*arrays, **options, ax=right) is right
+    assert not left.has_data()
+    assert right.has_data()
+    assert plt.get_fignums() == [figure.number]
+    function(*arrays, **options)
+    assert len(plt.get_fignums()) == 2
+    with pytest.raises(TypeError, match="`ax` must be matplotlib axes, got Figure"):
+        function(*arrays, **options, ax=figure)
+
+
+@pytest.mark.parametrize("name", plot.__all__)
+def test_arrays_of_any_library(library, name):
+    function = getattr(plot, name)
+    arrays, options = CALLS[name]
+    wanted = pixels(function(*arrays, **options).figure)
+    given = [to_library(library, x) for x in arrays]
+    got = pixels(function(*given, **options).figure)
+    np.testing.assert_array_equal(got, wanted)
+    with pytest.raises(TypeError, match="must be an array"):
+        function(arrays[0].tolist(), *arrays[1:], **options)
+
+
+def test_what_the_door_finds_on_a_gpu_is_copied(monkeypatch):
+    class OnGPU:
+        def get(self):
+            return LABELS
+
+    monkeypatch.setattr(drawing, "enter", lambda labels: (None, OnGPU()))
+    assert list(arcs_of(plot_groups(OnGPU()))) == ["group 3", "group 4"]
+
+
+def test_without_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import qm_cupy.plot"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert 'qm_cupy.plot needs matplotlib: pip install "qm-cupy[demo]"' in done.stderr
