@@ -25,7 +25,7 @@ from ._checks import (
 from ._fitting import Block, RidgeRegression, refine
 from ._layers import linear
 from ._weights import load_weights, save_weights
-from .alignment import AlignmentLoss, _counts, _parts, alignment_loss
+from .alignment import _counts, _parts
 from .merging import Merged
 
 _ROWS = 1 << 14  # prefixes at a time: 32 MB of hidden activations of width 256
@@ -206,30 +206,6 @@ class MLPPrior:
             prediction = self.forward(context).astype(kind, copy=False)
         return leave(prediction), (total, count + 1)
 
-    def loss(
-        self, merged: Array | Merged[Array], *, num_groups: Any = None
-    ) -> AlignmentLoss[Array]:
-        """Return `alignment_loss` under this prior.
-
-        Parameters
-        ----------
-        merged : Merged, or ndarray of shape (K, D) or (B, K, D)
-            Merged tokens.
-        num_groups : int or ndarray of int of shape (B,), optional
-            K of each sequence where they differ.
-
-        Returns
-        -------
-        AlignmentLoss
-            ``forward``, ``backward`` and ``total``.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `alignment_loss` does.
-        """
-        return alignment_loss(merged, self, num_groups=num_groups)
-
     @on_callers_stream
     def fit(
         self,
@@ -287,7 +263,9 @@ class MLPPrior:
         >>> walks = np.random.default_rng(0).standard_normal((20, 30, 4)).cumsum(1)
         >>> prior = MLPPrior.init(4, hidden_dim=32)
         >>> fitted = prior.fit(walks)
-        >>> bool(fitted.loss(walks).total.mean() < 0.5 * prior.loss(walks).total.mean())
+        >>> from qm_cupy import alignment_loss
+        >>> before, after = (alignment_loss(walks, x).total for x in (prior, fitted))
+        >>> bool(after.mean() < 0.5 * before.mean())
         True
         """
         ridge = check_number("ridge", ridge, 0, np.inf, "()")

@@ -284,7 +284,7 @@ class MLPPrior(nn.Module):
     >>> prior.forward_prior[0].weight.grad.shape
     torch.Size([256, 8])
     >>> constant = prior.detach()
-    >>> bool(constant.loss(merged).total == prior(merged).total)
+    >>> bool(alignment_loss(merged, constant).total == prior(merged).total)
     True
     """
 

@@ -23,8 +23,6 @@ from ._checks import (
 )
 from ._layers import Norm, linear
 from ._weights import load_weights, save_weights
-from .alignment import AlignmentLoss, alignment_loss
-from .merging import Merged
 
 _BASE = 10_000.0  # of the rotary wavelengths
 _MOST_LAYERS = 1024
@@ -391,30 +389,6 @@ class TransformerPrior:
         prediction = self._run(inside, place, caches).reshape(token.shape)
         cache.length = count + 1
         return leave(prediction), (cache, count + 1)
-
-    def loss(
-        self, merged: Array | Merged[Array], *, num_groups: Any = None
-    ) -> AlignmentLoss[Array]:
-        """Return `alignment_loss` under this prior.
-
-        Parameters
-        ----------
-        merged : Merged, or ndarray of shape (K, D) or (B, K, D)
-            Merged tokens; the positions and sizes of a `Merged` are read.
-        num_groups : int or ndarray of int of shape (B,), optional
-            K of each sequence where they differ.
-
-        Returns
-        -------
-        AlignmentLoss
-            ``forward``, ``backward`` and ``total``.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `alignment_loss` does.
-        """
-        return alignment_loss(merged, self, num_groups=num_groups)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a safetensors file, at once or not at all.
