@@ -42,7 +42,7 @@ lint: $(VENV)/lint.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/numpydoc lint --config . qm_cupy/*.py
+	$(BIN)/numpydoc lint --config . $$(find qm_cupy -name '*.py')
 	find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # Every page anew, its examples and the notebooks executed; whatever warns is an error.

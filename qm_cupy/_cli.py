@@ -20,8 +20,8 @@ from ._progress import Step, progress
 from ._replacing import replacing
 from .budget import token_budget
 from .clustering import METHODS, ORDERS
-from .merging import Merged
 from .pipeline import quickmerge
+from .results import Merged
 
 _CHUNK = 64 * 2**20  # bytes of tokens worked on at a time
 

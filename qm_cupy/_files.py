@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ._checks import check_finite, check_mask, check_shape, check_tokens
-from .merging import Merged
+from .results import Merged
 
 _PIECE = 2**20  # bytes asked of a zip member at a time
 _PICKLED = "holds pickled Python objects, which are not loaded"

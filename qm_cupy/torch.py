@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _composed, _torch, alignment, framework, mlp_prior
+from . import _composed, _torch, framework
 from ._torch import (
     apply,
     apply_constant,
@@ -29,6 +29,8 @@ from ._torch import (
     optional_counts,
     signed,
 )
+from .priors import mlp_prior
+from .stages.alignment import alignment_loss as alignment
 
 # isort: off
 from . import (

@@ -43,6 +43,8 @@ def public():
     """Return the names of the package and of the modules that users import."""
     found = {"qm_cupy": qm_cupy.__all__}
     for module in pkgutil.iter_modules(qm_cupy.__path__, "qm_cupy."):
+        if module.ispkg:
+            continue
         text = Path(module.module_finder.path, f"{module.name.split('.')[1]}.py")
         names = re.search(
             r"^__all__ = (\[.*?\])", text.read_text(encoding="utf-8"), re.M | re.S

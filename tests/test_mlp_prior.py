@@ -6,7 +6,8 @@ import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _fitting, mlp_prior
+from qm_cupy import _cuda
+from qm_cupy.priors import mlp_prior, training
 
 PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
 
@@ -103,9 +104,9 @@ def test_gradient_by_finite_differences(rng):
     x, y = rng.standard_normal((2, 7, 5))
 
     def loss(weights):
-        return _fitting.mean_squared_error(qm.MLP(*weights), lambda: iter([(x, y)]))
+        return training.mean_squared_error(qm.MLP(*weights), lambda: iter([(x, y)]))
 
-    got = _fitting.gradient(network, x, y)
+    got = training.gradient(network, x, y)
     for part, slope in enumerate(got):
         assert slope.shape == network[part].shape
         for place in np.ndindex(slope.shape):
@@ -127,10 +128,10 @@ def test_adam_by_its_formula(rng):
         calls.append(1)
         yield x, y
 
-    got = _fitting.refine(network, blocks, 3, 0.01, 100, seed=0)
+    got = training.refine(network, blocks, 3, 0.01, 100, seed=0)
     weights, first, second = list(network), [0] * 4, [0] * 4
     for t in (1, 2, 3):
-        slope = _fitting.gradient(qm.MLP(*weights), x, y)
+        slope = training.gradient(qm.MLP(*weights), x, y)
         for i, g in enumerate(slope):
             first[i] = 0.9 * first[i] + 0.1 * g
             second[i] = 0.999 * second[i] + 0.001 * g**2

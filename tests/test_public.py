@@ -19,6 +19,13 @@ def public_modules():
             yield importlib.import_module(f"qm_cupy.{module.name}")
 
 
+def inner_modules():
+    """Give the modules of the inner packages."""
+    for module in pkgutil.walk_packages(qm_cupy.__path__, "qm_cupy."):
+        if module.name.count(".") > 1:
+            yield importlib.import_module(module.name)
+
+
 def public_names(module):
     return {
         name
@@ -37,6 +44,8 @@ def of_their_own():
 def test_all_holds_every_public_name():
     stages = [module for module in public_modules() if not hasattr(module, "__all__")]
     public = set().union(*map(public_names, stages))
+    inner = set().union(*map(public_names, inner_modules()))  # and what they share
+    public |= inner & set(qm_cupy.__all__)
     settings = {"allow_tf32", "check_finite", "use_kernels", "warmup"}
     settings.add("KernelCompilationError")
     assert public | settings == set(qm_cupy.__all__)
@@ -68,7 +77,12 @@ def test_every_stage_has_a_reference_and_kernels():
     """
     parts = dict.fromkeys(("groups", "matching", "contiguous"), "matching")
     parts["linkage"] = "linkage"
+    tests = {"alignment_loss": "alignment", "alignment_loss_vjp": "alignment_vjp"}
+    tests |= {"running_mean_vjp": "alignment_vjp", "linear_vjp": "alignment_vjp"}
+    tests |= dict.fromkeys(("running_mean", "linear"), "mlp_prior")
+    tests["attention"] = "transformer_prior"
     root = Path(__file__).parents[1]
+    pages = {path.stem for path in root.glob("qm_cupy/**/*.py")}
     for file in root.glob("kernels/*/*.cu"):
         stem = file.stem.removeprefix("single_")  # which is plain enough as linkage
         assert (root / "kernels" / "basic" / f"{stem}.cu").exists()
@@ -76,8 +90,8 @@ def test_every_stage_has_a_reference_and_kernels():
             assert (root / "qm_cupy" / f"_{parts[stem]}_cuda.py").exists()
             assert (root / "tests" / f"test_{parts[stem]}_kernels.py").exists()
         else:
-            assert (root / "qm_cupy" / f"{stem}.py").exists()
-            assert (root / "tests" / f"test_{stem}.py").exists()
+            assert {stem, stem.removesuffix("_vjp")} & pages
+            assert (root / "tests" / f"test_{tests.get(stem, stem)}.py").exists()
 
 
 def test_options_are_keywords():

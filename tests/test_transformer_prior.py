@@ -9,7 +9,8 @@ import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
 import qm_cupy as qm
-from qm_cupy import _weights, transformer_prior
+from qm_cupy.priors import attention
+from qm_cupy.priors.weights import save_weights
 
 PRIOR = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, mlp_dim=16, seed=3)
 DIRECTIONS = "forward", "backward"
@@ -167,7 +168,7 @@ def test_a_turn_of_all_positions_changes_nothing(rng):
 def test_queries_in_parts(rng, monkeypatch):
     tokens, counts = rng.standard_normal((2, 17, 5)), np.array([17, 9])
     wanted = PRIOR.predict(tokens, num_groups=counts, reverse=True)
-    monkeypatch.setattr(transformer_prior, "_SCORES", 2 * 3 * 17 * 4)  # four rows
+    monkeypatch.setattr(attention, "_SCORES", 2 * 3 * 17 * 4)  # four rows
     got = PRIOR.predict(tokens, num_groups=counts, reverse=True)
     assert_close(got[0], wanted[0])
     assert_close(got[1, :9], wanted[1, :9])
@@ -434,7 +435,7 @@ def test_settings_and_arrays_that_do_not_go_together(tmp_path, change, message):
         f"{d}.{name}": w for d in DIRECTIONS for name, w in getattr(PRIOR, d).items()
     }
     settings = {**PRIOR._settings._asdict(), **change}
-    _weights.save_weights(path, "TransformerPrior", settings, arrays)
+    save_weights(path, "TransformerPrior", settings, arrays)
     with pytest.raises(ValueError, match=message):
         qm.TransformerPrior.load(path)
 

@@ -1,7 +1,4 @@
-"""Vector–Jacobian product of alignment: from the gradient of its losses to its inputs.
-
-Both networks are walked back by hand; there is no autograd engine.
-"""
+"""Alignment: how well an autoregressive prior predicts the merged tokens."""
 
 import math
 from typing import Any
@@ -9,18 +6,132 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cuda
-from ._arrays import Array, enter, on_callers_stream
-from ._checks import check_gradient, check_tokens
-from ._fitting import back_propagate
-from ._layers import linear
-from .alignment import AlignmentLoss, _counts, _parts
-from .merging import Merged
-from .mlp_prior import MLP, MLPPrior, _running_mean, _running_mean_cuda, _sum_rows
+from ... import _cuda
+from ..._arrays import Array, enter, on_callers_stream
+from ..._checks import check_gradient, check_shape, check_tokens
+from ...priors.linear import _linear_vjp_cuda, linear
+from ...priors.merged_tokens import _counts, _parts
+from ...priors.mlp import MLP, back_propagate
+from ...priors.mlp_prior import MLPPrior
+from ...priors.protocols import Prior
+from ...priors.running_mean import (
+    _running_mean,
+    _running_mean_cuda,
+    _running_mean_vjp_cuda,
+    _running_mean_vjp_reference,
+)
+from ...results import AlignmentLoss, Merged
 
-# Rows that one block sums for a tile of a weight's gradient: 8,192 rows, D = 1024 and
-# the prior's H = 256 make 256 blocks. Each part takes the memory of the weights.
-_PART_ROWS, _MOST_PARTS = 512, 32
+
+@on_callers_stream
+def alignment_loss(
+    merged: Array | Merged[Array], prior: Prior, *, num_groups: Any = None
+) -> AlignmentLoss[Array]:
+    r"""Bidirectional autoregressive loss of merged tokens under a prior.
+
+    .. math:: L_{AR} = \frac{1}{K-1} \sum_{t=1}^{K-1} \operatorname{MSE}\bigl(
+        f(\bar x_{1..t}), \tilde x_{t+1}\bigr) + \frac{1}{K-1} \sum_{t=2}^{K}
+        \operatorname{MSE}\bigl(g(\bar x_{t..K}), \tilde x_{t-1}\bigr)
+
+    Parameters
+    ----------
+    merged : Merged, or ndarray of shape (K, D) or (B, K, D)
+        What `quickmerge` returns, whose positions and sizes the prior may read, or
+        merged tokens alone; float16, bfloat16, float32 or float64.
+    prior : Prior
+        `MLPPrior`, `TransformerPrior`, or your own: its ``predict`` gives all
+        predictions at once. It is given NumPy arrays, or CuPy arrays on a GPU,
+        whatever library `merged` is of; what is not known is None.
+    num_groups : int or ndarray of int of shape (B,), optional
+        K of each sequence where they differ; the rest is padding. By default, groups
+        of size 0 are; to count them waits for a GPU.
+
+    Returns
+    -------
+    AlignmentLoss
+        ``forward``, ``backward`` and ``total`` (their sum), each of shape () or (B,);
+        float32, or float64 for float64 input. 0 for K = 1.
+
+    Raises
+    ------
+    TypeError
+        If `merged` is not floating or `num_groups` not integer.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qm_cupy import MLPPrior
+    >>> loss = alignment_loss(np.ones((5, 8)), MLPPrior.init(8, seed=0))
+    >>> bool(loss.total == loss.forward + loss.backward)
+    True
+    """
+    given, positions, sizes = _parts(merged)
+    leave, tokens, num_groups, positions, sizes = enter(
+        merged=given, num_groups=num_groups, positions=positions, sizes=sizes
+    )
+    check_tokens(tokens, "merged")
+    counts = _counts(tokens, num_groups, sizes)
+    valid = counts if counts.ndim else int(counts)
+    known = {"num_groups": valid, "positions": positions, "sizes": sizes}
+    after = prior.predict(tokens, **known)
+    before = prior.predict(tokens, reverse=True, **known)
+    check_shape("prediction", after, "BKD", tokens.shape)
+    check_shape("prediction", before, "BKD", tokens.shape)
+    find = _alignment_loss_reference
+    if _cuda.is_cuda(tokens):
+        find = _alignment_loss_cuda
+    forward, backward = find(tokens, after, before, counts)
+    return AlignmentLoss(leave(forward), leave(backward), leave(forward + backward))
+
+
+def _alignment_loss_reference(
+    merged: NDArray[Any],
+    after: NDArray[Any],
+    before: NDArray[Any],
+    counts: NDArray[np.int64],
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    steps = np.maximum(counts - 1, 1)
+    known = np.arange(1, merged.shape[-2]) < counts[..., None]  # (B, K - 1)
+
+    def loss(prediction: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
+        gap = prediction - target
+        error = np.einsum("...d,...d->...", gap, gap) / gap.shape[-1]  # (B, K - 1)
+        total: NDArray[Any] = np.sum(error, axis=-1, where=known) / steps
+        return np.asarray(total, dtype=gap.dtype)
+
+    forward = loss(after[..., :-1, :], merged[..., 1:, :])
+    backward = loss(before[..., 1:, :], merged[..., :-1, :])
+    return forward, backward
+
+
+def _alignment_loss_cuda(
+    merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
+) -> tuple[Any, Any]:
+    num_groups, dim = merged.shape[-2:]
+    batch = math.prod(merged.shape[:-2])
+    kind = _cuda.accumulation(merged.dtype)
+    merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
+    chosen = _cuda.implementation()
+    warp, block = (1, 1) if chosen == "basic" else (_cuda.WARP, _cuda.BLOCK)
+    losses = []
+    for reverse, prediction in enumerate((after, before)):
+        prediction = _cuda.contiguous(prediction, kind)
+        errors = _cuda.empty(merged.shape[:-1], kind)
+        sizes = batch, num_groups, dim
+        args: tuple[Any, ...] = (prediction, merged, each, *sizes, reverse, errors)
+        file, threads = f"{chosen}/alignment_loss", errors.size * warp
+        _cuda.launch(file, "prediction_errors", merged.dtype, threads, args)
+        losses.append(_cuda.empty(merged.shape[:-2], kind))
+        args = (errors, each, batch, num_groups, losses[-1])
+        _cuda.launch(file, "alignment_loss", kind, batch * block, args)
+    return losses[0], losses[1]
 
 
 @on_callers_stream
@@ -151,22 +262,6 @@ def _alignment_loss_vjp_reference(
     return by_merged.astype(merged.dtype), by_weights
 
 
-def _running_mean_vjp_reference(
-    gradient: NDArray[Any], counts: NDArray[np.int64], reverse: bool
-) -> NDArray[np.float64]:
-    """Return the sum, for every token, of the gradients of the means it is part of."""
-    place = np.arange(gradient.shape[-2])[:, None]  # (K, 1)
-    valid = counts[..., None, None] > place
-    total = np.where(valid, gradient, 0).astype(np.float64)
-    if reverse:
-        total /= np.maximum(counts[..., None, None] - place, 1)
-        _sum_rows(total)
-    else:
-        total /= place + 1
-        _sum_rows(total[..., ::-1, :])
-    return np.where(valid, total, 0)
-
-
 def _alignment_loss_vjp_cuda(
     gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
 ) -> tuple[Any, list[MLP]]:
@@ -183,7 +278,7 @@ def _alignment_loss_vjp_cuda(
         slope = _cuda.empty(merged.shape, kind)
         gradient = _cuda.contiguous(gradient.reshape(-1), kind)  # (B,)
         args = (prediction, merged, each, gradient, *sizes, reverse, slope)
-        kernel = "basic/alignment_vjp", "prediction_slopes"
+        kernel = "basic/alignment_loss_vjp", "prediction_slopes"
         _cuda.launch(*kernel, merged.dtype, slope.size, args)
 
         layer = slope, hidden, network.weight_out
@@ -194,93 +289,6 @@ def _alignment_loss_vjp_cuda(
         slopes.append(slope)
     out = _cuda.empty(merged.shape, merged.dtype)
     args = (*means, *slopes, *sizes, out)
-    kernel = "basic/alignment_vjp", "alignment_loss_vjp"
+    kernel = "basic/alignment_loss_vjp", "alignment_loss_vjp"
     _cuda.launch(*kernel, merged.dtype, out.size, args)
     return out, by_weights
-
-
-def _running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
-    num_groups, dim = gradient.shape[-2:]
-    batch = math.prod(gradient.shape[:-2])
-    out = _cuda.empty(gradient.shape, gradient.dtype)
-    chosen = _cuda.implementation()
-    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
-    args = (gradient, counts, batch, num_groups, dim, reverse, out)
-    kernel = f"{chosen}/alignment_vjp", "prefix_means_vjp"
-    _cuda.launch(*kernel, gradient.dtype, batch * columns, args)
-    return out
-
-
-def _linear_vjp_cuda(
-    gradient: Any, x: Any, weight: Any, *, rectified: bool = False
-) -> tuple[Any, Any, Any]:
-    """Return the gradients of x (..., in), weight (out, in) and bias of a layer.
-
-    `rectified`: a ReLU gave x, and its gradient is that of what the ReLU was given.
-    """
-    find = _linear_vjp_optimized
-    if _cuda.implementation() == "basic":
-        find = _linear_vjp_basic
-    return find(gradient, x, weight, x if rectified else None)
-
-
-def _linear_vjp_basic(
-    gradient: Any, x: Any, weight: Any, gate: Any
-) -> tuple[Any, Any, Any]:
-    (out_dim, in_dim), rows = weight.shape, math.prod(x.shape[:-1])
-    kind, file = x.dtype, "basic/alignment_vjp"
-    by_x, by_weight = _cuda.empty(x.shape, kind), _cuda.empty(weight.shape, kind)
-    by_bias = _cuda.empty((out_dim,), kind)
-    args: tuple[Any, ...] = (gradient, weight, gate, rows, in_dim, out_dim, by_x)
-    _cuda.launch(file, "linear_vjp", kind, by_x.size, args)
-    args = (gradient, x, rows, in_dim, out_dim, by_weight)
-    _cuda.launch(file, "weight_vjp", kind, by_weight.size, args)
-    args = (gradient, rows, out_dim, by_bias)
-    _cuda.launch(file, "bias_vjp", kind, by_bias.size, args)
-    return by_x, by_weight, by_bias
-
-
-def _linear_vjp_optimized(
-    gradient: Any, x: Any, weight: Any, gate: Any
-) -> tuple[Any, Any, Any]:
-    out_dim, rows = len(weight), math.prod(x.shape[:-1])
-    across = _transposed_cuda(weight, out_dim)  # (1, in, out)
-    by_x = _products_cuda(gradient.reshape(1, rows, out_dim), across, gate)
-    parts = min(max(-(-rows // _PART_ROWS), 1), _MOST_PARTS)
-    part = -(-max(rows, 1) // parts)
-    part = -(-part // _cuda.WARP) * _cuda.WARP  # rows of whole vectors of 16 bytes
-    turned = _transposed_cuda(gradient, part)  # (S, out, part)
-    by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
-    file, num_parts, kind = "optimized/alignment_vjp", len(turned), x.dtype
-    args: tuple[Any, ...]
-    if num_parts > 1:
-        each, by_weight = by_weight, _cuda.empty(weight.shape, kind)
-        args = (each, num_parts, by_weight.size, by_weight)
-        _cuda.launch(file, "sum_parts", kind, by_weight.size, args)
-    by_bias = _cuda.empty((out_dim,), kind)
-    args = (turned, num_parts, out_dim, part, by_bias)
-    _cuda.launch(file, "bias_vjp", kind, out_dim * _cuda.WARP, args)
-    return by_x.reshape(x.shape), by_weight.reshape(weight.shape), by_bias
-
-
-def _transposed_cuda(x: Any, part: int) -> Any:
-    """Return x (..., columns) as (S, columns, part): `part` rows a time, then zeros."""
-    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
-    num_parts = max(-(-rows // part), 1)
-    out = _cuda.empty((num_parts, columns, part), x.dtype)
-    tiles = num_parts * -(-columns // _cuda.WARP) * -(-part // _cuda.WARP)
-    args = (x, rows, columns, part, num_parts, out)
-    kernel = "optimized/alignment_vjp", "transpose"
-    _cuda.launch(*kernel, x.dtype, tiles * _cuda.BLOCK, args)
-    return out
-
-
-def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
-    """Return A Bᵀ of every part: (S, rows, columns); 0 where the gate is not above."""
-    (num_parts, rows, dim), columns = a.shape, b.shape[-2]
-    out = _cuda.empty((num_parts, rows, columns), a.dtype)
-    tiles = num_parts * -(-rows // _cuda.TILE) * -(-columns // _cuda.TILE)
-    args = (a, b, gate, rows, columns, dim, out)
-    kernel = "optimized/alignment_vjp", "products"
-    _cuda.launch(*kernel, a.dtype, tiles * _cuda.BLOCK, args)
-    return out

@@ -6,13 +6,12 @@ fit asks for all blocks anew at every pass over the data.
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .mlp_prior import MLP
+from .mlp import MLP, back_propagate
 
 Block = tuple[Any, Any]
 Blocks = Callable[[], Iterator[Block]]
@@ -27,7 +26,7 @@ class RidgeRegression:
     λ is `ridge` times the mean of HᵀH's diagonal.
     """
 
-    def __init__(self, network: "MLP", ridge: float) -> None:
+    def __init__(self, network: MLP, ridge: float) -> None:
         self._network, self._ridge = network, ridge
         self._gram: Any = None
         self._moments: Any = None
@@ -44,7 +43,7 @@ class RidgeRegression:
         self._gram = self._gram + hidden.T @ hidden
         self._moments = self._moments + hidden.T @ y
 
-    def network(self) -> "MLP | None":
+    def network(self) -> MLP | None:
         """Return the fitted network, in float64; None if there was no block."""
         if self._gram is None:
             return None
@@ -59,7 +58,7 @@ class RidgeRegression:
         return self._network._replace(weight_out=weights[:-1].T, bias_out=weights[-1])
 
 
-def mean_squared_error(network: "MLP", blocks: Blocks) -> float:
+def mean_squared_error(network: MLP, blocks: Blocks) -> float:
     """Return the error of all blocks together."""
     total, count = 0.0, 0
     for x, y in blocks():
@@ -68,33 +67,21 @@ def mean_squared_error(network: "MLP", blocks: Blocks) -> float:
     return float(total) / count
 
 
-def gradient(network: "MLP", x: Any, y: Any) -> "MLP":
+def gradient(network: MLP, x: Any, y: Any) -> MLP:
     """Return the gradient of a block's mean squared error, shaped as the network."""
     hidden = np.maximum(x @ network.weight_in.T + network.bias_in, 0)
     error = hidden @ network.weight_out.T + network.bias_out - y
     return back_propagate(network, x, hidden, error * (2 / error.size))[0]
 
 
-def back_propagate(
-    network: "MLP", x: Any, hidden: Any, slope: Any
-) -> tuple["MLP", Any]:
-    """Return the gradient of the weights, and of the hidden layer before its ReLU.
-
-    `slope` is the gradient of the outputs; rows are (R, D), hidden ones (R, H).
-    """
-    back = (slope @ network.weight_out) * (hidden > 0)
-    parts = back.T @ x, back.sum(axis=0), slope.T @ hidden, slope.sum(axis=0)
-    return type(network)(*parts), back
-
-
 def refine(
-    network: "MLP",
+    network: MLP,
     blocks: Blocks,
     steps: int,
     learning_rate: float,
     batch_size: int,
     seed: int,
-) -> "MLP":
+) -> MLP:
     """Return the network after so many steps of Adam, or as it was if that was better.
 
     A step reads up to `batch_size` rows of a block, drawn anew at every pass.

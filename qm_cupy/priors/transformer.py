@@ -4,16 +4,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cuda
-from ._arrays import Array, enter, on_callers_stream
-from ._checks import (
+from .. import _cuda
+from .._arrays import Array, enter, on_callers_stream
+from .._checks import (
     check_counts,
-    check_integer,
     check_positions,
     check_seed,
     check_shape,
@@ -21,82 +20,12 @@ from ._checks import (
     check_tokens,
     check_values,
 )
-from ._layers import Norm, linear
-from ._weights import load_weights, save_weights
-
-_BASE = 10_000.0  # of the rotary wavelengths
-_MOST_LAYERS = 1024
-_WIDEST_HEAD = 256  # MAX_HEAD_DIM of the kernels
-_LEAST_ROOM = 16  # tokens of a new cache
-_SCORES = 1 << 22  # attention scores at a time
-
-Weights = Mapping[str, Any]
-
-
-class _Settings(NamedTuple):
-    """The widths of a network, which say all its weights' shapes."""
-
-    dim: int
-    hidden_dim: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    norm: Literal["rms", "layer"]
-    num_positions: int
-    """Learned ones; 0 means rotary."""
-
-    def checked(self) -> "_Settings":
-        for name, value in self._asdict().items():
-            if name == "norm":
-                if value not in ("rms", "layer"):
-                    raise ValueError(f'`norm` must be "rms" or "layer", got {value!r}')
-                continue
-            check_integer(name, value)
-            if value < (0 if name == "num_positions" else 1):
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
-        if self.num_layers > _MOST_LAYERS:
-            raise ValueError(
-                f"`num_layers` must be at most {_MOST_LAYERS}, got {self.num_layers}"
-            )
-        width = self.hidden_dim // self.num_heads
-        if width * self.num_heads != self.hidden_dim or width % 2:
-            raise ValueError(
-                "`hidden_dim` must be `num_heads` times an even number, "
-                f"got {self.hidden_dim} for {self.num_heads} heads"
-            )
-        if width > _WIDEST_HEAD:
-            raise ValueError(
-                f"a head must be at most {_WIDEST_HEAD} wide, got {width}: "
-                "more `num_heads`"
-            )
-        return self
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every weight of one network, by its name."""
-        norms = {"weight", "bias"} if self.norm == "layer" else {"weight"}
-        found: dict[str, tuple[int, ...]] = {}
-
-        def declare(name: str, *shape: int) -> None:
-            found[f"{name}.weight"] = shape
-            found[f"{name}.bias"] = shape[:1]
-
-        def declare_norm(name: str) -> None:
-            found.update({f"{name}.{part}": (self.hidden_dim,) for part in norms})
-
-        declare("embed", self.hidden_dim, self.dim)
-        if self.num_positions:
-            found["positions.weight"] = self.num_positions, self.hidden_dim
-        for i in range(self.num_layers):
-            block = f"blocks.{i}"
-            declare_norm(f"{block}.norm1")
-            declare(f"{block}.qkv", 3 * self.hidden_dim, self.hidden_dim)
-            declare(f"{block}.out", self.hidden_dim, self.hidden_dim)
-            declare_norm(f"{block}.norm2")
-            declare(f"{block}.mlp_in", self.mlp_dim, self.hidden_dim)
-            declare(f"{block}.mlp_out", self.hidden_dim, self.mlp_dim)
-        declare_norm("norm")
-        declare("head", self.dim, self.hidden_dim)
-        return found
+from .attention import _attend, _Place, _split_heads, _turns
+from .checkpoint import _random_transformer, _state_transformer, _transformer_shapes
+from .configuration import Weights, _found, _Settings
+from .kv_cache import _LEAST_ROOM, _Cache
+from .linear import Norm, linear
+from .weights import load_weights, save_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,8 +152,8 @@ class TransformerPrior:
         widths = dim, hidden_dim, num_layers, num_heads, mlp_dim
         settings = _Settings(*widths, norm, num_positions or 0).checked()
         generator = np.random.default_rng(check_seed(seed))
-        forward = _random_network(generator, settings)
-        return cls(forward, _random_network(generator, settings), num_heads)
+        forward = _random_transformer(generator, settings)
+        return cls(forward, _random_transformer(generator, settings), num_heads)
 
     @classmethod
     def from_state_dict(
@@ -259,7 +188,10 @@ class TransformerPrior:
         ValueError
             If names or shapes do not fit, or an entry is not finite.
         """
-        networks = _state("forward", forward), _state("backward", backward)
+        networks = (
+            _state_transformer("forward", forward),
+            _state_transformer("backward", backward),
+        )
         return cls(*networks, num_heads)
 
     @on_callers_stream
@@ -440,7 +372,9 @@ class TransformerPrior:
         ValueError
             If any of its bytes is not as it was saved, or it is no file of this prior.
         """
-        settings, arrays = load_weights(Path(path), "TransformerPrior", _declared)
+        settings, arrays = load_weights(
+            Path(path), "TransformerPrior", _transformer_shapes
+        )
         networks: dict[str, dict[str, Any]] = {"forward": {}, "backward": {}}
         for key, weight in arrays.items():
             direction, _, name = key.partition(".")
@@ -473,7 +407,7 @@ class TransformerPrior:
             )
 
     def _run(
-        self, tokens: Any, place: "_Place", caches: list[tuple[Any, Any]]
+        self, tokens: Any, place: _Place, caches: list[tuple[Any, Any]]
     ) -> NDArray[Any]:
         """Return predictions (B, T, D); keys and values go to each layer's cache."""
         kind = _cuda.accumulation(tokens.dtype)
@@ -501,8 +435,8 @@ class TransformerPrior:
         return linear(x, *of("head"), norm=norm_of("norm"))
 
     def _placed(
-        self, weights: Mapping[str, Any], place: "_Place", tokens: Any
-    ) -> tuple["_Place", Any]:
+        self, weights: Mapping[str, Any], place: _Place, tokens: Any
+    ) -> tuple[_Place, Any]:
         """Return positions as kernels take them, and what learned ones add.
 
         Learned positions are added here, so that no kernel has a use for them.
@@ -540,65 +474,6 @@ class TransformerPrior:
         return self._copies[key]
 
 
-class _Place(NamedTuple):
-    """Where the tokens of a pass stand, and which of them may be attended to."""
-
-    positions: Any
-    """(B, T), or None: from `start` on."""
-    sizes: Any
-    """(B, capacity of the cache), or None: all 1."""
-    counts: NDArray[np.int64]
-    """Valid ones among the T of each sequence."""
-    start: int
-    """Tokens before them, which are in the cache."""
-    reverse: bool
-
-
-@dataclass
-class _Cache:
-    """Keys and values of the tokens so far, with room for more."""
-
-    keys: Any  # (L, B, H, capacity, d)
-    values: Any
-    sizes: Any  # (B, capacity)
-    length: int = 0
-
-    @classmethod
-    def empty(
-        cls, tokens: Any, settings: _Settings, capacity: int, layers: int | None = None
-    ) -> "_Cache":
-        """Return room for tokens like these, (B, T, D), in every layer."""
-        heads = settings.num_heads
-        width = settings.hidden_dim // heads
-        shape = (layers or settings.num_layers, len(tokens), heads, capacity, width)
-        kind = _cuda.accumulation(tokens.dtype)
-        make = _cuda.empty if _cuda.is_cuda(tokens) else np.empty
-        return cls(make(shape, kind), make(shape, kind), make(shape[1:4:2], kind))
-
-    def after(self, count: int) -> "_Cache":
-        """Return a cache of the first `count` tokens with room for another.
-
-        Itself, unless it is full or has already gone on from there.
-        """
-        capacity = self.sizes.shape[-1]
-        if count == self.length < capacity:
-            return self
-        make = _cuda.empty if _cuda.is_cuda(self.sizes) else np.empty
-        capacity = max(2 * count, _LEAST_ROOM)
-
-        def grown(x: Any, axis: int) -> Any:
-            shape = list(x.shape)
-            shape[axis] = capacity
-            larger = make(tuple(shape), x.dtype)
-            kept: Any = (..., slice(count), *[slice(None)] * (-1 - axis))
-            larger[kept] = x[kept]
-            return larger
-
-        return _Cache(
-            grown(self.keys, -2), grown(self.values, -2), grown(self.sizes, -1), count
-        )
-
-
 def _of_each(x: Any, token: Any) -> Any:
     """Return a number of each sequence as an array beside `token`; one may be for all.
 
@@ -612,183 +487,3 @@ def _of_each(x: Any, token: Any) -> Any:
     if x.ndim:
         return x
     return x + np.zeros(token.shape[:-1], x.dtype, like=x)
-
-
-def _turns(width: int) -> NDArray[np.float64]:
-    """Return by what share of a turn one position rotates each pair: 1 / wavelength."""
-    pairs = np.arange(width // 2)
-    turns: NDArray[np.float64] = _BASE ** (-2.0 * pairs / width) / (2 * np.pi)
-    return turns
-
-
-def _split_heads(
-    heads: Any, place: _Place, turns: Any, keys: Any, values: Any
-) -> NDArray[Any]:
-    """Return queries (B, T, H, d), rotated; keys and values go to the caches."""
-    split = _split_heads_cuda if _cuda.is_cuda(heads) else _split_heads_reference
-    query: NDArray[Any] = split(heads, place, turns, keys, values)
-    return query
-
-
-def _split_heads_reference(
-    heads: NDArray[Any],
-    place: _Place,
-    turns: NDArray[np.float64] | None,
-    keys: NDArray[Any],
-    values: NDArray[Any],
-) -> NDArray[Any]:
-    rows = heads.shape[1]
-    query, key, value = (heads[:, :, i] for i in range(3))  # (B, T, H, d)
-    if turns is not None:
-        positions = place.positions
-        if positions is None:
-            positions = place.start + np.arange(rows)[None]
-        angle = 2 * np.pi * (positions[:, :, None, None] * turns % 1)  # (B, T, 1, d/2)
-        cosine, sine = np.cos(angle), np.sin(angle)
-        query, key = (_rotated(x, cosine, sine) for x in (query, key))
-    there = slice(place.start, place.start + rows)
-    keys[:, :, there] = key.transpose(0, 2, 1, 3)
-    values[:, :, there] = value.transpose(0, 2, 1, 3)
-    return query
-
-
-def _rotated(
-    x: NDArray[Any], cosine: NDArray[np.float64], sine: NDArray[np.float64]
-) -> NDArray[Any]:
-    a, b = np.split(x, 2, axis=-1)
-    cosine, sine = cosine.astype(x.dtype), sine.astype(x.dtype)
-    return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
-
-
-def _split_heads_cuda(
-    heads: Any, place: _Place, turns: Any, keys: Any, values: Any
-) -> Any:
-    batch, rows, _, num_heads, width = heads.shape
-    query = _cuda.empty((batch, rows, num_heads, width), heads.dtype)
-    chosen = _cuda.implementation()
-    threads = query.size if chosen == "basic" else query.size // 2
-    sizes = batch, rows, num_heads, width, keys.shape[-2], place.start
-    args = (heads, place.positions, turns, *sizes, query, keys, values)
-    file = f"{chosen}/transformer_prior"
-    _cuda.launch(file, "split_heads", heads.dtype, threads, args)
-    return query
-
-
-def _attend(query: Any, keys: Any, values: Any, place: _Place) -> NDArray[Any]:
-    """Return what each query (B, T, H, d) reads from the cache (B, H, capacity, d)."""
-    attend = _attend_cuda if _cuda.is_cuda(query) else _attend_reference
-    read: NDArray[Any] = attend(query, keys, values, place)
-    return read
-
-
-def _attend_reference(
-    query: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], place: _Place
-) -> NDArray[Any]:
-    batch, rows, num_heads, width = query.shape
-    length = place.start + rows
-    keys, values = keys[:, :, :length], values[:, :, :length]
-    j = np.arange(length)
-    limits = (place.start + place.counts)[:, None, None, None]
-    bias: Any = 0
-    if place.sizes is not None:
-        sizes = place.sizes[:, None, None, :length]
-        with np.errstate(divide="ignore"):
-            bias = np.log(sizes)  # -inf for size 0
-    read = np.empty_like(query)
-    part = max(1, _SCORES // max(1, batch * num_heads * length))
-    for first in range(0, rows, part):
-        chosen = slice(first, min(first + part, rows))
-        some = query[:, chosen].transpose(0, 2, 1, 3) * query.dtype.type(width**-0.5)
-        scores = some @ keys.swapaxes(-1, -2) + bias  # (B, H, part, length)
-        i = (place.start + np.arange(rows)[chosen])[:, None]
-        allowed = (j >= i if place.reverse else j <= i) & (j < limits)
-        scores[~np.broadcast_to(allowed, scores.shape)] = -np.inf
-        scores -= np.maximum(scores.max(axis=-1, keepdims=True), -1e30)
-        np.exp(scores, out=scores)
-        total = scores.sum(axis=-1, keepdims=True)
-        read[:, chosen] = ((scores @ values) / np.where(total > 0, total, 1)).transpose(
-            0, 2, 1, 3
-        )
-    return read
-
-
-def _attend_cuda(query: Any, keys: Any, values: Any, place: _Place) -> Any:
-    batch, rows, num_heads, width = query.shape
-    out = _cuda.empty(query.shape, query.dtype)
-    chosen = _cuda.implementation()
-    counts = place.counts
-    each = None if (counts == rows).all() else _cuda.counts(counts)[0]
-    sizes = batch, rows, num_heads, width, keys.shape[-2], place.start
-    arrays = query, keys, values, place.sizes, each
-    args = (*arrays, *sizes, int(place.reverse), width**-0.5, out)
-    blocks = batch * rows * num_heads
-    threads = out.size if chosen == "basic" else blocks * _cuda.BLOCK
-    file = f"{chosen}/transformer_prior"
-    _cuda.launch(file, "attend", query.dtype, threads, args)
-    return out
-
-
-def _found(weights: Weights, num_heads: int) -> _Settings:
-    """Return the settings that a network's weights speak of."""
-    wide = ("embed.weight", "blocks.0.mlp_in.weight")
-    for name in wide:
-        if getattr(weights.get(name), "ndim", 0) != 2:
-            raise ValueError(f"`forward` must hold {name!r}, of two axes")
-    (hidden_dim, dim), (mlp_dim, _) = (weights[name].shape for name in wide)
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    learned = weights.get("positions.weight")
-    return _Settings(
-        dim,
-        hidden_dim,
-        len(blocks),
-        check_integer("num_heads", num_heads),
-        mlp_dim,
-        "layer" if "norm.bias" in weights else "rms",
-        0 if learned is None else len(learned),
-    ).checked()
-
-
-def _declared(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a file of these settings must hold."""
-    if set(settings) != set(_Settings._fields):
-        raise ValueError(f"its settings must be {_Settings._fields}, got {settings}")
-    try:
-        shapes = _Settings(**settings).checked().shapes()
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    return {
-        f"{direction}.{name}": shape
-        for direction in ("forward", "backward")
-        for name, shape in shapes.items()
-    }
-
-
-def _state(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """Return copies of a state dict's weights, in float32 or float64."""
-    if not state:
-        raise ValueError(f"`{name}` must hold weights, got none")
-    given = {f"{name}[{key!r}]": weight for key, weight in state.items()}
-    _, *weights = enter(**given)
-    found = {}
-    for key, label, weight in zip(state, given, weights, strict=True):
-        check_values(label, weight, "X", "XY")
-        kind = _cuda.accumulation(weight.dtype)
-        found[key] = np.array(_cuda.to_host(weight), dtype=kind, order="C")
-    return found
-
-
-def _random_network(
-    generator: np.random.Generator, settings: _Settings
-) -> dict[str, NDArray[np.float32]]:
-    shapes, found = settings.shapes(), {}
-    for name, shape in shapes.items():
-        layer, _, part = name.rpartition(".")
-        if "norm" in layer:
-            weight = np.full(shape, part == "weight")
-        elif layer == "positions":
-            weight = generator.normal(0, 0.02, shape)
-        else:
-            bound = shapes[f"{layer}.weight"][1] ** -0.5
-            weight = generator.uniform(-bound, bound, shape)
-        found[name] = weight.astype(np.float32)
-    return found

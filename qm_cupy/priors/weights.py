@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._replacing import replacing
+from .._replacing import replacing
 
 _KEY = "qm_cupy"  # of the one entry of metadata: what kind of weights, and a digest
 _BLANK = "0" * 64  # what stands in for the digest while it is computed

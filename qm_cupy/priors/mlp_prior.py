@@ -1,19 +1,18 @@
 """The paper's prior: a two-layer perceptron over the mean of the tokens so far."""
 
 import functools
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cuda
-from ._arrays import Array, enter, on_callers_stream
-from ._checks import (
+from .. import _cuda
+from .._arrays import Array, enter, on_callers_stream
+from .._checks import (
     check_counts,
     check_integer,
     check_number,
@@ -22,31 +21,15 @@ from ._checks import (
     check_tokens,
     check_values,
 )
-from ._fitting import Block, RidgeRegression, refine
-from ._layers import linear
-from ._weights import load_weights, save_weights
-from .alignment import _counts, _parts
-from .merging import Merged
+from ..results import Merged
+from .checkpoint import _mlp_shapes, _random_mlp, _state_mlp
+from .merged_tokens import _counts, _parts
+from .mlp import MLP, _network_cuda
+from .running_mean import _running_mean
+from .training import Block, RidgeRegression, refine
+from .weights import load_weights, save_weights
 
 _ROWS = 1 << 14  # prefixes at a time: 32 MB of hidden activations of width 256
-
-
-class MLP(NamedTuple):
-    """Weights of a two-layer perceptron W₂ relu(W₁ x + b₁) + b₂, stored (out, in)."""
-
-    weight_in: NDArray[Any]
-    bias_in: NDArray[Any]
-    weight_out: NDArray[Any]
-    bias_out: NDArray[Any]
-
-    def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Map (..., D) to (..., D)."""
-        hidden = x @ self.weight_in.T
-        hidden += self.bias_in
-        np.maximum(hidden, 0, out=hidden)
-        result: NDArray[Any] = hidden @ self.weight_out.T
-        result += self.bias_out
-        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,7 +360,7 @@ class MLPPrior:
         ValueError
             If any of its bytes is not as it was saved, or it is no file of this prior.
         """
-        _, arrays = load_weights(Path(path), "MLPPrior", _declared)
+        _, arrays = load_weights(Path(path), "MLPPrior", _mlp_shapes)
         networks = (
             MLP(*(arrays[f"{direction}.{name}"] for name in MLP._fields))
             for direction in ("forward", "backward")
@@ -449,121 +432,3 @@ def _pairs(
     # Widened before the mask picks rows: CuPy lacks some operations for bfloat16.
     x, y = (wide.astype(np.float64) for wide in (context[:, read], tokens[:, wanted]))
     yield x[chosen], y[chosen]
-
-
-def _declared(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a file of these settings must hold."""
-    widths = settings.get("dim"), settings.get("hidden_dim")
-    dim, hidden_dim = (x if isinstance(x, int) and x > 0 else 0 for x in widths)
-    if not dim or not hidden_dim or set(settings) != {"dim", "hidden_dim"}:
-        raise ValueError(f"`dim` and `hidden_dim` must be at least 1, got {settings}")
-    shapes = {
-        "weight_in": (hidden_dim, dim),
-        "bias_in": (hidden_dim,),
-        "weight_out": (dim, hidden_dim),
-        "bias_out": (dim,),
-    }
-    return {
-        f"{direction}.{name}": shape
-        for direction in ("forward", "backward")
-        for name, shape in shapes.items()
-    }
-
-
-_STATE = {"0.weight": "HD", "0.bias": "H", "2.weight": "DH", "2.bias": "D"}
-
-
-def _state_mlp(name: str, state: Mapping[str, Any]) -> MLP:
-    if set(state) != set(_STATE):
-        raise ValueError(f"`{name}` must hold {[*_STATE]}, got {[*state]}")
-    _, *weights = enter(**{f"{name}[{key!r}]": state[key] for key in _STATE})
-    sizes: dict[str, int] = {}
-    found = []
-    for (key, axes), weight in zip(_STATE.items(), weights, strict=True):
-        label = f"{name}[{key!r}]"
-        check_values(label, weight, axes)
-        wanted = tuple(
-            sizes.setdefault(axis, size)
-            for axis, size in zip(axes, weight.shape, strict=True)
-        )
-        check_shape(label, weight, axes, wanted)
-        kind = _cuda.accumulation(weight.dtype)
-        found.append(np.array(_cuda.to_host(weight), dtype=kind, order="C"))
-    return MLP(*found)
-
-
-def _network_cuda(network: MLP, context: Any) -> Any:
-    """Return the network's output for contexts (..., D), by two launches."""
-    hidden = linear(context, *network[:2], activation="relu")
-    return linear(hidden, *network[2:])
-
-
-def _random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:
-    def draw(inputs: int, *shape: int) -> NDArray[np.float32]:
-        bound = inputs**-0.5
-        return generator.uniform(-bound, bound, shape).astype(np.float32)
-
-    return MLP(
-        draw(dim, hidden_dim, dim),
-        draw(dim, hidden_dim),
-        draw(hidden_dim, dim, hidden_dim),
-        draw(hidden_dim, dim),
-    )
-
-
-def _running_mean(
-    tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
-) -> NDArray[Any]:
-    """Return the mean of tokens 1..t, or of t..K in reverse, for every t at once."""
-    if _cuda.is_cuda(tokens):
-        return _running_mean_cuda(tokens, counts, reverse)
-    return _running_mean_reference(tokens, counts, reverse)
-
-
-def _running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> Any:
-    num_groups, dim = tokens.shape[-2:]
-    batch = math.prod(tokens.shape[:-2])
-    out = _cuda.empty(tokens.shape, _cuda.accumulation(tokens.dtype))
-    chosen = _cuda.implementation()
-    each, _ = _cuda.counts(counts)
-    sizes = batch, num_groups, dim, int(reverse)
-    args = (_cuda.contiguous(tokens), each, *sizes, out)
-    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
-    kernel = f"{chosen}/alignment", "prefix_means"
-    _cuda.launch(*kernel, tokens.dtype, batch * columns, args)
-    return out
-
-
-def _running_mean_reference(
-    tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
-) -> NDArray[np.float64]:
-    most = tokens.shape[-2]
-    place = np.arange(most)[:, None]  # (K, 1)
-    total = tokens.astype(np.float64, order="C")
-    if not reverse:
-        _sum_rows(total)
-        total /= place + 1
-        return total
-    left = counts[..., None, None] - place  # tokens from here on: (B, K, 1)
-    if (left <= 0).any():
-        total = np.where(left > 0, total, 0)
-    _sum_rows(total[..., ::-1, :])
-    total /= np.maximum(left, 1)
-    return total
-
-
-def _sum_rows(x: NDArray[Any]) -> None:
-    """Add to every row all rows above it: runs of rows side by side, then the runs.
-
-    NumPy's cumsum goes by columns, which takes several times as long.
-    """
-    *batch, num_rows, dim = x.shape
-    run = max(1, math.isqrt(num_rows))
-    whole = num_rows // run * run
-    runs = x[..., :whole, :].reshape(*batch, whole // run, run, dim)  # a view
-    for t in range(1, run):
-        runs[..., t, :] += runs[..., t - 1, :]
-    for t in range(whole + 1, num_rows):  # the rows left over, fewer than a run
-        x[..., t, :] += x[..., t - 1, :]
-    for first in range(run, num_rows, run):
-        x[..., first : first + run, :] += x[..., first - 1 : first, :]
