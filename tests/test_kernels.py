@@ -885,8 +885,8 @@ def test_attention_to_more_keys_than_a_block_has_threads(dtype):
         random((1, 2, 640, 16), dtype, 2, np.arange(640)[:, None] / 320),
         random((1, 2, 640, 16), dtype, 3),
     )
-    place = attention._Place(None, None, np.ones(1, int), 599, False)
-    got = attention._attend_cuda(query, keys, values, place)
+    place = attention.Span(None, None, np.ones(1, int), 599, False)
+    got = attention.attend_cuda(query, keys, values, place)
     q, k, v = (x.astype(np.float64) for x in (query, keys[:, :, :600], values))
     p = softmax_of((q[:, 0, :, None] @ np.swapaxes(k, -1, -2))[:, :, 0] / 4, True, 1)
     assert_close(got[:, 0], (p[:, :, None] @ v[:, :, :600])[:, :, 0], dtype, "stored")

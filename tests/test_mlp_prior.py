@@ -7,7 +7,7 @@ from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
 import qm_cupy as qm
 from qm_cupy import _cuda
-from qm_cupy.priors import mlp_prior, training
+from qm_cupy.priors import training
 
 PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
 
@@ -68,7 +68,7 @@ def test_fit_is_ridge_regression_over_all_prefixes(rng, ridge):
 def test_fit_is_the_same_in_any_parts(rng, monkeypatch):
     tokens = walks(rng, 9, 12, 5)
     wanted = PRIOR.fit(tokens)
-    monkeypatch.setattr(mlp_prior, "_ROWS", 25)  # two sequences at a time
+    monkeypatch.setattr(training, "_ROWS", 25)  # two sequences at a time
     for sequences in (tokens, list(tokens), iter([tokens[:4], tokens[4:]])):
         for net, other in zip(
             vars(PRIOR.fit(sequences)).values(), vars(wanted).values(), strict=True

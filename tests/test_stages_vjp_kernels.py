@@ -17,7 +17,7 @@ from qm_cupy.merging_vjp import (
     _unmerge_tokens_vjp_reference,
 )
 from qm_cupy.priors import linear
-from qm_cupy.stages.alignment.alignment_loss import _alignment_loss_vjp_reference
+from qm_cupy.stages.alignment.alignment_loss import alignment_loss_vjp_reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -202,7 +202,7 @@ def test_alignment_loss(dtype, num_groups, ragged):
     each = ahead + total, behind + total
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda, "is_cuda", lambda x: False)
-        wanted = _alignment_loss_vjp_reference(each, wide(merged), prior, counts)
+        wanted = alignment_loss_vjp_reference(each, wide(merged), prior, counts)
     assert_gradient(got[0], wanted[0], dtype)
     assert not got[0][np.arange(num_groups) >= counts[:, None]].any()
     kind = _cuda.accumulation(dtype)
@@ -230,9 +230,9 @@ def test_products_with_tf32_are_near_the_truth():
     """Of a layer alone: which of its units fire is the forward's to say."""
     x, weight = random((99, 37), np.float32), random((50, 37), np.float32, 1)
     gradient = random((99, 50), np.float32, 2) / 99
-    plain = linear._linear_vjp_cuda(gradient, x, weight)
+    plain = linear.linear_vjp_cuda(gradient, x, weight)
     with qm.allow_tf32():
-        got = linear._linear_vjp_cuda(gradient, x, weight)
+        got = linear.linear_vjp_cuda(gradient, x, weight)
     for y, z in zip(got[:2], plain[:2], strict=True):
         assert_close(y, z, "tf32")
         assert (y != z).any()

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from .. import _cuda
 from .._arrays import enter
 from .._checks import check_shape, check_values
-from .configuration import _Settings
+from .configuration import Configuration
 from .mlp import MLP
 
 _STATE = {"0.weight": "HD", "0.bias": "H", "2.weight": "DH", "2.bias": "D"}
 
 
-def _mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shapes that a file of these settings must hold."""
     widths = settings.get("dim"), settings.get("hidden_dim")
     dim, hidden_dim = (x if isinstance(x, int) and x > 0 else 0 for x in widths)
@@ -34,7 +34,7 @@ def _mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _state_mlp(name: str, state: Mapping[str, Any]) -> MLP:
+def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
     if set(state) != set(_STATE):
         raise ValueError(f"`{name}` must hold {[*_STATE]}, got {[*state]}")
     _, *weights = enter(**{f"{name}[{key!r}]": state[key] for key in _STATE})
@@ -53,7 +53,7 @@ def _state_mlp(name: str, state: Mapping[str, Any]) -> MLP:
     return MLP(*found)
 
 
-def _random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:
+def random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:
     def draw(inputs: int, *shape: int) -> NDArray[np.float32]:
         bound = inputs**-0.5
         return generator.uniform(-bound, bound, shape).astype(np.float32)
@@ -66,12 +66,13 @@ def _random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> ML
     )
 
 
-def _transformer_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def transformer_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shapes that a file of these settings must hold."""
-    if set(settings) != set(_Settings._fields):
-        raise ValueError(f"its settings must be {_Settings._fields}, got {settings}")
+    names = Configuration._fields
+    if set(settings) != set(names):
+        raise ValueError(f"its settings must be {names}, got {settings}")
     try:
-        shapes = _Settings(**settings).checked().shapes()
+        shapes = Configuration(**settings).checked().shapes()
     except TypeError as error:
         raise ValueError(str(error)) from error
     return {
@@ -81,7 +82,7 @@ def _transformer_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...
     }
 
 
-def _state_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+def read_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """Return copies of a state dict's weights, in float32 or float64."""
     if not state:
         raise ValueError(f"`{name}` must hold weights, got none")
@@ -95,8 +96,8 @@ def _state_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray
     return found
 
 
-def _random_transformer(
-    generator: np.random.Generator, settings: _Settings
+def random_transformer(
+    generator: np.random.Generator, settings: Configuration
 ) -> dict[str, NDArray[np.float32]]:
     shapes, found = settings.shapes(), {}
     for name, shape in shapes.items():

@@ -11,7 +11,7 @@ _WIDEST_HEAD = 256  # MAX_HEAD_DIM of the kernels
 Weights = Mapping[str, Any]
 
 
-class _Settings(NamedTuple):
+class Configuration(NamedTuple):
     """The widths of a network, which say all its weights' shapes."""
 
     dim: int
@@ -23,7 +23,7 @@ class _Settings(NamedTuple):
     num_positions: int
     """Learned ones; 0 means rotary."""
 
-    def checked(self) -> "_Settings":
+    def checked(self) -> "Configuration":
         for name, value in self._asdict().items():
             if name == "norm":
                 if value not in ("rms", "layer"):
@@ -77,7 +77,7 @@ class _Settings(NamedTuple):
         return found
 
 
-def _found(weights: Weights, num_heads: int) -> _Settings:
+def configuration_of(weights: Weights, num_heads: int) -> Configuration:
     """Return the settings that a network's weights speak of."""
     wide = ("embed.weight", "blocks.0.mlp_in.weight")
     for name in wide:
@@ -86,7 +86,7 @@ def _found(weights: Weights, num_heads: int) -> _Settings:
     (hidden_dim, dim), (mlp_dim, _) = (weights[name].shape for name in wide)
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     learned = weights.get("positions.weight")
-    return _Settings(
+    return Configuration(
         dim,
         hidden_dim,
         len(blocks),

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from .. import _cuda
-from .configuration import _Settings
+from .configuration import Configuration
 
-_LEAST_ROOM = 16  # tokens of a new cache
+_LEAST_CAPACITY = 16  # tokens of a new cache
 
 
 @dataclass
-class _Cache:
+class KVCache:
     """Keys and values of the tokens so far, with room for more."""
 
     keys: Any  # (L, B, H, capacity, d)
@@ -22,8 +22,12 @@ class _Cache:
 
     @classmethod
     def empty(
-        cls, tokens: Any, settings: _Settings, capacity: int, layers: int | None = None
-    ) -> "_Cache":
+        cls,
+        tokens: Any,
+        settings: Configuration,
+        capacity: int = _LEAST_CAPACITY,
+        layers: int | None = None,
+    ) -> "KVCache":
         """Return room for tokens like these, (B, T, D), in every layer."""
         heads = settings.num_heads
         width = settings.hidden_dim // heads
@@ -32,7 +36,7 @@ class _Cache:
         make = _cuda.empty if _cuda.is_cuda(tokens) else np.empty
         return cls(make(shape, kind), make(shape, kind), make(shape[1:4:2], kind))
 
-    def after(self, count: int) -> "_Cache":
+    def after(self, count: int) -> "KVCache":
         """Return a cache of the first `count` tokens with room for another.
 
         Itself, unless it is full or has already gone on from there.
@@ -41,7 +45,7 @@ class _Cache:
         if count == self.length < capacity:
             return self
         make = _cuda.empty if _cuda.is_cuda(self.sizes) else np.empty
-        capacity = max(2 * count, _LEAST_ROOM)
+        capacity = max(2 * count, _LEAST_CAPACITY)
 
         def grown(x: Any, axis: int) -> Any:
             shape = list(x.shape)
@@ -51,6 +55,6 @@ class _Cache:
             larger[kept] = x[kept]
             return larger
 
-        return _Cache(
+        return KVCache(
             grown(self.keys, -2), grown(self.values, -2), grown(self.sizes, -1), count
         )

@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import erf
 
 from .. import _cuda, _tiles
 
@@ -36,8 +35,9 @@ def linear(
     residual: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """Return activation(norm(x) Wᵀ + b) + residual of x (..., D), all of one dtype."""
-    layer = _linear_cuda if _cuda.is_cuda(x) else _linear_reference
-    return layer(x, weight, bias, norm, activation, residual)
+    if _cuda.is_cuda(x):
+        return _linear_cuda(x, weight, bias, norm, activation, residual)
+    return _linear_reference(x, weight, bias, norm, activation, residual)
 
 
 def _linear_reference(
@@ -48,18 +48,20 @@ def _linear_reference(
     activation: Activation,
     residual: NDArray[Any] | None,
 ) -> NDArray[Any]:
-    y: NDArray[Any] = (x if norm is None else _normalize(x, norm)) @ weight.T
+    y: NDArray[Any] = (x if norm is None else _normalize_reference(x, norm)) @ weight.T
     y += bias
     if activation == "relu":
         np.maximum(y, 0, out=y)
     elif activation == "gelu":
+        from scipy.special import erf  # slow to import
+
         y *= (1 + erf(y * 0.5**0.5)) / 2
     if residual is not None:
         y += residual
     return y
 
 
-def _normalize(x: NDArray[Any], norm: Norm) -> NDArray[Any]:
+def _normalize_reference(x: NDArray[Any], norm: Norm) -> NDArray[Any]:
     if norm.bias is not None:
         x = x - x.mean(axis=-1, keepdims=True)
     squares = np.einsum("...d,...d->...", x, x)[..., None]
@@ -113,17 +115,17 @@ def _normalize_cuda(x: Any, norm: Norm) -> Any:
     return out
 
 
-def _linear_vjp_cuda(
+def linear_vjp_cuda(
     gradient: Any, x: Any, weight: Any, *, rectified: bool = False
 ) -> tuple[Any, Any, Any]:
     """Return the gradients of x (..., in), weight (out, in) and bias of a layer.
 
     `rectified`: a ReLU gave x, and its gradient is that of what the ReLU was given.
     """
-    find = _linear_vjp_optimized
+    gate = x if rectified else None
     if _cuda.implementation() == "basic":
-        find = _linear_vjp_basic
-    return find(gradient, x, weight, x if rectified else None)
+        return _linear_vjp_basic(gradient, x, weight, gate)
+    return _linear_vjp_optimized(gradient, x, weight, gate)
 
 
 def _linear_vjp_basic(

@@ -10,14 +10,16 @@ from .._checks import check_counts
 from ..results import Merged
 
 
-def _parts(merged: Any) -> tuple[Any, Any, Any]:
+def merged_parts(merged: Any) -> tuple[Any, Any, Any]:
     """Return tokens, positions and sizes; of tokens alone, the rest is None."""
     if isinstance(merged, Merged):
         return merged.tokens, merged.positions, merged.sizes
     return merged, None, None
 
 
-def _counts(tokens: NDArray[Any], num_groups: Any, sizes: Any) -> NDArray[np.int64]:
+def group_counts(
+    tokens: NDArray[Any], num_groups: Any, sizes: Any
+) -> NDArray[np.int64]:
     """Return K of each sequence: what is given, or else its groups with members."""
     if num_groups is None and sizes is not None:
         num_groups = _cuda.to_host((sizes > 0).sum(axis=-1))

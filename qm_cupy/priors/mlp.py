@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _cuda
 from .linear import linear
 
 
@@ -26,9 +27,24 @@ class MLP(NamedTuple):
         return result
 
 
-def _network_cuda(network: MLP, context: Any) -> Any:
-    """Return the network's output for contexts (..., D), by two launches."""
-    hidden = linear(context, *network[:2], activation="relu")
+def check_width(name: str, tokens: Any, network: MLP) -> None:
+    """Refuse tokens of another width than those that a network reads."""
+    dim = network.weight_in.shape[1]
+    if tokens.shape[-1] != dim:
+        raise ValueError(
+            f"`{name}` must have width D = {dim} like the prior, got {tokens.shape[-1]}"
+        )
+
+
+def apply_mlp(network: MLP, x: Any) -> Any:
+    """Return W₂ relu(W₁ x + b₁) + b₂ of x (..., D), whose weights are beside x."""
+    if _cuda.is_cuda(x):
+        return _apply_mlp_cuda(network, x)
+    return network(x)  # the reference
+
+
+def _apply_mlp_cuda(network: MLP, x: Any) -> Any:
+    hidden = linear(x, *network[:2], activation="relu")
     return linear(hidden, *network[2:])
 
 

@@ -1,35 +1,28 @@
 """The paper's prior: a two-layer perceptron over the mean of the tokens so far."""
 
-import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _cuda
 from .._arrays import Array, enter, on_callers_stream
 from .._checks import (
     check_counts,
     check_integer,
-    check_number,
     check_seed,
     check_shape,
     check_tokens,
     check_values,
 )
-from ..results import Merged
-from .checkpoint import _mlp_shapes, _random_mlp, _state_mlp
-from .merged_tokens import _counts, _parts
-from .mlp import MLP, _network_cuda
-from .running_mean import _running_mean
-from .training import Block, RidgeRegression, refine
+from .checkpoint import mlp_shapes, random_mlp, read_mlp
+from .mlp import MLP, apply_mlp, check_width
+from .running_mean import running_mean
+from .training import fit_networks
 from .weights import load_weights, save_weights
-
-_ROWS = 1 << 14  # prefixes at a time: 32 MB of hidden activations of width 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +84,7 @@ class MLPPrior:
         if min(widths) < 1:
             raise ValueError(f"`dim` and `hidden_dim` must be at least 1, got {widths}")
         generator = np.random.default_rng(check_seed(seed))
-        return cls(_random_mlp(generator, *widths), _random_mlp(generator, *widths))
+        return cls(random_mlp(generator, *widths), random_mlp(generator, *widths))
 
     @on_callers_stream
     def predict(
@@ -131,14 +124,12 @@ class MLPPrior:
         """
         leave, tokens, num_groups = enter(tokens=tokens, num_groups=num_groups)
         check_tokens(tokens)
-        self._check_width("tokens", tokens)
+        check_width("tokens", tokens, self.forward)
         counts = check_counts(tokens, num_groups)
-        context = _running_mean(tokens, counts, reverse)
-        if _cuda.is_cuda(tokens):
-            return leave(_network_cuda(self._copy_beside(tokens, reverse), context))
-        network = self.backward if reverse else self.forward
-        dtype = np.result_type(tokens.dtype, np.float32)
-        return leave(network(context.astype(dtype)).astype(dtype, copy=False))
+        dtype = _cuda.accumulation(tokens.dtype)
+        context = running_mean(tokens, counts, reverse).astype(dtype, copy=False)
+        network = network_beside(self, tokens, reverse)
+        return leave(apply_mlp(network, context).astype(dtype, copy=False))
 
     @on_callers_stream
     def step(
@@ -171,7 +162,7 @@ class MLPPrior:
         """
         leave, token = enter(token=token)
         check_values("token", token, "D", "BD")
-        self._check_width("token", token)
+        check_width("token", token, self.forward)
         total: Any = None
         count = 0
         if state is not None:
@@ -182,11 +173,8 @@ class MLPPrior:
         now = token.astype(kind if _cuda.is_cuda(token) else np.float64)
         total = total + now if count else now
         context = (total / (count + 1)).astype(kind)
-        if _cuda.is_cuda(token):
-            network = self._copy_beside(token, False)
-            prediction = _network_cuda(network, context)
-        else:
-            prediction = self.forward(context).astype(kind, copy=False)
+        network = network_beside(self, token, False)
+        prediction = apply_mlp(network, context).astype(kind, copy=False)
         return leave(prediction), (total, count + 1)
 
     @on_callers_stream
@@ -251,62 +239,16 @@ class MLPPrior:
         >>> bool(after.mean() < 0.5 * before.mean())
         True
         """
-        ridge = check_number("ridge", ridge, 0, np.inf, "()")
-        rate = check_number("learning_rate", learning_rate, 0, np.inf, "()")
-        for name, x, least in (("steps", steps, 0), ("batch_size", batch_size, 1)):
-            if check_integer(name, x) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {x}")
-        seed = check_seed(seed)
-        if isinstance(sequences, Merged) or hasattr(sequences, "__dlpack__"):
-            sequences = [sequences]
-        elif not isinstance(sequences, Iterable):
-            raise TypeError(
-                "`sequences` must be an array, a Merged or an iterable of these, "
-                f"got {type(sequences).__name__}"
-            )
-        if steps and iter(sequences) is sequences:
-            raise ValueError(
-                "`steps` read the sequences several times: give a list of them, "
-                "not an iterator"
-            )
-        networks = self.forward, self.backward
-        fits = [RidgeRegression(network, ridge) for network in networks]
-        for tokens, counts in self._parts(sequences):
-            for reverse, fit in enumerate(fits):
-                for block in _pairs(tokens, counts, bool(reverse)):
-                    fit.add(*block)
-        found = []
-        for reverse, (network, fit) in enumerate(zip(networks, fits, strict=True)):
-            fitted = fit.network()
-            if fitted is None:
-                raise ValueError("`sequences` must have one of two tokens or more")
-            if steps:
-                blocks = functools.partial(self._blocks, sequences, bool(reverse))
-                fitted = refine(fitted, blocks, steps, rate, batch_size, seed)
-            weights = zip(fitted, network, strict=True)
-            found.append(
-                MLP(*(_cuda.to_host(w).astype(old.dtype) for w, old in weights))
-            )
-        return MLPPrior(*found)
-
-    def _blocks(self, sequences: Iterable[Any], reverse: bool) -> Iterator[Block]:
-        for tokens, counts in self._parts(sequences):
-            yield from _pairs(tokens, counts, reverse)
-
-    def _parts(
-        self, sequences: Iterable[Any]
-    ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-        """Give tokens (b, K, D) and their counts (b,), a few sequences at a time."""
-        for given in sequences:
-            tokens, _, sizes = _parts(given)
-            _, tokens, sizes = enter(sequences=tokens, sizes=sizes)
-            check_tokens(tokens, "sequences")
-            self._check_width("sequences", tokens)
-            each = _counts(tokens, None, sizes).reshape(-1)
-            tokens = tokens.reshape(-1, *tokens.shape[-2:])
-            part = max(1, _ROWS // tokens.shape[-2])
-            for first in range(0, len(tokens), part):
-                yield tokens[first : first + part], each[first : first + part]
+        networks = fit_networks(
+            (self.forward, self.backward),
+            sequences,
+            ridge=ridge,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        return MLPPrior(*networks)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a safetensors file, at once or not at all.
@@ -360,19 +302,12 @@ class MLPPrior:
         ValueError
             If any of its bytes is not as it was saved, or it is no file of this prior.
         """
-        _, arrays = load_weights(Path(path), "MLPPrior", _mlp_shapes)
+        _, arrays = load_weights(Path(path), "MLPPrior", mlp_shapes)
         networks = (
             MLP(*(arrays[f"{direction}.{name}"] for name in MLP._fields))
             for direction in ("forward", "backward")
         )
         return cls(*networks)
-
-    def _check_width(self, name: str, x: NDArray[Any]) -> None:
-        dim = self.forward.weight_in.shape[1]
-        if x.shape[-1] != dim:
-            raise ValueError(
-                f"`{name}` must have width D = {dim} like the prior, got {x.shape[-1]}"
-            )
 
     @classmethod
     def from_state_dict(
@@ -399,36 +334,27 @@ class MLPPrior:
         ValueError
             If names or shapes do not fit.
         """
-        networks = _state_mlp("forward", forward), _state_mlp("backward", backward)
+        networks = (
+            read_mlp("forward", forward),
+            read_mlp("backward", backward),
+        )
         dims = [network.weight_in.shape[1] for network in networks]
         if dims[0] != dims[1]:
             raise ValueError(f"`forward` has width D = {dims[0]}, `backward` {dims[1]}")
         return cls(*networks)
 
-    def _copy_beside(self, tokens: Any, reverse: bool) -> MLP:
-        """Return a network with its weights on the device of `tokens`."""
-        dtype = _cuda.accumulation(tokens.dtype)
-        key = str(tokens.device), dtype, reverse
-        if key not in self._copies:
-            network = self.backward if reverse else self.forward
-            arrays = [_cuda.contiguous(_cuda.to_device(w), dtype) for w in network]
-            self._copies[key] = MLP(*arrays)
-            if any(x is not w for x, w in zip(arrays, network, strict=True)):
-                _cuda.to_host(arrays[-1])  # waits: any stream may read now
-        return self._copies[key]
 
-
-def _pairs(
-    tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
-) -> Iterator[Block]:
-    """Give the means that a network reads (R, D) and the tokens it should predict."""
-    known = np.arange(1, tokens.shape[-2]) < counts[:, None]  # (b, K - 1)
-    if not known.any():
-        return
-    context = _running_mean(tokens, counts, reverse)
-    ahead, behind = slice(1, None), slice(None, -1)
-    read, wanted = (ahead, behind) if reverse else (behind, ahead)
-    chosen = np.asarray(known, like=context)
-    # Widened before the mask picks rows: CuPy lacks some operations for bfloat16.
-    x, y = (wide.astype(np.float64) for wide in (context[:, read], tokens[:, wanted]))
-    yield x[chosen], y[chosen]
+def network_beside(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
+    """Return a network of a prior, with its weights on the device of `tokens`."""
+    network = prior.backward if reverse else prior.forward
+    if not _cuda.is_cuda(tokens):
+        return network
+    dtype = _cuda.accumulation(tokens.dtype)
+    key = str(tokens.device), dtype, reverse
+    copies = prior._copies
+    if key not in copies:
+        arrays = [_cuda.contiguous(_cuda.to_device(w), dtype) for w in network]
+        copies[key] = MLP(*arrays)
+        if any(x is not w for x, w in zip(arrays, network, strict=True)):
+            _cuda.to_host(arrays[-1])  # waits: any stream may read now
+    return copies[key]

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from .. import _cuda
 
 
-def _running_mean(
+def running_mean(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[Any]:
     """Return the mean of tokens 1..t, or of t..K in reverse, for every t at once."""
     if _cuda.is_cuda(tokens):
-        return _running_mean_cuda(tokens, counts, reverse)
+        return running_mean_cuda(tokens, counts, reverse)
     return _running_mean_reference(tokens, counts, reverse)
 
 
@@ -53,7 +53,7 @@ def _sum_rows(x: NDArray[Any]) -> None:
         x[..., first : first + run, :] += x[..., first - 1 : first, :]
 
 
-def _running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> Any:
+def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> Any:
     num_groups, dim = tokens.shape[-2:]
     batch = math.prod(tokens.shape[:-2])
     out = _cuda.empty(tokens.shape, _cuda.accumulation(tokens.dtype))
@@ -67,7 +67,7 @@ def _running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) ->
     return out
 
 
-def _running_mean_vjp_reference(
+def running_mean_vjp_reference(
     gradient: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[np.float64]:
     """Return the sum, for every token, of the gradients of the means it is part of."""
@@ -83,7 +83,7 @@ def _running_mean_vjp_reference(
     return np.where(valid, total, 0)
 
 
-def _running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
+def running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
     num_groups, dim = gradient.shape[-2:]
     batch = math.prod(gradient.shape[:-2])
     out = _cuda.empty(gradient.shape, gradient.dtype)

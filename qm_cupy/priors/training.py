@@ -4,19 +4,113 @@ Arrays are NumPy's or CuPy's. A block is inputs (R, D) and targets (R, D), float
 fit asks for all blocks anew at every pass over the data.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .mlp import MLP, back_propagate
+from .. import _cuda
+from .._arrays import enter
+from .._checks import check_integer, check_number, check_seed, check_tokens
+from ..results import Merged
+from .merged_tokens import group_counts, merged_parts
+from .mlp import MLP, back_propagate, check_width
+from .running_mean import running_mean
 
 Block = tuple[Any, Any]
 Blocks = Callable[[], Iterator[Block]]
 
+_ROWS = 1 << 14  # prefixes at a time: 32 MB of hidden activations of width 256
 _DECAY, _SQUARE_DECAY, _TINY = 0.9, 0.999, 1e-8  # Adam's own
+
+
+def fit_networks(
+    networks: tuple[MLP, MLP],
+    sequences: Any,
+    *,
+    ridge: float,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> tuple[MLP, MLP]:
+    """Return the networks of an `MLPPrior`, fitted; `MLPPrior.fit` says to what."""
+    ridge = check_number("ridge", ridge, 0, np.inf, "()")
+    rate = check_number("learning_rate", learning_rate, 0, np.inf, "()")
+    for name, x, least in (("steps", steps, 0), ("batch_size", batch_size, 1)):
+        if check_integer(name, x) < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {x}")
+    seed = check_seed(seed)
+    if isinstance(sequences, Merged) or hasattr(sequences, "__dlpack__"):
+        sequences = [sequences]
+    elif not isinstance(sequences, Iterable):
+        raise TypeError(
+            "`sequences` must be an array, a Merged or an iterable of these, "
+            f"got {type(sequences).__name__}"
+        )
+    if steps and iter(sequences) is sequences:
+        raise ValueError(
+            "`steps` read the sequences several times: give a list of them, "
+            "not an iterator"
+        )
+    fits = [RidgeRegression(network, ridge) for network in networks]
+    for tokens, counts in _token_blocks(sequences, networks[0]):
+        for reverse, fit in enumerate(fits):
+            for block in prefix_pairs(tokens, counts, bool(reverse)):
+                fit.add(*block)
+    found = []
+    for reverse, (network, fit) in enumerate(zip(networks, fits, strict=True)):
+        fitted = fit.network()
+        if fitted is None:
+            raise ValueError("`sequences` must have one of two tokens or more")
+        if steps:
+            blocks = functools.partial(_all_pairs, sequences, network, bool(reverse))
+            fitted = refine(fitted, blocks, steps, rate, batch_size, seed)
+        weights = zip(fitted, network, strict=True)
+        found.append(MLP(*(_cuda.to_host(w).astype(old.dtype) for w, old in weights)))
+    return found[0], found[1]
+
+
+def _all_pairs(
+    sequences: Iterable[Any], network: MLP, reverse: bool
+) -> Iterator[Block]:
+    for tokens, counts in _token_blocks(sequences, network):
+        yield from prefix_pairs(tokens, counts, reverse)
+
+
+def _token_blocks(
+    sequences: Iterable[Any], network: MLP
+) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+    """Give tokens (b, K, D) and their counts (b,), a few sequences at a time."""
+    for given in sequences:
+        tokens, _, sizes = merged_parts(given)
+        _, tokens, sizes = enter(sequences=tokens, sizes=sizes)
+        check_tokens(tokens, "sequences")
+        check_width("sequences", tokens, network)
+        each = group_counts(tokens, None, sizes).reshape(-1)
+        tokens = tokens.reshape(-1, *tokens.shape[-2:])
+        part = max(1, _ROWS // tokens.shape[-2])
+        for first in range(0, len(tokens), part):
+            yield tokens[first : first + part], each[first : first + part]
+
+
+def prefix_pairs(
+    tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
+) -> Iterator[Block]:
+    """Give the means that a network reads (R, D) and the tokens it should predict."""
+    known = np.arange(1, tokens.shape[-2]) < counts[:, None]  # (b, K - 1)
+    if not known.any():
+        return
+    context = running_mean(tokens, counts, reverse)
+    ahead, behind = slice(1, None), slice(None, -1)
+    read, wanted = (ahead, behind) if reverse else (behind, ahead)
+    chosen = np.asarray(known, like=context)
+    # Widened before the mask picks rows: CuPy lacks some operations for bfloat16.
+    x, y = (wide.astype(np.float64) for wide in (context[:, read], tokens[:, wanted]))
+    yield x[chosen], y[chosen]
 
 
 class RidgeRegression:

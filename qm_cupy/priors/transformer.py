@@ -20,11 +20,11 @@ from .._checks import (
     check_tokens,
     check_values,
 )
-from .attention import _attend, _Place, _split_heads, _turns
-from .checkpoint import _random_transformer, _state_transformer, _transformer_shapes
-from .configuration import Weights, _found, _Settings
-from .kv_cache import _LEAST_ROOM, _Cache
-from .linear import Norm, linear
+from .attention import Span, rotary_turns
+from .checkpoint import random_transformer, read_transformer, transformer_shapes
+from .configuration import Configuration, Weights, configuration_of
+from .kv_cache import KVCache
+from .transformer_network import run_transformer
 from .weights import load_weights, save_weights
 
 
@@ -77,14 +77,14 @@ class TransformerPrior:
     forward: Weights
     backward: Weights
     num_heads: int
-    _settings: _Settings = field(init=False, repr=False)
+    _settings: Configuration = field(init=False, repr=False)
     _copies: dict[tuple[str, np.dtype[Any], bool], dict[str, Any]] = field(
         default_factory=dict, init=False, repr=False
     )
 
     def __post_init__(self) -> None:
         """Refuse weights that make no network."""
-        settings = _found(self.forward, self.num_heads)
+        settings = configuration_of(self.forward, self.num_heads)
         shapes = settings.shapes()
         for name in ("forward", "backward"):
             weights: Weights = getattr(self, name)
@@ -150,10 +150,10 @@ class TransformerPrior:
         if num_positions == 0:
             raise ValueError("`num_positions` must be at least 1, or None, got 0")
         widths = dim, hidden_dim, num_layers, num_heads, mlp_dim
-        settings = _Settings(*widths, norm, num_positions or 0).checked()
+        settings = Configuration(*widths, norm, num_positions or 0).checked()
         generator = np.random.default_rng(check_seed(seed))
-        forward = _random_transformer(generator, settings)
-        return cls(forward, _random_transformer(generator, settings), num_heads)
+        forward = random_transformer(generator, settings)
+        return cls(forward, random_transformer(generator, settings), num_heads)
 
     @classmethod
     def from_state_dict(
@@ -189,8 +189,8 @@ class TransformerPrior:
             If names or shapes do not fit, or an entry is not finite.
         """
         networks = (
-            _state_transformer("forward", forward),
-            _state_transformer("backward", backward),
+            read_transformer("forward", forward),
+            read_transformer("backward", backward),
         )
         return cls(*networks, num_heads)
 
@@ -247,17 +247,20 @@ class TransformerPrior:
         kind = _cuda.accumulation(tokens.dtype)
         inside = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
         rows = inside.shape[:2]
-        place = _Place(
+        span = Span(
             positions=None if positions is None else positions.reshape(rows),
             sizes=None if sizes is None else sizes.reshape(rows).astype(kind),
             counts=counts.reshape(-1),
             start=0,
             reverse=bool(reverse),
         )
-        cache = _Cache.empty(inside, self._settings, rows[1], layers=1)
+        cache = KVCache.empty(inside, self._settings, rows[1], layers=1)
         # One layer's keys and values are of no use to the next.
         caches = [(cache.keys[0], cache.values[0])] * self._settings.num_layers
-        return leave(self._run(inside, place, caches).reshape(tokens.shape))
+        weights = self._weights(inside, kind, bool(reverse))
+        return leave(
+            run_transformer(inside, span, caches, weights).reshape(tokens.shape)
+        )
 
     @on_callers_stream
     def step(
@@ -299,7 +302,7 @@ class TransformerPrior:
         kind = _cuda.accumulation(token.dtype)
         inside = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
         if cache is None:
-            cache = _Cache.empty(inside, self._settings, _LEAST_ROOM)
+            cache = KVCache.empty(inside, self._settings)
         batch = len(cache.sizes)
         check_shape("token", token, "BD", (batch, token.shape[-1])[2 - token.ndim :])
         if cache.sizes.dtype != kind:
@@ -310,7 +313,7 @@ class TransformerPrior:
         self._check(token, position, size, "token", token.shape[:-1], count + 1)
         cache = cache.after(count)
         cache.sizes[:, count] = 1 if size is None else size
-        place = _Place(
+        span = Span(
             positions=None if position is None else position.reshape(batch, 1),
             sizes=cache.sizes,
             counts=np.ones(batch, np.int64),
@@ -318,7 +321,8 @@ class TransformerPrior:
             reverse=False,
         )
         caches = list(zip(cache.keys, cache.values, strict=True))
-        prediction = self._run(inside, place, caches).reshape(token.shape)
+        weights = self._weights(inside, kind, reverse=False)
+        prediction = run_transformer(inside, span, caches, weights).reshape(token.shape)
         cache.length = count + 1
         return leave(prediction), (cache, count + 1)
 
@@ -373,7 +377,7 @@ class TransformerPrior:
             If any of its bytes is not as it was saved, or it is no file of this prior.
         """
         settings, arrays = load_weights(
-            Path(path), "TransformerPrior", _transformer_shapes
+            Path(path), "TransformerPrior", transformer_shapes
         )
         networks: dict[str, dict[str, Any]] = {"forward": {}, "backward": {}}
         for key, weight in arrays.items():
@@ -406,52 +410,6 @@ class TransformerPrior:
                 f"{num_places} tokens"
             )
 
-    def _run(
-        self, tokens: Any, place: _Place, caches: list[tuple[Any, Any]]
-    ) -> NDArray[Any]:
-        """Return predictions (B, T, D); keys and values go to each layer's cache."""
-        kind = _cuda.accumulation(tokens.dtype)
-        weights = self._weights(tokens, kind, place.reverse)
-
-        def of(name: str) -> tuple[Any, Any]:
-            return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-        def norm_of(name: str) -> Norm:
-            return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-        place, added = self._placed(weights, place, tokens)
-        x = tokens.astype(kind, copy=False)
-        x = linear(x, *of("embed"), residual=added)
-        for i, cache in enumerate(caches):
-            block = f"blocks.{i}"
-            heads = linear(x, *of(f"{block}.qkv"), norm=norm_of(f"{block}.norm1"))
-            heads = heads.reshape(*x.shape[:2], 3, *cache[0].shape[1::2])
-            query = _split_heads(heads, place, weights.get("turns"), *cache)
-            read = _attend(query, *cache, place).reshape(x.shape)
-            x = linear(read, *of(f"{block}.out"), residual=x)
-            norm = norm_of(f"{block}.norm2")
-            hidden = linear(x, *of(f"{block}.mlp_in"), norm=norm, activation="gelu")
-            x = linear(hidden, *of(f"{block}.mlp_out"), residual=x)
-        return linear(x, *of("head"), norm=norm_of("norm"))
-
-    def _placed(
-        self, weights: Mapping[str, Any], place: _Place, tokens: Any
-    ) -> tuple[_Place, Any]:
-        """Return positions as kernels take them, and what learned ones add.
-
-        Learned positions are added here, so that no kernel has a use for them.
-        """
-        positions, learned = place.positions, weights.get("positions.weight")
-        if learned is None:
-            positions = _cuda.contiguous(positions, np.int64)
-            return place._replace(positions=positions), None
-        if positions is None:
-            end = place.start + tokens.shape[1]
-            rows = np.arange(place.start, end, like=learned)  # no copy from the CPU
-            positions = rows + np.zeros(tokens.shape[:2], np.int64, like=learned)
-        placed = place._replace(positions=None)
-        return placed, learned[positions.clip(0, len(learned) - 1)]
-
     def _weights(
         self, tokens: Any, kind: np.dtype[Any], reverse: bool
     ) -> dict[str, Any]:
@@ -462,7 +420,7 @@ class TransformerPrior:
             given = {**(self.backward if reverse else self.forward)}
             if not self._settings.num_positions:
                 width = self._settings.hidden_dim // self.num_heads
-                given["turns"] = _turns(width)
+                given["turns"] = rotary_turns(width)
             copies = {}
             for name, weight in given.items():
                 dtype = weight.dtype if name == "turns" else kind

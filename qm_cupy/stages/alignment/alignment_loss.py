@@ -9,16 +9,15 @@ from numpy.typing import NDArray
 from ... import _cuda
 from ..._arrays import Array, enter, on_callers_stream
 from ..._checks import check_gradient, check_shape, check_tokens
-from ...priors.linear import _linear_vjp_cuda, linear
-from ...priors.merged_tokens import _counts, _parts
-from ...priors.mlp import MLP, back_propagate
-from ...priors.mlp_prior import MLPPrior
+from ...priors.linear import linear, linear_vjp_cuda
+from ...priors.merged_tokens import group_counts, merged_parts
+from ...priors.mlp import MLP, back_propagate, check_width
+from ...priors.mlp_prior import MLPPrior, network_beside
 from ...priors.protocols import Prior
 from ...priors.running_mean import (
-    _running_mean,
-    _running_mean_cuda,
-    _running_mean_vjp_cuda,
-    _running_mean_vjp_reference,
+    running_mean,
+    running_mean_vjp_cuda,
+    running_mean_vjp_reference,
 )
 from ...results import AlignmentLoss, Merged
 
@@ -72,23 +71,29 @@ def alignment_loss(
     >>> bool(loss.total == loss.forward + loss.backward)
     True
     """
-    given, positions, sizes = _parts(merged)
+    given, positions, sizes = merged_parts(merged)
     leave, tokens, num_groups, positions, sizes = enter(
         merged=given, num_groups=num_groups, positions=positions, sizes=sizes
     )
     check_tokens(tokens, "merged")
-    counts = _counts(tokens, num_groups, sizes)
+    counts = group_counts(tokens, num_groups, sizes)
     valid = counts if counts.ndim else int(counts)
     known = {"num_groups": valid, "positions": positions, "sizes": sizes}
     after = prior.predict(tokens, **known)
     before = prior.predict(tokens, reverse=True, **known)
     check_shape("prediction", after, "BKD", tokens.shape)
     check_shape("prediction", before, "BKD", tokens.shape)
-    find = _alignment_loss_reference
-    if _cuda.is_cuda(tokens):
-        find = _alignment_loss_cuda
-    forward, backward = find(tokens, after, before, counts)
+    forward, backward = _alignment_loss(tokens, after, before, counts)
     return AlignmentLoss(leave(forward), leave(backward), leave(forward + backward))
+
+
+def _alignment_loss(
+    merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
+) -> tuple[Any, Any]:
+    """Return the losses of predictions of the tokens after, and before."""
+    if _cuda.is_cuda(merged):
+        return _alignment_loss_cuda(merged, after, before, counts)
+    return _alignment_loss_reference(merged, after, before, counts)
 
 
 def _alignment_loss_reference(
@@ -193,7 +198,7 @@ def alignment_loss_vjp(
     """
     if not isinstance(prior, MLPPrior):
         raise TypeError(f"`prior` must be an MLPPrior, got {type(prior).__name__}")
-    given, _, sizes = _parts(merged)
+    given, _, sizes = merged_parts(merged)
     names = [f"gradient.{name}" for name in AlignmentLoss._fields]
     leave, tokens, num_groups, sizes, *slopes = enter(
         merged=given,
@@ -202,17 +207,14 @@ def alignment_loss_vjp(
         **dict(zip(names, _three(gradient), strict=True)),
     )
     check_tokens(tokens, "merged")
-    prior._check_width("merged", tokens)
-    counts = _counts(tokens, num_groups, sizes)
+    check_width("merged", tokens, prior.forward)
+    counts = group_counts(tokens, num_groups, sizes)
     ahead, behind, total = (
         check_gradient(slope, tokens.shape[:-2], "B", tokens, name).astype(np.float64)
         for name, slope in zip(names, slopes, strict=True)
     )
-    find = _alignment_loss_vjp_reference
-    if _cuda.is_cuda(tokens):
-        find = _alignment_loss_vjp_cuda
     each = ahead + total, behind + total
-    by_merged, by_weights = find(each, tokens, prior, counts)
+    by_merged, by_weights = _alignment_loss_vjp(each, tokens, prior, counts)
     forward, backward = (MLP(*map(leave, weights)) for weights in by_weights)
     return leave(by_merged), (forward, backward)
 
@@ -228,7 +230,16 @@ def _three(gradient: Any) -> tuple[Any, Any, Any]:
     return forward, backward, total
 
 
-def _alignment_loss_vjp_reference(
+def _alignment_loss_vjp(
+    gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
+) -> tuple[Any, list[MLP]]:
+    """Return the gradients of the tokens, and of both networks' weights."""
+    if _cuda.is_cuda(merged):
+        return _alignment_loss_vjp_cuda(gradients, merged, prior, counts)
+    return alignment_loss_vjp_reference(gradients, merged, prior, counts)
+
+
+def alignment_loss_vjp_reference(
     gradients: tuple[Any, Any],
     merged: NDArray[Any],
     prior: MLPPrior,
@@ -243,7 +254,7 @@ def _alignment_loss_vjp_reference(
     for reverse, gradient in enumerate(gradients):
         network = prior.backward if reverse else prior.forward
         network = MLP(*(w.astype(dtype, copy=False) for w in network))
-        context = _running_mean(merged, counts, bool(reverse))
+        context = running_mean(merged, counts, bool(reverse))
         context = np.where(valid, context, 0).astype(dtype)
         hidden = np.maximum(context @ network.weight_in.T + network.bias_in, 0)
         slope = hidden @ network.weight_out.T + network.bias_out  # the predictions yet
@@ -258,7 +269,7 @@ def _alignment_loss_vjp_reference(
         weights, back = back_propagate(network, *flat)
         by_weights.append(weights)
         by_context = (back @ network.weight_in).reshape(merged.shape)
-        by_merged += _running_mean_vjp_reference(by_context, counts, bool(reverse))
+        by_merged += running_mean_vjp_reference(by_context, counts, bool(reverse))
     return by_merged.astype(merged.dtype), by_weights
 
 
@@ -271,8 +282,8 @@ def _alignment_loss_vjp_cuda(
     sizes = batch, num_groups, dim
     means, slopes, by_weights = [], [], []
     for reverse, gradient in enumerate(gradients):
-        network = prior._copy_beside(merged, bool(reverse))
-        context = _running_mean_cuda(merged, counts, bool(reverse))
+        network = network_beside(prior, merged, bool(reverse))
+        context = running_mean(merged, counts, bool(reverse))
         hidden = linear(context, *network[:2], activation="relu")
         prediction = linear(hidden, *network[2:])
         slope = _cuda.empty(merged.shape, kind)
@@ -282,10 +293,10 @@ def _alignment_loss_vjp_cuda(
         _cuda.launch(*kernel, merged.dtype, slope.size, args)
 
         layer = slope, hidden, network.weight_out
-        back, *second = _linear_vjp_cuda(*layer, rectified=True)
-        by_context, *first = _linear_vjp_cuda(back, context, network.weight_in)
+        back, *second = linear_vjp_cuda(*layer, rectified=True)
+        by_context, *first = linear_vjp_cuda(back, context, network.weight_in)
         by_weights.append(MLP(*first, *second))
-        means.append(_running_mean_vjp_cuda(by_context, each, reverse))
+        means.append(running_mean_vjp_cuda(by_context, each, reverse))
         slopes.append(slope)
     out = _cuda.empty(merged.shape, merged.dtype)
     args = (*means, *slopes, *sizes, out)

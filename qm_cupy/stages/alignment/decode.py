@@ -10,7 +10,7 @@ from ..._arrays import Array, enter, on_callers_stream
 from ..._checks import check_tokens
 from ..._libraries import give_inside, no_grad, stack
 from ..._progress import progress
-from ...priors.merged_tokens import _parts
+from ...priors.merged_tokens import merged_parts
 from ...priors.protocols import SteppingPrior
 from ...results import Merged
 
@@ -50,7 +50,7 @@ def decode(
     >>> decode(np.array([[1.0], [2.0], [4.0]]), lambda prefix: prefix.cumsum(0)).ravel()
     array([1., 3., 7.])
     """
-    tokens, positions, sizes = _parts(merged)
+    tokens, positions, sizes = merged_parts(merged)
     _, inside = enter(merged=tokens)
     check_tokens(inside, "merged")
     rows, state, predictions = inside.shape[-2], None, []
