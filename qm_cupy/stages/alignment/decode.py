@@ -1,6 +1,5 @@
 """Decoding: a model reads merged tokens from left to right."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 from ..._arrays import Array, enter, on_callers_stream
 from ..._checks import check_tokens
 from ..._libraries import give_inside, no_grad, stack
-from ..._progress import progress
 from ...priors.merged_tokens import merged_parts
 from ...priors.protocols import SteppingPrior
 from ...results import Merged
@@ -17,7 +15,10 @@ from ...results import Merged
 
 @on_callers_stream
 def decode(
-    merged: Array | Merged[Array], model: Callable[[Any], Any] | SteppingPrior
+    merged: Array | Merged[Array],
+    model: Callable[[Any], Any] | SteppingPrior,
+    *,
+    progress: Callable[[int], None] | None = None,
 ) -> Any:
     """Run a model left to right over merged tokens: its prediction at every step.
 
@@ -31,6 +32,9 @@ def decode(
         maps a prefix of shape (..., t, D), in the caller's own kind, to (..., t, E);
         the last row is the prediction after t tokens. A `torch.nn.Module`, say: over
         tensors it runs under `torch.no_grad()`, in the mode that it is in.
+    progress : callable, optional
+        It is called after each token with the number of tokens decoded so far, 1 to K.
+        By default nothing is shown.
 
     Returns
     -------
@@ -40,7 +44,8 @@ def decode(
     Raises
     ------
     TypeError
-        If `merged` is not a floating array, or the model returns none.
+        If `merged` is not a floating array, the model returns none, or `progress` is
+        not callable.
     ValueError
         If the shape does not fit or an entry is not finite.
 
@@ -49,12 +54,21 @@ def decode(
     >>> import numpy as np
     >>> decode(np.array([[1.0], [2.0], [4.0]]), lambda prefix: prefix.cumsum(0)).ravel()
     array([1., 3., 7.])
+
+    A progress bar of tqdm:
+
+    >>> with tqdm(total=merged.tokens.shape[-2]) as bar:  # doctest: +SKIP
+    ...     decode(merged, model, progress=lambda done: bar.update(done - bar.n))
     """
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            f"`progress` must be callable or None, got {type(progress).__name__}"
+        )
     tokens, positions, sizes = merged_parts(merged)
     _, inside = enter(merged=tokens)
     check_tokens(inside, "merged")
     rows, state, predictions = inside.shape[-2], None, []
-    with progress(rows, sys.stderr, "tokens") as shown, no_grad(tokens):
+    with no_grad(tokens):
         for t in range(rows):
             if hasattr(model, "step"):
                 known = [None if x is None else x[..., t] for x in (positions, sizes)]
@@ -64,7 +78,8 @@ def decode(
             else:
                 prediction = _last(model, tokens[..., : t + 1, :])
             predictions.append(prediction)
-            shown(t + 1)
+            if progress is not None:
+                progress(t + 1)
     stacked = stack(predictions, -2)
     return give_inside(stacked) if isinstance(stacked, np.ndarray) else stacked
 
