@@ -1,14 +1,17 @@
 """The transformer prior: against loops and torch, in steps, its weights in and out."""
 
+import functools
 import pickle
 
 import ml_dtypes
 import numpy as np
 import oracle
+import ptx
 import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
 import qm_cupy as qm
+from qm_cupy import _cuda
 from qm_cupy.priors import attention
 from qm_cupy.priors.weights import save_weights
 
@@ -447,3 +450,21 @@ def test_a_prior_is_pickled_without_its_copies(rng):
     assert prior._copies
     assert twin._copies == {}
     assert_same(twin, prior)
+
+
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+def test_kernels_take_shared_numbers_from_python(rng, kernels, monkeypatch):
+    """Activations by other numbers and narrower heads: the kernels follow."""
+    tokens = rng.standard_normal((3, 5)).astype(np.float32)
+    mlp = qm.MLPPrior.init(5, hidden_dim=8)
+    wanted = PRIOR.predict(tokens), mlp.predict(tokens)
+    monkeypatch.setattr(_cuda, "ACTIVATIONS", {"none": 0, "relu": 7, "gelu": 1})
+    monkeypatch.setattr(_cuda, "MAX_HEAD_DIM", 32)
+    ptx.install(monkeypatch)
+    monkeypatch.setattr(ptx, "module", functools.cache(ptx.Module))  # compiled anew
+    with qm.use_kernels(kernels):
+        got = PRIOR.predict(tokens), mlp.predict(tokens)
+    for x, y in zip(got, wanted, strict=True):
+        assert_close(x, y, "float32")
+    with pytest.raises(ValueError, match="at most 32 wide, got 34"):
+        qm.TransformerPrior.init(5, hidden_dim=34, num_heads=1)

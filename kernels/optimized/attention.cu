@@ -1,7 +1,6 @@
 // The transformer prior: pairs rotated in place, and attention in one pass; see
 // basic/attention.cu.
 
-constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_WARPS = BLOCK_THREADS / 32;
 
 // One thread, one pair of elements of a query, a key and a value.

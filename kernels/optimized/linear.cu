@@ -15,7 +15,7 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
     Fragment sums[1];
     const Rows rows = {input + row0 * in_dim, num_rows - row0};
     const Rows columns = {weight + column0 * in_dim, out_dim - column0};
-    if (TF32 && activation == 1)
+    if (TF32 && activation == RELU)
         multiply_tiles<Tile, false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
     else
         multiply_tiles<Tile>(stages, rows, columns, 1, in_dim, sums, [](int) {});

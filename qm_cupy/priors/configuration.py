@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from .. import _cuda
 from .._checks import check_integer
 
 _MOST_LAYERS = 1024
-_WIDEST_HEAD = 256  # MAX_HEAD_DIM of the kernels
 
 Weights = Mapping[str, Any]
 
@@ -42,9 +42,9 @@ class Configuration(NamedTuple):
                 "`hidden_dim` must be `num_heads` times an even number, "
                 f"got {self.hidden_dim} for {self.num_heads} heads"
             )
-        if width > _WIDEST_HEAD:
+        if width > _cuda.MAX_HEAD_DIM:
             raise ValueError(
-                f"a head must be at most {_WIDEST_HEAD} wide, got {width}: "
+                f"a head must be at most {_cuda.MAX_HEAD_DIM} wide, got {width}: "
                 "more `num_heads`"
             )
         return self

@@ -10,7 +10,6 @@ from .. import _cuda, _tiles
 
 Activation = Literal["none", "relu", "gelu"]
 
-_ACTIVATIONS = "none", "relu", "gelu"  # by the kernels' numbers
 _EPSILON = 1e-5  # of the norms
 _FEW = 16  # rows that a warp an output is fast for
 # Rows that one block sums for a tile of a weight's gradient: 8,192 rows, D = 1024 and
@@ -84,7 +83,7 @@ def _linear_cuda(
     out_dim, in_dim = weight.shape
     x, rows = _cuda.contiguous(x), math.prod(x.shape[:-1])
     out = _cuda.empty((*x.shape[:-1], out_dim), kind)
-    sizes = rows, in_dim, out_dim, _ACTIVATIONS.index(activation)
+    sizes = rows, in_dim, out_dim, _cuda.ACTIVATIONS[activation]
     residual = _cuda.contiguous(residual)
     file, map_ = f"{chosen}/linear", (weight, bias, residual)
     if chosen == "optimized" and rows <= _FEW:
