@@ -35,12 +35,13 @@ def mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
+    """Return copies of a state dict's weights, in float32 or float64."""
     if set(state) != set(_STATE):
         raise ValueError(f"`{name}` must hold {[*_STATE]}, got {[*state]}")
-    _, *weights = enter(**{f"{name}[{key!r}]": state[key] for key in _STATE})
+    _, *arrays = enter(**{f"{name}[{key!r}]": state[key] for key in _STATE})
     sizes: dict[str, int] = {}
-    found = []
-    for (key, axes), weight in zip(_STATE.items(), weights, strict=True):
+    weights = []
+    for (key, axes), weight in zip(_STATE.items(), arrays, strict=True):
         label = f"{name}[{key!r}]"
         check_values(label, weight, axes)
         wanted = tuple(
@@ -48,12 +49,14 @@ def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
             for axis, size in zip(axes, weight.shape, strict=True)
         )
         check_shape(label, weight, axes, wanted)
-        kind = _cuda.accumulation(weight.dtype)
-        found.append(np.array(_cuda.to_host(weight), dtype=kind, order="C"))
-    return MLP(*found)
+        acc_dtype = _cuda.accumulation(weight.dtype)
+        weights.append(np.array(_cuda.to_host(weight), dtype=acc_dtype, order="C"))
+    return MLP(*weights)
 
 
 def random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:
+    """Draw weights uniformly within ±1/√(inputs) of each layer."""
+
     def draw(inputs: int, *shape: int) -> NDArray[np.float32]:
         bound = inputs**-0.5
         return generator.uniform(-bound, bound, shape).astype(np.float32)
@@ -86,20 +89,21 @@ def read_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[A
     """Return copies of a state dict's weights, in float32 or float64."""
     if not state:
         raise ValueError(f"`{name}` must hold weights, got none")
-    given = {f"{name}[{key!r}]": weight for key, weight in state.items()}
-    _, *weights = enter(**given)
-    found = {}
-    for key, label, weight in zip(state, given, weights, strict=True):
+    labelled = {f"{name}[{key!r}]": weight for key, weight in state.items()}
+    _, *arrays = enter(**labelled)
+    weights = {}
+    for key, label, weight in zip(state, labelled, arrays, strict=True):
         check_values(label, weight, "X", "XY")
-        kind = _cuda.accumulation(weight.dtype)
-        found[key] = np.array(_cuda.to_host(weight), dtype=kind, order="C")
-    return found
+        acc_dtype = _cuda.accumulation(weight.dtype)
+        weights[key] = np.array(_cuda.to_host(weight), dtype=acc_dtype, order="C")
+    return weights
 
 
 def random_transformer(
     generator: np.random.Generator, settings: Configuration
 ) -> dict[str, NDArray[np.float32]]:
-    shapes, found = settings.shapes(), {}
+    """Draw weights: of linear maps, uniformly within ±1/√(inputs)."""
+    shapes, weights = settings.shapes(), {}
     for name, shape in shapes.items():
         layer, _, part = name.rpartition(".")
         if "norm" in layer:
@@ -109,5 +113,5 @@ def random_transformer(
         else:
             bound = shapes[f"{layer}.weight"][1] ** -0.5
             weight = generator.uniform(-bound, bound, shape)
-        found[name] = weight.astype(np.float32)
-    return found
+        weights[name] = weight.astype(np.float32)
+    return weights

@@ -52,18 +52,18 @@ class Configuration(NamedTuple):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight of one network, by its name."""
         norms = {"weight", "bias"} if self.norm == "layer" else {"weight"}
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
 
         def declare(name: str, *shape: int) -> None:
-            found[f"{name}.weight"] = shape
-            found[f"{name}.bias"] = shape[:1]
+            shapes[f"{name}.weight"] = shape
+            shapes[f"{name}.bias"] = shape[:1]
 
         def declare_norm(name: str) -> None:
-            found.update({f"{name}.{part}": (self.hidden_dim,) for part in norms})
+            shapes.update({f"{name}.{part}": (self.hidden_dim,) for part in norms})
 
         declare("embed", self.hidden_dim, self.dim)
         if self.num_positions:
-            found["positions.weight"] = self.num_positions, self.hidden_dim
+            shapes["positions.weight"] = self.num_positions, self.hidden_dim
         for i in range(self.num_layers):
             block = f"blocks.{i}"
             declare_norm(f"{block}.norm1")
@@ -74,7 +74,7 @@ class Configuration(NamedTuple):
             declare(f"{block}.mlp_out", self.hidden_dim, self.mlp_dim)
         declare_norm("norm")
         declare("head", self.dim, self.hidden_dim)
-        return found
+        return shapes
 
 
 def configuration_of(weights: Weights, num_heads: int) -> Configuration:

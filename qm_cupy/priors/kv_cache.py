@@ -32,9 +32,13 @@ class KVCache:
         heads = settings.num_heads
         width = settings.hidden_dim // heads
         shape = (layers or settings.num_layers, len(tokens), heads, capacity, width)
-        kind = _cuda.accumulation(tokens.dtype)
+        acc_dtype = _cuda.accumulation(tokens.dtype)
         make = _cuda.empty if _cuda.is_cuda(tokens) else np.empty
-        return cls(make(shape, kind), make(shape, kind), make(shape[1:4:2], kind))
+        return cls(
+            make(shape, acc_dtype),
+            make(shape, acc_dtype),
+            make(shape[1:4:2], acc_dtype),
+        )
 
     def after(self, count: int) -> "KVCache":
         """Return a cache of the first `count` tokens with room for another.

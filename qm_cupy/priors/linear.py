@@ -79,29 +79,29 @@ def _linear_cuda(
     activation: Activation,
     residual: Any,
 ) -> Any:
-    chosen, kind = _cuda.implementation(), x.dtype
+    chosen, dtype = _cuda.implementation(), x.dtype
     out_dim, in_dim = weight.shape
     x, rows = _cuda.contiguous(x), math.prod(x.shape[:-1])
-    out = _cuda.empty((*x.shape[:-1], out_dim), kind)
+    out = _cuda.empty((*x.shape[:-1], out_dim), dtype)
     sizes = rows, in_dim, out_dim, _cuda.ACTIVATIONS[activation]
     residual = _cuda.contiguous(residual)
     file, map_ = f"{chosen}/linear", (weight, bias, residual)
     if chosen == "optimized" and rows <= _FEW:
         args = (x, *(norm or (None, None)), *map_, *sizes, _EPSILON, out)
-        _cuda.launch(file, "linear_few", kind, out.size * _cuda.WARP, args)
+        _cuda.launch(file, "linear_few", dtype, out.size * _cuda.WARP, args)
         return out
     if norm is not None:
         x = _normalize_cuda(x, norm)
     args = (x, *map_, *sizes, out)
     if chosen == "basic":
-        _cuda.launch(file, "linear", kind, out.size, args)
+        _cuda.launch(file, "linear", dtype, out.size, args)
         return out
 
     def blocks(shape: _tiles.Shape) -> int:
         return _tiles.row_tiles(shape, rows) * _tiles.column_tiles(shape, out_dim)
 
     shape = _tiles.select_shape(blocks)
-    _tiles.launch("linear", "linear", kind, shape, blocks(shape), args)
+    _tiles.launch("linear", "linear", dtype, shape, blocks(shape), args)
     return out
 
 
@@ -131,15 +131,15 @@ def _linear_vjp_basic(
     gradient: Any, x: Any, weight: Any, gate: Any
 ) -> tuple[Any, Any, Any]:
     (out_dim, in_dim), rows = weight.shape, math.prod(x.shape[:-1])
-    kind, file = x.dtype, "basic/linear_vjp"
-    by_x, by_weight = _cuda.empty(x.shape, kind), _cuda.empty(weight.shape, kind)
-    by_bias = _cuda.empty((out_dim,), kind)
+    dtype, file = x.dtype, "basic/linear_vjp"
+    by_x, by_weight = _cuda.empty(x.shape, dtype), _cuda.empty(weight.shape, dtype)
+    by_bias = _cuda.empty((out_dim,), dtype)
     args: tuple[Any, ...] = (gradient, weight, gate, rows, in_dim, out_dim, by_x)
-    _cuda.launch(file, "linear_vjp", kind, by_x.size, args)
+    _cuda.launch(file, "linear_vjp", dtype, by_x.size, args)
     args = (gradient, x, rows, in_dim, out_dim, by_weight)
-    _cuda.launch(file, "weight_vjp", kind, by_weight.size, args)
+    _cuda.launch(file, "weight_vjp", dtype, by_weight.size, args)
     args = (gradient, rows, out_dim, by_bias)
-    _cuda.launch(file, "bias_vjp", kind, by_bias.size, args)
+    _cuda.launch(file, "bias_vjp", dtype, by_bias.size, args)
     return by_x, by_weight, by_bias
 
 
@@ -154,15 +154,15 @@ def _linear_vjp_optimized(
     part = -(-part // _cuda.WARP) * _cuda.WARP  # rows of whole vectors of 16 bytes
     turned = _transposed_cuda(gradient, part)  # (S, out, part)
     by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
-    file, num_parts, kind = "optimized/linear_vjp", len(turned), x.dtype
+    file, num_parts, dtype = "optimized/linear_vjp", len(turned), x.dtype
     args: tuple[Any, ...]
     if num_parts > 1:
-        each, by_weight = by_weight, _cuda.empty(weight.shape, kind)
+        each, by_weight = by_weight, _cuda.empty(weight.shape, dtype)
         args = (each, num_parts, by_weight.size, by_weight)
-        _cuda.launch(file, "sum_parts", kind, by_weight.size, args)
-    by_bias = _cuda.empty((out_dim,), kind)
+        _cuda.launch(file, "sum_parts", dtype, by_weight.size, args)
+    by_bias = _cuda.empty((out_dim,), dtype)
     args = (turned, num_parts, out_dim, part, by_bias)
-    _cuda.launch(file, "bias_vjp", kind, out_dim * _cuda.WARP, args)
+    _cuda.launch(file, "bias_vjp", dtype, out_dim * _cuda.WARP, args)
     return by_x.reshape(x.shape), by_weight.reshape(weight.shape), by_bias
 
 

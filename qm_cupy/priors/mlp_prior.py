@@ -168,13 +168,13 @@ class MLPPrior:
         if state is not None:
             total, count = state
             check_shape("token", token, "BD", total.shape)
-        kind = _cuda.accumulation(token.dtype)
+        acc_dtype = _cuda.accumulation(token.dtype)
         # As wide as `predict` adds up: float64 but for float32 on a GPU.
-        now = token.astype(kind if _cuda.is_cuda(token) else np.float64)
+        now = token.astype(acc_dtype if _cuda.is_cuda(token) else np.float64)
         total = total + now if count else now
-        context = (total / (count + 1)).astype(kind)
+        context = (total / (count + 1)).astype(acc_dtype)
         network = network_beside(self, token, False)
-        prediction = apply_mlp(network, context).astype(kind, copy=False)
+        prediction = apply_mlp(network, context).astype(acc_dtype, copy=False)
         return leave(prediction), (total, count + 1)
 
     @on_callers_stream

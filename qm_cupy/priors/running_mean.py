@@ -21,8 +21,8 @@ def running_mean(
 def _running_mean_reference(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[np.float64]:
-    most = tokens.shape[-2]
-    place = np.arange(most)[:, None]  # (K, 1)
+    num_groups = tokens.shape[-2]
+    place = np.arange(num_groups)[:, None]  # (K, 1)
     total = tokens.astype(np.float64, order="C")
     if not reverse:
         _sum_rows(total)

@@ -61,7 +61,7 @@ def fit_networks(
         for reverse, fit in enumerate(fits):
             for block in prefix_pairs(tokens, counts, bool(reverse)):
                 fit.add(*block)
-    found = []
+    results = []
     for reverse, (network, fit) in enumerate(zip(networks, fits, strict=True)):
         fitted = fit.network()
         if fitted is None:
@@ -70,8 +70,8 @@ def fit_networks(
             blocks = functools.partial(_all_pairs, sequences, network, bool(reverse))
             fitted = refine(fitted, blocks, steps, rate, batch_size, seed)
         weights = zip(fitted, network, strict=True)
-        found.append(MLP(*(_cuda.to_host(w).astype(old.dtype) for w, old in weights)))
-    return found[0], found[1]
+        results.append(MLP(*(_cuda.to_host(w).astype(old.dtype) for w, old in weights)))
+    return results[0], results[1]
 
 
 def _all_pairs(
@@ -85,8 +85,8 @@ def _token_blocks(
     sequences: Iterable[Any], network: MLP
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
     """Give tokens (b, K, D) and their counts (b,), a few sequences at a time."""
-    for given in sequences:
-        tokens, _, sizes = merged_parts(given)
+    for sequence in sequences:
+        tokens, _, sizes = merged_parts(sequence)
         _, tokens, sizes = enter(sequences=tokens, sizes=sizes)
         check_tokens(tokens, "sequences")
         check_width("sequences", tokens, network)

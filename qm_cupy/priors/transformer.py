@@ -244,12 +244,12 @@ class TransformerPrior:
         counts = check_counts(tokens, num_groups)
         wanted = tokens.shape[:-1]
         self._check(tokens, positions, sizes, "tokens", wanted, wanted[-1])
-        kind = _cuda.accumulation(tokens.dtype)
+        acc_dtype = _cuda.accumulation(tokens.dtype)
         inside = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
         rows = inside.shape[:2]
         span = Span(
             positions=None if positions is None else positions.reshape(rows),
-            sizes=None if sizes is None else sizes.reshape(rows).astype(kind),
+            sizes=None if sizes is None else sizes.reshape(rows).astype(acc_dtype),
             counts=counts.reshape(-1),
             start=0,
             reverse=bool(reverse),
@@ -257,7 +257,7 @@ class TransformerPrior:
         cache = KVCache.empty(inside, self._settings, rows[1], layers=1)
         # One layer's keys and values are of no use to the next.
         caches = [(cache.keys[0], cache.values[0])] * self._settings.num_layers
-        weights = self._weights(inside, kind, bool(reverse))
+        weights = self._weights(inside, acc_dtype, bool(reverse))
         return leave(
             run_transformer(inside, span, caches, weights).reshape(tokens.shape)
         )
@@ -299,13 +299,13 @@ class TransformerPrior:
         leave, token, position, size = enter(token=token, position=position, size=size)
         check_values("token", token, "D", "BD")
         cache, count = (None, 0) if state is None else state
-        kind = _cuda.accumulation(token.dtype)
+        acc_dtype = _cuda.accumulation(token.dtype)
         inside = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
         if cache is None:
             cache = KVCache.empty(inside, self._settings)
         batch = len(cache.sizes)
         check_shape("token", token, "BD", (batch, token.shape[-1])[2 - token.ndim :])
-        if cache.sizes.dtype != kind:
+        if cache.sizes.dtype != acc_dtype:
             raise TypeError(
                 f"`token` must be as wide as the tokens before it, got {token.dtype}"
             )
@@ -321,7 +321,7 @@ class TransformerPrior:
             reverse=False,
         )
         caches = list(zip(cache.keys, cache.values, strict=True))
-        weights = self._weights(inside, kind, reverse=False)
+        weights = self._weights(inside, acc_dtype, reverse=False)
         prediction = run_transformer(inside, span, caches, weights).reshape(token.shape)
         cache.length = count + 1
         return leave(prediction), (cache, count + 1)
@@ -411,19 +411,19 @@ class TransformerPrior:
             )
 
     def _weights(
-        self, tokens: Any, kind: np.dtype[Any], reverse: bool
+        self, tokens: Any, acc_dtype: np.dtype[Any], reverse: bool
     ) -> dict[str, Any]:
         """Return a network's weights beside `tokens`, of the dtype to compute in."""
         on_gpu = _cuda.is_cuda(tokens)
-        key = str(tokens.device) if on_gpu else "NumPy", kind, reverse
+        key = str(tokens.device) if on_gpu else "NumPy", acc_dtype, reverse
         if key not in self._copies:
-            given = {**(self.backward if reverse else self.forward)}
+            weights = {**(self.backward if reverse else self.forward)}
             if not self._settings.num_positions:
                 width = self._settings.hidden_dim // self.num_heads
-                given["turns"] = rotary_turns(width)
+                weights["turns"] = rotary_turns(width)
             copies = {}
-            for name, weight in given.items():
-                dtype = weight.dtype if name == "turns" else kind
+            for name, weight in weights.items():
+                dtype = weight.dtype if name == "turns" else acc_dtype
                 weight = _cuda.to_device(weight) if on_gpu else weight
                 copies[name] = _cuda.contiguous(weight, dtype)
             if on_gpu:

@@ -71,9 +71,9 @@ def alignment_loss(
     >>> bool(loss.total == loss.forward + loss.backward)
     True
     """
-    given, positions, sizes = merged_parts(merged)
+    tokens, positions, sizes = merged_parts(merged)
     leave, tokens, num_groups, positions, sizes = enter(
-        merged=given, num_groups=num_groups, positions=positions, sizes=sizes
+        merged=tokens, num_groups=num_groups, positions=positions, sizes=sizes
     )
     check_tokens(tokens, "merged")
     counts = group_counts(tokens, num_groups, sizes)
@@ -121,21 +121,21 @@ def _alignment_loss_cuda(
 ) -> tuple[Any, Any]:
     num_groups, dim = merged.shape[-2:]
     batch = math.prod(merged.shape[:-2])
-    kind = _cuda.accumulation(merged.dtype)
+    acc_dtype = _cuda.accumulation(merged.dtype)
     merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
     chosen = _cuda.implementation()
     warp, block = (1, 1) if chosen == "basic" else (_cuda.WARP, _cuda.BLOCK)
     losses = []
     for reverse, prediction in enumerate((after, before)):
-        prediction = _cuda.contiguous(prediction, kind)
-        errors = _cuda.empty(merged.shape[:-1], kind)
+        prediction = _cuda.contiguous(prediction, acc_dtype)
+        errors = _cuda.empty(merged.shape[:-1], acc_dtype)
         sizes = batch, num_groups, dim
         args: tuple[Any, ...] = (prediction, merged, each, *sizes, reverse, errors)
         file, threads = f"{chosen}/alignment_loss", errors.size * warp
         _cuda.launch(file, "prediction_errors", merged.dtype, threads, args)
-        losses.append(_cuda.empty(merged.shape[:-2], kind))
+        losses.append(_cuda.empty(merged.shape[:-2], acc_dtype))
         args = (errors, each, batch, num_groups, losses[-1])
-        _cuda.launch(file, "alignment_loss", kind, batch * block, args)
+        _cuda.launch(file, "alignment_loss", acc_dtype, batch * block, args)
     return losses[0], losses[1]
 
 
@@ -198,10 +198,10 @@ def alignment_loss_vjp(
     """
     if not isinstance(prior, MLPPrior):
         raise TypeError(f"`prior` must be an MLPPrior, got {type(prior).__name__}")
-    given, _, sizes = merged_parts(merged)
+    tokens, _, sizes = merged_parts(merged)
     names = [f"gradient.{name}" for name in AlignmentLoss._fields]
     leave, tokens, num_groups, sizes, *slopes = enter(
-        merged=given,
+        merged=tokens,
         num_groups=num_groups,
         sizes=sizes,
         **dict(zip(names, _three(gradient), strict=True)),
@@ -277,7 +277,7 @@ def _alignment_loss_vjp_cuda(
     gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
 ) -> tuple[Any, list[MLP]]:
     num_groups, dim = merged.shape[-2:]
-    batch, kind = math.prod(merged.shape[:-2]), _cuda.accumulation(merged.dtype)
+    batch, acc_dtype = math.prod(merged.shape[:-2]), _cuda.accumulation(merged.dtype)
     merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
     sizes = batch, num_groups, dim
     means, slopes, by_weights = [], [], []
@@ -286,8 +286,8 @@ def _alignment_loss_vjp_cuda(
         context = running_mean(merged, counts, bool(reverse))
         hidden = linear(context, *network[:2], activation="relu")
         prediction = linear(hidden, *network[2:])
-        slope = _cuda.empty(merged.shape, kind)
-        gradient = _cuda.contiguous(gradient.reshape(-1), kind)  # (B,)
+        slope = _cuda.empty(merged.shape, acc_dtype)
+        gradient = _cuda.contiguous(gradient.reshape(-1), acc_dtype)  # (B,)
         args = (prediction, merged, each, gradient, *sizes, reverse, slope)
         kernel = "basic/alignment_loss_vjp", "prediction_slopes"
         _cuda.launch(*kernel, merged.dtype, slope.size, args)
