@@ -102,15 +102,19 @@ def in_runs(sequences: np.ndarray, length: int) -> Runs:
     return train, test
 
 
+def forward_loss(tokens: np.ndarray, prior: qm.Prior) -> float:
+    return float(qm.alignment_loss(tokens, prior).forward.mean())
+
+
 def measure_worth(train: np.ndarray, test: np.ndarray, steps: int) -> Report:
     prior = qm.MLPPrior.init(train.shape[-1])
     constant = float((test[:, 1:] ** 2).mean())
     errors = {
         "constant": constant,
         "last token": float(((test[:, 1:] - test[:, :-1]) ** 2).mean()),
-        "untrained": float(prior.loss(test).forward.mean()),
-        "ridge": float(prior.fit(train).loss(test).forward.mean()),
-        "ridge, Adam": float(prior.fit(train, steps=steps).loss(test).forward.mean()),
+        "untrained": forward_loss(test, prior),
+        "ridge": forward_loss(test, prior.fit(train)),
+        "ridge, Adam": forward_loss(test, prior.fit(train, steps=steps)),
     }
     row = "".join(f"{error / constant:>13.3f}" for error in errors.values())
     count, length, _ = train.shape
@@ -130,8 +134,8 @@ def measure_order(method: str, runs: Runs) -> Report:
     train, test = (qm.quickmerge(x, 0.5, method=method) for x in runs)
     prior = qm.MLPPrior.init(test.tokens.shape[-1])
     power = float((test.tokens**2).mean())
-    causal = prior.fit(train.tokens).loss(test.tokens)
-    mixed = prior.fit(shuffled(train, 0)).loss(shuffled(test, 1))
+    causal = qm.alignment_loss(test.tokens, prior.fit(train.tokens))
+    mixed = qm.alignment_loss(shuffled(test, 1), prior.fit(shuffled(train, 0)))
     found = {
         "causal": float(causal.total.mean()) / power,
         "arbitrary": float(mixed.total.mean()) / power,

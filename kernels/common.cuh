@@ -258,14 +258,14 @@ __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[W
         for (int i = 0; i < WIDTH && i < left; ++i) address[i] = v.element[i];
 }
 
-// What a layer does to its outputs: 0 nothing, 1 ReLU, 2 GELU (y times the normal
+// What a layer does to its outputs: nothing, ReLU, or GELU (y times the normal
 // distribution's share below y). GELU is called, not in line: a thread has 64 outputs.
 __device__ __noinline__ acc_t gelu(acc_t y) {
     return y * (1 + erf(y * acc_t(0.7071067811865476))) / 2;
 }
 __device__ __forceinline__ acc_t activated(acc_t y, long long activation) {
-    if (activation == 1) return y < 0 ? acc_t(0) : y;
-    return activation == 2 ? gelu(y) : y;
+    if (activation == RELU) return y < 0 ? acc_t(0) : y;
+    return activation == GELU ? gelu(y) : y;
 }
 
 struct Add {

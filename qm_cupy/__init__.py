@@ -1,8 +1,6 @@
 """QuickMerge++: token sequences in, shorter token sequences out."""
 
 from ._cuda import KernelCompilationError, warmup
-from .alignment import AlignmentLoss, Prior, SteppingPrior, alignment_loss, decode
-from .alignment_vjp import alignment_loss_vjp
 from .budget import norm_budget, token_budget
 from .clustering import cluster_tokens, cosine_similarity, cut_linkage, linkage
 from .fidelity import fidelity_loss, norm_mass, reconstruction_error
@@ -16,15 +14,18 @@ from .framework import (
     quickmerge_inference,
 )
 from .merging import (
-    Merged,
     group_positions,
     group_sizes,
     merge_tokens,
     unmerge_tokens,
 )
 from .merging_vjp import merge_tokens_vjp, unmerge_tokens_vjp
-from .mlp_prior import MLP, MLPPrior
-from .pipeline import Choice, choose_merge, quickmerge
+from .pipeline import choose_merge, quickmerge
+from .priors.mlp import MLP
+from .priors.mlp_prior import MLPPrior
+from .priors.protocols import Prior, SteppingPrior
+from .priors.transformer import TransformerPrior
+from .results import AlignmentLoss, Choice, Merged
 from .saliency import (
     attention_entropy,
     norm_saliency,
@@ -42,7 +43,8 @@ from .saliency_vjp import (
 from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
 from .selection_vjp import gumbel_softmax_vjp, saliency_mass_vjp
 from .settings import allow_tf32, check_finite, use_kernels
-from .transformer_prior import TransformerPrior
+from .stages.alignment.alignment_loss import alignment_loss, alignment_loss_vjp
+from .stages.alignment.decode import decode
 from .workspace import Workspace
 
 __version__ = "0.1.0"

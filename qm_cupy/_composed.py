@@ -7,8 +7,8 @@ import numpy as np
 
 from ._checks import check_choice, check_shape, check_weighted_linkage
 from .budget import token_budget
-from .merging import Merged
 from .pipeline import _check_one_source, _lift
+from .results import Merged
 
 
 def quickmerge(

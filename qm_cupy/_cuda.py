@@ -44,6 +44,8 @@ SELECTION_THREADS = 1024
 GROUP_THREADS = 1024
 SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 512, 8: 384}
+MAX_HEAD_DIM = 256  # of the transformer prior: a block keeps a head's sums
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}  # of linear maps
 _SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
 
 
@@ -317,6 +319,9 @@ def options(dtype: str) -> tuple[str, ...]:
         "GROUP_THREADS": GROUP_THREADS,
         "SORT_THREADS": SORT_THREADS,
         "LINKAGE_THREADS": LINKAGE_THREADS[8 if dtype == "float64" else 4],
+        "MAX_HEAD_DIM": MAX_HEAD_DIM,
+        "RELU": ACTIVATIONS["relu"],
+        "GELU": ACTIVATIONS["gelu"],
     }
     defined = (f"-D{name}={size}" for name, size in sizes.items())
     return "--std=c++17", *types, f"-DTF32={int(dtype == TF32)}", *defined

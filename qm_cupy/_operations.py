@@ -14,15 +14,15 @@ import numpy as np
 from . import _cuda
 from ._arrays import enter, on_callers_stream
 from ._checks import check_integer, check_number
-from .alignment import AlignmentLoss, alignment_loss
-from .alignment_vjp import alignment_loss_vjp
 from .budget import norm_budget
 from .clustering import cluster_tokens, cut_linkage
 from .fidelity import fidelity_loss, reconstruction_error
 from .fidelity_vjp import fidelity_loss_vjp, reconstruction_error_vjp
 from .merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
 from .merging_vjp import merge_tokens_vjp, unmerge_tokens_vjp
-from .mlp_prior import MLP, MLPPrior
+from .priors.mlp import MLP
+from .priors.mlp_prior import MLPPrior
+from .results import AlignmentLoss
 from .saliency import (
     attention_entropy,
     norm_saliency,
@@ -39,6 +39,7 @@ from .saliency_vjp import (
 )
 from .selection import gumbel_softmax, saliency_mass, select_tokens
 from .selection_vjp import gumbel_softmax_vjp, saliency_mass_vjp
+from .stages.alignment.alignment_loss import alignment_loss, alignment_loss_vjp
 
 Shape = tuple[int, ...]
 

@@ -10,14 +10,15 @@ from typing import Any, ClassVar, NamedTuple
 
 from ._arrays import Array, enter, on_callers_stream
 from ._checks import check_number
-from .alignment import alignment_loss, decode
 from .budget import token_budget
 from .fidelity import fidelity_loss
-from .merging import Merged
-from .mlp_prior import MLPPrior
 from .pipeline import quickmerge
+from .priors.mlp_prior import MLPPrior
+from .results import Merged
 from .saliency import saliency, self_attention_entropy
 from .selection import gumbel_softmax
+from .stages.alignment.alignment_loss import alignment_loss
+from .stages.alignment.decode import decode
 
 
 class _Functions(NamedTuple):

@@ -22,7 +22,7 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from . import _composed, _jax, alignment, framework
+from . import _composed, _jax, framework
 from ._jax import (
     apply,
     check_array,
@@ -31,6 +31,7 @@ from ._jax import (
     known_seed,
     optional_counts,
 )
+from .stages.alignment import alignment_loss as alignment
 
 # isort: off
 from . import (

@@ -1,7 +1,7 @@
 """Merging: groups of tokens to one token each, and back."""
 
 import math
-from typing import Any, Generic, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,27 +19,6 @@ from ._checks import (
 )
 
 _GLOBAL_RUNS = 8  # of tokens sorted at once, if their counts are in global memory
-
-
-class Merged(NamedTuple, Generic[Array]):
-    """Result of `quickmerge`, of the caller's own kind; without B for one sequence.
-
-    ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)`` merges any other
-    array over the same tokens, keys and values of a cache for example, the same way.
-    """
-
-    tokens: Array
-    """(B, K, D), the dtype of the input: the merged tokens."""
-    labels: Array
-    """(B, N) int32: the group of each token, -1 for padding."""
-    sizes: Array
-    """(B, K) int32: the tokens in each group."""
-    positions: Array
-    """(B, K) int32: the position of each group's last token, -1 for padding."""
-    saliency: Array
-    """(B, N): the saliency of each token."""
-    mass: Array
-    """(B, N): the weights of the merge."""
 
 
 @on_callers_stream

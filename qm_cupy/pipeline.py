@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,12 @@ from ._checks import (
     check_weighted_linkage,
     largest,
 )
-from .alignment import Prior, alignment_loss
 from .budget import token_budget
 from .clustering import METHODS, ORDERS, _cluster_tokens
 from .fidelity import reconstruction_error
-from .merging import Merged, _group_positions, _group_sizes, _merge_tokens
+from .merging import _group_positions, _group_sizes, _merge_tokens
+from .priors.protocols import Prior
+from .results import Choice, Merged
 from .saliency import (
     _expand_mask,
     _saliency,
@@ -47,6 +48,7 @@ from .selection import (
     _select_tokens,
     _softmax_mass_cuda,
 )
+from .stages.alignment.alignment_loss import alignment_loss
 from .workspace import Workspace
 
 _LAYOUTS = {
@@ -206,17 +208,6 @@ def quickmerge(
 _OPTIONS = {*inspect.signature(quickmerge).parameters} - {
     "tokens", "mask", "out", "workspace",
 }  # fmt: skip
-
-
-class Choice(NamedTuple, Generic[Array]):
-    """Result of `choose_merge`, in the caller's kind; without B for one sequence."""
-
-    merged: Merged[Array]
-    """What the best candidate of each sequence gave, padded to the largest K of all."""
-    scores: Array
-    """(C, B), float32 or float64: the score of every candidate; less is better."""
-    best: Array
-    """(B,) int32: the candidate that each sequence took."""
 
 
 @on_callers_stream

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _composed, _torch, alignment, framework, mlp_prior
+from . import _composed, _torch, framework
 from ._torch import (
     apply,
     apply_constant,
@@ -29,6 +29,8 @@ from ._torch import (
     optional_counts,
     signed,
 )
+from .priors import mlp_prior
+from .stages.alignment import alignment_loss as alignment
 
 # isort: off
 from . import (
@@ -284,7 +286,7 @@ class MLPPrior(nn.Module):
     >>> prior.forward_prior[0].weight.grad.shape
     torch.Size([256, 8])
     >>> constant = prior.detach()
-    >>> bool(constant.loss(merged).total == prior(merged).total)
+    >>> bool(alignment_loss(merged, constant).total == prior(merged).total)
     True
     """
 

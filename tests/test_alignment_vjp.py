@@ -89,11 +89,10 @@ def test_the_total_is_both(rng):
 
 def test_it_is_what_the_prior_learns_by(rng):
     """One formula: the gradient that `fit` follows is that of the loss."""
-    from qm_cupy._fitting import gradient
-    from qm_cupy.mlp_prior import _pairs
+    from qm_cupy.priors.training import gradient, prefix_pairs
 
     merged, prior = rng.standard_normal((1, 9, 4)), prior_of(4, 6)
-    ((x, y),) = _pairs(merged, np.array([9]), reverse=False)
+    ((x, y),) = prefix_pairs(merged, np.array([9]), reverse=False)
     wanted = gradient(prior.forward, x, y)
     _, (got, _) = qm.alignment_loss_vjp(
         (np.ones(1),) * 2 + (np.zeros(1),), merged, prior

@@ -260,7 +260,7 @@ def test_launch_bounds_follow_the_launchers(constant, value, file, kernel, monke
 def test_tiles_have_the_threads_that_launchers_give_them(monkeypatch):
     monkeypatch.setattr(_cuda, "BLOCK", 128)
     with pytest.raises(RuntimeError, match="static assertion failed"):
-        facts_of("optimized/alignment", "float32", 80)
+        facts_of("optimized/linear", "float32", 80)
 
 
 def test_types_follow_the_dtype():

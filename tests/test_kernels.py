@@ -13,7 +13,8 @@ from conftest import TF32_TOLERANCE, assert_close
 from kernel_cases import dtypes, mask_of, masked, optimized, random
 
 import qm_cupy as qm
-from qm_cupy import _cuda, selection, transformer_prior
+from qm_cupy import _cuda, selection
+from qm_cupy.priors import attention
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -884,8 +885,8 @@ def test_attention_to_more_keys_than_a_block_has_threads(dtype):
         random((1, 2, 640, 16), dtype, 2, np.arange(640)[:, None] / 320),
         random((1, 2, 640, 16), dtype, 3),
     )
-    place = transformer_prior._Place(None, None, np.ones(1, int), 599, False)
-    got = transformer_prior._attend_cuda(query, keys, values, place)
+    place = attention.Span(None, None, np.ones(1, int), 599, False)
+    got = attention.attend_cuda(query, keys, values, place)
     q, k, v = (x.astype(np.float64) for x in (query, keys[:, :, :600], values))
     p = softmax_of((q[:, 0, :, None] @ np.swapaxes(k, -1, -2))[:, :, 0] / 4, True, 1)
     assert_close(got[:, 0], (p[:, :, None] @ v[:, :, :600])[:, :, 0], dtype, "stored")

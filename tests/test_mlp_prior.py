@@ -6,7 +6,8 @@ import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _fitting, mlp_prior
+from qm_cupy import _cuda
+from qm_cupy.priors import training
 
 PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
 
@@ -67,7 +68,7 @@ def test_fit_is_ridge_regression_over_all_prefixes(rng, ridge):
 def test_fit_is_the_same_in_any_parts(rng, monkeypatch):
     tokens = walks(rng, 9, 12, 5)
     wanted = PRIOR.fit(tokens)
-    monkeypatch.setattr(mlp_prior, "_ROWS", 25)  # two sequences at a time
+    monkeypatch.setattr(training, "_ROWS", 25)  # two sequences at a time
     for sequences in (tokens, list(tokens), iter([tokens[:4], tokens[4:]])):
         for net, other in zip(
             vars(PRIOR.fit(sequences)).values(), vars(wanted).values(), strict=True
@@ -103,9 +104,9 @@ def test_gradient_by_finite_differences(rng):
     x, y = rng.standard_normal((2, 7, 5))
 
     def loss(weights):
-        return _fitting.mean_squared_error(qm.MLP(*weights), lambda: iter([(x, y)]))
+        return training.mean_squared_error(qm.MLP(*weights), lambda: iter([(x, y)]))
 
-    got = _fitting.gradient(network, x, y)
+    got = training.gradient(network, x, y)
     for part, slope in enumerate(got):
         assert slope.shape == network[part].shape
         for place in np.ndindex(slope.shape):
@@ -127,10 +128,10 @@ def test_adam_by_its_formula(rng):
         calls.append(1)
         yield x, y
 
-    got = _fitting.refine(network, blocks, 3, 0.01, 100, seed=0)
+    got = training.refine(network, blocks, 3, 0.01, 100, seed=0)
     weights, first, second = list(network), [0] * 4, [0] * 4
     for t in (1, 2, 3):
-        slope = _fitting.gradient(qm.MLP(*weights), x, y)
+        slope = training.gradient(qm.MLP(*weights), x, y)
         for i, g in enumerate(slope):
             first[i] = 0.9 * first[i] + 0.1 * g
             second[i] = 0.999 * second[i] + 0.001 * g**2
@@ -147,7 +148,8 @@ def test_steps_lower_the_loss_or_are_dropped(rng):
     ridge = PRIOR.fit(tokens)
     refined = PRIOR.fit(tokens, steps=200)
     again = PRIOR.fit(tokens, steps=200)
-    assert refined.loss(tokens).total.mean() < 0.99 * ridge.loss(tokens).total.mean()
+    losses = [qm.alignment_loss(tokens, x).total.mean() for x in (refined, ridge)]
+    assert losses[0] < 0.99 * losses[1]
     for x, y in zip(refined.forward, again.forward, strict=True):
         np.testing.assert_array_equal(x, y)
     wild = PRIOR.fit(tokens, steps=3, learning_rate=1e3)
@@ -163,7 +165,7 @@ def test_fit_beats_the_best_constant_and_the_last_token_held_out(rng):
     fitted = qm.MLPPrior.init(5).fit(train)
     constant = ((test[:, 1:] - train.mean((0, 1))) ** 2).mean()
     last = ((test[:, 1:] - test[:, :-1]) ** 2).mean()
-    loss = fitted.loss(test).forward.mean()
+    loss = qm.alignment_loss(test, fitted).forward.mean()
     assert loss < 0.5 * constant
     assert loss < 0.8 * last
 

@@ -10,13 +10,14 @@ from conftest import TOLERANCE, assert_close
 from kernel_cases import dtypes, mask_of, masked, random
 
 import qm_cupy as qm
-from qm_cupy import _cuda, alignment_vjp
-from qm_cupy.alignment_vjp import _alignment_loss_vjp_reference
+from qm_cupy import _cuda
 from qm_cupy.fidelity_vjp import _reconstruction_error_vjp_reference
 from qm_cupy.merging_vjp import (
     _merge_tokens_vjp_reference,
     _unmerge_tokens_vjp_reference,
 )
+from qm_cupy.priors import linear
+from qm_cupy.stages.alignment.alignment_loss import alignment_loss_vjp_reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -201,7 +202,7 @@ def test_alignment_loss(dtype, num_groups, ragged):
     each = ahead + total, behind + total
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda, "is_cuda", lambda x: False)
-        wanted = _alignment_loss_vjp_reference(each, wide(merged), prior, counts)
+        wanted = alignment_loss_vjp_reference(each, wide(merged), prior, counts)
     assert_gradient(got[0], wanted[0], dtype)
     assert not got[0][np.arange(num_groups) >= counts[:, None]].any()
     kind = _cuda.accumulation(dtype)
@@ -215,8 +216,8 @@ def test_weights_of_many_rows_are_summed_by_parts(monkeypatch):
     gradient, merged, prior = alignment_of(33, np.float64)
     whole = qm.alignment_loss_vjp(gradient, merged, prior)
     for rows, most in ((40, 32), (7, 2)):  # 99 rows in parts of 64 and of 64
-        monkeypatch.setattr(alignment_vjp, "_PART_ROWS", rows)
-        monkeypatch.setattr(alignment_vjp, "_MOST_PARTS", most)
+        monkeypatch.setattr(linear, "_PART_ROWS", rows)
+        monkeypatch.setattr(linear, "_MOST_PARTS", most)
         parts = qm.alignment_loss_vjp(gradient, merged, prior)
         np.testing.assert_array_equal(parts[0], whole[0])
         for mlp, other in zip(parts[1], whole[1], strict=True):
@@ -229,9 +230,9 @@ def test_products_with_tf32_are_near_the_truth():
     """Of a layer alone: which of its units fire is the forward's to say."""
     x, weight = random((99, 37), np.float32), random((50, 37), np.float32, 1)
     gradient = random((99, 50), np.float32, 2) / 99
-    plain = alignment_vjp._linear_vjp_cuda(gradient, x, weight)
+    plain = linear.linear_vjp_cuda(gradient, x, weight)
     with qm.allow_tf32():
-        got = alignment_vjp._linear_vjp_cuda(gradient, x, weight)
+        got = linear.linear_vjp_cuda(gradient, x, weight)
     for y, z in zip(got[:2], plain[:2], strict=True):
         assert_close(y, z, "tf32")
         assert (y != z).any()

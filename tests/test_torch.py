@@ -393,7 +393,7 @@ class TestPrior:
                 strict=True,
             ):
                 np.testing.assert_array_equal(ours, theirs)
-        wanted = drawn.loss(merged.detach())
+        wanted = qm.alignment_loss(merged.detach(), drawn)
         for x, y in zip(prior(merged), wanted, strict=True):
             assert torch.equal(x, y)
         again = qt.MLPPrior.from_state_dict(*state)

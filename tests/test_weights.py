@@ -1,5 +1,6 @@
 """Files of weights: there and back, and whatever may have happened to them."""
 
+import hashlib
 import sys
 
 import ml_dtypes
@@ -8,7 +9,7 @@ import pytest
 from safetensors.numpy import load, save
 
 import qm_cupy as qm
-from qm_cupy import _weights
+from qm_cupy.priors.weights import save_weights
 
 PRIOR = qm.MLPPrior.init(5, hidden_dim=7, seed=3)
 
@@ -135,20 +136,20 @@ def test_settings_and_arrays_that_do_not_go_together(path, settings, change, mes
     """With a digest that is right: it is no signature."""
     settings = settings or {"dim": 5, "hidden_dim": 7}
     arrays = {**arrays_of(PRIOR), **change}
-    _weights.save_weights(path, "MLPPrior", settings, arrays)
+    save_weights(path, "MLPPrior", settings, arrays)
     with pytest.raises(ValueError, match=message):
         qm.MLPPrior.load(path)
 
 
 def test_another_kind_of_prior(path):
-    _weights.save_weights(path, "Other", {}, arrays_of(PRIOR))
+    save_weights(path, "Other", {}, arrays_of(PRIOR))
     with pytest.raises(ValueError, match="holds a Other, not a MLPPrior"):
         qm.MLPPrior.load(path)
 
 
 def test_what_cannot_be_written_leaves_what_was_there(path, monkeypatch):
     before = path.read_bytes()
-    monkeypatch.setattr(_weights.hashlib, "sha256", None)
+    monkeypatch.setattr(hashlib, "sha256", None)
     with pytest.raises(TypeError):
         PRIOR.save(path)
     assert path.read_bytes() == before

@@ -19,8 +19,8 @@ from ..budget import token_budget
 from ..clustering import ORDERS
 from ..corpus.readers import Mask, Stored, open_tokens
 from ..corpus.writers import check_output, write_merged
-from ..merging import Merged
 from ..pipeline import quickmerge
+from ..results import Merged
 from .options import add_budget, add_method, add_seed
 from .progress import Step, progress
 

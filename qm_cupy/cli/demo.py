@@ -10,15 +10,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..alignment import alignment_loss
 from ..atomic_write import atomic_write
 from ..budget import token_budget
 from ..clustering import cluster_tokens
 from ..fidelity import fidelity_loss, norm_mass, reconstruction_error
 from ..merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
-from ..mlp_prior import MLPPrior
+from ..priors.mlp_prior import MLPPrior
 from ..saliency import saliency, self_attention_entropy
 from ..selection import gumbel_softmax, saliency_mass
+from ..stages.alignment.alignment_loss import alignment_loss
 from .options import add_budget, add_method, add_seed
 
 _MOST_TOKENS = 5000  # a larger picture gets larger patches

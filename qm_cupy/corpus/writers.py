@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ..merging import Merged
+from ..results import Merged
 
 
 def check_output(path: Path, source: Path) -> None:

@@ -1,34 +1,7 @@
-// The transformer prior: a warp a row, pairs rotated in place, and attention in one
-// pass; see basic/transformer_prior.cu.
+// The transformer prior: pairs rotated in place, and attention in one pass; see
+// basic/attention.cu.
 
-constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_WARPS = BLOCK_THREADS / 32;
-
-// One warp, one row.
-extern "C" __global__ void normalize(const real_t* input, const real_t* gain,
-                                     const real_t* shift, long long num_rows,
-                                     long long dim, double epsilon, real_t* out) {
-    const long long row = thread_index() / 32;
-    if (row >= num_rows) return;
-    const int lane = threadIdx.x % 32;
-    const real_t* x = input + row * dim;
-
-    acc_t mean = 0, squares = 0;
-    if (shift) {
-        for (long long d = lane; d < dim; d += 32) mean += widen(x[d]);
-        mean = warp_reduce(mean, Add()) / dim;
-    }
-    for (long long d = lane; d < dim; d += 32) {
-        const acc_t centred = widen(x[d]) - mean;
-        squares += centred * centred;
-    }
-    squares = warp_reduce(squares, Add());
-    const acc_t scale = 1 / sqrt(squares / dim + acc_t(epsilon));
-    for (long long d = lane; d < dim; d += 32) {
-        const acc_t y = (widen(x[d]) - mean) * scale * widen(gain[d]);
-        store(out + row * dim + d, shift ? y + widen(shift[d]) : y);
-    }
-}
 
 // One thread, one pair of elements of a query, a key and a value.
 extern "C" __global__ void split_heads(const real_t* heads, const long long* positions,

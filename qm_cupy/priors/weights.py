@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .atomic_write import atomic_write
+from ..atomic_write import atomic_write
 
 _KEY = "qm_cupy"  # of the one entry of metadata: what kind of weights, and a digest
 _BLANK = "0" * 64  # what stands in for the digest while it is computed
@@ -85,8 +85,8 @@ def _about(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
             raise ValueError(f"its `{_KEY}` is of another form")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was not saved by a prior of qm_cupy") from error
-    found: dict[str, Any] = about
-    return found
+    result: dict[str, Any] = about
+    return result
 
 
 def _declared(
@@ -104,16 +104,16 @@ def _check_shapes(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]]) 
             f"{path} must hold {sorted(wanted)}, it holds {sorted(file.keys())}"
         )
     for name, shape in wanted.items():
-        found = file.get_slice(name)
-        if tuple(found.get_shape()) != shape:
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != shape:
             raise ValueError(
                 f"{path}: `{name}` must have shape {shape}, "
-                f"got {tuple(found.get_shape())}"
+                f"got {tuple(stored.get_shape())}"
             )
-        if found.get_dtype() not in _KINDS:
+        if stored.get_dtype() not in _KINDS:
             raise ValueError(
                 f"{path}: `{name}` must be one of {', '.join(_KINDS.values())}, "
-                f"got {found.get_dtype()}"
+                f"got {stored.get_dtype()}"
             )
 
 

@@ -1,37 +1,4 @@
-// AR alignment: prefix means by runs, layers by tiles; see basic/alignment.cu.
-
-// The row that is read t-th. Rows behind the last token keep their places.
-__device__ long long reading(long long t, long long count, long long reversed) {
-    return reversed && t < count ? count - 1 - t : t;
-}
-
-// One block, 32 columns of one sequence. Each of its warps sums a run of rows, then
-// walks the run again from the sum of all runs before it.
-extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
-                                        long long batch, long long num_groups,
-                                        long long dim, long long reversed, acc_t* out) {
-    __shared__ acc_t sums[32][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const long long strips = (dim + 31) / 32;
-    const long long b = blockIdx.x / strips, d = blockIdx.x % strips * 32 + lane;
-    const long long count = count_of(counts, b, num_groups);
-    const long long column = b * num_groups * dim + d;  // of (B, K, D)
-    const long long run = (num_groups + warps - 1) / warps;
-    const long long first = warp * run, last = min(first + run, num_groups);
-
-    acc_t sum = 0;
-    for (long long t = first; t < min(last, count) && d < dim; ++t)
-        sum += widen(merged[column + reading(t, count, reversed) * dim]);
-    sums[warp][lane] = sum;  // the warp's run, t being the order of reading
-    __syncthreads();
-    sum = 0;
-    for (int w = 0; w < warp; ++w) sum += sums[w][lane];
-    for (long long t = first; t < last && d < dim; ++t) {
-        const long long row = column + reading(t, count, reversed) * dim;
-        if (t < count) sum += widen(merged[row]);
-        out[row] = t < count ? sum / acc_t(t + 1) : 0;
-    }
-}
+// Linear maps by tiles, norms a warp a row; see basic/linear.cu.
 
 // One block, one tile of y = activated(x Wᵀ + b) + residual. The sign of a sum decides
 // what a ReLU lets through, and its gradient is all or nothing: those sums are float32
@@ -48,7 +15,7 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
     Fragment sums[1];
     const Rows rows = {input + row0 * in_dim, num_rows - row0};
     const Rows columns = {weight + column0 * in_dim, out_dim - column0};
-    if (TF32 && activation == 1)
+    if (TF32 && activation == RELU)
         multiply_tiles<Tile, false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
     else
         multiply_tiles<Tile>(stages, rows, columns, 1, in_dim, sums, [](int) {});
@@ -97,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
 }
 
 // One warp, one output of `linear`: of few rows, where reading the weights is all there
-// is to do. With `gain` the row is normalized first, see basic/transformer_prior.cu.
+// is to do. With `gain` the row is normalized first, see basic/linear.cu.
 extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
                                       const real_t* shift, const real_t* weight,
                                       const real_t* bias, const real_t* residual,
@@ -137,40 +104,28 @@ extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
     store(out + index, residual ? y + widen(residual[index]) : y);
 }
 
-// One warp, one prediction.
-extern "C" __global__ void prediction_errors(const acc_t* prediction,
-                                             const real_t* merged, const int* counts,
-                                             long long batch, long long num_groups,
-                                             long long dim, long long reversed,
-                                             acc_t* out) {
-    const long long index = thread_index() / 32;  // (B, K)
-    if (index >= batch * num_groups) return;
-    const long long b = index / num_groups, t = index % num_groups;
-    const long long count = count_of(counts, b, num_groups);
+// One warp, one row.
+extern "C" __global__ void normalize(const real_t* input, const real_t* gain,
+                                     const real_t* shift, long long num_rows,
+                                     long long dim, double epsilon, real_t* out) {
+    const long long row = thread_index() / 32;
+    if (row >= num_rows) return;
+    const int lane = threadIdx.x % 32;
+    const real_t* x = input + row * dim;
 
-    acc_t squares = 0;
-    const long long target = reversed ? t - 1 : t + 1;
-    if (t < count && 0 <= target && target < count) {
-        const real_t* x = merged + (b * num_groups + target) * dim;  // (D,)
-        for (long long d = threadIdx.x % 32; d < dim; d += 32) {
-            const acc_t error = prediction[index * dim + d] - widen(x[d]);
-            squares += error * error;
-        }
+    acc_t mean = 0, squares = 0;
+    if (shift) {
+        for (long long d = lane; d < dim; d += 32) mean += widen(x[d]);
+        mean = warp_reduce(mean, Add()) / dim;
+    }
+    for (long long d = lane; d < dim; d += 32) {
+        const acc_t centred = widen(x[d]) - mean;
+        squares += centred * centred;
     }
     squares = warp_reduce(squares, Add());
-    if (threadIdx.x % 32 == 0) out[index] = squares / dim;
-}
-
-// One block, one sequence.
-extern "C" __global__ void alignment_loss(const acc_t* errors, const int* counts,
-                                          long long batch, long long num_groups,
-                                          acc_t* out) {
-    __shared__ acc_t scratch[32];
-    const long long b = blockIdx.x;
-    const long long count = count_of(counts, b, num_groups);
-    acc_t sum = 0;
-    for (long long t = threadIdx.x; t < count; t += blockDim.x)
-        sum += errors[b * num_groups + t];
-    sum = block_reduce(sum, scratch, Add());
-    if (threadIdx.x == 0) out[b] = count > 1 ? sum / acc_t(count - 1) : 0;
+    const acc_t scale = 1 / sqrt(squares / dim + acc_t(epsilon));
+    for (long long d = lane; d < dim; d += 32) {
+        const acc_t y = (widen(x[d]) - mean) * scale * widen(gain[d]);
+        store(out + row * dim + d, shift ? y + widen(shift[d]) : y);
+    }
 }

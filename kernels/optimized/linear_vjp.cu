@@ -1,14 +1,8 @@
-// Gradients of AR alignment: layers by tiles, means by runs; see
-// basic/alignment_vjp.cu. What is elementwise there runs from there.
+// Gradients of linear maps, by tiles; see basic/linear_vjp.cu.
 //
 // A tile wants rows to multiply, so that what is summed over rows is turned round
 // first. There are many rows and few weights: the rows are cut into parts, each part
 // finds its own sums, and these are added in order.
-
-// The row that is read t-th. Rows behind the last token keep their places.
-__device__ long long reading(long long t, long long count, long long reversed) {
-    return reversed && t < count ? count - 1 - t : t;
-}
 
 // x (rows, columns) as (S, columns, part): part s has its rows s * part onwards as
 // columns, and zeros behind the last. One block, 32 x 32 of them.
@@ -38,7 +32,7 @@ extern "C" __global__ void transpose(const real_t* x, long long num_rows,
 }
 
 // One block, one tile of A_s B_sᵀ for A (S, rows, dim) and B (S, columns, dim); 0 where
-// `input`, unless null, is no more than 0, see `linear_vjp` of basic/alignment_vjp.cu.
+// `input`, unless null, is no more than 0, see `linear_vjp` of basic/linear_vjp.cu.
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     products(const real_t* a, const real_t* b, const real_t* input, long long num_rows,
              long long num_columns, long long dim, real_t* out) {
@@ -92,33 +86,4 @@ extern "C" __global__ void bias_vjp(const real_t* gradient, long long num_parts,
             sum += widen(gradient[(s * out_dim + index) * part + r]);
     sum = warp_reduce(sum, Add());
     if (threadIdx.x % 32 == 0) store(out + index, sum);
-}
-
-// One block, 32 columns of one sequence. Each of its warps sums a run of rows, then
-// walks the run back from the sum of all runs behind it.
-extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* counts,
-                                            long long batch, long long num_groups,
-                                            long long dim, long long reversed,
-                                            acc_t* out) {
-    __shared__ acc_t sums[32][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const long long strips = (dim + 31) / 32;
-    const long long b = blockIdx.x / strips, d = blockIdx.x % strips * 32 + lane;
-    const long long count = count_of(counts, b, num_groups);
-    const long long column = b * num_groups * dim + d;  // of (B, K, D)
-    const long long run = (num_groups + warps - 1) / warps;
-    const long long first = warp * run, last = min(first + run, num_groups);
-
-    acc_t sum = 0;
-    for (long long t = min(last, count) - 1; t >= first && d < dim; --t)
-        sum += gradient[column + reading(t, count, reversed) * dim] / acc_t(t + 1);
-    sums[warp][lane] = sum;  // the warp's run, t being the order of reading
-    __syncthreads();
-    sum = 0;
-    for (int w = warps - 1; w > warp; --w) sum += sums[w][lane];
-    for (long long t = last - 1; t >= first && d < dim; --t) {
-        const long long row = column + reading(t, count, reversed) * dim;
-        if (t < count) sum += gradient[row] / acc_t(t + 1);
-        out[row] = t < count ? sum : 0;
-    }
 }

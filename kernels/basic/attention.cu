@@ -1,32 +1,12 @@
 // The transformer prior: what its layers do between their linear maps, which `linear`
-// in alignment.cu does.
+// in linear.cu does.
 //
 //   x += W_o attend(heads(W_qkv norm(x)))     x += W_2 gelu(W_1 norm(x))
 //
-//   norm(x) = (x - mean) / sqrt(var + eps) * gain + shift    without `shift`, mean is 0
 //   attend  = sum_j p_ij v_j,  p_i = softmax_j(q_i . k_j scale + log size_j)
 //
 // Token i attends to tokens j <= i, or, in reverse, to j >= i; a token that stands for
 // `size` others attracts as much as they would have, and one of size 0 not at all.
-
-extern "C" __global__ void normalize(const real_t* input, const real_t* gain,
-                                     const real_t* shift, long long num_rows,
-                                     long long dim, double epsilon, real_t* out) {
-    const long long index = thread_index();  // (rows, D)
-    if (index >= num_rows * dim) return;
-    const long long d = index % dim;
-    const real_t* x = input + index - d;
-
-    acc_t mean = 0, squares = 0;
-    for (long long k = 0; shift && k < dim; ++k) mean += widen(x[k]) / dim;
-    for (long long k = 0; k < dim; ++k) {
-        const acc_t centred = widen(x[k]) - mean;
-        squares += centred * centred;
-    }
-    const acc_t y =
-        (widen(x[d]) - mean) / sqrt(squares / dim + acc_t(epsilon)) * widen(gain[d]);
-    store(out + index, shift ? y + widen(shift[d]) : y);
-}
 
 // From heads (B, T, 3, H, d) the queries (B, T, H, d), and keys and values, which go to
 // rows `start` onwards of (B, H, capacity, d). With `turns` (d / 2) queries and keys

@@ -1,0 +1,29 @@
+// Running means, which the MLP prior reads.
+//
+//   c_t = mean of x_1 .. x_t                         reversed: of x_t .. x_K
+//
+// Row t of everything belongs to token t, whichever way the tokens are read.
+
+// The row that is read t-th. Rows behind the last token keep their places.
+__device__ long long reading(long long t, long long count, long long reversed) {
+    return reversed && t < count ? count - 1 - t : t;
+}
+
+// One thread walks one column, so that every mean is the last sum and one term more.
+// Padding has mean 0.
+extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
+                                        long long batch, long long num_groups,
+                                        long long dim, long long reversed, acc_t* out) {
+    const long long index = thread_index();  // (B, D)
+    if (index >= batch * dim) return;
+    const long long b = index / dim, d = index % dim;
+    const long long count = count_of(counts, b, num_groups);
+    const long long column = b * num_groups * dim + d;  // of (B, K, D)
+
+    acc_t sum = 0;
+    for (long long t = 0; t < num_groups; ++t) {
+        const long long row = column + reading(t, count, reversed) * dim;
+        if (t < count) sum += widen(merged[row]);
+        out[row] = t < count ? sum / acc_t(t + 1) : 0;
+    }
+}

@@ -1,0 +1,39 @@
+// AR alignment: a warp a prediction; see basic/alignment_loss.cu.
+
+// One warp, one prediction.
+extern "C" __global__ void prediction_errors(const acc_t* prediction,
+                                             const real_t* merged, const int* counts,
+                                             long long batch, long long num_groups,
+                                             long long dim, long long reversed,
+                                             acc_t* out) {
+    const long long index = thread_index() / 32;  // (B, K)
+    if (index >= batch * num_groups) return;
+    const long long b = index / num_groups, t = index % num_groups;
+    const long long count = count_of(counts, b, num_groups);
+
+    acc_t squares = 0;
+    const long long target = reversed ? t - 1 : t + 1;
+    if (t < count && 0 <= target && target < count) {
+        const real_t* x = merged + (b * num_groups + target) * dim;  // (D,)
+        for (long long d = threadIdx.x % 32; d < dim; d += 32) {
+            const acc_t error = prediction[index * dim + d] - widen(x[d]);
+            squares += error * error;
+        }
+    }
+    squares = warp_reduce(squares, Add());
+    if (threadIdx.x % 32 == 0) out[index] = squares / dim;
+}
+
+// One block, one sequence.
+extern "C" __global__ void alignment_loss(const acc_t* errors, const int* counts,
+                                          long long batch, long long num_groups,
+                                          acc_t* out) {
+    __shared__ acc_t scratch[32];
+    const long long b = blockIdx.x;
+    const long long count = count_of(counts, b, num_groups);
+    acc_t sum = 0;
+    for (long long t = threadIdx.x; t < count; t += blockDim.x)
+        sum += errors[b * num_groups + t];
+    sum = block_reduce(sum, scratch, Add());
+    if (threadIdx.x == 0) out[b] = count > 1 ? sum / acc_t(count - 1) : 0;
+}

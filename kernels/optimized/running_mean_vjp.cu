@@ -1,0 +1,35 @@
+// Gradients of running means, by runs; see basic/running_mean_vjp.cu.
+
+// The row that is read t-th. Rows behind the last token keep their places.
+__device__ long long reading(long long t, long long count, long long reversed) {
+    return reversed && t < count ? count - 1 - t : t;
+}
+
+// One block, 32 columns of one sequence. Each of its warps sums a run of rows, then
+// walks the run back from the sum of all runs behind it.
+extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* counts,
+                                            long long batch, long long num_groups,
+                                            long long dim, long long reversed,
+                                            acc_t* out) {
+    __shared__ acc_t sums[32][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const long long strips = (dim + 31) / 32;
+    const long long b = blockIdx.x / strips, d = blockIdx.x % strips * 32 + lane;
+    const long long count = count_of(counts, b, num_groups);
+    const long long column = b * num_groups * dim + d;  // of (B, K, D)
+    const long long run = (num_groups + warps - 1) / warps;
+    const long long first = warp * run, last = min(first + run, num_groups);
+
+    acc_t sum = 0;
+    for (long long t = min(last, count) - 1; t >= first && d < dim; --t)
+        sum += gradient[column + reading(t, count, reversed) * dim] / acc_t(t + 1);
+    sums[warp][lane] = sum;  // the warp's run, t being the order of reading
+    __syncthreads();
+    sum = 0;
+    for (int w = warps - 1; w > warp; --w) sum += sums[w][lane];
+    for (long long t = last - 1; t >= first && d < dim; --t) {
+        const long long row = column + reading(t, count, reversed) * dim;
+        if (t < count) sum += gradient[row] / acc_t(t + 1);
+        out[row] = t < count ? sum : 0;
+    }
+}

@@ -1,0 +1,189 @@
+"""A layer of the priors: a norm, a linear map, an activation, a residual."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _cuda, _tiles
+
+Activation = Literal["none", "relu", "gelu"]
+
+_EPSILON = 1e-5  # of the norms
+_FEW = 16  # rows that a warp an output is fast for
+# Rows that one block sums for a tile of a weight's gradient: 8,192 rows, D = 1024 and
+# the prior's H = 256 make 256 blocks. Each part takes the memory of the weights.
+_PART_ROWS, _MOST_PARTS = 512, 32
+
+
+class Norm(NamedTuple):
+    """LayerNorm, or RMSNorm if it has no bias; both of shape (D,)."""
+
+    weight: NDArray[Any]
+    bias: NDArray[Any] | None
+
+
+def linear(
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any],
+    *,
+    norm: Norm | None = None,
+    activation: Activation = "none",
+    residual: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return activation(norm(x) Wᵀ + b) + residual of x (..., D), all of one dtype."""
+    if _cuda.is_cuda(x):
+        return _linear_cuda(x, weight, bias, norm, activation, residual)
+    return _linear_reference(x, weight, bias, norm, activation, residual)
+
+
+def _linear_reference(
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any],
+    norm: Norm | None,
+    activation: Activation,
+    residual: NDArray[Any] | None,
+) -> NDArray[Any]:
+    y: NDArray[Any] = (x if norm is None else _normalize_reference(x, norm)) @ weight.T
+    y += bias
+    if activation == "relu":
+        np.maximum(y, 0, out=y)
+    elif activation == "gelu":
+        from scipy.special import erf  # slow to import
+
+        y *= (1 + erf(y * 0.5**0.5)) / 2
+    if residual is not None:
+        y += residual
+    return y
+
+
+def _normalize_reference(x: NDArray[Any], norm: Norm) -> NDArray[Any]:
+    if norm.bias is not None:
+        x = x - x.mean(axis=-1, keepdims=True)
+    squares = np.einsum("...d,...d->...", x, x)[..., None]
+    y = x / np.sqrt(squares / x.shape[-1] + _EPSILON).astype(x.dtype)
+    y *= norm.weight
+    if norm.bias is not None:
+        y += norm.bias
+    return y
+
+
+def _linear_cuda(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    norm: Norm | None,
+    activation: Activation,
+    residual: Any,
+) -> Any:
+    chosen, dtype = _cuda.implementation(), x.dtype
+    out_dim, in_dim = weight.shape
+    x, rows = _cuda.contiguous(x), math.prod(x.shape[:-1])
+    out = _cuda.empty((*x.shape[:-1], out_dim), dtype)
+    sizes = rows, in_dim, out_dim, _cuda.ACTIVATIONS[activation]
+    residual = _cuda.contiguous(residual)
+    file, map_ = f"{chosen}/linear", (weight, bias, residual)
+    if chosen == "optimized" and rows <= _FEW:
+        args = (x, *(norm or (None, None)), *map_, *sizes, _EPSILON, out)
+        _cuda.launch(file, "linear_few", dtype, out.size * _cuda.WARP, args)
+        return out
+    if norm is not None:
+        x = _normalize_cuda(x, norm)
+    args = (x, *map_, *sizes, out)
+    if chosen == "basic":
+        _cuda.launch(file, "linear", dtype, out.size, args)
+        return out
+
+    def blocks(shape: _tiles.Shape) -> int:
+        return _tiles.row_tiles(shape, rows) * _tiles.column_tiles(shape, out_dim)
+
+    shape = _tiles.select_shape(blocks)
+    _tiles.launch("linear", "linear", dtype, shape, blocks(shape), args)
+    return out
+
+
+def _normalize_cuda(x: Any, norm: Norm) -> Any:
+    chosen, dim = _cuda.implementation(), x.shape[-1]
+    out, rows = _cuda.empty(x.shape, x.dtype), math.prod(x.shape[:-1])
+    threads = out.size if chosen == "basic" else rows * _cuda.WARP
+    args = (x, *norm, rows, dim, _EPSILON, out)
+    _cuda.launch(f"{chosen}/linear", "normalize", x.dtype, threads, args)
+    return out
+
+
+def linear_vjp_cuda(
+    gradient: Any, x: Any, weight: Any, *, rectified: bool = False
+) -> tuple[Any, Any, Any]:
+    """Return the gradients of x (..., in), weight (out, in) and bias of a layer.
+
+    `rectified`: a ReLU gave x, and its gradient is that of what the ReLU was given.
+    """
+    gate = x if rectified else None
+    if _cuda.implementation() == "basic":
+        return _linear_vjp_basic(gradient, x, weight, gate)
+    return _linear_vjp_optimized(gradient, x, weight, gate)
+
+
+def _linear_vjp_basic(
+    gradient: Any, x: Any, weight: Any, gate: Any
+) -> tuple[Any, Any, Any]:
+    (out_dim, in_dim), rows = weight.shape, math.prod(x.shape[:-1])
+    dtype, file = x.dtype, "basic/linear_vjp"
+    by_x, by_weight = _cuda.empty(x.shape, dtype), _cuda.empty(weight.shape, dtype)
+    by_bias = _cuda.empty((out_dim,), dtype)
+    args: tuple[Any, ...] = (gradient, weight, gate, rows, in_dim, out_dim, by_x)
+    _cuda.launch(file, "linear_vjp", dtype, by_x.size, args)
+    args = (gradient, x, rows, in_dim, out_dim, by_weight)
+    _cuda.launch(file, "weight_vjp", dtype, by_weight.size, args)
+    args = (gradient, rows, out_dim, by_bias)
+    _cuda.launch(file, "bias_vjp", dtype, by_bias.size, args)
+    return by_x, by_weight, by_bias
+
+
+def _linear_vjp_optimized(
+    gradient: Any, x: Any, weight: Any, gate: Any
+) -> tuple[Any, Any, Any]:
+    out_dim, rows = len(weight), math.prod(x.shape[:-1])
+    across = _transposed_cuda(weight, out_dim)  # (1, in, out)
+    by_x = _products_cuda(gradient.reshape(1, rows, out_dim), across, gate)
+    parts = min(max(-(-rows // _PART_ROWS), 1), _MOST_PARTS)
+    part = -(-max(rows, 1) // parts)
+    part = -(-part // _cuda.WARP) * _cuda.WARP  # rows of whole vectors of 16 bytes
+    turned = _transposed_cuda(gradient, part)  # (S, out, part)
+    by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
+    file, num_parts, dtype = "optimized/linear_vjp", len(turned), x.dtype
+    args: tuple[Any, ...]
+    if num_parts > 1:
+        each, by_weight = by_weight, _cuda.empty(weight.shape, dtype)
+        args = (each, num_parts, by_weight.size, by_weight)
+        _cuda.launch(file, "sum_parts", dtype, by_weight.size, args)
+    by_bias = _cuda.empty((out_dim,), dtype)
+    args = (turned, num_parts, out_dim, part, by_bias)
+    _cuda.launch(file, "bias_vjp", dtype, out_dim * _cuda.WARP, args)
+    return by_x.reshape(x.shape), by_weight.reshape(weight.shape), by_bias
+
+
+def _transposed_cuda(x: Any, part: int) -> Any:
+    """Return x (..., columns) as (S, columns, part): `part` rows a time, then zeros."""
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    num_parts = max(-(-rows // part), 1)
+    out = _cuda.empty((num_parts, columns, part), x.dtype)
+    tiles = num_parts * -(-columns // _cuda.WARP) * -(-part // _cuda.WARP)
+    args = (x, rows, columns, part, num_parts, out)
+    kernel = "optimized/linear_vjp", "transpose"
+    _cuda.launch(*kernel, x.dtype, tiles * _cuda.BLOCK, args)
+    return out
+
+
+def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
+    """Return A Bᵀ of every part: (S, rows, columns); 0 where the gate is not above."""
+    (num_parts, rows, dim), columns = a.shape, b.shape[-2]
+    out = _cuda.empty((num_parts, rows, columns), a.dtype)
+    tiles = num_parts * -(-rows // _cuda.TILE) * -(-columns // _cuda.TILE)
+    args = (a, b, gate, rows, columns, dim, out)
+    kernel = "optimized/linear_vjp", "products"
+    _cuda.launch(*kernel, a.dtype, tiles * _cuda.BLOCK, args)
+    return out

@@ -1,0 +1,26 @@
+"""What priors and losses read of merged tokens: tokens, positions, sizes, counts."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _cuda
+from .._checks import check_counts
+from ..results import Merged
+
+
+def merged_parts(merged: Any) -> tuple[Any, Any, Any]:
+    """Return tokens, positions and sizes; of tokens alone, the rest is None."""
+    if isinstance(merged, Merged):
+        return merged.tokens, merged.positions, merged.sizes
+    return merged, None, None
+
+
+def group_counts(
+    tokens: NDArray[Any], num_groups: Any, sizes: Any
+) -> NDArray[np.int64]:
+    """Return K of each sequence: what is given, or else its groups with members."""
+    if num_groups is None and sizes is not None:
+        num_groups = _cuda.to_host((sizes > 0).sum(axis=-1))
+    return check_counts(tokens, num_groups)

@@ -1,0 +1,45 @@
+"""What the functions return: named tuples of arrays."""
+
+from typing import Generic, NamedTuple
+
+from ._arrays import Array
+
+
+class Merged(NamedTuple, Generic[Array]):
+    """Result of `quickmerge`, of the caller's own kind; without B for one sequence.
+
+    ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)`` merges any other
+    array over the same tokens, keys and values of a cache for example, the same way.
+    """
+
+    tokens: Array
+    """(B, K, D), the dtype of the input: the merged tokens."""
+    labels: Array
+    """(B, N) int32: the group of each token, -1 for padding."""
+    sizes: Array
+    """(B, K) int32: the tokens in each group."""
+    positions: Array
+    """(B, K) int32: the position of each group's last token, -1 for padding."""
+    saliency: Array
+    """(B, N): the saliency of each token."""
+    mass: Array
+    """(B, N): the weights of the merge."""
+
+
+class AlignmentLoss(NamedTuple, Generic[Array]):
+    """Losses of `alignment_loss`, each of shape () or (B,)."""
+
+    forward: Array
+    backward: Array
+    total: Array
+
+
+class Choice(NamedTuple, Generic[Array]):
+    """Result of `choose_merge`, in the caller's kind; without B for one sequence."""
+
+    merged: Merged[Array]
+    """What the best candidate of each sequence gave, padded to the largest K of all."""
+    scores: Array
+    """(C, B), float32 or float64: the score of every candidate; less is better."""
+    best: Array
+    """(B,) int32: the candidate that each sequence took."""

@@ -1,0 +1,1 @@
+"""The stages: one folder for each, one file for each operation."""

@@ -1,0 +1,1 @@
+"""Alignment: how well a prior predicts the merged tokens, and decoding."""

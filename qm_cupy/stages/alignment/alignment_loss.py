@@ -1,0 +1,305 @@
+"""Alignment: how well an autoregressive prior predicts the merged tokens."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import _cuda
+from ..._arrays import Array, enter, on_callers_stream
+from ..._checks import check_gradient, check_shape, check_tokens
+from ...priors.linear import linear, linear_vjp_cuda
+from ...priors.merged_tokens import group_counts, merged_parts
+from ...priors.mlp import MLP, back_propagate, check_width
+from ...priors.mlp_prior import MLPPrior, network_beside
+from ...priors.protocols import Prior
+from ...priors.running_mean import (
+    running_mean,
+    running_mean_vjp_cuda,
+    running_mean_vjp_reference,
+)
+from ...results import AlignmentLoss, Merged
+
+
+@on_callers_stream
+def alignment_loss(
+    merged: Array | Merged[Array], prior: Prior, *, num_groups: Any = None
+) -> AlignmentLoss[Array]:
+    r"""Bidirectional autoregressive loss of merged tokens under a prior.
+
+    .. math:: L_{AR} = \frac{1}{K-1} \sum_{t=1}^{K-1} \operatorname{MSE}\bigl(
+        f(\bar x_{1..t}), \tilde x_{t+1}\bigr) + \frac{1}{K-1} \sum_{t=2}^{K}
+        \operatorname{MSE}\bigl(g(\bar x_{t..K}), \tilde x_{t-1}\bigr)
+
+    Parameters
+    ----------
+    merged : Merged, or ndarray of shape (K, D) or (B, K, D)
+        What `quickmerge` returns, whose positions and sizes the prior may read, or
+        merged tokens alone; float16, bfloat16, float32 or float64.
+    prior : Prior
+        `MLPPrior`, `TransformerPrior`, or your own: its ``predict`` gives all
+        predictions at once. It is given NumPy arrays, or CuPy arrays on a GPU,
+        whatever library `merged` is of; what is not known is None.
+    num_groups : int or ndarray of int of shape (B,), optional
+        K of each sequence where they differ; the rest is padding. By default, groups
+        of size 0 are; to count them waits for a GPU.
+
+    Returns
+    -------
+    AlignmentLoss
+        ``forward``, ``backward`` and ``total`` (their sum), each of shape () or (B,);
+        float32, or float64 for float64 input. 0 for K = 1.
+
+    Raises
+    ------
+    TypeError
+        If `merged` is not floating or `num_groups` not integer.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qm_cupy import MLPPrior
+    >>> loss = alignment_loss(np.ones((5, 8)), MLPPrior.init(8, seed=0))
+    >>> bool(loss.total == loss.forward + loss.backward)
+    True
+    """
+    tokens, positions, sizes = merged_parts(merged)
+    leave, tokens, num_groups, positions, sizes = enter(
+        merged=tokens, num_groups=num_groups, positions=positions, sizes=sizes
+    )
+    check_tokens(tokens, "merged")
+    counts = group_counts(tokens, num_groups, sizes)
+    valid = counts if counts.ndim else int(counts)
+    known = {"num_groups": valid, "positions": positions, "sizes": sizes}
+    after = prior.predict(tokens, **known)
+    before = prior.predict(tokens, reverse=True, **known)
+    check_shape("prediction", after, "BKD", tokens.shape)
+    check_shape("prediction", before, "BKD", tokens.shape)
+    forward, backward = _alignment_loss(tokens, after, before, counts)
+    return AlignmentLoss(leave(forward), leave(backward), leave(forward + backward))
+
+
+def _alignment_loss(
+    merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
+) -> tuple[Any, Any]:
+    """Return the losses of predictions of the tokens after, and before."""
+    if _cuda.is_cuda(merged):
+        return _alignment_loss_cuda(merged, after, before, counts)
+    return _alignment_loss_reference(merged, after, before, counts)
+
+
+def _alignment_loss_reference(
+    merged: NDArray[Any],
+    after: NDArray[Any],
+    before: NDArray[Any],
+    counts: NDArray[np.int64],
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    steps = np.maximum(counts - 1, 1)
+    known = np.arange(1, merged.shape[-2]) < counts[..., None]  # (B, K - 1)
+
+    def loss(prediction: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
+        gap = prediction - target
+        error = np.einsum("...d,...d->...", gap, gap) / gap.shape[-1]  # (B, K - 1)
+        total: NDArray[Any] = np.sum(error, axis=-1, where=known) / steps
+        return np.asarray(total, dtype=gap.dtype)
+
+    forward = loss(after[..., :-1, :], merged[..., 1:, :])
+    backward = loss(before[..., 1:, :], merged[..., :-1, :])
+    return forward, backward
+
+
+def _alignment_loss_cuda(
+    merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
+) -> tuple[Any, Any]:
+    num_groups, dim = merged.shape[-2:]
+    batch = math.prod(merged.shape[:-2])
+    acc_dtype = _cuda.accumulation(merged.dtype)
+    merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
+    chosen = _cuda.implementation()
+    warp, block = (1, 1) if chosen == "basic" else (_cuda.WARP, _cuda.BLOCK)
+    losses = []
+    for reverse, prediction in enumerate((after, before)):
+        prediction = _cuda.contiguous(prediction, acc_dtype)
+        errors = _cuda.empty(merged.shape[:-1], acc_dtype)
+        sizes = batch, num_groups, dim
+        args: tuple[Any, ...] = (prediction, merged, each, *sizes, reverse, errors)
+        file, threads = f"{chosen}/alignment_loss", errors.size * warp
+        _cuda.launch(file, "prediction_errors", merged.dtype, threads, args)
+        losses.append(_cuda.empty(merged.shape[:-2], acc_dtype))
+        args = (errors, each, batch, num_groups, losses[-1])
+        _cuda.launch(file, "alignment_loss", acc_dtype, batch * block, args)
+    return losses[0], losses[1]
+
+
+@on_callers_stream
+def alignment_loss_vjp(
+    gradient: AlignmentLoss[Any] | tuple[Any, Any, Any],
+    merged: Array | Merged[Array],
+    prior: MLPPrior,
+    *,
+    num_groups: Any = None,
+) -> tuple[Array, tuple[MLP, MLP]]:
+    r"""Gradients of `alignment_loss` with respect to tokens and the prior's weights.
+
+    .. math:: \bar x_i = \sum_{t \ge i} \frac{\bar c_t}{t} - \bar y_{i-1}, \qquad
+        \bar y_t = \frac{2 \bar L}{D (K - 1)} \bigl(f(c_t) - \tilde x_{t+1}\bigr)
+
+    reading forwards, where :math:`c_t` is the mean of tokens 1..t and :math:`\bar c_t`
+    what comes back through the network f. The mirror image for g is added.
+
+    Parameters
+    ----------
+    gradient : AlignmentLoss or tuple
+        Gradients of a loss with respect to ``forward``, ``backward`` and ``total``,
+        each an ndarray of shape () or (B,) of any float dtype, or a number where it is
+        one.
+    merged : Merged, or ndarray of shape (K, D) or (B, K, D)
+        Merged tokens, as `alignment_loss` takes them.
+    prior : MLPPrior
+        The prior. ReLU has slope 0 at 0.
+    num_groups : int or ndarray of int of shape (B,), optional
+        K of each sequence where they differ, as in `alignment_loss`.
+
+    Returns
+    -------
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Gradient of the loss with respect to the merged tokens, in their dtype; 0 for
+        padding, and for K = 1.
+    weights : tuple of two MLP
+        That with respect to the weights of ``prior.forward`` and ``prior.backward``,
+        beside `merged`; float32, or float64 for float64 tokens.
+
+    Raises
+    ------
+    TypeError
+        If `prior` is no `MLPPrior`, `merged` or a gradient not floating, `gradient` no
+        three, or `num_groups` not integer.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qm_cupy import MLPPrior
+    >>> prior = MLPPrior.init(8, seed=0)
+    >>> slope, (forward, backward) = alignment_loss_vjp(
+    ...     (0.0, 0.0, 1.0), np.ones((5, 8)), prior
+    ... )
+    >>> slope.shape, forward.weight_in.shape
+    ((5, 8), (256, 8))
+    """
+    if not isinstance(prior, MLPPrior):
+        raise TypeError(f"`prior` must be an MLPPrior, got {type(prior).__name__}")
+    tokens, _, sizes = merged_parts(merged)
+    names = [f"gradient.{name}" for name in AlignmentLoss._fields]
+    leave, tokens, num_groups, sizes, *slopes = enter(
+        merged=tokens,
+        num_groups=num_groups,
+        sizes=sizes,
+        **dict(zip(names, _three(gradient), strict=True)),
+    )
+    check_tokens(tokens, "merged")
+    check_width("merged", tokens, prior.forward)
+    counts = group_counts(tokens, num_groups, sizes)
+    ahead, behind, total = (
+        check_gradient(slope, tokens.shape[:-2], "B", tokens, name).astype(np.float64)
+        for name, slope in zip(names, slopes, strict=True)
+    )
+    each = ahead + total, behind + total
+    by_merged, by_weights = _alignment_loss_vjp(each, tokens, prior, counts)
+    forward, backward = (MLP(*map(leave, weights)) for weights in by_weights)
+    return leave(by_merged), (forward, backward)
+
+
+def _three(gradient: Any) -> tuple[Any, Any, Any]:
+    try:
+        forward, backward, total = gradient
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "`gradient` must be three, of the losses forward, backward and total: "
+            f"{error}"
+        ) from None
+    return forward, backward, total
+
+
+def _alignment_loss_vjp(
+    gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
+) -> tuple[Any, list[MLP]]:
+    """Return the gradients of the tokens, and of both networks' weights."""
+    if _cuda.is_cuda(merged):
+        return _alignment_loss_vjp_cuda(gradients, merged, prior, counts)
+    return alignment_loss_vjp_reference(gradients, merged, prior, counts)
+
+
+def alignment_loss_vjp_reference(
+    gradients: tuple[Any, Any],
+    merged: NDArray[Any],
+    prior: MLPPrior,
+    counts: NDArray[np.int64],
+) -> tuple[NDArray[Any], list[MLP]]:
+    num_groups, dim = merged.shape[-2:]
+    dtype = np.result_type(merged.dtype, np.float32)
+    ahead, behind = np.s_[..., 1:, :], np.s_[..., :-1, :]
+    valid = counts[..., None, None] > np.arange(num_groups)[:, None]  # (B, K, 1)
+    known = valid[ahead]  # (B, K - 1, 1)
+    by_merged, by_weights = np.zeros(merged.shape), []
+    for reverse, gradient in enumerate(gradients):
+        network = prior.backward if reverse else prior.forward
+        network = MLP(*(w.astype(dtype, copy=False) for w in network))
+        context = running_mean(merged, counts, bool(reverse))
+        context = np.where(valid, context, 0).astype(dtype)
+        hidden = np.maximum(context @ network.weight_in.T + network.bias_in, 0)
+        slope = hidden @ network.weight_out.T + network.bias_out  # the predictions yet
+        read, wanted = (ahead, behind) if reverse else (behind, ahead)
+        scale = 2 * gradient / (dim * np.maximum(counts - 1, 1))
+        gap = np.where(known, slope[read] - merged[wanted], 0)
+        slope[...] = 0
+        slope[read] = gap * np.asarray(scale)[..., None, None]
+        by_merged[wanted] -= slope[read]
+
+        flat = (x.reshape(-1, x.shape[-1]) for x in (context, hidden, slope))
+        weights, back = back_propagate(network, *flat)
+        by_weights.append(weights)
+        by_context = (back @ network.weight_in).reshape(merged.shape)
+        by_merged += running_mean_vjp_reference(by_context, counts, bool(reverse))
+    return by_merged.astype(merged.dtype), by_weights
+
+
+def _alignment_loss_vjp_cuda(
+    gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
+) -> tuple[Any, list[MLP]]:
+    num_groups, dim = merged.shape[-2:]
+    batch, acc_dtype = math.prod(merged.shape[:-2]), _cuda.accumulation(merged.dtype)
+    merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
+    sizes = batch, num_groups, dim
+    means, slopes, by_weights = [], [], []
+    for reverse, gradient in enumerate(gradients):
+        network = network_beside(prior, merged, bool(reverse))
+        context = running_mean(merged, counts, bool(reverse))
+        hidden = linear(context, *network[:2], activation="relu")
+        prediction = linear(hidden, *network[2:])
+        slope = _cuda.empty(merged.shape, acc_dtype)
+        gradient = _cuda.contiguous(gradient.reshape(-1), acc_dtype)  # (B,)
+        args = (prediction, merged, each, gradient, *sizes, reverse, slope)
+        kernel = "basic/alignment_loss_vjp", "prediction_slopes"
+        _cuda.launch(*kernel, merged.dtype, slope.size, args)
+
+        layer = slope, hidden, network.weight_out
+        back, *second = linear_vjp_cuda(*layer, rectified=True)
+        by_context, *first = linear_vjp_cuda(back, context, network.weight_in)
+        by_weights.append(MLP(*first, *second))
+        means.append(running_mean_vjp_cuda(by_context, each, reverse))
+        slopes.append(slope)
+    out = _cuda.empty(merged.shape, merged.dtype)
+    args = (*means, *slopes, *sizes, out)
+    kernel = "basic/alignment_loss_vjp", "alignment_loss_vjp"
+    _cuda.launch(*kernel, merged.dtype, out.size, args)
+    return out, by_weights
