@@ -95,6 +95,12 @@ def test_a_block_takes_back_its_construction(setting):
     with choice:
         assert setting.get() == setting.other
     assert setting.get() == setting.default
+    later = setting.set(setting.other)
+    with choice:  # entered again, which leaves the construction of the other alone
+        pass
+    with later:
+        assert setting.get() == setting.other
+    assert setting.get() == setting.default
 
 
 def test_a_statement_between_construction_and_block_stays(setting):
@@ -284,8 +290,15 @@ def test_generators_close_their_blocks_in_any_order(setting):
 
 def test_a_block_that_ends_elsewhere_changes_nothing_there(setting):
     choice = setting.set(setting.other)
+
+    def elsewhere():
+        with setting.set(setting.other):
+            choice.__exit__()
+            assert setting.get() == setting.other
+        return setting.get()
+
     with choice:
-        in_a_thread(choice.__exit__)
+        assert in_a_thread(elsewhere) == setting.default
         assert setting.get() == setting.other
     assert setting.get() == setting.default
 
