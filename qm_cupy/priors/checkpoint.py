@@ -54,7 +54,7 @@ def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
     return MLP(*weights)
 
 
-def random_mlp(generator: np.random.Generator, dim: int, hidden_dim: int) -> MLP:
+def random_mlp(generator: "np.random.Generator", dim: int, hidden_dim: int) -> MLP:
     """Draw weights uniformly within ±1/√(inputs) of each layer."""
 
     def draw(inputs: int, *shape: int) -> NDArray[np.float32]:
@@ -100,7 +100,7 @@ def read_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[A
 
 
 def random_transformer(
-    generator: np.random.Generator, settings: Configuration
+    generator: "np.random.Generator", settings: Configuration
 ) -> dict[str, NDArray[np.float32]]:
     """Draw weights: of linear maps, uniformly within ±1/√(inputs)."""
     shapes, weights = settings.shapes(), {}

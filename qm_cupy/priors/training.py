@@ -199,7 +199,7 @@ def refine(
 
 
 def _batches(
-    blocks: Blocks, batch_size: int, generator: np.random.Generator
+    blocks: Blocks, batch_size: int, generator: "np.random.Generator"
 ) -> Iterator[Block]:
     while True:
         for x, y in blocks():
