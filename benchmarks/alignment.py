@@ -28,7 +28,7 @@ from report import median_seconds, write_json
 from texts import cut, documents
 
 import qm_cupy as qm
-from qm_cupy.clustering import METHODS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
 
 PATCH = 8  # pixels
 PASSAGE = 256  # word pieces, [CLS] and [SEP] among them

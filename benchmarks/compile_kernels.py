@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
 
-from qm_cupy import _cuda
+from seam import cuda
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "tf32")
 
@@ -29,7 +29,7 @@ def compile_file(job: tuple[str, str]) -> tuple[str | None, float]:
     file, dtype = job
     start = time.monotonic()
     try:
-        _cuda.compile_file(file, dtype)
+        cuda.compile_file(file, dtype)
     except Exception as error:
         wrong = f"{file} {dtype}: {type(error).__name__}: {error}"
         return wrong, time.monotonic() - start
@@ -54,7 +54,7 @@ def main() -> None:
     # Optimized kernels of float32 are compiled for TF32 where that is allowed.
     jobs = [
         (file, dtype)
-        for file, dtype in itertools.product(_cuda.kernel_files(), options.dtypes)
+        for file, dtype in itertools.product(cuda.kernel_files(), options.dtypes)
         if dtype != "tf32" or file.startswith("optimized/")
     ]
     start, failures, times = time.monotonic(), 0, []

@@ -44,11 +44,11 @@ from machine import clocks, cupy_or_reason, describe, properties
 from report import write_json
 from roofline import ASSUMED, floor_of
 from roofline import draw as draw_roofline
+from seam import cuda
 from timing import measure, raw
 from workload import Case, Operation, as_torch, cupy, draw, dtype, operations, torch
 
 import qm_cupy as qm
-from qm_cupy import _cuda
 
 OURS = "basic", "optimized"
 COLUMNS = (*OURS, "torch", "torch.compile", "CuPy")
@@ -114,7 +114,7 @@ def ceilings(report: Report, tiny: bool) -> None:
 @contextmanager
 def nan_outputs() -> Iterator[None]:
     """Fill outputs with NaN first: what a kernel leaves out shows."""
-    fresh = _cuda.empty
+    fresh = cuda.empty
 
     def empty(shape: Any, dtype: Any) -> Any:
         x = fresh(shape, dtype)
@@ -122,11 +122,11 @@ def nan_outputs() -> Iterator[None]:
             x.reshape(-1).view(np.uint8).fill(0xFF)
         return x
 
-    _cuda.empty = empty
+    cuda.empty = empty
     try:
         yield
     finally:
-        _cuda.empty = fresh
+        cuda.empty = fresh
 
 
 def reference(case: Case) -> Any:

@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # car
 import card_device
 import device_array
 from cards import Card
+from seam import cuda
 from workload import Work, cosine_work, operations
 
 import qm_cupy as qm
-from qm_cupy import _cuda, selection
-from qm_cupy._precision import kernel_dtype
+from qm_cupy.cuda.compile import kernel_dtype
+from qm_cupy.stages.selection.saliency_gumbel_mass import saliency_gumbel_mass_cuda
 
 H200 = Card("H200", 90, 132, 227 << 10, 139 << 30)
 GIVEN_BYTES = 12e9  # of given attention, as in kernels.py
@@ -110,7 +111,7 @@ def of_the_table() -> Iterator[Operation]:
     yield Operation(
         f"{SIZE} L={layers} H={h} saliency to mass",
         _mass_work(layers, b, h, n),
-        lambda: selection._saliency_gumbel_mass_cuda(
+        lambda: saliency_gumbel_mass_cuda(
             device_array.empty((layers, b, h, n), np.float32),
             *("low", 0.1, (0, 0), 0.01, None),
         ),
@@ -138,7 +139,7 @@ def launches_of(operation: Operation) -> list[Launch]:
     with ExitStack() as stack:
         patches = _Patches(stack)
         device = card_device.install(patches, H200)
-        patches.setattr(_cuda, "launch", _recorder(found, _cuda.launch))
+        patches.setattr(cuda, "launch", _recorder(found, cuda.launch))
         device.run(operation.title, operation.call)
     if device.faults:
         raise RuntimeError(f"an H200 would refuse: {', '.join(device.faults)}")
@@ -146,7 +147,7 @@ def launches_of(operation: Operation) -> list[Launch]:
 
 
 def _recorder(found: list[Launch], launch: Callable[..., None]) -> Callable[..., None]:
-    """Return `_cuda.launch` that also adds each launch to a list."""
+    """Return `cuda.launch` that also adds each launch to a list."""
 
     def record(
         file: str,
@@ -155,12 +156,12 @@ def _recorder(found: list[Launch], launch: Callable[..., None]) -> Callable[...,
         threads: int,
         args: tuple[Any, ...],
         *,
-        block: int = _cuda.BLOCK,
+        block: int = cuda.BLOCK,
         shared: int = 0,
         cooperative: bool = False,
     ) -> None:
         kind = kernel_dtype(file, dtype)
-        declared = card_device.parameters_of(_cuda.source(file), kernel, kind)
+        declared = card_device.parameters_of(cuda.source(file), kernel, kind)
         given = list(zip(declared, args, strict=True))
         numbers = {p.name: float(x) for p, x in given if not p.pointer}
         arrays = sum(x.nbytes for p, x in given if p.pointer and x is not None)

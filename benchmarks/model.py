@@ -18,8 +18,7 @@ from card_device import facts_of
 from cards import blocks_per_sm
 from kernel_models import MODELS, Model, Sizes
 from machine_code import Function, Path
-
-from qm_cupy import _cuda
+from seam import cuda
 
 CLOCK = 1.98e9  # Hz, the highest of an H200 and the one it reported
 # What one multiprocessor does in a clock. Lanes of each unit: CUDA C++ Programming
@@ -46,8 +45,8 @@ class UnknownKernelError(LookupError):
 
 def text_of(file: str, dtype: str) -> str:
     """Return the machine code of a file for the H200."""
-    options = (*_cuda.options(dtype), f"-arch=sm_{H200.arch}")
-    return nvrtc.disassembly(_cuda.source(file), options)
+    options = (*cuda.options(dtype), f"-arch=sm_{H200.arch}")
+    return nvrtc.disassembly(cuda.source(file), options)
 
 
 def function_of(file: str, kernel: str, dtype: str) -> Function:

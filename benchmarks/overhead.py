@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an in
 from guard import complete, guarded, leave, say, synchronize
 from machine import cpu, cupy_or_reason, describe, torch_on_gpu, torch_or_none
 from report import write_json
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
-from qm_cupy._arrays import enter
+from qm_cupy.arrays.conversion import enter
 
 Calls = dict[str, Callable[[], Any]]
 RUN = 50  # calls between two looks at the clock
@@ -119,11 +119,11 @@ def without_kernels() -> ExitStack:
         "empty": np.empty,
         "to_device": np.asarray,
         "is_cuda": lambda x: True,
-        "device": lambda: _cuda.Device(multiprocessors=132, shared_bytes=227 << 10),
+        "device": lambda: cuda.Device(multiprocessors=132, shared_bytes=227 << 10),
     }
     scope = ExitStack()
     for name, stand_in in stand_ins.items():
-        scope.enter_context(mock.patch.object(_cuda, name, stand_in))
+        scope.enter_context(mock.patch.object(cuda, name, stand_in))
     return scope
 
 

@@ -29,8 +29,7 @@ from card_device import facts_of
 from cards import LIMITS, blocks_per_sm
 from guard import complete, guarded, leave, say
 from report import write_json
-
-from qm_cupy import _cuda
+from seam import cuda
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -39,9 +38,9 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     """Compile a file for one dtype and architecture; return a row per kernel."""
     file, dtype, arch = job
     found, rows = facts_of(file, dtype, arch), []
-    for kernel in _cuda.kernel_names(file):
+    for kernel in cuda.kernel_names(file):
         facts = found[kernel]
-        threads = facts.bound or _cuda.BLOCK
+        threads = facts.bound or cuda.BLOCK
         blocks = blocks_per_sm(arch, threads, facts.registers, facts.shared)
         rows.append(
             {
@@ -81,12 +80,12 @@ Job = tuple[str, str, int]  # a file, a dtype, an architecture
 
 def jobs_of(options: Any) -> list[Job]:
     if options.rehearse:
-        return [(_cuda.kernel_files()[0], "float32", 90)]
+        return [(cuda.kernel_files()[0], "float32", 90)]
     dtypes = ("float16", "float32") if options.quick else DTYPES
     archs = options.arch or ((90,) if options.quick else tuple(LIMITS))
-    files = _cuda.kernel_files()
+    files = cuda.kernel_files()
     jobs = [(file, dtype, arch) for arch in archs for dtype in dtypes for file in files]
-    tiled = [file for file in files if "multiply_tiles(" in _cuda.text(file)]
+    tiled = [file for file in files if "multiply_tiles(" in cuda.text(file)]
     return jobs + [(file, "tf32", arch) for arch in archs for file in tiled]
 
 

@@ -1,11 +1,9 @@
 """QuickMerge++: token sequences in, shorter token sequences out."""
 
-from ._cuda import KernelCompilationError, warmup
-from .budget import norm_budget, token_budget
-from .clustering import cluster_tokens, cosine_similarity, cut_linkage, linkage
-from .fidelity import fidelity_loss, norm_mass, reconstruction_error
-from .fidelity_vjp import fidelity_loss_vjp, reconstruction_error_vjp
-from .framework import (
+from .choose_merge import choose_merge
+from .cuda.compile import KernelCompilationError, warmup
+from .cuda.workspace import Workspace
+from .paper import (
     BidirectionalARAlignment,
     DifferentiableTokenMerging,
     EntropyAwareSaliency,
@@ -13,39 +11,41 @@ from .framework import (
     QuickMergePP,
     quickmerge_inference,
 )
-from .merging import (
-    group_positions,
-    group_sizes,
-    merge_tokens,
-    unmerge_tokens,
-)
-from .merging_vjp import merge_tokens_vjp, unmerge_tokens_vjp
-from .pipeline import choose_merge, quickmerge
+from .pipeline import quickmerge
 from .priors.mlp import MLP
 from .priors.mlp_prior import MLPPrior
 from .priors.protocols import Prior, SteppingPrior
 from .priors.transformer import TransformerPrior
 from .results import AlignmentLoss, Choice, Merged
-from .saliency import (
-    attention_entropy,
-    norm_saliency,
-    query_key_entropy,
-    saliency,
-    self_attention_entropy,
-)
-from .saliency_vjp import (
-    attention_entropy_vjp,
-    norm_saliency_vjp,
-    query_key_entropy_vjp,
-    saliency_vjp,
-    self_attention_entropy_vjp,
-)
-from .selection import gumbel_noise, gumbel_softmax, saliency_mass, select_tokens
-from .selection_vjp import gumbel_softmax_vjp, saliency_mass_vjp
 from .settings import allow_tf32, check_finite, use_kernels
 from .stages.alignment.alignment_loss import alignment_loss, alignment_loss_vjp
 from .stages.alignment.decode import decode
-from .workspace import Workspace
+from .stages.budget import norm_budget, token_budget
+from .stages.clustering.cluster_tokens import cluster_tokens
+from .stages.clustering.cosine_similarity import cosine_similarity
+from .stages.clustering.cut_linkage import cut_linkage
+from .stages.clustering.linkage import linkage
+from .stages.fidelity.fidelity_loss import fidelity_loss, fidelity_loss_vjp
+from .stages.fidelity.norm_mass import norm_mass
+from .stages.fidelity.reconstruction_error import (
+    reconstruction_error,
+    reconstruction_error_vjp,
+)
+from .stages.merging.groups import group_positions, group_sizes
+from .stages.merging.merge_tokens import merge_tokens, merge_tokens_vjp
+from .stages.merging.unmerge_tokens import unmerge_tokens, unmerge_tokens_vjp
+from .stages.saliency.attention_entropy import attention_entropy, attention_entropy_vjp
+from .stages.saliency.norm_saliency import norm_saliency, norm_saliency_vjp
+from .stages.saliency.query_key_entropy import query_key_entropy, query_key_entropy_vjp
+from .stages.saliency.saliency import saliency, saliency_vjp
+from .stages.saliency.self_attention_entropy import (
+    self_attention_entropy,
+    self_attention_entropy_vjp,
+)
+from .stages.selection.gumbel_noise import gumbel_noise
+from .stages.selection.gumbel_softmax import gumbel_softmax, gumbel_softmax_vjp
+from .stages.selection.saliency_mass import saliency_mass, saliency_mass_vjp
+from .stages.selection.select_tokens import select_tokens
 
 __version__ = "0.1.0"
 

@@ -22,8 +22,10 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from . import _composed, _jax, framework
-from ._jax import (
+from . import composed as _composed
+from . import paper as framework
+from .autodiff import jax_primitives as _jax
+from .autodiff.jax_primitives import (
     apply,
     check_array,
     check_known,

@@ -2,7 +2,7 @@
 
 from typing import Generic, NamedTuple
 
-from ._arrays import Array
+from .arrays.conversion import Array
 
 
 class Merged(NamedTuple, Generic[Array]):

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _composed, _torch, framework
-from ._torch import (
+from . import composed as _composed
+from . import paper as framework
+from .autodiff import torch_operators as _torch
+from .autodiff.torch_operators import (
     apply,
     apply_constant,
     check_tensor,

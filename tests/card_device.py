@@ -1,4 +1,4 @@
-"""Cards in the place of the device that ``qm_cupy._cuda`` launches on.
+"""Cards in the place of the device that the library launches on.
 
 `install` puts them there. The public functions then run all of their Python, on arrays
 whose values mean nothing, and every launch is held against the cards.
@@ -14,9 +14,9 @@ import device_array
 import nvrtc
 from cards import Kernel, LaunchError, Parameter, describe
 from device_array import DeviceArray
+from seam import cuda
 
-from qm_cupy import _arrays, _cuda, _tiles
-from qm_cupy._precision import TF32
+from qm_cupy.cuda.compile import TF32
 
 _TYPES = {
     "long long": "int64",
@@ -50,13 +50,13 @@ def parameters_of(source, kernel, dtype):
 
 def facts_of(file, dtype, arch):
     """Return the facts of a file's kernels, compiled as CuPy would for a card."""
-    options = (*_cuda.options(dtype), f"-arch=sm_{arch}")
-    return nvrtc.kernel_facts(_cuda.source(file), options)
+    options = (*cuda.options(dtype), f"-arch=sm_{arch}")
+    return nvrtc.kernel_facts(cuda.source(file), options)
 
 
 def files(dtype):
     """Return the files whose kernels can run in a dtype: TF32 is for optimized ones."""
-    every = _cuda.kernel_files()
+    every = cuda.kernel_files()
     return [x for x in every if dtype != TF32 or x.startswith("optimized/")]
 
 
@@ -132,10 +132,10 @@ class Device:
 
 
 class _Launcher:
-    """A kernel on whatever card is in place: what ``_cuda.raw_kernel`` returns."""
+    """A kernel on whatever card is in place: what ``cuda.raw_kernel`` returns."""
 
     def __init__(self, device, file, kernel, dtype, cooperative=False):
-        parameters = parameters_of(_cuda.source(file), kernel, dtype)
+        parameters = parameters_of(cuda.source(file), kernel, dtype)
         name = f"{file}/{kernel} ({dtype})"
         self._device, self._short = device, f"{file}/{kernel}"
         self._parameters = parameters
@@ -172,25 +172,25 @@ class _Launcher:
 def install(monkeypatch, *cards):
     """Put cards in the place of the device until the test ends; return them at work."""
     device = Device(cards)
-    bring_in = _arrays._bring_in
+    bring_in = cuda._bring_in
 
     def upload(name, x):
         found = bring_in(name, x)
-        return found if name in _arrays._ON_HOST else found.view(DeviceArray)
+        return found if name in cuda._ON_HOST else found.view(DeviceArray)
 
     def known():
         card = device.look()
-        return _cuda.Device(card.multiprocessors, card.shared)
+        return cuda.Device(card.multiprocessors, card.shared)
 
-    monkeypatch.setattr(_arrays, "_bring_in", upload)
-    monkeypatch.setattr(_arrays, "_leave", lambda example: lambda x: x)
-    monkeypatch.setattr(_cuda, "raw_kernel", device.raw_kernel)
-    monkeypatch.setattr(_cuda, "empty", device_array.empty)
-    monkeypatch.setattr(_cuda, "to_device", device_array.to_device)
-    monkeypatch.setattr(_cuda, "to_host", device_array.to_host)
-    monkeypatch.setattr(_cuda, "device", known)
-    for ask in _tiles.select_shape, _tiles.kept_bytes:
-        monkeypatch.setattr(_tiles, ask.__name__, device.agreed(ask))
-    monkeypatch.setattr(_cuda, "free_memory", lambda: device.look().memory)
-    monkeypatch.setattr(_cuda, "is_cuda", lambda x: isinstance(x, DeviceArray))
+    monkeypatch.setattr(cuda, "_bring_in", upload)
+    monkeypatch.setattr(cuda, "_leave", lambda example: lambda x: x)
+    monkeypatch.setattr(cuda, "raw_kernel", device.raw_kernel)
+    monkeypatch.setattr(cuda, "empty", device_array.empty)
+    monkeypatch.setattr(cuda, "to_device", device_array.to_device)
+    monkeypatch.setattr(cuda, "to_host", device_array.to_host)
+    monkeypatch.setattr(cuda, "current_device", known)
+    for ask in cuda.select_shape, cuda.kept_bytes:
+        monkeypatch.setattr(cuda, ask.__name__, device.agreed(ask))
+    monkeypatch.setattr(cuda, "free_memory", lambda: device.look().memory)
+    monkeypatch.setattr(cuda, "is_cuda", lambda x: isinstance(x, DeviceArray))
     return device

@@ -128,7 +128,7 @@ def _known(dtype, *rest):
 
 
 class Kernel:
-    """One kernel on one card, with what `_cuda` uses of a ``cupy.RawKernel``."""
+    """One kernel on one card, with what `launch` uses of a ``cupy.RawKernel``."""
 
     def __init__(self, name, facts, parameters, card, cooperative=False):
         self.name, self.facts, self.card = name, facts, card

@@ -10,10 +10,10 @@ from command_line import compress_fails, fails, tokens  # noqa: F401
 from covering import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 from gpu_at_hand import missing
 from hypothesis import settings
+from seam import cuda
 from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
 
 import qm_cupy as qm
-from qm_cupy import _cuda
 
 # It would be imported as CuPy; test_rehearsal.py runs it in processes of its own.
 collect_ignore = ["rehearsal"]
@@ -134,13 +134,13 @@ def kernels(request, monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels launched so far."""
-    names, launch = [], _cuda.launch
+    names, launch = [], cuda.launch
 
     def recorded(file, kernel, *args, **options):
         names.append(kernel)
         launch(file, kernel, *args, **options)
 
-    monkeypatch.setattr(_cuda, "launch", recorded)
+    monkeypatch.setattr(cuda, "launch", recorded)
     return names
 
 

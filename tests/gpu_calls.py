@@ -5,7 +5,8 @@ import functools
 import numpy as np
 
 import qm_cupy as qm
-from qm_cupy.clustering import LINKAGES, METHODS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
+from qm_cupy.stages.clustering.linkage import LINKAGES
 
 BATCH = 3  # sequences; no other axis has as many
 WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # D: whole vectors of 16 bytes, and not

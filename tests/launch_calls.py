@@ -6,10 +6,11 @@ from unittest import mock
 
 import device_array
 import numpy as np
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
-from qm_cupy.clustering import LINKAGES, METHODS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
+from qm_cupy.stages.clustering.linkage import LINKAGES
 
 HEADS, HEAD_DIM = 2, 40
 WEIGHTED = "average", "ward"  # methods that take masses
@@ -201,7 +202,7 @@ def _in_a_graph(call):
     """Let a call find that its stream captures: counts come as arguments."""
 
     def run(c):
-        with mock.patch.object(_cuda, "is_capturing", return_value=True):
+        with mock.patch.object(cuda, "is_capturing", return_value=True):
             call(c)
 
     return run

@@ -6,8 +6,7 @@ import pytest
 from card_device import facts_of, files, parameters_of
 from cards import CARDS, Kernel, LaunchError, blocks_per_sm
 from device_array import READS, DeviceArray, MixedArraysError, empty, to_device
-
-from qm_cupy import _cuda
+from seam import cuda
 
 PLANTED = """
 extern "C" __global__ void plain(const int* x, double a, long long n, bool* out) {
@@ -227,9 +226,9 @@ def test_arguments_are_counted():
 def test_sources_declare_what_is_compiled(dtype):
     for file in files(dtype):
         facts = facts_of(file, dtype, 80)
-        assert set(facts) == set(_cuda.kernel_names(file))
+        assert set(facts) == set(cuda.kernel_names(file))
         for kernel in facts:
-            declared = parameters_of(_cuda.source(file), kernel, dtype)
+            declared = parameters_of(cuda.source(file), kernel, dtype)
             compiled = [
                 "f64" if x.dtype == "float64" and not x.pointer else "u64"
                 for x in declared
@@ -250,22 +249,22 @@ def test_sources_declare_what_is_compiled(dtype):
 )
 def test_launch_bounds_follow_the_launchers(constant, value, file, kernel, monkeypatch):
     before = facts_of(f"optimized/{file}", "float32", 80)[kernel].bound
-    known = getattr(_cuda, constant)
+    known = getattr(cuda, constant)
     assert before == (known[4] if isinstance(known, dict) else known)
-    monkeypatch.setattr(_cuda, constant, value)
+    monkeypatch.setattr(cuda, constant, value)
     after = facts_of(f"optimized/{file}", "float32", 80)[kernel].bound
     assert after == (value[4] if isinstance(value, dict) else value)
 
 
 def test_tiles_have_the_threads_that_launchers_give_them(monkeypatch):
-    monkeypatch.setattr(_cuda, "BLOCK", 128)
+    monkeypatch.setattr(cuda, "BLOCK", 128)
     with pytest.raises(RuntimeError, match="static assertion failed"):
         facts_of("optimized/linear", "float32", 80)
 
 
 def test_types_follow_the_dtype():
     def types(dtype):
-        source = _cuda.source("optimized/merge_tokens")
+        source = cuda.source("optimized/merge_tokens")
         return [x.dtype for x in parameters_of(source, "merge_tokens", dtype)[:2]]
 
     assert types("bfloat16") == ["bfloat16", "float32"]

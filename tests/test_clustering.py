@@ -5,8 +5,9 @@ from conftest import assert_close
 from scipy.cluster import hierarchy
 
 import qm_cupy as qm
-from qm_cupy._rounds import weighted_linkage
-from qm_cupy.clustering import LINKAGES, METHODS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
+from qm_cupy.stages.clustering.linkage import LINKAGES
+from qm_cupy.stages.clustering.weighted_linkage import weighted_linkage
 
 WEIGHTED = ("average", "ward")
 PADDED_ROW = [-1, -1, np.inf, 0]

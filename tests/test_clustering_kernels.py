@@ -4,10 +4,12 @@ import ml_dtypes
 import numpy as np
 import ptx
 import pytest
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _linkage_cuda
-from qm_cupy.clustering import LINKAGES, METHODS
+from qm_cupy.stages.clustering import linkage_cuda
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
+from qm_cupy.stages.clustering.linkage import LINKAGES
 
 KERNELS = ["optimized", "basic"]
 DTYPES = [np.float16, np.float32, np.float64]
@@ -23,8 +25,8 @@ def interpreted(monkeypatch):
     def call(function, *args, kernels="optimized", device=(5, 0), **options):
         with monkeypatch.context() as patch, qm.use_kernels(kernels):
             ptx.install(patch)
-            patch.setattr(_linkage_cuda, "THREADS", {4: 64, 8: 64})
-            patch.setattr(_cuda, "device", lambda: _cuda.Device(*device))
+            patch.setattr(linkage_cuda, "THREADS", {4: 64, 8: 64})
+            patch.setattr(cuda, "current_device", lambda: cuda.Device(*device))
             return function(*args, **options)
 
     return call
@@ -127,18 +129,18 @@ def test_a_batch_that_does_not_fit_goes_in_parts(interpreted, monkeypatch):
     given = {"mask": mask, "protect": protect, "mass": mass, "method": "ward"}
     counts = np.array([5, 8, 11])
     whole = interpreted(qm.cluster_tokens, tokens, counts, **given)
-    monkeypatch.setattr(_linkage_cuda, "_SMALL", 0)
+    monkeypatch.setattr(linkage_cuda, "_SMALL", 0)
     each = 40 * 40 * 4
     taken = []
-    cosines = _linkage_cuda.cosine_similarity_cuda
+    cosines = linkage_cuda.cosine_similarity_cuda
     monkeypatch.setattr(
-        _linkage_cuda,
+        linkage_cuda,
         "cosine_similarity_cuda",
         lambda x: (taken.append(len(x)), cosines(x))[1],
     )
 
     def in_parts(free):
-        patch.setattr(_cuda, "free_memory", lambda: free)
+        patch.setattr(cuda, "free_memory", lambda: free)
         return qm.cluster_tokens(tokens, counts, **given)
 
     with monkeypatch.context() as patch:
@@ -161,7 +163,7 @@ def test_nothing_is_read_back(method, interpreted, monkeypatch):
 
     tokens, mask, protect, _ = batch_of(np.float32)
     given = {"mask": mask.view(Unread), "protect": protect.view(Unread)}
-    monkeypatch.setattr("qm_cupy._arrays._bring_in", lambda name, x: x)
+    monkeypatch.setattr(cuda, "_bring_in", lambda name, x: x)
     got = interpreted(qm.cluster_tokens, tokens.view(Unread), 9, method=method, **given)
     assert got.shape == (3, 40)
 

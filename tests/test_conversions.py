@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import to_library, to_numpy
 
-from qm_cupy._arrays import enter
+from qm_cupy.arrays.conversion import enter
 
 README = Path(__file__).parent.parent / "README.md"
 NAMES = {

@@ -8,21 +8,21 @@ import ml_dtypes
 import numpy as np
 import ptx
 import pytest
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _precision
 
 
 def test_kernels_are_chosen_for_a_block_or_for_good():
-    assert _cuda.implementation() == "optimized"
+    assert cuda.implementation() == "optimized"
     with qm.use_kernels("basic"):
         with qm.use_kernels("optimized"):
-            assert _cuda.implementation() == "optimized"
-        assert _cuda.implementation() == "basic"
+            assert cuda.implementation() == "optimized"
+        assert cuda.implementation() == "basic"
     choice = qm.use_kernels("basic")
-    assert _cuda.implementation() == "basic"
+    assert cuda.implementation() == "basic"
     choice.__exit__()
-    assert _cuda.implementation() == "optimized"
+    assert cuda.implementation() == "optimized"
     with pytest.raises(ValueError, match='"basic" or "optimized", got \'fast\''):
         qm.use_kernels("fast")
 
@@ -33,7 +33,7 @@ def test_tf32_is_allowed_for_a_block_or_for_good():
     files = ["basic/saliency"] * 3 + ["optimized/saliency"] * 3
 
     def kinds():
-        return [*map(_precision.kernel_dtype, files, plain)]
+        return [*map(cuda.kernel_dtype, files, plain)]
 
     assert kinds() == plain
     with qm.allow_tf32():
@@ -50,30 +50,30 @@ def test_tf32_is_allowed_for_a_block_or_for_good():
 
 
 def test_the_compiler_hears_of_tf32():
-    assert {"-Dreal_t=float", "-Dacc_t=float", "-DTF32=1"} < {*_cuda.options("tf32")}
-    assert "-DTF32=0" in _cuda.options("float32")
+    assert {"-Dreal_t=float", "-Dacc_t=float", "-DTF32=1"} < {*cuda.options("tf32")}
+    assert "-DTF32=0" in cuda.options("float32")
 
 
-@pytest.mark.parametrize("file", _cuda.kernel_files())
+@pytest.mark.parametrize("file", cuda.kernel_files())
 def test_source_names_its_files_and_kernels(file):
-    text = _cuda.source(file)
+    text = cuda.source(file)
     assert text.startswith('#line 1 "common.cuh"\n')
     assert f'#line 1 "{file}.cu"\n' in text
-    assert _cuda.kernel_names(file)
-    assert text.count("__global__ void") == len(_cuda.kernel_names(file))
+    assert cuda.kernel_names(file)
+    assert text.count("__global__ void") == len(cuda.kernel_names(file))
 
 
 def test_the_package_comes_before_the_repository(tmp_path, monkeypatch):
     first, second = tmp_path / "a", tmp_path / "b"
     for folder in (first, second):
         folder.mkdir()
-    monkeypatch.setattr(_cuda, "_FOLDERS", (first, second))
+    monkeypatch.setattr(cuda, "_FOLDERS", (first, second))
     with pytest.raises(FileNotFoundError, match=r"common\.cuh"):
-        _cuda._folder.__wrapped__()
+        cuda._folder.__wrapped__()
     (second / "common.cuh").touch()  # the folder alone is not enough
-    assert _cuda._folder.__wrapped__() == second
+    assert cuda._folder.__wrapped__() == second
     (first / "common.cuh").touch()
-    assert _cuda._folder.__wrapped__() == first
+    assert cuda._folder.__wrapped__() == first
 
 
 def at(address, shape, strides, itemsize=4):
@@ -102,8 +102,8 @@ def at(address, shape, strides, itemsize=4):
 )
 def test_views_share_memory_by_their_addresses(y, wanted):
     x = at(1000, (10,), (4,))
-    assert _cuda.may_share_memory(x, y) is wanted
-    assert _cuda.may_share_memory(y, x) is wanted
+    assert cuda.may_share_memory(x, y) is wanted
+    assert cuda.may_share_memory(y, x) is wanted
 
 
 @pytest.fixture
@@ -113,14 +113,14 @@ def launched(monkeypatch):
     def raw_kernel(*key):
         return lambda *call, **options: calls.append((*key, *call, options))
 
-    monkeypatch.setattr(_cuda, "raw_kernel", raw_kernel)
+    monkeypatch.setattr(cuda, "raw_kernel", raw_kernel)
     return calls
 
 
 def test_launch_casts_every_scalar(launched):
     x = np.zeros(3)
     args = (x, None, 3, True, 0.5, np.uint64(7))
-    _cuda.launch("basic/merge_tokens", "merge_tokens", np.float16, 257, args)
+    cuda.launch("basic/merge_tokens", "merge_tokens", np.float16, 257, args)
     [(*key, grid, block, given, options)] = launched
     assert key == ["basic/merge_tokens", "merge_tokens", "float16", False]
     assert options == {"shared_mem": 0}
@@ -135,29 +135,29 @@ def test_launch_casts_every_scalar(launched):
 def test_a_capture_takes_counts_as_arguments(batch, monkeypatch):
     """A graph cannot hold a copy from the CPU; each launch carries sixteen counts."""
     ptx.install(monkeypatch)
-    monkeypatch.setattr(_cuda, "is_capturing", lambda: True)
-    monkeypatch.setattr(_cuda, "to_device", None)  # no copy
+    monkeypatch.setattr(cuda, "is_capturing", lambda: True)
+    monkeypatch.setattr(cuda, "to_device", None)  # no copy
     wanted = np.arange(1, batch + 2)
-    got, most = _cuda.counts(wanted)
+    got, most = cuda.device_counts(wanted)
     assert most == batch + 1
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, wanted)
 
 
 def test_a_capture_is_of_cupys_current_stream(monkeypatch):
-    assert not _cuda.is_capturing()  # CuPy is not imported
+    assert not cuda.is_capturing()  # CuPy is not imported
     for answer in (True, False):
         stream = types.SimpleNamespace(is_capturing=lambda answer=answer: answer)
-        cuda = types.SimpleNamespace(get_current_stream=lambda stream=stream: stream)
-        monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
-        assert _cuda.is_capturing() is answer
+        fake = types.SimpleNamespace(get_current_stream=lambda stream=stream: stream)
+        monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=fake))
+        assert cuda.is_capturing() is answer
 
 
 def test_launch_skips_empty_work_and_refuses_strides(launched):
-    _cuda.launch("basic/merge_tokens", "merge_tokens", np.float32, 0, ())
+    cuda.launch("basic/merge_tokens", "merge_tokens", np.float32, 0, ())
     assert launched == []
     with pytest.raises(ValueError, match="C-contiguous"):
-        _cuda.launch("a", "b", np.float32, 1, (np.zeros((4, 4))[:, 0],))
+        cuda.launch("a", "b", np.float32, 1, (np.zeros((4, 4))[:, 0],))
 
 
 def test_launch_asks_for_much_shared_memory(monkeypatch):
@@ -170,11 +170,11 @@ def test_launch_asks_for_much_shared_memory(monkeypatch):
             kernel.bytes = shared_mem
 
     run = Kernel()
-    monkeypatch.setattr(_cuda, "raw_kernel", lambda *key: run)
-    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(1, 200 << 10))
+    monkeypatch.setattr(cuda, "raw_kernel", lambda *key: run)
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(1, 200 << 10))
     most = (48 << 10) - 400
     for size, asked in ((most, None), (most + 1, (200 << 10) - 400)):
-        _cuda.launch("a", "b", np.float32, 1, (), shared=size)
+        cuda.launch("a", "b", np.float32, 1, (), shared=size)
         assert kernel.bytes == size
         assert getattr(run, "max_dynamic_shared_size_bytes", None) == asked
 
@@ -182,21 +182,21 @@ def test_launch_asks_for_much_shared_memory(monkeypatch):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_warmup_compiles_every_kernel(dtype, monkeypatch):
     seen = set()
-    monkeypatch.setattr(_cuda, "raw_kernel", lambda *key: seen.add(key))
-    _cuda.warmup(dtype)
+    monkeypatch.setattr(cuda, "raw_kernel", lambda *key: seen.add(key))
+    cuda.warmup(dtype)
     name = np.dtype(dtype).name
     wide = "float64" if dtype == np.float64 else "float32"
     wanted = {
         (file, kernel, kind)
-        for file in _cuda.kernel_files()
-        for kernel in _cuda.kernel_names(file)
+        for file in cuda.kernel_files()
+        for kernel in cuda.kernel_names(file)
         for kind in (name, wide)
     }
     together = {key for key in seen if key[3:] == (True,)}
     assert {key[1] for key in together} == {"linkage", "single_linkage"}
     assert seen - together == wanted
     with pytest.raises(TypeError, match="int32"):
-        _cuda.warmup(np.int32)
+        cuda.warmup(np.int32)
 
 
 def test_a_kernel_that_does_not_compile_says_why(monkeypatch):
@@ -219,10 +219,10 @@ def test_a_kernel_that_does_not_compile_says_why(monkeypatch):
     cupy.cuda = types.SimpleNamespace(compiler=compiler, runtime=runtime)
     cupy.RawModule = RawModule
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    with pytest.raises(_cuda.KernelCompilationError) as caught:
-        _cuda.raw_kernel("basic/merge_tokens", "merge_tokens", "float32")
+    with pytest.raises(cuda.KernelCompilationError) as caught:
+        cuda.raw_kernel("basic/merge_tokens", "merge_tokens", "float32")
     message = str(caught.value)
     assert "`merge_tokens` of basic/merge_tokens.cu" in message
     assert "cannot open source file" in message
     assert "Hint: the CUDA headers are missing" in message
-    _cuda._module.cache_clear()
+    cuda._module.cache_clear()

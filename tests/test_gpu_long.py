@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gpu_parity import as_given, marks, on_host
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _tiles
-from qm_cupy.clustering import METHODS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
 
 pytestmark = marks
 
@@ -87,7 +87,7 @@ def test_quickmerge(method, num_tokens, gpu_kernels):
 def test_optimized_tiles_of_every_shape_give_the_same_bits(
     dim, num_tokens, gpu_dtype, launches, monkeypatch
 ):
-    shared = _cuda.device().shared_bytes
+    shared = cuda.current_device().shared_bytes
     tokens = np.random.default_rng(dim).standard_normal((2, num_tokens, dim))
     x = as_given(tokens, "cupy", gpu_dtype)
     calls = {
@@ -96,12 +96,14 @@ def test_optimized_tiles_of_every_shape_give_the_same_bits(
         "cosine_similarity": lambda: qm.cosine_similarity(x),
         "nearest_anchors": lambda: qm.reconstruction_error(x, x[:, ::3]),
     }
-    monkeypatch.setattr(_tiles, "_WIDE_COST", 0)  # whether it pays or not
+    monkeypatch.setattr(cuda, "_WIDE_COST", 0)  # whether it pays or not
     for kernel, call in calls.items():
         found = {}
         # Whole tiles; half ones; then wide ones and kept queries, where there is room.
         for device in ((1, 0), (10_000, 0), (1, shared)):
-            monkeypatch.setattr(_cuda, "device", lambda now=device: _cuda.Device(*now))
+            monkeypatch.setattr(
+                cuda, "current_device", lambda now=device: cuda.Device(*now)
+            )
             launches.clear()
             got = on_host(call())
             (name,) = (name for name in launches if name.startswith(kernel))

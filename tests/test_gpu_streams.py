@@ -15,7 +15,8 @@ from gpu_parity import (
 )
 
 import qm_cupy as qm
-from qm_cupy.clustering import LINKAGES, METHODS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
+from qm_cupy.stages.clustering.linkage import LINKAGES
 
 pytestmark = marks
 

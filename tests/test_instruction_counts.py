@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_scripts import run_main
-
-from qm_cupy import _cuda
+from seam import cuda
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +55,11 @@ def test_a_longer_loop_is_noticed(scripts, monkeypatch):
     """Two more instructions for each of 32 probabilities are."""
     before = counted(scripts, "given A")
     assert scripts[0].differences(before, before) == []
-    source = _cuda.source
+    source = cuda.source
     line = "            sum += p;\n"
     assert source("optimized/attention_entropy").count(line) == 1
     longer = line + "            sum += p * p * p;\n"
-    monkeypatch.setattr(_cuda, "source", lambda x: source(x).replace(line, longer))
+    monkeypatch.setattr(cuda, "source", lambda x: source(x).replace(line, longer))
     (found,) = scripts[0].differences(before, counted(scripts, "given A"))
     name = "optimized/attention_entropy/attention_entropy bfloat16"
     row = before["kernels"][name]["parts"]["row"]

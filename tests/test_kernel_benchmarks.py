@@ -8,8 +8,7 @@ import types
 import numpy as np
 import pytest
 from benchmark_scripts import ILLEGAL, Array, failing, loaded, run_main
-
-from qm_cupy import _cuda
+from seam import cuda
 
 pytestmark = pytest.mark.rehearsal
 
@@ -101,7 +100,7 @@ def only(name, otherwise):
     """Return ours, but another function where these kernels are in use."""
     return lambda x: (
         otherwise(x)
-        if isinstance(x, Array) and _cuda.implementation() == name
+        if isinstance(x, Array) and cuda.implementation() == name
         else doubled(x)
     )
 

@@ -11,10 +11,13 @@ import ptx
 import pytest
 from conftest import TF32_TOLERANCE, assert_close
 from kernel_cases import dtypes, mask_of, masked, optimized, random
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, selection
 from qm_cupy.priors import attention
+from qm_cupy.stages.selection.gumbel_softmax import softmax_mass_cuda
+from qm_cupy.stages.selection.perturbed_scores import perturbed_scores_cuda
+from qm_cupy.stages.selection.saliency_gumbel_mass import saliency_gumbel_mass_cuda
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -246,7 +249,7 @@ def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
     p = got.astype(np.float64)
     assert_close(mass, p * s.astype(np.float64) + (1 - p) * 0.01, dtype)
     if kernels == "optimized":
-        again, fused = selection._softmax_mass_cuda(s, 0.1, (seed, first), 0.01, mask)
+        again, fused = softmax_mass_cuda(s, 0.1, (seed, first), 0.01, mask)
         np.testing.assert_array_equal(again, got)
         np.testing.assert_allclose(fused, np.where(valid, mass, 0), rtol=1e-6)
 
@@ -257,7 +260,7 @@ def test_noise_has_the_same_bits(seed, dtype):
     """Saliency 0 leaves nothing but the noise in the scores."""
     for first in (5, 2**32 - 2):  # of three sequences, the last takes 33 bits
         zeros = np.zeros((3, 33), dtype)
-        got = selection._perturbed_scores_cuda(zeros, (seed, first), None)
+        got = perturbed_scores_cuda(zeros, (seed, first), None)
         wanted = qm.gumbel_noise((3, 33), seed, sequence_offset=first)
         np.testing.assert_array_equal(got, wanted)
 
@@ -267,9 +270,9 @@ def test_noise_has_the_same_bits(seed, dtype):
 @optimized
 def test_perturbed_scores_have_the_bits_of_the_basic_kernel(dtype, num_tokens):
     saliency, mask = random((3, num_tokens), dtype), mask_of(3, num_tokens)
-    got = selection._perturbed_scores_cuda(saliency, (7, 5), mask)
+    got = perturbed_scores_cuda(saliency, (7, 5), mask)
     with qm.use_kernels("basic"):
-        wanted = selection._perturbed_scores_cuda(saliency, (7, 5), mask)
+        wanted = perturbed_scores_cuda(saliency, (7, 5), mask)
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -347,11 +350,11 @@ def select_of_optimized(scores, counts, num_groups):
     batch, num_tokens = scores.shape
     chosen = ptx.empty(scores.shape, np.bool_)
     args = (scores, counts, batch, num_tokens, num_groups, chosen)
-    file, threads = "optimized/select_tokens", batch * _cuda.BLOCK
-    _cuda.launch(file, "top_tokens", scores.dtype, threads, args)
+    file, threads = "optimized/select_tokens", batch * cuda.BLOCK
+    cuda.launch(file, "top_tokens", scores.dtype, threads, args)
     positions = ptx.empty((batch, num_groups), np.int32)
     args = (chosen, batch, num_tokens, num_groups, positions)
-    _cuda.launch(file, "select_tokens", np.float32, threads, args)
+    cuda.launch(file, "select_tokens", np.float32, threads, args)
     return chosen, positions
 
 
@@ -392,7 +395,7 @@ def test_saliency_gumbel_mass_in_one_launch(dtype, num_tokens, masked):
     valid = valid_of(mask, (batch, num_tokens))
     for seed, salient in ((None, "low"), (11, "high")):
         options = 0.1, (seed, 4), 0.01, mask
-        got = selection._saliency_gumbel_mass_cuda(entropy, salient, *options)
+        got = saliency_gumbel_mass_cuda(entropy, salient, *options)
         s = qm.saliency(entropy, salient=salient, mask=mask)
         np.testing.assert_allclose(got[0], s, rtol=1e-6, atol=1e-6)
         drawn = {"seed": seed, "sequence_offset": 4, "mask": mask}
@@ -423,7 +426,7 @@ def test_merge_and_unmerge_tokens(dtype, num_tokens, weighted):
         labels = labels_of(batch, num_tokens, num_groups)
         mass = None
         if weighted:
-            mass = abs(random((batch, num_tokens), _cuda.accumulation(dtype)))
+            mass = abs(random((batch, num_tokens), cuda.accumulation_dtype(dtype)))
             mass[labels == 1] = 0  # this group takes the plain mean
         got = qm.merge_tokens(tokens, labels, num_groups, mass=mass)
         assert got.dtype == dtype
@@ -474,11 +477,11 @@ def test_wild_counts_stay_within_their_arrays(dtype, monkeypatch):
     wild, tame = np.array([-3, 1000], np.int32), np.array([0, 6], np.int32)
     found = []
     for counts in (wild, tame):
-        monkeypatch.setattr(_cuda, "counts", lambda _, counts=counts: (counts, 6))
+        monkeypatch.setattr(cuda, "device_counts", lambda _, counts=counts: (counts, 6))
         error = qm.reconstruction_error(tokens, merged)
         found.append([*qm.alignment_loss(merged, prior), error])
         if counts is tame:
-            monkeypatch.setattr(_cuda, "counts", lambda _: (tame, 40))
+            monkeypatch.setattr(cuda, "device_counts", lambda _: (tame, 40))
         found[-1].append(qm.select_tokens(tokens[..., 0], 6))
     for got, wanted in zip(*found, strict=True):
         np.testing.assert_array_equal(got, wanted)
@@ -524,13 +527,13 @@ def test_predictions_from_what_is_not_a_number(dtype):
 
 
 def test_weights_of_a_prior_are_uploaded_once(monkeypatch):
-    uploads, to_device = [], _cuda.to_device
+    uploads, to_device = [], cuda.to_device
 
     def counted(x):
         uploads.append(x)
         return to_device(x)
 
-    monkeypatch.setattr(_cuda, "to_device", counted)
+    monkeypatch.setattr(cuda, "to_device", counted)
     prior = qm.MLPPrior.init(9, hidden_dim=5)
     prior.predict(random((2, 6, 9), np.float32))
     assert len(uploads) == 4  # of the one network that was asked

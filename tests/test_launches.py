@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from cards import CARDS
 from launch_calls import OPERATIONS, Case
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
 
 # Around every threshold of the launchers: warps, blocks, tiles, shared memory.
 SIZES = (
@@ -76,15 +76,15 @@ def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
         pytest.fail(f"launches that a card refuses:\n{listed(device.faults)}")
     wanted = {
         f"{file}/{kernel}"
-        for file in _cuda.kernel_files()
-        for kernel in _cuda.kernel_names(file)
+        for file in cuda.kernel_files()
+        for kernel in cuda.kernel_names(file)
         if file.startswith(kernels) and runs_in(kernel, dtype)
     }
     assert wanted - set(device.launches) == set()
 
 
 def runs_in(kernel, dtype):
-    """Whether any launch of a kernel has this dtype; see qm_cupy/_tiles.py."""
+    """Whether any launch of a kernel has this dtype; see qm_cupy/cuda.py."""
     if kernel.endswith("_wide"):
         return dtype in ("float16", "bfloat16", "tf32")  # that tensor cores multiply
     return not (kernel.endswith("_kept") and dtype == "float64")

@@ -5,11 +5,12 @@ import ptx
 import pytest
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _linkage_cuda
+from qm_cupy.stages.clustering import linkage_cuda
 
-METHODS = _linkage_cuda.METHODS
+METHODS = linkage_cuda.METHODS
 # By (multiprocessors, bytes of shared memory): a matrix in shared memory; in global
 # memory by one block a sequence; by several, their clusters in shared memory or not.
 DEVICES = {
@@ -29,8 +30,8 @@ every_device = pytest.mark.parametrize("device", list(DEVICES), indirect=True)
 def device(request, monkeypatch):
     name = getattr(request, "param", "blocks")
     ptx.install(monkeypatch)
-    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 64, 8: 64})
-    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(*DEVICES[name]))
+    monkeypatch.setattr(linkage_cuda, "THREADS", {4: 64, 8: 64})
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(*DEVICES[name]))
     return name
 
 
@@ -48,7 +49,7 @@ def dendrogram_of(tokens, method, dtype=np.float32, **options):
     """Return the rows and the rounds; one sequence is a batch of one."""
     many = tokens if tokens.ndim == 3 else tokens[None]
     cosines = cosines_of(many, dtype)
-    rows, rounds = _linkage_cuda.linkage_cuda(cosines, method, **options)
+    rows, rounds = linkage_cuda.linkage_cuda(cosines, method, **options)
     return (rows, rounds) if tokens.ndim == 3 else (rows[0], int(rounds[0]))
 
 
@@ -120,8 +121,8 @@ def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatc
     found = []
     for multiprocessors in (1, 4, 7):
         for shared in (0, 5 << 10, 200 << 10):
-            given = _cuda.Device(multiprocessors, shared)
-            monkeypatch.setattr(_cuda, "device", lambda given=given: given)
+            given = cuda.Device(multiprocessors, shared)
+            monkeypatch.setattr(cuda, "current_device", lambda given=given: given)
             found.append(dendrogram_of(tokens, method)[0])
     for other in found[1:]:
         np.testing.assert_array_equal(found[0], other)
@@ -134,8 +135,8 @@ def test_sequences_take_turns(method, threads, device, monkeypatch):
     """Blocks at another sequence, also where one ended the first alone."""
     tokens = tokens_of(5, 40, 6)
     wanted, _ = dendrogram_of(tokens, method)
-    few = _linkage_cuda._Layout(places=2, blocks=2, threads=threads)
-    monkeypatch.setattr(_linkage_cuda, "_layout", lambda *_, **__: few)
+    few = linkage_cuda._Layout(places=2, blocks=2, threads=threads)
+    monkeypatch.setattr(linkage_cuda, "_layout", lambda *_, **__: few)
     got, _ = dendrogram_of(tokens, method)
     np.testing.assert_array_equal(got, wanted)
 
@@ -152,8 +153,8 @@ def test_columns_move_together_in_several_passes(method):
 @pytest.mark.parametrize("multiprocessors", [1, 6])
 def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypatch):
     """Ever longer steps along an arc: one or two pairs merge in a round."""
-    monkeypatch.setattr(_linkage_cuda, "THREADS", {8: 128})
-    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(multiprocessors, 0))
+    monkeypatch.setattr(linkage_cuda, "THREADS", {8: 128})
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(multiprocessors, 0))
     angle = np.pi / 2 * np.linspace(0, 1, 700) ** 1.5
     angle = np.random.default_rng(0).permutation(angle)  # the nearest is anywhere
     tokens = np.stack((np.cos(angle), np.sin(angle)), axis=-1)
@@ -165,10 +166,10 @@ def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypa
 
 
 def test_layouts(monkeypatch):
-    device = _cuda.Device(132, 227 << 10)
-    monkeypatch.setattr(_cuda, "device", lambda: device)
-    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 512, 8: 384})
-    layout = _linkage_cuda._layout
+    device = cuda.Device(132, 227 << 10)
+    monkeypatch.setattr(cuda, "current_device", lambda: device)
+    monkeypatch.setattr(linkage_cuda, "THREADS", {4: 512, 8: 384})
+    layout = linkage_cuda._layout
     assert layout(8, 4096, 4, 0) == (8, 16, 512)
     assert layout(1, 1024, 4, 0) == (1, 64, 512)  # a row for every warp
     assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 512)
@@ -184,10 +185,10 @@ def test_layouts(monkeypatch):
 @pytest.mark.parametrize("width", [4, 8])
 def test_as_many_clusters_are_held_as_fit(width):
     for room in (-1, 0, 4 << 10, 100 << 10, 226 << 10):
-        most = _linkage_cuda._most_held(room, 512, width)
-        assert most == 0 or _linkage_cuda._held_bytes(most, width) <= room
-        assert _linkage_cuda._held_bytes(max(most, 1) + 1, width) > room
-    assert _linkage_cuda._most_held(226 << 10, 64, width) == 64  # one for a thread
+        most = linkage_cuda._most_held(room, 512, width)
+        assert most == 0 or linkage_cuda._held_bytes(most, width) <= room
+        assert linkage_cuda._held_bytes(max(most, 1) + 1, width) > room
+    assert linkage_cuda._most_held(226 << 10, 64, width) == 64  # one for a thread
 
 
 @methods
@@ -324,7 +325,7 @@ def test_tokens_that_are_not_numbers_stay_alone(method, device, kernels):
     cosines[0, bad] = cosines[0, :, bad] = nan
     cosines[1] = nan
     with qm.use_kernels(kernels):
-        rows, rounds = _linkage_cuda.linkage_cuda(cosines, method)
+        rows, rounds = linkage_cuda.linkage_cuda(cosines, method)
         others = np.arange(num_tokens) != bad
         alone, few = dendrogram_of(tokens[0, others], method)
     np.testing.assert_allclose(rows[0, :-1, 2:], alone[:, 2:], rtol=1e-5)
@@ -351,5 +352,5 @@ def test_basic_kernels_agree(method):
 
 def test_one_token_and_no_sequence():
     for shape in ((1, 1, 1), (0, 5, 5), (0, 1, 1)):
-        rows, _ = _linkage_cuda.linkage_cuda(np.ones(shape, np.float32), "average")
+        rows, _ = linkage_cuda.linkage_cuda(np.ones(shape, np.float32), "average")
         assert rows.shape == (shape[0], shape[1] - 1, 4)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from kernel_cases import dtypes, masked, random, whatever_shape
 from scipy.cluster import hierarchy
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
-from qm_cupy._matching_cuda import (
-    bipartite_groups_cuda,
-    contiguous_groups_cuda,
-    cut_linkage_cuda,
+from qm_cupy.stages.clustering.bipartite import bipartite_groups_cuda
+from qm_cupy.stages.clustering.contiguous import contiguous_groups_cuda
+from qm_cupy.stages.clustering.cut_linkage import cut_linkage_cuda
+from qm_cupy.stages.clustering.labels import number_groups_cuda
+from qm_cupy.stages.clustering.nearest import (
     nearest_anchors_cuda,
     nearest_groups_cuda,
-    number_groups_cuda,
     top_norm_anchors_cuda,
 )
 
@@ -54,7 +54,7 @@ def counts_of(valid, protect, share):
 
 def given(counts):
     """Return K as a launcher takes it."""
-    return _cuda.counts(np.asarray(counts, np.int64))
+    return cuda.device_counts(np.asarray(counts, np.int64))
 
 
 def labels_of(roots, valid, order="last"):
@@ -385,7 +385,7 @@ def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
     dtype, monkeypatch
 ):
     """16-bit tokens go to tensor cores; unit tokens and means are wider."""
-    seen, launch = [], _cuda.launch
+    seen, launch = [], cuda.launch
 
     def recorded(file, kernel, kind, *args, **options):
         name = whatever_shape(kernel)
@@ -393,9 +393,9 @@ def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
             seen.append((name, np.dtype(kind).name))
         launch(file, kernel, kind, *args, **options)
 
-    monkeypatch.setattr(_cuda, "launch", recorded)
+    monkeypatch.setattr(cuda, "launch", recorded)
     tokens = random((1, 40, 8), dtype)
-    own, wide = np.dtype(dtype), _cuda.accumulation(dtype)
+    own, wide = np.dtype(dtype), cuda.accumulation_dtype(dtype)
     for num_groups, steps in ((30, 1), (20, 1), (6, 3)):
         seen.clear()
         bipartite_groups_cuda(tokens, None, num_groups)
@@ -486,7 +486,7 @@ def test_similarity_with_the_nearest_anchor(dtype, num_tokens):
     mask, _ = masks_of(2, num_tokens)
     counts = np.array([129, 70], np.int32)
     norms = np.linalg.norm(anchors.astype(np.float64), axis=-1)
-    norms = norms.astype(_cuda.accumulation(dtype))
+    norms = norms.astype(cuda.accumulation_dtype(dtype))
     norms[:, ::3] = -1  # these are none
     got, similarity = nearest_anchors_cuda(
         tokens, anchors, counts, mask, norms, similarity=True

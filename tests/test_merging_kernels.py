@@ -4,9 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernel_cases import optimized
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, merging
+from qm_cupy.stages.merging import groups
 
 ROOM = 48 << 10  # bytes of shared memory
 
@@ -48,7 +49,7 @@ def assert_sorted(labels, num_groups, ends, members):
 @pytest.mark.usefixtures("kernels")
 def test_sort_members(num_tokens, num_groups, kind):
     labels = labels_of(3, num_tokens, num_groups, kind)
-    assert_sorted(labels, num_groups, *merging._members_cuda(labels, num_groups))
+    assert_sorted(labels, num_groups, *groups.members_cuda(labels, num_groups))
 
 
 @pytest.mark.parametrize("runs", [1, 2, 5, 8])
@@ -59,34 +60,34 @@ def test_sort_members_in_runs(runs, held, monkeypatch):
     """Any number of runs, the last ones empty, counts here or there: one order."""
     num_groups = 70
     bytes_held = 4 * num_groups * (runs + 1) if held else 0
-    monkeypatch.setattr(merging, "_sort_layout", lambda *_: (runs, bytes_held))
+    monkeypatch.setattr(groups, "_sort_layout", lambda *_: (runs, bytes_held))
     for num_tokens in (1, 33, 97, 290):
         labels = labels_of(2, num_tokens, num_groups, "random")
-        assert_sorted(labels, num_groups, *merging._members_cuda(labels, num_groups))
+        assert_sorted(labels, num_groups, *groups.members_cuda(labels, num_groups))
 
 
 @optimized
 @pytest.mark.usefixtures("kernels")
 def test_counts_that_shared_memory_cannot_hold(monkeypatch):
     """At the largest K with counts in shared memory, and at the one after it."""
-    room = _cuda.dynamic_shared_bytes("optimized/groups", "sort_members", np.float32)
-    largest, made, empty = room // 8, [], _cuda.empty
+    room = cuda.dynamic_shared_bytes("optimized/groups", "sort_members", np.float32)
+    largest, made, empty = room // 8, [], cuda.empty
 
     def recorded(shape, dtype):
         made.append(shape)
         return empty(shape, dtype)
 
-    monkeypatch.setattr(_cuda, "empty", recorded)
+    monkeypatch.setattr(cuda, "empty", recorded)
     for num_groups, shared in ((largest, True), (largest + 1, False)):
         labels = labels_of(2, 300, num_groups, "random")
-        assert_sorted(labels, num_groups, *merging._members_cuda(labels, num_groups))
+        assert_sorted(labels, num_groups, *groups.members_cuda(labels, num_groups))
         counts = [shape for shape in made if len(shape) == 3]
         assert counts == ([] if shared else [(2, 9, num_groups)])
         made.clear()
 
 
 def test_layout_of_the_sort():
-    layout = merging._sort_layout
+    layout = groups._sort_layout
     assert layout(4096, 1024, 227 << 10) == (16, 17 * 4096)  # W² = 70 N / K = 280
     assert layout(4096, 1024, ROOM) == (11, 12 * 4096)
     assert layout(4096, 4096, 227 << 10) == (8, 9 * 16384)
@@ -102,7 +103,7 @@ def test_layout_of_the_sort():
 @pytest.mark.parametrize("num_tokens", range(1, 3000, 171))
 def test_layouts_are_within_their_limits(num_tokens):
     for num_groups in (1, 2, 3, 50, 777, num_tokens, 5000, 6143, 9000):
-        runs, shared = merging._sort_layout(num_tokens, num_groups, ROOM)
+        runs, shared = groups._sort_layout(num_tokens, num_groups, ROOM)
         assert 1 <= runs <= min(32, -(-num_tokens // 32))
         assert shared in (0, (runs + 1) * num_groups * 4)
         assert shared <= ROOM
@@ -123,7 +124,7 @@ def test_whole_rows_have_the_sums_of_others(dtype, weighted, gradient):
     tokens = rng.standard_normal((1, labels.size, 17)).astype(dtype)
     mass = None
     if weighted:
-        mass = rng.random(labels.shape).astype(_cuda.accumulation(dtype))
+        mass = rng.random(labels.shape).astype(cuda.accumulation_dtype(dtype))
         mass[labels == 6] = 0
 
     def measure(x):

@@ -4,9 +4,9 @@ import numpy as np
 import ptx
 import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
 from qm_cupy.priors import training
 
 PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
@@ -260,8 +260,8 @@ def test_steps_by_kernels(rng, kernels, dtype, monkeypatch):
 
 def test_weights_that_are_on_the_gpu_are_not_waited_for(monkeypatch):
     ptx.install(monkeypatch)
-    waits, to_host = [], _cuda.to_host
-    monkeypatch.setattr(_cuda, "to_host", lambda x: waits.append(x) or to_host(x))
+    waits, to_host = [], cuda.to_host
+    monkeypatch.setattr(cuda, "to_host", lambda x: waits.append(x) or to_host(x))
     prior = qm.MLPPrior(PRIOR.forward, PRIOR.backward)
     prior.predict(np.ones((4, 5), np.float32))
     assert not waits

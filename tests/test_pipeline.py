@@ -7,7 +7,8 @@ from conftest import assert_close, to_library
 
 import qm_cupy as qm
 from qm_cupy import pipeline
-from qm_cupy.clustering import METHODS, ORDERS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
+from qm_cupy.stages.clustering.labels import ORDERS
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import ptx
 import pytest
 from conftest import assert_close
 from kernel_cases import whatever_shape
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, pipeline
+from qm_cupy import pipeline
 
 BATCH, TOKENS, DIM, GROUPS, LAYERS, HEADS = 2, 70, 24, 9, 3, 2
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -45,7 +46,7 @@ def labels(monkeypatch):
         found = labels if tokens.ndim == 3 else labels[0]
         return found if mask is None else np.where(mask, found, np.int32(-1))
 
-    monkeypatch.setattr(pipeline, "_cluster_tokens", cluster_tokens)
+    monkeypatch.setattr(pipeline, "compute_cluster_tokens", cluster_tokens)
 
 
 def arguments(source, dtype, masked, single):
@@ -86,7 +87,7 @@ def stages(given):
         return given[name] if tokens.ndim == 3 else given[name][:, None]
 
     if "saliency" in given:
-        scores = given["saliency"].astype(_cuda.accumulation(tokens.dtype))
+        scores = given["saliency"].astype(cuda.accumulation_dtype(tokens.dtype))
         scores = scores if mask is None else scores * mask
     else:
         if "attention" in given:
@@ -121,7 +122,7 @@ def test_one_launch_is_its_stages(dtype, source, masked, single, launches):
     scores, mass = stages(given)
     assert_close(got.saliency, scores, dtype)
     assert_close(got.mass, mass, dtype)
-    assert got.saliency.dtype == got.mass.dtype == _cuda.accumulation(dtype)
+    assert got.saliency.dtype == got.mass.dtype == cuda.accumulation_dtype(dtype)
     merged = qm.merge_tokens(given["tokens"], got.labels, GROUPS, mass=got.mass)
     np.testing.assert_array_equal(got.tokens, merged)
     launches.clear()
@@ -140,7 +141,7 @@ def test_one_launch_is_its_stages(dtype, source, masked, single, launches):
 def test_kernels_give_what_numpy_gives(dtype, source, masked, single, monkeypatch):
     given = arguments(source, dtype, masked, single)
     got = qm.quickmerge(**given, weights="mass", seed=5)
-    monkeypatch.setattr(_cuda, "is_cuda", lambda x: False)
+    monkeypatch.setattr(cuda, "is_cuda", lambda x: False)
     if dtype is ml_dtypes.bfloat16:  # of which NumPy knows no arithmetic
         given = {
             name: x.astype(np.float32) if getattr(x, "dtype", None) == dtype else x
@@ -180,8 +181,8 @@ def wide(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(_cuda, "empty", recorded(_cuda.empty))
-    monkeypatch.setattr(_cuda, "contiguous", recorded(_cuda.contiguous))
+    monkeypatch.setattr(cuda, "empty", recorded(cuda.empty))
+    monkeypatch.setattr(cuda, "contiguous", recorded(cuda.contiguous))
     return made
 
 

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qm_cupy as qm
-from qm_cupy.clustering import LINKAGES, METHODS, ORDERS
+from qm_cupy.stages.clustering.cluster_tokens import METHODS
+from qm_cupy.stages.clustering.labels import ORDERS
+from qm_cupy.stages.clustering.linkage import LINKAGES
 
 seeds = st.integers(0, 2**32 - 1)
 methods = st.sampled_from(METHODS)

@@ -4,10 +4,11 @@ import ml_dtypes
 import numpy as np
 import ptx
 import pytest
+from seam import cuda
 
-from qm_cupy import _cuda, _linkage_cuda
+from qm_cupy.stages.clustering import linkage_cuda
 
-FOLDER = _cuda._folder()
+FOLDER = cuda._folder()
 COMMON = (FOLDER / "common.cuh").read_text(encoding="utf-8")
 TENSOR_CORE = (FOLDER / "optimized/tensor_core.cuh").read_text(encoding="utf-8")
 
@@ -546,21 +547,21 @@ MEETS = "                meet();\n            const int turn"
     ids=["whole", "no meeting"],
 )
 def test_a_linkage_whose_blocks_do_not_meet(new, monkeypatch):
-    source = _cuda.source("optimized/linkage")
+    source = cuda.source("optimized/linkage")
     assert source.count(MEETS) == 1
     found = ptx.module(source.replace(MEETS, new), "float32").kernel("linkage")
     ptx.install(monkeypatch)
-    monkeypatch.setattr(_cuda, "raw_kernel", lambda *_: ptx._Handle(found, True))
-    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(3, 0))
-    monkeypatch.setattr(_linkage_cuda, "THREADS", {4: 32})
+    monkeypatch.setattr(cuda, "raw_kernel", lambda *_: ptx._Handle(found, True))
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(3, 0))
+    monkeypatch.setattr(linkage_cuda, "THREADS", {4: 32})
     cosines = np.corrcoef(np.random.default_rng(0).random((8, 5))).astype(np.float32)
     if new == MEETS:
-        _linkage_cuda.linkage_cuda(cosines[None], "average")
+        linkage_cuda.linkage_cuda(cosines[None], "average")
     else:
         with pytest.raises(
             ptx.LaunchError, match=r"race in global memory|never written"
         ):
-            _linkage_cuda.linkage_cuda(cosines[None], "average")
+            linkage_cuda.linkage_cuda(cosines[None], "average")
 
 
 # ---- launches

@@ -104,7 +104,7 @@ def test_every_kernel_file_has_a_stage_and_a_plain_twin():
         assert (root / "kernels" / "basic" / f"{plain}.cu").exists()
         if file.stem in part_of:
             part = part_of[file.stem]
-            assert (root / "qm_cupy" / f"_{part}_cuda.py").exists()
+            assert (root / "qm_cupy" / f"_{part}cuda.py").exists()
             assert (root / "tests" / f"test_{part}_kernels.py").exists()
         elif file.stem != "counts":
             stage = stage_of.get(file.stem, file.stem)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE
 from kernel_cases import dtypes, mask_of, masked, optimized, random
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _saliency_vjp_cuda
+from qm_cupy.stages.saliency import score_gradients as gradients_page
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -172,14 +173,14 @@ def test_tf32(num_tokens):
 
 def test_memory_is_linear_in_the_tokens(monkeypatch):
     """Where a band is one tile of rows, as it is for very many tokens."""
-    monkeypatch.setattr(_saliency_vjp_cuda, "_BAND_BYTES", 0)
-    held, empty = [], _cuda.empty
+    monkeypatch.setattr(gradients_page, "_BAND_BYTES", 0)
+    held, empty = [], cuda.empty
 
     def counted(shape, dtype):
         held.append(empty(shape, dtype))
         return held[-1]
 
-    monkeypatch.setattr(_cuda, "empty", counted)
+    monkeypatch.setattr(cuda, "empty", counted)
     bytes_of = []
     for num_tokens in (128, 256):
         held.clear()
@@ -198,7 +199,7 @@ def test_bands_change_no_bit(dtype, causal, monkeypatch):
     options = {"causal": causal, "mask": mask_of(2, 140)}
     wanted = qm.query_key_entropy_vjp(gradient, query, key, **options)
     for size in (0, 400_000):  # one tile at a time, and several but not all
-        monkeypatch.setattr(_saliency_vjp_cuda, "_BAND_BYTES", size)
+        monkeypatch.setattr(gradients_page, "_BAND_BYTES", size)
         got = qm.query_key_entropy_vjp(gradient, query, key, **options)
         for x, y in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(x, y)

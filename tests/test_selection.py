@@ -4,7 +4,7 @@ import pytest
 from conftest import assert_close
 
 import qm_cupy as qm
-from qm_cupy._philox import philox4x32, uniform
+from qm_cupy.stages.selection.philox import philox4x32, uniform
 
 # Random123's known answers: counter, key, words.
 VECTORS = [

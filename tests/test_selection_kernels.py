@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 from conftest import assert_close
 from kernel_cases import dtypes, mask_of, masked, optimized, random
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, selection
+from qm_cupy.stages.selection import saliency_gumbel_mass
+from qm_cupy.stages.selection.gumbel_softmax import softmax_mass_cuda
 
 pytestmark = pytest.mark.usefixtures("kernels")
 ONE = ["saliency_gumbel_mass"]
 THREE = ["entropy_range", "saliency", "gumbel_softmax"]
-LIMIT = selection._ENTROPIES_OF_A_BLOCK
-HELD = _cuda.THREAD_TOKENS * _cuda.SELECTION_THREADS  # tokens in registers
+LIMIT = saliency_gumbel_mass._ENTROPIES_OF_A_BLOCK
+HELD = cuda.THREAD_TOKENS * cuda.SELECTION_THREADS  # tokens in registers
 
 
 def entropy_of(shape, dtype):
@@ -24,7 +26,7 @@ def entropy_of(shape, dtype):
 
 
 def masses(entropy, mask, salient="low", seed=11):
-    return selection._saliency_gumbel_mass_cuda(
+    return saliency_gumbel_mass.saliency_gumbel_mass_cuda(
         entropy, salient, 0.1, (seed, 4), 0.01, mask
     )
 
@@ -49,7 +51,9 @@ def test_one_launch_gives_the_bits_of_three(
     for salient, seed in (("low", None), ("high", 11)):
         found = []
         for one, names in ((True, ONE), (False, THREE)):
-            monkeypatch.setattr(selection, "_one_launch", lambda *_, one=one: one)
+            monkeypatch.setattr(
+                saliency_gumbel_mass, "_one_launch", lambda *_, one=one: one
+            )
             launches.clear()
             found.append(masses(entropy, mask, salient, seed))
             assert launches == names
@@ -89,7 +93,7 @@ def test_padding_may_hold_anything():
     hidden = np.broadcast_to(~mask[:, None], shape)
     for one in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(selection, "_one_launch", lambda *_, one=one: one)
+            patch.setattr(saliency_gumbel_mass, "_one_launch", lambda *_, one=one: one)
             clean = masses(np.where(hidden, 0, entropy), mask)
             dirty = masses(np.where(hidden, np.float32(np.nan), entropy), mask)
         for x, y in zip(clean, dirty, strict=True):
@@ -127,7 +131,7 @@ def test_the_threshold(shape, one, launches):
         return  # no other way holds such a row
     launches.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_one_launch", lambda *_: not one)
+        patch.setattr(saliency_gumbel_mass, "_one_launch", lambda *_: not one)
         other = masses(entropy_of(shape, np.float32), None)
     assert launches == (THREE if one else ONE)
     for x, y in zip(got, other, strict=True):
@@ -145,7 +149,7 @@ def test_softmax_of_rows_in_registers_and_in_memory(dtype, num_tokens, masked):
     if masked:
         mask[-1, -5:] = True
     noise = 11, 4
-    p, m = selection._softmax_mass_cuda(scores, 0.1, noise, 0.01, mask)
+    p, m = softmax_mass_cuda(scores, 0.1, noise, 0.01, mask)
     drawn = {"seed": 11, "sequence_offset": 4, "mask": mask}
     with qm.use_kernels("basic"):
         wanted = qm.gumbel_softmax(scores, temperature=0.1, **drawn)

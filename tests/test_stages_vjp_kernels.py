@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE, assert_close
 from kernel_cases import dtypes, mask_of, masked, random
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
-from qm_cupy.fidelity_vjp import _reconstruction_error_vjp_reference
-from qm_cupy.merging_vjp import (
-    _merge_tokens_vjp_reference,
-    _unmerge_tokens_vjp_reference,
-)
 from qm_cupy.priors import linear
 from qm_cupy.stages.alignment.alignment_loss import alignment_loss_vjp_reference
+from qm_cupy.stages.fidelity.reconstruction_error import (
+    _reconstruction_error_vjp_reference,
+)
+from qm_cupy.stages.merging.merge_tokens import _merge_tokens_vjp_reference
+from qm_cupy.stages.merging.unmerge_tokens import unmerge_tokens_vjp_reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -104,7 +104,7 @@ def test_merge_tokens(dtype, num_tokens, weighted):
     labels = labels_of(2, num_tokens, num_groups)
     mass = None
     if weighted:
-        mass = abs(random((2, num_tokens), _cuda.accumulation(dtype), 4)) + 0.2
+        mass = abs(random((2, num_tokens), cuda.accumulation_dtype(dtype), 4)) + 0.2
         mass[:, ::7] = 0
         mass[labels == 1] = 0  # this group takes the plain mean
     for dim in WIDTHS:
@@ -130,7 +130,7 @@ def test_unmerge_tokens(dtype, num_tokens):
     for dim in WIDTHS:
         gradient = random((2, num_tokens, dim), dtype)
         got = qm.unmerge_tokens_vjp(gradient, labels, num_groups)
-        wanted = _unmerge_tokens_vjp_reference(wide(gradient), labels, num_groups)
+        wanted = unmerge_tokens_vjp_reference(wide(gradient), labels, num_groups)
         assert_gradient(got, wanted, dtype)
 
 
@@ -201,11 +201,11 @@ def test_alignment_loss(dtype, num_groups, ragged):
     ahead, behind, total = map(wide, gradient)
     each = ahead + total, behind + total
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cuda, "is_cuda", lambda x: False)
+        patch.setattr(cuda, "is_cuda", lambda x: False)
         wanted = alignment_loss_vjp_reference(each, wide(merged), prior, counts)
     assert_gradient(got[0], wanted[0], dtype)
     assert not got[0][np.arange(num_groups) >= counts[:, None]].any()
-    kind = _cuda.accumulation(dtype)
+    kind = cuda.accumulation_dtype(dtype)
     for mlp, truth in zip(got[1], wanted[1], strict=True):
         for x, y in zip(mlp, truth, strict=True):
             assert_gradient(x, y, dtype, kind)
@@ -266,7 +266,7 @@ def test_wild_counts_stay_within_their_arrays(dtype, monkeypatch):
     found = []
     for counts in ([-3, 1000, 4], [0, 6, 4]):
         given = np.array(counts, np.int32)
-        monkeypatch.setattr(_cuda, "counts", lambda _, given=given: (given, 6))
+        monkeypatch.setattr(cuda, "device_counts", lambda _, given=given: (given, 6))
         slope, weights = qm.alignment_loss_vjp(gradient, merged, prior)
         found.append([slope, *weights[0], *weights[1]])
     for got, wanted in zip(*found, strict=True):

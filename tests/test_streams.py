@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from conftest import to_library
+from seam import cuda
 from test_libraries import CALLS
 
 import qm_cupy as qm
-from qm_cupy import _arrays
 
 NAMES = [name for name in CALLS if name != "decode"]
 
@@ -40,7 +40,7 @@ def entered(monkeypatch):
     return active
 
 
-@_arrays.on_callers_stream
+@cuda.on_callers_stream
 def during(active, tokens, *, fail=False):
     if fail:
         raise RuntimeError("in the middle")
@@ -96,14 +96,14 @@ def test_every_public_function_asks_before_its_arrays_come_in(name, monkeypatch)
         yield
         inside.pop()
 
-    prepare = _arrays._prepare
+    prepare = cuda._prepare
 
     def prepared(*args):
         entrances.append(bool(inside))
         return prepare(*args)
 
-    monkeypatch.setattr(_arrays, "_scope", lambda given: scope(given))
-    monkeypatch.setattr(_arrays, "_prepare", prepared)
+    monkeypatch.setattr(cuda, "_scope", lambda given: scope(given))
+    monkeypatch.setattr(cuda, "_prepare", prepared)
     function(**given)
     assert entrances
     assert all(entrances)

@@ -5,18 +5,18 @@ import numpy as np
 import ptx
 import pytest
 from kernel_cases import mask_of, random
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda, _tiles
 
 BFLOAT16 = ml_dtypes.bfloat16
 DEVICES = {  # multiprocessors, and bytes of shared memory
-    "_half": _cuda.Device(1000, 48 << 10),
-    "": _cuda.Device(1, 16 << 10),
-    "_wide": _cuda.Device(1, 227 << 10),
-    "_kept": _cuda.Device(1, 227 << 10),
+    "_half": cuda.Device(1000, 48 << 10),
+    "": cuda.Device(1, 16 << 10),
+    "_wide": cuda.Device(1, 227 << 10),
+    "_kept": cuda.Device(1, 227 << 10),
 }
-H200 = _cuda.Device(132, 227 << 10)
+H200 = cuda.Device(132, 227 << 10)
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def run(launches, monkeypatch):
     ptx.install(monkeypatch)
 
     def with_shape(shape, kernel, call):
-        monkeypatch.setattr(_cuda, "device", lambda: DEVICES[shape])
+        monkeypatch.setattr(cuda, "current_device", lambda: DEVICES[shape])
         # Whether a wide tile pays is another question.
-        monkeypatch.setattr(_tiles, "_WIDE_COST", 0)
+        monkeypatch.setattr(cuda, "_WIDE_COST", 0)
         launches.clear()
         got = call()
         assert kernel + shape in launches, launches
@@ -130,60 +130,60 @@ def test_tf32(run, num_tokens):
 
 
 def selected(device, monkeypatch, blocks, dtype=None, tiles=lambda shape: 1):
-    monkeypatch.setattr(_cuda, "device", lambda: device)
-    return _tiles.select_shape(blocks, dtype, tiles)
+    monkeypatch.setattr(cuda, "current_device", lambda: device)
+    return cuda.select_shape(blocks, dtype, tiles)
 
 
 def upper(batch, num_tokens):
-    return lambda shape: batch * _tiles.upper_tiles(shape, num_tokens)
+    return lambda shape: batch * cuda.upper_tiles(shape, num_tokens)
 
 
 def test_few_blocks_are_halved(monkeypatch):
     dtype = np.dtype(np.float16)
-    assert selected(H200, monkeypatch, upper(1, 576), dtype) is _tiles.HALF  # 15
-    assert selected(H200, monkeypatch, upper(131, 1), dtype) is _tiles.HALF
-    assert selected(H200, monkeypatch, upper(132, 1), dtype) is _tiles.WHOLE
+    assert selected(H200, monkeypatch, upper(1, 576), dtype) is cuda.HALF  # 15
+    assert selected(H200, monkeypatch, upper(131, 1), dtype) is cuda.HALF
+    assert selected(H200, monkeypatch, upper(132, 1), dtype) is cuda.WHOLE
 
 
 def test_many_blocks_of_16_bits_are_wide(monkeypatch):
     many = upper(96, 4096)
     for dtype in np.float16, BFLOAT16:
-        assert selected(H200, monkeypatch, many, np.dtype(dtype)) is _tiles.WIDE
+        assert selected(H200, monkeypatch, many, np.dtype(dtype)) is cuda.WIDE
     for dtype in np.float32, np.float64:
-        assert selected(H200, monkeypatch, many, np.dtype(dtype)) is _tiles.WHOLE
-    assert selected(H200, monkeypatch, many) is _tiles.WHOLE  # there is no wide kernel
+        assert selected(H200, monkeypatch, many, np.dtype(dtype)) is cuda.WHOLE
+    assert selected(H200, monkeypatch, many) is cuda.WHOLE  # there is no wide kernel
     with qm.allow_tf32():
         found = selected(H200, monkeypatch, many, np.dtype(np.float32))
-        assert found is _tiles.WIDE
+        assert found is cuda.WIDE
     for shared in 64 << 10, 96 << 10:  # a T4 has no such tensor cores
-        small = _cuda.Device(40, shared)
+        small = cuda.Device(40, shared)
         found = selected(small, monkeypatch, many, np.dtype(np.float16))
-        assert found is _tiles.WHOLE
-    fits = _cuda.Device(40, 99 << 10)  # of sm_86 and sm_89
-    assert selected(fits, monkeypatch, many, np.dtype(np.float16)) is _tiles.WIDE
+        assert found is cuda.WHOLE
+    fits = cuda.Device(40, 99 << 10)  # of sm_86 and sm_89
+    assert selected(fits, monkeypatch, many, np.dtype(np.float16)) is cuda.WIDE
 
 
 def test_a_wide_tile_must_fill_the_gpu(monkeypatch):
     """One sequence of 4096: two full turns of 528 tiles, or three of 272, 16 in one."""
     dtype = np.dtype(np.float16)
-    assert selected(H200, monkeypatch, upper(1, 4096), dtype) is _tiles.WHOLE
+    assert selected(H200, monkeypatch, upper(1, 4096), dtype) is cuda.WHOLE
 
 
 def test_tiles_that_reach_the_diagonal():
-    assert [_tiles.upper_tiles(_tiles.WHOLE, n) for n in (1, 128, 129, 385)] == [
+    assert [cuda.upper_tiles(cuda.WHOLE, n) for n in (1, 128, 129, 385)] == [
         1, 1, 3, 10,
     ]  # fmt: skip
-    assert [_tiles.upper_tiles(_tiles.HALF, n) for n in (1, 128, 129)] == [2, 2, 6]
-    assert [_tiles.upper_tiles(_tiles.WIDE, n) for n in (1, 256, 257)] == [2, 2, 6]
+    assert [cuda.upper_tiles(cuda.HALF, n) for n in (1, 128, 129)] == [2, 2, 6]
+    assert [cuda.upper_tiles(cuda.WIDE, n) for n in (1, 256, 257)] == [2, 2, 6]
 
 
 def test_room_for_kept_queries(monkeypatch):
-    monkeypatch.setattr(_cuda, "device", lambda: H200)
+    monkeypatch.setattr(cuda, "current_device", lambda: H200)
     f16, f32, f64 = map(np.dtype, (np.float16, np.float32, np.float64))
-    assert _tiles.kept_bytes(128, f16) == 48 << 10  # d = 64: a query tile and two more
-    assert _tiles.kept_bytes(130, f16) == 72 << 10  # a step more
-    assert _tiles.kept_bytes(256, f16) == 96 << 10
-    assert _tiles.kept_bytes(320, f16) == 0  # two blocks have no room
-    assert _tiles.kept_bytes(512, f32) == 192 << 10  # one has
-    assert _tiles.kept_bytes(640, f32) == 0
-    assert _tiles.kept_bytes(64, f64) == 0
+    assert cuda.kept_bytes(128, f16) == 48 << 10  # d = 64: a query tile and two more
+    assert cuda.kept_bytes(130, f16) == 72 << 10  # a step more
+    assert cuda.kept_bytes(256, f16) == 96 << 10
+    assert cuda.kept_bytes(320, f16) == 0  # two blocks have no room
+    assert cuda.kept_bytes(512, f32) == 192 << 10  # one has
+    assert cuda.kept_bytes(640, f32) == 0
+    assert cuda.kept_bytes(64, f64) == 0

@@ -190,7 +190,7 @@ OPERATIONS = [name for name in CALLS if not name.startswith("quickmerge")]
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_opcheck(name, monkeypatch):
     """What torch asks of a custom operator, of each and of its gradient."""
-    from qm_cupy._operations import OPERATIONS
+    from qm_cupy.autodiff.operations import OPERATIONS
 
     call, seen = CALLS[name], []
     operator = getattr(torch.ops.qm_cupy, call.function)

@@ -9,9 +9,9 @@ import oracle
 import ptx
 import pytest
 from conftest import TOLERANCE, assert_close, to_library, to_numpy
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
 from qm_cupy.priors import attention
 from qm_cupy.priors.weights import save_weights
 
@@ -458,8 +458,8 @@ def test_kernels_take_shared_numbers_from_python(rng, kernels, monkeypatch):
     tokens = rng.standard_normal((3, 5)).astype(np.float32)
     mlp = qm.MLPPrior.init(5, hidden_dim=8)
     wanted = PRIOR.predict(tokens), mlp.predict(tokens)
-    monkeypatch.setattr(_cuda, "ACTIVATIONS", {"none": 0, "relu": 7, "gelu": 1})
-    monkeypatch.setattr(_cuda, "MAX_HEAD_DIM", 32)
+    monkeypatch.setattr(cuda, "ACTIVATIONS", {"none": 0, "relu": 7, "gelu": 1})
+    monkeypatch.setattr(cuda, "MAX_HEAD_DIM", 32)
     ptx.install(monkeypatch)
     monkeypatch.setattr(ptx, "module", functools.cache(ptx.Module))  # compiled anew
     with qm.use_kernels(kernels):

@@ -12,9 +12,9 @@ import numpy as np
 import ptx
 import pytest
 from conftest import to_library, to_numpy
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
 
 FIELDS = qm.Merged._fields
 
@@ -106,11 +106,11 @@ def test_arrays_of_no_bytes_take_no_block(cupy):
 def test_free_memory_is_what_it_was_at_first(cupy):
     workspace = qm.Workspace()
     with workspace.lend():
-        assert _cuda.free_memory() == 100
+        assert cuda.free_memory() == 100
     cupy.free = 30
     with workspace.lend():
-        assert _cuda.free_memory() == 100
-    assert _cuda.free_memory() == 30
+        assert cuda.free_memory() == 100
+    assert cuda.free_memory() == 30
 
 
 def test_a_workspace_is_one():
@@ -221,7 +221,7 @@ def test_kernels_write_where_they_are_told(kernels, method, monkeypatch):
         return x
 
     monkeypatch.setattr(qm.Workspace, "lend", lend)
-    monkeypatch.setattr(_cuda, "empty", empty)
+    monkeypatch.setattr(cuda, "empty", empty)
     x, y = problem(), problem(1)
     with qm.use_kernels(kernels):
         plain = qm.quickmerge(x, 5, method=method)

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
-from .._checks import check_tokens
+from ..arrays.checks import check_tokens
 from ..atomic_write import atomic_write
-from ..budget import token_budget
-from ..clustering import ORDERS
 from ..corpus.readers import Mask, Stored, open_tokens
 from ..corpus.writers import check_output, write_merged
+from ..cuda.device import to_device, to_host
 from ..pipeline import quickmerge
 from ..results import Merged
+from ..stages.budget import token_budget
+from ..stages.clustering.labels import ORDERS
 from .options import add_budget, add_method, add_seed
 from .progress import Step, progress
 
@@ -128,9 +128,9 @@ def merge_chunk(
             return quickmerge(chunk, budget, **options)
         check_tokens(chunk)  # here, where values can be looked at
         if mask is not None:
-            options["mask"] = _cuda.to_device(mask)
-        merged = quickmerge(_cuda.to_device(chunk), budget, **options)
-        return Merged(*map(_cuda.to_host, merged))
+            options["mask"] = to_device(mask)
+        merged = quickmerge(to_device(chunk), budget, **options)
+        return Merged(*map(to_host, merged))
     except ValueError as error:
         wrong = np.argwhere(~np.isfinite(chunk))
         if not len(wrong):

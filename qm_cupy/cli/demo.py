@@ -11,14 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..atomic_write import atomic_write
-from ..budget import token_budget
-from ..clustering import cluster_tokens
-from ..fidelity import fidelity_loss, norm_mass, reconstruction_error
-from ..merging import group_positions, group_sizes, merge_tokens, unmerge_tokens
 from ..priors.mlp_prior import MLPPrior
-from ..saliency import saliency, self_attention_entropy
-from ..selection import gumbel_softmax, saliency_mass
 from ..stages.alignment.alignment_loss import alignment_loss
+from ..stages.budget import token_budget
+from ..stages.clustering.cluster_tokens import cluster_tokens
+from ..stages.fidelity.fidelity_loss import fidelity_loss
+from ..stages.fidelity.norm_mass import norm_mass
+from ..stages.fidelity.reconstruction_error import reconstruction_error
+from ..stages.merging.groups import group_positions, group_sizes
+from ..stages.merging.merge_tokens import merge_tokens
+from ..stages.merging.unmerge_tokens import unmerge_tokens
+from ..stages.saliency.saliency import saliency
+from ..stages.saliency.self_attention_entropy import self_attention_entropy
+from ..stages.selection.gumbel_softmax import gumbel_softmax
+from ..stages.selection.saliency_mass import saliency_mass
 from .options import add_budget, add_method, add_seed
 
 _MOST_TOKENS = 5000  # a larger picture gets larger patches

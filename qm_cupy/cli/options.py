@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..clustering import METHODS
+from ..stages.clustering.cluster_tokens import METHODS
 
 
 def add_budget(parser: argparse.ArgumentParser, default: float | None = None) -> None:

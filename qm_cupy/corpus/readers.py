@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from .._checks import check_mask, check_shape, check_tokens
+from ..arrays.checks import check_mask, check_shape, check_tokens
 from ..settings import check_finite
 
 _PIECE = 2**20  # bytes asked of a zip member at a time

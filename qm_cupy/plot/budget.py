@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from .._arrays import on_callers_stream
-from .._checks import (
+from ..arrays.checks import (
     check_given,
     check_not_negative,
     check_num_groups,
@@ -17,14 +16,8 @@ from .._checks import (
     check_shape,
     check_values,
 )
-from .drawing import (
-    COLOURS,
-    DASHES,
-    OUTLINE,
-    axes_or_new,
-    check_names,
-    to_host,
-)
+from ..arrays.conversion import on_callers_stream
+from .drawing import COLOURS, DASHES, OUTLINE, axes_or_new, check_names, to_host
 
 _MARKERS = "osD^vXP*"
 

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 
-from .._arrays import on_callers_stream
-from .._checks import check_dendrogram
-from ..clustering import cut_linkage
+from ..arrays.conversion import on_callers_stream
+from ..stages.clustering.checks import check_dendrogram
+from ..stages.clustering.cut_linkage import cut_linkage
 from .drawing import (
     OUTLINE,
     axes_or_new,

@@ -11,9 +11,9 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from .._arrays import enter
-from .._checks import check_integer, check_labels
-from .._libraries import on_host
+from ..arrays.checks import check_integer, check_labels
+from ..arrays.conversion import enter
+from ..arrays.libraries import on_host
 
 # Okabe and Ito's, but for their yellow, which vanishes on white.
 COLOURS = (

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 
-from .._arrays import on_callers_stream
-from .._checks import check_finite_values, check_floating
+from ..arrays.checks import check_finite_values, check_floating
+from ..arrays.conversion import on_callers_stream
 from .drawing import (
     COLOURS,
     DASHES,

@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .._arrays import on_callers_stream
-from .._checks import check_shape, check_values
+from ..arrays.checks import check_shape, check_values
+from ..arrays.conversion import on_callers_stream
 from .drawing import (
     axes_or_new,
     check_grid,

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from .._arrays import on_callers_stream
-from .._checks import check_shape, check_values
+from ..arrays.checks import check_shape, check_values
+from ..arrays.conversion import on_callers_stream
 from .drawing import axes_or_new, check_group_labels, draw_values, to_host
 
 _MOST_NUMBERS = 20  # of groups along an axis

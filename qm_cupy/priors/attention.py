@@ -5,7 +5,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
+from ..arrays.libraries import is_cuda
+from ..cuda.constants import BLOCK
+from ..cuda.device import empty
+from ..cuda.launch import device_counts, launch
+from ..settings import implementation
 
 _BASE = 10_000.0  # of the rotary wavelengths
 _SCORES = 1 << 22  # attention scores at a time
@@ -36,7 +40,7 @@ def split_heads(
     heads: Any, span: Span, turns: Any, keys: Any, values: Any
 ) -> NDArray[Any]:
     """Return queries (B, T, H, d), rotated; keys and values go to the caches."""
-    if _cuda.is_cuda(heads):
+    if is_cuda(heads):
         return _split_heads_cuda(heads, span, turns, keys, values)
     return _split_heads_reference(heads, span, turns, keys, values)
 
@@ -75,19 +79,19 @@ def _split_heads_cuda(
     heads: Any, span: Span, turns: Any, keys: Any, values: Any
 ) -> Any:
     batch, rows, _, num_heads, width = heads.shape
-    query = _cuda.empty((batch, rows, num_heads, width), heads.dtype)
-    chosen = _cuda.implementation()
+    query = empty((batch, rows, num_heads, width), heads.dtype)
+    chosen = implementation()
     threads = query.size if chosen == "basic" else query.size // 2
     sizes = batch, rows, num_heads, width, keys.shape[-2], span.start
     args = (heads, span.positions, turns, *sizes, query, keys, values)
     file = f"{chosen}/attention"
-    _cuda.launch(file, "split_heads", heads.dtype, threads, args)
+    launch(file, "split_heads", heads.dtype, threads, args)
     return query
 
 
 def attend(query: Any, keys: Any, values: Any, span: Span) -> Any:
     """Return what each query (B, T, H, d) reads from the cache (B, H, capacity, d)."""
-    if _cuda.is_cuda(query):
+    if is_cuda(query):
         return attend_cuda(query, keys, values, span)
     return _attend_reference(query, keys, values, span)
 
@@ -125,15 +129,15 @@ def _attend_reference(
 
 def attend_cuda(query: Any, keys: Any, values: Any, span: Span) -> Any:
     batch, rows, num_heads, width = query.shape
-    out = _cuda.empty(query.shape, query.dtype)
-    chosen = _cuda.implementation()
+    out = empty(query.shape, query.dtype)
+    chosen = implementation()
     counts = span.counts
-    each = None if (counts == rows).all() else _cuda.counts(counts)[0]
+    each = None if (counts == rows).all() else device_counts(counts)[0]
     sizes = batch, rows, num_heads, width, keys.shape[-2], span.start
     arrays = query, keys, values, span.sizes, each
     args = (*arrays, *sizes, int(span.reverse), width**-0.5, out)
     blocks = batch * rows * num_heads
-    threads = out.size if chosen == "basic" else blocks * _cuda.BLOCK
+    threads = out.size if chosen == "basic" else blocks * BLOCK
     file = f"{chosen}/attention"
-    _cuda.launch(file, "attend", query.dtype, threads, args)
+    launch(file, "attend", query.dtype, threads, args)
     return out

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
-from .._arrays import enter
-from .._checks import check_shape, check_values
+from ..arrays.checks import check_shape, check_values
+from ..arrays.conversion import enter
+from ..arrays.dtypes import accumulation_dtype
+from ..cuda.device import to_host
 from .configuration import Configuration
 from .mlp import MLP
 
@@ -49,8 +50,8 @@ def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
             for axis, size in zip(axes, weight.shape, strict=True)
         )
         check_shape(label, weight, axes, wanted)
-        acc_dtype = _cuda.accumulation(weight.dtype)
-        weights.append(np.array(_cuda.to_host(weight), dtype=acc_dtype, order="C"))
+        acc_dtype = accumulation_dtype(weight.dtype)
+        weights.append(np.array(to_host(weight), dtype=acc_dtype, order="C"))
     return MLP(*weights)
 
 
@@ -94,8 +95,8 @@ def read_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[A
     weights = {}
     for key, label, weight in zip(state, labelled, arrays, strict=True):
         check_values(label, weight, "X", "XY")
-        acc_dtype = _cuda.accumulation(weight.dtype)
-        weights[key] = np.array(_cuda.to_host(weight), dtype=acc_dtype, order="C")
+        acc_dtype = accumulation_dtype(weight.dtype)
+        weights[key] = np.array(to_host(weight), dtype=acc_dtype, order="C")
     return weights
 
 

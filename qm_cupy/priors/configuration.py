@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from .. import _cuda
-from .._checks import check_integer
+from ..arrays.checks import check_integer
+from ..cuda.constants import MAX_HEAD_DIM
 
 _MOST_LAYERS = 1024
 
@@ -42,9 +42,9 @@ class Configuration(NamedTuple):
                 "`hidden_dim` must be `num_heads` times an even number, "
                 f"got {self.hidden_dim} for {self.num_heads} heads"
             )
-        if width > _cuda.MAX_HEAD_DIM:
+        if width > MAX_HEAD_DIM:
             raise ValueError(
-                f"a head must be at most {_cuda.MAX_HEAD_DIM} wide, got {width}: "
+                f"a head must be at most {MAX_HEAD_DIM} wide, got {width}: "
                 "more `num_heads`"
             )
         return self

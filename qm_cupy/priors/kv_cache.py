@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import _cuda
+from ..arrays.dtypes import accumulation_dtype
+from ..arrays.libraries import is_cuda
+from ..cuda.device import empty
 from .configuration import Configuration
 
 _LEAST_CAPACITY = 16  # tokens of a new cache
@@ -32,8 +34,8 @@ class KVCache:
         heads = settings.num_heads
         width = settings.hidden_dim // heads
         shape = (layers or settings.num_layers, len(tokens), heads, capacity, width)
-        acc_dtype = _cuda.accumulation(tokens.dtype)
-        make = _cuda.empty if _cuda.is_cuda(tokens) else np.empty
+        acc_dtype = accumulation_dtype(tokens.dtype)
+        make = empty if is_cuda(tokens) else np.empty
         return cls(
             make(shape, acc_dtype),
             make(shape, acc_dtype),
@@ -48,7 +50,7 @@ class KVCache:
         capacity = self.sizes.shape[-1]
         if count == self.length < capacity:
             return self
-        make = _cuda.empty if _cuda.is_cuda(self.sizes) else np.empty
+        make = empty if is_cuda(self.sizes) else np.empty
         capacity = max(2 * count, _LEAST_CAPACITY)
 
         def grown(x: Any, axis: int) -> Any:

@@ -6,7 +6,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda, _tiles
+from ..arrays.libraries import is_cuda
+from ..cuda.constants import ACTIVATIONS, BLOCK, TILE, WARP
+from ..cuda.device import empty
+from ..cuda.launch import contiguous, launch
+from ..cuda.tiles import Shape, column_tiles, launch_tiles, row_tiles, select_shape
+from ..settings import implementation
 
 Activation = Literal["none", "relu", "gelu"]
 
@@ -34,7 +39,7 @@ def linear(
     residual: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """Return activation(norm(x) Wᵀ + b) + residual of x (..., D), all of one dtype."""
-    if _cuda.is_cuda(x):
+    if is_cuda(x):
         return _linear_cuda(x, weight, bias, norm, activation, residual)
     return _linear_reference(x, weight, bias, norm, activation, residual)
 
@@ -79,38 +84,38 @@ def _linear_cuda(
     activation: Activation,
     residual: Any,
 ) -> Any:
-    chosen, dtype = _cuda.implementation(), x.dtype
+    chosen, dtype = implementation(), x.dtype
     out_dim, in_dim = weight.shape
-    x, rows = _cuda.contiguous(x), math.prod(x.shape[:-1])
-    out = _cuda.empty((*x.shape[:-1], out_dim), dtype)
-    sizes = rows, in_dim, out_dim, _cuda.ACTIVATIONS[activation]
-    residual = _cuda.contiguous(residual)
+    x, rows = contiguous(x), math.prod(x.shape[:-1])
+    out = empty((*x.shape[:-1], out_dim), dtype)
+    sizes = rows, in_dim, out_dim, ACTIVATIONS[activation]
+    residual = contiguous(residual)
     file, map_ = f"{chosen}/linear", (weight, bias, residual)
     if chosen == "optimized" and rows <= _FEW:
         args = (x, *(norm or (None, None)), *map_, *sizes, _EPSILON, out)
-        _cuda.launch(file, "linear_few", dtype, out.size * _cuda.WARP, args)
+        launch(file, "linear_few", dtype, out.size * WARP, args)
         return out
     if norm is not None:
         x = _normalize_cuda(x, norm)
     args = (x, *map_, *sizes, out)
     if chosen == "basic":
-        _cuda.launch(file, "linear", dtype, out.size, args)
+        launch(file, "linear", dtype, out.size, args)
         return out
 
-    def blocks(shape: _tiles.Shape) -> int:
-        return _tiles.row_tiles(shape, rows) * _tiles.column_tiles(shape, out_dim)
+    def blocks(shape: Shape) -> int:
+        return row_tiles(shape, rows) * column_tiles(shape, out_dim)
 
-    shape = _tiles.select_shape(blocks)
-    _tiles.launch("linear", "linear", dtype, shape, blocks(shape), args)
+    shape = select_shape(blocks)
+    launch_tiles("linear", "linear", dtype, shape, blocks(shape), args)
     return out
 
 
 def _normalize_cuda(x: Any, norm: Norm) -> Any:
-    chosen, dim = _cuda.implementation(), x.shape[-1]
-    out, rows = _cuda.empty(x.shape, x.dtype), math.prod(x.shape[:-1])
-    threads = out.size if chosen == "basic" else rows * _cuda.WARP
+    chosen, dim = implementation(), x.shape[-1]
+    out, rows = empty(x.shape, x.dtype), math.prod(x.shape[:-1])
+    threads = out.size if chosen == "basic" else rows * WARP
     args = (x, *norm, rows, dim, _EPSILON, out)
-    _cuda.launch(f"{chosen}/linear", "normalize", x.dtype, threads, args)
+    launch(f"{chosen}/linear", "normalize", x.dtype, threads, args)
     return out
 
 
@@ -122,7 +127,7 @@ def linear_vjp_cuda(
     `rectified`: a ReLU gave x, and its gradient is that of what the ReLU was given.
     """
     gate = x if rectified else None
-    if _cuda.implementation() == "basic":
+    if implementation() == "basic":
         return _linear_vjp_basic(gradient, x, weight, gate)
     return _linear_vjp_optimized(gradient, x, weight, gate)
 
@@ -132,14 +137,14 @@ def _linear_vjp_basic(
 ) -> tuple[Any, Any, Any]:
     (out_dim, in_dim), rows = weight.shape, math.prod(x.shape[:-1])
     dtype, file = x.dtype, "basic/linear_vjp"
-    by_x, by_weight = _cuda.empty(x.shape, dtype), _cuda.empty(weight.shape, dtype)
-    by_bias = _cuda.empty((out_dim,), dtype)
+    by_x, by_weight = empty(x.shape, dtype), empty(weight.shape, dtype)
+    by_bias = empty((out_dim,), dtype)
     args: tuple[Any, ...] = (gradient, weight, gate, rows, in_dim, out_dim, by_x)
-    _cuda.launch(file, "linear_vjp", dtype, by_x.size, args)
+    launch(file, "linear_vjp", dtype, by_x.size, args)
     args = (gradient, x, rows, in_dim, out_dim, by_weight)
-    _cuda.launch(file, "weight_vjp", dtype, by_weight.size, args)
+    launch(file, "weight_vjp", dtype, by_weight.size, args)
     args = (gradient, rows, out_dim, by_bias)
-    _cuda.launch(file, "bias_vjp", dtype, by_bias.size, args)
+    launch(file, "bias_vjp", dtype, by_bias.size, args)
     return by_x, by_weight, by_bias
 
 
@@ -151,18 +156,18 @@ def _linear_vjp_optimized(
     by_x = _products_cuda(gradient.reshape(1, rows, out_dim), across, gate)
     parts = min(max(-(-rows // _PART_ROWS), 1), _MOST_PARTS)
     part = -(-max(rows, 1) // parts)
-    part = -(-part // _cuda.WARP) * _cuda.WARP  # rows of whole vectors of 16 bytes
+    part = -(-part // WARP) * WARP  # rows of whole vectors of 16 bytes
     turned = _transposed_cuda(gradient, part)  # (S, out, part)
     by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
     file, num_parts, dtype = "optimized/linear_vjp", len(turned), x.dtype
     args: tuple[Any, ...]
     if num_parts > 1:
-        each, by_weight = by_weight, _cuda.empty(weight.shape, dtype)
+        each, by_weight = by_weight, empty(weight.shape, dtype)
         args = (each, num_parts, by_weight.size, by_weight)
-        _cuda.launch(file, "sum_parts", dtype, by_weight.size, args)
-    by_bias = _cuda.empty((out_dim,), dtype)
+        launch(file, "sum_parts", dtype, by_weight.size, args)
+    by_bias = empty((out_dim,), dtype)
     args = (turned, num_parts, out_dim, part, by_bias)
-    _cuda.launch(file, "bias_vjp", dtype, out_dim * _cuda.WARP, args)
+    launch(file, "bias_vjp", dtype, out_dim * WARP, args)
     return by_x.reshape(x.shape), by_weight.reshape(weight.shape), by_bias
 
 
@@ -170,20 +175,20 @@ def _transposed_cuda(x: Any, part: int) -> Any:
     """Return x (..., columns) as (S, columns, part): `part` rows a time, then zeros."""
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_parts = max(-(-rows // part), 1)
-    out = _cuda.empty((num_parts, columns, part), x.dtype)
-    tiles = num_parts * -(-columns // _cuda.WARP) * -(-part // _cuda.WARP)
+    out = empty((num_parts, columns, part), x.dtype)
+    tiles = num_parts * -(-columns // WARP) * -(-part // WARP)
     args = (x, rows, columns, part, num_parts, out)
     kernel = "optimized/linear_vjp", "transpose"
-    _cuda.launch(*kernel, x.dtype, tiles * _cuda.BLOCK, args)
+    launch(*kernel, x.dtype, tiles * BLOCK, args)
     return out
 
 
 def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
     """Return A Bᵀ of every part: (S, rows, columns); 0 where the gate is not above."""
     (num_parts, rows, dim), columns = a.shape, b.shape[-2]
-    out = _cuda.empty((num_parts, rows, columns), a.dtype)
-    tiles = num_parts * -(-rows // _cuda.TILE) * -(-columns // _cuda.TILE)
+    out = empty((num_parts, rows, columns), a.dtype)
+    tiles = num_parts * -(-rows // TILE) * -(-columns // TILE)
     args = (a, b, gate, rows, columns, dim, out)
     kernel = "optimized/linear_vjp", "products"
-    _cuda.launch(*kernel, a.dtype, tiles * _cuda.BLOCK, args)
+    launch(*kernel, a.dtype, tiles * BLOCK, args)
     return out

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
-from .._checks import check_counts
+from ..arrays.checks import check_counts
+from ..cuda.device import to_host
 from ..results import Merged
 
 
@@ -22,5 +22,5 @@ def group_counts(
 ) -> NDArray[np.int64]:
     """Return K of each sequence: what is given, or else its groups with members."""
     if num_groups is None and sizes is not None:
-        num_groups = _cuda.to_host((sizes > 0).sum(axis=-1))
+        num_groups = to_host((sizes > 0).sum(axis=-1))
     return check_counts(tokens, num_groups)

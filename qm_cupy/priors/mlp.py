@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
+from ..arrays.libraries import is_cuda
 from .linear import linear
 
 
@@ -38,7 +38,7 @@ def check_width(name: str, tokens: Any, network: MLP) -> None:
 
 def apply_mlp(network: MLP, x: Any) -> Any:
     """Return W₂ relu(W₁ x + b₁) + b₂ of x (..., D), whose weights are beside x."""
-    if _cuda.is_cuda(x):
+    if is_cuda(x):
         return _apply_mlp_cuda(network, x)
     return network(x)  # the reference
 

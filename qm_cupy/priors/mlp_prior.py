@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _cuda
-from .._arrays import Array, enter, on_callers_stream
-from .._checks import (
+from ..arrays.checks import (
     check_counts,
     check_integer,
     check_seed,
@@ -18,6 +16,11 @@ from .._checks import (
     check_tokens,
     check_values,
 )
+from ..arrays.conversion import Array, enter, on_callers_stream
+from ..arrays.dtypes import accumulation_dtype
+from ..arrays.libraries import is_cuda
+from ..cuda.device import to_device, to_host
+from ..cuda.launch import contiguous
 from .checkpoint import mlp_shapes, random_mlp, read_mlp
 from .mlp import MLP, apply_mlp, check_width
 from .running_mean import running_mean
@@ -126,7 +129,7 @@ class MLPPrior:
         check_tokens(tokens)
         check_width("tokens", tokens, self.forward)
         counts = check_counts(tokens, num_groups)
-        dtype = _cuda.accumulation(tokens.dtype)
+        dtype = accumulation_dtype(tokens.dtype)
         context = running_mean(tokens, counts, reverse).astype(dtype, copy=False)
         network = network_beside(self, tokens, reverse)
         return leave(apply_mlp(network, context).astype(dtype, copy=False))
@@ -168,9 +171,9 @@ class MLPPrior:
         if state is not None:
             total, count = state
             check_shape("token", token, "BD", total.shape)
-        acc_dtype = _cuda.accumulation(token.dtype)
+        acc_dtype = accumulation_dtype(token.dtype)
         # As wide as `predict` adds up: float64 but for float32 on a GPU.
-        now = token.astype(acc_dtype if _cuda.is_cuda(token) else np.float64)
+        now = token.astype(acc_dtype if is_cuda(token) else np.float64)
         total = total + now if count else now
         context = (total / (count + 1)).astype(acc_dtype)
         network = network_beside(self, token, False)
@@ -347,14 +350,14 @@ class MLPPrior:
 def network_beside(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
     """Return a network of a prior, with its weights on the device of `tokens`."""
     network = prior.backward if reverse else prior.forward
-    if not _cuda.is_cuda(tokens):
+    if not is_cuda(tokens):
         return network
-    dtype = _cuda.accumulation(tokens.dtype)
+    dtype = accumulation_dtype(tokens.dtype)
     key = str(tokens.device), dtype, reverse
     copies = prior._copies
     if key not in copies:
-        arrays = [_cuda.contiguous(_cuda.to_device(w), dtype) for w in network]
+        arrays = [contiguous(to_device(w), dtype) for w in network]
         copies[key] = MLP(*arrays)
         if any(x is not w for x, w in zip(arrays, network, strict=True)):
-            _cuda.to_host(arrays[-1])  # waits: any stream may read now
+            to_host(arrays[-1])  # waits: any stream may read now
     return copies[key]

@@ -6,14 +6,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
+from ..arrays.dtypes import accumulation_dtype
+from ..arrays.libraries import is_cuda
+from ..cuda.constants import BLOCK, WARP
+from ..cuda.device import empty
+from ..cuda.launch import contiguous, device_counts, launch
+from ..settings import implementation
 
 
 def running_mean(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[Any]:
     """Return the mean of tokens 1..t, or of t..K in reverse, for every t at once."""
-    if _cuda.is_cuda(tokens):
+    if is_cuda(tokens):
         return running_mean_cuda(tokens, counts, reverse)
     return _running_mean_reference(tokens, counts, reverse)
 
@@ -56,14 +61,14 @@ def _sum_rows(x: NDArray[Any]) -> None:
 def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> Any:
     num_groups, dim = tokens.shape[-2:]
     batch = math.prod(tokens.shape[:-2])
-    out = _cuda.empty(tokens.shape, _cuda.accumulation(tokens.dtype))
-    chosen = _cuda.implementation()
-    each, _ = _cuda.counts(counts)
+    out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
+    chosen = implementation()
+    each, _ = device_counts(counts)
     sizes = batch, num_groups, dim, int(reverse)
-    args = (_cuda.contiguous(tokens), each, *sizes, out)
-    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
+    args = (contiguous(tokens), each, *sizes, out)
+    columns = dim if chosen == "basic" else -(-dim // WARP) * BLOCK
     kernel = f"{chosen}/running_mean", "prefix_means"
-    _cuda.launch(*kernel, tokens.dtype, batch * columns, args)
+    launch(*kernel, tokens.dtype, batch * columns, args)
     return out
 
 
@@ -86,10 +91,10 @@ def running_mean_vjp_reference(
 def running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
     num_groups, dim = gradient.shape[-2:]
     batch = math.prod(gradient.shape[:-2])
-    out = _cuda.empty(gradient.shape, gradient.dtype)
-    chosen = _cuda.implementation()
-    columns = dim if chosen == "basic" else -(-dim // _cuda.WARP) * _cuda.BLOCK
+    out = empty(gradient.shape, gradient.dtype)
+    chosen = implementation()
+    columns = dim if chosen == "basic" else -(-dim // WARP) * BLOCK
     args = (gradient, counts, batch, num_groups, dim, reverse, out)
     kernel = f"{chosen}/running_mean_vjp", "prefix_means_vjp"
-    _cuda.launch(*kernel, gradient.dtype, batch * columns, args)
+    launch(*kernel, gradient.dtype, batch * columns, args)
     return out

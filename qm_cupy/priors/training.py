@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
-from .._arrays import enter
-from .._checks import check_integer, check_number, check_seed, check_tokens
+from ..arrays.checks import check_integer, check_number, check_seed, check_tokens
+from ..arrays.conversion import enter
+from ..cuda.device import to_host
 from ..results import Merged
 from .merged_tokens import group_counts, merged_parts
 from .mlp import MLP, back_propagate, check_width
@@ -70,7 +70,7 @@ def fit_networks(
             blocks = functools.partial(_all_pairs, sequences, network, bool(reverse))
             fitted = refine(fitted, blocks, steps, rate, batch_size, seed)
         weights = zip(fitted, network, strict=True)
-        results.append(MLP(*(_cuda.to_host(w).astype(old.dtype) for w, old in weights)))
+        results.append(MLP(*(to_host(w).astype(old.dtype) for w, old in weights)))
     return results[0], results[1]
 
 

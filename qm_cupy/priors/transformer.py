@@ -9,9 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
-from .._arrays import Array, enter, on_callers_stream
-from .._checks import (
+from ..arrays.checks import (
     check_counts,
     check_positions,
     check_seed,
@@ -20,6 +18,11 @@ from .._checks import (
     check_tokens,
     check_values,
 )
+from ..arrays.conversion import Array, enter, on_callers_stream
+from ..arrays.dtypes import accumulation_dtype
+from ..arrays.libraries import is_cuda
+from ..cuda.device import to_device, to_host
+from ..cuda.launch import contiguous
 from .attention import Span, rotary_turns
 from .checkpoint import random_transformer, read_transformer, transformer_shapes
 from .configuration import Configuration, Weights, configuration_of
@@ -244,7 +247,7 @@ class TransformerPrior:
         counts = check_counts(tokens, num_groups)
         wanted = tokens.shape[:-1]
         self._check(tokens, positions, sizes, "tokens", wanted, wanted[-1])
-        acc_dtype = _cuda.accumulation(tokens.dtype)
+        acc_dtype = accumulation_dtype(tokens.dtype)
         inside = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
         rows = inside.shape[:2]
         span = Span(
@@ -299,7 +302,7 @@ class TransformerPrior:
         leave, token, position, size = enter(token=token, position=position, size=size)
         check_values("token", token, "D", "BD")
         cache, count = (None, 0) if state is None else state
-        acc_dtype = _cuda.accumulation(token.dtype)
+        acc_dtype = accumulation_dtype(token.dtype)
         inside = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
         if cache is None:
             cache = KVCache.empty(inside, self._settings)
@@ -414,7 +417,7 @@ class TransformerPrior:
         self, tokens: Any, acc_dtype: np.dtype[Any], reverse: bool
     ) -> dict[str, Any]:
         """Return a network's weights beside `tokens`, of the dtype to compute in."""
-        on_gpu = _cuda.is_cuda(tokens)
+        on_gpu = is_cuda(tokens)
         key = str(tokens.device) if on_gpu else "NumPy", acc_dtype, reverse
         if key not in self._copies:
             weights = {**(self.backward if reverse else self.forward)}
@@ -424,10 +427,10 @@ class TransformerPrior:
             copies = {}
             for name, weight in weights.items():
                 dtype = weight.dtype if name == "turns" else acc_dtype
-                weight = _cuda.to_device(weight) if on_gpu else weight
-                copies[name] = _cuda.contiguous(weight, dtype)
+                weight = to_device(weight) if on_gpu else weight
+                copies[name] = contiguous(weight, dtype)
             if on_gpu:
-                _cuda.to_host(copies["head.bias"])  # waits: any stream may read now
+                to_host(copies["head.bias"])  # waits: any stream may read now
             self._copies[key] = copies
         return self._copies[key]
 
@@ -441,7 +444,7 @@ def _of_each(x: Any, token: Any) -> Any:
         return None
     if not hasattr(x, "ndim") or isinstance(x, np.generic):
         x = np.asarray(x)
-        x = _cuda.to_device(x) if _cuda.is_cuda(token) else x
+        x = to_device(x) if is_cuda(token) else x
     if x.ndim:
         return x
     return x + np.zeros(token.shape[:-1], x.dtype, like=x)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _cuda
+from ..arrays.dtypes import accumulation_dtype
+from ..cuda.launch import contiguous
 from .attention import Span, attend, split_heads
 from .linear import Norm, linear
 
@@ -26,7 +27,7 @@ def run_transformer(
         return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     span, added = _placed(tokens, span, weights)
-    x = tokens.astype(_cuda.accumulation(tokens.dtype), copy=False)
+    x = tokens.astype(accumulation_dtype(tokens.dtype), copy=False)
     x = linear(x, *of("embed"), residual=added)
     for i, cache in enumerate(caches):
         block = f"blocks.{i}"
@@ -48,7 +49,7 @@ def _placed(tokens: Any, span: Span, weights: Mapping[str, Any]) -> tuple[Span, 
     """
     positions, learned = span.positions, weights.get("positions.weight")
     if learned is None:
-        positions = _cuda.contiguous(positions, np.int64)
+        positions = contiguous(positions, np.int64)
         return span._replace(positions=positions), None
     if positions is None:
         end = span.start + tokens.shape[1]

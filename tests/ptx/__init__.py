@@ -1,6 +1,6 @@
 """Runs compiled kernels on the CPU: an interpreter of the PTX that NVRTC makes of them.
 
-``raw_kernel`` and ``empty`` are the twins of those in ``qm_cupy._cuda``, and `install`
+``raw_kernel`` and ``empty`` are the twins of those in the `seam`, and `install`
 puts them there: a kernel is called as a ``cupy.RawKernel`` is, on NumPy arrays. The
 interpreter (the C++ files beside this one) checks every access to memory and stops at
 the first fault; here launches and arguments are checked, as no GPU does.
@@ -14,8 +14,7 @@ import weakref
 
 import numpy as np
 import nvrtc
-
-from qm_cupy import _cuda
+from seam import cuda
 
 from .build import library
 
@@ -52,7 +51,7 @@ class Module:
 
     def __init__(self, source, dtype, arch=90):
         self.source, self.dtype = source, dtype
-        options = (*_cuda.options(dtype), f"-arch=compute_{arch}")
+        options = (*cuda.options(dtype), f"-arch=compute_{arch}")
         text = nvrtc.ptx(source, options).encode()
         message = ctypes.create_string_buffer(_MESSAGE)
         self.address = library().ptx_module(text, len(text), message, _MESSAGE)
@@ -188,7 +187,7 @@ class _Parameter:
 
 def _parameters(source, kernel, dtype):
     """Return the parameters of a kernel as its source declares them."""
-    storage = "float32" if dtype == _cuda.TF32 else dtype
+    storage = "float32" if dtype == cuda.TF32 else dtype
     compute = "float64" if dtype == "float64" else "float32"
     types = {**_TYPES, "real_t": storage, "acc_t": compute}
     declared = re.search(rf"__global__[^{{;]*?\b{kernel}\(([^)]*)\)", source)
@@ -240,11 +239,11 @@ class _Handle:
     def __call__(self, grid, block, args, *, shared_mem=0):
         limit = self.max_dynamic_shared_size_bytes
         shared = limit + self.shared_size_bytes
-        if shared > _UNASKED and shared > _cuda.device().shared_bytes:
+        if shared > _UNASKED and shared > cuda.current_device().shared_bytes:
             raise LaunchError(
                 f"{self._kernel.name}: asks for {limit} bytes of shared memory"
             )
-        if self._cooperative and grid[0] > _cuda.device().multiprocessors:
+        if self._cooperative and grid[0] > cuda.current_device().multiprocessors:
             raise LaunchError(
                 f"{self._kernel.name}: {grid[0]} blocks that wait for others"
             )
@@ -266,7 +265,7 @@ def module(source, dtype, arch=90):
 
 @functools.cache
 def _source(file):
-    return _cuda.source(file)
+    return cuda.source(file)
 
 
 def raw_kernel(file, kernel, dtype, cooperative=False, *, arch=90):
@@ -277,12 +276,12 @@ def raw_kernel(file, kernel, dtype, cooperative=False, *, arch=90):
 def install(monkeypatch, arch=90):
     """Run the public functions' kernels on NumPy arrays until the test ends.
 
-    `_cuda` holds the whole seam: kernels, fresh arrays, and what counts as CUDA's. The
+    The `seam` is all of it: kernels, fresh arrays, and what counts as CUDA's. The
     checks then leave the values of arrays alone, as they do on a GPU.
     """
-    monkeypatch.setattr(_cuda, "raw_kernel", functools.partial(raw_kernel, arch=arch))
-    monkeypatch.setattr(_cuda, "empty", empty)
-    monkeypatch.setattr(_cuda, "to_device", np.asarray)
-    monkeypatch.setattr(_cuda, "device", lambda: _cuda.Device(3, 48 << 10))
-    monkeypatch.setattr(_cuda, "free_memory", lambda: 1 << 30)
-    monkeypatch.setattr(_cuda, "is_cuda", lambda x: True)
+    monkeypatch.setattr(cuda, "raw_kernel", functools.partial(raw_kernel, arch=arch))
+    monkeypatch.setattr(cuda, "empty", empty)
+    monkeypatch.setattr(cuda, "to_device", np.asarray)
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(3, 48 << 10))
+    monkeypatch.setattr(cuda, "free_memory", lambda: 1 << 30)
+    monkeypatch.setattr(cuda, "is_cuda", lambda x: True)

@@ -8,9 +8,9 @@ import ml_dtypes
 import names
 import numpy as np
 import pytest
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy import _cuda
 
 Error = cupy.cuda.runtime.CUDARuntimeError
 CAPTURE = "cudaErrorStreamCaptureUnsupported"
@@ -251,7 +251,7 @@ def test_memory_comes_from_the_current_allocator():
 
 def test_a_wrong_launch_fails():
     module = cupy.RawModule(
-        code=_cuda.source("basic/token_norms"), options=_cuda.options("float32")
+        code=cuda.source("basic/token_norms"), options=cuda.options("float32")
     )
     kernel = module.get_function("token_norms")
     with pytest.raises(RuntimeError, match="H100: takes 5 arguments, got 1"):
@@ -262,12 +262,12 @@ def test_a_wrong_launch_fails():
 
 def test_a_card_sees_each_launch(monkeypatch):
     """An H100: a block has no more threads than the launch bound allows."""
-    monkeypatch.setattr(_cuda, "SELECTION_THREADS", 512)  # below a card's own limit
-    source, options = _cuda.source("optimized/select_tokens"), _cuda.options("float32")
+    monkeypatch.setattr(cuda, "SELECTION_THREADS", 512)  # below a card's own limit
+    source, options = cuda.source("optimized/select_tokens"), cuda.options("float32")
     kernel = cupy.RawModule(code=source, options=options).get_function("select_tokens")
     chosen, out = cupy.ones((1, 600), np.bool_), cupy.empty((1, 2), np.int32)
     args = chosen, np.int64(1), np.int64(600), np.int64(2), out
-    kernel((1,), (_cuda.SELECTION_THREADS,), args)
+    kernel((1,), (cuda.SELECTION_THREADS,), args)
     assert out.get().tolist() == [[0, 1]]
     assert kernel.shared_size_bytes == 32 * 4
     with pytest.raises(RuntimeError, match="threads of a block: wanted 544, limit 512"):

@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import _cuda
-from ..._arrays import Array, enter, on_callers_stream
-from ..._checks import check_gradient, check_shape, check_tokens
+from ...arrays.checks import check_gradient, check_shape, check_tokens
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype
+from ...arrays.libraries import is_cuda
+from ...cuda.constants import BLOCK, WARP
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, device_counts, launch
 from ...priors.linear import linear, linear_vjp_cuda
 from ...priors.merged_tokens import group_counts, merged_parts
 from ...priors.mlp import MLP, back_propagate, check_width
@@ -20,6 +24,7 @@ from ...priors.running_mean import (
     running_mean_vjp_reference,
 )
 from ...results import AlignmentLoss, Merged
+from ...settings import implementation
 
 
 @on_callers_stream
@@ -91,7 +96,7 @@ def _alignment_loss(
     merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
 ) -> tuple[Any, Any]:
     """Return the losses of predictions of the tokens after, and before."""
-    if _cuda.is_cuda(merged):
+    if is_cuda(merged):
         return _alignment_loss_cuda(merged, after, before, counts)
     return _alignment_loss_reference(merged, after, before, counts)
 
@@ -121,21 +126,21 @@ def _alignment_loss_cuda(
 ) -> tuple[Any, Any]:
     num_groups, dim = merged.shape[-2:]
     batch = math.prod(merged.shape[:-2])
-    acc_dtype = _cuda.accumulation(merged.dtype)
-    merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
-    chosen = _cuda.implementation()
-    warp, block = (1, 1) if chosen == "basic" else (_cuda.WARP, _cuda.BLOCK)
+    acc_dtype = accumulation_dtype(merged.dtype)
+    merged, (each, _) = contiguous(merged), device_counts(counts)
+    chosen = implementation()
+    warp, block = (1, 1) if chosen == "basic" else (WARP, BLOCK)
     losses = []
     for reverse, prediction in enumerate((after, before)):
-        prediction = _cuda.contiguous(prediction, acc_dtype)
-        errors = _cuda.empty(merged.shape[:-1], acc_dtype)
+        prediction = contiguous(prediction, acc_dtype)
+        errors = empty(merged.shape[:-1], acc_dtype)
         sizes = batch, num_groups, dim
         args: tuple[Any, ...] = (prediction, merged, each, *sizes, reverse, errors)
         file, threads = f"{chosen}/alignment_loss", errors.size * warp
-        _cuda.launch(file, "prediction_errors", merged.dtype, threads, args)
-        losses.append(_cuda.empty(merged.shape[:-2], acc_dtype))
+        launch(file, "prediction_errors", merged.dtype, threads, args)
+        losses.append(empty(merged.shape[:-2], acc_dtype))
         args = (errors, each, batch, num_groups, losses[-1])
-        _cuda.launch(file, "alignment_loss", acc_dtype, batch * block, args)
+        launch(file, "alignment_loss", acc_dtype, batch * block, args)
     return losses[0], losses[1]
 
 
@@ -234,7 +239,7 @@ def _alignment_loss_vjp(
     gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
 ) -> tuple[Any, list[MLP]]:
     """Return the gradients of the tokens, and of both networks' weights."""
-    if _cuda.is_cuda(merged):
+    if is_cuda(merged):
         return _alignment_loss_vjp_cuda(gradients, merged, prior, counts)
     return alignment_loss_vjp_reference(gradients, merged, prior, counts)
 
@@ -277,8 +282,8 @@ def _alignment_loss_vjp_cuda(
     gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
 ) -> tuple[Any, list[MLP]]:
     num_groups, dim = merged.shape[-2:]
-    batch, acc_dtype = math.prod(merged.shape[:-2]), _cuda.accumulation(merged.dtype)
-    merged, (each, _) = _cuda.contiguous(merged), _cuda.counts(counts)
+    batch, acc_dtype = math.prod(merged.shape[:-2]), accumulation_dtype(merged.dtype)
+    merged, (each, _) = contiguous(merged), device_counts(counts)
     sizes = batch, num_groups, dim
     means, slopes, by_weights = [], [], []
     for reverse, gradient in enumerate(gradients):
@@ -286,11 +291,11 @@ def _alignment_loss_vjp_cuda(
         context = running_mean(merged, counts, bool(reverse))
         hidden = linear(context, *network[:2], activation="relu")
         prediction = linear(hidden, *network[2:])
-        slope = _cuda.empty(merged.shape, acc_dtype)
-        gradient = _cuda.contiguous(gradient.reshape(-1), acc_dtype)  # (B,)
+        slope = empty(merged.shape, acc_dtype)
+        gradient = contiguous(gradient.reshape(-1), acc_dtype)  # (B,)
         args = (prediction, merged, each, gradient, *sizes, reverse, slope)
         kernel = "basic/alignment_loss_vjp", "prediction_slopes"
-        _cuda.launch(*kernel, merged.dtype, slope.size, args)
+        launch(*kernel, merged.dtype, slope.size, args)
 
         layer = slope, hidden, network.weight_out
         back, *second = linear_vjp_cuda(*layer, rectified=True)
@@ -298,8 +303,8 @@ def _alignment_loss_vjp_cuda(
         by_weights.append(MLP(*first, *second))
         means.append(running_mean_vjp_cuda(by_context, each, reverse))
         slopes.append(slope)
-    out = _cuda.empty(merged.shape, merged.dtype)
+    out = empty(merged.shape, merged.dtype)
     args = (*means, *slopes, *sizes, out)
     kernel = "basic/alignment_loss_vjp", "alignment_loss_vjp"
-    _cuda.launch(*kernel, merged.dtype, out.size, args)
+    launch(*kernel, merged.dtype, out.size, args)
     return out, by_weights

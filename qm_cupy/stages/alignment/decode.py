@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ..._arrays import Array, enter, on_callers_stream
-from ..._checks import check_tokens
-from ..._libraries import give_inside, no_grad, stack
+from ...arrays.checks import check_tokens
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.libraries import give_inside, no_grad, stack
 from ...priors.merged_tokens import merged_parts
 from ...priors.protocols import SteppingPrior
 from ...results import Merged

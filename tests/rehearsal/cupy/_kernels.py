@@ -176,17 +176,17 @@ def _spoil(x: np.ndarray) -> None:
 
 @functools.cache
 def _own_sources() -> frozenset[str]:
-    from qm_cupy import _cuda
+    from seam import cuda
 
-    return frozenset(_cuda.source(file) for file in _cuda.kernel_files())
+    return frozenset(cuda.source(file) for file in cuda.kernel_files())
 
 
 def _dtype_of(options: tuple[str, ...]) -> str:
     """Return the dtype whose options these are."""
-    from qm_cupy import _cuda
+    from seam import cuda
 
-    for dtype in (*_cuda._STORAGE, _cuda.TF32):
-        if tuple(_cuda.options(dtype)) == tuple(options):
+    for dtype in (*cuda._STORAGE, cuda.TF32):
+        if tuple(cuda.options(dtype)) == tuple(options):
             return dtype
     raise NotImplementedError(f"the stand-in knows no dtype of the options {options}")
 

@@ -1,0 +1,1 @@
+"""Arrays: conversion, checks and axes."""

@@ -1,0 +1,1 @@
+"""Operations as torch and JAX differentiate and trace them."""

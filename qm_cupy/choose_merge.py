@@ -1,0 +1,165 @@
+"""Choice among merges, by what a prior reads best."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrays.checks import check_number
+from .arrays.conversion import Array, enter, on_callers_stream
+from .arrays.dtypes import copyable
+from .pipeline import named_fields, quickmerge
+from .priors.protocols import Prior
+from .results import Choice, Merged
+from .stages.alignment.alignment_loss import alignment_loss
+from .stages.fidelity.reconstruction_error import reconstruction_error
+
+
+@on_callers_stream
+def choose_merge(
+    tokens: Array,
+    candidates: Sequence[Mapping[str, Any]],
+    prior: Prior,
+    *,
+    alpha: float = 0.1,
+    gamma: float = 0.8,
+    mask: Array | None = None,
+    **options: Any,
+) -> Choice[Array]:
+    r"""Merge in several ways and keep, for each sequence, the one a prior reads best.
+
+    A candidate's score is the paper's whole loss,
+
+    .. math:: \alpha L_{AR} + \max\bigl(0,
+        \lVert X - \hat X \rVert^2 / \lVert X \rVert^2 - (1 - \gamma)^2\bigr).
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    candidates : sequence of mapping
+        What each is to do: arguments of `quickmerge`, such as ``{"method": "ward"}``,
+        ``{"seed": 3}`` or ``{"budget": 0.2}``.
+    prior : Prior
+        As in `alignment_loss`.
+    alpha : float, default 0.1
+        Weight α of the alignment loss, ≥ 0.
+    gamma : float, default 0.8
+        As in `fidelity_loss`.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token.
+    **options
+        Arguments of `quickmerge` for all candidates that do not say otherwise.
+
+    Returns
+    -------
+    Choice
+        Named tuple of ``merged``, ``scores`` and ``best``; of equal scores, the first
+        candidate's. Where budgets differ, padded groups have size 0.
+
+    Raises
+    ------
+    TypeError
+        If a candidate is no mapping, has arguments that `quickmerge` has not, or as
+        `quickmerge`.
+    ValueError
+        If there is no candidate, one lacks a budget, an option is out of range, or as
+        `quickmerge`.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qm_cupy import MLPPrior
+    >>> walk = np.random.default_rng(0).standard_normal((2, 40, 4)).cumsum(1)
+    >>> ways = [{"method": "average"}, {"method": "ward"}, {"seed": 1}]
+    >>> choice = choose_merge(walk, ways, MLPPrior.init(4).fit(walk), budget=8)
+    >>> choice.merged.tokens.shape, choice.scores.shape
+    ((2, 8, 4), (3, 2))
+    """
+    alpha = check_number("alpha", alpha, 0, np.inf, "[)")
+    gamma = check_number("gamma", gamma, 0, 1, "[]")
+    merges, scores = [], []
+    for arguments in _arguments(candidates, options):
+        found = quickmerge(tokens, mask=mask, **arguments)
+        fields = named_fields("merged", found)
+        leave, x, valid, *parts = enter(tokens=tokens, mask=mask, **fields)
+        merged = Merged(*parts)
+        error = reconstruction_error(x, merged.tokens, labels=merged.labels, mask=valid)
+        loss: Any = alignment_loss(merged, prior).total
+        scores.append(alpha * loss + np.maximum(error - (1 - gamma) ** 2, 0))
+        merges.append(merged)
+    table = np.stack(scores)  # (C, B)
+    best = table.argmin(axis=0)  # (B,)
+    most = max(merged.tokens.shape[-2] for merged in merges)
+    chosen = _padded(merges[0], most)
+    for number, merged in enumerate(merges[1:], 1):
+        taken = best == number
+        pairs = zip(_padded(merged, most), chosen, strict=True)
+        chosen = Merged(*(_where(taken, x, y) for x, y in pairs))
+    best = np.asarray(best, dtype=np.int32, like=table)
+    return Choice(Merged(*map(leave, chosen)), leave(table), leave(best))
+
+
+def _arguments(candidates: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what each candidate gives to `quickmerge`, refusing what it cannot."""
+    if isinstance(candidates, Mapping | str) or not isinstance(candidates, Sequence):
+        raise TypeError(
+            "`candidates` must be a sequence of mappings, "
+            f"got {type(candidates).__name__}"
+        )
+    if not candidates:
+        raise ValueError("`candidates` must hold at least one")
+    found = []
+    for number, candidate in enumerate(candidates):
+        if not isinstance(candidate, Mapping):
+            raise TypeError(
+                f"`candidates[{number}]` must be a mapping of arguments, "
+                f"got {type(candidate).__name__}"
+            )
+        arguments = {**options, **candidate}
+        unknown = sorted(set(arguments) - _OPTIONS)
+        if unknown:
+            raise TypeError(
+                f"`candidates[{number}]` must hold arguments of `quickmerge` "
+                f"({', '.join(sorted(_OPTIONS))}), got {', '.join(map(str, unknown))}"
+            )
+        if "budget" not in arguments:
+            raise ValueError(f"`candidates[{number}]` has no `budget`: give one to all")
+        found.append(arguments)
+    return found
+
+
+def _padded(merged: Merged[Any], most: int) -> Merged[Any]:
+    """Return it with groups of size 0 and position -1 up to K = `most`."""
+    gap = most - merged.tokens.shape[-2]
+    if gap == 0:
+        return merged
+
+    def pad(x: NDArray[Any], axis: int, value: int) -> NDArray[Any]:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, gap)
+        return np.pad(copyable(x), widths, constant_values=value).view(x.dtype)
+
+    return merged._replace(
+        tokens=pad(merged.tokens, -2, 0),
+        sizes=pad(merged.sizes, -1, 0),
+        positions=pad(merged.positions, -1, -1),
+    )
+
+
+def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
+    """Return `x` for the sequences (B,) that are taken and `y` for the others."""
+    wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))
+    return np.where(wide, copyable(x), copyable(y)).view(x.dtype)
+
+
+_OPTIONS = {*inspect.signature(quickmerge).parameters} - {
+    "tokens", "mask", "out", "workspace",
+}  # fmt: skip

@@ -1,0 +1,375 @@
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from .arrays.checks import check_number
+from .arrays.conversion import Array, enter, on_callers_stream
+from .pipeline import quickmerge
+from .priors.mlp_prior import MLPPrior
+from .results import Merged
+from .stages.alignment.alignment_loss import alignment_loss
+from .stages.alignment.decode import decode
+from .stages.budget import token_budget
+from .stages.fidelity.fidelity_loss import fidelity_loss
+from .stages.saliency.saliency import saliency
+from .stages.saliency.self_attention_entropy import self_attention_entropy
+from .stages.selection.gumbel_softmax import gumbel_softmax
+
+
+class _Functions(NamedTuple):
+    """What the paper's first, second and fourth step call; differentiable elsewhere."""
+
+    self_attention_entropy: Callable[..., Any]
+    saliency: Callable[..., Any]
+    gumbel_softmax: Callable[..., Any]
+    quickmerge: Callable[..., Any]
+    fidelity_loss: Callable[..., Any]
+
+
+_OF_ANY_LIBRARY = _Functions(
+    self_attention_entropy, saliency, gumbel_softmax, quickmerge, fidelity_loss
+)
+
+
+class EntropyAwareSaliency:
+    """Saliency from self-attention entropy: step 1 of the paper.
+
+    Parameters
+    ----------
+    embedding_dim : int
+        Width D of the tokens.
+    num_layers : int, default 12
+        Layers L of hidden states of shape (L, B, N, D). Tokens without a layer axis
+        stand for L equal layers, as in the authors' code, and are computed once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.random.default_rng(0).standard_normal((2, 10, 8))
+    >>> EntropyAwareSaliency(embedding_dim=8, num_layers=12)(tokens).shape
+    (2, 10)
+    """
+
+    _functions: ClassVar = _OF_ANY_LIBRARY
+
+    def __init__(self, embedding_dim: int, num_layers: int = 12) -> None:
+        self.embedding_dim = embedding_dim
+        self.num_layers = num_layers
+
+    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
+        """Return the saliency (B, N) of tokens (N, D), (B, N, D) or (L, B, N, D)."""
+        shape: tuple[int, ...] = getattr(tokens, "shape", ())
+        if shape and shape[-1] != self.embedding_dim:
+            raise ValueError(
+                f"`tokens` must have width D = {self.embedding_dim}, got {shape[-1]}"
+            )
+        if len(shape) == 4 and shape[0] != self.num_layers:
+            raise ValueError(
+                f"`tokens` must have L = {self.num_layers} layers, got {shape[0]}"
+            )
+        entropy = self._functions.self_attention_entropy(tokens, mask=mask)
+        return self._functions.saliency(entropy, mask=mask)
+
+
+class DifferentiableTokenMerging:
+    """Gumbel-softmax selection, clustering and weighted merging: step 2 of the paper.
+
+    Parameters
+    ----------
+    temperature : float, default 0.1
+        Of the Gumbel-softmax; lower is more discrete.
+    epsilon : float, default 0.01
+        Weight of background tokens.
+    method, order : str
+        As in `cluster_tokens`.
+    seed : int or None, default 0
+        Of the Gumbel noise: the same seed gives the same result at every call.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.random.default_rng(0).standard_normal((2, 10, 8))
+    >>> scores = np.ones((2, 10))
+    >>> merged, mask = DifferentiableTokenMerging()(tokens, scores, K=4)
+    >>> merged.shape, mask.shape
+    ((2, 4, 8), (2, 10))
+    """
+
+    _functions: ClassVar = _OF_ANY_LIBRARY
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        epsilon: float = 0.01,
+        *,
+        method: str = "average",
+        order: str = "last",
+        seed: int | None = 0,
+    ) -> None:
+        self.temperature = temperature
+        self.epsilon = epsilon
+        self.method = method
+        self.order = order
+        self.seed = seed
+
+    def __call__(
+        self,
+        tokens: Array,
+        saliency_scores: Array,
+        K: Any,
+        *,
+        mask: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
+        merged = self.merge(tokens, saliency_scores, K, mask=mask)
+        probabilities = self._functions.gumbel_softmax(
+            saliency_scores, temperature=self.temperature, seed=self.seed, mask=mask
+        )
+        return merged.tokens, probabilities
+
+    def merge(
+        self,
+        tokens: Array,
+        saliency_scores: Array,
+        K: Any,
+        *,
+        mask: Array | None = None,
+    ) -> Merged[Array]:
+        """Return the whole `Merged` result: labels, sizes and positions too."""
+        return self._functions.quickmerge(
+            tokens,
+            K,
+            saliency=saliency_scores,
+            mask=mask,
+            method=self.method,
+            order=self.order,
+            temperature=self.temperature,
+            epsilon=self.epsilon,
+            seed=self.seed,
+        )
+
+
+class BidirectionalARAlignment:
+    """Autoregressive alignment under a two-layer prior: step 3 of the paper.
+
+    Parameters
+    ----------
+    embedding_dim : int
+        Width D of the tokens.
+    hidden_dim : int, default 256
+        Width of the prior's hidden layer.
+    seed : int, default 0
+        Of the prior's random weights.
+    prior : Prior, optional
+        A prior to use instead, such as an `MLPPrior` with weights of your own.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> alignment = BidirectionalARAlignment(embedding_dim=8)
+    >>> float(alignment.compute_alignment_loss(np.zeros((2, 1, 8))))
+    0.0
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        hidden_dim: int = 256,
+        *,
+        seed: int = 0,
+        prior: Any = None,
+    ) -> None:
+        self.embedding_dim = embedding_dim
+        if prior is None:
+            prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
+        self.prior = prior
+
+    def forward_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
+        """Return the left-to-right loss, the mean over the batch."""
+        return self._mean_loss(merged, num_groups, "forward")
+
+    def backward_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
+        """Return the right-to-left loss, the mean over the batch."""
+        return self._mean_loss(merged, num_groups, "backward")
+
+    def compute_alignment_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
+        """Return the sum of both losses, the mean over the batch."""
+        return self._mean_loss(merged, num_groups, "total")
+
+    @on_callers_stream
+    def _mean_loss(self, merged: Any, num_groups: Any, which: str) -> Any:
+        leave, merged, num_groups = enter(merged=merged, num_groups=num_groups)
+        losses = alignment_loss(merged, self.prior, num_groups=num_groups)
+        chosen = getattr(losses, which)
+        return leave(chosen.sum() / max(chosen.size, 1))
+
+
+class NormBasedFidelityConstraint:
+    """Norm-mass fidelity constraint: step 4 of the paper.
+
+    Parameters
+    ----------
+    gamma : float, default 0.8
+        Norm mass to retain.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> constraint = NormBasedFidelityConstraint(gamma=0.8)
+    >>> float(constraint.compute_fidelity_loss(np.ones((4, 2)), np.ones((1, 2))))
+    0.0
+    """
+
+    _functions: ClassVar = _OF_ANY_LIBRARY
+
+    def __init__(self, gamma: float = 0.8) -> None:
+        self.gamma = gamma
+
+    def compute_fidelity_loss(
+        self,
+        tokens: Array,
+        merged: Array,
+        *,
+        labels: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """Return the mean excess of the reconstruction error over its bound."""
+        return self._functions.fidelity_loss(
+            tokens, merged, labels=labels, gamma=self.gamma, mask=mask
+        )
+
+
+class QuickMergePP:
+    """All four steps: merged tokens and their losses.
+
+    Parameters
+    ----------
+    embedding_dim : int
+        Width D of the tokens.
+    num_layers : int, default 12
+        As in `EntropyAwareSaliency`.
+    temperature, gamma, epsilon : float
+        As in `DifferentiableTokenMerging` and `NormBasedFidelityConstraint`.
+    method, order, seed
+        As in `DifferentiableTokenMerging`; the seed is the prior's as well.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.random.default_rng(0).standard_normal((2, 100, 16))
+    >>> merged, losses = QuickMergePP(embedding_dim=16)(tokens, 20)
+    >>> merged.shape, sorted(losses)
+    ((2, 20, 16), ['ar_alignment', 'fidelity', 'total'])
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_layers: int = 12,
+        temperature: float = 0.1,
+        gamma: float = 0.8,
+        epsilon: float = 0.01,
+        *,
+        method: str = "average",
+        order: str = "last",
+        seed: int | None = 0,
+    ) -> None:
+        self.embedding_dim = embedding_dim
+        self.saliency_estimator = EntropyAwareSaliency(embedding_dim, num_layers)
+        self.token_merger = DifferentiableTokenMerging(
+            temperature, epsilon, method=method, order=order, seed=seed
+        )
+        self.ar_alignment = BidirectionalARAlignment(embedding_dim, seed=seed or 0)
+        self.fidelity_constraint = NormBasedFidelityConstraint(gamma)
+
+    def __call__(
+        self,
+        tokens: Array,
+        K: Any,
+        alpha: float = 0.1,
+        *,
+        mask: Array | None = None,
+    ) -> tuple[Array, dict[str, float]]:
+        """Merge tokens to K; total loss = alpha · alignment + fidelity.
+
+        Parameters
+        ----------
+        tokens : ndarray of shape (N, D) or (B, N, D)
+            Token embeddings.
+        K : int or ndarray of int of shape (B,)
+            Groups to keep.
+        alpha : float, default 0.1
+            Weight of the alignment loss.
+        mask : ndarray of shape (N,) or (B, N), optional
+            Boolean, True = token.
+
+        Returns
+        -------
+        merged : ndarray of shape (K, D) or (B, K, D)
+            Merged tokens.
+        losses : dict
+            Floats "ar_alignment", "fidelity" and "total".
+        """
+        scores = self.saliency_estimator(tokens, mask=mask)
+        merged = self.token_merger.merge(tokens, scores, K, mask=mask)
+        align = self.ar_alignment.compute_alignment_loss
+        alignment = float(align(merged.tokens, num_groups=K))
+        constrain = self.fidelity_constraint.compute_fidelity_loss
+        fidelity = float(
+            constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
+        )
+        losses = {
+            "ar_alignment": alignment,
+            "fidelity": fidelity,
+            "total": alpha * alignment + fidelity,
+        }
+        return merged.tokens, losses
+
+    def inference(
+        self, tokens: Array, K: int, ar_model: Callable[[Any], Any] | None = None
+    ) -> tuple[Array, Any]:
+        """Return merged tokens (K, D) and a model's predictions (K, E) over them."""
+        scores = self.saliency_estimator(tokens)
+        merged = self.token_merger.merge(tokens, scores, K).tokens
+        return merged, [] if ar_model is None else decode(merged, ar_model)
+
+
+def quickmerge_inference(
+    tokens: Array, ar_model: Callable[[Any], Any] | None, entropy_budget: float = 0.5
+) -> tuple[Array, Any]:
+    """Merge one sequence to a share of its tokens and decode it left to right.
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D)
+        Token embeddings.
+    ar_model : callable or None
+        Maps a prefix (t, D) to (t, E), a `torch.nn.Module` say; as in `decode`.
+    entropy_budget : float, default 0.5
+        Share of the tokens to keep, within (0, 1].
+
+    Returns
+    -------
+    merged : ndarray of shape (K, D)
+        Merged tokens, K = max(1, ⌊N·entropy_budget⌋).
+    predictions : ndarray of shape (K, E)
+        What the model predicts after each token; empty without a model.
+
+    Raises
+    ------
+    ValueError
+        If the shape does not fit or the budget lies outside (0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.random.default_rng(0).standard_normal((100, 16))
+    >>> merged, predictions = quickmerge_inference(tokens, np.tanh, entropy_budget=0.2)
+    >>> merged.shape, predictions.shape
+    ((20, 16), (20, 16))
+    """
+    shape: tuple[int, ...] = getattr(tokens, "shape", ())
+    if len(shape) != 2:
+        raise ValueError(f"`tokens` must have shape (N, D), got {tuple(shape)}")
+    share = check_number("entropy_budget", entropy_budget, 0, 1, "(]")
+    model = QuickMergePP(embedding_dim=shape[1])
+    return model.inference(tokens, token_budget(share, shape[0]), ar_model)

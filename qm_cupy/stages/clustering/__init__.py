@@ -1,0 +1,1 @@
+"""Clustering: tokens to groups by cosine similarity."""

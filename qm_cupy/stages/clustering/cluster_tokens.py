@@ -1,0 +1,233 @@
+"""Clustering: tokens to exactly K groups by cosine similarity, in causal order."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import (
+    check_choice,
+    check_mask,
+    check_mass,
+    check_num_groups,
+    check_tokens,
+    largest,
+)
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import num_valid
+from ...cuda.launch import device_counts
+from ..saliency.token_norms import relative_norms
+from ..selection.select_tokens import select_tokens_reference
+from .bipartite import bipartite_groups, bipartite_groups_cuda
+from .checks import check_anchors, check_mass_method, check_protect
+from .contiguous import contiguous_groups, contiguous_groups_cuda
+from .cut_linkage import cut_linkage_cuda, cut_sequence
+from .labels import ORDERS, in_order, number_groups_cuda
+from .linkage import LINKAGES, linkage_sequence
+from .linkage_cuda import dendrograms_cuda
+from .nearest import nearest_groups, nearest_groups_cuda, top_norm_anchors_cuda
+from .unit_tokens import unit_tokens
+
+METHODS = (*LINKAGES, "nearest", "bipartite", "contiguous")
+
+
+@on_callers_stream
+def cluster_tokens(
+    tokens: Array,
+    num_groups: Any,
+    *,
+    method: str = "average",
+    mass: Array | None = None,
+    anchors: Array | None = None,
+    protect: Array | None = None,
+    mask: Array | None = None,
+    order: str = "last",
+) -> Array:
+    """Put the tokens of each sequence into exactly K groups by cosine similarity.
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence.
+    method : str, default "average"
+        "average", "ward", "complete" or "single": the hierarchy of `linkage`, cut at K.
+        "nearest": each token joins the most similar of K anchors.
+        "bipartite": the soft matching of ToMe [1]_ (even places to odd ones), repeated
+        until K groups are left.
+        "contiguous": only neighbours merge, each time the pair that adds least to the
+        squared error of unit tokens.
+    mass : ndarray of shape (N,) or (B, N), optional
+        For "average" and "ward", as in `linkage`.
+    anchors : ndarray of int of shape (K,) or (B, K), optional
+        For "nearest": distinct positions, padded with -1 where K differs between
+        sequences; every protected token is among them. By default the protected tokens
+        and those of largest norm among the others.
+    protect : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = stays alone (class tokens, attention sinks); K counts these
+        groups too. The others are grouped as if the protected ones were cut out, but
+        "contiguous" merges no neighbours across one.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens get label -1, protected or not. What is
+        left is grouped as if the padding were cut out: its neighbours are neighbours.
+    order : {"last", "first"}, default "last"
+        Number groups by the position of their last member, so that no group holds a
+        token later than its place, or of their first.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        int32 labels within 0..K-1, each of them used; -1 for padding.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite, K exceeds the tokens or is too
+        small for the protected ones, a method or order does not exist, `mass` is for
+        another method, or `anchors` are not distinct tokens.
+
+    References
+    ----------
+    .. [1] D. Bolya, C.-Y. Fu, X. Dai, P. Zhang, C. Feichtenhofer and J. Hoffman,
+       "Token merging: Your ViT but faster", ICLR 2023, arXiv:2210.09461.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [0.1, 3.0]])
+    >>> cluster_tokens(tokens, 2)
+    array([0, 1, 0, 1], dtype=int32)
+    >>> protect = np.array([True, False, False, False])
+    >>> cluster_tokens(tokens, 3, protect=protect)
+    array([0, 2, 1, 2], dtype=int32)
+    """
+    leave, tokens, num_groups, mass, anchors, protect, mask = enter(
+        tokens=tokens, num_groups=num_groups, mass=mass, anchors=anchors,
+        protect=protect, mask=mask,
+    )  # fmt: skip
+    check_tokens(tokens)
+    check_choice("method", method, METHODS)
+    check_choice("order", order, ORDERS)
+    shape = tokens.shape[:-1]
+    check_mask(mask, shape)
+    check_mass_method(mass, method)
+    check_mass(mass, shape)
+    counts = check_num_groups(num_groups, shape[:-1], num_valid(shape, mask))
+    check_protect(protect, method, counts, shape, mask)
+    most = largest(num_groups, counts)
+    if anchors is not None:
+        check_anchors(anchors, method, counts, most, shape, mask, protect)
+    given = tokens, mass, anchors, protect, mask
+    return leave(compute_cluster_tokens(*given, counts, method, order))
+
+
+def compute_cluster_tokens(
+    tokens: Any,
+    mass: Any,
+    anchors: Any,
+    protect: Any,
+    mask: Any,
+    counts: NDArray[np.int64],
+    method: str,
+    order: str,
+) -> Any:
+    on_cuda = is_cuda(tokens)
+    cluster = _cluster_tokens_cuda if on_cuda else _cluster_tokens_reference
+    return cluster(tokens, mass, anchors, protect, mask, counts, method, order)
+
+
+def _cluster_tokens_reference(
+    tokens: NDArray[Any],
+    mass: NDArray[Any] | None,
+    anchors: NDArray[Any] | None,
+    protect: NDArray[np.bool_] | None,
+    mask: NDArray[np.bool_] | None,
+    counts: NDArray[np.int64],
+    method: str,
+    order: str,
+) -> NDArray[np.int32]:
+    if method == "nearest" and anchors is None:
+        anchors = _longest_tokens(tokens, protect, mask, counts)
+    labels = np.full(tokens.shape[:-1], -1, np.int32)
+    for index in np.ndindex(tokens.shape[:-2]):
+        keep = np.ones(tokens.shape[-2], np.bool_) if mask is None else mask[index]
+        alone = np.zeros_like(keep) if protect is None else keep & protect[index]
+        free, num_groups = keep & ~alone, int(counts[index])
+        weight = None if mass is None else mass[index][free]
+        chosen = None
+        if anchors is not None:
+            chosen = anchors[index][:num_groups]
+            place = np.cumsum(free) - 1  # of each token once the rest is cut out
+            chosen = place[chosen[free[chosen]]]
+        runs = np.cumsum(alone, dtype=np.intp)[free]
+        num_groups -= int(np.count_nonzero(alone))
+        found = _groups(tokens[index][free], num_groups, method, weight, chosen, runs)
+        groups = np.arange(len(keep))
+        groups[free] = len(keep) + found
+        labels[index][keep] = in_order(groups[keep], order)
+    return labels
+
+
+def _longest_tokens(
+    tokens: NDArray[Any],
+    protect: NDArray[np.bool_] | None,
+    mask: NDArray[np.bool_] | None,
+    counts: NDArray[np.int64],
+) -> NDArray[np.int32]:
+    """Return the positions (B, K) of K tokens: the protected, then by their norms."""
+    norms = relative_norms(tokens, mask)
+    if protect is not None:
+        norms[protect] = np.inf
+    return select_tokens_reference(norms, counts, counts.max(initial=0), mask)
+
+
+def _groups(
+    tokens: NDArray[Any],
+    num_groups: int,
+    method: str,
+    mass: NDArray[Any] | None,
+    anchors: NDArray[Any] | None,
+    runs: NDArray[np.intp],
+) -> NDArray[np.intp]:
+    """Group the tokens (N, D) of one sequence, without padding and protected ones."""
+    if num_groups == len(tokens):
+        return np.arange(len(tokens))
+    if method in LINKAGES:
+        tree = linkage_sequence(tokens, method, mass)
+        return cut_sequence(tree, len(tokens) - num_groups)
+    unit = unit_tokens(tokens.astype(np.float64))
+    if anchors is not None:
+        return nearest_groups(unit, anchors)
+    if method == "bipartite":
+        return bipartite_groups(unit, num_groups)
+    return contiguous_groups(unit, num_groups, runs)
+
+
+def _cluster_tokens_cuda(
+    tokens: Any,
+    mass: Any,
+    anchors: Any,
+    protect: Any,
+    mask: Any,
+    counts: NDArray[np.int64],
+    method: str,
+    order: str,
+) -> Any:
+    given, most = device_counts(counts)
+    if method in LINKAGES:
+        tree = dendrograms_cuda(tokens, method, mass, mask, protect, counts)
+        return cut_linkage_cuda(tree, given, most, mask=mask, order=order)
+    if method == "nearest":
+        if anchors is None:
+            anchors = top_norm_anchors_cuda(tokens, given, most, mask, protect)
+        roots = nearest_groups_cuda(tokens, anchors, given, mask, protect)
+    elif method == "bipartite":
+        fewest = int(counts.min(initial=most))
+        roots = bipartite_groups_cuda(tokens, given, most, mask, protect, fewest=fewest)
+    else:
+        roots = contiguous_groups_cuda(tokens, given, most, mask, protect)
+    return number_groups_cuda(roots, order)

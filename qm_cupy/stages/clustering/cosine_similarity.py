@@ -1,0 +1,106 @@
+"""Cosine similarity."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_tokens
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype
+from ...arrays.libraries import is_cuda
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from ...cuda.tiles import Shape, launch_tiles, select_shape, upper_tiles
+from ...settings import implementation
+from ..saliency.token_norms import token_norms_cuda
+from .unit_tokens import unit_tokens
+
+
+@on_callers_stream
+def cosine_similarity(tokens: Array) -> Array:
+    r"""Cosine of the angle between every two tokens of a sequence.
+
+    .. math:: S_{ij} = \frac{x_i \cdot x_j}{\lVert x_i \rVert \lVert x_j \rVert}
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+
+    Returns
+    -------
+    ndarray of shape (N, N) or (B, N, N)
+        Similarities within [-1, 1], exactly symmetric; float32, or float64 for float64
+        input. A token of norm 0 has similarity 0 with all, itself included.
+
+    Raises
+    ------
+    TypeError
+        If `tokens` is not floating.
+    ValueError
+        If the shape does not fit or an entry is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cosine_similarity(np.array([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]]))
+    array([[1., 1., 0.],
+           [1., 1., 0.],
+           [0., 0., 1.]])
+    """
+    leave, tokens = enter(tokens=tokens)
+    check_tokens(tokens)
+    if is_cuda(tokens):
+        return leave(cosine_similarity_cuda(tokens))
+    return leave(_cosine_similarity_reference(tokens))
+
+
+def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
+    *batch, num_tokens, _ = tokens.shape
+    dtype = np.result_type(tokens.dtype, np.float32)
+    similarity = np.empty((*batch, num_tokens, num_tokens), dtype)
+    for index in np.ndindex(*batch):
+        unit = unit_tokens(tokens[index].astype(dtype))
+        gram(unit, similarity[index])
+        np.fill_diagonal(similarity[index], unit.any(axis=-1))
+    return similarity.clip(-1, 1, out=similarity)
+
+
+def cosine_similarity_cuda(tokens: Any) -> Any:
+    """Return the cosines (B, N, N), or of one sequence (N, N), of tokens (B, N, D)."""
+    *leading, num_tokens, dim = tokens.shape
+    batch, kind = math.prod(leading), accumulation_dtype(tokens.dtype)
+    out = empty((*leading, num_tokens, num_tokens), kind)
+    tokens, norms = contiguous(tokens), token_norms_cuda(tokens)
+    args = (tokens, norms, batch, num_tokens, dim, out)
+    kernel = "cosine_similarity"
+    if implementation() == "basic":
+        launch(f"basic/{kernel}", kernel, tokens.dtype, out.size, args)
+        return out
+
+    def blocks(shape: Shape) -> int:
+        return batch * upper_tiles(shape, num_tokens)
+
+    shape = select_shape(blocks, tokens.dtype)
+    launch_tiles(kernel, kernel, tokens.dtype, shape, blocks(shape), args)
+    return out
+
+
+_GRAM_ROWS = 2048  # of a product of tokens by themselves
+
+
+def gram(x: NDArray[Any], out: NDArray[Any]) -> None:
+    """Write x xᵀ (N, N), symmetric to the bit: some rows at a time, each mirrored.
+
+    Never as one product: OpenBLAS's threaded syrk, which NumPy takes for that, faults
+    from some 16,384 rows on (numpy#19685).
+    """
+    for start in range(0, len(x), _GRAM_ROWS):
+        stop = start + _GRAM_ROWS
+        rows = x[start:stop]
+        np.matmul(rows, rows.T, out=out[start:stop, start:stop])
+        rest = rows @ x[stop:].T
+        out[start:stop, stop:] = rest
+        out[stop:, start:stop] = rest.T

@@ -1,0 +1,201 @@
+"""Cuts of dendrograms."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import (
+    check_choice,
+    check_given,
+    check_mass,
+    check_num_groups,
+    check_number,
+)
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype
+from ...arrays.libraries import is_cuda
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, device_counts, launch
+from ...settings import implementation
+from .checks import check_dendrogram
+from .labels import (
+    ORDERS,
+    Groups,
+    in_order,
+    launch_groups,
+    launch_integers,
+    number_groups_cuda,
+)
+from .linkage import relative_mass
+from .weighted_linkage import Floats
+
+
+@on_callers_stream
+def cut_linkage(
+    dendrogram: Array,
+    *,
+    num_groups: Any = None,
+    max_error: float | None = None,
+    mass: Array | None = None,
+    mask: Array | None = None,
+    order: str = "last",
+) -> Array:
+    r"""Groups of a dendrogram, cut at exactly K groups or within an error.
+
+    Parameters
+    ----------
+    dendrogram : ndarray of shape (N - 1, 4) or (B, N - 1, 4)
+        As `linkage` gives it.
+    num_groups : int or ndarray of int of shape (B,), optional
+        K, or K of each sequence.
+    max_error : float, optional
+        Instead of K, for a ward dendrogram: the fewest groups whose squared distance
+        of unit tokens to their group's mean, summed and divided by the number of
+        tokens, is at most this. K may then differ from sequence to sequence: it is
+        ``labels.max(-1) + 1``.
+    mass : ndarray of shape (N,) or (B, N), optional
+        With `max_error`, the masses the dendrogram was made with: squared distances
+        are weighted by them and divided by their sum. To K groups they make no
+        difference.
+    mask : ndarray of shape (N,) or (B, N), optional
+        The mask the dendrogram was made with.
+    order : {"last", "first"}, default "last"
+        Number groups by the position of their last member, so that no group holds a
+        token later than its place, or of their first.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        int32 labels within 0..K-1; -1 for padding.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If the dendrogram is not one, or not of this mask, K is outside 1..N, or not
+        exactly one of `num_groups` and `max_error` is given.
+
+    Notes
+    -----
+    A ward merge at height h adds h²/2 to the squared error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qm_cupy import linkage
+    >>> tree = linkage(np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), "ward")
+    >>> cut_linkage(tree, num_groups=2)
+    array([1, 0, 1], dtype=int32)
+    >>> cut_linkage(tree, max_error=0.0)
+    array([1, 0, 1], dtype=int32)
+    """
+    leave, dendrogram, num_groups, mass, mask = enter(
+        dendrogram=dendrogram, num_groups=num_groups, mass=mass, mask=mask
+    )
+    check_given("dendrogram", dendrogram)
+    check_choice("order", order, ORDERS)
+    if (num_groups is None) == (max_error is None):
+        raise ValueError("give exactly one of `num_groups` and `max_error`")
+    check_dendrogram(dendrogram, mask)
+    batch, num_tokens = dendrogram.shape[:-2], dendrogram.shape[-2] + 1
+    check_mass(mass, (*batch, num_tokens))
+    counts = None
+    if max_error is None:
+        limit = num_tokens if mask is None else mask.sum(axis=-1)
+        counts = check_num_groups(num_groups, batch, limit)
+    else:
+        max_error = check_number("max_error", max_error, 0, np.inf, "[)")
+    if is_cuda(dendrogram):
+        given, most = (None, 1) if counts is None else device_counts(counts)
+        cut = cut_linkage_cuda(dendrogram, given, most, max_error, mass, mask, order)
+        return leave(cut)
+    return leave(
+        _cut_linkage_reference(dendrogram, mass, mask, counts, max_error, order)
+    )
+
+
+def _cut_linkage_reference(
+    dendrogram: Floats,
+    mass: NDArray[Any] | None,
+    mask: NDArray[np.bool_] | None,
+    counts: NDArray[np.int64] | None,
+    max_error: float | None,
+    order: str,
+) -> NDArray[np.int32]:
+    """Return labels (B, N) of dendrograms cut at K groups each or within an error."""
+    if counts is None:
+        counts = count_within(dendrogram, mass, mask, max_error or 0)
+    num_tokens = dendrogram.shape[-2] + 1
+    labels = np.full((*dendrogram.shape[:-2], num_tokens), -1, np.int32)
+    for index in np.ndindex(labels.shape[:-1]):
+        keep = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
+        merges = int(np.count_nonzero(keep)) - int(counts[index])
+        groups = cut_sequence(dendrogram[index], merges)
+        labels[index][keep] = in_order(groups[keep], order)
+    return labels
+
+
+def count_within(
+    dendrogram: Floats,
+    mass: NDArray[Any] | None,
+    mask: NDArray[np.bool_] | None,
+    max_error: float,
+) -> NDArray[np.int64]:
+    """Return the fewest groups (B,) whose error per token, or mass, is within."""
+    num_tokens = dendrogram.shape[-2] + 1
+    counts = np.empty(dendrogram.shape[:-2], np.int64)
+    for index in np.ndindex(counts.shape):
+        keep = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
+        ones = np.ones(num_tokens)
+        weight, peak = relative_mass((ones if mass is None else mass[index])[keep])
+        height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf where padded
+        error = np.cumsum(height**2 / 2) / weight.sum()
+        counts[index] = len(weight) - np.sum(error <= max_error + 1e-12)  # to rounding
+    return counts
+
+
+def cut_sequence(dendrogram: Floats, merges: int) -> Groups:
+    """Return the topmost node above each token once the first merges are made."""
+    num_tokens = len(dendrogram) + 1
+    parent = np.arange(num_tokens + merges)
+    children = dendrogram[:merges, :2].astype(np.intp)
+    parent[children] = num_tokens + np.arange(merges)[:, None]
+    while True:  # each round doubles the distance climbed
+        above = parent[parent]
+        if np.array_equal(above, parent):
+            return parent[:num_tokens]
+        parent = above
+
+
+def cut_linkage_cuda(
+    dendrogram: Any,
+    counts: Any,
+    num_groups: int,
+    max_error: float | None = None,
+    mass: Any = None,
+    mask: Any = None,
+    order: str = "last",
+) -> Any:
+    """Return labels (B, N) of dendrograms (B, N - 1, 4) cut at K or at `max_error`."""
+    *leading, rows, _ = dendrogram.shape
+    batch, num_tokens = math.prod(leading), rows + 1
+    dendrogram = contiguous(dendrogram, np.float64)
+    kind = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
+    weights = contiguous(mass, kind), contiguous(mask)
+    bound = -1.0 if max_error is None else float(max_error)
+    out = empty((*leading, num_tokens), np.int32)
+    sizes = counts, batch, num_tokens, num_groups, bound
+    args: tuple[Any, ...] = (dendrogram, *weights, *sizes)
+    if implementation() == "basic":
+        merges = empty((batch,), np.int32)
+        launch("basic/cut_linkage", "count_merges", kind, batch, (*args, merges))
+        args = (dendrogram, weights[1], merges, batch, num_tokens, out)
+        launch_integers("cut_linkage", "dendrogram_roots", out.size, args)
+        return number_groups_cuda(out, order)
+    nodes = empty((batch, 4 * num_tokens), np.int32)
+    args = (*args, int(order == "first"), nodes, out)
+    launch_groups("cut_linkage", "cut_linkage", kind, args, out)
+    return out

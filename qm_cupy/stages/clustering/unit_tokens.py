@@ -1,0 +1,32 @@
+"""Tokens scaled to norm 1."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.dtypes import accumulation_dtype
+from ...cuda.constants import WARP
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from ...settings import implementation
+
+
+def unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
+    """Scale each token to norm 1; zero tokens stay zero."""
+    peak = np.abs(x).max(axis=-1, keepdims=True)  # first, so that no square overflows
+    x = x / np.where(peak > 0, peak, 1)
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)
+
+
+def unit_tokens_cuda(tokens: Any, mask: Any) -> Any:
+    """Return tokens of norm 1, or 0, in the accumulation type."""
+    tokens, num_rows = contiguous(tokens), math.prod(tokens.shape[:-1])
+    out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
+    args = (tokens, mask, num_rows, tokens.shape[-1], out)
+    chosen = implementation()
+    threads = num_rows * (1 if chosen == "basic" else WARP)
+    launch(f"{chosen}/unit_tokens", "unit_tokens", tokens.dtype, threads, args)
+    return out

@@ -1,0 +1,1 @@
+"""Fidelity: what merging loses."""

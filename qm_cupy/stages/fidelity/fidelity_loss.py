@@ -1,0 +1,138 @@
+"""Fidelity loss: the error beyond the norm-mass bound."""
+
+from typing import Any
+
+import numpy as np
+
+from ...arrays.checks import check_gradient, check_number
+from ...arrays.conversion import Array, on_callers_stream
+from .reconstruction_error import (
+    compute_reconstruction_error,
+    compute_reconstruction_error_vjp,
+    enter_fidelity,
+)
+
+
+@on_callers_stream
+def fidelity_loss(
+    tokens: Array,
+    merged: Array,
+    *,
+    labels: Array | None = None,
+    gamma: float = 0.8,
+    num_groups: Any = None,
+    mask: Array | None = None,
+) -> Array:
+    r"""How far the reconstruction error exceeds the norm-mass bound, over the batch.
+
+    .. math:: \operatorname{mean}_b \max\bigl(0,
+        \lVert X - \hat X \rVert^2 / \lVert X \rVert^2 - (1 - \gamma)^2\bigr)
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens of the same dtype.
+    labels : ndarray of shape (N,) or (B, N), optional
+        As in `reconstruction_error`.
+    gamma : float, default 0.8
+        Norm mass γ to retain, within [0, 1].
+    num_groups : int or ndarray of int of shape (B,), optional
+        As in `reconstruction_error`.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token.
+
+    Returns
+    -------
+    ndarray of shape ()
+        float32, or float64 for float64 input. 0 while the bound holds.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite, a label is outside -1..K-1 or
+        γ outside [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(fidelity_loss(np.ones((4, 2)), np.ones((1, 2))))
+    0.0
+    """
+    gamma = check_number("gamma", gamma, 0, 1, "[]")
+    leave, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
+    error = compute_reconstruction_error(*arrays)
+    excess = (error - error.dtype.type((1 - gamma) ** 2)).clip(0)
+    return leave(excess.sum(dtype=error.dtype) / error.dtype.type(max(error.size, 1)))
+
+
+@on_callers_stream
+def fidelity_loss_vjp(
+    gradient: Array,
+    tokens: Array,
+    merged: Array,
+    *,
+    labels: Array | None = None,
+    gamma: float = 0.8,
+    num_groups: Any = None,
+    mask: Array | None = None,
+) -> tuple[Array, Array]:
+    r"""Gradients of `fidelity_loss` with respect to tokens and merged tokens.
+
+    They are those of `reconstruction_error`, over B, where the error exceeds the bound
+    :math:`(1 - \gamma)^2`; elsewhere, and at the bound, they are 0.
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (), or float
+        Gradient of another loss with respect to this one; any float dtype.
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens of the same dtype.
+    labels : ndarray of shape (N,) or (B, N), optional
+        As in `reconstruction_error_vjp`.
+    gamma : float, default 0.8
+        Norm mass γ to retain, within [0, 1].
+    num_groups : int or ndarray of int of shape (B,), optional
+        As in `reconstruction_error_vjp`.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token.
+
+    Returns
+    -------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Gradient with respect to the tokens, in their dtype; 0 for padding, and for
+        tokens that are all zero.
+    merged : ndarray of shape (K, D) or (B, K, D)
+        That with respect to the merged tokens, likewise.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite, a label is outside -1..K-1 or
+        γ outside [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens, merged = np.array([[4.0], [0.0]]), np.array([[1.0]])
+    >>> labels = np.array([0, 0])
+    >>> by_tokens, _ = fidelity_loss_vjp(1.0, tokens, merged, labels=labels)
+    >>> by_tokens.ravel()
+    array([ 0.0625, -0.125 ])
+    """
+    gamma = check_number("gamma", gamma, 0, 1, "[]")
+    leave, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
+        tokens, merged, labels, num_groups, mask, gradient
+    )
+    gradient = check_gradient(gradient, (), "", tokens).astype(np.float64)
+    each = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)
+    args = each, tokens, merged, labels, counts, mask, (1 - gamma) ** 2
+    by_tokens, by_merged = compute_reconstruction_error_vjp(*args)
+    return leave(by_tokens), leave(by_merged)

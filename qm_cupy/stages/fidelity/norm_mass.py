@@ -1,0 +1,88 @@
+"""Norm mass: what the K largest norms hold."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_mask, check_num_groups, check_tokens
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import num_valid
+from ...cuda.constants import BLOCK
+from ...cuda.device import empty
+from ...cuda.launch import launch
+from ...settings import implementation
+from ..budget import held_mass
+from ..saliency.token_norms import token_norms_cuda
+from ..selection.select_tokens import top_tokens_cuda
+
+
+@on_callers_stream
+def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> Array:
+    r"""Share γ of the norm mass that the K largest token norms hold.
+
+    .. math:: \gamma(X, K) = \sum_{i \in \operatorname{top}K} \lVert x_i \rVert \Big/
+        \sum_i \lVert x_i \rVert
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens do not count.
+
+    Returns
+    -------
+    ndarray of shape () or (B,)
+        γ within (0, 1], 1 for tokens that are all zero; float32, or float64 for
+        float64 input.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite or K exceeds the tokens.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(norm_mass(np.array([[4.0], [1.0], [3.0]]), 2))
+    0.875
+    """
+    leave, tokens, num_groups, mask = enter(
+        tokens=tokens, num_groups=num_groups, mask=mask
+    )
+    check_tokens(tokens)
+    check_mask(mask, tokens.shape[:-1])
+    limit = num_valid(tokens.shape[:-1], mask)
+    counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
+    if is_cuda(tokens):
+        return leave(_norm_mass_cuda(tokens, counts, mask))
+    return leave(_norm_mass_reference(tokens, counts, mask))
+
+
+def _norm_mass_reference(
+    tokens: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    held = held_mass(tokens, mask)
+    total = held[..., -1]
+    largest = np.take_along_axis(held, counts[..., None] - 1, axis=-1)[..., 0]
+    share = np.where(total > 0, largest / np.where(total > 0, total, 1), 1)
+    return share.astype(np.result_type(tokens.dtype, np.float32))
+
+
+def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
+    norms = token_norms_cuda(tokens, mask)
+    selected = top_tokens_cuda(norms, counts)
+    batch, num_tokens = math.prod(norms.shape[:-1]), norms.shape[-1]
+    out = empty(norms.shape[:-1], norms.dtype)
+    chosen = implementation()
+    threads = batch * (1 if chosen == "basic" else BLOCK)
+    args = (norms, selected, batch, num_tokens, out)
+    launch(f"{chosen}/norm_mass", "norm_mass", norms.dtype, threads, args)
+    return out

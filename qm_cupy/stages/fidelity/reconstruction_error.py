@@ -1,0 +1,361 @@
+"""Reconstruction error: what merging loses."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import (
+    check_gradient,
+    check_labels,
+    check_mask,
+    check_num_groups,
+    check_shape,
+    check_tokens,
+)
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype
+from ...arrays.libraries import is_cuda
+from ...cuda.constants import BLOCK, WARP
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, device_counts, launch, vector_count
+from ...settings import implementation
+from ..clustering.nearest import nearest_anchors_cuda
+from ..clustering.unit_tokens import unit_tokens
+from ..merging.groups import members_cuda
+from ..merging.unmerge_tokens import (
+    unmerge_tokens_reference,
+    unmerge_tokens_vjp_reference,
+)
+
+
+@on_callers_stream
+def reconstruction_error(
+    tokens: Array,
+    merged: Array,
+    *,
+    labels: Array | None = None,
+    num_groups: Any = None,
+    mask: Array | None = None,
+) -> Array:
+    r"""Relative squared error of the tokens rebuilt from the merged ones.
+
+    .. math:: \lVert X - \hat X \rVert_F^2 / \lVert X \rVert_F^2
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens of the same dtype.
+    labels : ndarray of shape (N,) or (B, N), optional
+        Group of each token, -1 for padding. Without them each token is rebuilt by the
+        merged token most similar to it by cosine (ties: the lower index).
+    num_groups : int or ndarray of int of shape (B,), optional
+        K of each sequence where they differ, so that padding rebuilds no token.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens do not count.
+
+    Returns
+    -------
+    ndarray of shape () or (B,)
+        0 is lossless, 1 no better than zeros; float32, or float64 for float64 input.
+        For tokens that are all zero: 0 if they are rebuilt exactly, else inf.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite or a label is outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens, merged = np.array([[4.0], [0.0]]), np.array([[2.0]])
+    >>> float(reconstruction_error(tokens, merged, labels=np.array([0, 0])))
+    0.5
+    """
+    leave, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
+    return leave(compute_reconstruction_error(*arrays))
+
+
+def compute_reconstruction_error(
+    tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
+) -> Any:
+    if is_cuda(tokens):
+        return _reconstruction_error_cuda(tokens, merged, labels, counts, mask)
+    return _reconstruction_error_reference(tokens, merged, labels, counts, mask)
+
+
+def enter_fidelity(
+    tokens: Any,
+    merged: Any,
+    labels: Any,
+    num_groups: Any,
+    mask: Any,
+    gradient: Any = None,
+) -> tuple[Any, ...]:
+    """Return ``leave``, all arrays checked but the gradient, and that."""
+    leave, tokens, merged, labels, num_groups, mask, gradient = enter(
+        tokens=tokens,
+        merged=merged,
+        labels=labels,
+        num_groups=num_groups,
+        mask=mask,
+        gradient=gradient,
+    )
+    check_tokens(tokens)
+    check_tokens(merged, "merged")
+    batch, (most, _) = tokens.shape[:-2], merged.shape[-2:]
+    check_shape("merged", merged, "BKD", (*batch, most, tokens.shape[-1]))
+    if merged.dtype != tokens.dtype:
+        raise TypeError(
+            f"`merged` must be {tokens.dtype} like `tokens`, got {merged.dtype}"
+        )
+    check_mask(mask, tokens.shape[:-1])
+    counts = check_num_groups(most if num_groups is None else num_groups, batch, most)
+    if labels is not None:
+        check_labels(labels, tokens.shape[:-1], counts)
+    return leave, tokens, merged, labels, counts, mask, gradient
+
+
+def _reconstruction_error_reference(
+    tokens: NDArray[Any],
+    merged: NDArray[Any],
+    labels: NDArray[Any] | None,
+    counts: NDArray[np.int64],
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    if labels is None:
+        labels = _most_similar(tokens, merged, counts)
+    token = labels >= 0 if mask is None else mask & (labels >= 0)
+    lost, whole = np.empty(counts.shape), np.empty(counts.shape)
+    for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
+        x = tokens[index][token[index]].astype(np.float64)
+        rebuilt = unmerge_tokens_reference(merged[index], labels[index][token[index]])
+        gap = x - rebuilt
+        peak = np.abs(x).max(initial=0) or np.abs(gap).max(initial=0) or 1.0
+        x, gap = x / peak, gap / peak  # first, so that no square overflows
+        lost[index], whole[index] = np.vdot(gap, gap), np.vdot(x, x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.where(lost > 0, lost / whole, 0)
+    return error.astype(np.result_type(tokens.dtype, np.float32))
+
+
+def _most_similar(
+    tokens: NDArray[Any], merged: NDArray[Any], counts: NDArray[np.int64]
+) -> NDArray[np.intp]:
+    """Return each token's most similar merged token, as labels (B, N)."""
+    dtype = np.result_type(tokens.dtype, np.float32)
+    labels = np.empty(tokens.shape[:-1], np.intp)
+    for index in np.ndindex(counts.shape):
+        unit = unit_tokens(merged[index][: counts[index]].astype(dtype))
+        labels[index] = np.argmax(unit_tokens(tokens[index].astype(dtype)) @ unit.T, -1)
+    return labels
+
+
+def _reconstruction_error_cuda(
+    tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
+) -> Any:
+    given = _rebuilding_cuda(tokens, merged, labels, counts, mask)
+    errors, squares = _token_errors_cuda(*given)
+    batch, num_tokens = errors.shape
+    out = empty(tokens.shape[:-2], errors.dtype)
+    chosen = implementation()
+    threads = batch * (1 if chosen == "basic" else BLOCK)
+    args = (errors, squares, batch, num_tokens, out)
+    kernel = f"{chosen}/reconstruction_error", "reconstruction_error"
+    launch(*kernel, errors.dtype, threads, args)
+    return out
+
+
+def _rebuilding_cuda(
+    tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
+) -> tuple[Any, Any, Any]:
+    """Return tokens, merged tokens and labels, -1 for padding, as kernels take them."""
+    if labels is None:
+        labels = _most_similar_cuda(tokens, merged, counts)
+    if mask is not None:
+        labels = labels * mask + (mask - 1)
+    arrays = contiguous(tokens), contiguous(merged)
+    return *arrays, contiguous(labels, np.int32)
+
+
+def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]:
+    """Return squared error and squared norm of each token, (B, N)."""
+    *leading, num_tokens, dim = tokens.shape
+    batch, num_groups = math.prod(leading), merged.shape[-2]
+    kind = accumulation_dtype(tokens.dtype)
+    errors, squares = (empty((batch, num_tokens), kind) for _ in range(2))
+    chosen = implementation()
+    threads = errors.size * (1 if chosen == "basic" else WARP)
+    sizes = batch, num_tokens, dim, num_groups
+    args = (tokens, merged, labels, *sizes, errors, squares)
+    kernel = f"{chosen}/reconstruction_error", "token_errors"
+    launch(*kernel, tokens.dtype, threads, args)
+    return errors, squares
+
+
+def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> Any:
+    """Return each token's most similar merged token, as labels (B, N)."""
+    each, _ = device_counts(counts)
+    labels, _ = nearest_anchors_cuda(tokens, merged, each)
+    return labels
+
+
+@on_callers_stream
+def reconstruction_error_vjp(
+    gradient: Array,
+    tokens: Array,
+    merged: Array,
+    *,
+    labels: Array | None = None,
+    num_groups: Any = None,
+    mask: Array | None = None,
+) -> tuple[Array, Array]:
+    r"""Gradients of `reconstruction_error` with respect to tokens and merged tokens.
+
+    .. math:: \bar x_j = \frac{2 \bar e}{\lVert X \rVert^2} (x_j - \hat x_j - e\,x_j),
+        \qquad \bar x_k = -\frac{2 \bar e}{\lVert X \rVert^2}
+        \sum_{j \in G_k} (x_j - \tilde x_k)
+
+    Parameters
+    ----------
+    gradient : ndarray of shape () or (B,), or float
+        Gradient ē of a loss with respect to the errors e; any float dtype, and a number
+        where it is one.
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens of the same dtype.
+    labels : ndarray of shape (N,) or (B, N), optional
+        Group of each token, -1 for padding: constants. Without them each token is
+        rebuilt by the merged token most similar to it, a choice that is a constant too.
+    num_groups : int or ndarray of int of shape (B,), optional
+        K of each sequence where they differ, so that padding rebuilds no token.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens do not count.
+
+    Returns
+    -------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Gradient of the loss with respect to the tokens, in their dtype; 0 for padding,
+        and for tokens that are all zero.
+    merged : ndarray of shape (K, D) or (B, K, D)
+        That with respect to the merged tokens, likewise.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite or a label is outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens, merged = np.array([[4.0], [0.0]]), np.array([[1.0]])
+    >>> labels = np.array([0, 0])
+    >>> by_tokens, by_merged = reconstruction_error_vjp(
+    ...     1.0, tokens, merged, labels=labels
+    ... )
+    >>> by_tokens.ravel(), by_merged.ravel()
+    (array([ 0.0625, -0.125 ]), array([-0.25]))
+    """
+    leave, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
+        tokens, merged, labels, num_groups, mask, gradient
+    )
+    gradient = check_gradient(gradient, tokens.shape[:-2], "B", tokens)
+    args = gradient, tokens, merged, labels, counts, mask, -np.inf
+    by_tokens, by_merged = compute_reconstruction_error_vjp(*args)
+    return leave(by_tokens), leave(by_merged)
+
+
+def compute_reconstruction_error_vjp(
+    gradient: Any,
+    tokens: Any,
+    merged: Any,
+    labels: Any,
+    counts: NDArray[np.int64],
+    mask: Any,
+    bound: float,
+) -> tuple[Any, Any]:
+    """Return both gradients; an error up to the bound has none."""
+    args = gradient, tokens, merged, labels, counts, mask, bound
+    if is_cuda(tokens):
+        return _reconstruction_error_vjp_cuda(*args)
+    return _reconstruction_error_vjp_reference(*args)
+
+
+def _reconstruction_error_vjp_reference(
+    gradient: NDArray[Any],
+    tokens: NDArray[Any],
+    merged: NDArray[Any],
+    labels: NDArray[Any] | None,
+    counts: NDArray[np.int64],
+    mask: NDArray[np.bool_] | None,
+    bound: float,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    if labels is None:
+        labels = _most_similar(tokens, merged, counts)
+    if mask is not None:
+        labels = np.where(mask, labels, -1)
+    kind = np.result_type(tokens.dtype, np.float32).type  # of the error as it is told
+    by_tokens, by_merged = np.zeros_like(tokens), np.zeros_like(merged)
+    for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
+        group = labels[index]
+        token = (group >= 0)[:, None]
+        x = np.where(token, tokens[index], 0).astype(np.float64)
+        gap = x - unmerge_tokens_reference(merged[index], group)
+        peak = np.abs(x).max(initial=0)
+        if peak == 0:
+            continue
+        x, gap = x / peak, gap / peak  # first, so that no square overflows
+        whole = np.vdot(x, x)
+        error = np.vdot(gap, gap) / whole
+        if not kind(error) > kind(bound):
+            continue
+        scale = 2 * float(gradient[index]) / (whole * peak)
+        by_tokens[index] = scale * (gap - error * x)
+        by_merged[index] = unmerge_tokens_vjp_reference(
+            -scale * gap, group, merged.shape[-2]
+        )
+    return by_tokens, by_merged
+
+
+def _reconstruction_error_vjp_cuda(
+    gradient: Any,
+    tokens: Any,
+    merged: Any,
+    labels: Any,
+    counts: NDArray[np.int64],
+    mask: Any,
+    bound: float,
+) -> tuple[Any, Any]:
+    given = tokens, merged, labels = _rebuilding_cuda(
+        tokens, merged, labels, counts, mask
+    )
+    errors, squares = _token_errors_cuda(*given)
+    (batch, num_tokens), kind = errors.shape, errors.dtype
+    num_groups, dim = merged.shape[-2:]
+    relative, scales = (empty((batch,), kind) for _ in range(2))
+    by_tokens, by_merged = (empty(x.shape, x.dtype) for x in (tokens, merged))
+    basic = implementation() == "basic"
+    file = f"{implementation()}/reconstruction_error_vjp"
+    slopes = contiguous(gradient, kind)
+    args: tuple[Any, ...]
+    args = (errors, squares, slopes, batch, num_tokens, bound, relative, scales)
+    threads = batch * (1 if basic else BLOCK)
+    launch(file, "error_scales", kind, threads, args)
+
+    sizes = batch, num_tokens, dim, num_groups
+    args = (*given, relative, scales, *sizes, by_tokens)
+    threads = by_tokens.size if basic else errors.size * WARP
+    launch(file, "reconstruction_error_vjp", tokens.dtype, threads, args)
+    members = (labels,) if basic else members_cuda(labels, num_groups)
+    args = (tokens, merged, *members, scales, *sizes, by_merged)
+    threads = by_merged.size if basic else vector_count(by_merged)
+    launch(file, "merged_error_vjp", tokens.dtype, threads, args)
+    return by_tokens, by_merged

@@ -1,0 +1,1 @@
+"""Merging: groups to one token each, and back."""

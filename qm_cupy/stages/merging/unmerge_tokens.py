@@ -1,0 +1,175 @@
+"""The way back: each token takes its group's value."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import (
+    check_given,
+    check_gradient,
+    check_labels,
+    check_num_groups,
+    check_out,
+    check_tokens,
+    largest,
+)
+from ...arrays.conversion import Array, deliver, enter, on_callers_stream
+from ...arrays.libraries import is_cuda
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch, vector_count
+from ...settings import check_finite, implementation
+from .groups import flat_groups, members_cuda
+
+
+@on_callers_stream
+def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) -> Array:
+    """Give every token the value of its group: the gather by labels.
+
+    Parameters
+    ----------
+    merged : ndarray of shape (K, D) or (B, K, D)
+        Merged tokens; float16, bfloat16, float32 or float64.
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding, whose tokens are zero.
+    out : ndarray of shape (N, D) or (B, N, D), optional
+        Where to write the result: the dtype of `merged`, C-contiguous, and no memory
+        of an input. JAX arrays cannot be written.
+
+    Returns
+    -------
+    ndarray of shape (N, D) or (B, N, D)
+        Tokens rebuilt, in the dtype of `merged`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite or a label outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unmerge_tokens(np.array([[3.0], [7.0]]), np.array([0, 0, 1])).ravel()
+    array([3., 3., 7.])
+    """
+    leave, merged, labels, target = enter(merged=merged, labels=labels, out=out)
+    check_tokens(merged, "merged")
+    check_given("labels", labels)
+    wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))
+    check_labels(labels, wanted, merged.shape[-2])
+    wanted = (*labels.shape, merged.shape[-1])
+    check_out(target, wanted, merged.dtype, merged, labels)
+    if is_cuda(merged):
+        tokens = unmerge_tokens_cuda(merged, labels, target)
+    else:
+        tokens = unmerge_tokens_reference(merged, labels)
+    return deliver(leave, tokens, out, target)
+
+
+def unmerge_tokens_reference(
+    merged: NDArray[Any], labels: NDArray[Any]
+) -> NDArray[Any]:
+    index = labels.astype(np.intp)[..., None]  # (B, N, 1)
+    tokens = np.take_along_axis(merged, np.maximum(index, 0), axis=-2)  # (B, N, D)
+    if (labels < 0).any():
+        tokens[labels < 0] = 0
+    return tokens
+
+
+def unmerge_tokens_cuda(merged: Any, labels: Any, out: Any) -> Any:
+    *leading, num_groups, dim = merged.shape
+    batch, num_tokens = math.prod(leading), labels.shape[-1]
+    if out is None:
+        out = empty((*leading, num_tokens, dim), merged.dtype)
+    arrays = contiguous(merged), contiguous(labels, np.int32)
+    args = (*arrays, batch, num_tokens, dim, num_groups, out)
+    chosen = implementation()
+    threads = out.size if chosen == "basic" else vector_count(out)
+    launch(f"{chosen}/unmerge_tokens", "unmerge_tokens", merged.dtype, threads, args)
+    return out
+
+
+@on_callers_stream
+def unmerge_tokens_vjp(gradient: Array, labels: Array, num_groups: Any) -> Array:
+    r"""Gradient of `unmerge_tokens` with respect to the merged tokens: sums by labels.
+
+    .. math:: \bar x_k = \sum_{j \in G_k} \bar x_j
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (N, D) or (B, N, D)
+        Gradient of a loss with respect to the tokens rebuilt; float16, bfloat16,
+        float32 or float64. That of padding does not count.
+    labels : ndarray of shape (N,) or (B, N)
+        Group of each token within 0..K-1, or -1 for padding: constants.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence: then the result is padded to the largest.
+
+    Returns
+    -------
+    ndarray of shape (K, D) or (B, K, D)
+        Gradient of the loss with respect to the merged tokens in the dtype of
+        `gradient`, summed in float32 at least and in index order. Groups without
+        members have 0.
+
+    Raises
+    ------
+    TypeError
+        If a dtype does not fit.
+    ValueError
+        If a shape does not fit, an entry is not finite or a label outside -1..K-1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> gradient = np.array([[1.0], [2.0], [4.0]])
+    >>> unmerge_tokens_vjp(gradient, np.array([0, 0, 1]), 2).ravel()
+    array([3., 4.])
+    """
+    leave, gradient, labels, num_groups = enter(
+        gradient=gradient, labels=labels, num_groups=num_groups
+    )
+    with check_finite(False):  # which of it is padding, the labels say
+        check_tokens(gradient, "gradient")
+    counts = check_num_groups(num_groups, gradient.shape[:-2])
+    check_labels(labels, gradient.shape[:-1], counts)
+    kept = None if is_cuda(gradient) else (labels >= 0)[..., None]
+    check_gradient(gradient, gradient.shape, "BND", mask=kept)
+    most = largest(num_groups, counts)
+    if is_cuda(gradient):
+        return leave(_unmerge_tokens_vjp_cuda(gradient, labels, most))
+    return leave(unmerge_tokens_vjp_reference(gradient, labels, most))
+
+
+def unmerge_tokens_vjp_reference(
+    gradient: NDArray[Any], labels: NDArray[Any], num_groups: int
+) -> NDArray[Any]:
+    from scipy.sparse import csr_array  # here, or `import qm_cupy` takes twice as long
+
+    *batch, _, dim = gradient.shape
+    flat, group, num_rows = flat_groups(labels, num_groups)
+    dtype = np.result_type(gradient.dtype, np.float32)
+    member = csr_array(
+        (np.ones(len(flat), dtype), (group, flat)), shape=(num_rows, labels.size)
+    )
+    values = gradient.reshape(-1, dim).astype(dtype, copy=False)
+    total: NDArray[Any] = (member @ values).astype(gradient.dtype, copy=False)
+    return total.reshape(*batch, num_groups, dim)
+
+
+def _unmerge_tokens_vjp_cuda(gradient: Any, labels: Any, num_groups: int) -> Any:
+    *leading, num_tokens, dim = gradient.shape
+    out = empty((*leading, num_groups, dim), gradient.dtype)
+    gradient, labels = contiguous(gradient), contiguous(labels, np.int32)
+    sizes = math.prod(leading), num_tokens, dim, num_groups
+    chosen = implementation()
+    basic = chosen == "basic"
+    groups = (labels,) if basic else members_cuda(labels, num_groups)
+    args = (gradient, *groups, *sizes, out)
+    threads = out.size if basic else vector_count(out)
+    kernel = f"{chosen}/unmerge_tokens_vjp", "unmerge_tokens_vjp"
+    launch(*kernel, gradient.dtype, threads, args)
+    return out

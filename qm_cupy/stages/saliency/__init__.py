@@ -1,0 +1,1 @@
+"""Saliency: how much each token matters."""

@@ -1,0 +1,218 @@
+"""Attention entropy: of given probabilities."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_not_negative, check_shape, check_values
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import each_sequence, expand_mask, layer_axes
+from ...cuda.constants import WARP
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from ...settings import implementation
+from .online_softmax import BLOCK_ROWS
+from .score_gradients import (
+    as_computed,
+    check_entropy_gradient,
+    launch_vjp,
+    masked_gradient,
+)
+
+
+@on_callers_stream
+def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
+    r"""Shannon entropy of every row of given attention probabilities, in nats.
+
+    .. math:: H_i = -\sum_j A_{ij} \log A_{ij}, \qquad 0 \log 0 = 0
+
+    Parameters
+    ----------
+    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
+        Attention probabilities, non-negative; float16, bfloat16, float32 or float64.
+        Each row is taken relative to its sum. One layer of heads, (B, H, N, N), is
+        given as ``attention[None]``.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded rows have entropy 0; padded columns are left out,
+        and the rest of the row taken relative to its own sum.
+
+    Returns
+    -------
+    ndarray of shape (..., N)
+        Entropy in nats; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If `attention` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit, or `attention` has negative or non-finite entries.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> attention_entropy(np.array([[1.0, 0.0], [0.5, 0.5]])).round(4)
+    array([0.    , 0.6931])
+    """
+    leave, attention, mask = enter(attention=attention, mask=mask)
+    keep = _check_attention(attention, mask)
+    if is_cuda(attention):
+        return leave(_attention_entropy_cuda(attention, mask))
+    return leave(_attention_entropy_reference(attention, keep))
+
+
+def _check_attention(
+    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[np.bool_] | None:
+    """Refuse what is no attention; return the mask of its rows."""
+    check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
+    check_shape(
+        "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
+    )
+    check_not_negative("attention", attention)
+    return expand_mask(mask, attention.shape[:-1])
+
+
+def _attention_entropy_reference(
+    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    dtype = np.result_type(attention.dtype, np.float32)
+    tiny = np.finfo(dtype).tiny
+    entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
+    for index, keep in each_sequence(entropy.shape[:-1], mask):
+        for start in range(0, attention.shape[-1], BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            p = attention[index][rows].astype(dtype)
+            if keep is not None:
+                p *= keep
+            total = np.maximum(p.sum(axis=-1), tiny)
+            log_p = np.log(np.maximum(p, tiny))  # 0 · log(tiny) = 0
+            mean = np.einsum("ij,ij->i", p, log_p) / total
+            entropy[index][rows] = np.where(total > tiny, np.log(total) - mean, 0)
+    return np.maximum(entropy if mask is None else entropy * mask, 0)
+
+
+def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
+    *leading, num_tokens, _ = attention.shape
+    out = empty((*leading, num_tokens), accumulation_dtype(attention.dtype))
+    arrays = contiguous(attention), contiguous(mask)
+    _, batch, heads = layer_axes(leading)
+    args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
+    chosen = implementation()
+    threads = out.size * (1 if chosen == "basic" else WARP)
+    launch(
+        f"{chosen}/attention_entropy",
+        "attention_entropy",
+        attention.dtype,
+        threads,
+        args,
+    )
+    return out
+
+
+@on_callers_stream
+def attention_entropy_vjp(
+    gradient: Array, attention: Array, *, mask: Array | None = None
+) -> Array:
+    r"""Vector–Jacobian product of `attention_entropy`.
+
+    .. math:: \frac{\partial \mathcal{L}}{\partial A_{ij}} =
+        -g_i \, \frac{\log P_{ij} + H_i}{\sum_k A_{ik}}, \qquad
+        P_{ij} = \frac{A_{ij}}{\sum_k A_{ik}}
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (..., N)
+        Gradient g of a loss with respect to the entropies, floating.
+    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
+        As `attention_entropy` took it.
+    mask : ndarray of shape (N,) or (B, N), optional
+        As `attention_entropy` took it. The gradient of padded rows is not read.
+
+    Returns
+    -------
+    ndarray of the shape and dtype of `attention`
+        Gradient of the loss with respect to the attention; 0 in padded rows and
+        columns.
+
+    Raises
+    ------
+    TypeError
+        If `gradient` or `attention` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit, `attention` has negative entries, or an entry is not
+        finite.
+
+    Notes
+    -----
+    Where a probability is 0 the entropy's slope is infinite; its gradient is 0 here,
+    as is that of a row without attention. With m the row's largest entry,
+    :math:`\log P_{ij} + H_i = \log(A_{ij}/m) - \sum_k P_{ik} \log(A_{ik}/m)`, in which
+    nothing cancels where one entry dominates.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> attention = np.array([[0.25, 0.75], [0.5, 0.5]])
+    >>> attention_entropy_vjp(np.ones(2), attention).round(4)
+    array([[ 0.824 , -0.2747],
+           [ 0.    ,  0.    ]])
+    """
+    given = enter(gradient=gradient, attention=attention, mask=mask)
+    leave, gradient, attention, mask = given
+    keep = _check_attention(attention, mask)
+    check_entropy_gradient(gradient, attention.shape[:-1], keep)
+    if is_cuda(attention):
+        return leave(_attention_entropy_vjp_cuda(gradient, attention, mask))
+    return leave(_attention_entropy_vjp_reference(gradient, attention, keep))
+
+
+def _attention_entropy_vjp_reference(
+    gradient: NDArray[Any], attention: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    dtype = np.result_type(attention.dtype, np.float32)
+    tiny = np.finfo(dtype).tiny
+    gradient = masked_gradient(gradient, dtype, mask)
+    out = np.empty(attention.shape, attention.dtype)
+    for index, keep in each_sequence(gradient.shape[:-1], mask):
+        for start in range(0, attention.shape[-1], BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            p = attention[index][rows].astype(dtype)
+            if keep is not None:
+                p *= keep
+            top = p.max(axis=-1, keepdims=True)
+            p /= np.maximum(top, tiny)
+            log_p = np.log(p, out=np.zeros_like(p), where=p > 0)
+            total = p.sum(axis=-1, keepdims=True)  # at least 1, if there is attention
+            mean = np.einsum("ij,ij->i", p, log_p)[:, None] / np.maximum(total, 1)
+            slope = np.where(p > 0, mean - log_p, 0)
+            weight = gradient[index][rows, None] / np.maximum(total * top, tiny)
+            with np.errstate(over="ignore"):
+                slope *= np.where(top >= tiny, weight, 0)
+            out[index][rows] = narrow(slope, out.dtype)
+    return out
+
+
+def _attention_entropy_vjp_cuda(gradient: Any, attention: Any, mask: Any) -> Any:
+    """Return the gradient of the attention."""
+    *leading, num_tokens, _ = attention.shape
+    out = empty(attention.shape, attention.dtype)
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
+    arrays = map(contiguous, (attention, mask))
+    sizes = outer, batch, heads, num_tokens
+    args = (as_computed(gradient, attention), *arrays, *sizes, out)
+    rows = outer * num_tokens
+    threads = rows * (1 if implementation() == "basic" else WARP)
+    launch_vjp(
+        "attention_entropy_vjp", "attention_entropy_vjp", attention, threads, args
+    )
+    return out

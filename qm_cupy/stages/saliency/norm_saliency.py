@@ -1,0 +1,147 @@
+"""Saliency from the norms of tokens."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_gradient, check_mask, check_tokens
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import narrow
+from ...arrays.libraries import is_cuda
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from .min_max import scale_min_max, scale_min_max_vjp
+from .saliency import saliency_cuda, saliency_vjp_cuda
+from .score_gradients import masked_gradient
+from .token_norms import relative_norms, token_norms_cuda
+
+
+@on_callers_stream
+def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
+    """Saliency of each token from its L2 norm, min–max scaled over its sequence.
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        Token embeddings; float16, bfloat16, float32 or float64.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens have saliency 0 and set no extreme.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        Saliency within [0, 1]; float32, or float64 for float64 input. 0 throughout a
+        sequence whose norms are all equal.
+
+    Raises
+    ------
+    TypeError
+        If `tokens` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> norm_saliency(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]]))
+    array([0.5, 0. , 1. ])
+    """
+    leave, tokens, mask = enter(tokens=tokens, mask=mask)
+    check_tokens(tokens)
+    check_mask(mask, tokens.shape[:-1])
+    if is_cuda(tokens):
+        norms = token_norms_cuda(tokens, mask)
+        return leave(saliency_cuda(norms, "high", mask))
+    return leave(_norm_saliency_reference(tokens, mask))
+
+
+def _norm_saliency_reference(
+    tokens: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    scaled = scale_min_max(relative_norms(tokens, mask), mask)
+    return scaled.astype(np.result_type(tokens.dtype, np.float32))
+
+
+@on_callers_stream
+def norm_saliency_vjp(
+    gradient: Array, tokens: Array, *, mask: Array | None = None
+) -> Array:
+    r"""Vector–Jacobian product of `norm_saliency`.
+
+    .. math:: \frac{\partial \mathcal{L}}{\partial x_i} =
+        \frac{\partial \mathcal{L}}{\partial n_i} \frac{x_i}{n_i}, \qquad
+        n_i = \lVert x_i \rVert
+
+    with the gradient of the norms as `saliency_vjp` has it.
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (N,) or (B, N)
+        Gradient of a loss with respect to the saliency, floating.
+    tokens : ndarray of shape (N, D) or (B, N, D)
+        As `norm_saliency` took them.
+    mask : ndarray of shape (N,) or (B, N), optional
+        As `norm_saliency` took it. The gradient of padded tokens is not read.
+
+    Returns
+    -------
+    ndarray of the shape and dtype of `tokens`
+        Gradient of the loss with respect to the tokens; 0 for padded ones.
+
+    Raises
+    ------
+    TypeError
+        If `gradient` or `tokens` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Notes
+    -----
+    A subgradient where there is no gradient: tokens that tie at the least or the
+    greatest norm share equally, those of a sequence of equal norms get 0, and so does
+    a token of norm 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokens = np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]])
+    >>> norm_saliency_vjp(np.array([-1.0, 0.0, 0.0]), tokens)
+    array([[-0.06, -0.08],
+           [ 0.  ,  0.  ],
+           [ 0.  ,  0.05]])
+    """
+    leave, gradient, tokens, mask = enter(gradient=gradient, tokens=tokens, mask=mask)
+    check_tokens(tokens)
+    check_mask(mask, tokens.shape[:-1])
+    check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
+    if is_cuda(tokens):
+        return leave(_norm_saliency_vjp_cuda(gradient, tokens, mask))
+    return leave(_norm_saliency_vjp_reference(gradient, tokens, mask))
+
+
+def _norm_saliency_vjp_reference(
+    gradient: NDArray[Any], tokens: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    x = tokens.astype(np.float64)
+    if mask is not None:
+        x *= mask[..., None]
+    peak = np.abs(x).max(axis=(-2, -1), keepdims=True)
+    peak = np.where(peak > 0, peak, 1)
+    x /= peak  # no square can overflow or vanish
+    norms = relative_norms(x)
+    slope = scale_min_max_vjp(masked_gradient(gradient, x.dtype, mask), norms, mask)
+    x *= (slope / np.where(norms > 0, norms, 1))[..., None]
+    with np.errstate(over="ignore"):
+        return narrow(x / peak, tokens.dtype)
+
+
+def _norm_saliency_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> Any:
+    """Return the gradient of the tokens."""
+    norms = token_norms_cuda(tokens, mask)
+    slopes = saliency_vjp_cuda(gradient, norms, "high", mask)
+    out = empty(tokens.shape, tokens.dtype)
+    tokens = contiguous(tokens)
+    args = (slopes, tokens, norms, norms.size, tokens.shape[-1], out)
+    launch("basic/norm_saliency_vjp", "token_norms_vjp", out.dtype, out.size, args)
+    return out

@@ -1,0 +1,266 @@
+"""Attention entropy: of queries and keys."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_number, check_shape, check_values
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import each_sequence, expand_mask, layer_axes
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from ...cuda.tiles import (
+    HALF,
+    WHOLE,
+    Shape,
+    kept_bytes,
+    launch_tiles,
+    row_tiles,
+    select_shape,
+)
+from ...settings import implementation
+from .online_softmax import (
+    BLOCK_ROWS,
+    entropy_of_state,
+    masked_score,
+    score_dtype,
+    softmax_state,
+)
+from .score_gradients import (
+    KEYS,
+    QUERIES,
+    check_entropy_gradient,
+    score_vjp,
+    scores_cuda,
+    token_gradients_cuda,
+)
+
+
+@on_callers_stream
+def query_key_entropy(
+    query: Array,
+    key: Array,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Array | None = None,
+) -> Array:
+    r"""Entropy of the attention of queries to keys, never storing the N × N matrix.
+
+    .. math:: H_i = \operatorname{entropy}(\operatorname{softmax}_j(q_i \cdot k_j\,c))
+
+    Parameters
+    ----------
+    query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
+        Queries and keys of the same shape and dtype. One layer of heads,
+        (B, H, N, d), is given as ``query[None]``.
+    causal : bool, default False
+        Whether token i attends only to tokens 0..i.
+    scale : float, optional
+        The factor c of the scores, 1/√d by default.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens neither attend nor are attended; their
+        entropy is 0.
+
+    Returns
+    -------
+    ndarray of shape (..., N)
+        Entropy in nats; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If an array is not floating, `mask` not boolean, or the dtypes differ.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Notes
+    -----
+    The largest score m of a row is left out of the running sums
+    :math:`r = \sum e^{s-m}` and :math:`t = \sum e^{s-m}(s-m)` and added last,
+    :math:`H = \log(1+r) - t/(1+r)`, so an entropy of 1e-12 is as exact as one of 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> query_key_entropy(np.zeros((4, 2)), np.zeros((4, 2)), causal=True).round(4)
+    array([0.    , 0.6931, 1.0986, 1.3863])
+    """
+    leave, query, key, mask = enter(query=query, key=key, mask=mask)
+    scale = _check_query_key(query, key, scale)
+    keep = expand_mask(mask, query.shape[:-1])
+    if is_cuda(query):
+        return leave(_query_key_entropy_cuda(query, key, causal, scale, mask))
+    return leave(_query_key_entropy_reference(query, key, causal, scale, keep))
+
+
+def _check_query_key(
+    query: NDArray[Any], key: NDArray[Any], scale: float | None
+) -> float:
+    """Refuse queries and keys that do not fit; return the factor of their scores."""
+    check_values("query", query, "Nd", "BNd", "LBNd", "LBHNd")
+    check_values("key", key, "Nd", "BNd", "LBNd", "LBHNd")
+    check_shape("key", key, "LBHNd", query.shape)
+    if key.dtype != query.dtype:
+        raise TypeError(f"`key` must be {query.dtype} like `query`, got {key.dtype}")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    return check_number("scale", scale, 0, np.inf, "()")
+
+
+def _query_key_entropy_reference(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    causal: bool,
+    scale: float,
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    dtype = score_dtype(query, key, scale)
+    never = masked_score(dtype)
+    entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
+    for index, keep in each_sequence(entropy.shape[:-1], mask):
+        token = slice(None) if keep is None else keep  # the padding is cut off
+        q, k = query[index][token].astype(dtype), key[index][token].astype(dtype)
+        q *= dtype.type(scale)
+        values = np.empty(len(q), dtype)
+        for start in range(0, len(q), BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, len(q))
+            scores = q[start:stop] @ k[: stop if causal else None].T
+            if causal:
+                later = np.triu_indices(stop - start, 1)
+                scores[:, start:][later] = never
+            values[start:stop] = entropy_of_state(softmax_state(scores, axis=1))
+        entropy[index][token] = values
+    return entropy
+
+
+def _query_key_entropy_cuda(
+    query: Any, key: Any, causal: bool, scale: float, mask: Any
+) -> Any:
+    *leading, num_tokens, head_dim = query.shape
+    out = empty((*leading, num_tokens), accumulation_dtype(query.dtype))
+    arrays = map(contiguous, (query, key, mask))
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
+    sizes = outer, batch, heads, num_tokens, head_dim
+    args = (*arrays, *sizes, int(causal), scale, out)
+    kernel = "query_key_entropy"
+    if implementation() == "basic":
+        launch(f"basic/{kernel}", kernel, query.dtype, out.size, args)
+        return out
+
+    def blocks(shape: Shape) -> int:
+        return outer * row_tiles(shape, num_tokens)
+
+    # Rows that do not fit come step by step, which leaves no registers for more rows.
+    shape = HALF._replace(suffix="")
+    kept = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
+    if kept and select_shape(blocks) is WHOLE:
+        shape = WHOLE._replace(suffix="_kept", shared=kept)
+    launch_tiles(kernel, kernel, query.dtype, shape, blocks(shape), args)
+    return out
+
+
+@on_callers_stream
+def query_key_entropy_vjp(
+    gradient: Array,
+    query: Array,
+    key: Array,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Array | None = None,
+) -> tuple[Array, Array]:
+    r"""Vector–Jacobian product of `query_key_entropy`, never storing N × N.
+
+    .. math:: \frac{\partial \mathcal{L}}{\partial s_{ij}} =
+        -g_i \, p_{ij} \, (\log p_{ij} + H_i), \qquad
+        s_{ij} = q_i \cdot k_j \, c, \quad p = \operatorname{softmax}_j(s)
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (..., N)
+        Gradient g of a loss with respect to the entropies, floating.
+    query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
+        As `query_key_entropy` took them.
+    causal : bool, default False
+        As `query_key_entropy` took it.
+    scale : float, optional
+        The factor c of the scores, 1/√d by default.
+    mask : ndarray of shape (N,) or (B, N), optional
+        As `query_key_entropy` took it. The gradient of padded tokens is not read.
+
+    Returns
+    -------
+    tuple of two ndarrays of the shape and dtype of `query`
+        Gradients of the loss with respect to the queries and to the keys; 0 for padded
+        tokens.
+
+    Raises
+    ------
+    TypeError
+        If an array is not floating, `mask` not boolean, or the dtypes of `query` and
+        `key` differ.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Notes
+    -----
+    With the sums m, r and t of `query_key_entropy`,
+    :math:`\log p_{ij} + H_i = (s_{ij} - m) - t/(1+r)`, so that no digits are lost where
+    one score dominates. Scores are computed again some rows at a time: memory is
+    linear in N.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> query, key = np.array([[0.0], [2.0]]), np.array([[1.0], [0.0]])
+    >>> of_query, of_key = query_key_entropy_vjp(np.ones(2), query, key)
+    >>> of_query.round(4), of_key.round(4)
+    (array([[ 0.  ],
+           [-0.21]]), array([[-0.42],
+           [ 0.42]]))
+    """
+    given = enter(gradient=gradient, query=query, key=key, mask=mask)
+    leave, gradient, query, key, mask = given
+    scale = _check_query_key(query, key, scale)
+    keep = expand_mask(mask, query.shape[:-1])
+    check_entropy_gradient(gradient, query.shape[:-1], keep)
+    given = gradient, query, key, causal, scale
+    if is_cuda(query):
+        found = _query_key_entropy_vjp_cuda(*given, mask)
+    else:
+        found = _query_key_entropy_vjp_reference(*given, keep)
+    return leave(found[0]), leave(found[1])
+
+
+def _query_key_entropy_vjp_reference(
+    gradient: NDArray[Any],
+    query: NDArray[Any],
+    key: NDArray[Any],
+    causal: bool,
+    scale: float,
+    mask: NDArray[np.bool_] | None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    dtype = score_dtype(query, key, scale)
+    of_query, of_key = np.zeros_like(query, order="C"), np.zeros_like(key, order="C")
+    for index, keep in each_sequence(query.shape[:-2], mask):
+        token = slice(None) if keep is None else keep  # the padding is cut off
+        g, q, k = (x[index][token].astype(dtype) for x in (gradient, query, key))
+        found = score_vjp(g, q, k, causal, dtype.type(scale))
+        of_query[index][token] = narrow(found[0], query.dtype)
+        of_key[index][token] = narrow(found[1], key.dtype)
+    return of_query, of_key
+
+
+def _query_key_entropy_vjp_cuda(
+    gradient: Any, query: Any, key: Any, causal: bool, scale: float, mask: Any
+) -> tuple[Any, Any]:
+    """Return the gradients of the queries and of the keys."""
+    query, key = contiguous(query), contiguous(key)
+    scores = scores_cuda(gradient, query, key, causal, scale, mask)
+    of_query = token_gradients_cuda(scores, query, key, QUERIES)
+    return of_query, token_gradients_cuda(scores, key, query, KEYS)

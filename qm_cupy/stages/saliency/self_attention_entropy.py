@@ -1,0 +1,220 @@
+"""Attention entropy: of hidden states to themselves."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_values
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import each_sequence, expand_mask
+from ...cuda.constants import TILE
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from ...cuda.tiles import HALF, Shape, launch_tiles, select_shape, upper_tiles
+from ...settings import implementation
+from .online_softmax import (
+    BLOCK_ROWS,
+    SoftmaxState,
+    add_states,
+    entropy_of_state,
+    masked_score,
+    score_dtype,
+    softmax_state,
+)
+from .score_gradients import (
+    KEYS,
+    QUERIES,
+    check_entropy_gradient,
+    score_vjp,
+    scores_cuda,
+    token_gradients_cuda,
+)
+
+
+@on_callers_stream
+def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array:
+    r"""Entropy of each token's softmax attention to all tokens, scores over √D.
+
+    .. math:: A = \operatorname{softmax}(X X^\top / \sqrt{D}), \quad
+        H_i = -\sum_j A_{ij} \log A_{ij}
+
+    Parameters
+    ----------
+    tokens : ndarray of shape (N, D), (B, N, D) or (L, B, N, D)
+        Hidden states, of L layers if so shaped. float16, bfloat16, float32 or float64.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens neither attend nor are attended; their
+        entropy is 0.
+
+    Returns
+    -------
+    ndarray of shape (..., N)
+        Entropy in nats; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If `tokens` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Notes
+    -----
+    The scores are symmetric: only blocks on and above the diagonal are computed, each
+    feeding the sums of its rows and of its columns, and none is kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> self_attention_entropy(np.array([[9.0, 0.0], [0.0, 0.0], [0.0, 9.0]])).round(4)
+    array([0.    , 1.0986, 0.    ])
+    """
+    leave, tokens, mask = enter(tokens=tokens, mask=mask)
+    check_values("tokens", tokens, "ND", "BND", "LBND")
+    keep = expand_mask(mask, tokens.shape[:-1])
+    return leave(compute_self_attention_entropy(tokens, keep))
+
+
+def compute_self_attention_entropy(tokens: Any, mask: Any) -> Any:
+    if is_cuda(tokens):
+        return _self_attention_entropy_cuda(tokens, mask)
+    return _self_attention_entropy_reference(tokens, mask)
+
+
+def _self_attention_entropy_reference(
+    tokens: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    dtype = score_dtype(tokens, tokens, tokens.shape[-1] ** -0.5)
+    entropy = np.zeros(tokens.shape[:-1], np.result_type(tokens.dtype, np.float32))
+    for index, keep in each_sequence(entropy.shape[:-1], mask):
+        token = slice(None) if keep is None else keep
+        x = tokens[index][token].astype(dtype, copy=False)
+        entropy[index][token] = _symmetric_entropy(x)
+    return entropy
+
+
+def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
+    num_tokens, dim = x.shape
+    scaled = x * x.dtype.type(dim**-0.5)
+    zeros = np.zeros(num_tokens, x.dtype)
+    state = np.full(num_tokens, masked_score(x.dtype)), zeros, zeros.copy()
+
+    def add(part: slice, new: SoftmaxState) -> None:
+        total = add_states(tuple(sums[part] for sums in state), new)
+        for sums, values in zip(state, total, strict=True):
+            sums[part] = values
+
+    for start in range(0, num_tokens, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, num_tokens)
+        scores = scaled[start:stop] @ x[start:].T  # (block, N - start)
+        if stop < num_tokens:
+            across = scores[:, stop - start :].copy()
+            add(slice(stop, None), softmax_state(across, axis=0))
+        add(slice(start, stop), softmax_state(scores, axis=1))
+    return entropy_of_state(state)
+
+
+def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
+    *leading, num_tokens, dim = tokens.shape
+    batch, kind = math.prod(leading), accumulation_dtype(tokens.dtype)
+    out = empty((*leading, num_tokens), kind)
+    tokens, mask = contiguous(tokens), contiguous(mask)
+    sizes = batch, num_tokens, dim
+    if implementation() == "basic":
+        args = (tokens, mask, *sizes, out)
+        file, kernel = "basic/self_attention_entropy", "self_attention_entropy"
+        launch(file, kernel, tokens.dtype, out.size, args)
+        return out
+
+    def blocks(shape: Shape) -> int:
+        return batch * upper_tiles(shape, num_tokens)
+
+    shape = select_shape(blocks, tokens.dtype)
+    halves = 2 if shape is HALF else 1
+    slots = -(-num_tokens // TILE) * halves
+    states = empty((batch, slots, num_tokens, 3), kind)
+    args, kernel = (tokens, mask, *sizes, states), "self_attention_states"
+    file = "self_attention_entropy"
+    launch_tiles(file, kernel, tokens.dtype, shape, blocks(shape), args)
+    args = (states, mask, batch, num_tokens, halves, out)
+    file, kernel = "optimized/self_attention_entropy", "self_attention_entropy"
+    launch(file, kernel, tokens.dtype, out.size, args)
+    return out
+
+
+@on_callers_stream
+def self_attention_entropy_vjp(
+    gradient: Array, tokens: Array, *, mask: Array | None = None
+) -> Array:
+    r"""Vector–Jacobian product of `self_attention_entropy`, never storing N × N.
+
+    .. math:: \frac{\partial \mathcal{L}}{\partial X} =
+        (G + G^\top) X / \sqrt{D}, \qquad
+        G_{ij} = -g_i \, p_{ij} \, (\log p_{ij} + H_i)
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (..., N)
+        Gradient g of a loss with respect to the entropies, floating.
+    tokens : ndarray of shape (N, D), (B, N, D) or (L, B, N, D)
+        As `self_attention_entropy` took them.
+    mask : ndarray of shape (N,) or (B, N), optional
+        As `self_attention_entropy` took it. The gradient of padded tokens is not read.
+
+    Returns
+    -------
+    ndarray of the shape and dtype of `tokens`
+        Gradient of the loss with respect to the tokens; 0 for padded ones.
+
+    Raises
+    ------
+    TypeError
+        If `gradient` or `tokens` is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit or an entry is not finite.
+
+    Notes
+    -----
+    G is the gradient with respect to the scores, as `query_key_entropy_vjp` finds it.
+    It is computed some rows at a time: memory is linear in N.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> self_attention_entropy_vjp(np.ones(2), np.array([[1.0], [0.0]])).round(4)
+    array([[-0.3932],
+           [ 0.1966]])
+    """
+    leave, gradient, tokens, mask = enter(gradient=gradient, tokens=tokens, mask=mask)
+    check_values("tokens", tokens, "ND", "BND", "LBND")
+    keep = expand_mask(mask, tokens.shape[:-1])
+    check_entropy_gradient(gradient, tokens.shape[:-1], keep)
+    if is_cuda(tokens):
+        return leave(_self_attention_entropy_vjp_cuda(gradient, tokens, mask))
+    return leave(_self_attention_entropy_vjp_reference(gradient, tokens, keep))
+
+
+def _self_attention_entropy_vjp_reference(
+    gradient: NDArray[Any], tokens: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    scale = tokens.shape[-1] ** -0.5
+    dtype = score_dtype(tokens, tokens, scale)
+    out = np.zeros_like(tokens, order="C")
+    for index, keep in each_sequence(tokens.shape[:-2], mask):
+        token = slice(None) if keep is None else keep
+        g, x = (each[index][token].astype(dtype) for each in (gradient, tokens))
+        of_query, of_key = score_vjp(g, x, x, False, dtype.type(scale))
+        out[index][token] = narrow(of_query + of_key, out.dtype)
+    return out
+
+
+def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> Any:
+    """Return the gradient of the tokens."""
+    tokens = contiguous(tokens)
+    scale = tokens.shape[-1] ** -0.5
+    scores = scores_cuda(gradient, tokens, tokens, False, scale, mask)
+    return token_gradients_cuda(scores, tokens, tokens, QUERIES | KEYS)

@@ -1,0 +1,37 @@
+"""Norms of tokens."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.dtypes import accumulation_dtype
+from ...cuda.constants import WARP
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from ...settings import implementation
+
+
+def relative_norms(
+    tokens: NDArray[Any], mask: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Return L2 norms (B, N) over the largest entry of the sequence; 0 for padding.
+
+    What uses them asks for ratios only, and no square can overflow or vanish.
+    """
+    x = tokens.astype(np.float64)
+    if mask is not None:
+        x = x * mask[..., None]
+    peak = np.abs(x).max(axis=(-2, -1), keepdims=True)
+    return np.linalg.norm(x / np.where(peak > 0, peak, 1), axis=-1)
+
+
+def token_norms_cuda(tokens: Any, mask: Any = None) -> Any:
+    """Return the L2 norm of each token, (..., N, D) -> (..., N); 0 for padding."""
+    out = empty(tokens.shape[:-1], accumulation_dtype(tokens.dtype))
+    arrays = contiguous(tokens), contiguous(mask)
+    args = (*arrays, out.size, tokens.shape[-1], out)
+    chosen = implementation()
+    threads = out.size * (1 if chosen == "basic" else WARP)
+    launch(f"{chosen}/token_norms", "token_norms", tokens.dtype, threads, args)
+    return out

@@ -1,0 +1,1 @@
+"""Selection: which tokens carry their own weight."""

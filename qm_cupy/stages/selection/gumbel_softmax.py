@@ -1,0 +1,286 @@
+"""Gumbel-softmax selection."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import (
+    check_gradient,
+    check_mask,
+    check_num_groups,
+    check_number,
+    check_values,
+)
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import num_valid, rows_of
+from ...cuda.constants import BLOCK
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from ...settings import implementation
+from .gumbel_noise import check_noise, noise_arguments
+from .perturbed_scores import (
+    launch_sequences,
+    perturbed_scores_cuda,
+    perturbed_scores_reference,
+)
+from .select_tokens import top_tokens_cuda, top_tokens_reference
+
+
+@on_callers_stream
+def gumbel_softmax(
+    saliency: Array,
+    *,
+    temperature: float = 0.1,
+    seed: int | None = 0,
+    hard: Any = None,
+    mask: Array | None = None,
+    sequence_offset: int = 0,
+) -> Array:
+    r"""Gumbel-softmax selection probabilities, or the K-hot mask of one draw.
+
+    .. math:: \pi_i = \frac{\exp((s_i + g_i)/\tau)}{\sum_j \exp((s_j + g_j)/\tau)}
+
+    Parameters
+    ----------
+    saliency : ndarray of shape (N,) or (B, N)
+        Saliency s; float16, bfloat16, float32 or float64.
+    temperature : float, default 0.1
+        τ > 0: the lower, the closer π comes to one token.
+    seed : int or None, default 0
+        Seed of the Gumbel noise g; None leaves it out.
+    hard : int or ndarray of int of shape (B,), optional
+        Return 1 for the K tokens of greatest s + g and 0 for the others instead
+        (ties: the lower index).
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens get 0, and no noise is drawn for them: the
+        result is that of the tokens alone.
+    sequence_offset : int, default 0
+        As in `gumbel_noise`.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        π, summing to 1, or the K-hot mask; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If `saliency` is not floating, `mask` not boolean or `hard` not integer.
+    ValueError
+        If a shape does not fit, an entry is not finite, the temperature is not
+        positive or `hard` exceeds the tokens.
+
+    References
+    ----------
+    .. [1] E. Jang, S. Gu and B. Poole, "Categorical reparameterization with
+       Gumbel-softmax", ICLR 2017, arXiv:1611.01144.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> gumbel_softmax(np.array([0.0, 0.1]), seed=None).round(3)
+    array([0.269, 0.731])
+    >>> gumbel_softmax(np.array([0.2, 0.1, 0.3]), seed=None, hard=2)
+    array([1., 0., 1.])
+    """
+    leave, saliency, mask, hard = enter(saliency=saliency, mask=mask, hard=hard)
+    check_values("saliency", saliency, "N", "BN")
+    check_mask(mask, saliency.shape)
+    temperature = check_temperature(temperature)
+    noise = check_noise(seed, sequence_offset)
+    counts = None
+    if hard is not None:
+        most = num_valid(saliency.shape, mask)
+        counts = check_num_groups(hard, saliency.shape[:-1], most, name="hard")
+    return leave(compute_gumbel_softmax(saliency, temperature, noise, counts, mask))
+
+
+def compute_gumbel_softmax(
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    counts: NDArray[np.int64] | None,
+    mask: Any,
+) -> Any:
+    if is_cuda(saliency):
+        return _gumbel_softmax_cuda(saliency, temperature, noise, counts, mask)
+    return _gumbel_softmax_reference(saliency, temperature, noise, counts, mask)
+
+
+def _gumbel_softmax_reference(
+    saliency: NDArray[Any],
+    temperature: float,
+    noise: tuple[int | None, int],
+    counts: NDArray[np.int64] | None,
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    scores = perturbed_scores_reference(saliency, noise, mask)
+    if counts is None:
+        return _softmax_reference(scores, temperature, mask)
+    return top_tokens_reference(scores, counts, mask).astype(scores.dtype)
+
+
+def check_temperature(temperature: Any) -> float:
+    return check_number("temperature", temperature, 0, np.inf, "()")
+
+
+def _softmax_reference(
+    scores: NDArray[Any], temperature: float, mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
+    gap = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is what is meant
+        logits = (gap / temperature).astype(scores.dtype, copy=False)
+    weights = np.exp(logits)
+    total: NDArray[Any] = weights.sum(axis=-1, keepdims=True)
+    return weights / total
+
+
+def _gumbel_softmax_cuda(
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    counts: NDArray[np.int64] | None,
+    mask: Any,
+) -> Any:
+    if counts is None and implementation() == "optimized":
+        return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
+    scores = perturbed_scores_cuda(saliency, noise, mask)
+    if counts is not None:
+        return top_tokens_cuda(scores, counts).astype(scores.dtype)
+    batch, num_tokens = rows_of(scores)
+    highest, total = (empty((batch,), scores.dtype) for _ in range(2))
+    out = empty(scores.shape, scores.dtype)
+    args: tuple[Any, ...] = (scores, batch, num_tokens, temperature, highest, total)
+    launch("basic/gumbel_softmax", "softmax_totals", scores.dtype, batch, args)
+    args = (scores, highest, total, batch, num_tokens, temperature, out)
+    launch("basic/gumbel_softmax", "gumbel_softmax", scores.dtype, out.size, args)
+    return out
+
+
+def softmax_mass_cuda(
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    epsilon: float | None,
+    mask: Any,
+) -> tuple[Any, Any]:
+    """Return π and, unless `epsilon` is None, the mass, both 0 for padding."""
+    batch, num_tokens = rows_of(saliency)
+    kind = accumulation_dtype(saliency.dtype)
+    out = empty(saliency.shape, kind)
+    mass = None if epsilon is None else empty(saliency.shape, kind)
+    arrays = contiguous(saliency), contiguous(mask)
+    options = temperature, *noise_arguments(noise), epsilon or 0.0
+    args = (*arrays, batch, num_tokens, *options, out, mass)
+    launch_sequences(
+        "gumbel_softmax", "gumbel_softmax", saliency.dtype, batch, num_tokens, args
+    )
+    return out, mass
+
+
+@on_callers_stream
+def gumbel_softmax_vjp(
+    gradient: Array,
+    saliency: Array,
+    *,
+    temperature: float = 0.1,
+    seed: int | None = 0,
+    mask: Array | None = None,
+    sequence_offset: int = 0,
+) -> Array:
+    r"""Gradient of `gumbel_softmax` with respect to the saliency.
+
+    .. math:: \bar s_i = \frac{\pi_i}{\tau} \Bigl(\bar\pi_i - \sum_j \bar\pi_j \pi_j
+        \Bigr)
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (N,) or (B, N)
+        Gradient π̄ of a loss with respect to the probabilities; any float dtype. That of
+        padded tokens does not count.
+    saliency : ndarray of shape (N,) or (B, N)
+        Saliency s, as `gumbel_softmax` takes it.
+    temperature, seed, mask, sequence_offset : optional
+        As in `gumbel_softmax`: the noise is drawn again.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        Gradient of the loss with respect to `saliency`, in its dtype; 0 for padding.
+
+    Raises
+    ------
+    TypeError
+        If an array is not floating or `mask` not boolean.
+    ValueError
+        If a shape does not fit, an entry is not finite or the temperature is not
+        positive.
+
+    Notes
+    -----
+    A K-hot mask (``hard=K``) has no slope of its own. Its straight-through estimate is
+    this same product, of the gradient with respect to the mask [1]_.
+
+    References
+    ----------
+    .. [1] E. Jang, S. Gu and B. Poole, "Categorical reparameterization with
+       Gumbel-softmax", ICLR 2017, arXiv:1611.01144.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> s = np.array([0.0, 0.1])
+    >>> gumbel_softmax_vjp(np.array([1.0, 0.0]), s, seed=None).round(3)
+    array([ 1.966, -1.966])
+    """
+    leave, gradient, saliency, mask = enter(
+        gradient=gradient, saliency=saliency, mask=mask
+    )
+    check_values("saliency", saliency, "N", "BN")
+    check_mask(mask, saliency.shape)
+    gradient = check_gradient(gradient, saliency.shape, "BN", saliency, mask=mask)
+    temperature = check_temperature(temperature)
+    noise = check_noise(seed, sequence_offset)
+    args = gradient, saliency, temperature, noise, mask
+    if is_cuda(saliency):
+        return leave(_gumbel_softmax_vjp_cuda(*args))
+    return leave(_gumbel_softmax_vjp_reference(*args))
+
+
+def _gumbel_softmax_vjp_reference(
+    gradient: NDArray[Any],
+    saliency: NDArray[Any],
+    temperature: float,
+    noise: tuple[int | None, int],
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    scores = perturbed_scores_reference(saliency, noise, mask)
+    p = _softmax_reference(scores, temperature, mask).astype(np.float64)
+    gap = np.where(p > 0, gradient, 0).astype(np.float64)
+    for _ in range(2):  # once more: of a token that has nearly all, little is left
+        gap -= np.sum(p * gap, axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):  # a tiny temperature: inf is what is meant
+        return (p * gap / temperature).astype(saliency.dtype)
+
+
+def _gumbel_softmax_vjp_cuda(
+    gradient: Any,
+    saliency: Any,
+    temperature: float,
+    noise: tuple[int | None, int],
+    mask: Any,
+) -> Any:
+    p = _gumbel_softmax_cuda(saliency, temperature, noise, None, mask)
+    batch, num_tokens = rows_of(saliency)
+    out = empty(saliency.shape, saliency.dtype)
+    chosen = implementation()
+    threads = out.size if chosen == "basic" else batch * BLOCK
+    args = (contiguous(gradient, p.dtype), p, batch, num_tokens, temperature, out)
+    kernel = f"{chosen}/gumbel_softmax_vjp", "gumbel_softmax_vjp"
+    launch(*kernel, saliency.dtype, threads, args)
+    return out

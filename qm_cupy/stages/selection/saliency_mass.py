@@ -1,0 +1,174 @@
+"""Saliency mass: the weights of the merge."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_gradient, check_number, check_shape, check_values
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.dtypes import accumulation_dtype
+from ...arrays.libraries import is_cuda
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+
+
+@on_callers_stream
+def saliency_mass(
+    saliency: Array, probabilities: Array, *, epsilon: float = 0.01
+) -> Array:
+    r"""Merge weight of each token: its saliency where selected, ε elsewhere.
+
+    .. math:: m_i = \pi_i s_i + (1 - \pi_i)\,\varepsilon
+
+    Parameters
+    ----------
+    saliency, probabilities : ndarray of shape (N,) or (B, N)
+        Saliency s and selection probabilities π (soft or K-hot).
+    epsilon : float, default 0.01
+        Weight ε ≥ 0 of background tokens.
+
+    Returns
+    -------
+    ndarray of shape (N,) or (B, N)
+        Mass; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    TypeError
+        If an array is not floating.
+    ValueError
+        If the shapes differ, an entry is not finite or `epsilon` is negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> saliency_mass(np.array([0.8, 0.4]), np.array([1.0, 0.0]))
+    array([0.8 , 0.01])
+    """
+    leave, saliency, probabilities = enter(
+        saliency=saliency, probabilities=probabilities
+    )
+    check_values("saliency", saliency, "N", "BN")
+    check_values("probabilities", probabilities, "N", "BN")
+    check_shape("probabilities", probabilities, "BN", saliency.shape)
+    epsilon = check_epsilon(epsilon)
+    return leave(compute_saliency_mass(saliency, probabilities, epsilon))
+
+
+def compute_saliency_mass(saliency: Any, probabilities: Any, epsilon: float) -> Any:
+    if is_cuda(saliency):
+        return _saliency_mass_cuda(saliency, probabilities, epsilon)
+    return _saliency_mass_reference(saliency, probabilities, epsilon)
+
+
+def check_epsilon(epsilon: Any) -> float:
+    return check_number("epsilon", epsilon, 0, np.inf, "[)")
+
+
+def _saliency_mass_reference(
+    saliency: NDArray[Any], probabilities: NDArray[Any], epsilon: float
+) -> NDArray[Any]:
+    dtype = _mass_dtype(saliency, probabilities)
+    s, p = saliency.astype(dtype), probabilities.astype(dtype)
+    mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
+    return mass
+
+
+def _mass_dtype(saliency: Any, probabilities: Any) -> np.dtype[Any]:
+    """Return float32 or float64: what NumPy finds, but of bfloat16 and float16 too."""
+    return np.result_type(
+        *map(accumulation_dtype, (saliency.dtype, probabilities.dtype))
+    )
+
+
+def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> Any:
+    dtype = _mass_dtype(saliency, probabilities)
+    out = empty(saliency.shape, dtype)
+    arrays = contiguous(saliency, dtype), contiguous(probabilities, dtype)
+    args = (*arrays, out.size, epsilon, out)
+    launch("basic/saliency_mass", "saliency_mass", dtype, out.size, args)
+    return out
+
+
+@on_callers_stream
+def saliency_mass_vjp(
+    gradient: Array, saliency: Array, probabilities: Array, *, epsilon: float = 0.01
+) -> tuple[Array, Array]:
+    r"""Gradients of `saliency_mass` with respect to saliency and probabilities.
+
+    .. math:: \bar s_i = \bar m_i \pi_i, \qquad
+        \bar\pi_i = \bar m_i (s_i - \varepsilon)
+
+    Parameters
+    ----------
+    gradient : ndarray of shape (N,) or (B, N)
+        Gradient m̄ of a loss with respect to the mass; any float dtype.
+    saliency, probabilities : ndarray of shape (N,) or (B, N)
+        Saliency s and selection probabilities π (soft or K-hot).
+    epsilon : float, default 0.01
+        Weight ε ≥ 0 of background tokens.
+
+    Returns
+    -------
+    saliency, probabilities : ndarray of shape (N,) or (B, N)
+        Gradients of the loss with respect to the two, in the dtype of each.
+
+    Raises
+    ------
+    TypeError
+        If an array is not floating.
+    ValueError
+        If the shapes differ, an entry is not finite or `epsilon` is negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> s, p = np.array([0.8, 0.4]), np.array([1.0, 0.5])
+    >>> saliency_mass_vjp(np.array([1.0, 2.0]), s, p)
+    (array([1., 1.]), array([0.79, 0.78]))
+    """
+    leave, gradient, saliency, probabilities = enter(
+        gradient=gradient, saliency=saliency, probabilities=probabilities
+    )
+    check_values("saliency", saliency, "N", "BN")
+    check_values("probabilities", probabilities, "N", "BN")
+    check_shape("probabilities", probabilities, "BN", saliency.shape)
+    gradient = check_gradient(gradient, saliency.shape, "BN", saliency)
+    epsilon = check_epsilon(epsilon)
+    args = gradient, saliency, probabilities, epsilon
+    find = _saliency_mass_vjp_reference
+    if is_cuda(saliency):
+        find = _saliency_mass_vjp_cuda
+    by_saliency, by_probability = find(*args)
+    return leave(by_saliency), leave(by_probability)
+
+
+def _saliency_mass_vjp_reference(
+    gradient: NDArray[Any],
+    saliency: NDArray[Any],
+    probabilities: NDArray[Any],
+    epsilon: float,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    g, s, p = (x.astype(np.float64) for x in (gradient, saliency, probabilities))
+    by_saliency, by_probability = g * p, g * (s - epsilon)
+    return by_saliency.astype(saliency.dtype), by_probability.astype(
+        probabilities.dtype
+    )
+
+
+def _saliency_mass_vjp_cuda(
+    gradient: Any, saliency: Any, probabilities: Any, epsilon: float
+) -> tuple[Any, Any]:
+    dtype = _mass_dtype(saliency, probabilities)
+    given = gradient, saliency, probabilities
+    arrays = (contiguous(x, dtype) for x in given)
+    outs = [empty(saliency.shape, dtype) for _ in range(2)]
+    args = (*arrays, saliency.size, epsilon, *outs)
+    kernel = "basic/saliency_mass_vjp", "saliency_mass_vjp"
+    launch(*kernel, dtype, saliency.size, args)
+    by_saliency, by_probability = outs
+    return (
+        by_saliency.astype(saliency.dtype, copy=False),
+        by_probability.astype(probabilities.dtype, copy=False),
+    )

@@ -1,0 +1,150 @@
+"""Selection of the K highest scores."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays.checks import check_mask, check_num_groups, check_values, largest
+from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import num_valid, rows_of
+from ...cuda.constants import SELECTION_THREADS
+from ...cuda.device import empty
+from ...cuda.launch import device_counts, launch
+from ...settings import implementation
+from ..clustering.labels import launch_groups
+from .perturbed_scores import launch_sequences, perturbed_scores_cuda
+
+
+@on_callers_stream
+def select_tokens(
+    scores: Array, num_groups: Any, *, mask: Array | None = None
+) -> Array:
+    """Positions of the K highest scores of each sequence, ascending.
+
+    Parameters
+    ----------
+    scores : ndarray of shape (N,) or (B, N)
+        Any score; float16, bfloat16, float32 or float64.
+    num_groups : int or ndarray of int of shape (B,)
+        K, or K of each sequence.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. Padded tokens are never selected.
+
+    Returns
+    -------
+    ndarray of shape (K,) or (B, K)
+        int32 positions; equal scores go to the lower index. With K per sequence, rows
+        are padded with -1 to the largest K.
+
+    Raises
+    ------
+    TypeError
+        If `scores` is not floating, `mask` not boolean or `num_groups` not integer.
+    ValueError
+        If a shape does not fit, an entry is not finite or K exceeds the tokens.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> select_tokens(np.array([0.1, 0.9, 0.3, 0.9]), 2)
+    array([1, 3], dtype=int32)
+    """
+    leave, scores, mask, num_groups = enter(
+        scores=scores, mask=mask, num_groups=num_groups
+    )
+    check_values("scores", scores, "N", "BN")
+    check_mask(mask, scores.shape)
+    limit = num_valid(scores.shape, mask)
+    counts = check_num_groups(num_groups, scores.shape[:-1], limit)
+    most = largest(num_groups, counts)
+    return leave(compute_select_tokens(scores, counts, most, mask))
+
+
+def compute_select_tokens(
+    scores: Any, counts: NDArray[np.int64], most: int, mask: Any
+) -> Any:
+    if is_cuda(scores):
+        return _select_tokens_cuda(scores, counts, most, mask)
+    return select_tokens_reference(scores, counts, most, mask)
+
+
+def select_tokens_reference(
+    scores: NDArray[Any],
+    counts: NDArray[np.int64],
+    most: int,
+    mask: NDArray[np.bool_] | None,
+) -> NDArray[np.int32]:
+    chosen = top_tokens_reference(scores, counts, mask)
+    positions = np.argsort(~chosen, axis=-1, stable=True)[..., :most]  # (B, K)
+    padded = np.arange(most) >= counts[..., None]
+    return np.where(padded, -1, positions).astype(np.int32)
+
+
+def _select_tokens_cuda(
+    scores: Any, counts: NDArray[np.int64], most: int, mask: Any
+) -> Any:
+    scores = perturbed_scores_cuda(scores, (None, 0), mask)
+    chosen = top_tokens_cuda(scores, counts)
+    batch, num_tokens = rows_of(scores)
+    out = empty((*scores.shape[:-1], most), np.int32)
+    args = (chosen, batch, num_tokens, most, out)
+    if implementation() == "optimized":
+        launch_sequences(
+            "select_tokens", "select_tokens", np.float32, batch, num_tokens, args
+        )
+    else:
+        launch("basic/select_tokens", "select_tokens", np.float32, out.size, args)
+    return out
+
+
+def top_tokens_reference(
+    scores: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
+) -> NDArray[np.bool_]:
+    """Mark the K greatest scores of each row, the lower index where they are equal."""
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
+    order = np.argsort(-scores, axis=-1, stable=True)
+    chosen = np.zeros(scores.shape, np.bool_)
+    within = np.arange(scores.shape[-1]) < counts[..., None]  # (B, N), by rank
+    np.put_along_axis(chosen, order, within, axis=-1)
+    return chosen
+
+
+def top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
+    """Mark the K highest of scores whose padding is below all others."""
+    out = empty(scores.shape, np.bool_)
+    each, most = device_counts(counts)
+    args = (scores, each, *rows_of(scores), most, out)
+    if implementation() == "optimized":
+        launch_sequences(
+            "select_tokens", "top_tokens", scores.dtype, *rows_of(scores), args
+        )
+    else:
+        launch("basic/select_tokens", "top_tokens", scores.dtype, out.size, args)
+    return out
+
+
+def mark_top_cuda(scores: Any, counts: Any, num_groups: int) -> Any:
+    """Mark the K highest of scores whose padding is -inf."""
+    out = empty(scores.shape, np.bool_)
+    args = (scores, counts, *rows_of(scores), num_groups, out)
+    if implementation() == "basic":
+        launch("basic/select_tokens", "top_tokens", scores.dtype, out.size, args)
+    else:
+        kernel, most = ("select_tokens", "top_tokens"), SELECTION_THREADS
+        launch_groups(*kernel, scores.dtype, args, scores, most)
+    return out
+
+
+def selected_positions_cuda(chosen: Any, num_groups: int) -> Any:
+    """Return the positions (B, K) of what is chosen, ascending, then -1."""
+    out = empty((*chosen.shape[:-1], num_groups), np.int32)
+    args = (chosen, *rows_of(chosen), num_groups, out)
+    if implementation() == "basic":
+        launch("basic/select_tokens", "select_tokens", np.float32, out.size, args)
+    else:
+        kernel, most = ("select_tokens", "select_tokens"), SELECTION_THREADS
+        launch_groups(*kernel, np.float32, args, chosen, most)
+    return out
