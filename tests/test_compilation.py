@@ -12,7 +12,7 @@ BETWEEN = (86, 89, 100, 120)  # which have their elders' instructions: in one dt
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 FILES = cuda.kernel_files()
-TILED = [file for file in FILES if "multiply_tiles(" in cuda.text(file)]
+TILED = [file for file in FILES if "multiply_" in cuda.text(file)]
 CASES = [
     *itertools.product(FILES, DTYPES, ARCHITECTURES),
     *itertools.product(FILES, ["float16"], BETWEEN),
