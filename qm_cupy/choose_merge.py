@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .arrays.checks import check_number
 from .arrays.conversion import Array, enter, on_callers_stream
 from .arrays.dtypes import copyable
-from .pipeline import named_fields, quickmerge
+from .pipeline import quickmerge
 from .priors.protocols import Prior
 from .results import Choice, Merged
 from .stages.alignment.alignment_loss import alignment_loss
@@ -85,11 +85,13 @@ def choose_merge(
     """
     alpha = check_number("alpha", alpha, 0, np.inf, "[)")
     gamma = check_number("gamma", gamma, 0, 1, "[]")
+    every = _arguments(candidates, options)
+    enter({"tokens": tokens, "mask": mask})  # refuses traced arrays before any work
     merges, scores = [], []
-    for arguments in _arguments(candidates, options):
-        found = quickmerge(tokens, mask=mask, **arguments)
-        fields = named_fields("merged", found)
-        leave, x, valid, *parts = enter(tokens=tokens, mask=mask, **fields)
+    for arguments in every:
+        result = quickmerge(tokens, mask=mask, **arguments)
+        fields = {f"merged.{name}": x for name, x in result._asdict().items()}
+        leave, x, valid, *parts = enter({"tokens": tokens, "mask": mask} | fields)
         merged = Merged(*parts)
         error = reconstruction_error(x, merged.tokens, labels=merged.labels, mask=valid)
         loss: Any = alignment_loss(merged, prior).total

@@ -1,33 +1,28 @@
+"""The paper's interface: the names and call forms of the authors' code, over ours.
+
+Arrays are of any library that speaks DLPack and come back as they came. Losses are
+plain floats, or arrays that can be trained on where torch or JAX traces the arguments.
+`qm_cupy.torch` has the classes that hold weights as modules, and `qm_cupy.jax` makes
+these here pytrees.
+"""
+
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from .arrays.checks import check_number
-from .arrays.conversion import Array, enter, on_callers_stream
+from .arrays.conversion import Array, enter
+from .autodiff.dispatch import composition, tracing_framework
 from .pipeline import quickmerge
 from .priors.mlp_prior import MLPPrior
 from .results import Merged
-from .stages.alignment.alignment_loss import alignment_loss
+from .stages.alignment.alignment_loss import alignment_loss, is_traced
 from .stages.alignment.decode import decode
 from .stages.budget import token_budget
 from .stages.fidelity.fidelity_loss import fidelity_loss
 from .stages.saliency.saliency import saliency
 from .stages.saliency.self_attention_entropy import self_attention_entropy
 from .stages.selection.gumbel_softmax import gumbel_softmax
-
-
-class _Functions(NamedTuple):
-    """What the paper's first, second and fourth step call; differentiable elsewhere."""
-
-    self_attention_entropy: Callable[..., Any]
-    saliency: Callable[..., Any]
-    gumbel_softmax: Callable[..., Any]
-    quickmerge: Callable[..., Any]
-    fidelity_loss: Callable[..., Any]
-
-
-_OF_ANY_LIBRARY = _Functions(
-    self_attention_entropy, saliency, gumbel_softmax, quickmerge, fidelity_loss
-)
 
 
 class EntropyAwareSaliency:
@@ -49,8 +44,6 @@ class EntropyAwareSaliency:
     (2, 10)
     """
 
-    _functions: ClassVar = _OF_ANY_LIBRARY
-
     def __init__(self, embedding_dim: int, num_layers: int = 12) -> None:
         self.embedding_dim = embedding_dim
         self.num_layers = num_layers
@@ -66,8 +59,8 @@ class EntropyAwareSaliency:
             raise ValueError(
                 f"`tokens` must have L = {self.num_layers} layers, got {shape[0]}"
             )
-        entropy = self._functions.self_attention_entropy(tokens, mask=mask)
-        return self._functions.saliency(entropy, mask=mask)
+        entropy = self_attention_entropy(tokens, mask=mask)
+        return saliency(entropy, mask=mask)
 
 
 class DifferentiableTokenMerging:
@@ -94,8 +87,6 @@ class DifferentiableTokenMerging:
     ((2, 4, 8), (2, 10))
     """
 
-    _functions: ClassVar = _OF_ANY_LIBRARY
-
     def __init__(
         self,
         temperature: float = 0.1,
@@ -121,7 +112,7 @@ class DifferentiableTokenMerging:
     ) -> tuple[Array, Array]:
         """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
         merged = self.merge(tokens, saliency_scores, K, mask=mask)
-        probabilities = self._functions.gumbel_softmax(
+        probabilities = gumbel_softmax(
             saliency_scores, temperature=self.temperature, seed=self.seed, mask=mask
         )
         return merged.tokens, probabilities
@@ -135,7 +126,7 @@ class DifferentiableTokenMerging:
         mask: Array | None = None,
     ) -> Merged[Array]:
         """Return the whole `Merged` result: labels, sizes and positions too."""
-        return self._functions.quickmerge(
+        return quickmerge(
             tokens,
             K,
             saliency=saliency_scores,
@@ -195,12 +186,21 @@ class BidirectionalARAlignment:
         """Return the sum of both losses, the mean over the batch."""
         return self._mean_loss(merged, num_groups, "total")
 
-    @on_callers_stream
     def _mean_loss(self, merged: Any, num_groups: Any, which: str) -> Any:
-        leave, merged, num_groups = enter(merged=merged, num_groups=num_groups)
-        losses = alignment_loss(merged, self.prior, num_groups=num_groups)
-        chosen = getattr(losses, which)
-        return leave(chosen.sum() / max(chosen.size, 1))
+        return mean_alignment_loss(merged, self.prior, num_groups, which)
+
+
+@composition
+def mean_alignment_loss(merged: Any, prior: Any, num_groups: Any, which: str) -> Any:
+    """Return one of the losses of `alignment_loss`, the mean over the batch."""
+    leave = None
+    if not is_traced(merged, prior):
+        leave, merged, num_groups = enter(
+            {"merged": merged}, counts={"num_groups": num_groups}
+        )
+    loss = getattr(alignment_loss(merged, prior, num_groups=num_groups), which)
+    mean = loss.sum() / max(math.prod(loss.shape), 1)
+    return mean if leave is None else leave(mean)
 
 
 class NormBasedFidelityConstraint:
@@ -219,8 +219,6 @@ class NormBasedFidelityConstraint:
     0.0
     """
 
-    _functions: ClassVar = _OF_ANY_LIBRARY
-
     def __init__(self, gamma: float = 0.8) -> None:
         self.gamma = gamma
 
@@ -233,9 +231,7 @@ class NormBasedFidelityConstraint:
         mask: Array | None = None,
     ) -> Array:
         """Return the mean excess of the reconstruction error over its bound."""
-        return self._functions.fidelity_loss(
-            tokens, merged, labels=labels, gamma=self.gamma, mask=mask
-        )
+        return fidelity_loss(tokens, merged, labels=labels, gamma=self.gamma, mask=mask)
 
 
 class QuickMergePP:
@@ -288,7 +284,7 @@ class QuickMergePP:
         alpha: float = 0.1,
         *,
         mask: Array | None = None,
-    ) -> tuple[Array, dict[str, float]]:
+    ) -> tuple[Array, dict[str, Any]]:
         """Merge tokens to K; total loss = alpha · alignment + fidelity.
 
         Parameters
@@ -307,22 +303,10 @@ class QuickMergePP:
         merged : ndarray of shape (K, D) or (B, K, D)
             Merged tokens.
         losses : dict
-            Floats "ar_alignment", "fidelity" and "total".
+            "ar_alignment", "fidelity" and "total": floats, or arrays where the tokens
+            or the prior are traced.
         """
-        scores = self.saliency_estimator(tokens, mask=mask)
-        merged = self.token_merger.merge(tokens, scores, K, mask=mask)
-        align = self.ar_alignment.compute_alignment_loss
-        alignment = float(align(merged.tokens, num_groups=K))
-        constrain = self.fidelity_constraint.compute_fidelity_loss
-        fidelity = float(
-            constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
-        )
-        losses = {
-            "ar_alignment": alignment,
-            "fidelity": fidelity,
-            "total": alpha * alignment + fidelity,
-        }
-        return merged.tokens, losses
+        return merge_with_losses(self, tokens, K, alpha, mask, _as_float)
 
     def inference(
         self, tokens: Array, K: int, ar_model: Callable[[Any], Any] | None = None
@@ -331,6 +315,36 @@ class QuickMergePP:
         scores = self.saliency_estimator(tokens)
         merged = self.token_merger.merge(tokens, scores, K).tokens
         return merged, [] if ar_model is None else decode(merged, ar_model)
+
+
+def _as_float(loss: Any) -> Any:
+    """Return a loss as a float, unless a framework traces it."""
+    return float(loss) if tracing_framework((loss,)) is None else loss
+
+
+def merge_with_losses(
+    model: Any,
+    tokens: Any,
+    num_groups: Any,
+    alpha: float,
+    mask: Any,
+    convert: Callable[[Any], Any],
+) -> tuple[Any, dict[str, Any]]:
+    """Return the merged tokens and the losses, converted, of a `QuickMergePP`."""
+    scores = model.saliency_estimator(tokens, mask=mask)
+    merged = model.token_merger.merge(tokens, scores, num_groups, mask=mask)
+    align = model.ar_alignment.compute_alignment_loss
+    alignment = convert(align(merged.tokens, num_groups=num_groups))
+    constrain = model.fidelity_constraint.compute_fidelity_loss
+    fidelity = convert(
+        constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
+    )
+    losses = {
+        "ar_alignment": alignment,
+        "fidelity": fidelity,
+        "total": alpha * alignment + fidelity,
+    }
+    return merged.tokens, losses
 
 
 def quickmerge_inference(

@@ -1,35 +1,50 @@
-from typing import Any
+"""The pipeline: tokens in, fewer tokens out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays.checks import (
+    GroupCounts,
     check_choice,
     check_given,
+    check_group_counts,
     check_mask,
     check_mass,
-    check_num_groups,
     check_out,
+    check_shape,
     check_tokens,
-    largest,
 )
-from .arrays.conversion import Array, enter, on_callers_stream
+from .arrays.conversion import Array, enter
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
-from .arrays.shapes import expand_mask, lift_source, num_valid
+from .arrays.shapes import lift_source, num_valid
+from .autodiff.dispatch import composition, tracing_framework
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged
 from .settings import implementation
 from .stages.budget import token_budget
 from .stages.clustering.checks import check_protect, check_weighted_linkage
-from .stages.clustering.cluster_tokens import METHODS, compute_cluster_tokens
+from .stages.clustering.cluster_tokens import (
+    METHODS,
+    cluster_tokens,
+    compute_cluster_tokens,
+)
 from .stages.clustering.labels import ORDERS
-from .stages.merging.groups import compute_group_positions, compute_group_sizes
-from .stages.merging.merge_tokens import compute_merge_tokens
+from .stages.merging.groups import (
+    compute_group_positions,
+    compute_group_sizes,
+    group_positions,
+    group_sizes,
+)
+from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
 from .stages.saliency.attention_entropy import attention_entropy
 from .stages.saliency.query_key_entropy import query_key_entropy
 from .stages.saliency.saliency import compute_saliency
+from .stages.saliency.saliency import saliency as saliency_of_entropy
 from .stages.saliency.self_attention_entropy import (
     compute_self_attention_entropy,
     self_attention_entropy,
@@ -38,14 +53,60 @@ from .stages.selection.gumbel_noise import check_noise
 from .stages.selection.gumbel_softmax import (
     check_temperature,
     compute_gumbel_softmax,
+    gumbel_softmax,
     softmax_mass_cuda,
 )
 from .stages.selection.saliency_gumbel_mass import saliency_gumbel_mass_cuda
-from .stages.selection.saliency_mass import check_epsilon, compute_saliency_mass
-from .stages.selection.select_tokens import compute_select_tokens
+from .stages.selection.saliency_mass import (
+    check_epsilon,
+    compute_saliency_mass,
+    saliency_mass,
+)
+from .stages.selection.select_tokens import compute_select_tokens, select_tokens
+
+_WEIGHTS = "mass", "saliency", "uniform"
 
 
-@on_callers_stream
+class _Sources(NamedTuple):
+    """What saliency comes from: one of these, or else the tokens themselves."""
+
+    hidden_states: Any
+    attention: Any
+    query: Any
+    key: Any
+    saliency: Any
+
+
+class _Options(NamedTuple):
+    """How to select, to group and to weigh."""
+
+    method: str
+    order: str
+    temperature: float
+    epsilon: float
+    weights: Any
+    weighted_linkage: bool
+    seed: int | None
+    sequence_offset: int
+
+
+class _Stages(NamedTuple):
+    """The functions that the pipeline is composed of, for one kind of arrays."""
+
+    xp: Any
+    masked_copy: Callable[..., Any]
+    self_attention_entropy: Callable[..., Any]
+    saliency: Callable[..., Any]
+    gumbel_softmax: Callable[..., Any]
+    saliency_mass: Callable[..., Any]
+    select_tokens: Callable[..., Any]
+    cluster_tokens: Callable[..., Any]
+    merge_tokens: Callable[..., Any]
+    group_sizes: Callable[..., Any]
+    group_positions: Callable[..., Any]
+
+
+@composition
 def quickmerge(
     tokens: Array,
     budget: Any,
@@ -146,94 +207,313 @@ def quickmerge(
     >>> merged.tokens.shape, int(merged.sizes.sum())
     ((2, 20, 16), 200)
     """
-    places = _places(out)
-    leave, tokens, budget, mask, protect, weights, saliency, *rest = enter(
-        tokens=tokens, budget=budget, mask=mask, protect=protect, weights=weights,
-        saliency=saliency, hidden_states=hidden_states, attention=attention,
-        query=query, key=key, **places,
+    sources = _Sources(hidden_states, attention, query, key, saliency)
+    options = _Options(
+        method, order, temperature, epsilon, weights, weighted_linkage, seed,
+        sequence_offset,
     )  # fmt: skip
-    source, target = rest[:4], Merged(*rest[4:]) if places else None
-    check_tokens(tokens)
-    check_mask(mask, tokens.shape[:-1])
-    check_choice("method", method, METHODS)
-    check_choice("order", order, ORDERS)
-    check_one_source(saliency, *source)
-    _check_weights(weights, tokens.shape[:-1])
+    _check_one_source(sources)
     check_weighted_linkage(weighted_linkage, method)
-    temperature, epsilon = check_temperature(temperature), check_epsilon(epsilon)
-    noise = check_noise(seed, sequence_offset)
+    framework = tracing_framework((tokens, mask, weights, *sources))
+    if framework is not None:
+        if out is not None or workspace is not None:
+            raise TypeError(
+                "`out` and `workspace` cannot be used while a framework records "
+                "gradients or compiles: call this without them"
+            )
+        return _quickmerge_traced(
+            framework, tokens, budget, sources, mask, protect, options
+        )
+    named = _outputs(out)
+    given = None if isinstance(weights, str) else weights
+    leave, tokens, mask, protect, given, *rest = enter(
+        {"tokens": tokens, "mask": mask, "protect": protect, "weights": given}
+        | sources._asdict(),
+        counts={"budget": budget},
+        outputs=named,
+    )
+    sources, budget = _Sources(*rest[: len(sources)]), rest[len(sources)]
+    target = Merged(*rest[len(sources) + 1 :]) if named else None
+    if not isinstance(weights, str):
+        options = options._replace(weights=given)
+    shape = tokens.shape[:-1]
+    check_tokens(tokens)
+    check_mask(mask, shape)
+    options = _check_options(options, shape)
+    if sources.saliency is not None:
+        check_mass(sources.saliency, shape, "saliency")
     with memory_of(workspace, tokens):
         if is_cuda(tokens):  # copied here, or else by every stage
             tokens = contiguous(tokens)
-        counts, most = _num_groups(tokens.shape[:-1], budget, protect, method, mask)
+        num_groups = _num_groups(shape, budget, protect, method, mask)
+        place = None
         if target is not None:
-            _check_target(target, tokens, most, weights, saliency, *source)
-        scores, mass = _saliency_and_mass(
-            tokens, mask, saliency, source, temperature, noise, epsilon
+            _check_target(target, tokens, num_groups.max_groups, sources, options)
+            place = target.tokens
+        merged = _compose(
+            _INSIDE, tokens, num_groups, sources, mask, protect, options, place
         )
-        mass = _weights(weights, scores, mass, mask)
-        anchors = None
-        if method == "nearest":
-            anchors = _anchors(scores, protect, counts, most, noise, mask)
-        given = tokens, mass if weighted_linkage else None, anchors, protect, mask
-        labels = compute_cluster_tokens(*given, counts, method, order)
-        place = None if target is None else target.tokens
-        merged = compute_merge_tokens(tokens, labels, most, mass, place)
-        sizes, positions = (
-            compute_group_sizes(labels, most),
-            compute_group_positions(labels, most),
-        )
-        found = Merged(merged, labels, sizes, positions, scores, mass)
         if target is not None and out is not None:
-            for x, place in zip(found, target, strict=True):
+            for x, place in zip(merged, target, strict=True):
                 if x is not place:  # a kernel has written it already
                     place[...] = x
             return out
     if workspace is not None and is_cuda(tokens):
-        found = Merged(*(x.copy() for x in found))  # into memory of their own
-    return Merged(*map(leave, found))
+        merged = Merged(*(x.copy() for x in merged))  # into memory of their own
+    return Merged(*map(leave, merged))
 
 
-def _places(out: Any) -> dict[str, Any]:
-    """Return the arrays to write to, if any, by name."""
-    if out is None:
-        return {}
-    if not isinstance(out, Merged):
-        raise TypeError(f"`out` must be a Merged, got {type(out).__name__}")
-    return named_fields("out", out)
+def _quickmerge_traced(
+    framework: str,
+    tokens: Any,
+    budget: Any,
+    sources: _Sources,
+    mask: Any,
+    protect: Any,
+    options: _Options,
+) -> Merged[Any]:
+    """Merge arrays that a framework traces, by operations that it can differentiate.
+
+    Values are checked when the operations run. `torch.compile` follows this code.
+    """
+    stages = _traced_stages(framework)
+    if framework == "jax":
+        from .autodiff.jax_primitives import check_known
+
+        check_known("budget", budget)
+        if isinstance(budget, float):  # a share of the tokens that the mask keeps
+            check_known("mask", mask)
+    shape = tuple(tokens.shape[:-1])
+    if mask is not None:
+        check_shape("mask", mask, "BN", shape)
+    if sources.saliency is not None:
+        check_shape("saliency", sources.saliency, "BN", shape)
+    if isinstance(options.weights, str):
+        check_choice("weights", options.weights, _WEIGHTS)
+    else:
+        check_shape("weights", options.weights, "BN", shape)
+    share = isinstance(budget, float | np.floating)
+    sizes = shape[-1] if mask is None or not share else mask.sum(-1)
+    num_groups = budget
+    if type(budget) is not int or not 1 <= budget <= sizes:
+        num_groups = token_budget(budget, sizes)
+    return _compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
-def named_fields(name: str, merged: Merged[Any]) -> dict[str, Any]:
-    """Return the arrays by the names that errors give them."""
-    return {f"{name}.{field}": x for field, x in merged._asdict().items()}
+def _traced_stages(framework: str) -> _Stages:
+    xp: Any
+    masked_copy: Callable[..., Any]
+    if framework == "torch":
+        import torch
+
+        from .autodiff import torch_operators
+
+        xp, masked_copy = torch, torch_operators.masked_copy
+    else:
+        from jax import numpy
+
+        from .autodiff import jax_primitives
+
+        xp, masked_copy = numpy, jax_primitives.masked_copy
+    return _Stages(
+        xp, masked_copy, self_attention_entropy, saliency_of_entropy, gumbel_softmax,
+        saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
+        group_positions,
+    )  # fmt: skip
+
+
+def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
+    """Return a copy, in float32 at least, that is 0 where a mask is False."""
+    x = x.astype(np.result_type(x.dtype, np.float32), order="C")
+    return x if mask is None else x * mask
+
+
+_INSIDE = _Stages(
+    np, _masked_copy, compute_self_attention_entropy, compute_saliency,
+    compute_gumbel_softmax, compute_saliency_mass, compute_select_tokens,
+    compute_cluster_tokens, compute_merge_tokens, compute_group_sizes,
+    compute_group_positions,
+)  # fmt: skip
+
+
+def _compose(
+    stages: _Stages,
+    tokens: Any,
+    num_groups: Any,
+    sources: _Sources,
+    mask: Any,
+    protect: Any,
+    options: _Options,
+    out: Any = None,
+) -> Merged[Any]:
+    """Return the result of all stages, for arrays of any kind."""
+    scores, mass = _saliency_and_mass(stages, tokens, sources, mask, options)
+    anchors = None
+    if options.method == "nearest":
+        anchors = _anchors(stages, scores, num_groups, protect, mask, options)
+    labels = stages.cluster_tokens(
+        tokens,
+        num_groups,
+        method=options.method,
+        mass=mass if options.weighted_linkage else None,
+        anchors=anchors,
+        protect=protect,
+        mask=mask,
+        order=options.order,
+    )
+    merged = stages.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
+    sizes = stages.group_sizes(labels, num_groups)
+    positions = stages.group_positions(labels, num_groups)
+    return Merged(merged, labels, sizes, positions, scores, mass)
+
+
+def _saliency_and_mass(
+    stages: _Stages, tokens: Any, sources: _Sources, mask: Any, options: _Options
+) -> tuple[Any, Any]:
+    """Return saliency and weights (B, N), 0 for padding.
+
+    The optimized kernels do all that follows the entropy in one launch.
+    """
+    shape = tuple(tokens.shape[:-1])
+    padding = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
+    noise = options.seed, options.sequence_offset
+    selecting = isinstance(options.weights, str) and options.weights == "mass"
+    fused = stages is _INSIDE and is_cuda(tokens) and implementation() == "optimized"
+    if sources.saliency is not None:
+        scores = stages.masked_copy(sources.saliency, mask)
+    else:
+        entropy = _entropy(stages, tokens, sources, padding)
+        if fused and selecting:
+            scores, _, mass = saliency_gumbel_mass_cuda(
+                entropy, "low", options.temperature, noise, options.epsilon, padding
+            )
+            return scores.reshape(shape), mass.reshape(shape)
+        scores = stages.saliency(entropy, mask=padding).reshape(shape)
+    if not isinstance(options.weights, str):
+        return scores, stages.masked_copy(options.weights, mask)
+    if options.weights == "saliency":
+        return scores, stages.masked_copy(scores, mask)
+    if not selecting:
+        return scores, stages.masked_copy(stages.xp.ones_like(scores), mask)
+    if fused:
+        _, mass = softmax_mass_cuda(
+            scores, options.temperature, noise, options.epsilon, mask
+        )
+        return scores, mass
+    probabilities = stages.gumbel_softmax(
+        scores, temperature=options.temperature, **_noise(mask, options)
+    )
+    mass = stages.saliency_mass(scores, probabilities, epsilon=options.epsilon)
+    return scores, stages.masked_copy(mass, mask)
+
+
+def _noise(mask: Any, options: _Options) -> dict[str, Any]:
+    """Return the arguments that decide the noise."""
+    return {
+        "seed": options.seed,
+        "mask": mask,
+        "sequence_offset": options.sequence_offset,
+    }
+
+
+def _entropy(stages: _Stages, tokens: Any, sources: _Sources, mask: Any) -> Any:
+    """Return entropy (B, N), (L, B, N) or (L, B, H, N), by default of the tokens."""
+    if sources.attention is not None:
+        lifted = lift_source("attention", sources.attention, tokens)
+        return attention_entropy(lifted, mask=mask)
+    if sources.query is not None:
+        query = lift_source("query", sources.query, tokens)
+        key = lift_source("key", sources.key, tokens)
+        return query_key_entropy(query, key, mask=mask)
+    if sources.hidden_states is not None:
+        layers = lift_source("hidden_states", sources.hidden_states, tokens)
+        return self_attention_entropy(layers, mask=mask)
+    x = tokens.reshape(-1, *tokens.shape[-2:])
+    return stages.self_attention_entropy(x, mask=mask)
+
+
+def _anchors(
+    stages: _Stages,
+    scores: Any,
+    num_groups: Any,
+    protect: Any,
+    mask: Any,
+    options: _Options,
+) -> Any:
+    """Return the protected and the K - P others of greatest saliency plus noise."""
+    if protect is not None:
+        above = stages.xp.finfo(scores.dtype).max / 2  # whatever the noise
+        scores = stages.xp.where(protect, above, scores)
+    selected = stages.gumbel_softmax(scores, hard=num_groups, **_noise(mask, options))
+    return stages.select_tokens(selected, num_groups, mask=mask)
+
+
+def _check_options(options: _Options, shape: tuple[int, ...]) -> _Options:
+    """Return the options with numbers as Python's, or refuse them."""
+    check_choice("method", options.method, METHODS)
+    check_choice("order", options.order, ORDERS)
+    if isinstance(options.weights, str):
+        check_choice("weights", options.weights, _WEIGHTS)
+    else:
+        check_given("weights", options.weights)
+        check_mass(options.weights, shape, "weights")
+    seed, sequence_offset = check_noise(options.seed, options.sequence_offset)
+    return options._replace(
+        temperature=check_temperature(options.temperature),
+        epsilon=check_epsilon(options.epsilon),
+        seed=seed,
+        sequence_offset=sequence_offset,
+    )
+
+
+def _check_one_source(sources: _Sources) -> None:
+    named = [
+        name
+        for name in ("saliency", "hidden_states", "attention", "query")
+        if getattr(sources, name) is not None
+    ]
+    if len(named) > 1:
+        raise ValueError(f"give one source of saliency, got {' and '.join(named)}")
+    if (sources.query is None) != (sources.key is None):
+        raise ValueError("`query` and `key` go together")
 
 
 def _num_groups(
     shape: tuple[int, ...], budget: Any, protect: Any, method: str, mask: Any
-) -> tuple[NDArray[np.int64], int]:
-    """Return K of every sequence and the largest, for tokens of shape (B, N)."""
+) -> GroupCounts:
+    """Return K of every sequence of tokens (B, N)."""
     limit = num_valid(shape, mask)
     share = isinstance(budget, float | np.floating)
-    num_groups = token_budget(budget, limit) if share else budget
-    counts = check_num_groups(num_groups, shape[:-1], limit, name="budget")
-    check_protect(protect, method, counts, shape, mask)
-    return counts, largest(num_groups, counts)
+    wanted = token_budget(budget, limit) if share else budget
+    num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
+    check_protect(protect, method, num_groups.counts, shape, mask)
+    return num_groups
+
+
+def _outputs(out: Any) -> dict[str, Any]:
+    """Return the arrays to write to, if any, by the names that errors give them."""
+    if out is None:
+        return {}
+    if not isinstance(out, Merged):
+        raise TypeError(f"`out` must be a Merged, got {type(out).__name__}")
+    return {f"out.{field}": x for field, x in out._asdict().items()}
 
 
 def _check_target(
     target: Merged[Any],
     tokens: NDArray[Any],
-    most: int,
-    weights: Any,
-    *sources: Any,
+    max_groups: int,
+    sources: _Sources,
+    options: _Options,
 ) -> None:
     """Refuse places that do not fit the results, or lie in an input."""
-    given = [x for x in sources if x is not None]
+    weights = options.weights
+    given = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
     inputs = [tokens, *given] + ([] if isinstance(weights, str) else [weights])
     scores = accumulation_dtype((given or [tokens])[0].dtype)
     mass = scores if isinstance(weights, str) else accumulation_dtype(weights.dtype)
     *leading, num_tokens, dim = tokens.shape
-    each, groups = (*leading, num_tokens), (*leading, most)
+    each, groups = (*leading, num_tokens), (*leading, max_groups)
     wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (
         ("BKD", (*groups, dim), tokens.dtype),
         ("BN", each, np.dtype(np.int32)),
@@ -246,114 +526,3 @@ def _check_target(
         target._fields, target, wanted, strict=True
     ):
         check_out(x, shape, dtype, *inputs, name=f"out.{name}", axes=axes)
-
-
-def _saliency_and_mass(
-    tokens: NDArray[Any],
-    mask: NDArray[np.bool_] | None,
-    given: NDArray[Any] | None,
-    sources: list[NDArray[Any] | None],
-    temperature: float,
-    noise: tuple[int | None, int],
-    epsilon: float,
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return saliency and mass (B, N), 0 for padding, from the one source there is.
-
-    The optimized kernels find all that follows the entropy in one launch.
-    """
-    shape = tokens.shape[:-1]
-    padding = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
-    fused = is_cuda(tokens) and implementation() == "optimized"
-    if given is None:
-        entropy = _entropy(tokens, padding, *sources)
-        if fused:
-            scores, _, mass = saliency_gumbel_mass_cuda(
-                entropy, "low", temperature, noise, epsilon, padding
-            )
-            return scores.reshape(shape), mass.reshape(shape)
-        scores = compute_saliency(entropy, "low", padding).reshape(shape)
-    else:
-        check_mass(given, shape, "saliency")
-        scores = _fresh(given, mask)
-    if fused:
-        _, mass = softmax_mass_cuda(scores, temperature, noise, epsilon, mask)
-        return scores, mass
-    probabilities = compute_gumbel_softmax(scores, temperature, noise, None, mask)
-    return scores, _fresh(compute_saliency_mass(scores, probabilities, epsilon), mask)
-
-
-def check_one_source(
-    given: Any, hidden_states: Any, attention: Any, query: Any, key: Any
-) -> None:
-    sources = {
-        "saliency": given,
-        "hidden_states": hidden_states,
-        "attention": attention,
-        "query": query,
-    }
-    named = [name for name, source in sources.items() if source is not None]
-    if len(named) > 1:
-        raise ValueError(f"give one source of saliency, got {' and '.join(named)}")
-    if (query is None) != (key is None):
-        raise ValueError("`query` and `key` go together")
-
-
-def _check_weights(weights: Any, shape: tuple[int, ...]) -> None:
-    if isinstance(weights, str):
-        check_choice("weights", weights, ("mass", "saliency", "uniform"))
-    else:
-        check_given("weights", weights)
-        check_mass(weights, shape, "weights")
-
-
-def _entropy(
-    tokens: NDArray[Any],
-    mask: NDArray[np.bool_] | None,
-    hidden_states: NDArray[Any] | None,
-    attention: NDArray[Any] | None,
-    query: NDArray[Any] | None,
-    key: NDArray[Any] | None,
-) -> NDArray[Any]:
-    """Return entropy (B, N), (L, B, N) or (L, B, H, N), by default of the tokens."""
-    if attention is not None:
-        return attention_entropy(lift_source("attention", attention, tokens), mask=mask)
-    if query is not None and key is not None:
-        lifted = lift_source("query", query, tokens), lift_source("key", key, tokens)
-        return query_key_entropy(*lifted, mask=mask)
-    if hidden_states is not None:
-        layers = lift_source("hidden_states", hidden_states, tokens)
-        return self_attention_entropy(layers, mask=mask)
-    x = tokens.reshape(-1, *tokens.shape[-2:])
-    return compute_self_attention_entropy(x, expand_mask(mask, x.shape[:-1]))
-
-
-def _anchors(
-    scores: NDArray[Any],
-    protect: NDArray[np.bool_] | None,
-    counts: NDArray[np.int64],
-    most: int,
-    noise: tuple[int | None, int],
-    mask: NDArray[np.bool_] | None,
-) -> NDArray[np.int32]:
-    """Return the protected and the K - P others of greatest saliency plus noise."""
-    if protect is not None:
-        above = scores.dtype.type(np.finfo(scores.dtype).max / 2)  # whatever the noise
-        scores = np.where(protect, above, scores)  # CuPy waits to assign by a mask
-    chosen = compute_gumbel_softmax(scores, 1.0, noise, counts, mask)
-    return compute_select_tokens(chosen, counts, most, mask)
-
-
-def _weights(
-    weights: Any, scores: NDArray[Any], mass: NDArray[Any], mask: NDArray[Any] | None
-) -> NDArray[Any]:
-    if not isinstance(weights, str):
-        return _fresh(weights, mask)
-    if weights == "mass":
-        return mass
-    return _fresh(scores if weights == "saliency" else np.ones_like(scores), mask)
-
-
-def _fresh(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
-    """Return a copy, in float32 at least, that is 0 for padding."""
-    x = x.astype(np.result_type(x.dtype, np.float32), order="C")
-    return x if mask is None else x * mask

@@ -1,6 +1,6 @@
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,10 +169,23 @@ def check_num_groups(
     return counts
 
 
-def largest(num_groups: Any, counts: NDArray[np.int64]) -> int:
-    """Return K, or the largest K: of an empty batch too, where K is one number."""
+class GroupCounts(NamedTuple):
+    """K of every sequence (B,), and the largest: of an empty batch too, if K is one."""
+
+    counts: NDArray[np.int64]
+    max_groups: int
+
+
+def check_group_counts(
+    num_groups: Any,
+    batch: tuple[int, ...],
+    limit: Any = None,
+    name: str = "num_groups",
+) -> GroupCounts:
+    """Return K of every sequence as `check_num_groups` does, and the largest."""
+    counts = check_num_groups(num_groups, batch, limit, name)
     several = is_per_sequence(num_groups)
-    return int(counts.max(initial=0)) if several else int(num_groups)
+    return GroupCounts(counts, int(counts.max(initial=0) if several else num_groups))
 
 
 def is_per_sequence(count: Any) -> bool:

@@ -1,10 +1,9 @@
 """Conversion: arrays of any library come in through DLPack and leave as they came."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeVar
-
-from numpy.typing import NDArray
 
 from .libraries import CUDA, give_inside, library
 
@@ -13,23 +12,20 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 Leave = Callable[[Any], Any]
 
-# Arguments that may also be a number or a word; who takes them checks those.
-_ON_HOST = frozenset({"num_groups", "budget", "num_tokens", "hard"})  # shapes need them
-_OFTEN_PLAIN = _ON_HOST | {"weights", "position", "size"}
-_HOST, _CUDA = (1, 3), (CUDA,)  # DLPack's kDLCPU and kDLCUDAHost; kDLCUDA
+_HOST = 1, 3  # DLPack's kDLCPU and kDLCUDAHost
 
 
 def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
     """Let a public function work on the device and in the stream of its first array.
 
-    For torch that is its current stream: its allocator then needs to hear of nothing,
-    and a graph that it captures holds the work. For CuPy it is CuPy's current stream,
-    as it is for all others, which DLPack orders before and after it.
+    For torch that is its current stream: its allocator then needs no notice, and a
+    graph that it captures holds the work. For CuPy it is CuPy's current stream, as it
+    is for all others, which DLPack orders before and after it.
     """
 
     @functools.wraps(function)
     def on_stream(*args: P.args, **kwargs: P.kwargs) -> Result:
-        scope = _scope((*args, *kwargs.values()))
+        scope = scope_of((*args, *kwargs.values()))
         if scope is None:
             return function(*args, **kwargs)
         with scope:
@@ -38,51 +34,94 @@ def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
     return on_stream
 
 
-def _scope(given: tuple[Any, ...]) -> Any:
-    for x in given:
+def scope_of(values: Iterable[Any]) -> AbstractContextManager[Any] | None:
+    """Return a context on the device and stream of the first array, if it needs one."""
+    for x in values:
         first = x[0] if isinstance(x, tuple) and x else x  # the tokens of a `Merged`
         if hasattr(first, "__dlpack__"):
             return library(first).scope(first)
     return None
 
 
-def enter(**arrays: Any) -> tuple[Any, ...]:
-    """Return ``leave`` and every argument as a NumPy or CuPy array; None stays None.
+def enter(
+    arrays: Mapping[str, Any],
+    *,
+    counts: Mapping[str, Any] | None = None,
+    gradients: Mapping[str, Any] | None = None,
+    outputs: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """Return ``leave`` and every argument as a NumPy or CuPy array, in their order.
 
-    Counts become NumPy arrays wherever they are: the shapes of results depend on them.
+    Arguments are given by their names, which errors use; None stays None. All arrays
+    must be of one library and on one device. ``leave`` converts a result to the library
+    of the first array.
+
+    Parameters
+    ----------
+    arrays : mapping
+        Arrays to read.
+    counts : mapping, optional
+        Numbers, or arrays of any library on any device. Arrays become NumPy's: the
+        shapes of results depend on them.
+    gradients : mapping, optional
+        Arrays to read, or numbers, which stay as they are.
+    outputs : mapping, optional
+        Arrays to write to.
     """
-    given = {
-        name: _prepare(name, x) for name, x in arrays.items() if not _is_plain(name, x)
+    counts, gradients, outputs = counts or {}, gradients or {}, outputs or {}
+    prepared = {name: _prepare(name, x) for name, x in arrays.items() if x is not None}
+    for name, x in gradients.items():
+        if hasattr(x, "__dlpack__"):
+            prepared[name] = _prepare(name, x)
+    for name, x in outputs.items():
+        if x is not None:
+            prepared[name] = _prepare(name, x, output=True)
+    if len(prepared) > 1:
+        _check_alike(prepared)
+    inside = {name: _bring_in(name, x) for name, x in prepared.items()}
+    counted = {
+        name: _bring_in(name, _prepare(name, x), to_host=True)
+        for name, x in counts.items()
+        if hasattr(x, "__dlpack__")
     }
-    data = [name for name in given if name not in _ON_HOST] or list(given)
-    if len(data) > 1:
-        _check_alike(given, data)
-    inside = {name: _bring_in(name, x) for name, x in given.items()}
-    leave = _leave(given[data[0]]) if data else give_inside
-    return leave, *(inside.get(name, x) for name, x in arrays.items())
+    example = next(iter(prepared.values()), None)
+    if example is None and counted:
+        example = counts[next(iter(counted))]
+    leave = give_inside if example is None else _leave(example)
+    return (
+        leave,
+        *(inside.get(name) for name in arrays),
+        *(counted.get(name, x) for name, x in counts.items()),
+        *(inside.get(name, x) for name, x in gradients.items()),
+        *(inside.get(name) for name in outputs),
+    )
 
 
-def _is_plain(name: str, x: Any) -> bool:
-    often = name in _OFTEN_PLAIN or name.startswith("gradient")
-    return x is None or (often and not hasattr(x, "__dlpack__"))
+def deliver(leave: Leave, result: Any, out: Any, target: Any) -> Any:
+    """Return the result, through the caller's `out` (inside: `target`) if given."""
+    if out is None:
+        return leave(result)
+    if target is not result:  # a kernel has written it already
+        target[...] = result
+    return out
 
 
-def _prepare(name: str, x: Any) -> Any:
+def _prepare(name: str, x: Any, *, output: bool = False) -> Any:
     if not hasattr(x, "__dlpack__"):
         raise TypeError(
             f"`{name}` must be an array (NumPy's, or one that speaks DLPack), "
             f"got {type(x).__module__}.{type(x).__qualname__}"
         )
-    return library(x).prepare(name, x)
+    return library(x).prepare(name, x, output)
 
 
-def _check_alike(given: dict[str, Any], data: list[str]) -> None:
+def _check_alike(given: Mapping[str, Any]) -> None:
     """Refuse arrays of several libraries, or on several devices, naming them all."""
-    libraries = {name: library(given[name]).name for name in data}
+    libraries = {name: library(x).name for name, x in given.items()}
     if len(set(libraries.values())) > 1:
         got = ", ".join(f"`{name}` of {found}" for name, found in libraries.items())
         raise TypeError(f"arrays must come from one library, got {got}")
-    devices = {name: _spelled(*_device(name, given[name])) for name in data}
+    devices = {name: _spelled(*_device(name, x)) for name, x in given.items()}
     if len(set(devices.values())) > 1:
         got = ", ".join(f"`{name}` on {found}" for name, found in devices.items())
         raise ValueError(f"arrays must be on one device, got {got}")
@@ -93,7 +132,7 @@ def _device(name: str, x: Any) -> tuple[int, int]:
         kind, number = library(x).device(x)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         _refuse(name, error)
-    if kind not in _HOST + _CUDA:
+    if kind not in (*_HOST, CUDA):
         raise ValueError(f"`{name}` must be in the memory of a CPU or a CUDA device")
     return kind, number
 
@@ -112,16 +151,16 @@ def _spelled(kind: int, number: int) -> str:
     return "the CPU" if kind in _HOST else f"CUDA device {number}"
 
 
-def _bring_in(name: str, x: Any) -> Any:
+def _bring_in(name: str, x: Any, *, to_host: bool = False) -> Any:
     kind, _ = _device(name, x)
     cupy = None if kind in _HOST else _cupy(name)
     try:
         if cupy is None:
             return library(x).to_numpy(name, x)
-        found = cupy.from_dlpack(x)
+        inside = cupy.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
         _refuse(name, error)
-    return found.get() if name in _ON_HOST else found
+    return inside.get() if to_host else inside
 
 
 def _cupy(name: str) -> Any:
@@ -136,15 +175,6 @@ def _cupy(name: str) -> Any:
 
 
 def _leave(example: Any) -> Leave:
-    """Return how to give results back to who gave an array."""
+    """Return how to give results back to the caller's library."""
     give_back = library(example).give_back
     return lambda x: give_back(x, example)
-
-
-def deliver(leave: Any, result: NDArray[Any], out: Any, target: Any) -> Any:
-    """Return the result, through the caller's `out` (inside: `target`) if given."""
-    if out is None:
-        return leave(result)
-    if target is not result:  # a kernel has written it already
-        target[...] = result
-    return out

@@ -22,8 +22,9 @@ class Library(NamedTuple):
     name: str
     device: Callable[[Any], tuple[int, int]]
     """DLPack's number for the kind of memory, and the device's own."""
-    prepare: Callable[[str, Any], Any]
-    """Returns what can be exported, or refuses the argument by its name."""
+    prepare: Callable[[str, Any, bool], Any]
+    """Returns what can be exported, or refuses the argument by its name; the last
+    argument says whether it will be written."""
     to_numpy: Callable[[str, Any], NDArray[Any]]
     """Exports an array of the CPU's, without a copy."""
     give_back: Callable[[Any, Any], Any]
@@ -51,7 +52,7 @@ def library(x: Any) -> Library:
 def _library(kind: type) -> Library:
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if issubclass(kind, np.ndarray):
-        at_home = _not_masked, _native, give_inside, _no_scope
+        at_home = _plain_numpy, _view, give_inside, _no_scope
         return Library("numpy", lambda x: CPU, *at_home)
     if torch and issubclass(kind, torch.Tensor):
         ways = _detached, _torch_to_numpy, _to_torch, _torch_scope
@@ -61,7 +62,7 @@ def _library(kind: type) -> Library:
         return Library("jax", _dlpack_device, *ways)
     name = kind.__module__.split(".")[0]
     back = _to_namesake if hasattr(kind, "__array_namespace__") else give_inside
-    ways = (lambda name, x: x), _from_dlpack, back, _device_scope
+    ways = (lambda name, x, output: x), _from_dlpack, back, _device_scope
     return Library(name, _dlpack_device, *ways)
 
 
@@ -139,19 +140,15 @@ def _to_namesake(x: Any, like: Any) -> Any:
     return like.__array_namespace__().from_dlpack(x)
 
 
-def _not_masked(name: str, x: Any) -> Any:
+def _plain_numpy(name: str, x: Any, output: bool) -> Any:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"`{name}` is a NumPy masked array: pass its data and `mask=`")
+    if not x.dtype.isnative and not output:  # an output must not be a copy
+        x = x.astype(x.dtype.newbyteorder("="))
     return x
 
 
-def _is_out(name: str) -> bool:
-    return name.split(".")[0] == "out"
-
-
-def _native(name: str, x: Any) -> NDArray[Any]:
-    if not x.dtype.isnative and not _is_out(name):  # a copy, and nobody would see it
-        x = x.astype(x.dtype.newbyteorder("="))
+def _view(name: str, x: Any) -> NDArray[Any]:
     return x.view(np.ndarray)
 
 
@@ -174,14 +171,13 @@ def _torch_scope(x: Any) -> AbstractContextManager[Any] | None:
     return scope
 
 
-def _detached(name: str, x: Any) -> Any:
+def _detached(name: str, x: Any, output: bool) -> Any:
     torch = sys.modules["torch"]
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise TypeError(
-                f"`{name}` requires grad, which the differentiable functions of "
-                f"`qm_cupy.torch` take and no others: give `{name}.detach()`, or call "
-                "this under `torch.no_grad()`"
+                f"`{name}` requires grad, and this function has no gradient for it: "
+                f"give `{name}.detach()`, or call this under `torch.no_grad()`"
             )
         x = x.detach()
     if x.dtype == torch.bfloat16:
@@ -206,14 +202,14 @@ def _to_torch(x: Any, like: Any) -> Any:
     return torch.from_numpy(x)
 
 
-def _concrete(name: str, x: Any) -> Any:
+def _concrete(name: str, x: Any, output: bool) -> Any:
     if isinstance(x, sys.modules["jax"].core.Tracer):
         raise TypeError(
-            f"`{name}` is a JAX tracer, which has no values yet: take the function of "
-            "`qm_cupy.jax`, or call this outside of jax.jit, jax.grad and jax.vmap, or "
+            f"`{name}` is a JAX tracer, which has no values yet, and this function "
+            "cannot be traced: call it outside of jax.jit, jax.grad and jax.vmap, or "
             "through jax.pure_callback"
         )
-    if _is_out(name):
+    if output:
         raise TypeError(f"`{name}` cannot be written: JAX arrays are immutable")
     return x
 

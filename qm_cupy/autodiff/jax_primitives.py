@@ -1,4 +1,5 @@
-import contextvars
+"""The operations as JAX knows them: for its gradients, and in what it traces."""
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,65 +9,32 @@ import numpy as np
 from jax import ShapeDtypeStruct
 from jax import numpy as jnp
 
-from ..arrays.checks import check_integer, check_seed
+from ..arrays.checks import check_integer
+from ..settings import Snapshot, restored, snapshot
 from .operations import OPERATIONS, Operation, check_option
 
 Arrays = tuple[jax.Array | None, ...]
 
 
-def apply(name: str, *arguments: Any) -> Any:
-    """Call an operation with all its arguments, in their order."""
-    operation = OPERATIONS[name]
-    names = operation.inputs + operation.constants
-    arrays = tuple(map(check_array, names, arguments))
-    given = arguments[len(names) :]
-    options = tuple(map(_static_option, operation.options, given))
+def apply(operation: Operation, given: dict[str, Any]) -> Any:
+    """Call an operation with its arguments by name."""
+    given = dict(given)
+    if operation.counts:
+        name = operation.counts.rstrip("?")
+        counts = _split_count(operation.counts, given[name])
+        given["counts"], given["max_groups"] = counts
+    arrays = tuple(_array(x, given[x.rstrip("?")]) for x in operation.arrays)
+    options = tuple(_option(x, given[x.split()[-1]]) for x in operation.typed_options)
     inputs = len(operation.inputs)
-    return _apply(name, options, arrays[:inputs], arrays[inputs:])
+    static = operation.name, options, snapshot()
+    return _apply(*static, arrays[:inputs], arrays[inputs:])
 
 
-def counts_of(name: str, count: Any) -> tuple[jax.Array | None, int]:
-    """Return an array of a count for each sequence, or None, and the largest count."""
-    check_known(name, count)
-    if getattr(count, "ndim", 0) == 0:
-        return None, check_integer(name, count)
-    counts = np.asarray(count)
-    if counts.dtype.kind not in "iu":
-        raise TypeError(f"`{name}` must be integers, got {counts.dtype}")
-    return jnp.asarray(counts.astype(np.int32)), int(counts.max(initial=0))
-
-
-def optional_counts(name: str, count: Any) -> tuple[jax.Array | None, int | None]:
-    """Return as `counts_of`, or twice None."""
-    return (None, None) if count is None else counts_of(name, count)
-
-
-def known_seed(seed: Any) -> int | None:
-    """Return a seed within 0..2⁶⁴ - 1."""
-    check_known("seed", seed)
-    return None if seed is None else check_seed(seed)
-
-
-def fresh(x: Any, mask: jax.Array | None) -> jax.Array:
+def masked_copy(x: Any, mask: jax.Array | None) -> jax.Array:
     """Return an array in float32 at least that is 0 where a mask is False."""
     x = jnp.asarray(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return wide if mask is None else wide * mask
-
-
-def check_array(declared: str, x: Any) -> Any:
-    """Return a JAX array, of NumPy's too, or None where "?" allows it."""
-    name = declared.rstrip("?")
-    if isinstance(x, jax.Array) or (x is None and name != declared):
-        return x
-    if isinstance(x, np.ndarray | np.generic):
-        return jnp.asarray(x)
-    raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
-
-
-def _static_option(declared: str, value: Any) -> Any:
-    check_known(declared.split()[-1], value)
-    return check_option(declared, value)
 
 
 def check_known(name: str, value: Any) -> None:
@@ -78,39 +46,83 @@ def check_known(name: str, value: Any) -> None:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | None]:
+    """Return one count for each sequence, or None, and the largest count."""
+    name = declared.rstrip("?")
+    if count is None and name != declared:
+        return None, None
+    check_known(name, count)
+    if getattr(count, "ndim", 0) == 0:
+        return None, check_integer(name, count)
+    counts = np.asarray(count)
+    if counts.dtype.kind not in "iu":
+        raise TypeError(f"`{name}` must be integers, got {counts.dtype}")
+    return jnp.asarray(counts.astype(np.int32)), int(counts.max(initial=0))
+
+
+def _array(declared: str, x: Any) -> Any:
+    """Return a JAX array, of NumPy's too, or None where "?" allows it."""
+    name = declared.rstrip("?")
+    if isinstance(x, jax.Array) or (x is None and name != declared):
+        return x
+    if isinstance(x, np.ndarray | np.generic):
+        return jnp.asarray(x)
+    raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
+
+
+def _option(declared: str, value: Any) -> Any:
+    check_known(declared.split()[-1], value)
+    return check_option(declared, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _apply(
-    name: str, options: tuple[Any, ...], inputs: Arrays, constants: Arrays
+    name: str,
+    options: tuple[Any, ...],
+    settings: Snapshot,
+    inputs: Arrays,
+    constants: Arrays,
 ) -> Any:
     operation = OPERATIONS[name]
 
     def run(inputs: Arrays, constants: Arrays) -> Any:
-        return operation.forward(*inputs, *constants, *options)
+        with restored(settings):
+            return operation.run(*inputs, *constants, *options)
 
     results = _results(operation, inputs, constants, options)
     return _call(run, results, inputs, constants)
 
 
 def _forward(
-    name: str, options: tuple[Any, ...], inputs: Arrays, constants: Arrays
+    name: str,
+    options: tuple[Any, ...],
+    settings: Snapshot,
+    inputs: Arrays,
+    constants: Arrays,
 ) -> tuple[Any, tuple[Arrays, Arrays]]:
-    return _apply(name, options, inputs, constants), (inputs, constants)
+    result = _apply(name, options, settings, inputs, constants)
+    return result, (inputs, constants)
 
 
 def _backward(
-    name: str, options: tuple[Any, ...], kept: tuple[Arrays, Arrays], gradient: Any
+    name: str,
+    options: tuple[Any, ...],
+    settings: Snapshot,
+    kept: tuple[Arrays, Arrays],
+    gradient: Any,
 ) -> tuple[Arrays, None]:
     if not OPERATIONS[name].inputs:
         return (), None
     gradients = gradient if isinstance(gradient, tuple) else (gradient,)
     arrays = tuple(map(jnp.asarray, gradients))
-    return _gradients(name, options, arrays, *kept), None
+    return _gradients(name, options, settings, arrays, *kept), None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gradients(
     name: str,
     options: tuple[Any, ...],
+    settings: Snapshot,
     gradients: tuple[jax.Array, ...],
     inputs: Arrays,
     constants: Arrays,
@@ -118,8 +130,9 @@ def _gradients(
     operation = OPERATIONS[name]
 
     def run(gradients: Arrays, inputs: Arrays, constants: Arrays) -> Arrays:
-        found = operation.vjp(*gradients, *inputs, *constants, *options)
-        pairs = zip(found, inputs, strict=True)
+        with restored(settings):
+            results = operation.run_vjp(gradients, *inputs, *constants, *options)
+        pairs = zip(results, inputs, strict=True)
         return tuple(None if x is None else g.astype(x.dtype) for g, x in pairs)
 
     results = jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), inputs)
@@ -141,10 +154,8 @@ def _call(function: Callable[..., Any], results: Any, *arrays: Any) -> Any:
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         return function(*arrays)
 
-    settings = contextvars.copy_context()  # of this thread, which is not the callback's
-
     def on_host(*given: Any) -> Any:
-        return settings.copy().run(function, *jax.tree.map(np.asarray, given))
+        return function(*jax.tree.map(np.asarray, given))
 
     return jax.pure_callback(on_host, results, *arrays, vmap_method="sequential")
 
@@ -163,5 +174,5 @@ def _results(
         deciding = inputs[:1] if operation.dtype == "computed" else inputs
         dtype = jnp.result_type(jnp.float32, *(x.dtype for x in deciding))
     shapes = operation.shapes(*inputs, *constants, *options)
-    found = tuple(ShapeDtypeStruct(shape, dtype) for shape in shapes)
-    return found if operation.results > 1 else found[0]
+    results = tuple(ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    return results if operation.results > 1 else results[0]

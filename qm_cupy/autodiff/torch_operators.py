@@ -1,63 +1,65 @@
+"""The operations as torch's custom operators: for autograd, and whole to its compiler.
+
+Each returns one tensor more: the settings it ran under, for its backward, which
+autograd runs on threads of its own. Settings are read inside the operator, because
+`torch.compile` cannot trace a context variable.
+"""
+
 import functools
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arrays.checks import check_seed
-from .operations import OPERATIONS, Operation, check_option, integer
+from ..settings import Snapshot, restored, snapshot
+from .dispatch import KNOWN_WHILE_TRACING
+from .operations import OPERATIONS, Operation, check_option, plain_integer
+
+_SNAPSHOTS: list[Snapshot] = list(
+    itertools.product(("basic", "optimized"), (False, True), (False, True))
+)
 
 
-def apply(name: str, *arguments: Any) -> Any:
-    """Call an operation with all its arguments, in their order."""
-    operation = OPERATIONS[name]
-    arrays = operation.inputs + operation.constants
-    tensors = map(check_tensor, arrays, arguments)
-    options = map(check_option, operation.options, arguments[len(arrays) :])
-    return getattr(torch.ops.qm_cupy, name)(*tensors, *options)
+def apply(operation: Operation, given: dict[str, Any]) -> Any:
+    """Call an operation with its arguments by name; a constant one detaches tensors."""
+    given = dict(given)
+    if operation.counts:
+        name = operation.counts.rstrip("?")
+        counts = _split_count(operation.counts, given[name])
+        given["counts"], given["max_groups"] = counts
+    tensors = [_tensor(x, given[x.rstrip("?")]) for x in operation.arrays]
+    if not operation.inputs:
+        tensors = [None if x is None else x.detach() for x in tensors]
+    options = [_option(x, given[x.split()[-1]]) for x in operation.typed_options]
+    *results, _ = getattr(torch.ops.qm_cupy, operation.name)(*tensors, *options)
+    return tuple(results) if operation.results > 1 else results[0]
 
 
-def apply_constant(name: str, *arguments: Any) -> Any:
-    """Call an operation whose result has no gradient, whatever its arguments have."""
-    return apply(name, *(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+def masked_copy(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a copy, in float32 at least, that is 0 where a mask is False."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.clone() if mask is None else wide * mask
 
 
-def counts_of(name: str, count: Any) -> tuple[Tensor | None, int]:
+def _split_count(declared: str, count: Any) -> tuple[Tensor | None, int | None]:
     """Return an array of one count for each sequence, or None, and the largest count.
 
-    To see what is in a tensor waits for a GPU, and divides the graph of a compiler.
+    To read a tensor waits for a GPU, and divides the graph of a compiler.
     """
+    name = declared.rstrip("?")
+    if count is None and name != declared:
+        return None, None
     if isinstance(count, int) or getattr(count, "ndim", 0) == 0:
-        return None, integer(name, count)
+        return None, plain_integer(name, count)
     counts = torch.as_tensor(count)
     if counts.is_floating_point():
         raise TypeError(f"`{name}` must be integers, got {counts.dtype}")
     return counts, int(counts.max()) if counts.numel() else 0
 
 
-def optional_counts(name: str, count: Any) -> tuple[Tensor | None, int | None]:
-    """Return as `counts_of`, or twice None."""
-    return (None, None) if count is None else counts_of(name, count)
-
-
-def signed(seed: Any) -> int | None:
-    """Return a seed as 64 bits with a sign, which is what torch's integers are."""
-    if seed is None:
-        return None
-    value = integer("seed", seed)
-    if not 0 <= value < 2**64:
-        check_seed(value)  # which raises
-    return value - 2**64 if value >= 2**63 else value
-
-
-def fresh(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return a copy, in float32 at least, that is 0 where a mask is False."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.clone() if mask is None else wide * mask
-
-
-def check_tensor(declared: str, x: Any) -> Any:
+def _tensor(declared: str, x: Any) -> Tensor | None:
     """Return a tensor, or None where "?" allows it, and refuse all else."""
     name = declared.rstrip("?")
     if isinstance(x, Tensor) or (x is None and name != declared):
@@ -65,14 +67,22 @@ def check_tensor(declared: str, x: Any) -> Any:
     raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
 
 
-def _register(name: str, operation: Operation) -> None:
-    arrays = operation.inputs + operation.constants
-    given = [f"Tensor{'?' * x.endswith('?')} {x.rstrip('?')}" for x in arrays]
-    given += operation.options
-    gradients = [f"gradient_{i}" for i in range(operation.results)]
-    results = ", ".join(["Tensor"] * operation.results)
+def _option(declared: str, value: Any) -> Any:
+    """Return an option as torch's schemas take it: a seed as 64 bits with a sign."""
+    if declared != "int? seed" or value is None:
+        return check_option(declared, value)
+    seed = plain_integer("seed", value)
+    if not 0 <= seed < 2**64:
+        check_seed(seed)  # raises
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _register(operation: Operation) -> None:
+    given = [f"Tensor{'?' * x.endswith('?')} {x.rstrip('?')}" for x in operation.arrays]
+    given += operation.typed_options
+    results = ", ".join(["Tensor"] * (operation.results + 1))
     forward = torch.library.custom_op(
-        f"qm_cupy::{name}",
+        f"qm_cupy::{operation.name}",
         functools.partial(_forward, operation),
         mutates_args=(),
         schema=f"({', '.join(given)}) -> ({results})",
@@ -80,86 +90,101 @@ def _register(name: str, operation: Operation) -> None:
     forward.register_fake(functools.partial(_fake, operation))
     if not operation.inputs:
         return
-    taken = [*(f"Tensor {gradient}" for gradient in gradients), *given]
+    gradients = [f"Tensor gradient_{i}" for i in range(operation.results)]
     vjp = torch.library.custom_op(
-        f"qm_cupy::{name}_vjp",
+        f"qm_cupy::{operation.name}_vjp",
         functools.partial(_vjp, operation),
         mutates_args=(),
-        schema=f"({', '.join(taken)}, bool[] wanted) -> Tensor[]",
+        schema=f"({', '.join(gradients)}, Tensor settings, {', '.join(given)}, "
+        "bool[] wanted) -> Tensor[]",
     )
     vjp.register_fake(functools.partial(_fake_vjp, operation))
-    vjp.register_autograd(functools.partial(_refuse, name))
+    vjp.register_autograd(functools.partial(_refuse, operation))
     forward.register_autograd(
-        functools.partial(_backward, operation, vjp),
+        functools.partial(_backward, operation),
         setup_context=functools.partial(_save, operation),
     )
 
 
-def _forward(operation: Operation, *arguments: Any) -> Any:
+def _forward(operation: Operation, *arguments: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return operation.forward(*arguments)
+        result = operation.run(*_public(operation, arguments))
+    results = result if isinstance(result, tuple) else (result,)
+    return *results, torch.tensor(_SNAPSHOTS.index(snapshot()))
 
 
 def _vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
     """Return the gradients to the inputs for which the last argument is True."""
-    *given, wanted = arguments
-    with torch.no_grad():
-        found = operation.vjp(*given)
-    inputs = _inputs(operation, given)
+    gradients, (settings, *given, wanted) = (
+        arguments[: operation.results],
+        arguments[operation.results :],
+    )
+    with torch.no_grad(), restored(_SNAPSHOTS[int(settings)]):
+        results = operation.run_vjp(gradients, *_public(operation, given))
+    inputs = given[: len(operation.inputs)]
     return [
         gradient.to(x.dtype)
-        for gradient, x, want in zip(found, inputs, wanted, strict=True)
+        for gradient, x, want in zip(results, inputs, wanted, strict=True)
         if want
     ]
 
 
-def _inputs(operation: Operation, given: list[Any]) -> list[Any]:
-    return given[operation.results :][: len(operation.inputs)]
+def _public(operation: Operation, arguments: Any) -> list[Any]:
+    """Return an operator's arguments as the public function takes them."""
+    given = list(arguments)
+    for i, option in enumerate(operation.typed_options, len(operation.arrays)):
+        if option == "int? seed" and given[i] is not None:
+            given[i] %= 2**64
+    return given
 
 
-def _fake(operation: Operation, *arguments: Any) -> Any:
+def _fake(operation: Operation, *arguments: Any) -> tuple[Tensor, ...]:
     """Return tensors of the results' shapes and dtypes, and nothing in them."""
-    arrays = arguments[: len(operation.inputs + operation.constants)]
+    arrays = arguments[: len(operation.arrays)]
     first = next(x for x in arrays if x is not None)
     dtype = torch.int32
     if operation.dtype == "stored":
         dtype = first.dtype
     elif operation.dtype != "int32":
         deciding = 1 if operation.dtype == "computed" else len(operation.inputs)
-        kinds = [x.dtype for x in arguments[:deciding]]
-        dtype = torch.float64 if torch.float64 in kinds else torch.float32
+        dtypes = [x.dtype for x in arguments[:deciding]]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     shapes = operation.shapes(*arguments)
-    found = tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
-    return found if operation.results > 1 else found[0]
+    results = [first.new_empty(shape, dtype=dtype) for shape in shapes]
+    return *results, torch.empty((), dtype=torch.int64)
 
 
 def _fake_vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
-    *given, wanted = arguments
-    inputs = zip(_inputs(operation, given), wanted, strict=True)
+    *given, wanted = arguments[operation.results + 1 :]
+    inputs = zip(given[: len(operation.inputs)], wanted, strict=True)
     plain = torch.contiguous_format
     return [torch.empty_like(x, memory_format=plain) for x, want in inputs if want]
 
 
 def _save(operation: Operation, ctx: Any, inputs: Any, output: Any) -> None:
-    arrays = len(operation.inputs + operation.constants)
-    ctx.save_for_backward(*inputs[:arrays])
+    arrays = len(operation.arrays)
+    ctx.save_for_backward(output[-1], *inputs[:arrays])
     ctx.options = inputs[arrays:]
 
 
 def _backward(
-    operation: Operation, vjp: Callable[..., list[Tensor]], ctx: Any, *gradients: Any
+    operation: Operation, ctx: Any, *gradients: Any
 ) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[: len(operation.inputs)])
-    found = iter(vjp(*gradients, *ctx.saved_tensors, *ctx.options, wanted))
+    vjp = getattr(torch.ops.qm_cupy, f"{operation.name}_vjp")
+    found = iter(vjp(*gradients[:-1], *ctx.saved_tensors, *ctx.options, wanted))
     inputs = tuple(next(found) if want else None for want in wanted)
-    return inputs + (None,) * (len(operation.constants) + len(ctx.options))
+    rest = len(operation.arrays) - len(inputs) + len(ctx.options)
+    return inputs + (None,) * rest
 
 
-def _refuse(name: str, ctx: Any, *gradients: Any) -> None:
+def _refuse(operation: Operation, ctx: Any, *gradients: Any) -> None:
     raise RuntimeError(
-        f"`{name}` can be differentiated once: its gradient has no gradient"
+        f"`{operation.name}` can be differentiated once: its gradient has no gradient"
     )
 
 
-for _name, _operation in OPERATIONS.items():
-    _register(_name, _operation)
+for _operation in OPERATIONS.values():
+    _register(_operation)
+for _function in KNOWN_WHILE_TRACING:
+    torch.compiler.assume_constant_result(_function)

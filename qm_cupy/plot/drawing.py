@@ -57,7 +57,7 @@ def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def to_host(name: str, x: Any) -> NDArray[Any]:
-    _, x = enter(**{name: x})
+    _, x = enter({name: x})
     return x if on_host(x) else x.get()
 
 

@@ -39,7 +39,7 @@ def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
     """Return copies of a state dict's weights, in float32 or float64."""
     if set(state) != set(_STATE):
         raise ValueError(f"`{name}` must hold {[*_STATE]}, got {[*state]}")
-    _, *arrays = enter(**{f"{name}[{key!r}]": state[key] for key in _STATE})
+    _, *arrays = enter({f"{name}[{key!r}]": state[key] for key in _STATE})
     sizes: dict[str, int] = {}
     weights = []
     for (key, axes), weight in zip(_STATE.items(), arrays, strict=True):
@@ -91,7 +91,7 @@ def read_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[A
     if not state:
         raise ValueError(f"`{name}` must hold weights, got none")
     labelled = {f"{name}[{key!r}]": weight for key, weight in state.items()}
-    _, *arrays = enter(**labelled)
+    _, *arrays = enter(labelled)
     weights = {}
     for key, label, weight in zip(state, labelled, arrays, strict=True):
         check_values(label, weight, "X", "XY")

@@ -60,6 +60,10 @@ class MLPPrior:
         """Leave the copies of the weights out of pickles and copies of the prior."""
         return type(self), (self.forward, self.backward)
 
+    def network_weights(self) -> tuple[Any, ...]:
+        """Return the weights of both networks, in the order of `MLP`'s fields."""
+        return (*self.forward, *self.backward)
+
     @classmethod
     def init(cls, dim: int, *, hidden_dim: int = 256, seed: int = 0) -> "MLPPrior":
         """Draw a prior at random: uniform within ±1/√(inputs) of each layer.
@@ -125,7 +129,9 @@ class MLPPrior:
         ValueError
             If a shape does not fit or an entry is not finite.
         """
-        leave, tokens, num_groups = enter(tokens=tokens, num_groups=num_groups)
+        leave, tokens, num_groups = enter(
+            {"tokens": tokens}, counts={"num_groups": num_groups}
+        )
         check_tokens(tokens)
         check_width("tokens", tokens, self.forward)
         counts = check_counts(tokens, num_groups)
@@ -163,7 +169,7 @@ class MLPPrior:
         ValueError
             If a shape does not fit or an entry is not finite.
         """
-        leave, token = enter(token=token)
+        leave, token = enter({"token": token})
         check_values("token", token, "D", "BD")
         check_width("token", token, self.forward)
         total: Any = None

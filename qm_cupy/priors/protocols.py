@@ -18,6 +18,13 @@ class Prior(Protocol):
         """Return for every token the prediction of the one after (or before) it."""
 
 
+class TwoLayerPrior(Protocol):
+    """A prior like `MLPPrior`, to whose weights `alignment_loss` has gradients."""
+
+    def network_weights(self) -> tuple[Any, ...]:
+        """Return the weights of both networks, in the order of `MLP`'s fields."""
+
+
 class SteppingPrior(Protocol):
     """What `decode` asks of a prior that reads one token at a time."""
 

@@ -87,7 +87,7 @@ def _token_blocks(
     """Give tokens (b, K, D) and their counts (b,), a few sequences at a time."""
     for sequence in sequences:
         tokens, _, sizes = merged_parts(sequence)
-        _, tokens, sizes = enter(sequences=tokens, sizes=sizes)
+        _, tokens, sizes = enter({"sequences": tokens, "sizes": sizes})
         check_tokens(tokens, "sequences")
         check_width("sequences", tokens, network)
         each = group_counts(tokens, None, sizes).reshape(-1)

@@ -240,8 +240,9 @@ class TransformerPrior:
             If a shape does not fit, an entry is not finite, a size negative, or a
             position beyond the learned ones.
         """
-        leave, tokens, num_groups, positions, sizes = enter(
-            tokens=tokens, num_groups=num_groups, positions=positions, sizes=sizes
+        leave, tokens, positions, sizes, num_groups = enter(
+            {"tokens": tokens, "positions": positions, "sizes": sizes},
+            counts={"num_groups": num_groups},
         )
         check_tokens(tokens)
         counts = check_counts(tokens, num_groups)
@@ -299,7 +300,11 @@ class TransformerPrior:
             If a shape does not fit, an entry is not finite, a size negative, or a
             position beyond the learned ones.
         """
-        leave, token, position, size = enter(token=token, position=position, size=size)
+        known = {"position": position, "size": size}
+        arrays = {key: x for key, x in known.items() if hasattr(x, "__dlpack__")}
+        leave, token, *inside = enter({"token": token} | arrays)
+        known.update(zip(arrays, inside, strict=True))
+        position, size = known.values()
         check_values("token", token, "D", "BD")
         cache, count = (None, 0) if state is None else state
         acc_dtype = accumulation_dtype(token.dtype)

@@ -11,9 +11,12 @@ from ..arrays.checks import (
     is_per_sequence,
 )
 from ..arrays.conversion import Array, enter, on_callers_stream
+from ..autodiff.dispatch import known_while_tracing, operation
+from ..autodiff.operations import without_two_axes
 from .saliency.token_norms import relative_norms
 
 
+@known_while_tracing
 @on_callers_stream
 def token_budget(budget: Any, num_tokens: Any) -> Any:
     """Number of groups K that a budget means for sequences of N tokens.
@@ -46,7 +49,9 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     >>> token_budget(0.5, np.array([7, 100]))
     array([ 3, 50])
     """
-    leave, counts, sizes = enter(budget=budget, num_tokens=num_tokens)
+    leave, counts, sizes = enter(
+        {}, counts={"budget": budget, "num_tokens": num_tokens}
+    )
     many = is_per_sequence(sizes)
     sizes = check_num_groups(sizes, sizes.shape if many else (), name="num_tokens")
     if isinstance(budget, float | np.floating):
@@ -61,7 +66,12 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     return leave(counts) if counts.ndim else int(counts)
 
 
-@on_callers_stream
+@operation(
+    constants=("tokens", "mask?"),
+    options=("float gamma",),
+    dtype="int32",
+    shapes=without_two_axes,
+)
 def norm_budget(
     tokens: Array, gamma: float = 0.8, *, mask: Array | None = None
 ) -> Array:
@@ -97,7 +107,7 @@ def norm_budget(
     >>> int(norm_budget(np.array([[6.0], [1.0], [3.0]]), gamma=0.9))
     2
     """
-    leave, tokens, mask = enter(tokens=tokens, mask=mask)
+    leave, tokens, mask = enter({"tokens": tokens, "mask": mask})
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     gamma = check_number("gamma", gamma, 0, 1, "(]")

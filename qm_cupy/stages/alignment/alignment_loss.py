@@ -10,6 +10,7 @@ from ...arrays.checks import check_gradient, check_shape, check_tokens
 from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import beside, composition, operation, tracing_framework
 from ...cuda.constants import BLOCK, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, device_counts, launch
@@ -17,7 +18,7 @@ from ...priors.linear import linear, linear_vjp_cuda
 from ...priors.merged_tokens import group_counts, merged_parts
 from ...priors.mlp import MLP, back_propagate, check_width
 from ...priors.mlp_prior import MLPPrior, network_beside
-from ...priors.protocols import Prior
+from ...priors.protocols import Prior, TwoLayerPrior
 from ...priors.running_mean import (
     running_mean,
     running_mean_vjp_cuda,
@@ -26,10 +27,19 @@ from ...priors.running_mean import (
 from ...results import AlignmentLoss, Merged
 from ...settings import implementation
 
+_WEIGHTS = tuple(
+    f"{direction}_{name}"
+    for direction in ("forward", "backward")
+    for name in MLP._fields
+)
 
-@on_callers_stream
+
+@composition
 def alignment_loss(
-    merged: Array | Merged[Array], prior: Prior, *, num_groups: Any = None
+    merged: Array | Merged[Array],
+    prior: Prior | TwoLayerPrior,
+    *,
+    num_groups: Any = None,
 ) -> AlignmentLoss[Array]:
     r"""Bidirectional autoregressive loss of merged tokens under a prior.
 
@@ -77,8 +87,15 @@ def alignment_loss(
     True
     """
     tokens, positions, sizes = merged_parts(merged)
-    leave, tokens, num_groups, positions, sizes = enter(
-        merged=tokens, num_groups=num_groups, positions=positions, sizes=sizes
+    if is_traced(merged, prior) or not hasattr(prior, "predict"):
+        if num_groups is None and sizes is not None:
+            num_groups = (sizes > 0).sum(-1)
+        weights = beside(tokens, _network_weights(prior))
+        forward, backward = mlp_alignment_loss(tokens, *weights, num_groups=num_groups)
+        return AlignmentLoss(forward, backward, forward + backward)
+    leave, tokens, positions, sizes, num_groups = enter(
+        {"merged": tokens, "positions": positions, "sizes": sizes},
+        counts={"num_groups": num_groups},
     )
     check_tokens(tokens, "merged")
     counts = group_counts(tokens, num_groups, sizes)
@@ -90,6 +107,69 @@ def alignment_loss(
     check_shape("prediction", before, "BKD", tokens.shape)
     forward, backward = _alignment_loss(tokens, after, before, counts)
     return AlignmentLoss(leave(forward), leave(backward), leave(forward + backward))
+
+
+def is_traced(merged: Any, prior: Any) -> bool:
+    """Whether a framework traces the tokens, or the weights of a two-layer prior.
+
+    Of any other prior nothing is known: its predictions have no gradient here.
+    """
+    weights = _network_weights(prior)
+    return bool(weights) and tracing_framework((merged, *weights)) is not None
+
+
+def _network_weights(prior: Any) -> tuple[Any, ...]:
+    """Return the weights of a prior of two layers, in the order of `_WEIGHTS`."""
+    return prior.network_weights() if hasattr(prior, "network_weights") else ()
+
+
+@operation(
+    inputs=("merged", *_WEIGHTS),
+    counts="num_groups?",
+    dtype="computed",
+    shapes=lambda merged, *_: (tuple(merged.shape[:-2]),) * 2,
+    results=2,
+    vjp="_mlp_alignment_loss_vjp",
+)
+def mlp_alignment_loss(
+    merged: Any,
+    forward_weight_in: Any,
+    forward_bias_in: Any,
+    forward_weight_out: Any,
+    forward_bias_out: Any,
+    backward_weight_in: Any,
+    backward_bias_in: Any,
+    backward_weight_out: Any,
+    backward_bias_out: Any,
+    *,
+    num_groups: Any = None,
+) -> tuple[Any, Any]:
+    """Return the losses under an `MLPPrior` of these weights, forward and backward."""
+    prior = _prior_of(
+        forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
+        backward_weight_in, backward_bias_in, backward_weight_out, backward_bias_out,
+    )  # fmt: skip
+    losses = alignment_loss(merged, prior, num_groups=num_groups)
+    return losses.forward, losses.backward
+
+
+@on_callers_stream
+def _mlp_alignment_loss_vjp(
+    forward: Any, backward: Any, merged: Any, *, num_groups: Any, **weights: Any
+) -> tuple[Any, ...]:
+    gradient = AlignmentLoss(forward, backward, 0 * forward)
+    prior = _prior_of(*(weights[name] for name in _WEIGHTS))
+    tokens, networks = alignment_loss_vjp(
+        gradient, merged, prior, num_groups=num_groups
+    )
+    return (tokens, *networks[0], *networks[1])
+
+
+def _prior_of(*weights: Any) -> MLPPrior:
+    """Return the prior of these weights, without a copy unless they are halves."""
+    _, *arrays = enter(dict(zip(_WEIGHTS, weights, strict=True)))
+    wide = [contiguous(w, accumulation_dtype(w.dtype)) for w in arrays]
+    return MLPPrior(MLP(*wide[:4]), MLP(*wide[4:]))
 
 
 def _alignment_loss(
@@ -205,11 +285,10 @@ def alignment_loss_vjp(
         raise TypeError(f"`prior` must be an MLPPrior, got {type(prior).__name__}")
     tokens, _, sizes = merged_parts(merged)
     names = [f"gradient.{name}" for name in AlignmentLoss._fields]
-    leave, tokens, num_groups, sizes, *slopes = enter(
-        merged=tokens,
-        num_groups=num_groups,
-        sizes=sizes,
-        **dict(zip(names, _three(gradient), strict=True)),
+    leave, tokens, sizes, num_groups, *slopes = enter(
+        {"merged": tokens, "sizes": sizes},
+        counts={"num_groups": num_groups},
+        gradients=dict(zip(names, _three(gradient), strict=True)),
     )
     check_tokens(tokens, "merged")
     check_width("merged", tokens, prior.forward)

@@ -65,7 +65,7 @@ def decode(
             f"`progress` must be callable or None, got {type(progress).__name__}"
         )
     tokens, positions, sizes = merged_parts(merged)
-    _, inside = enter(merged=tokens)
+    _, inside = enter({"merged": tokens})
     check_tokens(inside, "merged")
     rows, state, predictions = inside.shape[-2], None, []
     with no_grad(tokens):

@@ -6,16 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
+    GroupCounts,
     check_choice,
+    check_group_counts,
     check_mask,
     check_mass,
-    check_num_groups,
     check_tokens,
-    largest,
 )
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, enter
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import without_last_axis
 from ...cuda.launch import device_counts
 from ..saliency.token_norms import relative_norms
 from ..selection.select_tokens import select_tokens_reference
@@ -32,7 +34,13 @@ from .unit_tokens import unit_tokens
 METHODS = (*LINKAGES, "nearest", "bipartite", "contiguous")
 
 
-@on_callers_stream
+@operation(
+    constants=("tokens", "mass?", "anchors?", "protect?", "mask?"),
+    counts="num_groups",
+    options=("str method", "str order"),
+    dtype="int32",
+    shapes=without_last_axis,
+)
 def cluster_tokens(
     tokens: Array,
     num_groups: Any,
@@ -105,10 +113,16 @@ def cluster_tokens(
     >>> cluster_tokens(tokens, 3, protect=protect)
     array([0, 2, 1, 2], dtype=int32)
     """
-    leave, tokens, num_groups, mass, anchors, protect, mask = enter(
-        tokens=tokens, num_groups=num_groups, mass=mass, anchors=anchors,
-        protect=protect, mask=mask,
-    )  # fmt: skip
+    leave, tokens, mass, anchors, protect, mask, num_groups = enter(
+        {
+            "tokens": tokens,
+            "mass": mass,
+            "anchors": anchors,
+            "protect": protect,
+            "mask": mask,
+        },
+        counts={"num_groups": num_groups},
+    )
     check_tokens(tokens)
     check_choice("method", method, METHODS)
     check_choice("order", order, ORDERS)
@@ -116,38 +130,48 @@ def cluster_tokens(
     check_mask(mask, shape)
     check_mass_method(mass, method)
     check_mass(mass, shape)
-    counts = check_num_groups(num_groups, shape[:-1], num_valid(shape, mask))
-    check_protect(protect, method, counts, shape, mask)
-    most = largest(num_groups, counts)
+    groups = check_group_counts(num_groups, shape[:-1], num_valid(shape, mask))
+    check_protect(protect, method, groups.counts, shape, mask)
     if anchors is not None:
-        check_anchors(anchors, method, counts, most, shape, mask, protect)
-    given = tokens, mass, anchors, protect, mask
-    return leave(compute_cluster_tokens(*given, counts, method, order))
+        check_anchors(anchors, method, *groups, shape, mask, protect)
+    labels = compute_cluster_tokens(
+        tokens,
+        groups,
+        method=method,
+        mass=mass,
+        anchors=anchors,
+        protect=protect,
+        mask=mask,
+        order=order,
+    )
+    return leave(labels)
 
 
 def compute_cluster_tokens(
     tokens: Any,
-    mass: Any,
-    anchors: Any,
-    protect: Any,
-    mask: Any,
-    counts: NDArray[np.int64],
-    method: str,
-    order: str,
+    num_groups: GroupCounts,
+    *,
+    method: str = "average",
+    mass: Any = None,
+    anchors: Any = None,
+    protect: Any = None,
+    mask: Any = None,
+    order: str = "last",
 ) -> Any:
-    on_cuda = is_cuda(tokens)
-    cluster = _cluster_tokens_cuda if on_cuda else _cluster_tokens_reference
-    return cluster(tokens, mass, anchors, protect, mask, counts, method, order)
+    args = tokens, num_groups.counts, method, mass, anchors, protect, mask, order
+    if is_cuda(tokens):
+        return _cluster_tokens_cuda(*args)
+    return _cluster_tokens_reference(*args)
 
 
 def _cluster_tokens_reference(
     tokens: NDArray[Any],
+    counts: NDArray[np.int64],
+    method: str,
     mass: NDArray[Any] | None,
     anchors: NDArray[Any] | None,
     protect: NDArray[np.bool_] | None,
     mask: NDArray[np.bool_] | None,
-    counts: NDArray[np.int64],
-    method: str,
     order: str,
 ) -> NDArray[np.int32]:
     if method == "nearest" and anchors is None:
@@ -209,12 +233,12 @@ def _groups(
 
 def _cluster_tokens_cuda(
     tokens: Any,
+    counts: NDArray[np.int64],
+    method: str,
     mass: Any,
     anchors: Any,
     protect: Any,
     mask: Any,
-    counts: NDArray[np.int64],
-    method: str,
     order: str,
 ) -> Any:
     given, most = device_counts(counts)

@@ -50,7 +50,7 @@ def cosine_similarity(tokens: Array) -> Array:
            [1., 1., 0.],
            [0., 0., 1.]])
     """
-    leave, tokens = enter(tokens=tokens)
+    leave, tokens = enter({"tokens": tokens})
     check_tokens(tokens)
     if is_cuda(tokens):
         return leave(cosine_similarity_cuda(tokens))

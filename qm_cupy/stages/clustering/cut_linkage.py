@@ -13,9 +13,10 @@ from ...arrays.checks import (
     check_num_groups,
     check_number,
 )
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, enter
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import operation
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, device_counts, launch
 from ...settings import implementation
@@ -32,7 +33,13 @@ from .linkage import relative_mass
 from .weighted_linkage import Floats
 
 
-@on_callers_stream
+@operation(
+    constants=("dendrogram", "mass?", "mask?"),
+    counts="num_groups?",
+    options=("float? max_error", "str order"),
+    dtype="int32",
+    shapes=lambda tree, *_: ((*tree.shape[:-2], tree.shape[-2] + 1),),
+)
 def cut_linkage(
     dendrogram: Array,
     *,
@@ -92,8 +99,9 @@ def cut_linkage(
     >>> cut_linkage(tree, max_error=0.0)
     array([1, 0, 1], dtype=int32)
     """
-    leave, dendrogram, num_groups, mass, mask = enter(
-        dendrogram=dendrogram, num_groups=num_groups, mass=mass, mask=mask
+    leave, dendrogram, mass, mask, num_groups = enter(
+        {"dendrogram": dendrogram, "mass": mass, "mask": mask},
+        counts={"num_groups": num_groups},
     )
     check_given("dendrogram", dendrogram)
     check_choice("order", order, ORDERS)

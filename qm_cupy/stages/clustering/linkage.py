@@ -86,7 +86,7 @@ def linkage(
     array([[0., 1., 0., 2.],
            [2., 3., 1., 3.]])
     """
-    leave, tokens, mass, mask = enter(tokens=tokens, mass=mass, mask=mask)
+    leave, tokens, mass, mask = enter({"tokens": tokens, "mass": mass, "mask": mask})
     check_tokens(tokens)
     check_choice("method", method, LINKAGES)
     check_mask(mask, tokens.shape[:-1])

@@ -6,6 +6,7 @@ import numpy as np
 
 from ...arrays.checks import check_gradient, check_number
 from ...arrays.conversion import Array, on_callers_stream
+from ...autodiff.dispatch import operation
 from .reconstruction_error import (
     compute_reconstruction_error,
     compute_reconstruction_error_vjp,
@@ -13,7 +14,14 @@ from .reconstruction_error import (
 )
 
 
-@on_callers_stream
+@operation(
+    inputs=("tokens", "merged"),
+    constants=("labels?", "mask?"),
+    counts="num_groups?",
+    options=("float gamma",),
+    dtype="computed",
+    shapes=lambda *_: ((),),
+)
 def fidelity_loss(
     tokens: Array,
     merged: Array,

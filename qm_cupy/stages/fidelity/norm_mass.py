@@ -54,8 +54,8 @@ def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> A
     >>> float(norm_mass(np.array([[4.0], [1.0], [3.0]]), 2))
     0.875
     """
-    leave, tokens, num_groups, mask = enter(
-        tokens=tokens, num_groups=num_groups, mask=mask
+    leave, tokens, mask, num_groups = enter(
+        {"tokens": tokens, "mask": mask}, counts={"num_groups": num_groups}
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])

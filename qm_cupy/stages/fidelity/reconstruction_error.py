@@ -17,6 +17,8 @@ from ...arrays.checks import (
 from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import without_two_axes
 from ...cuda.constants import BLOCK, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, device_counts, launch, vector_count
@@ -30,7 +32,13 @@ from ..merging.unmerge_tokens import (
 )
 
 
-@on_callers_stream
+@operation(
+    inputs=("tokens", "merged"),
+    constants=("labels?", "mask?"),
+    counts="num_groups?",
+    dtype="computed",
+    shapes=without_two_axes,
+)
 def reconstruction_error(
     tokens: Array,
     merged: Array,
@@ -98,13 +106,10 @@ def enter_fidelity(
     gradient: Any = None,
 ) -> tuple[Any, ...]:
     """Return ``leave``, all arrays checked but the gradient, and that."""
-    leave, tokens, merged, labels, num_groups, mask, gradient = enter(
-        tokens=tokens,
-        merged=merged,
-        labels=labels,
-        num_groups=num_groups,
-        mask=mask,
-        gradient=gradient,
+    leave, tokens, merged, labels, mask, num_groups, gradient = enter(
+        {"tokens": tokens, "merged": merged, "labels": labels, "mask": mask},
+        counts={"num_groups": num_groups},
+        gradients={"gradient": gradient},
     )
     check_tokens(tokens)
     check_tokens(merged, "merged")

@@ -6,16 +6,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_given, check_labels, check_num_groups, largest
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.checks import (
+    GroupCounts,
+    check_given,
+    check_group_counts,
+    check_labels,
+)
+from ...arrays.conversion import Array, enter
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import groups_of_tokens
 from ...cuda.constants import BLOCK, SORT_THREADS, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 from ...settings import implementation
 
 
-@on_callers_stream
+@operation(
+    constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
+)
 def group_sizes(labels: Array, num_groups: Any) -> Array:
     """Number of tokens of each group.
 
@@ -44,14 +53,16 @@ def group_sizes(labels: Array, num_groups: Any) -> Array:
     >>> group_sizes(np.array([0, 1, 0, -1]), 2)
     array([2, 1], dtype=int32)
     """
-    leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
+    leave, labels, num_groups = enter(
+        {"labels": labels}, counts={"num_groups": num_groups}
+    )
     return leave(compute_group_sizes(labels, _check_groups(labels, num_groups)))
 
 
-def compute_group_sizes(labels: Any, num_groups: int) -> Any:
+def compute_group_sizes(labels: Any, num_groups: GroupCounts) -> Any:
     if is_cuda(labels):
-        return _groups_cuda("group_sizes", labels, num_groups)
-    return _group_sizes_reference(labels, num_groups)
+        return _groups_cuda("group_sizes", labels, num_groups.max_groups)
+    return _group_sizes_reference(labels, num_groups.max_groups)
 
 
 def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.int32]:
@@ -60,7 +71,9 @@ def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.
     return sizes.reshape(*labels.shape[:-1], num_groups)
 
 
-@on_callers_stream
+@operation(
+    constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
+)
 def group_positions(labels: Array, num_groups: Any) -> Array:
     """Position of each group: that of its last member.
 
@@ -89,14 +102,16 @@ def group_positions(labels: Array, num_groups: Any) -> Array:
     >>> group_positions(np.array([0, 1, 0, -1]), 2)
     array([2, 1], dtype=int32)
     """
-    leave, labels, num_groups = enter(labels=labels, num_groups=num_groups)
+    leave, labels, num_groups = enter(
+        {"labels": labels}, counts={"num_groups": num_groups}
+    )
     return leave(compute_group_positions(labels, _check_groups(labels, num_groups)))
 
 
-def compute_group_positions(labels: Any, num_groups: int) -> Any:
+def compute_group_positions(labels: Any, num_groups: GroupCounts) -> Any:
     if is_cuda(labels):
-        return _groups_cuda("group_positions", labels, num_groups)
-    return _group_positions_reference(labels, num_groups)
+        return _groups_cuda("group_positions", labels, num_groups.max_groups)
+    return _group_positions_reference(labels, num_groups.max_groups)
 
 
 def _group_positions_reference(
@@ -119,11 +134,11 @@ def _groups_cuda(kernel: str, labels: Any, num_groups: int) -> Any:
     return out
 
 
-def _check_groups(labels: NDArray[Any], num_groups: Any) -> int:
+def _check_groups(labels: NDArray[Any], num_groups: Any) -> GroupCounts:
     check_given("labels", labels)
-    counts = check_num_groups(num_groups, labels.shape[:-1])
-    check_labels(labels, None, counts)
-    return largest(num_groups, counts)
+    groups = check_group_counts(num_groups, labels.shape[:-1])
+    check_labels(labels, None, groups.counts)
+    return groups
 
 
 def flat_groups(

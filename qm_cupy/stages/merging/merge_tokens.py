@@ -7,17 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
+    GroupCounts,
     check_gradient,
+    check_group_counts,
     check_labels,
     check_mass,
-    check_num_groups,
     check_out,
     check_tokens,
-    largest,
 )
 from ...arrays.conversion import Array, deliver, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import Shape
 from ...cuda.constants import WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch, vector_count
@@ -25,7 +27,17 @@ from ...settings import implementation
 from .groups import flat_groups, members_cuda
 
 
-@on_callers_stream
+def _merged_shape(tokens: Any, *others: Any) -> tuple[Shape, ...]:
+    return ((*tokens.shape[:-2], others[-1], tokens.shape[-1]),)  # K is the last
+
+
+@operation(
+    inputs=("tokens", "mass?"),
+    constants=("labels",),
+    counts="num_groups",
+    dtype="stored",
+    shapes=_merged_shape,
+)
 def merge_tokens(
     tokens: Array,
     labels: Array,
@@ -80,28 +92,35 @@ def merge_tokens(
     array([[3.],
            [7.]])
     """
-    leave, tokens, labels, num_groups, mass, target = enter(
-        tokens=tokens, labels=labels, num_groups=num_groups, mass=mass, out=out
+    leave, tokens, labels, mass, num_groups, target = enter(
+        {"tokens": tokens, "labels": labels, "mass": mass},
+        counts={"num_groups": num_groups},
+        outputs={"out": out},
     )
     check_tokens(tokens)
     batch = tokens.shape[:-2]
-    counts = check_num_groups(num_groups, batch)
-    most = largest(num_groups, counts)
-    check_labels(labels, tokens.shape[:-1], counts)
+    groups = check_group_counts(num_groups, batch)
+    check_labels(labels, tokens.shape[:-1], groups.counts)
     check_mass(mass, tokens.shape[:-1])
-    wanted = (*batch, most, tokens.shape[-1])
+    wanted = (*batch, groups.max_groups, tokens.shape[-1])
     check_out(target, wanted, tokens.dtype, tokens, labels, mass)
-    merged = compute_merge_tokens(tokens, labels, most, mass, target)
+    merged = compute_merge_tokens(tokens, labels, groups, mass=mass, out=target)
     return deliver(leave, merged, out, target)
 
 
 def compute_merge_tokens(
-    tokens: Any, labels: Any, num_groups: int, mass: Any, out: Any
+    tokens: Any,
+    labels: Any,
+    num_groups: GroupCounts,
+    *,
+    mass: Any = None,
+    out: Any = None,
 ) -> Any:
     """Return the merged tokens, in `out` if it is given and a kernel writes them."""
+    max_groups = num_groups.max_groups
     if is_cuda(tokens):
-        return merge_tokens_cuda(tokens, labels, num_groups, mass, out)
-    return _merge_tokens_reference(tokens, labels, num_groups, mass)
+        return merge_tokens_cuda(tokens, labels, max_groups, mass, out)
+    return _merge_tokens_reference(tokens, labels, max_groups, mass)
 
 
 def _merge_tokens_reference(
@@ -216,27 +235,24 @@ def merge_tokens_vjp(
     >>> by_mass
     array([-0.75,  0.25,  0.  ])
     """
-    leave, gradient, tokens, labels, num_groups, mass = enter(
-        gradient=gradient,
-        tokens=tokens,
-        labels=labels,
-        num_groups=num_groups,
-        mass=mass,
+    leave, tokens, labels, mass, num_groups, gradient = enter(
+        {"tokens": tokens, "labels": labels, "mass": mass},
+        counts={"num_groups": num_groups},
+        gradients={"gradient": gradient},
     )
     check_tokens(tokens)
     batch = tokens.shape[:-2]
-    counts = check_num_groups(num_groups, batch)
-    most = largest(num_groups, counts)
-    wanted = (*batch, most, tokens.shape[-1])
-    kept = (np.arange(most) < counts[..., None])[..., None]  # (B, K, 1)
+    counts, max_groups = check_group_counts(num_groups, batch)
+    wanted = (*batch, max_groups, tokens.shape[-1])
+    kept = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
     gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=kept)
     check_labels(labels, tokens.shape[:-1], counts)
     check_mass(mass, tokens.shape[:-1])
-    find = _merge_tokens_vjp_reference
+    args = gradient.astype(tokens.dtype, copy=False), tokens, labels, max_groups, mass
     if is_cuda(tokens):
-        find = _merge_tokens_vjp_cuda
-    gradient = gradient.astype(tokens.dtype, copy=False)
-    by_tokens, by_mass = find(gradient, tokens, labels, most, mass)
+        by_tokens, by_mass = _merge_tokens_vjp_cuda(*args)
+    else:
+        by_tokens, by_mass = _merge_tokens_vjp_reference(*args)
     return leave(by_tokens), None if by_mass is None else leave(by_mass)
 
 

@@ -9,21 +9,32 @@ from numpy.typing import NDArray
 from ...arrays.checks import (
     check_given,
     check_gradient,
+    check_group_counts,
     check_labels,
-    check_num_groups,
     check_out,
     check_tokens,
-    largest,
 )
 from ...arrays.conversion import Array, deliver, enter, on_callers_stream
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import Shape
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch, vector_count
 from ...settings import check_finite, implementation
 from .groups import flat_groups, members_cuda
 
 
-@on_callers_stream
+def _unmerged_shape(merged: Any, labels: Any) -> tuple[Shape, ...]:
+    return ((*labels.shape, merged.shape[-1]),)
+
+
+@operation(
+    inputs=("merged",),
+    constants=("labels",),
+    dtype="stored",
+    shapes=_unmerged_shape,
+    vjp="_unmerge_tokens_vjp",
+)
 def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) -> Array:
     """Give every token the value of its group: the gather by labels.
 
@@ -55,7 +66,9 @@ def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) ->
     >>> unmerge_tokens(np.array([[3.0], [7.0]]), np.array([0, 0, 1])).ravel()
     array([3., 3., 7.])
     """
-    leave, merged, labels, target = enter(merged=merged, labels=labels, out=out)
+    leave, merged, labels, target = enter(
+        {"merged": merged, "labels": labels}, outputs={"out": out}
+    )
     check_tokens(merged, "merged")
     check_given("labels", labels)
     wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))
@@ -129,19 +142,25 @@ def unmerge_tokens_vjp(gradient: Array, labels: Array, num_groups: Any) -> Array
     >>> unmerge_tokens_vjp(gradient, np.array([0, 0, 1]), 2).ravel()
     array([3., 4.])
     """
-    leave, gradient, labels, num_groups = enter(
-        gradient=gradient, labels=labels, num_groups=num_groups
+    leave, labels, num_groups, gradient = enter(
+        {"labels": labels},
+        counts={"num_groups": num_groups},
+        gradients={"gradient": gradient},
     )
     with check_finite(False):  # which of it is padding, the labels say
         check_tokens(gradient, "gradient")
-    counts = check_num_groups(num_groups, gradient.shape[:-2])
+    counts, max_groups = check_group_counts(num_groups, gradient.shape[:-2])
     check_labels(labels, gradient.shape[:-1], counts)
     kept = None if is_cuda(gradient) else (labels >= 0)[..., None]
     check_gradient(gradient, gradient.shape, "BND", mask=kept)
-    most = largest(num_groups, counts)
     if is_cuda(gradient):
-        return leave(_unmerge_tokens_vjp_cuda(gradient, labels, most))
-    return leave(unmerge_tokens_vjp_reference(gradient, labels, most))
+        return leave(_unmerge_tokens_vjp_cuda(gradient, labels, max_groups))
+    return leave(unmerge_tokens_vjp_reference(gradient, labels, max_groups))
+
+
+def _unmerge_tokens_vjp(gradient: Any, merged: Any, labels: Any) -> Any:
+    """Return the gradient of `merged`, by the arguments of `unmerge_tokens`."""
+    return unmerge_tokens_vjp(gradient, labels, merged.shape[-2])
 
 
 def unmerge_tokens_vjp_reference(

@@ -11,6 +11,8 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask, layer_axes
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import without_last_axis
 from ...cuda.constants import WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
@@ -24,7 +26,12 @@ from .score_gradients import (
 )
 
 
-@on_callers_stream
+@operation(
+    inputs=("attention",),
+    constants=("mask?",),
+    dtype="computed",
+    shapes=without_last_axis,
+)
 def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
     r"""Shannon entropy of every row of given attention probabilities, in nats.
 
@@ -63,7 +70,7 @@ def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
     >>> attention_entropy(np.array([[1.0, 0.0], [0.5, 0.5]])).round(4)
     array([0.    , 0.6931])
     """
-    leave, attention, mask = enter(attention=attention, mask=mask)
+    leave, attention, mask = enter({"attention": attention, "mask": mask})
     keep = _check_attention(attention, mask)
     if is_cuda(attention):
         return leave(_attention_entropy_cuda(attention, mask))
@@ -167,8 +174,9 @@ def attention_entropy_vjp(
     array([[ 0.824 , -0.2747],
            [ 0.    ,  0.    ]])
     """
-    given = enter(gradient=gradient, attention=attention, mask=mask)
-    leave, gradient, attention, mask = given
+    leave, attention, mask, gradient = enter(
+        {"attention": attention, "mask": mask}, gradients={"gradient": gradient}
+    )
     keep = _check_attention(attention, mask)
     check_entropy_gradient(gradient, attention.shape[:-1], keep)
     if is_cuda(attention):

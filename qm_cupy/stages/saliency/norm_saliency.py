@@ -9,6 +9,8 @@ from ...arrays.checks import check_gradient, check_mask, check_tokens
 from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import narrow
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import without_last_axis
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from .min_max import scale_min_max, scale_min_max_vjp
@@ -17,7 +19,12 @@ from .score_gradients import masked_gradient
 from .token_norms import relative_norms, token_norms_cuda
 
 
-@on_callers_stream
+@operation(
+    inputs=("tokens",),
+    constants=("mask?",),
+    dtype="computed",
+    shapes=without_last_axis,
+)
 def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
     """Saliency of each token from its L2 norm, min–max scaled over its sequence.
 
@@ -47,7 +54,7 @@ def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
     >>> norm_saliency(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]]))
     array([0.5, 0. , 1. ])
     """
-    leave, tokens, mask = enter(tokens=tokens, mask=mask)
+    leave, tokens, mask = enter({"tokens": tokens, "mask": mask})
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     if is_cuda(tokens):
@@ -111,7 +118,9 @@ def norm_saliency_vjp(
            [ 0.  ,  0.  ],
            [ 0.  ,  0.05]])
     """
-    leave, gradient, tokens, mask = enter(gradient=gradient, tokens=tokens, mask=mask)
+    leave, tokens, mask, gradient = enter(
+        {"tokens": tokens, "mask": mask}, gradients={"gradient": gradient}
+    )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)

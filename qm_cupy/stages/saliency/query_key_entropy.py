@@ -11,6 +11,8 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask, layer_axes
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import without_last_axis
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import (
@@ -40,7 +42,13 @@ from .score_gradients import (
 )
 
 
-@on_callers_stream
+@operation(
+    inputs=("query", "key"),
+    constants=("mask?",),
+    options=("bool causal", "float? scale"),
+    dtype="computed",
+    shapes=without_last_axis,
+)
 def query_key_entropy(
     query: Array,
     key: Array,
@@ -90,7 +98,7 @@ def query_key_entropy(
     >>> query_key_entropy(np.zeros((4, 2)), np.zeros((4, 2)), causal=True).round(4)
     array([0.    , 0.6931, 1.0986, 1.3863])
     """
-    leave, query, key, mask = enter(query=query, key=key, mask=mask)
+    leave, query, key, mask = enter({"query": query, "key": key, "mask": mask})
     scale = _check_query_key(query, key, scale)
     keep = expand_mask(mask, query.shape[:-1])
     if is_cuda(query):
@@ -224,8 +232,9 @@ def query_key_entropy_vjp(
            [-0.21]]), array([[-0.42],
            [ 0.42]]))
     """
-    given = enter(gradient=gradient, query=query, key=key, mask=mask)
-    leave, gradient, query, key, mask = given
+    leave, query, key, mask, gradient = enter(
+        {"query": query, "key": key, "mask": mask}, gradients={"gradient": gradient}
+    )
     scale = _check_query_key(query, key, scale)
     keep = expand_mask(mask, query.shape[:-1])
     check_entropy_gradient(gradient, query.shape[:-1], keep)

@@ -10,6 +10,7 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import layer_axes, saliency_shape
+from ...autodiff.dispatch import operation
 from ...cuda.constants import BLOCK, THREAD_TOKENS
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
@@ -18,7 +19,13 @@ from .min_max import scale_min_max, scale_min_max_vjp
 from .score_gradients import as_computed, launch_vjp, masked_gradient
 
 
-@on_callers_stream
+@operation(
+    inputs=("entropy",),
+    constants=("mask?",),
+    options=("str salient",),
+    dtype="computed",
+    shapes=lambda entropy, *_: (saliency_shape(entropy),),
+)
 def saliency(
     entropy: Array, *, salient: str = "low", mask: Array | None = None
 ) -> Array:
@@ -62,14 +69,14 @@ def saliency(
     >>> saliency(np.array([0.5, 2.5, 1.5]))
     array([1. , 0. , 0.5])
     """
-    leave, entropy, mask = enter(entropy=entropy, mask=mask)
+    leave, entropy, mask = enter({"entropy": entropy, "mask": mask})
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
     check_choice("salient", salient, ("low", "high"))
     check_mask(mask, saliency_shape(entropy))
-    return leave(compute_saliency(entropy, salient, mask))
+    return leave(compute_saliency(entropy, salient=salient, mask=mask))
 
 
-def compute_saliency(entropy: Any, salient: str, mask: Any) -> Any:
+def compute_saliency(entropy: Any, *, salient: str = "low", mask: Any = None) -> Any:
     if is_cuda(entropy):
         return saliency_cuda(entropy, salient, mask)
     return _saliency_reference(entropy, salient, mask)
@@ -176,8 +183,9 @@ def saliency_vjp(
     >>> saliency_vjp(np.array([0.0, 0.0, 1.0]), np.array([0.5, 2.5, 1.5]))
     array([ 0.25,  0.25, -0.5 ])
     """
-    given = enter(gradient=gradient, entropy=entropy, mask=mask)
-    leave, gradient, entropy, mask = given
+    leave, entropy, mask, gradient = enter(
+        {"entropy": entropy, "mask": mask}, gradients={"gradient": gradient}
+    )
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
     check_choice("salient", salient, ("low", "high"))
     shape = saliency_shape(entropy)

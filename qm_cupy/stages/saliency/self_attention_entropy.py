@@ -11,6 +11,8 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import without_last_axis
 from ...cuda.constants import TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
@@ -35,7 +37,12 @@ from .score_gradients import (
 )
 
 
-@on_callers_stream
+@operation(
+    inputs=("tokens",),
+    constants=("mask?",),
+    dtype="computed",
+    shapes=without_last_axis,
+)
 def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array:
     r"""Entropy of each token's softmax attention to all tokens, scores over √D.
 
@@ -73,13 +80,13 @@ def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array
     >>> self_attention_entropy(np.array([[9.0, 0.0], [0.0, 0.0], [0.0, 9.0]])).round(4)
     array([0.    , 1.0986, 0.    ])
     """
-    leave, tokens, mask = enter(tokens=tokens, mask=mask)
+    leave, tokens, mask = enter({"tokens": tokens, "mask": mask})
     check_values("tokens", tokens, "ND", "BND", "LBND")
     keep = expand_mask(mask, tokens.shape[:-1])
-    return leave(compute_self_attention_entropy(tokens, keep))
+    return leave(compute_self_attention_entropy(tokens, mask=keep))
 
 
-def compute_self_attention_entropy(tokens: Any, mask: Any) -> Any:
+def compute_self_attention_entropy(tokens: Any, *, mask: Any = None) -> Any:
     if is_cuda(tokens):
         return _self_attention_entropy_cuda(tokens, mask)
     return _self_attention_entropy_reference(tokens, mask)
@@ -189,7 +196,9 @@ def self_attention_entropy_vjp(
     array([[-0.3932],
            [ 0.1966]])
     """
-    leave, gradient, tokens, mask = enter(gradient=gradient, tokens=tokens, mask=mask)
+    leave, tokens, mask, gradient = enter(
+        {"tokens": tokens, "mask": mask}, gradients={"gradient": gradient}
+    )
     check_values("tokens", tokens, "ND", "BND", "LBND")
     keep = expand_mask(mask, tokens.shape[:-1])
     check_entropy_gradient(gradient, tokens.shape[:-1], keep)

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
+    GroupCounts,
     check_gradient,
+    check_group_counts,
     check_mask,
-    check_num_groups,
     check_number,
     check_values,
 )
@@ -16,6 +17,8 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import like_first
 from ...cuda.constants import BLOCK
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
@@ -29,7 +32,14 @@ from .perturbed_scores import (
 from .select_tokens import top_tokens_cuda, top_tokens_reference
 
 
-@on_callers_stream
+@operation(
+    inputs=("saliency",),
+    constants=("mask?",),
+    counts="hard?",
+    options=("float temperature", "int? seed", "int sequence_offset"),
+    dtype="computed",
+    shapes=like_first,
+)
 def gumbel_softmax(
     saliency: Array,
     *,
@@ -86,25 +96,38 @@ def gumbel_softmax(
     >>> gumbel_softmax(np.array([0.2, 0.1, 0.3]), seed=None, hard=2)
     array([1., 0., 1.])
     """
-    leave, saliency, mask, hard = enter(saliency=saliency, mask=mask, hard=hard)
+    leave, saliency, mask, hard = enter(
+        {"saliency": saliency, "mask": mask}, counts={"hard": hard}
+    )
     check_values("saliency", saliency, "N", "BN")
     check_mask(mask, saliency.shape)
     temperature = check_temperature(temperature)
-    noise = check_noise(seed, sequence_offset)
-    counts = None
+    seed, sequence_offset = check_noise(seed, sequence_offset)
     if hard is not None:
-        most = num_valid(saliency.shape, mask)
-        counts = check_num_groups(hard, saliency.shape[:-1], most, name="hard")
-    return leave(compute_gumbel_softmax(saliency, temperature, noise, counts, mask))
+        limit = num_valid(saliency.shape, mask)
+        hard = check_group_counts(hard, saliency.shape[:-1], limit, name="hard")
+    probabilities = compute_gumbel_softmax(
+        saliency,
+        temperature=temperature,
+        seed=seed,
+        hard=hard,
+        mask=mask,
+        sequence_offset=sequence_offset,
+    )
+    return leave(probabilities)
 
 
 def compute_gumbel_softmax(
     saliency: Any,
-    temperature: float,
-    noise: tuple[int | None, int],
-    counts: NDArray[np.int64] | None,
-    mask: Any,
+    *,
+    temperature: float = 0.1,
+    seed: int | None = 0,
+    hard: GroupCounts | None = None,
+    mask: Any = None,
+    sequence_offset: int = 0,
 ) -> Any:
+    noise = seed, sequence_offset
+    counts = None if hard is None else hard.counts
     if is_cuda(saliency):
         return _gumbel_softmax_cuda(saliency, temperature, noise, counts, mask)
     return _gumbel_softmax_reference(saliency, temperature, noise, counts, mask)
@@ -238,8 +261,8 @@ def gumbel_softmax_vjp(
     >>> gumbel_softmax_vjp(np.array([1.0, 0.0]), s, seed=None).round(3)
     array([ 1.966, -1.966])
     """
-    leave, gradient, saliency, mask = enter(
-        gradient=gradient, saliency=saliency, mask=mask
+    leave, saliency, mask, gradient = enter(
+        {"saliency": saliency, "mask": mask}, gradients={"gradient": gradient}
     )
     check_values("saliency", saliency, "N", "BN")
     check_mask(mask, saliency.shape)

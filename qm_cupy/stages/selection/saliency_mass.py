@@ -9,11 +9,18 @@ from ...arrays.checks import check_gradient, check_number, check_shape, check_va
 from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import like_first
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 
 
-@on_callers_stream
+@operation(
+    inputs=("saliency", "probabilities"),
+    options=("float epsilon",),
+    dtype="widest",
+    shapes=like_first,
+)
 def saliency_mass(
     saliency: Array, probabilities: Array, *, epsilon: float = 0.01
 ) -> Array:
@@ -47,16 +54,18 @@ def saliency_mass(
     array([0.8 , 0.01])
     """
     leave, saliency, probabilities = enter(
-        saliency=saliency, probabilities=probabilities
+        {"saliency": saliency, "probabilities": probabilities}
     )
     check_values("saliency", saliency, "N", "BN")
     check_values("probabilities", probabilities, "N", "BN")
     check_shape("probabilities", probabilities, "BN", saliency.shape)
     epsilon = check_epsilon(epsilon)
-    return leave(compute_saliency_mass(saliency, probabilities, epsilon))
+    return leave(compute_saliency_mass(saliency, probabilities, epsilon=epsilon))
 
 
-def compute_saliency_mass(saliency: Any, probabilities: Any, epsilon: float) -> Any:
+def compute_saliency_mass(
+    saliency: Any, probabilities: Any, *, epsilon: float = 0.01
+) -> Any:
     if is_cuda(saliency):
         return _saliency_mass_cuda(saliency, probabilities, epsilon)
     return _saliency_mass_reference(saliency, probabilities, epsilon)
@@ -128,8 +137,9 @@ def saliency_mass_vjp(
     >>> saliency_mass_vjp(np.array([1.0, 2.0]), s, p)
     (array([1., 1.]), array([0.79, 0.78]))
     """
-    leave, gradient, saliency, probabilities = enter(
-        gradient=gradient, saliency=saliency, probabilities=probabilities
+    leave, saliency, probabilities, gradient = enter(
+        {"saliency": saliency, "probabilities": probabilities},
+        gradients={"gradient": gradient},
     )
     check_values("saliency", saliency, "N", "BN")
     check_values("probabilities", probabilities, "N", "BN")
@@ -137,10 +147,10 @@ def saliency_mass_vjp(
     gradient = check_gradient(gradient, saliency.shape, "BN", saliency)
     epsilon = check_epsilon(epsilon)
     args = gradient, saliency, probabilities, epsilon
-    find = _saliency_mass_vjp_reference
     if is_cuda(saliency):
-        find = _saliency_mass_vjp_cuda
-    by_saliency, by_probability = find(*args)
+        by_saliency, by_probability = _saliency_mass_vjp_cuda(*args)
+    else:
+        by_saliency, by_probability = _saliency_mass_vjp_reference(*args)
     return leave(by_saliency), leave(by_probability)
 
 

@@ -5,10 +5,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_mask, check_num_groups, check_values, largest
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.checks import (
+    GroupCounts,
+    check_group_counts,
+    check_mask,
+    check_values,
+)
+from ...arrays.conversion import Array, enter
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
+from ...autodiff.dispatch import operation
+from ...autodiff.operations import groups_of_tokens
 from ...cuda.constants import SELECTION_THREADS
 from ...cuda.device import empty
 from ...cuda.launch import device_counts, launch
@@ -17,7 +24,12 @@ from ..clustering.labels import launch_groups
 from .perturbed_scores import launch_sequences, perturbed_scores_cuda
 
 
-@on_callers_stream
+@operation(
+    constants=("scores", "mask?"),
+    counts="num_groups",
+    dtype="int32",
+    shapes=groups_of_tokens,
+)
 def select_tokens(
     scores: Array, num_groups: Any, *, mask: Array | None = None
 ) -> Array:
@@ -52,22 +64,21 @@ def select_tokens(
     array([1, 3], dtype=int32)
     """
     leave, scores, mask, num_groups = enter(
-        scores=scores, mask=mask, num_groups=num_groups
+        {"scores": scores, "mask": mask}, counts={"num_groups": num_groups}
     )
     check_values("scores", scores, "N", "BN")
     check_mask(mask, scores.shape)
     limit = num_valid(scores.shape, mask)
-    counts = check_num_groups(num_groups, scores.shape[:-1], limit)
-    most = largest(num_groups, counts)
-    return leave(compute_select_tokens(scores, counts, most, mask))
+    groups = check_group_counts(num_groups, scores.shape[:-1], limit)
+    return leave(compute_select_tokens(scores, groups, mask=mask))
 
 
 def compute_select_tokens(
-    scores: Any, counts: NDArray[np.int64], most: int, mask: Any
+    scores: Any, num_groups: GroupCounts, *, mask: Any = None
 ) -> Any:
     if is_cuda(scores):
-        return _select_tokens_cuda(scores, counts, most, mask)
-    return select_tokens_reference(scores, counts, most, mask)
+        return _select_tokens_cuda(scores, *num_groups, mask)
+    return select_tokens_reference(scores, *num_groups, mask)
 
 
 def select_tokens_reference(
