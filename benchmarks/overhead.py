@@ -86,10 +86,10 @@ def calls(library: Library) -> Calls:
     give, inside = library.give, library.inside(x)
     tokens, mask = give(x), give(np.ones(8, np.bool_))
     labels = give(np.arange(8, dtype=np.int32) % 2)
-    leave, *_ = enter(tokens=tokens)
+    leave, *_ = enter({"tokens": tokens})
     return {
-        "door, one array in": lambda: enter(tokens=tokens),
-        "door, two arrays in": lambda: enter(tokens=tokens, mask=mask),
+        "conversion, one array in": lambda: enter({"tokens": tokens}),
+        "conversion, two arrays in": lambda: enter({"tokens": tokens, "mask": mask}),
         "door, one array out": lambda: leave(inside),
         BARE: lambda: library.take(inside),
         "unmerge_tokens": lambda: qm.unmerge_tokens(tokens, labels),

@@ -236,8 +236,8 @@ def quickmerge(
     target = Merged(*rest[len(sources) + 1 :]) if named else None
     if not isinstance(weights, str):
         options = options._replace(weights=given)
-    shape = tokens.shape[:-1]
     check_tokens(tokens)
+    shape = tokens.shape[:-1]
     check_mask(mask, shape)
     options = _check_options(options, shape)
     if sources.saliency is not None:

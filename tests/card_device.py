@@ -174,9 +174,9 @@ def install(monkeypatch, *cards):
     device = Device(cards)
     bring_in = cuda._bring_in
 
-    def upload(name, x):
-        found = bring_in(name, x)
-        return found if name in cuda._ON_HOST else found.view(DeviceArray)
+    def upload(name, x, *, to_host=False):
+        found = bring_in(name, x, to_host=to_host)
+        return found if to_host else found.view(DeviceArray)
 
     def known():
         card = device.look()

@@ -8,7 +8,7 @@ import qm_cupy as qm
 
 RNG = np.random.default_rng(20260102)
 
-# The public functions by what happens to gradients; all others are the very same ones.
+# The public functions by what happens to gradients; all others refuse traced arrays.
 DIFFERENTIABLE = {
     "alignment_loss",
     "attention_entropy",
@@ -31,13 +31,6 @@ CONSTANT = {
     "group_sizes",
     "norm_budget",
     "select_tokens",
-}
-CLASSES = {
-    "BidirectionalARAlignment",
-    "DifferentiableTokenMerging",
-    "EntropyAwareSaliency",
-    "NormBasedFidelityConstraint",
-    "QuickMergePP",
 }
 
 

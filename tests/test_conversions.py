@@ -46,7 +46,7 @@ def shared(library, dtype):
         return "–"
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     given = to_library(library, np.ones((4, 8), kind))
-    leave, inside = enter(tokens=given)
+    leave, inside = enter({"tokens": given})
     result = unaligned(np.ones((4, 8), kind))
     left = leave(result)
     ways = {

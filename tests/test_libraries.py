@@ -251,11 +251,12 @@ class TestTorch:
     def test_requires_grad(self, torch):
         tokens = torch.arange(8.0).reshape(4, 2).requires_grad_()
         with pytest.raises(TypeError, match=r"`tokens` requires grad.*tokens.detach"):
-            qm.norm_saliency(tokens)
-        with torch.no_grad():
-            got = qm.norm_saliency(tokens)
-        assert not got.requires_grad
-        assert (got == qm.norm_saliency(tokens.detach())).all()
+            qm.cosine_similarity(tokens)
+        for function in (qm.cosine_similarity, qm.norm_saliency):
+            with torch.no_grad():
+                got = function(tokens)
+            assert not got.requires_grad
+            assert (got == function(tokens.detach())).all()
 
     def test_inference_mode(self, torch):
         with torch.inference_mode():
@@ -301,7 +302,7 @@ class TestJax:
 
     @pytest.mark.parametrize("transform", ["jit", "vmap", "grad"])
     def test_tracer(self, jax, transform):
-        traced = getattr(jax, transform)(lambda x: qm.norm_saliency(x).sum())
+        traced = getattr(jax, transform)(lambda x: qm.cosine_similarity(x).sum())
         with pytest.raises(TypeError, match=r"`tokens` is a JAX tracer.*pure_callback"):
             traced(jax.numpy.ones((4, 2, 3)))
 

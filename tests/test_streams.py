@@ -98,11 +98,11 @@ def test_every_public_function_asks_before_its_arrays_come_in(name, monkeypatch)
 
     prepare = cuda._prepare
 
-    def prepared(*args):
+    def prepared(*args, **options):
         entrances.append(bool(inside))
-        return prepare(*args)
+        return prepare(*args, **options)
 
-    monkeypatch.setattr(cuda, "_scope", lambda given: scope(given))
+    monkeypatch.setattr(cuda, "scope_of", lambda given: scope(given))
     monkeypatch.setattr(cuda, "_prepare", prepared)
     function(**given)
     assert entrances

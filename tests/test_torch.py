@@ -1,17 +1,20 @@
-"""`qm_cupy.torch`: the same names, differentiable, and whole to the compiler."""
+"""The functions of `qm_cupy` with torch: differentiable, and whole to the compiler."""
 
 import inspect
 
 import numpy as np
 import pytest
 from conftest import to_library, to_numpy
-from gradient_calls import CALLS, CLASSES, CONSTANT, DIFFERENTIABLE, LABELS, flat
+from gradient_calls import CALLS, CONSTANT, DIFFERENTIABLE, LABELS, flat
 from test_framework import PAPER
 
 import qm_cupy as qm
+from qm_cupy.autodiff.operations import OPERATIONS
+from qm_cupy.settings import snapshot
 
 torch = pytest.importorskip("torch")
 qt = pytest.importorskip("qm_cupy.torch")
+SNAPSHOTS = pytest.importorskip("qm_cupy.autodiff.torch_operators").SNAPSHOTS
 
 
 def tensors(arrays, dtype=torch.float64, grad=False):
@@ -27,7 +30,7 @@ def tensors(arrays, dtype=torch.float64, grad=False):
 
 
 def run(call, inputs, rest):
-    return flat(getattr(qt, call.function)(**inputs, **rest))
+    return flat(getattr(qm, call.function)(**inputs, **rest))
 
 
 def total(results):
@@ -43,41 +46,30 @@ def gradients(call, inputs, rest):
 
 
 class TestNames:
-    def test_all_are_here(self):
-        assert qt.__all__ == qm.__all__
-        own = {
-            name for name in qm.__all__ if getattr(qt, name) is not getattr(qm, name)
-        }
-        assert own == DIFFERENTIABLE | CONSTANT | CLASSES | {"MLPPrior"}
+    def test_modules_alone_are_in_the_module(self):
+        assert qt.__all__ == ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
+        for name in qt.__all__:
+            assert issubclass(getattr(qt, name), torch.nn.Module)
+            ours, theirs = (getattr(m, name) for m in (qt, qm))
+            assert str(inspect.signature(ours)) == str(inspect.signature(theirs))
+
+    def test_every_operation_is_here(self):
+        composed = {"quickmerge", "alignment_loss"}
+        operations = DIFFERENTIABLE | CONSTANT | {"mlp_alignment_loss"}
+        assert set(OPERATIONS) == operations - composed
         assert {call.function for call in CALLS.values()} == DIFFERENTIABLE
-
-    @pytest.mark.parametrize("name", sorted(DIFFERENTIABLE | CONSTANT))
-    def test_signatures(self, name):
-        theirs = dict(inspect.signature(getattr(qm, name)).parameters)
-        for left_out in ("out", "workspace"):
-            theirs.pop(left_out, None)
-        ours = inspect.signature(getattr(qt, name)).parameters
-        assert [*ours] == [*theirs]
-        for parameter in ours:
-            assert ours[parameter].default == theirs[parameter].default
-            assert ours[parameter].kind == theirs[parameter].kind
-
-    @pytest.mark.parametrize("name", sorted(CLASSES))
-    def test_constructors(self, name):
-        ours, theirs = (inspect.signature(getattr(m, name)) for m in (qt, qm))
-        assert str(ours) == str(theirs)
 
     def test_constants_take_what_requires_grad(self):
         tokens = torch.randn(2, 9, 4, requires_grad=True)
-        labels = qt.cluster_tokens(tokens, 3)
+        labels = qm.cluster_tokens(tokens, 3)
         tree = qm.linkage(tokens.detach()).requires_grad_()
         found = {
             "cluster_tokens": labels,
-            "cut_linkage": qt.cut_linkage(tree, num_groups=3),
-            "select_tokens": qt.select_tokens(tokens[..., 0], 3),
-            "norm_budget": qt.norm_budget(tokens, 0.5),
-            "group_sizes": qt.group_sizes(labels, 3),
-            "group_positions": qt.group_positions(labels, torch.tensor([3, 3])),
+            "cut_linkage": qm.cut_linkage(tree, num_groups=3),
+            "select_tokens": qm.select_tokens(tokens[..., 0], 3),
+            "norm_budget": qm.norm_budget(tokens, 0.5),
+            "group_sizes": qm.group_sizes(labels, 3),
+            "group_positions": qm.group_positions(labels, torch.tensor([3, 3])),
         }
         assert set(found) == CONSTANT
         given = {
@@ -99,7 +91,7 @@ class TestNames:
         tokens = torch.randn(9, 4, requires_grad=True)
         more = (lambda x: x,) if name == "decode" else ()
         with pytest.raises(TypeError, match="requires grad"):
-            getattr(qt, name)(tokens, *more)
+            getattr(qm, name)(tokens, *more)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -107,10 +99,12 @@ class TestCalls:
     def test_results_are_the_library_s(self, name):
         call = CALLS[name]
         given = tensors({**call.inputs, **call.rest})
-        got = getattr(qt, call.function)(**given)
+        traced = tensors(call.inputs, grad=True)
+        got = getattr(qm, call.function)(**{**given, **traced})
         wanted = getattr(qm, call.function)(**given)
         if isinstance(got, torch.Tensor):
             got, wanted = (got,), (wanted,)
+        given.update(traced)
         inputs = {x.data_ptr() for x in given.values() if isinstance(x, torch.Tensor)}
         for x, y in zip(got, wanted, strict=True):
             assert x.dtype == y.dtype
@@ -184,35 +178,35 @@ class TestCalls:
             torch.autograd.grad(total(spread), [*twice.values()])
 
 
-OPERATIONS = [name for name in CALLS if not name.startswith("quickmerge")]
+SINGLE = [name for name in CALLS if not name.startswith("quickmerge")]
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", SINGLE)
 def test_opcheck(name, monkeypatch):
     """What torch asks of a custom operator, of each and of its gradient."""
-    from qm_cupy.autodiff.operations import OPERATIONS
-
     call, seen = CALLS[name], []
-    operator = getattr(torch.ops.qm_cupy, call.function)
+    function = call.function.replace("alignment", "mlp_alignment")
+    operator = getattr(torch.ops.qm_cupy, function)
     inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
     with monkeypatch.context() as patch:
         spy = lambda *x: seen.append(x) or operator(*x)  # noqa: E731
-        patch.setattr(torch.ops.qm_cupy, call.function, spy)
+        patch.setattr(torch.ops.qm_cupy, function, spy)
         results = run(call, inputs, rest)
     (arguments,) = seen
     torch.library.opcheck(operator.default, arguments)
-    operation = OPERATIONS[call.function]
+    operation = OPERATIONS[function]
     slope = [torch.ones_like(x) for x in results[: operation.results]]
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     wanted = [x is not None for x in arguments[: len(operation.inputs)]]
-    vjp = getattr(torch.ops.qm_cupy, f"{call.function}_vjp")
-    torch.library.opcheck(vjp.default, (*slope, *detached, wanted))
+    vjp = getattr(torch.ops.qm_cupy, f"{function}_vjp")
+    settings = torch.tensor(SNAPSHOTS.index(snapshot()))
+    torch.library.opcheck(vjp.default, (*slope, settings, *detached, wanted))
 
 
 class TestCompiler:
     """`torch.compile` holds every operator whole: no graph is broken."""
 
-    @pytest.mark.parametrize("name", OPERATIONS)
+    @pytest.mark.parametrize("name", SINGLE)
     def test_each(self, name):
         call = CALLS[name]
         inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
@@ -220,7 +214,7 @@ class TestCompiler:
             rest["num_groups"] = 3
         if "prior" in rest:
             rest["prior"] = qt.MLPPrior(rest["prior"].forward, rest["prior"].backward)
-        function = getattr(qt, call.function)
+        function = getattr(qm, call.function)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         value = total(flat(compiled(**inputs, **rest)))
         assert torch.equal(value, total(run(call, inputs, rest)))
@@ -230,7 +224,7 @@ class TestCompiler:
 
     def test_counts_are_read(self):
         tokens, labels = torch.randn(2, 5, 3), torch.from_numpy(LABELS)
-        compiled = torch.compile(qt.merge_tokens, backend="aot_eager")
+        compiled = torch.compile(qm.merge_tokens, backend="aot_eager")
         for counts in (torch.tensor([3, 2]), torch.tensor([4, 2])):
             wanted = qm.merge_tokens(tokens, labels, counts)
             assert torch.equal(compiled(tokens, labels, counts), wanted)
@@ -240,9 +234,9 @@ class TestCompiler:
         tokens = torch.randn(2, 12, 4, requires_grad=True)
 
         def loss(tokens, budget):
-            merged = qt.quickmerge(tokens, budget, method=method, seed=2**63 + 1)
-            rebuilt = qt.unmerge_tokens(merged.tokens, merged.labels)
-            error = qt.reconstruction_error(tokens, merged.tokens, labels=merged.labels)
+            merged = qm.quickmerge(tokens, budget, method=method, seed=2**63 + 1)
+            rebuilt = qm.unmerge_tokens(merged.tokens, merged.labels)
+            error = qm.reconstruction_error(tokens, merged.tokens, labels=merged.labels)
             return ((rebuilt - tokens) ** 2).mean() + error.sum() + merged.mass.sum()
 
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -256,7 +250,7 @@ class TestCompiler:
     def test_a_share_of_the_tokens(self):
         tokens = torch.randn(2, 12, 4)
         compiled = torch.compile(
-            lambda x: qt.quickmerge(x, 0.25), fullgraph=True, backend="aot_eager"
+            lambda x: qm.quickmerge(x, 0.25), fullgraph=True, backend="aot_eager"
         )
         assert torch.equal(compiled(tokens).tokens, qm.quickmerge(tokens, 3).tokens)
 
@@ -304,7 +298,7 @@ class TestQuickMergePP:
         tokens = torch.tensor(rng.standard_normal((3, 40, 8)), requires_grad=True)
         model = qt.QuickMergePP(embedding_dim=8, seed=5).double()
         merged, losses = model(tokens, 7)
-        labels = qt.quickmerge(tokens, 7, seed=5).labels
+        labels = qm.quickmerge(tokens, 7, seed=5).labels
         noise = torch.from_numpy(qm.gumbel_noise((3, 40), 5)).double()
         prior = model.ar_alignment.prior
         networks = prior.forward_prior, prior.backward_prior
@@ -369,7 +363,13 @@ class TestQuickMergePP:
 
     def test_the_papers_blocks(self, capsys):
         names = {"YourARModel": lambda: torch.nn.Linear(512, 7)}
-        exec(PAPER.replace("from quickmerge", "from qm_cupy.torch"), names)
+        modules = "QuickMergePP", "BidirectionalARAlignment"
+        blocks = PAPER.replace("from quickmerge", "from qm_cupy")
+        for module in modules:
+            blocks = blocks.replace(
+                f"qm_cupy import {module}", f"qm_cupy.torch import {module}"
+            )
+        exec(blocks, names)
         assert capsys.readouterr().out == "Compressed from 100 to 20 tokens\n"
         assert names["losses"]["total"].requires_grad
         assert names["alignment_loss"].requires_grad
@@ -434,7 +434,7 @@ class TestPrior:
 
     def test_a_merged_knows_its_groups(self, merged):
         tokens = torch.tensor(np.arange(40.0).reshape(2, 5, 4) ** 2)
-        found = qt.quickmerge(tokens, torch.tensor([4, 2]))
+        found = qm.quickmerge(tokens, torch.tensor([4, 2]))
         prior = qt.MLPPrior.init(4).double()
         wanted = prior(found.tokens, num_groups=torch.tensor([4, 2]))
         assert torch.equal(prior(found).total, wanted.total)
@@ -445,20 +445,20 @@ class TestPrior:
             def predict(self, tokens, **known):
                 return 0 * tokens
 
-        assert qt.alignment_loss(merged.detach(), Zero()).total.shape == (2,)
+        assert qm.alignment_loss(merged.detach(), Zero()).total.shape == (2,)
         with pytest.raises(TypeError, match="`merged` requires grad"):
-            qt.alignment_loss(merged, Zero())
+            qm.alignment_loss(merged, Zero())
 
 
 class TestSelection:
     def test_hard_is_straight_through(self, rng):
         scores = torch.tensor(rng.random((2, 9)), requires_grad=True)
         weights = torch.tensor(rng.random((2, 9)))
-        soft, hard = qt.gumbel_softmax(scores), qt.gumbel_softmax(scores, hard=3)
+        soft, hard = qm.gumbel_softmax(scores), qm.gumbel_softmax(scores, hard=3)
         assert torch.equal(hard, qm.gumbel_softmax(scores.detach(), hard=3))
         (wanted,) = torch.autograd.grad((soft * weights).sum(), scores)
         counts = torch.tensor([2, 4])
-        for mask in (hard, qt.gumbel_softmax(scores, hard=counts)):
+        for mask in (hard, qm.gumbel_softmax(scores, hard=counts)):
             (found,) = torch.autograd.grad((mask * weights).sum(), scores)
             assert torch.equal(found, wanted)
 
@@ -466,53 +466,82 @@ class TestSelection:
         scores = torch.rand(2, 9)
         for seed in (0, 2**63 - 1, 2**63, 2**64 - 1, np.uint64(2**64 - 1), None):
             wanted = qm.gumbel_softmax(scores, seed=seed)
-            assert torch.equal(qt.gumbel_softmax(scores, seed=seed), wanted)
+            assert torch.equal(qm.gumbel_softmax(scores, seed=seed), wanted)
 
 
 class TestErrors:
     @pytest.mark.parametrize(
         ("call", "error", "message"),
         [
-            (lambda x: qt.norm_saliency(x.numpy()), TypeError,
-             "`tokens` must be a torch.Tensor, got ndarray"),
-            (lambda x: qt.quickmerge([[1.0]], 1), TypeError,
-             "`tokens` must be a torch.Tensor, got list"),
-            (lambda x: qt.norm_saliency(x, mask=torch.ones(3, dtype=bool)), ValueError,
+            (lambda x: qm.merge_tokens(x, np.zeros((2, 5), int), 2), TypeError,
+             "`labels` must be a torch.Tensor, got ndarray"),
+            (lambda x: qm.merge_tokens(x, torch.zeros(2, 5, dtype=int), 2,
+                                       out=torch.ones(2, 2, 3)),
+             TypeError, "`out` cannot be written while"),
+            (lambda x: qm.quickmerge(x, 2, workspace=qm.Workspace()), TypeError,
+             "`out` and `workspace` cannot be used while"),
+            (lambda x: qm.merge_tokens(x, x), TypeError, "num_groups"),
+            (lambda x: qm.merge_tokens(x, x, 2, x, x), TypeError, "positional"),
+            (lambda x: qm.merge_tokens(x, x, 2, tokens=x), TypeError, "multiple"),
+            (lambda x: qm.merge_tokens(x, x, 2, weight=x), TypeError, "weight"),
+            (lambda x: qm.norm_saliency(x, mask=torch.ones(3, dtype=bool)), ValueError,
              r"`mask` must have shape \(B, N\) = \(2, 5\), got \(3,\)"),
-            (lambda x: qt.quickmerge(x, 2, mask=torch.ones(3, dtype=bool)), ValueError,
+            (lambda x: qm.quickmerge(x, 2, mask=torch.ones(3, dtype=bool)), ValueError,
              r"`mask` must have shape \(B, N\) = \(2, 5\), got \(3,\)"),
-            (lambda x: qt.quickmerge(x, 2, saliency=x[0]), ValueError,
+            (lambda x: qm.quickmerge(x, 2, saliency=x[0]), ValueError,
              r"`saliency` must have shape \(B, N\) = \(2, 5\), got \(5, 3\)"),
-            (lambda x: qt.quickmerge(x, 2, query=x), ValueError, "go together"),
-            (lambda x: qt.quickmerge(x, 2, weights="no"), ValueError, "`weights`"),
-            (lambda x: qt.quickmerge(x, 6), ValueError,
+            (lambda x: qm.quickmerge(x, 2, query=x), ValueError, "go together"),
+            (lambda x: qm.quickmerge(x, 2, weights="no"), ValueError, "`weights`"),
+            (lambda x: qm.quickmerge(x, 6), ValueError,
              r"`budget` must lie in 1..5 \(its tokens\), got 6"),
-            (lambda x: qt.quickmerge(x, True), TypeError, "`budget`.*got a bool"),
-            (lambda x: qt.quickmerge(x, 2, attention=x[:, :4]), ValueError,
+            (lambda x: qm.quickmerge(x, True), TypeError, "`budget`.*got a bool"),
+            (lambda x: qm.quickmerge(x, 2, attention=x[:, :4]), ValueError,
              r"`attention` must have shape .* = \(2, 5\), got \(2, 4, 3\)"),
-            (lambda x: qt.gumbel_softmax(x[0], temperature=torch.tensor(0.1)),
+            (lambda x: qm.gumbel_softmax(x[0], temperature=torch.tensor(0.1)),
              TypeError, "`temperature` must be a number, got Tensor"),
-            (lambda x: qt.gumbel_softmax(x[0], seed=-1), ValueError, "`seed`"),
-            (lambda x: qt.gumbel_softmax(x[0], seed=0.5), TypeError, "`seed`"),
-            (lambda x: qt.gumbel_softmax(x[0], hard=9), ValueError, "`hard`"),
-            (lambda x: qt.saliency(x[0], salient=3), TypeError, "`salient`.*got int"),
-            (lambda x: qt.saliency(x[0], salient="no"), ValueError, "`salient`"),
-            (lambda x: qt.merge_tokens(x, x, 2), TypeError,
+            (lambda x: qm.gumbel_softmax(x[0], seed=-1), ValueError, "`seed`"),
+            (lambda x: qm.gumbel_softmax(x[0], seed=0.5), TypeError, "`seed`"),
+            (lambda x: qm.gumbel_softmax(x[0], hard=9), ValueError, "`hard`"),
+            (lambda x: qm.saliency(x[0], salient=3), TypeError, "`salient`.*got int"),
+            (lambda x: qm.saliency(x[0], salient="no"), ValueError, "`salient`"),
+            (lambda x: qm.merge_tokens(x, x, 2), TypeError,
              "`labels` must be integers"),
-            (lambda x: qt.merge_tokens(x, torch.zeros(2, 5, dtype=int), 1.5),
+            (lambda x: qm.merge_tokens(x, torch.zeros(2, 5, dtype=int), 1.5),
              TypeError, "`num_groups` must be an integer, got float"),
-            (lambda x: qt.merge_tokens(x, torch.zeros(2, 5, dtype=int), x[:, 0, 0]),
+            (lambda x: qm.merge_tokens(x, torch.zeros(2, 5, dtype=int), x[:, 0, 0]),
              TypeError, "`num_groups` must be integers, got torch.float32"),
-            (lambda x: qt.norm_saliency(x / 0), ValueError, "`tokens` must be finite"),
+            (lambda x: qm.norm_saliency(x / 0), ValueError, "`tokens` must be finite"),
         ],
     )  # fmt: skip
     def test_words(self, call, error, message):
         with pytest.raises(error, match=message):
-            call(torch.ones(2, 5, 3))
+            call(torch.ones(2, 5, 3, requires_grad=True))
+
+    def test_a_backward_has_the_settings_of_its_forward(self):
+        """Whatever they are where it runs: on a thread of autograd's own, say."""
+        labels, wild = torch.tensor([0, 1, 0]), torch.full((2, 4), torch.nan)
+
+        def merge(x):
+            return qm.merge_tokens(x, labels, 2)
+
+        compiled = torch.compile(merge, fullgraph=True, backend="aot_eager")
+        for function in (merge, compiled):
+            x = torch.ones(3, 4, requires_grad=True)
+            function(x)  # compiles
+            with qm.check_finite(False):
+                unchecked = function(x)
+            checked = function(x)
+            unchecked.backward(wild)
+            assert x.grad.isnan().all()
+            with (
+                qm.check_finite(False),
+                pytest.raises(ValueError, match="`gradient` must be finite"),
+            ):
+                checked.backward(wild)
 
     def test_an_empty_batch(self):
         tokens = torch.ones(0, 5, 3, requires_grad=True)
-        merged = qt.quickmerge(tokens, 2)
+        merged = qm.quickmerge(tokens, 2)
         merged.tokens.sum().backward()
         assert merged.tokens.shape == (0, 2, 3)
         assert tokens.grad.shape == (0, 5, 3)
@@ -521,5 +550,5 @@ class TestErrors:
 def test_bfloat16_comes_through(rng):
     tokens = to_library("torch", rng.standard_normal((2, 9, 4)).astype(np.float32))
     tokens = tokens.bfloat16()
-    for x, y in zip(qt.quickmerge(tokens, 3), qm.quickmerge(tokens, 3), strict=True):
+    for x, y in zip(qm.quickmerge(tokens, 3), qm.quickmerge(tokens, 3), strict=True):
         np.testing.assert_array_equal(to_numpy(x), to_numpy(y))

@@ -227,6 +227,9 @@ def _to_jax(x: Any, like: Any) -> Any:
         if not on_host(x):
             return jax.numpy.from_dlpack(x)
         found = jax.numpy.asarray(x)  # copies: NumPy aligns to 16 bytes, JAX to 64
+        if isinstance(found, jax.core.Tracer):  # of a constant, inside jax.jit
+            with jax.ensure_compile_time_eval():
+                found = jax.numpy.asarray(x)
         here = found.device == like.device
         return found if here else jax.device_put(found, like.device)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import numpy as np
 
 from ..arrays.conversion import scope_of
+from ..arrays.libraries import library
 from .operations import OPERATIONS, DtypeRule, Operation, Shape
 
 P = ParamSpec("P")
@@ -99,7 +100,7 @@ def operation(
             name, inputs, constants, counts, options, dtype, shapes, results,
             dispatched, find_vjp,
         )  # fmt: skip
-        return dispatched
+        return _renamed(dispatched, name)
 
     return declare
 
@@ -119,7 +120,21 @@ def composition(function: Callable[P, Result]) -> Callable[P, Result]:
         with scope:
             return function(*args, **kwargs)
 
-    return composed
+    return _renamed(composed, function.__name__)
+
+
+def _renamed(wrapper: Any, name: str) -> Any:
+    """Give a wrapper code of its own, which tracebacks show by the function's name.
+
+    torch's compiler counts recompilations by code object.
+    """
+    wrapper.__code__ = wrapper.__code__.replace(co_name=name)
+    return wrapper
+
+
+def of_framework(arrays: Iterable[Any]) -> bool:
+    """Whether one of the arrays is torch's or JAX's."""
+    return any(library(x).name in ("torch", "jax") for x in arrays)
 
 
 def beside(example: Any, arrays: Iterable[Any]) -> tuple[Any, ...]:

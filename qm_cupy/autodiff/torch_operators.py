@@ -17,7 +17,7 @@ from ..settings import Snapshot, restored, snapshot
 from .dispatch import KNOWN_WHILE_TRACING
 from .operations import OPERATIONS, Operation, check_option, plain_integer
 
-_SNAPSHOTS: list[Snapshot] = list(
+SNAPSHOTS: list[Snapshot] = list(
     itertools.product(("basic", "optimized"), (False, True), (False, True))
 )
 
@@ -110,7 +110,7 @@ def _forward(operation: Operation, *arguments: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
         result = operation.run(*_public(operation, arguments))
     results = result if isinstance(result, tuple) else (result,)
-    return *results, torch.tensor(_SNAPSHOTS.index(snapshot()))
+    return *results, torch.tensor(SNAPSHOTS.index(snapshot()))
 
 
 def _vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
@@ -119,7 +119,7 @@ def _vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
         arguments[: operation.results],
         arguments[operation.results :],
     )
-    with torch.no_grad(), restored(_SNAPSHOTS[int(settings)]):
+    with torch.no_grad(), restored(SNAPSHOTS[int(settings)]):
         results = operation.run_vjp(gradients, *_public(operation, given))
     inputs = given[: len(operation.inputs)]
     return [

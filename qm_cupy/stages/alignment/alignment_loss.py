@@ -10,7 +10,13 @@ from ...arrays.checks import check_gradient, check_shape, check_tokens
 from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
-from ...autodiff.dispatch import beside, composition, operation, tracing_framework
+from ...autodiff.dispatch import (
+    beside,
+    composition,
+    of_framework,
+    operation,
+    tracing_framework,
+)
 from ...cuda.constants import BLOCK, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, device_counts, launch
@@ -87,10 +93,11 @@ def alignment_loss(
     True
     """
     tokens, positions, sizes = merged_parts(merged)
-    if is_traced(merged, prior) or not hasattr(prior, "predict"):
+    weights = _network_weights(prior)
+    if is_traced(merged, prior) or of_framework(weights):
         if num_groups is None and sizes is not None:
             num_groups = (sizes > 0).sum(-1)
-        weights = beside(tokens, _network_weights(prior))
+        weights = beside(tokens, weights)
         forward, backward = mlp_alignment_loss(tokens, *weights, num_groups=num_groups)
         return AlignmentLoss(forward, backward, forward + backward)
     leave, tokens, positions, sizes, num_groups = enter(
