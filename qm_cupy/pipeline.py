@@ -1,7 +1,6 @@
 """The pipeline: tokens in, fewer tokens out."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,90 +19,27 @@ from .arrays.checks import (
 from .arrays.conversion import Array, enter
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
-from .arrays.shapes import lift_source, num_valid
+from .arrays.shapes import num_valid
 from .autodiff.dispatch import composition, tracing_framework
+from .composition import INSIDE, Options, Sources, compose, traced_stages
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged
-from .settings import implementation
 from .stages.budget import token_budget
 from .stages.clustering.checks import check_protect, check_weighted_linkage
 from .stages.clustering.cluster_tokens import (
     METHODS,
-    cluster_tokens,
-    compute_cluster_tokens,
 )
 from .stages.clustering.labels import ORDERS
-from .stages.merging.groups import (
-    compute_group_positions,
-    compute_group_sizes,
-    group_positions,
-    group_sizes,
-)
-from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
-from .stages.saliency.attention_entropy import attention_entropy
-from .stages.saliency.query_key_entropy import query_key_entropy
-from .stages.saliency.saliency import compute_saliency
-from .stages.saliency.saliency import saliency as saliency_of_entropy
-from .stages.saliency.self_attention_entropy import (
-    compute_self_attention_entropy,
-    self_attention_entropy,
-)
 from .stages.selection.gumbel_noise import check_noise
 from .stages.selection.gumbel_softmax import (
     check_temperature,
-    compute_gumbel_softmax,
-    gumbel_softmax,
-    softmax_mass_cuda,
 )
-from .stages.selection.saliency_gumbel_mass import saliency_gumbel_mass_cuda
 from .stages.selection.saliency_mass import (
     check_epsilon,
-    compute_saliency_mass,
-    saliency_mass,
 )
-from .stages.selection.select_tokens import compute_select_tokens, select_tokens
 
 _WEIGHTS = "mass", "saliency", "uniform"
-
-
-class _Sources(NamedTuple):
-    """What saliency comes from: one of these, or else the tokens themselves."""
-
-    hidden_states: Any
-    attention: Any
-    query: Any
-    key: Any
-    saliency: Any
-
-
-class _Options(NamedTuple):
-    """How to select, to group and to weigh."""
-
-    method: str
-    order: str
-    temperature: float
-    epsilon: float
-    weights: Any
-    weighted_linkage: bool
-    seed: int | None
-    sequence_offset: int
-
-
-class _Stages(NamedTuple):
-    """The functions that the pipeline is composed of, for one kind of arrays."""
-
-    xp: Any
-    masked_copy: Callable[..., Any]
-    self_attention_entropy: Callable[..., Any]
-    saliency: Callable[..., Any]
-    gumbel_softmax: Callable[..., Any]
-    saliency_mass: Callable[..., Any]
-    select_tokens: Callable[..., Any]
-    cluster_tokens: Callable[..., Any]
-    merge_tokens: Callable[..., Any]
-    group_sizes: Callable[..., Any]
-    group_positions: Callable[..., Any]
 
 
 @composition
@@ -207,8 +143,8 @@ def quickmerge(
     >>> merged.tokens.shape, int(merged.sizes.sum())
     ((2, 20, 16), 200)
     """
-    sources = _Sources(hidden_states, attention, query, key, saliency)
-    options = _Options(
+    sources = Sources(hidden_states, attention, query, key, saliency)
+    options = Options(
         method, order, temperature, epsilon, weights, weighted_linkage, seed,
         sequence_offset,
     )  # fmt: skip
@@ -232,7 +168,7 @@ def quickmerge(
         counts={"budget": budget},
         outputs=named,
     )
-    sources, budget = _Sources(*rest[: len(sources)]), rest[len(sources)]
+    sources, budget = Sources(*rest[: len(sources)]), rest[len(sources)]
     target = Merged(*rest[len(sources) + 1 :]) if named else None
     if not isinstance(weights, str):
         options = options._replace(weights=given)
@@ -250,8 +186,8 @@ def quickmerge(
         if target is not None:
             _check_target(target, tokens, num_groups.max_groups, sources, options)
             place = target.tokens
-        merged = _compose(
-            _INSIDE, tokens, num_groups, sources, mask, protect, options, place
+        merged = compose(
+            INSIDE, tokens, num_groups, sources, mask, protect, options, place
         )
         if target is not None and out is not None:
             for x, place in zip(merged, target, strict=True):
@@ -267,16 +203,16 @@ def _quickmerge_traced(
     framework: str,
     tokens: Any,
     budget: Any,
-    sources: _Sources,
+    sources: Sources,
     mask: Any,
     protect: Any,
-    options: _Options,
+    options: Options,
 ) -> Merged[Any]:
     """Merge arrays that a framework traces, by operations that it can differentiate.
 
     Values are checked when the operations run. `torch.compile` follows this code.
     """
-    stages = _traced_stages(framework)
+    stages = traced_stages(framework)
     if framework == "jax":
         from .autodiff.jax_primitives import check_known
 
@@ -297,158 +233,10 @@ def _quickmerge_traced(
     num_groups = budget
     if type(budget) is not int or not 1 <= budget <= sizes:
         num_groups = token_budget(budget, sizes)
-    return _compose(stages, tokens, num_groups, sources, mask, protect, options)
+    return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
-def _traced_stages(framework: str) -> _Stages:
-    xp: Any
-    masked_copy: Callable[..., Any]
-    if framework == "torch":
-        import torch
-
-        from .autodiff import torch_operators
-
-        xp, masked_copy = torch, torch_operators.masked_copy
-    else:
-        from jax import numpy
-
-        from .autodiff import jax_primitives
-
-        xp, masked_copy = numpy, jax_primitives.masked_copy
-    return _Stages(
-        xp, masked_copy, self_attention_entropy, saliency_of_entropy, gumbel_softmax,
-        saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
-        group_positions,
-    )  # fmt: skip
-
-
-def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
-    """Return a copy, in float32 at least, that is 0 where a mask is False."""
-    x = x.astype(np.result_type(x.dtype, np.float32), order="C")
-    return x if mask is None else x * mask
-
-
-_INSIDE = _Stages(
-    np, _masked_copy, compute_self_attention_entropy, compute_saliency,
-    compute_gumbel_softmax, compute_saliency_mass, compute_select_tokens,
-    compute_cluster_tokens, compute_merge_tokens, compute_group_sizes,
-    compute_group_positions,
-)  # fmt: skip
-
-
-def _compose(
-    stages: _Stages,
-    tokens: Any,
-    num_groups: Any,
-    sources: _Sources,
-    mask: Any,
-    protect: Any,
-    options: _Options,
-    out: Any = None,
-) -> Merged[Any]:
-    """Return the result of all stages, for arrays of any kind."""
-    scores, mass = _saliency_and_mass(stages, tokens, sources, mask, options)
-    anchors = None
-    if options.method == "nearest":
-        anchors = _anchors(stages, scores, num_groups, protect, mask, options)
-    labels = stages.cluster_tokens(
-        tokens,
-        num_groups,
-        method=options.method,
-        mass=mass if options.weighted_linkage else None,
-        anchors=anchors,
-        protect=protect,
-        mask=mask,
-        order=options.order,
-    )
-    merged = stages.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
-    sizes = stages.group_sizes(labels, num_groups)
-    positions = stages.group_positions(labels, num_groups)
-    return Merged(merged, labels, sizes, positions, scores, mass)
-
-
-def _saliency_and_mass(
-    stages: _Stages, tokens: Any, sources: _Sources, mask: Any, options: _Options
-) -> tuple[Any, Any]:
-    """Return saliency and weights (B, N), 0 for padding.
-
-    The optimized kernels do all that follows the entropy in one launch.
-    """
-    shape = tuple(tokens.shape[:-1])
-    padding = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
-    noise = options.seed, options.sequence_offset
-    selecting = isinstance(options.weights, str) and options.weights == "mass"
-    fused = stages is _INSIDE and is_cuda(tokens) and implementation() == "optimized"
-    if sources.saliency is not None:
-        scores = stages.masked_copy(sources.saliency, mask)
-    else:
-        entropy = _entropy(stages, tokens, sources, padding)
-        if fused and selecting:
-            scores, _, mass = saliency_gumbel_mass_cuda(
-                entropy, "low", options.temperature, noise, options.epsilon, padding
-            )
-            return scores.reshape(shape), mass.reshape(shape)
-        scores = stages.saliency(entropy, mask=padding).reshape(shape)
-    if not isinstance(options.weights, str):
-        return scores, stages.masked_copy(options.weights, mask)
-    if options.weights == "saliency":
-        return scores, stages.masked_copy(scores, mask)
-    if not selecting:
-        return scores, stages.masked_copy(stages.xp.ones_like(scores), mask)
-    if fused:
-        _, mass = softmax_mass_cuda(
-            scores, options.temperature, noise, options.epsilon, mask
-        )
-        return scores, mass
-    probabilities = stages.gumbel_softmax(
-        scores, temperature=options.temperature, **_noise(mask, options)
-    )
-    mass = stages.saliency_mass(scores, probabilities, epsilon=options.epsilon)
-    return scores, stages.masked_copy(mass, mask)
-
-
-def _noise(mask: Any, options: _Options) -> dict[str, Any]:
-    """Return the arguments that decide the noise."""
-    return {
-        "seed": options.seed,
-        "mask": mask,
-        "sequence_offset": options.sequence_offset,
-    }
-
-
-def _entropy(stages: _Stages, tokens: Any, sources: _Sources, mask: Any) -> Any:
-    """Return entropy (B, N), (L, B, N) or (L, B, H, N), by default of the tokens."""
-    if sources.attention is not None:
-        lifted = lift_source("attention", sources.attention, tokens)
-        return attention_entropy(lifted, mask=mask)
-    if sources.query is not None:
-        query = lift_source("query", sources.query, tokens)
-        key = lift_source("key", sources.key, tokens)
-        return query_key_entropy(query, key, mask=mask)
-    if sources.hidden_states is not None:
-        layers = lift_source("hidden_states", sources.hidden_states, tokens)
-        return self_attention_entropy(layers, mask=mask)
-    x = tokens.reshape(-1, *tokens.shape[-2:])
-    return stages.self_attention_entropy(x, mask=mask)
-
-
-def _anchors(
-    stages: _Stages,
-    scores: Any,
-    num_groups: Any,
-    protect: Any,
-    mask: Any,
-    options: _Options,
-) -> Any:
-    """Return the protected and the K - P others of greatest saliency plus noise."""
-    if protect is not None:
-        above = stages.xp.finfo(scores.dtype).max / 2  # whatever the noise
-        scores = stages.xp.where(protect, above, scores)
-    selected = stages.gumbel_softmax(scores, hard=num_groups, **_noise(mask, options))
-    return stages.select_tokens(selected, num_groups, mask=mask)
-
-
-def _check_options(options: _Options, shape: tuple[int, ...]) -> _Options:
+def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
     """Return the options with numbers as Python's, or refuse them."""
     check_choice("method", options.method, METHODS)
     check_choice("order", options.order, ORDERS)
@@ -466,7 +254,7 @@ def _check_options(options: _Options, shape: tuple[int, ...]) -> _Options:
     )
 
 
-def _check_one_source(sources: _Sources) -> None:
+def _check_one_source(sources: Sources) -> None:
     named = [
         name
         for name in ("saliency", "hidden_states", "attention", "query")
@@ -503,8 +291,8 @@ def _check_target(
     target: Merged[Any],
     tokens: NDArray[Any],
     max_groups: int,
-    sources: _Sources,
-    options: _Options,
+    sources: Sources,
+    options: Options,
 ) -> None:
     """Refuse places that do not fit the results, or lie in an input."""
     weights = options.weights

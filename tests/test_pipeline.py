@@ -6,7 +6,7 @@ import pytest
 from conftest import assert_close, to_library
 
 import qm_cupy as qm
-from qm_cupy import pipeline
+from qm_cupy import composition
 from qm_cupy.stages.clustering.cluster_tokens import METHODS
 from qm_cupy.stages.clustering.labels import ORDERS
 
@@ -315,7 +315,7 @@ def test_weighted_linkage_is_for_methods_with_masses(rng):
 
 
 def test_a_budget_too_small_for_the_protected_is_refused_at_once(rng, monkeypatch):
-    monkeypatch.setattr(pipeline, "_saliency_and_mass", None)  # no work is done
+    monkeypatch.setattr(composition, "_saliency_and_mass", None)  # no work is done
     tokens = rng.standard_normal((2, 20, 6))
     protect = np.zeros((2, 20), np.bool_)
     protect[1, :8] = True

@@ -42,11 +42,12 @@ def labels(monkeypatch):
     """Groups of neighbours, whatever the tokens are."""
     labels = np.tile(np.arange(TOKENS) * GROUPS // TOKENS, (BATCH, 1)).astype(np.int32)
 
-    def cluster_tokens(tokens, mass, anchors, protect, mask, *_):
+    def cluster_tokens(tokens, num_groups, *, mask=None, **_):
         found = labels if tokens.ndim == 3 else labels[0]
         return found if mask is None else np.where(mask, found, np.int32(-1))
 
-    monkeypatch.setattr(pipeline, "compute_cluster_tokens", cluster_tokens)
+    stages = pipeline.INSIDE._replace(cluster_tokens=cluster_tokens)
+    monkeypatch.setattr(pipeline, "INSIDE", stages)
 
 
 def arguments(source, dtype, masked, single):

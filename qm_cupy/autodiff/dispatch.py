@@ -10,13 +10,16 @@ import numpy as np
 
 from ..arrays.conversion import scope_of
 from ..arrays.libraries import library
-from .operations import OPERATIONS, DtypeRule, Operation, Shape
+from .operations import (
+    KNOWN_WHILE_TRACING,
+    OPERATIONS,
+    DtypeRule,
+    Operation,
+    Shape,
+)
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-
-KNOWN_WHILE_TRACING: list[Callable[..., Any]] = []
-"""Functions whose result a compiler takes as a constant: no tensor decides it."""
 
 
 def tracing_framework(values: Iterable[Any]) -> Literal["torch", "jax"] | None:

@@ -101,6 +101,9 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
 OPERATIONS: dict[str, Operation] = {}
 """The operator table: every operation by its name."""
 
+KNOWN_WHILE_TRACING: list[Callable[..., Any]] = []
+"""Functions whose result a compiler takes as a constant: no tensor decides it."""
+
 
 def like_first(x: Any, *others: Any) -> tuple[Shape, ...]:
     """Return the shape of the first argument."""

