@@ -112,11 +112,14 @@ def test_every_operation_has_its_page(name):
     assert house.missing_from_page(name, PAGES[page]) == WITHOUT.get(name, set())
 
 
-def test_every_kernel_file_has_a_page():
+def test_every_kernel_file_has_a_page_and_a_plain_twin():
+    """`single_linkage` is plain enough as `linkage`."""
     modules = {name.rpartition(".")[2] for name in PACKAGE}
     for path in ROOT.glob("kernels/*/*.cu"):
         page = KERNELS_OF.get(path.stem, path.stem.removesuffix("_vjp"))
         assert page in modules, path
+        plain = path.stem.removeprefix("single_")
+        assert (ROOT / "kernels" / "basic" / f"{plain}.cu").exists(), path
 
 
 def test_every_page_has_its_tests():
