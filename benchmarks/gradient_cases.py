@@ -100,9 +100,9 @@ def fidelity(x: Any, merged: Any, labels: Any) -> Any:
 
 
 def our_mass(found: Any) -> Any:
-    saliency = qt.saliency(found)
-    chosen = qt.gumbel_softmax(saliency, temperature=TAU)
-    return qt.saliency_mass(saliency, chosen, epsilon=EPSILON)
+    saliency = qm.saliency(found)
+    chosen = qm.gumbel_softmax(saliency, temperature=TAU)
+    return qm.saliency_mass(saliency, chosen, epsilon=EPSILON)
 
 
 def half_dtype() -> Any:
@@ -142,7 +142,7 @@ class Inputs:
 
     @functools.cached_property
     def labels(self) -> Any:
-        return qt.cluster_tokens(self.x, self.num_groups)
+        return qm.cluster_tokens(self.x, self.num_groups)
 
     @functools.cached_property
     def merged(self) -> Any:
@@ -166,17 +166,17 @@ def of_given_attention(given: Inputs) -> Case:
     batch, num_tokens, _ = given.sizes
     attention = torch.softmax(given.draw(batch, num_tokens, num_tokens).detach(), -1)
     inputs = (attention.requires_grad_(),)
-    return Case(inputs, qt.attention_entropy, given_attention)
+    return Case(inputs, qm.attention_entropy, given_attention)
 
 
 def of_query_key(given: Inputs) -> Case:
     batch, num_tokens, _ = given.sizes
     heads = tuple(given.draw(1, batch, 4, num_tokens, 64) for _ in range(2))
-    return Case(heads, qt.query_key_entropy, query_key)
+    return Case(heads, qm.query_key_entropy, query_key)
 
 
 def of_self_attention(given: Inputs) -> Case:
-    return Case((given.x,), qt.self_attention_entropy, self_attention)
+    return Case((given.x,), qm.self_attention_entropy, self_attention)
 
 
 def of_mass(given: Inputs) -> Case:
@@ -187,7 +187,7 @@ def of_merge(given: Inputs) -> Case:
     labels, num_groups = given.labels, given.num_groups
     return Case(
         (given.x, given.weights),
-        lambda x, m: qt.merge_tokens(x, labels, num_groups, mass=m),
+        lambda x, m: qm.merge_tokens(x, labels, num_groups, mass=m),
         lambda x, m: merge(x, labels, num_groups, m),
     )
 
@@ -196,7 +196,7 @@ def of_unmerge(given: Inputs) -> Case:
     labels = given.labels
     return Case(
         (given.merged,),
-        lambda y: qt.unmerge_tokens(y, labels),
+        lambda y: qm.unmerge_tokens(y, labels),
         lambda y: unmerge(y, labels),
     )
 
@@ -205,7 +205,7 @@ def of_alignment(given: Inputs) -> Case:
     prior = given.model.ar_alignment.prior
     return Case(
         (given.merged, *given.trained),
-        lambda y, *_: qt.alignment_loss(y, prior).total,
+        lambda y, *_: qm.alignment_loss(y, prior).total,
         lambda y, *_: alignment(y, prior),
     )
 
@@ -216,7 +216,7 @@ def of_fidelity(given: Inputs) -> Case:
     merged = (1.25 * given.merged.detach()).requires_grad_()
     return Case(
         (given.x, merged),
-        lambda x, y: qt.fidelity_loss(x, y, labels=labels, gamma=GAMMA),
+        lambda x, y: qm.fidelity_loss(x, y, labels=labels, gamma=GAMMA),
         lambda x, y: fidelity(x, y, labels),
     )
 
@@ -230,7 +230,7 @@ def of_whole(given: Inputs) -> Case:
     def plain(x: Any, *_: Any) -> Any:
         weights = mass(self_attention(x), noise)
         # Of the tokens as ours has them: in float32 a near tie may fall otherwise.
-        labels = qt.cluster_tokens(x.detach().to(given.dtype), num_groups)
+        labels = qm.cluster_tokens(x.detach().to(given.dtype), num_groups)
         # Rounded as ours are, or the losses differ by what storing them costs.
         merged = merge(x, labels, num_groups, weights).to(given.dtype)
         loss = ALPHA * alignment(merged, model.ar_alignment.prior).mean()

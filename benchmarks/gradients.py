@@ -38,7 +38,6 @@ from gradient_cases import (
     Case,
     Inputs,
     Loss,
-    qt,
     self_attention,
 )
 from guard import complete, free_memory, guarded, leave, say, time_limit
@@ -168,7 +167,7 @@ class Measurements:
 
     def measure_memory(self, sizes: list[int], dim: int) -> None:
         """Add the most bytes that forward and backward hold above tokens (1, N, D)."""
-        forms = {"qm_cupy": qt.self_attention_entropy, "torch": self_attention}
+        forms = {"qm_cupy": qm.self_attention_entropy, "torch": self_attention}
         for num_tokens in sizes:
             if self.left() <= 0:
                 say(f"out of time before the memory at N = {num_tokens}")

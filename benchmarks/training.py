@@ -72,16 +72,13 @@ def initial_weights() -> Weights:
     return {"project": project, "rebuild": project.T.copy(), "prior": prior}
 
 
-def loss(q: Any, weights: Weights, x: Any) -> tuple[Any, Any]:
-    """Return the loss, and the patches (B, N, 64) made of the merged tokens.
-
-    `q` is `qm_cupy.torch` or `qm_cupy.jax`.
-    """
+def loss(weights: Weights, x: Any) -> tuple[Any, Any]:
+    """Return the loss, and the patches (B, N, 64) made of the merged tokens."""
     tokens = x @ weights["project"]
-    merged = q.quickmerge(tokens, x.shape[1] // SHARE)
-    alignment = q.alignment_loss(merged.tokens, weights["prior"]).total.mean()
-    fidelity = q.fidelity_loss(tokens, merged.tokens, labels=merged.labels)
-    rebuilt = q.unmerge_tokens(merged.tokens, merged.labels) @ weights["rebuild"]
+    merged = qm.quickmerge(tokens, x.shape[1] // SHARE)
+    alignment = qm.alignment_loss(merged.tokens, weights["prior"]).total.mean()
+    fidelity = qm.fidelity_loss(tokens, merged.tokens, labels=merged.labels)
+    rebuilt = qm.unmerge_tokens(merged.tokens, merged.labels) @ weights["rebuild"]
     error = ((rebuilt - x) ** 2).mean() / (x**2).mean()
     return error + ALPHA * alignment + fidelity, rebuilt
 
@@ -92,27 +89,27 @@ class Torch:
     def __init__(self, weights: Weights) -> None:
         import torch
 
-        import qm_cupy.torch as q
+        from qm_cupy.torch import MLPPrior
 
-        self.q, self.torch = q, torch
+        self.torch = torch
         prior = weights["prior"]
         self.weights = {
             "project": torch.nn.Parameter(torch.tensor(weights["project"])),
             "rebuild": torch.nn.Parameter(torch.tensor(weights["rebuild"])),
-            "prior": q.MLPPrior(prior.forward, prior.backward),
+            "prior": MLPPrior(prior.forward, prior.backward),
         }
         *maps, prior = self.weights.values()
         self.adam = torch.optim.Adam([*maps, *prior.parameters()], RATE)
 
     def step(self, x: np.ndarray) -> None:
-        value, _ = loss(self.q, self.weights, self.torch.from_numpy(x))
+        value, _ = loss(self.weights, self.torch.from_numpy(x))
         self.adam.zero_grad()
         value.backward()
         self.adam.step()
 
     def look(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         with self.torch.no_grad():
-            value, rebuilt = loss(self.q, self.weights, self.torch.from_numpy(x))
+            value, rebuilt = loss(self.weights, self.torch.from_numpy(x))
         return value.item(), rebuilt.numpy()
 
 
@@ -122,13 +119,13 @@ class Jax:
     def __init__(self, weights: Weights) -> None:
         import jax
 
-        import qm_cupy.jax as q
+        import qm_cupy.jax  # noqa: F401 - makes the prior a pytree
 
-        self.q, self.jax = q, jax
+        self.jax = jax
         self.weights = jax.tree.map(jax.numpy.asarray, weights)
         nothing = jax.tree.map(jax.numpy.zeros_like, self.weights)
         self.moments, self.count = (nothing, nothing), 0
-        self.slope = jax.jit(jax.grad(lambda w, x: loss(q, w, x)[0]))
+        self.slope = jax.jit(jax.grad(lambda w, x: loss(w, x)[0]))
 
     def step(self, x: np.ndarray) -> None:
         slope = self.slope(self.weights, self.jax.numpy.asarray(x))
@@ -150,7 +147,7 @@ class Jax:
         self.moments = first, second
 
     def look(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, rebuilt = loss(self.q, self.weights, self.jax.numpy.asarray(x))
+        value, rebuilt = loss(self.weights, self.jax.numpy.asarray(x))
         return float(value), np.asarray(rebuilt)
 
 

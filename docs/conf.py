@@ -61,7 +61,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"(scipy|torch|jax)\..*"),  # no inventories are downloaded
     ("py:obj", "token|budget"),  # parameters that bear a module's name
-    ("py:obj", "MLPPrior|gumbel_noise"),  # of qm_cupy.jax, which are the package's
 ]
 default_role = "autolink"
 
@@ -104,3 +103,18 @@ html_theme_options = {
 }
 html_sidebars = {"start": [], "contributing": [], "limits": []}
 project_copyright = "the qm_cupy developers, MIT licence"
+
+
+def of_the_package(app, env, node, content):
+    """Resolve a name in a docstring of `qm_cupy.torch`, say, as one of `qm_cupy`."""
+    if node["refdomain"] != "py":
+        return None
+    target = f"qm_cupy.{node['reftarget']}"
+    python = env.get_domain("py")
+    return python.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], target, node, content
+    )
+
+
+def setup(app):
+    app.connect("missing-reference", of_the_package)

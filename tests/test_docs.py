@@ -17,6 +17,7 @@ PAGES = {
     for path in sorted(DOCS.rglob("*"))
     if path.suffix in (".md", ".rst") and not NO_PAGES & {*path.parents}
 }
+READMES = "kernels/README.md", "qm_cupy/autodiff/README.md", "tests/ptx/README.md"
 TOCTREE = re.compile(r"```\{toctree\}\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 SCRIPT = re.compile(r"\b(?:benchmarks|tests|notebooks)/[\w/]+\.(?:py|sh|json|ipynb)\b")
@@ -32,7 +33,8 @@ def listed(page):
 
 def test_api_lists_every_public_name_once():
     listed = {}
-    for part in PAGES["api"].split(".. currentmodule:: ")[1:]:
+    text = PAGES["api"] + PAGES["frameworks"]
+    for part in text.split(".. currentmodule:: ")[1:]:
         module, rest = part.split("\n", 1)
         blocks = re.findall(r"   :toctree: api\n\n((?:   \w+\n)+)", rest)
         listed[module] = sorted(name for block in blocks for name in block.split())
@@ -40,9 +42,14 @@ def test_api_lists_every_public_name_once():
 
 
 def public():
-    """Return the names of the package and of the modules that users import."""
+    """Return the names of the package and of the modules that users import.
+
+    Those of `qm_cupy.jax` are the package's own.
+    """
     found = {"qm_cupy": qm_cupy.__all__}
     for module in pkgutil.iter_modules(qm_cupy.__path__, "qm_cupy."):
+        if module.name == "qm_cupy.jax":
+            continue
         name = module.name.split(".")[1]
         file = f"{name}/__init__.py" if module.ispkg else f"{name}.py"
         text = Path(module.module_finder.path, file)
@@ -69,6 +76,16 @@ def test_links_and_scripts_exist(page):
             assert (folder / link).exists(), link
     for path in SCRIPT.findall(text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_links_of_readmes_exist(readme):
+    path = ROOT / readme
+    text = path.read_text(encoding="utf-8")
+    for link in LINK.findall(text):
+        assert (path.parent / link).exists(), link
+    for name in SCRIPT.findall(text):
+        assert (ROOT / name).exists(), name
 
 
 def test_every_benchmark_and_its_figures_are_in_the_measurements():

@@ -1,0 +1,219 @@
+"""The house stays in order: layers, pages, names and lengths, held by the sources."""
+
+import inspect
+from pathlib import Path
+
+import house
+import pytest
+
+import qm_cupy as qm
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = house.read(ROOT / "qm_cupy")
+GRAPH = house.import_graph(PACKAGE)
+PAGES = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in ROOT.glob("qm_cupy/stages/**/*.py")
+    if path.stem != "__init__"
+}
+MOST_LINES = 450
+
+# Who may import whom, beside itself. What is not in a row is not imported by it:
+# `torch` and `jax` by nothing, `cli` by `__main__` alone.
+LAYERS = {
+    name: tuple(row.split())
+    for name, row in {
+        "__main__": "cli",
+        "cli": "qm_cupy corpus plot choose_merge pipeline stages priors results "
+        "atomic_write cuda arrays settings",
+        "torch": "paper stages priors results autodiff arrays settings",
+        "jax": "paper stages priors results autodiff arrays settings",
+        "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
+        "plot": "stages results arrays",
+        "corpus": "results atomic_write arrays settings",
+        "paper": "pipeline stages priors results autodiff arrays settings",
+        "choose_merge": "pipeline stages priors results autodiff cuda arrays settings",
+        "pipeline": "stages results autodiff cuda arrays settings",
+        "stages": "priors results autodiff cuda arrays settings",
+        "priors": "results atomic_write autodiff cuda arrays settings",
+        "results": "arrays",
+        "autodiff": "cuda arrays settings",
+        "cuda": "arrays settings",
+        "arrays": "settings",
+        "atomic_write": "",
+        "settings": "",
+    }.items()
+}
+
+# Public functions that share a page.
+PAGE_OF = {
+    "group_sizes": "groups",
+    "group_positions": "groups",
+    "token_budget": "budget",
+    "norm_budget": "budget",
+}
+# What public functions have no need of, and why.
+WITHOUT = {
+    "token_budget": {"reference", "launcher"},  # of numbers
+    "norm_budget": {"launcher"},  # those of `token_norms` and NumPy
+    "gumbel_noise": {"launcher"},  # always NumPy's; kernels draw their own
+    "norm_saliency": {"launcher"},  # those of `token_norms` and `saliency`
+    "group_sizes": {"launcher"},  # one for both
+    "group_positions": {"launcher"},
+    "linkage": {"launcher"},  # in linkage_cuda.py
+    "decode": {"reference", "launcher"},  # the model computes
+    "fidelity_loss": {"reference", "launcher"},  # of `reconstruction_error`
+    "fidelity_loss_vjp": {"reference", "launcher"},
+}
+# Kernels that belong to a module which is not a page of their name.
+KERNELS_OF = {"counts": "launch", "single_linkage": "linkage_cuda"}
+
+
+def test_nothing_private_is_imported_across_files():
+    sources = {
+        name: text
+        for name, text in house.read(
+            ROOT / "qm_cupy", ROOT / "tests", ROOT / "benchmarks"
+        ).items()
+        if house.part(name) != "cupy" and not name.startswith("cupy.")  # a stand-in
+    }
+    assert house.private_uses(sources) == []
+
+
+def test_imports_have_no_circle():
+    assert house.circle(GRAPH) is None
+
+
+def test_imports_run_downwards():
+    assert house.crossings(GRAPH, LAYERS) == []
+    training = {
+        x for x, targets in GRAPH.items() if "qm_cupy.priors.training" in targets
+    }
+    assert {house.part(name) for name in training} <= {"priors"}
+
+
+def test_the_layers_are_those_of_the_package():
+    assert set(LAYERS) == {house.part(name) for name in PACKAGE}
+    assert house.circle(LAYERS) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in qm.__all__
+        if inspect.isfunction(thing := getattr(qm, name))
+        if thing.__module__.startswith("qm_cupy.stages.")
+    ],
+)
+def test_every_operation_has_its_page(name):
+    page = PAGE_OF.get(name, name.removesuffix("_vjp"))
+    assert page in PAGES
+    assert house.missing_from_page(name, PAGES[page]) == WITHOUT.get(name, set())
+
+
+def test_every_kernel_file_has_a_page_and_a_plain_twin():
+    """`single_linkage` is plain enough as `linkage`."""
+    modules = {name.rpartition(".")[2] for name in PACKAGE}
+    for path in ROOT.glob("kernels/*/*.cu"):
+        page = KERNELS_OF.get(path.stem, path.stem.removesuffix("_vjp"))
+        assert page in modules, path
+        plain = path.stem.removeprefix("single_")
+        assert (ROOT / "kernels" / "basic" / f"{plain}.cu").exists(), path
+
+
+def test_every_page_has_its_tests():
+    """A page of no public function is tested by those of its folder."""
+    for path in ROOT.glob("qm_cupy/stages/**/*.py"):
+        if path.stem == "__init__":
+            continue
+        if house.functions(PAGES[path.stem]) & set(qm.__all__):
+            found = ROOT.glob(f"tests/**/test_{path.stem}*.py")
+        else:
+            found = ROOT.glob(f"tests/stages/{path.parent.name}/test_*.py")
+        assert any(found), path
+
+
+def test_no_file_is_long():
+    files = [*ROOT.glob("qm_cupy/**/*.py"), *ROOT.glob("kernels/**/*.cu*")]
+    assert house.long_files(files, MOST_LINES) == []
+
+
+class TestHouse:
+    """Each guard finds what is planted."""
+
+    def test_private_uses(self):
+        sources = {
+            "p": "",
+            "p.a": "def _f(): ...\ng = _f()",
+            "p.b": "from .a import _f, g\nfrom .a import __doc__",
+            "p.c": "from . import a as b\nb.g(), b._f(), b.__name__, b.g._asdict()",
+            "p.d": "import p.a\np.a._f()\nself._f()",
+            "p.e": "def f():\n    from p import a\n    return a._f.cache",
+            "p.f": "from . import _hidden\nimport p._hidden\nfrom ._hidden import h",
+            "p._hidden": "h = 1",
+            "t": "import numpy as np\nimport p.a as q\nnp._x, q._f",
+        }
+        users = "bcde"
+        assert house.private_uses(sources) == sorted(
+            [f"p.{x} uses p.a._f" for x in users]
+            + ["p.f uses p._hidden"]
+            + ["t uses p.a._f"]
+        )
+
+    def test_import_graph(self):
+        sources = {
+            "p": "from .a import f\nfrom . import q",
+            "p.a": "import os.path",
+            "p.q": "from .deep import x",
+            "p.q.deep": "def f():\n    from ..a import f\n    from ... import nothing",
+            "p.r": "import p.q.deep\nfrom . import __version__\nfrom os import path",
+        }
+        assert house.import_graph(sources) == {
+            "p": {"p.a", "p.q"},
+            "p.a": set(),
+            "p.q": {"p.q.deep"},
+            "p.q.deep": {"p.a"},
+            "p.r": {"p.q.deep", "p"},
+        }
+
+    def test_circle(self):
+        sources = {"p.a": "from . import b", "p.b": "import json", "p": ""}
+        assert house.circle(house.import_graph(sources)) is None
+        sources["p.b"] = "def late():\n    from .a import f"
+        assert set(house.circle(house.import_graph(sources))) == {"p.a", "p.b"}
+
+    def test_crossings(self):
+        graph = {
+            "qm_cupy": {"qm_cupy.low.a", "qm_cupy.high"},
+            "qm_cupy.high": {"qm_cupy.low.a"},
+            "qm_cupy.low.a": {"qm_cupy.low.b", "qm_cupy.high", "qm_cupy"},
+            "qm_cupy.new": {"qm_cupy.low"},
+        }
+        allowed = {"qm_cupy": ("low",), "high": ("low",), "low": ()}
+        assert house.crossings(graph, allowed) == [
+            "qm_cupy imports qm_cupy.high",
+            "qm_cupy.low.a imports qm_cupy",
+            "qm_cupy.low.a imports qm_cupy.high",
+            "qm_cupy.new imports qm_cupy.low",
+        ]
+
+    def test_missing_from_page(self):
+        page = "from .x import f_cuda\ndef f(): ...\ndef _f_reference(): ..."
+        assert house.missing_from_page("f", page) == set()
+        assert house.missing_from_page("g", page) == {
+            "function",
+            "reference",
+            "launcher",
+        }
+
+    def test_long_files(self, tmp_path):
+        (tmp_path / "a.py").write_text("x = 1\n" * 3)
+        (tmp_path / "b.py").write_text("x = 1\n" * 4)
+        assert house.long_files(tmp_path.glob("*.py"), 3) == ["b.py has 4 lines"]
+
+    def test_read(self, tmp_path):
+        (tmp_path / "p" / "q").mkdir(parents=True)
+        for file in ("p/__init__.py", "p/q/__init__.py", "p/q/a.py", "alone.py"):
+            (tmp_path / file).write_text(f"name = {file!r}")
+        assert {*house.read(tmp_path)} == {"p", "p.q", "p.q.a", "alone"}
