@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays.checks import check_number
-from .arrays.conversion import Array, enter, on_callers_stream
+from .arrays.conversion import Array, BoolArray, enter, on_callers_stream
 from .arrays.dtypes import copyable
 from .pipeline import quickmerge
 from .priors.protocols import Prior
@@ -25,7 +25,7 @@ def choose_merge(
     *,
     alpha: float = 0.1,
     gamma: float = 0.8,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
     **options: Any,
 ) -> Choice[Array]:
     r"""Merge in several ways and keep, for each sequence, the one a prior reads best.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .arrays.checks import check_number
-from .arrays.conversion import Array, enter
+from .arrays.conversion import Array, BoolArray, IntArray, enter
 from .autodiff.dispatch import composition, tracing_framework
 from .pipeline import quickmerge
 from .priors.mlp_prior import MLPPrior
@@ -19,6 +19,8 @@ from .results import Merged
 from .stages.alignment.alignment_loss import alignment_loss, is_traced
 from .stages.alignment.decode import decode
 from .stages.budget import token_budget
+from .stages.clustering.cluster_tokens import Method
+from .stages.clustering.labels import Order
 from .stages.fidelity.fidelity_loss import fidelity_loss
 from .stages.saliency.saliency import saliency
 from .stages.saliency.self_attention_entropy import self_attention_entropy
@@ -48,7 +50,7 @@ class EntropyAwareSaliency:
         self.embedding_dim = embedding_dim
         self.num_layers = num_layers
 
-    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
+    def __call__(self, tokens: Array, *, mask: BoolArray | None = None) -> Array:
         """Return the saliency (B, N) of tokens (N, D), (B, N, D) or (L, B, N, D)."""
         shape: tuple[int, ...] = getattr(tokens, "shape", ())
         if shape and shape[-1] != self.embedding_dim:
@@ -92,8 +94,8 @@ class DifferentiableTokenMerging:
         temperature: float = 0.1,
         epsilon: float = 0.01,
         *,
-        method: str = "average",
-        order: str = "last",
+        method: Method = "average",
+        order: Order = "last",
         seed: int | None = 0,
     ) -> None:
         self.temperature = temperature
@@ -108,7 +110,7 @@ class DifferentiableTokenMerging:
         saliency_scores: Array,
         K: Any,
         *,
-        mask: Array | None = None,
+        mask: BoolArray | None = None,
     ) -> tuple[Array, Array]:
         """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
         merged = self.merge(tokens, saliency_scores, K, mask=mask)
@@ -123,7 +125,7 @@ class DifferentiableTokenMerging:
         saliency_scores: Array,
         K: Any,
         *,
-        mask: Array | None = None,
+        mask: BoolArray | None = None,
     ) -> Merged[Array]:
         """Return the whole `Merged` result: labels, sizes and positions too."""
         return quickmerge(
@@ -227,8 +229,8 @@ class NormBasedFidelityConstraint:
         tokens: Array,
         merged: Array,
         *,
-        labels: Array | None = None,
-        mask: Array | None = None,
+        labels: IntArray | None = None,
+        mask: BoolArray | None = None,
     ) -> Array:
         """Return the mean excess of the reconstruction error over its bound."""
         return fidelity_loss(tokens, merged, labels=labels, gamma=self.gamma, mask=mask)
@@ -265,8 +267,8 @@ class QuickMergePP:
         gamma: float = 0.8,
         epsilon: float = 0.01,
         *,
-        method: str = "average",
-        order: str = "last",
+        method: Method = "average",
+        order: Order = "last",
         seed: int | None = 0,
     ) -> None:
         self.embedding_dim = embedding_dim
@@ -283,7 +285,7 @@ class QuickMergePP:
         K: Any,
         alpha: float = 0.1,
         *,
-        mask: Array | None = None,
+        mask: BoolArray | None = None,
     ) -> tuple[Array, dict[str, Any]]:
         """Merge tokens to K; total loss = alpha · alignment + fidelity.
 

@@ -1,6 +1,6 @@
 """The pipeline: tokens in, fewer tokens out."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from .arrays.checks import (
     check_shape,
     check_tokens,
 )
-from .arrays.conversion import Array, enter
+from .arrays.conversion import Array, BoolArray, FloatArray, enter
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import num_valid
@@ -29,8 +29,9 @@ from .stages.budget import token_budget
 from .stages.clustering.checks import check_protect, check_weighted_linkage
 from .stages.clustering.cluster_tokens import (
     METHODS,
+    Method,
 )
-from .stages.clustering.labels import ORDERS
+from .stages.clustering.labels import ORDERS, Order
 from .stages.selection.gumbel_noise import check_noise
 from .stages.selection.gumbel_softmax import (
     check_temperature,
@@ -39,7 +40,7 @@ from .stages.selection.saliency_mass import (
     check_epsilon,
 )
 
-_WEIGHTS = "mass", "saliency", "uniform"
+Weights = Literal["mass", "saliency", "uniform"]
 
 
 @composition
@@ -47,18 +48,18 @@ def quickmerge(
     tokens: Array,
     budget: Any,
     *,
-    hidden_states: Array | None = None,
-    attention: Array | None = None,
-    query: Array | None = None,
-    key: Array | None = None,
-    saliency: Array | None = None,
-    mask: Array | None = None,
-    protect: Array | None = None,
-    method: str = "average",
-    order: str = "last",
+    hidden_states: FloatArray | None = None,
+    attention: FloatArray | None = None,
+    query: FloatArray | None = None,
+    key: FloatArray | None = None,
+    saliency: FloatArray | None = None,
+    mask: BoolArray | None = None,
+    protect: BoolArray | None = None,
+    method: Method = "average",
+    order: Order = "last",
     temperature: float = 0.1,
     epsilon: float = 0.01,
-    weights: Any = "mass",
+    weights: Weights | FloatArray = "mass",
     weighted_linkage: bool = False,
     seed: int | None = 0,
     sequence_offset: int = 0,
@@ -225,7 +226,7 @@ def _quickmerge_traced(
     if sources.saliency is not None:
         check_shape("saliency", sources.saliency, "BN", shape)
     if isinstance(options.weights, str):
-        check_choice("weights", options.weights, _WEIGHTS)
+        check_choice("weights", options.weights, get_args(Weights))
     else:
         check_shape("weights", options.weights, "BN", shape)
     share = isinstance(budget, float | np.floating)
@@ -241,7 +242,7 @@ def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
     check_choice("method", options.method, METHODS)
     check_choice("order", options.order, ORDERS)
     if isinstance(options.weights, str):
-        check_choice("weights", options.weights, _WEIGHTS)
+        check_choice("weights", options.weights, get_args(Weights))
     else:
         check_given("weights", options.weights)
         check_mass(options.weights, shape, "weights")

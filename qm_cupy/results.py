@@ -2,7 +2,7 @@
 
 from typing import Generic, NamedTuple
 
-from .arrays.conversion import Array
+from .arrays.conversion import Array, FloatArray, IntArray
 
 
 class Merged(NamedTuple, Generic[Array]):
@@ -14,15 +14,15 @@ class Merged(NamedTuple, Generic[Array]):
 
     tokens: Array
     """(B, K, D), the dtype of the input: the merged tokens."""
-    labels: Array
+    labels: IntArray
     """(B, N) int32: the group of each token, -1 for padding."""
-    sizes: Array
+    sizes: IntArray
     """(B, K) int32: the tokens in each group."""
-    positions: Array
+    positions: IntArray
     """(B, K) int32: the position of each group's last token, -1 for padding."""
-    saliency: Array
+    saliency: FloatArray
     """(B, N): the saliency of each token."""
-    mass: Array
+    mass: FloatArray
     """(B, N): the weights of the merge."""
 
 

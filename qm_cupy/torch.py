@@ -20,6 +20,8 @@ from .priors.mlp import MLP
 from .results import AlignmentLoss, Merged
 from .stages.alignment.alignment_loss import alignment_loss
 from .stages.alignment.decode import decode
+from .stages.clustering.cluster_tokens import Method
+from .stages.clustering.labels import Order
 
 __all__ = ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
 
@@ -160,8 +162,8 @@ class QuickMergePP(nn.Module):
         gamma: float = 0.8,
         epsilon: float = 0.01,
         *,
-        method: str = "average",
-        order: str = "last",
+        method: Method = "average",
+        order: Order = "last",
         seed: int | None = 0,
     ) -> None:
         super().__init__()

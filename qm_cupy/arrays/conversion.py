@@ -8,6 +8,11 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from .libraries import CUDA, give_inside, library
 
 Array = TypeVar("Array", bound=Any)  # T -> T: the caller gets back what came in
+# Arrays of the first array's library, but of another dtype. No type can say the former,
+# so type checkers let users say the latter: ``labels: NDArray[np.int32] = ...``.
+IntArray = Any
+BoolArray = Any
+FloatArray = Any
 P = ParamSpec("P")
 Result = TypeVar("Result")
 Leave = Callable[[Any], Any]

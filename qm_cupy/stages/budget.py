@@ -10,7 +10,7 @@ from ..arrays.checks import (
     check_tokens,
     is_per_sequence,
 )
-from ..arrays.conversion import Array, enter, on_callers_stream
+from ..arrays.conversion import Array, BoolArray, IntArray, enter, on_callers_stream
 from ..autodiff.dispatch import known_while_tracing, operation
 from ..autodiff.operations import without_two_axes
 from .saliency.token_norms import relative_norms
@@ -73,8 +73,8 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     shapes=without_two_axes,
 )
 def norm_budget(
-    tokens: Array, gamma: float = 0.8, *, mask: Array | None = None
-) -> Array:
+    tokens: Array, gamma: float = 0.8, *, mask: BoolArray | None = None
+) -> IntArray:
     r"""Least K whose K largest token norms hold at least γ of the norm mass.
 
     .. math:: \min \Bigl\{ K : \sum_{i \in \operatorname{top}K} \lVert x_i \rVert

@@ -42,11 +42,8 @@ _WEIGHTS = tuple(
 
 @composition
 def alignment_loss(
-    merged: Array | Merged[Array],
-    prior: Prior | TwoLayerPrior,
-    *,
-    num_groups: Any = None,
-) -> AlignmentLoss[Array]:
+    merged: Any, prior: Prior | TwoLayerPrior, *, num_groups: Any = None
+) -> AlignmentLoss[Any]:
     r"""Bidirectional autoregressive loss of merged tokens under a prior.
 
     .. math:: L_{AR} = \frac{1}{K-1} \sum_{t=1}^{K-1} \operatorname{MSE}\bigl(

@@ -1,6 +1,6 @@
 """Clustering: tokens to exactly K groups by cosine similarity, in causal order."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from ...arrays.checks import (
     check_mass,
     check_tokens,
 )
-from ...arrays.conversion import Array, enter
+from ...arrays.conversion import Array, BoolArray, FloatArray, IntArray, enter
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
 from ...autodiff.dispatch import operation
@@ -25,13 +25,14 @@ from .bipartite import bipartite_groups, bipartite_groups_cuda
 from .checks import check_anchors, check_mass_method, check_protect
 from .contiguous import contiguous_groups, contiguous_groups_cuda
 from .cut_linkage import cut_linkage_cuda, cut_sequence
-from .labels import ORDERS, in_order, number_groups_cuda
-from .linkage import LINKAGES, linkage_sequence
+from .labels import ORDERS, Order, in_order, number_groups_cuda
+from .linkage import LINKAGES, LinkageMethod, linkage_sequence
 from .linkage_cuda import dendrograms_cuda
 from .nearest import nearest_groups, nearest_groups_cuda, top_norm_anchors_cuda
 from .unit_tokens import unit_tokens
 
-METHODS = (*LINKAGES, "nearest", "bipartite", "contiguous")
+Method = Literal[LinkageMethod, "nearest", "bipartite", "contiguous"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @operation(
@@ -45,13 +46,13 @@ def cluster_tokens(
     tokens: Array,
     num_groups: Any,
     *,
-    method: str = "average",
-    mass: Array | None = None,
-    anchors: Array | None = None,
-    protect: Array | None = None,
-    mask: Array | None = None,
-    order: str = "last",
-) -> Array:
+    method: Method = "average",
+    mass: FloatArray | None = None,
+    anchors: IntArray | None = None,
+    protect: BoolArray | None = None,
+    mask: BoolArray | None = None,
+    order: Order = "last",
+) -> IntArray:
     """Put the tokens of each sequence into exactly K groups by cosine similarity.
 
     Parameters

@@ -13,7 +13,7 @@ from ...arrays.checks import (
     check_num_groups,
     check_number,
 )
-from ...arrays.conversion import Array, enter
+from ...arrays.conversion import BoolArray, FloatArray, IntArray, enter
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -24,6 +24,7 @@ from .checks import check_dendrogram
 from .labels import (
     ORDERS,
     Groups,
+    Order,
     in_order,
     launch_groups,
     launch_integers,
@@ -41,14 +42,14 @@ from .weighted_linkage import Floats
     shapes=lambda tree, *_: ((*tree.shape[:-2], tree.shape[-2] + 1),),
 )
 def cut_linkage(
-    dendrogram: Array,
+    dendrogram: FloatArray,
     *,
     num_groups: Any = None,
     max_error: float | None = None,
-    mass: Array | None = None,
-    mask: Array | None = None,
-    order: str = "last",
-) -> Array:
+    mass: FloatArray | None = None,
+    mask: BoolArray | None = None,
+    order: Order = "last",
+) -> IntArray:
     r"""Groups of a dendrogram, cut at exactly K groups or within an error.
 
     Parameters

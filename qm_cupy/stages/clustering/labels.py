@@ -3,7 +3,7 @@
 Roots name each token's group by any number within 0..2N-1, -1 for padding.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 
-ORDERS = ("last", "first")
+Order = Literal["last", "first"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 Groups = NDArray[np.intp]
 

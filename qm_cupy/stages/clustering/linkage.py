@@ -5,13 +5,13 @@ tokens keep their places in the padded sequence, row r makes group N + r, and th
 that padding leaves over are (-1, -1, inf, 0).
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_choice, check_mask, check_mass, check_tokens
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.libraries import is_cuda
 from .checks import check_mass_method
 from .cosine_similarity import gram
@@ -19,17 +19,18 @@ from .linkage_cuda import dendrograms_cuda
 from .unit_tokens import unit_tokens
 from .weighted_linkage import Floats, weighted_linkage
 
-LINKAGES = ("average", "ward", "complete", "single")
+LinkageMethod = Literal["average", "ward", "complete", "single"]
+LINKAGES: tuple[LinkageMethod, ...] = get_args(LinkageMethod)
 
 
 @on_callers_stream
 def linkage(
     tokens: Array,
-    method: str = "average",
+    method: LinkageMethod = "average",
     *,
-    mass: Array | None = None,
-    mask: Array | None = None,
-) -> Array:
+    mass: FloatArray | None = None,
+    mask: BoolArray | None = None,
+) -> FloatArray:
     r"""Dendrogram of each sequence's tokens by cosine similarity, in SciPy's format.
 
     Parameters

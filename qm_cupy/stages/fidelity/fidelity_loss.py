@@ -5,7 +5,13 @@ from typing import Any
 import numpy as np
 
 from ...arrays.checks import check_gradient, check_number
-from ...arrays.conversion import Array, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    on_callers_stream,
+)
 from ...autodiff.dispatch import operation
 from .reconstruction_error import (
     compute_reconstruction_error,
@@ -26,10 +32,10 @@ def fidelity_loss(
     tokens: Array,
     merged: Array,
     *,
-    labels: Array | None = None,
+    labels: IntArray | None = None,
     gamma: float = 0.8,
     num_groups: Any = None,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
 ) -> Array:
     r"""How far the reconstruction error exceeds the norm-mass bound, over the batch.
 
@@ -79,14 +85,14 @@ def fidelity_loss(
 
 @on_callers_stream
 def fidelity_loss_vjp(
-    gradient: Array,
+    gradient: FloatArray,
     tokens: Array,
     merged: Array,
     *,
-    labels: Array | None = None,
+    labels: IntArray | None = None,
     gamma: float = 0.8,
     num_groups: Any = None,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
     r"""Gradients of `fidelity_loss` with respect to tokens and merged tokens.
 

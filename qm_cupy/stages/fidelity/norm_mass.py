@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_mask, check_num_groups, check_tokens
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, enter, on_callers_stream
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
 from ...cuda.constants import BLOCK
@@ -20,7 +20,9 @@ from ..selection.select_tokens import top_tokens_cuda
 
 
 @on_callers_stream
-def norm_mass(tokens: Array, num_groups: Any, *, mask: Array | None = None) -> Array:
+def norm_mass(
+    tokens: Array, num_groups: Any, *, mask: BoolArray | None = None
+) -> Array:
     r"""Share γ of the norm mass that the K largest token norms hold.
 
     .. math:: \gamma(X, K) = \sum_{i \in \operatorname{top}K} \lVert x_i \rVert \Big/

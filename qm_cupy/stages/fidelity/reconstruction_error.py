@@ -14,7 +14,14 @@ from ...arrays.checks import (
     check_shape,
     check_tokens,
 )
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    enter,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -43,9 +50,9 @@ def reconstruction_error(
     tokens: Array,
     merged: Array,
     *,
-    labels: Array | None = None,
+    labels: IntArray | None = None,
     num_groups: Any = None,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
 ) -> Array:
     r"""Relative squared error of the tokens rebuilt from the merged ones.
 
@@ -212,13 +219,13 @@ def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> A
 
 @on_callers_stream
 def reconstruction_error_vjp(
-    gradient: Array,
+    gradient: FloatArray,
     tokens: Array,
     merged: Array,
     *,
-    labels: Array | None = None,
+    labels: IntArray | None = None,
     num_groups: Any = None,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
     r"""Gradients of `reconstruction_error` with respect to tokens and merged tokens.
 

@@ -12,7 +12,7 @@ from ...arrays.checks import (
     check_group_counts,
     check_labels,
 )
-from ...arrays.conversion import Array, enter
+from ...arrays.conversion import IntArray, enter
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import groups_of_tokens
@@ -25,7 +25,7 @@ from ...settings import implementation
 @operation(
     constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
 )
-def group_sizes(labels: Array, num_groups: Any) -> Array:
+def group_sizes(labels: IntArray, num_groups: Any) -> IntArray:
     """Number of tokens of each group.
 
     Parameters
@@ -74,7 +74,7 @@ def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.
 @operation(
     constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
 )
-def group_positions(labels: Array, num_groups: Any) -> Array:
+def group_positions(labels: IntArray, num_groups: Any) -> IntArray:
     """Position of each group: that of its last member.
 
     Parameters

@@ -15,7 +15,14 @@ from ...arrays.checks import (
     check_out,
     check_tokens,
 )
-from ...arrays.conversion import Array, deliver, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    FloatArray,
+    IntArray,
+    deliver,
+    enter,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -40,10 +47,10 @@ def _merged_shape(tokens: Any, *others: Any) -> tuple[Shape, ...]:
 )
 def merge_tokens(
     tokens: Array,
-    labels: Array,
+    labels: IntArray,
     num_groups: Any,
     *,
-    mass: Array | None = None,
+    mass: FloatArray | None = None,
     out: Array | None = None,
 ) -> Array:
     r"""Saliency-weighted mean of the tokens of each group.
@@ -181,12 +188,12 @@ _BLOCK = 256  # tokens at a time: 2 MB of each array for D = 1024
 
 @on_callers_stream
 def merge_tokens_vjp(
-    gradient: Array,
+    gradient: FloatArray,
     tokens: Array,
-    labels: Array,
+    labels: IntArray,
     num_groups: Any,
     *,
-    mass: Array | None = None,
+    mass: FloatArray | None = None,
 ) -> tuple[Array, Array | None]:
     r"""Gradients of `merge_tokens` with respect to the tokens and to their mass.
 

@@ -14,7 +14,7 @@ from ...arrays.checks import (
     check_out,
     check_tokens,
 )
-from ...arrays.conversion import Array, deliver, enter, on_callers_stream
+from ...arrays.conversion import Array, IntArray, deliver, enter, on_callers_stream
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
@@ -35,7 +35,9 @@ def _unmerged_shape(merged: Any, labels: Any) -> tuple[Shape, ...]:
     shapes=_unmerged_shape,
     vjp="_unmerge_tokens_vjp",
 )
-def unmerge_tokens(merged: Array, labels: Array, *, out: Array | None = None) -> Array:
+def unmerge_tokens(
+    merged: Array, labels: IntArray, *, out: Array | None = None
+) -> Array:
     """Give every token the value of its group: the gather by labels.
 
     Parameters
@@ -106,7 +108,7 @@ def unmerge_tokens_cuda(merged: Any, labels: Any, out: Any) -> Any:
 
 
 @on_callers_stream
-def unmerge_tokens_vjp(gradient: Array, labels: Array, num_groups: Any) -> Array:
+def unmerge_tokens_vjp(gradient: Array, labels: IntArray, num_groups: Any) -> Array:
     r"""Gradient of `unmerge_tokens` with respect to the merged tokens: sums by labels.
 
     .. math:: \bar x_k = \sum_{j \in G_k} \bar x_j

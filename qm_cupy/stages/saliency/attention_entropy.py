@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_not_negative, check_shape, check_values
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask, layer_axes
@@ -32,7 +32,7 @@ from .score_gradients import (
     dtype="computed",
     shapes=without_last_axis,
 )
-def attention_entropy(attention: Array, *, mask: Array | None = None) -> Array:
+def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Array:
     r"""Shannon entropy of every row of given attention probabilities, in nats.
 
     .. math:: H_i = -\sum_j A_{ij} \log A_{ij}, \qquad 0 \log 0 = 0
@@ -128,7 +128,7 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
 
 @on_callers_stream
 def attention_entropy_vjp(
-    gradient: Array, attention: Array, *, mask: Array | None = None
+    gradient: FloatArray, attention: Array, *, mask: BoolArray | None = None
 ) -> Array:
     r"""Vector–Jacobian product of `attention_entropy`.
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_gradient, check_mask, check_tokens
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import narrow
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -25,7 +25,7 @@ from .token_norms import relative_norms, token_norms_cuda
     dtype="computed",
     shapes=without_last_axis,
 )
-def norm_saliency(tokens: Array, *, mask: Array | None = None) -> Array:
+def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     """Saliency of each token from its L2 norm, min–max scaled over its sequence.
 
     Parameters
@@ -72,7 +72,7 @@ def _norm_saliency_reference(
 
 @on_callers_stream
 def norm_saliency_vjp(
-    gradient: Array, tokens: Array, *, mask: Array | None = None
+    gradient: FloatArray, tokens: Array, *, mask: BoolArray | None = None
 ) -> Array:
     r"""Vector–Jacobian product of `norm_saliency`.
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_number, check_shape, check_values
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask, layer_axes
@@ -55,7 +55,7 @@ def query_key_entropy(
     *,
     causal: bool = False,
     scale: float | None = None,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
 ) -> Array:
     r"""Entropy of the attention of queries to keys, never storing the N × N matrix.
 
@@ -174,13 +174,13 @@ def _query_key_entropy_cuda(
 
 @on_callers_stream
 def query_key_entropy_vjp(
-    gradient: Array,
+    gradient: FloatArray,
     query: Array,
     key: Array,
     *,
     causal: bool = False,
     scale: float | None = None,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
     r"""Vector–Jacobian product of `query_key_entropy`, never storing N × N.
 

@@ -1,12 +1,12 @@
 """Saliency: how much each token matters, from its attention entropy."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_choice, check_gradient, check_mask, check_values
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import layer_axes, saliency_shape
@@ -18,6 +18,8 @@ from ...settings import implementation
 from .min_max import scale_min_max, scale_min_max_vjp
 from .score_gradients import as_computed, launch_vjp, masked_gradient
 
+Salient = Literal["low", "high"]  # which entropy is salient
+
 
 @operation(
     inputs=("entropy",),
@@ -27,7 +29,7 @@ from .score_gradients import as_computed, launch_vjp, masked_gradient
     shapes=lambda entropy, *_: (saliency_shape(entropy),),
 )
 def saliency(
-    entropy: Array, *, salient: str = "low", mask: Array | None = None
+    entropy: Array, *, salient: Salient = "low", mask: BoolArray | None = None
 ) -> Array:
     r"""Saliency of each token from its attention entropy in every layer.
 
@@ -71,7 +73,7 @@ def saliency(
     """
     leave, entropy, mask = enter({"entropy": entropy, "mask": mask})
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
-    check_choice("salient", salient, ("low", "high"))
+    check_choice("salient", salient, get_args(Salient))
     check_mask(mask, saliency_shape(entropy))
     return leave(compute_saliency(entropy, salient=salient, mask=mask))
 
@@ -134,11 +136,11 @@ def _saliency_optimized(
 
 @on_callers_stream
 def saliency_vjp(
-    gradient: Array,
+    gradient: FloatArray,
     entropy: Array,
     *,
-    salient: str = "low",
-    mask: Array | None = None,
+    salient: Salient = "low",
+    mask: BoolArray | None = None,
 ) -> Array:
     r"""Vector–Jacobian product of `saliency`.
 
@@ -187,7 +189,7 @@ def saliency_vjp(
         {"entropy": entropy, "mask": mask}, gradients={"gradient": gradient}
     )
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
-    check_choice("salient", salient, ("low", "high"))
+    check_choice("salient", salient, get_args(Salient))
     shape = saliency_shape(entropy)
     check_mask(mask, shape)
     check_gradient(gradient, shape, "BN", mask=mask)

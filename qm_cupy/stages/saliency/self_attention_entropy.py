@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_values
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask
@@ -43,7 +43,7 @@ from .score_gradients import (
     dtype="computed",
     shapes=without_last_axis,
 )
-def self_attention_entropy(tokens: Array, *, mask: Array | None = None) -> Array:
+def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     r"""Entropy of each token's softmax attention to all tokens, scores over √D.
 
     .. math:: A = \operatorname{softmax}(X X^\top / \sqrt{D}), \quad
@@ -155,7 +155,7 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
 
 @on_callers_stream
 def self_attention_entropy_vjp(
-    gradient: Array, tokens: Array, *, mask: Array | None = None
+    gradient: FloatArray, tokens: Array, *, mask: BoolArray | None = None
 ) -> Array:
     r"""Vector–Jacobian product of `self_attention_entropy`, never storing N × N.
 

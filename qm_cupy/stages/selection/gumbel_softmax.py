@@ -13,7 +13,7 @@ from ...arrays.checks import (
     check_number,
     check_values,
 )
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
@@ -46,7 +46,7 @@ def gumbel_softmax(
     temperature: float = 0.1,
     seed: int | None = 0,
     hard: Any = None,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
     sequence_offset: int = 0,
 ) -> Array:
     r"""Gumbel-softmax selection probabilities, or the K-hot mask of one draw.
@@ -208,12 +208,12 @@ def softmax_mass_cuda(
 
 @on_callers_stream
 def gumbel_softmax_vjp(
-    gradient: Array,
+    gradient: FloatArray,
     saliency: Array,
     *,
     temperature: float = 0.1,
     seed: int | None = 0,
-    mask: Array | None = None,
+    mask: BoolArray | None = None,
     sequence_offset: int = 0,
 ) -> Array:
     r"""Gradient of `gumbel_softmax` with respect to the saliency.

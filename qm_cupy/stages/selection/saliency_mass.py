@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_gradient, check_number, check_shape, check_values
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -22,7 +22,7 @@ from ...cuda.launch import contiguous, launch
     shapes=like_first,
 )
 def saliency_mass(
-    saliency: Array, probabilities: Array, *, epsilon: float = 0.01
+    saliency: Array, probabilities: FloatArray, *, epsilon: float = 0.01
 ) -> Array:
     r"""Merge weight of each token: its saliency where selected, ε elsewhere.
 
@@ -102,7 +102,11 @@ def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> An
 
 @on_callers_stream
 def saliency_mass_vjp(
-    gradient: Array, saliency: Array, probabilities: Array, *, epsilon: float = 0.01
+    gradient: FloatArray,
+    saliency: Array,
+    probabilities: FloatArray,
+    *,
+    epsilon: float = 0.01,
 ) -> tuple[Array, Array]:
     r"""Gradients of `saliency_mass` with respect to saliency and probabilities.
 

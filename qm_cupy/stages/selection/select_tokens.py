@@ -11,7 +11,7 @@ from ...arrays.checks import (
     check_mask,
     check_values,
 )
-from ...arrays.conversion import Array, enter
+from ...arrays.conversion import Array, BoolArray, IntArray, enter
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
 from ...autodiff.dispatch import operation
@@ -31,8 +31,8 @@ from .perturbed_scores import launch_sequences, perturbed_scores_cuda
     shapes=groups_of_tokens,
 )
 def select_tokens(
-    scores: Array, num_groups: Any, *, mask: Array | None = None
-) -> Array:
+    scores: Array, num_groups: Any, *, mask: BoolArray | None = None
+) -> IntArray:
     """Positions of the K highest scores of each sequence, ascending.
 
     Parameters
