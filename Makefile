@@ -42,7 +42,7 @@ lint: $(VENV)/lint.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find qm_cupy -name '*.py' -not -path '*/cli/*' -not -path '*/corpus/*' | xargs $(BIN)/numpydoc lint --config .
+	$(BIN)/python tests/docstrings.py
 	find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # Every page anew, its examples and the notebooks executed; whatever warns is an error.

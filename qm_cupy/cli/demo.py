@@ -14,7 +14,7 @@ from ..atomic_write import atomic_write
 from ..priors.mlp_prior import MLPPrior
 from ..stages.alignment.alignment_loss import alignment_loss
 from ..stages.budget import token_budget
-from ..stages.clustering.cluster_tokens import cluster_tokens
+from ..stages.clustering.cluster_tokens import Method, cluster_tokens
 from ..stages.fidelity.fidelity_loss import fidelity_loss
 from ..stages.fidelity.norm_mass import norm_mass
 from ..stages.fidelity.reconstruction_error import reconstruction_error
@@ -53,7 +53,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def run_demo(
-    image: Path | None, budget: Any, output: Path, *, method: str, seed: int
+    image: Path | None, budget: Any, output: Path, *, method: Method, seed: int
 ) -> None:
     """Merge a picture's patches, print what it cost and kept, and write pictures."""
     picture = _read_picture(image)  # (height, width, 3) within 0..1

@@ -61,7 +61,13 @@ class MLPPrior:
         return type(self), (self.forward, self.backward)
 
     def network_weights(self) -> tuple[Any, ...]:
-        """Return the weights of both networks, in the order of `MLP`'s fields."""
+        """Return the weights of both networks.
+
+        Returns
+        -------
+        tuple of eight ndarrays
+            Those of ``forward``, then of ``backward``, in the order of `MLP`'s fields.
+        """
         return (*self.forward, *self.backward)
 
     @classmethod

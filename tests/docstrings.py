@@ -1,0 +1,48 @@
+"""Checks the docstrings of everything public against numpydoc: `make lint` runs it.
+
+numpydoc's own command checks every function of a file whose name has no underscore,
+and most of those are the library's own.
+"""
+
+import inspect
+import sys
+
+from numpydoc.validate import validate
+
+import qm_cupy
+import qm_cupy.plot
+
+# Of no use here: extended summaries and cross-references everywhere, the imperative
+# mood, and rules of taste about how results are listed.
+IGNORED = {
+    "GL01", "GL08", "ES01", "EX01", "SA01", "SS05", "SS06", "RT02", "RT04", "RT05",
+    "PR08", "PR09",
+}  # fmt: skip
+METHODS = qm_cupy.MLPPrior, qm_cupy.TransformerPrior  # whose methods have pages
+
+
+def public():
+    """Give the full names of public functions, and of methods that have pages."""
+    for module in (qm_cupy, qm_cupy.plot):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.isfunction(thing):
+                yield f"{module.__name__}.{name}"
+            elif thing in METHODS:
+                for method, function in vars(thing).items():
+                    if not method.startswith("_") and function.__doc__:
+                        yield f"{module.__name__}.{name}.{method}"
+
+
+def main():
+    failed = False
+    for name in public():
+        for code, message in validate(name)["errors"]:
+            if code not in IGNORED:
+                print(f"{name}: {code} {message}", file=sys.stderr)
+                failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
