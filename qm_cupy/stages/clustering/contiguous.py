@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.shapes import rows_of
-from ...cuda.constants import BLOCK, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 from ...settings import implementation
@@ -73,18 +72,17 @@ def contiguous_groups_cuda(
         reals = empty((batch, 3 * num_tokens), kind)
         links = empty((batch, 2 * num_tokens), np.int32)
         args = (sums, *args, reals, links, out)
-        launch("basic/contiguous", "contiguous_groups", kind, batch, args)
+        launch("contiguous", "contiguous_groups", kind, args, outputs=batch)
         return out
-    file = "optimized/contiguous"
     products = empty((batch, num_tokens), kind)
     given = (sums, masks[0], batch, num_tokens, dim, products)
-    launch(file, "neighbour_products", kind, out.size * WARP, given)
+    launch("contiguous", "neighbour_products", kind, given, rows=out.size)
     reals = links = None
+    kernel = "contiguous", "contiguous_groups"
     shared = num_tokens * (5 * kind.itemsize + 3 * 4)  # what the groups take
-    if shared > dynamic_shared_bytes(file, "contiguous_groups", kind):
+    if shared > dynamic_shared_bytes(*kernel, kind):
         shared, reals = 0, empty((batch, 5 * num_tokens), kind)
         links = empty((batch, 3 * num_tokens), np.int32)
     args = (sums, products, *args, reals, links, out)
-    threads = batch * BLOCK
-    launch(file, "contiguous_groups", kind, threads, args, shared=shared)
+    launch(*kernel, kind, args, blocks=batch, shared=shared)
     return out

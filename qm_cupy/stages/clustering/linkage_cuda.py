@@ -123,8 +123,17 @@ def linkage_cuda(
     found = empty((layout.places, 4 * num_tokens * width), np.uint8)
     states = empty((copies, state), np.uint8) if copies else None
     options = METHODS.index(method), int(alone), last, layout.blocks, state, tree
-    args = (cosines, mass, *masks, *counts, *options, trees, found, states)
-    _launch("linkage", kind, layout, args, out, rounds, _SCRATCH * width + shared)
+    scratch = trees, found, states, _zeros(layout.places)
+    launch(
+        "linkage",
+        "linkage",
+        kind,
+        (cosines, mass, *masks, *counts, *options, *scratch, out, rounds),
+        blocks=layout.places * layout.blocks,
+        block=layout.threads,
+        shared=_SCRATCH * width + shared,
+        cooperative=layout.blocks > 1,
+    )
     return out, rounds
 
 
@@ -172,14 +181,24 @@ def _single_linkage_cuda(
         empty((layout.places, 3 * num_tokens), kind),
         empty((layout.places, 8 * num_tokens), np.int32),
         empty((layout.places, 4), np.int32),
+        _zeros(layout.places),
     )
-    args = (cosines, *masks, *counts, int(in_shared), layout.blocks, *state)
+    options = int(in_shared), layout.blocks
     scratch = ranks + components if in_shared else ranks
-    _launch("single_linkage", kind, layout, args, out, rounds, scratch)
+    launch(
+        "single_linkage",
+        "single_linkage",
+        kind,
+        (cosines, *masks, *counts, *options, *state, out, rounds),
+        blocks=layout.places * layout.blocks,
+        block=layout.threads,
+        shared=scratch,
+        cooperative=layout.blocks > 1,
+    )
 
 
 def _dynamic_shared_bytes(kernel: str, kind: Any) -> int:
-    return dynamic_shared_bytes(f"optimized/{kernel}", kernel, kind)
+    return dynamic_shared_bytes(kernel, kernel, kind)
 
 
 class _Layout(NamedTuple):
@@ -214,27 +233,11 @@ def _layout(
     return _Layout(places, blocks, threads)
 
 
-def _launch(
-    kernel: str,
-    kind: Any,
-    layout: _Layout,
-    args: tuple[Any, ...],
-    out: Any,
-    rounds: Any,
-    shared: int,
-) -> None:
-    arrived = empty((layout.places,), np.uint32)
+def _zeros(count: int) -> Any:
+    """Return counters of the blocks that have arrived at a barrier."""
+    arrived = empty((count,), np.uint32)
     arrived.fill(0)  # without a copy to wait for
-    launch(
-        f"optimized/{kernel}",
-        kernel,
-        kind,
-        layout.places * layout.blocks * layout.threads,
-        (*args, arrived, out, rounds),
-        block=layout.threads,
-        shared=shared,
-        cooperative=layout.blocks > 1,
-    )
+    return arrived
 
 
 def _linkage_basic_cuda(
@@ -245,5 +248,4 @@ def _linkage_basic_cuda(
     integers = [empty((batch, num_tokens), np.int32) for _ in range(3)]
     sizes = batch, num_tokens, METHODS.index(method)
     args = (cosines, mass, *masks, *sizes, *reals, *integers, out)
-    threads = batch * BLOCK
-    launch("basic/linkage", "linkage", cosines.dtype, threads, args)
+    launch("linkage", "linkage", cosines.dtype, args, threads=batch * BLOCK)
