@@ -1,6 +1,7 @@
 """The keeper of the kernels, without CuPy: what it splices, casts and refuses."""
 
 import math
+import re
 import sys
 import types
 
@@ -52,6 +53,20 @@ def test_tf32_is_allowed_for_a_block_or_for_good():
 def test_the_compiler_hears_of_tf32():
     assert {"-Dreal_t=float", "-Dacc_t=float", "-DTF32=1"} < {*cuda.options("tf32")}
     assert "-DTF32=0" in cuda.options("float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_shared_numbers_reach_the_kernels(dtype):
+    width = 8 if dtype == "float64" else 4
+    given = [x for x in cuda.options(dtype) if not x.startswith(("--std", "-DTF32"))]
+    names = dict(x.removeprefix("-D").split("=") for x in given)
+    assert names.pop("real_t") == names.pop("acc_t") == cuda._STORAGE[dtype]
+    numbers = cuda.definitions(width)
+    assert names == {name: str(number) for name, number in numbers.items()}
+    text = "".join(map(cuda.source, cuda.kernel_files()))
+    read = {name for name in numbers if re.search(rf"\b{name}\b", text)}
+    assert numbers.keys() == read
+    assert numbers["LINKAGE_THREADS"] == cuda.LINKAGE_THREADS[width]
 
 
 @pytest.mark.parametrize("file", cuda.kernel_files())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..settings import implementation
 from .compile import kernel_dtype, kernel_files, kernel_names, raw_kernel
-from .constants import BLOCK, COUNTS, WARP
+from .constants import BLOCK, COUNTS, VECTOR_BYTES, WARP
 from .device import current_device, empty, is_capturing, to_device
 from .tiles import Shape, Tiling, select_shape
 
@@ -132,7 +132,7 @@ _WIDEN: dict[type, Callable[[Any], Any]] = {
 
 def vector_count(x: Any) -> int:
     """Return how many vectors of 16 bytes the rows of `x` take."""
-    width: int = 16 // x.dtype.itemsize
+    width: int = VECTOR_BYTES // x.dtype.itemsize
     rows: int = math.prod(x.shape[:-1])
     return rows * -(-int(x.shape[-1]) // width)
 

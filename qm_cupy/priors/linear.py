@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.libraries import is_cuda
-from ..cuda.constants import ACTIVATIONS, WARP
+from ..cuda.constants import ACTIVATIONS, SQUARE, WARP
 from ..cuda.device import empty
 from ..cuda.launch import contiguous, launch
 from ..cuda.tiles import WHOLE, Tiling
@@ -167,9 +167,9 @@ def _transposed_cuda(x: Any, part: int) -> Any:
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_parts = max(-(-rows // part), 1)
     out = empty((num_parts, columns, part), x.dtype)
-    tiles = num_parts * -(-columns // WARP) * -(-part // WARP)
+    squares = num_parts * -(-columns // SQUARE) * -(-part // SQUARE)
     args = (x, rows, columns, part, num_parts, out)
-    launch("linear_vjp", "transpose", x.dtype, args, blocks=tiles)
+    launch("linear_vjp", "transpose", x.dtype, args, blocks=squares)
     return out
 
 

@@ -16,7 +16,7 @@ from ...arrays.checks import (
 from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
-from ...cuda.constants import GROUP_THREADS
+from ...cuda.constants import ERROR_ROUNDING, GROUP_THREADS
 from ...cuda.device import empty
 from ...cuda.launch import block_size, contiguous, device_counts, launch
 from ...settings import implementation
@@ -152,7 +152,7 @@ def count_within(
         weight, peak = relative_mass((ones if mass is None else mass[index])[keep])
         height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf where padded
         error = np.cumsum(height**2 / 2) / weight.sum()
-        counts[index] = len(weight) - np.sum(error <= max_error + 1e-12)  # to rounding
+        counts[index] = len(weight) - np.sum(error <= max_error + ERROR_ROUNDING)
     return counts
 
 

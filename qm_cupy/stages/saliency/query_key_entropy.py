@@ -11,6 +11,7 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask, layer_axes
+from ...cuda.constants import KEYS, QUERIES
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import (
@@ -29,8 +30,6 @@ from .online_softmax import (
     softmax_state,
 )
 from .score_gradients import (
-    KEYS,
-    QUERIES,
     check_entropy_gradient,
     score_vjp,
     scores_cuda,

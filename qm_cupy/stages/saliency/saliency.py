@@ -10,7 +10,7 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import layer_axes, saliency_shape
-from ...cuda.constants import BLOCK, THREAD_TOKENS
+from ...cuda.constants import BLOCK, EXTREMES, THREAD_TOKENS
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
@@ -214,7 +214,7 @@ def saliency_vjp_cuda(gradient: Any, entropy: Any, salient: str, mask: Any) -> A
     layers, batch, heads = layer_axes(leading)
     gradient = as_computed(gradient, entropy)
     entropy, mask = contiguous(entropy), contiguous(mask)
-    extremes = empty((layers, batch, 4), gradient.dtype)
+    extremes = empty((layers, batch, EXTREMES), gradient.dtype)
     out = empty(entropy.shape, entropy.dtype)
     sizes = layers, batch, heads, num_tokens
     args: tuple[Any, ...] = (gradient, entropy, mask, *sizes, extremes)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...arrays.checks import check_gradient
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.shapes import layer_axes
-from ...cuda.constants import TILE
+from ...cuda.constants import SQUARE, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
@@ -65,7 +65,6 @@ def score_vjp(
 # product with the tokens has a block for each multiprocessor. No call holds more for
 # more heads, but one tile of 128 rows at least: memory is linear in N.
 _BAND_BYTES = 128 << 20
-QUERIES, KEYS = 1, 2  # what the rows of a band are
 
 
 class Scores(NamedTuple):
@@ -87,7 +86,7 @@ def scores_cuda(
     *leading, num_tokens, dim = query.shape
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     kind, mask = accumulation_dtype(query.dtype), contiguous(mask)
-    weights = empty((outer, num_tokens, 3), kind)
+    weights = empty((outer, num_tokens, STATE_VALUES), kind)
     arrays = as_computed(gradient, query), query, key, mask
     sizes = outer, batch, heads, num_tokens, dim
     args: tuple[Any, ...] = (*arrays, *sizes, int(causal), scale, weights)
@@ -138,7 +137,7 @@ def _transposed(tokens: Any, scores: Scores) -> Any:
     columns = _tiles(num_tokens) * TILE
     out = empty((scores.outer, dim, columns), tokens.dtype)
     sizes = scores.outer, scores.batch, scores.heads, num_tokens, dim
-    squares = scores.outer * (columns // 32) * -(-dim // 32)
+    squares = scores.outer * (columns // SQUARE) * -(-dim // SQUARE)
     args = (tokens, scores.mask, *sizes, out)
     launch(_PAGE, "transpose_tokens", tokens.dtype, args, blocks=squares)
     return out

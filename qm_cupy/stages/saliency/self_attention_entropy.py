@@ -11,7 +11,7 @@ from ...arrays.conversion import Array, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask
-from ...cuda.constants import TILE
+from ...cuda.constants import KEYS, QUERIES, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import HALF, Tiling, select_shape
@@ -26,8 +26,6 @@ from .online_softmax import (
     softmax_state,
 )
 from .score_gradients import (
-    KEYS,
-    QUERIES,
     check_entropy_gradient,
     score_vjp,
     scores_cuda,
@@ -133,7 +131,7 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     shape = select_shape(tiling, tokens.dtype)
     halves = 2 if shape is HALF else 1
     slots = -(-num_tokens // TILE) * halves
-    states = empty((batch, slots, num_tokens, 3), kind)
+    states = empty((batch, slots, num_tokens, STATE_VALUES), kind)
     args = (tokens, mask, *sizes, states)
     kernel = page, "self_attention_states"
     launch(*kernel, tokens.dtype, args, tiles=tiling, shape=shape)
