@@ -5,7 +5,6 @@ the launches that a user's call makes, at sizes of kernels.py.
 """
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # car
 import card_device
 import device_array
 from cards import Card
+from recorded import Recorded, recording
 from seam import cuda
 from workload import Work, cosine_work, operations
 
 import qm_cupy as qm
-from qm_cupy.cuda.compile import kernel_dtype
 from qm_cupy.stages.selection.saliency_gumbel_mass import saliency_gumbel_mass_cuda
 
 H200 = Card("H200", 90, 132, 227 << 10, 139 << 30)
@@ -139,37 +138,19 @@ def launches_of(operation: Operation) -> list[Launch]:
     with ExitStack() as stack:
         patches = _Patches(stack)
         device = card_device.install(patches, H200)
-        patches.setattr(cuda, "launch", _recorder(found, cuda.launch))
+        note = recording(lambda launch: found.append(_described(launch)))
+        patches.setattr(cuda, "launch", note)
         device.run(operation.title, operation.call)
     if device.faults:
         raise RuntimeError(f"an H200 would refuse: {', '.join(device.faults)}")
     return found
 
 
-def _recorder(found: list[Launch], launch: Callable[..., None]) -> Callable[..., None]:
-    """Return `cuda.launch` that also adds each launch to a list."""
-
-    def record(
-        file: str,
-        kernel: str,
-        dtype: Any,
-        threads: int,
-        args: tuple[Any, ...],
-        *,
-        block: int = cuda.BLOCK,
-        shared: int = 0,
-        cooperative: bool = False,
-    ) -> None:
-        kind = kernel_dtype(file, dtype)
-        declared = card_device.parameters_of(cuda.source(file), kernel, kind)
-        given = list(zip(declared, args, strict=True))
-        numbers = {p.name: float(x) for p, x in given if not p.pointer}
-        arrays = sum(x.nbytes for p, x in given if p.pointer and x is not None)
-        blocks = math.ceil(threads / block)
-        found.append(Launch(file, kernel, kind, blocks, block, shared, numbers, arrays))
-        launch(
-            file, kernel, dtype, threads, args,
-            block=block, shared=shared, cooperative=cooperative,
-        )  # fmt: skip
-
-    return record
+def _described(launch: Recorded) -> Launch:
+    """Return a launch with the names of its numbers instead of its arguments."""
+    *size, args = launch
+    declared = card_device.parameters_of(cuda.source(launch.file), *launch[1:3])
+    given = list(zip(declared, args, strict=True))
+    numbers = {p.name: float(x) for p, x in given if not p.pointer}
+    arrays = sum(x.nbytes for _, x in given if isinstance(x, np.ndarray))
+    return Launch(*size, numbers, arrays)

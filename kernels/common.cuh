@@ -3,11 +3,8 @@
 //   -D real_t=...   what is stored:     __half, __nv_bfloat16, float or double
 //   -D acc_t=...    what is computed:   float, or double where real_t is double
 //   -D TF32=...     1 if floats may be multiplied as TF32, else 0
-//   -D TILE=...     rows and columns of a tile
-//   -D STEP_BYTES=...  of each row that is staged at a time; WIDE_STAGES=... steps
-//   -D THREAD_TOKENS=...  tokens of a thread, in selection and saliency
-//   -D ..._THREADS  threads of a block, at most: BLOCK_, SELECTION_, GROUP_, SORT_,
-//                   LINKAGE_
+//   -D TILE=...     and the other numbers that Python shares: sizes, thresholds and
+//                   enumerations (qm_cupy/cuda/constants.py)
 //
 // A kernel's integers are `long long`, its options `double`, its masks `bool` (True =
 // token, null = all tokens), its labels `int` (-1 = padding), its counts `int` (K of
@@ -142,13 +139,14 @@ __device__ __forceinline__ float gumbel(unsigned long long seed, long long seque
                                         long long token) {
     const auto low = static_cast<unsigned>(sequence);
     const auto high = static_cast<unsigned>(sequence >> 32);
-    const unsigned k = philox4x32(static_cast<unsigned>(token), low, high, seed) >> 9;
-    return static_cast<float>(-log(-log((k + 0.5) * (1.0 / (1 << 23)))));
+    const unsigned k =
+        philox4x32(static_cast<unsigned>(token), low, high, seed) >> (32 - NOISE_BITS);
+    return static_cast<float>(-log(-log((k + 0.5) * (1.0 / (1 << NOISE_BITS)))));
 }
 
 // A row is read and written in vectors of 16 bytes where it can be.
-constexpr int WIDTH = 16 / sizeof(real_t);
-struct __align__(16) Vector {
+constexpr int WIDTH = VECTOR_BYTES / sizeof(real_t);
+struct __align__(VECTOR_BYTES) Vector {
     real_t element[WIDTH];
 };
 

@@ -10,6 +10,7 @@ from command_line import compress_fails, fails, tokens  # noqa: F401
 from covering import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 from gpu_at_hand import missing
 from hypothesis import settings
+from recorded import recording
 from seam import cuda
 from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
 
@@ -134,13 +135,9 @@ def kernels(request, monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels launched so far."""
-    names, launch = [], cuda.launch
-
-    def recorded(file, kernel, *args, **options):
-        names.append(kernel)
-        launch(file, kernel, *args, **options)
-
-    monkeypatch.setattr(cuda, "launch", recorded)
+    names = []
+    note = recording(lambda launch: names.append(launch.kernel))
+    monkeypatch.setattr(cuda, "launch", note)
     return names
 
 

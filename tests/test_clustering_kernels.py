@@ -25,7 +25,7 @@ def interpreted(monkeypatch):
     def call(function, *args, kernels="optimized", device=(5, 0), **options):
         with monkeypatch.context() as patch, qm.use_kernels(kernels):
             ptx.install(patch)
-            patch.setattr(linkage_cuda, "THREADS", {4: 64, 8: 64})
+            patch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 64, 8: 64})
             patch.setattr(cuda, "current_device", lambda: cuda.Device(*device))
             return function(*args, **options)
 

@@ -1,6 +1,7 @@
 """The keeper of the kernels, without CuPy: what it splices, casts and refuses."""
 
 import math
+import re
 import sys
 import types
 
@@ -52,6 +53,20 @@ def test_tf32_is_allowed_for_a_block_or_for_good():
 def test_the_compiler_hears_of_tf32():
     assert {"-Dreal_t=float", "-Dacc_t=float", "-DTF32=1"} < {*cuda.options("tf32")}
     assert "-DTF32=0" in cuda.options("float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_shared_numbers_reach_the_kernels(dtype):
+    width = 8 if dtype == "float64" else 4
+    given = [x for x in cuda.options(dtype) if not x.startswith(("--std", "-DTF32"))]
+    names = dict(x.removeprefix("-D").split("=") for x in given)
+    assert names.pop("real_t") == names.pop("acc_t") == cuda._STORAGE[dtype]
+    numbers = cuda.definitions(width)
+    assert names == {name: str(number) for name, number in numbers.items()}
+    text = "".join(map(cuda.source, cuda.kernel_files()))
+    read = {name for name in numbers if re.search(rf"\b{name}\b", text)}
+    assert numbers.keys() == read
+    assert numbers["LINKAGE_THREADS"] == cuda.LINKAGE_THREADS[width]
 
 
 @pytest.mark.parametrize("file", cuda.kernel_files())
@@ -120,7 +135,8 @@ def launched(monkeypatch):
 def test_launch_casts_every_scalar(launched):
     x = np.zeros(3)
     args = (x, None, 3, True, 0.5, np.uint64(7))
-    cuda.launch("basic/merge_tokens", "merge_tokens", np.float16, 257, args)
+    with qm.use_kernels("basic"):
+        cuda.launch("merge_tokens", "merge_tokens", np.float16, args, outputs=257)
     [(*key, grid, block, given, options)] = launched
     assert key == ["basic/merge_tokens", "merge_tokens", "float16", False]
     assert options == {"shared_mem": 0}
@@ -154,10 +170,80 @@ def test_a_capture_is_of_cupys_current_stream(monkeypatch):
 
 
 def test_launch_skips_empty_work_and_refuses_strides(launched):
-    cuda.launch("basic/merge_tokens", "merge_tokens", np.float32, 0, ())
+    kernel = "merge_tokens", "merge_tokens", np.float32
+    cuda.launch(*kernel, (), outputs=0)
     assert launched == []
     with pytest.raises(ValueError, match="C-contiguous"):
-        cuda.launch("a", "b", np.float32, 1, (np.zeros((4, 4))[:, 0],))
+        cuda.launch(*kernel, (np.zeros((4, 4))[:, 0],), outputs=1)
+
+
+ROWS = np.zeros((5, 3, 70), np.float16)  # of nine vectors of 16 bytes
+
+
+@pytest.mark.parametrize(
+    ("kernels", "work", "grid", "block"),
+    [
+        ("basic", {"outputs": 257}, 2, 256),
+        ("basic", {"rows": 257}, 2, 256),
+        ("basic", {"blocks": 257, "block": 64, "shared": 100}, 2, 256),
+        ("basic", {"outputs": 257, "blocks": 9}, 2, 256),
+        ("basic", {"outputs": 257, "threads": 9}, 2, 256),
+        ("basic", {"threads": 257}, 2, 256),
+        ("basic", {"vectors": ROWS}, 5, 256),
+        ("optimized", {"outputs": 257}, 2, 256),
+        ("optimized", {"rows": 257}, 33, 256),
+        ("optimized", {"blocks": 257, "block": 64}, 257, 64),
+        ("optimized", {"outputs": 257, "blocks": 9}, 9, 256),
+        ("optimized", {"outputs": 257, "rows": 9}, 2, 256),
+        ("optimized", {"outputs": 257, "threads": 600}, 3, 256),
+        ("optimized", {"vectors": ROWS}, 1, 256),
+    ],
+)
+def test_work_becomes_a_grid(kernels, work, grid, block, launched):
+    with qm.use_kernels(kernels):
+        cuda.launch("groups", "group_sizes", np.float32, (), **work)
+    [(file, *_, blocks, threads, _, options)] = launched
+    assert file == f"{kernels}/groups"
+    assert (blocks, threads) == ((grid,), (block,))
+    assert options == {"shared_mem": 0}
+
+
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+def test_tiles_become_blocks_of_the_fastest_shape(kernels, launched, monkeypatch):
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(20, 48 << 10))
+    tiling = cuda.Tiling(2, 300, 200)
+    half = tiling.blocks(cuda.HALF)
+    for shape, name, blocks, threads in (
+        (None, "linear_half", 20, 128),
+        (cuda.WHOLE, "linear", 12, 256),
+        (cuda.HALF._replace(suffix="_kept"), "linear_kept", half, 128),
+    ):
+        launched.clear()
+        work = {"outputs": 257, "tiles": tiling, "shape": shape}
+        with qm.use_kernels(kernels):
+            cuda.launch("linear", "linear", np.float32, (), **work)
+        [(file, kernel, *_, grid, block, _, options)] = launched
+        if kernels == "basic":
+            name, blocks, threads = "linear", 2, 256
+        assert (file, kernel) == (f"{kernels}/linear", name)
+        assert (grid, block) == ((blocks,), (threads,))
+        assert options == {"shared_mem": 0}
+
+
+def test_kernels_that_exist_once_are_basic(launched):
+    for kernels in "basic", "optimized":
+        with qm.use_kernels(kernels):
+            cuda.launch("labels", "group_ends", np.float32, (), outputs=1)
+            cuda.launch("saliency_mass", "saliency_mass", np.float32, (), outputs=1)
+    assert {call[0] for call in launched} == {"basic/labels", "basic/saliency_mass"}
+
+
+def test_kernels_can_be_named_for_one_launch(launched):
+    kernel = "gumbel_softmax", "perturbed_scores", np.float32
+    for wanted, kernels in (("optimized", None), ("basic", "basic")):
+        launched.clear()
+        cuda.launch(*kernel, (), outputs=1, blocks=1, kernels=kernels)
+        assert [call[0] for call in launched] == [f"{wanted}/gumbel_softmax"]
 
 
 def test_launch_asks_for_much_shared_memory(monkeypatch):
@@ -174,7 +260,7 @@ def test_launch_asks_for_much_shared_memory(monkeypatch):
     monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(1, 200 << 10))
     most = (48 << 10) - 400
     for size, asked in ((most, None), (most + 1, (200 << 10) - 400)):
-        cuda.launch("a", "b", np.float32, 1, (), shared=size)
+        cuda.launch("groups", "sort_members", np.float32, (), blocks=1, shared=size)
         assert kernel.bytes == size
         assert getattr(run, "max_dynamic_shared_size_bytes", None) == asked
 

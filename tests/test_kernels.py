@@ -350,11 +350,11 @@ def select_of_optimized(scores, counts, num_groups):
     batch, num_tokens = scores.shape
     chosen = ptx.empty(scores.shape, np.bool_)
     args = (scores, counts, batch, num_tokens, num_groups, chosen)
-    file, threads = "optimized/select_tokens", batch * cuda.BLOCK
-    cuda.launch(file, "top_tokens", scores.dtype, threads, args)
+    work = {"blocks": batch, "kernels": "optimized"}
+    cuda.launch("select_tokens", "top_tokens", scores.dtype, args, **work)
     positions = ptx.empty((batch, num_groups), np.int32)
     args = (chosen, batch, num_tokens, num_groups, positions)
-    cuda.launch(file, "select_tokens", np.float32, threads, args)
+    cuda.launch("select_tokens", "select_tokens", np.float32, args, **work)
     return chosen, positions
 
 

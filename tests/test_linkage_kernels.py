@@ -10,7 +10,7 @@ from seam import cuda
 import qm_cupy as qm
 from qm_cupy.stages.clustering import linkage_cuda
 
-METHODS = linkage_cuda.METHODS
+METHODS = tuple(cuda.LINKAGE_METHODS)
 # By (multiprocessors, bytes of shared memory): a matrix in shared memory; in global
 # memory by one block a sequence; by several, their clusters in shared memory or not.
 DEVICES = {
@@ -30,7 +30,7 @@ every_device = pytest.mark.parametrize("device", list(DEVICES), indirect=True)
 def device(request, monkeypatch):
     name = getattr(request, "param", "blocks")
     ptx.install(monkeypatch)
-    monkeypatch.setattr(linkage_cuda, "THREADS", {4: 64, 8: 64})
+    monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 64, 8: 64})
     monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(*DEVICES[name]))
     return name
 
@@ -153,7 +153,7 @@ def test_columns_move_together_in_several_passes(method):
 @pytest.mark.parametrize("multiprocessors", [1, 6])
 def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypatch):
     """Ever longer steps along an arc: one or two pairs merge in a round."""
-    monkeypatch.setattr(linkage_cuda, "THREADS", {8: 128})
+    monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {8: 128})
     monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(multiprocessors, 0))
     angle = np.pi / 2 * np.linspace(0, 1, 700) ** 1.5
     angle = np.random.default_rng(0).permutation(angle)  # the nearest is anywhere
@@ -168,7 +168,7 @@ def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypa
 def test_layouts(monkeypatch):
     device = cuda.Device(132, 227 << 10)
     monkeypatch.setattr(cuda, "current_device", lambda: device)
-    monkeypatch.setattr(linkage_cuda, "THREADS", {4: 512, 8: 384})
+    monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 512, 8: 384})
     layout = linkage_cuda._layout
     assert layout(8, 4096, 4, 0) == (8, 16, 512)
     assert layout(1, 1024, 4, 0) == (1, 64, 512)  # a row for every warp

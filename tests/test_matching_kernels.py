@@ -6,6 +6,7 @@ Launchers are called directly, on NumPy arrays that pass for CUDA's.
 import numpy as np
 import pytest
 from kernel_cases import dtypes, masked, random, whatever_shape
+from recorded import recording
 from scipy.cluster import hierarchy
 from seam import cuda
 
@@ -385,15 +386,14 @@ def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
     dtype, monkeypatch
 ):
     """16-bit tokens go to tensor cores; unit tokens and means are wider."""
-    seen, launch = [], cuda.launch
+    seen = []
 
-    def recorded(file, kernel, kind, *args, **options):
-        name = whatever_shape(kernel)
+    def note(launch):
+        name = whatever_shape(launch.kernel)
         if name in ("nearest_anchors", "unit_tokens"):
-            seen.append((name, np.dtype(kind).name))
-        launch(file, kernel, kind, *args, **options)
+            seen.append((name, launch.dtype))
 
-    monkeypatch.setattr(cuda, "launch", recorded)
+    monkeypatch.setattr(cuda, "launch", recording(note))
     tokens = random((1, 40, 8), dtype)
     own, wide = np.dtype(dtype), cuda.accumulation_dtype(dtype)
     for num_groups, steps in ((30, 1), (20, 1), (6, 3)):

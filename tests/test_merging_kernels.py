@@ -70,7 +70,7 @@ def test_sort_members_in_runs(runs, held, monkeypatch):
 @pytest.mark.usefixtures("kernels")
 def test_counts_that_shared_memory_cannot_hold(monkeypatch):
     """At the largest K with counts in shared memory, and at the one after it."""
-    room = cuda.dynamic_shared_bytes("optimized/groups", "sort_members", np.float32)
+    room = cuda.dynamic_shared_bytes("groups", "sort_members", np.float32)
     largest, made, empty = room // 8, [], cuda.empty
 
     def recorded(shape, dtype):

@@ -129,13 +129,13 @@ def test_tf32(run, num_tokens):
         same(run, cosines, shapes, lambda: qm.cosine_similarity(x))
 
 
-def selected(device, monkeypatch, blocks, dtype=None, tiles=lambda shape: 1):
+def selected(device, monkeypatch, tiling, dtype):
     monkeypatch.setattr(cuda, "current_device", lambda: device)
-    return cuda.select_shape(blocks, dtype, tiles)
+    return cuda.select_shape(tiling, dtype)
 
 
-def upper(batch, num_tokens):
-    return lambda shape: batch * cuda.upper_tiles(shape, num_tokens)
+def upper(batch, num_tokens, wide=True):
+    return cuda.Tiling(batch, num_tokens, num_tokens, upper=True, wide=wide)
 
 
 def test_few_blocks_are_halved(monkeypatch):
@@ -151,7 +151,8 @@ def test_many_blocks_of_16_bits_are_wide(monkeypatch):
         assert selected(H200, monkeypatch, many, np.dtype(dtype)) is cuda.WIDE
     for dtype in np.float32, np.float64:
         assert selected(H200, monkeypatch, many, np.dtype(dtype)) is cuda.WHOLE
-    assert selected(H200, monkeypatch, many) is cuda.WHOLE  # there is no wide kernel
+    other, dtype = upper(96, 4096, wide=False), np.dtype(np.float16)
+    assert selected(H200, monkeypatch, other, dtype) is cuda.WHOLE
     with qm.allow_tf32():
         found = selected(H200, monkeypatch, many, np.dtype(np.float32))
         assert found is cuda.WIDE
@@ -170,11 +171,21 @@ def test_a_wide_tile_must_fill_the_gpu(monkeypatch):
 
 
 def test_tiles_that_reach_the_diagonal():
-    assert [cuda.upper_tiles(cuda.WHOLE, n) for n in (1, 128, 129, 385)] == [
-        1, 1, 3, 10,
-    ]  # fmt: skip
-    assert [cuda.upper_tiles(cuda.HALF, n) for n in (1, 128, 129)] == [2, 2, 6]
-    assert [cuda.upper_tiles(cuda.WIDE, n) for n in (1, 256, 257)] == [2, 2, 6]
+    def blocks(shape, *sizes):
+        return [upper(1, n).blocks(shape) for n in sizes]
+
+    assert blocks(cuda.WHOLE, 1, 128, 129, 385) == [1, 1, 3, 10]
+    assert blocks(cuda.HALF, 1, 128, 129) == [2, 2, 6]
+    assert blocks(cuda.WIDE, 1, 256, 257) == [2, 2, 6]
+
+
+def test_blocks_have_a_tile_or_a_row_of_tiles():
+    every = cuda.Tiling(3, 129, 257)
+    assert [every.blocks(x) for x in (cuda.HALF, cuda.WHOLE, cuda.WIDE)] == [27, 18, 12]
+    assert every.block_tiles(cuda.WHOLE) == 1
+    rows = every._replace(whole_rows=True)
+    assert [rows.blocks(x) for x in (cuda.HALF, cuda.WHOLE, cuda.WIDE)] == [9, 6, 6]
+    assert [rows.block_tiles(x) for x in (cuda.WHOLE, cuda.WIDE)] == [3, 2]
 
 
 def test_room_for_kept_queries(monkeypatch):

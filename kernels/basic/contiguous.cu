@@ -40,13 +40,13 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
     if (sequence >= batch) return;
     const long long row = sequence * num_tokens;  // of (B, N)
     real_t* sum = sums + row * dim;               // (N, D)
-    acc_t* real = reals + 3 * row;
+    acc_t* real = reals + BASIC_CONTIGUOUS_REALS * row;
     const Groups g = {protect ? protect + row : nullptr,
                       real,
                       real + num_tokens,
                       real + 2 * num_tokens,
-                      links + 2 * row,
-                      links + 2 * row + num_tokens};
+                      links + BASIC_CONTIGUOUS_INTEGERS * row,
+                      links + BASIC_CONTIGUOUS_INTEGERS * row + num_tokens};
     const auto cost = [&](long long a, long long b) {
         return ward_cost(g, a, b, dot(sum + a * dim, sum + b * dim, dim));
     };

@@ -13,7 +13,8 @@ extern "C" __global__ void write_counts(long long first, long long batch, long l
     if (thread_index() > 0) return;
     const long long values[] = {v0, v1, v2,  v3,  v4,  v5,  v6,  v7,
                                 v8, v9, v10, v11, v12, v13, v14, v15};
+    static_assert(sizeof(values) == COUNTS * sizeof(*values));
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
+    for (int i = 0; i < COUNTS; ++i)
         if (first + i < batch) out[first + i] = static_cast<int>(values[i]);
 }

@@ -6,8 +6,6 @@
 //
 // One thread, one output.
 
-constexpr double LEAST_MASS = 1e-6;  // of the largest: what counts as no mass
-
 // sum_i m_i over the largest mass, which is `peak`; without masses the tokens' number.
 __device__ double total_mass(const acc_t* mass, const bool* mask, long long first,
                              long long num_tokens, double* peak) {
@@ -41,7 +39,7 @@ extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* m
         for (; merges < tokens - 1; ++merges) {
             const double height = rows[4 * merges + 2];
             error += height * height / peak / 2;
-            if (!(error <= (max_error + 1e-12) * total)) break;
+            if (!(error <= (max_error + ERROR_ROUNDING) * total)) break;
         }
     }
     out[b] = static_cast<int>(max(merges, 0ll));

@@ -10,8 +10,6 @@
 // One block, one sequence. A cluster lives in the row and column of its first token; on
 // the diagonal is E(A, A).
 
-constexpr long long COMPLETE = 1, WARD = 2, SINGLE = 3;  // 0: average
-
 __device__ acc_t cluster_distance(const acc_t* matrix, const acc_t* weight, long long n,
                                   long long i, long long j, long long method) {
     const acc_t e = matrix[i * n + j];
@@ -49,7 +47,8 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
     for (long long i = thread; i < n; i += blockDim.x) {
         const bool here = is_token(mask, b * n + i) && !(protect && protect[b * n + i]);
         // A token of no mass still joins its nearest.
-        const acc_t own = top > 0 ? max(mass[b * n + i] / top, acc_t(1e-6)) : acc_t(1);
+        const acc_t own =
+            top > 0 ? max(mass[b * n + i] / top, acc_t(LEAST_MASS)) : acc_t(1);
         weight[i] = here ? own : 0;
         node[i] = static_cast<int>(i);
         size[i] = 1;

@@ -34,10 +34,10 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
         from_low += gradient[first + i] * (1 - y);
         from_high += gradient[first + i] * y;
     }
-    extremes[row * 4] = low;
-    extremes[row * 4 + 1] = high;
-    extremes[row * 4 + 2] = from_low / max(at_low, acc_t(1));
-    extremes[row * 4 + 3] = from_high / max(at_high, acc_t(1));
+    extremes[row * EXTREMES] = low;
+    extremes[row * EXTREMES + 1] = high;
+    extremes[row * EXTREMES + 2] = from_low / max(at_low, acc_t(1));
+    extremes[row * EXTREMES + 3] = from_high / max(at_high, acc_t(1));
 }
 
 extern "C" __global__ void saliency_vjp(const acc_t* gradient, const real_t* entropy,
@@ -49,7 +49,7 @@ extern "C" __global__ void saliency_vjp(const acc_t* gradient, const real_t* ent
     if (index >= layers * batch * heads * num_tokens) return;
     const long long row = index / num_tokens / heads, i = index % num_tokens;  // (L, B)
     const long long token = row % batch * num_tokens + i;
-    const acc_t* of_row = extremes + row * 4;
+    const acc_t* of_row = extremes + row * EXTREMES;
     const acc_t width = of_row[1] - of_row[0];
     acc_t slope = 0;
     if (is_token(mask, token) && width > 0) {

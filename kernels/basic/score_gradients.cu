@@ -20,7 +20,7 @@
 //
 // One thread, one output.
 
-constexpr long long BAND_ROWS = 128;  // of a tile
+constexpr long long BAND_ROWS = TILE;
 
 __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double scale) {
     acc_t dot = 0;
@@ -43,9 +43,9 @@ extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* qu
     for (long long j = 0; j < (causal ? i + 1 : num_tokens); ++j)
         if (is_token(mask, first + j))
             state.add(score(query + row * dim, keys + j * dim, dim, scale));
-    weights[row * 3] = state.m;
-    weights[row * 3 + 1] = state.t / (1 + state.r);
-    weights[row * 3 + 2] =
+    weights[row * STATE_VALUES] = state.m;
+    weights[row * STATE_VALUES + 1] = state.t / (1 + state.r);
+    weights[row * STATE_VALUES + 2] =
         is_token(mask, first + i) ? gradient[row] / (1 + state.r) : 0;
 }
 
@@ -76,10 +76,10 @@ extern "C" __global__ void score_gradients(const real_t* own, const real_t* othe
         is_token(mask, first + j)) {
         const acc_t s =
             score(own + (start + i) * dim, other + (start + j) * dim, dim, scale);
-        if (sides & 1 && !(causal && j > i))
-            sum += score_gradient(weights + (start + i) * 3, s);
-        if (sides & 2 && !(causal && i > j))
-            sum += score_gradient(weights + (start + j) * 3, s);
+        if (sides & QUERIES && !(causal && j > i))
+            sum += score_gradient(weights + (start + i) * STATE_VALUES, s);
+        if (sides & KEYS && !(causal && i > j))
+            sum += score_gradient(weights + (start + j) * STATE_VALUES, s);
     }
     band[index] = sum;
 }

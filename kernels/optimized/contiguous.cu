@@ -177,8 +177,10 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
     __shared__ int scratch[32];
     __shared__ Step step;
     const long long row = blockIdx.x * num_tokens;  // of (B, N)
-    acc_t* real = reals ? reals + 5 * row : reinterpret_cast<acc_t*>(dynamic_shared());
-    int* link = links ? links + 3 * row : reinterpret_cast<int*>(real + 5 * num_tokens);
+    acc_t* real = reals ? reals + CONTIGUOUS_REALS * row
+                        : reinterpret_cast<acc_t*>(dynamic_shared());
+    int* link = links ? links + CONTIGUOUS_INTEGERS * row
+                      : reinterpret_cast<int*>(real + CONTIGUOUS_REALS * num_tokens);
     Groups g = {protect ? protect + row : nullptr,
                 real,
                 real + num_tokens,

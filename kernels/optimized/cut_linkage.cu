@@ -4,8 +4,6 @@
 // A block has GROUP_THREADS, or fewer for a short sequence. One block may have all the
 // registers there are: left to itself the compiler spares some for a second one.
 
-constexpr double LEAST_MASS = 1e-6;  // of the largest: what counts as no mass
-
 // use(term(0)), use(term(1)), ... in this order by thread 0; the terms by all threads,
 // into shared memory for one each.
 template <class Term, class Use>
@@ -49,7 +47,7 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     };
     in_turn(terms, num_rows, cost, [&](double term) {
         error += term;
-        within = within && error <= (max_error + 1e-12) * total;
+        within = within && error <= (max_error + ERROR_ROUNDING) * total;
         merges += within;
     });
     __syncthreads();

@@ -9,14 +9,16 @@
 extern "C" __global__ void transpose(const real_t* x, long long num_rows,
                                      long long num_columns, long long part,
                                      long long num_parts, real_t* out) {
-    __shared__ real_t tile[32][33];  // one more, or a column would be in one bank
+    __shared__ real_t
+        tile[SQUARE][SQUARE + 1];  // one more, or a column would be in one bank
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const long long across = (num_columns + 31) / 32, down = (part + 31) / 32;
+    const long long across = (num_columns + SQUARE - 1) / SQUARE,
+                    down = (part + SQUARE - 1) / SQUARE;
     const long long s = blockIdx.x / across / down;
-    const long long row0 = blockIdx.x / across % down * 32;  // within the part
-    const long long column0 = blockIdx.x % across * 32;
+    const long long row0 = blockIdx.x / across % down * SQUARE;  // within the part
+    const long long column0 = blockIdx.x % across * SQUARE;
     if (s >= num_parts) return;
-    for (int i = warp; i < 32; i += warps) {
+    for (int i = warp; i < SQUARE; i += warps) {
         const long long row = s * part + row0 + i, column = column0 + lane;
         if (row < num_rows && column < num_columns)
             tile[i][lane] = x[row * num_columns + column];
@@ -24,7 +26,7 @@ extern "C" __global__ void transpose(const real_t* x, long long num_rows,
             store(&tile[i][lane], acc_t(0));
     }
     __syncthreads();
-    for (int i = warp; i < 32; i += warps) {
+    for (int i = warp; i < SQUARE; i += warps) {
         const long long column = column0 + i, row = row0 + lane;
         if (column < num_columns && row < part)
             out[(s * num_columns + column) * part + row] = tile[lane][i];

@@ -63,7 +63,7 @@ __device__ __noinline__ Progress begin(Clusters& all, const Tree& tree, bool fir
     top = block_reduce(top, scratch, Greatest());
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         // So that a token of no mass still joins its nearest.
-        const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(1e-6)) : acc_t(1);
+        const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(LEAST_MASS)) : acc_t(1);
         all.slot()[i] = {1 / weight, UNTOUCHED};
         all.weight()[i] = {weight, 0};
         all.token()[i] = static_cast<int>(i);
@@ -257,12 +257,12 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
             long long most_held, long long blocks, long long state_bytes,
             long long tree_bytes, unsigned char* trees, unsigned char* found,
             unsigned char* states, unsigned* arrived, double* out, int* rounds) {
-    // In shared memory: 128 values, state, what is found, matrix.
+    // In shared memory: scratch, state, what is found, matrix.
     auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());
     auto* neighbours = reinterpret_cast<Neighbour*>(scratch);
-    auto* shared = reinterpret_cast<unsigned char*>(scratch + 128);
+    auto* shared = reinterpret_cast<unsigned char*>(scratch + LINKAGE_SCRATCH);
     unsigned char* state = states ? states + blockIdx.x * state_bytes : shared;
-    const long long height_bytes = (num_tokens * sizeof(acc_t) + 15) / 16 * 16;
+    const long long height_bytes = aligned_bytes(num_tokens * sizeof(acc_t));
     if (!states) shared += height_bytes;  // what `hold` may take
     const int share = static_cast<int>(blocks), tokens = static_cast<int>(num_tokens);
     const int place = blockIdx.x / share, places = gridDim.x / share;
@@ -323,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
                 meet();
                 if (last) {  // clusters, what is found and matrix in shared memory
                     told = reinterpret_cast<Found*>(
-                        shared + (now.slots * SLOT_BYTES + 15) / 16 * 16);
+                        shared + aligned_bytes(now.slots * SLOT_BYTES));
                     const Matrix held = {reinterpret_cast<acc_t*>(told + 2 * now.slots),
                                          now.slots, true};
                     if (first) hold(Clusters(all), Matrix(sums), Matrix(held));

@@ -1,9 +1,14 @@
 // The clusters of linkage.cu, their distances, and what becomes a dendrogram.
 
-constexpr int COMPLETE = 1, WARD = 2;         // 0: average
 constexpr int UNTOUCHED = -1, ABSORBED = -2;  // else: the slot that this one absorbs
 constexpr int AHEAD = 4, READ = 8;  // loads in flight: of rows, of what was found
 constexpr int PART = 64;            // columns that are worth another warp
+
+// Bytes of shared memory, in whole vectors.
+template <class Size>
+__device__ __forceinline__ Size aligned_bytes(Size size) {
+    return (size + (VECTOR_BYTES - 1)) / VECTOR_BYTES * VECTOR_BYTES;
+}
 
 // A cluster, as every row asks for it.
 struct __align__(2 * sizeof(acc_t)) Slot {
@@ -20,14 +25,16 @@ struct Side {
     acc_t inverse, spread;
 };
 
-constexpr int SLOT_BYTES =
-    sizeof(Slot) + sizeof(Weight) + sizeof(acc_t) + 22;  // in `Clusters`
+// In `Clusters`, whose lists have five and a half integers of a slot.
+static_assert(SLOT_BYTES ==
+              sizeof(Slot) + sizeof(Weight) + sizeof(acc_t) + 11 * sizeof(int) / 2);
 
 // The nearest cluster of a slot, and E with it.
 struct Found {
     acc_t sum;
     int slot;
 };
+static_assert(sizeof(Found) == FOUND_BYTES);
 
 struct Merge {
     int left, right, tokens;  // the nodes it joins
@@ -44,7 +51,6 @@ __device__ __forceinline__ acc_t distance(acc_t e, const Side& a, const Side& b,
 
 // The clusters of a sequence: a copy for each block, in the order it lies in. Lists are
 // found when they are asked for: pointers to all of them would take too many registers.
-// The sizes of both parts are in qm_cupy/_linkage_cuda.py.
 struct Clusters {
     acc_t* heights;        // (N,) of the merges made
     unsigned char* state;  // of the slots
@@ -99,6 +105,8 @@ struct Node {
     int tokens;
 };
 
+static_assert(TREE_BYTES == sizeof(Node) + sizeof(acc_t) + sizeof(Merge));
+
 // What becomes the dendrogram of a sequence, by its first block.
 struct Tree {
     unsigned char* data;
@@ -133,7 +141,9 @@ struct Goal {
     int wanted;
 };
 __device__ __forceinline__ Goal* goal() {  // behind what the scratch is used for
-    return reinterpret_cast<Goal*>(reinterpret_cast<acc_t*>(dynamic_shared()) + 124);
+    static_assert(sizeof(Goal) <= 4 * sizeof(acc_t));
+    return reinterpret_cast<Goal*>(reinterpret_cast<acc_t*>(dynamic_shared()) +
+                                   LINKAGE_SCRATCH - 4);
 }
 
 // Distances are compared without their last bits, which rounding alone decides.

@@ -39,8 +39,8 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
     from_low = block_reduce(from_low, scratch, Add());
     from_high = block_reduce(from_high, scratch, Add());
     if (threadIdx.x != 0) return;
-    extremes[row * 4] = low;
-    extremes[row * 4 + 1] = high;
-    extremes[row * 4 + 2] = from_low / max(at_low, acc_t(1));
-    extremes[row * 4 + 3] = from_high / max(at_high, acc_t(1));
+    extremes[row * EXTREMES] = low;
+    extremes[row * EXTREMES + 1] = high;
+    extremes[row * EXTREMES + 2] = from_low / max(at_low, acc_t(1));
+    extremes[row * EXTREMES + 3] = from_high / max(at_high, acc_t(1));
 }

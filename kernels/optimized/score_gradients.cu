@@ -55,12 +55,13 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
 
     // (2, TILE, 3): columns of two warps.
     auto* parts = reinterpret_cast<acc_t*>(stages);
-    write_rows(parts + threadIdx.x / 32 % 2 * TILE * 3, states, Whole::row);
+    write_rows(parts + threadIdx.x / 32 % 2 * TILE * STATE_VALUES, states, Whole::row);
     __syncthreads();
     const long long row = row0 + threadIdx.x;
     if (threadIdx.x >= TILE || row >= num_tokens) return;
-    const State state = merge_two(parts + threadIdx.x * 3, TILE * 3);
-    acc_t* out = weights + (head * num_tokens + row) * 3;
+    const State state =
+        merge_two(parts + threadIdx.x * STATE_VALUES, TILE * STATE_VALUES);
+    acc_t* out = weights + (head * num_tokens + row) * STATE_VALUES;
     out[0] = state.m;
     out[1] = state.t * acc_t(LN_2) / (1 + state.r);
     out[2] =
@@ -76,13 +77,13 @@ extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
                                         acc_t* units) {
     __shared__ acc_t scratch[32];
     const long long head = blockIdx.x;  // (L, B, H)
-    weights += head * num_tokens * 3 + 2;
+    weights += head * num_tokens * STATE_VALUES + 2;
     acc_t peak = 0;
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
-        peak = max(peak, fabs(weights[i * 3]));
+        peak = max(peak, fabs(weights[i * STATE_VALUES]));
     peak = block_reduce(peak, scratch, Greatest());
     for (long long i = threadIdx.x; i < num_tokens && peak > 0; i += blockDim.x)
-        weights[i * 3] = weights[i * 3] / peak * UNITS;
+        weights[i * STATE_VALUES] = weights[i * STATE_VALUES] / peak * UNITS;
     if (threadIdx.x == 0) units[head] = peak / UNITS;
 }
 
@@ -97,6 +98,7 @@ struct Weights {
         return weight * exp2(d) * (mean - d * acc_t(LN_2));
     }
 };
+static_assert(sizeof(Weights) == STATE_VALUES * sizeof(acc_t));
 
 // Two neighbours of a row.
 struct __align__(2 * sizeof(real_t)) Pair {
@@ -114,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     const long long tiles = (num_tokens + TILE - 1) / TILE;  // of a head
     const long long tile = first_tile + blockIdx.x / tiles, head = tile / tiles;
     const long long row0 = tile % tiles * TILE, column0 = blockIdx.x % tiles * TILE;
-    if (causal && (sides == 1 ? column0 > row0 : column0 < row0)) return;
+    if (causal && (sides == QUERIES ? column0 > row0 : column0 < row0)) return;
 
     const long long start = head * num_tokens;
     Fragment sums[1];
@@ -133,15 +135,16 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     auto* kept = reinterpret_cast<acc_t*>(stages);
     const int place = threadIdx.x % TILE;
     const long long token = (threadIdx.x < TILE ? row0 : column0) + place;
-    for (int k = 0; k < 3 && token < num_tokens; ++k)
-        kept[threadIdx.x * 3 + k] = weights[(start + token) * 3 + k];
+    for (int k = 0; k < STATE_VALUES && token < num_tokens; ++k)
+        kept[threadIdx.x * STATE_VALUES + k] =
+            weights[(start + token) * STATE_VALUES + k];
     __syncthreads();
 
     real_t* target = band + blockIdx.x / tiles * TILE * tiles * TILE + column0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = Whole::row(i);
-        const Weights of_row(kept + row * 3);
+        const Weights of_row(kept + row * STATE_VALUES);
 #pragma unroll
         for (int j = 0; j < 16; j += 2) {
             Pair pair;
@@ -151,10 +154,11 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
                 acc_t sum = 0;
                 if (rows >> i & columns >> (j + k) & 1) {
                     const acc_t s = rounded_product(sums[0][i][j + k], factor);
-                    if (sides & 1 && !(diagonal && column > row))
+                    if (sides & QUERIES && !(diagonal && column > row))
                         sum += of_row.gradient(s);
-                    if (sides & 2 && !(diagonal && row > column))
-                        sum += Weights(kept + (TILE + column) * 3).gradient(s);
+                    if (sides & KEYS && !(diagonal && row > column))
+                        sum +=
+                            Weights(kept + (TILE + column) * STATE_VALUES).gradient(s);
                 }
                 store(&pair.element[k], sum);
             }
@@ -165,21 +169,22 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
 }
 
 // (L, B, H, N, D) to (L, B, H, D, 128 T), padding and what is behind the last token 0.
-// One block, 32 x 32 elements.
+// One block, SQUARE x SQUARE elements, and a lane for each in a row.
 extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* mask,
                                             long long outer, long long batch,
                                             long long heads, long long num_tokens,
                                             long long dim, real_t* out) {
-    __shared__ real_t square[32][33];
+    __shared__ real_t square[SQUARE][SQUARE + 1];
     const long long columns = (num_tokens + TILE - 1) / TILE * TILE;
-    const long long strips = (dim + 31) / 32, squares = columns / 32 * strips;
+    const long long strips = (dim + SQUARE - 1) / SQUARE,
+                    squares = columns / SQUARE * strips;
     const long long head = blockIdx.x / squares;
-    const long long token0 = blockIdx.x % squares / strips * 32;
-    const long long d0 = blockIdx.x % strips * 32;
+    const long long token0 = blockIdx.x % squares / strips * SQUARE;
+    const long long d0 = blockIdx.x % strips * SQUARE;
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
-    for (int i = warp; i < 32; i += warps) {
+    for (int i = warp; i < SQUARE; i += warps) {
         const long long token = token0 + i, d = d0 + lane;
         if (token < num_tokens && d < dim && is_token(valid, token))
             square[i][lane] = tokens[(head * num_tokens + token) * dim + d];
@@ -187,7 +192,7 @@ extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* ma
             store(&square[i][lane], acc_t(0));
     }
     __syncthreads();
-    for (int i = warp; i < 32; i += warps)
+    for (int i = warp; i < SQUARE; i += warps)
         if (d0 + i < dim)
             out[(head * dim + d0 + i) * columns + token0 + lane] = square[lane][i];
 }
@@ -204,8 +209,8 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     const long long strips = (dim + TILE - 1) / TILE;
     const long long tile = first_tile + blockIdx.x / strips, head = tile / tiles;
     const long long row0 = tile % tiles * TILE, d0 = blockIdx.x % strips * TILE;
-    const long long begin = causal && sides == 2 ? row0 : 0;
-    const long long end = causal && sides == 1 ? row0 + TILE : columns;
+    const long long begin = causal && sides == KEYS ? row0 : 0;
+    const long long end = causal && sides == QUERIES ? row0 + TILE : columns;
 
     const real_t* of_band = band + blockIdx.x / strips * TILE * columns;
     Fragment sums[1];

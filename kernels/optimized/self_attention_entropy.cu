@@ -54,7 +54,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
 
     // (across, rows, 3), a warp's columns; (down, columns, 3), a fragment's rows.
     auto* of_rows = reinterpret_cast<acc_t*>(shared);
-    acc_t* of_columns = of_rows + Tile::across * Tile::rows * 3;
+    acc_t* of_columns = of_rows + Tile::across * Tile::rows * STATE_VALUES;
     const int across = Tile::warp_column() / 64, down = Tile::warp_row() / 32;
     const int row_square = corner.row / TILE, first_square = corner.column / TILE;
     const int square = first_square + across / 2;  // of the warp's columns
@@ -72,15 +72,15 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                     for (int i = 0; i < 4; ++i) column[i] = scores[f][i][j0 + j];
                     states[j].add(column, units);
                 }
-                write_columns(of_columns + (down + f) * Tile::columns * 3, states, j0,
-                              Tile::column);
+                write_columns(of_columns + (down + f) * Tile::columns * STATE_VALUES,
+                              states, j0, Tile::column);
             }
         }
         if (row_square <= square) {
             State states[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) states[i].add(scores[f][i], units);
-            write_rows(of_rows + across * Tile::rows * 3, states,
+            write_rows(of_rows + across * Tile::rows * STATE_VALUES, states,
                        [&](int i) { return Tile::row(4 * f + i); });
         }
     }
@@ -100,15 +100,19 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
         if (token >= num_tokens) continue;
         State state;
         if (is_row)
-            state =
-                merge_two(of_rows + (2 * k * Tile::rows + place) * 3, Tile::rows * 3);
+            state = merge_two(of_rows + (2 * k * Tile::rows + place) * STATE_VALUES,
+                              Tile::rows * STATE_VALUES);
         else if constexpr (halves == 2)
-            state = merge_two(of_columns + place * 3, Tile::columns * 3);
+            state = merge_two(of_columns + place * STATE_VALUES,
+                              Tile::columns * STATE_VALUES);
         else
-            state = merge_four(of_columns + place * 3, Tile::columns * 3);
+            state = merge_four(of_columns + place * STATE_VALUES,
+                               Tile::columns * STATE_VALUES);
         const int slot = is_row ? other * halves : corner.row * halves / TILE;
         const long long slots = num_squares * halves;
-        write_state(states_out + ((b * slots + slot) * num_tokens + token) * 3, state);
+        write_state(
+            states_out + ((b * slots + slot) * num_tokens + token) * STATE_VALUES,
+            state);
     }
 }
 
@@ -142,12 +146,13 @@ extern "C" __global__ void self_attention_entropy(const acc_t* states, const boo
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
     const long long squares = (num_tokens + TILE - 1) / TILE;
-    const acc_t* own = states + (b * squares * halves * num_tokens + i) * 3;
+    const acc_t* own = states + (b * squares * halves * num_tokens + i) * STATE_VALUES;
     State state;
     for (long long s = 0; s < squares; ++s) {
-        const acc_t* slot = own + s * halves * num_tokens * 3;
+        const acc_t* slot = own + s * halves * num_tokens * STATE_VALUES;
         State part = read_state(slot);
-        if (halves == 2 && s < i / TILE) part.merge(read_state(slot + num_tokens * 3));
+        if (halves == 2 && s < i / TILE)
+            part.merge(read_state(slot + num_tokens * STATE_VALUES));
         state.merge(part);
     }
     out[index] = is_token(mask, index) ? state.value() : 0;

@@ -37,12 +37,15 @@ struct Components {
           from(integers + 6 * n),
           to(integers + 7 * n) {}
 };
+static_assert(sizeof(Components) ==
+              (SINGLE_WORDS + SINGLE_REALS + SINGLE_INTEGERS) * sizeof(int*));
 
 // What the first block of a sequence tells the others.
 struct TreeProgress {
     int tokens, edges;  // that take part, found so far
     int rounds, done;
 };
+static_assert(sizeof(TreeProgress) == SINGLE_PROGRESS * sizeof(int));
 
 // Bits that are in order as distances >= 0 are.
 __device__ __forceinline__ unsigned long long distance_bits(acc_t distance) {
@@ -145,6 +148,7 @@ __device__ int find_root(int* parent, int i) {
 // the components in `state` (3N,), which is fastest in shared memory.
 __device__ void write_rows(const Components& all, int edges, long long num_tokens,
                            int* state, double* out) {
+    static_assert(SINGLE_ROW_INTEGERS == 3, "parent, node and size");
     int *parent = state, *node = state + num_tokens, *size = state + 2 * num_tokens;
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         parent[i] = node[i] = static_cast<int>(i);
@@ -178,8 +182,9 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     const int warps = share * (blockDim.x / 32);
     const int warp = blockIdx.x % share * (blockDim.x / 32) + threadIdx.x / 32;
     if (place >= places) return;  // of a group that is not whole
-    Components all(words + place * 2 * num_tokens, reals + place * 3 * num_tokens,
-                   integers + place * 8 * num_tokens, num_tokens);
+    Components all(words + place * SINGLE_WORDS * num_tokens,
+                   reals + place * SINGLE_REALS * num_tokens,
+                   integers + place * SINGLE_INTEGERS * num_tokens, num_tokens);
     TreeProgress* told = reinterpret_cast<TreeProgress*>(plans) + place;
     const auto meet = [&] {
         if (share > 1)

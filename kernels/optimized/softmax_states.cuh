@@ -160,6 +160,8 @@ struct State {
     }
 };
 
+static_assert(sizeof(State) == STATE_VALUES * sizeof(acc_t));
+
 __device__ __forceinline__ void write_state(acc_t* out, const State& state) {
     out[0] = state.m;
     out[1] = state.r;
@@ -200,7 +202,7 @@ __device__ __forceinline__ void write_rows(acc_t* out, State (&states)[4],
     fold<4>(states, 1);
     fold<2>(states, 2);
     const int i = threadIdx.x % 2 * 2 + threadIdx.x / 2 % 2;
-    write_state(out + place(i) * 3, states[0]);
+    write_state(out + place(i) * STATE_VALUES, states[0]);
 }
 
 // The same of the eight columns from the thread's j-th on, whose other rows seven more
@@ -213,7 +215,7 @@ __device__ __forceinline__ void write_columns(acc_t* out, State (&states)[8], in
     fold<2>(states, 16);
     const int lane = threadIdx.x % 32;
     const int column = place(j + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16);
-    write_state(out + column * 3, states[0]);
+    write_state(out + column * STATE_VALUES, states[0]);
 }
 
 // Merge two parts of a row or column, which lie `stride` apart, or four of them by

@@ -42,7 +42,7 @@ using Whole = Shape<TILE, TILE, 1, 3>;
 using Half = Shape<TILE / 2, TILE, 1, 4>;  // where few blocks run
 // For tensor cores alone, one block on an SM: reads a quarter less.
 using Wide = Shape<TILE, 2 * TILE, 2, WIDE_STAGES>;
-// As the launchers have it (qm_cupy/_tiles.py).
+// As the launchers have it (qm_cupy/cuda/tiles.py).
 static_assert(Whole::threads == BLOCK_THREADS && Half::threads == BLOCK_THREADS / 2 &&
               Wide::threads == BLOCK_THREADS);
 

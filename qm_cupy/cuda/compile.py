@@ -12,19 +12,7 @@ import numpy as np
 
 from ..arrays.dtypes import accumulation_dtype
 from ..settings import tf32_allowed
-from .constants import (
-    ACTIVATIONS,
-    BLOCK,
-    GROUP_THREADS,
-    LINKAGE_THREADS,
-    MAX_HEAD_DIM,
-    SELECTION_THREADS,
-    SORT_THREADS,
-    STEP_BYTES,
-    THREAD_TOKENS,
-    TILE,
-    WIDE_STAGES,
-)
+from .constants import definitions
 
 
 class KernelCompilationError(RuntimeError):
@@ -129,25 +117,12 @@ def source(file: str) -> str:
 
 
 def options(dtype: str) -> tuple[str, ...]:
-    """Return the compiler's options: the language, the types, and sizes of blocks."""
+    """Return the compiler's options: the language, the types, and shared numbers."""
     storage = _STORAGE["float32" if dtype == TF32 else dtype]
     compute = "double" if dtype == "float64" else "float"
     types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
-    sizes = {
-        "TILE": TILE,
-        "STEP_BYTES": STEP_BYTES,
-        "WIDE_STAGES": WIDE_STAGES,
-        "THREAD_TOKENS": THREAD_TOKENS,
-        "BLOCK_THREADS": BLOCK,
-        "SELECTION_THREADS": SELECTION_THREADS,
-        "GROUP_THREADS": GROUP_THREADS,
-        "SORT_THREADS": SORT_THREADS,
-        "LINKAGE_THREADS": LINKAGE_THREADS[8 if dtype == "float64" else 4],
-        "MAX_HEAD_DIM": MAX_HEAD_DIM,
-        "RELU": ACTIVATIONS["relu"],
-        "GELU": ACTIVATIONS["gelu"],
-    }
-    defined = (f"-D{name}={size}" for name, size in sizes.items())
+    shared = definitions(8 if compute == "double" else 4)
+    defined = (f"-D{name}={number}" for name, number in shared.items())
     return "--std=c++17", *types, f"-DTF32={int(dtype == TF32)}", *defined
 
 

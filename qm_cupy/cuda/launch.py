@@ -1,5 +1,6 @@
 """Launches: arguments as kernels take them, grids, and shared memory."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,45 +8,105 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .compile import kernel_dtype, raw_kernel
-from .constants import BLOCK, COUNTS
+from ..settings import implementation
+from .compile import kernel_dtype, kernel_files, kernel_names, raw_kernel
+from .constants import BLOCK, COUNTS, VECTOR_BYTES, WARP
 from .device import current_device, empty, is_capturing, to_device
+from .tiles import Shape, Tiling, select_shape
 
 _SHARED_BYTES = 48 << 10  # of a block, static and dynamic, without asking
-_WRITE_COUNTS = "basic/counts", "write_counts", "float32"
 
 
 def launch(
-    file: str,
+    page: str,
     kernel: str,
     dtype: Any,
-    threads: int,
     args: tuple[Any, ...],
     *,
+    outputs: int | None = None,
+    rows: int | None = None,
+    blocks: int | None = None,
+    vectors: Any = None,
+    threads: int | None = None,
+    tiles: Tiling | None = None,
+    shape: Shape | None = None,
     block: int = BLOCK,
     shared: int = 0,
     cooperative: bool = False,
+    kernels: str | None = None,
 ) -> None:
-    """Run a kernel of ``kernels/<file>.cu`` on the current stream and device.
+    """Run a kernel of ``kernels/*/<page>.cu`` on the current stream and device.
 
-    `threads` is rounded up to whole blocks, all in x: the one axis that may have more
-    than 65,535 of them. Nothing is launched for zero threads. `shared` is in bytes;
-    blocks that wait for each other take a `cooperative` launch.
+    It is the basic or the optimized one, as `use_kernels` or `kernels` says, and the
+    basic one where no other exists. The caller states the work; nothing is launched if
+    there is none.
+
+    =========  ==========================  =========================================
+    argument   basic kernels               optimized kernels
+    =========  ==========================  =========================================
+    `outputs`  a thread for each           the same, unless another argument is given
+    `rows`     a thread for each           a warp for each
+    `blocks`   a thread for each           a block for each, of `block` threads
+    `vectors`  a thread for each element   a thread for each 16 bytes of a row
+    `tiles`    (state `outputs` too)       a block for each tile, or row of tiles, of
+                                           `shape` or else the fastest shape
+    `threads`  as many threads             the same
+    =========  ==========================  =========================================
+
+    `block`, `shared` (bytes), and `cooperative` (blocks wait for each other) are for
+    the optimized kernel. The grid lies in x, the one axis that may have more than
+    65,535 blocks.
     """
-    if threads == 0:
+    chosen = _available(page, kernel, kernels or implementation())
+    if chosen == "basic":
+        block, shared, cooperative = BLOCK, 0, False
+        elements = None if vectors is None else vectors.size
+        blocks = _cover(_first(outputs, rows, blocks, elements, threads), BLOCK)
+    elif tiles is not None:
+        shape = shape or select_shape(tiles, dtype)
+        kernel += shape.suffix
+        blocks, block, shared = tiles.blocks(shape), shape.threads, shape.shared
+    elif blocks is None:
+        warps = None if rows is None else rows * WARP
+        vectors = None if vectors is None else vector_count(vectors)
+        blocks = _cover(_first(warps, vectors, threads, outputs), block)
+    if blocks * block == 0:
         return
-    grid = -(-threads // block)
+    file = f"{chosen}/{page}"
     run = raw_kernel(file, kernel, kernel_dtype(file, dtype), cooperative)
     if shared and run.shared_size_bytes + shared > _SHARED_BYTES:
         # The same for every launch, so that threads cannot take it from each other.
         run.max_dynamic_shared_size_bytes = _most_dynamic(run)
     # Every argument in the width of its parameter: a launch converts nothing itself.
     values = tuple([_WIDEN.get(type(x), _as_it_is)(x) for x in args])
-    run((grid,), (block,), values, shared_mem=shared)
+    run((blocks,), (block,), values, shared_mem=shared)
 
 
-def dynamic_shared_bytes(file: str, kernel: str, dtype: Any) -> int:
-    """Return the most shared memory that a launch of a kernel can add to its own."""
+@functools.cache
+def _available(page: str, kernel: str, wanted: str) -> str:
+    """Return "optimized" if it is wanted and there is such a kernel, else "basic"."""
+    file = f"{wanted}/{page}"
+    found = file in kernel_files() and kernel in kernel_names(file)
+    return wanted if found else "basic"
+
+
+def _first(*counts: int | None) -> int:
+    return next(count for count in counts if count is not None)
+
+
+def _cover(count: int, size: int) -> int:
+    """Return how many pieces of a size cover a count."""
+    return -(-count // size)
+
+
+def block_size(num_tokens: int, most: int, step: int = WARP) -> int:
+    """Return the threads of a block that has one for each token, and at most `most`."""
+    return min(_cover(num_tokens, step) * step, most)
+
+
+def dynamic_shared_bytes(page: str, kernel: str, dtype: Any) -> int:
+    """Return the most shared memory that a launch can add to an optimized kernel's."""
+    file = f"optimized/{page}"
     return _most_dynamic(raw_kernel(file, kernel, kernel_dtype(file, dtype)))
 
 
@@ -71,7 +132,7 @@ _WIDEN: dict[type, Callable[[Any], Any]] = {
 
 def vector_count(x: Any) -> int:
     """Return how many vectors of 16 bytes the rows of `x` take."""
-    width: int = 16 // x.dtype.itemsize
+    width: int = VECTOR_BYTES // x.dtype.itemsize
     rows: int = math.prod(x.shape[:-1])
     return rows * -(-int(x.shape[-1]) // width)
 
@@ -88,7 +149,8 @@ def device_counts(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
         return None, most
     if is_capturing():
         return _write_counts(num_groups), most
-    raw_kernel(*_WRITE_COUNTS)  # loaded by now, should the next call be captured
+    # Loaded by now, should the next call be captured.
+    raw_kernel("basic/counts", "write_counts", "float32")
     return to_device(num_groups.astype(np.int32)), most
 
 
@@ -103,5 +165,6 @@ def _write_counts(num_groups: NDArray[np.int64]) -> Any:
     for first in range(0, len(values), COUNTS):
         some = values[first : first + COUNTS]
         some += [0] * (COUNTS - len(some))
-        launch(*_WRITE_COUNTS, 1, (first, out.size, *some, out))
+        args = (first, out.size, *some, out)
+        launch("counts", "write_counts", np.float32, args, outputs=1)
     return out

@@ -1,10 +1,8 @@
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .compile import TF32, kernel_dtype
 from .constants import BLOCK, STEP_BYTES, TILE, WIDE_STAGES
 from .device import Device, current_device
-from .launch import launch
 
 # Seconds of a wide tile on a whole SM, over those of two tiles that share the SM. The
 # wide one reads 3/4 of the bytes and issues 3/4 of the loads from shared memory, but
@@ -29,40 +27,41 @@ _WIDE_BYTES = WIDE_STAGES * 3 * TILE * STEP_BYTES
 WIDE = Shape("_wide", TILE, 2 * TILE, BLOCK, _WIDE_BYTES)
 
 
-def upper_tiles(shape: Shape, num_tokens: int) -> int:
-    """Return how many tiles of an N × N matrix reach its diagonal or lie above."""
-    squares = -(-num_tokens // shape.columns)
-    return shape.columns // shape.rows * squares * (squares + 1) // 2
+class Tiling(NamedTuple):
+    """Matrices in tiles: those that blocks work at, and how they are shared out."""
+
+    matrices: int
+    rows: int
+    columns: int
+    upper: bool = False  # only the tiles that reach the diagonal or lie above
+    whole_rows: bool = False  # a block works at all tiles of some rows
+    wide: bool = False  # there is a wide kernel
+
+    def blocks(self, shape: Shape) -> int:
+        """Return how many blocks a shape takes."""
+        across = -(-self.columns // shape.columns)
+        if self.upper:
+            squares = across * (across + 1) // 2
+            return self.matrices * squares * (shape.columns // shape.rows)
+        down = -(-self.rows // shape.rows)
+        return self.matrices * down * (1 if self.whole_rows else across)
+
+    def block_tiles(self, shape: Shape) -> int:
+        """Return how many tiles each block works at."""
+        return -(-self.columns // shape.columns) if self.whole_rows else 1
 
 
-def row_tiles(shape: Shape, num_rows: int) -> int:
-    """Return how many tiles the rows of a matrix take."""
-    return -(-num_rows // shape.rows)
-
-
-def column_tiles(shape: Shape, num_columns: int) -> int:
-    """Return how many tiles the columns of a matrix take."""
-    return -(-num_columns // shape.columns)
-
-
-def select_shape(
-    blocks: Callable[[Shape], int],
-    dtype: Any = None,
-    tiles: Callable[[Shape], int] = lambda shape: 1,
-) -> Shape:
-    """Return the shape that should be fastest.
-
-    `blocks` tells how many blocks a shape takes, and `tiles` how many tiles each of
-    them works at. Without a `dtype` the kernel has no wide variant.
-    """
+def select_shape(tiling: Tiling, dtype: Any) -> Shape:
+    """Return the shape that should be fastest."""
     device = current_device()
-    if blocks(WHOLE) < device.multiprocessors:
+    if tiling.blocks(WHOLE) < device.multiprocessors:
         return HALF
-    if dtype is None or not _has_wide(dtype, device):
+    if not tiling.wide or not _has_wide(dtype, device):
         return WHOLE
-    turns = -(-blocks(WHOLE) // (2 * device.multiprocessors))
-    wide_turns = -(-blocks(WIDE) // device.multiprocessors)
-    cost, wide_cost = turns * tiles(WHOLE), wide_turns * tiles(WIDE) * _WIDE_COST
+    turns = -(-tiling.blocks(WHOLE) // (2 * device.multiprocessors))
+    wide_turns = -(-tiling.blocks(WIDE) // device.multiprocessors)
+    cost = turns * tiling.block_tiles(WHOLE)
+    wide_cost = wide_turns * tiling.block_tiles(WIDE) * _WIDE_COST
     return WIDE if wide_cost < cost else WHOLE
 
 
@@ -87,23 +86,3 @@ def kept_bytes(row_bytes: int, dtype: Any) -> int:
     blocks = 2 if dtype.itemsize == 2 else 1
     room = current_device().shared_bytes + _RESERVED
     return wanted if blocks * (wanted + _RESERVED) <= room else 0
-
-
-def launch_tiles(
-    file: str,
-    kernel: str,
-    dtype: Any,
-    shape: Shape,
-    blocks: int,
-    args: tuple[Any, ...],
-) -> None:
-    """Run the variant of a kernel for a shape of tile."""
-    launch(
-        f"optimized/{file}",
-        kernel + shape.suffix,
-        dtype,
-        blocks * shape.threads,
-        args,
-        block=shape.threads,
-        shared=shape.shared,
-    )

@@ -6,10 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.libraries import is_cuda
-from ..cuda.constants import BLOCK
 from ..cuda.device import empty
 from ..cuda.launch import device_counts, launch
-from ..settings import implementation
 
 _BASE = 10_000.0  # of the rotary wavelengths
 _SCORES = 1 << 22  # attention scores at a time
@@ -80,12 +78,10 @@ def _split_heads_cuda(
 ) -> Any:
     batch, rows, _, num_heads, width = heads.shape
     query = empty((batch, rows, num_heads, width), heads.dtype)
-    chosen = implementation()
-    threads = query.size if chosen == "basic" else query.size // 2
     sizes = batch, rows, num_heads, width, keys.shape[-2], span.start
     args = (heads, span.positions, turns, *sizes, query, keys, values)
-    file = f"{chosen}/attention"
-    launch(file, "split_heads", heads.dtype, threads, args)
+    kernel, pairs = ("attention", "split_heads"), query.size // 2
+    launch(*kernel, heads.dtype, args, outputs=query.size, threads=pairs)
     return query
 
 
@@ -130,14 +126,11 @@ def _attend_reference(
 def attend_cuda(query: Any, keys: Any, values: Any, span: Span) -> Any:
     batch, rows, num_heads, width = query.shape
     out = empty(query.shape, query.dtype)
-    chosen = implementation()
     counts = span.counts
     each = None if (counts == rows).all() else device_counts(counts)[0]
     sizes = batch, rows, num_heads, width, keys.shape[-2], span.start
     arrays = query, keys, values, span.sizes, each
     args = (*arrays, *sizes, int(span.reverse), width**-0.5, out)
-    blocks = batch * rows * num_heads
-    threads = out.size if chosen == "basic" else blocks * BLOCK
-    file = f"{chosen}/attention"
-    launch(file, "attend", query.dtype, threads, args)
+    kernel, blocks = ("attention", "attend"), batch * rows * num_heads
+    launch(*kernel, query.dtype, args, outputs=out.size, blocks=blocks)
     return out

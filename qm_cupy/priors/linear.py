@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.libraries import is_cuda
-from ..cuda.constants import ACTIVATIONS, BLOCK, TILE, WARP
+from ..cuda.constants import ACTIVATIONS, SQUARE, WARP
 from ..cuda.device import empty
 from ..cuda.launch import contiguous, launch
-from ..cuda.tiles import Shape, column_tiles, launch_tiles, row_tiles, select_shape
+from ..cuda.tiles import WHOLE, Tiling
 from ..settings import implementation
 
 Activation = Literal["none", "relu", "gelu"]
@@ -84,38 +84,29 @@ def _linear_cuda(
     activation: Activation,
     residual: Any,
 ) -> Any:
-    chosen, dtype = implementation(), x.dtype
+    dtype = x.dtype
     out_dim, in_dim = weight.shape
     x, rows = contiguous(x), math.prod(x.shape[:-1])
     out = empty((*x.shape[:-1], out_dim), dtype)
     sizes = rows, in_dim, out_dim, ACTIVATIONS[activation]
     residual = contiguous(residual)
-    file, map_ = f"{chosen}/linear", (weight, bias, residual)
-    if chosen == "optimized" and rows <= _FEW:
+    map_ = weight, bias, residual
+    if implementation() == "optimized" and rows <= _FEW:
         args = (x, *(norm or (None, None)), *map_, *sizes, _EPSILON, out)
-        launch(file, "linear_few", dtype, out.size * WARP, args)
+        launch("linear", "linear_few", dtype, args, rows=out.size)
         return out
     if norm is not None:
         x = _normalize_cuda(x, norm)
     args = (x, *map_, *sizes, out)
-    if chosen == "basic":
-        launch(file, "linear", dtype, out.size, args)
-        return out
-
-    def blocks(shape: Shape) -> int:
-        return row_tiles(shape, rows) * column_tiles(shape, out_dim)
-
-    shape = select_shape(blocks)
-    launch_tiles("linear", "linear", dtype, shape, blocks(shape), args)
+    tiling = Tiling(1, rows, out_dim)
+    launch("linear", "linear", dtype, args, outputs=out.size, tiles=tiling)
     return out
 
 
 def _normalize_cuda(x: Any, norm: Norm) -> Any:
-    chosen, dim = implementation(), x.shape[-1]
     out, rows = empty(x.shape, x.dtype), math.prod(x.shape[:-1])
-    threads = out.size if chosen == "basic" else rows * WARP
-    args = (x, *norm, rows, dim, _EPSILON, out)
-    launch(f"{chosen}/linear", "normalize", x.dtype, threads, args)
+    args = (x, *norm, rows, x.shape[-1], _EPSILON, out)
+    launch("linear", "normalize", x.dtype, args, outputs=out.size, rows=rows)
     return out
 
 
@@ -136,15 +127,15 @@ def _linear_vjp_basic(
     gradient: Any, x: Any, weight: Any, gate: Any
 ) -> tuple[Any, Any, Any]:
     (out_dim, in_dim), rows = weight.shape, math.prod(x.shape[:-1])
-    dtype, file = x.dtype, "basic/linear_vjp"
+    dtype, page = x.dtype, "linear_vjp"
     by_x, by_weight = empty(x.shape, dtype), empty(weight.shape, dtype)
     by_bias = empty((out_dim,), dtype)
     args: tuple[Any, ...] = (gradient, weight, gate, rows, in_dim, out_dim, by_x)
-    launch(file, "linear_vjp", dtype, by_x.size, args)
+    launch(page, "linear_vjp", dtype, args, outputs=by_x.size)
     args = (gradient, x, rows, in_dim, out_dim, by_weight)
-    launch(file, "weight_vjp", dtype, by_weight.size, args)
+    launch(page, "weight_vjp", dtype, args, outputs=by_weight.size)
     args = (gradient, rows, out_dim, by_bias)
-    launch(file, "bias_vjp", dtype, by_bias.size, args)
+    launch(page, "bias_vjp", dtype, args, outputs=by_bias.size)
     return by_x, by_weight, by_bias
 
 
@@ -159,15 +150,15 @@ def _linear_vjp_optimized(
     part = -(-part // WARP) * WARP  # rows of whole vectors of 16 bytes
     turned = _transposed_cuda(gradient, part)  # (S, out, part)
     by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
-    file, num_parts, dtype = "optimized/linear_vjp", len(turned), x.dtype
+    page, num_parts, dtype = "linear_vjp", len(turned), x.dtype
     args: tuple[Any, ...]
     if num_parts > 1:
         each, by_weight = by_weight, empty(weight.shape, dtype)
         args = (each, num_parts, by_weight.size, by_weight)
-        launch(file, "sum_parts", dtype, by_weight.size, args)
+        launch(page, "sum_parts", dtype, args, outputs=by_weight.size)
     by_bias = empty((out_dim,), dtype)
     args = (turned, num_parts, out_dim, part, by_bias)
-    launch(file, "bias_vjp", dtype, out_dim * WARP, args)
+    launch(page, "bias_vjp", dtype, args, rows=out_dim)
     return by_x.reshape(x.shape), by_weight.reshape(weight.shape), by_bias
 
 
@@ -176,10 +167,9 @@ def _transposed_cuda(x: Any, part: int) -> Any:
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_parts = max(-(-rows // part), 1)
     out = empty((num_parts, columns, part), x.dtype)
-    tiles = num_parts * -(-columns // WARP) * -(-part // WARP)
+    squares = num_parts * -(-columns // SQUARE) * -(-part // SQUARE)
     args = (x, rows, columns, part, num_parts, out)
-    kernel = "optimized/linear_vjp", "transpose"
-    launch(*kernel, x.dtype, tiles * BLOCK, args)
+    launch("linear_vjp", "transpose", x.dtype, args, blocks=squares)
     return out
 
 
@@ -187,8 +177,7 @@ def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
     """Return A Bᵀ of every part: (S, rows, columns); 0 where the gate is not above."""
     (num_parts, rows, dim), columns = a.shape, b.shape[-2]
     out = empty((num_parts, rows, columns), a.dtype)
-    tiles = num_parts * -(-rows // TILE) * -(-columns // TILE)
+    tiling = Tiling(num_parts, rows, columns)
     args = (a, b, gate, rows, columns, dim, out)
-    kernel = "optimized/linear_vjp", "products"
-    launch(*kernel, a.dtype, tiles * BLOCK, args)
+    launch("linear_vjp", "products", a.dtype, args, tiles=tiling, shape=WHOLE)
     return out

@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from ..arrays.dtypes import accumulation_dtype
 from ..arrays.libraries import is_cuda
-from ..cuda.constants import BLOCK, WARP
+from ..cuda.constants import WARP
 from ..cuda.device import empty
 from ..cuda.launch import contiguous, device_counts, launch
-from ..settings import implementation
 
 
 def running_mean(
@@ -62,13 +61,11 @@ def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> 
     num_groups, dim = tokens.shape[-2:]
     batch = math.prod(tokens.shape[:-2])
     out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
-    chosen = implementation()
     each, _ = device_counts(counts)
     sizes = batch, num_groups, dim, int(reverse)
     args = (contiguous(tokens), each, *sizes, out)
-    columns = dim if chosen == "basic" else -(-dim // WARP) * BLOCK
-    kernel = f"{chosen}/running_mean", "prefix_means"
-    launch(*kernel, tokens.dtype, batch * columns, args)
+    kernel, blocks = ("running_mean", "prefix_means"), batch * -(-dim // WARP)
+    launch(*kernel, tokens.dtype, args, outputs=batch * dim, blocks=blocks)
     return out
 
 
@@ -92,9 +89,7 @@ def running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
     num_groups, dim = gradient.shape[-2:]
     batch = math.prod(gradient.shape[:-2])
     out = empty(gradient.shape, gradient.dtype)
-    chosen = implementation()
-    columns = dim if chosen == "basic" else -(-dim // WARP) * BLOCK
     args = (gradient, counts, batch, num_groups, dim, reverse, out)
-    kernel = f"{chosen}/running_mean_vjp", "prefix_means_vjp"
-    launch(*kernel, gradient.dtype, batch * columns, args)
+    kernel, blocks = ("running_mean_vjp", "prefix_means_vjp"), batch * -(-dim // WARP)
+    launch(*kernel, gradient.dtype, args, outputs=batch * dim, blocks=blocks)
     return out

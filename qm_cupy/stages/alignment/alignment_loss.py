@@ -17,7 +17,6 @@ from ...autodiff.dispatch import (
     operation,
     tracing_framework,
 )
-from ...cuda.constants import BLOCK, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, device_counts, launch
 from ...priors.linear import linear, linear_vjp_cuda
@@ -31,7 +30,6 @@ from ...priors.running_mean import (
     running_mean_vjp_reference,
 )
 from ...results import AlignmentLoss, Merged
-from ...settings import implementation
 
 _WEIGHTS = tuple(
     f"{direction}_{name}"
@@ -212,19 +210,17 @@ def _alignment_loss_cuda(
     batch = math.prod(merged.shape[:-2])
     acc_dtype = accumulation_dtype(merged.dtype)
     merged, (each, _) = contiguous(merged), device_counts(counts)
-    chosen = implementation()
-    warp, block = (1, 1) if chosen == "basic" else (WARP, BLOCK)
     losses = []
     for reverse, prediction in enumerate((after, before)):
         prediction = contiguous(prediction, acc_dtype)
         errors = empty(merged.shape[:-1], acc_dtype)
         sizes = batch, num_groups, dim
         args: tuple[Any, ...] = (prediction, merged, each, *sizes, reverse, errors)
-        file, threads = f"{chosen}/alignment_loss", errors.size * warp
-        launch(file, "prediction_errors", merged.dtype, threads, args)
+        kernel = "alignment_loss", "prediction_errors"
+        launch(*kernel, merged.dtype, args, rows=errors.size)
         losses.append(empty(merged.shape[:-2], acc_dtype))
         args = (errors, each, batch, num_groups, losses[-1])
-        launch(file, "alignment_loss", acc_dtype, batch * block, args)
+        launch("alignment_loss", "alignment_loss", acc_dtype, args, blocks=batch)
     return losses[0], losses[1]
 
 
@@ -377,8 +373,8 @@ def _alignment_loss_vjp_cuda(
         slope = empty(merged.shape, acc_dtype)
         gradient = contiguous(gradient.reshape(-1), acc_dtype)  # (B,)
         args = (prediction, merged, each, gradient, *sizes, reverse, slope)
-        kernel = "basic/alignment_loss_vjp", "prediction_slopes"
-        launch(*kernel, merged.dtype, slope.size, args)
+        kernel = "alignment_loss_vjp", "prediction_slopes"
+        launch(*kernel, merged.dtype, args, outputs=slope.size)
 
         layer = slope, hidden, network.weight_out
         back, *second = linear_vjp_cuda(*layer, rectified=True)
@@ -388,6 +384,6 @@ def _alignment_loss_vjp_cuda(
         slopes.append(slope)
     out = empty(merged.shape, merged.dtype)
     args = (*means, *slopes, *sizes, out)
-    kernel = "basic/alignment_loss_vjp", "alignment_loss_vjp"
-    launch(*kernel, merged.dtype, out.size, args)
+    kernel = "alignment_loss_vjp", "alignment_loss_vjp"
+    launch(*kernel, merged.dtype, args, outputs=out.size)
     return out, by_weights

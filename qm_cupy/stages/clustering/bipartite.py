@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.shapes import rows_of
+from ...cuda.constants import GROUP_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, launch
-from ...settings import implementation
+from ...cuda.launch import block_size, contiguous, launch
 from ..merging.merge_tokens import merge_tokens_cuda
 from ..selection.select_tokens import mark_top_cuda
-from .labels import Groups, launch_groups, launch_integers, number_groups_cuda
+from .labels import Groups, number_groups_cuda
 from .nearest import nearest_anchors_cuda
 from .unit_tokens import unit_tokens_cuda
 
@@ -70,13 +70,15 @@ def bipartite_groups_cuda(
         vectors = unit_tokens_cuda(vectors, mask)
     roots = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (mask, protect, batch, num_tokens, roots)
-    launch_integers("bipartite", "free_tokens", roots.size, args)
+    launch("bipartite", "free_tokens", np.float32, args, outputs=roots.size)
     places = number_groups_cuda(roots, "last")
     most = left = num_tokens  # at most as many groups, in any sequence, with the least
     while left > max(fewest, 1):
         sizes = empty((3, batch), np.int32)
         args = (places, mask, protect, counts, batch, num_tokens, num_groups, sizes)
-        _match_counts_cuda(args, places)
+        block = block_size(num_tokens, GROUP_THREADS)
+        kernel = "bipartite", "match_counts"
+        launch(*kernel, np.float32, args, blocks=batch, block=block)
         places = _match_cuda(vectors, places, sizes, most)
         left = max(fewest, -(-left // 2))
         if left > max(fewest, 1) and vectors.dtype.itemsize == 2:
@@ -84,7 +86,7 @@ def bipartite_groups_cuda(
         most = max(min(num_groups, most), -(-most // 2))
     out = empty(places.shape, np.int32)
     args = (places, mask, batch, num_tokens, out)
-    launch_integers("bipartite", "match_roots", out.size, args)
+    launch("bipartite", "match_roots", np.float32, args, outputs=out.size)
     return out
 
 
@@ -97,21 +99,14 @@ def _match_cuda(vectors: Any, places: Any, sizes: Any, most: int) -> Any:
     num_evens, num_odds = -(-most // 2), most // 2
     sides = [empty(places.shape, np.int32) for _ in range(2)]
     exist = empty((*places.shape[:-1], num_evens), np.bool_)
-    args: tuple[Any, ...] = (places, sizes, batch, num_tokens, num_evens)
-    launch_integers("bipartite", "match_sides", places.size, (*args, *sides, exist))
+    args: tuple[Any, ...]
+    args = (places, sizes, batch, num_tokens, num_evens, *sides, exist)
+    launch("bipartite", "match_sides", np.float32, args, outputs=places.size)
     evens = merge_tokens_cuda(vectors, sides[0], num_evens, None, None)
     odds = merge_tokens_cuda(vectors, sides[1], num_odds, None, None)
     partners, best = nearest_anchors_cuda(evens, odds, sizes[1], exist, similarity=True)
     chosen = mark_top_cuda(best, sizes[2], num_evens)
     roots = empty(places.shape, np.int32)
     args = (places, chosen, partners, batch, num_tokens, num_evens, roots)
-    launch_integers("bipartite", "join_partners", roots.size, args)
+    launch("bipartite", "join_partners", np.float32, args, outputs=roots.size)
     return number_groups_cuda(roots, "last")
-
-
-def _match_counts_cuda(args: tuple[Any, ...], places: Any) -> None:
-    if implementation() == "basic":
-        batch, _ = rows_of(places)
-        launch("basic/bipartite", "match_counts", np.float32, batch, args)
-    else:
-        launch_groups("bipartite", "match_counts", np.float32, args, places)

@@ -6,7 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.shapes import rows_of
-from ...cuda.constants import BLOCK, WARP
+from ...cuda.constants import (
+    BASIC_CONTIGUOUS_INTEGERS,
+    BASIC_CONTIGUOUS_REALS,
+    CONTIGUOUS_INTEGERS,
+    CONTIGUOUS_REALS,
+)
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 from ...settings import implementation
@@ -70,21 +75,21 @@ def contiguous_groups_cuda(
     out = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)
     if implementation() == "basic":
-        reals = empty((batch, 3 * num_tokens), kind)
-        links = empty((batch, 2 * num_tokens), np.int32)
+        reals = empty((batch, BASIC_CONTIGUOUS_REALS * num_tokens), kind)
+        links = empty((batch, BASIC_CONTIGUOUS_INTEGERS * num_tokens), np.int32)
         args = (sums, *args, reals, links, out)
-        launch("basic/contiguous", "contiguous_groups", kind, batch, args)
+        launch("contiguous", "contiguous_groups", kind, args, outputs=batch)
         return out
-    file = "optimized/contiguous"
     products = empty((batch, num_tokens), kind)
     given = (sums, masks[0], batch, num_tokens, dim, products)
-    launch(file, "neighbour_products", kind, out.size * WARP, given)
+    launch("contiguous", "neighbour_products", kind, given, rows=out.size)
     reals = links = None
-    shared = num_tokens * (5 * kind.itemsize + 3 * 4)  # what the groups take
-    if shared > dynamic_shared_bytes(file, "contiguous_groups", kind):
-        shared, reals = 0, empty((batch, 5 * num_tokens), kind)
-        links = empty((batch, 3 * num_tokens), np.int32)
+    kernel = "contiguous", "contiguous_groups"
+    each = CONTIGUOUS_REALS * kind.itemsize + CONTIGUOUS_INTEGERS * 4
+    shared = num_tokens * each  # what the groups take
+    if shared > dynamic_shared_bytes(*kernel, kind):
+        shared, reals = 0, empty((batch, CONTIGUOUS_REALS * num_tokens), kind)
+        links = empty((batch, CONTIGUOUS_INTEGERS * num_tokens), np.int32)
     args = (sums, products, *args, reals, links, out)
-    threads = batch * BLOCK
-    launch(file, "contiguous_groups", kind, threads, args, shared=shared)
+    launch(*kernel, kind, args, blocks=batch, shared=shared)
     return out

@@ -12,8 +12,7 @@ from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...cuda.tiles import Shape, launch_tiles, select_shape, upper_tiles
-from ...settings import implementation
+from ...cuda.tiles import Tiling
 from ..saliency.token_norms import token_norms_cuda
 from .unit_tokens import unit_tokens
 
@@ -75,16 +74,9 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
     out = empty((*leading, num_tokens, num_tokens), kind)
     tokens, norms = contiguous(tokens), token_norms_cuda(tokens)
     args = (tokens, norms, batch, num_tokens, dim, out)
-    kernel = "cosine_similarity"
-    if implementation() == "basic":
-        launch(f"basic/{kernel}", kernel, tokens.dtype, out.size, args)
-        return out
-
-    def blocks(shape: Shape) -> int:
-        return batch * upper_tiles(shape, num_tokens)
-
-    shape = select_shape(blocks, tokens.dtype)
-    launch_tiles(kernel, kernel, tokens.dtype, shape, blocks(shape), args)
+    kernel = "cosine_similarity", "cosine_similarity"
+    tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
+    launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out
 
 

@@ -17,8 +17,9 @@ from ...arrays.conversion import BoolArray, FloatArray, IntArray, enter
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
+from ...cuda.constants import ERROR_ROUNDING, GROUP_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, device_counts, launch
+from ...cuda.launch import block_size, contiguous, device_counts, launch
 from ...settings import implementation
 from .checks import check_dendrogram
 from .labels import (
@@ -26,8 +27,6 @@ from .labels import (
     Groups,
     Order,
     in_order,
-    launch_groups,
-    launch_integers,
     number_groups_cuda,
 )
 from .linkage import relative_mass
@@ -162,7 +161,7 @@ def count_within(
         weight, peak = relative_mass((ones if mass is None else mass[index])[keep])
         height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf where padded
         error = np.cumsum(height**2 / 2) / weight.sum()
-        counts[index] = len(weight) - np.sum(error <= max_error + 1e-12)  # to rounding
+        counts[index] = len(weight) - np.sum(error <= max_error + ERROR_ROUNDING)
     return counts
 
 
@@ -200,11 +199,14 @@ def cut_linkage_cuda(
     args: tuple[Any, ...] = (dendrogram, *weights, *sizes)
     if implementation() == "basic":
         merges = empty((batch,), np.int32)
-        launch("basic/cut_linkage", "count_merges", kind, batch, (*args, merges))
+        args = (*args, merges)
+        launch("cut_linkage", "count_merges", kind, args, outputs=batch)
         args = (dendrogram, weights[1], merges, batch, num_tokens, out)
-        launch_integers("cut_linkage", "dendrogram_roots", out.size, args)
+        kernel = "cut_linkage", "dendrogram_roots"
+        launch(*kernel, np.float32, args, outputs=out.size)
         return number_groups_cuda(out, order)
     nodes = empty((batch, 4 * num_tokens), np.int32)
     args = (*args, int(order == "first"), nodes, out)
-    launch_groups("cut_linkage", "cut_linkage", kind, args, out)
+    block = block_size(num_tokens, GROUP_THREADS)
+    launch("cut_linkage", "cut_linkage", kind, args, blocks=batch, block=block)
     return out

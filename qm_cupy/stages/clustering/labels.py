@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.shapes import rows_of
-from ...cuda.constants import GROUP_THREADS, WARP
+from ...cuda.constants import GROUP_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, launch
+from ...cuda.launch import block_size, contiguous, launch
 from ...settings import implementation
 
 Order = Literal["last", "first"]
@@ -39,36 +39,13 @@ def number_groups_cuda(roots: Any, order: str) -> Any:
     if implementation() == "basic":
         ends = empty(roots.shape, np.bool_)
         args: tuple[Any, ...] = (roots, batch, num_tokens, first, ends)
-        launch_integers("labels", "group_ends", out.size, args)
+        launch("labels", "group_ends", np.float32, args, outputs=out.size)
         args = (roots, ends, batch, num_tokens, out)
-        launch_integers("labels", "number_groups", out.size, args)
+        launch("labels", "number_groups", np.float32, args, outputs=out.size)
     else:
         places = empty((batch, 2 * num_tokens), np.int32)
         args = (roots, batch, num_tokens, first, places, out)
-        launch_groups("labels", "number_groups", np.float32, args, out)
+        kernel = "labels", "number_groups"
+        block = block_size(num_tokens, GROUP_THREADS)
+        launch(*kernel, np.float32, args, blocks=batch, block=block)
     return out
-
-
-def launch_integers(
-    file: str, kernel: str, threads: int, args: tuple[Any, ...]
-) -> None:
-    """Run a basic kernel that knows no real numbers."""
-    launch(f"basic/{file}", kernel, np.float32, threads, args)
-
-
-def launch_groups(
-    file: str,
-    kernel: str,
-    dtype: Any,
-    args: tuple[Any, ...],
-    x: Any,
-    most: int = GROUP_THREADS,
-) -> None:
-    """Run an optimized kernel with a block for each sequence of `x` (B, N).
-
-    A block has a thread for each token, and at most `most`.
-    """
-    batch, num_tokens = rows_of(x)
-    block = min(-(-num_tokens // WARP) * WARP, most)
-    threads = batch * block
-    launch(f"optimized/{file}", kernel, dtype, threads, args, block=block)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...arrays.checks import check_choice, check_mask, check_mass, check_tokens
 from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.libraries import is_cuda
+from ...cuda.constants import LEAST_MASS
 from .checks import check_mass_method
 from .cosine_similarity import gram
 from .linkage_cuda import dendrograms_cuda
@@ -98,7 +99,6 @@ def linkage(
     return leave(linkage_reference(tokens, method, mass, mask))
 
 
-LEAST_MASS = 1e-6  # of the largest in the sequence: what counts as no mass
 PADDED_ROW = (-1.0, -1.0, np.inf, 0.0)
 
 

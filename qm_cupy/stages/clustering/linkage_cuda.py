@@ -7,18 +7,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.dtypes import accumulation_dtype
-from ...cuda.constants import BLOCK, LINKAGE_THREADS, WARP
+from ...cuda.constants import (
+    BLOCK,
+    FOUND_BYTES,
+    LINKAGE_METHODS,
+    LINKAGE_SCRATCH,
+    LINKAGE_THREADS,
+    SINGLE_INTEGERS,
+    SINGLE_PROGRESS,
+    SINGLE_REALS,
+    SINGLE_ROW_INTEGERS,
+    SINGLE_WORDS,
+    SLOT_BYTES,
+    TREE_BYTES,
+    VECTOR_BYTES,
+    WARP,
+)
 from ...cuda.device import current_device, empty, free_memory
 from ...cuda.launch import contiguous, device_counts, dynamic_shared_bytes, launch
 from ...settings import implementation
 from .cosine_similarity import cosine_similarity_cuda
 
-METHODS = ("average", "complete", "ward", "single")  # by their numbers in the kernels
-THREADS = LINKAGE_THREADS  # of a block, by the bytes of a distance
 _MEETINGS = 430  # tokens whose rows take a block as long as meetings do; an estimate
 _SMALL = 256 << 20  # bytes that nobody asks the free memory for
 _FEWER = 256  # threads of a block where several share a multiprocessor
-_SCRATCH = 128  # values in shared memory, in front of clusters and matrix
 
 
 def dendrograms_cuda(
@@ -105,14 +117,16 @@ def linkage_cuda(
         return out, rounds
     kind = cosines.dtype
     width = kind.itemsize
-    room = _dynamic_shared_bytes("linkage", kind) - _SCRATCH * width
+    room = _dynamic_shared_bytes("linkage", kind) - LINKAGE_SCRATCH * width
     heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
     alone = heights + _held_bytes(num_tokens, width) <= room  # all in a block's memory
     held = state <= room  # the clusters
     shared = held * state
     if alone:
         shared = heights + _held_bytes(num_tokens, width)
-    layout = _layout(batch, num_tokens, width, _SCRATCH * width + shared, alone=alone)
+    layout = _layout(
+        batch, num_tokens, width, LINKAGE_SCRATCH * width + shared, alone=alone
+    )
     last = 0  # clusters that a block of several can hold alone
     if layout.blocks > 1:
         last = _most_held(room - held * heights, layout.threads, width)
@@ -120,22 +134,36 @@ def linkage_cuda(
     copies = 0 if held else layout.places * layout.blocks
     tree = _tree_bytes(num_tokens, width)
     trees = empty((layout.places, tree), np.uint8)
-    found = empty((layout.places, 4 * num_tokens * width), np.uint8)
+    found = empty((layout.places, 2 * num_tokens * FOUND_BYTES[width]), np.uint8)
     states = empty((copies, state), np.uint8) if copies else None
-    options = METHODS.index(method), int(alone), last, layout.blocks, state, tree
-    args = (cosines, mass, *masks, *counts, *options, trees, found, states)
-    _launch("linkage", kind, layout, args, out, rounds, _SCRATCH * width + shared)
+    options = LINKAGE_METHODS[method], int(alone), last, layout.blocks, state, tree
+    scratch = trees, found, states, _zeros(layout.places)
+    launch(
+        "linkage",
+        "linkage",
+        kind,
+        (cosines, mass, *masks, *counts, *options, *scratch, out, rounds),
+        blocks=layout.places * layout.blocks,
+        block=layout.threads,
+        shared=LINKAGE_SCRATCH * width + shared,
+        cooperative=layout.blocks > 1,
+    )
     return out, rounds
 
 
 def _height_bytes(num_tokens: int, width: int) -> int:
     """Return the bytes of the heights that each block keeps."""
-    return -(-num_tokens * width // 16) * 16
+    return _aligned(num_tokens * width)
 
 
 def _slot_bytes(num_slots: int, width: int) -> int:
     """Return the bytes of the clusters that each block keeps."""
-    return -(-num_slots * (5 * width + 22) // 16) * 16
+    return _aligned(num_slots * SLOT_BYTES[width])
+
+
+def _aligned(size: int) -> int:
+    """Return bytes of shared memory, in whole vectors."""
+    return -(-size // VECTOR_BYTES) * VECTOR_BYTES
 
 
 def _state_bytes(num_tokens: int, width: int) -> int:
@@ -145,7 +173,8 @@ def _state_bytes(num_tokens: int, width: int) -> int:
 
 def _held_bytes(num_slots: int, width: int) -> int:
     """Return the bytes of clusters, what is found for them, and their matrix."""
-    return _slot_bytes(num_slots, width) + num_slots * (4 + num_slots) * width
+    found = 2 * FOUND_BYTES[width]  # in this round and the next
+    return _slot_bytes(num_slots, width) + num_slots * (found + num_slots * width)
 
 
 def _most_held(room: int, threads: int, width: int) -> int:
@@ -156,7 +185,7 @@ def _most_held(room: int, threads: int, width: int) -> int:
 
 def _tree_bytes(num_tokens: int, width: int) -> int:
     """Return the bytes of what becomes a sequence's dendrogram."""
-    return num_tokens * (2 * width + 20) + num_tokens % 2 * 4
+    return num_tokens * TREE_BYTES[width] + num_tokens % 2 * 4
 
 
 def _single_linkage_cuda(
@@ -164,22 +193,32 @@ def _single_linkage_cuda(
 ) -> None:
     batch, num_tokens, _ = cosines.shape
     kind = cosines.dtype
-    ranks, components = 4 * WARP, 12 * num_tokens  # bytes
+    ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
     in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", kind)
     layout = _layout(batch, num_tokens, kind.itemsize, 0)
     state = (
-        empty((layout.places, 2 * num_tokens), np.uint64),
-        empty((layout.places, 3 * num_tokens), kind),
-        empty((layout.places, 8 * num_tokens), np.int32),
-        empty((layout.places, 4), np.int32),
+        empty((layout.places, SINGLE_WORDS * num_tokens), np.uint64),
+        empty((layout.places, SINGLE_REALS * num_tokens), kind),
+        empty((layout.places, SINGLE_INTEGERS * num_tokens), np.int32),
+        empty((layout.places, SINGLE_PROGRESS), np.int32),
+        _zeros(layout.places),
     )
-    args = (cosines, *masks, *counts, int(in_shared), layout.blocks, *state)
+    options = int(in_shared), layout.blocks
     scratch = ranks + components if in_shared else ranks
-    _launch("single_linkage", kind, layout, args, out, rounds, scratch)
+    launch(
+        "single_linkage",
+        "single_linkage",
+        kind,
+        (cosines, *masks, *counts, *options, *state, out, rounds),
+        blocks=layout.places * layout.blocks,
+        block=layout.threads,
+        shared=scratch,
+        cooperative=layout.blocks > 1,
+    )
 
 
 def _dynamic_shared_bytes(kernel: str, kind: Any) -> int:
-    return dynamic_shared_bytes(f"optimized/{kernel}", kernel, kind)
+    return dynamic_shared_bytes(kernel, kernel, kind)
 
 
 class _Layout(NamedTuple):
@@ -197,7 +236,7 @@ def _layout(
 
     A block takes `shared` bytes of shared memory, and one `alone` has a sequence.
     """
-    device, threads = current_device(), THREADS[width]
+    device, threads = current_device(), LINKAGE_THREADS[width]
     rows = threads // WARP  # a warp works at a row
     most = min(-(-num_tokens // rows), device.multiprocessors)
     if alone or batch >= device.multiprocessors or most == 1:
@@ -214,27 +253,11 @@ def _layout(
     return _Layout(places, blocks, threads)
 
 
-def _launch(
-    kernel: str,
-    kind: Any,
-    layout: _Layout,
-    args: tuple[Any, ...],
-    out: Any,
-    rounds: Any,
-    shared: int,
-) -> None:
-    arrived = empty((layout.places,), np.uint32)
+def _zeros(count: int) -> Any:
+    """Return counters of the blocks that have arrived at a barrier."""
+    arrived = empty((count,), np.uint32)
     arrived.fill(0)  # without a copy to wait for
-    launch(
-        f"optimized/{kernel}",
-        kernel,
-        kind,
-        layout.places * layout.blocks * layout.threads,
-        (*args, arrived, out, rounds),
-        block=layout.threads,
-        shared=shared,
-        cooperative=layout.blocks > 1,
-    )
+    return arrived
 
 
 def _linkage_basic_cuda(
@@ -243,7 +266,6 @@ def _linkage_basic_cuda(
     batch, num_tokens, _ = cosines.shape
     reals = [empty((batch, num_tokens), cosines.dtype) for _ in range(2)]
     integers = [empty((batch, num_tokens), np.int32) for _ in range(3)]
-    sizes = batch, num_tokens, METHODS.index(method)
+    sizes = batch, num_tokens, LINKAGE_METHODS[method]
     args = (cosines, mass, *masks, *sizes, *reals, *integers, out)
-    threads = batch * BLOCK
-    launch("basic/linkage", "linkage", cosines.dtype, threads, args)
+    launch("linkage", "linkage", cosines.dtype, args, threads=batch * BLOCK)

@@ -10,12 +10,12 @@ from ...arrays.dtypes import accumulation_dtype
 from ...arrays.shapes import rows_of
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...cuda.tiles import Shape, column_tiles, launch_tiles, row_tiles, select_shape
+from ...cuda.tiles import Tiling
 from ...settings import implementation
 from ..merging.unmerge_tokens import unmerge_tokens_cuda
 from ..saliency.token_norms import token_norms_cuda
 from ..selection.select_tokens import mark_top_cuda, selected_positions_cuda
-from .labels import Groups, launch_integers
+from .labels import Groups
 
 
 def nearest_groups(unit: NDArray[Any], anchors: NDArray[Any]) -> Groups:
@@ -42,21 +42,22 @@ def nearest_groups_cuda(
     anchors = contiguous(anchors, np.int32)
     num_groups = anchors.shape[-1]
     chosen = empty(tokens.shape[:-1], np.bool_)
-    args: tuple[Any, ...] = (anchors, mask, counts, batch, num_tokens, num_groups)
-    launch_integers("nearest", "mark_anchors", chosen.size, (*args, chosen))
+    args: tuple[Any, ...]
+    args = (anchors, mask, counts, batch, num_tokens, num_groups, chosen)
+    launch("nearest", "mark_anchors", np.float32, args, outputs=chosen.size)
     anchors = selected_positions_cuda(
         chosen, num_groups
     )  # by position, each of them once
     norms = token_norms_cuda(tokens, mask)
     open_norms = empty(anchors.shape, norms.dtype)
     args = (anchors, norms, protect, batch, num_tokens, num_groups, open_norms)
-    file = "basic/nearest"
-    launch(file, "open_anchors", norms.dtype, open_norms.size, args)
+    launch("nearest", "open_anchors", norms.dtype, args, outputs=open_norms.size)
     given = unmerge_tokens_cuda(tokens, anchors, None)  # the gather by position
     nearest, _ = nearest_anchors_cuda(tokens, given, None, mask, open_norms)
     out = empty(nearest.shape, np.int32)
-    args = (nearest, anchors, chosen, mask, protect, batch, num_tokens, num_groups)
-    launch_integers("nearest", "join_anchors", out.size, (*args, out))
+    sizes = batch, num_tokens, num_groups
+    args = (nearest, anchors, chosen, mask, protect, *sizes, out)
+    launch("nearest", "join_anchors", np.float32, args, outputs=out.size)
     return out
 
 
@@ -78,9 +79,8 @@ def nearest_anchors_cuda(
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), anchors.shape[-2]
     tokens, anchors = contiguous(tokens), contiguous(anchors)
-    kind, chosen = accumulation_dtype(tokens.dtype), implementation()
-    norms = None
-    if similarity or chosen == "basic":
+    kind, norms = accumulation_dtype(tokens.dtype), None
+    if similarity or implementation() == "basic":
         norms = token_norms_cuda(tokens)
     out = empty((*leading, num_tokens), np.int32)
     highest = empty(out.shape, kind) if similarity else None
@@ -88,19 +88,9 @@ def nearest_anchors_cuda(
         anchor_norms = token_norms_cuda(anchors)
     given = tokens, norms, contiguous(mask), anchors, anchor_norms, counts
     args = (*given, batch, num_tokens, dim, num_groups, out, highest)
-    kernel = "nearest_anchors"
-    if chosen == "basic":
-        launch("basic/nearest", kernel, tokens.dtype, out.size, args)
-        return out, highest
-
-    def blocks(shape: Shape) -> int:
-        return batch * row_tiles(shape, num_tokens)
-
-    def tiles(shape: Shape) -> int:
-        return column_tiles(shape, num_groups)
-
-    shape = select_shape(blocks, tokens.dtype, tiles)
-    launch_tiles("nearest", kernel, tokens.dtype, shape, blocks(shape), args)
+    kernel = "nearest", "nearest_anchors"
+    tiling = Tiling(batch, num_tokens, num_groups, whole_rows=True, wide=True)
+    launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out, highest
 
 
@@ -112,8 +102,7 @@ def top_norm_anchors_cuda(
     scores = empty(norms.shape, norms.dtype)
     masks = contiguous(mask), contiguous(protect)
     args = (norms, *masks, norms.size, scores)
-    kernel = "basic/nearest", "anchor_scores"
-    launch(*kernel, norms.dtype, norms.size, args)
+    launch("nearest", "anchor_scores", norms.dtype, args, outputs=norms.size)
     return selected_positions_cuda(
         mark_top_cuda(scores, counts, num_groups), num_groups
     )

@@ -7,10 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.dtypes import accumulation_dtype
-from ...cuda.constants import WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...settings import implementation
 
 
 def unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
@@ -26,7 +24,5 @@ def unit_tokens_cuda(tokens: Any, mask: Any) -> Any:
     tokens, num_rows = contiguous(tokens), math.prod(tokens.shape[:-1])
     out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
     args = (tokens, mask, num_rows, tokens.shape[-1], out)
-    chosen = implementation()
-    threads = num_rows * (1 if chosen == "basic" else WARP)
-    launch(f"{chosen}/unit_tokens", "unit_tokens", tokens.dtype, threads, args)
+    launch("unit_tokens", "unit_tokens", tokens.dtype, args, rows=num_rows)
     return out

@@ -10,10 +10,8 @@ from ...arrays.checks import check_mask, check_num_groups, check_tokens
 from ...arrays.conversion import Array, BoolArray, enter, on_callers_stream
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
-from ...cuda.constants import BLOCK
 from ...cuda.device import empty
 from ...cuda.launch import launch
-from ...settings import implementation
 from ..budget import held_mass
 from ..saliency.token_norms import token_norms_cuda
 from ..selection.select_tokens import top_tokens_cuda
@@ -83,8 +81,6 @@ def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
     selected = top_tokens_cuda(norms, counts)
     batch, num_tokens = math.prod(norms.shape[:-1]), norms.shape[-1]
     out = empty(norms.shape[:-1], norms.dtype)
-    chosen = implementation()
-    threads = batch * (1 if chosen == "basic" else BLOCK)
     args = (norms, selected, batch, num_tokens, out)
-    launch(f"{chosen}/norm_mass", "norm_mass", norms.dtype, threads, args)
+    launch("norm_mass", "norm_mass", norms.dtype, args, blocks=batch)
     return out

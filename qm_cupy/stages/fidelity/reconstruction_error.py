@@ -26,9 +26,8 @@ from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_two_axes
-from ...cuda.constants import BLOCK, WARP
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, device_counts, launch, vector_count
+from ...cuda.launch import contiguous, device_counts, launch
 from ...settings import implementation
 from ..clustering.nearest import nearest_anchors_cuda
 from ..clustering.unit_tokens import unit_tokens
@@ -175,11 +174,9 @@ def _reconstruction_error_cuda(
     errors, squares = _token_errors_cuda(*given)
     batch, num_tokens = errors.shape
     out = empty(tokens.shape[:-2], errors.dtype)
-    chosen = implementation()
-    threads = batch * (1 if chosen == "basic" else BLOCK)
     args = (errors, squares, batch, num_tokens, out)
-    kernel = f"{chosen}/reconstruction_error", "reconstruction_error"
-    launch(*kernel, errors.dtype, threads, args)
+    kernel = "reconstruction_error", "reconstruction_error"
+    launch(*kernel, errors.dtype, args, blocks=batch)
     return out
 
 
@@ -201,12 +198,10 @@ def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]
     batch, num_groups = math.prod(leading), merged.shape[-2]
     kind = accumulation_dtype(tokens.dtype)
     errors, squares = (empty((batch, num_tokens), kind) for _ in range(2))
-    chosen = implementation()
-    threads = errors.size * (1 if chosen == "basic" else WARP)
     sizes = batch, num_tokens, dim, num_groups
     args = (tokens, merged, labels, *sizes, errors, squares)
-    kernel = f"{chosen}/reconstruction_error", "token_errors"
-    launch(*kernel, tokens.dtype, threads, args)
+    kernel = "reconstruction_error", "token_errors"
+    launch(*kernel, tokens.dtype, args, rows=errors.size)
     return errors, squares
 
 
@@ -354,20 +349,17 @@ def _reconstruction_error_vjp_cuda(
     num_groups, dim = merged.shape[-2:]
     relative, scales = (empty((batch,), kind) for _ in range(2))
     by_tokens, by_merged = (empty(x.shape, x.dtype) for x in (tokens, merged))
-    basic = implementation() == "basic"
-    file = f"{implementation()}/reconstruction_error_vjp"
+    page = "reconstruction_error_vjp"
     slopes = contiguous(gradient, kind)
     args: tuple[Any, ...]
     args = (errors, squares, slopes, batch, num_tokens, bound, relative, scales)
-    threads = batch * (1 if basic else BLOCK)
-    launch(file, "error_scales", kind, threads, args)
+    launch(page, "error_scales", kind, args, blocks=batch)
 
     sizes = batch, num_tokens, dim, num_groups
     args = (*given, relative, scales, *sizes, by_tokens)
-    threads = by_tokens.size if basic else errors.size * WARP
-    launch(file, "reconstruction_error_vjp", tokens.dtype, threads, args)
+    launch(page, page, tokens.dtype, args, outputs=by_tokens.size, rows=errors.size)
+    basic = implementation() == "basic"
     members = (labels,) if basic else members_cuda(labels, num_groups)
     args = (tokens, merged, *members, scales, *sizes, by_merged)
-    threads = by_merged.size if basic else vector_count(by_merged)
-    launch(file, "merged_error_vjp", tokens.dtype, threads, args)
+    launch(page, "merged_error_vjp", tokens.dtype, args, vectors=by_merged)
     return by_tokens, by_merged

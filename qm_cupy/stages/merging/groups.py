@@ -16,10 +16,9 @@ from ...arrays.conversion import IntArray, enter
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import groups_of_tokens
-from ...cuda.constants import BLOCK, SORT_THREADS, WARP
+from ...cuda.constants import SORT_THREADS, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
-from ...settings import implementation
 
 
 @operation(
@@ -128,9 +127,7 @@ def _groups_cuda(kernel: str, labels: Any, num_groups: int) -> Any:
     batch = math.prod(leading)
     out = empty((*leading, num_groups), np.int32)
     args = (contiguous(labels, np.int32), batch, num_tokens, num_groups, out)
-    chosen = implementation()
-    threads = out.size if chosen == "basic" else batch * BLOCK
-    launch(f"{chosen}/groups", kernel, np.float32, threads, args)
+    launch("groups", kernel, np.float32, args, outputs=out.size, blocks=batch)
     return out
 
 
@@ -161,7 +158,7 @@ def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
     batch = math.prod(labels.shape[:-1])
     ends = empty((batch, num_groups), np.int32)
     members = empty((batch, num_tokens), np.int32)
-    kernel = "optimized/groups", "sort_members", np.float32
+    kernel = "groups", "sort_members", np.float32
     room = dynamic_shared_bytes(*kernel)
     runs, shared = _sort_layout(num_tokens, num_groups, room)
     counts = None
@@ -171,7 +168,7 @@ def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
     warps = max(runs, -(-num_groups // WARP))
     block = min(WARP * warps, SORT_THREADS)
     args = (labels, batch, num_tokens, num_groups, runs, counts, ends, members)
-    launch(*kernel, batch * block, args, block=block, shared=shared)
+    launch(*kernel, args, blocks=batch, block=block, shared=shared)
     return ends, members
 
 

@@ -27,9 +27,8 @@ from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
-from ...cuda.constants import WARP
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, launch, vector_count
+from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .groups import flat_groups, members_cuda
 
@@ -175,11 +174,9 @@ def merge_tokens_cuda(
     args: tuple[Any, ...]
     if implementation() == "basic":
         args = (tokens, mass, labels, *sizes, out)
-        launch("basic/merge_tokens", "merge_tokens", tokens.dtype, out.size, args)
-        return out
-    args = (tokens, mass, *members_cuda(labels, num_groups), *sizes, out)
-    kernel = "optimized/merge_tokens", "merge_tokens"
-    launch(*kernel, tokens.dtype, vector_count(out), args)
+    else:
+        args = (tokens, mass, *members_cuda(labels, num_groups), *sizes, out)
+    launch("merge_tokens", "merge_tokens", tokens.dtype, args, vectors=out)
     return out
 
 
@@ -323,18 +320,18 @@ def _merge_vjp_basic(
     out: Any,
 ) -> None:
     batch, num_tokens, _, num_groups = sizes
-    file, few = "basic/merge_tokens_vjp", (batch, num_tokens, num_groups)
+    page, few = "merge_tokens_vjp", (batch, num_tokens, num_groups)
     args: tuple[Any, ...] = (mass, labels, *few, shares)
-    launch(file, "member_shares", tokens.dtype, shares.size, args)
+    launch(page, "member_shares", tokens.dtype, args, outputs=shares.size)
     args = (gradient, labels, shares, *sizes, out)
-    launch(file, "merge_tokens_vjp", tokens.dtype, out.size, args)
+    launch(page, page, tokens.dtype, args, outputs=out.size)
     if slope is None:
         return
     products = empty(slope.shape, slope.dtype)
     args = (gradient, tokens, labels, *sizes, products)
-    launch(file, "member_products", tokens.dtype, products.size, args)
+    launch(page, "member_products", tokens.dtype, args, outputs=products.size)
     args = (mass, labels, shares, products, *few, slope)
-    launch(file, "merge_mass_vjp", tokens.dtype, slope.size, args)
+    launch(page, "merge_mass_vjp", tokens.dtype, args, outputs=slope.size)
 
 
 def _merge_vjp_optimized(
@@ -348,14 +345,13 @@ def _merge_vjp_optimized(
     out: Any,
 ) -> None:
     batch, num_tokens, _, num_groups = sizes
-    file, few = "optimized/merge_tokens_vjp", (batch, num_tokens, num_groups)
-    groups, lists = batch * num_groups * WARP, members_cuda(labels, num_groups)
+    page, few = "merge_tokens_vjp", (batch, num_tokens, num_groups)
+    groups, lists = batch * num_groups, members_cuda(labels, num_groups)
     args: tuple[Any, ...] = (mass, *lists, *few, shares)
-    launch(file, "member_shares", tokens.dtype, groups, args)
+    launch(page, "member_shares", tokens.dtype, args, rows=groups)
     args = (gradient, tokens, labels, shares, *sizes, slope, out)
-    threads = shares.size * WARP
-    launch(file, "merge_tokens_vjp", tokens.dtype, threads, args)
+    launch(page, page, tokens.dtype, args, rows=shares.size)
     if slope is None:
         return
     args = (mass, *lists, shares, *few, slope)
-    launch(file, "merge_mass_vjp", tokens.dtype, groups, args)
+    launch(page, "merge_mass_vjp", tokens.dtype, args, rows=groups)

@@ -19,7 +19,7 @@ from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, launch, vector_count
+from ...cuda.launch import contiguous, launch
 from ...settings import check_finite, implementation
 from .groups import flat_groups, members_cuda
 
@@ -101,9 +101,7 @@ def unmerge_tokens_cuda(merged: Any, labels: Any, out: Any) -> Any:
         out = empty((*leading, num_tokens, dim), merged.dtype)
     arrays = contiguous(merged), contiguous(labels, np.int32)
     args = (*arrays, batch, num_tokens, dim, num_groups, out)
-    chosen = implementation()
-    threads = out.size if chosen == "basic" else vector_count(out)
-    launch(f"{chosen}/unmerge_tokens", "unmerge_tokens", merged.dtype, threads, args)
+    launch("unmerge_tokens", "unmerge_tokens", merged.dtype, args, vectors=out)
     return out
 
 
@@ -186,11 +184,9 @@ def _unmerge_tokens_vjp_cuda(gradient: Any, labels: Any, num_groups: int) -> Any
     out = empty((*leading, num_groups, dim), gradient.dtype)
     gradient, labels = contiguous(gradient), contiguous(labels, np.int32)
     sizes = math.prod(leading), num_tokens, dim, num_groups
-    chosen = implementation()
-    basic = chosen == "basic"
+    basic = implementation() == "basic"
     groups = (labels,) if basic else members_cuda(labels, num_groups)
     args = (gradient, *groups, *sizes, out)
-    threads = out.size if basic else vector_count(out)
-    kernel = f"{chosen}/unmerge_tokens_vjp", "unmerge_tokens_vjp"
-    launch(*kernel, gradient.dtype, threads, args)
+    kernel = "unmerge_tokens_vjp", "unmerge_tokens_vjp"
+    launch(*kernel, gradient.dtype, args, vectors=out)
     return out

@@ -13,15 +13,12 @@ from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask, layer_axes
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
-from ...cuda.constants import WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...settings import implementation
 from .online_softmax import BLOCK_ROWS
 from .score_gradients import (
     as_computed,
     check_entropy_gradient,
-    launch_vjp,
     masked_gradient,
 )
 
@@ -114,15 +111,8 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     arrays = contiguous(attention), contiguous(mask)
     _, batch, heads = layer_axes(leading)
     args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
-    chosen = implementation()
-    threads = out.size * (1 if chosen == "basic" else WARP)
-    launch(
-        f"{chosen}/attention_entropy",
-        "attention_entropy",
-        attention.dtype,
-        threads,
-        args,
-    )
+    kernel = "attention_entropy", "attention_entropy"
+    launch(*kernel, attention.dtype, args, rows=out.size)
     return out
 
 
@@ -218,9 +208,6 @@ def _attention_entropy_vjp_cuda(gradient: Any, attention: Any, mask: Any) -> Any
     arrays = map(contiguous, (attention, mask))
     sizes = outer, batch, heads, num_tokens
     args = (as_computed(gradient, attention), *arrays, *sizes, out)
-    rows = outer * num_tokens
-    threads = rows * (1 if implementation() == "basic" else WARP)
-    launch_vjp(
-        "attention_entropy_vjp", "attention_entropy_vjp", attention, threads, args
-    )
+    kernel = "attention_entropy_vjp", "attention_entropy_vjp"
+    launch(*kernel, attention.dtype, args, rows=outer * num_tokens)
     return out

@@ -152,5 +152,6 @@ def _norm_saliency_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> Any:
     out = empty(tokens.shape, tokens.dtype)
     tokens = contiguous(tokens)
     args = (slopes, tokens, norms, norms.size, tokens.shape[-1], out)
-    launch("basic/norm_saliency_vjp", "token_norms_vjp", out.dtype, out.size, args)
+    kernel = "norm_saliency_vjp", "token_norms_vjp"
+    launch(*kernel, out.dtype, args, outputs=out.size)
     return out

@@ -13,15 +13,14 @@ from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask, layer_axes
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
+from ...cuda.constants import KEYS, QUERIES
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import (
     HALF,
     WHOLE,
-    Shape,
+    Tiling,
     kept_bytes,
-    launch_tiles,
-    row_tiles,
     select_shape,
 )
 from ...settings import implementation
@@ -33,8 +32,6 @@ from .online_softmax import (
     softmax_state,
 )
 from .score_gradients import (
-    KEYS,
-    QUERIES,
     check_entropy_gradient,
     score_vjp,
     scores_cuda,
@@ -155,20 +152,15 @@ def _query_key_entropy_cuda(
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     sizes = outer, batch, heads, num_tokens, head_dim
     args = (*arrays, *sizes, int(causal), scale, out)
-    kernel = "query_key_entropy"
-    if implementation() == "basic":
-        launch(f"basic/{kernel}", kernel, query.dtype, out.size, args)
-        return out
-
-    def blocks(shape: Shape) -> int:
-        return outer * row_tiles(shape, num_tokens)
-
+    tiling = Tiling(outer, num_tokens, num_tokens, whole_rows=True)
     # Rows that do not fit come step by step, which leaves no registers for more rows.
     shape = HALF._replace(suffix="")
-    kept = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
-    if kept and select_shape(blocks) is WHOLE:
-        shape = WHOLE._replace(suffix="_kept", shared=kept)
-    launch_tiles(kernel, kernel, query.dtype, shape, blocks(shape), args)
+    if implementation() == "optimized":
+        kept = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
+        if kept and select_shape(tiling, query.dtype) is WHOLE:
+            shape = WHOLE._replace(suffix="_kept", shared=kept)
+    kernel = "query_key_entropy", "query_key_entropy"
+    launch(*kernel, query.dtype, args, outputs=out.size, tiles=tiling, shape=shape)
     return out
 
 

@@ -11,12 +11,12 @@ from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import layer_axes, saliency_shape
 from ...autodiff.dispatch import operation
-from ...cuda.constants import BLOCK, THREAD_TOKENS
+from ...cuda.constants import BLOCK, EXTREMES, THREAD_TOKENS
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .min_max import scale_min_max, scale_min_max_vjp
-from .score_gradients import as_computed, launch_vjp, masked_gradient
+from .score_gradients import as_computed, masked_gradient
 
 Salient = Literal["low", "high"]  # which entropy is salient
 
@@ -110,10 +110,10 @@ def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
         return out
     lowest, highest = (empty((layers, batch), kind) for _ in range(2))
     args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest)
-    file, dtype = "basic/saliency", entropy.dtype
-    launch(file, "entropy_range", dtype, lowest.size, args)
+    page, dtype = "saliency", entropy.dtype
+    launch(page, "entropy_range", dtype, args, outputs=lowest.size)
     args = (entropy, mask, lowest, highest, *sizes, high, out)
-    launch(file, "saliency", dtype, out.size, args)
+    launch(page, "saliency", dtype, args, outputs=out.size)
     return out
 
 
@@ -121,17 +121,16 @@ def _saliency_optimized(
     entropy: Any, mask: Any, sizes: tuple[int, int, int, int], high: int, out: Any
 ) -> None:
     layers, batch, heads, num_tokens = sizes
-    file, kind = "optimized/saliency", out.dtype
+    page, kind = "saliency", out.dtype
     parts = -(-num_tokens // (THREAD_TOKENS * BLOCK))
     lowest, highest = (empty((layers, batch, parts), kind) for _ in range(2))
     # The heads are read once: the second kernel takes their means.
     means = empty((layers, batch, num_tokens), kind) if heads > 1 else None
     args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest, means)
-    threads = lowest.size * BLOCK
-    launch(file, "entropy_range", entropy.dtype, threads, args)
+    launch(page, "entropy_range", entropy.dtype, args, blocks=lowest.size)
     means = entropy if means is None else means
     args = (means, mask, lowest, highest, layers, batch, num_tokens, high, out)
-    launch(file, "saliency", means.dtype, batch * parts * BLOCK, args)
+    launch(page, "saliency", means.dtype, args, blocks=batch * parts)
 
 
 @on_callers_stream
@@ -225,13 +224,12 @@ def saliency_vjp_cuda(gradient: Any, entropy: Any, salient: str, mask: Any) -> A
     layers, batch, heads = layer_axes(leading)
     gradient = as_computed(gradient, entropy)
     entropy, mask = contiguous(entropy), contiguous(mask)
-    extremes = empty((layers, batch, 4), gradient.dtype)
+    extremes = empty((layers, batch, EXTREMES), gradient.dtype)
     out = empty(entropy.shape, entropy.dtype)
     sizes = layers, batch, heads, num_tokens
-    rows = layers * batch
-    threads = rows * (1 if implementation() == "basic" else BLOCK)
     args: tuple[Any, ...] = (gradient, entropy, mask, *sizes, extremes)
-    launch_vjp("saliency_vjp", "entropy_extremes", entropy, threads, args)
+    kernel = "saliency_vjp", "entropy_extremes"
+    launch(*kernel, entropy.dtype, args, blocks=layers * batch)
     args = (gradient, entropy, mask, extremes, *sizes, int(salient == "high"), out)
-    launch("basic/saliency_vjp", "saliency_vjp", entropy.dtype, out.size, args)
+    launch("saliency_vjp", "saliency_vjp", entropy.dtype, args, outputs=out.size)
     return out

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...arrays.checks import check_gradient
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.shapes import layer_axes
-from ...cuda.constants import BLOCK, TILE
+from ...cuda.constants import SQUARE, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
@@ -65,7 +65,6 @@ def score_vjp(
 # product with the tokens has a block for each multiprocessor. No call holds more for
 # more heads, but one tile of 128 rows at least: memory is linear in N.
 _BAND_BYTES = 128 << 20
-QUERIES, KEYS = 1, 2  # what the rows of a band are
 
 
 class Scores(NamedTuple):
@@ -87,19 +86,19 @@ def scores_cuda(
     *leading, num_tokens, dim = query.shape
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     kind, mask = accumulation_dtype(query.dtype), contiguous(mask)
-    weights = empty((outer, num_tokens, 3), kind)
+    weights = empty((outer, num_tokens, STATE_VALUES), kind)
     arrays = as_computed(gradient, query), query, key, mask
     sizes = outer, batch, heads, num_tokens, dim
-    args = (*arrays, *sizes, int(causal), scale, weights)
+    args: tuple[Any, ...] = (*arrays, *sizes, int(causal), scale, weights)
     if implementation() == "basic":
         units = None
-        launch_vjp(_FILE, "score_weights", query, outer * num_tokens, args)
+        launch(_PAGE, "score_weights", query.dtype, args, outputs=outer * num_tokens)
     else:
         units = empty((outer,), kind)
-        threads = outer * _tiles(num_tokens) * BLOCK
-        launch_vjp(_FILE, "score_weights", query, threads, args)
-        each = outer * BLOCK
-        launch_vjp(_FILE, "weight_units", query, each, (num_tokens, weights, units))
+        blocks = outer * _tiles(num_tokens)
+        launch(_PAGE, "score_weights", query.dtype, args, blocks=blocks)
+        args = (num_tokens, weights, units)
+        launch(_PAGE, "weight_units", query.dtype, args, blocks=outer)
     return Scores(weights, units, mask, outer, batch, heads, int(causal), scale)
 
 
@@ -121,17 +120,14 @@ def token_gradients_cuda(scores: Scores, own: Any, other: Any, sides: int) -> An
         arrays = own, other, scores.weights, scores.mask
         options = scores.causal, scores.scale, sides
         args: tuple[Any, ...] = (*arrays, *part, *masked, *options, band)
-        threads = rows * columns if basic else part[1] * tiles * BLOCK
-        launch_vjp(_FILE, "score_gradients", own, threads, args)
+        kernel, blocks = (_PAGE, "score_gradients"), part[1] * tiles
+        launch(*kernel, own.dtype, args, outputs=rows * columns, blocks=blocks)
         if basic:
-            args = (band, factor, scores.mask, *part, *masked)
-            launch_vjp(
-                _FILE, "token_gradients", own, rows * dim, (*args, scores.scale, out)
-            )
+            args = (band, factor, scores.mask, *part, *masked, scores.scale, out)
         else:
             args = (band, factor, scores.units, *part, num_tokens, dim, *options, out)
-            threads = part[1] * _tiles(dim) * BLOCK
-            launch_vjp(_FILE, "token_gradients", own, threads, args)
+        kernel, blocks = (_PAGE, "token_gradients"), part[1] * _tiles(dim)
+        launch(*kernel, own.dtype, args, outputs=rows * dim, blocks=blocks)
     return out
 
 
@@ -141,19 +137,13 @@ def _transposed(tokens: Any, scores: Scores) -> Any:
     columns = _tiles(num_tokens) * TILE
     out = empty((scores.outer, dim, columns), tokens.dtype)
     sizes = scores.outer, scores.batch, scores.heads, num_tokens, dim
-    squares = scores.outer * (columns // 32) * -(-dim // 32)
+    squares = scores.outer * (columns // SQUARE) * -(-dim // SQUARE)
     args = (tokens, scores.mask, *sizes, out)
-    launch_vjp(_FILE, "transpose_tokens", tokens, squares * BLOCK, args)
+    launch(_PAGE, "transpose_tokens", tokens.dtype, args, blocks=squares)
     return out
 
 
-_FILE = "score_gradients"  # of the kernels that go through scores again
-
-
-def launch_vjp(
-    file: str, kernel: str, like: Any, threads: int, args: tuple[Any, ...]
-) -> None:
-    launch(f"{implementation()}/{file}", kernel, like.dtype, threads, args)
+_PAGE = "score_gradients"  # of the kernels that go through scores again
 
 
 def as_computed(gradient: Any, like: Any) -> Any:

@@ -13,10 +13,10 @@ from ...arrays.libraries import is_cuda
 from ...arrays.shapes import each_sequence, expand_mask
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
-from ...cuda.constants import TILE
+from ...cuda.constants import KEYS, QUERIES, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...cuda.tiles import HALF, Shape, launch_tiles, select_shape, upper_tiles
+from ...cuda.tiles import HALF, Tiling, select_shape
 from ...settings import implementation
 from .online_softmax import (
     BLOCK_ROWS,
@@ -28,8 +28,6 @@ from .online_softmax import (
     softmax_state,
 )
 from .score_gradients import (
-    KEYS,
-    QUERIES,
     check_entropy_gradient,
     score_vjp,
     scores_cuda,
@@ -130,26 +128,22 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     batch, kind = math.prod(leading), accumulation_dtype(tokens.dtype)
     out = empty((*leading, num_tokens), kind)
     tokens, mask = contiguous(tokens), contiguous(mask)
-    sizes = batch, num_tokens, dim
+    sizes, page = (batch, num_tokens, dim), "self_attention_entropy"
+    args: tuple[Any, ...]
     if implementation() == "basic":
         args = (tokens, mask, *sizes, out)
-        file, kernel = "basic/self_attention_entropy", "self_attention_entropy"
-        launch(file, kernel, tokens.dtype, out.size, args)
+        launch(page, page, tokens.dtype, args, outputs=out.size)
         return out
-
-    def blocks(shape: Shape) -> int:
-        return batch * upper_tiles(shape, num_tokens)
-
-    shape = select_shape(blocks, tokens.dtype)
+    tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
+    shape = select_shape(tiling, tokens.dtype)
     halves = 2 if shape is HALF else 1
     slots = -(-num_tokens // TILE) * halves
-    states = empty((batch, slots, num_tokens, 3), kind)
-    args, kernel = (tokens, mask, *sizes, states), "self_attention_states"
-    file = "self_attention_entropy"
-    launch_tiles(file, kernel, tokens.dtype, shape, blocks(shape), args)
+    states = empty((batch, slots, num_tokens, STATE_VALUES), kind)
+    args = (tokens, mask, *sizes, states)
+    kernel = page, "self_attention_states"
+    launch(*kernel, tokens.dtype, args, tiles=tiling, shape=shape)
     args = (states, mask, batch, num_tokens, halves, out)
-    file, kernel = "optimized/self_attention_entropy", "self_attention_entropy"
-    launch(file, kernel, tokens.dtype, out.size, args)
+    launch(page, page, tokens.dtype, args, outputs=out.size)
     return out
 
 

@@ -6,10 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.dtypes import accumulation_dtype
-from ...cuda.constants import WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...settings import implementation
 
 
 def relative_norms(
@@ -31,7 +29,5 @@ def token_norms_cuda(tokens: Any, mask: Any = None) -> Any:
     out = empty(tokens.shape[:-1], accumulation_dtype(tokens.dtype))
     arrays = contiguous(tokens), contiguous(mask)
     args = (*arrays, out.size, tokens.shape[-1], out)
-    chosen = implementation()
-    threads = out.size * (1 if chosen == "basic" else WARP)
-    launch(f"{chosen}/token_norms", "token_norms", tokens.dtype, threads, args)
+    launch("token_norms", "token_norms", tokens.dtype, args, rows=out.size)
     return out

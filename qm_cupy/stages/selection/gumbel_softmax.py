@@ -19,13 +19,12 @@ from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import like_first
-from ...cuda.constants import BLOCK
+from ...cuda.constants import BLOCK, SELECTION_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, launch
+from ...cuda.launch import block_size, contiguous, launch
 from ...settings import implementation
 from .gumbel_noise import check_noise, noise_arguments
 from .perturbed_scores import (
-    launch_sequences,
     perturbed_scores_cuda,
     perturbed_scores_reference,
 )
@@ -179,9 +178,10 @@ def _gumbel_softmax_cuda(
     highest, total = (empty((batch,), scores.dtype) for _ in range(2))
     out = empty(scores.shape, scores.dtype)
     args: tuple[Any, ...] = (scores, batch, num_tokens, temperature, highest, total)
-    launch("basic/gumbel_softmax", "softmax_totals", scores.dtype, batch, args)
+    page = "gumbel_softmax"
+    launch(page, "softmax_totals", scores.dtype, args, outputs=batch)
     args = (scores, highest, total, batch, num_tokens, temperature, out)
-    launch("basic/gumbel_softmax", "gumbel_softmax", scores.dtype, out.size, args)
+    launch(page, page, scores.dtype, args, outputs=out.size)
     return out
 
 
@@ -200,9 +200,9 @@ def softmax_mass_cuda(
     arrays = contiguous(saliency), contiguous(mask)
     options = temperature, *noise_arguments(noise), epsilon or 0.0
     args = (*arrays, batch, num_tokens, *options, out, mass)
-    launch_sequences(
-        "gumbel_softmax", "gumbel_softmax", saliency.dtype, batch, num_tokens, args
-    )
+    kernel = "gumbel_softmax", "gumbel_softmax"
+    block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
+    launch(*kernel, saliency.dtype, args, blocks=batch, block=block)
     return out, mass
 
 
@@ -301,9 +301,7 @@ def _gumbel_softmax_vjp_cuda(
     p = _gumbel_softmax_cuda(saliency, temperature, noise, None, mask)
     batch, num_tokens = rows_of(saliency)
     out = empty(saliency.shape, saliency.dtype)
-    chosen = implementation()
-    threads = out.size if chosen == "basic" else batch * BLOCK
     args = (contiguous(gradient, p.dtype), p, batch, num_tokens, temperature, out)
-    kernel = f"{chosen}/gumbel_softmax_vjp", "gumbel_softmax_vjp"
-    launch(*kernel, saliency.dtype, threads, args)
+    kernel = "gumbel_softmax_vjp", "gumbel_softmax_vjp"
+    launch(*kernel, saliency.dtype, args, outputs=out.size, blocks=batch)
     return out

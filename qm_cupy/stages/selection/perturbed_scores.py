@@ -9,8 +9,7 @@ from ...arrays.dtypes import accumulation_dtype
 from ...arrays.shapes import rows_of
 from ...cuda.constants import BLOCK, SELECTION_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, launch
-from ...settings import implementation
+from ...cuda.launch import block_size, contiguous, launch
 from .gumbel_noise import gumbel_noise_reference, noise_arguments
 
 
@@ -40,24 +39,15 @@ def perturbed_scores_cuda(
     out = empty(saliency.shape, accumulation_dtype(saliency.dtype))
     arrays = contiguous(saliency), contiguous(mask)
     args = (*arrays, batch, num_tokens, *noise_arguments(noise), out)
-    file, kernel = "gumbel_softmax", "perturbed_scores"
     counting = mask is not None and noise[0] is not None  # draw n is the n-th token's
-    if counting and implementation() == "optimized":
-        launch_sequences(file, kernel, saliency.dtype, batch, num_tokens, args)
-    else:
-        launch(f"basic/{file}", kernel, saliency.dtype, out.size, args)
+    launch(
+        "gumbel_softmax",
+        "perturbed_scores",
+        saliency.dtype,
+        args,
+        outputs=out.size,
+        blocks=batch,
+        block=block_size(num_tokens, SELECTION_THREADS, BLOCK),
+        kernels=None if counting else "basic",
+    )
     return out
-
-
-def launch_sequences(
-    file: str,
-    kernel: str,
-    dtype: Any,
-    batch: int,
-    num_tokens: int,
-    args: tuple[Any, ...],
-) -> None:
-    """Run an optimized kernel with a block for each sequence, larger for a long one."""
-    wanted = -(-num_tokens // BLOCK) * BLOCK
-    block = min(wanted, SELECTION_THREADS)
-    launch(f"optimized/{file}", kernel, dtype, batch * block, args, block=block)

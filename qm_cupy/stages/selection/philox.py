@@ -3,11 +3,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...cuda.constants import NOISE_BITS
+
 _ROUNDS = 10
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85  # golden ratio and sqrt(3) - 1, the key's steps
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+_UNUSED = np.uint64(32 - NOISE_BITS)
 
 
 def philox4x32(
@@ -27,4 +30,4 @@ def philox4x32(
 
 def uniform(words: NDArray[Any]) -> NDArray[np.float64]:
     """Return (k + ½)·2⁻²³ for the top 23 bits k: never 0, never 1, exact in float32."""
-    return ((words >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+    return ((words >> _UNUSED).astype(np.float64) + 0.5) * 2.0**-NOISE_BITS

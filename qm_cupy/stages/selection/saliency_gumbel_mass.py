@@ -4,13 +4,12 @@ from typing import Any
 
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.shapes import layer_axes
-from ...cuda.constants import SELECTION_THREADS, THREAD_TOKENS
+from ...cuda.constants import BLOCK, SELECTION_THREADS, THREAD_TOKENS
 from ...cuda.device import empty
-from ...cuda.launch import contiguous
+from ...cuda.launch import block_size, contiguous, launch
 from ..saliency.saliency import saliency_cuda
 from .gumbel_noise import noise_arguments
 from .gumbel_softmax import softmax_mass_cuda
-from .perturbed_scores import launch_sequences
 
 _ENTROPIES_OF_A_BLOCK = 1 << 15  # see _one_launch
 
@@ -35,9 +34,9 @@ def saliency_gumbel_mass_cuda(
     sizes = layers, batch, heads, num_tokens
     options = int(salient == "high"), temperature, *noise_arguments(noise), epsilon
     args = (*arrays, *sizes, *options, *outs)
-    launch_sequences(
-        "gumbel_softmax", "saliency_gumbel_mass", entropy.dtype, batch, num_tokens, args
-    )
+    kernel = "gumbel_softmax", "saliency_gumbel_mass"
+    block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
+    launch(*kernel, entropy.dtype, args, blocks=batch, block=block)
     return outs[0], outs[1], outs[2]
 
 

@@ -96,7 +96,7 @@ def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> An
     out = empty(saliency.shape, dtype)
     arrays = contiguous(saliency, dtype), contiguous(probabilities, dtype)
     args = (*arrays, out.size, epsilon, out)
-    launch("basic/saliency_mass", "saliency_mass", dtype, out.size, args)
+    launch("saliency_mass", "saliency_mass", dtype, args, outputs=out.size)
     return out
 
 
@@ -179,8 +179,8 @@ def _saliency_mass_vjp_cuda(
     arrays = (contiguous(x, dtype) for x in given)
     outs = [empty(saliency.shape, dtype) for _ in range(2)]
     args = (*arrays, saliency.size, epsilon, *outs)
-    kernel = "basic/saliency_mass_vjp", "saliency_mass_vjp"
-    launch(*kernel, dtype, saliency.size, args)
+    kernel = "saliency_mass_vjp", "saliency_mass_vjp"
+    launch(*kernel, dtype, args, outputs=saliency.size)
     by_saliency, by_probability = outs
     return (
         by_saliency.astype(saliency.dtype, copy=False),

@@ -16,12 +16,10 @@ from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import groups_of_tokens
-from ...cuda.constants import SELECTION_THREADS
+from ...cuda.constants import BLOCK, SELECTION_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import device_counts, launch
-from ...settings import implementation
-from ..clustering.labels import launch_groups
-from .perturbed_scores import launch_sequences, perturbed_scores_cuda
+from ...cuda.launch import block_size, device_counts, launch
+from .perturbed_scores import perturbed_scores_cuda
 
 
 @operation(
@@ -101,12 +99,9 @@ def _select_tokens_cuda(
     batch, num_tokens = rows_of(scores)
     out = empty((*scores.shape[:-1], most), np.int32)
     args = (chosen, batch, num_tokens, most, out)
-    if implementation() == "optimized":
-        launch_sequences(
-            "select_tokens", "select_tokens", np.float32, batch, num_tokens, args
-        )
-    else:
-        launch("basic/select_tokens", "select_tokens", np.float32, out.size, args)
+    kernel = "select_tokens", "select_tokens"
+    block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
+    launch(*kernel, np.float32, args, outputs=out.size, blocks=batch, block=block)
     return out
 
 
@@ -127,35 +122,31 @@ def top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
     """Mark the K highest of scores whose padding is below all others."""
     out = empty(scores.shape, np.bool_)
     each, most = device_counts(counts)
-    args = (scores, each, *rows_of(scores), most, out)
-    if implementation() == "optimized":
-        launch_sequences(
-            "select_tokens", "top_tokens", scores.dtype, *rows_of(scores), args
-        )
-    else:
-        launch("basic/select_tokens", "top_tokens", scores.dtype, out.size, args)
+    batch, num_tokens = rows_of(scores)
+    args = (scores, each, batch, num_tokens, most, out)
+    kernel = "select_tokens", "top_tokens"
+    block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
+    launch(*kernel, scores.dtype, args, outputs=out.size, blocks=batch, block=block)
     return out
 
 
 def mark_top_cuda(scores: Any, counts: Any, num_groups: int) -> Any:
     """Mark the K highest of scores whose padding is -inf."""
     out = empty(scores.shape, np.bool_)
-    args = (scores, counts, *rows_of(scores), num_groups, out)
-    if implementation() == "basic":
-        launch("basic/select_tokens", "top_tokens", scores.dtype, out.size, args)
-    else:
-        kernel, most = ("select_tokens", "top_tokens"), SELECTION_THREADS
-        launch_groups(*kernel, scores.dtype, args, scores, most)
+    batch, num_tokens = rows_of(scores)
+    args = (scores, counts, batch, num_tokens, num_groups, out)
+    kernel = "select_tokens", "top_tokens"
+    block = block_size(num_tokens, SELECTION_THREADS)
+    launch(*kernel, scores.dtype, args, outputs=out.size, blocks=batch, block=block)
     return out
 
 
 def selected_positions_cuda(chosen: Any, num_groups: int) -> Any:
     """Return the positions (B, K) of what is chosen, ascending, then -1."""
     out = empty((*chosen.shape[:-1], num_groups), np.int32)
-    args = (chosen, *rows_of(chosen), num_groups, out)
-    if implementation() == "basic":
-        launch("basic/select_tokens", "select_tokens", np.float32, out.size, args)
-    else:
-        kernel, most = ("select_tokens", "select_tokens"), SELECTION_THREADS
-        launch_groups(*kernel, np.float32, args, chosen, most)
+    batch, num_tokens = rows_of(chosen)
+    args = (chosen, batch, num_tokens, num_groups, out)
+    kernel = "select_tokens", "select_tokens"
+    block = block_size(num_tokens, SELECTION_THREADS)
+    launch(*kernel, np.float32, args, outputs=out.size, blocks=batch, block=block)
     return out
