@@ -54,7 +54,7 @@ class TestDecode:
 
     def test_nothing_is_drawn_on_a_terminal(self, rng, monkeypatch, capsys):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-        monkeypatch.setattr("qm_cupy._progress._PATIENCE", 0)  # seconds before a bar
+        monkeypatch.setattr("qm_cupy.cli.progress.PATIENCE", 0)  # seconds before a bar
         qm.decode(rng.standard_normal((3, 4)), qm.MLPPrior.init(4))
         assert capsys.readouterr() == ("", "")
 
