@@ -41,7 +41,16 @@ def whatever_shape(kernel):
 
 
 def valid_of(mask, shape):
-    return np.ones(shape, np.bool_) if mask is None else np.broadcast_to(mask, shape)
+    """Return the tokens of (..., N) by a mask (B, N); B is the second axis of four."""
+    if mask is None:
+        return np.ones(shape, np.bool_)
+    return np.broadcast_to(mask[:, None] if len(shape) == 4 else mask, shape)
+
+
+def allowed_of(valid, causal=False):
+    """Return which tokens each token attends to, (..., N, N)."""
+    allowed = valid[..., None, :] & valid[..., :, None]
+    return np.tril(allowed) if causal else allowed
 
 
 def labels_of(batch, num_tokens, num_groups, seed=3):
@@ -50,40 +59,3 @@ def labels_of(batch, num_tokens, num_groups, seed=3):
     labels = rng.integers(0, max(num_groups - 1, 1), size=(batch, num_tokens))
     labels[rng.random((batch, num_tokens)) < 0.1] = -1
     return labels
-
-
-def entropy_of(scores, allowed):
-    """Entropy of the softmax of each row over the allowed columns, centred, float64."""
-    scores = np.where(allowed, scores, -np.inf)
-    top = np.max(scores, axis=-1, keepdims=True, initial=-1e300)
-    shifted = np.where(allowed, scores - top, 0)
-    e = np.where(allowed, np.exp(shifted), 0)
-    total = e.sum(-1)
-    dominant = np.argmax(scores, axis=-1)[..., None]
-    others = e.copy()
-    np.put_along_axis(others, dominant, 0, axis=-1)
-    rest = others.sum(-1)
-    value = np.log1p(rest) - (others * shifted).sum(-1) / np.maximum(total, 1)
-    return np.where(allowed.any(-1), value, 0)
-
-
-def allowed_of(mask, num_tokens, causal=False):
-    allowed = np.ones((1, num_tokens, num_tokens), dtype=bool)
-    if causal:
-        allowed = np.tril(allowed)
-    if mask is not None:
-        allowed = allowed & mask[:, None, :] & mask[:, :, None]
-    return allowed
-
-
-def softmax_of(z, valid, temperature):
-    top = np.where(valid, z, -1e30).max(-1, keepdims=True)
-    e = np.where(valid, np.exp(np.where(valid, z - top, 0) / temperature), 0)
-    return e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
-
-
-def cosine_of(x, y):
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    x = x / np.where(norm := np.linalg.norm(x, axis=-1, keepdims=True), norm, 1)
-    y = y / np.where(norm := np.linalg.norm(y, axis=-1, keepdims=True), norm, 1)
-    return x @ np.swapaxes(y, -1, -2)

@@ -1,6 +1,7 @@
 """The kernels of `alignment_loss` and of its gradient, interpreted."""
 
 import numpy as np
+import oracle
 import pytest
 from conftest import assert_close
 from kernel_cases import dtypes, random
@@ -25,18 +26,16 @@ def test_alignment(dtype, num_groups, ragged):
     prior = qm.MLPPrior.init(dim, hidden_dim=50)
     valid = counts if ragged else None
     losses = qm.alignment_loss(merged, prior, num_groups=valid)
-    for reverse, mlp in enumerate((prior.forward, prior.backward)):
+    mlps = prior.forward, prior.backward
+    networks = [lambda x, mlp=mlp: oracle.mlp(x, *mlp) for mlp in mlps]
+    for reverse, network in enumerate(networks):
         predicted = prior.predict(merged, reverse=bool(reverse), num_groups=valid)
-        weights = [w.astype(np.float64) for w in mlp]
         for b, count in enumerate(counts):
             x = merged[b, :count].astype(np.float64)
-            order = slice(None, None, -1 if reverse else 1)
-            means = np.cumsum(x[order], axis=0) / np.arange(1, count + 1)[:, None]
-            hidden = np.maximum(means[order] @ weights[0].T + weights[1], 0)
-            y = hidden @ weights[2].T + weights[3]  # (K, D), each token at its own row
-            assert_close(predicted[b, :count], y, dtype)
-            error = y[1:] - x[:-1] if reverse else y[:-1] - x[1:]
-            wanted = np.mean(error**2) if count > 1 else 0
+            for t in range(count):  # each token at its own row
+                mean = (x[t:] if reverse else x[: t + 1]).mean(0)
+                assert_close(predicted[b, t], network(mean), dtype)
+            wanted = oracle.alignment_losses(x, *networks)[reverse]
             assert_close(losses[reverse][b], wanted, dtype)
     np.testing.assert_array_equal(losses.total, losses.forward + losses.backward)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from kernel_cases import mask_of
 from seam import cuda
 
 SIZES = [1, 2, 31, 33, 129, 257]
@@ -15,12 +16,10 @@ orders = pytest.mark.parametrize("order", ["last", "first"])
 
 def masks_of(batch, num_tokens, masked=True):
     """Return padding at the left, with holes, and of all; a fifth are protected."""
-    rng = np.random.default_rng(5)
-    mask = rng.random((batch, num_tokens)) < 0.7
-    mask[0] = np.arange(num_tokens) >= num_tokens // 3
-    mask[-1] = False
-    protect = rng.random((batch, num_tokens)) < 0.2
-    return (mask, protect) if masked else (None, None)
+    if not masked:
+        return None, None
+    draws = np.random.default_rng(5).random((2, batch, num_tokens))
+    return mask_of(batch, num_tokens), draws[1] < 0.2
 
 
 def fill(mask, shape, value):
@@ -47,9 +46,3 @@ def labels_of(roots, valid, order="last"):
             place[roots[i]] = i
     ranks = {root: rank for rank, root in enumerate(sorted(place, key=place.get))}
     return np.array([ranks[roots[i]] if valid[i] else -1 for i in range(len(roots))])
-
-
-def unit(x):
-    x = x.astype(np.float64)
-    norm = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)

@@ -2,17 +2,9 @@
 
 import numpy as np
 import pytest
-from grouping_cases import (
-    fill,
-    given,
-    labels_of,
-    long_sizes,
-    masks_of,
-    orders,
-    sizes,
-    unit,
-)
+from grouping_cases import fill, given, labels_of, long_sizes, masks_of, orders, sizes
 from kernel_cases import masked, random
+from oracle_arrays import unit
 from scipy.cluster import hierarchy
 
 import qm_cupy as qm

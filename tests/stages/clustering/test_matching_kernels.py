@@ -1,17 +1,9 @@
 """The two matchings, interpreted, against their definitions, written out plainly."""
 
 import numpy as np
+import oracle_arrays
 import pytest
-from grouping_cases import (
-    LONG,
-    counts_of,
-    fill,
-    given,
-    labels_of,
-    masks_of,
-    sizes,
-    unit,
-)
+from grouping_cases import LONG, counts_of, fill, given, labels_of, masks_of, sizes
 from kernel_cases import dtypes, masked, random, whatever_shape
 from seam import cuda
 
@@ -29,56 +21,20 @@ MATCHINGS = {"bipartite": bipartite_groups_cuda, "contiguous": contiguous_groups
 matchings = pytest.mark.parametrize("method", MATCHINGS)
 
 
-def contiguous(x, alone, num_groups):
-    """Return a root for each token of the cheapest neighbours, merged one by one."""
-    zero = ~x.any(-1)
-    x = np.concatenate((x, np.eye(len(x))[:, zero]), axis=-1)
-    groups = [[i] for i in range(len(x))]
-
-    def cost(a, b):
-        if alone[a[0]] or alone[b[0]]:
-            return np.inf
-        gap = x[a].mean(0) - x[b].mean(0)
-        return len(a) * len(b) / (len(a) + len(b)) * (gap @ gap)
-
-    costs = [cost(a, b) for a, b in zip(groups[:-1], groups[1:], strict=True)]
-    while len(groups) > num_groups and min(costs, default=np.inf) < np.inf:
-        a = int(np.argmin(costs))
-        groups[a] += groups.pop(a + 1)
-        del costs[a]
-        if a < len(costs):
-            costs[a] = cost(groups[a], groups[a + 1])
-        if a > 0:
-            costs[a - 1] = cost(groups[a - 1], groups[a])
-    return np.repeat(np.arange(len(groups)), [len(g) for g in groups])
-
-
-def bipartite(x, num_groups):
-    """Return a root for each token of ToMe's matching, repeated."""
-    groups = [[i] for i in range(len(x))]
-    while len(groups) > max(num_groups, 1):
-        mean = unit(np.stack([x[g].sum(0) for g in groups]))
-        similarity = mean[::2] @ mean[1::2].T
-        merges = min(len(groups) - num_groups, len(groups) // 2)
-        for even in np.argsort(-similarity.max(-1), stable=True)[:merges]:
-            groups[2 * similarity[even].argmax() + 1] += groups[2 * even]
-            groups[2 * even] = None
-        groups = sorted((g for g in groups if g), key=max)
-    roots = np.empty(len(x), int)
-    for k, group in enumerate(groups):
-        roots[group] = k
-    return roots
-
-
 def matched(method, x, valid, alone, num_groups):
     """Return the labels of one sequence by either of the two."""
-    roots, x = np.full(len(x), -1), unit(x)
+    roots, free = np.full(len(x), -1), valid
     if method == "contiguous":
-        roots[valid] = contiguous(x[valid], alone[valid], num_groups)
-        return labels_of(roots, valid)
-    free = valid & ~alone
-    roots[free] = bipartite(x[free], num_groups - (valid & alone).sum())
-    roots[alone] = len(x) + np.flatnonzero(alone)
+        protected = np.flatnonzero(alone[valid])
+        groups = oracle_arrays.contiguous(x[valid], num_groups, protected)
+    else:
+        free = valid & ~alone
+        roots[alone] = len(x) + np.flatnonzero(alone)
+        num_groups -= (valid & alone).sum()
+        groups = oracle_arrays.bipartite(x[free], num_groups)
+    place = np.flatnonzero(free)
+    for k, group in enumerate(groups):
+        roots[place[group]] = k
     return labels_of(roots, valid)
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from grouping_cases import counts_of, fill, given, masks_of, sizes, unit
+from grouping_cases import counts_of, fill, given, masks_of, sizes
 from kernel_cases import dtypes, masked, random
+from oracle_arrays import unit
 from seam import cuda
 
 from qm_cupy.stages.clustering.nearest import (

@@ -36,7 +36,7 @@ class TestWeightedLinkage:
         mass = rng.integers(1, 3, 30).astype(np.float64)
         tree = qm.linkage(tokens, method, mass=mass)
         assert hierarchy.is_valid_linkage(tree)
-        units = oracle._orthogonal_units(tokens)
+        units = oracle.orthogonal_units(tokens)
         clusters = {i: [i] for i in range(30)}
         for row, (a, b, height, size) in enumerate(tree):
             pairs = [(i, j) for i in clusters for j in clusters if i < j]

@@ -1,4 +1,4 @@
-"""Gradients of saliency in float64, and their comparison with a kernel's."""
+"""What the tests of gradients' kernels share: sizes, gradients, a comparison."""
 
 import numpy as np
 import pytest
@@ -17,31 +17,6 @@ def gradient_of(valid, dtype, seed=9):
     return np.where(valid, gradient, np.nan).astype(dtype)
 
 
-def valid_tokens(mask, leading, num_tokens):
-    """Return the tokens of (..., N) by a mask (B, N); B is the second axis of four."""
-    valid = np.ones((*leading, num_tokens), np.bool_)
-    if mask is None:
-        return valid
-    return valid & (mask[:, None] if len(leading) == 3 else mask)
-
-
-def allowed_pairs(valid, causal=False):
-    allowed = valid[..., None, :] & valid[..., :, None]
-    return np.tril(allowed) if causal else allowed
-
-
-def score_gradients(gradient, scores, allowed):
-    """Return G of the scores' entropies, and the size of its terms, in float64."""
-    top = np.where(allowed, scores, -np.inf).max(-1, keepdims=True)
-    d = np.where(allowed, scores - np.where(np.isfinite(top), top, 0), 0)
-    e = np.where(allowed, np.exp(d), 0)
-    total = np.maximum(e.sum(-1, keepdims=True), 1)
-    mean = (e * d).sum(-1, keepdims=True) / total
-    g = np.where(allowed.any(-1), gradient, 0).astype(np.float64)
-    weight = np.where(allowed, g[..., None] * e / total, 0)
-    return weight * (mean - d), abs(weight) * (1 - mean - d)
-
-
 def swap(x):
     return np.swapaxes(x, -1, -2)
 
@@ -57,19 +32,3 @@ def check_product(got, slopes, sizes, tokens, dtype):
     least = 1e-7 if dtype == np.float16 else 0
     assert (error <= share * size + least).all(), (error / (size + least)).max()
     assert not got[size == 0].any()
-
-
-def saliency_vjp_of(gradient, entropy, valid, salient):
-    """Return the gradient of entropy (L, B, H, N), given g (B, N) that is 0 outside."""
-    layers, _, heads, _ = entropy.shape
-    out = np.zeros(entropy.shape)
-    for layer, b in np.ndindex(entropy.shape[:2]):
-        token = np.flatnonzero(valid[b])
-        h = entropy[layer, b].astype(np.float64).mean(0)[token]
-        if len(token) == 0 or h.min() == h.max():
-            continue
-        y, g = (h - h.min()) / (h.max() - h.min()), gradient[b, token]
-        low, high = h == h.min(), h == h.max()
-        slope = g - low * (g @ (1 - y)) / low.sum() - high * (g @ y) / high.sum()
-        out[layer, b][:, token] = slope / (h.max() - h.min())
-    return out / layers / heads * (1 if salient == "high" else -1)

@@ -2,7 +2,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import assert_close
-from saliency_cases import softmax
+from oracle_arrays import softmax
 
 import qm_cupy as qm
 

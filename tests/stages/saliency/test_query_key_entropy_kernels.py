@@ -3,17 +3,9 @@
 import numpy as np
 import pytest
 from conftest import assert_close
-from entropy_vjp_cases import (
-    WIDTHS,
-    allowed_pairs,
-    check_product,
-    gradient_of,
-    score_gradients,
-    swap,
-    valid_tokens,
-    vjp_sizes,
-)
-from kernel_cases import allowed_of, dtypes, entropy_of, mask_of, masked, random, sizes
+from entropy_vjp_cases import WIDTHS, check_product, gradient_of, swap, vjp_sizes
+from kernel_cases import allowed_of, dtypes, mask_of, masked, random, sizes, valid_of
+from oracle_arrays import softmax_entropy, softmax_entropy_vjp
 
 import qm_cupy as qm
 
@@ -32,9 +24,8 @@ def test_query_key_entropy(dtype, num_tokens, masked):
     scores = query.astype(np.float64) @ np.swapaxes(key.astype(np.float64), -1, -2)
     for causal in (False, True):
         got = qm.query_key_entropy(query, key, causal=causal, mask=mask)
-        allowed = allowed_of(mask, num_tokens, causal)[:, None]
-        allowed = np.broadcast_to(allowed, scores.shape)
-        wanted = entropy_of(scores * shape[-1] ** -0.5, allowed)
+        allowed = allowed_of(valid_of(mask, shape[:-1]), causal)
+        wanted = softmax_entropy(scores * shape[-1] ** -0.5, allowed)
         assert_close(got, wanted, dtype)
 
 
@@ -55,7 +46,7 @@ def test_query_key_entropy_of_wide_heads(dtype, head_dim):
     query, key = (random((70, head_dim), dtype, seed) for seed in (1, 2))
     got = qm.query_key_entropy(query, key, causal=True, scale=0.3)
     scores = query.astype(np.float64) @ key.astype(np.float64).T
-    assert_close(got, entropy_of(scores * 0.3, allowed_of(None, 70, True)[0]), dtype)
+    assert_close(got, softmax_entropy(scores * 0.3, np.tri(70, dtype=bool)), dtype)
 
 
 @dtypes
@@ -94,7 +85,7 @@ def test_entropies_of_what_is_no_number_are_none(dtype, wrong):
 def test_query_key_entropy_vjp(dtype, num_tokens, masked, causal):
     leading, head_dim = (1, 2, 2), WIDTHS[num_tokens]
     mask = mask_of(2, num_tokens, masked)
-    valid = valid_tokens(mask, leading, num_tokens)
+    valid = valid_of(mask, (*leading, num_tokens))
     shape = (*leading, num_tokens, head_dim)
     query, key = random(shape, dtype, 1, 1.5), random(shape, dtype, 2, 1.5)
     query[~valid] = key[~valid] = np.nan  # is not read
@@ -103,8 +94,8 @@ def test_query_key_entropy_vjp(dtype, num_tokens, masked, causal):
     got = qm.query_key_entropy_vjp(gradient, query, key, **options)
     q, k = (np.where(valid[..., None], x, 0).astype(np.float64) for x in (query, key))
     scale = head_dim**-0.5
-    allowed = allowed_pairs(valid, causal)
-    slopes, terms = score_gradients(gradient, q @ swap(k) * scale, allowed)
+    allowed = allowed_of(valid, causal)
+    slopes, terms = softmax_entropy_vjp(gradient, q @ swap(k) * scale, allowed)
     check_product(got[0], slopes * scale, terms * scale, k, dtype)
     check_product(got[1], swap(slopes) * scale, swap(terms) * scale, q, dtype)
 

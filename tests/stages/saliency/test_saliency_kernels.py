@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from conftest import TOLERANCE, assert_close
-from entropy_vjp_cases import gradient_of, saliency_vjp_of, valid_tokens, vjp_sizes
+from entropy_vjp_cases import gradient_of, vjp_sizes
 from kernel_cases import dtypes, mask_of, masked, random, sizes, valid_of
+from oracle_arrays import saliency_vjp
 from saliency_cases import saliency_of
 
 import qm_cupy as qm
@@ -38,7 +39,7 @@ def test_saliency_vjp(dtype, num_tokens, masked):
     )
     entropy = (entropy / 16).astype(dtype)
     entropy[1] = 2  # a constant layer gets nothing
-    valid = valid_tokens(mask, (batch,), num_tokens)
+    valid = valid_of(mask, (batch, num_tokens))
     gradient = gradient_of(valid, np.float32)
     g = np.where(valid, gradient, 0).astype(np.float64)
     tolerance = TOLERANCE[np.dtype(dtype).name]
@@ -47,7 +48,7 @@ def test_saliency_vjp(dtype, num_tokens, masked):
         options = {"salient": salient, "mask": mask}
         got = qm.saliency_vjp(gradient, entropy, **options)
         assert got.dtype == dtype
-        wanted = saliency_vjp_of(g, entropy, valid, salient)
+        wanted = saliency_vjp(g, entropy, valid, salient)
         np.testing.assert_allclose(
             got.astype(np.float64), wanted, rtol=share, atol=share * abs(wanted).max()
         )

@@ -3,17 +3,9 @@
 import numpy as np
 import pytest
 from conftest import assert_close
-from entropy_vjp_cases import (
-    WIDTHS,
-    allowed_pairs,
-    check_product,
-    gradient_of,
-    score_gradients,
-    swap,
-    valid_tokens,
-    vjp_sizes,
-)
-from kernel_cases import allowed_of, dtypes, entropy_of, mask_of, masked, random, sizes
+from entropy_vjp_cases import WIDTHS, check_product, gradient_of, swap, vjp_sizes
+from kernel_cases import allowed_of, dtypes, mask_of, masked, random, sizes, valid_of
+from oracle_arrays import softmax_entropy, softmax_entropy_vjp
 
 import qm_cupy as qm
 
@@ -30,8 +22,8 @@ def test_self_attention_entropy(dtype, num_tokens, masked):
     got = qm.self_attention_entropy(tokens, mask=mask)
     x = tokens.astype(np.float64)
     scores = x @ np.swapaxes(x, -1, -2) / np.sqrt(dim)
-    allowed = np.broadcast_to(allowed_of(mask, num_tokens), scores.shape)
-    assert_close(got, entropy_of(scores, allowed), dtype)
+    allowed = allowed_of(valid_of(mask, (batch, num_tokens)))
+    assert_close(got, softmax_entropy(scores, allowed), dtype)
 
 
 @dtypes
@@ -40,7 +32,7 @@ def test_self_attention_entropy_where_one_score_dominates(dtype):
     got = qm.self_attention_entropy(tokens)
     x = tokens.astype(np.float64)
     scores = x @ np.swapaxes(x, -1, -2) / 32
-    wanted = entropy_of(scores, np.ones(scores.shape, dtype=bool))
+    wanted = softmax_entropy(scores, np.ones(scores.shape, dtype=bool))
     assert wanted.max() < 1e-7
     tolerance = 1e-9 if dtype == np.float64 else 2e-4
     np.testing.assert_allclose(got, wanted, rtol=tolerance)
@@ -52,14 +44,14 @@ def test_self_attention_entropy_where_one_score_dominates(dtype):
 def test_self_attention_entropy_vjp(dtype, num_tokens, masked):
     dim = WIDTHS[num_tokens]
     mask = mask_of(2, num_tokens, masked)
-    valid = valid_tokens(mask, (2,), num_tokens)
+    valid = valid_of(mask, (2, num_tokens))
     tokens = random((2, num_tokens, dim), dtype, scale=0.9)
     tokens[~valid] = np.nan
     gradient = gradient_of(valid, np.float32)
     got = qm.self_attention_entropy_vjp(gradient, tokens, mask=mask)
     x = np.where(valid[..., None], tokens, 0).astype(np.float64)
     scale = dim**-0.5
-    found = score_gradients(gradient, x @ swap(x) * scale, allowed_pairs(valid))
+    found = softmax_entropy_vjp(gradient, x @ swap(x) * scale, allowed_of(valid))
     slopes, terms = (scale * (y + swap(y)) for y in found)
     check_product(got, slopes, terms, x, dtype)
 
@@ -72,7 +64,7 @@ def test_self_attention_entropy_vjp_where_one_score_dominates(dtype):
     got = qm.self_attention_entropy_vjp(gradient, tokens)
     x = tokens.astype(np.float64)
     every = np.ones((130, 130), np.bool_)
-    slopes, _ = score_gradients(gradient, x @ swap(x) / 16, every)
+    slopes, _ = softmax_entropy_vjp(gradient, x @ swap(x) / 16, every)
     wanted = (slopes + swap(slopes)) @ x / 16
     size = np.linalg.norm(wanted, axis=-1)
     assert size.max() < 1e-3

@@ -5,16 +5,12 @@ import numpy as np
 import ptx
 import pytest
 from kernel_cases import SIZES, dtypes, mask_of, masked, optimized, random, valid_of
+from oracle_arrays import top_k
 from seam import cuda
 
 import qm_cupy as qm
 
 pytestmark = pytest.mark.usefixtures("kernels")
-
-
-def kept_of(scores, valid, count):
-    order = np.argsort(-scores[valid].astype(np.float64), kind="stable")
-    return np.sort(np.flatnonzero(valid)[order[:count]])
 
 
 @dtypes
@@ -34,7 +30,7 @@ def test_select_tokens(dtype, num_tokens, masked):
             valid = valid_of(mask, scores.shape)[b]
             count = np.broadcast_to(counts, batch)[b]
             wanted = np.full(num_groups, -1)
-            kept = kept_of(scores[b], valid, count)
+            kept = top_k(scores[b], valid, count)
             wanted[: len(kept)] = kept
             np.testing.assert_array_equal(got[b], wanted)
             np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
@@ -51,7 +47,7 @@ def test_select_tokens_orders_subnormal_scores(dtype):
         got = qm.select_tokens(scores, count)
         hot = qm.gumbel_softmax(scores, seed=None, hard=count)
         for b in range(2):
-            kept = kept_of(scores[b], np.ones(300, np.bool_), count)
+            kept = top_k(scores[b], np.ones(300, np.bool_), count)
             np.testing.assert_array_equal(got[b], kept)
             np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
 
@@ -88,7 +84,7 @@ def test_radix_selection(dtype):
         given = np.array(counts, np.int32)
         chosen, positions = select_of_optimized(scores, given, max(counts))
         for b, count in enumerate(counts):
-            kept = kept_of(scores[b], valid[b], count)
+            kept = top_k(scores[b], valid[b], count)
             np.testing.assert_array_equal(np.flatnonzero(chosen[b]), kept)
             np.testing.assert_array_equal(positions[b, : len(kept)], kept)
             assert (positions[b, len(kept) :] == -1).all()
