@@ -121,3 +121,10 @@ def contiguous(tokens, num_groups, protected=()):
         if a > 0:
             costs[a - 1] = cost(groups[a - 1], groups[a])
     return groups
+
+
+def mlp(x, weight_in, bias_in, weight_out, bias_out):
+    """W2 relu(W1 x + b1) + b2 of each row x, weights of shape (out, in)."""
+    weights = weight_in, bias_in, weight_out, bias_out
+    first, shift, second, offset = (w.astype(np.float64) for w in weights)
+    return np.maximum(x @ first.T + shift, 0) @ second.T + offset

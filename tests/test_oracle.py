@@ -101,3 +101,10 @@ def test_matchings(tokens, num_groups):
     if num_groups > 4:
         groups = oracle_arrays.contiguous(tokens, num_groups, {2, 8})
         assert groups == oracle.contiguous(tokens, num_groups, {2, 8})
+
+
+def test_mlp(rng):
+    shapes = (5, 4), (5,), (3, 5), (3,)
+    weights, x = [rng.standard_normal(shape) for shape in shapes], rng.random((6, 4))
+    wanted = [oracle.mlp(row, *weights) for row in x]
+    assert_close(oracle_arrays.mlp(x, *weights), wanted)
