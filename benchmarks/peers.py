@@ -120,13 +120,13 @@ def tome(metric: Callable[[Inside], np.ndarray]) -> Contender:
     """
 
     def run(inside: Inside, num_groups: int) -> Grouping:
-        found = np.array([_tome(m, num_groups) for m in metric(inside)])
+        found = np.array([tome_labels(m, num_groups) for m in metric(inside)])
         return found, np.ones(found.shape, np.float32)
 
     return run
 
 
-def _tome(metric: np.ndarray, num_groups: int) -> np.ndarray:
+def tome_labels(metric: np.ndarray, num_groups: int) -> np.ndarray:
     labels, sizes = np.arange(len(metric)), np.ones(len(metric))
     while len(metric) > num_groups:
         count = min(len(metric) - num_groups, len(metric) // 2)

@@ -1,6 +1,7 @@
 """Every public function and the arguments of a call, for the tests on a GPU."""
 
 import functools
+from enum import Enum
 
 import numpy as np
 
@@ -10,26 +11,47 @@ from qm_cupy.stages.clustering.linkage import LINKAGES
 
 BATCH = 3  # sequences; no other axis has as many
 WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # D: whole vectors of 16 bytes, and not
-# What comes out where it is not all sums: t(okens), s(ums), i(ntegers), d(endrograms),
-# g(radients, in the dtype of what they belong to), w(eights of a fit, on the CPU).
+
+
+class Kind(Enum):
+    """What a result is: its dtype, and how near it must be, follow from that."""
+
+    TOKENS = "tokens"  # of the dtype that came in
+    SUMS = "sums"  # of the dtype that sums have
+    INTEGERS = "integers"
+    DENDROGRAM = "dendrogram"
+    GRADIENT = "gradient"  # of the dtype of what it belongs to
+    WEIGHTS = "weights"  # of a fit, on the CPU
+
+
+MERGED = {
+    "tokens": Kind.TOKENS,
+    "labels": Kind.INTEGERS,
+    "sizes": Kind.INTEGERS,
+    "positions": Kind.INTEGERS,
+    "saliency": Kind.SUMS,
+    "mass": Kind.SUMS,
+}
+PIPELINE = tuple(MERGED[field] for field in qm.Merged._fields)
+# The kinds of results, where these are not one array of sums.
 RESULTS = {
-    "merge_tokens": "t",
-    "unmerge_tokens": "t",
-    "select_tokens": "i",
-    "group_sizes": "i",
-    "group_positions": "i",
-    "alignment_loss": "sss",
-    "alignment_loss, transformer": "sss",
-    "attention_entropy_vjp": "g",
-    "query_key_entropy_vjp": "gg",
-    "query_key_entropy_vjp, causal": "gg",
-    "self_attention_entropy_vjp": "g",
-    "saliency_vjp": "g",
-    "norm_saliency_vjp": "g",
-    "cut_linkage": "i",
-    "cut_linkage, max_error": "i",
-    **{f"linkage, {method}": "d" for method in LINKAGES},
-    **{f"cluster_tokens, {method}": "i" for method in METHODS},
+    **dict.fromkeys(["merge_tokens", "unmerge_tokens"], (Kind.TOKENS,)),
+    **dict.fromkeys(
+        [
+            "select_tokens",
+            "group_sizes",
+            "group_positions",
+            "cut_linkage",
+            "cut_linkage, max_error",
+            *(f"cluster_tokens, {method}" for method in METHODS),
+            "norm_budget",
+        ],
+        (Kind.INTEGERS,),
+    ),
+    **dict.fromkeys([f"linkage, {method}" for method in LINKAGES], (Kind.DENDROGRAM,)),
+    **dict.fromkeys(
+        ["alignment_loss", "alignment_loss, transformer"], 3 * (Kind.SUMS,)
+    ),
     **dict.fromkeys(
         [
             "quickmerge",
@@ -40,19 +62,35 @@ RESULTS = {
             "quickmerge, saliency and bipartite",
             "quickmerge, contiguous",
         ],
-        "tiiiss",  # the fields of Merged
+        PIPELINE,
     ),
-    "choose_merge": "tiiisssi",
-    "norm_budget": "i",
-    "MLPPrior.fit": "wwwwwwww",
-    "gumbel_softmax_vjp": "g",
-    "saliency_mass_vjp": "gg",
-    "merge_tokens_vjp": "gg",
-    "unmerge_tokens_vjp": "g",
-    "alignment_loss_vjp": "gssssssss",  # the tokens', and those of two MLPs
-    "reconstruction_error_vjp": "gg",
-    "reconstruction_error_vjp, nearest": "gg",
-    "fidelity_loss_vjp": "gg",
+    "choose_merge": (*PIPELINE, Kind.SUMS, Kind.INTEGERS),
+    "MLPPrior.fit": 8 * (Kind.WEIGHTS,),
+    **dict.fromkeys(
+        [
+            "attention_entropy_vjp",
+            "self_attention_entropy_vjp",
+            "saliency_vjp",
+            "norm_saliency_vjp",
+            "gumbel_softmax_vjp",
+            "unmerge_tokens_vjp",
+        ],
+        (Kind.GRADIENT,),
+    ),
+    **dict.fromkeys(
+        [
+            "query_key_entropy_vjp",
+            "query_key_entropy_vjp, causal",
+            "saliency_mass_vjp",
+            "merge_tokens_vjp",
+            "reconstruction_error_vjp",
+            "reconstruction_error_vjp, nearest",
+            "fidelity_loss_vjp",
+        ],
+        2 * (Kind.GRADIENT,),
+    ),
+    # The tokens' gradient, and those of two MLPs, which are sums.
+    "alignment_loss_vjp": (Kind.GRADIENT, *(8 * (Kind.SUMS,))),
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE
 from gpu_at_hand import cupy
-from gpu_calls import RESULTS, calls
+from gpu_calls import RESULTS, Kind, calls
 
 marks = [
     pytest.mark.gpu,
@@ -87,9 +87,15 @@ def result_kinds(name, dtype):
     accumulation = "float64" if dtype == np.float64 else "float32"
     tokens, sums = (dtype.name, "stored"), (accumulation, "computed")
     gradients = tokens if dtype.itemsize == 2 else (dtype.name, "computed")
-    kinds = {"t": tokens, "s": sums, "i": ("int32", None), "d": ("float64", "heights")}
-    kinds |= {"g": gradients, "w": ("float32", "computed")}
-    return [kinds[letter] for letter in RESULTS.get(name, "s")]
+    of = {
+        Kind.TOKENS: tokens,
+        Kind.SUMS: sums,
+        Kind.INTEGERS: ("int32", None),
+        Kind.DENDROGRAM: ("float64", "heights"),
+        Kind.GRADIENT: gradients,
+        Kind.WEIGHTS: ("float32", "computed"),
+    }
+    return [of[kind] for kind in RESULTS.get(name, (Kind.SUMS,))]
 
 
 def dtype_of(argument, dtype):

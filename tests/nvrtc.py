@@ -60,11 +60,11 @@ def include_folder() -> Path:
     The packages come first because NVRTC itself comes from them, and headers are
     written for the compiler of their own release.
     """
-    return _folder_with("include", "cuda_fp16.h")
+    return folder_with("include", "cuda_fp16.h")
 
 
 @functools.cache
-def _folder_with(kind: str, file: str) -> Path:
+def folder_with(kind: str, file: str) -> Path:
     """Return the folder of the packages, or else of a toolkit, that holds a file."""
     folders = []
     if spec := importlib.util.find_spec("nvidia"):
@@ -110,7 +110,7 @@ def ptx(source: str, options: tuple[str, ...]) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        _, found = _compile(source, options)
+        _, found = run_nvrtc(source, options)
     keep(path, found.encode())
     return found
 
@@ -128,7 +128,7 @@ def disassembly(source: str, options: tuple[str, ...]) -> str:
         added = *_CUPY, "--ptxas-options=-v"
         facts, cubin = _compiled((*options, *added), source, _facts_and_cubin)
     keep(_kept_facts(source, options), json.dumps(facts).encode())
-    tool = _folder_with("bin", "nvdisasm") / "nvdisasm"
+    tool = folder_with("bin", "nvdisasm") / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernels.cubin")
         file.write_bytes(cubin)
@@ -161,10 +161,10 @@ def keep(path: Path, content: bytes) -> None:
 
 def compile_source(source: str, options: tuple[str, ...]) -> tuple[str, str]:
     """Compile to machine code; return the log, which tells each need, and the PTX."""
-    return _compile(source, (*options, *_CUPY, "--ptxas-options=-v"))
+    return run_nvrtc(source, (*options, *_CUPY, "--ptxas-options=-v"))
 
 
-def _compile(source: str, options: tuple[str, ...]) -> tuple[str, str]:
+def run_nvrtc(source: str, options: tuple[str, ...]) -> tuple[str, str]:
     """Return NVRTC's log and its PTX."""
     return _compiled(options, source, _log_and_ptx)
 

@@ -174,9 +174,10 @@ def saliency_mass(saliency, probabilities, epsilon):
 
 
 def norm_mass(tokens, num_groups):
-    """(the sum of the K largest ||x_i||) / (the sum of all ||x_i||)."""
+    """(the sum of the K largest ||x_i||) / (the sum of all ||x_i||), 1 of no norm."""
     norms = sorted((math.hypot(*x) for x in _rows(tokens)), reverse=True)
-    return math.fsum(norms[:num_groups]) / math.fsum(norms)
+    whole = math.fsum(norms)
+    return math.fsum(norms[:num_groups]) / whole if whole > 0 else 1.0
 
 
 def norm_budget(tokens, gamma):
@@ -306,7 +307,7 @@ def floored(mass):
     return [max(m, max(mass) / 1e6) for m in mass]
 
 
-def _orthogonal_units(tokens):
+def orthogonal_units(tokens):
     """x / ||x||, and for each zero token a unit vector along an axis of its own."""
     tokens = _rows(tokens)
     zeros = [i for i, x in enumerate(tokens) if not any(x)]
@@ -336,7 +337,7 @@ def weighted_distance(units, a, c, mass, method):
 
 def weighted_agglomerate(tokens, method, mass):
     """[(A, B, d(A, B)), ...]: every merge the cheapest of all pairs, found anew."""
-    units, mass = _orthogonal_units(tokens), floored(mass)
+    units, mass = orthogonal_units(tokens), floored(mass)
     clusters = [frozenset([i]) for i in range(len(units))]
     distance, merges = {}, []
     while len(clusters) > 1:
@@ -353,7 +354,7 @@ def weighted_agglomerate(tokens, method, mass):
 
 def weighted_error(tokens, groups, mass):
     """(1/W) sum_k sum_{i in G_k} m_i ||u_i - mu_k||^2, mu_k the weighted mean."""
-    units, mass = _orthogonal_units(tokens), floored(mass)
+    units, mass = orthogonal_units(tokens), floored(mass)
     squares = []
     for group in groups:
         mean, _ = _weighted_mean(units, group, mass)
@@ -429,10 +430,16 @@ def nearest(tokens, anchors):
 
 
 def merge(tokens, groups, mass):
-    """sum_{j in G_k} m_j x_j / sum_{j in G_k} m_j; the plain mean if the mass is 0."""
+    """sum_{j in G_k} m_j x_j / sum_{j in G_k} m_j; the plain mean if the mass is 0.
+
+    A group without members is 0.
+    """
     tokens = _rows(tokens)
     merged = []
     for group in groups:
+        if len(group) == 0:
+            merged.append([0.0 for _ in tokens[0]])
+            continue
         weights = [float(mass[j]) for j in group]
         if math.fsum(weights) == 0:
             weights = [1.0 for _ in group]
@@ -546,7 +553,10 @@ def transformer(tokens, weights, num_heads, reverse, positions, sizes):
 
 
 def reconstruction_error(tokens, merged, labels=None):
-    """||X - Xhat||^2 / ||X||^2, xhat_i = merged[label_i], or of greatest cosine."""
+    """||X - Xhat||^2 / ||X||^2, xhat_i = merged[label_i], or of greatest cosine.
+
+    Label -1 leaves a token out. What is rebuilt exactly has error 0, zeros too.
+    """
     tokens, merged = _rows(tokens), _rows(merged)
     lost, whole = [], []
     for i, x in enumerate(tokens):
@@ -554,9 +564,12 @@ def reconstruction_error(tokens, merged, labels=None):
             label = _argmax([_cosine(x, y) for y in merged])
         else:
             label = int(labels[i])
+        if label < 0:
+            continue
         lost.extend((a - b) ** 2 for a, b in zip(x, merged[label], strict=True))
         whole.extend(a**2 for a in x)
-    return math.fsum(lost) / math.fsum(whole)
+    error, size = math.fsum(lost), math.fsum(whole)
+    return 0.0 if error == 0 else error / size if size > 0 else math.inf
 
 
 def fidelity_loss(tokens_batch, merged_batch, gamma):

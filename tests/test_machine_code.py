@@ -171,7 +171,7 @@ def test_a_compiled_loop_is_found_and_its_text_kept(monkeypatch, tmp_path):
 def test_where_nvdisasm_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("CUDA_PATH", str(tmp_path))
-    nvrtc._folder_with.cache_clear()
+    nvrtc.folder_with.cache_clear()
     with pytest.raises(FileNotFoundError, match="no nvdisasm: looked in"):
-        nvrtc._folder_with("bin", "nvdisasm")
-    nvrtc._folder_with.cache_clear()
+        nvrtc.folder_with("bin", "nvdisasm")
+    nvrtc.folder_with.cache_clear()

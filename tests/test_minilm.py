@@ -100,7 +100,7 @@ def test_a_step_of_tome_is_the_oracles(benchmarks, rng, num_groups):
     """Of several steps ours puts the groups in order between, and means units."""
     _, peers = benchmarks
     x = rng.standard_normal((17, 6))
-    found = peers._tome(x, num_groups)
+    found = peers.tome_labels(x, num_groups)
     groups = [set(np.flatnonzero(found == k)) for k in range(num_groups)]
     wanted = [set(group) for group in oracle.bipartite(x, num_groups)]
     assert sorted(map(sorted, groups)) == sorted(map(sorted, wanted))

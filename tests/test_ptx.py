@@ -551,7 +551,7 @@ def test_a_linkage_whose_blocks_do_not_meet(new, monkeypatch):
     assert source.count(MEETS) == 1
     found = ptx.module(source.replace(MEETS, new), "float32").kernel("linkage")
     ptx.install(monkeypatch)
-    monkeypatch.setattr(cuda, "raw_kernel", lambda *_: ptx._Handle(found, True))
+    monkeypatch.setattr(cuda, "raw_kernel", lambda *_: ptx.Handle(found, True))
     monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(3, 0))
     monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 32})
     cosines = np.corrcoef(np.random.default_rng(0).random((8, 5))).astype(np.float32)

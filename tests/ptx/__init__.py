@@ -228,7 +228,7 @@ def _range(x, constant):
     return low, low + x.nbytes, shadow, fixed, x.itemsize, 0
 
 
-class _Handle:
+class Handle:
     """A kernel as CuPy gives it, with the attribute that asks for shared memory."""
 
     def __init__(self, kernel, cooperative):
@@ -270,7 +270,7 @@ def _source(file):
 
 def raw_kernel(file, kernel, dtype, cooperative=False, *, arch=90):
     """Return a kernel of ``kernels/<file>.cu``."""
-    return _Handle(module(_source(file), dtype, arch).kernel(kernel), cooperative)
+    return Handle(module(_source(file), dtype, arch).kernel(kernel), cooperative)
 
 
 def install(monkeypatch, arch=90):

@@ -1,0 +1,40 @@
+"""The kernels of the gradient of `linear`, interpreted."""
+
+import numpy as np
+import pytest
+from conftest import assert_close
+from kernel_cases import random
+from vjp_cases import alignment_of
+
+import qm_cupy as qm
+from qm_cupy.priors import linear
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
+def test_weights_of_many_rows_are_summed_by_parts(monkeypatch):
+    gradient, merged, prior = alignment_of(33, np.float64)
+    whole = qm.alignment_loss_vjp(gradient, merged, prior)
+    for rows, most in ((40, 32), (7, 2)):  # 99 rows in parts of 64 and of 64
+        monkeypatch.setattr(linear, "_PART_ROWS", rows)
+        monkeypatch.setattr(linear, "_MOST_PARTS", most)
+        parts = qm.alignment_loss_vjp(gradient, merged, prior)
+        np.testing.assert_array_equal(parts[0], whole[0])
+        for mlp, other in zip(parts[1], whole[1], strict=True):
+            for x, y in zip(mlp, other, strict=True):
+                assert_close(x, y)
+
+
+@pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
+def test_products_with_tf32_are_near_the_truth():
+    """Of a layer alone: which of its units fire is the forward's to say."""
+    x, weight = random((99, 37), np.float32), random((50, 37), np.float32, 1)
+    gradient = random((99, 50), np.float32, 2) / 99
+    plain = linear.linear_vjp_cuda(gradient, x, weight)
+    with qm.allow_tf32():
+        got = linear.linear_vjp_cuda(gradient, x, weight)
+    for y, z in zip(got[:2], plain[:2], strict=True):
+        assert_close(y, z, "tf32")
+        assert (y != z).any()
+    np.testing.assert_array_equal(got[2], plain[2])  # the bias has no products

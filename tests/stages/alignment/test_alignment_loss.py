@@ -1,0 +1,66 @@
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+
+import qm_cupy as qm
+
+
+def losses_by_loop(merged, prior):
+    return oracle.alignment_losses(
+        merged,
+        lambda x: oracle.mlp(x, *prior.forward),
+        lambda x: oracle.mlp(x, *prior.backward),
+    )
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 17])
+def test_losses_oracle(rng, dtype, num_groups):
+    prior = qm.MLPPrior.init(5, hidden_dim=7, seed=3)
+    merged = rng.standard_normal((2, num_groups, 5)).astype(dtype)
+    got = qm.alignment_loss(merged, prior)
+    for b in range(2):
+        wanted = losses_by_loop(merged[b], prior)
+        for loss, truth in zip(got, wanted, strict=True):
+            assert loss.dtype == np.result_type(dtype, np.float32)
+            assert_close(loss[b], truth, dtype)
+
+
+def test_padding_does_not_count(rng):
+    prior = qm.MLPPrior.init(4, seed=1)
+    merged = rng.standard_normal((3, 9, 4))  # the padding is rubbish, not zeros
+    counts = np.array([9, 1, 4])
+    got = qm.alignment_loss(merged, prior, num_groups=counts)
+    for b, count in enumerate(counts):
+        wanted = qm.alignment_loss(merged[b, :count], prior)
+        assert_close([loss[b] for loss in got], list(wanted))
+    assert got.total[1] == 0
+
+
+def test_one_sequence_gives_scalars(rng):
+    loss = qm.alignment_loss(rng.standard_normal((6, 4)), qm.MLPPrior.init(4))
+    assert loss.total.shape == ()
+    assert_close(loss.total, loss.forward + loss.backward)
+
+
+def test_reading_backwards_is_the_mirror_image(rng):
+    prior = qm.MLPPrior.init(4, seed=2)
+    mirrored = qm.MLPPrior(forward=prior.backward, backward=prior.forward)
+    merged = rng.standard_normal((8, 4))
+    ahead = qm.alignment_loss(merged, prior)
+    behind = qm.alignment_loss(merged[::-1], mirrored)
+    assert_close(ahead.forward, behind.backward)
+    assert_close(ahead.backward, behind.forward)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 4, 4), (2, 5, 1), (2, 1, 4)])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_prediction_of_another_shape(shape, wrong):
+    """`wrong`: the direction whose prediction is of that shape, forward or reverse."""
+
+    class Prior:
+        def predict(self, tokens, *, reverse=False, **known):
+            return np.ones(shape if reverse == wrong else tokens.shape)
+
+    with pytest.raises(ValueError, match="`prediction` must have shape"):
+        qm.alignment_loss(np.ones((2, 5, 4)), Prior())

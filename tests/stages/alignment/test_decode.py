@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from conftest import assert_close
+
+import qm_cupy as qm
+
+
+class TestDecode:
+    def test_model_sees_every_prefix_and_nothing_later(self, rng):
+        merged = rng.standard_normal((2, 5, 3))
+        seen = []
+
+        def model(prefix):
+            seen.append(prefix.copy())
+            return np.concatenate([prefix, prefix], axis=-1)
+
+        got = qm.decode(merged, model)
+        assert got.shape == (2, 5, 6)
+        assert_close(got[..., :3], merged)
+        for t, prefix in enumerate(seen):
+            np.testing.assert_array_equal(prefix, merged[:, : t + 1])
+
+    def test_model_must_return_an_array(self):
+        with pytest.raises(TypeError, match="`model` must return an array"):
+            qm.decode(np.ones((3, 2)), lambda prefix: 1.0)
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            lambda prefix: prefix[:, -1:],
+            lambda prefix: prefix[..., 0],
+            lambda prefix: prefix[0],
+            lambda prefix: np.concatenate([prefix, prefix], axis=-2),
+        ],
+    )
+    def test_model_must_answer_every_token(self, model):
+        with pytest.raises(ValueError, match="`model` must return shape"):
+            qm.decode(np.ones((2, 3, 2)), model)
+
+    @pytest.mark.parametrize("steps", [False, True], ids=["callable", "prior"])
+    def test_progress_counts_the_tokens_so_far(self, rng, steps):
+        merged, seen = rng.standard_normal((2, 5, 4)), []
+        prior = qm.MLPPrior.init(4, hidden_dim=3)
+
+        def model(prefix):
+            seen.append(f"prefix of {prefix.shape[-2]}")
+            return prefix
+
+        got = qm.decode(merged, prior if steps else model, progress=seen.append)
+        assert [x for x in seen if isinstance(x, int)] == [1, 2, 3, 4, 5]
+        if not steps:  # after each token, not at the end
+            assert seen[:4] == ["prefix of 1", 1, "prefix of 2", 2]
+        np.testing.assert_array_equal(got, qm.decode(merged, prior if steps else model))
+
+    def test_nothing_is_drawn_on_a_terminal(self, rng, monkeypatch, capsys):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+        monkeypatch.setattr("qm_cupy.cli.progress.PATIENCE", 0)  # seconds before a bar
+        qm.decode(rng.standard_normal((3, 4)), qm.MLPPrior.init(4))
+        assert capsys.readouterr() == ("", "")
+
+    def test_progress_must_be_callable(self):
+        with pytest.raises(TypeError, match="`progress` must be callable or None, got"):
+            qm.decode(np.ones((3, 2)), lambda prefix: prefix, progress=True)
+
+    def test_an_error_of_progress_ends_the_decoding(self):
+        seen = []
+
+        def stop(done):
+            seen.append(done)
+            if done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            qm.decode(np.ones((5, 2)), lambda prefix: prefix, progress=stop)
+        assert seen == [1, 2]

@@ -1,0 +1,37 @@
+import numpy as np
+import oracle
+import oracle_arrays
+import pytest
+from conftest import assert_close
+
+import qm_cupy as qm
+
+
+class TestCosineSimilarity:
+    def test_more_tokens_than_one_product_takes(self, rng):
+        tokens = rng.standard_normal((4100, 3))
+        got = qm.cosine_similarity(tokens)
+        assert np.array_equal(got, got.T)  # to the bit
+        unit = oracle_arrays.unit(tokens)
+        for row in (0, 2047, 2048, 4095, 4096, 4099):
+            np.testing.assert_allclose(got[row], unit @ unit[row], atol=1e-14)
+
+    def test_oracle(self, rng, dtype):
+        tokens = rng.standard_normal((2, 9, 5)).astype(dtype)
+        tokens[0, 3] = 0
+        got = qm.cosine_similarity(tokens)
+        assert got.dtype == np.result_type(dtype, np.float32)
+        for b in range(2):
+            assert_close(got[b], oracle.cosine_similarity(tokens[b]), dtype)
+
+    def test_exactly_symmetric_with_a_unit_diagonal(self, rng):
+        tokens = rng.standard_normal((130, 65)).astype(np.float32)
+        got = qm.cosine_similarity(tokens)
+        np.testing.assert_array_equal(got, got.T)
+        np.testing.assert_array_equal(np.diagonal(got), np.ones(130))
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e30])
+    def test_scale_does_not_overflow(self, rng, scale):
+        tokens = rng.standard_normal((5, 4))
+        scaled = (tokens * scale).astype(np.float32)
+        assert_close(qm.cosine_similarity(scaled), qm.cosine_similarity(tokens), "f4")

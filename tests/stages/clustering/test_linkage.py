@@ -1,0 +1,97 @@
+import numpy as np
+import oracle
+import pytest
+from clustering_cases import WEIGHTED, groups_of, masses, ragged_mask
+from conftest import assert_close
+from scipy.cluster import hierarchy
+
+import qm_cupy as qm
+from qm_cupy.stages.clustering.linkage import LINKAGES
+
+PADDED_ROW = [-1, -1, np.inf, 0]
+
+
+class TestLinkage:
+    @pytest.mark.parametrize("method", LINKAGES)
+    def test_heights_and_partitions_against_the_oracle(self, rng, method):
+        for num_tokens in (2, 3, 24):
+            tokens = rng.standard_normal((num_tokens, 5))
+            merges = oracle.agglomerate(tokens, method)
+            tree = qm.linkage(tokens, method)
+            assert_close(tree[:, 2], [height for _, _, height in merges], "float32")
+            for num_groups in range(1, num_tokens + 1):
+                labels = qm.cut_linkage(tree, num_groups=num_groups)
+                wanted = oracle.partition(merges, num_tokens, num_groups)
+                assert groups_of(labels) == wanted
+
+    @pytest.mark.parametrize("method", LINKAGES)
+    def test_distances_are_found_in_float64(self, dtype, method):
+        """Nearly parallel tokens, 1 - cos from 5e-7 on."""
+        slopes = np.array([0, 1, 3, 7, 15, 31], dtype) / 1024
+        tokens = np.stack([np.ones_like(slopes), slopes], axis=-1)
+        wanted = [height for _, _, height in oracle.agglomerate(tokens, method)]
+        got = qm.linkage(tokens, method)[:, 2]
+        np.testing.assert_allclose(got, wanted, rtol=1e-8)
+
+    def test_scipy_reads_it(self, rng):
+        tree = qm.linkage(rng.standard_normal((20, 3)).astype(np.float32), "ward")
+        assert tree.dtype == np.float64
+        assert hierarchy.is_valid_linkage(tree)
+        wanted = hierarchy.cut_tree(tree, 6)[:, 0]
+        labels = qm.cut_linkage(tree, num_groups=6)
+        assert len(set(zip(wanted, labels, strict=True))) == 6
+
+    def test_equal_tokens(self):
+        tree = qm.linkage(np.ones((6, 3)), "ward")
+        assert_close(tree[:, 2], np.zeros(5))
+        labels = qm.cut_linkage(tree, num_groups=4)
+        assert sorted(set(labels)) == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("shape", [(2, 1, 3), (0, 5, 3), (0, 1, 3), (1, 3)])
+    def test_one_token_and_no_sequence(self, shape):
+        tree = qm.linkage(np.ones(shape))
+        assert tree.shape == (*shape[:-2], shape[-2] - 1, 4)
+        labels = qm.cut_linkage(tree, num_groups=1)
+        np.testing.assert_array_equal(labels, np.zeros(shape[:-1]))
+
+    def test_unknown_method_lists_those_there_are(self):
+        with pytest.raises(
+            ValueError, match='"average", "ward", "complete" or "single"'
+        ):
+            qm.linkage(np.ones((3, 2)), "centroid")
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("method", LINKAGES)
+    def test_mask_is_cutting_out(self, rng, method, weighted):
+        if weighted and method not in WEIGHTED:
+            return
+        tokens, mask = rng.standard_normal((4, 11, 3)), ragged_mask(rng, 4, 11)
+        mass = masses(rng, (4, 11)) if weighted else None
+        tree = qm.linkage(tokens, method, mass=mass, mask=mask)
+        assert tree.shape == (4, 10, 4)
+        for b, place in enumerate(map(np.flatnonzero, mask)):
+            kept = mass[b, place] if weighted else None
+            cut = qm.linkage(tokens[b, place], method, mass=kept)
+            rows, padding = np.split(tree[b], [len(cut)])
+            np.testing.assert_array_equal(rows[:, 2:], cut[:, 2:])
+            node = np.append(place, 11 + np.arange(len(cut)))  # of each node of `cut`
+            np.testing.assert_array_equal(rows[:, :2], node[cut[:, :2].astype(int)])
+            assert (padding == PADDED_ROW).all()
+
+    def test_bad_input(self, rng):
+        tokens = rng.standard_normal((2, 5, 3))
+        for method in ("complete", "single"):
+            with pytest.raises(ValueError, match=f'"average" or "ward", got .{method}'):
+                qm.linkage(tokens, method, mass=np.ones((2, 5)))
+        with pytest.raises(
+            ValueError, match=r"`mass` must have shape \(B, N\) = \(2, 5"
+        ):
+            qm.linkage(tokens, mass=np.ones(5))
+        with pytest.raises(ValueError, match="`mass` must be ≥ 0"):
+            qm.linkage(tokens, mass=np.full((2, 5), -1.0))
+        with pytest.raises(ValueError, match="`mass` must be finite"):
+            qm.linkage(tokens, mass=np.full((2, 5), np.inf))
+        with pytest.raises(TypeError, match="`mask` must be boolean"):
+            qm.linkage(tokens, mask=np.ones((2, 5)))
+        with pytest.raises(ValueError, match="`mask` must leave at least one token"):
+            qm.linkage(tokens, mask=np.zeros((2, 5), bool))

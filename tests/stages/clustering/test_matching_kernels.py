@@ -1,0 +1,205 @@
+"""The two matchings, interpreted, against their definitions, written out plainly."""
+
+import numpy as np
+import oracle_arrays
+import pytest
+from grouping_cases import LONG, counts_of, fill, given, labels_of, masks_of, sizes
+from kernel_cases import dtypes, masked, random, whatever_shape
+from recorded import recording
+from seam import cuda
+
+from qm_cupy.stages.clustering.bipartite import bipartite_groups_cuda
+from qm_cupy.stages.clustering.contiguous import contiguous_groups_cuda
+from qm_cupy.stages.clustering.cut_linkage import cut_linkage_cuda
+from qm_cupy.stages.clustering.labels import number_groups_cuda
+from qm_cupy.stages.clustering.nearest import nearest_groups_cuda, top_norm_anchors_cuda
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+SHARES = [0.0, 0.3, 0.8, 1.0]  # of the tokens, to be left as groups
+
+MATCHINGS = {"bipartite": bipartite_groups_cuda, "contiguous": contiguous_groups_cuda}
+matchings = pytest.mark.parametrize("method", MATCHINGS)
+
+
+def matched(method, x, valid, alone, num_groups):
+    """Return the labels of one sequence by either of the two."""
+    roots, free = np.full(len(x), -1), valid
+    if method == "contiguous":
+        protected = np.flatnonzero(alone[valid])
+        groups = oracle_arrays.contiguous(x[valid], num_groups, protected)
+    else:
+        free = valid & ~alone
+        roots[alone] = len(x) + np.flatnonzero(alone)
+        num_groups -= (valid & alone).sum()
+        groups = oracle_arrays.bipartite(x[free], num_groups)
+    place = np.flatnonzero(free)
+    for k, group in enumerate(groups):
+        roots[place[group]] = k
+    return labels_of(roots, valid)
+
+
+@dtypes
+@sizes
+@masked
+@matchings
+def test_matching(method, dtype, num_tokens, masked):
+    batch, dim = 3, 32 if num_tokens % 2 else 37
+    mask, protect = masks_of(batch, num_tokens, masked)
+    valid = fill(mask, (batch, num_tokens), True)
+    alone = fill(protect, valid.shape, False) & valid
+    tokens = random((batch, num_tokens, dim), dtype)
+    tokens[:, 1:] += tokens[:, :-1] // 2
+    for share in SHARES:
+        counts = np.maximum(counts_of(valid, alone, share), 1)
+        options = {"fewest": int(counts.min())} if method == "bipartite" else {}
+        roots = MATCHINGS[method](tokens, *given(counts), mask, protect, **options)
+        assert roots.dtype == np.int32
+        got = number_groups_cuda(roots, "last")
+        for b in range(batch):
+            wanted = matched(method, tokens[b], valid[b], alone[b], counts[b])
+            np.testing.assert_array_equal(got[b], wanted)
+    one = (None if m is None else m[0] for m in (mask, protect))
+    one = MATCHINGS[method](tokens[0], None, int(counts[0]), *one)
+    np.testing.assert_array_equal(number_groups_cuda(one, "last"), got[0])
+
+
+@matchings
+def test_matching_of_opposite_tokens(method):
+    """Few groups, of few dimensions, may have no partner that is like them at all."""
+    rng = np.random.default_rng(6)
+    tokens = rng.standard_normal((60, 9, 2)).astype(np.float32)
+    valid = rng.random((60, 9)) < 0.5
+    valid[:, :3] = True
+    roots = MATCHINGS[method](tokens, *given(np.full(60, 2)), valid, None)
+    got, nobody = number_groups_cuda(roots, "last"), np.zeros(9, np.bool_)
+    for b in range(60):
+        wanted = matched(method, tokens[b], valid[b], nobody, 2)
+        np.testing.assert_array_equal(got[b], wanted)
+
+
+@dtypes
+@matchings
+def test_matching_of_equal_and_zero_tokens(method, dtype):
+    """Unit axes, whose products are exact: ties go to the left."""
+    tokens = np.zeros((3, 65, 9), dtype)
+    tokens[0, :, 4] = 1
+    tokens[1, np.arange(65), np.arange(65) % 9] = 4
+    tokens[1, ::4] = 0
+    for counts in ([33, 33, 33], [40, 64, 65]):
+        options = {"fewest": 40} if method == "bipartite" else {}
+        roots = MATCHINGS[method](tokens, *given(counts), **options)
+        got = number_groups_cuda(roots, "last")
+        for b in (0, 2) if method == "contiguous" else (0, 1, 2):
+            everyone = np.ones(65, np.bool_)
+            wanted = matched(method, tokens[b], everyone, ~everyone, counts[b])
+            if b == 0 or method == "bipartite":
+                np.testing.assert_array_equal(got[b], wanted)
+            assert got[b].max() + 1 == counts[b]
+
+
+@dtypes
+def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
+    dtype, monkeypatch
+):
+    """16-bit tokens go to tensor cores; unit tokens and means are wider."""
+    seen = []
+
+    def note(launch):
+        name = whatever_shape(launch.kernel)
+        if name in ("nearest_anchors", "unit_tokens"):
+            seen.append((name, launch.dtype))
+
+    monkeypatch.setattr(cuda, "launch", recording(note))
+    tokens = random((1, 40, 8), dtype)
+    own, wide = np.dtype(dtype), cuda.accumulation_dtype(dtype)
+    for num_groups, steps in ((30, 1), (20, 1), (6, 3)):
+        seen.clear()
+        bipartite_groups_cuda(tokens, None, num_groups)
+        names = [own.name, *[wide.name] * (steps - 1)]
+        products = [("nearest_anchors", name) for name in names]
+        late = own.itemsize == 2  # then one step alone needs no unit tokens
+        if not late or steps > 1:
+            products.insert(int(late), ("unit_tokens", own.name))
+        assert seen == products
+
+
+@matchings
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_matching_of_a_long_sequence(method, dtype):
+    """Longer than a block, and in double than what shared memory holds."""
+    num_tokens = LONG[-1]
+    x = random((2, num_tokens, 4), dtype)
+    x[1, num_tokens // 2 :] = x[1, num_tokens // 2]
+    num_groups = num_tokens - min(num_tokens // 3, 60)
+    got = number_groups_cuda(MATCHINGS[method](x, None, num_groups), "last")
+    everyone = np.ones(num_tokens, np.bool_)
+    wanted = matched(method, x[0], everyone, ~everyone, num_groups)
+    np.testing.assert_array_equal(got[0], wanted)
+    assert got[1].max() + 1 == num_groups
+
+
+def test_neighbours_of_a_long_sequence_that_cost_the_same_merge_from_the_left():
+    num_tokens, merges = LONG[-1], 20
+    tokens = np.zeros((1, num_tokens, 4), np.float32)
+    tokens[..., 1] = 1
+    roots = contiguous_groups_cuda(tokens, None, num_tokens - merges)
+    wanted = np.maximum(np.arange(num_tokens) - merges, 0)
+    np.testing.assert_array_equal(number_groups_cuda(roots, "last"), [wanted])
+
+
+@matchings
+def test_matching_of_large_and_small_tokens(method):
+    """Directions count: neither squares that overflow nor ones that vanish."""
+    tokens = random((1, 33, 8), np.float32)
+    scale = np.resize(np.float32([1e30, 1e-30, 1]), 33)[:, None]
+    wanted = MATCHINGS[method](tokens, None, 9)
+    np.testing.assert_array_equal(MATCHINGS[method](tokens * scale, None, 9), wanted)
+
+
+def test_protected_tokens_part_what_is_contiguous():
+    """Where K cannot be reached there are more groups, none across a protected one."""
+    tokens, protect = random((1, 7, 3), np.float32), np.zeros((1, 7), np.bool_)
+    protect[0, [2, 3]] = True
+    mask = np.array([[True, True, True, True, False, True, True]])
+    roots = contiguous_groups_cuda(tokens, None, 1, mask, protect)
+    labels = number_groups_cuda(roots, "first")
+    np.testing.assert_array_equal(labels, [[0, 0, 1, 2, -1, 3, 3]])
+
+
+@dtypes
+def test_wild_values_stay_within_the_arrays(dtype):
+    batch, num_tokens = 4, 67
+    mask, protect = masks_of(batch, num_tokens)
+    tokens = random((batch, num_tokens, 9), dtype)
+    tokens[1, 3:40:3] = np.nan
+    tokens[2] = np.inf
+    tokens[2, 5, 2] = np.nan
+    wild = np.array([-(2**31), 2**31 - 1, 0, 50], np.int32)
+    every = np.ones_like(mask)
+    all_masks = (mask, protect), (None, None), (mask, every), (None, every)
+    all_counts = (wild, 40), (None, 1), (None, 10**9), (None, 0)
+    for masks in all_masks:
+        for counts, most in all_counts:
+            for match in MATCHINGS.values():
+                labels = number_groups_cuda(match(tokens, counts, most, *masks), "last")
+                assert labels.max() < num_tokens
+        top = top_norm_anchors_cuda(tokens, wild, 40, *masks)
+        assert top.min() >= -1
+        assert top.max() < num_tokens
+        rng = np.random.default_rng(3)
+        anchors = rng.choice([-(2**31), -1, 2**31 - 1, 67, 66, 0, 5, 5], (batch, 40))
+        for counts in (wild, None):
+            roots = nearest_groups_cuda(tokens, anchors, counts, *masks)
+            assert roots.min() >= -1
+            assert roots.max() < num_tokens
+
+
+def test_empty_batches_launch_nothing():
+    tokens = np.zeros((0, 5, 3), np.float32)
+    for match in MATCHINGS.values():
+        assert match(tokens, None, 2).shape == (0, 5)
+    assert nearest_groups_cuda(tokens, np.zeros((0, 2), int)).shape == (0, 5)
+    assert top_norm_anchors_cuda(tokens, None, 2).shape == (0, 2)
+    assert number_groups_cuda(np.zeros((0, 5), int), "last").shape == (0, 5)
+    assert cut_linkage_cuda(np.zeros((0, 4, 4)), None, 2).shape == (0, 5)

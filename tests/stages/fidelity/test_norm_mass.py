@@ -1,0 +1,19 @@
+import numpy as np
+import oracle
+from conftest import assert_close
+
+import qm_cupy as qm
+
+
+def test_norm_mass_oracle(rng, dtype):
+    tokens = rng.standard_normal((3, 10, 4)).astype(dtype)
+    got = qm.norm_mass(tokens, np.array([1, 4, 10]))
+    assert got.dtype == np.result_type(dtype, np.float32)
+    wanted = [oracle.norm_mass(x, k) for x, k in zip(tokens, (1, 4, 10), strict=True)]
+    assert_close(got, wanted, dtype)
+
+
+def test_norm_mass_edges():
+    assert qm.norm_mass(np.zeros((4, 2)), 1) == 1
+    mask = np.array([True, True, False])
+    assert qm.norm_mass(np.array([[1.0], [3.0], [99.0]]), 1, mask=mask) == 0.75

@@ -1,0 +1,29 @@
+"""The kernels of `norm_mass`, interpreted."""
+
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+from kernel_cases import dtypes, mask_of, masked, random, sizes, valid_of
+
+import qm_cupy as qm
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@dtypes
+@sizes
+@masked
+def test_norm_mass(dtype, num_tokens, masked):
+    batch, dim, num_groups = 3, 37, max(num_tokens // 4, 1)
+    mask = mask_of(batch, num_tokens, masked)
+    tokens = random((batch, num_tokens, dim), dtype)
+    tokens[2] = 0
+    each = np.array([num_groups, 1, num_groups])
+    valid = valid_of(mask, (batch, num_tokens))
+    for counts in (num_groups, each):
+        got = qm.norm_mass(tokens, counts, mask=mask)
+        each_of = np.broadcast_to(counts, batch)
+        given = zip(tokens, valid, each_of, strict=True)
+        wanted = [oracle.norm_mass(x[own], count) for x, own, count in given]
+        assert_close(got, wanted, dtype)

@@ -1,0 +1,93 @@
+"""The kernels of `reconstruction_error` and of its gradient, interpreted."""
+
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+from kernel_cases import (
+    dtypes,
+    labels_of,
+    mask_of,
+    masked,
+    random,
+    sizes,
+    valid_of,
+)
+from vjp_cases import assert_gradient, vjp_sizes, wide
+
+import qm_cupy as qm
+from qm_cupy.stages.fidelity.reconstruction_error import (
+    _reconstruction_error_vjp_reference,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def error_of(tokens, merged, labels):
+    sequences = zip(tokens, merged, labels, strict=True)
+    return np.array([oracle.reconstruction_error(*sequence) for sequence in sequences])
+
+
+@dtypes
+@sizes
+@masked
+def test_reconstruction_error(dtype, num_tokens, masked):
+    batch, dim, num_groups = 3, 37, max(num_tokens // 4, 1)
+    mask = mask_of(batch, num_tokens, masked)
+    tokens = random((batch, num_tokens, dim), dtype)
+    merged = random((batch, num_groups, dim), dtype, 9)
+    tokens[1] = 0
+    merged[1, 1:] = 0  # of a sequence of zeros, group 0 is lost altogether
+    labels = labels_of(batch, num_tokens, num_groups)
+    valid = valid_of(mask, labels.shape)
+    for lost in (True, False):
+        labels[1] = 0 if lost else num_groups - 1
+        got = qm.reconstruction_error(tokens, merged, labels=labels, mask=mask)
+        wanted = error_of(tokens, merged, np.where(valid, labels, -1))
+        assert_close(got, wanted, dtype)
+    assert_close(
+        qm.fidelity_loss(tokens[::2], merged[::2], labels=labels[::2], gamma=0.8),
+        np.maximum(error_of(tokens[::2], merged[::2], labels[::2]) - 0.04, 0).mean(),
+        dtype,
+    )
+
+
+@dtypes
+@sizes
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
+def test_most_similar_merged_token(dtype, num_tokens, ragged):
+    """Without labels each token is rebuilt by the most similar; of equals the first."""
+    tokens = random((2, num_tokens, 37), dtype)
+    merged = tokens[:, :: max(num_tokens // 7, 1)].copy()
+    merged = np.concatenate([merged, merged[:, :1]], axis=1)
+    merged[:, -1] *= 2  # as similar as the first, but further off: never chosen
+    most = merged.shape[1]
+    counts = np.array([most, max(most // 2, 1)]) if ragged else np.array([most, most])
+    got = qm.reconstruction_error(tokens, merged, num_groups=counts if ragged else None)
+    given = zip(tokens, merged, counts, strict=True)
+    wanted = [oracle.reconstruction_error(x, y[:count]) for x, y, count in given]
+    assert_close(got, wanted, dtype)
+
+
+@dtypes
+@vjp_sizes
+@masked
+def test_reconstruction_error_vjp(dtype, num_tokens, masked):
+    batch, dim, num_groups = 4, 37, max(num_tokens // 4, 1)
+    mask = mask_of(batch, num_tokens, masked)
+    labels = labels_of(batch, num_tokens, num_groups)
+    tokens = random((batch, num_tokens, dim), dtype)
+    merged = random((batch, num_groups, dim), dtype, 9)
+    tokens[1] = 0
+    gradient = random(batch, np.float32, 2) * num_tokens
+    if mask is not None:
+        tokens[~mask] = np.nan  # is not read
+    counts = np.full(batch, num_groups)
+    given = [wide(gradient), wide(tokens), wide(merged), labels, counts, mask]
+    wanted = _reconstruction_error_vjp_reference(*given, -np.inf)
+    got = qm.reconstruction_error_vjp(
+        gradient, tokens, merged, labels=labels, mask=mask
+    )
+    for x, y in zip(got, wanted, strict=True):
+        assert_gradient(x, y, dtype)
+        assert not x[1].any()

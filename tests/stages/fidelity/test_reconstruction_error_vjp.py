@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+from differences import assert_slope
+from rebuilt_cases import LABELS, MASK, both, options_of, padded
+
+import qm_cupy as qm
+
+counted = pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
+
+
+@pytest.fixture
+def problem(rng):
+    """Gradient (2,), tokens (2, 9, 3), merged (2, 5, 3)."""
+    return (
+        rng.standard_normal(2),
+        rng.standard_normal((2, 9, 3)),
+        rng.standard_normal((2, 5, 3)),
+    )
+
+
+@both
+@padded
+@counted
+def test_reconstruction_error_differences(problem, labelled, masked, ragged):
+    gradient, tokens, merged = problem
+    options = options_of(labelled, masked, ragged)
+    got = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
+
+    def loss(x, y):
+        return (gradient * qm.reconstruction_error(x, y, **options)).sum()
+
+    assert_slope(got[0], lambda x: loss(x, merged), tokens)
+    assert_slope(got[1], lambda y: loss(tokens, y), merged)
+    if masked:
+        assert not got[0][~MASK].any()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_tokens_that_are_all_zero_have_no_gradient(value):
+    """Whether they are rebuilt exactly or not at all: an error of 0 or infinity."""
+    zeros, merged, labels = np.zeros((3, 2)), np.full((1, 2), value), np.zeros(3, int)
+    for vjp in (qm.reconstruction_error_vjp, qm.fidelity_loss_vjp):
+        for slope in vjp(1.0, zeros, merged, labels=labels):
+            assert not slope.any()
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_no_square_overflows(problem, scale):
+    """The error is the same at every scale, its gradient that over the scale."""
+    gradient, tokens, merged = problem
+    wanted = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
+    got = qm.reconstruction_error_vjp(
+        gradient, tokens * scale, merged * scale, labels=LABELS
+    )
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x * scale, y, rtol=1e-12)
+
+
+def test_groups_of_their_mean_have_no_gradient(problem):
+    """The mean is what rebuilds a group best."""
+    gradient, tokens, _ = problem
+    merged = qm.merge_tokens(tokens, LABELS, 5)
+    _, by_merged = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
+    np.testing.assert_allclose(by_merged, 0, atol=1e-14)
+
+
+def test_padding_is_not_read(problem):
+    gradient, tokens, merged = problem
+    options = options_of(labelled=True, masked=True, ragged=False)
+    wanted = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
+    tokens[~MASK], merged[:, 4] = np.nan, np.nan
+    with qm.check_finite(False):
+        got = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_one_sequence_takes_a_number(problem):
+    gradient, tokens, merged = problem
+    many = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
+    for number in (float(gradient[0]), gradient[0], gradient[:1].reshape(())):
+        one = qm.reconstruction_error_vjp(
+            number, tokens[0], merged[0], labels=LABELS[0]
+        )
+        for x, y in zip(one, many, strict=True):
+            np.testing.assert_array_equal(x, y[0])
+
+
+def test_empty_batch():
+    tokens, merged = np.ones((0, 4, 3)), np.ones((0, 2, 3))
+    shapes = [(0, 4, 3), (0, 2, 3)]
+    got = qm.reconstruction_error_vjp(np.ones(0), tokens, merged)
+    assert [x.shape for x in got] == shapes
+    got = qm.fidelity_loss_vjp(1.0, tokens, merged)
+    assert [x.shape for x in got] == shapes
+
+
+def test_bad_input(problem):
+    gradient, tokens, merged = problem
+    with pytest.raises(ValueError, match=r"`gradient` must have shape \(B\) = \(2,\)"):
+        qm.reconstruction_error_vjp(gradient[:1], tokens, merged)
+    with pytest.raises(ValueError, match=r"`gradient` must have shape \(\) = \(\)"):
+        qm.fidelity_loss_vjp(gradient, tokens, merged)
+    with pytest.raises(TypeError, match="`gradient` must be a number, got list"):
+        qm.fidelity_loss_vjp([1.0], tokens, merged)
+    with pytest.raises(TypeError, match="`gradient` must be an array, got float"):
+        qm.reconstruction_error_vjp(1.0, tokens, merged)
+    with pytest.raises(ValueError, match="`gradient` must lie in"):
+        qm.fidelity_loss_vjp(np.nan, tokens, merged)
+    with pytest.raises(ValueError, match="`gamma` must lie in"):
+        qm.fidelity_loss_vjp(1.0, tokens, merged, gamma=2.0)
+    with pytest.raises(TypeError, match="`merged` must be float64 like `tokens`"):
+        qm.reconstruction_error_vjp(gradient, tokens, merged.astype("f4"))

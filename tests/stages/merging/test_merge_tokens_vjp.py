@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+from differences import assert_slope
+
+import qm_cupy as qm
+
+LABELS = np.array([[0, 1, 1, 3, 1, -1, 3, 1, -1], [2, 0, 0, 1, 2, 2, 0, 1, -1]])
+
+
+@pytest.fixture
+def problem(rng):
+    """Gradient (2, 5, 3), tokens (2, 9, 3), mass (2, 9); a group of one, one empty."""
+    mass = rng.random((2, 9)) + 0.1
+    mass[1, 0] = 0  # one of a group
+    return rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 9, 3)), mass
+
+
+class TestMerge:
+    @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+    def test_differences(self, problem, weighted):
+        gradient, tokens, mass = problem
+        weights = mass if weighted else None
+        got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=weights)
+        assert_slope(
+            got[0],
+            lambda x: (gradient * qm.merge_tokens(x, LABELS, 5, mass=weights)).sum(),
+            tokens,
+        )
+        assert not got[0][LABELS < 0].any()
+        if not weighted:
+            assert got[1] is None
+
+    def test_differences_of_mass(self, problem):
+        gradient, tokens, mass = problem
+        mass[1, 0] = 0.2  # below 0 there is no mass
+        _, got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        assert_slope(
+            got,
+            lambda m: (gradient * qm.merge_tokens(tokens, LABELS, 5, mass=m)).sum(),
+            mass,
+            step=1e-6,
+        )
+        assert got[0, 0] == 0  # alone in its group
+        assert not got[LABELS < 0].any()
+
+    @pytest.mark.parametrize("kind", [np.float32, np.float64])
+    def test_torch(self, problem, kind):
+        torch = pytest.importorskip("torch")
+        gradient, tokens, mass = (x.astype(kind) for x in problem)
+        x, m = (torch.tensor(a, requires_grad=True) for a in (tokens, mass))
+        member = torch.tensor(LABELS[:, None] == np.arange(5)[:, None])  # (B, K, N)
+        weight = member * m[:, None]
+        total = weight.sum(-1, keepdim=True)
+        merged = weight @ x / torch.where(total > 0, total, 1)
+        merged.backward(torch.tensor(gradient))
+        got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        for slope, wanted in zip(got, (x.grad, m.grad), strict=True):
+            assert slope.dtype == kind
+            np.testing.assert_allclose(slope, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_zero_mass_group_has_the_gradient_of_the_plain_mean(self, problem):
+        gradient, tokens, mass = problem
+        mass[LABELS == 1] = 0
+        by_tokens, by_mass = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        plain, _ = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5)
+        np.testing.assert_array_equal(by_tokens[LABELS == 1], plain[LABELS == 1])
+        assert not by_mass[LABELS == 1].any()
+        assert by_mass[LABELS == 3].any()
+
+    def test_a_mass_of_zero_among_others_has_a_slope(self, problem):
+        gradient, tokens, mass = problem
+        _, by_mass = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        merged = qm.merge_tokens(tokens, LABELS, 5, mass=mass)
+        gap = gradient[1, 2] @ (tokens[1, 0] - merged[1, 2])
+        total = mass[1, LABELS[1] == 2].sum()
+        np.testing.assert_allclose(by_mass[1, 0], gap / total)
+
+    def test_groups_without_members_are_not_read(self, problem):
+        gradient, tokens, mass = problem
+        wanted = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        gradient[:, 4] = gradient[0, 2] = np.nan
+        with qm.check_finite(False):
+            got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+    def test_k_per_sequence(self, problem):
+        gradient, tokens, mass = problem
+        counts = np.array([4, 3])
+        gradient[1, 3] = np.nan  # padding is not read
+        got = qm.merge_tokens_vjp(gradient[:, :4], tokens, LABELS, counts, mass=mass)
+        for b in range(2):
+            alone = qm.merge_tokens_vjp(
+                gradient[b, : counts[b]], tokens[b], LABELS[b], counts[b], mass=mass[b]
+            )
+            for x, y in zip(got, alone, strict=True):
+                np.testing.assert_array_equal(x[b], y)
+
+    def test_one_token(self):
+        one = np.array([[2.0]])
+        got = qm.merge_tokens_vjp(one, one, np.array([0]), 1, mass=np.array([0.3]))
+        assert got[0] == 2
+        assert got[1] == 0
+
+    def test_half_precision_is_rounded_once(self, problem):
+        gradient, tokens, mass = (x.astype(np.float16) for x in problem)
+        got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        wide = (x.astype(np.float64) for x in (gradient, tokens))
+        wanted = qm.merge_tokens_vjp(*wide, LABELS, 5, mass=mass.astype(np.float64))
+        for x, y in zip(got, wanted, strict=True):
+            assert x.dtype == np.float16
+            np.testing.assert_array_equal(x, y.astype(np.float16))
+
+    def test_each_in_its_dtype(self, problem):
+        gradient, tokens, mass = problem
+        by_tokens, by_mass = qm.merge_tokens_vjp(
+            gradient, tokens.astype(np.float16), LABELS, 5, mass=mass.astype("f4")
+        )
+        assert by_tokens.dtype == np.float16
+        assert by_mass.dtype == np.float32
+
+    def test_bad_input(self, problem):
+        gradient, tokens, mass = problem
+        with pytest.raises(
+            ValueError, match=r"`gradient` must have shape \(B, K, D\) = \(2, 4, 3\)"
+        ):
+            qm.merge_tokens_vjp(gradient, tokens, LABELS, 4)
+        with pytest.raises(ValueError, match=r"`labels` must lie in -1..4"):
+            qm.merge_tokens_vjp(gradient, tokens, LABELS + 3, 5)
+        with pytest.raises(ValueError, match="`mass` must be ≥ 0"):
+            qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=-mass)
+        with pytest.raises(TypeError, match="`gradient` must be float16"):
+            qm.merge_tokens_vjp(gradient.astype(int), tokens, LABELS, 5)
+
+
+def test_empty_batch_keeps_k():
+    tokens, labels, merged = (
+        np.ones((0, 5, 3)),
+        np.zeros((0, 5), int),
+        np.ones((0, 2, 3)),
+    )
+    by_tokens, by_mass = qm.merge_tokens_vjp(
+        merged, tokens, labels, 2, mass=tokens[..., 0]
+    )
+    assert (by_tokens.shape, by_mass.shape) == ((0, 5, 3), (0, 5))
+    assert qm.unmerge_tokens_vjp(tokens, labels, 2).shape == (0, 2, 3)

@@ -1,0 +1,20 @@
+import numpy as np
+import pytest
+
+import qm_cupy as qm
+
+
+@pytest.fixture
+def problem(rng):
+    tokens = rng.standard_normal((2, 20, 5))
+    labels = qm.cluster_tokens(tokens, 6)
+    return tokens, labels, rng.random((2, 20))
+
+
+def test_unmerge_is_the_gather(problem, dtype):
+    _, labels, _ = problem
+    merged = np.arange(60, dtype=dtype).reshape(2, 6, 5)
+    got = qm.unmerge_tokens(merged, labels)
+    assert got.dtype == dtype
+    for b in range(2):
+        np.testing.assert_array_equal(got[b], merged[b][labels[b]])

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from differences import assert_slope
+
+import qm_cupy as qm
+
+LABELS = np.array([[0, 1, 1, 3, 1, -1, 3, 1, -1], [2, 0, 0, 1, 2, 2, 0, 1, -1]])
+
+
+@pytest.fixture
+def problem(rng):
+    """Gradient (2, 5, 3), tokens (2, 9, 3), mass (2, 9); a group of one, one empty."""
+    mass = rng.random((2, 9)) + 0.1
+    mass[1, 0] = 0  # one of a group
+    return rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 9, 3)), mass
+
+
+class TestUnmerge:
+    def test_differences(self, problem):
+        merged, gradient, _ = problem
+        got = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
+        assert_slope(
+            got, lambda x: (gradient * qm.unmerge_tokens(x, LABELS)).sum(), merged
+        )
+
+    def test_torch(self, problem):
+        torch = pytest.importorskip("torch")
+        merged, gradient, _ = problem
+        x = torch.tensor(merged, requires_grad=True)
+        index = torch.tensor(np.maximum(LABELS, 0))[..., None].expand(gradient.shape)
+        kept = torch.tensor(LABELS >= 0)[..., None]
+        (x.gather(1, index) * kept).backward(torch.tensor(gradient))
+        got = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
+        np.testing.assert_allclose(got, x.grad, rtol=1e-12)
+
+    def test_half_precision_sums_in_float32(self):
+        gradient = np.full((3000, 1), 8, np.float16)
+        got = qm.unmerge_tokens_vjp(gradient, np.zeros(3000, int), 1)
+        assert got.dtype == np.float16
+        assert got[0, 0] == 24000
+
+    def test_padding_is_not_read(self, problem):
+        _, gradient, _ = problem
+        wanted = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
+        gradient[LABELS < 0] = np.nan
+        got = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
+        np.testing.assert_array_equal(got, wanted)
+        gradient[0, 1, 2] = np.inf
+        with pytest.raises(ValueError, match=r"`gradient` must be finite, got inf at"):
+            qm.unmerge_tokens_vjp(gradient, LABELS, 5)
+
+    def test_bad_input(self, problem):
+        _, gradient, _ = problem
+        with pytest.raises(ValueError, match="`labels` must have shape"):
+            qm.unmerge_tokens_vjp(gradient, LABELS[:, :8], 5)
+        with pytest.raises(ValueError, match=r"`labels` must lie in -1..2"):
+            qm.unmerge_tokens_vjp(gradient, LABELS, 3)
+        with pytest.raises(TypeError, match="`gradient` must be float16"):
+            qm.unmerge_tokens_vjp(gradient.astype(int), LABELS, 5)

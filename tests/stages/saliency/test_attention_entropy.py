@@ -1,0 +1,65 @@
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+from oracle_arrays import softmax
+
+import qm_cupy as qm
+
+
+class TestAttentionEntropy:
+    def test_hand_worked(self):
+        attention = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.25, 0.25, 0.5]])
+        wanted = [0, np.log(2), 1.5 * np.log(2)]
+        assert_close(qm.attention_entropy(attention), wanted)
+
+    @pytest.mark.parametrize("num_tokens", [1, 2, 31, 300])  # 300: more than one block
+    def test_oracle(self, rng, dtype, num_tokens):
+        attention = softmax(3 * rng.standard_normal((num_tokens, num_tokens)))
+        attention = attention.astype(dtype)
+        p = attention.astype(np.float64)  # of float16, a row's sum is no longer 1
+        wanted = oracle.attention_entropy(p / p.sum(-1, keepdims=True))
+        got = qm.attention_entropy(attention)
+        assert got.dtype == np.result_type(dtype, np.float32)
+        assert_close(got, wanted, dtype)
+
+    def test_every_leading_axis(self, rng):
+        attention = softmax(rng.standard_normal((3, 2, 4, 5, 5)))
+        got = qm.attention_entropy(attention)
+        assert got.shape == (3, 2, 4, 5)
+        assert_close(got[2, 1, 3], oracle.attention_entropy(attention[2, 1, 3]))
+        assert_close(qm.attention_entropy(attention[0]), got[0])
+
+    def test_rows_are_relative_to_their_sum(self):
+        attention = np.array([[2.5, 2.5, 0], [0, 0, 0], [1e-30, 1e-30, 2e-30]])
+        wanted = [np.log(2), 0, 1.5 * np.log(2)]
+        assert_close(qm.attention_entropy(attention), wanted)
+
+    def test_masked_rows_are_relative_to_what_is_left(self):
+        attention = np.tile([0.05, 0.05, 0.9], (3, 1))
+        got = qm.attention_entropy(attention, mask=np.array([True, True, False]))
+        assert_close(got, [np.log(2), np.log(2), 0])
+
+    def test_never_negative(self, rng, dtype):
+        """One entry a row: entropy 0 but for rounding."""
+        attention = np.diag(rng.uniform(0.1, 5, 300)).astype(dtype)
+        got = qm.attention_entropy(attention)
+        assert_close(got, np.zeros(300), "float32")
+        assert (got >= 0).all()
+
+    @pytest.mark.parametrize("lead", [(), (2,), (3, 2), (3, 2, 4)])
+    def test_mask_is_cutting_off(self, rng, lead):
+        attention = softmax(rng.standard_normal((*lead, 6, 6)))
+        mask = np.ones((2, 6) if lead else 6, bool)
+        mask[..., 4:] = False
+        got = qm.attention_entropy(attention, mask=mask)
+        assert_close(got[..., :4], qm.attention_entropy(attention[..., :4, :4]))
+        assert not got[..., 4:].any()
+
+    def test_negative_is_refused(self):
+        with pytest.raises(ValueError, match=r"`attention` must be ≥ 0, got -0.5 at"):
+            qm.attention_entropy(np.array([[1.5, -0.5], [0.5, 0.5]]))
+
+    def test_not_square_is_refused(self):
+        with pytest.raises(ValueError, match=r"`attention` must have shape .*\(3, 3\)"):
+            qm.attention_entropy(np.ones((3, 2)))

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+from conftest import assert_close
+from oracle_arrays import attention_entropy_vjp, softmax
+
+import qm_cupy as qm
+
+
+class TestAttentionEntropy:
+    def test_hand_worked(self):
+        attention = np.array([[0.2, 0.8], [0.5, 0.5]])
+        got = qm.attention_entropy_vjp(np.array([2.0, 3.0]), attention)
+        entropy = -0.2 * np.log(0.2) - 0.8 * np.log(0.8)
+        wanted = [-2 * (np.log(0.2) + entropy), -2 * (np.log(0.8) + entropy)]
+        assert_close(got, [wanted, [0, 0]])
+
+    def test_zero_probabilities_and_empty_rows_get_nothing(self, rng):
+        attention = np.array([[0.0, 0.3, 0.7], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        got = qm.attention_entropy_vjp(rng.standard_normal(3), attention)
+        assert not got[attention == 0].any()
+        assert not got[1].any()
+        assert got[2, 2] == 0
+        cut = np.array([[0.3, 0.7]])
+        whole = np.concatenate([cut, cut])
+        wanted = qm.attention_entropy_vjp(np.ones(2), whole)[0]
+        got = qm.attention_entropy_vjp(np.ones(3), attention)
+        assert_close(got[0, 1:], wanted)
+
+    def test_blocks(self, rng, dtype):
+        attention = softmax(2 * rng.standard_normal((300, 300))).astype(dtype)
+        gradient = rng.standard_normal(300)
+        got = qm.attention_entropy_vjp(gradient, attention)
+        assert got.dtype == dtype
+        wanted, _ = attention_entropy_vjp(gradient, attention)
+        np.testing.assert_allclose(
+            got, wanted, rtol=1e-3 if dtype == np.float16 else 1e-5, atol=1e-3
+        )
+
+    def test_digits_stay_where_one_entry_dominates(self):
+        """Of the largest, log p + H is 2e-9, which float32 cannot find from its log."""
+        attention = np.array([[1, 1e-10]] * 2)
+        got = qm.attention_entropy_vjp(np.ones(2), attention.astype(np.float32))
+        wanted = qm.attention_entropy_vjp(np.ones(2), attention)
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+        assert abs(wanted[0, 0]) < 1e-8
+
+    @pytest.mark.parametrize("size", [1e-30, 1e30])
+    def test_rows_are_relative_to_their_sum(self, rng, size):
+        attention = softmax(rng.standard_normal((4, 4)))
+        wanted = qm.attention_entropy_vjp(np.ones(4), attention) / size
+        got = qm.attention_entropy_vjp(np.ones(4), (size * attention).astype("f4"))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4)
+
+    def test_too_large_for_half_is_infinite(self):
+        attention = np.array([[2e-7, 6e-8], [0.5, 0.5]], np.float16)
+        got = qm.attention_entropy_vjp(np.ones(2), attention)
+        np.testing.assert_array_equal(got, [[-np.inf, np.inf], [0, 0]])

@@ -1,0 +1,80 @@
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+
+import qm_cupy as qm
+
+
+class TestGumbelSoftmax:
+    def test_oracle(self, rng, dtype):
+        saliency = rng.random((2, 12)).astype(dtype)
+        noise = qm.gumbel_noise((2, 12), seed=5)
+        got = qm.gumbel_softmax(saliency, temperature=0.7, seed=5)
+        for b in range(2):
+            wanted = oracle.gumbel_softmax(saliency[b], noise[b], 0.7)
+            assert_close(got[b], wanted, dtype)
+
+    def test_hard(self, rng):
+        saliency = rng.random((2, 12))
+        noise = qm.gumbel_noise((2, 12), seed=5)
+        got = qm.gumbel_softmax(saliency, seed=5, hard=4)
+        for b in range(2):
+            np.testing.assert_array_equal(
+                got[b], oracle.top_k_mask(saliency[b] + noise[b], 4)
+            )
+
+    def test_ties_go_to_the_lower_index(self):
+        got = qm.gumbel_softmax(np.array([0.5, 1, 1, 0.5, 1]), seed=None, hard=2)
+        np.testing.assert_array_equal(got, [0, 1, 1, 0, 0])
+
+    def test_many_ties(self, rng):
+        """More than a short sort sees, which is stable by chance."""
+        saliency = rng.integers(0, 3, (2, 500)).astype(float)
+        got = qm.gumbel_softmax(saliency, seed=None, hard=200)
+        for b in range(2):
+            np.testing.assert_array_equal(got[b], oracle.top_k_mask(saliency[b], 200))
+
+    @pytest.mark.parametrize("temperature", [1e-45, 1e-46, 5e-324])
+    def test_tiny_temperature(self, rng, dtype, temperature):
+        saliency = rng.random(9).astype(dtype)
+        got = qm.gumbel_softmax(saliency, temperature=temperature)
+        np.testing.assert_array_equal(got, qm.gumbel_softmax(saliency, hard=1))
+
+    @pytest.mark.parametrize("temperature", [1e46, 1e308])
+    def test_huge_temperature(self, rng, dtype, temperature):
+        got = qm.gumbel_softmax(rng.random(8).astype(dtype), temperature=temperature)
+        np.testing.assert_array_equal(got, np.full(8, 1 / 8))
+
+    @pytest.mark.parametrize("hard", [None, 3])
+    def test_mask_is_cutting_out(self, rng, hard):
+        """Noise goes by a token's rank among the tokens, not by its place."""
+        saliency, mask = rng.random((4, 20)), rng.random((4, 20)) < 0.6
+        mask[0] = np.arange(20) >= 8  # padding on the left
+        got = qm.gumbel_softmax(saliency, seed=5, hard=hard, mask=mask)
+        assert not got[~mask].any()
+        for b in range(4):
+            cut = qm.gumbel_softmax(
+                saliency[b, mask[b]], seed=5, hard=hard, sequence_offset=b
+            )
+            assert_close(got[b, mask[b]], cut)
+
+    def test_mask_and_k_per_sequence(self, rng):
+        saliency = rng.random((2, 6))
+        mask = np.array([[True] * 6, [True, False, True, True, False, False]])
+        soft = qm.gumbel_softmax(saliency, mask=mask)
+        assert_close(soft.sum(axis=-1), [1, 1])
+        assert not soft[~mask].any()
+        hard = qm.gumbel_softmax(saliency, hard=np.array([4, 3]), mask=mask)
+        np.testing.assert_array_equal(hard.sum(axis=-1), [4, 3])
+        assert not hard[~mask].any()
+
+    @pytest.mark.parametrize("temperature", [0, -1, np.inf, np.nan])
+    def test_temperature_out_of_range(self, temperature):
+        with pytest.raises(ValueError, match="`temperature` must lie in"):
+            qm.gumbel_softmax(np.ones(3), temperature=temperature)
+
+    def test_more_than_the_mask_leaves(self):
+        mask = np.array([[True, True, True], [True, False, False]])
+        with pytest.raises(ValueError, match=r"`hard` must lie in 1\.\.1.*sequence 1"):
+            qm.gumbel_softmax(np.ones((2, 3)), hard=2, mask=mask)

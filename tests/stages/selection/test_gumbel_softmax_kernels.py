@@ -1,0 +1,143 @@
+"""The kernels of `gumbel_softmax` and of its gradient, interpreted."""
+
+import numpy as np
+import oracle
+import pytest
+from conftest import TOLERANCE, assert_close
+from kernel_cases import (
+    dtypes,
+    mask_of,
+    masked,
+    optimized,
+    random,
+    sizes,
+    valid_of,
+)
+from oracle_arrays import softmax
+from seam import cuda
+from vjp_cases import assert_gradient, vjp_sizes, wide
+
+import qm_cupy as qm
+from qm_cupy.stages.selection.gumbel_softmax import softmax_mass_cuda
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+HELD = cuda.THREAD_TOKENS * cuda.SELECTION_THREADS  # tokens in registers
+
+
+def noise_of(valid, seed, first=0):
+    """Return the noise of each token: draw n for the n-th, whatever lies between."""
+    out = np.zeros(valid.shape)
+    for b, row in enumerate(valid):
+        out[b, row] = oracle.gumbel_noise(row.sum(), seed, first + b)
+    return out
+
+
+@dtypes
+@sizes
+@masked
+@pytest.mark.parametrize("seed", [None, 7])
+def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
+    batch, first = 3, 2**32 - 2  # the third sequence's number takes 33 bits
+    mask = mask_of(batch, num_tokens, masked)
+    s = abs(random((batch, num_tokens), dtype))
+    valid = valid_of(mask, s.shape)
+    options = {"seed": seed, "mask": mask, "sequence_offset": first}
+    got = qm.gumbel_softmax(s, temperature=0.1, **options)
+    z = s.astype(np.float64)
+    if seed is not None:
+        noise = [noise_of(valid[b : b + 1], seed, first + b) for b in range(batch)]
+        z = z + np.concatenate(noise)
+    wanted = softmax(z, valid, 0.1)
+    assert_close(got, wanted, dtype)
+    mass = qm.saliency_mass(s.astype(got.dtype), got, epsilon=0.01)
+    p = got.astype(np.float64)
+    assert_close(mass, p * s.astype(np.float64) + (1 - p) * 0.01, dtype)
+    if kernels == "optimized":
+        again, fused = softmax_mass_cuda(s, 0.1, (seed, first), 0.01, mask)
+        np.testing.assert_array_equal(again, got)
+        np.testing.assert_allclose(fused, np.where(valid, mass, 0), rtol=1e-6)
+
+
+@dtypes
+def test_padding_draws_no_noise(dtype):
+    """A sequence padded on the left, or anywhere, is the sequence alone."""
+    alone = abs(random((2, 300), dtype))
+    places = np.sort(np.random.default_rng(1).permutation(700)[:300])
+    for place in (np.arange(300) + 400, places):
+        padded, mask = np.full((2, 700), 9, dtype), np.zeros((2, 700), np.bool_)
+        padded[:, place], mask[:, place] = alone, True
+        for options in ({"temperature": 0.5}, {"hard": np.array([7, 299])}):
+            wanted = qm.gumbel_softmax(alone, seed=3, **options)
+            got = qm.gumbel_softmax(padded, seed=3, mask=mask, **options)
+            tolerance = 1e-5 if dtype != np.float64 else 1e-13  # another order of sums
+            np.testing.assert_allclose(got[:, place], wanted, rtol=tolerance)
+            assert not got[~mask].any()
+
+
+@dtypes
+@pytest.mark.parametrize("temperature", [1e-46, 1e-320, 1e-8, 1e30, 1e300])
+def test_extreme_temperatures(dtype, temperature):
+    s = np.array([[0.5, 0.25, 0.75, 0.125]], dtype)
+    got = qm.gumbel_softmax(s, temperature=temperature, seed=None)
+    one_hot, uniform = [[0, 0, 1, 0]], [[0.25] * 4]
+    assert_close(got, one_hot if temperature < 1 else uniform, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("num_tokens", [HELD, HELD + 1, 2 * HELD + 33])
+@masked
+@optimized
+def test_softmax_of_rows_in_registers_and_in_memory(dtype, num_tokens, masked):
+    batch = 2
+    scores = random((batch, num_tokens), dtype)
+    mask = mask_of(batch, num_tokens, masked)
+    if masked:
+        mask[-1, -5:] = True
+    noise = 11, 4
+    p, m = softmax_mass_cuda(scores, 0.1, noise, 0.01, mask)
+    drawn = {"seed": 11, "sequence_offset": 4, "mask": mask}
+    with qm.use_kernels("basic"):
+        wanted = qm.gumbel_softmax(scores, temperature=0.1, **drawn)
+        mass = qm.saliency_mass(scores, wanted, epsilon=0.01)
+    assert_close(p, wanted, dtype)
+    valid = np.True_ if mask is None else mask
+    assert_close(m, np.where(valid, mass, 0), dtype)
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
+
+
+@dtypes
+@vjp_sizes
+@masked
+@pytest.mark.parametrize("seed", [None, 7])
+def test_gumbel_softmax_vjp(dtype, num_tokens, masked, seed):
+    mask = mask_of(3, num_tokens, masked)
+    saliency = abs(random((3, num_tokens), dtype))
+    gradient = random((3, num_tokens), dtype, 1)
+    valid = np.ones(saliency.shape, np.bool_) if mask is None else mask
+    gradient[~valid] = np.nan  # is not read
+    options = {"temperature": 0.5, "seed": seed, "mask": mask, "sequence_offset": 4}
+    got = qm.gumbel_softmax_vjp(gradient, saliency, **options)
+    p = qm.gumbel_softmax(wide(saliency), **options)  # has a test of its own
+    g = np.where(valid, wide(gradient), 0)
+    wanted = p * (g - (p * g).sum(-1, keepdims=True)) / 0.5
+    assert_gradient(got, wanted, dtype)
+
+
+@dtypes
+def test_gumbel_softmax_vjp_of_a_token_that_has_nearly_all(dtype):
+    saliency = np.array([[3.0, 0.0], [0.0, 3.0]], dtype)
+    gradient = np.array([[1.0, 0.0], [1.0, 0.0]], dtype)
+    got = qm.gumbel_softmax_vjp(gradient, saliency, temperature=0.5, seed=None)
+    wanted = 2 * np.exp(-6) / (1 + np.exp(-6)) ** 2
+    tolerance = TOLERANCE[np.dtype(dtype).name]
+    rtol = tolerance.stored if got.dtype.itemsize == 2 else tolerance.computed
+    np.testing.assert_allclose(wide(got), [[wanted, -wanted]] * 2, rtol=rtol)
+
+
+@dtypes
+@pytest.mark.parametrize("temperature", [1e-46, 1e-320, 1e300])
+def test_extreme_temperatures_vjp(dtype, temperature):
+    saliency = np.array([[0.5, 0.25, 0.75, 0.125]], dtype)
+    got = qm.gumbel_softmax_vjp(saliency, saliency, temperature=temperature, seed=None)
+    assert_close(got, np.zeros((1, 4)), dtype)

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from conftest import assert_close
+from differences import assert_slope
+
+import qm_cupy as qm
+
+MASK = np.array([[True] * 9, [False, True, True, False, True] + [False] * 4])
+
+
+@pytest.fixture
+def given(rng):
+    """Gradient and saliency (2, 9)."""
+    return rng.standard_normal((2, 9)), rng.random((2, 9))
+
+
+class TestGumbelSoftmax:
+    @pytest.mark.parametrize("seed", [None, 3])
+    @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
+    @pytest.mark.parametrize("temperature", [0.1, 2.0])
+    def test_differences(self, given, seed, mask, temperature):
+        gradient, saliency = given
+        options = {
+            "temperature": temperature,
+            "seed": seed,
+            "mask": mask,
+            "sequence_offset": 5,
+        }
+        got = qm.gumbel_softmax_vjp(gradient, saliency, **options)
+        assert_slope(
+            got,
+            lambda s: (gradient * qm.gumbel_softmax(s, **options)).sum(),
+            saliency,
+            step=1e-6,
+        )
+        if mask is not None:
+            assert not got[~mask].any()
+
+    def test_torch(self, given):
+        torch = pytest.importorskip("torch")
+        gradient, saliency = (x.astype(np.float32) for x in given)
+        s = torch.tensor(saliency, requires_grad=True)
+        noise = torch.tensor(qm.gumbel_noise(saliency.shape, seed=3))
+        torch.softmax((s + noise) / 0.1, dim=-1).backward(torch.tensor(gradient))
+        got = qm.gumbel_softmax_vjp(gradient, saliency, seed=3)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, s.grad, rtol=1e-5, atol=1e-5)
+
+    def test_a_token_that_has_nearly_all(self):
+        """Its slope is what is left for the others, not the rounding of 1 - 1."""
+        s = np.array([3.0, 0.0], np.float32)
+        gradient = np.array([1.0, 0.0])
+        got = qm.gumbel_softmax_vjp(gradient, s, temperature=0.1, seed=None)
+        np.testing.assert_allclose(got, 10 * np.exp([-30, -30]) * [1, -1], rtol=1e-5)
+
+    def test_one_token_has_no_slope(self):
+        assert qm.gumbel_softmax_vjp(np.array([5.0]), np.array([0.3])) == 0
+
+    @pytest.mark.parametrize("temperature", [1e-320, 1e300])
+    def test_extreme_temperatures(self, given, temperature):
+        got = qm.gumbel_softmax_vjp(*given, temperature=temperature)
+        assert_close(got, np.zeros((2, 9)))
+
+    def test_padding_is_not_read(self, given):
+        gradient, saliency = given
+        wanted = qm.gumbel_softmax_vjp(gradient, saliency, mask=MASK)
+        gradient = np.where(MASK, gradient, np.nan)
+        got = qm.gumbel_softmax_vjp(gradient, saliency, mask=MASK)
+        np.testing.assert_array_equal(got, wanted)
+
+    def test_bad_input(self, given):
+        gradient, saliency = given
+        with pytest.raises(
+            ValueError, match=r"`gradient` must have shape \(B, N\) = \(2, 9\)"
+        ):
+            qm.gumbel_softmax_vjp(gradient[:, :8], saliency)
+        with pytest.raises(TypeError, match="`gradient` must be float16, bfloat16"):
+            qm.gumbel_softmax_vjp(gradient.astype(int), saliency)
+        with pytest.raises(TypeError, match="`gradient` must be an array, got float"):
+            qm.gumbel_softmax_vjp(1.0, saliency)
+        with pytest.raises(ValueError, match="`gradient` must be finite, got nan"):
+            qm.gumbel_softmax_vjp(gradient * np.nan, saliency)
+        with pytest.raises(ValueError, match="`temperature` must lie in"):
+            qm.gumbel_softmax_vjp(gradient, saliency, temperature=0)
+
+
+def test_empty_batch():
+    none = np.ones((0, 4))
+    assert qm.gumbel_softmax_vjp(none, none).shape == (0, 4)
+    assert [x.shape for x in qm.saliency_mass_vjp(none, none, none)] == [(0, 4)] * 2

@@ -1,0 +1,23 @@
+"""The kernels of the gradient of `saliency_mass`, interpreted."""
+
+import numpy as np
+import pytest
+from conftest import assert_close
+from kernel_cases import dtypes, random
+from vjp_cases import assert_gradient, vjp_sizes, wide
+
+import qm_cupy as qm
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@dtypes
+@vjp_sizes
+def test_saliency_mass_vjp(dtype, num_tokens):
+    gradient, saliency = (random((2, num_tokens), dtype, seed) for seed in (1, 2))
+    p = random((2, num_tokens), np.float32, 3)
+    got = qm.saliency_mass_vjp(gradient, saliency, p, epsilon=0.3)
+    assert_gradient(got[0], wide(gradient) * wide(p), dtype)
+    by_probability = wide(gradient) * (wide(saliency) - 0.3)
+    assert got[1].dtype == np.float32
+    assert_close(got[1], by_probability, np.float32)

@@ -1,0 +1,133 @@
+"""What holds for the kernels of all stages: wild labels, views, one sequence."""
+
+import numpy as np
+import pytest
+from kernel_cases import dtypes, labels_of, mask_of, random
+from seam import cuda
+
+import qm_cupy as qm
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@dtypes
+def test_wild_labels_count_as_padding(dtype):
+    """Nobody looks at labels on a GPU; the interpreter looks at the kernels."""
+    num_groups = 5
+    tokens, merged = random((2, 70, 9), dtype), random((2, num_groups, 9), dtype, 1)
+    tame = labels_of(2, 70, num_groups).astype(np.int32)
+    tame[:, 60:] = -1
+    wild = tame.copy()
+    wild[:, 60:] = np.array([5, 6, -2, 1000, -1000, 2**31 - 1, -(2**31), 70, 99, 5])
+    for measure in (
+        lambda labels: qm.merge_tokens(tokens, labels, num_groups),
+        lambda labels: qm.unmerge_tokens(merged, labels),
+        lambda labels: qm.group_sizes(labels, num_groups),
+        lambda labels: qm.group_positions(labels, num_groups),
+        lambda labels: qm.reconstruction_error(tokens, merged, labels=labels),
+    ):
+        np.testing.assert_array_equal(measure(wild), measure(tame))
+
+
+@dtypes
+def test_wild_counts_stay_within_their_arrays(dtype, monkeypatch):
+    merged, tokens = random((2, 6, 9), dtype), random((2, 40, 9), dtype, 1)
+    prior = qm.MLPPrior.init(9, hidden_dim=5)
+    wild, tame = np.array([-3, 1000], np.int32), np.array([0, 6], np.int32)
+    found = []
+    for counts in (wild, tame):
+        monkeypatch.setattr(cuda, "device_counts", lambda _, counts=counts: (counts, 6))
+        error = qm.reconstruction_error(tokens, merged)
+        found.append([*qm.alignment_loss(merged, prior), error])
+        if counts is tame:
+            monkeypatch.setattr(cuda, "device_counts", lambda _: (tame, 40))
+        found[-1].append(qm.select_tokens(tokens[..., 0], 6))
+    for got, wanted in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def shifted(x, elements):
+    """Copy an array to so many elements behind 16 bytes, at the end of its memory."""
+    raw = np.empty(elements + x.size, x.dtype)
+    assert raw.ctypes.data % 16 == 0
+    raw[elements:] = x.ravel()
+    return raw[elements:].reshape(x.shape)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [20, 37, 50])
+def test_results_do_not_depend_on_alignment(dtype, dim):
+    """Whatever width loads and stores have, the sums are the same."""
+    tokens, other = random((2, 33, dim), dtype), random((2, 5, dim), dtype, 1)
+    attention = abs(random((1, 2, 1, dim, dim), dtype, 2))
+    labels, mass = labels_of(2, 33, 5), abs(random((2, 33), np.float32, 3))
+
+    def results(shift):
+        x, y, a = (shifted(z, shift) for z in (tokens, other, attention))
+        yield qm.cosine_similarity(x)
+        yield qm.self_attention_entropy(x)
+        yield qm.query_key_entropy(x[:, None], x[:, None])
+        yield qm.attention_entropy(a)
+        yield qm.attention_entropy_vjp(a[..., 0], a)
+        yield qm.norm_saliency(x)
+        yield qm.merge_tokens(x, labels, 5)
+        yield qm.unmerge_tokens(y, labels)
+        yield qm.unmerge_tokens_vjp(x, labels, 5)
+        yield from qm.merge_tokens_vjp(y, x, labels, 5, mass=mass)
+        yield qm.reconstruction_error(x, y)
+        yield from qm.reconstruction_error_vjp(np.ones(2), x, y)
+
+    wanted = list(results(0))
+    for shift in (1, 2, 4):
+        for x, z in zip(results(shift), wanted, strict=True):
+            np.testing.assert_array_equal(x, z)
+
+
+def test_public_functions_take_one_sequence():
+    """Without the batch axis the same launchers run, and leave it out again."""
+    tokens, scores = random((40, 9), np.float32), abs(random(40, np.float32))
+    labels, mask = labels_of(1, 40, 5)[0], mask_of(3, 40)[0]
+    attention = abs(random((40, 40), np.float32))
+    prior = qm.MLPPrior.init(9, hidden_dim=5)
+    for measure, *arrays in (
+        (lambda a, m: qm.attention_entropy(a, mask=m), attention, mask),
+        (lambda q, m: qm.query_key_entropy(q, q, mask=m), tokens, mask),
+        (lambda x, m: qm.self_attention_entropy(x, mask=m), tokens, mask),
+        (lambda h, m: qm.saliency(h, mask=m), scores, mask),
+        (lambda x, m: qm.norm_saliency(x, mask=m), tokens, mask),
+        (lambda s, m: qm.gumbel_softmax(s, mask=m), scores, mask),
+        (lambda s, m: qm.gumbel_softmax(s, hard=3, mask=m), scores, mask),
+        (lambda s: qm.saliency_mass(s, s), scores),
+        (lambda s, m: qm.select_tokens(s, 4, mask=m), scores, mask),
+        (lambda x, g: qm.merge_tokens(x, g, 5), tokens, labels),
+        (lambda x, g: qm.unmerge_tokens(x, g), tokens, labels),
+        (lambda g: qm.group_sizes(g, 5), labels),
+        (lambda g: qm.group_positions(g, 5), labels),
+        (lambda x: qm.alignment_loss(x, prior).total, tokens),
+        (lambda x, m: qm.norm_mass(x, 5, mask=m), tokens, mask),
+        (lambda x, m: qm.reconstruction_error(x, x[..., :7, :], mask=m), tokens, mask),
+        (lambda x: qm.cosine_similarity(x), tokens),
+    ):
+        one = measure(*arrays)
+        many = measure(*(x[None] for x in arrays))
+        np.testing.assert_array_equal(np.asarray(one)[None], many)
+
+
+def test_views_are_read_as_they_are():
+    """Launchers copy what is not C-contiguous; kernels know no strides."""
+    wide = random((80, 2, 18), np.float16)
+    tokens = wide.transpose(1, 0, 2)[:, ::2, ::2]  # (2, 40, 9)
+    labels = labels_of(40, 2, 5).T
+    for measure in (qm.norm_saliency, qm.self_attention_entropy, qm.cosine_similarity):
+        np.testing.assert_array_equal(measure(tokens), measure(tokens.copy()))
+    got = qm.merge_tokens(tokens, labels, 5)
+    wanted = qm.merge_tokens(tokens.copy(), np.ascontiguousarray(labels), 5)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_empty_batches_launch_nothing():
+    tokens = np.zeros((0, 5, 3), np.float32)
+    assert qm.self_attention_entropy(tokens).shape == (0, 5)
+    assert qm.select_tokens(tokens[..., 0], 2).shape == (0, 2)
+    assert qm.merge_tokens(tokens, np.zeros((0, 5), int), 2).shape == (0, 2, 3)
+    assert qm.cosine_similarity(tokens).shape == (0, 5, 5)

@@ -1,0 +1,129 @@
+"""What TF32 changes, and by how much."""
+
+import numpy as np
+import pytest
+from conftest import TF32_TOLERANCE, assert_close
+from kernel_cases import mask_of, optimized, random, sizes
+from oracle_arrays import softmax_entropy
+
+import qm_cupy as qm
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def truncated(x):
+    """Drop the 13 bits of float32 that TF32 does not have."""
+    return (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
+
+
+@sizes
+@optimized
+def test_entropies_with_tf32_are_those_of_truncated_tokens(num_tokens):
+    mask = mask_of(2, num_tokens)
+    tokens = random((2, num_tokens, 37), np.float32)
+
+    def entropies(x):
+        self_attention = qm.self_attention_entropy(x, mask=mask)
+        return self_attention, qm.query_key_entropy(x, x, causal=True, mask=mask)
+
+    plain, wanted = entropies(tokens), entropies(truncated(tokens))
+    with qm.allow_tf32():
+        got = entropies(tokens)
+    for x, y, z in zip(got, wanted, plain, strict=True):
+        assert_close(x, y, np.float32)
+        assert (x != z).any() or num_tokens == 1  # entropy 0
+
+
+def tf32_calls(num_tokens, dim):
+    """Return a call for every operation whose products TF32 changes."""
+    x = random((2, num_tokens, dim), np.float32)
+    query, key = (
+        random((2, num_tokens, dim), np.float32, seed, 1.5) for seed in (1, 2)
+    )
+    gradient, ones = random((2, num_tokens), np.float32, 3), np.ones(2, np.float32)
+    mlp = qm.MLPPrior.init(dim, hidden_dim=50)
+    transformer = qm.TransformerPrior.init(
+        dim, hidden_dim=40, num_heads=2, num_layers=1, mlp_dim=70
+    )
+
+    def alignment_vjp():
+        by_merged, weights = qm.alignment_loss_vjp((0 * ones, ones, ones), x, mlp)
+        return by_merged, *weights[0], *weights[1]
+
+    return {
+        "cosine_similarity": lambda: [qm.cosine_similarity(x)],
+        "query_key_entropy": lambda: [qm.query_key_entropy(query, key)],
+        "self_attention_entropy": lambda: [qm.self_attention_entropy(x)],
+        "alignment_loss": lambda: qm.alignment_loss(x, mlp),
+        "MLPPrior.predict": lambda: [mlp.predict(x)],
+        "TransformerPrior.predict": lambda: [transformer.predict(x)],
+        "query_key_entropy_vjp": lambda: qm.query_key_entropy_vjp(gradient, query, key),
+        "self_attention_entropy_vjp": lambda: [
+            qm.self_attention_entropy_vjp(gradient, x)
+        ],
+        "alignment_loss_vjp": alignment_vjp,
+    }
+
+
+@pytest.mark.parametrize("name", TF32_TOLERANCE)
+@optimized
+def test_tf32_changes_results_no_more_than_it_may(name):
+    for num_tokens, dim in ((33, 37), (65, 64)):
+        call = tf32_calls(num_tokens, dim)[name]
+        plain = call()
+        with qm.allow_tf32():
+            got = call()
+        assert any((x != y).any() for x, y in zip(got, plain, strict=True))
+        for x, y in zip(got, plain, strict=True):
+            peak = abs(y).max()
+            room = TF32_TOLERANCE[name] * (peak if "vjp" in name else max(peak, 1))
+            np.testing.assert_allclose(x, y, rtol=0, atol=room)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+@optimized
+def test_entropies_with_tf32_are_within_their_bound(scale):
+    """The one that the docstring of allow_tf32 derives, whatever the scores."""
+    query, key = (random((129, 64), np.float32, seed, 1.5) for seed in (1, 2))
+    q, k = query.astype(np.float64), key.astype(np.float64)
+    allowed = np.ones((129, 129), np.bool_)
+    wanted = softmax_entropy(q @ k.T * scale, allowed)
+    change = 2**-9 * scale * (abs(q) @ abs(k).T).max(-1)
+    bound = change * np.sqrt(1 + np.log(129) ** 2 / 4) + 2e-5
+    with qm.allow_tf32():
+        got = qm.query_key_entropy(query, key, scale=scale)
+    assert (abs(got - wanted) <= bound).all()
+
+
+@optimized
+def test_products_with_tf32_are_near_the_truth():
+    tokens = random((2, 129, 37), np.float32)
+    prior = qm.MLPPrior.init(37, hidden_dim=50)
+    measures = qm.cosine_similarity, prior.predict
+    for measure in measures:
+        plain = measure(tokens)
+        with qm.allow_tf32():
+            got = measure(tokens)
+        assert got.dtype == np.float32
+        assert_close(got, plain, "tf32")
+        assert (got != plain).any()
+    with qm.allow_tf32():
+        cosines = qm.cosine_similarity(tokens)
+        np.testing.assert_array_equal(cosines, np.swapaxes(cosines, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [
+        ("basic", np.float32),
+        ("optimized-75", np.float32),  # whose tensor cores know no TF32
+        ("optimized", np.float16),
+        ("optimized", np.float64),
+    ],
+    indirect=["kernels"],
+)
+def test_tf32_is_for_float32_on_tensor_cores_alone(dtype):
+    tokens = random((1, 40, 16), dtype)
+    plain = qm.self_attention_entropy(tokens)
+    with qm.allow_tf32():
+        np.testing.assert_array_equal(qm.self_attention_entropy(tokens), plain)

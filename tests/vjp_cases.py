@@ -1,0 +1,32 @@
+"""What the tests of gradients' kernels share. They compare to references in float64."""
+
+import numpy as np
+import pytest
+from conftest import assert_close
+from kernel_cases import random
+
+import qm_cupy as qm
+
+VJP_SIZES, WIDTHS = [1, 31, 32, 33, 129, 257], [1, 7, 32, 130]
+
+vjp_sizes = pytest.mark.parametrize("num_tokens", VJP_SIZES)
+ragged = pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
+
+
+def wide(x):
+    return x.astype(np.float64)
+
+
+def assert_gradient(got, wanted, dtype, like=None):
+    """Compare a gradient in its own dtype, of values of about 1."""
+    assert got.dtype == (dtype if like is None else like)
+    assert got.flags.c_contiguous
+    column = "stored" if got.dtype.itemsize == 2 else "computed"
+    assert_close(got, wanted, dtype, column)
+
+
+def alignment_of(num_groups, dtype, dim=37, hidden_dim=50):
+    """Return gradients, merged tokens and a prior."""
+    gradient = random((3, 3), np.float32, 5) * dim
+    merged = random((3, num_groups, dim), dtype)
+    return tuple(gradient), merged, qm.MLPPrior.init(dim, hidden_dim=hidden_dim)
