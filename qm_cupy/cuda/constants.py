@@ -46,7 +46,6 @@ CONTIGUOUS_REALS, CONTIGUOUS_INTEGERS = 5, 3
 BASIC_CONTIGUOUS_REALS, BASIC_CONTIGUOUS_INTEGERS = 3, 2
 
 _BY_WIDTH = "LINKAGE_THREADS", "SLOT_BYTES", "TREE_BYTES", "FOUND_BYTES"
-_NUMBERED = ACTIVATIONS, LINKAGE_METHODS
 _SAME = (
     "VECTOR_BYTES", "COUNTS", "TILE", "STEP_BYTES", "WIDE_STAGES", "SQUARE",
     "THREAD_TOKENS", "SELECTION_THREADS", "GROUP_THREADS", "SORT_THREADS",
@@ -59,10 +58,10 @@ _SAME = (
 
 def definitions(width: int) -> dict[str, int | float]:
     """Return the numbers by their names in CUDA; `width` is the bytes of an acc_t."""
-    here = globals()
+    here, numbered = globals(), ACTIVATIONS | LINKAGE_METHODS
     return {
         "BLOCK_THREADS": BLOCK,
         **{name: here[name] for name in _SAME},
         **{name: here[name][width] for name in _BY_WIDTH},
-        **{name.upper(): x for names in _NUMBERED for name, x in names.items() if x},
+        **{name.upper(): x for name, x in numbered.items() if x},
     }
