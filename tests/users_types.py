@@ -9,6 +9,7 @@ import qm_cupy as qm
 tokens = np.ones((2, 9, 4), np.float32)
 mask = np.ones((2, 9), np.bool_)
 mass = np.ones((2, 9))
+protect = np.arange(9) < 1
 labels: NDArray[np.int32] = qm.cluster_tokens(tokens, 3, mask=mask, method="ward")
 merged: NDArray[np.float32] = qm.merge_tokens(tokens, labels, 3, mass=mass)
 sizes: NDArray[np.int32] = qm.group_sizes(labels, 3)
@@ -22,7 +23,7 @@ entropy: NDArray[np.float32] = qm.self_attention_entropy(tokens, mask=mask)
 scores: NDArray[np.float32] = qm.saliency(entropy, salient="high", mask=mask)
 noise: NDArray[np.float32] = qm.gumbel_noise((2, 9), 0)
 result: qm.Merged[NDArray[np.float32]] = qm.quickmerge(
-    tokens, 3, mask=mask, protect=mask, order="first"
+    tokens, 3, mask=mask, protect=mask & protect, order="first"
 )
 into: NDArray[np.int32] = result.labels
 count: NDArray[np.int32] = result.sizes

@@ -119,17 +119,17 @@ def linkage_cuda(
     width = kind.itemsize
     room = _dynamic_shared_bytes("linkage", kind) - LINKAGE_SCRATCH * width
     heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
-    alone = heights + _held_bytes(num_tokens, width) <= room  # all in a block's memory
+    alone = heights + held_bytes(num_tokens, width) <= room  # all in a block's memory
     held = state <= room  # the clusters
     shared = held * state
     if alone:
-        shared = heights + _held_bytes(num_tokens, width)
-    layout = _layout(
+        shared = heights + held_bytes(num_tokens, width)
+    layout = layout_of(
         batch, num_tokens, width, LINKAGE_SCRATCH * width + shared, alone=alone
     )
     last = 0  # clusters that a block of several can hold alone
     if layout.blocks > 1:
-        last = _most_held(room - held * heights, layout.threads, width)
+        last = most_held(room - held * heights, layout.threads, width)
         shared = room if last else shared
     copies = 0 if held else layout.places * layout.blocks
     tree = _tree_bytes(num_tokens, width)
@@ -171,16 +171,16 @@ def _state_bytes(num_tokens: int, width: int) -> int:
     return _height_bytes(num_tokens, width) + _slot_bytes(num_tokens, width)
 
 
-def _held_bytes(num_slots: int, width: int) -> int:
+def held_bytes(num_slots: int, width: int) -> int:
     """Return the bytes of clusters, what is found for them, and their matrix."""
     found = 2 * FOUND_BYTES[width]  # in this round and the next
     return _slot_bytes(num_slots, width) + num_slots * (found + num_slots * width)
 
 
-def _most_held(room: int, threads: int, width: int) -> int:
+def most_held(room: int, threads: int, width: int) -> int:
     """Return how many clusters, at most one a thread, a block can hold alone."""
     sizes = range(min(threads, math.isqrt(max(room, 0) // width)), 1, -1)
-    return next((n for n in sizes if _held_bytes(n, width) <= room), 0)
+    return next((n for n in sizes if held_bytes(n, width) <= room), 0)
 
 
 def _tree_bytes(num_tokens: int, width: int) -> int:
@@ -195,7 +195,7 @@ def _single_linkage_cuda(
     kind = cosines.dtype
     ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
     in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", kind)
-    layout = _layout(batch, num_tokens, kind.itemsize, 0)
+    layout = layout_of(batch, num_tokens, kind.itemsize, 0)
     state = (
         empty((layout.places, SINGLE_WORDS * num_tokens), np.uint64),
         empty((layout.places, SINGLE_REALS * num_tokens), kind),
@@ -221,7 +221,7 @@ def _dynamic_shared_bytes(kernel: str, kind: Any) -> int:
     return dynamic_shared_bytes(kernel, kernel, kind)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How a launch shares out the sequences."""
 
     places: int  # sequences at work at once
@@ -229,9 +229,9 @@ class _Layout(NamedTuple):
     threads: int  # of a block
 
 
-def _layout(
+def layout_of(
     batch: int, num_tokens: int, width: int, shared: int, *, alone: bool = False
-) -> _Layout:
+) -> Layout:
     """Return the layout that should be fastest.
 
     A block takes `shared` bytes of shared memory, and one `alone` has a sequence.
@@ -242,7 +242,7 @@ def _layout(
     if alone or batch >= device.multiprocessors or most == 1:
         # Nobody waits for other blocks; smaller ones, where three fit, fill the waits.
         several = batch > device.multiprocessors and 3 * shared <= device.shared_bytes
-        return _Layout(batch, 1, min(threads, _FEWER) if several else threads)
+        return Layout(batch, 1, min(threads, _FEWER) if several else threads)
 
     def cost(blocks: int) -> float:
         turns = -(-batch // (device.multiprocessors // blocks))
@@ -250,7 +250,7 @@ def _layout(
 
     blocks = min(range(1, most + 1), key=cost)
     places = min(batch, device.multiprocessors // blocks)
-    return _Layout(places, blocks, threads)
+    return Layout(places, blocks, threads)
 
 
 def _zeros(count: int) -> Any:

@@ -293,10 +293,10 @@ def compute_reconstruction_error_vjp(
     args = gradient, tokens, merged, labels, counts, mask, bound
     if is_cuda(tokens):
         return _reconstruction_error_vjp_cuda(*args)
-    return _reconstruction_error_vjp_reference(*args)
+    return reconstruction_error_vjp_reference(*args)
 
 
-def _reconstruction_error_vjp_reference(
+def reconstruction_error_vjp_reference(
     gradient: NDArray[Any],
     tokens: NDArray[Any],
     merged: NDArray[Any],

@@ -160,7 +160,7 @@ def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
     members = empty((batch, num_tokens), np.int32)
     kernel = "groups", "sort_members", np.float32
     room = dynamic_shared_bytes(*kernel)
-    runs, shared = _sort_layout(num_tokens, num_groups, room)
+    runs, shared = sort_layout(num_tokens, num_groups, room)
     counts = None
     if not shared:
         counts = empty((batch, runs + 1, num_groups), np.int32)
@@ -172,7 +172,7 @@ def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
     return ends, members
 
 
-def _sort_layout(num_tokens: int, num_groups: int, room: int) -> tuple[int, int]:
+def sort_layout(num_tokens: int, num_groups: int, room: int) -> tuple[int, int]:
     """Return how many runs of tokens are sorted at once, and bytes of shared memory.
 
     Each run has a warp and a count of every group. With W runs, the counts are cleared,

@@ -256,11 +256,11 @@ def merge_tokens_vjp(
     if is_cuda(tokens):
         by_tokens, by_mass = _merge_tokens_vjp_cuda(*args)
     else:
-        by_tokens, by_mass = _merge_tokens_vjp_reference(*args)
+        by_tokens, by_mass = merge_tokens_vjp_reference(*args)
     return leave(by_tokens), None if by_mass is None else leave(by_mass)
 
 
-def _merge_tokens_vjp_reference(
+def merge_tokens_vjp_reference(
     gradient: NDArray[Any],
     tokens: NDArray[Any],
     labels: NDArray[Any],

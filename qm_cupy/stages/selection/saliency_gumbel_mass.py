@@ -11,7 +11,7 @@ from ..saliency.saliency import saliency_cuda
 from .gumbel_noise import noise_arguments
 from .gumbel_softmax import softmax_mass_cuda
 
-_ENTROPIES_OF_A_BLOCK = 1 << 15  # see _one_launch
+ENTROPIES_OF_A_BLOCK = 1 << 15  # see _one_launch
 
 
 def saliency_gumbel_mass_cuda(
@@ -49,4 +49,4 @@ def _one_launch(layers: int, heads: int, num_tokens: int) -> bool:
     tokens in registers.
     """
     held = num_tokens <= THREAD_TOKENS * SELECTION_THREADS
-    return held and layers * heads * num_tokens <= _ENTROPIES_OF_A_BLOCK
+    return held and layers * heads * num_tokens <= ENTROPIES_OF_A_BLOCK

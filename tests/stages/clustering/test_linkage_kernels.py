@@ -135,8 +135,8 @@ def test_sequences_take_turns(method, threads, device, monkeypatch):
     """Blocks at another sequence, also where one ended the first alone."""
     tokens = tokens_of(5, 40, 6)
     wanted, _ = dendrogram_of(tokens, method)
-    few = linkage_cuda._Layout(places=2, blocks=2, threads=threads)
-    monkeypatch.setattr(linkage_cuda, "_layout", lambda *_, **__: few)
+    few = linkage_cuda.Layout(places=2, blocks=2, threads=threads)
+    monkeypatch.setattr(linkage_cuda, "layout_of", lambda *_, **__: few)
     got, _ = dendrogram_of(tokens, method)
     np.testing.assert_array_equal(got, wanted)
 
@@ -169,7 +169,7 @@ def test_layouts(monkeypatch):
     device = cuda.Device(132, 227 << 10)
     monkeypatch.setattr(cuda, "current_device", lambda: device)
     monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 512, 8: 384})
-    layout = linkage_cuda._layout
+    layout = linkage_cuda.layout_of
     assert layout(8, 4096, 4, 0) == (8, 16, 512)
     assert layout(1, 1024, 4, 0) == (1, 64, 512)  # a row for every warp
     assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 512)
@@ -185,10 +185,10 @@ def test_layouts(monkeypatch):
 @pytest.mark.parametrize("width", [4, 8])
 def test_as_many_clusters_are_held_as_fit(width):
     for room in (-1, 0, 4 << 10, 100 << 10, 226 << 10):
-        most = linkage_cuda._most_held(room, 512, width)
-        assert most == 0 or linkage_cuda._held_bytes(most, width) <= room
-        assert linkage_cuda._held_bytes(max(most, 1) + 1, width) > room
-    assert linkage_cuda._most_held(226 << 10, 64, width) == 64  # one for a thread
+        most = linkage_cuda.most_held(room, 512, width)
+        assert most == 0 or linkage_cuda.held_bytes(most, width) <= room
+        assert linkage_cuda.held_bytes(max(most, 1) + 1, width) > room
+    assert linkage_cuda.most_held(226 << 10, 64, width) == 64  # one for a thread
 
 
 @methods

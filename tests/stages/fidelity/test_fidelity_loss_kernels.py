@@ -7,7 +7,7 @@ from vjp_cases import assert_gradient, ragged, wide
 
 import qm_cupy as qm
 from qm_cupy.stages.fidelity.reconstruction_error import (
-    _reconstruction_error_vjp_reference,
+    reconstruction_error_vjp_reference,
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -27,7 +27,7 @@ def test_fidelity_loss_vjp(dtype, ragged):
     for given in (labels, None):
         got = qm.fidelity_loss_vjp(99.0, tokens, merged, labels=given, **options)
         arrays = np.full(3, 33.0), wide(tokens), wide(merged), given, counts, None
-        wanted = _reconstruction_error_vjp_reference(*arrays, 0.7**2)
+        wanted = reconstruction_error_vjp_reference(*arrays, 0.7**2)
         for x, y in zip(got, wanted, strict=True):
             assert_gradient(x, y, dtype)
         if given is not None:

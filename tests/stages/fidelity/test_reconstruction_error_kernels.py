@@ -17,7 +17,7 @@ from vjp_cases import assert_gradient, vjp_sizes, wide
 
 import qm_cupy as qm
 from qm_cupy.stages.fidelity.reconstruction_error import (
-    _reconstruction_error_vjp_reference,
+    reconstruction_error_vjp_reference,
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -84,7 +84,7 @@ def test_reconstruction_error_vjp(dtype, num_tokens, masked):
         tokens[~mask] = np.nan  # is not read
     counts = np.full(batch, num_groups)
     given = [wide(gradient), wide(tokens), wide(merged), labels, counts, mask]
-    wanted = _reconstruction_error_vjp_reference(*given, -np.inf)
+    wanted = reconstruction_error_vjp_reference(*given, -np.inf)
     got = qm.reconstruction_error_vjp(
         gradient, tokens, merged, labels=labels, mask=mask
     )

@@ -59,7 +59,7 @@ def test_sort_members_in_runs(runs, held, monkeypatch):
     """Any number of runs, the last ones empty, counts here or there: one order."""
     num_groups = 70
     bytes_held = 4 * num_groups * (runs + 1) if held else 0
-    monkeypatch.setattr(groups, "_sort_layout", lambda *_: (runs, bytes_held))
+    monkeypatch.setattr(groups, "sort_layout", lambda *_: (runs, bytes_held))
     for num_tokens in (1, 33, 97, 290):
         labels = labels_of_kind(2, num_tokens, num_groups, "random")
         assert_sorted(labels, num_groups, *groups.members_cuda(labels, num_groups))
@@ -86,7 +86,7 @@ def test_counts_that_shared_memory_cannot_hold(monkeypatch):
 
 
 def test_layout_of_the_sort():
-    layout = groups._sort_layout
+    layout = groups.sort_layout
     assert layout(4096, 1024, 227 << 10) == (16, 17 * 4096)  # W² = 70 N / K = 280
     assert layout(4096, 1024, ROOM) == (11, 12 * 4096)
     assert layout(4096, 4096, 227 << 10) == (8, 9 * 16384)
@@ -102,7 +102,7 @@ def test_layout_of_the_sort():
 @pytest.mark.parametrize("num_tokens", range(1, 3000, 171))
 def test_layouts_are_within_their_limits(num_tokens):
     for num_groups in (1, 2, 3, 50, 777, num_tokens, 5000, 6143, 9000):
-        runs, shared = groups._sort_layout(num_tokens, num_groups, ROOM)
+        runs, shared = groups.sort_layout(num_tokens, num_groups, ROOM)
         assert 1 <= runs <= min(32, -(-num_tokens // 32))
         assert shared in (0, (runs + 1) * num_groups * 4)
         assert shared <= ROOM

@@ -10,7 +10,7 @@ from seam import cuda
 from vjp_cases import WIDTHS, assert_gradient, vjp_sizes, wide
 
 import qm_cupy as qm
-from qm_cupy.stages.merging.merge_tokens import _merge_tokens_vjp_reference
+from qm_cupy.stages.merging.merge_tokens import merge_tokens_vjp_reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -67,7 +67,7 @@ def test_merge_tokens_vjp(dtype, num_tokens, weighted):
         got = qm.merge_tokens_vjp(gradient, tokens, labels, num_groups, mass=mass)
         weights = None if mass is None else wide(mass)
         given = wide(gradient), wide(tokens), labels, num_groups, weights
-        wanted = _merge_tokens_vjp_reference(*given)
+        wanted = merge_tokens_vjp_reference(*given)
         assert_gradient(got[0], wanted[0], dtype)
         if not weighted:
             assert got[1] is None

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 ONE = ["saliency_gumbel_mass"]
 THREE = ["entropy_range", "saliency", "gumbel_softmax"]
-LIMIT = saliency_gumbel_mass._ENTROPIES_OF_A_BLOCK
+LIMIT = saliency_gumbel_mass.ENTROPIES_OF_A_BLOCK
 HELD = cuda.THREAD_TOKENS * cuda.SELECTION_THREADS  # tokens in registers
 
 # L, B, H, N: one warp and more, layers around the warps of a block and the ranges that
