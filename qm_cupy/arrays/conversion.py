@@ -73,33 +73,26 @@ def enter(
     outputs : mapping, optional
         Arrays to write to.
     """
-    counts, gradients, outputs = counts or {}, gradients or {}, outputs or {}
     prepared = {name: _prepare(name, x) for name, x in arrays.items() if x is not None}
-    for name, x in gradients.items():
+    for name, x in (gradients or {}).items():
         if hasattr(x, "__dlpack__"):
             prepared[name] = _prepare(name, x)
-    for name, x in outputs.items():
+    for name, x in (outputs or {}).items():
         if x is not None:
             prepared[name] = _prepare(name, x, output=True)
     if len(prepared) > 1:
         _check_alike(prepared)
     inside = {name: _bring_in(name, x) for name, x in prepared.items()}
-    counted = {
-        name: _bring_in(name, _prepare(name, x), to_host=True)
-        for name, x in counts.items()
-        if hasattr(x, "__dlpack__")
-    }
+    values = [*map(inside.get, arrays)]
     example = next(iter(prepared.values()), None)
-    if example is None and counted:
-        example = counts[next(iter(counted))]
-    leave = give_inside if example is None else _leave(example)
-    return (
-        leave,
-        *(inside.get(name) for name in arrays),
-        *(counted.get(name, x) for name, x in counts.items()),
-        *(inside.get(name, x) for name, x in gradients.items()),
-        *(inside.get(name) for name in outputs),
-    )
+    for name, x in (counts or {}).items():
+        if hasattr(x, "__dlpack__"):
+            example = x if example is None else example
+            x = _bring_in(name, _prepare(name, x), to_host=True)
+        values.append(x)
+    values += [inside.get(name, x) for name, x in (gradients or {}).items()]
+    values += map(inside.get, outputs or ())
+    return give_inside if example is None else _leave(example), *values
 
 
 def deliver(leave: Leave, result: Any, out: Any, target: Any) -> Any:

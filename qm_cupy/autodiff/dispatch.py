@@ -18,6 +18,8 @@ from .operations import (
     Shape,
 )
 
+_NEVER_TRACED = frozenset({np.ndarray, int, float, bool, str, type(None)})
+
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
@@ -32,7 +34,7 @@ def tracing_framework(values: Iterable[Any]) -> Literal["torch", "jax"] | None:
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     for value in values:
         x = value[0] if isinstance(value, tuple) and value else value
-        if x is None or type(x) is np.ndarray:
+        if type(x) in _NEVER_TRACED:
             continue
         if torch is not None and isinstance(x, torch.Tensor):
             recorded = x.requires_grad and torch.is_grad_enabled()
