@@ -45,7 +45,7 @@ class Library(NamedTuple):
     give: Callable[[np.ndarray], Any]
     """From NumPy, to where they are measured."""
     inside: Callable[[np.ndarray], Any]
-    """From NumPy to what the door lets out: NumPy's, or CuPy's on a GPU."""
+    """From NumPy to what the conversion gives back: NumPy's, or CuPy's on a GPU."""
     take: Callable[[Any], Any]
     """The library's own import of that."""
 
@@ -90,7 +90,7 @@ def calls(library: Library) -> Calls:
     return {
         "conversion, one array in": lambda: enter({"tokens": tokens}),
         "conversion, two arrays in": lambda: enter({"tokens": tokens, "mask": mask}),
-        "door, one array out": lambda: leave(inside),
+        "conversion, one array out": lambda: leave(inside),
         BARE: lambda: library.take(inside),
         "unmerge_tokens": lambda: qm.unmerge_tokens(tokens, labels),
         "quickmerge": lambda: qm.quickmerge(tokens, 2),

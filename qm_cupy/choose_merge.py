@@ -16,6 +16,10 @@ from .results import Choice, Merged
 from .stages.alignment.alignment_loss import alignment_loss
 from .stages.fidelity.reconstruction_error import reconstruction_error
 
+_OPTIONS = {*inspect.signature(quickmerge).parameters} - {
+    "tokens", "mask", "out", "workspace",
+}  # fmt: skip
+
 
 @on_callers_stream
 def choose_merge(
@@ -160,8 +164,3 @@ def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
     """Return `x` for the sequences (B,) that are taken and `y` for the others."""
     wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))
     return np.where(wide, copyable(x), copyable(y)).view(x.dtype)
-
-
-_OPTIONS = {*inspect.signature(quickmerge).parameters} - {
-    "tokens", "mask", "out", "workspace",
-}  # fmt: skip

@@ -63,7 +63,7 @@ def test_torch_works_in_its_current_stream(entered, monkeypatch):
         during(entered, tensor, fail=True)
     assert entered == []
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert during(entered, tensor) == []  # and the door says what is missing
+    assert during(entered, tensor) == []  # and the conversion says what is missing
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def _library(kind: type) -> Library:
 
 
 def on_host(x: Any) -> bool:
-    """Whether an array that has come through the door is NumPy's."""
+    """Whether a converted array is NumPy's."""
     return isinstance(x, np.ndarray | np.generic)
 
 
@@ -124,7 +124,7 @@ def _device_scope(x: Any) -> AbstractContextManager[Any] | None:
             return None
         import cupy
     except (AttributeError, BufferError, ImportError, RuntimeError, TypeError):
-        return None  # the door has the words for it
+        return None  # the conversion raises a clear error
     if number == cupy.cuda.runtime.getDevice():
         return None
     return cupy.cuda.Device(number)
@@ -162,7 +162,7 @@ def _torch_scope(x: Any) -> AbstractContextManager[Any] | None:
     try:
         import cupy
     except ImportError:
-        return None  # the door has the words for it
+        return None  # the conversion raises a clear error
     stream = sys.modules["torch"].cuda.current_stream(x.device)
     scope = ExitStack()
     scope.enter_context(cupy.cuda.Device(x.device.index))
@@ -235,7 +235,7 @@ def _to_jax(x: Any, like: Any) -> Any:
 
 
 def is_cuda(x: Any) -> bool:
-    """Whether an array that has come through the door is CuPy's; part of the seam."""
+    """Whether a converted array is CuPy's; part of the seam."""
     return hasattr(type(x), "__cuda_array_interface__")
 
 

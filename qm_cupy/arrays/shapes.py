@@ -9,6 +9,13 @@ from numpy.typing import NDArray
 
 from .checks import any_of, check_mask
 
+_LAYOUTS = {
+    "hidden_states": ("BND", "LBND"),
+    "attention": ("BNN", "LBNN", "LBHNN"),
+    "query": ("BNd", "LBNd", "LBHNd"),
+    "key": ("BNd", "LBNd", "LBHNd"),
+}
+
 
 def layer_axes(leading: Sequence[int]) -> tuple[int, int, int]:
     """Return L, B and H of leading axes (), (B), (L, B) or (L, B, H)."""
@@ -75,14 +82,6 @@ def check_source(
         f"`{name}` must have shape {wanted} with ({', '.join(axes)}) = "
         f"{tuple(tokens[:-1])}, got {tuple(source.shape)}"
     )
-
-
-_LAYOUTS = {
-    "hidden_states": ("BND", "LBND"),
-    "attention": ("BNN", "LBNN", "LBHNN"),
-    "query": ("BNd", "LBNd", "LBHNd"),
-    "key": ("BNd", "LBNd", "LBHNd"),
-}
 
 
 def lift_source(name: str, source: NDArray[Any], tokens: NDArray[Any]) -> NDArray[Any]:

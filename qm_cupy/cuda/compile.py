@@ -14,6 +14,17 @@ from ..arrays.dtypes import accumulation_dtype
 from ..settings import tf32_allowed
 from .constants import definitions
 
+_HERE = Path(__file__).resolve().parents[1]
+_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # a wheel's, a checkout's
+_STORAGE = {
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+_KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\(")
+TF32 = "tf32"  # float32 to all but the multiplication: a kernel's dtype, not an array's
+
 
 class KernelCompilationError(RuntimeError):
     """A kernel did not compile; holds the compiler's log and what may help."""
@@ -150,19 +161,6 @@ def _folder() -> Path:
             return folder
     places = " and ".join(str(folder) for folder in _FOLDERS)
     raise FileNotFoundError(f"no kernels: looked for common.cuh in {places}")
-
-
-_HERE = Path(__file__).resolve().parents[1]
-_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # a wheel's, a checkout's
-_STORAGE = {
-    "float16": "__half",
-    "bfloat16": "__nv_bfloat16",
-    "float32": "float",
-    "float64": "double",
-}
-_KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\(")
-
-TF32 = "tf32"  # float32 to all but the multiplication: a kernel's dtype, not an array's
 
 
 def kernel_dtype(file: str, dtype: Any) -> str:

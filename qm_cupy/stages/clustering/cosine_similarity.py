@@ -16,6 +16,8 @@ from ...cuda.tiles import Tiling
 from ..saliency.token_norms import token_norms_cuda
 from .unit_tokens import unit_tokens
 
+_GRAM_ROWS = 2048  # of a product of tokens by themselves
+
 
 @on_callers_stream
 def cosine_similarity(tokens: Array) -> Array:
@@ -78,9 +80,6 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out
-
-
-_GRAM_ROWS = 2048  # of a product of tokens by themselves
 
 
 def gram(x: NDArray[Any], out: NDArray[Any]) -> None:

@@ -20,6 +20,9 @@ from .linkage_cuda import dendrograms_cuda
 from .unit_tokens import unit_tokens
 from .weighted_linkage import Floats, weighted_linkage
 
+PADDED_ROW = (-1.0, -1.0, np.inf, 0.0)
+
+
 LinkageMethod = Literal["average", "ward", "complete", "single"]
 LINKAGES: tuple[LinkageMethod, ...] = get_args(LinkageMethod)
 
@@ -97,9 +100,6 @@ def linkage(
     if is_cuda(tokens):
         return leave(dendrograms_cuda(tokens, method, mass, mask))
     return leave(linkage_reference(tokens, method, mass, mask))
-
-
-PADDED_ROW = (-1.0, -1.0, np.inf, 0.0)
 
 
 def linkage_reference(

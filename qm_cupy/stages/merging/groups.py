@@ -20,6 +20,8 @@ from ...cuda.constants import SORT_THREADS, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 
+_GLOBAL_RUNS = 8  # of tokens sorted at once, if their counts are in global memory
+
 
 @operation(
     constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
@@ -147,9 +149,6 @@ def flat_groups(
     group = rows.ravel()[flat].astype(np.intp)
     group += flat // rows.shape[-1] * num_groups
     return flat, group, len(rows) * num_groups
-
-
-_GLOBAL_RUNS = 8  # of tokens sorted at once, if their counts are in global memory
 
 
 def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:

@@ -32,6 +32,8 @@ from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .groups import flat_groups, members_cuda
 
+_BLOCK = 256  # tokens at a time: 2 MB of each array for D = 1024
+
 
 def _merged_shape(tokens: Any, *others: Any) -> tuple[Shape, ...]:
     return ((*tokens.shape[:-2], others[-1], tokens.shape[-1]),)  # K is the last
@@ -178,9 +180,6 @@ def merge_tokens_cuda(
         args = (tokens, mass, *members_cuda(labels, num_groups), *sizes, out)
     launch("merge_tokens", "merge_tokens", tokens.dtype, args, vectors=out)
     return out
-
-
-_BLOCK = 256  # tokens at a time: 2 MB of each array for D = 1024
 
 
 @on_callers_stream

@@ -18,6 +18,13 @@ from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .online_softmax import BLOCK_ROWS, masked_score, softmax_state
 
+# Of score gradients in flight: at 16 bits and 4096 tokens 128 tiles, so that their
+# product with the tokens has a block for each multiprocessor. No call holds more for
+# more heads, but one tile of 128 rows at least: memory is linear in N.
+_BAND_BYTES = 128 << 20
+_PAGE = "score_gradients"  # of the kernels that go through scores again
+
+
 _AXES = {1: "N", 2: "BN", 3: "LBN", 4: "LBHN"}  # of entropies, by how many they are
 
 
@@ -59,12 +66,6 @@ def score_vjp(
         of_query[start:stop] = slope @ key[seen]
         of_key[seen] += slope.T @ query[start:stop]
     return of_query, of_key
-
-
-# Of score gradients in flight: at 16 bits and 4096 tokens 128 tiles, so that their
-# product with the tokens has a block for each multiprocessor. No call holds more for
-# more heads, but one tile of 128 rows at least: memory is linear in N.
-_BAND_BYTES = 128 << 20
 
 
 class Scores(NamedTuple):
@@ -141,9 +142,6 @@ def _transposed(tokens: Any, scores: Scores) -> Any:
     args = (tokens, scores.mask, *sizes, out)
     launch(_PAGE, "transpose_tokens", tokens.dtype, args, blocks=squares)
     return out
-
-
-_PAGE = "score_gradients"  # of the kernels that go through scores again
 
 
 def as_computed(gradient: Any, like: Any) -> Any:
