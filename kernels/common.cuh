@@ -15,7 +15,7 @@
 #include <cuda_fp16.h>
 
 // A score below all others, finite so that 0 * (score - m) is 0.
-constexpr float NEVER = -1e30f;
+constexpr float MASKED_SCORE = -1e30f;
 
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -82,7 +82,7 @@ using bits_t = decltype(ordered_bits(acc_t()));
 // so that H = log1p(r) - t / (1 + r) adds two terms >= 0 and nothing cancels, however
 // far one score stands above the rest.
 struct SoftmaxEntropy {
-    acc_t m = NEVER, r = 0, t = 0;
+    acc_t m = MASKED_SCORE, r = 0, t = 0;
 
     __device__ __forceinline__ void add(acc_t score) {
         if (score > m) {
@@ -109,7 +109,7 @@ struct SoftmaxEntropy {
     __device__ __forceinline__ SoftmaxEntropy(acc_t m, acc_t r, acc_t t,
                                               const SoftmaxEntropy& lower)
         : m(m), r(r), t(t) {
-        if (lower.m == NEVER) return;  // it holds no score
+        if (lower.m == MASKED_SCORE) return;  // it holds no score
         const acc_t d = lower.m - m;
         const acc_t e = exp(d);
         this->r += e * (1 + lower.r);

@@ -340,7 +340,7 @@ def parse(text: str, kernels: Iterable[str]) -> dict[str, Function]:
 def _instruction(predicate: str | None, opcode: str, operands: str) -> Instruction:
     word = opcode.split(".")[0]
     if predicate and predicate.strip() == "@!PT":  # it only takes its turn
-        return Instruction("NEVER", False, ())
+        return Instruction("MASKED_SCORE", False, ())
     # A jump may also name its predicate after the opcode, and BRA.DIV needs none.
     also = word in _ENDS and re.match(r"!?U?P\d|UR", operands)
     conditional = bool(predicate or also or opcode.startswith("BRA.DIV"))

@@ -60,7 +60,8 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
     const real_t* q = query + index - d;
     const long long head = (b * num_heads + index % dim / head_dim) * capacity;
 
-    acc_t m = NEVER, r = 0, sum = 0;  // the largest score, and sums of e^(score - m)
+    acc_t m = MASKED_SCORE, r = 0,
+          sum = 0;  // the largest score, and sums of e^(score - m)
     for (long long j = first; j < last; ++j) {
         const acc_t size = sizes ? sizes[b * capacity + j] : acc_t(1);
         if (!(size > 0)) continue;

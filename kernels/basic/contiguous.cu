@@ -27,7 +27,7 @@ __device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t prod
     const acc_t m = g.size[a], n = g.size[b];
     const acc_t gap =
         g.square[a] / (m * m) + g.square[b] / (n * n) - 2 * product / (m * n);
-    return min(acc_t(-NEVER), m * n / (m + n) * gap);
+    return min(acc_t(-MASKED_SCORE), m * n / (m + n) * gap);
 }
 
 // `sums` (B, N, D) holds unit tokens. One thread, one sequence.

@@ -65,7 +65,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
     for (long long row = 0; row < n - 1; ++row) {
         __syncthreads();
         for (long long i = thread; i < n; i += blockDim.x) {
-            lows[i] = -NEVER, nearest[i] = -1;
+            lows[i] = -MASKED_SCORE, nearest[i] = -1;
             for (long long j = i + 1; j < n; ++j) {
                 if (weight[i] == 0 || weight[j] == 0) continue;
                 const acc_t d = cluster_distance(matrix, weight, n, i, j, method);

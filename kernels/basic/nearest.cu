@@ -24,8 +24,8 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
             cosine(tokens + index * dim, anchors + (first + k) * dim, norms[index],
                    anchor_norms[first + k], dim);
         // What is not a number is less similar than all that is.
-        if (max(acc_t(NEVER), similarity) > highest) {
-            highest = max(acc_t(NEVER), similarity);
+        if (max(acc_t(MASKED_SCORE), similarity) > highest) {
+            highest = max(acc_t(MASKED_SCORE), similarity);
             best = static_cast<int>(k);
         }
     }
@@ -40,7 +40,7 @@ extern "C" __global__ void anchor_scores(const acc_t* norms, const bool* mask,
     const long long index = thread_index();  // (B, N)
     if (index >= count) return;
     const bool fixed = protect != nullptr && protect[index];
-    const acc_t score = fixed ? -padding() : min(acc_t(-NEVER), norms[index]);
+    const acc_t score = fixed ? -padding() : min(acc_t(-MASKED_SCORE), norms[index]);
     out[index] = is_token(mask, index) ? score : padding();
 }
 

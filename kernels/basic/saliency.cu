@@ -11,7 +11,7 @@ extern "C" __global__ void entropy_range(const real_t* entropy, const bool* mask
                                          acc_t* lowest, acc_t* highest) {
     const long long index = thread_index();  // (L, B)
     if (index >= layers * batch) return;
-    acc_t low = -NEVER, high = NEVER;
+    acc_t low = -MASKED_SCORE, high = MASKED_SCORE;
     for (long long i = 0; i < num_tokens; ++i) {
         if (!is_token(mask, index % batch * num_tokens + i)) continue;
         const acc_t h =

@@ -17,7 +17,7 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
     if (row >= layers * batch) return;
     const long long first = row % batch * num_tokens;  // of (B, N)
     entropy += row * heads * num_tokens;
-    acc_t low = -NEVER, high = NEVER;
+    acc_t low = -MASKED_SCORE, high = MASKED_SCORE;
     for (long long i = 0; i < num_tokens; ++i) {
         if (!is_token(mask, first + i)) continue;
         const acc_t h = head_mean(entropy, heads, num_tokens, i);

@@ -63,13 +63,13 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
         q[d] = widen(query[index * head_dim + d]) * acc_t(scale);
     __syncthreads();
 
-    acc_t m = NEVER, r = 0, sum[MAX_HEAD_DIM / 32] = {};
+    acc_t m = MASKED_SCORE, r = 0, sum[MAX_HEAD_DIM / 32] = {};
     for (long long j0 = first + warp * 32; j0 < last; j0 += warps * 32) {
         const long long j = j0 + lane;
         const acc_t size = j >= last ? acc_t(0)
                            : sizes   ? sizes[b * capacity + j]
                                      : acc_t(1);
-        acc_t score = NEVER;
+        acc_t score = MASKED_SCORE;
         if (size > 0) {
             const real_t* key = keys + (head + j) * head_dim;
             score = log(size);
@@ -101,7 +101,7 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
     for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sums[warp][c * 32 + lane] = sum[c];
     __syncthreads();
 
-    acc_t top = NEVER, total = 0;
+    acc_t top = MASKED_SCORE, total = 0;
     for (int w = 0; w < warps; ++w) top = max(top, tops[w]);
     for (int w = 0; w < warps; ++w) total += totals[w] * exp(tops[w] - top);
     for (long long d = threadIdx.x; d < head_dim; d += blockDim.x) {

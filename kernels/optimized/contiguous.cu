@@ -56,7 +56,7 @@ __device__ __forceinline__ acc_t ward_cost(const Groups& g, int a, int b) {
     const acc_t m = g.size[a], n = g.size[b];
     const acc_t gap =
         g.square[a] / (m * m) + g.square[b] / (n * n) - 2 * g.product[a] / (m * n);
-    return min(acc_t(-NEVER), m * n / (m + n) * gap);
+    return min(acc_t(-MASKED_SCORE), m * n / (m + n) * gap);
 }
 
 // The leftmost of the lanes whose value is the least.

@@ -22,7 +22,7 @@ __device__ __forceinline__ void head_means(const real_t* rows, long long heads,
 
 // Least and greatest of tokens seen so far. Without tokens no width is above 0.
 struct Range {
-    acc_t low = -NEVER, high = NEVER;
+    acc_t low = -MASKED_SCORE, high = MASKED_SCORE;
 
     // Takes in the tokens of a thread, not padding.
     template <class Index>

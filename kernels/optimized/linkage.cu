@@ -100,7 +100,7 @@ __device__ __forceinline__ Change change_of(const int* nearest, int i) {
 // closest pair there is now.
 __device__ bool is_enough(const Clusters& all, const Progress& now, int method,
                           acc_t* scratch) {
-    acc_t least = -NEVER, lower = 0;
+    acc_t least = -MASKED_SCORE, lower = 0;
     for (int p = threadIdx.x; p < now.clusters; p += blockDim.x) {
         const int i = all.active()[p], j = all.nearest()[i];
         if (j >= 0)

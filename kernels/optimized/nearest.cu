@@ -88,12 +88,13 @@ __device__ __forceinline__ void rows_nearest(unsigned char* shared,
     if (!valid) best.anchor = -1;
     // Where no similarity is a number, it is the first anchor after all.
     for (int k = 0; k < count && best.anchor < 0; ++k)
-        if (!(anchor_norms[b * num_groups + k] < 0)) best = {NEVER, k};
+        if (!(anchor_norms[b * num_groups + k] < 0)) best = {MASKED_SCORE, k};
     out[token] = best.anchor;
     if (highest_out == nullptr) return;
     const acc_t norm = norms[token];
     const acc_t similarity = norm == 0 ? 0 : best.similarity / norm;
-    highest_out[token] = best.anchor < 0 ? padding() : max(acc_t(NEVER), similarity);
+    highest_out[token] =
+        best.anchor < 0 ? padding() : max(acc_t(MASKED_SCORE), similarity);
 }
 
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)

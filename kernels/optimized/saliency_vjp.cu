@@ -15,7 +15,7 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
             sum += widen(entropy[(row * heads + h) * num_tokens + i]);
         return sum / heads;
     };
-    acc_t low = -NEVER, high = NEVER;
+    acc_t low = -MASKED_SCORE, high = MASKED_SCORE;
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         if (!is_token(mask, first + i)) continue;
         const acc_t h = head_mean(i);

@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
 #pragma unroll
                     for (int j = 0; j < 16; ++j) {
                         const bool seen = columns >> j & 1 && Whole::column(j) <= last;
-                        if (!seen) scores[0][i][j] = NEVER;
+                        if (!seen) scores[0][i][j] = MASKED_SCORE;
                     }
                 }
             }

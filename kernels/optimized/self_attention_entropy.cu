@@ -49,7 +49,8 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
         for (int i = 0; i < 4 * Tile::fragments; ++i)
 #pragma unroll
             for (int j = 0; j < 16; ++j)
-                if (!(rows >> i & columns >> j & 1)) scores[i / 4][i % 4][j] = NEVER;
+                if (!(rows >> i & columns >> j & 1))
+                    scores[i / 4][i % 4][j] = MASKED_SCORE;
     }
 
     // (across, rows, 3), a warp's columns; (down, columns, 3), a fragment's rows.

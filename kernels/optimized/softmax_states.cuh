@@ -48,7 +48,7 @@ struct ScaledExponents {
 
     // What no token scores: times the factor below all exponents, and finite.
     __device__ __forceinline__ acc_t never() const {
-        return max(NEVER / factor, acc_t(-3e38f));
+        return max(MASKED_SCORE / factor, acc_t(-3e38f));
     }
 
     // m * factor, and of floats a little more, so that no exponent is above it, by
@@ -65,7 +65,7 @@ struct ScaledExponents {
 };
 
 struct State {
-    acc_t m = NEVER, r = 0, t = 0;
+    acc_t m = MASKED_SCORE, r = 0, t = 0;
 
     // Add scores, in place of which then stand the losers, those that are not the
     // largest: every comparison of a score with m has one. So m stays out, and scores
@@ -132,7 +132,7 @@ struct State {
     __device__ __forceinline__ State exact(const ScaledExponents& units) const {
         State state = *this;
         if (m == units.never()) {
-            state.m = NEVER;
+            state.m = MASKED_SCORE;
             return state;  // it holds no score, or only NaN
         }
         state.m = rounded_product(m, units.factor);
@@ -142,7 +142,7 @@ struct State {
     }
 
     // Take in the terms of another state, of whom the larger m stays out. What holds no
-    // score has m = NEVER, so that its terms vanish.
+    // score has m = MASKED_SCORE, so that its terms vanish.
     __device__ __forceinline__ void merge(const State& other) {
         const bool first = m >= other.m;
         const acc_t d = min(m, other.m) - max(m, other.m), e = exp2(d);

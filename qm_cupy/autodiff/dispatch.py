@@ -68,6 +68,10 @@ def operation(
         name = function.__name__.lstrip("_")
         parameters = inspect.signature(function).parameters
         names = tuple(parameters)
+        declared = [*inputs, *constants, *([counts] if counts else []), *options]
+        known = {x.split()[-1].rstrip("?") for x in declared}
+        if known != set(names) - {"out"}:
+            raise TypeError(f"`{name}` declares {sorted(known)}, but takes {names}")
         kinds = [x.kind for x in parameters.values()]
         num_positional = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         defaults = {

@@ -167,12 +167,11 @@ def _results(
     options: tuple[Any, ...],
 ) -> Any:
     """Return the shapes and dtypes of what the operation returns."""
-    dtype: Any = jnp.int32
-    if operation.dtype == "stored":
-        dtype = inputs[0].dtype
-    elif operation.dtype != "int32":
-        deciding = inputs[:1] if operation.dtype == "computed" else inputs
-        dtype = jnp.result_type(jnp.float32, *(x.dtype for x in deciding))
+    dtype: Any = np.dtype(np.int32)
+    if operation.dtype != "int32":
+        dtypes = [x.dtype for x in inputs if x is not None]
+        floats = np.dtype(np.float32), np.dtype(np.float64)
+        dtype = operation.result_dtype(dtypes, *floats)
     shapes = operation.shapes(*inputs, *constants, *options)
     results = tuple(ShapeDtypeStruct(shape, dtype) for shape in shapes)
     return results if operation.results > 1 else results[0]

@@ -34,7 +34,8 @@ class Operation(NamedTuple):
     ``max_groups``.
     """
     options: tuple[str, ...]
-    """With their types in a torch schema, such as "int? seed"."""
+    """With their types: those of a torch schema, such as "float? scale", or "uint64?"
+    (a seed, which torch passes as 64 bits with a sign)."""
     dtype: DtypeRule
     """Of the results: "stored" is that of the first input; "computed" is float32, or
     float64 for a float64 first input; "widest" likewise, but of all inputs."""
@@ -71,11 +72,26 @@ class Operation(NamedTuple):
             return ()
         vjp = self.find_vjp()
         given = self._by_name(values)
-        taken = _parameters(vjp)
-        if taken is not None:
-            given = {name: x for name, x in given.items() if name in taken}
-        result = vjp(*gradients, **given)
+        known = {name: given[name] for name in self.vjp_arguments(vjp) if name in given}
+        result = vjp(*gradients, **known)
         return result if isinstance(result, tuple) else (result,)
+
+    def vjp_arguments(self, vjp: Callable[..., Any]) -> tuple[str, ...]:
+        """Return the arguments of the product behind its gradients; refuse others."""
+        names = _parameters(vjp)[self.results :]
+        unknown = set(names) - set(_parameters(self.function))
+        if unknown:
+            raise TypeError(
+                f"`{vjp.__name__}` takes {sorted(unknown)}, and `{self.name}` does not"
+            )
+        return names
+
+    def result_dtype(self, dtypes: Sequence[Any], float32: Any, float64: Any) -> Any:
+        """Return the dtype of floating results, of the inputs' (not for "int32")."""
+        if self.dtype == "stored":
+            return dtypes[0]
+        deciding = dtypes[:1] if self.dtype == "computed" else dtypes
+        return float64 if float64 in deciding else float32
 
     def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return the arguments of the public function."""
@@ -90,12 +106,8 @@ class Operation(NamedTuple):
 
 
 @functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Return the names of a function's arguments; None if it takes any."""
-    parameters = inspect.signature(function).parameters
-    if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values()):
-        return None
-    return frozenset(parameters)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -134,7 +146,7 @@ def check_option(declared: str, value: Any) -> Any:
     kind, name = declared.split()
     if value is None and kind.endswith("?"):
         return None
-    if kind.startswith("int"):
+    if kind.startswith(("int", "uint64")):
         return plain_integer(name, value)
     if kind.startswith("float") and type(value) is not float:
         return check_number(name, value, -np.inf, np.inf, "[]")

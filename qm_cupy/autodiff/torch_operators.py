@@ -73,10 +73,10 @@ def _tensor(declared: str, x: Any) -> Tensor | None:
 
 
 def _option(declared: str, value: Any) -> Any:
-    """Return an option as torch's schemas take it: a seed as 64 bits with a sign."""
-    if declared != "int? seed" or value is None:
+    """Return an option as torch's schemas take it."""
+    if not declared.startswith("uint64") or value is None:
         return check_option(declared, value)
-    seed = plain_integer("seed", value)
+    seed = plain_integer(declared.split()[-1], value)
     if not 0 <= seed < 2**64:
         check_seed(seed)  # raises
     return seed - 2**64 if seed >= 2**63 else seed
@@ -84,7 +84,7 @@ def _option(declared: str, value: Any) -> Any:
 
 def _register(operation: Operation) -> None:
     given = [f"Tensor{'?' * x.endswith('?')} {x.rstrip('?')}" for x in operation.arrays]
-    given += operation.typed_options
+    given += [x.replace("uint64", "int") for x in operation.typed_options]
     results = ", ".join(["Tensor"] * (operation.results + 1))
     forward = torch.library.custom_op(
         f"qm_cupy::{operation.name}",
@@ -138,7 +138,7 @@ def _public(operation: Operation, arguments: Any) -> list[Any]:
     """Return an operator's arguments as the public function takes them."""
     given = list(arguments)
     for i, option in enumerate(operation.typed_options, len(operation.arrays)):
-        if option == "int? seed" and given[i] is not None:
+        if option.startswith("uint64") and given[i] is not None:
             given[i] %= 2**64
     return given
 
@@ -148,12 +148,9 @@ def _fake(operation: Operation, *arguments: Any) -> tuple[Tensor, ...]:
     arrays = arguments[: len(operation.arrays)]
     first = next(x for x in arrays if x is not None)
     dtype = torch.int32
-    if operation.dtype == "stored":
-        dtype = first.dtype
-    elif operation.dtype != "int32":
-        deciding = 1 if operation.dtype == "computed" else len(operation.inputs)
-        dtypes = [x.dtype for x in arguments[:deciding]]
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    if operation.dtype != "int32":
+        dtypes = [x.dtype for x in arguments[: len(operation.inputs)] if x is not None]
+        dtype = operation.result_dtype(dtypes, torch.float32, torch.float64)
     shapes = operation.shapes(*arguments)
     results = [first.new_empty(shape, dtype=dtype) for shape in shapes]
     return *results, torch.empty((), dtype=torch.int64)

@@ -248,7 +248,8 @@ class TransformerPrior:
         check_tokens(tokens)
         counts = check_counts(tokens, num_groups)
         wanted = tokens.shape[:-1]
-        self._check(tokens, positions, sizes, "tokens", wanted, wanted[-1])
+        names = "tokens", "positions", "sizes"
+        self._check(tokens, positions, sizes, names, wanted, wanted[-1])
         acc_dtype = accumulation_dtype(tokens.dtype)
         inside = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
         rows = inside.shape[:2]
@@ -321,7 +322,8 @@ class TransformerPrior:
             of_each_sequence(position, token),
             of_each_sequence(size, token),
         )
-        self._check(token, position, size, "token", token.shape[:-1], count + 1)
+        names = "token", "position", "size"
+        self._check(token, position, size, names, token.shape[:-1], count + 1)
         cache = cache.after(count)
         cache.sizes[:, count] = 1 if size is None else size
         span = Span(
@@ -401,7 +403,7 @@ class TransformerPrior:
         tokens: NDArray[Any],
         positions: Any,
         sizes: Any,
-        name: str,
+        names: tuple[str, str, str],
         wanted: tuple[int, ...],
         num_places: int,
     ) -> None:
@@ -409,12 +411,12 @@ class TransformerPrior:
         dim, learned = self._settings.dim, self._settings.num_positions
         if tokens.shape[-1] != dim:
             raise ValueError(
-                f"`{name}` must have width D = {dim} like the prior, "
+                f"`{names[0]}` must have width D = {dim} like the prior, "
                 f"got {tokens.shape[-1]}"
             )
-        plural = "s" if name == "tokens" else ""
-        check_positions(f"position{plural}", positions, wanted, learned)
-        check_sizes(f"size{plural}", sizes, wanted)
+        _, position_name, size_name = names
+        check_positions(position_name, positions, wanted, learned)
+        check_sizes(size_name, sizes, wanted)
         if positions is None and 0 < learned < num_places:
             raise ValueError(
                 f"the prior has learned {learned} positions, too few for "
@@ -428,15 +430,13 @@ class TransformerPrior:
         on_gpu = is_cuda(tokens)
         key = str(tokens.device) if on_gpu else "NumPy", acc_dtype, reverse
         if key not in self._copies:
-            weights = {**(self.backward if reverse else self.forward)}
-            if not self._settings.num_positions:
-                width = self._settings.hidden_dim // self.num_heads
-                weights["turns"] = rotary_turns(width)
             copies = {}
-            for name, weight in weights.items():
-                dtype = weight.dtype if name == "turns" else acc_dtype
+            for name, weight in (self.backward if reverse else self.forward).items():
                 weight = to_device(weight) if on_gpu else weight
-                copies[name] = contiguous(weight, dtype)
+                copies[name] = contiguous(weight, acc_dtype)
+            if not self._settings.num_positions:
+                turns = rotary_turns(self._settings.hidden_dim // self.num_heads)
+                copies["turns"] = to_device(turns) if on_gpu else turns
             if on_gpu:
                 to_host(copies["head.bias"])  # waits: any stream may read now
             self._copies[key] = copies

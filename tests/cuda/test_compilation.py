@@ -41,7 +41,7 @@ def test_the_index_of_a_thread_has_64_bits():
 def test_an_error_names_its_own_file(place):
     source = cuda.source("basic/merge_tokens")
     marker = {
-        "common.cuh": "constexpr float NEVER",
+        "common.cuh": "constexpr float MASKED_SCORE",
         "basic/merge_tokens.cu": 'extern "C"',
     }
     broken = source.replace(marker[place], "no_such_type x;\n" + marker[place], 1)

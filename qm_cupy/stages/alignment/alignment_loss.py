@@ -157,10 +157,25 @@ def mlp_alignment_loss(
 
 @on_callers_stream
 def _mlp_alignment_loss_vjp(
-    forward: Any, backward: Any, merged: Any, *, num_groups: Any, **weights: Any
+    forward: Any,
+    backward: Any,
+    merged: Any,
+    forward_weight_in: Any,
+    forward_bias_in: Any,
+    forward_weight_out: Any,
+    forward_bias_out: Any,
+    backward_weight_in: Any,
+    backward_bias_in: Any,
+    backward_weight_out: Any,
+    backward_bias_out: Any,
+    *,
+    num_groups: Any = None,
 ) -> tuple[Any, ...]:
     gradient = AlignmentLoss(forward, backward, 0 * forward)
-    prior = _prior_of(*(weights[name] for name in _WEIGHTS))
+    prior = _prior_of(
+        forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
+        backward_weight_in, backward_bias_in, backward_weight_out, backward_bias_out,
+    )  # fmt: skip
     tokens, networks = alignment_loss_vjp(
         gradient, merged, prior, num_groups=num_groups
     )

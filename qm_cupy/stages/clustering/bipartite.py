@@ -10,13 +10,13 @@ from ...cuda.constants import GROUP_THREADS
 from ...cuda.device import empty
 from ...cuda.launch import block_size, contiguous, launch
 from ..merging.merge_tokens import merge_tokens_cuda
-from ..selection.select_tokens import mark_top_cuda
+from ..selection.select_tokens import top_tokens_cuda
 from .labels import Groups, number_groups_cuda
 from .nearest import nearest_anchors_cuda
 from .unit_tokens import unit_tokens_cuda
 
 
-def bipartite_groups(unit: NDArray[Any], num_groups: int) -> Groups:
+def bipartite_groups_reference(unit: NDArray[Any], num_groups: int) -> Groups:
     """Match groups at even places to those at odd ones, again until K are left.
 
     A step merges the r even groups most similar to their best odd partner, r at most
@@ -105,7 +105,7 @@ def _match_cuda(vectors: Any, places: Any, sizes: Any, most: int) -> Any:
     evens = merge_tokens_cuda(vectors, sides[0], num_evens, None, None)
     odds = merge_tokens_cuda(vectors, sides[1], num_odds, None, None)
     partners, best = nearest_anchors_cuda(evens, odds, sizes[1], exist, similarity=True)
-    chosen = mark_top_cuda(best, sizes[2], num_evens)
+    chosen = top_tokens_cuda(best, sizes[2], num_evens)
     roots = empty(places.shape, np.int32)
     args = (places, chosen, partners, batch, num_tokens, num_evens, roots)
     launch("bipartite", "join_partners", np.float32, args, outputs=roots.size)

@@ -21,14 +21,18 @@ from ...autodiff.operations import without_last_axis
 from ...cuda.launch import device_counts
 from ..saliency.token_norms import relative_norms
 from ..selection.select_tokens import select_tokens_reference
-from .bipartite import bipartite_groups, bipartite_groups_cuda
+from .bipartite import bipartite_groups_cuda, bipartite_groups_reference
 from .checks import check_anchors, check_mass_method, check_protect
-from .contiguous import contiguous_groups, contiguous_groups_cuda
+from .contiguous import contiguous_groups_cuda, contiguous_groups_reference
 from .cut_linkage import cut_linkage_cuda, cut_sequence
 from .labels import ORDERS, Order, in_order, number_groups_cuda
 from .linkage import LINKAGES, LinkageMethod, linkage_sequence
 from .linkage_cuda import dendrograms_cuda
-from .nearest import nearest_groups, nearest_groups_cuda, top_norm_anchors_cuda
+from .nearest import (
+    nearest_groups_cuda,
+    nearest_groups_reference,
+    top_norm_anchors_cuda,
+)
 from .unit_tokens import unit_tokens
 
 Method = Literal[LinkageMethod, "nearest", "bipartite", "contiguous"]
@@ -176,7 +180,7 @@ def _cluster_tokens_reference(
     order: str,
 ) -> NDArray[np.int32]:
     if method == "nearest" and anchors is None:
-        anchors = _longest_tokens(tokens, protect, mask, counts)
+        anchors = _top_norm_anchors_reference(tokens, counts, mask, protect)
     labels = np.full(tokens.shape[:-1], -1, np.int32)
     for index in np.ndindex(tokens.shape[:-2]):
         keep = np.ones(tokens.shape[-2], np.bool_) if mask is None else mask[index]
@@ -197,11 +201,11 @@ def _cluster_tokens_reference(
     return labels
 
 
-def _longest_tokens(
+def _top_norm_anchors_reference(
     tokens: NDArray[Any],
-    protect: NDArray[np.bool_] | None,
-    mask: NDArray[np.bool_] | None,
     counts: NDArray[np.int64],
+    mask: NDArray[np.bool_] | None,
+    protect: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
     """Return the positions (B, K) of K tokens: the protected, then by their norms."""
     norms = relative_norms(tokens, mask)
@@ -226,10 +230,10 @@ def _groups(
         return cut_sequence(tree, len(tokens) - num_groups)
     unit = unit_tokens(tokens.astype(np.float64))
     if anchors is not None:
-        return nearest_groups(unit, anchors)
+        return nearest_groups_reference(unit, anchors)
     if method == "bipartite":
-        return bipartite_groups(unit, num_groups)
-    return contiguous_groups(unit, num_groups, runs)
+        return bipartite_groups_reference(unit, num_groups)
+    return contiguous_groups_reference(unit, num_groups, runs)
 
 
 def _cluster_tokens_cuda(

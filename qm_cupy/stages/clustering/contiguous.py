@@ -19,7 +19,7 @@ from .labels import Groups
 from .unit_tokens import unit_tokens_cuda
 
 
-def contiguous_groups(
+def contiguous_groups_reference(
     unit: NDArray[Any], num_groups: int, runs: NDArray[np.intp]
 ) -> Groups:
     """Merge the neighbours that add least to the squared error, until K are left.
@@ -71,25 +71,25 @@ def contiguous_groups_cuda(
     (batch, num_tokens), dim = rows_of(tokens[..., 0]), tokens.shape[-1]
     masks = contiguous(mask), contiguous(protect)
     sums = unit_tokens_cuda(tokens, masks[0])
-    kind = sums.dtype
+    dtype = sums.dtype
     out = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)
     if implementation() == "basic":
-        reals = empty((batch, BASIC_CONTIGUOUS_REALS * num_tokens), kind)
+        reals = empty((batch, BASIC_CONTIGUOUS_REALS * num_tokens), dtype)
         links = empty((batch, BASIC_CONTIGUOUS_INTEGERS * num_tokens), np.int32)
         args = (sums, *args, reals, links, out)
-        launch("contiguous", "contiguous_groups", kind, args, outputs=batch)
+        launch("contiguous", "contiguous_groups", dtype, args, outputs=batch)
         return out
-    products = empty((batch, num_tokens), kind)
+    products = empty((batch, num_tokens), dtype)
     given = (sums, masks[0], batch, num_tokens, dim, products)
-    launch("contiguous", "neighbour_products", kind, given, rows=out.size)
+    launch("contiguous", "neighbour_products", dtype, given, rows=out.size)
     reals = links = None
     kernel = "contiguous", "contiguous_groups"
-    each = CONTIGUOUS_REALS * kind.itemsize + CONTIGUOUS_INTEGERS * 4
+    each = CONTIGUOUS_REALS * dtype.itemsize + CONTIGUOUS_INTEGERS * 4
     shared = num_tokens * each  # what the groups take
-    if shared > dynamic_shared_bytes(*kernel, kind):
-        shared, reals = 0, empty((batch, CONTIGUOUS_REALS * num_tokens), kind)
+    if shared > dynamic_shared_bytes(*kernel, dtype):
+        shared, reals = 0, empty((batch, CONTIGUOUS_REALS * num_tokens), dtype)
         links = empty((batch, CONTIGUOUS_INTEGERS * num_tokens), np.int32)
     args = (sums, products, *args, reals, links, out)
-    launch(*kernel, kind, args, blocks=batch, shared=shared)
+    launch(*kernel, dtype, args, blocks=batch, shared=shared)
     return out

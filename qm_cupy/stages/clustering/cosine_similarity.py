@@ -72,8 +72,8 @@ def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
 def cosine_similarity_cuda(tokens: Any) -> Any:
     """Return the cosines (B, N, N), or of one sequence (N, N), of tokens (B, N, D)."""
     *leading, num_tokens, dim = tokens.shape
-    batch, kind = math.prod(leading), accumulation_dtype(tokens.dtype)
-    out = empty((*leading, num_tokens, num_tokens), kind)
+    batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
+    out = empty((*leading, num_tokens, num_tokens), acc_dtype)
     tokens, norms = contiguous(tokens), token_norms_cuda(tokens)
     args = (tokens, norms, batch, num_tokens, dim, out)
     kernel = "cosine_similarity", "cosine_similarity"

@@ -121,16 +121,16 @@ def cut_linkage(
         cut = cut_linkage_cuda(dendrogram, given, most, max_error, mass, mask, order)
         return leave(cut)
     return leave(
-        _cut_linkage_reference(dendrogram, mass, mask, counts, max_error, order)
+        _cut_linkage_reference(dendrogram, counts, max_error, mass, mask, order)
     )
 
 
 def _cut_linkage_reference(
     dendrogram: Floats,
-    mass: NDArray[Any] | None,
-    mask: NDArray[np.bool_] | None,
     counts: NDArray[np.int64] | None,
     max_error: float | None,
+    mass: NDArray[Any] | None,
+    mask: NDArray[np.bool_] | None,
     order: str,
 ) -> NDArray[np.int32]:
     """Return labels (B, N) of dendrograms cut at K groups each or within an error."""
@@ -191,8 +191,8 @@ def cut_linkage_cuda(
     *leading, rows, _ = dendrogram.shape
     batch, num_tokens = math.prod(leading), rows + 1
     dendrogram = contiguous(dendrogram, np.float64)
-    kind = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
-    weights = contiguous(mass, kind), contiguous(mask)
+    acc_dtype = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
+    weights = contiguous(mass, acc_dtype), contiguous(mask)
     bound = -1.0 if max_error is None else float(max_error)
     out = empty((*leading, num_tokens), np.int32)
     sizes = counts, batch, num_tokens, num_groups, bound
@@ -200,7 +200,7 @@ def cut_linkage_cuda(
     if implementation() == "basic":
         merges = empty((batch,), np.int32)
         args = (*args, merges)
-        launch("cut_linkage", "count_merges", kind, args, outputs=batch)
+        launch("cut_linkage", "count_merges", acc_dtype, args, outputs=batch)
         args = (dendrogram, weights[1], merges, batch, num_tokens, out)
         kernel = "cut_linkage", "dendrogram_roots"
         launch(*kernel, np.float32, args, outputs=out.size)
@@ -208,5 +208,5 @@ def cut_linkage_cuda(
     nodes = empty((batch, 4 * num_tokens), np.int32)
     args = (*args, int(order == "first"), nodes, out)
     block = block_size(num_tokens, GROUP_THREADS)
-    launch("cut_linkage", "cut_linkage", kind, args, blocks=batch, block=block)
+    launch("cut_linkage", "cut_linkage", acc_dtype, args, blocks=batch, block=block)
     return out

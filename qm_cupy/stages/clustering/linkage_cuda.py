@@ -115,9 +115,9 @@ def linkage_cuda(
     if method == "single":
         _single_linkage_cuda(cosines, masks, counts, out, rounds)
         return out, rounds
-    kind = cosines.dtype
-    width = kind.itemsize
-    room = _dynamic_shared_bytes("linkage", kind) - LINKAGE_SCRATCH * width
+    dtype = cosines.dtype
+    width = dtype.itemsize
+    room = _dynamic_shared_bytes("linkage", dtype) - LINKAGE_SCRATCH * width
     heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
     alone = heights + held_bytes(num_tokens, width) <= room  # all in a block's memory
     held = state <= room  # the clusters
@@ -141,7 +141,7 @@ def linkage_cuda(
     launch(
         "linkage",
         "linkage",
-        kind,
+        dtype,
         (cosines, mass, *masks, *counts, *options, *scratch, out, rounds),
         blocks=layout.places * layout.blocks,
         block=layout.threads,
@@ -192,13 +192,13 @@ def _single_linkage_cuda(
     cosines: Any, masks: tuple[Any, ...], counts: tuple[Any, ...], out: Any, rounds: Any
 ) -> None:
     batch, num_tokens, _ = cosines.shape
-    kind = cosines.dtype
+    dtype = cosines.dtype
     ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
-    in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", kind)
-    layout = layout_of(batch, num_tokens, kind.itemsize, 0)
+    in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", dtype)
+    layout = layout_of(batch, num_tokens, dtype.itemsize, 0)
     state = (
         empty((layout.places, SINGLE_WORDS * num_tokens), np.uint64),
-        empty((layout.places, SINGLE_REALS * num_tokens), kind),
+        empty((layout.places, SINGLE_REALS * num_tokens), dtype),
         empty((layout.places, SINGLE_INTEGERS * num_tokens), np.int32),
         empty((layout.places, SINGLE_PROGRESS), np.int32),
         _zeros(layout.places),
@@ -208,7 +208,7 @@ def _single_linkage_cuda(
     launch(
         "single_linkage",
         "single_linkage",
-        kind,
+        dtype,
         (cosines, *masks, *counts, *options, *state, out, rounds),
         blocks=layout.places * layout.blocks,
         block=layout.threads,

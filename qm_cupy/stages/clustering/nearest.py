@@ -14,11 +14,11 @@ from ...cuda.tiles import Tiling
 from ...settings import implementation
 from ..merging.unmerge_tokens import unmerge_tokens_cuda
 from ..saliency.token_norms import token_norms_cuda
-from ..selection.select_tokens import mark_top_cuda, selected_positions_cuda
+from ..selection.select_tokens import selected_positions_cuda, top_tokens_cuda
 from .labels import Groups
 
 
-def nearest_groups(unit: NDArray[Any], anchors: NDArray[Any]) -> Groups:
+def nearest_groups_reference(unit: NDArray[Any], anchors: NDArray[Any]) -> Groups:
     """Join each token to its most similar anchor (ties: the earlier anchor)."""
     anchors = np.sort(anchors)
     groups = np.argmax(unit @ unit[anchors].T, axis=-1)  # (N, K) -> (N,)
@@ -79,11 +79,11 @@ def nearest_anchors_cuda(
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), anchors.shape[-2]
     tokens, anchors = contiguous(tokens), contiguous(anchors)
-    kind, norms = accumulation_dtype(tokens.dtype), None
+    acc_dtype, norms = accumulation_dtype(tokens.dtype), None
     if similarity or implementation() == "basic":
         norms = token_norms_cuda(tokens)
     out = empty((*leading, num_tokens), np.int32)
-    highest = empty(out.shape, kind) if similarity else None
+    highest = empty(out.shape, acc_dtype) if similarity else None
     if anchor_norms is None:
         anchor_norms = token_norms_cuda(anchors)
     given = tokens, norms, contiguous(mask), anchors, anchor_norms, counts
@@ -104,5 +104,5 @@ def top_norm_anchors_cuda(
     args = (norms, *masks, norms.size, scores)
     launch("nearest", "anchor_scores", norms.dtype, args, outputs=norms.size)
     return selected_positions_cuda(
-        mark_top_cuda(scores, counts, num_groups), num_groups
+        top_tokens_cuda(scores, counts, num_groups), num_groups
     )

@@ -11,7 +11,7 @@ from ...arrays.conversion import Array, BoolArray, enter, on_callers_stream
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
 from ...cuda.device import empty
-from ...cuda.launch import launch
+from ...cuda.launch import device_counts, launch
 from ..budget import held_mass
 from ..saliency.token_norms import token_norms_cuda
 from ..selection.select_tokens import top_tokens_cuda
@@ -78,7 +78,7 @@ def _norm_mass_reference(
 
 def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
     norms = token_norms_cuda(tokens, mask)
-    selected = top_tokens_cuda(norms, counts)
+    selected = top_tokens_cuda(norms, *device_counts(counts))
     batch, num_tokens = math.prod(norms.shape[:-1]), norms.shape[-1]
     out = empty(norms.shape[:-1], norms.dtype)
     args = (norms, selected, batch, num_tokens, out)

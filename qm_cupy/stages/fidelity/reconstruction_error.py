@@ -140,7 +140,7 @@ def _reconstruction_error_reference(
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     if labels is None:
-        labels = _most_similar(tokens, merged, counts)
+        labels = _most_similar_reference(tokens, merged, counts)
     token = labels >= 0 if mask is None else mask & (labels >= 0)
     lost, whole = np.empty(counts.shape), np.empty(counts.shape)
     for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
@@ -155,7 +155,7 @@ def _reconstruction_error_reference(
     return error.astype(np.result_type(tokens.dtype, np.float32))
 
 
-def _most_similar(
+def _most_similar_reference(
     tokens: NDArray[Any], merged: NDArray[Any], counts: NDArray[np.int64]
 ) -> NDArray[np.intp]:
     """Return each token's most similar merged token, as labels (B, N)."""
@@ -196,8 +196,8 @@ def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]
     """Return squared error and squared norm of each token, (B, N)."""
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), merged.shape[-2]
-    kind = accumulation_dtype(tokens.dtype)
-    errors, squares = (empty((batch, num_tokens), kind) for _ in range(2))
+    acc_dtype = accumulation_dtype(tokens.dtype)
+    errors, squares = (empty((batch, num_tokens), acc_dtype) for _ in range(2))
     sizes = batch, num_tokens, dim, num_groups
     args = (tokens, merged, labels, *sizes, errors, squares)
     kernel = "reconstruction_error", "token_errors"
@@ -306,7 +306,7 @@ def reconstruction_error_vjp_reference(
     bound: float,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     if labels is None:
-        labels = _most_similar(tokens, merged, counts)
+        labels = _most_similar_reference(tokens, merged, counts)
     if mask is not None:
         labels = np.where(mask, labels, -1)
     kind = np.result_type(tokens.dtype, np.float32).type  # of the error as it is told
@@ -345,15 +345,15 @@ def _reconstruction_error_vjp_cuda(
         tokens, merged, labels, counts, mask
     )
     errors, squares = _token_errors_cuda(*given)
-    (batch, num_tokens), kind = errors.shape, errors.dtype
+    (batch, num_tokens), dtype = errors.shape, errors.dtype
     num_groups, dim = merged.shape[-2:]
-    relative, scales = (empty((batch,), kind) for _ in range(2))
+    relative, scales = (empty((batch,), dtype) for _ in range(2))
     by_tokens, by_merged = (empty(x.shape, x.dtype) for x in (tokens, merged))
     page = "reconstruction_error_vjp"
-    slopes = contiguous(gradient, kind)
+    slopes = contiguous(gradient, dtype)
     args: tuple[Any, ...]
     args = (errors, squares, slopes, batch, num_tokens, bound, relative, scales)
-    launch(page, "error_scales", kind, args, blocks=batch)
+    launch(page, "error_scales", dtype, args, blocks=batch)
 
     sizes = batch, num_tokens, dim, num_groups
     args = (*given, relative, scales, *sizes, by_tokens)

@@ -292,14 +292,14 @@ def _merge_tokens_vjp_cuda(
     gradient: Any, tokens: Any, labels: Any, num_groups: int, mass: Any
 ) -> tuple[Any, Any]:
     *leading, num_tokens, dim = tokens.shape
-    batch, kind = math.prod(leading), accumulation_dtype(tokens.dtype)
+    batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
     gradient, tokens = contiguous(gradient), contiguous(tokens)
-    labels, weight = contiguous(labels, np.int32), contiguous(mass, kind)
+    labels, weight = contiguous(labels, np.int32), contiguous(mass, acc_dtype)
     shares, out = (
-        empty(labels.shape, kind),
+        empty(labels.shape, acc_dtype),
         empty(tokens.shape, tokens.dtype),
     )
-    slope = None if mass is None else empty(labels.shape, kind)
+    slope = None if mass is None else empty(labels.shape, acc_dtype)
     sizes = batch, num_tokens, dim, num_groups
     find = _merge_vjp_optimized
     if implementation() == "basic":

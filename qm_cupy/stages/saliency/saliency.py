@@ -101,14 +101,14 @@ def _saliency_reference(
 def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     *leading, num_tokens = entropy.shape
     layers, batch, heads = layer_axes(leading)
-    kind = accumulation_dtype(entropy.dtype)
-    out = empty((batch, num_tokens) if leading else (num_tokens,), kind)
+    acc_dtype = accumulation_dtype(entropy.dtype)
+    out = empty((batch, num_tokens) if leading else (num_tokens,), acc_dtype)
     entropy, mask = contiguous(entropy), contiguous(mask)
     sizes, high = (layers, batch, heads, num_tokens), int(salient == "high")
     if implementation() == "optimized":
         _saliency_optimized(entropy, mask, sizes, high, out)
         return out
-    lowest, highest = (empty((layers, batch), kind) for _ in range(2))
+    lowest, highest = (empty((layers, batch), acc_dtype) for _ in range(2))
     args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest)
     page, dtype = "saliency", entropy.dtype
     launch(page, "entropy_range", dtype, args, outputs=lowest.size)
@@ -121,11 +121,11 @@ def _saliency_optimized(
     entropy: Any, mask: Any, sizes: tuple[int, int, int, int], high: int, out: Any
 ) -> None:
     layers, batch, heads, num_tokens = sizes
-    page, kind = "saliency", out.dtype
+    page, dtype = "saliency", out.dtype
     parts = -(-num_tokens // (THREAD_TOKENS * BLOCK))
-    lowest, highest = (empty((layers, batch, parts), kind) for _ in range(2))
+    lowest, highest = (empty((layers, batch, parts), dtype) for _ in range(2))
     # The heads are read once: the second kernel takes their means.
-    means = empty((layers, batch, num_tokens), kind) if heads > 1 else None
+    means = empty((layers, batch, num_tokens), dtype) if heads > 1 else None
     args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest, means)
     launch(page, "entropy_range", entropy.dtype, args, blocks=lowest.size)
     means = entropy if means is None else means
@@ -203,8 +203,8 @@ def _saliency_vjp_reference(
     salient: str,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    kind, shape = entropy.dtype, entropy.shape
-    entropy = entropy.astype(np.result_type(kind, np.float32), copy=False)
+    dtype, shape = entropy.dtype, entropy.shape
+    entropy = entropy.astype(np.result_type(dtype, np.float32), copy=False)
     gradient = masked_gradient(gradient, entropy.dtype, mask)
     if salient == "low":
         gradient = -gradient
@@ -215,7 +215,7 @@ def _saliency_vjp_reference(
     slope = scale_min_max_vjp(gradient, entropy, mask)
     if len(shape) == 4:
         slope = np.broadcast_to(slope[:, :, None] / shape[2], shape)
-    return narrow(slope, kind)
+    return narrow(slope, dtype)
 
 
 def saliency_vjp_cuda(gradient: Any, entropy: Any, salient: str, mask: Any) -> Any:

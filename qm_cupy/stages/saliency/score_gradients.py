@@ -86,8 +86,8 @@ def scores_cuda(
 ) -> Scores:
     *leading, num_tokens, dim = query.shape
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
-    kind, mask = accumulation_dtype(query.dtype), contiguous(mask)
-    weights = empty((outer, num_tokens, STATE_VALUES), kind)
+    acc_dtype, mask = accumulation_dtype(query.dtype), contiguous(mask)
+    weights = empty((outer, num_tokens, STATE_VALUES), acc_dtype)
     arrays = as_computed(gradient, query), query, key, mask
     sizes = outer, batch, heads, num_tokens, dim
     args: tuple[Any, ...] = (*arrays, *sizes, int(causal), scale, weights)
@@ -95,7 +95,7 @@ def scores_cuda(
         units = None
         launch(_PAGE, "score_weights", query.dtype, args, outputs=outer * num_tokens)
     else:
-        units = empty((outer,), kind)
+        units = empty((outer,), acc_dtype)
         blocks = outer * _tiles(num_tokens)
         launch(_PAGE, "score_weights", query.dtype, args, blocks=blocks)
         args = (num_tokens, weights, units)
@@ -106,11 +106,11 @@ def scores_cuda(
 def token_gradients_cuda(scores: Scores, own: Any, other: Any, sides: int) -> Any:
     """Return the gradient of `own`, each row of whose scores is with all of `other`."""
     *_, num_tokens, dim = own.shape
-    basic, kind = implementation() == "basic", accumulation_dtype(own.dtype)
+    basic, acc_dtype = implementation() == "basic", accumulation_dtype(own.dtype)
     out = empty(own.shape, own.dtype)
     tiles = _tiles(num_tokens)  # of a head
     every, columns = scores.outer * tiles, tiles * TILE
-    stored = kind if basic else own.dtype
+    stored = acc_dtype if basic else own.dtype
     most = max(_BAND_BYTES // (TILE * columns * stored.itemsize), 1)
     band = empty((min(most, every), TILE, columns), stored)
     factor = other if basic else _transposed(other, scores)

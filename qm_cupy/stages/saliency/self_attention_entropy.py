@@ -125,8 +125,8 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
 
 def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     *leading, num_tokens, dim = tokens.shape
-    batch, kind = math.prod(leading), accumulation_dtype(tokens.dtype)
-    out = empty((*leading, num_tokens), kind)
+    batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
+    out = empty((*leading, num_tokens), acc_dtype)
     tokens, mask = contiguous(tokens), contiguous(mask)
     sizes, page = (batch, num_tokens, dim), "self_attention_entropy"
     args: tuple[Any, ...]
@@ -138,7 +138,7 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     shape = select_shape(tiling, tokens.dtype)
     halves = 2 if shape is HALF else 1
     slots = -(-num_tokens // TILE) * halves
-    states = empty((batch, slots, num_tokens, STATE_VALUES), kind)
+    states = empty((batch, slots, num_tokens, STATE_VALUES), acc_dtype)
     args = (tokens, mask, *sizes, states)
     kernel = page, "self_attention_states"
     launch(*kernel, tokens.dtype, args, tiles=tiling, shape=shape)

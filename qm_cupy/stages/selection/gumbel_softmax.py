@@ -21,7 +21,7 @@ from ...autodiff.dispatch import operation
 from ...autodiff.operations import like_first
 from ...cuda.constants import BLOCK, SELECTION_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import block_size, contiguous, launch
+from ...cuda.launch import block_size, contiguous, device_counts, launch
 from ...settings import implementation
 from .gumbel_noise import check_noise, noise_arguments
 from .perturbed_scores import (
@@ -35,7 +35,7 @@ from .select_tokens import top_tokens_cuda, top_tokens_reference
     inputs=("saliency",),
     constants=("mask?",),
     counts="hard?",
-    options=("float temperature", "int? seed", "int sequence_offset"),
+    options=("float temperature", "uint64? seed", "int sequence_offset"),
     dtype="computed",
     shapes=like_first,
 )
@@ -173,7 +173,8 @@ def _gumbel_softmax_cuda(
         return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     scores = perturbed_scores_cuda(saliency, noise, mask)
     if counts is not None:
-        return top_tokens_cuda(scores, counts).astype(scores.dtype)
+        selected = top_tokens_cuda(scores, *device_counts(counts))
+        return selected.astype(scores.dtype)
     batch, num_tokens = rows_of(scores)
     highest, total = (empty((batch,), scores.dtype) for _ in range(2))
     out = empty(scores.shape, scores.dtype)
@@ -194,9 +195,9 @@ def softmax_mass_cuda(
 ) -> tuple[Any, Any]:
     """Return π and, unless `epsilon` is None, the mass, both 0 for padding."""
     batch, num_tokens = rows_of(saliency)
-    kind = accumulation_dtype(saliency.dtype)
-    out = empty(saliency.shape, kind)
-    mass = None if epsilon is None else empty(saliency.shape, kind)
+    acc_dtype = accumulation_dtype(saliency.dtype)
+    out = empty(saliency.shape, acc_dtype)
+    mass = None if epsilon is None else empty(saliency.shape, acc_dtype)
     arrays = contiguous(saliency), contiguous(mask)
     options = temperature, *noise_arguments(noise), epsilon or 0.0
     args = (*arrays, batch, num_tokens, *options, out, mass)

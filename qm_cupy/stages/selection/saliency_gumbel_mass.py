@@ -28,8 +28,8 @@ def saliency_gumbel_mass_cuda(
     if not _one_launch(layers, heads, num_tokens):
         scores = saliency_cuda(entropy, salient, mask).reshape(batch, num_tokens)
         return scores, *softmax_mass_cuda(scores, temperature, noise, epsilon, mask)
-    kind = accumulation_dtype(entropy.dtype)
-    outs = [empty((batch, num_tokens), kind) for _ in range(3)]
+    acc_dtype = accumulation_dtype(entropy.dtype)
+    outs = [empty((batch, num_tokens), acc_dtype) for _ in range(3)]
     arrays = contiguous(entropy), contiguous(mask)
     sizes = layers, batch, heads, num_tokens
     options = int(salient == "high"), temperature, *noise_arguments(noise), epsilon

@@ -16,7 +16,7 @@ from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import groups_of_tokens
-from ...cuda.constants import BLOCK, SELECTION_THREADS
+from ...cuda.constants import SELECTION_THREADS
 from ...cuda.device import empty
 from ...cuda.launch import block_size, device_counts, launch
 from .perturbed_scores import perturbed_scores_cuda
@@ -82,27 +82,22 @@ def compute_select_tokens(
 def select_tokens_reference(
     scores: NDArray[Any],
     counts: NDArray[np.int64],
-    most: int,
+    max_groups: int,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
-    chosen = top_tokens_reference(scores, counts, mask)
-    positions = np.argsort(~chosen, axis=-1, stable=True)[..., :most]  # (B, K)
-    padded = np.arange(most) >= counts[..., None]
+    selected = top_tokens_reference(scores, counts, mask)
+    positions = np.argsort(~selected, axis=-1, stable=True)[..., :max_groups]  # (B, K)
+    padded = np.arange(max_groups) >= counts[..., None]
     return np.where(padded, -1, positions).astype(np.int32)
 
 
 def _select_tokens_cuda(
-    scores: Any, counts: NDArray[np.int64], most: int, mask: Any
+    scores: Any, counts: NDArray[np.int64], max_groups: int, mask: Any
 ) -> Any:
     scores = perturbed_scores_cuda(scores, (None, 0), mask)
-    chosen = top_tokens_cuda(scores, counts)
-    batch, num_tokens = rows_of(scores)
-    out = empty((*scores.shape[:-1], most), np.int32)
-    args = (chosen, batch, num_tokens, most, out)
-    kernel = "select_tokens", "select_tokens"
-    block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
-    launch(*kernel, np.float32, args, outputs=out.size, blocks=batch, block=block)
-    return out
+    return selected_positions_cuda(
+        top_tokens_cuda(scores, *device_counts(counts)), max_groups
+    )
 
 
 def top_tokens_reference(
@@ -112,40 +107,28 @@ def top_tokens_reference(
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)
     order = np.argsort(-scores, axis=-1, stable=True)
-    chosen = np.zeros(scores.shape, np.bool_)
+    selected = np.zeros(scores.shape, np.bool_)
     within = np.arange(scores.shape[-1]) < counts[..., None]  # (B, N), by rank
-    np.put_along_axis(chosen, order, within, axis=-1)
-    return chosen
+    np.put_along_axis(selected, order, within, axis=-1)
+    return selected
 
 
-def top_tokens_cuda(scores: Any, counts: NDArray[np.int64]) -> Any:
+def top_tokens_cuda(scores: Any, counts: Any, max_groups: int) -> Any:
     """Mark the K highest of scores whose padding is below all others."""
     out = empty(scores.shape, np.bool_)
-    each, most = device_counts(counts)
     batch, num_tokens = rows_of(scores)
-    args = (scores, each, batch, num_tokens, most, out)
-    kernel = "select_tokens", "top_tokens"
-    block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
-    launch(*kernel, scores.dtype, args, outputs=out.size, blocks=batch, block=block)
-    return out
-
-
-def mark_top_cuda(scores: Any, counts: Any, num_groups: int) -> Any:
-    """Mark the K highest of scores whose padding is -inf."""
-    out = empty(scores.shape, np.bool_)
-    batch, num_tokens = rows_of(scores)
-    args = (scores, counts, batch, num_tokens, num_groups, out)
+    args = (scores, counts, batch, num_tokens, max_groups, out)
     kernel = "select_tokens", "top_tokens"
     block = block_size(num_tokens, SELECTION_THREADS)
     launch(*kernel, scores.dtype, args, outputs=out.size, blocks=batch, block=block)
     return out
 
 
-def selected_positions_cuda(chosen: Any, num_groups: int) -> Any:
-    """Return the positions (B, K) of what is chosen, ascending, then -1."""
-    out = empty((*chosen.shape[:-1], num_groups), np.int32)
-    batch, num_tokens = rows_of(chosen)
-    args = (chosen, batch, num_tokens, num_groups, out)
+def selected_positions_cuda(selected: Any, max_groups: int) -> Any:
+    """Return the positions (B, K) of selected tokens, ascending, then -1."""
+    out = empty((*selected.shape[:-1], max_groups), np.int32)
+    batch, num_tokens = rows_of(selected)
+    args = (selected, batch, num_tokens, max_groups, out)
     kernel = "select_tokens", "select_tokens"
     block = block_size(num_tokens, SELECTION_THREADS)
     launch(*kernel, np.float32, args, outputs=out.size, blocks=batch, block=block)

@@ -1,0 +1,75 @@
+"""Declarations of operations, and who gets the arrays that come in."""
+
+import numpy as np
+import pytest
+
+import qm_cupy as qm
+from qm_cupy.arrays.conversion import enter
+from qm_cupy.autodiff import dispatch
+from qm_cupy.autodiff.operations import OPERATIONS, like_first
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """An empty operator table: what a test declares is gone after it."""
+    for operations in (OPERATIONS,):
+        monkeypatch.setattr(dispatch, "OPERATIONS", {**operations})
+
+
+def scaled_vjp(gradient, x, *, factr=1.0):
+    return gradient * factr
+
+
+@pytest.mark.usefixtures("table")
+class TestDeclarations:
+    def test_every_argument_is_declared(self):
+        with pytest.raises(TypeError, match=r"`scaled` declares .* but takes"):
+
+            @dispatch.operation(inputs=("x",), dtype="stored", shapes=like_first)
+            def scaled(x, *, factor=1.0):
+                return x
+
+    def test_nothing_else_is_declared(self):
+        with pytest.raises(TypeError, match=r"`scaled` declares .*tokenz.* but takes"):
+
+            @dispatch.operation(inputs=("tokenz",), dtype="stored", shapes=like_first)
+            def scaled(x):
+                return x
+
+    def test_a_product_with_another_argument_is_refused(self):
+        @dispatch.operation(
+            inputs=("x",),
+            options=("float factor",),
+            dtype="stored",
+            shapes=like_first,
+        )
+        def scaled(x, *, factor=1.0):
+            leave, x = enter({"x": x})
+            return leave(x * factor)
+
+        assert (scaled(np.ones(3), factor=2.0) == 2).all()
+        declared = dispatch.OPERATIONS["scaled"]
+        with pytest.raises(TypeError, match=r"`scaled_vjp` takes \['factr'\]"):
+            declared.run_vjp([np.ones(3)], np.ones(3), 3.0)
+
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_every_product_takes_arguments_of_its_operation(self, name):
+        declared = OPERATIONS[name]
+        if declared.inputs:
+            assert declared.vjp_arguments(declared.find_vjp())
+
+
+def test_what_is_traced():
+    plain, grad = torch.ones(3), torch.ones(3, requires_grad=True)
+    assert dispatch.tracing_framework((np.ones(3), None, 2, "word", plain)) is None
+    assert dispatch.tracing_framework((plain, grad)) == "torch"
+    assert dispatch.tracing_framework(((grad, plain),)) == "torch"  # a `Merged`
+    with torch.no_grad():
+        assert dispatch.tracing_framework((plain, grad)) is None
+
+
+def test_tracebacks_show_functions_by_their_names():
+    names = {f.__code__.co_name for f in (qm.merge_tokens, qm.saliency, qm.quickmerge)}
+    assert names == {"merge_tokens", "saliency", "quickmerge"}
