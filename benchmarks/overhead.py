@@ -25,7 +25,8 @@ from unittest import mock
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # without an install; the seam
 
 from guard import complete, guarded, leave, say, synchronize
 from machine import cpu, cupy_or_reason, describe, torch_on_gpu, torch_or_none
@@ -119,7 +120,9 @@ def without_kernels() -> ExitStack:
         "empty": np.empty,
         "to_device": np.asarray,
         "is_cuda": lambda x: True,
-        "device": lambda: cuda.Device(multiprocessors=132, shared_bytes=227 << 10),
+        "current_device": lambda: cuda.Device(
+            multiprocessors=132, shared_bytes=227 << 10
+        ),
     }
     scope = ExitStack()
     for name, stand_in in stand_ins.items():

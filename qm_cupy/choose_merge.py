@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .arrays.checks import check_number
 from .arrays.conversion import Array, BoolArray, enter, on_callers_stream
 from .arrays.dtypes import copyable
+from .arrays.libraries import no_grad
 from .pipeline import quickmerge
 from .priors.protocols import Prior
 from .results import Choice, Merged
@@ -98,7 +99,8 @@ def choose_merge(
         leave, x, valid, *parts = enter({"tokens": tokens, "mask": mask} | fields)
         merged = Merged(*parts)
         error = reconstruction_error(x, merged.tokens, labels=merged.labels, mask=valid)
-        loss: Any = alignment_loss(merged, prior).total
+        with no_grad(tokens):  # of a torch module as the prior
+            loss: Any = alignment_loss(merged, prior).total
         scores.append(alpha * loss + np.maximum(error - (1 - gamma) ** 2, 0))
         merges.append(merged)
     table = np.stack(scores)  # (C, B)

@@ -69,6 +69,7 @@ class Stages(NamedTuple):
     """The functions that the pipeline is composed of, for one kind of arrays."""
 
     xp: Any
+    check_array: Callable[..., Any]
     masked_copy: Callable[..., Any]
     self_attention_entropy: Callable[..., Any]
     saliency: Callable[..., Any]
@@ -200,30 +201,30 @@ def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
 
 
 INSIDE = Stages(
-    np, _masked_copy, compute_self_attention_entropy, compute_saliency,
-    compute_gumbel_softmax, compute_saliency_mass, compute_select_tokens,
-    compute_cluster_tokens, compute_merge_tokens, compute_group_sizes,
-    compute_group_positions,
+    np, lambda declared, x: x, _masked_copy, compute_self_attention_entropy,
+    compute_saliency, compute_gumbel_softmax, compute_saliency_mass,
+    compute_select_tokens, compute_cluster_tokens, compute_merge_tokens,
+    compute_group_sizes, compute_group_positions,
 )  # fmt: skip
 
 
 def traced_stages(framework: str) -> Stages:
     xp: Any
-    masked_copy: Callable[..., Any]
+    operators: Any
     if framework == "torch":
         import torch
 
         from .autodiff import torch_operators
 
-        xp, masked_copy = torch, torch_operators.masked_copy
+        xp, operators = torch, torch_operators
     else:
         from jax import numpy
 
         from .autodiff import jax_primitives
 
-        xp, masked_copy = numpy, jax_primitives.masked_copy
+        xp, operators = numpy, jax_primitives
     return Stages(
-        xp, masked_copy, self_attention_entropy, saliency_of_entropy, gumbel_softmax,
-        saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
-        group_positions,
+        xp, operators.check_array, operators.masked_copy, self_attention_entropy,
+        saliency_of_entropy, gumbel_softmax, saliency_mass, select_tokens,
+        cluster_tokens, merge_tokens, group_sizes, group_positions,
     )  # fmt: skip

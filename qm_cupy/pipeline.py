@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 
 from .arrays.checks import (
     GroupCounts,
+    check_axes,
     check_choice,
     check_given,
     check_group_counts,
     check_mask,
     check_mass,
+    check_number,
     check_out,
     check_shape,
     check_tokens,
@@ -25,7 +27,7 @@ from .composition import INSIDE, Options, Sources, compose, traced_stages
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged
-from .stages.budget import token_budget
+from .stages.budget import kept_tokens, token_budget
 from .stages.clustering.checks import check_protect, check_weighted_linkage
 from .stages.clustering.cluster_tokens import (
     METHODS,
@@ -151,7 +153,7 @@ def quickmerge(
     )  # fmt: skip
     _check_one_source(sources)
     check_weighted_linkage(weighted_linkage, method)
-    framework = tracing_framework((tokens, mask, weights, *sources))
+    framework = tracing_framework((tokens, mask, protect, weights, budget, *sources))
     if framework is not None:
         if out is not None or workspace is not None:
             raise TypeError(
@@ -214,26 +216,25 @@ def _quickmerge_traced(
     Values are checked when the operations run. `torch.compile` follows this code.
     """
     stages = traced_stages(framework)
-    if framework == "jax":
-        from .autodiff.jax_primitives import check_known
-
-        check_known("budget", budget)
-        if isinstance(budget, float):  # a share of the tokens that the mask keeps
-            check_known("mask", mask)
+    tokens, mask = (
+        stages.check_array("tokens", tokens),
+        stages.check_array("mask?", mask),
+    )
+    protect = stages.check_array("protect?", protect)
+    check_axes("tokens", tuple(tokens.shape), "ND", "BND")
     shape = tuple(tokens.shape[:-1])
     if mask is not None:
         check_shape("mask", mask, "BN", shape)
+    sources = Sources(*map(stages.check_array, _OPTIONAL, sources))
     if sources.saliency is not None:
         check_shape("saliency", sources.saliency, "BN", shape)
     if isinstance(options.weights, str):
         check_choice("weights", options.weights, get_args(Weights))
     else:
-        check_shape("weights", options.weights, "BN", shape)
-    share = isinstance(budget, float | np.floating)
-    sizes = shape[-1] if mask is None or not share else mask.sum(-1)
-    num_groups = budget
-    if type(budget) is not int or not 1 <= budget <= sizes:
-        num_groups = token_budget(budget, sizes)
+        weights = stages.check_array("weights", options.weights)
+        check_shape("weights", weights, "BN", shape)
+        options = options._replace(weights=weights)
+    num_groups = _traced_num_groups(framework, budget, shape[-1], mask)
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
@@ -277,6 +278,33 @@ def _num_groups(
     num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
     check_protect(protect, method, num_groups.counts, shape, mask)
     return num_groups
+
+
+_OPTIONAL = [f"{name}?" for name in Sources._fields]
+
+
+def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:
+    """Return K, or K of each sequence, of a budget; a compiler follows this code."""
+    if framework == "jax":
+        from .autodiff.jax_primitives import check_known
+
+        check_known("budget", budget)
+    if isinstance(budget, float | np.floating):
+        share = float(str(budget)) if isinstance(budget, np.floating) else budget
+        if not 0 < share <= 1:
+            check_number("budget", budget, 0, 1, "(]")  # raises
+        if mask is None:
+            return kept_tokens(share, num_tokens)
+        if framework == "jax":
+            check_known("mask", mask)
+            return token_budget(budget, np.asarray(mask).sum(axis=-1))
+        kept = (mask.sum(-1).double() * share * 1e9).round() / 1e9
+        return kept.floor().clamp(min=1).long()
+    if type(budget) is int and 1 <= budget <= num_tokens:
+        return budget
+    if hasattr(budget, "shape"):
+        return budget  # the operations check it
+    return token_budget(budget, num_tokens)
 
 
 def _outputs(out: Any) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 The functions need no module: those of `qm_cupy` take tensors that require grad, and
 pass gradients on by their vector–Jacobian products. They are torch's custom operators,
-``torch.ops.qm_cupy``: a graph of `torch.compile` or `torch.export` holds them whole. It
-breaks where K differs between sequences, because the array of counts is read; a budget
-that is a share of the tokens needs an N that the compiler knows. Each operation can be
-differentiated once, and by `torch.autograd`, not by `torch.func`.
+``torch.ops.qm_cupy``: a graph of `torch.compile` or `torch.export` holds them whole. A
+tensor of counts is read, which waits for a GPU and may break a graph. Each operation
+can be differentiated once, in reverse mode, and by `torch.autograd`, not by
+`torch.func`. Settings such as `use_kernels` go from a forward to its backward; what
+`torch.utils.checkpoint` computes again has those of the backward.
 """
 
 from collections.abc import Callable, Mapping

@@ -233,6 +233,24 @@ class TestPrior:
         np.testing.assert_array_equal(qm.alignment_loss(found, prior).total, wanted)
         assert (qm.alignment_loss(found.tokens, prior).total != wanted).any()
 
+    def test_a_merged_may_be_traced(self, rng):
+        tokens = jnp.asarray(rng.standard_normal((2, 9, 4)), np.float32)
+        prior = qm.MLPPrior.init(4)
+
+        def loss(tokens):
+            return qm.alignment_loss(qm.quickmerge(tokens, 3, seed=None), prior).total
+
+        np.testing.assert_allclose(jax.jit(loss)(tokens), loss(tokens), rtol=1e-6)
+        np.testing.assert_allclose(jax.vmap(loss)(tokens), loss(tokens), rtol=1e-5)
+
+    def test_a_trained_prior_predicts(self, merged):
+        prior = qm.MLPPrior.init(4, hidden_dim=5)
+        trained = jax.tree.map(jnp.asarray, prior)
+        np.testing.assert_array_equal(trained.predict(merged), prior.predict(merged))
+        token, _ = trained.step(merged[:, 0])
+        np.testing.assert_array_equal(token, prior.step(merged[:, 0])[0])
+        assert qm.decode(merged, trained).shape == merged.shape
+
     def test_other_priors_have_no_gradient(self, merged):
         class Zero:
             def predict(self, tokens, **known):
@@ -292,7 +310,6 @@ class TestErrors:
         ("name", "call"),
         [
             ("seed", lambda x, k: qm.gumbel_softmax(x[0], seed=k)),
-            ("hard", lambda x, k: qm.gumbel_softmax(x[0], hard=k)),
             ("temperature", lambda x, k: qm.gumbel_softmax(x[0], temperature=k)),
             ("num_groups", lambda x, k: qm.cluster_tokens(x, k)),
             ("num_groups", lambda x, k: qm.group_sizes(jnp.zeros(3, int), k[None])),
@@ -336,6 +353,12 @@ def test_numpy_beside_a_tracer(rng):
     assert all(isinstance(x, jax.Array) for x in found)
     assert found.tokens.dtype == np.float32
     assert to_numpy(found.labels).tolist() == qm.cluster_tokens(tokens, 3).tolist()
+
+
+def test_counts_that_no_shape_depends_on_may_be_traced():
+    scores = jnp.asarray([0.1, 0.4, 0.2])
+    found = jax.jit(lambda k: qm.gumbel_softmax(scores, seed=None, hard=k))(2)
+    assert found.tolist() == [0, 1, 1]
 
 
 def test_large_arrays_come_back():

@@ -247,6 +247,50 @@ class TestCompiler:
             (wanted,) = torch.autograd.grad(loss(tokens, budget), tokens)
             torch.testing.assert_close(found, wanted)
 
+    @pytest.mark.parametrize("fullgraph", [False, True])
+    @pytest.mark.parametrize(
+        "budgets",
+        [
+            (2, 5),
+            (0.25, 0.5),
+            (torch.tensor(2), torch.tensor(5)),
+            (torch.tensor([3, 2]), torch.tensor([4, 1])),
+        ],
+        ids=["int", "share", "tensor", "counts"],
+    )
+    def test_no_budget_is_frozen(self, budgets, fullgraph):
+        tokens, mask = torch.randn(2, 12, 4), torch.ones(2, 12, dtype=torch.bool)
+        mask[1, 7:] = False
+        for arguments in ((tokens,), (tokens, mask)):
+
+            def merge(budget, tokens, mask=None):
+                return qm.quickmerge(tokens, budget, mask=mask).tokens
+
+            torch.compiler.reset()
+            compiled = torch.compile(merge, fullgraph=fullgraph, backend="aot_eager")
+            for budget in budgets:
+                wanted = merge(budget, *arguments)
+                assert torch.equal(compiled(budget, *arguments), wanted)
+
+    def test_numpy_s_integers_are_not_frozen(self):
+        tokens = torch.randn(2, 12, 4)
+        compiled = torch.compile(
+            lambda k: qm.quickmerge(tokens, k).tokens, backend="aot_eager"
+        )
+        for k in (2, 5, 3):
+            assert compiled(np.int64(k)).shape == (2, k, 4)
+
+    def test_budgets_of_norms_and_losses_of_a_merge(self):
+        prior = qm.MLPPrior.init(4)
+
+        def loss(tokens):
+            merged = qm.quickmerge(tokens, qm.norm_budget(tokens, 0.5))
+            return qm.alignment_loss(merged, prior).total
+
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for tokens in torch.randn(2, 2, 12, 4) * torch.arange(12)[:, None]:
+            assert torch.equal(compiled(tokens), loss(tokens))
+
     def test_a_share_of_the_tokens(self):
         tokens = torch.randn(2, 12, 4)
         compiled = torch.compile(
@@ -484,6 +528,19 @@ class TestErrors:
             (lambda x: qm.merge_tokens(x, x, 2, x, x), TypeError, "positional"),
             (lambda x: qm.merge_tokens(x, x, 2, tokens=x), TypeError, "multiple"),
             (lambda x: qm.merge_tokens(x, x, 2, weight=x), TypeError, "weight"),
+            (lambda x: qm.merge_tokens(x, x, num_group=2), TypeError, "num_group"),
+            (lambda x: qm.merge_tokens(x, torch.zeros(2, 5, dtype=int), -1),
+             ValueError, "`num_groups` must lie in 1.., got -1"),
+            (lambda x: qm.query_key_entropy(x, x, causal="yes"), TypeError,
+             "`causal` must be True or False, got 'yes'"),
+            (lambda x: qm.quickmerge(x, 2, weights=None), TypeError,
+             "`weights` must be a torch.Tensor, got NoneType"),
+            (lambda x: qm.quickmerge(x, 2, mask=[True]), TypeError,
+             "`mask` must be a torch.Tensor, got list"),
+            (lambda x: qm.quickmerge(x[0, 0], 2), ValueError,
+             r"`tokens` must have shape \(N, D\) or \(B, N, D\), got \(3,\)"),
+            (lambda x: qm.quickmerge(x[:, :, :0], 2), ValueError,
+             "`tokens` must not be empty"),
             (lambda x: qm.norm_saliency(x, mask=torch.ones(3, dtype=bool)), ValueError,
              r"`mask` must have shape \(B, N\) = \(2, 5\), got \(3,\)"),
             (lambda x: qm.quickmerge(x, 2, mask=torch.ones(3, dtype=bool)), ValueError,
@@ -538,6 +595,14 @@ class TestErrors:
                 pytest.raises(ValueError, match="`gradient` must be finite"),
             ):
                 checked.backward(wild)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_forward_mode(self):
+        from torch.autograd import forward_ad
+
+        x, labels = torch.ones(3, 2), torch.tensor([0, 1, 0])
+        with forward_ad.dual_level(), pytest.raises(TypeError, match="reverse mode"):
+            qm.merge_tokens(forward_ad.make_dual(x, x), labels, 2)
 
     def test_an_empty_batch(self):
         tokens = torch.ones(0, 5, 3, requires_grad=True)

@@ -47,14 +47,19 @@ def check_floating(name: str, x: NDArray[Any]) -> None:
 def check_values(name: str, x: NDArray[Any], *layouts: str) -> None:
     """Refuse what is not a finite, non-empty float array with axes as in a layout."""
     check_floating(name, x)
-    wanted = [f"({', '.join(layout)})" for layout in layouts]
-    if x.ndim not in map(len, layouts):
-        raise ValueError(f"`{name}` must have shape {any_of(wanted)}, got {x.shape}")
-    layout = layouts[[len(layout) for layout in layouts].index(x.ndim)]
-    empty = [axis for axis, size in zip(layout, x.shape, strict=True) if size == 0]
-    if set(empty) - {"B"}:  # an empty batch is a batch; an empty sequence is a mistake
-        raise ValueError(f"`{name}` must not be empty, got shape {x.shape}")
+    check_axes(name, x.shape, *layouts)
     check_finite_values(name, x)
+
+
+def check_axes(name: str, shape: tuple[int, ...], *layouts: str) -> None:
+    """Refuse a shape whose axes are not those of a layout, or are empty but for B."""
+    if len(shape) not in [len(layout) for layout in layouts]:
+        wanted = any_of([f"({', '.join(layout)})" for layout in layouts])
+        raise ValueError(f"`{name}` must have shape {wanted}, got {shape}")
+    layout = layouts[[len(layout) for layout in layouts].index(len(shape))]
+    empty = [axis for axis, size in zip(layout, shape, strict=True) if size == 0]
+    if set(empty) - {"B"}:  # an empty batch is a batch; an empty sequence is a mistake
+        raise ValueError(f"`{name}` must not be empty, got shape {shape}")
 
 
 def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:

@@ -180,6 +180,11 @@ def _detached(name: str, x: Any, output: bool) -> Any:
                 f"give `{name}.detach()`, or call this under `torch.no_grad()`"
             )
         x = x.detach()
+    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(
+            f"`{name}` has a forward-mode tangent, and gradients here are of reverse "
+            "mode only: use `backward` or `torch.autograd.grad`"
+        )
     if x.dtype == torch.bfloat16:
         bfloat16(name)
     return x.resolve_neg()  # as of `x.conj().imag`, whose memory has the other sign

@@ -73,6 +73,7 @@ def operation(
         if known != set(names) - {"out"}:
             raise TypeError(f"`{name}` declares {sorted(known)}, but takes {names}")
         kinds = [x.kind for x in parameters.values()]
+        every = frozenset(names)
         num_positional = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         defaults = {
             name: x.default
@@ -93,7 +94,7 @@ def operation(
             placed = dict(zip(names, args, strict=False))
             given = {**defaults, **placed, **kwargs}
             clash = len(args) > num_positional or any(x in placed for x in kwargs)
-            if clash or len(given) != len(names):
+            if clash or given.keys() != every:
                 return function(*args, **kwargs)  # Python says what is wrong
             _refuse_out(given)
             if framework == "torch":

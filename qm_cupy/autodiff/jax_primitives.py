@@ -23,8 +23,10 @@ def apply(operation: Operation, given: dict[str, Any]) -> Any:
         name = operation.counts.rstrip("?")
         counts = _split_count(operation.counts, given[name])
         given["counts"], given["max_groups"] = counts
-    arrays = tuple(_array(x, given[x.rstrip("?")]) for x in operation.arrays)
-    options = tuple(_option(x, given[x.split()[-1]]) for x in operation.typed_options)
+    arrays = tuple(check_array(x, given[x.rstrip("?")]) for x in operation.arrays)
+    options = tuple(_option(x, given[x.split()[-1]]) for x in operation.options)
+    if operation.counts:
+        options += (given["max_groups"],)
     inputs = len(operation.inputs)
     static = operation.name, options, snapshot()
     return _apply(*static, arrays[:inputs], arrays[inputs:])
@@ -51,16 +53,23 @@ def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | Non
     name = declared.rstrip("?")
     if count is None and name != declared:
         return None, None
+    if isinstance(count, jax.Array) and name != declared:
+        if count.dtype.kind not in "iu":
+            raise TypeError(f"`{name}` must be integers, got {count.dtype}")
+        return count, None
     check_known(name, count)
     if getattr(count, "ndim", 0) == 0:
-        return None, check_integer(name, count)
+        number = check_integer(name, count)
+        if number < 1:
+            raise ValueError(f"`{name}` must lie in 1.., got {number}")
+        return None, number
     counts = np.asarray(count)
     if counts.dtype.kind not in "iu":
         raise TypeError(f"`{name}` must be integers, got {counts.dtype}")
     return jnp.asarray(counts.astype(np.int32)), int(counts.max(initial=0))
 
 
-def _array(declared: str, x: Any) -> Any:
+def check_array(declared: str, x: Any) -> Any:
     """Return a JAX array, of NumPy's too, or None where "?" allows it."""
     name = declared.rstrip("?")
     if isinstance(x, jax.Array) or (x is None and name != declared):

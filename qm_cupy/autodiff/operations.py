@@ -31,7 +31,8 @@ class Operation(NamedTuple):
     """The parameter that counts groups, "" if none does; "hard?" may be None.
 
     As an argument it is two: ``counts`` (B,), or None if all K are equal, and
-    ``max_groups``.
+    ``max_groups``. No shape depends on a count that may be None: of an array of these,
+    ``max_groups`` is None, so that its values need not be known.
     """
     options: tuple[str, ...]
     """With their types: those of a torch schema, such as "float? scale", or "uint64?"
@@ -60,7 +61,7 @@ class Operation(NamedTuple):
         if not self.counts:
             return self.options
         optional = "?" if self.counts.endswith("?") else ""
-        return (*self.options, f"int{optional} max_groups")
+        return (*self.options, f"SymInt{optional} max_groups")
 
     def run(self, *values: Any) -> Any:
         """Call the function with the values of all arguments."""
@@ -146,6 +147,8 @@ def check_option(declared: str, value: Any) -> Any:
     kind, name = declared.split()
     if value is None and kind.endswith("?"):
         return None
+    if kind == "bool" and not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
     if kind.startswith(("int", "uint64")):
         return plain_integer(name, value)
     if kind.startswith("float") and type(value) is not float:

@@ -34,10 +34,12 @@ def apply(operation: Operation, given: dict[str, Any]) -> Any:
         name = operation.counts.rstrip("?")
         counts = _split_count(operation.counts, given[name])
         given["counts"], given["max_groups"] = counts
-    tensors = [_tensor(x, given[x.rstrip("?")]) for x in operation.arrays]
+    tensors = [check_array(x, given[x.rstrip("?")]) for x in operation.arrays]
     if not operation.inputs:
         tensors = [None if x is None else x.detach() for x in tensors]
-    options = [_option(x, given[x.split()[-1]]) for x in operation.typed_options]
+    options = [_option(x, given[x.split()[-1]]) for x in operation.options]
+    if operation.counts:
+        options.append(given["max_groups"])
     *results, _ = getattr(torch.ops.qm_cupy, operation.name)(*tensors, *options)
     return tuple(results) if operation.results > 1 else results[0]
 
@@ -48,23 +50,34 @@ def masked_copy(x: Tensor, mask: Tensor | None) -> Tensor:
     return wide.clone() if mask is None else wide * mask
 
 
-def _split_count(declared: str, count: Any) -> tuple[Tensor | None, int | None]:
+def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
     """Return an array of one count for each sequence, or None, and the largest count.
 
-    To read a tensor waits for a GPU, and divides the graph of a compiler.
+    To read a tensor waits for a GPU, and may divide the graph of a compiler.
     """
     name = declared.rstrip("?")
     if count is None and name != declared:
         return None, None
-    if isinstance(count, int) or getattr(count, "ndim", 0) == 0:
-        return None, plain_integer(name, count)
+    if isinstance(count, Tensor) and count.is_floating_point():
+        raise TypeError(f"`{name}` must be integers, got {count.dtype}")
+    if isinstance(count, Tensor) and name != declared:
+        return count, None
+    if isinstance(count, Tensor) and count.ndim == 0:
+        return None, int(count)
+    if isinstance(count, int | torch.SymInt) or getattr(count, "ndim", 0) == 0:
+        number = (
+            count if isinstance(count, torch.SymInt) else plain_integer(name, count)
+        )
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"`{name}` must lie in 1.., got {number}")
+        return None, number
     counts = torch.as_tensor(count)
     if counts.is_floating_point():
         raise TypeError(f"`{name}` must be integers, got {counts.dtype}")
     return counts, int(counts.max()) if counts.numel() else 0
 
 
-def _tensor(declared: str, x: Any) -> Tensor | None:
+def check_array(declared: str, x: Any) -> Tensor | None:
     """Return a tensor, or None where "?" allows it, and refuse all else."""
     name = declared.rstrip("?")
     if isinstance(x, Tensor) or (x is None and name != declared):

@@ -18,7 +18,7 @@ from ..arrays.checks import (
 )
 from ..arrays.conversion import Array, enter, on_callers_stream
 from ..arrays.dtypes import accumulation_dtype
-from ..arrays.libraries import is_cuda
+from ..arrays.libraries import is_cuda, library
 from ..cuda.device import to_device, to_host
 from ..cuda.launch import contiguous
 from .checkpoint import mlp_shapes, random_mlp, read_mlp
@@ -362,6 +362,9 @@ class MLPPrior:
 def network_beside(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
     """Return a network of a prior, with its weights on the device of `tokens`."""
     network = prior.backward if reverse else prior.forward
+    if any(library(w).name in ("torch", "jax") for w in network):
+        _, *weights = enter(network._asdict())  # trained there: their values
+        network = MLP(*weights)
     if not is_cuda(tokens):
         return network
     dtype = accumulation_dtype(tokens.dtype)

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,11 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
         batch = counts.shape if alone else sizes.shape
         counts = check_num_groups(counts, batch, sizes, name="budget")
     return leave(counts) if counts.ndim else int(counts)
+
+
+def kept_tokens(share: float, num_tokens: int) -> int:
+    """Return K for a share of one N, as `token_budget` does, in plain arithmetic."""
+    return max(1, math.floor(round(num_tokens * share * 1e9) / 1e9))
 
 
 @operation(

@@ -89,12 +89,14 @@ def alignment_loss(
     """
     tokens, positions, sizes = merged_parts(merged)
     weights = _network_weights(prior)
-    if is_traced(merged, prior) or of_framework(weights):
+    if is_traced(merged, prior):
         if num_groups is None and sizes is not None:
             num_groups = (sizes > 0).sum(-1)
         weights = beside(tokens, weights)
         forward, backward = mlp_alignment_loss(tokens, *weights, num_groups=num_groups)
         return AlignmentLoss(forward, backward, forward + backward)
+    if weights and of_framework(weights):  # the values of JAX's or torch's
+        prior = _prior_of(*weights)
     leave, tokens, positions, sizes, num_groups = enter(
         {"merged": tokens, "positions": positions, "sizes": sizes},
         counts={"num_groups": num_groups},

@@ -96,7 +96,7 @@ def query_key_entropy(
     array([0.    , 0.6931, 1.0986, 1.3863])
     """
     leave, query, key, mask = enter({"query": query, "key": key, "mask": mask})
-    scale = _check_query_key(query, key, scale)
+    scale = _check_query_key(query, key, causal, scale)
     keep = expand_mask(mask, query.shape[:-1])
     if is_cuda(query):
         return leave(_query_key_entropy_cuda(query, key, causal, scale, mask))
@@ -104,7 +104,7 @@ def query_key_entropy(
 
 
 def _check_query_key(
-    query: NDArray[Any], key: NDArray[Any], scale: float | None
+    query: NDArray[Any], key: NDArray[Any], causal: Any, scale: float | None
 ) -> float:
     """Refuse queries and keys that do not fit; return the factor of their scores."""
     check_values("query", query, "Nd", "BNd", "LBNd", "LBHNd")
@@ -112,6 +112,8 @@ def _check_query_key(
     check_shape("key", key, "LBHNd", query.shape)
     if key.dtype != query.dtype:
         raise TypeError(f"`key` must be {query.dtype} like `query`, got {key.dtype}")
+    if not isinstance(causal, bool | np.bool_):
+        raise TypeError(f"`causal` must be True or False, got {causal!r}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
     return check_number("scale", scale, 0, np.inf, "()")
@@ -227,7 +229,7 @@ def query_key_entropy_vjp(
     leave, query, key, mask, gradient = enter(
         {"query": query, "key": key, "mask": mask}, gradients={"gradient": gradient}
     )
-    scale = _check_query_key(query, key, scale)
+    scale = _check_query_key(query, key, causal, scale)
     keep = expand_mask(mask, query.shape[:-1])
     check_entropy_gradient(gradient, query.shape[:-1], keep)
     given = gradient, query, key, causal, scale
