@@ -17,8 +17,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # without an install; the seam
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the seam
 
 from seam import cuda
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # without an install; the seam
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the seam
 
 from guard import (
     complete,

@@ -25,8 +25,8 @@ from unittest import mock
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # without an install; the seam
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the seam
 
 from guard import complete, guarded, leave, say, synchronize
 from machine import cpu, cupy_or_reason, describe, torch_on_gpu, torch_or_none
