@@ -21,8 +21,14 @@ from .stages.merging.groups import (
     group_sizes,
 )
 from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
-from .stages.saliency.attention_entropy import attention_entropy
-from .stages.saliency.query_key_entropy import query_key_entropy
+from .stages.saliency.attention_entropy import (
+    attention_entropy,
+    compute_attention_entropy,
+)
+from .stages.saliency.query_key_entropy import (
+    compute_query_key_entropy,
+    query_key_entropy,
+)
 from .stages.saliency.saliency import compute_saliency
 from .stages.saliency.saliency import saliency as saliency_of_entropy
 from .stages.saliency.self_attention_entropy import (
@@ -71,6 +77,8 @@ class Stages(NamedTuple):
     xp: Any
     check_array: Callable[..., Any]
     masked_copy: Callable[..., Any]
+    attention_entropy: Callable[..., Any]
+    query_key_entropy: Callable[..., Any]
     self_attention_entropy: Callable[..., Any]
     saliency: Callable[..., Any]
     gumbel_softmax: Callable[..., Any]
@@ -166,11 +174,11 @@ def _entropy(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
     """Return entropy (B, N), (L, B, N) or (L, B, H, N), by default of the tokens."""
     if sources.attention is not None:
         lifted = lift_source("attention", sources.attention, tokens)
-        return attention_entropy(lifted, mask=mask)
+        return stages.attention_entropy(lifted, mask=mask)
     if sources.query is not None:
         query = lift_source("query", sources.query, tokens)
         key = lift_source("key", sources.key, tokens)
-        return query_key_entropy(query, key, mask=mask)
+        return stages.query_key_entropy(query, key, mask=mask)
     if sources.hidden_states is not None:
         layers = lift_source("hidden_states", sources.hidden_states, tokens)
         return self_attention_entropy(layers, mask=mask)
@@ -201,7 +209,8 @@ def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
 
 
 INSIDE = Stages(
-    np, lambda declared, x: x, _masked_copy, compute_self_attention_entropy,
+    np, lambda declared, x: x, _masked_copy, compute_attention_entropy,
+    compute_query_key_entropy, compute_self_attention_entropy,
     compute_saliency, compute_gumbel_softmax, compute_saliency_mass,
     compute_select_tokens, compute_cluster_tokens, compute_merge_tokens,
     compute_group_sizes, compute_group_positions,
@@ -224,7 +233,8 @@ def traced_stages(framework: str) -> Stages:
 
         xp, operators = numpy, jax_primitives
     return Stages(
-        xp, operators.check_array, operators.masked_copy, self_attention_entropy,
-        saliency_of_entropy, gumbel_softmax, saliency_mass, select_tokens,
-        cluster_tokens, merge_tokens, group_sizes, group_positions,
+        xp, operators.check_array, operators.masked_copy, attention_entropy,
+        query_key_entropy, self_attention_entropy, saliency_of_entropy, gumbel_softmax,
+        saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
+        group_positions,
     )  # fmt: skip

@@ -84,7 +84,7 @@ def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
 
 
 def runs_in(kernel, dtype):
-    """Whether any launch of a kernel has this dtype; see qm_cupy/cuda.py."""
+    """Whether any launch of a kernel has this dtype; see qm_cupy/cuda/tiles.py."""
     if kernel.endswith("_wide"):
         return dtype in ("float16", "bfloat16", "tf32")  # that tensor cores multiply
     return not (kernel.endswith("_kept") and dtype == "float64")

@@ -6,6 +6,7 @@ import pkgutil
 import subprocess
 import sys
 
+import gpu_calls
 import pytest
 
 import qm_cupy
@@ -71,6 +72,19 @@ def test_public_functions_have_runnable_examples(module):
         if inspect.isfunction(thing) and name != "warmup":  # which takes a GPU
             assert ">>> " in (thing.__doc__ or ""), name
             assert "Raises" in thing.__doc__ or name == "check_finite", name
+
+
+def test_gpu_calls_have_every_public_function():
+    """Parity on a GPU, streams and launches are tested for what is called there."""
+    called = {name.split(",")[0] for name in gpu_calls.calls(1)}
+    functions = {
+        name
+        for name in qm_cupy.__all__
+        if inspect.isfunction(getattr(qm_cupy, name)) and name != "warmup"
+    }
+    elsewhere = {"gumbel_noise", "token_budget"}  # of numbers
+    elsewhere |= {"decode", "quickmerge_inference"}  # of models, by the calls of priors
+    assert functions - elsewhere <= called
 
 
 def test_options_are_keywords():

@@ -45,7 +45,7 @@ def test_arrays_of_any_library(library, name):
         function(arrays[0].tolist(), *arrays[1:], **options)
 
 
-def test_what_the_door_finds_on_a_gpu_is_copied(monkeypatch):
+def test_arrays_on_a_gpu_are_copied(monkeypatch):
     class OnGPU:
         def get(self):
             return LABELS

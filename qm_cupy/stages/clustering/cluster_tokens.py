@@ -163,6 +163,7 @@ def compute_cluster_tokens(
     mask: Any = None,
     order: str = "last",
 ) -> Any:
+    """Return labels of arrays that are converted and checked."""
     args = tokens, num_groups.counts, method, mass, anchors, protect, mask, order
     if is_cuda(tokens):
         return _cluster_tokens_cuda(*args)

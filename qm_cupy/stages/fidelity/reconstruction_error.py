@@ -98,6 +98,7 @@ def reconstruction_error(
 def compute_reconstruction_error(
     tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
 ) -> Any:
+    """Return the errors of arrays that are converted and checked."""
     if is_cuda(tokens):
         return _reconstruction_error_cuda(tokens, merged, labels, counts, mask)
     return _reconstruction_error_reference(tokens, merged, labels, counts, mask)

@@ -61,6 +61,7 @@ def group_sizes(labels: IntArray, num_groups: Any) -> IntArray:
 
 
 def compute_group_sizes(labels: Any, num_groups: GroupCounts) -> Any:
+    """Return the sizes, of labels that are converted and checked."""
     if is_cuda(labels):
         return _groups_cuda("group_sizes", labels, num_groups.max_groups)
     return _group_sizes_reference(labels, num_groups.max_groups)

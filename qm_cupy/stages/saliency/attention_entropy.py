@@ -68,10 +68,15 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
     array([0.    , 0.6931])
     """
     leave, attention, mask = enter({"attention": attention, "mask": mask})
+    return leave(compute_attention_entropy(attention, mask=mask))
+
+
+def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
+    """Return the entropy of converted arrays, which are checked here."""
     keep = _check_attention(attention, mask)
     if is_cuda(attention):
-        return leave(_attention_entropy_cuda(attention, mask))
-    return leave(_attention_entropy_reference(attention, keep))
+        return _attention_entropy_cuda(attention, mask)
+    return _attention_entropy_reference(attention, keep)
 
 
 def _check_attention(

@@ -96,11 +96,26 @@ def query_key_entropy(
     array([0.    , 0.6931, 1.0986, 1.3863])
     """
     leave, query, key, mask = enter({"query": query, "key": key, "mask": mask})
+    args = query, key
+    return leave(
+        compute_query_key_entropy(*args, causal=causal, scale=scale, mask=mask)
+    )
+
+
+def compute_query_key_entropy(
+    query: Any,
+    key: Any,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Any = None,
+) -> Any:
+    """Return the entropy of converted arrays, which are checked here."""
     scale = _check_query_key(query, key, causal, scale)
     keep = expand_mask(mask, query.shape[:-1])
     if is_cuda(query):
-        return leave(_query_key_entropy_cuda(query, key, causal, scale, mask))
-    return leave(_query_key_entropy_reference(query, key, causal, scale, keep))
+        return _query_key_entropy_cuda(query, key, causal, scale, mask)
+    return _query_key_entropy_reference(query, key, causal, scale, keep)
 
 
 def _check_query_key(

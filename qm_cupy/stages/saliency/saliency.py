@@ -79,6 +79,7 @@ def saliency(
 
 
 def compute_saliency(entropy: Any, *, salient: str = "low", mask: Any = None) -> Any:
+    """Return the saliency of arrays that are converted and checked."""
     if is_cuda(entropy):
         return saliency_cuda(entropy, salient, mask)
     return _saliency_reference(entropy, salient, mask)

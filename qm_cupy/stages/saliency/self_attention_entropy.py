@@ -85,6 +85,7 @@ def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> A
 
 
 def compute_self_attention_entropy(tokens: Any, *, mask: Any = None) -> Any:
+    """Return the entropy of arrays that are converted and checked."""
     if is_cuda(tokens):
         return _self_attention_entropy_cuda(tokens, mask)
     return _self_attention_entropy_reference(tokens, mask)

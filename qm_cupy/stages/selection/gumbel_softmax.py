@@ -125,6 +125,7 @@ def compute_gumbel_softmax(
     mask: Any = None,
     sequence_offset: int = 0,
 ) -> Any:
+    """Return what `gumbel_softmax` does, of arrays converted and checked."""
     noise = seed, sequence_offset
     counts = None if hard is None else hard.counts
     if is_cuda(saliency):

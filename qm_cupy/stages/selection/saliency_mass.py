@@ -66,6 +66,7 @@ def saliency_mass(
 def compute_saliency_mass(
     saliency: Any, probabilities: Any, *, epsilon: float = 0.01
 ) -> Any:
+    """Return the mass of arrays that are converted and checked."""
     if is_cuda(saliency):
         return _saliency_mass_cuda(saliency, probabilities, epsilon)
     return _saliency_mass_reference(saliency, probabilities, epsilon)

@@ -74,6 +74,7 @@ def select_tokens(
 def compute_select_tokens(
     scores: Any, num_groups: GroupCounts, *, mask: Any = None
 ) -> Any:
+    """Return positions, of scores that are converted and checked."""
     if is_cuda(scores):
         return _select_tokens_cuda(scores, *num_groups, mask)
     return select_tokens_reference(scores, *num_groups, mask)
