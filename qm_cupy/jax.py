@@ -4,9 +4,9 @@ The functions need no twins: those of `qm_cupy` take tracers, and pass gradients
 their vector–Jacobian products. Arrays that have values go straight to the library,
 without a copy. Under `jax.jit` and `jax.vmap` the library is called back when they have
 some, on the CPU (`jax.vmap`: for one example after the other, each of which counts as
-sequence 0 to `gumbel_noise`). Counts, seeds and all other options must be known while
-tracing; settings such as `use_kernels` are those of the time of tracing. Each function
-can be differentiated once, in reverse mode.
+sequence 0 to `gumbel_noise`). Seeds, counts that the shape of a result depends on, and
+all other options must be known while tracing; settings such as `use_kernels` are those
+of the time of tracing. Each function can be differentiated once, in reverse mode.
 
 Importing this module makes `MLPPrior` a pytree of its weights, and
 `BidirectionalARAlignment` and `QuickMergePP` pytrees of their prior's.

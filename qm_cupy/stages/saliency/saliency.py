@@ -106,32 +106,24 @@ def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     out = empty((batch, num_tokens) if leading else (num_tokens,), acc_dtype)
     entropy, mask = contiguous(entropy), contiguous(mask)
     sizes, high = (layers, batch, heads, num_tokens), int(salient == "high")
-    if implementation() == "optimized":
-        _saliency_optimized(entropy, mask, sizes, high, out)
-        return out
-    lowest, highest = (empty((layers, batch), acc_dtype) for _ in range(2))
-    args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest)
     page, dtype = "saliency", entropy.dtype
-    launch(page, "entropy_range", dtype, args, outputs=lowest.size)
-    args = (entropy, mask, lowest, highest, *sizes, high, out)
-    launch(page, "saliency", dtype, args, outputs=out.size)
-    return out
-
-
-def _saliency_optimized(
-    entropy: Any, mask: Any, sizes: tuple[int, int, int, int], high: int, out: Any
-) -> None:
-    layers, batch, heads, num_tokens = sizes
-    page, dtype = "saliency", out.dtype
+    if implementation() == "basic":
+        lowest, highest = (empty((layers, batch), acc_dtype) for _ in range(2))
+        args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest)
+        launch(page, "entropy_range", dtype, args, outputs=lowest.size)
+        args = (entropy, mask, lowest, highest, *sizes, high, out)
+        launch(page, "saliency", dtype, args, outputs=out.size)
+        return out
     parts = -(-num_tokens // (THREAD_TOKENS * BLOCK))
-    lowest, highest = (empty((layers, batch, parts), dtype) for _ in range(2))
+    lowest, highest = (empty((layers, batch, parts), acc_dtype) for _ in range(2))
     # The heads are read once: the second kernel takes their means.
-    means = empty((layers, batch, num_tokens), dtype) if heads > 1 else None
-    args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest, means)
-    launch(page, "entropy_range", entropy.dtype, args, blocks=lowest.size)
+    means = empty((layers, batch, num_tokens), acc_dtype) if heads > 1 else None
+    args = (entropy, mask, *sizes, lowest, highest, means)
+    launch(page, "entropy_range", dtype, args, blocks=lowest.size)
     means = entropy if means is None else means
     args = (means, mask, lowest, highest, layers, batch, num_tokens, high, out)
     launch(page, "saliency", means.dtype, args, blocks=batch * parts)
+    return out
 
 
 @on_callers_stream

@@ -128,6 +128,8 @@ def compute_gumbel_softmax(
     """Return what `gumbel_softmax` does, of arrays converted and checked."""
     noise = seed, sequence_offset
     counts = None if hard is None else hard.counts
+    if is_cuda(saliency) and counts is None and implementation() == "optimized":
+        return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     if is_cuda(saliency):
         return _gumbel_softmax_cuda(saliency, temperature, noise, counts, mask)
     return _gumbel_softmax_reference(saliency, temperature, noise, counts, mask)
@@ -170,8 +172,6 @@ def _gumbel_softmax_cuda(
     counts: NDArray[np.int64] | None,
     mask: Any,
 ) -> Any:
-    if counts is None and implementation() == "optimized":
-        return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     scores = perturbed_scores_cuda(saliency, noise, mask)
     if counts is not None:
         selected = top_tokens_cuda(scores, *device_counts(counts))
@@ -300,7 +300,14 @@ def _gumbel_softmax_vjp_cuda(
     noise: tuple[int | None, int],
     mask: Any,
 ) -> Any:
-    p = _gumbel_softmax_cuda(saliency, temperature, noise, None, mask)
+    seed, sequence_offset = noise
+    p = compute_gumbel_softmax(
+        saliency,
+        temperature=temperature,
+        seed=seed,
+        mask=mask,
+        sequence_offset=sequence_offset,
+    )
     batch, num_tokens = rows_of(saliency)
     out = empty(saliency.shape, saliency.dtype)
     args = (contiguous(gradient, p.dtype), p, batch, num_tokens, temperature, out)
