@@ -55,7 +55,7 @@ OURS = "basic", "optimized"
 COLUMNS = (*OURS, "torch", "torch.compile", "CuPy")
 COMPILE_SECONDS = 60.0  # for one torch.compile and its timing
 CHECK_SECONDS = 60.0  # 1.5 s for 4096 tokens of width 1024 on two cores
-GIVEN_BYTES = 12e9  # of given attention, at most
+MAX_ATTENTION_BYTES = 12e9  # of given attention, at most
 
 Report = dict[str, Any]
 
@@ -288,7 +288,7 @@ def measure_all(report: Report, options: Any, save: Callable[[], None]) -> None:
     save()
     which = "rehearse" if options.rehearse else "quick" if options.quick else "all"
     free = cupy.cuda.Device().mem_info[0]
-    todo = list(operations(which, min(free / 4, GIVEN_BYTES)))
+    todo = list(operations(which, min(free / 4, MAX_ATTENTION_BYTES)))
     patience = Patience(options.seconds)
     there = {row["title"] for row in report["rows"]}
     for number, operation in enumerate(todo, 1):

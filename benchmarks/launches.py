@@ -28,7 +28,7 @@ import qm_cupy as qm
 from qm_cupy.stages.selection.saliency_gumbel_mass import saliency_gumbel_mass_cuda
 
 H200 = Card("H200", 90, 132, 227 << 10, 139 << 30)
-GIVEN_BYTES = 12e9  # of given attention, as in kernels.py
+MAX_ATTENTION_BYTES = 12e9  # of given attention, as in kernels.py
 
 
 class Launch(NamedTuple):
@@ -101,7 +101,7 @@ _AT_BOTH = "self_attention", "query_key", "cosine", "nearest"
 
 def of_the_table() -> Iterator[Operation]:
     """Yield the operations whose instructions are counted."""
-    for size, title, make, count, sizes in operations("all", GIVEN_BYTES):
+    for size, title, make, count, sizes in operations("all", MAX_ATTENTION_BYTES):
         call = _CALLS.get(make.__name__)
         if call and (size == SIZE or (size == SMALL and make.__name__ in _AT_BOTH)):
             run = functools.partial(call, *sizes)

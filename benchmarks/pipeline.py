@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an in
 from guard import complete, free_memory, guarded, leave, one_line, say, time_limit
 from machine import Machine
 from pipeline_tables import (
-    SHARE,
+    RATIO,
     growth,
     plot,
     print_break_even,
@@ -73,7 +73,10 @@ class Measurements:
     def calls(self, row: Report) -> dict[str, Callable[[], Any]]:
         """Return the calls of a row that are expected to end in time."""
         batch, num_tokens = row["batch"], row["num_tokens"]
-        host, num_groups = patches(batch, num_tokens, self.width), num_tokens // SHARE
+        host, num_groups = (
+            patches(batch, num_tokens, self.width),
+            num_tokens // RATIO,
+        )
         found = {}
         for name, contender in contenders(self.machine).items():
             work, taken = self.last.get(name, (1, 0.0))
@@ -90,7 +93,7 @@ class Measurements:
         row |= {"contenders": {}, "stages": {}, "errors": {}}
         self.rows.append(row)
         calls = self.calls(row)
-        shape = (batch, num_tokens // SHARE, self.width)
+        shape = (batch, num_tokens // RATIO, self.width)
         for name, call in calls.items():
             with guarded(row["errors"], name, title(row)):
                 self.warm_up(name, call, shape)
@@ -124,7 +127,7 @@ class Measurements:
         batch, num_tokens = row["batch"], row["num_tokens"]
         with guarded(row["errors"], "stages", title(row)):
             x = self.machine.put(patches(batch, num_tokens, self.width), False)
-            parts = stages(x, num_tokens // SHARE).items()
+            parts = stages(x, num_tokens // RATIO).items()
             waited = {name: self.machine.waited(stage) for name, stage in parts}
             row["stages"] = median_seconds(waited, self.repeats(batch, num_tokens))
 
@@ -135,7 +138,7 @@ class Measurements:
         with guarded(row["errors"], "layer", title(row)), torch.no_grad():
             run = layer(machine, self.width)
             x = machine.put(patches(batch, num_tokens, self.width), for_torch=True)
-            few = x[:, : num_tokens // SHARE].contiguous()
+            few = x[:, : num_tokens // RATIO].contiguous()
             calls = {
                 "unmerged": machine.waited(lambda: run(x)),
                 "merged": machine.waited(lambda: run(few)),
@@ -251,7 +254,7 @@ def main() -> int:
     found = Measurements(machine, options, save)
     report |= {"width": found.width, "rows": found.rows, "layers": layers}
     print(
-        f"qm_cupy {qm.__version__}, {machine.name}; D = {found.width}, K = N / {SHARE}"
+        f"qm_cupy {qm.__version__}, {machine.name}; D = {found.width}, K = N / {RATIO}"
     )
 
     def finish() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-SHARE = 4  # N / K
+RATIO = 4  # N / K
 GROWTH_FROM = 500  # tokens: below, calls are overhead
 
 Report = dict[str, Any]
@@ -106,7 +106,10 @@ def print_break_even(rows: list[Report], names: list[str], layers: int) -> Repor
     rows = layered(rows)
     heads = column_titles(rows)
     print(f"\n{'milliseconds of a layer, B x N':<40}{heads}")
-    for which, title in (("unmerged", "N tokens"), ("merged", f"N / {SHARE} tokens")):
+    for which, title in (
+        ("unmerged", "N tokens"),
+        ("merged", f"N / {RATIO} tokens"),
+    ):
         print(
             f"{title:<40}" + "".join(f"{1e3 * r['layer'][which]:>12.4g}" for r in rows)
         )

@@ -31,7 +31,7 @@ from qm_cupy.cli.progress import progress
 PATCH = 8  # pixels
 WIDTH = 512  # of the photograph: 64 patches a row
 DIM = 16  # of a token; a patch has 64 numbers
-SHARE = 4  # N / K
+RATIO = 4  # N / K
 ALPHA = 0.1
 ROWS = 16  # that a step reads
 RATE = 3e-3
@@ -75,7 +75,7 @@ def initial_weights() -> Weights:
 def loss(weights: Weights, x: Any) -> tuple[Any, Any]:
     """Return the loss, and the patches (B, N, 64) made of the merged tokens."""
     tokens = x @ weights["project"]
-    merged = qm.quickmerge(tokens, x.shape[1] // SHARE)
+    merged = qm.quickmerge(tokens, x.shape[1] // RATIO)
     alignment = qm.alignment_loss(merged.tokens, weights["prior"]).total.mean()
     fidelity = qm.fidelity_loss(tokens, merged.tokens, labels=merged.labels)
     rebuilt = qm.unmerge_tokens(merged.tokens, merged.labels) @ weights["rebuild"]
@@ -219,7 +219,7 @@ def main() -> None:
     x -= mean
     batch, num_tokens, _ = x.shape
     print(f"qm_cupy {qm.__version__}, {options.framework}, on the CPU")
-    print(f"{batch} rows of {num_tokens} patches, merged to {num_tokens // SHARE}")
+    print(f"{batch} rows of {num_tokens} patches, merged to {num_tokens // RATIO}")
     model = FRAMEWORKS[options.framework](initial_weights())
     seen = train(model, x, steps, max(steps // 8, 1))
     print(f"{'step':>6}{'loss':>10}{'PSNR, dB':>10}")

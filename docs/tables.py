@@ -70,7 +70,7 @@ def layers_to_break_even(runs: Sequence[dict[str, Any]]) -> Markdown:
     return table(["N", *map(called, runs)], rows)
 
 
-def shares_of_stages(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
+def stage_percentages(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return the rows of what each stage takes of `quickmerge`."""
     rows = []
     for stage in runs[0]["stages"]:

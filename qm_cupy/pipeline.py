@@ -9,8 +9,8 @@ from .arrays.checks import (
     GroupCounts,
     check_axes,
     check_choice,
-    check_given,
     check_group_counts,
+    check_is_array,
     check_mask,
     check_mass,
     check_number,
@@ -245,7 +245,7 @@ def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
     if isinstance(options.weights, str):
         check_choice("weights", options.weights, get_args(Weights))
     else:
-        check_given("weights", options.weights)
+        check_is_array("weights", options.weights)
         check_mass(options.weights, shape, "weights")
     seed, sequence_offset = check_noise(options.seed, options.sequence_offset)
     return options._replace(

@@ -34,7 +34,7 @@ struct Found {
     acc_t sum;
     int slot;
 };
-static_assert(sizeof(Found) == FOUND_BYTES);
+static_assert(sizeof(Found) == NEAREST_BYTES);
 
 struct Merge {
     int left, right, tokens;  // the nodes it joins

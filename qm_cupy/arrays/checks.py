@@ -28,7 +28,7 @@ def _values_checked(x: NDArray[Any]) -> bool:
     return finite_checked() and not is_cuda(x)
 
 
-def check_given(name: str, x: Any) -> None:
+def check_is_array(name: str, x: Any) -> None:
     """Refuse None and numbers in the place of an array."""
     if not hasattr(x, "dtype"):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}")
@@ -36,7 +36,7 @@ def check_given(name: str, x: Any) -> None:
 
 def check_floating(name: str, x: NDArray[Any]) -> None:
     """Refuse all but float16, bfloat16, float32 and float64."""
-    check_given(name, x)
+    check_is_array(name, x)
     usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8
     if not usual and x.dtype.name != "bfloat16":
         raise TypeError(
@@ -105,7 +105,7 @@ def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
     """Refuse a mask that is not boolean (B, N) or leaves a sequence without tokens."""
     if mask is None:
         return
-    check_given("mask", mask)
+    check_is_array("mask", mask)
     if mask.dtype != np.bool_:
         raise TypeError(f"`mask` must be boolean (True = token), got {mask.dtype}")
     check_shape("mask", mask, "BN", wanted)
@@ -244,7 +244,7 @@ def check_labels(
     counts: NDArray[np.int64] | int,
 ) -> None:
     """Refuse labels that are not integers within -1..K-1 of shape (B, N)."""
-    check_given("labels", labels)
+    check_is_array("labels", labels)
     if labels.dtype.kind not in "iu":
         raise TypeError(f"`labels` must be integers, got {labels.dtype}")
     if wanted is None and (labels.ndim not in (1, 2) or labels.shape[-1] == 0):
@@ -274,7 +274,7 @@ def check_out(
     """Refuse an `out` that does not fit, cannot be written or lies in an input."""
     if out is None:
         return
-    check_given(name, out)
+    check_is_array(name, out)
     check_shape(name, out, axes, wanted)
     if out.dtype != dtype:
         raise TypeError(f"`{name}` must be {dtype}, got {out.dtype}")

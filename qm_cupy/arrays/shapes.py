@@ -43,7 +43,7 @@ def saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:
     return (*leading, entropy.shape[-1])
 
 
-def each_sequence(
+def iter_sequences(
     leading: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> Iterator[tuple[tuple[int, ...], NDArray[np.bool_] | None]]:
     """Yield the index of every sequence with its tokens' mask."""

@@ -36,7 +36,7 @@ ERROR_ROUNDING = 1e-12  # of an error that a cut is held against
 LINKAGE_SCRATCH = 128  # distances in shared memory, in front of clusters and matrix
 SLOT_BYTES = {width: 5 * width + 22 for width in (4, 8)}  # of a cluster
 TREE_BYTES = {width: 2 * width + 20 for width in (4, 8)}  # of a token, in a dendrogram
-FOUND_BYTES = {width: 2 * width for width in (4, 8)}  # of a nearest cluster
+NEAREST_BYTES = {width: 2 * width for width in (4, 8)}  # of a nearest cluster
 # Single linkage: 8-byte words, reals and integers that the state has for each token;
 # integers of its progress, and of each token while its rows are written.
 SINGLE_WORDS, SINGLE_REALS, SINGLE_INTEGERS = 2, 3, 8
@@ -45,7 +45,7 @@ SINGLE_PROGRESS, SINGLE_ROW_INTEGERS = 4, 3
 CONTIGUOUS_REALS, CONTIGUOUS_INTEGERS = 5, 3
 BASIC_CONTIGUOUS_REALS, BASIC_CONTIGUOUS_INTEGERS = 3, 2
 
-_BY_WIDTH = "LINKAGE_THREADS", "SLOT_BYTES", "TREE_BYTES", "FOUND_BYTES"
+_BY_WIDTH = "LINKAGE_THREADS", "SLOT_BYTES", "TREE_BYTES", "NEAREST_BYTES"
 _SAME = (
     "VECTOR_BYTES", "COUNTS", "TILE", "STEP_BYTES", "WIDE_STAGES", "SQUARE",
     "THREAD_TOKENS", "SELECTION_THREADS", "GROUP_THREADS", "SORT_THREADS",

@@ -9,7 +9,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from ..arrays.checks import (
-    check_given,
+    check_is_array,
     check_not_negative,
     check_num_groups,
     check_number,
@@ -72,7 +72,7 @@ def plot_budget(
     (array([2, 4, 8]), 'K = 4')
     """
     budgets, errors = to_host("budgets", budgets), to_host("errors", errors)
-    check_given("budgets", budgets)
+    check_is_array("budgets", budgets)
     check_shape("budgets", budgets, "M", budgets.shape[-1:] or (1,))
     check_num_groups(budgets, budgets.shape, name="budgets")
     check_values("errors", errors, "M", "CM")

@@ -27,7 +27,7 @@ def group_counts(
     return check_counts(tokens, num_groups)
 
 
-def of_each_sequence(x: Any, token: Any) -> Any:
+def per_sequence(x: Any, token: Any) -> Any:
     """Return a number of each sequence as an array beside `token`; one may be for all.
 
     Python's numbers become arrays here, None stays None.

@@ -27,7 +27,7 @@ from .attention import Span, rotary_turns
 from .checkpoint import random_transformer, read_transformer, transformer_shapes
 from .configuration import Configuration, Weights, configuration_of
 from .kv_cache import KVCache
-from .merged_tokens import of_each_sequence
+from .merged_tokens import per_sequence
 from .transformer_network import run_transformer
 from .weights import load_weights, save_weights
 
@@ -319,8 +319,8 @@ class TransformerPrior:
                 f"`token` must be as wide as the tokens before it, got {token.dtype}"
             )
         position, size = (
-            of_each_sequence(position, token),
-            of_each_sequence(size, token),
+            per_sequence(position, token),
+            per_sequence(size, token),
         )
         names = "token", "position", "size"
         self._check(token, position, size, names, token.shape[:-1], count + 1)

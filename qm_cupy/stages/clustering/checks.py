@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ...arrays.checks import (
     check_finite_values,
     check_floating,
-    check_given,
+    check_is_array,
     check_mask,
     check_shape,
 )
@@ -102,7 +102,7 @@ def check_protect(
     """Refuse what is not boolean (B, N) or leaves other tokens without a group."""
     if protect is None:
         return
-    check_given("protect", protect)
+    check_is_array("protect", protect)
     if protect.dtype != np.bool_:
         raise TypeError(f"`protect` must be boolean, got {protect.dtype}")
     check_shape("protect", protect, "BN", wanted)
@@ -136,7 +136,7 @@ def check_anchors(
     """Refuse anchors that are not K distinct positions of tokens per sequence."""
     if method != "nearest":
         raise ValueError(f'`anchors` are for method="nearest", got {method!r}')
-    check_given("anchors", anchors)
+    check_is_array("anchors", anchors)
     if anchors.dtype.kind not in "iu":
         raise TypeError(f"`anchors` must be integers, got {anchors.dtype}")
     check_shape("anchors", anchors, "BK", (*tokens[:-1], most))

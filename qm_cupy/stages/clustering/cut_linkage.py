@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...arrays.checks import (
     check_choice,
-    check_given,
+    check_is_array,
     check_mass,
     check_num_groups,
     check_number,
@@ -103,7 +103,7 @@ def cut_linkage(
         {"dendrogram": dendrogram, "mass": mass, "mask": mask},
         counts={"num_groups": num_groups},
     )
-    check_given("dendrogram", dendrogram)
+    check_is_array("dendrogram", dendrogram)
     check_choice("order", order, ORDERS)
     if (num_groups is None) == (max_error is None):
         raise ValueError("give exactly one of `num_groups` and `max_error`")

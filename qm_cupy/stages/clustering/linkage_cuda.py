@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from ...arrays.dtypes import accumulation_dtype
 from ...cuda.constants import (
     BLOCK,
-    FOUND_BYTES,
     LINKAGE_METHODS,
     LINKAGE_SCRATCH,
     LINKAGE_THREADS,
+    NEAREST_BYTES,
     SINGLE_INTEGERS,
     SINGLE_PROGRESS,
     SINGLE_REALS,
@@ -134,7 +134,7 @@ def linkage_cuda(
     copies = 0 if held else layout.places * layout.blocks
     tree = _tree_bytes(num_tokens, width)
     trees = empty((layout.places, tree), np.uint8)
-    found = empty((layout.places, 2 * num_tokens * FOUND_BYTES[width]), np.uint8)
+    found = empty((layout.places, 2 * num_tokens * NEAREST_BYTES[width]), np.uint8)
     states = empty((copies, state), np.uint8) if copies else None
     options = LINKAGE_METHODS[method], int(alone), last, layout.blocks, state, tree
     scratch = trees, found, states, _zeros(layout.places)
@@ -173,7 +173,7 @@ def _state_bytes(num_tokens: int, width: int) -> int:
 
 def held_bytes(num_slots: int, width: int) -> int:
     """Return the bytes of clusters, what is found for them, and their matrix."""
-    found = 2 * FOUND_BYTES[width]  # in this round and the next
+    found = 2 * NEAREST_BYTES[width]  # in this round and the next
     return _slot_bytes(num_slots, width) + num_slots * (found + num_slots * width)
 
 

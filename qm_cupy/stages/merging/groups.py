@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from ...arrays.checks import (
     GroupCounts,
-    check_given,
     check_group_counts,
+    check_is_array,
     check_labels,
 )
 from ...arrays.conversion import IntArray, enter
@@ -135,7 +135,7 @@ def _groups_cuda(kernel: str, labels: Any, num_groups: int) -> Any:
 
 
 def _check_groups(labels: NDArray[Any], num_groups: Any) -> GroupCounts:
-    check_given("labels", labels)
+    check_is_array("labels", labels)
     groups = check_group_counts(num_groups, labels.shape[:-1])
     check_labels(labels, None, groups.counts)
     return groups

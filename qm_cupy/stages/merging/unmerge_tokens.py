@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
-    check_given,
     check_gradient,
     check_group_counts,
+    check_is_array,
     check_labels,
     check_out,
     check_tokens,
@@ -72,7 +72,7 @@ def unmerge_tokens(
         {"merged": merged, "labels": labels}, outputs={"out": out}
     )
     check_tokens(merged, "merged")
-    check_given("labels", labels)
+    check_is_array("labels", labels)
     wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))
     check_labels(labels, wanted, merged.shape[-2])
     wanted = (*labels.shape, merged.shape[-1])

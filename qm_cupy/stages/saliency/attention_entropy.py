@@ -10,7 +10,7 @@ from ...arrays.checks import check_not_negative, check_shape, check_values
 from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import each_sequence, expand_mask, layer_axes
+from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.device import empty
@@ -97,7 +97,7 @@ def _attention_entropy_reference(
     dtype = np.result_type(attention.dtype, np.float32)
     tiny = np.finfo(dtype).tiny
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
-    for index, keep in each_sequence(entropy.shape[:-1], mask):
+    for index, keep in iter_sequences(entropy.shape[:-1], mask):
         for start in range(0, attention.shape[-1], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
             p = attention[index][rows].astype(dtype)
@@ -186,7 +186,7 @@ def _attention_entropy_vjp_reference(
     tiny = np.finfo(dtype).tiny
     gradient = masked_gradient(gradient, dtype, mask)
     out = np.empty(attention.shape, attention.dtype)
-    for index, keep in each_sequence(gradient.shape[:-1], mask):
+    for index, keep in iter_sequences(gradient.shape[:-1], mask):
         for start in range(0, attention.shape[-1], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
             p = attention[index][rows].astype(dtype)

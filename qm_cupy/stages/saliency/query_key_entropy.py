@@ -10,7 +10,7 @@ from ...arrays.checks import check_number, check_shape, check_values
 from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import each_sequence, expand_mask, layer_axes
+from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.constants import KEYS, QUERIES
@@ -144,7 +144,7 @@ def _query_key_entropy_reference(
     dtype = score_dtype(query, key, scale)
     never = masked_score(dtype)
     entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
-    for index, keep in each_sequence(entropy.shape[:-1], mask):
+    for index, keep in iter_sequences(entropy.shape[:-1], mask):
         token = slice(None) if keep is None else keep  # the padding is cut off
         q, k = query[index][token].astype(dtype), key[index][token].astype(dtype)
         q *= dtype.type(scale)
@@ -265,7 +265,7 @@ def _query_key_entropy_vjp_reference(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     dtype = score_dtype(query, key, scale)
     of_query, of_key = np.zeros_like(query, order="C"), np.zeros_like(key, order="C")
-    for index, keep in each_sequence(query.shape[:-2], mask):
+    for index, keep in iter_sequences(query.shape[:-2], mask):
         token = slice(None) if keep is None else keep  # the padding is cut off
         g, q, k = (x[index][token].astype(dtype) for x in (gradient, query, key))
         found = score_vjp(g, q, k, causal, dtype.type(scale))

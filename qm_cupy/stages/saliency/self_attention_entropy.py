@@ -10,7 +10,7 @@ from ...arrays.checks import check_values
 from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import each_sequence, expand_mask
+from ...arrays.shapes import expand_mask, iter_sequences
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.constants import KEYS, QUERIES, STATE_VALUES, TILE
@@ -96,7 +96,7 @@ def _self_attention_entropy_reference(
 ) -> NDArray[Any]:
     dtype = score_dtype(tokens, tokens, tokens.shape[-1] ** -0.5)
     entropy = np.zeros(tokens.shape[:-1], np.result_type(tokens.dtype, np.float32))
-    for index, keep in each_sequence(entropy.shape[:-1], mask):
+    for index, keep in iter_sequences(entropy.shape[:-1], mask):
         token = slice(None) if keep is None else keep
         x = tokens[index][token].astype(dtype, copy=False)
         entropy[index][token] = _symmetric_entropy(x)
@@ -208,7 +208,7 @@ def _self_attention_entropy_vjp_reference(
     scale = tokens.shape[-1] ** -0.5
     dtype = score_dtype(tokens, tokens, scale)
     out = np.zeros_like(tokens, order="C")
-    for index, keep in each_sequence(tokens.shape[:-2], mask):
+    for index, keep in iter_sequences(tokens.shape[:-2], mask):
         token = slice(None) if keep is None else keep
         g, x = (each[index][token].astype(dtype) for each in (gradient, tokens))
         of_query, of_key = score_vjp(g, x, x, False, dtype.type(scale))
