@@ -1,9 +1,10 @@
-"""Clustering: what it costs in rounds and bytes, and its time beside its peers.
+"""Measure clustering: its rounds and bytes, and its time beside other libraries.
 
     python benchmarks/clustering.py [--quick] [--json PATH]
 
-Times are of one process, contenders in turn, medians; on the CPU they shrink with the
-cores. With a GPU and CuPy, the GPU's. Peers that are not installed are left out.
+All contenders run in one process and take turns, so that a slow phase of the machine
+affects all of them. Times are medians. On a CPU they depend on the number of cores.
+With a GPU and CuPy, times are the GPU's. Libraries that are not installed are skipped.
 """
 
 import argparse
@@ -26,23 +27,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an in
 from report import write_json
 from workload import cupy, torch
 
-import kernels  # its neighbour, which times what a GPU does
+import kernels  # benchmarks/kernels.py, which times calls on a GPU
 import qm_cupy as qm
 
 try:
     from sklearn.cluster import AgglomerativeClustering
 except ImportError:
     AgglomerativeClustering = None
-try:  # the authors' own code of token merging, installed from its repository
+try:  # ToMe's own code, which is installed from its repository
     from tome.merge import bipartite_soft_matching
 except ImportError:
     bipartite_soft_matching = None
 
-PATIENCE = 10  # seconds for each contender, or one call of it
+PATIENCE = 10  # seconds; a contender stops after the call that exceeds them
 
 
 class Case(NamedTuple):
-    """Sequences (B, N, D) to be put into K groups each."""
+    """Sequences (B, N, D), each of which is clustered into K groups."""
 
     title: str
     batch: int
@@ -51,12 +52,12 @@ class Case(NamedTuple):
     num_groups: int
 
     def tokens(self) -> np.ndarray:
-        """Tokens around a few hundred topics, as hidden states lie."""
+        """Return tokens around N / 16 random centres, so that clusters exist."""
         rng = np.random.default_rng(0)
         topics = rng.standard_normal((max(self.num_tokens // 16, 1), self.dim))
-        chosen = rng.integers(0, len(topics), (self.batch, self.num_tokens))
+        topic_of_token = rng.integers(0, len(topics), (self.batch, self.num_tokens))
         noise = rng.standard_normal((self.batch, self.num_tokens, self.dim))
-        return (topics[chosen] + noise).astype(np.float32)
+        return (topics[topic_of_token] + noise).astype(np.float32)
 
 
 CASES = (
@@ -68,39 +69,47 @@ QUICK = (Case("2 sequences of 256, D = 64, to a fifth", 2, 256, 64, 51),)
 
 
 class Work(NamedTuple):
-    """What a sequence costs: rounds, and the values of the matrix read or written."""
+    """The cost of one sequence: rounds, and matrix values that are read or written."""
 
     rounds: int
     values: int
 
 
 def count_work(tokens: np.ndarray, num_groups: int) -> Work:
-    """Go through the rounds of kernels/optimized/linkage.cu, and count.
+    """Count the work of kernels/optimized/linkage.cu by running its rounds in NumPy.
 
-    Average linkage, until the first N - K merges are known.
+    The method is average linkage. A round merges every two clusters that are each
+    other's nearest. The rounds end when the N - K lowest merges are known.
     """
     unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
-    sums = 1 - unit @ unit.T
+    # E(A, C), the sum of 1 - cos over all pairs, adds up when clusters merge:
+    # E(A u B, C) = E(A, C) + E(B, C). The distance is E / (size of A * size of C).
+    sums = 1 - unit @ unit.T  # (N, N)
     size = np.ones(len(tokens), np.float32)
     heights: list[float] = []
-    rounds, values = 0, 2 * len(tokens) ** 2  # every cosine becomes a distance
+    rounds, values = 0, 2 * len(tokens) ** 2  # read every cosine, write its distance
     while True:
         distance = sums / (size[:, None] * size)
         np.fill_diagonal(distance, np.inf)
         nearest = distance.argmin(axis=-1)
         least = distance.min(axis=-1)
+        # Later merges are at least as high as the least distance now, so merges up to
+        # that height are final.
         if np.sum(np.array(heights) <= least.min()) >= len(tokens) - num_groups:
             return Work(rounds, values)
-        place = np.arange(len(size))
-        first = np.flatnonzero((nearest[nearest] == place) & (place < nearest))
+        index = np.arange(len(size))
+        # Reciprocal nearest neighbours; each pair is listed once, by its lower index.
+        first = np.flatnonzero((nearest[nearest] == index) & (index < nearest))
         second = nearest[first]
         heights += least[first].tolist()
         touched = np.zeros(len(size), np.bool_)
         touched[first] = touched[second] = True
-        anew = touched[nearest] | touched
-        kept = np.delete(place, second)
-        many, rows, joined = len(kept), int(anew[kept].sum()), len(first)
-        # Rows searched anew; the other half of those that merge; what is new in rows.
+        # A row is searched again if its cluster is new or lost its nearest cluster.
+        searched = touched[nearest] | touched
+        kept = np.delete(index, second)
+        many, rows, joined = len(kept), int(searched[kept].sum()), len(first)
+        # In order: the rows that are searched again, the second row of every pair that
+        # merges, and (the last two terms) the values that change in rows.
         values += rows * many + joined * many + 2 * many * joined + joined * many
         sums[first] += sums[second]
         sums[:, first] += sums[:, second]
@@ -110,15 +119,17 @@ def count_work(tokens: np.ndarray, num_groups: int) -> Work:
 
 
 def in_scipy(tokens: np.ndarray, num_groups: int) -> np.ndarray:
+    """Return SciPy's labels of one sequence, by average linkage of cosines."""
     tree = hierarchy.linkage(pdist(tokens, "cosine"), "average")
     return hierarchy.fcluster(tree, num_groups, "maxclust")
 
 
 def on_cpu(case: Case) -> dict[str, Callable[[], Any]]:
-    """Return the contenders' calls, for all sequences."""
+    """Return each contender's call, which clusters all sequences of a case."""
     tokens, num_groups = case.tokens(), case.num_groups
 
     def all_cores() -> Any:
+        # The time includes starting the pool and sending it the sequences.
         with multiprocessing.get_context("fork").Pool() as pool:
             jobs = [(x, num_groups) for x in tokens]
             return pool.starmap(in_scipy, jobs)
@@ -131,6 +142,7 @@ def on_cpu(case: Case) -> dict[str, Callable[[], Any]]:
     if case.batch > 1 and hasattr(os, "fork"):
         runs["SciPy, all cores"] = all_cores
     if AgglomerativeClustering is not None:
+        # The full tree, as SciPy builds it too; scikit-learn could stop at K groups.
         model = AgglomerativeClustering(
             num_groups, metric="cosine", linkage="average", compute_full_tree=True
         )
@@ -143,6 +155,7 @@ def on_cpu(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def on_gpu(case: Case) -> dict[str, Callable[[], Any]]:
+    """Return each contender's call on a GPU, in float16."""
     tokens = cupy.asarray(case.tokens()).astype(np.float16)
     num_groups = case.num_groups
     runs: dict[str, Callable[[], Any]] = {}
@@ -168,14 +181,14 @@ def on_gpu(case: Case) -> dict[str, Callable[[], Any]]:
             unit, anchors
         ).argmax(dim=-1)
         if bipartite_soft_matching is not None:
-            # One step of theirs: half of the tokens, at most.
+            # One step of ToMe merges at most half of the tokens.
             step = min(case.num_tokens - num_groups, case.num_tokens // 2)
             runs["ToMe, one step"] = lambda: bipartite_soft_matching(x, step)[0](x)
     return runs
 
 
 def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of each contender, in turn."""
+    """Return the median milliseconds of each contender; contenders take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -200,19 +213,20 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine, "cases": {}}
     for case in QUICK if options.quick else CASES:
         print(case.title, file=sys.stderr, flush=True)
+        # The rounds depend on the tokens; the first sequence stands for all of them.
         work = count_work(case.tokens()[0], case.num_groups)
         row: dict[str, Any] = {
             "rounds of the first sequence": work.rounds,
             "bytes of the values, at least": 4 * work.values * case.batch,
         }
         if has_gpu:
-            found = kernels.measure(on_gpu(case), 5 if options.quick else 11)
-            row |= {"ms": found["ms"], "errors": found["errors"]}
+            timings = kernels.measure(on_gpu(case), 5 if options.quick else 11)
+            row |= {"ms": timings["ms"], "errors": timings["errors"]}
         else:
             row["ms"] = measure(on_cpu(case), 3 if options.quick else 5)
         report["cases"][case.title] = row
-        size = 4e-9 * work.values * case.batch
-        print(f"{case.title}: {work.rounds} rounds, {size:.2f} GB")
+        size = 4e-9 * work.values * case.batch  # float32 values, in GB
+        print(f"{case.title}: {work.rounds} rounds, at least {size:.2f} GB moved")
         for name, ms in row["ms"].items():
             print(f"    {name:<40}{ms:>12.3f} ms")
         for name, error in row.get("errors", {}).items():

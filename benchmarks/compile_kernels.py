@@ -1,9 +1,9 @@
-"""Compile every kernel for the GPU at hand, in parallel, into CuPy's cache on disk.
+"""Compile every kernel for this machine's GPU, in parallel, into CuPy's disk cache.
 
     python benchmarks/compile_kernels.py [--processes P] [--dtypes DTYPE ...]
 
-NVRTC takes half a second or so for each file and dtype. Processes that come later, such
-as those of the tests, read the machine code from the cache. Exits 1 if a file fails.
+NVRTC takes about half a second for each file and dtype. Later processes, such as the
+tests, read the machine code from the cache. The exit status is 1 if a file fails.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the seam
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # seam.py
 
 from seam import cuda
 
@@ -26,11 +26,12 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "tf32")
 
 
 def compile_file(job: tuple[str, str]) -> tuple[str | None, float]:
-    """Compile a file for a dtype; return what went wrong, or None, and the seconds."""
+    """Compile a file for a dtype; return the error, or None, and the seconds."""
     file, dtype = job
     start = time.monotonic()
     try:
         cuda.compile_file(file, dtype)
+    # Return the error: a failed file must not stop the pool.
     except Exception as error:
         wrong = f"{file} {dtype}: {type(error).__name__}: {error}"
         return wrong, time.monotonic() - start
@@ -38,12 +39,13 @@ def compile_file(job: tuple[str, str]) -> tuple[str | None, float]:
 
 
 def say_slowest(times: list[tuple[float, str, str]]) -> None:
+    """Print the five compilations that took longest."""
     for seconds, file, dtype in sorted(times, reverse=True)[:5]:
         print(f"{seconds:6.1f} s  {file} {dtype}", flush=True)
 
 
 def show_interrupts() -> None:
-    """At an interrupt, say where this process is; the first process ends it."""
+    """Print a traceback at an interrupt and go on; the main process ends this one."""
     faulthandler.register(signal.SIGINT)
 
 
@@ -52,14 +54,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     options = parser.parse_args()
-    # Optimized kernels of float32 are compiled for TF32 where that is allowed.
+    # "tf32" compiles the float32 kernels that use TF32; only optimized kernels do.
     jobs = [
         (file, dtype)
         for file, dtype in itertools.product(cuda.kernel_files(), options.dtypes)
         if dtype != "tf32" or file.startswith("optimized/")
     ]
     start, failures, times = time.monotonic(), 0, []
-    context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
+    # Spawn: a forked process would inherit the state of CUDA.
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         options.processes, mp_context=context, initializer=show_interrupts
     )
@@ -71,11 +74,12 @@ def main() -> None:
             if failure:
                 failures += 1
                 print(failure, flush=True)
-    except KeyboardInterrupt:  # what is compiled is in the cache
+    except KeyboardInterrupt:  # the cache keeps every file that is compiled
         say_slowest(times)
         late = " ".join(jobs[min(len(times), len(jobs) - 1)])
         print(f"interrupted after {len(times)} of {len(jobs)}, at {late}", flush=True)
-        for process in pool._processes.values():  # which would compile all the rest
+        # Otherwise the processes would compile every job that is queued.
+        for process in pool._processes.values():
             process.terminate()
         os._exit(130)
     say_slowest(times)

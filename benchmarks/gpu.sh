@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# All that needs a GPU: benchmarks/gpu.sh [--rehearse] OUTDIR [tests|benchmarks] [WORD]
+# Run the tests and benchmarks that need a GPU:
 #
-# Tests, then benchmarks, or one of the two, each in less than nine minutes. No install
-# is needed: `python3` (or PYTHON) must have NumPy, SciPy, CuPy and ml_dtypes; tests take
-# pytest, pytest-xdist, pytest-timeout and hypothesis too. With WORD, only the tests whose
-# names hold it run.
+#     benchmarks/gpu.sh [--rehearse] OUTDIR [tests|benchmarks] [WORD]
 #
-# OUTDIR gets summary.txt, a line for each step; failures.txt, each failed test as it
-# fails; and results.tar.gz with all outputs and figures, made anew every 20 seconds, so
-# that a run that is cut short leaves what it has. A step that fails does not stop the
-# next one; the exit status is the worst of all.
+# The tests run first, then the benchmarks, or only one of the two. Each of them takes
+# less than nine minutes. The package need not be installed: `python3` (or PYTHON) must
+# have NumPy, SciPy, CuPy and ml_dtypes; the tests also need pytest, pytest-xdist,
+# pytest-timeout and hypothesis. With WORD, only tests whose names contain it run.
 #
-# --rehearse runs every step without a GPU: small sizes, on a stand-in for CuPy that
+# OUTDIR receives three files:
+#   summary.txt     a line for each step
+#   failures.txt    each failed test, as soon as it fails
+#   results.tar.gz  all outputs and figures, written again every 20 seconds, so that an
+#                   interrupted run leaves its results
+# A step that fails does not stop the next one. The exit status is the largest of all.
+#
+# --rehearse runs every step without a GPU: at small sizes, with a stand-in for CuPy that
 # runs the kernels on the CPU.
 set -euo pipefail
 usage="usage: benchmarks/gpu.sh [--rehearse] OUTDIR [tests|benchmarks] [WORD]"
@@ -39,35 +43,38 @@ mkdir "$files" "$work/references"
 : >"$out/failures.txt"
 export QM_CUPY_FAILURES=$out/failures.txt QM_CUPY_REFERENCES=$work/references
 export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export XLA_PYTHON_CLIENT_PREALLOCATE=false # or JAX takes most of the GPU's memory
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # otherwise JAX reserves most GPU memory
 export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-processes=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which heeds these
+# nproc obeys these two variables, which limit threads and not processes.
+processes=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 processes=$((processes < 16 ? processes : 16))
 patience=1
 quick=() cases=(--every-case)
 if [[ $rehearse ]]; then
     export PYTHONPATH=$PWD/tests/rehearsal:$PYTHONPATH
-    export QM_CUPY_DTYPES=${QM_CUPY_DTYPES:-bfloat16} # of those that tests take
+    export QM_CUPY_DTYPES=${QM_CUPY_DTYPES:-bfloat16} # the dtypes of the tests
     quick=(--rehearse) cases=()
-    patience=6 # for kernels that a CPU compiles and runs
+    patience=6 # factor of the time limits: a CPU compiles and runs the kernels
 else
-    export PATH=$PATH:/usr/local/cuda/bin # where compute-sanitizer may be
+    export PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer may be here
 fi
 
-# Pack all results. A reader finds the old archive or the new one, never a part.
+# Pack all results. A reader sees the old archive or the new one, never a part of one.
 archive() {
     cp "$out/summary.txt" "$out/failures.txt" "$files/"
     tar -czf "$out/.$1.part" -C "$work" results 2>/dev/null || true
     mv "$out/.$1.part" "$out/results.tar.gz"
 }
-# Its output is closed, because a caller may wait for the end of ours.
+# Pack the results in the background, every 20 seconds. The output of this process is
+# closed, because a caller may wait until nothing holds our output open.
 (
     trap 'kill "$!"; exit' TERM
     while sleep 20 & wait "$!"; do archive background; done
 ) </dev/null >/dev/null 2>&1 &
 background=$!
 running=
+# End the step that runs and the background process, then pack the last archive.
 finish() {
     trap - EXIT TERM INT
     if [[ $running ]]; then kill -TERM "$running" || true; fi
@@ -80,20 +87,20 @@ trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-# step NAME SECONDS COMMAND...: run it with that long to go, its output in NAME.txt and
-# its exit status in `status`. At the limit an interrupt comes first, which leaves Python
-# the time to write what it has.
+# step NAME SECONDS COMMAND...: run the command with a time limit, with its output in
+# NAME.txt and its exit status in `status`. At the limit, the command gets an interrupt,
+# and is killed five seconds later. In between, Python can write its results.
 step() {
     local name=$1 limit=$(($2 * patience)) start=$SECONDS
     shift 2
     status=0
-    set -m # or bash would have the step ignore interrupts
+    set -m # otherwise bash makes a background command ignore interrupts
     timeout --signal=INT --kill-after=5 "$limit" "$@" >"$files/$name.txt" 2>&1 </dev/null &
     running=$!
     set +m
     wait "$running" || status=$?
     running=
-    # With WORD, a step may have no test: pytest's status 5.
+    # With WORD, a step may select no test: pytest then exits with status 5.
     if [[ $word && $status == 5 ]]; then status=0; fi
     local line="$name: status $status, $((SECONDS - start)) s: $(last_line "$name")"
     echo "$line" | tee -a "$out/summary.txt"
@@ -101,15 +108,15 @@ step() {
     archive step
 }
 
-# The line that says most: pytest's counts, or the last one.
+# Print the line for the summary: pytest's counts, or else the last line of the output.
 last_line() {
     local counts='[0-9]+ (passed|failed|errors?|skipped)\b.* in [0-9.]+s'
     (grep -E "$counts" "$files/$1.txt" || grep -v '^\s*$' "$files/$1.txt" || echo "no output") |
         tail -n 1 | cut -c 1-100
 }
 
-# tests NAME SECONDS SELECTION FILES...: in parallel processes. A process that hangs, or
-# that has lost the GPU, is ended, named and replaced.
+# tests NAME SECONDS SELECTION FILES...: run tests in parallel processes. A process that
+# hangs, or that has lost the GPU, is ended and replaced, and its test is reported.
 tests() {
     local name=$1 limit=$2 selection=$3
     shift 3
@@ -120,8 +127,9 @@ tests() {
         --timeout=60 --timeout-method=thread "${workers[@]}" "$@"
 }
 
-# sanitize TOOL SECONDS SIZES SELECTION: small tests of every kernel, in a process that the
-# tool watches. Without pools, every array has bounds of its own.
+# sanitize TOOL SECONDS SIZES SELECTION: run small tests of every kernel in one process
+# under a tool of compute-sanitizer. Memory pools are off, so that every array is an
+# allocation of its own and the tool knows its bounds.
 sanitize() {
     local variables=(QM_CUPY_NO_POOL=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1)
     local workers=() checker=()
@@ -131,12 +139,13 @@ sanitize() {
         variables+=(QM_CUPY_SIZES="$3")
         checker=(compute-sanitizer --tool "$1" --error-exitcode 9)
     else
-        echo "$1: no compute-sanitizer" | tee -a "$out/summary.txt"
+        echo "$1: skipped, compute-sanitizer was not found" | tee -a "$out/summary.txt"
         return
     fi
     tests "$1" "$2" "$4" tests/test_gpu_parity.py
 }
 
+# compile NAME OPTIONS...: fill CuPy's cache. With WORD, the few tests compile their own.
 compile() {
     if [[ $word ]]; then return; fi
     step "$1" 70 "$python" benchmarks/compile_kernels.py --processes "$processes" "${@:2}"
@@ -145,13 +154,14 @@ compile() {
 run_tests() {
     local checker=() workers=(-n "$processes" --max-worker-restart 64)
     local variables=(QM_CUPY_SIZES=33,257,1,128 QM_CUPY_LONG=600,1100,1600,4096)
-    local long=QM_CUPY_LONG=600 # for the basic kernels, which are slow
+    local long=QM_CUPY_LONG=600 # a shorter length for the basic kernels, which are slow
     if [[ $rehearse ]]; then
         variables=(QM_CUPY_SIZES=33 QM_CUPY_LONG=300) long=QM_CUPY_LONG=150
         compile compile-tests --dtypes bfloat16 float32
     else
         compile compile-tests
     fi
+    # The steps are ordered so that the most important results come first.
     local first="test_parity and optimized and (33 or 257)" parity=tests/test_gpu_parity.py
     tests long 70 "optimized" tests/test_gpu_long.py
     tests parity-first 60 "$first" "$parity"
@@ -168,7 +178,7 @@ run_benchmarks() {
     compile compile-benchmarks --dtypes bfloat16 float16 float32
     step kernels 180 "$python" benchmarks/kernels.py "${quick[@]}" --minutes 2.7 \
         "${figures[@]}"
-    if ((status == 4)); then # that process has lost the GPU
+    if ((status == 4)); then # the process lost the GPU: a new one goes on
         step kernels-resumed 50 "$python" benchmarks/kernels.py "${quick[@]}" --resume \
             --minutes 0.6 "${figures[@]}"
     fi
@@ -180,6 +190,7 @@ run_benchmarks() {
         --minutes 0.9 --json "$files/gradients.json"
 }
 
+# Check that CuPy works, and describe the machine.
 step machine 15 "$python" -c '
 import sys, cupy, numpy
 device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
@@ -188,7 +199,7 @@ versions = f"NumPy {numpy.__version__}, CuPy {cupy.__version__}"
 print(device["name"].decode(), sys.version.split()[0], versions, sep=", ")'
 if ((worst)); then
     cat "$files/machine.txt" >&2
-    exit 3 # nothing that follows could say more
+    exit 3 # every later step would fail as well
 fi
 if [[ $part != benchmarks ]]; then run_tests; fi
 if [[ $part != tests ]]; then run_benchmarks; fi

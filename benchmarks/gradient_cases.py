@@ -1,4 +1,4 @@
-"""What benchmarks/gradients.py differentiates: inputs, ours, plain formulas."""
+"""Cases of benchmarks/gradients.py: inputs, our functions and the plain formulas."""
 
 import functools
 import importlib.util
@@ -16,16 +16,17 @@ else:
     import qm_cupy.torch as qt
 
 TAU, EPSILON, GAMMA, ALPHA = 0.1, 0.01, 0.8, 0.1
-TOLERANCE = 5e-3  # of gradients in float32, over their largest
-# The same where an input has 16 bits: 0.07 was seen in bfloat16, whose 8 bits round the
-# merged tokens and their slopes on the way. Exact comparisons are those of the tests.
+TOLERANCE = 5e-3  # largest error of float32 gradients / largest gradient
+# The same for inputs of 16 bits. An error of 0.07 was seen in bfloat16, whose 8 bits
+# round the merged tokens and their gradients on the way. Exact comparisons are in the
+# tests.
 HALF_TOLERANCE = 2**-3
 
 Loss = Callable[..., Any]
 
 
 class Case(NamedTuple):
-    """A function of tensors that require grad, in our form and in the plain one."""
+    """One function of tensors that require grad: our form and the plain formula."""
 
     inputs: tuple[Any, ...]
     ours: Loss
@@ -36,6 +37,7 @@ class Case(NamedTuple):
 
 
 def entropy(scores: Any) -> Any:
+    """Return H_i = -Σ_j A_ij log A_ij, where A is the softmax of the scores."""
     log_attention = torch.log_softmax(scores.float(), dim=-1)
     return -(log_attention.exp() * log_attention).sum(dim=-1)
 
@@ -49,27 +51,31 @@ def query_key(query: Any, key: Any) -> Any:
 
 
 def given_attention(attention: Any) -> Any:
+    """Return the entropy of each row of given probabilities."""
     p = attention.float()
+    # Rows of 16 bits do not sum to 1 exactly.
     p = p / p.sum(dim=-1, keepdim=True)
     return torch.special.entr(p).sum(dim=-1)
 
 
-def mass(found: Any, noise: Any) -> Any:
-    # `aminmax` has no derivative in torch 2.11.
-    low, high = (f(found, dim=-1, keepdim=True) for f in (torch.amin, torch.amax))
-    saliency = 1 - (found - low) / (high - low)
-    chosen = torch.softmax((saliency + noise) / TAU, dim=-1)
-    return chosen * saliency + (1 - chosen) * EPSILON
+def mass(values: Any, noise: Any) -> Any:
+    """Return the mass m = π s + (1 - π) ε of entropies (B, N)."""
+    # Two calls, because `aminmax` has no derivative in torch 2.11.
+    low, high = (f(values, dim=-1, keepdim=True) for f in (torch.amin, torch.amax))
+    saliency = 1 - (values - low) / (high - low)
+    probabilities = torch.softmax((saliency + noise) / TAU, dim=-1)
+    return probabilities * saliency + (1 - probabilities) * EPSILON
 
 
 def merge(x: Any, labels: Any, num_groups: int, weights: Any) -> Any:
-    index = labels.long()[..., None]
+    """Return the weighted means of the groups, Σ m_j x_j / Σ m_j."""
+    index = labels.long()[..., None]  # (B, N, 1)
     batch, _, dim = x.shape
     total = x.new_zeros(batch, num_groups, dim, dtype=torch.float32)
     weighted = x.float() * weights[..., None]
     total = total.scatter_add(1, index.expand(x.shape), weighted)
     whole = total.new_zeros(batch, num_groups, 1)
-    whole = whole.scatter_add(1, index, weights[..., None])
+    whole = whole.scatter_add(1, index, weights[..., None])  # Σ m_j, (B, K, 1)
     return (total / whole).to(x.dtype)
 
 
@@ -79,18 +85,21 @@ def unmerge(merged: Any, labels: Any) -> Any:
 
 
 def alignment(merged: Any, prior: Any) -> Any:
-    """Return the losses (B,) of an `MLPPrior`, all steps at once."""
+    """Return the alignment losses (B,) of an `MLPPrior`, all steps at once."""
     x = merged.float()
     steps = torch.arange(1, x.shape[1], device=x.device)[:, None]
     total = 0
+    # The backward loss is the forward loss of the reversed sequence.
     ways = (prior.forward_prior, x), (prior.backward_prior, x.flip(1))
     for network, y in ways:
+        # Means of all prefixes by a running sum: row t holds the mean of y_1..y_t.
         context = y.cumsum(dim=1)[:, :-1] / steps
         total = total + ((network(context) - y[:, 1:]) ** 2).mean(dim=(1, 2))
     return total
 
 
 def fidelity(x: Any, merged: Any, labels: Any) -> Any:
+    """Return the mean over sequences of max(0, |X - X̂|² / |X|² - (1 - γ)²)."""
     gap = x.float() - unmerge(merged, labels).float()
     error = (gap**2).sum(dim=(1, 2)) / (x.float() ** 2).sum(dim=(1, 2))
     return (error - (1 - GAMMA) ** 2).clamp_min(0).mean()
@@ -99,10 +108,11 @@ def fidelity(x: Any, merged: Any, labels: Any) -> Any:
 # ------------------------------------------------------------------------- cases
 
 
-def our_mass(found: Any) -> Any:
-    saliency = qm.saliency(found)
-    chosen = qm.gumbel_softmax(saliency, temperature=TAU)
-    return qm.saliency_mass(saliency, chosen, epsilon=EPSILON)
+def our_mass(values: Any) -> Any:
+    """Return the mass of entropies (B, N) by our functions, with noise of seed 0."""
+    saliency = qm.saliency(values)
+    probabilities = qm.gumbel_softmax(saliency, temperature=TAU)
+    return qm.saliency_mass(saliency, probabilities, epsilon=EPSILON)
 
 
 def half_dtype() -> Any:
@@ -111,7 +121,7 @@ def half_dtype() -> Any:
 
 
 class Inputs:
-    """What the operations of one size take, K = N / 4, made when first asked for."""
+    """Inputs of the operations at one size, with K = N / 4; made when first used."""
 
     def __init__(self, machine: Machine, batch: int, num_tokens: int, dim: int) -> None:
         self.sizes = batch, num_tokens, dim
@@ -121,19 +131,21 @@ class Inputs:
         self.random = torch.Generator(self.device).manual_seed(0)
 
     def draw(self, *shape: int) -> Any:
+        """Return a normal tensor that requires grad."""
         where = {"device": self.device, "dtype": self.dtype, "generator": self.random}
         return torch.randn(shape, **where).requires_grad_()
 
     @functools.cached_property
     def x(self) -> Any:
-        """Return tokens small enough that no row of attention is all on its diagonal.
+        """Return tokens so small that no row of attention is all on its diagonal.
 
-        Where it is, the plain formula loses the entropy to rounding.
+        In such a row, the plain formula loses the entropy to rounding.
         """
         return (0.3 * self.draw(*self.sizes).detach()).requires_grad_()
 
     @functools.cached_property
     def values(self) -> Any:
+        """Return the entropies (B, N) of the tokens."""
         return qm.self_attention_entropy(self.x.detach()).requires_grad_()
 
     @functools.cached_property
@@ -151,6 +163,7 @@ class Inputs:
 
     @functools.cached_property
     def noise(self) -> Any:
+        """Return the noise that our functions draw for seed 0, for the plain form."""
         return torch.from_numpy(qm.gumbel_noise(self.sizes[:2], 0)).to(self.device)
 
     @functools.cached_property
@@ -159,84 +172,88 @@ class Inputs:
 
     @property
     def trained(self) -> tuple[Any, ...]:
+        """Return the weights of the model's prior."""
         return tuple(self.model.ar_alignment.prior.parameters())
 
 
-def of_given_attention(given: Inputs) -> Case:
-    batch, num_tokens, _ = given.sizes
-    attention = torch.softmax(given.draw(batch, num_tokens, num_tokens).detach(), -1)
-    inputs = (attention.requires_grad_(),)
-    return Case(inputs, qm.attention_entropy, given_attention)
+def of_given_attention(inputs: Inputs) -> Case:
+    batch, num_tokens, _ = inputs.sizes
+    attention = torch.softmax(inputs.draw(batch, num_tokens, num_tokens).detach(), -1)
+    tensors = (attention.requires_grad_(),)
+    return Case(tensors, qm.attention_entropy, given_attention)
 
 
-def of_query_key(given: Inputs) -> Case:
-    batch, num_tokens, _ = given.sizes
-    heads = tuple(given.draw(1, batch, 4, num_tokens, 64) for _ in range(2))
+def of_query_key(inputs: Inputs) -> Case:
+    batch, num_tokens, _ = inputs.sizes
+    # Queries and keys: one layer, 4 heads of width 64.
+    heads = tuple(inputs.draw(1, batch, 4, num_tokens, 64) for _ in range(2))
     return Case(heads, qm.query_key_entropy, query_key)
 
 
-def of_self_attention(given: Inputs) -> Case:
-    return Case((given.x,), qm.self_attention_entropy, self_attention)
+def of_self_attention(inputs: Inputs) -> Case:
+    return Case((inputs.x,), qm.self_attention_entropy, self_attention)
 
 
-def of_mass(given: Inputs) -> Case:
-    return Case((given.values,), our_mass, lambda y: mass(y, given.noise))
+def of_mass(inputs: Inputs) -> Case:
+    return Case((inputs.values,), our_mass, lambda y: mass(y, inputs.noise))
 
 
-def of_merge(given: Inputs) -> Case:
-    labels, num_groups = given.labels, given.num_groups
+def of_merge(inputs: Inputs) -> Case:
+    labels, num_groups = inputs.labels, inputs.num_groups
     return Case(
-        (given.x, given.weights),
+        (inputs.x, inputs.weights),
         lambda x, m: qm.merge_tokens(x, labels, num_groups, mass=m),
         lambda x, m: merge(x, labels, num_groups, m),
     )
 
 
-def of_unmerge(given: Inputs) -> Case:
-    labels = given.labels
+def of_unmerge(inputs: Inputs) -> Case:
+    labels = inputs.labels
     return Case(
-        (given.merged,),
+        (inputs.merged,),
         lambda y: qm.unmerge_tokens(y, labels),
         lambda y: unmerge(y, labels),
     )
 
 
-def of_alignment(given: Inputs) -> Case:
-    prior = given.model.ar_alignment.prior
+def of_alignment(inputs: Inputs) -> Case:
+    prior = inputs.model.ar_alignment.prior
+    # The weights are inputs as well, so that their gradients are compared too. Both
+    # forms read them through the prior and ignore the arguments.
     return Case(
-        (given.merged, *given.trained),
+        (inputs.merged, *inputs.trained),
         lambda y, *_: qm.alignment_loss(y, prior).total,
         lambda y, *_: alignment(y, prior),
     )
 
 
-def of_fidelity(given: Inputs) -> Case:
-    labels = given.labels
-    # The gradient at the means themselves is 0, and its rounding nothing to compare.
-    merged = (1.25 * given.merged.detach()).requires_grad_()
+def of_fidelity(inputs: Inputs) -> Case:
+    labels = inputs.labels
+    # At the means themselves the gradient is 0, and only rounding would be compared.
+    merged = (1.25 * inputs.merged.detach()).requires_grad_()
     return Case(
-        (given.x, merged),
+        (inputs.x, merged),
         lambda x, y: qm.fidelity_loss(x, y, labels=labels, gamma=GAMMA),
         lambda x, y: fidelity(x, y, labels),
     )
 
 
-def of_whole(given: Inputs) -> Case:
-    model, num_groups, noise = given.model, given.num_groups, given.noise
+def of_whole(inputs: Inputs) -> Case:
+    model, num_groups, noise = inputs.model, inputs.num_groups, inputs.noise
 
     def whole(x: Any, *_: Any) -> Any:
         return model(x, num_groups, ALPHA)[1]["total"]
 
     def plain(x: Any, *_: Any) -> Any:
         weights = mass(self_attention(x), noise)
-        # Of the tokens as ours has them: in float32 a near tie may fall otherwise.
-        labels = qm.cluster_tokens(x.detach().to(given.dtype), num_groups)
-        # Rounded as ours are, or the losses differ by what storing them costs.
-        merged = merge(x, labels, num_groups, weights).to(given.dtype)
+        # Cluster the tokens in our dtype: in float32, near ties can merge differently.
+        labels = qm.cluster_tokens(x.detach().to(inputs.dtype), num_groups)
+        # Round the merged tokens as ours are rounded, or the losses would differ.
+        merged = merge(x, labels, num_groups, weights).to(inputs.dtype)
         loss = ALPHA * alignment(merged, model.ar_alignment.prior).mean()
         return loss + fidelity(x, merged, labels)
 
-    return Case((given.x, *given.trained), whole, plain)
+    return Case((inputs.x, *inputs.trained), whole, plain)
 
 
 CASES: dict[str, Callable[[Inputs], Case]] = {

@@ -1,8 +1,8 @@
-"""What keeps a benchmark going when a part of it fails, and what stops it in order.
+"""Keep a benchmark running when a part of it fails, and stop it cleanly.
 
-One contender's failure is an entry of the report. An interrupt leaves what was measured
-so far. Only a GPU that this process has lost ends a run early: after an illegal access,
-for example, every later call fails as well.
+A contender that fails becomes an entry of the report. An interrupt keeps the figures
+that were measured before it. Only the loss of the GPU ends a run early: after an
+illegal access, for example, every later call of the process fails too.
 """
 
 import gc
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-FAILED, POISONED, INTERRUPTED = 1, 4, 130  # exit statuses; 0 if all went well
+FAILED, POISONED, INTERRUPTED = 1, 4, 130  # exit statuses; 0 means success
 
-# After these the CUDA context is of no further use ("CUDA Runtime API", "cudaError").
-# The names are CuPy's and JAX's, the phrases torch's.
+# After these errors the CUDA context cannot be used any more ("CUDA Runtime API",
+# "cudaError"). CuPy and JAX report the names, torch the phrases.
 _STICKY = (
     "cudaErrorIllegalAddress",
     "cudaErrorMisalignedAddress",
@@ -51,7 +51,7 @@ _STICKY = (
 
 
 class PoisonedError(RuntimeError):
-    """The GPU is lost to this process: every later call would fail."""
+    """This process has lost the GPU: every later call would fail."""
 
 
 def say(text: str) -> None:
@@ -60,12 +60,14 @@ def say(text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
+    """Return an error's type and text in one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def sticky(error: BaseException) -> bool:
-    """Return whether an error, or one that it comes from, has spoilt the context."""
+    """Return whether an error, or one of its causes, has broken the CUDA context."""
     seen: BaseException | None = error
+    # A library can wrap the CUDA error in an error of its own.
     while seen is not None:
         if any(name in str(seen) for name in _STICKY):
             return True
@@ -75,6 +77,7 @@ def sticky(error: BaseException) -> bool:
 
 def synchronize() -> None:
     """Wait for the GPU, if CuPy or torch is using one."""
+    # Look in `sys.modules`: a library that is not imported has no work to wait for.
     cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
     if cupy is not None and cupy.is_available():
         cupy.cuda.runtime.deviceSynchronize()
@@ -83,8 +86,8 @@ def synchronize() -> None:
 
 
 def lost() -> bool:
-    """Return whether the GPU refuses even to be waited for, twice in a row."""
-    for _ in range(2):  # the first may report an error that passes
+    """Return whether waiting for the GPU fails twice in a row."""
+    for _ in range(2):  # the first wait may report an earlier error, which then passes
         try:
             synchronize()
         except Exception:
@@ -94,9 +97,9 @@ def lost() -> bool:
 
 
 def free_memory() -> None:
-    """Give back what the pools hold; nothing that fails here matters."""
+    """Free the memory that the pools hold, and ignore failures."""
     cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
-    gc.collect()
+    gc.collect()  # arrays in reference cycles still hold memory
     with suppress(Exception):
         if cupy is not None and cupy.is_available():
             cupy.get_default_memory_pool().free_all_blocks()
@@ -107,25 +110,26 @@ def free_memory() -> None:
 
 @contextmanager
 def guarded(errors: dict[str, str], name: str, during: str = "") -> Iterator[None]:
-    """Record an error of the block as that of `name`, and go on.
+    """Record an error of the block in ``errors[name]``, and go on.
 
     Raises
     ------
     PoisonedError
-        If the GPU is lost. Its text names what was under way.
+        If the GPU is lost. The text names the operation (`during`) and `name`.
     """
     try:
         yield
-    except PoisonedError:  # of a block within
+    except PoisonedError:  # raised by an inner block
         raise
     except Exception as error:
         errors[name] = one_line(error)
         spoilt = sticky(error)
-        # Frames of the traceback hold arrays, which no pool could give back.
+        # Frames of the traceback hold arrays. While they do, no pool can free them.
         seen: BaseException | None = error
         while seen is not None:
             traceback.clear_frames(seen.__traceback__)
             seen = seen.__context__
+        # A known text of the error, or a GPU that does not answer any more.
         if spoilt or lost():
             what = f"{during}, {name}" if during else name
             raise PoisonedError(f"{what}: {errors[name]}") from None
@@ -134,33 +138,36 @@ def guarded(errors: dict[str, str], name: str, during: str = "") -> Iterator[Non
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after so many seconds, as soon as Python runs.
+    """Raise TimeoutError in the block when its seconds are over and Python code runs.
 
-    A call of C or of the GPU that does not return is not interrupted.
+    A call into C or to the GPU that does not return is not interrupted.
     """
+    # Signals reach the main thread only, and Windows has no SIGALRM.
     main = threading.current_thread() is threading.main_thread()
     if not math.isfinite(seconds) or not main or not hasattr(signal, "SIGALRM"):
         yield
         return
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"not done in {seconds:.0f} s")
+        raise TimeoutError(f"not finished within {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    # Again every second: a destructor that it falls into would swallow the first.
+    # Repeat every second: an exception that is raised in a destructor is lost.
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1)
     try:
         yield
     finally:
+        # Stop the timer before the old handler returns.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
 def signals(handler: Any) -> Iterator[None]:
-    """Let SIGINT and SIGTERM come to a handler within the block.
+    """Handle SIGINT and SIGTERM with `handler` in the block.
 
-    A shell starts background commands with SIGINT ignored, which Python inherits.
+    This is necessary because a shell starts background commands with SIGINT ignored,
+    and Python inherits that.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -180,21 +187,23 @@ def complete(
     show: Callable[[], Any],
     failed: Callable[[], bool],
 ) -> int:
-    """Measure, then save and show whatever there is; return the exit status."""
+    """Measure, then save and show the figures so far; return the exit status."""
     status = 0
     try:
         with signals(signal.default_int_handler):
             measure()
     except KeyboardInterrupt:
         status = INTERRUPTED
-        say("interrupted: what follows is what was measured so far")
+        say("interrupted: the figures below are those measured so far")
     except PoisonedError as error:
         status = POISONED
-        say(f"stopped, this process has lost the GPU: {error}")
-    except Exception:  # a fault of the benchmark itself
+        say(f"stopped: this process has lost the GPU: {error}")
+    except Exception:  # an error of the benchmark itself, outside any `guarded` block
         status = FAILED
         traceback.print_exc()
-    with signals(signal.SIG_IGN):  # a second interrupt does not cut this off
+    # Ignore a second interrupt, so that the figures are written completely. If saving
+    # fails, the tables are printed all the same.
+    with signals(signal.SIG_IGN):
         for last in (save, show):
             try:
                 last()
@@ -206,9 +215,10 @@ def complete(
 
 
 def leave(status: int) -> None:
-    """End the process; one that has lost the GPU skips destructors, which may abort."""
+    """End the process with an exit status."""
     sys.stdout.flush()
     sys.stderr.flush()
+    # Without the GPU, destructors may abort the process; `_exit` skips them.
     if status == POISONED:
         os._exit(status)
     sys.exit(status)

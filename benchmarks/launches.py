@@ -1,7 +1,7 @@
-"""What an operation launches on an H200, found by running its launcher without a GPU.
+"""Record the launches of an operation on an H200, without a GPU.
 
-The public functions run on stand-ins for arrays (tests/device_array.py), so these are
-the launches that a user's call makes, at sizes of kernels.py.
+The public functions run on stand-ins for arrays (tests/device_array.py), so the
+launches are those of a user's call. The sizes are those of kernels.py.
 """
 
 import functools
@@ -27,21 +27,22 @@ from workload import Work, cosine_work, operations
 import qm_cupy as qm
 from qm_cupy.stages.selection.saliency_gumbel_mass import saliency_gumbel_mass_cuda
 
+# sm_90, 132 multiprocessors, bytes of shared memory of a block, bytes of memory.
 H200 = Card("H200", 90, 132, 227 << 10, 139 << 30)
-MAX_ATTENTION_BYTES = 12e9  # of given attention, as in kernels.py
+MAX_ATTENTION_BYTES = 12e9  # limit for attention that is an input, as in kernels.py
 
 
 class Launch(NamedTuple):
-    """One launch: its kernel, its size, and its arguments but for the arrays."""
+    """One launch: its kernel, its size and its arguments, except the arrays."""
 
     file: str
     kernel: str
     dtype: str
     blocks: int
-    threads: int  # of a block
+    threads: int  # per block
     shared: int  # bytes of dynamic shared memory
-    numbers: dict[str, float]  # arguments by name
-    array_bytes: int  # of all array arguments
+    numbers: dict[str, float]  # scalar arguments by name
+    array_bytes: int  # total size of the array arguments
 
     @property
     def name(self) -> str:
@@ -49,16 +50,16 @@ class Launch(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """An operation of the table: its least work, and the call that does it."""
+    """An operation of the table: its least work and its call."""
 
     title: str
     work: Work
     call: Callable[[], Any]
-    fp32: bool = False  # whether its products are of float32
+    fp32: bool = False  # whether it multiplies in float32
 
 
 def array(*shape: int, dtype: Any = None) -> Any:
-    """Return an array of a user's, in bfloat16 unless another dtype is asked for."""
+    """Return a stand-in for a user's array, in bfloat16 if no dtype is given."""
     import ml_dtypes
 
     x = device_array.empty(shape, dtype or ml_dtypes.bfloat16)
@@ -66,17 +67,18 @@ def array(*shape: int, dtype: Any = None) -> Any:
 
 
 def _mass_work(layers: int, batch: int, heads: int, n: int) -> Work:
-    # Entropies are read, and saliency, probabilities and mass written.
+    # 4 bytes per float32: the entropies (L, B, H, N) are read; saliency, probabilities
+    # and mass, (B, N) each, are written. The softmax takes one exp per token.
     return Work(4 * batch * n * (layers * heads + 3), exps=batch * n)
 
 
 def _linkage_work(batch: int, n: int, dim: int) -> Work:
-    # The cosines, then each is read once.
+    # The cosine matrix is computed; then each of its float32 entries is read once.
     work = cosine_work(batch, n, dim)
     return work._replace(bytes=work.bytes + 4 * batch * n * n)
 
 
-_CALLS: dict[str, Callable[..., Any]] = {  # by the names of workload.py
+_CALLS: dict[str, Callable[..., Any]] = {  # the keys are function names of workload.py
     "self_attention": lambda *shape: qm.self_attention_entropy(array(*shape)),
     "query_key": lambda *shape: qm.query_key_entropy(array(*shape), array(*shape)),
     "given_attention": lambda *shape: qm.attention_entropy(array(*shape, shape[-1])),
@@ -95,12 +97,13 @@ _CALLS: dict[str, Callable[..., Any]] = {  # by the names of workload.py
 
 
 SIZE = "B=8 N=4096"
-SMALL = "B=1 N=576"  # where a tile of 128 x 128 leaves most of the GPU idle
+SMALL = "B=1 N=576"  # here, tiles of 128 x 128 would leave most of the GPU idle
 _AT_BOTH = "self_attention", "query_key", "cosine", "nearest"
 
 
 def of_the_table() -> Iterator[Operation]:
     """Yield the operations whose instructions are counted."""
+    # `saliency to mass` and linkage have no row in workload.py; they follow the others.
     for size, title, make, count, sizes in operations("all", MAX_ATTENTION_BYTES):
         call = _CALLS.get(make.__name__)
         if call and (size == SIZE or (size == SMALL and make.__name__ in _AT_BOTH)):
@@ -123,7 +126,7 @@ def of_the_table() -> Iterator[Operation]:
 
 
 class _Patches:
-    """What `card_device.install` asks of pytest's monkeypatch."""
+    """The part of pytest's monkeypatch that `card_device.install` uses."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -133,24 +136,26 @@ class _Patches:
 
 
 def launches_of(operation: Operation) -> list[Launch]:
-    """Return the launches that an operation makes, in order."""
-    found: list[Launch] = []
+    """Return the launches of an operation, in order."""
+    launches: list[Launch] = []
     with ExitStack() as stack:
         patches = _Patches(stack)
         device = card_device.install(patches, H200)
-        note = recording(lambda launch: found.append(_described(launch)))
+        # Launches are recorded, and also checked: the device notes those it refuses.
+        note = recording(lambda launch: launches.append(_described(launch)))
         patches.setattr(cuda, "launch", note)
         device.run(operation.title, operation.call)
     if device.faults:
-        raise RuntimeError(f"an H200 would refuse: {', '.join(device.faults)}")
-    return found
+        raise RuntimeError(f"an H200 would refuse launches: {', '.join(device.faults)}")
+    return launches
 
 
 def _described(launch: Recorded) -> Launch:
-    """Return a launch with the names of its numbers instead of its arguments."""
+    """Return a launch whose scalar arguments have their names from the source."""
     *size, args = launch
+    # The arguments have no names; the kernel's source declares them in this order.
     declared = card_device.parameters_of(cuda.source(launch.file), *launch[1:3])
-    given = list(zip(declared, args, strict=True))
-    numbers = {p.name: float(x) for p, x in given if not p.pointer}
-    arrays = sum(x.nbytes for _, x in given if isinstance(x, np.ndarray))
+    pairs = list(zip(declared, args, strict=True))
+    numbers = {p.name: float(x) for p, x in pairs if not p.pointer}
+    arrays = sum(x.nbytes for _, x in pairs if isinstance(x, np.ndarray))
     return Launch(*size, numbers, arrays)

@@ -1,4 +1,4 @@
-"""Which array libraries can be used here, and what the GPU says of itself."""
+"""The array libraries of this machine, its description, and measures of a call."""
 
 import datetime
 import functools
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from guard import free_memory, one_line, synchronize
 
-# JAX would take three quarters of the memory at its first call.
+# Otherwise JAX would reserve three quarters of the GPU's memory at its first call.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-_FIELDS = (
+_FIELDS = (  # of `nvidia-smi --query-gpu`
     "driver_version",
     "clocks.sm",
     "clocks.max.sm",
@@ -27,23 +27,23 @@ _FIELDS = (
 
 @functools.cache
 def cupy_or_reason() -> tuple[Any, str]:
-    """Return CuPy if it can use a GPU, or None and why not."""
+    """Return CuPy and "", or None and the reason why CuPy cannot use a GPU."""
     try:
         import cupy
 
         if not cupy.is_available():
-            return None, "CuPy finds none"
-        cupy.empty(1)
+            return None, "CuPy finds no GPU"
+        cupy.empty(1)  # the first allocation shows whether the GPU works
     except ImportError:
-        return None, "no CuPy"
-    except Exception as error:  # a driver that does not fit, a GPU in use
+        return None, "CuPy is not installed"
+    except Exception as error:  # for example a wrong driver, or a GPU in use
         return None, one_line(error)
     return cupy, ""
 
 
 @functools.cache
 def torch_or_none() -> Any:
-    """Return torch if it is installed; an import that fails counts as none."""
+    """Return torch, or None if it is not installed or its import fails."""
     try:
         import torch
     except Exception:
@@ -53,7 +53,7 @@ def torch_or_none() -> Any:
 
 @functools.cache
 def torch_on_gpu() -> Any:
-    """Return torch if both it and CuPy can use a GPU, or None."""
+    """Return torch if both torch and CuPy can use a GPU, or None."""
     torch = torch_or_none()
     try:
         usable = torch is not None and torch.cuda.is_available()
@@ -63,13 +63,15 @@ def torch_on_gpu() -> Any:
 
 
 def properties() -> dict[str, Any]:
+    """Return CUDA's properties of the current GPU."""
     runtime = cupy_or_reason()[0].cuda.runtime
     return runtime.getDeviceProperties(runtime.getDevice())
 
 
 def clocks() -> dict[str, str]:
-    """Return the driver's version and the clocks by nvidia-smi, {} without it."""
-    for fields in (_FIELDS, _FIELDS[:1]):  # one unknown field fails the whole query
+    """Return the driver's version and the clocks, or {} if nvidia-smi fails."""
+    # An unknown field makes the whole query fail; then only the driver is asked for.
+    for fields in (_FIELDS, _FIELDS[:1]):
         query = f"--query-gpu={','.join(fields)}"
         command = ["nvidia-smi", query, "--format=csv,noheader"]
         try:
@@ -77,23 +79,24 @@ def clocks() -> dict[str, str]:
         except (OSError, subprocess.SubprocessError):
             return {}
         if done.returncode == 0 and done.stdout:
-            values = done.stdout.splitlines()[0].split(",")
+            values = done.stdout.splitlines()[0].split(",")  # the first GPU
             return dict(zip(fields, map(str.strip, values), strict=False))
     return {}
 
 
 def cpu() -> str:
+    """Return a description of the CPU for the reports."""
     return f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
 
 
 def describe() -> dict[str, str]:
-    """Return the name of the GPU and the versions of what uses it."""
+    """Return the name of the GPU, its driver and clocks, and versions of libraries."""
     cupy, torch = cupy_or_reason()[0], torch_on_gpu()
-    said = clocks()
+    said = clocks()  # {} without nvidia-smi
     try:
         name = properties()["name"]
         cuda = str(cupy.cuda.runtime.runtimeGetVersion())
-    except Exception as error:  # no reason to measure nothing
+    except Exception as error:  # the benchmark can run without this description
         name, cuda = one_line(error), "unknown"
     return {
         "GPU": name.decode() if isinstance(name, bytes) else str(name),
@@ -107,7 +110,7 @@ def describe() -> dict[str, str]:
 
 
 class Machine:
-    """Where tokens lie, and how work there is waited for and weighed."""
+    """The device of the tokens: its arrays, how to wait for it, and its memory."""
 
     def __init__(self, on_cpu: bool = False) -> None:
         self.cupy = None if on_cpu else cupy_or_reason()[0]
@@ -117,6 +120,11 @@ class Machine:
         self.name = self.card.get("GPU", cpu())
 
     def put(self, x: np.ndarray, for_torch: bool) -> Any:
+        """Return `x` on this device: float16 on a GPU, unchanged dtype on the CPU.
+
+        On a GPU with torch every array is a tensor; otherwise `for_torch` decides.
+        """
+        # Without torch, the array on a GPU is CuPy's.
         if self.gpu and self.torch is not None:
             return self.torch.from_numpy(x).cuda().half()
         if self.gpu:
@@ -124,6 +132,7 @@ class Machine:
         return self.torch.from_numpy(x) if for_torch else x
 
     def waited(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a call that also waits for the GPU, so that its time is complete."""
         if not self.gpu:
             return call
 
@@ -134,7 +143,7 @@ class Machine:
         return run
 
     def launches(self, call: Callable[[], Any]) -> int | None:
-        """Return how many kernels a call launches, on a GPU with torch."""
+        """Return how many kernels a call launches; None without a GPU or torch."""
         if not self.gpu or self.torch is None:
             return None
         torch = self.torch
@@ -143,6 +152,7 @@ class Machine:
             call()
             torch.cuda.synchronize()
         on_gpu = torch.autograd.DeviceType.CUDA
+        # The profiler also lists "Memcpy" and "Memset", which are not kernels.
         return sum(
             event.count
             for event in profile.key_averages()
@@ -150,17 +160,19 @@ class Machine:
         )
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        """Return the most bytes a call holds above what was held before it.
+        """Return the peak bytes of a call, above the memory in use before it.
 
-        On a GPU the allocations' sum over both pools; on Linux the resident set, whose
-        mark is reset before; elsewhere unknown.
+        On a GPU this is the sum over the pools of CuPy and torch. On Linux it is the
+        growth of the resident set. On other systems it is unknown, and None.
         """
         if self.gpu:
             return self._peak_on_gpu(call)
+        # Writing 5 resets the peak of the resident set (VmHWM) to its current size.
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             return None
+        # VmRSS is the resident set now, VmHWM its largest size since the reset.
         before = _status("VmRSS")
         call()
         return max(_status("VmHWM") - before, 0)
@@ -168,6 +180,8 @@ class Machine:
     def _peak_on_gpu(self, call: Callable[[], Any]) -> int:
         free_memory()
         pool = self.cupy.get_default_memory_pool()
+        # CuPy's pool keeps the blocks that a call frees, so its growth is the peak of
+        # the call. torch records its own peak.
         kept, cuda = pool.total_bytes(), None
         if self.torch is not None:
             cuda = self.torch.cuda
@@ -180,7 +194,8 @@ class Machine:
 
 
 def _status(field: str) -> int:
+    """Return a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"no {field} in /proc/self/status")
+            return int(line.split()[1]) << 10  # the file has KiB
+    raise OSError(f"/proc/self/status has no field {field}")

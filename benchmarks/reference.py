@@ -1,8 +1,10 @@
-"""The NumPy reference against the naive form of each formula, and torch on the CPU.
+"""Time the NumPy reference beside the naive form of each formula, and torch.
 
     python benchmarks/reference.py [--quick] [--json PATH]
 
-One process, contenders in turn, medians, ratios to the naive form (below 1 is faster).
+Everything runs on the CPU, in one process. Contenders take turns, so that a slow phase
+of the machine affects all of them. The figures are medians, and ratios to the time of
+the naive form (below 1 is faster).
 """
 
 import argparse
@@ -30,13 +32,17 @@ Contenders = dict[str, Callable[[], Any]]
 
 
 def entropy_contenders(tokens: np.ndarray) -> Contenders:
-    """Self-attention entropy: the formula as it is written holds several N × N."""
+    """Return forms of the self-attention entropy, H_i = -Σ_j A_ij log A_ij.
+
+    The naive forms hold several arrays of N × N.
+    """
 
     def naive() -> np.ndarray:
         scores = tokens @ tokens.T / np.sqrt(np.float32(tokens.shape[1]))
         return entr(softmax(scores, axis=-1)).sum(axis=-1)
 
     def authors() -> np.ndarray:
+        # The authors add 1e-8 inside the logarithm, so that log(0) cannot occur.
         scores = tokens @ tokens.T / np.sqrt(np.float32(tokens.shape[1]))
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
@@ -48,7 +54,7 @@ def entropy_contenders(tokens: np.ndarray) -> Contenders:
         "qm_cupy": lambda: qm.self_attention_entropy(tokens),
     }
     if torch is not None:
-        x = torch.from_numpy(tokens)
+        x = torch.from_numpy(tokens)  # a view: conversion is not timed
 
         def in_torch() -> Any:
             weights = torch.softmax(x @ x.T / x.shape[1] ** 0.5, dim=-1)
@@ -59,13 +65,15 @@ def entropy_contenders(tokens: np.ndarray) -> Contenders:
 
 
 def alignment_contenders(merged: np.ndarray) -> Contenders:
-    """Both alignment losses: a loop over steps, or all steps at once."""
+    """Return forms of both alignment losses: a loop over steps, or all at once."""
     prior = qm.MLPPrior.init(merged.shape[-1])
 
     def naive() -> float:
         total = 0.0
         steps = merged.shape[0] - 1
         for t in range(steps):
+            # f reads the mean of the tokens up to t and predicts t + 1; g reads the
+            # mean of the tokens from t + 1 on and predicts t.
             total += np.mean(
                 (prior.forward(merged[: t + 1].mean(0)) - merged[t + 1]) ** 2
             )
@@ -78,6 +86,7 @@ def alignment_contenders(merged: np.ndarray) -> Contenders:
     }
     if torch is not None:
         x = torch.from_numpy(merged)
+        # The weights of f and of g: the same network in every form.
         nets = [
             [torch.from_numpy(w) for w in net]
             for net in (prior.forward, prior.backward)
@@ -90,16 +99,18 @@ def alignment_contenders(merged: np.ndarray) -> Contenders:
 
         def in_torch() -> float:
             steps = range(len(x) - 1)
-            ahead = sum(loss(nets[0], x[: t + 1].mean(0), x[t + 1]) for t in steps)
-            behind = sum(loss(nets[1], x[t + 1 :].mean(0), x[t]) for t in steps)
-            return float(ahead + behind) / (len(x) - 1)
+            forward_loss = sum(
+                loss(nets[0], x[: t + 1].mean(0), x[t + 1]) for t in steps
+            )
+            backward_loss = sum(loss(nets[1], x[t + 1 :].mean(0), x[t]) for t in steps)
+            return float(forward_loss + backward_loss) / (len(x) - 1)
 
         contenders["torch, step by step"] = in_torch
     return contenders
 
 
 def clustering_contenders(tokens: np.ndarray, num_groups: int) -> Contenders:
-    """Average linkage, cut at K."""
+    """Return forms of average linkage, cut at K groups."""
 
     def naive() -> np.ndarray:
         tree = hierarchy.linkage(pdist(tokens, "cosine"), "average")
@@ -111,10 +122,11 @@ def clustering_contenders(tokens: np.ndarray, num_groups: int) -> Contenders:
 def merge_contenders(
     tokens: np.ndarray, labels: np.ndarray, mass: np.ndarray
 ) -> Contenders:
-    """Weighted means of the groups."""
+    """Return forms of the weighted means of the groups, Σ m_j x_j / Σ m_j."""
     num_groups = int(labels.max()) + 1
 
     def naive() -> np.ndarray:
+        # One pass over all N labels for each group.
         groups = (labels == k for k in range(num_groups))
         return np.stack(
             [np.average(tokens[g], axis=0, weights=mass[g]) for g in groups]
@@ -126,7 +138,7 @@ def merge_contenders(
     }
     if torch is not None:
         x, weight = torch.from_numpy(tokens), torch.from_numpy(mass)[:, None]
-        index = torch.from_numpy(labels.astype(np.int64))
+        index = torch.from_numpy(labels.astype(np.int64))  # `index_add_` needs integers
 
         def in_torch() -> Any:
             total = torch.zeros(num_groups, x.shape[1]).index_add_(0, index, x * weight)
@@ -137,9 +149,11 @@ def merge_contenders(
 
 
 def measure(contenders: Contenders, repeats: int) -> dict[str, float]:
-    """Return the median seconds of each contender, run in turn after one warm-up."""
+    """Check the results, and return the median seconds of each contender."""
+    # These calls also warm up.
     results = {name: np.asarray(run()) for name, run in contenders.items()}
-    for name, result in results.items():  # the same sums, unless they are labels
+    for name, result in results.items():
+        # Labels are not compared: the same groups can have other numbers.
         if result.dtype.kind == "f":
             np.testing.assert_allclose(
                 result, results["naive"], rtol=2e-3, atol=2e-3, err_msg=name
@@ -148,27 +162,34 @@ def measure(contenders: Contenders, repeats: int) -> dict[str, float]:
 
 
 def cases(quick: bool) -> dict[str, Contenders]:
+    """Return the contenders of each formula and size, by title."""
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
     sizes = [(256, 192)] if quick else [(1024, 768), (4096, 1024)]
-    found: dict[str, Contenders] = {}
+    contenders_by_title: dict[str, Contenders] = {}
     for size in sizes:
-        found[f"entropy of hidden states, N, D = {size}"] = entropy_contenders(
-            0.3 * draw(*size)
+        # The factor keeps the attention from falling on the diagonal alone.
+        contenders_by_title[f"entropy of hidden states, N, D = {size}"] = (
+            entropy_contenders(0.3 * draw(*size))
         )
-    found["alignment losses, K, D = (204, 512)"] = alignment_contenders(draw(204, 512))
+    contenders_by_title["alignment losses, K, D = (204, 512)"] = alignment_contenders(
+        draw(204, 512)
+    )
     size = (256, 192) if quick else (1024, 768)
-    found[f"average linkage to N/5, N, D = {size}"] = clustering_contenders(
-        draw(*size), size[0] // 5
+    contenders_by_title[f"average linkage to N/5, N, D = {size}"] = (
+        clustering_contenders(draw(*size), size[0] // 5)
     )
     size = sizes[-1]
+    # N / 4 groups of four tokens each, at random positions.
     labels = rng.permutation(np.arange(size[0]) % (size[0] // 4)).astype(np.int32)
     mass = rng.random(size[0], dtype=np.float32)
-    found[f"merge to N/4, N, D = {size}"] = merge_contenders(draw(*size), labels, mass)
-    return found
+    contenders_by_title[f"merge to N/4, N, D = {size}"] = merge_contenders(
+        draw(*size), labels, mass
+    )
+    return contenders_by_title
 
 
 def main() -> None:
@@ -178,10 +199,10 @@ def main() -> None:
     options = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}"
     print(machine + (f", torch {torch.__version__}" if torch else ", no torch"))
-    found = cases(options.quick)
+    contenders_by_title = cases(options.quick)
     report: dict[str, dict[str, float]] = {}
-    for number, (title, contenders) in enumerate(found.items(), 1):
-        print(f"[{number}/{len(found)}] {title}", file=sys.stderr)
+    for number, (title, contenders) in enumerate(contenders_by_title.items(), 1):
+        print(f"[{number}/{len(contenders_by_title)}] {title}", file=sys.stderr)
         report[title] = measure(contenders, 3 if options.quick else 15)
     print(f"{'':<42}{'ms':>10}{'to naive':>10}")
     for title, medians in report.items():

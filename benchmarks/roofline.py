@@ -1,7 +1,11 @@
-"""Floors: how fast the operations of workload.py could be at most, and their picture.
+"""Floors, the least times of the operations of workload.py, and their plot.
 
-`kernels.py` measures the ceilings of the GPU it runs on; `unmeasured` takes the floors
-from assumed ones, which needs no GPU.
+An operation must move its bytes, and compute its products and its exponentials. Each of
+these takes at least its amount divided by the GPU's rate (the ceiling), and a launch
+takes a constant time. The largest of these times is the floor.
+
+`kernels.py` measures the ceilings of the GPU it runs on. `unmeasured` computes the
+floors from assumed ceilings, and needs no GPU.
 """
 
 import re
@@ -10,8 +14,8 @@ from typing import Any
 import numpy as np
 from workload import Work, operations
 
-# One H200: its memory, its tensor cores in bfloat16 and its exp units, with nothing for
-# a launch. Assumed, not measured.
+# One H200, per second: bytes of its memory, flops of its tensor cores in bfloat16, and
+# exponentials. A launch takes no time. These values are assumed, not measured.
 ASSUMED = {"bytes": 4.3e12, "flops": 790e12, "exps": 4.2e12, "launch_s": 0.0}
 RESOURCES = {  # marker and colour of each floor
     "bytes": ("o", "#0072b2"),
@@ -19,7 +23,7 @@ RESOURCES = {  # marker and colour of each floor
     "exps": ("^", "#009e73"),
     "launch": ("|", "#000000"),
 }
-CONTENDERS = {  # of what is measured
+CONTENDERS = {  # marker and colour of each measured time
     "basic": ("x", "#777777"),
     "optimized": ("D", "#000000"),
     "torch": ("+", "#cc79a7"),
@@ -30,13 +34,13 @@ Report = dict[str, Any]
 
 
 def floors(work: Work, ceilings: dict[str, float]) -> dict[str, float]:
-    """Return the least seconds by each ceiling; all flops at the tensor cores' rate."""
+    """Return the least seconds by each ceiling; flops count at tensor-core rate."""
     seconds = {name: x / ceilings[name] for name, x in work._asdict().items()}
     return seconds | {"launch": ceilings["launch_s"]}
 
 
 def floor_of(title: str, work: Work, ceilings: dict[str, float]) -> Report:
-    """Return a row of the report: the work and the floor, without a measurement."""
+    """Return a row of the report: the work and the floor, without measured times."""
     seconds = floors(work, ceilings)
     bound = max(seconds, key=lambda name: seconds[name])
     floor = {"bound": bound, "floor_ms": 1e3 * seconds[bound]}
@@ -44,7 +48,7 @@ def floor_of(title: str, work: Work, ceilings: dict[str, float]) -> Report:
 
 
 def unmeasured() -> Report:
-    """Return what `kernels.py` would report of an assumed GPU, without times."""
+    """Return the report of `kernels.py` for an assumed GPU, without measured times."""
     rows = [
         {"size": x.size, **floor_of(x.title, x.count(*x.sizes), ASSUMED)}
         for x in operations("all")
@@ -54,10 +58,12 @@ def unmeasured() -> Report:
 
 
 def largest(report: Report) -> list[Report]:
-    """Return the rows of the last size, or of that with most rows in a run cut short.
+    """Return the rows of the largest size, with titles that omit the size.
 
-    Their titles are without it.
+    In a run that was cut short, that size may have few rows. Then the result is the
+    rows of the size that has most.
     """
+    # Sizes run from small to large: reversed, `max` takes the largest among equals.
     sizes = [row["size"] for row in report["rows"]]
     size = max(reversed(sizes), key=sizes.count, default="")
     rows = [row for row in report["rows"] if row["size"] == size]
@@ -65,10 +71,10 @@ def largest(report: Report) -> list[Report]:
 
 
 def draw(report: Report) -> Any:
-    """Draw the roofline and each operation's floors, and what is measured beside them.
+    """Draw the roofline, and the floors and measured times of the largest size.
 
-    Of the largest size; returns the figure. A title's number is its place on the left,
-    where an operation without flops has none.
+    Returns the figure. The number after a title on the right marks the operation on the
+    left. Operations without flops are not on the left.
     """
     from matplotlib import pyplot as plt
 
@@ -76,6 +82,7 @@ def draw(report: Report) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     _draw_roof(left, rows, ceilings)
     _draw_floors(right, rows, ceilings)
+    # Each operation adds the same labels; the legend shows each of them once.
     handles, labels = right.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(
@@ -86,18 +93,20 @@ def draw(report: Report) -> Any:
 
 
 def _draw_roof(axis: Any, rows: list[Report], ceilings: dict[str, float]) -> None:
-    """Draw flops a second over flops a byte: hollow at the floor, full as measured."""
+    """Draw flops per second over flops per byte: floors hollow, measurements filled."""
+    # The roof is the least of memory (intensity * bytes per second) and tensor cores.
     x = np.geomspace(0.3, 1e4, 200)
     roof = np.minimum(x * ceilings["bytes"], ceilings["flops"])
     axis.plot(x, roof, color="black", linewidth=1)
     axis.set(xscale="log", yscale="log", title="roofline")
-    axis.set(xlabel="flops a byte", ylabel="flops a second")
+    axis.set(xlabel="flops per byte", ylabel="flops per second")
     axis.grid(alpha=0.3)
-    near: dict[tuple[float, float], list[str]] = {}  # numbers that share a label
+    near: dict[tuple[float, float], list[str]] = {}  # numbers in one label, by point
     for number, row in enumerate(rows, 1):
         flops, ms = row["work"]["flops"], row.get("ms", {})
         if not flops:
             continue
+        # x: flops per byte; y: flops per second that the floor allows.
         point = flops / row["work"]["bytes"], 1e3 * flops / row["floor_ms"]
         marker, colour = RESOURCES[row["bound"]]
         style = {"marker": marker, "color": colour, "linestyle": "none"}
@@ -106,11 +115,13 @@ def _draw_roof(axis: Any, rows: list[Report], ceilings: dict[str, float]) -> Non
             if name in ms:
                 reached = 1e3 * flops / ms[name]
                 axis.plot(point[0], reached, marker=marker, color=colour)
+        # Points closer than a factor of e^0.3 on both axes get one label.
         alike = (p for p in near if abs(np.log(np.divide(p, point))).max() < 0.3)
         near.setdefault(next(alike, point), []).append(str(number))
     axis.set_ylim(top=3 * ceilings["flops"])  # room for the numbers
     for (intensity, reached), numbers in near.items():
         slope, flat = intensity * ceilings["bytes"], ceilings["flops"]
+        # The label stands right of a point below the roof, and above a point on it.
         if reached < 0.9 * min(slope, flat):
             offset, align = (8, -4), "left"
         else:
@@ -125,18 +136,18 @@ def _draw_roof(axis: Any, rows: list[Report], ceilings: dict[str, float]) -> Non
 
 
 def _draw_floors(axis: Any, rows: list[Report], ceilings: dict[str, float]) -> None:
-    """Draw milliseconds by each ceiling, the largest of which is the floor."""
-    for place, row in enumerate(rows):
-        axis.barh(place, row["floor_ms"], color="#dddddd", label="floor")
+    """Draw the milliseconds by each ceiling; the floor, the largest, is a bar."""
+    for position, row in enumerate(rows):
+        axis.barh(position, row["floor_ms"], color="#dddddd", label="floor")
         seconds = floors(Work(**row["work"]), ceilings)
         times = {name: 1e3 * x for name, x in seconds.items() if x}
         for name, ms in (times | row.get("ms", {})).items():
             if style := (RESOURCES | CONTENDERS).get(name):
                 marker, colour = style
                 line = {"marker": marker, "color": colour, "linestyle": "none"}
-                axis.plot(ms, place, **line, label=name)
+                axis.plot(ms, position, **line, label=name)
     titles = [f"{row['title']}  {number}" for number, row in enumerate(rows, 1)]
     axis.set_yticks(range(len(rows)), titles)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="ms", title="milliseconds at least, by each ceiling")
+    axis.set(xscale="log", xlabel="ms", title="least milliseconds by each ceiling")
     axis.grid(axis="x", alpha=0.3)

@@ -1,9 +1,10 @@
-"""What the proof takes: seconds of each file of tests, and of each part.
+"""Report how long the tests take: seconds of each test file and of each part.
 
     make check && python benchmarks/suite.py [--json FILE]
 
-Reads what these targets leave in build/, and writes the tables of
-docs/project/testing.md. Seconds of tests are those of one process; each core runs one.
+The script reads the reports that the targets of `make check` leave in build/, and
+writes the JSON for the tables of docs/project/testing.md. Seconds of tests are those of
+one process; each core runs one process.
 """
 
 import argparse
@@ -16,18 +17,19 @@ from xml.etree import ElementTree
 from machine import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("test", "machine-code", "rehearsal")
+PARTS = ("test", "machine-code", "rehearsal")  # each has a JUnit report in build/
 
 
 def file_of(case: ElementTree.Element) -> str:
-    """Return the file of a test, by the name of its class: tests.test_it.TestIt."""
+    """Return the file of a test, from its class name, such as tests.test_it.TestIt."""
     words = case.get("classname", "").split(".")
+    # Modules are in lower case; a class starts with a capital.
     modules = [word for word in words if not word[:1].isupper()]
     return "/".join(modules) + ".py"
 
 
 def read(path: Path) -> dict[str, dict[str, float]]:
-    """Return tests and seconds of every file of a JUnit report, the slowest first."""
+    """Return tests and seconds of each file of a JUnit report, slowest file first."""
     seconds: Counter[str] = Counter()
     tests: Counter[str] = Counter()
     for case in ElementTree.parse(path).iter("testcase"):
@@ -49,7 +51,8 @@ def main() -> None:
     walls = ROOT / "build" / "seconds.txt"
     missing = [str(path) for path in (*paths.values(), walls) if not path.is_file()]
     if missing:
-        sys.exit(f"no {' and no '.join(missing)}: `make check` writes them")
+        sys.exit(f"missing files: {', '.join(missing)}; `make check` writes them")
+    # Each line is a target of make and its seconds.
     lines = walls.read_text(encoding="utf-8").splitlines()
     report = {
         "machine": cpu(),
@@ -57,11 +60,12 @@ def main() -> None:
         "parts": {part: read(path) for part, path in paths.items()},
     }
     for target, taken in report["targets"].items():
-        print(f"make {target}: {taken} s, installation included")
+        print(f"make {target}: {taken} s, including the installation")
     for part, files in report["parts"].items():
+        # Seconds of one process, so their sum can exceed the time of the target.
         print(f"make {part}: {sum(x['seconds'] for x in files.values()):.0f} s")
-        for file, found in files.items():
-            print(f"  {found['seconds']:8.1f} s  {found['tests']:5d} tests  {file}")
+        for file, counts in files.items():
+            print(f"  {counts['seconds']:8.1f} s  {counts['tests']:5d} tests  {file}")
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""The GPU's time of calls, contenders in turn.
+"""Measure the GPU's time of calls; contenders take turns.
 
-Calls are queued behind a kernel that spins, so Python's own time does not show. Where
-that kernel does not compile, it does.
+Calls are queued behind a kernel that spins. Python submits the calls while it spins, so
+the times do not include Python's own time. If that kernel does not compile, they do.
 """
 
 import functools
@@ -16,7 +16,7 @@ from machine import cupy_or_reason
 
 cupy, _ = cupy_or_reason()
 LONGEST_SPIN = 0.05  # seconds
-LONG = 0.5  # seconds of a call that is timed once
+LONG = 0.5  # seconds; a call that takes longer is timed once
 SOURCE = r"""
 __device__ long long now() {
     long long t;
@@ -39,26 +39,33 @@ extern "C" __global__ void exponentials(float* out) {
 
 @functools.cache
 def raw(name: str) -> Any:
+    """Return a kernel of `SOURCE`."""
     return cupy.RawKernel(SOURCE, name)
 
 
 @functools.cache
 def spinner() -> Callable[[float], None] | None:
-    """Return what keeps the GPU busy for some seconds, or None if nothing does."""
+    """Return a function that keeps the GPU busy for some seconds, or None."""
     try:
         raw("spin")((1,), (1,), (np.int64(0),))
         synchronize()
     except Exception as error:
-        say(f"times include Python's own, no kernel spins: {one_line(error)}")
+        say(f"times include Python's own time, no kernel spins: {one_line(error)}")
         return None
     return lambda seconds: raw("spin")((1,), (1,), (np.int64(1e9 * seconds),))
 
 
-def gpu_time(run: Callable[[], Any], calls: int, ahead: float) -> tuple[float, float]:
-    """Return seconds per call: the GPU's, and Python's, which starts `ahead` of it."""
+def gpu_time(
+    run: Callable[[], Any], calls: int, head_start: float
+) -> tuple[float, float]:
+    """Return seconds per call, of the GPU and of Python.
+
+    Python submits the calls while the GPU spins for `head_start` seconds.
+    """
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
     if spin := spinner():
-        spin(min(ahead, LONGEST_SPIN))
+        spin(min(head_start, LONGEST_SPIN))
+    # The first event is reached when the spin ends, the second after the last call.
     start.record()
     before = time.perf_counter()
     for _ in range(calls):
@@ -66,49 +73,54 @@ def gpu_time(run: Callable[[], Any], calls: int, ahead: float) -> tuple[float, f
     python = (time.perf_counter() - before) / calls
     stop.record()
     stop.synchronize()
-    return cupy.cuda.get_elapsed_time(start, stop) / 1e3 / calls, python
+    return cupy.cuda.get_elapsed_time(start, stop) / 1e3 / calls, python  # from ms
 
 
 def measure(
     runs: dict[str, Callable[[], Any]], rounds: int, row: dict[str, Any]
 ) -> None:
-    """Add medians by contender to `row`, and the errors of those that fail.
+    """Add medians by contender to `row`, and the errors of contenders that fail.
 
-    Contenders run in turn. What is measured so far is in the row after an interrupt.
+    Contenders take turns, so that a slow phase of the machine affects all of them.
+    After an interrupt, the row has the medians of the rounds so far.
     """
+    # Calls per round, rounds, and seconds of spinning, by contender.
     plan: dict[str, tuple[int, int, float]] = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     errors = row.setdefault("errors", {})
     try:
+        # Turn -1 warms up and plans.
         for turn in range(-1, rounds):
             for name, run in runs.items():
                 if name in errors or (turn >= 0 and turn >= plan[name][1]):
                     continue
                 with guarded(errors, name, row.get("title", "")):
                     if turn < 0:
-                        run()  # compiles
+                        run()  # the first call compiles
                         synchronize()  # an error of this contender belongs to it
                         plan[name] = _planned(run, rounds, times[name])
                     else:
-                        calls, _, ahead = plan[name]
-                        times[name].append(gpu_time(run, calls, ahead))
+                        calls, _, head_start = plan[name]
+                        times[name].append(gpu_time(run, calls, head_start))
     finally:
-        for unit, place in (("ms", 0), ("python_ms", 1)):
+        for unit, index in (("ms", 0), ("python_ms", 1)):
             medians = row.setdefault(unit, {})
             for name, pairs in times.items():
                 if pairs and name not in errors:
-                    taken = [pair[place] for pair in pairs]
+                    taken = [pair[index] for pair in pairs]
                     medians[name] = 1e3 * statistics.median(taken)
 
 
 def _planned(
     run: Callable[[], Any], rounds: int, times: list[tuple[float, float]]
 ) -> tuple[int, int, float]:
-    """Return calls a round, rounds and how far Python starts ahead, by one call."""
+    """Return calls per round, rounds and seconds of spinning, from one timed call."""
     seconds, python = gpu_time(run, 1, 0.01)
     if seconds > LONG:
         times.append((seconds, python))
         return 1, 0, 0
+    # About 2 ms per round, of 1 to 16 calls.
     calls = min(max(int(2e-3 / max(seconds, 1e-6)), 1), 16)
-    turns = min(max(int(1 / max(seconds, 1e-6)), 1), rounds)  # a second in all
+    turns = min(max(int(1 / max(seconds, 1e-6)), 1), rounds)  # about a second in total
+    # Spin for twice the time that Python needs to submit the calls of a round.
     return calls, turns, 2 * calls * python

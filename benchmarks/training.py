@@ -3,15 +3,16 @@
     python benchmarks/training.py [--framework torch|jax] [--quick] [--json PATH]
                                   [--plot PATH] [--steps S]
 
-A photograph (matplotlib's own) is cut into 8 x 8 patches, 64 a row. A linear map makes
-each a token, `quickmerge` makes 16 of a row's 64 tokens, and another linear map makes
-patches of these again. Adam trains both maps and the prior to lower
+A photograph (matplotlib's own) is cut into 8 x 8 patches, 64 per row. A linear map
+turns each patch into a token, `quickmerge` merges the 64 tokens of a row into 16, and
+another linear map turns the merged tokens into patches again. Adam trains both maps and
+the prior to minimise
 
-    picture error + alpha * alignment loss + fidelity loss,
+    picture error + alpha * alignment loss + fidelity loss.
 
-through the saliency, the selection and the merge, of which the labels are constants.
-The printed figures are those of the whole photograph; both frameworks start from the
-same weights and read the same rows.
+Gradients flow through the saliency, the selection and the merge; the labels are
+constants. The printed figures are those of the whole photograph. Both frameworks start
+from the same weights and read the same rows.
 """
 
 import argparse
@@ -29,27 +30,28 @@ import qm_cupy as qm
 from qm_cupy.cli.progress import progress
 
 PATCH = 8  # pixels
-WIDTH = 512  # of the photograph: 64 patches a row
-DIM = 16  # of a token; a patch has 64 numbers
+WIDTH = 512  # pixels of the photograph that are used: 64 patches per row
+DIM = 16  # width of a token; a patch has 64 numbers
 RATIO = 4  # N / K
-ALPHA = 0.1
-ROWS = 16  # that a step reads
-RATE = 3e-3
-DECAY, SQUARE_DECAY, TINY = 0.9, 0.999, 1e-8  # of Adam, as torch has them
+ALPHA = 0.1  # weight of the alignment loss
+ROWS = 16  # rows of patches per step
+RATE = 3e-3  # learning rate
+DECAY, SQUARE_DECAY, TINY = 0.9, 0.999, 1e-8  # constants of Adam, as in torch
 
 Weights = dict[str, Any]
 Report = dict[str, Any]
 
 
 def photograph() -> np.ndarray:
-    """Return it in grey, (600, 512), black 0 and white 1."""
+    """Return the photograph in grey, (600, 512), where 0 is black and 1 is white."""
     with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:
         return np.asarray(file.convert("L"), dtype=np.float32)[:, :WIDTH] / 255
 
 
 def patches(picture: np.ndarray) -> np.ndarray:
-    """Return the patches (B, N, 64) of every row."""
+    """Return the patches (B, N, 64) of every row of the picture."""
     height, width = picture.shape
+    # (B, PATCH, N, PATCH): the axes of a patch come last after the swap.
     parts = picture.reshape(height // PATCH, PATCH, width // PATCH, PATCH)
     return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(
         height // PATCH, width // PATCH, PATCH**2
@@ -57,7 +59,7 @@ def patches(picture: np.ndarray) -> np.ndarray:
 
 
 def assemble(rows: np.ndarray) -> np.ndarray:
-    """Return the picture of patches."""
+    """Return the picture that patches (B, N, 64) form."""
     height, width, _ = rows.shape
     parts = rows.reshape(height, width, PATCH, PATCH).swapaxes(1, 2)
     return parts.reshape(height * PATCH, width * PATCH)
@@ -66,6 +68,8 @@ def assemble(rows: np.ndarray) -> np.ndarray:
 def initial_weights() -> Weights:
     """Return a random projection, its transpose for the way back, and a prior."""
     rng = np.random.default_rng(0)
+    # Q has orthonormal columns, so the transpose of the projection undoes it as far as
+    # DIM numbers can.
     project, _ = np.linalg.qr(rng.standard_normal((PATCH**2, DIM)))
     project = project.astype(np.float32)
     prior = qm.MLPPrior.init(DIM, hidden_dim=64)
@@ -79,12 +83,13 @@ def loss(weights: Weights, x: Any) -> tuple[Any, Any]:
     alignment = qm.alignment_loss(merged.tokens, weights["prior"]).total.mean()
     fidelity = qm.fidelity_loss(tokens, merged.tokens, labels=merged.labels)
     rebuilt = qm.unmerge_tokens(merged.tokens, merged.labels) @ weights["rebuild"]
+    # The squared error relative to the mean square of the patches.
     error = ((rebuilt - x) ** 2).mean() / (x**2).mean()
     return error + ALPHA * alignment + fidelity, rebuilt
 
 
 class Torch:
-    """Weights that torch trains."""
+    """The weights in torch, and its Adam."""
 
     def __init__(self, weights: Weights) -> None:
         import torch
@@ -98,23 +103,26 @@ class Torch:
             "rebuild": torch.nn.Parameter(torch.tensor(weights["rebuild"])),
             "prior": MLPPrior(prior.forward, prior.backward),
         }
+        # The prior is a module; the maps are parameters.
         *maps, prior = self.weights.values()
         self.adam = torch.optim.Adam([*maps, *prior.parameters()], RATE)
 
     def step(self, x: np.ndarray) -> None:
+        """Make one step of Adam on rows (B, N, 64)."""
         value, _ = loss(self.weights, self.torch.from_numpy(x))
         self.adam.zero_grad()
         value.backward()
         self.adam.step()
 
-    def look(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def evaluate(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the loss and the rebuilt patches."""
         with self.torch.no_grad():
             value, rebuilt = loss(self.weights, self.torch.from_numpy(x))
         return value.item(), rebuilt.numpy()
 
 
 class Jax:
-    """Weights that JAX trains, under `jax.jit`; it has no Adam of its own."""
+    """The weights in JAX, and an Adam of our own, because JAX has none."""
 
     def __init__(self, weights: Weights) -> None:
         import jax
@@ -128,17 +136,22 @@ class Jax:
         self.slope = jax.jit(jax.grad(lambda w, x: loss(w, x)[0]))
 
     def step(self, x: np.ndarray) -> None:
+        """Make one step of Adam on rows (B, N, 64)."""
         slope = self.slope(self.weights, self.jax.numpy.asarray(x))
         self.count += 1
+        # m = β1 m + (1 - β1) g and v = β2 v + (1 - β2) g²; both start at 0, so the
+        # step divides them by 1 - β1^t and 1 - β2^t.
         bias = 1 - DECAY**self.count, 1 - SQUARE_DECAY**self.count
-        over = self.jax.tree.map
-        first = over(lambda m, g: DECAY * m + (1 - DECAY) * g, self.moments[0], slope)
-        second = over(
+        tree_map = self.jax.tree.map
+        first = tree_map(
+            lambda m, g: DECAY * m + (1 - DECAY) * g, self.moments[0], slope
+        )
+        second = tree_map(
             lambda v, g: SQUARE_DECAY * v + (1 - SQUARE_DECAY) * g * g,
             self.moments[1],
             slope,
         )
-        self.weights = over(
+        self.weights = tree_map(
             lambda w, m, v: w - RATE * m / bias[0] / ((v / bias[1]) ** 0.5 + TINY),
             self.weights,
             first,
@@ -146,7 +159,8 @@ class Jax:
         )
         self.moments = first, second
 
-    def look(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def evaluate(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the loss and the rebuilt patches."""
         value, rebuilt = loss(self.weights, self.jax.numpy.asarray(x))
         return float(value), np.asarray(rebuilt)
 
@@ -155,20 +169,21 @@ FRAMEWORKS: dict[str, Callable[[Weights], Any]] = {"torch": Torch, "jax": Jax}
 
 
 def decibels(error: float) -> float:
-    """Return the peak signal-to-noise ratio of a mean squared error."""
+    """Return the peak signal-to-noise ratio in dB of a mean squared error."""
+    # The peak is 1, which is white.
     return float(-10 * np.log10(error))
 
 
 def train(model: Any, x: np.ndarray, steps: int, every: int) -> list[Report]:
-    """Train, and return loss, PSNR and patches now and then, from before to after."""
-    rng = np.random.default_rng(0)
+    """Train; return loss, PSNR and patches before, every `every` steps, and after."""
+    rng = np.random.default_rng(0)  # both frameworks draw the same rows
     seen = []
     with progress(steps, sys.stderr, "steps") as shown:
         for step in range(steps + 1):
             if step % every == 0 or step == steps:
-                value, rebuilt = model.look(x)
-                found = {"step": step, "loss": value, "patches": rebuilt}
-                seen.append({**found, "psnr": decibels(((rebuilt - x) ** 2).mean())})
+                value, rebuilt = model.evaluate(x)
+                record = {"step": step, "loss": value, "patches": rebuilt}
+                seen.append({**record, "psnr": decibels(((rebuilt - x) ** 2).mean())})
             if step < steps:
                 model.step(x[np.sort(rng.choice(len(x), ROWS, replace=False))])
             shown(step)
@@ -176,7 +191,7 @@ def train(model: Any, x: np.ndarray, steps: int, every: int) -> list[Report]:
 
 
 def plot(picture: np.ndarray, seen: list[Report], mean: float, path: Path) -> None:
-    """Draw the photograph, it before and after training, and the course of both."""
+    """Draw the photograph, the results before and after training, and the curves."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -192,11 +207,11 @@ def plot(picture: np.ndarray, seen: list[Report], mean: float, path: Path) -> No
         shown = assemble(rows) + mean if image is None else image
         axis.imshow(shown, cmap="gray", vmin=0, vmax=1)
         axis.set(title=title, xticks=[], yticks=[])
-    steps = [found["step"] for found in seen]
-    axes[3].plot(steps, [found["loss"] for found in seen], "C0o-", label="loss")
+    steps = [record["step"] for record in seen]
+    axes[3].plot(steps, [record["loss"] for record in seen], "C0o-", label="loss")
     axes[3].set(xlabel="step", ylabel="loss", ylim=(0, None), title="whole photograph")
     other = axes[3].twinx()
-    other.plot(steps, [found["psnr"] for found in seen], "C1s--", label="PSNR")
+    other.plot(steps, [record["psnr"] for record in seen], "C1s--", label="PSNR")
     other.set(ylabel="PSNR, dB")
     figure.legend(loc="outside lower right", ncols=2)
     figure.savefig(path, dpi=110, format="png")
@@ -207,7 +222,7 @@ def main() -> None:
     parser.add_argument("--framework", choices=FRAMEWORKS, default="torch")
     parser.add_argument("--quick", action="store_true", help="24 steps")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--plot", type=Path, help="draw before and after here, a PNG")
+    parser.add_argument("--plot", type=Path, help="draw the results to this PNG")
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
     steps = 24 if options.quick else options.steps
@@ -215,6 +230,7 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, got {steps}")
     picture = photograph()
     x = patches(picture)
+    # Train on patches without the mean of the photograph; `plot` adds it again.
     mean = float(x.mean())
     x -= mean
     batch, num_tokens, _ = x.shape
@@ -223,8 +239,8 @@ def main() -> None:
     model = FRAMEWORKS[options.framework](initial_weights())
     seen = train(model, x, steps, max(steps // 8, 1))
     print(f"{'step':>6}{'loss':>10}{'PSNR, dB':>10}")
-    for found in seen:
-        print(f"{found['step']:>6}{found['loss']:>10.4f}{found['psnr']:>10.2f}")
+    for record in seen:
+        print(f"{record['step']:>6}{record['loss']:>10.4f}{record['psnr']:>10.2f}")
     if options.plot:
         plot(picture, seen, mean, options.plot)
     if options.json:

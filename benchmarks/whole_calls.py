@@ -1,4 +1,4 @@
-"""What benchmarks/pipeline.py calls: tokens of a photograph, contenders, a layer."""
+"""Parts of benchmarks/pipeline.py: tokens of a photograph, contenders, a layer."""
 
 import functools
 import importlib.util
@@ -14,7 +14,7 @@ import qm_cupy as qm
 
 torch = torch_or_none()
 
-PATCH = 16  # pixels; 768 numbers
+PATCH = 16  # pixels; a patch has 16 x 16 x 3 = 768 numbers
 HEAD = 64  # width of a head of the transformer
 OURS = "quickmerge", "quickmerge, saliency of norms", "quickmerge, bipartite"
 
@@ -23,7 +23,8 @@ Contender = Callable[[Any, int], Any]
 
 @functools.cache
 def photograph() -> np.ndarray:
-    """Return matplotlib's sample in [0, 1]; without it a picture of smooth waves."""
+    """Return matplotlib's photograph in [0, 1], or a picture of waves without it."""
+    # gpu.sh requires neither matplotlib nor Pillow.
     try:
         from matplotlib import cbook
         from PIL import Image
@@ -32,63 +33,73 @@ def photograph() -> np.ndarray:
         with Image.open(path) as file:
             return np.asarray(file.convert("RGB"), dtype=np.float32) / 255
     except Exception as error:
-        say(f"waves instead of the photograph: {one_line(error)}")
+        say(f"the tokens come from waves, not the photograph: {one_line(error)}")
     y, x, c = np.ogrid[:600, :512, :3]
     waves = np.sin(x / 37 + c) * np.sin(y / 23) + np.sin((x + y) / 5) / 8
     return (waves / 4 + 0.5).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=1)  # a size is asked for several times in a row
+@functools.lru_cache(maxsize=1)  # several calls in a row ask for the same size
 def patches(batch: int, num_tokens: int, width: int) -> np.ndarray:
-    """Return tokens (B, N, D), D at most 768, the same array for the same sizes."""
+    """Return tokens (B, N, D) with D at most 768, the same array for the same sizes."""
     windows = np.lib.stride_tricks.sliding_window_view(photograph(), (PATCH, PATCH, 3))
     windows = windows[:, :, 0]  # (rows, columns, PATCH, PATCH, 3), a view
     rows, columns = windows.shape[:2]
     rng, count = np.random.default_rng(0), rows * columns
-    places = [rng.choice(count, num_tokens, replace=False) for _ in range(batch)]
-    chosen = windows[np.divmod(np.sort(places), columns)]  # (B, N, PATCH, PATCH, 3)
-    tokens = chosen.reshape(batch, num_tokens, -1)[..., :width]
+    positions = [rng.choice(count, num_tokens, replace=False) for _ in range(batch)]
+    # Sorted positions are in raster order.
+    selected = windows[
+        np.divmod(np.sort(positions), columns)
+    ]  # (B, N, PATCH, PATCH, 3)
+    tokens = selected.reshape(batch, num_tokens, -1)[..., :width]
     return tokens - tokens.mean(axis=1, keepdims=True)
 
 
 def by_norms(x: Any, num_groups: int) -> Any:
+    """Return `quickmerge` without attention: the norms are the saliency."""
     return qm.quickmerge(x, num_groups, saliency=qm.norm_saliency(x))
 
 
 def by_matching(x: Any, num_groups: int) -> Any:
+    """Return `quickmerge` by bipartite matching."""
     return qm.quickmerge(x, num_groups, method="bipartite")
 
 
 def reference_semantics(x: Any, num_groups: int) -> Any:
-    """The paper's stages as its authors' code strings them together, in torch."""
+    """Return the paper's stages in torch, in the order of the authors' code."""
     from sklearn.cluster import AgglomerativeClustering
 
-    found = []
-    for tokens in x:
+    sequences = []
+    for tokens in x:  # one sequence at a time
         attention = torch.softmax(tokens @ tokens.T / tokens.shape[1] ** 0.5, dim=-1)
         attention = attention.float()
         entropy = -(attention * torch.log(attention + 1e-8)).sum(dim=-1)
+        # Saliency s = 1 - Normalize(H), Gumbel-softmax π with τ = 0.1, and the mass
+        # m = π s + (1 - π) ε with ε = 0.01.
         low, high = entropy.min(), entropy.max()
         score = 1 - (entropy - low) / (high - low)
         noise = -torch.log(-torch.log(torch.rand_like(score).clamp_min(1e-20)))
-        chosen = torch.softmax((score + noise) / 0.1, dim=-1)
-        mass = chosen * score + (1 - chosen) * 0.01
+        probabilities = torch.softmax((score + noise) / 0.1, dim=-1)
+        mass = probabilities * score + (1 - probabilities) * 0.01
         model = AgglomerativeClustering(num_groups, metric="cosine", linkage="average")
         labels = torch.from_numpy(model.fit_predict(tokens.float().cpu().numpy()))
         labels = labels.to(tokens.device)
+        # Means weighted by mass, Σ m_j x_j / Σ m_j.
         merged = []
         for group in range(num_groups):
             members = labels == group
             weights = mass[members][:, None].to(tokens.dtype)
             merged.append((tokens[members] * weights).sum(0) / weights.sum())
-        found.append(torch.stack(merged))
-    return torch.stack(found)
+        sequences.append(torch.stack(merged))
+    return torch.stack(sequences)
 
 
 def tome(x: Any, num_groups: int) -> Any:
-    """ToMe's matching by tokens, in one place until K are left, in torch."""
+    """Return ToMe's matching by tokens, repeated until K are left, in torch."""
     sizes = torch.ones(*x.shape[:2], 1, device=x.device, dtype=x.dtype)
     while x.shape[1] > num_groups:
+        # One step merges at most half of the tokens: those at even positions, each into
+        # its most similar token at an odd position.
         merges = min(x.shape[1] - num_groups, x.shape[1] // 2)
         unit = x / x.norm(dim=-1, keepdim=True)
         best, target = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)
@@ -96,6 +107,7 @@ def tome(x: Any, num_groups: int) -> Any:
         source, stay = order[:, :merges], order[:, merges:].sort(dim=1).values
         into = target[..., None].gather(1, source)
 
+        # Means weighted by size: add the sums and the sizes.
         total = _matched(x * sizes, source, stay, into)
         sizes = _matched(sizes, source, stay, into)
         x = total / sizes
@@ -103,6 +115,7 @@ def tome(x: Any, num_groups: int) -> Any:
 
 
 def _matched(x: Any, source: Any, stay: Any, into: Any) -> Any:
+    """Add the even tokens `source` to the odd tokens `into`; `stay` do not merge."""
     wide = (-1, -1, x.shape[-1])
     even, odd = x[:, ::2], x[:, 1::2]
     sums = odd.scatter_add(1, into.expand(*wide), even.gather(1, source.expand(*wide)))
@@ -110,12 +123,12 @@ def _matched(x: Any, source: Any, stay: Any, into: Any) -> Any:
 
 
 def ward_pooling(x: Any, num_groups: int) -> Any:
-    """What multi-vector search does: SciPy's ward on unit vectors, plain means."""
-    if hasattr(x, "get"):  # of CuPy
+    """Return the pooling of multi-vector search: SciPy's ward, then plain means."""
+    if hasattr(x, "get"):  # a CuPy array
         host = x.get().astype(np.float32)
     else:
         host = x if isinstance(x, np.ndarray) else x.float().cpu().numpy()
-    found = []
+    pooled = []
     for tokens in host:
         unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
         tree = hierarchy.linkage(unit, "ward")
@@ -123,32 +136,35 @@ def ward_pooling(x: Any, num_groups: int) -> Any:
         sums = np.zeros((num_groups, tokens.shape[1]), tokens.dtype)
         np.add.at(sums, labels, tokens)
         counts = np.bincount(labels, minlength=num_groups)
-        found.append(sums / np.maximum(counts, 1)[:, None])
-    return np.stack(found)
+        pooled.append(sums / np.maximum(counts, 1)[:, None])
+    return np.stack(pooled)
 
 
 def contenders(machine: Machine) -> dict[str, Contender]:
-    found: dict[str, Contender] = {
+    """Return the contenders that can run on this machine, by name."""
+    result: dict[str, Contender] = {
         OURS[0]: qm.quickmerge,
         OURS[1]: by_norms,
         OURS[2]: by_matching,
         "SciPy, ward pooling": ward_pooling,
     }
     if machine.torch is not None:
-        found["torch, ToMe's matching"] = tome
+        result["torch, ToMe's matching"] = tome
     if machine.torch is not None and importlib.util.find_spec("sklearn"):
-        found["torch + scikit-learn, the paper's stages"] = reference_semantics
-    return found
+        result["torch + scikit-learn, the paper's stages"] = reference_semantics
+    return result
 
 
 def sound(result: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether tokens have a shape and are means of a photograph's patches."""
+    """Return whether tokens have this shape and can be means of patches."""
     tokens = getattr(result, "tokens", result)
+    # Patches are in [0, 1] minus their mean, so 2 is beyond any mean of them; NaN is
+    # not below it either.
     return tuple(tokens.shape) == shape and bool((abs(tokens) <= 2).all())
 
 
 def stages(x: Any, num_groups: int) -> dict[str, Callable[[], Any]]:
-    """Return what `quickmerge` does, a stage at a time."""
+    """Return the stages of `quickmerge` as calls on ready inputs."""
     entropy = qm.self_attention_entropy(x)
 
     def mass() -> Any:
@@ -171,11 +187,12 @@ def stages(x: Any, num_groups: int) -> dict[str, Callable[[], Any]]:
 
 
 def layer(machine: Machine, width: int) -> Callable[[Any], Any]:
-    """Return a pre-norm transformer layer of random weights, of torch's own parts."""
+    """Return a pre-norm transformer layer with random weights, from torch's parts."""
     functional, heads = torch.nn.functional, max(width // HEAD, 1)
     rng = np.random.default_rng(0)
 
     def weights(*shape: int) -> Any:
+        # Divided by √(inputs), so that activations keep their scale.
         scaled = rng.standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[1]))
         return machine.put(scaled, for_torch=True)
 
@@ -184,7 +201,9 @@ def layer(machine: Machine, width: int) -> Callable[[Any], Any]:
 
     def run(x: Any) -> Any:
         batch, count, _ = x.shape
+        # x + attention(norm(x)), then x + MLP(norm(x)).
         parts = functional.linear(functional.layer_norm(x, (width,)), qkv)
+        # Queries, keys and values: (3, B, H, N, d).
         parts = parts.view(batch, count, 3, heads, -1).permute(2, 0, 3, 1, 4)
         read = functional.scaled_dot_product_attention(*parts, is_causal=True)
         x = x + functional.linear(read.transpose(1, 2).reshape(x.shape), out)

@@ -1,4 +1,9 @@
-"""What benchmarks/kernels.py measures: inputs, rivals, and what each kernel must do."""
+"""Operations of benchmarks/kernels.py: inputs, other libraries' forms, least work.
+
+A function ``<name>_work`` counts the bytes, flops and exponentials that the operation
+needs in any implementation, from its sizes alone. The function ``<name>`` draws its
+inputs on the GPU, and gives our call and the same formula in torch and CuPy.
+"""
 
 import functools
 import math
@@ -14,47 +19,48 @@ import qm_cupy as qm
 cupy, _ = cupy_or_reason()
 torch = torch_on_gpu()
 
-ITEM = 2  # bytes of an entry
+ITEM = 2  # bytes of an entry of the tokens, which have 16 bits
 CHUNK = 1 << 26  # entries that are drawn at a time, in float32
 
 
 class Work(NamedTuple):
-    """What an operation must do at least, whatever does it; no array is needed."""
+    """The least work of an operation, in any implementation."""
 
-    bytes: float  # that must be read and written, each once
-    flops: float = 0  # two for a multiply-add
-    exps: float = 0
+    bytes: float  # inputs that are read and results that are written, each once
+    flops: float = 0  # a multiply-add is two
+    exps: float = 0  # exponentials and logarithms
 
 
 class Case(NamedTuple):
-    """One kernel at one size; every function takes the arrays of an input set."""
+    """One operation at one size; every function takes the arrays `inputs`."""
 
     inputs: tuple[Any, ...]  # CuPy arrays
     ours: Callable[..., Any]
     in_torch: Callable[..., Any]
     in_cupy: Callable[..., Any] | None
-    sample: tuple[int, ...]  # the sequence that is held against the reference
-    # Of so many leading axes, rivals get a slice at a time, or N x N fits no memory.
+    sample: tuple[int, ...]  # index of the sequence that is compared with the reference
+    # torch and CuPy get one slice of this many leading axes at a time. Otherwise their
+    # N x N would not fit the memory.
     sliced: int = 0
-    others: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  what else to time
+    others: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  further calls to time
 
 
 @functools.cache
 def dtype() -> str:
-    """Return the tokens' dtype: bfloat16, or float16 where CuPy cannot fill that."""
+    """Return the dtype of the tokens: bfloat16, or float16 if CuPy cannot fill it."""
     try:
-        import ml_dtypes  # noqa: F401  from where CuPy has bfloat16
+        import ml_dtypes  # noqa: F401  CuPy takes bfloat16 from it
 
         cupy.empty(2, "bfloat16")[...] = cupy.ones(2, np.float32)
     except Exception as error:
-        say(f"float16 instead of bfloat16: {one_line(error)}")
+        say(f"the dtype is float16 instead of bfloat16: {one_line(error)}")
         return "float16"
     return "bfloat16"
 
 
 @functools.cache
 def generators() -> list[Callable[[int], Any]]:
-    """Return what draws so many normal numbers on the GPU: the first that works."""
+    """Return the first function that can draw normal numbers on the GPU, in a list."""
 
     def of_cupy(count: int) -> Any:
         return cupy.random.standard_normal(count, dtype=np.float32)
@@ -62,40 +68,44 @@ def generators() -> list[Callable[[int], Any]]:
     def of_torch(count: int) -> Any:
         return cupy.from_dlpack(torch.randn(count, device="cuda"))
 
-    for generator in (of_cupy, of_torch):  # CuPy's takes cuRAND, which may be missing
+    for generator in (of_cupy, of_torch):  # CuPy needs cuRAND, which may be missing
         try:
             generator(2)
         except Exception as error:
-            say(f"random numbers: {one_line(error)}")
+            say(f"random numbers from another library: {one_line(error)}")
             continue
         return [generator]
-    raise RuntimeError("neither CuPy nor torch draws random numbers")
+    raise RuntimeError("neither CuPy nor torch can draw random numbers on this GPU")
 
 
 def normal(count: int) -> Any:
+    """Return normal numbers on the GPU, in float32."""
     return generators()[0](count)
 
 
 def uniform(*shape: int) -> Any:
-    """Return numbers in [0, 1): the part of normal ones after the point."""
+    """Return numbers in [0, 1): the fractional parts of normal numbers."""
     return (normal(math.prod(shape)) % 1).reshape(shape)
 
 
 def draw(*shape: int, scale: float = 1.0) -> Any:
+    """Return normal numbers times `scale`, in the dtype of the tokens."""
     x = cupy.empty(shape, dtype())
     flat = x.reshape(-1)
-    for start in range(0, flat.size, CHUNK):  # no float32 copy of the whole
+    for start in range(0, flat.size, CHUNK):  # a float32 copy of all would be too large
         part = flat[start : start + CHUNK]
         part[...] = np.float32(scale) * normal(part.size)
     return x
 
 
 def draw_labels(batch: int, n: int, groups: int) -> Any:
+    """Return random labels (B, N)."""
     return cupy.minimum(uniform(batch, n) * groups, groups - 1).astype(np.int32)
 
 
 def as_torch(x: Any) -> Any:
-    """Return torch's view of a CuPy array, whatever DLPack knows of bfloat16."""
+    """Return a CuPy array as a tensor over the same memory."""
+    # bfloat16 goes through int16, because DLPack may not support it here.
     if x.dtype.name == "bfloat16":
         return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(x)
@@ -116,13 +126,15 @@ def transposed(x: Any) -> Any:
 
 
 def self_attention_work(layers: int, batch: int, n: int, dim: int) -> Work:
-    # x is read once; half of the symmetric product, 2 D flops for each of its pairs;
-    # an exp for every pair, as the two rows that share a score differ in their maximum.
+    # Bytes: x is read once. Flops: half of the symmetric product X Xᵀ, 2 D per pair.
+    # Exps: one for every pair, although pairs (i, j) and (j, i) have the same score,
+    # because the maximum that is subtracted differs between rows i and j.
     pairs = layers * batch * n * n
     return Work(ITEM * layers * batch * n * dim, pairs / 2 * 2 * dim, pairs)
 
 
 def self_attention(layers: int, batch: int, n: int, dim: int) -> Case:
+    # The scale keeps the attention from falling on the diagonal alone.
     x = draw(layers, batch, n, dim, scale=0.3)
 
     def in_torch(x: Any) -> Any:
@@ -137,7 +149,8 @@ def self_attention(layers: int, batch: int, n: int, dim: int) -> Case:
 
 
 def query_key_work(layers: int, batch: int, heads: int, n: int, width: int) -> Work:
-    # Both are read once; 2 d flops and an exp for every pair.
+    # Bytes: queries and keys are read once. Each of the N x N pairs of a head takes 2 d
+    # flops and an exp.
     rows = layers * batch * heads * n
     return Work(2 * ITEM * rows * width, 2 * width * rows * n, rows * n)
 
@@ -153,7 +166,7 @@ def query_key(layers: int, batch: int, heads: int, n: int, width: int) -> Case:
         return entropy_in_cupy(q @ transposed(k) / width**0.5)
 
     def attention(q: Any, k: Any) -> Any:
-        q, k = q[None], k[None]  # the fused kernels take four axes
+        q, k = q[None], k[None]  # the fused kernels need four axes
         return torch.nn.functional.scaled_dot_product_attention(q, k, k)
 
     others = {"torch's attention with V = K": attention}
@@ -162,14 +175,15 @@ def query_key(layers: int, batch: int, heads: int, n: int, width: int) -> Case:
 
 
 def given_attention_work(layers: int, batch: int, heads: int, n: int) -> Work:
-    # A is read once; each entry a takes a log a, which is added up, and a logarithm
-    # costs what an exp does.
+    # Bytes: A is read once. Each entry a gives a log a, which is added up: 2 flops and
+    # a logarithm, which costs as much as an exp.
     entries = layers * batch * heads * n * n
     return Work(ITEM * entries, 2 * entries, entries)
 
 
 def given_attention(layers: int, batch: int, heads: int, n: int) -> Case:
     a = draw(layers, batch, heads, n, n)
+    # The softmax of normal scores, in place, one N x N matrix at a time.
     for matrix in a.reshape(-1, n, n):
         p = cupy.exp(matrix.astype(np.float32))
         matrix[...] = p / p.sum(-1, keepdims=True)
@@ -185,7 +199,8 @@ def given_attention(layers: int, batch: int, heads: int, n: int) -> Case:
 
 
 def cosine_work(batch: int, n: int, dim: int) -> Work:
-    # x is read, N x N in float32 written; half of the symmetric product.
+    # Bytes: x is read, and N x N float32 are written. Flops: half of the symmetric
+    # product, 2 D per pair.
     return Work(batch * n * (ITEM * dim + 4 * n), batch * n * n / 2 * 2 * dim)
 
 
@@ -205,8 +220,8 @@ def cosine(batch: int, n: int, dim: int) -> Case:
 
 
 def merge_work(batch: int, n: int, dim: int, groups: int) -> Work:
-    # Everything is read once, labels and mass too, the merged tokens written; every
-    # entry is weighted and added.
+    # Bytes: tokens, labels and mass (4 bytes each) are read, and the merged tokens are
+    # written. Flops: every entry is multiplied by its mass and added.
     return Work(batch * (ITEM * (n + groups) * dim + 8 * n), 2 * batch * n * dim)
 
 
@@ -219,6 +234,7 @@ def merge(batch: int, n: int, dim: int, groups: int) -> Case:
         return qm.merge_tokens(x, labels, groups, mass=mass)
 
     def in_torch(x: Any, labels: Any, mass: Any) -> Any:
+        # One index over the groups of all sequences: b K + label.
         index = labels.long() + groups * torch.arange(batch, device=x.device)[:, None]
         index, weight = index.flatten(), mass.reshape(-1, 1)
         sums = torch.zeros(batch * groups, dim, device=x.device)
@@ -239,7 +255,7 @@ def merge(batch: int, n: int, dim: int, groups: int) -> Case:
 
 
 def unmerge_work(batch: int, n: int, dim: int, groups: int) -> Work:
-    # The merged tokens and labels are read, N tokens written.
+    # Bytes: the merged tokens and the labels are read, and N tokens are written.
     return Work(batch * (ITEM * (n + groups) * dim + 4 * n))
 
 
@@ -257,7 +273,8 @@ def unmerge(batch: int, n: int, dim: int, groups: int) -> Case:
 
 
 def nearest_work(batch: int, n: int, dim: int, groups: int) -> Work:
-    # 2 D flops for every token and merged token.
+    # Bytes: tokens and merged tokens are read; the result is one number per sequence.
+    # Flops: 2 D for every pair of a token and a merged token.
     return Work(ITEM * batch * (n + groups) * dim, 2 * batch * n * groups * dim)
 
 
@@ -265,6 +282,7 @@ def nearest(batch: int, n: int, dim: int, groups: int) -> Case:
     x, y = draw(batch, n, dim), draw(batch, groups, dim)
 
     def in_torch(x: Any, y: Any) -> Any:
+        # |x| does not change which merged token is nearest, so only y is normalised.
         near = (x @ torch.nn.functional.normalize(y, dim=-1).mT).argmax(-1)
         gap = x.float() - y.gather(1, near[..., None].expand(-1, -1, dim))
         return gap.square().sum((1, 2)) / x.float().square().sum((1, 2))
@@ -273,7 +291,8 @@ def nearest(batch: int, n: int, dim: int, groups: int) -> Case:
 
 
 def softmax_mass_work(batch: int, n: int) -> Work:
-    # The saliency is read, the mass written; an exp for each. Flops are next to none.
+    # Bytes: the float32 saliency is read and the mass written. One exp per token; the
+    # few flops are not counted.
     return Work(2 * 4 * batch * n, exps=batch * n)
 
 
@@ -287,12 +306,13 @@ def softmax_mass(batch: int, n: int) -> Case:
         return p * s + (1 - p) * 0.01
 
     score = uniform(batch, n)
-    # Noise is that of sequence 0: the sample.
+    # The noise depends on the index of a sequence. The reference computes the sample
+    # alone, as sequence 0, so the sample must be sequence 0.
     return Case((score,), ours, in_torch, None, (0,))
 
 
 def norms_work(batch: int, n: int, dim: int) -> Work:
-    # Read once; every entry is squared and added.
+    # Bytes: x is read once. Flops: every entry is squared and added.
     return Work(ITEM * batch * n * dim, 2 * batch * n * dim)
 
 
@@ -307,8 +327,9 @@ def norms(batch: int, n: int, dim: int) -> Case:
 
 
 def alignment_work(batch: int, groups: int, dim: int) -> Work:
-    # x is read; two directions of two layers, 2 D hidden flops a token each. The layers
-    # are of float32: the tensor cores' rate for 16 bits is a floor far below them.
+    # Bytes: x is read. Flops: two directions of two linear layers, each of which takes
+    # 2 D H per token for H hidden units. The layers are float32, so this floor, at the
+    # rate of tensor cores for 16 bits, is far below the time that they can reach.
     weights = qm.MLPPrior.init(dim).forward.weight_in.size
     return Work(ITEM * batch * groups * dim, 2 * 2 * 2 * batch * groups * weights)
 
@@ -338,13 +359,13 @@ def alignment(batch: int, groups: int, dim: int) -> Case:
 
 
 class Operation(NamedTuple):
-    """A kernel at one size: what it is called, makes its case, and counts its work."""
+    """An operation at one size: its title, its case and its work."""
 
-    size: str  # common to all operations of a size
+    size: str  # text that is common to all operations of a size
     title: str
     make: Callable[..., Case]
     count: Callable[..., Work]
-    sizes: tuple[int, ...]  # what both take
+    sizes: tuple[int, ...]  # arguments of `make` and of `count`
 
 
 SIZES = {  # (B, L, N, D, H), small ones first
@@ -358,12 +379,13 @@ SIZES = {  # (B, L, N, D, H), small ones first
 
 
 def operations(which: str, memory: float = math.inf) -> Iterator[Operation]:
-    """Yield what is measured; given attention takes `memory` bytes at the most."""
+    """Yield the operations to measure; given attention takes at most `memory` bytes."""
     for b, layers, n, d, h in SIZES[which]:
         k, size = n // 4, f"B={b} N={n}"
-        some = max(1, int(min(layers, memory / (ITEM * b * h * n * n))))
+        given_layers = max(1, int(min(layers, memory / (ITEM * b * h * n * n))))
         states, heads = f"{size} L={layers} D={d}", f"{size} L={layers} H={h}"
-        given, groups = f"{size} L={some} H={h}", f"{size} D={d} K={k}"
+        matrices, groups = f"{size} L={given_layers} H={h}", f"{size} D={d} K={k}"
+        # The titles name the rows of results/h200/kernels.json.
         of_states = self_attention, self_attention_work
         of_pairs = query_key, query_key_work
         of_given = given_attention, given_attention_work
@@ -373,7 +395,7 @@ def operations(which: str, memory: float = math.inf) -> Iterator[Operation]:
             (f"{states} self-attention", *of_states, (layers, b, n, d)),
             (f"{heads} query-key d=64", *of_pairs, (layers, b, h, n, 64)),
             (f"{heads} query-key d=128", *of_pairs, (layers, b, h, n, 128)),
-            (f"{given} given A", *of_given, (some, b, h, n)),
+            (f"{matrices} given A", *of_given, (given_layers, b, h, n)),
             (f"{size} D={d} cosine matrix", cosine, cosine_work, (b, n, d)),
             (f"{groups} merge", merge, merge_work, (b, n, d, k)),
             (f"{groups} unmerge", unmerge, unmerge_work, (b, n, d, k)),

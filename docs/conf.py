@@ -1,7 +1,8 @@
-"""The documentation: `make docs` builds it into build/docs, warnings being errors.
+"""Sphinx configuration: `make docs` builds the pages and treats warnings as errors.
 
-Pages are MyST notebooks, executed while they are built; so are those of notebooks/,
-which a link brings under this folder: their kernels start where the notebooks lie.
+The pages are written to build/docs. They are MyST notebooks, and the build executes
+them. It also executes notebooks/, to which a symbolic link in this folder points. The
+kernel of a notebook starts in the folder of that notebook.
 """
 
 import importlib.util
@@ -10,39 +11,43 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an install
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # no install is needed
 
 import qm_cupy
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-os.environ["PYTHONPATH"] = str(ROOT)  # the kernels import this checkout, too
-here = Path(sys.executable).parent, os.environ.get("PATH", "")
-os.environ["PATH"] = os.pathsep.join(map(str, here))  # where `qm-cupy` is
+# Jupyter kernels are new processes: they must import this checkout too, and pages call
+# the command `qm-cupy`, which lies beside the interpreter.
+os.environ["PYTHONPATH"] = str(ROOT)
+folders = Path(sys.executable).parent, os.environ.get("PATH", "")
+os.environ["PATH"] = os.pathsep.join(map(str, folders))
 
+# Sphinx reads only files below this folder.
 NOTEBOOKS = HERE / "notebooks"
 if not NOTEBOOKS.is_symlink():
     NOTEBOOKS.symlink_to(Path("..") / "notebooks", target_is_directory=True)
 
-# Pages that run torch or JAX are executed where these are installed, and named if not.
+# A page that imports torch or JAX is executed only if that framework is installed.
+# Otherwise the build names the page on stderr.
 MISSING = {name for name in ("torch", "jax") if importlib.util.find_spec(name) is None}
 USED = re.compile(r"^[\s\"]*(?:import|from) (?:qm_cupy\.)?(torch|jax)\b", re.MULTILINE)
 
 
 def needs(page):
-    """Return which of torch and JAX a page runs."""
+    """Return the frameworks, of torch and JAX, that a page imports."""
     return set(USED.findall(page.read_text(encoding="utf-8")))
 
 
 NOT_RUN = sorted(
     page.relative_to(HERE).as_posix()
-    for folder in (HERE, NOTEBOOKS)  # a pattern does not follow the link
+    for folder in (HERE, NOTEBOOKS)  # rglob does not follow the symbolic link
     for page in (*folder.rglob("*.md"), *folder.rglob("*.ipynb"))
     if needs(page) & MISSING
 )
 if NOT_RUN:
-    without = ", ".join(sorted(MISSING))
-    sys.stderr.write(f"not executed without {without}: {', '.join(NOT_RUN)}\n")
+    missing = ", ".join(sorted(MISSING))
+    sys.stderr.write(f"{missing} not installed, not executed: {', '.join(NOT_RUN)}\n")
 
 project = "qm_cupy"
 author = "the qm_cupy developers"
@@ -57,33 +62,34 @@ extensions = [
 ]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 templates_path = ["_templates"]
-nitpicky = True
+nitpicky = True  # a reference without a target is a warning, and so an error
 nitpick_ignore_regex = [
-    ("py:obj", r"(scipy|torch|jax)\..*"),  # no inventories are downloaded
-    ("py:obj", "token|budget"),  # parameters that bear a module's name
+    ("py:obj", r"(scipy|torch|jax)\..*"),  # the build downloads no inventories
+    ("py:obj", "token|budget"),  # parameters with the name of a module
 ]
 default_role = "autolink"
 
-autodoc_typehints = "none"  # docstrings have the types, with their shapes
+autodoc_typehints = "none"  # docstrings give types together with shapes
 autodoc_member_order = "bysource"
-numpydoc_show_class_members = False  # the template lists them
+numpydoc_show_class_members = False  # _templates lists the members
 numpydoc_class_members_toctree = False
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
-myst_heading_anchors = 2
+myst_heading_anchors = 2  # links use the anchors of ## headings
 nb_execution_mode = "force"
 nb_execution_excludepatterns = NOT_RUN
 if NOT_RUN:
-    # A run says what language a page is in; the API of a framework takes the framework.
+    # Without a run, MyST-NB does not know the language of a page. frameworks.rst needs
+    # the frameworks, because autodoc imports what it documents.
     suppress_warnings = ["myst-nb.lexer", "toc.excluded"]
     exclude_patterns.append("frameworks.rst")
     nitpick_ignore_regex += [
         (r"py:\w+", rf"qm_cupy\.{name}(\..*)?") for name in sorted(MISSING)
     ]
-nb_execution_show_tb = True  # and a warning, which is an error
-nb_execution_timeout = 180
+nb_execution_show_tb = True  # print the traceback of a cell that fails
+nb_execution_timeout = 180  # seconds per cell
 nb_merge_streams = True
-nb_render_markdown_format = "myst"  # which has tables
+nb_render_markdown_format = "myst"  # tables.py returns Markdown tables
 
 html_theme = "pydata_sphinx_theme"
 html_title = "qm_cupy"
@@ -105,8 +111,11 @@ html_sidebars = {"start": [], "contributing": [], "limits": []}
 project_copyright = "the qm_cupy developers, MIT licence"
 
 
-def of_the_package(app, env, node, content):
-    """Resolve a name in a docstring of `qm_cupy.torch`, say, as one of `qm_cupy`."""
+def resolve_in_package(app, env, node, content):
+    """Resolve a name as one of `qm_cupy`, for docstrings of `qm_cupy.torch` and others.
+
+    Sphinx looks for a name in the module of the docstring only.
+    """
     if node["refdomain"] != "py":
         return None
     target = f"qm_cupy.{node['reftarget']}"
@@ -117,4 +126,4 @@ def of_the_package(app, env, node, content):
 
 
 def setup(app):
-    app.connect("missing-reference", of_the_package)
+    app.connect("missing-reference", resolve_in_package)

@@ -1,22 +1,30 @@
-// The opening of every kernel file: the loader puts this text in front of it.
+// Code that all kernels use. The loader puts this text in front of every kernel file.
 //
-//   -D real_t=...   what is stored:     __half, __nv_bfloat16, float or double
-//   -D acc_t=...    what is computed:   float, or double where real_t is double
-//   -D TF32=...     1 if floats may be multiplied as TF32, else 0
-//   -D TILE=...     and the other numbers that Python shares: sizes, thresholds and
-//                   enumerations (qm_cupy/cuda/constants.py)
+// Python defines these macros (qm_cupy/cuda/compile.py):
 //
-// A kernel's integers are `long long`, its options `double`, its masks `bool` (True =
-// token, null = all tokens), its labels `int` (-1 = padding), its counts `int` (K of
-// each sequence, null = num_groups of all). Grids have one dimension. Nobody has looked
-// at labels and counts: whatever they hold, no kernel leaves its arrays.
+//   -D real_t=...   storage type:       __half, __nv_bfloat16, float or double
+//   -D acc_t=...    computation type:   float, or double if real_t is double
+//   -D TF32=...     1 if the tensor cores may multiply floats as TF32, else 0
+//   -D TILE=...     and the other constants that Python and CUDA use: sizes, thresholds
+//                   and enumerations (qm_cupy/cuda/constants.py)
+//
+// Every kernel takes the same types of arguments. Integers are `long long` and options
+// are `double`. Masks are `bool`: true for a token; a null mask means that all are
+// tokens. Labels are `int`, -1 for padding. Counts are `int`, K of each sequence; null
+// counts mean `num_groups` groups in every sequence. Grids have one dimension.
+//
+// No earlier step validates labels and counts. A kernel must stay within its arrays
+// whatever values they hold, so it reads them with `group_of` and `count_of`.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// A score below all others, finite so that 0 * (score - m) is 0.
+// The score of a masked position. It is below every real score, and finite, so that
+// 0 * (score - m) is 0; with -infinity the product would be NaN.
 constexpr float MASKED_SCORE = -1e30f;
 
+// Conversions from the storage type to the computation type (`widen`) and back
+// (`store`, which rounds to nearest).
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(float x) { return x; }
@@ -29,8 +37,8 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, float x) {
 __device__ __forceinline__ void store(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store(double* p, double x) { *p = x; }
 
-// a * b rounded, which no fused multiply-add takes in: wherever a score is found again
-// it has the same bits.
+// Return a * b, rounded. The compiler never contracts this product into a fused
+// multiply-add, so a score that is computed again has the same bits.
 __device__ __forceinline__ float rounded_product(float a, float b) {
     return __fmul_rn(a, b);
 }
@@ -42,16 +50,17 @@ __device__ __forceinline__ long long thread_index() {
     return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
+// Return whether a position holds a token; without a mask, every position does.
 __device__ __forceinline__ bool is_token(const bool* mask, long long index) {
     return mask == nullptr || mask[index];
 }
 
-// The group of a token, or -1: for padding, and for a label that is no group's.
+// Return the group of a token, or -1 if the label is padding or out of range.
 __device__ __forceinline__ int group_of(int label, long long num_groups) {
     return 0 <= label && label < num_groups ? label : -1;
 }
 
-// K of a sequence, within 0 .. num_groups.
+// Return K of a sequence, clamped to 0 .. num_groups.
 __device__ __forceinline__ long long count_of(const int* counts, long long sequence,
                                               long long num_groups) {
     if (counts == nullptr) return num_groups;
@@ -59,12 +68,16 @@ __device__ __forceinline__ long long count_of(const int* counts, long long seque
     return count < 0 ? 0 : min(count, num_groups);
 }
 
-// What padding scores, -infinity: less than any token.
+// Return the score of padding: -infinity, below the score of any token.
 __device__ __forceinline__ acc_t padding() { return __uint_as_float(0xff800000u); }
 
-// An unsigned integer for each score, in the order of the scores; -0 and 0 are equal.
-// Scores are compared as these: a comparison of floats flushes subnormals to 0 (CuPy
-// compiles with -ftz=true), so that NumPy's order of them would be lost.
+// Map a score to an unsigned integer: a larger score gives a larger integer, and -0 and
+// 0 give the same. Selection compares these integers, because a comparison of floats
+// flushes subnormals to 0 (CuPy compiles with -ftz=true) and would lose NumPy's order.
+//
+// The bits of a float x >= 0 already increase with x: setting the sign bit puts them
+// above all negative numbers. The bits of x < 0 decrease with x: inverting them all
+// restores the order.
 __device__ __forceinline__ unsigned ordered_bits(float x) {
     unsigned bits = __float_as_uint(x);
     if (bits << 1 == 0) bits = 0;
@@ -77,10 +90,18 @@ __device__ __forceinline__ unsigned long long ordered_bits(double x) {
 }
 using bits_t = decltype(ordered_bits(acc_t()));
 
-// The entropy of softmax(scores) in one pass, in nats. The largest score m stays out of
-//   r = sum e^(s - m),   t = sum e^(s - m) (s - m),
-// so that H = log1p(r) - t / (1 + r) adds two terms >= 0 and nothing cancels, however
-// far one score stands above the rest.
+// The online softmax state: the entropy of softmax(scores) in one pass, in nats.
+//
+//   m   the largest score so far
+//   r = sum e^(s - m)              over all scores except one with s = m
+//   t = sum e^(s - m) (s - m)      over the same scores; the "centred" sum, t <= 0
+//
+// The largest score is left out of both sums: it would add 1 to r and 0 to t. With
+// p_j = e^(s_j - m) / (1 + r) the entropy is
+//
+//   H = -sum_j p_j log p_j = log1p(r) - t / (1 + r)
+//
+// Both terms are >= 0, so nothing cancels, however far one score lies above the rest.
 struct SoftmaxEntropy {
     acc_t m = MASKED_SCORE, r = 0, t = 0;
 
@@ -95,7 +116,7 @@ struct SoftmaxEntropy {
         }
     }
 
-    // Take in the terms of another state; the larger m of the two stays out.
+    // Add the scores of another state; the larger m of the two is left out of the sums.
     __device__ __forceinline__ void merge(const SoftmaxEntropy& other) {
         *this = other.m > m ? SoftmaxEntropy{other.m, other.r, other.t, *this}
                             : SoftmaxEntropy{m, r, t, other};
@@ -105,11 +126,14 @@ struct SoftmaxEntropy {
 
     SoftmaxEntropy() = default;
 
-    // (m, r, t) and the terms of a state whose largest score is at most m.
+    // The state (m, r, t) plus all scores of `lower`, whose largest score is at most m.
+    // Every term of `lower` is rescaled from its own m to the new one: with
+    // d = lower.m - m, e^(s - m) = e^d e^(s - lower.m) and s - m = (s - lower.m) + d.
+    // The 1 stands for the score lower.m, which lower.r and lower.t leave out.
     __device__ __forceinline__ SoftmaxEntropy(acc_t m, acc_t r, acc_t t,
                                               const SoftmaxEntropy& lower)
         : m(m), r(r), t(t) {
-        if (lower.m == MASKED_SCORE) return;  // it holds no score
+        if (lower.m == MASKED_SCORE) return;  // `lower` has no scores
         const acc_t d = lower.m - m;
         const acc_t e = exp(d);
         this->r += e * (1 + lower.r);
@@ -117,8 +141,15 @@ struct SoftmaxEntropy {
     }
 };
 
-// Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405): the first of the
-// four words of counter (c0, c1, 0, c3) under a 64-bit key.
+// Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405), a random function of
+// a counter (four 32-bit words) and a key (two words). It has no state, so every thread
+// computes its own random number. Returns the first of the four output words for the
+// counter (c0, c1, 0, c3) and a 64-bit key.
+//
+// A round multiplies words 0 and 2 by constants to 64 bits. The low halves become words
+// 1 and 3; the high halves, XORed with the old words 1 and 3 and with the key, become
+// words 0 and 2. After each round the two key words grow by constants as well. All
+// constants are those of the paper.
 __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigned c3,
                                                unsigned long long key) {
     unsigned c2 = 0;
@@ -133,8 +164,11 @@ __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigne
     return c0;
 }
 
-// g = -log(-log u). u = (k + 1/2) 2^-23 is never 0 or 1, and the logarithms are taken
-// in double and rounded once, so that the CPU finds the same bits.
+// Return Gumbel noise, g = -log(-log u), for one token of one sequence.
+//
+// u = (k + 1/2) 2^-23 is uniform; k is the upper 23 bits (NOISE_BITS) of a random word.
+// Because of the 1/2, u is never 0 or 1, so both logarithms are finite. They are taken
+// in double and rounded once, so that the CPU and the GPU give the same bits.
 __device__ __forceinline__ float gumbel(unsigned long long seed, long long sequence,
                                         long long token) {
     const auto low = static_cast<unsigned>(sequence);
@@ -144,32 +178,39 @@ __device__ __forceinline__ float gumbel(unsigned long long seed, long long seque
     return static_cast<float>(-log(-log((k + 0.5) * (1.0 / (1 << NOISE_BITS)))));
 }
 
-// A row is read and written in vectors of 16 bytes where it can be.
+// ---- Rows in vectors of 16 bytes
+//
+// A thread reads and writes 16 bytes of a row at once if the address permits it. Each
+// function takes `left`, the number of elements from `address` to the end of the row:
+// elements past the end are read as 0 and never written.
 constexpr int WIDTH = VECTOR_BYTES / sizeof(real_t);
 struct __align__(VECTOR_BYTES) Vector {
     real_t element[WIDTH];
 };
 
+// Return whether 16 aligned bytes of the row start at `address`.
 __device__ __forceinline__ bool is_whole(const void* address, long long left) {
     return left >= WIDTH && reinterpret_cast<unsigned long long>(address) % 16 == 0;
 }
 
-// The largest power of two, at most 16, that divides a number of bytes.
-__device__ __forceinline__ int grain_of(unsigned long long bytes) {
+// Return the largest power of two, at most 16, that divides a number of bytes.
+__device__ __forceinline__ int alignment_of(unsigned long long bytes) {
     const int low = static_cast<int>(bytes) | 16;
     return low & -low;
 }
 
-// The widest access that is aligned and ends with the row, in bytes: all vectors of a
-// row have the same.
-__device__ __forceinline__ int grain_of(const real_t* address, long long left) {
-    return grain_of(reinterpret_cast<unsigned long long>(address) |
-                    static_cast<unsigned long long>(left) * sizeof(real_t));
+// Return the widest access, in bytes, that is aligned at `address` and does not pass
+// the end of the row. All vectors of a row have the same result.
+__device__ __forceinline__ int alignment_of(const real_t* address, long long left) {
+    return alignment_of(reinterpret_cast<unsigned long long>(address) |
+                        static_cast<unsigned long long>(left) * sizeof(real_t));
 }
 
+// Read 16 bytes in accesses of sizeof(Piece) bytes. `address` must be aligned to a
+// piece and `left` must be a whole number of pieces.
 template <class Piece>
 __device__ __forceinline__ Vector read_pieces(const real_t* address, long long left) {
-    constexpr int count = 16 / sizeof(Piece), each = WIDTH / count;
+    constexpr int count = 16 / sizeof(Piece), per_piece = WIDTH / count;
     union {
         Piece piece[count];
         Vector vector;
@@ -177,12 +218,14 @@ __device__ __forceinline__ Vector read_pieces(const real_t* address, long long l
 #pragma unroll
     for (int i = 0; i < count; ++i)
         piece[i] =
-            i * each < left ? reinterpret_cast<const Piece*>(address)[i] : Piece{};
+            i * per_piece < left ? reinterpret_cast<const Piece*>(address)[i] : Piece{};
     return vector;
 }
 
-// 16 bytes of a row whose elements of 16 bits are only aligned as such: by the aligned
-// words among them, and single elements where no word is within the row.
+// Read 16 bytes of 16-bit elements from an address that may be aligned to 2 bytes only.
+// If all 8 elements are within the row, read the aligned 4-byte words among them. At an
+// odd element these are 3 words with a single element before and after, and shifts put
+// neighbouring halves together. Near the end of the row, read single elements.
 __device__ __forceinline__ Vector read_halfwords(const real_t* address,
                                                  long long left) {
     const auto* element = reinterpret_cast<const unsigned short*>(address);
@@ -210,25 +253,28 @@ __device__ __forceinline__ Vector read_halfwords(const real_t* address,
     return vector;
 }
 
-// The next WIDTH of a row's `left` elements, zeros behind its end.
+// Read the next WIDTH elements of a row in the widest accesses that are possible.
 __device__ __forceinline__ Vector read_vector(const real_t* address, long long left) {
     if (is_whole(address, left)) return *reinterpret_cast<const Vector*>(address);
-    const int grain = grain_of(address, left);
-    if (grain >= 8) return read_pieces<uint2>(address, left);
-    if (sizeof(real_t) == 4 || grain == 4) return read_pieces<unsigned>(address, left);
+    const int alignment = alignment_of(address, left);
+    if (alignment >= 8) return read_pieces<uint2>(address, left);
+    if (sizeof(real_t) == 4 || alignment == 4)
+        return read_pieces<unsigned>(address, left);
     return read_halfwords(address, left);
 }
 
+// Read the next WIDTH elements and convert them to the computation type.
 __device__ __forceinline__ void load_vector(acc_t (&x)[WIDTH], const real_t* address,
                                             long long left) {
     const Vector v = read_vector(address, left);
     for (int i = 0; i < WIDTH; ++i) x[i] = widen(v.element[i]);
 }
 
+// Write the part of a vector that is within the row, as `read_pieces` reads it.
 template <class Piece>
 __device__ __forceinline__ void write_pieces(real_t* address, const Vector& v,
                                              long long left) {
-    constexpr int count = 16 / sizeof(Piece), each = WIDTH / count;
+    constexpr int count = 16 / sizeof(Piece), per_piece = WIDTH / count;
     union {
         Vector vector;
         Piece piece[count];
@@ -236,9 +282,10 @@ __device__ __forceinline__ void write_pieces(real_t* address, const Vector& v,
     vector = v;
 #pragma unroll
     for (int i = 0; i < count; ++i)
-        if (i * each < left) reinterpret_cast<Piece*>(address)[i] = piece[i];
+        if (i * per_piece < left) reinterpret_cast<Piece*>(address)[i] = piece[i];
 }
 
+// Convert WIDTH elements to the storage type and write those that are within the row.
 __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[WIDTH],
                                              long long left) {
     Vector v;
@@ -247,17 +294,18 @@ __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[W
         *reinterpret_cast<Vector*>(address) = v;
         return;
     }
-    const int grain = grain_of(address, left);
-    if (grain >= 8)
+    const int alignment = alignment_of(address, left);
+    if (alignment >= 8)
         write_pieces<uint2>(address, v, left);
-    else if (sizeof(real_t) == 4 || grain == 4)
+    else if (sizeof(real_t) == 4 || alignment == 4)
         write_pieces<unsigned>(address, v, left);
     else
         for (int i = 0; i < WIDTH && i < left; ++i) address[i] = v.element[i];
 }
 
-// What a layer does to its outputs: nothing, ReLU, or GELU (y times the normal
-// distribution's share below y). GELU is called, not in line: a thread has 64 outputs.
+// The activation of a linear layer: none, ReLU, or GELU. GELU is y Phi(y), where Phi is
+// the cumulative distribution function of the standard normal distribution. It is a
+// function call, not inlined: a thread has 64 outputs, and each would be a copy of it.
 __device__ __noinline__ acc_t gelu(acc_t y) {
     return y * (1 + erf(y * acc_t(0.7071067811865476))) / 2;
 }
@@ -265,6 +313,11 @@ __device__ __forceinline__ acc_t activated(acc_t y, long long activation) {
     if (activation == RELU) return y < 0 ? acc_t(0) : y;
     return activation == GELU ? gelu(y) : y;
 }
+
+// ---- Sums and maxima over warps and blocks
+//
+// Every reduction combines its values in a fixed order. Floating-point addition is not
+// associative, so this is why every run gives the same bits.
 
 struct Add {
     __device__ acc_t operator()(acc_t a, acc_t b) const { return a + b; }
@@ -276,7 +329,8 @@ struct Greatest {
     __device__ acc_t operator()(acc_t a, acc_t b) const { return max(a, b); }
 };
 
-// Every lane's value combined, the same in all lanes.
+// Combine the values of all lanes; every lane gets the same result. All 32 lanes of the
+// warp must call it.
 template <class Combine>
 __device__ __forceinline__ acc_t warp_reduce(acc_t x, Combine combine) {
     for (int bits = 16; bits > 0; bits /= 2)
@@ -284,13 +338,14 @@ __device__ __forceinline__ acc_t warp_reduce(acc_t x, Combine combine) {
     return x;
 }
 
-// Every thread's value combined, in a fixed order, the same in all threads. `scratch`
+// Combine the values of all threads of a block; every thread gets the same result. Each
+// warp reduces its values, then every warp reduces the results of all warps. `scratch`
 // is shared memory for 32 values.
 template <class Combine>
 __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
                                               Combine combine) {
     x = warp_reduce(x, combine);
-    __syncthreads();  // the scratch may still be in use
+    __syncthreads();  // an earlier call may still be reading the scratch
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -302,7 +357,7 @@ __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
     return __shfl_sync(~0u, x, 0);
 }
 
-// The sum of the lanes up to this one.
+// Return the inclusive prefix sum over the lanes: the sum up to this lane.
 __device__ __forceinline__ int sum_up_to_lane(int x) {
     const int lane = threadIdx.x % 32;
     for (int delta = 1; delta < 32; delta *= 2) {
@@ -312,11 +367,11 @@ __device__ __forceinline__ int sum_up_to_lane(int x) {
     return x;
 }
 
-// The sum of the warps before this one; `total` is that of all warps. x is the same in
-// all lanes, `scratch` is shared memory for 32 sums.
+// Return the sum over the warps before this one; `total` becomes the sum over all
+// warps. x must be the same in all lanes. `scratch` is shared memory for 32 sums.
 __device__ __forceinline__ int sum_of_warps_before(int x, int* scratch, int* total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    __syncthreads();  // the scratch may still be in use
+    __syncthreads();  // an earlier call may still be reading the scratch
     if (lane == 0) scratch[warp] = x;
     __syncthreads();
     const int other = lane < warps ? scratch[lane] : 0;
@@ -325,36 +380,42 @@ __device__ __forceinline__ int sum_of_warps_before(int x, int* scratch, int* tot
     return __shfl_sync(~0u, up_to - other, warp);
 }
 
-// The sum of the threads before this one; `total` is that of all threads.
+// Return the exclusive prefix sum over the threads: the sum over the threads before
+// this one. `total` becomes the sum over all threads.
 __device__ __forceinline__ int block_sum_before(int x, int* scratch, int* total) {
     const int up_to = sum_up_to_lane(x);
     const int of_warp = __shfl_sync(~0u, up_to, 31);
     return sum_of_warps_before(of_warp, scratch, total) + up_to - x;
 }
 
-// How many threads before this one have `flag`; `total` is how many have it in all.
+// Return the number of threads before this one whose `flag` is true; `total` becomes
+// the number in the whole block.
 __device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
     const unsigned votes = __ballot_sync(~0u, flag);
     const int rank = __popc(votes & ((1u << threadIdx.x % 32) - 1));
     return rank + sum_of_warps_before(__popc(votes), scratch, total);
 }
 
-// The shared memory whose size the launch gives, 16-byte aligned.
+// Return the dynamic shared memory, whose size the launch sets. It is 16-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ __align__(16) unsigned char dynamic_bytes[];
     return dynamic_bytes;
 }
 
-// Wait until `num_blocks` blocks have come here as often as this one has. They are of a
-// cooperative launch, so all of them are running; `arrived` counts them, from 0.
+// A barrier of `num_blocks` blocks: wait until all of them have called it as often as
+// this block has. The launch must be cooperative, so that all blocks run at the same
+// time; otherwise a block could wait forever. `arrived` counts the arrivals and starts
+// at 0. It is never reset: the n-th barrier ends at n * num_blocks arrivals.
 __device__ __forceinline__ void blocks_barrier(unsigned* arrived, unsigned num_blocks) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // what this block wrote, before its arrival is seen
+        __threadfence();  // others see this block's writes before its arrival
         const unsigned ticket = atomicAdd(arrived, 1u);
-        const unsigned all = (ticket / num_blocks + 1) * num_blocks;
-        while (static_cast<int>(*static_cast<volatile unsigned*>(arrived) - all) < 0);
-        __threadfence();  // what the others wrote, after theirs
+        const unsigned target = (ticket / num_blocks + 1) * num_blocks;
+        // Compare the signed difference, so that the counter may wrap around.
+        while (static_cast<int>(*static_cast<volatile unsigned*>(arrived) - target) <
+               0);
+        __threadfence();  // this block sees the writes of the blocks that arrived
     }
     __syncthreads();
 }

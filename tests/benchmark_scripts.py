@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ as modules, and what their tests share."""
+"""The scripts of benchmarks/ as modules, and helpers that several tests use."""
 
 import sys
 import types
@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+# An error after which the process has lost the GPU.
 ILLEGAL = "cudaErrorIllegalAddress: an illegal memory access was encountered"
 
 
 @contextmanager
 def loaded():
-    """Give the benchmarks' modules, which are scripts beside each other."""
+    """Yield the modules of benchmarks/, which are scripts in one folder."""
+    # They import each other by name, so the folder must be on the path.
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         names = "guard", "kernels", "machine", "overhead", "pipeline", "report"
@@ -23,18 +25,21 @@ def loaded():
 
 
 def run_main(monkeypatch, module, *arguments):
+    """Run a script's `main` with these arguments, and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
     return module.main()
 
 
 class Array(np.ndarray):
-    """NumPy's array with what kernels.py asks of CuPy's."""
+    """A NumPy array with `get`, which kernels.py calls on CuPy arrays."""
 
     def get(self):
         return np.asarray(self)
 
 
 def failing(error):
+    """Return a function that raises `error`, whatever its arguments."""
+
     def run(*_):
         raise error
 

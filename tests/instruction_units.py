@@ -1,6 +1,7 @@
-"""Which unit of a multiprocessor executes an instruction, and the bytes it moves."""
+"""The unit of a multiprocessor that executes an instruction, and the bytes it moves."""
 
-# The unit of an opcode, by its first word.
+# Opcodes by unit. An opcode is a first word and modifiers, such as LDG.E.128; the first
+# word determines the unit.
 _UNITS = {
     "tensor": "HMMA IMMA DMMA BMMA",
     "mufu": "MUFU F2F F2I I2F FRND POPC FLO BREV",
@@ -29,7 +30,7 @@ MEMORY = "lds", "ldsm", "sts", "ldgsts", "ldg", "stg", "local", "shuffle"
 def unit_of(opcode: str) -> str:
     """Return the unit that executes an opcode, or ``"other"``.
 
-    Opcodes that start with U, such as UIADD3, run once for a warp on the uniform unit.
+    Opcodes that start with U, such as UIADD3, run once per warp on the uniform unit.
     """
     word = opcode.split(".")[0]
     if word in _UNIT_OF:
@@ -38,11 +39,13 @@ def unit_of(opcode: str) -> str:
 
 
 def lane_bytes(opcode: str) -> int:
-    """Return how many bytes of each lane a load, store or copy moves."""
+    """Return how many bytes a load, store or copy moves per lane."""
     words = opcode.split(".")
+    # LDSM loads 1, 2 or 4 matrices, each of 4 bytes per lane.
     if words[0] == "LDSM":
         return 4 * int(words[-1]) if words[-1] in "124" else 4
+    # A modifier gives the bits: 128, or U8 and S16 for signed and unsigned integers.
     for size in (128, 64, 16, 8):
         if any(word in (f"{size}", f"U{size}", f"S{size}") for word in words):
             return size // 8
-    return 4
+    return 4  # 32 bits have no modifier

@@ -1,4 +1,4 @@
-"""Calls of every public function that launches kernels, at sizes to choose."""
+"""Calls of every public function that launches kernels, at any sizes."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,13 +13,15 @@ from qm_cupy.stages.clustering.cluster_tokens import METHODS
 from qm_cupy.stages.clustering.linkage import LINKAGES
 
 HEADS, HEAD_DIM = 2, 40
-WEIGHTED = "average", "ward"  # methods that take masses
-_MOST_READ = 1 << 16  # elements, where the calls between launches read them all
-_TOKEN_STEPS = 3  # of `decode`: every step launches the same kernels
+WEIGHTED = "average", "ward"  # methods that accept masses
+# Elements of the inputs of calls that read all of them on the host between launches;
+# larger inputs are skipped.
+_MAX_READ = 1 << 16
+_TOKEN_STEPS = 3  # steps of `decode`; every step launches the same kernels
 
 
 class Case(NamedTuple):
-    """Sizes and dtype of the inputs, whose values mean nothing."""
+    """Sizes and dtype of the inputs; their values are arbitrary."""
 
     num_tokens: int
     dim: int = 3
@@ -27,7 +29,8 @@ class Case(NamedTuple):
     dtype: Any = np.float32
 
     def array(self, *shape: int, dtype: Any = None) -> Any:
-        """Return an input as a user gives it."""
+        """Return an input array of a user."""
+        # A user's array is a plain one, not a `DeviceArray`.
         x = device_array.empty(shape, dtype or self.dtype)
         return x.view(np.ndarray)
 
@@ -37,11 +40,12 @@ class Case(NamedTuple):
 
     @property
     def num_groups(self) -> int:
+        """K, a third of the tokens."""
         return max(self.num_tokens // 3, 1)
 
     @property
     def ragged(self) -> Any:
-        """K of each sequence: they differ where there are several."""
+        """K of each sequence; the second sequence has fewer than the others."""
         counts = np.full(self.batch, self.num_groups)
         counts[1:2] = max(self.num_groups // 2, 1)
         return counts
@@ -98,22 +102,27 @@ def mlp(dim: int) -> qm.MLPPrior:
 
 @functools.cache
 def transformer(dim: int, learned: bool) -> qm.TransformerPrior:
-    places = {"norm": "layer", "num_positions": 6000} if learned else {}
+    # Learned positions must cover the longest sequence of the tests.
+    positions = {"norm": "layer", "num_positions": 6000} if learned else {}
     shape = {"hidden_dim": 24, "num_heads": 2, "num_layers": 1, "mlp_dim": 30}
-    return qm.TransformerPrior.init(dim, **shape, **places)
+    return qm.TransformerPrior.init(dim, **shape, **positions)
 
 
 def _clusterings():
     """Yield calls of every method: plain, ragged, padded and protected."""
 
     def call(c, method, names, ragged=False):
-        given = {name: getattr(c, name) for name in names}
+        options = {name: getattr(c, name) for name in names}
         counts = c.ragged if ragged else c.num_groups
-        return qm.cluster_tokens(c.tokens, counts, method=method, **given)
+        return qm.cluster_tokens(c.tokens, counts, method=method, **options)
 
-    ways = [(), ("mask",), ("protect",), ("mask", "protect")]
+    option_sets = [(), ("mask",), ("protect",), ("mask", "protect")]
     for method in METHODS:
-        for names in [*ways, *([("mass", "mask")] if method in WEIGHTED else [])]:
+        for names in [
+            *option_sets,
+            *([("mass", "mask")] if method in WEIGHTED else []),
+        ]:
+            # Calls with none or two of the options also get a K of each sequence.
             ragged = len(names) != 1
             label = ", ".join([f"cluster_tokens {method}", *names])
             yield (
@@ -127,6 +136,7 @@ def _clusterings():
 
 def _quickmerges():
     """Yield calls with every source of saliency, and with every method."""
+    # Every case names its sources by the keyword of `quickmerge`.
     sources = {
         "tokens": lambda c: {},
         "hidden_states": lambda c: {"hidden_states": c.tokens[None]},
@@ -138,14 +148,15 @@ def _quickmerges():
     def call(c, source, **options):
         masked = {"mask": c.mask} if options.pop("masked", False) else {}
         alone = {"protect": c.mask} if options.pop("protected", False) else {}
-        given = {**sources[source](c), **masked, **alone, **options}
-        return qm.quickmerge(c.tokens, c.num_groups, **given)
+        inputs = {**sources[source](c), **masked, **alone, **options}
+        return qm.quickmerge(c.tokens, c.num_groups, **inputs)
 
     for source in sources:
         yield (
             f"quickmerge of {source}",
             functools.partial(call, source=source, masked=source != "tokens"),
         )
+    # The loop above uses the first method.
     for method in METHODS[1:]:
         yield (
             f"quickmerge {method}",
@@ -168,17 +179,19 @@ def _quickmerges():
 
 
 def _norm_budget(c):
-    if c.num_tokens * c.dim <= _MOST_READ:
+    if c.num_tokens * c.dim <= _MAX_READ:
         qm.norm_budget(c.tokens, mask=c.mask)
 
 
 def _fit(c):
-    # A prior learns from pairs.
-    if c.num_tokens > 1 and c.batch * c.num_tokens * c.dim <= _MOST_READ:
+    # A prior learns from pairs of neighbours, so one token is not enough.
+    if c.num_tokens > 1 and c.batch * c.num_tokens * c.dim <= _MAX_READ:
         mlp(c.dim).fit(c.tokens, steps=2)
 
 
 def _decode(prior):
+    """Return a call of `decode` with the prior that `prior` makes for a case."""
+
     def call(c):
         tokens = c.array(c.batch, min(c.num_tokens, _TOKEN_STEPS), c.dim)
         qm.decode(tokens, prior(c))
@@ -187,19 +200,23 @@ def _decode(prior):
 
 
 def _merged(c):
-    each = c.array(c.batch, c.num_groups, dtype=np.int32)
-    return qm.Merged(c.merged, c.labels, each, each, c.scores, c.mass)
+    per_group = c.array(c.batch, c.num_groups, dtype=np.int32)
+    return qm.Merged(c.merged, c.labels, per_group, per_group, c.scores, c.mass)
 
 
 def _choose(c):
+    # The budget K + 1 must not exceed N.
     if c.num_tokens > c.num_groups:
-        ways = [{"method": "nearest"}, {"saliency": c.scores, "budget": c.num_groups}]
+        candidates = [
+            {"method": "nearest"},
+            {"saliency": c.scores, "budget": c.num_groups},
+        ]
         options = {"budget": c.num_groups + 1, "method": "bipartite", "mask": c.mask}
-        qm.choose_merge(c.tokens, ways, mlp(c.dim), **options)
+        qm.choose_merge(c.tokens, candidates, mlp(c.dim), **options)
 
 
 def _in_a_graph(call):
-    """Let a call find that its stream captures: counts come as arguments."""
+    """Return a call during which `is_capturing` is true: counts become arguments."""
 
     def run(c):
         with mock.patch.object(cuda, "is_capturing", return_value=True):
@@ -208,10 +225,13 @@ def _in_a_graph(call):
     return run
 
 
-def _slope(c):
+def _slopes(c):
+    """Return upstream gradients of the forward, backward and total losses."""
     return tuple(np.ones(c.batch, np.float32) for _ in range(3))
 
 
+# A title starts with the public name that it calls; test_launches.py compares these
+# names with `qm.__all__`.
 OPERATIONS = {
     "attention_entropy": lambda c: qm.attention_entropy(c.attention, mask=c.mask),
     "attention_entropy_vjp": lambda c: qm.attention_entropy_vjp(
@@ -300,7 +320,7 @@ OPERATIONS = {
         c.merged, transformer(c.dim, True)
     ),
     "alignment_loss_vjp": lambda c: qm.alignment_loss_vjp(
-        _slope(c), c.merged, mlp(c.dim)
+        _slopes(c), c.merged, mlp(c.dim)
     ),
     "MLPPrior.predict": lambda c: mlp(c.dim).predict(c.tokens),
     "MLPPrior.fit": _fit,

@@ -1,4 +1,4 @@
-"""The benchmarks lose one cell to a failure, not the run; no GPU is needed."""
+"""One failure in a benchmark costs one figure and not the run; needs no GPU."""
 
 import ast
 import json
@@ -26,6 +26,8 @@ def scripts():
 
 
 def test_memory_of_a_failed_call_can_be_given_back(scripts, monkeypatch):
+    # The traceback of the error holds the frame of `fails`, and the frame holds `big`.
+    # If `guarded` kept it, the next contender would not get its memory.
     held = []
 
     def fails():
@@ -33,7 +35,7 @@ def test_memory_of_a_failed_call_can_be_given_back(scripts, monkeypatch):
         held.append(weakref.ref(big))
         raise MemoryError
 
-    alive = []
+    alive = []  # whether `big` still exists when the pools are freed
     monkeypatch.setattr(
         scripts.guard, "free_memory", lambda: alive.append(held[0]() is not None)
     )
@@ -46,6 +48,7 @@ def test_memory_of_a_failed_call_can_be_given_back(scripts, monkeypatch):
 
 def test_sticky_errors(scripts):
     sticky = scripts.guard.sticky
+    # Texts of the runtime, the driver and torch, all of which break the CUDA context.
     for text in (
         ILLEGAL,
         "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure",
@@ -54,9 +57,11 @@ def test_sticky_errors(scripts):
         "cudaErrorMisalignedAddress: misaligned address",
     ):
         assert sticky(RuntimeError(text))
+    # A library can raise an error of its own from the CUDA error.
     between = ValueError("of a library between")
     between.__cause__ = RuntimeError(ILLEGAL)
     assert sticky(between)
+    # After these errors the GPU still works, so the run must go on.
     for text in (
         "cudaErrorLaunchOutOfResources: too many resources requested for launch",
         "cudaErrorInvalidValue: invalid argument",
@@ -68,6 +73,7 @@ def test_sticky_errors(scripts):
 def test_time_limit(scripts):
     before, start = signal.getsignal(signal.SIGALRM), time.monotonic()
 
+    # A loop in Python is interrupted long before its own end of 5 s.
     def busy():
         with scripts.guard.time_limit(0.05):
             while time.monotonic() < start + 5:
@@ -76,12 +82,14 @@ def test_time_limit(scripts):
     with pytest.raises(TimeoutError):
         busy()
     assert time.monotonic() < start + 5
+    # The old handler is back, and no timer is left that could fire later.
     assert signal.getsignal(signal.SIGALRM) == before
     with scripts.guard.time_limit(60):
         pass
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+# A benchmark that measures one row and then waits for 60 s.
 WAITING = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -103,6 +111,7 @@ leave(complete(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_a_process_that_was_started_to_ignore_them(tmp_path, number):
+    # A shell starts a background job this way, and Python inherits the ignored signals.
     command = ["sh", "-c", 'trap "" INT TERM; exec "$@"', "sh", sys.executable]
     process = subprocess.Popen(
         [*command, "-c", WAITING, FOLDER],
@@ -110,7 +119,7 @@ def test_signals_reach_a_process_that_was_started_to_ignore_them(tmp_path, numbe
         text=True,
         cwd=tmp_path,
     )
-    assert process.stdout.readline() == "ready\n"
+    assert process.stdout.readline() == "ready\n"  # it measures now
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == "shown\n"
     assert process.returncode == 130
@@ -122,14 +131,14 @@ def test_signals_reach_a_process_that_was_started_to_ignore_them(tmp_path, numbe
 
 @pytest.fixture
 def calls(scripts, monkeypatch, tmp_path):
-    """Runs a rehearsal of pipeline.py on the CPU with these contenders."""
+    """Return a function that rehearses pipeline.py on the CPU with some contenders."""
     machine = scripts.machine
     monkeypatch.setattr(machine, "torch_or_none", lambda: None)
     monkeypatch.setattr(machine, "cupy_or_reason", lambda: (None, "no CuPy"))
     path = tmp_path / "pipeline.json"
 
-    def run(found):
-        monkeypatch.setattr(scripts.pipeline, "contenders", lambda machine: found)
+    def run(contenders):
+        monkeypatch.setattr(scripts.pipeline, "contenders", lambda machine: contenders)
         arguments = "--rehearse", "--json", path
         status = run_main(monkeypatch, scripts.pipeline, *arguments)
         (row,) = json.loads(path.read_text())["rows"]
@@ -139,6 +148,7 @@ def calls(scripts, monkeypatch, tmp_path):
 
 
 def first_tokens(x, num_groups):
+    """Return a result with the shape and range of merged tokens."""
     return x[:, :num_groups]
 
 
@@ -149,7 +159,7 @@ def test_pipeline_goes_on_without_a_rival(calls):
     assert status == 0
     assert row["errors"] == {"a rival": "ImportError: no such module"}
     assert row["contenders"].keys() == {"quickmerge"}
-    assert len(row["stages"]) == 4
+    assert len(row["stages"]) == 4  # measured after the failure
 
 
 @pytest.mark.parametrize(
@@ -165,12 +175,12 @@ def test_pipeline_says_that_ours_failed(calls, ours):
 
 
 def test_pipeline_has_tokens_without_the_photograph(scripts, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)  # `import PIL` now fails
     whole_calls = scripts.whole_calls
     monkeypatch.setattr(whole_calls, "photograph", whole_calls.photograph.__wrapped__)
     tokens = whole_calls.patches(2, 32, 64)
     assert tokens.shape == (2, 32, 64)
-    assert tokens.std() > 0.01
+    assert tokens.std() > 0.01  # tokens that are all equal would measure nothing
 
 
 def test_wrong_gradients_are_the_exit_status(scripts, monkeypatch, tmp_path):
@@ -178,8 +188,9 @@ def test_wrong_gradients_are_the_exit_status(scripts, monkeypatch, tmp_path):
     import gradient_cases
     import gradients
 
+    # The plain form is sum(x²), whose gradient at x = 1 is 2; that of sum(x³) is 3.
     def case(ours):
-        def make(given):
+        def make(inputs):
             x = torch.ones(3, requires_grad=True)
             return gradient_cases.Case((x,), ours, lambda x: (x * x).sum())
 
@@ -199,9 +210,11 @@ def test_wrong_gradients_are_the_exit_status(scripts, monkeypatch, tmp_path):
     assert rows["wrong"]["wrong"].keys() == {"qm_cupy"}
     assert rows["fails"]["errors"] == {"qm_cupy": "RuntimeError: a launch"}
     assert rows["inputs"]["errors"] == {"inputs": "MemoryError: too much"}
+    # Ours has no time if it is wrong or fails; torch is timed all the same.
     for title in ("wrong", "fails"):
         assert rows[title]["seconds"].keys() == {"torch", "torch, forward"}
     assert "qm_cupy" in rows["right"]["seconds"]
+    # Without the three cases that fail, the status is 0.
     monkeypatch.setattr(gradients, "CASES", {"right": cases["right"]})
     assert run_main(monkeypatch, gradients, *arguments) == 0
 
@@ -209,16 +222,16 @@ def test_wrong_gradients_are_the_exit_status(scripts, monkeypatch, tmp_path):
 def test_overhead_goes_on_without_a_library(scripts, monkeypatch, tmp_path):
     overhead = scripts.overhead
     numpy = overhead.Library(np.asarray, np.asarray, np.asarray)
-    broken = numpy._replace(give=failing(RuntimeError("no device")))
-    found = {"NumPy": numpy, "broken": broken}
-    monkeypatch.setattr(overhead, "libraries", lambda errors: found)
+    broken = numpy._replace(from_numpy=failing(RuntimeError("no device")))
+    libraries = {"NumPy": numpy, "broken": broken}
+    monkeypatch.setattr(overhead, "libraries", lambda errors: libraries)
     path = tmp_path / "overhead.json"
     arguments = "--rehearse", "--json", path
     assert run_main(monkeypatch, overhead, *arguments) == 0
     report = json.loads(path.read_text())
     assert report["errors"]["libraries"] == {"broken": "RuntimeError: no device"}
     assert report["microseconds"]["quickmerge"].keys() == {"NumPy"}
-    assert len(report["microseconds"]["launchers"]) == 4
+    assert len(report["microseconds"]["launchers"]) == 4  # one for each method
 
 
 def test_resources_go_on_without_a_file(scripts):
@@ -247,6 +260,7 @@ def test_rehearsals_without_an_install(script, arguments, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        # The scripts must find qm_cupy and tests/ by themselves.
         env={name: x for name, x in os.environ.items() if name != "PYTHONPATH"},
         check=False,
     )
@@ -258,11 +272,13 @@ def test_rehearsals_without_an_install(script, arguments, tmp_path):
 
 
 def test_no_script_imports_cupy_or_torch_unguarded():
-    """An import at the top would end a run on a machine that lacks the library."""
-    rare = {"cupy", "torch", "jax", "sklearn", "matplotlib", "PIL", "ml_dtypes"}
+    """A top-level import would end the run on a machine without that library."""
+    optional = {"cupy", "torch", "jax", "sklearn", "matplotlib", "PIL", "ml_dtypes"}
     for name in ("kernels", "pipeline", "gradients", "overhead", "timing", "workload"):
         tree = ast.parse((FOLDER / f"{name}.py").read_text())
-        tops = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]
-        found = {x.module for x in tops if isinstance(x, ast.ImportFrom)}
-        found |= {a.name for x in tops if isinstance(x, ast.Import) for a in x.names}
-        assert not rare & {str(x).split(".")[0] for x in found}, name
+        imports = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]
+        imported = {x.module for x in imports if isinstance(x, ast.ImportFrom)}
+        imported |= {
+            a.name for x in imports if isinstance(x, ast.Import) for a in x.names
+        }
+        assert not optional & {str(x).split(".")[0] for x in imported}, name

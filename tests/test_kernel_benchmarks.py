@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py loses one cell to a failure, not the run; no GPU is needed."""
+"""One failure in benchmarks/kernels.py costs one figure, not the run; needs no GPU."""
 
 import itertools
 import json
@@ -20,6 +20,8 @@ def scripts():
 
 
 class Event:
+    """A CUDA event on the CPU: the time of `record`."""
+
     def record(self):
         self.time = time.perf_counter()
 
@@ -28,6 +30,7 @@ class Event:
 
 
 def some_cupy():
+    """Return a stand-in with the functions of CuPy that kernels.py needs on a CPU."""
     device = types.SimpleNamespace(mem_info=(1 << 30, 1 << 31))
     cuda = types.SimpleNamespace(
         Event=Event,
@@ -42,13 +45,14 @@ def doubled(x):
 
 
 class Kernels:
-    """kernels.py over NumPy, with operations to choose."""
+    """kernels.py on NumPy arrays, with operations that a test adds."""
 
     def __init__(self, scripts, monkeypatch, path):
         self.scripts, self.monkeypatch, self.path = scripts, monkeypatch, path
         self.operations = []
         kernels, cupy = scripts.kernels, some_cupy()
 
+        # The rates of this machine are not measured: rows only need some ceilings.
         def ceilings(report, tiny):
             report["ceilings"] = kernels.ASSUMED
 
@@ -67,6 +71,7 @@ class Kernels:
             monkeypatch.setattr(module, name, value)
 
     def add(self, title, ours=doubled, in_cupy=doubled, make=None, flops=1.0):
+        """Add an operation whose right result is 2 x, for x of ones."""
         workload = self.scripts.workload
 
         def case():
@@ -79,6 +84,7 @@ class Kernels:
         self.operations.append(made)
 
     def run(self, *arguments):
+        """Run the script, and return its exit status."""
         arguments = "--quick", "--json", self.path, *arguments
         return run_main(self.monkeypatch, self.scripts.kernels, *arguments)
 
@@ -97,7 +103,10 @@ def kernels(scripts, monkeypatch, tmp_path):
 
 
 def only(name, otherwise):
-    """Return ours, but another function where these kernels are in use."""
+    """Return `doubled`, replaced by `otherwise` while the kernels `name` are in use.
+
+    The reference passes plain NumPy arrays, and always gets the right result.
+    """
     return lambda x: (
         otherwise(x)
         if isinstance(x, Array) and cuda.implementation() == name
@@ -105,7 +114,8 @@ def only(name, otherwise):
     )
 
 
-def test_rivals_failure_leaves_the_others_and_the_json(kernels, capsys):
+def test_failure_of_cupy_leaves_the_others_and_the_json(kernels, capsys):
+    # The message has two lines, and must be one line in the table.
     kernels.add("first", in_cupy=failing(MemoryError("none left\nat all")))
     kernels.add("second")
     assert kernels.run() == 0
@@ -132,11 +142,13 @@ def test_wrong_result_of_ours_is_the_exit_status_and_has_no_time(kernels):
     assert kernels.run() == 1
     row = kernels.rows["first"]
     assert row["wrong"].keys() == {"optimized"}
+    # The time of a wrong result would be misleading.
     assert row["ms"].keys() == {"basic", "CuPy"}
     assert row["error"] == {"basic": 0}
 
 
 def test_inputs_that_cannot_be_made_cost_their_row(kernels):
+    # Without inputs there is nothing to check, so this counts as a failure of ours.
     kernels.add("first", make=failing(MemoryError("too much")))
     kernels.add("second")
     assert kernels.run() == 1
@@ -148,7 +160,7 @@ def test_inputs_that_cannot_be_made_cost_their_row(kernels):
 def test_interrupt_leaves_what_was_measured(kernels, capsys):
     kernels.add("first")
     kernels.add("second", in_cupy=failing(KeyboardInterrupt()))
-    kernels.add("third")
+    kernels.add("third")  # not reached
     assert kernels.run() == 130
     assert kernels.rows.keys() == {"first", "second"}
     assert kernels.rows["first"]["ms"]
@@ -161,7 +173,7 @@ def test_interrupted_row_keeps_the_times_it_has(kernels):
     count = itertools.count(1)
 
     def interrupts(x):
-        if next(count) > 2:  # in the first round; two calls come before
+        if next(count) > 2:  # in the first round, after the warm-up and the planning
             raise KeyboardInterrupt
 
     kernels.add("first", in_cupy=interrupts)
@@ -170,6 +182,8 @@ def test_interrupted_row_keeps_the_times_it_has(kernels):
 
 
 def test_rows_are_on_disk_before_the_next(kernels):
+    # While the second row is made, the JSON has the times of the first. If the process
+    # were killed here, the report would name the second as under way.
     seen = []
 
     def make():
@@ -190,6 +204,7 @@ def test_lost_gpu_stops_the_run_and_names_the_operation(kernels, capsys):
     assert kernels.rows.keys() == {"first", "second"}
     assert kernels.rows["first"]["ms"]
     assert ILLEGAL in kernels.rows["second"]["errors"]["CuPy"]
+    # The message names the operation and the contender that broke the context.
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "lost the GPU" in x]
     assert "second, CuPy" in line
 
@@ -200,6 +215,7 @@ def test_new_process_measures_the_rest(kernels):
     kernels.add("second", in_cupy=failing(RuntimeError(ILLEGAL)))
     kernels.add("third", in_cupy=lambda x: done.append("third"))
     assert kernels.run() == 4
+    # The new process does not repeat the row that lost the GPU.
     done.clear()
     assert kernels.run("--resume") == 0
     assert kernels.rows.keys() == {"first", "second", "third"}
@@ -208,6 +224,7 @@ def test_new_process_measures_the_rest(kernels):
 
 
 def test_gpu_that_cannot_be_waited_for_is_lost(kernels, scripts, monkeypatch):
+    # The text of the error is unknown, but waiting for the GPU fails as well.
     monkeypatch.setattr(scripts.guard, "synchronize", failing(RuntimeError("unknown")))
     kernels.add("first", in_cupy=failing(RuntimeError("as if nothing were wrong")))
     kernels.add("second")
@@ -216,6 +233,7 @@ def test_gpu_that_cannot_be_waited_for_is_lost(kernels, scripts, monkeypatch):
 
 
 def test_slow_contender_is_left_out_of_larger_sizes(kernels):
+    # 20 ms at the small size; a thousand times the flops would take 20 s, over 10 s.
     kernels.add("small", in_cupy=lambda x: time.sleep(0.02), flops=1e12)
     kernels.add("large", in_cupy=lambda x: time.sleep(0.02), flops=1e15)
     assert kernels.run("--seconds", 10) == 0
@@ -226,13 +244,14 @@ def test_slow_contender_is_left_out_of_larger_sizes(kernels):
 
 
 def test_out_of_time_ends_in_order(kernels):
+    # Too little time is not a failure.
     kernels.add("first")
     assert kernels.run("--minutes", 0) == 0
     assert kernels.rows == {}
 
 
 class SomeTorch:
-    """torch, of which compiling fails from the second call on."""
+    """A torch whose `compile` fails from the second call on."""
 
     def __init__(self, done):
         self.compiler = types.SimpleNamespace(reset=lambda: None)
@@ -254,6 +273,7 @@ def test_compilation_comes_last_and_may_fail(kernels, scripts, monkeypatch, argu
         kernels.add(title, in_cupy=lambda x, title=title: done.append(title))
     assert kernels.run(*arguments) == 0
     first, second = kernels.rows.values()
+    # All other times are known before the first compilation.
     assert {"optimized", "torch"} <= first["ms"].keys() & second["ms"].keys()
     if arguments:
         assert "compile" not in done
@@ -266,13 +286,15 @@ def test_compilation_comes_last_and_may_fail(kernels, scripts, monkeypatch, argu
 def test_ceiling_that_cannot_be_measured_is_assumed(scripts, monkeypatch):
     kernels = scripts.kernels
 
-    def measure(runs, rounds, found):
-        found |= {"ms": {"copy": 2.0}, "errors": {"product": "no cuBLAS"}}
+    # Only the copy has a time, of 2 ms.
+    def measure(runs, rounds, results):
+        results |= {"ms": {"copy": 2.0}, "errors": {"product": "no cuBLAS"}}
 
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "cupy", some_cupy())
     report = {}
     kernels.ceilings(report, tiny=True)
+    # A tiny copy reads and writes 4096 bytes.
     assert report["ceilings"]["bytes"] == 2 * (1 << 12) / 2e-3
     assert report["ceilings"]["flops"] == kernels.ASSUMED["flops"]
     assert report["assumed"].keys() == {"flops", "exps", "launch_s", "product"}
@@ -282,6 +304,7 @@ def test_ceiling_that_cannot_be_measured_is_assumed(scripts, monkeypatch):
 
 
 def test_small_sizes_come_first(scripts):
+    # If time runs out or a large size fails, the small sizes are already measured.
     for which in ("all", "quick"):
         sizes = [b * n**2 for b, _, n, _, _ in scripts.workload.SIZES[which]]
         assert sizes == sorted(sizes)
@@ -294,6 +317,8 @@ def test_small_sizes_come_first(scripts):
 
 
 def test_inputs_stay_within_their_memory(scripts):
+    # Given attention is the only input whose size grows like N²; its layers are cut to
+    # the memory.
     kept = {
         work.bytes
         for x in scripts.workload.operations("all", 12e9)
@@ -306,7 +331,7 @@ def test_inputs_stay_within_their_memory(scripts):
 
 @pytest.fixture
 def on_cpu(scripts, monkeypatch, rng):
-    """workload.py over NumPy and torch on the CPU, in float32."""
+    """Return workload.py with NumPy for CuPy, and torch on the CPU, in float32."""
     workload, torch = scripts.workload, pytest.importorskip("torch")
     for name, value in (
         ("cupy", np),
@@ -318,8 +343,11 @@ def on_cpu(scripts, monkeypatch, rng):
     return workload
 
 
-def test_rivals_compute_what_ours_does(scripts, on_cpu):
-    """A slice at a time, as they are timed."""
+def test_other_libraries_compute_the_same_as_ours(scripts, on_cpu):
+    """They get one slice at a time, as in the timing.
+
+    A comparison of times is only fair between equal results.
+    """
     import torch
 
     checked = 0
@@ -330,7 +358,7 @@ def test_rivals_compute_what_ours_does(scripts, on_cpu):
         for function, arrays in ((case.in_torch, tensors), (case.in_cupy, case.inputs)):
             if function is None:
                 continue
-            parts = []
+            parts = []  # the results of the slices
             run = scripts.kernels.over(
                 lambda *x, f=function, parts=parts: parts.append(np.asarray(f(*x))),
                 [arrays],
@@ -338,7 +366,7 @@ def test_rivals_compute_what_ours_does(scripts, on_cpu):
             )
             run()
             got = np.reshape(parts, wanted.shape)
-            if "Gumbel" not in operation.title:  # whose noise is torch's own
+            if "Gumbel" not in operation.title:  # there, torch draws its own noise
                 np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-4)
             checked += 1
-    assert checked == 18
+    assert checked == 18  # 11 operations in torch, 7 of them in CuPy too

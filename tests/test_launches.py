@@ -1,7 +1,8 @@
-"""Every launch of the public functions, held against the limits of real GPUs.
+"""Every launch of the public functions is within the limits of real GPUs.
 
-Nothing is executed: `cards` knows what the compiled kernels declare, `card_device` puts
-the cards in the place of the device. What holds launches is tested in test_cards.py.
+No kernel is executed. `cards` has the limits and the facts of the compiled kernels, and
+`card_device` puts these cards in place of the GPU. The checks themselves are tested in
+test_cards.py.
 """
 
 import itertools
@@ -38,19 +39,20 @@ VARIANTS = [
     ),
     ("optimized", "tf32"),
 ]
-# Public functions and classes that launch nothing of their own.
+# Public functions and classes that launch no kernel themselves.
 LAUNCH_NOTHING = {
     "allow_tf32", "check_finite", "use_kernels", "warmup",  # settings
-    "gumbel_noise", "token_budget",  # on the host
+    "gumbel_noise", "token_budget",  # computed on the host
     "Workspace",  # memory
+    # These call other public functions, which launch.
     "BidirectionalARAlignment", "DifferentiableTokenMerging", "EntropyAwareSaliency",
-    "NormBasedFidelityConstraint", "QuickMergePP", "quickmerge_inference",  # by others
+    "NormBasedFidelityConstraint", "QuickMergePP", "quickmerge_inference",
 }  # fmt: skip
-# Where the host reads values that a GPU has computed, and so waits for it.
+# Calls in which the host reads values that a GPU has computed, and must wait for it.
 READS = {
     "alignment_loss, Merged": ["to_host"],  # K of each sequence, from its sizes
-    "choose_merge": ["to_host"],  # the same of every candidate
-    "MLPPrior.fit": ["to_host", "x[mask]", "__float__"],  # rows that are no padding
+    "choose_merge": ["to_host"],  # K of each sequence, for every candidate
+    "MLPPrior.fit": ["to_host", "x[mask]", "__float__"],  # rows that are not padding
 }
 
 
@@ -63,7 +65,7 @@ def numpy_dtype(name):
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("kernels", "dtype"), VARIANTS)
 def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
-    # sm_89 has the instructions of sm_80: in one dtype.
+    # sm_89 has the instructions of sm_80, so it is checked in one dtype only.
     cards = [card for card in CARDS if card.arch != 89 or dtype == "float16"]
     card_device.compile_kernels(dtype, cards)
     device = card_device.install(monkeypatch, *cards)
@@ -74,6 +76,7 @@ def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
                 device.run((operation, shape), call, case)
     if device.faults:
         pytest.fail(f"launches that a card refuses:\n{listed(device.faults)}")
+    # Every kernel of this folder and dtype was launched at least once.
     wanted = {
         f"{file}/{kernel}"
         for file in cuda.kernel_files()
@@ -84,33 +87,35 @@ def test_every_launch_is_within_every_card(kernels, dtype, monkeypatch):
 
 
 def runs_in(kernel, dtype):
-    """Whether any launch of a kernel has this dtype; see qm_cupy/cuda/tiles.py."""
-    if kernel.endswith("_wide"):
-        return dtype in ("float16", "bfloat16", "tf32")  # that tensor cores multiply
+    """Return whether a kernel is launched for this dtype; see qm_cupy/cuda/tiles.py."""
+    if kernel.endswith("_wide"):  # these multiply on tensor cores
+        return dtype in ("float16", "bfloat16", "tf32")
     return not (kernel.endswith("_kept") and dtype == "float64")
 
 
 def listed(faults):
-    """Return a line for each kernel, card and limit: calls by their N, D and B."""
+    """Return a line for each kernel, card and limit, with the calls that exceed it."""
     calls, wanted = {}, {}
-    for message, found in faults.items():
+    for message, calls_of_fault in faults.items():
+        # Messages that differ only in the number wanted become one line.
         number = max(map(int, re.findall(r"wanted (\d+)", message)), default=0)
         fault = re.sub(r"wanted \d+", "wanted up to {}", message)
-        calls.setdefault(fault, []).extend(found)
+        calls.setdefault(fault, []).extend(calls_of_fault)
         wanted[fault] = max(wanted.get(fault, 0), number)
     lines = []
-    for fault, found in calls.items():
-        operations = sorted({operation for operation, _ in found})
-        sizes = ", ".join(map(str, sorted({shape[0] for _, shape in found})))
-        most = "" if len(operations) < 4 else f" and {len(operations) - 3} more"
+    for fault, calls_of_fault in calls.items():
+        operations = sorted({operation for operation, _ in calls_of_fault})
+        sizes = ", ".join(map(str, sorted({shape[0] for _, shape in calls_of_fault})))
+        more = "" if len(operations) < 4 else f" and {len(operations) - 3} more"
         lines.append(
             f"{fault.format(wanted[fault])}; N = {sizes}; first (N, D, B) = "
-            f"{found[0][1]}; by {'; '.join(operations[:3])}{most}"
+            f"{calls_of_fault[0][1]}; by {'; '.join(operations[:3])}{more}"
         )
     return "\n".join(lines)
 
 
 def test_every_public_function_is_launched():
+    # "cluster_tokens ward, mask" and "MLPPrior.fit" start with the public name.
     called = {re.split(r"[ .,]", name)[0] for name in OPERATIONS}
     results = {  # named tuples and protocols
         "AlignmentLoss", "Choice", "KernelCompilationError", "MLP", "Merged", "Prior",
@@ -126,14 +131,15 @@ def test_every_public_function_is_launched():
 def test_the_host_reads_nothing_else(kernels, monkeypatch):
     card_device.compile_kernels("float32", CARDS[-1:])
     device = card_device.install(monkeypatch, CARDS[-1])
-    case, found = Case(33), {}
+    case, actual = Case(33), {}
+    # A read makes the host wait for the stream, so each one must be known.
     with qm.use_kernels(kernels):
         for operation, call in OPERATIONS.items():
-            device.run(operation, call, case)  # priors copy their weights
+            device.run(operation, call, case)  # the first call copies weights of priors
             device_array.READS.clear()
             device.run(operation, call, case)
             if device_array.READS:
-                found[operation] = list(dict.fromkeys(device_array.READS))
-    assert {name: sorted(reads) for name, reads in found.items()} == {
+                actual[operation] = list(dict.fromkeys(device_array.READS))
+    assert {name: sorted(reads) for name, reads in actual.items()} == {
         name: sorted(reads) for name, reads in READS.items()
     }

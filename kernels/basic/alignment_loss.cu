@@ -1,10 +1,14 @@
-// AR alignment: how well a prior predicts each merged token from those read before it.
+// AR alignment: how well a prior predicts each merged token from the tokens before it.
 //
 //   loss = mean_t ‖f(c_t) - x_{t+1}‖² / D             reversed: x_{t-1}
 //
-// Row t of everything belongs to token t, whichever way the tokens are read.
+// c_t is the input of the prior at token t: for the MLP prior, the running mean of the
+// tokens read so far (basic/running_mean.cu). The forward loss reads from the first
+// token on and predicts the next one; the backward loss (`reversed`) is the mirror
+// image. In both directions, row t of every array belongs to token t.
 
-// The error of every prediction; a row that predicts no token has none.
+// The error of every prediction, ‖f(c_t) - x_target‖² / D. The token read last predicts
+// nothing; its error is 0. One thread, one prediction.
 extern "C" __global__ void prediction_errors(const acc_t* prediction,
                                              const real_t* merged, const int* counts,
                                              long long batch, long long num_groups,
@@ -27,7 +31,8 @@ extern "C" __global__ void prediction_errors(const acc_t* prediction,
     out[index] = squares / dim;
 }
 
-// The mean of a sequence's K - 1 errors; with one token there is nothing to predict.
+// The mean of the K - 1 errors of a sequence. With one token there is nothing to
+// predict, and the loss is 0. One thread, one sequence.
 extern "C" __global__ void alignment_loss(const acc_t* errors, const int* counts,
                                           long long batch, long long num_groups,
                                           acc_t* out) {

@@ -1,12 +1,14 @@
-// Gradients of AR alignment, see basic/alignment_loss.cu; dx is that of a loss by x.
+// Gradients of AR alignment, see basic/alignment_loss.cu. Throughout, dx is the
+// gradient of a loss with respect to x.
 //
 //   dy_t = 2 dloss (y_t - x_{t+1}) / (D (K - 1))     y = f(c);  reversed: x_{t-1}
 //   dx_i = sum_{t >= i} dc_t / t - dy_{i-1}          reversed: the mirror image
 //
-// Row t of everything belongs to token t, whichever way the tokens are read.
-// The optimized kernels stand beside these, which run by default too.
+// In both directions, row t of every array belongs to token t. There are no optimized
+// versions: these kernels always run.
 
-// dy; a row that predicts no token has none. `gradient` is dloss of every sequence.
+// dy, the gradient of the predictions; 0 for the token that predicts nothing.
+// `gradient` (B,) is dloss. One thread, one output.
 extern "C" __global__ void prediction_slopes(const acc_t* prediction,
                                              const real_t* merged, const int* counts,
                                              const acc_t* gradient, long long batch,
@@ -26,17 +28,21 @@ extern "C" __global__ void prediction_slopes(const acc_t* prediction,
     out[index] = slope;
 }
 
-// A token is part of means, read either way, and the target of its two neighbours.
-extern "C" __global__ void alignment_loss_vjp(const acc_t* ahead, const acc_t* behind,
-                                              const acc_t* slopes_ahead,
-                                              const acc_t* slopes_behind,
+// dx, the gradient of the merged tokens. A token is part of the running means of both
+// directions (`forward`, `backward`), and it is the target of both neighbours: of the
+// token before it in the forward direction, of the token after it in the backward one.
+// One thread, one output.
+extern "C" __global__ void alignment_loss_vjp(const acc_t* forward,
+                                              const acc_t* backward,
+                                              const acc_t* forward_slopes,
+                                              const acc_t* backward_slopes,
                                               long long batch, long long num_groups,
                                               long long dim, real_t* out) {
     const long long index = thread_index();  // (B, K, D)
     if (index >= batch * num_groups * dim) return;
     const long long t = index / dim % num_groups;
-    acc_t sum = ahead[index] + behind[index];
-    if (t > 0) sum -= slopes_ahead[index - dim];
-    if (t < num_groups - 1) sum -= slopes_behind[index + dim];
+    acc_t sum = forward[index] + backward[index];
+    if (t > 0) sum -= forward_slopes[index - dim];
+    if (t < num_groups - 1) sum -= backward_slopes[index + dim];
     store(out + index, sum);
 }

@@ -1,17 +1,21 @@
-// The transformer prior: what its layers do between their linear maps, which `linear`
-// in linear.cu does.
+// The transformer prior: the steps of a layer between its linear maps. The linear maps
+// themselves are `linear` in linear.cu.
 //
 //   x += W_o attend(heads(W_qkv norm(x)))     x += W_2 gelu(W_1 norm(x))
 //
 //   attend  = sum_j p_ij v_j,  p_i = softmax_j(q_i . k_j scale + log size_j)
 //
-// Token i attends to tokens j <= i, or, in reverse, to j >= i; a token that stands for
-// `size` others attracts as much as they would have, and one of size 0 not at all.
+// Token i attends to the tokens j <= i or, in reverse, to the tokens j >= i. A merged
+// token that represents `size` tokens receives as much attention as that many equal
+// tokens would, because of log size_j. A token of size 0 receives none.
 
-// From heads (B, T, 3, H, d) the queries (B, T, H, d), and keys and values, which go to
-// rows `start` onwards of (B, H, capacity, d). With `turns` (d / 2) queries and keys
-// are rotated (Su et al. 2021, arXiv:2104.09864): elements i and i + d / 2 by position
-// * turns_i of a full turn. Without `positions` (B, T) the position is start + t.
+// Split heads (B, T, 3, H, d) into queries (B, T, H, d) and into keys and values, which
+// are written to the key-value cache (B, H, capacity, d) from row `start` on.
+//
+// With `turns` (d / 2,) queries and keys are rotated (rotary position embedding, Su et
+// al. 2021, arXiv:2104.09864). Elements i and i + d / 2 are a vector in the plane; it
+// is rotated by position * turns[i] full turns. Without `positions` (B, T), the
+// position of token t is start + t. One thread, one element of all three.
 extern "C" __global__ void split_heads(const real_t* heads, const long long* positions,
                                        const double* turns, long long batch,
                                        long long num_tokens, long long num_heads,
@@ -30,6 +34,7 @@ extern "C" __global__ void split_heads(const real_t* heads, const long long* pos
     acc_t cosine = 1, sine = 0;
     if (turns) {
         const long long position = positions ? positions[row] : start + t;
+        // Reduce the angle to half a turn in double, before it becomes acc_t.
         const double turn = position * turns[d % half];
         const acc_t angle = acc_t(6.283185307179586 * (turn - rint(turn)));
         cosine = cos(angle), sine = d < half ? -sin(angle) : sin(angle);
@@ -41,7 +46,9 @@ extern "C" __global__ void split_heads(const real_t* heads, const long long* pos
     store(values + to, widen(v[d]));
 }
 
-// Of T queries (B, T, H, d) the t-th is that of token start + t.
+// Attention of T queries (B, T, H, d) to the keys and values in the cache. Query t is
+// that of token start + t. One thread, one output. The softmax is computed online: m, r
+// and `sum` are always relative to the largest score so far.
 extern "C" __global__ void attend(const real_t* query, const real_t* keys,
                                   const real_t* values, const acc_t* sizes,
                                   const int* counts, long long batch,
@@ -68,6 +75,7 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
         acc_t dot = 0;
         for (long long i = 0; i < head_dim; ++i)
             dot += widen(q[i]) * widen(keys[(head + j) * head_dim + i]);
+        // If the largest score grows, multiply both sums by e^(m - top).
         const acc_t score = dot * acc_t(scale) + log(size), top = max(m, score);
         const acc_t fade = exp(m - top), p = exp(score - top);
         r = r * fade + p;

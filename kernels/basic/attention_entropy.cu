@@ -1,13 +1,14 @@
-// Attention entropy: how widely each token attends, from attention probabilities.
+// Attention entropy: how widely each token spreads its attention.
 //
 //   H_i = -sum_j p_ij log p_ij             in nats, 0 log 0 = 0, over the tokens j
 //
-// Given probabilities a need not sum to 1: p = a / S with S = sum_j a_ij, and so
+// The attention a in the input need not sum to 1. It is normalised: p_ij = a_ij / S
+// with S = sum_j a_ij. Then
 //
 //   H_i = log S - sum_j a_ij log a_ij / S
 //
-// One thread, one output. `outer` runs over (L, B, H), so that the sequence of an outer
-// index, which its mask needs, is outer / heads % batch.
+// One thread, one output. The outer index counts all heads (L, B, H). The mask belongs
+// to the sequence, which is outer index / heads % batch.
 
 extern "C" __global__ void attention_entropy(const real_t* attention, const bool* mask,
                                              long long outer, long long batch,
@@ -16,7 +17,7 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
     const long long row = thread_index();  // (L, B, H, N)
     if (row >= outer * num_tokens) return;
     const long long sequence = row / num_tokens / heads % batch;
-    const long long first = sequence * num_tokens;  // of this sequence in the mask
+    const long long first = sequence * num_tokens;  // its first token in the mask
 
     acc_t sum = 0, logs = 0;
     if (is_token(mask, first + row % num_tokens)) {
@@ -28,6 +29,7 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
             }
         }
     }
-    // Rounding may leave less than nothing; a row without attention has no entropy.
+    // Rounding can make the entropy slightly negative, so clamp it at 0. A row without
+    // attention has entropy 0.
     out[row] = sum > 0 ? max(log(sum) - logs / sum, acc_t(0)) : 0;
 }

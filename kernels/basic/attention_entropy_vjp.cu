@@ -1,9 +1,13 @@
 // Vector-Jacobian product of attention entropy, see basic/attention_entropy.cu: from
-// the gradient of entropies to that of the attention.
-
-// dH_i / da_ij = -(log p_ij + H_i) / sum_k a_ik, and 0 where a_ij = 0. Relative to the
-// row's largest entry m, u = a / m, it is (sum_k p_ik log u_k - log u_j) / (m sum_k
-// u_k). One thread, one row.
+// the gradient of the entropies to that of the attention.
+//
+//   dH_i / da_ij = -(log p_ij + H_i) / sum_k a_ik              0 where a_ij = 0
+//
+// With u_j = a_ij / m relative to the largest entry m of the row, the same is
+//
+//   dH_i / da_ij = (sum_k p_ik log u_k - log u_j) / (m sum_k u_k)
+//
+// One thread, one row.
 extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
                                                  const real_t* attention,
                                                  const bool* mask, long long outer,

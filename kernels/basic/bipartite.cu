@@ -1,15 +1,17 @@
-// Matching: ToMe's bipartite soft matching (arXiv:2210.09461), repeated until exactly
-// K.
+// Matching: ToMe's bipartite soft matching (arXiv:2210.09461), repeated until exactly K
+// groups are left.
 //
-// n groups stand in the order of their last members at places 0 .. n-1. Of the even
-// places the r = min(n - K, n / 2) most similar to an odd one merge into it, and again
-// until n = K. A group's direction is the mean of its unit tokens. K leaves out the
-// protected tokens, which are groups of their own and take no part.
+// A step sorts the n groups by their last members; they have positions 0 .. n-1. Each
+// even group finds its most similar odd group, and the r = min(n - K, n / 2) even
+// groups with the highest of these similarities merge into their partners. Steps repeat
+// until n = K. The direction of a group is the mean of its unit tokens. Protected
+// tokens are groups of their own and take no part; K here is the number of the other
+// groups.
 //
-// One thread, one output. What is elementwise has nothing to gain: optimized runs it
-// from here.
+// One thread computes one output. Elementwise kernels cannot become faster, so the
+// optimized launches run them from this file.
 
-// A root for every token that may merge: itself; -1 for the others.
+// The root of every token that may merge is the token itself; -1 for the others.
 extern "C" __global__ void free_tokens(const bool* mask, const bool* protect,
                                        long long batch, long long num_tokens,
                                        int* out) {
@@ -20,8 +22,9 @@ extern "C" __global__ void free_tokens(const bool* mask, const bool* protect,
         is_token(mask, index) && !fixed ? static_cast<int>(index % num_tokens) : -1;
 }
 
-// out (3, B) = n, the odd places that the even ones are held against, and r.
-extern "C" __global__ void match_counts(const int* places, const bool* mask,
+// out (3, B) = n groups, the number of odd groups that even ones are compared with (0
+// if nothing merges), and the number of merges r.
+extern "C" __global__ void match_counts(const int* positions, const bool* mask,
                                         const bool* protect, const int* counts,
                                         long long batch, long long num_tokens,
                                         long long num_groups, int* out) {
@@ -29,7 +32,7 @@ extern "C" __global__ void match_counts(const int* places, const bool* mask,
     if (b >= batch) return;
     long long groups = 0, fixed = 0;
     for (long long i = b * num_tokens; i < (b + 1) * num_tokens; ++i) {
-        groups = max(groups, places[i] + 1ll);
+        groups = max(groups, positions[i] + 1ll);
         fixed += protect != nullptr && protect[i] && is_token(mask, i);
     }
     const long long wanted = max(count_of(counts, b, num_groups) - fixed, 1ll);
@@ -39,43 +42,44 @@ extern "C" __global__ void match_counts(const int* places, const bool* mask,
     out[2 * batch + b] = static_cast<int>(merges);
 }
 
-// Labels of the groups at even places and of those at odd ones, and which even places
-// of `num_evens` there are. Nothing is labelled where nothing merges.
-extern "C" __global__ void match_sides(const int* places, const int* sizes,
+// For each token, its group's index among the even groups and among the odd groups, or
+// -1; and which of `num_evens` even groups exist. Both are -1 if nothing merges.
+extern "C" __global__ void match_sides(const int* positions, const int* sizes,
                                        long long batch, long long num_tokens,
                                        long long num_evens, int* evens, int* odds,
                                        bool* even_mask) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
-    const int place = sizes[2 * batch + b] > 0 ? places[index] : -1;
-    evens[index] = place >= 0 && place % 2 == 0 ? place / 2 : -1;
-    odds[index] = place >= 0 && place % 2 == 1 ? place / 2 : -1;
+    const int position = sizes[2 * batch + b] > 0 ? positions[index] : -1;
+    evens[index] = position >= 0 && position % 2 == 0 ? position / 2 : -1;
+    odds[index] = position >= 0 && position % 2 == 1 ? position / 2 : -1;
     if (i < num_evens) even_mask[b * num_evens + i] = 2 * i < sizes[b];
 }
 
-// Roots after a step: the chosen even groups take the odd one they are most similar to.
-extern "C" __global__ void join_partners(const int* places, const bool* chosen,
+// Roots after a step: the selected even groups get the position of their odd partner.
+extern "C" __global__ void join_partners(const int* positions, const bool* selected,
                                          const int* partners, long long batch,
                                          long long num_tokens, long long num_evens,
                                          int* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
-    int root = places[index];
+    int root = positions[index];
     const long long even = index / num_tokens * num_evens + root / 2;
-    if (root >= 0 && root % 2 == 0 && root / 2 < num_evens && chosen[even] &&
+    if (root >= 0 && root % 2 == 0 && root / 2 < num_evens && selected[even] &&
         partners[even] >= 0)
         root = 2 * partners[even] + 1;
     out[index] = root;
 }
 
-// Roots of all tokens, from the places of those that are not protected.
-extern "C" __global__ void match_roots(const int* places, const bool* mask,
+// Roots of all tokens, from the positions of the groups that took part. A protected
+// token i gets N + i, which no group has.
+extern "C" __global__ void match_roots(const int* positions, const bool* mask,
                                        long long batch, long long num_tokens,
                                        int* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const int own = static_cast<int>(num_tokens + index % num_tokens);
-    const int root = places[index] < 0 ? own : places[index];
+    const int root = positions[index] < 0 ? own : positions[index];
     out[index] = is_token(mask, index) ? root : -1;
 }

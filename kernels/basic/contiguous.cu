@@ -1,17 +1,17 @@
-// Contiguous groups: of all neighbours those two merge that add least to the squared
-// error, until K groups are left; none across a protected token. The cost of two groups
-// a and b of n unit tokens that sum to S is Ward's:
+// Contiguous groups: merge the two neighbours that add least to the squared error,
+// until K groups are left, never across a protected token. Two neighbouring groups a
+// and b, of n_a and n_b unit tokens with sums S_a and S_b, have Ward's cost:
 //
 //   n_a n_b / (n_a + n_b) (|S_a|^2 / n_a^2 + |S_b|^2 / n_b^2 - 2 S_a . S_b / (n_a n_b))
 //
 // A zero token counts as a unit vector orthogonal to all others. Of equal costs the
-// leftmost goes first. What merges next depends on all before, for a merge may bring
-// its neighbours nearer: no two can be chosen at once.
+// leftmost pair merges first. Merges must be made one by one, because a merge may bring
+// its neighbours nearer.
 
-// What a sequence's groups are known by at their first members, each array (N,).
+// The groups of a sequence, at the indices of their first members; arrays (N,).
 struct Groups {
     const bool* protect;
-    acc_t *cost, *square, *size;  // cost of merging with the next one; size 0 is none
+    acc_t *cost, *square, *size;  // cost: of merging with the next; size 0: no group
     int *left, *right;            // the neighbours' first members
 };
 
@@ -21,7 +21,8 @@ __device__ acc_t dot(const real_t* x, const real_t* y, long long dim) {
     return sum;
 }
 
-// Infinity where one is protected; what is not a number costs more than all that is.
+// Ward's cost. It is infinite if one group is protected. The minimum turns a NaN into a
+// finite cost above any other.
 __device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t product) {
     if (g.protect != nullptr && (g.protect[a] || g.protect[b])) return -padding();
     const acc_t m = g.size[a], n = g.size[b];
@@ -30,7 +31,8 @@ __device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t prod
     return min(acc_t(-MASKED_SCORE), m * n / (m + n) * gap);
 }
 
-// `sums` (B, N, D) holds unit tokens. One thread, one sequence.
+// `sums` (B, N, D) holds unit tokens and is overwritten. One thread merges one
+// sequence.
 extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
                                              const bool* protect, const int* counts,
                                              long long batch, long long num_tokens,
@@ -50,6 +52,7 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
     const auto cost = [&](long long a, long long b) {
         return ward_cost(g, a, b, dot(sum + a * dim, sum + b * dim, dim));
     };
+    // Make each token a group, linked with its neighbours across padding.
     long long merges = -count_of(counts, sequence, num_groups), last = -1;
     for (long long i = 0; i < num_tokens; ++i) {
         const bool token = is_token(mask, row + i);
@@ -64,11 +67,14 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
         ++merges;
     }
     for (; merges > 0; --merges) {
+        // Select the cheapest pair a, b; the strict comparison selects the leftmost.
         long long a = 0;
         for (long long i = 1; i < num_tokens; ++i)
             if (g.cost[i] < g.cost[a]) a = i;
-        if (g.cost[a] == -padding()) break;  // all that is left is protected
+        if (g.cost[a] == -padding())
+            break;  // only pairs with a protected token are left
         const long long b = g.right[a], after = g.right[b], before = g.left[a];
+        // |S_a + S_b|^2 = |S_a|^2 + |S_b|^2 + 2 S_a . S_b
         g.square[a] += g.square[b] + 2 * dot(sum + a * dim, sum + b * dim, dim);
         for (long long d = 0; d < dim; ++d)
             store(sum + a * dim + d, widen(sum[a * dim + d]) + widen(sum[b * dim + d]));
@@ -76,6 +82,7 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
         g.size[b] = 0, g.cost[b] = -padding();
         g.right[a] = static_cast<int>(after);
         if (after < num_tokens) g.left[after] = static_cast<int>(a);
+        // Only the two pairs that contain the new group change their costs.
         g.cost[a] = after < num_tokens ? cost(a, after) : -padding();
         if (before >= 0) g.cost[before] = cost(before, a);
     }

@@ -1,4 +1,4 @@
-// The cosine of two rows, 0 where either norm is 0.
+// Return the cosine of two rows, or 0 if either norm is 0.
 
 __device__ acc_t cosine(const real_t* x, const real_t* y, acc_t norm_x, acc_t norm_y,
                         long long dim) {

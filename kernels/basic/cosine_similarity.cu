@@ -1,8 +1,8 @@
-// Cosine similarity: the similarities that groups are made from.
+// Cosine similarity of every two tokens of a sequence.
 //
-//   sim_ij = x_i . x_j / (‖x_i‖ ‖x_j‖)     0 where either norm is 0
+//   sim_ij = x_i . x_j / (‖x_i‖ ‖x_j‖)     0 if either norm is 0
 //
-// One thread, one output. Norms come from token_norms.cu.
+// One thread computes one output. Norms come from token_norms.cu.
 
 extern "C" __global__ void cosine_similarity(const real_t* tokens, const acc_t* norms,
                                              long long batch, long long num_tokens,
@@ -10,12 +10,13 @@ extern "C" __global__ void cosine_similarity(const real_t* tokens, const acc_t* 
     const long long index = thread_index();  // (B, N, N)
     if (index >= batch * num_tokens * num_tokens) return;
     const long long b = index / num_tokens / num_tokens;
-    // i <= j, whichever of the two this output is, so that the matrix is symmetric.
+    // Outputs (i, j) and (j, i) both compute with i <= j: the same sum in the same
+    // order, so the matrix is exactly symmetric.
     const long long row = index / num_tokens % num_tokens, column = index % num_tokens;
     const long long i = b * num_tokens + min(row, column);
     const long long j = b * num_tokens + max(row, column);
     const acc_t similarity =
         cosine(tokens + i * dim, tokens + j * dim, norms[i], norms[j], dim);
-    // Within [-1, 1] but for rounding; a NaN stays one.
+    // Clamp, because rounding may exceed [-1, 1]. A NaN stays one.
     out[index] = similarity > 1 ? 1 : similarity < -1 ? -1 : similarity;
 }

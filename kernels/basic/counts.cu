@@ -1,8 +1,8 @@
 // Counts: K of each sequence.
 
-// out[first + i] = the i-th value that the launch carries: K of each sequence (B,)
-// comes from the host without a copy, which a captured graph could not hold. One
-// thread.
+// Write out[first + i] = the i-th value among the arguments of the launch. In this way
+// K of each sequence (B,) comes from the host without a copy from host memory: a
+// captured graph would not keep the values of such a copy. One thread.
 extern "C" __global__ void write_counts(long long first, long long batch, long long v0,
                                         long long v1, long long v2, long long v3,
                                         long long v4, long long v5, long long v6,

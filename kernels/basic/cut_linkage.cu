@@ -1,25 +1,29 @@
 // Cuts of dendrograms: the first M merges make the groups.
 //
-// M = n - K for n tokens, or the most merges for which, h being heights and m masses,
+// M = n - K for n tokens. With `max_error` instead of K, M is the largest number of
+// merges that satisfies, with heights h and masses m,
 //
 //   sum_{r < M} h_r^2 / 2  <=  (max_error + 1e-12) sum_i m_i
 //
-// One thread, one output.
+// because a ward merge at height h adds h^2 / 2 to the squared error. The 1e-12 is
+// ERROR_ROUNDING, an allowance for rounding. One thread computes one output.
 
-// sum_i m_i over the largest mass, which is `peak`; without masses the tokens' number.
+// Return sum_i m_i / peak, where `peak` is the largest mass; without masses, the number
+// of tokens.
 __device__ double total_mass(const acc_t* mass, const bool* mask, long long first,
                              long long num_tokens, double* peak) {
-    acc_t most = 0;
+    acc_t largest = 0;
     for (long long i = first; i < first + num_tokens && mass != nullptr; ++i)
-        if (is_token(mask, i)) most = max(most, mass[i]);
-    *peak = most > 0 ? most : 1;
+        if (is_token(mask, i)) largest = max(largest, mass[i]);
+    *peak = largest > 0 ? largest : 1;
     double total = 0;
     for (long long i = first; i < first + num_tokens; ++i)
-        if (is_token(mask, i)) total += most > 0 ? max(mass[i] / *peak, LEAST_MASS) : 1;
+        if (is_token(mask, i))
+            total += largest > 0 ? max(mass[i] / *peak, LEAST_MASS) : 1;
     return total;
 }
 
-// M of every sequence. Without a max_error, which is then negative, K decides.
+// M of every sequence. A negative `max_error` means that there is none: then K decides.
 extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* mass,
                                         const bool* mask, const int* counts,
                                         long long batch, long long num_tokens,
@@ -39,19 +43,21 @@ extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* m
         for (; merges < tokens - 1; ++merges) {
             const double height = rows[4 * merges + 2];
             error += height * height / peak / 2;
+            // Also stop at a NaN, which no bound admits.
             if (!(error <= (max_error + ERROR_ROUNDING) * total)) break;
         }
     }
     out[b] = static_cast<int>(max(merges, 0ll));
 }
 
-// Whether a number in a dendrogram means this node.
+// Return whether a number in a dendrogram means this node. Rows may hold any double, so
+// the range is checked before the conversion.
 __device__ bool is_node(double id, long long node) {
     return 0 <= id && id < node + 1.0 && static_cast<long long>(id) == node;
 }
 
-// The topmost node above each token, by the merges in their order: the group of row r
-// is N + r, and no earlier row can know of it.
+// The topmost node above each token. One pass over the merges in their order is enough:
+// row r makes group N + r, and only later rows can merge that group.
 extern "C" __global__ void dendrogram_roots(const double* dendrogram, const bool* mask,
                                             const int* merges, long long batch,
                                             long long num_tokens, int* out) {

@@ -1,6 +1,7 @@
-// Groups: how many members each has, and where its last one stands. One thread, one
-// output. Labels (B, N) are 0 .. K-1, or -1 for padding.
+// Groups: the number of members of each group, and the position of its last member.
+// Labels (B, N) are 0 .. K-1, or -1 for padding. One thread, one output.
 
+// The number of tokens with the label of the group.
 extern "C" __global__ void group_sizes(const int* labels, long long batch,
                                        long long num_tokens, long long num_groups,
                                        int* out) {
@@ -12,7 +13,7 @@ extern "C" __global__ void group_sizes(const int* labels, long long batch,
     out[index] = size;
 }
 
-// The last member of every group, or -1.
+// The position of the last member of every group, or -1 for an empty group.
 extern "C" __global__ void group_positions(const int* labels, long long batch,
                                            long long num_tokens, long long num_groups,
                                            int* out) {

@@ -1,12 +1,15 @@
-// Gumbel softmax: noise, and the softmax over it.
+// Gumbel softmax: add noise to the saliency, then take a softmax.
 //
 //   g = -log(-log u)                       u from Philox4x32-10, see common.cuh
-//   z_i = s_i + g_i                        the perturbed scores; of padding -infinity
+//   z_i = s_i + g_i                        perturbed scores; -infinity for padding
 //   pi_i = e^((z_i - m) / tau) / sum_j e^((z_j - m) / tau)
 //
+// m is the highest perturbed score of the sequence, so no exponential overflows.
 // One thread, one output.
 
-// `first` is the number of the batch's first sequence among all that share the seed.
+// The perturbed scores. The noise depends on the seed, the number of the sequence and
+// the number of the token. `first` is the number of the batch's first sequence, among
+// all sequences with the same seed.
 extern "C" __global__ void perturbed_scores(const real_t* saliency, const bool* mask,
                                             long long batch, long long num_tokens,
                                             long long noisy, unsigned long long seed,
@@ -18,8 +21,8 @@ extern "C" __global__ void perturbed_scores(const real_t* saliency, const bool* 
     if (is_token(mask, index)) {
         score = widen(saliency[index]);
         if (noisy) {
-            // Draw n is the n-th token's, wherever padding lies: the result is that of
-            // the tokens alone. A thread has nobody to ask, so it counts for itself.
+            // The n-th token takes draw n, wherever padding lies, so the result is the
+            // same as without padding. Every thread counts the tokens before its own.
             long long rank = mask ? 0 : i;
             if (mask)
                 for (long long j = index - i; j < index; ++j) rank += mask[j];
@@ -29,14 +32,14 @@ extern "C" __global__ void perturbed_scores(const real_t* saliency, const bool* 
     out[index] = score;
 }
 
-// e^((z - m) / tau). The division is in double, where no temperature is too small: of
-// float 1e-46 is 0, and 0 / 0 is no number.
+// Return e^((z - m) / tau), or 0 for padding. The division is in double: a temperature
+// of 1e-46 would be 0 as a float, and 0 / 0 is NaN.
 __device__ acc_t softmax_term(acc_t score, acc_t highest, double temperature) {
     if (score == padding()) return 0;
     return exp(static_cast<acc_t>((score - highest) / temperature));
 }
 
-// The largest score of every sequence and the sum its softmax divides by.
+// The highest score m of every sequence, and the sum in the denominator of its softmax.
 extern "C" __global__ void softmax_totals(const acc_t* scores, long long batch,
                                           long long num_tokens, double temperature,
                                           acc_t* highest, acc_t* total) {
@@ -51,6 +54,7 @@ extern "C" __global__ void softmax_totals(const acc_t* scores, long long batch,
     total[b] = sum;
 }
 
+// The probabilities pi.
 extern "C" __global__ void gumbel_softmax(const acc_t* scores, const acc_t* highest,
                                           const acc_t* total, long long batch,
                                           long long num_tokens, double temperature,
@@ -59,5 +63,5 @@ extern "C" __global__ void gumbel_softmax(const acc_t* scores, const acc_t* high
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens;
     const acc_t e = softmax_term(scores[index], highest[b], temperature);
-    out[index] = total[b] > 0 ? e / total[b] : 0;  // without tokens it is 0
+    out[index] = total[b] > 0 ? e / total[b] : 0;  // 0 in a sequence without tokens
 }

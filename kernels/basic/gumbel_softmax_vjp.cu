@@ -1,11 +1,10 @@
-// Gradient of the Gumbel softmax, see basic/gumbel_softmax.cu; dx is that of a loss by
-// x.
+// Gradient of the Gumbel softmax, see basic/gumbel_softmax.cu. Here dx is the gradient
+// of a loss with respect to x.
 //
 //   ds_i = pi_i (dpi_i - sum_j pi_j dpi_j) / tau
 //
-// One thread, one output.
-
-// Padding has probability 0, and its gradient is not read.
+// One thread, one output. Padding has probability 0, and its gradient is not read: it
+// may hold NaN.
 extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
                                               const acc_t* probabilities,
                                               long long batch, long long num_tokens,
@@ -17,7 +16,9 @@ extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
     acc_t mean = 0, rest = 0;
     for (long long j = row; j < row + num_tokens; ++j)
         if (p[j] > 0) mean += p[j] * gradient[j];
-    // Once more from there: of a token that has nearly all, little is left.
+    // Subtract the mean a second time, from the differences. If one token has nearly
+    // all of the probability, dpi_i - mean is tiny for it, and the rounding error of
+    // `mean` would dominate. `rest` corrects that error.
     for (long long j = row; j < row + num_tokens; ++j)
         if (p[j] > 0) rest += p[j] * (gradient[j] - mean);
     const acc_t slope = p[index] > 0 ? p[index] * (gradient[index] - mean - rest) : 0;

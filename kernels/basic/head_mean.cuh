@@ -1,4 +1,5 @@
-// Token i's entropy in one layer of one sequence, averaged over the heads (H, N).
+// Return the entropy of token i in one layer of one sequence: the mean over the heads
+// of `entropy` (H, N).
 __device__ acc_t head_mean(const real_t* entropy, long long heads, long long num_tokens,
                            long long i) {
     acc_t sum = 0;

@@ -1,12 +1,14 @@
-// Labels: groups numbered by the order of the sequence.
+// Labels: number the groups by their order in the sequence.
 //
-// A token's root is any number within 0 .. 2N-1 that its group shares and no other has;
-// -1, or any other, is padding. A group stands where its last member does (or its
-// first), and label = the number of groups that stand before it.
+// Every token has a root: a number within 0 .. 2N-1 that is the same for all members of
+// a group and different in every other group. -1, or any other number, means padding.
+// The position of a group is that of its last member (or of its first, if `first`).
+//
+//   label = the number of groups whose position comes before that of the token's group
 //
 // One thread, one output.
 
-// Whether a group stands at this token.
+// True where a group has its position: the last (or first) token with its root.
 extern "C" __global__ void group_ends(const int* roots, long long batch,
                                       long long num_tokens, long long first,
                                       bool* out) {
@@ -21,6 +23,8 @@ extern "C" __global__ void group_ends(const int* roots, long long batch,
     out[index] = end;
 }
 
+// The label of every token: count the groups whose position comes before that of its
+// own group.
 extern "C" __global__ void number_groups(const int* roots, const bool* ends,
                                          long long batch, long long num_tokens,
                                          int* out) {

@@ -1,9 +1,12 @@
-// The priors' linear maps, and the norms before them.
+// The linear maps of the priors, and the norms before them.
 //
-//   f(c) = W2 relu(W1 c + b1) + b2                   both layers by `linear`
-//   norm(x) = (x - mean) / sqrt(var + eps) * gain + shift    without `shift`, mean is 0
+//   f(c) = W2 relu(W1 c + b1) + b2                   two calls of `linear`
+//   norm(x) = (x - mean) / sqrt(var + eps) * gain + shift
+//
+// One thread, one output.
 
-// y = activated(x Wᵀ + b) + residual, weight (out, in); no residual if it is null.
+// y = activated(x Wᵀ + b) + residual, for a weight W of shape (out, in). The residual
+// is left out if it is null.
 extern "C" __global__ void linear(const real_t* input, const real_t* weight,
                                   const real_t* bias, const real_t* residual,
                                   long long num_rows, long long in_dim,
@@ -19,6 +22,8 @@ extern "C" __global__ void linear(const real_t* input, const real_t* weight,
     store(out + index, residual ? sum + widen(residual[index]) : sum);
 }
 
+// norm(x) of every row: the layer norm with `shift`, and the RMS norm without it, where
+// the mean is taken as 0.
 extern "C" __global__ void normalize(const real_t* input, const real_t* gain,
                                      const real_t* shift, long long num_rows,
                                      long long dim, double epsilon, real_t* out) {

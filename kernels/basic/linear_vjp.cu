@@ -1,9 +1,12 @@
-// Gradients of linear maps, see basic/linear.cu; dx is that of a loss by x.
+// Gradients of linear maps, see basic/linear.cu. Here dx is the gradient of a loss with
+// respect to x. For a layer y = x Wᵀ + b,
 //
-//   dx W, dyᵀ x, sum dy                              of a layer y = x Wᵀ + b
+//   dx = dy W,   dW = dyᵀ x,   db = sum dy
+//
+// One thread, one output.
 
-// dx = dy W for weight (out, in); 0 where `input`, unless null, is no more than 0: what
-// comes back through the ReLU that made it.
+// dx = dy W, for a weight W of shape (out, in). If `input` is not null, it is the
+// output of a ReLU, and the gradient through that ReLU is 0 wherever it is not above 0.
 extern "C" __global__ void linear_vjp(const real_t* gradient, const real_t* weight,
                                       const real_t* input, long long num_rows,
                                       long long in_dim, long long out_dim,

@@ -1,14 +1,17 @@
-// Linkage as the textbook has it: the closest two clusters merge, again and again.
+// Linkage by the algorithm of the textbook: merge the two closest clusters, N - 1
+// times.
 //
 //   E(A, C) = sum of m_a m_c (1 - cos)      adds up:  E(A u B, C) = E(A, C) + E(B, C)
-//   average   E / (W_A W_C)                 W: the mass, of a token 1 or m
-//   complete  the largest 1 - cos           in the place of the sum
-//   single    the smallest
-//   ward      2 W_A W_C / (W_A + W_C) |mu_A - mu_C|^2, of which the height is the root
+//   average   E / (W_A W_C)                 W: total mass; one token has mass 1 or m
+//   complete  the largest 1 - cos           E is this maximum instead of the sum
+//   single    the smallest 1 - cos          E is this minimum instead of the sum
+//   ward      2 W_A W_C / (W_A + W_C) |mu_A - mu_C|^2; the height is its square root
 //   |mu_A - mu_C|^2 = 2 E(A, C) / (W_A W_C) - E(A, A) / W_A^2 - E(C, C) / W_C^2
 //
-// One block, one sequence. A cluster lives in the row and column of its first token; on
-// the diagonal is E(A, A).
+// One block merges one sequence; a thread has every blockDim.x-th row. A cluster uses
+// the row and column of its first token; the diagonal holds E(A, A).
+
+// The distance of clusters i and j; ward's is squared. A NaN stays one.
 
 __device__ acc_t cluster_distance(const acc_t* matrix, const acc_t* weight, long long n,
                                   long long i, long long j, long long method) {
@@ -22,13 +25,15 @@ __device__ acc_t cluster_distance(const acc_t* matrix, const acc_t* weight, long
     return (gap < 0 ? acc_t(0) : gap) * 2 * area / (weight[i] + weight[j]);
 }
 
+// E(A u B, C) from E(A, C) and E(B, C).
 __device__ acc_t joined(acc_t x, acc_t y, long long method) {
     return method == COMPLETE ? max(x, y) : method == SINGLE ? min(x, y) : x + y;
 }
 
-// matrix (B, N, N) holds the cosines and is used up. weight, node and size (B, N): the
-// clusters' mass (0: none here), number in the dendrogram and tokens. lows (B, N) and
-// nearest (B, N): each row's closest cluster behind it.
+// matrix (B, N, N) holds the cosines and is overwritten. weight, node and size (B, N)
+// are the clusters' masses (0: no cluster in this row), numbers in the dendrogram, and
+// numbers of tokens. lows and nearest (B, N) are the distance and the index of the
+// closest cluster with a higher index than the row's.
 extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool* mask,
                                    const bool* protect, long long batch,
                                    long long num_tokens, long long method,
@@ -39,6 +44,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
     weight += b * n, lows += b * n, nearest += b * n, node += b * n, size += b * n;
     out += b * (n - 1) * 4;
 
+    // Divide masses by the largest one; `unit` scales ward's heights back.
     acc_t top = 0;
     for (long long i = 0; i < n && mass; ++i)
         if (is_token(mask, b * n + i) && !(protect && protect[b * n + i]))
@@ -46,7 +52,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
     const double unit = method == WARD && top > 0 ? top : acc_t(1);
     for (long long i = thread; i < n; i += blockDim.x) {
         const bool here = is_token(mask, b * n + i) && !(protect && protect[b * n + i]);
-        // A token of no mass still joins its nearest.
+        // The lower bound lets a token of mass 0 still join its nearest cluster.
         const acc_t own =
             top > 0 ? max(mass[b * n + i] / top, acc_t(LEAST_MASS)) : acc_t(1);
         weight[i] = here ? own : 0;
@@ -54,6 +60,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         size[i] = 1;
     }
     __syncthreads();
+    // Replace cosines by E of single tokens.
     for (long long i = thread; i < n; i += blockDim.x)
         for (long long j = 0; j < n; ++j) {
             const acc_t cosine = matrix[i * n + j];  // a NaN stays one
@@ -63,6 +70,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         }
 
     for (long long row = 0; row < n - 1; ++row) {
+        // Find the closest cluster behind each row.
         __syncthreads();
         for (long long i = thread; i < n; i += blockDim.x) {
             lows[i] = -MASKED_SCORE, nearest[i] = -1;
@@ -85,6 +93,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
                                                       : 0;
             continue;
         }
+        // Put cluster j into cluster i.
         for (long long k = thread; k < n; k += blockDim.x) {
             if (k == i || k == j) continue;
             matrix[k * n + i] = matrix[i * n + k] =
@@ -96,6 +105,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         merge[1] = max(node[i], node[j]);
         merge[2] = method == WARD ? sqrt(lows[i] * unit) : double(lows[i]);
         merge[3] = size[i] += size[j];
+        // E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B)
         matrix[i * n + i] += matrix[j * n + j] + 2 * matrix[i * n + j];
         node[i] = static_cast<int>(n + row);
         weight[i] += weight[j];

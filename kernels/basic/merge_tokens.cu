@@ -1,12 +1,12 @@
-// Merging: the tokens of a group become one, their weighted mean.
+// Merging: each group of tokens becomes one token, their weighted mean.
 //
 //   merged_k = sum_{j in G_k} m_j x_j / sum_{j in G_k} m_j
 //
-// One thread, one output; a group's members are added in index order, so that every run
-// gives the same bits. Labels (B, N) are 0 .. K-1, or -1 for padding.
+// One thread, one output. A thread adds the members of its group in index order, so
+// that every run gives the same bits. Labels (B, N) are 0 .. K-1, or -1 for padding.
+//
+// The result is the plain mean if `mass` is null, and in any group whose mass is 0.
 
-// `mass` may be null: then every token weighs the same. So they do in a group of mass
-// 0.
 extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
                                         const int* labels, long long batch,
                                         long long num_tokens, long long dim,
@@ -28,6 +28,6 @@ extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
             total += mass[j];
         }
     }
-    // An empty group, as sequences with fewer groups than K have, is zero.
+    // An empty group is zero; a sequence with fewer than K groups has such groups.
     store(out + index, total != 0 ? weighted / total : plain / max(size, acc_t(1)));
 }

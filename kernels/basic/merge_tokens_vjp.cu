@@ -1,13 +1,15 @@
-// Gradients of merging, see basic/merge_tokens.cu; dx is that of a loss by x.
+// Gradients of merging, see basic/merge_tokens.cu. Here dx is the gradient of a loss
+// with respect to x. A member j of group k has the weight w_j in the merged token x_k:
 //
-//   W_k = sum_{i in G_k} m_i,   share_j = m_j / W_k        x_k = sum share_j x_j
-//   dx_j = share_j dx_k
-//   dm_j = (dx_k x_j - sum_{i in G_k} share_i dx_k x_i) / W_k
+//   M_k = sum_{i in G_k} m_i,   w_j = m_j / M_k,   x_k = sum_{j in G_k} w_j x_j
+//   dx_j = w_j dx_k
+//   dm_j = (dx_k . x_j - sum_{i in G_k} w_i dx_k . x_i) / M_k
 //
-// A group of mass 0 takes the plain mean: its shares are 1 / |G_k|, its dm is 0. So it
-// is where `mass` is null. One thread, one output; sums run in index order.
+// A group of mass 0 is merged to its plain mean: its weights are 1 / |G_k| and its dm
+// is 0. The same holds for all groups if `mass` is null. One thread, one output. Sums
+// run in index order, so that every run gives the same bits.
 
-// Of padding 0.
+// The weight w_j of every token in its group; 0 for padding.
 extern "C" __global__ void member_shares(const acc_t* mass, const int* labels,
                                          long long batch, long long num_tokens,
                                          long long num_groups, acc_t* out) {
@@ -24,8 +26,9 @@ extern "C" __global__ void member_shares(const acc_t* mass, const int* labels,
     out[index] = k < 0 ? 0 : total != 0 ? mass[index] / total : 1 / size;
 }
 
+// dx_j = w_j dx_k; 0 for padding.
 extern "C" __global__ void merge_tokens_vjp(const real_t* gradient, const int* labels,
-                                            const acc_t* shares, long long batch,
+                                            const acc_t* weights, long long batch,
                                             long long num_tokens, long long dim,
                                             long long num_groups, real_t* out) {
     const long long index = thread_index();  // (B, N, D)
@@ -35,11 +38,11 @@ extern "C" __global__ void merge_tokens_vjp(const real_t* gradient, const int* l
     acc_t slope = 0;
     if (k >= 0)
         slope =
-            shares[token] * widen(gradient[(b * num_groups + k) * dim + index % dim]);
+            weights[token] * widen(gradient[(b * num_groups + k) * dim + index % dim]);
     store(out + index, slope);
 }
 
-// dx_k x_j of every token; of padding 0.
+// dx_k . x_j of every token; 0 for padding.
 extern "C" __global__ void member_products(const real_t* gradient, const real_t* tokens,
                                            const int* labels, long long batch,
                                            long long num_tokens, long long dim,
@@ -54,8 +57,9 @@ extern "C" __global__ void member_products(const real_t* gradient, const real_t*
     out[index] = sum;
 }
 
+// dm_j, from the weights and the products.
 extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* labels,
-                                          const acc_t* shares, const acc_t* products,
+                                          const acc_t* weights, const acc_t* products,
                                           long long batch, long long num_tokens,
                                           long long num_groups, acc_t* out) {
     const long long index = thread_index();  // (B, N)
@@ -66,7 +70,7 @@ extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* labels,
     for (long long j = row; j < row + num_tokens; ++j) {
         if (labels[j] != k || k < 0) continue;
         total += mass[j];
-        mean += shares[j] * products[j];
+        mean += weights[j] * products[j];
     }
     out[index] = total != 0 ? (products[index] - mean) / total : 0;
 }

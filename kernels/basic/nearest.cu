@@ -1,10 +1,10 @@
 // Nearest anchors: each token joins the most similar of a sequence's K anchors.
 //
-// One thread, one output. Norms come from token_norms.cu.
+// One thread computes one output. Norms come from token_norms.cu.
 
-// The most similar of a sequence's K anchors, of equal ones the lowest, and how
-// similar; -1 and -infinity for padding, and without an anchor. Anchors of negative
-// norm are none.
+// The index of the most similar of a sequence's K anchors, of equal ones the lowest,
+// and its similarity. Padding and tokens without an anchor get -1 and -infinity.
+// Entries of negative norm are not anchors.
 extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* norms,
                                            const bool* mask, const real_t* anchors,
                                            const acc_t* anchor_norms, const int* counts,
@@ -23,7 +23,7 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
         const acc_t similarity =
             cosine(tokens + index * dim, anchors + (first + k) * dim, norms[index],
                    anchor_norms[first + k], dim);
-        // What is not a number is less similar than all that is.
+        // The maximum turns a NaN into a finite similarity below any other.
         if (max(acc_t(MASKED_SCORE), similarity) > highest) {
             highest = max(acc_t(MASKED_SCORE), similarity);
             best = static_cast<int>(k);
@@ -33,7 +33,8 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
     if (highest_out != nullptr) highest_out[index] = highest;
 }
 
-// The scores of the default anchors: protected tokens, then those of largest norm.
+// The scores that select the default anchors: protected tokens first, then the tokens
+// of largest norm. Padding scores -infinity.
 extern "C" __global__ void anchor_scores(const acc_t* norms, const bool* mask,
                                          const bool* protect, long long count,
                                          acc_t* out) {
@@ -44,7 +45,7 @@ extern "C" __global__ void anchor_scores(const acc_t* norms, const bool* mask,
     out[index] = is_token(mask, index) ? score : padding();
 }
 
-// Whether a token is one of the first K anchors, which are positions in any order.
+// Whether each token is one of the first K anchors. Anchors are positions in any order.
 extern "C" __global__ void mark_anchors(const int* anchors, const bool* mask,
                                         const int* counts, long long batch,
                                         long long num_tokens, long long num_groups,
@@ -53,14 +54,14 @@ extern "C" __global__ void mark_anchors(const int* anchors, const bool* mask,
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
     const long long count = is_token(mask, index) ? count_of(counts, b, num_groups) : 0;
-    bool found = false;
+    bool is_anchor = false;
     for (long long k = 0; k < count; ++k)
-        found = found || anchors[b * num_groups + k] == i;
-    out[index] = found;
+        is_anchor = is_anchor || anchors[b * num_groups + k] == i;
+    out[index] = is_anchor;
 }
 
-// The norms of the anchors that others may join: those that exist, and are not
-// protected. That of the others is -1.
+// The norms of the anchors that other tokens may join. Entries without an anchor and
+// protected anchors get -1.
 extern "C" __global__ void open_anchors(const int* anchors, const acc_t* norms,
                                         const bool* protect, long long batch,
                                         long long num_tokens, long long num_groups,
@@ -73,10 +74,10 @@ extern "C" __global__ void open_anchors(const int* anchors, const acc_t* norms,
     out[index] = open ? norms[token] : acc_t(-1);
 }
 
-// The position that names each token's group: its nearest anchor's, or its own if it is
-// an anchor or protected, or has none to join.
+// The root of each token's group: the position of its nearest anchor, or its own
+// position if it is an anchor, is protected, or has no anchor to join. -1 for padding.
 extern "C" __global__ void join_anchors(const int* nearest, const int* anchors,
-                                        const bool* chosen, const bool* mask,
+                                        const bool* is_anchor, const bool* mask,
                                         const bool* protect, long long batch,
                                         long long num_tokens, long long num_groups,
                                         int* out) {
@@ -85,7 +86,7 @@ extern "C" __global__ void join_anchors(const int* nearest, const int* anchors,
     const long long b = index / num_tokens;
     const int k = group_of(nearest[index], num_groups);
     int root = static_cast<int>(index % num_tokens);
-    if (!chosen[index] && !(protect != nullptr && protect[index]) && k >= 0)
+    if (!is_anchor[index] && !(protect != nullptr && protect[index]) && k >= 0)
         root = anchors[b * num_groups + k];
     out[index] = is_token(mask, index) ? root : -1;
 }

@@ -1,10 +1,11 @@
-// Norm mass: what the K largest norms are of all.
+// Norm mass: the fraction of all norms that the K largest norms hold.
 //
 //   norm mass = sum of the K largest ‖x‖ / sum of all ‖x‖
 //
-// One thread, one output; sums run in index order.
+// One thread, one output. Sums run in index order, so that every run gives the same
+// bits.
 
-// `selected` marks the K largest norms. Of no norm at all, every part is all of it.
+// `selected` is true for the K largest norms. If all norms are 0, the norm mass is 1.
 extern "C" __global__ void norm_mass(const acc_t* norms, const bool* selected,
                                      long long batch, long long num_tokens,
                                      acc_t* out) {

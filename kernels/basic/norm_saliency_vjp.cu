@@ -1,6 +1,8 @@
-// Vector-Jacobian product of the norms of norm saliency. One thread, one output.
-
-// dn / dx = x / n of a norm n, and 0 where it is 0; `gradient` is that of the norms.
+// Vector-Jacobian product of the norms in norm saliency, n = ‖x‖.
+//
+//   dn / dx = x / n                        0 where n = 0
+//
+// `gradient` is that of the norms. One thread, one output.
 extern "C" __global__ void token_norms_vjp(const acc_t* gradient, const real_t* tokens,
                                            const acc_t* norms, long long num_rows,
                                            long long dim, real_t* out) {

@@ -1,10 +1,10 @@
-// Entropy of the attention of queries to keys. No N x N array is stored.
+// Entropy of the attention of queries to keys. The N x N scores are not stored.
 //
 //   p_ij = softmax_j(q_i . k_j scale)
 //   H_i = -sum_j p_ij log p_ij             in nats, 0 log 0 = 0, over the tokens j
 //
-// One thread, one output. `outer` runs over (L, B, H), so that the sequence of an outer
-// index, which its mask needs, is outer / heads % batch.
+// One thread, one output. The outer index counts all heads (L, B, H). The mask belongs
+// to the sequence, which is outer index / heads % batch.
 
 extern "C" __global__ void query_key_entropy(const real_t* query, const real_t* key,
                                              const bool* mask, long long outer,
@@ -17,7 +17,8 @@ extern "C" __global__ void query_key_entropy(const real_t* query, const real_t* 
     const long long i = row % num_tokens;
     const long long first = row / num_tokens / heads % batch * num_tokens;
 
-    // A padded token attends to nothing. A causal one ends at itself.
+    // A padded token attends to nothing, and its entropy is 0. With a causal mask,
+    // token i attends to the tokens up to itself.
     acc_t entropy = 0;
     if (is_token(mask, first + i)) {
         const real_t* keys = key + (row - i) * head_dim;  // (N, d) of this head

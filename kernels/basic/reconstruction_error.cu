@@ -1,10 +1,11 @@
-// Reconstruction error: what the merged tokens lose of the tokens.
+// Reconstruction error: how much of the tokens is lost when they are merged.
 //
 //   reconstruction error = ‖X - X̂‖² / ‖X‖²,   x̂_i = the merged token of i's group
 //
-// One thread, one output; sums run in index order.
+// One thread, one output. Sums run in index order, so that every run gives the same
+// bits.
 
-// ‖x_i - x̂_i‖² and ‖x_i‖²; padding (label -1) counts in neither.
+// ‖x_i - x̂_i‖² and ‖x_i‖² of every token; both are 0 for padding (label -1).
 extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merged,
                                         const int* labels, long long batch,
                                         long long num_tokens, long long dim,
@@ -27,7 +28,8 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
     squares[index] = square;
 }
 
-// Of a sequence of zeros, nothing lost is no error, and anything is infinite.
+// The error of every sequence. If all tokens are zero, the error is 0 when nothing is
+// lost, and infinite otherwise.
 extern "C" __global__ void reconstruction_error(const acc_t* errors,
                                                 const acc_t* squares, long long batch,
                                                 long long num_tokens, acc_t* out) {

@@ -1,13 +1,15 @@
-// Gradients of the reconstruction error, see basic/reconstruction_error.cu; dx is that
-// of a loss by x.
+// Gradients of the reconstruction error, see basic/reconstruction_error.cu. Here dx is
+// the gradient of a loss with respect to x.
 //
 //   e = ‖X - X̂‖² / ‖X‖²,   scale = 2 de / ‖X‖²
 //   dx_j = scale (x_j - x̂_j - e x_j),   dx̂_k = -scale sum_{j in G_k} (x_j - x̂_k)
 //
-// One thread, one output; sums run in index order.
+// One thread, one output. Sums run in index order, so that every run gives the same
+// bits.
 
-// e and scale of every sequence, from the sums of each token. An error up to the bound
-// has no gradient, nor has a sequence of zeros.
+// e and scale of every sequence, from the errors and squares of its tokens. The scale,
+// and so the gradient, is 0 if the error does not exceed the bound, and also if all
+// tokens are zero.
 extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* squares,
                                         const acc_t* gradient, long long batch,
                                         long long num_tokens, double bound,
@@ -24,6 +26,7 @@ extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* square
     scales[b] = square > 0 && e > acc_t(bound) ? 2 * gradient[b] / square : 0;
 }
 
+// dx, the gradient of the tokens; 0 for padding.
 extern "C" __global__ void reconstruction_error_vjp(
     const real_t* tokens, const real_t* merged, const int* labels,
     const acc_t* relative, const acc_t* scales, long long batch, long long num_tokens,
@@ -41,7 +44,7 @@ extern "C" __global__ void reconstruction_error_vjp(
     store(out + index, slope);
 }
 
-// The gradient of the merged tokens.
+// dx̂, the gradient of the merged tokens.
 extern "C" __global__ void merged_error_vjp(const real_t* tokens, const real_t* merged,
                                             const int* labels, const acc_t* scales,
                                             long long batch, long long num_tokens,

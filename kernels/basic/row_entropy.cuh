@@ -1,4 +1,6 @@
-// The entropy of query's attention over the first `num_keys` keys.
+// Return the entropy of the attention of one query over the first `num_keys` keys, in
+// nats. SoftmaxEntropy adds the scores one by one, so they are not stored. `first` is
+// the first token of the sequence in the mask.
 __device__ acc_t row_entropy(const real_t* query, const real_t* keys, const bool* mask,
                              long long first, long long num_keys, long long dim,
                              acc_t scale) {

@@ -1,16 +1,16 @@
-// Running means, which the MLP prior reads.
+// Running means, the input of the MLP prior.
 //
 //   c_t = mean of x_1 .. x_t                         reversed: of x_t .. x_K
 //
-// Row t of everything belongs to token t, whichever way the tokens are read.
+// In both directions, row t of every array belongs to token t.
 
-// The row that is read t-th. Rows behind the last token keep their places.
+// Return the row that is read t-th. Rows past the last token keep their positions.
 __device__ long long reading(long long t, long long count, long long reversed) {
     return reversed && t < count ? count - 1 - t : t;
 }
 
-// One thread walks one column, so that every mean is the last sum and one term more.
-// Padding has mean 0.
+// One thread goes through one column in the order of reading. It keeps the sum, so each
+// mean needs only one more term. Padding has mean 0.
 extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
                                         long long batch, long long num_groups,
                                         long long dim, long long reversed, acc_t* out) {

@@ -2,15 +2,16 @@
 //
 //   dx_i = sum_{t >= i} dc_t / t                     reversed: the mirror image
 //
-// Row t of everything belongs to token t, whichever way the tokens are read.
+// Token i is a term of all means from c_i on, with the weight 1 / t in c_t. In both
+// directions, row t of every array belongs to token t.
 
-// The row that is read t-th. Rows behind the last token keep their places.
+// Return the row that is read t-th. Rows past the last token keep their positions.
 __device__ long long reading(long long t, long long count, long long reversed) {
     return reversed && t < count ? count - 1 - t : t;
 }
 
-// What comes back through the running means. One thread walks one column, the last row
-// that is read first, so that every sum is the one before and one term more.
+// The gradient through the running means. One thread goes through one column against
+// the order of reading. It keeps the sum, so each gradient needs only one more term.
 extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* counts,
                                             long long batch, long long num_groups,
                                             long long dim, long long reversed,

@@ -1,10 +1,12 @@
-// Saliency: how much each token matters, from the entropy of its attention.
+// Saliency: the importance of each token, from the entropy of its attention.
 //
-//   s_i = 1 - mean_l normalize(H_i^(l))    normalize = min-max over a row's tokens
+//   s_i = 1 - mean_l normalize(H_i^(l))    normalize(h) = (h - low) / (high - low)
 //
+// H_i^(l) is the mean over the heads of layer l; low and high are its least and
+// greatest value over the tokens of the sequence. `salient_high` leaves out the `1 -`.
 // One thread, one output.
 
-// The least and the greatest entropy of a layer's valid tokens.
+// low and high of every layer of every sequence, over the tokens that are not padding.
 extern "C" __global__ void entropy_range(const real_t* entropy, const bool* mask,
                                          long long layers, long long batch,
                                          long long heads, long long num_tokens,
@@ -23,6 +25,7 @@ extern "C" __global__ void entropy_range(const real_t* entropy, const bool* mask
     highest[index] = high;
 }
 
+// The saliency of every token; 0 for padding.
 extern "C" __global__ void saliency(const real_t* entropy, const bool* mask,
                                     const acc_t* lowest, const acc_t* highest,
                                     long long layers, long long batch, long long heads,

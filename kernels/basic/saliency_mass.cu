@@ -1,6 +1,9 @@
-// Saliency mass. One thread, one output.
+// Saliency mass: the weight of each token in the merged tokens.
 //
 //   mass_i = pi_i s_i + (1 - pi_i) epsilon
+//
+// pi is the probability that the Gumbel softmax gives the token, s its saliency. One
+// thread, one output.
 
 extern "C" __global__ void saliency_mass(const real_t* saliency,
                                          const acc_t* probabilities, long long count,

@@ -1,4 +1,5 @@
-// Gradient of the saliency mass, see basic/saliency_mass.cu; dx is that of a loss by x.
+// Gradient of the saliency mass, see basic/saliency_mass.cu. Here dx is the gradient of
+// a loss with respect to x.
 //
 //   ds_i = dmass_i pi_i,   dpi_i = dmass_i (s_i - epsilon)
 //

@@ -1,13 +1,19 @@
-// Vector-Jacobian product of saliency, see basic/saliency.cu: from its gradient to that
-// of the entropies. One thread, one output.
+// Vector-Jacobian product of saliency, see basic/saliency.cu: from the gradient of the
+// saliency to that of the entropies.
+//
+// The scaled entropy y = (h - low) / (high - low) depends on h itself and, through low
+// and high, on the tokens that have these extremes. With the gradient g of y, a token
+// has the slope
+//
+//   g / (high - low)
+//   minus, if h = low:    sum_i g_i (1 - y_i) / n_low  / (high - low)
+//   minus, if h = high:   sum_i g_i y_i / n_high  / (high - low)
+//
+// where n_low tokens tie at the least entropy and n_high at the greatest: they divide
+// its gradient equally.
 
-// What min-max scaling, y = (h - low) / (high - low), needs of a layer's valid tokens
-// to be gone back through: low, high, and what the gradient takes from each token
-// there,
-//
-//   sum g (1 - y) / n_low,   sum g y / n_high      where n tokens tie
-//
-// One thread, one layer of one sequence. extremes: (L, B, 4).
+// The extremes of every layer (L, B, 4): low, high, and the two sums above, each over
+// its number of ties. One thread, one layer of one sequence.
 extern "C" __global__ void entropy_extremes(const acc_t* gradient,
                                             const real_t* entropy, const bool* mask,
                                             long long layers, long long batch,
@@ -24,6 +30,7 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
         low = min(low, h);
         high = max(high, h);
     }
+    // The numbers of ties, n_low and n_high, and the sums.
     acc_t at_low = 0, at_high = 0, from_low = 0, from_high = 0;
     for (long long i = 0; i < num_tokens && high > low; ++i) {
         if (!is_token(mask, first + i)) continue;
@@ -40,6 +47,7 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
     extremes[row * EXTREMES + 3] = from_high / max(at_high, acc_t(1));
 }
 
+// The gradient of the entropies, from the extremes. One thread, one output.
 extern "C" __global__ void saliency_vjp(const acc_t* gradient, const real_t* entropy,
                                         const bool* mask, const acc_t* extremes,
                                         long long layers, long long batch,
@@ -49,15 +57,16 @@ extern "C" __global__ void saliency_vjp(const acc_t* gradient, const real_t* ent
     if (index >= layers * batch * heads * num_tokens) return;
     const long long row = index / num_tokens / heads, i = index % num_tokens;  // (L, B)
     const long long token = row % batch * num_tokens + i;
-    const acc_t* of_row = extremes + row * EXTREMES;
-    const acc_t width = of_row[1] - of_row[0];
+    const acc_t* extreme = extremes + row * EXTREMES;
+    const acc_t width = extreme[1] - extreme[0];
     acc_t slope = 0;
     if (is_token(mask, token) && width > 0) {
         const acc_t h =
             head_mean(entropy + row * heads * num_tokens, heads, num_tokens, i);
         slope = gradient[token];
-        if (h == of_row[0]) slope -= of_row[2];
-        if (h == of_row[1]) slope -= of_row[3];
+        if (h == extreme[0]) slope -= extreme[2];
+        if (h == extreme[1]) slope -= extreme[3];
+        // s = 1 - (1/L) sum_l y, and h is a mean over the heads.
         slope /= width * (salient_high ? layers : -layers) * heads;
     }
     store(out + index, slope);

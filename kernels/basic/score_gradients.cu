@@ -1,26 +1,29 @@
-// Vector-Jacobian products of the entropies of softmax scores: from their gradient to
-// that of queries and keys, or of tokens. See basic/query_key_entropy.cu and
-// basic/self_attention_entropy.cu.
+// Vector-Jacobian products of the entropies of softmax scores: from the gradient of the
+// entropies to that of queries and keys, or of tokens. See basic/query_key_entropy.cu
+// and basic/self_attention_entropy.cu.
 //
-// A softmax's entropy has the slopes
+// The entropy of a softmax has the derivatives
 //
 //   dH_i / ds_ij = -p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
 //
-// with (m, r, t) of row i as in SoftmaxEntropy, so that nothing cancels where one score
-// stands above the rest. Scores are found again, and their gradients G stored for a
-// band of rows at a time, never N x N:
+// with (m, r, t) of row i as in SoftmaxEntropy, so that nothing cancels if one score
+// lies far above the rest. With the gradient g_i of H_i, the gradient of the scores is
+// G_ij = g_i dH_i / ds_ij. The N x N matrix G is never stored: scores are computed
+// again, and G for one band of rows at a time.
 //
-//   score_weights     (m, t / (1 + r), g / (1 + r)) of every row, g its gradient
-//   score_gradients   a band of G, whose rows are queries, or of Gᵀ, whose are keys
+//   score_weights     (m, t / (1 + r), g / (1 + r)) of every row
+//   score_gradients   a band of G, with queries as rows, or of Gᵀ, with keys as rows
 //   token_gradients   the band times the tokens of its columns
 //
-// A band holds whole tiles of 128 rows of (L, B, H, T), T of them to a head, and in
-// each row 128 T columns; `sides` says what its rows are: 1 queries, 2 keys, 3 both at
-// once, which is G + Gᵀ where queries and keys are the same tokens.
+// A head has T tiles of 128 rows. A band is a number of whole tiles, each with 128 rows
+// and 128 T columns. `sides` tells which rows it has: 1 (QUERIES) for G, 2 (KEYS) for
+// Gᵀ, and 3 (both) for G + Gᵀ, where queries and keys are the same tokens.
 //
 // One thread, one output.
 
 constexpr long long BAND_ROWS = TILE;
+
+// Return the score of two rows.
 
 __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double scale) {
     acc_t dot = 0;
@@ -28,6 +31,7 @@ __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double s
     return rounded_product(dot, acc_t(scale));
 }
 
+// (m, t / (1 + r), g / (1 + r)) of every row; the last one is 0 for padding.
 extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* query,
                                          const real_t* key, const bool* mask,
                                          long long outer, long long batch,
@@ -49,12 +53,14 @@ extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* qu
         is_token(mask, first + i) ? gradient[row] / (1 + state.r) : 0;
 }
 
-// -g p (log p + H) of a score, by the weights of its row.
+// Return -g p (log p + H) of a score, from the weights of its row: p = e^d / (1 + r)
+// with d = s - m.
 __device__ acc_t score_gradient(const acc_t* weights, acc_t score) {
     const acc_t d = score - weights[0];
     return weights[2] * exp(d) * (weights[1] - d);
 }
 
+// One element of a band: row i of the head and column j.
 extern "C" __global__ void score_gradients(const real_t* own, const real_t* other,
                                            const acc_t* weights, const bool* mask,
                                            long long first_tile, long long num_tiles,
@@ -84,6 +90,8 @@ extern "C" __global__ void score_gradients(const real_t* own, const real_t* othe
     band[index] = sum;
 }
 
+// One element of the gradient of a token: a row of the band times a column of the
+// tokens.
 extern "C" __global__ void token_gradients(const acc_t* band, const real_t* other,
                                            const bool* mask, long long first_tile,
                                            long long num_tiles, long long batch,

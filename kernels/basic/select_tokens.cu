@@ -1,7 +1,7 @@
-// Selection: the K tokens that stand highest. One thread, one output.
+// Selection: the K tokens with the highest scores. One thread, one output.
 
-// True for the K highest scores of a sequence: those that fewer than K others beat,
-// where of two equal ones the lower index wins.
+// True for the K highest scores of a sequence. A score is among them if fewer than K
+// others are better; of two equal scores, the one with the lower index is better.
 extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
                                       long long batch, long long num_tokens,
                                       long long num_groups, bool* out) {
@@ -18,14 +18,14 @@ extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
     out[index] = row[i] != padding() && better < count_of(counts, b, num_groups);
 }
 
-// The positions of the selected tokens, ascending; -1 where there are fewer than K.
+// The positions of the selected tokens, ascending; -1 if there are fewer than K.
 extern "C" __global__ void select_tokens(const bool* selected, long long batch,
                                          long long num_tokens, long long num_groups,
                                          int* out) {
     const long long index = thread_index();  // (B, K)
     if (index >= batch * num_groups) return;
     const bool* row = selected + index / num_groups * num_tokens;  // (N,)
-    long long left = index % num_groups;  // selected tokens still to pass by
+    long long left = index % num_groups;  // selected tokens still to skip
     int position = -1;
     for (long long i = 0; i < num_tokens && position < 0; ++i)
         if (row[i] && left-- == 0) position = static_cast<int>(i);

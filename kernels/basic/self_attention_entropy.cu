@@ -1,4 +1,4 @@
-// Entropy of the attention of tokens to each other. No N x N array is stored.
+// Entropy of the attention of tokens to each other. The N x N scores are not stored.
 //
 //   p_ij = softmax_j(x_i . x_j / sqrt(D))
 //   H_i = -sum_j p_ij log p_ij             in nats, 0 log 0 = 0, over the tokens j

@@ -1,6 +1,6 @@
 // Norms of tokens. One thread, one output.
 
-// ‖x‖₂ of every row, 0 of padding.
+// ‖x‖₂ of every row; 0 for padding.
 extern "C" __global__ void token_norms(const real_t* tokens, const bool* mask,
                                        long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index();  // (B, N)

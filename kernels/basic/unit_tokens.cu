@@ -1,4 +1,7 @@
-// Tokens of norm 1, or 0. Over its largest entry first, so that no square overflows.
+// Tokens scaled to norm 1: x / ‖x‖, or 0 if the norm is 0 and for padding.
+//
+// A token is divided by its largest entry first, so that no square overflows. One
+// thread, one token.
 extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
                                        long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index();  // (B, N)

@@ -1,7 +1,7 @@
-// Gradient of unmerging, see basic/unmerge_tokens.cu. One thread, one output; sums run
-// in index order.
+// Gradient of unmerging, see basic/unmerge_tokens.cu. One thread, one output. Sums run
+// in index order, so that every run gives the same bits.
 
-// Every merged token's gradient is the sum of those of the tokens rebuilt from it.
+// The gradient of a merged token is the sum of the gradients of its group's tokens.
 extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* labels,
                                               long long batch, long long num_tokens,
                                               long long dim, long long num_groups,

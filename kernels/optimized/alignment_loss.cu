@@ -1,6 +1,7 @@
-// AR alignment: a warp a prediction; see basic/alignment_loss.cu.
+// AR alignment; see basic/alignment_loss.cu for the formulas.
 
-// One warp, one prediction.
+// One warp, one prediction: the lanes read neighbouring elements of the row, and
+// `warp_reduce` adds their sums in a fixed order.
 extern "C" __global__ void prediction_errors(const acc_t* prediction,
                                              const real_t* merged, const int* counts,
                                              long long batch, long long num_groups,
@@ -24,7 +25,7 @@ extern "C" __global__ void prediction_errors(const acc_t* prediction,
     if (threadIdx.x % 32 == 0) out[index] = squares / dim;
 }
 
-// One block, one sequence.
+// One block, one sequence: the mean of the errors of its K - 1 predictions.
 extern "C" __global__ void alignment_loss(const acc_t* errors, const int* counts,
                                           long long batch, long long num_groups,
                                           acc_t* out) {

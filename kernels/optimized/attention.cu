@@ -1,9 +1,10 @@
-// The transformer prior: pairs rotated in place, and attention in one pass; see
-// basic/attention.cu.
+// The transformer prior; see basic/attention.cu for the formulas. `split_heads` rotates
+// both elements of a pair in one thread, and `attend` goes through the keys once.
 
 constexpr int MAX_WARPS = BLOCK_THREADS / 32;
 
-// One thread, one pair of elements of a query, a key and a value.
+// One thread, one pair of elements (i, i + d / 2) of a query, a key and a value: the
+// sine and cosine are computed once for four results.
 extern "C" __global__ void split_heads(const real_t* heads, const long long* positions,
                                        const double* turns, long long batch,
                                        long long num_tokens, long long num_heads,
@@ -23,6 +24,7 @@ extern "C" __global__ void split_heads(const real_t* heads, const long long* pos
     acc_t cosine = 1, sine = 0;
     if (turns) {
         const long long position = positions ? positions[row] : start + t;
+        // Reduce the angle to half a turn in double, before it becomes acc_t.
         const double turn = position * turns[i];
         const acc_t angle = acc_t(6.283185307179586 * (turn - rint(turn)));
         cosine = cos(angle), sine = sin(angle);
@@ -38,8 +40,11 @@ extern "C" __global__ void split_heads(const real_t* heads, const long long* pos
     values[to] = v[0], values[to + half] = v[half];
 }
 
-// One block, one query of one head. Its warps share the keys, 32 at a time: first a
-// lane finds the score of a key, then a lane sums columns of their values.
+// One block, one query of one head. Each warp takes 32 keys at a time. First each lane
+// computes the score of one key; then each lane adds up its own columns of the 32
+// values. Every warp keeps its own online softmax: the largest score m, the sum r of
+// e^(score - m), and the weighted sums of the values. Keys go to the warps by position,
+// and the warps are combined in order, so every run gives the same bits.
 extern "C" __global__ void attend(const real_t* query, const real_t* keys,
                                   const real_t* values, const acc_t* sizes,
                                   const int* counts, long long batch,
@@ -63,12 +68,13 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
         q[d] = widen(query[index * head_dim + d]) * acc_t(scale);
     __syncthreads();
 
-    acc_t m = MASKED_SCORE, r = 0, sum[MAX_HEAD_DIM / 32] = {};
+    acc_t m = MASKED_SCORE, r = 0, sum[MAX_HEAD_DIM / 32] = {};  // columns of a lane
     for (long long j0 = first + warp * 32; j0 < last; j0 += warps * 32) {
         const long long j = j0 + lane;
         const acc_t size = j >= last ? acc_t(0)
                            : sizes   ? sizes[b * capacity + j]
                                      : acc_t(1);
+        // score = q . k scale + log(size); q has the scale already.
         acc_t score = MASKED_SCORE;
         if (size > 0) {
             const real_t* key = keys + (head + j) * head_dim;
@@ -80,12 +86,14 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
                     score += q[d + i] * k[i];
             }
         }
+        // If the largest score grows, multiply all sums by e^(m - top).
         const acc_t top = max(m, warp_reduce(score, Greatest()));
         const acc_t p = size > 0 ? exp(score - top) : acc_t(0), fade = exp(m - top);
         m = top;
         r = r * fade + warp_reduce(p, Add());
 #pragma unroll
         for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sum[c] *= fade;
+        // Add p_k v_k for each of the 32 keys; the lane of key k has p_k.
         for (int k = 0; k < 32 && j0 + k < last; ++k) {
             const acc_t weight = __shfl_sync(~0u, p, k);
             if (weight == 0) continue;
@@ -101,6 +109,7 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
     for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sums[warp][c * 32 + lane] = sum[c];
     __syncthreads();
 
+    // Combine the warps relative to the largest score of all.
     acc_t top = MASKED_SCORE, total = 0;
     for (int w = 0; w < warps; ++w) top = max(top, tops[w]);
     for (int w = 0; w < warps; ++w) total += totals[w] * exp(tops[w] - top);

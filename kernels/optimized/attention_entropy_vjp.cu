@@ -1,6 +1,8 @@
-// Vector-Jacobian product of attention entropy; see basic/attention_entropy_vjp.cu.
+// Vector-Jacobian product of attention entropy; see basic/attention_entropy_vjp.cu for
+// the formula.
 
-// One warp, one row, which it reads three times: the cache has it.
+// One warp, one row. The warp reads the row three times: for the maximum, for the sums,
+// and for the gradient. The second and third time it comes from the cache.
 extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
                                                  const real_t* attention,
                                                  const bool* mask, long long outer,
@@ -15,6 +17,7 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
     const long long end = valid ? num_tokens : 0;  // the same for all lanes
     acc_t a[WIDTH];
 
+    // The largest entry m of the row.
     acc_t m = 0;
     for (long long j = lane; j < end; j += 32 * WIDTH) {
         load_vector(a, probabilities + j, num_tokens - j);
@@ -24,6 +27,7 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
     }
     m = warp_reduce(m, Greatest());
 
+    // The sums of u and of u log u, with u = a / m.
     acc_t sum = 0, logs = 0;
     for (long long j = lane; j < end; j += 32 * WIDTH) {
         load_vector(a, probabilities + j, num_tokens - j);
@@ -39,12 +43,13 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
     sum = warp_reduce(sum, Add());
     const acc_t mean = warp_reduce(logs, Add()) / sum;
 
+    // The gradient, g (sum_k p_k log u_k - log u_j) / (m sum_k u_k).
     const acc_t weight = gradient[row] / (m * sum);
     for (long long j = lane; j < num_tokens; j += 32 * WIDTH) {
         load_vector(a, probabilities + j, num_tokens - j);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-            const acc_t u = m > 0 ? a[i] / m : acc_t(0);  // behind the end a is 0
+            const acc_t u = m > 0 ? a[i] / m : acc_t(0);  // 0 past the end of the row
             const bool seen = u > 0 && is_token(mask, first + j + i);
             a[i] = seen ? weight * (mean - log(u)) : acc_t(0);
         }

@@ -1,13 +1,14 @@
-// Cosine similarities by upper tiles, each written to both halves.
+// Cosine similarities. The matrix is symmetric, so only tiles on or above the diagonal
+// are computed; each is written to both halves, and both have the same bits.
 //
-//   sim_ij = x_i . x_j / (‖x_i‖ ‖x_j‖)     0 where either norm is 0
+//   sim_ij = x_i . x_j / (‖x_i‖ ‖x_j‖)     0 if either norm is 0
 
 // Two neighbours of a row.
 struct __align__(2 * sizeof(acc_t)) Pair {
     acc_t first, second;
 };
 
-// One block, one tile of one sequence on or above the diagonal.
+// One block: compute one tile of one sequence, on or above the diagonal.
 template <class Tile>
 __device__ __forceinline__ void tile_similarity(unsigned char* shared,
                                                 const real_t* tokens,
@@ -27,7 +28,7 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
                          {sequence + column0 * dim, num_tokens - column0}, 1, dim, sums,
                          [](int) {});
 
-    // 1 / norm of the tile's rows, then of its columns; 0 for no token.
+    // Store 1 / norm of the tile's rows, then of its columns; 0 behind the last token.
     auto* reciprocals = reinterpret_cast<acc_t*>(shared);
     constexpr int tokens_of_tile = Tile::rows + Tile::columns;
 #pragma unroll
@@ -49,8 +50,8 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
         const acc_t of_column = reciprocals[Tile::rows + Tile::column(j)];
 #pragma unroll
         for (int i = 0; i < rows; ++i) {
-            // With a zero norm it is 0, whatever the other token is. Within [-1, 1] but
-            // for rounding; a NaN stays one.
+            // A zero norm gives 0, whatever the other token is. Clamp, because rounding
+            // may exceed [-1, 1]. A NaN stays one.
             const bool zero = of_row[i] == 0 || of_column == 0;
             const acc_t sum = zero ? acc_t(0) : sums[i / 4][i % 4][j];
             const acc_t similarity = sum * of_row[i] * of_column;
@@ -61,10 +62,12 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
     acc_t* matrix = out + first * num_tokens;             // (N, N)
     acc_t* upper = matrix + row0 * num_tokens + column0;  // the tile
     acc_t* lower = matrix + column0 * num_tokens + row0;  // its transpose
+    // Tiles at the diagonal or the edge, and odd rows, store single values.
     const bool pairs = num_tokens % 2 == 0 &&
                        reinterpret_cast<unsigned long long>(out) % sizeof(Pair) == 0;
     if (column0 < row0 + Tile::rows || column0 + Tile::columns > num_tokens || !pairs) {
-        const int left = static_cast<int>(num_tokens - column0), ahead = row0 - column0;
+        const int left = static_cast<int>(num_tokens - column0),
+                  diagonal = row0 - column0;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
             const int column = Tile::column(j);
@@ -72,13 +75,14 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
 #pragma unroll
             for (int i = 0; i < rows; ++i) {
                 const int row = Tile::row(i);
-                if (column < row + ahead) continue;
+                if (column < row + diagonal) continue;
                 upper[row * num_tokens + column] = sums[i / 4][i % 4][j];
                 lower[column * num_tokens + row] = sums[i / 4][i % 4][j];
             }
         }
         return;
     }
+    // All other tiles store pairs of neighbours above the diagonal.
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
         const acc_t(&of_i)[16] = sums[i / 4][i % 4];

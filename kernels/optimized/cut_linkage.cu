@@ -1,51 +1,56 @@
-// Cuts of dendrograms, and labels of their groups, in one launch; see
-// basic/cut_linkage.cu. One block, one sequence.
+// Cuts of dendrograms, and labels of their groups, in one launch. The formula is in
+// basic/cut_linkage.cu. One block cuts one sequence.
 //
-// A block has GROUP_THREADS, or fewer for a short sequence. One block may have all the
-// registers there are: left to itself the compiler spares some for a second one.
+// A block has GROUP_THREADS threads, or fewer for a short sequence. The launch bound
+// allows one block on a multiprocessor, so that this block may use all registers.
+// Without it the compiler would save some for a second block.
 
-// use(term(0)), use(term(1)), ... in this order by thread 0; the terms by all threads,
-// into shared memory for one each.
+// Call use(term(0)), use(term(1)), ... in this order in thread 0. All threads compute
+// terms, into shared memory for one term of each thread.
 template <class Term, class Use>
-__device__ __forceinline__ void in_turn(double* terms, long long count, Term term,
-                                        Use use) {
+__device__ __forceinline__ void in_order(double* terms, long long count, Term term,
+                                         Use use) {
     for (long long i0 = 0; i0 < count; i0 += blockDim.x) {
         const long long i = i0 + threadIdx.x;
-        __syncthreads();  // those before have been used
+        __syncthreads();  // thread 0 has used the last terms
         if (i < count) terms[threadIdx.x] = term(i);
         __syncthreads();
         if (threadIdx.x > 0) continue;
-        const int end = static_cast<int>(min(count - i0, (long long)blockDim.x));
-        for (int t = 0; t < end; ++t) use(terms[t]);
+        const int stop = static_cast<int>(min(count - i0, (long long)blockDim.x));
+        for (int t = 0; t < stop; ++t) use(terms[t]);
     }
 }
 
-// The most merges whose error is within the bound. Sums are by one thread, in double
-// and in order, so that no run decides otherwise. `scratch` and `terms` are shared.
+// Return the largest number of merges whose error is within the bound. One thread adds
+// in double and in a fixed order, so that every run makes the same decision. `scratch`
+// and `terms` are in shared memory.
 __device__ __forceinline__ long long merges_within(const double* rows,
                                                    const acc_t* mass, const bool* mask,
                                                    long long num_tokens,
                                                    long long num_rows, double max_error,
                                                    acc_t* scratch, double* terms) {
-    acc_t most = 0;
+    acc_t largest = 0;
     for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
-        if (is_token(mask, i)) most = max(most, mass[i]);
-    most = block_reduce(most, scratch, Greatest());
-    const double peak = most > 0 ? most : 1;
+        if (is_token(mask, i)) largest = max(largest, mass[i]);
+    largest = block_reduce(largest, scratch, Greatest());
+    const double peak = largest > 0 ? largest : 1;
 
+    // total = sum of masses, each at least LEAST_MASS of the largest
     double total = 0, error = 0;
     const auto weight = [&](long long i) {
         if (!is_token(mask, i)) return 0.0;
-        return most > 0 ? max(mass[i] / peak, LEAST_MASS) : 1.0;
+        return largest > 0 ? max(mass[i] / peak, LEAST_MASS) : 1.0;
     };
-    in_turn(terms, num_tokens, weight, [&](double term) { total += term; });
+    in_order(terms, num_tokens, weight, [&](double term) { total += term; });
 
+    // error = sum of h^2 / 2. The merges end at the first one outside the bound, also
+    // at a NaN.
     long long merges = 0;
     bool within = true;
     const auto cost = [&](long long r) {
         return rows[4 * r + 2] * rows[4 * r + 2] / peak / 2;
     };
-    in_turn(terms, num_rows, cost, [&](double term) {
+    in_order(terms, num_rows, cost, [&](double term) {
         error += term;
         within = within && error <= (max_error + ERROR_ROUNDING) * total;
         merges += within;
@@ -56,15 +61,17 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     return static_cast<long long>(terms[0]);
 }
 
-// Every node's parent to the topmost node above it: each round doubles the distance
-// climbed. `above` and `next` change places; both are (2N,).
+// Replace the parent of every node by the topmost node above it, by pointer doubling:
+// each round doubles the number of levels that `above` climbs. `above` and `next`, both
+// (2N,), are exchanged after each round.
 __device__ __forceinline__ void climb(const double* rows, long long num_tokens,
                                       long long merges, int*& above, int*& next) {
     const long long nodes = num_tokens + merges;
     for (long long i = threadIdx.x; i < nodes; i += blockDim.x) next[i] = -1;
     __syncthreads();
-    // Whatever the rows say, a parent is of a later row, so that nobody climbs in a
-    // circle; of two parents the earlier one counts.
+    // Rows are not checked on a GPU. Accepting only parents in later rows excludes
+    // cycles, whatever the rows hold. Of two parents the earlier one counts: rows are
+    // stored in reverse, so that the maximum is the earliest.
     for (long long side = threadIdx.x; side < 2 * merges; side += blockDim.x) {
         const long long r = side / 2;
         const double id = rows[4 * r + side % 2];
@@ -85,7 +92,8 @@ __device__ __forceinline__ void climb(const double* rows, long long num_tokens,
     }
 }
 
-// Without a max_error, which is then negative, K decides. `nodes` is scratch (B, 4N).
+// A negative `max_error` means that there is none: then K decides. `nodes` is scratch
+// (B, 4N).
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     cut_linkage(const double* dendrogram, const acc_t* mass, const bool* mask,
                 const int* counts, long long batch, long long num_tokens,
@@ -100,19 +108,20 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     long long tokens = 0;
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
         const long long i = i0 + threadIdx.x;
-        int found;
-        block_rank(i < num_tokens && is_token(valid, i), scratch, &found);
-        tokens += found;
+        int count;
+        block_rank(i < num_tokens && is_token(valid, i), scratch, &count);
+        tokens += count;
     }
-    const long long most = max(tokens - 1, 0ll);
-    long long merges = min(most, max(tokens - count_of(counts, b, num_groups), 0ll));
+    const long long max_merges = max(tokens - 1, 0ll);
+    long long merges =
+        min(max_merges, max(tokens - count_of(counts, b, num_groups), 0ll));
     if (max_error >= 0)
         merges = merges_within(rows, mass ? mass + row : nullptr, valid, num_tokens,
-                               most, max_error, partial, terms);
+                               max_merges, max_error, partial, terms);
 
     int *above = nodes + 4 * row, *next = above + 2 * num_tokens;
     climb(rows, num_tokens, merges, above, next);
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
         if (!is_token(valid, i)) above[i] = -1;
-    number(above, num_tokens, first, next, scratch, out + row);
+    write_labels(above, num_tokens, first, next, scratch, out + row);
 }

@@ -1,9 +1,13 @@
-// Gumbel softmax, and what follows it: one block, one sequence; see
-// basic/gumbel_softmax.cu. What is elementwise there (perturbed_scores without noise or
-// padding, saliency_mass) has nothing to gain and runs from there.
+// Gumbel softmax, and the saliency mass computed from it; see basic/gumbel_softmax.cu
+// for the formulas. One block, one sequence: the scores stay in registers or in the
+// result array between the steps.
+//
+// Elementwise work (perturbed_scores without noise or padding, saliency_mass) would
+// gain nothing from a kernel here, so the launchers use the basic kernels for it.
 
-// scores = the perturbed scores; returns the highest of this thread's. Draw n is the
-// n-th token's, wherever padding lies, and the block counts the tokens together.
+// Write the perturbed scores z = s + g of this thread's tokens to `scores`; return the
+// highest of them. The n-th token of a sequence takes draw n, wherever padding lies.
+// The block counts the tokens together to find n.
 template <class Saliency, class Scores>
 __device__ __forceinline__ acc_t perturb(const Saliency& saliency, const bool* mask,
                                          long long num_tokens, long long noisy,
@@ -11,9 +15,9 @@ __device__ __forceinline__ acc_t perturb(const Saliency& saliency, const bool* m
                                          Scores& scores) {
     __shared__ int scratch[32];
     acc_t highest = padding();
-    long long before = 0;  // tokens before these blockDim.x places
+    long long before = 0;  // tokens before these blockDim.x positions
     int t = 0;
-#pragma unroll 1  // the noise takes 300 instructions: one copy of them is enough
+#pragma unroll 1  // the noise is 300 instructions, so keep a single copy of them
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x, ++t) {
         const long long i = i0 + threadIdx.x;
         const bool token = i < num_tokens && is_token(mask, i);
@@ -45,9 +49,9 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
             first + blockIdx.x, perturbed);
 }
 
-// The noise, the softmax over it and the saliency mass, which is 0 for padding.
-// `scores` hold the scores, then their exponentials. `mask` and `mass` may be null; all
-// arrays are (N,).
+// Compute the perturbed scores, their softmax, and the saliency mass, which is 0 for
+// padding. `scores` holds the scores and then their exponentials. `mask` and `mass` may
+// be null. All arrays have shape (N,).
 template <class Saliency, class Scores>
 __device__ __forceinline__ void softmax_and_mass(
     const Saliency& saliency, Scores& scores, const bool* mask, long long num_tokens,
@@ -57,11 +61,12 @@ __device__ __forceinline__ void softmax_and_mass(
     acc_t highest = perturb(saliency, mask, num_tokens, noisy, seed, sequence, scores);
     highest = block_reduce(highest, scratch, Greatest());
 
+    // e^((z - m) / tau) and its sum, with the highest score m.
     acc_t total = 0;
     visit_own(scores, num_tokens, [&](int t, long long i) {
         const acc_t score = scores.get(t, i);
         acc_t e = 0;
-        if (score != padding())  // in double, where no temperature is too small
+        if (score != padding())  // divide in double: a float 1e-46 would be 0
             e = exp(static_cast<acc_t>((score - highest) / temperature));
         scores.set(t, i, e);
         total += e;
@@ -99,9 +104,10 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     }
 }
 
-// sum = over the layers, a thread's tokens scaled to 0 .. 1 by their range, as
-// entropy_range and saliency of saliency.cu find it. As many layers at once as the
-// block has warps: they share the tokens of these layers for the ranges.
+// Add up, over the layers, the entropies of this thread's tokens, each scaled to 0 .. 1
+// by the range of its layer. The results are those of entropy_range and saliency in
+// saliency.cu. The block works on as many layers at once as it has warps: its warps
+// divide the tokens of these layers to find the ranges.
 __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* mask,
                                            long long layers, long long batch,
                                            long long heads, long long num_tokens,
@@ -142,8 +148,8 @@ __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* ma
     }
 }
 
-// The same from the entropies (L, B, H, N) on, of at most THREAD_TOKENS tokens a
-// thread.
+// Compute saliency, probabilities and mass from the entropies (L, B, H, N) in a single
+// launch. Each thread has at most THREAD_TOKENS tokens, which stay in registers.
 extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     saliency_gumbel_mass(const real_t* entropy, const bool* mask, long long layers,
                          long long batch, long long heads, long long num_tokens,
@@ -158,8 +164,8 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     Held saliency, scores;
     visit_own(saliency, num_tokens, [&](int t, long long i) {
         const acc_t salient = saliency_of(sum[t], layers, salient_high);
-        saliency.of[t] = is_token(valid, i) ? salient : acc_t(0);
-        saliency_out[row + i] = saliency.of[t];
+        saliency.values[t] = is_token(valid, i) ? salient : acc_t(0);
+        saliency_out[row + i] = saliency.values[t];
     });
     softmax_and_mass(saliency, scores, valid, num_tokens, temperature, noisy, seed,
                      first + b, epsilon, probabilities_out + row, mass_out + row);

@@ -1,5 +1,5 @@
-// Gradient of the Gumbel softmax: one block, one sequence; see
-// basic/gumbel_softmax_vjp.cu.
+// Gradient of the Gumbel softmax; see basic/gumbel_softmax_vjp.cu for the formula and
+// for the reason of the second mean. One block, one sequence.
 
 extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
                                               const acc_t* probabilities,

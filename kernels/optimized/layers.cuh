@@ -1,8 +1,10 @@
-// Entropies of layers (L, B, H, N): their mean over the heads, and its range over the
-// tokens of a layer. Each thread has THREAD_TOKENS tokens: first, first + step, ...
+// Entropies of layers (L, B, H, N): their mean over the heads, the range of the means
+// over the tokens of a layer, and min-max scaling. Each thread has THREAD_TOKENS
+// tokens: first, first + step, first + 2 step, ...
 
-// The mean over the heads (H, N) of each token of a thread, 0 beyond the last one. The
-// index of a token is an int where rows are short: it takes half the registers.
+// Compute the mean over the heads (H, N) of each token of a thread; 0 past the last
+// token. The index of a token may be an int if rows are short: it takes half as many
+// registers as a long long.
 template <class Index>
 __device__ __forceinline__ void head_means(const real_t* rows, long long heads,
                                            Index num_tokens, Index first, Index step,
@@ -20,11 +22,12 @@ __device__ __forceinline__ void head_means(const real_t* rows, long long heads,
     for (int t = 0; t < THREAD_TOKENS; ++t) mean[t] /= heads;
 }
 
-// Least and greatest of tokens seen so far. Without tokens no width is above 0.
+// The least and the greatest value of the tokens so far. Without tokens, high < low:
+// the width is not above 0, and the layer counts as constant.
 struct Range {
     acc_t low = -MASKED_SCORE, high = MASKED_SCORE;
 
-    // Takes in the tokens of a thread, not padding.
+    // Include the tokens of a thread, except padding.
     template <class Index>
     __device__ __forceinline__ void add(const acc_t (&mean)[THREAD_TOKENS],
                                         const bool* mask, Index num_tokens, Index first,
@@ -39,11 +42,11 @@ struct Range {
     }
 };
 
-// One warp: the range of a layer from those of its parts.
+// Combine the ranges of the parts of a layer, with one warp.
 __device__ __forceinline__ void join_parts(const acc_t* lowest, const acc_t* highest,
                                            long long parts, acc_t* low, acc_t* width) {
     Range range;
-#pragma unroll 1  // nearly always one round
+#pragma unroll 1  // nearly always a single iteration
     for (long long p = threadIdx.x % 32; p < parts; p += 32) {
         range.low = min(range.low, lowest[p]);
         range.high = max(range.high, highest[p]);
@@ -55,7 +58,7 @@ __device__ __forceinline__ void join_parts(const acc_t* lowest, const acc_t* hig
     *width = range.high - range.low;
 }
 
-// sum += the layer's means, scaled to 0 .. 1; a constant layer counts as 0.
+// sum += the means of a layer, scaled to 0 .. 1; a constant layer adds 0.
 __device__ __forceinline__ void add_layer(const acc_t (&mean)[THREAD_TOKENS], acc_t low,
                                           acc_t width, acc_t (&sum)[THREAD_TOKENS]) {
     if (!(width > 0)) return;
@@ -63,6 +66,7 @@ __device__ __forceinline__ void add_layer(const acc_t (&mean)[THREAD_TOKENS], ac
     for (int t = 0; t < THREAD_TOKENS; ++t) sum[t] += (mean[t] - low) / width;
 }
 
+// Return s = 1 - (1/L) sum_l Normalize(H^(l)), or without the `1 -`.
 __device__ __forceinline__ acc_t saliency_of(acc_t sum, long long layers,
                                              long long salient_high) {
     const acc_t normal = sum / layers;

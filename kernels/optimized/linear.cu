@@ -1,8 +1,11 @@
-// Linear maps by tiles, norms a warp a row; see basic/linear.cu.
+// Linear maps, computed in tiles (tiles.cuh), and norms, with one warp for each row;
+// see basic/linear.cu for the formulas.
 
-// One block, one tile of y = activated(x Wᵀ + b) + residual. The sign of a sum decides
-// what a ReLU lets through, and its gradient is all or nothing: those sums are float32
-// even where TF32 is allowed, so that a gradient is that of the float32 network.
+// One block computes one tile of y = activated(x Wᵀ + b) + residual.
+//
+// With a ReLU, sums are float32 even if TF32 is allowed. The sign of a sum decides
+// whether the ReLU passes it and its gradient. A sum near 0 with the wrong sign would
+// change a gradient entirely; this way the gradient is that of the float32 network.
 template <class Tile>
 __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t* input,
                                             const real_t* weight, const real_t* bias,
@@ -19,6 +22,7 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         multiply_tiles<Tile, false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
     else
         multiply_tiles<Tile>(stages, rows, columns, 1, in_dim, sums, [](int) {});
+    // Add the bias and apply the activation.
     const int left = static_cast<int>(min(out_dim - column0, (long long)Tile::columns));
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
@@ -28,7 +32,9 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         for (int i = 0; i < 4; ++i)
             sums[0][i][j] = activated(sums[0][i][j] + shift, activation);
     }
-    const int behind = left - Tile::column(0);  // columns, from the thread's first
+    // Add the residual and store the rows and columns that exist. `behind` is the first
+    // column that does not exist, counted from the thread's first column.
+    const int behind = left - Tile::column(0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const long long row = row0 + Tile::row(i);
@@ -63,8 +69,13 @@ extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
                       activation, out);
 }
 
-// One warp, one output of `linear`: of few rows, where reading the weights is all there
-// is to do. With `gain` the row is normalized first, see basic/linear.cu.
+// One warp, one output of `linear`, for few rows: almost all of the work is then
+// reading the weights. With `gain` the row is normalized first, as `normalize` in
+// basic/linear.cu does.
+//
+// The norm needs no pass of its own. Its factor is the same for the whole row, so it
+// can be applied to the finished sum:
+//   norm(x) . w = sum_k (x_k - mean) gain_k w_k / sqrt(var + eps) + sum_k shift_k w_k
 extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
                                       const real_t* shift, const real_t* weight,
                                       const real_t* bias, const real_t* residual,
@@ -104,7 +115,7 @@ extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
     store(out + index, residual ? y + widen(residual[index]) : y);
 }
 
-// One warp, one row.
+// norm(x) of one row, with one warp.
 extern "C" __global__ void normalize(const real_t* input, const real_t* gain,
                                      const real_t* shift, long long num_rows,
                                      long long dim, double epsilon, real_t* out) {

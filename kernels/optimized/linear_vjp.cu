@@ -1,16 +1,20 @@
-// Gradients of linear maps, by tiles; see basic/linear_vjp.cu.
+// Gradients of linear maps, computed in tiles; see basic/linear_vjp.cu for the
+// formulas.
 //
-// A tile wants rows to multiply, so that what is summed over rows is turned round
-// first. There are many rows and few weights: the rows are cut into parts, each part
-// finds its own sums, and these are added in order.
+// `multiply_tiles` sums along the rows of both factors, so a factor that is to be
+// summed over its columns is transposed first. For dW = dyᵀ x there are many rows to
+// sum and few weights: with one block for each tile of dW, few blocks would run. So the
+// rows are divided into S parts, each part is summed by its own blocks, and `sum_parts`
+// adds the parts in order.
 
-// x (rows, columns) as (S, columns, part): part s has its rows s * part onwards as
-// columns, and zeros behind the last. One block, 32 x 32 of them.
+// Transpose x (rows, columns) to (S, columns, part): part s holds the rows from s *
+// part on as columns, with zeros past the last row. One block transposes 32 x 32
+// elements.
 extern "C" __global__ void transpose(const real_t* x, long long num_rows,
                                      long long num_columns, long long part,
                                      long long num_parts, real_t* out) {
     __shared__ real_t
-        tile[SQUARE][SQUARE + 1];  // one more, or a column would be in one bank
+        tile[SQUARE][SQUARE + 1];  // + 1, or a column would lie in the same banks
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const long long across = (num_columns + SQUARE - 1) / SQUARE,
                     down = (part + SQUARE - 1) / SQUARE;
@@ -33,8 +37,9 @@ extern "C" __global__ void transpose(const real_t* x, long long num_rows,
     }
 }
 
-// One block, one tile of A_s B_sᵀ for A (S, rows, dim) and B (S, columns, dim); 0 where
-// `input`, unless null, is no more than 0, see `linear_vjp` of basic/linear_vjp.cu.
+// One block computes one tile of A_s B_sᵀ, for A (S, rows, dim) and B (S, columns,
+// dim). If `input` is not null, the result is 0 wherever `input` is not above 0: this
+// is the gradient through a ReLU, as in `linear_vjp` of basic/linear_vjp.cu.
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     products(const real_t* a, const real_t* b, const real_t* input, long long num_rows,
              long long num_columns, long long dim, real_t* out) {
@@ -50,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
         {b + (s * num_columns + column0) * dim, num_columns - column0}, 1, dim, sums,
         [](int) {});
     const int behind = static_cast<int>(min(num_columns - column0, (long long)TILE)) -
-                       Whole::column(0);  // columns, from the thread's first
+                       Whole::column(0);  // counted from the thread's first column
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const long long row = row0 + Whole::row(i);
@@ -67,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     }
 }
 
-// The sum of S parts of `size` each.
+// The sum of S parts with `size` elements each, in order. One thread, one output.
 extern "C" __global__ void sum_parts(const real_t* parts, long long num_parts,
                                      long long size, real_t* out) {
     const long long index = thread_index();  // (size,)
@@ -77,7 +82,7 @@ extern "C" __global__ void sum_parts(const real_t* parts, long long num_parts,
     store(out + index, sum);
 }
 
-// One warp, one bias, from the transposed gradient (S, out, part).
+// db = sum dy, from the transposed gradient (S, out, part). One warp, one output.
 extern "C" __global__ void bias_vjp(const real_t* gradient, long long num_parts,
                                     long long out_dim, long long part, real_t* out) {
     const long long index = thread_index() / 32;  // (out,)

@@ -1,27 +1,31 @@
-// Average, complete and ward linkage by rounds of reciprocal nearest neighbours: every
-// two clusters that are each other's nearest merge, in the same round. For these three
+// Average, complete and ward linkage in rounds of reciprocal nearest neighbours: in one
+// round, every two clusters that are each other's nearest merge. With these three
 // distances a merge never brings the new cluster nearer to a third one than its parts
-// were, so this is the dendrogram that the closest pair after the closest pair gives.
+// were. So the rounds give the dendrogram of the textbook, which merges one closest
+// pair after another.
 //
 //   E(A, C) = sum of m_a m_c (1 - cos)      adds up:  E(A u B, C) = E(A, C) + E(B, C)
-//   average   E / (W_A W_C)                 W: the mass, of a token 1 or m
-//   complete  the largest 1 - cos           in the place of the sum
-//   ward      2 W_A W_C / (W_A + W_C) |mu_A - mu_C|^2, of which the height is the root
+//   average   E / (W_A W_C)                 W: total mass; one token has mass 1 or m
+//   complete  the largest 1 - cos           E is this maximum instead of the sum
+//   ward      2 W_A W_C / (W_A + W_C) |mu_A - mu_C|^2; the height is its square root
 //   |mu_A - mu_C|^2 = 2 E(A, C) / (W_A W_C) - E(A, A) / W_A^2 - E(C, C) / W_C^2
 //
-// The row of a cluster is that of its first token, and its column is its slot: at first
-// the same. When half of the slots are empty, the columns in use move together. Several
-// blocks work at a sequence. Each keeps the clusters for itself and plans every round
-// as all others do, so they wait for each other once a round, to exchange the nearest
-// clusters that they have found, and once more where columns move. When the rest fits
-// the shared memory of a block, the first one goes on alone. Rows where little has
-// changed take a warp; those that are searched anew take a block.
+// Layout of the matrix: a cluster has the row of its first token, and its column is its
+// slot. At first slot and token are the same. When half of the slots are empty, the
+// columns in use move together.
 //
-// Clusters are in linkage_clusters.cuh, the moves of columns in linkage_columns.cuh,
-// the search of rows in linkage_rows.cuh; single_linkage.cu shares linkage.cuh.
+// Threads: a team of blocks works on one sequence. Each block keeps its own copy of all
+// clusters and plans every round itself. All blocks plan from the same data, so they
+// reach the same plan without exchanging it. They synchronise once a round, to exchange
+// the nearest clusters, and once more when columns move. When the remaining clusters
+// fit the shared memory of one block, the first block continues alone. A row with few
+// changes takes one warp or a part of it; several warps may search one row together.
+//
+// linkage_clusters.cuh defines clusters, linkage_columns.cuh moves columns,
+// linkage_rows.cuh updates and searches rows. single_linkage.cu also uses linkage.cuh.
 
-// How many clusters of each kind come before a warp's: three counts in one number, of
-// 21 bits each, so that one pass sums all three.
+// The clusters before those of a warp, counted by what happens to them. Three counts of
+// 21 bits are packed in one number, so one prefix sum adds all three.
 struct Counts {
     unsigned long long packed;
 
@@ -34,7 +38,8 @@ struct Counts {
     __device__ int searched() const { return static_cast<int>(packed >> 42); }
 };
 
-// The counts of all warps before this one; `total` becomes those of all.
+// Return the counts of all warps before this one; `total` receives the sum over all
+// warps.
 __device__ __forceinline__ Counts counts_before(Counts own, unsigned long long* scratch,
                                                 Counts* total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -50,19 +55,20 @@ __device__ __forceinline__ Counts counts_before(Counts own, unsigned long long* 
     return {warp > 0 ? earlier : 0};
 }
 
-// Set up the clusters, of one token each.
-// Called, not in line: it would take registers from the rounds.
-__device__ __noinline__ Progress begin(Clusters& all, const Tree& tree, bool first,
-                                       const acc_t* cosines, const acc_t* mass,
-                                       const bool* mask, const bool* protect,
-                                       long long num_tokens, long long num_groups,
-                                       acc_t* scratch) {
+// Set up one cluster for each token that may merge.
+// Not inlined: an inlined copy would take registers from the rounds.
+__device__ __noinline__ Progress init_clusters(Clusters& all, const Tree& tree,
+                                               bool first, const acc_t* cosines,
+                                               const acc_t* mass, const bool* mask,
+                                               const bool* protect,
+                                               long long num_tokens,
+                                               long long num_groups, acc_t* scratch) {
     acc_t top = 0;
     for (long long i = threadIdx.x; i < num_tokens && mass; i += blockDim.x)
         if (is_token(mask, i) && !(protect && protect[i])) top = max(top, mass[i]);
     top = block_reduce(top, scratch, Greatest());
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        // So that a token of no mass still joins its nearest.
+        // The lower bound lets a token of mass 0 still join its nearest cluster.
         const acc_t weight = top > 0 ? max(mass[i] / top, acc_t(LEAST_MASS)) : acc_t(1);
         all.slot()[i] = {1 / weight, UNTOUCHED};
         all.weight()[i] = {weight, 0};
@@ -82,22 +88,24 @@ __device__ __noinline__ Progress begin(Clusters& all, const Tree& tree, bool fir
     return {clusters, 0, 0, 0, 0, static_cast<int>(num_tokens), wanted <= 0};
 }
 
-// What a round does to a cluster: the slot that it absorbs, and whether its row needs
-// every column, because it is new or its nearest cluster is no more.
+// What a round does to a cluster. `mate` is the slot that it absorbs, UNTOUCHED or
+// ABSORBED. `searched`: its row needs a search over every column, because the cluster
+// is new or because its nearest cluster merges.
 struct Change {
     int mate;
     bool searched;
 };
 
-// Pairs that are each other's nearest merge, in the slot of the first.
+// Slots i and j merge if each is the other's nearest. The lower slot keeps the union.
 __device__ __forceinline__ Change change_of(const int* nearest, int i) {
     const int j = nearest[i], back = j < 0 ? -1 : nearest[j];
     if (back == i) return {i < j ? j : ABSORBED, i < j};
     return {UNTOUCHED, back < 0 || nearest[back] == j};
 }
 
-// Whether the `wanted` lowest merges are made: those to come are no lower than the
-// closest pair there is now.
+// Return whether the `wanted` lowest merges are made. No later merge is lower than the
+// closest pair of now, so the merges up to that height are final. (Rounds make merges
+// out of order: a round may make a high merge before another round makes a low one.)
 __device__ bool is_enough(const Clusters& all, const Progress& now, int method,
                           acc_t* scratch) {
     acc_t least = -MASKED_SCORE, lower = 0;
@@ -115,24 +123,25 @@ __device__ bool is_enough(const Clusters& all, const Progress& now, int method,
     return lower >= goal()->wanted;
 }
 
-// Read what all blocks have found: the nearest clusters, and the heights of the merges
-// of the round before. Called, as `begin`.
-__device__ __noinline__ void read_found(const Clusters& all, const acc_t* height,
-                                        const Found* found, int clusters, int joined,
-                                        int made) {
+// Copy what all blocks published into this block's clusters: the nearest clusters, and
+// the heights of the merges of the last round. Not inlined, as `init_clusters`.
+__device__ __noinline__ void read_published(const Clusters& all, const acc_t* height,
+                                            const NearestCluster* published,
+                                            int clusters, int joined, int made) {
     const int threads = blockDim.x;
     for (int q = threadIdx.x; q < joined; q += threads) {
         const int t = made - joined + q;
         all.heights[t] = height[t];
     }
-    for (int p0 = threadIdx.x; p0 < clusters; p0 += threads * READ) {
-        Found own[READ];  // all loads before the first store, which they could not pass
+    for (int p0 = threadIdx.x; p0 < clusters; p0 += threads * EXCHANGE_LOADS) {
+        NearestCluster own[EXCHANGE_LOADS];
+        // All loads come first: the compiler cannot move a load above an earlier store.
 #pragma unroll
-        for (int k = 0; k < READ; ++k)
+        for (int k = 0; k < EXCHANGE_LOADS; ++k)
             if (p0 + threads * k < clusters)
-                own[k] = found[all.active()[p0 + threads * k]];
+                own[k] = published[all.active()[p0 + threads * k]];
 #pragma unroll
-        for (int k = 0; k < READ; ++k) {
+        for (int k = 0; k < EXCHANGE_LOADS; ++k) {
             if (p0 + threads * k >= clusters) break;
             const int i = all.active()[p0 + threads * k];
             all.nearest()[i] = own[k].slot;
@@ -142,7 +151,10 @@ __device__ __noinline__ void read_found(const Clusters& all, const acc_t* height
     __syncthreads();
 }
 
-// Put the cluster that slot i absorbs into it. Called, as `begin`.
+// Add the cluster that slot i absorbs to slot i:
+//   W = W_A + W_B,   E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B)
+// `sum` of slot i becomes the distance of the merge, which `record_merges` reads. Not
+// inlined, as `init_clusters`.
 __device__ __noinline__ void merge_slots(Slot* slot, Weight* weight, acc_t* sum, int i,
                                          int method) {
     const int j = slot[i].mate;
@@ -156,26 +168,28 @@ __device__ __noinline__ void merge_slots(Slot* slot, Weight* weight, acc_t* sum,
     slot[i].inverse = 1 / both;
 }
 
-// Merge all pairs that are each other's nearest.
+// Merge all pairs that are each other's nearest. The first pass counts what happens to
+// the clusters of each warp; the second one writes the lists of the next round, in the
+// order of the slots. Every block does this and reaches the same result.
 __device__ void plan_round(Clusters& all, Progress& now, int method, acc_t* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int each = (now.clusters + 32 * warps - 1) / (32 * warps) * 32;  // of a warp
-    const int begin = min(warp * each, now.clusters);
-    const int end = min(begin + each, now.clusters);
+    const int per_warp = (now.clusters + 32 * warps - 1) / (32 * warps) * 32;
+    const int start = min(warp * per_warp, now.clusters);
+    const int stop = min(start + per_warp, now.clusters);
     const auto change = [&](int p) {
-        return p < end ? change_of(all.nearest(), all.active()[p])
-                       : Change{ABSORBED, false};
+        return p < stop ? change_of(all.nearest(), all.active()[p])
+                        : Change{ABSORBED, false};
     };
     Counts own = {0}, total;
-    for (int p0 = begin; p0 < end; p0 += 32) {
+    for (int p0 = start; p0 < stop; p0 += 32) {
         const Change x = change(p0 + lane);
         own.add(__popc(__ballot_sync(~0u, x.mate != ABSORBED)),
                 __popc(__ballot_sync(~0u, x.mate >= 0)),
                 __popc(__ballot_sync(~0u, x.searched)));
     }
     auto* sums = reinterpret_cast<unsigned long long*>(scratch);
-    Counts place = counts_before(own, sums, &total);
-    for (int p0 = begin; p0 < end; p0 += 32) {
+    Counts offset = counts_before(own, sums, &total);
+    for (int p0 = start; p0 < stop; p0 += 32) {
         const Change x = change(p0 + lane);
         const unsigned kept = __ballot_sync(~0u, x.mate != ABSORBED);
         const unsigned joined = __ballot_sync(~0u, x.mate >= 0);
@@ -183,17 +197,17 @@ __device__ void plan_round(Clusters& all, Progress& now, int method, acc_t* scra
         const unsigned before = (1u << lane) - 1;
         if (x.mate != ABSORBED) {
             const int i = all.active()[p0 + lane];
-            const int to = place.kept() + __popc(kept & before);
-            const int row = place.searched() + __popc(searched & before);
+            const int to = offset.kept() + __popc(kept & before);
+            const int row = offset.searched() + __popc(searched & before);
             all.next()[to] = i;
             all.rows()[x.searched ? row : total.searched() + to - row] = i;
             all.slot()[i].mate = x.mate;
             if (x.mate >= 0) {
-                all.joined()[place.joined() + __popc(joined & before)] = i;
+                all.joined()[offset.joined() + __popc(joined & before)] = i;
                 merge_slots(all.slot(), all.weight(), all.sum(), i, method);
             }
         }
-        place.add(__popc(kept), __popc(joined), __popc(searched));
+        offset.add(__popc(kept), __popc(joined), __popc(searched));
     }
     all.turn = 1 - all.turn;
     now.clusters = total.kept();
@@ -205,8 +219,8 @@ __device__ void plan_round(Clusters& all, Progress& now, int method, acc_t* scra
     __syncthreads();
 }
 
-// One block: write this round's merges. From the last thread on, as warps behind have
-// the least to search. Called, as `begin`.
+// One block: write this round's merges. The last threads write first, because the last
+// warps have the least to search. Not inlined, as `init_clusters`.
 __device__ __noinline__ void record_merges(const Clusters& all, const Tree& tree,
                                            int joined, int made) {
     for (int q = blockDim.x - 1 - threadIdx.x; q < joined; q += blockDim.x) {
@@ -221,8 +235,9 @@ __device__ __noinline__ void record_merges(const Clusters& all, const Tree& tree
     }
 }
 
-// One warp: rows of the dendrogram, merges by height, whose nodes are named by it.
-// Called, as `begin`.
+// One warp: write rows of the dendrogram. Row r is the merge of rank r by height, and
+// N + r is its node, so a child that is a merge is named by that merge's rank. Not
+// inlined, as `init_clusters`.
 __device__ __noinline__ void write_rows(const Tree& tree, int made,
                                         long long num_tokens, int method, int warp,
                                         int warps, double* out) {
@@ -244,75 +259,91 @@ __device__ __noinline__ void write_rows(const Tree& tree, int made,
     }
 }
 
-// matrix (B, N, N): cosines, used up unless there is shared memory for a matrix (N, N)
-// and for what is found. `blocks` work at a sequence, until one has shared memory for
-// the clusters that are left, `most_held` of them. Of the sequences at work at once,
-// `trees` holds what becomes the dendrograms, `found` (2, N) the nearest clusters and
-// `arrived` zeros; `states` holds the clusters of every block, or is null if there is
-// shared memory for them. rounds (B,).
+// matrix (B, N, N) holds the cosines and is overwritten, except if `in_shared`: then
+// the matrix (N, N) of a sequence and its exchange are in shared memory. A team of
+// `blocks_per_sequence` blocks works on a sequence until at most `max_resident`
+// clusters are left, for which one block has enough shared memory.
+//
+// Each team has one entry in these arrays: `trees` (merges that become a dendrogram),
+// `exchange` (2, N) (published nearest clusters) and `arrived` (counter of its barrier,
+// 0 at first). `states` has the clusters of every block; it is null if they are in
+// shared memory. rounds (B,) receives the number of rounds.
 extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     linkage(acc_t* matrix, const acc_t* mass, const bool* mask, const bool* protect,
             const int* counts, long long batch, long long num_tokens,
             long long num_groups, long long method, long long in_shared,
-            long long most_held, long long blocks, long long state_bytes,
-            long long tree_bytes, unsigned char* trees, unsigned char* found,
-            unsigned char* states, unsigned* arrived, double* out, int* rounds) {
-    // In shared memory: scratch, state, what is found, matrix.
+            long long max_resident, long long blocks_per_sequence,
+            long long state_bytes, long long tree_bytes, unsigned char* trees,
+            unsigned char* exchange, unsigned char* states, unsigned* arrived,
+            double* out, int* rounds) {
+    // Order in shared memory: scratch, state, exchange, matrix. All but the scratch are
+    // there only if they fit.
     auto* scratch = reinterpret_cast<acc_t*>(dynamic_shared());
     auto* neighbours = reinterpret_cast<Neighbour*>(scratch);
     auto* shared = reinterpret_cast<unsigned char*>(scratch + LINKAGE_SCRATCH);
     unsigned char* state = states ? states + blockIdx.x * state_bytes : shared;
     const long long height_bytes = aligned_bytes(num_tokens * sizeof(acc_t));
-    if (!states) shared += height_bytes;  // what `hold` may take
-    const int share = static_cast<int>(blocks), tokens = static_cast<int>(num_tokens);
-    const int place = blockIdx.x / share, places = gridDim.x / share;
-    const int block = blockIdx.x % share;
+    if (!states)
+        shared += height_bytes;  // the resident clusters start behind the heights
+    const int num_blocks = static_cast<int>(blocks_per_sequence),
+              tokens = static_cast<int>(num_tokens);
+    const int team = blockIdx.x / num_blocks, num_teams = gridDim.x / num_blocks;
+    const int block = blockIdx.x % num_blocks;
     const bool first = block == 0;
-    const int warps = share * (blockDim.x / 32);
-    const int warp = threadIdx.x / 32 * share + block;
-    if (place >= places) return;  // of a group that is not whole
-    const Tree tree = {trees + place * tree_bytes, tokens};
-    const auto meet = [&] {
-        if (share > 1)
-            blocks_barrier(arrived + place, share);
+    const int warps = num_blocks * (blockDim.x / 32);
+    const int warp = threadIdx.x / 32 * num_blocks + block;
+    if (team >= num_teams) return;  // this block's team is not complete
+    const Tree tree = {trees + team * tree_bytes, tokens};
+    const auto sync = [&] {
+        if (num_blocks > 1)
+            blocks_barrier(arrived + team, num_blocks);
         else
             __syncthreads();
     };
-    for (long long b = place; b < batch; b += places) {
+    for (long long b = team; b < batch; b += num_teams) {
         const long long row = b * num_tokens;  // of (B, N)
         acc_t* cosines = matrix + row * num_tokens;
-        // Functions that are called take addresses, which would keep `all` out of
-        // registers.
-        Clusters begun = {reinterpret_cast<acc_t*>(state), state + height_bytes, tokens,
-                          0};
-        // What is found, of this round and the next: or one block overtakes another.
-        Found* told = in_shared
-                          ? reinterpret_cast<Found*>(state + state_bytes)
-                          : reinterpret_cast<Found*>(found) + place * 2 * num_tokens;
+        // Functions that are not inlined take addresses, and a variable whose address
+        // is taken is not kept in registers. They therefore get copies, here `initial`
+        // and below temporaries such as Clusters(all).
+        Clusters initial = {reinterpret_cast<acc_t*>(state), state + height_bytes,
+                            tokens, 0};
+        // Two buffers in turn: one to read in this round, one to publish for the next.
+        // With a single one, a fast block would overwrite entries that a slow block
+        // still reads. A block writes the same buffer again only after the barrier of
+        // the next round, which every block reaches after it has read the buffer.
+        NearestCluster* published =
+            in_shared
+                ? reinterpret_cast<NearestCluster*>(state + state_bytes)
+                : reinterpret_cast<NearestCluster*>(exchange) + team * 2 * num_tokens;
         Matrix sums = {
-            in_shared ? reinterpret_cast<acc_t*>(told + 2 * num_tokens) : cosines,
+            in_shared ? reinterpret_cast<acc_t*>(published + 2 * num_tokens) : cosines,
             num_tokens, false};
-        Progress now =
-            begin(begun, Tree(tree), first, cosines, mass ? mass + row : nullptr,
-                  mask ? mask + row : nullptr, protect ? protect + row : nullptr,
-                  num_tokens, count_of(counts, b, num_groups), scratch);
+        Progress now = init_clusters(
+            initial, Tree(tree), first, cosines, mass ? mass + row : nullptr,
+            mask ? mask + row : nullptr, protect ? protect + row : nullptr, num_tokens,
+            count_of(counts, b, num_groups), scratch);
         for (int p = warp; p < now.clusters && !now.done; p += warps) {
-            const int i = begun.active()[p];
-            first_row(begun, cosines + i * num_tokens, sums.data + i * num_tokens, i,
-                      now.clusters, method, told);
+            const int i = initial.active()[p];
+            first_row(initial, cosines + i * num_tokens, sums.data + i * num_tokens, i,
+                      now.clusters, method, published);
         }
-        Clusters all = begun;
+        Clusters all = initial;
         while (!now.done) {
+            // Wait until every row's nearest cluster is published.
             if (sums.dense)
                 __syncthreads();
             else
-                meet();
-            const int turn = now.rounds % 2;
-            read_found(Clusters(all), tree.height(), told + turn * all.num_slots,
-                       now.clusters, now.joined, now.made);
+                sync();
+            const int buffer = now.rounds % 2;
+            read_published(Clusters(all), tree.height(),
+                           published + buffer * all.num_slots, now.clusters, now.joined,
+                           now.made);
             if (now.made >= goal()->wanted && is_enough(all, now, method, scratch))
                 break;
-            const bool last = share > 1 && now.clusters <= most_held;
+            // Move columns when half of the slots are empty, or when the rest fits one
+            // block (`last`).
+            const bool last = num_blocks > 1 && now.clusters <= max_resident;
             if (!in_shared && !sums.dense && (last || now.clusters <= now.slots / 2)) {
                 move_columns(all, sums, now.clusters, warp, warps);
                 now.slots = now.clusters;
@@ -320,40 +351,47 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
                 const int room = last ? now.slots : all.num_slots;
                 renumber(all, now.slots, to, room);
                 all = {all.heights, to, room, 1 - all.turn};
-                meet();
-                if (last) {  // clusters, what is found and matrix in shared memory
-                    told = reinterpret_cast<Found*>(
+                sync();
+                if (last) {  // clusters, exchange and matrix move to shared memory
+                    published = reinterpret_cast<NearestCluster*>(
                         shared + aligned_bytes(now.slots * SLOT_BYTES));
-                    const Matrix held = {reinterpret_cast<acc_t*>(told + 2 * now.slots),
-                                         now.slots, true};
-                    if (first) hold(Clusters(all), Matrix(sums), Matrix(held));
-                    sums = held;
+                    const Matrix resident = {
+                        reinterpret_cast<acc_t*>(published + 2 * now.slots), now.slots,
+                        true};
+                    if (first)
+                        copy_matrix(Clusters(all), Matrix(sums), Matrix(resident));
+                    sums = resident;
                     if (!first) break;
                 }
             }
+            // Merge, then bring every row that is left up to date.
             plan_round(all, now, method, scratch);
             if (now.done) break;
             if (first) record_merges(Clusters(all), Tree(tree), now.joined, now.made);
-            next_rows(all, sums, now, sums.dense ? 0 : block, sums.dense ? 1 : share,
-                      told + (1 - turn) * all.num_slots, method, neighbours);
+            next_rows(all, sums, now, sums.dense ? 0 : block,
+                      sums.dense ? 1 : num_blocks,
+                      published + (1 - buffer) * all.num_slots, method, neighbours);
         }
+        // Only the first block knows the merges that it made alone: give their number
+        // and heights to the others, which help to sort and write the rows.
         if (sums.dense) {
             if (first && threadIdx.x == 0) *tree.made() = now.made;
-            meet();
+            sync();
             const int before = now.made;
             now.made = *tree.made();
             for (int t = before + threadIdx.x; t < now.made; t += blockDim.x)
                 all.heights[t] = tree.height()[t];
             __syncthreads();
         }
+        // Rank the merges by height. A warp ranks one merge.
         for (int t = warp; t < now.made; t += warps) {
             const int rank = static_cast<int>(merge_rank(all.heights, now.made, t));
             if (threadIdx.x % 32 == 0) tree.rank()[t] = rank;
         }
-        meet();
+        sync();
         write_rows(Tree(tree), now.made, num_tokens, method, warp, warps,
                    out + b * (num_tokens - 1) * 4);
         if (first && threadIdx.x == 0) rounds[b] = now.rounds;
-        meet();  // before the next sequence takes this one's place
+        sync();  // before the next sequence reuses the team's memory
     }
 }

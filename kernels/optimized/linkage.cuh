@@ -1,24 +1,30 @@
-// Nearest clusters: what the two linkage kernels share.
+// Nearest clusters: code that both linkage kernels use.
 //
-// Every comparison is by one strict order of pairs, whoever makes it: a pair's
-// distance, then a hash of the pair. So the closest pair of all is the nearest of both
-// its sides, and of many equal distances a good part can merge in one round.
+// All comparisons use one strict order of pairs: the distance first, then a hash of the
+// pair. Both rows of a pair compute the same hash. The closest pair of all is therefore
+// the nearest neighbour of both its sides, so every round makes progress. A hash has no
+// pattern, so among many equal distances a good part of the clusters are mutual nearest
+// neighbours and merge in one round. A rule such as "the lower index" would make them
+// all choose the same neighbour, and one pair would merge a round.
 
-// A cosine is exact but for its last bits: equal tokens are at distance 0.
+// Return 1 - cos, or 0 if it is below the rounding error of a cosine: equal tokens have
+// distance 0.
 __device__ __forceinline__ acc_t cosine_distance(acc_t cosine) {
     constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     const acc_t distance = 1 - cosine;
     return distance < NOISE ? acc_t(0) : distance;
 }
 
-// What makes the cosine of a token with itself 1, which cosines by tensor cores are not
-// quite, nor then those of equal tokens; 1 for a token of norm 0.
+// Return the factor 1 / |x| of a unit token x, where |x|^2 is its cosine with itself.
+// Cosines from tensor cores are not exactly 1 on the diagonal, nor are those of equal
+// tokens; the factors of both tokens correct this. A token of norm 0 has factor 1.
 __device__ __forceinline__ acc_t inverse_length(acc_t own_cosine) {
     return own_cosine == 0 ? acc_t(1) : 1 / sqrt(own_cosine);
 }
 
-// A number for each pair {i, j}, the mixed bits of both (splitmix64, which is one to
-// one, Steele et al. 2014, doi:10.1145/2660193.2660195).
+// Return the hash of the pair {i, j}, the same for {j, i}. It mixes the bits of both
+// indices by splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195), which is one
+// to one: different pairs have different hashes, so no tie is left.
 __device__ __forceinline__ unsigned long long pair_number(int i, int j) {
     unsigned long long x = static_cast<unsigned long long>(min(i, j)) << 32 | max(i, j);
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
@@ -26,15 +32,17 @@ __device__ __forceinline__ unsigned long long pair_number(int i, int j) {
     return x ^ x >> 31;
 }
 
-// Whether pair {i, a} comes before pair {i, b} of the same distance; `token` (null: the
-// slot itself) is the token of a slot. Called, not in line: it is rare, and the loops
-// that ask are the shorter for it.
+// Return whether pair {i, a} comes before pair {i, b} at equal distance. `token` maps
+// slots to tokens; null means that a slot is a token. Tokens, unlike slots, are never
+// renumbered, so the order does not depend on when columns move. Not inlined: ties are
+// rare, and the loops that call this become shorter.
 __device__ __noinline__ bool is_before(const int* token, int i, int a, int b) {
     if (token) i = token[i], a = token[a], b = token[b];
     return pair_number(i, a) < pair_number(i, b);
 }
 
-// The nearest that a row has found so far. Of none, the distance is infinite.
+// The nearest slot that a row has seen so far, its E (`sum`), and its distance, which
+// is infinite if there is none.
 struct Neighbour {
     acc_t distance, sum;
     int slot;
@@ -42,15 +50,15 @@ struct Neighbour {
 
 __device__ __forceinline__ Neighbour no_neighbour() { return {-padding(), 0, -1}; }
 
-// Whether `a` is nearer to row i than `b`.
+// Return whether `a` is nearer to row i than `b`.
 __device__ __forceinline__ bool nearer(const int* token, int i, const Neighbour& a,
                                        const Neighbour& b) {
     if (a.distance != b.distance) return a.distance < b.distance;
     return a.distance < -padding() && is_before(token, i, a.slot, b.slot);
 }
 
-// The nearest that any of the `lanes` at row i has found, the same in all of them: the
-// whole warp, or parts of a power of two with a row each.
+// Reduce `best` over the `lanes` that work on row i, and return the nearest one to all
+// of them. `lanes` is a power of two: 32, or fewer if a warp works on several rows.
 __device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
                                                   Neighbour best, int lanes = 32) {
     if (lanes == 1) return best;
@@ -60,7 +68,7 @@ __device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
     const int first = threadIdx.x % 32 / lanes * lanes;  // lane of this row
     const unsigned own = ~0u >> (32 - lanes) << first;
     const unsigned votes = __ballot_sync(~0u, best.distance == least) & own;
-    // Pairs are hashed only where several lanes are at the least distance.
+    // Hash pairs only if several lanes have the least distance.
     const bool tied = (votes & (votes - 1)) != 0 && least < -padding();
     if (!__any_sync(~0u, tied)) {
         const int from = __ffs(votes) - 1;
@@ -77,9 +85,9 @@ __device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
     return best;
 }
 
-// One block: list the tokens that may merge, ascending. Returns how many these are;
-// `tokens` becomes how many there are with the protected ones. Called, not in line: it
-// would take registers from what follows.
+// One block: list the tokens that may merge in `active`, in ascending order, and return
+// their number. `tokens` receives the number of tokens, protected ones included. Not
+// inlined: an inlined copy would take registers from the code that follows.
 __device__ __noinline__ int list_tokens(const bool* mask, const bool* protect,
                                         long long num_tokens, int* ranks, int* active,
                                         int* tokens) {
@@ -89,18 +97,18 @@ __device__ __noinline__ int list_tokens(const bool* mask, const bool* protect,
         const long long i = i0 + threadIdx.x;
         const bool token = i < num_tokens && is_token(mask, i);
         const bool merges = token && !(protect && protect[i]);
-        int found;
-        block_rank(token, ranks, &found);
-        *tokens += found;
-        const int place = free + block_rank(merges, ranks, &found);
-        free += found;
-        if (merges) active[place] = static_cast<int>(i);
+        int count;
+        block_rank(token, ranks, &count);
+        *tokens += count;
+        const int position = free + block_rank(merges, ranks, &count);
+        free += count;
+        if (merges) active[position] = static_cast<int>(i);
     }
     return free;
 }
 
-// Where merge t comes among `made` merges by height, and by time among equals; by a
-// warp.
+// One warp: return the rank of merge t among `made` merges by height. Of equal heights
+// the earlier merge comes first.
 __device__ __forceinline__ long long merge_rank(const acc_t* height, long long made,
                                                 long long t) {
     const acc_t own = height[t];
@@ -110,7 +118,8 @@ __device__ __forceinline__ long long merge_rank(const acc_t* height, long long m
     return static_cast<long long>(warp_reduce(lower, Add()));
 }
 
-// A row of a dendrogram (N - 1, 4) in SciPy's format.
+// Write a row of a dendrogram (N - 1, 4) in SciPy's format: the two nodes, the lower
+// one first, the height, and the number of tokens.
 __device__ __forceinline__ void store_row(double* out, long long row, long long left,
                                           long long right, double height,
                                           long long size) {
@@ -120,7 +129,8 @@ __device__ __forceinline__ void store_row(double* out, long long row, long long 
     out[4 * row + 3] = static_cast<double>(size);
 }
 
-// A row of no merge, behind those of a sequence with padding or one that stopped early.
+// Write the row (-1, -1, inf, 0), which means "no merge". Such rows follow the merges
+// if a sequence has padding or stopped early.
 __device__ __forceinline__ void store_no_row(double* out, long long row) {
     store_row(out, row, -1, -1, __longlong_as_double(0x7FF0000000000000ll), 0);
 }

@@ -1,32 +1,35 @@
-// Columns of linkage.cu that move together, when many slots are empty.
+// Compaction of linkage.cu: when many slots are empty, the columns in use move
+// together.
 
-// Move the columns in use to the left, in every row in use, a warp a row. Lists keep
-// the old slots: `renumber` follows.
+// Move the columns in use to the left, in every row in use. One warp moves one row. The
+// lists still have the old slots afterwards: `renumber` must follow.
 __device__ void move_columns(const Clusters& all, const Matrix& matrix, int clusters,
                              int warp, int warps) {
     for (int q = warp; q < clusters; q += warps) {
         acc_t* row = matrix.row(all, all.active()[q]);
         for (int p0 = threadIdx.x % 32; p0 - threadIdx.x % 32 < clusters;
-             p0 += 32 * AHEAD) {
-            acc_t e[AHEAD];
+             p0 += 32 * ROW_LOADS) {
+            acc_t e[ROW_LOADS];
 #pragma unroll
-            for (int k = 0; k < AHEAD; ++k)
+            for (int k = 0; k < ROW_LOADS; ++k)
                 if (p0 + 32 * k < clusters) e[k] = row[all.active()[p0 + 32 * k]];
-            __syncwarp();  // no column moves to the right, so later ones are safe
+            __syncwarp();  // no column moves right, so later ones stay intact
 #pragma unroll
-            for (int k = 0; k < AHEAD; ++k)
+            for (int k = 0; k < ROW_LOADS; ++k)
                 if (p0 + 32 * k < clusters) row[p0 + 32 * k] = e[k];
         }
     }
 }
 
-// One block: number the slots in use anew, 0 .. clusters - 1, in their order. `state`
-// is where they go, with room for `num_slots`: other memory only if no thread has more
-// than one.
+// One block: renumber the slots in use as 0 .. clusters - 1, in their order, and write
+// them to `state`, which has room for `num_slots`. With another `num_slots` the new
+// arrays have other offsets and may overlap the old ones. Then each thread may have at
+// most one slot, so that one pass reads all slots before it writes the first.
 __device__ void renumber(const Clusters& all, int clusters, unsigned char* state,
                          int num_slots) {
-    int* place = all.rows();  // by old slot
-    for (int p = threadIdx.x; p < clusters; p += blockDim.x) place[all.active()[p]] = p;
+    int* new_slot = all.rows();  // indexed by the old slot
+    for (int p = threadIdx.x; p < clusters; p += blockDim.x)
+        new_slot[all.active()[p]] = p;
     __syncthreads();
     Clusters moved = {all.heights, state, num_slots, 1 - all.turn};
     for (int p0 = 0; p0 < clusters; p0 += blockDim.x) {
@@ -35,8 +38,8 @@ __device__ void renumber(const Clusters& all, int clusters, unsigned char* state
         const Weight weight = all.weight()[i];
         const acc_t sum = all.sum()[i];
         const int nearest = all.nearest()[i], token = all.token()[i];
-        const int near = nearest < 0 ? nearest : place[nearest];
-        __syncthreads();  // all have read, and no slot moves up
+        const int near = nearest < 0 ? nearest : new_slot[nearest];
+        __syncthreads();  // all have read; no slot moves to a higher index
         if (p < clusters) {
             moved.slot()[p] = slot;
             moved.weight()[p] = weight;
@@ -49,14 +52,14 @@ __device__ void renumber(const Clusters& all, int clusters, unsigned char* state
     __syncthreads();
 }
 
-// One block: copy a matrix, whose columns have been moved, to shared memory. Called, as
-// `begin`.
-__device__ __noinline__ void hold(const Clusters& all, const Matrix& matrix,
-                                  const Matrix& held) {
+// One block: copy a matrix to shared memory, after its columns have moved together. Not
+// inlined, as `init_clusters`.
+__device__ __noinline__ void copy_matrix(const Clusters& all, const Matrix& matrix,
+                                         const Matrix& resident) {
     for (int i = threadIdx.x / 32; i < all.num_slots; i += blockDim.x / 32) {
         const acc_t* row = matrix.row(all, i);
         for (int j = threadIdx.x % 32; j < all.num_slots; j += 32)
-            held.row(all, i)[j] = row[j];
+            resident.row(all, i)[j] = row[j];
     }
     __syncthreads();
 }

@@ -1,25 +1,26 @@
-// The members of a group, as `sort_members` of groups.cu puts them: those of group k
-// of a sequence are `members[begin]` to `members[end - 1]`, in index order.
+// The members of a group, from the list that `sort_members` in groups.cu makes. The
+// members of a group are tokens[start] to tokens[end - 1], in index order. Sums over
+// them have a fixed order, so every run gives the same bits.
 
 struct Members {
-    long long first;  // token of (B, N) that the sequence begins with
-    const int* of;    // (N,), the sequence's
-    int begin, end;
+    long long first;    // index in (B, N) of the sequence's first token
+    const int* tokens;  // (N,), sorted by group
+    int start, end;
 };
 
-// The members of group `index` of (B, K).
+// Return the members of group `index` of (B, K).
 __device__ __forceinline__ Members members_of(const int* ends, const int* members,
                                               long long index, long long num_tokens,
                                               long long num_groups) {
     const long long first = index / num_groups * num_tokens;
-    const int begin = index % num_groups ? ends[index - 1] : 0;
-    return {first, members + first, begin, ends[index]};
+    const int start = index % num_groups ? ends[index - 1] : 0;
+    return {first, members + first, start, ends[index]};
 }
 
-constexpr int MEMBERS = 4;  // that a thread loads at once
+constexpr int MEMBERS = 4;  // members that a thread loads at once
 
-// Calls visit(x, weight) for 16 bytes of columns of every member, in index order.
-// Without masses every member weighs 1.
+// Call visit(x, weight) for every member of a group, in index order. x holds 16 bytes
+// of the member's row, from `columns` on. Without `mass`, every weight is 1.
 template <class Visit>
 __device__ __forceinline__ void visit_members(const real_t* columns, const acc_t* mass,
                                               const Members& group, long long dim,
@@ -27,44 +28,45 @@ __device__ __forceinline__ void visit_members(const real_t* columns, const acc_t
     acc_t x[WIDTH];
     const real_t* rows = columns + group.first * dim;
     const acc_t* masses = mass ? mass + group.first : nullptr;
-    // The vectors of all rows are whole, or those of some are not.
+    // Unless the vectors of all rows are whole and aligned, read one member at a time.
     if (dim % WIDTH != 0 || !is_whole(columns, WIDTH)) {
-        for (int slot = group.begin; slot < group.end; ++slot) {
-            const int j = group.of[slot];
+        for (int slot = group.start; slot < group.end; ++slot) {
+            const int j = group.tokens[slot];
             load_vector(x, rows + j * dim, left);
             visit(x, masses ? masses[j] : acc_t(1));
         }
         return;
     }
-    for (int begin = group.begin; begin < group.end; begin += MEMBERS) {
+    for (int start = group.start; start < group.end; start += MEMBERS) {
         union {
-            uint4 bytes;  // of elements, the compiler would wait for each vector
+            uint4 bytes;  // with elements, the compiler would wait for each vector
             Vector vector;
         } rows_of[MEMBERS];
         acc_t weights[MEMBERS];
         int members[MEMBERS];
-        // All loads first: none waits for the sums, or for another member's row.
+        // Issue all loads first, so that none waits for the sums or for another row.
 #pragma unroll
         for (int m = 0; m < MEMBERS; ++m)
-            members[m] = group.of[min(begin + m, group.end - 1)];
+            members[m] = group.tokens[min(start + m, group.end - 1)];
 #pragma unroll
         for (int m = 0; m < MEMBERS; ++m) {
             const real_t* row = rows + members[m] * dim;
             weights[m] = masses ? masses[members[m]] : acc_t(1);
             rows_of[m].bytes = {};
-            if (begin + m < group.end)
+            if (start + m < group.end)
                 rows_of[m].bytes = *reinterpret_cast<const uint4*>(row);
         }
 #pragma unroll
         for (int m = 0; m < MEMBERS; ++m) {
-            if (begin + m >= group.end) break;
+            if (start + m >= group.end) break;
             for (int i = 0; i < WIDTH; ++i) x[i] = widen(rows_of[m].vector.element[i]);
             visit(x, weights[m]);
         }
     }
 }
 
-// sum += the weighted members of a group in 16 bytes of columns; returns their mass.
+// sum += m_j x_j over the members of a group, for 16 bytes of columns. Return the sum
+// of the masses m_j.
 __device__ __forceinline__ acc_t add_members(const real_t* columns, const acc_t* mass,
                                              const Members& group, long long dim,
                                              long long left, acc_t (&sum)[WIDTH]) {

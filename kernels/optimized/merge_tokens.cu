@@ -1,5 +1,6 @@
-// Merging by the member lists of groups.cu: a token is read once, and the sums are
-// those of basic/merge_tokens.cu term by term.
+// Merging with the member lists of groups.cu. A thread goes through the members of its
+// group only, not through all labels, and every token is read once. The sums add the
+// same terms in the same order as basic/merge_tokens.cu.
 
 // One thread, 16 bytes of one merged token.
 extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
@@ -16,11 +17,11 @@ extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
 
     acc_t sum[WIDTH] = {};
     acc_t total = add_members(tokens + d, mass, group, dim, dim - d, sum);
-    if (total == 0) {  // no mass: the plain mean, and zero for a group of nothing
+    if (total == 0) {  // no mass: the plain mean
         for (int i = 0; i < WIDTH; ++i) sum[i] = 0;
         total = add_members(tokens + d, nullptr, group, dim, dim - d, sum);
     }
-    const bool none = group.begin == group.end;
+    const bool none = group.start == group.end;  // an empty group is zero
     for (int i = 0; i < WIDTH; ++i) sum[i] = none ? acc_t(0) : sum[i] / total;
     store_vector(out + k * dim + d, sum, dim - d);
 }

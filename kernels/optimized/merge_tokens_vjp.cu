@@ -1,7 +1,8 @@
-// Gradients of merging by its member lists, see members.cuh and
-// basic/merge_tokens_vjp.cu: a warp for a group, or for a token.
+// Gradients of merging, with the member lists of members.cuh; see
+// basic/merge_tokens_vjp.cu for the formulas.
 
-// One warp, one group. What padding holds is left as it is.
+// The weight of each member in its group. One warp, one group. The values of padding
+// are not written.
 extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
                                          const int* members, long long batch,
                                          long long num_tokens, long long num_groups,
@@ -10,22 +11,22 @@ extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
     if (k >= batch * num_groups) return;
     const int lane = threadIdx.x % 32;
     const Members group = members_of(ends, members, k, num_tokens, num_groups);
-    const acc_t size = static_cast<acc_t>(group.end - group.begin);
+    const acc_t size = static_cast<acc_t>(group.end - group.start);
     acc_t total = 0;
-    for (int slot = group.begin + lane; mass && slot < group.end; slot += 32)
-        total += mass[group.first + group.of[slot]];
+    for (int slot = group.start + lane; mass && slot < group.end; slot += 32)
+        total += mass[group.first + group.tokens[slot]];
     total = warp_reduce(total, Add());
-    for (int slot = group.begin + lane; slot < group.end; slot += 32) {
-        const long long j = group.first + group.of[slot];
+    for (int slot = group.start + lane; slot < group.end; slot += 32) {
+        const long long j = group.first + group.tokens[slot];
         out[j] = total != 0 ? mass[j] / total : 1 / size;
     }
 }
 
-// One warp, one token: its gradient and, unless `products` is null, its product with
-// that of its group, which is 0 for padding.
+// One warp, one token: the gradient dx_j = w_j dx_k of the token and, unless `products`
+// is null, the product dx_k . x_j. Both are 0 for padding.
 extern "C" __global__ void merge_tokens_vjp(const real_t* gradient,
                                             const real_t* tokens, const int* labels,
-                                            const acc_t* shares, long long batch,
+                                            const acc_t* weights, long long batch,
                                             long long num_tokens, long long dim,
                                             long long num_groups, acc_t* products,
                                             real_t* out) {
@@ -33,7 +34,7 @@ extern "C" __global__ void merge_tokens_vjp(const real_t* gradient,
     if (index >= batch * num_tokens) return;
     const int k = group_of(labels[index], num_groups);
     const real_t* slope = gradient + (index / num_tokens * num_groups + k) * dim;
-    const acc_t share = k < 0 ? acc_t(0) : shares[index];
+    const acc_t weight = k < 0 ? acc_t(0) : weights[index];
     acc_t product = 0;
     for (long long d = threadIdx.x % 32 * WIDTH; d < dim; d += 32 * WIDTH) {
         acc_t g[WIDTH] = {}, x[WIDTH];
@@ -42,7 +43,7 @@ extern "C" __global__ void merge_tokens_vjp(const real_t* gradient,
             if (products) load_vector(x, tokens + index * dim + d, dim - d);
             for (int i = 0; i < WIDTH && products; ++i) product += g[i] * x[i];
         }
-        for (int i = 0; i < WIDTH; ++i) g[i] *= share;
+        for (int i = 0; i < WIDTH; ++i) g[i] *= weight;
         store_vector(out + index * dim + d, g, dim - d);
     }
     if (products == nullptr) return;
@@ -50,9 +51,9 @@ extern "C" __global__ void merge_tokens_vjp(const real_t* gradient,
     if (threadIdx.x % 32 == 0) products[index] = product;
 }
 
-// One warp, one group: from the products to the gradients of the masses, in place.
+// The gradient dm_j of the masses, in place of the products. One warp, one group.
 extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* ends,
-                                          const int* members, const acc_t* shares,
+                                          const int* members, const acc_t* weights,
                                           long long batch, long long num_tokens,
                                           long long num_groups, acc_t* products) {
     const long long k = thread_index() / 32;  // (B, K)
@@ -60,15 +61,15 @@ extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* ends,
     const int lane = threadIdx.x % 32;
     const Members group = members_of(ends, members, k, num_tokens, num_groups);
     acc_t total = 0, mean = 0;
-    for (int slot = group.begin + lane; slot < group.end; slot += 32) {
-        const long long j = group.first + group.of[slot];
+    for (int slot = group.start + lane; slot < group.end; slot += 32) {
+        const long long j = group.first + group.tokens[slot];
         total += mass[j];
-        mean += shares[j] * products[j];
+        mean += weights[j] * products[j];
     }
     total = warp_reduce(total, Add());
     mean = warp_reduce(mean, Add());
-    for (int slot = group.begin + lane; slot < group.end; slot += 32) {
-        const long long j = group.first + group.of[slot];
+    for (int slot = group.start + lane; slot < group.end; slot += 32) {
+        const long long j = group.first + group.tokens[slot];
         products[j] = total != 0 ? (products[j] - mean) / total : acc_t(0);
     }
 }

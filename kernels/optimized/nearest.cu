@@ -1,18 +1,23 @@
-// Nearest anchors by tiles of similarities; see basic/nearest.cu.
+// Nearest anchors by tiles of similarities; basic/nearest.cu has the definition.
+//
+// A block multiplies a tile of tokens by all tiles of anchors (`multiply_tiles` of
+// tiles.cuh) and keeps only the best anchor of each token. The similarities (N, K) are
+// never stored.
 
 __device__ __forceinline__ acc_t not_a_number() { return __uint_as_float(0x7fffffffu); }
 
-// The most similar anchor seen so far; of equal ones the lowest.
+// The most similar anchor so far; of equal ones the lowest index.
 struct Nearest {
     acc_t similarity = padding();
     int anchor = -1;
 
-    // Take in an anchor behind all that were seen.
-    __device__ __forceinline__ void see(acc_t other, int index) {
+    // Compare with an anchor of a higher index than all before: a tie changes nothing.
+    __device__ __forceinline__ void update(acc_t other, int index) {
         anchor = other > similarity ? index : anchor;
-        similarity = max(similarity, other);  // of a NaN and a number, the number
+        similarity = max(similarity, other);  // max of a NaN and a number is the number
     }
 
+    // Compare with an anchor of any index.
     __device__ __forceinline__ void merge(acc_t other, int index) {
         if (other > similarity || (other == similarity && index < anchor)) {
             similarity = other;
@@ -21,9 +26,9 @@ struct Nearest {
     }
 };
 
-// One block, Tile::rows tokens of one sequence; it passes by all of the sequence's
-// anchors. A token's own norm changes nothing in what is nearest: `norms` is for
-// `highest_out`.
+// One block: find the nearest anchors of Tile::rows tokens of one sequence, in a loop
+// over all of its anchors. A token's own norm scales all its similarities alike, so it
+// does not change the nearest anchor: `norms` is for `highest_out` only.
 template <class Tile>
 __device__ __forceinline__ void rows_nearest(unsigned char* shared,
                                              const real_t* tokens, const acc_t* norms,
@@ -46,7 +51,8 @@ __device__ __forceinline__ void rows_nearest(unsigned char* shared,
         shared, {tokens + first * dim, num_tokens - row0},
         {anchors + b * num_groups * dim, num_groups}, num_tiles, dim, sums,
         [&](int tile) {
-            // Read again for each tile: registers are full.
+            // Read the count again for each tile, because no register is left to keep
+            // it.
             const int left = static_cast<int>(count_of(counts, b, num_groups) -
                                               tile * Tile::columns);
             const acc_t* of_tile = anchor_norms + b * num_groups + tile * Tile::columns;
@@ -54,18 +60,18 @@ __device__ __forceinline__ void rows_nearest(unsigned char* shared,
             for (int j = 0; j < 16; ++j) {
                 const int column = Tile::column(j);
                 const acc_t norm = column < left ? of_tile[column] : acc_t(-1);
-                // What is no anchor is similar by NaN: to nothing.
+                // A column without an anchor has similarity NaN, which never wins.
                 const acc_t factor = norm < 0    ? not_a_number()
                                      : norm == 0 ? acc_t(0)
                                                  : 1 / norm;
 #pragma unroll
                 for (int i = 0; i < rows; ++i)
-                    nearest[i].see(factor == 0 ? 0 : sums[i / 4][i % 4][j] * factor,
-                                   tile * Tile::columns + column);
+                    nearest[i].update(factor == 0 ? 0 : sums[i / 4][i % 4][j] * factor,
+                                      tile * Tile::columns + column);
             }
         });
 
-    // Merge over the four lanes of a row, then over the warps that share it.
+    // Merge over the four lanes of a row, then over the warps that work on it.
     auto* parts = reinterpret_cast<Nearest*>(shared);  // (across, rows)
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
@@ -86,7 +92,7 @@ __device__ __forceinline__ void rows_nearest(unsigned char* shared,
     const bool valid = is_token(mask, token);
     const long long count = valid ? count_of(counts, b, num_groups) : 0;
     if (!valid) best.anchor = -1;
-    // Where no similarity is a number, it is the first anchor after all.
+    // If every similarity is NaN, the first anchor is the nearest.
     for (int k = 0; k < count && best.anchor < 0; ++k)
         if (!(anchor_norms[b * num_groups + k] < 0)) best = {MASKED_SCORE, k};
     out[token] = best.anchor;

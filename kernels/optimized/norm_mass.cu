@@ -1,6 +1,7 @@
-// Norm mass: a block for a sequence; see basic/norm_mass.cu.
+// Norm mass; see basic/norm_mass.cu for the formula.
 
-// One block, one sequence.
+// One block, one sequence: threads add every blockDim.x-th norm, then `block_reduce`
+// adds their sums in a fixed order.
 extern "C" __global__ void norm_mass(const acc_t* norms, const bool* selected,
                                      long long batch, long long num_tokens,
                                      acc_t* out) {

@@ -1,12 +1,14 @@
-// Entropy of queries and keys without the N x N scores, by tiles; see
+// Entropy of the attention of queries to keys, computed in tiles; see
 // basic/query_key_entropy.cu.
 //
-// A score lives in one thread's registers only. Each thread keeps the state of its rows
-// (softmax_states.cuh); states are merged in a fixed order, so that every run gives the
-// same bits.
+// The N x N scores are never stored: a score exists only in the registers of one
+// thread. Each thread keeps the online softmax states (softmax_states.cuh) of its rows.
+// States are merged in a fixed order, so that every run gives the same bits.
 
-// One block, Tile::rows rows of one head; it passes by all keys, or those up to its
-// last row. `kept`: the queries stay in shared memory, which the launch gives.
+// One block computes the entropies of Tile::rows queries of one head. It goes through
+// all tiles of keys or, with a causal mask, through those up to its last query. If
+// `kept` is true, the queries stay in shared memory (`multiply_kept`); its size comes
+// from the launch.
 template <class Tile, bool kept>
 __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t* query,
                                              const real_t* key, const bool* mask,
@@ -16,7 +18,7 @@ __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t
                                              acc_t* out) {
     const long long row_tiles = (num_tokens + Tile::rows - 1) / Tile::rows;
     const long long head = blockIdx.x / row_tiles;  // (L, B, H)
-    // Causal rows near the end have most to do: they go first.
+    // With a causal mask the last rows have the most keys, so their blocks start first.
     const long long row0 = (row_tiles - 1 - blockIdx.x % row_tiles) * Tile::rows;
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
 
@@ -28,22 +30,24 @@ __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t
     const ScaledExponents units(scale);
     Fragment scores[1];
     State states[4];
-    for (State& state : states) state.m = units.never();
+    for (State& state : states) state.m = units.masked_score();
     const auto add = [&](int tile) {
         const long long column0 = static_cast<long long>(tile) * Tile::columns;
-        const bool diagonal = causal && column0 + Tile::columns > row0;  // or beyond it
+        // Mask keys after the query (the tile reaches the diagonal or lies beyond it),
+        // padding, and columns past the last key.
+        const bool diagonal = causal && column0 + Tile::columns > row0;
         if (diagonal || valid || column0 + Tile::columns > num_tokens) {
-            const acc_t never = units.never();
-            const int ahead = static_cast<int>(row0 - column0);
+            const acc_t masked = units.masked_score();
+            const int offset = static_cast<int>(row0 - column0);
             const unsigned columns =
                 tokens_among<16>(valid, column0, num_tokens, Tile::column);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int last = diagonal ? ahead + Tile::row(i) : Tile::columns;
+                const int last = diagonal ? offset + Tile::row(i) : Tile::columns;
 #pragma unroll
                 for (int j = 0; j < 16; ++j) {
                     const bool seen = columns >> j & 1 && Tile::column(j) <= last;
-                    if (!seen) scores[0][i][j] = never;
+                    if (!seen) scores[0][i][j] = masked;
                 }
             }
         }
@@ -55,7 +59,8 @@ __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t
     else
         multiply_tiles<Tile>(shared, queries, keys, num_tiles, head_dim, scores, add);
 
-    // (2, rows, 3): columns of two warps.
+    // Two warps have the same rows, each with half of the columns: (2, rows, 3). Then
+    // one thread for each row merges the two states.
     auto* parts = reinterpret_cast<acc_t*>(shared);
 #pragma unroll
     for (int i = 0; i < 4; ++i) states[i] = states[i].exact(units);

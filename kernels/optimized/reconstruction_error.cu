@@ -1,7 +1,6 @@
-// Reconstruction error: a warp for a token, a block for a sequence; see
-// basic/reconstruction_error.cu.
+// Reconstruction error; see basic/reconstruction_error.cu for the formulas.
 
-// One warp, one token.
+// ‖x_i - x̂_i‖² and ‖x_i‖². One warp, one token: each lane reads 16 bytes at a time.
 extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merged,
                                         const int* labels, long long batch,
                                         long long num_tokens, long long dim,
@@ -13,7 +12,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
     const real_t* token = tokens + index * dim;
     const real_t* group = merged + (index / num_tokens * num_groups + k) * dim;
     acc_t error = 0, square = 0;
-    // All lanes of a warp have the same k.
+    // All lanes of a warp have the same token and so the same k: they do not diverge.
     for (long long d = threadIdx.x % 32 * WIDTH; k >= 0 && d < dim; d += 32 * WIDTH) {
         acc_t x[WIDTH], y[WIDTH];
         load_vector(x, token + d, dim - d);
@@ -31,7 +30,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
     }
 }
 
-// One block, one sequence.
+// The sums of the errors and of the squares, and their ratio. One block, one sequence.
 extern "C" __global__ void reconstruction_error(const acc_t* errors,
                                                 const acc_t* squares, long long batch,
                                                 long long num_tokens, acc_t* out) {

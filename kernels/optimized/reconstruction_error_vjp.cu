@@ -1,8 +1,7 @@
-// Gradients of the reconstruction error: a block for a sequence, a warp for a token, a
-// thread for 16 bytes of a merged token; see basic/reconstruction_error_vjp.cu and
-// members.cuh.
+// Gradients of the reconstruction error; see basic/reconstruction_error_vjp.cu for the
+// formulas.
 
-// One block, one sequence.
+// e and scale of a sequence. One block, one sequence.
 extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* squares,
                                         const acc_t* gradient, long long batch,
                                         long long num_tokens, double bound,
@@ -22,7 +21,7 @@ extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* square
     scales[b] = square > 0 && e > acc_t(bound) ? 2 * gradient[b] / square : acc_t(0);
 }
 
-// One warp, one token.
+// The gradient of the tokens. One warp, one token.
 extern "C" __global__ void reconstruction_error_vjp(
     const real_t* tokens, const real_t* merged, const int* labels,
     const acc_t* relative, const acc_t* scales, long long batch, long long num_tokens,
@@ -44,7 +43,8 @@ extern "C" __global__ void reconstruction_error_vjp(
     }
 }
 
-// One thread, 16 bytes of one merged token.
+// The gradient of the merged tokens. One thread, 16 bytes of one merged token; it goes
+// through the members of its group (members.cuh).
 extern "C" __global__ void merged_error_vjp(const real_t* tokens, const real_t* merged,
                                             const int* ends, const int* members,
                                             const acc_t* scales, long long batch,

@@ -1,37 +1,42 @@
-// A row of numbers, a few of each thread: token t of a thread is threadIdx.x +
-// t * blockDim.x. A row of at most THREAD_TOKENS tokens a thread stays in registers, a
-// longer one in memory.
+// A row of numbers, one for each token, divided among the threads of a block: token t
+// of a thread is token threadIdx.x + t * blockDim.x of the row. Both types have the
+// same functions: `Held` keeps the row in registers, for at most THREAD_TOKENS tokens a
+// thread; `Stored` keeps a longer row in memory.
 
 struct Held {
     static constexpr bool IN_REGISTERS = true;
-    acc_t of[THREAD_TOKENS];
+    acc_t values[THREAD_TOKENS];  // those of this thread's tokens
 
+    // A register has no address, so t is compared with every constant index.
     __device__ __forceinline__ acc_t get(int t, long long) const {
-        acc_t x = of[0];
+        acc_t x = values[0];
 #pragma unroll
         for (int k = 1; k < THREAD_TOKENS; ++k)
-            if (t == k) x = of[k];
+            if (t == k) x = values[k];
         return x;
     }
     __device__ __forceinline__ void set(int t, long long, acc_t x) {
 #pragma unroll
         for (int k = 0; k < THREAD_TOKENS; ++k)
-            if (t == k) of[k] = x;
+            if (t == k) values[k] = x;
     }
 };
 
 template <class T>
 struct Stored {
     static constexpr bool IN_REGISTERS = false;
-    T* of;  // (N,)
+    T* values;  // (N,)
 
     __device__ __forceinline__ acc_t get(int, long long i) const {
-        return widen(of[i]);
+        return widen(values[i]);
     }
-    __device__ __forceinline__ void set(int, long long i, acc_t x) const { of[i] = x; }
+    __device__ __forceinline__ void set(int, long long i, acc_t x) const {
+        values[i] = x;
+    }
 };
 
-// Calls visit(t, i) for every token of this thread.
+// Call visit(t, i) for every token of this thread: its t-th token is token i of the
+// row.
 template <class Row, class Visit>
 __device__ __forceinline__ void visit_own(const Row&, long long num_tokens,
                                           Visit visit) {

@@ -1,12 +1,14 @@
-// Running means, by runs; see basic/running_mean.cu.
+// Running means; see basic/running_mean.cu for the formula. The rows are divided into
+// runs, so that several warps can work on one column.
 
-// The row that is read t-th. Rows behind the last token keep their places.
+// Return the row that is read t-th. Rows past the last token keep their positions.
 __device__ long long reading(long long t, long long count, long long reversed) {
     return reversed && t < count ? count - 1 - t : t;
 }
 
-// One block, 32 columns of one sequence. Each of its warps sums a run of rows, then
-// walks the run again from the sum of all runs before it.
+// One block, 32 columns of one sequence; lane l has column l. Each warp first sums its
+// run of rows. Then it goes through the run again, starting from the sum of all runs
+// before it.
 extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
                                         long long batch, long long num_groups,
                                         long long dim, long long reversed, acc_t* out) {
@@ -22,7 +24,7 @@ extern "C" __global__ void prefix_means(const real_t* merged, const int* counts,
     acc_t sum = 0;
     for (long long t = first; t < min(last, count) && d < dim; ++t)
         sum += widen(merged[column + reading(t, count, reversed) * dim]);
-    sums[warp][lane] = sum;  // the warp's run, t being the order of reading
+    sums[warp][lane] = sum;  // of the warp's run, in the order of reading
     __syncthreads();
     sum = 0;
     for (int w = 0; w < warp; ++w) sum += sums[w][lane];

@@ -1,12 +1,14 @@
-// Gradients of running means, by runs; see basic/running_mean_vjp.cu.
+// Gradients of running means; see basic/running_mean_vjp.cu for the formula. The rows
+// are divided into runs, so that several warps can work on one column.
 
-// The row that is read t-th. Rows behind the last token keep their places.
+// Return the row that is read t-th. Rows past the last token keep their positions.
 __device__ long long reading(long long t, long long count, long long reversed) {
     return reversed && t < count ? count - 1 - t : t;
 }
 
-// One block, 32 columns of one sequence. Each of its warps sums a run of rows, then
-// walks the run back from the sum of all runs behind it.
+// One block, 32 columns of one sequence; lane l has column l. Each warp first sums its
+// run of rows, from the last to the first. Then it goes through the run again in the
+// same direction, starting from the sum of all later runs.
 extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* counts,
                                             long long batch, long long num_groups,
                                             long long dim, long long reversed,
@@ -23,7 +25,7 @@ extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* co
     acc_t sum = 0;
     for (long long t = min(last, count) - 1; t >= first && d < dim; --t)
         sum += gradient[column + reading(t, count, reversed) * dim] / acc_t(t + 1);
-    sums[warp][lane] = sum;  // the warp's run, t being the order of reading
+    sums[warp][lane] = sum;  // of the warp's run, in the order of reading
     __syncthreads();
     sum = 0;
     for (int w = warps - 1; w > warp; --w) sum += sums[w][lane];

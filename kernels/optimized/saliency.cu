@@ -1,13 +1,16 @@
-// Saliency from entropies, by blocks; see basic/saliency.cu and layers.cuh.
+// Saliency from entropies; see basic/saliency.cu for the formula and layers.cuh for the
+// steps. A row of tokens is divided into parts, one block for each, with THREAD_TOKENS
+// tokens in each thread.
 
-// One block, THREAD_TOKENS tokens a thread of one layer of one sequence: their range,
-// (L, B, parts), and, unless `means` (L, B, N) is null, their means over the heads.
+// Compute the range of the entropies of each part (L, B, parts) and, unless `means`
+// (L, B, N) is null, write the means over the heads. One block, one part of one layer
+// of one sequence.
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     entropy_range(const real_t* entropy, const bool* mask, long long layers,
                   long long batch, long long heads, long long num_tokens, acc_t* lowest,
                   acc_t* highest, acc_t* means) {
     __shared__ acc_t scratch[32];
-    const long long tokens = THREAD_TOKENS * blockDim.x;  // of a part
+    const long long tokens = THREAD_TOKENS * blockDim.x;  // in a part
     const long long parts = (num_tokens + tokens - 1) / tokens;
     const long long row = blockIdx.x / parts;  // (L, B)
     const long long first = blockIdx.x % parts * tokens + threadIdx.x;
@@ -30,14 +33,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     highest[blockIdx.x] = high;
 }
 
-// One block, THREAD_TOKENS tokens a thread of one sequence, from their means over the
-// heads (L, B, N) and the ranges (L, B, parts).
+// Compute the saliency from the means over the heads (L, B, N) and the ranges of the
+// parts (L, B, parts). One block, one part of one sequence.
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     saliency(const real_t* means, const bool* mask, const acc_t* lowest,
              const acc_t* highest, long long layers, long long batch,
              long long num_tokens, long long salient_high, acc_t* out) {
-    constexpr int LAYERS = 32;  // whose ranges are in shared memory at once
-    constexpr int AT_ONCE = 4;  // layers whose means a thread loads at once
+    constexpr int LAYERS = 32;  // layers with their ranges in shared memory at once
+    constexpr int AT_ONCE = 4;  // layers of which a thread loads the means at once
     __shared__ acc_t low[LAYERS], width[LAYERS];
     const long long tokens = THREAD_TOKENS * blockDim.x;
     const long long parts = (num_tokens + tokens - 1) / tokens;
@@ -59,14 +62,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
         for (int l = 0; l < count; l += AT_ONCE) {
             acc_t mean[AT_ONCE][THREAD_TOKENS];
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j)  // all loads before the first division
+            for (int j = 0; j < AT_ONCE; ++j)  // issue all loads before any division
                 head_means(rows + min(l + j, count - 1) * batch * num_tokens, 1,
                            num_tokens, first, step, mean[j]);
 #pragma unroll
             for (int j = 0; j < AT_ONCE; ++j)
                 if (l + j < count) add_layer(mean[j], low[l + j], width[l + j], sum);
         }
-        __syncthreads();  // the ranges of the next layers come in their place
+        __syncthreads();  // the ranges of the next layers overwrite these
     }
 #pragma unroll
     for (int t = 0; t < THREAD_TOKENS; ++t) {

@@ -1,7 +1,9 @@
-// Vector-Jacobian product of saliency; see basic/saliency_vjp.cu. What goes on from the
-// extremes is elementwise, has nothing to gain and runs from there.
+// Vector-Jacobian product of saliency; see basic/saliency_vjp.cu for the formulas. Only
+// the extremes have a kernel here. The step after them is elementwise and would gain
+// nothing, so the basic kernel runs.
 
-// One block, one layer of one sequence.
+// The extremes of a layer and their part of the gradient. One block, one layer of one
+// sequence.
 extern "C" __global__ void entropy_extremes(const acc_t* gradient,
                                             const real_t* entropy, const bool* mask,
                                             long long layers, long long batch,
@@ -15,6 +17,7 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
             sum += widen(entropy[(row * heads + h) * num_tokens + i]);
         return sum / heads;
     };
+    // First pass: the range.
     acc_t low = -MASKED_SCORE, high = MASKED_SCORE;
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         if (!is_token(mask, first + i)) continue;
@@ -25,6 +28,7 @@ extern "C" __global__ void entropy_extremes(const acc_t* gradient,
     low = block_reduce(low, scratch, Least());
     high = block_reduce(high, scratch, Greatest());
 
+    // Second pass: the number of tokens at each extreme, and the gradient it receives.
     acc_t at_low = 0, at_high = 0, from_low = 0, from_high = 0;
     for (long long i = threadIdx.x; i < num_tokens && high > low; i += blockDim.x) {
         if (!is_token(mask, first + i)) continue;

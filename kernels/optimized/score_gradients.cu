@@ -1,12 +1,19 @@
-// Vector-Jacobian products of the entropies of softmax scores, by tiles; see
-// basic/score_gradients.cu.
+// Vector-Jacobian products of the entropies of softmax scores, computed in tiles; see
+// basic/score_gradients.cu for the formulas.
 //
-// Scores are in units of ln 2 here, m too. A band of G is stored as real_t, so that the
-// tensor cores take it, and goes by tiles to its product with the tokens of its
-// columns, which are transposed once. Every run gives the same bits.
+//   score_weights       (m, t / (1 + r), g / (1 + r)) of every row
+//   weight_units        scale the third weight to the range of real_t
+//   transpose_tokens    the tokens as (D, tokens), because `multiply_tiles` sums along
+//                       the rows of both factors
+//   score_gradients     one tile of a band of G
+//   token_gradients     the band times the transposed tokens
+//
+// Scores, and m, are in units of ln 2 here. A band of G is stored as real_t, so that
+// the tensor cores can multiply it. Every run gives the same bits.
 
-// One block, 128 rows of one head; it passes by all keys, or those up to its last row.
-// m is its largest score to the bit, so that s - m is 0 there in `score_gradients` too.
+// One block computes the weights of 128 rows of one head. It goes through all tiles of
+// keys or, with a causal mask, through those up to its last row. m is bit for bit the
+// largest score of a row, so that s - m is exactly 0 there in `score_gradients` too.
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     score_weights(const acc_t* gradient, const real_t* query, const real_t* key,
                   const bool* mask, long long outer, long long batch, long long heads,
@@ -15,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     __shared__ __align__(16) unsigned char stages[Whole::bytes];
     const long long row_tiles = (num_tokens + TILE - 1) / TILE;
     const long long head = blockIdx.x / row_tiles;  // (L, B, H)
-    // Causal rows near the end have most to do: they go first.
+    // With a causal mask the last rows have the most keys, so their blocks start first.
     const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
     const long long row0 = row_tile * TILE;
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
@@ -34,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
 #pragma unroll
                 for (int j = 0; j < 16; ++j)
                     scores[0][i][j] = rounded_product(scores[0][i][j], factor);
-            // No tile is behind the one on the diagonal.
+            // With a causal mask, the tile on the diagonal is the last one.
             const bool diagonal = causal && column0 == row0;
             if (diagonal || valid || column0 + TILE > num_tokens) {
                 const unsigned columns =
@@ -53,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
             for (int i = 0; i < 4; ++i) states[i].add(scores[0][i], Exponents());
         });
 
-    // (2, TILE, 3): columns of two warps.
+    // Two warps have the same rows, each with half of the columns: (2, TILE, 3). Then
+    // one thread for each row merges the two states.
     auto* parts = reinterpret_cast<acc_t*>(stages);
     write_rows(parts + threadIdx.x / 32 % 2 * TILE * STATE_VALUES, states, Whole::row);
     __syncthreads();
@@ -62,17 +70,17 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     const State state =
         merge_two(parts + threadIdx.x * STATE_VALUES, TILE * STATE_VALUES);
     acc_t* out = weights + (head * num_tokens + row) * STATE_VALUES;
-    out[0] = state.m;
-    out[1] = state.t * acc_t(LN_2) / (1 + state.r);
+    out[0] = state.m;                                // units of ln 2
+    out[1] = state.t * acc_t(LN_2) / (1 + state.r);  // nats
     out[2] =
         is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
 }
 
-// G is stored in units of its head's greatest |g / (1 + r)| over this: G + Gᵀ is then
-// below 2 (log N + 1) times this, well within a half's range.
+// G is stored in units of max |g / (1 + r)| / UNITS, with the maximum over the head. In
+// these units |G + Gᵀ| is below 2 (log N + 1) UNITS, well within the range of a half.
 constexpr float UNITS = 512;
 
-// One block, one head: its unit, and the weights in it.
+// Compute the unit of a head and divide its weights by it. One block, one head.
 extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
                                         acc_t* units) {
     __shared__ acc_t scratch[32];
@@ -87,12 +95,15 @@ extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
     if (threadIdx.x == 0) units[head] = peak / UNITS;
 }
 
+// The weights of a row, as `score_weights` and `weight_units` store them.
 struct Weights {
     acc_t m, mean, weight;
 
-    explicit __device__ __forceinline__ Weights(const acc_t* of_row)
-        : m(of_row[0]), mean(of_row[1]), weight(of_row[2]) {}
+    explicit __device__ __forceinline__ Weights(const acc_t* values)
+        : m(values[0]), mean(values[1]), weight(values[2]) {}
 
+    // Return -g p (log p + H) of one score. With d = s - m in units of ln 2,
+    // p = 2^d / (1 + r) and log p + H = d ln 2 - t / (1 + r).
     __device__ __forceinline__ acc_t gradient(acc_t score) const {
         const acc_t d = score - m;
         return weight * exp2(d) * (mean - d * acc_t(LN_2));
@@ -100,12 +111,13 @@ struct Weights {
 };
 static_assert(sizeof(Weights) == STATE_VALUES * sizeof(acc_t));
 
-// Two neighbours of a row.
+// Two neighbouring elements of a row, which a thread writes at once.
 struct __align__(2 * sizeof(real_t)) Pair {
     real_t element[2];
 };
 
-// One block, one tile of a band. Those that a causal mask leaves empty are not written.
+// One block computes one tile of a band. A tile that the causal mask empties entirely
+// is not written, and `token_gradients` does not read it.
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     score_gradients(const real_t* own, const real_t* other, const acc_t* weights,
                     const bool* mask, long long first_tile, long long num_tiles,
@@ -131,10 +143,10 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     const acc_t factor = acc_t(scale * LOG2_E);
     const bool diagonal = causal && row0 == column0;
 
-    // (2, TILE, 3): the weights of the rows, then of the columns.
+    // Load the weights of the rows, then those of the columns: (2, TILE, 3).
     auto* kept = reinterpret_cast<acc_t*>(stages);
-    const int place = threadIdx.x % TILE;
-    const long long token = (threadIdx.x < TILE ? row0 : column0) + place;
+    const int position = threadIdx.x % TILE;
+    const long long token = (threadIdx.x < TILE ? row0 : column0) + position;
     for (int k = 0; k < STATE_VALUES && token < num_tokens; ++k)
         kept[threadIdx.x * STATE_VALUES + k] =
             weights[(start + token) * STATE_VALUES + k];
@@ -144,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = Whole::row(i);
-        const Weights of_row(kept + row * STATE_VALUES);
+        const Weights row_weights(kept + row * STATE_VALUES);
 #pragma unroll
         for (int j = 0; j < 16; j += 2) {
             Pair pair;
@@ -155,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
                 if (rows >> i & columns >> (j + k) & 1) {
                     const acc_t s = rounded_product(sums[0][i][j + k], factor);
                     if (sides & QUERIES && !(diagonal && column > row))
-                        sum += of_row.gradient(s);
+                        sum += row_weights.gradient(s);
                     if (sides & KEYS && !(diagonal && row > column))
                         sum +=
                             Weights(kept + (TILE + column) * STATE_VALUES).gradient(s);
@@ -168,8 +180,10 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     }
 }
 
-// (L, B, H, N, D) to (L, B, H, D, 128 T), padding and what is behind the last token 0.
-// One block, SQUARE x SQUARE elements, and a lane for each in a row.
+// Transpose tokens (L, B, H, N, D) to (L, B, H, D, 128 T). Padding and the columns
+// past the last token become 0. One block transposes SQUARE x SQUARE elements, one
+// row per warp at a time. Each row of the square in shared memory has one element more
+// than it needs; otherwise all elements of a column would lie in one bank.
 extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* mask,
                                             long long outer, long long batch,
                                             long long heads, long long num_tokens,
@@ -197,8 +211,9 @@ extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* ma
             out[(head * dim + d0 + i) * columns + token0 + lane] = square[lane][i];
 }
 
-// One block, one tile of rows of a band by 128 of the D columns of their gradients;
-// `other` is transposed. Behind a causal mask's edge the band is 0, and not read.
+// One block computes one tile of the tokens' gradients: the 128 rows of a tile of the
+// band, and 128 of the D columns. `other` holds the transposed tokens. The part of the
+// band past the edge of the causal mask is 0, so it is not read.
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     token_gradients(const real_t* band, const real_t* other, const acc_t* units,
                     long long first_tile, long long num_tiles, long long num_tokens,
@@ -209,14 +224,14 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     const long long strips = (dim + TILE - 1) / TILE;
     const long long tile = first_tile + blockIdx.x / strips, head = tile / tiles;
     const long long row0 = tile % tiles * TILE, d0 = blockIdx.x % strips * TILE;
-    const long long begin = causal && sides == KEYS ? row0 : 0;
+    const long long start = causal && sides == KEYS ? row0 : 0;
     const long long end = causal && sides == QUERIES ? row0 + TILE : columns;
 
-    const real_t* of_band = band + blockIdx.x / strips * TILE * columns;
+    const real_t* band_rows = band + blockIdx.x / strips * TILE * columns;
     Fragment sums[1];
-    multiply_tiles<Whole>(stages, {of_band + begin, TILE},
-                          {other + (head * dim + d0) * columns + begin, dim - d0}, 1,
-                          end - begin, columns, sums, [](int) {});
+    multiply_tiles<Whole>(stages, {band_rows + start, TILE},
+                          {other + (head * dim + d0) * columns + start, dim - d0}, 1,
+                          end - start, columns, sums, [](int) {});
 
     const acc_t factor = units[head] * acc_t(scale);
 #pragma unroll

@@ -1,24 +1,33 @@
-// Entropy of self-attention without the N x N scores, by tiles; see
-// basic/self_attention_entropy.cu.
+// Entropy of self-attention, computed in tiles; see basic/self_attention_entropy.cu.
 //
-// A score lives in one thread's registers only. Each thread keeps the state of its rows
-// (softmax_states.cuh); states are merged in a fixed order, so that every run gives the
-// same bits.
+// The N x N scores are never stored: a score exists only in the registers of one
+// thread. Each thread keeps the online softmax states (softmax_states.cuh) of its rows
+// and columns. States are merged in a fixed order, so that every run gives the same
+// bits.
+//
+// The scores S = X Xᵀ / sqrt(D) are symmetric, so only the tiles on and above the
+// diagonal are computed. A tile above the diagonal counts twice: its rows are rows of
+// S, and its columns are rows of S in the lower half.
+//
+//   self_attention_states     one block for each tile: partial states of its rows and
+//                             columns
+//   self_attention_entropy    one thread for each token: merge its partial states
 
-// One block, one tile of one sequence on or above the diagonal: the states of its rows
-// and, off the diagonal, of its columns, for they are rows of the lower half.
+// Compute the partial states of one tile, with one block.
 //
-// A row of square c (TILE rows) has the columns of square s >= c from the tiles of its
-// own rows, and s < c from tiles whose column it is. States of square s lie in slot
-// `halves` s of states_out (B, slots, N, 3); those of a column that comes from two
-// `Half` tiles, in the next slot too.
+// Count rows and columns in squares of TILE. A row of square c receives its scores with
+// the columns of square s from a tile of its own rows if s >= c, and from a tile in
+// which it is a column if s < c. Either way the state goes to slot `halves` * s of
+// states_out (B, slots, N, 3). A column of `Half` tiles has two states, one from each
+// half of the rows of square s; the second one goes to the next slot.
 template <class Tile>
 __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t* tokens,
                                             const bool* mask, long long num_tokens,
                                             long long dim, acc_t* states_out) {
     constexpr int halves = Tile::rows < TILE ? 2 : 1;
-    constexpr int squares = Tile::columns / TILE;
+    constexpr int squares = Tile::columns / TILE;  // side by side in a tile
     const int num_squares = static_cast<int>((num_tokens + TILE - 1) / TILE);
+    // `upper_tile` counts in squares as wide as a tile: `sides` along each side.
     const unsigned sides = (num_squares + squares - 1) / squares;
     const unsigned tiles = sides * (sides + 1) / 2 * (Tile::columns / Tile::rows);
     const long long b = blockIdx.x / tiles, first = b * num_tokens;
@@ -30,6 +39,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
     multiply_tiles<Tile>(shared, {sequence + corner.row * dim, num_tokens - corner.row},
                          {sequence + corner.column * dim, num_tokens - corner.column},
                          1, dim, scores, [](int) {});
+    // The scores in units of ln 2: x_i . x_j / (sqrt(D) ln 2).
     const acc_t scale = acc_t(LOG2_E) / sqrt(static_cast<acc_t>(dim));
 #pragma unroll
     for (int f = 0; f < Tile::fragments; ++f)
@@ -40,7 +50,8 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                 scores[f][i][j] = rounded_product(scores[f][i][j], scale);
 
     const bool* valid = mask ? mask + first : nullptr;
-    if (valid || corner.column + Tile::columns > num_tokens) {  // not all are tokens
+    // Mask padding and the rows and columns past the last token.
+    if (valid || corner.column + Tile::columns > num_tokens) {
         const unsigned rows =
             tokens_among<4 * Tile::fragments>(valid, corner.row, num_tokens, Tile::row);
         const unsigned columns =
@@ -53,16 +64,18 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                     scores[i / 4][i % 4][j] = MASKED_SCORE;
     }
 
-    // (across, rows, 3), a warp's columns; (down, columns, 3), a fragment's rows.
-    auto* of_rows = reinterpret_cast<acc_t*>(shared);
-    acc_t* of_columns = of_rows + Tile::across * Tile::rows * STATE_VALUES;
+    // Write the states of every warp to shared memory: of rows (across, rows, 3), each
+    // over the 64 columns of a warp, and of columns (down, columns, 3), each over the
+    // 32 rows of a fragment.
+    auto* row_states = reinterpret_cast<acc_t*>(shared);
+    acc_t* column_states = row_states + Tile::across * Tile::rows * STATE_VALUES;
     const int across = Tile::warp_column() / 64, down = Tile::warp_row() / 32;
     const int row_square = corner.row / TILE, first_square = corner.column / TILE;
-    const int square = first_square + across / 2;  // of the warp's columns
+    const int square = first_square + across / 2;  // that of the warp's columns
     const Exponents units;
 #pragma unroll
     for (int f = 0; f < Tile::fragments; ++f) {
-        if (row_square < square) {
+        if (row_square < square) {  // above the diagonal: columns, eight at a time
 #pragma unroll
             for (int j0 = 0; j0 < 16; j0 += 8) {
                 State states[8];
@@ -73,7 +86,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                     for (int i = 0; i < 4; ++i) column[i] = scores[f][i][j0 + j];
                     states[j].add(column, units);
                 }
-                write_columns(of_columns + (down + f) * Tile::columns * STATE_VALUES,
+                write_columns(column_states + (down + f) * Tile::columns * STATE_VALUES,
                               states, j0, Tile::column);
             }
         }
@@ -81,33 +94,35 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
             State states[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) states[i].add(scores[f][i], units);
-            write_rows(of_rows + across * Tile::rows * STATE_VALUES, states,
+            write_rows(row_states + across * Tile::rows * STATE_VALUES, states,
                        [&](int i) { return Tile::row(4 * f + i); });
         }
     }
     __syncthreads();
 
-    // A thread merges what the warps have of a row in one square, or of a column.
+    // Merge the states of the warps: one thread for each row in each square of columns,
+    // and one for each column.
     for (int index = threadIdx.x; index < squares * Tile::rows + Tile::columns;
          index += Tile::threads) {
         const bool is_row = index < squares * Tile::rows;
         const int k =
             is_row ? index / Tile::rows : (index - squares * Tile::rows) / TILE;
-        const int other = first_square + k;  // the square of its columns
+        const int other = first_square + k;  // the square of columns
         if (other >= num_squares || row_square > other) continue;
         if (!is_row && row_square == other) continue;
-        const int place = is_row ? index % Tile::rows : index - squares * Tile::rows;
-        const int token = (is_row ? corner.row : corner.column) + place;
+        const int position = is_row ? index % Tile::rows : index - squares * Tile::rows;
+        const int token = (is_row ? corner.row : corner.column) + position;
         if (token >= num_tokens) continue;
         State state;
         if (is_row)
-            state = merge_two(of_rows + (2 * k * Tile::rows + place) * STATE_VALUES,
-                              Tile::rows * STATE_VALUES);
+            state =
+                merge_two(row_states + (2 * k * Tile::rows + position) * STATE_VALUES,
+                          Tile::rows * STATE_VALUES);
         else if constexpr (halves == 2)
-            state = merge_two(of_columns + place * STATE_VALUES,
+            state = merge_two(column_states + position * STATE_VALUES,
                               Tile::columns * STATE_VALUES);
         else
-            state = merge_four(of_columns + place * STATE_VALUES,
+            state = merge_four(column_states + position * STATE_VALUES,
                                Tile::columns * STATE_VALUES);
         const int slot = is_row ? other * halves : corner.row * halves / TILE;
         const long long slots = num_squares * halves;
@@ -117,6 +132,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
     }
 }
 
+// The same work with each shape of tile; the launcher selects the shape.
 extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     self_attention_states(const real_t* tokens, const bool* mask, long long batch,
                           long long num_tokens, long long dim, acc_t* states_out) {
@@ -138,8 +154,9 @@ extern "C" __global__ void __launch_bounds__(Wide::threads, 1)
         tile_states<Wide>(dynamic_shared(), tokens, mask, num_tokens, dim, states_out);
 }
 
-// The entropy of every row from its states. Of `halves` slots to a square, the second
-// one is a state of its own where the square comes before the row's own.
+// The entropy of every token from its partial states. One thread, one token. With two
+// slots for each square (`halves` = 2), the second one holds a state only if the square
+// comes before the token's own square: only there is the token a column of the tiles.
 extern "C" __global__ void self_attention_entropy(const acc_t* states, const bool* mask,
                                                   long long batch, long long num_tokens,
                                                   long long halves, acc_t* out) {

@@ -1,23 +1,32 @@
-// Single linkage by Boruvka's rounds (1926): every component of the tokens joined so
-// far finds the shortest edge that leaves it, and all of these edges join at once, so
-// that the components at least halve. The edges are those of the minimum spanning tree;
-// taken by length, each is a merge of the dendrogram.
+// Single linkage by Boruvka's algorithm (1926). In each round, every component (the
+// tokens joined so far) finds the shortest edge that leaves it, and all components join
+// along these edges at once. Each round therefore at least halves their number. The
+// edges are those of the minimum spanning tree. Sorted by length, each edge is a merge
+// of the dendrogram.
 //
-// Reciprocal nearest neighbours would be as right, but one large cluster that takes in
-// its neighbours one after another, as single linkage does, would make a round of each.
+//   distance of clusters A and C = the smallest 1 - cos of a in A and c in C
+//
+// Reciprocal nearest neighbours would give the same result. But in single linkage, one
+// large cluster often absorbs its neighbours one after another, and each of these
+// merges would need a round.
+//
+// Threads: a team of blocks works on one sequence. A warp finds the nearest token
+// outside for one token; the first block joins the components. Equal lengths are
+// ordered by the hash of the pair, one strict order of all edges, so no cycle can form.
 
 constexpr unsigned long long NO_EDGE = ~0ull;
 
-// The state of a sequence between rounds, in the order it lies in: (N,) each.
+// The state of a sequence between rounds: arrays (N,), in the order they have in
+// memory.
 struct Components {
-    unsigned long long *length, *number;  // of the shortest edge that leaves it
+    unsigned long long *length, *number;  // of a component's shortest edge: bits, hash
     acc_t* scale;                         // 1 / |x| of the token
-    acc_t* distance;                      // of the nearest token outside
+    acc_t* distance;                      // to the nearest token outside its component
     acc_t* height;                        // of edge t of the tree
-    int* nearest;                         // the token itself
-    int* component;        // of a token: that one's first token, at first
-    int* winner;           // the token where that edge begins
-    int* parent;           // of a component: what it joins
+    int* nearest;                         // that token
+    int* component;        // of a token: the first token of its component
+    int* winner;           // of a component: the token at the start of its edge
+    int* parent;           // of a component: the component that it joins
     int *active, *sorted;  // tokens that take part; edges by length
     int *from, *to;        // of edge t
 
@@ -40,33 +49,35 @@ struct Components {
 static_assert(sizeof(Components) ==
               (SINGLE_WORDS + SINGLE_REALS + SINGLE_INTEGERS) * sizeof(int*));
 
-// What the first block of a sequence tells the others.
+// The progress of a sequence, which the first block publishes to the others.
 struct TreeProgress {
-    int tokens, edges;  // that take part, found so far
+    int tokens, edges;  // tokens that take part; edges so far
     int rounds, done;
 };
 static_assert(sizeof(TreeProgress) == SINGLE_PROGRESS * sizeof(int));
 
-// Bits that are in order as distances >= 0 are.
+// Return the bits of a distance >= 0 as an integer. Such integers have the order of the
+// distances, and an integer atomic can find the least.
 __device__ __forceinline__ unsigned long long distance_bits(acc_t distance) {
     return static_cast<unsigned long long>(
         __double_as_longlong(static_cast<double>(distance)));
 }
 
-// Every token is a component.
-__device__ void begin(Components& all, TreeProgress* told, const acc_t* cosines,
-                      const bool* mask, const bool* protect, long long num_tokens,
-                      long long num_groups, int* ranks) {
+// One block: make each token a component of its own.
+__device__ void init_components(Components& all, TreeProgress* published,
+                                const acc_t* cosines, const bool* mask,
+                                const bool* protect, long long num_tokens,
+                                long long num_groups, int* ranks) {
     int tokens;
     const int free = list_tokens(mask, protect, num_tokens, ranks, all.active, &tokens);
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
         all.component[i] = all.parent[i] = static_cast<int>(i);
         all.scale[i] = inverse_length(cosines[i * num_tokens + i]);
     }
-    if (threadIdx.x == 0) *told = {free, 0, 0, tokens <= num_groups || free < 2};
+    if (threadIdx.x == 0) *published = {free, 0, 0, tokens <= num_groups || free < 2};
 }
 
-// One warp: the nearest token of another component.
+// One warp: find the nearest token of another component for token i.
 __device__ void find_edge(Components& all, const acc_t* cosines, int i, int tokens) {
     const int own = all.component[i];
     const acc_t scale = all.scale[i];
@@ -82,15 +93,17 @@ __device__ void find_edge(Components& all, const acc_t* cosines, int i, int toke
         all.nearest[i] = best.slot, all.distance[i] = best.distance;
 }
 
-// Join each component along the shortest edge that leaves it.
-__device__ void join_components(Components& all, TreeProgress* told, int* ranks) {
-    const int tokens = told->tokens;
-    const auto each = [&](auto&& step) {
+// One block: join each component along the shortest edge that leaves it.
+__device__ void join_components(Components& all, TreeProgress* published, int* ranks) {
+    const int tokens = published->tokens;
+    const auto for_each_token = [&](auto&& step) {
         for (int p = threadIdx.x; p < tokens; p += blockDim.x) step(all.active[p]);
         __syncthreads();
     };
-    each([&](int i) { all.length[i] = all.number[i] = NO_EDGE, all.winner[i] = -1; });
-    each([&](int i) {
+    // Find each component's edge: the least length, then the least hash at that length.
+    for_each_token(
+        [&](int i) { all.length[i] = all.number[i] = NO_EDGE, all.winner[i] = -1; });
+    for_each_token([&](int i) {
         if (all.nearest[i] >= 0)
             atomicMin(all.length + all.component[i], distance_bits(all.distance[i]));
     });
@@ -98,54 +111,58 @@ __device__ void join_components(Components& all, TreeProgress* told, int* ranks)
         return all.nearest[i] >= 0 &&
                distance_bits(all.distance[i]) == all.length[all.component[i]];
     };
-    each([&](int i) {
+    for_each_token([&](int i) {
         if (is_shortest(i))
             atomicMin(all.number + all.component[i], pair_number(i, all.nearest[i]));
     });
-    each([&](int i) {  // one token: a number belongs to one pair
+    for_each_token([&](int i) {  // one token per component: hashes differ
         if (is_shortest(i) &&
             pair_number(i, all.nearest[i]) == all.number[all.component[i]])
             all.winner[all.component[i]] = i;
     });
 
-    int edges = told->edges;
+    int edges = published->edges;
     for (int p0 = 0; p0 < tokens; p0 += blockDim.x) {
         const int p = p0 + threadIdx.x;
-        const int own = p < tokens ? all.active[p] : -1;  // a component's first token?
+        const int own =
+            p < tokens ? all.active[p] : -1;  // perhaps the first token of a component
         const int i = own < 0 ? -1 : all.winner[own];
         bool joins = i >= 0;
-        if (joins) {  // of two that choose the same edge, the second joins the first
+        if (joins) {
+            // If two components select the same edge, the one with the higher first
+            // token joins the other, so that the edge counts once.
             const int other = all.component[all.nearest[i]];
             joins = all.winner[other] != all.nearest[i] ||
                     all.nearest[all.winner[other]] != i || other < own;
             if (joins) all.parent[own] = other;
         }
-        int found;
-        const int t = edges + block_rank(joins, ranks, &found);
-        edges += found;
+        int count;
+        const int t = edges + block_rank(joins, ranks, &count);
+        edges += count;
         if (!joins) continue;
         all.height[t] = all.distance[i];
         all.from[t] = i, all.to[t] = all.nearest[i];
     }
     __syncthreads();
-    each([&](int i) {
+    // Give every token the root of its joined components.
+    for_each_token([&](int i) {
         int root = all.component[i];
         while (all.parent[root] != root) root = all.parent[root];
         all.component[i] = root;
     });
     if (threadIdx.x > 0) return;
-    const bool done = edges == told->edges || edges == tokens - 1;
-    *told = {tokens, edges, told->rounds + 1, done};
+    const bool done = edges == published->edges || edges == tokens - 1;
+    *published = {tokens, edges, published->rounds + 1, done};
 }
 
-// The component that token i is in, once some edges are taken; halves the way to it.
+// Return the root of token i's component, and halve the path to it for later calls.
 __device__ int find_root(int* parent, int i) {
     while (parent[i] != i) i = parent[i] = parent[parent[i]];
     return i;
 }
 
-// One block: the edges by length are the merges. One thread takes them one by one, with
-// the components in `state` (3N,), which is fastest in shared memory.
+// One block: write the edges, sorted by length, as merges. One thread joins them in
+// order, with the components in `state` (3N,), which is fastest in shared memory.
 __device__ void write_rows(const Components& all, int edges, long long num_tokens,
                            int* state, double* out) {
     static_assert(SINGLE_ROW_INTEGERS == 3, "parent, node and size");
@@ -167,60 +184,63 @@ __device__ void write_rows(const Components& all, int edges, long long num_token
     }
 }
 
-// As in linkage.cu; cosines (B, N, N) stay as they are. There may be shared memory for
-// 3N integers.
+// The arguments are those of linkage.cu, except that cosines (B, N, N) are not changed.
+// `words`, `reals`, `integers` (`Components`) and `progress` (`TreeProgress`) have one
+// entry for each team. If `in_shared`, there is shared memory for 3N integers.
 extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     single_linkage(const acc_t* cosines, const bool* mask, const bool* protect,
                    const int* counts, long long batch, long long num_tokens,
-                   long long num_groups, long long in_shared, long long blocks,
-                   unsigned long long* words, acc_t* reals, int* integers, int* plans,
-                   unsigned* arrived, double* out, int* rounds) {
+                   long long num_groups, long long in_shared,
+                   long long blocks_per_sequence, unsigned long long* words,
+                   acc_t* reals, int* integers, int* progress, unsigned* arrived,
+                   double* out, int* rounds) {
     int* ranks = reinterpret_cast<int*>(dynamic_shared());  // 32
-    const int share = static_cast<int>(blocks);
-    const int place = blockIdx.x / share, places = gridDim.x / share;
-    const bool first = blockIdx.x % share == 0;
-    const int warps = share * (blockDim.x / 32);
-    const int warp = blockIdx.x % share * (blockDim.x / 32) + threadIdx.x / 32;
-    if (place >= places) return;  // of a group that is not whole
-    Components all(words + place * SINGLE_WORDS * num_tokens,
-                   reals + place * SINGLE_REALS * num_tokens,
-                   integers + place * SINGLE_INTEGERS * num_tokens, num_tokens);
-    TreeProgress* told = reinterpret_cast<TreeProgress*>(plans) + place;
-    const auto meet = [&] {
-        if (share > 1)
-            blocks_barrier(arrived + place, share);
+    const int num_blocks = static_cast<int>(blocks_per_sequence);
+    const int team = blockIdx.x / num_blocks, num_teams = gridDim.x / num_blocks;
+    const bool first = blockIdx.x % num_blocks == 0;
+    const int warps = num_blocks * (blockDim.x / 32);
+    const int warp = blockIdx.x % num_blocks * (blockDim.x / 32) + threadIdx.x / 32;
+    if (team >= num_teams) return;  // this block's team is not complete
+    Components all(words + team * SINGLE_WORDS * num_tokens,
+                   reals + team * SINGLE_REALS * num_tokens,
+                   integers + team * SINGLE_INTEGERS * num_tokens, num_tokens);
+    TreeProgress* published = reinterpret_cast<TreeProgress*>(progress) + team;
+    const auto sync = [&] {
+        if (num_blocks > 1)
+            blocks_barrier(arrived + team, num_blocks);
         else
             __syncthreads();
     };
-    for (long long b = place; b < batch; b += places) {
+    for (long long b = team; b < batch; b += num_teams) {
         const long long row = b * num_tokens;  // of (B, N)
         if (first)
-            begin(all, told, cosines + row * num_tokens, mask ? mask + row : nullptr,
-                  protect ? protect + row : nullptr, num_tokens,
-                  count_of(counts, b, num_groups), ranks);
-        meet();
-        TreeProgress now = *told;
+            init_components(all, published, cosines + row * num_tokens,
+                            mask ? mask + row : nullptr,
+                            protect ? protect + row : nullptr, num_tokens,
+                            count_of(counts, b, num_groups), ranks);
+        sync();
+        TreeProgress now = *published;
         while (!now.done) {
             for (int p = warp; p < now.tokens; p += warps) {
                 const int i = all.active[p];
                 find_edge(all, cosines + (row + i) * num_tokens, i, now.tokens);
             }
-            meet();
-            if (first) join_components(all, told, ranks);
-            meet();
-            now = *told;
+            sync();  // every token's edge is there
+            if (first) join_components(all, published, ranks);
+            sync();
+            now = *published;
         }
         for (int t = warp; t < now.edges; t += warps) {
             const long long rank = merge_rank(all.height, now.edges, t);
             if (threadIdx.x % 32 == 0) all.sorted[rank] = t;
         }
-        meet();
+        sync();
         if (first) {
-            int* state = in_shared ? ranks + 32 : all.nearest;  // no more needed
+            int* state = in_shared ? ranks + 32 : all.nearest;  // of no more use
             write_rows(all, now.edges, num_tokens, state,
                        out + b * (num_tokens - 1) * 4);
             if (threadIdx.x == 0) rounds[b] = now.rounds;
         }
-        meet();  // before the next sequence takes this one's place
+        sync();  // before the next sequence reuses the team's memory
     }
 }

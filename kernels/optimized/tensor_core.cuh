@@ -1,5 +1,7 @@
-// Copies in the background and tensor cores: every PTX instruction behind one function.
+// Asynchronous copies and tensor cores. Each PTX instruction has one function here, so
+// no other file contains PTX for them.
 
+// The unsigned type of 4, 8 or 16 bytes.
 template <int bytes>
 struct WordOf {
     using type = unsigned;
@@ -15,16 +17,19 @@ struct WordOf<16> {
 template <int bytes>
 using Word = typename WordOf<bytes>::type;
 
+// Convert a generic pointer to an address in shared memory, as PTX instructions take
+// it.
 __device__ __forceinline__ unsigned shared_address(const void* address) {
     return static_cast<unsigned>(__cvta_generic_to_shared(address));
 }
 
-// Copy 4, 8 or 16 bytes to shared memory, in the background where the hardware can
-// (sm_80 on). Both addresses are multiples of `bytes`.
+// Copy 4, 8 or 16 bytes from global to shared memory. From sm_80 on the copy is
+// asynchronous: the thread goes on and later waits with `cp_async_wait`. On older GPUs
+// it is an ordinary load and store. Both addresses must be multiples of `bytes`.
 template <int bytes>
 __device__ __forceinline__ void cp_async(void* target, const void* source) {
 #if __CUDA_ARCH__ >= 800
-    if constexpr (bytes == 16)  // past L1, which only 16 bytes can
+    if constexpr (bytes == 16)  // .cg bypasses L1; only 16-byte copies can
         asm volatile(
             "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
             "l"(source)
@@ -39,14 +44,15 @@ __device__ __forceinline__ void cp_async(void* target, const void* source) {
 #endif
 }
 
-// Close the group of copies begun since the last commit.
+// Close a group: all copies that this thread started since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Wait until at most `pending` groups are in flight.
+// Wait until at most `pending` of this thread's groups are still in flight. Groups
+// complete in the order of their commits.
 template <int pending>
 __device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -54,7 +60,9 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives row r of matrix i.
+// Load four 8 x 8 matrices of 16-bit elements from shared memory to the registers of a
+// warp, in the layout that `mma_16x8` takes. Lane 8 i + r passes the address of row r
+// of matrix i, and d[i] receives the lane's part of matrix i.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -62,10 +70,12 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
                  : "memory");
 }
 
-// c (16 x 8) += a (16 rows) b (8 columns) over 32 bytes of each row, on the tensor
-// cores (sm_80 on): 16 elements of 16 bits, or 8 floats, whose 13 last bits are not
-// read. Lane l holds rows l / 4 and l / 4 + 8 and columns l % 4 * 2 and the next: c0 c1
-// above, c2 c3 below.
+// On the tensor cores (sm_80 and later): c (16 x 8) += a (16 rows) times b (8 columns),
+// summed over 32 bytes of each row and column. These are 16 elements of 16 bits, or 8
+// floats, of which the tensor cores ignore the last 13 bits (TF32). The sums are float.
+//
+// A warp holds c together: lane l has the columns l % 4 * 2 and l % 4 * 2 + 1 of row
+// l / 4 in c0 and c1, and of row l / 4 + 8 in c2 and c3.
 #define MMA_16X8(type, shape, name)                                             \
     __device__ __forceinline__ void mma_16x8(float& c0, float& c1, float& c2,   \
                                              float& c3, const unsigned (&a)[4], \
@@ -81,8 +91,8 @@ MMA_16X8(__half, "m16n8k16", "f16")
 MMA_16X8(__nv_bfloat16, "m16n8k16", "bf16")
 MMA_16X8(float, "m16n8k8", "tf32")
 
-// The same as `cp_async`, or zeros where the source does not exist; it is then not
-// read.
+// Copy as `cp_async` does if the source `exists`; otherwise write zeros and do not read
+// the source.
 template <int bytes>
 __device__ __forceinline__ void cp_async_or_zeros(void* target, const void* source,
                                                   bool exists) {

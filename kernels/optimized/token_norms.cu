@@ -1,6 +1,6 @@
 // Norms of tokens; see basic/token_norms.cu.
 
-// One warp, one row.
+// One warp, one row: each lane reads 16 bytes at a time.
 extern "C" __global__ void token_norms(const real_t* tokens, const bool* mask,
                                        long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index() / 32;  // (B, N)

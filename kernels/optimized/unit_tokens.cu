@@ -1,6 +1,6 @@
-// Unit tokens; see basic/unit_tokens.cu.
+// Tokens of norm 1; see basic/unit_tokens.cu.
 
-// One warp, one row.
+// One warp, one row: neighbouring lanes read neighbouring elements.
 extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
                                        long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index() / 32;  // (B, N)

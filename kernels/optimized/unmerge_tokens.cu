@@ -1,6 +1,6 @@
 // Unmerging; see basic/unmerge_tokens.cu.
 
-// One thread, 16 bytes of one token.
+// One thread, 16 bytes of one token: copied from its group, or zeros for padding.
 extern "C" __global__ void unmerge_tokens(const real_t* merged, const int* labels,
                                           long long batch, long long num_tokens,
                                           long long dim, long long num_groups,

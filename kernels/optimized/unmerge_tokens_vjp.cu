@@ -1,7 +1,7 @@
-// Gradient of unmerging by its member lists; see members.cuh and
+// Gradient of unmerging, with the member lists of members.cuh; see
 // basic/unmerge_tokens_vjp.cu.
 
-// One thread, 16 bytes of one merged token.
+// One thread, 16 bytes of one merged token: the sum over the members of its group.
 extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* ends,
                                               const int* members, long long batch,
                                               long long num_tokens, long long dim,

@@ -1,1 +1,1 @@
-"""Priors: small networks that predict a merged token from those before it."""
+"""Priors: small networks that predict a merged token from the tokens before it."""

@@ -1,4 +1,4 @@
-"""A layer of the priors: a norm, a linear map, an activation, a residual."""
+"""One layer of the priors: a norm, a linear map, an activation and a residual."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -15,18 +15,19 @@ from ..settings import implementation
 
 Activation = Literal["none", "relu", "gelu"]
 
-_EPSILON = 1e-5  # of the norms
-_FEW = 16  # rows that a warp an output is fast for
-# Rows that one block sums for a tile of a weight's gradient: 8,192 rows, D = 1024 and
-# the prior's H = 256 make 256 blocks. Each part takes the memory of the weights.
-_PART_ROWS, _MOST_PARTS = 512, 32
+_EPSILON = 1e-5  # ε of the norms: the default of torch's LayerNorm
+_FEW = 16  # rows up to which one warp for each output is fast
+# Rows that one block sums for a tile of a weight's gradient. Example: 8,192 rows are 16
+# parts; with D = 1024 and the prior's H = 256, 16 tiles each make 256 blocks. Each part
+# needs as much memory as the weights, so their number is limited.
+_PART_ROWS, _MAX_PARTS = 512, 32
 
 
 class Norm(NamedTuple):
-    """LayerNorm, or RMSNorm if it has no bias; both of shape (D,)."""
+    """Weights of a LayerNorm, or of an RMSNorm if `bias` is None."""
 
-    weight: NDArray[Any]
-    bias: NDArray[Any] | None
+    weight: NDArray[Any]  # (D,)
+    bias: NDArray[Any] | None  # (D,)
 
 
 def linear(
@@ -38,7 +39,10 @@ def linear(
     activation: Activation = "none",
     residual: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Return activation(norm(x) Wᵀ + b) + residual of x (..., D), all of one dtype."""
+    """Return activation(norm(x) Wᵀ + b) + residual for x (..., D).
+
+    All arrays have one dtype. `weight` is W, stored as (out, in) like in torch.
+    """
     if is_cuda(x):
         return _linear_cuda(x, weight, bias, norm, activation, residual)
     return _linear_reference(x, weight, bias, norm, activation, residual)
@@ -59,6 +63,7 @@ def _linear_reference(
     elif activation == "gelu":
         from scipy.special import erf  # slow to import
 
+        # Exact GELU: y Φ(y) = y (1 + erf(y / √2)) / 2.
         y *= (1 + erf(y * 0.5**0.5)) / 2
     if residual is not None:
         y += residual
@@ -66,9 +71,11 @@ def _linear_reference(
 
 
 def _normalize_reference(x: NDArray[Any], norm: Norm) -> NDArray[Any]:
+    # RMSNorm:   y = g · x / √(mean x² + ε)
+    # LayerNorm: y = g · (x - mean x) / √(mean (x - mean x)² + ε) + b
     if norm.bias is not None:
         x = x - x.mean(axis=-1, keepdims=True)
-    squares = np.einsum("...d,...d->...", x, x)[..., None]
+    squares = np.einsum("...d,...d->...", x, x)[..., None]  # (..., 1)
     y = x / np.sqrt(squares / x.shape[-1] + _EPSILON).astype(x.dtype)
     y *= norm.weight
     if norm.bias is not None:
@@ -91,10 +98,14 @@ def _linear_cuda(
     sizes = rows, in_dim, out_dim, ACTIVATIONS[activation]
     residual = contiguous(residual)
     map_ = weight, bias, residual
+    # A step of decoding has few rows: reading the weights dominates, and tiles would be
+    # nearly empty. Instead, a warp computes each output, with the norm included.
     if implementation() == "optimized" and rows <= _FEW:
         args = (x, *(norm or (None, None)), *map_, *sizes, _EPSILON, out)
         launch("linear", "linear_few", dtype, args, rows=out.size)
         return out
+    # With many rows the norm is a kernel of its own, so that each row is normalized
+    # once and not again for every tile of columns.
     if norm is not None:
         x = _normalize_cuda(x, norm)
     args = (x, *map_, *sizes, out)
@@ -115,7 +126,10 @@ def linear_vjp_cuda(
 ) -> tuple[Any, Any, Any]:
     """Return the gradients of x (..., in), weight (out, in) and bias of a layer.
 
-    `rectified`: a ReLU gave x, and its gradient is that of what the ReLU was given.
+    For y = x Wᵀ + b: dx = dy W, dW = dyᵀ x, and db = Σ dy over all rows.
+
+    `rectified` means that x is the output of a ReLU. The first result is then the
+    gradient of the ReLU's input: dy W where x > 0, and 0 elsewhere.
     """
     gate = x if rectified else None
     if implementation() == "basic":
@@ -142,19 +156,24 @@ def _linear_vjp_basic(
 def _linear_vjp_optimized(
     gradient: Any, x: Any, weight: Any, gate: Any
 ) -> tuple[Any, Any, Any]:
+    # The tile kernel computes A Bᵀ from the rows of A and B, so each operand with its
+    # sum over rows is transposed first: dx = dy (Wᵀ)ᵀ.
     out_dim, rows = len(weight), math.prod(x.shape[:-1])
     across = _transposed_cuda(weight, out_dim)  # (1, in, out)
     by_x = _products_cuda(gradient.reshape(1, rows, out_dim), across, gate)
-    parts = min(max(-(-rows // _PART_ROWS), 1), _MOST_PARTS)
-    part = -(-max(rows, 1) // parts)
-    part = -(-part // WARP) * WARP  # rows of whole vectors of 16 bytes
+    # dW sums over all rows, which may be many, and has few tiles. S parts of the rows
+    # are summed side by side, to keep the GPU busy.
+    parts = min(max(-(-rows // _PART_ROWS), 1), _MAX_PARTS)
+    part = -(-max(rows, 1) // parts)  # rows of a part
+    part = -(-part // WARP) * WARP  # a whole number of 16-byte vectors
     turned = _transposed_cuda(gradient, part)  # (S, out, part)
     by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
     page, num_parts, dtype = "linear_vjp", len(turned), x.dtype
     args: tuple[Any, ...]
     if num_parts > 1:
-        each, by_weight = by_weight, empty(weight.shape, dtype)
-        args = (each, num_parts, by_weight.size, by_weight)
+        # Parts are added in index order: the float sums are the same in every run.
+        sums, by_weight = by_weight, empty(weight.shape, dtype)
+        args = (sums, num_parts, by_weight.size, by_weight)
         launch(page, "sum_parts", dtype, args, outputs=by_weight.size)
     by_bias = empty((out_dim,), dtype)
     args = (turned, num_parts, out_dim, part, by_bias)
@@ -163,7 +182,10 @@ def _linear_vjp_optimized(
 
 
 def _transposed_cuda(x: Any, part: int) -> Any:
-    """Return x (..., columns) as (S, columns, part): `part` rows a time, then zeros."""
+    """Return x (..., columns) as (S, columns, part), `part` rows in each of S parts.
+
+    The last part is padded with zeros.
+    """
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_parts = max(-(-rows // part), 1)
     out = empty((num_parts, columns, part), x.dtype)
@@ -174,8 +196,8 @@ def _transposed_cuda(x: Any, part: int) -> Any:
 
 
 def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
-    """Return A Bᵀ of every part: (S, rows, columns); 0 where the gate is not above."""
-    (num_parts, rows, dim), columns = a.shape, b.shape[-2]
+    """Return A Bᵀ of every part, (S, rows, columns); 0 where `gate` is not above 0."""
+    (num_parts, rows, dim), columns = a.shape, b.shape[-2]  # a (S, rows, dim)
     out = empty((num_parts, rows, columns), a.dtype)
     tiling = Tiling(num_parts, rows, columns)
     args = (a, b, gate, rows, columns, dim, out)

@@ -1,4 +1,4 @@
-"""A two-layer perceptron: its weights, what it computes, and its gradient."""
+"""A two-layer perceptron: its weights, its outputs and its gradient."""
 
 from typing import Any, NamedTuple
 
@@ -12,15 +12,15 @@ from .linear import linear
 class MLP(NamedTuple):
     """Weights of a two-layer perceptron W₂ relu(W₁ x + b₁) + b₂, stored (out, in)."""
 
-    weight_in: NDArray[Any]
-    bias_in: NDArray[Any]
-    weight_out: NDArray[Any]
-    bias_out: NDArray[Any]
+    weight_in: NDArray[Any]  # W₁ (H, D)
+    bias_in: NDArray[Any]  # b₁ (H,)
+    weight_out: NDArray[Any]  # W₂ (D, H)
+    bias_out: NDArray[Any]  # b₂ (D,)
 
     def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
         """Map (..., D) to (..., D)."""
-        hidden = x @ self.weight_in.T
-        hidden += self.bias_in
+        hidden = x @ self.weight_in.T  # (..., H)
+        hidden += self.bias_in  # in place: no second array (..., H)
         np.maximum(hidden, 0, out=hidden)
         result: NDArray[Any] = hidden @ self.weight_out.T
         result += self.bias_out
@@ -28,7 +28,7 @@ class MLP(NamedTuple):
 
 
 def check_width(name: str, tokens: Any, network: MLP) -> None:
-    """Refuse tokens of another width than those that a network reads."""
+    """Raise unless the tokens have the input width of the network."""
     dim = network.weight_in.shape[1]
     if tokens.shape[-1] != dim:
         raise ValueError(
@@ -37,7 +37,7 @@ def check_width(name: str, tokens: Any, network: MLP) -> None:
 
 
 def apply_mlp(network: MLP, x: Any) -> Any:
-    """Return W₂ relu(W₁ x + b₁) + b₂ of x (..., D), whose weights are beside x."""
+    """Return W₂ relu(W₁ x + b₁) + b₂ for x (..., D) on the device of the weights."""
     if is_cuda(x):
         return _apply_mlp_cuda(network, x)
     return network(x)  # the reference
@@ -49,10 +49,13 @@ def _apply_mlp_cuda(network: MLP, x: Any) -> Any:
 
 
 def back_propagate(network: MLP, x: Any, hidden: Any, slope: Any) -> tuple[MLP, Any]:
-    """Return the gradient of the weights, and of the hidden layer before its ReLU.
+    """Return the gradients of the weights and of the hidden layer before its ReLU.
 
-    `slope` is the gradient of the outputs; rows are (R, D), hidden ones (R, H).
+    `x` is (R, D), `hidden` is (R, H) after the ReLU, and `slope` is the gradient of
+    the outputs (R, D).
     """
-    back = (slope @ network.weight_out) * (hidden > 0)
+    # dh = (dy W₂) ⊙ [h > 0]: the slope of the ReLU is 1 above 0, and 0 at 0 and below.
+    back = (slope @ network.weight_out) * (hidden > 0)  # (R, H)
+    # dW₁ = dhᵀ x, db₁ = Σ dh, dW₂ = dyᵀ h, db₂ = Σ dy, where Σ is over the R rows.
     parts = back.T @ x, back.sum(axis=0), slope.T @ hidden, slope.sum(axis=0)
     return type(network)(*parts), back

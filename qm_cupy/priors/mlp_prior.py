@@ -1,4 +1,4 @@
-"""The paper's prior: a two-layer perceptron over the mean of the tokens so far."""
+"""The paper's prior: a two-layer perceptron reads the mean of the tokens so far."""
 
 import os
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ from .weights import load_weights, save_weights
 class MLPPrior:
     """The paper's prior: a small network reads the mean of all tokens so far.
 
-    Its weights are copied to a GPU at the first use there, and later uses read that
-    copy: for other weights make another prior.
+    On its first use on a GPU, its weights are copied there, and later uses read this
+    copy. To use other weights, make another prior.
 
     Parameters
     ----------
@@ -52,12 +52,13 @@ class MLPPrior:
 
     forward: MLP
     backward: MLP
+    # Weights on GPUs, by device, dtype and direction (reverse or not).
     _copies: dict[tuple[str, np.dtype[Any], bool], MLP] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the copies of the weights out of pickles and copies of the prior."""
+        """Leave the copies on GPUs out of pickles and of copies of the prior."""
         return type(self), (self.forward, self.backward)
 
     def network_weights(self) -> tuple[Any, ...]:
@@ -66,22 +67,23 @@ class MLPPrior:
         Returns
         -------
         tuple of eight ndarrays
-            Those of ``forward``, then of ``backward``, in the order of `MLP`'s fields.
+            The four weights of ``forward``, then the four weights of ``backward``, in
+            the order of the fields of `MLP`.
         """
         return (*self.forward, *self.backward)
 
     @classmethod
     def init(cls, dim: int, *, hidden_dim: int = 256, seed: int = 0) -> "MLPPrior":
-        """Draw a prior at random: uniform within ±1/√(inputs) of each layer.
+        """Draw a random prior: uniform weights within ±1/√(inputs) of each layer.
 
         Parameters
         ----------
         dim : int
             Width D of the tokens.
         hidden_dim : int, default 256
-            Width of the hidden layer.
+            Width H of the hidden layer.
         seed : int, default 0
-            Seed of the draw.
+            Seed of the random weights.
 
         Returns
         -------
@@ -96,6 +98,7 @@ class MLPPrior:
         widths = check_integer("dim", dim), check_integer("hidden_dim", hidden_dim)
         if min(widths) < 1:
             raise ValueError(f"`dim` and `hidden_dim` must be at least 1, got {widths}")
+        # One generator for both networks: they differ, and one seed repeats both.
         generator = np.random.default_rng(check_seed(seed))
         return cls(random_mlp(generator, *widths), random_mlp(generator, *widths))
 
@@ -109,18 +112,18 @@ class MLPPrior:
         positions: Any = None,
         sizes: Any = None,
     ) -> Array:
-        """Predict the neighbour of every token from all tokens up to it, at once.
+        """Predict the neighbour of every token from all tokens up to it, in one pass.
 
         Parameters
         ----------
         tokens : ndarray of shape (K, D) or (B, K, D)
             Merged tokens; float16, bfloat16, float32 or float64.
         reverse : bool, default False
-            Whether to read from the right and predict the token before.
+            Whether to read from the right and predict the previous token.
         num_groups : int or ndarray of int of shape (B,), optional
-            Valid tokens of each sequence; the rest is padding.
+            Number of valid tokens of each sequence; later tokens are padding.
         positions, sizes : optional
-            What other priors read of a `Merged`; this one does not.
+            Other priors read these fields of a `Merged`. This prior ignores them.
 
         Returns
         -------
@@ -131,7 +134,7 @@ class MLPPrior:
         Raises
         ------
         TypeError
-            If `tokens` is not floating or `num_groups` not integer.
+            If `tokens` is not floating or `num_groups` is not integer.
         ValueError
             If a shape does not fit or an entry is not finite.
         """
@@ -142,6 +145,7 @@ class MLPPrior:
         check_width("tokens", tokens, self.forward)
         counts = check_counts(tokens, num_groups)
         dtype = accumulation_dtype(tokens.dtype)
+        # All K means are the rows of one matrix, so two GEMMs give all predictions.
         context = running_mean(tokens, counts, reverse).astype(dtype, copy=False)
         network = network_beside(self, tokens, reverse)
         return leave(apply_mlp(network, context).astype(dtype, copy=False))
@@ -150,23 +154,23 @@ class MLPPrior:
     def step(
         self, token: Array, state: Any = None, *, position: Any = None, size: Any = None
     ) -> tuple[Array, Any]:
-        """Predict the token after this one, and all before it, left to right.
+        """Read one token and predict the next one from all tokens read so far.
 
         Parameters
         ----------
         token : ndarray of shape (D,) or (B, D)
             The next token; float16, bfloat16, float32 or float64.
         state : optional
-            What the step before returned; None at the first token.
+            The state that the previous step returned; None at the first token.
         position, size : optional
-            What other priors read of a `Merged`; this one does not.
+            Other priors read these fields of a `Merged`. This prior ignores them.
 
         Returns
         -------
         prediction : ndarray of shape (D,) or (B, D)
-            As `predict` has it in this token's row.
+            The row of this token in the result of `predict`.
         state : object
-            For the next step.
+            The state to pass to the next step.
 
         Raises
         ------
@@ -178,14 +182,16 @@ class MLPPrior:
         leave, token = enter({"token": token})
         check_values("token", token, "D", "BD")
         check_width("token", token, self.forward)
-        total: Any = None
+        total: Any = None  # sum of the tokens so far, (B, D)
         count = 0
         if state is not None:
             total, count = state
             check_shape("token", token, "BD", total.shape)
         acc_dtype = accumulation_dtype(token.dtype)
-        # As wide as `predict` adds up: float64 but for float32 on a GPU.
+        # Sum in the dtype in which `predict` sums: float64 on the CPU, and on a GPU
+        # float32, or float64 for float64 tokens.
         now = token.astype(acc_dtype if is_cuda(token) else np.float64)
+        # Not in place: several steps may continue from one state.
         total = total + now if count else now
         context = (total / (count + 1)).astype(acc_dtype)
         network = network_beside(self, token, False)
@@ -205,43 +211,44 @@ class MLPPrior:
     ) -> "MLPPrior":
         r"""Return a prior fitted to token sequences, without an autograd engine.
 
-        Both networks keep their hidden layer; the output layer is that of ridge
-        regression over all prefixes (suffixes) of all sequences,
+        Both networks keep their hidden layer. Their output layer becomes the solution
+        of a ridge regression over all prefixes (suffixes) of all sequences,
 
         .. math:: \min_W \lVert H W - Y \rVert^2 + \lambda \lVert W \rVert^2,
 
-        in closed form. `steps` of Adam on both layers may follow.
+        in closed form. H holds the hidden activations, Y the tokens to predict. Then
+        `steps` steps of Adam train both layers.
 
         Parameters
         ----------
         sequences : ndarray of shape (K, D) or (B, K, D), Merged, or iterable of these
-            What to fit to; K may differ within an iterable, which is read an array at
-            a time. Padding of a `Merged` is left out.
+            Training data. K may differ between the arrays of an iterable, which are
+            read one at a time. Padding of a `Merged` is left out.
         ridge : float, default 1e-2
-            λ over the mean squared norm of a hidden unit's activations, > 0.
+            λ relative to the mean squared norm of a hidden unit's activations, > 0.
         steps : int, default 0
-            Steps of Adam. They read the sequences several times: an iterator, which can
-            be read only once, will not do.
+            Number of steps of Adam. They read the sequences several times, so that an
+            iterator, which can be read only once, is refused.
         learning_rate : float, default 1e-3
-            Of Adam.
+            Learning rate of Adam.
         batch_size : int, default 256
-            Prefixes of each step.
+            Number of prefixes in each step.
         seed : int, default 0
-            Of the order in which steps read them.
+            Seed of the order in which the steps read the prefixes.
 
         Returns
         -------
         MLPPrior
-            With weights of this prior's dtype. Where Adam has not lowered the mean
-            squared error over all sequences, its steps are dropped.
+            Its weights have the dtype of this prior's weights. If Adam does not lower
+            the mean squared error over all sequences, its steps are dropped.
 
         Raises
         ------
         TypeError
-            If a sequence is not floating or no array.
+            If a sequence is not floating or not an array.
         ValueError
             If a shape or width does not fit, an entry is not finite, no sequence has
-            two tokens, an option is out of range, or `steps` come with an iterator.
+            two tokens, an option is out of range, or `steps` > 0 with an iterator.
 
         Examples
         --------
@@ -266,24 +273,25 @@ class MLPPrior:
         return MLPPrior(*networks)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the weights as a safetensors file, at once or not at all.
+        """Write the weights to a safetensors file, completely or not at all.
 
         Parameters
         ----------
         path : str or path-like
-            Where to; a file there is replaced.
+            File to write. An existing file is replaced.
 
         Raises
         ------
         ImportError
-            Without the extra ``safetensors``.
+            If the safetensors package (the extra ``safetensors``) is not installed.
         OSError
             If the file cannot be written.
 
         See Also
         --------
-        MLPPrior.load : The way back, bit for bit.
+        MLPPrior.load : Read the file back, bit for bit.
         """
+        # Names such as "forward.weight_in"; `mlp_shapes` declares the same names.
         both = {"forward": self.forward, "backward": self.backward}
         arrays = {
             f"{direction}.{name}": weight
@@ -296,26 +304,26 @@ class MLPPrior:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MLPPrior":
-        """Read what `save` wrote.
+        """Read a prior from a file that `save` wrote.
 
         Parameters
         ----------
         path : str or path-like
-            A file that `save` has written.
+            File to read.
 
         Returns
         -------
         MLPPrior
-            Equal to the saved one, bit for bit.
+            Equal to the saved prior, bit for bit.
 
         Raises
         ------
         ImportError
-            Without the extra ``safetensors``.
+            If the safetensors package (the extra ``safetensors``) is not installed.
         OSError
             If the file cannot be read.
         ValueError
-            If any of its bytes is not as it was saved, or it is no file of this prior.
+            If a byte of the file has changed, or the file does not hold an `MLPPrior`.
         """
         _, arrays = load_weights(Path(path), "MLPPrior", mlp_shapes)
         networks = (
@@ -328,7 +336,7 @@ class MLPPrior:
     def from_state_dict(
         cls, forward: Mapping[str, Any], backward: Mapping[str, Any]
     ) -> "MLPPrior":
-        """Make a prior of two networks trained in torch, as the paper's code has them.
+        """Make a prior from two networks trained in torch, as in the paper's code.
 
         Parameters
         ----------
@@ -340,7 +348,7 @@ class MLPPrior:
         Returns
         -------
         MLPPrior
-            With copies of the weights, in float32 or float64.
+            It holds copies of the weights, in float32 or float64.
 
         Raises
         ------
@@ -353,26 +361,34 @@ class MLPPrior:
             read_mlp("forward", forward),
             read_mlp("backward", backward),
         )
+        # Both networks read the same tokens.
         dims = [network.weight_in.shape[1] for network in networks]
         if dims[0] != dims[1]:
-            raise ValueError(f"`forward` has width D = {dims[0]}, `backward` {dims[1]}")
+            raise ValueError(
+                "`forward` and `backward` must have the same width D, "
+                f"got {dims[0]} and {dims[1]}"
+            )
         return cls(*networks)
 
 
 def network_beside(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
-    """Return a network of a prior, with its weights on the device of `tokens`."""
+    """Return a network of the prior, with its weights on the device of `tokens`."""
     network = prior.backward if reverse else prior.forward
+    # Weights trained in torch or JAX: only their values are used here.
     if any(library(w).name in ("torch", "jax") for w in network):
-        _, *weights = enter(network._asdict())  # trained there: their values
+        _, *weights = enter(network._asdict())
         network = MLP(*weights)
     if not is_cuda(tokens):
         return network
     dtype = accumulation_dtype(tokens.dtype)
+    # float16, bfloat16 and float32 tokens share one float32 copy.
     key = str(tokens.device), dtype, reverse
     copies = prior._copies
     if key not in copies:
         arrays = [contiguous(to_device(w), dtype) for w in network]
         copies[key] = MLP(*arrays)
+        # Copying one array back waits for all copies in this stream. After that, other
+        # streams may read them. Weights that were used as they are need no wait.
         if any(x is not w for x, w in zip(arrays, network, strict=True)):
-            to_host(arrays[-1])  # waits: any stream may read now
+            to_host(arrays[-1])
     return copies[key]

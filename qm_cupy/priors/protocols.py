@@ -1,10 +1,10 @@
-"""What `alignment_loss` and `decode` ask of a prior."""
+"""The methods that `alignment_loss` and `decode` call on a prior."""
 
 from typing import Any, Protocol
 
 
 class Prior(Protocol):
-    """What `alignment_loss` asks of a prior."""
+    """The method that `alignment_loss` calls on a prior."""
 
     def predict(
         self,
@@ -15,20 +15,20 @@ class Prior(Protocol):
         positions: Any = None,
         sizes: Any = None,
     ) -> Any:
-        """Return for every token the prediction of the one after (or before) it."""
+        """Return, for every token, the prediction of the next (or previous) token."""
 
 
 class TwoLayerPrior(Protocol):
-    """A prior like `MLPPrior`, to whose weights `alignment_loss` has gradients."""
+    """A prior like `MLPPrior`: `alignment_loss` has gradients for its weights."""
 
     def network_weights(self) -> tuple[Any, ...]:
         """Return the weights of both networks, in the order of `MLP`'s fields."""
 
 
 class SteppingPrior(Protocol):
-    """What `decode` asks of a prior that reads one token at a time."""
+    """The method that `decode` calls on a prior that reads one token at a time."""
 
     def step(
         self, token: Any, state: Any = None, *, position: Any = None, size: Any = None
     ) -> tuple[Any, Any]:
-        """Return the prediction (..., D) after a token (..., D), and the new state."""
+        """Return the prediction (..., D) after a token (..., D) and the new state."""

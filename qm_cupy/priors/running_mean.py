@@ -1,4 +1,8 @@
-"""Running means: of tokens 1..t, or of t..K in reverse, for every t at once."""
+"""Running means of tokens 1..t, or of tokens t..K in reverse, for every t at once.
+
+Prefix sums give all K means of a sequence in O(K D), instead of O(K² D) for a sum of
+its own for each t.
+"""
 
 import math
 from typing import Any
@@ -16,7 +20,7 @@ from ..cuda.launch import contiguous, device_counts, launch
 def running_mean(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[Any]:
-    """Return the mean of tokens 1..t, or of t..K in reverse, for every t at once."""
+    """Return the mean of tokens 1..t, or of t..K in reverse, in row t: (B, K, D)."""
     if is_cuda(tokens):
         return running_mean_cuda(tokens, counts, reverse)
     return _running_mean_reference(tokens, counts, reverse)
@@ -26,33 +30,39 @@ def _running_mean_reference(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[np.float64]:
     num_groups = tokens.shape[-2]
-    place = np.arange(num_groups)[:, None]  # (K, 1)
+    index = np.arange(num_groups)[:, None]  # (K, 1), t - 1
+    # Sums in float64: the rounding of a long float32 sum would grow with K.
     total = tokens.astype(np.float64, order="C")
     if not reverse:
+        # Padding comes last, so it is part of no mean of valid tokens.
         _sum_rows(total)
-        total /= place + 1
+        total /= index + 1
         return total
-    left = counts[..., None, None] - place  # tokens from here on: (B, K, 1)
+    # In reverse, every sum starts at padding, which must be 0.
+    left = counts[..., None, None] - index  # tokens t..K: (B, K, 1)
     if (left <= 0).any():
         total = np.where(left > 0, total, 0)
     _sum_rows(total[..., ::-1, :])
-    total /= np.maximum(left, 1)
+    total /= np.maximum(left, 1)  # max only for padding, whose mean stays 0
     return total
 
 
 def _sum_rows(x: NDArray[Any]) -> None:
-    """Add to every row all rows above it: runs of rows side by side, then the runs.
+    """Replace every row by the sum of the rows up to it, in place.
 
-    NumPy's cumsum goes by columns, which takes several times as long.
+    The rows are cut into runs of √K rows. First, all runs are summed side by side; then
+    the total of the previous runs is added to each run. Both loops have about √K steps.
+    NumPy's cumsum works column by column, which takes several times as long.
     """
     *batch, num_rows, dim = x.shape
-    run = max(1, math.isqrt(num_rows))
+    run = max(1, math.isqrt(num_rows))  # rows of a run
     whole = num_rows // run * run
     runs = x[..., :whole, :].reshape(*batch, whole // run, run, dim)  # a view
     for t in range(1, run):
         runs[..., t, :] += runs[..., t - 1, :]
-    for t in range(whole + 1, num_rows):  # the rows left over, fewer than a run
+    for t in range(whole + 1, num_rows):  # the remaining rows, fewer than a run
         x[..., t, :] += x[..., t - 1, :]
+    # Row first - 1 is final here: it ends the previous run.
     for first in range(run, num_rows, run):
         x[..., first : first + run, :] += x[..., first - 1 : first, :]
 
@@ -61,9 +71,12 @@ def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> 
     num_groups, dim = tokens.shape[-2:]
     batch = math.prod(tokens.shape[:-2])
     out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
-    each, _ = device_counts(counts)
+    valid, _ = device_counts(counts)
     sizes = batch, num_groups, dim, int(reverse)
-    args = (contiguous(tokens), each, *sizes, out)
+    args = (contiguous(tokens), valid, *sizes, out)
+    # In the optimized kernel, a block sums 32 columns of one sequence. Each warp of the
+    # block sums a run of rows, and the runs are added in order: the float sums are the
+    # same bit for bit every time.
     kernel, blocks = ("running_mean", "prefix_means"), batch * -(-dim // WARP)
     launch(*kernel, tokens.dtype, args, outputs=batch * dim, blocks=blocks)
     return out
@@ -72,16 +85,21 @@ def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> 
 def running_mean_vjp_reference(
     gradient: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[np.float64]:
-    """Return the sum, for every token, of the gradients of the means it is part of."""
-    place = np.arange(gradient.shape[-2])[:, None]  # (K, 1)
-    valid = counts[..., None, None] > place
+    """Return, for every token, the sum of the gradients of the means that contain it.
+
+    Token i is part of the means of tokens 1..t with t ≥ i, with weight 1/t each:
+    dx_i = Σ_{t ≥ i} dc_t / t. In reverse, the sum is over t ≤ i, with weight
+    1 / (K - t + 1).
+    """
+    index = np.arange(gradient.shape[-2])[:, None]  # (K, 1), t - 1
+    valid = counts[..., None, None] > index  # (B, K, 1)
     total = np.where(valid, gradient, 0).astype(np.float64)
     if reverse:
-        total /= np.maximum(counts[..., None, None] - place, 1)
+        total /= np.maximum(counts[..., None, None] - index, 1)
         _sum_rows(total)
     else:
-        total /= place + 1
-        _sum_rows(total[..., ::-1, :])
+        total /= index + 1
+        _sum_rows(total[..., ::-1, :])  # suffix sums
     return np.where(valid, total, 0)
 
 

@@ -1,4 +1,4 @@
-"""A small causal transformer as the prior: its predictions, all at once or in steps."""
+"""A small causal transformer as the prior: predictions in one pass or in steps."""
 
 import os
 from collections.abc import Mapping
@@ -34,27 +34,27 @@ from .weights import load_weights, save_weights
 
 @dataclass(frozen=True, eq=False)
 class TransformerPrior:
-    r"""A causal transformer over the merged tokens: for inference, trained elsewhere.
+    r"""A causal transformer over merged tokens, for inference; train it elsewhere.
 
-    Pre-norm blocks, x += attention(norm(x)) and x += MLP(norm(x)) with GELU, between a
-    linear embedding and a linear head. A token's place is its position in the unmerged
-    sequence, and attention is proportional [1]_: a token that stands for n others is
-    attended to as n would be,
+    It has pre-norm blocks, x += attention(norm(x)) and x += MLP(norm(x)) with GELU,
+    between a linear embedding and a linear head. The position of a token is its
+    position in the unmerged sequence. Attention is proportional [1]_: a token that
+    stands for n tokens has the weight of n tokens,
 
     .. math:: p_{ij} = \operatorname{softmax}_j(q_i \cdot k_j / \sqrt d + \log n_j).
 
-    Make one by `init`, `from_state_dict` or `load`. Its weights are copied to a GPU at
-    the first use there, and later uses read that copy.
+    Make a prior by `init`, `from_state_dict` or `load`. On its first use on a GPU, its
+    weights are copied there, and later uses read this copy.
 
     Parameters
     ----------
     forward : mapping of str to ndarray
-        Weights of the network that reads from the left and predicts token t + 1, by
-        the names that `from_state_dict` lists.
+        Weights of the network that reads from the left and predicts token t + 1. Their
+        names are listed in `from_state_dict`.
     backward : mapping of str to ndarray
         Weights of the network that reads from the right and predicts token t - 1.
     num_heads : int
-        Heads of attention; each is of even width, at most 256.
+        Number of attention heads. The width d of a head is even, and at most 256.
 
     Raises
     ------
@@ -80,14 +80,16 @@ class TransformerPrior:
 
     forward: Weights
     backward: Weights
-    num_heads: int
-    _settings: Configuration = field(init=False, repr=False)
+    num_heads: int  # cannot be read from the shapes of the weights
+    _settings: Configuration = field(init=False, repr=False)  # read from the weights
+    # Weights ready for use, by device, dtype and direction (reverse or not).
     _copies: dict[tuple[str, np.dtype[Any], bool], dict[str, Any]] = field(
         default_factory=dict, init=False, repr=False
     )
 
     def __post_init__(self) -> None:
-        """Refuse weights that make no network."""
+        """Raise unless both directions hold the weights of one configuration."""
+        # `forward` determines the settings; `backward` must fit them too.
         settings = configuration_of(self.forward, self.num_heads)
         shapes = settings.shapes()
         for name in ("forward", "backward"):
@@ -96,14 +98,14 @@ class TransformerPrior:
                 lack, extra = set(shapes) - set(weights), set(weights) - set(shapes)
                 raise ValueError(
                     f"`{name}` must hold the weights of {settings.num_layers} blocks: "
-                    f"it lacks {sorted(lack)}, and {sorted(extra)} are of no use"
+                    f"missing are {sorted(lack)}, unknown are {sorted(extra)}"
                 )
             for key, shape in shapes.items():
                 check_shape(f"{name}[{key!r}]", weights[key], "XY", shape)
-        object.__setattr__(self, "_settings", settings)
+        object.__setattr__(self, "_settings", settings)  # the dataclass is frozen
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the copies of the weights out of pickles and copies of the prior."""
+        """Leave the copies on devices out of pickles and of copies of the prior."""
         return type(self), (dict(self.forward), dict(self.backward), self.num_heads)
 
     @classmethod
@@ -119,7 +121,7 @@ class TransformerPrior:
         num_positions: int | None = None,
         seed: int = 0,
     ) -> "TransformerPrior":
-        """Draw a prior at random: uniform within ±1/√(inputs) of each linear map.
+        """Draw a random prior: uniform weights within ±1/√(inputs) of each linear map.
 
         Parameters
         ----------
@@ -128,22 +130,22 @@ class TransformerPrior:
         hidden_dim : int, default 256
             Width E of the network.
         num_layers : int, default 2
-            Blocks.
+            Number of blocks.
         num_heads : int, default 4
-            Heads of attention.
+            Number of attention heads.
         mlp_dim : int, optional
-            Hidden width of a block's MLP; by default 4 E.
+            Hidden width M of a block's MLP; by default 4 E.
         norm : {"rms", "layer"}, default "rms"
             RMSNorm or LayerNorm.
         num_positions : int, optional
-            How many learned positions there are; by default positions are rotary.
+            Number of learned positions. By default, positions are rotary.
         seed : int, default 0
-            Seed of the draw.
+            Seed of the random weights.
 
         Returns
         -------
         TransformerPrior
-            With float32 weights.
+            It has float32 weights.
 
         Raises
         ------
@@ -151,11 +153,11 @@ class TransformerPrior:
             If a width or the seed is out of range.
         """
         mlp_dim = 4 * hidden_dim if mlp_dim is None else mlp_dim
-        if num_positions == 0:
+        if num_positions == 0:  # 0 means rotary inside; callers say None
             raise ValueError("`num_positions` must be at least 1, or None, got 0")
         widths = dim, hidden_dim, num_layers, num_heads, mlp_dim
         settings = Configuration(*widths, norm, num_positions or 0).checked()
-        generator = np.random.default_rng(check_seed(seed))
+        generator = np.random.default_rng(check_seed(seed))  # one for both networks
         forward = random_transformer(generator, settings)
         return cls(forward, random_transformer(generator, settings), num_heads)
 
@@ -163,27 +165,27 @@ class TransformerPrior:
     def from_state_dict(
         cls, forward: Mapping[str, Any], backward: Mapping[str, Any], *, num_heads: int
     ) -> "TransformerPrior":
-        """Make a prior of two networks trained in torch.
+        """Make a prior from two networks trained in torch.
 
         Parameters
         ----------
         forward, backward : mapping of str to ndarray
-            The ``state_dict()`` of a module with ``embed = nn.Linear(D, E)``; where
-            positions are learned, ``positions = nn.Embedding(P, E)``, added to it;
-            ``blocks``, a ModuleList, each with ``norm1``, ``qkv = nn.Linear(E, 3 * E)``
-            (queries, keys and values, each by heads), ``out = nn.Linear(E, E)``,
-            ``norm2``, ``mlp_in = nn.Linear(E, M)`` and ``mlp_out = nn.Linear(M, E)``;
-            ``norm``; and ``head = nn.Linear(E, D)``. Norms are all ``nn.LayerNorm(E)``
-            or all ``nn.RMSNorm(E, eps=1e-5)``. Without ``positions``, queries and keys
-            are rotated: elements i and i + d / 2 of a head by the angle
-            position · 10000^(-2i / d).
+            The ``state_dict()`` of a module with ``embed = nn.Linear(D, E)``;
+            ``blocks``, a ModuleList; ``norm``; and ``head = nn.Linear(E, D)``. A block
+            has ``norm1``; ``qkv = nn.Linear(E, 3 * E)``, queries, keys and values, each
+            by heads; ``out = nn.Linear(E, E)``; ``norm2``; and the MLP, ``mlp_in =
+            nn.Linear(E, M)`` and ``mlp_out = nn.Linear(M, E)``. Norms are all
+            ``nn.LayerNorm(E)`` or all ``nn.RMSNorm(E, eps=1e-5)``. Learned positions
+            are ``positions = nn.Embedding(P, E)``, added to the embedding. Without
+            them, queries and keys are rotated: elements i and i + d / 2 of a head by
+            the angle position · 10000^(-2i / d).
         num_heads : int
-            Heads of attention.
+            Number of attention heads.
 
         Returns
         -------
         TransformerPrior
-            With copies of the weights, in float32 or float64.
+            It holds copies of the weights, in float32 or float64.
 
         Raises
         ------
@@ -208,24 +210,24 @@ class TransformerPrior:
         positions: Any = None,
         sizes: Any = None,
     ) -> Array:
-        """Predict the neighbour of every token from all tokens up to it, at once.
+        """Predict the neighbour of every token from all tokens up to it, in one pass.
 
         Parameters
         ----------
         tokens : ndarray of shape (K, D) or (B, K, D)
             Merged tokens; float16, bfloat16, float32 or float64.
         reverse : bool, default False
-            Whether to read from the right and predict the token before.
+            Whether to read from the right and predict the previous token.
         num_groups : int or ndarray of int of shape (B,), optional
-            Valid tokens of each sequence; the rest is padding, whose predictions mean
-            nothing.
+            Number of valid tokens of each sequence. Predictions of later tokens, which
+            are padding, are undefined.
         positions : ndarray of int of shape (K,) or (B, K), optional
-            Place of each token in the unmerged sequence; by default 0..K-1. Of learned
-            positions the first stands for those below it, and, on a GPU, where nobody
-            looks at them beforehand, the last for those above it.
+            Position of each token in the unmerged sequence; by default 0..K-1. Learned
+            positions: lower ones are read as the first. Higher ones are refused on the
+            CPU; on a GPU they are not checked, and are read as the last.
         sizes : ndarray of shape (K,) or (B, K), optional
-            How many tokens each stands for, ≥ 0; by default 1. A token of size 0 is not
-            attended to.
+            Number of tokens that each token stands for, ≥ 0; by default 1. A token of
+            size 0 is not attended to.
 
         Returns
         -------
@@ -236,10 +238,10 @@ class TransformerPrior:
         Raises
         ------
         TypeError
-            If `tokens` is not floating, or `num_groups` or `positions` not integer.
+            If `tokens` is not floating, or `num_groups` or `positions` is not integer.
         ValueError
-            If a shape does not fit, an entry is not finite, a size negative, or a
-            position beyond the learned ones.
+            If a shape does not fit, an entry is not finite, a size is negative, or a
+            position is above the learned positions.
         """
         leave, tokens, positions, sizes, num_groups = enter(
             {"tokens": tokens, "positions": positions, "sizes": sizes},
@@ -247,21 +249,21 @@ class TransformerPrior:
         )
         check_tokens(tokens)
         counts = check_counts(tokens, num_groups)
-        wanted = tokens.shape[:-1]
+        wanted = tokens.shape[:-1]  # (K,) or (B, K)
         names = "tokens", "positions", "sizes"
         self._check(tokens, positions, sizes, names, wanted, wanted[-1])
         acc_dtype = accumulation_dtype(tokens.dtype)
         inside = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
-        rows = inside.shape[:2]
+        rows = inside.shape[:2]  # (B, K)
         span = Span(
             positions=None if positions is None else positions.reshape(rows),
             sizes=None if sizes is None else sizes.reshape(rows).astype(acc_dtype),
-            counts=counts.reshape(-1),
-            start=0,
+            counts=counts.reshape(-1),  # (B,)
+            start=0,  # nothing was read before
             reverse=bool(reverse),
         )
-        cache = KVCache.empty(inside, self._settings, rows[1], layers=1)
-        # One layer's keys and values are of no use to the next.
+        cache = KVCache.empty(inside, self._settings, rows[1], layers=1)  # capacity K
+        # One cache serves all layers: no layer reads the keys and values of another.
         caches = [(cache.keys[0], cache.values[0])] * self._settings.num_layers
         weights = self._weights(inside, acc_dtype, bool(reverse))
         return leave(
@@ -272,51 +274,52 @@ class TransformerPrior:
     def step(
         self, token: Array, state: Any = None, *, position: Any = None, size: Any = None
     ) -> tuple[Array, Any]:
-        """Predict the token after this one, and all before it, left to right.
+        """Read one token and predict the next one from all tokens read so far.
 
         Parameters
         ----------
         token : ndarray of shape (D,) or (B, D)
             The next token; float16, bfloat16, float32 or float64.
         state : optional
-            What the step before returned; None at the first token. It holds the keys
-            and values so far, and several steps may go on from one state.
+            The state that the previous step returned; None at the first token. It holds
+            the keys and values so far. Several steps may continue from one state.
         position : int or ndarray of int of shape () or (B,), optional
-            Place of the token in the unmerged sequence; by default how many tokens came
-            before it.
+            Position of the token in the unmerged sequence; by default the number of
+            tokens before it.
         size : number or ndarray of shape () or (B,), optional
-            How many tokens it stands for, ≥ 0; by default 1.
+            Number of tokens that it stands for, ≥ 0; by default 1.
 
         Returns
         -------
         prediction : ndarray of shape (D,) or (B, D)
-            As `predict` has it in this token's row.
+            The row of this token in the result of `predict`.
         state : object
-            For the next step.
+            The state to pass to the next step.
 
         Raises
         ------
         TypeError
-            If `token` is not floating or `position` not integer.
+            If `token` is not floating or `position` is not integer.
         ValueError
-            If a shape does not fit, an entry is not finite, a size negative, or a
-            position beyond the learned ones.
+            If a shape does not fit, an entry is not finite, a size is negative, or a
+            position is above the learned positions.
         """
-        given = {"position": position, "size": size}  # arrays, or numbers
-        arrays = {key: x for key, x in given.items() if hasattr(x, "__dlpack__")}
+        known = {"position": position, "size": size}  # arrays, numbers or None
+        arrays = {key: x for key, x in known.items() if hasattr(x, "__dlpack__")}
         leave, token, *inside = enter({"token": token} | arrays)
-        position, size = (given | dict(zip(arrays, inside, strict=True))).values()
+        position, size = (known | dict(zip(arrays, inside, strict=True))).values()
         check_values("token", token, "D", "BD")
         cache, count = (None, 0) if state is None else state
         acc_dtype = accumulation_dtype(token.dtype)
         inside = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
-        if cache is None:
+        if cache is None:  # the first token; the cache grows with the steps
             cache = KVCache.empty(inside, self._settings)
         batch = len(cache.sizes)
         check_shape("token", token, "BD", (batch, token.shape[-1])[2 - token.ndim :])
         if cache.sizes.dtype != acc_dtype:
             raise TypeError(
-                f"`token` must be as wide as the tokens before it, got {token.dtype}"
+                "`token` must keep the precision of the tokens before it "
+                f"({cache.sizes.dtype}), got {token.dtype}"
             )
         position, size = (
             per_sequence(position, token),
@@ -324,39 +327,39 @@ class TransformerPrior:
         )
         names = "token", "position", "size"
         self._check(token, position, size, names, token.shape[:-1], count + 1)
-        cache = cache.after(count)
+        cache = cache.after(count)  # with memory for this token, at index `count`
         cache.sizes[:, count] = 1 if size is None else size
         span = Span(
             positions=None if position is None else position.reshape(batch, 1),
-            sizes=cache.sizes,
-            counts=np.ones(batch, np.int64),
+            sizes=cache.sizes,  # (B, capacity)
+            counts=np.ones(batch, np.int64),  # T = 1 token
             start=count,
             reverse=False,
         )
-        caches = list(zip(cache.keys, cache.values, strict=True))
+        caches = list(zip(cache.keys, cache.values, strict=True))  # one for each layer
         weights = self._weights(inside, acc_dtype, reverse=False)
         prediction = run_transformer(inside, span, caches, weights).reshape(token.shape)
-        cache.length = count + 1
+        cache.length = count + 1  # marks the slot as taken
         return leave(prediction), (cache, count + 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the weights as a safetensors file, at once or not at all.
+        """Write the weights to a safetensors file, completely or not at all.
 
         Parameters
         ----------
         path : str or path-like
-            Where to; a file there is replaced.
+            File to write. An existing file is replaced.
 
         Raises
         ------
         ImportError
-            Without the extra ``safetensors``.
+            If the safetensors package (the extra ``safetensors``) is not installed.
         OSError
             If the file cannot be written.
 
         See Also
         --------
-        TransformerPrior.load : The way back, bit for bit.
+        TransformerPrior.load : Read the file back, bit for bit.
         """
         arrays = {
             f"{direction}.{name}": weight
@@ -368,32 +371,32 @@ class TransformerPrior:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TransformerPrior":
-        """Read what `save` wrote.
+        """Read a prior from a file that `save` wrote.
 
         Parameters
         ----------
         path : str or path-like
-            A file that `save` has written.
+            File to read.
 
         Returns
         -------
         TransformerPrior
-            Equal to the saved one, bit for bit.
+            Equal to the saved prior, bit for bit.
 
         Raises
         ------
         ImportError
-            Without the extra ``safetensors``.
+            If the safetensors package (the extra ``safetensors``) is not installed.
         OSError
             If the file cannot be read.
         ValueError
-            If any of its bytes is not as it was saved, or it is no file of this prior.
+            If a byte has changed, or the file does not hold a `TransformerPrior`.
         """
         settings, arrays = load_weights(
             Path(path), "TransformerPrior", transformer_shapes
         )
         networks: dict[str, dict[str, Any]] = {"forward": {}, "backward": {}}
-        for key, weight in arrays.items():
+        for key, weight in arrays.items():  # "forward.embed.weight", for example
             direction, _, name = key.partition(".")
             networks[direction][name] = weight
         return cls(**networks, num_heads=settings["num_heads"])
@@ -405,10 +408,10 @@ class TransformerPrior:
         sizes: Any,
         names: tuple[str, str, str],
         wanted: tuple[int, ...],
-        num_places: int,
+        end: int,
     ) -> None:
-        """Refuse what this prior cannot read; 0..`num_places`-1 is the default."""
-        dim, learned = self._settings.dim, self._settings.num_positions
+        """Raise if the prior cannot read these; by default, positions end at `end`."""
+        dim, learned = self._settings.dim, self._settings.num_positions  # 0: rotary
         if tokens.shape[-1] != dim:
             raise ValueError(
                 f"`{names[0]}` must have width D = {dim} like the prior, "
@@ -417,27 +420,27 @@ class TransformerPrior:
         _, position_name, size_name = names
         check_positions(position_name, positions, wanted, learned)
         check_sizes(size_name, sizes, wanted)
-        if positions is None and 0 < learned < num_places:
+        if positions is None and 0 < learned < end:
             raise ValueError(
-                f"the prior has learned {learned} positions, too few for "
-                f"{num_places} tokens"
+                f"the prior has learned {learned} positions, too few for {end} tokens"
             )
 
     def _weights(
         self, tokens: Any, acc_dtype: np.dtype[Any], reverse: bool
     ) -> dict[str, Any]:
-        """Return a network's weights beside `tokens`, of the dtype to compute in."""
+        """Return a network's weights on the device of `tokens`, in `acc_dtype`."""
         on_gpu = is_cuda(tokens)
         key = str(tokens.device) if on_gpu else "NumPy", acc_dtype, reverse
+        # Converted once for each device, dtype and direction, and not at every step.
         if key not in self._copies:
             copies = {}
             for name, weight in (self.backward if reverse else self.forward).items():
                 weight = to_device(weight) if on_gpu else weight
                 copies[name] = contiguous(weight, acc_dtype)
-            if not self._settings.num_positions:
+            if not self._settings.num_positions:  # rotary: (d/2,) turns per position
                 turns = rotary_turns(self._settings.hidden_dim // self.num_heads)
                 copies["turns"] = to_device(turns) if on_gpu else turns
             if on_gpu:
-                to_host(copies["head.bias"])  # waits: any stream may read now
+                to_host(copies["head.bias"])  # waits, so that any stream may read now
             self._copies[key] = copies
         return self._copies[key]

@@ -1,4 +1,9 @@
-"""Files of weights: safetensors that say what they are, checked to the byte."""
+"""Files of weights: safetensors with a description of the prior and a digest.
+
+A safetensors file is 8 bytes with the size of the header, the header (JSON: names,
+dtypes, shapes and metadata), and the data of all arrays. The only entry of the metadata
+is a JSON text with the type of prior, its settings, and the SHA-256 digest of the file.
+"""
 
 import hashlib
 import json
@@ -11,26 +16,31 @@ from numpy.typing import NDArray
 
 from ..atomic_write import atomic_write
 
-_KEY = "qm_cupy"  # of the one entry of metadata: what kind of weights, and a digest
-_BLANK = "0" * 64  # what stands in for the digest while it is computed
-_KINDS = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
+_KEY = "qm_cupy"  # key of the only entry of the metadata
+_BLANK = "0" * 64  # placeholder for the digest (64 hex digits) while it is computed
+_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
 
+# From settings to the name and the shape of every array that a file must hold.
 Declare = Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]]
 
 
 def save_weights(
     path: Path,
-    kind: str,
+    prior_type: str,
     settings: Mapping[str, Any],
     arrays: Mapping[str, NDArray[Any]],
 ) -> None:
-    """Write a safetensors file, at once; its digest is over every byte of it."""
+    """Write a safetensors file atomically, with a digest of all its bytes."""
     _safetensors(path)
     from safetensors.numpy import save
 
-    about = json.dumps({"kind": kind, "settings": dict(settings), "sha256": _BLANK})
-    # Strides would be lost without a word.
+    about = json.dumps(
+        {"kind": prior_type, "settings": dict(settings), "sha256": _BLANK}
+    )
+    # safetensors ignores strides without an error, so arrays must be C-contiguous.
     plain = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    # The digest is part of the bytes that it covers. It is computed with a placeholder
+    # of the same length, which it then replaces.
     blank = save(plain, metadata={_KEY: about})
     digest = hashlib.sha256(blank).hexdigest()
     with atomic_write(path) as file:
@@ -38,33 +48,39 @@ def save_weights(
 
 
 def load_weights(
-    path: Path, kind: str, declare: Declare
+    path: Path, prior_type: str, declare: Declare
 ) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
-    """Return settings and arrays of a file, whose shapes `declare` knows beforehand.
+    """Return the settings and arrays of a file, after checks from cheap to expensive.
 
-    Nothing of the size of an array is read before all shapes are what they should be.
+    `declare` computes all shapes from the settings. The header is compared with them
+    before any array is read, so a damaged header cannot request a huge array.
     """
     safe_open, error_type = _safetensors(path)
-    with path.open("rb"):  # missing, a folder, not readable: the system says which
+    # Opened once without safetensors: a missing file, a folder, or a file that may not
+    # be read raises the usual OSError.
+    with path.open("rb"):
         pass
     try:
         with safe_open(path, framework="numpy") as file:
             about = _about(path, file.metadata())
-            if about["kind"] != kind:
-                raise ValueError(f"{path} holds a {about['kind']}, not a {kind}")
+            if about["kind"] != prior_type:
+                raise ValueError(
+                    f"{path} must hold weights of {prior_type}, got {about['kind']}"
+                )
             settings = about["settings"]
             wanted = _declared(path, declare, settings)
             _check_shapes(path, file, wanted)
             _check_digest(path, about["sha256"])
             arrays = {name: file.get_tensor(name) for name in wanted}
     except error_type as error:
-        raise ValueError(f"{path} is damaged or no .safetensors file: {error}") from (
-            error
-        )
+        raise ValueError(
+            f"{path} is damaged or is not a .safetensors file: {error}"
+        ) from error
     return settings, arrays
 
 
 def _safetensors(path: Path) -> tuple[Any, type[Exception]]:
+    """Return `safe_open` and the error type of the optional package safetensors."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -74,6 +90,7 @@ def _safetensors(path: Path) -> tuple[Any, type[Exception]]:
 
 
 def _about(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return the description in the metadata; raise if another program wrote it."""
     try:
         about = json.loads((metadata or {})[_KEY])
         if (
@@ -82,7 +99,7 @@ def _about(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
             or not isinstance(about["sha256"], str)
             or len(about["sha256"]) != len(_BLANK)
         ):
-            raise ValueError(f"its `{_KEY}` is of another form")
+            raise ValueError(f"the metadata entry `{_KEY}` has an unknown form")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was not saved by a prior of qm_cupy") from error
     result: dict[str, Any] = about
@@ -92,6 +109,7 @@ def _about(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
 def _declared(
     path: Path, declare: Declare, settings: Mapping[str, Any]
 ) -> Mapping[str, tuple[int, ...]]:
+    """Return the declared shapes; an error in the settings names the file."""
     try:
         return declare(settings)
     except ValueError as error:
@@ -99,26 +117,29 @@ def _declared(
 
 
 def _check_shapes(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless the file has exactly the wanted arrays, by name, shape and dtype."""
     if set(file.keys()) != set(wanted):
         raise ValueError(
-            f"{path} must hold {sorted(wanted)}, it holds {sorted(file.keys())}"
+            f"{path} must hold {sorted(wanted)}, got {sorted(file.keys())}"
         )
     for name, shape in wanted.items():
-        stored = file.get_slice(name)
+        stored = file.get_slice(name)  # reads the header only
         if tuple(stored.get_shape()) != shape:
             raise ValueError(
                 f"{path}: `{name}` must have shape {shape}, "
                 f"got {tuple(stored.get_shape())}"
             )
-        if stored.get_dtype() not in _KINDS:
+        if stored.get_dtype() not in _DTYPES:
             raise ValueError(
-                f"{path}: `{name}` must be one of {', '.join(_KINDS.values())}, "
+                f"{path}: `{name}` must be one of {', '.join(_DTYPES.values())}, "
                 f"got {stored.get_dtype()}"
             )
 
 
 def _check_digest(path: Path, digest: str) -> None:
+    """Raise if a byte of the file has changed. The digest is not a signature."""
     raw = path.read_bytes()
+    # The header comes first, so the first occurrence is the digest in the metadata.
     blank = raw.replace(digest.encode(), _BLANK.encode(), 1)
     if hashlib.sha256(blank).hexdigest() != digest:
-        raise ValueError(f"{path} is damaged: its bytes do not have its digest")
+        raise ValueError(f"{path} is damaged: its bytes do not match its digest")

@@ -1,1 +1,1 @@
-"""The stages: one folder for each, one file for each operation."""
+"""The stages of QuickMerge++: a folder for each stage, a file for each operation."""

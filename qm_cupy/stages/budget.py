@@ -20,27 +20,27 @@ from .saliency.token_norms import relative_norms
 @known_while_tracing
 @on_callers_stream
 def token_budget(budget: Any, num_tokens: Any) -> Any:
-    """Number of groups K that a budget means for sequences of N tokens.
+    """Return the number of groups K that a budget allows for sequences of N tokens.
 
     Parameters
     ----------
     budget : int, float or ndarray of int of shape (B,)
-        K itself (one, or one per sequence), or the share of the tokens to keep within
-        (0, 1]: K = max(1, ⌊N·share⌋).
+        An integer is K itself, for all sequences or for each one. A float is the ratio
+        of tokens to keep, within (0, 1]: K = max(1, ⌊N·ratio⌋).
     num_tokens : int or ndarray of int of shape (B,)
-        N, or the tokens of each sequence.
+        Number of tokens N, for all sequences or for each one.
 
     Returns
     -------
     int or ndarray of int of shape (B,)
-        K, an array where either argument is one.
+        K; an array if one of the two arguments is an array.
 
     Raises
     ------
     TypeError
         If the budget is neither an integer nor a float.
     ValueError
-        If K is outside 1..N or the share outside (0, 1].
+        If K is outside 1..N, or the ratio is outside (0, 1].
 
     Examples
     --------
@@ -50,6 +50,7 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     >>> token_budget(0.5, np.array([7, 100]))
     array([ 3, 50])
     """
+    # An array of budgets or sizes has one entry per sequence, (B,).
     leave, counts, sizes = enter(
         {}, counts={"budget": budget, "num_tokens": num_tokens}
     )
@@ -57,19 +58,26 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     sizes = check_num_groups(sizes, sizes.shape if many else (), name="num_tokens")
     if isinstance(budget, float | np.floating):
         check_number("budget", budget, 0, 1, "(]")
-        share = float(str(budget))  # 0.29 as it is written, of float32 too
-        kept = np.floor(np.round(sizes * share, 9))  # 0.29 · 100 is 29, not 28.999…
+        # The shortest decimal of any float type: a float32 0.29 is 0.28999999… as a
+        # double, and its string is "0.29".
+        ratio = float(str(budget))
+        # 100 · 0.29 is 28.999999999999996 in binary. Rounding first makes it 29.
+        kept = np.floor(np.round(sizes * ratio, 9))
         counts = np.maximum(kept, 1).astype(np.int64)
     else:
+        # A budget per sequence with one N for all: the batch size is the budget's.
         alone = is_per_sequence(counts) and not many
         batch = counts.shape if alone else sizes.shape
         counts = check_num_groups(counts, batch, sizes, name="budget")
     return leave(counts) if counts.ndim else int(counts)
 
 
-def kept_tokens(share: float, num_tokens: int) -> int:
-    """Return K for a share of one N, as `token_budget` does, in plain arithmetic."""
-    return max(1, math.floor(round(num_tokens * share * 1e9) / 1e9))
+def kept_tokens(ratio: float, num_tokens: int) -> int:
+    """Return K for a ratio of one N, as `token_budget` does, without NumPy.
+
+    `torch.compile` and JAX trace this code.
+    """
+    return max(1, math.floor(round(num_tokens * ratio * 1e9) / 1e9))
 
 
 @operation(
@@ -81,7 +89,7 @@ def kept_tokens(share: float, num_tokens: int) -> int:
 def norm_budget(
     tokens: Array, gamma: float = 0.8, *, mask: BoolArray | None = None
 ) -> IntArray:
-    r"""Least K whose K largest token norms hold at least γ of the norm mass.
+    r"""Return the least K whose K largest norms contain at least γ of the norm mass.
 
     .. math:: \min \Bigl\{ K : \sum_{i \in \operatorname{top}K} \lVert x_i \rVert
         \ge \gamma \sum_i \lVert x_i \rVert \Bigr\}
@@ -91,21 +99,21 @@ def norm_budget(
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     gamma : float, default 0.8
-        Share γ of the norm mass to hold, within (0, 1].
+        Fraction γ of the norm mass to keep, within (0, 1].
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens do not count.
 
     Returns
     -------
     ndarray of shape () or (B,)
-        int32, K of each sequence, at least 1.
+        K of each sequence, int32, at least 1.
 
     Raises
     ------
     TypeError
-        If `tokens` is not floating or `mask` not boolean.
+        If `tokens` is not floating or `mask` is not boolean.
     ValueError
-        If a shape does not fit, an entry is not finite or γ lies outside (0, 1].
+        If a shape does not fit, an entry is not finite, or γ is outside (0, 1].
 
     Examples
     --------
@@ -123,12 +131,16 @@ def norm_budget(
 def _norm_budget_reference(
     tokens: NDArray[Any], gamma: float, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.int32]:
-    held = held_mass(tokens, mask)
-    wanted = gamma * held[..., -1:] * (1 - 1e-12)  # γ is met to rounding
+    held = held_mass(tokens, mask)  # (B, N), ascending; the last entry is the total
+    # The factor absorbs rounding: 0.07 · 100 is greater than 7 in binary.
+    wanted = gamma * held[..., -1:] * (1 - 1e-12)  # (B, 1)
+    # `held` ascends, so K is one more than the number of sums that are too small.
     return np.sum(held < wanted, axis=-1).astype(np.int32) + np.int32(1)
 
 
 def held_mass(tokens: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
-    """Return the norm mass that the 1, 2, ... N largest tokens hold, (B, N)."""
+    """Return the norm mass of the 1, 2, ..., N tokens of largest norm, (B, N)."""
+    # The unit of the norms cancels: only ratios to the total mass are used.
     norms = relative_norms(tokens, mask)
+    # NumPy sorts ascending; the two signs make the order descending.
     return np.cumsum(-np.sort(-norms, axis=-1), axis=-1)

@@ -1,4 +1,4 @@
-"""The kernels of `mlp_prior`, interpreted."""
+"""The kernels of the MLP prior, run by an interpreter."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,10 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 @dtypes
 def test_predictions_from_what_is_not_a_number(dtype):
-    """Inputs are not checked on a GPU: what has read a NaN is NaN, and nothing else."""
+    """A GPU does not check inputs: only predictions that read the NaN are NaN.
+
+    Token 3 of sequence 0 has a NaN: row t reads tokens 1..t, so rows 1 and 2 do not.
+    """
     merged = random((2, 6, 9), dtype)
     merged[0, 2, 4] = np.nan
     got = qm.MLPPrior.init(9, hidden_dim=5).predict(merged)
@@ -32,12 +35,13 @@ def test_weights_of_a_prior_are_uploaded_once(monkeypatch):
     monkeypatch.setattr(cuda, "to_device", counted)
     prior = qm.MLPPrior.init(9, hidden_dim=5)
     prior.predict(random((2, 6, 9), np.float32))
-    assert len(uploads) == 4  # of the one network that was asked
+    assert len(uploads) == 4  # the weights of the forward network
     first = qm.alignment_loss(random((2, 6, 9), np.float32), prior)
-    assert len(uploads) == 8
+    assert len(uploads) == 8  # and those of the backward network
     for dtype in (np.float32, np.float16):  # both compute in float32
         again = qm.alignment_loss(random((2, 6, 9), dtype), prior)
     assert len(uploads) == 8
     assert_close(again.total, first.total, np.float16, "stored")
+    # float64 tokens need weights in float64, of both networks.
     qm.alignment_loss(random((2, 6, 9), np.float64), prior)
     assert len(uploads) == 16

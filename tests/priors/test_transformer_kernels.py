@@ -1,4 +1,4 @@
-"""The kernels of `transformer`, interpreted."""
+"""The kernels of the transformer prior, run by an interpreter."""
 
 import numpy as np
 import oracle
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("learned", [None, 300])
 def test_transformer_prior(dtype, num_tokens, norm, learned):
-    """129 tokens take two tiles of rows and every warp; one takes a warp an output."""
+    """129 tokens take two tiles of rows and every warp; one takes a warp per output."""
+    # Widths of a head that are not multiples of the 32 lanes of a warp.
     heads, width = (2, 6) if num_tokens == 33 else (1, 40)
     prior = qm.TransformerPrior.init(
         5, hidden_dim=heads * width, num_heads=heads, num_layers=1, mlp_dim=7,
@@ -26,31 +27,32 @@ def test_transformer_prior(dtype, num_tokens, norm, learned):
     )  # fmt: skip
     rng = np.random.default_rng(num_tokens)
     tokens = random((2, num_tokens, 5), dtype)
-    counts = np.array([num_tokens, -(-num_tokens // 2)])
+    counts = np.array([num_tokens, -(-num_tokens // 2)])  # half of it is padding
     positions = np.sort(rng.choice(300, (2, num_tokens)), axis=-1)
-    sizes = rng.integers(0, 4, (2, num_tokens))
+    sizes = rng.integers(0, 4, (2, num_tokens))  # 0: not attended to
     for reverse in (False, True):
         got = prior.predict(
             tokens, reverse=reverse, num_groups=counts, positions=positions, sizes=sizes
         )
         weights = prior.backward if reverse else prior.forward
         for b, k in enumerate(counts):
-            given = tokens[b, :k].astype(np.float64), weights, heads, reverse
-            wanted = oracle.transformer(*given, positions[b, :k], sizes[b, :k])
+            inputs = tokens[b, :k].astype(np.float64), weights, heads, reverse
+            wanted = oracle.transformer(*inputs, positions[b, :k], sizes[b, :k])
             assert_close(got[b, :k], wanted, dtype)
 
 
 @dtypes
 @pytest.mark.parametrize("learned", [None, 200])
 def test_transformer_prior_steps(dtype, learned):
-    """Past the room that a cache begins with; positions are as a `Merged` has them."""
+    """19 steps exceed the 16 tokens of a new cache; positions are int32."""
     prior = qm.TransformerPrior.init(
         5, hidden_dim=12, num_heads=3, num_layers=2, num_positions=learned
     )
     tokens = random((2, 19, 5), dtype)
     sizes, state = np.arange(38).reshape(2, 19) % 4, None
-    positions = 3 * np.arange(38, dtype=np.int32).reshape(2, 19)
+    positions = 3 * np.arange(38, dtype=np.int32).reshape(2, 19)  # with gaps
     wanted = prior.predict(tokens, positions=positions, sizes=sizes)
+    # A step and a whole pass add in another order: they agree within the tolerance.
     for t in range(19):
         known = {"position": positions[:, t], "size": sizes[:, t]}
         got, state = prior.step(tokens[:, t], state, **known)
@@ -59,14 +61,19 @@ def test_transformer_prior_steps(dtype, learned):
 
 @dtypes
 def test_attention_to_more_keys_than_a_block_has_threads(dtype):
-    """The maximum rises from one pass to the next, and what was summed fades."""
+    """The maximum score rises from one pass to the next, so earlier sums are rescaled.
+
+    Keys grow with their index, and a block of 256 threads needs three passes for the
+    600 keys in use (start 599, one query).
+    """
     query, keys, values = (
         random((1, 1, 2, 16), dtype, 1),
         random((1, 2, 640, 16), dtype, 2, np.arange(640)[:, None] / 320),
         random((1, 2, 640, 16), dtype, 3),
     )
-    place = attention.Span(None, None, np.ones(1, int), 599, False)
-    got = attention.attend_cuda(query, keys, values, place)
+    span = attention.Span(None, None, np.ones(1, int), 599, False)
+    got = attention.attend_cuda(query, keys, values, span)
+    # softmax(q · k / √d) v with d = 16, so √d is 4.
     q, k, v = (x.astype(np.float64) for x in (query, keys[:, :, :600], values))
     p = softmax((q[:, 0, :, None] @ np.swapaxes(k, -1, -2))[:, :, 0] / 4)
     assert_close(got[:, 0], (p[:, :, None] @ v[:, :, :600])[:, :, 0], dtype, "stored")

@@ -1,4 +1,4 @@
-"""The transformer prior: against loops and torch, in steps, its weights in and out."""
+"""The transformer prior: against the oracle and torch, in steps, and saved weights."""
 
 import functools
 import pickle
@@ -20,6 +20,7 @@ DIRECTIONS = "forward", "backward"
 
 
 def cast(prior, change):
+    """Return a prior with `change` applied to every weight."""
     networks = (
         {k: change(w) for k, w in getattr(prior, d).items()} for d in DIRECTIONS
     )
@@ -34,7 +35,7 @@ def assert_same(prior, other):
         for name, weight in weights.items():
             assert weight.dtype == wanted[name].dtype
             assert weight.shape == wanted[name].shape
-            assert weight.tobytes() == wanted[name].tobytes()
+            assert weight.tobytes() == wanted[name].tobytes()  # bit for bit
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
@@ -45,24 +46,27 @@ def test_predict_by_loop(rng, dtype, norm, learned, reverse, num_groups):
     prior = qm.TransformerPrior.init(
         5, hidden_dim=12, num_heads=3, norm=norm, num_positions=learned, seed=1
     )
-    # Norms and biases that a seed leaves at 1 and 0 would hide mistakes.
+    # `init` sets norms to 1 and 0. These values would hide mistakes.
     prior = cast(prior, lambda w: w + 0.1 * rng.standard_normal(w.shape))
     tokens = rng.standard_normal((2, num_groups, 5)).astype(dtype)
     positions = np.sort(rng.choice(40, (2, num_groups)), axis=-1)
-    sizes = rng.integers(0, 4, (2, num_groups))
+    sizes = rng.integers(0, 4, (2, num_groups))  # size 0: not attended to
     weights = prior.backward if reverse else prior.forward
-    plain = np.arange(num_groups), np.ones(num_groups)
-    given = prior.predict(tokens, reverse=reverse, positions=positions, sizes=sizes)
+    plain = np.arange(num_groups), np.ones(num_groups)  # the defaults
+    full = prior.predict(tokens, reverse=reverse, positions=positions, sizes=sizes)
     alone = prior.predict(tokens, reverse=reverse)
-    assert given.dtype == np.result_type(dtype, np.float32)
+    assert full.dtype == np.result_type(dtype, np.float32)
     for b, some in enumerate(tokens.astype(np.float64)):
-        for got, known in ((given, (positions[b], sizes[b])), (alone, plain)):
+        for got, known in ((full, (positions[b], sizes[b])), (alone, plain)):
             wanted = oracle.transformer(some, weights, 3, reverse, *known)
             assert_close(got[b], wanted, dtype)
 
 
 def torch_network(torch, norm, learned):
-    """The documented module, forward only, with its attention by torch."""
+    """Return the module that `from_state_dict` documents, with torch's attention.
+
+    D = 5, E = 12, H = 3 heads of d = 4, M = 20, and P = 50 learned positions.
+    """
     nn = torch.nn
     make_norm = nn.LayerNorm if norm == "layer" else rms_norm(torch)
 
@@ -98,10 +102,11 @@ def torch_network(torch, norm, learned):
             x = self.embed(tokens)
             if learned:
                 x = x + self.positions(positions)
-            frequencies = 10000.0 ** (-torch.arange(0, 4, 2) / 4)
-            angle = positions[:, None, None] * frequencies
-            mask = torch.ones(len(x), len(x)).tril().bool()
+            frequencies = 10000.0 ** (-torch.arange(0, 4, 2) / 4)  # 10000^(-2i / d)
+            angle = positions[:, None, None] * frequencies  # (K, 1, d/2)
+            mask = torch.ones(len(x), len(x)).tril().bool()  # token i sees j ≤ i
             mask = mask.T if reverse else mask
+            # Proportional attention: log n_j is added to the scores.
             bias = torch.log(sizes.float()).masked_fill(~mask, -torch.inf)
             for block in self.blocks:
                 x = block(x, bias, angle)
@@ -115,6 +120,7 @@ def rms_norm(torch):
 
 
 def rotate_half(torch, x, angle):
+    """Return x with each pair of elements (i, i + d/2) rotated by its angle."""
     angle = torch.cat([angle, angle], -1)
     a, b = x.chunk(2, -1)
     return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
@@ -128,27 +134,30 @@ def test_weights_of_torch(rng, norm, learned):
     networks = [torch_network(torch, norm, learned).double() for _ in range(2)]
     for network in networks:
         for name, weight in network.named_parameters():
-            if "norm" in name:
+            if "norm" in name:  # torch sets norms to 1 and 0, which hides mistakes
                 torch.nn.init.normal_(weight)
     states = [network.state_dict() for network in networks]
     prior = qm.TransformerPrior.from_state_dict(*states, num_heads=3)
     tokens = rng.standard_normal((9, 5))
     positions = np.sort(rng.choice(50, 9))
     sizes = rng.integers(1, 5, 9)
-    given = [torch.from_numpy(x) for x in (tokens, positions, sizes)]
+    inputs = [torch.from_numpy(x) for x in (tokens, positions, sizes)]
     for reverse, network in enumerate(networks):
         with torch.no_grad():
-            wanted = network(*given, reverse).numpy()
+            wanted = network(*inputs, reverse).numpy()
         known = {"positions": positions, "sizes": sizes}
         got = prior.predict(tokens, reverse=bool(reverse), **known)
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        networks[0].embed.weight.zero_()  # the prior's are copies
+        networks[0].embed.weight.zero_()  # must not change the prior, which has copies
     assert prior.forward["embed.weight"].all()
 
 
-def test_a_size_is_so_many_tokens():
-    """Repeated in one place; one block, for in two the copies differ by their past."""
+def test_a_token_of_size_n_counts_as_n_copies():
+    """The copies have one position. With one block they are equal.
+
+    In a second block they would differ: an earlier copy attends to fewer tokens.
+    """
     prior = qm.TransformerPrior.init(4, hidden_dim=8, num_heads=2, num_layers=1)
     tokens = np.random.default_rng(0).standard_normal((5, 4))
     sizes = np.array([3, 1, 4, 2, 1])
@@ -156,14 +165,17 @@ def test_a_size_is_so_many_tokens():
     whole = prior.predict(
         np.repeat(tokens, sizes, axis=0), positions=np.repeat(np.arange(5), sizes)
     )
+    # The last token reads all others, and is not repeated itself.
     assert_close(got[-1], whole[-1], "float32")
 
 
-def test_a_turn_of_all_positions_changes_nothing(rng):
+def test_rotary_scores_depend_on_differences_of_positions(rng):
+    """A shift of all positions changes nothing; a million still keeps its digits."""
     tokens, positions = rng.standard_normal((9, 5)), np.arange(9)
     one = PRIOR.predict(tokens, positions=positions)
     two = PRIOR.predict(tokens, positions=positions + 1_000_000)
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    # Other differences do change the predictions.
     apart = PRIOR.predict(tokens, positions=2 * positions)
     assert abs(one - apart).max() > 1e-4
 
@@ -171,7 +183,8 @@ def test_a_turn_of_all_positions_changes_nothing(rng):
 def test_queries_in_parts(rng, monkeypatch):
     tokens, counts = rng.standard_normal((2, 17, 5)), np.array([17, 9])
     wanted = PRIOR.predict(tokens, num_groups=counts, reverse=True)
-    monkeypatch.setattr(attention, "_SCORES", 2 * 3 * 17 * 4)  # four rows
+    # Memory for B·H·K = 2·3·17 scores of four queries: 17 queries take five parts.
+    monkeypatch.setattr(attention, "_SCORES", 2 * 3 * 17 * 4)
     got = PRIOR.predict(tokens, num_groups=counts, reverse=True)
     assert_close(got[0], wanted[0])
     assert_close(got[1, :9], wanted[1, :9])
@@ -180,18 +193,20 @@ def test_queries_in_parts(rng, monkeypatch):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_padding_is_not_read(rng, reverse):
     tokens, counts = rng.standard_normal((3, 9, 5)), np.array([9, 1, 4])
-    rubbish = tokens.copy()
+    altered = tokens.copy()
     for b, k in enumerate(counts):
-        rubbish[b, k:] = 1e6
+        altered[b, k:] = 1e6  # would change predictions if it were read
         wanted = PRIOR.predict(tokens[b, :k], reverse=reverse)
-        got = PRIOR.predict(rubbish, num_groups=counts, reverse=reverse)
+        got = PRIOR.predict(altered, num_groups=counts, reverse=reverse)
         assert_close(got[b, :k], wanted)
 
 
 def test_no_sequences():
+    # An empty batch is a batch: no division by B or by the memory of its scores.
     assert PRIOR.predict(np.ones((0, 3, 5))).shape == (0, 3, 5)
 
 
+# 40 steps let the cache grow twice: from 16 tokens to 32, and to 64.
 @pytest.mark.parametrize("shape", [(40, 5), (3, 40, 5), (1, 5)])
 def test_steps_are_rows_of_predict(rng, library, dtype, shape):
     if library == "array_api_strict" and np.dtype(dtype).itemsize == 2:
@@ -205,10 +220,10 @@ def test_steps_are_rows_of_predict(rng, library, dtype, shape):
         known = {"position": positions[..., t], "size": sizes[..., t]}
         got, state = PRIOR.step(tokens[..., t, :], state, **known)
         assert type(got) is type(tokens)
-        found = to_numpy(got)
-        assert found.dtype == wanted.dtype
+        actual = to_numpy(got)
+        assert actual.dtype == wanted.dtype
         tolerance = TOLERANCE[wanted.dtype.name].computed
-        np.testing.assert_allclose(found, wanted[..., t, :], tolerance, tolerance)
+        np.testing.assert_allclose(actual, wanted[..., t, :], tolerance, tolerance)
 
 
 @pytest.mark.parametrize("learned", [None, 8])
@@ -219,13 +234,15 @@ def test_steps_by_default_and_by_numbers(rng, learned):
     tokens = rng.standard_normal((2, 8, 5))
     wanted, state, other = prior.predict(tokens), None, None
     for t in range(8):
+        # By default, the position is the number of tokens before, and the size is 1.
         got, state = prior.step(tokens[:, t], state)
         same, other = prior.step(tokens[:, t], other, position=t, size=1)
         assert_close(got, wanted[:, t])
         np.testing.assert_array_equal(got, same)
 
 
-def test_two_futures_from_one_state(rng):
+def test_two_continuations_of_one_state(rng):
+    """Steps alternate between both; neither may read the keys of the other."""
     past, one, two = rng.standard_normal((3, 6, 5))
     state = None
     for token in past:
@@ -237,13 +254,14 @@ def test_two_futures_from_one_state(rng):
         for which, future in enumerate(futures):
             got, states[which] = PRIOR.step(future[t], states[which])
             assert_close(got, wanted[which][6 + t])
-    again, _ = PRIOR.step(one[0], state)
+    again, _ = PRIOR.step(one[0], state)  # the first state still works
     assert_close(again, wanted[0][6])
 
 
 def test_it_aligns_decodes_and_chooses(rng):
     tokens = rng.standard_normal((3, 20, 5)).cumsum(axis=1)
     counts = np.array([9, 4, 1])
+    # The loss passes positions and sizes of a `Merged` to the prior.
     merged = qm.quickmerge(tokens, counts)
     loss = qm.alignment_loss(merged, PRIOR)
     for b, k in enumerate(counts):
@@ -253,7 +271,7 @@ def test_it_aligns_decodes_and_chooses(rng):
             oracle.transformer(x, getattr(PRIOR, d), 3, d == "backward", *known)
             for d in DIRECTIONS
         )
-        steps = max(k - 1, 1)
+        steps = max(k - 1, 1)  # pairs of neighbours
         forward = ((after[:-1] - x[1:]) ** 2).mean(-1).sum() / steps
         backward = ((before[1:] - x[:-1]) ** 2).mean(-1).sum() / steps
         assert_close(loss.forward[b], forward, "float32")
@@ -266,7 +284,7 @@ def test_it_aligns_decodes_and_chooses(rng):
     candidates = [{"budget": 5, "method": m} for m in ("average", "contiguous")]
     choice = qm.choose_merge(tokens, candidates, PRIOR)
     losses = [qm.alignment_loss(qm.quickmerge(tokens, **c), PRIOR) for c in candidates]
-    assert choice.scores.shape == (2, 3)
+    assert choice.scores.shape == (2, 3)  # (candidates, B)
     gap = choice.scores[0] - choice.scores[1]
     assert np.isfinite(gap).all()
     assert (losses[0].total != losses[1].total).any()
@@ -281,13 +299,14 @@ def test_init_is_seeded():
     name = "blocks.1.mlp_out.weight"
     assert (other.forward[name] != PRIOR.forward[name]).all()
     assert (PRIOR.backward[name] != PRIOR.forward[name]).all()
-    assert abs(PRIOR.forward[name]).max() <= 16**-0.5
+    assert abs(PRIOR.forward[name]).max() <= 16**-0.5  # 1/√M, M = 16 inputs
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"dim": 0}, ValueError, "`dim` must be at least 1"),
+        # 10 / 4 is not an integer; 12 / 4 is odd, and rotary positions need pairs.
         ({"hidden_dim": 10}, ValueError, "times an even number, got 10 for 4 heads"),
         ({"hidden_dim": 12}, ValueError, "times an even number"),
         ({"hidden_dim": 2048}, ValueError, "at most 256 wide, got 512"),
@@ -300,7 +319,7 @@ def test_init_is_seeded():
         ({"seed": -1}, ValueError, "`seed`"),
     ],
 )
-def test_networks_that_cannot_be(change, error, message):
+def test_bad_arguments_of_init(change, error, message):
     with pytest.raises(error, match=message):
         qm.TransformerPrior.init(**{"dim": 8, **change})
 
@@ -309,13 +328,13 @@ LEARNED = qm.TransformerPrior.init(5, hidden_dim=4, num_heads=2, num_positions=4
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("inputs", "error", "message"),
     [
         ({"tokens": np.ones((3, 4))}, ValueError, "`tokens` must have width D = 5"),
         ({"tokens": np.ones((3, 5), int)}, TypeError, "`tokens` must be float"),
         ({"positions": np.ones(3)}, TypeError, "`positions` must be integers"),
         ({"positions": np.arange(4)}, ValueError, r"`positions` must have shape \(K\)"),
-        ({"positions": np.arange(2, 5)}, ValueError, "below the 4 .* got 4"),
+        ({"positions": np.arange(2, 5)}, ValueError, "below 4, .* got 4"),
         ({"tokens": np.ones((5, 5))}, ValueError, "learned 4 positions, too few for 5"),
         ({"sizes": np.ones(4)}, ValueError, r"`sizes` must have shape \(K\) = \(3,\)"),
         ({"sizes": np.array([1, -1, 2])}, ValueError, "`sizes` must be ≥ 0, got -1"),
@@ -324,9 +343,9 @@ LEARNED = qm.TransformerPrior.init(5, hidden_dim=4, num_heads=2, num_positions=4
         ({"num_groups": 4}, ValueError, "`num_groups`"),
     ],
 )
-def test_what_cannot_be_read(given, error, message):
+def test_bad_arguments_of_predict(inputs, error, message):
     with pytest.raises(error, match=message):
-        LEARNED.predict(**{"tokens": np.ones((3, 5)), **given})
+        LEARNED.predict(**{"tokens": np.ones((3, 5)), **inputs})
 
 
 @pytest.mark.parametrize(
@@ -334,15 +353,16 @@ def test_what_cannot_be_read(given, error, message):
     [
         (np.ones(4), {}, ValueError, "`token` must have width D = 5"),
         (np.ones((2, 5)), {}, ValueError, "`token` must have shape"),
-        (np.ones(5, "f4"), {}, TypeError, "as wide as the tokens before it"),
+        (np.ones(5, "f4"), {}, TypeError, "keep the precision .*float64.*got float32"),
         (np.ones(5), {"position": 1.5}, TypeError, "`position` must be integers"),
-        (np.ones(5), {"position": 4}, ValueError, "`position` must be below the 4"),
+        (np.ones(5), {"position": 4}, ValueError, "`position` must be below 4"),
         (np.ones(5), {"size": -1}, ValueError, "`size` must be ≥ 0"),
         (np.ones(5), {"size": np.ones(2)}, ValueError, "`size` must have shape"),
         (np.ones(5), {"size": "three"}, TypeError, "`size` must be float"),
     ],
 )
-def test_steps_that_cannot_be(token, known, error, message):
+def test_bad_arguments_of_step(token, known, error, message):
+    """An error leaves the state as it was: the next step still works."""
     first, state = LEARNED.step(np.ones(5))
     with pytest.raises(error, match=message):
         LEARNED.step(token, state, **known)
@@ -351,6 +371,7 @@ def test_steps_that_cannot_be(token, known, error, message):
     assert first.shape == (5,)
 
 
+# The default position of the fifth step is 4, which has no embedding.
 def test_more_steps_than_learned_positions():
     state = None
     for _ in range(4):
@@ -360,17 +381,18 @@ def test_more_steps_than_learned_positions():
 
 
 def state_of(**change):
-    found = {**PRIOR.forward, **change}
-    return {name: weight for name, weight in found.items() if weight is not None}
+    """Return a state dict of PRIOR with weights replaced or added; None removes one."""
+    weights = {**PRIOR.forward, **change}
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("inputs", "error", "message"),
     [
         ({}, ValueError, "`forward` must hold weights, got none"),
         ({"head.bias": np.ones(5)}, ValueError, "`forward` must hold 'embed.weight'"),
-        (state_of(extra=np.ones(1)), ValueError, r"\['extra'\] are of no use"),
-        (state_of(**{"head.bias": None}), ValueError, r"lacks \['head.bias'\]"),
+        (state_of(extra=np.ones(1)), ValueError, r"unknown are \['extra'\]"),
+        (state_of(**{"head.bias": None}), ValueError, r"missing are \['head.bias'\]"),
         (
             state_of(**{"blocks.1.qkv.bias": np.ones(3)}),
             ValueError,
@@ -380,39 +402,41 @@ def state_of(**change):
         (state_of(**{"head.bias": np.full(5, np.inf)}), ValueError, "must be finite"),
     ],
 )
-def test_weights_that_do_not_fit(given, error, message):
+def test_weights_that_do_not_fit(inputs, error, message):
     with pytest.raises(error, match=message):
-        qm.TransformerPrior.from_state_dict(given, PRIOR.backward, num_heads=3)
+        qm.TransformerPrior.from_state_dict(inputs, PRIOR.backward, num_heads=3)
 
 
-def test_directions_of_two_kinds():
+def test_directions_of_two_configurations():
     one = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, num_layers=1)
-    with pytest.raises(ValueError, match=r"`backward` .* lacks .*'blocks.1.out.bias'"):
+    with pytest.raises(ValueError, match=r"`backward` .*missing.*'blocks.1.out.bias'"):
         qm.TransformerPrior(PRIOR.forward, one.backward, 3)
 
 
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
-def test_weights_there_and_back_bit_for_bit(tmp_path, kind, rng):
-    dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_save_and_load_keep_every_bit(tmp_path, name, rng):
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    # Fortran order: safetensors itself would ignore the strides.
     prior = cast(PRIOR, lambda w: np.asfortranarray(w.astype(dtype)))
     prior.save(tmp_path / "prior")
-    found = qm.TransformerPrior.load(tmp_path / "prior")
-    assert_same(found, prior)
+    loaded = qm.TransformerPrior.load(tmp_path / "prior")
+    assert_same(loaded, prior)
     tokens = rng.standard_normal((4, 5))
-    np.testing.assert_array_equal(found.predict(tokens), prior.predict(tokens))
+    np.testing.assert_array_equal(loaded.predict(tokens), prior.predict(tokens))
     wide = cast(prior, lambda w: w.astype(np.float64))
-    assert_close(found.predict(tokens), wide.predict(tokens))
+    assert_close(loaded.predict(tokens), wide.predict(tokens))
 
 
-def test_a_hundred_corruptions_are_found(tmp_path, rng):
+def test_load_detects_a_hundred_corruptions(tmp_path, rng):
     path = tmp_path / "prior"
     PRIOR.save(path)
     raw = path.read_bytes()
+    # Up to 8 bytes change: in the size, the header, the digest or the data.
     for _ in range(100):
         damaged = bytearray(raw)
-        for place in rng.integers(0, len(raw), rng.integers(1, 9)):
-            damaged[place] ^= int(rng.integers(1, 256))
-        if rng.random() < 0.3:
+        for index in rng.integers(0, len(raw), rng.integers(1, 9)):
+            damaged[index] ^= int(rng.integers(1, 256))
+        if rng.random() < 0.3:  # cut short as well
             damaged = damaged[: rng.integers(0, len(raw))]
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="prior"):
@@ -422,8 +446,11 @@ def test_a_hundred_corruptions_are_found(tmp_path, rng):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 3}, "must hold"),
-        ({"num_layers": 1 << 40}, "at most 1024"),
+        ({"num_layers": 3}, "must hold"),  # the file has two blocks
+        (
+            {"num_layers": 1 << 40},
+            "at most 1024",
+        ),  # names of 2⁴⁰ layers fill any memory
         ({"hidden_dim": 24}, "must have shape"),
         ({"hidden_dim": "12"}, "`hidden_dim` must be an integer"),
         ({"num_heads": 5}, "an even number"),
@@ -431,8 +458,8 @@ def test_a_hundred_corruptions_are_found(tmp_path, rng):
         ({"more": 1}, "its settings must be"),
     ],
 )
-def test_settings_and_arrays_that_do_not_go_together(tmp_path, change, message):
-    """With a digest that is right: it is no signature."""
+def test_settings_that_do_not_match_the_arrays(tmp_path, change, message):
+    """The digest is right: anyone can compute it, so shapes are checked too."""
     path = tmp_path / "prior"
     arrays = {
         f"{d}.{name}": w for d in DIRECTIONS for name, w in getattr(PRIOR, d).items()
@@ -444,7 +471,7 @@ def test_settings_and_arrays_that_do_not_go_together(tmp_path, change, message):
 
 
 def test_a_prior_is_pickled_without_its_copies(rng):
-    prior = cast(PRIOR, lambda w: w)
+    prior = cast(PRIOR, lambda w: w)  # a prior of its own, without copies so far
     prior.predict(rng.standard_normal((3, 5)))
     twin = pickle.loads(pickle.dumps(prior))
     assert prior._copies
@@ -454,14 +481,16 @@ def test_a_prior_is_pickled_without_its_copies(rng):
 
 @pytest.mark.parametrize("kernels", ["basic", "optimized"])
 def test_kernels_take_shared_numbers_from_python(rng, kernels, monkeypatch):
-    """Activations by other numbers and narrower heads: the kernels follow."""
+    """Other numbers for activations and narrower heads give the same results."""
     tokens = rng.standard_normal((3, 5)).astype(np.float32)
     mlp = qm.MLPPrior.init(5, hidden_dim=8)
     wanted = PRIOR.predict(tokens), mlp.predict(tokens)
+    # A number that a kernel had written out would no longer agree.
     monkeypatch.setattr(cuda, "ACTIVATIONS", {"none": 0, "relu": 7, "gelu": 1})
     monkeypatch.setattr(cuda, "MAX_HEAD_DIM", 32)
     ptx.install(monkeypatch)
-    monkeypatch.setattr(ptx, "module", functools.cache(ptx.Module))  # compiled anew
+    # An empty cache, so that the kernels are compiled again with these numbers.
+    monkeypatch.setattr(ptx, "module", functools.cache(ptx.Module))
     with qm.use_kernels(kernels):
         got = PRIOR.predict(tokens), mlp.predict(tokens)
     for x, y in zip(got, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""Files of weights: there and back, and whatever may have happened to them."""
+"""Files of weights: saved, loaded, damaged, and written by other programs."""
 
 import hashlib
 import sys
@@ -15,6 +15,7 @@ PRIOR = qm.MLPPrior.init(5, hidden_dim=7, seed=3)
 
 
 def cast(prior, change):
+    """Return a prior with `change` applied to every weight."""
     networks = prior.forward, prior.backward
     return qm.MLPPrior(*(qm.MLP(*map(change, network)) for network in networks))
 
@@ -25,14 +26,15 @@ def weights(prior):
 
 @pytest.fixture
 def path(tmp_path):
-    found = tmp_path / "prior.safetensors"
-    PRIOR.save(found)
-    return found
+    """Path of a file with PRIOR, which a test may damage."""
+    file = tmp_path / "prior.safetensors"
+    PRIOR.save(file)
+    return file
 
 
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
-def test_there_and_back_bit_for_bit(tmp_path, kind):
-    dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_save_and_load_keep_every_bit(tmp_path, name):
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     prior = cast(PRIOR, lambda w: w.astype(dtype))
     prior.save(str(tmp_path / "prior"))
     for x, y in zip(
@@ -44,11 +46,11 @@ def test_there_and_back_bit_for_bit(tmp_path, kind):
 
 
 def test_strides_are_not_lost(tmp_path):
-    """Columns in front, backwards, and every other entry."""
+    """safetensors writes the memory of an array, whatever its strides are."""
     layouts = (
-        np.asfortranarray,
-        lambda w: w[..., ::-1].copy()[..., ::-1],
-        lambda w: np.repeat(w, 2, axis=-1)[..., ::2],
+        np.asfortranarray,  # the first axis is contiguous
+        lambda w: w[..., ::-1].copy()[..., ::-1],  # backwards in memory
+        lambda w: np.repeat(w, 2, axis=-1)[..., ::2],  # every other entry
     )
     for layout in layouts:
         cast(PRIOR, layout).save(tmp_path / "prior")
@@ -58,24 +60,27 @@ def test_strides_are_not_lost(tmp_path):
             np.testing.assert_array_equal(x, y)
 
 
-def test_others_can_read_it_and_the_same_prior_gives_the_same_bytes(path, tmp_path):
-    arrays = load(path.read_bytes())
+def test_other_programs_can_read_it_and_saving_is_deterministic(path, tmp_path):
+    arrays = load(path.read_bytes())  # by safetensors alone
     np.testing.assert_array_equal(arrays["forward.weight_in"], PRIOR.forward.weight_in)
     PRIOR.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
-def test_any_changed_byte_is_found(path):
+def test_load_detects_any_changed_byte(path):
     raw = path.read_bytes()
     rng = np.random.default_rng(0)
+    # 8 bytes with the size of the header, then the header. All of these bytes are
+    # changed in turn, and 200 random bytes of the data.
     header = 8 + int.from_bytes(raw[:8], "little")
-    places = [*range(header), *rng.integers(header, len(raw), 200)]
-    for place in places:
-        other = raw[place] ^ int(rng.integers(1, 256))
-        path.write_bytes(raw[:place] + bytes([other]) + raw[place + 1 :])
+    indices = [*range(header), *rng.integers(header, len(raw), 200)]
+    for index in indices:
+        other = raw[index] ^ int(rng.integers(1, 256))  # a different byte
+        path.write_bytes(raw[:index] + bytes([other]) + raw[index + 1 :])
         with pytest.raises(ValueError, match=r"prior\.safetensors"):
             qm.MLPPrior.load(path)
-    space = raw[:header].rfind(b" ")  # which JSON would not miss
+    # A tab instead of a space is the same JSON: only the digest notices.
+    space = raw[:header].rfind(b" ")
     path.write_bytes(raw[:space] + b"\t" + raw[space + 1 :])
     with pytest.raises(ValueError, match="digest"):
         qm.MLPPrior.load(path)
@@ -83,6 +88,7 @@ def test_any_changed_byte_is_found(path):
 
 def test_a_file_cut_short_or_longer_is_refused(path):
     raw = path.read_bytes()
+    # Cuts within the size, within the header, and within the data.
     for size in (0, 1, 7, 8, 9, 100, *range(200, len(raw), 97), len(raw) - 1):
         path.write_bytes(raw[:size])
         with pytest.raises(ValueError, match="damaged"):
@@ -94,6 +100,7 @@ def test_a_file_cut_short_or_longer_is_refused(path):
 
 def test_a_header_of_any_size_is_refused_before_it_is_read(path):
     raw = path.read_bytes()
+    # A reader that believes these sizes would allocate up to 2⁶³ bytes.
     for size in (2**63, 2**40, len(raw)):
         path.write_bytes(size.to_bytes(8, "little") + raw[8:])
         with pytest.raises(ValueError, match="damaged"):
@@ -106,12 +113,13 @@ def test_files_of_other_programs(path, metadata):
     path.write_bytes(save(arrays, metadata=metadata))
     with pytest.raises(ValueError, match="was not saved by a prior of qm_cupy"):
         qm.MLPPrior.load(path)
-    path.write_bytes(b"PK\3\4 a zip, say" * 20)
-    with pytest.raises(ValueError, match=r"damaged or no \.safetensors file"):
+    path.write_bytes(b"PK\3\4 a zip, say" * 20)  # an .npz file starts like this
+    with pytest.raises(ValueError, match=r"damaged or is not a \.safetensors file"):
         qm.MLPPrior.load(path)
 
 
 def arrays_of(prior):
+    """Return the arrays of a file by their names, as `MLPPrior.save` has them."""
     both = {"forward": prior.forward, "backward": prior.backward}
     return {
         f"{direction}.{name}": w
@@ -124,16 +132,17 @@ def arrays_of(prior):
     ("settings", "change", "message"),
     [
         ({"dim": 4, "hidden_dim": 7}, {}, "`forward.weight_in` must have shape"),
+        # 10¹⁸ weights: nothing is allocated before the shapes are compared.
         ({"dim": 10**9, "hidden_dim": 10**9}, {}, "must have shape"),
-        ({"dim": -1, "hidden_dim": 7}, {}, "must be at least 1"),
-        ({"dim": "5", "hidden_dim": 7}, {}, "must be at least 1"),
-        ({"dim": 5}, {}, "must be at least 1"),
-        ({}, {"extra": np.ones(3)}, "it holds"),
+        ({"dim": -1, "hidden_dim": 7}, {}, "integers of at least 1"),
+        ({"dim": "5", "hidden_dim": 7}, {}, "integers of at least 1"),
+        ({"dim": 5}, {}, "integers of at least 1"),
+        ({}, {"extra": np.ones(3)}, "must hold .*got .*'extra'"),
         ({}, {"forward.bias_in": np.ones(7, np.int32)}, "must be one of float16"),
     ],
 )
-def test_settings_and_arrays_that_do_not_go_together(path, settings, change, message):
-    """With a digest that is right: it is no signature."""
+def test_settings_that_do_not_match_the_arrays(path, settings, change, message):
+    """The digest is right: anyone can compute it, so shapes are checked too."""
     settings = settings or {"dim": 5, "hidden_dim": 7}
     arrays = {**arrays_of(PRIOR), **change}
     save_weights(path, "MLPPrior", settings, arrays)
@@ -141,23 +150,23 @@ def test_settings_and_arrays_that_do_not_go_together(path, settings, change, mes
         qm.MLPPrior.load(path)
 
 
-def test_another_kind_of_prior(path):
+def test_another_type_of_prior(path):
     save_weights(path, "Other", {}, arrays_of(PRIOR))
-    with pytest.raises(ValueError, match="holds a Other, not a MLPPrior"):
+    with pytest.raises(ValueError, match="must hold weights of MLPPrior, got Other"):
         qm.MLPPrior.load(path)
 
 
-def test_what_cannot_be_written_leaves_what_was_there(path, monkeypatch):
+def test_a_failed_save_keeps_the_old_file(path, monkeypatch):
     before = path.read_bytes()
-    monkeypatch.setattr(hashlib, "sha256", None)
+    monkeypatch.setattr(hashlib, "sha256", None)  # a failure in the middle of `save`
     with pytest.raises(TypeError):
         PRIOR.save(path)
     assert path.read_bytes() == before
-    assert [x.name for x in path.parent.iterdir()] == [path.name]
+    assert [x.name for x in path.parent.iterdir()] == [path.name]  # no temporary file
 
 
 def test_without_the_package(path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # `import` then fails
     for call in (PRIOR.save, qm.MLPPrior.load):
         with pytest.raises(ImportError, match=r"qm-cupy\[safetensors\]"):
             call(path)

@@ -6,24 +6,27 @@ import qm_cupy as qm
 
 
 def test_ratio_is_floored_but_at_least_one():
-    assert qm.token_budget(0.2, 104) == 20
-    assert qm.token_budget(0.001, 104) == 1
+    assert qm.token_budget(0.2, 104) == 20  # ⌊20.8⌋
+    assert qm.token_budget(0.001, 104) == 1  # ⌊0.104⌋ = 0, but a result has a token
     assert qm.token_budget(1.0, 104) == 104
 
 
 @pytest.mark.parametrize("percent", range(1, 101))
 def test_ratio_of_a_hundred_is_its_percentage(percent):
+    # 0.29 · 100 is 28.999… in binary: a plain floor would give 28.
     assert qm.token_budget(percent / 100, 100) == percent
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_ratio_of_any_width_is_as_written(kind):
-    assert qm.token_budget(kind(0.29), 100) == 29
-    assert qm.token_budget(kind(0.7), 1000) == 700
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_ratio_of_any_width_is_its_decimal(dtype):
+    # A narrow float differs from its decimal: float16 0.7 is 0.7001953125.
+    assert qm.token_budget(dtype(0.29), 100) == 29
+    assert qm.token_budget(dtype(0.7), 1000) == 700
 
 
 def test_per_sequence():
     sizes = np.array([10, 3])
+    # A ratio, one K for all, and one K for each sequence.
     np.testing.assert_array_equal(qm.token_budget(0.5, sizes), [5, 1])
     np.testing.assert_array_equal(qm.token_budget(2, sizes), [2, 2])
     np.testing.assert_array_equal(qm.token_budget(np.array([4, 1]), sizes), [4, 1])
@@ -35,8 +38,9 @@ def test_out_of_range(budget):
         qm.token_budget(budget, 10)
 
 
+# True is an int in Python, but not a number of groups.
 @pytest.mark.parametrize("budget", ["0.2", None, [3], True, np.array([1.5])])
-def test_other_kinds(budget):
+def test_other_types(budget):
     with pytest.raises(TypeError, match="`budget` must be"):
         qm.token_budget(budget, np.array([10]))
 
@@ -60,6 +64,7 @@ def test_token_count_out_of_range(num_tokens):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"`budget` must have shape \(B\) = \(3,\)"):
         qm.token_budget(np.array([1, 2]), np.array([4, 5, 6]))
+    # One N for all sequences fits a budget of any length.
     np.testing.assert_array_equal(qm.token_budget(np.array([1, 2]), 4), [1, 2])
 
 
@@ -71,20 +76,23 @@ def test_norm_budget_oracle(rng, dtype, gamma):
     assert list(got) == [oracle.norm_budget(x, gamma) for x in tokens]
 
 
-def test_norm_budget_is_the_least_that_holds(rng):
+def test_norm_budget_is_the_least_that_is_enough(rng):
     tokens = rng.standard_normal((40, 4))
     least = int(qm.norm_budget(tokens, 0.7))
+    # K tokens have 0.7 of the norm mass, and K - 1 tokens have less.
     assert qm.norm_mass(tokens, least) >= 0.7 > qm.norm_mass(tokens, least - 1)
 
 
 @pytest.mark.parametrize("percent", range(1, 101))
 def test_gamma_of_a_hundred_equal_tokens_is_its_percentage(percent):
-    """Met to rounding: 0.07 · 100 > 7 in binary."""
+    """The comparison allows for rounding: 0.07 · 100 > 7 in binary."""
     assert qm.norm_budget(np.ones((100, 1)), percent / 100) == percent
 
 
 def test_norm_budget_edges():
+    # Without any norm mass one token is enough.
     assert qm.norm_budget(np.zeros((5, 2)), 0.8) == 1
+    # Padding has no norm mass: γ = 1 needs the two tokens only.
     mask = np.array([True, True, False, False])
     assert qm.norm_budget(np.ones((4, 1)), 1.0, mask=mask) == 2
 

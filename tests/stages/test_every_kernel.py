@@ -1,4 +1,4 @@
-"""What holds for the kernels of all stages: wild labels, views, one sequence."""
+"""Properties of the kernels of all stages: wild labels, views, one sequence."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,16 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 @dtypes
 def test_wild_labels_count_as_padding(dtype):
-    """Nobody looks at labels on a GPU; the interpreter looks at the kernels."""
+    """Labels are not checked on a GPU, so kernels must stay within their arrays.
+
+    The interpreter of the kernels raises if one does not.
+    """
     num_groups = 5
     tokens, merged = random((2, 70, 9), dtype), random((2, num_groups, 9), dtype, 1)
     tame = labels_of(2, 70, num_groups).astype(np.int32)
     tame[:, 60:] = -1
     wild = tame.copy()
+    # K itself, beyond K, below -1, and the ends of int32.
     wild[:, 60:] = np.array([5, 6, -2, 1000, -1000, 2**31 - 1, -(2**31), 70, 99, 5])
     for measure in (
         lambda labels: qm.merge_tokens(tokens, labels, num_groups),
@@ -31,23 +35,28 @@ def test_wild_labels_count_as_padding(dtype):
 
 @dtypes
 def test_wild_counts_stay_within_their_arrays(dtype, monkeypatch):
+    # The public functions check counts, so the kernels get wild ones by a patch.
     merged, tokens = random((2, 6, 9), dtype), random((2, 40, 9), dtype, 1)
     prior = qm.MLPPrior.init(9, hidden_dim=5)
     wild, tame = np.array([-3, 1000], np.int32), np.array([0, 6], np.int32)
-    found = []
+    results = []
+    # Counts below 0 and above K are clamped to 0 and K.
     for counts in (wild, tame):
         monkeypatch.setattr(cuda, "device_counts", lambda _, counts=counts: (counts, 6))
         error = qm.reconstruction_error(tokens, merged)
-        found.append([*qm.alignment_loss(merged, prior), error])
+        results.append([*qm.alignment_loss(merged, prior), error])
         if counts is tame:
             monkeypatch.setattr(cuda, "device_counts", lambda _: (tame, 40))
-        found[-1].append(qm.select_tokens(tokens[..., 0], 6))
-    for got, wanted in zip(*found, strict=True):
+        results[-1].append(qm.select_tokens(tokens[..., 0], 6))
+    for got, wanted in zip(*results, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
 def shifted(x, elements):
-    """Copy an array to so many elements behind 16 bytes, at the end of its memory."""
+    """Return a copy that starts a number of elements after an aligned address.
+
+    It ends where its memory ends, so a load beyond the last element is noticed.
+    """
     raw = np.empty(elements + x.size, x.dtype)
     assert raw.ctypes.data % 16 == 0
     raw[elements:] = x.ravel()
@@ -55,9 +64,10 @@ def shifted(x, elements):
 
 
 @dtypes
+# Rows of whole vectors for some dtypes only, and rows that end within one.
 @pytest.mark.parametrize("dim", [20, 37, 50])
 def test_results_do_not_depend_on_alignment(dtype, dim):
-    """Whatever width loads and stores have, the sums are the same."""
+    """Rows are read in vectors or one element at a time, with the same sums."""
     tokens, other = random((2, 33, dim), dtype), random((2, 5, dim), dtype, 1)
     attention = abs(random((1, 2, 1, dim, dim), dtype, 2))
     labels, mass = labels_of(2, 33, 5), abs(random((2, 33), np.float32, 3))
@@ -78,14 +88,16 @@ def test_results_do_not_depend_on_alignment(dtype, dim):
         yield from qm.reconstruction_error_vjp(np.ones(2), x, y)
 
     wanted = list(results(0))
+    # 4 elements of float32 are 16 bytes, and aligned again; the others are not.
     for shift in (1, 2, 4):
         for x, z in zip(results(shift), wanted, strict=True):
             np.testing.assert_array_equal(x, z)
 
 
 def test_public_functions_take_one_sequence():
-    """Without the batch axis the same launchers run, and leave it out again."""
+    """Without a batch axis the same launchers run, and the result has none either."""
     tokens, scores = random((40, 9), np.float32), abs(random(40, np.float32))
+    # Padding on the left, so that a launcher that forgets the mask is noticed.
     labels, mask = labels_of(1, 40, 5)[0], mask_of(3, 40)[0]
     attention = abs(random((40, 40), np.float32))
     prior = qm.MLPPrior.init(9, hidden_dim=5)
@@ -108,13 +120,14 @@ def test_public_functions_take_one_sequence():
         (lambda x, m: qm.reconstruction_error(x, x[..., :7, :], mask=m), tokens, mask),
         (lambda x: qm.cosine_similarity(x), tokens),
     ):
+        # The same values in a batch of one must give the same bits.
         one = measure(*arrays)
         many = measure(*(x[None] for x in arrays))
         np.testing.assert_array_equal(np.asarray(one)[None], many)
 
 
 def test_views_are_read_as_they_are():
-    """Launchers copy what is not C-contiguous; kernels know no strides."""
+    """Launchers copy arrays that are not C-contiguous: kernels take no strides."""
     wide = random((80, 2, 18), np.float16)
     tokens = wide.transpose(1, 0, 2)[:, ::2, ::2]  # (2, 40, 9)
     labels = labels_of(40, 2, 5).T
@@ -126,6 +139,7 @@ def test_views_are_read_as_they_are():
 
 
 def test_empty_batches_launch_nothing():
+    # A grid of 0 blocks is an error in CUDA, so no kernel may be launched.
     tokens = np.zeros((0, 5, 3), np.float32)
     assert qm.self_attention_entropy(tokens).shape == (0, 5)
     assert qm.select_tokens(tokens[..., 0], 2).shape == (0, 2)

@@ -1,4 +1,4 @@
-"""What holds for the gradients' kernels of all stages: wild labels, views."""
+"""Properties of the gradients' kernels of all stages: wild labels, views."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,15 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 @dtypes
 def test_wild_labels_count_as_padding(dtype):
-    """Nobody looks at labels on a GPU; the interpreter looks at the kernels."""
+    """Labels are not checked on a GPU, so kernels must stay within their arrays.
+
+    The interpreter of the kernels raises if one does not.
+    """
     tokens, merged = random((2, 70, 9), dtype), random((2, 5, 9), dtype, 1)
     tame = labels_of(2, 70, 5).astype(np.int32)
     tame[:, 60:] = -1
     wild = tame.copy()
+    # K itself, beyond K, below -1, and the ends of int32.
     wild[:, 60:] = np.array([5, 6, -2, 1000, -1000, 2**31 - 1, -(2**31), 70, 99, 5])
     mass, slope = abs(tokens[..., 0]), np.ones(2)
     for vjp in (
@@ -34,14 +38,16 @@ def test_wild_labels_count_as_padding(dtype):
 
 @dtypes
 def test_wild_counts_stay_within_their_arrays(dtype, monkeypatch):
+    # The public functions check counts, so the kernels get wild ones by a patch.
     gradient, merged, prior = alignment_of(6, dtype)
-    found = []
+    results = []
+    # Counts below 0 and above K are clamped to 0 and K.
     for counts in ([-3, 1000, 4], [0, 6, 4]):
-        given = np.array(counts, np.int32)
-        monkeypatch.setattr(cuda, "device_counts", lambda _, given=given: (given, 6))
+        fixed = np.array(counts, np.int32)
+        monkeypatch.setattr(cuda, "device_counts", lambda _, fixed=fixed: (fixed, 6))
         slope, weights = qm.alignment_loss_vjp(gradient, merged, prior)
-        found.append([slope, *weights[0], *weights[1]])
-    for got, wanted in zip(*found, strict=True):
+        results.append([slope, *weights[0], *weights[1]])
+    for got, wanted in zip(*results, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
@@ -67,6 +73,7 @@ def test_one_sequence_is_a_batch_of_one():
             merged,
         ),
     ):
+        # The same values in a batch of one must give the same bits.
         single, many = vjp(*arrays), vjp(*(x[None] for x in arrays))
         pairs = [(single, many)]
         if isinstance(single, tuple):
@@ -76,18 +83,20 @@ def test_one_sequence_is_a_batch_of_one():
 
 
 def test_views_are_read_as_they_are():
-    """Launchers copy what is not C-contiguous; kernels know no strides."""
+    """Launchers copy arrays that are not C-contiguous: kernels take no strides."""
     wide = random((80, 2, 18), np.float16)
     tokens = wide.transpose(1, 0, 2)[:, ::2, ::2]  # (2, 40, 9)
     merged, labels = tokens[:, :5], labels_of(40, 2, 5).T
     got = qm.merge_tokens_vjp(merged, tokens, labels, 5, mass=tokens[..., 0] ** 2)
-    given = merged.copy(), tokens.copy(), np.ascontiguousarray(labels), 5
-    wanted = qm.merge_tokens_vjp(*given, mass=tokens[..., 0].copy() ** 2)
+    copies = merged.copy(), tokens.copy(), np.ascontiguousarray(labels), 5
+    wanted = qm.merge_tokens_vjp(*copies, mass=tokens[..., 0].copy() ** 2)
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 def test_empty_batches_have_weights_of_zero():
+    # Shapes are kept. The gradients of a prior's weights are sums over the batch: they
+    # must be written as 0, although there is no sequence.
     tokens, merged = np.zeros((0, 5, 3), np.float32), np.zeros((0, 2, 3), np.float32)
     labels, none = np.zeros((0, 5), int), np.zeros(0)
     scores = tokens[..., 0]

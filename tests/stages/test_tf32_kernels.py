@@ -1,4 +1,4 @@
-"""What TF32 changes, and by how much."""
+"""The changes that TF32 makes, and their bounds."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def truncated(x):
-    """Drop the 13 bits of float32 that TF32 does not have."""
+    """Set the 13 bits to 0 that float32 has and TF32 does not have."""
+    # A mantissa of 23 bits becomes one of 10 bits.
     return (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
 
 
@@ -26,16 +27,17 @@ def test_entropies_with_tf32_are_those_of_truncated_tokens(num_tokens):
         self_attention = qm.self_attention_entropy(x, mask=mask)
         return self_attention, qm.query_key_entropy(x, x, causal=True, mask=mask)
 
+    # Tokens that are truncated beforehand lose nothing in TF32: both must agree.
     plain, wanted = entropies(tokens), entropies(truncated(tokens))
     with qm.allow_tf32():
         got = entropies(tokens)
     for x, y, z in zip(got, wanted, plain, strict=True):
         assert_close(x, y, np.float32)
-        assert (x != z).any() or num_tokens == 1  # entropy 0
+        assert (x != z).any() or num_tokens == 1  # one token has entropy 0 always
 
 
 def tf32_calls(num_tokens, dim):
-    """Return a call for every operation whose products TF32 changes."""
+    """Return a call of every operation that TF32 changes."""
     x = random((2, num_tokens, dim), np.float32)
     query, key = (
         random((2, num_tokens, dim), np.float32, seed, 1.5) for seed in (1, 2)
@@ -68,26 +70,31 @@ def tf32_calls(num_tokens, dim):
 @pytest.mark.parametrize("name", TF32_TOLERANCE)
 @optimized
 def test_tf32_changes_results_no_more_than_it_may(name):
+    # Sizes that do not fill a tile, and sizes that do along D.
     for num_tokens, dim in ((33, 37), (65, 64)):
         call = tf32_calls(num_tokens, dim)[name]
         plain = call()
         with qm.allow_tf32():
             got = call()
+        # Equal results would mean that TF32 was not used.
         assert any((x != y).any() for x, y in zip(got, plain, strict=True))
         for x, y in zip(got, plain, strict=True):
             peak = abs(y).max()
-            room = TF32_TOLERANCE[name] * (peak if "vjp" in name else max(peak, 1))
-            np.testing.assert_allclose(x, y, rtol=0, atol=room)
+            # Gradients have any size, so their tolerance is relative to the largest.
+            limit = TF32_TOLERANCE[name] * (peak if "vjp" in name else max(peak, 1))
+            np.testing.assert_allclose(x, y, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0])
 @optimized
 def test_entropies_with_tf32_are_within_their_bound(scale):
-    """The one that the docstring of allow_tf32 derives, whatever the scores."""
+    """The docstring of `allow_tf32` derives the bound for scores of any size."""
     query, key = (random((129, 64), np.float32, seed, 1.5) for seed in (1, 2))
     q, k = query.astype(np.float64), key.astype(np.float64)
     allowed = np.ones((129, 129), np.bool_)
     wanted = softmax_entropy(q @ k.T * scale, allowed)
+    # e √(1 + ¼ ln² N), with e the largest change of a score of the row, plus the
+    # tolerance of float32.
     change = 2**-9 * scale * (abs(q) @ abs(k).T).max(-1)
     bound = change * np.sqrt(1 + np.log(129) ** 2 / 4) + 2e-5
     with qm.allow_tf32():
@@ -107,6 +114,7 @@ def test_products_with_tf32_are_near_the_truth():
         assert got.dtype == np.float32
         assert_close(got, plain, "tf32")
         assert (got != plain).any()
+    # Truncation is the same for both factors, so the matrix stays symmetric.
     with qm.allow_tf32():
         cosines = qm.cosine_similarity(tokens)
         np.testing.assert_array_equal(cosines, np.swapaxes(cosines, 1, 2))
@@ -116,7 +124,7 @@ def test_products_with_tf32_are_near_the_truth():
     ("kernels", "dtype"),
     [
         ("basic", np.float32),
-        ("optimized-75", np.float32),  # whose tensor cores know no TF32
+        ("optimized-75", np.float32),  # tensor cores of sm_75 do not support TF32
         ("optimized", np.float16),
         ("optimized", np.float64),
     ],

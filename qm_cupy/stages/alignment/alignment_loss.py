@@ -31,6 +31,7 @@ from ...priors.running_mean import (
 )
 from ...results import AlignmentLoss, Merged
 
+# "forward_weight_in", …, "backward_bias_out": the weights as inputs of an operation.
 _WEIGHTS = tuple(
     f"{direction}_{name}"
     for direction in ("forward", "backward")
@@ -51,15 +52,15 @@ def alignment_loss(
     Parameters
     ----------
     merged : Merged, or ndarray of shape (K, D) or (B, K, D)
-        What `quickmerge` returns, whose positions and sizes the prior may read, or
-        merged tokens alone; float16, bfloat16, float32 or float64.
+        The result of `quickmerge`, or merged tokens alone; float16, bfloat16, float32
+        or float64. The prior may also read the positions and sizes of a `Merged`.
     prior : Prior
-        `MLPPrior`, `TransformerPrior`, or your own: its ``predict`` gives all
-        predictions at once. It is given NumPy arrays, or CuPy arrays on a GPU,
-        whatever library `merged` is of; what is not known is None.
+        `MLPPrior`, `TransformerPrior` or your own class. Its ``predict`` returns all
+        predictions at once. It receives NumPy arrays, or CuPy arrays on a GPU, even if
+        `merged` belongs to another library; unknown positions and sizes are None.
     num_groups : int or ndarray of int of shape (B,), optional
-        K of each sequence where they differ; the rest is padding. By default, groups
-        of size 0 are; to count them waits for a GPU.
+        K of each sequence, if they differ; later groups are padding. By default, groups
+        of size 0 are padding; counting them makes the CPU wait for the GPU.
 
     Returns
     -------
@@ -70,7 +71,7 @@ def alignment_loss(
     Raises
     ------
     TypeError
-        If `merged` is not floating or `num_groups` not integer.
+        If `merged` is not floating or `num_groups` is not integer.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -91,11 +92,11 @@ def alignment_loss(
     weights = _network_weights(prior)
     if is_traced(merged, prior):
         if num_groups is None and sizes is not None:
-            num_groups = (sizes > 0).sum(-1)
+            num_groups = (sizes > 0).sum(-1)  # a padded group has size 0
         weights = beside(tokens, weights)
         forward, backward = mlp_alignment_loss(tokens, *weights, num_groups=num_groups)
         return AlignmentLoss(forward, backward, forward + backward)
-    if weights and of_framework(weights):  # the values of JAX's or torch's
+    if weights and of_framework(weights):  # weights of torch or JAX: use their values
         prior = _prior_of(*weights)
     leave, tokens, positions, sizes, num_groups = enter(
         {"merged": tokens, "positions": positions, "sizes": sizes},
@@ -103,9 +104,12 @@ def alignment_loss(
     )
     check_tokens(tokens, "merged")
     counts = group_counts(tokens, num_groups, sizes)
-    valid = counts if counts.ndim else int(counts)
+    valid = counts if counts.ndim else int(counts)  # one sequence: a plain integer K
     known = {"num_groups": valid, "positions": positions, "sizes": sizes}
     predict: Any = getattr(prior, "predict")  # noqa: B009 (a TwoLayerPrior may lack it)
+    # Row t of `after` predicts token t + 1, row t of `before` predicts token t - 1. An
+    # `MLPPrior` computes all t at once: the K prefix means are the rows of one matrix,
+    # so a network is two GEMMs, one for each layer, instead of a loop over t.
     after, before = predict(tokens, **known), predict(tokens, reverse=True, **known)
     check_shape("prediction", after, "BKD", tokens.shape)
     check_shape("prediction", before, "BKD", tokens.shape)
@@ -116,7 +120,7 @@ def alignment_loss(
 def is_traced(merged: Any, prior: Any) -> bool:
     """Whether a framework traces the tokens, or the weights of a two-layer prior.
 
-    Of any other prior nothing is known: its predictions have no gradient here.
+    The predictions of any other prior have no gradient here: its weights are unknown.
     """
     weights = _network_weights(prior)
     return bool(weights) and tracing_framework((merged, *weights)) is not None
@@ -127,6 +131,8 @@ def _network_weights(prior: Any) -> tuple[Any, ...]:
     return prior.network_weights() if hasattr(prior, "network_weights") else ()
 
 
+# torch and JAX differentiate an operation with respect to arrays, so the eight weights
+# of the two networks are separate inputs here, and not one `MLPPrior`.
 @operation(
     inputs=("merged", *_WEIGHTS),
     counts="num_groups?",
@@ -148,7 +154,7 @@ def mlp_alignment_loss(
     *,
     num_groups: Any = None,
 ) -> tuple[Any, Any]:
-    """Return the losses under an `MLPPrior` of these weights, forward and backward."""
+    """Return the forward and backward losses under an `MLPPrior` of these weights."""
     prior = _prior_of(
         forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
         backward_weight_in, backward_bias_in, backward_weight_out, backward_bias_out,
@@ -173,6 +179,8 @@ def _mlp_alignment_loss_vjp(
     *,
     num_groups: Any = None,
 ) -> tuple[Any, ...]:
+    # The operation returns two losses. Their sum is computed outside it, so the
+    # gradient with respect to ``total`` is 0 here.
     gradient = AlignmentLoss(forward, backward, 0 * forward)
     prior = _prior_of(
         forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
@@ -185,16 +193,16 @@ def _mlp_alignment_loss_vjp(
 
 
 def _prior_of(*weights: Any) -> MLPPrior:
-    """Return the prior of these weights, without a copy unless they are halves."""
+    """Return the prior of these weights; 16-bit and strided weights are copied."""
     _, *arrays = enter(dict(zip(_WEIGHTS, weights, strict=True)))
-    wide = [contiguous(w, accumulation_dtype(w.dtype)) for w in arrays]
+    wide = [contiguous(w, accumulation_dtype(w.dtype)) for w in arrays]  # ≥ float32
     return MLPPrior(MLP(*wide[:4]), MLP(*wide[4:]))
 
 
 def _alignment_loss(
     merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
 ) -> tuple[Any, Any]:
-    """Return the losses of predictions of the tokens after, and before."""
+    """Return the losses of predicting the tokens after, and the tokens before."""
     if is_cuda(merged):
         return _alignment_loss_cuda(merged, after, before, counts)
     return _alignment_loss_reference(merged, after, before, counts)
@@ -206,12 +214,14 @@ def _alignment_loss_reference(
     before: NDArray[Any],
     counts: NDArray[np.int64],
 ) -> tuple[NDArray[Any], NDArray[Any]]:
+    # L = 1/(K - 1) Σ_t MSE(y_t, x_{t+1}); K = 1 has no pair, and the loss is 0 / 1.
     steps = np.maximum(counts - 1, 1)
     known = np.arange(1, merged.shape[-2]) < counts[..., None]  # (B, K - 1)
 
     def loss(prediction: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
-        gap = prediction - target
+        gap = prediction - target  # (B, K - 1, D)
         error = np.einsum("...d,...d->...", gap, gap) / gap.shape[-1]  # (B, K - 1)
+        # `where` skips padding, so a NaN in its predictions cannot reach the sum.
         total: NDArray[Any] = np.sum(error, axis=-1, where=known) / steps
         return np.asarray(total, dtype=gap.dtype)
 
@@ -226,17 +236,19 @@ def _alignment_loss_cuda(
     num_groups, dim = merged.shape[-2:]
     batch = math.prod(merged.shape[:-2])
     acc_dtype = accumulation_dtype(merged.dtype)
-    merged, (each, _) = contiguous(merged), device_counts(counts)
+    merged, (valid, _) = contiguous(merged), device_counts(counts)
     losses = []
     for reverse, prediction in enumerate((after, before)):
         prediction = contiguous(prediction, acc_dtype)
-        errors = empty(merged.shape[:-1], acc_dtype)
+        errors = empty(merged.shape[:-1], acc_dtype)  # (B, K): one MSE per token
         sizes = batch, num_groups, dim
-        args: tuple[Any, ...] = (prediction, merged, each, *sizes, reverse, errors)
+        args: tuple[Any, ...] = (prediction, merged, valid, *sizes, reverse, errors)
         kernel = "alignment_loss", "prediction_errors"
         launch(*kernel, merged.dtype, args, rows=errors.size)
+        # A second kernel adds the K errors of a sequence. It uses no atomics, so the
+        # order of the float sums, and every bit of the loss, is the same in every run.
         losses.append(empty(merged.shape[:-2], acc_dtype))
-        args = (errors, each, batch, num_groups, losses[-1])
+        args = (errors, valid, batch, num_groups, losses[-1])
         launch("alignment_loss", "alignment_loss", acc_dtype, args, blocks=batch)
     return losses[0], losses[1]
 
@@ -254,36 +266,38 @@ def alignment_loss_vjp(
     .. math:: \bar x_i = \sum_{t \ge i} \frac{\bar c_t}{t} - \bar y_{i-1}, \qquad
         \bar y_t = \frac{2 \bar L}{D (K - 1)} \bigl(f(c_t) - \tilde x_{t+1}\bigr)
 
-    reading forwards, where :math:`c_t` is the mean of tokens 1..t and :math:`\bar c_t`
-    what comes back through the network f. The mirror image for g is added.
+    for the forward direction. :math:`c_t` is the mean of tokens 1..t, and
+    :math:`\bar c_t` is its gradient, propagated back through the network f. The
+    mirror image for g is added.
 
     Parameters
     ----------
     gradient : AlignmentLoss or tuple
-        Gradients of a loss with respect to ``forward``, ``backward`` and ``total``,
-        each an ndarray of shape () or (B,) of any float dtype, or a number where it is
-        one.
+        Gradients of a loss with respect to ``forward``, ``backward`` and ``total``.
+        Each is an ndarray of shape () or (B,) of any float dtype. For shape (), a
+        Python number also works.
     merged : Merged, or ndarray of shape (K, D) or (B, K, D)
-        Merged tokens, as `alignment_loss` takes them.
+        Merged tokens, as in `alignment_loss`.
     prior : MLPPrior
-        The prior. ReLU has slope 0 at 0.
+        The prior. The slope of ReLU at 0 is 0.
     num_groups : int or ndarray of int of shape (B,), optional
-        K of each sequence where they differ, as in `alignment_loss`.
+        K of each sequence, if they differ, as in `alignment_loss`.
 
     Returns
     -------
     merged : ndarray of shape (K, D) or (B, K, D)
-        Gradient of the loss with respect to the merged tokens, in their dtype; 0 for
-        padding, and for K = 1.
+        Gradient of the loss with respect to the merged tokens, in their dtype. It is 0
+        for padding and for K = 1.
     weights : tuple of two MLP
-        That with respect to the weights of ``prior.forward`` and ``prior.backward``,
-        beside `merged`; float32, or float64 for float64 tokens.
+        Gradients of the loss with respect to the weights of ``prior.forward`` and
+        ``prior.backward``, on the device of `merged`; float32, or float64 for float64
+        tokens.
 
     Raises
     ------
     TypeError
-        If `prior` is no `MLPPrior`, `merged` or a gradient not floating, `gradient` no
-        three, or `num_groups` not integer.
+        If `prior` is not an `MLPPrior`, `merged` or a gradient is not floating,
+        `gradient` does not have three entries, or `num_groups` is not integer.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -309,13 +323,14 @@ def alignment_loss_vjp(
     )
     check_tokens(tokens, "merged")
     check_width("merged", tokens, prior.forward)
-    counts = group_counts(tokens, num_groups, sizes)
-    ahead, behind, total = (
+    counts = group_counts(tokens, num_groups, sizes)  # (B,)
+    by_forward, by_backward, by_total = (
         check_gradient(slope, tokens.shape[:-2], "B", tokens, name).astype(np.float64)
         for name, slope in zip(names, slopes, strict=True)
     )
-    each = ahead + total, behind + total
-    by_merged, by_weights = _alignment_loss_vjp(each, tokens, prior, counts)
+    # total = forward + backward, so its gradient adds to both.
+    both = by_forward + by_total, by_backward + by_total
+    by_merged, by_weights = _alignment_loss_vjp(both, tokens, prior, counts)
     forward, backward = (MLP(*map(leave, weights)) for weights in by_weights)
     return leave(by_merged), (forward, backward)
 
@@ -325,8 +340,8 @@ def _three(gradient: Any) -> tuple[Any, Any, Any]:
         forward, backward, total = gradient
     except (TypeError, ValueError) as error:
         raise TypeError(
-            "`gradient` must be three, of the losses forward, backward and total: "
-            f"{error}"
+            "`gradient` must be a tuple of three gradients, those with respect to the "
+            f"losses forward, backward and total: {error}"
         ) from None
     return forward, backward, total
 
@@ -334,7 +349,7 @@ def _three(gradient: Any) -> tuple[Any, Any, Any]:
 def _alignment_loss_vjp(
     gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
 ) -> tuple[Any, list[MLP]]:
-    """Return the gradients of the tokens, and of both networks' weights."""
+    """Return the gradients of the tokens and of the weights of both networks."""
     if is_cuda(merged):
         return _alignment_loss_vjp_cuda(gradients, merged, prior, counts)
     return alignment_loss_vjp_reference(gradients, merged, prior, counts)
@@ -348,28 +363,33 @@ def alignment_loss_vjp_reference(
 ) -> tuple[NDArray[Any], list[MLP]]:
     num_groups, dim = merged.shape[-2:]
     dtype = np.result_type(merged.dtype, np.float32)
-    ahead, behind = np.s_[..., 1:, :], np.s_[..., :-1, :]
+    later, earlier = np.s_[..., 1:, :], np.s_[..., :-1, :]
     valid = counts[..., None, None] > np.arange(num_groups)[:, None]  # (B, K, 1)
-    known = valid[ahead]  # (B, K - 1, 1)
+    known = valid[later]  # (B, K - 1, 1)
     by_merged, by_weights = np.zeros(merged.shape), []
     for reverse, gradient in enumerate(gradients):
         network = prior.backward if reverse else prior.forward
         network = MLP(*(w.astype(dtype, copy=False) for w in network))
+        # Forward pass again: c_t, relu(W₁ c_t + b₁) and the prediction y_t.
         context = running_mean(merged, counts, bool(reverse))
-        context = np.where(valid, context, 0).astype(dtype)
+        context = np.where(valid, context, 0).astype(dtype)  # (B, K, D)
         hidden = np.maximum(context @ network.weight_in.T + network.bias_in, 0)
-        slope = hidden @ network.weight_out.T + network.bias_out  # the predictions yet
-        read, wanted = (ahead, behind) if reverse else (behind, ahead)
+        # `slope` first holds the predictions y; below, their gradient replaces them.
+        slope = hidden @ network.weight_out.T + network.bias_out  # (B, K, D)
+        read, wanted = (later, earlier) if reverse else (earlier, later)
+        # dy_t = 2 dL / (D (K - 1)) · (y_t - x_{t+1}); 0 if row t predicts no token.
         scale = 2 * gradient / (dim * np.maximum(counts - 1, 1))
         gap = np.where(known, slope[read] - merged[wanted], 0)
         slope[...] = 0
         slope[read] = gap * np.asarray(scale)[..., None, None]
-        by_merged[wanted] -= slope[read]
+        by_merged[wanted] -= slope[read]  # a token is also the target of its neighbour
 
+        # Both layers see all B·K contexts as rows, so each gradient is one GEMM.
         flat = (x.reshape(-1, x.shape[-1]) for x in (context, hidden, slope))
         weights, back = back_propagate(network, *flat)
         by_weights.append(weights)
-        by_context = (back @ network.weight_in).reshape(merged.shape)
+        by_context = (back @ network.weight_in).reshape(merged.shape)  # dc_t
+        # dx_i += Σ_{t ≥ i} dc_t / t: token i is part of the means of tokens 1..t.
         by_merged += running_mean_vjp_reference(by_context, counts, bool(reverse))
     return by_merged.astype(merged.dtype), by_weights
 
@@ -379,26 +399,29 @@ def _alignment_loss_vjp_cuda(
 ) -> tuple[Any, list[MLP]]:
     num_groups, dim = merged.shape[-2:]
     batch, acc_dtype = math.prod(merged.shape[:-2]), accumulation_dtype(merged.dtype)
-    merged, (each, _) = contiguous(merged), device_counts(counts)
+    merged, (valid, _) = contiguous(merged), device_counts(counts)
     sizes = batch, num_groups, dim
     means, slopes, by_weights = [], [], []
     for reverse, gradient in enumerate(gradients):
         network = network_beside(prior, merged, bool(reverse))
-        context = running_mean(merged, counts, bool(reverse))
-        hidden = linear(context, *network[:2], activation="relu")
+        # Forward pass again: nothing of the loss was kept.
+        context = running_mean(merged, counts, bool(reverse))  # (B, K, D)
+        hidden = linear(context, *network[:2], activation="relu")  # (B, K, H)
         prediction = linear(hidden, *network[2:])
         slope = empty(merged.shape, acc_dtype)
         gradient = contiguous(gradient.reshape(-1), acc_dtype)  # (B,)
-        args = (prediction, merged, each, gradient, *sizes, reverse, slope)
+        args = (prediction, merged, valid, gradient, *sizes, reverse, slope)
         kernel = "alignment_loss_vjp", "prediction_slopes"
         launch(*kernel, merged.dtype, args, outputs=slope.size)
 
+        # Back through W₂ and the ReLU, through W₁, and through the running mean.
         layer = slope, hidden, network.weight_out
-        back, *second = linear_vjp_cuda(*layer, rectified=True)
+        back, *second = linear_vjp_cuda(*layer, rectified=True)  # (B, K, H)
         by_context, *first = linear_vjp_cuda(back, context, network.weight_in)
         by_weights.append(MLP(*first, *second))
-        means.append(running_mean_vjp_cuda(by_context, each, reverse))
+        means.append(running_mean_vjp_cuda(by_context, valid, reverse))
         slopes.append(slope)
+    # One kernel adds a token's four terms in float32 at least, and rounds only once.
     out = empty(merged.shape, merged.dtype)
     args = (*means, *slopes, *sizes, out)
     kernel = "alignment_loss_vjp", "alignment_loss_vjp"

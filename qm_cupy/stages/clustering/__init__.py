@@ -1,1 +1,1 @@
-"""Clustering: tokens to groups by cosine similarity."""
+"""Clustering: put tokens into groups by cosine similarity."""

@@ -1,4 +1,7 @@
-"""Checks of what clustering takes."""
+"""Checks of the arguments of clustering.
+
+On a GPU only shapes and dtypes are checked: a look at values would make the CPU wait.
+"""
 
 from typing import Any
 
@@ -14,11 +17,11 @@ from ...arrays.checks import (
 )
 from ...arrays.libraries import is_cuda
 
-_WEIGHED = "average", "ward"  # the linkages that have a use for masses
+_WEIGHED = "average", "ward"  # the linkages that use masses
 
 
 def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> None:
-    """Refuse what is not a linkage matrix (B, N - 1, 4), made with this mask."""
+    """Raise if this is not a linkage matrix (B, N - 1, 4) made with this mask."""
     check_floating("dendrogram", dendrogram)
     if dendrogram.ndim not in (2, 3) or dendrogram.shape[-1] != 4:
         raise ValueError(
@@ -29,20 +32,28 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
     check_mask(mask, (*batch, merges + 1))
     if is_cuda(dendrogram):
         return
+    # Rows that pad the merges of a masked sequence are (-1, -1, inf, 0).
     padded = (dendrogram[..., 0] == -1) & (dendrogram[..., 2] == np.inf)
     check_finite_values("dendrogram", np.where(padded[..., None], 0, dendrogram))
     _check_padded_rows(dendrogram, padded, mask)
+    # Row r may merge nodes below N + r. NaN replaces padding, so that no two of its
+    # entries are equal when children are compared.
     child = dendrogram[..., :2]
     first_later = merges + 1 + np.arange(merges)[:, None]
     flat = np.where(padded[..., None], np.nan, child.astype(np.float64))
     flat = flat.reshape(*batch, 2 * merges)
+    # A node that occurs twice has an equal neighbour after sorting.
     ranked = np.sort(flat, axis=-1)
     if (ranked[..., 1:] == ranked[..., :-1]).any():
-        raise ValueError("`dendrogram` must merge every group once at most")
+        raise ValueError(
+            "`dendrogram` must merge every token or group at most once: give the "
+            "result of `linkage`"
+        )
     wrong = (child < 0) | (child >= first_later) | (child != np.floor(child))
     if (wrong & ~padded[..., None]).any():
         raise ValueError(
-            "`dendrogram` must merge tokens or groups of earlier rows only"
+            "`dendrogram` must merge only tokens and groups of earlier rows: give the "
+            "result of `linkage`"
         )
 
 
@@ -58,30 +69,32 @@ def _check_padded_rows(
     for index in np.ndindex(padded.shape[:-1]):
         rows, kept = padded[index], np.count_nonzero(mask[index])
         where = f" in sequence {index[0]}" if index else ""
+        # The last rows are padding, and n valid tokens have n - 1 merges.
         if (rows != (np.arange(len(rows)) >= kept - 1)).any():
             raise ValueError(
-                f"`dendrogram` must have {kept - 1} merges{where}, as `mask` keeps "
-                f"{kept} tokens, got {np.count_nonzero(~rows)}"
+                f"`dendrogram` must have {kept - 1} merges{where}, because `mask` "
+                f"keeps {kept} tokens, got {np.count_nonzero(~rows)}"
             )
+        # Every merged token must be one that the mask keeps.
         used = np.zeros(2 * len(rows) + 1, np.bool_)
         child = dendrogram[index][: kept - 1, :2]
         used[child[(child >= 0) & (child < len(used))].astype(np.intp)] = True
         wrong = np.flatnonzero(used[: len(rows) + 1] & ~mask[index])
         if len(wrong):
             raise ValueError(
-                f"`mask` must be the one `dendrogram` was made with{where}, "
-                f"which merges token {wrong[0]}"
+                f"`mask` must be the one that `dendrogram` was made with{where}, got "
+                f"one that excludes the merged token {wrong[0]}"
             )
 
 
 def check_mass_method(mass: NDArray[Any] | None, method: str) -> None:
-    """Refuse masses for a method that has no use for them."""
+    """Raise if masses are given for a method that does not use them."""
     if mass is not None and method not in _WEIGHED:
         raise ValueError(f'`mass` is for method="average" or "ward", got {method!r}')
 
 
 def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
-    """Refuse what is no bool, or True for a method that has no use for masses."""
+    """Raise if the value is not a bool, or is True for a method without masses."""
     if not isinstance(weighted_linkage, bool):
         raise TypeError(
             f"`weighted_linkage` must be True or False, got {weighted_linkage!r}"
@@ -96,31 +109,41 @@ def check_protect(
     protect: NDArray[Any] | None,
     method: str,
     counts: NDArray[np.int64],
-    wanted: tuple[int, ...],
+    shape: tuple[int, ...],
     mask: NDArray[np.bool_] | None,
 ) -> None:
-    """Refuse what is not boolean (B, N) or leaves other tokens without a group."""
+    """Raise if `protect` is not boolean (B, N) or leaves too few groups.
+
+    Each protected token needs a group of its own. The other tokens need one more group,
+    or one for each run of neighbours if groups are contiguous.
+    """
     if protect is None:
         return
     check_is_array("protect", protect)
     if protect.dtype != np.bool_:
         raise TypeError(f"`protect` must be boolean, got {protect.dtype}")
-    check_shape("protect", protect, "BN", wanted)
+    check_shape("protect", protect, "BN", shape)
     if is_cuda(protect):
         return
-    for index in np.ndindex(wanted[:-1]):
-        alone = protect[index] if mask is None else protect[index][mask[index]]
-        start = ~alone & np.append(True, alone[:-1])  # of a run of the others
-        runs = np.count_nonzero(start) if method == "contiguous" else (~alone).any()
-        num_alone, got = np.count_nonzero(alone), int(counts[index])
-        if got >= num_alone + runs:
+    # Padding is not protected: it has no group.
+    for index in np.ndindex(shape[:-1]):
+        protected = protect[index] if mask is None else protect[index][mask[index]]
+        # A run is a series of neighbours that no protected token interrupts.
+        start = ~protected & np.append(True, protected[:-1])  # of runs
+        runs = np.count_nonzero(start) if method == "contiguous" else (~protected).any()
+        num_protected, num_groups = np.count_nonzero(protected), int(counts[index])
+        if num_groups >= num_protected + runs:
             continue
         where = f" for sequence {index[0]}" if index else ""
-        why = f"the {num_alone} protected tokens leave no group for the others"
-        if got > num_alone:
-            why = f"{num_alone} protected tokens leave {runs} runs of neighbours"
+        why = f"the {num_protected} protected tokens leave no group for the others"
+        if num_groups > num_protected:
+            why = (
+                f"the {num_protected} protected tokens divide the others into {runs} "
+                "runs, and a contiguous group cannot span two runs"
+            )
         raise ValueError(
-            f"`num_groups` must be at least {num_alone + runs}{where}, got {got}: {why}"
+            f"`num_groups` must be at least {num_protected + runs}{where}, got "
+            f"{num_groups}: {why}"
         )
 
 
@@ -128,32 +151,38 @@ def check_anchors(
     anchors: NDArray[Any],
     method: str,
     counts: NDArray[np.int64],
-    most: int,
+    max_groups: int,
     tokens: tuple[int, ...],
     mask: NDArray[np.bool_] | None,
     protect: NDArray[np.bool_] | None,
 ) -> None:
-    """Refuse anchors that are not K distinct positions of tokens per sequence."""
+    """Raise if `anchors` are not K distinct positions of valid tokens per sequence."""
     if method != "nearest":
         raise ValueError(f'`anchors` are for method="nearest", got {method!r}')
     check_is_array("anchors", anchors)
     if anchors.dtype.kind not in "iu":
         raise TypeError(f"`anchors` must be integers, got {anchors.dtype}")
-    check_shape("anchors", anchors, "BK", (*tokens[:-1], most))
+    check_shape("anchors", anchors, "BK", (*tokens[:-1], max_groups))
     if is_cuda(anchors):
         return
     for index in np.ndindex(tokens[:-1]):
-        given = anchors[index][: int(counts[index])]
-        if len(given) and not 0 <= given.min() <= given.max() < tokens[-1]:
-            raise ValueError(f"`anchors` must lie in 0..{tokens[-1] - 1}, got {given}")
-        if len(np.unique(given)) < len(given):
-            raise ValueError(f"`anchors` must be distinct, got {given}")
-        if mask is not None and not mask[index][given].all():
-            raise ValueError(f"`anchors` must be tokens that `mask` keeps, got {given}")
+        # Entries behind K of this sequence are padding.
+        selected = anchors[index][: int(counts[index])]
+        if len(selected) and not 0 <= selected.min() <= selected.max() < tokens[-1]:
+            raise ValueError(
+                f"`anchors` must lie in 0..{tokens[-1] - 1}, got {selected}"
+            )
+        if len(np.unique(selected)) < len(selected):
+            raise ValueError(f"`anchors` must be distinct, got {selected}")
+        if mask is not None and not mask[index][selected].all():
+            raise ValueError(
+                f"`anchors` must be tokens that `mask` keeps, got {selected}"
+            )
+        # A protected token without an anchor of its own could not stay alone.
         if protect is not None:
-            alone = protect[index] if mask is None else protect[index] & mask[index]
-            if len(np.setdiff1d(np.flatnonzero(alone), given)):
+            protected = protect[index] if mask is None else protect[index] & mask[index]
+            if len(np.setdiff1d(np.flatnonzero(protected), selected)):
                 raise ValueError(
                     "`anchors` must include the protected tokens "
-                    f"{np.flatnonzero(alone)}, got {given}"
+                    f"{np.flatnonzero(protected)}, got {selected}"
                 )

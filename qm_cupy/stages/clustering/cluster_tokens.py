@@ -1,4 +1,4 @@
-"""Clustering: tokens to exactly K groups by cosine similarity, in causal order."""
+"""Clustering: put tokens into exactly K groups by cosine, in causal order."""
 
 from typing import Any, Literal, get_args
 
@@ -66,42 +66,45 @@ def cluster_tokens(
     num_groups : int or ndarray of int of shape (B,)
         K, or K of each sequence.
     method : str, default "average"
-        "average", "ward", "complete" or "single": the hierarchy of `linkage`, cut at K.
+        "average", "ward", "complete" or "single": the dendrogram of `linkage`, cut at
+        K groups.
         "nearest": each token joins the most similar of K anchors.
-        "bipartite": the soft matching of ToMe [1]_ (even places to odd ones), repeated
-        until K groups are left.
-        "contiguous": only neighbours merge, each time the pair that adds least to the
-        squared error of unit tokens.
+        "bipartite": the soft matching of ToMe [1]_, which merges groups at even
+        positions into groups at odd ones, repeated until K groups are left.
+        "contiguous": only neighbours merge; each step merges the pair that adds least
+        to the squared error of unit tokens.
     mass : ndarray of shape (N,) or (B, N), optional
         For "average" and "ward", as in `linkage`.
     anchors : ndarray of int of shape (K,) or (B, K), optional
-        For "nearest": distinct positions, padded with -1 where K differs between
-        sequences; every protected token is among them. By default the protected tokens
-        and those of largest norm among the others.
+        For "nearest": distinct positions, which include every protected token. If K
+        differs between sequences, they are padded with -1. The default anchors are the
+        protected tokens and, of the others, those of largest norm.
     protect : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = stays alone (class tokens, attention sinks); K counts these
-        groups too. The others are grouped as if the protected ones were cut out, but
-        "contiguous" merges no neighbours across one.
+        Boolean, True = this token stays a group of its own (for example class tokens
+        and attention sinks). K counts these groups too. The other tokens are grouped as
+        if the protected ones were cut out, but "contiguous" never merges neighbours
+        across a protected token.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens get label -1, protected or not. What is
-        left is grouped as if the padding were cut out: its neighbours are neighbours.
+        Boolean, True = token. Padded tokens get label -1, protected or not. The tokens
+        are grouped as if the padding were cut out: tokens on both sides of padding are
+        neighbours.
     order : {"last", "first"}, default "last"
-        Number groups by the position of their last member, so that no group holds a
-        token later than its place, or of their first.
+        Number groups by the position of their last or first member. With "last", no
+        group contains a token later than its own position, which causal models need.
 
     Returns
     -------
     ndarray of shape (N,) or (B, N)
-        int32 labels within 0..K-1, each of them used; -1 for padding.
+        int32 labels within 0..K-1, all of which are used; -1 for padding.
 
     Raises
     ------
     TypeError
-        If a dtype does not fit.
+        If a dtype is wrong.
     ValueError
-        If a shape does not fit, an entry is not finite, K exceeds the tokens or is too
-        small for the protected ones, a method or order does not exist, `mass` is for
-        another method, or `anchors` are not distinct tokens.
+        If a shape is wrong, an entry is not finite, K exceeds the number of tokens or
+        is too small for the protected ones, `method` or `order` is unknown, `mass` or
+        `anchors` are given for another method, or `anchors` are not distinct tokens.
 
     References
     ----------
@@ -135,8 +138,10 @@ def cluster_tokens(
     check_mask(mask, shape)
     check_mass_method(mass, method)
     check_mass(mass, shape)
+    # K must fit the valid tokens, and leave room for the protected ones.
     groups = check_group_counts(num_groups, shape[:-1], num_valid(shape, mask))
     check_protect(protect, method, groups.counts, shape, mask)
+    # Default anchors need no check.
     if anchors is not None:
         check_anchors(anchors, method, *groups, shape, mask, protect)
     labels = compute_cluster_tokens(
@@ -163,7 +168,7 @@ def compute_cluster_tokens(
     mask: Any = None,
     order: str = "last",
 ) -> Any:
-    """Return labels of arrays that are converted and checked."""
+    """Return labels for arrays that are already converted and checked."""
     args = tokens, num_groups.counts, method, mass, anchors, protect, mask, order
     if is_cuda(tokens):
         return _cluster_tokens_cuda(*args)
@@ -180,24 +185,27 @@ def _cluster_tokens_reference(
     mask: NDArray[np.bool_] | None,
     order: str,
 ) -> NDArray[np.int32]:
+    # Cut padding and protected tokens out, group the free tokens, then join the groups:
+    # a protected token i is group i, the groups of free tokens are N, N + 1, ...
     if method == "nearest" and anchors is None:
         anchors = _top_norm_anchors_reference(tokens, counts, mask, protect)
     labels = np.full(tokens.shape[:-1], -1, np.int32)
     for index in np.ndindex(tokens.shape[:-2]):
         keep = np.ones(tokens.shape[-2], np.bool_) if mask is None else mask[index]
-        alone = np.zeros_like(keep) if protect is None else keep & protect[index]
-        free, num_groups = keep & ~alone, int(counts[index])
+        protected = np.zeros_like(keep) if protect is None else keep & protect[index]
+        free, num_groups = keep & ~protected, int(counts[index])
         weight = None if mass is None else mass[index][free]
-        chosen = None
+        selected = None
         if anchors is not None:
-            chosen = anchors[index][:num_groups]
-            place = np.cumsum(free) - 1  # of each token once the rest is cut out
-            chosen = place[chosen[free[chosen]]]
-        runs = np.cumsum(alone, dtype=np.intp)[free]
-        num_groups -= int(np.count_nonzero(alone))
-        found = _groups(tokens[index][free], num_groups, method, weight, chosen, runs)
+            selected = anchors[index][:num_groups]
+            position = np.cumsum(free) - 1  # among the free tokens
+            selected = position[selected[free[selected]]]
+        # Tokens between the same two protected tokens have the same run number.
+        runs = np.cumsum(protected, dtype=np.intp)[free]
+        num_groups -= int(np.count_nonzero(protected))
+        roots = _groups(tokens[index][free], num_groups, method, weight, selected, runs)
         groups = np.arange(len(keep))
-        groups[free] = len(keep) + found
+        groups[free] = len(keep) + roots
         labels[index][keep] = in_order(groups[keep], order)
     return labels
 
@@ -208,8 +216,9 @@ def _top_norm_anchors_reference(
     mask: NDArray[np.bool_] | None,
     protect: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
-    """Return the positions (B, K) of K tokens: the protected, then by their norms."""
+    """Return the positions (B, K) of the protected tokens and the longest others."""
     norms = relative_norms(tokens, mask)
+    # An infinite norm selects the protected tokens first.
     if protect is not None:
         norms[protect] = np.inf
     return select_tokens_reference(norms, counts, counts.max(initial=0), mask)
@@ -223,13 +232,15 @@ def _groups(
     anchors: NDArray[Any] | None,
     runs: NDArray[np.intp],
 ) -> NDArray[np.intp]:
-    """Group the tokens (N, D) of one sequence, without padding and protected ones."""
+    """Return groups of the tokens (N, D) of a sequence without padding or protected."""
+    # K = N: each token is a group, also if there are no tokens at all.
     if num_groups == len(tokens):
         return np.arange(len(tokens))
+    # Every merge leaves one group less, so K groups take N - K merges.
     if method in LINKAGES:
         tree = linkage_sequence(tokens, method, mass)
         return cut_sequence(tree, len(tokens) - num_groups)
-    unit = unit_tokens(tokens.astype(np.float64))
+    unit = unit_tokens(tokens.astype(np.float64))  # (N, D)
     if anchors is not None:
         return nearest_groups_reference(unit, anchors)
     if method == "bipartite":
@@ -247,17 +258,24 @@ def _cluster_tokens_cuda(
     mask: Any,
     order: str,
 ) -> Any:
-    given, most = device_counts(counts)
+    group_counts, max_groups = device_counts(counts)
+    # The cut of a dendrogram numbers its groups in the same launch. The other methods
+    # return roots, which get their numbers at the end.
     if method in LINKAGES:
         tree = dendrograms_cuda(tokens, method, mass, mask, protect, counts)
-        return cut_linkage_cuda(tree, given, most, mask=mask, order=order)
+        return cut_linkage_cuda(tree, group_counts, max_groups, mask=mask, order=order)
     if method == "nearest":
         if anchors is None:
-            anchors = top_norm_anchors_cuda(tokens, given, most, mask, protect)
-        roots = nearest_groups_cuda(tokens, anchors, given, mask, protect)
+            anchors = top_norm_anchors_cuda(
+                tokens, group_counts, max_groups, mask, protect
+            )
+        roots = nearest_groups_cuda(tokens, anchors, group_counts, mask, protect)
     elif method == "bipartite":
-        fewest = int(counts.min(initial=most))
-        roots = bipartite_groups_cuda(tokens, given, most, mask, protect, fewest=fewest)
+        # The smallest K is known on the CPU: it bounds the number of steps.
+        fewest = int(counts.min(initial=max_groups))
+        roots = bipartite_groups_cuda(
+            tokens, group_counts, max_groups, mask, protect, fewest=fewest
+        )
     else:
-        roots = contiguous_groups_cuda(tokens, given, most, mask, protect)
+        roots = contiguous_groups_cuda(tokens, group_counts, max_groups, mask, protect)
     return number_groups_cuda(roots, order)

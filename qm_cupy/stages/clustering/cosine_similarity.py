@@ -16,12 +16,12 @@ from ...cuda.tiles import Tiling
 from ..saliency.token_norms import token_norms_cuda
 from .unit_tokens import unit_tokens
 
-_GRAM_ROWS = 2048  # of a product of tokens by themselves
+_GRAM_ROWS = 2048  # rows of x xᵀ that one matrix product computes
 
 
 @on_callers_stream
 def cosine_similarity(tokens: Array) -> Array:
-    r"""Cosine of the angle between every two tokens of a sequence.
+    r"""Return the cosine of the angle between every two tokens of a sequence.
 
     .. math:: S_{ij} = \frac{x_i \cdot x_j}{\lVert x_i \rVert \lVert x_j \rVert}
 
@@ -33,15 +33,16 @@ def cosine_similarity(tokens: Array) -> Array:
     Returns
     -------
     ndarray of shape (N, N) or (B, N, N)
-        Similarities within [-1, 1], exactly symmetric; float32, or float64 for float64
-        input. A token of norm 0 has similarity 0 with all, itself included.
+        Similarities within [-1, 1]; the matrices are exactly symmetric. float32, or
+        float64 for float64 input. A token of norm 0 has similarity 0 with all tokens,
+        itself included.
 
     Raises
     ------
     TypeError
         If `tokens` is not floating.
     ValueError
-        If the shape does not fit or an entry is not finite.
+        If the shape is wrong or an entry is not finite.
 
     Examples
     --------
@@ -63,35 +64,40 @@ def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
     dtype = np.result_type(tokens.dtype, np.float32)
     similarity = np.empty((*batch, num_tokens, num_tokens), dtype)
     for index in np.ndindex(*batch):
-        unit = unit_tokens(tokens[index].astype(dtype))
+        unit = unit_tokens(tokens[index].astype(dtype))  # (N, D)
         gram(unit, similarity[index])
+        # The diagonal is exactly 1, or 0 for a zero token.
         np.fill_diagonal(similarity[index], unit.any(axis=-1))
+    # Rounding may exceed [-1, 1].
     return similarity.clip(-1, 1, out=similarity)
 
 
 def cosine_similarity_cuda(tokens: Any) -> Any:
-    """Return the cosines (B, N, N), or of one sequence (N, N), of tokens (B, N, D)."""
+    """Return the cosines (B, N, N) of tokens (B, N, D), or (N, N) of one sequence."""
     *leading, num_tokens, dim = tokens.shape
     batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
     out = empty((*leading, num_tokens, num_tokens), acc_dtype)
     tokens, norms = contiguous(tokens), token_norms_cuda(tokens)
     args = (tokens, norms, batch, num_tokens, dim, out)
     kernel = "cosine_similarity", "cosine_similarity"
+    # Only tiles on or above the diagonal are computed: the matrix is symmetric.
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out
 
 
 def gram(x: NDArray[Any], out: NDArray[Any]) -> None:
-    """Write x xᵀ (N, N), symmetric to the bit: some rows at a time, each mirrored.
+    """Write x xᵀ (N, N) to `out`, exactly symmetric.
 
-    Never as one product: OpenBLAS's threaded syrk, which NumPy takes for that, faults
-    from some 16,384 rows on (numpy#19685).
+    Rows are computed in parts, and the part right of the diagonal is mirrored. NumPy
+    would compute the whole product with OpenBLAS's threaded syrk, which crashes from
+    about 16,384 rows on (numpy#19685).
     """
+    # Mirroring instead of computing both halves makes the result exactly symmetric.
     for start in range(0, len(x), _GRAM_ROWS):
         stop = start + _GRAM_ROWS
         rows = x[start:stop]
         np.matmul(rows, rows.T, out=out[start:stop, start:stop])
-        rest = rows @ x[stop:].T
+        rest = rows @ x[stop:].T  # right of the block on the diagonal
         out[start:stop, stop:] = rest
         out[stop:, start:stop] = rest.T

@@ -1,4 +1,4 @@
-"""Cuts of dendrograms."""
+"""Cuts of dendrograms into groups."""
 
 import math
 from typing import Any
@@ -49,28 +49,28 @@ def cut_linkage(
     mask: BoolArray | None = None,
     order: Order = "last",
 ) -> IntArray:
-    r"""Groups of a dendrogram, cut at exactly K groups or within an error.
+    r"""Cut dendrograms into exactly K groups, or into the fewest within an error.
 
     Parameters
     ----------
     dendrogram : ndarray of shape (N - 1, 4) or (B, N - 1, 4)
-        As `linkage` gives it.
+        The result of `linkage`.
     num_groups : int or ndarray of int of shape (B,), optional
         K, or K of each sequence.
     max_error : float, optional
-        Instead of K, for a ward dendrogram: the fewest groups whose squared distance
-        of unit tokens to their group's mean, summed and divided by the number of
-        tokens, is at most this. K may then differ from sequence to sequence: it is
-        ``labels.max(-1) + 1``.
+        Instead of K, for a ward dendrogram: return the fewest groups whose error is at
+        most this. The error is the sum of the squared distances of unit tokens to the
+        mean of their group, divided by the number of tokens. K may then differ between
+        sequences; it is ``labels.max(-1) + 1``.
     mass : ndarray of shape (N,) or (B, N), optional
-        With `max_error`, the masses the dendrogram was made with: squared distances
-        are weighted by them and divided by their sum. To K groups they make no
-        difference.
+        With `max_error`, the masses that the dendrogram was made with: they weight the
+        squared distances, and their sum replaces the number of tokens. With
+        `num_groups` they make no difference.
     mask : ndarray of shape (N,) or (B, N), optional
-        The mask the dendrogram was made with.
+        The mask that the dendrogram was made with.
     order : {"last", "first"}, default "last"
-        Number groups by the position of their last member, so that no group holds a
-        token later than its place, or of their first.
+        Number groups by the position of their last or first member. With "last", no
+        group contains a token later than its own position, which causal models need.
 
     Returns
     -------
@@ -80,10 +80,10 @@ def cut_linkage(
     Raises
     ------
     TypeError
-        If a dtype does not fit.
+        If a dtype is wrong.
     ValueError
-        If the dendrogram is not one, or not of this mask, K is outside 1..N, or not
-        exactly one of `num_groups` and `max_error` is given.
+        If `dendrogram` is not a dendrogram or was made with another mask, K is outside
+        1..N, or not exactly one of `num_groups` and `max_error` is given.
 
     Notes
     -----
@@ -106,19 +106,27 @@ def cut_linkage(
     check_is_array("dendrogram", dendrogram)
     check_choice("order", order, ORDERS)
     if (num_groups is None) == (max_error is None):
-        raise ValueError("give exactly one of `num_groups` and `max_error`")
+        raise ValueError(
+            "give exactly one of `num_groups` and `max_error`, got "
+            f"{'neither' if num_groups is None else 'both'}"
+        )
     check_dendrogram(dendrogram, mask)
     batch, num_tokens = dendrogram.shape[:-2], dendrogram.shape[-2] + 1
     check_mass(mass, (*batch, num_tokens))
     counts = None
+    # K of a sequence is limited by its valid tokens; an error bound has no upper limit.
     if max_error is None:
         limit = num_tokens if mask is None else mask.sum(axis=-1)
         counts = check_num_groups(num_groups, batch, limit)
     else:
         max_error = check_number("max_error", max_error, 0, np.inf, "[)")
     if is_cuda(dendrogram):
-        given, most = (None, 1) if counts is None else device_counts(counts)
-        cut = cut_linkage_cuda(dendrogram, given, most, max_error, mass, mask, order)
+        group_counts, max_groups = (
+            (None, 1) if counts is None else device_counts(counts)
+        )
+        cut = cut_linkage_cuda(
+            dendrogram, group_counts, max_groups, max_error, mass, mask, order
+        )
         return leave(cut)
     return leave(
         _cut_linkage_reference(dendrogram, counts, max_error, mass, mask, order)
@@ -133,13 +141,16 @@ def _cut_linkage_reference(
     mask: NDArray[np.bool_] | None,
     order: str,
 ) -> NDArray[np.int32]:
-    """Return labels (B, N) of dendrograms cut at K groups each or within an error."""
+    """Return labels (B, N) of dendrograms cut into K groups, or within an error."""
     if counts is None:
         counts = count_within(dendrogram, mass, mask, max_error or 0)
     num_tokens = dendrogram.shape[-2] + 1
     labels = np.full((*dendrogram.shape[:-2], num_tokens), -1, np.int32)
+    # The dendrogram of a masked sequence names tokens by their padded positions, so it
+    # is cut as a whole; padded tokens stay nodes of their own.
     for index in np.ndindex(labels.shape[:-1]):
         keep = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
+        # Every merge leaves one group less, so K groups take n - K merges.
         merges = int(np.count_nonzero(keep)) - int(counts[index])
         groups = cut_sequence(dendrogram[index], merges)
         labels[index][keep] = in_order(groups[keep], order)
@@ -152,26 +163,31 @@ def count_within(
     mask: NDArray[np.bool_] | None,
     max_error: float,
 ) -> NDArray[np.int64]:
-    """Return the fewest groups (B,) whose error per token, or mass, is within."""
+    """Return the fewest groups (B,) whose error, divided by the mass, is in bounds."""
     num_tokens = dendrogram.shape[-2] + 1
     counts = np.empty(dendrogram.shape[:-2], np.int64)
     for index in np.ndindex(counts.shape):
         keep = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
         ones = np.ones(num_tokens)
+        # Without masses each token counts as 1.
         weight, peak = relative_mass((ones if mass is None else mass[index])[keep])
+        # Divide everything by the largest mass, as `linkage` does. A ward merge at
+        # height h adds h² / 2 to the squared error.
         height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf where padded
         error = np.cumsum(height**2 / 2) / weight.sum()
+        # Merges are sorted by height, so the error only grows with their number.
         counts[index] = len(weight) - np.sum(error <= max_error + ERROR_ROUNDING)
     return counts
 
 
 def cut_sequence(dendrogram: Floats, merges: int) -> Groups:
-    """Return the topmost node above each token once the first merges are made."""
+    """Return the topmost node above each token after the first `merges` merges."""
     num_tokens = len(dendrogram) + 1
     parent = np.arange(num_tokens + merges)
+    # The parent of both children of row r is node N + r.
     children = dendrogram[:merges, :2].astype(np.intp)
     parent[children] = num_tokens + np.arange(merges)[:, None]
-    while True:  # each round doubles the distance climbed
+    while True:  # pointer doubling: each round doubles the levels climbed
         above = parent[parent]
         if np.array_equal(above, parent):
             return parent[:num_tokens]
@@ -187,16 +203,19 @@ def cut_linkage_cuda(
     mask: Any = None,
     order: str = "last",
 ) -> Any:
-    """Return labels (B, N) of dendrograms (B, N - 1, 4) cut at K or at `max_error`."""
+    """Return labels (B, N) of dendrograms (B, N - 1, 4) cut at K or `max_error`."""
     *leading, rows, _ = dendrogram.shape
     batch, num_tokens = math.prod(leading), rows + 1
     dendrogram = contiguous(dendrogram, np.float64)
+    # Heights are float64; only masses have a dtype of their own.
     acc_dtype = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
     weights = contiguous(mass, acc_dtype), contiguous(mask)
+    # The kernels take a negative bound for "no bound".
     bound = -1.0 if max_error is None else float(max_error)
     out = empty((*leading, num_tokens), np.int32)
     sizes = counts, batch, num_tokens, num_groups, bound
     args: tuple[Any, ...] = (dendrogram, *weights, *sizes)
+    # The basic kernels need three launches: merges, roots, labels.
     if implementation() == "basic":
         merges = empty((batch,), np.int32)
         args = (*args, merges)
@@ -205,6 +224,7 @@ def cut_linkage_cuda(
         kernel = "cut_linkage", "dendrogram_roots"
         launch(*kernel, np.float32, args, outputs=out.size)
         return number_groups_cuda(out, order)
+    # Scratch of the kernel: two arrays of 2N parents a sequence.
     nodes = empty((batch, 4 * num_tokens), np.int32)
     args = (*args, int(order == "first"), nodes, out)
     block = block_size(num_tokens, GROUP_THREADS)

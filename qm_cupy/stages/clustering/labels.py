@@ -1,6 +1,7 @@
 """Labels: groups numbered in causal order.
 
-Roots name each token's group by any number within 0..2N-1, -1 for padding.
+A root is the number of a token's group before groups are numbered: any number within
+0..2N-1 that all tokens of the group have, and no others. Padding has root -1.
 """
 
 from typing import Any, Literal, get_args
@@ -22,20 +23,26 @@ Groups = NDArray[np.intp]
 
 def in_order(groups: Groups, order: str) -> Groups:
     """Number groups 0..K-1 by the position of their last or first member."""
+    # `unique` finds first members. With the tokens reversed, it finds last members.
     forwards = groups if order == "first" else groups[::-1]
-    _, place, label = np.unique(forwards, return_index=True, return_inverse=True)
+    _, position, label = np.unique(forwards, return_index=True, return_inverse=True)
     if order == "last":
-        place, label = -place, label[::-1]
-    rank = np.argsort(np.argsort(place))
+        position, label = -position, label[::-1]
+    rank = np.argsort(np.argsort(position))  # argsort twice gives ranks
     return rank[label]
 
 
 def number_groups_cuda(roots: Any, order: str) -> Any:
-    """Return labels: groups 0.. by their last or first member's position."""
+    """Return the labels of groups, numbered by their last or first members.
+
+    `roots` (B, N) or (N,) holds the root of each token.
+    """
     batch, num_tokens = rows_of(roots)
     roots = contiguous(roots, np.int32)
     out = empty(roots.shape, np.int32)
     first = int(order == "first")
+    # The basic kernels need two launches: all ends of groups must be known before any
+    # group gets its number.
     if implementation() == "basic":
         ends = empty(roots.shape, np.bool_)
         args: tuple[Any, ...] = (roots, batch, num_tokens, first, ends)
@@ -43,8 +50,9 @@ def number_groups_cuda(roots: Any, order: str) -> Any:
         args = (roots, ends, batch, num_tokens, out)
         launch("labels", "number_groups", np.float32, args, outputs=out.size)
     else:
-        places = empty((batch, 2 * num_tokens), np.int32)
-        args = (roots, batch, num_tokens, first, places, out)
+        # Scratch: the position of each group, by its root.
+        positions = empty((batch, 2 * num_tokens), np.int32)
+        args = (roots, batch, num_tokens, first, positions, out)
         kernel = "labels", "number_groups"
         block = block_size(num_tokens, GROUP_THREADS)
         launch(*kernel, np.float32, args, blocks=batch, block=block)

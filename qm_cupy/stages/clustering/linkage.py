@@ -1,8 +1,9 @@
-"""Dendrograms: grown by SciPy, or by rounds where tokens have masses.
+"""Dendrograms: computed by SciPy, or in rounds if tokens have masses.
 
-Rows are SciPy's: two groups, their distance, the tokens of the new group. Under a mask
-tokens keep their places in the padded sequence, row r makes group N + r, and the rows
-that padding leaves over are (-1, -1, inf, 0).
+Rows have SciPy's format: two groups, their distance, and the number of tokens in the
+new group. With a mask, tokens keep their positions in the padded sequence and row r
+makes group N + r. A sequence of n tokens has n - 1 merges; the other rows are
+(-1, -1, inf, 0).
 """
 
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from .linkage_cuda import dendrograms_cuda
 from .unit_tokens import unit_tokens
 from .weighted_linkage import Floats, weighted_linkage
 
+# A row without a merge: no groups, an infinite distance, no tokens.
 PADDED_ROW = (-1.0, -1.0, np.inf, 0.0)
 
 
@@ -35,54 +37,56 @@ def linkage(
     mass: FloatArray | None = None,
     mask: BoolArray | None = None,
 ) -> FloatArray:
-    r"""Dendrogram of each sequence's tokens by cosine similarity, in SciPy's format.
+    r"""Return the dendrogram of each sequence's tokens by cosine similarity.
 
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     method : {"average", "ward", "complete", "single"}, default "average"
-        Distance between groups. Between tokens it is 1 - cos, for ward √(2 - 2 cos),
-        the distance of unit vectors.
+        Distance between groups. Between two tokens it is 1 - cos, or for "ward"
+        √(2 - 2 cos), the distance of their unit vectors.
     mass : ndarray of shape (N,) or (B, N), optional
-        For "average" and "ward": a token of mass w counts as w equal tokens. What is
+        For "average" and "ward": a token of mass w counts as w equal tokens. A mass
         below a millionth of the sequence's largest mass counts as that millionth, so
-        that a token of no mass still joins its nearest; if all are 0, as 1 each.
+        that a token of mass 0 still joins its nearest group. If all masses are 0, each
+        counts as 1.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
 
     Returns
     -------
     ndarray of shape (N - 1, 4) or (B, N - 1, 4)
-        float64, a merge a row, nearest first: the two groups merged (tokens are
-        0..N-1, row r makes group N + r), their distance, the tokens of the new group.
-        n tokens that a mask keeps have n - 1 rows, and (-1, -1, inf, 0) follows.
+        float64, in SciPy's format. Each row is a merge, in the order of distance: the
+        two groups that merge (tokens are 0..N-1, row r makes group N + r), their
+        distance, and the number of tokens in the new group. If a mask keeps n tokens,
+        the first n - 1 rows are merges and all others are (-1, -1, inf, 0).
 
     Raises
     ------
     TypeError
-        If a dtype does not fit.
+        If a dtype is wrong.
     ValueError
-        If a shape does not fit, an entry is not finite, a mass is negative or for
-        another method, a sequence has no tokens, or there is no such method.
+        If a shape is wrong, an entry is not finite, a mass is negative, masses are
+        given for another method, a sequence has no tokens, or `method` is unknown.
 
     See Also
     --------
-    scipy.cluster.hierarchy.linkage : The algorithm, after the distances.
+    scipy.cluster.hierarchy.linkage : The same dendrogram from given distances.
 
     Notes
     -----
-    With weights w, sums W_A of them and weighted means μ_A of unit tokens, the average
-    distance is
+    Let w be the masses, W_A the sum of the masses of group A, and μ_A the weighted mean
+    of its unit tokens. The average distance is
 
     .. math:: \frac{1}{W_A W_C} \sum_{i \in A, j \in C} w_i w_j (1 - \cos_{ij})
 
-    and ward's
+    and Ward's distance is
 
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
-    Takes 16 N² bytes or so for each sequence in turn. Equal distances are taken in an
-    order that depends on the tokens alone.
+    It needs about 16 N² bytes, for one sequence at a time. The order of merges at equal
+    distances depends on the tokens alone.
 
     Examples
     --------
@@ -116,11 +120,13 @@ def linkage_reference(
         if mask is None:
             dendrogram[index] = linkage_sequence(tokens[index], method, weight)
             continue
-        place = np.flatnonzero(mask[index])
-        weight = None if weight is None else weight[place]
-        tree = linkage_sequence(tokens[index][place], method, weight)
-        node = np.concatenate((place, num_tokens + np.arange(len(tree))))
-        dendrogram[index] = PADDED_ROW
+        # Cut the padding out, then translate tokens and groups back to numbers of the
+        # padded sequence.
+        position = np.flatnonzero(mask[index])
+        weight = None if weight is None else weight[position]
+        tree = linkage_sequence(tokens[index][position], method, weight)
+        node = np.concatenate((position, num_tokens + np.arange(len(tree))))
+        dendrogram[index] = PADDED_ROW  # all rows, then the n - 1 merges
         dendrogram[index][: len(tree), :2] = node[tree[:, :2].astype(np.intp)]
         dendrogram[index][: len(tree), 2:] = tree[:, 2:]
     return dendrogram
@@ -130,33 +136,37 @@ def linkage_sequence(
     tokens: NDArray[Any], method: str, mass: NDArray[Any] | None = None
 ) -> Floats:
     """Return the dendrogram (N - 1, 4) of one sequence without padding."""
-    # Here, or `import qm_cupy` takes twice as long.
+    # Imported here, because at the top it would double the time of `import qm_cupy`.
     from scipy.cluster import hierarchy
     from scipy.spatial.distance import squareform
 
+    # One token has no merge, and SciPy would raise.
     if len(tokens) == 1:
         return np.empty((0, 4))
     unit = unit_tokens(tokens.astype(np.float64))
-    distance = np.empty((len(unit), len(unit)))
+    distance = np.empty((len(unit), len(unit)))  # cosines first, then distances
     gram(unit, distance)
     if mass is None:
-        distance = squareform(distance, checks=False)  # what is above the diagonal
+        distance = squareform(distance, checks=False)  # above the diagonal
     np.subtract(1, distance, out=distance)
-    np.clip(distance, 0, 2, out=distance)
+    np.clip(distance, 0, 2, out=distance)  # against rounding
+    # SciPy does not take masses. Masses relative to the largest are scaled back at the
+    # end: Ward's distance grows with the root of the masses, the average not at all.
     if mass is not None:
         weight, peak = relative_mass(mass)
         tree, _ = weighted_linkage(distance, weight, method)
         tree[:, 2] *= np.sqrt(peak) if method == "ward" else 1
         return tree
+    # ‖x - y‖ = √(2 - 2 cos) for unit vectors
     if method == "ward":
         distance *= 2
         np.sqrt(distance, out=distance)
-    found: Floats = hierarchy.linkage(distance, method)
-    return found
+    dendrogram: Floats = hierarchy.linkage(distance, method)
+    return dendrogram
 
 
 def relative_mass(mass: NDArray[Any]) -> tuple[Floats, float]:
-    """Return masses (N,) over the largest, none of them 0, and the largest."""
+    """Return masses (N,) relative to the largest, none of them 0, and the largest."""
     peak = float(mass.max())
     if peak == 0:
         return np.ones(len(mass)), 1.0

@@ -28,9 +28,11 @@ from ...cuda.launch import contiguous, device_counts, dynamic_shared_bytes, laun
 from ...settings import implementation
 from .cosine_similarity import cosine_similarity_cuda
 
-_MEETINGS = 430  # tokens whose rows take a block as long as meetings do; an estimate
-_SMALL = 256 << 20  # bytes that nobody asks the free memory for
-_FEWER = 256  # threads of a block where several share a multiprocessor
+# The cost of all synchronisations of a sequence: the number of tokens whose rows take
+# one block as long. It is an estimate.
+_SYNC_COST = 430
+_SMALL = 256 << 20  # bytes up to which a batch runs at once, whatever memory is free
+_FEWER_THREADS = 256  # threads of a block if a multiprocessor runs several blocks
 
 
 def dendrograms_cuda(
@@ -43,45 +45,48 @@ def dendrograms_cuda(
 ) -> Any:
     """Return the dendrograms (B, N - 1, 4) of tokens (B, N, D), or of one sequence.
 
-    As many sequences at a time as the memory has room for their cosines.
+    If the cosines of the whole batch do not fit the free memory, launch several times,
+    each time with as many sequences as fit.
     """
     *leading, num_tokens, dim = tokens.shape
     batch = math.prod(leading)
     tokens = tokens.reshape(batch, num_tokens, dim)
-    weight, valid, alone = (
+    weight, valid, protected = (
         None if x is None else x.reshape(batch, num_tokens)
         for x in (mass, mask, protect)
     )
     counts = None if num_groups is None else num_groups.reshape(batch)
     out = empty((batch, num_tokens - 1, 4), np.float64)
-    part = _sequences_at_once(batch, num_tokens, accumulation_dtype(tokens.dtype))
-    for first in range(0, batch, part):
-        now = slice(first, first + part)
+    at_once = _sequences_at_once(batch, num_tokens, accumulation_dtype(tokens.dtype))
+    for first in range(0, batch, at_once):
+        sequences = slice(first, first + at_once)
         linkage_cuda(
-            cosine_similarity_cuda(tokens[now]),
+            cosine_similarity_cuda(tokens[sequences]),
             method,
-            mass=None if weight is None else weight[now],
-            mask=None if valid is None else valid[now],
-            protect=None if alone is None else alone[now],
-            num_groups=None if counts is None else counts[now],
-            out=out[now],
+            mass=None if weight is None else weight[sequences],
+            mask=None if valid is None else valid[sequences],
+            protect=None if protected is None else protected[sequences],
+            num_groups=None if counts is None else counts[sequences],
+            out=out[sequences],
         )
     return out.reshape(*leading, num_tokens - 1, 4)
 
 
-def _sequences_at_once(batch: int, num_tokens: int, kind: np.dtype[Any]) -> int:
-    each = num_tokens**2 * kind.itemsize
-    if batch * each <= _SMALL:
+def _sequences_at_once(batch: int, num_tokens: int, dtype: np.dtype[Any]) -> int:
+    bytes_per_sequence = num_tokens**2 * dtype.itemsize
+    if batch * bytes_per_sequence <= _SMALL:
         return max(batch, 1)
     free = free_memory()
-    if each > free:
+    if bytes_per_sequence > free:
         raise MemoryError(
-            f"a dendrogram of {num_tokens} tokens takes {each / 2**30:.1f} GiB of GPU "
-            f"memory for their similarities, and {free / 2**30:.1f} GiB are free: "
-            "merge fewer tokens at a time, or by a method that stores none of them "
-            '("nearest", "bipartite" or "contiguous")'
+            f"a dendrogram of {num_tokens} tokens takes "
+            f"{bytes_per_sequence / 2**30:.1f} GiB of GPU memory for the similarities, "
+            f"but {free / 2**30:.1f} GiB are free: merge fewer tokens at a time, or "
+            'use a method that stores no similarities ("nearest", "bipartite" or '
+            '"contiguous")'
         )
-    return min(batch, max(free // 4 * 3 // each, 1))
+    # A quarter of the free memory remains for the other arrays of the kernels.
+    return min(batch, max(free // 4 * 3 // bytes_per_sequence, 1))
 
 
 def linkage_cuda(
@@ -94,10 +99,10 @@ def linkage_cuda(
     *,
     out: Any = None,
 ) -> tuple[Any, Any]:
-    """Return the dendrograms (B, N - 1, 4) and the rounds (B,) they took.
+    """Return the dendrograms (B, N - 1, 4) and the number of rounds (B,).
 
-    The cosines (B, N, N) are used up. With `num_groups` (B,), only the merges down to K
-    groups, the protected tokens' own among them, are sure to be made.
+    The cosines (B, N, N) are overwritten. With `num_groups` (B,), the kernel may stop
+    after the merges that leave K groups, which include those of protected tokens.
     """
     batch, num_tokens, _ = cosines.shape
     if out is None:
@@ -105,45 +110,61 @@ def linkage_cuda(
     rounds = empty((batch,), np.int32)
     if num_tokens == 1:
         return out, rounds
-    given, most = (None, 1) if num_groups is None else device_counts(num_groups)
+    counts, max_groups = (None, 1) if num_groups is None else device_counts(num_groups)
     mass = contiguous(mass, cosines.dtype)
     masks = contiguous(mask), contiguous(protect)
     if implementation() == "basic":
         _linkage_basic_cuda(cosines, method, mass, masks, out)
         return out, rounds
-    counts = given, batch, num_tokens, most
+    sizes = counts, batch, num_tokens, max_groups
     if method == "single":
-        _single_linkage_cuda(cosines, masks, counts, out, rounds)
+        _single_linkage_cuda(cosines, masks, sizes, out, rounds)
         return out, rounds
     dtype = cosines.dtype
     width = dtype.itemsize
+    # Use shared memory for as much as fits a block: the clusters and the matrix, only
+    # the clusters, or neither.
     room = _dynamic_shared_bytes("linkage", dtype) - LINKAGE_SCRATCH * width
     heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
-    alone = heights + held_bytes(num_tokens, width) <= room  # all in a block's memory
-    held = state <= room  # the clusters
-    shared = held * state
-    if alone:
-        shared = heights + held_bytes(num_tokens, width)
+    in_shared = heights + resident_bytes(num_tokens, width) <= room
+    state_in_shared = state <= room  # clusters only
+    shared = state_in_shared * state
+    if in_shared:
+        shared = heights + resident_bytes(num_tokens, width)
     layout = layout_of(
-        batch, num_tokens, width, LINKAGE_SCRATCH * width + shared, alone=alone
+        batch, num_tokens, width, LINKAGE_SCRATCH * width + shared, one_block=in_shared
     )
-    last = 0  # clusters that a block of several can hold alone
+    # Number of clusters at which the first block of a team can continue alone, because
+    # they and their matrix fit its shared memory.
+    resident = 0
     if layout.blocks > 1:
-        last = most_held(room - held * heights, layout.threads, width)
-        shared = room if last else shared
-    copies = 0 if held else layout.places * layout.blocks
+        resident = max_resident_clusters(
+            room - state_in_shared * heights, layout.threads, width
+        )
+        shared = room if resident else shared
+    # In global memory every block has its own copy of the clusters.
+    copies = 0 if state_in_shared else layout.num_teams * layout.blocks
     tree = _tree_bytes(num_tokens, width)
-    trees = empty((layout.places, tree), np.uint8)
-    found = empty((layout.places, 2 * num_tokens * NEAREST_BYTES[width]), np.uint8)
+    trees = empty((layout.num_teams, tree), np.uint8)
+    exchange = empty(
+        (layout.num_teams, 2 * num_tokens * NEAREST_BYTES[width]), np.uint8
+    )
     states = empty((copies, state), np.uint8) if copies else None
-    options = LINKAGE_METHODS[method], int(alone), last, layout.blocks, state, tree
-    scratch = trees, found, states, _zeros(layout.places)
+    options = (
+        LINKAGE_METHODS[method],
+        int(in_shared),
+        resident,
+        layout.blocks,
+        state,
+        tree,
+    )
+    scratch = trees, exchange, states, _zeros(layout.num_teams)
     launch(
         "linkage",
         "linkage",
         dtype,
-        (cosines, mass, *masks, *counts, *options, *scratch, out, rounds),
-        blocks=layout.places * layout.blocks,
+        (cosines, mass, *masks, *sizes, *options, *scratch, out, rounds),
+        blocks=layout.num_teams * layout.blocks,
         block=layout.threads,
         shared=LINKAGE_SCRATCH * width + shared,
         cooperative=layout.blocks > 1,
@@ -152,56 +173,61 @@ def linkage_cuda(
 
 
 def _height_bytes(num_tokens: int, width: int) -> int:
-    """Return the bytes of the heights that each block keeps."""
+    """Return the bytes of the heights of all merges, which each block keeps."""
     return _aligned(num_tokens * width)
 
 
 def _slot_bytes(num_slots: int, width: int) -> int:
-    """Return the bytes of the clusters that each block keeps."""
+    """Return the bytes of the clusters in `num_slots` slots, which each block keeps."""
     return _aligned(num_slots * SLOT_BYTES[width])
 
 
 def _aligned(size: int) -> int:
-    """Return bytes of shared memory, in whole vectors."""
+    """Return a number of bytes rounded up to whole vectors."""
     return -(-size // VECTOR_BYTES) * VECTOR_BYTES
 
 
 def _state_bytes(num_tokens: int, width: int) -> int:
-    """Return the bytes of what each block keeps."""
+    """Return the bytes of the heights and clusters that each block keeps."""
     return _height_bytes(num_tokens, width) + _slot_bytes(num_tokens, width)
 
 
-def held_bytes(num_slots: int, width: int) -> int:
-    """Return the bytes of clusters, what is found for them, and their matrix."""
-    found = 2 * NEAREST_BYTES[width]  # in this round and the next
-    return _slot_bytes(num_slots, width) + num_slots * (found + num_slots * width)
+def resident_bytes(num_slots: int, width: int) -> int:
+    """Return the bytes of clusters, their exchange and their matrix."""
+    exchange = 2 * NEAREST_BYTES[width]  # two buffers: one is read, one is written
+    return _slot_bytes(num_slots, width) + num_slots * (exchange + num_slots * width)
 
 
-def most_held(room: int, threads: int, width: int) -> int:
-    """Return how many clusters, at most one a thread, a block can hold alone."""
+def max_resident_clusters(room: int, threads: int, width: int) -> int:
+    """Return how many clusters a block can continue with alone, at most one a thread.
+
+    The limit of one a thread comes from `renumber` in ``linkage_columns.cuh``, which
+    moves clusters to another layout in one pass. Less than two clusters count as 0.
+    """
     sizes = range(min(threads, math.isqrt(max(room, 0) // width)), 1, -1)
-    return next((n for n in sizes if held_bytes(n, width) <= room), 0)
+    return next((n for n in sizes if resident_bytes(n, width) <= room), 0)
 
 
 def _tree_bytes(num_tokens: int, width: int) -> int:
-    """Return the bytes of what becomes a sequence's dendrogram."""
+    """Return the bytes of a sequence's nodes, heights and merges; a multiple of 8."""
     return num_tokens * TREE_BYTES[width] + num_tokens % 2 * 4
 
 
 def _single_linkage_cuda(
-    cosines: Any, masks: tuple[Any, ...], counts: tuple[Any, ...], out: Any, rounds: Any
+    cosines: Any, masks: tuple[Any, ...], sizes: tuple[Any, ...], out: Any, rounds: Any
 ) -> None:
     batch, num_tokens, _ = cosines.shape
     dtype = cosines.dtype
     ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
+    # The state while rows are written is in shared memory if it fits.
     in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", dtype)
     layout = layout_of(batch, num_tokens, dtype.itemsize, 0)
     state = (
-        empty((layout.places, SINGLE_WORDS * num_tokens), np.uint64),
-        empty((layout.places, SINGLE_REALS * num_tokens), dtype),
-        empty((layout.places, SINGLE_INTEGERS * num_tokens), np.int32),
-        empty((layout.places, SINGLE_PROGRESS), np.int32),
-        _zeros(layout.places),
+        empty((layout.num_teams, SINGLE_WORDS * num_tokens), np.uint64),
+        empty((layout.num_teams, SINGLE_REALS * num_tokens), dtype),
+        empty((layout.num_teams, SINGLE_INTEGERS * num_tokens), np.int32),
+        empty((layout.num_teams, SINGLE_PROGRESS), np.int32),
+        _zeros(layout.num_teams),
     )
     options = int(in_shared), layout.blocks
     scratch = ranks + components if in_shared else ranks
@@ -209,54 +235,61 @@ def _single_linkage_cuda(
         "single_linkage",
         "single_linkage",
         dtype,
-        (cosines, *masks, *counts, *options, *state, out, rounds),
-        blocks=layout.places * layout.blocks,
+        (cosines, *masks, *sizes, *options, *state, out, rounds),
+        blocks=layout.num_teams * layout.blocks,
         block=layout.threads,
         shared=scratch,
         cooperative=layout.blocks > 1,
     )
 
 
-def _dynamic_shared_bytes(kernel: str, kind: Any) -> int:
-    return dynamic_shared_bytes(kernel, kernel, kind)
+def _dynamic_shared_bytes(kernel: str, dtype: Any) -> int:
+    return dynamic_shared_bytes(kernel, kernel, dtype)
 
 
 class Layout(NamedTuple):
-    """How a launch shares out the sequences."""
+    """How a launch distributes the sequences over blocks."""
 
-    places: int  # sequences at work at once
-    blocks: int  # for each of them
-    threads: int  # of a block
+    num_teams: int  # teams of blocks, each of which works on one sequence at a time
+    blocks: int  # of each team
+    threads: int  # of each block
 
 
 def layout_of(
-    batch: int, num_tokens: int, width: int, shared: int, *, alone: bool = False
+    batch: int, num_tokens: int, width: int, shared: int, *, one_block: bool = False
 ) -> Layout:
     """Return the layout that should be fastest.
 
-    A block takes `shared` bytes of shared memory, and one `alone` has a sequence.
+    A block uses `shared` bytes of shared memory. With `one_block`, each sequence gets
+    one block, because everything fits its shared memory.
     """
     device, threads = current_device(), LINKAGE_THREADS[width]
-    rows = threads // WARP  # a warp works at a row
-    most = min(-(-num_tokens // rows), device.multiprocessors)
-    if alone or batch >= device.multiprocessors or most == 1:
-        # Nobody waits for other blocks; smaller ones, where three fit, fill the waits.
+    rows = threads // WARP  # one warp works on a row
+    # More blocks than this would have warps without a row.
+    max_blocks = min(-(-num_tokens // rows), device.multiprocessors)
+    if one_block or batch >= device.multiprocessors or max_blocks == 1:
+        # No block waits for another one. If three blocks fit a multiprocessor, smaller
+        # ones are faster: while one waits, another one works.
         several = batch > device.multiprocessors and 3 * shared <= device.shared_bytes
-        return Layout(batch, 1, min(threads, _FEWER) if several else threads)
+        return Layout(batch, 1, min(threads, _FEWER_THREADS) if several else threads)
 
+    # The time relative to that of one block for one sequence. More blocks divide the
+    # work on rows, O(N²), but not the cost of synchronisation; and fewer teams fit the
+    # GPU at once, so that a large batch needs more waves.
     def cost(blocks: int) -> float:
-        turns = -(-batch // (device.multiprocessors // blocks))
-        return turns * (1 / blocks + (_MEETINGS / num_tokens) ** 2)
+        waves = -(-batch // (device.multiprocessors // blocks))
+        return waves * (1 / blocks + (_SYNC_COST / num_tokens) ** 2)
 
-    blocks = min(range(1, most + 1), key=cost)
-    places = min(batch, device.multiprocessors // blocks)
-    return Layout(places, blocks, threads)
+    blocks = min(range(1, max_blocks + 1), key=cost)
+    # All blocks of a cooperative launch must run at once: one a multiprocessor.
+    num_teams = min(batch, device.multiprocessors // blocks)
+    return Layout(num_teams, blocks, threads)
 
 
 def _zeros(count: int) -> Any:
-    """Return counters of the blocks that have arrived at a barrier."""
+    """Return counters, 0 at first, of the blocks that have arrived at a barrier."""
     arrived = empty((count,), np.uint32)
-    arrived.fill(0)  # without a copy to wait for
+    arrived.fill(0)  # `fill` needs no copy from the CPU
     return arrived
 
 
@@ -264,6 +297,7 @@ def _linkage_basic_cuda(
     cosines: Any, method: str, mass: Any, masks: tuple[Any, ...], out: Any
 ) -> None:
     batch, num_tokens, _ = cosines.shape
+    # Scratch of the kernel: weight and lows, then nearest, node and size, each (B, N).
     reals = [empty((batch, num_tokens), cosines.dtype) for _ in range(2)]
     integers = [empty((batch, num_tokens), np.int32) for _ in range(3)]
     sizes = batch, num_tokens, LINKAGE_METHODS[method]

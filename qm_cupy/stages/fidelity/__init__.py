@@ -1,1 +1,1 @@
-"""Fidelity: what merging loses."""
+"""Fidelity: how much of the tokens is lost by merging."""

@@ -1,4 +1,4 @@
-"""Fidelity loss: the error beyond the norm-mass bound."""
+"""Fidelity loss: the reconstruction error above the norm-mass bound."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def fidelity_loss(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> Array:
-    r"""How far the reconstruction error exceeds the norm-mass bound, over the batch.
+    r"""Excess of the reconstruction error over the norm-mass bound, mean of the batch.
 
     .. math:: \operatorname{mean}_b \max\bigl(0,
         \lVert X - \hat X \rVert^2 / \lVert X \rVert^2 - (1 - \gamma)^2\bigr)
@@ -51,7 +51,7 @@ def fidelity_loss(
     labels : ndarray of shape (N,) or (B, N), optional
         As in `reconstruction_error`.
     gamma : float, default 0.8
-        Norm mass γ to retain, within [0, 1].
+        Norm mass γ to retain, within [0, 1]. The bound on the error is (1 - γ)².
     num_groups : int or ndarray of int of shape (B,), optional
         As in `reconstruction_error`.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -60,15 +60,15 @@ def fidelity_loss(
     Returns
     -------
     ndarray of shape ()
-        float32, or float64 for float64 input. 0 while the bound holds.
+        float32, or float64 for float64 input. It is 0 if no error exceeds the bound.
 
     Raises
     ------
     TypeError
         If a dtype does not fit.
     ValueError
-        If a shape does not fit, an entry is not finite, a label is outside -1..K-1 or
-        γ outside [0, 1].
+        If a shape does not fit, an entry is not finite, a label is outside -1..K-1, or
+        γ is outside [0, 1].
 
     Examples
     --------
@@ -78,8 +78,12 @@ def fidelity_loss(
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
     leave, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
-    error = compute_reconstruction_error(*arrays)
+    error = compute_reconstruction_error(*arrays)  # (B,), relative and squared
+    # The constraint is ‖X - X̂‖² ≤ (1 - γ)² ‖X‖²: tokens that retain the norm mass γ may
+    # have a relative error of 1 - γ, and the errors here are squared. The bound is
+    # rounded to the dtype of the errors, as in the gradient.
     excess = (error - error.dtype.type((1 - gamma) ** 2)).clip(0)
+    # Mean over B. `max` only matters for an empty batch, whose loss is 0 / 1.
     return leave(excess.sum(dtype=error.dtype) / error.dtype.type(max(error.size, 1)))
 
 
@@ -96,13 +100,14 @@ def fidelity_loss_vjp(
 ) -> tuple[Array, Array]:
     r"""Gradients of `fidelity_loss` with respect to tokens and merged tokens.
 
-    They are those of `reconstruction_error`, over B, where the error exceeds the bound
-    :math:`(1 - \gamma)^2`; elsewhere, and at the bound, they are 0.
+    If the error of a sequence exceeds the bound :math:`(1 - \gamma)^2`, its gradients
+    are the gradients of `reconstruction_error`, divided by B. Up to the bound, and at
+    the bound, they are 0.
 
     Parameters
     ----------
     gradient : ndarray of shape (), or float
-        Gradient of another loss with respect to this one; any float dtype.
+        Gradient of another loss with respect to this loss; any float dtype.
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     merged : ndarray of shape (K, D) or (B, K, D)
@@ -119,18 +124,19 @@ def fidelity_loss_vjp(
     Returns
     -------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Gradient with respect to the tokens, in their dtype; 0 for padding, and for
-        tokens that are all zero.
+        Gradient with respect to the tokens, in their dtype. It is 0 for padding and for
+        a sequence of zeros.
     merged : ndarray of shape (K, D) or (B, K, D)
-        That with respect to the merged tokens, likewise.
+        Gradient with respect to the merged tokens, in their dtype. It is 0 for a
+        sequence of zeros.
 
     Raises
     ------
     TypeError
         If a dtype does not fit.
     ValueError
-        If a shape does not fit, an entry is not finite, a label is outside -1..K-1 or
-        γ outside [0, 1].
+        If a shape does not fit, an entry is not finite, a label is outside -1..K-1, or
+        γ is outside [0, 1].
 
     Examples
     --------
@@ -145,8 +151,10 @@ def fidelity_loss_vjp(
     leave, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
         tokens, merged, labels, num_groups, mask, gradient
     )
+    # In float64, so that a float16 gradient over many sequences keeps its digits.
     gradient = check_gradient(gradient, (), "", tokens).astype(np.float64)
-    each = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)
-    args = each, tokens, merged, labels, counts, mask, (1 - gamma) ** 2
+    # dL / de_b = dL / B for every sequence b: the loss is a mean over the batch.
+    slopes = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)
+    args = slopes, tokens, merged, labels, counts, mask, (1 - gamma) ** 2
     by_tokens, by_merged = compute_reconstruction_error_vjp(*args)
     return leave(by_tokens), leave(by_merged)

@@ -1,4 +1,4 @@
-"""Norm mass: what the K largest norms hold."""
+"""Norm mass: the fraction of all token norms that the K largest norms hold."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ from ..selection.select_tokens import top_tokens_cuda
 def norm_mass(
     tokens: Array, num_groups: Any, *, mask: BoolArray | None = None
 ) -> Array:
-    r"""Share γ of the norm mass that the K largest token norms hold.
+    r"""Return the fraction γ of the norm mass that the K largest token norms hold.
 
     .. math:: \gamma(X, K) = \sum_{i \in \operatorname{top}K} \lVert x_i \rVert \Big/
         \sum_i \lVert x_i \rVert
@@ -38,15 +38,16 @@ def norm_mass(
     Returns
     -------
     ndarray of shape () or (B,)
-        γ within (0, 1], 1 for tokens that are all zero; float32, or float64 for
-        float64 input.
+        γ within (0, 1]; float32, or float64 for float64 input. For a sequence of zeros
+        γ is 1: there is no mass to lose.
 
     Raises
     ------
     TypeError
         If a dtype does not fit.
     ValueError
-        If a shape does not fit, an entry is not finite or K exceeds the tokens.
+        If a shape does not fit, an entry is not finite, or K exceeds the number of
+        tokens.
 
     Examples
     --------
@@ -59,7 +60,7 @@ def norm_mass(
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    limit = num_valid(tokens.shape[:-1], mask)
+    limit = num_valid(tokens.shape[:-1], mask)  # K may not count padded tokens
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
     if is_cuda(tokens):
         return leave(_norm_mass_cuda(tokens, counts, mask))
@@ -69,16 +70,21 @@ def norm_mass(
 def _norm_mass_reference(
     tokens: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    held = held_mass(tokens, mask)
-    total = held[..., -1]
-    largest = np.take_along_axis(held, counts[..., None] - 1, axis=-1)[..., 0]
-    share = np.where(total > 0, largest / np.where(total > 0, total, 1), 1)
-    return share.astype(np.result_type(tokens.dtype, np.float32))
+    # held[K - 1] is the sum of the K largest norms, in float64, so held[-1] is the sum
+    # of all. Both are relative to the largest entry, which cancels in the ratio.
+    held = held_mass(tokens, mask)  # (B, N)
+    total = held[..., -1]  # (B,)
+    largest = np.take_along_axis(held, counts[..., None] - 1, axis=-1)[..., 0]  # (B,)
+    # The inner `where` avoids 0 / 0 for a sequence of zeros.
+    ratio = np.where(total > 0, largest / np.where(total > 0, total, 1), 1)
+    return ratio.astype(np.result_type(tokens.dtype, np.float32))
 
 
 def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
-    norms = token_norms_cuda(tokens, mask)
-    selected = top_tokens_cuda(norms, *device_counts(counts))
+    norms = token_norms_cuda(tokens, mask)  # (B, N); 0 for padding
+    # The first kernel marks the K largest norms. In the second one, a block for each
+    # sequence adds the marked norms and all norms, and divides.
+    selected = top_tokens_cuda(norms, *device_counts(counts))  # (B, N) bool
     batch, num_tokens = math.prod(norms.shape[:-1]), norms.shape[-1]
     out = empty(norms.shape[:-1], norms.dtype)
     args = (norms, selected, batch, num_tokens, out)

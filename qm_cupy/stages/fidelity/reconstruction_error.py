@@ -1,4 +1,4 @@
-"""Reconstruction error: what merging loses."""
+"""Reconstruction error: how far the rebuilt tokens are from the original tokens."""
 
 import math
 from typing import Any
@@ -53,7 +53,7 @@ def reconstruction_error(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> Array:
-    r"""Relative squared error of the tokens rebuilt from the merged ones.
+    r"""Relative squared error of tokens rebuilt from the merged tokens.
 
     .. math:: \lVert X - \hat X \rVert_F^2 / \lVert X \rVert_F^2
 
@@ -64,18 +64,19 @@ def reconstruction_error(
     merged : ndarray of shape (K, D) or (B, K, D)
         Merged tokens of the same dtype.
     labels : ndarray of shape (N,) or (B, N), optional
-        Group of each token, -1 for padding. Without them each token is rebuilt by the
-        merged token most similar to it by cosine (ties: the lower index).
+        Group of each token, -1 for padding. Without labels, each token is rebuilt from
+        its most similar merged token by cosine (ties: the lower index).
     num_groups : int or ndarray of int of shape (B,), optional
-        K of each sequence where they differ, so that padding rebuilds no token.
+        K of each sequence, if they differ. Groups from K on are padding and rebuild no
+        token.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens do not count.
 
     Returns
     -------
     ndarray of shape () or (B,)
-        0 is lossless, 1 no better than zeros; float32, or float64 for float64 input.
-        For tokens that are all zero: 0 if they are rebuilt exactly, else inf.
+        0 is lossless, 1 is as bad as rebuilding zeros; float32, or float64 for float64
+        input. For a sequence of zeros: 0 if it is rebuilt exactly, otherwise inf.
 
     Raises
     ------
@@ -98,7 +99,7 @@ def reconstruction_error(
 def compute_reconstruction_error(
     tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
 ) -> Any:
-    """Return the errors of arrays that are converted and checked."""
+    """Return the errors of arrays that are already converted and checked."""
     if is_cuda(tokens):
         return _reconstruction_error_cuda(tokens, merged, labels, counts, mask)
     return _reconstruction_error_reference(tokens, merged, labels, counts, mask)
@@ -112,7 +113,7 @@ def enter_fidelity(
     mask: Any,
     gradient: Any = None,
 ) -> tuple[Any, ...]:
-    """Return ``leave``, all arrays checked but the gradient, and that."""
+    """Return ``leave``, the checked arrays, and the gradient, which is not checked."""
     leave, tokens, merged, labels, mask, num_groups, gradient = enter(
         {"tokens": tokens, "merged": merged, "labels": labels, "mask": mask},
         counts={"num_groups": num_groups},
@@ -120,14 +121,16 @@ def enter_fidelity(
     )
     check_tokens(tokens)
     check_tokens(merged, "merged")
-    batch, (most, _) = tokens.shape[:-2], merged.shape[-2:]
-    check_shape("merged", merged, "BKD", (*batch, most, tokens.shape[-1]))
+    batch, (max_groups, _) = tokens.shape[:-2], merged.shape[-2:]
+    check_shape("merged", merged, "BKD", (*batch, max_groups, tokens.shape[-1]))
     if merged.dtype != tokens.dtype:
         raise TypeError(
             f"`merged` must be {tokens.dtype} like `tokens`, got {merged.dtype}"
         )
     check_mask(mask, tokens.shape[:-1])
-    counts = check_num_groups(most if num_groups is None else num_groups, batch, most)
+    counts = check_num_groups(
+        max_groups if num_groups is None else num_groups, batch, max_groups
+    )
     if labels is not None:
         check_labels(labels, tokens.shape[:-1], counts)
     return leave, tokens, merged, labels, counts, mask, gradient
@@ -142,15 +145,19 @@ def _reconstruction_error_reference(
 ) -> NDArray[Any]:
     if labels is None:
         labels = _most_similar_reference(tokens, merged, counts)
-    token = labels >= 0 if mask is None else mask & (labels >= 0)
+    token = labels >= 0 if mask is None else mask & (labels >= 0)  # (B, N), not padding
     lost, whole = np.empty(counts.shape), np.empty(counts.shape)
-    for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
-        x = tokens[index][token[index]].astype(np.float64)
+    # One sequence at a time: the float64 copies take the memory of one sequence only.
+    for index in np.ndindex(counts.shape):
+        x = tokens[index][token[index]].astype(np.float64)  # (valid, D)
         rebuilt = unmerge_tokens_reference(merged[index], labels[index][token[index]])
         gap = x - rebuilt
+        # The ratio does not depend on the scale. A sequence of zeros is scaled by its
+        # gap, so that a tiny gap does not vanish when it is squared: its error is inf.
         peak = np.abs(x).max(initial=0) or np.abs(gap).max(initial=0) or 1.0
         x, gap = x / peak, gap / peak  # first, so that no square overflows
         lost[index], whole[index] = np.vdot(gap, gap), np.vdot(x, x)
+    # lost / 0 is inf: zeros rebuilt as something else. 0 / 0 is replaced by 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.where(lost > 0, lost / whole, 0)
     return error.astype(np.result_type(tokens.dtype, np.float32))
@@ -159,10 +166,12 @@ def _reconstruction_error_reference(
 def _most_similar_reference(
     tokens: NDArray[Any], merged: NDArray[Any], counts: NDArray[np.int64]
 ) -> NDArray[np.intp]:
-    """Return each token's most similar merged token, as labels (B, N)."""
+    """Return the index of each token's most similar merged token, labels (B, N)."""
     dtype = np.result_type(tokens.dtype, np.float32)
     labels = np.empty(tokens.shape[:-1], np.intp)
     for index in np.ndindex(counts.shape):
+        # Padded groups are zeros. Their similarity, 0, beats every negative similarity,
+        # so they must be left out.
         unit = unit_tokens(merged[index][: counts[index]].astype(dtype))
         labels[index] = np.argmax(unit_tokens(tokens[index].astype(dtype)) @ unit.T, -1)
     return labels
@@ -171,9 +180,11 @@ def _most_similar_reference(
 def _reconstruction_error_cuda(
     tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
 ) -> Any:
-    given = _rebuilding_cuda(tokens, merged, labels, counts, mask)
-    errors, squares = _token_errors_cuda(*given)
+    arrays = _rebuilding_cuda(tokens, merged, labels, counts, mask)
+    errors, squares = _token_errors_cuda(*arrays)  # (B, N) each
     batch, num_tokens = errors.shape
+    # A block for each sequence adds both in a fixed order, without atomics, so that
+    # every run gives the same bits. Then it divides.
     out = empty(tokens.shape[:-2], errors.dtype)
     args = (errors, squares, batch, num_tokens, out)
     kernel = "reconstruction_error", "reconstruction_error"
@@ -184,17 +195,17 @@ def _reconstruction_error_cuda(
 def _rebuilding_cuda(
     tokens: Any, merged: Any, labels: Any, counts: NDArray[np.int64], mask: Any
 ) -> tuple[Any, Any, Any]:
-    """Return tokens, merged tokens and labels, -1 for padding, as kernels take them."""
+    """Return tokens, merged tokens and labels for the kernels; label -1 is padding."""
     if labels is None:
         labels = _most_similar_cuda(tokens, merged, counts)
     if mask is not None:
-        labels = labels * mask + (mask - 1)
+        labels = labels * mask + (mask - 1)  # label·1 + 0 or label·0 - 1
     arrays = contiguous(tokens), contiguous(merged)
     return *arrays, contiguous(labels, np.int32)
 
 
 def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]:
-    """Return squared error and squared norm of each token, (B, N)."""
+    """Return the squared error and the squared norm of each token, (B, N) each."""
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), merged.shape[-2]
     acc_dtype = accumulation_dtype(tokens.dtype)
@@ -207,9 +218,10 @@ def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]
 
 
 def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> Any:
-    """Return each token's most similar merged token, as labels (B, N)."""
-    each, _ = device_counts(counts)
-    labels, _ = nearest_anchors_cuda(tokens, merged, each)
+    """Return the index of each token's most similar merged token, labels (B, N)."""
+    # Merged tokens are the anchors. The N x K similarities are never stored.
+    anchor_counts, _ = device_counts(counts)
+    labels, _ = nearest_anchors_cuda(tokens, merged, anchor_counts)
     return labels
 
 
@@ -232,27 +244,30 @@ def reconstruction_error_vjp(
     Parameters
     ----------
     gradient : ndarray of shape () or (B,), or float
-        Gradient ē of a loss with respect to the errors e; any float dtype, and a number
-        where it is one.
+        Gradient ē of a loss with respect to the errors e; any float dtype. For shape
+        (), a Python number also works.
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     merged : ndarray of shape (K, D) or (B, K, D)
         Merged tokens of the same dtype.
     labels : ndarray of shape (N,) or (B, N), optional
-        Group of each token, -1 for padding: constants. Without them each token is
-        rebuilt by the merged token most similar to it, a choice that is a constant too.
+        Group of each token, -1 for padding. Without labels, each token is rebuilt from
+        its most similar merged token. In both cases the labels are constants: they
+        have no gradient.
     num_groups : int or ndarray of int of shape (B,), optional
-        K of each sequence where they differ, so that padding rebuilds no token.
+        K of each sequence, if they differ. Groups from K on are padding and rebuild no
+        token.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens do not count.
 
     Returns
     -------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Gradient of the loss with respect to the tokens, in their dtype; 0 for padding,
-        and for tokens that are all zero.
+        Gradient of the loss with respect to the tokens, in their dtype. It is 0 for
+        padding and for a sequence of zeros.
     merged : ndarray of shape (K, D) or (B, K, D)
-        That with respect to the merged tokens, likewise.
+        Gradient of the loss with respect to the merged tokens, in their dtype. It is 0
+        for a sequence of zeros.
 
     Raises
     ------
@@ -275,7 +290,8 @@ def reconstruction_error_vjp(
     leave, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
         tokens, merged, labels, num_groups, mask, gradient
     )
-    gradient = check_gradient(gradient, tokens.shape[:-2], "B", tokens)
+    gradient = check_gradient(gradient, tokens.shape[:-2], "B", tokens)  # (B,)
+    # No bound: every error has a gradient. `fidelity_loss_vjp` passes (1 - γ)².
     args = gradient, tokens, merged, labels, counts, mask, -np.inf
     by_tokens, by_merged = compute_reconstruction_error_vjp(*args)
     return leave(by_tokens), leave(by_merged)
@@ -290,7 +306,7 @@ def compute_reconstruction_error_vjp(
     mask: Any,
     bound: float,
 ) -> tuple[Any, Any]:
-    """Return both gradients; an error up to the bound has none."""
+    """Return both gradients. An error that does not exceed the bound has gradient 0."""
     args = gradient, tokens, merged, labels, counts, mask, bound
     if is_cuda(tokens):
         return _reconstruction_error_vjp_cuda(*args)
@@ -310,23 +326,28 @@ def reconstruction_error_vjp_reference(
         labels = _most_similar_reference(tokens, merged, counts)
     if mask is not None:
         labels = np.where(mask, labels, -1)
-    kind = np.result_type(tokens.dtype, np.float32).type  # of the error as it is told
+    # The error is compared in the dtype in which it is returned, as `fidelity_loss`
+    # compares it: a loss of 0 has a gradient of 0.
+    error_type = np.result_type(tokens.dtype, np.float32).type
     by_tokens, by_merged = np.zeros_like(tokens), np.zeros_like(merged)
-    for index in np.ndindex(counts.shape):  # a sequence at a time, in float64
+    for index in np.ndindex(counts.shape):  # one sequence at a time, in float64
         group = labels[index]
-        token = (group >= 0)[:, None]
-        x = np.where(token, tokens[index], 0).astype(np.float64)
-        gap = x - unmerge_tokens_reference(merged[index], group)
+        token = (group >= 0)[:, None]  # (N, 1), not padding
+        x = np.where(token, tokens[index], 0).astype(np.float64)  # (N, D)
+        gap = x - unmerge_tokens_reference(merged[index], group)  # x_j - x̂_j
         peak = np.abs(x).max(initial=0)
-        if peak == 0:
+        if peak == 0:  # a sequence of zeros: its error is 0 or inf, its gradient 0
             continue
         x, gap = x / peak, gap / peak  # first, so that no square overflows
-        whole = np.vdot(x, x)
-        error = np.vdot(gap, gap) / whole
-        if not kind(error) > kind(bound):
+        whole = np.vdot(x, x)  # ‖X‖² / peak²
+        error = np.vdot(gap, gap) / whole  # e, which has no scale
+        if not error_type(error) > error_type(bound):
             continue
+        # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j), where x and the gap are divided by the peak:
+        # one factor of it remains in the denominator.
         scale = 2 * float(gradient[index]) / (whole * peak)
         by_tokens[index] = scale * (gap - error * x)
+        # The sum of -(x_j - x̃_k) over each group: the transpose of the gather.
         by_merged[index] = unmerge_tokens_vjp_reference(
             -scale * gap, group, merged.shape[-2]
         )
@@ -342,12 +363,13 @@ def _reconstruction_error_vjp_cuda(
     mask: Any,
     bound: float,
 ) -> tuple[Any, Any]:
-    given = tokens, merged, labels = _rebuilding_cuda(
+    arrays = tokens, merged, labels = _rebuilding_cuda(
         tokens, merged, labels, counts, mask
     )
-    errors, squares = _token_errors_cuda(*given)
+    errors, squares = _token_errors_cuda(*arrays)
     (batch, num_tokens), dtype = errors.shape, errors.dtype
     num_groups, dim = merged.shape[-2:]
+    # For each sequence: e, and 2 ē / ‖X‖² or 0 if e does not exceed the bound.
     relative, scales = (empty((batch,), dtype) for _ in range(2))
     by_tokens, by_merged = (empty(x.shape, x.dtype) for x in (tokens, merged))
     page = "reconstruction_error_vjp"
@@ -357,8 +379,10 @@ def _reconstruction_error_vjp_cuda(
     launch(page, "error_scales", dtype, args, blocks=batch)
 
     sizes = batch, num_tokens, dim, num_groups
-    args = (*given, relative, scales, *sizes, by_tokens)
+    args = (*arrays, relative, scales, *sizes, by_tokens)
     launch(page, page, tokens.dtype, args, outputs=by_tokens.size, rows=errors.size)
+    # The optimized kernel reads the members of each group from a sorted list. The basic
+    # kernel searches the labels.
     basic = implementation() == "basic"
     members = (labels,) if basic else members_cuda(labels, num_groups)
     args = (tokens, merged, *members, scales, *sizes, by_merged)

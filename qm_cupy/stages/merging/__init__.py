@@ -1,1 +1,1 @@
-"""Merging: groups to one token each, and back."""
+"""Merging: one token for each group, and back to all tokens."""

@@ -1,4 +1,4 @@
-"""The way back: each token takes its group's value."""
+"""Unmerging: every token gets the value of its group."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ from .groups import flat_groups, members_cuda
 
 
 def _unmerged_shape(merged: Any, labels: Any) -> tuple[Shape, ...]:
-    return ((*labels.shape, merged.shape[-1]),)
+    return ((*labels.shape, merged.shape[-1]),)  # (B, N, D)
 
 
 @operation(
@@ -45,22 +45,22 @@ def unmerge_tokens(
     merged : ndarray of shape (K, D) or (B, K, D)
         Merged tokens; float16, bfloat16, float32 or float64.
     labels : ndarray of shape (N,) or (B, N)
-        Group of each token within 0..K-1, or -1 for padding, whose tokens are zero.
+        Group of each token within 0..K-1, or -1 for padding. Padded tokens are 0.
     out : ndarray of shape (N, D) or (B, N, D), optional
-        Where to write the result: the dtype of `merged`, C-contiguous, and no memory
-        of an input. JAX arrays cannot be written.
+        Array for the result. It must have the dtype of `merged`, be C-contiguous and
+        share no memory with an input. It cannot be a JAX array.
 
     Returns
     -------
     ndarray of shape (N, D) or (B, N, D)
-        Tokens rebuilt, in the dtype of `merged`.
+        Rebuilt tokens, in the dtype of `merged`.
 
     Raises
     ------
     TypeError
         If a dtype does not fit.
     ValueError
-        If a shape does not fit, an entry is not finite or a label outside -1..K-1.
+        If a shape does not fit, an entry is not finite, or a label is outside -1..K-1.
 
     Examples
     --------
@@ -73,7 +73,9 @@ def unmerge_tokens(
     )
     check_tokens(merged, "merged")
     check_is_array("labels", labels)
-    wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))
+    # Labels may have any N. A scalar has no last axis: the wanted shape then ends in 1,
+    # and the check raises.
+    wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))  # (B, N)
     check_labels(labels, wanted, merged.shape[-2])
     wanted = (*labels.shape, merged.shape[-1])
     check_out(target, wanted, merged.dtype, merged, labels)
@@ -87,7 +89,9 @@ def unmerge_tokens(
 def unmerge_tokens_reference(
     merged: NDArray[Any], labels: NDArray[Any]
 ) -> NDArray[Any]:
+    """Return the gather by labels, with 0 for padding."""
     index = labels.astype(np.intp)[..., None]  # (B, N, 1)
+    # Padding, with label -1, reads group 0 and is overwritten below.
     tokens = np.take_along_axis(merged, np.maximum(index, 0), axis=-2)  # (B, N, D)
     if (labels < 0).any():
         tokens[labels < 0] = 0
@@ -101,31 +105,33 @@ def unmerge_tokens_cuda(merged: Any, labels: Any, out: Any) -> Any:
         out = empty((*leading, num_tokens, dim), merged.dtype)
     arrays = contiguous(merged), contiguous(labels, np.int32)
     args = (*arrays, batch, num_tokens, dim, num_groups, out)
+    # One thread for each 16 bytes of a token; the basic kernel: for each element.
     launch("unmerge_tokens", "unmerge_tokens", merged.dtype, args, vectors=out)
     return out
 
 
 @on_callers_stream
 def unmerge_tokens_vjp(gradient: Array, labels: IntArray, num_groups: Any) -> Array:
-    r"""Gradient of `unmerge_tokens` with respect to the merged tokens: sums by labels.
+    r"""Return the gradient of `unmerge_tokens`: the sums over the tokens of groups.
 
     .. math:: \bar x_k = \sum_{j \in G_k} \bar x_j
 
     Parameters
     ----------
     gradient : ndarray of shape (N, D) or (B, N, D)
-        Gradient of a loss with respect to the tokens rebuilt; float16, bfloat16,
-        float32 or float64. That of padding does not count.
+        Gradient of a loss with respect to the rebuilt tokens; float16, bfloat16,
+        float32 or float64. The gradient of padding is not read.
     labels : ndarray of shape (N,) or (B, N)
-        Group of each token within 0..K-1, or -1 for padding: constants.
+        Group of each token within 0..K-1, or -1 for padding. They have no gradient.
     num_groups : int or ndarray of int of shape (B,)
-        K, or K of each sequence: then the result is padded to the largest.
+        K for all sequences, or for each one. The result is padded with 0 to the largest
+        K.
 
     Returns
     -------
     ndarray of shape (K, D) or (B, K, D)
-        Gradient of the loss with respect to the merged tokens in the dtype of
-        `gradient`, summed in float32 at least and in index order. Groups without
+        Gradient of the loss with respect to the merged tokens, in the dtype of
+        `gradient`. The sums are in float32 at least, and in index order. Groups without
         members have 0.
 
     Raises
@@ -133,7 +139,7 @@ def unmerge_tokens_vjp(gradient: Array, labels: IntArray, num_groups: Any) -> Ar
     TypeError
         If a dtype does not fit.
     ValueError
-        If a shape does not fit, an entry is not finite or a label outside -1..K-1.
+        If a shape does not fit, an entry is not finite, or a label is outside -1..K-1.
 
     Examples
     --------
@@ -147,11 +153,13 @@ def unmerge_tokens_vjp(gradient: Array, labels: IntArray, num_groups: Any) -> Ar
         counts={"num_groups": num_groups},
         gradients={"gradient": gradient},
     )
-    with check_finite(False):  # which of it is padding, the labels say
+    # Padding may hold NaN, and only checked labels tell where it is. So dtype and shape
+    # are checked first, then the labels, then that the other entries are finite.
+    with check_finite(False):
         check_tokens(gradient, "gradient")
     counts, max_groups = check_group_counts(num_groups, gradient.shape[:-2])
     check_labels(labels, gradient.shape[:-1], counts)
-    kept = None if is_cuda(gradient) else (labels >= 0)[..., None]
+    kept = None if is_cuda(gradient) else (labels >= 0)[..., None]  # (B, N, 1)
     check_gradient(gradient, gradient.shape, "BND", mask=kept)
     if is_cuda(gradient):
         return leave(_unmerge_tokens_vjp_cuda(gradient, labels, max_groups))
@@ -159,18 +167,23 @@ def unmerge_tokens_vjp(gradient: Array, labels: IntArray, num_groups: Any) -> Ar
 
 
 def _unmerge_tokens_vjp(gradient: Any, merged: Any, labels: Any) -> Any:
-    """Return the gradient of `merged`, by the arguments of `unmerge_tokens`."""
+    """Return the gradient for `merged`, from the arguments of `unmerge_tokens`."""
+    # K is a shape here, so it need not be passed.
     return unmerge_tokens_vjp(gradient, labels, merged.shape[-2])
 
 
 def unmerge_tokens_vjp_reference(
     gradient: NDArray[Any], labels: NDArray[Any], num_groups: int
 ) -> NDArray[Any]:
-    from scipy.sparse import csr_array  # here, or `import qm_cupy` takes twice as long
+    """Return the sums over the members of each group, (B, K, D)."""
+    # Imported here: at the top of the file it doubles the time of `import qm_cupy`.
+    from scipy.sparse import csr_array
 
     *batch, _, dim = gradient.shape
     flat, group, num_rows = flat_groups(labels, num_groups)
     dtype = np.result_type(gradient.dtype, np.float32)
+    # A matrix (B·K, B·N) with a 1 for every member: its product with the gradients adds
+    # them in index order.
     member = csr_array(
         (np.ones(len(flat), dtype), (group, flat)), shape=(num_rows, labels.size)
     )
@@ -184,9 +197,11 @@ def _unmerge_tokens_vjp_cuda(gradient: Any, labels: Any, num_groups: int) -> Any
     out = empty((*leading, num_groups, dim), gradient.dtype)
     gradient, labels = contiguous(gradient), contiguous(labels, np.int32)
     sizes = math.prod(leading), num_tokens, dim, num_groups
+    # Optimized kernels read member lists, basic ones the labels.
     basic = implementation() == "basic"
     groups = (labels,) if basic else members_cuda(labels, num_groups)
     args = (gradient, *groups, *sizes, out)
+    # A thread for each 16 bytes of a merged token; the basic kernel: for each element.
     kernel = "unmerge_tokens_vjp", "unmerge_tokens_vjp"
     launch(*kernel, gradient.dtype, args, vectors=out)
     return out

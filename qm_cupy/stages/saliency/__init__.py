@@ -1,1 +1,1 @@
-"""Saliency: how much each token matters."""
+"""Saliency: how important each token is."""

@@ -1,4 +1,4 @@
-"""Attention entropy: of given probabilities."""
+"""Attention entropy of probabilities that the caller has."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ from .score_gradients import (
     shapes=without_last_axis,
 )
 def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Array:
-    r"""Shannon entropy of every row of given attention probabilities, in nats.
+    r"""Return the Shannon entropy of each row of attention probabilities, in nats.
 
     .. math:: H_i = -\sum_j A_{ij} \log A_{ij}, \qquad 0 \log 0 = 0
 
@@ -38,11 +38,11 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
     ----------
     attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
         Attention probabilities, non-negative; float16, bfloat16, float32 or float64.
-        Each row is taken relative to its sum. One layer of heads, (B, H, N, N), is
-        given as ``attention[None]``.
+        Each row is divided by its sum. Pass one layer of heads, (B, H, N, N), as
+        ``attention[None]``.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded rows have entropy 0; padded columns are left out,
-        and the rest of the row taken relative to its own sum.
+        Boolean, True = token. Padded rows have entropy 0. Padded columns are left out,
+        and the rest of the row is divided by its own sum.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
     Raises
     ------
     TypeError
-        If `attention` is not floating or `mask` not boolean.
+        If `attention` is not floating or `mask` is not boolean.
     ValueError
         If a shape does not fit, or `attention` has negative or non-finite entries.
 
@@ -72,8 +72,8 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
 
 
 def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
-    """Return the entropy of converted arrays, which are checked here."""
-    keep = _check_attention(attention, mask)
+    """Return the entropy of converted arrays, after checking them."""
+    keep = _check_attention(attention, mask)  # (..., N); kernels take (B, N)
     if is_cuda(attention):
         return _attention_entropy_cuda(attention, mask)
     return _attention_entropy_reference(attention, keep)
@@ -82,7 +82,8 @@ def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
 def _check_attention(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_] | None:
-    """Refuse what is no attention; return the mask of its rows."""
+    """Raise if an argument is not valid; return the mask of the rows, or None."""
+    # The matrices must be square: (..., N, N).
     check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
     check_shape(
         "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
@@ -95,18 +96,22 @@ def _attention_entropy_reference(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
-    tiny = np.finfo(dtype).tiny
+    tiny = np.finfo(dtype).tiny  # the smallest normal number
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
     for index, keep in iter_sequences(entropy.shape[:-1], mask):
+        # A block of rows and its logarithms stay in cache.
         for start in range(0, attention.shape[-1], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
-            p = attention[index][rows].astype(dtype)
+            p = attention[index][rows].astype(dtype)  # (block, N)
             if keep is not None:
-                p *= keep
-            total = np.maximum(p.sum(axis=-1), tiny)
+                p *= keep  # padded columns become 0
+            # With P = p / Σ p:  H = -Σ P log P = log Σ p - (Σ p log p) / Σ p.
+            total = np.maximum(p.sum(axis=-1), tiny)  # (block,)
             log_p = np.log(np.maximum(p, tiny))  # 0 · log(tiny) = 0
             mean = np.einsum("ij,ij->i", p, log_p) / total
+            # A row without attention has entropy 0.
             entropy[index][rows] = np.where(total > tiny, np.log(total) - mean, 0)
+    # Rounding can leave a tiny negative number where the entropy is 0.
     return np.maximum(entropy if mask is None else entropy * mask, 0)
 
 
@@ -114,9 +119,10 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     *leading, num_tokens, _ = attention.shape
     out = empty((*leading, num_tokens), accumulation_dtype(attention.dtype))
     arrays = contiguous(attention), contiguous(mask)
-    _, batch, heads = layer_axes(leading)
+    _, batch, heads = layer_axes(leading)  # they locate the mask of a row
     args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
     kernel = "attention_entropy", "attention_entropy"
+    # One warp for each row; the basic kernel has one thread for each row.
     launch(*kernel, attention.dtype, args, rows=out.size)
     return out
 
@@ -125,7 +131,7 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
 def attention_entropy_vjp(
     gradient: FloatArray, attention: Array, *, mask: BoolArray | None = None
 ) -> Array:
-    r"""Vector–Jacobian product of `attention_entropy`.
+    r"""Return the vector–Jacobian product of `attention_entropy`.
 
     .. math:: \frac{\partial \mathcal{L}}{\partial A_{ij}} =
         -g_i \, \frac{\log P_{ij} + H_i}{\sum_k A_{ik}}, \qquad
@@ -134,11 +140,11 @@ def attention_entropy_vjp(
     Parameters
     ----------
     gradient : ndarray of shape (..., N)
-        Gradient g of a loss with respect to the entropies, floating.
+        Gradient g of a loss with respect to the entropies; any float dtype.
     attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
-        As `attention_entropy` took it.
+        The argument of `attention_entropy`.
     mask : ndarray of shape (N,) or (B, N), optional
-        As `attention_entropy` took it. The gradient of padded rows is not read.
+        The argument of `attention_entropy`. The gradient of padded rows is not read.
 
     Returns
     -------
@@ -149,17 +155,17 @@ def attention_entropy_vjp(
     Raises
     ------
     TypeError
-        If `gradient` or `attention` is not floating or `mask` not boolean.
+        If `gradient` or `attention` is not floating, or `mask` is not boolean.
     ValueError
         If a shape does not fit, `attention` has negative entries, or an entry is not
         finite.
 
     Notes
     -----
-    Where a probability is 0 the entropy's slope is infinite; its gradient is 0 here,
-    as is that of a row without attention. With m the row's largest entry,
-    :math:`\log P_{ij} + H_i = \log(A_{ij}/m) - \sum_k P_{ik} \log(A_{ik}/m)`, in which
-    nothing cancels where one entry dominates.
+    The slope of the entropy is infinite where a probability is 0. This function returns
+    0 there, and also for a row without attention. With m the largest entry of the row,
+    :math:`\log P_{ij} + H_i = \log(A_{ij}/m) - \sum_k P_{ik} \log(A_{ik}/m)`. Nothing
+    cancels in this form where one entry dominates.
 
     Examples
     --------
@@ -184,32 +190,34 @@ def _attention_entropy_vjp_reference(
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
     tiny = np.finfo(dtype).tiny
-    gradient = masked_gradient(gradient, dtype, mask)
-    out = np.empty(attention.shape, attention.dtype)
+    gradient = masked_gradient(gradient, dtype, mask)  # (..., N)
+    out = np.empty(attention.shape, attention.dtype)  # (..., N, N)
     for index, keep in iter_sequences(gradient.shape[:-1], mask):
         for start in range(0, attention.shape[-1], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
             p = attention[index][rows].astype(dtype)
             if keep is not None:
                 p *= keep
-            top = p.max(axis=-1, keepdims=True)
+            top = p.max(axis=-1, keepdims=True)  # m of the Notes, (block, 1)
             p /= np.maximum(top, tiny)
+            # Every log is ≤ 0 and that of the largest entry is exactly 0, so no digits
+            # are lost in the sum of P log(A/m) where this entry dominates.
             log_p = np.log(p, out=np.zeros_like(p), where=p > 0)
             total = p.sum(axis=-1, keepdims=True)  # at least 1, if there is attention
             mean = np.einsum("ij,ij->i", p, log_p)[:, None] / np.maximum(total, 1)
-            slope = np.where(p > 0, mean - log_p, 0)
+            slope = np.where(p > 0, mean - log_p, 0)  # -(log P + H)
             weight = gradient[index][rows, None] / np.maximum(total * top, tiny)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore"):  # inf is the result where A is tiny
                 slope *= np.where(top >= tiny, weight, 0)
             out[index][rows] = narrow(slope, out.dtype)
     return out
 
 
 def _attention_entropy_vjp_cuda(gradient: Any, attention: Any, mask: Any) -> Any:
-    """Return the gradient of the attention."""
+    """Return the gradient with respect to the attention."""
     *leading, num_tokens, _ = attention.shape
     out = empty(attention.shape, attention.dtype)
-    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)  # L · B · H
     arrays = map(contiguous, (attention, mask))
     sizes = outer, batch, heads, num_tokens
     args = (as_computed(gradient, attention), *arrays, *sizes, out)

@@ -1,4 +1,4 @@
-"""Saliency from the norms of tokens."""
+"""Saliency from the L2 norms of tokens."""
 
 from typing import Any
 
@@ -26,25 +26,26 @@ from .token_norms import relative_norms, token_norms_cuda
     shapes=without_last_axis,
 )
 def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
-    """Saliency of each token from its L2 norm, min–max scaled over its sequence.
+    """Return the L2 norm of each token, min–max scaled over its sequence.
 
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens have saliency 0 and set no extreme.
+        Boolean, True = token. Padded tokens have saliency 0. They do not count for the
+        minimum and the maximum.
 
     Returns
     -------
     ndarray of shape (N,) or (B, N)
-        Saliency within [0, 1]; float32, or float64 for float64 input. 0 throughout a
-        sequence whose norms are all equal.
+        Saliency within [0, 1]; float32, or float64 for float64 input. If all norms of a
+        sequence are equal, its saliency is 0.
 
     Raises
     ------
     TypeError
-        If `tokens` is not floating or `mask` not boolean.
+        If `tokens` is not floating or `mask` is not boolean.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -58,7 +59,8 @@ def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     if is_cuda(tokens):
-        norms = token_norms_cuda(tokens, mask)
+        norms = token_norms_cuda(tokens, mask)  # (B, N)
+        # "high" is min–max scaling alone, without the "1 -" of the entropies.
         return leave(saliency_cuda(norms, "high", mask))
     return leave(_norm_saliency_reference(tokens, mask))
 
@@ -66,6 +68,7 @@ def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
 def _norm_saliency_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
+    # Min–max scaling removes any common factor, so relative norms are enough.
     scaled = scale_min_max(relative_norms(tokens, mask), mask)
     return scaled.astype(np.result_type(tokens.dtype, np.float32))
 
@@ -74,40 +77,40 @@ def _norm_saliency_reference(
 def norm_saliency_vjp(
     gradient: FloatArray, tokens: Array, *, mask: BoolArray | None = None
 ) -> Array:
-    r"""Vector–Jacobian product of `norm_saliency`.
+    r"""Return the vector–Jacobian product of `norm_saliency`.
 
     .. math:: \frac{\partial \mathcal{L}}{\partial x_i} =
         \frac{\partial \mathcal{L}}{\partial n_i} \frac{x_i}{n_i}, \qquad
         n_i = \lVert x_i \rVert
 
-    with the gradient of the norms as `saliency_vjp` has it.
+    The gradient with respect to the norms is that of `saliency_vjp`.
 
     Parameters
     ----------
     gradient : ndarray of shape (N,) or (B, N)
-        Gradient of a loss with respect to the saliency, floating.
+        Gradient of a loss with respect to the saliency; any float dtype.
     tokens : ndarray of shape (N, D) or (B, N, D)
-        As `norm_saliency` took them.
+        The argument of `norm_saliency`.
     mask : ndarray of shape (N,) or (B, N), optional
-        As `norm_saliency` took it. The gradient of padded tokens is not read.
+        The argument of `norm_saliency`. The gradient of padded tokens is not read.
 
     Returns
     -------
     ndarray of the shape and dtype of `tokens`
-        Gradient of the loss with respect to the tokens; 0 for padded ones.
+        Gradient of the loss with respect to the tokens; 0 for padded tokens.
 
     Raises
     ------
     TypeError
-        If `gradient` or `tokens` is not floating or `mask` not boolean.
+        If `gradient` or `tokens` is not floating, or `mask` is not boolean.
     ValueError
         If a shape does not fit or an entry is not finite.
 
     Notes
     -----
-    A subgradient where there is no gradient: tokens that tie at the least or the
-    greatest norm share equally, those of a sequence of equal norms get 0, and so does
-    a token of norm 0.
+    Min–max scaling has no gradient at a tie, and this function returns a subgradient:
+    tokens that tie at the least or the greatest norm get equal parts. If all norms of a
+    sequence are equal, its gradient is 0. The gradient of a token of norm 0 is 0.
 
     Examples
     --------
@@ -123,6 +126,7 @@ def norm_saliency_vjp(
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
+    # The gradient of padded tokens may be NaN.
     check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
     if is_cuda(tokens):
         return leave(_norm_saliency_vjp_cuda(gradient, tokens, mask))
@@ -135,23 +139,28 @@ def _norm_saliency_vjp_reference(
     x = tokens.astype(np.float64)
     if mask is not None:
         x *= mask[..., None]
-    peak = np.abs(x).max(axis=(-2, -1), keepdims=True)
+    peak = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)
     peak = np.where(peak > 0, peak, 1)
-    x /= peak  # no square can overflow or vanish
-    norms = relative_norms(x)
+    x /= peak  # so that no square overflows or becomes 0
+    norms = relative_norms(x)  # (B, N)
     slope = scale_min_max_vjp(masked_gradient(gradient, x.dtype, mask), norms, mask)
+    # ∂n/∂x = x / n is a unit vector; a token of norm 0 gets 0.
     x *= (slope / np.where(norms > 0, norms, 1))[..., None]
     with np.errstate(over="ignore"):
+        # The saliency does not change with `peak`, so `peak` counts as a constant:
+        # ∂x/∂tokens = 1 / peak.
         return narrow(x / peak, tokens.dtype)
 
 
 def _norm_saliency_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> Any:
-    """Return the gradient of the tokens."""
-    norms = token_norms_cuda(tokens, mask)
-    slopes = saliency_vjp_cuda(gradient, norms, "high", mask)
+    """Return the gradient with respect to the tokens."""
+    norms = token_norms_cuda(tokens, mask)  # (B, N)
+    slopes = saliency_vjp_cuda(gradient, norms, "high", mask)  # ∂L/∂n, (B, N)
     out = empty(tokens.shape, tokens.dtype)
     tokens = contiguous(tokens)
+    # ∂L/∂x = ∂L/∂n · x / n
     args = (slopes, tokens, norms, norms.size, tokens.shape[-1], out)
+    # An elementwise kernel exists only as a basic one: a thread for each element.
     kernel = "norm_saliency_vjp", "token_norms_vjp"
     launch(*kernel, out.dtype, args, outputs=out.size)
     return out

@@ -1,4 +1,4 @@
-"""Attention entropy: of queries and keys."""
+"""Attention entropy of queries and keys."""
 
 import math
 from typing import Any
@@ -54,22 +54,22 @@ def query_key_entropy(
     scale: float | None = None,
     mask: BoolArray | None = None,
 ) -> Array:
-    r"""Entropy of the attention of queries to keys, never storing the N × N matrix.
+    r"""Return the entropy of the attention of queries to keys, without an N × N matrix.
 
     .. math:: H_i = \operatorname{entropy}(\operatorname{softmax}_j(q_i \cdot k_j\,c))
 
     Parameters
     ----------
     query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
-        Queries and keys of the same shape and dtype. One layer of heads,
-        (B, H, N, d), is given as ``query[None]``.
+        Queries and keys of the same shape and dtype. Pass one layer of heads,
+        (B, H, N, d), as ``query[None]``.
     causal : bool, default False
-        Whether token i attends only to tokens 0..i.
+        If True, token i attends only to tokens 0..i.
     scale : float, optional
         The factor c of the scores, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens neither attend nor are attended; their
-        entropy is 0.
+        Boolean, True = token. Padded tokens do not attend and no token attends to them;
+        their entropy is 0.
 
     Returns
     -------
@@ -79,15 +79,16 @@ def query_key_entropy(
     Raises
     ------
     TypeError
-        If an array is not floating, `mask` not boolean, or the dtypes differ.
+        If an array is not floating, `mask` is not boolean, or the dtypes differ.
     ValueError
         If a shape does not fit or an entry is not finite.
 
     Notes
     -----
-    The largest score m of a row is left out of the running sums
-    :math:`r = \sum e^{s-m}` and :math:`t = \sum e^{s-m}(s-m)` and added last,
-    :math:`H = \log(1+r) - t/(1+r)`, so an entropy of 1e-12 is as exact as one of 1.
+    The running sums :math:`r = \sum e^{s-m}` and :math:`t = \sum e^{s-m}(s-m)` leave
+    out the largest score m of a row. It is added last,
+    :math:`H = \log(1+r) - t/(1+r)`.
+    An entropy of 1e-12 is therefore as exact as an entropy of 1.
 
     Examples
     --------
@@ -110,9 +111,9 @@ def compute_query_key_entropy(
     scale: float | None = None,
     mask: Any = None,
 ) -> Any:
-    """Return the entropy of converted arrays, which are checked here."""
+    """Return the entropy of converted arrays, after checking them."""
     scale = _check_query_key(query, key, causal, scale)
-    keep = expand_mask(mask, query.shape[:-1])
+    keep = expand_mask(mask, query.shape[:-1])  # (..., N); the kernels take (B, N)
     if is_cuda(query):
         return _query_key_entropy_cuda(query, key, causal, scale, mask)
     return _query_key_entropy_reference(query, key, causal, scale, keep)
@@ -121,7 +122,7 @@ def compute_query_key_entropy(
 def _check_query_key(
     query: NDArray[Any], key: NDArray[Any], causal: Any, scale: float | None
 ) -> float:
-    """Refuse queries and keys that do not fit; return the factor of their scores."""
+    """Raise if queries and keys do not fit; return the factor of their scores."""
     check_values("query", query, "Nd", "BNd", "LBNd", "LBHNd")
     check_values("key", key, "Nd", "BNd", "LBNd", "LBHNd")
     check_shape("key", key, "LBHNd", query.shape)
@@ -129,7 +130,7 @@ def _check_query_key(
         raise TypeError(f"`key` must be {query.dtype} like `query`, got {key.dtype}")
     if not isinstance(causal, bool | np.bool_):
         raise TypeError(f"`causal` must be True or False, got {causal!r}")
-    if scale is None:
+    if scale is None:  # 1/√d
         scale = query.shape[-1] ** -0.5
     return check_number("scale", scale, 0, np.inf, "()")
 
@@ -141,20 +142,24 @@ def _query_key_entropy_reference(
     scale: float,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
+    # Inputs below float64 are computed in float32, or in float64 for huge scores.
     dtype = score_dtype(query, key, scale)
-    never = masked_score(dtype)
+    masked = masked_score(dtype)
     entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
     for index, keep in iter_sequences(entropy.shape[:-1], mask):
-        token = slice(None) if keep is None else keep  # the padding is cut off
+        token = slice(None) if keep is None else keep  # padding is removed
         q, k = query[index][token].astype(dtype), key[index][token].astype(dtype)
-        q *= dtype.type(scale)
-        values = np.empty(len(q), dtype)
+        q *= dtype.type(scale)  # (N, d): cheaper here than in the N × N scores
+        values = np.empty(len(q), dtype)  # entropies of the tokens that are left
+        # A block of rows of scores stays in cache.
         for start in range(0, len(q), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, len(q))
-            scores = q[start:stop] @ k[: stop if causal else None].T
+            # Causal rows need no keys after their block.
+            scores = q[start:stop] @ k[: stop if causal else None].T  # (block, N)
             if causal:
+                # Only the square on the diagonal has keys after a row's own token.
                 later = np.triu_indices(stop - start, 1)
-                scores[:, start:][later] = never
+                scores[:, start:][later] = masked
             values[start:stop] = entropy_of_state(softmax_state(scores, axis=1))
         entropy[index][token] = values
     return entropy
@@ -164,16 +169,20 @@ def _query_key_entropy_cuda(
     query: Any, key: Any, causal: bool, scale: float, mask: Any
 ) -> Any:
     *leading, num_tokens, head_dim = query.shape
-    out = empty((*leading, num_tokens), accumulation_dtype(query.dtype))
+    out = empty((*leading, num_tokens), accumulation_dtype(query.dtype))  # (..., N)
     arrays = map(contiguous, (query, key, mask))
-    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)  # L · B · H
     sizes = outer, batch, heads, num_tokens, head_dim
     args = (*arrays, *sizes, int(causal), scale, out)
+    # A block computes all tiles of its rows, so the states of rows stay in registers.
     tiling = Tiling(outer, num_tokens, num_tokens, whole_rows=True)
-    # Rows that do not fit come step by step, which leaves no registers for more rows.
+    # If the queries of a block do not fit in shared memory, they are loaded step by
+    # step. That leaves registers for half a tile of rows only.
     shape = HALF._replace(suffix="")
     if implementation() == "optimized":
+        # Whole tiles, with the queries of a block in shared memory for all its keys.
         kept = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
+        # `kept` is 0 for float64 and for queries that are too wide for shared memory.
         if kept and select_shape(tiling, query.dtype) is WHOLE:
             shape = WHOLE._replace(suffix="_kept", shared=kept)
     kernel = "query_key_entropy", "query_key_entropy"
@@ -191,7 +200,7 @@ def query_key_entropy_vjp(
     scale: float | None = None,
     mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
-    r"""Vector–Jacobian product of `query_key_entropy`, never storing N × N.
+    r"""Return the vector–Jacobian product of `query_key_entropy`, without N × N arrays.
 
     .. math:: \frac{\partial \mathcal{L}}{\partial s_{ij}} =
         -g_i \, p_{ij} \, (\log p_{ij} + H_i), \qquad
@@ -200,15 +209,15 @@ def query_key_entropy_vjp(
     Parameters
     ----------
     gradient : ndarray of shape (..., N)
-        Gradient g of a loss with respect to the entropies, floating.
+        Gradient g of a loss with respect to the entropies; any float dtype.
     query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
-        As `query_key_entropy` took them.
+        The arguments of `query_key_entropy`.
     causal : bool, default False
-        As `query_key_entropy` took it.
+        The argument of `query_key_entropy`.
     scale : float, optional
         The factor c of the scores, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
-        As `query_key_entropy` took it. The gradient of padded tokens is not read.
+        The argument of `query_key_entropy`. The gradient of padded tokens is not read.
 
     Returns
     -------
@@ -219,16 +228,16 @@ def query_key_entropy_vjp(
     Raises
     ------
     TypeError
-        If an array is not floating, `mask` not boolean, or the dtypes of `query` and
+        If an array is not floating, `mask` is not boolean, or the dtypes of `query` and
         `key` differ.
     ValueError
         If a shape does not fit or an entry is not finite.
 
     Notes
     -----
-    With the sums m, r and t of `query_key_entropy`,
-    :math:`\log p_{ij} + H_i = (s_{ij} - m) - t/(1+r)`, so that no digits are lost where
-    one score dominates. Scores are computed again some rows at a time: memory is
+    With m, r and t of `query_key_entropy`,
+    :math:`\log p_{ij} + H_i = (s_{ij} - m) - t/(1+r)`. No digits are lost where one
+    score dominates. The scores are recomputed for some rows at a time, so memory is
     linear in N.
 
     Examples
@@ -247,12 +256,12 @@ def query_key_entropy_vjp(
     scale = _check_query_key(query, key, causal, scale)
     keep = expand_mask(mask, query.shape[:-1])
     check_entropy_gradient(gradient, query.shape[:-1], keep)
-    given = gradient, query, key, causal, scale
+    args = gradient, query, key, causal, scale
     if is_cuda(query):
-        found = _query_key_entropy_vjp_cuda(*given, mask)
+        slopes = _query_key_entropy_vjp_cuda(*args, mask)
     else:
-        found = _query_key_entropy_vjp_reference(*given, keep)
-    return leave(found[0]), leave(found[1])
+        slopes = _query_key_entropy_vjp_reference(*args, keep)
+    return leave(slopes[0]), leave(slopes[1])
 
 
 def _query_key_entropy_vjp_reference(
@@ -264,21 +273,24 @@ def _query_key_entropy_vjp_reference(
     mask: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     dtype = score_dtype(query, key, scale)
+    # Padding keeps its gradient of 0.
     of_query, of_key = np.zeros_like(query, order="C"), np.zeros_like(key, order="C")
     for index, keep in iter_sequences(query.shape[:-2], mask):
-        token = slice(None) if keep is None else keep  # the padding is cut off
+        token = slice(None) if keep is None else keep  # padding is removed
         g, q, k = (x[index][token].astype(dtype) for x in (gradient, query, key))
-        found = score_vjp(g, q, k, causal, dtype.type(scale))
-        of_query[index][token] = narrow(found[0], query.dtype)
-        of_key[index][token] = narrow(found[1], key.dtype)
+        slopes = score_vjp(g, q, k, causal, dtype.type(scale))  # each (N, d)
+        # Sums in `dtype` are rounded to the dtype of the inputs once, at the end.
+        of_query[index][token] = narrow(slopes[0], query.dtype)
+        of_key[index][token] = narrow(slopes[1], key.dtype)
     return of_query, of_key
 
 
 def _query_key_entropy_vjp_cuda(
     gradient: Any, query: Any, key: Any, causal: bool, scale: float, mask: Any
 ) -> tuple[Any, Any]:
-    """Return the gradients of the queries and of the keys."""
+    """Return the gradients with respect to the queries and the keys."""
     query, key = contiguous(query), contiguous(key)
     scores = scores_cuda(gradient, query, key, causal, scale, mask)
-    of_query = token_gradients_cuda(scores, query, key, QUERIES)
+    # With G = ∂L/∂s: queries get G K c, keys get Gᵀ Q c.
+    of_query = token_gradients_cuda(scores, query, key, QUERIES)  # (..., N, d)
     return of_query, token_gradients_cuda(scores, key, query, KEYS)

@@ -1,1 +1,1 @@
-"""Selection: which tokens carry their own weight."""
+"""Selection: the tokens that keep their own saliency as their weight."""

@@ -1,4 +1,4 @@
-"""Gumbel noise."""
+"""Gumbel noise that has the same bits on every machine."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .philox import philox4x32, uniform
 def gumbel_noise(
     shape: int | tuple[int, ...], seed: int | None, *, sequence_offset: int = 0
 ) -> NDArray[np.float32]:
-    """Standard Gumbel noise -log(-log u), the same bits on every machine.
+    """Return standard Gumbel noise -log(-log u), with the same bits on every machine.
 
     Parameters
     ----------
@@ -21,13 +21,14 @@ def gumbel_noise(
     seed : int or None
         Key of the Philox4x32-10 generator, within 0..2⁶⁴ - 1. None gives zeros.
     sequence_offset : int, default 0
-        Number of the first sequence: a batch worked through in parts draws the same
-        noise as the whole.
+        Number of the first sequence. With it, a batch that is processed in parts gets
+        the same noise as the whole batch.
 
     Returns
     -------
     ndarray of shape `shape`
-        float32. Token n of sequence b depends on (seed, b, n) alone, not on B or N.
+        float32. The noise of token n of sequence b depends only on (seed, b, n), not on
+        B or N.
 
     Raises
     ------
@@ -38,7 +39,7 @@ def gumbel_noise(
 
     Notes
     -----
-    u is one of the 2²³ mid-points (k + ½)·2⁻²³, so the noise is finite: it lies within
+    u is one of the 2²³ mid-points (k + ½)·2⁻²³, so the noise is finite. It lies between
     -2.82 and 16.64.
 
     Examples
@@ -49,6 +50,7 @@ def gumbel_noise(
     >>> bool((gumbel_noise(3, seed=0, sequence_offset=1) == whole[1]).all())
     True
     """
+    # Tuples and lists are shapes; any other value must be one integer.
     sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     sizes = tuple(check_integer("shape", size) for size in sizes)
     if min(sizes, default=0) < 0:
@@ -57,6 +59,7 @@ def gumbel_noise(
 
 
 def check_noise(seed: Any, sequence_offset: Any) -> tuple[int | None, int]:
+    """Return (seed, sequence_offset) as integers; raise if one is out of range."""
     first = check_integer("sequence_offset", sequence_offset)
     if not 0 <= first < 2**32:
         raise ValueError(f"`sequence_offset` must lie in 0..2**32 - 1, got {first}")
@@ -66,18 +69,24 @@ def check_noise(seed: Any, sequence_offset: Any) -> tuple[int | None, int]:
 def gumbel_noise_reference(
     sizes: tuple[int, ...], seed: int | None, first: int
 ) -> NDArray[np.float32]:
+    """Return the noise in float32; `first` is the number of the first sequence."""
     if seed is None:
         return np.zeros(sizes, np.float32)
+    # The counter is (token, sequence, outer index): the generator has no state, and any
+    # part of the noise can be drawn alone. The kernels use outer index 0.
     *outer, num_sequences, num_tokens = (1, 1, *sizes)
-    token = np.arange(num_tokens)
-    sequence = first + np.arange(num_sequences)[:, None]
+    token = np.arange(num_tokens)  # (N,)
+    sequence = first + np.arange(num_sequences)[:, None]  # (B, 1)
     block = np.arange(np.prod(outer, dtype=np.int64))[:, None, None]
-    low, high = sequence & 0xFFFFFFFF, sequence >> 32  # a counter's words have 32 bits
+    # A word of the counter has 32 bits, so a sequence number takes two words.
+    low, high = sequence & 0xFFFFFFFF, sequence >> 32
     words, *_ = philox4x32((token, low, block, high), seed)
-    noise = -np.log(-np.log(uniform(words)))  # in float64: the same bits anywhere
+    # In float64 and rounded once to float32, so that CPU and GPU give the same bits.
+    noise = -np.log(-np.log(uniform(words)))  # (outer, B, N)
     return noise.astype(np.float32).reshape(sizes)
 
 
 def noise_arguments(noise: tuple[int | None, int]) -> tuple[int, np.uint64, int]:
+    """Return (noisy, seed, first sequence) as the kernels take them."""
     seed, first = noise
     return int(seed is not None), np.uint64(seed or 0), first

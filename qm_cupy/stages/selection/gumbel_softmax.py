@@ -1,4 +1,4 @@
-"""Gumbel-softmax selection."""
+"""Gumbel-softmax selection of tokens."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def gumbel_softmax(
     mask: BoolArray | None = None,
     sequence_offset: int = 0,
 ) -> Array:
-    r"""Gumbel-softmax selection probabilities, or the K-hot mask of one draw.
+    r"""Return Gumbel-softmax selection probabilities, or the K-hot mask of one draw.
 
     .. math:: \pi_i = \frac{\exp((s_i + g_i)/\tau)}{\sum_j \exp((s_j + g_j)/\tau)}
 
@@ -57,30 +57,30 @@ def gumbel_softmax(
     saliency : ndarray of shape (N,) or (B, N)
         Saliency s; float16, bfloat16, float32 or float64.
     temperature : float, default 0.1
-        τ > 0: the lower, the closer π comes to one token.
+        τ > 0. With a lower τ, π is closer to a one-hot vector.
     seed : int or None, default 0
-        Seed of the Gumbel noise g; None leaves it out.
+        Seed of the Gumbel noise g; with None there is no noise.
     hard : int or ndarray of int of shape (B,), optional
-        Return 1 for the K tokens of greatest s + g and 0 for the others instead
-        (ties: the lower index).
+        K. The result is then 1 for the K tokens with the greatest s + g and 0 for the
+        others. Of equal scores, the lower index is selected.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens get 0, and no noise is drawn for them: the
-        result is that of the tokens alone.
+        Boolean, True = token. Padded tokens get 0, and no noise is drawn for them. The
+        other tokens get the same result as without the padding.
     sequence_offset : int, default 0
-        As in `gumbel_noise`.
+        Number of the first sequence, as in `gumbel_noise`.
 
     Returns
     -------
     ndarray of shape (N,) or (B, N)
-        π, summing to 1, or the K-hot mask; float32, or float64 for float64 input.
+        π, which sums to 1, or the K-hot mask; float32, or float64 for float64 input.
 
     Raises
     ------
     TypeError
-        If `saliency` is not floating, `mask` not boolean or `hard` not integer.
+        If `saliency` is not floating, `mask` is not boolean, or `hard` is not integer.
     ValueError
         If a shape does not fit, an entry is not finite, the temperature is not
-        positive or `hard` exceeds the tokens.
+        positive, or `hard` is greater than the number of tokens.
 
     References
     ----------
@@ -103,6 +103,7 @@ def gumbel_softmax(
     temperature = check_temperature(temperature)
     seed, sequence_offset = check_noise(seed, sequence_offset)
     if hard is not None:
+        # K is at most the number of tokens of its sequence, without padding.
         limit = num_valid(saliency.shape, mask)
         hard = check_group_counts(hard, saliency.shape[:-1], limit, name="hard")
     probabilities = compute_gumbel_softmax(
@@ -125,9 +126,11 @@ def compute_gumbel_softmax(
     mask: Any = None,
     sequence_offset: int = 0,
 ) -> Any:
-    """Return what `gumbel_softmax` does, of arrays converted and checked."""
+    """Return the result of `gumbel_softmax` for converted and checked arrays."""
     noise = seed, sequence_offset
     counts = None if hard is None else hard.counts
+    # The optimized kernel computes noise and softmax in one launch; a K-hot mask needs
+    # the perturbed scores in memory.
     if is_cuda(saliency) and counts is None and implementation() == "optimized":
         return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     if is_cuda(saliency):
@@ -142,13 +145,15 @@ def _gumbel_softmax_reference(
     counts: NDArray[np.int64] | None,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    scores = perturbed_scores_reference(saliency, noise, mask)
+    scores = perturbed_scores_reference(saliency, noise, mask)  # s + g, (B, N)
     if counts is None:
         return _softmax_reference(scores, temperature, mask)
+    # The temperature does not change the order of the scores, so it is not used here.
     return top_tokens_reference(scores, counts, mask).astype(scores.dtype)
 
 
 def check_temperature(temperature: Any) -> float:
+    """Return τ as a float; raise if it is not positive and finite."""
     return check_number("temperature", temperature, 0, np.inf, "()")
 
 
@@ -156,11 +161,14 @@ def _softmax_reference(
     scores: NDArray[Any], temperature: float, mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     if mask is not None:
-        scores = np.where(mask, scores, -np.inf)
+        scores = np.where(mask, scores, -np.inf)  # e^-inf = 0: no probability
+    # Subtract the maximum first: every exponent is ≤ 0 and one of them is 0.
     gap = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf is what is meant
+    # Divide in float64, where no temperature rounds to 0. A tiny one gives -inf, which
+    # is the intended result: probability 0.
+    with np.errstate(over="ignore"):
         logits = (gap / temperature).astype(scores.dtype, copy=False)
-    weights = np.exp(logits)
+    weights = np.exp(logits)  # e^((z - m) / τ), (B, N)
     total: NDArray[Any] = weights.sum(axis=-1, keepdims=True)
     return weights / total
 
@@ -174,13 +182,16 @@ def _gumbel_softmax_cuda(
 ) -> Any:
     scores = perturbed_scores_cuda(saliency, noise, mask)
     if counts is not None:
-        selected = top_tokens_cuda(scores, *device_counts(counts))
+        selected = top_tokens_cuda(scores, *device_counts(counts))  # (B, N), bool
         return selected.astype(scores.dtype)
+    # Basic kernels: one thread for the maximum and the sum of each row, then one thread
+    # for each token.
     batch, num_tokens = rows_of(scores)
+    # m = max z and Σ e^((z - m) / τ), each (B,).
     highest, total = (empty((batch,), scores.dtype) for _ in range(2))
     out = empty(scores.shape, scores.dtype)
     args: tuple[Any, ...] = (scores, batch, num_tokens, temperature, highest, total)
-    page = "gumbel_softmax"
+    page = "gumbel_softmax"  # the second kernel has the name of the file
     launch(page, "softmax_totals", scores.dtype, args, outputs=batch)
     args = (scores, highest, total, batch, num_tokens, temperature, out)
     launch(page, page, scores.dtype, args, outputs=out.size)
@@ -194,15 +205,17 @@ def softmax_mass_cuda(
     epsilon: float | None,
     mask: Any,
 ) -> tuple[Any, Any]:
-    """Return π and, unless `epsilon` is None, the mass, both 0 for padding."""
+    """Return π and the mass, both 0 for padding; no mass if `epsilon` is None."""
     batch, num_tokens = rows_of(saliency)
     acc_dtype = accumulation_dtype(saliency.dtype)
     out = empty(saliency.shape, acc_dtype)
+    # m = π s + (1 - π) ε comes from the same launch.
     mass = None if epsilon is None else empty(saliency.shape, acc_dtype)
     arrays = contiguous(saliency), contiguous(mask)
     options = temperature, *noise_arguments(noise), epsilon or 0.0
     args = (*arrays, batch, num_tokens, *options, out, mass)
     kernel = "gumbel_softmax", "gumbel_softmax"
+    # One block for each sequence, with a thread for each token up to the limit.
     block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
     launch(*kernel, saliency.dtype, args, blocks=batch, block=block)
     return out, mass
@@ -218,7 +231,7 @@ def gumbel_softmax_vjp(
     mask: BoolArray | None = None,
     sequence_offset: int = 0,
 ) -> Array:
-    r"""Gradient of `gumbel_softmax` with respect to the saliency.
+    r"""Return the gradient of `gumbel_softmax` with respect to the saliency.
 
     .. math:: \bar s_i = \frac{\pi_i}{\tau} \Bigl(\bar\pi_i - \sum_j \bar\pi_j \pi_j
         \Bigr)
@@ -226,12 +239,12 @@ def gumbel_softmax_vjp(
     Parameters
     ----------
     gradient : ndarray of shape (N,) or (B, N)
-        Gradient π̄ of a loss with respect to the probabilities; any float dtype. That of
-        padded tokens does not count.
+        Gradient π̄ of a loss with respect to the probabilities; any float dtype. The
+        gradient of padded tokens is not read.
     saliency : ndarray of shape (N,) or (B, N)
-        Saliency s, as `gumbel_softmax` takes it.
+        Saliency s, the argument of `gumbel_softmax`.
     temperature, seed, mask, sequence_offset : optional
-        As in `gumbel_softmax`: the noise is drawn again.
+        The arguments of `gumbel_softmax`. The same noise is drawn again.
 
     Returns
     -------
@@ -241,15 +254,15 @@ def gumbel_softmax_vjp(
     Raises
     ------
     TypeError
-        If an array is not floating or `mask` not boolean.
+        If an array is not floating or `mask` is not boolean.
     ValueError
-        If a shape does not fit, an entry is not finite or the temperature is not
+        If a shape does not fit, an entry is not finite, or the temperature is not
         positive.
 
     Notes
     -----
-    A K-hot mask (``hard=K``) has no slope of its own. Its straight-through estimate is
-    this same product, of the gradient with respect to the mask [1]_.
+    A K-hot mask (``hard=K``) has no gradient of its own. For its straight-through
+    estimate [1]_, pass the gradient with respect to the mask to this function.
 
     References
     ----------
@@ -268,6 +281,7 @@ def gumbel_softmax_vjp(
     )
     check_values("saliency", saliency, "N", "BN")
     check_mask(mask, saliency.shape)
+    # The gradient of padded tokens may be NaN, so the mask is part of this check.
     gradient = check_gradient(gradient, saliency.shape, "BN", saliency, mask=mask)
     temperature = check_temperature(temperature)
     noise = check_noise(seed, sequence_offset)
@@ -286,10 +300,13 @@ def _gumbel_softmax_vjp_reference(
 ) -> NDArray[Any]:
     scores = perturbed_scores_reference(saliency, noise, mask)
     p = _softmax_reference(scores, temperature, mask).astype(np.float64)
+    # Padding has probability 0; its gradient may be NaN and is not used.
     gap = np.where(p > 0, gradient, 0).astype(np.float64)
-    for _ in range(2):  # once more: of a token that has nearly all, little is left
+    # π̄_i - Σ π̄_j π_j is tiny for a token that has nearly all the probability. The
+    # second pass removes the rounding error of the first.
+    for _ in range(2):
         gap -= np.sum(p * gap, axis=-1, keepdims=True)
-    with np.errstate(over="ignore"):  # a tiny temperature: inf is what is meant
+    with np.errstate(over="ignore"):  # inf is the intended result of a tiny temperature
         return (p * gap / temperature).astype(saliency.dtype)
 
 
@@ -301,6 +318,7 @@ def _gumbel_softmax_vjp_cuda(
     mask: Any,
 ) -> Any:
     seed, sequence_offset = noise
+    # The probabilities are computed again rather than kept from the forward pass.
     p = compute_gumbel_softmax(
         saliency,
         temperature=temperature,
@@ -312,5 +330,6 @@ def _gumbel_softmax_vjp_cuda(
     out = empty(saliency.shape, saliency.dtype)
     args = (contiguous(gradient, p.dtype), p, batch, num_tokens, temperature, out)
     kernel = "gumbel_softmax_vjp", "gumbel_softmax_vjp"
+    # One block for each sequence; the basic kernel has one thread for each token.
     launch(*kernel, saliency.dtype, args, outputs=out.size, blocks=batch)
     return out

@@ -1,3 +1,5 @@
+"""Philox4x32-10: a generator that maps a counter and a key to four random words."""
+
 from typing import Any
 
 import numpy as np
@@ -5,9 +7,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...cuda.constants import NOISE_BITS
 
+# Constants of Philox4x32-10: Salmon et al. 2011, doi:10.1145/2063384.2063405. A round
+# multiplies two words of the counter; the high and low halves of the products, mixed
+# with the key, are the next counter.
 _ROUNDS = 10
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85  # golden ratio and sqrt(3) - 1, the key's steps
+# Added to the two words of the key after each round: the fractional parts of the golden
+# ratio and of √3, times 2³².
+_WEYL = 0x9E3779B9, 0xBB67AE85
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _UNUSED = np.uint64(32 - NOISE_BITS)
@@ -20,6 +27,7 @@ def philox4x32(
     c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
     key = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(_ROUNDS):
+        # 32 × 32 bits fit in 64, so the products are exact.
         product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0 = (product1 >> _HALF) ^ c1 ^ np.uint64(key[0])
         c2 = (product0 >> _HALF) ^ c3 ^ np.uint64(key[1])
@@ -29,5 +37,8 @@ def philox4x32(
 
 
 def uniform(words: NDArray[Any]) -> NDArray[np.float64]:
-    """Return (k + ½)·2⁻²³ for the top 23 bits k: never 0, never 1, exact in float32."""
+    """Return u = (k + ½)·2⁻²³ for the top 23 bits k of each word.
+
+    u is never 0 or 1, so -log(-log u) is finite. It is exact in float32.
+    """
     return ((words >> _UNUSED).astype(np.float64) + 0.5) * 2.0**-NOISE_BITS

@@ -1,4 +1,4 @@
-"""Saliency mass: the weights of the merge."""
+"""Saliency mass: the weights of tokens in the merge."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ from ...cuda.launch import contiguous, launch
 def saliency_mass(
     saliency: Array, probabilities: FloatArray, *, epsilon: float = 0.01
 ) -> Array:
-    r"""Merge weight of each token: its saliency where selected, ε elsewhere.
+    r"""Return the merge weight of each token: its saliency if selected, otherwise ε.
 
     .. math:: m_i = \pi_i s_i + (1 - \pi_i)\,\varepsilon
 
@@ -45,7 +45,7 @@ def saliency_mass(
     TypeError
         If an array is not floating.
     ValueError
-        If the shapes differ, an entry is not finite or `epsilon` is negative.
+        If the shapes differ, an entry is not finite, or `epsilon` is negative.
 
     Examples
     --------
@@ -66,13 +66,14 @@ def saliency_mass(
 def compute_saliency_mass(
     saliency: Any, probabilities: Any, *, epsilon: float = 0.01
 ) -> Any:
-    """Return the mass of arrays that are converted and checked."""
+    """Return the mass of arrays that are already converted and checked."""
     if is_cuda(saliency):
         return _saliency_mass_cuda(saliency, probabilities, epsilon)
     return _saliency_mass_reference(saliency, probabilities, epsilon)
 
 
 def check_epsilon(epsilon: Any) -> float:
+    """Return ε as a float; raise if it is negative or not finite."""
     return check_number("epsilon", epsilon, 0, np.inf, "[)")
 
 
@@ -80,13 +81,15 @@ def _saliency_mass_reference(
     saliency: NDArray[Any], probabilities: NDArray[Any], epsilon: float
 ) -> NDArray[Any]:
     dtype = _mass_dtype(saliency, probabilities)
+    # π = 1 gives the saliency itself, π = 0 the background weight ε.
     s, p = saliency.astype(dtype), probabilities.astype(dtype)
     mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
     return mass
 
 
 def _mass_dtype(saliency: Any, probabilities: Any) -> np.dtype[Any]:
-    """Return float32 or float64: what NumPy finds, but of bfloat16 and float16 too."""
+    """Return float64 if one of the arrays is float64, else float32."""
+    # Narrow dtypes are widened first: NumPy would return float16 for two float16.
     return np.result_type(
         *map(accumulation_dtype, (saliency.dtype, probabilities.dtype))
     )
@@ -95,8 +98,10 @@ def _mass_dtype(saliency: Any, probabilities: Any) -> np.dtype[Any]:
 def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> Any:
     dtype = _mass_dtype(saliency, probabilities)
     out = empty(saliency.shape, dtype)
+    # The kernel has one dtype for both inputs.
     arrays = contiguous(saliency, dtype), contiguous(probabilities, dtype)
     args = (*arrays, out.size, epsilon, out)
+    # Elementwise: one thread for each token.
     launch("saliency_mass", "saliency_mass", dtype, args, outputs=out.size)
     return out
 
@@ -109,7 +114,7 @@ def saliency_mass_vjp(
     *,
     epsilon: float = 0.01,
 ) -> tuple[Array, Array]:
-    r"""Gradients of `saliency_mass` with respect to saliency and probabilities.
+    r"""Return the gradients of `saliency_mass` for saliency and probabilities.
 
     .. math:: \bar s_i = \bar m_i \pi_i, \qquad
         \bar\pi_i = \bar m_i (s_i - \varepsilon)
@@ -126,14 +131,15 @@ def saliency_mass_vjp(
     Returns
     -------
     saliency, probabilities : ndarray of shape (N,) or (B, N)
-        Gradients of the loss with respect to the two, in the dtype of each.
+        Gradients of the loss with respect to the two arguments, each in the dtype of
+        its argument.
 
     Raises
     ------
     TypeError
         If an array is not floating.
     ValueError
-        If the shapes differ, an entry is not finite or `epsilon` is negative.
+        If the shapes differ, an entry is not finite, or `epsilon` is negative.
 
     Examples
     --------
@@ -165,8 +171,9 @@ def _saliency_mass_vjp_reference(
     probabilities: NDArray[Any],
     epsilon: float,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
+    # Products in float64 are rounded once to the dtype of each argument.
     g, s, p = (x.astype(np.float64) for x in (gradient, saliency, probabilities))
-    by_saliency, by_probability = g * p, g * (s - epsilon)
+    by_saliency, by_probability = g * p, g * (s - epsilon)  # m̄ π and m̄ (s - ε)
     return by_saliency.astype(saliency.dtype), by_probability.astype(
         probabilities.dtype
     )
@@ -176,13 +183,15 @@ def _saliency_mass_vjp_cuda(
     gradient: Any, saliency: Any, probabilities: Any, epsilon: float
 ) -> tuple[Any, Any]:
     dtype = _mass_dtype(saliency, probabilities)
-    given = gradient, saliency, probabilities
-    arrays = (contiguous(x, dtype) for x in given)
-    outs = [empty(saliency.shape, dtype) for _ in range(2)]
+    # The kernel has one dtype for all arrays; results are converted back below.
+    inputs = gradient, saliency, probabilities
+    arrays = (contiguous(x, dtype) for x in inputs)
+    outs = [empty(saliency.shape, dtype) for _ in range(2)]  # s̄ and π̄
     args = (*arrays, saliency.size, epsilon, *outs)
     kernel = "saliency_mass_vjp", "saliency_mass_vjp"
-    launch(*kernel, dtype, args, outputs=saliency.size)
+    launch(*kernel, dtype, args, outputs=saliency.size)  # one thread for each token
     by_saliency, by_probability = outs
+    # An argument may be narrower than the kernel's dtype.
     return (
         by_saliency.astype(saliency.dtype, copy=False),
         by_probability.astype(probabilities.dtype, copy=False),

@@ -1,4 +1,4 @@
-"""Selection of the K highest scores."""
+"""Selection of the K tokens with the highest scores."""
 
 from typing import Any
 
@@ -31,29 +31,31 @@ from .perturbed_scores import perturbed_scores_cuda
 def select_tokens(
     scores: Array, num_groups: Any, *, mask: BoolArray | None = None
 ) -> IntArray:
-    """Positions of the K highest scores of each sequence, ascending.
+    """Return the positions of the K highest scores of each sequence, ascending.
 
     Parameters
     ----------
     scores : ndarray of shape (N,) or (B, N)
         Any score; float16, bfloat16, float32 or float64.
     num_groups : int or ndarray of int of shape (B,)
-        K, or K of each sequence.
+        K for all sequences, or for each one.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens are never selected.
 
     Returns
     -------
     ndarray of shape (K,) or (B, K)
-        int32 positions; equal scores go to the lower index. With K per sequence, rows
-        are padded with -1 to the largest K.
+        Positions, int32. Of equal scores, the lower index is selected. With one K per
+        sequence, rows are padded with -1 to the largest K.
 
     Raises
     ------
     TypeError
-        If `scores` is not floating, `mask` not boolean or `num_groups` not integer.
+        If `scores` is not floating, `mask` is not boolean, or `num_groups` is not
+        integer.
     ValueError
-        If a shape does not fit, an entry is not finite or K exceeds the tokens.
+        If a shape does not fit, an entry is not finite, or K is greater than the number
+        of tokens.
 
     Examples
     --------
@@ -66,7 +68,7 @@ def select_tokens(
     )
     check_values("scores", scores, "N", "BN")
     check_mask(mask, scores.shape)
-    limit = num_valid(scores.shape, mask)
+    limit = num_valid(scores.shape, mask)  # N, or the unmasked tokens (B,)
     groups = check_group_counts(num_groups, scores.shape[:-1], limit)
     return leave(compute_select_tokens(scores, groups, mask=mask))
 
@@ -74,7 +76,7 @@ def select_tokens(
 def compute_select_tokens(
     scores: Any, num_groups: GroupCounts, *, mask: Any = None
 ) -> Any:
-    """Return positions, of scores that are converted and checked."""
+    """Return the positions for scores that are already converted and checked."""
     if is_cuda(scores):
         return _select_tokens_cuda(scores, *num_groups, mask)
     return select_tokens_reference(scores, *num_groups, mask)
@@ -86,15 +88,18 @@ def select_tokens_reference(
     max_groups: int,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
+    """Return positions (B, K), ascending, then -1 in sequences with fewer groups."""
     selected = top_tokens_reference(scores, counts, mask)
+    # A stable sort of "not selected" puts selected tokens first, in index order.
     positions = np.argsort(~selected, axis=-1, stable=True)[..., :max_groups]  # (B, K)
-    padded = np.arange(max_groups) >= counts[..., None]
+    padded = np.arange(max_groups) >= counts[..., None]  # (B, K)
     return np.where(padded, -1, positions).astype(np.int32)
 
 
 def _select_tokens_cuda(
     scores: Any, counts: NDArray[np.int64], max_groups: int, mask: Any
 ) -> Any:
+    # Without noise this only widens the scores and sets padding to -inf.
     scores = perturbed_scores_cuda(scores, (None, 0), mask)
     return selected_positions_cuda(
         top_tokens_cuda(scores, *device_counts(counts)), max_groups
@@ -104,9 +109,13 @@ def _select_tokens_cuda(
 def top_tokens_reference(
     scores: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_]:
-    """Mark the K greatest scores of each row, the lower index where they are equal."""
+    """Return a mask of the K highest scores of each row.
+
+    Of equal scores, the lower index is selected.
+    """
     if mask is not None:
-        scores = np.where(mask, scores, -np.inf)
+        scores = np.where(mask, scores, -np.inf)  # padding comes last
+    # A stable sort keeps equal scores in index order.
     order = np.argsort(-scores, axis=-1, stable=True)
     selected = np.zeros(scores.shape, np.bool_)
     within = np.arange(scores.shape[-1]) < counts[..., None]  # (B, N), by rank
@@ -115,22 +124,26 @@ def top_tokens_reference(
 
 
 def top_tokens_cuda(scores: Any, counts: Any, max_groups: int) -> Any:
-    """Mark the K highest of scores whose padding is below all others."""
+    """Return a mask of the K highest scores; padding must be below all tokens."""
     out = empty(scores.shape, np.bool_)
     batch, num_tokens = rows_of(scores)
     args = (scores, counts, batch, num_tokens, max_groups, out)
     kernel = "select_tokens", "top_tokens"
+    # One block for each sequence finds the K-th highest score by radix selection. The
+    # basic kernel has one thread for each token.
     block = block_size(num_tokens, SELECTION_THREADS)
     launch(*kernel, scores.dtype, args, outputs=out.size, blocks=batch, block=block)
     return out
 
 
 def selected_positions_cuda(selected: Any, max_groups: int) -> Any:
-    """Return the positions (B, K) of selected tokens, ascending, then -1."""
+    """Return the positions (B, K) of selected tokens, ascending and padded with -1."""
     out = empty((*selected.shape[:-1], max_groups), np.int32)
     batch, num_tokens = rows_of(selected)
     args = (selected, batch, num_tokens, max_groups, out)
+    # One block for each sequence; the basic kernel has one thread for each position.
     kernel = "select_tokens", "select_tokens"
     block = block_size(num_tokens, SELECTION_THREADS)
+    # The kernel reads no floats; it is compiled for float32 only.
     launch(*kernel, np.float32, args, outputs=out.size, blocks=batch, block=block)
     return out

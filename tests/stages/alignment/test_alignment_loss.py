@@ -1,3 +1,5 @@
+"""The alignment loss: against a loop over t, with padding, and read in reverse."""
+
 import numpy as np
 import oracle
 import pytest
@@ -7,6 +9,7 @@ import qm_cupy as qm
 
 
 def losses_by_loop(merged, prior):
+    """Return (forward, backward, total) of one sequence, one prediction at a time."""
     return oracle.alignment_losses(
         merged,
         lambda x: oracle.mlp(x, *prior.forward),
@@ -14,6 +17,7 @@ def losses_by_loop(merged, prior):
     )
 
 
+# K = 1 has no pair of neighbours: the loss is 0, not 0 / 0.
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 17])
 def test_losses_oracle(rng, dtype, num_groups):
     prior = qm.MLPPrior.init(5, hidden_dim=7, seed=3)
@@ -28,13 +32,13 @@ def test_losses_oracle(rng, dtype, num_groups):
 
 def test_padding_does_not_count(rng):
     prior = qm.MLPPrior.init(4, seed=1)
-    merged = rng.standard_normal((3, 9, 4))  # the padding is rubbish, not zeros
-    counts = np.array([9, 1, 4])
+    merged = rng.standard_normal((3, 9, 4))  # padding is random, not zeros
+    counts = np.array([9, 1, 4])  # a full, a single and a partial sequence
     got = qm.alignment_loss(merged, prior, num_groups=counts)
     for b, count in enumerate(counts):
         wanted = qm.alignment_loss(merged[b, :count], prior)
         assert_close([loss[b] for loss in got], list(wanted))
-    assert got.total[1] == 0
+    assert got.total[1] == 0  # K = 1
 
 
 def test_one_sequence_gives_scalars(rng):
@@ -47,16 +51,18 @@ def test_reading_backwards_is_the_mirror_image(rng):
     prior = qm.MLPPrior.init(4, seed=2)
     mirrored = qm.MLPPrior(forward=prior.backward, backward=prior.forward)
     merged = rng.standard_normal((8, 4))
-    ahead = qm.alignment_loss(merged, prior)
-    behind = qm.alignment_loss(merged[::-1], mirrored)
-    assert_close(ahead.forward, behind.backward)
-    assert_close(ahead.backward, behind.forward)
+    # Reversed tokens and exchanged networks must exchange the two losses.
+    original = qm.alignment_loss(merged, prior)
+    reversed_ = qm.alignment_loss(merged[::-1], mirrored)
+    assert_close(original.forward, reversed_.backward)
+    assert_close(original.backward, reversed_.forward)
 
 
+# Without a check, (5, 4) and (2, 5, 1) would broadcast with the tokens (2, 5, 4).
 @pytest.mark.parametrize("shape", [(5, 4), (2, 4, 4), (2, 5, 1), (2, 1, 4)])
 @pytest.mark.parametrize("wrong", [False, True])
 def test_prediction_of_another_shape(shape, wrong):
-    """`wrong`: the direction whose prediction is of that shape, forward or reverse."""
+    """`wrong` is the value of `reverse` that gets a prediction of the wrong shape."""
 
     class Prior:
         def predict(self, tokens, *, reverse=False, **known):

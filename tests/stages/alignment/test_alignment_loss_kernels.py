@@ -1,4 +1,4 @@
-"""The kernels of `alignment_loss` and of its gradient, interpreted."""
+"""The kernels of `alignment_loss` and of its gradient, run by an interpreter."""
 
 import numpy as np
 import oracle
@@ -15,11 +15,12 @@ from qm_cupy.stages.alignment.alignment_loss import alignment_loss_vjp_reference
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
+# One more than a warp (33), and one more than a tile of 128 rows (129).
 @dtypes
 @pytest.mark.parametrize("num_groups", [1, 2, 33, 129])
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
 def test_alignment(dtype, num_groups, ragged):
-    batch, dim = 3, 37
+    batch, dim = 3, 37  # 37 is not a multiple of a warp or a 16-byte vector
     merged = random((batch, num_groups, dim), dtype)
     counts = np.array([num_groups, max(num_groups // 2, 1), 1])
     if not ragged:
@@ -37,9 +38,10 @@ def test_alignment(dtype, num_groups, ragged):
         predicted = prior.predict(merged, reverse=bool(reverse), num_groups=valid)
         for b, count in enumerate(counts):
             x = merged[b, :count].astype(np.float64)
+            # Row t reads the mean of tokens 1..t, or of tokens t..K in reverse.
             parts = [x[t:] if reverse else x[: t + 1] for t in range(count)]
             y = network(np.stack([part.mean(0) for part in parts]))
-            assert_close(predicted[b, :count], y, dtype)  # each token at its own row
+            assert_close(predicted[b, :count], y, dtype)
             assert_close(losses[reverse][b], wanted[b][reverse], dtype)
     np.testing.assert_array_equal(losses.total, losses.forward + losses.backward)
 
@@ -52,18 +54,21 @@ def test_alignment_loss_vjp(dtype, num_groups, ragged):
     counts = np.full(3, num_groups)
     if ragged:
         counts[1:] = (num_groups + 1) // 2, 1
-        merged[1, counts[1] :] = np.nan  # is not read
+        merged[1, counts[1] :] = np.nan  # padding must not be read
     got = qm.alignment_loss_vjp(
         gradient, merged, prior, num_groups=counts if ragged else None
     )
-    ahead, behind, total = map(wide, gradient)
-    each = ahead + total, behind + total
+    forward, backward, total = map(wide, gradient)
+    # total = forward + backward, so its gradient adds to both.
+    slopes = forward + total, backward + total
     with pytest.MonkeyPatch.context() as patch:
+        # Under the interpreter, NumPy arrays count as arrays of a GPU. The reference
+        # must run on the CPU.
         patch.setattr(cuda, "is_cuda", lambda x: False)
-        wanted = alignment_loss_vjp_reference(each, wide(merged), prior, counts)
+        wanted = alignment_loss_vjp_reference(slopes, wide(merged), prior, counts)
     assert_gradient(got[0], wanted[0], dtype)
-    assert not got[0][np.arange(num_groups) >= counts[:, None]].any()
-    kind = cuda.accumulation_dtype(dtype)
+    assert not got[0][np.arange(num_groups) >= counts[:, None]].any()  # padding
+    acc_dtype = cuda.accumulation_dtype(dtype)
     for mlp, truth in zip(got[1], wanted[1], strict=True):
         for x, y in zip(mlp, truth, strict=True):
-            assert_gradient(x, y, dtype, kind)
+            assert_gradient(x, y, dtype, acc_dtype)

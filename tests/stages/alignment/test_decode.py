@@ -1,3 +1,5 @@
+"""Decoding: which prefixes a model reads, and calls of `progress`."""
+
 import numpy as np
 import pytest
 from conftest import assert_close
@@ -6,7 +8,7 @@ import qm_cupy as qm
 
 
 class TestDecode:
-    def test_model_sees_every_prefix_and_nothing_later(self, rng):
+    def test_model_reads_every_prefix_and_nothing_later(self, rng):
         merged = rng.standard_normal((2, 5, 3))
         seen = []
 
@@ -15,7 +17,7 @@ class TestDecode:
             return np.concatenate([prefix, prefix], axis=-1)
 
         got = qm.decode(merged, model)
-        assert got.shape == (2, 5, 6)
+        assert got.shape == (2, 5, 6)  # E may differ from D
         assert_close(got[..., :3], merged)
         for t, prefix in enumerate(seen):
             np.testing.assert_array_equal(prefix, merged[:, : t + 1])
@@ -27,13 +29,13 @@ class TestDecode:
     @pytest.mark.parametrize(
         "model",
         [
-            lambda prefix: prefix[:, -1:],
-            lambda prefix: prefix[..., 0],
-            lambda prefix: prefix[0],
-            lambda prefix: np.concatenate([prefix, prefix], axis=-2),
+            lambda prefix: prefix[:, -1:],  # the last row alone
+            lambda prefix: prefix[..., 0],  # no axis E
+            lambda prefix: prefix[0],  # no axis B
+            lambda prefix: np.concatenate([prefix, prefix], axis=-2),  # 2 t rows
         ],
     )
-    def test_model_must_answer_every_token(self, model):
+    def test_model_must_return_one_row_for_every_token(self, model):
         with pytest.raises(ValueError, match="`model` must return shape"):
             qm.decode(np.ones((2, 3, 2)), model)
 
@@ -48,11 +50,12 @@ class TestDecode:
 
         got = qm.decode(merged, prior if steps else model, progress=seen.append)
         assert [x for x in seen if isinstance(x, int)] == [1, 2, 3, 4, 5]
-        if not steps:  # after each token, not at the end
+        if not steps:  # `progress` is called after each token, not only at the end
             assert seen[:4] == ["prefix of 1", 1, "prefix of 2", 2]
         np.testing.assert_array_equal(got, qm.decode(merged, prior if steps else model))
 
     def test_nothing_is_drawn_on_a_terminal(self, rng, monkeypatch, capsys):
+        # A library draws a progress bar only if it is asked to.
         monkeypatch.setattr("sys.stderr.isatty", lambda: True)
         monkeypatch.setattr("qm_cupy.cli.progress.PATIENCE", 0)  # seconds before a bar
         qm.decode(rng.standard_normal((3, 4)), qm.MLPPrior.init(4))
@@ -68,7 +71,7 @@ class TestDecode:
         def stop(done):
             seen.append(done)
             if done == 2:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt  # as if the user pressed Ctrl+C
 
         with pytest.raises(KeyboardInterrupt):
             qm.decode(np.ones((5, 2)), lambda prefix: prefix, progress=stop)

@@ -1,26 +1,28 @@
-"""What the tests of this folder share: masses, masks, tokens of low rank."""
+"""Cases for several test files of this folder: masses, masks, tokens of low rank."""
 
 import numpy as np
 
-WEIGHTED = ("average", "ward")
+WEIGHTED = ("average", "ward")  # the methods that use masses
 
 
 def groups_of(labels):
+    """Return the members of each group."""
     return [list(np.flatnonzero(labels == k)) for k in range(labels.max() + 1)]
 
 
 def masses(rng, shape):
-    """Masses over two decades."""
+    """Return masses within 0.1 to 10."""
     return 10 ** rng.uniform(-1, 1, shape)
 
 
 def low_rank(rng, num_tokens, dim=16):
+    """Return tokens that lie near a subspace of 4 dimensions."""
     rough = rng.standard_normal((num_tokens, 4)) @ rng.standard_normal((4, dim))
     return rough + 0.1 * rng.standard_normal((num_tokens, dim))
 
 
 def ragged_mask(rng, batch, num_tokens):
-    """Padding anywhere, a full sequence first and one of one token last."""
+    """Return a mask with padding anywhere; row 0 is full, the last has one token."""
     mask = rng.random((batch, num_tokens)) < 0.6
     mask[0], mask[-1] = True, np.arange(num_tokens) == 3
     return mask

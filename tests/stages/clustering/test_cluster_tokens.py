@@ -10,7 +10,7 @@ from qm_cupy.stages.clustering.linkage import LINKAGES
 
 class TestClusterTokens:
     @pytest.mark.parametrize("method", LINKAGES)
-    def test_linkages_are_their_dendrogram_cut(self, rng, dtype, method):
+    def test_linkage_labels_are_cuts_of_the_dendrogram(self, rng, dtype, method):
         tokens = rng.standard_normal((2, 15, 4)).astype(dtype)
         got = qm.cluster_tokens(tokens, 4, method=method)
         tree = qm.linkage(tokens, method)
@@ -19,28 +19,28 @@ class TestClusterTokens:
     @pytest.mark.parametrize("num_groups", [1, 2, 5, 9, 16, 17])
     def test_bipartite_oracle(self, rng, num_groups):
         tokens = rng.standard_normal((17, 4))
-        tokens[6] = 0
+        tokens[6] = 0  # similarity 0 with every partner
         labels = qm.cluster_tokens(tokens, num_groups, method="bipartite")
         assert groups_of(labels) == oracle.bipartite(tokens, num_groups)
 
     def test_bipartite_oracle_among_many_ties(self, rng):
         tokens = np.eye(3)[rng.integers(0, 3, 400)]
-        tokens[1::2, 2] = 0  # so that some of the even places have no partner
+        tokens[1::2, 2] = 0  # some even positions have only similarity 0
         labels = qm.cluster_tokens(tokens, 300, method="bipartite")
         assert groups_of(labels) == oracle.bipartite(tokens, 300)
 
     @pytest.mark.parametrize("num_groups", [1, 2, 5, 9, 16, 17])
     def test_contiguous_oracle(self, rng, num_groups):
         tokens = rng.standard_normal((17, 4))
-        tokens[[6, 7]] = 0
+        tokens[[6, 7]] = 0  # each counts as a unit vector orthogonal to all others
         labels = qm.cluster_tokens(tokens, num_groups, method="contiguous")
         assert groups_of(labels) == oracle.contiguous(tokens, num_groups)
-        assert (np.diff(labels) >= 0).all()
+        assert (np.diff(labels) >= 0).all()  # groups are runs of tokens
 
     @pytest.mark.parametrize("anchors", [[3], [0, 16], [9, 2, 5, 11]])
     def test_nearest_oracle(self, rng, anchors):
         tokens = rng.standard_normal((17, 4))
-        tokens[5] = tokens[2]  # an anchor's twin is still an anchor
+        tokens[5] = tokens[2]  # an anchor stays an anchor next to an equal one
         labels = qm.cluster_tokens(
             tokens, len(anchors), method="nearest", anchors=np.array(anchors)
         )
@@ -48,6 +48,8 @@ class TestClusterTokens:
 
     @pytest.mark.parametrize("anchors", [[0, 2], [2, 0]])
     def test_nearest_goes_to_the_earlier_of_equal_anchors(self, anchors):
+        # The middle token is equally similar to both; the order of `anchors` must not
+        # decide.
         tokens = np.array([[1.0, 0], [1, 1], [0, 1]])
         labels = qm.cluster_tokens(
             tokens, 2, method="nearest", anchors=np.array(anchors)
@@ -70,6 +72,7 @@ class TestClusterTokens:
         mask = rng.random((3, 14)) < 0.6
         mask[:, :5] = [[1, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
         counts = np.array([4, 1, 3])
+        # Labels of valid tokens are those of the sequence without its padding.
         got = qm.cluster_tokens(tokens, counts, method=method, mask=mask, order=order)
         for b in range(3):
             cut = qm.cluster_tokens(
@@ -80,6 +83,7 @@ class TestClusterTokens:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_degenerate_tokens(self, method):
+        # All distances are equal here; there must still be exactly K groups.
         zeros, equal = np.zeros((9, 3)), np.ones((9, 3))
         for tokens in (zeros, equal, np.concatenate([zeros, equal])):
             labels = qm.cluster_tokens(tokens, 4, method=method)
@@ -109,6 +113,7 @@ class TestClusterTokens:
         mask = np.array([[True] * 6, [True] * 2 + [False] * 4])
         with pytest.raises(ValueError, match=r"1..2 \(its tokens\) for sequence 1"):
             cluster(tokens, 3, mask=mask)
+        # Two anchors at one position, in the padding, and behind the sequence.
         nearest = {"method": "nearest", "mask": mask}
         with pytest.raises(ValueError, match="must be distinct"):
             cluster(tokens, 2, anchors=np.array([[0, 1], [1, 1]]), **nearest)
@@ -128,7 +133,7 @@ class TestClusterTokens:
                 qm.cluster_tokens(tokens, 2, method=method, mass=np.ones(6))
 
     @pytest.mark.parametrize("method", WEIGHTED)
-    def test_masses_are_their_dendrogram_cut(self, rng, method, dtype):
+    def test_weighted_labels_are_cuts_of_the_dendrogram(self, rng, method, dtype):
         tokens = rng.standard_normal((3, 14, 4)).astype(dtype)
         mask, mass = ragged_mask(rng, 3, 14), masses(rng, (3, 14)).astype(dtype)
         counts = np.array([4, 2, 1])
@@ -139,7 +144,7 @@ class TestClusterTokens:
 
     @pytest.mark.parametrize("make", [low_rank, np.random.Generator.standard_normal])
     def test_masses_lower_the_weighted_error(self, make):
-        """Measured: 0.82 and 0.83 of plain ward's on average, 0.98 at most."""
+        """Measured: 0.82 and 0.83 of plain ward's error on average, at most 0.98."""
         ratios = []
         for seed in range(12):
             rng = np.random.default_rng(seed)
@@ -149,19 +154,20 @@ class TestClusterTokens:
                 qm.cluster_tokens(tokens, 12, method="ward", mass=x)
                 for x in (None, mass)
             )
-            found = oracle.weighted_error(tokens, groups_of(weighted), mass)
-            ratios.append(found / oracle.weighted_error(tokens, groups_of(plain), mass))
+            error = oracle.weighted_error(tokens, groups_of(weighted), mass)
+            ratios.append(error / oracle.weighted_error(tokens, groups_of(plain), mass))
         assert np.mean(ratios) < 0.92
-        assert np.max(ratios) < 1.1  # greedy: no merge is taken back
+        # A greedy algorithm never undoes a merge, so single cases may be worse.
+        assert np.max(ratios) < 1.1
 
 
 class TestProtect:
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("order", ["last", "first"])
-    def test_the_others_are_grouped_without_them(self, rng, method, order):
+    def test_other_tokens_are_grouped_without_protected_ones(self, rng, method, order):
         tokens, mask = rng.standard_normal((4, 16, 4)), ragged_mask(rng, 4, 16)
         protect = np.zeros((4, 16), bool)
-        protect[:, [0, 1, 7]] = True  # some of them padding
+        protect[:, [0, 1, 7]] = True  # some of these are padding
         counts = np.where(mask.sum(axis=-1) == 1, 1, 7)
         options = {"method": method, "order": order}
         got = qm.cluster_tokens(tokens, counts, protect=protect, mask=mask, **options)
@@ -169,12 +175,16 @@ class TestProtect:
         for b in range(4):
             free = mask[b] & ~protect[b]
             alone = mask[b] & protect[b]
+            # Exactly K labels, in the order of first or last members.
             labels, first = np.unique(got[b, mask[b]], return_index=True)
             np.testing.assert_array_equal(labels, np.arange(counts[b]))
             last = [np.flatnonzero(got[b] == k)[-1] for k in labels]
             assert (np.diff(first if order == "first" else last) > 0).all()
+            # Each protected token is alone in its group.
             assert not set(got[b, alone]) & set(got[b, free])
             assert len(set(got[b, alone])) == alone.sum()
+            # The other tokens form the same groups as without the protected ones. Only
+            # contiguous groups differ, because protected tokens separate them.
             if method != "contiguous" and free.any():
                 rest = qm.cluster_tokens(
                     tokens[b, free], int(counts[b]) - int(alone.sum()), **options
@@ -186,9 +196,11 @@ class TestProtect:
                 ]
 
     @pytest.mark.parametrize("method", WEIGHTED)
-    def test_their_mass_does_not_matter(self, rng, method):
+    def test_the_mass_of_protected_tokens_does_not_matter(self, rng, method):
         tokens, mass = rng.standard_normal((12, 4)), masses(rng, 12)
         protect = np.arange(12) == 4
+        # Masses are relative to the largest. If that of a protected token counted, all
+        # others would become equal.
         heavy = np.where(protect, 1e30, mass)
         labels = [
             qm.cluster_tokens(tokens, 5, method=method, mass=x, protect=protect)
@@ -196,6 +208,7 @@ class TestProtect:
         ]
         np.testing.assert_array_equal(*labels)
 
+    # 4 protected tokens and 3 runs of others need 7 groups.
     @pytest.mark.parametrize("num_groups", [7, 8, 9, 12, 17])
     def test_contiguous_groups_never_span_them(self, rng, num_groups):
         tokens, protected = rng.standard_normal((17, 4)), [0, 5, 6, 12]
@@ -214,10 +227,10 @@ class TestProtect:
         )
         np.testing.assert_array_equal(labels, [0, 0, -1, 0, 0, 0])
 
-    def test_default_anchors_are_they_and_the_longest_others(self, rng):
+    def test_default_anchors_are_protected_tokens_and_the_longest_others(self, rng):
         tokens = rng.standard_normal((2, 12, 4))
         protect = np.arange(12) < [[2], [1]]
-        tokens[protect] *= 1e-3
+        tokens[protect] *= 1e-3  # their norms alone would not select them
         longest = np.where(protect, np.inf, np.linalg.norm(tokens, axis=-1))
         anchors = qm.select_tokens(np.minimum(longest, 1e9), 5)
         wanted, got = (
@@ -229,6 +242,7 @@ class TestProtect:
             assert np.isin(np.flatnonzero(protect[b]), anchors[b]).all()
 
     def test_no_token_joins_a_protected_anchor(self):
+        # Token 3 equals the protected anchor 0, but must join anchor 2.
         tokens = np.array([[1.0, 0], [1, 0.1], [0, 1], [1, 0]])
         protect = np.array([True, False, False, False])
         labels = qm.cluster_tokens(
@@ -264,7 +278,7 @@ class TestProtect:
                 qm.cluster_tokens(tokens, num_groups, method=method, protect=protect)
         with pytest.raises(ValueError, match="at least 7, got 6: the 7 protected"):
             qm.cluster_tokens(tokens[0], 6, method=method, protect=np.ones(7, bool))
-        mask = np.arange(7) < [[7], [3]]  # none but protected tokens left
+        mask = np.arange(7) < [[7], [3]]  # row 1 keeps only protected tokens
         counts = np.array([2, 3])
         labels = qm.cluster_tokens(
             tokens, counts, method=method, protect=protect, mask=mask
@@ -274,9 +288,10 @@ class TestProtect:
     def test_bad_input(self, rng):
         tokens = rng.standard_normal((2, 7, 3))
         protect = np.zeros((2, 7), bool)
+        # Tokens 2 and 4 separate {0, 1}, {3} and {5, 6}: 2 + 3 groups at least.
         protect[0, [2, 4]], protect[1, [0, 1]] = True, True
         with pytest.raises(
-            ValueError, match="at least 5, got 3: 2 protected tokens leave 3 runs"
+            ValueError, match=r"at least 5, got 3: the 2 protected tokens .* 3 runs"
         ):
             qm.cluster_tokens(tokens[0], 3, method="contiguous", protect=protect[0])
         with pytest.raises(TypeError, match="`protect` must be boolean, got int64"):

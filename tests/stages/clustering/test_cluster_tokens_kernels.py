@@ -1,4 +1,4 @@
-"""The public clustering functions, interpreted, against NumPy's own."""
+"""The public clustering functions, interpreted, against the NumPy reference."""
 
 import ml_dtypes
 import numpy as np
@@ -21,11 +21,12 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Return a function that calls another one, whose kernels are interpreted."""
+    """Return a function that calls another one with interpreted kernels."""
 
     def call(function, *args, kernels="optimized", device=(5, 0), **options):
         with monkeypatch.context() as patch, qm.use_kernels(kernels):
             ptx.install(patch)
+            # Two warps a block and several blocks: small inputs use all paths, fast.
             patch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 64, 8: 64})
             patch.setattr(cuda, "current_device", lambda: cuda.Device(*device))
             return function(*args, **options)
@@ -34,7 +35,7 @@ def interpreted(monkeypatch):
 
 
 def batch_of(dtype, num_tokens=40, dim=12):
-    """Three sequences: full, padded on the left, and with holes."""
+    """Return three sequences: full, padded on the left, and with holes."""
     rng = np.random.default_rng(num_tokens)
     tokens = rng.standard_normal((3, num_tokens, dim)).astype(dtype)
     mask = np.ones((3, num_tokens), np.bool_)
@@ -42,12 +43,12 @@ def batch_of(dtype, num_tokens=40, dim=12):
     mask[2] = rng.random(num_tokens) < 0.7
     protect = np.zeros((3, num_tokens), np.bool_)
     protect[:, [num_tokens // 2, num_tokens - 1]] = True
-    mass = rng.random((3, num_tokens)) + 0.05
+    mass = rng.random((3, num_tokens)) + 0.05  # none near 0
     return tokens, mask, protect, mass
 
 
 def on_cpu(tokens):
-    """Return what NumPy can take: the same values."""
+    """Return the same values in a dtype that the reference accepts."""
     narrow = tokens.dtype == ml_dtypes.bfloat16
     return tokens.astype(np.float32) if narrow else tokens
 
@@ -59,19 +60,22 @@ def on_cpu(tokens):
 def test_cluster_tokens(dtype, kernels, method, options, interpreted):
     tokens, mask, protect, mass = batch_of(dtype)
     num_groups = np.array([7, 12, 9]) if "ragged" in options else 9
-    given = {"method": method}
+    arguments = {"method": method}
     if "mask" in options:
-        given["mask"] = mask
+        arguments["mask"] = mask
     if "protect" in options:
-        given["protect"] = protect
+        arguments["protect"] = protect
     if "ragged" in options and method in ("average", "ward"):
-        given["mass"] = mass
-    wanted = qm.cluster_tokens(on_cpu(tokens), num_groups, **given)
-    got = interpreted(qm.cluster_tokens, tokens, num_groups, kernels=kernels, **given)
+        arguments["mass"] = mass
+    wanted = qm.cluster_tokens(on_cpu(tokens), num_groups, **arguments)
+    got = interpreted(
+        qm.cluster_tokens, tokens, num_groups, kernels=kernels, **arguments
+    )
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, wanted)
+    # One sequence alone has the labels that it has in a batch.
     if "ragged" not in options:
-        one = {k: v[2] if k in ("mask", "protect") else v for k, v in given.items()}
+        one = {k: v[2] if k in ("mask", "protect") else v for k, v in arguments.items()}
         alone = interpreted(
             qm.cluster_tokens, tokens[2], num_groups, kernels=kernels, **one
         )
@@ -82,19 +86,20 @@ def test_cluster_tokens(dtype, kernels, method, options, interpreted):
 @pytest.mark.parametrize("order", ["last", "first"])
 def test_orders(method, order, interpreted):
     tokens, mask, *_ = batch_of(np.float32, 33)
-    given = {"method": method, "order": order, "mask": mask}
-    wanted = qm.cluster_tokens(tokens, 6, **given)
-    got = interpreted(qm.cluster_tokens, tokens, 6, **given)
+    options = {"method": method, "order": order, "mask": mask}
+    wanted = qm.cluster_tokens(tokens, 6, **options)
+    got = interpreted(qm.cluster_tokens, tokens, 6, **options)
     np.testing.assert_array_equal(got, wanted)
 
 
 @every_kernel
 def test_given_anchors(kernels, interpreted):
     tokens, mask, *_ = batch_of(np.float32)
+    # Valid tokens of each sequence, in no order.
     anchors = np.stack([np.flatnonzero(row)[[20, 3, 8, 11]] for row in mask])
-    given = {"method": "nearest", "anchors": anchors, "mask": mask}
-    wanted = qm.cluster_tokens(tokens, 4, **given)
-    got = interpreted(qm.cluster_tokens, tokens, 4, kernels=kernels, **given)
+    options = {"method": "nearest", "anchors": anchors, "mask": mask}
+    wanted = qm.cluster_tokens(tokens, 4, **options)
+    got = interpreted(qm.cluster_tokens, tokens, 4, kernels=kernels, **options)
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -102,36 +107,38 @@ def test_given_anchors(kernels, interpreted):
 @pytest.mark.parametrize("method", LINKAGES)
 def test_linkage_and_its_cuts(kernels, method, interpreted):
     tokens, mask, _, mass = batch_of(np.float32)
-    given = {"mask": mask}
+    options = {"mask": mask}
     if method in ("average", "ward"):
-        given["mass"] = mass
-    wanted = qm.linkage(tokens, method, **given)
-    got = interpreted(qm.linkage, tokens, method, kernels=kernels, **given)
+        options["mass"] = mass
+    wanted = qm.linkage(tokens, method, **options)
+    got = interpreted(qm.linkage, tokens, method, kernels=kernels, **options)
     assert got.dtype == np.float64
+    # Heights differ by rounding (float32 cosines); merges and sizes are equal.
     np.testing.assert_allclose(got[..., 2], wanted[..., 2], rtol=1e-5)
     np.testing.assert_array_equal(got[..., [0, 1, 3]], wanted[..., [0, 1, 3]])
     for cut in ({"num_groups": 5}, {"num_groups": np.array([1, 9, 4])}):
         labels = qm.cut_linkage(wanted, mask=mask, **cut)
-        found = interpreted(qm.cut_linkage, wanted, mask=mask, kernels=kernels, **cut)
-        np.testing.assert_array_equal(found, labels)
+        result = interpreted(qm.cut_linkage, wanted, mask=mask, kernels=kernels, **cut)
+        np.testing.assert_array_equal(result, labels)
+    # Only ward has an error bound; from 0 (no merge) to more than any error.
     if method == "ward":
         for max_error in (0, 0.1, 0.4, 0.9, 2):
-            cut = given | {"max_error": max_error}
+            cut = options | {"max_error": max_error}
             labels = qm.cut_linkage(wanted, **cut)
-            found = interpreted(qm.cut_linkage, wanted, kernels=kernels, **cut)
-            np.testing.assert_array_equal(found, labels)
-    one = {k: v[0] for k, v in given.items()}
+            result = interpreted(qm.cut_linkage, wanted, kernels=kernels, **cut)
+            np.testing.assert_array_equal(result, labels)
+    one = {k: v[0] for k, v in options.items()}
     alone = interpreted(qm.linkage, tokens[0], method, kernels=kernels, **one)
     np.testing.assert_array_equal(alone, got[0])
 
 
-def test_a_batch_that_does_not_fit_goes_in_parts(interpreted, monkeypatch):
+def test_a_batch_that_does_not_fit_runs_in_parts(interpreted, monkeypatch):
     tokens, mask, protect, mass = batch_of(np.float32)
-    given = {"mask": mask, "protect": protect, "mass": mass, "method": "ward"}
+    options = {"mask": mask, "protect": protect, "mass": mass, "method": "ward"}
     counts = np.array([5, 8, 11])
-    whole = interpreted(qm.cluster_tokens, tokens, counts, **given)
-    monkeypatch.setattr(linkage_cuda, "_SMALL", 0)
-    each = 40 * 40 * 4
+    whole = interpreted(qm.cluster_tokens, tokens, counts, **options)
+    monkeypatch.setattr(linkage_cuda, "_SMALL", 0)  # always look at the free memory
+    bytes_per_sequence = 40 * 40 * 4  # float32 cosines
     taken = []
     cosines = linkage_cuda.cosine_similarity_cuda
     monkeypatch.setattr(
@@ -142,19 +149,20 @@ def test_a_batch_that_does_not_fit_goes_in_parts(interpreted, monkeypatch):
 
     def in_parts(free):
         patch.setattr(cuda, "free_memory", lambda: free)
-        return qm.cluster_tokens(tokens, counts, **given)
+        return qm.cluster_tokens(tokens, counts, **options)
 
     with monkeypatch.context() as patch:
         ptx.install(patch)
-        np.testing.assert_array_equal(in_parts(3 * each), whole)
+        # Three quarters of three sequences: two fit at once.
+        np.testing.assert_array_equal(in_parts(3 * bytes_per_sequence), whole)
         assert taken == [2, 1]
         with pytest.raises(MemoryError, match=r"40 tokens takes .* merge fewer tokens"):
-            in_parts(each - 1)
+            in_parts(bytes_per_sequence - 1)
 
 
 @methods
 def test_nothing_is_read_back(method, interpreted, monkeypatch):
-    """On a GPU a look at an array would make the CPU wait for it."""
+    """On a GPU, reading a value would make the CPU wait for it."""
 
     class Unread(np.ndarray):
         def __bool__(self):
@@ -163,9 +171,11 @@ def test_nothing_is_read_back(method, interpreted, monkeypatch):
         __int__ = __float__ = __index__ = __iter__ = __bool__
 
     tokens, mask, protect, _ = batch_of(np.float32)
-    given = {"mask": mask.view(Unread), "protect": protect.view(Unread)}
+    options = {"mask": mask.view(Unread), "protect": protect.view(Unread)}
     monkeypatch.setattr(cuda, "_bring_in", lambda name, x: x)
-    got = interpreted(qm.cluster_tokens, tokens.view(Unread), 9, method=method, **given)
+    got = interpreted(
+        qm.cluster_tokens, tokens.view(Unread), 9, method=method, **options
+    )
     assert got.shape == (3, 40)
 
 
@@ -179,20 +189,22 @@ def test_empty_batches_and_single_tokens(method, interpreted):
 
 
 @pytest.mark.parametrize("method", ["average", "ward", "complete"])
-def test_quality_is_not_traded(method, interpreted):
-    """Squared error of the groups as SciPy's, to 1e-4, on half precision too."""
+def test_groups_are_as_good_as_those_of_scipy(method, interpreted):
+    """The squared error equals that of SciPy's groups to 1e-4, also in 16 bits."""
     rng = np.random.default_rng(3)
     topics = rng.standard_normal((12, 16))
+    # Noisy topics: groups of them are neither clear nor arbitrary.
     tokens = topics[rng.integers(0, 12, (2, 96))] + rng.standard_normal((2, 96, 16))
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
-        given = on_cpu(tokens.astype(dtype))
-        labels = qm.cluster_tokens(given, 24, method=method)
-        found = interpreted(qm.cluster_tokens, tokens.astype(dtype), 24, method=method)
-        unit = oracle_arrays.unit(given)
+        narrow = on_cpu(tokens.astype(dtype))
+        labels = qm.cluster_tokens(narrow, 24, method=method)
+        result = interpreted(qm.cluster_tokens, tokens.astype(dtype), 24, method=method)
+        # Labels may differ where distances are nearly equal; the error may not.
+        unit = oracle_arrays.unit(narrow)
         wanted = qm.reconstruction_error(
             unit, qm.merge_tokens(unit, labels, 24), labels=labels
         )
         got = qm.reconstruction_error(
-            unit, qm.merge_tokens(unit, found, 24), labels=found
+            unit, qm.merge_tokens(unit, result, 24), labels=result
         )
         np.testing.assert_allclose(got, wanted, rtol=1e-4)

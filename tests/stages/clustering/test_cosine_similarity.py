@@ -8,17 +8,18 @@ import qm_cupy as qm
 
 
 class TestCosineSimilarity:
-    def test_more_tokens_than_one_product_takes(self, rng):
+    def test_more_rows_than_one_product_computes(self, rng):
         tokens = rng.standard_normal((4100, 3))
         got = qm.cosine_similarity(tokens)
-        assert np.array_equal(got, got.T)  # to the bit
+        assert np.array_equal(got, got.T)  # bit by bit
         unit = oracle_arrays.unit(tokens)
+        # The first and last rows of the products, which have 2048 rows each.
         for row in (0, 2047, 2048, 4095, 4096, 4099):
             np.testing.assert_allclose(got[row], unit @ unit[row], atol=1e-14)
 
     def test_oracle(self, rng, dtype):
         tokens = rng.standard_normal((2, 9, 5)).astype(dtype)
-        tokens[0, 3] = 0
+        tokens[0, 3] = 0  # cosine 0 with all tokens, itself included
         got = qm.cosine_similarity(tokens)
         assert got.dtype == np.result_type(dtype, np.float32)
         for b in range(2):
@@ -30,6 +31,7 @@ class TestCosineSimilarity:
         np.testing.assert_array_equal(got, got.T)
         np.testing.assert_array_equal(np.diagonal(got), np.ones(130))
 
+    # The square of 1e30 overflows in float32, that of 1e-30 is 0.
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
     def test_scale_does_not_overflow(self, rng, scale):
         tokens = rng.standard_normal((5, 4))

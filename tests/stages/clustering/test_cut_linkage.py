@@ -12,6 +12,7 @@ class TestCutLinkage:
         tokens = rng.standard_normal((30, 6))
         tree = qm.linkage(tokens, "ward")
         labels = qm.cut_linkage(tree, max_error=max_error)
+        # Within the bound, and one group fewer would exceed it.
         num_groups = labels.max() + 1
         assert oracle.ward_error(tokens, groups_of(labels)) <= max_error + 1e-9
         if num_groups > 1:
@@ -19,6 +20,8 @@ class TestCutLinkage:
             assert oracle.ward_error(tokens, groups_of(fewer)) > max_error
 
     def test_error_bound_is_met_to_rounding(self):
+        # Two orthogonal tokens at distance √2: merging them costs 2 / 2 = 1, which is
+        # 0.5 for each token.
         tree = qm.linkage(np.eye(2), "ward")
         assert tree[0, 2] ** 2 / 2 > 1  # √2 rounded up
         np.testing.assert_array_equal(qm.cut_linkage(tree, max_error=0.5), [0, 0])
@@ -29,9 +32,11 @@ class TestCutLinkage:
         labels = qm.cut_linkage(tree, num_groups=np.array([1, 5, 12]))
         assert labels.dtype == np.int32
         assert list(labels.max(axis=-1) + 1) == [1, 5, 12]
-        np.testing.assert_array_equal(labels[2], np.arange(12))
+        np.testing.assert_array_equal(labels[2], np.arange(12))  # K = N: no merge
 
     def test_orders(self):
+        # Groups {0, 3} and {1, 2}: the first has the earlier first member and the later
+        # last member.
         tree = qm.linkage(np.array([[1.0, 0], [0, 1], [0, 2], [3, 0]]))
         last = qm.cut_linkage(tree, num_groups=2)
         first = qm.cut_linkage(tree, num_groups=2, order="first")
@@ -49,7 +54,7 @@ class TestCutLinkage:
         with pytest.raises(ValueError, match=r"\(N - 1, 4\)"):
             qm.cut_linkage(tree[:, :3], num_groups=2)
         with pytest.raises(ValueError, match="earlier rows"):
-            qm.cut_linkage(tree[::-1], num_groups=2)
+            qm.cut_linkage(tree[::-1], num_groups=2)  # merges groups of later rows
         for node in (0, 5):  # a token, and the group of the first row
             twice = np.array(
                 [[0, 1, 0, 2], [2, 5, 0, 3], [3, node, 0, 2], [4, 7, 0, 5]]
@@ -58,6 +63,7 @@ class TestCutLinkage:
                 qm.cut_linkage(np.stack([tree, twice.astype(float)]), num_groups=2)
 
     def test_mask_is_cutting_out(self, rng):
+        # The labels of valid tokens are those of the sequence without its padding.
         tokens, mask = rng.standard_normal((4, 11, 3)), ragged_mask(rng, 4, 11)
         mass = masses(rng, (4, 11))
         tree = qm.linkage(tokens, "ward", mass=mass, mask=mask)
@@ -76,7 +82,7 @@ class TestCutLinkage:
     @pytest.mark.parametrize("max_error", [0, 0.05, 0.3, 0.7, 1.0])
     def test_error_bound_by_mass(self, rng, max_error):
         tokens, mass = rng.standard_normal((30, 6)), masses(rng, 30)
-        mass[3] = 0
+        mass[3] = 0  # counts as a millionth of the largest
         tree = qm.linkage(tokens, "ward", mass=mass)
         labels = qm.cut_linkage(tree, max_error=max_error, mass=mass)
         error = oracle.weighted_error(tokens, groups_of(labels), mass)
@@ -92,7 +98,8 @@ class TestCutLinkage:
         with pytest.raises(ValueError, match="rows of padding: give the `mask`"):
             qm.cut_linkage(tree, num_groups=2)
         with pytest.raises(
-            ValueError, match="3 merges in sequence 1, as `mask` keeps 4 tokens, got 2"
+            ValueError,
+            match="3 merges in sequence 1, because `mask` keeps 4 tokens, got 2",
         ):
             qm.cut_linkage(tree, num_groups=2, mask=np.arange(6) < [[6], [4]])
         with pytest.raises(
@@ -109,6 +116,7 @@ class TestCutLinkage:
             ValueError, match=r"`mass` must have shape \(B, N\) = \(2, 6"
         ):
             qm.cut_linkage(tree, max_error=0.2, mass=np.ones(6), mask=mask)
+        # An infinite height is allowed only in a row of padding.
         tree[0, 1, 2] = np.inf
         with pytest.raises(ValueError, match=r"finite, got inf at index \(0, 1, 2\)"):
             qm.cut_linkage(tree, num_groups=2, mask=mask)

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.usefixtures("kernels")
 def test_number_groups(num_tokens, order):
     rng = np.random.default_rng(num_tokens)
     roots = rng.integers(-1, 2 * num_tokens, (4, num_tokens)).astype(np.int32)
-    roots[1] //= 7
-    roots[2] = 2 * num_tokens - 1
+    roots[1] //= 7  # larger groups
+    roots[2] = 2 * num_tokens - 1  # one group, with the largest root there is
+    # Roots out of range are padding: a kernel must not use them as an index.
     roots[3, ::2] = rng.choice([-7, 2 * num_tokens, 2**31 - 1, -(2**31)])
     got = number_groups_cuda(roots, order)
     assert got.dtype == np.int32
@@ -23,4 +24,5 @@ def test_number_groups(num_tokens, order):
     for b in range(4):
         wanted = labels_of(roots[b], valid[b], order)
         np.testing.assert_array_equal(got[b], wanted)
+    # Without the batch axis the result is the same.
     np.testing.assert_array_equal(number_groups_cuda(roots[1], order), got[1])

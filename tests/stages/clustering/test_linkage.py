@@ -19,6 +19,7 @@ class TestLinkage:
             merges = oracle.agglomerate(tokens, method)
             tree = qm.linkage(tokens, method)
             assert_close(tree[:, 2], [height for _, _, height in merges], "float32")
+            # Cuts at every K compare the whole tree, whatever order equal merges have.
             for num_groups in range(1, num_tokens + 1):
                 labels = qm.cut_linkage(tree, num_groups=num_groups)
                 wanted = oracle.partition(merges, num_tokens, num_groups)
@@ -26,22 +27,27 @@ class TestLinkage:
 
     @pytest.mark.parametrize("method", LINKAGES)
     def test_distances_are_found_in_float64(self, dtype, method):
-        """Nearly parallel tokens, 1 - cos from 5e-7 on."""
+        """Tokens are nearly parallel: 1 - cos starts at 5e-7.
+
+        In float32 most of its digits would be lost.
+        """
         slopes = np.array([0, 1, 3, 7, 15, 31], dtype) / 1024
         tokens = np.stack([np.ones_like(slopes), slopes], axis=-1)
         wanted = [height for _, _, height in oracle.agglomerate(tokens, method)]
         got = qm.linkage(tokens, method)[:, 2]
         np.testing.assert_allclose(got, wanted, rtol=1e-8)
 
-    def test_scipy_reads_it(self, rng):
+    def test_scipy_accepts_the_dendrogram(self, rng):
         tree = qm.linkage(rng.standard_normal((20, 3)).astype(np.float32), "ward")
         assert tree.dtype == np.float64
         assert hierarchy.is_valid_linkage(tree)
         wanted = hierarchy.cut_tree(tree, 6)[:, 0]
         labels = qm.cut_linkage(tree, num_groups=6)
+        # The same six groups: each pair of labels occurs once, in whatever numbering.
         assert len(set(zip(wanted, labels, strict=True))) == 6
 
     def test_equal_tokens(self):
+        # All distances are 0. There must still be N - 1 merges and exactly K groups.
         tree = qm.linkage(np.ones((6, 3)), "ward")
         assert_close(tree[:, 2], np.zeros(5))
         labels = qm.cut_linkage(tree, num_groups=4)
@@ -54,7 +60,7 @@ class TestLinkage:
         labels = qm.cut_linkage(tree, num_groups=1)
         np.testing.assert_array_equal(labels, np.zeros(shape[:-1]))
 
-    def test_unknown_method_lists_those_there_are(self):
+    def test_unknown_method_lists_the_methods(self):
         with pytest.raises(
             ValueError, match='"average", "ward", "complete" or "single"'
         ):
@@ -69,12 +75,15 @@ class TestLinkage:
         mass = masses(rng, (4, 11)) if weighted else None
         tree = qm.linkage(tokens, method, mass=mass, mask=mask)
         assert tree.shape == (4, 10, 4)
-        for b, place in enumerate(map(np.flatnonzero, mask)):
-            kept = mass[b, place] if weighted else None
-            cut = qm.linkage(tokens[b, place], method, mass=kept)
+        for b, position in enumerate(map(np.flatnonzero, mask)):
+            kept = mass[b, position] if weighted else None
+            # The same merges as without padding, named by padded positions.
+            cut = qm.linkage(tokens[b, position], method, mass=kept)
             rows, padding = np.split(tree[b], [len(cut)])
             np.testing.assert_array_equal(rows[:, 2:], cut[:, 2:])
-            node = np.append(place, 11 + np.arange(len(cut)))  # of each node of `cut`
+            node = np.append(
+                position, 11 + np.arange(len(cut))
+            )  # name of each node of `cut`
             np.testing.assert_array_equal(rows[:, :2], node[cut[:, :2].astype(int)])
             assert (padding == PADDED_ROW).all()
 

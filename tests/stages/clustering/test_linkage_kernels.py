@@ -1,4 +1,4 @@
-"""Dendrograms of the interpreted kernels against SciPy's, tie by tie."""
+"""Dendrograms of the interpreted kernels against those of SciPy, ties included."""
 
 import numpy as np
 import ptx
@@ -11,15 +11,16 @@ import qm_cupy as qm
 from qm_cupy.stages.clustering import linkage_cuda
 
 METHODS = tuple(cuda.LINKAGE_METHODS)
-# By (multiprocessors, bytes of shared memory): a matrix in shared memory; in global
-# memory by one block a sequence; by several, their clusters in shared memory or not.
+# (Multiprocessors, bytes of shared memory) of devices that force each path: the matrix
+# in shared memory; the matrix in global memory and one block a sequence; several blocks
+# with their clusters in global memory, and with them in shared memory.
 DEVICES = {
     "shared": (1, 200 << 10),
     "one-block": (1, 0),
     "blocks": (6, 0),
     "shared-clusters": (6, 5 << 10),
 }
-SIZES = [2, 3, 31, 33, 64, 129]
+SIZES = [2, 3, 31, 33, 64, 129]  # around the sizes of warps and blocks
 
 methods = pytest.mark.parametrize("method", METHODS)
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
@@ -30,6 +31,7 @@ every_device = pytest.mark.parametrize("device", list(DEVICES), indirect=True)
 def device(request, monkeypatch):
     name = getattr(request, "param", "blocks")
     ptx.install(monkeypatch)
+    # Two warps a block, so that small inputs need several blocks.
     monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 64, 8: 64})
     monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(*DEVICES[name]))
     return name
@@ -54,6 +56,7 @@ def dendrogram_of(tokens, method, dtype=np.float32, **options):
 
 
 def scipy_of(tokens, method):
+    """Return SciPy's dendrogram of the tokens, from float64 cosines."""
     distance = 1 - cosines_of(tokens, np.float64)
     if method == "ward":
         distance = np.sqrt(2 * distance.clip(0))
@@ -61,7 +64,7 @@ def scipy_of(tokens, method):
 
 
 def partition_of(rows, num_groups):
-    """Return the groups of the first N - K merges as a set of sets of tokens."""
+    """Return the K groups after N - K merges, as a set of sets of tokens."""
     num_tokens = len(rows) + 1
     groups = {i: frozenset([i]) for i in range(num_tokens)}
     for r, (a, b) in enumerate(rows[: num_tokens - num_groups, :2].astype(int)):
@@ -73,11 +76,13 @@ def assert_same_dendrogram(got, wanted, rtol=1e-5):
     np.testing.assert_allclose(got[:, 2], wanted[:, 2], rtol=rtol, atol=1e-6)
     assert hierarchy.is_valid_linkage(got)
     num_tokens = len(got) + 1
-    clear = np.diff(wanted[:, 2]) > 1e-6
-    apart = np.array([*clear, True]) & np.array([True, *clear])
+    # Compare groups only if all merges up to the cut have distinct heights, because the
+    # order of nearly equal merges may differ.
+    gaps = np.diff(wanted[:, 2]) > 1e-6
+    distinct = np.array([*gaps, True]) & np.array([True, *gaps])
     for num_groups in {2, 3, num_tokens // 5, num_tokens // 2} & set(range(1, 999)):
         merges = num_tokens - num_groups
-        if 0 < merges < num_tokens and apart[:merges].all():
+        if 0 < merges < num_tokens and distinct[:merges].all():
             assert partition_of(got, num_groups) == partition_of(wanted, num_groups)
 
 
@@ -98,7 +103,8 @@ def test_two_hundred_problems_against_scipy(method):
     for _ in range(10):
         num_tokens, dim = rng.integers(8, 50), rng.integers(12, 40)
         tokens = rng.standard_normal((20, num_tokens, dim))
-        tokens[::2] += rng.standard_normal((10, 1, dim))  # half of them in a cone
+        # In half of the problems, all tokens lie in a cone.
+        tokens[::2] += rng.standard_normal((10, 1, dim))
         rows, _ = dendrogram_of(tokens, method)
         for got, x in zip(rows, tokens, strict=True):
             assert_same_dendrogram(got, scipy_of(x, method))
@@ -117,25 +123,26 @@ def test_float64(method):
 @pytest.mark.parametrize("num_tokens", SIZES[-1:])
 def test_any_number_of_blocks_gives_the_same_bits(method, num_tokens, monkeypatch):
     tokens = tokens_of(2, num_tokens, 4)
-    tokens[1, : num_tokens // 2] = tokens[1, 0]
-    found = []
+    tokens[1, : num_tokens // 2] = tokens[1, 0]  # ties must be broken alike, too
+    results = []
     for multiprocessors in (1, 4, 7):
         for shared in (0, 5 << 10, 200 << 10):
-            given = cuda.Device(multiprocessors, shared)
-            monkeypatch.setattr(cuda, "current_device", lambda given=given: given)
-            found.append(dendrogram_of(tokens, method)[0])
-    for other in found[1:]:
-        np.testing.assert_array_equal(found[0], other)
+            device = cuda.Device(multiprocessors, shared)
+            monkeypatch.setattr(cuda, "current_device", lambda device=device: device)
+            results.append(dendrogram_of(tokens, method)[0])
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
 
 
 @methods
 @pytest.mark.parametrize("threads", [64, 512])
 @pytest.mark.parametrize("device", ["blocks", "shared-clusters"], indirect=True)
 def test_sequences_take_turns(method, threads, device, monkeypatch):
-    """Blocks at another sequence, also where one ended the first alone."""
+    """Teams go on to another sequence, also if one block has ended the last alone."""
     tokens = tokens_of(5, 40, 6)
     wanted, _ = dendrogram_of(tokens, method)
-    few = linkage_cuda.Layout(places=2, blocks=2, threads=threads)
+    # Two teams for five sequences.
+    few = linkage_cuda.Layout(num_teams=2, blocks=2, threads=threads)
     monkeypatch.setattr(linkage_cuda, "layout_of", lambda *_, **__: few)
     got, _ = dendrogram_of(tokens, method)
     np.testing.assert_array_equal(got, wanted)
@@ -143,7 +150,7 @@ def test_sequences_take_turns(method, threads, device, monkeypatch):
 
 @pytest.mark.parametrize("method", ["average", "complete"])
 def test_columns_move_together_in_several_passes(method):
-    """Of 300 clusters half are gone: 150 columns, and a pass of a warp moves 128."""
+    """Columns move when 150 of 300 clusters are left; a warp moves 128 in a pass."""
     tokens = tokens_of(300, 16)
     rows, _ = dendrogram_of(tokens, method)
     assert_same_dendrogram(rows, scipy_of(tokens, method))
@@ -152,11 +159,12 @@ def test_columns_move_together_in_several_passes(method):
 @methods
 @pytest.mark.parametrize("multiprocessors", [1, 6])
 def test_few_rows_are_searched_by_whole_blocks(method, multiprocessors, monkeypatch):
-    """Ever longer steps along an arc: one or two pairs merge in a round."""
+    """Steps along an arc grow, so that only one or two pairs merge in a round."""
     monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {8: 128})
     monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(multiprocessors, 0))
     angle = np.pi / 2 * np.linspace(0, 1, 700) ** 1.5
-    angle = np.random.default_rng(0).permutation(angle)  # the nearest is anywhere
+    # Permuted, so that the nearest token is at any index.
+    angle = np.random.default_rng(0).permutation(angle)
     tokens = np.stack((np.cos(angle), np.sin(angle)), axis=-1)
     got, rounds = dendrogram_of(tokens, method, np.float64, num_groups=np.array([670]))
     wanted = scipy_of(tokens, method)[:30]
@@ -170,25 +178,29 @@ def test_layouts(monkeypatch):
     monkeypatch.setattr(cuda, "current_device", lambda: device)
     monkeypatch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 512, 8: 384})
     layout = linkage_cuda.layout_of
+    # (num_teams, blocks of a team, threads of a block)
     assert layout(8, 4096, 4, 0) == (8, 16, 512)
-    assert layout(1, 1024, 4, 0) == (1, 64, 512)  # a row for every warp
-    assert layout(1, 200, 4, 160_000, alone=True) == (1, 1, 512)
+    assert layout(1, 1024, 4, 0) == (1, 64, 512)  # one row for each warp
+    assert layout(1, 200, 4, 160_000, one_block=True) == (1, 1, 512)
     assert layout(1000, 300, 4, 0) == (1000, 1, 256)
     for batch in range(1, 400):
         for num_tokens in (2, 64, 300, 4096):
-            places, blocks, threads = layout(batch, num_tokens, 4, 0)
-            assert blocks == 1 or places * blocks <= 132
-            assert 1 <= places <= batch
+            num_teams, blocks, threads = layout(batch, num_tokens, 4, 0)
+            # Blocks that wait for each other must all run at once.
+            assert blocks == 1 or num_teams * blocks <= 132
+            assert 1 <= num_teams <= batch
             assert threads % 32 == 0
 
 
 @pytest.mark.parametrize("width", [4, 8])
 def test_as_many_clusters_are_held_as_fit(width):
     for room in (-1, 0, 4 << 10, 100 << 10, 226 << 10):
-        most = linkage_cuda.most_held(room, 512, width)
-        assert most == 0 or linkage_cuda.held_bytes(most, width) <= room
-        assert linkage_cuda.held_bytes(max(most, 1) + 1, width) > room
-    assert linkage_cuda.most_held(226 << 10, 64, width) == 64  # one for a thread
+        limit = linkage_cuda.max_resident_clusters(room, 512, width)
+        # `limit` clusters fit, and one more would not.
+        assert limit == 0 or linkage_cuda.resident_bytes(limit, width) <= room
+        assert linkage_cuda.resident_bytes(max(limit, 1) + 1, width) > room
+    # At most one cluster a thread.
+    assert linkage_cuda.max_resident_clusters(226 << 10, 64, width) == 64
 
 
 @methods
@@ -197,11 +209,12 @@ def test_stopping_early_gives_the_first_merges(method, device):
     num_tokens = SIZES[-1]
     tokens = tokens_of(3, num_tokens, 5)
     whole, all_rounds = dendrogram_of(tokens, method)
-    counts = np.array([num_tokens // 5, num_tokens, 1])
+    counts = np.array([num_tokens // 5, num_tokens, 1])  # some, no and all merges
     rows, rounds = dendrogram_of(tokens, method, num_groups=counts)
     for got, wanted, count in zip(rows, whole, counts, strict=True):
         merges = num_tokens - count
         np.testing.assert_array_equal(got[:merges], wanted[:merges])
+    # Single linkage does not stop early.
     if method != "single":
         assert rounds[0] < all_rounds[0]
     assert rounds[1] == 0
@@ -217,20 +230,22 @@ def test_padding_and_protected_tokens_take_no_part(method, device):
     mask[2] = np.arange(num_tokens) == 5
     mask[3] = False
     protect = np.random.default_rng(3).random((4, num_tokens)) < 0.2
-    tokens[~mask] = 9
+    tokens[~mask] = 9  # padding must not be read
     rows, _ = dendrogram_of(tokens, method, mask=mask, protect=protect)
     for got, x, kept in zip(rows, tokens, mask & ~protect, strict=True):
-        places = np.flatnonzero(kept)
-        merges = max(len(places) - 1, 0)
+        positions = np.flatnonzero(kept)
+        merges = max(len(positions) - 1, 0)
         padding = np.broadcast_to([-1, -1, np.inf, 0], (num_tokens - 1 - merges, 4))
         np.testing.assert_array_equal(got[merges:], padding)
         if merges == 0:
             continue
+        # Translate the nodes of the sequence without the other tokens: a leaf is a
+        # position, row r makes group N + r.
         alone, _ = dendrogram_of(x[kept], method)
         nodes = alone[:, :2].astype(int)
-        leaf = nodes < len(places)
-        named = np.where(leaf, places[np.where(leaf, nodes, 0)], nodes)
-        named = np.where(leaf, named, nodes - len(places) + num_tokens)
+        leaf = nodes < len(positions)
+        named = np.where(leaf, positions[np.where(leaf, nodes, 0)], nodes)
+        named = np.where(leaf, named, nodes - len(positions) + num_tokens)
         np.testing.assert_array_equal(got[:merges, 2:], alone[:, 2:])
         np.testing.assert_array_equal(got[:merges, :2], np.sort(named, axis=-1))
 
@@ -239,22 +254,23 @@ def test_protected_tokens_count_among_the_groups():
     num_tokens, count = 33, 9
     tokens, protect = tokens_of(1, num_tokens, 8), np.zeros((1, num_tokens), bool)
     protect[0, [0, 7, 20]] = True
-    given = np.array([count])
-    rows, _ = dendrogram_of(tokens, "average", protect=protect, num_groups=given)
+    counts = np.array([count])
+    rows, _ = dendrogram_of(tokens, "average", protect=protect, num_groups=counts)
     alone, _ = dendrogram_of(tokens[0, ~protect[0]], "average")
-    merges = num_tokens - count  # whoever is protected
+    merges = num_tokens - count  # whichever tokens are protected
     np.testing.assert_array_equal(rows[0, :merges, 2], alone[:merges, 2])
 
 
 @pytest.mark.parametrize("method", ["average", "ward"])
 @every_device
-def test_whole_masses_are_repeated_tokens(method, device):
+def test_integer_masses_are_repeated_tokens(method, device):
     tokens = tokens_of(30, 8)
     mass = np.random.default_rng(4).integers(1, 5, 30)
     got, _ = dendrogram_of(tokens, method, mass=mass[None].astype(float))
+    # The first merges of SciPy join the copies at height 0.
     wanted = scipy_of(np.repeat(tokens, mass, axis=0), method)[-29:]
     np.testing.assert_allclose(got[:, 2], wanted[:, 2], rtol=1e-5, atol=1e-6)
-    for scale in (1e-6, 1e6):  # of masses, of which the ward heights are roots
+    for scale in (1e-6, 1e6):  # ward heights grow with the root
         again, _ = dendrogram_of(tokens, method, mass=mass[None] * scale)
         height = np.sqrt(scale) if method == "ward" else 1
         np.testing.assert_allclose(again[:, 2], got[:, 2] * height, rtol=1e-5)
@@ -267,15 +283,18 @@ def test_a_token_of_no_mass_joins_its_nearest(method):
     mass[0, ::4] = 0
     got, _ = dendrogram_of(tokens, method, mass=mass)
     assert np.isfinite(got).all()
+    # Ward's distance to a token of hardly any mass is small, so it merges first.
     if method == "ward":
         cosines = cosines_of(tokens, np.float64) - 2 * np.eye(20)
         first = dict(zip(*got[:5, :2].astype(int).T, strict=True))
         first |= {b: a for a, b in first.items()}
         assert first[0] == cosines[0].argmax()
+    # Only zeros: each mass counts as 1.
     none, _ = dendrogram_of(tokens, method, mass=np.zeros((1, 20)))
     np.testing.assert_array_equal(none, dendrogram_of(tokens, method)[0])
 
 
+# Changes of tokens that make many distances equal.
 TIES = {
     "equal": lambda x: np.ones_like(x),
     "quarter equal": lambda x: np.where(np.arange(len(x))[:, None] % 4, x, x[0]),
@@ -293,9 +312,11 @@ def test_ties_take_few_rounds(method, ties):
     _, rounds = dendrogram_of(tokens, method)
     tied = TIES[ties](tokens)
     got, tied_rounds = dendrogram_of(tied, method)
+    # Without the hash of pairs, many equal distances would take one round a merge.
     assert tied_rounds <= 3 * rounds
     assert hierarchy.is_valid_linkage(got)
-    # Of other ties, which pair goes first decides what average and ward find later.
+    # With other ties, the pair that merges first changes the later distances of average
+    # and ward, so heights need not equal SciPy's.
     equal = ties in ("equal", "quarter equal", "pairs")
     if equal or (method in ("complete", "single") and ties == "zeros"):
         wanted = scipy_of(tied, method)[:, 2]
@@ -303,8 +324,11 @@ def test_ties_take_few_rounds(method, ties):
 
 
 @methods
-def test_a_chain_is_right_though_it_takes_a_round_a_merge(method):
-    """Each gap is wider than the last: every token's nearest is the one before."""
+def test_a_chain_takes_a_round_for_each_merge(method):
+    """Each gap is wider than the last: the nearest of every token is the one before.
+
+    Only the first two are mutual, so one pair merges in a round; the result is right.
+    """
     num_tokens = 20
     angle = np.cumsum(1.1 ** np.arange(num_tokens) / 100)
     tokens = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
@@ -321,7 +345,8 @@ def test_tokens_that_are_not_numbers_stay_alone(method, device, kernels):
     num_tokens, bad = 33, 5
     tokens = tokens_of(2, num_tokens, 8)
     cosines = cosines_of(tokens)
-    nan = np.uint32(0x7FFFFFFF).view(np.float32)  # as a GPU makes it, which may wrap
+    # The NaN of a GPU: rounding its bits up in `compared` would wrap.
+    nan = np.uint32(0x7FFFFFFF).view(np.float32)
     cosines[0, bad] = cosines[0, :, bad] = nan
     cosines[1] = nan
     with qm.use_kernels(kernels):
@@ -331,6 +356,7 @@ def test_tokens_that_are_not_numbers_stay_alone(method, device, kernels):
     np.testing.assert_allclose(rows[0, :-1, 2:], alone[:, 2:], rtol=1e-5)
     assert (rows[0, -1, :2] == -1).all()
     assert (rows[1, :, :2] == -1).all()
+    # A NaN token must not make a round of its own each time.
     assert kernels == "basic" or rounds[0] <= few + 3
 
 

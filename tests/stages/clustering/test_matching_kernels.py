@@ -1,10 +1,18 @@
-"""The two matchings, interpreted, against their definitions, written out plainly."""
+"""The kernels of bipartite and contiguous groups, interpreted, against the oracle."""
 
 import numpy as np
 import oracle_arrays
 import pytest
-from grouping_cases import LONG, counts_of, fill, given, labels_of, masks_of, sizes
-from kernel_cases import dtypes, masked, random, whatever_shape
+from grouping_cases import (
+    LONG,
+    counts_of,
+    fill,
+    kernel_counts,
+    labels_of,
+    masks_of,
+    sizes,
+)
+from kernel_cases import dtypes, masked, random, without_shape
 from recorded import recording
 from seam import cuda
 
@@ -16,26 +24,27 @@ from qm_cupy.stages.clustering.nearest import nearest_groups_cuda, top_norm_anch
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-SHARES = [0.0, 0.3, 0.8, 1.0]  # of the tokens, to be left as groups
+FRACTIONS = [0.0, 0.3, 0.8, 1.0]  # groups to keep, as a fraction of the tokens
 
 MATCHINGS = {"bipartite": bipartite_groups_cuda, "contiguous": contiguous_groups_cuda}
 matchings = pytest.mark.parametrize("method", MATCHINGS)
 
 
 def matched(method, x, valid, alone, num_groups):
-    """Return the labels of one sequence by either of the two."""
+    """Return the labels of one sequence by the oracle of a method."""
     roots, free = np.full(len(x), -1), valid
     if method == "contiguous":
         protected = np.flatnonzero(alone[valid])
         groups = oracle_arrays.contiguous(x[valid], num_groups, protected)
     else:
+        # Protected tokens take no part; their roots are numbers that no group has.
         free = valid & ~alone
         roots[alone] = len(x) + np.flatnonzero(alone)
         num_groups -= (valid & alone).sum()
         groups = oracle_arrays.bipartite(x[free], num_groups)
-    place = np.flatnonzero(free)
+    position = np.flatnonzero(free)
     for k, group in enumerate(groups):
-        roots[place[group]] = k
+        roots[position[group]] = k
     return labels_of(roots, valid)
 
 
@@ -49,11 +58,15 @@ def test_matching(method, dtype, num_tokens, masked):
     valid = fill(mask, (batch, num_tokens), True)
     alone = fill(protect, valid.shape, False) & valid
     tokens = random((batch, num_tokens, dim), dtype)
+    # Neighbours are alike, so that contiguous groups are not arbitrary.
     tokens[:, 1:] += tokens[:, :-1] // 2
-    for share in SHARES:
-        counts = np.maximum(counts_of(valid, alone, share), 1)
+    for fraction in FRACTIONS:
+        counts = np.maximum(counts_of(valid, alone, fraction), 1)
+        # The launcher plans its steps by the smallest K.
         options = {"fewest": int(counts.min())} if method == "bipartite" else {}
-        roots = MATCHINGS[method](tokens, *given(counts), mask, protect, **options)
+        roots = MATCHINGS[method](
+            tokens, *kernel_counts(counts), mask, protect, **options
+        )
         assert roots.dtype == np.int32
         got = number_groups_cuda(roots, "last")
         for b in range(batch):
@@ -66,47 +79,48 @@ def test_matching(method, dtype, num_tokens, masked):
 
 @matchings
 def test_matching_of_opposite_tokens(method):
-    """Few groups, of few dimensions, may have no partner that is like them at all."""
+    """In few dimensions, a group's best partner may have a negative similarity."""
     rng = np.random.default_rng(6)
     tokens = rng.standard_normal((60, 9, 2)).astype(np.float32)
     valid = rng.random((60, 9)) < 0.5
     valid[:, :3] = True
-    roots = MATCHINGS[method](tokens, *given(np.full(60, 2)), valid, None)
-    got, nobody = number_groups_cuda(roots, "last"), np.zeros(9, np.bool_)
+    roots = MATCHINGS[method](tokens, *kernel_counts(np.full(60, 2)), valid, None)
+    got, none_protected = number_groups_cuda(roots, "last"), np.zeros(9, np.bool_)
     for b in range(60):
-        wanted = matched(method, tokens[b], valid[b], nobody, 2)
+        wanted = matched(method, tokens[b], valid[b], none_protected, 2)
         np.testing.assert_array_equal(got[b], wanted)
 
 
 @dtypes
 @matchings
 def test_matching_of_equal_and_zero_tokens(method, dtype):
-    """Unit axes, whose products are exact: ties go to the left."""
+    """Tokens are unit axes, so products are exact and ties go to the left."""
     tokens = np.zeros((3, 65, 9), dtype)
+    # All equal; nine axes in turn, some tokens zero; all zero.
     tokens[0, :, 4] = 1
     tokens[1, np.arange(65), np.arange(65) % 9] = 4
     tokens[1, ::4] = 0
     for counts in ([33, 33, 33], [40, 64, 65]):
         options = {"fewest": 40} if method == "bipartite" else {}
-        roots = MATCHINGS[method](tokens, *given(counts), **options)
+        roots = MATCHINGS[method](tokens, *kernel_counts(counts), **options)
         got = number_groups_cuda(roots, "last")
         for b in (0, 2) if method == "contiguous" else (0, 1, 2):
-            everyone = np.ones(65, np.bool_)
-            wanted = matched(method, tokens[b], everyone, ~everyone, counts[b])
+            all_valid = np.ones(65, np.bool_)
+            wanted = matched(method, tokens[b], all_valid, ~all_valid, counts[b])
             if b == 0 or method == "bipartite":
                 np.testing.assert_array_equal(got[b], wanted)
-            assert got[b].max() + 1 == counts[b]
+            assert got[b].max() + 1 == counts[b]  # exactly K groups
 
 
 @dtypes
 def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
     dtype, monkeypatch
 ):
-    """16-bit tokens go to tensor cores; unit tokens and means are wider."""
+    """16-bit tokens go to tensor cores; unit tokens and means have a wider dtype."""
     seen = []
 
     def note(launch):
-        name = whatever_shape(launch.kernel)
+        name = without_shape(launch.kernel)
         if name in ("nearest_anchors", "unit_tokens"):
             seen.append((name, launch.dtype))
 
@@ -116,9 +130,10 @@ def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
     for num_groups, steps in ((30, 1), (20, 1), (6, 3)):
         seen.clear()
         bipartite_groups_cuda(tokens, None, num_groups)
+        # The first step compares tokens, later steps compare means of unit tokens.
         names = [own.name, *[wide.name] * (steps - 1)]
         products = [("nearest_anchors", name) for name in names]
-        late = own.itemsize == 2  # then one step alone needs no unit tokens
+        late = own.itemsize == 2  # unit tokens are made after the first step
         if not late or steps > 1:
             products.insert(int(late), ("unit_tokens", own.name))
         assert seen == products
@@ -127,20 +142,22 @@ def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
 @matchings
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_matching_of_a_long_sequence(method, dtype):
-    """Longer than a block, and in double than what shared memory holds."""
+    """More tokens than a block has threads; in double, more than shared memory has."""
     num_tokens = LONG[-1]
     x = random((2, num_tokens, 4), dtype)
+    # Sequence 1 has many ties: only the number of its groups is compared.
     x[1, num_tokens // 2 :] = x[1, num_tokens // 2]
     num_groups = num_tokens - min(num_tokens // 3, 60)
     got = number_groups_cuda(MATCHINGS[method](x, None, num_groups), "last")
-    everyone = np.ones(num_tokens, np.bool_)
-    wanted = matched(method, x[0], everyone, ~everyone, num_groups)
+    all_valid = np.ones(num_tokens, np.bool_)
+    wanted = matched(method, x[0], all_valid, ~all_valid, num_groups)
     np.testing.assert_array_equal(got[0], wanted)
     assert got[1].max() + 1 == num_groups
 
 
 def test_neighbours_of_a_long_sequence_that_cost_the_same_merge_from_the_left():
     num_tokens, merges = LONG[-1], 20
+    # Equal tokens: each merge costs 0, so all merge with the leftmost group.
     tokens = np.zeros((1, num_tokens, 4), np.float32)
     tokens[..., 1] = 1
     roots = contiguous_groups_cuda(tokens, None, num_tokens - merges)
@@ -150,20 +167,24 @@ def test_neighbours_of_a_long_sequence_that_cost_the_same_merge_from_the_left():
 
 @matchings
 def test_matching_of_large_and_small_tokens(method):
-    """Directions count: neither squares that overflow nor ones that vanish."""
+    """Only directions matter: no square may overflow or become 0."""
     tokens = random((1, 33, 8), np.float32)
     scale = np.resize(np.float32([1e30, 1e-30, 1]), 33)[:, None]
     wanted = MATCHINGS[method](tokens, None, 9)
     np.testing.assert_array_equal(MATCHINGS[method](tokens * scale, None, 9), wanted)
 
 
-def test_protected_tokens_part_what_is_contiguous():
-    """Where K cannot be reached there are more groups, none across a protected one."""
+def test_protected_tokens_separate_contiguous_groups():
+    """If K is too small, there are more groups; none crosses a protected token.
+
+    The public function would raise, but the launcher does not look at `protect`.
+    """
     tokens, protect = random((1, 7, 3), np.float32), np.zeros((1, 7), np.bool_)
     protect[0, [2, 3]] = True
     mask = np.array([[True, True, True, True, False, True, True]])
     roots = contiguous_groups_cuda(tokens, None, 1, mask, protect)
     labels = number_groups_cuda(roots, "first")
+    # {0, 1}, 2 and 3 alone, {5, 6}: 4 groups instead of 1.
     np.testing.assert_array_equal(labels, [[0, 0, 1, 2, -1, 3, 3]])
 
 
@@ -175,15 +196,19 @@ def test_wild_values_stay_within_the_arrays(dtype):
     tokens[1, 3:40:3] = np.nan
     tokens[2] = np.inf
     tokens[2, 5, 2] = np.nan
+    # Counts out of range, and masks that protect every token.
     wild = np.array([-(2**31), 2**31 - 1, 0, 50], np.int32)
     every = np.ones_like(mask)
     all_masks = (mask, protect), (None, None), (mask, every), (None, every)
     all_counts = (wild, 40), (None, 1), (None, 10**9), (None, 0)
     for masks in all_masks:
-        for counts, most in all_counts:
+        for counts, max_groups in all_counts:
             for match in MATCHINGS.values():
-                labels = number_groups_cuda(match(tokens, counts, most, *masks), "last")
+                labels = number_groups_cuda(
+                    match(tokens, counts, max_groups, *masks), "last"
+                )
                 assert labels.max() < num_tokens
+        # Anchors stay positions of tokens, or -1.
         top = top_norm_anchors_cuda(tokens, wild, 40, *masks)
         assert top.min() >= -1
         assert top.max() < num_tokens

@@ -11,20 +11,21 @@ from qm_cupy.stages.clustering.weighted_linkage import weighted_linkage
 
 @pytest.mark.parametrize("method", WEIGHTED)
 class TestWeightedLinkage:
-    @pytest.mark.parametrize("kind", ["gauss", "low rank", "orthogonal", "zeros"])
-    def test_every_merge_is_the_cheapest(self, rng, method, kind):
+    @pytest.mark.parametrize("case", ["gauss", "low rank", "orthogonal", "zeros"])
+    def test_every_merge_is_the_cheapest(self, rng, method, case):
         tokens = {
             "gauss": rng.standard_normal((24, 5)),
             "low rank": low_rank(rng, 24),
             "orthogonal": np.eye(24),
             "zeros": rng.standard_normal((24, 5)) * (np.arange(24) % 8 > 0)[:, None],
-        }[kind]
-        if method == "average" and kind in ("orthogonal", "zeros"):
-            return  # equal distances: the order of merges is free
+        }[case]
+        if method == "average" and case in ("orthogonal", "zeros"):
+            return  # equal distances: any order of merges is right
         mass = masses(rng, 24)
         mass[5] = 0  # counts as a millionth of the largest
         tree = qm.linkage(tokens, method, mass=mass)
         assert hierarchy.is_valid_linkage(tree)
+        # The oracle merges the closest pair, one after another, in float64.
         merges = oracle.weighted_agglomerate(tokens, method, mass)
         np.testing.assert_allclose(tree[:, 2], [h for *_, h in merges], rtol=1e-7)
         for num_groups in range(1, 25):
@@ -32,12 +33,13 @@ class TestWeightedLinkage:
             assert groups_of(labels) == oracle.partition(merges, 24, num_groups)
 
     def test_every_merge_is_among_the_cheapest_of_many_equal(self, rng, method):
-        tokens = np.round(rng.standard_normal((30, 3)))  # zero tokens, too
+        tokens = np.round(rng.standard_normal((30, 3)))  # zero tokens occur, too
         mass = rng.integers(1, 3, 30).astype(np.float64)
         tree = qm.linkage(tokens, method, mass=mass)
         assert hierarchy.is_valid_linkage(tree)
         units = oracle.orthogonal_units(tokens)
         clusters = {i: [i] for i in range(30)}
+        # Many pairs have the least distance: any may merge, if no other pair is closer.
         for row, (a, b, height, size) in enumerate(tree):
             pairs = [(i, j) for i in clusters for j in clusters if i < j]
             gaps = {
@@ -65,7 +67,7 @@ class TestWeightedLinkage:
         tokens, repeats = low_rank(rng, 20), rng.integers(1, 5, 20)
         repeated = np.repeat(tokens, repeats, axis=0)
         tree = qm.linkage(tokens, method, mass=repeats.astype(np.float64))
-        wanted = qm.linkage(repeated, method)[-19:, 2]  # the others merge the copies
+        wanted = qm.linkage(repeated, method)[-19:, 2]  # after merges of copies
         np.testing.assert_allclose(tree[:, 2], wanted, rtol=1e-6)
         for num_groups in (1, 3, 8, 20):
             labels = qm.cluster_tokens(
@@ -74,6 +76,7 @@ class TestWeightedLinkage:
             copies = qm.cluster_tokens(repeated, num_groups, method=method)
             np.testing.assert_array_equal(np.repeat(labels, repeats), copies)
 
+    # Masses are relative to the largest, so no scale may overflow or vanish.
     @pytest.mark.parametrize("scale", [1e-300, 1e-3, 1e6, 1e300])
     def test_scale_of_masses(self, rng, method, scale):
         tokens, mass = rng.standard_normal((12, 5)), masses(rng, 12)
@@ -83,9 +86,10 @@ class TestWeightedLinkage:
         np.testing.assert_allclose(scaled[:, 2], heights, rtol=1e-9)
         np.testing.assert_array_equal(scaled[:, :2], tree[:, :2])
         cuts = [
-            qm.cut_linkage(found, max_error=0.3, mass=weight)
-            for found, weight in ((tree, mass), (scaled, mass * scale))
+            qm.cut_linkage(dendrogram, max_error=0.3, mass=weight)
+            for dendrogram, weight in ((tree, mass), (scaled, mass * scale))
         ]
+        # Only a ward dendrogram has an error.
         if method == "ward":
             np.testing.assert_array_equal(*cuts)
 
@@ -97,6 +101,7 @@ class TestWeightedLinkage:
         np.testing.assert_array_equal(*trees)
 
     def test_a_token_of_no_mass_joins_its_nearest(self, rng, method):
+        # Three clear groups of four tokens, two of the tokens without mass.
         tokens = np.repeat(np.eye(3), 4, axis=0) + 0.1 * rng.standard_normal((12, 3))
         mass = np.ones(12)
         mass[[0, 5]] = 0
@@ -113,9 +118,14 @@ class TestWeightedLinkage:
 
         tokens = low_rank(rng, 256)
         usual = rounds(1 - qm.cosine_similarity(tokens))
+        # All distances equal, exactly or to rounding: a rule by index would need one
+        # round for each merge.
         for rounding in (0.0, 1.5e-15, -1.5e-15):
             assert rounds(np.full((256, 256), rounding)) <= 3 * usual
-        for copies in (tokens[-1], tokens[64:128]):  # of one token, of a quarter
+        for copies in (
+            tokens[-1],
+            tokens[64:128],
+        ):  # one token 64 more times; 64 tokens twice
             repeated = tokens.copy()
             repeated[:64] = copies
             assert rounds(1 - qm.cosine_similarity(repeated)) <= 3 * usual

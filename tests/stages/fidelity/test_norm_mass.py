@@ -1,3 +1,5 @@
+"""Norm mass: against the oracle, and for zeros and padding."""
+
 import numpy as np
 import oracle
 from conftest import assert_close
@@ -14,6 +16,7 @@ def test_norm_mass_oracle(rng, dtype):
 
 
 def test_norm_mass_edges():
-    assert qm.norm_mass(np.zeros((4, 2)), 1) == 1
+    assert qm.norm_mass(np.zeros((4, 2)), 1) == 1  # there is no mass to lose
     mask = np.array([True, True, False])
+    # 3 / (1 + 3): the padded token of norm 99 does not count.
     assert qm.norm_mass(np.array([[1.0], [3.0], [99.0]]), 1, mask=mask) == 0.75

@@ -1,4 +1,4 @@
-"""The kernels of `norm_mass`, interpreted."""
+"""The kernels of `norm_mass`, run by an interpreter."""
 
 import numpy as np
 import oracle
@@ -18,12 +18,13 @@ def test_norm_mass(dtype, num_tokens, masked):
     batch, dim, num_groups = 3, 37, max(num_tokens // 4, 1)
     mask = mask_of(batch, num_tokens, masked)
     tokens = random((batch, num_tokens, dim), dtype)
-    tokens[2] = 0
-    each = np.array([num_groups, 1, num_groups])
+    tokens[2] = 0  # norm mass 1, with no mass to divide by
+    ragged = np.array([num_groups, 1, num_groups])
     valid = valid_of(mask, (batch, num_tokens))
-    for counts in (num_groups, each):
+    # One K for all sequences goes to the kernel as a null pointer, several as an array.
+    for counts in (num_groups, ragged):
         got = qm.norm_mass(tokens, counts, mask=mask)
-        each_of = np.broadcast_to(counts, batch)
-        given = zip(tokens, valid, each_of, strict=True)
-        wanted = [oracle.norm_mass(x[own], count) for x, own, count in given]
+        per_sequence = np.broadcast_to(counts, batch)
+        sequences = zip(tokens, valid, per_sequence, strict=True)
+        wanted = [oracle.norm_mass(x[own], count) for x, own, count in sequences]
         assert_close(got, wanted, dtype)

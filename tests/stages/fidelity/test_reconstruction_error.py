@@ -1,3 +1,5 @@
+"""The reconstruction error: against the oracle, with padding, and of zeros."""
+
 import numpy as np
 import oracle
 import pytest
@@ -25,7 +27,9 @@ def test_padding_neither_counts_nor_rebuilds(rng, labelled):
     tokens, merged = rng.random((2, 9, 3)), -rng.random((2, 4, 3))
     mask = np.array([[True] * 9, [True] * 6 + [False] * 3])
     counts = np.array([4, 2])
-    merged[1, 2:] = 0  # more similar to every token than all that point away from it
+    # Tokens are positive and merged tokens negative, so every similarity is below 0. A
+    # padded group of zeros has similarity 0 and would win if it were read.
+    merged[1, 2:] = 0
     labels = rng.integers(0, 2, (2, 9))
     got = qm.reconstruction_error(
         tokens,
@@ -38,13 +42,14 @@ def test_padding_neither_counts_nor_rebuilds(rng, labelled):
         tokens[1, :6], merged[1, :2], labels=labels[1, :6] if labelled else None
     )
     assert_close(got[1], alone)
-    assert alone > 1  # worse than zeros
+    assert alone > 1  # worse than rebuilding zeros, since the signs are opposite
 
 
 def test_zero_tokens():
     zeros = np.zeros((3, 2))
     labels = np.zeros(3, int)
     assert qm.reconstruction_error(zeros, np.zeros((1, 2)), labels=labels) == 0
+    # Also a gap of 1e-200, whose square would be 0 in float64.
     for value in (1.0, 1e-200):
         merged = np.full((1, 2), value)
         assert qm.reconstruction_error(zeros, merged, labels=labels) == np.inf

@@ -1,3 +1,5 @@
+"""The gradient of the reconstruction error: against differences, and at extremes."""
+
 import numpy as np
 import pytest
 from differences import assert_slope
@@ -10,7 +12,7 @@ counted = pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged
 
 @pytest.fixture
 def problem(rng):
-    """Gradient (2,), tokens (2, 9, 3), merged (2, 5, 3)."""
+    """Return gradient (2,), tokens (2, 9, 3) and merged tokens (2, 5, 3)."""
     return (
         rng.standard_normal(2),
         rng.standard_normal((2, 9, 3)),
@@ -32,12 +34,12 @@ def test_reconstruction_error_differences(problem, labelled, masked, ragged):
     assert_slope(got[0], lambda x: loss(x, merged), tokens)
     assert_slope(got[1], lambda y: loss(tokens, y), merged)
     if masked:
-        assert not got[0][~MASK].any()
+        assert not got[0][~MASK].any()  # padding has gradient 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_tokens_that_are_all_zero_have_no_gradient(value):
-    """Whether they are rebuilt exactly or not at all: an error of 0 or infinity."""
+    """The gradient is 0 whether zeros are rebuilt exactly (error 0) or not (inf)."""
     zeros, merged, labels = np.zeros((3, 2)), np.full((1, 2), value), np.zeros(3, int)
     for vjp in (qm.reconstruction_error_vjp, qm.fidelity_loss_vjp):
         for slope in vjp(1.0, zeros, merged, labels=labels):
@@ -46,7 +48,10 @@ def test_tokens_that_are_all_zero_have_no_gradient(value):
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
 def test_no_square_overflows(problem, scale):
-    """The error is the same at every scale, its gradient that over the scale."""
+    """At scale s, the error is the same, and the gradient is divided by s.
+
+    The squares of 1e200 and of 1e-200 leave the range of float64.
+    """
     gradient, tokens, merged = problem
     wanted = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
     got = qm.reconstruction_error_vjp(
@@ -56,8 +61,8 @@ def test_no_square_overflows(problem, scale):
         np.testing.assert_allclose(x * scale, y, rtol=1e-12)
 
 
-def test_groups_of_their_mean_have_no_gradient(problem):
-    """The mean is what rebuilds a group best."""
+def test_groups_rebuilt_by_their_mean_have_no_gradient(problem):
+    """The mean minimises the squared error of a group, so the gradient there is 0."""
     gradient, tokens, _ = problem
     merged = qm.merge_tokens(tokens, LABELS, 5)
     _, by_merged = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
@@ -68,16 +73,18 @@ def test_padding_is_not_read(problem):
     gradient, tokens, merged = problem
     options = options_of(labelled=True, masked=True, ragged=False)
     wanted = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
+    # Group 4 has no member in LABELS.
     tokens[~MASK], merged[:, 4] = np.nan, np.nan
-    with qm.check_finite(False):
+    with qm.check_finite(False):  # else the NaN is refused
         got = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-def test_one_sequence_takes_a_number(problem):
+def test_gradient_of_one_sequence_may_be_a_number(problem):
     gradient, tokens, merged = problem
     many = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
+    # A Python float, a NumPy scalar and an array of shape () must agree to the bit.
     for number in (float(gradient[0]), gradient[0], gradient[:1].reshape(())):
         one = qm.reconstruction_error_vjp(
             number, tokens[0], merged[0], labels=LABELS[0]
@@ -88,7 +95,7 @@ def test_one_sequence_takes_a_number(problem):
 
 def test_empty_batch():
     tokens, merged = np.ones((0, 4, 3)), np.ones((0, 2, 3))
-    shapes = [(0, 4, 3), (0, 2, 3)]
+    shapes = [(0, 4, 3), (0, 2, 3)]  # and no division by B = 0 in the fidelity loss
     got = qm.reconstruction_error_vjp(np.ones(0), tokens, merged)
     assert [x.shape for x in got] == shapes
     got = qm.fidelity_loss_vjp(1.0, tokens, merged)
@@ -99,6 +106,7 @@ def test_bad_input(problem):
     gradient, tokens, merged = problem
     with pytest.raises(ValueError, match=r"`gradient` must have shape \(B\) = \(2,\)"):
         qm.reconstruction_error_vjp(gradient[:1], tokens, merged)
+    # The fidelity loss is one number for the batch, so its gradient has shape ().
     with pytest.raises(ValueError, match=r"`gradient` must have shape \(\) = \(\)"):
         qm.fidelity_loss_vjp(gradient, tokens, merged)
     with pytest.raises(TypeError, match="`gradient` must be a number, got list"):

@@ -17,6 +17,7 @@ def test_sizes_and_positions(problem):
     assert sizes.dtype == positions.dtype == np.int32
     for b in range(2):
         for k in range(6):
-            members = np.flatnonzero(labels[b] == k)
+            members = np.flatnonzero(labels[b] == k)  # ascending
             assert sizes[b, k] == len(members)
+            # The last member: a merged token must not contain a later token.
             assert positions[b, k] == members[-1]

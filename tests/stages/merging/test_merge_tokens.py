@@ -35,7 +35,7 @@ def test_zero_mass_group_takes_the_plain_mean():
     tokens = np.array([[1.0], [3.0], [8.0]])
     mass = np.array([0.0, 0.0, 0.0])
     merged = qm.merge_tokens(tokens, np.array([0, 0, 1]), 2, mass=mass)
-    np.testing.assert_array_equal(merged, [[2.0], [8.0]])
+    np.testing.assert_array_equal(merged, [[2.0], [8.0]])  # (1 + 3) / 2 and 8
 
 
 def test_half_precision_sums_in_float32():
@@ -45,15 +45,18 @@ def test_half_precision_sums_in_float32():
 
 
 def test_masses_are_summed_in_float64():
-    """Of float16 masses too, where 60000 + 1 is 60000 and 1 / 60000 off by 0.1 %."""
+    """In float16, 60000 + 1 is 60000, and 1 / 60000 has an error of 0.1 %."""
     tokens = np.array([[0.0]] + [[1.0]] * 512, np.float32)
     mass = np.array([60000.0] + [1.0] * 512, np.float16)
     merged = qm.merge_tokens(tokens, np.zeros(513, int), 1, mass=mass)
+    # 512 tokens of value 1 and mass 1, and one token of value 0 and mass 60000.
     np.testing.assert_allclose(merged, [[512 / 60512]], rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [2.0**1022, 2.0**-1074])
-def test_masses_as_large_and_small_as_they_come(scale):
+def test_largest_and_smallest_masses(scale):
+    # The sums of the masses would overflow, or 1 / sum would. The ratios are 1 : 3 and
+    # 1 : 1.
     tokens = np.array([[0.0], [4.0], [5.0], [7.0], [1.0]])
     mass = np.array([1.0, 3.0, 3.0, 3.0, 1.0]) * [scale, scale, scale, scale, 1]
     merged = qm.merge_tokens(tokens, np.array([0, 0, 1, 1, 2]), 3, mass=mass)
@@ -61,6 +64,7 @@ def test_masses_as_large_and_small_as_they_come(scale):
 
 
 def test_large_values_do_not_overflow():
+    # The sum of the tokens and the products with the masses are beyond float32.
     tokens = np.full((4, 1), 3e38, np.float32)
     mass = np.full(4, 1e38, np.float32)
     merged = qm.merge_tokens(tokens, np.zeros(4, int), 1, mass=mass)
@@ -71,6 +75,7 @@ def test_padding_and_groups_without_members():
     tokens = np.array([[1.0], [9.0], [5.0]])
     labels = np.array([0, -1, 2])
     merged = qm.merge_tokens(tokens, labels, 4)
+    # Groups 1 and 3 have no members: 0 as a token, size 0, position -1.
     np.testing.assert_array_equal(merged.ravel(), [1, 0, 5, 0])
     np.testing.assert_array_equal(qm.group_sizes(labels, 4), [1, 0, 1, 0])
     np.testing.assert_array_equal(qm.group_positions(labels, 4), [0, -1, 2, -1])
@@ -80,6 +85,7 @@ def test_padding_and_groups_without_members():
 def test_k_per_sequence_pads_to_the_largest(problem):
     tokens, _, _ = problem
     counts = np.array([2, 5])
+    # Rows 2 to 4 of the first sequence are padding.
     labels = qm.cluster_tokens(tokens, counts)
     merged = qm.merge_tokens(tokens, labels, counts)
     assert merged.shape == (2, 5, 5)
@@ -88,13 +94,15 @@ def test_k_per_sequence_pads_to_the_largest(problem):
 
 
 def test_empty_batch_keeps_k():
+    # K cannot come from the labels here.
     tokens, labels = np.ones((0, 5, 3)), np.zeros((0, 5), int)
     assert qm.merge_tokens(tokens, labels, 2).shape == (0, 2, 3)
     assert qm.group_sizes(labels, 2).shape == (0, 2)
     assert qm.group_positions(labels, 2).shape == (0, 2)
 
 
-def test_labels_are_held_to_their_own_sequence():
+def test_labels_must_fit_k_of_their_own_sequence():
+    # Label 4 fits K = 5 of sequence 1, but not K = 2 of sequence 0.
     labels, counts = np.array([[0, 4], [0, 4]]), np.array([2, 5])
     calls = (
         lambda: qm.group_sizes(labels, counts),
@@ -112,6 +120,7 @@ def test_labels_are_held_to_their_own_sequence():
 def test_inputs_are_read_only_and_strided(problem):
     tokens, labels, mass = problem
     wanted = qm.merge_tokens(tokens, labels, 6, mass=mass)
+    # Column-major, read-only tokens and 8-bit labels.
     strided = np.asfortranarray(tokens)[:, ::-1][:, ::-1]
     strided.flags.writeable = False
     np.testing.assert_array_equal(
@@ -121,6 +130,7 @@ def test_inputs_are_read_only_and_strided(problem):
 
 def test_out(problem):
     tokens, labels, _ = problem
+    # NaN would remain where an element is not written.
     out = np.full((2, 6, 5), np.nan)
     assert qm.merge_tokens(tokens, labels, 6, out=out) is out
     np.testing.assert_array_equal(out, qm.merge_tokens(tokens, labels, 6))
@@ -130,7 +140,7 @@ def test_out(problem):
 
 
 def test_bad_input(problem):
-    tokens, labels, mass = problem
+    tokens, labels, mass = problem  # labels within 0..5
     with pytest.raises(ValueError, match=r"`labels` must lie in -1..4, got 0..5"):
         qm.merge_tokens(tokens, labels, 5)
     with pytest.raises(TypeError, match="`labels` must be integers, got float64"):

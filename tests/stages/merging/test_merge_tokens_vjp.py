@@ -4,14 +4,16 @@ from differences import assert_slope
 
 import qm_cupy as qm
 
+# Groups 2 and 4 are empty in the first sequence, 3 and 4 in the second one. Token 0 of
+# the first sequence is alone in its group.
 LABELS = np.array([[0, 1, 1, 3, 1, -1, 3, 1, -1], [2, 0, 0, 1, 2, 2, 0, 1, -1]])
 
 
 @pytest.fixture
 def problem(rng):
-    """Gradient (2, 5, 3), tokens (2, 9, 3), mass (2, 9); a group of one, one empty."""
+    """Return gradient (2, 5, 3), tokens (2, 9, 3) and mass (2, 9)."""
     mass = rng.random((2, 9)) + 0.1
-    mass[1, 0] = 0  # one of a group
+    mass[1, 0] = 0  # one member of a group with other masses
     return rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 9, 3)), mass
 
 
@@ -32,7 +34,7 @@ class TestMerge:
 
     def test_differences_of_mass(self, problem):
         gradient, tokens, mass = problem
-        mass[1, 0] = 0.2  # below 0 there is no mass
+        mass[1, 0] = 0.2  # differences would make a mass of 0 negative
         _, got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
         assert_slope(
             got,
@@ -40,13 +42,13 @@ class TestMerge:
             mass,
             step=1e-6,
         )
-        assert got[0, 0] == 0  # alone in its group
+        assert got[0, 0] == 0  # alone in its group: its mass cancels
         assert not got[LABELS < 0].any()
 
-    @pytest.mark.parametrize("kind", [np.float32, np.float64])
-    def test_torch(self, problem, kind):
+    @pytest.mark.parametrize("precision", [np.float32, np.float64])
+    def test_torch(self, problem, precision):
         torch = pytest.importorskip("torch")
-        gradient, tokens, mass = (x.astype(kind) for x in problem)
+        gradient, tokens, mass = (x.astype(precision) for x in problem)
         x, m = (torch.tensor(a, requires_grad=True) for a in (tokens, mass))
         member = torch.tensor(LABELS[:, None] == np.arange(5)[:, None])  # (B, K, N)
         weight = member * m[:, None]
@@ -55,12 +57,13 @@ class TestMerge:
         merged.backward(torch.tensor(gradient))
         got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
         for slope, wanted in zip(got, (x.grad, m.grad), strict=True):
-            assert slope.dtype == kind
+            assert slope.dtype == precision
             np.testing.assert_allclose(slope, wanted, rtol=1e-5, atol=1e-5)
 
     def test_zero_mass_group_has_the_gradient_of_the_plain_mean(self, problem):
         gradient, tokens, mass = problem
         mass[LABELS == 1] = 0
+        # The plain mean does not depend on the masses, so they have gradient 0.
         by_tokens, by_mass = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
         plain, _ = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5)
         np.testing.assert_array_equal(by_tokens[LABELS == 1], plain[LABELS == 1])
@@ -71,6 +74,7 @@ class TestMerge:
         gradient, tokens, mass = problem
         _, by_mass = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
         merged = qm.merge_tokens(tokens, LABELS, 5, mass=mass)
+        # m̄_j = x̄_k · (x_j - x̃_k) / W_k does not need m_j > 0.
         gap = gradient[1, 2] @ (tokens[1, 0] - merged[1, 2])
         total = mass[1, LABELS[1] == 2].sum()
         np.testing.assert_allclose(by_mass[1, 0], gap / total)
@@ -78,6 +82,7 @@ class TestMerge:
     def test_groups_without_members_are_not_read(self, problem):
         gradient, tokens, mass = problem
         wanted = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        # The check for finite values sees this NaN, so it is off here.
         gradient[:, 4] = gradient[0, 2] = np.nan
         with qm.check_finite(False):
             got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
@@ -90,6 +95,7 @@ class TestMerge:
         gradient[1, 3] = np.nan  # padding is not read
         got = qm.merge_tokens_vjp(gradient[:, :4], tokens, LABELS, counts, mass=mass)
         for b in range(2):
+            # Each sequence alone, with its own K.
             alone = qm.merge_tokens_vjp(
                 gradient[b, : counts[b]], tokens[b], LABELS[b], counts[b], mass=mass[b]
             )
@@ -97,6 +103,7 @@ class TestMerge:
                 np.testing.assert_array_equal(x[b], y)
 
     def test_one_token(self):
+        # x̃ = x for any mass: x̄ passes through, and the mass has gradient 0.
         one = np.array([[2.0]])
         got = qm.merge_tokens_vjp(one, one, np.array([0]), 1, mass=np.array([0.3]))
         assert got[0] == 2
@@ -105,6 +112,7 @@ class TestMerge:
     def test_half_precision_is_rounded_once(self, problem):
         gradient, tokens, mass = (x.astype(np.float16) for x in problem)
         got = qm.merge_tokens_vjp(gradient, tokens, LABELS, 5, mass=mass)
+        # Rounding intermediate results to float16 too would change the last bit.
         wide = (x.astype(np.float64) for x in (gradient, tokens))
         wanted = qm.merge_tokens_vjp(*wide, LABELS, 5, mass=mass.astype(np.float64))
         for x, y in zip(got, wanted, strict=True):

@@ -17,4 +17,5 @@ def test_unmerge_is_the_gather(problem, dtype):
     got = qm.unmerge_tokens(merged, labels)
     assert got.dtype == dtype
     for b in range(2):
+        # These labels have no padding, so they can index directly.
         np.testing.assert_array_equal(got[b], merged[b][labels[b]])

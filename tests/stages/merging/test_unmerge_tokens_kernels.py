@@ -1,4 +1,4 @@
-"""The kernels of the gradient of `unmerge_tokens`, interpreted."""
+"""The kernels of the gradient of `unmerge_tokens`, run by the interpreter."""
 
 import pytest
 from kernel_cases import dtypes, labels_of, random
@@ -18,5 +18,6 @@ def test_unmerge_tokens_vjp(dtype, num_tokens):
     for dim in WIDTHS:
         gradient = random((2, num_tokens, dim), dtype)
         got = qm.unmerge_tokens_vjp(gradient, labels, num_groups)
+        # The NumPy reference in float64; other tests compare it with differences.
         wanted = unmerge_tokens_vjp_reference(wide(gradient), labels, num_groups)
         assert_gradient(got, wanted, dtype)

@@ -4,14 +4,15 @@ from differences import assert_slope
 
 import qm_cupy as qm
 
+# Groups 2 and 4 are empty in the first sequence, 3 and 4 in the second one.
 LABELS = np.array([[0, 1, 1, 3, 1, -1, 3, 1, -1], [2, 0, 0, 1, 2, 2, 0, 1, -1]])
 
 
 @pytest.fixture
 def problem(rng):
-    """Gradient (2, 5, 3), tokens (2, 9, 3), mass (2, 9); a group of one, one empty."""
+    """Return merged tokens (2, 5, 3), gradient (2, 9, 3) and mass (2, 9)."""
     mass = rng.random((2, 9)) + 0.1
-    mass[1, 0] = 0  # one of a group
+    mass[1, 0] = 0  # one member of a group with other masses
     return rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 9, 3)), mass
 
 
@@ -28,12 +29,14 @@ class TestUnmerge:
         merged, gradient, _ = problem
         x = torch.tensor(merged, requires_grad=True)
         index = torch.tensor(np.maximum(LABELS, 0))[..., None].expand(gradient.shape)
+        # Padding reads group 0 and is multiplied by 0.
         kept = torch.tensor(LABELS >= 0)[..., None]
         (x.gather(1, index) * kept).backward(torch.tensor(gradient))
         got = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
         np.testing.assert_allclose(got, x.grad, rtol=1e-12)
 
     def test_half_precision_sums_in_float32(self):
+        # In float16 a sum of eights stops at 16384, where the next number is 16400.
         gradient = np.full((3000, 1), 8, np.float16)
         got = qm.unmerge_tokens_vjp(gradient, np.zeros(3000, int), 1)
         assert got.dtype == np.float16
@@ -45,6 +48,7 @@ class TestUnmerge:
         gradient[LABELS < 0] = np.nan
         got = qm.unmerge_tokens_vjp(gradient, LABELS, 5)
         np.testing.assert_array_equal(got, wanted)
+        # The other entries are checked.
         gradient[0, 1, 2] = np.inf
         with pytest.raises(ValueError, match=r"`gradient` must be finite, got inf at"):
             qm.unmerge_tokens_vjp(gradient, LABELS, 5)

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: saliency by the oracle, differences."""
+"""Saliency by the oracle, and finite differences, for the tests of this folder."""
 
 import numpy as np
 import oracle
@@ -6,7 +6,7 @@ import oracle
 
 def saliency_of(entropy, valid, salient):
     """Return saliency (B, N) of entropy (L, B, H, N) and tokens (B, N)."""
-    out = np.zeros(valid.shape)
+    out = np.zeros(valid.shape)  # padding has saliency 0
     for b, tokens in enumerate(valid):
         if tokens.any():
             layers = entropy[:, b].astype(np.float64).mean(1)[:, tokens]
@@ -14,8 +14,8 @@ def saliency_of(entropy, valid, salient):
     return out
 
 
-def results(found):
-    return found if isinstance(found, tuple) else (found,)
+def results(value):
+    return value if isinstance(value, tuple) else (value,)
 
 
 def gradient_of(rng, function, inputs, options):
@@ -23,7 +23,7 @@ def gradient_of(rng, function, inputs, options):
 
 
 def differences(function, name, inputs, options, gradient, step=1e-4):
-    """Return the gradient of sum(gradient · result) by differences of fourth order."""
+    """Return ∂ sum(gradient · result) / ∂ inputs[name] by central differences."""
     x = inputs[name]
     out = np.empty_like(x)
     for index in np.ndindex(x.shape):
@@ -34,6 +34,7 @@ def differences(function, name, inputs, options, gradient, step=1e-4):
             result = function(**{**inputs, name: moved}, **options)
             return np.sum(gradient * result)
 
+        # (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h, with an error of order h⁴.
         near, far = loss(1) - loss(-1), loss(2) - loss(-2)
         out[index] = (8 * near - far) / (12 * step)
     return out
@@ -41,9 +42,9 @@ def differences(function, name, inputs, options, gradient, step=1e-4):
 
 def check_differences(rng, function, vjp, inputs, options):
     gradient = gradient_of(rng, function, inputs, options)
-    found = results(vjp(gradient, **inputs, **options))
-    assert len(found) == len(inputs)
-    for got, name in zip(found, inputs, strict=True):
+    slopes = results(vjp(gradient, **inputs, **options))
+    assert len(slopes) == len(inputs)
+    for got, name in zip(slopes, inputs, strict=True):
         wanted = differences(function, name, inputs, options, gradient)
         scale = np.abs(wanted).max()
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6 * scale)

@@ -9,6 +9,7 @@ import qm_cupy as qm
 
 class TestAttentionEntropy:
     def test_hand_worked(self):
+        # H = 0; log 2; and ½ log 4 + ½ log 2 = 1.5 log 2. The zeros add nothing.
         attention = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.25, 0.25, 0.5]])
         wanted = [0, np.log(2), 1.5 * np.log(2)]
         assert_close(qm.attention_entropy(attention), wanted)
@@ -17,7 +18,7 @@ class TestAttentionEntropy:
     def test_oracle(self, rng, dtype, num_tokens):
         attention = softmax(3 * rng.standard_normal((num_tokens, num_tokens)))
         attention = attention.astype(dtype)
-        p = attention.astype(np.float64)  # of float16, a row's sum is no longer 1
+        p = attention.astype(np.float64)  # in float16 the sum of a row is not 1
         wanted = oracle.attention_entropy(p / p.sum(-1, keepdims=True))
         got = qm.attention_entropy(attention)
         assert got.dtype == np.result_type(dtype, np.float32)
@@ -25,23 +26,25 @@ class TestAttentionEntropy:
 
     def test_every_leading_axis(self, rng):
         attention = softmax(rng.standard_normal((3, 2, 4, 5, 5)))
-        got = qm.attention_entropy(attention)
+        got = qm.attention_entropy(attention)  # (L, B, H, N)
         assert got.shape == (3, 2, 4, 5)
         assert_close(got[2, 1, 3], oracle.attention_entropy(attention[2, 1, 3]))
         assert_close(qm.attention_entropy(attention[0]), got[0])
 
     def test_rows_are_relative_to_their_sum(self):
+        # Halves; no attention; and tiny values in the ratio 1 : 1 : 2.
         attention = np.array([[2.5, 2.5, 0], [0, 0, 0], [1e-30, 1e-30, 2e-30]])
         wanted = [np.log(2), 0, 1.5 * np.log(2)]
         assert_close(qm.attention_entropy(attention), wanted)
 
-    def test_masked_rows_are_relative_to_what_is_left(self):
+    def test_masked_rows_are_relative_to_their_remaining_sum(self):
+        # Without the third column two equal values are left: entropy log 2.
         attention = np.tile([0.05, 0.05, 0.9], (3, 1))
         got = qm.attention_entropy(attention, mask=np.array([True, True, False]))
         assert_close(got, [np.log(2), np.log(2), 0])
 
     def test_never_negative(self, rng, dtype):
-        """One entry a row: entropy 0 but for rounding."""
+        """With one entry in each row the entropy is 0, up to rounding."""
         attention = np.diag(rng.uniform(0.1, 5, 300)).astype(dtype)
         got = qm.attention_entropy(attention)
         assert_close(got, np.zeros(300), "float32")
@@ -52,6 +55,7 @@ class TestAttentionEntropy:
         attention = softmax(rng.standard_normal((*lead, 6, 6)))
         mask = np.ones((2, 6) if lead else 6, bool)
         mask[..., 4:] = False
+        # A masked matrix has the entropies of its upper left 4 × 4 part.
         got = qm.attention_entropy(attention, mask=mask)
         assert_close(got[..., :4], qm.attention_entropy(attention[..., :4, :4]))
         assert not got[..., 4:].any()

@@ -1,4 +1,4 @@
-"""The kernels of `attention_entropy` and of its gradient, interpreted."""
+"""The kernels of `attention_entropy` and its gradient, run by the interpreter."""
 
 import numpy as np
 import oracle
@@ -21,16 +21,17 @@ def test_attention_entropy(dtype, num_tokens, masked):
     mask = mask_of(batch, num_tokens, masked)
     shape = (layers, batch, heads, num_tokens, num_tokens)
     a = np.exp(random(shape, np.float64, scale=2))
-    a[..., ::3] = 0
+    a[..., ::3] = 0  # 0 log 0 = 0
     a[0, ..., -1, :] = 0  # a row without attention
-    a[1] = (a / np.maximum(a.sum(-1, keepdims=True), 1e-9))[1]  # the others' sum is any
+    # Rows of layer 1 have the sum 1; rows of layer 0 have any sum.
+    a[1] = (a / np.maximum(a.sum(-1, keepdims=True), 1e-9))[1]
     a = a.astype(dtype)
     got = qm.attention_entropy(a, mask=mask)
     valid = valid_of(mask, shape[:-1])
     a = np.where(allowed_of(valid), a.astype(np.float64), 0)
     p = a / np.maximum(a.sum(-1, keepdims=True), 1e-300)
-    for place in np.ndindex(shape[:3]):
-        assert_close(got[place], oracle.attention_entropy(p[place]), dtype)
+    for index in np.ndindex(shape[:3]):
+        assert_close(got[index], oracle.attention_entropy(p[index]), dtype)
     assert got.min() >= 0
 
 
@@ -42,9 +43,10 @@ def test_attention_entropy_vjp(dtype, num_tokens, masked):
     mask = mask_of(2, num_tokens, masked)
     valid = valid_of(mask, (*leading, num_tokens))
     a = np.exp(random((*leading, num_tokens, num_tokens), np.float64, scale=2))
-    a[..., ::3] = 0
+    a[..., ::3] = 0  # 0 log 0 = 0
     a[0, ..., -1, :] = 0  # a row without attention
-    a[1] = (a / np.maximum(a.sum(-1, keepdims=True), 1e-9))[1]  # the others' sum is any
+    # Rows of layer 1 have the sum 1; rows of layer 0 have any sum.
+    a[1] = (a / np.maximum(a.sum(-1, keepdims=True), 1e-9))[1]
     a = a.astype(dtype)
     gradient = gradient_of(valid, dtype)
     got = qm.attention_entropy_vjp(gradient, a, mask=mask)
@@ -52,6 +54,8 @@ def test_attention_entropy_vjp(dtype, num_tokens, masked):
     a = np.where(allowed_of(valid), a, 0)
     wanted, size = attention_entropy_vjp(np.where(valid, gradient, 0), a)
     tolerance = TOLERANCE[np.dtype(dtype).name]
-    share = max(tolerance.stored, tolerance.computed)
-    assert (abs(got.astype(np.float64) - wanted) <= share * size + 1e-7).all()
+    relative = max(tolerance.stored, tolerance.computed)
+    # 1e-7: the smallest steps of float16.
+    assert (abs(got.astype(np.float64) - wanted) <= relative * size + 1e-7).all()
+    # The slope at 0 is infinite; the gradient is defined as 0 there.
     assert not got[a == 0].any()

@@ -8,6 +8,7 @@ import qm_cupy as qm
 
 class TestAttentionEntropy:
     def test_hand_worked(self):
+        # -g (log P + H) with g = 2. In the second row log P = -H, so its gradient is 0.
         attention = np.array([[0.2, 0.8], [0.5, 0.5]])
         got = qm.attention_entropy_vjp(np.array([2.0, 3.0]), attention)
         entropy = -0.2 * np.log(0.2) - 0.8 * np.log(0.8)
@@ -19,7 +20,8 @@ class TestAttentionEntropy:
         got = qm.attention_entropy_vjp(rng.standard_normal(3), attention)
         assert not got[attention == 0].any()
         assert not got[1].any()
-        assert got[2, 2] == 0
+        assert got[2, 2] == 0  # one entry: the entropy is 0 for any of its values
+        # The zero of the first row changes nothing for the other two entries.
         cut = np.array([[0.3, 0.7]])
         whole = np.concatenate([cut, cut])
         wanted = qm.attention_entropy_vjp(np.ones(2), whole)[0]
@@ -32,12 +34,16 @@ class TestAttentionEntropy:
         got = qm.attention_entropy_vjp(gradient, attention)
         assert got.dtype == dtype
         wanted, _ = attention_entropy_vjp(gradient, attention)
+        # 300 rows are more than one block of the reference.
         np.testing.assert_allclose(
             got, wanted, rtol=1e-3 if dtype == np.float16 else 1e-5, atol=1e-3
         )
 
     def test_digits_stay_where_one_entry_dominates(self):
-        """Of the largest, log p + H is 2e-9, which float32 cannot find from its log."""
+        """log p + H of the largest entry is 2e-9.
+
+        In float32 the logarithm of p ≈ 1 is 0, so the plain formula loses it.
+        """
         attention = np.array([[1, 1e-10]] * 2)
         got = qm.attention_entropy_vjp(np.ones(2), attention.astype(np.float32))
         wanted = qm.attention_entropy_vjp(np.ones(2), attention)
@@ -46,12 +52,14 @@ class TestAttentionEntropy:
 
     @pytest.mark.parametrize("size", [1e-30, 1e30])
     def test_rows_are_relative_to_their_sum(self, rng, size):
+        # H(c A) = H(A), so the gradient with respect to c A is 1/c times as large.
         attention = softmax(rng.standard_normal((4, 4)))
         wanted = qm.attention_entropy_vjp(np.ones(4), attention) / size
         got = qm.attention_entropy_vjp(np.ones(4), (size * attention).astype("f4"))
         np.testing.assert_allclose(got, wanted, rtol=1e-4)
 
     def test_too_large_for_half_is_infinite(self):
+        # The gradient is about 1 / ΣA ≈ 4e6; float16 ends at 65504.
         attention = np.array([[2e-7, 6e-8], [0.5, 0.5]], np.float16)
         got = qm.attention_entropy_vjp(np.ones(2), attention)
         np.testing.assert_array_equal(got, [[-np.inf, np.inf], [0, 0]])

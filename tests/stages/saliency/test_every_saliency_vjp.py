@@ -1,4 +1,4 @@
-"""What holds for every gradient of this folder, by differences and by torch."""
+"""Every gradient of this folder against finite differences and against torch."""
 
 import ml_dtypes
 import numpy as np
@@ -10,18 +10,19 @@ from saliency_cases import check_differences, gradient_of, results
 import qm_cupy as qm
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Padding on the left and in between, and a sequence without padding.
 MASK = np.array([[False, True, True, False, True], [True] * 5])
 
 
 def calls(rng):
-    """Return, by name, an operation, its product, differentiable inputs and options."""
+    """Return for each name: operation, gradient, differentiable inputs, options."""
     attention = softmax(rng.standard_normal((2, 2, 2, 5, 5)))
     query, key = rng.standard_normal((2, 2, 2, 2, 5, 3))
     return {
         "attention": (
             qm.attention_entropy,
             qm.attention_entropy_vjp,
-            {"attention": 2 * attention},
+            {"attention": 2 * attention},  # rows need not have the sum 1
             {},
         ),
         "query_key": (
@@ -75,7 +76,7 @@ class TestEveryProduct:
 
     def test_one_sequence_is_a_batch_of_one(self, rng, name):
         _, vjp, inputs, options = calls(rng)[name]
-        rows = {"attention": 2, "entropy": 1}
+        rows = {"attention": 2, "entropy": 1}  # axes of one sequence; 2 for the others
         one = {
             k: x[(0,) * (x.ndim - rows.get(k, 2))].astype(np.float32)
             for k, x in inputs.items()
@@ -84,12 +85,12 @@ class TestEveryProduct:
         got = results(vjp(gradient, **one, **options))
         batch = {k: x[None] for k, x in one.items()}
         wanted = results(vjp(gradient[None], **batch, **options))
-        for x, y, given in zip(got, wanted, one.values(), strict=True):
-            assert x.shape == given.shape
+        for x, y, source in zip(got, wanted, one.values(), strict=True):
+            assert x.shape == source.shape
             np.testing.assert_array_equal(x, y[0])
 
     def test_one_token(self, rng, name):
-        """Its entropy is 0, its saliency constant, whatever it is."""
+        """The entropy of one token is always 0 and its saliency constant."""
         _, vjp, inputs, options = calls(rng)[name]
         attention = "attention" in inputs
         alone = {
@@ -98,6 +99,7 @@ class TestEveryProduct:
         }  # fmt: skip
         function = calls(rng)[name][0]
         gradient = np.ones(function(**alone, **options).shape)
+        # A constant has gradient 0.
         for got in results(vjp(gradient, **alone, **options)):
             assert not got.any()
 
@@ -105,18 +107,19 @@ class TestEveryProduct:
         function, vjp, inputs, options = calls(rng)[name]
         gradient = gradient_of(rng, function, inputs, options)
         wanted = results(vjp(gradient, **inputs, mask=MASK, **options))
+        # A gradient that is NaN in padding must give the same bits.
         padded = np.broadcast_to(
             ~MASK[:, None] if gradient.ndim == 4 else ~MASK, gradient.shape
         )
         got = results(
             vjp(np.where(padded, np.nan, gradient), **inputs, mask=MASK, **options)
         )
-        for x, y, given in zip(got, wanted, inputs, strict=True):
+        for x, y, source in zip(got, wanted, inputs, strict=True):
             np.testing.assert_array_equal(x, y)
-            if given == "attention":
+            if source == "attention":  # padded rows and padded columns
                 assert not x[padded].any()
                 assert not np.swapaxes(x, -1, -2)[padded].any()
-            elif given == "entropy":
+            elif source == "entropy":  # the batch is axis 1 of (L, B, …, N)
                 assert not np.moveaxis(x, 1, -2)[..., ~MASK].any()
             else:
                 assert not x[padded].any()
@@ -125,25 +128,27 @@ class TestEveryProduct:
         if library == "array_api_strict" and dtype == np.float16:
             pytest.skip("array-api-strict has no 16 bits")
         function, vjp, inputs, options = calls(rng)[name]
-        given = {k: x.astype(dtype) for k, x in inputs.items()}
-        gradient = gradient_of(rng, function, given, options).astype(np.float32)
+        arrays = {k: x.astype(dtype) for k, x in inputs.items()}
+        gradient = gradient_of(rng, function, arrays, options).astype(np.float32)
         options["mask"] = MASK
-        wanted = results(vjp(gradient, **given, **options))
-        there = {
+        wanted = results(vjp(gradient, **arrays, **options))
+        converted = {
             k: to_library(library, x)
-            for k, x in {"gradient": gradient, **given, "mask": MASK}.items()
+            for k, x in {"gradient": gradient, **arrays, "mask": MASK}.items()
         }
-        got = results(vjp(**{**options, **there}))
-        for x, y, source in zip(got, wanted, given, strict=True):
-            assert type(x) is type(there[source])
-            assert x.dtype == there[source].dtype
-            found = to_numpy(x)
-            assert found.flags.c_contiguous
-            assert found.shape == given[source].shape
-            assert found.tobytes() == np.ascontiguousarray(y).tobytes()
+        got = results(vjp(**{**options, **converted}))
+        for x, y, source in zip(got, wanted, arrays, strict=True):
+            # The library and the dtype of the input, and the bits of NumPy.
+            assert type(x) is type(converted[source])
+            assert x.dtype == converted[source].dtype
+            actual = to_numpy(x)
+            assert actual.flags.c_contiguous
+            assert actual.shape == arrays[source].shape
+            assert actual.tobytes() == np.ascontiguousarray(y).tobytes()
 
     def test_bfloat16_is_float32_rounded_once(self, rng, name):
         function, vjp, inputs, options = calls(rng)[name]
+        # Rounding intermediate results to bfloat16 too would change the last bit.
         narrow = {k: x.astype(BFLOAT16) for k, x in inputs.items()}
         wide = {k: x.astype(np.float32) for k, x in narrow.items()}
         gradient = gradient_of(rng, function, wide, options).astype(BFLOAT16)
@@ -157,13 +162,16 @@ class TestEveryProduct:
         function, vjp, inputs, options = calls(rng)[name]
         gradient = gradient_of(rng, function, inputs, options)
         wanted = results(vjp(gradient, **inputs, **options))
+        # Column-major inputs and a gradient with a stride of two elements.
         turned = {k: np.asfortranarray(x) for k, x in inputs.items()}
-        every = np.repeat(gradient, 2, axis=-1)[..., ::2]
-        for x, y in zip(results(vjp(every, **turned, **options)), wanted, strict=True):
+        strided = np.repeat(gradient, 2, axis=-1)[..., ::2]
+        for x, y in zip(
+            results(vjp(strided, **turned, **options)), wanted, strict=True
+        ):
             assert x.flags.c_contiguous
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15)
 
-    def test_an_empty_batch_is_a_batch(self, rng, name):
+    def test_empty_batch(self, rng, name):
         function, vjp, inputs, options = calls(rng)[name]
         axis = 0 if name == "norm_saliency" else 1
         none = {k: np.take(x, [], axis) for k, x in inputs.items()}
@@ -178,6 +186,7 @@ class TestEveryProduct:
         gradient = gradient_of(rng, function, inputs, options)
         axes = {2: "BN", 3: "LBN", 4: "LBHN"}[gradient.ndim]
         wanted = rf"`gradient` must have shape \({', '.join(axes)}\) = \("
+        # One token too few, and one axis too many.
         for wrong in (gradient[..., :-1], gradient[None]):
             with pytest.raises(ValueError, match=wanted):
                 vjp(wrong, **inputs, **options)
@@ -191,7 +200,8 @@ class TestEveryProduct:
         with pytest.raises(ValueError, match="`gradient` must be finite, got inf"):
             vjp(gradient, **inputs, **options)
 
-    def test_what_the_operation_refuses_is_refused(self, rng, name):
+    def test_inputs_that_the_operation_refuses(self, rng, name):
+        # The gradient checks the same inputs as the operation, with the same messages.
         function, vjp, inputs, options = calls(rng)[name]
         gradient = gradient_of(rng, function, inputs, options)
         last = list(inputs)[-1]
@@ -208,7 +218,7 @@ class TestEveryProduct:
 
 
 def plain(name, options, x):
-    """Return the operation as torch would be asked for it, all of N × N at once."""
+    """Return the operation in plain torch, with all N × N scores at once."""
     torch = pytest.importorskip("torch")
     if name.startswith("attention"):
         p = x["attention"] / x["attention"].sum(-1, keepdim=True)
@@ -219,9 +229,10 @@ def plain(name, options, x):
         scores = query @ x.get("key", query).mT * scale
         if options.get("causal"):
             later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(later, -1e4)
+            scores = scores.masked_fill(later, -1e4)  # a weight of e^-10000 = 0
         return torch.distributions.Categorical(logits=scores).entropy()
     if name == "norm_saliency":
+        # The norms are one layer, scaled without the "1 -".
         entropy, high = x["tokens"].norm(dim=-1)[None], True
     else:
         entropy, high = x["entropy"], options.get("salient") == "high"
@@ -233,16 +244,17 @@ def plain(name, options, x):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["float32", "float64"])
-def test_autograd_of_the_plain_formula(rng, name, kind):
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_autograd_of_the_plain_formula(rng, name, precision):
     torch = pytest.importorskip("torch")
     _, vjp, inputs, options = calls(rng)[name]
     leaves = {k: torch.tensor(x, requires_grad=True) for k, x in inputs.items()}
     result = plain(name, options, leaves)
     gradient = rng.standard_normal(result.shape)
     wanted = torch.autograd.grad(result, leaves.values(), torch.tensor(gradient))
-    given = {k: x.astype(kind) for k, x in inputs.items()}
-    got = results(vjp(gradient.astype(kind), **given, **options))
+    # torch works in float64, so it is the reference for both precisions.
+    arrays = {k: x.astype(precision) for k, x in inputs.items()}
+    got = results(vjp(gradient.astype(precision), **arrays, **options))
     for x, y in zip(got, wanted, strict=True):
-        tolerance = 1e-5 if kind == "float32" else 1e-12
+        tolerance = 1e-5 if precision == "float32" else 1e-12
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)

@@ -11,6 +11,7 @@ class TestNormSaliency:
         assert_close(qm.norm_saliency(tokens), oracle.norm_saliency(tokens), dtype)
 
     def test_mask(self):
+        # Norms 3, 1 and 2 scale to 1, 0 and ½. The padded 50 is not the maximum.
         tokens = np.array([[[3.0], [1.0], [2.0], [50.0]]])
         mask = np.array([[True, True, True, False]])
         assert_close(qm.norm_saliency(tokens, mask=mask), [[1, 0, 0.5, 0]])

@@ -1,4 +1,4 @@
-"""The kernels of `norm_saliency` and of its gradient, interpreted."""
+"""The kernels of `norm_saliency` and its gradient, run by the interpreter."""
 
 import numpy as np
 import oracle
@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @sizes
 @masked
 def test_norm_saliency(dtype, num_tokens, masked):
-    batch, dim = 2, 37
+    batch, dim = 2, 37  # rows that are not whole vectors of 16 bytes
     mask = mask_of(batch, num_tokens, masked)
     tokens = random((batch, num_tokens, dim), dtype)
     valid = valid_of(mask, (batch, num_tokens))
-    tokens[~valid] = np.nan  # is not read
+    tokens[~valid] = np.nan  # padding must not be read
     wanted = np.zeros(valid.shape)
     for b, own in enumerate(valid):
         if own.any():
@@ -36,7 +36,7 @@ def test_norm_saliency_vjp(dtype, num_tokens, masked):
     batch, dim = 2, 37
     mask = mask_of(batch, num_tokens, masked)
     tokens = random((batch, num_tokens, dim), dtype)
-    tokens[:, num_tokens // 2] = 0  # a norm that has no slope
+    tokens[:, num_tokens // 2] = 0  # a norm of 0 has no slope; its gradient is 0
     valid = valid_of(mask, (batch, num_tokens))
     tokens[~valid] = np.nan
     gradient = gradient_of(valid, dtype)
@@ -45,10 +45,11 @@ def test_norm_saliency_vjp(dtype, num_tokens, masked):
     x = np.where(valid[..., None], tokens, 0).astype(np.float64)
     norms = np.linalg.norm(x, axis=-1)
     g = np.where(valid, gradient, 0).astype(np.float64)
+    # ∂L/∂x = ∂L/∂n · x / n, with the norms as one layer of one head.
     slope = saliency_vjp(g, norms[None, :, None], valid, "high")[0, :, 0]
     wanted = (slope / np.where(norms > 0, norms, 1))[..., None] * x
     tolerance = TOLERANCE[np.dtype(dtype).name]
-    share = max(tolerance.stored, tolerance.computed)
+    limit = max(tolerance.stored, tolerance.computed)
     np.testing.assert_allclose(
-        got.astype(np.float64), wanted, rtol=share, atol=share * abs(wanted).max()
+        got.astype(np.float64), wanted, rtol=limit, atol=limit * abs(wanted).max()
     )

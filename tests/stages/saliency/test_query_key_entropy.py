@@ -8,7 +8,7 @@ import qm_cupy as qm
 
 class TestQueryKeyEntropy:
     @pytest.mark.parametrize("causal", [False, True])
-    @pytest.mark.parametrize("num_tokens", [1, 33, 300])
+    @pytest.mark.parametrize("num_tokens", [1, 33, 300])  # 300: more than one block
     def test_oracle(self, rng, dtype, num_tokens, causal):
         query, key = rng.standard_normal((2, num_tokens, 7)).astype(dtype)
         wanted = oracle.query_key_entropy(query, key, causal=causal)
@@ -25,10 +25,11 @@ class TestQueryKeyEntropy:
     def test_mask_is_cutting_out(self, rng, causal):
         query, key = rng.standard_normal((2, 3, 2, 4, 8, 5))  # L B H N d
         mask = np.ones((2, 8), bool)
-        mask[0, [0, 3, 4]] = False  # holes, at the front too
+        mask[0, [0, 3, 4]] = False  # padding in front and in between
         got = qm.query_key_entropy(query, key, causal=causal, mask=mask)
         assert got.shape == (3, 2, 4, 8)
         for b in range(2):
+            # The entropies of the other tokens alone, in the same order.
             wanted = qm.query_key_entropy(
                 query[:, b : b + 1][..., mask[b], :],
                 key[:, b : b + 1][..., mask[b], :],

@@ -1,4 +1,4 @@
-"""The kernels of `query_key_entropy` and of its gradient, interpreted."""
+"""The kernels of `query_key_entropy` and its gradient, run by the interpreter."""
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @masked
 def test_query_key_entropy(dtype, num_tokens, masked):
     layers, batch, heads = 1, 2, 2
+    # A head width for each N: within one step of a tile, whole steps, and odd.
     widths = {1: 1, 31: 17, 32: 64, 33: 100, 127: 80, 128: 128, 129: 33, 257: 72}
     shape = (layers, batch, heads, num_tokens, widths[num_tokens])
     mask = mask_of(batch, num_tokens, masked)
@@ -31,7 +32,7 @@ def test_query_key_entropy(dtype, num_tokens, masked):
 
 @dtypes
 def test_query_key_entropy_takes_the_mask_of_its_sequence(dtype):
-    """Of layers, sequences and heads there are different numbers."""
+    """L, B and H are all different, so a swapped axis takes another mask."""
     query, key = (random((2, 3, 5, 33, 8), dtype, seed) for seed in (1, 2))
     mask = mask_of(4, 33)[:3]
     got = qm.query_key_entropy(query, key, mask=mask)
@@ -43,6 +44,7 @@ def test_query_key_entropy_takes_the_mask_of_its_sequence(dtype):
 @dtypes
 @pytest.mark.parametrize("head_dim", [192, 255, 256])
 def test_query_key_entropy_of_wide_heads(dtype, head_dim):
+    # Wide queries may not fit in shared memory; then another kernel runs.
     query, key = (random((70, head_dim), dtype, seed) for seed in (1, 2))
     got = qm.query_key_entropy(query, key, causal=True, scale=0.3)
     scores = query.astype(np.float64) @ key.astype(np.float64).T
@@ -52,30 +54,33 @@ def test_query_key_entropy_of_wide_heads(dtype, head_dim):
 @dtypes
 @pytest.mark.parametrize("scale", [1e-25, 0.3, 1e3, 1e6])
 def test_entropy_of_equal_scores(dtype, scale):
-    """A score as large as the largest counts as much, however large they are."""
+    """Scores that are equal to the largest have equal weights, for any size of scores.
+
+    The entropy of n equal scores is log n.
+    """
     token = random((1, 40), dtype) + np.ones(1, dtype)
     query = np.repeat(token, 129, axis=0)
-    mask = np.arange(129) >= 2
+    mask = np.arange(129) >= 2  # 127 tokens are left
     wanted = np.where(mask, np.log(mask.sum()), 0)
     got = qm.query_key_entropy(query, query, scale=scale, mask=mask)
     assert_close(got, wanted, dtype)
     got = qm.query_key_entropy(query, query, scale=scale, causal=True)
-    assert_close(got, np.log(np.arange(129) + 1), dtype)
+    assert_close(got, np.log(np.arange(129) + 1), dtype)  # token i sees i + 1 scores
     assert_close(qm.self_attention_entropy(query, mask=mask), wanted, dtype)
 
 
 @dtypes
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_entropies_of_what_is_no_number_are_none(dtype, wrong):
-    """A kernel does not look for NaN, and never hides it."""
+def test_nan_and_inf_give_nan(dtype, wrong):
+    """Kernels do not check for NaN, but the result must show it."""
     query, key = (random((130, 24), dtype, seed) for seed in (1, 2))
     key[70, 3] = wrong
     got = qm.query_key_entropy(query, key, causal=True)
-    assert np.isfinite(got[:70]).all()
+    assert np.isfinite(got[:70]).all()  # tokens before it do not see it
     assert np.isnan(got[70:]).all()
     assert np.isnan(qm.self_attention_entropy(key)).all()
     got = qm.query_key_entropy(query, key, mask=np.arange(130) != 70)
-    assert np.isfinite(got).all()  # what lies under padding does not count
+    assert np.isfinite(got).all()  # padding may hold anything
 
 
 @dtypes
@@ -88,7 +93,7 @@ def test_query_key_entropy_vjp(dtype, num_tokens, masked, causal):
     valid = valid_of(mask, (*leading, num_tokens))
     shape = (*leading, num_tokens, head_dim)
     query, key = random(shape, dtype, 1, 1.5), random(shape, dtype, 2, 1.5)
-    query[~valid] = key[~valid] = np.nan  # is not read
+    query[~valid] = key[~valid] = np.nan  # padding must not be read
     gradient = gradient_of(valid, np.float32)
     options = {"causal": causal, "mask": mask}
     got = qm.query_key_entropy_vjp(gradient, query, key, **options)
@@ -96,13 +101,14 @@ def test_query_key_entropy_vjp(dtype, num_tokens, masked, causal):
     scale = head_dim**-0.5
     allowed = allowed_of(valid, causal)
     slopes, terms = softmax_entropy_vjp(gradient, q @ swap(k) * scale, allowed)
+    # ∂L/∂Q = c G K and ∂L/∂K = c Gᵀ Q.
     check_product(got[0], slopes * scale, terms * scale, k, dtype)
     check_product(got[1], swap(slopes) * scale, swap(terms) * scale, q, dtype)
 
 
 @dtypes
 def test_query_key_entropy_vjp_takes_the_mask_of_its_sequence(dtype):
-    """Of layers, sequences and heads there are different numbers."""
+    """L, B and H are all different, so a swapped axis takes another mask."""
     query, key = (random((2, 3, 5, 33, 8), dtype, seed) for seed in (1, 2))
     gradient, mask = random((2, 3, 5, 33), np.float32), mask_of(4, 33)[:3]
     got = qm.query_key_entropy_vjp(gradient, query, key, mask=mask)

@@ -17,14 +17,17 @@ class TestSaliency:
                 assert_close(got[b], wanted, dtype)
 
     def test_heads_are_averaged_before_layers(self, rng):
-        entropy = rng.random((3, 2, 4, 7))
+        # The mean of scaled heads would differ from the scaled mean of heads.
+        entropy = rng.random((3, 2, 4, 7))  # (L, B, H, N)
         assert_close(qm.saliency(entropy), qm.saliency(entropy.mean(axis=2)))
 
     def test_constant_row(self):
+        # A constant row normalises to 0, which "low" turns into 1 - 0.
         assert_close(qm.saliency(np.full(4, 2.0)), np.ones(4))
         assert_close(qm.saliency(np.full(4, 2.0), salient="high"), np.zeros(4))
 
     def test_padding_sets_no_extreme(self):
+        # y = (5 - 1)/4, 0/4, 1/4 for the three tokens; -9 and 99 are padding.
         entropy = np.array([[5.0, 1.0, 2.0, -9.0, 99.0]])
         mask = np.array([[True, True, True, False, False]])
         assert_close(qm.saliency(entropy, mask=mask), [[0, 1, 0.75, 0, 0]])

@@ -1,4 +1,4 @@
-"""The kernels of `saliency` and of its gradient, interpreted."""
+"""The kernels of `saliency` and its gradient, run by the interpreter."""
 
 import numpy as np
 import pytest
@@ -33,22 +33,22 @@ def test_saliency(dtype, num_tokens, masked):
 def test_saliency_vjp(dtype, num_tokens, masked):
     layers, batch, heads = 3, 2, 2
     mask = mask_of(batch, num_tokens, masked)
-    # Sixteenths: means are exact, and some tokens tie at both ends.
+    # Multiples of 1/16 have exact means, and some tokens tie at the two extremes.
     entropy = np.random.default_rng(2).integers(
         0, 8, (layers, batch, heads, num_tokens)
     )
     entropy = (entropy / 16).astype(dtype)
-    entropy[1] = 2  # a constant layer gets nothing
+    entropy[1] = 2  # a constant layer has gradient 0
     valid = valid_of(mask, (batch, num_tokens))
     gradient = gradient_of(valid, np.float32)
-    g = np.where(valid, gradient, 0).astype(np.float64)
+    g = np.where(valid, gradient, 0).astype(np.float64)  # padding is NaN in `gradient`
     tolerance = TOLERANCE[np.dtype(dtype).name]
-    share = max(tolerance.stored, tolerance.computed)
+    limit = max(tolerance.stored, tolerance.computed)
     for salient in ("low", "high"):
         options = {"salient": salient, "mask": mask}
         got = qm.saliency_vjp(gradient, entropy, **options)
         assert got.dtype == dtype
         wanted = saliency_vjp(g, entropy, valid, salient)
         np.testing.assert_allclose(
-            got.astype(np.float64), wanted, rtol=share, atol=share * abs(wanted).max()
+            got.astype(np.float64), wanted, rtol=limit, atol=limit * abs(wanted).max()
         )

@@ -1,4 +1,4 @@
-"""Gradients of the entropies of softmax(scores): of queries and keys, and of tokens."""
+"""Gradients of softmax entropies with respect to queries and keys, and to tokens."""
 
 import tracemalloc
 
@@ -12,17 +12,17 @@ import qm_cupy as qm
 
 
 def dense(gradient, query, key, causal=False):
-    """Return the gradients of queries and keys from all N × N scores in float64."""
+    """Return the gradients for queries and keys from all N × N scores in float64."""
     q, k = query.astype(np.float64), key.astype(np.float64)
     scale = q.shape[-1] ** -0.5
     allowed = np.ones((len(q), len(q)), np.bool_)
     allowed = np.tril(allowed) if causal else allowed
     slope, _ = softmax_entropy_vjp(gradient, q @ k.T * scale, allowed)
-    return scale * slope @ k, scale * slope.T @ q
+    return scale * slope @ k, scale * slope.T @ q  # c G K and c Gᵀ Q
 
 
 def peak_of(function, *args):
-    """Return the most bytes that NumPy holds at once during a call."""
+    """Return the peak number of bytes that NumPy allocates during a call."""
     tracemalloc.start()
     function(*args)
     _, peak = tracemalloc.get_traced_memory()
@@ -31,10 +31,10 @@ def peak_of(function, *args):
 
 
 class TestScores:
-    """Gradients through softmax(scores), which are found again band by band."""
+    """Gradients through softmax(scores), with scores recomputed block by block."""
 
     @pytest.mark.parametrize("causal", [False, True])
-    @pytest.mark.parametrize("num_tokens", [2, 255, 256, 257, 600])
+    @pytest.mark.parametrize("num_tokens", [2, 255, 256, 257, 600])  # a block has 256
     def test_blocks(self, rng, dtype, num_tokens, causal):
         query, key = rng.standard_normal((2, num_tokens, 7)).astype(dtype)
         gradient = rng.standard_normal(num_tokens)
@@ -55,7 +55,7 @@ class TestScores:
         )
 
     def test_digits_stay_where_one_score_dominates(self, rng):
-        """Wide tokens look at themselves: the gradient is tiny, and still exact."""
+        """Wide tokens attend to themselves: the gradient is tiny but must be exact."""
         tokens = (2 * rng.standard_normal((300, 64))).astype(np.float32)
         gradient = rng.standard_normal(300)
         wanted = qm.self_attention_entropy_vjp(gradient, tokens.astype(np.float64))
@@ -64,12 +64,14 @@ class TestScores:
         got = qm.self_attention_entropy_vjp(gradient, tokens)
         assert (np.abs(got - wanted) <= 2e-4 * size).all()
 
-    def test_equal_tokens_have_the_entropy_of_all(self, rng):
+    def test_equal_tokens_have_gradient_zero(self, rng):
+        # p = 1/N and H = log N is the maximum of the entropy, where its slope is 0.
         tokens = np.ones((270, 4))
         got = qm.self_attention_entropy_vjp(rng.standard_normal(270), tokens)
         np.testing.assert_allclose(got, 0, atol=1e-12)
 
     def test_equal_largest_scores(self, rng):
+        # Two maxima in every row: only one of them is left out of the sums.
         tokens = np.ones((5, 3))
         tokens[[1, 3]] = 3
         inputs = {"tokens": tokens}
@@ -77,6 +79,7 @@ class TestScores:
         check_differences(rng, *functions, inputs, {})
 
     def test_huge_values(self, rng):
+        # Scores of 1e50 need float64; scores of 1e450 are refused.
         tokens = (1e25 * rng.standard_normal((280, 4))).astype(np.float32)
         got = qm.self_attention_entropy_vjp(np.ones(280), tokens)
         assert np.isfinite(got).all()
@@ -99,4 +102,5 @@ class TestScores:
             for n in (1024, 2048, 4096)
         ]
         assert peaks[2] < 4096 * 4096  # bytes: a quarter of N × N
+        # Doubling N doubles the increase; it would be four times as large for N × N.
         assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.05)

@@ -1,4 +1,4 @@
-"""The kernels of gradients through softmax(scores), interpreted."""
+"""The kernels of gradients through softmax(scores), run by the interpreter."""
 
 import numpy as np
 import pytest
@@ -14,23 +14,25 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 3e3, 1e30])
 @dtypes
 def test_gradients_of_any_size(dtype, size):
-    """The stored band has units of its own: a half neither overflows nor vanishes."""
+    """The band is stored relative to its gradient: float16 does not overflow there."""
+    # Scaling a gradient by 1e30 must not move the band out of the range of its dtype.
     if dtype == np.float16 and not 1e-5 < size < 1e5:
         pytest.skip("the results themselves are beyond float16")
     query, key = random((2, 40, 8), dtype, 1), random((2, 40, 8), dtype, 2)
     gradient = random((2, 40), np.float32)
     wanted = qm.query_key_entropy_vjp(gradient, query, key)
     got = qm.query_key_entropy_vjp(gradient * np.float32(size), query, key)
-    share = {2: 2e-2, 4: 1e-5, 8: 1e-6}[np.dtype(dtype).itemsize]
+    # The gradient is linear in g, up to the rounding of the stored band.
+    relative = {2: 2e-2, 4: 1e-5, 8: 1e-6}[np.dtype(dtype).itemsize]
     for x, y in zip(got, wanted, strict=True):
         x, y = x.astype(np.float64), y.astype(np.float64) * size
-        np.testing.assert_allclose(x, y, rtol=0, atol=share * abs(y).max())
+        np.testing.assert_allclose(x, y, rtol=0, atol=relative * abs(y).max())
 
 
 @pytest.mark.parametrize("num_tokens", [32, 150])
 @optimized
 def test_tf32(num_tokens):
-    """Of each factor 10 bits are left, of scores and of their gradients."""
+    """TF32 keeps 10 bits of each factor, in the scores and in their gradients."""
     tokens = random((2, num_tokens, 40), np.float32)
     gradient = random((2, num_tokens), np.float32, 3)
     wanted = qm.self_attention_entropy_vjp(gradient, tokens)
@@ -41,7 +43,7 @@ def test_tf32(num_tokens):
 
 
 def test_memory_is_linear_in_the_tokens(monkeypatch):
-    """Where a band is one tile of rows, as it is for very many tokens."""
+    """A band of one tile of rows, as for very many tokens."""
     monkeypatch.setattr(gradients_page, "_BAND_BYTES", 0)
     held, empty = [], cuda.empty
 
@@ -50,6 +52,7 @@ def test_memory_is_linear_in_the_tokens(monkeypatch):
         return held[-1]
 
     monkeypatch.setattr(cuda, "empty", counted)
+    # One and two tiles. An N × N array would grow fourfold.
     bytes_of = []
     for num_tokens in (128, 256):
         held.clear()
@@ -62,12 +65,14 @@ def test_memory_is_linear_in_the_tokens(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @dtypes
 def test_bands_change_no_bit(dtype, causal, monkeypatch):
+    # Two tiles of rows for each of four heads; a mask and causal edges cross them.
     shape = (1, 2, 2, 140, 24)
     query, key = random(shape, dtype, 1), random(shape, dtype, 2)
     gradient = random(shape[:-1], np.float32)
     options = {"causal": causal, "mask": mask_of(2, 140)}
     wanted = qm.query_key_entropy_vjp(gradient, query, key, **options)
-    for size in (0, 400_000):  # one tile at a time, and several but not all
+    # Bytes for one tile at a time, and for several but not all.
+    for size in (0, 400_000):
         monkeypatch.setattr(gradients_page, "_BAND_BYTES", size)
         got = qm.query_key_entropy_vjp(gradient, query, key, **options)
         for x, y in zip(got, wanted, strict=True):

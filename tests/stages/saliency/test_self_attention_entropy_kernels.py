@@ -1,4 +1,4 @@
-"""The kernels of `self_attention_entropy` and of its gradient, interpreted."""
+"""The kernels of `self_attention_entropy` and its gradient, run by the interpreter."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @sizes
 @masked
 def test_self_attention_entropy(dtype, num_tokens, masked):
-    batch, dim = 2, (32, 37, 40)[num_tokens % 3]  # whole steps, odd, in 16 bytes
+    # Whole steps of a tile, odd, and whole vectors of 16 bytes.
+    batch, dim = 2, (32, 37, 40)[num_tokens % 3]
     mask = mask_of(batch, num_tokens, masked)
     tokens = random((batch, num_tokens, dim), dtype)
     got = qm.self_attention_entropy(tokens, mask=mask)
@@ -31,9 +32,10 @@ def test_self_attention_entropy_where_one_score_dominates(dtype):
     tokens = random((1, 1, 129, 1024), dtype)  # a layer of one sequence
     got = qm.self_attention_entropy(tokens)
     x = tokens.astype(np.float64)
-    scores = x @ np.swapaxes(x, -1, -2) / 32
+    scores = x @ np.swapaxes(x, -1, -2) / 32  # √1024
     wanted = softmax_entropy(scores, np.ones(scores.shape, dtype=bool))
     assert wanted.max() < 1e-7
+    # s ≈ 32: a relative rounding error of s is 32 times as large in e^(s - m).
     tolerance = 1e-9 if dtype == np.float64 else 2e-4
     np.testing.assert_allclose(got, wanted, rtol=tolerance)
 
@@ -46,30 +48,31 @@ def test_self_attention_entropy_vjp(dtype, num_tokens, masked):
     mask = mask_of(2, num_tokens, masked)
     valid = valid_of(mask, (2, num_tokens))
     tokens = random((2, num_tokens, dim), dtype, scale=0.9)
-    tokens[~valid] = np.nan
+    tokens[~valid] = np.nan  # padding must not be read
     gradient = gradient_of(valid, np.float32)
     got = qm.self_attention_entropy_vjp(gradient, tokens, mask=mask)
     x = np.where(valid[..., None], tokens, 0).astype(np.float64)
     scale = dim**-0.5
-    found = softmax_entropy_vjp(gradient, x @ swap(x) * scale, allowed_of(valid))
-    slopes, terms = (scale * (y + swap(y)) for y in found)
+    # c (G + Gᵀ): a token is a query and a key.
+    parts = softmax_entropy_vjp(gradient, x @ swap(x) * scale, allowed_of(valid))
+    slopes, terms = (scale * (y + swap(y)) for y in parts)
     check_product(got, slopes, terms, x, dtype)
 
 
 @dtypes
 def test_self_attention_entropy_vjp_where_one_score_dominates(dtype):
-    """Wide tokens look at themselves: the gradient is tiny, and still exact."""
+    """Wide tokens attend to themselves: the gradient is tiny but must be exact."""
     tokens = random((1, 1, 130, 256), dtype, scale=1.2)  # a layer of one sequence
     gradient = random((1, 1, 130), np.float32, 3)
     got = qm.self_attention_entropy_vjp(gradient, tokens)
     x = tokens.astype(np.float64)
-    every = np.ones((130, 130), np.bool_)
-    slopes, _ = softmax_entropy_vjp(gradient, x @ swap(x) / 16, every)
+    allowed = np.ones((130, 130), np.bool_)
+    slopes, _ = softmax_entropy_vjp(gradient, x @ swap(x) / 16, allowed)
     wanted = (slopes + swap(slopes)) @ x / 16
     size = np.linalg.norm(wanted, axis=-1)
     assert size.max() < 1e-3
     error = np.linalg.norm(got.astype(np.float64) - wanted, axis=-1)
-    shares = {2: 1e-2, 4: 5e-4, 8: 1e-9}
-    least = 1e-6 if dtype == np.float16 else 0  # below which it has few bits
-    share = shares[np.dtype(dtype).itemsize]
-    assert (error <= share * size.max() + least).all()
+    tolerances = {2: 1e-2, 4: 5e-4, 8: 1e-9}  # by bytes of the dtype
+    least = 1e-6 if dtype == np.float16 else 0  # float16 has few bits below this
+    relative = tolerances[np.dtype(dtype).itemsize]
+    assert (error <= relative * size.max() + least).all()

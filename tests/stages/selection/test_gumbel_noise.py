@@ -7,6 +7,7 @@ import qm_cupy as qm
 
 class TestGumbelNoise:
     def test_oracle_bit_for_bit(self):
+        # A seed above 2³² uses both words of the key.
         got = qm.gumbel_noise((3, 50), seed=2**40 + 7)
         assert got.dtype == np.float32
         for b in range(3):
@@ -14,19 +15,21 @@ class TestGumbelNoise:
             np.testing.assert_array_equal(got[b], wanted)
 
     def test_sequences_from_2_to_the_32_on(self):
-        """A counter's words have 32 bits: a number takes two of them."""
+        """A word of the counter has 32 bits, so a sequence number takes two words."""
         first = 2**32 - 1
         got = qm.gumbel_noise((2, 50), seed=7, sequence_offset=first)
         for b in range(2):
             wanted = oracle.gumbel_noise(50, 7, sequence=first + b)
             np.testing.assert_array_equal(got[b], wanted)
-        assert not (got[1] == qm.gumbel_noise(50, seed=7)).any()  # nor sequence 0's
+        # Without the second word, sequence 2³² would repeat sequence 0.
+        assert not (got[1] == qm.gumbel_noise(50, seed=7)).any()
 
-    def test_a_part_draws_as_the_whole(self):
+    def test_a_part_has_the_noise_of_the_whole(self):
         whole = qm.gumbel_noise((5, 9), seed=3)
         np.testing.assert_array_equal(
             qm.gumbel_noise((2, 9), seed=3, sequence_offset=3), whole[3:]
         )
+        # Nor does the noise depend on N.
         np.testing.assert_array_equal(qm.gumbel_noise((5, 4), seed=3), whole[:, :4])
 
     def test_outer_axes_are_independent(self):
@@ -34,13 +37,14 @@ class TestGumbelNoise:
         assert not (noise[0] == noise[1]).any()
         np.testing.assert_array_equal(noise[0], qm.gumbel_noise((3, 40), seed=1))
 
-    def test_size_of_any_integer_kind(self):
+    def test_size_of_any_integer_type(self):
         np.testing.assert_array_equal(
             qm.gumbel_noise(np.int64(3), 0), qm.gumbel_noise(3, 0)
         )
 
     def test_distribution(self):
         noise = qm.gumbel_noise(200_000, seed=11)
+        # A standard Gumbel variable has mean γ = 0.577 and variance π²/6.
         assert abs(noise.mean() - np.euler_gamma) < 0.01
         assert abs(noise.std() - np.pi / np.sqrt(6)) < 0.01
 
@@ -50,6 +54,6 @@ class TestGumbelNoise:
             qm.gumbel_noise(3, seed=seed)
 
     @pytest.mark.parametrize("seed", [1.0, "1", True])
-    def test_seed_of_another_kind(self, seed):
+    def test_seed_of_another_type(self, seed):
         with pytest.raises(TypeError, match="`seed` must be an integer"):
             qm.gumbel_noise(3, seed=seed)

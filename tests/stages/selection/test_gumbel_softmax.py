@@ -25,11 +25,12 @@ class TestGumbelSoftmax:
             )
 
     def test_ties_go_to_the_lower_index(self):
+        # Three tokens have the highest score; the first two are selected.
         got = qm.gumbel_softmax(np.array([0.5, 1, 1, 0.5, 1]), seed=None, hard=2)
         np.testing.assert_array_equal(got, [0, 1, 1, 0, 0])
 
     def test_many_ties(self, rng):
-        """More than a short sort sees, which is stable by chance."""
+        """A sort of few elements can be stable by chance; 500 elements show it."""
         saliency = rng.integers(0, 3, (2, 500)).astype(float)
         got = qm.gumbel_softmax(saliency, seed=None, hard=200)
         for b in range(2):
@@ -38,22 +39,25 @@ class TestGumbelSoftmax:
     @pytest.mark.parametrize("temperature", [1e-45, 1e-46, 5e-324])
     def test_tiny_temperature(self, rng, dtype, temperature):
         saliency = rng.random(9).astype(dtype)
+        # The limit τ → 0 is the one-hot mask of the maximum, with no NaN from 0 / 0.
         got = qm.gumbel_softmax(saliency, temperature=temperature)
         np.testing.assert_array_equal(got, qm.gumbel_softmax(saliency, hard=1))
 
     @pytest.mark.parametrize("temperature", [1e46, 1e308])
     def test_huge_temperature(self, rng, dtype, temperature):
+        # The limit τ → ∞ is the uniform distribution.
         got = qm.gumbel_softmax(rng.random(8).astype(dtype), temperature=temperature)
         np.testing.assert_array_equal(got, np.full(8, 1 / 8))
 
     @pytest.mark.parametrize("hard", [None, 3])
     def test_mask_is_cutting_out(self, rng, hard):
-        """Noise goes by a token's rank among the tokens, not by its place."""
+        """The n-th token of a sequence gets draw n, for any position of the padding."""
         saliency, mask = rng.random((4, 20)), rng.random((4, 20)) < 0.6
         mask[0] = np.arange(20) >= 8  # padding on the left
         got = qm.gumbel_softmax(saliency, seed=5, hard=hard, mask=mask)
         assert not got[~mask].any()
         for b in range(4):
+            # The tokens alone, without padding, draw the same noise.
             cut = qm.gumbel_softmax(
                 saliency[b, mask[b]], seed=5, hard=hard, sequence_offset=b
             )
@@ -75,6 +79,7 @@ class TestGumbelSoftmax:
             qm.gumbel_softmax(np.ones(3), temperature=temperature)
 
     def test_more_than_the_mask_leaves(self):
+        # Sequence 1 has one token, so K = 2 is too large for it.
         mask = np.array([[True, True, True], [True, False, False]])
         with pytest.raises(ValueError, match=r"`hard` must lie in 1\.\.1.*sequence 1"):
             qm.gumbel_softmax(np.ones((2, 3)), hard=2, mask=mask)

@@ -1,4 +1,4 @@
-"""The kernels of `gumbel_softmax` and of its gradient, interpreted."""
+"""The kernels of `gumbel_softmax` and its gradient, run by the interpreter."""
 
 import numpy as np
 import oracle
@@ -22,11 +22,12 @@ from qm_cupy.stages.selection.gumbel_softmax import softmax_mass_cuda
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-HELD = cuda.THREAD_TOKENS * cuda.SELECTION_THREADS  # tokens in registers
+# Tokens of a sequence that a block can keep in registers.
+HELD = cuda.THREAD_TOKENS * cuda.SELECTION_THREADS
 
 
 def noise_of(valid, seed, first=0):
-    """Return the noise of each token: draw n for the n-th, whatever lies between."""
+    """Return the noise of each token: the n-th token gets draw n."""
     out = np.zeros(valid.shape)
     for b, row in enumerate(valid):
         out[b, row] = oracle.gumbel_noise(row.sum(), seed, first + b)
@@ -38,7 +39,7 @@ def noise_of(valid, seed, first=0):
 @masked
 @pytest.mark.parametrize("seed", [None, 7])
 def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
-    batch, first = 3, 2**32 - 2  # the third sequence's number takes 33 bits
+    batch, first = 3, 2**32 - 2  # the number of the third sequence has 33 bits
     mask = mask_of(batch, num_tokens, masked)
     s = abs(random((batch, num_tokens), dtype))
     valid = valid_of(mask, s.shape)
@@ -48,12 +49,13 @@ def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
     if seed is not None:
         noise = [noise_of(valid[b : b + 1], seed, first + b) for b in range(batch)]
         z = z + np.concatenate(noise)
-    wanted = softmax(z, valid, 0.1)
+    wanted = softmax(z, valid, 0.1)  # π = softmax((s + g) / τ) over the tokens
     assert_close(got, wanted, dtype)
     mass = qm.saliency_mass(s.astype(got.dtype), got, epsilon=0.01)
     p = got.astype(np.float64)
     assert_close(mass, p * s.astype(np.float64) + (1 - p) * 0.01, dtype)
     if kernels == "optimized":
+        # The fused kernel computes π and the mass in one launch.
         again, fused = softmax_mass_cuda(s, 0.1, (seed, first), 0.01, mask)
         np.testing.assert_array_equal(again, got)
         np.testing.assert_allclose(fused, np.where(valid, mass, 0), rtol=1e-6)
@@ -61,17 +63,20 @@ def test_gumbel_softmax_and_mass(dtype, num_tokens, masked, seed, kernels):
 
 @dtypes
 def test_padding_draws_no_noise(dtype):
-    """A sequence padded on the left, or anywhere, is the sequence alone."""
+    """A sequence with padding anywhere has the results of the sequence alone."""
     alone = abs(random((2, 300), dtype))
-    places = np.sort(np.random.default_rng(1).permutation(700)[:300])
-    for place in (np.arange(300) + 400, places):
+    scattered = np.sort(np.random.default_rng(1).permutation(700)[:300])
+    # Positions of the 300 tokens: after all padding, and between it.
+    for positions in (np.arange(300) + 400, scattered):
+        # A padded score of 9 would win if it were read.
         padded, mask = np.full((2, 700), 9, dtype), np.zeros((2, 700), np.bool_)
-        padded[:, place], mask[:, place] = alone, True
+        padded[:, positions], mask[:, positions] = alone, True
         for options in ({"temperature": 0.5}, {"hard": np.array([7, 299])}):
             wanted = qm.gumbel_softmax(alone, seed=3, **options)
             got = qm.gumbel_softmax(padded, seed=3, mask=mask, **options)
-            tolerance = 1e-5 if dtype != np.float64 else 1e-13  # another order of sums
-            np.testing.assert_allclose(got[:, place], wanted, rtol=tolerance)
+            # The sums have another order.
+            tolerance = 1e-5 if dtype != np.float64 else 1e-13
+            np.testing.assert_allclose(got[:, positions], wanted, rtol=tolerance)
             assert not got[~mask].any()
 
 
@@ -80,6 +85,7 @@ def test_padding_draws_no_noise(dtype):
 def test_extreme_temperatures(dtype, temperature):
     s = np.array([[0.5, 0.25, 0.75, 0.125]], dtype)
     got = qm.gumbel_softmax(s, temperature=temperature, seed=None)
+    # The limits τ → 0 and τ → ∞; 1e-46 is 0 in float32.
     one_hot, uniform = [[0, 0, 1, 0]], [[0.25] * 4]
     assert_close(got, one_hot if temperature < 1 else uniform, dtype)
 
@@ -93,7 +99,7 @@ def test_softmax_of_rows_in_registers_and_in_memory(dtype, num_tokens, masked):
     scores = random((batch, num_tokens), dtype)
     mask = mask_of(batch, num_tokens, masked)
     if masked:
-        mask[-1, -5:] = True
+        mask[-1, -5:] = True  # tokens that lie beyond the registers
     noise = 11, 4
     p, m = softmax_mass_cuda(scores, 0.1, noise, 0.01, mask)
     drawn = {"seed": 11, "sequence_offset": 4, "mask": mask}
@@ -115,11 +121,12 @@ def test_gumbel_softmax_vjp(dtype, num_tokens, masked, seed):
     saliency = abs(random((3, num_tokens), dtype))
     gradient = random((3, num_tokens), dtype, 1)
     valid = np.ones(saliency.shape, np.bool_) if mask is None else mask
-    gradient[~valid] = np.nan  # is not read
+    gradient[~valid] = np.nan  # padding must not be read
     options = {"temperature": 0.5, "seed": seed, "mask": mask, "sequence_offset": 4}
     got = qm.gumbel_softmax_vjp(gradient, saliency, **options)
-    p = qm.gumbel_softmax(wide(saliency), **options)  # has a test of its own
+    p = qm.gumbel_softmax(wide(saliency), **options)  # has its own test
     g = np.where(valid, wide(gradient), 0)
+    # s̄ = π (π̄ - Σ π̄ π) / τ
     wanted = p * (g - (p * g).sum(-1, keepdims=True)) / 0.5
     assert_gradient(got, wanted, dtype)
 
@@ -129,6 +136,7 @@ def test_gumbel_softmax_vjp_of_a_token_that_has_nearly_all(dtype):
     saliency = np.array([[3.0, 0.0], [0.0, 3.0]], dtype)
     gradient = np.array([[1.0, 0.0], [1.0, 0.0]], dtype)
     got = qm.gumbel_softmax_vjp(gradient, saliency, temperature=0.5, seed=None)
+    # For two tokens s̄ = ±p (1 - p) / τ, with p = 1 / (1 + e⁻⁶) and τ = ½.
     wanted = 2 * np.exp(-6) / (1 + np.exp(-6)) ** 2
     tolerance = TOLERANCE[np.dtype(dtype).name]
     rtol = tolerance.stored if got.dtype.itemsize == 2 else tolerance.computed
@@ -139,5 +147,6 @@ def test_gumbel_softmax_vjp_of_a_token_that_has_nearly_all(dtype):
 @pytest.mark.parametrize("temperature", [1e-46, 1e-320, 1e300])
 def test_extreme_temperatures_vjp(dtype, temperature):
     saliency = np.array([[0.5, 0.25, 0.75, 0.125]], dtype)
+    # The two limits are constant, so the slope is 0.
     got = qm.gumbel_softmax_vjp(saliency, saliency, temperature=temperature, seed=None)
     assert_close(got, np.zeros((1, 4)), dtype)

@@ -5,11 +5,12 @@ from differences import assert_slope
 
 import qm_cupy as qm
 
+# A sequence without padding, and one with padding on the left, inside and on the right.
 MASK = np.array([[True] * 9, [False, True, True, False, True] + [False] * 4])
 
 
 @pytest.fixture
-def given(rng):
+def inputs(rng):
     """Gradient and saliency (2, 9)."""
     return rng.standard_normal((2, 9)), rng.random((2, 9))
 
@@ -18,8 +19,8 @@ class TestGumbelSoftmax:
     @pytest.mark.parametrize("seed", [None, 3])
     @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
     @pytest.mark.parametrize("temperature", [0.1, 2.0])
-    def test_differences(self, given, seed, mask, temperature):
-        gradient, saliency = given
+    def test_differences(self, inputs, seed, mask, temperature):
+        gradient, saliency = inputs
         options = {
             "temperature": temperature,
             "seed": seed,
@@ -27,6 +28,7 @@ class TestGumbelSoftmax:
             "sequence_offset": 5,
         }
         got = qm.gumbel_softmax_vjp(gradient, saliency, **options)
+        # The same seed draws the same noise in every call.
         assert_slope(
             got,
             lambda s: (gradient * qm.gumbel_softmax(s, **options)).sum(),
@@ -36,10 +38,11 @@ class TestGumbelSoftmax:
         if mask is not None:
             assert not got[~mask].any()
 
-    def test_torch(self, given):
+    def test_torch(self, inputs):
         torch = pytest.importorskip("torch")
-        gradient, saliency = (x.astype(np.float32) for x in given)
+        gradient, saliency = (x.astype(np.float32) for x in inputs)
         s = torch.tensor(saliency, requires_grad=True)
+        # torch differentiates the softmax; the noise is a constant.
         noise = torch.tensor(qm.gumbel_noise(saliency.shape, seed=3))
         torch.softmax((s + noise) / 0.1, dim=-1).backward(torch.tensor(gradient))
         got = qm.gumbel_softmax_vjp(gradient, saliency, seed=3)
@@ -47,29 +50,31 @@ class TestGumbelSoftmax:
         np.testing.assert_allclose(got, s.grad, rtol=1e-5, atol=1e-5)
 
     def test_a_token_that_has_nearly_all(self):
-        """Its slope is what is left for the others, not the rounding of 1 - 1."""
+        """Its slope is p (1 - p) / τ = 10 e⁻³⁰, which 1 - p in float32 would lose."""
         s = np.array([3.0, 0.0], np.float32)
         gradient = np.array([1.0, 0.0])
         got = qm.gumbel_softmax_vjp(gradient, s, temperature=0.1, seed=None)
         np.testing.assert_allclose(got, 10 * np.exp([-30, -30]) * [1, -1], rtol=1e-5)
 
     def test_one_token_has_no_slope(self):
+        # Its probability is always 1.
         assert qm.gumbel_softmax_vjp(np.array([5.0]), np.array([0.3])) == 0
 
     @pytest.mark.parametrize("temperature", [1e-320, 1e300])
-    def test_extreme_temperatures(self, given, temperature):
-        got = qm.gumbel_softmax_vjp(*given, temperature=temperature)
+    def test_extreme_temperatures(self, inputs, temperature):
+        # In the limits τ → 0 and τ → ∞ the result is constant.
+        got = qm.gumbel_softmax_vjp(*inputs, temperature=temperature)
         assert_close(got, np.zeros((2, 9)))
 
-    def test_padding_is_not_read(self, given):
-        gradient, saliency = given
+    def test_padding_is_not_read(self, inputs):
+        gradient, saliency = inputs
         wanted = qm.gumbel_softmax_vjp(gradient, saliency, mask=MASK)
         gradient = np.where(MASK, gradient, np.nan)
         got = qm.gumbel_softmax_vjp(gradient, saliency, mask=MASK)
         np.testing.assert_array_equal(got, wanted)
 
-    def test_bad_input(self, given):
-        gradient, saliency = given
+    def test_bad_input(self, inputs):
+        gradient, saliency = inputs
         with pytest.raises(
             ValueError, match=r"`gradient` must have shape \(B, N\) = \(2, 9\)"
         ):

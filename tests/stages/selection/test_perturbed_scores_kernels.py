@@ -1,4 +1,4 @@
-"""The kernels of `perturbed_scores`, interpreted."""
+"""The kernels of `perturbed_scores`, run by the interpreter."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**64 - 1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_noise_has_the_same_bits(seed, dtype):
-    """Saliency 0 leaves nothing but the noise in the scores."""
-    for first in (5, 2**32 - 2):  # of three sequences, the last takes 33 bits
+    """With saliency 0 the scores are the noise itself."""
+    # Numbers of the first of three sequences; 2³² has 33 bits.
+    for first in (5, 2**32 - 2):
         zeros = np.zeros((3, 33), dtype)
         got = perturbed_scores_cuda(zeros, (seed, first), None)
         wanted = qm.gumbel_noise((3, 33), seed, sequence_offset=first)
@@ -25,6 +26,7 @@ def test_noise_has_the_same_bits(seed, dtype):
 @pytest.mark.parametrize("num_tokens", [*SIZES, 1000])
 @optimized
 def test_perturbed_scores_have_the_bits_of_the_basic_kernel(dtype, num_tokens):
+    # With padding a block counts tokens together; in the basic kernel each thread does.
     saliency, mask = random((3, num_tokens), dtype), mask_of(3, num_tokens)
     got = perturbed_scores_cuda(saliency, (7, 5), mask)
     with qm.use_kernels("basic"):

@@ -5,6 +5,7 @@ import qm_cupy as qm
 
 
 def test_saliency_mass(rng, dtype):
+    # m = π s + (1 - π) ε
     saliency, probabilities = rng.random((2, 7)).astype(dtype)
     got = qm.saliency_mass(saliency, probabilities, epsilon=0.25)
     assert_close(got, oracle.saliency_mass(saliency, probabilities, 0.25), dtype)

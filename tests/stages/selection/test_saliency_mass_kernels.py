@@ -1,4 +1,4 @@
-"""The kernels of the gradient of `saliency_mass`, interpreted."""
+"""The kernels of the gradient of `saliency_mass`, run by the interpreter."""
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 def test_saliency_mass_vjp(dtype, num_tokens):
     gradient, saliency = (random((2, num_tokens), dtype, seed) for seed in (1, 2))
     p = random((2, num_tokens), np.float32, 3)
+    # s̄ = m̄ π in the dtype of s, and π̄ = m̄ (s - ε) in float32.
     got = qm.saliency_mass_vjp(gradient, saliency, p, epsilon=0.3)
     assert_gradient(got[0], wide(gradient) * wide(p), dtype)
     by_probability = wide(gradient) * (wide(saliency) - 0.3)

@@ -5,9 +5,11 @@ import qm_cupy as qm
 
 
 def test_select_tokens():
+    # Two equal scores of 3; positions are ascending, not in the order of the scores.
     scores = np.array([[3.0, 1, 3, 2], [0, 5, 1, 9]])
     np.testing.assert_array_equal(qm.select_tokens(scores, 2), [[0, 2], [1, 3]])
     mask = np.array([[True] * 4, [True, True, True, False]])
+    # The 9 is padding. One K per sequence pads the second row with -1.
     got = qm.select_tokens(scores, np.array([3, 1]), mask=mask)
     np.testing.assert_array_equal(got, [[0, 2, 3], [1, -1, -1]])
     assert got.dtype == np.int32

@@ -1,4 +1,4 @@
-"""The kernels of `select_tokens`, interpreted."""
+"""The kernels of `select_tokens`, run by the interpreter."""
 
 import ml_dtypes
 import numpy as np
@@ -21,14 +21,15 @@ def test_select_tokens(dtype, num_tokens, masked):
     mask = mask_of(batch, num_tokens, masked)
     scores = random((batch, num_tokens), np.float32, scale=2)
     scores = np.copysign(np.round(scores), scores).astype(dtype)  # ties; -0 equals 0
-    scores[0, ::5] = -60000  # far below, but no padding
-    each = np.array([num_groups, max(num_groups // 2, 1), 1])
-    for counts in (num_groups, each):
+    scores[0, ::5] = -60000  # very low, but not padding
+    per_sequence = np.array([num_groups, max(num_groups // 2, 1), 1])
+    for counts in (num_groups, per_sequence):
         got = qm.select_tokens(scores, counts, mask=mask)
         hot = qm.gumbel_softmax(scores, seed=None, hard=counts, mask=mask)
         for b in range(batch):
             valid = valid_of(mask, scores.shape)[b]
             count = np.broadcast_to(counts, batch)[b]
+            # With few tokens there may be fewer than K.
             wanted = np.full(num_groups, -1)
             kept = top_k(scores[b], valid, count)
             wanted[: len(kept)] = kept
@@ -38,7 +39,7 @@ def test_select_tokens(dtype, num_tokens, masked):
 
 @dtypes
 def test_select_tokens_orders_subnormal_scores(dtype):
-    """As NumPy does, though arithmetic in float32 counts all of them as 0 on a GPU."""
+    """Their order is that of NumPy, although float32 on a GPU flushes them to 0."""
     tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
     scores = np.random.default_rng(8).integers(-60, 61, (2, 300)) * tiny
     scores[1, :150] = np.copysign(0, scores[1, :150])  # -0 and 0 are equal
@@ -53,25 +54,26 @@ def test_select_tokens_orders_subnormal_scores(dtype):
 
 
 def select_of_optimized(scores, counts, num_groups):
-    """Launch both kernels of the selection and return the K-hot mask and positions."""
+    """Launch both kernels of the selection; return the K-hot mask and the positions."""
     batch, num_tokens = scores.shape
-    chosen = ptx.empty(scores.shape, np.bool_)
-    args = (scores, counts, batch, num_tokens, num_groups, chosen)
+    selected = ptx.empty(scores.shape, np.bool_)
+    args = (scores, counts, batch, num_tokens, num_groups, selected)
     work = {"blocks": batch, "kernels": "optimized"}
     cuda.launch("select_tokens", "top_tokens", scores.dtype, args, **work)
     positions = ptx.empty((batch, num_groups), np.int32)
-    args = (chosen, batch, num_tokens, num_groups, positions)
+    args = (selected, batch, num_tokens, num_groups, positions)
     cuda.launch("select_tokens", "select_tokens", np.float32, args, **work)
-    return chosen, positions
+    return selected, positions
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @optimized
 def test_radix_selection(dtype):
-    """The K-th score is found whatever the scores: bits, ties, infinities, padding."""
+    """The K-th score is correct for any bits, ties, infinities and padding."""
     rng = np.random.default_rng(4)
     words = rng.integers(0, 2**64, 20_000, dtype=np.uint64).view(dtype)[:20_000]
     tiny = np.finfo(dtype).smallest_subnormal
+    # Random bits, subnormal numbers, equal scores, and padding (-inf) in half a row.
     rows = [
         np.where(np.isfinite(words), words, 0),
         rng.integers(-2, 3, 20_000) * tiny,
@@ -80,11 +82,12 @@ def test_radix_selection(dtype):
     rows.append(np.where(rng.random(20_000) < 0.5, -np.inf, rng.random(20_000)))
     scores = np.stack(rows).astype(dtype)
     valid = np.isfinite(scores)
+    # The selection compares 8 bits at a time: K around 256 and its multiples.
     for counts in ([1, 255, 16_384, 20_000], [4096, 20_000, 1, 257]):
-        given = np.array(counts, np.int32)
-        chosen, positions = select_of_optimized(scores, given, max(counts))
+        per_sequence = np.array(counts, np.int32)
+        selected, positions = select_of_optimized(scores, per_sequence, max(counts))
         for b, count in enumerate(counts):
             kept = top_k(scores[b], valid[b], count)
-            np.testing.assert_array_equal(np.flatnonzero(chosen[b]), kept)
+            np.testing.assert_array_equal(np.flatnonzero(selected[b]), kept)
             np.testing.assert_array_equal(positions[b, : len(kept)], kept)
             assert (positions[b, len(kept) :] == -1).all()
