@@ -1,4 +1,4 @@
-"""QuickMerge++: token sequences in, shorter token sequences out."""
+"""QuickMerge++: it turns token sequences into shorter token sequences."""
 
 from .choose_merge import choose_merge
 from .cuda.compile import KernelCompilationError, warmup

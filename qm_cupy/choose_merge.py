@@ -1,4 +1,4 @@
-"""Choice among merges, by what a prior reads best."""
+"""Select the merge that a prior predicts best."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,8 @@ from .results import Choice, Merged
 from .stages.alignment.alignment_loss import alignment_loss
 from .stages.fidelity.reconstruction_error import reconstruction_error
 
+# A candidate may set every argument of `quickmerge` except these four. All candidates
+# merge the same tokens under the same mask, and each needs its own memory for results.
 _OPTIONS = {*inspect.signature(quickmerge).parameters} - {
     "tokens", "mask", "out", "workspace",
 }  # fmt: skip
@@ -33,9 +35,9 @@ def choose_merge(
     mask: BoolArray | None = None,
     **options: Any,
 ) -> Choice[Array]:
-    r"""Merge in several ways and keep, for each sequence, the one a prior reads best.
+    r"""Merge in several ways and keep the best result for each sequence.
 
-    A candidate's score is the paper's whole loss,
+    The best candidate has the lowest score. The score is the paper's total loss,
 
     .. math:: \alpha L_{AR} + \max\bigl(0,
         \lVert X - \hat X \rVert^2 / \lVert X \rVert^2 - (1 - \gamma)^2\bigr).
@@ -45,33 +47,34 @@ def choose_merge(
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     candidates : sequence of mapping
-        What each is to do: arguments of `quickmerge`, such as ``{"method": "ward"}``,
+        Arguments of `quickmerge` for each candidate, such as ``{"method": "ward"}``,
         ``{"seed": 3}`` or ``{"budget": 0.2}``.
     prior : Prior
-        As in `alignment_loss`.
+        The prior of the alignment loss, as in `alignment_loss`.
     alpha : float, default 0.1
         Weight α of the alignment loss, ≥ 0.
     gamma : float, default 0.8
-        As in `fidelity_loss`.
+        Fraction γ of the norm mass to retain, as in `fidelity_loss`.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
     **options
-        Arguments of `quickmerge` for all candidates that do not say otherwise.
+        Arguments of `quickmerge` for all candidates. A candidate's own value replaces
+        the value given here.
 
     Returns
     -------
     Choice
-        Named tuple of ``merged``, ``scores`` and ``best``; of equal scores, the first
-        candidate's. Where budgets differ, padded groups have size 0.
+        Named tuple of ``merged``, ``scores`` and ``best``. If scores are equal, the
+        first candidate is selected. If budgets differ, padded groups have size 0.
 
     Raises
     ------
     TypeError
-        If a candidate is no mapping, has arguments that `quickmerge` has not, or as
-        `quickmerge`.
+        If a candidate is not a mapping or names an unknown argument; also whatever
+        `quickmerge` raises.
     ValueError
-        If there is no candidate, one lacks a budget, an option is out of range, or as
-        `quickmerge`.
+        If there is no candidate, a candidate has no budget, or an option is out of
+        range; also whatever `quickmerge` raises.
 
     References
     ----------
@@ -90,48 +93,52 @@ def choose_merge(
     """
     alpha = check_number("alpha", alpha, 0, np.inf, "[)")
     gamma = check_number("gamma", gamma, 0, 1, "[]")
-    every = _arguments(candidates, options)
+    candidate_arguments = _arguments(candidates, options)
     enter({"tokens": tokens, "mask": mask})  # refuses traced arrays before any work
-    merges, scores = [], []
-    for arguments in every:
+    merges, scores = [], []  # one entry per candidate
+    for arguments in candidate_arguments:
         result = quickmerge(tokens, mask=mask, **arguments)
+        # The loss and the error are computed on NumPy or CuPy arrays.
         fields = {f"merged.{name}": x for name, x in result._asdict().items()}
         leave, x, valid, *parts = enter({"tokens": tokens, "mask": mask} | fields)
         merged = Merged(*parts)
         error = reconstruction_error(x, merged.tokens, labels=merged.labels, mask=valid)
-        with no_grad(tokens):  # of a torch module as the prior
+        # The weights of a torch module require grad, and a score needs no graph.
+        with no_grad(tokens):
             loss: Any = alignment_loss(merged, prior).total
+        # α · L_AR + max(0, ‖X - X̂‖² / ‖X‖² - (1 - γ)²); shape (B,)
         scores.append(alpha * loss + np.maximum(error - (1 - gamma) ** 2, 0))
         merges.append(merged)
     table = np.stack(scores)  # (C, B)
-    best = table.argmin(axis=0)  # (B,)
-    most = max(merged.tokens.shape[-2] for merged in merges)
-    chosen = _padded(merges[0], most)
+    best = table.argmin(axis=0)  # (B,); of equal scores the first candidate
+    max_groups = max(merged.tokens.shape[-2] for merged in merges)
+    selected = _padded(merges[0], max_groups)
     for number, merged in enumerate(merges[1:], 1):
-        taken = best == number
-        pairs = zip(_padded(merged, most), chosen, strict=True)
-        chosen = Merged(*(_where(taken, x, y) for x, y in pairs))
+        taken = best == number  # (B,)
+        pairs = zip(_padded(merged, max_groups), selected, strict=True)
+        selected = Merged(*(_where(taken, x, y) for x, y in pairs))
     best = np.asarray(best, dtype=np.int32, like=table)
-    return Choice(Merged(*map(leave, chosen)), leave(table), leave(best))
+    return Choice(Merged(*map(leave, selected)), leave(table), leave(best))
 
 
 def _arguments(candidates: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what each candidate gives to `quickmerge`, refusing what it cannot."""
+    """Return the arguments of `quickmerge` for each candidate, or raise."""
+    # A mapping or a string is a likely mistake: its elements are keys or letters.
     if isinstance(candidates, Mapping | str) or not isinstance(candidates, Sequence):
         raise TypeError(
             "`candidates` must be a sequence of mappings, "
             f"got {type(candidates).__name__}"
         )
     if not candidates:
-        raise ValueError("`candidates` must hold at least one")
-    found = []
+        raise ValueError("`candidates` must contain at least one mapping, got none")
+    all_arguments = []
     for number, candidate in enumerate(candidates):
         if not isinstance(candidate, Mapping):
             raise TypeError(
                 f"`candidates[{number}]` must be a mapping of arguments, "
                 f"got {type(candidate).__name__}"
             )
-        arguments = {**options, **candidate}
+        arguments = {**options, **candidate}  # a candidate overrides the options
         unknown = sorted(set(arguments) - _OPTIONS)
         if unknown:
             raise TypeError(
@@ -139,14 +146,17 @@ def _arguments(candidates: Any, options: Mapping[str, Any]) -> list[dict[str, An
                 f"({', '.join(sorted(_OPTIONS))}), got {', '.join(map(str, unknown))}"
             )
         if "budget" not in arguments:
-            raise ValueError(f"`candidates[{number}]` has no `budget`: give one to all")
-        found.append(arguments)
-    return found
+            raise ValueError(
+                f"`candidates[{number}]` has no `budget`: add one to it, or pass "
+                "`budget=` for all candidates"
+            )
+        all_arguments.append(arguments)
+    return all_arguments
 
 
-def _padded(merged: Merged[Any], most: int) -> Merged[Any]:
-    """Return it with groups of size 0 and position -1 up to K = `most`."""
-    gap = most - merged.tokens.shape[-2]
+def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
+    """Append groups of size 0 and position -1 until there are `max_groups` groups."""
+    gap = max_groups - merged.tokens.shape[-2]
     if gap == 0:
         return merged
 
@@ -155,14 +165,14 @@ def _padded(merged: Merged[Any], most: int) -> Merged[Any]:
         widths[axis] = (0, gap)
         return np.pad(copyable(x), widths, constant_values=value).view(x.dtype)
 
-    return merged._replace(
-        tokens=pad(merged.tokens, -2, 0),
-        sizes=pad(merged.sizes, -1, 0),
-        positions=pad(merged.positions, -1, -1),
+    return merged._replace(  # labels, saliency and mass are per token, not per group
+        tokens=pad(merged.tokens, -2, 0),  # (B, K, D)
+        sizes=pad(merged.sizes, -1, 0),  # (B, K)
+        positions=pad(merged.positions, -1, -1),  # (B, K)
     )
 
 
 def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
-    """Return `x` for the sequences (B,) that are taken and `y` for the others."""
-    wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))
+    """Return `x` for the sequences that `taken` (B,) marks, and `y` for the others."""
+    wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))  # (B, 1, ...)
     return np.where(wide, copyable(x), copyable(y)).view(x.dtype)

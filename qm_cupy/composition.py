@@ -1,4 +1,4 @@
-"""The stages of the pipeline in their order, for arrays of any kind."""
+"""The stages of the pipeline in their order, for arrays of any library."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ from .stages.selection.select_tokens import compute_select_tokens, select_tokens
 
 
 class Sources(NamedTuple):
-    """What saliency comes from: one of these, or else the tokens themselves."""
+    """The source of the saliency: one of these, or the tokens if all are None."""
 
     hidden_states: Any
     attention: Any
@@ -59,7 +59,7 @@ class Sources(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How to select, to group and to weigh."""
+    """Options of selection, clustering and merging, with the names of `quickmerge`."""
 
     method: str
     order: str
@@ -72,7 +72,12 @@ class Options(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """The functions that the pipeline is composed of, for one kind of arrays."""
+    """The functions that `compose` calls, for NumPy and CuPy or for one framework.
+
+    Arrays that torch or JAX traces need the public functions, which record gradients.
+    NumPy and CuPy arrays take the functions without checks: `quickmerge` has checked
+    them once.
+    """
 
     xp: Any
     check_array: Callable[..., Any]
@@ -100,12 +105,13 @@ def compose(
     options: Options,
     out: Any = None,
 ) -> Merged[Any]:
-    """Return the result of all stages, for arrays of any kind."""
-    scores, mass = _saliency_and_mass(stages, tokens, sources, mask, options)
+    """Run all stages: saliency, selection, clustering and merging."""
+    # Steps 1 and 2 of the paper: saliency, Gumbel-softmax and saliency mass.
+    scores, mass = _saliency_and_mass(stages, tokens, sources, mask, options)  # (B, N)
     anchors = None
-    if options.method == "nearest":
-        anchors = _anchors(stages, scores, num_groups, protect, mask, options)
-    labels = stages.cluster_tokens(
+    if options.method == "nearest":  # the only method that needs selected tokens
+        anchors = _anchors(stages, scores, num_groups, protect, mask, options)  # (B, K)
+    labels = stages.cluster_tokens(  # (B, N)
         tokens,
         num_groups,
         method=options.method,
@@ -115,9 +121,10 @@ def compose(
         mask=mask,
         order=options.order,
     )
+    # x̃_k = Σ m_j x_j / Σ m_j over the tokens j of group k; shape (B, K, D)
     merged = stages.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
-    sizes = stages.group_sizes(labels, num_groups)
-    positions = stages.group_positions(labels, num_groups)
+    sizes = stages.group_sizes(labels, num_groups)  # (B, K)
+    positions = stages.group_positions(labels, num_groups)  # (B, K)
     return Merged(merged, labels, sizes, positions, scores, mass)
 
 
@@ -126,34 +133,37 @@ def _saliency_and_mass(
 ) -> tuple[Any, Any]:
     """Return saliency and weights (B, N), 0 for padding.
 
-    The optimized kernels do all that follows the entropy in one launch.
+    The optimized kernels compute every step after the entropy in one launch.
     """
-    shape = tuple(tokens.shape[:-1])
+    shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
     padding = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
     noise = options.seed, options.sequence_offset
     selecting = isinstance(options.weights, str) and options.weights == "mass"
+    # Traced arrays are never fused: a fused kernel has no gradient.
     fused = stages.xp is np and is_cuda(tokens) and implementation() == "optimized"
     if sources.saliency is not None:
         scores = stages.masked_copy(sources.saliency, mask)
     else:
         entropy = _entropy(stages, tokens, sources, padding)
-        if fused and selecting:
+        if fused and selecting:  # saliency, Gumbel-softmax and mass in one launch
             scores, _, mass = saliency_gumbel_mass_cuda(
                 entropy, "low", options.temperature, noise, options.epsilon, padding
             )
             return scores.reshape(shape), mass.reshape(shape)
         scores = stages.saliency(entropy, mask=padding).reshape(shape)
-    if not isinstance(options.weights, str):
+    if not isinstance(options.weights, str):  # the caller's array (B, N)
         return scores, stages.masked_copy(options.weights, mask)
+    # Copies, so that no two fields of the result use the same memory.
     if options.weights == "saliency":
         return scores, stages.masked_copy(scores, mask)
-    if not selecting:
+    if not selecting:  # "uniform"
         return scores, stages.masked_copy(stages.xp.ones_like(scores), mask)
-    if fused:
+    if fused:  # the saliency was an input, so only softmax and mass are computed
         _, mass = softmax_mass_cuda(
             scores, options.temperature, noise, options.epsilon, mask
         )
         return scores, mass
+    # π = softmax((s + g) / τ), then m = π · s + (1 - π) · ε
     probabilities = stages.gumbel_softmax(
         scores, temperature=options.temperature, **_noise(mask, options)
     )
@@ -162,7 +172,7 @@ def _saliency_and_mass(
 
 
 def _noise(mask: Any, options: Options) -> dict[str, Any]:
-    """Return the arguments that decide the noise."""
+    """Return the arguments of `gumbel_softmax` that determine the noise."""
     return {
         "seed": options.seed,
         "mask": mask,
@@ -171,7 +181,7 @@ def _noise(mask: Any, options: Options) -> dict[str, Any]:
 
 
 def _entropy(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
-    """Return entropy (B, N), (L, B, N) or (L, B, H, N), by default of the tokens."""
+    """Return the entropy of the source: (B, N), (L, B, N) or (L, B, H, N)."""
     if sources.attention is not None:
         lifted = lift_source("attention", sources.attention, tokens)
         return stages.attention_entropy(lifted, mask=mask)
@@ -181,8 +191,9 @@ def _entropy(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
         return stages.query_key_entropy(query, key, mask=mask)
     if sources.hidden_states is not None:
         layers = lift_source("hidden_states", sources.hidden_states, tokens)
+        # For arrays of any library: the public function expands the mask to the layers.
         return self_attention_entropy(layers, mask=mask)
-    x = tokens.reshape(-1, *tokens.shape[-2:])
+    x = tokens.reshape(-1, *tokens.shape[-2:])  # (B, N, D)
     return stages.self_attention_entropy(x, mask=mask)
 
 
@@ -194,20 +205,25 @@ def _anchors(
     mask: Any,
     options: Options,
 ) -> Any:
-    """Return the protected and the K - P others of greatest saliency plus noise."""
+    """Return the positions (B, K) of the anchors.
+
+    They are the P protected tokens and the K - P others with the greatest sum of
+    saliency and noise.
+    """
     if protect is not None:
-        above = stages.xp.finfo(scores.dtype).max / 2  # whatever the noise
+        above = stages.xp.finfo(scores.dtype).max / 2  # the greatest, with any noise
         scores = stages.xp.where(protect, above, scores)
     selected = stages.gumbel_softmax(scores, hard=num_groups, **_noise(mask, options))
-    return stages.select_tokens(selected, num_groups, mask=mask)
+    return stages.select_tokens(selected, num_groups, mask=mask)  # (B, K)
 
 
 def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
-    """Return a copy, in float32 at least, that is 0 where a mask is False."""
+    """Return a copy in float32 or float64 that is 0 where a mask is False."""
     x = x.astype(np.result_type(x.dtype, np.float32), order="C")
     return x if mask is None else x * mask
 
 
+# For NumPy and CuPy arrays, which `quickmerge` has converted and checked already.
 INSIDE = Stages(
     np, lambda declared, x: x, _masked_copy, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,
@@ -218,7 +234,8 @@ INSIDE = Stages(
 
 
 def traced_stages(framework: str) -> Stages:
-    xp: Any
+    """Return the public functions, for arrays that torch or JAX traces."""
+    xp: Any  # a local import: `import qm_cupy` must not import a framework
     operators: Any
     if framework == "torch":
         import torch

@@ -1,15 +1,17 @@
 """Pytrees for JAX: the classes of `qm_cupy` that hold weights.
 
-The functions need no twins: those of `qm_cupy` take tracers, and pass gradients on by
-their vector–Jacobian products. Arrays that have values go straight to the library,
-without a copy. Under `jax.jit` and `jax.vmap` the library is called back when they have
-some, on the CPU (`jax.vmap`: for one example after the other, each of which counts as
-sequence 0 to `gumbel_noise`). Seeds, counts that the shape of a result depends on, and
-all other options must be known while tracing; settings such as `use_kernels` are those
-of the time of tracing. Each function can be differentiated once, in reverse mode.
+The functions of `qm_cupy` accept tracers, so this module has no functions of its own.
+Gradients go through the vector–Jacobian product of each function. Arrays whose values
+are known go directly to the library, without a copy. Under `jax.jit` and `jax.vmap`,
+JAX calls the library on the CPU when the values are known. `jax.vmap` calls it for one
+example after the other, and `gumbel_noise` counts each example as sequence 0.
 
-Importing this module makes `MLPPrior` a pytree of its weights, and
-`BidirectionalARAlignment` and `QuickMergePP` pytrees of their prior's.
+Seeds, counts that determine the shape of a result, and all other options must be known
+while tracing. Settings such as `use_kernels` are those of the time of tracing. Each
+function can be differentiated once, in reverse mode.
+
+Importing this module makes `MLPPrior` a pytree of its weights. It makes
+`BidirectionalARAlignment` and `QuickMergePP` pytrees of the weights of their prior.
 
 Examples
 --------
@@ -31,25 +33,29 @@ from .priors.mlp_prior import MLPPrior
 __all__ = ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
 
 
-def _register(kind: type, *leaves: str) -> None:
-    """Let JAX map over these attributes of a class; the others it compares."""
+def _register(cls: type, *leaves: str) -> None:
+    """Register a class as a pytree: the `leaves` are mapped, the rest is compared."""
 
     def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        # Two trees with equal `rest` have the same structure; JAX compares it.
         rest = {name: y for name, y in vars(x).items() if name not in leaves}
         return tuple(getattr(x, name) for name in leaves), tuple(rest.items())
 
     def unflatten(rest: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
-        made: Any = object.__new__(kind)
+        # Without `__init__`: JAX also unflattens with placeholders instead of weights.
+        made: Any = object.__new__(cls)
         vars(made).update(rest, **dict(zip(leaves, children, strict=True)))
         return made
 
-    jax.tree_util.register_pytree_node(kind, flatten, unflatten)
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
+# An MLPPrior consists of two `MLP`, which are tuples of arrays, and nothing else.
 jax.tree_util.register_pytree_node(
     MLPPrior,
     lambda prior: ((prior.forward, prior.backward), None),
     lambda _, networks: MLPPrior(*networks),
 )
+# The other attributes, such as widths and options, become part of the tree's structure.
 _register(BidirectionalARAlignment, "prior")
 _register(QuickMergePP, "ar_alignment")

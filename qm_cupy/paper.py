@@ -1,9 +1,9 @@
-"""The paper's interface: the names and call forms of the authors' code, over ours.
+"""The paper's interface: class names and signatures of the authors' code.
 
-Arrays are of any library that speaks DLPack and come back as they came. Losses are
-plain floats, or arrays that can be trained on where torch or JAX traces the arguments.
-`qm_cupy.torch` has the classes that hold weights as modules, and `qm_cupy.jax` makes
-these here pytrees.
+Arrays may come from any library that supports DLPack, and results return to the same
+library. Losses are plain floats. If torch or JAX traces the arguments, losses are
+arrays that can be differentiated. `qm_cupy.torch` defines the classes with weights as
+modules, and `qm_cupy.jax` registers the classes of this file as pytrees.
 """
 
 import math
@@ -26,6 +26,9 @@ from .stages.saliency.saliency import saliency
 from .stages.saliency.self_attention_entropy import self_attention_entropy
 from .stages.selection.gumbel_softmax import gumbel_softmax
 
+# The signatures are those of the authors' code. It says `K` and `saliency_scores` where
+# the functions of this library say `num_groups` and `saliency`.
+
 
 class EntropyAwareSaliency:
     """Saliency from self-attention entropy: step 1 of the paper.
@@ -35,8 +38,9 @@ class EntropyAwareSaliency:
     embedding_dim : int
         Width D of the tokens.
     num_layers : int, default 12
-        Layers L of hidden states of shape (L, B, N, D). Tokens without a layer axis
-        stand for L equal layers, as in the authors' code, and are computed once.
+        Number of layers L of hidden states of shape (L, B, N, D). Tokens without a
+        layer axis represent L equal layers, as in the authors' code. They are computed
+        only once, because the mean of equal layers is one layer.
 
     Examples
     --------
@@ -52,16 +56,20 @@ class EntropyAwareSaliency:
 
     def __call__(self, tokens: Array, *, mask: BoolArray | None = None) -> Array:
         """Return the saliency (B, N) of tokens (N, D), (B, N, D) or (L, B, N, D)."""
+        # `self_attention_entropy` raises a clear error for values without a shape.
         shape: tuple[int, ...] = getattr(tokens, "shape", ())
         if shape and shape[-1] != self.embedding_dim:
             raise ValueError(
-                f"`tokens` must have width D = {self.embedding_dim}, got {shape[-1]}"
+                f"`tokens` must have width D = {self.embedding_dim}, got {shape[-1]}: "
+                "D is the `embedding_dim` of this object"
             )
         if len(shape) == 4 and shape[0] != self.num_layers:
             raise ValueError(
-                f"`tokens` must have L = {self.num_layers} layers, got {shape[0]}"
+                f"`tokens` must have L = {self.num_layers} layers, got {shape[0]}: "
+                "L is the `num_layers` of this object"
             )
         entropy = self_attention_entropy(tokens, mask=mask)
+        # s_i = 1 - (1/L) Σ_l Normalize(H_i^(l)): low entropy is salient
         return saliency(entropy, mask=mask)
 
 
@@ -71,13 +79,13 @@ class DifferentiableTokenMerging:
     Parameters
     ----------
     temperature : float, default 0.1
-        Of the Gumbel-softmax; lower is more discrete.
+        Temperature of the Gumbel-softmax. A lower value is more discrete.
     epsilon : float, default 0.01
         Weight of background tokens.
     method, order : str
         As in `cluster_tokens`.
     seed : int or None, default 0
-        Of the Gumbel noise: the same seed gives the same result at every call.
+        Seed of the Gumbel noise. The same seed gives the same result in every call.
 
     Examples
     --------
@@ -114,6 +122,7 @@ class DifferentiableTokenMerging:
     ) -> tuple[Array, Array]:
         """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
         merged = self.merge(tokens, saliency_scores, K, mask=mask)
+        # The same seed, so these are the probabilities that weighted the merge.
         probabilities = gumbel_softmax(
             saliency_scores, temperature=self.temperature, seed=self.seed, mask=mask
         )
@@ -127,7 +136,7 @@ class DifferentiableTokenMerging:
         *,
         mask: BoolArray | None = None,
     ) -> Merged[Array]:
-        """Return the whole `Merged` result: labels, sizes and positions too."""
+        """Return the complete `Merged` result, with labels, sizes and positions."""
         return quickmerge(
             tokens,
             K,
@@ -151,9 +160,9 @@ class BidirectionalARAlignment:
     hidden_dim : int, default 256
         Width of the prior's hidden layer.
     seed : int, default 0
-        Of the prior's random weights.
+        Seed of the prior's random weights.
     prior : Prior, optional
-        A prior to use instead, such as an `MLPPrior` with weights of your own.
+        Another prior to use instead, such as an `MLPPrior` with your own weights.
 
     Examples
     --------
@@ -172,7 +181,7 @@ class BidirectionalARAlignment:
         prior: Any = None,
     ) -> None:
         self.embedding_dim = embedding_dim
-        if prior is None:
+        if prior is None:  # Linear(D, H), ReLU, Linear(H, D) for each direction
             prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
         self.prior = prior
 
@@ -196,12 +205,12 @@ class BidirectionalARAlignment:
 def mean_alignment_loss(merged: Any, prior: Any, num_groups: Any, which: str) -> Any:
     """Return one of the losses of `alignment_loss`, the mean over the batch."""
     leave = None
-    if not is_traced(merged, prior):
+    if not is_traced(merged, prior):  # a framework must see its own tensors to the end
         leave, merged, num_groups = enter(
             {"merged": merged}, counts={"num_groups": num_groups}
         )
-    loss = getattr(alignment_loss(merged, prior, num_groups=num_groups), which)
-    mean = loss.sum() / max(math.prod(loss.shape), 1)
+    loss = getattr(alignment_loss(merged, prior, num_groups=num_groups), which)  # (B,)
+    mean = loss.sum() / max(math.prod(loss.shape), 1)  # 0 for an empty batch
     return mean if leave is None else leave(mean)
 
 
@@ -211,7 +220,7 @@ class NormBasedFidelityConstraint:
     Parameters
     ----------
     gamma : float, default 0.8
-        Norm mass to retain.
+        Fraction γ of the norm mass to retain.
 
     Examples
     --------
@@ -233,11 +242,12 @@ class NormBasedFidelityConstraint:
         mask: BoolArray | None = None,
     ) -> Array:
         """Return the mean excess of the reconstruction error over its bound."""
+        # mean over b of max(0, ‖X - X̂‖² / ‖X‖² - (1 - γ)²)
         return fidelity_loss(tokens, merged, labels=labels, gamma=self.gamma, mask=mask)
 
 
 class QuickMergePP:
-    """All four steps: merged tokens and their losses.
+    """All four steps of the paper: merged tokens and their losses.
 
     Parameters
     ----------
@@ -248,7 +258,8 @@ class QuickMergePP:
     temperature, gamma, epsilon : float
         As in `DifferentiableTokenMerging` and `NormBasedFidelityConstraint`.
     method, order, seed
-        As in `DifferentiableTokenMerging`; the seed is the prior's as well.
+        As in `DifferentiableTokenMerging`. The seed also determines the prior's
+        weights; they use 0 if it is None.
 
     Examples
     --------
@@ -305,15 +316,15 @@ class QuickMergePP:
         merged : ndarray of shape (K, D) or (B, K, D)
             Merged tokens.
         losses : dict
-            "ar_alignment", "fidelity" and "total": floats, or arrays where the tokens
-            or the prior are traced.
+            "ar_alignment", "fidelity" and "total": floats, or arrays if a framework
+            traces the tokens or the prior.
         """
         return merge_with_losses(self, tokens, K, alpha, mask, _as_float)
 
     def inference(
         self, tokens: Array, K: int, ar_model: Callable[[Any], Any] | None = None
     ) -> tuple[Array, Any]:
-        """Return merged tokens (K, D) and a model's predictions (K, E) over them."""
+        """Return merged tokens (K, D) and a model's predictions (K, E) for them."""
         scores = self.saliency_estimator(tokens)
         merged = self.token_merger.merge(tokens, scores, K).tokens
         return merged, [] if ar_model is None else decode(merged, ar_model)
@@ -321,6 +332,7 @@ class QuickMergePP:
 
 def _as_float(loss: Any) -> Any:
     """Return a loss as a float, unless a framework traces it."""
+    # `float` of a traced loss would end its graph, or fail under `jax.jit`.
     return float(loss) if tracing_framework((loss,)) is None else loss
 
 
@@ -332,16 +344,20 @@ def merge_with_losses(
     mask: Any,
     convert: Callable[[Any], Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the merged tokens and the losses, converted, of a `QuickMergePP`."""
-    scores = model.saliency_estimator(tokens, mask=mask)
+    """Return the merged tokens and the losses of a `QuickMergePP`.
+
+    `convert` is applied to each loss. The torch module calls this function too.
+    """
+    scores = model.saliency_estimator(tokens, mask=mask)  # (B, N)
     merged = model.token_merger.merge(tokens, scores, num_groups, mask=mask)
+    # L_AR = L_forward + L_backward, the mean over the batch
     align = model.ar_alignment.compute_alignment_loss
     alignment = convert(align(merged.tokens, num_groups=num_groups))
     constrain = model.fidelity_constraint.compute_fidelity_loss
-    fidelity = convert(
+    fidelity = convert(  # with labels, X̂ gives each token its own group's mean
         constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
     )
-    losses = {
+    losses = {  # total loss of the paper: α · L_AR + L_fidelity
         "ar_alignment": alignment,
         "fidelity": fidelity,
         "total": alpha * alignment + fidelity,
@@ -352,28 +368,28 @@ def merge_with_losses(
 def quickmerge_inference(
     tokens: Array, ar_model: Callable[[Any], Any] | None, entropy_budget: float = 0.5
 ) -> tuple[Array, Any]:
-    """Merge one sequence to a share of its tokens and decode it left to right.
+    """Merge one sequence to a fraction of its tokens and decode it left to right.
 
     Parameters
     ----------
     tokens : ndarray of shape (N, D)
         Token embeddings.
     ar_model : callable or None
-        Maps a prefix (t, D) to (t, E), a `torch.nn.Module` say; as in `decode`.
+        Maps a prefix (t, D) to (t, E), for example a `torch.nn.Module`; as in `decode`.
     entropy_budget : float, default 0.5
-        Share of the tokens to keep, within (0, 1].
+        Fraction of the tokens to keep, within (0, 1].
 
     Returns
     -------
     merged : ndarray of shape (K, D)
         Merged tokens, K = max(1, ⌊N·entropy_budget⌋).
     predictions : ndarray of shape (K, E)
-        What the model predicts after each token; empty without a model.
+        The model's prediction after each token; an empty list without a model.
 
     Raises
     ------
     ValueError
-        If the shape does not fit or the budget lies outside (0, 1].
+        If the shape is not (N, D) or the budget lies outside (0, 1].
 
     Examples
     --------
@@ -386,6 +402,7 @@ def quickmerge_inference(
     shape: tuple[int, ...] = getattr(tokens, "shape", ())
     if len(shape) != 2:
         raise ValueError(f"`tokens` must have shape (N, D), got {tuple(shape)}")
-    share = check_number("entropy_budget", entropy_budget, 0, 1, "(]")
+    ratio = check_number("entropy_budget", entropy_budget, 0, 1, "(]")
+    # With the defaults of the paper's class: average linkage, seed 0, low entropy.
     model = QuickMergePP(embedding_dim=shape[1])
-    return model.inference(tokens, token_budget(share, shape[0]), ar_model)
+    return model.inference(tokens, token_budget(ratio, shape[0]), ar_model)

@@ -1,4 +1,4 @@
-"""The pipeline: tokens in, fewer tokens out."""
+"""The pipeline: merge token sequences into shorter ones."""
 
 from typing import Any, Literal, get_args
 
@@ -68,35 +68,38 @@ def quickmerge(
     out: Merged[Array] | None = None,
     workspace: Workspace | None = None,
 ) -> Merged[Array]:
-    """Merge token sequences into fewer tokens that a model can read in their place.
+    """Merge token sequences into fewer tokens that a model can read instead.
 
-    Saliency from attention entropy, Gumbel-softmax selection, saliency mass, groups
-    by cosine similarity, and the weighted mean of each group, in causal order.
+    The steps are: saliency from attention entropy, Gumbel-softmax selection, saliency
+    mass, groups by cosine similarity, and the weighted mean of each group. Merged
+    tokens are in causal order by default.
 
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     budget : int, float or ndarray of int of shape (B,)
-        Groups to keep: K, a share of the tokens within (0, 1], or K of each sequence
-        (from `norm_budget`, say). K may differ between sequences; results are then
-        padded to the largest.
+        Groups to keep: K, a fraction of the tokens within (0, 1], or K of each sequence
+        (for example from `norm_budget`). If K differs between sequences, results are
+        padded to the largest K.
     hidden_states : ndarray of shape (B, N, D) or (L, B, N, D), optional
-        Where the saliency comes from: self-attention entropy of these, layer by layer.
-        By default of `tokens` themselves. Without B for one sequence, here and below.
+        Source of the saliency: the self-attention entropy of these states, layer by
+        layer. By default `tokens` are the source. At most one source may be given. For
+        one sequence the axis B is absent, here and in the following arguments.
     attention : ndarray of shape (B, N, N), (L, B, N, N) or (L, B, H, N, N), optional
-        Or: the entropy of attention a model has computed.
+        Another source: attention probabilities of a model; their entropy is used.
     query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
-        Or: the entropy of the attention of these queries to these keys.
+        Another source: the entropy of the attention of these queries to these keys.
     saliency : ndarray of shape (B, N), optional
-        Or: the saliency itself, from `norm_saliency`, say.
+        The saliency itself instead of a source, for example from `norm_saliency`.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
     protect : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = stays alone, as in `cluster_tokens`; the budget counts it.
+        Boolean, True = this token stays a group of its own, as in `cluster_tokens`. The
+        budget counts protected tokens.
     method, order : str
-        As in `cluster_tokens`. For "nearest" the anchors are the protected tokens and,
-        up to K, those whose saliency plus Gumbel noise is greatest.
+        As in `cluster_tokens`. For "nearest", the K anchors are the protected tokens
+        and the tokens with the greatest sum of saliency and Gumbel noise.
     temperature : float, default 0.1
         As in `gumbel_softmax`.
     epsilon : float, default 0.01
@@ -104,19 +107,19 @@ def quickmerge(
     weights : {"mass", "saliency", "uniform"} or ndarray of shape (B, N), default "mass"
         Weights of the merge.
     weighted_linkage : bool, default False
-        Whether they are the tokens' masses in the clustering as well, as `mass` in
-        `linkage`; for "average" and "ward".
+        Whether the weights are also the tokens' masses in the clustering, as `mass` in
+        `linkage`. Only for "average" and "ward".
     seed : int or None, default 0
         As in `gumbel_softmax`.
     sequence_offset : int, default 0
         As in `gumbel_noise`.
     out : Merged, optional
-        Where to write the results: those of a call with the same shapes, dtypes and
-        budget. JAX arrays cannot be written.
+        Arrays to write the results to: the result of an earlier call with the same
+        shapes, dtypes and budget. JAX arrays cannot be written.
     workspace : Workspace, optional
-        Memory for all that is held meanwhile. With it, `out` and an integer `budget`,
-        calls on a GPU allocate nothing from the second on, and CUDA graphs can hold
-        them: see `Workspace`.
+        Memory for intermediate results. With a workspace, `out` and an integer
+        `budget`, the second and later calls on a GPU allocate no memory, and a CUDA
+        graph can capture them; see `Workspace`.
 
     Returns
     -------
@@ -127,11 +130,10 @@ def quickmerge(
     Raises
     ------
     TypeError
-        If a dtype does not fit or the arrays come from several libraries.
+        If a dtype is wrong or the arrays come from several libraries.
     ValueError
-        If a shape does not fit, an entry is not finite, the budget is out of range or
-        too small for the protected tokens, or more than one source of saliency is
-        given.
+        If a shape is wrong, an entry is not finite, the budget is out of range or too
+        small for the protected tokens, or more than one source of saliency is given.
 
     References
     ----------
@@ -153,52 +155,58 @@ def quickmerge(
     )  # fmt: skip
     _check_one_source(sources)
     check_weighted_linkage(weighted_linkage, method)
+    # Traced arrays have no values to convert: their framework needs its own operations.
     framework = tracing_framework((tokens, mask, protect, weights, budget, *sources))
     if framework is not None:
+        # A traced result is a new node of the framework's graph, not existing memory.
         if out is not None or workspace is not None:
             raise TypeError(
-                "`out` and `workspace` cannot be used while a framework records "
-                "gradients or compiles: call this without them"
+                "`out` and `workspace` cannot be used while torch or JAX records "
+                "gradients or compiles: call `quickmerge` without them"
             )
         return _quickmerge_traced(
             framework, tokens, budget, sources, mask, protect, options
         )
     named = _outputs(out)
-    given = None if isinstance(weights, str) else weights
-    leave, tokens, mask, protect, given, *rest = enter(
-        {"tokens": tokens, "mask": mask, "protect": protect, "weights": given}
+    weight_array = None if isinstance(weights, str) else weights
+    # Convert all arrays once, here; every stage below works on NumPy or CuPy arrays.
+    leave, tokens, mask, protect, weight_array, *rest = enter(
+        {"tokens": tokens, "mask": mask, "protect": protect, "weights": weight_array}
         | sources._asdict(),
         counts={"budget": budget},
         outputs=named,
     )
+    # `rest` holds the sources, then the budget, then the arrays of `out`.
     sources, budget = Sources(*rest[: len(sources)]), rest[len(sources)]
     target = Merged(*rest[len(sources) + 1 :]) if named else None
     if not isinstance(weights, str):
-        options = options._replace(weights=given)
+        options = options._replace(weights=weight_array)
     check_tokens(tokens)
-    shape = tokens.shape[:-1]
+    shape = tokens.shape[:-1]  # (N,) or (B, N)
     check_mask(mask, shape)
     options = _check_options(options, shape)
     if sources.saliency is not None:
         check_mass(sources.saliency, shape, "saliency")
+    # From here on CuPy allocates from the workspace, if there is one.
     with memory_of(workspace, tokens):
-        if is_cuda(tokens):  # copied here, or else by every stage
+        if is_cuda(tokens):  # one copy here, instead of one copy in every stage
             tokens = contiguous(tokens)
         num_groups = _num_groups(shape, budget, protect, method, mask)
-        place = None
+        destination = None
         if target is not None:
             _check_target(target, tokens, num_groups.max_groups, sources, options)
-            place = target.tokens
+            destination = target.tokens  # (B, K, D)
         merged = compose(
-            INSIDE, tokens, num_groups, sources, mask, protect, options, place
+            INSIDE, tokens, num_groups, sources, mask, protect, options, destination
         )
         if target is not None and out is not None:
-            for x, place in zip(merged, target, strict=True):
-                if x is not place:  # a kernel has written it already
-                    place[...] = x
+            for x, destination in zip(merged, target, strict=True):
+                if x is not destination:  # else a kernel has written it already
+                    destination[...] = x
             return out
     if workspace is not None and is_cuda(tokens):
-        merged = Merged(*(x.copy() for x in merged))  # into memory of their own
+        # The next call reuses the memory of the workspace, so the results leave it.
+        merged = Merged(*(x.copy() for x in merged))
     return Merged(*map(leave, merged))
 
 
@@ -213,7 +221,8 @@ def _quickmerge_traced(
 ) -> Merged[Any]:
     """Merge arrays that a framework traces, by operations that it can differentiate.
 
-    Values are checked when the operations run. `torch.compile` follows this code.
+    Only shapes are checked here, because values may not be known yet. The operations
+    check values when they run. `torch.compile` traces through this code.
     """
     stages = traced_stages(framework)
     tokens, mask = (
@@ -222,9 +231,10 @@ def _quickmerge_traced(
     )
     protect = stages.check_array("protect?", protect)
     check_axes("tokens", tuple(tokens.shape), "ND", "BND")
-    shape = tuple(tokens.shape[:-1])
+    shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
     if mask is not None:
         check_shape("mask", mask, "BN", shape)
+    # All arrays must be of the framework: a NumPy array would leave its graph.
     sources = Sources(*map(stages.check_array, _OPTIONAL, sources))
     if sources.saliency is not None:
         check_shape("saliency", sources.saliency, "BN", shape)
@@ -234,12 +244,13 @@ def _quickmerge_traced(
         weights = stages.check_array("weights", options.weights)
         check_shape("weights", weights, "BN", shape)
         options = options._replace(weights=weights)
+    # `check_protect` is left to `cluster_tokens`, which sees the values of `protect`.
     num_groups = _traced_num_groups(framework, budget, shape[-1], mask)
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
 def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
-    """Return the options with numbers as Python's, or refuse them."""
+    """Return the options with Python numbers; raise if one is out of range."""
     check_choice("method", options.method, METHODS)
     check_choice("order", options.order, ORDERS)
     if isinstance(options.weights, str):
@@ -257,15 +268,19 @@ def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
 
 
 def _check_one_source(sources: Sources) -> None:
+    """Raise if there is more than one source of saliency, or only half of one."""
+    # `query` and `key` are one source, so only `query` is counted.
     named = [
         name
         for name in ("saliency", "hidden_states", "attention", "query")
         if getattr(sources, name) is not None
     ]
     if len(named) > 1:
-        raise ValueError(f"give one source of saliency, got {' and '.join(named)}")
+        raise ValueError(
+            f"give at most one source of saliency, got {' and '.join(named)}: keep one"
+        )
     if (sources.query is None) != (sources.key is None):
-        raise ValueError("`query` and `key` go together")
+        raise ValueError("`query` and `key` go together: give both or neither")
 
 
 def _num_groups(
@@ -273,46 +288,55 @@ def _num_groups(
 ) -> GroupCounts:
     """Return K of every sequence of tokens (B, N)."""
     limit = num_valid(shape, mask)
-    share = isinstance(budget, float | np.floating)
-    wanted = token_budget(budget, limit) if share else budget
+    is_ratio = isinstance(budget, float | np.floating)
+    wanted = token_budget(budget, limit) if is_ratio else budget
     num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
     check_protect(protect, method, num_groups.counts, shape, mask)
     return num_groups
 
 
-_OPTIONAL = [f"{name}?" for name in Sources._fields]
+_OPTIONAL = [f"{name}?" for name in Sources._fields]  # "?": None is allowed
 
 
 def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:
-    """Return K, or K of each sequence, of a budget; a compiler follows this code."""
+    """Return K, or K of each sequence, for a budget.
+
+    `torch.compile` traces through this code, so it uses only plain arithmetic and
+    tensor operations.
+    """
     if framework == "jax":
         from .autodiff.jax_primitives import check_known
 
-        check_known("budget", budget)
+        check_known("budget", budget)  # JAX needs every shape while it traces
     if isinstance(budget, float | np.floating):
-        share = float(str(budget)) if isinstance(budget, np.floating) else budget
-        if not 0 < share <= 1:
+        # `str` gives the digits as written: float32 0.29 becomes 0.29, not 0.28999999.
+        ratio = float(str(budget)) if isinstance(budget, np.floating) else budget
+        if not 0 < ratio <= 1:
             check_number("budget", budget, 0, 1, "(]")  # raises
         if mask is None:
-            return kept_tokens(share, num_tokens)
+            return kept_tokens(ratio, num_tokens)
         if framework == "jax":
-            check_known("mask", mask)
+            check_known("mask", mask)  # K depends on the number of valid tokens
             return token_budget(budget, np.asarray(mask).sum(axis=-1))
-        kept = (mask.sum(-1).double() * share * 1e9).round() / 1e9
+        # max(1, ⌊N · ratio⌋), rounded to 9 digits first so that 0.29 · 100 gives 29
+        kept = (mask.sum(-1).double() * ratio * 1e9).round() / 1e9  # (B,)
         return kept.floor().clamp(min=1).long()
     if type(budget) is int and 1 <= budget <= num_tokens:
         return budget
     if hasattr(budget, "shape"):
-        return budget  # the operations check it
-    return token_budget(budget, num_tokens)
+        return budget  # an array: the operations check it
+    return token_budget(budget, num_tokens)  # converts other numbers, or raises
 
 
 def _outputs(out: Any) -> dict[str, Any]:
-    """Return the arrays to write to, if any, by the names that errors give them."""
+    """Return the arrays of `out` by the names that error messages use."""
     if out is None:
         return {}
     if not isinstance(out, Merged):
-        raise TypeError(f"`out` must be a Merged, got {type(out).__name__}")
+        raise TypeError(
+            f"`out` must be a Merged, got {type(out).__name__}: pass the result of an "
+            "earlier call"
+        )
     return {f"out.{field}": x for field, x in out._asdict().items()}
 
 
@@ -323,21 +347,22 @@ def _check_target(
     sources: Sources,
     options: Options,
 ) -> None:
-    """Refuse places that do not fit the results, or lie in an input."""
+    """Raise if an array of `out` has the wrong shape or dtype, or overlaps an input."""
     weights = options.weights
-    given = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
-    inputs = [tokens, *given] + ([] if isinstance(weights, str) else [weights])
-    scores = accumulation_dtype((given or [tokens])[0].dtype)
+    arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
+    inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
+    # float64 for a float64 source of the saliency, else float32
+    scores = accumulation_dtype((arrays or [tokens])[0].dtype)
     mass = scores if isinstance(weights, str) else accumulation_dtype(weights.dtype)
     *leading, num_tokens, dim = tokens.shape
-    each, groups = (*leading, num_tokens), (*leading, max_groups)
-    wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (
-        ("BKD", (*groups, dim), tokens.dtype),
-        ("BN", each, np.dtype(np.int32)),
-        ("BK", groups, np.dtype(np.int32)),
-        ("BK", groups, np.dtype(np.int32)),
-        ("BN", each, scores),
-        ("BN", each, mass),
+    per_token, per_group = (*leading, num_tokens), (*leading, max_groups)
+    wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (  # fields of `Merged`
+        ("BKD", (*per_group, dim), tokens.dtype),  # tokens
+        ("BN", per_token, np.dtype(np.int32)),  # labels
+        ("BK", per_group, np.dtype(np.int32)),  # sizes
+        ("BK", per_group, np.dtype(np.int32)),  # positions
+        ("BN", per_token, scores),  # saliency
+        ("BN", per_token, mass),  # mass
     )
     for name, x, (axes, shape, dtype) in zip(
         target._fields, target, wanted, strict=True

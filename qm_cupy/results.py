@@ -1,4 +1,4 @@
-"""What the functions return: named tuples of arrays."""
+"""The results of functions: named tuples of arrays."""
 
 from typing import Generic, NamedTuple
 
@@ -6,10 +6,11 @@ from .arrays.conversion import Array, FloatArray, IntArray
 
 
 class Merged(NamedTuple, Generic[Array]):
-    """Result of `quickmerge`, of the caller's own kind; without B for one sequence.
+    """Result of `quickmerge`, as arrays of the caller's library.
 
-    ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)`` merges any other
-    array over the same tokens, keys and values of a cache for example, the same way.
+    The axis B is absent for one sequence. To merge another array over the same tokens
+    in the same way, such as the keys and values of a cache, call
+    ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)``.
     """
 
     tokens: Array
@@ -17,29 +18,32 @@ class Merged(NamedTuple, Generic[Array]):
     labels: IntArray
     """(B, N) int32: the group of each token, -1 for padding."""
     sizes: IntArray
-    """(B, K) int32: the tokens in each group."""
+    """(B, K) int32: the number of tokens in each group, 0 for padding."""
     positions: IntArray
     """(B, K) int32: the position of each group's last token, -1 for padding."""
     saliency: FloatArray
-    """(B, N): the saliency of each token."""
+    """(B, N): the saliency of each token, 0 for padding."""
     mass: FloatArray
-    """(B, N): the weights of the merge."""
+    """(B, N): the weight of each token in the merge, 0 for padding."""
 
 
 class AlignmentLoss(NamedTuple, Generic[Array]):
     """Losses of `alignment_loss`, each of shape () or (B,)."""
 
-    forward: Array
-    backward: Array
-    total: Array
+    forward: Array  # left to right
+    backward: Array  # right to left
+    total: Array  # their sum
 
 
 class Choice(NamedTuple, Generic[Array]):
-    """Result of `choose_merge`, in the caller's kind; without B for one sequence."""
+    """Result of `choose_merge`, as arrays of the caller's library.
+
+    The axis B is absent for one sequence.
+    """
 
     merged: Merged[Array]
-    """What the best candidate of each sequence gave, padded to the largest K of all."""
+    """The result of the best candidate of each sequence, padded to the largest K."""
     scores: Array
-    """(C, B), float32 or float64: the score of every candidate; less is better."""
+    """(C, B), float32 or float64: the score of every candidate; lower is better."""
     best: Array
-    """(B,) int32: the candidate that each sequence took."""
+    """(B,) int32: the index of the selected candidate of each sequence."""

@@ -1,12 +1,15 @@
-"""Modules for torch: the classes of `qm_cupy` that hold weights, which torch trains.
+"""Modules for torch: the classes of `qm_cupy` whose weights torch trains.
 
-The functions need no module: those of `qm_cupy` take tensors that require grad, and
-pass gradients on by their vector–Jacobian products. They are torch's custom operators,
-``torch.ops.qm_cupy``: a graph of `torch.compile` or `torch.export` holds them whole. A
-tensor of counts is read, which waits for a GPU and may break a graph. Each operation
-can be differentiated once, in reverse mode, and by `torch.autograd`, not by
-`torch.func`. Settings such as `use_kernels` go from a forward to its backward; what
-`torch.utils.checkpoint` computes again has those of the backward.
+The functions of `qm_cupy` accept tensors that require grad, so this module has no
+functions of its own. Gradients go through the vector–Jacobian product of each function.
+The functions are custom operators of torch, ``torch.ops.qm_cupy``. A graph of
+`torch.compile` or `torch.export` contains each operator as one node.
+
+A tensor of counts is read on the CPU. This waits for the GPU and may break a graph.
+Each operation can be differentiated once, in reverse mode, by `torch.autograd` but not
+by `torch.func`. The settings of a forward, such as `use_kernels`, also apply to its
+backward. A forward that `torch.utils.checkpoint` repeats runs under the settings of
+the backward.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,15 +31,15 @@ __all__ = ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
 
 
 class MLPPrior(nn.Module):
-    """`qm_cupy.MLPPrior`, with weights that torch trains.
+    """`qm_cupy.MLPPrior` as a module whose weights torch trains.
 
     ``forward_prior`` and ``backward_prior`` are each the paper's ``nn.Sequential(
-    nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))``; called, it is `alignment_loss`.
+    nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))``. A call returns `alignment_loss`.
 
     Parameters
     ----------
     forward, backward : MLP
-        Their first weights, of `qm_cupy.MLPPrior` for example; they are copied.
+        Initial weights, for example those of a `qm_cupy.MLPPrior`. They are copied.
 
     Examples
     --------
@@ -67,11 +70,11 @@ class MLPPrior(nn.Module):
         cls, forward: Mapping[str, Any], backward: Mapping[str, Any]
     ) -> "MLPPrior":
         """Return the prior of two networks, as `qm_cupy.MLPPrior.from_state_dict`."""
-        given = mlp_prior.MLPPrior.from_state_dict(forward, backward)
-        return cls(given.forward, given.backward)
+        loaded = mlp_prior.MLPPrior.from_state_dict(forward, backward)
+        return cls(loaded.forward, loaded.backward)  # shapes are checked by then
 
     def detach(self) -> mlp_prior.MLPPrior:
-        """Return the `qm_cupy.MLPPrior` of the weights as they are now: copies."""
+        """Return a `qm_cupy.MLPPrior` with copies of the current weights."""
         return mlp_prior.MLPPrior.from_state_dict(
             self.forward_prior.state_dict(), self.backward_prior.state_dict()
         )
@@ -80,18 +83,23 @@ class MLPPrior(nn.Module):
         self, merged: Tensor | Merged[Tensor], *, num_groups: Any = None
     ) -> AlignmentLoss[Tensor]:
         """Return `alignment_loss` under this prior."""
+        # `alignment_loss` reads the parameters by `network_weights`, so that autograd
+        # records them.
         return alignment_loss(merged, self, num_groups=num_groups)
 
     def network_weights(self) -> tuple[Tensor, ...]:
         """Return the weights of both networks, in the order of `MLP`'s fields."""
+        # torch yields parameters in the order of registration: forward, then backward.
         return tuple(self.parameters())
 
 
 def _network(weights: MLP) -> nn.Sequential:
+    """Return Linear, ReLU, Linear with copies of the weights."""
     layers = []
     for weight, bias in (weights[:2], weights[2:]):
         out_dim, in_dim = weight.shape
-        layer = nn.Linear(in_dim, out_dim, device="meta")  # which draws nothing
+        # On "meta" torch draws no random weights, so its generator does not advance.
+        layer = nn.Linear(in_dim, out_dim, device="meta")
         layer.weight = nn.Parameter(torch.tensor(weight))
         layer.bias = nn.Parameter(torch.tensor(bias))
         layers.append(layer)
@@ -101,7 +109,7 @@ def _network(weights: MLP) -> nn.Sequential:
 class BidirectionalARAlignment(nn.Module):
     """`qm_cupy.BidirectionalARAlignment` with a prior that torch trains.
 
-    Called, it is `compute_alignment_loss`.
+    A call returns `compute_alignment_loss`.
     """
 
     def __init__(
@@ -132,18 +140,19 @@ class BidirectionalARAlignment(nn.Module):
         """Return the sum of both losses, the mean over the batch."""
         return paper.mean_alignment_loss(merged, self.prior, num_groups, "total")
 
-    forward = compute_alignment_loss
+    forward = compute_alignment_loss  # so that a call returns the loss
 
 
-def _as_it_is(loss: Tensor) -> Tensor:
+def _unchanged(loss: Tensor) -> Tensor:
+    """Return a loss as a tensor, where `qm_cupy.QuickMergePP` makes it a float."""
     return loss
 
 
 class QuickMergePP(nn.Module):
     """`qm_cupy.QuickMergePP` as a module whose losses are tensors.
 
-    Its parameters are those of the prior; the losses are differentiable to these and to
-    the tokens.
+    Its parameters are those of the prior. The losses are differentiable with respect to
+    these parameters and to the tokens.
 
     Examples
     --------
@@ -173,6 +182,7 @@ class QuickMergePP(nn.Module):
         self.token_merger = paper.DifferentiableTokenMerging(
             temperature, epsilon, method=method, order=order, seed=seed
         )
+        # The only submodule. The other steps have no weights and are plain objects.
         self.ar_alignment = BidirectionalARAlignment(embedding_dim, seed=seed or 0)
         self.fidelity_constraint = paper.NormBasedFidelityConstraint(gamma)
 
@@ -180,13 +190,13 @@ class QuickMergePP(nn.Module):
         self, tokens: Tensor, K: Any, alpha: float = 0.1, *, mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Merge tokens to K; total loss = alpha · alignment + fidelity."""
-        return paper.merge_with_losses(self, tokens, K, alpha, mask, _as_it_is)
+        return paper.merge_with_losses(self, tokens, K, alpha, mask, _unchanged)
 
     def inference(
         self, tokens: Tensor, K: int, ar_model: Callable[[Any], Any] | None = None
     ) -> tuple[Tensor, Any]:
-        """Return merged tokens (K, D) and a model's predictions (K, E) over them."""
-        with torch.no_grad():
+        """Return merged tokens (K, D) and a model's predictions (K, E) for them."""
+        with torch.no_grad():  # `decode` has no gradient
             scores = self.saliency_estimator(tokens)
             merged = self.token_merger.merge(tokens, scores, K).tokens
             return merged, [] if ar_model is None else decode(merged, ar_model)

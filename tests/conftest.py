@@ -1,4 +1,4 @@
-"""What the tests share: one table of tolerances, random numbers, array libraries."""
+"""Common parts of the tests: tolerances, random numbers, array libraries, fixtures."""
 
 import os
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
 
 import qm_cupy as qm
 
-# It would be imported as CuPy; test_rehearsal.py runs it in processes of its own.
+# Its package `cupy` would replace CuPy; test_rehearsal.py uses it in other processes.
 collect_ignore = ["rehearsal"]
 NEED_A_GPU = [
     "plot/test_gpu_plot.py",
@@ -30,35 +30,37 @@ if missing:
 
 
 def pytest_report_header():
-    """Name what does not run: thousands of skipped tests would hide all others."""
+    """Name the files that do not run: skipping their tests would print thousands."""
     return f"left out: {', '.join(NEED_A_GPU)} ({missing})" if missing else None
 
 
+# Hypothesis draws the same examples in every run, and sets no limit on their time.
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("steady")
 
 
 class Tolerance(NamedTuple):
-    """Both rtol and atol against float64 truth, of values of about 1."""
+    """Both rtol and atol, compared with float64 results, for values of about 1."""
 
-    computed: float  # results in the accumulation type
-    stored: float  # tokens, which are rounded once to the dtype that came in
+    computed: float  # for results in the accumulation type
+    stored: float  # for tokens, which are rounded once to the dtype of the input
 
 
-# One table for the reference, the basic and the optimized kernels, by the dtype that
-# came in. A half keeps 11 bits and a bfloat16 8, of which the last is rounded: 2 ** -11
-# and 2 ** -8, relative. TF32 keeps 11 bits of each factor: 2 ** -9 of a product. Of
-# float32, tokens are means; scores go through logarithms.
+# One table for the reference, the basic and the optimized kernels, by the dtype of the
+# input. float16 keeps 11 bits and bfloat16 keeps 8, and the last bit is rounded: the
+# relative error is 2 ** -11 or 2 ** -8. TF32 keeps 11 bits of each factor: 2 ** -9 of a
+# product. In float32, tokens are means, but scores go through logarithms.
 TOLERANCE = {
     "float16": Tolerance(computed=2e-5, stored=1e-3),
     "bfloat16": Tolerance(computed=2e-5, stored=8e-3),
     "float32": Tolerance(computed=2e-5, stored=2e-6),
     "float64": Tolerance(computed=1e-12, stored=1e-13),
-    "tf32": Tolerance(computed=2e-3, stored=2e-6),  # float32 but for its products
+    "tf32": Tolerance(computed=2e-3, stored=2e-6),  # float32 except for its products
 }
 
-# What allow_tf32 may change, of values of about 1 and tokens of norm √D; of gradients,
-# relative to their largest entry. Bounds are in the docstring of allow_tf32.
+# The largest change by allow_tf32, for values of about 1 and tokens of norm √D. For
+# gradients it is relative to their largest entry. The docstring of allow_tf32 has the
+# bounds.
 TF32_TOLERANCE = {
     "cosine_similarity": 2e-3,
     "query_key_entropy": 1e-2,
@@ -73,6 +75,7 @@ TF32_TOLERANCE = {
 
 
 def assert_close(got, wanted, dtype="float64", column="computed"):
+    """Compare with the tolerance of a dtype; `column` is a field of `Tolerance`."""
     name = dtype if dtype == "tf32" else np.dtype(dtype).name
     tolerance = getattr(TOLERANCE[name], column)
     got = np.asarray(got).astype(np.float64)
@@ -93,20 +96,20 @@ LIBRARIES = "numpy", "array_api_strict", "torch", "jax"
 
 
 def to_library(name, x):
-    """Give a copy of a NumPy array to another array library, in the same dtype."""
+    """Copy a NumPy array to an array of another library, in the same dtype."""
     if name == "numpy":
         return x
     library, x = pytest.importorskip(name), x.copy()
     if name == "jax":
-        with library.enable_x64(True):  # or JAX narrows to 32 bits
+        with library.enable_x64(True):  # otherwise JAX narrows to 32 bits
             return library.numpy.asarray(x)
-    if x.dtype.name == "bfloat16":  # which torch does not take from NumPy
+    if x.dtype.name == "bfloat16":  # torch.asarray does not accept NumPy's bfloat16
         return library.from_numpy(x.view(np.int16)).view(library.bfloat16)
     return library.asarray(x)
 
 
 def to_numpy(x):
-    """View an array of any of the libraries as NumPy's."""
+    """View an array of any of the libraries as a NumPy array."""
     if str(x.dtype) == "torch.bfloat16":
         bits = x.view(pytest.importorskip("torch").int16).numpy()
         return bits.view(pytest.importorskip("ml_dtypes").bfloat16)
@@ -115,12 +118,12 @@ def to_numpy(x):
 
 @pytest.fixture(params=LIBRARIES)
 def library(request):
-    """Name of an array library whose arrays the public functions take."""
+    """Name of an array library whose arrays the public functions accept."""
     pytest.importorskip(request.param)
     return request.param
 
 
-KERNELS = "basic", "optimized", "optimized-75"  # the last as sm_75 has them
+KERNELS = "basic", "optimized", "optimized-75"  # the last one: compiled for sm_75
 
 
 @pytest.fixture(params=KERNELS)
@@ -136,8 +139,8 @@ def kernels(request, monkeypatch):
 def launches(monkeypatch):
     """Names of the kernels launched so far."""
     names = []
-    note = recording(lambda launch: names.append(launch.kernel))
-    monkeypatch.setattr(cuda, "launch", note)
+    record = recording(lambda launch: names.append(launch.kernel))
+    monkeypatch.setattr(cuda, "launch", record)
     return names
 
 
@@ -156,7 +159,7 @@ def gpu_library(request):
         if not torch.cuda.is_available():
             pytest.skip("this torch has no CUDA")
     if request.param == "jax":
-        # Or JAX takes most of the memory for itself, when it is first used.
+        # Otherwise JAX reserves most of the GPU's memory at its first use.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         jax = pytest.importorskip("jax")
         if jax.default_backend() != "gpu":
@@ -170,5 +173,5 @@ _GPU_DTYPES = os.environ.get("QM_CUPY_DTYPES", "float16,bfloat16,float32,float64
 @pytest.fixture(params=_GPU_DTYPES.split(","))
 def gpu_dtype(request):
     if request.param == "bfloat16":
-        pytest.importorskip("ml_dtypes")  # from where NumPy knows bfloat16
+        pytest.importorskip("ml_dtypes")  # it adds bfloat16 to NumPy
     return np.dtype(request.param)

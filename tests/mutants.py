@@ -1,10 +1,11 @@
-"""Seeded faults: do the tests of a page notice a mistake that a developer may make?
+"""Plant faults: do the tests detect a mistake that a developer may make?
 
     python tests/mutants.py [--only NAME ...] [--json FILE] [--processes N]
 
-Each fault of tests/faults/*.toml replaces a piece of one file. It is applied in a copy
-of the tree, never in the tree itself; then the tests that it names run there, until the
-first one fails. Every selection of tests must first pass in a copy without a fault.
+Each fault of tests/faults/*.toml replaces a piece of one file in a copy of the tree;
+the tree itself never changes. Then the tests that the fault names run in the copy,
+until the first one fails. Before that, every selection of tests must pass in a copy
+without a fault.
 Exit status: 0 if every fault is caught, 1 if one is missed, 2 if the list is wrong.
 """
 
@@ -28,9 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
 COPIES = ROOT / "build" / "mutants"
 COPIED = "pyproject.toml", "qm_cupy", "kernels", "tests", "benchmarks"
-LIMIT = 300  # seconds; a fault that takes longer never ends
-# What selections say for short. A half takes the tensor cores' way.
+LIMIT = 300  # seconds; a run that takes longer counts as endless, so it is caught
+# Abbreviations in the selections. One 16-bit dtype is enough, and it reaches the code
+# for tensor cores.
 SHORT = {"HALF": "float16 and not bfloat16", "FAST": "optimized and not optimized-75"}
+# The line of pytest's summary that names a failed test.
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -38,22 +41,22 @@ Record = dict[str, object]
 
 
 class Fault(NamedTuple):
-    """A mistake in one file, and the tests that should notice it."""
+    """A mistake in one file, and the tests that should detect it."""
 
     name: str
-    kind: str
-    file: str
-    old: str  # stands in the file exactly once
+    kind: str  # such as "barrier" or "off by one"
+    file: str  # relative to the root of the repository
+    old: str  # a text that occurs exactly once in the file
     new: str
-    tests: str  # arguments of pytest, in tests/
-    note: str  # what goes wrong
+    tests: str  # arguments of pytest, which runs in tests/
+    note: str  # the effect of the mistake
 
 
 class Outcome(NamedTuple):
     """How a run of pytest ended."""
 
-    status: int
-    failed: str  # the first test that failed, or what ended the run instead
+    status: int  # exit status
+    failed: str  # the first test that failed, or the reason why the run ended
     output: str
     seconds: float
 
@@ -69,22 +72,22 @@ def read_faults() -> list[Fault]:
 
 
 def mistakes(faults: list[Fault]) -> list[str]:
-    """Return what is wrong with the list itself: it would rot unseen."""
-    found = []
+    """Return the problems of the list itself, such as an outdated `old` text."""
+    problems = []
     names = [fault.name for fault in faults]
     for fault in faults:
         if names.count(fault.name) > 1:
-            found.append(f"{fault.name}: more than one fault has this name")
+            problems.append(f"{fault.name}: more than one fault has this name")
         times = (ROOT / fault.file).read_text().count(fault.old)
         if times != 1:
-            found.append(f"{fault.name}: old text is {times} times in {fault.file}")
+            problems.append(f"{fault.name}: old text is {times} times in {fault.file}")
         if fault.old == fault.new:
-            found.append(f"{fault.name}: changes nothing")
-    return found
+            problems.append(f"{fault.name}: changes nothing")
+    return problems
 
 
 def selected(tests: str) -> list[str]:
-    """Return pytest's arguments for a selection."""
+    """Return pytest's arguments for a selection, without abbreviations."""
     for short, words in SHORT.items():
         tests = re.sub(rf"\b{short}\b", words, tests)
     return shlex.split(tests)
@@ -104,11 +107,13 @@ def run_tests(tests: str, fault: Fault | None, folder: Path) -> Outcome:
     if fault is not None:
         file = folder / fault.file
         file.write_text(file.read_text().replace(fault.old, fault.new))
-    options = "-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE"
+    options = "-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE"  # -x: one fails
     command = [sys.executable, "-m", "pytest", *options, *selected(tests)]
+    # One thread for each run, because several run at the same time. PYTHONPATH lets the
+    # tests import the copy instead of the tree.
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **threads, "PYTHONPATH": str(folder)}
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         done = subprocess.run(
             command, cwd=folder / "tests", env=environment, timeout=LIMIT,
@@ -117,8 +122,9 @@ def run_tests(tests: str, fault: Fault | None, folder: Path) -> Outcome:
         )  # fmt: skip
         status, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as late:
+        # Python gives the output as bytes here, in spite of `text=True`.
         status, output = 1, (late.stdout or b"").decode(errors="replace")
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     named = FAILED.search(output)
     failed = named[1] if named else f"exit status {status}"
     return Outcome(status, failed if seconds < LIMIT else "no end", output, seconds)
@@ -126,6 +132,7 @@ def run_tests(tests: str, fault: Fault | None, folder: Path) -> Outcome:
 
 def run_all(faults: list[Fault], processes: int) -> list[Record]:
     """Run every selection without a fault, then every fault; return the records."""
+    # A run takes a free copy from the queue and returns it.
     folders: SimpleQueue[Path] = SimpleQueue()
     for number in range(processes):
         folders.put(COPIES / str(number))
@@ -158,7 +165,8 @@ def run_all(faults: list[Fault], processes: int) -> list[Record]:
 
     COPIES.mkdir(parents=True, exist_ok=True)
     with (COPIES / "lock").open("w") as lock, ThreadPoolExecutor(processes) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run would use the same copies
+        # Wait while another `mutants.py` uses the same copies.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         selections = dict.fromkeys(fault.tests for fault in faults)
         if not all(list(pool.map(check, selections))):
             raise SystemExit(2)
@@ -166,10 +174,11 @@ def run_all(faults: list[Fault], processes: int) -> list[Record]:
 
 
 def write_records(path: Path, suite: str, records: list[Record]) -> None:
-    """Write the records of a suite; others, and other suites', stay as they are."""
+    """Write the records of a suite; the file keeps all other records."""
     known = json.loads(path.read_text()) if path.exists() else []
     new = {(suite, r["fault"]): {"suite": suite, **r} for r in records}
     merged = {(r["suite"], r["fault"]): r for r in known} | new
+    # One record a line, so that a change of one record is a change of one line.
     lines = ",\n".join(f" {json.dumps(r)}" for r in merged.values())
     path.write_text(f"[\n{lines}\n]\n")
 
@@ -178,9 +187,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--list", action="store_true", help="print the faults and run nothing")
-    add("--only", nargs="+", metavar="NAME", help="these faults alone")
-    add("--json", type=Path, metavar="FILE", help="write what caught each fault")
-    add("--suite", default="", help="in the JSON: which tests ran (default: commit)")
+    add("--only", nargs="+", metavar="NAME", help="run only these faults")
+    add("--json", type=Path, metavar="FILE", help="write which test caught each fault")
+    add("--suite", default="", help="name of the tests in the JSON (default: commit)")
     add("--processes", type=int, default=1, metavar="N")
     return parser.parse_args()
 

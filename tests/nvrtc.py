@@ -1,11 +1,11 @@
-"""Compiles kernels for any architecture with NVRTC, which needs no GPU and no driver.
+"""Compile kernels for any architecture with NVRTC, which needs no GPU and no driver.
 
-It needs the packages cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-runtime, whose
-headers are those of a toolkit. The first compilation imports them.
+It needs the packages cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-runtime. The last
+one has the header files of a CUDA toolkit. The first compilation imports the packages.
 
-`kernel_facts` and `ptx` keep what they find on disk, so a source is compiled once for
-every architecture, whoever asks: the tests of compilation and of launches, the
-interpreter in tests/ptx, and benchmarks/resources.py.
+`kernel_facts` and `ptx` keep their results on disk, so a source is compiled once for
+each architecture. The tests of compilation and of launches, the interpreter in
+tests/ptx and benchmarks/resources.py share these files.
 
 `disassembly` also needs nvdisasm, from the package nvidia-cuda-nvdisasm or a toolkit.
 Its results are kept on disk as well.
@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 CACHE = Path(
     os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "qm_cupy-kernels"
 )
-# What CuPy adds to the options of a `RawModule`, beside the architecture.
+# The options that CuPy adds to those of a `RawModule`, besides the architecture.
 _CUPY = "-ftz=true", "--device-as-default-execution-space"
 
+# The log of ptxas, for each kernel, and the declarations in PTX.
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for .*\n")
 _SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -39,23 +40,23 @@ _BOUND = re.compile(r"\.maxntid\s+(\d+)")
 
 
 class Facts(NamedTuple):
-    """What a compiled kernel asks of the device."""
+    """The resources that a compiled kernel needs, and its parameters."""
 
     registers: int
-    """Of each thread."""
+    """Registers of each thread."""
     spilled: int
-    """Bytes stored and loaded for want of registers."""
+    """Bytes stored to and loaded from memory because there are too few registers."""
     shared: int
     """Bytes of static shared memory."""
     bound: int | None
-    """Threads of a block, at most, where ``__launch_bounds__`` says so."""
+    """Largest number of threads of a block, by ``__launch_bounds__``, or None."""
     parameters: list[str]
     """Types in PTX: ``u64`` for pointers and long long, ``f64`` for double."""
 
 
 @functools.cache
 def include_folder() -> Path:
-    """Return where cuda_fp16.h is: in the pip packages, or else in a toolkit.
+    """Return the folder of cuda_fp16.h, in the pip packages or else in a toolkit.
 
     The packages come first because NVRTC itself comes from them, and headers are
     written for the compiler of their own release.
@@ -64,62 +65,65 @@ def include_folder() -> Path:
 
 
 @functools.cache
-def folder_with(kind: str, file: str) -> Path:
-    """Return the folder of the packages, or else of a toolkit, that holds a file."""
+def folder_with(folder: str, file: str) -> Path:
+    """Return the subfolder of the packages, or else of a toolkit, with a file."""
+    # `nvidia` is a namespace of many packages; "cu13" is the folder of CUDA 13.
     folders = []
     if spec := importlib.util.find_spec("nvidia"):
-        folders = [Path(p, "cu13", kind) for p in spec.submodule_search_locations]
-    folders.append(Path(os.environ.get("CUDA_PATH", "/usr/local/cuda"), kind))
-    for folder in folders:
-        if (folder / file).is_file():
-            return folder
-    places = ", ".join(map(str, folders))
-    raise FileNotFoundError(f"no {file}: looked in {places}")
+        folders = [Path(p, "cu13", folder) for p in spec.submodule_search_locations]
+    folders.append(Path(os.environ.get("CUDA_PATH", "/usr/local/cuda"), folder))
+    for candidate in folders:
+        if (candidate / file).is_file():
+            return candidate
+    locations = ", ".join(map(str, folders))
+    raise FileNotFoundError(f"no {file}: looked in {locations}")
 
 
 @functools.cache
 def kernel_facts(source: str, options: tuple[str, ...]) -> dict[str, Facts]:
     """Return the facts of every kernel of a source, compiled to machine code.
 
-    `options` are the caller's, ``-arch=sm_…`` among them; what CuPy adds is added here
-    too. A failure raises ``RuntimeError`` with the compiler's log.
+    `options` contain ``-arch=sm_…``; this function adds the options that CuPy adds. If
+    the compilation fails, it raises ``RuntimeError`` with the compiler's log.
     """
     path = _kept_facts(source, options)
     try:
+        # JSON has lists where `Facts` has fields.
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {name: Facts(*facts) for name, facts in kept.items()}
     except FileNotFoundError:
-        found = _facts(*compile_source(source, options))
-    keep(path, json.dumps(found).encode())
-    return found
+        result = _facts(*compile_source(source, options))
+    keep(path, json.dumps(result).encode())
+    return result
 
 
 def _kept_facts(source: str, options: tuple[str, ...]) -> Path:
-    this = Path(__file__).read_text(encoding="utf-8")  # which finds the facts
+    # A change of this file makes old facts invalid, because it extracts them.
+    this = Path(__file__).read_text(encoding="utf-8")
     return _kept(".json", this, source, *options)
 
 
 @functools.cache
 def ptx(source: str, options: tuple[str, ...]) -> str:
-    """Return the PTX of a source, with line numbers, as CuPy would have it made.
+    """Return the PTX of a source, with line numbers, compiled with CuPy's options.
 
-    `options` are the caller's, ``-arch=compute_…`` among them: no machine code is made.
+    `options` contain ``-arch=compute_…``: NVRTC then makes no machine code.
     """
-    options = (*options, *_CUPY, "-lineinfo")
+    options = (*options, *_CUPY, "-lineinfo")  # faults name lines of the source
     path = _kept(".ptx", source, *options)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        _, found = run_nvrtc(source, options)
-    keep(path, found.encode())
-    return found
+        _, text = run_nvrtc(source, options)
+    keep(path, text.encode())
+    return text
 
 
 def disassembly(source: str, options: tuple[str, ...]) -> str:
     """Return the machine code of a source as nvdisasm prints it, with labels.
 
-    `options` are the caller's, ``-arch=sm_…`` among them. The facts of the kernels are
-    kept as well: one compilation is enough for both.
+    `options` contain ``-arch=sm_…``. The facts of the kernels are kept as well, so one
+    compilation is enough for both.
     """
     path = _kept(".sass", source, *options)
     try:
@@ -128,6 +132,7 @@ def disassembly(source: str, options: tuple[str, ...]) -> str:
         added = *_CUPY, "--ptxas-options=-v"
         facts, cubin = _compiled((*options, *added), source, _facts_and_cubin)
     keep(_kept_facts(source, options), json.dumps(facts).encode())
+    # nvdisasm reads a file. Its option -c prints code only, with labels for jumps.
     tool = folder_with("bin", "nvdisasm") / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernels.cubin")
@@ -140,19 +145,21 @@ def disassembly(source: str, options: tuple[str, ...]) -> str:
 
 
 def version() -> str:
-    """Return the version of NVRTC, as ``13.5``."""
+    """Return the version of NVRTC, such as ``13.5``."""
     return ".".join(map(str, _version()))
 
 
 def _kept(suffix: str, *parts: str) -> Path:
-    """Return where what this NVRTC makes of some texts is kept."""
+    """Return the path in the cache of this NVRTC's result for some texts."""
+    # A zero byte cannot be in a source, so it separates the parts without ambiguity.
     text = "\0".join([repr(_version()), *parts])
     return CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{suffix}"
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write a file at once, for tests that run side by side."""
+    """Write a file completely or not at all: other processes may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A rename is atomic within one file system, hence in the same folder.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder, path.name)
         written.write_bytes(content)
@@ -160,22 +167,23 @@ def keep(path: Path, content: bytes) -> None:
 
 
 def compile_source(source: str, options: tuple[str, ...]) -> tuple[str, str]:
-    """Compile to machine code; return the log, which tells each need, and the PTX."""
+    """Compile to machine code; return the PTX and the log, which has the resources."""
     return run_nvrtc(source, (*options, *_CUPY, "--ptxas-options=-v"))
 
 
 def run_nvrtc(source: str, options: tuple[str, ...]) -> tuple[str, str]:
-    """Return NVRTC's log and its PTX."""
+    """Compile a source; return NVRTC's log and the PTX."""
     return _compiled(options, source, _log_and_ptx)
 
 
 def _compiled(options: tuple[str, ...], source: str, read: Callable[..., Any]) -> Any:
-    """Return what `read` takes from a compiled program.
+    """Compile a source and return the result of `read`, called with the program.
 
-    NVRTC releases the interpreter lock meanwhile: threads compile side by side.
+    NVRTC releases Python's interpreter lock, so threads compile at the same time.
     """
     from cuda.bindings import nvrtc
 
+    # Include files, such as cuda_fp16.h, are not part of the source.
     encoded = [x.encode() for x in (*options, f"-I{include_folder()}")]
     program = _check(
         *nvrtc.nvrtcCreateProgram(source.encode(), b"spliced.cu", 0, [], [])
@@ -185,7 +193,7 @@ def _compiled(options: tuple[str, ...], source: str, read: Callable[..., Any]) -
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(_log(program))
         return read(program)
-    finally:
+    finally:  # a failed program holds memory as well
         _check(*nvrtc.nvrtcDestroyProgram(program))
 
 
@@ -210,19 +218,20 @@ def _facts_and_cubin(program) -> tuple[dict[str, Facts], bytes]:
 
 
 def _facts(log: str, ptx: str) -> dict[str, Facts]:
+    """Return the facts: resources from the log of ptxas, declarations from the PTX."""
     _, *parts = _ENTRY.split(log)  # name, its lines, name, its lines, ...
     lines = dict(zip(parts[::2], parts[1::2], strict=True))
-    found = {}
+    facts = {}
     for name, parameters, directives in _SIGNATURE.findall(ptx):
         bound = _BOUND.search(directives)
-        found[name] = Facts(
+        facts[name] = Facts(
             int(_REGISTERS.search(lines[name])[1]),
-            sum(map(int, _SPILLS.findall(lines[name]))),
-            sum(map(int, _SHARED.findall(lines[name]))),
+            sum(map(int, _SPILLS.findall(lines[name]))),  # stores and loads
+            sum(map(int, _SHARED.findall(lines[name]))),  # absent if there is none
             int(bound[1]) if bound else None,
             _PARAMETER.findall(parameters),
         )
-    return found
+    return facts
 
 
 def _text(program, find_size, read) -> str:
@@ -230,8 +239,8 @@ def _text(program, find_size, read) -> str:
 
 
 def _read(program, find_size, read) -> bytes:
-    # NVRTC writes into it. An empty log is one byte, 0, and `b" " * 1` is the one b" "
-    # of the whole process.
+    # NVRTC writes into this object. An empty log has one byte, a 0. A buffer `b" " * 1`
+    # would be the only b" " object of the whole process, and this 0 would change it.
     content = bytes(_check(*find_size(program)))
     _check(*read(program, content))
     return content

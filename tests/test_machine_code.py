@@ -1,4 +1,7 @@
-"""Loops and paths of machine code, by hand, in nvdisasm's own format."""
+"""Loops and paths of small functions, written by hand in nvdisasm's format.
+
+The expected counts are the lines of the shortest path, counted by hand.
+"""
 
 import instruction_units
 import machine_code
@@ -8,7 +11,7 @@ from machine_code import NoPathError
 
 
 def parsed(*lines):
-    """Return the function of some lines: labels end in a colon."""
+    """Return the function of some lines. A line that ends with a colon is a label."""
     text = [
         line if line.endswith(":") else f"        /*{i:04x}*/       {line} ;"
         for i, line in enumerate(lines)
@@ -17,6 +20,7 @@ def parsed(*lines):
     return machine_code.parse(head + "\n".join(text), ["planted"])["planted"]
 
 
+# A loop with two paths: 16-bit loads, and 128-bit loads that need two additions more.
 SLOW_AND_FAST = (
     "S2R R0, SR_TID.X",
     ".L_x_0:",
@@ -28,7 +32,7 @@ SLOW_AND_FAST = (
     "LDG.E.128 R4, [R2.64]",
     "FADD R1, R4, R5",
     "FADD R1, R1, R6",
-    "@!PT LDS RZ, [RZ]",
+    "@!PT LDS RZ, [RZ]",  # it never runs, so no bytes count
     ".L_x_2:",
     "@P1 BRA `(.L_x_0)",
     "STG.E [R8.64], R1",
@@ -37,23 +41,26 @@ SLOW_AND_FAST = (
 )
 
 
-def test_path_passes_what_the_common_case_needs():
+def test_path_passes_the_instructions_of_the_common_case():
     function = parsed(*SLOW_AND_FAST)
     (loop,) = function.loops
-    assert function.path(loop, {}).instructions == 5  # the slow one
+    # ISETP, BRA, LDG.E.U16, BRA, BRA: the shortest path is the one of the rare case.
+    assert function.path(loop, {}).instructions == 5
     path = function.path(loop, {"LDG.E.128": 1})
     assert path.units == {"alu": 1, "control": 2, "ldg": 1, "fp32": 2, "other": 1}
     assert path.lane_bytes == {"ldg": 16}
     assert path.count("LDG") == path.count("LDG.E") == path.count("LDG.E.128") == 1
     assert path.count("LD") == path.count("LDG.E.12") == 0
+    # Outside of the loop: S2R, STG and EXIT.
     assert function.path(None, {"STG": 1}, [loop]).instructions == 3
-    assert function.code.instructions == 12
+    assert function.code.instructions == 12  # all but labels and the NOP
     with pytest.raises(NoPathError, match="no way through the loop passes 2 LDG"):
         function.path(loop, {"LDG": 2})
     with pytest.raises(NoPathError, match="planted: no loop passes 1 HMMA"):
         function.loop_through({"HMMA": 1}, "HMMA")
 
 
+# A loop inside a loop, then another loop with the same instruction.
 NESTED = (
     ".L_x_0:",
     "MOV R1, RZ",
@@ -65,7 +72,7 @@ NESTED = (
     "MUFU.EX2 R4, R4",
     ".L_x_2:",
     "@P2 BRA `(.L_x_0)",
-    ".L_x_3:",  # a loop of another kind, with more instructions a product
+    ".L_x_3:",  # a loop with 3 instructions for one product; the first has 1.5
     "HMMA.16816.F32.BF16 R4, R8, R10, R4",
     "MOV R1, RZ",
     "@P3 BRA `(.L_x_3)",
@@ -75,12 +82,14 @@ NESTED = (
 
 def test_nested_loops_are_counted_apart():
     function = parsed(*NESTED)
+    # Five blocks of the outer loop: its start, the inner loop, a branch, MUFU, the end.
     assert [len(loop.blocks) for loop in function.loops] == [1, 1, 5]
     inner, path = function.loop_through({"HMMA": 1}, "HMMA")
     assert path.instructions == 3
     assert path.units == {"tensor": 2, "control": 1}
     around = function.loop_around(inner)
     assert function.path(around, {}, [inner]).instructions == 3
+    # With MUFU, the path passes all four other blocks, which have one instruction each.
     whole = function.path(around, {"MUFU.EX2": 1}, [inner])
     assert whole.units == {"control": 2, "alu": 1, "mufu": 1}
     rest = function.path(None, {}, [around])
@@ -103,13 +112,15 @@ def test_a_call_costs_what_it_calls():
         *["IMAD R1, R2, R3, R4"] * 3,
         "RET.REL.NODEC R2 `(planted)",
     )
-    # 4 in place, not the call with its own jump and 4 more.
+    # The shortest path has the 4 MOV. The other one is longer: CALL, the 4 instructions
+    # of the function, and a jump.
     assert function.path(None, {}).units == {"alu": 4, "control": 2}
     called = function.path(None, {"CALL": 1}).units
     assert called == {"imad": 3, "control": 5}
 
 
 def test_a_jump_whose_predicate_follows_it_is_conditional():
+    """BRA P0 and BRA.DIV have no predicate in front, but they may fall through."""
     function = parsed(
         ".L_x_0:",
         "MOV R1, RZ",
@@ -125,6 +136,7 @@ def test_a_jump_whose_predicate_follows_it_is_conditional():
     assert function.path(loop, {"SHFL": 1}).instructions == 4
 
 
+# The bytes are those that one lane moves; 4 is the default of other instructions.
 @pytest.mark.parametrize(
     ("opcode", "unit", "size"),
     [
@@ -156,7 +168,8 @@ extern "C" __global__ void sums(const float* x, int n, float* y) {
 """
 
 
-def test_a_compiled_loop_is_found_and_its_text_kept(monkeypatch, tmp_path):
+def test_a_compiled_loop_is_recognised_and_its_text_is_kept(monkeypatch, tmp_path):
+    """The loop of a real kernel has one load and one multiply-add of 4 bytes."""
     monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
     options = ("-arch=sm_90",)
     text = nvrtc.disassembly(PLANTED, options)
@@ -164,11 +177,11 @@ def test_a_compiled_loop_is_found_and_its_text_kept(monkeypatch, tmp_path):
     _, path = function.loop_through({"LDG": 1}, "LDG")
     assert (path.count("LDG"), path.count("FFMA")) == (1, 1)
     assert path.lane_bytes == {"ldg": 4}
-    monkeypatch.setattr(nvrtc, "_compiled", None)  # what follows compiles nothing
+    monkeypatch.setattr(nvrtc, "_compiled", None)  # the next call must not compile
     assert nvrtc.disassembly(PLANTED, options) == text
 
 
-def test_where_nvdisasm_is_missing(monkeypatch, tmp_path):
+def test_a_missing_nvdisasm_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("CUDA_PATH", str(tmp_path))
     nvrtc.folder_with.cache_clear()

@@ -1,4 +1,4 @@
-"""The stand-in for CuPy, each time in a process of its own where it is CuPy."""
+"""The stand-in for CuPy. Each test starts a process that imports it as `cupy`."""
 
 import os
 import signal
@@ -12,8 +12,10 @@ import pytest
 pytestmark = pytest.mark.rehearsal
 
 TESTS = Path(__file__).resolve().parent
+# The stand-in comes first, so that it is found before a real CuPy.
 PATH = os.pathsep.join(map(str, (TESTS / "rehearsal", TESTS, TESTS.parent)))
 
+# A program that launches one kernel, `token_norms`, and does not wait for it.
 CALL = """
 import cupy, numpy as np, qm_cupy as qm
 x = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
@@ -23,7 +25,9 @@ print("launched", flush=True)
 
 
 def started(*command, **planted):
-    faults = {f"QM_CUPY_REHEARSE_{kind}": kernel for kind, kernel in planted.items()}
+    """Start a process; `planted` maps a fault such as HANG to its kernel."""
+    faults = {f"QM_CUPY_REHEARSE_{name}": kernel for name, kernel in planted.items()}
+    # _runtime.py reads these variables.
     environment = os.environ | {"PYTHONPATH": PATH} | faults
     return subprocess.Popen(
         [sys.executable, *command],
@@ -36,6 +40,7 @@ def started(*command, **planted):
 
 
 def output(*command, **planted):
+    """Return the output of a process, which must succeed."""
     process = started(*command, **planted)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
@@ -43,7 +48,9 @@ def output(*command, **planted):
 
 
 def test_checks():
+    """All tests of checks.py pass, and none is skipped."""
     folder = "tests/rehearsal"
+    # Without tests/conftest.py, which leaves this folder out.
     command = "-m", "pytest", "-q", f"--confcutdir={folder}", f"{folder}/checks.py"
     text = output(*command)
     assert " passed" in text
@@ -63,13 +70,14 @@ assert jax.default_backend() == "cpu"
 
 def test_a_planted_wrong_result_shows():
     code = CALL + "print(abs(result.get() - qm.norm_saliency(x)).max() > 0.1)"
+    # Without a fault the interpreted kernel agrees with NumPy.
     assert output("-c", code).split() == ["launched", "False"]
     kernel = "token_norms"
     assert output("-c", code, WRONG=kernel).split() == ["launched", "True"]
 
 
 def test_an_illegal_access_poisons_the_process():
-    """The launch returns; the next wait fails, and so does all that follows."""
+    """The launch returns; the next wait fails, and every later CUDA call fails too."""
     code = (
         CALL
         + """
@@ -93,17 +101,18 @@ for call in calls:
 """
     )
     assert output("-c", code).split() == ["launched"]
-    found = output("-c", code, ILLEGAL="token_norms").split()
-    assert found == ["launched", *["fails"] * 6]
+    words = output("-c", code, ILLEGAL="token_norms").split()
+    assert words == ["launched", *["fails"] * 6]  # all six calls
 
 
 def test_a_hang_cannot_be_interrupted():
+    """As on a GPU: Ctrl-C does not end a wait inside the driver, but SIGKILL does."""
     process = started("-c", CALL + "result.get()\nprint('over')", HANG="token_norms")
     assert process.stdout.readline() == "launched\n"
-    time.sleep(1)
+    time.sleep(1)  # let the process reach the wait
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2)
     process.kill()
     text, _ = process.communicate()
-    assert text == ""
+    assert text == ""  # neither "over" nor a traceback of KeyboardInterrupt

@@ -1,1 +1,1 @@
-"""Arrays: conversion, checks and axes."""
+"""Conversion of arrays, and checks of their dtypes, shapes and values."""

@@ -1,3 +1,9 @@
+"""Checks of arguments. Each raises an error that names the argument and its value.
+
+TypeError is for a wrong dtype or type, ValueError for a wrong shape or value. Values of
+CUDA arrays are not checked, because the CPU would have to wait for the GPU.
+"""
+
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,36 +14,40 @@ from numpy.typing import NDArray
 from ..settings import finite_checked
 from .libraries import is_cuda, may_share_memory
 
-_INT32 = 2**31 - 1  # the most of anything that kernels count
+_INT32 = 2**31 - 1  # the largest count: kernels store counts as int32
 
 
 def check_finite_values(name: str, x: NDArray[Any]) -> None:
-    """Refuse NaN and Inf, saying where the first one is."""
+    """Raise if there is a NaN or Inf; the message has the index of the first one."""
     if not _values_checked(x):
         return
+    # A NaN or Inf makes the sum NaN or Inf, so one pass without a temporary array is
+    # enough if the sum is finite. A sum can also overflow: then every entry is checked.
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(x.sum()):  # one cheap pass; only an overflow looks closer
+        if np.isfinite(x.sum()):
             return
     wrong = np.argwhere(~np.isfinite(x))
     if len(wrong):
-        place = tuple(map(int, wrong[0]))
-        raise ValueError(f"`{name}` must be finite, got {x[place]} at index {place}")
+        index = tuple(map(int, wrong[0]))
+        raise ValueError(f"`{name}` must be finite, got {x[index]} at index {index}")
 
 
 def _values_checked(x: NDArray[Any]) -> bool:
+    """Return whether values are checked: on the CPU, if `check_finite` is on."""
     return finite_checked() and not is_cuda(x)
 
 
 def check_is_array(name: str, x: Any) -> None:
-    """Refuse None and numbers in the place of an array."""
+    """Raise if the argument is None or a number instead of an array."""
     if not hasattr(x, "dtype"):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}")
 
 
 def check_floating(name: str, x: NDArray[Any]) -> None:
-    """Refuse all but float16, bfloat16, float32 and float64."""
+    """Raise unless the dtype is float16, bfloat16, float32 or float64."""
     check_is_array(name, x)
-    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8
+    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8  # without longdouble
+    # ml_dtypes gives bfloat16 the kind "V", so it is recognised by its name.
     if not usual and x.dtype.name != "bfloat16":
         raise TypeError(
             f"`{name}` must be float16, bfloat16, float32 or float64, got {x.dtype}"
@@ -45,31 +55,36 @@ def check_floating(name: str, x: NDArray[Any]) -> None:
 
 
 def check_values(name: str, x: NDArray[Any], *layouts: str) -> None:
-    """Refuse what is not a finite, non-empty float array with axes as in a layout."""
+    """Raise unless the array is floating, finite, not empty and has one of the layouts.
+
+    A layout has one letter per axis, such as "BND".
+    """
     check_floating(name, x)
     check_axes(name, x.shape, *layouts)
     check_finite_values(name, x)
 
 
 def check_axes(name: str, shape: tuple[int, ...], *layouts: str) -> None:
-    """Refuse a shape whose axes are not those of a layout, or are empty but for B."""
+    """Raise if no layout has this number of axes, or an axis other than B is empty."""
+    # Layouts of one call differ in length, so the number of axes identifies the layout.
     if len(shape) not in [len(layout) for layout in layouts]:
         wanted = any_of([f"({', '.join(layout)})" for layout in layouts])
         raise ValueError(f"`{name}` must have shape {wanted}, got {shape}")
     layout = layouts[[len(layout) for layout in layouts].index(len(shape))]
     empty = [axis for axis, size in zip(layout, shape, strict=True) if size == 0]
-    if set(empty) - {"B"}:  # an empty batch is a batch; an empty sequence is a mistake
+    if set(empty) - {"B"}:  # an empty batch is valid; an empty sequence is a mistake
         raise ValueError(f"`{name}` must not be empty, got shape {shape}")
 
 
 def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:
-    """Refuse what is not (N, D) or (B, N, D) floating and finite."""
+    """Raise unless the tokens are (N, D) or (B, N, D), floating and finite."""
     check_values(name, tokens, "ND", "BND")
 
 
 def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) -> None:
-    """Refuse another shape than the wanted one, whose last axes `axes` name."""
+    """Raise unless the shape is the wanted one; `axes` are letters for the error."""
     if x.shape != wanted:
+        # "BN" names (N,) as well: leading letters are dropped for a single sequence.
         letters = ", ".join(axes[len(axes) - len(wanted) :])
         raise ValueError(
             f"`{name}` must have shape ({letters}) = {wanted}, got {tuple(x.shape)}"
@@ -84,9 +99,10 @@ def check_gradient(
     name: str = "gradient",
     mask: NDArray[np.bool_] | None = None,
 ) -> Any:
-    """Return the gradient of a result of the wanted shape, beside the inputs.
+    """Return the gradient of a result as an array of the wanted shape, or raise.
 
-    It may be a number where that shape is (); where a mask is False, anything.
+    If the wanted shape is (), a number is allowed. It becomes an array on the device of
+    `inputs`. Where `mask` is False, the gradient may have any value.
     """
     if wanted == () and not hasattr(gradient, "__dlpack__"):
         number = np.zeros((), np.float64, like=inputs)
@@ -96,31 +112,34 @@ def check_gradient(
     check_shape(name, gradient, axes, wanted)
     seen = gradient
     if mask is not None and _values_checked(gradient):
+        # Padding has no effect on the gradients of the inputs, so NaN there is allowed.
         seen = np.where(mask, gradient, gradient.dtype.type(0))
     check_finite_values(name, seen)
     return gradient
 
 
 def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
-    """Refuse a mask that is not boolean (B, N) or leaves a sequence without tokens."""
+    """Raise if a mask is not boolean (B, N) or leaves a sequence without tokens."""
     if mask is None:
         return
     check_is_array("mask", mask)
     if mask.dtype != np.bool_:
         raise TypeError(f"`mask` must be boolean (True = token), got {mask.dtype}")
     check_shape("mask", mask, "BN", wanted)
-    if is_cuda(mask):
+    if is_cuda(mask):  # to read values would wait for the GPU
         return
     empty = np.argwhere(~mask.any(axis=-1))
     if len(empty):
         where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
-        raise ValueError(f"`mask` must leave at least one token, but {where} has none")
+        raise ValueError(
+            f"`mask` must leave at least one token, but {where} has none (True = token)"
+        )
 
 
 def check_mass(
     mass: NDArray[Any] | None, wanted: tuple[int, ...], name: str = "mass"
 ) -> None:
-    """Refuse weights that are not finite, non-negative and of shape (B, N)."""
+    """Raise unless weights are finite, non-negative and of shape (B, N)."""
     if mass is None:
         return
     check_floating(name, mass)
@@ -130,26 +149,33 @@ def check_mass(
 
 
 def check_not_negative(name: str, x: NDArray[Any]) -> None:
-    """Refuse negative entries."""
+    """Raise if there is a negative entry."""
     if _values_checked(x) and x.size and x.min() < 0:
-        place = tuple(map(int, np.unravel_index(x.argmin(), x.shape)))
-        raise ValueError(f"`{name}` must be ≥ 0, got {x[place]} at index {place}")
+        index = tuple(map(int, np.unravel_index(x.argmin(), x.shape)))
+        raise ValueError(f"`{name}` must be ≥ 0, got {x[index]} at index {index}")
 
 
 def check_scores(largest: float) -> None:
-    """Refuse values whose products leave float64."""
+    """Raise if attention scores could leave the range of float64."""
     if largest >= 1e300:
-        raise ValueError("the values are too large: their attention scores overflow")
+        raise ValueError(
+            "the values are too large: their attention scores overflow; scale the "
+            "values down"
+        )
 
 
 def check_num_groups(
     num_groups: Any,
     batch: tuple[int, ...],
-    most: Any = None,
+    limits: Any = None,
     name: str = "num_groups",
 ) -> NDArray[np.int64]:
-    """Return K of every sequence (shape `batch`), each within 1..`most`."""
-    unlimited = most is None or is_cuda(most)  # of a mask on a GPU: not looked at
+    """Return K of every sequence (shape `batch`), each within 1 and its limit.
+
+    `limits` is the number of tokens: one for all sequences, or one per sequence.
+    """
+    # Limits that come from a mask on a GPU are not read: the CPU would have to wait.
+    unlimited = limits is None or is_cuda(limits)
     if is_per_sequence(num_groups):
         if num_groups.dtype.kind not in "iu":
             raise TypeError(f"`{name}` must be integers, got {num_groups.dtype}")
@@ -158,26 +184,30 @@ def check_num_groups(
     else:
         count = check_integer(name, num_groups)
         counts = np.full(batch, count, dtype=np.int64)
-        limit = _INT32 if unlimited else most
+        limit = _INT32 if unlimited else limits
         if not isinstance(limit, int):
             limit = int(np.min(limit, initial=_INT32))
+        # The usual case, without an array of comparisons: one K for all sequences.
         if 1 <= count <= limit:
             return counts
-    limits = np.asarray(_INT32 if unlimited else most)
-    wrong = (counts < 1) | (counts > limits)
+    maxima = np.asarray(_INT32 if unlimited else limits)  # () or (B,)
+    wrong = (counts < 1) | (counts > maxima)
     if wrong.any():
-        at = tuple(np.argwhere(wrong)[0])
-        limit = np.broadcast_to(limits, counts.shape)
-        where = f" for sequence {int(at[0])}" if at and limits.ndim else ""
+        at = tuple(np.argwhere(wrong)[0])  # index of the first wrong sequence
+        limit = np.broadcast_to(maxima, counts.shape)
+        where = f" for sequence {int(at[0])}" if at and maxima.ndim else ""
         top = ".." if unlimited else f"..{limit[at]} (its tokens)"
         raise ValueError(f"`{name}` must lie in 1{top}{where}, got {counts[at]}")
     return counts
 
 
 class GroupCounts(NamedTuple):
-    """K of every sequence (B,), and the largest: of an empty batch too, if K is one."""
+    """K of every sequence, and the largest K.
 
-    counts: NDArray[np.int64]
+    If one K is given for all sequences, `max_groups` is this K for an empty batch too.
+    """
+
+    counts: NDArray[np.int64]  # (B,)
     max_groups: int
 
 
@@ -187,19 +217,20 @@ def check_group_counts(
     limit: Any = None,
     name: str = "num_groups",
 ) -> GroupCounts:
-    """Return K of every sequence as `check_num_groups` does, and the largest."""
+    """Return K of every sequence as `check_num_groups` does, and the largest K."""
     counts = check_num_groups(num_groups, batch, limit, name)
     several = is_per_sequence(num_groups)
     return GroupCounts(counts, int(counts.max(initial=0) if several else num_groups))
 
 
 def is_per_sequence(count: Any) -> bool:
-    """Whether a count is an array of one per sequence rather than one for all."""
+    """Return whether a count is an array with one value per sequence."""
     return isinstance(count, np.ndarray) and count.ndim > 0
 
 
 def check_integer(name: str, value: Any) -> int:
-    """Return a Python integer; bool, float and arrays of several are refused."""
+    """Return a Python integer; raise for a bool, a float or an array of several."""
+    # `operator.index` accepts True as 1, but a bool is a likely mistake.
     if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
         raise TypeError(f"`{name}` must be an integer, got a bool")
     try:
@@ -211,7 +242,7 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def check_seed(seed: Any) -> int:
-    """Return a seed within 0..2⁶⁴ - 1."""
+    """Return a seed within 0..2⁶⁴ - 1, the 64-bit key of Philox4x32-10."""
     value = check_integer("seed", seed)
     if not 0 <= value < 2**64:
         raise ValueError(f"`seed` must lie in 0..2**64 - 1, got {value}")
@@ -219,20 +250,21 @@ def check_seed(seed: Any) -> int:
 
 
 def check_number(name: str, value: Any, low: float, high: float, closed: str) -> float:
-    """Return a float within an interval; `closed` is its brackets, such as "(]"."""
+    """Return a float within an interval; `closed` has its brackets, such as "(]"."""
+    # A tensor is not a number, even if it has no axes.
     if isinstance(value, bool) or not isinstance(value, float | int | np.number):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     number = float(value)
     above = number >= low if closed[0] == "[" else number > low
     below = number <= high if closed[1] == "]" else number < high
-    if not (above and below):
+    if not (above and below):  # NaN fails both comparisons
         interval = f"{closed[0]}{low:g}, {high:g}{closed[1]}"
         raise ValueError(f"`{name}` must lie in {interval}, got {value}")
     return number
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a word that is not one of the choices."""
+    """Raise if the value is not one of the choices."""
     if value not in choices:
         wanted = any_of([f'"{choice}"' for choice in choices])
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
@@ -243,24 +275,27 @@ def check_labels(
     wanted: tuple[int, ...] | None,
     counts: NDArray[np.int64] | int,
 ) -> None:
-    """Refuse labels that are not integers within -1..K-1 of shape (B, N)."""
+    """Raise unless labels are integers within -1..K-1 of the wanted shape (B, N).
+
+    If `wanted` is None, any shape (N,) or (B, N) is allowed.
+    """
     check_is_array("labels", labels)
-    if labels.dtype.kind not in "iu":
+    if labels.dtype.kind not in "iu":  # signed or unsigned, of any width
         raise TypeError(f"`labels` must be integers, got {labels.dtype}")
     if wanted is None and (labels.ndim not in (1, 2) or labels.shape[-1] == 0):
         raise ValueError(f"`labels` must have shape (N) or (B, N), got {labels.shape}")
     if wanted is not None:
         check_shape("labels", labels, "BN", wanted)
-    if is_cuda(labels) or labels.size == 0:
+    if is_cuda(labels) or labels.size == 0:  # an empty array has no minimum
         return
-    low, high = labels.min(axis=-1), labels.max(axis=-1)
-    wrong = np.argwhere((low < -1) | (high >= counts))
+    low, high = labels.min(axis=-1), labels.max(axis=-1)  # () or (B,)
+    wrong = np.argwhere((low < -1) | (high >= counts))  # -1 is padding
     if len(wrong):
-        at = tuple(wrong[0])
+        at = tuple(wrong[0])  # the first wrong sequence
         where = f" in sequence {int(at[0])}" if at else ""
-        most = np.broadcast_to(counts, high.shape)[at] - 1
+        last = np.broadcast_to(counts, high.shape)[at] - 1
         got = f"{low[at]}..{high[at]}"
-        raise ValueError(f"`labels` must lie in -1..{most}, got {got}{where}")
+        raise ValueError(f"`labels` must lie in -1..{last}, got {got}{where}")
 
 
 def check_out(
@@ -271,39 +306,45 @@ def check_out(
     name: str = "out",
     axes: str = "BND",
 ) -> None:
-    """Refuse an `out` that does not fit, cannot be written or lies in an input."""
+    """Raise if `out` has a wrong shape or dtype, is read-only or overlaps an input."""
     if out is None:
         return
     check_is_array(name, out)
     check_shape(name, out, axes, wanted)
     if out.dtype != dtype:
         raise TypeError(f"`{name}` must be {dtype}, got {out.dtype}")
+    # A kernel writes `out` directly, so it needs the layout of a fresh result. CuPy's
+    # flags have no `writeable`: its arrays can always be written.
     if not (out.flags.c_contiguous and getattr(out.flags, "writeable", True)):
         raise ValueError(f"`{name}` must be C-contiguous and writeable")
     on_host = isinstance(out, np.ndarray)
     overlap = np.may_share_memory if on_host else may_share_memory
+    # Some threads of a kernel may still read an input while others write the result.
     if any(x is not None and overlap(out, x) for x in inputs):
-        raise ValueError(f"`{name}` must not share memory with an input")
+        raise ValueError(
+            f"`{name}` must not share memory with an input: pass a separate array"
+        )
 
 
 def any_of(words: Sequence[str]) -> str:
+    """Return "a, b or c" for error messages."""
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def check_counts(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
-    """Return how many of the tokens (..., K, D) of each sequence are no padding."""
-    most = tokens.shape[-2]
+    """Return the number of tokens (..., K, D) of each sequence that are not padding."""
+    limit = tokens.shape[-2]
     return check_num_groups(
-        most if num_groups is None else num_groups, tokens.shape[:-2], most
+        limit if num_groups is None else num_groups, tokens.shape[:-2], limit
     )
 
 
 def check_positions(
     name: str, positions: NDArray[Any] | None, wanted: tuple[int, ...], learned: int
 ) -> None:
-    """Refuse what is not integer (B, K), or beyond the `learned` ones, if any are."""
+    """Raise unless positions are integers (B, K) below `learned`; 0 means no bound."""
     if positions is None:
         return
     if positions.dtype.kind not in "iu":
@@ -311,18 +352,19 @@ def check_positions(
     check_shape(name, positions, "BK", wanted)
     if not learned or is_cuda(positions) or not positions.size:
         return
+    # The prior has one learned vector per position, and none beyond the last.
     if positions.max() >= learned:
         raise ValueError(
-            f"`{name}` must be below the {learned} that the prior has learned, "
-            f"got {positions.max()}"
+            f"`{name}` must be below {learned}, the number of positions that the prior "
+            f"has learned, got {positions.max()}"
         )
 
 
 def check_sizes(name: str, sizes: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
-    """Refuse what is not a number of tokens (B, K), at least 0."""
+    """Raise unless sizes are non-negative numbers of tokens of shape (B, K)."""
     if sizes is None:
         return
-    if sizes.dtype.kind not in "iu":
+    if sizes.dtype.kind not in "iu":  # floating sizes are allowed if they are finite
         check_floating(name, sizes)
         check_finite_values(name, sizes)
     check_shape(name, sizes, "BK", wanted)

@@ -1,4 +1,8 @@
-"""Conversion: arrays of any library come in through DLPack and leave as they came."""
+"""Conversion of arrays of any library to NumPy or CuPy and back, through DLPack.
+
+A public function calls `enter` once. Everything below it works on NumPy or CuPy arrays
+only, and ``leave`` converts the results to the caller's library.
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -7,25 +11,27 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from .libraries import CUDA, give_inside, library
 
-Array = TypeVar("Array", bound=Any)  # T -> T: the caller gets back what came in
-# Arrays of the first array's library, but of another dtype. No type can say the former,
-# so type checkers let users say the latter: ``labels: NDArray[np.int32] = ...``.
+Array = TypeVar("Array", bound=Any)  # the result has the type of the input
+# Results of the caller's library that have another dtype than the input. No type
+# expression can name "the same library", so these are Any, and users may annotate the
+# result with its dtype: ``labels: NDArray[np.int32] = ...``.
 IntArray = Any
 BoolArray = Any
 FloatArray = Any
 P = ParamSpec("P")
 Result = TypeVar("Result")
-Leave = Callable[[Any], Any]
+Leave = Callable[[Any], Any]  # converts one result to the caller's library
 
-_HOST = 1, 3  # DLPack's kDLCPU and kDLCUDAHost
+_HOST = 1, 3  # DLPack's kDLCPU and kDLCUDAHost (pinned memory of the CPU)
 
 
 def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Let a public function work on the device and in the stream of its first array.
+    """Run a public function on the device and stream of its first array.
 
-    For torch that is its current stream: its allocator then needs no notice, and a
-    graph that it captures holds the work. For CuPy it is CuPy's current stream, as it
-    is for all others, which DLPack orders before and after it.
+    For a torch tensor this is torch's current stream. Torch's allocator frees memory in
+    the order of that stream, so no `record_stream` is needed, and a CUDA graph that
+    torch captures contains the work. For all other libraries it is CuPy's current
+    stream. DLPack orders the work of such a library before and after this stream.
     """
 
     @functools.wraps(function)
@@ -40,12 +46,15 @@ def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
 
 
 def scope_of(values: Iterable[Any]) -> AbstractContextManager[Any] | None:
-    """Return a context on the device and stream of the first array, if it needs one."""
+    """Return a context for the device and stream of the first array, or None.
+
+    None means that the current device and stream are the right ones.
+    """
     for x in values:
         first = x[0] if isinstance(x, tuple) and x else x  # the tokens of a `Merged`
         if hasattr(first, "__dlpack__"):
             return library(first).scope(first)
-    return None
+    return None  # no array: the function itself raises the error
 
 
 def enter(
@@ -57,7 +66,7 @@ def enter(
 ) -> tuple[Any, ...]:
     """Return ``leave`` and every argument as a NumPy or CuPy array, in their order.
 
-    Arguments are given by their names, which errors use; None stays None. All arrays
+    The keys are the argument names that error messages use. None stays None. All arrays
     must be of one library and on one device. ``leave`` converts a result to the library
     of the first array.
 
@@ -66,13 +75,15 @@ def enter(
     arrays : mapping
         Arrays to read.
     counts : mapping, optional
-        Numbers, or arrays of any library on any device. Arrays become NumPy's: the
-        shapes of results depend on them.
+        Numbers, or arrays of any library on any device. Arrays become NumPy arrays,
+        because the shapes of results depend on their values.
     gradients : mapping, optional
-        Arrays to read, or numbers, which stay as they are.
+        Arrays to read, or numbers. Numbers stay unchanged.
     outputs : mapping, optional
         Arrays to write to.
     """
+    # First prepare and compare all arguments, so that a wrong one is refused before any
+    # conversion. `prepared` has the order of the arguments; the first is the example.
     prepared = {name: _prepare(name, x) for name, x in arrays.items() if x is not None}
     for name, x in (gradients or {}).items():
         if hasattr(x, "__dlpack__"):
@@ -87,7 +98,8 @@ def enter(
     example = next(iter(prepared.values()), None)
     for name, x in (counts or {}).items():
         if hasattr(x, "__dlpack__"):
-            example = x if example is None else example
+            example = x if example is None else example  # a function of counts alone
+            # This waits for the GPU, but the shapes of results need the values.
             x = _bring_in(name, _prepare(name, x), to_host=True)
         values.append(x)
     values += [inside.get(name, x) for name, x in (gradients or {}).items()]
@@ -96,65 +108,77 @@ def enter(
 
 
 def deliver(leave: Leave, result: Any, out: Any, target: Any) -> Any:
-    """Return the result, through the caller's `out` (inside: `target`) if given."""
+    """Return the result, or write it to the caller's `out` and return `out`.
+
+    `target` is `out` as a NumPy or CuPy array; both have the same memory.
+    """
     if out is None:
         return leave(result)
-    if target is not result:  # a kernel has written it already
+    if target is not result:  # else a kernel has written it already
         target[...] = result
     return out
 
 
 def _prepare(name: str, x: Any, *, output: bool = False) -> Any:
+    """Return an array that can be exported through DLPack, or raise."""
     if not hasattr(x, "__dlpack__"):
         raise TypeError(
-            f"`{name}` must be an array (NumPy's, or one that speaks DLPack), "
+            f"`{name}` must be an array of NumPy or another library with DLPack, "
             f"got {type(x).__module__}.{type(x).__qualname__}"
         )
     return library(x).prepare(name, x, output)
 
 
-def _check_alike(given: Mapping[str, Any]) -> None:
-    """Refuse arrays of several libraries, or on several devices, naming them all."""
-    libraries = {name: library(x).name for name, x in given.items()}
+def _check_alike(arrays: Mapping[str, Any]) -> None:
+    """Raise if arrays are of several libraries or on several devices."""
+    # A result goes back to one library on one device, so the inputs must agree.
+    libraries = {name: library(x).name for name, x in arrays.items()}
     if len(set(libraries.values())) > 1:
-        got = ", ".join(f"`{name}` of {found}" for name, found in libraries.items())
+        got = ", ".join(f"`{name}` of {origin}" for name, origin in libraries.items())
         raise TypeError(f"arrays must come from one library, got {got}")
-    devices = {name: _spelled(*_device(name, x)) for name, x in given.items()}
+    devices = {name: _device_name(*_device(name, x)) for name, x in arrays.items()}
     if len(set(devices.values())) > 1:
-        got = ", ".join(f"`{name}` on {found}" for name, found in devices.items())
+        got = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
         raise ValueError(f"arrays must be on one device, got {got}")
 
 
 def _device(name: str, x: Any) -> tuple[int, int]:
+    """Return DLPack's device type and device number of an array."""
     try:
-        kind, number = library(x).device(x)
+        device_type, number = library(x).device(x)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         _refuse(name, error)
-    if kind not in (*_HOST, CUDA):
-        raise ValueError(f"`{name}` must be in the memory of a CPU or a CUDA device")
-    return kind, number
+    if device_type not in (*_HOST, CUDA):
+        raise ValueError(
+            f"`{name}` must be in the memory of a CPU or a CUDA device, got DLPack "
+            f"device type {device_type}"
+        )
+    return device_type, number
 
 
 def _refuse(name: str, error: Exception) -> NoReturn:
-    """Raise for an array that cannot be exported; a GPU's own failure stays what it is.
+    """Raise TypeError for an array that cannot be exported; re-raise errors of CUDA.
 
-    CuPy's errors of CUDA, and torch's, are RuntimeErrors too.
+    CUDA errors of CuPy and torch are RuntimeErrors too. They mean that the GPU failed,
+    not that the argument is wrong.
     """
     if "cudaError" in str(error) or "CUDA error" in str(error):
         raise error
     raise TypeError(f"`{name}` cannot be read through DLPack: {error}") from error
 
 
-def _spelled(kind: int, number: int) -> str:
-    return "the CPU" if kind in _HOST else f"CUDA device {number}"
+def _device_name(device_type: int, number: int) -> str:
+    return "the CPU" if device_type in _HOST else f"CUDA device {number}"
 
 
 def _bring_in(name: str, x: Any, *, to_host: bool = False) -> Any:
-    kind, _ = _device(name, x)
-    cupy = None if kind in _HOST else _cupy(name)
+    """Return an array as NumPy or CuPy, without a copy unless it goes to the CPU."""
+    device_type, _ = _device(name, x)
+    cupy = None if device_type in _HOST else _cupy(name)
     try:
         if cupy is None:
             return library(x).to_numpy(name, x)
+        # DLPack makes CuPy's current stream wait for the work of the exporting library.
         inside = cupy.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
         _refuse(name, error)
@@ -162,17 +186,18 @@ def _bring_in(name: str, x: Any, *, to_host: bool = False) -> Any:
 
 
 def _cupy(name: str) -> Any:
+    """Import CuPy, which only arrays on a GPU need."""
     try:
         import cupy
     except ImportError as error:
         raise ImportError(
-            f"`{name}` is on a CUDA device, which takes CuPy: "
-            'pip install "qm-cupy[cuda13]" (or cuda12)'
+            f"`{name}` is on a CUDA device, which needs CuPy: "
+            'pip install "qm-cupy[cuda13]" (or "qm-cupy[cuda12]")'
         ) from error
     return cupy
 
 
 def _leave(example: Any) -> Leave:
-    """Return how to give results back to the caller's library."""
+    """Return the function that converts results to the library of `example`."""
     give_back = library(example).give_back
     return lambda x: give_back(x, example)

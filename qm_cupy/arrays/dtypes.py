@@ -1,4 +1,4 @@
-"""Dtypes: of sums, and how to round to what came in."""
+"""Dtypes of sums, and rounding to the dtype of the input."""
 
 from typing import Any
 
@@ -7,16 +7,22 @@ from numpy.typing import NDArray
 
 
 def accumulation_dtype(dtype: Any) -> np.dtype[Any]:
-    """Return `acc_t`: float64 for float64, float32 for everything narrower."""
+    """Return the dtype of sums: float64 for float64, float32 for narrower dtypes.
+
+    In the kernels it is the type `acc_t`.
+    """
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def narrow(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round to the dtype that came in, infinite where that does not reach."""
-    with np.errstate(over="ignore"):
+    """Round to a narrower dtype; a value beyond its range becomes infinite."""
+    with np.errstate(over="ignore"):  # infinity is the result, so no warning is needed
         return x.astype(dtype)
 
 
 def copyable(x: NDArray[Any]) -> NDArray[Any]:
-    """Return bfloat16 as int16: CuPy's `where` has no loop for it and widens it."""
+    """Return bfloat16 as int16, for functions that only copy elements.
+
+    CuPy's `where` has no loop for bfloat16 and would widen it.
+    """
     return x.view(np.int16) if x.dtype.name == "bfloat16" else x

@@ -1,4 +1,4 @@
-"""Axes: which of them an array has, and masks that fit them."""
+"""The axes that an array has, and masks of the same shape."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .checks import any_of, check_mask
 
+# Shapes of the sources of saliency, one letter per axis: d is the width of a head.
 _LAYOUTS = {
     "hidden_states": ("BND", "LBND"),
     "attention": ("BNN", "LBNN", "LBHNN"),
@@ -18,7 +19,7 @@ _LAYOUTS = {
 
 
 def layer_axes(leading: Sequence[int]) -> tuple[int, int, int]:
-    """Return L, B and H of leading axes (), (B), (L, B) or (L, B, H)."""
+    """Return L, B and H of leading axes (), (B), (L, B) or (L, B, H); 1 if absent."""
     layers = leading[0] if len(leading) > 1 else 1
     batch = leading[1] if len(leading) > 1 else math.prod(leading)
     return layers, batch, leading[2] if len(leading) > 2 else 1
@@ -27,18 +28,19 @@ def layer_axes(leading: Sequence[int]) -> tuple[int, int, int]:
 def expand_mask(
     mask: NDArray[np.bool_] | None, shape: tuple[int, ...]
 ) -> NDArray[np.bool_] | None:
-    """Return a (B, N) mask as one of shape (N), (B, N), (L, B, N) or (L, B, H, N)."""
+    """Broadcast a (B, N) mask to (N,), (B, N), (L, B, N) or (L, B, H, N)."""
     if mask is None:
         return None
-    batch = shape[-2:-1] if len(shape) < 4 else shape[1:2]
+    batch = shape[-2:-1] if len(shape) < 4 else shape[1:2]  # (B,), or () for one
     check_mask(mask, (*batch, shape[-1]))
     if len(shape) == 4:
-        mask = mask[:, None]
-    return np.broadcast_to(mask, shape)
+        mask = mask[:, None]  # (B, 1, N)
+    return np.broadcast_to(mask, shape)  # a view: every layer and head has this mask
 
 
 def saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:
-    """Return (N,) or (B, N)."""
+    """Return the shape of the saliency, (N,) or (B, N), without layers and heads."""
+    # (L, B, N) and (L, B, H, N) have B second; (B, N) and (N,) have it first or not.
     leading = entropy.shape[1:2] if entropy.ndim > 2 else entropy.shape[:-1]
     return (*leading, entropy.shape[-1])
 
@@ -46,17 +48,18 @@ def saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:
 def iter_sequences(
     leading: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> Iterator[tuple[tuple[int, ...], NDArray[np.bool_] | None]]:
-    """Yield the index of every sequence with its tokens' mask."""
+    """Yield the index of every sequence and the mask of its tokens."""
     for index in np.ndindex(leading):
         yield index, None if mask is None else mask[index]
 
 
 def rows_of(x: Any) -> tuple[int, int]:
+    """Return the number of rows along the last axis, and their length."""
     return x.size // x.shape[-1], x.shape[-1]
 
 
 def num_valid(shape: tuple[int, ...], mask: NDArray[np.bool_] | None) -> Any:
-    """Return the number of tokens of (B, N): N, or per sequence under a mask."""
+    """Return the number of tokens: N, or with a mask one number per sequence (B,)."""
     return shape[-1] if mask is None else mask.sum(axis=-1)
 
 
@@ -67,12 +70,14 @@ def check_source(
     tokens: tuple[int, ...],
     layouts: Sequence[str],
 ) -> None:
-    """Refuse a source of saliency whose B and N are not those of the tokens."""
+    """Raise if B and N of a source of saliency differ from those of the tokens."""
     batch = tokens[0] if len(tokens) == 3 else 1
     if lifted.ndim in map(len, layouts):
-        found = lifted.shape[0 if lifted.ndim == 3 else 1], lifted.shape[-2]
-        if found == (batch, tokens[-2]):
+        # B is the first axis, or the second after L; N is the last axis but one.
+        actual = lifted.shape[0 if lifted.ndim == 3 else 1], lifted.shape[-2]
+        if actual == (batch, tokens[-2]):
             return
+    # The error shows the layouts as the caller sees them: without B for one sequence.
     axes = "BN" if len(tokens) == 3 else "N"
     spelled = [
         layout if len(tokens) == 3 else layout.replace("B", "") for layout in layouts
@@ -85,10 +90,13 @@ def check_source(
 
 
 def lift_source(name: str, source: NDArray[Any], tokens: NDArray[Any]) -> NDArray[Any]:
-    """Put in the batch axis that one sequence leaves out, after that of layers."""
+    """Insert the batch axis, which the arrays of one sequence do not have.
+
+    It comes after the axis of layers.
+    """
     single = tokens.ndim == 2
     lifted = source
-    if single and source.ndim > 1:
+    if single and source.ndim > 1:  # (N, D) -> (1, N, D), (L, N, D) -> (L, 1, N, D)
         lifted = source[None] if source.ndim == 2 else source[:, None]
     check_source(name, source, lifted, tokens.shape, _LAYOUTS[name])
     return lifted

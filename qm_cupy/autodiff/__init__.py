@@ -1,1 +1,1 @@
-"""Operations as torch and JAX differentiate and trace them."""
+"""Declarations of operations, and their versions for torch and JAX."""

@@ -1,4 +1,8 @@
-"""The operations as JAX knows them: for its gradients, and in what it traces."""
+"""The operations as JAX functions, for `jax.grad`, `jax.jit` and `jax.vmap`.
+
+Each operation is a function with a `custom_vjp`. Its static arguments are the name, the
+options and the settings at the time of tracing, all of which must be hashable.
+"""
 
 import functools
 from collections.abc import Callable
@@ -16,74 +20,79 @@ from .operations import OPERATIONS, Operation, check_option
 Arrays = tuple[jax.Array | None, ...]
 
 
-def apply(operation: Operation, given: dict[str, Any]) -> Any:
+def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
     """Call an operation with its arguments by name."""
-    given = dict(given)
+    arguments = dict(arguments)
     if operation.counts:
         name = operation.counts.rstrip("?")
-        counts = _split_count(operation.counts, given[name])
-        given["counts"], given["max_groups"] = counts
-    arrays = tuple(check_array(x, given[x.rstrip("?")]) for x in operation.arrays)
-    options = tuple(_option(x, given[x.split()[-1]]) for x in operation.options)
+        counts = _split_count(operation.counts, arguments[name])
+        arguments["counts"], arguments["max_groups"] = counts
+    # Arrays in the order of the table; options as hashable Python values.
+    arrays = tuple(check_array(x, arguments[x.rstrip("?")]) for x in operation.arrays)
+    options = tuple(_option(x, arguments[x.split()[-1]]) for x in operation.options)
     if operation.counts:
-        options += (given["max_groups"],)
+        options += (arguments["max_groups"],)
     inputs = len(operation.inputs)
+    # A callback may run later, in another thread, so the settings travel with the call.
     static = operation.name, options, snapshot()
     return _apply(*static, arrays[:inputs], arrays[inputs:])
 
 
 def masked_copy(x: Any, mask: jax.Array | None) -> jax.Array:
-    """Return an array in float32 at least that is 0 where a mask is False."""
+    """Return an array in float32 or float64 that is 0 where a mask is False."""
     x = jnp.asarray(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # JAX arrays are immutable, so a copy is not needed without a mask.
     return wide if mask is None else wide * mask
 
 
 def check_known(name: str, value: Any) -> None:
-    """Refuse a tracer."""
+    """Raise if the value is a tracer."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
             f"`{name}` is a JAX tracer, but must be known while tracing: "
-            "see `static_argnames` of jax.jit"
+            "name it in `static_argnames` of jax.jit"
         )
 
 
 def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | None]:
-    """Return one count for each sequence, or None, and the largest count."""
+    """Return one count per sequence, or None, and the largest count."""
     name = declared.rstrip("?")
     if count is None and name != declared:
         return None, None
     if isinstance(count, jax.Array) and name != declared:
         if count.dtype.kind not in "iu":
             raise TypeError(f"`{name}` must be integers, got {count.dtype}")
-        return count, None
-    check_known(name, count)
+        return count, None  # no shape depends on it, so it may be a tracer
+    check_known(name, count)  # the shape of the result depends on it
     if getattr(count, "ndim", 0) == 0:
         number = check_integer(name, count)
         if number < 1:
             raise ValueError(f"`{name}` must lie in 1.., got {number}")
         return None, number
-    counts = np.asarray(count)
+    counts = np.asarray(count)  # (B,), on the CPU
     if counts.dtype.kind not in "iu":
         raise TypeError(f"`{name}` must be integers, got {counts.dtype}")
     return jnp.asarray(counts.astype(np.int32)), int(counts.max(initial=0))
 
 
 def check_array(declared: str, x: Any) -> Any:
-    """Return a JAX array, of NumPy's too, or None where "?" allows it."""
+    """Return a JAX array, also of a NumPy array, or None if "?" allows it."""
     name = declared.rstrip("?")
     if isinstance(x, jax.Array) or (x is None and name != declared):
         return x
-    if isinstance(x, np.ndarray | np.generic):
+    if isinstance(x, np.ndarray | np.generic):  # such as labels beside a tracer
         return jnp.asarray(x)
     raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
 
 
 def _option(declared: str, value: Any) -> Any:
+    """Return an option as a Python value, which JAX can hash; raise for a tracer."""
     check_known(declared.split()[-1], value)
     return check_option(declared, value)
 
 
+# Arguments 0, 1 and 2 are static Python values, which JAX does not trace.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _apply(
     name: str,
@@ -92,6 +101,7 @@ def _apply(
     inputs: Arrays,
     constants: Arrays,
 ) -> Any:
+    """Run an operation on arrays with values, or add a callback for tracers."""
     operation = OPERATIONS[name]
 
     def run(inputs: Arrays, constants: Arrays) -> Any:
@@ -109,8 +119,9 @@ def _forward(
     inputs: Arrays,
     constants: Arrays,
 ) -> tuple[Any, tuple[Arrays, Arrays]]:
+    """Return the results, and the arrays that the backward needs."""
     result = _apply(name, options, settings, inputs, constants)
-    return result, (inputs, constants)
+    return result, (inputs, constants)  # the product computes forward values again
 
 
 def _backward(
@@ -120,13 +131,15 @@ def _backward(
     kept: tuple[Arrays, Arrays],
     gradient: Any,
 ) -> tuple[Arrays, None]:
-    if not OPERATIONS[name].inputs:
+    """Return the gradients of the inputs, and None for the constants."""
+    if not OPERATIONS[name].inputs:  # labels and counts have no gradient
         return (), None
     gradients = gradient if isinstance(gradient, tuple) else (gradient,)
-    arrays = tuple(map(jnp.asarray, gradients))
+    arrays = tuple(map(jnp.asarray, gradients))  # one for each result
     return _gradients(name, options, settings, arrays, *kept), None
 
 
+# With a rule of its own that raises: a product has no gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gradients(
     name: str,
@@ -136,11 +149,13 @@ def _gradients(
     inputs: Arrays,
     constants: Arrays,
 ) -> Arrays:
+    """Run the vector–Jacobian product under the settings of the forward."""
     operation = OPERATIONS[name]
 
     def run(gradients: Arrays, inputs: Arrays, constants: Arrays) -> Arrays:
         with restored(settings):
             results = operation.run_vjp(gradients, *inputs, *constants, *options)
+        # JAX requires the dtype of the input, and None for an input that is None.
         pairs = zip(results, inputs, strict=True)
         return tuple(None if x is None else g.astype(x.dtype) for g, x in pairs)
 
@@ -159,13 +174,17 @@ _gradients.defvjp(_no_second, _no_second)
 
 
 def _call(function: Callable[..., Any], results: Any, *arrays: Any) -> Any:
-    """Call the library: at once, or where arrays are tracers, when they have values."""
+    """Call a function now, or add a callback if an array is a tracer.
+
+    `results` has the shapes and dtypes, which JAX needs before it calls back.
+    """
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         return function(*arrays)
 
-    def on_host(*given: Any) -> Any:
-        return function(*jax.tree.map(np.asarray, given))
+    def on_host(*values: Any) -> Any:
+        return function(*jax.tree.map(np.asarray, values))
 
+    # "sequential": under `jax.vmap` the library is called once for each example.
     return jax.pure_callback(on_host, results, *arrays, vmap_method="sequential")
 
 
@@ -175,7 +194,8 @@ def _results(
     constants: Arrays,
     options: tuple[Any, ...],
 ) -> Any:
-    """Return the shapes and dtypes of what the operation returns."""
+    """Return the shapes and dtypes of the results, without computing them."""
+    # The same rules as in torch's fake operators, from the operator table.
     dtype: Any = np.dtype(np.int32)
     if operation.dtype != "int32":
         dtypes = [x.dtype for x in inputs if x is not None]

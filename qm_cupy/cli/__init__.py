@@ -1,1 +1,1 @@
-"""The command line `qm-cupy`."""
+"""The commands of the command line `qm-cupy`."""

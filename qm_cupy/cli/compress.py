@@ -1,4 +1,8 @@
-"""The command `compress`: a file of tokens, worked on a few sequences at a time."""
+"""The command `compress`: merge a file of tokens, a few sequences at a time.
+
+A file may be larger than memory: only one chunk of it and the small arrays of the
+results are in memory.
+"""
 
 import argparse
 import functools
@@ -24,44 +28,85 @@ from ..stages.clustering.labels import ORDERS
 from .options import add_budget, add_method, add_seed
 from .progress import Step, progress
 
-CHUNK_BYTES = 64 * 2**20  # of tokens worked on at a time
+CHUNK_BYTES = 64 * 2**20  # tokens that are merged at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Merge the tokens (N, D) or (B, N, D) of a file into an .npz."
+    """Add the options of `compress`, which are those of `quickmerge`."""
+    parser.description = (
+        "Merge the tokens (N, D) or (B, N, D) of a file. The result is written to "
+        "OUT.npz, with the arrays tokens, labels, sizes, positions, saliency and mass. "
+        "--weights selects the weights of the merge (default: mass). --device selects "
+        "the CPU or a GPU; by default a GPU is used if CuPy finds one."
+    )
     add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help=".npy, .npz or .safetensors")
+    add(
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="file that contains the tokens: .npy, .npz or .safetensors",
+    )
     add_budget(parser)
     add("-o", "--output", type=Path, required=True, metavar="OUT.npz")
-    add("--key", metavar="NAME", help='the tokens in INPUT (default: "tokens")')
-    add("--mask", metavar="NAME", help="a boolean (B, N) in INPUT, True = token")
+    add(
+        "--key",
+        metavar="NAME",
+        help='name of the token array in INPUT (default: "tokens", or the only array)',
+    )
+    add(
+        "--mask",
+        metavar="NAME",
+        help="name of a boolean array (B, N) in INPUT; True = token, False = padding",
+    )
     add_method(parser, default="average")
-    add("--order", choices=ORDERS, default="last", help="default: last")
+    add(
+        "--order",
+        choices=ORDERS,
+        default="last",
+        help="number groups by the position of their last or first token "
+        "(default: last)",
+    )
     add_seed(parser)
-    add("--temperature", type=float, default=0.1, metavar="T", help="default: 0.1")
-    add("--epsilon", type=float, default=0.01, metavar="E", help="default: 0.01")
+    add(
+        "--temperature",
+        type=float,
+        default=0.1,
+        metavar="T",
+        help="temperature of the Gumbel-softmax (default: 0.1)",
+    )
+    add(
+        "--epsilon",
+        type=float,
+        default=0.01,
+        metavar="E",
+        help="weight of tokens that are not selected (default: 0.01)",
+    )
     add("--weights", choices=("mass", "saliency", "uniform"), default="mass")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(run=_compress)
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    begun = time.perf_counter()
+    """Merge the file that the arguments name, and print sizes and time."""
+    start_time = time.perf_counter()
     on_gpu = _on_gpu(arguments.device)
     names = ("method", "order", "temperature", "epsilon", "weights", "seed")
     options = {name: getattr(arguments, name) for name in names}
-    quickmerge(np.ones((1, 1)), 1, **options)  # a wrong option fails here, not later
+    # Merge one token now, so that a wrong option fails before the file is opened.
+    quickmerge(np.ones((1, 1)), 1, **options)
     source, output = arguments.input, arguments.output
     with open_tokens(source, arguments.key, arguments.mask) as (tokens, mask):
         check_output(output, source)
-        shape, most = _result_shape(tokens, mask, arguments.budget)
-        dtype = tokens.dtype.newbyteorder("=")
-        num_sequences = math.prod(tokens.shape[:-2])
+        # The header of the output contains the shape, so K is needed before the merge.
+        shape, max_groups = _result_shape(tokens, mask, arguments.budget)
+        dtype = tokens.dtype.newbyteorder("=")  # results are in native byte order
+        num_sequences = math.prod(tokens.shape[:-2])  # 1 for tokens (N, D)
         with atomic_write(output) as file, progress(num_sequences, sys.stderr) as step:
             merge = functools.partial(merge_chunk, on_gpu, arguments.budget, options)
-            parts = _merge_parts(tokens, mask, merge, most, step)
+            # A generator: each part is written before the next one is computed.
+            parts = _merge_parts(tokens, mask, merge, max_groups, step)
             write_merged(file, shape, dtype, parts)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_time
     sizes = [f"{path.stat().st_size:,} bytes" for path in (source, output)]
     axes = " x ".join(map(str, tokens.shape))
     where = "a GPU" if on_gpu else "the CPU"
@@ -73,43 +118,54 @@ def _compress(arguments: argparse.Namespace) -> None:
 
 
 def _on_gpu(device: str) -> bool:
-    """Whether to compute on a GPU: where there is one, or as asked."""
+    """Return whether to compute on a GPU; for "auto", whether there is one."""
     if device == "cpu":
         return False
     try:
         import cupy
 
-        found, missing = bool(cupy.is_available()), "CuPy finds no CUDA device"
+        available, reason = bool(cupy.is_available()), "CuPy finds no CUDA device"
     except ImportError:
-        found, missing = False, "CuPy is not installed"
-    if device == "cuda" and not found:
-        raise ValueError(f"--device cuda: {missing}; `qm-cupy doctor` says more")
-    return found
+        available, reason = False, "CuPy is not installed"
+    if device == "cuda" and not available:  # "auto" falls back to the CPU instead
+        raise ValueError(
+            f"--device cuda: {reason}; run `qm-cupy doctor` for details, or use "
+            "--device cpu"
+        )
+    return available
 
 
 def _result_shape(
     tokens: Stored, mask: Mask, budget: int | float
 ) -> tuple[tuple[int, ...], int]:
-    """Return the shape of the merged tokens, and K: the largest, under a mask."""
+    """Return the shape of the merged tokens, and the largest K of all sequences."""
     *batch, num_tokens, dim = tokens.shape
+    # With a mask a ratio gives a different K for each sequence.
     counts = token_budget(budget, num_tokens if mask is None else mask.sum(axis=-1))
-    most = int(np.max(counts, initial=0))
-    return (*batch, most, dim), most
+    max_groups = int(np.max(counts, initial=0))
+    return (*batch, max_groups, dim), max_groups
 
 
 def _merge_parts(
-    tokens: Stored, mask: Mask, merge: Callable[..., Merged[Any]], most: int, step: Step
+    tokens: Stored,
+    mask: Mask,
+    merge: Callable[..., Merged[Any]],
+    max_groups: int,
+    step: Step,
 ) -> Iterator[Merged[Any]]:
-    """Merge a chunk at a time, to the bit as if it were the whole; with batch axis."""
-    single = len(tokens.shape) == 2
-    num_bytes = math.prod(tokens.shape[-2:]) * tokens.dtype.itemsize  # of a sequence
-    count = tokens.shape[0] if single else max(1, CHUNK_BYTES // num_bytes)
-    start = 0
-    for block in tokens.blocks(count):
+    """Yield the result of each chunk, with batch axis.
+
+    Results are bit for bit those of one call for the whole file.
+    """
+    single = len(tokens.shape) == 2  # tokens (N, D) are one chunk
+    bytes_per_sequence = math.prod(tokens.shape[-2:]) * tokens.dtype.itemsize
+    count = tokens.shape[0] if single else max(1, CHUNK_BYTES // bytes_per_sequence)
+    start = 0  # index of the chunk's first sequence in the file
+    for block in tokens.blocks(count):  # (b, N, D), or (N, D) for one sequence
         chunk = block[None] if single else block  # (b, N, D)
         stop = start + len(chunk)
-        valid = None if mask is None else np.atleast_2d(mask)[start:stop]
-        yield _pad(merge(chunk, valid, start), most)
+        valid = None if mask is None else np.atleast_2d(mask)[start:stop]  # (b, N)
+        yield _pad(merge(chunk, valid, start), max_groups)
         step(stop)
         start = stop
 
@@ -122,21 +178,28 @@ def merge_chunk(
     mask: Mask,
     start: int,
 ) -> Merged[Any]:
+    """Merge one chunk whose first sequence has the index `start` in the file.
+
+    Errors name the sequence of the file, not of the chunk.
+    """
+    # The noise is counted by the sequence's index in the file, so that it does not
+    # depend on the size of a chunk.
     options = {**options, "mask": mask, "sequence_offset": start}
     try:
         if not on_gpu:
             return quickmerge(chunk, budget, **options)
-        check_tokens(chunk)  # here, where values can be looked at
+        check_tokens(chunk)  # now, because values on a GPU are not checked
         if mask is not None:
             options["mask"] = to_device(mask)
         merged = quickmerge(to_device(chunk), budget, **options)
         return Merged(*map(to_host, merged))
     except ValueError as error:
+        # The index in the library's message counts from the start of the chunk.
         wrong = np.argwhere(~np.isfinite(chunk))
         if not len(wrong):
             last = start + len(chunk) - 1
             raise ValueError(f"sequences {start}..{last}: {error}") from error
-        sequence, token, axis = map(int, wrong[0])
+        sequence, token, axis = map(int, wrong[0])  # index in the chunk (b, N, D)
         value = chunk[sequence, token, axis]
         raise ValueError(
             f"tokens must be finite, got {value} in sequence {start + sequence}, "
@@ -144,9 +207,9 @@ def merge_chunk(
         ) from error
 
 
-def _pad(merged: Merged[Any], most: int) -> Merged[Any]:
+def _pad(merged: Merged[Any], max_groups: int) -> Merged[Any]:
     """Pad the groups of a chunk to the largest K of the whole file."""
-    extra = ((0, 0), (0, most - merged.sizes.shape[-1]))
+    extra = ((0, 0), (0, max_groups - merged.sizes.shape[-1]))  # axes B and K
     return merged._replace(
         tokens=np.pad(merged.tokens, (*extra, (0, 0))),
         sizes=np.pad(merged.sizes, extra),

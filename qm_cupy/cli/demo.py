@@ -1,4 +1,4 @@
-"""The demonstration: a picture in a fifth of its tokens."""
+"""The command `demo`: merge the patches of a picture to a fifth of its tokens."""
 
 import argparse
 import time
@@ -27,14 +27,23 @@ from ..stages.selection.gumbel_softmax import gumbel_softmax
 from ..stages.selection.saliency_mass import saliency_mass
 from .options import add_budget, add_method, add_seed
 
-_MOST_TOKENS = 5000  # a larger picture gets larger patches
-_LEAST_PATCH = 8  # pixels
+_MAX_TOKENS = 5000  # about the largest number: larger pictures get larger patches
+_MIN_PATCH = 8  # pixels, the side of a square patch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Merge the patches of a picture and draw what became of it."
+    """Add the options of `demo`."""
+    parser.description = (
+        "Merge the patches of a picture, print errors, losses and times, and write "
+        "merged.png and merged.npz to FOLDER (default: qm-cupy-demo)."
+    )
     add = parser.add_argument
-    add("--image", type=Path, metavar="PATH", help="default: a portrait photograph")
+    add(
+        "--image",
+        type=Path,
+        metavar="PATH",
+        help="picture to merge (default: a portrait that comes with matplotlib)",
+    )
     add_budget(parser, default=0.2)
     add("--output", type=Path, default=Path("qm-cupy-demo"), metavar="FOLDER")
     add_method(parser, default="ward")
@@ -55,16 +64,16 @@ def _demo(arguments: argparse.Namespace) -> None:
 def run_demo(
     image: Path | None, budget: Any, output: Path, *, method: Method, seed: int
 ) -> None:
-    """Merge a picture's patches, print what it cost and kept, and write pictures."""
+    """Merge the patches of a picture, print the measurements, and write the results."""
     picture = _read_picture(image)  # (height, width, 3) within 0..1
-    patch = max(
-        _LEAST_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MOST_TOKENS)))
-    )
+    # Patches so large that about _MAX_TOKENS of them cover all pixels.
+    patch = max(_MIN_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MAX_TOKENS))))
     pixels, rows = cut_into_patches(picture, patch)  # (N, patch·patch·3)
-    tokens = embed_patches(pixels, rows)
+    tokens = embed_patches(pixels, rows)  # (N, patch·patch·3 + 3)
     num_groups = token_budget(budget, len(tokens))
     output.mkdir(parents=True, exist_ok=True)
 
+    # The stages of `quickmerge` one by one, so that each is timed.
     seconds: dict[str, float] = {}
     with _timed("saliency", seconds):
         scores = saliency(self_attention_entropy(tokens))
@@ -73,7 +82,8 @@ def run_demo(
     with _timed("clustering", seconds):
         labels = cluster_tokens(tokens, num_groups, method=method)
     with _timed("merging", seconds):
-        merged = merge_tokens(tokens, labels, num_groups, mass=mass)
+        merged = merge_tokens(tokens, labels, num_groups, mass=mass)  # (K, D)
+        # The pixels are merged in the same way, to draw them.
         rebuilt = unmerge_tokens(
             merge_tokens(pixels, labels, num_groups, mass=mass), labels
         )
@@ -84,8 +94,9 @@ def run_demo(
         mass_kept = norm_mass(tokens, num_groups)
         fidelity = fidelity_loss(tokens, merged, labels=labels)
 
-    noise = float(np.mean((pixels - rebuilt) ** 2))
-    quality = -10 * np.log10(noise) if noise > 0 else np.inf
+    # PSNR = -10 · log10(mean squared error), in decibels for values within 0..1
+    squared_error = float(np.mean((pixels - rebuilt) ** 2))
+    quality = -10 * np.log10(squared_error) if squared_error > 0 else np.inf
     print(f"picture     {picture.shape[1]} × {picture.shape[0]}, patches of {patch} px")
     print(
         f"tokens      {len(tokens)} → {num_groups}  ({tokens.shape[-1]} wide, {method})"
@@ -122,6 +133,7 @@ def run_demo(
 
 
 def _read_picture(image: Path | None) -> NDArray[Any]:
+    """Return a picture (height, width, 3) in float32 within 0..1."""
     try:
         from matplotlib import cbook
         from PIL import Image, UnidentifiedImageError
@@ -133,39 +145,44 @@ def _read_picture(image: Path | None) -> NDArray[Any]:
         with Image.open(source) as opened:
             picture = np.asarray(opened.convert("RGB"))
     except UnidentifiedImageError:
-        raise ValueError(f"`{source}` is not a picture") from None
-    if min(picture.shape[:2]) < 2 * _LEAST_PATCH:
+        raise ValueError(f"`{source}` is not a picture that Pillow can read") from None
+    if min(picture.shape[:2]) < 2 * _MIN_PATCH:
         size = f"{picture.shape[1]} × {picture.shape[0]}"
-        raise ValueError(f"a picture must be 16 × 16 pixels or more, got {size}")
+        raise ValueError(f"the picture must have 16 × 16 pixels or more, got {size}")
     return picture.astype(np.float32) / 255
 
 
 def cut_into_patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
-    """Cut into patches in raster order, (N, patch·patch·3); return their rows too."""
+    """Return the patches (N, patch·patch·3) in raster order, and their rows."""
     rows, columns = picture.shape[0] // patch, picture.shape[1] // patch
-    whole = picture[: rows * patch, : columns * patch]
+    whole = picture[: rows * patch, : columns * patch]  # without the partial patches
+    # (rows, columns, patch, patch, 3)
     blocks = whole.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
     return blocks.reshape(rows * columns, -1), rows
 
 
 def join_patches(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
+    """Return the picture of patches: the inverse of `cut_into_patches`."""
     blocks = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
     return blocks.reshape(rows * patch, -1, 3)
 
 
 def embed_patches(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
-    """Make patches into tokens whose cosine tells them apart.
+    """Turn patches into tokens that differ in their cosine similarity.
 
-    Centred, because all-positive pixels point the same way; one constant component,
-    because cosine forgets brightness; two for the place, so that groups hold together.
+    Pixels are centred, because vectors of positive numbers have similar directions. One
+    constant component is added, because the cosine does not depend on the length of a
+    vector, and so not on brightness. Two components are the position, so that patches
+    of a group are near each other.
     """
     centred = pixels - pixels.mean(axis=0)
-    spread = np.sqrt(np.mean(np.sum(centred**2, axis=-1)))
-    spread = spread if spread > 0 else 1.0
+    spread = np.sqrt(np.mean(np.sum(centred**2, axis=-1)))  # root mean square length
+    spread = spread if spread > 0 else 1.0  # a picture of one colour
     columns = len(pixels) // rows
-    y, x = np.mgrid[:rows, :columns] / max(rows, columns) - 0.5
-    place = np.stack([np.ones_like(x), y, x], axis=-1).reshape(-1, 3) * spread
-    return np.concatenate([centred, place.astype(pixels.dtype)], axis=-1)
+    y, x = np.mgrid[:rows, :columns] / max(rows, columns) - 0.5  # within -0.5..0.5
+    # Scaled by `spread`, so that these components weigh as much as the pixels.
+    position = np.stack([np.ones_like(x), y, x], axis=-1).reshape(-1, 3) * spread
+    return np.concatenate([centred, position.astype(pixels.dtype)], axis=-1)
 
 
 def _draw(
@@ -176,13 +193,14 @@ def _draw(
     before: str,
     after: str,
 ) -> None:
-    """Draw the picture, its groups outlined, and the picture rebuilt."""
+    """Draw the picture, the picture with outlined groups, and the rebuilt picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from ..plot import plot_groups
 
     height, width = picture.shape[:2]
+    # A figure of its own, without pyplot: no window, no change of the user's backend.
     figure = Figure(figsize=(13.5, 4.4 * height / width + 0.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
@@ -200,6 +218,7 @@ def _draw(
 
 @contextmanager
 def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Store the duration of a block in `seconds`."""
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start

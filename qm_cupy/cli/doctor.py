@@ -1,4 +1,4 @@
-"""What is installed, what is missing, and how to get it."""
+"""The command `doctor`: show what is installed, what is missing, and how to get it."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _REQUIRED = ("qm-cupy", "numpy", "scipy")
-# Distributions of one module, and the command that gets it.
+# The distributions that provide one module, and the command that installs it.
 _OPTIONAL = {
     ("cupy-cuda13x", "cupy-cuda12x", "cupy"): (
         'pip install "qm-cupy[cuda13]", or "qm-cupy[cuda12]" for an older driver'
@@ -23,25 +23,31 @@ _OPTIONAL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Say what is installed and missing."
+    """Add the options of `doctor`, which has none."""
+    parser.description = (
+        "Show the versions of installed packages, the commands that install missing "
+        "ones, the GPUs that CuPy finds, and the folder of compiled kernels."
+    )
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    """Print the state of this installation."""
+    """Print the state of this installation, one fact per line."""
     rows = [("Python", platform.python_version())]
     rows += [(name, _version(name) or "missing") for name in _REQUIRED]
     for names, command in _OPTIONAL.items():
-        found = [(name, version) for name in names if (version := _version(name))]
-        rows += found or [(names[-1], f"not installed: {command}")]
+        # Show every distribution that is installed; CuPy has three of them.
+        installed = [(name, version) for name in names if (version := _version(name))]
+        rows += installed or [(names[-1], f"not installed: {command}")]
     rows += [("GPU", line) for line in _gpus()]
     rows += [("kernel cache", _cache())]
-    rows += [("device", "tensors on a GPU run the CUDA kernels, all others NumPy")]
+    rows += [("device", "arrays on a GPU use the CUDA kernels, all others use NumPy")]
     for name, text in rows:
         print(f"{name:<17} {text}")
 
 
 def _version(name: str) -> str | None:
+    """Return the version of a distribution without importing it, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -49,22 +55,24 @@ def _version(name: str) -> str | None:
 
 
 def _gpus() -> Iterator[str]:
+    """Yield one line per GPU and one for CUDA, or one line with the reason for none."""
     try:
         import cupy
     except ImportError as error:
+        # CuPy may be installed although a library that it imports is missing.
         missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
         yield "unknown: CuPy is not installed" if missing else _failure(error)
         return
-    except Exception as error:  # a broken driver or toolkit fails in many ways
+    except Exception as error:  # a broken driver or toolkit raises many types of error
         yield _failure(error)
         return
     try:
         runtime = cupy.cuda.runtime
-        for index in range(runtime.getDeviceCount()):
+        for index in range(runtime.getDeviceCount()):  # raises if there is no driver
             yield _describe(runtime.getDeviceProperties(index))
         driver, own = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         yield f"CUDA {_dotted(driver)} by the driver, {_dotted(own)} by the runtime"
-    except Exception as error:
+    except Exception as error:  # the same, at the first call of CUDA
         yield _failure(error)
 
 
@@ -75,19 +83,22 @@ def _describe(device: dict[str, Any]) -> str:
 
 
 def _dotted(version: int) -> str:
+    """Return "13.1" for 13010, which is CUDA's form: 1000 · major + 10 · minor."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _failure(error: Exception) -> str:
     reason = " ".join(str(error).split()) or "no reason given"
-    return f"none that CuPy can use: {type(error).__name__}: {reason}"
+    return f"CuPy cannot use a GPU: {type(error).__name__}: {reason}"
 
 
 def _cache() -> str:
+    """Describe the folder in which CuPy keeps compiled kernels."""
     default = Path("~/.cupy/kernel_cache").expanduser()
+    # The environment variable and the default folder of CuPy.
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or default)
     if not folder.is_dir():
-        return f"{folder}, not made yet"
+        return f"{folder}, not created yet"
     try:
         sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command line: compress a file of tokens, look at a picture, look at the setup."""
+"""The command line: merge a file of tokens, run a demonstration, check the setup."""
 
 import argparse
 import importlib
@@ -8,22 +8,29 @@ from typing import NoReturn
 
 from .. import __version__
 
-_COMMANDS = {  # each a module of its name, which has `add_arguments`
-    "compress": "merge the tokens of a file",
-    "demo": "merge the patches of a picture",
-    "doctor": "say what is installed and missing",
+# Each command is a module of the same name, with the function `add_arguments`.
+_COMMANDS = {
+    "compress": "merge the tokens of a file and write the result to a .npz file",
+    "demo": "merge the patches of a picture and draw the result",
+    "doctor": "show which packages and GPUs are available, and how to install others",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 after an error in one line, 130 if interrupted."""
+    """Run a command and return its exit status.
+
+    It is 0 after success, 2 after an error, which is printed on one line, and 130 after
+    an interrupt.
+    """
     words = sys.argv[1:] if argv is None else argv
     try:
         arguments = _parser(words).parse_args(words)
         arguments.run(arguments)
     except KeyboardInterrupt:
         print("qm-cupy: interrupted", file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as shells report it
+    # Errors of the user's input or machine. All others are defects and keep their
+    # traceback.
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         print(f"qm-cupy: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -31,24 +38,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
+    """Return the message of an error without line breaks."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}"  # without "[Errno 2]"
+    # A MemoryError of Python has an empty message.
     return " ".join(str(error).split()) or "not enough memory"
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser whose errors `main` prints on one line, like all other errors."""
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # one line, as every other error
+        raise ValueError(message)  # argparse itself would print several lines and exit
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """Return a parser of these words; only the command among them is imported."""
-    parser = _Parser(prog="qm-cupy", description="Token sequences made shorter.")
+    """Return the parser; only the command that is in `words` is imported."""
+    parser = _Parser(
+        prog="qm-cupy", description="Merge token sequences into shorter sequences."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        if name in words:
+        if name in words:  # `qm-cupy --help` imports no command
             module = importlib.import_module(f".{name}", __package__)
             module.add_arguments(command)
     return parser

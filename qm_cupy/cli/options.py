@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Options that several commands have."""
 
 import argparse
 
@@ -6,31 +6,37 @@ from ..stages.clustering.cluster_tokens import METHODS
 
 
 def add_budget(parser: argparse.ArgumentParser, default: float | None = None) -> None:
-    """Add `--budget`, which must be there if it has no default."""
+    """Add `--budget`; it is required if it has no default."""
     parser.add_argument(
         "--budget",
         type=_budget,
         metavar="K",
         required=default is None,
         default=default,
-        help="tokens to keep (20) or their share (0.2; 1.0 is all)",
+        help="number of tokens to keep (20), or the ratio of tokens to keep (0.2); "
+        "1.0 keeps all tokens, 1 keeps one",
     )
 
 
 def _budget(text: str) -> int | float:
-    for number in (int, float):
+    """Return a number K or a ratio: "1" is one token, and "1.0" is all tokens."""
+    for number in (int, float):  # in this order, so that "1" stays an integer
         try:
             return number(text)
         except ValueError:
             continue
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number K nor a share")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither a number of tokens, such as 20, nor a ratio, such as 0.2"
+    )
 
 
 def add_method(parser: argparse.ArgumentParser, default: str) -> None:
-    text = f"default: {default}"
+    """Add `--method`."""
+    text = f"how tokens are grouped (default: {default})"
     parser.add_argument("--method", choices=METHODS, default=default, help=text)
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    text = "of the Gumbel noise (default: 0)"
+    """Add `--seed`."""
+    text = "seed of the Gumbel noise; the same seed gives the same result (default: 0)"
     parser.add_argument("--seed", type=int, default=0, help=text)

@@ -6,28 +6,31 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 _WIDTH = 30
-PATIENCE = 1.0  # seconds: what is done by then needs no bar
-_CLEAR = "\r\x1b[K"  # to the line's start, and erase it
+PATIENCE = 1.0  # seconds before the bar appears: shorter work needs no bar
+_CLEAR = "\r\x1b[K"  # go to the start of the line and erase the line
 
 
 class Step(Protocol):
+    """The function that `progress` yields: it reports how many units are done."""
+
     def __call__(self, done: int) -> None: ...
 
 
 @contextmanager
 def progress(total: int, stream: TextIO, unit: str = "sequences") -> Iterator[Step]:
-    """Give a function that shows how many of `total` are done, from a second on."""
-    shown = stream.isatty()
-    begun = time.monotonic()
+    """Yield a function that draws a bar of the finished part of `total`."""
+    shown = stream.isatty()  # a file or pipe must not contain control characters
+    start = time.monotonic()
 
     def step(done: int) -> None:
-        taken = time.monotonic() - begun
-        if not shown or taken < PATIENCE:
+        elapsed = time.monotonic() - start  # seconds
+        if not shown or elapsed < PATIENCE:
             return
-        share = done / max(total, 1)
-        left = taken * (1 / share - 1) if share else 0
-        bar = ("#" * int(share * _WIDTH)).ljust(_WIDTH, ".")
-        rest = f", {left:.0f} s left" if share else ""
+        fraction = done / max(total, 1)
+        # If the fraction f took t seconds, the rest takes t · (1 - f) / f.
+        left = elapsed * (1 / fraction - 1) if fraction else 0
+        bar = ("#" * int(fraction * _WIDTH)).ljust(_WIDTH, ".")
+        rest = f", {left:.0f} s left" if fraction else ""
         stream.write(f"{_CLEAR}[{bar}] {done} of {total} {unit}{rest}")
         stream.flush()
 
@@ -35,6 +38,6 @@ def progress(total: int, stream: TextIO, unit: str = "sequences") -> Iterator[St
         step(0)
         yield step
     finally:
-        if shown:
+        if shown:  # the bar disappears, also after an error
             stream.write(_CLEAR)
             stream.flush()

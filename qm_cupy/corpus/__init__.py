@@ -1,1 +1,1 @@
-"""Files of token arrays."""
+"""Readers and writers of files of token arrays."""

@@ -1,4 +1,4 @@
-"""Files of token arrays, read a few sequences at a time."""
+"""Readers of files of token arrays, which read a few sequences at a time."""
 
 import math
 import tokenize
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ..arrays.checks import check_mask, check_shape, check_tokens
 from ..settings import check_finite
 
-_PIECE = 2**20  # bytes asked of a zip member at a time
-_PICKLED = "holds pickled Python objects, which are not loaded"
+_PIECE = 2**20  # bytes that are read from a zip member at a time
+# To load a pickle can run arbitrary code.
+_PICKLED = "holds pickled Python objects, which are not loaded: save it as floats"
 
 
 def _no_blocks(count: int) -> Iterator[NDArray[Any]]:
@@ -25,12 +26,12 @@ def _no_blocks(count: int) -> Iterator[NDArray[Any]]:
 
 
 class Stored(NamedTuple):
-    """An array of a file: what its header says, and how to read it in blocks."""
+    """An array of a file: its header, and a function that reads it in blocks."""
 
     shape: tuple[int, ...] = ()
-    dtype: np.dtype[Any] = np.dtype("V2")  # as NumPy calls what it has no name for
-    blocks: Callable[[int], Iterator[NDArray[Any]]] = _no_blocks  # by the first axis
-    fault: str = ""  # why it cannot be read
+    dtype: np.dtype[Any] = np.dtype("V2")  # two bytes of a type that NumPy cannot name
+    blocks: Callable[[int], Iterator[NDArray[Any]]] = _no_blocks  # along the first axis
+    fault: str = ""  # the reason why it cannot be read; an error only if it is needed
 
 
 Arrays = dict[str, Stored]
@@ -41,47 +42,64 @@ Mask = NDArray[np.bool_] | None
 def open_tokens(
     path: Path, key: str | None, mask: str | None
 ) -> Iterator[tuple[Stored, Mask]]:
-    """Give the tokens of a file, checked but for their values, and their mask."""
+    """Open the tokens and the mask of a file.
+
+    Dtypes and shapes are checked here. The values of the tokens are not read yet; the
+    mask is read completely.
+    """
     read = _READERS.get(path.suffix)
     if read is None:
-        raise ValueError(f"{path} must end in .npy, .npz or .safetensors")
+        raise ValueError(
+            f"the input must end in .npy, .npz or .safetensors, got {path}"
+        )
     if path.suffix == ".npy" and (key is not None or mask is not None):
-        raise ValueError("--key and --mask are for .npz and .safetensors files")
-    with path.open("rb"):  # missing, a folder, not readable: the system says which
+        raise ValueError(
+            "--key and --mask are for .npz and .safetensors files; a .npy file holds "
+            "one array only"
+        )
+    # A missing file, a folder or a file without permission: the system's error says it.
+    with path.open("rb"):
         pass
     with read(path) as arrays:
         name = _choose(path, arrays) if key is None else key
         tokens = _get(path, arrays, name)
-        with check_finite(False):  # one value stands for all: none is read yet
+        with check_finite(False):  # the stand-in has no values of the file
             check_tokens(_stand_in(tokens), name)
         if mask is None:
             yield tokens, None
             return
         stored = _get(path, arrays, mask)
         check_shape("mask", _stand_in(stored), "BN", tokens.shape[:-1])
-        valid = next(stored.blocks(max(1, stored.shape[0])))
+        valid = next(stored.blocks(max(1, stored.shape[0])))  # all of it in one block
         check_mask(valid, tokens.shape[:-1])
         yield tokens, valid
 
 
 def _stand_in(array: Stored) -> NDArray[Any]:
+    """Return zeros of the same shape and dtype; a broadcast scalar needs no memory."""
     return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 
 
 def _choose(path: Path, arrays: Arrays) -> str:
+    """Return the name of the only array that can be the tokens, or raise."""
     if "tokens" in arrays:
         return "tokens"
+    # Floating arrays of two or three axes; "V" is bfloat16, for a clear error later. A
+    # single array is selected in any case, so that its own error is shown.
     names = [
         name
         for name, x in arrays.items()
         if len(arrays) == 1 or (len(x.shape) in (2, 3) and x.dtype.kind in "fV")
     ]
     if len(names) != 1:
-        raise ValueError(f"{path}: name the tokens with --key; {_listing(arrays)}")
+        raise ValueError(
+            f"{path}: give the name of the token array with --key; {_listing(arrays)}"
+        )
     return names[0]
 
 
 def _get(path: Path, arrays: Arrays, name: str) -> Stored:
+    """Return the array of a name; raise if it is missing or cannot be read."""
     if name not in arrays:
         raise ValueError(f"{path} has no array {name!r}; {_listing(arrays)}")
     if arrays[name].fault:
@@ -90,41 +108,46 @@ def _get(path: Path, arrays: Arrays, name: str) -> Stored:
 
 
 def _listing(arrays: Arrays) -> str:
+    """Return a list of all arrays of a file for error messages."""
     held = [f"{name} {x.dtype}{x.shape}" for name, x in arrays.items()]
     return f"it holds {'; '.join(held) or 'no arrays'}"
 
 
 @contextmanager
 def _open_npy(path: Path) -> Iterator[Arrays]:
+    """Map the array of a .npy file, in C or Fortran order, into memory."""
     try:
         with path.open("rb") as file:
             shape, _, dtype = _header(file)
+            # A map beyond the end of the file would fail later, in the middle of work.
             missing = path.stat().st_size - file.tell() < _num_bytes(shape, dtype)
         if dtype.hasobject:
             tokens = Stored(shape, dtype, fault=_PICKLED)
         elif missing:
-            raise ValueError(f"{dtype}{shape} takes more bytes")
+            raise ValueError(f"{dtype}{shape} needs more bytes than the file has")
         else:
             array = npy.open_memmap(path, mode="r")
             tokens = Stored(shape, dtype, lambda count: _slices(array, count))
     except ValueError as error:
-        raise ValueError(f"{path} is cut short or no .npy file: {error}") from error
+        raise ValueError(f"{path} is cut short or not a .npy file: {error}") from error
     yield {"tokens": tokens}
 
 
 def _slices(array: NDArray[Any], count: int) -> Iterator[NDArray[Any]]:
-    for start in range(0, max(1, len(array)), count):  # an empty batch: an empty block
+    """Yield `count` rows at a time; an empty batch yields one empty block."""
+    for start in range(0, max(1, len(array)), count):
         yield array[start : start + count]
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read shape, Fortran order and dtype from the header of the .npy format."""
     version = npy.read_magic(file)
     try:
         if version == (1, 0):
             return npy.read_array_header_1_0(file)
         if version == (2, 0):
             return npy.read_array_header_2_0(file)
-    except tokenize.TokenError as error:  # NumPy's second try, as if from Python 2
+    except tokenize.TokenError as error:  # of NumPy's fallback for headers of Python 2
         raise ValueError("its header cannot be parsed") from error
     raise ValueError(f"version {version} of the format is for structured arrays")
 
@@ -135,6 +158,9 @@ def _num_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
 
 @contextmanager
 def _open_npz(path: Path) -> Iterator[Arrays]:
+    """Describe all arrays of a .npz file, which is a zip of .npy files."""
+    # The block of the caller runs inside this `try`, so damage that only a later read
+    # finds has the same error.
     try:
         with zipfile.ZipFile(path) as archive:
             yield {
@@ -143,44 +169,50 @@ def _open_npz(path: Path) -> Iterator[Arrays]:
                 if info.filename.endswith(".npy")
             }
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged or no .npz file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a .npz file: {error}") from error
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Stored:
-    """Describe an array of a zip: it comes in order, and never all at once."""
-    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if info.flag_bits & 1 or info.compress_type not in plain:
-        return Stored(fault="is encrypted, or compressed in another way than NumPy's")
+    """Describe an array of a zip, which is read in order and in blocks."""
+    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of savez, savez_compressed
+    if info.flag_bits & 1 or info.compress_type not in plain:  # bit 0: encrypted
+        return Stored(
+            fault="is encrypted or compressed by a method that NumPy does not use: "
+            "save it with numpy.savez"
+        )
     try:
         with archive.open(info) as file:
             shape, fortran, dtype = _header(file)
             missing = info.file_size - file.tell() < _num_bytes(shape, dtype)
     except ValueError as error:
-        return Stored(fault=f"is no array: {error}")
+        return Stored(fault=f"is not an array: {error}")
     if dtype.hasobject:
         return Stored(shape, dtype, fault=_PICKLED)
     if missing:
-        return Stored(shape, dtype, fault=f"is cut short: {dtype}{shape} takes more")
-    if fortran and len(shape) > 1:
+        return Stored(
+            shape, dtype, fault=f"is cut short: {dtype}{shape} needs more bytes"
+        )
+    if fortran and len(shape) > 1:  # the bytes of a sequence are not contiguous
         fault = "is in Fortran order, which cannot be read in parts: save it in C order"
         return Stored(shape, dtype, fault=fault)
 
     def blocks(count: int) -> Iterator[NDArray[Any]]:
         with archive.open(info) as file:
-            _header(file)
+            _header(file)  # skips it
             for start in range(0, max(1, shape[0]), count):
                 block = np.empty((min(count, shape[0] - start), *shape[1:]), dtype)
                 _fill(block, file)
                 yield block
-            file.read(1)  # the end, where the checksum is compared
+            file.read(1)  # at the end of a member, zipfile compares the checksum
 
     return Stored(shape, dtype, blocks)
 
 
 def _fill(block: NDArray[Any], file: IO[bytes]) -> None:
+    """Fill an array with the next bytes of a file, without a copy of all of them."""
     rest = block.reshape(-1).view(np.uint8).data
     while rest:
-        piece = file.read(min(_PIECE, len(rest)))
+        piece = file.read(min(_PIECE, len(rest)))  # may return fewer bytes
         if not piece:
             raise EOFError("it ends too soon")
         rest[: len(piece)] = piece
@@ -189,6 +221,7 @@ def _fill(block: NDArray[Any], file: IO[bytes]) -> None:
 
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[Arrays]:
+    """Describe all arrays of a .safetensors file."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -200,19 +233,22 @@ def _open_safetensors(path: Path) -> Iterator[Arrays]:
             yield {name: _tensor(file.get_slice(name)) for name in names}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged or no .safetensors file: {error}"
+            f"{path} is damaged or not a .safetensors file: {error}"
         ) from error
 
 
 def _tensor(tensor: Any) -> Stored:
-    shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-    name = {"F": "float", "I": "int", "U": "uint"}.get(kind[0], "")
-    if kind != "BOOL" and not (name and kind[1:].isdigit()):
-        return Stored(shape, fault=f"is {kind}, which NumPy has not: save it as F32")
-    dtype = np.dtype("bool" if kind == "BOOL" else name + kind[1:])
+    """Describe a tensor of a .safetensors file, whose dtype is a code such as "F32"."""
+    shape, code = tuple(tensor.get_shape()), tensor.get_dtype()
+    name = {"F": "float", "I": "int", "U": "uint"}.get(code[0], "")
+    if code != "BOOL" and not (name and code[1:].isdigit()):  # BF16, F8_E4M3, ...
+        return Stored(
+            shape, fault=f"is {code}, a dtype that NumPy does not have: save it as F32"
+        )
+    dtype = np.dtype("bool" if code == "BOOL" else name + code[1:])
 
     def blocks(count: int) -> Iterator[NDArray[Any]]:
-        if not math.prod(shape):  # which safetensors will not slice
+        if not math.prod(shape):  # safetensors cannot slice an empty tensor
             yield np.empty(shape, dtype)
             return
         for start in range(0, shape[0], count):

@@ -1,4 +1,4 @@
-"""Files of merged tokens, written in one piece."""
+"""Writers of files of merged tokens."""
 
 import zipfile
 from collections.abc import Iterable
@@ -13,15 +13,18 @@ from ..results import Merged
 
 
 def check_output(path: Path, source: Path) -> None:
-    """Refuse a place that cannot be written to, or that would destroy the input."""
+    """Raise if the output cannot be written, or would replace the input."""
     if path.suffix != ".npz":
         raise ValueError(f"the output must end in .npz, got {path}")
     if not path.parent.is_dir():
-        raise ValueError(f"the output's folder {path.parent} does not exist")
+        raise ValueError(
+            f"the output's folder {path.parent} does not exist: create it first"
+        )
     if path.is_dir():
-        raise ValueError(f"the output {path} is a folder")
+        raise ValueError(f"the output {path} is a folder: give the name of a file")
+    # `samefile` also recognises links to the input.
     if path.exists() and path.samefile(source):
-        raise ValueError(f"the output {path} is the input")
+        raise ValueError(f"the output {path} is the input: give another name")
 
 
 def write_merged(
@@ -30,11 +33,17 @@ def write_merged(
     dtype: np.dtype[Any],
     parts: Iterable[Merged[Any]],
 ) -> None:
-    """Write an .npz: tokens (B, K, D) or (K, D) as they come, the small arrays last."""
-    rest: list[tuple[NDArray[Any], ...]] = []
+    """Write parts of a result to a .npz file, with tokens (B, K, D) or (K, D).
+
+    The tokens of each part are written immediately. The small arrays are kept in memory
+    and written last, because a zip holds one member after the other.
+    """
+    rest: list[tuple[NDArray[Any], ...]] = []  # all fields except tokens, per part
     with zipfile.ZipFile(file, "w") as archive:
-        # A ZipInfo carries no time of writing: the same input gives the same bytes.
+        # A ZipInfo without a date: the same input then gives the same bytes. ZIP64
+        # allows members larger than 4 GiB.
         with archive.open(zipfile.ZipInfo("tokens.npy"), "w", force_zip64=True) as out:
+            # The header has the final shape, although not all tokens exist yet.
             header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
             npy.write_array_header_1_0(out, header)
             for part in parts:

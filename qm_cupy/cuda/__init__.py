@@ -1,1 +1,1 @@
-"""CUDA: kernels compiled and launched, and memory."""
+"""CUDA: compilation and launches of kernels, and GPU memory."""

@@ -1,6 +1,6 @@
-"""Compilation: finds, splices, compiles and caches the kernels.
+"""Compilation: find, splice, compile and cache the kernels.
 
-Importing this does nothing to the GPU; CuPy itself is imported by the first launch.
+An import of this module does not touch the GPU. The first launch imports CuPy.
 """
 
 import functools
@@ -15,33 +15,35 @@ from ..settings import tf32_allowed
 from .constants import definitions
 
 _HERE = Path(__file__).resolve().parents[1]
-_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # a wheel's, a checkout's
-_STORAGE = {
+_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # of a wheel, of a checkout
+_STORAGE = {  # the C++ type `real_t` in which arrays are stored
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
     "float32": "float",
     "float64": "double",
 }
+# The name of a kernel: the identifier after `__global__ void` and its launch bounds.
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\(")
-TF32 = "tf32"  # float32 to all but the multiplication: a kernel's dtype, not an array's
+# A dtype of kernels, not of arrays: float32 that tensor cores multiply as TF32.
+TF32 = "tf32"
 
 
 class KernelCompilationError(RuntimeError):
-    """A kernel did not compile; holds the compiler's log and what may help."""
+    """A kernel did not compile. The message has the compiler's log and a hint."""
 
 
 def warmup(dtype: Any = np.float32) -> None:
-    """Compile every kernel for `dtype` on the current device, ahead of its first use.
+    """Compile every kernel for `dtype` on the current device, before its first use.
 
     Parameters
     ----------
     dtype : dtype, default float32
-        float16, bfloat16, float32 or float64, as the tokens will be.
+        The dtype of the tokens: float16, bfloat16, float32 or float64.
 
     Raises
     ------
     TypeError
-        If no kernel is of that dtype.
+        If there are no kernels for that dtype.
     KernelCompilationError
         If a kernel does not compile.
     """
@@ -49,26 +51,27 @@ def warmup(dtype: Any = np.float32) -> None:
     if name not in _STORAGE:
         raise TypeError(f"`dtype` must be one of {', '.join(_STORAGE)}, got {name}")
     for file in kernel_files():
-        kinds = {
+        # Stages after the tokens, such as saliency, launch with the dtype of sums.
+        dtypes = {
             kernel_dtype(file, x) for x in (dtype, accumulation_dtype(np.dtype(dtype)))
         }
-        for kind in kinds:
-            compile_file(file, kind)
+        for kernel_type in dtypes:
+            compile_file(file, kernel_type)
 
 
 def compile_file(file: str, dtype: str) -> None:
-    """Compile every kernel of a file, for each way in which it is launched."""
+    """Compile every kernel of a file, for each kind of launch that it needs."""
     for kernel in kernel_names(file):
         raw_kernel(file, kernel, dtype)
-        if "blocks_barrier(" in text(file):
+        if "blocks_barrier(" in text(file):  # its blocks can wait for each other
             raw_kernel(file, kernel, dtype, True)
 
 
 def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) -> Any:
     """Return the compiled kernel for the current device.
 
-    The seam, with `empty`: tests/ptx puts its own in its place, which is
-    called as this is, with ``(grid, block, args)``, and takes NumPy arrays. A launch
+    Tests replace this function and `empty`: tests/ptx returns a kernel of its own,
+    which is also called with ``(grid, block, args)`` and accepts NumPy arrays. A launch
     with `shared` memory also reads its ``shared_size_bytes``, the static part.
     """
     import cupy
@@ -77,6 +80,7 @@ def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) ->
     return _compile(file, kernel, dtype, cooperative, device)
 
 
+# `device` is a key of the cache only: a loaded function belongs to one device.
 @functools.cache
 def _compile(file: str, kernel: str, dtype: str, cooperative: bool, device: int) -> Any:
     import cupy
@@ -90,37 +94,40 @@ def _compile(file: str, kernel: str, dtype: str, cooperative: bool, device: int)
         ) from error
 
 
-@functools.cache
+@functools.cache  # one module for all kernels of a file
 def _module(file: str, dtype: str, cooperative: bool) -> Any:
     import cupy
 
     return cupy.RawModule(
         code=source(file),
         options=options(dtype),
-        enable_cooperative_groups=cooperative,  # a way to launch, not to compile
+        # A grid whose blocks wait for each other must be launched so that all blocks
+        # run at once. The code is the same.
+        enable_cooperative_groups=cooperative,
     )
 
 
 def _hint(log: str) -> str:
+    """Return a sentence for the user, chosen by the compiler's log."""
     if "cuda_fp16.h" in log or "cannot open source file" in log:
         return (
-            "Hint: the CUDA headers are missing; install CuPy with them, for example "
-            "`pip install 'qm_cupy[cuda13]'`."
+            "Hint: the CUDA headers are missing. Install CuPy together with them, for "
+            "example by `pip install 'qm_cupy[cuda13]'`."
         )
     return (
-        "Hint: sm_75 (Turing) is the oldest GPU these kernels are for; if yours is "
-        "newer, please report this log."
+        "Hint: these kernels need a GPU of sm_75 (Turing) or newer. If yours is new "
+        "enough, please report this log."
     )
 
 
 def source(file: str) -> str:
-    """Return ``common.cuh``, the ``.cuh`` beside the kernel file, and the file itself.
+    """Return ``common.cuh``, the ``.cuh`` files of the folder, and the file, joined.
 
-    One text, because CuPy's disk cache would not notice a change in an included file;
-    errors name the true files all the same.
+    The key of CuPy's disk cache is the source text, so a change in an included file
+    would not be noticed. ``#line`` makes compiler errors name the original files.
     """
     folder = _folder()
-    beside = sorted((folder / file).parent.glob("*.cuh"))
+    beside = sorted((folder / file).parent.glob("*.cuh"))  # by name, so always the same
     return "".join(
         f'#line 1 "{path.relative_to(folder)}"\n{path.read_text(encoding="utf-8")}'
         for path in (folder / "common.cuh", *beside, folder / f"{file}.cu")
@@ -128,12 +135,13 @@ def source(file: str) -> str:
 
 
 def options(dtype: str) -> tuple[str, ...]:
-    """Return the compiler's options: the language, the types, and shared numbers."""
+    """Return the compiler's options: the language, the types, and the constants."""
     storage = _STORAGE["float32" if dtype == TF32 else dtype]
     compute = "double" if dtype == "float64" else "float"
+    # `real_t` is the type in memory, `acc_t` the type of all sums.
     types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
-    shared = definitions(8 if compute == "double" else 4)
-    defined = (f"-D{name}={number}" for name, number in shared.items())
+    constants = definitions(8 if compute == "double" else 4)  # bytes of an acc_t
+    defined = (f"-D{name}={number}" for name, number in constants.items())
     return "--std=c++17", *types, f"-DTF32={int(dtype == TF32)}", *defined
 
 
@@ -145,12 +153,12 @@ def kernel_files() -> list[str]:
 
 
 def kernel_names(file: str) -> list[str]:
-    """Return the names of the kernels in a file, in its order."""
+    """Return the names of the kernels in a file, in the order of the file."""
     return _KERNEL.findall(text(file))
 
 
 def text(file: str) -> str:
-    """Return a kernel file as it is."""
+    """Return the text of a kernel file."""
     return (_folder() / f"{file}.cu").read_text(encoding="utf-8")
 
 
@@ -159,18 +167,25 @@ def _folder() -> Path:
     for folder in _FOLDERS:
         if (folder / "common.cuh").is_file():
             return folder
-    places = " and ".join(str(folder) for folder in _FOLDERS)
-    raise FileNotFoundError(f"no kernels: looked for common.cuh in {places}")
+    folders = " and ".join(str(folder) for folder in _FOLDERS)
+    raise FileNotFoundError(
+        f"the kernels of qm_cupy are missing: looked for common.cuh in {folders}; "
+        "install qm-cupy again"
+    )
 
 
 def kernel_dtype(file: str, dtype: Any) -> str:
-    """Return the dtype that a file's kernels are compiled for: TF32 for float32?"""
+    """Return the dtype that a file's kernels are compiled for.
+
+    It is `TF32` for float32 in optimized kernels if `allow_tf32` allows it.
+    """
     name = _name(np.dtype(dtype))
     if name != "float32" or not file.startswith("optimized/"):
         return name
     return TF32 if tf32_allowed() else name
 
 
+# Cached: NumPy composes the name in every access, which costs as much as a launch.
 @functools.lru_cache(maxsize=16)
 def _name(dtype: np.dtype[Any]) -> str:
-    return dtype.name  # which NumPy composes anew, at the price of a launch
+    return dtype.name

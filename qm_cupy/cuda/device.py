@@ -1,4 +1,7 @@
-"""The current device: its memory, and what it can do."""
+"""The current device: its memory and its limits.
+
+Tests replace the functions of this module to run without a GPU.
+"""
 
 import functools
 import sys
@@ -11,59 +14,64 @@ from .workspace import Workspace
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return an array for a kernel to fill; part of the seam."""
+    """Return an uninitialised array for a kernel to fill."""
     import cupy
 
+    # CuPy allocates in the order of the current stream, or from a `Workspace`.
     return cupy.empty(shape, dtype=dtype)
 
 
 def to_device(x: NDArray[Any]) -> Any:
-    """Return a small array of the CPU's on the current device; part of the seam."""
+    """Copy a small NumPy array to the current device."""
     import cupy
 
     return cupy.asarray(x)
 
 
 def to_host(x: Any) -> Any:
-    """Return an array of the CPU's, which waits for the GPU; part of the seam."""
+    """Return an array as NumPy; a copy from a GPU waits for its work."""
     return x if x is None or isinstance(x, np.ndarray | np.generic) else x.get()
 
 
 class Device(NamedTuple):
-    """What a launcher asks of the current device."""
+    """Limits of the current device that launchers need."""
 
     multiprocessors: int
-    """How many there are: blocks of up to 1024 threads that can run at once."""
+    """Number of multiprocessors. This many blocks of 1024 threads can run at once."""
     shared_bytes: int
-    """The most shared memory that a block can have, static and dynamic."""
+    """Largest shared memory of a block in bytes, static and dynamic together."""
 
 
 def current_device() -> Device:
-    """Return the current device; part of the seam."""
+    """Return the limits of the current device."""
     import cupy
 
     return _device(cupy.cuda.runtime.getDevice())
 
 
-@functools.cache
+@functools.cache  # the attributes of a device never change
 def _device(number: int) -> Device:
     import cupy
 
-    has = cupy.cuda.Device(number).attributes
-    return Device(has["MultiProcessorCount"], has["MaxSharedMemoryPerBlockOptin"])
+    attributes = cupy.cuda.Device(number).attributes
+    # "Optin": the limit if a kernel asks for more than the default of 48 KiB.
+    return Device(
+        attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
+    )
 
 
 def free_memory() -> int:
-    """Return how many bytes can be had on the current device; part of the seam."""
+    """Return the number of bytes that can be allocated on the current device."""
     import cupy
 
     free, _ = cupy.cuda.runtime.memGetInfo()
+    # CuPy's pool keeps freed blocks, which the driver counts as used.
     free = int(free) + int(cupy.get_default_memory_pool().free_bytes())
     lender = getattr(cupy.cuda.get_allocator(), "__self__", None)
     return lender.free_memory(free) if isinstance(lender, Workspace) else free
 
 
 def is_capturing() -> bool:
-    """Whether the current stream captures a CUDA graph."""
-    cupy = sys.modules.get("cupy")  # nothing else here makes CuPy's arrays
+    """Return whether the current stream captures a CUDA graph."""
+    cupy = sys.modules.get("cupy")  # not imported: no stream can be capturing
     return cupy is not None and bool(cupy.cuda.get_current_stream().is_capturing())

@@ -1,10 +1,12 @@
-"""Pictures of what was merged and of what it cost; they take matplotlib.
+"""Plots of saliency, similarities, groups and errors. They need matplotlib.
 
-Every function draws on matplotlib's axes and returns them, and shows nothing. Colours
-are Okabe and Ito's, or cividis, and never speak alone: lines differ in dashes and
-markers too, and cividis grows lighter with the value, so that grey prints say the same.
+Every function draws on matplotlib axes, returns the axes, and opens no window. Colours
+are those of Okabe and Ito, or cividis. No plot depends on colour alone: lines also
+differ in dashes and markers, and cividis is lighter for larger values. A grey print
+therefore contains the same information.
 """
 
+# Checked first, so that the error names the extra to install.
 try:
     import matplotlib as _  # noqa: F401
 except ImportError as error:

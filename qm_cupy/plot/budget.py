@@ -1,4 +1,4 @@
-"""Error against the number of groups."""
+"""A plot of the error against the number of groups."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,36 +31,36 @@ def plot_budget(
     max_error: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw error against K, and the least K whose error is small enough.
+    """Draw the error against K, and mark the smallest K within an error bound.
 
-    A second call on the same axes goes on with other colours, dashes and markers.
+    A second call on the same axes adds curves with other colours, dashes and markers.
 
     Parameters
     ----------
     budgets : ndarray of int of shape (M,)
         The numbers of groups K, in any order.
     errors : ndarray of shape (M,) or (C, M)
-        The error at each K (in each of C ways to merge), from `reconstruction_error`
-        for example; float16, bfloat16, float32 or float64, ≥ 0.
+        The error at each K, for each of C curves; for example the results of
+        `reconstruction_error`. float16, bfloat16, float32 or float64, ≥ 0.
     names : sequence of C str, optional
-        What the curves are.
+        Names of the curves.
     max_error : float, optional
-        An error to stay within: drawn as a line, with a ring around the least K of each
-        curve that does, which the legend tells.
+        A bound of the error. It is drawn as a line. A ring marks the smallest K of each
+        curve whose error is within the bound, and the legend gives this K.
     ax : matplotlib.axes.Axes, optional
-        Where to draw; in a new figure by default.
+        Axes to draw on; by default those of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With one line for each curve; the axis of K is logarithmic.
+        Axes with one line for each curve; the axis of K is logarithmic.
 
     Raises
     ------
     TypeError
-        If a dtype does not fit or `ax` are no axes.
+        If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If a shape does not fit, an entry is not finite, K is below 1 or an error below
+        If a shape is wrong, an entry is not finite, K is below 1 or an error is below
         0.
 
     Examples
@@ -73,21 +73,23 @@ def plot_budget(
     """
     budgets, errors = to_host("budgets", budgets), to_host("errors", errors)
     check_is_array("budgets", budgets)
+    # One axis of any length; a number has the shape (), for which (1,) is wanted.
     check_shape("budgets", budgets, "M", budgets.shape[-1:] or (1,))
     check_num_groups(budgets, budgets.shape, name="budgets")
     check_values("errors", errors, "M", "CM")
     check_shape("errors", errors, "CM", (*errors.shape[:-1], len(budgets)))
     check_not_negative("errors", errors)
-    curves = errors.reshape(-1, len(budgets))
+    curves = errors.reshape(-1, len(budgets))  # (C, M)
     check_names("names", names, len(curves), "curves")
     if max_error is not None:
         max_error = check_number("max_error", max_error, 0, np.inf, "[)")
     ax = axes_or_new(ax, 5.5, 4)
-    order = np.argsort(budgets, kind="stable")
+    order = np.argsort(budgets, kind="stable")  # lines from the smallest K up
     for number, curve in enumerate(curves[:, order]):
         label = [] if names is None else [names[number]]
         if max_error is not None:
             label += _ring_first_within(ax, budgets[order], curve, max_error)
+        # The number of lines on the axes, so that a later call continues the cycle.
         index = len(ax.lines)
         ax.plot(
             budgets[order],
@@ -100,9 +102,9 @@ def plot_budget(
     if max_error is not None:
         _draw_limit(ax, max_error)
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_major_formatter(ScalarFormatter())  # 8 instead of 2³
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.autoscale(axis="y")  # over what an earlier call has drawn too
+    ax.autoscale(axis="y")  # includes the curves of earlier calls
     ax.set_ylim(bottom=0)
     ax.set(xlabel="groups K", ylabel="error")
     if ax.get_legend_handles_labels()[0]:
@@ -113,16 +115,21 @@ def plot_budget(
 def _ring_first_within(
     ax: Axes, budgets: NDArray[Any], curve: NDArray[Any], max_error: float
 ) -> list[str]:
-    """Ring the least K whose error is small enough, and say it, if there is one."""
-    within = np.flatnonzero(curve <= max_error)[:1]
+    """Draw a ring at the smallest K within the bound, and return its label.
+
+    If no K is within the bound, nothing is drawn and the list is empty.
+    """
+    within = np.flatnonzero(curve <= max_error)[:1]  # `budgets` is ascending
     ring: dict[str, Any] = {"facecolor": "none", "edgecolor": OUTLINE, "zorder": 3}
     ax.scatter(budgets[within], curve[within], s=120, **ring)
     return [f"K = {least}" for least in budgets[within]]
 
 
 def _draw_limit(ax: Axes, max_error: float) -> None:
-    across = ax.get_yaxis_transform()
+    """Draw the bound of the error as a horizontal line with a text."""
+    across = ax.get_yaxis_transform()  # x in 0..1 of the axes' width, y in data units
     style: dict[str, Any] = {"color": OUTLINE, "linewidth": 1, "zorder": 1}
-    ax.hlines(max_error, 0, 1, transform=across, **style)  # no curve: not in `ax.lines`
+    # `hlines` adds a collection, so that `ax.lines` contains the curves only.
+    ax.hlines(max_error, 0, 1, transform=across, **style)
     text: dict[str, Any] = {"size": "small", "color": OUTLINE, "va": "bottom"}
     ax.text(0.01, max_error, f"error {max_error:g}", transform=across, **text)

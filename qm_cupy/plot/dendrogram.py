@@ -1,4 +1,4 @@
-"""The dendrogram of one sequence, and the cut that leaves K groups."""
+"""A plot of the dendrogram of one sequence, and of the cut into K groups."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,37 +30,38 @@ def plot_dendrogram(
     words: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the dendrogram of one sequence, and the cut that leaves K groups.
+    """Draw the dendrogram of one sequence, and the cut into K groups.
 
-    Branches stand in the order of their first tokens. Merges that the cut undoes are
-    dashed, and where it crosses a branch stands the number of the group below.
+    Branches are in the order of their first tokens. Merges above the cut are dashed. A
+    number where the cut crosses a branch is the number of the group below.
 
     Parameters
     ----------
     dendrogram : ndarray of shape (N - 1, 4)
-        As `linkage` gives it.
+        The result of `linkage`.
     num_groups : int, optional
-        K; no cut by default. The line is drawn half-way between the last merge below
-        it and the first above.
+        Number of groups K; no cut is drawn by default. The line of the cut is half-way
+        between the last merge below it and the first merge above it.
     mask : ndarray of shape (N,), optional
-        The mask the dendrogram was made with.
+        The mask that `linkage` was called with.
     words : sequence of str, optional
         A name for each of the N tokens; their positions by default.
     ax : matplotlib.axes.Axes, optional
-        Where to draw; in a new figure by default.
+        Axes to draw on; by default those of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With the merges in one line collection, in the order of their rows, and the cut
-        as its only line.
+        Axes with the merges in one line collection, in the order of the rows, and the
+        cut as the only line.
 
     Raises
     ------
     TypeError
-        If a dtype does not fit or `ax` are no axes.
+        If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If the dendrogram is not one, or not of this mask, or K is outside 1..N.
+        If the array is not a dendrogram, does not belong to this mask, or K is outside
+        1..N.
 
     See Also
     --------
@@ -87,17 +88,18 @@ def plot_dendrogram(
     num_tokens = len(dendrogram) + 1
     check_names("words", words, num_tokens, "tokens")
     keep = np.ones(num_tokens, np.bool_) if mask is None else mask
+    # With n valid tokens, the first n - 1 rows are merges and the rest is padding.
     tree = dendrogram[: np.count_nonzero(keep) - 1].astype(np.float64)
     labels, merges = None, len(tree)
     if num_groups is not None:
-        labels = cut_linkage(dendrogram, num_groups=num_groups, mask=mask)
-        merges = len(tree) - int(labels.max())
-    leaves, place, height = _layout(tree, num_tokens, np.flatnonzero(keep))
+        labels = cut_linkage(dendrogram, num_groups=num_groups, mask=mask)  # (N,)
+        merges = len(tree) - int(labels.max())  # rows below the cut: n - K
+    leaves, x_of_node, height = _layout(tree, num_tokens, np.flatnonzero(keep))
     ax = axes_or_new(ax, figure_width(len(leaves)), 3.5)
-    top = height.max() or 1.0
-    _draw_branches(ax, tree, place, height, merges)
+    top = height.max() or 1.0  # 0 if all distances are 0 or there is one token
+    _draw_branches(ax, tree, x_of_node, height, merges)
     if labels is not None:
-        _draw_cut(ax, tree, place, labels, merges)
+        _draw_cut(ax, tree, x_of_node, labels, merges)
     ax.set(xlim=(-0.8, len(leaves) - 0.2), ylim=(0, 1.08 * top), ylabel="distance")
     ax.spines[["right", "top"]].set_visible(False)
     names = map(str, leaves) if words is None else (words[leaf] for leaf in leaves)
@@ -108,33 +110,38 @@ def plot_dendrogram(
 def _layout(
     tree: NDArray[Any], num_tokens: int, tokens: NDArray[np.intp]
 ) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the tokens from left to right, and x and height of every node."""
+    """Return the tokens from left to right, and x and height of every node.
+
+    As in SciPy, nodes 0..N-1 are tokens, and node N + i is the result of row i.
+    """
     members = {int(token): [int(token)] for token in tokens}
     for row, (a, b) in enumerate(tree[:, :2].astype(int), num_tokens):
+        # Lists compare by their first tokens: the branch with the earlier one is left.
         first, second = sorted((members.pop(a), members.pop(b)))
         members[row] = first + second
     (leaves,) = members.values()
-    place = np.zeros(2 * num_tokens - 1)
-    height = np.zeros(2 * num_tokens - 1)
-    place[leaves] = np.arange(len(leaves))
+    x_of_node = np.zeros(2 * num_tokens - 1)
+    height = np.zeros(2 * num_tokens - 1)  # 0 for tokens
+    x_of_node[leaves] = np.arange(len(leaves))
     for row, (a, b) in enumerate(tree[:, :2].astype(int), num_tokens):
-        place[row] = (place[a] + place[b]) / 2
+        x_of_node[row] = (x_of_node[a] + x_of_node[b]) / 2  # above the middle
     height[num_tokens : num_tokens + len(tree)] = tree[:, 2]
-    return leaves, place, height
+    return leaves, x_of_node, height
 
 
 def _draw_branches(
     ax: Axes,
     tree: NDArray[Any],
-    place: NDArray[np.float64],
+    x_of_node: NDArray[np.float64],
     height: NDArray[np.float64],
     merges: int,
 ) -> None:
-    """Draw every merge as a bracket over its two branches; dashed from `merges` on."""
+    """Draw each merge as a bracket over its two branches; dashed from row `merges`."""
     child = tree[:, :2].astype(np.intp)
-    x = place[child].repeat(2, axis=1)  # left, left, right, right
+    # Four points of each bracket: up from the left child, across, down to the right.
+    x = x_of_node[child].repeat(2, axis=1)  # left, left, right, right
     y = height[child][:, [0, 0, 1, 1]]
-    y[:, 1:3] = tree[:, 2:3]
+    y[:, 1:3] = tree[:, 2:3]  # the two upper points are at the height of the merge
     ax.add_collection(
         LineCollection(
             list(np.stack([x, y], axis=-1)),
@@ -148,25 +155,28 @@ def _draw_branches(
 def _draw_cut(
     ax: Axes,
     tree: NDArray[Any],
-    place: NDArray[np.float64],
+    x_of_node: NDArray[np.float64],
     labels: NDArray[Any],
     merges: int,
 ) -> None:
-    """Draw the cut above the first `merges` rows, and the groups' numbers on it."""
+    """Draw the cut above the first `merges` rows, and the numbers of the groups."""
     below = tree[merges - 1, 2] if merges else 0.0
+    # With one group there is no merge above: the cut is a little above the last one.
     above = tree[merges, 2] if merges < len(tree) else 1.1 * below
     cut = (below + above) / 2
     ax.axhline(cut, color=OUTLINE, linewidth=1)
-    group = np.full(len(place), -1)
+    # The group of each node below the cut. A merge passes it from its children to its
+    # own node, so that in the end only the root of each group has a number.
+    group = np.full(len(x_of_node), -1)
     group[: len(labels)] = labels
     child = tree[:, :2].astype(np.intp)
-    rows = len(labels) + np.arange(merges)
+    rows = len(labels) + np.arange(merges)  # nodes of the merges below the cut
     for row, pair in zip(rows, child[:merges], strict=True):
         group[row] = group[pair[0]]
         group[pair] = -1
     for node in np.flatnonzero(group >= 0):
         ax.text(
-            place[node],
+            x_of_node[node],
             cut,
             str(group[node]),
             size="x-small",

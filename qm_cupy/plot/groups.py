@@ -1,4 +1,4 @@
-"""Groups of tokens: outlines on a picture, or arcs along a text."""
+"""A plot of groups of tokens: outlines on a picture, or arcs along a text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,32 +40,34 @@ def plot_groups(
     labels : ndarray of shape (N,)
         Group of each token, -1 for padding and for tokens that were dropped.
     grid : tuple of two int, optional
-        Rows and columns of a picture's patches, which are the tokens in raster order:
-        lines are drawn between patches of different groups. Without it tokens stand in
-        a row, and an arc leads from each to the next of its group. A full dot is the
-        last of its group, where the merged token stands; a cross belongs to none.
+        Rows and columns of the patches of a picture. The tokens are the patches in
+        raster order, and lines are drawn between patches of different groups. Without
+        `grid`, tokens are in a row, and an arc connects each token to the next token of
+        its group. A full dot is the last token of its group, which is the position of
+        the merged token. A cross is a token without a group.
     picture : ndarray of shape (H, W) or (H, W, 3), optional
-        With `grid`: what the lines are drawn on, paled. uint8, or floating within
-        [0, 1].
+        With `grid`: the picture to draw on. It is drawn in lighter colours. uint8, or
+        floating within [0, 1].
     words : sequence of str, optional
         Without `grid`: a name for each token.
     linewidth : float, default 0.8
-        In points.
+        Width of lines in points.
     ax : matplotlib.axes.Axes, optional
-        Where to draw; in a new figure by default.
+        Axes to draw on; by default those of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With the lines in one collection, or the arcs in one for each group of several.
+        Axes with the lines in one collection, or with one collection of arcs for each
+        group of two or more tokens.
 
     Raises
     ------
     TypeError
-        If a dtype does not fit or `ax` are no axes.
+        If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If a shape does not fit, a label is below -1, a picture comes without a grid or
-        words come with one.
+        If a shape is wrong, a label is below -1, `picture` is given without `grid`, or
+        `words` with it.
 
     Examples
     --------
@@ -78,7 +80,9 @@ def plot_groups(
     labels = to_host("labels", labels)
     if grid is None:
         if picture is not None:
-            raise ValueError("`picture` needs the `grid` of its patches")
+            raise ValueError(
+                "`picture` needs the `grid` (rows, columns) of its patches"
+            )
         check_group_labels(labels, None if words is None else len(words))
         return _draw_arcs(labels, words, linewidth, ax)
     if words is not None:
@@ -93,23 +97,24 @@ def plot_groups(
 def _draw_outlines(
     labels: NDArray[Any], picture: Any, linewidth: float, ax: Axes | None
 ) -> Axes:
+    """Draw lines between patches of different groups; `labels` are (rows, columns)."""
     rows, columns = labels.shape
     ax = axes_or_new(ax, 5 * columns / rows, 5)
-    whole = 0, columns, rows, 0
+    whole = 0, columns, rows, 0  # in units of patches; y points down, as in pictures
     if picture is not None:
         ax.imshow(picture, extent=whole, cmap="gray", vmin=0, vmax=1)
     line: dict[str, Any] = {"color": OUTLINE, "linewidth": linewidth}
     ax.add_collection(LineCollection(_outline(labels), label="groups", **line))
     ax.set(xlim=whole[:2], ylim=whole[2:], xticks=[], yticks=[], aspect="equal")
-    ax.spines[:].set(**line)  # which close the groups at the border
+    ax.spines[:].set(**line)  # the frame closes the outlines at the border
     return ax
 
 
 def _outline(labels: NDArray[Any]) -> list[tuple[tuple[Any, Any], tuple[Any, Any]]]:
     """Return the edges, as ((x, y), (x, y)), between patches of different groups."""
-    y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])
+    y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])  # left and right neighbours
     upright = [((i + 1, j), (i + 1, j + 1)) for i, j in zip(x, y, strict=True)]
-    y, x = np.nonzero(labels[1:] != labels[:-1])
+    y, x = np.nonzero(labels[1:] != labels[:-1])  # upper and lower neighbours
     return upright + [((i, j + 1), (i + 1, j + 1)) for i, j in zip(x, y, strict=True)]
 
 
@@ -119,17 +124,20 @@ def _draw_arcs(
     linewidth: float,
     ax: Axes | None,
 ) -> Axes:
+    """Draw tokens in a row, and an arc from each to the next of its group."""
     ax = axes_or_new(ax, figure_width(len(labels)), 3)
-    turn = np.linspace(0, np.pi, 33)
-    last, count, top = [], 0, 1.0
+    angle = np.linspace(0, np.pi, 33)  # half a turn
+    last, count, top = [], 0, 1.0  # last tokens, groups with arcs, highest arc
     for group in np.unique(labels[labels >= 0]):
-        place = np.flatnonzero(labels == group)
-        last.append(place[-1])
-        if len(place) == 1:
+        positions = np.flatnonzero(labels == group)
+        last.append(positions[-1])
+        if len(positions) == 1:
             continue
-        span = np.diff(place)[:, None]
-        x = place[:-1, None] + span * (1 - np.cos(turn)) / 2
-        y = np.sqrt(span) * np.sin(turn)  # or short arcs would lie flat
+        span = np.diff(positions)[:, None]
+        x = positions[:-1, None] + span * (1 - np.cos(angle)) / 2  # (arcs, 33)
+        # The height grows with the square root, so that short arcs are not flat beside
+        # long ones.
+        y = np.sqrt(span) * np.sin(angle)
         arcs = LineCollection(
             list(np.stack([x, y], axis=-1)),
             label=f"group {group}",
@@ -139,6 +147,7 @@ def _draw_arcs(
         )
         ax.add_collection(arcs)
         count, top = count + 1, max(top, y.max())
+    # Three sorts of tokens: the last of a group, the others of a group, and padding.
     merged = np.setdiff1d(np.flatnonzero(labels >= 0), last)
     dots: tuple[tuple[Any, str, dict[str, Any]], ...] = (
         (last, "last of its group", {"color": "black"}),
@@ -146,12 +155,14 @@ def _draw_arcs(
         (np.flatnonzero(labels < 0), "in no group", {"color": "0.4", "marker": "x"}),
     )
     shown = [
-        ax.scatter(place, np.zeros(len(place)), s=16, zorder=3, label=label, **style)
-        for place, label, style in dots
-        if len(place)
+        ax.scatter(where, np.zeros(len(where)), s=16, zorder=3, label=label, **style)
+        for where, label, style in dots
+        if len(where)
     ]
+    # Room above the highest arc for the legend.
     ax.set(xlim=(-0.8, len(labels) - 0.2), ylim=(-0.08 * top, 1.3 * top), yticks=[])
     style = {"ncols": 3, "frameon": False, "fontsize": "small"}
+    # `set_in_layout(False)`: a wide legend must not shrink the axes.
     ax.legend(handles=shown, loc="upper left", **style).set_in_layout(False)
     ax.spines[["left", "right", "top"]].set_visible(False)
     name_tokens(ax.xaxis, words)
@@ -159,12 +170,13 @@ def _draw_arcs(
 
 
 def _paled(picture: NDArray[Any]) -> NDArray[Any]:
-    """Return a picture half-way to white, on which every dark line is seen."""
+    """Return a picture half-way to white, so that every dark line is visible on it."""
     if picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
         wanted = "(H, W) or (H, W, 3)"
         raise ValueError(f"`picture` must have shape {wanted}, got {picture.shape}")
-    if picture.dtype == np.uint8:
+    if picture.dtype == np.uint8:  # 0..255, as image files have it
         picture = picture / np.float32(255)
     check_floating("picture", picture)
     check_finite_values("picture", picture)
+    # (1 + x) / 2, within 0.5..1
     return 0.5 + 0.5 * picture.astype(np.float32).clip(0, 1)

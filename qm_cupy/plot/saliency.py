@@ -1,4 +1,4 @@
-"""Saliency by token and layer, or on a picture's patches."""
+"""A plot of saliency by token and layer, or on the patches of a picture."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,36 +29,37 @@ def plot_saliency(
     label: str = "saliency",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw saliency, or entropy, by token and layer, or on a picture's patches.
+    """Draw saliency or entropy by token and layer, or on the patches of a picture.
 
     Parameters
     ----------
     saliency : ndarray of shape (N,) or (L, N)
         A value for each token (in each layer); float16, bfloat16, float32 or float64.
     grid : tuple of two int, optional
-        Rows and columns of a picture's patches, for values of shape (N,) in raster
-        order. Without it layers are rows, counted from 1, and tokens are columns.
+        Rows and columns of the patches of a picture, for values of shape (N,) in raster
+        order. Without `grid`, layers are rows, counted from 1, and tokens are columns.
     words : sequence of str, optional
         Without `grid`: a name for each token.
     limits : tuple of two float, optional
-        The values at the dark and the light end of the scale, the least and the
-        greatest by default.
+        The values at the dark and the light end of the colour bar; by default the
+        smallest and the largest value.
     label : str, default "saliency"
-        What the values are, and their unit.
+        Label of the colour bar: the quantity and its unit.
     ax : matplotlib.axes.Axes, optional
-        Where to draw; in a new figure by default.
+        Axes to draw on; by default those of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With one image, and a scale beside it.
+        Axes with one image and a colour bar.
 
     Raises
     ------
     TypeError
-        If `saliency` is not floating or `ax` are no axes.
+        If `saliency` is not floating or `ax` is not matplotlib axes.
     ValueError
-        If a shape does not fit, an entry is not finite or words come with a grid.
+        If a shape is wrong, an entry is not finite, or both `words` and `grid` are
+        given.
 
     Examples
     --------
@@ -74,24 +75,26 @@ def plot_saliency(
         check_names("words", words, values.shape[-1], "tokens")
     else:
         if words is not None:
-            raise ValueError("give `grid` or `words`, not both")
+            raise ValueError("give `grid` or `words`, not both")  # a patch has no word
         rows, columns = check_grid(grid)
         check_values("saliency", values, "N")
         check_shape("saliency", values, "N", (rows * columns,))
-        values = values.reshape(rows, columns)
+        values = values.reshape(rows, columns)  # patches in raster order
     num_rows, num_columns = values.shape
     if grid is not None:
         ax = axes_or_new(ax, 5 * num_columns / num_rows + 0.8, 5)
         ax.set(xticks=[], yticks=[])
         image = draw_values(ax, values, label, limits)
+        # In units of patches, like the outlines of `plot_groups` on the same axes.
         image.set_extent((0, num_columns, num_rows, 0))
         return ax
     ax = axes_or_new(ax, figure_width(num_columns), 1.5 + 0.2 * num_rows)
     image = draw_values(ax, values, label, limits)
+    # Centres of tokens at 0, 1, ... and of layers at 1, 2, ...
     image.set_extent((-0.5, num_columns - 0.5, num_rows + 0.5, 0.5))
-    ax.set_aspect("auto")
+    ax.set_aspect("auto")  # cells fill the figure; they need not be squares
     name_tokens(ax.xaxis, words)
-    if num_rows == 1:
+    if num_rows == 1:  # a single layer needs no number
         ax.set_yticks([])
     else:
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))

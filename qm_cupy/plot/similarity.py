@@ -1,4 +1,4 @@
-"""Similarities of tokens, group beside group."""
+"""A plot of the similarities of tokens, ordered by group."""
 
 from typing import Any
 
@@ -11,34 +11,34 @@ from ..arrays.checks import check_shape, check_values
 from ..arrays.conversion import on_callers_stream
 from .drawing import axes_or_new, check_group_labels, draw_values, to_host
 
-_MOST_NUMBERS = 20  # of groups along an axis
+_MAX_NUMBERS = 20  # numbers of groups along an axis that stay legible
 
 
 @on_callers_stream
 def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> Axes:
-    """Draw the similarities of tokens, group beside group, each in a frame.
+    """Draw the similarities of tokens ordered by group, with a frame for each group.
 
     Parameters
     ----------
     similarity : ndarray of shape (N, N)
-        As `cosine_similarity` gives it; float16, bfloat16, float32 or float64.
+        The result of `cosine_similarity`; float16, bfloat16, float32 or float64.
     labels : ndarray of shape (N,)
-        Group of each token; those of -1 are left out.
+        Group of each token. Tokens with label -1 are not drawn.
     ax : matplotlib.axes.Axes, optional
-        Where to draw; in a new figure by default.
+        Axes to draw on; by default those of a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        With one image, a scale beside it, and a frame for each group.
+        Axes with one image, a colour bar, and a frame for each group.
 
     Raises
     ------
     TypeError
-        If a dtype does not fit or `ax` are no axes.
+        If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If a shape does not fit, an entry is not finite, a label is below -1 or all
-        are.
+        If a shape is wrong, an entry is not finite, a label is below -1, or no token
+        has a group.
 
     Examples
     --------
@@ -60,17 +60,19 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
     numbers, sizes = np.unique(labels[labels >= 0], return_counts=True)
     if not len(numbers):
         raise ValueError("`labels` must put at least one token into a group")
+    # Tokens by group, and by position within a group. Labels of -1 come first.
     order = np.argsort(labels, kind="stable")[num_tokens - sizes.sum() :]
     ax = axes_or_new(ax, 5.8, 5)
     draw_values(ax, similarity[np.ix_(order, order)], "cosine similarity", None)
-    start = np.cumsum(sizes) - sizes - 0.5
+    start = np.cumsum(sizes) - sizes - 0.5  # pixel i covers i - 0.5 to i + 0.5
+    # A white border, so that the black frame is visible on dark cells.
     halo = withStroke(linewidth=3, foreground="white")
     for corner, size in zip(start, sizes, strict=True):
         frame = Rectangle((corner, corner), size, size, fill=False, path_effects=[halo])
         ax.add_patch(frame)
-    some = slice(None, None, -(-len(numbers) // _MOST_NUMBERS))
+    shown = slice(None, None, -(-len(numbers) // _MAX_NUMBERS))  # every n-th number
     centre = start + sizes / 2
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks(centre[some], numbers[some], size="x-small")
+        axis.set_ticks(centre[shown], numbers[shown], size="x-small")
     ax.set(xlabel="group", ylabel="group")
     return ax

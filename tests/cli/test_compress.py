@@ -1,4 +1,4 @@
-"""The command `compress`: the same bits as `quickmerge`, one line for every mistake."""
+"""The command `compress`: results of `quickmerge` bit for bit, errors of one line."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,13 @@ import qm_cupy as qm
 from qm_cupy.cli import compress as command
 
 
+# 7 sequences of 4 to 12 tokens.
 @pytest.fixture
 def mask(rng):
     return np.arange(12) < rng.integers(4, 13, 7)[:, None]
 
 
+# A sequence has 12 tokens of 5 floats of 4 bytes: one, two or all sequences at a time.
 @pytest.fixture(params=[1, 2 * 12 * 5 * 4, 2**26], ids=["one", "two", "all"])
 def chunk(request, monkeypatch):
     monkeypatch.setattr(command, "CHUNK_BYTES", request.param)
@@ -29,8 +31,10 @@ class TestCompress:
         code, got = compress(path, budget=text)
         assert code == 0
         assert_same(got, qm.quickmerge(tokens, budget))
+        # No temporary file stays in the folder.
         assert {p.name for p in tmp_path.iterdir()} == {name, "out.npz"}
 
+    # A .npy file holds one array, so it cannot have a mask.
     @pytest.mark.parametrize("name", FORMATS[1:])
     @pytest.mark.parametrize("budget", [3, 0.4])
     def test_mask(self, tmp_path, tokens, mask, name, budget):
@@ -38,7 +42,8 @@ class TestCompress:
         _, got = compress(path, "--mask", "valid", budget=str(budget))
         assert_same(got, qm.quickmerge(tokens, budget, mask=mask))
 
-    def test_options_arrive(self, tmp_path, tokens):
+    def test_options_reach_quickmerge(self, tmp_path, tokens):
+        # None of these is a default.
         options = {
             "method": "nearest",
             "order": "first",
@@ -61,10 +66,11 @@ class TestCompress:
         _, got = compress(save(tmp_path / name, tokens=tokens[:0]), budget=str(budget))
         assert_same(got, qm.quickmerge(tokens[:0], budget))
 
-    @pytest.mark.parametrize("kind", ["<f2", ">f2", ">f4", "<f8", ">f8"])
+    # Big-endian files (">") give results in the byte order of the machine.
+    @pytest.mark.parametrize("dtype", ["<f2", ">f2", ">f4", "<f8", ">f8"])
     @pytest.mark.parametrize("name", FORMATS[:3])
-    def test_dtypes(self, tmp_path, tokens, name, kind):
-        x = tokens.astype(kind)
+    def test_dtypes(self, tmp_path, tokens, name, dtype):
+        x = tokens.astype(dtype)
         _, got = compress(save(tmp_path / name, tokens=x))
         assert_same(got, qm.quickmerge(x, 3))
 
@@ -75,8 +81,8 @@ class TestCompress:
 
 
 def test_deflated_file_larger_than_a_chunk(tmp_path, monkeypatch, capsys):
-    """60 sequences of 160 kB, worked on 13 at a time."""
-    monkeypatch.setattr(command, "CHUNK_BYTES", 2**21)
+    """60 sequences of 160 kB, of which 13 are merged at a time."""
+    monkeypatch.setattr(command, "CHUNK_BYTES", 2**21)  # 13 * 160,000 bytes fit
     x = np.zeros((60, 20, 2000), np.float32)
     x[..., :8] = np.random.default_rng(0).standard_normal((60, 20, 8))
     path = save(tmp_path / "deflated.npz", tokens=x)
@@ -89,18 +95,21 @@ def test_deflated_file_larger_than_a_chunk(tmp_path, monkeypatch, capsys):
     )
     _, got = compress(path, "--method", "contiguous")
     assert max(sizes) <= 2**21
-    assert len(sizes) == 1 + 5  # one more, of a single token, tries the options
+    # Five chunks: 60 / 13, rounded up. The call before them merges a single token, to
+    # check the options.
+    assert len(sizes) == 1 + 5
     assert_same(got, qm.quickmerge(x, 3, method="contiguous"))
     assert "60 x 20 x 2000 float32 -> 60 x 3 x 2000" in capsys.readouterr().out
 
 
 class TestBadInput:
-    """Each with its reason in one line, and with nothing left in the folder."""
+    """An error has its reason in one line, and no file is left in the folder."""
 
     @pytest.mark.usefixtures("chunk")
     @pytest.mark.parametrize("name", FORMATS)
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_not_finite(self, tmp_path, tokens, name, value, compress_fails):
+        # The message counts sequences of the file, not of the chunk.
         tokens[5, 8, 2] = value
         path = save(tmp_path / name, tokens=tokens)
         compress_fails(path, f"must be finite, got {value} in sequence 5, token 8")
@@ -118,7 +127,7 @@ class TestBadInput:
             ("0.0", "must lie in (0, 1]"),
             ("1.5", "must lie in (0, 1]"),
             ("nan", "must lie in (0, 1]"),
-            ("most", "'most' is neither a number K nor a share"),
+            ("most", "'most' is neither a number of tokens"),
         ],
     )
     def test_budget(self, tmp_path, tokens, budget, words, compress_fails):
@@ -126,6 +135,8 @@ class TestBadInput:
         compress_fails(path, words, budget=budget)
 
     def test_mask(self, tmp_path, tokens, mask, compress_fails):
+        # Sequence 4 without tokens; sequence 6 with 2 tokens, fewer than K = 3; a mask
+        # of 11 columns; a mask of integers; a mask without axes.
         none, few = np.ones_like(mask), np.ones_like(mask)
         none[4], few[6, 2:] = False, False
         arrays = {"none": none, "few": few, "short": mask[:, 1:], "number": mask * 1}
@@ -136,6 +147,7 @@ class TestBadInput:
         compress_fails(path, "(B, N) = (7, 12), got ()", options=["--mask", "point"])
         compress_fails(path, "boolean", options=["--mask", "number"])
 
+    # argparse refuses some values, and `quickmerge` the others: both in one line.
     @pytest.mark.parametrize(
         ("option", "value", "words"),
         [

@@ -1,4 +1,4 @@
-"""What `doctor` says of an installation."""
+"""The command `doctor`: its report about an installation."""
 
 import sys
 import types
@@ -11,6 +11,7 @@ from qm_cupy.cli.main import main
 
 @pytest.fixture
 def report(tmp_path, monkeypatch, capsys):
+    """Run `doctor` with some module as CuPy; None stands for "not installed"."""
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
 
     def run(cupy):
@@ -25,12 +26,13 @@ def test_without_cupy(tmp_path, report):
     text = report(None)
     for name in ("Python", "qm-cupy", "numpy", "scipy"):
         assert f"\n{name} " in f"\n{text}"
-    assert np.__version__ in text
-    assert f"{tmp_path / 'cache'}, not made yet" in text
-    assert "on a GPU run the CUDA kernels, all others NumPy" in text
+    assert np.__version__ in text  # the version of an installed package
+    assert f"{tmp_path / 'cache'}, not created yet" in text
+    assert "on a GPU use the CUDA kernels, all others use NumPy" in text
 
 
 def test_with_a_gpu(tmp_path, report):
+    # A cache with one compiled kernel of 2 MB.
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "kernel.cubin").write_bytes(bytes(2_000_000))
     device = {"name": b"NVIDIA H200", "totalGlobalMem": 139 * 2**30}
@@ -42,20 +44,25 @@ def test_with_a_gpu(tmp_path, report):
     )
     text = report(types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime)))
     assert "NVIDIA H200, 139.0 GiB, sm 9.0" in text
+    # CUDA's number 13010 is version 13.1.
     assert "CUDA 13.1 by the driver, 12.9 by the runtime" in text
     assert "1 files, 2.0 MB" in text
 
 
 def test_cupy_that_fails(report):
+    """CuPy is installed, but the driver is too old: one line has the reason."""
+
     def fail():
         raise RuntimeError("cudaErrorInsufficientDriver:\n too old")
 
     runtime = types.SimpleNamespace(getDeviceCount=fail)
     text = report(types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime)))
+    # The line break of the message is gone: one fact, one line.
     assert "RuntimeError: cudaErrorInsufficientDriver: too old" in text
 
 
 def test_cupy_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
+    """CuPy for another version of CUDA: its own import fails."""
     (tmp_path / "cupy.py").write_text("import libcuda_that_is_not_there")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)

@@ -1,4 +1,4 @@
-"""The command line as a whole: as a program, and without a command."""
+"""The command line as a program, its help and its errors."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from qm_cupy.cli.main import main
 
 def test_no_command_and_help(fails, capsys):
     fails([], "required: COMMAND")
-    fails(["compress"], "required: INPUT, --budget")
+    fails(["compress"], "required: INPUT, --budget")  # all that is missing
     with pytest.raises(SystemExit, match="0"):
         main(["compress", "--help"])
     assert "--budget K" in capsys.readouterr().out
@@ -24,7 +24,9 @@ def test_no_command_and_help(fails, capsys):
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
-def test_no_command_is_imported_before_it_is_asked_for(tmp_path, option):
+def test_a_command_is_imported_only_when_it_runs(tmp_path, option):
+    """So that `--help` does not need the packages of the commands, nor their time."""
+    # A new process: in this one, other tests have imported the modules.
     code = f"""
 import sys
 from qm_cupy.cli.main import main
@@ -40,12 +42,13 @@ finally:
         text=True,
         check=True,
     )
-    names = set(done.stdout.split("\n"))
+    names = set(done.stdout.split("\n"))  # all modules that were imported
     assert "qm_cupy.cli.main" in names
     for module in ("cli.compress", "cli.demo", "cli.doctor", "corpus", "plot"):
         assert f"qm_cupy.{module}" not in names
 
 
+# The installed script and `python -m qm_cupy` must behave alike.
 @pytest.mark.parametrize(
     "command",
     [
@@ -67,10 +70,10 @@ def test_as_a_program(tmp_path, tokens, command):
             check=False,
         )
 
-    done = run("--budget", "0.25")
+    done = run("--budget", "0.25")  # 3 of 12 tokens
     assert (done.returncode, done.stderr) == (0, "")
     assert "7 x 12 x 5 float32 -> 7 x 3 x 5 in" in done.stdout
-    done = run("--budget", "99")
+    done = run("--budget", "99")  # an error is one line, and the exit status is 2
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "qm-cupy: error: `budget` must lie in 1..12 (its tokens), got 99\n"

@@ -1,4 +1,4 @@
-"""Files of merged tokens as the command line writes them."""
+"""Files of merged tokens, as the command line writes them."""
 
 from command_line import compress, save
 
@@ -6,6 +6,7 @@ from qm_cupy.cli import compress as command
 
 
 def test_same_bytes_twice(tmp_path, tokens):
+    """A time stamp in the zip would make equal results differ."""
     path = save(tmp_path / "a.npy", tokens=tokens)
     compress(path)
     first = path.with_name("out.npz").read_bytes()
@@ -14,9 +15,10 @@ def test_same_bytes_twice(tmp_path, tokens):
 
 
 def test_refused_before_any_work(tmp_path, tokens, fails, monkeypatch):
+    """A wrong output is an error at once, not after hours of work."""
     source = save(tmp_path / "a.npz", tokens=tokens)
     before = source.read_bytes()
-    monkeypatch.setattr(command, "merge_chunk", None)
+    monkeypatch.setattr(command, "merge_chunk", None)  # work would raise TypeError
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "link.npz").symlink_to(source)
 
@@ -29,7 +31,7 @@ def test_refused_before_any_work(tmp_path, tokens, fails, monkeypatch):
     refuses("out", "must end in .npz")
     refuses("folder.npz", "is a folder")
     refuses("a.npz", "is the input")
-    refuses("link.npz", "is the input")
-    refuses("a" * 300 + ".npz", "name too long")
+    refuses("link.npz", "is the input")  # a link to the input
+    refuses("a" * 300 + ".npz", "name too long")  # file systems allow 255 bytes
     assert source.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 3  # a.npz, folder.npz, link.npz

@@ -1,6 +1,6 @@
-"""`out=` and `workspace=`: where results are written and what is allocated.
+"""`out=` and `workspace=`: the memory of results and of intermediate results.
 
-CuPy's allocator is a stand-in, and kernels are interpreted on the CPU.
+A stand-in replaces CuPy's allocator, and kernels are interpreted on the CPU.
 """
 
 import copy
@@ -20,14 +20,14 @@ FIELDS = qm.Merged._fields
 
 
 class Pointer:
-    """As CuPy's MemoryPointer: holds its memory, and that its owner."""
+    """Like CuPy's MemoryPointer, it keeps its memory alive, which keeps its owner."""
 
     def __init__(self, memory, offset=0):
         self.memory, self.ptr = memory, getattr(memory, "ptr", 0) + offset
 
 
 class Cupy:
-    """A stand-in: counts what is allocated, and who is asked for it."""
+    """A stand-in for CuPy that records the sizes of allocations."""
 
     def __init__(self):
         self.sizes, self.current, self.device = [], self.malloc, 0
@@ -50,6 +50,7 @@ class Cupy:
 
     def malloc(self, size):
         self.sizes.append(size)
+        # A new address for each block.
         return Pointer(types.SimpleNamespace(ptr=1000 * len(self.sizes)))
 
     @contextmanager
@@ -61,25 +62,26 @@ class Cupy:
 
 @pytest.fixture
 def cupy(monkeypatch):
-    found = Cupy()
-    monkeypatch.setitem(sys.modules, "cupy", found)
-    return found
+    stand_in = Cupy()
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    return stand_in
 
 
 def test_blocks_of_one_size_are_lent_again(cupy):
+    """A deleted array returns its block; the next one of this size gets it."""
     workspace = qm.Workspace()
     with workspace.lend():
         first, second = cupy.current(64), cupy.current(64)
         assert first.ptr != second.ptr
         del first
-        third = cupy.current(64)  # the first is free
+        third = cupy.current(64)  # the first block is free again
         assert cupy.sizes == [64, 64]
-        fourth = cupy.current(65)
-        assert len({second.ptr, third.ptr, fourth.ptr}) == 3
-    assert cupy.current == cupy.malloc
+        fourth = cupy.current(65)  # no free block has exactly this size
+        assert len({second.ptr, third.ptr, fourth.ptr}) == 3  # all in use
+    assert cupy.current == cupy.malloc  # CuPy's own allocator again
     assert workspace.nbytes == 64 + 64 + 65
     del second, third, fourth
-    for _ in range(3):  # the same demands, and no more memory
+    for _ in range(3):  # the same requests, without new memory
         with workspace.lend():
             held = [cupy.current(size) for size in (65, 64, 64)]
             assert len({x.ptr for x in held}) == 3
@@ -90,10 +92,10 @@ def test_blocks_of_one_size_are_lent_again(cupy):
 def test_a_block_of_another_device_is_not_lent(cupy):
     workspace = qm.Workspace()
     with workspace.lend():
-        cupy.current(8)  # and free at once
+        cupy.current(8)  # free at once, because nothing keeps the pointer
         cupy.device = 1
         assert cupy.current(8).memory.device == 1
-    assert cupy.sizes == [8, 8]
+    assert cupy.sizes == [8, 8]  # two allocations
 
 
 def test_arrays_of_no_bytes_take_no_block(cupy):
@@ -104,26 +106,29 @@ def test_arrays_of_no_bytes_take_no_block(cupy):
 
 
 def test_free_memory_is_what_it_was_at_first(cupy):
+    """The choice of an algorithm must not depend on what the workspace has taken."""
     workspace = qm.Workspace()
     with workspace.lend():
         assert cuda.free_memory() == 100
     cupy.free = 30
     with workspace.lend():
         assert cuda.free_memory() == 100
-    assert cuda.free_memory() == 30
+    assert cuda.free_memory() == 30  # without a workspace: the current amount
 
 
-def test_a_workspace_is_one():
+def test_a_workspace_cannot_be_copied():
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(qm.Workspace())
 
 
 def problem(seed=0, dtype=np.float32):
+    """Return tokens (2, 33, 8)."""
     rng = np.random.default_rng(seed)
     return rng.standard_normal((2, 33, 8)).astype(dtype)
 
 
 def same(got, wanted):
+    """Compare all fields bit by bit, with any array library."""
     for x, y in zip(got, wanted, strict=True):
         assert to_numpy(x).tobytes() == to_numpy(y).tobytes()
 
@@ -136,11 +141,11 @@ def test_out_is_written(library, method, dtype):
         pytest.skip("array-api-strict has no 16 bits")
     x, y = (to_library(library, problem(seed, dtype)) for seed in (0, 1))
     wanted = qm.quickmerge(y, 5, method=method)
-    out = qm.quickmerge(x, 5, method=method)
+    out = qm.quickmerge(x, 5, method=method)  # other tokens, so all values differ
     before = [to_numpy(part) for part in out]
     got = qm.quickmerge(y, 5, method=method, out=out, workspace=qm.Workspace())
     assert got is out
-    same(before, wanted)  # the very memory
+    same(before, wanted)  # `before` views the memory of `out`
     same(got, wanted)
 
 
@@ -152,10 +157,12 @@ def test_out_of_jax_cannot_be_written():
 
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("wrong", ["shape", "dtype", "strided", "read-only", "list"])
-def test_an_out_that_does_not_fit_is_left_as_it_is(field, wrong):
+def test_an_out_that_does_not_fit_is_not_changed(field, wrong):
+    """All arrays are checked before the first one is written."""
     x = problem()
     out = qm.quickmerge(problem(1), 5)
     part = getattr(out, field)
+    # np.frombuffer of bytes is read-only.
     part = {
         "shape": lambda: part[..., 1:].copy(),
         "dtype": lambda: part.astype(np.complex64),
@@ -173,11 +180,13 @@ def test_an_out_that_does_not_fit_is_left_as_it_is(field, wrong):
         np.testing.assert_array_equal(x, y)
 
 
-def test_out_must_be_a_merged_and_no_input():
+def test_out_must_be_a_merged_without_an_input():
+    """An array that is input and output would be overwritten while it is read."""
     x = problem()
     with pytest.raises(TypeError, match="`out` must be a Merged, got ndarray"):
         qm.quickmerge(x, 5, out=x)
     scores = np.ones(x.shape[:2], np.float32)
+    # The array that `out` would write is the array that the call reads.
     out = qm.quickmerge(x, 5)._replace(saliency=scores)
     with pytest.raises(ValueError, match=r"`out.saliency` must not share memory"):
         qm.quickmerge(x, 5, saliency=scores, out=out)
@@ -186,26 +195,28 @@ def test_out_must_be_a_merged_and_no_input():
 @pytest.mark.parametrize("weights", ["mass", "uniform", "float64"])
 @pytest.mark.parametrize("source", ["tokens", "saliency", "hidden_states"])
 def test_out_has_the_dtypes_of_any_call(weights, source):
+    """The result of one call fits as `out` of the next, for every source of weights."""
     x = problem()
-    given = {
+    sources = {
         "tokens": {},
         "saliency": {"saliency": np.linspace(0, 1, 66).reshape(2, 33)},
         "hidden_states": {"hidden_states": problem(3, np.float64)},
     }[source]
-    if weights == "float64":
+    if weights == "float64":  # an array of weights, which makes the mass float64
         weights = np.ones((2, 33))
-    wanted = qm.quickmerge(x, 5, weights=weights, **given)
+    wanted = qm.quickmerge(x, 5, weights=weights, **sources)
     out = copy.deepcopy(wanted)
     for part in out:
-        part[...] = 0
-    same(qm.quickmerge(x, 5, weights=weights, out=out, **given), wanted)
+        part[...] = 0  # a field that is not written would stay 0
+    same(qm.quickmerge(x, 5, weights=weights, out=out, **sources), wanted)
 
 
 @pytest.mark.parametrize("kernels", ["basic", "optimized"])
 @pytest.mark.parametrize("method", ["average", "nearest", "bipartite", "contiguous"])
-def test_kernels_write_where_they_are_told(kernels, method, monkeypatch):
-    """Under a workspace, results are in memory of their own or in `out`."""
+def test_results_are_not_in_the_memory_of_a_workspace(kernels, method, monkeypatch):
+    """The next call would overwrite them. They are in fresh memory or in `out`."""
     ptx.install(monkeypatch)
+    # The arrays allocated while a workspace lends memory, and the open workspaces.
     lent, open_now = [], []
 
     @contextmanager
@@ -225,10 +236,10 @@ def test_kernels_write_where_they_are_told(kernels, method, monkeypatch):
     x, y = problem(), problem(1)
     with qm.use_kernels(kernels):
         plain = qm.quickmerge(x, 5, method=method)
-        assert lent == []
+        assert lent == []  # without a workspace
         workspace = qm.Workspace()
         out = qm.quickmerge(y, 5, method=method, workspace=workspace)
-        assert lent
+        assert lent  # the test would prove nothing without such arrays
         assert not any(np.shares_memory(a, b) for a in out for b in lent)
         again = qm.quickmerge(x, 5, method=method, out=out, workspace=workspace)
     assert again is out

@@ -1,4 +1,8 @@
-"""One problem for every picture, and what was drawn, read from matplotlib's artists."""
+"""Common inputs of all pictures, and functions that read what matplotlib has drawn.
+
+matplotlib keeps each line, dot and text as an object, an artist. The tests read these
+objects, because pixels would depend on fonts and on matplotlib's version.
+"""
 
 import numpy as np
 import pytest
@@ -9,12 +13,14 @@ from matplotlib.colors import to_rgb
 
 import qm_cupy as qm
 
-plt.switch_backend("Agg")  # for the doctests as well: no window opens
+plt.switch_backend("Agg")  # no window opens, neither here nor in doctests
 
+# Six tokens in four groups, numbered 1 to 4: equal words are in one group.
 WORDS = ["to", "be", "or", "not", "to", "be"]
 LABELS = np.array([3, 4, 1, 2, 3, 4])
 TREE = qm.linkage(np.random.default_rng(20260101).standard_normal((12, 5)), "ward")
-CALLS = {  # every function with arrays of one problem
+# Positional and keyword arguments for every public function.
+CALLS = {
     "plot_groups": ((LABELS,), {"words": WORDS}),
     "plot_saliency": ((np.linspace(0, 1, 12).reshape(2, 6),), {"words": WORDS}),
     "plot_dendrogram": ((TREE,), {"num_groups": 3}),
@@ -25,16 +31,19 @@ CALLS = {  # every function with arrays of one problem
 
 @pytest.fixture(autouse=True)
 def closed():
+    """Close all figures after each test; matplotlib would keep them open."""
     yield
     plt.close("all")
 
 
 def words_of(axis):
+    """Return the labels of an axis."""
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
 def arcs_of(ax):
-    """Return the tokens that every group's arcs start and end at."""
+    """Return the tokens at which the arcs of each group start and end."""
+    # A segment has shape (points, 2); column 0 is the position of a token.
     return {
         arcs.get_label(): [(line[0, 0], line[-1, 0]) for line in arcs.get_segments()]
         for arcs in ax.collections
@@ -43,7 +52,8 @@ def arcs_of(ax):
 
 
 def dots_of(ax):
-    """Return the tokens under every kind of dot."""
+    """Return the tokens with a dot, by the label of the dots."""
+    # An arc and an empty set of dots are not dots.
     return {
         dots.get_label(): sorted(dots.get_offsets()[:, 0].astype(int).tolist())
         for dots in ax.collections
@@ -52,16 +62,19 @@ def dots_of(ax):
 
 
 def edges_of(ax):
+    """Return the lines of the outlines, each as its two end points in any order."""
     (lines,) = ax.collections
     return {frozenset(map(tuple, line.tolist())) for line in lines.get_segments()}
 
 
 def luminance(colour):
-    """Return how light a grey print shows it, within [0, 1]."""
+    """Return the lightness of a colour in a grey print, within [0, 1]."""
+    # Weights of red, green and blue, by ITU-R BT.601.
     return np.dot(to_rgb(colour), (0.299, 0.587, 0.114))
 
 
 def pixels(figure):
+    """Draw a figure, and return its pixels."""
     figure.set_size_inches(4, 3)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba()).copy()

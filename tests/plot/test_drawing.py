@@ -1,4 +1,4 @@
-"""What holds for every picture: its axes, and arrays of any library."""
+"""Properties of every picture: its axes, and arrays of any library."""
 
 import subprocess
 import sys
@@ -18,17 +18,18 @@ def test_every_function_is_tested_here():
 
 
 @pytest.mark.parametrize("name", plot.__all__)
-def test_on_the_axes_given_and_never_shown(monkeypatch, name):
-    monkeypatch.setattr(plt, "show", None)
+def test_pictures_use_the_axes_argument_and_are_not_shown(monkeypatch, name):
+    """A library function draws; only the caller opens a window."""
+    monkeypatch.setattr(plt, "show", None)  # a call of it would raise TypeError
     function = getattr(plot, name)
     arrays, options = CALLS[name]
     figure, (left, right) = plt.subplots(1, 2)
     assert function(*arrays, **options, ax=right) is right
     assert not left.has_data()
     assert right.has_data()
-    assert plt.get_fignums() == [figure.number]
+    assert plt.get_fignums() == [figure.number]  # no other figure
     function(*arrays, **options)
-    assert len(plt.get_fignums()) == 2
+    assert len(plt.get_fignums()) == 2  # without axes: a new figure
     with pytest.raises(TypeError, match="`ax` must be matplotlib axes, got Figure"):
         function(*arrays, **options, ax=figure)
 
@@ -38,14 +39,17 @@ def test_arrays_of_any_library(library, name):
     function = getattr(plot, name)
     arrays, options = CALLS[name]
     wanted = pixels(function(*arrays, **options).figure)
-    given = [to_library(library, x) for x in arrays]
-    got = pixels(function(*given, **options).figure)
+    # Equal pixels: the arrays were read completely and in the same order.
+    inputs = [to_library(library, x) for x in arrays]
+    got = pixels(function(*inputs, **options).figure)
     np.testing.assert_array_equal(got, wanted)
     with pytest.raises(TypeError, match="must be an array"):
         function(arrays[0].tolist(), *arrays[1:], **options)
 
 
 def test_arrays_on_a_gpu_are_copied(monkeypatch):
+    """matplotlib reads NumPy arrays only; CuPy's arrays have the method `get`."""
+
     class OnGPU:
         def get(self):
             return LABELS
@@ -55,6 +59,8 @@ def test_arrays_on_a_gpu_are_copied(monkeypatch):
 
 
 def test_without_matplotlib():
+    """The error of the import has the command that installs matplotlib."""
+    # None in sys.modules makes an import fail. A new process has not imported it yet.
     code = "import sys; sys.modules['matplotlib'] = None; import qm_cupy.plot"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False

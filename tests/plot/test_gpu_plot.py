@@ -1,4 +1,4 @@
-"""Pictures of arrays on a GPU are those of NumPy's; needs CuPy and a GPU."""
+"""Arrays on a GPU give the same pictures as NumPy's; this needs CuPy and a GPU."""
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ pytestmark = marks
 def test_arrays_on_a_gpu(name):
     function = getattr(plot, name)
     arrays, options = CALLS[name]
+    # Pixels, because this compares two pictures of one matplotlib.
     wanted = pixels(function(*arrays, **options).figure)
     got = pixels(function(*map(cupy.asarray, arrays), **options).figure)
     np.testing.assert_array_equal(got, wanted)

@@ -1,4 +1,4 @@
-"""Groups: outlines and arcs, read back from matplotlib's artists."""
+"""Groups: outlines and arcs, read from matplotlib's artists."""
 
 import numpy as np
 import pytest
@@ -23,22 +23,25 @@ PATCHES = {"grid": (2, 3)}
 
 
 def test_outlines_lie_between_groups():
+    """2 × 3 patches: the labels are 0 0 1 in the first row and 0 2 1 in the second."""
     ax = plot_groups(np.array([0, 0, 1, 0, 2, 1]), grid=(2, 3))
+    # End points (x, y) of the lines: 0|1 and 0|2 and 2|1 side by side, 0 above 2.
     wanted = [((2, 0), (2, 1)), ((1, 1), (1, 2)), ((2, 1), (2, 2)), ((1, 1), (2, 1))]
     assert edges_of(ax) == {frozenset(edge) for edge in wanted}
     assert ax.get_xlim() == (0, 3)
-    assert ax.get_ylim() == (2, 0)  # the first row on top
+    assert ax.get_ylim() == (2, 0)  # the first row is at the top
 
 
-def test_one_group_has_no_outline_and_every_patch_alone_all():
+def test_outlines_of_one_group_and_of_single_patches():
+    """One group has no outline. Single patches have all inner edges of the grid."""
     assert not edges_of(plot_groups(np.zeros(12, int), grid=(3, 4)))
     assert len(edges_of(plot_groups(np.arange(12), grid=(3, 4)))) == 3 * 3 + 2 * 4
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (20, 30, 3)])
 def test_lines_are_darker_than_the_picture(rng, shape):
-    """Whatever the picture is: it is paled to the lighter half."""
-    pictures = rng.random(shape), np.zeros(shape, np.uint8)
+    """For every picture: its colours are moved to the lighter half."""
+    pictures = rng.random(shape), np.zeros(shape, np.uint8)  # the second is black
     for picture in pictures:
         ax = plot_groups(np.arange(6), grid=(2, 3), picture=picture)
         drawn = ax.images[0].get_array()
@@ -46,12 +49,13 @@ def test_lines_are_darker_than_the_picture(rng, shape):
         assert drawn.min() >= 0.5
         assert drawn.max() <= 1
         line = ax.collections[0].get_color()[0]
-        assert luminance(line) < 0.5 - 0.25
+        assert luminance(line) < 0.5 - 0.25  # at least 0.25 darker than any pixel
         assert ax.images[0].get_extent() == [0, 3, 2, 0]
-    np.testing.assert_array_equal(drawn, np.full(shape, 0.5))
+    np.testing.assert_array_equal(drawn, np.full(shape, 0.5))  # black becomes grey
 
 
-def test_arcs_lead_to_the_next_of_the_group():
+def test_arcs_lead_to_the_next_token_of_the_group():
+    """Group 0 has tokens 0, 2 and 4; groups 1 and 2 have one token; -1 is padding."""
     ax = plot_groups(np.array([0, 1, 0, -1, 0, 2]), words=WORDS)
     assert arcs_of(ax) == {"group 0": [(0, 2), (2, 4)]}
     assert dots_of(ax) == {
@@ -62,16 +66,17 @@ def test_arcs_lead_to_the_next_of_the_group():
     assert words_of(ax.xaxis) == WORDS
 
 
-def test_dots_stand_where_the_merged_tokens_do(rng):
+def test_dots_are_at_the_positions_of_merged_tokens(rng):
     labels = qm.cluster_tokens(rng.standard_normal((30, 4)), 9)
     ax = plot_groups(labels)
-    positions = qm.group_positions(labels, 9)
+    positions = qm.group_positions(labels, 9)  # the last member of each group
     assert dots_of(ax)["last of its group"] == positions.tolist()
     joined = sum(map(len, arcs_of(ax).values()))
-    assert joined == 30 - 9  # one arc fewer than each group has tokens
+    assert joined == 30 - 9  # a group of n tokens has n - 1 arcs
 
 
 def test_no_two_of_28_groups_are_drawn_alike():
+    """Colours repeat, but not together with the same line style."""
     ax = plot_groups(np.arange(56) % 28)
     styles = {
         (to_hex(arcs.get_color()[0]), str(arcs.get_linestyle()))
@@ -98,7 +103,7 @@ def test_no_two_of_28_groups_are_drawn_alike():
 def test_wrong_values(arrays, options, message):
     with pytest.raises(ValueError, match=message):
         plot_groups(*arrays, **options)
-    assert not plt.get_fignums()  # nothing is drawn before
+    assert not plt.get_fignums()  # the check comes before the drawing
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_wrong_values(arrays, options, message):
         ([LABELS], {"picture": LABELS[None], **PATCHES}, "float16"),
     ],
 )
-def test_wrong_kinds(arrays, options, message):
+def test_wrong_types(arrays, options, message):
     with pytest.raises(TypeError, match=message):
         plot_groups(*arrays, **options)
     assert not plt.get_fignums()

@@ -1,8 +1,10 @@
-// Integers, bits and floating point: registers in, registers out.
+// Arithmetic of integers, bits and floating point. All operands are registers or
+// constants. Each function below computes one lane, with the rules of the PTX ISA.
 #include "table.h"
 
 namespace {
 
+// A shift by the width or more gives 0, or copies of the sign; C++ leaves it undefined.
 template <class T>
 T shifted_right(T a, u32 n) {
     constexpr u32 width = 8 * sizeof(T);
@@ -13,6 +15,7 @@ template <class T>
 T shifted_left(T a, u32 n) {
     return n < 8 * sizeof(T) ? T(a << n) : T(0);
 }
+// bfi: replace `length` bits of b from `position` on by the low bits of a.
 template <class T>
 T field_inserted(T a, T b, u32 position, u32 length) {
     constexpr u32 width = 8 * sizeof(T);
@@ -21,6 +24,8 @@ T field_inserted(T a, T b, u32 position, u32 length) {
     const T ones = length < width ? T((T(1) << length) - 1) : T(~T(0));
     return T((b & ~T(ones << position)) | T((a & ones) << position));
 }
+// bfe: `length` bits of a from `position` on. Of a signed type, the top bit of the
+// field is extended; bits beyond the top of a repeat its sign.
 template <class T>
 T field_extracted(T a, u32 position, u32 length) {
     constexpr u32 width = 8 * sizeof(T);
@@ -33,6 +38,8 @@ T field_extracted(T a, u32 position, u32 length) {
     const U ones = U((U(1) << length) - 1);
     return T((field & ones) | (fill & ~ones));
 }
+// C++ does not define division by 0, nor -2^(n-1) / -1. Here the first gives ones in
+// all bits and the second wraps around.
 template <class T>
 T quotient(T a, T b) {
     if constexpr (std::is_signed_v<T>)
@@ -45,6 +52,7 @@ T remainder(T a, T b) {
         if (b == -1) return 0;
     return b == 0 ? a : T(a % b);
 }
+// prmt: each selector of 4 bits chooses a byte of b:a, or copies of its sign.
 u32 bytes_permuted(u32 a, u32 b, u32 selectors) {
     const u64 all = u64(b) << 32 | a;
     u32 d = 0;
@@ -61,8 +69,10 @@ u32 bits_reversed(u32 x) {
     for (int i = 0; i < 32; ++i) r |= (x >> i & 1) << (31 - i);
     return r;
 }
+// bfind: the position of the highest bit that is not a copy of the sign; ~0 without
+// one.
 template <class T>
-u32 highest_bit(T a) {  // that is not a sign; ~0 if there is none
+u32 highest_bit(T a) {
     using U = std::make_unsigned_t<T>;
     const U x = std::is_signed_v<T> && a < 0 ? U(~U(a)) : U(a);
     return x ? 63 - std::countl_zero(u64(x)) : ~0u;
@@ -80,6 +90,7 @@ void add_integers(Table& table, const std::string& type) {
         std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
     constexpr int width = 8 * sizeof(T);
     const auto add = [&](const char* name, Form form) { table[name + type] = form; };
+    // Sums and low products wrap around, so unsigned types compute them.
     add("add.", binary<U, U, U>([](U a, U b) { return a + b; }));
     add("sub.", binary<U, U, U>([](U a, U b) { return a - b; }));
     add("mul.lo.", binary<U, U, U>([](U a, U b) { return U(u64(a) * b); }));
@@ -113,8 +124,8 @@ Form select() {
         auto* d = w.at<T>(i.o[0]);
         const auto* a = w.at<T>(i.o[1]);
         const auto* b = w.at<T>(i.o[2]);
-        const u32 chosen = w.mask(i.o[3]);
-        w.each(lanes, [=](int l) { d[l] = chosen >> l & 1 ? a[l] : b[l]; });
+        const u32 selected = w.mask(i.o[3]);
+        w.compute_lanes(lanes, [=](int l) { d[l] = selected >> l & 1 ? a[l] : b[l]; });
     };
     return {run, {form_of<T>, form_of<T>, form_of<T>, 0}};
 }
@@ -124,17 +135,19 @@ Form insert_field() {
         auto* d = w.at<T>(i.o[0]);
         const auto *a = w.at<T>(i.o[1]), *b = w.at<T>(i.o[2]);
         const auto *position = w.at<u32>(i.o[3]), *length = w.at<u32>(i.o[4]);
-        w.each(lanes, [=](int l) {
+        w.compute_lanes(lanes, [=](int l) {
             d[l] = field_inserted<T>(T(a[l]), T(b[l]), position[l], length[l]);
         });
     };
     return {run, {form_of<T>, form_of<T>, form_of<T>, 4, 4}};
 }
-void choose_bits(Warp& w, const Instruction& i, u32 lanes) {  // lop3: any function of 3
+// lop3: any logical function of three bits. Bit n of `function` is the result for the
+// inputs (a, b, c) whose bits spell n in binary.
+void combine_bits(Warp& w, const Instruction& i, u32 lanes) {
     auto* d = w.at<u32>(i.o[0]);
     const auto *a = w.at<u32>(i.o[1]), *b = w.at<u32>(i.o[2]), *c = w.at<u32>(i.o[3]);
     const u32 function = *w.at<u32>(i.o[4]);
-    w.each(lanes, [=](int l) {
+    w.compute_lanes(lanes, [=](int l) {
         u32 x = 0;
         for (int row = 0; row < 8; ++row)
             if (function >> row & 1)
@@ -161,13 +174,14 @@ void add_words(Table& table, const std::vector<std::string>& types) {
     }
 }
 
-// mov with braces: a register of parts, and its parts.
+// mov with braces: join `count` registers to one, the first in the lowest bits; or
+// split one register into `count` parts.
 template <class T, class Part, int count>
 void pack(Warp& w, const Instruction& i, u32 lanes) {
     auto* d = w.at<T>(i.o[0]);
     const u32* parts[count];
     for (int n = 0; n < count; ++n) parts[n] = w.at<u32>(i.o[1 + n]);
-    w.each(lanes, [=](int l) {
+    w.compute_lanes(lanes, [=](int l) {
         T x = 0;
         for (int n = 0; n < count; ++n)
             x |= T(Part(parts[n][l])) << 8 * sizeof(Part) * n;
@@ -176,15 +190,17 @@ void pack(Warp& w, const Instruction& i, u32 lanes) {
 }
 template <class T, class Part, int count>
 void unpack(Warp& w, const Instruction& i, u32 lanes) {
-    T x[LANES];  // which may be one of its own parts
+    T x[LANES];  // a copy: a part may be the register itself
     memcpy(x, w.at<T>(i.o[count]), sizeof x);
     for (int n = 0; n < count; ++n) {
         auto* d = w.at<u32>(i.o[n]);
-        w.each(lanes, [&](int l) { d[l] = Part(x[l] >> 8 * sizeof(Part) * n); });
+        w.compute_lanes(lanes,
+                        [&](int l) { d[l] = Part(x[l] >> 8 * sizeof(Part) * n); });
     }
 }
 
-// With a carry: of 32-bit numbers, in (the "c" of addc) and out (.cc).
+// Arithmetic of 32-bit numbers with a carry: `in` reads it (addc), `out` writes it
+// (.cc).
 template <bool in, bool out, class F>
 Form carrying(int sources, F) {
     const auto run = [](Warp& w, const Instruction& i, u32 lanes) {
@@ -210,6 +226,8 @@ void add_carrying(Table& table, const std::string& name, const std::string& half
     }
 }
 
+// Floating point. Instructions named .approx may be inexact on a GPU, within bounds
+// that PTX states; here all are computed to the last bit of a float.
 template <class F, bool ftz>
 void add_floats(Table& table, const std::string& type) {
     const auto add = [&](const char* name, Form form) { table[name + type] = form; };
@@ -277,6 +295,7 @@ void add_arithmetic(Table& table) {
     add_words<u16>(table, {"b16"});
     add_words<u32>(table, {"b32"});
     add_words<u64>(table, {"b64"});
+    // mov and selp only copy bits: all types of a width have the same handler.
     for (const std::string type : {"16", "32", "64", "f32", "f64"})
         for (const std::string sign : {"u", "s"}) {
             const bool is_float = type[0] == 'f';
@@ -286,7 +305,7 @@ void add_arithmetic(Table& table) {
         }
     table["bfi.b32"] = insert_field<u32>();
     table["bfi.b64"] = insert_field<u64>();
-    table["lop3.b32"] = {choose_bits, {4, 4, 4, 4, 4}};
+    table["lop3.b32"] = {combine_bits, {4, 4, 4, 4, 4}};
     table["prmt.b32"] = ternary<u32, u32, u32, u32>(
         [](u32 a, u32 b, u32 c) { return bytes_permuted(a, b, c); });
     table["brev.b32"] = unary<u32, u32>([](u32 a) { return bits_reversed(a); });
@@ -320,7 +339,8 @@ void add_arithmetic(Table& table) {
     add_floats<f64, false>(table, "f64");
     table["rcp.approx.ftz.f64"] =
         unary<f64, f64>([](f64 a) { return coarse_reciprocal(a); });
-    // "Copies the sign bit of a into the value of b."
+    // The PTX ISA: "Copies the sign bit of a into the value of b." std::copysign takes
+    // the sign from its second argument.
     table["copysign.f32"] =
         binary<f32, f32, f32>([](f32 a, f32 b) { return std::copysign(b, a); });
     table["copysign.f64"] =

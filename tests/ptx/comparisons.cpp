@@ -1,9 +1,10 @@
-// setp and the logic of predicates.
+// setp compares two registers and writes two predicates: the result and its opposite.
+// and, or, xor, not and mov combine predicates.
 #include "table.h"
 
 namespace {
 
-// The lanes where a word is not 0.
+// Return the mask of the lanes where a word has its top bit set, 8 lanes at a time.
 u32 lanes_of(const u32* words) {
     u32 lanes = 0;
     for (int i = 0; i < 4; ++i) {
@@ -41,7 +42,8 @@ void add_integers(Table& table, const std::string& type) {
     add("ge.", compare<T>([](T a, T b) { return a >= b; }));
 }
 
-// The second six also hold for NaN.
+// A comparison with NaN is false. Those whose name ends with "u" (unordered) are then
+// true instead: each is written as the negation of the opposite comparison.
 template <class F, bool ftz>
 void add_floats(Table& table, const std::string& type) {
     const auto add = [&](const char* name, auto f) {

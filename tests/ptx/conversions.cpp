@@ -1,4 +1,6 @@
-// cvt: between integers, and between them and floating point.
+// cvt converts between integer types, between floating-point types, and between both.
+// The modifier before the types rounds to a whole number: rni to nearest even, rzi
+// towards zero, rmi down, rpi up.
 #include "table.h"
 
 namespace {
@@ -39,7 +41,7 @@ void add_with_floats(Table& table, const std::string& i) {
     add_to_integer<I, f64, false>(table, i, "f64");
 }
 
-// Whole numbers that stay floating point.
+// Round to a whole number that stays floating point.
 template <class F, bool ftz>
 void add_roundings(Table& table, const std::string& types) {
     const auto add = [&](const std::string& rounding, Form form) {

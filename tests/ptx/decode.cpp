@@ -1,11 +1,16 @@
-// PTX text to instructions. Functions that a kernel calls are put in line.
+// Translates the PTX text of a kernel to instructions. The functions that it calls are
+// inlined, so a program has no calls and no stack.
+//
+// A statement is text up to ";". Its mnemonic without the types of memory and vectors
+// selects a handler from the table; its operands become offsets of registers or
+// constants. Labels are resolved at the end, when all positions are known.
 #include <utility>
 
 #include "memory.h"
 #include "module.h"
 #include "table.h"
 
-void add_together(Table&);
+void add_collectives(Table&);
 
 const Table& instructions() {
     static const Table all = [] {
@@ -14,7 +19,7 @@ const Table& instructions() {
         add_conversions(table);
         add_comparisons(table);
         add_memory(table);
-        add_together(table);
+        add_collectives(table);
         return table;
     }();
     return all;
@@ -22,13 +27,16 @@ const Table& instructions() {
 
 namespace {
 
+// The names that a block of braces declares. PTX may declare a register again in an
+// inner block, and each inlined call needs registers of its own. So a register's full
+// name starts with the prefix of its scope.
 struct Scope {
-    string prefix;                    // of its registers' names
-    std::map<string, string> types;   // of registers, by name
-    std::map<string, string> ranges;  // of registers, by "%r" and so on
-    std::map<string, u64> locals;
-    std::map<string, string> parameters;  // of calls: what they are called here
-    bool function = false;                // no name from outside is seen
+    string prefix;
+    std::map<string, string> types;       // type of a register, by its name
+    std::map<string, string> ranges;      // type of registers, by "%r" for ".reg %r<9>"
+    std::map<string, u64> locals;         // offset in local memory, by name
+    std::map<string, string> parameters;  // full name of a call's parameter, by name
+    bool function = false;  // the body of a call: names of outer scopes are not visible
 };
 
 class Decoder {
@@ -36,12 +44,13 @@ class Decoder {
     Decoder(const Module& module, const string& name) : module_(module) {
         p_.name = name;
         p_.files = module.files;
-        const auto found = module.functions.find(name);
-        if (found == module.functions.end()) throw Unknown("no kernel " + name);
+        const auto kernel = module.functions.find(name);
+        if (kernel == module.functions.end())
+            throw Unknown("the PTX has no kernel " + name);
         constants_.reserve(64);
-        read_head(found->second.head);
+        read_head(kernel->second.head);
         special_registers();
-        body(found->second, {Scope{}}, "");
+        body(kernel->second, {Scope{}}, "");
         finish();
     }
     Program take() { return std::move(p_); }
@@ -49,22 +58,25 @@ class Decoder {
   private:
     const Module& module_;
     Program p_;
-    std::unordered_map<string, u32> special_, registers_, predicates_;
-    std::map<std::pair<int, u64>, u32> constants_of_bits_;
-    std::map<string, u64> shared_at_;
+    std::unordered_map<string, u32> special_, registers_, predicates_;  // operands
+    std::map<std::pair<int, u64>, u32> constants_of_bits_;  // by bytes and bits
+    std::map<string, u64> shared_at_;                       // offsets of variables
     std::map<string, u32> labels_, global_constants_;
-    std::vector<std::pair<u32, string>> branches_;
-    std::vector<std::pair<u32, string>> dynamic_;
+    std::vector<std::pair<u32, string>> branches_;  // instruction, label
+    std::vector<std::pair<u32, string>> dynamic_;   // constant, its bytes
     std::vector<u8> constants_;
-    std::vector<Scope> scopes_;
-    string function_;  // prefix of labels; empty in the kernel itself
+    std::vector<Scope> scopes_;  // the innermost scope is last
+    string function_;            // prefix of labels; empty in the kernel itself
     string statement_;
     u32 line_ = 0, file_ = 0, source_line_ = 0, calls_ = 0, blocks_ = 0;
 
     [[noreturn]] void unknown(const string& what) const {
-        throw Unknown(what + " in `" + statement_ + "`, line " + std::to_string(line_));
+        throw Unknown(what + " in `" + statement_ + "`, PTX line " +
+                      std::to_string(line_));
     }
 
+    // Read the parameters and the launch bound of the kernel. As in C, each parameter
+    // is aligned to its own alignment in the block of arguments.
     void read_head(const string& head) {
         const size_t open = head.find('('), close = head.rfind(')');
         if (open != string::npos)
@@ -84,7 +96,7 @@ class Decoder {
 
     u32 new_register(int bytes) {
         const u32 at = p_.register_bytes;
-        p_.register_bytes += bytes == 8 ? 256 : 128;
+        p_.register_bytes += bytes == 8 ? 256 : 128;  // 32 lanes of 8 or 4 bytes
         return at;
     }
     u32 new_constant(int bytes) {
@@ -92,6 +104,7 @@ class Decoder {
         constants_.resize(at + (bytes == 8 ? 256 : 128));
         return at | CONSTANT;
     }
+    // Return the constant of a value in all lanes; equal constants are stored once.
     u32 constant(u64 value, int bytes) {
         if (bytes < 8) bytes = 4, value = u32(value);
         auto [at, is_new] = constants_of_bits_.try_emplace({bytes, value});
@@ -104,6 +117,8 @@ class Decoder {
         return at->second;
     }
 
+    // The registers that name a thread: registers of the warp if they differ between
+    // warps, constants if all warps agree. Grids and blocks extend in x only.
     void special_registers() {
         special_["%tid.x"] = p_.thread_register = new_register(4);
         special_["%ctaid.x"] = p_.block_register = new_register(4);
@@ -130,7 +145,8 @@ class Decoder {
         by_lane("%lanemask_eq", [](u32 l) { return 1u << l; });
     }
 
-    // The type of a register, and its name with its scope's prefix.
+    // Return the type of a register, and its name with its scope's prefix. Search from
+    // the innermost scope outwards, up to the body of the current call.
     std::pair<string, string> find(const string& name) const {
         const string range = name.substr(0, name.find_last_not_of("0123456789") + 1);
         for (size_t n = scopes_.size(); n--;) {
@@ -141,26 +157,31 @@ class Decoder {
                 return {at->second, scope.prefix + name};
             if (scope.function) break;
         }
-        unknown("register " + name);
+        unknown("unknown register " + name);
     }
-    int width(const string& name) const {  // of a register: 4 or 8
+    // The bytes of a register in each lane: 4 or 8.
+    int width(const string& name) const {
         if (special_.count(name)) return 4;
         return bytes_of(find(name).first) == 8 ? 8 : 4;
     }
 
+    // Return the operand of a text: a register, a literal or the address of a variable.
+    // A register gets its memory at its first use.
     u32 operand(const string& text, int bytes) {
-        if (text == "_") return new_register(bytes);
+        if (text == "_") return new_register(bytes);  // a result that is not needed
         if (text == "WARP_SZ") return constant(LANES, bytes);
         if (is_literal(text)) return constant(bits_of(text, bytes), bytes);
         if (text[0] != '%') return symbol(text, bytes);
         if (auto at = special_.find(text); at != special_.end()) return at->second;
         const auto [type, name] = find(text);
-        if (type == "pred") unknown("predicate as a value");
-        if ((bytes_of(type) == 8) != (bytes == 8)) unknown("width of " + text);
+        if (type == "pred") unknown("a predicate is used as a value");
+        if ((bytes_of(type) == 8) != (bytes == 8))
+            unknown("unexpected width of " + text);
         if (auto at = registers_.find(name); at != registers_.end()) return at->second;
         return registers_[name] = new_register(bytes);
     }
 
+    // Return the predicate of a text such as "%p1", "!%p1" or a literal.
     u32 predicate(const string& text) {
         if (text == "_") return UNUSED_PREDICATE;
         const bool negated = text[0] == '!';
@@ -174,6 +195,7 @@ class Decoder {
         return at->second | (negated ? NEGATED : 0);
     }
 
+    // Return the address of a variable, as a constant.
     u32 symbol(const string& name, int bytes) {
         for (size_t n = scopes_.size(); n--;)
             if (auto at = scopes_[n].locals.find(name); at != scopes_[n].locals.end())
@@ -182,16 +204,19 @@ class Decoder {
         if (auto at = module_.shared.find(name); at != module_.shared.end()) {
             place_shared(at->second);
             if (at->second.sized) return constant(shared_at_[name], bytes);
-            const u32 here = new_constant(bytes);  // behind all that has a size
+            // Dynamic shared memory starts behind all static variables: `finish` fills
+            // this constant.
+            const u32 here = new_constant(bytes);
             dynamic_.push_back({here, std::to_string(bytes)});
             return here;
         }
         if (auto at = module_.globals.find(name); at != module_.globals.end()) {
-            if (bytes != 8) unknown("address in 4 bytes");
+            if (bytes != 8) unknown("an address of global memory in 4 bytes");
             return global_address(name, at->second);
         }
-        unknown("symbol " + name);
+        unknown("unknown symbol " + name);
     }
+    // Give a static shared variable its offset.
     void place_shared(const Declared& d) {
         p_.uses_shared = true;
         if (!d.sized || shared_at_.count(d.name)) return;
@@ -202,7 +227,8 @@ class Decoder {
     u32 global_address(const string& name, const Variable& variable) {
         if (auto at = global_constants_.find(name); at != global_constants_.end())
             return at->second;
-        // With room for any alignment; the bytes do not move when the vector does.
+        // 256 more bytes leave room for any alignment. The address stays valid: moving
+        // a std::vector does not move its elements.
         Variable v = variable;
         v.value.resize(v.bytes + 256);
         const u64 start = reinterpret_cast<u64>(v.value.data());
@@ -212,7 +238,7 @@ class Decoder {
         return global_constants_[name] = constant(address, 8);
     }
 
-    // "[%rd1+8]"
+    // Return the base of an address such as "[%rd1+8]"; `offset` receives the 8.
     u32 address(const string& text, Instruction& i, s64* offset) {
         const string inside = trimmed(string_view(text).substr(1, text.rfind(']') - 1));
         const size_t plus = inside.find('+');
@@ -223,20 +249,23 @@ class Decoder {
         i.wide_address = base[0] != '%' || width(base) == 8;
         return operand(base, i.wide_address ? 8 : 4);
     }
-    Strings elements(const string& text) const {  // of "{%r1, %r2}", or one
+    // The elements of a vector such as "{%r1, %r2}"; a scalar is one element.
+    Strings elements(const string& text) const {
         return text[0] == '{' ? split(text.substr(1, text.rfind('}') - 1))
                               : Strings{text};
     }
 
     // ---- statements
 
+    // Translate the body of the kernel, or of a function at the place of its call.
     void body(const Function& function, std::vector<Scope> scopes,
               const string& prefix) {
         const std::vector<Scope> outer = std::exchange(scopes_, std::move(scopes));
         const string before = std::exchange(function_, prefix);
-        Reader reader(module_.text, function.begin, function.end, function.line);
+        Reader reader(module_.text, function.start, function.end, function.line);
         char stop;
         while (reader.skip()) {
+            // ".loc FILE LINE …" names the source of the next instructions.
             if (reader.next_is(".loc") && isspace(reader.rest()[4])) {
                 const string loc = reader.until("\n");
                 const Strings words = split(loc, ' ');
@@ -254,7 +283,7 @@ class Decoder {
                 scopes_.pop_back();
             } else if (!label(reader)) {
                 statement_ = reader.until(";{", &stop);
-                if (stop == '{')  // of operands, not of statements
+                if (stop == '{')  // this brace opens a list of operands
                     statement_ += " {" + reader.until(";");
                 statement();
             }
@@ -263,6 +292,7 @@ class Decoder {
         function_ = before;
     }
 
+    // Read a label if one is next.
     bool label(Reader& reader) {
         const string_view rest = reader.rest();
         size_t n = 0;
@@ -275,10 +305,12 @@ class Decoder {
         return true;
     }
 
+    // Translate a declaration, or pass an instruction on.
     void statement() {
         const string& text = statement_;
         if (text.empty() || starts_with(text, ".pragma")) return;
         if (starts_with(text, ".reg")) {
+            // ".reg .b32 %r<9>" declares %r0 to %r8, ".reg .b32 a, b" two registers.
             const size_t name = text.find_first_of("% ", text.find('.', 4));
             const string type = trimmed(
                 text.substr(text.find('.', 4) + 1, name - text.find('.', 4) - 1));
@@ -295,11 +327,11 @@ class Decoder {
             p_.local_bytes = (p_.local_bytes + 15) / 16 * 16;
             scopes_.back().locals[d.name] = p_.local_bytes;
             p_.local_bytes += u32((d.bytes + 15) / 16 * 16);
-        } else if (starts_with(text, ".param")) {
+        } else if (starts_with(text, ".param")) {  // of a call in this body
             const string name = declared(text).name;
             scopes_.back().parameters[name] = scopes_.back().prefix + name;
         } else if (text[0] == '.') {
-            unknown("directive");
+            unknown("unknown directive");
         } else {
             instruction();
         }
@@ -308,7 +340,7 @@ class Decoder {
     void instruction() {
         string text = statement_;
         Instruction i;
-        if (text[0] == '@') {
+        if (text[0] == '@') {  // "@%p1 …" runs only where %p1 is true
             const size_t space = text.find_first_of(" \t");
             i.guard = predicate(text.substr(1, space - 1));
             text = trimmed(text.substr(space));
@@ -336,6 +368,7 @@ class Decoder {
         plain(i, mnemonic, operands);
     }
 
+    // Append an instruction, with what messages need.
     void emit(Instruction i) {
         p_.code.push_back(i);
         p_.texts.push_back(statement_);
@@ -345,35 +378,39 @@ class Decoder {
     }
     Handler handler(const string& name) const {
         const auto at = instructions().find(name);
-        if (at == instructions().end()) unknown("instruction");
+        if (at == instructions().end()) unknown("unknown instruction");
         return at->second.run;
     }
 
+    // An instruction whose whole mnemonic is in the table.
     void plain(Instruction& i, const string& mnemonic, Strings operands) {
         string name = mnemonic;
         if (const size_t rn = name.find(".rn."); rn != string::npos) name.erase(rn, 3);
-        const auto found = instructions().find(name);
-        if (found == instructions().end()) unknown("instruction");
-        const Form& form = found->second;
+        const auto entry = instructions().find(name);
+        if (entry == instructions().end()) unknown("unknown instruction");
+        const Form& form = entry->second;
         i.run = form.run;
-        // "%r1|%p1" is two results; setp and shfl always have two here.
+        // "%r1|%p1" stands for two results. The handlers of setp and shfl always write
+        // two; the second one may be unused.
         if (const size_t bar = operands[0].find('|'); bar != string::npos) {
             operands.insert(operands.begin() + 1, trimmed(operands[0].substr(bar + 1)));
             operands[0] = trimmed(operands[0].substr(0, bar));
         } else if (starts_with(name, "setp") || starts_with(name, "shfl")) {
             operands.insert(operands.begin() + 1, "_");
         }
-        if (operands.size() != form.bytes.size()) unknown("number of operands");
+        if (operands.size() != form.bytes.size())
+            unknown("unexpected number of operands");
         narrow(name, form, operands);
         for (size_t n = 0; n < operands.size(); ++n)
             i.o[n] = form.bytes[n] ? operand(operands[n], form.bytes[n])
                                    : predicate(operands[n]);
         i.operands = u8(operands.size());
-        if (name.find(".sync") != string::npos) i.flow = TOGETHER;
+        if (name.find(".sync") != string::npos) i.flow = COLLECTIVE;
         emit(i);
     }
 
-    // cvt takes the lower half of a register of 8 bytes.
+    // cvt may read a narrow type from a register of 8 bytes: then it takes the lower
+    // half. Copy that half to a register of 4 bytes first.
     void narrow(const string& name, const Form& form, Strings& operands) {
         if (!starts_with(name, "cvt.") || form.bytes[1] == 8 || operands[1][0] != '%')
             return;
@@ -387,31 +424,35 @@ class Decoder {
         special_[operands[1]] = lower.o[0];
     }
 
-    // ---- forms of their own
+    // ---- instructions with rules of their own
 
     void branch(Instruction& i, const string& label) {
         i.flow = BRANCH;
         branches_.push_back({u32(p_.code.size()), label});
         emit(i);
     }
+    // `ret` ends the lanes of a kernel. In an inlined function it jumps to the end.
     void leave(Instruction& i) {
         if (!function_.empty()) return branch(i, function_ + "end");
         i.flow = EXIT;
         emit(i);
     }
-    void call(const Strings& operands) {  // (results), function, (arguments)
+    // Inline a call. Its operands are: (results), function, (arguments). Both lists may
+    // be absent. Each formal parameter becomes another name of the actual one.
+    void call(const Strings& operands) {
         const bool returns = operands[0][0] == '(';
         const string& name = operands[returns ? 1 : 0];
-        const auto found = module_.functions.find(name);
-        if (found == module_.functions.end()) unknown("function");
-        const string& head = found->second.head;
+        const auto callee = module_.functions.find(name);
+        if (callee == module_.functions.end()) unknown("unknown function");
+        const string& head = callee->second.head;
         Scope scope;
         scope.prefix = "call" + std::to_string(++calls_) + ":";
         scope.function = true;
         const auto bind = [&](const string& formals, const string& actuals) {
-            const Strings names = split(formals), given = split(actuals);
+            const Strings names = split(formals), values = split(actuals);
             for (size_t n = 0; n < names.size(); ++n)
-                scope.parameters[declared(names[n]).name] = parameter_name(given.at(n));
+                scope.parameters[declared(names[n]).name] =
+                    parameter_name(values.at(n));
         };
         const auto inside = [](const string& text) {
             const size_t open = text.find('(');
@@ -424,9 +465,10 @@ class Decoder {
         if (operands.size() > (returns ? 2u : 1u))
             bind(inside(head.substr(at)), inside(operands.back()));
         const string prefix = scope.prefix;
-        body(found->second, {scope}, prefix);
+        body(callee->second, {scope}, prefix);
         labels_[prefix + "end"] = u32(p_.code.size());
     }
+    // The full name of a call's parameter; empty for a parameter of the kernel.
     string parameter_name(const string& name) const {
         for (size_t n = scopes_.size(); n--;)
             if (auto at = scopes_[n].parameters.find(name);
@@ -435,7 +477,7 @@ class Decoder {
         return "";
     }
 
-    // A kernel's parameter is a constant, one of a call a register.
+    // A parameter of the kernel is a constant; a parameter of a call is a register.
     u32 parameter(const string& text, int bytes) {
         const string inside = text.substr(1, text.rfind(']') - 1);
         const size_t plus = inside.find('+');
@@ -454,9 +496,11 @@ class Decoder {
                 {LaunchConstant::PARAMETER, at, p.at + offset, u32(bytes)});
             return at;
         }
-        unknown("parameter " + name);
+        unknown("unknown parameter " + name);
     }
 
+    // Read the modifiers of a load or store: memory, vector length, order. Those that
+    // only choose a cache or a scope change nothing here.
     void memory_modifiers(Instruction& i, const Strings& parts) {
         for (size_t n = 1; n + 1 < parts.size(); ++n) {
             const string& part = parts[n];
@@ -471,11 +515,13 @@ class Decoder {
             else if (part == "volatile" || part == "relaxed")
                 i.ordered = true;
             else if (part != "nc" && part != "weak" && part != "gpu" && part != "cta")
-                unknown("modifier " + part);
+                unknown("unknown modifier " + part);
         }
         i.bytes = u8(bytes_of(parts.back()));
         note_grain(i.space, i.bytes * i.count);
     }
+    // Note the width of an access that may go to shared memory: races within a warp are
+    // recorded for units of the narrowest one.
     void note_grain(Space space, u32 bytes) {
         if (space != GLOBAL && space != LOCAL)
             p_.shared_grain = std::min(p_.shared_grain, bytes);
@@ -492,7 +538,7 @@ class Decoder {
             i.o[0] = operand(operands[0], width(operands[0]));
             i.o[1] = parameter(operands[1], bytes);
             if (!widened && (width(operands[0]) == 8) != (bytes == 8))
-                unknown("width of a parameter");
+                unknown("unexpected width of a parameter");
             return emit(i);
         }
         memory_modifiers(i, parts);
@@ -535,6 +581,7 @@ class Decoder {
         note_grain(i.space, i.bytes);
         i.run = handler("atom." + operation + "." + parts.back());
         i.ordered = true;
+        // `red` is `atom` without a result.
         if (parts[0] == "red") operands.insert(operands.begin(), "_");
         i.o[0] = operand(operands[0], i.bytes);
         i.o[1] = address(operands[1], i, &i.offset);
@@ -547,22 +594,25 @@ class Decoder {
     void barrier(Instruction& i, const Strings& parts, const Strings& operands) {
         if (parts[1] == "warp") {
             i.run = handler("bar.warp.sync");
-            i.flow = TOGETHER;
+            i.flow = COLLECTIVE;
             i.o[0] = operand(operands[0], 4);
             i.operands = 1;
         } else if (parts.back() == "sync" && operands == Strings{"0"}) {
             i.flow = BARRIER;
         } else {
-            unknown("barrier");
+            unknown("unknown barrier");
         }
         emit(i);
     }
     void fence(Instruction& i, const string& mnemonic) {
         i.run = handler("membar");
+        // A fence of scope "cta" orders nothing between blocks.
         p_.fences = p_.fences || mnemonic.find("cta") == string::npos;
         emit(i);
     }
 
+    // cp.async copies from global to shared memory in the background. Operands: target,
+    // source, bytes, and optionally the bytes that are read (the rest become zeros).
     void copy(Instruction& i, const Strings& parts, const Strings& operands) {
         if (parts[2] == "commit_group") {
             i.run = handler("cp.async.commit_group");
@@ -570,7 +620,8 @@ class Decoder {
             i.run = handler("cp.async.wait_group");
             i.offset = parts[2] == "wait_all" ? -1 : std::stol(operands[0]);
         } else {
-            if (operands.size() != 3 && operands.size() != 4) unknown("cp.async");
+            if (operands.size() != 3 && operands.size() != 4)
+                unknown("unexpected number of operands");
             i.run = handler("cp.async");
             s64 offset;
             i.o[1] = address(operands[1], i, &offset);
@@ -580,7 +631,7 @@ class Decoder {
             const bool all = operands.size() == 3;
             i.o[2] = all ? constant(i.bytes, 4) : operand(operands[3], 4);
             if (parts[2] == "cg" && i.bytes != 16)
-                unknown("cp.async.cg of other than 16 bytes");
+                unknown("cp.async.cg must copy 16 bytes");
             note_grain(SHARED, i.bytes);
         }
         emit(i);
@@ -601,16 +652,19 @@ class Decoder {
         for (const string& group : operands)
             for (const string& one : elements(group)) i.o[n++] = operand(one, 4);
         if (n < 14) return with_all_lanes(i, n);
-        i.flow = PLAIN;  // no room for a mask: the handler wants all lanes
+        // All 14 operands are in use, so there is no room for a member mask. The
+        // handler checks that all lanes are active.
+        i.flow = PLAIN;
         emit(i);
     }
     void with_all_lanes(Instruction& i, int operands) {
-        i.flow = TOGETHER;
+        i.flow = COLLECTIVE;
         i.o[operands] = constant(ALL, 4);
         i.operands = u8(operands + 1);
         emit(i);
     }
 
+    // cvta adds the window of a memory to an address; cvta.to subtracts it.
     void convert_address(Instruction& i, const Strings& parts,
                          const Strings& operands) {
         const bool to = parts[1] == "to";
@@ -625,14 +679,15 @@ class Decoder {
         emit(i);
     }
 
-    // Parts of a register, or a register of parts.
+    // mov with braces: split a register into parts, or join parts to a register.
     void repack(Instruction& i, const Strings& parts, const Strings& operands) {
         const bool pack = operands[1][0] == '{';
         const Strings few = elements(operands[pack ? 1 : 0]);
         const int bytes = bytes_of(parts.back());
         i.count = u8(few.size());
         i.bytes = u8(bytes / i.count);
-        if (i.bytes != 2 && i.bytes != 4) unknown("parts of a register");
+        if (i.bytes != 2 && i.bytes != 4)
+            unknown("unexpected width of a part of a register");
         const int first = pack ? 1 : 0;
         i.o[pack ? 0 : i.count] = operand(operands[pack ? 0 : 1], bytes);
         for (int n = 0; n < i.count; ++n) i.o[first + n] = operand(few[n], 4);
@@ -647,6 +702,7 @@ class Decoder {
         Instruction end;
         end.flow = EXIT;
         emit(end);
+        // Dynamic shared memory starts at a multiple of 16 bytes.
         if (!dynamic_.empty()) p_.shared_bytes = (p_.shared_bytes + 15) / 16 * 16;
         for (const auto& [at, bytes] : dynamic_)
             for (int l = 0; l < LANES; ++l) {
@@ -656,11 +712,13 @@ class Decoder {
             }
         std::vector<bool> is_target(p_.code.size());
         for (const auto& [at, label] : branches_) {
-            const auto found = labels_.find(label);
-            if (found == labels_.end()) throw Unknown("label " + label);
-            p_.code[at].target = found->second;
-            is_target[found->second] = true;
+            const auto target = labels_.find(label);
+            if (target == labels_.end()) throw Unknown("unknown label " + label);
+            p_.code[at].target = target->second;
+            is_target[target->second] = true;
         }
+        // Count the straight-line code behind each instruction, from the end on. Lanes
+        // may join at the target of a branch, so straight-line code ends there.
         for (size_t n = p_.code.size(); n--;) {
             Instruction& i = p_.code[n];
             if (i.flow != PLAIN || i.guard != TRUE_PREDICATE) continue;

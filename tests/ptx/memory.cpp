@@ -1,16 +1,17 @@
-// Loads, stores, atomics and copies in the background, every address checked.
+// Loads, stores, atomics, background copies (cp.async) and matrix loads (ldmatrix).
+// Each of them first checks the addresses of all its lanes.
 #include "memory.h"
 
 #include "floats.h"
 
 namespace {
 
-// Where the lanes of a warp access memory.
+// One access of a warp: the addresses of its lanes.
 struct Access {
-    alignas(64) u64 address[LANES];  // in its space; of host memory once it is checked
-    u32 lanes, bytes;                // of one lane
-    u64 low, high;                   // from the first byte to behind the last
-    bool row;                        // all lanes, neighbours in order
+    alignas(64) u64 address[LANES];  // in its space; after the checks, of the host
+    u32 lanes, bytes;                // bytes of one lane
+    u64 low, high;                   // the range of all lanes; `high` is exclusive
+    bool row;                        // all lanes access one row without gaps, in order
     Space space;
 
     Access(Warp& w, u32 lanes, u32 operand, s64 offset, u32 bytes, Space space,
@@ -23,6 +24,8 @@ struct Access {
             const u32* from = w.at<u32>(operand);
             for (int l = 0; l < LANES; ++l) address[l] = u32(from[l] + offset);
         }
+        // Inactive lanes take the address of an active one: loops over 32 lanes then
+        // need no mask.
         const u64 first = address[std::countr_zero(lanes)];
         if (lanes != ALL)
             for (int l = 0; l < LANES; ++l)
@@ -31,6 +34,7 @@ struct Access {
         measure();
     }
 
+    // Find the range of the access, and check that it is aligned to its size.
     void measure() {
         u64 bits = 0, gaps = 0;
         for (int l = 0; l < LANES; ++l) {
@@ -38,13 +42,13 @@ struct Access {
             gaps |= (address[l] - address[0]) ^ u64(bytes * l);
         }
         row = gaps == 0 && lanes == ALL;
-        s64 least = s64(address[0]), most = s64(address[LANES - 1]);
+        s64 lowest = s64(address[0]), highest = s64(address[LANES - 1]);
         if (!row)
             for (int l = 0; l < LANES; ++l) {
                 const s64 a = s64(address[l]);
-                least = std::min(least, a), most = std::max(most, a);
+                lowest = std::min(lowest, a), highest = std::max(highest, a);
             }
-        low = u64(least), high = u64(most) + bytes;
+        low = u64(lowest), high = u64(highest) + bytes;
         if (bits & (bytes - 1)) {
             int lane = 0;
             for_each_lane(lanes, [&](int l) {
@@ -63,6 +67,7 @@ struct Access {
     }
 
   private:
+    // Turn generic addresses into addresses of the memory whose window they lie in.
     void leave_window() {
         const auto space_of = [](u64 a) {
             return a >= LOCAL_WINDOW ? LOCAL : a >= SHARED_WINDOW ? SHARED : GLOBAL;
@@ -79,9 +84,10 @@ struct Access {
     }
 };
 
-enum Kind { READ, WRITE, ATOMIC };
+enum AccessType { READ, WRITE, ATOMIC };
 
-// Find the memory that holds all bytes from `low` on, or null.
+// Return the range that contains the bytes from `low` to `high`, or null. `hint` is the
+// range that the same instruction used last.
 Range* find(Launch& launch, u32& hint, u64 low, u64 high) {
     const auto holds = [&](const Range& r) { return r.low <= low && high <= r.high; };
     if (hint < launch.ranges.size() && holds(launch.ranges[hint]))
@@ -91,6 +97,7 @@ Range* find(Launch& launch, u32& hint, u64 low, u64 high) {
     return nullptr;
 }
 
+// Fault if no byte of an element was ever written: all are 0xFF and none is marked.
 void check_never_written(const Range& range, u64 at, u32 bytes, int lane) {
     const u8* memory = reinterpret_cast<const u8*>(at);
     for (u32 i = 0; i < bytes; ++i)
@@ -100,44 +107,48 @@ void check_never_written(const Range& range, u64 at, u32 bytes, int lane) {
                 lane);
 }
 
+// Check one lane's access to an array: constness, bytes never written, races.
 void check_range(Warp& w, const Instruction& i, Range& range, u64 at, u32 bytes,
-                 Kind kind, int lane) {
-    if (kind != READ && range.constant)
+                 AccessType type, int lane) {
+    if (type != READ && range.constant)
         throw Fault("write to constant memory, at byte " +
                         std::to_string(at - range.low) + " of an array",
                     lane);
     if (range.written) {
-        if (kind != WRITE && memchr(reinterpret_cast<void*>(at), 0xFF, bytes)) {
-            const u32 each = std::min(bytes, range.grain);  // one element of a vector
-            for (u32 n = 0; n < bytes; n += each)
-                check_never_written(range, at + n, each, lane);
+        // Fresh memory is 0xFF, so without such a byte there is nothing to look up. The
+        // elements of a vector are checked one by one.
+        if (type != WRITE && memchr(reinterpret_cast<void*>(at), 0xFF, bytes)) {
+            const u32 element = std::min(bytes, range.grain);
+            for (u32 n = 0; n < bytes; n += element)
+                check_never_written(range, at + n, element, lane);
         }
-        if (kind != READ) memset(range.written + (at - range.low), 0xFF, bytes);
+        if (type != READ) memset(range.written + (at - range.low), 0xFF, bytes);
     }
     if (!range.cells) return;
     Cell* cell = range.cells + (at - range.low) / range.grain;
     for (u32 n = std::max(bytes / range.grain, 1u); n; --n, ++cell)
-        kind == READ ? w.observer.read(*cell, i.ordered, lane)
+        type == READ ? w.observer.read(*cell, i.ordered, lane)
                      : w.observer.write(*cell, i.ordered, lane);
 }
 
-void check_global(Warp& w, const Instruction& i, Access& x, Kind kind) {
+void check_global(Warp& w, const Instruction& i, Access& x, AccessType type) {
     Launch& launch = *w.launch;
     u32& hint = launch.last_range[&i - launch.program->code.data()];
     Range* range = find(launch, hint, x.low, x.high);
-    if (range && !range->written && !range->cells && (kind == READ || !range->constant))
+    // The fast path: one array contains all addresses, and nothing else needs a check.
+    if (range && !range->written && !range->cells && (type == READ || !range->constant))
         return;
     for_each_lane(x.lanes, [&](int l) {
         const u64 at = x.address[l];
         Range* mine = range ? range : find(launch, hint, at, at + x.bytes);
         if (!mine)
-            throw Fault(std::string(kind == READ ? "read" : "write") + " of " +
+            throw Fault(std::string(type == READ ? "read" : "write") + " of " +
                             std::to_string(x.bytes) + " bytes outside all arrays, at " +
                             nearest(launch, at),
                         l);
-        check_range(w, i, *mine, at, x.bytes, kind, l);
+        check_range(w, i, *mine, at, x.bytes, type, l);
         if (i.ordered && launch.program->fences)
-            w.observer.synchronize(at, kind != READ);
+            w.observer.synchronize(at, type != READ);
     });
 }
 
@@ -146,25 +157,27 @@ void check_bounds(const SharedMemory& shared, const Access& x) {
     for_each_lane(x.lanes, [&](int l) {
         const s64 at = s64(x.address[l]);
         if (at < 0 || at + x.bytes > shared.size())
-            throw Fault("access to shared byte " + std::to_string(at) + " of " +
-                            std::to_string(shared.size()),
+            throw Fault("out of bounds: access to shared byte " + std::to_string(at) +
+                            " of " + std::to_string(shared.size()),
                         l);
     });
 }
 
-void check_shared(Warp& w, Access& x, Kind kind) {
+void check_shared(Warp& w, Access& x, AccessType type) {
     SharedMemory& shared = w.block->shared;
     check_bounds(shared, x);
     const u32 low = u32(x.low);
     shared.touch(low, u32(x.high));
+    // Try the whole row at once. If that is not possible or shows a problem, go lane by
+    // lane, which names the fault.
     const bool done =
-        x.row && (kind == READ    ? shared.read_row(w.number, low, x.bytes)
-                  : kind == WRITE ? shared.write_row(w.number, low, x.bytes)
+        x.row && (type == READ    ? shared.read_row(w.number, low, x.bytes)
+                  : type == WRITE ? shared.write_row(w.number, low, x.bytes)
                                   : false);
     if (!done) {
-        if (kind == READ) shared.read(w.number, x.lanes, x.address, x.bytes);
-        if (kind == WRITE) shared.write(w.number, x.lanes, x.address, x.bytes);
-        if (kind == ATOMIC)
+        if (type == READ) shared.read(w.number, x.lanes, x.address, x.bytes);
+        if (type == WRITE) shared.write(w.number, x.lanes, x.address, x.bytes);
+        if (type == ATOMIC)
             for_each_lane(x.lanes, [&](int l) {
                 shared.atomic(w.thread(l), u32(x.address[l]), x.bytes);
             });
@@ -173,15 +186,17 @@ void check_shared(Warp& w, Access& x, Kind kind) {
     for (u64& a : x.address) a += base;
 }
 
-// Check an access, and turn its addresses into those of the host.
-void check(Warp& w, const Instruction& i, Access& x, Kind kind) {
-    if (x.space == GLOBAL) return check_global(w, i, x, kind);
-    if (x.space == SHARED) return check_shared(w, x, kind);
+// Check an access, and turn its addresses into host addresses.
+void check(Warp& w, const Instruction& i, Access& x, AccessType type) {
+    if (x.space == GLOBAL) return check_global(w, i, x, type);
+    if (x.space == SHARED) return check_shared(w, x, type);
     if (s64(x.low) < 0 || x.high > w.local_bytes)
-        throw Fault("access to local bytes " + std::to_string(s64(x.low)) + " to " +
+        throw Fault("out of bounds: access to local bytes " +
+                        std::to_string(s64(x.low)) + " to " +
                         std::to_string(s64(x.high)) + " of " +
                         std::to_string(w.local_bytes),
                     std::countr_zero(x.lanes));
+    // Every lane has local memory of its own.
     const u64 base = reinterpret_cast<u64>(w.local.data());
     for (int l = 0; l < LANES; ++l) x.address[l] += base + l * w.local_bytes;
     x.row = false;
@@ -194,13 +209,14 @@ T fetch(u64 at) {
     return value;
 }
 
-// T is the type in memory; Wide, of 4 or 8 bytes, the one in the register.
+// T is the type in memory; its sign decides how a narrow value is extended. Wide is the
+// type in the register, of 4 or 8 bytes.
 template <class T, class Wide, int count>
 void load(Warp& w, const Instruction& i, u32 lanes) {
     Access x(w, lanes, i.o[count], i.offset, count * sizeof(T), i.space,
              i.wide_address);
     check(w, i, x, READ);
-    if (i.ordered) w.yields = true;  // it may wait for another warp
+    if (i.ordered) w.yields = true;  // a loop around it may wait for another warp
     if constexpr (count == 1) {
         auto* d = w.at<Wide>(i.o[0]);
         if (x.row) {
@@ -242,7 +258,8 @@ void store(Warp& w, const Instruction& i, u32 lanes) {
     });
 }
 
-// f takes what was there, and the operands.
+// F takes the old value and two operands, and returns the new value. Lanes run one
+// after the other.
 template <class T, class F>
 Form atomic(F) {
     const auto run = [](Warp& w, const Instruction& i, u32 lanes) {
@@ -277,7 +294,9 @@ void add_atomics(Table& table, const std::string& type) {
     }
 }
 
-// A lane copies all bytes, or none: zeros come instead, and the source is not read.
+// Start a background copy to shared memory. A lane copies all bytes or none; without a
+// copy the target becomes zeros, and the source is not read. Until the lane waits for
+// it, the target is 0xFF and any access to it is a fault.
 void copy_async(Warp& w, const Instruction& i, u32 lanes) {
     Access to(w, lanes, i.o[0], i.offset, i.bytes, SHARED, i.wide_address);
     const u32* size = w.at<u32>(i.o[2]);
@@ -286,7 +305,7 @@ void copy_async(Warp& w, const Instruction& i, u32 lanes) {
         if (size[l] == i.bytes)
             reading |= 1u << l;
         else if (size[l] != 0)
-            throw Fault("cp.async of a part of its bytes", l);
+            throw Fault("cp.async must read all of its bytes or none", l);
     });
     const u64* source = w.at<u64>(i.o[1]);
     if (reading) {
@@ -298,17 +317,18 @@ void copy_async(Warp& w, const Instruction& i, u32 lanes) {
     shared.touch(u32(to.low), u32(to.high));
     for_each_lane(lanes, [&](int l) {
         const u32 at = u32(to.address[l]);
-        shared.begin_copy(w.thread(l), at, i.bytes);
+        shared.start_copy(w.thread(l), at, i.bytes);
         memset(&shared.bytes[at], 0xFF, i.bytes);
         const u64 origin = reading >> l & 1 ? source[l] + s32(i.target) : 0;
         w.copies.push_back({u32(l), at, i.bytes, w.copy_group[l], origin});
     });
 }
+// Close the lane's current group of copies.
 void copy_commit(Warp& w, const Instruction&, u32 lanes) {
     for_each_lane(lanes, [&](int l) { ++w.copy_group[l]; });
 }
-// Copies arrive when they are waited for, not before; `offset` groups may stay under
-// way.
+// Finish the copies of all groups except the latest `offset` ones; -1 stands for all
+// copies. A copy writes its bytes here and not earlier.
 void copy_wait(Warp& w, const Instruction& i, u32 lanes) {
     const auto arrives = [&](const Copy& copy) {
         if (!(lanes >> copy.lane & 1)) return false;
@@ -328,12 +348,13 @@ void copy_wait(Warp& w, const Instruction& i, u32 lanes) {
                    w.copies.end());
 }
 
-// Matrices of 8 rows of 16 bytes; lane 8 n + r has the address of row r of matrix n,
-// and every lane receives two neighbours of row lane / 4, or of column lane / 4.
+// ldmatrix loads 1, 2 or 4 matrices of 8 rows of 16 bytes (8 elements of 2 bytes). Lane
+// 8 n + r has the address of row r of matrix n. Lane l receives elements 2 (l % 4) and
+// 2 (l % 4) + 1 of row l / 4; with .trans, of column l / 4.
 template <bool transposed>
 void load_matrices(Warp& w, const Instruction& i, u32 lanes) {
     if (lanes != ALL)
-        throw Fault("ldmatrix by a part of a warp", std::countr_zero(lanes));
+        throw Fault("ldmatrix needs all lanes of the warp", std::countr_zero(lanes));
     const u32 rows = i.count == 4 ? ALL : (1u << 8 * i.count) - 1;
     Access x(w, rows, i.o[i.count], i.offset, 16, SHARED, i.wide_address);
     check_shared(w, x, READ);
@@ -355,7 +376,7 @@ void fence(Warp& w, const Instruction&, u32) {
 }
 void warp_barrier(Warp& w, const Instruction&, u32) {
     w.block->shared.warp_barrier(w.number);
-    if (w.launch->races) w.observer.meet();
+    if (w.launch->races) w.observer.pass_warp_barrier();
 }
 
 template <class T, class Wide>
@@ -375,22 +396,23 @@ Handler store_of(int count) {
 
 std::string nearest(const Launch& launch, u64 at) {
     std::string best = Access::hex(at);
-    u64 least = 1 << 20;
+    u64 distance = 1 << 20;
     for (const Range& r : launch.ranges) {
-        if (at >= r.high && at - r.high < least) {
-            least = at - r.high;
-            best = std::to_string(least) + " bytes behind an array of " +
+        if (at >= r.high && at - r.high < distance) {
+            distance = at - r.high;
+            best = std::to_string(distance) + " bytes behind an array of " +
                    std::to_string(r.high - r.low);
-        } else if (at < r.low && r.low - at < least) {
-            least = r.low - at;
-            best = std::to_string(least) + " bytes before an array of " +
+        } else if (at < r.low && r.low - at < distance) {
+            distance = r.low - at;
+            best = std::to_string(distance) + " bytes before an array of " +
                    std::to_string(r.high - r.low);
         }
     }
     return best;
 }
 
-static Handler narrow_loader(bool is_signed, int bytes) {  // to a register of 8 bytes
+// Load 1 or 2 bytes to a register of 8 bytes.
+static Handler narrow_loader(bool is_signed, int bytes) {
     if (bytes == 2) return is_signed ? load<s16, s64, 1> : load<u16, u64, 1>;
     return is_signed ? load<s8, s64, 1> : load<u8, u64, 1>;
 }

@@ -1,8 +1,11 @@
-// What memory.cpp offers the decoder and the scheduler.
+// Functions of memory.cpp that the decoder and the fault messages use.
 #pragma once
 #include "warp.h"
 
 void add_memory(Table&);
-Handler loader(bool is_signed, int bytes, int count, bool wide);  // wide: the register
+// Return the handler of a load or store: `count` elements of `bytes` bytes each. `wide`
+// says that the register has 8 bytes, not 4.
+Handler loader(bool is_signed, int bytes, int count, bool wide);
 Handler storer(int bytes, int count, bool wide);
-std::string nearest(const Launch&, u64 address);  // where an address lies, for messages
+// Describe an address relative to the nearest array, for messages.
+std::string nearest(const Launch&, u64 address);

@@ -1,8 +1,13 @@
-// Shared memory of a block, every byte of which knows who used it since the barrier.
+// Shared memory of a block, and a record of its accesses since the last barrier.
 //
-// A bit stands for a byte, a `u64` for a line of 64. Races between warps show in bits
-// alone: each warp keeps what it read and wrote itself, the block what anyone did.
-// Races within a warp, between two __syncwarp, also need the lane, one for each grain.
+// Two accesses to one byte race if at least one writes and no barrier lies between them
+// (between warps), or no __syncwarp (between lanes of a warp).
+//
+// One bit stands for one byte, so a `u64` stands for a line of 64 bytes. Bits are
+// enough to detect races between warps: each warp records what it read and wrote, the
+// block records what any warp did, and the difference is what other warps did. Races
+// within a warp also need the lane: it is recorded once for each grain, the unit of the
+// narrowest access in the kernel.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -10,17 +15,21 @@
 
 #include "program.h"
 
-struct Fault : std::runtime_error {  // what a GPU would do silently, or hang on
+// An error of the kernel that a GPU would not report, or that would make it hang.
+struct Fault : std::runtime_error {
     Fault(const std::string& what, int lane) : runtime_error(what), lane(lane) {}
     int lane;
 };
 
-// What one warp did to a line: since the barrier, and since the last __syncwarp.
+// The accesses of one warp to a line: since the barrier, and (`just`) since its last
+// __syncwarp.
 struct WarpLine {
     u64 read = 0, written = 0, just_read = 0, just_written = 0;
 };
 
-struct BlockLine {  // what any warp did since the barrier
+// The accesses of all warps to a line since the barrier. `read_by_many`: by two or more
+// warps.
+struct BlockLine {
     u64 read = 0, read_by_many = 0, written = 0, atomic = 0;
 };
 
@@ -28,10 +37,11 @@ class SharedMemory {
   public:
     std::vector<u8> bytes;
 
-    void begin(u32 size, u32 grain, u32 warps) {
+    // Start a block: all bytes are 0xFF and not written.
+    void reset(u32 size, u32 grain, u32 warps) {
         const u32 lines = (size + 63) / 64;
         if (size == size_ && warps == warps_.size()) {
-            barrier();  // clears what was used
+            barrier();  // clears the lines in use
         } else {
             block_.assign(lines, {});
             warps_.assign(warps, std::vector<WarpLine>(lines));
@@ -44,12 +54,12 @@ class SharedMemory {
     }
     u32 size() const { return size_; }
 
-    // Every access between these addresses must be announced.
+    // Note the range of an access. Barriers clear only lines in the noted ranges.
     void touch(u32 low, u32 high) {
         low_ = std::min(low_, low / 64), high_ = std::max(high_, (high - 1) / 64 + 1);
     }
 
-    // All warps have met: nothing before can race with what follows.
+    // A barrier of the block: earlier accesses cannot race with later ones.
     void barrier() {
         if (low_ >= high_) return;
         std::fill(&block_[low_], &block_[high_ - 1] + 1, BlockLine{});
@@ -58,12 +68,13 @@ class SharedMemory {
         low_ = u32(block_.size()), high_ = 0;
     }
 
+    // A __syncwarp of one warp.
     void warp_barrier(u32 warp) {
         for (u32 i = low_; i < high_; ++i)
             warps_[warp][i].just_read = warps_[warp][i].just_written = 0;
     }
 
-    // Lanes of a warp read `size` bytes each.
+    // Check and record a read of `size` bytes by each of some lanes.
     void read(u32 warp, u32 lanes, const u64* addresses, u32 size) {
         WarpLine* lines = warps_[warp].data();
         for (; lanes; lanes &= lanes - 1) {
@@ -91,8 +102,9 @@ class SharedMemory {
         mine.just_written |= mask;
     }
 
-    // All lanes of a warp read neighbours, `size` bytes each; false if that must be
-    // looked at lane by lane.
+    // The fast path: all lanes of a warp read `size` bytes each, in one row. Return
+    // false and record nothing if a byte may be a problem; `read` then checks lane by
+    // lane.
     bool read_row(u32 warp, u32 address, u32 size) {
         return row(warp, address, size,
                    [&](WarpLine& mine, u32 line, u64 mask) {
@@ -124,7 +136,7 @@ class SharedMemory {
         const WarpLine& mine = warps_[thread / LANES][line];
         if (mask & ~defined_[line])
             fault(thread, "atomic on shared bytes never written");
-        // Atomics of other warps are no problem, but plain accesses of theirs are.
+        // Atomics do not race with atomics, but with plain accesses of other warps.
         const BlockLine& all = block_[line];
         const u64 others =
             (all.written & ~mine.written) | (all.read & ~mine.read) | all.read_by_many;
@@ -134,8 +146,9 @@ class SharedMemory {
         block_[line].atomic |= mask;
     }
 
-    // A copy in the background begins: its target is undefined until it has ended.
-    void begin_copy(u32 thread, u32 address, u32 size) {
+    // A background copy writes its target twice: at its start, when the target becomes
+    // undefined, and at its end, when its thread has waited for it.
+    void start_copy(u32 thread, u32 address, u32 size) {
         write(thread, address, size);
         defined_[address / 64] &= ~mask_of(address, size);
         flying_[address / 64] |= mask_of(address, size);
@@ -146,23 +159,28 @@ class SharedMemory {
     }
 
   private:
-    static constexpr u16 MANY = 0x8000;  // lanes of a warp
+    static constexpr u16 MANY = 0x8000;  // flag of a reader: other lanes read it too
 
+    // The bits of `size` bytes of a line. An aligned access lies within one line.
     static u64 mask_of(u32 address, u32 size) {
         return ((size >= 64 ? 0 : 1ull << size) - 1) << address % 64;
     }
 
+    // The bytes that this warp may not read: undefined ones, and those that another
+    // warp wrote or an atomic changed since the barrier.
     u64 problems_of_read(const WarpLine& mine, u32 line) const {
         return ~defined_[line] | (block_[line].written & ~mine.written) |
                block_[line].atomic;
     }
+    // The bytes that this warp may not write: targets of a copy, and those that another
+    // warp or an atomic used since the barrier.
     u64 problems_of_write(const WarpLine& mine, u32 line) const {
         const BlockLine& all = block_[line];
         return flying_[line] | (all.written & ~mine.written) | (all.read & ~mine.read) |
                all.read_by_many | all.atomic;
     }
 
-    // Record an access; false if something may be wrong with it.
+    // Record an access. Return false if it may be a fault; `explain` then decides.
     bool read_line(WarpLine& mine, u32 line, u64 mask) {
         BlockLine& all = block_[line];
         const bool good = !(mask & (problems_of_read(mine, line) | mine.just_written));
@@ -182,19 +200,24 @@ class SharedMemory {
         return good;
     }
 
+    // Record the lane of a read. A grain that two lanes read since the __syncwarp keeps
+    // the last one and the flag MANY.
     void note_reader(u16 thread, WarpLine& mine, u32 address, u32 size, u64 mask) {
         u16* reader = &reader_[address >> grain_];
         const u32 grains = size >> grain_;
         const u64 again = mine.just_read & mask;
         mine.just_read |= mask;
-        if (again == mask && grains % 4 == 0) {  // four at once, in the parts of a word
-            constexpr u64 EACH = 0x0001000100010001ull;
+        // Four grains at once, in the 16-bit parts of a word. `others` has MANY where a
+        // part differs from this thread: in MANY itself, or in a lower bit, whose sum
+        // with 0x7fff carries into MANY.
+        if (again == mask && grains % 4 == 0) {
+            constexpr u64 ONES = 0x0001000100010001ull;  // 1 in each part
             for (u32 i = 0; i < grains; i += 4) {
                 u64 four;
                 memcpy(&four, reader + i, sizeof four);
-                const u64 differs = four ^ EACH * thread, low = EACH * (MANY - 1);
-                const u64 others = (((differs & low) + low) | differs) & EACH * MANY;
-                four = EACH * thread | others;
+                const u64 differs = four ^ ONES * thread, low = ONES * (MANY - 1);
+                const u64 others = (((differs & low) + low) | differs) & ONES * MANY;
+                four = ONES * thread | others;
                 memcpy(reader + i, &four, sizeof four);
             }
             return;
@@ -205,6 +228,7 @@ class SharedMemory {
         }
     }
 
+    // Call f for each line of a row, until one call returns false.
     template <class F>
     bool row(u32 warp, u32 address, u32 size, F f) {
         const u32 end = address + size * LANES;
@@ -216,6 +240,7 @@ class SharedMemory {
         }
         return true;
     }
+    // Record a row without a problem: the lane of each grain, and with f the bits.
     template <class F>
     bool record_row(u32 warp, u32 address, u32 size, std::vector<u16>& threads, F f) {
         const u32 grains = size >> grain_;
@@ -228,7 +253,8 @@ class SharedMemory {
         });
     }
 
-    // Name what is wrong with an access, if anything is.
+    // Throw the fault of an access, if it is one. An access to bytes that the same lane
+    // used is not a fault.
     void explain_read(u32 thread, const WarpLine& mine, u32 line, u64 mask) {
         if (mask & flying_[line])
             fault(thread,
@@ -270,7 +296,7 @@ class SharedMemory {
                   "race in shared memory: write to bytes that another lane read");
     }
 
-    // Whether another lane than this thread's used any of these bytes last.
+    // Return whether another thread is recorded for any of these bytes.
     bool others(const std::vector<u16>& threads, u32 thread, u64 mask, u32 line) const {
         for (; mask; mask &= mask - 1)
             if (threads[(line * 64 + std::countr_zero(mask)) >> grain_] != thread)
@@ -282,10 +308,10 @@ class SharedMemory {
         throw Fault(what, thread % LANES);
     }
 
-    u32 size_ = 0, grain_ = 2;           // the grain as a power of 2
-    std::vector<u64> defined_, flying_;  // written in this block; cp.async under way
+    u32 size_ = 0, grain_ = 2;           // bytes; log2 of the grain
+    std::vector<u64> defined_, flying_;  // bytes written; targets of unfinished copies
     std::vector<BlockLine> block_;
     std::vector<std::vector<WarpLine>> warps_;
-    std::vector<u16> reader_, writer_;  // the last thread, of each grain
-    u32 low_ = 0, high_ = 0;            // lines used since the barrier
+    std::vector<u16> reader_, writer_;  // the last thread, for each grain
+    u32 low_ = 0, high_ = 0;            // range of lines used since the barrier
 };

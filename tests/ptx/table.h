@@ -1,4 +1,4 @@
-// How a handler is made of a function of one lane's values.
+// Templates that make an instruction for a whole warp from a function of one lane.
 #pragma once
 #include "floats.h"
 #include "warp.h"
@@ -7,7 +7,7 @@ void add_arithmetic(Table&);
 void add_conversions(Table&);
 void add_comparisons(Table&);
 
-// Call f<T>(name) for each type of integers that instructions compute with.
+// Call f<T>(name) for each integer type that instructions compute with.
 template <class F>
 void for_integers(F f) {
     f.template operator()<u16>("u16"), f.template operator()<s16>("s16");
@@ -15,16 +15,19 @@ void for_integers(F f) {
     f.template operator()<u64>("u64"), f.template operator()<s64>("s64");
 }
 
+// Bytes of an operand of this type: narrow types take 4.
 template <class T>
 constexpr int form_of = sizeof(T) == 8 ? 8 : 4;
 
-// F takes the values of the sources and returns the result, for one lane.
+// F is a function without state. It takes the values of the sources of one lane and
+// returns the result. D is the type of the result; A, B and C are those of the sources.
 template <class D, class A, class F>
 Form unary(F) {
     const auto run = [](Warp& w, const Instruction& i, u32 lanes) {
         auto* d = w.at<D>(i.o[0]);
         const auto* a = w.at<A>(i.o[1]);
-        w.each(lanes, [=](int l) { d[l] = to_slot<D>(D(F{}(from_slot<A>(a[l])))); });
+        w.compute_lanes(lanes,
+                        [=](int l) { d[l] = to_slot<D>(D(F{}(from_slot<A>(a[l])))); });
     };
     return {run, {form_of<D>, form_of<A>}};
 }
@@ -34,7 +37,7 @@ Form binary(F) {
         auto* d = w.at<D>(i.o[0]);
         const auto* a = w.at<A>(i.o[1]);
         const auto* b = w.at<B>(i.o[2]);
-        w.each(lanes, [=](int l) {
+        w.compute_lanes(lanes, [=](int l) {
             d[l] = to_slot<D>(D(F{}(from_slot<A>(a[l]), from_slot<B>(b[l]))));
         });
     };
@@ -47,7 +50,7 @@ Form ternary(F) {
         const auto* a = w.at<A>(i.o[1]);
         const auto* b = w.at<B>(i.o[2]);
         const auto* c = w.at<C>(i.o[3]);
-        w.each(lanes, [=](int l) {
+        w.compute_lanes(lanes, [=](int l) {
             d[l] = to_slot<D>(
                 D(F{}(from_slot<A>(a[l]), from_slot<B>(b[l]), from_slot<C>(c[l]))));
         });

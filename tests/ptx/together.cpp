@@ -1,35 +1,40 @@
-// What the lanes of a warp do together: shuffles, votes and matrix products.
+// Collective instructions, where lanes read each other's registers: shuffles, votes,
+// matches and matrix products. The interpreter calls a handler once for each complete
+// group of lanes, with the mask of the group.
 #include "table.h"
 
-void add_together(Table&);
+void add_collectives(Table&);
 
 namespace {
 
 enum Shuffle { UP, DOWN, BUTTERFLY, INDEX };
 
+// shfl.sync d|p, a, b, c, members: d is `a` of another lane, and p says whether that
+// lane was in range. b is a distance, a mask or an index; c packs the limits of the
+// range: a clamp in bits 0 to 4 and a segment mask in bits 8 to 12. Out of range, a
+// lane keeps its own value.
 template <Shuffle shuffle>
-void shuffle_lanes(Warp& w, const Instruction& i,
-                   u32 lanes) {  // d, p; a, b, c, members
+void shuffle_lanes(Warp& w, const Instruction& i, u32 lanes) {
     u32 value[LANES], from[LANES], in_range = 0;
     const auto *a = w.at<u32>(i.o[2]), *b = w.at<u32>(i.o[3]), *c = w.at<u32>(i.o[4]);
     memcpy(value, a, sizeof value);
     for (int l = 0; l < LANES; ++l) {
         const int by = b[l] & 31, clamp = c[l] & 31, segment = c[l] >> 8 & 31;
-        const int most = (l & segment) | (clamp & ~segment);
+        const int limit = (l & segment) | (clamp & ~segment);
         const int source = shuffle == UP          ? l - by
                            : shuffle == DOWN      ? l + by
                            : shuffle == BUTTERFLY ? l ^ by
                                                   : (l & segment) | (by & ~segment);
-        const bool ok = shuffle == UP ? source >= most : source <= most;
+        const bool ok = shuffle == UP ? source >= limit : source <= limit;
         from[l] = ok ? source : l;
         in_range |= u32(ok) << l;
     }
     auto* d = w.at<u32>(i.o[0]);
     for_each_lane(lanes, [&](int l) {
         if (!(lanes >> from[l] & 1))
-            throw Fault(
-                "shuffle from lane " + std::to_string(from[l]) + ", which is not here",
-                l);
+            throw Fault("shuffle from lane " + std::to_string(from[l]) +
+                            ", which is not active",
+                        l);
         d[l] = value[from[l]];
     });
     w.set(i.o[1], lanes, in_range);
@@ -38,7 +43,7 @@ void shuffle_lanes(Warp& w, const Instruction& i,
 void ballot(Warp& w, const Instruction& i, u32 lanes) {
     const u32 votes = w.mask(i.o[1]) & lanes;
     auto* d = w.at<u32>(i.o[0]);
-    w.each(lanes, [=](int l) { d[l] = votes; });
+    w.compute_lanes(lanes, [=](int l) { d[l] = votes; });
 }
 void vote_any(Warp& w, const Instruction& i, u32 lanes) {
     w.set(i.o[0], lanes, w.mask(i.o[1]) & lanes ? ALL : 0);
@@ -47,6 +52,7 @@ void vote_all(Warp& w, const Instruction& i, u32 lanes) {
     w.set(i.o[0], lanes, (w.mask(i.o[1]) & lanes) == lanes ? ALL : 0);
 }
 
+// match.any: the mask of the lanes with the same value.
 template <class T>
 void match_any(Warp& w, const Instruction& i, u32 lanes) {
     u32 same[LANES];
@@ -59,25 +65,28 @@ void match_any(Warp& w, const Instruction& i, u32 lanes) {
     for_each_lane(lanes, [&](int l) { d[l] = same[l]; });
 }
 
+// The element types of mma.
 struct Half {
-    static constexpr int PACKED = 2;  // elements of a register
+    static constexpr int PACKED = 2;  // elements in one register
     static f32 of(u32 x, int n) { return from_half(u16(x >> 16 * n)); }
 };
 struct Bfloat {
     static constexpr int PACKED = 2;
     static f32 of(u32 x, int n) { return from_bfloat(u16(x >> 16 * n)); }
 };
-struct Tf32 {  // hardware may do as it likes with the last 13 bits; here they are
-               // dropped
+struct Tf32 {  // hardware may use or drop the last 13 bits; here they are dropped
     static constexpr int PACKED = 1;
     static f32 of(u32 x, int) { return float_of(x & ~0u << 13); }
 };
 
-// d (16 x 8) = a (16 x k) b (k x 8) + c; fragments as in "Matrix fragments for
-// mma.m16n8k*". Products are exact and added in f64, the sum is rounded once.
+// D (16, 8) = A (16, k) B (k, 8) + C. The PTX ISA, "Matrix Fragments for mma.m16n8k*",
+// says which lane has which element: lane l has rows l / 4 and l / 4 + 8 of A, C and D,
+// and column l / 4 of B. Products are exact and added in f64, and each sum is rounded
+// to float once; hardware may round more often.
 template <class Element, int k>
 void multiply(Warp& w, const Instruction& i, u32 lanes) {
-    if (lanes != ALL) throw Fault("mma by a part of a warp", std::countr_zero(lanes));
+    if (lanes != ALL)
+        throw Fault("mma needs all lanes of the warp", std::countr_zero(lanes));
     constexpr int packed = Element::PACKED, registers = k / (4 * packed);
     alignas(64) f64 a[16][k], b[k][8], sum[16][8];
     for (int r = 0; r < 2 * registers; ++r) {
@@ -113,7 +122,7 @@ void multiply(Warp& w, const Instruction& i, u32 lanes) {
 
 }  // namespace
 
-void add_together(Table& table) {
+void add_collectives(Table& table) {
     const auto add = [&](const char* name, Handler run, std::vector<int> bytes) {
         table[name] = {run, std::move(bytes)};
     };

@@ -1,4 +1,4 @@
-// The state of a launch: blocks, warps, and how an instruction reaches its operands.
+// The state of a launch: its blocks and warps, and the access to operands.
 #pragma once
 #include <bit>
 #include <cstdlib>
@@ -7,16 +7,19 @@
 
 #include "global_memory.h"
 
-struct Part {  // lanes of a warp that go together
+// Lanes of a warp that have the same program counter.
+struct Part {
     u32 pc, lanes;
 };
 
-struct Copy {  // a cp.async on its way
+// A cp.async that its lane has not waited for. `group` counts the lane's commits.
+struct Copy {
     u32 lane, target, bytes, group;
-    u64 source;  // 0: zeros
+    u64 source;  // a host address; 0 stands for zeros
 };
 
-// Registers hold 32 lanes, one after the other; narrow types lie in 4 bytes each.
+// A register stores the values of 32 lanes one after the other. A type of 1 or 2 bytes
+// takes 4 bytes of each lane.
 template <class T>
 using Slot = std::conditional_t<sizeof(T) == 8, u64, u32>;
 template <class T>
@@ -45,23 +48,23 @@ struct Warp;
 struct Block {
     u32 number = 0;
     SharedMemory shared;
-    std::vector<Warp> warps;  // the first of them live in this launch
-    u32 live_warps = 0;
+    std::vector<Warp> warps;  // a later launch may need only the first of them
+    u32 live_warps = 0;       // the warps that this launch uses
 };
 
 using Memory = std::unique_ptr<u8, decltype(&free)>;
 
 struct Launch {
     const Program* program = nullptr;
-    u32 grid = 1, block = 1;  // blocks, and threads of each
+    u32 grid = 1, block = 1;  // number of blocks; threads of one block
     u32 shared_bytes = 0;     // static and dynamic
     u8* constants = nullptr;
-    bool races = false;  // more than one warp runs
-    std::vector<Range> ranges;
+    bool races = false;         // global races are checked: more than one warp runs
+    std::vector<Range> ranges;  // sorted by address, without overlap
     std::vector<std::unique_ptr<Cell, decltype(&free)>> cells;
-    std::vector<u32> last_range;  // of each instruction
+    std::vector<u32> last_range;  // of each instruction: the range that it used last
     Clocks clocks;
-    u64 progress = 0;  // rises with all that another warp can wait for
+    u64 progress = 0;  // counts the events that another warp may wait for
 };
 
 struct Warp {
@@ -69,29 +72,32 @@ struct Warp {
     Block* block = nullptr;
     u32 number = 0;       // within the block
     u32 alive = 0;        // lanes that have not exited
-    u32 first_alive = 0;  // lanes that there were
-    u8* bases[2] = {};    // of registers and of constants
+    u32 first_alive = 0;  // lanes at the start; the last warp of a block may have few
+    u8* bases[2] = {};    // addresses of the registers and of the constants
     std::vector<u32> predicate;
     Memory registers{nullptr, free};
     size_t register_bytes = 0;
     std::vector<u8> local;
     u32 local_bytes = 0;
 
+    // Every living lane is in `active`, in `ready` or in `waiting`.
     std::vector<Part> ready;    // diverged lanes, the smallest pc last
-    std::vector<Part> waiting;  // at a barrier or for other lanes
-    u32 pc = 0, active = 0;
-    bool at_barrier = false, yields = false;
+    std::vector<Part> waiting;  // lanes at a barrier or at a collective
+    u32 pc = 0, active = 0;     // the lanes that run now, and their program counter
+    bool at_barrier = false, yields = false;  // yields: it has read a volatile value
 
     std::vector<Copy> copies;
     u32 copy_group[LANES] = {};
-    Observer observer;      // of races in global memory
-    u32 carry[LANES] = {};  // of add.cc and the like
+    Observer observer;      // detects races in global memory
+    u32 carry[LANES] = {};  // the carry flag of add.cc, sub.cc and mad.cc
 
+    // The values of an operand: 32 lanes. The top bit of the operand selects the base.
     template <class T>
     Slot<T>* at(u32 operand) {
         u8* base = bases[operand >> 31] + (operand & ~CONSTANT);
         return static_cast<Slot<T>*>(__builtin_assume_aligned(base, 64));
     }
+    // The lanes where a predicate is true.
     u32 mask(u32 operand) const {
         const u32 lanes = predicate[operand & ~NEGATED];
         return operand & NEGATED ? ~lanes : lanes;
@@ -102,10 +108,10 @@ struct Warp {
     }
     int thread(int lane) const { return number * LANES + lane; }
 
-    // Compute f(lane) for some lanes. Lanes that have exited may be computed too: so
-    // whole vectors are, wherever no living lane is elsewhere.
+    // Compute f(lane) for some lanes. If these are all living lanes, exited lanes are
+    // computed as well: nothing reads their results, and the loop can be vectorized.
     template <class F>
-    void each(u32 lanes, F f) const {
+    void compute_lanes(u32 lanes, F f) const {
         if (lanes == alive) {
 #pragma GCC ivdep
             for (int lane = 0; lane < LANES; ++lane) f(lane);

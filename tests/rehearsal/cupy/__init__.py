@@ -1,18 +1,19 @@
-"""A stand-in for CuPy on a machine without a GPU: kernels are interpreted.
+"""A stand-in for CuPy on a machine without a GPU; it interprets the kernels.
 
-Put ``tests/rehearsal`` in front of ``PYTHONPATH``, and ``import cupy`` finds this. It
-has what the library, the tests of a GPU and the benchmarks use, under CuPy's names, by
-CuPy 14.2's rules where code can go wrong by them: no NumPy array is taken for an
-operand, a read by the CPU fails while a stream captures, `where` turns bfloat16 into
-float32. It refuses all else by name. It does not know races between streams that only
-timing shows, alignment, or speed.
+If ``tests/rehearsal`` is first in ``PYTHONPATH``, ``import cupy`` imports this package.
+It has the functions that the library, the GPU tests and the benchmarks use, under
+CuPy's names. It keeps those rules of CuPy 14.2 that code can break: a NumPy array is
+not accepted as an operand, a read by the CPU fails while a stream captures, and `where`
+turns bfloat16 into float32. Any other function raises an error that names it. The
+stand-in cannot show races between streams that depend on timing, misalignment, or
+speed.
 """
 
-# ruff: noqa: F401  (the imports are what the package offers)
+# ruff: noqa: F401  (the imports are the public names of the package)
 
 from typing import Any as _Any
 
-import ml_dtypes as _ml_dtypes  # NumPy then knows bfloat16 by name, as after CuPy
+import ml_dtypes as _ml_dtypes  # adds bfloat16 to NumPy, as importing CuPy does
 import numpy as _np
 from numpy import bool_, float16, float32, float64, int32, int64, uint8, uint64
 
@@ -55,17 +56,19 @@ from ._functions import (
 from ._kernels import RawKernel, RawModule
 from ._memory import get_default_memory_pool
 
-__version__ = "14.2.0"
+__version__ = "14.2.0"  # the version whose rules and names it has
 
+# CuPy has these as attributes of the module; here they are generated from their names.
 globals().update({name: _f.Ufunc(name) for name in _f.UFUNCS})
 globals().update(_f.REDUCTIONS)
 amax, amin = _f.REDUCTIONS["max"], _f.REDUCTIONS["min"]
-newaxis, inf, nan = None, _np.inf, _np.nan
+newaxis, inf, nan = None, _np.inf, _np.nan  # plain values, as in CuPy
 
 
 def is_available() -> bool:
     return cuda.is_available()
 
 
+# Python calls this for names that the module does not have.
 def __getattr__(name: str) -> _Any:
     raise AttributeError(f"the stand-in for CuPy has no cupy.{name}")

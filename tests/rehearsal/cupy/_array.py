@@ -1,4 +1,4 @@
-"""CuPy's array, over the bytes of a NumPy array that stands for device memory."""
+"""CuPy's array. A NumPy array holds the bytes that stand for device memory."""
 
 import functools
 import math
@@ -18,13 +18,14 @@ _IMPLICIT = (
 
 
 class ndarray(Operators):  # noqa: N801
-    """An array on the device; what CuPy has and this has not is an AttributeError."""
+    """An array on the device. It lacks some of CuPy's attributes."""
 
+    # CuPy's arrays accept no other attributes and no weak references.
     __slots__ = (
         "_numpy",
         "data",
-    )  # CuPy's take no other attribute, nor a weak reference
-    __array_priority__ = 100
+    )
+    __array_priority__ = 100  # NumPy's operators leave the work to this class
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(
@@ -44,7 +45,7 @@ class ndarray(Operators):  # noqa: N801
         there = _memory.as_numpy(self.data, size).view(dtype)
         self._numpy: np.ndarray = there.reshape(shape, order=order)
 
-    # What describes it.
+    # Properties.
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,7 +105,7 @@ class ndarray(Operators):  # noqa: N801
             raise TypeError("iteration over a 0-d array")
         return (self[i] for i in range(len(self)))
 
-    # What reads it on the CPU, which waits for the current stream.
+    # Reads by the CPU. All of them wait for the current stream.
 
     def get(
         self,
@@ -130,9 +131,9 @@ class ndarray(Operators):  # noqa: N801
 
     def __bool__(self) -> bool:
         if not self.size:
-            return False  # where NumPy raises an error
+            return False  # NumPy raises an error here
         if self.size > 1:
-            return bool(self._numpy)  # NumPy's error is CuPy's
+            return bool(self._numpy)  # raises the same error in CuPy
         _compute.wait()
         return bool(self._numpy.item())
 
@@ -151,7 +152,7 @@ class ndarray(Operators):  # noqa: N801
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(_IMPLICIT)
 
-    # What leads from NumPy's functions to CuPy's.
+    # NumPy's functions of an array call CuPy's functions of the same name.
 
     def __array_ufunc__(
         self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any
@@ -160,7 +161,7 @@ class ndarray(Operators):  # noqa: N801
 
         if method != "__call__":
             return NotImplemented
-        if "out" in kwargs:
+        if "out" in kwargs:  # NumPy passes a tuple
             (kwargs["out"],) = kwargs["out"]
         return getattr(cupy, ufunc.__name__)(*inputs, **kwargs)
 
@@ -169,13 +170,14 @@ class ndarray(Operators):  # noqa: N801
 
         if not all(issubclass(t, ndarray | np.ndarray) for t in types):
             return NotImplemented
+        # np.linalg.norm becomes cupy.linalg.norm.
         path = [*func.__module__.split(".")[1:], func.__name__]
         return functools.reduce(getattr, path, cupy)(*args, **kwargs)
 
-    # DLPack, between CuPy's own arrays.
+    # DLPack, which here works between CuPy's own arrays only.
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
+        return 2, 0  # device type 2 is CUDA
 
     def __dlpack__(
         self,
@@ -187,9 +189,11 @@ class ndarray(Operators):  # noqa: N801
     ) -> "Capsule":
         if dl_device not in (None, (2, 0)) or copy:
             raise NotImplementedError("the stand-in's __dlpack__ makes no copy")
+        # The standard gives the default stream the number 1, and forbids 0. With -1 the
+        # caller asks for no synchronisation.
         if stream == 0:
             warnings.warn(
-                "DLPack has no stream 0: taken for the default one", stacklevel=2
+                "DLPack has no stream 0: the default stream is used", stacklevel=2
             )
         if stream != -1:
             _streams.wait_between(_streams.get_current_stream(), stream or 1)
@@ -220,6 +224,7 @@ class ndarray(Operators):  # noqa: N801
 
     def reshape(self, *shape: Any, order: str = "C") -> "ndarray":
         shaped = self._numpy.reshape(*shape, order=order)
+        # NumPy copies if a view is impossible. Then a copy in the stream is needed.
         if not shaped.size or np.may_share_memory(shaped, self._numpy):
             return view_of(self, shaped)
         return _compute.compute(lambda x: x.reshape(*shape, order=order), self)
@@ -227,7 +232,7 @@ class ndarray(Operators):  # noqa: N801
     def ravel(self, order: str = "C") -> "ndarray":
         return self.reshape(-1, order=order)
 
-    def copy(self, order: str = "C") -> "ndarray":
+    def copy(self, order: str = "C") -> "ndarray":  # CuPy's default is "C"
         return _compute.compute(lambda x: x.copy(order=order), self, order=order)
 
     def astype(
@@ -241,6 +246,7 @@ class ndarray(Operators):  # noqa: N801
         if casting is not None or subok is not None:
             raise NotImplementedError("the stand-in's astype() has no casting or subok")
         dtype, flags = np.dtype(dtype), self.flags
+        # `laid`: the array has the requested layout already.
         laid = order in "KA" or (
             flags.c_contiguous if order == "C" else flags.f_contiguous
         )
@@ -249,6 +255,7 @@ class ndarray(Operators):  # noqa: N801
         return _compute.compute(lambda x: x.astype(dtype), self, order=order)
 
     def fill(self, value: Any) -> None:
+        # A NumPy array without axes is a scalar; it is the only one that is accepted.
         if isinstance(value, ndarray | list | tuple) or np.ndim(value):
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
         if isinstance(value, np.ndarray):
@@ -263,7 +270,7 @@ class ndarray(Operators):  # noqa: N801
 
 
 class Flags:
-    """What CuPy tells of an array's layout; it has no `writeable`."""
+    """The flags of an array's layout. CuPy has no flag `writeable`."""
 
     def __init__(self, flags: Any) -> None:
         self.c_contiguous: bool = flags.c_contiguous
@@ -271,19 +278,20 @@ class Flags:
 
 
 class Capsule:
-    """An array on its way through DLPack."""
+    """An array that DLPack passes from a producer to a consumer."""
 
     def __init__(self, array: ndarray) -> None:
         self.array = array
 
 
 def view_of(x: ndarray, values: np.ndarray) -> ndarray:
-    """Return an array of `x`'s memory, of which `values` is a view."""
+    """Return an array in the memory of `x`; `values` must be a view of it."""
     return _wrap(values, x.data)
 
 
 def imported(x: ndarray) -> ndarray:
-    """Return what DLPack makes of `x`: its memory starts at its first element."""
+    """Return `x` as DLPack imports it: its memory starts at its first element."""
+    # Without __init__, which would look for the owner of the address.
     address = int(x._numpy.__array_interface__["data"][0])
     memory = _memory.UnownedMemory.__new__(_memory.UnownedMemory)
     memory.ptr, memory.size, memory.device_id = address, x.nbytes, 0
@@ -292,6 +300,7 @@ def imported(x: ndarray) -> ndarray:
 
 
 def _wrap(values: np.ndarray, data: Any) -> ndarray:
+    # Without __init__, which would allocate memory.
     result = ndarray.__new__(ndarray)
     first = int(values.__array_interface__["data"][0]) - data.mem.ptr
     result.data = _memory.MemoryPointer(data.mem, first if values.size else 0)
@@ -300,7 +309,7 @@ def _wrap(values: np.ndarray, data: Any) -> ndarray:
 
 
 def _fill(target: np.ndarray, value: Any) -> None:
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # a GPU does not warn of overflow
         target[...] = np.asarray(value).astype(target.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The card that the stand-in claims to be, an H100, and the check of its launches."""
+"""The card that the stand-in represents, an H100, and the check of its launches."""
 
 import importlib
 import sys
@@ -8,9 +8,11 @@ from typing import Any
 NAME = b"rehearsal"
 CAPABILITY = "90"
 MULTIPROCESSORS = 132
-SHARED_BYTES = 227 << 10  # that a block may ask for
-MEMORY_BYTES = 1 << 30  # little: it is the CPU's, and benchmarks take a part of it
+SHARED_BYTES = 227 << 10  # a block may request so much
+# Little, because it is the CPU's memory, and benchmarks use a fraction of it.
+MEMORY_BYTES = 1 << 30
 
+# The attributes and properties of an H100, under CuPy's names. Clock rates are in kHz.
 ATTRIBUTES = {
     "MultiProcessorCount": MULTIPROCESSORS,
     "MaxSharedMemoryPerBlock": 48 << 10,
@@ -45,7 +47,7 @@ PROPERTIES = {
 
 
 class Accepting:
-    """Accepts every launch: of kernels that are not the library's."""
+    """Accept every launch. It is for kernels that do not belong to the library."""
 
     shared_size_bytes = 0
     max_dynamic_shared_size_bytes = 48 << 10
@@ -64,20 +66,22 @@ class Accepting:
 def checker(
     source: str, options: tuple[str, ...], dtype: str, name: str, cooperative: bool
 ) -> Any:
-    """Return what refuses each launch of a kernel that the card cannot run.
+    """Return a function that raises if the card cannot run a launch of a kernel.
 
-    It is asked for once for each kernel. Its two attributes, those of `Accepting`, are
-    what ``cupy.RawKernel`` shows as its own.
+    This is called once for each kernel. The result has the two attributes of
+    `Accepting`, which ``cupy.RawKernel`` shows as its own.
     """
+    # The limits come from tests/cards.py, the registers from real machine code.
     cards, card_device, nvrtc = map(of_tests, ("cards", "card_device", "nvrtc"))
-    card = cards.CARDS[-1]
+    card = cards.CARDS[-1]  # the H100
     facts = nvrtc.kernel_facts(source, (*options, f"-arch=sm_{card.arch}"))[name]
     parameters = card_device.parameters_of(source, name, dtype)
     return cards.Kernel(name, facts, parameters, card, cooperative)
 
 
 def of_tests(name: str) -> Any:
-    """Return a module of the folder that this package is below."""
+    """Return a module of the folder tests/, two levels above this package."""
+    # The folder may be missing from the import path.
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""How a function of arrays becomes work in a stream, and how the CPU waits for it."""
+"""Turn a function of arrays into work in a stream, and let the CPU wait for it."""
 
 import functools
 from collections.abc import Callable
@@ -12,13 +12,13 @@ _SCALARS = (bool, int, float, np.generic)
 
 
 def wait() -> None:
-    """Wait for the current stream, as every read by the CPU does."""
+    """Wait for the current stream. Every read by the CPU calls this."""
     _runtime.check()
     _streams.get_current_stream().synchronize()
 
 
 def operand(x: Any) -> Any:
-    """Return what CuPy's functions take: an array's values or a number."""
+    """Return an operand of a function of CuPy: the values of an array, or a number."""
     if isinstance(x, _array.ndarray):
         return x._numpy
     if isinstance(x, _SCALARS):
@@ -29,19 +29,24 @@ def operand(x: Any) -> Any:
 def compute(
     function: Callable[..., Any], *operands: Any, out: Any = None, order: str = "K"
 ) -> Any:
-    """Return a function of arrays, whose values come when the stream has come there.
+    """Return the result of a function of arrays, which the stream computes in order.
 
-    It runs once now, for the shape and dtype of its result, on whatever is in memory.
+    The function runs once at once, for the shape and dtype of its result, on the values
+    that memory has now. If the stream is busy or captures, it runs again later, and its
+    values are written then.
     """
     values = [operand(x) for x in operands]
-    now = _streams.idle()  # first: it does what the stream has waited for
-    with np.errstate(all="ignore"):
+    # First, because this call does the work that the stream can do by now.
+    now = _streams.idle()
+    with np.errstate(all="ignore"):  # a GPU does not warn of overflow
         result = np.asarray(function(*values))
     if out is None:
+        # CuPy's elementwise functions keep a column-major layout.
         by_columns = result.flags.f_contiguous and not result.flags.c_contiguous
         layout = "F" if order == "F" or (order in "KA" and by_columns) else "C"
         out = _array.ndarray(result.shape, result.dtype, order=layout)
     target = out._numpy
+    # CuPy's checks of an `out` argument.
     if target.shape != np.broadcast_shapes(result.shape, target.shape):
         raise ValueError(f"Output shape {target.shape} does not fit {result.shape}")
     if not np.can_cast(result.dtype, target.dtype, "same_kind"):

@@ -1,4 +1,4 @@
-"""CuPy's functions of arrays: those that the library, its tests and benchmarks call."""
+"""The functions of CuPy that the library, its tests and its benchmarks call."""
 
 import functools
 from collections.abc import Callable
@@ -20,11 +20,11 @@ class Ufunc:
 
     def __call__(self, *args: Any, out: Any = None) -> Any:
         if not any(isinstance(x, ndarray) for x in args):
-            [operand(x) for x in args]
+            [operand(x) for x in args]  # raises TypeError for NumPy's arrays
         return compute(self._function, *args, out=out)
 
     def at(self, a: Any, slices: Any, b: Any) -> None:
-        """Add without buffering, by atomics; CuPy has it for `add` and few others."""
+        """Add by atomics, so repeated indices add up; CuPy has it for few functions."""
         if self.__name__ != "add":
             raise NotImplementedError(f"the stand-in has no cupy.{self.__name__}.at")
         index = slices._numpy
@@ -33,6 +33,7 @@ class Ufunc:
 
 
 def _add_at(a: np.ndarray, index: np.ndarray, b: Any) -> None:
+    # CuPy's indices wrap around.
     np.add.at(a, index % max(len(a), 1), b)
 
 
@@ -47,6 +48,7 @@ UFUNCS = (
 
 
 def matmul(x1: Any, x2: Any, out: Any = None) -> ndarray:
+    """Multiply matrices. CuPy does not accept a number here."""
     for x in (x1, x2):
         if not isinstance(x, ndarray):
             raise TypeError(f"Unsupported type {type(x)}")
@@ -55,11 +57,14 @@ def matmul(x1: Any, x2: Any, out: Any = None) -> ndarray:
     return compute(np.matmul, x1, x2, out=out, order="C")
 
 
-# Making arrays.
+# Creation of arrays.
 
 
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    """Return bytes that are NaN in every floating type: a gap in a result shows."""
+    """Return bytes 0xFF, which are NaN in every floating type.
+
+    So an element that no kernel writes shows in the result.
+    """
     x = ndarray(shape, dtype, order=order)
     whole = x._numpy.reshape(-1, order=order).view(np.uint8)
     _streams.submit(functools.partial(whole.fill, 0xFF))
@@ -69,8 +74,8 @@ def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
 def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> ndarray:
     if isinstance(fill_value, ndarray):
         raise NotImplementedError("the stand-in's cupy.full takes a number")
-    kind = np.asarray(fill_value).dtype if dtype is None else dtype
-    x = ndarray(shape, kind, order=order)
+    value_dtype = np.asarray(fill_value).dtype if dtype is None else dtype
+    x = ndarray(shape, value_dtype, order=order)
     x.fill(fill_value)
     return x
 
@@ -103,12 +108,12 @@ def _layout(a: Any, order: str) -> str:
 
 
 def made(values: Any, order: str = "K") -> ndarray:
-    """Return values that a kernel makes, without a copy from the CPU."""
+    """Return values that CuPy computes in a kernel, without a copy from the CPU."""
     return compute(lambda: values, order=order)
 
 
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> ndarray:
-    bounds = (0, start) if stop is None else (start, stop)
+    bounds = (0, start) if stop is None else (start, stop)  # as range(stop)
     return made(np.arange(*bounds, step, dtype=dtype))
 
 
@@ -119,19 +124,19 @@ def eye(
 
 
 def array(obj: Any, dtype: Any = None, copy: Any = True, order: str = "K") -> ndarray:
-    if isinstance(obj, ndarray):
+    if isinstance(obj, ndarray):  # a copy on the device
         return obj.astype(obj.dtype if dtype is None else dtype, order, copy=bool(copy))
     if isinstance(obj, list | tuple) and any(isinstance(x, ndarray) for x in obj):
         raise NotImplementedError("the stand-in's cupy.array takes no list of arrays")
-    values = np.array(
-        obj, dtype=dtype, order=order
-    )  # by now, as a pinned buffer has it
+    # A copy of the values as they are now, like CuPy's copy to a pinned buffer.
+    values = np.array(obj, dtype=dtype, order=order)
     if values.dtype == object:
         raise ValueError(f"Unsupported dtype {values.dtype}")
     result = made(values, order)
     if values.ndim:
         # CuPy copies from a pinned buffer and queries an event, to know when the buffer
-        # is free. CUDA ends a capture for it. A single number is filled in.
+        # is free. CUDA ends a capture because of the query. A single number takes no
+        # buffer: CuPy fills the array with it.
         _streams.spoil_capture()
     return result
 
@@ -154,44 +159,45 @@ def from_dlpack(x: Any, /, *, device: Any = None, copy: Any = None) -> ndarray:
     if device is not None or copy is not None:
         raise NotImplementedError("the stand-in's from_dlpack takes the array alone")
     if not hasattr(x, "__dlpack_device__"):
-        raise TypeError("the argument does not speak DLPack")
-    if tuple(map(int, x.__dlpack_device__())) != (2, 0):
+        raise TypeError("the argument does not support DLPack")
+    if tuple(map(int, x.__dlpack_device__())) != (2, 0):  # CUDA, device 0
         raise NotImplementedError("the stand-in's from_dlpack takes arrays of the GPU")
     _runtime.check()
     stream = _streams.get_current_stream().ptr or 1
     try:
         capsule = x.__dlpack__(stream=stream, max_version=(1, 3), copy=copy)
-    except TypeError:  # of a producer that knows the first version alone
+    except TypeError:  # the producer supports only the first version of DLPack
         capsule = x.__dlpack__(stream=stream)
     if not isinstance(capsule, _array.Capsule):
         raise NotImplementedError("the stand-in's from_dlpack takes CuPy's arrays")
     return _array.imported(capsule.array)
 
 
-# Arrays of arrays.
+# Functions that combine arrays.
 
 
 def copyto(dst: Any, src: Any, casting: str = "same_kind", where: Any = None) -> None:
     if where is not None or casting != "same_kind":
         raise NotImplementedError("the stand-in's cupy.copyto has no casting, no where")
-    compute(lambda x: x, src, out=dst)
+    compute(lambda x: x, src, out=dst)  # broadcasts `src`
 
 
 def where(condition: Any, x: Any = None, y: Any = None) -> ndarray:
-    """Choose by a condition; CuPy has no loop for bfloat16 and gives float32."""
+    """Select by a condition. CuPy has no loop for bfloat16 and returns float32."""
     if (x is None) != (y is None):
         raise ValueError("Must provide both 'x' and 'y' or neither.")
     if x is None:
         raise NotImplementedError("the stand-in's cupy.where takes three arguments")
 
     def choose(condition: np.ndarray, x: Any, y: Any) -> np.ndarray:
-        found = np.where(condition, x, y)
-        return found.astype(np.float32) if found.dtype.name == "bfloat16" else found
+        result = np.where(condition, x, y)
+        return result.astype(np.float32) if result.dtype.name == "bfloat16" else result
 
     return compute(choose, condition.astype("?", copy=False), x, y)
 
 
 def _joined(name: str) -> Callable[..., ndarray]:
+    """Return CuPy's function that joins arrays like NumPy's function of that name."""
     function = getattr(np, name)
 
     def join(tup: Any, axis: int = 0) -> ndarray:
@@ -214,20 +220,20 @@ def pad(array: Any, pad_width: Any, mode: str = "constant", **kwargs: Any) -> nd
 
 
 def broadcast_to(array: Any, shape: Any) -> ndarray:
-    # Writeable, as CuPy's are: `np.broadcast_to` would freeze it.
+    # CuPy's result is writeable; `np.broadcast_to` would make it read-only.
     as_strided = np.lib.stride_tricks.as_strided
     strides = np.broadcast_to(array._numpy, shape).strides
     return _array.view_of(array, as_strided(array._numpy, shape, strides))
 
 
 def diagonal(a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> ndarray:
-    found = a._numpy.diagonal(offset, axis1, axis2)
-    found.flags.writeable = True
-    return _array.view_of(a, found)
+    result = a._numpy.diagonal(offset, axis1, axis2)
+    result.flags.writeable = True  # NumPy's view is read-only, CuPy's is not
+    return _array.view_of(a, result)
 
 
 def take_along_axis(a: Any, indices: Any, axis: Any) -> ndarray:
-    size = a.shape[axis]
+    size = a.shape[axis]  # CuPy's indices wrap around
     return compute(
         lambda x, i: np.take_along_axis(x, i % size, axis), a, indices, order="C"
     )
@@ -238,11 +244,12 @@ def sort(a: Any, axis: Any = -1, kind: Any = None) -> ndarray:
 
 
 def argsort(a: Any, axis: Any = -1, kind: Any = None) -> ndarray:
+    # CuPy's sort is stable.
     return compute(lambda x: np.argsort(x, axis, kind="stable"), a, order="C")
 
 
 def bincount(x: Any, weights: Any = None, minlength: Any = None) -> ndarray:
-    _compute.wait()  # for the largest
+    _compute.wait()  # the CPU reads the largest value, for the length of the result
     return compute(
         lambda x, *w: np.bincount(x, *w, minlength=minlength or 0),
         *(x, *([] if weights is None else [weights])),
@@ -250,6 +257,8 @@ def bincount(x: Any, weights: Any = None, minlength: Any = None) -> ndarray:
 
 
 def _reduction(name: str) -> Callable[..., ndarray]:
+    """Return the function that calls the array's method of the same name."""
+
     def reduce(a: Any, *args: Any, **kwargs: Any) -> ndarray:
         if not isinstance(a, ndarray):
             raise TypeError(f"Unsupported type {type(a)}")
@@ -279,12 +288,12 @@ def clip(a: Any, a_min: Any, a_max: Any) -> ndarray:
     return a.clip(a_min, a_max)
 
 
-# What is asked of arrays.
+# Properties of arrays.
 
 
 def result_type(*arrays_and_dtypes: Any) -> np.dtype[Any]:
-    kinds = [x.dtype if isinstance(x, ndarray) else x for x in arrays_and_dtypes]
-    return np.result_type(*kinds)
+    dtypes = [x.dtype if isinstance(x, ndarray) else x for x in arrays_and_dtypes]
+    return np.result_type(*dtypes)
 
 
 def shape(a: Any) -> tuple[int, ...]:
@@ -296,9 +305,10 @@ def ndim(a: Any) -> int:
 
 
 def may_share_memory(a: Any, b: Any, max_work: Any = None) -> bool:
-    """Compare bounds, of arrays whose memory starts at one address: CuPy's own rule."""
+    """Compare the bounds of arrays in one allocation, which is CuPy's rule."""
     if max_work is not None:
         raise NotImplementedError("Only supported for `max_work` is `None`")
+    # Allocations are the same if they start at the same address.
     if a.data.mem.ptr != b.data.mem.ptr or not a.size or not b.size:
         return False
     (a_first, a_end), (b_first, b_end) = (

@@ -1,7 +1,7 @@
-"""Reading and writing of parts of an array, by CuPy's rules.
+"""Read and write parts of an array, by CuPy's rules.
 
-A boolean mask takes the CPU's wait for its number of True, in assignments too. Integers
-out of bounds wrap around and raise nothing.
+With a boolean mask the CPU waits for the number of True values, also in an assignment.
+Integers out of bounds wrap around and do not raise an error.
 """
 
 import functools
@@ -18,7 +18,7 @@ def get(x: Any, key: Any) -> Any:
     if not arrays:
         return _view(x, entries)
     if has_mask:
-        _compute.wait()
+        _compute.wait()  # the shape of the result depends on the values of the mask
     return _compute.compute(
         lambda values, *indices: values[_wrapped(entries, indices, values.shape)],
         x,
@@ -28,7 +28,7 @@ def get(x: Any, key: Any) -> Any:
 
 
 def put(x: Any, key: Any, value: Any) -> None:
-    """Do ``x[key] = value``, of an array of CuPy's or a number."""
+    """Do ``x[key] = value``, where the value is a CuPy array or a number."""
     entries, arrays, has_mask = _parts(key)
     if not arrays and not isinstance(value, _array.ndarray):
         _view(x, entries).fill(value)
@@ -39,6 +39,7 @@ def put(x: Any, key: Any, value: Any) -> None:
         raise NotImplementedError(
             f"the stand-in assigns arrays and numbers, got {type(value).__name__}"
         )
+    # Check the shapes now, as CuPy does; the stream assigns later.
     new = _compute.operand(value)
     indices = [index._numpy for index in arrays]
     work = functools.partial(_assign, x._numpy, entries, indices, new)
@@ -51,7 +52,7 @@ def put(x: Any, key: Any, value: Any) -> None:
 
 def _view(x: Any, entries: tuple[Any, ...]) -> Any:
     whole = any(entry is Ellipsis for entry in entries)
-    # With "...", a single element is an array too.
+    # With "...", NumPy returns a single element as an array without axes, like CuPy.
     return _array.view_of(x, x._numpy[entries if whole else (*entries, ...)])
 
 
@@ -61,12 +62,14 @@ def _assign(x: np.ndarray, entries: Any, indices: Any, value: Any) -> None:
 
 
 def _parts(key: Any) -> tuple[tuple[Any, ...], list[Any], bool]:
-    """Return the key with None-like slots for arrays, the arrays, if one is a mask."""
+    """Return the key with a slot for each array, the arrays, and if one is a mask."""
     import cupy
 
     entries, arrays, has_mask = [], [], False
     for entry in key if isinstance(key, tuple) else (key,):
-        if isinstance(entry, list | np.ndarray):
+        if isinstance(
+            entry, list | np.ndarray
+        ):  # CuPy accepts NumPy's arrays as indices
             entry = cupy.asarray(entry)
         if isinstance(entry, _array.ndarray):
             has_mask |= entry.dtype == np.bool_
@@ -76,25 +79,28 @@ def _parts(key: Any) -> tuple[tuple[Any, ...], list[Any], bool]:
     return tuple(entries), arrays, has_mask
 
 
-_SLOT = object()
+_SLOT = object()  # stands for an array in a key
 
 
 def _wrapped(entries: Any, indices: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """Return NumPy's key, whose integers lie within the axes that they index."""
+    """Return NumPy's key: indices in their slots, modulo the length of their axis."""
+    # The number of axes that each entry indexes: a mask as many as it has, None and
+    # "..." none, and any other entry one.
     left = list(indices)
     taken = [0 if e is None or e is Ellipsis else 1 for e in entries]
-    for place, entry in enumerate(entries):
+    for position, entry in enumerate(entries):
         if entry is _SLOT:
             index = left.pop(0)
-            taken[place] = index.ndim if index.dtype == np.bool_ else 1
+            taken[position] = index.ndim if index.dtype == np.bool_ else 1
+    # Then fill the slots, and count the axes to know the length of each.
     left, key, axis = list(indices), [], 0
-    for place, entry in enumerate(entries):
-        if entry is Ellipsis:
+    for position, entry in enumerate(entries):
+        if entry is Ellipsis:  # it covers all axes that no other entry indexes
             axis += len(shape) - sum(taken)
         elif entry is _SLOT:
             entry = left.pop(0)
             if entry.dtype != np.bool_:
                 entry = entry % max(shape[axis], 1)
         key.append(entry)
-        axis += taken[place]
+        axis += taken[position]
     return tuple(key)

@@ -1,4 +1,4 @@
-"""Kernels: the library's are interpreted, those that only take time do nothing."""
+"""Kernels: those of the library are interpreted, those that only take time are not."""
 
 import functools
 from collections.abc import Callable
@@ -12,28 +12,30 @@ from cupy.cuda import compiler
 
 Execute = Callable[..., None]
 
-_CLOCK = 2e9  # cycles a second
+_CLOCK = 2e9  # cycles per second
 
 
 def _nothing(*args: Any) -> None:
-    """Stand for a kernel that heats the card or lets the CPU run ahead."""
+    """Stand for a kernel that warms the card up or lets the CPU run ahead."""
 
 
 def _wait(cycles: Any) -> None:
     _streams.sleep(int(cycles) / _CLOCK)
 
 
-# Kernels of the benchmarks and tests that compute nothing anybody reads.
+# Kernels of the benchmarks and tests whose results are not read.
 _FOREIGN = {"spin": _nothing, "exponentials": _nothing, "wait": _wait}
 
 
 def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
-    """Return what runs a kernel on NumPy arrays: the one seam to tests/ptx.
+    """Return a function that runs a kernel on NumPy arrays, with tests/ptx.
 
-    It is called with ``(grid, block, values, shared_mem, cooperative)``.
+    Its arguments are ``(grid, block, values, shared_mem, cooperative)``.
     """
+    # Errors become those of CuPy and of the CUDA driver.
     ptx = _card.of_tests("ptx")
     dtype = _dtype_of(options)
+    # NVRTC compiles here, as CuPy compiles when a kernel is first requested.
     try:
         module = ptx.module(source, dtype, int(_card.CAPABILITY))
     except RuntimeError as error:
@@ -55,9 +57,9 @@ def executor(source: str, options: tuple[str, ...], name: str) -> Execute:
                 values,
                 shared_mem=shared_mem,
                 cooperative=cooperative,
-                dynamic_limit=shared_mem,  # the card has looked at it
+                dynamic_limit=shared_mem,  # the card has checked it already
             )
-        except ptx.LaunchError as error:
+        except ptx.LaunchError as error:  # 719: cudaErrorLaunchFailure
             raise _runtime.CUDARuntimeError(719, str(error)) from error
 
     return execute
@@ -77,7 +79,7 @@ class _Kernel:
         self.name, self.options, self.code = name, options, source
         self.enable_cooperative_groups = cooperative
         self._execute = execute
-        # The launches of foreign kernels are not checked: they are not the library's.
+        # Launches of foreign kernels are not checked: the library does not make them.
         self._check = _card.Accepting()
         if execute is not None:
             dtype = _dtype_of(options)
@@ -99,11 +101,12 @@ class _Kernel:
         self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0
     ) -> None:
         _runtime.check()
+        # Only CuPy's arrays and NumPy's scalars. A Python number has no width.
         for x in args:
             if not isinstance(x, ndarray | np.generic):
                 raise TypeError(f"Unsupported type {type(x)}")
         self._check(grid, block, args, shared_mem=shared_mem)
-        if self._execute is None:
+        if self._execute is None:  # a foreign kernel
             _FOREIGN[self.name](*args)
             return
         values = tuple([x._numpy if isinstance(x, ndarray) else x for x in args])
@@ -111,6 +114,7 @@ class _Kernel:
         _streams.submit(functools.partial(*work))
 
     def _run(self, grid: Any, block: Any, values: Any, shared_mem: int) -> None:
+        # The faults that an environment variable plants in this kernel.
         if _runtime.planted("ILLEGAL", self.name):
             _runtime.break_()
             return
@@ -118,6 +122,7 @@ class _Kernel:
             _runtime.hang()
         self._execute(grid, block, values, shared_mem, self.enable_cooperative_groups)
         if _runtime.planted("WRONG", self.name):
+            # The last array is an output.
             _spoil([x for x in values if isinstance(x, np.ndarray)][-1])
 
 
@@ -146,7 +151,7 @@ class RawModule:
 
 
 class RawKernel(_Kernel):
-    """A kernel by itself: one of the library's, or one that only takes time."""
+    """A single kernel: one of the library, or one that only takes time."""
 
     def __init__(
         self,
@@ -168,8 +173,9 @@ class RawKernel(_Kernel):
 def _spoil(x: np.ndarray) -> None:
     """Change one element."""
     if x.size:
-        last = np.unravel_index(x.size - 1, x.shape)  # of no padding, in most tests
+        last = np.unravel_index(x.size - 1, x.shape)  # seldom padding
         old = x[last]
+        # Adding 1 may not change a large or infinite number, so that becomes 0.
         near = np.isfinite(old.astype(np.float64)) and abs(float(old)) < 100
         x[last] = not old if x.dtype == np.bool_ else old + 1 if near else 0
 
@@ -182,7 +188,7 @@ def _own_sources() -> frozenset[str]:
 
 
 def _dtype_of(options: tuple[str, ...]) -> str:
-    """Return the dtype whose options these are."""
+    """Return the dtype for which the library has these options."""
     from seam import cuda
 
     for dtype in (*cuda._STORAGE, cuda.TF32):

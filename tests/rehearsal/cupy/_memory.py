@@ -1,7 +1,7 @@
-"""Device memory: blocks of the CPU's, handed out by a pool as CuPy's is.
+"""Device memory: blocks of CPU memory, which a pool like CuPy's allocates.
 
-A block goes back to the pool with the last array that lies in it, and the next request
-of its size from the same stream gets it, with what is in it.
+When the last array in a block is deleted, the block returns to the pool. The next
+request of the same size from the same stream gets this block, with its old contents.
 """
 
 import contextlib
@@ -15,18 +15,19 @@ import numpy as np
 
 from cupy import _card, _runtime, _streams
 
-_UNIT = 512  # bytes that CuPy's pool rounds up to, and that CUDA aligns to
+_UNIT = 512  # bytes: CuPy's pool rounds sizes up to it, and CUDA aligns to it
 _local = threading.local()
+# The buffers in use, by address, so that `UnownedMemory` finds a buffer again.
 _buffers: "weakref.WeakValueDictionary[int, np.ndarray]" = weakref.WeakValueDictionary()
-_held = [0]
+_held = [0]  # bytes of the card's memory in use
 
 
 class OutOfMemoryError(MemoryError):
-    """The card has no such amount of memory left."""
+    """The card has less free memory than requested."""
 
 
 class Memory:
-    """A block of its own."""
+    """A block of memory that this object owns."""
 
     device_id = 0
 
@@ -36,11 +37,12 @@ class Memory:
 
 
 class UnownedMemory:
-    """A block that something else owns and keeps."""
+    """A block that another object owns and keeps."""
 
     def __init__(self, ptr: int, size: int, owner: Any, device_id: int = -1) -> None:
         self.ptr, self.size, self._owner = ptr, size, owner
         self.device_id = 0
+        # Memory at any other address is used as it is.
         self._buffer = _buffers.get(ptr)
         if self._buffer is None:
             self._buffer = np.frombuffer(
@@ -49,7 +51,7 @@ class UnownedMemory:
 
 
 class _Pooled:
-    """A block that goes back to its pool."""
+    """A block that returns to its pool when it is deleted."""
 
     device_id = 0
 
@@ -62,14 +64,14 @@ class _Pooled:
 
 
 class MemoryPointer:
-    """A place in a block."""
+    """An address in a block."""
 
     def __init__(self, mem: Any, offset: int) -> None:
         self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
 
 
 class MemoryPool:
-    """Blocks by stream and size; it keeps those that are free."""
+    """A pool that keeps free blocks, by stream and size."""
 
     def __init__(self, allocator: Callable[[int], MemoryPointer] | None = None) -> None:
         if allocator is not None:
@@ -81,10 +83,11 @@ class MemoryPool:
         if size == 0:
             return MemoryPointer(Memory(0), 0)
         rounded = -(-size // _UNIT) * _UNIT
+        # Work in another stream may still use a block, so each stream has its own.
         key = _streams.get_current_stream().ptr, rounded
         free = self._free.setdefault(key, [])
         block = free.pop() if free else Memory(rounded)
-        self._blocks.add(block)
+        self._blocks.add(block)  # a weak set: a freed block leaves it
         return MemoryPointer(_Pooled(block, free, size), 0)
 
     def free_all_blocks(self, stream: Any = None) -> None:
@@ -110,6 +113,7 @@ def get_default_memory_pool() -> MemoryPool:
 
 
 def get_allocator() -> Callable[[int], MemoryPointer]:
+    # `using_allocator` sets it for a thread, `set_allocator` for the process.
     return getattr(_local, "allocator", None) or _process[0]
 
 
@@ -128,22 +132,22 @@ def using_allocator(
     try:
         yield
     finally:
-        _local.allocator = before
+        _local.allocator = before  # contexts may be nested
 
 
 def alloc(size: int) -> MemoryPointer:
-    """Allocate by the current allocator."""
+    """Allocate memory with the current allocator."""
     _runtime.check()
     return get_allocator()(size)
 
 
 def held_bytes() -> int:
-    """Return how much of the card's memory is taken."""
+    """Return how many bytes of the card's memory are in use."""
     return _held[0]
 
 
 def as_numpy(pointer: MemoryPointer, size: int) -> np.ndarray:
-    """Return the bytes at a pointer."""
+    """Return the bytes at a pointer, as an array."""
     first = pointer.ptr - pointer.mem.ptr
     return pointer.mem._buffer[first : first + size]
 
@@ -153,9 +157,9 @@ def _malloc(size: int) -> MemoryPointer:
 
 
 def _new_buffer(size: int) -> np.ndarray:
-    """Take memory from the card, which a capturing stream cannot do here.
+    """Allocate memory of the card. Here a capturing stream cannot do this.
 
-    CUDA allows it in the relaxed mode of CuPy's default and in no other.
+    CUDA allows it in the relaxed mode, which is CuPy's default, and in no other mode.
     """
     _runtime.check()
     if size == 0:
@@ -166,12 +170,13 @@ def _new_buffer(size: int) -> np.ndarray:
             f"Out of memory allocating {size:,} bytes "
             f"(allocated so far: {_held[0]:,} bytes)."
         )
+    # Reserve more, and start at a multiple of the unit.
     room = np.empty(size + _UNIT, np.uint8)
     first = -_address(room) % _UNIT
     buffer = room[first : first + size]
     _buffers[_address(buffer)] = buffer
     _held[0] += size
-    weakref.finalize(buffer, _give_back, size)
+    weakref.finalize(buffer, _give_back, size)  # when the buffer is deleted
     return buffer
 
 

@@ -8,7 +8,7 @@ from cupy import _compute
 
 
 class Operators:
-    """What an array computes: every result is a new array, or `self` in place."""
+    """The arithmetic of an array. A result is a new array, or `self` in place."""
 
     __slots__ = ()
 
@@ -44,15 +44,16 @@ class Operators:
     def _reduce(self, name: str, out: Any, **options: Any) -> Any:
         if out is not None:
             raise NotImplementedError(f"the stand-in's {name}() has no `out`")
+        # These keep the dtype of a bfloat16 array.
         kept = self.dtype if name in ("sum", "mean", "cumsum") else None
 
         def reduce(x: np.ndarray) -> Any:
             if x.dtype.name != "bfloat16":
                 return getattr(np, name)(x, **options)
-            found = getattr(np, name)(x.astype(np.float32), **options)
-            # CuPy adds up bfloat16 in float32, and rounds once.
-            short = found.dtype == np.float32 and options.get("dtype") is None
-            return found.astype(x.dtype if kept is None else kept) if short else found
+            result = getattr(np, name)(x.astype(np.float32), **options)
+            # CuPy computes sums of bfloat16 in float32 and rounds once.
+            short = result.dtype == np.float32 and options.get("dtype") is None
+            return result.astype(x.dtype if kept is None else kept) if short else result
 
         return _compute.compute(reduce, self, order="C")
 
@@ -62,7 +63,8 @@ class Operators:
         return _compute.compute(lambda x: np.clip(x, min, max), self)
 
 
-# Operators by the ufuncs that they call; comparisons reflect each other by themselves.
+# Operators by the functions that they call. Comparisons have no reflected methods:
+# Python calls the opposite comparison, such as __gt__ for __lt__.
 _OPERATORS = {
     "add": "add",
     "sub": "subtract",
@@ -91,6 +93,7 @@ def _called(function: str, *, reflected: bool = False, in_place: bool = False) -
     """Return a method that calls one of CuPy's functions."""
 
     def method(self: Any, *others: Any) -> Any:
+        # Imported here, because `cupy` is not complete when this module is imported.
         import cupy
 
         args = (*others, self) if reflected else (self, *others)
@@ -103,7 +106,7 @@ def _called(function: str, *, reflected: bool = False, in_place: bool = False) -
 for _name, _function in _OPERATORS.items():
     setattr(Operators, f"__{_name}__", _called(_function))
     setattr(Operators, f"__r{_name}__", _called(_function, reflected=True))
-    if _name != "matmul":
+    if _name != "matmul":  # CuPy has no @=
         setattr(Operators, f"__i{_name}__", _called(_function, in_place=True))
 for _name, _function in (_COMPARISONS | _UNARY).items():
     setattr(Operators, f"__{_name}__", _called(_function))

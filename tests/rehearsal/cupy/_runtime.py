@@ -1,11 +1,14 @@
-"""CUDA's runtime: its errors, the current device, and faults planted on purpose.
+"""CUDA's runtime: its errors, the current device, and planted faults.
 
 Three environment variables plant a fault in the kernel that they name.
-``QM_CUPY_REHEARSE_ILLEGAL``: the kernel reads memory that is not its own. The launch
-returns, the next synchronisation fails, and so does every CUDA call after it.
-``QM_CUPY_REHEARSE_HANG``: the next synchronisation never returns; SIGINT does not
-interrupt it. ``QM_CUPY_REHEARSE_WRONG``: the kernel changes one element of its last
-array.
+
+``QM_CUPY_REHEARSE_ILLEGAL``
+    The kernel reads memory out of bounds. The launch returns, but the next
+    synchronisation fails, and every later CUDA call fails too.
+``QM_CUPY_REHEARSE_HANG``
+    The next synchronisation never returns, and SIGINT does not interrupt it.
+``QM_CUPY_REHEARSE_WRONG``
+    The kernel changes one element of its last array.
 """
 
 import os
@@ -19,6 +22,7 @@ streamCaptureModeGlobal = 0  # noqa: N816
 streamCaptureModeThreadLocal = 1  # noqa: N816
 streamCaptureModeRelaxed = 2  # noqa: N816
 
+# CUDA's errors: number, name and text of cudaError_t.
 _ERRORS = {
     1: ("cudaErrorInvalidValue", "invalid argument"),
     2: ("cudaErrorMemoryAllocation", "out of memory"),
@@ -44,19 +48,20 @@ _ERRORS = {
 }
 _ILLEGAL = 700
 
-# What has gone wrong on the device: `pending` shows at the next synchronisation.
+# The state of the device. `pending` is the number of an error that the next
+# synchronisation reports; then it is `sticky`, and every call reports it.
 _fault: dict[str, Any] = {"pending": 0, "sticky": 0, "hangs": False}
 
 
 class CUDARuntimeError(RuntimeError):
-    """An error of the CUDA runtime, by its number."""
+    """An error of the CUDA runtime, named by its number."""
 
     def __init__(self, status: int, reason: str = "") -> None:
         self.status = status
         text = ": ".join(_ERRORS[status])
         super().__init__(f"{text} ({reason})" if reason else text)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Any:  # pickle would pass the text to __init__
         return type(self), (self.status,)
 
 
@@ -89,7 +94,7 @@ def memGetInfo() -> tuple[int, int]:  # noqa: N802
 
 
 def runtimeGetVersion() -> int:  # noqa: N802
-    return 13000
+    return 13000  # CUDA 13.0
 
 
 def driverGetVersion() -> int:  # noqa: N802
@@ -103,22 +108,23 @@ def deviceSynchronize() -> None:  # noqa: N802
 
 
 def check_number(device: int) -> None:
-    if device != 0:
+    if device != 0:  # there is one device
         raise CUDARuntimeError(101)
 
 
 def check() -> None:
-    """Fail if the device has failed: such an error stays until the process ends."""
+    """Raise the device's error if it has one; it stays until the process ends."""
     if _fault["sticky"]:
         raise CUDARuntimeError(_fault["sticky"])
 
 
-def planted(kind: str, kernel: str) -> bool:
-    return os.environ.get(f"QM_CUPY_REHEARSE_{kind}") == kernel
+# One variable names one kernel; without it, no kernel has the fault.
+def planted(fault: str, kernel: str) -> bool:
+    return os.environ.get(f"QM_CUPY_REHEARSE_{fault}") == kernel
 
 
 def break_() -> None:
-    """Let the next synchronisation find an illegal access."""
+    """Let the next synchronisation report an illegal access."""
     _fault["pending"] = _ILLEGAL
 
 
@@ -127,8 +133,10 @@ def hang() -> None:
 
 
 def settle() -> None:
-    """End a synchronisation: what the device did wrong shows now."""
+    """End a synchronisation, which reports the errors of the device."""
     if _fault["hangs"]:
+        # A wait inside the driver does not return to Python, so Python's handlers of
+        # signals do not run.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGALRM})
         while True:
             time.sleep(3600)

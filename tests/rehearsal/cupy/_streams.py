@@ -1,7 +1,8 @@
-"""Streams, events and graphs, in the order that CUDA gives them.
+"""Streams, events and graphs, with CUDA's rules of order.
 
-Work is done at once where nothing is in its way. It waits in its stream's queue behind
-a kernel that takes time, and it is recorded, not done, while its stream captures.
+If a stream is idle, it does its work at once. Behind a kernel that takes time, work
+waits in the queue of its stream. While a stream captures, it records its work and does
+not do it.
 """
 
 import threading
@@ -12,18 +13,24 @@ from typing import Any
 
 from cupy import _runtime
 
+# Numbers of CUDA's errors; _runtime.py has their names.
 _CAPTURING, _INVALIDATED, _IMPLICIT, _CAPTURED_EVENT = 900, 901, 906, 907
-_current = threading.local()
+_current = threading.local()  # each thread has its own current stream
 _all: list["Stream"] = []
 
 
+# Items of a queue. An item may have `ready`: whether it can run now without waiting.
+# Calling an item does its work, and waits if it must.
+
+
 class _Sleep:
-    """A kernel that takes a while and does nothing else."""
+    """A kernel that takes time and does nothing else."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._end = seconds, 0.0
 
     def ready(self) -> bool:
+        # The time starts when the stream reaches the kernel.
         self._end = self._end or time.perf_counter() + self._seconds
         return time.perf_counter() >= self._end
 
@@ -33,23 +40,24 @@ class _Sleep:
 
 
 class _Marker:
-    """A place in a stream's queue, which an event or another stream waits for."""
+    """A position in a stream's queue, for which an event or another stream waits."""
 
     def __init__(self, stream: "Stream") -> None:
         self.stream, self.passed, self.captured = stream, False, False
-        self.seconds = 0.0
+        self.seconds = 0.0  # the time when the stream passed it
 
     def __call__(self) -> None:
         self.passed, self.seconds = True, time.perf_counter()
 
 
 class _Wait:
-    """Holds a stream up until another one has come to a marker."""
+    """Work that delays a stream until another stream has passed a marker."""
 
     def __init__(self, marker: _Marker) -> None:
         self._marker = marker
 
     def ready(self) -> bool:
+        # The other stream only advances when a call asks it to.
         self._marker.stream._advance()
         return self._marker.passed
 
@@ -72,18 +80,21 @@ class Stream:
         if ptds:
             raise NotImplementedError("the stand-in has no per-thread default stream")
         _runtime.check()
+        # Invented addresses, all different. CUDA's default stream is 0.
         self.ptr = 0 if null else 0x1000 + 16 * len(_all)
         self.is_non_blocking = non_blocking
         self.priority = priority or 0
         self._queue: deque[Any] = deque()
-        self._recorded: list[Callable[[], None]] | None = None
-        self._invalid = False
-        self._outer: list[Stream] = []
+        self._recorded: list[Callable[[], None]] | None = (
+            None  # a list while it captures
+        )
+        self._invalid = False  # the capture will fail
+        self._outer: list[Stream] = []  # the streams before each `with`
         _all.append(self)
 
     @staticmethod
     def from_external(obj: Any) -> "Stream":
-        """Return the stream of an object that speaks the CUDA stream protocol."""
+        """Return the stream of an object that supports the CUDA stream protocol."""
         _, pointer = obj.__cuda_stream__()
         return _of_pointer(pointer)
 
@@ -115,7 +126,7 @@ class Stream:
 
     def synchronize(self) -> None:
         _runtime.check()
-        if self._recorded is not None:
+        if self._recorded is not None:  # recorded work cannot be waited for
             self._invalidate(_CAPTURING)
         self._order()
         self._drain()
@@ -127,11 +138,13 @@ class Stream:
         return event
 
     def wait_event(self, event: "Event") -> None:
+        # The stream waits, the CPU does not.
         if event._marker is not None and not event._marker.passed:
             submit(_Wait(event._marker), self)
 
     def begin_capture(self, mode: int | None = None) -> None:
         _runtime.check()
+        # CUDA does not capture the null stream, nor a stream that captures already.
         if self.ptr == 0:
             raise RuntimeError("cannot capture on the default (legacy) stream")
         if self._recorded is not None:
@@ -143,6 +156,7 @@ class Stream:
 
     def end_capture(self) -> "Graph":
         _runtime.check()
+        # The capture ends even if it fails.
         recorded, self._recorded = self._recorded, None
         if recorded is None:
             raise RuntimeError("cudaStreamBeginCapture must be called first")
@@ -155,24 +169,28 @@ class Stream:
         raise _runtime.CUDARuntimeError(status)
 
     def _order(self) -> None:
-        """Wait for the null stream, or as the null stream for all blocking ones."""
+        """Put waits for other streams into the queue, by the rule of the null stream.
+
+        A blocking stream waits for the null stream, and the null stream waits for all
+        blocking streams.
+        """
         others = [
             s for s in _all if not s.is_non_blocking and (s.ptr == 0) != (not self.ptr)
         ]
         for other in [] if self.is_non_blocking else others:
             other._advance()
-            if other._queue:
+            if other._queue:  # wait for all work that the other stream has now
                 marker = _Marker(other)
                 other._queue.append(marker)
                 self._queue.append(_Wait(marker))
 
     def _advance(self) -> None:
-        """Do what can be done by now."""
+        """Do the work that is ready, up to the first item that must wait."""
         while self._queue and getattr(self._queue[0], "ready", _at_once)():
             self._queue.popleft()()
 
     def _drain(self, marker: _Marker | None = None) -> None:
-        """Do all work, or that up to a marker, however long it takes."""
+        """Do all work, or all work up to a marker, and wait as long as it takes."""
         while self._queue and not (marker and marker.passed):
             self._queue.popleft()()
 
@@ -191,6 +209,7 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         stream = get_current_stream() if stream is None else stream
+        # Recording again moves the event to a new marker.
         marker = _Marker(stream)
         marker.captured = stream._recorded is not None
         submit(marker, stream)
@@ -201,7 +220,7 @@ class Event:
         _runtime.check()
         marker = self._marker
         if marker is not None and marker.captured:
-            spoil_capture(marker.stream)  # CUDA's answer is an error; CuPy's is False
+            spoil_capture(marker.stream)  # CUDA returns an error, CuPy returns False
         elif marker is not None and not marker.passed:
             marker.stream._advance()
         return marker is None or marker.passed
@@ -212,13 +231,13 @@ class Event:
         if marker is not None and marker.captured:
             spoil_capture(marker.stream)
             raise _runtime.CUDARuntimeError(_CAPTURED_EVENT)
-        if marker is not None:
+        if marker is not None:  # an event that was not recorded needs no wait
             marker.stream._drain(marker)
         _runtime.settle()
 
 
 class Graph:
-    """Work that a capture has recorded; only `Stream.end_capture` makes one."""
+    """Work that a capture has recorded; only `Stream.end_capture` creates one."""
 
     def __init__(self, recorded: list[Callable[[], None]]) -> None:
         self._recorded = recorded
@@ -235,13 +254,14 @@ def get_current_stream(device_id: int = -1) -> Stream:
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     """Return the milliseconds between two events that have passed."""
     times = [event._marker for event in (start_event, end_event)]
+    # 1 is cudaErrorInvalidValue.
     if not all(marker is not None and marker.passed for marker in times):
         raise _runtime.CUDARuntimeError(1)
     return (times[1].seconds - times[0].seconds) * 1e3
 
 
 def submit(work: Callable[[], None], stream: Stream | None = None) -> None:
-    """Put work into a stream: it is done, queued, or recorded."""
+    """Put work into a stream, which does, queues or records it."""
     stream = get_current_stream() if stream is None else stream
     if idle(stream):
         stream._queue.append(work)
@@ -253,13 +273,15 @@ def submit(work: Callable[[], None], stream: Stream | None = None) -> None:
 
 
 def idle(stream: Stream | None = None) -> bool:
-    """Whether what is put into a stream now is done at once."""
+    """Return whether a stream would do new work at once."""
     _runtime.check()
     stream = get_current_stream() if stream is None else stream
     if stream._recorded is not None:
         if stream._invalid:
             raise _runtime.CUDARuntimeError(_INVALIDATED)
         return False
+    # Work in the null stream would wait for every blocking stream. If one of them
+    # captures, this is an error, and the capture fails.
     if stream.ptr == 0:
         for other in _all:
             if other._recorded is not None and not other.is_non_blocking:
@@ -270,19 +292,22 @@ def idle(stream: Stream | None = None) -> bool:
 
 
 def sleep(seconds: float) -> None:
-    """Keep the current stream busy; the CPU goes on."""
+    """Keep the current stream busy, while the CPU continues."""
     submit(_Sleep(seconds))
 
 
 def refuse_in_capture() -> None:
-    """Fail, and spoil the capture, if the current stream captures."""
+    """Raise an error and invalidate the capture, if the current stream captures."""
     stream = get_current_stream()
     if stream._recorded is not None:
         stream._invalidate(_CAPTURING)
 
 
 def spoil_capture(stream: Stream | None = None) -> None:
-    """Let a capture fail later, if there is one: so does a query of its events."""
+    """Let a capture fail at its end, if the stream captures.
+
+    In CUDA a query of an event in a capture does this.
+    """
     stream = get_current_stream() if stream is None else stream
     stream._invalid = stream._recorded is not None
 
@@ -298,11 +323,11 @@ def synchronize_device() -> None:
     _runtime.settle()
 
 
-def wait_between(ahead: Stream, pointer: int) -> None:
-    """Let the stream of a pointer, as DLPack spells it, wait for another."""
-    behind = _of_pointer(0 if pointer == 1 else pointer)
-    if behind != ahead:
-        behind.wait_event(ahead.record())
+def wait_between(producer: Stream, pointer: int) -> None:
+    """Let the stream of a pointer wait for another stream; 1 is DLPack's default."""
+    consumer = _of_pointer(0 if pointer == 1 else pointer)
+    if consumer != producer:
+        consumer.wait_event(producer.record())
 
 
 def _of_pointer(pointer: int) -> Stream:

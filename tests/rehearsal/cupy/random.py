@@ -1,4 +1,4 @@
-"""Random numbers; their values are not CuPy's."""
+"""Random numbers. Their values differ from CuPy's."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from cupy._array import ndarray
 
 __all__ = ["randint", "random", "random_sample", "seed", "standard_normal"]
 
-_generator = [np.random.default_rng(0)]
+_generator = [np.random.default_rng(0)]  # a list, so that `seed` can replace it
 
 
 def seed(seed: int | None = None) -> None:
@@ -20,7 +20,7 @@ def random_sample(size: Any = None, dtype: Any = float) -> ndarray:
     return _functions.made(_generator[0].random(size, dtype))
 
 
-random = random_sample
+random = random_sample  # CuPy has both names
 
 
 def standard_normal(size: Any = None, dtype: Any = float) -> ndarray:

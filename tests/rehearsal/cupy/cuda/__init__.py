@@ -1,4 +1,4 @@
-"""CUDA as CuPy shows it: devices, streams, events, memory."""
+"""CuPy's interface to CUDA: devices, streams, events, memory."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ from cupy._streams import Event, Graph, Stream, get_current_stream, get_elapsed_
 
 from . import compiler, runtime
 
+# names.py compares this list with CuPy's names.
 __all__ = [
     "Device",
     "Event",
@@ -39,7 +40,7 @@ __all__ = [
 
 
 class Device:
-    """The one device."""
+    """The only device."""
 
     def __init__(self, device: Any = None) -> None:
         self.id = 0 if device is None else int(device)
@@ -57,11 +58,12 @@ class Device:
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
 
+    # `with Device(0):` makes it the current device, which it always is.
     def __enter__(self) -> "Device":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Go back to the device before, which is the same one."""
+        """Return to the device before, which is the same one."""
 
     def use(self) -> "Device":
         return self
@@ -72,11 +74,11 @@ class Device:
     @property
     def attributes(self) -> dict[str, int]:
         _runtime.check()
-        return dict(_card.ATTRIBUTES)
+        return dict(_card.ATTRIBUTES)  # a copy, which callers may change
 
     @property
     def compute_capability(self) -> str:
-        return _card.CAPABILITY
+        return _card.CAPABILITY  # "90" for 9.0
 
     @property
     def mem_info(self) -> tuple[int, int]:
@@ -84,4 +86,4 @@ class Device:
 
 
 def is_available() -> bool:
-    return True
+    return True  # tests for a GPU run on the stand-in as well

@@ -6,12 +6,12 @@ __all__ = ["CompileException"]
 
 
 class CompileException(Exception):  # noqa: N818
-    """Holds the compiler's log."""
+    """A failed compilation, with the compiler's log."""
 
     def __init__(
         self, msg: str, source: str, name: str, options: Any, backend: str = "nvrtc"
     ) -> None:
-        self._msg = msg
+        self._msg = msg  # the log
         self.source = source
         self.name = name
         self.options = options

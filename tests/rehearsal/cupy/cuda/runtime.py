@@ -1,5 +1,9 @@
-"""CUDA's runtime; `cupy._runtime` has it, which imports nothing of this package."""
+"""CUDA's runtime, under CuPy's name. The code is in `cupy._runtime`.
 
+That module can be imported before this package is complete.
+"""
+
+# Only names that CuPy has: names.py compares them.
 from cupy._runtime import (
     CUDARuntimeError,
     deviceSynchronize,
