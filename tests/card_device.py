@@ -1,7 +1,7 @@
-"""Cards in the place of the device that the library launches on.
+"""Cards that replace the device on which the library launches its kernels.
 
-`install` puts them there. The public functions then run all of their Python, on arrays
-whose values mean nothing, and every launch is held against the cards.
+`install` replaces it. The public functions then run all of their Python code, on arrays
+whose values mean nothing, and every launch is checked against the limits of the cards.
 """
 
 import functools
@@ -18,6 +18,7 @@ from seam import cuda
 
 from qm_cupy.cuda.compile import TF32
 
+# The types of parameters in the kernels' sources.
 _TYPES = {
     "long long": "int64",
     "unsigned long long": "uint64",
@@ -28,6 +29,7 @@ _TYPES = {
     "double": "float64",
     "bool": "bool",
 }
+# Groups: type, star, name.
 _DECLARED = re.compile(r"(?:const )?([\w ]+?) ?(\*?) ?(?:__restrict__ )?(\w+)")
 
 
@@ -37,15 +39,18 @@ def _accumulation(dtype):
 
 def parameters_of(source, kernel, dtype):
     """Return the parameters of a kernel as its source declares them."""
-    storage = "float32" if dtype == TF32 else dtype
+    storage = "float32" if dtype == TF32 else dtype  # TF32 is float32 in memory
+    # The types that a source gets as -D macros.
     types = {**_TYPES, "real_t": storage, "acc_t": _accumulation(dtype)}
+    # [^{;]: from __global__ to the kernel's name without a body or a declaration
+    # between.
     pattern = rf"__global__[^{{;]*?\b{kernel}\(([^)]*)\)"
     declared = re.search(pattern, source)
-    found = []
+    parameters = []
     for text in " ".join(declared[1].split()).split(", "):
         ctype, star, name = _DECLARED.fullmatch(text).groups()
-        found.append(Parameter(name, types[ctype], bool(star)))
-    return found
+        parameters.append(Parameter(name, types[ctype], bool(star)))
+    return parameters
 
 
 def facts_of(file, dtype, arch):
@@ -55,17 +60,18 @@ def facts_of(file, dtype, arch):
 
 
 def files(dtype):
-    """Return the files whose kernels can run in a dtype: TF32 is for optimized ones."""
+    """Return the files with kernels of a dtype; only optimized ones have TF32."""
     every = cuda.kernel_files()
     return [x for x in every if dtype != TF32 or x.startswith("optimized/")]
 
 
 def compile_kernels(dtype, cards):
-    """Compile all files for a dtype and the one it accumulates in, in threads."""
+    """Compile all files for a dtype and its accumulation dtype, in threads."""
+    # Compilation is slow, so `kernel_facts` keeps its results.
     jobs = [
-        (file, kind, card.arch)
-        for kind in {dtype, _accumulation(dtype)}
-        for file in files(kind)
+        (file, compiled_dtype, card.arch)
+        for compiled_dtype in {dtype, _accumulation(dtype)}
+        for file in files(compiled_dtype)
         for card in cards
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -73,22 +79,26 @@ def compile_kernels(dtype, cards):
 
 
 class Device:
-    """Cards in the place of the device, all of them at once while none is looked at.
+    """Replaces the device by cards, by all of them at once until one is looked at.
 
-    A launcher that does not look at the card makes the same launches on all of them,
-    so a call runs once. From where it looks, it is on one card; `run` repeats the call
-    for the others. Launches go on after a fault, so that `faults` holds them all.
+    A launcher that does not ask for the limits of the card makes the same launches on
+    all of them, so a call runs once for all. Once it asks, it is on one card, and `run`
+    repeats the call for the others. Launches continue after a fault, so that `faults`
+    contains all of them.
     """
 
     def __init__(self, cards):
+        # `_now`: the cards that the current launches stand for.
         self.cards = self._now = tuple(cards)
-        self._trial = None  # a card that is asked about, without staying on it
+        self._trial = (
+            None  # a card that answers a question without staying the only one
+        )
         self.faults = {}  # message -> calls
-        self.launches = Counter()  # of each kernel, by file/kernel
+        self.launches = Counter()  # "file/kernel" -> number of launches
         self.raw_kernel = functools.cache(functools.partial(_Launcher, self))
 
     def run(self, name, call, *args):
-        """Make a call on every card."""
+        """Make a call, and repeat it for the other cards if it depends on the card."""
         self._now = self.cards
         self._call, self._looked = name, False
         call(*args)
@@ -97,16 +107,18 @@ class Device:
             call(*args)
 
     def look(self):
-        """Return the one card that is in place from now on."""
+        """Return the one card that stays in place from now on."""
+        # Inside `agreed` the card is only tried.
         if self._trial:
             return self._trial
         self._looked, self._now = True, self._now[:1]
         return self._now[0]
 
     def agreed(self, ask):
-        """Return what `ask` answers on every card in place, or on the one to stay on.
+        """Return a function that gives `ask`'s answer if all cards in place agree.
 
-        Most launches take the same tiles everywhere; then a call need not be repeated.
+        If they differ, one card stays in place and gives the answer. Most launches use
+        the same tiles on every card; then the call need not be repeated.
         """
 
         def answer(*args):
@@ -118,27 +130,30 @@ class Device:
             finally:
                 self._trial = None
             same = all(x == answers[0] for x in answers)
+            # Without a trial card, `ask` calls `look`, which settles on one card.
             return answers[0] if same else ask(*args)
 
         return answer
 
-    def hold(self, kernels, check):
-        """Check a kernel, which has a variant for each card, on those in place."""
+    def check(self, kernels, check_kernel):
+        """Check a kernel, compiled for each card, on the cards in place."""
         for card in self._now:
             try:
-                check(kernels[card])
+                check_kernel(kernels[card])
             except LaunchError as error:
                 self.faults.setdefault(str(error), []).append(self._call)
 
 
 class _Launcher:
-    """A kernel on whatever card is in place: what ``cuda.raw_kernel`` returns."""
+    """A kernel on the cards in place: the return value of ``cuda.raw_kernel``."""
 
     def __init__(self, device, file, kernel, dtype, cooperative=False):
         parameters = parameters_of(cuda.source(file), kernel, dtype)
         name = f"{file}/{kernel} ({dtype})"
         self._device, self._short = device, f"{file}/{kernel}"
         self._parameters = parameters
+        # Registers and shared memory differ between architectures, so each card has
+        # its own.
         self._kernels = {
             card: Kernel(
                 name, facts_of(file, dtype, card.arch)[kernel], parameters, card,
@@ -150,7 +165,7 @@ class _Launcher:
     def __call__(self, grid, block, args, *, shared_mem=0):
         self._device.launches[self._short] += 1
         launch = describe(self._parameters, grid, block, args, shared_mem)
-        self._device.hold(self._kernels, lambda kernel: kernel.hold(launch))
+        self._device.check(self._kernels, lambda kernel: kernel.check(launch))
 
     @property
     def shared_size_bytes(self):
@@ -165,30 +180,33 @@ class _Launcher:
         def ask(kernel):
             kernel.max_dynamic_shared_size_bytes = size
 
+        # The size follows from the limit of one card, so the call is on that card.
         self._device.look()
-        self._device.hold(self._kernels, ask)
+        self._device.check(self._kernels, ask)
 
 
 def install(monkeypatch, *cards):
-    """Put cards in the place of the device until the test ends; return them at work."""
+    """Replace the device by cards until the test ends; return the `Device`."""
     device = Device(cards)
-    bring_in = cuda._bring_in
+    convert = cuda._to_numpy_or_cupy
 
     def upload(name, x, *, to_host=False):
-        found = bring_in(name, x, to_host=to_host)
-        return found if to_host else found.view(DeviceArray)
+        array = convert(name, x, to_host=to_host)
+        return array if to_host else array.view(DeviceArray)
 
-    def known():
+    def limits():
         card = device.look()
         return cuda.Device(card.multiprocessors, card.shared)
 
-    monkeypatch.setattr(cuda, "_bring_in", upload)
-    monkeypatch.setattr(cuda, "_leave", lambda example: lambda x: x)
+    monkeypatch.setattr(cuda, "_to_numpy_or_cupy", upload)
+    # Results stay arrays of the device.
+    monkeypatch.setattr(cuda, "_convert_back_to", lambda like: lambda x: x)
     monkeypatch.setattr(cuda, "raw_kernel", device.raw_kernel)
     monkeypatch.setattr(cuda, "empty", device_array.empty)
     monkeypatch.setattr(cuda, "to_device", device_array.to_device)
     monkeypatch.setattr(cuda, "to_host", device_array.to_host)
-    monkeypatch.setattr(cuda, "current_device", known)
+    monkeypatch.setattr(cuda, "current_device", limits)
+    # Both ask for the limits of the device. On most cards the answer is the same.
     for ask in cuda.select_shape, cuda.kept_bytes:
         monkeypatch.setattr(cuda, ask.__name__, device.agreed(ask))
     monkeypatch.setattr(cuda, "free_memory", lambda: device.look().memory)

@@ -1,4 +1,4 @@
-"""The command line as its tests run it: files, commands, and errors of one line."""
+"""Helpers for tests of the command line: files, commands, and one-line errors."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,12 @@ import pytest
 import qm_cupy as qm
 from qm_cupy.cli.main import main
 
+# One file for each way to read: memory-mapped, stored, deflated, and safetensors.
 FORMATS = ["raw.npy", "stored.npz", "deflated.npz", "flat.safetensors"]
 
 
 def save(path, **arrays):
-    """Write arrays in the way that the name of the file says."""
+    """Write arrays in the format that the file's name stands for."""
     if path.suffix == ".npy":
         np.save(path, arrays["tokens"])
     elif path.suffix == ".safetensors":
@@ -21,11 +22,12 @@ def save(path, **arrays):
 
 
 def compress(path, *options, budget="3"):
-    """Run the command; return its exit code and what it wrote."""
+    """Run the command; return its exit code and the result it wrote."""
     output = path.with_name("out.npz")
     code = main(
         ["compress", str(path), "--budget", budget, "-o", str(output), *options]
     )
+    # A command that fails writes no file.
     if code:
         return code, None
     with np.load(output, allow_pickle=False) as file:
@@ -34,6 +36,8 @@ def compress(path, *options, budget="3"):
 
 def assert_same(got, wanted):
     for name in qm.Merged._fields:
+        # A float32 result of a float16 input would have equal values, but another
+        # dtype.
         x, y = getattr(got, name), getattr(wanted, name)
         assert x.dtype == y.dtype, name
         np.testing.assert_array_equal(x, y, err_msg=name, strict=True)
@@ -41,18 +45,20 @@ def assert_same(got, wanted):
 
 @pytest.fixture
 def tokens(rng):
-    return rng.standard_normal((7, 12, 5)).astype(np.float32)
+    return rng.standard_normal((7, 12, 5)).astype(np.float32)  # (B, N, D)
 
 
 @pytest.fixture
 def fails(capsys):
-    """Check that a command fails in one line, which holds some words."""
+    """Check that a command fails with one line that contains some words."""
 
     def check(argv, *words):
         capsys.readouterr()
+        # The exit code of a wrong argument.
         assert main([str(word) for word in argv]) == 2
         out, err = capsys.readouterr()
         assert err.startswith("qm-cupy: error: ")
+        # One line: a traceback does not help a user of the command line.
         assert err.count("\n") == 1
         assert out == ""
         for word in words:
@@ -63,11 +69,12 @@ def fails(capsys):
 
 @pytest.fixture
 def compress_fails(tmp_path, fails):
-    """Check that `compress` fails in one line, and leaves nothing in the folder."""
+    """Check that `compress` fails with one line, and leaves no file in the folder."""
 
     def check(path, *words, budget="3", options=()):
         argv = ["compress", path, "--budget", budget, *options]
         fails([*argv, "-o", tmp_path / "out.npz"], *words)
 
     yield check
+    # Temporary files are named after the output, so this finds a partial one too.
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]

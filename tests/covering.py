@@ -1,8 +1,8 @@
-"""Chooses enough of a test's cases that every two values of its parameters meet.
+"""Selects test cases so that every two values of two parameters occur together.
 
-Of a test with three parameters or more, the full product is many cases that differ in
-nothing that matters: a fault shows at a value, or where two values meet. ``pytest
---every-case`` runs the product. conftest.py takes the hooks from here.
+A test with three parameters or more has a full product of cases, most of which differ
+in nothing that matters: a fault shows at one value, or where two values occur together.
+``pytest --every-case`` runs the product. conftest.py imports the hooks from here.
 """
 
 import itertools
@@ -13,28 +13,31 @@ import pytest
 
 
 def covering(cases: Sequence[Sequence[Hashable]]) -> list[int]:
-    """Return the places of cases that hold every pair of values there is, in order.
+    """Return the indices, ascending, of cases that together have every pair of values.
 
-    A case is a tuple of values, one for each parameter. Greedy: the case with the most
-    new pairs comes next, of equal ones the first.
+    A case is a tuple of values, one for each parameter. The algorithm is greedy: next
+    comes the case with the most new pairs, and the first of those with equally many.
     """
     pairs = [
         set(itertools.combinations(enumerate(case), 2)) for case in cases
     ]  # ((parameter, value), (parameter, value))
-    missing, chosen = set().union(*pairs), []
+    missing, selected = set().union(*pairs), []
     while missing:
         best = max(range(len(cases)), key=lambda k: len(pairs[k] & missing))
-        chosen.append(best)
+        selected.append(best)
         missing -= pairs[best]
-    return sorted(chosen)
+    return sorted(selected)
 
 
 def thin(items: list) -> tuple[list, list]:
-    """Return the tests that run and those that do not, in order."""
+    """Return the tests that run and those that are left out, in order."""
     groups = defaultdict(list)
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
+        # With one or two parameters every case is a pair of its own: nothing to
+        # leave out.
         if len(values) > 2:
+            # Values such as arrays are not hashable, but their texts are.
             case = tuple(map(repr, values.values()))
             groups[item.path, item.parent.name, item.originalname].append((item, case))
     dropped = set()
@@ -48,11 +51,11 @@ def thin(items: list) -> tuple[list, list]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    what = "run every case of tests with three parameters or more"
-    parser.addoption("--every-case", action="store_true", help=what)
+    text = "run every case of tests with three parameters or more"
+    parser.addoption("--every-case", action="store_true", help=text)
 
 
-@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+@pytest.hookimpl(trylast=True)  # after -k and -m have deselected theirs
 def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
     if not config.getoption("every_case"):
         items[:], left_out = thin(items)

@@ -1,8 +1,8 @@
-"""Arrays that stand for a device's, and know which values the host reads.
+"""Arrays that stand for a device's arrays and count the reads of the host.
 
-They are NumPy's, so the code between launches runs; their values mean nothing. An array
-of the host's among them raises, as it does in CuPy. A value that the host reads, for
-which it would wait on a GPU, is counted in `READS`.
+They are NumPy arrays, so the code between launches runs, but their values mean nothing.
+An operation with an array of the host raises, as it does in CuPy. A read of a value by
+the host, which would wait for a GPU, is counted in `READS`.
 """
 
 import math
@@ -12,37 +12,44 @@ import sys
 import numpy as np
 
 READS: list[str] = []
-"""What has read values of a device's array since `READS.clear()`."""
+"""The operations that have read a device's array since `READS.clear()`."""
 
+# Results that an operation puts on the device.
 _NUMERIC = np.ndarray | np.generic | tuple
-_SMALL = 1 << 10  # bytes; larger arrays lie in one reserve of addresses
-_READ = 1 << 20  # bytes of integers that may be read
+_SMALL = 1 << 10  # bytes; larger arrays share one reserve of addresses
+_READ = 1 << 20  # bytes of an array of integers that the host may read
 _RESERVE = 1 << 37  # bytes of addresses, more than any card's memory
 
 
 class MixedArraysError(TypeError):
-    """An array of the host's where CuPy takes only the device's."""
+    """An array of the host where CuPy takes only arrays of the device."""
 
 
 class DeviceArray(np.ndarray):
-    """An array on the device; the results of operations on it are on it too."""
+    """An array on the device; results of operations on it are on the device too."""
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
         for x in inputs:
+            # A plain array, not a NumPy scalar: CuPy takes scalars.
             if type(x) is np.ndarray:
-                raise MixedArraysError(f"{ufunc.__name__} of a device's and a host's")
+                raise MixedArraysError(
+                    f"{ufunc.__name__} of a device's and a host's array"
+                )
         if out is not None:
             options["out"] = tuple(_plain(x) for x in out)
-        found = getattr(ufunc, method)(*map(_plain, inputs), **options)
-        return out[0] if out else _on_device(found)
+        result = getattr(ufunc, method)(*map(_plain, inputs), **options)
+        return out[0] if out else _on_device(result)
 
     def __array_function__(self, function, types, args, options):
         if np.ndarray in types:
-            raise MixedArraysError(f"{function.__name__} of a device's and a host's")
-        found = super().__array_function__(function, types, args, options)
-        return _on_device(found) if isinstance(found, _NUMERIC) else found
+            raise MixedArraysError(
+                f"{function.__name__} of a device's and a host's array"
+            )
+        result = super().__array_function__(function, types, args, options)
+        return _on_device(result) if isinstance(result, _NUMERIC) else result
 
     def __getitem__(self, key):
+        # The shape of the result depends on values, so CuPy waits for the GPU.
         _count_mask("x[mask]", key)
         return _on_device(super().__getitem__(key))
 
@@ -61,6 +68,7 @@ def _counted(name):
     return read
 
 
+# Each of these needs a value on the host, or a shape that depends on values.
 for _name in (
     "__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero"
 ):  # fmt: skip
@@ -78,17 +86,17 @@ def _plain(x):
 
 
 def _on_device(x):
-    """Return a result as CuPy has it, which gives arrays of shape () for scalars."""
+    """Return a result as CuPy does: arrays of shape () instead of scalars."""
     if isinstance(x, tuple):
         return tuple(map(_on_device, x))
     return x if isinstance(x, DeviceArray) else np.asarray(x).view(DeviceArray)
 
 
 def _reserve():
-    """Return addresses that take no memory until somebody writes to them."""
+    """Return addresses that use no memory until they are written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if sys.platform == "linux":
-        flags |= 0x4000  # MAP_NORESERVE, which Python 3.11 does not name
+        flags |= 0x4000  # MAP_NORESERVE, which Python 3.11 does not define
     return mmap.mmap(-1, _RESERVE, flags=flags)
 
 
@@ -96,9 +104,10 @@ _MEMORY = _reserve()
 
 
 def empty(shape, dtype):
-    """Return a C-contiguous array; all but small ones share addresses and cost nothing.
+    """Return a C-contiguous array; all except small ones share one range of addresses.
 
-    Integers are 1, up to a MiB: sizes that are read are of groups with members.
+    Integers are 1, up to a MiB, because the host may read them: sizes of groups, which
+    have members.
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -112,12 +121,12 @@ def empty(shape, dtype):
 
 
 def to_device(x):
-    """Return a copy of an array of the host's."""
+    """Return a copy of an array of the host on the device."""
     return np.array(x).view(DeviceArray)
 
 
 def to_host(x):
-    """Return an array of the host's; it counts as a read."""
+    """Return an array on the host; this counts as a read."""
     if not isinstance(x, DeviceArray):
         return x
     READS.append("to_host")

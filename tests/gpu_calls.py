@@ -1,4 +1,4 @@
-"""Every public function and the arguments of a call, for the tests on a GPU."""
+"""Every public function with the arguments of a call, for the tests on a GPU."""
 
 import functools
 from enum import Enum
@@ -9,33 +9,34 @@ import qm_cupy as qm
 from qm_cupy.stages.clustering.cluster_tokens import METHODS
 from qm_cupy.stages.clustering.linkage import LINKAGES
 
-BATCH = 3  # sequences; no other axis has as many
-WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # D: whole vectors of 16 bytes, and not
+BATCH = 3  # sequences; no other axis has this length, so tests can find the batch axis
+# 64 and 72 values are whole vectors of 16 bytes in every dtype; 1 and 37 are not.
+WIDTHS = {1: 1, 33: 37, 128: 64, 257: 72}  # N -> D
 
 
-class Kind(Enum):
-    """What a result is: its dtype, and how near it must be, follow from that."""
+class Variant(Enum):
+    """The role of a result, which decides its dtype and its tolerance."""
 
-    TOKENS = "tokens"  # of the dtype that came in
-    SUMS = "sums"  # of the dtype that sums have
+    TOKENS = "tokens"  # in the dtype of the input
+    SUMS = "sums"  # in the accumulation dtype
     INTEGERS = "integers"
     DENDROGRAM = "dendrogram"
-    GRADIENT = "gradient"  # of the dtype of what it belongs to
+    GRADIENT = "gradient"  # in the dtype of the argument that it belongs to
     WEIGHTS = "weights"  # of a fit, on the CPU
 
 
 MERGED = {
-    "tokens": Kind.TOKENS,
-    "labels": Kind.INTEGERS,
-    "sizes": Kind.INTEGERS,
-    "positions": Kind.INTEGERS,
-    "saliency": Kind.SUMS,
-    "mass": Kind.SUMS,
+    "tokens": Variant.TOKENS,
+    "labels": Variant.INTEGERS,
+    "sizes": Variant.INTEGERS,
+    "positions": Variant.INTEGERS,
+    "saliency": Variant.SUMS,
+    "mass": Variant.SUMS,
 }
 PIPELINE = tuple(MERGED[field] for field in qm.Merged._fields)
-# The kinds of results, where these are not one array of sums.
+# The variants of results of a call, unless it returns one array of sums.
 RESULTS = {
-    **dict.fromkeys(["merge_tokens", "unmerge_tokens"], (Kind.TOKENS,)),
+    **dict.fromkeys(["merge_tokens", "unmerge_tokens"], (Variant.TOKENS,)),
     **dict.fromkeys(
         [
             "select_tokens",
@@ -46,11 +47,13 @@ RESULTS = {
             *(f"cluster_tokens, {method}" for method in METHODS),
             "norm_budget",
         ],
-        (Kind.INTEGERS,),
+        (Variant.INTEGERS,),
     ),
-    **dict.fromkeys([f"linkage, {method}" for method in LINKAGES], (Kind.DENDROGRAM,)),
     **dict.fromkeys(
-        ["alignment_loss", "alignment_loss, transformer"], 3 * (Kind.SUMS,)
+        [f"linkage, {method}" for method in LINKAGES], (Variant.DENDROGRAM,)
+    ),
+    **dict.fromkeys(
+        ["alignment_loss", "alignment_loss, transformer"], 3 * (Variant.SUMS,)
     ),
     **dict.fromkeys(
         [
@@ -64,8 +67,8 @@ RESULTS = {
         ],
         PIPELINE,
     ),
-    "choose_merge": (*PIPELINE, Kind.SUMS, Kind.INTEGERS),
-    "MLPPrior.fit": 8 * (Kind.WEIGHTS,),
+    "choose_merge": (*PIPELINE, Variant.SUMS, Variant.INTEGERS),
+    "MLPPrior.fit": 8 * (Variant.WEIGHTS,),
     **dict.fromkeys(
         [
             "attention_entropy_vjp",
@@ -75,7 +78,7 @@ RESULTS = {
             "gumbel_softmax_vjp",
             "unmerge_tokens_vjp",
         ],
-        (Kind.GRADIENT,),
+        (Variant.GRADIENT,),
     ),
     **dict.fromkeys(
         [
@@ -87,27 +90,28 @@ RESULTS = {
             "reconstruction_error_vjp, nearest",
             "fidelity_loss_vjp",
         ],
-        2 * (Kind.GRADIENT,),
+        2 * (Variant.GRADIENT,),
     ),
-    # The tokens' gradient, and those of two MLPs, which are sums.
-    "alignment_loss_vjp": (Kind.GRADIENT, *(8 * (Kind.SUMS,))),
+    # The gradient of the tokens, and those of the four weights of two MLPs.
+    "alignment_loss_vjp": (Variant.GRADIENT, *(8 * (Variant.SUMS,))),
 }
 
 
 def alignment_loss_vjp(forward, backward, total, **arguments):
-    """Return the gradients in a row, of losses' gradients that are arguments alike."""
+    """Return the gradients as one flat tuple; each loss's gradient is an argument."""
     by_merged, weights = qm.alignment_loss_vjp((forward, backward, total), **arguments)
     return by_merged, *weights[0], *weights[1]
 
 
 def choose_merge(**arguments):
-    """Return the merge that was chosen, the scores and the choice in a row."""
+    """Return the selected merge, the scores and its index as one flat tuple."""
     choice = qm.choose_merge(**arguments)
     return *choice.merged, choice.scores, choice.best
 
 
 def decode(tokens, sizes, positions, model):
-    """Decode what a merge would give: `step` reads positions and sizes."""
+    """Decode a merge that has only what `step` reads: tokens, sizes and positions."""
+    # A flat signature, because the parity tests convert arrays by argument.
     return qm.decode(qm.Merged(tokens, None, sizes, positions, None, None), model)
 
 
@@ -124,6 +128,7 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
     attention = rng.random((2, batch, 2, num_tokens, num_tokens))
     common = {"tokens": tokens, "budget": num_groups, "mask": mask}
     alone = {**common, "protect": protect}
+    # The candidates of `choose_merge`.
     ways = [{"method": "average"}, {"method": "single"}, {"method": "contiguous"}]
     prior = qm.MLPPrior.init(dim, hidden_dim=20, seed=1)
     return {
@@ -135,7 +140,7 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
         ),
         "quickmerge, hidden states": (
             qm.quickmerge,
-            {**alone, "hidden_states": np.stack([tokens, 2 - tokens])},
+            {**alone, "hidden_states": np.stack([tokens, 2 - tokens])},  # two layers
         ),
         "quickmerge, protected anchors": (
             qm.quickmerge,
@@ -157,14 +162,15 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
 
 
 def _priors(tokens, merged, num_groups, prior, transformer, rng):
-    """Return the calls of priors; groups' sizes and positions are any that can be."""
-    batch, most, _ = merged.shape
-    sizes = rng.integers(1, 5, (batch, most)).astype(np.int32)
+    """Return the calls of priors, with random but valid sizes and positions."""
+    batch, max_groups, _ = merged.shape
+    sizes = rng.integers(1, 5, (batch, max_groups)).astype(np.int32)
+    # The last member of each group.
     positions = np.cumsum(sizes, axis=-1, dtype=np.int32) - 1
-    places = {"sizes": sizes, "positions": positions}
-    pairs = np.concatenate([tokens, 1 - tokens], axis=1)  # two tokens at the least
+    layout = {"sizes": sizes, "positions": positions}
+    pairs = np.concatenate([tokens, 1 - tokens], axis=1)  # N >= 2, so there is a step
     learned = qm.TransformerPrior.init(
-        tokens.shape[-1], hidden_dim=48, num_heads=3, num_positions=5 * most
+        tokens.shape[-1], hidden_dim=48, num_heads=3, num_positions=5 * max_groups
     )
     return {
         "MLPPrior.predict": (prior.predict, {"tokens": merged}),
@@ -172,23 +178,23 @@ def _priors(tokens, merged, num_groups, prior, transformer, rng):
             prior.predict,
             {"tokens": merged, "reverse": True, "num_groups": num_groups},
         ),
-        "TransformerPrior.predict": (transformer.predict, {"tokens": merged, **places}),
+        "TransformerPrior.predict": (transformer.predict, {"tokens": merged, **layout}),
         "TransformerPrior.predict, reverse": (
             transformer.predict,
             {"tokens": merged, "reverse": True, "num_groups": num_groups},
         ),
-        "MLPPrior.step": (decode, {"tokens": merged, **places, "model": prior}),
+        "MLPPrior.step": (decode, {"tokens": merged, **layout, "model": prior}),
         "TransformerPrior.step": (
             decode,
-            {"tokens": merged, **places, "model": transformer},
+            {"tokens": merged, **layout, "model": transformer},
         ),
         "TransformerPrior.predict, learned positions": (
             learned.predict,
-            {"tokens": merged, **places},
+            {"tokens": merged, **layout},
         ),
         "TransformerPrior.step, learned positions": (
             decode,
-            {"tokens": merged, **places, "model": learned},
+            {"tokens": merged, **layout, "model": learned},
         ),
         "MLPPrior.fit": (fit, {"prior": prior, "sequences": pairs}),
     }
@@ -196,45 +202,51 @@ def _priors(tokens, merged, num_groups, prior, transformer, rng):
 
 @functools.cache
 def calls(num_tokens, masked=False, ragged=False):
-    """Return, by name, a public function and the arguments of a call on NumPy arrays.
+    """Return {name: (public function, arguments of a call as NumPy arrays)}.
 
     With `ragged`, K differs between the sequences.
     """
     rng = np.random.default_rng(num_tokens)
     batch, dim = BATCH, WIDTHS[num_tokens]
     mask = None
-    if masked:  # on the left, and in between
+    if masked:  # padding on the left, and in between
         mask = rng.random((batch, num_tokens)) < 0.7
         mask[0] = np.arange(num_tokens) >= num_tokens // 3
+        # The last token is valid, so no sequence is empty.
         mask[:, -1] = True
-    valid = np.full(batch, num_tokens) if mask is None else mask.sum(-1)
+    valid = np.full(batch, num_tokens) if mask is None else mask.sum(-1)  # (B,)
     counts = np.maximum(valid // np.array([3, 4, 5]), 1)
-    most = int(counts.max()) if ragged else int(counts.min())
-    num_groups = counts if ragged else most
-    below = counts[:, None] if ragged else most
+    max_groups = int(counts.max()) if ragged else int(counts.min())
+    num_groups = counts if ragged else max_groups
+    below = counts[:, None] if ragged else max_groups
     labels = rng.integers(0, below, (batch, num_tokens)).astype(np.int32)
-    labels[rng.random(labels.shape) < 0.1] = -1
+    labels[rng.random(labels.shape) < 0.1] = -1  # padding
     tokens = rng.standard_normal((batch, num_tokens, dim))
-    merged = rng.standard_normal((batch, most, dim))
-    score, other, mass = rng.random((3, batch, num_tokens))
-    mass[labels == 0] = 0  # a group that takes the plain mean
+    merged = rng.standard_normal((batch, max_groups, dim))
+    score, other, mass = rng.random((3, batch, num_tokens))  # (B, N) each
+    mass[labels == 0] = 0  # group 0 has no mass, so it takes the plain mean
     shape = (2, batch, 2, num_tokens)  # (L, B, H, N)
     attention = rng.random((*shape, num_tokens))
+    # Exact zeros: 0 log 0 counts as 0.
     attention[..., ::3] = 0
     query, key = rng.standard_normal((2, *shape, min(dim, 64)))
     entropy = rng.random(shape)
-    by_row, by_place = rng.standard_normal(shape), rng.standard_normal(score.shape)
+    by_row, by_token_score = (
+        rng.standard_normal(shape),
+        rng.standard_normal(score.shape),
+    )
     prior = qm.MLPPrior.init(dim, hidden_dim=50)
     transformer = qm.TransformerPrior.init(dim, hidden_dim=48, num_heads=3)
     padded = {"mask": mask}
     grouped = {"labels": labels, "num_groups": num_groups}
     softmax = {"saliency": score, "seed": 7, **padded}
     protect = np.zeros((batch, num_tokens), np.bool_)
+    # Only sequences of ten tokens or more have a protected token.
     protect[:, -1] = num_tokens > 9
     tree = qm.linkage(tokens, "ward", **padded)
     weighed = {"tokens": tokens, **padded}
     rebuilt = {"tokens": tokens, "merged": merged}
-    if ragged:  # so that padding rebuilds no token
+    if ragged:  # otherwise a token could be rebuilt from a padded group
         rebuilt["num_groups"] = num_groups
     slope, slopes = rng.standard_normal(), rng.standard_normal((3, batch))
     by_score = {"gradient": rng.standard_normal((batch, num_tokens))}
@@ -273,15 +285,15 @@ def calls(num_tokens, masked=False, ragged=False):
         ),
         "self_attention_entropy_vjp": (
             qm.self_attention_entropy_vjp,
-            {"gradient": by_place, "tokens": tokens, **padded},
+            {"gradient": by_token_score, "tokens": tokens, **padded},
         ),
         "saliency_vjp": (
             qm.saliency_vjp,
-            {"gradient": by_place, "entropy": entropy, **padded},
+            {"gradient": by_token_score, "entropy": entropy, **padded},
         ),
         "norm_saliency_vjp": (
             qm.norm_saliency_vjp,
-            {"gradient": by_place, "tokens": tokens, **padded},
+            {"gradient": by_token_score, "tokens": tokens, **padded},
         ),
         "gumbel_softmax": (qm.gumbel_softmax, softmax),
         "gumbel_softmax, hard": (qm.gumbel_softmax, {**softmax, "hard": num_groups}),

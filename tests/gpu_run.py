@@ -1,9 +1,9 @@
-"""How pytest runs on a GPU: ``-p gpu_run``; see ``benchmarks/gpu.sh``.
+"""The pytest plugin for a GPU: ``-p gpu_run``; see ``benchmarks/gpu.sh``.
 
-Every failure is written to the file that ``QM_CUPY_FAILURES`` names, as it happens: a
-run that is cut short keeps what it found. An illegal access makes each later call of
-its process fail: such a process is named there and ended, and pytest-xdist starts
-another one for the tests that are left.
+Every failure is written at once to the file that ``QM_CUPY_FAILURES`` names, so that a
+run that is cut short keeps its results. After an illegal access each later call of the
+process fails. Such a process is named in the file and ends, and pytest-xdist starts
+another one for the remaining tests.
 """
 
 import os
@@ -15,13 +15,15 @@ _POISONED = 70  # the exit status of a process that has lost the GPU
 
 
 def pytest_sessionstart(session):
-    """Refuse to run without a GPU: all tests skipped would look like success."""
+    """Refuse to run without a GPU: a run that skips all tests looks like success."""
     try:
         import cupy
 
         cupy.zeros(1).get()
     except Exception as error:
         pytest.exit(f"no GPU: {type(error).__name__}: {error}", returncode=3)
+    # compute-sanitizer sees the bounds of each allocation, but not those inside a
+    # pool.
     if os.environ.get("QM_CUPY_NO_POOL") == "1":
         cupy.cuda.set_allocator(None)
 
@@ -31,7 +33,8 @@ def pytest_runtest_makereport(item, call):
     report = yield
     failed = report.failed
     if call.when == "call" and not failed:
-        failed = not _gpu_answers()  # what the test started and did not wait for
+        failed = not _gpu_answers()  # work that the test started but did not wait for
+    # A failed assertion leaves the GPU usable; an illegal access does not.
     if failed and not _gpu_answers():
         _write(f"POISONED {item.nodeid}", report.longreprtext)
         if hasattr(item.config, "workerinput"):
@@ -41,8 +44,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_configure(config):
-    """Write failures where all reports arrive: in the first process."""
-    if not hasattr(config, "workerinput"):  # which pytest-xdist gives to the others
+    """Write failures in the main process, where the reports of all workers arrive."""
+    if not hasattr(config, "workerinput"):  # pytest-xdist sets it in its workers
         config.pluginmanager.register(_Failures())
 
 
@@ -63,6 +66,7 @@ def _gpu_answers():
 
 
 def _write(title, text):
+    # Append, because several processes may write to the file.
     path = os.environ.get("QM_CUPY_FAILURES")
     if path:
         with Path(path).open("a", encoding="utf-8") as file:

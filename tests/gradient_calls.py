@@ -1,4 +1,4 @@
-"""Calls of all that is differentiable, in NumPy's float64, for torch and JAX alike."""
+"""Calls of every differentiable function, in NumPy's float64, for torch and JAX."""
 
 from typing import Any, NamedTuple
 
@@ -8,8 +8,8 @@ import qm_cupy as qm
 
 RNG = np.random.default_rng(20260102)
 
-# The public functions by what happens to gradients; all others refuse traced arrays.
-DIFFERENTIABLE = {
+# The public functions by their gradients; all others refuse traced arrays.
+DIFFERENTIABLE = {  # a gradient flows through these
     "alignment_loss",
     "attention_entropy",
     "fidelity_loss",
@@ -24,7 +24,7 @@ DIFFERENTIABLE = {
     "self_attention_entropy",
     "unmerge_tokens",
 }
-CONSTANT = {
+CONSTANT = {  # integers, or a budget: the gradient is 0
     "cluster_tokens",
     "cut_linkage",
     "group_positions",
@@ -35,7 +35,7 @@ CONSTANT = {
 
 
 class Call(NamedTuple):
-    """Arguments of a public function: what gradients go to, and the rest."""
+    """The arguments of a public function: those with gradients, and the rest."""
 
     function: str
     inputs: dict[str, np.ndarray]
@@ -47,15 +47,18 @@ def draw(*shape: int) -> np.ndarray:
 
 
 def attention(*shape: int) -> np.ndarray:
+    # Away from 0, where the slope of a log a is infinite.
     weights = RNG.random(shape) + 0.1
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+# Padding in between, at a different token in each sequence.
 MASK = np.array([[True, False, True, True, True], [True, True, True, False, True]])
 LABELS = np.array([[1, -1, 0, 1, 2], [0, 1, 0, -1, 1]], np.int32)  # a group of one
-COUNTS = np.array([3, 2])
+COUNTS = np.array([3, 2])  # K per sequence
 TOKENS = draw(2, 5, 3)
 
+# Arrays are small, because differences need two calls for each element.
 CALLS = {
     "attention_entropy": Call(
         "attention_entropy", {"attention": attention(2, 5, 5)}, {}
@@ -82,6 +85,7 @@ CALLS = {
     "gumbel_softmax": Call(
         "gumbel_softmax",
         {"saliency": RNG.random((2, 5))},
+        # The seed needs all of its 64 bits.
         {"temperature": 0.5, "seed": 2**64 - 3, "mask": MASK, "sequence_offset": 7},
     ),
     "saliency_mass": Call(
@@ -143,6 +147,6 @@ CALLS = {
 
 
 def flat(results: Any) -> list[Any]:
-    """Return the floating results of a call."""
+    """Return the floating-point results of a call."""
     several = results if isinstance(results, tuple) else (results,)
     return [x for x in several if "float" in str(x.dtype)]

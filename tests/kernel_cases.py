@@ -1,6 +1,6 @@
-"""What the tests of interpreted kernels share: dtypes, marks and inputs.
+"""Dtypes, marks and inputs for the tests of interpreted kernels.
 
-The fixture `kernels` (conftest.py) runs a test on each kind of kernels.
+The fixture `kernels` (conftest.py) runs a test with basic and with optimized kernels.
 """
 
 import re
@@ -16,6 +16,7 @@ dtypes = pytest.mark.parametrize(
 )
 masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
 optimized = pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
+# N around the warp size of 32 and around a block of 128 threads, where loops end.
 SIZES = [1, 31, 32, 33, 127, 128, 129, 257]
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
 
@@ -26,7 +27,10 @@ def random(shape, dtype, seed=0, scale=1.0):
 
 
 def mask_of(batch, num_tokens, masked=True):
-    """Return padding on the left of sequence 0, in between, and all of the last."""
+    """Return a mask with padding: on the left, in between, and a whole sequence.
+
+    Sequence 0 has it on the left, others in between, and the last is all padding.
+    """
     if not masked:
         return None
     mask = np.random.default_rng(5).random((batch, num_tokens)) < 0.7
@@ -35,13 +39,13 @@ def mask_of(batch, num_tokens, masked=True):
     return mask
 
 
-def whatever_shape(kernel):
-    """Return a kernel's name without the shape of its tiles."""
+def without_shape(kernel):
+    """Return a kernel's name without the suffix of its tile shape."""
     return re.sub("_(half|wide|kept)$", "", kernel)
 
 
 def valid_of(mask, shape):
-    """Return the tokens of (..., N) by a mask (B, N); B is the second axis of four."""
+    """Return a mask (B, N) for (..., N); in four axes, B is the second."""
     if mask is None:
         return np.ones(shape, np.bool_)
     return np.broadcast_to(mask[:, None] if len(shape) == 4 else mask, shape)
@@ -50,12 +54,13 @@ def valid_of(mask, shape):
 def allowed_of(valid, causal=False):
     """Return which tokens each token attends to, (..., N, N)."""
     allowed = valid[..., None, :] & valid[..., :, None]
-    return np.tril(allowed) if causal else allowed
+    return np.tril(allowed) if causal else allowed  # j <= i
 
 
 def labels_of(batch, num_tokens, num_groups, seed=3):
-    """Random labels with some padding and, if there is room, an empty group."""
+    """Return random labels with some padding and, if K > 1, an empty group."""
     rng = np.random.default_rng(seed)
+    # Labels below K - 1 only, so that group K - 1 is empty.
     labels = rng.integers(0, max(num_groups - 1, 1), size=(batch, num_tokens))
-    labels[rng.random((batch, num_tokens)) < 0.1] = -1
+    labels[rng.random((batch, num_tokens)) < 0.1] = -1  # padding
     return labels

@@ -1,4 +1,4 @@
-"""Launches, noted as they are made, whatever runs the kernels."""
+"""Records kernel launches as they are made, on a GPU, an interpreter or a model."""
 
 from typing import Any, NamedTuple
 from unittest import mock
@@ -9,26 +9,29 @@ from qm_cupy.cuda import launch as launching
 
 
 class Recorded(NamedTuple):
-    """A launch: the kernel that `launch` found, its grid, and its arguments."""
+    """One launch: the kernel, its grid, and its arguments."""
 
     file: str
     kernel: str
     dtype: str
     blocks: int
-    threads: int  # of a block
+    threads: int  # per block
     shared: int  # bytes of dynamic shared memory
     args: tuple[Any, ...]
 
 
 def recording(note):
-    """Return `cuda.launch` that also calls `note` with each launch."""
+    """Return a `cuda.launch` that also calls `note` with each launch."""
     launch = cuda.launch
 
     def recorded(*args, **options):
+        # The original is looked up at each call: a test may have replaced it since.
         raw_kernel = launching.raw_kernel
 
         def noted(file, kernel, dtype, *cooperative):
             run = raw_kernel(file, kernel, dtype, *cooperative)
+            # The grid is known only when the kernel is called, so the note is made
+            # there.
             return _Noted(run, lambda *call: note(Recorded(file, kernel, dtype, *call)))
 
         with mock.patch.object(launching, "raw_kernel", noted):
@@ -38,9 +41,10 @@ def recording(note):
 
 
 class _Noted:
-    """A kernel with the attributes of the one behind it."""
+    """A kernel that notes its calls and has the attributes of the original."""
 
     def __init__(self, run, note):
+        # `self._run = run` would go to the kernel itself.
         vars(self).update(_run=run, _note=note)
 
     def __call__(self, grid, block, args, *, shared_mem=0):

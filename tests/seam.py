@@ -1,8 +1,9 @@
 """The seam between the library and a GPU, which tests replace.
 
-`cuda` has every name of the modules of `qm_cupy.cuda`, and those of `qm_cupy.arrays`
-that know GPUs. To set one replaces it in every module that has imported it, so
-``monkeypatch.setattr(cuda, "launch", stand_in)`` works wherever the name is used.
+`cuda` has every name of the modules of `qm_cupy.cuda`, and of those modules of
+`qm_cupy.arrays` that know GPUs. Setting a name replaces it in every module that has
+imported it, so ``monkeypatch.setattr(cuda, "launch", stand_in)`` works wherever the
+name is used.
 """
 
 import importlib
@@ -26,18 +27,21 @@ _MODULES = (
     conversion,
     settings,
 )
-# All pages, now: a module that is imported later would keep what it finds then.
+# All modules are imported now. One that is imported later would import a replacement,
+# and would keep it after the test.
+# These need torch, JAX or matplotlib, which may be missing.
 _LEFT_OUT = "qm_cupy.torch", "qm_cupy.jax", "qm_cupy.autodiff.", "qm_cupy.plot"
 for _module in pkgutil.walk_packages(qm_cupy.__path__, "qm_cupy."):
     if not _module.name.startswith((*_LEFT_OUT, "qm_cupy.__main__")):
         importlib.import_module(_module.name)
 
 
-_BEFORE = {}  # what each name stood for before it was set, the latest last
+_BEFORE = {}  # the values of each name before it was set, the latest last
 
 
 class _Seam:
     def __getattr__(self, name):
+        # The first module that has the name: later ones import it from there.
         for module in _MODULES:
             if name in vars(module):
                 return vars(module)[name]
@@ -48,14 +52,16 @@ class _Seam:
         _replace(name, value)
 
     def __delattr__(self, name):
-        """Undo the latest: pytest deletes what an instance had not itself."""
+        """Undo the latest change: pytest deletes what was not set on the instance."""
         _replace(name, _BEFORE[name].pop())
 
 
 def _replace(name, value):
-    now = getattr(cuda, name)
+    current = getattr(cuda, name)
     for key, module in list(sys.modules.items()):
-        if key.startswith("qm_cupy.") and vars(module).get(name) is now:
+        # By identity: another object of the same name in a module is not the
+        # seam's.
+        if key.startswith("qm_cupy.") and vars(module).get(name) is current:
             setattr(module, name, value)
 
 

@@ -1,3 +1,5 @@
+"""Which arrays the public functions accept, and what they return for them."""
+
 import sys
 
 import numpy as np
@@ -7,6 +9,7 @@ from conftest import assert_close, to_library
 import qm_cupy as qm
 
 
+# Lists and numbers are refused: only arrays have a dtype and a device.
 @pytest.mark.parametrize("tokens", [[[1.0, 2.0]], 3.0, None, "x", range(3)])
 def test_not_an_array(tokens):
     with pytest.raises(TypeError, match="`tokens` must be an array"):
@@ -16,6 +19,7 @@ def test_not_an_array(tokens):
 X, PRIOR = np.ones((4, 2)), qm.MLPPrior.init(2)
 
 
+# The error must name the argument that is wrong.
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -54,6 +58,8 @@ def test_none_is_not_an_array(name, call):
         call()
 
 
+# A measure of one sequence is a number, but in the caller's library it has shape
+# ().
 @pytest.mark.parametrize("library", ["torch", "jax", "array_api_strict"])
 @pytest.mark.parametrize(
     "measure",
@@ -69,9 +75,9 @@ def test_none_is_not_an_array(name, call):
 )
 def test_measures_of_one_sequence(library, rng, measure):
     tokens = rng.standard_normal((5, 2))
-    given, wanted = to_library(library, tokens), measure(tokens)
-    got = measure(given)
-    assert type(got) is type(given)
+    argument, wanted = to_library(library, tokens), measure(tokens)
+    got = measure(argument)
+    assert type(got) is type(argument)
     assert got.shape == ()
     assert np.asarray(got).dtype == wanted.dtype
     assert float(got) == wanted
@@ -92,6 +98,8 @@ def test_measures_of_one_sequence(library, rng, measure):
         (lambda x: qm.select_tokens(x, 2), [(2, 5)]),
         (qm.cosine_similarity, [(2, 5, 4)]),
         (qm.linkage, [(2, 5, 4)]),
+        # K = N = 5 keeps every token. A shortcut that returns its input would fail
+        # here.
         (lambda x: qm.cluster_tokens(x, 5), [(2, 5, 4)]),
         (lambda x: qm.merge_tokens(x, np.tile(np.arange(5), (2, 1)), 5), [(2, 5, 4)]),
         (lambda x: qm.unmerge_tokens(x, np.tile(np.arange(5), (2, 1))), [(2, 5, 4)]),
@@ -99,17 +107,17 @@ def test_measures_of_one_sequence(library, rng, measure):
     ],
 )
 def test_results_are_c_contiguous_and_fresh(rng, function, shapes):
-    given = [np.asfortranarray(rng.random(shape)) for shape in shapes]
-    got = function(*given)
+    inputs = [np.asfortranarray(rng.random(shape)) for shape in shapes]
+    got = function(*inputs)
     assert got.flags.c_contiguous
-    assert not any(np.shares_memory(got, x) for x in given)
-    assert_close(got, function(*map(np.ascontiguousarray, given)))
+    assert not any(np.shares_memory(got, x) for x in inputs)
+    assert_close(got, function(*map(np.ascontiguousarray, inputs)))
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.complex128, np.bool_, object])
-def test_dtypes_that_are_no_tokens(kind):
+@pytest.mark.parametrize("dtype", [np.int64, np.complex128, np.bool_, object])
+def test_other_dtypes_cannot_be_tokens(dtype):
     with pytest.raises(TypeError, match="float16, bfloat16, float32 or float64"):
-        qm.quickmerge(np.ones((4, 2)).astype(kind), 1)
+        qm.quickmerge(np.ones((4, 2)).astype(dtype), 1)
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 2, 4, 3), ()])
@@ -120,6 +128,7 @@ def test_wrong_ndim(shape):
         qm.norm_saliency(np.ones(shape))
 
 
+# An empty sequence has no mean, and a batch of width 0 no directions.
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 4), (2, 4, 0)])
 def test_empty(shape):
     with pytest.raises(ValueError, match="`tokens` must not be empty, got shape"):
@@ -127,6 +136,7 @@ def test_empty(shape):
 
 
 def test_masked_array():
+    # A masked array has a mask of its own, which would be ignored silently.
     with pytest.raises(TypeError, match="`tokens` is a NumPy masked array"):
         qm.norm_saliency(np.ma.ones((4, 2)))
 
@@ -134,7 +144,8 @@ def test_masked_array():
 @pytest.mark.parametrize(
     ("device", "error", "message"),
     [
-        (2, ImportError, "`tokens` is on a CUDA device, which takes CuPy"),
+        # The numbers are DLPack's device types: 2 is CUDA, 10 is ROCm.
+        (2, ImportError, "`tokens` is on a CUDA device, which needs CuPy"),
         (10, ValueError, "`tokens` must be in the memory of a CPU or a CUDA device"),
     ],
 )
@@ -146,13 +157,13 @@ def test_device_that_is_not_the_cpu(monkeypatch, device, error, message):
         def __dlpack_device__(self):
             return (device, 0)
 
-    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)  # the import of CuPy fails
     with pytest.raises(error, match=message):
         qm.norm_saliency(Elsewhere())
 
 
 def test_producer_of_no_known_library(rng):
-    """Any object that speaks DLPack comes in; results are NumPy's."""
+    """Any object that supports DLPack is accepted; results are NumPy arrays."""
 
     class Producer:
         def __init__(self, x):
@@ -170,6 +181,7 @@ def test_producer_of_no_known_library(rng):
     )
 
 
+# NumPy computes with swapped bytes, but kernels and other libraries do not.
 def test_foreign_byte_order(rng):
     tokens = rng.standard_normal((9, 4))
     np.testing.assert_array_equal(
@@ -181,6 +193,7 @@ def test_memory_map(rng, tmp_path):
     np.save(tmp_path / "x.npy", rng.standard_normal((9, 4)))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     merged = qm.quickmerge(mapped, 3).tokens
+    # The result must not be a `memmap`, a subclass of NumPy's array.
     assert type(merged) is np.ndarray
 
 
@@ -193,13 +206,13 @@ def test_memory_map(rng, tmp_path):
         ([True] * 4, TypeError, "`mask` must be an array"),
     ],
 )
-def test_masks_that_are_none(mask, error, message):
+def test_wrong_masks(mask, error, message):
     with pytest.raises(error, match=message):
         qm.quickmerge(np.ones((4, 2)), 1, mask=mask)
 
 
-def test_empty_row_of_a_mask_is_named():
-    mask = np.array([[True, True], [False, False]])
+def test_the_error_names_the_empty_row_of_a_mask():
+    mask = np.array([[True, True], [False, False]])  # sequence 1 is all padding
     with pytest.raises(ValueError, match=r"sequence \(1,\) has none"):
         qm.quickmerge(np.ones((2, 2, 3)), 1, mask=mask)
 
@@ -207,10 +220,13 @@ def test_empty_row_of_a_mask_is_named():
 def test_check_finite_can_be_switched_off():
     tokens = np.array([[1.0], [np.nan]])
     with qm.check_finite(False):
+        # Both tokens of the result are row 1 of the input, which is NaN.
         assert np.isnan(qm.unmerge_tokens(tokens, np.array([1, 1]))).all()
     with pytest.raises(ValueError, match=r"got nan at index \(1, 0\)"):
         qm.unmerge_tokens(tokens, np.array([1, 1]))
 
 
+# 60000² is above the largest float16, 65504. The check for finite values must not
+# add or square them in their own dtype.
 def test_a_sum_that_overflows_is_not_an_infinity():
     assert qm.norm_saliency(np.full((9, 4), 60000, np.float16)).shape == (9,)

@@ -1,4 +1,4 @@
-"""A file is written in one piece, or not at all."""
+"""A file is written completely, or not at all."""
 
 import pytest
 from command_line import compress, save
@@ -11,6 +11,7 @@ def test_folder_without_permission(tmp_path, tokens, fails):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     try:
+        # The superuser may write in any folder, so the test first tries.
         (closed / "probe").touch()
     except OSError:
         output = closed / "out.npz"
@@ -22,22 +23,25 @@ def test_folder_without_permission(tmp_path, tokens, fails):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
 def test_stopped_half_way(tmp_path, tokens, monkeypatch, capsys, error):
-    """The file of an earlier run stays as it was, and nothing else stays."""
+    """The file of an earlier run stays as it was, and no other file remains."""
     source = save(tmp_path / "a.npy", tokens=tokens)
     compress(source)
     before = (tmp_path / "out.npz").read_bytes()
-    monkeypatch.setattr(command, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(command, "CHUNK_BYTES", 1)  # a chunk is one sequence
     merge = command.quickmerge
 
     def stop(*arguments, sequence_offset=0, **options):
+        # The fifth of seven sequences: four are already written to the temporary
+        # file.
         if sequence_offset == 4:
             raise error
         return merge(*arguments, sequence_offset=sequence_offset, **options)
 
     monkeypatch.setattr(command, "quickmerge", stop)
     capsys.readouterr()
-    code, _ = compress(source, "--seed", "9")
+    code, _ = compress(source, "--seed", "9")  # another seed would give another file
+    # 130: stopped by SIGINT, as shells report it.
     assert code == (130 if error is KeyboardInterrupt else 2)
     assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "out.npz").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 2  # the source and the earlier output

@@ -1,4 +1,4 @@
-"""Choosing by alignment: the scores, who is kept, and what is refused."""
+"""Selection by alignment: the scores, the selected merge, and wrong arguments."""
 
 import ml_dtypes
 import numpy as np
@@ -8,38 +8,45 @@ from conftest import assert_close, to_library, to_numpy
 
 import qm_cupy as qm
 
-PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)
+PRIOR = qm.MLPPrior.init(5, hidden_dim=16, seed=3)  # of width D = 5
 WAYS = [{"method": "average"}, {"method": "ward", "budget": 9}, {"method": "single"}]
 
 
+# Sums of steps: neighbours are similar, as in real sequences, so methods differ.
 @pytest.fixture
 def walks(rng):
-    return rng.standard_normal((6, 30, 5)).cumsum(1)
+    return rng.standard_normal((6, 30, 5)).cumsum(1)  # (B, N, D)
 
 
 def score(tokens, merged, alpha, gamma):
-    """The formula for one sequence, on groups that are there."""
-    kept = merged.tokens[merged.sizes > 0]
-    rebuilt = kept[merged.labels[merged.labels >= 0]]
+    """Return alpha * loss + max(0, error - (1 - gamma)^2) of one sequence.
+
+    Padded groups are left out first.
+    """
+    valid = merged.tokens[merged.sizes > 0]
+    rebuilt = valid[merged.labels[merged.labels >= 0]]
     x = tokens[merged.labels >= 0]
     error = ((x - rebuilt) ** 2).sum() / (x**2).sum()
-    loss = qm.alignment_loss(kept, PRIOR).total
+    loss = qm.alignment_loss(valid, PRIOR).total
     return alpha * loss + max(0.0, error - (1 - gamma) ** 2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_sequence_takes_the_least_score(walks, rng, masked):
+def test_every_sequence_gets_the_lowest_score(walks, rng, masked):
     mask = rng.random((6, 30)) < 0.8 if masked else None
     got = qm.choose_merge(
         walks, WAYS, PRIOR, alpha=0.02, gamma=0.9, mask=mask, budget=6
     )
     merges = [qm.quickmerge(walks, **{"budget": 6, **w}, mask=mask) for w in WAYS]
+    # Each sequence alone, from the merges that `quickmerge` gives for each
+    # candidate.
     for b in range(6):
-        each = [qm.Merged(*(x[b] for x in m)) for m in merges]
-        wanted = [score(walks[b], m, 0.02, 0.9) for m in each]
+        candidates = [qm.Merged(*(x[b] for x in m)) for m in merges]
+        wanted = [score(walks[b], m, 0.02, 0.9) for m in candidates]
         np.testing.assert_allclose(got.scores[:, b], wanted, rtol=1e-6)
-        best = each[int(np.argmin(wanted))]
+        best = candidates[int(np.argmin(wanted))]
         assert got.best[b] == np.argmin(wanted)
+        # A candidate with a smaller K is padded to the largest K of all.
         count = len(best.sizes)
         np.testing.assert_array_equal(got.merged.tokens[b, :count], best.tokens)
         np.testing.assert_array_equal(got.merged.sizes[b, :count], best.sizes)
@@ -52,11 +59,11 @@ def test_every_sequence_takes_the_least_score(walks, rng, masked):
         assert not got.merged.sizes[b, count:].any()
         assert (got.merged.positions[b, count:] == -1).all()
     assert got.best.dtype == np.int32
-    assert len(set(got.best.tolist())) > 1  # or the test shows little
+    assert len(set(got.best.tolist())) > 1  # otherwise one candidate is always best
 
 
 def test_bfloat16_stays_bfloat16(walks, monkeypatch):
-    """CuPy's `where` and `pad` are not to be trusted with it: `where` gives float32."""
+    """CuPy's `where` and `pad` cannot be trusted with it: `where` gives float32."""
 
     def without_bfloat16(function):
         def call(*args, **options):
@@ -69,22 +76,27 @@ def test_bfloat16_stays_bfloat16(walks, monkeypatch):
     tokens = walks.astype(ml_dtypes.bfloat16)
     ptx.install(monkeypatch)
     for name in ("where", "pad"):
+        # The interpreted kernels use NumPy for CuPy, so a call of either is seen
+        # here.
         monkeypatch.setattr(np, name, without_bfloat16(getattr(np, name)))
     got = qm.choose_merge(tokens, WAYS, PRIOR, alpha=0.02, gamma=0.9, budget=6)
     assert got.merged.tokens.dtype == ml_dtypes.bfloat16
     merges = [qm.quickmerge(tokens, **{"budget": 6, **way}) for way in WAYS]
     assert len(set(got.best.tolist())) > 1
     for b, best in enumerate(got.best):
+        # Bits of the merge itself: a detour through float32 would round again.
         wanted = merges[best].tokens[b]
         np.testing.assert_array_equal(got.merged.tokens[b, : len(wanted)], wanted)
 
 
+# Three equal candidates: the order decides, so that results are reproducible.
 def test_equal_scores_go_to_the_first(walks):
     got = qm.choose_merge(walks, [{}, {}, {}], PRIOR, budget=4)
     assert not got.best.any()
     np.testing.assert_array_equal(got.scores[0], got.scores[2])
 
 
+# One sequence returns without the batch axis.
 def test_one_sequence_is_a_batch_of_one(walks):
     alone = qm.choose_merge(walks[2], WAYS, PRIOR, budget=6)
     batch = qm.choose_merge(walks[2:3], WAYS, PRIOR, budget=6)
@@ -123,6 +135,7 @@ def test_by_kernels(walks, kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    # In each case one argument of a valid call is replaced.
     ("change", "error", "message"),
     [
         ({"candidates": []}, ValueError, "at least one"),
@@ -138,10 +151,10 @@ def test_by_kernels(walks, kernels, monkeypatch):
         ({"tokens": None}, TypeError, "`tokens`"),
     ],
 )
-def test_what_cannot_be_chosen(walks, change, error, message):
-    given = {"tokens": walks, "candidates": WAYS, "prior": PRIOR, "budget": 6}
+def test_wrong_arguments(walks, change, error, message):
+    arguments = {"tokens": walks, "candidates": WAYS, "prior": PRIOR, "budget": 6}
     with pytest.raises(error, match=message):
-        qm.choose_merge(**{**given, **change})
+        qm.choose_merge(**{**arguments, **change})
 
 
 def test_a_budget_is_needed(walks):
@@ -149,6 +162,7 @@ def test_a_budget_is_needed(walks):
         qm.choose_merge(walks, WAYS, PRIOR)
 
 
+# A `Merged` stands for its tokens wherever a prior reads them.
 def test_the_loss_of_one_merged_sequence(walks):
     merged = qm.quickmerge(walks[0], 6)
     assert_close(

@@ -1,4 +1,4 @@
-"""The README's table of what is shared and what is copied, measured by pointers."""
+"""The README's table of conversions that share memory, measured by addresses."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import to_library, to_numpy
 
-from qm_cupy.arrays.conversion import enter
+from qm_cupy.arrays.conversion import convert_inputs
 
 README = Path(__file__).parent.parent / "README.md"
 NAMES = {
@@ -20,7 +20,7 @@ DTYPES = "float16", "bfloat16", "float32", "float64"
 
 
 def address(x):
-    """Return where the values lie, as the library itself says if it does."""
+    """Return the address of the values, from the library itself if it gives one."""
     if hasattr(x, "unsafe_buffer_pointer"):  # JAX
         return x.unsafe_buffer_pointer()
     if hasattr(x, "data_ptr"):  # torch
@@ -29,34 +29,37 @@ def address(x):
 
 
 def unaligned(x):
-    """Copy to 16 bytes past a multiple of 64, where NumPy puts three arrays of four.
+    """Copy an array to an address that is 16 bytes above a multiple of 64.
 
-    JAX, which copies those, may share the fourth.
+    NumPy aligns to 16 bytes, so three of four arrays are not 64-byte aligned. JAX
+    copies these, and may share the fourth.
     """
-    room = np.empty(x.nbytes + 128, np.uint8)
-    start = (16 - room.ctypes.data) % 64
-    found = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-    found[...] = x
-    return found
+    buffer = np.empty(x.nbytes + 128, np.uint8)
+    start = (16 - buffer.ctypes.data) % 64
+    result = buffer[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    result[...] = x
+    return result
 
 
 def shared(library, dtype):
-    """Return which ways leave the values where they are: "in", "out", both, none."""
+    """Return the directions that share memory: "in", "out", "in, out" or "neither"."""
+    # array-api-strict has no 16-bit dtypes.
     if library == "array_api_strict" and dtype.endswith("16"):
         return "–"
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    given = to_library(library, np.ones((4, 8), kind))
-    leave, inside = enter({"tokens": given})
-    result = unaligned(np.ones((4, 8), kind))
-    left = leave(result)
-    ways = {
-        "in": address(given) == inside.ctypes.data,
+    storage = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    argument = to_library(library, np.ones((4, 8), storage))
+    convert_back, inside = convert_inputs({"tokens": argument})
+    result = unaligned(np.ones((4, 8), storage))
+    left = convert_back(result)
+    directions = {
+        "in": address(argument) == inside.ctypes.data,
         "out": address(left) == result.ctypes.data,
     }
-    return ", ".join(way for way, same in ways.items() if same) or "neither"
+    return ", ".join(way for way, same in directions.items() if same) or "neither"
 
 
-def test_readme_says_what_is_shared():
+# A new version of a library may copy more or less; then the README must change.
+def test_the_readme_table_of_shared_memory():
     for library in NAMES:
         pytest.importorskip(library)
     lines = ["| on the CPU | " + " | ".join(DTYPES) + " |", "|---" * 5 + "|"]

@@ -1,4 +1,7 @@
-"""The paper's README, block by block and claim by claim, on every array library."""
+"""The paper's README, block by block and claim by claim, on every array library.
+
+Each block of its code must run with the paper's class names and give sensible results.
+"""
 
 import math
 
@@ -26,6 +29,7 @@ from qm_cupy import (
 )
 
 
+# The README's own sizes: 2 sequences of 100 tokens of width 512.
 @pytest.fixture
 def X(library, rng):  # noqa: N802 - the README's own name
     return to_library(library, rng.standard_normal((2, 100, 512)).astype(np.float32))
@@ -42,11 +46,13 @@ def test_quick_start(X):
     target_tokens = 20
     merged_tokens, losses = quickmerge(X, target_tokens)
     assert type(merged_tokens) is type(X)
-    assert tuple(merged_tokens.shape) == (2, 20, 512)
+    assert tuple(merged_tokens.shape) == (2, 20, 512)  # (B, K, D)
     assert set(losses) == {"ar_alignment", "fidelity", "total"}
     assert all(isinstance(loss, float) for loss in losses.values())
+    # The paper's total: alpha = 0.1 of the alignment loss, and the fidelity loss.
     total = 0.1 * losses["ar_alignment"] + losses["fidelity"]
     assert losses["total"] == pytest.approx(total)
+    # Untrained priors predict badly, so the loss cannot be 0.
     assert losses["ar_alignment"] > 0
 
 
@@ -54,6 +60,7 @@ def test_saliency_block(X, saliency_scores):
     assert type(saliency_scores) is type(X)
     assert tuple(saliency_scores.shape) == (2, 100)
     scores = np.asarray(saliency_scores)
+    # Min-max normalisation per sequence: both ends are reached exactly.
     np.testing.assert_array_equal(scores.min(axis=-1), [0, 0])
     np.testing.assert_array_equal(scores.max(axis=-1), [1, 1])
 
@@ -62,14 +69,15 @@ def test_merging_block(X, saliency_scores):
     token_merger = DifferentiableTokenMerging(temperature=0.1, epsilon=0.01)
     merged_tokens, mask = token_merger(X, saliency_scores, K=20)
     assert tuple(merged_tokens.shape) == (2, 20, 512)
+    # The mask contains the probabilities of a softmax, which sum to 1.
     np.testing.assert_allclose(np.asarray(mask).sum(axis=-1), [1, 1], rtol=1e-6)
 
 
 def test_alignment_block(X):
     ar_alignment = BidirectionalARAlignment(embedding_dim=512)
     alignment_loss = ar_alignment.compute_alignment_loss(X)
-    both = ar_alignment.forward_loss(X) + ar_alignment.backward_loss(X)
-    assert float(alignment_loss) == pytest.approx(float(both))
+    directions = ar_alignment.forward_loss(X) + ar_alignment.backward_loss(X)
+    assert float(alignment_loss) == pytest.approx(float(directions))
 
 
 def test_fidelity_block(X):
@@ -77,26 +85,33 @@ def test_fidelity_block(X):
     merged_tokens = quickmerge(X, 20).tokens
     fidelity_loss = fidelity_constraint.compute_fidelity_loss(X, merged_tokens)
     error = np.asarray(reconstruction_error(X, merged_tokens))
+    # (1 - gamma)^2 = 0.2^2. Random tokens have a far larger error, so max(0,
+    # ...) is the difference itself.
     assert float(fidelity_loss) == pytest.approx(np.mean(error - 0.2**2), rel=1e-5)
-    assert float(fidelity_constraint.compute_fidelity_loss(X, X)) == 0
+    assert float(fidelity_constraint.compute_fidelity_loss(X, X)) == 0  # exact
 
 
 @pytest.mark.slow("JAX compiles its operations, one by one")
 def test_inference_pipeline(X):
     X_single = X[0, ...]  # noqa: N806
     merged_tokens, predictions = quickmerge_inference(
-        X_single, lambda prefix: prefix * 2, entropy_budget=0.2
+        # 20 % of 100 tokens. The "model" doubles its input, so its output is known.
+        X_single,
+        lambda prefix: prefix * 2,
+        entropy_budget=0.2,
     )
     assert type(predictions) is type(X)
     assert tuple(merged_tokens.shape) == tuple(predictions.shape) == (20, 512)
     np.testing.assert_array_equal(
         np.asarray(predictions), 2 * np.asarray(merged_tokens)
     )
+    # No model, no predictions.
     alone, nothing = quickmerge_inference(X_single, None, entropy_budget=0.2)
     np.testing.assert_array_equal(np.asarray(alone), np.asarray(merged_tokens))
     assert len(nothing) == 0
 
 
+# Copied from the paper as printed, including the trailing space.
 PAPER = """
 import torch
 from quickmerge import QuickMergePP
@@ -147,9 +162,10 @@ merged_tokens, predictions = quickmerge_inference(
 """  # noqa: W291 - as it was printed
 
 
-def test_the_papers_blocks_on_torch(capsys):
+def test_the_code_blocks_of_the_paper_on_torch(capsys):
     torch = pytest.importorskip("torch")
     names = {"YourARModel": lambda: torch.nn.Linear(512, 7)}
+    # The import name is the only difference.
     exec(PAPER.replace("from quickmerge", "from qm_cupy"), names)
     assert capsys.readouterr().out == "Compressed from 100 to 20 tokens\n"
     results = "saliency_scores", "merged_tokens", "mask", "predictions"
@@ -160,6 +176,7 @@ def test_the_papers_blocks_on_torch(capsys):
         assert names[name].shape == ()
     assert names["predictions"].shape == (20, 7)
     assert not names["predictions"].requires_grad  # though the model's weights do
+    # The predictions are those of the model on the merged tokens.
     wanted = names["ar_model"](names["merged_tokens"]).detach()
     torch.testing.assert_close(names["predictions"], wanted)
 
@@ -168,7 +185,7 @@ def test_a_model_of_batches():
     torch = pytest.importorskip("torch")
     merged, model = torch.ones(2, 5, 8), torch.nn.Linear(8, 3)
     assert decode(merged, model).shape == (2, 5, 3)
-    assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled()  # `decode` has switched it off and on again
 
 
 OPTIONS = {
@@ -181,19 +198,21 @@ OPTIONS = {
 
 
 class TestOptions:
-    """Each option reaches the stage it is for."""
+    """Each option reaches the stage that it belongs to."""
 
     @pytest.fixture
     def tokens(self, rng):
         return rng.standard_normal((2, 30, 8))
 
     @pytest.mark.parametrize("name", OPTIONS)
-    def test_each_matters(self, tokens, name):
+    def test_each_option_matters(self, tokens, name):
+        # All options but one: the default of that one must give another result.
         others = {option: OPTIONS[option] for option in OPTIONS if option != name}
         whole, part = quickmerge(tokens, 6, **OPTIONS), quickmerge(tokens, 6, **others)
         assert not np.allclose(whole.tokens, part.tokens)
 
-    def test_of_token_merging(self, tokens, rng):
+    # The class is `quickmerge` with given saliency, so results are equal bit for bit.
+    def test_options_of_token_merging(self, tokens, rng):
         scores = rng.random((2, 30))
         merger = DifferentiableTokenMerging(**OPTIONS)
         wanted = quickmerge(tokens, 6, saliency=scores, **OPTIONS)
@@ -205,12 +224,13 @@ class TestOptions:
             probabilities, gumbel_softmax(scores, temperature=2.0, seed=5)
         )
 
-    def test_of_the_whole(self, tokens):
+    def test_options_of_the_whole_model(self, tokens):
         model = QuickMergePP(embedding_dim=8, gamma=0.9, **OPTIONS)
         merged, losses = model(tokens, 6)
         wanted = quickmerge(tokens, 6, **OPTIONS)
         np.testing.assert_array_equal(merged, wanted.tokens)
         np.testing.assert_array_equal(model.inference(tokens, 6)[0], wanted.tokens)
+        # The seed also draws the weights of the model's prior.
         alignment = alignment_loss(merged, MLPPrior.init(8, seed=5)).total
         assert losses["ar_alignment"] == pytest.approx(alignment.mean())
         fidelity = fidelity_loss(tokens, merged, labels=wanted.labels, gamma=0.9)
@@ -234,16 +254,17 @@ class TestOptions:
             probabilities, gumbel_softmax(wanted.saliency, mask=mask)
         )
 
+    # Without noise the seed of the priors must still be a number.
     def test_no_seed(self, tokens):
         merged, losses = QuickMergePP(embedding_dim=8, seed=None)(tokens, 6)
         np.testing.assert_array_equal(merged, quickmerge(tokens, 6, seed=None).tokens)
         assert math.isfinite(losses["total"])
 
-    def test_of_alignment(self, tokens):
+    def test_options_of_alignment(self, tokens):
         prior = MLPPrior.init(8, hidden_dim=5, seed=3)
         wanted = alignment_loss(tokens, prior)
         for alignment in (
-            BidirectionalARAlignment(8, 5, seed=3),
+            BidirectionalARAlignment(8, 5, seed=3),  # hidden_dim = 5
             BidirectionalARAlignment(8, prior=prior),
         ):
             got = alignment.forward_loss(tokens), alignment.backward_loss(tokens)
@@ -251,10 +272,11 @@ class TestOptions:
             total = alignment.compute_alignment_loss(tokens)
             assert total == pytest.approx(wanted.total.mean())
 
-    def test_of_fidelity(self, tokens):
+    def test_options_of_fidelity(self, tokens):
         m = quickmerge(tokens, 6)
         constraint = NormBasedFidelityConstraint(gamma=0.6)
         plain = constraint.compute_fidelity_loss(tokens, m.tokens)
+        # Both options change the tokens that are compared, so the loss differs.
         for option in ({"labels": m.labels}, {"mask": m.labels > 0}):
             got = constraint.compute_fidelity_loss(tokens, m.tokens, **option)
             wanted = fidelity_loss(tokens, m.tokens, gamma=0.6, **option)
@@ -262,11 +284,12 @@ class TestOptions:
 
 
 class TestClaims:
-    """Its feature list and parameters, line by line."""
+    """The README's list of features and parameters, line by line."""
 
     def test_entropy_across_transformer_layers(self, rng):
         layers = rng.standard_normal((12, 2, 20, 8))
         estimator = EntropyAwareSaliency(embedding_dim=8, num_layers=12)
+        # One entropy per layer, normalised and then averaged.
         wanted = saliency(self_attention_entropy(layers))
         np.testing.assert_array_equal(estimator(layers), wanted)
         with pytest.raises(ValueError, match="must have L = 12 layers, got 11"):
@@ -276,6 +299,7 @@ class TestClaims:
         with pytest.raises(ValueError, match="`tokens` must have width D = 9, got 8"):
             QuickMergePP(embedding_dim=9)(rng.standard_normal((5, 8)), 2)
 
+    # The largest probability grows as the temperature falls, up to 1.
     def test_low_temperature_is_more_discrete(self, rng):
         tokens, scores = rng.standard_normal((2, 30, 8)), rng.random((2, 30))
         peaks = [
@@ -285,23 +309,26 @@ class TestClaims:
         assert peaks == sorted(peaks)
         assert peaks[-1] == pytest.approx(1)
 
+    # Selected tokens have mass about s, the others
+    # epsilon, so epsilon sets the ratio.
     def test_epsilon_weighs_the_background(self, rng):
         tokens, scores = rng.standard_normal((1, 30, 8)), rng.random((1, 30))
-        faint = DifferentiableTokenMerging(0.1, 1e-6).merge(tokens, scores, 5).mass
-        assert faint.max() / faint.min() > 1e3
-        level = DifferentiableTokenMerging(100.0, 1e6).merge(tokens, scores, 5).mass
-        assert level.min() / level.max() > 0.99  # so hot that none is selected alone
+        low = DifferentiableTokenMerging(0.1, 1e-6).merge(tokens, scores, 5).mass
+        assert low.max() / low.min() > 1e3
+        even = DifferentiableTokenMerging(100.0, 1e6).merge(tokens, scores, 5).mass
+        assert even.min() / even.max() > 0.99  # at this temperature no token stands out
 
     def test_merged_tokens_are_saliency_weighted_means(self, rng):
         tokens, scores = rng.standard_normal((30, 8)), rng.random(30)
         m = DifferentiableTokenMerging().merge(tokens, scores, 5)
         for k in range(5):
             members = m.labels == k
+            # sum m x / sum m over the members.
             mean = np.average(tokens[members], axis=0, weights=m.mass[members])
             np.testing.assert_allclose(m.tokens[k], mean)
 
     def test_clusters_are_by_cosine(self, rng):
-        """Tokens' lengths do not move them between groups."""
+        """The norms of tokens do not change the groups."""
         tokens, scores = rng.standard_normal((30, 8)), rng.random(30)
         lengths = rng.uniform(0.1, 10, (30, 1))
         np.testing.assert_allclose(
@@ -314,9 +341,10 @@ class TestClaims:
         np.testing.assert_array_equal(plain, scaled)
 
     def test_compressed_sequences_stay_valid_for_decoding(self, rng):
-        """No merged token holds a later token than its own place in the order."""
+        """No merged token contains a token later than its own position."""
         m = quickmerge(rng.standard_normal((40, 8)), 10)
         assert (np.diff(m.positions) > 0).all()
+        # Token i goes into a group whose last member is at i or later.
         assert (np.arange(40) <= m.positions[m.labels]).all()
 
     def test_alpha_weighs_the_alignment(self, rng):
@@ -326,6 +354,7 @@ class TestClaims:
             2.5 * losses["ar_alignment"] + losses["fidelity"]
         )
 
+    # gamma = 1 allows no error, gamma = 0 an error of 1.
     def test_gamma_is_the_norm_mass_to_retain(self, rng):
         tokens = rng.standard_normal((2, 30, 8))
         strict, loose = (
@@ -334,6 +363,7 @@ class TestClaims:
         )
         assert strict > loose >= 0
 
+    # 16 bits instead of 32: half the bytes, and the last bits of each value rounded.
     def test_half_precision_halves_the_bytes(self, rng):
         tokens = rng.standard_normal((2, 30, 8))
         half, single = (
@@ -342,11 +372,13 @@ class TestClaims:
         assert half.nbytes * 2 == single.nbytes
         np.testing.assert_allclose(half, single, atol=5e-3)
 
+    # With one merged token there is no next token to predict.
     def test_one_target_token(self, rng):
         _, losses = QuickMergePP(embedding_dim=8)(rng.standard_normal((2, 9, 8)), 1)
         assert losses["ar_alignment"] == 0
         assert all(math.isfinite(loss) for loss in losses.values())
 
+    # An integer 1 is the ratio 1.0 here, not K = 1: the argument is a ratio.
     @pytest.mark.parametrize("entropy_budget", [1, 1.0])
     def test_a_budget_of_one_keeps_all(self, rng, entropy_budget):
         tokens = rng.standard_normal((9, 8))
@@ -354,10 +386,10 @@ class TestClaims:
         np.testing.assert_array_equal(merged, tokens)
 
     @pytest.mark.parametrize("entropy_budget", [0, 2, 1.01, -0.5])
-    def test_a_budget_is_a_share(self, rng, entropy_budget):
+    def test_a_budget_is_a_ratio(self, rng, entropy_budget):
         with pytest.raises(ValueError, match=r"`entropy_budget` must lie in \(0, 1\]"):
             quickmerge_inference(rng.standard_normal((9, 8)), None, entropy_budget)
 
-    def test_inference_wants_one_sequence(self, rng):
+    def test_inference_takes_one_sequence(self, rng):
         with pytest.raises(ValueError, match=r"`tokens` must have shape \(N, D\)"):
             quickmerge_inference(rng.standard_normal((2, 9, 8)), None)

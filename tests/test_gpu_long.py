@@ -1,7 +1,7 @@
-"""Long sequences on a GPU: every way of clustering past every change of its launch.
+"""Long sequences on a GPU: every clustering method at lengths where launches change.
 
-Blocks, shared memory and cooperation depend on N; each method is held against the
-reference where these change. ``QM_CUPY_LONG`` names the lengths N.
+Blocks, shared memory and cooperation depend on N. Each method is compared with the
+reference on both sides of these changes. ``QM_CUPY_LONG`` names the lengths N.
 """
 
 import functools
@@ -10,7 +10,7 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
-from gpu_parity import as_given, marks, on_host
+from gpu_parity import as_argument, marks, on_host
 from seam import cuda
 
 import qm_cupy as qm
@@ -21,16 +21,20 @@ pytestmark = marks
 SIZES = [
     int(n) for n in os.environ.get("QM_CUPY_LONG", "600,1100,1600,4096").split(",")
 ]
-DIM = 16
-# Tokens whose group may differ where sums are in float32: of distances that are nearly
-# equal, another one may be the least.
+DIM = 16  # small, because the reference runs at every length
+# The fraction of tokens whose group may differ if sums are in float32: of nearly equal
+# distances, another one may be the smallest.
 FLIPPED = 0.01
 
 
 @functools.cache
 def tokens_of(num_tokens):
-    """Return tokens (2, N, D) that every dtype holds exactly; K = N // 3."""
+    """Return tokens (2, N, D) that every dtype represents exactly; K = N // 3.
+
+    The input is then the same in every dtype, so one reference is enough.
+    """
     x = np.random.default_rng(num_tokens).standard_normal((2, num_tokens, DIM))
+    # Rounds to 8 bits.
     return x.astype(ml_dtypes.bfloat16).astype(np.float16).astype(np.float64)
 
 
@@ -40,6 +44,7 @@ def labels_of(num_tokens, method):
 
 
 def first_members(labels):
+    # Groups may be numbered differently; their first members identify them.
     """Return the position of the first token of each token's group, (B, N)."""
     return np.array([np.unique(x, return_index=True)[1][x] for x in labels])
 
@@ -48,12 +53,13 @@ def first_members(labels):
 @pytest.mark.parametrize("method", METHODS)
 def test_clustering(method, num_tokens, gpu_kernels, gpu_dtype):
     tokens, num_groups = tokens_of(num_tokens), num_tokens // 3
-    given = as_given(tokens, "cupy", gpu_dtype)
-    labels = on_host(qm.cluster_tokens(given, num_groups, method=method))
+    argument = as_argument(tokens, "cupy", gpu_dtype)
+    labels = on_host(qm.cluster_tokens(argument, num_groups, method=method))
     wanted = first_members(labels_of(num_tokens, method))
     got = first_members(labels)
     for sequence in labels:
         np.testing.assert_array_equal(np.unique(sequence), np.arange(num_groups))
+        # The last member is the first one of the reversed sequence.
         last = np.unique(sequence[::-1], return_index=True)[1]
         assert (np.diff(last) < 0).all()  # groups are in the order of their last token
     allowed = 0 if gpu_dtype == np.float64 else FLIPPED
@@ -63,16 +69,17 @@ def test_clustering(method, num_tokens, gpu_kernels, gpu_dtype):
 @pytest.mark.parametrize("num_tokens", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_quickmerge(method, num_tokens, gpu_kernels):
-    """The pipeline at that length, with protected tokens, padding and a K of each."""
+    """The pipeline at these lengths, with protected tokens, padding and K each."""
     tokens = tokens_of(num_tokens)
     mask = np.ones(tokens.shape[:2], np.bool_)
     mask[1, num_tokens // 2 :] = False
     protect = np.zeros_like(mask)
     protect[:, 0] = True
     counts = mask.sum(-1) // 4
-    given = {"tokens": tokens, "mask": mask, "protect": protect, "budget": counts}
-    wanted = qm.quickmerge(**given, method=method)
-    on_gpu = {k: as_given(x, "cupy", np.dtype("f8")) for k, x in given.items()}
+    inputs = {"tokens": tokens, "mask": mask, "protect": protect, "budget": counts}
+    wanted = qm.quickmerge(**inputs, method=method)
+    on_gpu = {k: as_argument(x, "cupy", np.dtype("f8")) for k, x in inputs.items()}
+    # In float64 no distance is near enough to another one for a different label.
     got = qm.quickmerge(**on_gpu, method=method)
     for name in ("labels", "sizes", "positions"):
         x, y = getattr(got, name), getattr(wanted, name)
@@ -83,32 +90,34 @@ def test_quickmerge(method, num_tokens, gpu_kernels):
 
 
 @pytest.mark.parametrize("num_tokens", [n for n in SIZES if n < 2000])
-@pytest.mark.parametrize("dim", [96, 267])  # of whole chunks, or not; many steps
+@pytest.mark.parametrize("dim", [96, 267])  # whole chunks, or a remainder; many steps
 def test_optimized_tiles_of_every_shape_give_the_same_bits(
     dim, num_tokens, gpu_dtype, launches, monkeypatch
 ):
     shared = cuda.current_device().shared_bytes
     tokens = np.random.default_rng(dim).standard_normal((2, num_tokens, dim))
-    x = as_given(tokens, "cupy", gpu_dtype)
+    x = as_argument(tokens, "cupy", gpu_dtype)
     calls = {
         "self_attention_states": lambda: qm.self_attention_entropy(x),
         "query_key_entropy": lambda: qm.query_key_entropy(x, x, causal=True),
         "cosine_similarity": lambda: qm.cosine_similarity(x),
         "nearest_anchors": lambda: qm.reconstruction_error(x, x[:, ::3]),
     }
-    monkeypatch.setattr(cuda, "_WIDE_COST", 0)  # whether it pays or not
+    monkeypatch.setattr(cuda, "_WIDE_COST", 0)  # select wide tiles even if slower
     for kernel, call in calls.items():
-        found = {}
-        # Whole tiles; half ones; then wide ones and kept queries, where there is room.
+        results = {}
+        # Whole tiles; half tiles; then wide ones and kept queries, if they fit.
         for device in ((1, 0), (10_000, 0), (1, shared)):
             monkeypatch.setattr(
-                cuda, "current_device", lambda now=device: cuda.Device(*now)
+                cuda, "current_device", lambda limits=device: cuda.Device(*limits)
             )
             launches.clear()
             got = on_host(call())
+            # One kernel with any suffix must have run, or the test would compare
+            # nothing.
             (name,) = (name for name in launches if name.startswith(kernel))
-            found[name] = got
+            results[name] = got
         if kernel != "query_key_entropy":
-            assert {kernel, f"{kernel}_half"} <= set(found)
-        for name, got in found.items():
-            np.testing.assert_array_equal(got, found[kernel], name)
+            assert {kernel, f"{kernel}_half"} <= set(results)
+        for name, got in results.items():
+            np.testing.assert_array_equal(got, results[kernel], name)

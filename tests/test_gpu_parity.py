@@ -1,4 +1,4 @@
-"""Every public function on a GPU against the NumPy reference; needs CuPy and a GPU."""
+"""Compares every public function on a GPU with the NumPy reference; needs CuPy."""
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ def test_parity(name, num_tokens, masked, gpu_kernels, gpu_dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_num_groups_per_sequence(name, gpu_library, gpu_kernels, gpu_dtype):
+    # K per sequence leaves padded groups in the results, which must be zero.
     got = run(calls(33, masked=True, ragged=True)[name], gpu_library, gpu_dtype)
     wanted = reference(name, 33, True, True, gpu_dtype)
     check(name, got, wanted, gpu_library, gpu_dtype)
@@ -38,6 +39,7 @@ def test_num_groups_per_sequence(name, gpu_library, gpu_kernels, gpu_dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strided_inputs(name, gpu_library, gpu_kernels, gpu_dtype):
+    # Kernels need contiguous rows, so the library must copy these inputs first.
     got = run(calls(33, masked=True)[name], gpu_library, gpu_dtype, strided=True)
     wanted = reference(name, 33, True, False, gpu_dtype)
     check(name, got, wanted, gpu_library, gpu_dtype)
@@ -45,6 +47,7 @@ def test_strided_inputs(name, gpu_library, gpu_kernels, gpu_dtype):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "MLPPrior.fit"])
 def test_empty_batch(name, gpu_kernels, gpu_dtype):
+    # The empty batch launches nothing, but shapes and dtypes must be the same.
     function, arguments = calls(33)[name]
     arguments = {
         k: np.take(x, [], axis=x.shape.index(BATCH))  # (B, …) or (L, B, …)
@@ -59,6 +62,7 @@ def test_empty_batch(name, gpu_kernels, gpu_dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_bits_on_every_run(name, gpu_kernels, gpu_dtype):
+    # Bits, not values: a float atomic would add in another order in each run.
     call = calls(SIZES[0], masked=True)[name]
     first, again = run(call, "cupy", gpu_dtype), run(call, "cupy", gpu_dtype)
     for x, y in zip(first, again, strict=True):
@@ -68,11 +72,13 @@ def test_same_bits_on_every_run(name, gpu_kernels, gpu_dtype):
 @pytest.mark.parametrize("num_tokens", SIZES)
 @pytest.mark.parametrize("name", TF32_TOLERANCE)
 def test_tf32_is_near_the_reference(name, num_tokens):
-    """With the optimized kernels; gradients are held against their largest entry."""
+    """With the optimized kernels; gradients are compared by their largest entry."""
     with qm.allow_tf32():
         got = run(calls(num_tokens)[name], "cupy", np.dtype("f4"))
     wanted = reference(name, num_tokens, False, False, np.dtype("f4"))
     for x, y in zip(got, wanted, strict=True):
+        # A bound for values of about 1; of gradients only the largest entry is
+        # known.
         peak = abs(y).max()
         room = TF32_TOLERANCE[name] * (peak if "vjp" in name else max(peak, 1))
         np.testing.assert_allclose(on_host(x), y, rtol=0, atol=room)
@@ -80,9 +86,9 @@ def test_tf32_is_near_the_reference(name, num_tokens):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_subnormal_scores_are_ordered(dtype, gpu_kernels):
-    """CuPy compiles with -ftz=true: a comparison of floats would find them equal."""
+    """CuPy compiles with -ftz=true, which makes subnormal floats compare as equal."""
     tiny = np.finfo(dtype).smallest_subnormal
     scores = np.random.default_rng(0).permutation(300).astype(dtype) * tiny
-    scores[::7] *= -1
+    scores[::7] *= -1  # both signs
     got = qm.select_tokens(cupy.asarray(scores), 100).get()
     np.testing.assert_array_equal(got, qm.select_tokens(scores, 100))

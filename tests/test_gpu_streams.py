@@ -6,7 +6,7 @@ from gpu_calls import NAMES, calls
 from gpu_parity import (
     NO_POOL,
     SIZES,
-    as_given,
+    as_argument,
     cupy,
     leaves,
     marks,
@@ -20,13 +20,13 @@ from qm_cupy.stages.clustering.linkage import LINKAGES
 
 pytestmark = marks
 
-# Work is captured into a CUDA graph: while a stream captures, the driver refuses every
-# wait for it and every touch of the legacy default stream, so neither can hide. The
-# stream is not "non-blocking", which would let the latter pass.
+# Calls are captured into a CUDA graph. While a stream captures, the driver refuses
+# every wait for it and every use of the legacy default stream, so the tests see both.
+# The stream is not "non-blocking", because that would allow the legacy default stream.
 
 
 def capture(function):
-    """Return the result of a captured call, empty still, and how to fill it."""
+    """Return the empty result of a captured call, and a function that fills it."""
     stream = cupy.cuda.Stream()
     cupy.cuda.Device().synchronize()  # the inputs come from another stream
     with stream:
@@ -36,6 +36,7 @@ def capture(function):
         stream.begin_capture()
         try:
             result = function()
+        # Even after an error: a stream that still captures fails all later tests.
         finally:
             graph = stream.end_capture()
 
@@ -49,24 +50,24 @@ def capture(function):
 needs_pool = pytest.mark.skipif(NO_POOL, reason="a graph cannot allocate without pool")
 
 
-COUNTS = {"num_groups", "budget", "hard"}  # K of each sequence, known on the host
-# These read on the host what they have found on the GPU: K, or weights.
+COUNTS = {"num_groups", "budget", "hard"}  # K per sequence, known on the host
+# These read values on the host that the GPU has computed: K, or weights.
 WAIT = {"norm_budget", "choose_merge", "MLPPrior.fit"}
 
 
 @needs_pool
-@pytest.mark.parametrize("kind", ["full", "padded", "ragged"])
+@pytest.mark.parametrize("case", ["full", "padded", "ragged"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WAIT])
-def test_no_host_synchronisation(name, kind, gpu_kernels):
-    function, arguments = calls(33, kind != "full", kind == "ragged")[name]
-    given = {
-        k: x if k in COUNTS else as_given(x, "cupy", np.dtype("f4"))
+def test_no_host_synchronisation(name, case, gpu_kernels):
+    function, arguments = calls(33, case != "full", case == "ragged")[name]
+    inputs = {
+        k: x if k in COUNTS else as_argument(x, "cupy", np.dtype("f4"))
         for k, x in arguments.items()
     }
-    wanted = leaves(function(**given))
-    got, replay = capture(lambda: leaves(function(**given)))
+    wanted = leaves(function(**inputs))
+    got, replay = capture(lambda: leaves(function(**inputs)))
     for x in got:
-        x[...] = 7  # memory comes back from the pool with the last result in it
+        x[...] = 7  # the pool may return memory that still contains the last result
     cupy.cuda.Device().synchronize()
     replay()
     for x, y in zip(got, wanted, strict=True):
@@ -75,16 +76,20 @@ def test_no_host_synchronisation(name, kind, gpu_kernels):
 
 @needs_pool
 def test_a_host_synchronisation_would_be_caught():
+    # Without this check the tests above would pass on a driver that allows the
+    # wait.
     x = cupy.arange(3)
-    with pytest.raises(RuntimeError, match="captur"):  # CuPy's own words, or CUDA's
+    # "captur" is in CuPy's own message and in CUDA's.
+    with pytest.raises(RuntimeError, match="captur"):
         capture(lambda: int(x.sum()))
 
 
+# A graph cannot allocate without a pool, so the linkages are left out then.
 GRAPHED = [method for method in METHODS if not (NO_POOL and method in LINKAGES)]
 
 
 def sequences(seed):
-    """Return tokens (2, 257, 64), or fewer without a pool, of float32."""
+    """Return float32 tokens (2, 257, 64), or shorter ones if `SIZES` is shorter."""
     rng = np.random.default_rng(seed)
     return rng.standard_normal((2, max(SIZES), 64)).astype(np.float32)
 
@@ -98,24 +103,28 @@ def same_results(got, wanted):
 def test_a_workspace_allocates_once(method, gpu_kernels):
     x, workspace = cupy.asarray(sequences(0)), qm.Workspace()
     wanted = qm.quickmerge(x, 9, method=method)
+    # The first call sizes the workspace, the second one may still grow it.
     out = qm.quickmerge(x * 2, 9, method=method, workspace=workspace)
     assert workspace.nbytes > 0
     qm.quickmerge(x * 3, 9, method=method, out=out, workspace=workspace)
-    held = workspace.nbytes
+    num_bytes = workspace.nbytes
 
     def refuse(size):
         raise AssertionError(f"{size} bytes are allocated")
 
+    # From here on any allocation is an error.
     with cupy.cuda.using_allocator(refuse):
         got = qm.quickmerge(x, 9, method=method, out=out, workspace=workspace)
     assert got is out
-    assert workspace.nbytes == held
+    assert workspace.nbytes == num_bytes
     same_results(got, wanted)
 
 
+# `out.tokens` are the first 2 * 9 * 64 elements of the buffer. The input starts at
+# `offset`: the last offset is the first without an overlap.
 @pytest.mark.parametrize("offset", [0, 64, 2 * 9 * 64 - 1, 2 * 9 * 64])
-def test_out_overlaps_no_input(offset):
-    """Two views of one buffer; each is an array of its own when it has come in."""
+def test_out_must_not_overlap_an_input(offset):
+    """Two views of one buffer: each becomes an array of its own on conversion."""
     buffer = cupy.zeros(40_000, cupy.float32)
     x = buffer[offset : offset + 2 * 33 * 64].reshape(2, 33, 64)
     x[...] = cupy.asarray(sequences(0)[:, :33])
@@ -139,7 +148,7 @@ def test_a_graph_replays_with_new_inputs(method, gpu_kernels):
 
     _, replay = capture(call)
     for seed in (1, 2):
-        x[...] = cupy.asarray(sequences(seed))
+        x[...] = cupy.asarray(sequences(seed))  # the address that the graph reads
         cupy.cuda.Device().synchronize()
         replay()
         wanted = qm.quickmerge(cupy.asarray(sequences(seed)), 9, method=method)
@@ -151,8 +160,11 @@ def test_a_graph_replays_with_new_inputs(method, gpu_kernels):
 def test_a_graph_of_torch_replays_with_new_inputs(method, counts, gpu_kernels):
     torch = need_torch()
     x, workspace = torch.from_numpy(sequences(0)).cuda(), qm.Workspace()
+    # A graph cannot contain a copy from the CPU: K per sequence must be arguments of
+    # its kernels.
     budget = np.array(counts) if isinstance(counts, tuple) else counts
     out = qm.quickmerge(x, budget, method=method, workspace=workspace)
+    # Grows the workspace before the capture.
     qm.quickmerge(x, budget, method=method, out=out, workspace=workspace)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -167,18 +179,19 @@ def test_a_graph_of_torch_replays_with_new_inputs(method, counts, gpu_kernels):
 
 
 def sleep():
-    """Keep CuPy's current stream busy for a tenth of a second or so."""
+    """Keep CuPy's current stream busy for about a tenth of a second."""
     code = """extern "C" __global__ void wait(long long cycles) {
         for (long long start = clock64(); clock64() - start < cycles;) {}
     }"""
+    # Cycles: 0.1 s at 2 GHz.
     cupy.RawKernel(code, "wait")((1,), (1,), (np.int64(200_000_000),))
 
 
-def test_a_slow_producer_is_waited_for():
-    """In its own stream, and through DLPack's `stream` from another one."""
+def test_a_stream_waits_for_a_slow_producer():
+    """The library's own stream waits, also through DLPack's `stream` argument."""
 
     class Producer:
-        """Speaks DLPack alone, with its work on a side stream."""
+        """Supports only DLPack, with its work on a side stream."""
 
         def __dlpack_device__(self):
             return x.__dlpack_device__()
@@ -191,7 +204,8 @@ def test_a_slow_producer_is_waited_for():
     x = cupy.zeros_like(values)
     wanted = qm.norm_saliency(values).get()
     side, ours = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
-    for given, stream in ((x, side), (Producer(), ours)):
+    for argument, stream in ((x, side), (Producer(), ours)):
+        # Zeros remain if the call reads before the copy below.
         x[...] = 0
         cupy.cuda.Device().synchronize()
         with side:
@@ -199,13 +213,13 @@ def test_a_slow_producer_is_waited_for():
             x[...] = values
             slow = side.record()
         with stream:
-            got = qm.norm_saliency(given)
-            assert not slow.done  # the call has not waited: the stream does
+            got = qm.norm_saliency(argument)
+            assert not slow.done  # the host has not waited; only the stream waits
             np.testing.assert_array_equal(got.get(), wanted)
 
 
-def test_torch_is_worked_for_in_its_current_stream():
-    """Its other stream, which waits for that one, does not read too early."""
+def test_torch_tensors_use_the_current_stream_of_torch():
+    """Another stream that waits for the current one does not read too early."""
     torch = need_torch()
     values = torch.from_numpy(sequences(1)).cuda()
     x = torch.zeros_like(values)
@@ -217,6 +231,6 @@ def test_torch_is_worked_for_in_its_current_stream():
         x.copy_(values)
         slow = side.record_event()
         got = qm.norm_saliency(x)
-        assert not slow.query()  # the call has not waited
+        assert not slow.query()  # the host has not waited
     torch.cuda.current_stream().wait_stream(side)
     assert torch.equal(got.cpu(), wanted)

@@ -1,4 +1,4 @@
-"""The house stays in order: layers, pages, names and lengths, held by the sources."""
+"""The order of the sources: layers, pages, names and lengths."""
 
 import inspect
 from pathlib import Path
@@ -16,10 +16,10 @@ PAGES = {
     for path in ROOT.glob("qm_cupy/stages/**/*.py")
     if path.stem != "__init__"
 }
-MOST_LINES = 450
+MAX_LINES = 450
 
-# Who may import whom, beside itself. What is not in a row is not imported by it:
-# `torch` and `jax` by nothing, `cli` by `__main__` alone.
+# Which package may import which others, besides itself. Only `__main__` imports `cli`,
+# and nothing imports `torch` and `jax`, so that the library works without them.
 LAYERS = {
     name: tuple(row.split())
     for name, row in {
@@ -46,27 +46,27 @@ LAYERS = {
     }.items()
 }
 
-# Public functions that share a page.
+# Public functions whose page has another name.
 PAGE_OF = {
     "group_sizes": "groups",
     "group_positions": "groups",
     "token_budget": "budget",
     "norm_budget": "budget",
 }
-# What public functions have no need of, and why.
+# The parts of a page that a public function does not need, and why.
 WITHOUT = {
-    "token_budget": {"reference", "launcher"},  # of numbers
-    "norm_budget": {"launcher"},  # those of `token_norms` and NumPy
-    "gumbel_noise": {"launcher"},  # always NumPy's; kernels draw their own
-    "norm_saliency": {"launcher"},  # those of `token_norms` and `saliency`
-    "group_sizes": {"launcher"},  # one for both
+    "token_budget": {"reference", "launcher"},  # computes with numbers, not arrays
+    "norm_budget": {"launcher"},  # uses that of `token_norms`, and NumPy
+    "gumbel_noise": {"launcher"},  # always NumPy; kernels draw their own noise
+    "norm_saliency": {"launcher"},  # uses those of `token_norms` and `saliency`
+    "group_sizes": {"launcher"},  # one launcher for both
     "group_positions": {"launcher"},
-    "linkage": {"launcher"},  # in linkage_cuda.py
+    "linkage": {"launcher"},  # it is in linkage_cuda.py
     "decode": {"reference", "launcher"},  # the model computes
-    "fidelity_loss": {"reference", "launcher"},  # of `reconstruction_error`
+    "fidelity_loss": {"reference", "launcher"},  # uses `reconstruction_error`
     "fidelity_loss_vjp": {"reference", "launcher"},
 }
-# Kernels that belong to a module which is not a page of their name.
+# Kernels of modules that have another name.
 KERNELS_OF = {"counts": "launch", "single_linkage": "linkage_cuda"}
 
 
@@ -76,15 +76,17 @@ def test_nothing_private_is_imported_across_files():
         for name, text in house.read(
             ROOT / "qm_cupy", ROOT / "tests", ROOT / "benchmarks"
         ).items()
-        if house.part(name) != "cupy" and not name.startswith("cupy.")  # a stand-in
+        if house.part(name) != "cupy" and not name.startswith("cupy.")  # replaces CuPy
     }
     assert house.private_uses(sources) == []
 
 
-def test_imports_have_no_circle():
+# With a cycle it depends on the first import whether all of them work.
+def test_imports_have_no_cycle():
     assert house.circle(GRAPH) is None
 
 
+# The layers allow any import of a lower package, but training is for priors only.
 def test_imports_run_downwards():
     assert house.crossings(GRAPH, LAYERS) == []
     training = {
@@ -100,7 +102,8 @@ def test_the_layers_are_those_of_the_package():
     for name, targets in GRAPH.items():
         used[house.part(name)] |= {house.part(x) for x in targets}
     for name, row in LAYERS.items():
-        assert set(row) == used[name] - {name}, name  # no more than is needed
+        # The table is exact, so that it also documents the imports.
+        assert set(row) == used[name] - {name}, name  # no entry that is not needed
 
 
 @pytest.mark.parametrize(
@@ -108,47 +111,50 @@ def test_the_layers_are_those_of_the_package():
     [
         name
         for name in qm.__all__
-        if inspect.isfunction(thing := getattr(qm, name))
-        if thing.__module__.startswith("qm_cupy.stages.")
+        if inspect.isfunction(function := getattr(qm, name))
+        if function.__module__.startswith("qm_cupy.stages.")
     ],
 )
 def test_every_operation_has_its_page(name):
     page = PAGE_OF.get(name, name.removesuffix("_vjp"))
     assert page in PAGES
+    # A reader finds the function, its reference and its launcher in one file.
     assert house.missing_from_page(name, PAGES[page]) == WITHOUT.get(name, set())
 
 
-def test_every_kernel_file_has_a_page_and_a_plain_twin():
-    """`single_linkage` is plain enough as `linkage`."""
+def test_every_kernel_file_has_a_page_and_a_basic_version():
+    """The basic version of `single_linkage` is `linkage`."""
     modules = {name.rpartition(".")[2] for name in PACKAGE}
     for path in ROOT.glob("kernels/*/*.cu"):
         page = KERNELS_OF.get(path.stem, path.stem.removesuffix("_vjp"))
         assert page in modules, path
-        plain = path.stem.removeprefix("single_")
-        assert (ROOT / "kernels" / "basic" / f"{plain}.cu").exists(), path
+        basic = path.stem.removeprefix("single_")
+        assert (ROOT / "kernels" / "basic" / f"{basic}.cu").exists(), path
 
 
 def test_every_page_has_its_tests():
-    """A page of no public function is tested by those of its folder."""
+    """A page without a public function is tested by the tests of its folder."""
     for path in ROOT.glob("qm_cupy/stages/**/*.py"):
         if path.stem == "__init__":
             continue
         if house.functions(PAGES[path.stem]) & set(qm.__all__):
-            found = ROOT.glob(f"tests/**/test_{path.stem}*.py")
+            files = ROOT.glob(f"tests/**/test_{path.stem}*.py")
         else:
-            found = ROOT.glob(f"tests/stages/{path.parent.name}/test_*.py")
-        assert any(found), path
+            files = ROOT.glob(f"tests/stages/{path.parent.name}/test_*.py")
+        assert any(files), path
 
 
 def test_no_file_is_long():
     files = [*ROOT.glob("qm_cupy/**/*.py"), *ROOT.glob("kernels/**/*.cu*")]
-    assert house.long_files(files, MOST_LINES) == []
+    assert house.long_files(files, MAX_LINES) == []
 
 
 class TestHouse:
-    """Each guard finds what is planted."""
+    """Each check reports what it must, in small sources that break the rule."""
 
     def test_private_uses(self):
+        # Each form of import can use the private function `_f`. Dunder names and
+        # attributes of other objects are allowed.
         sources = {
             "p": "",
             "p.a": "def _f(): ...\ng = _f()",
@@ -168,6 +174,8 @@ class TestHouse:
         )
 
     def test_import_graph(self):
+        # Relative imports of one, two and three dots, and
+        # an import inside a function.
         sources = {
             "p": "from .a import f\nfrom . import q",
             "p.a": "import os.path",
@@ -186,10 +194,11 @@ class TestHouse:
     def test_circle(self):
         sources = {"p.a": "from . import b", "p.b": "import json", "p": ""}
         assert house.circle(house.import_graph(sources)) is None
-        sources["p.b"] = "def late():\n    from .a import f"
+        sources["p.b"] = "def late():\n    from .a import f"  # also inside a function
         assert set(house.circle(house.import_graph(sources))) == {"p.a", "p.b"}
 
     def test_crossings(self):
+        # `high` is above `low`; `new` has no row in the table.
         graph = {
             "qm_cupy": {"qm_cupy.low.a", "qm_cupy.high"},
             "qm_cupy.high": {"qm_cupy.low.a"},
@@ -205,6 +214,7 @@ class TestHouse:
         ]
 
     def test_missing_from_page(self):
+        # An imported launcher counts, and so does a private reference.
         page = "from .x import f_cuda\ndef f(): ...\ndef _f_reference(): ..."
         assert house.missing_from_page("f", page) == set()
         assert house.missing_from_page("g", page) == {
@@ -215,11 +225,12 @@ class TestHouse:
 
     def test_long_files(self, tmp_path):
         (tmp_path / "a.py").write_text("x = 1\n" * 3)
-        (tmp_path / "b.py").write_text("x = 1\n" * 4)
+        (tmp_path / "b.py").write_text("x = 1\n" * 4)  # one line too many
         assert house.long_files(tmp_path.glob("*.py"), 3) == ["b.py has 4 lines"]
 
     def test_read(self, tmp_path):
         (tmp_path / "p" / "q").mkdir(parents=True)
         for file in ("p/__init__.py", "p/q/__init__.py", "p/q/a.py", "alone.py"):
             (tmp_path / file).write_text(f"name = {file!r}")
+        # `alone` is in no package.
         assert {*house.read(tmp_path)} == {"p", "p.q", "p.q.a", "alone"}

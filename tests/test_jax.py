@@ -1,4 +1,4 @@
-"""The functions of `qm_cupy` with JAX: differentiable, and under transformations."""
+"""The functions of `qm_cupy` with JAX: gradients, and JAX's transformations."""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -16,36 +16,41 @@ jnp = jax.numpy
 check_grads = pytest.importorskip("jax.test_util").check_grads
 
 
+# Eager calls have values, jitted ones only tracers: the two ways through the library.
 @pytest.fixture(params=["eager", "jit"])
 def transform(request):
     return jax.jit if request.param == "jit" else lambda function: function
 
 
-def arrays(given, dtype=np.float64):
-    """Give arrays to JAX, floats in a dtype; counts, of which shapes are, stay ours."""
-    found = {}
-    for name, x in given.items():
-        found[name] = x
+def arrays(inputs, dtype=np.float64):
+    """Convert arrays to JAX, floats in a dtype; leave counts, which decide shapes."""
+    converted = {}
+    for name, x in inputs.items():
+        converted[name] = x
         if isinstance(x, np.ndarray) and name not in ("num_groups", "budget"):
-            found[name] = jnp.asarray(x, dtype if x.dtype.kind == "f" else None)
-    return found
+            converted[name] = jnp.asarray(x, dtype if x.dtype.kind == "f" else None)
+    return converted
 
 
 def run(call, inputs, rest):
-    return flat(getattr(qm, call.function)(**inputs, **rest))
+    return flat(getattr(qm, call.function)(**inputs, **rest))  # floating results only
 
 
 def total(results):
-    """Sum the results up, each entry with a weight of its own."""
+    """Return the sum of the results, each entry with a random weight of its own.
+
+    A plain sum would hide gradients that are only permuted.
+    """
     rng = np.random.default_rng(0)
     return sum((x * rng.standard_normal(x.shape)).sum() for x in results)
 
 
 class TestNames:
-    def test_pytrees_alone_are_in_the_module(self):
+    def test_the_module_has_only_pytrees(self):
         assert qj.__all__ == ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
         for name in qj.__all__:
             assert getattr(qj, name) is getattr(qm, name)
+        # 4 weights of each of 2 MLPs.
         assert len(jax.tree.leaves(qm.QuickMergePP(4))) == 8
 
     def test_constants_have_no_gradient(self, transform):
@@ -61,6 +66,7 @@ class TestNames:
             "group_positions": (labels, {"num_groups": 3}),
         }
         assert set(calls) == CONSTANT
+        # Each must work under jit, give integers, and have gradient 0.
         for name, (x, options) in calls.items():
             function = transform(functools.partial(getattr(qm, name), **options))
             result = function(x)
@@ -74,7 +80,7 @@ class TestNames:
                 assert not jax.grad(loss)(x).any()
 
     @pytest.mark.parametrize("name", ["cosine_similarity", "linkage", "decode"])
-    def test_the_others_refuse_tracers(self, name):
+    def test_other_functions_refuse_tracers(self, name):
         more = (lambda x: x,) if name == "decode" else ()
         with pytest.raises(TypeError, match="is a JAX tracer"):
             jax.grad(lambda x: getattr(qm, name)(x, *more).sum())(jnp.ones((5, 3)))
@@ -83,7 +89,7 @@ class TestNames:
 @pytest.mark.parametrize("name", CALLS)
 class TestCalls:
     @pytest.mark.parametrize("wide", [False, True])
-    def test_results_are_the_library_s(self, name, wide, transform):
+    def test_results_equal_those_without_jit(self, name, wide, transform):
         call = CALLS[name]
         with jax.enable_x64(wide):
             dtype = np.float64 if wide else np.float32
@@ -100,16 +106,19 @@ class TestCalls:
             inputs, rest = arrays(call.inputs), arrays(call.rest)
 
             @transform
-            def function(*given):
-                given = map(jnp.asarray, given)  # which NumPy has moved
-                return run(call, dict(zip(inputs, given, strict=True)), rest)
+            def function(*values):
+                # check_grads moves the point in NumPy, so these are NumPy arrays.
+                values = map(jnp.asarray, values)
+                return run(call, dict(zip(inputs, values, strict=True)), rest)
 
-            given = (*inputs.values(),)
-            near = {"eps": 1e-5, "rtol": 1e-6, "atol": 1e-8}
-            check_grads(function, given, order=1, modes=["rev"], **near)
+            values = (*inputs.values(),)
+            # A step of 1e-5 in float64 leaves about ten
+            # correct digits of a difference.
+            settings = {"eps": 1e-5, "rtol": 1e-6, "atol": 1e-8}
+            check_grads(function, values, order=1, modes=["rev"], **settings)
 
     def test_gradients_under_transformations(self, name):
-        """grad, value_and_grad, both orders of jit and grad, and one input alone."""
+        """grad, value_and_grad, both orders of jit and grad, and each input alone."""
         call = CALLS[name]
         inputs, rest = arrays(call.inputs, np.float32), arrays(call.rest, np.float32)
 
@@ -117,22 +126,25 @@ class TestCalls:
             return total(run(call, inputs, rest))
 
         wanted = jax.grad(loss)(inputs)
-        value, found = jax.value_and_grad(jax.jit(loss))(inputs)
+        value, result = jax.value_and_grad(jax.jit(loss))(inputs)
         assert value == pytest.approx(float(loss(inputs)), rel=1e-5)
-        for other in (found, jax.jit(jax.grad(loss))(inputs)):
+        for other in (result, jax.jit(jax.grad(loss))(inputs)):
             for x, y in zip(other.values(), wanted.values(), strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        # With one input alone the other arrays are constants.
         for one in inputs:
             alone = jax.grad(lambda x, one=one: loss({**inputs, one: x}))(inputs[one])
             np.testing.assert_array_equal(alone, wanted[one])
 
     def test_second_derivative(self, name):
+        # The gradients are kernels without gradients of their own. A silent 0 would
+        # be wrong, so a second derivative must raise.
         call = CALLS[name]
         inputs, rest = arrays(call.inputs, np.float32), arrays(call.rest, np.float32)
 
         def slope(inputs):
-            found = jax.grad(lambda x: total([y * y for y in run(call, x, rest)]))
-            return sum(x.sum() for x in found(inputs).values())
+            gradient = jax.grad(lambda x: total([y * y for y in run(call, x, rest)]))
+            return sum(x.sum() for x in gradient(inputs).values())
 
         with pytest.raises(NotImplementedError, match="can be differentiated once"):
             jax.grad(slope)(inputs)
@@ -145,25 +157,28 @@ class TestCalls:
         def loss(inputs, rest=rest):
             return total([x.astype(np.float32) for x in run(call, inputs, rest)])
 
-        found = transform(jax.grad(loss))(inputs)
+        result = transform(jax.grad(loss))(inputs)
+        # The same numbers in float32: only the last rounding differs.
         wide = {k: x.astype(np.float32) for k, x in inputs.items()}
         wanted = jax.grad(lambda x: loss(x, arrays(call.rest, np.float32)))(wide)
-        for x, y in zip(found.values(), wanted.values(), strict=True):
+        for x, y in zip(result.values(), wanted.values(), strict=True):
             assert x.dtype == dtype
             size = float(abs(y).max())
             got = np.asarray(x, np.float32)
+            # bfloat16 keeps 8 bits; 2 ** -6 leaves room for a few roundings.
             np.testing.assert_allclose(got, y, rtol=2**-6, atol=2**-6 * size)
 
 
 class TestVmap:
     @pytest.mark.slow("JAX compiles every call")
-    def test_one_sequence_after_the_other(self, rng):
+    def test_vmap_maps_one_sequence_at_a_time(self, rng):
         tokens = jnp.asarray(rng.standard_normal((3, 9, 4)), np.float32)
 
         def loss(tokens):
             merged = qm.quickmerge(tokens, 3)
             return (merged.tokens**2).sum() + merged.mass.sum()
 
+        # The expected values: one call for each sequence.
         wanted = [jax.value_and_grad(loss)(x) for x in tokens]
         for function in (jax.vmap, lambda f: jax.jit(jax.vmap(f))):
             values, slopes = function(jax.value_and_grad(loss))(tokens)
@@ -171,21 +186,23 @@ class TestVmap:
                 assert float(values[i]) == pytest.approx(float(value), rel=1e-6)
                 np.testing.assert_allclose(slopes[i], slope, rtol=1e-5, atol=1e-6)
 
-    def test_what_is_not_mapped(self, rng):
+    def test_arguments_that_are_not_mapped(self, rng):
         tokens = jnp.asarray(rng.standard_normal((3, 5, 4)), np.float32)
         labels = jnp.array([0, 1, 0, 1, 1])
-        found = jax.vmap(qm.merge_tokens, in_axes=(0, None, None))(tokens, labels, 2)
-        every = jnp.broadcast_to(labels, (3, 5))
-        np.testing.assert_array_equal(found, qm.merge_tokens(tokens, every, 2))
+        result = jax.vmap(qm.merge_tokens, in_axes=(0, None, None))(tokens, labels, 2)
+        repeated = jnp.broadcast_to(labels, (3, 5))
+        np.testing.assert_array_equal(result, qm.merge_tokens(tokens, repeated, 2))
 
+    # jacrev maps the vjp over the rows of the identity.
     def test_a_jacobian(self, rng):
         scores = jnp.asarray(rng.random(4), np.float32)
-        found = jax.jacrev(functools.partial(qm.gumbel_softmax, temperature=0.5))(
+        result = jax.jacrev(functools.partial(qm.gumbel_softmax, temperature=0.5))(
             scores
         )
         p = np.asarray(qm.gumbel_softmax(scores, temperature=0.5))
+        # The Jacobian of a softmax: (diag(p) - p pᵀ) / tau.
         wanted = (np.diag(p) - np.outer(p, p)) / 0.5
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-6)
 
 
 class TestPrior:
@@ -194,15 +211,15 @@ class TestPrior:
         return jnp.asarray(rng.standard_normal((2, 6, 4)), np.float32)
 
     def test_weights(self, merged, transform):
-        """Against JAX's own gradients through the plain formula."""
+        """Compares with JAX's own gradients through the plain formula."""
         prior = qm.MLPPrior.init(4, hidden_dim=5, seed=3)
 
         def plain(prior, merged):
-            steps = jnp.arange(1, 6)[:, None]
-            ways = (prior.forward, merged), (prior.backward, merged[:, ::-1])
+            steps = jnp.arange(1, 6)[:, None]  # t of the mean over x_1..t
+            directions = (prior.forward, merged), (prior.backward, merged[:, ::-1])
             losses = 0
-            for (w1, b1, w2, b2), x in ways:
-                context = x.cumsum(axis=1)[:, :-1] / steps
+            for (w1, b1, w2, b2), x in directions:
+                context = x.cumsum(axis=1)[:, :-1] / steps  # (B, K - 1, D)
                 gap = jax.nn.relu(context @ w1.T + b1) @ w2.T + b2 - x[:, 1:]
                 losses += (gap**2).mean(axis=(1, 2)).sum()
             return losses
@@ -210,10 +227,10 @@ class TestPrior:
         def ours(prior, merged):
             return qm.alignment_loss(merged, prior).total.sum()
 
-        found = transform(jax.grad(ours, argnums=(0, 1)))(prior, merged)
+        result = transform(jax.grad(ours, argnums=(0, 1)))(prior, merged)
         wanted = jax.grad(plain, argnums=(0, 1))(prior, merged)
-        assert isinstance(found[0], qm.MLPPrior)
-        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+        assert isinstance(result[0], qm.MLPPrior)
+        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True)
         for x, y in pairs:
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
@@ -225,13 +242,14 @@ class TestPrior:
             qm.alignment_loss(merged, prior).total,
         )
 
-    def test_a_merged_knows_its_groups(self):
+    def test_a_merged_brings_its_number_of_groups(self):
         tokens = jnp.arange(40.0).reshape(2, 5, 4) ** 2
         prior, counts = qm.MLPPrior.init(4), np.array([4, 2])
-        found = qm.quickmerge(tokens, counts)
-        wanted = qm.alignment_loss(found.tokens, prior, num_groups=counts).total
-        np.testing.assert_array_equal(qm.alignment_loss(found, prior).total, wanted)
-        assert (qm.alignment_loss(found.tokens, prior).total != wanted).any()
+        result = qm.quickmerge(tokens, counts)
+        wanted = qm.alignment_loss(result.tokens, prior, num_groups=counts).total
+        np.testing.assert_array_equal(qm.alignment_loss(result, prior).total, wanted)
+        # Without the counts the zeros of padded groups would count as tokens.
+        assert (qm.alignment_loss(result.tokens, prior).total != wanted).any()
 
     def test_a_merged_may_be_traced(self, rng):
         tokens = jnp.asarray(rng.standard_normal((2, 9, 4)), np.float32)
@@ -243,6 +261,7 @@ class TestPrior:
         np.testing.assert_allclose(jax.jit(loss)(tokens), loss(tokens), rtol=1e-6)
         np.testing.assert_allclose(jax.vmap(loss)(tokens), loss(tokens), rtol=1e-5)
 
+    # Optimizers return weights as JAX arrays, not as NumPy's.
     def test_a_trained_prior_predicts(self, merged):
         prior = qm.MLPPrior.init(4, hidden_dim=5)
         trained = jax.tree.map(jnp.asarray, prior)
@@ -253,7 +272,7 @@ class TestPrior:
 
     def test_other_priors_have_no_gradient(self, merged):
         class Zero:
-            def predict(self, tokens, **known):
+            def predict(self, tokens, **known):  # num_groups and others
                 return 0 * tokens
 
         assert qm.alignment_loss(merged, Zero()).total.shape == (2,)
@@ -262,7 +281,7 @@ class TestPrior:
 
 
 class TestQuickMergePP:
-    def test_losses_are_the_library_s(self, rng, transform):
+    def test_losses_equal_those_without_jit(self, rng, transform):
         tokens = jnp.asarray(rng.standard_normal((2, 30, 8)), np.float32)
         mask, counts = jnp.asarray(rng.random((2, 30)) < 0.9), np.array([6, 3])
         model = qj.QuickMergePP(8, seed=3)
@@ -279,10 +298,11 @@ class TestQuickMergePP:
         values = []
         for _ in range(4):
             value, slope = step(model)
+            # Gradient descent.
             model = jax.tree.map(lambda w, g: w - 0.05 * g, model, slope)
             values.append(float(value))
         assert values == sorted(values, reverse=True)
-        assert step._cache_size() == 2  # NumPy's weights at first, then JAX's
+        assert step._cache_size() == 2  # NumPy weights first, then JAX weights
         assert isinstance(model.ar_alignment, qj.BidirectionalARAlignment)
 
     def test_inference(self, rng):
@@ -296,16 +316,17 @@ class TestQuickMergePP:
 
         def loss(tokens):
             scores = qm.EntropyAwareSaliency(4)(tokens)
-            merged, chosen = qm.DifferentiableTokenMerging()(tokens, scores, 3)
+            merged, mask = qm.DifferentiableTokenMerging()(tokens, scores, 3)
             fidelity = qm.NormBasedFidelityConstraint().compute_fidelity_loss(
                 tokens, merged
             )
-            return fidelity + (chosen * chosen).sum()
+            return fidelity + (mask * mask).sum()
 
         assert jax.jit(jax.grad(loss))(tokens).any()
 
 
 class TestErrors:
+    # Shapes and seeds must be known while JAX traces.
     @pytest.mark.parametrize(
         ("name", "call"),
         [
@@ -342,51 +363,54 @@ class TestErrors:
              "forward-mode"),
         ],
     )  # fmt: skip
-    def test_words(self, call, error, message):
+    def test_error_messages(self, call, error, message):
         with pytest.raises(error, match=message):
             call(jnp.ones((2, 5, 3)))
 
 
 def test_numpy_beside_a_tracer(rng):
     tokens, weights = rng.standard_normal((2, 9, 4)), rng.random((2, 9))
-    found = jax.jit(lambda weights: qm.quickmerge(tokens, 3, weights=weights))(weights)
-    assert all(isinstance(x, jax.Array) for x in found)
-    assert found.tokens.dtype == np.float32
-    assert to_numpy(found.labels).tolist() == qm.cluster_tokens(tokens, 3).tolist()
+    result = jax.jit(lambda weights: qm.quickmerge(tokens, 3, weights=weights))(weights)
+    assert all(isinstance(x, jax.Array) for x in result)
+    assert result.tokens.dtype == np.float32  # JAX's default width
+    assert to_numpy(result.labels).tolist() == qm.cluster_tokens(tokens, 3).tolist()
 
 
-def test_counts_that_no_shape_depends_on_may_be_traced():
+def test_counts_that_decide_no_shape_may_be_traced():
     scores = jnp.asarray([0.1, 0.4, 0.2])
-    found = jax.jit(lambda k: qm.gumbel_softmax(scores, seed=None, hard=k))(2)
-    assert found.tolist() == [0, 1, 1]
+    result = jax.jit(lambda k: qm.gumbel_softmax(scores, seed=None, hard=k))(2)
+    assert result.tolist() == [0, 1, 1]  # the two largest of 0.1, 0.4, 0.2
 
 
-def test_large_arrays_come_back():
+def test_callbacks_return_large_arrays():
     """A callback that waited for the thread it runs in would hang."""
-    tokens = jnp.ones((4, 2048, 256)) * jnp.arange(2048)[:, None]
+    tokens = jnp.ones((4, 2048, 256)) * jnp.arange(2048)[:, None]  # 8 MiB
     slope = jax.jit(jax.grad(lambda x: qm.norm_saliency(x * 2).sum()))(tokens)
     assert slope.shape == tokens.shape
 
 
 def test_settings_hold_in_callbacks(monkeypatch):
-    """As they were while tracing: a callback may come in a thread of its own."""
+    """A callback has the settings of the trace, even if it runs in another thread."""
     tokens, labels = jnp.ones((3, 2)), jnp.zeros(3, int)
     mass, plain = jnp.array([-1.0, 2.0, 3.0]), jax.pure_callback
 
-    def elsewhere(function, results, *given, **options):
+    def elsewhere(function, results, *arguments, **options):
         def in_a_thread(*x):
             with ThreadPoolExecutor(1) as pool:
                 return pool.submit(function, *x).result()
 
-        return plain(in_a_thread, results, *given, **options)
+        return plain(in_a_thread, results, *arguments, **options)
 
     monkeypatch.setattr(jax, "pure_callback", elsewhere)
 
     def merge(mass):
         return qm.merge_tokens(tokens, labels, 1, mass=mass)
 
+    # The negative mass is refused by the check, which is
+    # on unless it is switched off.
     with pytest.raises(Exception, match="`mass` must be ≥ 0"):
         jax.jit(merge)(mass)
     with qm.check_finite(False):
-        found = jax.jit(lambda mass: merge(mass))(mass)
-    np.testing.assert_allclose(found, np.ones((1, 2)))
+        result = jax.jit(lambda mass: merge(mass))(mass)
+    # All tokens are ones, so every weighted mean is 1: (-1 + 2 + 3) / 4.
+    np.testing.assert_allclose(result, np.ones((1, 2)))

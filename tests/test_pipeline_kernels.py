@@ -1,6 +1,6 @@
-"""`quickmerge` by its kernels, interpreted on the CPU: launches, values, bytes held.
+"""`quickmerge` with its kernels, interpreted on the CPU: launches, values, memory.
 
-The groups are given: clustering has tests of its own.
+The groups are fixed, because clustering has tests of its own.
 """
 
 import ml_dtypes
@@ -8,7 +8,7 @@ import numpy as np
 import ptx
 import pytest
 from conftest import assert_close
-from kernel_cases import whatever_shape
+from kernel_cases import without_shape
 from seam import cuda
 
 import qm_cupy as qm
@@ -16,7 +16,7 @@ from qm_cupy import pipeline
 
 BATCH, TOKENS, DIM, GROUPS, LAYERS, HEADS = 2, 70, 24, 9, 3, 2
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-ENTROPY = {
+ENTROPY = {  # the kernels that compute the entropy of each source
     "tokens": ["self_attention_states", "self_attention_entropy"],
     "hidden_states": ["self_attention_states", "self_attention_entropy"],
     "attention": ["attention_entropy"],
@@ -39,27 +39,27 @@ def interpreted(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def labels(monkeypatch):
-    """Groups of neighbours, whatever the tokens are."""
+    """Make groups of neighbours, whatever the tokens are."""
     labels = np.tile(np.arange(TOKENS) * GROUPS // TOKENS, (BATCH, 1)).astype(np.int32)
 
     def cluster_tokens(tokens, num_groups, *, mask=None, **_):
-        found = labels if tokens.ndim == 3 else labels[0]
-        return found if mask is None else np.where(mask, found, np.int32(-1))
+        result = labels if tokens.ndim == 3 else labels[0]
+        return result if mask is None else np.where(mask, result, np.int32(-1))
 
-    stages = pipeline.INSIDE._replace(cluster_tokens=cluster_tokens)
-    monkeypatch.setattr(pipeline, "INSIDE", stages)
+    stages = pipeline.COMPUTE_STAGES._replace(cluster_tokens=cluster_tokens)
+    monkeypatch.setattr(pipeline, "COMPUTE_STAGES", stages)
 
 
 def arguments(source, dtype, masked, single):
-    """Return what `quickmerge` takes, every array of `dtype`."""
+    """Return the arguments of `quickmerge`, every array in `dtype`."""
     rng = np.random.default_rng(8)
     tokens = rng.standard_normal((BATCH, TOKENS, DIM))
     mask = None
-    if masked:  # on the left, and in between
+    if masked:  # padding on the left, and in between
         mask = rng.random((BATCH, TOKENS)) < 0.7
         mask[0] = np.arange(TOKENS) >= TOKENS // 3
     heads = LAYERS, BATCH, HEADS, TOKENS
-    given = {
+    inputs = {
         "tokens": {},
         "hidden_states": {
             "hidden_states": rng.standard_normal((LAYERS, *tokens.shape))
@@ -70,66 +70,71 @@ def arguments(source, dtype, masked, single):
         ),
         "saliency": {"saliency": rng.random((BATCH, TOKENS))},
     }[source]
+    # The axis of the batch: layers come before it, except for saliency.
     axis = 0 if source == "saliency" else 1
     if single:
         tokens, mask = tokens[0], None if mask is None else mask[0]
-        given = {name: x.take(0, axis) for name, x in given.items()}
-    given = {name: x.astype(dtype) for name, x in given.items()}
-    return {"tokens": tokens.astype(dtype), "budget": GROUPS, "mask": mask, **given}
+        inputs = {name: x.take(0, axis) for name, x in inputs.items()}
+    inputs = {name: x.astype(dtype) for name, x in inputs.items()}
+    return {"tokens": tokens.astype(dtype), "budget": GROUPS, "mask": mask, **inputs}
 
 
-def stages(given):
-    """Return saliency and mass by one public function after the other."""
-    given, mask = dict(given), given["mask"]
-    tokens = given["tokens"]
+def stages(inputs):
+    """Return saliency and mass from one public function after the other."""
+    inputs, mask = dict(inputs), inputs["mask"]
+    tokens = inputs["tokens"]
     padding = mask if mask is None or tokens.ndim == 3 else mask[None]
 
-    def lifted(name):  # the batch axis comes after that of layers
-        return given[name] if tokens.ndim == 3 else given[name][:, None]
+    def lifted(name):  # the batch axis comes after the axis of layers
+        return inputs[name] if tokens.ndim == 3 else inputs[name][:, None]
 
-    if "saliency" in given:
-        scores = given["saliency"].astype(cuda.accumulation_dtype(tokens.dtype))
+    if "saliency" in inputs:
+        scores = inputs["saliency"].astype(cuda.accumulation_dtype(tokens.dtype))
         scores = scores if mask is None else scores * mask
     else:
-        if "attention" in given:
+        if "attention" in inputs:
             entropy = qm.attention_entropy(lifted("attention"), mask=padding)
-        elif "query" in given:
+        elif "query" in inputs:
             pair = lifted("query"), lifted("key")
             entropy = qm.query_key_entropy(*pair, mask=padding)
-        elif "hidden_states" in given:
+        elif "hidden_states" in inputs:
             entropy = qm.self_attention_entropy(lifted("hidden_states"), mask=padding)
+        # Without a source the tokens are the only hidden states.
         else:
             x = tokens.reshape(-1, TOKENS, DIM)
             entropy = qm.self_attention_entropy(x, mask=padding)
         scores = qm.saliency(entropy, mask=padding).reshape(tokens.shape[:-1])
     probabilities = qm.gumbel_softmax(scores, seed=5, sequence_offset=3, mask=mask)
     mass = qm.saliency_mass(scores, probabilities)
-    return scores, mass if mask is None else mass * mask
+    return scores, mass if mask is None else mass * mask  # padding weighs nothing
 
 
 @dtypes
 @sources
 @masked
 @single
-def test_one_launch_is_its_stages(dtype, source, masked, single, launches):
-    given = arguments(source, dtype, masked, single)
-    got = qm.quickmerge(**given, seed=5, sequence_offset=3)
-    one = "gumbel_softmax" if source == "saliency" else "saliency_gumbel_mass"
-    before = [*ENTROPY.get(source, []), one]
-    assert list(map(whatever_shape, launches[: len(before)])) == before
+def test_one_launch_replaces_several_stages(dtype, source, masked, single, launches):
+    inputs = arguments(source, dtype, masked, single)
+    got = qm.quickmerge(**inputs, seed=5, sequence_offset=3)
+    # Saliency that is given needs no normalisation, so the softmax alone is launched.
+    fused = "gumbel_softmax" if source == "saliency" else "saliency_gumbel_mass"
+    before = [*ENTROPY.get(source, []), fused]
+    assert list(map(without_shape, launches[: len(before)])) == before
+    # The kernels that the fused one replaces must not run as well.
     separate = {"entropy_range", "perturbed_scores", "softmax_totals", "saliency_mass"}
     assert not separate & set(launches)
 
-    scores, mass = stages(given)
+    scores, mass = stages(inputs)
     assert_close(got.saliency, scores, dtype)
     assert_close(got.mass, mass, dtype)
     assert got.saliency.dtype == got.mass.dtype == cuda.accumulation_dtype(dtype)
-    merged = qm.merge_tokens(given["tokens"], got.labels, GROUPS, mass=got.mass)
+    merged = qm.merge_tokens(inputs["tokens"], got.labels, GROUPS, mass=got.mass)
     np.testing.assert_array_equal(got.tokens, merged)
     launches.clear()
     with qm.use_kernels("basic"):
-        basic = qm.quickmerge(**given, seed=5, sequence_offset=3)
-    assert launches.count("saliency_mass") == 1
+        basic = qm.quickmerge(**inputs, seed=5, sequence_offset=3)
+    assert launches.count("saliency_mass") == 1  # not fused
+    # Only the tokens are rounded to the input's dtype.
     for x, y, column in zip(got, basic, ("stored", *["computed"] * 5), strict=True):
         assert x.shape == y.shape
         assert_close(x, y, dtype, column)
@@ -139,42 +144,43 @@ def test_one_launch_is_its_stages(dtype, source, masked, single, launches):
 @sources
 @masked
 @single
-def test_kernels_give_what_numpy_gives(dtype, source, masked, single, monkeypatch):
-    given = arguments(source, dtype, masked, single)
-    got = qm.quickmerge(**given, weights="mass", seed=5)
+def test_kernels_give_the_results_of_numpy(dtype, source, masked, single, monkeypatch):
+    inputs = arguments(source, dtype, masked, single)
+    got = qm.quickmerge(**inputs, weights="mass", seed=5)
     monkeypatch.setattr(cuda, "is_cuda", lambda x: False)
-    if dtype is ml_dtypes.bfloat16:  # of which NumPy knows no arithmetic
-        given = {
+    if dtype is ml_dtypes.bfloat16:  # NumPy has no arithmetic for it
+        inputs = {
             name: x.astype(np.float32) if getattr(x, "dtype", None) == dtype else x
-            for name, x in given.items()
+            for name, x in inputs.items()
         }
-    wanted = qm.quickmerge(**given, weights="mass", seed=5)
+    wanted = qm.quickmerge(**inputs, weights="mass", seed=5)
     for x, y, column in zip(got, wanted, ("stored", *["computed"] * 5), strict=True):
         assert_close(x, y.astype(np.float64), dtype, column)
 
 
 @masked
 @pytest.mark.parametrize("weights", ["mass", "saliency", "uniform", "array"])
-def test_results_share_no_memory(weights, masked):
-    given = arguments("saliency", np.float32, masked, single=False)
+def test_results_have_their_own_memory(weights, masked):
+    inputs = arguments("saliency", np.float32, masked, single=False)
     if weights == "array":
-        weights = given["saliency"].copy()
-    merged = qm.quickmerge(**given, weights=weights)
+        weights = inputs["saliency"].copy()
+    merged = qm.quickmerge(**inputs, weights=weights)
     assert not np.shares_memory(merged.mass, merged.saliency)
-    assert not np.shares_memory(merged.saliency, given["saliency"])
+    assert not np.shares_memory(merged.saliency, inputs["saliency"])
     assert not np.shares_memory(merged.mass, weights)
     if masked:
-        assert not merged.mass[~given["mask"]].any()
+        assert not merged.mass[~inputs["mask"]].any()
 
 
 @pytest.fixture
 def wide(monkeypatch):
-    """All arrays of the tokens' width that were made so far, copies of inputs too."""
+    """Return a list of all arrays of width D made so far, copies of inputs too."""
     made = []
 
     def recorded(make):
         def call(*args):
             x = make(*args)
+            # None, or an input that needed no copy, is not new.
             is_new = not any(x is argument for argument in args)
             if x is not None and is_new and x.shape[-1:] == (DIM,):
                 made.append(x)
@@ -189,17 +195,18 @@ def wide(monkeypatch):
 
 @sources
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-def test_half_precision_halves_the_bytes_held(source, strided, wide):
-    """Of tokens, one array is made, the result; and one copy if they are strided."""
-    held = {}
+def test_half_precision_halves_the_memory(source, strided, wide):
+    """One array of tokens is made, the result; and one copy if they are strided."""
+    num_bytes = {}
     for dtype in (np.float16, np.float32):
-        given = arguments(source, dtype, masked=True, single=False)
+        inputs = arguments(source, dtype, masked=True, single=False)
         if strided:
-            given["tokens"] = given["tokens"].repeat(2, axis=-1)[..., ::2]
-        merged = qm.quickmerge(**given)
+            inputs["tokens"] = inputs["tokens"].repeat(2, axis=-1)[..., ::2]
+        merged = qm.quickmerge(**inputs)
         shapes = sorted(x.shape for x in wide)
         assert shapes == [(BATCH, GROUPS, DIM)] + [(BATCH, TOKENS, DIM)] * strided
+        # A float32 copy of float16 tokens would double the memory.
         assert {x.dtype for x in (*wide, merged.tokens)} == {np.dtype(dtype)}
-        held[dtype] = sum(x.nbytes for x in wide)
+        num_bytes[dtype] = sum(x.nbytes for x in wide)
         wide.clear()
-    assert 2 * held[np.float16] == held[np.float32]
+    assert 2 * num_bytes[np.float16] == num_bytes[np.float32]

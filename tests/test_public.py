@@ -1,4 +1,4 @@
-"""The public face: names, docstrings, and what an import costs in imports."""
+"""The public interface: names, docstrings, and the modules that an import loads."""
 
 import importlib
 import inspect
@@ -11,7 +11,7 @@ import pytest
 
 import qm_cupy
 
-# Modules with names that are not public, or (torch, jax) public once more.
+# Modules whose names are not public, or (torch, jax) are public in `qm_cupy` too.
 LEFT_OUT = "atomic_write", "settings", "torch", "jax"
 
 
@@ -22,29 +22,30 @@ def public_modules():
 
 
 def inner_modules():
-    """Give the modules of the inner packages."""
+    """Yield the modules of the inner packages."""
     for module in pkgutil.walk_packages(qm_cupy.__path__, "qm_cupy."):
         if module.name.count(".") > 1:
             yield importlib.import_module(module.name)
 
 
 def public_names(module):
+    """Return the functions and classes that a module defines, not those it imports."""
     return {
         name
-        for name, thing in vars(module).items()
+        for name, item in vars(module).items()
         if not name.startswith("_")
-        and f"{getattr(thing, '__module__', '')}.".startswith(f"{module.__name__}.")
-        and (inspect.isfunction(thing) or inspect.isclass(thing))
+        and f"{getattr(item, '__module__', '')}.".startswith(f"{module.__name__}.")
+        and (inspect.isfunction(item) or inspect.isclass(item))
     }
 
 
-def of_their_own():
-    """The modules that users import by name, `qm_cupy.plot` for one."""
+def modules_with_names():
+    """Return the modules that users import by name, such as `qm_cupy.plot`."""
     return [module for module in public_modules() if hasattr(module, "__all__")]
 
 
-def test_all_holds_every_public_name():
-    """What has an example for users: others are the library's own."""
+def test_all_contains_every_public_name():
+    """A function with an example is for users; the others are internal."""
     names = sorted(qm_cupy.__all__)
     assert names == sorted(set(names))
     assert all(hasattr(qm_cupy, name) for name in names)
@@ -56,46 +57,48 @@ def test_all_holds_every_public_name():
             assert ">>> " not in (getattr(module, name).__doc__ or ""), name
 
 
-def test_modules_of_their_own_hold_their_public_names():
-    assert "qm_cupy.plot" in [module.__name__ for module in of_their_own()]
-    for module in of_their_own():
+def test_named_modules_list_their_public_names():
+    assert "qm_cupy.plot" in [module.__name__ for module in modules_with_names()]
+    for module in modules_with_names():
         assert sorted(public_names(module)) == module.__all__
-        assert not set(module.__all__) & set(qm_cupy.__all__)
+        assert not set(module.__all__) & set(qm_cupy.__all__)  # one name, one page
 
 
 @pytest.mark.parametrize(
-    "module", [qm_cupy, *of_their_own()], ids=lambda module: module.__name__
+    "module", [qm_cupy, *modules_with_names()], ids=lambda module: module.__name__
 )
 def test_public_functions_have_runnable_examples(module):
     for name in module.__all__:
-        thing = getattr(module, name)
-        if inspect.isfunction(thing) and name != "warmup":  # which takes a GPU
-            assert ">>> " in (thing.__doc__ or ""), name
-            assert "Raises" in thing.__doc__ or name == "check_finite", name
+        item = getattr(module, name)
+        if inspect.isfunction(item) and name != "warmup":  # warmup needs a GPU
+            assert ">>> " in (item.__doc__ or ""), name
+            assert "Raises" in item.__doc__ or name == "check_finite", name
 
 
 def test_gpu_calls_have_every_public_function():
-    """Parity on a GPU, streams and launches are tested for what is called there."""
+    """The tests of parity, streams and launches take their calls from that table."""
     called = {name.split(",")[0] for name in gpu_calls.calls(1)}
     functions = {
         name
         for name in qm_cupy.__all__
         if inspect.isfunction(getattr(qm_cupy, name)) and name != "warmup"
     }
-    elsewhere = {"gumbel_noise", "token_budget"}  # of numbers
-    elsewhere |= {"decode", "quickmerge_inference"}  # of models, by the calls of priors
+    elsewhere = {"gumbel_noise", "token_budget"}  # they take no arrays
+    elsewhere |= {"decode", "quickmerge_inference"}  # the calls of priors run them
     assert functions - elsewhere <= called
 
 
 def test_options_are_keywords():
-    """Arrays and counts by position; everything after `*` by name only."""
+    """Arrays and counts are positional; everything after `*` needs its name."""
     for name in ("quickmerge", "cluster_tokens", "merge_tokens", "query_key_entropy"):
-        kinds = inspect.signature(getattr(qm_cupy, name)).parameters.values()
-        with_default = [p for p in kinds if p.default is not p.empty]
+        arguments = inspect.signature(getattr(qm_cupy, name)).parameters.values()
+        # A new option can then be added anywhere without breaking a call.
+        with_default = [p for p in arguments if p.default is not p.empty]
         assert all(p.kind is p.KEYWORD_ONLY for p in with_default), name
 
 
-def test_import_brings_nothing_but_numpy():
+def test_import_loads_only_numpy():
+    # A process of its own: here other tests have imported all of these.
     code = (
         "import sys, qm_cupy; "
         "unwanted = {'cupy', 'torch', 'jax', 'ml_dtypes', 'matplotlib', 'scipy'}; "

@@ -1,4 +1,4 @@
-"""Whose device and stream a call works on; stand-ins for CuPy and for CUDA tensors."""
+"""The device and stream of a call, with replacements for CuPy and CUDA tensors."""
 
 import sys
 import types
@@ -17,16 +17,16 @@ NAMES = [name for name in CALLS if name != "decode"]
 
 @pytest.fixture
 def entered(monkeypatch):
-    """A stand-in for CuPy, on device 0, and what its contexts were entered with."""
+    """Replace CuPy, on device 0; return the contexts that are entered now."""
     active = []
 
     @contextmanager
-    def scope(what):
-        active.append(what)
+    def scope(context):
+        active.append(context)
         try:
             yield
         finally:
-            active.remove(what)
+            active.remove(context)
 
     def from_external(stream):
         return scope(("stream", *stream.__cuda_stream__()))
@@ -34,7 +34,7 @@ def entered(monkeypatch):
     cuda = types.SimpleNamespace(
         Device=lambda number: scope(("device", number)),
         Stream=types.SimpleNamespace(from_external=from_external),
-        runtime=types.SimpleNamespace(getDevice=lambda: 0),
+        runtime=types.SimpleNamespace(getDevice=lambda: 0),  # the current device is 0
     )
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
     return active
@@ -42,6 +42,7 @@ def entered(monkeypatch):
 
 @cuda.on_callers_stream
 def during(active, tokens, *, fail=False):
+    # Runs inside the contexts that the decorator enters.
     if fail:
         raise RuntimeError("in the middle")
     return list(active)
@@ -59,37 +60,42 @@ def test_torch_works_in_its_current_stream(entered, monkeypatch):
     assert during(entered, tensor) == [("device", 1), ("stream", 0, 77)]
     merged = qm.Merged(tensor, *[None] * 5)
     assert during(entered, merged) == [("device", 1), ("stream", 0, 77)]
+    # Contexts are left after an error too.
     with pytest.raises(RuntimeError, match="in the middle"):
         during(entered, tensor, fail=True)
     assert entered == []
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert during(entered, tensor) == []  # and the conversion says what is missing
+    assert during(entered, tensor) == []  # the conversion reports that CuPy is missing
 
 
+# DLPack devices: (2, n) is CUDA device n, and 1 is the CPU.
+# Device 0 is current already.
 @pytest.mark.parametrize(
-    ("place", "wanted"), [((2, 1), [("device", 1)]), ((2, 0), []), ((1, 0), [])]
+    ("dlpack_device", "wanted"),
+    [((2, 1), [("device", 1)]), ((2, 0), []), ((1, 0), [])],
 )
-def test_others_work_on_their_device(entered, place, wanted):
+def test_other_arrays_use_their_device(entered, dlpack_device, wanted):
     class Producer:
         def __dlpack__(self):
             raise AssertionError("must not be read")
 
         def __dlpack_device__(self):
-            return place
+            return dlpack_device
 
     assert during(entered, Producer()) == wanted
-    assert during(entered, tokens=Producer()) == wanted
+    assert during(entered, tokens=Producer()) == wanted  # by keyword too
 
 
-def test_numpy_and_tensors_of_the_cpu_need_nothing(entered, library):
+def test_numpy_and_cpu_tensors_need_no_context(entered, library):
     assert during(entered, to_library(library, np.ones(3))) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_function_asks_before_its_arrays_come_in(name, monkeypatch):
-    function, given = CALLS[name]
+    function, arguments = CALLS[name]
     inside, entrances = [], []
 
+    # A conversion outside of the caller's stream could read too early.
     @contextmanager
     def scope(_):
         inside.append(True)
@@ -102,8 +108,8 @@ def test_every_public_function_asks_before_its_arrays_come_in(name, monkeypatch)
         entrances.append(bool(inside))
         return prepare(*args, **options)
 
-    monkeypatch.setattr(cuda, "scope_of", lambda given: scope(given))
+    monkeypatch.setattr(cuda, "scope_of", lambda arguments: scope(arguments))
     monkeypatch.setattr(cuda, "_prepare", prepared)
-    function(**given)
-    assert entrances
+    function(**arguments)
+    assert entrances  # the test would pass without any conversion
     assert all(entrances)

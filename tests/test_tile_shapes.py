@@ -1,4 +1,4 @@
-"""Shapes of tiles: which one a launch takes, and that none changes a bit."""
+"""Shapes of tiles: the shape that a launch selects; no shape changes a bit."""
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +10,9 @@ from seam import cuda
 import qm_cupy as qm
 
 BFLOAT16 = ml_dtypes.bfloat16
-DEVICES = {  # multiprocessors, and bytes of shared memory
+# 1000 multiprocessors are more than the whole tiles of these launches, so the tiles are
+# halved. With 16 KB of shared memory wide tiles do not fit.
+DEVICES = {  # suffix of the kernel: multiprocessors, bytes of shared memory
     "_half": cuda.Device(1000, 48 << 10),
     "": cuda.Device(1, 16 << 10),
     "_wide": cuda.Device(1, 227 << 10),
@@ -21,15 +23,16 @@ H200 = cuda.Device(132, 227 << 10)
 
 @pytest.fixture
 def run(launches, monkeypatch):
-    """Return a function that makes a call with one shape of tile."""
+    """Return a function that makes a call with one shape of tiles."""
     ptx.install(monkeypatch)
 
     def with_shape(shape, kernel, call):
         monkeypatch.setattr(cuda, "current_device", lambda: DEVICES[shape])
-        # Whether a wide tile pays is another question.
+        # Wide tiles are selected even if they are not faster.
         monkeypatch.setattr(cuda, "_WIDE_COST", 0)
         launches.clear()
         got = call()
+        # Otherwise the comparison would be of a shape with itself.
         assert kernel + shape in launches, launches
         return np.asarray(got)
 
@@ -37,13 +40,14 @@ def run(launches, monkeypatch):
 
 
 def same(run, kernel, shapes, call):
+    """Check that tiles of other shapes give the bits of whole tiles."""
     whole = run("", kernel, call)
     for shape in shapes:
         np.testing.assert_array_equal(run(shape, kernel, call), whole, shape)
 
 
-# N around the tiles' edges; D with and without whole chunks of 16 bytes, and of more
-# steps than a tile has in shared memory.
+# N around the edges of the tiles. D with and without whole chunks of 16 bytes, and with
+# more steps than a tile has in shared memory.
 SIZES = [
     (1, 8), (64, 8), (65, 40), (128, 33), (130, 72), (130, 200), (70, 171), (257, 8),
     (300, 36),
@@ -53,7 +57,7 @@ masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"]
 dtypes = pytest.mark.parametrize(
     ("dtype", "shapes"),
     [
-        (np.float16, ["_half", "_wide"]),
+        (np.float16, ["_half", "_wide"]),  # only 16-bit types have wide tiles
         (BFLOAT16, ["_half", "_wide"]),
         (np.float32, ["_half"]),
         (np.float64, ["_half"]),
@@ -79,7 +83,7 @@ def test_self_attention(run, dtype, shapes, num_tokens, dim, masked):
 @sizes
 def test_cosines(run, dtype, shapes, num_tokens, dim):
     x = random((2, num_tokens, dim), dtype)
-    x[0, num_tokens // 2] = 0
+    x[0, num_tokens // 2] = 0  # a zero token, which has no direction
     same(run, "cosine_similarity", shapes, lambda: qm.cosine_similarity(x))
 
 
@@ -92,6 +96,7 @@ def test_nearest_anchors(run, dtype, shapes, num_groups):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32])
+# d of one head.
 @pytest.mark.parametrize(("num_tokens", "dim"), [x for x in SIZES if x[1] < 100])
 @masked
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
@@ -102,8 +107,8 @@ def test_queries_and_keys(run, dtype, num_tokens, dim, masked, causal):
     same(run, "query_key_entropy", ["_kept"], call)
 
 
-def test_queries_and_keys_whose_rows_are_not_aligned(run):
-    """A view that begins 2 bytes further: its rows are copied in single elements."""
+def test_queries_and_keys_with_rows_that_are_not_aligned(run):
+    """A view that starts 2 bytes later: its rows are copied element by element."""
     q, k = (random((257 * 64 + 1), np.float16, seed=s)[1:] for s in (0, 1))
     q, k = q.reshape(257, 64), k.reshape(257, 64)
     call = lambda: qm.query_key_entropy(q, k)  # noqa: E731
@@ -111,6 +116,7 @@ def test_queries_and_keys_whose_rows_are_not_aligned(run):
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["float32", "tf32"])
+# Rows around a tile of 64, and around one of 128.
 @pytest.mark.parametrize("rows", [40, 64, 65, 129])
 def test_linear_maps(run, rows, allowed):
     prior = qm.MLPPrior.init(24, hidden_dim=130)
@@ -119,6 +125,7 @@ def test_linear_maps(run, rows, allowed):
         same(run, "linear", ["_half"], lambda: qm.alignment_loss(x, prior).total)
 
 
+# With TF32 float32 has wide tiles too.
 @pytest.mark.parametrize("num_tokens", [130, 300])
 def test_tf32(run, num_tokens):
     x = random((2, num_tokens, 36), np.float32)
@@ -130,18 +137,22 @@ def test_tf32(run, num_tokens):
 
 
 def selected(device, monkeypatch, tiling, dtype):
+    """Return the shape that a device gets."""
     monkeypatch.setattr(cuda, "current_device", lambda: device)
     return cuda.select_shape(tiling, dtype)
 
 
 def upper(batch, num_tokens, wide=True):
+    """Return the tiling of a symmetric product: tiles that reach the diagonal."""
     return cuda.Tiling(batch, num_tokens, num_tokens, upper=True, wide=wide)
 
 
 def test_few_blocks_are_halved(monkeypatch):
     dtype = np.dtype(np.float16)
-    assert selected(H200, monkeypatch, upper(1, 576), dtype) is cuda.HALF  # 15
-    assert selected(H200, monkeypatch, upper(131, 1), dtype) is cuda.HALF
+    # Whole tiles are 128 wide: 576 tokens have 5 bands and 5 * 6 / 2 = 15 tiles, far
+    # fewer than 132 multiprocessors.
+    assert selected(H200, monkeypatch, upper(1, 576), dtype) is cuda.HALF  # 15 tiles
+    assert selected(H200, monkeypatch, upper(131, 1), dtype) is cuda.HALF  # 131 of 132
     assert selected(H200, monkeypatch, upper(132, 1), dtype) is cuda.WHOLE
 
 
@@ -154,23 +165,28 @@ def test_many_blocks_of_16_bits_are_wide(monkeypatch):
     other, dtype = upper(96, 4096, wide=False), np.dtype(np.float16)
     assert selected(H200, monkeypatch, other, dtype) is cuda.WHOLE
     with qm.allow_tf32():
-        found = selected(H200, monkeypatch, many, np.dtype(np.float32))
-        assert found is cuda.WIDE
-    for shared in 64 << 10, 96 << 10:  # a T4 has no such tensor cores
+        result = selected(H200, monkeypatch, many, np.dtype(np.float32))
+        assert result is cuda.WIDE
+    for shared in 64 << 10, 96 << 10:  # a T4 does not have these tensor cores
         small = cuda.Device(40, shared)
-        found = selected(small, monkeypatch, many, np.dtype(np.float16))
-        assert found is cuda.WHOLE
-    fits = cuda.Device(40, 99 << 10)  # of sm_86 and sm_89
+        result = selected(small, monkeypatch, many, np.dtype(np.float16))
+        assert result is cuda.WHOLE
+    fits = cuda.Device(40, 99 << 10)  # the limit of sm_86 and sm_89
     assert selected(fits, monkeypatch, many, np.dtype(np.float16)) is cuda.WIDE
 
 
 def test_a_wide_tile_must_fill_the_gpu(monkeypatch):
-    """One sequence of 4096: two full turns of 528 tiles, or three of 272, 16 in one."""
+    """One sequence of 4096 tokens has 528 whole tiles or 272 wide ones.
+
+    Whole tiles run two at a time: two full turns. Wide ones need three turns, and the
+    third has only 8 tiles for 132 multiprocessors.
+    """
     dtype = np.dtype(np.float16)
     assert selected(H200, monkeypatch, upper(1, 4096), dtype) is cuda.WHOLE
 
 
 def test_tiles_that_reach_the_diagonal():
+    # N = 385 has 4 bands of 128: 4 * 5 / 2 = 10 whole tiles.
     def blocks(shape, *sizes):
         return [upper(1, n).blocks(shape) for n in sizes]
 
@@ -179,11 +195,16 @@ def test_tiles_that_reach_the_diagonal():
     assert blocks(cuda.WIDE, 1, 256, 257) == [2, 2, 6]
 
 
+# 129 rows and 257 columns in 3 sequences: 2 by 3 whole tiles each make 18.
 def test_blocks_have_a_tile_or_a_row_of_tiles():
-    every = cuda.Tiling(3, 129, 257)
-    assert [every.blocks(x) for x in (cuda.HALF, cuda.WHOLE, cuda.WIDE)] == [27, 18, 12]
-    assert every.block_tiles(cuda.WHOLE) == 1
-    rows = every._replace(whole_rows=True)
+    tiling = cuda.Tiling(3, 129, 257)
+    assert [tiling.blocks(x) for x in (cuda.HALF, cuda.WHOLE, cuda.WIDE)] == [
+        27,
+        18,
+        12,
+    ]
+    assert tiling.block_tiles(cuda.WHOLE) == 1
+    rows = tiling._replace(whole_rows=True)
     assert [rows.blocks(x) for x in (cuda.HALF, cuda.WHOLE, cuda.WIDE)] == [9, 6, 6]
     assert [rows.block_tiles(x) for x in (cuda.WHOLE, cuda.WIDE)] == [3, 2]
 
@@ -192,9 +213,9 @@ def test_room_for_kept_queries(monkeypatch):
     monkeypatch.setattr(cuda, "current_device", lambda: H200)
     f16, f32, f64 = map(np.dtype, (np.float16, np.float32, np.float64))
     assert cuda.kept_bytes(128, f16) == 48 << 10  # d = 64: a query tile and two more
-    assert cuda.kept_bytes(130, f16) == 72 << 10  # a step more
+    assert cuda.kept_bytes(130, f16) == 72 << 10  # one step more
     assert cuda.kept_bytes(256, f16) == 96 << 10
-    assert cuda.kept_bytes(320, f16) == 0  # two blocks have no room
-    assert cuda.kept_bytes(512, f32) == 192 << 10  # one has
+    assert cuda.kept_bytes(320, f16) == 0  # two blocks do not fit
+    assert cuda.kept_bytes(512, f32) == 192 << 10  # one block fits
     assert cuda.kept_bytes(640, f32) == 0
-    assert cuda.kept_bytes(64, f64) == 0
+    assert cuda.kept_bytes(64, f64) == 0  # no registers are left

@@ -1,4 +1,4 @@
-"""The functions of `qm_cupy` with torch: differentiable, and whole to the compiler."""
+"""The functions of `qm_cupy` with torch: gradients, and `torch.compile`."""
 
 import inspect
 
@@ -18,52 +18,63 @@ SNAPSHOTS = pytest.importorskip("qm_cupy.autodiff.torch_operators").SNAPSHOTS
 
 
 def tensors(arrays, dtype=torch.float64, grad=False):
-    """Give arrays to torch, floats in a dtype, copied; leave all else as it is."""
-    found = {}
+    """Copy arrays to torch, floats in a dtype; leave other arguments unchanged."""
+    converted = {}
     for name, x in arrays.items():
-        found[name] = x
+        converted[name] = x
         if isinstance(x, np.ndarray):
             tensor = torch.tensor(x)
             floating = tensor.is_floating_point()
-            found[name] = tensor.to(dtype).requires_grad_(grad) if floating else tensor
-    return found
+            converted[name] = (
+                tensor.to(dtype).requires_grad_(grad) if floating else tensor
+            )
+    return converted
 
 
 def run(call, inputs, rest):
+    # Integers have no gradient.
     return flat(getattr(qm, call.function)(**inputs, **rest))
 
 
 def total(results):
-    """Sum the results up, each entry with a weight of its own."""
+    """Return the sum of the results, each entry with a random weight of its own.
+
+    A plain sum would hide gradients that are only permuted.
+    """
     rng = np.random.default_rng(0)
     sums = [(x * torch.tensor(rng.standard_normal(x.shape))).sum() for x in results]
     return torch.stack(sums).sum()
 
 
 def gradients(call, inputs, rest):
-    given = tuple(inputs.values())
-    return torch.autograd.grad(total(run(call, inputs, rest)), given)
+    """Return the gradients of `total` for all inputs."""
+    arguments = tuple(inputs.values())
+    return torch.autograd.grad(total(run(call, inputs, rest)), arguments)
 
 
 class TestNames:
-    def test_modules_alone_are_in_the_module(self):
+    def test_the_module_has_only_modules(self):
         assert qt.__all__ == ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
         for name in qt.__all__:
             assert issubclass(getattr(qt, name), torch.nn.Module)
             ours, theirs = (getattr(m, name) for m in (qt, qm))
+            # The module has the signature of the class of that name in `qm_cupy`.
             assert str(inspect.signature(ours)) == str(inspect.signature(theirs))
 
-    def test_every_operation_is_here(self):
+    def test_every_operation_has_a_call(self):
+        # These two call other operations; a prior that is an MLP
+        # has an operation of its own.
         composed = {"quickmerge", "alignment_loss"}
         operations = DIFFERENTIABLE | CONSTANT | {"mlp_alignment_loss"}
         assert set(OPERATIONS) == operations - composed
         assert {call.function for call in CALLS.values()} == DIFFERENTIABLE
 
-    def test_constants_take_what_requires_grad(self):
+    def test_constants_accept_tensors_that_require_grad(self):
         tokens = torch.randn(2, 9, 4, requires_grad=True)
         labels = qm.cluster_tokens(tokens, 3)
+        # Integers have no gradient: the results must not require one.
         tree = qm.linkage(tokens.detach()).requires_grad_()
-        found = {
+        results = {
             "cluster_tokens": labels,
             "cut_linkage": qm.cut_linkage(tree, num_groups=3),
             "select_tokens": qm.select_tokens(tokens[..., 0], 3),
@@ -71,23 +82,23 @@ class TestNames:
             "group_sizes": qm.group_sizes(labels, 3),
             "group_positions": qm.group_positions(labels, torch.tensor([3, 3])),
         }
-        assert set(found) == CONSTANT
-        given = {
+        assert set(results) == CONSTANT
+        arguments = {
             "cluster_tokens": (tokens.detach(), 3),
             "select_tokens": (tokens[..., 0].detach(), 3),
             "norm_budget": (tokens.detach(), 0.5),
             "group_sizes": (labels, 3),
             "group_positions": (labels, 3),
         }
-        for name, result in found.items():
+        for name, result in results.items():
             assert result.dtype == torch.int32
             assert not result.requires_grad
-            if name in given:
-                assert torch.equal(result, getattr(qm, name)(*given[name]))
-        assert torch.equal(found["cut_linkage"], labels)
+            if name in arguments:
+                assert torch.equal(result, getattr(qm, name)(*arguments[name]))
+        assert torch.equal(results["cut_linkage"], labels)
 
     @pytest.mark.parametrize("name", ["cosine_similarity", "linkage", "decode"])
-    def test_the_others_refuse_it(self, name):
+    def test_other_functions_refuse_tensors_that_require_grad(self, name):
         tokens = torch.randn(9, 4, requires_grad=True)
         more = (lambda x: x,) if name == "decode" else ()
         with pytest.raises(TypeError, match="requires grad"):
@@ -96,16 +107,19 @@ class TestNames:
 
 @pytest.mark.parametrize("name", CALLS)
 class TestCalls:
-    def test_results_are_the_library_s(self, name):
+    def test_results_equal_those_without_grad(self, name):
         call = CALLS[name]
-        given = tensors({**call.inputs, **call.rest})
+        arguments = tensors({**call.inputs, **call.rest})
         traced = tensors(call.inputs, grad=True)
-        got = getattr(qm, call.function)(**{**given, **traced})
-        wanted = getattr(qm, call.function)(**given)
+        got = getattr(qm, call.function)(**{**arguments, **traced})
+        wanted = getattr(qm, call.function)(**arguments)
         if isinstance(got, torch.Tensor):
             got, wanted = (got,), (wanted,)
-        given.update(traced)
-        inputs = {x.data_ptr() for x in given.values() if isinstance(x, torch.Tensor)}
+        arguments.update(traced)
+        # A result that shares memory with an input would change with it.
+        inputs = {
+            x.data_ptr() for x in arguments.values() if isinstance(x, torch.Tensor)
+        }
         for x, y in zip(got, wanted, strict=True):
             assert x.dtype == y.dtype
             assert torch.equal(x, y)
@@ -118,6 +132,7 @@ class TestCalls:
         def function(*arrays):
             return tuple(run(call, dict(zip(inputs, arrays, strict=True)), rest))
 
+        # Compares with central differences in float64.
         assert torch.autograd.gradcheck(function, (*inputs.values(),))
 
     def test_each_input_alone(self, name):
@@ -126,9 +141,10 @@ class TestCalls:
         both = gradients(call, tensors(call.inputs, grad=True), rest)
         for number, one in enumerate(call.inputs):
             inputs = tensors(call.inputs)
-            inputs[one].requires_grad_()
+            inputs[one].requires_grad_()  # only this one
             total(run(call, inputs, rest)).backward()
             for other, x in inputs.items():
+                # No gradient is computed for inputs that do not require one.
                 assert (x.grad is not None) == (other == one)
             assert torch.equal(inputs[one].grad, both[number])
 
@@ -138,6 +154,8 @@ class TestCalls:
         with torch.no_grad():
             assert not any(x.requires_grad for x in run(call, inputs, rest))
 
+    # The gradients are kernels without gradients of their
+    # own: an error, not a silent 0.
     def test_second_derivative(self, name):
         call = CALLS[name]
         inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
@@ -148,33 +166,37 @@ class TestCalls:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_halves(self, name, dtype):
-        """The gradient of a half is that of the same numbers in float32, rounded."""
+        """The gradient in 16 bits is that of the same numbers in float32, rounded."""
         call = CALLS[name]
         inputs, rest = tensors(call.inputs, dtype, grad=True), tensors(call.rest, dtype)
         results = run(call, inputs, rest)
-        found = torch.autograd.grad(total(results), [*inputs.values()])
+        actual = torch.autograd.grad(total(results), [*inputs.values()])
         wide = {k: x.detach().float().requires_grad_() for k, x in inputs.items()}
         wanted = gradients(call, wide, tensors(call.rest, torch.float32))
-        for x, y, given in zip(found, wanted, inputs.values(), strict=True):
-            assert x.dtype == given.dtype == dtype
+        for x, y, argument in zip(actual, wanted, inputs.values(), strict=True):
+            assert x.dtype == argument.dtype == dtype
             size = y.abs().max().item()
+            # bfloat16 keeps 8 bits; 2 ** -6 leaves room for a few roundings.
             torch.testing.assert_close(x.float(), y, rtol=2**-6, atol=2**-6 * size)
 
     def test_any_layout(self, name):
         call = CALLS[name]
         inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
         wanted = gradients(call, inputs, rest)
+        # Every second element of a longer row: the gradient
+        # must go to the same elements.
         twice = {k: x.detach().repeat_interleave(2, -1) for k, x in inputs.items()}
         for x in twice.values():
             x.requires_grad_()
         views = {k: x[..., ::2] for k, x in twice.items()}
         results = run(call, views, rest)
+        # The gradient of `expand` has strides of 0.
         spread = [x.sum(dim=0, keepdim=True).expand(x.shape) for x in results if x.ndim]
         total(results).backward(retain_graph=True)
         for x, y in zip(twice.values(), wanted, strict=True):
             torch.testing.assert_close(x.grad[..., ::2], y, rtol=1e-9, atol=1e-12)
             assert not x.grad[..., 1::2].any()
-        if spread:  # an expanded gradient comes back
+        if spread:  # an expanded gradient arrives
             torch.autograd.grad(total(spread), [*twice.values()])
 
 
@@ -183,11 +205,12 @@ SINGLE = [name for name in CALLS if not name.startswith("quickmerge")]
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_opcheck(name, monkeypatch):
-    """What torch asks of a custom operator, of each and of its gradient."""
+    """torch's own checks of custom operators: each operator and its gradient."""
     call, seen = CALLS[name], []
     function = call.function.replace("alignment", "mlp_alignment")
     operator = getattr(torch.ops.qm_cupy, function)
     inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
+    # The arguments of the operator are those that the public function passes on.
     with monkeypatch.context() as patch:
         spy = lambda *x: seen.append(x) or operator(*x)  # noqa: E731
         patch.setattr(torch.ops.qm_cupy, function, spy)
@@ -197,32 +220,36 @@ def test_opcheck(name, monkeypatch):
     operation = OPERATIONS[function]
     slope = [torch.ones_like(x) for x in results[: operation.results]]
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    wanted = [x is not None for x in arguments[: len(operation.inputs)]]
+    # The gradient of an input is computed only if it is wanted.
+    wanted = [x is not None for x in arguments[: len(operation.differentiable)]]
     vjp = getattr(torch.ops.qm_cupy, f"{function}_vjp")
+    # The settings are passed as a tensor: an index of `SNAPSHOTS`.
     settings = torch.tensor(SNAPSHOTS.index(snapshot()))
     torch.library.opcheck(vjp.default, (*slope, settings, *detached, wanted))
 
 
 class TestCompiler:
-    """`torch.compile` holds every operator whole: no graph is broken."""
+    """`torch.compile` keeps every operator whole, without a graph break."""
 
     @pytest.mark.parametrize("name", SINGLE)
-    def test_each(self, name):
+    def test_each_function(self, name):
         call = CALLS[name]
         inputs, rest = tensors(call.inputs, grad=True), tensors(call.rest)
-        if "num_groups" in rest:
+        if "num_groups" in rest:  # a number that shapes depend on
             rest["num_groups"] = 3
         if "prior" in rest:
             rest["prior"] = qt.MLPPrior(rest["prior"].forward, rest["prior"].backward)
         function = getattr(qm, call.function)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        # "aot_eager" traces forward and backward, but generates no code.
         value = total(flat(compiled(**inputs, **rest)))
         assert torch.equal(value, total(run(call, inputs, rest)))
-        found = torch.autograd.grad(value, [*inputs.values()])
-        for x, y in zip(found, gradients(call, inputs, rest), strict=True):
+        actual = torch.autograd.grad(value, [*inputs.values()])
+        for x, y in zip(actual, gradients(call, inputs, rest), strict=True):
             assert torch.equal(x, y)
 
-    def test_counts_are_read(self):
+    def test_counts_are_read_again(self):
+        # A compiled graph must not keep the counts of its first call.
         tokens, labels = torch.randn(2, 5, 3), torch.from_numpy(LABELS)
         compiled = torch.compile(qm.merge_tokens, backend="aot_eager")
         for counts in (torch.tensor([3, 2]), torch.tensor([4, 2])):
@@ -240,12 +267,12 @@ class TestCompiler:
             return ((rebuilt - tokens) ** 2).mean() + error.sum() + merged.mass.sum()
 
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        for budget in (3, 5):  # at the second, K becomes a symbol
+        for budget in (3, 5):  # at the second value, K becomes a symbol
             value = compiled(tokens, budget)
             torch.testing.assert_close(value, loss(tokens, budget))
-            (found,) = torch.autograd.grad(value, tokens)
+            (actual,) = torch.autograd.grad(value, tokens)
             (wanted,) = torch.autograd.grad(loss(tokens, budget), tokens)
-            torch.testing.assert_close(found, wanted)
+            torch.testing.assert_close(actual, wanted)
 
     @pytest.mark.parametrize("fullgraph", [False, True])
     @pytest.mark.parametrize(
@@ -256,9 +283,9 @@ class TestCompiler:
             (torch.tensor(2), torch.tensor(5)),
             (torch.tensor([3, 2]), torch.tensor([4, 1])),
         ],
-        ids=["int", "share", "tensor", "counts"],
+        ids=["int", "ratio", "tensor", "counts"],
     )
-    def test_no_budget_is_frozen(self, budgets, fullgraph):
+    def test_no_budget_becomes_a_constant(self, budgets, fullgraph):
         tokens, mask = torch.randn(2, 12, 4), torch.ones(2, 12, dtype=torch.bool)
         mask[1, 7:] = False
         for arguments in ((tokens,), (tokens, mask)):
@@ -266,13 +293,14 @@ class TestCompiler:
             def merge(budget, tokens, mask=None):
                 return qm.quickmerge(tokens, budget, mask=mask).tokens
 
+            # Every case must be compiled from the start.
             torch.compiler.reset()
             compiled = torch.compile(merge, fullgraph=fullgraph, backend="aot_eager")
             for budget in budgets:
                 wanted = merge(budget, *arguments)
                 assert torch.equal(compiled(budget, *arguments), wanted)
 
-    def test_numpy_s_integers_are_not_frozen(self):
+    def test_numpy_integers_do_not_become_constants(self):
         tokens = torch.randn(2, 12, 4)
         compiled = torch.compile(
             lambda k: qm.quickmerge(tokens, k).tokens, backend="aot_eager"
@@ -291,13 +319,15 @@ class TestCompiler:
         for tokens in torch.randn(2, 2, 12, 4) * torch.arange(12)[:, None]:
             assert torch.equal(compiled(tokens), loss(tokens))
 
-    def test_a_share_of_the_tokens(self):
+    def test_a_ratio_of_the_tokens(self):
         tokens = torch.randn(2, 12, 4)
         compiled = torch.compile(
             lambda x: qm.quickmerge(x, 0.25), fullgraph=True, backend="aot_eager"
         )
+        # 0.25 * 12 = 3 tokens.
         assert torch.equal(compiled(tokens).tokens, qm.quickmerge(tokens, 3).tokens)
 
+    # A module has parameters, which torch lifts to inputs of the graph.
     def test_a_module(self):
         model, tokens = qt.QuickMergePP(4), torch.randn(2, 12, 4)
         model(tokens, 3)[1]["total"].backward()
@@ -310,26 +340,33 @@ class TestCompiler:
 
 
 def plain_losses(tokens, labels, networks, num_groups, noise, tau=0.1, gamma=0.8):
-    """The whole of `QuickMergePP` as torch differentiates it, of given labels."""
+    """Compute `QuickMergePP` for given labels in operations that torch differentiates.
+
+    The formulas are those of the paper, in its order.
+    """
+    # x_i.x_j / sqrt(D), (B, N, N)
     scores = tokens @ tokens.mT / tokens.shape[-1] ** 0.5
     log_attention = torch.log_softmax(scores, dim=-1)
-    entropy = -(log_attention.exp() * log_attention).sum(dim=-1)
+    entropy = -(log_attention.exp() * log_attention).sum(dim=-1)  # H, (B, N)
     low, high = entropy.aminmax(dim=-1, keepdim=True)
     saliency = 1 - (entropy - low) / (high - low)
-    chosen = torch.softmax((saliency + noise) / tau, dim=-1)
-    mass = chosen * saliency + (1 - chosen) * 0.01
+    probabilities = torch.softmax((saliency + noise) / tau, dim=-1)
+    mass = probabilities * saliency + (1 - probabilities) * 0.01  # epsilon = 0.01
+    # m_j if token j is in group k, else 0: (B, N, K)
     member = (labels[..., None] == torch.arange(num_groups)).to(tokens) * mass[
         ..., None
     ]
+    # The weighted means sum m x / sum m, (B, K, D).
     merged = member.mT @ tokens / member.sum(dim=1)[..., None]
     rebuilt = merged.gather(1, labels.long()[..., None].expand(tokens.shape))
     error = ((tokens - rebuilt) ** 2).sum(dim=(1, 2)) / (tokens**2).sum(dim=(1, 2))
     fidelity = (error - (1 - gamma) ** 2).clamp_min(0).mean()
+    # The mean of x_1..t predicts x_t+1; the mirror image predicts backwards.
     steps = torch.arange(1, num_groups)[:, None]
-    ahead = networks[0](merged.cumsum(dim=1)[:, :-1] / steps) - merged[:, 1:]
-    behind = networks[1](merged.flip(1).cumsum(dim=1)[:, :-1] / steps)
-    behind = behind - merged.flip(1)[:, 1:]
-    alignment = (ahead**2).mean() + (behind**2).mean()
+    forward_gap = networks[0](merged.cumsum(dim=1)[:, :-1] / steps) - merged[:, 1:]
+    backward_gap = networks[1](merged.flip(1).cumsum(dim=1)[:, :-1] / steps)
+    backward_gap = backward_gap - merged.flip(1)[:, 1:]
+    alignment = (forward_gap**2).mean() + (backward_gap**2).mean()
     return merged, {
         "ar_alignment": alignment,
         "fidelity": fidelity,
@@ -338,26 +375,28 @@ def plain_losses(tokens, labels, networks, num_groups, noise, tau=0.1, gamma=0.8
 
 
 class TestQuickMergePP:
-    def test_against_torch_s_own_gradients(self, rng):
+    def test_gradients_equal_those_of_torch(self, rng):
         tokens = torch.tensor(rng.standard_normal((3, 40, 8)), requires_grad=True)
         model = qt.QuickMergePP(embedding_dim=8, seed=5).double()
         merged, losses = model(tokens, 7)
+        # Labels are constants for gradients, and the noise is the library's.
         labels = qm.quickmerge(tokens, 7, seed=5).labels
         noise = torch.from_numpy(qm.gumbel_noise((3, 40), 5)).double()
         prior = model.ar_alignment.prior
         networks = prior.forward_prior, prior.backward_prior
         wanted, plain = plain_losses(tokens, labels, networks, 7, noise)
         torch.testing.assert_close(merged, wanted)
-        places = [tokens, *model.parameters()]
+        variables = [tokens, *model.parameters()]
         for name in ("ar_alignment", "fidelity", "total"):
             torch.testing.assert_close(losses[name], plain[name])
-            which = places[:1] if name == "fidelity" else places
-            found = torch.autograd.grad(losses[name], which, retain_graph=True)
-            right = torch.autograd.grad(plain[name], which, retain_graph=True)
-            for x, y in zip(found, right, strict=True):
+            # The fidelity does not depend on the networks.
+            selected = variables[:1] if name == "fidelity" else variables
+            actual = torch.autograd.grad(losses[name], selected, retain_graph=True)
+            expected = torch.autograd.grad(plain[name], selected, retain_graph=True)
+            for x, y in zip(actual, expected, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-10)
 
-    def test_losses_are_the_library_s(self, rng):
+    def test_losses_equal_those_without_grad(self, rng):
         tokens = torch.tensor(rng.standard_normal((2, 30, 8)), dtype=torch.float32)
         mask, counts = torch.rand(2, 30) < 0.9, torch.tensor([6, 3])
         merged, losses = qt.QuickMergePP(8, seed=3)(tokens, counts, 0.5, mask=mask)
@@ -367,7 +406,7 @@ class TestQuickMergePP:
         assert values == pytest.approx(floats)
         assert all(x.shape == () for x in losses.values())
 
-    def test_a_step_lowers_the_loss(self, rng):
+    def test_steps_lower_the_loss(self, rng):
         tokens = torch.tensor(rng.standard_normal((2, 30, 8)), dtype=torch.float32)
         model = qt.QuickMergePP(8)
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
@@ -378,6 +417,7 @@ class TestQuickMergePP:
             loss.backward()
             optimizer.step()
             values.append(loss.item())
+        # Gradient descent with a small step lowers a loss at each step.
         assert values == sorted(values, reverse=True)
 
     def test_it_is_a_module(self):
@@ -386,16 +426,16 @@ class TestQuickMergePP:
             qt.BidirectionalARAlignment(8),
             qt.BidirectionalARAlignment(8, seed=1),
         )
-        assert len([*model.parameters()]) == 8
+        assert len([*model.parameters()]) == 8  # 4 weights of each of 2 MLPs
         tokens = torch.ones(9, 8).cumsum(0)
-        assert one(tokens) != other(tokens)
+        assert one(tokens) != other(tokens)  # another seed, other weights
         model.ar_alignment = other
         other.load_state_dict(one.state_dict())
         assert one(tokens) == model.ar_alignment(tokens)
         assert one.forward_loss(tokens) + one.backward_loss(tokens) == one(tokens)
         weights = model.to(torch.bfloat16).state_dict()
         name = "ar_alignment.prior.forward_prior.0.weight"
-        assert weights[name].dtype == torch.bfloat16
+        assert weights[name].dtype == torch.bfloat16  # `to` converts the weights
 
     def test_inference(self, rng):
         tokens = torch.tensor(rng.standard_normal((30, 8)), requires_grad=True)
@@ -405,9 +445,10 @@ class TestQuickMergePP:
         torch.testing.assert_close(predictions, ar_model(merged).detach())
         assert not merged.requires_grad
 
-    def test_the_papers_blocks(self, capsys):
+    def test_the_code_blocks_of_the_paper(self, capsys):
         names = {"YourARModel": lambda: torch.nn.Linear(512, 7)}
         modules = "QuickMergePP", "BidirectionalARAlignment"
+        # Modules come from `qm_cupy.torch`, all else from `qm_cupy`.
         blocks = PAPER.replace("from quickmerge", "from qm_cupy")
         for module in modules:
             blocks = blocks.replace(
@@ -426,7 +467,7 @@ class TestPrior:
     def merged(self, rng):
         return torch.tensor(rng.standard_normal((2, 6, 4)), requires_grad=True)
 
-    def test_it_is_the_library_s(self, merged):
+    def test_weights_equal_those_of_the_library(self, merged):
         drawn = qm.MLPPrior.init(4, hidden_dim=5, seed=3)
         prior = qt.MLPPrior.init(4, hidden_dim=5, seed=3)
         state = prior.forward_prior.state_dict(), prior.backward_prior.state_dict()
@@ -443,15 +484,18 @@ class TestPrior:
         again = qt.MLPPrior.from_state_dict(*state)
         assert torch.equal(again(merged).total, wanted.total)
 
+    # A copy: training must not change a prior that was saved before.
     def test_detach_copies(self):
         prior = qt.MLPPrior.init(4)
         before = prior.detach()
-        kept = before.forward.weight_in.copy()
+        saved = before.forward.weight_in.copy()
         with torch.no_grad():
             prior.forward_prior[0].weight.zero_()
-        np.testing.assert_array_equal(before.forward.weight_in, kept)
+        np.testing.assert_array_equal(before.forward.weight_in, saved)
 
-    def test_drawing_leaves_torch_s_generator_alone(self):
+    def test_initial_weights_do_not_use_the_generator_of_torch(self):
+        # Otherwise a new model would change the random
+        # numbers of the program around it.
         torch.manual_seed(0)
         wanted = torch.rand(3)
         torch.manual_seed(0)
@@ -459,30 +503,32 @@ class TestPrior:
         assert torch.equal(torch.rand(3), wanted)
 
     def test_weights(self, merged):
-        """Against torch's own gradients, of float32 weights beside float64 tokens."""
+        """Compares with torch's own gradients: float32 weights with float64 tokens."""
         prior = qt.MLPPrior.init(4, hidden_dim=5)
-        found = torch.autograd.grad(prior(merged).forward.sum(), prior.parameters())
+        actual = torch.autograd.grad(prior(merged).forward.sum(), prior.parameters())
+        # The mean of x_1..t.
         context = merged.cumsum(1)[:, :-1] / torch.arange(1, 6)[:, None]
         network = qt.MLPPrior.init(4, hidden_dim=5).double().forward_prior
         loss = ((network(context) - merged[:, 1:]) ** 2).mean(dim=(1, 2)).sum()
         wanted = torch.autograd.grad(loss, network.parameters())
-        for x, y in zip(found[:4], wanted, strict=True):
+        for x, y in zip(actual[:4], wanted, strict=True):
             assert x.dtype == torch.float32
             torch.testing.assert_close(x, y.float())
-        assert not any(x.any() for x in found[4:])  # which read backwards
+        assert not any(x.any() for x in actual[4:])  # the weights of the backward prior
 
     def test_half_weights(self, merged):
         prior = qt.MLPPrior.init(4, hidden_dim=5).bfloat16()
         prior(merged.bfloat16()).total.sum().backward()
         assert {x.grad.dtype for x in prior.parameters()} == {torch.bfloat16}
 
-    def test_a_merged_knows_its_groups(self, merged):
+    def test_a_merged_brings_its_number_of_groups(self, merged):
         tokens = torch.tensor(np.arange(40.0).reshape(2, 5, 4) ** 2)
-        found = qm.quickmerge(tokens, torch.tensor([4, 2]))
+        result = qm.quickmerge(tokens, torch.tensor([4, 2]))
         prior = qt.MLPPrior.init(4).double()
-        wanted = prior(found.tokens, num_groups=torch.tensor([4, 2]))
-        assert torch.equal(prior(found).total, wanted.total)
-        assert not torch.equal(prior(found.tokens).total, wanted.total)
+        wanted = prior(result.tokens, num_groups=torch.tensor([4, 2]))
+        assert torch.equal(prior(result).total, wanted.total)
+        # Without the counts the zeros of padded groups would count as tokens.
+        assert not torch.equal(prior(result.tokens).total, wanted.total)
 
     def test_other_priors_have_no_gradient(self, merged):
         class Zero:
@@ -495,6 +541,8 @@ class TestPrior:
 
 
 class TestSelection:
+    # Straight-through: the value is K-hot, the gradient is
+    # that of the soft probabilities.
     def test_hard_is_straight_through(self, rng):
         scores = torch.tensor(rng.random((2, 9)), requires_grad=True)
         weights = torch.tensor(rng.random((2, 9)))
@@ -503,9 +551,10 @@ class TestSelection:
         (wanted,) = torch.autograd.grad((soft * weights).sum(), scores)
         counts = torch.tensor([2, 4])
         for mask in (hard, qm.gumbel_softmax(scores, hard=counts)):
-            (found,) = torch.autograd.grad((mask * weights).sum(), scores)
-            assert torch.equal(found, wanted)
+            (actual,) = torch.autograd.grad((mask * weights).sum(), scores)
+            assert torch.equal(actual, wanted)
 
+    # A seed above 2 ** 63 - 1 does not fit in torch's int64.
     def test_seeds_of_64_bits(self):
         scores = torch.rand(2, 9)
         for seed in (0, 2**63 - 1, 2**63, 2**64 - 1, np.uint64(2**64 - 1), None):
@@ -570,13 +619,13 @@ class TestErrors:
             (lambda x: qm.norm_saliency(x / 0), ValueError, "`tokens` must be finite"),
         ],
     )  # fmt: skip
-    def test_words(self, call, error, message):
+    def test_error_messages(self, call, error, message):
         with pytest.raises(error, match=message):
             call(torch.ones(2, 5, 3, requires_grad=True))
 
     def test_a_backward_has_the_settings_of_its_forward(self):
-        """Whatever they are where it runs: on a thread of autograd's own, say."""
-        labels, wild = torch.tensor([0, 1, 0]), torch.full((2, 4), torch.nan)
+        """Autograd may run the backward pass in another thread, with other settings."""
+        labels, not_finite = torch.tensor([0, 1, 0]), torch.full((2, 4), torch.nan)
 
         def merge(x):
             return qm.merge_tokens(x, labels, 2)
@@ -588,13 +637,13 @@ class TestErrors:
             with qm.check_finite(False):
                 unchecked = function(x)
             checked = function(x)
-            unchecked.backward(wild)
+            unchecked.backward(not_finite)
             assert x.grad.isnan().all()
             with (
                 qm.check_finite(False),
                 pytest.raises(ValueError, match="`gradient` must be finite"),
             ):
-                checked.backward(wild)
+                checked.backward(not_finite)
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
     def test_forward_mode(self):
@@ -612,7 +661,7 @@ class TestErrors:
         assert tokens.grad.shape == (0, 5, 3)
 
 
-def test_bfloat16_comes_through(rng):
+def test_bfloat16_works(rng):
     tokens = to_library("torch", rng.standard_normal((2, 9, 4)).astype(np.float32))
     tokens = tokens.bfloat16()
     for x, y in zip(qm.quickmerge(tokens, 3), qm.quickmerge(tokens, 3), strict=True):

@@ -1,4 +1,4 @@
-"""A projection and a prior learn through the merge, in torch and in JAX alike."""
+"""A projection and a prior learn through the merge, in torch and in JAX."""
 
 import json
 import subprocess
@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "training.py"
 
 @pytest.fixture(scope="module")
 def courses(tmp_path_factory):
-    """Loss and PSNR of the whole photograph, step by step, in both frameworks."""
-    found = {}
+    """Return loss and PSNR of the whole photograph for each step and framework."""
+    results = {}
     for framework in ("torch", "jax"):
         pytest.importorskip(framework)
         pytest.importorskip("matplotlib")
@@ -25,21 +25,23 @@ def courses(tmp_path_factory):
             [*command, "--json", path], check=True, capture_output=True, text=True
         )
         assert "PSNR" in done.stdout
-        found[framework] = json.loads(path.read_text())["steps"]
-    return found
+        results[framework] = json.loads(path.read_text())["steps"]
+    return results
 
 
 @pytest.mark.slow("trains in torch and in JAX")
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_both_improve(courses, framework):
-    losses = [found["loss"] for found in courses[framework]]
+    losses = [step["loss"] for step in courses[framework]]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.5 * losses[0]
-    psnr = [found["psnr"] for found in courses[framework]]
+    psnr = [step["psnr"] for step in courses[framework]]
+    # In dB: the rebuilt image must improve too.
     assert psnr[-1] > psnr[0] + 4
 
 
-def test_they_take_the_same_course(courses):
+def test_both_frameworks_give_the_same_course(courses):
+    # Small differences in rounding grow with the steps, so the bounds are wide.
     for ours, theirs in zip(*courses.values(), strict=True):
         assert ours["step"] == theirs["step"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)

@@ -1,4 +1,7 @@
-"""What a user of NumPy and of torch writes down as types: `make lint` checks it."""
+"""The types that users of NumPy and torch write: `make lint` checks this file.
+
+Every annotation must agree with the return type that the library declares.
+"""
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ tokens = np.ones((2, 9, 4), np.float32)
 mask = np.ones((2, 9), np.bool_)
 mass = np.ones((2, 9))
 protect = np.arange(9) < 1
+# Integers for labels, counts and positions: they index arrays without a cast.
 labels: NDArray[np.int32] = qm.cluster_tokens(tokens, 3, mask=mask, method="ward")
 merged: NDArray[np.float32] = qm.merge_tokens(tokens, labels, 3, mass=mass)
 sizes: NDArray[np.int32] = qm.group_sizes(labels, 3)
@@ -17,8 +21,10 @@ positions: NDArray[np.int32] = qm.group_positions(labels, 3)
 back: NDArray[np.float32] = qm.unmerge_tokens(merged, labels)
 picked: NDArray[np.int32] = qm.select_tokens(mass, 3, mask=mask)
 budget: NDArray[np.int32] = qm.norm_budget(tokens, 0.5, mask=mask)
+# The dendrogram is float64, as in SciPy, whatever the dtype of the tokens.
 tree: NDArray[np.float64] = qm.linkage(tokens, "average", mask=mask)
 cut: NDArray[np.int32] = qm.cut_linkage(tree, num_groups=3, mask=mask)
+# A float input gives a float result.
 entropy: NDArray[np.float32] = qm.self_attention_entropy(tokens, mask=mask)
 scores: NDArray[np.float32] = qm.saliency(entropy, salient="high", mask=mask)
 noise: NDArray[np.float32] = qm.gumbel_noise((2, 9), 0)
@@ -27,7 +33,7 @@ result: qm.Merged[NDArray[np.float32]] = qm.quickmerge(
 )
 into: NDArray[np.int32] = result.labels
 count: NDArray[np.int32] = result.sizes
-place: NDArray[np.int32] = result.positions
+position: NDArray[np.int32] = result.positions
 short: NDArray[np.float32] = result.tokens
 loss = qm.alignment_loss(result, qm.MLPPrior.init(4))
 total: NDArray[np.float32] = loss.total
@@ -36,6 +42,7 @@ error: NDArray[np.float32] = qm.reconstruction_error(
 )
 with qm.use_kernels("basic"), qm.allow_tf32(), qm.check_finite(False):
     pass
+# The same functions must also return torch's type for a tensor.
 x = torch.ones(2, 9, 4, requires_grad=True)
 y: torch.Tensor = qm.merge_tokens(x, qm.cluster_tokens(x, 3), 3)
 z: qm.Merged[torch.Tensor] = qm.quickmerge(x, 3, weights="uniform")

@@ -1,4 +1,9 @@
-"""Weights of priors: from state dicts, by declared shapes, or drawn at random."""
+"""Weights of priors: read from state dicts, drawn at random, and their shapes.
+
+A prior is a model that predicts a merged token from the tokens before it. It has two
+networks: ``forward`` reads the tokens from the left, and ``backward`` from the right.
+In the MLP prior, D is the width of a token and H the width of the hidden layer.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.checks import check_shape, check_values
-from ..arrays.conversion import enter
+from ..arrays.conversion import convert_inputs
 from ..arrays.dtypes import accumulation_dtype
 from ..cuda.device import to_host
 from .configuration import Configuration
 from .mlp import MLP
 
 # Keys of the state dict of torch's `nn.Sequential(Linear, ReLU, Linear)`, and the axes
-# of each weight. Module 1 is the ReLU, which has no weights.
+# of each weight: H and D are the hidden width and the width of a token. Module 1 is the
+# ReLU, which has no weights.
 _STATE = {"0.weight": "HD", "0.bias": "H", "2.weight": "DH", "2.bias": "D"}
 
 
 def mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all arrays of a file with these settings."""
+    """Return the shape of each array in a file of an `MLPPrior` with these settings."""
     widths = settings.get("dim"), settings.get("hidden_dim")
-    # Settings come from a file: any JSON value may be here. 0 stands for a wrong one.
+    # Settings come from a file, so a width may be any JSON value. 0 marks a wrong
+    # value.
     dim, hidden_dim = (x if isinstance(x, int) and x > 0 else 0 for x in widths)
     if not dim or not hidden_dim or set(settings) != {"dim", "hidden_dim"}:
         raise ValueError(
@@ -42,16 +49,20 @@ def mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
-    """Return copies of a state dict's weights, in float32 or float64."""
+    """Return copies of the weights of an MLP's state dict, in float32 or float64.
+
+    `name` is the name of the argument `state`, for error messages.
+    """
     if set(state) != set(_STATE):
         raise ValueError(f"`{name}` must have the keys {[*_STATE]}, got {[*state]}")
-    _, *arrays = enter({f"{name}[{key!r}]": state[key] for key in _STATE})
+    _, *arrays = convert_inputs({f"{name}[{key!r}]": state[key] for key in _STATE})
     sizes: dict[str, int] = {}
     weights = []
     for (key, axes), weight in zip(_STATE.items(), arrays, strict=True):
         label = f"{name}[{key!r}]"
         check_values(label, weight, axes)
-        # The first weight with an axis sets its size; later ones must agree.
+        # The first weight that has an axis determines its size. Later weights must have
+        # the same size.
         wanted = tuple(
             sizes.setdefault(axis, size)
             for axis, size in zip(axes, weight.shape, strict=True)
@@ -64,13 +75,13 @@ def read_mlp(name: str, state: Mapping[str, Any]) -> MLP:
 
 
 def random_mlp(generator: "np.random.Generator", dim: int, hidden_dim: int) -> MLP:
-    """Draw the weights of each layer uniformly within ±1/√(its number of inputs)."""
+    """Draw the weights of each layer uniformly within ±1/√(number of its inputs)."""
 
     def draw(inputs: int, *shape: int) -> NDArray[np.float32]:
         bound = inputs**-0.5
         return generator.uniform(-bound, bound, shape).astype(np.float32)
 
-    # The order of the draws is part of the result of a seed.
+    # A seed gives the same weights only if the order of these draws does not change.
     return MLP(
         draw(dim, hidden_dim, dim),  # (H, D)
         draw(dim, hidden_dim),
@@ -80,13 +91,14 @@ def random_mlp(generator: "np.random.Generator", dim: int, hidden_dim: int) -> M
 
 
 def transformer_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all arrays of a file with these settings."""
+    """Return the shape of each array in a file of a `TransformerPrior`."""
     names = Configuration._fields
     if set(settings) != set(names):
         raise ValueError(f"its settings must be {names}, got {settings}")
     try:
         shapes = Configuration(**settings).checked().shapes()
-    except TypeError as error:  # a wrong type in a file is a wrong value of the file
+    # For the caller, a setting of a wrong type is a wrong value of the file.
+    except TypeError as error:
         raise ValueError(str(error)) from error
     return {
         f"{direction}.{name}": shape
@@ -96,13 +108,17 @@ def transformer_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]
 
 
 def read_transformer(name: str, state: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """Return copies of a state dict's weights, in float32 or float64."""
+    """Return copies of the weights of a transformer's state dict, at least float32.
+
+    `name` is the name of the argument `state`, for error messages.
+    """
     if not state:
         raise ValueError(f"`{name}` must hold weights, got none")
     labelled = {f"{name}[{key!r}]": weight for key, weight in state.items()}
-    _, *arrays = enter(labelled)
+    _, *arrays = convert_inputs(labelled)
     weights = {}
-    # Shapes are not known yet: `TransformerPrior` derives and checks them.
+    # `TransformerPrior` derives the shapes and checks them. Here a weight only needs
+    # one or two axes, of any size (X and Y).
     for key, label, weight in zip(state, labelled, arrays, strict=True):
         check_values(label, weight, "X", "XY")
         acc_dtype = accumulation_dtype(weight.dtype)
@@ -115,18 +131,18 @@ def random_transformer(
 ) -> dict[str, NDArray[np.float32]]:
     """Draw the weights of one network.
 
-    Linear maps are uniform within ±1/√(inputs), learned positions are normal with
-    standard deviation 0.02, and norms have weight 1 and bias 0.
+    Linear maps are uniform within ±1/√(number of inputs), learned positions are normal
+    with standard deviation 0.02, and norms have weight 1 and bias 0.
     """
     shapes, weights = settings.shapes(), {}
     for name, shape in shapes.items():
         layer, _, part = name.rpartition(".")
         if "norm" in layer:
-            weight = np.full(shape, part == "weight")  # weight 1, bias 0
+            weight = np.full(shape, part == "weight")  # True is 1, False is 0
         elif layer == "positions":
             weight = generator.normal(0, 0.02, shape)
         else:
-            bound = shapes[f"{layer}.weight"][1] ** -0.5  # axis 1 is the inputs
+            bound = shapes[f"{layer}.weight"][1] ** -0.5  # shape (outputs, inputs)
             weight = generator.uniform(-bound, bound, shape)
         weights[name] = weight.astype(np.float32)
     return weights

@@ -1,4 +1,9 @@
-"""The widths of a transformer prior, their checks, and the shapes of its weights."""
+"""The settings of a transformer prior, their checks, and the shapes of its weights.
+
+A prior is a model that predicts a merged token from the tokens before it. Its network
+maps tokens of width D to vectors of width E, has H heads of width d = E / H in each
+block, and maps the vectors back to width D.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -6,26 +11,27 @@ from typing import Any, Literal, NamedTuple
 from ..arrays.checks import check_integer
 from ..cuda.constants import MAX_HEAD_DIM
 
-# A damaged or hostile file may state any number. This bounds the work before the shapes
-# are compared with the arrays of the file.
+# A damaged or hostile file may contain any number of layers. This limit bounds the work
+# that is done before the shapes are compared with the arrays of the file.
 _MAX_LAYERS = 1024
 
 Weights = Mapping[str, Any]
 
 
 class Configuration(NamedTuple):
-    """The widths of a network, which determine the shapes of all its weights."""
+    """The settings of a network, which determine the shapes of all its weights."""
 
-    dim: int
-    hidden_dim: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
+    dim: int  # D
+    hidden_dim: int  # E
+    num_layers: int  # number of blocks
+    num_heads: int  # H
+    mlp_dim: int  # hidden width of the MLP of a block
     norm: Literal["rms", "layer"]
     num_positions: int
     """Number of learned positions; 0 means rotary positions."""
 
     def checked(self) -> "Configuration":
+        """Return the settings; raise if a value is wrong."""
         for name, value in self._asdict().items():
             if name == "norm":
                 if value not in ("rms", "layer"):
@@ -38,29 +44,30 @@ class Configuration(NamedTuple):
             raise ValueError(
                 f"`num_layers` must be at most {_MAX_LAYERS}, got {self.num_layers}"
             )
-        # d = E / H must be exact, and even: rotary positions rotate pairs of elements.
-        width = self.hidden_dim // self.num_heads
-        if width * self.num_heads != self.hidden_dim or width % 2:
+        # d = E / H must be an integer, and even: rotary positions rotate pairs of the d
+        # elements of a head.
+        head_width = self.hidden_dim // self.num_heads
+        if head_width * self.num_heads != self.hidden_dim or head_width % 2:
             raise ValueError(
                 "`hidden_dim` must be `num_heads` times an even number, "
                 f"got {self.hidden_dim} for {self.num_heads} heads"
             )
-        if width > MAX_HEAD_DIM:  # the kernel keeps a head in shared memory
+        if head_width > MAX_HEAD_DIM:  # the kernel keeps one head in shared memory
             raise ValueError(
-                f"a head must be at most {MAX_HEAD_DIM} wide, got {width}: "
+                f"a head must be at most {MAX_HEAD_DIM} wide, got {head_width}: "
                 "use more heads (`num_heads`)"
             )
         return self
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight of one network, by its name."""
-        # RMSNorm has a gain only; LayerNorm also has a bias.
+        # RMSNorm has only a weight; LayerNorm also has a bias.
         norms = {"weight", "bias"} if self.norm == "layer" else {"weight"}
         shapes: dict[str, tuple[int, ...]] = {}
 
         def declare(name: str, *shape: int) -> None:
-            shapes[f"{name}.weight"] = shape  # (out, in), as torch stores it
-            shapes[f"{name}.bias"] = shape[:1]  # (out,)
+            shapes[f"{name}.weight"] = shape  # (outputs, inputs), as in torch
+            shapes[f"{name}.bias"] = shape[:1]  # (outputs,)
 
         def declare_norm(name: str) -> None:
             shapes.update({f"{name}.{part}": (self.hidden_dim,) for part in norms})
@@ -83,16 +90,17 @@ class Configuration(NamedTuple):
 
 
 def configuration_of(weights: Weights, num_heads: int) -> Configuration:
-    """Return the settings of a network, read from the names and shapes of its weights.
+    """Return the settings of a network, from the names and shapes of its weights.
 
-    The shapes do not depend on `num_heads`, so it must be passed.
+    The shapes do not depend on the number of heads, so the caller must pass it.
     """
-    wide = ("embed.weight", "blocks.0.mlp_in.weight")
-    for name in wide:
+    matrices = ("embed.weight", "blocks.0.mlp_in.weight")
+    for name in matrices:
         if getattr(weights.get(name), "ndim", 0) != 2:
             raise ValueError(f"`forward` must hold {name!r}, a matrix (out, in)")
-    (hidden_dim, dim), (mlp_dim, _) = (weights[name].shape for name in wide)
-    # "blocks.3.qkv.weight" -> "3"; `TransformerPrior` checks that no block is missing.
+    (hidden_dim, dim), (mlp_dim, _) = (weights[name].shape for name in matrices)
+    # "blocks.3.qkv.weight" is a weight of block "3". `TransformerPrior` checks that no
+    # block is missing.
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     learned = weights.get("positions.weight")
     return Configuration(

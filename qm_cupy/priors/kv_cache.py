@@ -1,4 +1,9 @@
-"""Cache of keys and values of the tokens that a transformer prior has read."""
+"""Cache of keys and values of the tokens that a transformer prior has read.
+
+A prior is a model that predicts a merged token from the tokens before it. It has L
+layers of H attention heads of width d, and reads B sequences at once. A token has one
+slot in the cache; `capacity` is the number of slots.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +15,17 @@ from ..arrays.libraries import is_cuda
 from ..cuda.device import empty
 from .configuration import Configuration
 
-_MIN_CAPACITY = 16  # tokens for which a new cache has memory
+_MIN_CAPACITY = 16  # slots of a new cache
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens so far, with memory for more tokens."""
+    """Keys and values of the tokens so far, with free slots for more tokens."""
 
     keys: Any  # (L, B, H, capacity, d), after the rotation of rotary positions
     values: Any  # (L, B, H, capacity, d)
-    sizes: Any  # (B, capacity): tokens that each merged token stands for
-    length: int = 0  # tokens written so far; the rest of the memory is not initialised
+    sizes: Any  # (B, capacity), the number of tokens that each merged token stands for
+    length: int = 0  # tokens written so far; the other slots are not initialised
 
     @classmethod
     def empty(
@@ -42,21 +47,22 @@ class KVCache:
             make(shape[1:4:2], acc_dtype),  # (B, capacity)
         )
 
-    def after(self, count: int) -> "KVCache":
-        """Return a cache of the first `count` tokens with memory for one more token.
+    def with_free_slot(self, count: int) -> "KVCache":
+        """Return a cache of the first `count` tokens in which slot `count` is free.
 
-        Return the cache itself, unless it is full or already has a token at `count`.
+        Return the cache itself, unless it is full or its slot `count` is in use.
         """
         capacity = self.sizes.shape[-1]
-        # If another step already continued from this state, slot `count` is taken. A
-        # copy keeps both continuations apart.
+        # If another step has already continued from these tokens, slot `count` is in
+        # use. A copy keeps the two continuations separate.
         if count == self.length < capacity:
             return self
         make = empty if is_cuda(self.sizes) else np.empty
-        # Doubling makes the copies of n steps O(n) in all, instead of O(n²).
+        # The capacity doubles. So all copies in n steps move O(n) tokens, not O(n²).
         capacity = max(2 * count, _MIN_CAPACITY)
 
-        def grown(x: Any, axis: int) -> Any:  # axis counts from the last, -1 or -2
+        # `axis` is the axis of the slots, counted from the end: -1 or -2.
+        def grown(x: Any, axis: int) -> Any:
             shape = list(x.shape)
             shape[axis] = capacity
             larger = make(tuple(shape), x.dtype)

@@ -1,4 +1,9 @@
-"""One layer of the priors: a norm, a linear map, an activation and a residual."""
+"""One layer of the priors: a norm, a linear map, an activation and a residual.
+
+A prior is a model that predicts a merged token from the tokens before it. A layer maps
+rows x of `in` entries to rows y of `out` entries. W is its weight (out, in), b its bias
+(out,), and d before a name means the gradient of a loss with respect to the quantity.
+"""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -16,18 +21,18 @@ from ..settings import implementation
 Activation = Literal["none", "relu", "gelu"]
 
 _EPSILON = 1e-5  # ε of the norms: the default of torch's LayerNorm
-_FEW = 16  # rows up to which one warp for each output is fast
-# Rows that one block sums for a tile of a weight's gradient. Example: 8,192 rows are 16
-# parts; with D = 1024 and the prior's H = 256, 16 tiles each make 256 blocks. Each part
-# needs as much memory as the weights, so their number is limited.
+_FEW = 16  # up to this number of rows, one warp for each output is fast
+# Rows that one block sums for a tile of dW. For example, 8,192 rows are 16 parts. With
+# D = 1024 and the prior's hidden width of 256, each part has 16 tiles, so there are 256
+# blocks. Each part needs as much memory as the weights, so their number is limited.
 _PART_ROWS, _MAX_PARTS = 512, 32
 
 
 class Norm(NamedTuple):
     """Weights of a LayerNorm, or of an RMSNorm if `bias` is None."""
 
-    weight: NDArray[Any]  # (D,)
-    bias: NDArray[Any] | None  # (D,)
+    weight: NDArray[Any]  # (in,)
+    bias: NDArray[Any] | None  # (in,)
 
 
 def linear(
@@ -39,9 +44,10 @@ def linear(
     activation: Activation = "none",
     residual: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Return activation(norm(x) Wᵀ + b) + residual for x (..., D).
+    """Return activation(norm(x) Wᵀ + b) + residual, (..., out), for x (..., in).
 
-    All arrays have one dtype. `weight` is W, stored as (out, in) like in torch.
+    All arrays have one dtype. `weight` is W, stored as (out, in) like in torch, and
+    `bias` is b (out,).
     """
     if is_cuda(x):
         return _linear_cuda(x, weight, bias, norm, activation, residual)
@@ -63,7 +69,8 @@ def _linear_reference(
     elif activation == "gelu":
         from scipy.special import erf  # slow to import
 
-        # Exact GELU: y Φ(y) = y (1 + erf(y / √2)) / 2.
+        # Exact GELU: y Φ(y) = y (1 + erf(y / √2)) / 2. Φ is the cumulative distribution
+        # function of the standard normal distribution.
         y *= (1 + erf(y * 0.5**0.5)) / 2
     if residual is not None:
         y += residual
@@ -71,6 +78,7 @@ def _linear_reference(
 
 
 def _normalize_reference(x: NDArray[Any], norm: Norm) -> NDArray[Any]:
+    # With the weight g and the bias b of the norm, and means over the entries of a row:
     # RMSNorm:   y = g · x / √(mean x² + ε)
     # LayerNorm: y = g · (x - mean x) / √(mean (x - mean x)² + ε) + b
     if norm.bias is not None:
@@ -93,111 +101,117 @@ def _linear_cuda(
 ) -> Any:
     dtype = x.dtype
     out_dim, in_dim = weight.shape
-    x, rows = contiguous(x), math.prod(x.shape[:-1])
+    x, num_rows = contiguous(x), math.prod(x.shape[:-1])
     out = empty((*x.shape[:-1], out_dim), dtype)
-    sizes = rows, in_dim, out_dim, ACTIVATIONS[activation]
+    sizes = num_rows, in_dim, out_dim, ACTIVATIONS[activation]
     residual = contiguous(residual)
-    map_ = weight, bias, residual
-    # A step of decoding has few rows: reading the weights dominates, and tiles would be
-    # nearly empty. Instead, a warp computes each output, with the norm included.
-    if implementation() == "optimized" and rows <= _FEW:
-        args = (x, *(norm or (None, None)), *map_, *sizes, _EPSILON, out)
+    weights = weight, bias, residual
+    # A step of decoding has few rows. Most of its time is the reading of the weights,
+    # and tiles would be nearly empty. So one warp computes each output, including the
+    # norm.
+    if implementation() == "optimized" and num_rows <= _FEW:
+        args = (x, *(norm or (None, None)), *weights, *sizes, _EPSILON, out)
         launch("linear", "linear_few", dtype, args, rows=out.size)
         return out
-    # With many rows the norm is a kernel of its own, so that each row is normalized
-    # once and not again for every tile of columns.
+    # With many rows, the norm is a kernel of its own. So each row is normalized once,
+    # and not once for every tile of columns.
     if norm is not None:
         x = _normalize_cuda(x, norm)
-    args = (x, *map_, *sizes, out)
-    tiling = Tiling(1, rows, out_dim)
+    args = (x, *weights, *sizes, out)
+    tiling = Tiling(1, num_rows, out_dim)
     launch("linear", "linear", dtype, args, outputs=out.size, tiles=tiling)
     return out
 
 
 def _normalize_cuda(x: Any, norm: Norm) -> Any:
-    out, rows = empty(x.shape, x.dtype), math.prod(x.shape[:-1])
-    args = (x, *norm, rows, x.shape[-1], _EPSILON, out)
-    launch("linear", "normalize", x.dtype, args, outputs=out.size, rows=rows)
+    out, num_rows = empty(x.shape, x.dtype), math.prod(x.shape[:-1])
+    args = (x, *norm, num_rows, x.shape[-1], _EPSILON, out)
+    launch("linear", "normalize", x.dtype, args, outputs=out.size, rows=num_rows)
     return out
 
 
 def linear_vjp_cuda(
-    gradient: Any, x: Any, weight: Any, *, rectified: bool = False
+    dy: Any, x: Any, weight: Any, *, rectified: bool = False
 ) -> tuple[Any, Any, Any]:
-    """Return the gradients of x (..., in), weight (out, in) and bias of a layer.
+    """Return dx (..., in), dW (out, in) and db (out,) of a layer, from dy (..., out).
 
     For y = x Wᵀ + b: dx = dy W, dW = dyᵀ x, and db = Σ dy over all rows.
 
     `rectified` means that x is the output of a ReLU. The first result is then the
     gradient of the ReLU's input: dy W where x > 0, and 0 elsewhere.
     """
+    # The kernels set dx to 0 where the gate is not above 0. None means no gate.
     gate = x if rectified else None
     if implementation() == "basic":
-        return _linear_vjp_basic(gradient, x, weight, gate)
-    return _linear_vjp_optimized(gradient, x, weight, gate)
+        return _linear_vjp_basic(dy, x, weight, gate)
+    return _linear_vjp_optimized(dy, x, weight, gate)
 
 
-def _linear_vjp_basic(
-    gradient: Any, x: Any, weight: Any, gate: Any
-) -> tuple[Any, Any, Any]:
-    (out_dim, in_dim), rows = weight.shape, math.prod(x.shape[:-1])
-    dtype, page = x.dtype, "linear_vjp"
-    by_x, by_weight = empty(x.shape, dtype), empty(weight.shape, dtype)
-    by_bias = empty((out_dim,), dtype)
-    args: tuple[Any, ...] = (gradient, weight, gate, rows, in_dim, out_dim, by_x)
-    launch(page, "linear_vjp", dtype, args, outputs=by_x.size)
-    args = (gradient, x, rows, in_dim, out_dim, by_weight)
-    launch(page, "weight_vjp", dtype, args, outputs=by_weight.size)
-    args = (gradient, rows, out_dim, by_bias)
-    launch(page, "bias_vjp", dtype, args, outputs=by_bias.size)
-    return by_x, by_weight, by_bias
+def _linear_vjp_basic(dy: Any, x: Any, weight: Any, gate: Any) -> tuple[Any, Any, Any]:
+    (out_dim, in_dim), num_rows = weight.shape, math.prod(x.shape[:-1])
+    dtype, file = x.dtype, "linear_vjp"
+    dx, dw = empty(x.shape, dtype), empty(weight.shape, dtype)
+    db = empty((out_dim,), dtype)
+    args: tuple[Any, ...] = (dy, weight, gate, num_rows, in_dim, out_dim, dx)
+    launch(file, "linear_vjp", dtype, args, outputs=dx.size)
+    args = (dy, x, num_rows, in_dim, out_dim, dw)
+    launch(file, "weight_vjp", dtype, args, outputs=dw.size)
+    args = (dy, num_rows, out_dim, db)
+    launch(file, "bias_vjp", dtype, args, outputs=db.size)
+    return dx, dw, db
 
 
 def _linear_vjp_optimized(
-    gradient: Any, x: Any, weight: Any, gate: Any
+    dy: Any, x: Any, weight: Any, gate: Any
 ) -> tuple[Any, Any, Any]:
-    # The tile kernel computes A Bᵀ from the rows of A and B, so each operand with its
-    # sum over rows is transposed first: dx = dy (Wᵀ)ᵀ.
-    out_dim, rows = len(weight), math.prod(x.shape[:-1])
-    across = _transposed_cuda(weight, out_dim)  # (1, in, out)
-    by_x = _products_cuda(gradient.reshape(1, rows, out_dim), across, gate)
-    # dW sums over all rows, which may be many, and has few tiles. S parts of the rows
-    # are summed side by side, to keep the GPU busy.
-    parts = min(max(-(-rows // _PART_ROWS), 1), _MAX_PARTS)
-    part = -(-max(rows, 1) // parts)  # rows of a part
-    part = -(-part // WARP) * WARP  # a whole number of 16-byte vectors
-    turned = _transposed_cuda(gradient, part)  # (S, out, part)
-    by_weight = _products_cuda(turned, _transposed_cuda(x, part))  # (S, out, in)
-    page, num_parts, dtype = "linear_vjp", len(turned), x.dtype
+    # The tile kernel computes A Bᵀ: it sums over the columns of A and of B. A matrix
+    # that needs a sum over its rows is transposed first: W for dx = dy W, and both dy
+    # and x for dW = dyᵀ x.
+    out_dim, num_rows = len(weight), math.prod(x.shape[:-1])
+    weight_columns = _transposed_cuda(weight, out_dim)  # (1, in, out)
+    dx = _products_cuda(dy.reshape(1, num_rows, out_dim), weight_columns, gate)
+    # dW has few tiles, and each sums over all rows, which may be many. To keep the GPU
+    # busy, S parts of the rows are summed at the same time by different blocks.
+    wanted_parts = min(max(-(-num_rows // _PART_ROWS), 1), _MAX_PARTS)
+    part_rows = -(-max(num_rows, 1) // wanted_parts)
+    part_rows = -(-part_rows // WARP) * WARP  # so that rows are whole 16-byte vectors
+    dy_columns = _transposed_cuda(dy, part_rows)  # (S, out, part_rows)
+    dw = _products_cuda(dy_columns, _transposed_cuda(x, part_rows))  # (S, out, in)
+    file, num_parts, dtype = "linear_vjp", len(dy_columns), x.dtype
     args: tuple[Any, ...]
     if num_parts > 1:
-        # Parts are added in index order: the float sums are the same in every run.
-        sums, by_weight = by_weight, empty(weight.shape, dtype)
-        args = (sums, num_parts, by_weight.size, by_weight)
-        launch(page, "sum_parts", dtype, args, outputs=by_weight.size)
-    by_bias = empty((out_dim,), dtype)
-    args = (turned, num_parts, out_dim, part, by_bias)
-    launch(page, "bias_vjp", dtype, args, rows=out_dim)
-    return by_x.reshape(x.shape), by_weight.reshape(weight.shape), by_bias
+        # Parts are added in the order of their index, so that every run gives the same
+        # bits.
+        part_sums, dw = dw, empty(weight.shape, dtype)
+        args = (part_sums, num_parts, dw.size, dw)
+        launch(file, "sum_parts", dtype, args, outputs=dw.size)
+    db = empty((out_dim,), dtype)
+    args = (dy_columns, num_parts, out_dim, part_rows, db)
+    launch(file, "bias_vjp", dtype, args, rows=out_dim)
+    return dx.reshape(x.shape), dw.reshape(weight.shape), db
 
 
-def _transposed_cuda(x: Any, part: int) -> Any:
-    """Return x (..., columns) as (S, columns, part), `part` rows in each of S parts.
+def _transposed_cuda(x: Any, part_rows: int) -> Any:
+    """Return x (..., columns), cut into S parts of rows, as (S, columns, part_rows).
 
     The last part is padded with zeros.
     """
-    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
-    num_parts = max(-(-rows // part), 1)
-    out = empty((num_parts, columns, part), x.dtype)
-    squares = num_parts * -(-columns // SQUARE) * -(-part // SQUARE)
-    args = (x, rows, columns, part, num_parts, out)
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
+    num_parts = max(-(-num_rows // part_rows), 1)
+    out = empty((num_parts, num_columns, part_rows), x.dtype)
+    squares = num_parts * -(-num_columns // SQUARE) * -(-part_rows // SQUARE)
+    args = (x, num_rows, num_columns, part_rows, num_parts, out)
     launch("linear_vjp", "transpose", x.dtype, args, blocks=squares)
     return out
 
 
 def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
-    """Return A Bᵀ of every part, (S, rows, columns); 0 where `gate` is not above 0."""
-    (num_parts, rows, dim), columns = a.shape, b.shape[-2]  # a (S, rows, dim)
+    """Return A Bᵀ of each of S parts; 0 where `gate` is not above 0.
+
+    `a` is (S, rows, dim), `b` is (S, columns, dim), and the result and the gate are
+    (S, rows, columns).
+    """
+    (num_parts, rows, dim), columns = a.shape, b.shape[-2]
     out = empty((num_parts, rows, columns), a.dtype)
     tiling = Tiling(num_parts, rows, columns)
     args = (a, b, gate, rows, columns, dim, out)

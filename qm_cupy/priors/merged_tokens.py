@@ -1,4 +1,9 @@
-"""Parts of merged tokens for priors and losses: tokens, positions, sizes, counts."""
+"""Parts of merged tokens for priors and losses: tokens, positions, sizes, counts.
+
+A prior is a model that predicts a merged token from the tokens before it. The size of a
+merged token is the number of tokens that were merged into it; padding has size 0. In
+shapes, B is the number of sequences and D the width of a token.
+"""
 
 from typing import Any
 
@@ -12,7 +17,7 @@ from ..results import Merged
 
 
 def merged_parts(merged: Any) -> tuple[Any, Any, Any]:
-    """Return tokens, positions and sizes; an array has no positions or sizes: None."""
+    """Return tokens, positions and sizes; the last two are None for an array."""
     if isinstance(merged, Merged):
         return merged.tokens, merged.positions, merged.sizes
     return merged, None, None
@@ -21,19 +26,21 @@ def merged_parts(merged: Any) -> tuple[Any, Any, Any]:
 def group_counts(
     tokens: NDArray[Any], num_groups: Any, sizes: Any
 ) -> NDArray[np.int64]:
-    """Return K of each sequence: `num_groups`, or else its groups of size above 0.
+    """Return K, the number of groups, of each sequence.
 
-    With neither, K is the number of tokens.
+    It is `num_groups`, or without it the number of sizes above 0, or without both the
+    number of tokens.
     """
     if num_groups is None and sizes is not None:
-        num_groups = to_host((sizes > 0).sum(axis=-1))  # waits for a GPU
+        num_groups = to_host((sizes > 0).sum(axis=-1))  # waits for the GPU
     return check_counts(tokens, num_groups)
 
 
 def per_sequence(x: Any, token: Any) -> Any:
-    """Return one number for each sequence (B,), on the device of `token` (B, D).
+    """Return `x` as one number for each sequence, (B,), or None if `x` is None.
 
-    `x` is an array, or one number for all sequences. None stays None.
+    `x` is an array (B,), or one number for all sequences. Numbers become arrays on the
+    device of `token` (B, D).
     """
     if x is None:
         return None
@@ -42,5 +49,5 @@ def per_sequence(x: Any, token: Any) -> Any:
         x = to_device(x) if is_cuda(token) else x
     if x.ndim:
         return x
-    # (B,): x once for each sequence, in the dtype and the library of x.
+    # x + 0 for each sequence: an array (B,) in the dtype and the library of x.
     return x + np.zeros(token.shape[:-1], x.dtype, like=x)

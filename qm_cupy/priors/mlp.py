@@ -1,4 +1,8 @@
-"""A two-layer perceptron: its weights, its outputs and its gradient."""
+"""A two-layer perceptron (MLP): its weights, its outputs and its gradient.
+
+It maps x of width D to y = W₂ relu(W₁ x + b₁) + b₂ of width D, with a hidden layer of
+width H. Its weights have the shape (outputs, inputs).
+"""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +14,7 @@ from .linear import linear
 
 
 class MLP(NamedTuple):
-    """Weights of a two-layer perceptron W₂ relu(W₁ x + b₁) + b₂, stored (out, in)."""
+    """Weights of a two-layer perceptron W₂ relu(W₁ x + b₁) + b₂."""
 
     weight_in: NDArray[Any]  # W₁ (H, D)
     bias_in: NDArray[Any]  # b₁ (H,)
@@ -18,7 +22,7 @@ class MLP(NamedTuple):
     bias_out: NDArray[Any]  # b₂ (D,)
 
     def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Map (..., D) to (..., D)."""
+        """Return y (..., D) for x (..., D)."""
         hidden = x @ self.weight_in.T  # (..., H)
         hidden += self.bias_in  # in place: no second array (..., H)
         np.maximum(hidden, 0, out=hidden)
@@ -28,7 +32,7 @@ class MLP(NamedTuple):
 
 
 def check_width(name: str, tokens: Any, network: MLP) -> None:
-    """Raise unless the tokens have the input width of the network."""
+    """Raise if the width of the tokens is not the input width of the network."""
     dim = network.weight_in.shape[1]
     if tokens.shape[-1] != dim:
         raise ValueError(
@@ -48,14 +52,17 @@ def _apply_mlp_cuda(network: MLP, x: Any) -> Any:
     return linear(hidden, *network[2:])
 
 
-def back_propagate(network: MLP, x: Any, hidden: Any, slope: Any) -> tuple[MLP, Any]:
-    """Return the gradients of the weights and of the hidden layer before its ReLU.
+def back_propagate(network: MLP, x: Any, hidden: Any, dy: Any) -> tuple[MLP, Any]:
+    """Return the gradients of the weights, and of the hidden layer before its ReLU.
 
-    `x` is (R, D), `hidden` is (R, H) after the ReLU, and `slope` is the gradient of
-    the outputs (R, D).
+    There are R rows: `x` is (R, D), `hidden` is (R, H) after the ReLU, and `dy` (R, D)
+    is the gradient of a loss with respect to the outputs. A letter d before a name
+    means such a gradient.
     """
-    # dh = (dy W₂) ⊙ [h > 0]: the slope of the ReLU is 1 above 0, and 0 at 0 and below.
-    back = (slope @ network.weight_out) * (hidden > 0)  # (R, H)
-    # dW₁ = dhᵀ x, db₁ = Σ dh, dW₂ = dyᵀ h, db₂ = Σ dy, where Σ is over the R rows.
-    parts = back.T @ x, back.sum(axis=0), slope.T @ hidden, slope.sum(axis=0)
-    return type(network)(*parts), back
+    # `hidden` is h = relu(a) with a = W₁ x + b₁, and `da` is the gradient of a: dy W₂
+    # where h > 0, and 0 elsewhere. The derivative of the ReLU is 1 above 0, and 0 at 0
+    # and below.
+    da = (dy @ network.weight_out) * (hidden > 0)  # (R, H)
+    # dW₁ = daᵀ x, db₁ = Σ da, dW₂ = dyᵀ h, db₂ = Σ dy, where Σ is over the R rows.
+    parts = da.T @ x, da.sum(axis=0), dy.T @ hidden, dy.sum(axis=0)
+    return type(network)(*parts), da

@@ -1,4 +1,10 @@
-"""The paper's prior: a two-layer perceptron reads the mean of the tokens so far."""
+"""The prior of QuickMerge++ (arXiv:2508.13204): two small networks.
+
+A prior is a model that predicts a merged token from the tokens before it. Here each
+network is a two-layer perceptron: it reads the mean of all tokens so far. In shapes, B
+is the number of sequences, K of merged tokens, D the width of a token, and H the width
+of the hidden layer.
+"""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +22,7 @@ from ..arrays.checks import (
     check_tokens,
     check_values,
 )
-from ..arrays.conversion import Array, enter, on_callers_stream
+from ..arrays.conversion import Array, convert_inputs, on_callers_stream
 from ..arrays.dtypes import accumulation_dtype
 from ..arrays.libraries import is_cuda, library
 from ..cuda.device import to_device, to_host
@@ -30,10 +36,11 @@ from .weights import load_weights, save_weights
 
 @dataclass(frozen=True, eq=False)
 class MLPPrior:
-    """The paper's prior: a small network reads the mean of all tokens so far.
+    """The prior of QuickMerge++ [1]_: a network reads the mean of all tokens so far.
 
-    On its first use on a GPU, its weights are copied there, and later uses read this
-    copy. To use other weights, make another prior.
+    A prior predicts a merged token from the tokens before it. On the first use on a
+    GPU, the weights are copied there, and later uses read this copy. To use other
+    weights, make another prior.
 
     Parameters
     ----------
@@ -41,6 +48,11 @@ class MLPPrior:
         Reads the mean of tokens 1..t and predicts token t + 1.
     backward : MLP
         Reads the mean of tokens t..K and predicts token t - 1.
+
+    References
+    ----------
+    .. [1] D. Liu and Y. Yu, "QuickMerge++: Token merging with autoregressive prior",
+       arXiv:2508.13204, 2025.
 
     Examples
     --------
@@ -58,7 +70,7 @@ class MLPPrior:
     )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the copies on GPUs out of pickles and of copies of the prior."""
+        """Exclude the weights on GPUs when the prior is pickled or copied."""
         return type(self), (self.forward, self.backward)
 
     def network_weights(self) -> tuple[Any, ...]:
@@ -74,7 +86,7 @@ class MLPPrior:
 
     @classmethod
     def init(cls, dim: int, *, hidden_dim: int = 256, seed: int = 0) -> "MLPPrior":
-        """Draw a random prior: uniform weights within ±1/√(inputs) of each layer.
+        """Draw a random prior: weights uniform within ±1/√(inputs of the layer).
 
         Parameters
         ----------
@@ -98,7 +110,8 @@ class MLPPrior:
         widths = check_integer("dim", dim), check_integer("hidden_dim", hidden_dim)
         if min(widths) < 1:
             raise ValueError(f"`dim` and `hidden_dim` must be at least 1, got {widths}")
-        # One generator for both networks: they differ, and one seed repeats both.
+        # Both networks draw from one generator. So their weights differ, and one seed
+        # reproduces both.
         generator = np.random.default_rng(check_seed(seed))
         return cls(random_mlp(generator, *widths), random_mlp(generator, *widths))
 
@@ -138,7 +151,7 @@ class MLPPrior:
         ValueError
             If a shape does not fit or an entry is not finite.
         """
-        leave, tokens, num_groups = enter(
+        convert_back, tokens, num_groups = convert_inputs(
             {"tokens": tokens}, counts={"num_groups": num_groups}
         )
         check_tokens(tokens)
@@ -147,19 +160,19 @@ class MLPPrior:
         dtype = accumulation_dtype(tokens.dtype)
         # All K means are the rows of one matrix, so two GEMMs give all predictions.
         context = running_mean(tokens, counts, reverse).astype(dtype, copy=False)
-        network = network_beside(self, tokens, reverse)
-        return leave(apply_mlp(network, context).astype(dtype, copy=False))
+        network = network_on_device_of(self, tokens, reverse)
+        return convert_back(apply_mlp(network, context).astype(dtype, copy=False))
 
     @on_callers_stream
     def step(
         self, token: Array, state: Any = None, *, position: Any = None, size: Any = None
     ) -> tuple[Array, Any]:
-        """Read one token and predict the next one from all tokens read so far.
+        """Read one token, and predict the token after it from all tokens read so far.
 
         Parameters
         ----------
         token : ndarray of shape (D,) or (B, D)
-            The next token; float16, bfloat16, float32 or float64.
+            The token to read; float16, bfloat16, float32 or float64.
         state : optional
             The state that the previous step returned; None at the first token.
         position, size : optional
@@ -179,7 +192,7 @@ class MLPPrior:
         ValueError
             If a shape does not fit or an entry is not finite.
         """
-        leave, token = enter({"token": token})
+        convert_back, token = convert_inputs({"token": token})
         check_values("token", token, "D", "BD")
         check_width("token", token, self.forward)
         total: Any = None  # sum of the tokens so far, (B, D)
@@ -190,13 +203,13 @@ class MLPPrior:
         acc_dtype = accumulation_dtype(token.dtype)
         # Sum in the dtype in which `predict` sums: float64 on the CPU, and on a GPU
         # float32, or float64 for float64 tokens.
-        now = token.astype(acc_dtype if is_cuda(token) else np.float64)
-        # Not in place: several steps may continue from one state.
-        total = total + now if count else now
+        converted = token.astype(acc_dtype if is_cuda(token) else np.float64)
+        # A new array, because several steps may continue from the old state.
+        total = total + converted if count else converted
         context = (total / (count + 1)).astype(acc_dtype)
-        network = network_beside(self, token, False)
+        network = network_on_device_of(self, token, False)
         prediction = apply_mlp(network, context).astype(acc_dtype, copy=False)
-        return leave(prediction), (total, count + 1)
+        return convert_back(prediction), (total, count + 1)
 
     @on_callers_stream
     def fit(
@@ -212,11 +225,13 @@ class MLPPrior:
         r"""Return a prior fitted to token sequences, without an autograd engine.
 
         Both networks keep their hidden layer. Their output layer becomes the solution
-        of a ridge regression over all prefixes (suffixes) of all sequences,
+        of a ridge regression, computed in closed form:
 
-        .. math:: \min_W \lVert H W - Y \rVert^2 + \lambda \lVert W \rVert^2,
+        .. math:: \min_{W, b} \lVert A W + b - Y \rVert^2 + \lambda \lVert W \rVert^2.
 
-        in closed form. H holds the hidden activations, Y the tokens to predict. Then
+        The R rows are all prefixes of all sequences (all suffixes for the backward
+        network). A (R, H) holds the activations of the hidden layer, Y (R, D) the token
+        to predict, W (H, D) the weights and b (D,) the bias of the output layer. Then
         `steps` steps of Adam train both layers.
 
         Parameters
@@ -225,10 +240,10 @@ class MLPPrior:
             Training data. K may differ between the arrays of an iterable, which are
             read one at a time. Padding of a `Merged` is left out.
         ridge : float, default 1e-2
-            λ relative to the mean squared norm of a hidden unit's activations, > 0.
+            λ, relative to the mean squared norm of the columns of A; > 0.
         steps : int, default 0
-            Number of steps of Adam. They read the sequences several times, so that an
-            iterator, which can be read only once, is refused.
+            Number of steps of Adam. They read the sequences several times. So an
+            iterator, which can be read only once, raises an error.
         learning_rate : float, default 1e-3
             Learning rate of Adam.
         batch_size : int, default 256
@@ -291,11 +306,11 @@ class MLPPrior:
         --------
         MLPPrior.load : Read the file back, bit for bit.
         """
-        # Names such as "forward.weight_in"; `mlp_shapes` declares the same names.
-        both = {"forward": self.forward, "backward": self.backward}
+        # Names such as "forward.weight_in". `load` expects the names of `mlp_shapes`.
+        networks = {"forward": self.forward, "backward": self.backward}
         arrays = {
             f"{direction}.{name}": weight
-            for direction, network in both.items()
+            for direction, network in networks.items()
             for name, weight in network._asdict().items()
         }
         hidden_dim, dim = self.forward.weight_in.shape
@@ -371,24 +386,25 @@ class MLPPrior:
         return cls(*networks)
 
 
-def network_beside(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
-    """Return a network of the prior, with its weights on the device of `tokens`."""
+def network_on_device_of(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
+    """Return the forward or backward network, on the device of `tokens`."""
     network = prior.backward if reverse else prior.forward
-    # Weights trained in torch or JAX: only their values are used here.
+    # Weights in torch or JAX are used as plain NumPy or CuPy arrays.
     if any(library(w).name in ("torch", "jax") for w in network):
-        _, *weights = enter(network._asdict())
+        _, *weights = convert_inputs(network._asdict())
         network = MLP(*weights)
     if not is_cuda(tokens):
         return network
     dtype = accumulation_dtype(tokens.dtype)
-    # float16, bfloat16 and float32 tokens share one float32 copy.
+    # For float16, bfloat16 and float32 tokens, the kernels read the same float32 copy.
     key = str(tokens.device), dtype, reverse
     copies = prior._copies
     if key not in copies:
         arrays = [contiguous(to_device(w), dtype) for w in network]
         copies[key] = MLP(*arrays)
-        # Copying one array back waits for all copies in this stream. After that, other
-        # streams may read them. Weights that were used as they are need no wait.
+        # Another stream may use the copies next, so they must be finished. `to_host` of
+        # the last one waits for all work in the current stream. There is no wait if all
+        # arrays are the weights themselves, without a copy.
         if any(x is not w for x, w in zip(arrays, network, strict=True)):
             to_host(arrays[-1])
     return copies[key]

@@ -1,4 +1,8 @@
-"""The methods that `alignment_loss` and `decode` call on a prior."""
+"""The methods that `alignment_loss` and `decode` call on a prior.
+
+A prior is a model that predicts a merged token from the tokens before it. A class needs
+no base class: it needs only the methods.
+"""
 
 from typing import Any, Protocol
 
@@ -15,11 +19,14 @@ class Prior(Protocol):
         positions: Any = None,
         sizes: Any = None,
     ) -> Any:
-        """Return, for every token, the prediction of the next (or previous) token."""
+        """Return (B, K, D): for every token, the prediction of the next token.
+
+        With `reverse`, it is the prediction of the previous token.
+        """
 
 
 class TwoLayerPrior(Protocol):
-    """A prior like `MLPPrior`: `alignment_loss` has gradients for its weights."""
+    """A prior like `MLPPrior`: torch and JAX get gradients for its weights."""
 
     def network_weights(self) -> tuple[Any, ...]:
         """Return the weights of both networks, in the order of `MLP`'s fields."""

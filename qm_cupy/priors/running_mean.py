@@ -1,7 +1,8 @@
 """Running means of tokens 1..t, or of tokens t..K in reverse, for every t at once.
 
-Prefix sums give all K means of a sequence in O(K D), instead of O(K² D) for a sum of
-its own for each t.
+The mean c_t is in row t of the result (B, K, D), for B sequences of K tokens of width
+D. A separate sum for each t would need O(K² D) additions; prefix sums need O(K D). A
+letter d before a name means the gradient of a loss with respect to the quantity.
 """
 
 import math
@@ -14,13 +15,16 @@ from ..arrays.dtypes import accumulation_dtype
 from ..arrays.libraries import is_cuda
 from ..cuda.constants import WARP
 from ..cuda.device import empty
-from ..cuda.launch import contiguous, device_counts, launch
+from ..cuda.launch import contiguous, counts_on_device, launch
 
 
 def running_mean(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[Any]:
-    """Return the mean of tokens 1..t, or of t..K in reverse, in row t: (B, K, D)."""
+    """Return the means (B, K, D): row t is that of tokens 1..t, or t..K in reverse.
+
+    `counts` (B,) is the number of valid tokens of each sequence.
+    """
     if is_cuda(tokens):
         return running_mean_cuda(tokens, counts, reverse)
     return _running_mean_reference(tokens, counts, reverse)
@@ -31,52 +35,56 @@ def _running_mean_reference(
 ) -> NDArray[np.float64]:
     num_groups = tokens.shape[-2]
     index = np.arange(num_groups)[:, None]  # (K, 1), t - 1
-    # Sums in float64: the rounding of a long float32 sum would grow with K.
+    # Sums are in float64: the rounding error of a float32 sum would grow with K.
     total = tokens.astype(np.float64, order="C")
     if not reverse:
-        # Padding comes last, so it is part of no mean of valid tokens.
+        # Padding comes last, so no mean of valid tokens contains it.
         _sum_rows(total)
         total /= index + 1
         return total
-    # In reverse, every sum starts at padding, which must be 0.
-    left = counts[..., None, None] - index  # tokens t..K: (B, K, 1)
-    if (left <= 0).any():
-        total = np.where(left > 0, total, 0)
+    # In reverse, every sum starts at the padding, which must be 0.
+    num_read = counts[..., None, None] - index  # number of tokens t..K, (B, K, 1)
+    if (num_read <= 0).any():
+        total = np.where(num_read > 0, total, 0)
     _sum_rows(total[..., ::-1, :])
-    total /= np.maximum(left, 1)  # max only for padding, whose mean stays 0
+    total /= np.maximum(num_read, 1)  # the mean of padding stays 0
     return total
 
 
 def _sum_rows(x: NDArray[Any]) -> None:
-    """Replace every row by the sum of the rows up to it, in place.
+    """Replace every row of x (..., K, D) by the sum of the rows up to it, in place.
 
-    The rows are cut into runs of √K rows. First, all runs are summed side by side; then
-    the total of the previous runs is added to each run. Both loops have about √K steps.
-    NumPy's cumsum works column by column, which takes several times as long.
+    The rows are cut into runs of √K rows. The first loop sums within the runs, and each
+    of its steps adds one row in all runs at once. The last loop adds the total of the
+    previous runs to each run. Both loops have about √K steps. NumPy's cumsum works
+    column by column, which takes several times as long.
     """
     *batch, num_rows, dim = x.shape
-    run = max(1, math.isqrt(num_rows))  # rows of a run
-    whole = num_rows // run * run
-    runs = x[..., :whole, :].reshape(*batch, whole // run, run, dim)  # a view
-    for t in range(1, run):
+    run_rows = max(1, math.isqrt(num_rows))
+    rows_in_runs = num_rows // run_rows * run_rows
+    runs = x[..., :rows_in_runs, :].reshape(
+        *batch, rows_in_runs // run_rows, run_rows, dim
+    )  # a view of x
+    for t in range(1, run_rows):
         runs[..., t, :] += runs[..., t - 1, :]
-    for t in range(whole + 1, num_rows):  # the remaining rows, fewer than a run
+    for t in range(rows_in_runs + 1, num_rows):  # the remaining rows, fewer than a run
         x[..., t, :] += x[..., t - 1, :]
-    # Row first - 1 is final here: it ends the previous run.
-    for first in range(run, num_rows, run):
-        x[..., first : first + run, :] += x[..., first - 1 : first, :]
+    # Row first - 1 is the last row of the previous run, and its sum is complete here.
+    for first in range(run_rows, num_rows, run_rows):
+        x[..., first : first + run_rows, :] += x[..., first - 1 : first, :]
 
 
 def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> Any:
+    """Launch the kernel of `running_mean`."""
     num_groups, dim = tokens.shape[-2:]
     batch = math.prod(tokens.shape[:-2])
     out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
-    valid, _ = device_counts(counts)
+    gpu_counts, _ = counts_on_device(counts)
     sizes = batch, num_groups, dim, int(reverse)
-    args = (contiguous(tokens), valid, *sizes, out)
+    args = (contiguous(tokens), gpu_counts, *sizes, out)
     # In the optimized kernel, a block sums 32 columns of one sequence. Each warp of the
-    # block sums a run of rows, and the runs are added in order: the float sums are the
-    # same bit for bit every time.
+    # block sums a run of rows, and the sums of the runs are added in order. So every
+    # run of the program gives the same bits.
     kernel, blocks = ("running_mean", "prefix_means"), batch * -(-dim // WARP)
     launch(*kernel, tokens.dtype, args, outputs=batch * dim, blocks=blocks)
     return out
@@ -85,9 +93,9 @@ def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> 
 def running_mean_vjp_reference(
     gradient: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[np.float64]:
-    """Return, for every token, the sum of the gradients of the means that contain it.
+    """Return the gradients of the tokens (B, K, D), from those of the means (B, K, D).
 
-    Token i is part of the means of tokens 1..t with t ≥ i, with weight 1/t each:
+    Token x_i is part of the means c_t of tokens 1..t for t ≥ i, with weight 1 / t. So
     dx_i = Σ_{t ≥ i} dc_t / t. In reverse, the sum is over t ≤ i, with weight
     1 / (K - t + 1).
     """
@@ -99,11 +107,12 @@ def running_mean_vjp_reference(
         _sum_rows(total)
     else:
         total /= index + 1
-        _sum_rows(total[..., ::-1, :])  # suffix sums
+        _sum_rows(total[..., ::-1, :])  # sums over later rows
     return np.where(valid, total, 0)
 
 
 def running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
+    """Launch the kernel of `running_mean_vjp_reference`; counts are on the GPU."""
     num_groups, dim = gradient.shape[-2:]
     batch = math.prod(gradient.shape[:-2])
     out = empty(gradient.shape, gradient.dtype)

@@ -1,4 +1,8 @@
-"""A small causal transformer as the prior: predictions in one pass or in steps."""
+"""A small causal transformer as the prior: predictions in one pass or in steps.
+
+A prior is a model that predicts a merged token from the tokens before it. B sequences
+have K merged tokens of width D; a head of the attention has the width d.
+"""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +22,7 @@ from ..arrays.checks import (
     check_tokens,
     check_values,
 )
-from ..arrays.conversion import Array, enter, on_callers_stream
+from ..arrays.conversion import Array, convert_inputs, on_callers_stream
 from ..arrays.dtypes import accumulation_dtype
 from ..arrays.libraries import is_cuda
 from ..cuda.device import to_device, to_host
@@ -36,10 +40,10 @@ from .weights import load_weights, save_weights
 class TransformerPrior:
     r"""A causal transformer over merged tokens, for inference; train it elsewhere.
 
-    It has pre-norm blocks, x += attention(norm(x)) and x += MLP(norm(x)) with GELU,
-    between a linear embedding and a linear head. The position of a token is its
-    position in the unmerged sequence. Attention is proportional [1]_: a token that
-    stands for n tokens has the weight of n tokens,
+    It has blocks x += attention(norm(x)), x += MLP(norm(x)) with GELU, between a linear
+    embedding and a linear head. The position of a token is its position in the unmerged
+    sequence. Attention is proportional [1]_: with query q, key k and head width d, the
+    weight of token j, which stands for n_j tokens, for token i is
 
     .. math:: p_{ij} = \operatorname{softmax}_j(q_i \cdot k_j / \sqrt d + \log n_j).
 
@@ -80,32 +84,32 @@ class TransformerPrior:
 
     forward: Weights
     backward: Weights
-    num_heads: int  # cannot be read from the shapes of the weights
-    _settings: Configuration = field(init=False, repr=False)  # read from the weights
+    num_heads: int  # the shapes of the weights do not depend on it
+    _settings: Configuration = field(init=False, repr=False)  # from the weights
     # Weights ready for use, by device, dtype and direction (reverse or not).
     _copies: dict[tuple[str, np.dtype[Any], bool], dict[str, Any]] = field(
         default_factory=dict, init=False, repr=False
     )
 
     def __post_init__(self) -> None:
-        """Raise unless both directions hold the weights of one configuration."""
+        """Raise if a direction does not have exactly the weights of the settings."""
         # `forward` determines the settings; `backward` must fit them too.
         settings = configuration_of(self.forward, self.num_heads)
         shapes = settings.shapes()
         for name in ("forward", "backward"):
             weights: Weights = getattr(self, name)
             if set(weights) != set(shapes):
-                lack, extra = set(shapes) - set(weights), set(weights) - set(shapes)
+                absent, unknown = set(shapes) - set(weights), set(weights) - set(shapes)
                 raise ValueError(
                     f"`{name}` must hold the weights of {settings.num_layers} blocks: "
-                    f"missing are {sorted(lack)}, unknown are {sorted(extra)}"
+                    f"missing are {sorted(absent)}, unknown are {sorted(unknown)}"
                 )
             for key, shape in shapes.items():
                 check_shape(f"{name}[{key!r}]", weights[key], "XY", shape)
         object.__setattr__(self, "_settings", settings)  # the dataclass is frozen
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the copies on devices out of pickles and of copies of the prior."""
+        """Exclude the converted weights when the prior is pickled or copied."""
         return type(self), (dict(self.forward), dict(self.backward), self.num_heads)
 
     @classmethod
@@ -121,7 +125,7 @@ class TransformerPrior:
         num_positions: int | None = None,
         seed: int = 0,
     ) -> "TransformerPrior":
-        """Draw a random prior: uniform weights within ±1/√(inputs) of each linear map.
+        """Draw a random prior: weights uniform within ±1/√(inputs of the linear map).
 
         Parameters
         ----------
@@ -153,7 +157,7 @@ class TransformerPrior:
             If a width or the seed is out of range.
         """
         mlp_dim = 4 * hidden_dim if mlp_dim is None else mlp_dim
-        if num_positions == 0:  # 0 means rotary inside; callers say None
+        if num_positions == 0:  # in the settings, 0 means rotary positions
             raise ValueError("`num_positions` must be at least 1, or None, got 0")
         widths = dim, hidden_dim, num_layers, num_heads, mlp_dim
         settings = Configuration(*widths, norm, num_positions or 0).checked()
@@ -222,9 +226,9 @@ class TransformerPrior:
             Number of valid tokens of each sequence. Predictions of later tokens, which
             are padding, are undefined.
         positions : ndarray of int of shape (K,) or (B, K), optional
-            Position of each token in the unmerged sequence; by default 0..K-1. Learned
-            positions: lower ones are read as the first. Higher ones are refused on the
-            CPU; on a GPU they are not checked, and are read as the last.
+            Position of each token in the unmerged sequence; by default 0..K-1. If
+            positions are learned, a negative one counts as the first. One that is too
+            high raises an error on the CPU, and counts as the last on a GPU.
         sizes : ndarray of shape (K,) or (B, K), optional
             Number of tokens that each token stands for, ≥ 0; by default 1. A token of
             size 0 is not attended to.
@@ -243,7 +247,7 @@ class TransformerPrior:
             If a shape does not fit, an entry is not finite, a size is negative, or a
             position is above the learned positions.
         """
-        leave, tokens, positions, sizes, num_groups = enter(
+        convert_back, tokens, positions, sizes, num_groups = convert_inputs(
             {"tokens": tokens, "positions": positions, "sizes": sizes},
             counts={"num_groups": num_groups},
         )
@@ -253,33 +257,33 @@ class TransformerPrior:
         names = "tokens", "positions", "sizes"
         self._check(tokens, positions, sizes, names, wanted, wanted[-1])
         acc_dtype = accumulation_dtype(tokens.dtype)
-        inside = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
-        rows = inside.shape[:2]  # (B, K)
+        inputs = tokens.reshape(-1, *tokens.shape[-2:])  # (B, K, D)
+        rows = inputs.shape[:2]  # (B, K)
         span = Span(
             positions=None if positions is None else positions.reshape(rows),
             sizes=None if sizes is None else sizes.reshape(rows).astype(acc_dtype),
             counts=counts.reshape(-1),  # (B,)
-            start=0,  # nothing was read before
+            start=0,  # no tokens were read before
             reverse=bool(reverse),
         )
-        cache = KVCache.empty(inside, self._settings, rows[1], layers=1)  # capacity K
-        # One cache serves all layers: no layer reads the keys and values of another.
+        cache = KVCache.empty(inputs, self._settings, rows[1], layers=1)  # capacity K
+        # No layer reads the keys and values of another layer, so all use one cache.
         caches = [(cache.keys[0], cache.values[0])] * self._settings.num_layers
-        weights = self._weights(inside, acc_dtype, bool(reverse))
-        return leave(
-            run_transformer(inside, span, caches, weights).reshape(tokens.shape)
+        weights = self._weights(inputs, acc_dtype, bool(reverse))
+        return convert_back(
+            run_transformer(inputs, span, caches, weights).reshape(tokens.shape)
         )
 
     @on_callers_stream
     def step(
         self, token: Array, state: Any = None, *, position: Any = None, size: Any = None
     ) -> tuple[Array, Any]:
-        """Read one token and predict the next one from all tokens read so far.
+        """Read one token, and predict the token after it from all tokens read so far.
 
         Parameters
         ----------
         token : ndarray of shape (D,) or (B, D)
-            The next token; float16, bfloat16, float32 or float64.
+            The token to read; float16, bfloat16, float32 or float64.
         state : optional
             The state that the previous step returned; None at the first token. It holds
             the keys and values so far. Several steps may continue from one state.
@@ -287,7 +291,7 @@ class TransformerPrior:
             Position of the token in the unmerged sequence; by default the number of
             tokens before it.
         size : number or ndarray of shape () or (B,), optional
-            Number of tokens that it stands for, ≥ 0; by default 1.
+            Number of tokens that the token stands for, ≥ 0; by default 1.
 
         Returns
         -------
@@ -304,16 +308,17 @@ class TransformerPrior:
             If a shape does not fit, an entry is not finite, a size is negative, or a
             position is above the learned positions.
         """
-        known = {"position": position, "size": size}  # arrays, numbers or None
-        arrays = {key: x for key, x in known.items() if hasattr(x, "__dlpack__")}
-        leave, token, *inside = enter({"token": token} | arrays)
-        position, size = (known | dict(zip(arrays, inside, strict=True))).values()
+        # Positions and sizes are arrays, numbers or None. Only arrays are converted.
+        options = {"position": position, "size": size}
+        arrays = {key: x for key, x in options.items() if hasattr(x, "__dlpack__")}
+        convert_back, token, *converted = convert_inputs({"token": token} | arrays)
+        position, size = (options | dict(zip(arrays, converted, strict=True))).values()
         check_values("token", token, "D", "BD")
         cache, count = (None, 0) if state is None else state
         acc_dtype = accumulation_dtype(token.dtype)
-        inside = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
-        if cache is None:  # the first token; the cache grows with the steps
-            cache = KVCache.empty(inside, self._settings)
+        inputs = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
+        if cache is None:  # the first token
+            cache = KVCache.empty(inputs, self._settings)
         batch = len(cache.sizes)
         check_shape("token", token, "BD", (batch, token.shape[-1])[2 - token.ndim :])
         if cache.sizes.dtype != acc_dtype:
@@ -321,13 +326,10 @@ class TransformerPrior:
                 "`token` must keep the precision of the tokens before it "
                 f"({cache.sizes.dtype}), got {token.dtype}"
             )
-        position, size = (
-            per_sequence(position, token),
-            per_sequence(size, token),
-        )
+        position, size = per_sequence(position, token), per_sequence(size, token)
         names = "token", "position", "size"
         self._check(token, position, size, names, token.shape[:-1], count + 1)
-        cache = cache.after(count)  # with memory for this token, at index `count`
+        cache = cache.with_free_slot(count)  # slot `count` is for this token
         cache.sizes[:, count] = 1 if size is None else size
         span = Span(
             positions=None if position is None else position.reshape(batch, 1),
@@ -336,11 +338,11 @@ class TransformerPrior:
             start=count,
             reverse=False,
         )
-        caches = list(zip(cache.keys, cache.values, strict=True))  # one for each layer
-        weights = self._weights(inside, acc_dtype, reverse=False)
-        prediction = run_transformer(inside, span, caches, weights).reshape(token.shape)
+        caches = list(zip(cache.keys, cache.values, strict=True))  # for each layer
+        weights = self._weights(inputs, acc_dtype, reverse=False)
+        prediction = run_transformer(inputs, span, caches, weights).reshape(token.shape)
         cache.length = count + 1  # marks the slot as taken
-        return leave(prediction), (cache, count + 1)
+        return convert_back(prediction), (cache, count + 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights to a safetensors file, completely or not at all.
@@ -410,7 +412,7 @@ class TransformerPrior:
         wanted: tuple[int, ...],
         end: int,
     ) -> None:
-        """Raise if the prior cannot read these; by default, positions end at `end`."""
+        """Raise if an argument is wrong; default positions are those below `end`."""
         dim, learned = self._settings.dim, self._settings.num_positions  # 0: rotary
         if tokens.shape[-1] != dim:
             raise ValueError(
@@ -431,16 +433,16 @@ class TransformerPrior:
         """Return a network's weights on the device of `tokens`, in `acc_dtype`."""
         on_gpu = is_cuda(tokens)
         key = str(tokens.device) if on_gpu else "NumPy", acc_dtype, reverse
-        # Converted once for each device, dtype and direction, and not at every step.
+        # Convert once for each device, dtype and direction, and not at every step.
         if key not in self._copies:
             copies = {}
             for name, weight in (self.backward if reverse else self.forward).items():
                 weight = to_device(weight) if on_gpu else weight
                 copies[name] = contiguous(weight, acc_dtype)
-            if not self._settings.num_positions:  # rotary: (d/2,) turns per position
+            if not self._settings.num_positions:  # rotary positions
                 turns = rotary_turns(self._settings.hidden_dim // self.num_heads)
                 copies["turns"] = to_device(turns) if on_gpu else turns
             if on_gpu:
-                to_host(copies["head.bias"])  # waits, so that any stream may read now
+                to_host(copies["head.bias"])  # waits: other streams may read now
             self._copies[key] = copies
         return self._copies[key]

@@ -1,4 +1,9 @@
-"""The network of a transformer prior: an embedding, blocks, and a linear head."""
+"""The network of a transformer prior: an embedding, blocks, and a linear head.
+
+A prior is a model that predicts a merged token from the tokens before it. A pass of the
+network reads T tokens of width D of each of B sequences. The network has the width E,
+and each block has H attention heads of width d = E / H.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,41 +25,43 @@ def run_transformer(
 ) -> NDArray[Any]:
     """Return predictions (B, T, D); write keys and values to the cache of each layer.
 
-    A block is pre-norm: x += attention(norm1(x)), then x += MLP(norm2(x)).
+    A block has its norms before its layers: x += attention(norm1(x)), then
+    x += MLP(norm2(x)). `caches` has the keys and the values of each block.
     """
 
-    def of(name: str) -> tuple[Any, Any]:
+    def linear_of(name: str) -> tuple[Any, Any]:
         return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
     def norm_of(name: str) -> Norm:
         return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    span, added = _positioned(tokens, span, weights)
+    span, embedded_positions = _positioned(tokens, span, weights)
     x = tokens.astype(accumulation_dtype(tokens.dtype), copy=False)
-    # `added` is None for rotary positions, which only rotate queries and keys.
-    x = linear(x, *of("embed"), residual=added)  # (B, T, E)
+    # Learned positions are added to the embeddings (None: nothing to add). Rotary
+    # positions only rotate queries and keys.
+    x = linear(x, *linear_of("embed"), residual=embedded_positions)  # (B, T, E)
     for i, cache in enumerate(caches):
         block = f"blocks.{i}"
-        # One GEMM for queries, keys and values, with the norm before it.
-        heads = linear(x, *of(f"{block}.qkv"), norm=norm_of(f"{block}.norm1"))
+        # One GEMM computes queries, keys and values.
+        heads = linear(x, *linear_of(f"{block}.qkv"), norm=norm_of(f"{block}.norm1"))
         heads = heads.reshape(*x.shape[:2], 3, *cache[0].shape[1::2])  # (B, T, 3, H, d)
         query = split_heads(heads, span, weights.get("turns"), *cache)
-        read = attend(query, *cache, span).reshape(x.shape)  # (B, T, E), E = H d
-        x = linear(read, *of(f"{block}.out"), residual=x)
+        attended = attend(query, *cache, span).reshape(x.shape)  # (B, T, E), E = H d
+        x = linear(attended, *linear_of(f"{block}.out"), residual=x)
         norm = norm_of(f"{block}.norm2")
-        hidden = linear(x, *of(f"{block}.mlp_in"), norm=norm, activation="gelu")
-        x = linear(hidden, *of(f"{block}.mlp_out"), residual=x)
-    return linear(x, *of("head"), norm=norm_of("norm"))
+        hidden = linear(x, *linear_of(f"{block}.mlp_in"), norm=norm, activation="gelu")
+        x = linear(hidden, *linear_of(f"{block}.mlp_out"), residual=x)
+    return linear(x, *linear_of("head"), norm=norm_of("norm"))
 
 
 def _positioned(
     tokens: Any, span: Span, weights: Mapping[str, Any]
 ) -> tuple[Span, Any]:
-    """Return the span with positions for the kernels, and the learned embeddings.
+    """Return the span for the attention, and the embedded positions (B, T, E) or None.
 
-    Rotary positions go to the kernels, and the second result is None. Learned positions
-    become vectors (B, T, E), which are added to the embeddings of the tokens. Then the
-    kernels need no positions.
+    The attention needs rotary positions; then nothing is added to the tokens. Learned
+    positions become vectors that are added to the embeddings of the tokens; then the
+    attention needs no positions.
     """
     positions, learned = span.positions, weights.get("positions.weight")
     if learned is None:
@@ -62,7 +69,9 @@ def _positioned(
         return span._replace(positions=positions), None
     if positions is None:
         end = span.start + tokens.shape[1]
-        rows = np.arange(span.start, end, like=learned)  # no copy from the CPU
-        positions = rows + np.zeros(tokens.shape[:2], np.int64, like=learned)  # (B, T)
-    # Positions on a GPU are not checked before. Clipping keeps the index in bounds.
+        position_range = np.arange(span.start, end, like=learned)  # made on the GPU
+        positions = position_range + np.zeros(
+            tokens.shape[:2], np.int64, like=learned
+        )  # (B, T)
+    # Positions on a GPU were not checked. Clipping keeps them within the learned ones.
     return span._replace(positions=None), learned[positions.clip(0, len(learned) - 1)]

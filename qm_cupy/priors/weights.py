@@ -1,8 +1,10 @@
 """Files of weights: safetensors with a description of the prior and a digest.
 
-A safetensors file is 8 bytes with the size of the header, the header (JSON: names,
-dtypes, shapes and metadata), and the data of all arrays. The only entry of the metadata
-is a JSON text with the type of prior, its settings, and the SHA-256 digest of the file.
+A prior is a model that predicts a merged token from the tokens before it. A safetensors
+file is 8 bytes with the size of the header, the header (JSON: names, dtypes, shapes and
+metadata), and the data of all arrays. The only entry of the metadata is the
+description: a JSON text with the type of prior, its settings, and the SHA-256 digest of
+the file.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ _KEY = "qm_cupy"  # key of the only entry of the metadata
 _BLANK = "0" * 64  # placeholder for the digest (64 hex digits) while it is computed
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
 
-# From settings to the name and the shape of every array that a file must hold.
+# A function that returns, for the settings of a file, the shapes of its arrays by name.
 Declare = Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]]
 
 
@@ -34,17 +36,18 @@ def save_weights(
     _safetensors(path)
     from safetensors.numpy import save
 
-    about = json.dumps(
+    description = json.dumps(
         {"kind": prior_type, "settings": dict(settings), "sha256": _BLANK}
     )
-    # safetensors ignores strides without an error, so arrays must be C-contiguous.
-    plain = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    # The digest is part of the bytes that it covers. It is computed with a placeholder
-    # of the same length, which it then replaces.
-    blank = save(plain, metadata={_KEY: about})
-    digest = hashlib.sha256(blank).hexdigest()
+    # safetensors writes the memory of an array and ignores its strides, without an
+    # error. So arrays must be C-contiguous.
+    contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    # The file contains its own digest. The digest is computed with a placeholder of the
+    # same length, and then replaces the placeholder.
+    without_digest = save(contiguous, metadata={_KEY: description})
+    digest = hashlib.sha256(without_digest).hexdigest()
     with atomic_write(path) as file:
-        file.write(blank.replace(_BLANK.encode(), digest.encode(), 1))
+        file.write(without_digest.replace(_BLANK.encode(), digest.encode(), 1))
 
 
 def load_weights(
@@ -52,25 +55,27 @@ def load_weights(
 ) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
     """Return the settings and arrays of a file, after checks from cheap to expensive.
 
-    `declare` computes all shapes from the settings. The header is compared with them
-    before any array is read, so a damaged header cannot request a huge array.
+    `declare` computes all shapes from the settings. The shapes in the header are
+    compared with these before any array is read. So a damaged header cannot request
+    the memory of a huge array.
     """
     safe_open, error_type = _safetensors(path)
-    # Opened once without safetensors: a missing file, a folder, or a file that may not
-    # be read raises the usual OSError.
+    # Open the file once without safetensors: for a missing file, a folder, or a file
+    # without permission to read, Python raises the usual OSError.
     with path.open("rb"):
         pass
     try:
         with safe_open(path, framework="numpy") as file:
-            about = _about(path, file.metadata())
-            if about["kind"] != prior_type:
+            description = _read_description(path, file.metadata())
+            if description["kind"] != prior_type:
                 raise ValueError(
-                    f"{path} must hold weights of {prior_type}, got {about['kind']}"
+                    f"{path} must hold weights of {prior_type}, "
+                    f"got {description['kind']}"
                 )
-            settings = about["settings"]
+            settings = description["settings"]
             wanted = _declared(path, declare, settings)
             _check_shapes(path, file, wanted)
-            _check_digest(path, about["sha256"])
+            _check_digest(path, description["sha256"])
             arrays = {name: file.get_tensor(name) for name in wanted}
     except error_type as error:
         raise ValueError(
@@ -89,27 +94,27 @@ def _safetensors(path: Path) -> tuple[Any, type[Exception]]:
     return safe_open, SafetensorError
 
 
-def _about(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return the description in the metadata; raise if another program wrote it."""
+def _read_description(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return the description of a file; raise if the metadata has none."""
     try:
-        about = json.loads((metadata or {})[_KEY])
+        description = json.loads((metadata or {})[_KEY])
         if (
-            not isinstance(about["settings"], dict)
-            or not isinstance(about["kind"], str)
-            or not isinstance(about["sha256"], str)
-            or len(about["sha256"]) != len(_BLANK)
+            not isinstance(description["settings"], dict)
+            or not isinstance(description["kind"], str)
+            or not isinstance(description["sha256"], str)
+            or len(description["sha256"]) != len(_BLANK)
         ):
             raise ValueError(f"the metadata entry `{_KEY}` has an unknown form")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was not saved by a prior of qm_cupy") from error
-    result: dict[str, Any] = about
+    result: dict[str, Any] = description
     return result
 
 
 def _declared(
     path: Path, declare: Declare, settings: Mapping[str, Any]
 ) -> Mapping[str, tuple[int, ...]]:
-    """Return the declared shapes; an error in the settings names the file."""
+    """Return the declared shapes; an error about the settings names the file."""
     try:
         return declare(settings)
     except ValueError as error:
@@ -117,7 +122,7 @@ def _declared(
 
 
 def _check_shapes(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise unless the file has exactly the wanted arrays, by name, shape and dtype."""
+    """Raise if the names, shapes or dtypes of the arrays are not those of `wanted`."""
     if set(file.keys()) != set(wanted):
         raise ValueError(
             f"{path} must hold {sorted(wanted)}, got {sorted(file.keys())}"
@@ -137,9 +142,12 @@ def _check_shapes(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]]) 
 
 
 def _check_digest(path: Path, digest: str) -> None:
-    """Raise if a byte of the file has changed. The digest is not a signature."""
-    raw = path.read_bytes()
+    """Raise if the digest of the file differs, because a byte has changed.
+
+    The digest is not a signature: anyone can compute it.
+    """
+    content = path.read_bytes()
     # The header comes first, so the first occurrence is the digest in the metadata.
-    blank = raw.replace(digest.encode(), _BLANK.encode(), 1)
-    if hashlib.sha256(blank).hexdigest() != digest:
+    without_digest = content.replace(digest.encode(), _BLANK.encode(), 1)
+    if hashlib.sha256(without_digest).hexdigest() != digest:
         raise ValueError(f"{path} is damaged: its bytes do not match its digest")

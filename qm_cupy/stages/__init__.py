@@ -1,1 +1,1 @@
-"""The stages of QuickMerge++: a folder for each stage, a file for each operation."""
+"""The stages of QuickMerge++: each has a folder, with a file for each operation."""

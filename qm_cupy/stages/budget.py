@@ -1,3 +1,10 @@
+"""Budgets: how many tokens, or groups of tokens, a sequence keeps.
+
+B is the number of sequences, N the number of tokens of a sequence, D the width of a
+token, and K the number of tokens or groups to keep. The norm mass of a set of tokens is
+the sum of the L2 norms ‖x_i‖ of its tokens x_i.
+"""
+
 import math
 from typing import Any
 
@@ -11,7 +18,13 @@ from ..arrays.checks import (
     check_tokens,
     is_per_sequence,
 )
-from ..arrays.conversion import Array, BoolArray, IntArray, enter, on_callers_stream
+from ..arrays.conversion import (
+    Array,
+    BoolArray,
+    IntArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ..autodiff.dispatch import known_while_tracing, operation
 from ..autodiff.operations import without_two_axes
 from .saliency.token_norms import relative_norms
@@ -50,33 +63,37 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     >>> token_budget(0.5, np.array([7, 100]))
     array([ 3, 50])
     """
-    # An array of budgets or sizes has one entry per sequence, (B,).
-    leave, counts, sizes = enter(
+    # `counts` and `sizes` are numbers, or arrays (B,) with one entry for each sequence.
+    convert_back, counts, sizes = convert_inputs(
         {}, counts={"budget": budget, "num_tokens": num_tokens}
     )
-    many = is_per_sequence(sizes)
-    sizes = check_num_groups(sizes, sizes.shape if many else (), name="num_tokens")
+    per_sequence = is_per_sequence(sizes)
+    sizes = check_num_groups(
+        sizes, sizes.shape if per_sequence else (), name="num_tokens"
+    )
     if isinstance(budget, float | np.floating):
         check_number("budget", budget, 0, 1, "(]")
-        # The shortest decimal of any float type: a float32 0.29 is 0.28999999… as a
-        # double, and its string is "0.29".
+        # The string is the shortest decimal that gives this float, for any float type:
+        # a float32 0.29 is 0.28999999… as a double, and its string is "0.29".
         ratio = float(str(budget))
-        # 100 · 0.29 is 28.999999999999996 in binary. Rounding first makes it 29.
+        # In binary, 100 · 0.29 is 28.999999999999996. Rounding to 9 decimals before
+        # the floor makes it 29.
         kept = np.floor(np.round(sizes * ratio, 9))
         counts = np.maximum(kept, 1).astype(np.int64)
     else:
-        # A budget per sequence with one N for all: the batch size is the budget's.
-        alone = is_per_sequence(counts) and not many
-        batch = counts.shape if alone else sizes.shape
+        # With one K for each sequence and one N for all, only the budget gives B.
+        only_budget = is_per_sequence(counts) and not per_sequence
+        batch = counts.shape if only_budget else sizes.shape
         counts = check_num_groups(counts, batch, sizes, name="budget")
-    return leave(counts) if counts.ndim else int(counts)
+    return convert_back(counts) if counts.ndim else int(counts)
 
 
 def kept_tokens(ratio: float, num_tokens: int) -> int:
-    """Return K for a ratio of one N, as `token_budget` does, without NumPy.
+    """Return K for one ratio and one N, as `token_budget` does, without NumPy.
 
     `torch.compile` and JAX trace this code.
     """
+    # Rounding to 9 decimals before the floor, as in `token_budget`.
     return max(1, math.floor(round(num_tokens * ratio * 1e9) / 1e9))
 
 
@@ -93,6 +110,8 @@ def norm_budget(
 
     .. math:: \min \Bigl\{ K : \sum_{i \in \operatorname{top}K} \lVert x_i \rVert
         \ge \gamma \sum_i \lVert x_i \rVert \Bigr\}
+
+    Here topK is the set of the K tokens with the largest norms.
 
     Parameters
     ----------
@@ -121,26 +140,31 @@ def norm_budget(
     >>> int(norm_budget(np.array([[6.0], [1.0], [3.0]]), gamma=0.9))
     2
     """
-    leave, tokens, mask = enter({"tokens": tokens, "mask": mask})
+    convert_back, tokens, mask = convert_inputs({"tokens": tokens, "mask": mask})
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     gamma = check_number("gamma", gamma, 0, 1, "(]")
-    return leave(_norm_budget_reference(tokens, gamma, mask))
+    return convert_back(_norm_budget_reference(tokens, gamma, mask))
 
 
 def _norm_budget_reference(
     tokens: NDArray[Any], gamma: float, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.int32]:
-    held = held_mass(tokens, mask)  # (B, N), ascending; the last entry is the total
-    # The factor absorbs rounding: 0.07 · 100 is greater than 7 in binary.
-    wanted = gamma * held[..., -1:] * (1 - 1e-12)  # (B, 1)
-    # `held` ascends, so K is one more than the number of sums that are too small.
-    return np.sum(held < wanted, axis=-1).astype(np.int32) + np.int32(1)
+    # Entry K - 1 is the norm mass of the K largest norms, so entries ascend along N and
+    # the last one is the mass of all tokens.
+    top_mass = top_norm_mass(tokens, mask)  # (B, N)
+    # The factor 1 - 1e-12 allows for rounding: 0.07 · 100 is greater than 7 in binary.
+    wanted = gamma * top_mass[..., -1:] * (1 - 1e-12)  # (B, 1)
+    # The entries ascend, so K is one more than the number that are too small.
+    return np.sum(top_mass < wanted, axis=-1).astype(np.int32) + np.int32(1)
 
 
-def held_mass(tokens: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
-    """Return the norm mass of the 1, 2, ..., N tokens of largest norm, (B, N)."""
-    # The unit of the norms cancels: only ratios to the total mass are used.
-    norms = relative_norms(tokens, mask)
-    # NumPy sorts ascending; the two signs make the order descending.
+def top_norm_mass(tokens: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Return the norm mass of the 1, 2, ..., N tokens with the largest norms, (B, N).
+
+    The unit of the norms is the largest entry of the sequence. Callers compare
+    sums with the last sum, so this unit cancels.
+    """
+    norms = relative_norms(tokens, mask)  # (B, N)
+    # NumPy sorts ascending; the two minus signs make the order descending.
     return np.cumsum(-np.sort(-norms, axis=-1), axis=-1)

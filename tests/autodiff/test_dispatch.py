@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import qm_cupy as qm
-from qm_cupy.arrays.conversion import enter
+from qm_cupy.arrays.conversion import convert_inputs
 from qm_cupy.autodiff import dispatch
 from qm_cupy.autodiff.operations import OPERATIONS, like_first
 
@@ -30,27 +30,31 @@ class TestDeclarations:
     def test_every_argument_is_declared(self):  # `factor` is missing
         with pytest.raises(TypeError, match=r"`scaled` declares .* but takes"):
 
-            @dispatch.operation(inputs=("x",), dtype="stored", shapes=like_first)
+            @dispatch.operation(
+                differentiable=("x",), dtype="stored", shapes=like_first
+            )
             def scaled(x, *, factor=1.0):
                 return x
 
     def test_nothing_else_is_declared(self):  # "tokenz" is not an argument
         with pytest.raises(TypeError, match=r"`scaled` declares .*tokenz.* but takes"):
 
-            @dispatch.operation(inputs=("tokenz",), dtype="stored", shapes=like_first)
+            @dispatch.operation(
+                differentiable=("tokenz",), dtype="stored", shapes=like_first
+            )
             def scaled(x):
                 return x
 
     def test_a_product_with_another_argument_is_refused(self):
         @dispatch.operation(
-            inputs=("x",),
+            differentiable=("x",),
             options=("float factor",),
             dtype="stored",
             shapes=like_first,
         )
         def scaled(x, *, factor=1.0):
-            leave, x = enter({"x": x})
-            return leave(x * factor)
+            convert_back, x = convert_inputs({"x": x})
+            return convert_back(x * factor)
 
         # The operation works; only a request for its gradient finds the mistake.
         assert (scaled(np.ones(3), factor=2.0) == 2).all()
@@ -61,7 +65,7 @@ class TestDeclarations:
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_every_product_takes_arguments_of_its_operation(self, name):
         declared = OPERATIONS[name]
-        if declared.inputs:
+        if declared.differentiable:
             assert declared.vjp_arguments(declared.find_vjp())
 
 

@@ -54,7 +54,7 @@ def test_arrays_on_a_gpu_are_copied(monkeypatch):
         def get(self):
             return LABELS
 
-    monkeypatch.setattr(drawing, "enter", lambda labels: (None, OnGPU()))
+    monkeypatch.setattr(drawing, "convert_inputs", lambda labels: (None, OnGPU()))
     assert list(arcs_of(plot_groups(OnGPU()))) == ["group 3", "group 4"]
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the gradient of `linear`, run by an interpreter."""
+"""The kernels of the gradient of `linear`, run by an interpreter on the CPU."""
 
 import numpy as np
 import pytest
@@ -13,16 +13,19 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
-def test_weights_of_many_rows_are_summed_by_parts(monkeypatch):
+def test_weight_gradients_are_summed_in_parts_of_rows(monkeypatch):
     gradient, merged, prior = alignment_of(33, np.float64)
     whole = qm.alignment_loss_vjp(gradient, merged, prior)
-    # 3 sequences of 33 tokens are 99 rows. Parts of 33 rows (three of up to 40) and of
-    # 50 rows (two at most) are both rounded up to 64, a whole number of warps.
+    # 3 sequences of 33 tokens are 99 rows. In the first case, parts have at most 40
+    # rows, which gives three parts of 33 rows. In the second case, there are at most
+    # two parts, of 50 rows. Both numbers of rows are rounded up to 64, a multiple of
+    # 32.
     for rows, max_parts in ((40, 32), (7, 2)):
         monkeypatch.setattr(linear, "_PART_ROWS", rows)
         monkeypatch.setattr(linear, "_MAX_PARTS", max_parts)
         parts = qm.alignment_loss_vjp(gradient, merged, prior)
-        # Only weights are summed over rows; gradients of tokens keep their bits.
+        # Only gradients of weights are sums over rows. Gradients of tokens have the
+        # same bits.
         np.testing.assert_array_equal(parts[0], whole[0])
         for mlp, other in zip(parts[1], whole[1], strict=True):
             for x, y in zip(mlp, other, strict=True):
@@ -30,8 +33,8 @@ def test_weights_of_many_rows_are_summed_by_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
-def test_products_with_tf32_are_near_the_truth():
-    """One layer without a ReLU: TF32 could change which of its units fire."""
+def test_gradients_with_tf32_are_within_its_tolerance():
+    """The layer has no ReLU, because rounding to TF32 could change its signs."""
     x, weight = random((99, 37), np.float32), random((50, 37), np.float32, 1)
     gradient = random((99, 50), np.float32, 2) / 99
     plain = linear.linear_vjp_cuda(gradient, x, weight)
@@ -39,5 +42,5 @@ def test_products_with_tf32_are_near_the_truth():
         got = linear.linear_vjp_cuda(gradient, x, weight)
     for y, z in zip(got[:2], plain[:2], strict=True):
         assert_close(y, z, "tf32")
-        assert (y != z).any()  # else TF32 was not used
-    np.testing.assert_array_equal(got[2], plain[2])  # the bias has no products
+        assert (y != z).any()  # otherwise TF32 was not used
+    np.testing.assert_array_equal(got[2], plain[2])  # db is a sum without products

@@ -1,4 +1,4 @@
-"""The kernels of the MLP prior, run by an interpreter."""
+"""The kernels of the MLP prior, run by an interpreter on the CPU."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,11 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @dtypes
-def test_predictions_from_what_is_not_a_number(dtype):
-    """A GPU does not check inputs: only predictions that read the NaN are NaN.
+def test_only_predictions_that_read_a_nan_are_nan(dtype):
+    """A GPU does not check inputs. A NaN must not spread to other predictions.
 
-    Token 3 of sequence 0 has a NaN: row t reads tokens 1..t, so rows 1 and 2 do not.
+    Token 3 of sequence 0 has a NaN. Row t of the predictions reads tokens 1..t, so rows
+    1 and 2 do not read the NaN.
     """
     merged = random((2, 6, 9), dtype)
     merged[0, 2, 4] = np.nan
@@ -25,7 +26,7 @@ def test_predictions_from_what_is_not_a_number(dtype):
     assert np.isfinite(got[1]).all()
 
 
-def test_weights_of_a_prior_are_uploaded_once(monkeypatch):
+def test_weights_are_copied_to_the_gpu_once(monkeypatch):
     uploads, to_device = [], cuda.to_device
 
     def counted(x):
@@ -37,7 +38,7 @@ def test_weights_of_a_prior_are_uploaded_once(monkeypatch):
     prior.predict(random((2, 6, 9), np.float32))
     assert len(uploads) == 4  # the weights of the forward network
     first = qm.alignment_loss(random((2, 6, 9), np.float32), prior)
-    assert len(uploads) == 8  # and those of the backward network
+    assert len(uploads) == 8  # and the weights of the backward network
     for dtype in (np.float32, np.float16):  # both compute in float32
         again = qm.alignment_loss(random((2, 6, 9), dtype), prior)
     assert len(uploads) == 8

@@ -1,4 +1,7 @@
-"""The kernels of the transformer prior, run by an interpreter."""
+"""The kernels of the transformer prior, run by an interpreter on the CPU.
+
+`learned` is the number of learned positions, or None for rotary positions.
+"""
 
 import numpy as np
 import oracle
@@ -18,7 +21,10 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("learned", [None, 300])
 def test_transformer_prior(dtype, num_tokens, norm, learned):
-    """129 tokens take two tiles of rows and every warp; one takes a warp per output."""
+    """129 tokens need two tiles of rows, and all warps of a block for their keys.
+
+    For one token, the linear layers use one warp for each output.
+    """
     # Widths of a head that are not multiples of the 32 lanes of a warp.
     heads, width = (2, 6) if num_tokens == 33 else (1, 40)
     prior = qm.TransformerPrior.init(
@@ -27,7 +33,9 @@ def test_transformer_prior(dtype, num_tokens, norm, learned):
     )  # fmt: skip
     rng = np.random.default_rng(num_tokens)
     tokens = random((2, num_tokens, 5), dtype)
-    counts = np.array([num_tokens, -(-num_tokens // 2)])  # half of it is padding
+    counts = np.array(
+        [num_tokens, -(-num_tokens // 2)]
+    )  # half of sequence 1 is padding
     positions = np.sort(rng.choice(300, (2, num_tokens)), axis=-1)
     sizes = rng.integers(0, 4, (2, num_tokens))  # 0: not attended to
     for reverse in (False, True):
@@ -35,16 +43,16 @@ def test_transformer_prior(dtype, num_tokens, norm, learned):
             tokens, reverse=reverse, num_groups=counts, positions=positions, sizes=sizes
         )
         weights = prior.backward if reverse else prior.forward
-        for b, k in enumerate(counts):
-            inputs = tokens[b, :k].astype(np.float64), weights, heads, reverse
-            wanted = oracle.transformer(*inputs, positions[b, :k], sizes[b, :k])
-            assert_close(got[b, :k], wanted, dtype)
+        for b, count in enumerate(counts):
+            inputs = tokens[b, :count].astype(np.float64), weights, heads, reverse
+            wanted = oracle.transformer(*inputs, positions[b, :count], sizes[b, :count])
+            assert_close(got[b, :count], wanted, dtype)
 
 
 @dtypes
 @pytest.mark.parametrize("learned", [None, 200])
 def test_transformer_prior_steps(dtype, learned):
-    """19 steps exceed the 16 tokens of a new cache; positions are int32."""
+    """A new cache has memory for 16 tokens, so it grows. Positions are int32."""
     prior = qm.TransformerPrior.init(
         5, hidden_dim=12, num_heads=3, num_layers=2, num_positions=learned
     )
@@ -52,19 +60,19 @@ def test_transformer_prior_steps(dtype, learned):
     sizes, state = np.arange(38).reshape(2, 19) % 4, None
     positions = 3 * np.arange(38, dtype=np.int32).reshape(2, 19)  # with gaps
     wanted = prior.predict(tokens, positions=positions, sizes=sizes)
-    # A step and a whole pass add in another order: they agree within the tolerance.
+    # Steps add in another order than one pass, so results agree within the tolerance.
     for t in range(19):
-        known = {"position": positions[:, t], "size": sizes[:, t]}
-        got, state = prior.step(tokens[:, t], state, **known)
+        options = {"position": positions[:, t], "size": sizes[:, t]}
+        got, state = prior.step(tokens[:, t], state, **options)
         assert_close(got, wanted[:, t], dtype)
 
 
 @dtypes
 def test_attention_to_more_keys_than_a_block_has_threads(dtype):
-    """The maximum score rises from one pass to the next, so earlier sums are rescaled.
+    """The kernel rescales its sums if a later key has a higher score.
 
-    Keys grow with their index, and a block of 256 threads needs three passes for the
-    600 keys in use (start 599, one query).
+    A block of 256 threads needs three passes for 600 keys: one query after 599 cached
+    tokens. Keys grow with their index, so the maximum score rises in each pass.
     """
     query, keys, values = (
         random((1, 1, 2, 16), dtype, 1),

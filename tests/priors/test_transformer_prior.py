@@ -1,4 +1,9 @@
-"""The transformer prior: against the oracle and torch, in steps, and saved weights."""
+"""The transformer prior: against the oracle and torch, in steps, and saved weights.
+
+A prior predicts a merged token from the tokens before it. K is the number of merged
+tokens and D their width. The network has the width E, and H heads of width d. `learned`
+is the number of learned positions, or None for rotary positions.
+"""
 
 import functools
 import pickle
@@ -19,7 +24,7 @@ PRIOR = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, mlp_dim=16, seed
 DIRECTIONS = "forward", "backward"
 
 
-def cast(prior, change):
+def map_weights(prior, change):
     """Return a prior with `change` applied to every weight."""
     networks = (
         {k: change(w) for k, w in getattr(prior, d).items()} for d in DIRECTIONS
@@ -27,7 +32,7 @@ def cast(prior, change):
     return qm.TransformerPrior(*networks, prior.num_heads)
 
 
-def assert_same(prior, other):
+def assert_same_weights(prior, other):
     assert prior.num_heads == other.num_heads
     for direction in DIRECTIONS:
         weights, wanted = getattr(prior, direction), getattr(other, direction)
@@ -42,30 +47,37 @@ def assert_same(prior, other):
 @pytest.mark.parametrize("learned", [None, 40])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 2, 17])
-def test_predict_by_loop(rng, dtype, norm, learned, reverse, num_groups):
+def test_predict_against_the_oracle(rng, dtype, norm, learned, reverse, num_groups):
     prior = qm.TransformerPrior.init(
         5, hidden_dim=12, num_heads=3, norm=norm, num_positions=learned, seed=1
     )
-    # `init` sets norms to 1 and 0. These values would hide mistakes.
-    prior = cast(prior, lambda w: w + 0.1 * rng.standard_normal(w.shape))
+    # `init` sets the weights of norms to 1 and 0. With these, an error in the use of
+    # the weights would not change the result.
+    prior = map_weights(prior, lambda w: w + 0.1 * rng.standard_normal(w.shape))
     tokens = rng.standard_normal((2, num_groups, 5)).astype(dtype)
     positions = np.sort(rng.choice(40, (2, num_groups)), axis=-1)
-    sizes = rng.integers(0, 4, (2, num_groups))  # size 0: not attended to
+    sizes = rng.integers(0, 4, (2, num_groups))  # size 0: attention weight 0
     weights = prior.backward if reverse else prior.forward
-    plain = np.arange(num_groups), np.ones(num_groups)  # the defaults
-    full = prior.predict(tokens, reverse=reverse, positions=positions, sizes=sizes)
-    alone = prior.predict(tokens, reverse=reverse)
-    assert full.dtype == np.result_type(dtype, np.float32)
-    for b, some in enumerate(tokens.astype(np.float64)):
-        for got, known in ((full, (positions[b], sizes[b])), (alone, plain)):
-            wanted = oracle.transformer(some, weights, 3, reverse, *known)
+    defaults = np.arange(num_groups), np.ones(num_groups)  # positions and sizes
+    with_options = prior.predict(
+        tokens, reverse=reverse, positions=positions, sizes=sizes
+    )
+    without_options = prior.predict(tokens, reverse=reverse)
+    assert with_options.dtype == np.result_type(dtype, np.float32)
+    for b, x in enumerate(tokens.astype(np.float64)):
+        for got, positions_and_sizes in (
+            (with_options, (positions[b], sizes[b])),
+            (without_options, defaults),
+        ):
+            wanted = oracle.transformer(x, weights, 3, reverse, *positions_and_sizes)
             assert_close(got[b], wanted, dtype)
 
 
 def torch_network(torch, norm, learned):
     """Return the module that `from_state_dict` documents, with torch's attention.
 
-    D = 5, E = 12, H = 3 heads of d = 4, M = 20, and P = 50 learned positions.
+    D = 5, E = 12, H = 3, and d = 4. The hidden width of the MLPs is 20. If `learned`,
+    there are 50 learned positions.
     """
     nn = torch.nn
     make_norm = nn.LayerNorm if norm == "layer" else rms_norm(torch)
@@ -78,14 +90,14 @@ def torch_network(torch, norm, learned):
             self.mlp_in, self.mlp_out = nn.Linear(12, 20), nn.Linear(20, 12)
 
         def forward(self, x, bias, angle):
-            parts = self.qkv(self.norm1(x)).unflatten(-1, (3, 3, 4))
-            q, k, v = parts.unbind(1)  # (K, H, d)
+            heads = self.qkv(self.norm1(x)).unflatten(-1, (3, 3, 4))
+            q, k, v = heads.unbind(1)  # (K, H, d)
             if not learned:
                 q, k = (rotate_half(torch, y, angle) for y in (q, k))
-            read = nn.functional.scaled_dot_product_attention(
+            attended = nn.functional.scaled_dot_product_attention(
                 *(y.transpose(0, 1) for y in (q, k, v)), attn_mask=bias
             )
-            x = x + self.out(read.transpose(0, 1).flatten(-2))
+            x = x + self.out(attended.transpose(0, 1).flatten(-2))
             hidden = nn.functional.gelu(self.mlp_in(self.norm2(x)))
             return x + self.mlp_out(hidden)
 
@@ -104,7 +116,7 @@ def torch_network(torch, norm, learned):
                 x = x + self.positions(positions)
             frequencies = 10000.0 ** (-torch.arange(0, 4, 2) / 4)  # 10000^(-2i / d)
             angle = positions[:, None, None] * frequencies  # (K, 1, d/2)
-            mask = torch.ones(len(x), len(x)).tril().bool()  # token i sees j ≤ i
+            mask = torch.ones(len(x), len(x)).tril().bool()  # j ≤ i in row i
             mask = mask.T if reverse else mask
             # Proportional attention: log n_j is added to the scores.
             bias = torch.log(sizes.float()).masked_fill(~mask, -torch.inf)
@@ -128,13 +140,13 @@ def rotate_half(torch, x, angle):
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_weights_of_torch(rng, norm, learned):
+def test_from_state_dict_of_torch(rng, norm, learned):
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     networks = [torch_network(torch, norm, learned).double() for _ in range(2)]
     for network in networks:
         for name, weight in network.named_parameters():
-            if "norm" in name:  # torch sets norms to 1 and 0, which hides mistakes
+            if "norm" in name:  # not 1 and 0, the values of torch
                 torch.nn.init.normal_(weight)
     states = [network.state_dict() for network in networks]
     prior = qm.TransformerPrior.from_state_dict(*states, num_heads=3)
@@ -145,45 +157,47 @@ def test_weights_of_torch(rng, norm, learned):
     for reverse, network in enumerate(networks):
         with torch.no_grad():
             wanted = network(*inputs, reverse).numpy()
-        known = {"positions": positions, "sizes": sizes}
-        got = prior.predict(tokens, reverse=bool(reverse), **known)
+        options = {"positions": positions, "sizes": sizes}
+        got = prior.predict(tokens, reverse=bool(reverse), **options)
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        networks[0].embed.weight.zero_()  # must not change the prior, which has copies
+        networks[0].embed.weight.zero_()  # the prior has copies, which must not change
     assert prior.forward["embed.weight"].all()
 
 
 def test_a_token_of_size_n_counts_as_n_copies():
-    """The copies have one position. With one block they are equal.
+    """All copies of a token have its position. The prior has only one block.
 
-    In a second block they would differ: an earlier copy attends to fewer tokens.
+    With one block, the copies have equal keys and values. In a second block these would
+    differ, because an earlier copy has attended to fewer tokens.
     """
     prior = qm.TransformerPrior.init(4, hidden_dim=8, num_heads=2, num_layers=1)
     tokens = np.random.default_rng(0).standard_normal((5, 4))
     sizes = np.array([3, 1, 4, 2, 1])
     got = prior.predict(tokens, sizes=sizes)
-    whole = prior.predict(
+    repeated = prior.predict(
         np.repeat(tokens, sizes, axis=0), positions=np.repeat(np.arange(5), sizes)
     )
-    # The last token reads all others, and is not repeated itself.
-    assert_close(got[-1], whole[-1], "float32")
+    # Compare the last token. It attends to all others, and its own size is 1.
+    assert_close(got[-1], repeated[-1], "float32")
 
 
 def test_rotary_scores_depend_on_differences_of_positions(rng):
-    """A shift of all positions changes nothing; a million still keeps its digits."""
+    """A shift of all positions by a million does not change the predictions."""
     tokens, positions = rng.standard_normal((9, 5)), np.arange(9)
-    one = PRIOR.predict(tokens, positions=positions)
-    two = PRIOR.predict(tokens, positions=positions + 1_000_000)
-    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
-    # Other differences do change the predictions.
-    apart = PRIOR.predict(tokens, positions=2 * positions)
-    assert abs(one - apart).max() > 1e-4
+    first = PRIOR.predict(tokens, positions=positions)
+    shifted = PRIOR.predict(tokens, positions=positions + 1_000_000)
+    np.testing.assert_allclose(first, shifted, rtol=1e-5, atol=1e-5)
+    # Twice the differences give other predictions.
+    other = PRIOR.predict(tokens, positions=2 * positions)
+    assert abs(first - other).max() > 1e-4
 
 
-def test_queries_in_parts(rng, monkeypatch):
+def test_predict_in_several_parts_of_queries(rng, monkeypatch):
     tokens, counts = rng.standard_normal((2, 17, 5)), np.array([17, 9])
     wanted = PRIOR.predict(tokens, num_groups=counts, reverse=True)
-    # Memory for B·H·K = 2·3·17 scores of four queries: 17 queries take five parts.
+    # One query has B·H·K = 2·3·17 scores. With memory for the scores of four queries,
+    # 17 queries need five parts.
     monkeypatch.setattr(attention, "_SCORES", 2 * 3 * 17 * 4)
     got = PRIOR.predict(tokens, num_groups=counts, reverse=True)
     assert_close(got[0], wanted[0])
@@ -201,14 +215,14 @@ def test_padding_is_not_read(rng, reverse):
         assert_close(got[b, :k], wanted)
 
 
-def test_no_sequences():
-    # An empty batch is a batch: no division by B or by the memory of its scores.
+def test_predict_of_an_empty_batch():
+    # The number of queries of a part is computed by a division by B: it must not fail.
     assert PRIOR.predict(np.ones((0, 3, 5))).shape == (0, 3, 5)
 
 
-# 40 steps let the cache grow twice: from 16 tokens to 32, and to 64.
+# In 40 steps, the cache grows twice: from 16 tokens to 32, and to 64.
 @pytest.mark.parametrize("shape", [(40, 5), (3, 40, 5), (1, 5)])
-def test_steps_are_rows_of_predict(rng, library, dtype, shape):
+def test_each_step_returns_a_row_of_predict(rng, library, dtype, shape):
     if library == "array_api_strict" and np.dtype(dtype).itemsize == 2:
         pytest.skip("array-api-strict has no 16 bits")
     tokens = to_library(library, rng.standard_normal(shape).astype(dtype))
@@ -217,8 +231,8 @@ def test_steps_are_rows_of_predict(rng, library, dtype, shape):
     wanted = to_numpy(PRIOR.predict(tokens, positions=positions, sizes=sizes))
     state = None
     for t in range(shape[-2]):
-        known = {"position": positions[..., t], "size": sizes[..., t]}
-        got, state = PRIOR.step(tokens[..., t, :], state, **known)
+        options = {"position": positions[..., t], "size": sizes[..., t]}
+        got, state = PRIOR.step(tokens[..., t, :], state, **options)
         assert type(got) is type(tokens)
         actual = to_numpy(got)
         assert actual.dtype == wanted.dtype
@@ -227,14 +241,15 @@ def test_steps_are_rows_of_predict(rng, library, dtype, shape):
 
 
 @pytest.mark.parametrize("learned", [None, 8])
-def test_steps_by_default_and_by_numbers(rng, learned):
+def test_steps_with_default_positions_and_with_numbers(rng, learned):
     prior = qm.TransformerPrior.init(
         5, hidden_dim=8, num_heads=2, num_positions=learned
     )
     tokens = rng.standard_normal((2, 8, 5))
     wanted, state, other = prior.predict(tokens), None, None
     for t in range(8):
-        # By default, the position is the number of tokens before, and the size is 1.
+        # The default position is the number of earlier tokens, and the default size is
+        # 1.
         got, state = prior.step(tokens[:, t], state)
         same, other = prior.step(tokens[:, t], other, position=t, size=1)
         assert_close(got, wanted[:, t])
@@ -242,23 +257,23 @@ def test_steps_by_default_and_by_numbers(rng, learned):
 
 
 def test_two_continuations_of_one_state(rng):
-    """Steps alternate between both; neither may read the keys of the other."""
-    past, one, two = rng.standard_normal((3, 6, 5))
+    """Steps alternate between both. They must not read each other's keys."""
+    past, future_a, future_b = rng.standard_normal((3, 6, 5))
     state = None
     for token in past:
         _, state = PRIOR.step(token, state)
     states = {0: state, 1: state}
-    futures = one, two
+    futures = future_a, future_b
     wanted = [PRIOR.predict(np.concatenate([past, future])) for future in futures]
     for t in range(6):
-        for which, future in enumerate(futures):
-            got, states[which] = PRIOR.step(future[t], states[which])
-            assert_close(got, wanted[which][6 + t])
-    again, _ = PRIOR.step(one[0], state)  # the first state still works
+        for branch, future in enumerate(futures):
+            got, states[branch] = PRIOR.step(future[t], states[branch])
+            assert_close(got, wanted[branch][6 + t])
+    again, _ = PRIOR.step(future_a[0], state)  # the first state still works
     assert_close(again, wanted[0][6])
 
 
-def test_it_aligns_decodes_and_chooses(rng):
+def test_prior_in_alignment_loss_decode_and_choose_merge(rng):
     tokens = rng.standard_normal((3, 20, 5)).cumsum(axis=1)
     counts = np.array([9, 4, 1])
     # The loss passes positions and sizes of a `Merged` to the prior.
@@ -266,21 +281,22 @@ def test_it_aligns_decodes_and_chooses(rng):
     loss = qm.alignment_loss(merged, PRIOR)
     for b, k in enumerate(counts):
         x = merged.tokens[b, :k]
-        known = merged.positions[b, :k], merged.sizes[b, :k]
-        after, before = (
-            oracle.transformer(x, getattr(PRIOR, d), 3, d == "backward", *known)
+        options = merged.positions[b, :k], merged.sizes[b, :k]
+        predicted_next, predicted_previous = (
+            oracle.transformer(x, getattr(PRIOR, d), 3, d == "backward", *options)
             for d in DIRECTIONS
         )
-        steps = max(k - 1, 1)  # pairs of neighbours
-        forward = ((after[:-1] - x[1:]) ** 2).mean(-1).sum() / steps
-        backward = ((before[1:] - x[:-1]) ** 2).mean(-1).sum() / steps
+        steps = max(k - 1, 1)  # number of predicted tokens
+        forward = ((predicted_next[:-1] - x[1:]) ** 2).mean(-1).sum() / steps
+        backward = ((predicted_previous[1:] - x[:-1]) ** 2).mean(-1).sum() / steps
         assert_close(loss.forward[b], forward, "float32")
         assert_close(loss.backward[b], backward, "float32")
     decoded = qm.decode(merged, PRIOR)
-    known = {"positions": merged.positions, "sizes": merged.sizes}
-    whole = PRIOR.predict(merged.tokens, **known)
+    options = {"positions": merged.positions, "sizes": merged.sizes}
+    whole = PRIOR.predict(merged.tokens, **options)
     for b, k in enumerate(counts):
         assert_close(decoded[b, :k], whole[b, :k])
+    # `choose_merge` compares the losses of two ways to merge.
     candidates = [{"budget": 5, "method": m} for m in ("average", "contiguous")]
     choice = qm.choose_merge(tokens, candidates, PRIOR)
     losses = [qm.alignment_loss(qm.quickmerge(tokens, **c), PRIOR) for c in candidates]
@@ -295,7 +311,7 @@ def test_init_is_seeded():
         qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, mlp_dim=16, seed=seed)
         for seed in (3, 4)
     )
-    assert_same(same, PRIOR)
+    assert_same_weights(same, PRIOR)
     name = "blocks.1.mlp_out.weight"
     assert (other.forward[name] != PRIOR.forward[name]).all()
     assert (PRIOR.backward[name] != PRIOR.forward[name]).all()
@@ -349,7 +365,7 @@ def test_bad_arguments_of_predict(inputs, error, message):
 
 
 @pytest.mark.parametrize(
-    ("token", "known", "error", "message"),
+    ("token", "options", "error", "message"),
     [
         (np.ones(4), {}, ValueError, "`token` must have width D = 5"),
         (np.ones((2, 5)), {}, ValueError, "`token` must have shape"),
@@ -361,17 +377,17 @@ def test_bad_arguments_of_predict(inputs, error, message):
         (np.ones(5), {"size": "three"}, TypeError, "`size` must be float"),
     ],
 )
-def test_bad_arguments_of_step(token, known, error, message):
+def test_bad_arguments_of_step(token, options, error, message):
     """An error leaves the state as it was: the next step still works."""
     first, state = LEARNED.step(np.ones(5))
     with pytest.raises(error, match=message):
-        LEARNED.step(token, state, **known)
+        LEARNED.step(token, state, **options)
     again, _ = LEARNED.step(np.ones(5), state)
     assert_close(again, LEARNED.predict(np.ones((2, 5)))[1])
     assert first.shape == (5,)
 
 
-# The default position of the fifth step is 4, which has no embedding.
+# There are 4 learned positions. The fifth step has position 4, which is not learned.
 def test_more_steps_than_learned_positions():
     state = None
     for _ in range(4):
@@ -407,31 +423,33 @@ def test_weights_that_do_not_fit(inputs, error, message):
         qm.TransformerPrior.from_state_dict(inputs, PRIOR.backward, num_heads=3)
 
 
-def test_directions_of_two_configurations():
-    one = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, num_layers=1)
+def test_networks_of_different_configurations_raise():
+    one_layer = qm.TransformerPrior.init(5, hidden_dim=12, num_heads=3, num_layers=1)
     with pytest.raises(ValueError, match=r"`backward` .*missing.*'blocks.1.out.bias'"):
-        qm.TransformerPrior(PRIOR.forward, one.backward, 3)
+        qm.TransformerPrior(PRIOR.forward, one_layer.backward, 3)
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 def test_save_and_load_keep_every_bit(tmp_path, name, rng):
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-    # Fortran order: safetensors itself would ignore the strides.
-    prior = cast(PRIOR, lambda w: np.asfortranarray(w.astype(dtype)))
+    # Fortran order: safetensors would ignore the strides, so `save` must copy the
+    # arrays.
+    prior = map_weights(PRIOR, lambda w: np.asfortranarray(w.astype(dtype)))
     prior.save(tmp_path / "prior")
     loaded = qm.TransformerPrior.load(tmp_path / "prior")
-    assert_same(loaded, prior)
+    assert_same_weights(loaded, prior)
     tokens = rng.standard_normal((4, 5))
     np.testing.assert_array_equal(loaded.predict(tokens), prior.predict(tokens))
-    wide = cast(prior, lambda w: w.astype(np.float64))
-    assert_close(loaded.predict(tokens), wide.predict(tokens))
+    converted = map_weights(prior, lambda w: w.astype(np.float64))
+    assert_close(loaded.predict(tokens), converted.predict(tokens))
 
 
 def test_load_detects_a_hundred_corruptions(tmp_path, rng):
     path = tmp_path / "prior"
     PRIOR.save(path)
     raw = path.read_bytes()
-    # Up to 8 bytes change: in the size, the header, the digest or the data.
+    # Up to 8 random bytes change. They are in the size, the header, the digest or the
+    # data.
     for _ in range(100):
         damaged = bytearray(raw)
         for index in rng.integers(0, len(raw), rng.integers(1, 9)):
@@ -447,10 +465,8 @@ def test_load_detects_a_hundred_corruptions(tmp_path, rng):
     ("change", "message"),
     [
         ({"num_layers": 3}, "must hold"),  # the file has two blocks
-        (
-            {"num_layers": 1 << 40},
-            "at most 1024",
-        ),  # names of 2⁴⁰ layers fill any memory
+        # The names of the weights of 2⁴⁰ layers would not fit in memory.
+        ({"num_layers": 1 << 40}, "at most 1024"),
         ({"hidden_dim": 24}, "must have shape"),
         ({"hidden_dim": "12"}, "`hidden_dim` must be an integer"),
         ({"num_heads": 5}, "an even number"),
@@ -470,26 +486,29 @@ def test_settings_that_do_not_match_the_arrays(tmp_path, change, message):
         qm.TransformerPrior.load(path)
 
 
-def test_a_prior_is_pickled_without_its_copies(rng):
-    prior = cast(PRIOR, lambda w: w)  # a prior of its own, without copies so far
+def test_pickles_exclude_the_converted_weights(rng):
+    prior = map_weights(PRIOR, lambda w: w)  # a new prior, without converted weights
     prior.predict(rng.standard_normal((3, 5)))
     twin = pickle.loads(pickle.dumps(prior))
     assert prior._copies
     assert twin._copies == {}
-    assert_same(twin, prior)
+    assert_same_weights(twin, prior)
 
 
 @pytest.mark.parametrize("kernels", ["basic", "optimized"])
-def test_kernels_take_shared_numbers_from_python(rng, kernels, monkeypatch):
-    """Other numbers for activations and narrower heads give the same results."""
+def test_kernels_use_the_constants_of_python(rng, kernels, monkeypatch):
+    """If Python changes constants that kernels use, the results stay the same.
+
+    The constants are the numbers of the activations, and the limit of the head width.
+    """
     tokens = rng.standard_normal((3, 5)).astype(np.float32)
     mlp = qm.MLPPrior.init(5, hidden_dim=8)
     wanted = PRIOR.predict(tokens), mlp.predict(tokens)
-    # A number that a kernel had written out would no longer agree.
+    # A kernel that used its own literal numbers would now compute another activation.
     monkeypatch.setattr(cuda, "ACTIVATIONS", {"none": 0, "relu": 7, "gelu": 1})
     monkeypatch.setattr(cuda, "MAX_HEAD_DIM", 32)
     ptx.install(monkeypatch)
-    # An empty cache, so that the kernels are compiled again with these numbers.
+    # With an empty cache, the kernels are compiled again with these constants.
     monkeypatch.setattr(ptx, "module", functools.cache(ptx.Module))
     with qm.use_kernels(kernels):
         got = PRIOR.predict(tokens), mlp.predict(tokens)

@@ -14,7 +14,7 @@ from qm_cupy.priors.weights import save_weights
 PRIOR = qm.MLPPrior.init(5, hidden_dim=7, seed=3)
 
 
-def cast(prior, change):
+def map_weights(prior, change):
     """Return a prior with `change` applied to every weight."""
     networks = prior.forward, prior.backward
     return qm.MLPPrior(*(qm.MLP(*map(change, network)) for network in networks))
@@ -35,7 +35,7 @@ def path(tmp_path):
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 def test_save_and_load_keep_every_bit(tmp_path, name):
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-    prior = cast(PRIOR, lambda w: w.astype(dtype))
+    prior = map_weights(PRIOR, lambda w: w.astype(dtype))
     prior.save(str(tmp_path / "prior"))
     for x, y in zip(
         weights(qm.MLPPrior.load(tmp_path / "prior")), weights(prior), strict=True
@@ -45,15 +45,18 @@ def test_save_and_load_keep_every_bit(tmp_path, name):
         assert x.tobytes() == y.tobytes()
 
 
-def test_strides_are_not_lost(tmp_path):
-    """safetensors writes the memory of an array, whatever its strides are."""
+def test_arrays_that_are_not_contiguous_are_saved_correctly(tmp_path):
+    """safetensors writes the memory of an array without its strides.
+
+    So `save` must copy arrays that are not C-contiguous.
+    """
     layouts = (
         np.asfortranarray,  # the first axis is contiguous
-        lambda w: w[..., ::-1].copy()[..., ::-1],  # backwards in memory
+        lambda w: w[..., ::-1].copy()[..., ::-1],  # in reverse order in memory
         lambda w: np.repeat(w, 2, axis=-1)[..., ::2],  # every other entry
     )
     for layout in layouts:
-        cast(PRIOR, layout).save(tmp_path / "prior")
+        map_weights(PRIOR, layout).save(tmp_path / "prior")
         for x, y in zip(
             weights(qm.MLPPrior.load(tmp_path / "prior")), weights(PRIOR), strict=True
         ):
@@ -68,27 +71,28 @@ def test_other_programs_can_read_it_and_saving_is_deterministic(path, tmp_path):
 
 
 def test_load_detects_any_changed_byte(path):
-    raw = path.read_bytes()
+    content = path.read_bytes()
     rng = np.random.default_rng(0)
-    # 8 bytes with the size of the header, then the header. All of these bytes are
-    # changed in turn, and 200 random bytes of the data.
-    header = 8 + int.from_bytes(raw[:8], "little")
-    indices = [*range(header), *rng.integers(header, len(raw), 200)]
+    # The file is 8 bytes with the size of the header, the header, and the data. Change
+    # each byte of the first two parts, and 200 random bytes of the data, one at a time.
+    header = 8 + int.from_bytes(content[:8], "little")
+    indices = [*range(header), *rng.integers(header, len(content), 200)]
     for index in indices:
-        other = raw[index] ^ int(rng.integers(1, 256))  # a different byte
-        path.write_bytes(raw[:index] + bytes([other]) + raw[index + 1 :])
+        changed = content[index] ^ int(rng.integers(1, 256))  # a different byte
+        path.write_bytes(content[:index] + bytes([changed]) + content[index + 1 :])
         with pytest.raises(ValueError, match=r"prior\.safetensors"):
             qm.MLPPrior.load(path)
-    # A tab instead of a space is the same JSON: only the digest notices.
-    space = raw[:header].rfind(b" ")
-    path.write_bytes(raw[:space] + b"\t" + raw[space + 1 :])
+    # A tab instead of a space does not change the meaning of the JSON header. Only the
+    # digest shows the change.
+    space = content[:header].rfind(b" ")
+    path.write_bytes(content[:space] + b"\t" + content[space + 1 :])
     with pytest.raises(ValueError, match="digest"):
         qm.MLPPrior.load(path)
 
 
-def test_a_file_cut_short_or_longer_is_refused(path):
+def test_a_file_that_is_too_short_or_too_long_raises(path):
     raw = path.read_bytes()
-    # Cuts within the size, within the header, and within the data.
+    # The file ends within the size, within the header, or within the data.
     for size in (0, 1, 7, 8, 9, 100, *range(200, len(raw), 97), len(raw) - 1):
         path.write_bytes(raw[:size])
         with pytest.raises(ValueError, match="damaged"):
@@ -98,9 +102,9 @@ def test_a_file_cut_short_or_longer_is_refused(path):
         qm.MLPPrior.load(path)
 
 
-def test_a_header_of_any_size_is_refused_before_it_is_read(path):
+def test_a_wrong_header_size_raises_before_memory_is_allocated(path):
     raw = path.read_bytes()
-    # A reader that believes these sizes would allocate up to 2⁶³ bytes.
+    # A reader that allocates memory of these sizes would need up to 2⁶³ bytes.
     for size in (2**63, 2**40, len(raw)):
         path.write_bytes(size.to_bytes(8, "little") + raw[8:])
         with pytest.raises(ValueError, match="damaged"):
@@ -108,7 +112,7 @@ def test_a_header_of_any_size_is_refused_before_it_is_read(path):
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"qm_cupy": "[]"}])
-def test_files_of_other_programs(path, metadata):
+def test_files_of_other_programs_raise(path, metadata):
     arrays = load(path.read_bytes())
     path.write_bytes(save(arrays, metadata=metadata))
     with pytest.raises(ValueError, match="was not saved by a prior of qm_cupy"):
@@ -119,11 +123,11 @@ def test_files_of_other_programs(path, metadata):
 
 
 def arrays_of(prior):
-    """Return the arrays of a file by their names, as `MLPPrior.save` has them."""
-    both = {"forward": prior.forward, "backward": prior.backward}
+    """Return the arrays of a file by name, with the names of `MLPPrior.save`."""
+    networks = {"forward": prior.forward, "backward": prior.backward}
     return {
         f"{direction}.{name}": w
-        for direction, network in both.items()
+        for direction, network in networks.items()
         for name, w in network._asdict().items()
     }
 
@@ -150,7 +154,7 @@ def test_settings_that_do_not_match_the_arrays(path, settings, change, message):
         qm.MLPPrior.load(path)
 
 
-def test_another_type_of_prior(path):
+def test_file_of_another_type_of_prior_raises(path):
     save_weights(path, "Other", {}, arrays_of(PRIOR))
     with pytest.raises(ValueError, match="must hold weights of MLPPrior, got Other"):
         qm.MLPPrior.load(path)
@@ -165,13 +169,13 @@ def test_a_failed_save_keeps_the_old_file(path, monkeypatch):
     assert [x.name for x in path.parent.iterdir()] == [path.name]  # no temporary file
 
 
-def test_without_the_package(path, monkeypatch):
+def test_error_without_the_safetensors_package(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)  # `import` then fails
     for call in (PRIOR.save, qm.MLPPrior.load):
         with pytest.raises(ImportError, match=r"qm-cupy\[safetensors\]"):
             call(path)
 
 
-def test_missing_files_are_named(tmp_path):
+def test_error_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         qm.MLPPrior.load(tmp_path / "nowhere")

@@ -1,3 +1,9 @@
+"""Budgets: the number K of groups from an integer, a ratio or a norm mass.
+
+N is the number of tokens of a sequence. The norm mass is the sum of the L2 norms of
+tokens. The oracle (oracle.py) computes `norm_budget` with plain loops in float64.
+"""
+
 import numpy as np
 import oracle
 import pytest
@@ -5,48 +11,49 @@ import pytest
 import qm_cupy as qm
 
 
-def test_ratio_is_floored_but_at_least_one():
+def test_ratio_is_rounded_down_to_at_least_one_token():
     assert qm.token_budget(0.2, 104) == 20  # ⌊20.8⌋
-    assert qm.token_budget(0.001, 104) == 1  # ⌊0.104⌋ = 0, but a result has a token
+    assert qm.token_budget(0.001, 104) == 1  # ⌊0.104⌋ = 0, but K is at least 1
     assert qm.token_budget(1.0, 104) == 104
 
 
 @pytest.mark.parametrize("percent", range(1, 101))
-def test_ratio_of_a_hundred_is_its_percentage(percent):
+def test_ratio_of_100_tokens_is_its_percentage(percent):
     # 0.29 · 100 is 28.999… in binary: a plain floor would give 28.
     assert qm.token_budget(percent / 100, 100) == percent
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_ratio_of_any_width_is_its_decimal(dtype):
-    # A narrow float differs from its decimal: float16 0.7 is 0.7001953125.
+def test_ratio_of_any_float_dtype_is_its_decimal(dtype):
+    # A narrow float differs from the decimal that its caller wrote: float16 0.7 is
+    # 0.7001953125. K must come from 0.7.
     assert qm.token_budget(dtype(0.29), 100) == 29
     assert qm.token_budget(dtype(0.7), 1000) == 700
 
 
-def test_per_sequence():
+def test_num_tokens_of_each_sequence_give_k_of_each_sequence():
     sizes = np.array([10, 3])
-    # A ratio, one K for all, and one K for each sequence.
+    # A ratio, one K for all sequences, and one K for each sequence.
     np.testing.assert_array_equal(qm.token_budget(0.5, sizes), [5, 1])
     np.testing.assert_array_equal(qm.token_budget(2, sizes), [2, 2])
     np.testing.assert_array_equal(qm.token_budget(np.array([4, 1]), sizes), [4, 1])
 
 
 @pytest.mark.parametrize("budget", [0, -1, 11, 0.0, -0.5, 1.01, float("nan")])
-def test_out_of_range(budget):
+def test_budget_out_of_range_is_refused(budget):
     with pytest.raises(ValueError, match="`budget` must lie in"):
         qm.token_budget(budget, 10)
 
 
 # True is an int in Python, but not a number of groups.
 @pytest.mark.parametrize("budget", ["0.2", None, [3], True, np.array([1.5])])
-def test_other_types(budget):
+def test_budget_of_another_type_is_refused(budget):
     with pytest.raises(TypeError, match="`budget` must be"):
         qm.token_budget(budget, np.array([10]))
 
 
 @pytest.mark.parametrize("budget", [0.2, 2, np.array([1, 1])])
-def test_token_counts_out_of_range(budget):
+def test_num_tokens_of_each_sequence_out_of_range_are_refused(budget):
     with pytest.raises(ValueError, match="`num_tokens` must lie in"):
         qm.token_budget(budget, np.array([0, 20]))
     with pytest.raises(ValueError, match="`num_tokens` must lie in"):
@@ -56,12 +63,12 @@ def test_token_counts_out_of_range(budget):
 
 
 @pytest.mark.parametrize("num_tokens", [0, -3])
-def test_token_count_out_of_range(num_tokens):
+def test_one_num_tokens_out_of_range_is_refused(num_tokens):
     with pytest.raises(ValueError, match="`num_tokens` must lie in"):
         qm.token_budget(0.2, num_tokens)
 
 
-def test_shapes_must_agree():
+def test_budget_and_num_tokens_must_have_the_same_length():
     with pytest.raises(ValueError, match=r"`budget` must have shape \(B\) = \(3,\)"):
         qm.token_budget(np.array([1, 2]), np.array([4, 5, 6]))
     # One N for all sequences fits a budget of any length.
@@ -69,27 +76,27 @@ def test_shapes_must_agree():
 
 
 @pytest.mark.parametrize("gamma", [0.01, 0.3, 0.5, 0.8, 0.999, 1.0])
-def test_norm_budget_oracle(rng, dtype, gamma):
+def test_norm_budget_matches_the_oracle(rng, dtype, gamma):
     tokens = rng.standard_normal((3, 11, 4)).astype(dtype)
     got = qm.norm_budget(tokens, gamma)
     assert got.dtype == np.int32
     assert list(got) == [oracle.norm_budget(x, gamma) for x in tokens]
 
 
-def test_norm_budget_is_the_least_that_is_enough(rng):
+def test_norm_budget_is_the_least_k_that_is_enough(rng):
     tokens = rng.standard_normal((40, 4))
-    least = int(qm.norm_budget(tokens, 0.7))
-    # K tokens have 0.7 of the norm mass, and K - 1 tokens have less.
-    assert qm.norm_mass(tokens, least) >= 0.7 > qm.norm_mass(tokens, least - 1)
+    num_kept = int(qm.norm_budget(tokens, 0.7))
+    # The K largest norms have 0.7 of the norm mass, and the K - 1 largest have less.
+    assert qm.norm_mass(tokens, num_kept) >= 0.7 > qm.norm_mass(tokens, num_kept - 1)
 
 
 @pytest.mark.parametrize("percent", range(1, 101))
-def test_gamma_of_a_hundred_equal_tokens_is_its_percentage(percent):
+def test_gamma_of_100_equal_tokens_is_its_percentage(percent):
     """The comparison allows for rounding: 0.07 · 100 > 7 in binary."""
     assert qm.norm_budget(np.ones((100, 1)), percent / 100) == percent
 
 
-def test_norm_budget_edges():
+def test_norm_budget_of_zeros_and_of_padding():
     # Without any norm mass one token is enough.
     assert qm.norm_budget(np.zeros((5, 2)), 0.8) == 1
     # Padding has no norm mass: γ = 1 needs the two tokens only.
@@ -98,6 +105,6 @@ def test_norm_budget_edges():
 
 
 @pytest.mark.parametrize("gamma", [0, 1.5, -1])
-def test_gamma_out_of_range(gamma):
+def test_gamma_out_of_range_is_refused(gamma):
     with pytest.raises(ValueError, match=r"`gamma` must lie in \(0, 1\]"):
         qm.norm_budget(np.ones((3, 2)), gamma)

@@ -1,4 +1,12 @@
-"""Alignment: how well an autoregressive prior predicts the merged tokens."""
+"""Alignment: how well an autoregressive prior predicts the merged tokens.
+
+A prior has two networks. The network f reads the merged tokens from the left and
+predicts the next one; g reads them from the right and predicts the previous one. Merged
+token t of K is x̃_t, with D entries. In comments, c_t is the mean of the tokens that a
+network has read when it predicts, h_t the hidden layer of an MLP before its ReLU, y_t
+the prediction, and L the loss. A letter d before a quantity, in names too, means the
+gradient of a loss with respect to this quantity.
+"""
 
 import math
 from typing import Any
@@ -7,22 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_gradient, check_shape, check_tokens
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, convert_inputs, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import (
-    beside,
-    composition,
+    as_constants_like,
+    composed_of_operations,
     of_framework,
     operation,
     tracing_framework,
 )
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, device_counts, launch
+from ...cuda.launch import contiguous, counts_on_device, launch
 from ...priors.linear import linear, linear_vjp_cuda
 from ...priors.merged_tokens import group_counts, merged_parts
 from ...priors.mlp import MLP, back_propagate, check_width
-from ...priors.mlp_prior import MLPPrior, network_beside
+from ...priors.mlp_prior import MLPPrior, network_on_device_of
 from ...priors.protocols import Prior, TwoLayerPrior
 from ...priors.running_mean import (
     running_mean,
@@ -39,15 +47,18 @@ _WEIGHTS = tuple(
 )
 
 
-@composition
+@composed_of_operations
 def alignment_loss(
     merged: Any, prior: Prior | TwoLayerPrior, *, num_groups: Any = None
 ) -> AlignmentLoss[Any]:
-    r"""Bidirectional autoregressive loss of merged tokens under a prior.
+    r"""Return the bidirectional autoregressive loss [1]_ of merged tokens.
 
     .. math:: L_{AR} = \frac{1}{K-1} \sum_{t=1}^{K-1} \operatorname{MSE}\bigl(
-        f(\bar x_{1..t}), \tilde x_{t+1}\bigr) + \frac{1}{K-1} \sum_{t=2}^{K}
-        \operatorname{MSE}\bigl(g(\bar x_{t..K}), \tilde x_{t-1}\bigr)
+        f(\tilde x_{1..t}), \tilde x_{t+1}\bigr) + \frac{1}{K-1} \sum_{t=2}^{K}
+        \operatorname{MSE}\bigl(g(\tilde x_{t..K}), \tilde x_{t-1}\bigr)
+
+    :math:`\tilde x_1, …, \tilde x_K` are the merged tokens. The prior's networks are f,
+    which predicts the next token, and g, which predicts the previous token.
 
     Parameters
     ----------
@@ -57,7 +68,8 @@ def alignment_loss(
     prior : Prior
         `MLPPrior`, `TransformerPrior` or your own class. Its ``predict`` returns all
         predictions at once. It receives NumPy arrays, or CuPy arrays on a GPU, even if
-        `merged` belongs to another library; unknown positions and sizes are None.
+        `merged` belongs to another library. Positions and sizes are None unless
+        `merged` is a `Merged`.
     num_groups : int or ndarray of int of shape (B,), optional
         K of each sequence, if they differ; later groups are padding. By default, groups
         of size 0 are padding; counting them makes the CPU wait for the GPU.
@@ -93,48 +105,52 @@ def alignment_loss(
     if is_traced(merged, prior):
         if num_groups is None and sizes is not None:
             num_groups = (sizes > 0).sum(-1)  # a padded group has size 0
-        weights = beside(tokens, weights)
+        weights = as_constants_like(tokens, weights)
         forward, backward = mlp_alignment_loss(tokens, *weights, num_groups=num_groups)
         return AlignmentLoss(forward, backward, forward + backward)
-    if weights and of_framework(weights):  # weights of torch or JAX: use their values
+    # Nothing is traced, so weights of torch or JAX are used as plain arrays.
+    if weights and of_framework(weights):
         prior = _prior_of(*weights)
-    leave, tokens, positions, sizes, num_groups = enter(
+    convert_back, tokens, positions, sizes, num_groups = convert_inputs(
         {"merged": tokens, "positions": positions, "sizes": sizes},
         counts={"num_groups": num_groups},
     )
     check_tokens(tokens, "merged")
     counts = group_counts(tokens, num_groups, sizes)
-    valid = counts if counts.ndim else int(counts)  # one sequence: a plain integer K
-    known = {"num_groups": valid, "positions": positions, "sizes": sizes}
+    count = counts if counts.ndim else int(counts)  # one sequence: a plain integer K
+    inputs = {"num_groups": count, "positions": positions, "sizes": sizes}
     predict: Any = getattr(prior, "predict")  # noqa: B009 (a TwoLayerPrior may lack it)
-    # Row t of `after` predicts token t + 1, row t of `before` predicts token t - 1. An
-    # `MLPPrior` computes all t at once: the K prefix means are the rows of one matrix,
-    # so a network is two GEMMs, one for each layer, instead of a loop over t.
-    after, before = predict(tokens, **known), predict(tokens, reverse=True, **known)
-    check_shape("prediction", after, "BKD", tokens.shape)
-    check_shape("prediction", before, "BKD", tokens.shape)
-    forward, backward = _alignment_loss(tokens, after, before, counts)
-    return AlignmentLoss(leave(forward), leave(backward), leave(forward + backward))
+    # Row t of `y_next` is the prediction of token t + 1, and row t of `y_prev` that
+    # of token t - 1. An `MLPPrior` computes all t at once: the K means c_t are the rows
+    # of one matrix, so a network is two GEMMs instead of a loop over t.
+    y_next, y_prev = predict(tokens, **inputs), predict(tokens, reverse=True, **inputs)
+    check_shape("prediction", y_next, "BKD", tokens.shape)
+    check_shape("prediction", y_prev, "BKD", tokens.shape)
+    forward, backward = _alignment_loss(tokens, y_next, y_prev, counts)
+    return AlignmentLoss(
+        convert_back(forward), convert_back(backward), convert_back(forward + backward)
+    )
 
 
 def is_traced(merged: Any, prior: Any) -> bool:
-    """Whether a framework traces the tokens, or the weights of a two-layer prior.
+    """Return whether torch or JAX traces the tokens, or the weights of the prior.
 
-    The predictions of any other prior have no gradient here: its weights are unknown.
+    False for a prior that has no `network_weights`. The weights of such a prior are not
+    known here, so its predictions have no gradient.
     """
     weights = _network_weights(prior)
     return bool(weights) and tracing_framework((merged, *weights)) is not None
 
 
 def _network_weights(prior: Any) -> tuple[Any, ...]:
-    """Return the weights of a prior of two layers, in the order of `_WEIGHTS`."""
+    """Return the weights of a prior of two layers, ordered as `_WEIGHTS`, or ()."""
     return prior.network_weights() if hasattr(prior, "network_weights") else ()
 
 
 # torch and JAX differentiate an operation with respect to arrays, so the eight weights
 # of the two networks are separate inputs here, and not one `MLPPrior`.
 @operation(
-    inputs=("merged", *_WEIGHTS),
+    differentiable=("merged", *_WEIGHTS),
     counts="num_groups?",
     dtype="computed",
     shapes=lambda merged, *_: (tuple(merged.shape[:-2]),) * 2,
@@ -186,69 +202,67 @@ def _mlp_alignment_loss_vjp(
         forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
         backward_weight_in, backward_bias_in, backward_weight_out, backward_bias_out,
     )  # fmt: skip
-    tokens, networks = alignment_loss_vjp(
-        gradient, merged, prior, num_groups=num_groups
-    )
-    return (tokens, *networks[0], *networks[1])
+    dx, dweights = alignment_loss_vjp(gradient, merged, prior, num_groups=num_groups)
+    return (dx, *dweights[0], *dweights[1])
 
 
 def _prior_of(*weights: Any) -> MLPPrior:
-    """Return the prior of these weights; 16-bit and strided weights are copied."""
-    _, *arrays = enter(dict(zip(_WEIGHTS, weights, strict=True)))
-    wide = [contiguous(w, accumulation_dtype(w.dtype)) for w in arrays]  # ≥ float32
-    return MLPPrior(MLP(*wide[:4]), MLP(*wide[4:]))
+    """Return an `MLPPrior` of these weights; 16-bit and strided weights are copied."""
+    _, *arrays = convert_inputs(dict(zip(_WEIGHTS, weights, strict=True)))
+    converted = [contiguous(w, accumulation_dtype(w.dtype)) for w in arrays]
+    return MLPPrior(MLP(*converted[:4]), MLP(*converted[4:]))
 
 
 def _alignment_loss(
-    merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
+    merged: Any, y_next: Any, y_prev: Any, counts: NDArray[np.int64]
 ) -> tuple[Any, Any]:
-    """Return the losses of predicting the tokens after, and the tokens before."""
+    """Return the forward and backward losses (B,) of both predictions (B, K, D)."""
     if is_cuda(merged):
-        return _alignment_loss_cuda(merged, after, before, counts)
-    return _alignment_loss_reference(merged, after, before, counts)
+        return _alignment_loss_cuda(merged, y_next, y_prev, counts)
+    return _alignment_loss_reference(merged, y_next, y_prev, counts)
 
 
 def _alignment_loss_reference(
     merged: NDArray[Any],
-    after: NDArray[Any],
-    before: NDArray[Any],
+    y_next: NDArray[Any],
+    y_prev: NDArray[Any],
     counts: NDArray[np.int64],
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    # L = 1/(K - 1) Σ_t MSE(y_t, x_{t+1}); K = 1 has no pair, and the loss is 0 / 1.
+    # L = 1 / (K - 1) Σ_t MSE(y_t, x̃_{t+1}). K = 1 has no pair, and the loss is 0 / 1.
     steps = np.maximum(counts - 1, 1)
-    known = np.arange(1, merged.shape[-2]) < counts[..., None]  # (B, K - 1)
+    has_target = np.arange(1, merged.shape[-2]) < counts[..., None]  # (B, K - 1)
 
     def loss(prediction: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
         gap = prediction - target  # (B, K - 1, D)
         error = np.einsum("...d,...d->...", gap, gap) / gap.shape[-1]  # (B, K - 1)
-        # `where` skips padding, so a NaN in its predictions cannot reach the sum.
-        total: NDArray[Any] = np.sum(error, axis=-1, where=known) / steps
+        # `where` skips padding: a NaN in a prediction there does not reach the sum.
+        total: NDArray[Any] = np.sum(error, axis=-1, where=has_target) / steps
         return np.asarray(total, dtype=gap.dtype)
 
-    forward = loss(after[..., :-1, :], merged[..., 1:, :])
-    backward = loss(before[..., 1:, :], merged[..., :-1, :])
+    forward = loss(y_next[..., :-1, :], merged[..., 1:, :])
+    backward = loss(y_prev[..., 1:, :], merged[..., :-1, :])
     return forward, backward
 
 
 def _alignment_loss_cuda(
-    merged: Any, after: Any, before: Any, counts: NDArray[np.int64]
+    merged: Any, y_next: Any, y_prev: Any, counts: NDArray[np.int64]
 ) -> tuple[Any, Any]:
     num_groups, dim = merged.shape[-2:]
     batch = math.prod(merged.shape[:-2])
     acc_dtype = accumulation_dtype(merged.dtype)
-    merged, (valid, _) = contiguous(merged), device_counts(counts)
+    merged, (gpu_counts, _) = contiguous(merged), counts_on_device(counts)
     losses = []
-    for reverse, prediction in enumerate((after, before)):
-        prediction = contiguous(prediction, acc_dtype)
-        errors = empty(merged.shape[:-1], acc_dtype)  # (B, K): one MSE per token
+    for reverse, y in enumerate((y_next, y_prev)):
+        y = contiguous(y, acc_dtype)
+        errors = empty(merged.shape[:-1], acc_dtype)  # (B, K), one MSE for each token
         sizes = batch, num_groups, dim
-        args: tuple[Any, ...] = (prediction, merged, valid, *sizes, reverse, errors)
+        args: tuple[Any, ...] = (y, merged, gpu_counts, *sizes, reverse, errors)
         kernel = "alignment_loss", "prediction_errors"
         launch(*kernel, merged.dtype, args, rows=errors.size)
         # A second kernel adds the K errors of a sequence. It uses no atomics, so the
         # order of the float sums, and every bit of the loss, is the same in every run.
         losses.append(empty(merged.shape[:-2], acc_dtype))
-        args = (errors, valid, batch, num_groups, losses[-1])
+        args = (errors, gpu_counts, batch, num_groups, losses[-1])
         launch("alignment_loss", "alignment_loss", acc_dtype, args, blocks=batch)
     return losses[0], losses[1]
 
@@ -261,14 +275,18 @@ def alignment_loss_vjp(
     *,
     num_groups: Any = None,
 ) -> tuple[Array, tuple[MLP, MLP]]:
-    r"""Gradients of `alignment_loss` with respect to tokens and the prior's weights.
+    r"""Return the gradients of `alignment_loss`: of the tokens and of the weights.
 
-    .. math:: \bar x_i = \sum_{t \ge i} \frac{\bar c_t}{t} - \bar y_{i-1}, \qquad
-        \bar y_t = \frac{2 \bar L}{D (K - 1)} \bigl(f(c_t) - \tilde x_{t+1}\bigr)
+    A bar is the gradient of a loss with respect to the quantity below it. For the
+    forward direction,
 
-    for the forward direction. :math:`c_t` is the mean of tokens 1..t, and
-    :math:`\bar c_t` is its gradient, propagated back through the network f. The
-    mirror image for g is added.
+    .. math:: \bar{\tilde x}_i = \sum_{t \ge i} \frac{\bar c_t}{t} - \bar y_{i-1},
+        \qquad \bar y_t = \frac{2 \bar L}{D (K - 1)} \bigl(y_t - \tilde x_{t+1}\bigr),
+
+    where :math:`c_t` is the mean of merged tokens 1..t of K, :math:`y_t` the prediction
+    of the forward network for it, and D the width of a token. :math:`\bar c_t` is
+    :math:`\bar y_t` propagated back through the network. The backward network adds the
+    mirror image.
 
     Parameters
     ----------
@@ -279,7 +297,7 @@ def alignment_loss_vjp(
     merged : Merged, or ndarray of shape (K, D) or (B, K, D)
         Merged tokens, as in `alignment_loss`.
     prior : MLPPrior
-        The prior. The slope of ReLU at 0 is 0.
+        The prior. The derivative of ReLU at 0 counts as 0.
     num_groups : int or ndarray of int of shape (B,), optional
         K of each sequence, if they differ, as in `alignment_loss`.
 
@@ -306,17 +324,17 @@ def alignment_loss_vjp(
     >>> import numpy as np
     >>> from qm_cupy import MLPPrior
     >>> prior = MLPPrior.init(8, seed=0)
-    >>> slope, (forward, backward) = alignment_loss_vjp(
+    >>> dx, (forward, backward) = alignment_loss_vjp(
     ...     (0.0, 0.0, 1.0), np.ones((5, 8)), prior
     ... )
-    >>> slope.shape, forward.weight_in.shape
+    >>> dx.shape, forward.weight_in.shape
     ((5, 8), (256, 8))
     """
     if not isinstance(prior, MLPPrior):
         raise TypeError(f"`prior` must be an MLPPrior, got {type(prior).__name__}")
     tokens, _, sizes = merged_parts(merged)
     names = [f"gradient.{name}" for name in AlignmentLoss._fields]
-    leave, tokens, sizes, num_groups, *slopes = enter(
+    convert_back, tokens, sizes, num_groups, *gradients = convert_inputs(
         {"merged": tokens, "sizes": sizes},
         counts={"num_groups": num_groups},
         gradients=dict(zip(names, _three(gradient), strict=True)),
@@ -324,15 +342,15 @@ def alignment_loss_vjp(
     check_tokens(tokens, "merged")
     check_width("merged", tokens, prior.forward)
     counts = group_counts(tokens, num_groups, sizes)  # (B,)
-    by_forward, by_backward, by_total = (
-        check_gradient(slope, tokens.shape[:-2], "B", tokens, name).astype(np.float64)
-        for name, slope in zip(names, slopes, strict=True)
+    forward_gradient, backward_gradient, total_gradient = (
+        check_gradient(value, tokens.shape[:-2], "B", tokens, name).astype(np.float64)
+        for name, value in zip(names, gradients, strict=True)
     )
-    # total = forward + backward, so its gradient adds to both.
-    both = by_forward + by_total, by_backward + by_total
-    by_merged, by_weights = _alignment_loss_vjp(both, tokens, prior, counts)
-    forward, backward = (MLP(*map(leave, weights)) for weights in by_weights)
-    return leave(by_merged), (forward, backward)
+    # total = forward + backward, so the gradient of the total is added to both.
+    pair = forward_gradient + total_gradient, backward_gradient + total_gradient
+    dx, dweights = _alignment_loss_vjp(pair, tokens, prior, counts)
+    forward, backward = (MLP(*map(convert_back, weights)) for weights in dweights)
+    return convert_back(dx), (forward, backward)
 
 
 def _three(gradient: Any) -> tuple[Any, Any, Any]:
@@ -349,7 +367,7 @@ def _three(gradient: Any) -> tuple[Any, Any, Any]:
 def _alignment_loss_vjp(
     gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
 ) -> tuple[Any, list[MLP]]:
-    """Return the gradients of the tokens and of the weights of both networks."""
+    """Return dx and dweights, from the gradients (B,) of both losses."""
     if is_cuda(merged):
         return _alignment_loss_vjp_cuda(gradients, merged, prior, counts)
     return alignment_loss_vjp_reference(gradients, merged, prior, counts)
@@ -365,33 +383,35 @@ def alignment_loss_vjp_reference(
     dtype = np.result_type(merged.dtype, np.float32)
     later, earlier = np.s_[..., 1:, :], np.s_[..., :-1, :]
     valid = counts[..., None, None] > np.arange(num_groups)[:, None]  # (B, K, 1)
-    known = valid[later]  # (B, K - 1, 1)
-    by_merged, by_weights = np.zeros(merged.shape), []
+    has_target = valid[later]  # (B, K - 1, 1)
+    dx, dweights = np.zeros(merged.shape), []
     for reverse, gradient in enumerate(gradients):
         network = prior.backward if reverse else prior.forward
         network = MLP(*(w.astype(dtype, copy=False) for w in network))
-        # Forward pass again: c_t, relu(W₁ c_t + b₁) and the prediction y_t.
+        # Repeat the forward pass: y_t = W₂ relu(W₁ c_t + b₁) + b₂.
         context = running_mean(merged, counts, bool(reverse))
         context = np.where(valid, context, 0).astype(dtype)  # (B, K, D)
         hidden = np.maximum(context @ network.weight_in.T + network.bias_in, 0)
-        # `slope` first holds the predictions y; below, their gradient replaces them.
-        slope = hidden @ network.weight_out.T + network.bias_out  # (B, K, D)
-        read, wanted = (later, earlier) if reverse else (earlier, later)
-        # dy_t = 2 dL / (D (K - 1)) · (y_t - x_{t+1}); 0 if row t predicts no token.
+        prediction = hidden @ network.weight_out.T + network.bias_out  # (B, K, D)
+        sources, targets = (later, earlier) if reverse else (earlier, later)
+        # dy_t = 2 dL / (D (K - 1)) · (y_t - x̃_{t+1}) replaces y_t in `prediction`. It
+        # is 0 if row t predicts no token.
         scale = 2 * gradient / (dim * np.maximum(counts - 1, 1))
-        gap = np.where(known, slope[read] - merged[wanted], 0)
-        slope[...] = 0
-        slope[read] = gap * np.asarray(scale)[..., None, None]
-        by_merged[wanted] -= slope[read]  # a token is also the target of its neighbour
+        gap = np.where(has_target, prediction[sources] - merged[targets], 0)
+        prediction[...] = 0
+        prediction[sources] = gap * np.asarray(scale)[..., None, None]
+        # The target of a prediction is a token too: dx̃_{t+1} -= dy_t.
+        dx[targets] -= prediction[sources]
 
-        # Both layers see all B·K contexts as rows, so each gradient is one GEMM.
-        flat = (x.reshape(-1, x.shape[-1]) for x in (context, hidden, slope))
-        weights, back = back_propagate(network, *flat)
-        by_weights.append(weights)
-        by_context = (back @ network.weight_in).reshape(merged.shape)  # dc_t
-        # dx_i += Σ_{t ≥ i} dc_t / t: token i is part of the means of tokens 1..t.
-        by_merged += running_mean_vjp_reference(by_context, counts, bool(reverse))
-    return by_merged.astype(merged.dtype), by_weights
+        # With all B·K means as rows of one matrix, each gradient is one GEMM.
+        flat = (x.reshape(-1, x.shape[-1]) for x in (context, hidden, prediction))
+        weights, dh = back_propagate(network, *flat)
+        dweights.append(weights)
+        # dc_t = W₁ᵀ dh_t, where h_t is the hidden layer before its ReLU.
+        dc = (dh @ network.weight_in).reshape(merged.shape)
+        # dx̃_i += Σ_{t ≥ i} dc_t / t: token i is part of the means of tokens 1..t.
+        dx += running_mean_vjp_reference(dc, counts, bool(reverse))
+    return dx.astype(merged.dtype), dweights
 
 
 def _alignment_loss_vjp_cuda(
@@ -399,31 +419,32 @@ def _alignment_loss_vjp_cuda(
 ) -> tuple[Any, list[MLP]]:
     num_groups, dim = merged.shape[-2:]
     batch, acc_dtype = math.prod(merged.shape[:-2]), accumulation_dtype(merged.dtype)
-    merged, (valid, _) = contiguous(merged), device_counts(counts)
+    merged, (gpu_counts, _) = contiguous(merged), counts_on_device(counts)
     sizes = batch, num_groups, dim
-    means, slopes, by_weights = [], [], []
+    dx_of_means, dys, dweights = [], [], []
     for reverse, gradient in enumerate(gradients):
-        network = network_beside(prior, merged, bool(reverse))
-        # Forward pass again: nothing of the loss was kept.
+        network = network_on_device_of(prior, merged, bool(reverse))
+        # Repeat the forward pass: the loss keeps no intermediate results.
         context = running_mean(merged, counts, bool(reverse))  # (B, K, D)
         hidden = linear(context, *network[:2], activation="relu")  # (B, K, H)
-        prediction = linear(hidden, *network[2:])
-        slope = empty(merged.shape, acc_dtype)
+        y = linear(hidden, *network[2:])
+        dy = empty(merged.shape, acc_dtype)
         gradient = contiguous(gradient.reshape(-1), acc_dtype)  # (B,)
-        args = (prediction, merged, valid, gradient, *sizes, reverse, slope)
+        args = (y, merged, gpu_counts, gradient, *sizes, reverse, dy)
         kernel = "alignment_loss_vjp", "prediction_slopes"
-        launch(*kernel, merged.dtype, args, outputs=slope.size)
+        launch(*kernel, merged.dtype, args, outputs=dy.size)
 
         # Back through W₂ and the ReLU, through W₁, and through the running mean.
-        layer = slope, hidden, network.weight_out
-        back, *second = linear_vjp_cuda(*layer, rectified=True)  # (B, K, H)
-        by_context, *first = linear_vjp_cuda(back, context, network.weight_in)
-        by_weights.append(MLP(*first, *second))
-        means.append(running_mean_vjp_cuda(by_context, valid, reverse))
-        slopes.append(slope)
-    # One kernel adds a token's four terms in float32 at least, and rounds only once.
+        layer = dy, hidden, network.weight_out
+        dh, *second = linear_vjp_cuda(*layer, rectified=True)  # (B, K, H)
+        dc, *first = linear_vjp_cuda(dh, context, network.weight_in)
+        dweights.append(MLP(*first, *second))
+        dx_of_means.append(running_mean_vjp_cuda(dc, gpu_counts, reverse))
+        dys.append(dy)
+    # One kernel adds a token's four terms in float32 at least, and rounds only once: in
+    # each direction, one term through the means and one as a target.
     out = empty(merged.shape, merged.dtype)
-    args = (*means, *slopes, *sizes, out)
+    args = (*dx_of_means, *dys, *sizes, out)
     kernel = "alignment_loss_vjp", "alignment_loss_vjp"
     launch(*kernel, merged.dtype, args, outputs=out.size)
-    return out, by_weights
+    return out, dweights

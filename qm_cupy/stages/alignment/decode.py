@@ -1,4 +1,9 @@
-"""Decoding: a model reads the merged tokens from left to right."""
+"""Decoding: a model reads the merged tokens from left to right.
+
+In shapes, B is the number of sequences, K of merged tokens, D the width of a token, and
+E the width of a prediction. A prior is a model of this library or of the caller with a
+method ``step``, which predicts the next merged token.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...arrays.checks import check_tokens
-from ...arrays.conversion import Array, enter, on_callers_stream
-from ...arrays.libraries import give_inside, no_grad, stack
+from ...arrays.conversion import Array, convert_inputs, on_callers_stream
+from ...arrays.libraries import keep_library, no_grad, stack
 from ...priors.merged_tokens import merged_parts
 from ...priors.protocols import SteppingPrior
 from ...results import Merged
@@ -27,12 +32,13 @@ def decode(
     merged : Merged, or ndarray of shape (K, D) or (B, K, D)
         The result of `quickmerge`, or merged tokens, of any array library.
     model : callable or prior
-        A prior is called K times: its ``step`` reads one token at a time, with the
-        positions and sizes of a `Merged`. A callable, a `torch.nn.Module` for example,
-        reads the growing prefix: it maps an array of shape (..., t, D), of the caller's
-        library, to (..., t, E). The last row is the prediction after t tokens. With
-        tensors, the model runs under `torch.no_grad()`, and its mode (training or
-        evaluation) does not change.
+        The ``step`` of a prior is called K times and reads one token at a time, with
+        the position and the size of this token if `merged` is a `Merged`. A callable, a
+        `torch.nn.Module` for example, is also called K times. It reads the first t
+        tokens, an array of shape (..., t, D) of the caller's library, and returns an
+        array (..., t, E). The last row is the prediction after t tokens. With tensors,
+        the model runs under `torch.no_grad()`, and its mode (training or evaluation)
+        does not change.
     progress : callable, optional
         Called after each token with the number of tokens decoded so far, 1 to K. By
         default nothing is shown.
@@ -66,38 +72,39 @@ def decode(
             f"`progress` must be callable or None, got {type(progress).__name__}"
         )
     tokens, positions, sizes = merged_parts(merged)
-    # `inside`, as NumPy or CuPy, is only checked: the model reads the caller's arrays.
-    _, inside = enter({"merged": tokens})
-    check_tokens(inside, "merged")
-    rows, state, predictions = inside.shape[-2], None, []
+    # The copy or view in NumPy or CuPy is only checked. The model reads the caller's
+    # arrays.
+    _, checked = convert_inputs({"merged": tokens})
+    check_tokens(checked, "merged")
+    num_tokens, state, predictions = checked.shape[-2], None, []
     with no_grad(tokens):
-        for t in range(rows):
+        for t in range(num_tokens):
             if hasattr(model, "step"):
-                # The state holds what the prior needs of tokens before t (for example
-                # a sum, or keys and values), so a step does not read them again.
-                known = [None if x is None else x[..., t] for x in (positions, sizes)]
+                # The state is what the prior keeps of earlier tokens, for example their
+                # sum, or their keys and values. So a step does not read them again.
+                own = [None if x is None else x[..., t] for x in (positions, sizes)]
                 prediction, state = model.step(
-                    tokens[..., t, :], state, position=known[0], size=known[1]
+                    tokens[..., t, :], state, position=own[0], size=own[1]
                 )
             else:
-                # A callable has no state: it reads 1 + 2 + … + K rows in all.
-                prediction = _last(model, tokens[..., : t + 1, :])
+                # A callable has no state: in all K calls it reads 1 + 2 + … + K tokens.
+                prediction = _last_prediction(model, tokens[..., : t + 1, :])
             predictions.append(prediction)  # (B, E)
             if progress is not None:
                 progress(t + 1)
     stacked = stack(predictions, -2)  # (B, K, E)
-    return give_inside(stacked) if isinstance(stacked, np.ndarray) else stacked
+    return keep_library(stacked) if isinstance(stacked, np.ndarray) else stacked
 
 
-def _last(model: Any, prefix: Any) -> Any:
-    """Return the model's prediction after a prefix: the last row of its output."""
+def _last_prediction(model: Any, prefix: Any) -> Any:
+    """Return the model's prediction after the tokens of a prefix (..., t, D)."""
     output = model(prefix)  # (..., t, E)
     if getattr(output, "ndim", 0) < 2:
         raise TypeError(
             "`model` must return an array of shape (..., t, E), "
             f"got {type(output).__name__}"
         )
-    # One row for each token: only then is the last row the prediction after t tokens.
+    # The last row is the prediction after t tokens only if each token has one row.
     if output.shape[:-1] != prefix.shape[:-1]:
         raise ValueError(
             "`model` must return shape (..., t, E) for a prefix of shape "

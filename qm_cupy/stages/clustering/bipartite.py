@@ -1,4 +1,10 @@
-"""Groups by bipartite soft matching."""
+"""Groups by the bipartite soft matching of ToMe (arXiv:2210.09461).
+
+The groups of a sequence are sorted by their last members; the index of a group in this
+order is its position. An even group has an even position, an odd group an odd one. A
+step merges r even groups into odd groups; steps are repeated until K groups are left.
+With n groups, r = min(n - K, ⌊n / 2⌋), so n becomes max(K, ⌈n / 2⌉).
+"""
 
 from typing import Any
 
@@ -17,30 +23,30 @@ from .unit_tokens import unit_tokens_cuda
 
 
 def bipartite_groups_reference(unit: NDArray[Any], num_groups: int) -> Groups:
-    """Merge groups at even positions into groups at odd ones, until K are left.
+    """Return the group (N,) of each unit token (N, D), numbered by last members.
 
     Each even group has a partner, the most similar odd group. A step merges the r even
-    groups that are most similar to their partners; r is at most half of the groups.
-    After each step, groups are sorted by their last members.
+    groups that are most similar to their partners.
     """
-    groups = np.arange(len(unit))  # the position of each token's group
+    groups = np.arange(len(unit))  # (N,), the position of each token's group
+    # For each group: the sum of its unit tokens, and its last member.
     sums, last = unit.copy(), np.arange(len(unit))
     while len(sums) > num_groups:
-        # The direction of a group is the mean of its unit tokens. Its length does not
-        # matter for the cosine, so the sum is enough.
+        # A group is compared by the mean of its unit tokens. The length of a vector
+        # does not change a cosine, so the sum of the tokens is enough.
         norm = np.linalg.norm(sums, axis=-1, keepdims=True)
         mean = sums / np.where(norm > 0, norm, 1)
-        similarity = mean[::2] @ mean[1::2].T
-        partner = similarity.argmax(axis=-1)
+        similarity = mean[::2] @ mean[1::2].T  # (evens, odds)
+        partner = similarity.argmax(axis=-1)  # (evens,), index among the odd groups
         best = np.take_along_axis(similarity, partner[:, None], axis=-1)[:, 0]
-        # r = min(n - K, ⌊n / 2⌋)
-        merges = min(len(sums) - num_groups, len(sums) // 2)
+        merges = min(len(sums) - num_groups, len(sums) // 2)  # r
         selected = np.argsort(-best, stable=True)[:merges]
+        # Even group i is at position 2 i, and odd group j at position 2 j + 1.
         source, target = 2 * selected, 2 * partner[selected] + 1
         np.add.at(sums, target, sums[source])
         np.maximum.at(last, target, last[source])
-        # Sort the groups that are left by their last members, and give the tokens their
-        # new positions.
+        # Sort the remaining groups by their last members. A token of a merged group
+        # gets the position of the odd group.
         kept = np.delete(np.arange(len(sums)), source)
         kept = kept[np.argsort(last[kept])]
         new_position = np.empty(len(sums), np.intp)
@@ -59,21 +65,23 @@ def bipartite_groups_cuda(
     *,
     fewest: int = 1,
 ) -> Any:
-    """Return roots: merge groups at even positions into odd ones, until K are left.
+    """Return roots (B, N): a number for each group, before groups are numbered 0..K-1.
 
-    `fewest` is the smallest K of the batch, or 1 if it is not known. It determines the
-    number of steps.
+    K is `counts` (B,), or `num_groups` without counts; `num_groups` is the largest K.
+    `fewest` is the smallest K of the batch, or 1 if the caller does not know it. It
+    determines the number of steps.
     """
     batch, num_tokens = rows_of(tokens[..., 0])
     mask, protect = contiguous(mask), contiguous(protect)
     if counts is None:
         fewest = num_groups
-    # Protected tokens use up part of K. Their number is known only on the GPU, so the
-    # other tokens may have any K.
+    # Each protected token is one of the K groups. Only the GPU knows their number, so
+    # the other tokens may have to form a single group.
     if protect is not None:
         fewest = 1
     # In the first step, which is three quarters of the work, each group is one token.
-    # 16-bit tokens are compared as they are, so that tensor cores compute the product.
+    # 16-bit tokens are compared without scaling, so that tensor cores compute the
+    # product.
     vectors = contiguous(tokens)
     if tokens.dtype.itemsize > 2:
         vectors = unit_tokens_cuda(vectors, mask)
@@ -81,20 +89,21 @@ def bipartite_groups_cuda(
     args: tuple[Any, ...] = (mask, protect, batch, num_tokens, roots)
     launch("bipartite", "free_tokens", np.float32, args, outputs=roots.size)
     positions = number_groups_cuda(roots, "last")
-    # Bounds on the number of groups after a step: of any sequence, and of the sequence
-    # with the smallest K. The CPU knows only bounds, because it does not wait for the
-    # GPU's counts.
-    max_groups = left = num_tokens
-    while left > max(fewest, 1):
+    # Upper limits of the number of groups that take part: `max_groups` in any sequence,
+    # `remaining` in the sequence with the smallest K, which needs most steps. The CPU
+    # knows only limits, because it does not wait for the GPU's counts.
+    max_groups = remaining = num_tokens
+    while remaining > max(fewest, 1):
+        # Rows of `sizes`: n, the number of odd groups to compare with, and r.
         sizes = empty((3, batch), np.int32)
         args = (positions, mask, protect, counts, batch, num_tokens, num_groups, sizes)
         block = block_size(num_tokens, GROUP_THREADS)
         kernel = "bipartite", "match_counts"
         launch(*kernel, np.float32, args, blocks=batch, block=block)
         positions = _match_cuda(vectors, positions, sizes, max_groups)
-        left = max(fewest, -(-left // 2))
-        if left > max(fewest, 1) and vectors.dtype.itemsize == 2:
-            vectors = unit_tokens_cuda(vectors, mask)  # for means of groups
+        remaining = max(fewest, -(-remaining // 2))
+        if remaining > max(fewest, 1) and vectors.dtype.itemsize == 2:
+            vectors = unit_tokens_cuda(vectors, mask)  # later steps use means
         max_groups = max(min(num_groups, max_groups), -(-max_groups // 2))
     out = empty(positions.shape, np.int32)
     args = (positions, mask, batch, num_tokens, out)
@@ -103,23 +112,27 @@ def bipartite_groups_cuda(
 
 
 def _match_cuda(vectors: Any, positions: Any, sizes: Any, max_groups: int) -> Any:
-    """Return the positions (B, N) of groups after one step from at most `max_groups`.
+    """Return the position (B, N) of each token's group after one step.
 
-    The direction of a group is the mean of its tokens' `vectors` (B, N, D). `sizes`
-    (3, B) is the result of `match_counts`.
+    `positions` (B, N) are those before the step, of at most `max_groups` groups. A
+    group is compared by the mean of its tokens' `vectors` (B, N, D). `sizes` (3, B) is
+    the result of the kernel `match_counts`.
     """
     batch, num_tokens = rows_of(positions)
     num_evens, num_odds = -(-max_groups // 2), max_groups // 2
-    # Label each token by its group among the even groups, and among the odd groups.
-    sides = [empty(positions.shape, np.int32) for _ in range(2)]
-    exist = empty((*positions.shape[:-1], num_evens), np.bool_)
+    # For each token, the index of its group among the even groups, and among the odd
+    # groups; -1 if its group is on the other side. Then merge tokens to means.
+    side_labels = [empty(positions.shape, np.int32) for _ in range(2)]
+    even_exists = empty((*positions.shape[:-1], num_evens), np.bool_)
     args: tuple[Any, ...]
-    args = (positions, sizes, batch, num_tokens, num_evens, *sides, exist)
+    args = (positions, sizes, batch, num_tokens, num_evens, *side_labels, even_exists)
     launch("bipartite", "match_sides", np.float32, args, outputs=positions.size)
-    evens = merge_tokens_cuda(vectors, sides[0], num_evens, None, None)
-    odds = merge_tokens_cuda(vectors, sides[1], num_odds, None, None)
+    evens = merge_tokens_cuda(vectors, side_labels[0], num_evens, None, None)
+    odds = merge_tokens_cuda(vectors, side_labels[1], num_odds, None, None)
     # Find each even group's partner, then select the r most similar even groups.
-    partners, best = nearest_anchors_cuda(evens, odds, sizes[1], exist, similarity=True)
+    partners, best = nearest_anchors_cuda(
+        evens, odds, sizes[1], even_exists, similarity=True
+    )
     selected = top_tokens_cuda(best, sizes[2], num_evens)
     roots = empty(positions.shape, np.int32)
     args = (positions, selected, partners, batch, num_tokens, num_evens, roots)

@@ -1,6 +1,7 @@
 """Checks of the arguments of clustering.
 
-On a GPU only shapes and dtypes are checked: a look at values would make the CPU wait.
+On a GPU, only shapes and dtypes are checked: to check values, the CPU would have to
+wait for the GPU.
 """
 
 from typing import Any
@@ -32,17 +33,18 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
     check_mask(mask, (*batch, merges + 1))
     if is_cuda(dendrogram):
         return
-    # Rows that pad the merges of a masked sequence are (-1, -1, inf, 0).
+    # A row without a merge, as in a masked sequence, is (-1, -1, inf, 0).
     padded = (dendrogram[..., 0] == -1) & (dendrogram[..., 2] == np.inf)
     check_finite_values("dendrogram", np.where(padded[..., None], 0, dendrogram))
     _check_padded_rows(dendrogram, padded, mask)
-    # Row r may merge nodes below N + r. NaN replaces padding, so that no two of its
-    # entries are equal when children are compared.
+    # Nodes 0..N-1 are tokens, and row r makes node N + r: it may merge nodes below
+    # N + r. NaN replaces the children of padded rows, because no NaN equals another one
+    # when children are compared.
     child = dendrogram[..., :2]
     first_later = merges + 1 + np.arange(merges)[:, None]
     flat = np.where(padded[..., None], np.nan, child.astype(np.float64))
     flat = flat.reshape(*batch, 2 * merges)
-    # A node that occurs twice has an equal neighbour after sorting.
+    # If a node occurs twice, both are neighbours after sorting.
     ranked = np.sort(flat, axis=-1)
     if (ranked[..., 1:] == ranked[..., :-1]).any():
         raise ValueError(
@@ -60,6 +62,7 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
 def _check_padded_rows(
     dendrogram: NDArray[Any], padded: NDArray[np.bool_], mask: NDArray[Any] | None
 ) -> None:
+    """Raise if the padded rows (B, N - 1) do not fit the mask."""
     if mask is None:
         if padded.any():
             raise ValueError(
@@ -67,19 +70,19 @@ def _check_padded_rows(
             )
         return
     for index in np.ndindex(padded.shape[:-1]):
-        rows, kept = padded[index], np.count_nonzero(mask[index])
+        is_padding, kept = padded[index], np.count_nonzero(mask[index])
         where = f" in sequence {index[0]}" if index else ""
-        # The last rows are padding, and n valid tokens have n - 1 merges.
-        if (rows != (np.arange(len(rows)) >= kept - 1)).any():
+        # n valid tokens have n - 1 merges, and all later rows are padding.
+        if (is_padding != (np.arange(len(is_padding)) >= kept - 1)).any():
             raise ValueError(
                 f"`dendrogram` must have {kept - 1} merges{where}, because `mask` "
-                f"keeps {kept} tokens, got {np.count_nonzero(~rows)}"
+                f"keeps {kept} tokens, got {np.count_nonzero(~is_padding)}"
             )
-        # Every merged token must be one that the mask keeps.
-        used = np.zeros(2 * len(rows) + 1, np.bool_)
+        # Every merged token must be a valid token of the mask.
+        used = np.zeros(2 * len(is_padding) + 1, np.bool_)
         child = dendrogram[index][: kept - 1, :2]
         used[child[(child >= 0) & (child < len(used))].astype(np.intp)] = True
-        wrong = np.flatnonzero(used[: len(rows) + 1] & ~mask[index])
+        wrong = np.flatnonzero(used[: len(is_padding) + 1] & ~mask[index])
         if len(wrong):
             raise ValueError(
                 f"`mask` must be the one that `dendrogram` was made with{where}, got "
@@ -115,7 +118,8 @@ def check_protect(
     """Raise if `protect` is not boolean (B, N) or leaves too few groups.
 
     Each protected token needs a group of its own. The other tokens need one more group,
-    or one for each run of neighbours if groups are contiguous.
+    or one group for each run if groups are contiguous. A run is a series of neighbours
+    without a protected token between them.
     """
     if protect is None:
         return
@@ -128,8 +132,8 @@ def check_protect(
     # Padding is not protected: it has no group.
     for index in np.ndindex(shape[:-1]):
         protected = protect[index] if mask is None else protect[index][mask[index]]
-        # A run is a series of neighbours that no protected token interrupts.
-        start = ~protected & np.append(True, protected[:-1])  # of runs
+        # A run starts at the first token, or after a protected token.
+        start = ~protected & np.append(True, protected[:-1])
         runs = np.count_nonzero(start) if method == "contiguous" else (~protected).any()
         num_protected, num_groups = np.count_nonzero(protected), int(counts[index])
         if num_groups >= num_protected + runs:
@@ -152,25 +156,28 @@ def check_anchors(
     method: str,
     counts: NDArray[np.int64],
     max_groups: int,
-    tokens: tuple[int, ...],
+    shape: tuple[int, ...],
     mask: NDArray[np.bool_] | None,
     protect: NDArray[np.bool_] | None,
 ) -> None:
-    """Raise if `anchors` are not K distinct positions of valid tokens per sequence."""
+    """Raise if `anchors` are not K distinct positions of valid tokens per sequence.
+
+    `shape` is the shape of the tokens without their last axis: (N,) or (B, N).
+    """
     if method != "nearest":
         raise ValueError(f'`anchors` are for method="nearest", got {method!r}')
     check_is_array("anchors", anchors)
     if anchors.dtype.kind not in "iu":
         raise TypeError(f"`anchors` must be integers, got {anchors.dtype}")
-    check_shape("anchors", anchors, "BK", (*tokens[:-1], max_groups))
+    check_shape("anchors", anchors, "BK", (*shape[:-1], max_groups))
     if is_cuda(anchors):
         return
-    for index in np.ndindex(tokens[:-1]):
-        # Entries behind K of this sequence are padding.
+    for index in np.ndindex(shape[:-1]):
+        # A sequence with a smaller K has padding after its K anchors.
         selected = anchors[index][: int(counts[index])]
-        if len(selected) and not 0 <= selected.min() <= selected.max() < tokens[-1]:
+        if len(selected) and not 0 <= selected.min() <= selected.max() < shape[-1]:
             raise ValueError(
-                f"`anchors` must lie in 0..{tokens[-1] - 1}, got {selected}"
+                f"`anchors` must lie in 0..{shape[-1] - 1}, got {selected}"
             )
         if len(np.unique(selected)) < len(selected):
             raise ValueError(f"`anchors` must be distinct, got {selected}")
@@ -178,7 +185,7 @@ def check_anchors(
             raise ValueError(
                 f"`anchors` must be tokens that `mask` keeps, got {selected}"
             )
-        # A protected token without an anchor of its own could not stay alone.
+        # A protected token that is not an anchor would join the group of an anchor.
         if protect is not None:
             protected = protect[index] if mask is None else protect[index] & mask[index]
             if len(np.setdiff1d(np.flatnonzero(protected), selected)):

@@ -1,4 +1,8 @@
-"""Clustering: put tokens into exactly K groups by cosine, in causal order."""
+"""Clustering: put tokens into exactly K groups by cosine similarity, in causal order.
+
+A root is the number of a token's group before the groups are numbered 0..K-1: any
+number that all tokens of the group have, and no other token has.
+"""
 
 from typing import Any, Literal, get_args
 
@@ -13,12 +17,12 @@ from ...arrays.checks import (
     check_mass,
     check_tokens,
 )
-from ...arrays.conversion import Array, BoolArray, FloatArray, IntArray, enter
+from ...arrays.conversion import Array, BoolArray, FloatArray, IntArray, convert_inputs
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
-from ...cuda.launch import device_counts
+from ...cuda.launch import counts_on_device
 from ..saliency.token_norms import relative_norms
 from ..selection.select_tokens import select_tokens_reference
 from .bipartite import bipartite_groups_cuda, bipartite_groups_reference
@@ -69,8 +73,9 @@ def cluster_tokens(
         "average", "ward", "complete" or "single": the dendrogram of `linkage`, cut at
         K groups.
         "nearest": each token joins the most similar of K anchors.
-        "bipartite": the soft matching of ToMe [1]_, which merges groups at even
-        positions into groups at odd ones, repeated until K groups are left.
+        "bipartite": the soft matching of ToMe [1]_, repeated until K groups are left.
+        In each step, groups are sorted by their last members, and groups at even
+        positions of this order merge into groups at odd positions.
         "contiguous": only neighbours merge; each step merges the pair that adds least
         to the squared error of unit tokens.
     mass : ndarray of shape (N,) or (B, N), optional
@@ -78,16 +83,16 @@ def cluster_tokens(
     anchors : ndarray of int of shape (K,) or (B, K), optional
         For "nearest": distinct positions, which include every protected token. If K
         differs between sequences, they are padded with -1. The default anchors are the
-        protected tokens and, of the others, those of largest norm.
+        protected tokens, and the other tokens that have the largest norms.
     protect : ndarray of shape (N,) or (B, N), optional
         Boolean, True = this token stays a group of its own (for example class tokens
         and attention sinks). K counts these groups too. The other tokens are grouped as
-        if the protected ones were cut out, but "contiguous" never merges neighbours
-        across a protected token.
+        if the sequence had no protected tokens, but "contiguous" never merges
+        neighbours across a protected token.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens get label -1, protected or not. The tokens
-        are grouped as if the padding were cut out: tokens on both sides of padding are
-        neighbours.
+        are grouped as if the sequence had no padding: tokens on both sides of padding
+        are neighbours.
     order : {"last", "first"}, default "last"
         Number groups by the position of their last or first member. With "last", no
         group contains a token later than its own position, which causal models need.
@@ -121,7 +126,7 @@ def cluster_tokens(
     >>> cluster_tokens(tokens, 3, protect=protect)
     array([0, 2, 1, 2], dtype=int32)
     """
-    leave, tokens, mass, anchors, protect, mask, num_groups = enter(
+    convert_back, tokens, mass, anchors, protect, mask, num_groups = convert_inputs(
         {
             "tokens": tokens,
             "mass": mass,
@@ -138,10 +143,10 @@ def cluster_tokens(
     check_mask(mask, shape)
     check_mass_method(mass, method)
     check_mass(mass, shape)
-    # K must fit the valid tokens, and leave room for the protected ones.
+    # K must not exceed the number of valid tokens, and each protected token needs a
+    # group of its own.
     groups = check_group_counts(num_groups, shape[:-1], num_valid(shape, mask))
     check_protect(protect, method, groups.counts, shape, mask)
-    # Default anchors need no check.
     if anchors is not None:
         check_anchors(anchors, method, *groups, shape, mask, protect)
     labels = compute_cluster_tokens(
@@ -154,7 +159,7 @@ def cluster_tokens(
         mask=mask,
         order=order,
     )
-    return leave(labels)
+    return convert_back(labels)
 
 
 def compute_cluster_tokens(
@@ -185,28 +190,33 @@ def _cluster_tokens_reference(
     mask: NDArray[np.bool_] | None,
     order: str,
 ) -> NDArray[np.int32]:
-    # Cut padding and protected tokens out, group the free tokens, then join the groups:
-    # a protected token i is group i, the groups of free tokens are N, N + 1, ...
+    # A free token is neither padding nor protected. Group the free tokens alone, then
+    # number all groups together. Roots: a protected token i has root i, and group g of
+    # the free tokens has root N + g.
     if method == "nearest" and anchors is None:
         anchors = _top_norm_anchors_reference(tokens, counts, mask, protect)
     labels = np.full(tokens.shape[:-1], -1, np.int32)
     for index in np.ndindex(tokens.shape[:-2]):
-        keep = np.ones(tokens.shape[-2], np.bool_) if mask is None else mask[index]
-        protected = np.zeros_like(keep) if protect is None else keep & protect[index]
-        free, num_groups = keep & ~protected, int(counts[index])
-        weight = None if mass is None else mass[index][free]
+        valid = np.ones(tokens.shape[-2], np.bool_) if mask is None else mask[index]
+        protected = np.zeros_like(valid) if protect is None else valid & protect[index]
+        free, num_groups = valid & ~protected, int(counts[index])
+        free_mass = None if mass is None else mass[index][free]
         selected = None
         if anchors is not None:
+            # Protected anchors are groups of their own. The other anchors are needed as
+            # indices among the free tokens, because `_groups` gets only these.
             selected = anchors[index][:num_groups]
-            position = np.cumsum(free) - 1  # among the free tokens
-            selected = position[selected[free[selected]]]
+            free_index = np.cumsum(free) - 1  # (N,), right where a token is free
+            selected = free_index[selected[free[selected]]]
         # Tokens between the same two protected tokens have the same run number.
         runs = np.cumsum(protected, dtype=np.intp)[free]
         num_groups -= int(np.count_nonzero(protected))
-        roots = _groups(tokens[index][free], num_groups, method, weight, selected, runs)
-        groups = np.arange(len(keep))
-        groups[free] = len(keep) + roots
-        labels[index][keep] = in_order(groups[keep], order)
+        free_groups = _groups(
+            tokens[index][free], num_groups, method, free_mass, selected, runs
+        )
+        roots = np.arange(len(valid))
+        roots[free] = len(valid) + free_groups
+        labels[index][valid] = in_order(roots[valid], order)
     return labels
 
 
@@ -216,7 +226,7 @@ def _top_norm_anchors_reference(
     mask: NDArray[np.bool_] | None,
     protect: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
-    """Return the positions (B, K) of the protected tokens and the longest others."""
+    """Return the default anchors (B, K): protected tokens, then the largest norms."""
     norms = relative_norms(tokens, mask)
     # An infinite norm selects the protected tokens first.
     if protect is not None:
@@ -232,11 +242,11 @@ def _groups(
     anchors: NDArray[Any] | None,
     runs: NDArray[np.intp],
 ) -> NDArray[np.intp]:
-    """Return groups of the tokens (N, D) of a sequence without padding or protected."""
-    # K = N: each token is a group, also if there are no tokens at all.
+    """Return the group (N,) of each token of a sequence (N, D) of free tokens."""
+    # K = N: each token is a group, also if N = 0 because all tokens are protected.
     if num_groups == len(tokens):
         return np.arange(len(tokens))
-    # Every merge leaves one group less, so K groups take N - K merges.
+    # Every merge reduces the number of groups by one: K groups need N - K merges.
     if method in LINKAGES:
         tree = linkage_sequence(tokens, method, mass)
         return cut_sequence(tree, len(tokens) - num_groups)
@@ -258,9 +268,9 @@ def _cluster_tokens_cuda(
     mask: Any,
     order: str,
 ) -> Any:
-    group_counts, max_groups = device_counts(counts)
+    group_counts, max_groups = counts_on_device(counts)
     # The cut of a dendrogram numbers its groups in the same launch. The other methods
-    # return roots, which get their numbers at the end.
+    # return roots, which one more launch replaces by labels.
     if method in LINKAGES:
         tree = dendrograms_cuda(tokens, method, mass, mask, protect, counts)
         return cut_linkage_cuda(tree, group_counts, max_groups, mask=mask, order=order)
@@ -271,7 +281,8 @@ def _cluster_tokens_cuda(
             )
         roots = nearest_groups_cuda(tokens, anchors, group_counts, mask, protect)
     elif method == "bipartite":
-        # The smallest K is known on the CPU: it bounds the number of steps.
+        # The launcher needs a limit for its steps. The counts are also on the CPU, so
+        # it gets the smallest K without waiting for the GPU.
         fewest = int(counts.min(initial=max_groups))
         roots = bipartite_groups_cuda(
             tokens, group_counts, max_groups, mask, protect, fewest=fewest

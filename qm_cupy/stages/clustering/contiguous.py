@@ -1,4 +1,15 @@
-"""Groups of neighbours."""
+"""Contiguous groups: only neighbouring groups merge, the cheapest pair first.
+
+Two neighbouring groups a and b have n_a and n_b unit tokens, and these have the sums
+S_a and S_b. The cost of their merge is Ward's, the growth of the squared error of unit
+tokens:
+
+    n_a n_b / (n_a + n_b) ‖S_a / n_a - S_b / n_b‖²
+
+Of equal costs, the leftmost pair merges first. A zero token counts as a unit vector
+orthogonal to all others, because its similarity to them is 0. Only costs of neighbours
+of a merge change, so pairs merge one by one, until K groups are left.
+"""
 
 from typing import Any
 
@@ -22,33 +33,30 @@ from .unit_tokens import unit_tokens_cuda
 def contiguous_groups_reference(
     unit: NDArray[Any], num_groups: int, runs: NDArray[np.intp]
 ) -> Groups:
-    """Merge the neighbours that add least to the squared error, until K are left.
+    """Return the group (N,) of each unit token (N, D), numbered from the left.
 
     Tokens with different `runs` (N,) are not neighbours: a protected token is between
-    them. Runs are in ascending order.
-
-    The cost of a merge is Ward's, for two groups of n_a and n_b unit tokens with sums
-    S_a and S_b. Among equal costs the leftmost pair merges first. A zero token counts
-    as a unit vector orthogonal to all others, because its similarity to them is 0.
+    them. Runs are numbered from the left.
     """
+    # A group is stored at the index of its first token. Each array is (N,).
     num_tokens = len(unit)
     sums, size = unit.copy(), np.ones(num_tokens)
-    square = np.ones(num_tokens)  # ‖S‖²; each zero token adds 1
-    right = np.arange(1, num_tokens + 1)  # the next group's first token
-    left = np.arange(-1, num_tokens - 1)  # the first token of the group before
+    square = np.ones(num_tokens)  # ‖S‖², to which each zero token adds 1
+    right = np.arange(1, num_tokens + 1)  # index of the next group, N if none
+    left = np.arange(-1, num_tokens - 1)  # index of the previous group, -1 if none
     starts = np.ones(num_tokens, np.intp)  # 1 where a group starts
     cost = np.full(num_tokens, np.inf)  # of merging a group with the next one
-    # Two unit tokens: ½ ‖x - y‖² = 1 - x · y
+    # The cost of two unit tokens x and y is ½ ‖x - y‖² = 1 - x · y.
     cost[:-1] = 1 - np.einsum("ij,ij->i", unit[:-1], unit[1:])
     cost[:-1][runs[:-1] != runs[1:]] = np.inf
 
     def pair_cost(a: int, b: int) -> float:
         if runs[a] != runs[b]:
             return np.inf
-        # n_a n_b / (n_a + n_b) ‖S_a / n_a - S_b / n_b‖²
-        gap = square[a] / size[a] ** 2 + square[b] / size[b] ** 2
-        gap -= 2 * (sums[a] @ sums[b]) / (size[a] * size[b])
-        return float(size[a] * size[b] / (size[a] + size[b]) * gap)
+        # `mean_gap` is ‖S_a / n_a - S_b / n_b‖², expanded.
+        mean_gap = square[a] / size[a] ** 2 + square[b] / size[b] ** 2
+        mean_gap -= 2 * (sums[a] @ sums[b]) / (size[a] * size[b])
+        return float(size[a] * size[b] / (size[a] + size[b]) * mean_gap)
 
     for _ in range(num_tokens - num_groups):
         a = int(cost.argmin())  # the first of equal costs
@@ -59,36 +67,44 @@ def contiguous_groups_reference(
         size[a] += size[b]
         starts[b], cost[b] = 0, np.inf
         # Only the pairs of the new group with its two neighbours change their costs.
-        after = right[a] = right[b]
-        if after < num_tokens:
-            left[after] = a
-        cost[a] = pair_cost(a, int(after)) if after < num_tokens else np.inf
-        before = int(left[a])
-        if before >= 0:
-            cost[before] = pair_cost(before, a)
+        next_group = right[a] = right[b]
+        if next_group < num_tokens:
+            left[next_group] = a
+        cost[a] = pair_cost(a, int(next_group)) if next_group < num_tokens else np.inf
+        previous_group = int(left[a])
+        if previous_group >= 0:
+            cost[previous_group] = pair_cost(previous_group, a)
     return np.cumsum(starts) - 1
 
 
 def contiguous_groups_cuda(
     tokens: Any, counts: Any, num_groups: int, mask: Any = None, protect: Any = None
 ) -> Any:
-    """Return roots: merge neighbours, the cheapest pair first, until K are left."""
+    """Return roots (B, N): a number for each group, before groups are numbered 0..K-1.
+
+    K is `counts` (B,), or `num_groups` without counts.
+    """
     (batch, num_tokens), dim = rows_of(tokens[..., 0]), tokens.shape[-1]
     masks = contiguous(mask), contiguous(protect)
     sums = unit_tokens_cuda(tokens, masks[0])
     dtype = sums.dtype
     out = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)
+    # Scratch of both kernels: real numbers (costs, sizes, ...) and the neighbours of
+    # each group.
     if implementation() == "basic":
         reals = empty((batch, BASIC_CONTIGUOUS_REALS * num_tokens), dtype)
         links = empty((batch, BASIC_CONTIGUOUS_INTEGERS * num_tokens), np.int32)
         args = (sums, *args, reals, links, out)
         launch("contiguous", "contiguous_groups", dtype, args, outputs=batch)
         return out
+    # The first costs need the product of each token with the next one. A launch before
+    # the merges computes them, with a warp for each product.
     products = empty((batch, num_tokens), dtype)
     product_args = (sums, masks[0], batch, num_tokens, dim, products)
     launch("contiguous", "neighbour_products", dtype, product_args, rows=out.size)
-    # Keep the groups in shared memory if they fit, else in global memory.
+    # Keep the groups in shared memory if they fit, otherwise in global memory. Null
+    # pointers tell the kernel that they are in shared memory.
     reals = links = None
     kernel = "contiguous", "contiguous_groups"
     bytes_per_token = CONTIGUOUS_REALS * dtype.itemsize + CONTIGUOUS_INTEGERS * 4

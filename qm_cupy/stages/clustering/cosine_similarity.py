@@ -1,4 +1,4 @@
-"""Cosine similarity."""
+"""Cosine similarity of every two tokens of a sequence."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_tokens
-from ...arrays.conversion import Array, enter, on_callers_stream
+from ...arrays.conversion import Array, convert_inputs, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...cuda.device import empty
@@ -52,11 +52,11 @@ def cosine_similarity(tokens: Array) -> Array:
            [1., 1., 0.],
            [0., 0., 1.]])
     """
-    leave, tokens = enter({"tokens": tokens})
+    convert_back, tokens = convert_inputs({"tokens": tokens})
     check_tokens(tokens)
     if is_cuda(tokens):
-        return leave(cosine_similarity_cuda(tokens))
-    return leave(_cosine_similarity_reference(tokens))
+        return convert_back(cosine_similarity_cuda(tokens))
+    return convert_back(_cosine_similarity_reference(tokens))
 
 
 def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
@@ -80,7 +80,8 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
     tokens, norms = contiguous(tokens), token_norms_cuda(tokens)
     args = (tokens, norms, batch, num_tokens, dim, out)
     kernel = "cosine_similarity", "cosine_similarity"
-    # Only tiles on or above the diagonal are computed: the matrix is symmetric.
+    # The matrix is symmetric, so only tiles on or above the diagonal are computed. The
+    # kernel also exists for wide tiles (128 × 256).
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out
@@ -89,15 +90,16 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
 def gram(x: NDArray[Any], out: NDArray[Any]) -> None:
     """Write x xᵀ (N, N) to `out`, exactly symmetric.
 
-    Rows are computed in parts, and the part right of the diagonal is mirrored. NumPy
-    would compute the whole product with OpenBLAS's threaded syrk, which crashes from
-    about 16,384 rows on (numpy#19685).
+    Blocks of rows are computed one after another. Otherwise NumPy would compute the
+    whole product with OpenBLAS's threaded syrk, which crashes from about 16,384 rows on
+    (numpy#19685).
     """
-    # Mirroring instead of computing both halves makes the result exactly symmetric.
+    # The part above the blocks on the diagonal is copied to the part below. If both
+    # were computed, rounding could make them differ.
     for start in range(0, len(x), _GRAM_ROWS):
         stop = start + _GRAM_ROWS
         rows = x[start:stop]
         np.matmul(rows, rows.T, out=out[start:stop, start:stop])
-        rest = rows @ x[stop:].T  # right of the block on the diagonal
+        rest = rows @ x[stop:].T  # to the right of the block on the diagonal
         out[start:stop, stop:] = rest
         out[stop:, start:stop] = rest.T

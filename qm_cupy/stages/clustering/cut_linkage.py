@@ -1,4 +1,9 @@
-"""Cuts of dendrograms into groups."""
+"""Cuts of dendrograms into groups.
+
+In a dendrogram (N - 1, 4), nodes 0..N-1 are tokens, and row r merges two nodes into
+node N + r, at a height h. A cut makes the first merges and skips the others. In a ward
+dendrogram, a merge at height h adds h² / 2 to the squared error of unit tokens.
+"""
 
 import math
 from typing import Any
@@ -13,13 +18,13 @@ from ...arrays.checks import (
     check_num_groups,
     check_number,
 )
-from ...arrays.conversion import BoolArray, FloatArray, IntArray, enter
+from ...arrays.conversion import BoolArray, FloatArray, IntArray, convert_inputs
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...cuda.constants import ERROR_ROUNDING, GROUP_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import block_size, contiguous, device_counts, launch
+from ...cuda.launch import block_size, contiguous, counts_on_device, launch
 from ...settings import implementation
 from .checks import check_dendrogram
 from .labels import (
@@ -99,7 +104,7 @@ def cut_linkage(
     >>> cut_linkage(tree, max_error=0.0)
     array([1, 0, 1], dtype=int32)
     """
-    leave, dendrogram, mass, mask, num_groups = enter(
+    convert_back, dendrogram, mass, mask, num_groups = convert_inputs(
         {"dendrogram": dendrogram, "mass": mass, "mask": mask},
         counts={"num_groups": num_groups},
     )
@@ -114,7 +119,8 @@ def cut_linkage(
     batch, num_tokens = dendrogram.shape[:-2], dendrogram.shape[-2] + 1
     check_mass(mass, (*batch, num_tokens))
     counts = None
-    # K of a sequence is limited by its valid tokens; an error bound has no upper limit.
+    # K of a sequence is at most its number of valid tokens. An error has no upper
+    # limit.
     if max_error is None:
         limit = num_tokens if mask is None else mask.sum(axis=-1)
         counts = check_num_groups(num_groups, batch, limit)
@@ -122,13 +128,13 @@ def cut_linkage(
         max_error = check_number("max_error", max_error, 0, np.inf, "[)")
     if is_cuda(dendrogram):
         group_counts, max_groups = (
-            (None, 1) if counts is None else device_counts(counts)
+            (None, 1) if counts is None else counts_on_device(counts)
         )
         cut = cut_linkage_cuda(
             dendrogram, group_counts, max_groups, max_error, mass, mask, order
         )
-        return leave(cut)
-    return leave(
+        return convert_back(cut)
+    return convert_back(
         _cut_linkage_reference(dendrogram, counts, max_error, mass, mask, order)
     )
 
@@ -146,14 +152,15 @@ def _cut_linkage_reference(
         counts = count_within(dendrogram, mass, mask, max_error or 0)
     num_tokens = dendrogram.shape[-2] + 1
     labels = np.full((*dendrogram.shape[:-2], num_tokens), -1, np.int32)
-    # The dendrogram of a masked sequence names tokens by their padded positions, so it
-    # is cut as a whole; padded tokens stay nodes of their own.
+    # The dendrogram of a masked sequence numbers tokens by their positions in the
+    # padded sequence. So the cut covers padded tokens too, which no merge contains.
     for index in np.ndindex(labels.shape[:-1]):
-        keep = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
-        # Every merge leaves one group less, so K groups take n - K merges.
-        merges = int(np.count_nonzero(keep)) - int(counts[index])
+        valid = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
+        # Every merge reduces the number of groups by one. n valid tokens form K groups
+        # after n - K merges.
+        merges = int(np.count_nonzero(valid)) - int(counts[index])
         groups = cut_sequence(dendrogram[index], merges)
-        labels[index][keep] = in_order(groups[keep], order)
+        labels[index][valid] = in_order(groups[valid], order)
     return labels
 
 
@@ -163,31 +170,37 @@ def count_within(
     mask: NDArray[np.bool_] | None,
     max_error: float,
 ) -> NDArray[np.int64]:
-    """Return the fewest groups (B,) whose error, divided by the mass, is in bounds."""
+    """Return the least K (B,) for which the error is at most `max_error`.
+
+    The error is the squared error of unit tokens, divided by the sum of the masses.
+    """
     num_tokens = dendrogram.shape[-2] + 1
     counts = np.empty(dendrogram.shape[:-2], np.int64)
     for index in np.ndindex(counts.shape):
-        keep = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
-        ones = np.ones(num_tokens)
+        valid = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
+        equal_mass = np.ones(num_tokens)
         # Without masses each token counts as 1.
-        weight, peak = relative_mass((ones if mass is None else mass[index])[keep])
-        # Divide everything by the largest mass, as `linkage` does. A ward merge at
-        # height h adds h² / 2 to the squared error.
+        relative, peak = relative_mass(
+            (equal_mass if mass is None else mass[index])[valid]
+        )
+        # `linkage` multiplied the heights by the root of the largest mass, `peak`. Here
+        # heights and masses are both relative to it, so that no square overflows.
         height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf where padded
-        error = np.cumsum(height**2 / 2) / weight.sum()
-        # Merges are sorted by height, so the error only grows with their number.
-        counts[index] = len(weight) - np.sum(error <= max_error + ERROR_ROUNDING)
+        error = np.cumsum(height**2 / 2) / relative.sum()
+        # The error grows with each merge, so K is n minus the merges within the limit.
+        counts[index] = len(relative) - np.sum(error <= max_error + ERROR_ROUNDING)
     return counts
 
 
 def cut_sequence(dendrogram: Floats, merges: int) -> Groups:
-    """Return the topmost node above each token after the first `merges` merges."""
+    """Return the root (N,) of each token: its topmost node after `merges` merges."""
     num_tokens = len(dendrogram) + 1
     parent = np.arange(num_tokens + merges)
     # The parent of both children of row r is node N + r.
     children = dendrogram[:merges, :2].astype(np.intp)
     parent[children] = num_tokens + np.arange(merges)[:, None]
-    while True:  # pointer doubling: each round doubles the levels climbed
+    # Pointer doubling: after each step, `parent` is twice as many levels higher.
+    while True:
         above = parent[parent]
         if np.array_equal(above, parent):
             return parent[:num_tokens]
@@ -207,15 +220,16 @@ def cut_linkage_cuda(
     *leading, rows, _ = dendrogram.shape
     batch, num_tokens = math.prod(leading), rows + 1
     dendrogram = contiguous(dendrogram, np.float64)
-    # Heights are float64; only masses have a dtype of their own.
+    # The kernels compute heights in float64. Their dtype macro is that of the masses.
     acc_dtype = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
     weights = contiguous(mass, acc_dtype), contiguous(mask)
-    # The kernels take a negative bound for "no bound".
+    # For the kernels, a negative bound means that there is no bound.
     bound = -1.0 if max_error is None else float(max_error)
     out = empty((*leading, num_tokens), np.int32)
     sizes = counts, batch, num_tokens, num_groups, bound
     args: tuple[Any, ...] = (dendrogram, *weights, *sizes)
-    # The basic kernels need three launches: merges, roots, labels.
+    # The basic kernels need three launches: to count merges, to find roots (the topmost
+    # node of each token), and to number the groups.
     if implementation() == "basic":
         merges = empty((batch,), np.int32)
         args = (*args, merges)
@@ -224,7 +238,7 @@ def cut_linkage_cuda(
         kernel = "cut_linkage", "dendrogram_roots"
         launch(*kernel, np.float32, args, outputs=out.size)
         return number_groups_cuda(out, order)
-    # Scratch of the kernel: two arrays of 2N parents a sequence.
+    # Scratch of the kernel: for each sequence, two arrays of the parents of 2N nodes.
     nodes = empty((batch, 4 * num_tokens), np.int32)
     args = (*args, int(order == "first"), nodes, out)
     block = block_size(num_tokens, GROUP_THREADS)

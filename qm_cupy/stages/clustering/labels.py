@@ -1,7 +1,8 @@
 """Labels: groups numbered in causal order.
 
-A root is the number of a token's group before groups are numbered: any number within
-0..2N-1 that all tokens of the group have, and no others. Padding has root -1.
+A root is the number of a token's group before the groups are numbered 0..K-1: any
+number within 0..2N-1 that all tokens of the group have, and no other token has. Padding
+has root -1.
 """
 
 from typing import Any, Literal, get_args
@@ -22,13 +23,17 @@ Groups = NDArray[np.intp]
 
 
 def in_order(groups: Groups, order: str) -> Groups:
-    """Number groups 0..K-1 by the position of their last or first member."""
-    # `unique` finds first members. With the tokens reversed, it finds last members.
+    """Return labels 0..K-1 (N,): groups numbered by their last or first members.
+
+    `groups` (N,) has any number for each group. `order` is "last" or "first".
+    """
+    # `unique` returns the index of each group's first member. If the tokens are
+    # reversed, this is the last member, and a larger index means an earlier position.
     forwards = groups if order == "first" else groups[::-1]
     _, position, label = np.unique(forwards, return_index=True, return_inverse=True)
     if order == "last":
         position, label = -position, label[::-1]
-    rank = np.argsort(np.argsort(position))  # argsort twice gives ranks
+    rank = np.argsort(np.argsort(position))  # (K,); argsort twice gives ranks
     return rank[label]
 
 
@@ -41,8 +46,8 @@ def number_groups_cuda(roots: Any, order: str) -> Any:
     roots = contiguous(roots, np.int32)
     out = empty(roots.shape, np.int32)
     first = int(order == "first")
-    # The basic kernels need two launches: all ends of groups must be known before any
-    # group gets its number.
+    # A group's number is the number of groups whose last (or first) member comes before
+    # its own. The basic kernels mark these members in a first launch, for all groups.
     if implementation() == "basic":
         ends = empty(roots.shape, np.bool_)
         args: tuple[Any, ...] = (roots, batch, num_tokens, first, ends)
@@ -50,7 +55,7 @@ def number_groups_cuda(roots: Any, order: str) -> Any:
         args = (roots, ends, batch, num_tokens, out)
         launch("labels", "number_groups", np.float32, args, outputs=out.size)
     else:
-        # Scratch: the position of each group, by its root.
+        # Scratch: for each root, the position of its group's last or first member.
         positions = empty((batch, 2 * num_tokens), np.int32)
         args = (roots, batch, num_tokens, first, positions, out)
         kernel = "labels", "number_groups"

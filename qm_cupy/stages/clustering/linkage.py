@@ -1,9 +1,10 @@
-"""Dendrograms: computed by SciPy, or in rounds if tokens have masses.
+"""Dendrograms of tokens, by SciPy, or by `weighted_linkage` if tokens have masses.
 
-Rows have SciPy's format: two groups, their distance, and the number of tokens in the
-new group. With a mask, tokens keep their positions in the padded sequence and row r
-makes group N + r. A sequence of n tokens has n - 1 merges; the other rows are
-(-1, -1, inf, 0).
+A dendrogram (N - 1, 4) has SciPy's format. A row is a merge: two groups, their distance
+(the height of the merge), and the number of tokens in the new group. Tokens are groups
+0..N-1, and row r makes group N + r. With a mask, tokens keep the numbers of the padded
+sequence. If n of its N tokens are valid, the first n - 1 rows are merges, and the other
+rows are (-1, -1, inf, 0).
 """
 
 from typing import Any, Literal, get_args
@@ -12,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_choice, check_mask, check_mass, check_tokens
-from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.libraries import is_cuda
 from ...cuda.constants import LEAST_MASS
 from .checks import check_mass_method
@@ -85,8 +92,8 @@ def linkage(
 
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
-    It needs about 16 N² bytes, for one sequence at a time. The order of merges at equal
-    distances depends on the tokens alone.
+    The computation needs about 16 N² bytes of memory: it handles one sequence at a
+    time. The order of merges at equal distances depends only on the tokens.
 
     Examples
     --------
@@ -95,15 +102,17 @@ def linkage(
     array([[0., 1., 0., 2.],
            [2., 3., 1., 3.]])
     """
-    leave, tokens, mass, mask = enter({"tokens": tokens, "mass": mass, "mask": mask})
+    convert_back, tokens, mass, mask = convert_inputs(
+        {"tokens": tokens, "mass": mass, "mask": mask}
+    )
     check_tokens(tokens)
     check_choice("method", method, LINKAGES)
     check_mask(mask, tokens.shape[:-1])
     check_mass_method(mass, method)
     check_mass(mass, tokens.shape[:-1])
     if is_cuda(tokens):
-        return leave(dendrograms_cuda(tokens, method, mass, mask))
-    return leave(linkage_reference(tokens, method, mass, mask))
+        return convert_back(dendrograms_cuda(tokens, method, mass, mask))
+    return convert_back(linkage_reference(tokens, method, mass, mask))
 
 
 def linkage_reference(
@@ -116,15 +125,15 @@ def linkage_reference(
     *batch, num_tokens, _ = tokens.shape
     dendrogram = np.empty((*batch, num_tokens - 1, 4))
     for index in np.ndindex(*batch):
-        weight = None if mass is None else mass[index]
+        sequence_mass = None if mass is None else mass[index]
         if mask is None:
-            dendrogram[index] = linkage_sequence(tokens[index], method, weight)
+            dendrogram[index] = linkage_sequence(tokens[index], method, sequence_mass)
             continue
-        # Cut the padding out, then translate tokens and groups back to numbers of the
-        # padded sequence.
+        # Remove the padding. Then replace the numbers of tokens and groups by those of
+        # the padded sequence.
         position = np.flatnonzero(mask[index])
-        weight = None if weight is None else weight[position]
-        tree = linkage_sequence(tokens[index][position], method, weight)
+        sequence_mass = None if sequence_mass is None else sequence_mass[position]
+        tree = linkage_sequence(tokens[index][position], method, sequence_mass)
         node = np.concatenate((position, num_tokens + np.arange(len(tree))))
         dendrogram[index] = PADDED_ROW  # all rows, then the n - 1 merges
         dendrogram[index][: len(tree), :2] = node[tree[:, :2].astype(np.intp)]
@@ -147,14 +156,15 @@ def linkage_sequence(
     distance = np.empty((len(unit), len(unit)))  # cosines first, then distances
     gram(unit, distance)
     if mass is None:
-        distance = squareform(distance, checks=False)  # above the diagonal
+        distance = squareform(distance, checks=False)  # above the diagonal, in one axis
     np.subtract(1, distance, out=distance)
-    np.clip(distance, 0, 2, out=distance)  # against rounding
-    # SciPy does not take masses. Masses relative to the largest are scaled back at the
-    # end: Ward's distance grows with the root of the masses, the average not at all.
+    np.clip(distance, 0, 2, out=distance)  # rounding can exceed the range of 1 - cos
+    # SciPy does not support masses. The masses are divided by the largest one, so that
+    # their products neither overflow nor vanish. Ward's distance is proportional to the
+    # root of the masses, so its heights are scaled back; an average has no scale.
     if mass is not None:
-        weight, peak = relative_mass(mass)
-        tree, _ = weighted_linkage(distance, weight, method)
+        relative, peak = relative_mass(mass)
+        tree, _ = weighted_linkage(distance, relative, method)
         tree[:, 2] *= np.sqrt(peak) if method == "ward" else 1
         return tree
     # ‖x - y‖ = √(2 - 2 cos) for unit vectors
@@ -166,8 +176,9 @@ def linkage_sequence(
 
 
 def relative_mass(mass: NDArray[Any]) -> tuple[Floats, float]:
-    """Return masses (N,) relative to the largest, none of them 0, and the largest."""
+    """Return the masses (N,) divided by the largest one, all > 0, and the largest."""
     peak = float(mass.max())
+    # If all masses are 0, each token counts as 1.
     if peak == 0:
         return np.ones(len(mass)), 1.0
     return np.maximum(mass.astype(np.float64) / peak, LEAST_MASS), peak

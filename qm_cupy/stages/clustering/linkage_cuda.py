@@ -1,4 +1,9 @@
-"""Dendrograms on a GPU: the launchers of ``kernels/*/linkage.cu``."""
+"""Dendrograms on a GPU: the launchers of the kernels in ``linkage.cu``.
+
+A team is the blocks that work on one sequence. A cluster is a group of tokens while the
+dendrogram is computed; it has a slot in the arrays of a block. `width` is the number of
+bytes of a distance. The files ``kernels/optimized/linkage*.cu*`` describe the method.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -24,14 +29,15 @@ from ...cuda.constants import (
     WARP,
 )
 from ...cuda.device import current_device, empty, free_memory
-from ...cuda.launch import contiguous, device_counts, dynamic_shared_bytes, launch
+from ...cuda.launch import contiguous, counts_on_device, dynamic_shared_bytes, launch
 from ...settings import implementation
 from .cosine_similarity import cosine_similarity_cuda
 
-# The cost of all synchronisations of a sequence: the number of tokens whose rows take
-# one block as long. It is an estimate.
+# Estimated time of all synchronisations of a sequence. It equals the time in which one
+# block processes the rows of a sequence of 430 tokens.
 _SYNC_COST = 430
-_SMALL = 256 << 20  # bytes up to which a batch runs at once, whatever memory is free
+# Cosines up to this number of bytes run in one launch, without a look at free memory.
+_SMALL = 256 << 20
 _FEWER_THREADS = 256  # threads of a block if a multiprocessor runs several blocks
 
 
@@ -45,27 +51,28 @@ def dendrograms_cuda(
 ) -> Any:
     """Return the dendrograms (B, N - 1, 4) of tokens (B, N, D), or of one sequence.
 
-    If the cosines of the whole batch do not fit the free memory, launch several times,
-    each time with as many sequences as fit.
+    If the cosines of the whole batch do not fit in the free memory, launch several
+    times, each time with as many sequences as fit. With `num_groups` (B,), rows after
+    the merges that leave K groups may be (-1, -1, inf, 0).
     """
     *leading, num_tokens, dim = tokens.shape
     batch = math.prod(leading)
     tokens = tokens.reshape(batch, num_tokens, dim)
-    weight, valid, protected = (
+    masses, masks, protects = (
         None if x is None else x.reshape(batch, num_tokens)
         for x in (mass, mask, protect)
     )
     counts = None if num_groups is None else num_groups.reshape(batch)
     out = empty((batch, num_tokens - 1, 4), np.float64)
     at_once = _sequences_at_once(batch, num_tokens, accumulation_dtype(tokens.dtype))
-    for first in range(0, batch, at_once):
-        sequences = slice(first, first + at_once)
+    for start in range(0, batch, at_once):
+        sequences = slice(start, start + at_once)
         linkage_cuda(
             cosine_similarity_cuda(tokens[sequences]),
             method,
-            mass=None if weight is None else weight[sequences],
-            mask=None if valid is None else valid[sequences],
-            protect=None if protected is None else protected[sequences],
+            mass=None if masses is None else masses[sequences],
+            mask=None if masks is None else masks[sequences],
+            protect=None if protects is None else protects[sequences],
             num_groups=None if counts is None else counts[sequences],
             out=out[sequences],
         )
@@ -73,6 +80,7 @@ def dendrograms_cuda(
 
 
 def _sequences_at_once(batch: int, num_tokens: int, dtype: np.dtype[Any]) -> int:
+    """Return the number of sequences of one launch; raise if not even one fits."""
     bytes_per_sequence = num_tokens**2 * dtype.itemsize
     if batch * bytes_per_sequence <= _SMALL:
         return max(batch, 1)
@@ -85,7 +93,8 @@ def _sequences_at_once(batch: int, num_tokens: int, dtype: np.dtype[Any]) -> int
             'use a method that stores no similarities ("nearest", "bipartite" or '
             '"contiguous")'
         )
-    # A quarter of the free memory remains for the other arrays of the kernels.
+    # The cosines get three quarters of the free memory. The rest is for the other
+    # arrays of the kernels.
     return min(batch, max(free // 4 * 3 // bytes_per_sequence, 1))
 
 
@@ -102,15 +111,20 @@ def linkage_cuda(
     """Return the dendrograms (B, N - 1, 4) and the number of rounds (B,).
 
     The cosines (B, N, N) are overwritten. With `num_groups` (B,), the kernel may stop
-    after the merges that leave K groups, which include those of protected tokens.
+    after the merges that leave K groups. K counts each protected token as a group. The
+    basic kernel counts no rounds; then `rounds` is not initialised.
     """
     batch, num_tokens, _ = cosines.shape
     if out is None:
         out = empty((batch, num_tokens - 1, 4), np.float64)
     rounds = empty((batch,), np.int32)
+    # One token has no merge, so there is no row to write.
     if num_tokens == 1:
         return out, rounds
-    counts, max_groups = (None, 1) if num_groups is None else device_counts(num_groups)
+    # Without counts, K = 1: the kernel makes all merges.
+    counts, max_groups = (
+        (None, 1) if num_groups is None else counts_on_device(num_groups)
+    )
     mass = contiguous(mass, cosines.dtype)
     masks = contiguous(mask), contiguous(protect)
     if implementation() == "basic":
@@ -122,28 +136,32 @@ def linkage_cuda(
         return out, rounds
     dtype = cosines.dtype
     width = dtype.itemsize
-    # Use shared memory for as much as fits a block: the clusters and the matrix, only
-    # the clusters, or neither.
+    # Use shared memory for as much as fits in that of one block: the clusters and the
+    # matrix (`in_shared`), only the clusters (`state_in_shared`), or neither. `room` is
+    # the shared memory that remains besides the scratch, in bytes.
     room = _dynamic_shared_bytes("linkage", dtype) - LINKAGE_SCRATCH * width
     heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
-    in_shared = heights + resident_bytes(num_tokens, width) <= room
-    state_in_shared = state <= room  # clusters only
-    shared = state_in_shared * state
+    in_shared = heights + bytes_alone(num_tokens, width) <= room
+    state_in_shared = state <= room
+    shared = state_in_shared * state  # bytes; 0 if the clusters are in global memory
     if in_shared:
-        shared = heights + resident_bytes(num_tokens, width)
+        shared = heights + bytes_alone(num_tokens, width)
     layout = layout_of(
         batch, num_tokens, width, LINKAGE_SCRATCH * width + shared, one_block=in_shared
     )
-    # Number of clusters at which the first block of a team can continue alone, because
-    # they and their matrix fit its shared memory.
-    resident = 0
+    # When at most `max_alone` clusters are left, the first block of a team can continue
+    # without the other blocks: the clusters and their matrix fit in its shared memory.
+    # Heights that are already there stay there. 0 means that this never happens.
+    max_alone = 0
     if layout.blocks > 1:
-        resident = max_resident_clusters(
+        max_alone = max_clusters_alone(
             room - state_in_shared * heights, layout.threads, width
         )
-        shared = room if resident else shared
-    # In global memory every block has its own copy of the clusters.
+        shared = room if max_alone else shared
+    # Every block has its own copy of the clusters. Copies in global memory need arrays.
     copies = 0 if state_in_shared else layout.num_teams * layout.blocks
+    # For each team: its merges so far, and two buffers in which its blocks publish the
+    # nearest cluster of each slot.
     tree = _tree_bytes(num_tokens, width)
     trees = empty((layout.num_teams, tree), np.uint8)
     exchange = empty(
@@ -153,7 +171,7 @@ def linkage_cuda(
     options = (
         LINKAGE_METHODS[method],
         int(in_shared),
-        resident,
+        max_alone,
         layout.blocks,
         state,
         tree,
@@ -167,7 +185,7 @@ def linkage_cuda(
         blocks=layout.num_teams * layout.blocks,
         block=layout.threads,
         shared=LINKAGE_SCRATCH * width + shared,
-        cooperative=layout.blocks > 1,
+        cooperative=layout.blocks > 1,  # blocks of a team wait for each other
     )
     return out, rounds
 
@@ -183,7 +201,7 @@ def _slot_bytes(num_slots: int, width: int) -> int:
 
 
 def _aligned(size: int) -> int:
-    """Return a number of bytes rounded up to whole vectors."""
+    """Return a number of bytes, rounded up to a multiple of `VECTOR_BYTES`."""
     return -(-size // VECTOR_BYTES) * VECTOR_BYTES
 
 
@@ -192,24 +210,27 @@ def _state_bytes(num_tokens: int, width: int) -> int:
     return _height_bytes(num_tokens, width) + _slot_bytes(num_tokens, width)
 
 
-def resident_bytes(num_slots: int, width: int) -> int:
-    """Return the bytes of clusters, their exchange and their matrix."""
+def bytes_alone(num_slots: int, width: int) -> int:
+    """Return the bytes of clusters, their published neighbours and their matrix."""
     exchange = 2 * NEAREST_BYTES[width]  # two buffers: one is read, one is written
     return _slot_bytes(num_slots, width) + num_slots * (exchange + num_slots * width)
 
 
-def max_resident_clusters(room: int, threads: int, width: int) -> int:
-    """Return how many clusters a block can continue with alone, at most one a thread.
+def max_clusters_alone(room: int, threads: int, width: int) -> int:
+    """Return the largest number of clusters that fit in `room` bytes of one block.
 
-    The limit of one a thread comes from `renumber` in ``linkage_columns.cuh``, which
-    moves clusters to another layout in one pass. Less than two clusters count as 0.
+    There is at most one cluster for each thread, because `renumber` in
+    ``linkage_columns.cuh`` moves clusters to another layout in one pass. Fewer than two
+    clusters count as 0: they have nothing to merge.
     """
+    # The matrix alone has n² distances, so n is at most √(room / width).
     sizes = range(min(threads, math.isqrt(max(room, 0) // width)), 1, -1)
-    return next((n for n in sizes if resident_bytes(n, width) <= room), 0)
+    return next((n for n in sizes if bytes_alone(n, width) <= room), 0)
 
 
 def _tree_bytes(num_tokens: int, width: int) -> int:
     """Return the bytes of a sequence's nodes, heights and merges; a multiple of 8."""
+    # A token has 28 or 36 bytes (`TREE_BYTES`): an odd number of tokens needs 4 more.
     return num_tokens * TREE_BYTES[width] + num_tokens % 2 * 4
 
 
@@ -219,7 +240,8 @@ def _single_linkage_cuda(
     batch, num_tokens, _ = cosines.shape
     dtype = cosines.dtype
     ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
-    # The state while rows are written is in shared memory if it fits.
+    # While a block writes the rows of the dendrogram, it needs `components`. They are
+    # in shared memory if they fit, otherwise in the arrays of the state.
     in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", dtype)
     layout = layout_of(batch, num_tokens, dtype.itemsize, 0)
     state = (
@@ -248,11 +270,11 @@ def _dynamic_shared_bytes(kernel: str, dtype: Any) -> int:
 
 
 class Layout(NamedTuple):
-    """How a launch distributes the sequences over blocks."""
+    """The blocks and threads of a launch."""
 
     num_teams: int  # teams of blocks, each of which works on one sequence at a time
-    blocks: int  # of each team
-    threads: int  # of each block
+    blocks: int  # blocks of each team
+    threads: int  # threads of each block
 
 
 def layout_of(
@@ -261,33 +283,38 @@ def layout_of(
     """Return the layout that should be fastest.
 
     A block uses `shared` bytes of shared memory. With `one_block`, each sequence gets
-    one block, because everything fits its shared memory.
+    one block, because all its arrays fit in the shared memory of this block.
     """
     device, threads = current_device(), LINKAGE_THREADS[width]
-    rows = threads // WARP  # one warp works on a row
-    # More blocks than this would have warps without a row.
+    rows = threads // WARP  # of one block at a time: one warp works on a row
+    # With more blocks, some warps would have no row.
     max_blocks = min(-(-num_tokens // rows), device.multiprocessors)
     if one_block or batch >= device.multiprocessors or max_blocks == 1:
-        # No block waits for another one. If three blocks fit a multiprocessor, smaller
-        # ones are faster: while one waits, another one works.
-        several = batch > device.multiprocessors and 3 * shared <= device.shared_bytes
-        return Layout(batch, 1, min(threads, _FEWER_THREADS) if several else threads)
+        # No block waits for another block. If a multiprocessor has memory for three
+        # blocks, smaller blocks are faster: while one of them waits, another one works.
+        several_fit = (
+            batch > device.multiprocessors and 3 * shared <= device.shared_bytes
+        )
+        return Layout(
+            batch, 1, min(threads, _FEWER_THREADS) if several_fit else threads
+        )
 
-    # The time relative to that of one block for one sequence. More blocks divide the
-    # work on rows, O(N²), but not the cost of synchronisation; and fewer teams fit the
-    # GPU at once, so that a large batch needs more waves.
+    # The time of the batch, in units of the time of one block for the rows of one
+    # sequence. More blocks divide the work on rows, O(N²), but not the time of the
+    # synchronisations. With larger teams, fewer of them fit on the GPU at once, so that
+    # a large batch needs more waves.
     def cost(blocks: int) -> float:
         waves = -(-batch // (device.multiprocessors // blocks))
         return waves * (1 / blocks + (_SYNC_COST / num_tokens) ** 2)
 
     blocks = min(range(1, max_blocks + 1), key=cost)
-    # All blocks of a cooperative launch must run at once: one a multiprocessor.
+    # All blocks of a cooperative launch must run at once, each on its multiprocessor.
     num_teams = min(batch, device.multiprocessors // blocks)
     return Layout(num_teams, blocks, threads)
 
 
 def _zeros(count: int) -> Any:
-    """Return counters, 0 at first, of the blocks that have arrived at a barrier."""
+    """Return a counter for each team: blocks that have arrived at a barrier, 0 now."""
     arrived = empty((count,), np.uint32)
     arrived.fill(0)  # `fill` needs no copy from the CPU
     return arrived
@@ -297,7 +324,8 @@ def _linkage_basic_cuda(
     cosines: Any, method: str, mass: Any, masks: tuple[Any, ...], out: Any
 ) -> None:
     batch, num_tokens, _ = cosines.shape
-    # Scratch of the kernel: weight and lows, then nearest, node and size, each (B, N).
+    # Scratch of the kernel, each (B, N): the masses and the least distances of
+    # clusters, then their nearest clusters, nodes and sizes.
     reals = [empty((batch, num_tokens), cosines.dtype) for _ in range(2)]
     integers = [empty((batch, num_tokens), np.int32) for _ in range(3)]
     sizes = batch, num_tokens, LINKAGE_METHODS[method]

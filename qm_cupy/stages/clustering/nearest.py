@@ -1,4 +1,9 @@
-"""Groups around anchors: each token joins its most similar anchor."""
+"""Groups around anchors: each token joins its most similar anchor.
+
+Anchors are K tokens of a sequence. Each anchor is the centre of one group. A root is
+the number of a token's group before the groups are numbered 0..K-1; here it is the
+position of the group's anchor.
+"""
 
 import math
 from typing import Any
@@ -19,10 +24,14 @@ from .labels import Groups
 
 
 def nearest_groups_reference(unit: NDArray[Any], anchors: NDArray[Any]) -> Groups:
-    """Put each token into the group of its most similar anchor (ties: the earlier)."""
-    anchors = np.sort(anchors)  # argmax then prefers the anchor of lower position
+    """Return the group (N,) of each unit token (N, D): its most similar anchor.
+
+    Of equally similar anchors, a token joins the earlier one. `anchors` (K,) holds
+    positions.
+    """
+    anchors = np.sort(anchors)  # argmax selects the first maximum: the lower position
     groups = np.argmax(unit @ unit[anchors].T, axis=-1)  # (N, K) -> (N,)
-    groups[anchors] = np.arange(len(anchors))  # not its equal twin
+    groups[anchors] = np.arange(len(anchors))  # an anchor does not join an equal anchor
     return groups
 
 
@@ -42,19 +51,22 @@ def nearest_groups_cuda(
     mask, protect = contiguous(mask), contiguous(protect)
     anchors = contiguous(anchors, np.int32)
     num_groups = anchors.shape[-1]
+    # Sort the anchors and drop duplicates, so that ties go to the lower position: mark
+    # them in the sequence, then list the marked positions.
     is_anchor = empty(tokens.shape[:-1], np.bool_)
     args: tuple[Any, ...]
     args = (anchors, mask, counts, batch, num_tokens, num_groups, is_anchor)
     launch("nearest", "mark_anchors", np.float32, args, outputs=is_anchor.size)
-    # Sort the anchors and drop duplicates, so that ties go to the lower position.
     anchors = selected_positions_cuda(is_anchor, num_groups)  # (B, K)
     norms = token_norms_cuda(tokens, mask)
-    # No token joins a protected anchor: such anchors get norm -1, which excludes them.
-    open_norms = empty(anchors.shape, norms.dtype)
-    args = (anchors, norms, protect, batch, num_tokens, num_groups, open_norms)
-    launch("nearest", "open_anchors", norms.dtype, args, outputs=open_norms.size)
-    anchor_tokens = unmerge_tokens_cuda(tokens, anchors, None)  # gather rows: (B, K, D)
-    nearest, _ = nearest_anchors_cuda(tokens, anchor_tokens, None, mask, open_norms)
+    # A protected anchor is the only member of its group. It gets norm -1 (B, K), which
+    # tells `nearest_anchors_cuda` to ignore it.
+    anchor_norms = empty(anchors.shape, norms.dtype)
+    args = (anchors, norms, protect, batch, num_tokens, num_groups, anchor_norms)
+    launch("nearest", "open_anchors", norms.dtype, args, outputs=anchor_norms.size)
+    # `unmerge_tokens_cuda` gathers rows: here the tokens at the anchors.
+    anchor_tokens = unmerge_tokens_cuda(tokens, anchors, None)  # (B, K, D)
+    nearest, _ = nearest_anchors_cuda(tokens, anchor_tokens, None, mask, anchor_norms)
     out = empty(nearest.shape, np.int32)
     sizes = batch, num_tokens, num_groups
     args = (nearest, anchors, is_anchor, mask, protect, *sizes, out)
@@ -71,11 +83,12 @@ def nearest_anchors_cuda(
     *,
     similarity: bool = False,
 ) -> tuple[Any, Any]:
-    """Return the index of each token's most similar anchor of `anchors` (B, K, D).
+    """Return the index (B, N) of each token's most similar anchor.
 
-    With `similarity`, also return its similarity. Of equal anchors the first one is
-    returned. A token without an anchor gets index -1 and similarity -inf. Entries with
-    negative `anchor_norms` are not anchors.
+    `tokens` are (B, N, D) and `anchors` (B, K, D). The second result is the cosine
+    similarity (B, N), or None without `similarity`. Of equally similar anchors, the
+    first one is returned. A token without an anchor gets index -1 and similarity -inf.
+    Entries with negative `anchor_norms` (B, K) are not anchors.
     """
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), anchors.shape[-2]
@@ -93,6 +106,7 @@ def nearest_anchors_cuda(
     args = (*inputs, batch, num_tokens, dim, num_groups, out, highest)
     kernel = "nearest", "nearest_anchors"
     # A block computes whole rows of similarities, because it keeps only their maximum.
+    # The kernel also exists for wide tiles (128 × 256).
     tiling = Tiling(batch, num_tokens, num_groups, whole_rows=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out, highest
@@ -101,8 +115,9 @@ def nearest_anchors_cuda(
 def top_norm_anchors_cuda(
     tokens: Any, counts: Any, num_groups: int, mask: Any = None, protect: Any = None
 ) -> Any:
-    """Return the default anchors (B, K): protected tokens, then the longest others."""
+    """Return the default anchors (B, K): protected tokens, then the largest norms."""
     norms = token_norms_cuda(tokens, mask)
+    # Scores are norms, but infinite for protected tokens: these are selected first.
     scores = empty(norms.shape, norms.dtype)
     masks = contiguous(mask), contiguous(protect)
     args = (norms, *masks, norms.size, scores)

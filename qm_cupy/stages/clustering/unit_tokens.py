@@ -12,16 +12,17 @@ from ...cuda.launch import contiguous, launch
 
 
 def unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
-    """Scale each token to norm 1; zero tokens stay zero."""
-    # Divide by the largest entry first, so that no square overflows.
-    peak = np.abs(x).max(axis=-1, keepdims=True)
+    """Return each token (..., D) divided by its norm; zero tokens stay zero."""
+    # Divide by the largest entry first, so that no square overflows or vanishes.
+    peak = np.abs(x).max(axis=-1, keepdims=True)  # (..., 1)
     x = x / np.where(peak > 0, peak, 1)
-    norm = np.linalg.norm(x, axis=-1, keepdims=True)  # 0 only for zero tokens
+    # The largest entry is now ±1, so the norm is 0 only for zero tokens.
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)  # (..., 1)
     return x / np.where(norm > 0, norm, 1)
 
 
 def unit_tokens_cuda(tokens: Any, mask: Any) -> Any:
-    """Scale each token to norm 1, in the accumulation dtype; zero tokens stay zero."""
+    """Return unit tokens (..., D) in the accumulation dtype; zero tokens stay zero."""
     tokens, num_rows = contiguous(tokens), math.prod(tokens.shape[:-1])
     out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
     args = (tokens, mask, num_rows, tokens.shape[-1], out)

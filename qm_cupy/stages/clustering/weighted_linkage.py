@@ -1,4 +1,15 @@
-"""Average and ward linkage of tokens with masses, by rounds, on the CPU.
+"""Average and ward linkage of tokens with masses, in rounds, on the CPU.
+
+A token i has the mass w_i, and cos_ij is the cosine of tokens i and j. A, B and C are
+groups of tokens. W_A is the sum of the masses of A, and μ_A is the weighted mean of the
+unit tokens of A. With the sum over i in A and j in C, the distances d(A, C) are
+
+    E(A, C) = Σ w_i w_j (1 - cos_ij)
+    average   E(A, C) / (W_A W_C)
+    ward      √(2 W_A W_C / (W_A + W_C)) |μ_A - μ_C|
+
+The matrix `sums` holds E(A, C) of every two groups. An entry is infinite if A = C, or
+if C is already part of another group. The distances of ward are squared until the end.
 
 ``kernels/optimized/linkage.cu`` does the same on a GPU.
 """
@@ -11,105 +22,124 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
-_BLOCK = 1 << 16  # distances searched at once, few enough to stay in the cache
-_OVERHEAD = 16  # cost of one call of `_search`, in rows searched
+_BLOCK = 1 << 16  # distances that `_search` computes at once: they stay in the cache
+_OVERHEAD = 16  # cost of one call of `_search`, besides its rows; the unit is a row
+# For groups that are not tied: the largest value, so that the minimum is another group.
 _LAST_TIE_BREAK = np.uint32(2**32 - 1)
 # The state of the groups: one entry for each row of the distance matrix.
 _GROUP = np.dtype(
     [
-        ("alive", np.bool_),  # not yet part of another group
-        ("node", np.intp),  # its token, or N + the row of the merge that made it
-        ("size", np.float64),  # tokens
-        ("mass", np.float64),  # W
+        ("alive", np.bool_),  # False once the group is part of another group
+        ("node", np.intp),  # its token, or N + the number of the merge that made it
+        ("size", np.float64),  # number of tokens
+        ("mass", np.float64),  # W_A
         ("within", np.float64),  # E(A, A)
-        ("height", np.float64),  # of the merge that made it; 0 for a token
-        ("near", np.intp),  # index of its nearest neighbour
-        ("stale", np.bool_),  # whether `near` or the group itself has merged since
-        ("least", np.float64),  # distance to `near`, squared for ward
-        ("tie_break", np.uint32),  # decides between equal distances
+        ("height", np.float64),  # distance of the merge that made it; 0 for a token
+        ("near", np.intp),  # index of its nearest neighbour in its last search
+        ("stale", np.bool_),  # whether it or `near` has merged since that search
+        ("least", np.float64),  # distance to `near`
+        ("tie_break", np.uint32),  # hash that decides between equal distances
     ]
 )
 
 
 def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Floats, int]:
-    """Merge reciprocal nearest neighbours, all pairs of a round at once.
+    """Return the dendrogram (N - 1, 4) of tokens with masses, and the number of rounds.
 
     `distance` holds 1 - cos (N, N) and is overwritten, `mass` (N,) is > 0, and `method`
-    is "average" or "ward". Return the dendrogram and the number of rounds. With these
-    methods, merging two groups never brings the new group nearer to a third one than
-    its parts were. So every such pair is a merge of the dendrogram.
+    is "average" or "ward".
+
+    A round merges every two groups that are each other's nearest neighbours. If A and B
+    are such a pair, then d(A ∪ B, C) ≥ min(d(A, C), d(B, C)) for every other group C.
+    So A and B stay nearest neighbours until they merge, and the dendrogram has this
+    merge. All such pairs may merge in one round.
     """
-    num_tokens, apart = len(mass), distance
-    apart[apart < 2.0**-46] = 0  # equal tokens have distance 0, without rounding error
-    # E(A, C) = Σ w_a w_c (1 - cos) adds up over merges: E(A ∪ B, C) = E(A, C) + E(B, C)
-    apart *= mass[:, None] * mass
-    np.fill_diagonal(apart, np.inf)  # a group is not its own neighbour
-    group = np.zeros(num_tokens, _GROUP)
+    num_tokens, sums = len(mass), distance
+    # Equal tokens must have distance 0, but rounding can move their cosine away from 1.
+    # 2⁻⁴⁶ is 64 times the distance from 1 to the next float64.
+    sums[sums < 2.0**-46] = 0
+    # E of two tokens is w_i w_j (1 - cos_ij). E of larger groups needs no cosines,
+    # because E(A ∪ B, C) = E(A, C) + E(B, C).
+    sums *= mass[:, None] * mass
+    np.fill_diagonal(sums, np.inf)  # a group is not its own neighbour
+    group = np.zeros(num_tokens, _GROUP)  # also sets E(i, i) and the heights to 0
+    # `due` holds the indices of the groups to search next; at first, of all tokens.
     group["node"] = due = np.arange(num_tokens)
     group["alive"], group["size"], group["mass"] = True, 1, mass
     group["tie_break"] = _hash_indices(num_tokens)
-    tree, made = np.empty((num_tokens - 1, 4)), 0
+    tree, num_merges = np.empty((num_tokens - 1, 4)), 0
+    # `spent` is the cost of the searches since the last search of all stale groups, in
+    # rows. That search itself does not count, so `spent` starts at minus its rows.
     rounds, spent = 0, -num_tokens
-    while made < num_tokens - 1:
-        # Search the due groups, then their nearest neighbours if those are stale: a
-        # pair is mutual only if both sides are up to date.
+    while num_merges < num_tokens - 1:
+        # Search the due groups, then their nearest neighbours if these are stale: two
+        # groups may merge only if both have been searched since their last change.
         while len(due):
-            _search(apart, group, due, method)
+            _search(sums, group, due, method)
             spent += len(due) + _OVERHEAD
             near = group["near"][due]
             due = np.unique(near[group["stale"][near]])
         a, b = _mutual_pairs(group)
-        rows = slice(made, made + len(a))
-        tree[rows] = _merge(apart, group, a, b)
+        rows = slice(num_merges, num_merges + len(a))
+        tree[rows] = _merge(sums, group, a, b)
         group["node"][a] = num_tokens + np.arange(rows.start, rows.stop)
-        made, rounds = rows.stop, rounds + 1
-        apart, group, a = _compact(apart, group, a)
+        num_merges, rounds = rows.stop, rounds + 1
+        sums, group, a = _compact(sums, group, a)
         due, spent = _select_due(group, a, spent)
     if method == "ward":
-        np.sqrt(tree[:, 2], out=tree[:, 2])  # distances were squared so far
+        np.sqrt(tree[:, 2], out=tree[:, 2])  # ward's distances are squared until here
     return _in_scipy_order(tree), rounds
 
 
 def _mutual_pairs(group: Any) -> tuple[Indices, Indices]:
-    """Return the pairs of groups that are each other's nearest; a < b."""
+    """Return the groups that are each other's nearest neighbours, as pairs a < b."""
     near, index = group["near"], np.arange(len(group))
+    # The `near` of a stale group is out of date.
     current = ~(group["stale"] | group["stale"][near])
     a = np.flatnonzero(current & (near[near] == index) & (index < near))
     return a, near[a]
 
 
 def _select_due(group: Any, merged: Indices, spent: int) -> tuple[Indices, int]:
-    """Return the groups to search next, new ones or all stale ones, and the cost.
+    """Return the indices of the groups to search next, and the new value of `spent`.
 
-    If many groups have the same nearest neighbour, all of them become stale whenever it
-    merges, and a search of all in every round would be slow. So only new groups are
-    searched, until these searches have cost as much as one of all stale groups.
+    If many groups have the same nearest neighbour, all of them become stale when this
+    neighbour merges. A search of all stale groups in every round would be slow. So a
+    round searches only the groups `merged` that it made, until such searches have cost
+    as many rows as a search of all stale groups.
     """
-    # Ties that were broken before a merge and after it can form a cycle without a
-    # mutual pair. Searching all groups again breaks all ties alike.
+    # A group keeps its nearest neighbour if a later merge makes another group equally
+    # near. So equal distances can form a cycle: B is nearest to A, C to B, and A to C.
+    # Then no pair can merge. A search of all groups decides all ties by the same rule.
+    # This search counts (0, and not minus its rows): the next round searches all stale
+    # groups again.
     if len(merged) == 0:
         return np.flatnonzero(group["alive"]), 0
     stale = np.flatnonzero(group["alive"] & group["stale"])
+    # -len(stale): the search of all stale groups itself does not count.
     return (merged, spent) if spent < len(stale) else (stale, -len(stale))
 
 
-def _search(apart: Floats, group: Any, due: Indices, method: str) -> None:
-    """Find the nearest neighbours of the groups at `due`."""
+def _search(sums: Floats, group: Any, due: Indices, method: str) -> None:
+    """Find the nearest neighbour of each group in `due`, and store it in `group`."""
+    # Copies are contiguous; a field of a structured array is strided.
     mass, tie_break = group["mass"].copy(), group["tie_break"].copy()
-    spread = group["within"] / mass**2 / 2  # (1 - |μ|²) / 2
+    spread = group["within"] / mass**2 / 2  # (1 - |μ_A|²) / 2 for each group A
     step = max(1, _BLOCK // len(group))
     for start in range(0, len(due), step):
         rows = due[start : start + step]
-        distance, both = apart[rows], mass[rows, None] * mass
+        # A copy of E(A, C) that becomes the distance, and W_A W_C: (rows, groups) each
+        distance, mass_product = sums[rows], mass[rows, None] * mass
         if method == "ward":
+            # |μ_A - μ_C|² = 2 (E(A, C) / (W_A W_C) - spread_A - spread_C), so that
             # 2 W_A W_C / (W_A + W_C) |μ_A - μ_C|²
             #   = 4 / (W_A + W_C) (E(A, C) - W_A W_C (spread_A + spread_C))
-            both *= spread[rows, None] + spread
-            distance -= both
+            mass_product *= spread[rows, None] + spread
+            distance -= mass_product
             distance /= (mass[rows, None] + mass) / 4
-            np.maximum(distance, 0, out=distance)
+            np.maximum(distance, 0, out=distance)  # rounding can make it negative
         else:
-            distance /= both  # E(A, C) / (W_A W_C)
+            distance /= mass_product  # E(A, C) / (W_A W_C)
         # Distances that differ by rounding alone must count as equal: round to the
         # nearest multiple of 8 units in the last place.
         bits = distance.view(np.int64)
@@ -118,50 +148,64 @@ def _search(apart: Floats, group: Any, due: Indices, method: str) -> None:
         least = distance.min(axis=-1)
         tied = distance == least[:, None]
         near = tied.argmax(axis=-1)
-        # Break ties by a hash of the pair, which is the same from both sides (xor is
-        # symmetric). A rule such as "the lowest index" would give many equal groups
-        # the same neighbour, and only one pair would merge in a round.
-        many = np.flatnonzero(np.count_nonzero(tied, axis=-1) > 1)
-        pair_hash = tie_break[rows[many], None] ^ tie_break
-        near[many] = np.where(tied[many], pair_hash, _LAST_TIE_BREAK).argmin(axis=-1)
+        # Break ties by a hash of the pair: the xor of two hashes, which is the same in
+        # both rows of the pair. A rule such as "the lowest index" would give many equal
+        # groups the same neighbour, and only one pair would merge in a round.
+        tied_rows = np.flatnonzero(np.count_nonzero(tied, axis=-1) > 1)
+        pair_hash = tie_break[rows[tied_rows], None] ^ tie_break
+        near[tied_rows] = np.where(tied[tied_rows], pair_hash, _LAST_TIE_BREAK).argmin(
+            axis=-1
+        )
         group["near"][rows], group["least"][rows] = near, least
     group["stale"][due] = False
 
 
-def _merge(apart: Floats, group: Any, a: Indices, b: Indices) -> Floats:
-    """Put each group at `b` into its partner at `a`; return the rows of the tree."""
+def _merge(sums: Floats, group: Any, a: Indices, b: Indices) -> Floats:
+    """Merge group b into group a, for each pair of `a` and `b` (both (pairs,)).
+
+    The union has the index of a. Return the merges (pairs, 4): the two nodes, the
+    height, and the number of tokens.
+    """
     height = np.maximum(group["height"][a], group["height"][b])
     height = np.maximum(height, group["least"][a])  # rounding must not lower heights
     # E(A ∪ B, A ∪ B) = E(A, A) + E(B, B) + 2 E(A, B)
-    group["within"][a] += group["within"][b] + 2 * apart[a, b]
+    group["within"][a] += group["within"][b] + 2 * sums[a, b]
     group["mass"][a] += group["mass"][b]
     group["size"][a] += group["size"][b]
     group["height"][a] = height
     group["alive"][b] = False
-    rows = apart[a] + apart[b]
-    corner = rows[:, a] + rows[:, b]  # E between two new groups
-    rows[:, a] = (corner + corner.T) / 2  # exactly symmetric
-    apart[a], apart[:, a], apart[:, b] = rows, rows.T, np.inf
-    moved = ~group["alive"]
-    moved[a] = True
-    group["stale"] |= moved | moved[group["near"]]
+    rows = sums[a] + sums[b]  # E(A ∪ B, C), where C did not merge: (pairs, groups)
+    # E between two unions has four terms. An entry and its mirror image add them in
+    # another order, so their rounding differs; the mean of both is exactly symmetric.
+    corner = rows[:, a] + rows[:, b]  # (pairs, pairs)
+    rows[:, a] = (corner + corner.T) / 2
+    # Infinite columns b: no search finds an absorbed group. Its row is not read again.
+    sums[a], sums[:, a], sums[:, b] = rows, rows.T, np.inf
+    merged = ~group["alive"]  # absorbed in this round or before
+    merged[a] = True
+    group["stale"] |= merged | merged[group["near"]]
     node = group["node"]
     return np.stack((node[a], node[b], height, group["size"][a]), axis=-1)
 
 
-def _compact(apart: Floats, group: Any, merged: Indices) -> tuple[Floats, Any, Indices]:
-    """Drop groups that are part of others once they are a quarter of all."""
+def _compact(sums: Floats, group: Any, merged: Indices) -> tuple[Floats, Any, Indices]:
+    """Drop absorbed groups from the arrays, if they are at least a quarter of all.
+
+    Return the matrix, the groups, and the indices `merged` after the change.
+    """
     alive = group["alive"]
     if 4 * np.count_nonzero(alive) > 3 * len(group):
-        return apart, group, merged
+        return sums, group, merged
     new_index = np.cumsum(alive) - 1
     group = group[alive]
+    # If `near` was dropped, the group is stale: its new `near` is wrong, but not used.
     group["near"] = new_index[group["near"]]
-    return apart[np.ix_(alive, alive)], group, new_index[merged]
+    return sums[np.ix_(alive, alive)], group, new_index[merged]
 
 
 def _hash_indices(count: int) -> NDArray[np.uint32]:
     """Return distinct hashes of 0 .. count - 1 (the last step of MurmurHash3)."""
+    # Every operation maps different values to different values.
     x = np.arange(count, dtype=np.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x ^= x >> np.uint32(shift)
@@ -170,10 +214,11 @@ def _hash_indices(count: int) -> NDArray[np.uint32]:
 
 
 def _in_scipy_order(tree: Floats) -> Floats:
-    """Sort merges by height, then by the time they were made, and renumber groups."""
+    """Sort merges by height, and number groups by their rows in this order."""
+    # Rounds make merges out of order. A stable sort keeps the order of equal heights.
     num_tokens = len(tree) + 1
     order = np.argsort(tree[:, 2], stable=True)
-    # A child that is a merge has the number N + its row, which the sort has changed.
+    # A node that is a merge has the number N + its row, and the sort changes the rows.
     node = np.arange(num_tokens + len(tree))
     node[num_tokens + order] = num_tokens + np.arange(len(tree))
     tree = tree[order]

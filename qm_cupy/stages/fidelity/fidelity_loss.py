@@ -1,4 +1,10 @@
-"""Fidelity loss: the reconstruction error above the norm-mass bound."""
+"""Fidelity loss: the reconstruction error above the norm-mass bound.
+
+X is the matrix of a sequence's tokens, and X̂ is the matrix of the tokens rebuilt from
+the merged tokens. The error of sequence b of B is e_b = ‖X - X̂‖² / ‖X‖², and γ is the
+fraction of the norm mass that the merged tokens should retain. The bound on an error is
+(1 - γ)².
+"""
 
 from typing import Any
 
@@ -21,7 +27,7 @@ from .reconstruction_error import (
 
 
 @operation(
-    inputs=("tokens", "merged"),
+    differentiable=("tokens", "merged"),
     constants=("labels?", "mask?"),
     counts="num_groups?",
     options=("float gamma",),
@@ -37,7 +43,10 @@ def fidelity_loss(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> Array:
-    r"""Excess of the reconstruction error over the norm-mass bound, mean of the batch.
+    r"""Return the mean excess of the reconstruction errors over the norm-mass bound.
+
+    For each sequence b, X is the matrix of its tokens, and :math:`\hat X` holds the
+    tokens that are rebuilt from the merged tokens. The mean is over the batch.
 
     .. math:: \operatorname{mean}_b \max\bigl(0,
         \lVert X - \hat X \rVert^2 / \lVert X \rVert^2 - (1 - \gamma)^2\bigr)
@@ -77,14 +86,17 @@ def fidelity_loss(
     0.0
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
-    leave, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
+    convert_back, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
     error = compute_reconstruction_error(*arrays)  # (B,), relative and squared
-    # The constraint is ‖X - X̂‖² ≤ (1 - γ)² ‖X‖²: tokens that retain the norm mass γ may
-    # have a relative error of 1 - γ, and the errors here are squared. The bound is
-    # rounded to the dtype of the errors, as in the gradient.
+    # The constraint is ‖X - X̂‖² ≤ (1 - γ)² ‖X‖²: tokens that retain the norm mass γ
+    # may have a relative error of 1 - γ, and e_b is squared. The bound is rounded to
+    # the dtype of the errors, as in the gradient: an error at the bound has no
+    # gradient.
     excess = (error - error.dtype.type((1 - gamma) ** 2)).clip(0)
-    # Mean over B. `max` only matters for an empty batch, whose loss is 0 / 1.
-    return leave(excess.sum(dtype=error.dtype) / error.dtype.type(max(error.size, 1)))
+    # The mean over the B sequences. For an empty batch, `max` makes it 0 / 1.
+    return convert_back(
+        excess.sum(dtype=error.dtype) / error.dtype.type(max(error.size, 1))
+    )
 
 
 @on_callers_stream
@@ -98,11 +110,11 @@ def fidelity_loss_vjp(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
-    r"""Gradients of `fidelity_loss` with respect to tokens and merged tokens.
+    r"""Return the gradients of `fidelity_loss`: of the tokens and the merged tokens.
 
     If the error of a sequence exceeds the bound :math:`(1 - \gamma)^2`, its gradients
-    are the gradients of `reconstruction_error`, divided by B. Up to the bound, and at
-    the bound, they are 0.
+    are the gradients of `reconstruction_error`, divided by the number of sequences. If
+    the error is below or at the bound, its gradients are 0.
 
     Parameters
     ----------
@@ -143,18 +155,18 @@ def fidelity_loss_vjp(
     >>> import numpy as np
     >>> tokens, merged = np.array([[4.0], [0.0]]), np.array([[1.0]])
     >>> labels = np.array([0, 0])
-    >>> by_tokens, _ = fidelity_loss_vjp(1.0, tokens, merged, labels=labels)
-    >>> by_tokens.ravel()
+    >>> token_gradient, _ = fidelity_loss_vjp(1.0, tokens, merged, labels=labels)
+    >>> token_gradient.ravel()
     array([ 0.0625, -0.125 ])
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
-    leave, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
+    convert_back, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
         tokens, merged, labels, num_groups, mask, gradient
     )
-    # In float64, so that a float16 gradient over many sequences keeps its digits.
+    # In float64: in float16, the division by the number of sequences would lose digits.
     gradient = check_gradient(gradient, (), "", tokens).astype(np.float64)
     # dL / de_b = dL / B for every sequence b: the loss is a mean over the batch.
-    slopes = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)
-    args = slopes, tokens, merged, labels, counts, mask, (1 - gamma) ** 2
-    by_tokens, by_merged = compute_reconstruction_error_vjp(*args)
-    return leave(by_tokens), leave(by_merged)
+    error_gradients = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)
+    args = error_gradients, tokens, merged, labels, counts, mask, (1 - gamma) ** 2
+    token_gradient, merged_gradient = compute_reconstruction_error_vjp(*args)
+    return convert_back(token_gradient), convert_back(merged_gradient)

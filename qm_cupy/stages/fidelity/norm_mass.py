@@ -1,4 +1,8 @@
-"""Norm mass: the fraction of all token norms that the K largest norms hold."""
+"""Norm mass: the fraction of the sum of all token norms that the K largest have.
+
+x_i is token i, and ‖x_i‖ its norm. γ(X, K) is the norm mass of the tokens X of a
+sequence for K.
+"""
 
 import math
 from typing import Any
@@ -7,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_mask, check_num_groups, check_tokens
-from ...arrays.conversion import Array, BoolArray, enter, on_callers_stream
+from ...arrays.conversion import Array, BoolArray, convert_inputs, on_callers_stream
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
 from ...cuda.device import empty
-from ...cuda.launch import device_counts, launch
-from ..budget import held_mass
+from ...cuda.launch import counts_on_device, launch
+from ..budget import top_norm_mass
 from ..saliency.token_norms import token_norms_cuda
 from ..selection.select_tokens import top_tokens_cuda
 
@@ -21,7 +25,9 @@ from ..selection.select_tokens import top_tokens_cuda
 def norm_mass(
     tokens: Array, num_groups: Any, *, mask: BoolArray | None = None
 ) -> Array:
-    r"""Return the fraction γ of the norm mass that the K largest token norms hold.
+    r"""Return the fraction γ of the sum of all token norms that the K largest have.
+
+    X are the tokens of a sequence, and :math:`x_i` is token i.
 
     .. math:: \gamma(X, K) = \sum_{i \in \operatorname{top}K} \lVert x_i \rVert \Big/
         \sum_i \lVert x_i \rVert
@@ -55,7 +61,7 @@ def norm_mass(
     >>> float(norm_mass(np.array([[4.0], [1.0], [3.0]]), 2))
     0.875
     """
-    leave, tokens, mask, num_groups = enter(
+    convert_back, tokens, mask, num_groups = convert_inputs(
         {"tokens": tokens, "mask": mask}, counts={"num_groups": num_groups}
     )
     check_tokens(tokens)
@@ -63,20 +69,21 @@ def norm_mass(
     limit = num_valid(tokens.shape[:-1], mask)  # K may not count padded tokens
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
     if is_cuda(tokens):
-        return leave(_norm_mass_cuda(tokens, counts, mask))
-    return leave(_norm_mass_reference(tokens, counts, mask))
+        return convert_back(_norm_mass_cuda(tokens, counts, mask))
+    return convert_back(_norm_mass_reference(tokens, counts, mask))
 
 
 def _norm_mass_reference(
     tokens: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    # held[K - 1] is the sum of the K largest norms, in float64, so held[-1] is the sum
-    # of all. Both are relative to the largest entry, which cancels in the ratio.
-    held = held_mass(tokens, mask)  # (B, N)
-    total = held[..., -1]  # (B,)
-    largest = np.take_along_axis(held, counts[..., None] - 1, axis=-1)[..., 0]  # (B,)
+    # top_sums[K - 1] is the sum of the K largest norms, in float64, so top_sums[-1] is
+    # the sum of all norms. The largest entry of the tokens is the unit of both sums; it
+    # cancels in the ratio.
+    top_sums = top_norm_mass(tokens, mask)  # (B, N)
+    total = top_sums[..., -1]  # (B,)
+    kept = np.take_along_axis(top_sums, counts[..., None] - 1, axis=-1)[..., 0]  # (B,)
     # The inner `where` avoids 0 / 0 for a sequence of zeros.
-    ratio = np.where(total > 0, largest / np.where(total > 0, total, 1), 1)
+    ratio = np.where(total > 0, kept / np.where(total > 0, total, 1), 1)
     return ratio.astype(np.result_type(tokens.dtype, np.float32))
 
 
@@ -84,7 +91,7 @@ def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
     norms = token_norms_cuda(tokens, mask)  # (B, N); 0 for padding
     # The first kernel marks the K largest norms. In the second one, a block for each
     # sequence adds the marked norms and all norms, and divides.
-    selected = top_tokens_cuda(norms, *device_counts(counts))  # (B, N) bool
+    selected = top_tokens_cuda(norms, *counts_on_device(counts))  # (B, N) bool
     batch, num_tokens = math.prod(norms.shape[:-1]), norms.shape[-1]
     out = empty(norms.shape[:-1], norms.dtype)
     args = (norms, selected, batch, num_tokens, out)

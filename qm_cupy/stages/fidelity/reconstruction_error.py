@@ -1,4 +1,10 @@
-"""Reconstruction error: how far the rebuilt tokens are from the original tokens."""
+"""Reconstruction error: the difference between the rebuilt and the original tokens.
+
+For one sequence, X is the matrix of its tokens, x_j is token j, and x̃_k is merged
+token k. The rebuilt token x̂_j is the merged token of the group of token j, and X̂ is
+the matrix of all x̂_j. G_k is group k. The error is e = ‖X - X̂‖² / ‖X‖², and ē is the
+gradient of a loss with respect to e.
+"""
 
 import math
 from typing import Any
@@ -19,7 +25,7 @@ from ...arrays.conversion import (
     BoolArray,
     FloatArray,
     IntArray,
-    enter,
+    convert_inputs,
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype
@@ -27,7 +33,7 @@ from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_two_axes
 from ...cuda.device import empty
-from ...cuda.launch import contiguous, device_counts, launch
+from ...cuda.launch import contiguous, counts_on_device, launch
 from ...settings import implementation
 from ..clustering.nearest import nearest_anchors_cuda
 from ..clustering.unit_tokens import unit_tokens
@@ -39,7 +45,7 @@ from ..merging.unmerge_tokens import (
 
 
 @operation(
-    inputs=("tokens", "merged"),
+    differentiable=("tokens", "merged"),
     constants=("labels?", "mask?"),
     counts="num_groups?",
     dtype="computed",
@@ -53,9 +59,12 @@ def reconstruction_error(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> Array:
-    r"""Relative squared error of tokens rebuilt from the merged tokens.
+    r"""Return the relative squared error of tokens rebuilt from the merged tokens.
 
     .. math:: \lVert X - \hat X \rVert_F^2 / \lVert X \rVert_F^2
+
+    X is the matrix of a sequence's tokens, and :math:`\hat X` is the matrix of the
+    rebuilt tokens: each token is replaced by the merged token of its group.
 
     Parameters
     ----------
@@ -92,8 +101,8 @@ def reconstruction_error(
     >>> float(reconstruction_error(tokens, merged, labels=np.array([0, 0])))
     0.5
     """
-    leave, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
-    return leave(compute_reconstruction_error(*arrays))
+    convert_back, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
+    return convert_back(compute_reconstruction_error(*arrays))
 
 
 def compute_reconstruction_error(
@@ -113,8 +122,12 @@ def enter_fidelity(
     mask: Any,
     gradient: Any = None,
 ) -> tuple[Any, ...]:
-    """Return ``leave``, the checked arrays, and the gradient, which is not checked."""
-    leave, tokens, merged, labels, mask, num_groups, gradient = enter(
+    """Convert and check the arguments of the losses and gradients of this folder.
+
+    Return ``convert_back``, which converts a result back to the caller's library, the
+    checked arrays, and the gradient, which is not checked.
+    """
+    convert_back, tokens, merged, labels, mask, num_groups, gradient = convert_inputs(
         {"tokens": tokens, "merged": merged, "labels": labels, "mask": mask},
         counts={"num_groups": num_groups},
         gradients={"gradient": gradient},
@@ -133,7 +146,7 @@ def enter_fidelity(
     )
     if labels is not None:
         check_labels(labels, tokens.shape[:-1], counts)
-    return leave, tokens, merged, labels, counts, mask, gradient
+    return convert_back, tokens, merged, labels, counts, mask, gradient
 
 
 def _reconstruction_error_reference(
@@ -145,33 +158,35 @@ def _reconstruction_error_reference(
 ) -> NDArray[Any]:
     if labels is None:
         labels = _most_similar_reference(tokens, merged, counts)
-    token = labels >= 0 if mask is None else mask & (labels >= 0)  # (B, N), not padding
-    lost, whole = np.empty(counts.shape), np.empty(counts.shape)
-    # One sequence at a time: the float64 copies take the memory of one sequence only.
+    valid = labels >= 0 if mask is None else mask & (labels >= 0)  # (B, N), not padding
+    squared_gap, squared_norm = np.empty(counts.shape), np.empty(counts.shape)
+    # One sequence at a time, so that the float64 copies are those of one sequence.
     for index in np.ndindex(counts.shape):
-        x = tokens[index][token[index]].astype(np.float64)  # (valid, D)
-        rebuilt = unmerge_tokens_reference(merged[index], labels[index][token[index]])
+        x = tokens[index][valid[index]].astype(np.float64)  # (valid tokens, D)
+        rebuilt = unmerge_tokens_reference(merged[index], labels[index][valid[index]])
         gap = x - rebuilt
-        # The ratio does not depend on the scale. A sequence of zeros is scaled by its
-        # gap, so that a tiny gap does not vanish when it is squared: its error is inf.
+        # X and the gap are divided by the largest entry of X, which does not change e.
+        # A sequence of zeros is divided by the largest entry of its gap: otherwise the
+        # square of a tiny gap could be 0, and the error would be 0 instead of inf.
         peak = np.abs(x).max(initial=0) or np.abs(gap).max(initial=0) or 1.0
         x, gap = x / peak, gap / peak  # first, so that no square overflows
-        lost[index], whole[index] = np.vdot(gap, gap), np.vdot(x, x)
-    # lost / 0 is inf: zeros rebuilt as something else. 0 / 0 is replaced by 0.
+        squared_gap[index], squared_norm[index] = np.vdot(gap, gap), np.vdot(x, x)
+    # A positive number / 0 is inf: zeros that are not rebuilt exactly. 0 / 0, zeros
+    # that are, is replaced by 0.
     with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.where(lost > 0, lost / whole, 0)
+        error = np.where(squared_gap > 0, squared_gap / squared_norm, 0)
     return error.astype(np.result_type(tokens.dtype, np.float32))
 
 
 def _most_similar_reference(
     tokens: NDArray[Any], merged: NDArray[Any], counts: NDArray[np.int64]
 ) -> NDArray[np.intp]:
-    """Return the index of each token's most similar merged token, labels (B, N)."""
+    """Return labels (B, N): the index of each token's most similar merged token."""
     dtype = np.result_type(tokens.dtype, np.float32)
     labels = np.empty(tokens.shape[:-1], np.intp)
     for index in np.ndindex(counts.shape):
-        # Padded groups are zeros. Their similarity, 0, beats every negative similarity,
-        # so they must be left out.
+        # Padded groups are zeros and have similarity 0. This is more than any negative
+        # similarity, so padded groups must be excluded.
         unit = unit_tokens(merged[index][: counts[index]].astype(dtype))
         labels[index] = np.argmax(unit_tokens(tokens[index].astype(dtype)) @ unit.T, -1)
     return labels
@@ -183,8 +198,8 @@ def _reconstruction_error_cuda(
     arrays = _rebuilding_cuda(tokens, merged, labels, counts, mask)
     errors, squares = _token_errors_cuda(*arrays)  # (B, N) each
     batch, num_tokens = errors.shape
-    # A block for each sequence adds both in a fixed order, without atomics, so that
-    # every run gives the same bits. Then it divides.
+    # For each sequence, a block adds the errors and the squares, and divides the sums.
+    # It adds in a fixed order, without atomics, so that every run gives the same bits.
     out = empty(tokens.shape[:-2], errors.dtype)
     args = (errors, squares, batch, num_tokens, out)
     kernel = "reconstruction_error", "reconstruction_error"
@@ -199,7 +214,7 @@ def _rebuilding_cuda(
     if labels is None:
         labels = _most_similar_cuda(tokens, merged, counts)
     if mask is not None:
-        labels = labels * mask + (mask - 1)  # label·1 + 0 or label·0 - 1
+        labels = labels * mask + (mask - 1)  # the label, or -1 for padding
     arrays = contiguous(tokens), contiguous(merged)
     return *arrays, contiguous(labels, np.int32)
 
@@ -218,9 +233,9 @@ def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]
 
 
 def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> Any:
-    """Return the index of each token's most similar merged token, labels (B, N)."""
-    # Merged tokens are the anchors. The N x K similarities are never stored.
-    anchor_counts, _ = device_counts(counts)
+    """Return labels (B, N): the index of each token's most similar merged token."""
+    # Merged tokens are the anchors. The kernel never stores the N × K similarities.
+    anchor_counts, _ = counts_on_device(counts)
     labels, _ = nearest_anchors_cuda(tokens, merged, anchor_counts)
     return labels
 
@@ -235,11 +250,17 @@ def reconstruction_error_vjp(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
-    r"""Gradients of `reconstruction_error` with respect to tokens and merged tokens.
+    r"""Return the gradients of the error: of the tokens and of the merged tokens.
+
+    A bar is the gradient of a loss with respect to the quantity below it.
 
     .. math:: \bar x_j = \frac{2 \bar e}{\lVert X \rVert^2} (x_j - \hat x_j - e\,x_j),
-        \qquad \bar x_k = -\frac{2 \bar e}{\lVert X \rVert^2}
+        \qquad \bar{\tilde x}_k = -\frac{2 \bar e}{\lVert X \rVert^2}
         \sum_{j \in G_k} (x_j - \tilde x_k)
+
+    For one sequence, e is the error, X the matrix of tokens, :math:`x_j` token j,
+    :math:`\hat x_j` the rebuilt token, :math:`\tilde x_k` merged token k, and
+    :math:`G_k` its group.
 
     Parameters
     ----------
@@ -281,20 +302,21 @@ def reconstruction_error_vjp(
     >>> import numpy as np
     >>> tokens, merged = np.array([[4.0], [0.0]]), np.array([[1.0]])
     >>> labels = np.array([0, 0])
-    >>> by_tokens, by_merged = reconstruction_error_vjp(
+    >>> token_gradient, merged_gradient = reconstruction_error_vjp(
     ...     1.0, tokens, merged, labels=labels
     ... )
-    >>> by_tokens.ravel(), by_merged.ravel()
+    >>> token_gradient.ravel(), merged_gradient.ravel()
     (array([ 0.0625, -0.125 ]), array([-0.25]))
     """
-    leave, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
+    convert_back, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
         tokens, merged, labels, num_groups, mask, gradient
     )
     gradient = check_gradient(gradient, tokens.shape[:-2], "B", tokens)  # (B,)
-    # No bound: every error has a gradient. `fidelity_loss_vjp` passes (1 - γ)².
+    # A bound of -∞: every error has a gradient. `fidelity_loss_vjp` passes (1 - γ)²,
+    # below which its loss is 0.
     args = gradient, tokens, merged, labels, counts, mask, -np.inf
-    by_tokens, by_merged = compute_reconstruction_error_vjp(*args)
-    return leave(by_tokens), leave(by_merged)
+    token_gradient, merged_gradient = compute_reconstruction_error_vjp(*args)
+    return convert_back(token_gradient), convert_back(merged_gradient)
 
 
 def compute_reconstruction_error_vjp(
@@ -326,32 +348,34 @@ def reconstruction_error_vjp_reference(
         labels = _most_similar_reference(tokens, merged, counts)
     if mask is not None:
         labels = np.where(mask, labels, -1)
-    # The error is compared in the dtype in which it is returned, as `fidelity_loss`
-    # compares it: a loss of 0 has a gradient of 0.
+    # Compare errors with the bound in the dtype of the loss, as `fidelity_loss` does.
+    # Otherwise an error that rounds to the bound could have a gradient, but no loss.
     error_type = np.result_type(tokens.dtype, np.float32).type
-    by_tokens, by_merged = np.zeros_like(tokens), np.zeros_like(merged)
+    token_gradient, merged_gradient = np.zeros_like(tokens), np.zeros_like(merged)
     for index in np.ndindex(counts.shape):  # one sequence at a time, in float64
         group = labels[index]
-        token = (group >= 0)[:, None]  # (N, 1), not padding
-        x = np.where(token, tokens[index], 0).astype(np.float64)  # (N, D)
+        valid = (group >= 0)[:, None]  # (N, 1), not padding
+        x = np.where(valid, tokens[index], 0).astype(np.float64)  # (N, D)
         gap = x - unmerge_tokens_reference(merged[index], group)  # x_j - x̂_j
         peak = np.abs(x).max(initial=0)
         if peak == 0:  # a sequence of zeros: its error is 0 or inf, its gradient 0
             continue
         x, gap = x / peak, gap / peak  # first, so that no square overflows
-        whole = np.vdot(x, x)  # ‖X‖² / peak²
-        error = np.vdot(gap, gap) / whole  # e, which has no scale
+        squared_norm = np.vdot(x, x)  # ‖X‖² / peak²
+        error = np.vdot(gap, gap) / squared_norm  # e, which has no scale
         if not error_type(error) > error_type(bound):
             continue
-        # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j), where x and the gap are divided by the peak:
-        # one factor of it remains in the denominator.
-        scale = 2 * float(gradient[index]) / (whole * peak)
-        by_tokens[index] = scale * (gap - error * x)
-        # The sum of -(x_j - x̃_k) over each group: the transpose of the gather.
-        by_merged[index] = unmerge_tokens_vjp_reference(
+        # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j) with ‖X‖² = squared_norm · peak². The
+        # bracket is divided by the peak here, so one factor of it stays in the
+        # denominator.
+        scale = 2 * float(gradient[index]) / (squared_norm * peak)
+        token_gradient[index] = scale * (gap - error * x)
+        # The sum of -(x_j - x̃_k) over each group. Rebuilding gathers rows, and the
+        # gradient of a gather is this sum.
+        merged_gradient[index] = unmerge_tokens_vjp_reference(
             -scale * gap, group, merged.shape[-2]
         )
-    return by_tokens, by_merged
+    return token_gradient, merged_gradient
 
 
 def _reconstruction_error_vjp_cuda(
@@ -369,22 +393,35 @@ def _reconstruction_error_vjp_cuda(
     errors, squares = _token_errors_cuda(*arrays)
     (batch, num_tokens), dtype = errors.shape, errors.dtype
     num_groups, dim = merged.shape[-2:]
-    # For each sequence: e, and 2 ē / ‖X‖² or 0 if e does not exceed the bound.
+    # (B,) each: e, and 2 ē / ‖X‖², or 0 if e does not exceed the bound.
     relative, scales = (empty((batch,), dtype) for _ in range(2))
-    by_tokens, by_merged = (empty(x.shape, x.dtype) for x in (tokens, merged))
-    page = "reconstruction_error_vjp"
-    slopes = contiguous(gradient, dtype)
+    token_gradient, merged_gradient = (
+        empty(x.shape, x.dtype) for x in (tokens, merged)
+    )
+    file = "reconstruction_error_vjp"
+    error_gradients = contiguous(gradient, dtype)
     args: tuple[Any, ...]
-    args = (errors, squares, slopes, batch, num_tokens, bound, relative, scales)
-    launch(page, "error_scales", dtype, args, blocks=batch)
+    args = (
+        errors,
+        squares,
+        error_gradients,
+        batch,
+        num_tokens,
+        bound,
+        relative,
+        scales,
+    )
+    launch(file, "error_scales", dtype, args, blocks=batch)
 
     sizes = batch, num_tokens, dim, num_groups
-    args = (*arrays, relative, scales, *sizes, by_tokens)
-    launch(page, page, tokens.dtype, args, outputs=by_tokens.size, rows=errors.size)
+    args = (*arrays, relative, scales, *sizes, token_gradient)
+    launch(
+        file, file, tokens.dtype, args, outputs=token_gradient.size, rows=errors.size
+    )
     # The optimized kernel reads the members of each group from a sorted list. The basic
-    # kernel searches the labels.
+    # kernel looks for them in the labels.
     basic = implementation() == "basic"
     members = (labels,) if basic else members_cuda(labels, num_groups)
-    args = (tokens, merged, *members, scales, *sizes, by_merged)
-    launch(page, "merged_error_vjp", tokens.dtype, args, vectors=by_merged)
-    return by_tokens, by_merged
+    args = (tokens, merged, *members, scales, *sizes, merged_gradient)
+    launch(file, "merged_error_vjp", tokens.dtype, args, vector_output=merged_gradient)
+    return token_gradient, merged_gradient

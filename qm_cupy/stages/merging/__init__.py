@@ -1,1 +1,1 @@
-"""Merging: one token for each group, and back to all tokens."""
+"""Merging: compute one token for each group, and go back to all tokens."""

@@ -1,4 +1,8 @@
-"""Groups of tokens: their sizes, positions and members."""
+"""Groups of tokens: their sizes, positions and members.
+
+A label is the group of a token: 0..K-1, or -1 for padding. N is the number of tokens of
+a sequence, K the number of groups, and B the number of sequences.
+"""
 
 import math
 from typing import Any
@@ -12,7 +16,7 @@ from ...arrays.checks import (
     check_is_array,
     check_labels,
 )
-from ...arrays.conversion import IntArray, enter
+from ...arrays.conversion import IntArray, convert_inputs
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import groups_of_tokens
@@ -20,7 +24,8 @@ from ...cuda.constants import SORT_THREADS, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 
-# Runs of tokens that are sorted at once if their counts are in global memory.
+# Number of runs (parts of a sequence that different warps sort at the same time) if the
+# counts are in global memory. In shared memory `sort_layout` computes the number.
 _GLOBAL_RUNS = 8
 
 
@@ -35,8 +40,8 @@ def group_sizes(labels: IntArray, num_groups: Any) -> IntArray:
     labels : ndarray of shape (N,) or (B, N)
         Group of each token within 0..K-1, or -1 for padding.
     num_groups : int or ndarray of int of shape (B,)
-        K for all sequences, or for each one. The result is padded with 0 to the largest
-        K.
+        Number of groups K, for all sequences or for each one. The result is padded
+        with 0 to the largest K.
 
     Returns
     -------
@@ -56,10 +61,10 @@ def group_sizes(labels: IntArray, num_groups: Any) -> IntArray:
     >>> group_sizes(np.array([0, 1, 0, -1]), 2)
     array([2, 1], dtype=int32)
     """
-    leave, labels, num_groups = enter(
+    convert_back, labels, num_groups = convert_inputs(
         {"labels": labels}, counts={"num_groups": num_groups}
     )
-    return leave(compute_group_sizes(labels, _check_groups(labels, num_groups)))
+    return convert_back(compute_group_sizes(labels, _check_groups(labels, num_groups)))
 
 
 def compute_group_sizes(labels: Any, num_groups: GroupCounts) -> Any:
@@ -70,9 +75,9 @@ def compute_group_sizes(labels: Any, num_groups: GroupCounts) -> Any:
 
 
 def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.int32]:
-    _, group, num_rows = flat_groups(labels, num_groups)
-    # `minlength` gives groups without members a size of 0.
-    sizes = np.bincount(group, minlength=num_rows).astype(np.int32)
+    _, group, num_all_groups = flat_groups(labels, num_groups)
+    # Without `minlength`, the result would end at the last group that has a member.
+    sizes = np.bincount(group, minlength=num_all_groups).astype(np.int32)
     return sizes.reshape(*labels.shape[:-1], num_groups)
 
 
@@ -80,15 +85,15 @@ def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.
     constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
 )
 def group_positions(labels: IntArray, num_groups: Any) -> IntArray:
-    """Return the position of each group: the position of its last member.
+    """Return the position of each group, which is the position of its last member.
 
     Parameters
     ----------
     labels : ndarray of shape (N,) or (B, N)
         Group of each token within 0..K-1, or -1 for padding.
     num_groups : int or ndarray of int of shape (B,)
-        K for all sequences, or for each one. The result is padded with -1 to the
-        largest K.
+        Number of groups K, for all sequences or for each one. The result is padded
+        with -1 to the largest K.
 
     Returns
     -------
@@ -108,10 +113,12 @@ def group_positions(labels: IntArray, num_groups: Any) -> IntArray:
     >>> group_positions(np.array([0, 1, 0, -1]), 2)
     array([2, 1], dtype=int32)
     """
-    leave, labels, num_groups = enter(
+    convert_back, labels, num_groups = convert_inputs(
         {"labels": labels}, counts={"num_groups": num_groups}
     )
-    return leave(compute_group_positions(labels, _check_groups(labels, num_groups)))
+    return convert_back(
+        compute_group_positions(labels, _check_groups(labels, num_groups))
+    )
 
 
 def compute_group_positions(labels: Any, num_groups: GroupCounts) -> Any:
@@ -124,10 +131,11 @@ def compute_group_positions(labels: Any, num_groups: GroupCounts) -> Any:
 def _group_positions_reference(
     labels: NDArray[Any], num_groups: int
 ) -> NDArray[np.int32]:
-    flat, group, num_rows = flat_groups(labels, num_groups)
-    last = np.full(num_rows, -1, np.int32)
-    # `flat` modulo N is the position in the sequence. `maximum.at` handles repeated
-    # groups; `last[group] = …` would keep an arbitrary member.
+    flat, group, num_all_groups = flat_groups(labels, num_groups)
+    last = np.full(num_all_groups, -1, np.int32)  # (B·K,)
+    # `flat` modulo N is the position of a token in its sequence. A group occurs once
+    # for each member: `maximum.at` uses all of them, but `last[group] = …` would keep
+    # an arbitrary one.
     np.maximum.at(last, group, (flat % labels.shape[-1]).astype(np.int32))
     return last.reshape(*labels.shape[:-1], num_groups)
 
@@ -137,14 +145,15 @@ def _groups_cuda(kernel: str, labels: Any, num_groups: int) -> Any:
     batch = math.prod(leading)
     out = empty((*leading, num_groups), np.int32)
     args = (contiguous(labels, np.int32), batch, num_tokens, num_groups, out)
-    # A block for each sequence, which uses integer atomics, so their order does not
-    # matter. The basic kernel has one thread for each group. Neither reads floats.
+    # A block for each sequence. Its atomics are on integers, so their order does not
+    # change the result. The basic kernel has a thread for each group. The kernels read
+    # no floats; they are compiled for float32.
     launch("groups", kernel, np.float32, args, outputs=out.size, blocks=batch)
     return out
 
 
 def _check_groups(labels: NDArray[Any], num_groups: Any) -> GroupCounts:
-    """Return K of every sequence and the largest; raise if labels do not fit them."""
+    """Return K of every sequence and the largest K; raise if a label is not below K."""
     check_is_array("labels", labels)
     groups = check_group_counts(num_groups, labels.shape[:-1])
     check_labels(labels, None, groups.counts)
@@ -154,39 +163,41 @@ def _check_groups(labels: NDArray[Any], num_groups: Any) -> GroupCounts:
 def flat_groups(
     labels: NDArray[Any], num_groups: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], int]:
-    """Return the index in (B·N) and the group in (B·K) of each token, and B·K.
+    """Return the index in (B·N,) and the group in (B·K,) of each token, and B·K.
 
-    Padding, with label -1, is left out.
+    Padding, with label -1, is left out. So both arrays have one entry for each token
+    that is not padding.
     """
     rows = labels.reshape(-1, labels.shape[-1])  # (B, N)
-    # Ascending: sums over `flat` add the members of a group in index order.
+    # The indices ascend, so sums over `flat` add the members of a group in index order.
     flat = np.flatnonzero(rows >= 0)
     group = rows.ravel()[flat].astype(np.intp)
-    # Groups of sequence b are b·K to b·K + K - 1.
+    # Number the groups of all sequences: sequence b has the groups b·K to b·K + K - 1.
     group += flat // rows.shape[-1] * num_groups
     return flat, group, len(rows) * num_groups
 
 
 def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
-    """Return where the members of each group end, and the members themselves.
+    """Return `ends` (B, K) and `members` (B, N), int32, for `labels` in int32.
 
-    `members` (B, N) lists the tokens of group 0 in index order, then of group 1, and so
-    on. `ends` (B, K) holds where the members of each group end in this list. Merging
-    then reads each token once, and adds members in index order.
+    `members` lists the tokens of group 0 in index order, then the tokens of group 1,
+    and so on. `ends` has, for each group, the index in this list after its last member.
+    With the list, merging reads each token once and adds members in index order.
     """
     num_tokens = labels.shape[-1]
     batch = math.prod(labels.shape[:-1])
     ends = empty((batch, num_groups), np.int32)
     members = empty((batch, num_tokens), np.int32)
     kernel = "groups", "sort_members", np.float32
-    room = dynamic_shared_bytes(*kernel)  # bytes that a launch may ask for
-    # Counts are in shared memory, unless K is too large for it.
-    runs, shared = sort_layout(num_tokens, num_groups, room)
+    max_bytes = dynamic_shared_bytes(*kernel)  # shared memory that a launch may request
+    runs, shared = sort_layout(num_tokens, num_groups, max_bytes)
+    # The counts are in shared memory, or in global memory if K is too large for it.
     counts = None
     if not shared:
         # For each run a count of every group, and the first index of every group.
         counts = empty((batch, runs + 1, num_groups), np.int32)
-    # At least a warp for each run and, up to the limit, a thread for each group.
+    # A block sorts a sequence. It has at least a warp for each run and, up to
+    # SORT_THREADS, a thread for each group.
     warps = max(runs, -(-num_groups // WARP))
     block = min(WARP * warps, SORT_THREADS)
     args = (labels, batch, num_tokens, num_groups, runs, counts, ends, members)
@@ -194,25 +205,28 @@ def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
     return ends, members
 
 
-def sort_layout(num_tokens: int, num_groups: int, room: int) -> tuple[int, int]:
-    """Return the number of runs that are sorted at once, and bytes of shared memory.
+def sort_layout(num_tokens: int, num_groups: int, max_bytes: int) -> tuple[int, int]:
+    """Return the number of runs, and the bytes of shared memory of a block.
 
-    A counting sort splits the tokens into runs. Each run has a warp and a count of
-    every group. With W runs, clearing, reading and writing the counts takes 3 K W / 32
-    cycles (shared memory moves 128 bytes a cycle). Each warp sorts its tokens in
-    N / (32 W) steps of about 210 cycles. The sum has its minimum at W² = 70 N / K. If
-    not even one run fits in `room` bytes, the counts are in global memory and the bytes
-    are 0.
+    The counting sort of a sequence splits its N tokens into W runs. Each run has a
+    warp, and a count (int32) for each of the K groups. To clear, read and write the
+    counts takes 3 K W / 32 cycles, because shared memory moves 32 counts (128 bytes)
+    per cycle. Each warp sorts its tokens in N / (32 W) steps of about 210 cycles. The
+    sum 3 K W / 32 + 210 N / (32 W) has its minimum at W² = 70 N / K.
+
+    If not even one run fits in `max_bytes`, the counts are in global memory and the
+    bytes are 0.
     """
-    steps = -(-num_tokens // WARP)  # of 32 tokens
-    # d/dW (3 K W / 32 + 210 N / (32 W)) = 0 gives W² = 70 N / K.
-    runs = math.isqrt(70 * num_tokens // num_groups)
-    # No run is empty, and a block has no more than SORT_THREADS threads.
+    steps = -(-num_tokens // WARP)  # a step sorts 32 tokens, one for each lane
+    runs = math.isqrt(70 * num_tokens // num_groups)  # W
+    # At most one run for each step, so that no run is empty. A block has at most
+    # SORT_THREADS threads.
     runs = max(1, min(runs, steps, SORT_THREADS // WARP))
-    run_bytes = 4 * num_groups  # an int32 for each group
-    # One part of the room is for the first index of each group, beside the counts.
-    fitting = room // run_bytes - 1
-    if fitting < 1:
+    run_bytes = 4 * num_groups  # counts of one run: an int32 for each group
+    # Beside the counts, shared memory holds the first index of each group, which takes
+    # as many bytes as one run.
+    max_runs = max_bytes // run_bytes - 1
+    if max_runs < 1:
         return min(_GLOBAL_RUNS, steps), 0
-    runs = min(runs, fitting)
+    runs = min(runs, max_runs)
     return runs, (runs + 1) * run_bytes

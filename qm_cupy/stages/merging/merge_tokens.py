@@ -1,4 +1,12 @@
-"""Merging: the weighted mean of the tokens of each group."""
+"""Merging: the weighted mean of the tokens of each group.
+
+x_j is token j of a sequence of N tokens of width D, m_j its mass, and k its group, one
+of K groups. G_k is the set of the members of group k, |G_k| their number,
+W_k = Σ_{j∈G_k} m_j their mass, and x̃_k the merged token: the mean of the members with
+the weights m_j / W_k. g_k is the gradient of a loss with respect to x̃_k. A bar is the
+gradient of the loss with respect to the quantity, such as m̄_j. There are B sequences.
+A label is the group of a token, or -1 for padding.
+"""
 
 import math
 from typing import Any
@@ -19,8 +27,8 @@ from ...arrays.conversion import (
     Array,
     FloatArray,
     IntArray,
+    convert_inputs,
     deliver,
-    enter,
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype
@@ -32,16 +40,18 @@ from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .groups import flat_groups, members_cuda
 
-_BLOCK = 256  # tokens at a time: float64 blocks have 2 MB for D = 1024
+# Tokens that the reference of the gradient processes at once. For D = 1024, a block in
+# float64 has 2 MB.
+_BLOCK = 256
 
 
 def _merged_shape(tokens: Any, *others: Any) -> tuple[Shape, ...]:
-    """Return the shape of the result; K is the last of the other arguments."""
+    """Return the shape of the result; the largest K is the last argument."""
     return ((*tokens.shape[:-2], others[-1], tokens.shape[-1]),)  # (B, K, D)
 
 
 @operation(
-    inputs=("tokens", "mass?"),
+    differentiable=("tokens", "mass?"),
     constants=("labels",),
     counts="num_groups",
     dtype="stored",
@@ -55,7 +65,7 @@ def merge_tokens(
     mass: FloatArray | None = None,
     out: Array | None = None,
 ) -> Array:
-    r"""Return the saliency-weighted mean of the tokens of each group.
+    r"""Return the mass-weighted mean of the tokens of each group.
 
     .. math:: \tilde x_k = \sum_{j \in G_k} m_j x_j \Big/ \sum_{j \in G_k} m_j
 
@@ -68,10 +78,11 @@ def merge_tokens(
         Group of each token within 0..K-1, or -1 for padding, as returned by
         `cluster_tokens`.
     num_groups : int or ndarray of int of shape (B,)
-        K for all sequences, or for each one. The result is padded with 0 to the largest
-        K.
+        Number of groups K, for all sequences or for each one. The result is padded
+        with 0 to the largest K.
     mass : ndarray of shape (N,) or (B, N), optional
-        Non-negative weights m; 1 by default. A group of mass 0 gets the plain mean.
+        Non-negative weights m, such as the saliency mass; 1 by default. A group of mass
+        0 gets the plain mean of its members.
     out : ndarray of shape (K, D) or (B, K, D), optional
         Array for the result. It must have the dtype of `tokens`, be C-contiguous and
         share no memory with an input. It cannot be a JAX array.
@@ -103,13 +114,14 @@ def merge_tokens(
     array([[3.],
            [7.]])
     """
-    leave, tokens, labels, mass, num_groups, target = enter(
+    # `target` is `out` as a NumPy or CuPy array.
+    convert_back, tokens, labels, mass, num_groups, target = convert_inputs(
         {"tokens": tokens, "labels": labels, "mass": mass},
         counts={"num_groups": num_groups},
         outputs={"out": out},
     )
     check_tokens(tokens)
-    batch = tokens.shape[:-2]
+    batch = tokens.shape[:-2]  # (B,), or () for one sequence
     groups = check_group_counts(num_groups, batch)
     # A label must be below the K of its own sequence.
     check_labels(labels, tokens.shape[:-1], groups.counts)
@@ -117,7 +129,7 @@ def merge_tokens(
     wanted = (*batch, groups.max_groups, tokens.shape[-1])
     check_out(target, wanted, tokens.dtype, tokens, labels, mass)
     merged = compute_merge_tokens(tokens, labels, groups, mass=mass, out=target)
-    return deliver(leave, merged, out, target)
+    return deliver(convert_back, merged, out, target)
 
 
 def compute_merge_tokens(
@@ -128,7 +140,11 @@ def compute_merge_tokens(
     mass: Any = None,
     out: Any = None,
 ) -> Any:
-    """Return the merged tokens of checked arrays; only kernels write into `out`."""
+    """Return the merged tokens of converted and checked arrays.
+
+    The kernels write into `out`. The NumPy reference returns a new array, which the
+    caller copies to `out`.
+    """
     max_groups = num_groups.max_groups
     if is_cuda(tokens):
         return merge_tokens_cuda(tokens, labels, max_groups, mass, out)
@@ -144,30 +160,35 @@ def _merge_tokens_reference(
     *batch, _, dim = tokens.shape
     # Sums in float16 would overflow and lose digits.
     dtype = np.result_type(tokens.dtype, np.float32)
-    values = tokens.reshape(-1, dim).astype(dtype, copy=False)  # (B·N, D)
-    # A sparse matrix product adds the members of each group in index order.
+    flat_tokens = tokens.reshape(-1, dim).astype(dtype, copy=False)  # (B·N, D)
+    # The weights are a sparse matrix (B·K, B·N). Its product with the tokens adds the
+    # members of each group in index order.
     weights = _weights_reference(labels, num_groups, mass).astype(dtype)
-    merged = (weights @ values).astype(tokens.dtype, copy=False)  # (B·K, D)
+    merged = (weights @ flat_tokens).astype(tokens.dtype, copy=False)  # (B·K, D)
     return merged.reshape(*batch, num_groups, dim)
 
 
 def _weights_reference(
     labels: NDArray[Any], num_groups: int, mass: NDArray[Any] | None
 ) -> Any:
-    """Return m_j / Σ m of each token in its group, as a csr_array (B·K, B·N)."""
+    """Return m_j / W_k of each token in its group, as a csr_array (B·K, B·N)."""
     # Imported here: at the top of the file it doubles the time of `import qm_cupy`.
     from scipy.sparse import csr_array
 
+    # The matrix has num_rows = B·K rows. Below, arrays have one entry for each token
+    # that is not padding.
     flat, group, num_rows = flat_groups(labels, num_groups)
     masses = np.ones(labels.size) if mass is None else mass.ravel().astype(np.float64)
-    masses = masses[flat]  # of the tokens that are not padding
-    # Relative to the largest mass of the group, so that no total overflows or vanishes.
-    peak = np.zeros(num_rows)  # (B·K,)
-    np.maximum.at(peak, group, masses)
-    masses /= np.where(peak > 0, peak, 1)[group]
-    total = np.bincount(group, masses, num_rows)[group]  # for each token, of its group
+    masses = masses[flat]
+    # Divide the masses of a group by the largest of them, which cancels in m_j / W_k.
+    # Then no total overflows or becomes 0.
+    largest = np.zeros(num_rows)  # (B·K,)
+    np.maximum.at(largest, group, masses)
+    masses /= np.where(largest > 0, largest, 1)[group]
+    # W_k and |G_k| of the group of each token
+    total = np.bincount(group, masses, num_rows)[group]
     size = np.bincount(group, minlength=num_rows)[group]
-    # A group of mass 0 gets the plain mean.
+    # A group of mass 0 gets the plain mean: weights 1 / |G_k|.
     weights = np.where(total > 0, masses / np.where(total > 0, total, 1), 1 / size)
     return csr_array((weights, (group, flat)), shape=(num_rows, labels.size))
 
@@ -175,7 +196,10 @@ def _weights_reference(
 def merge_tokens_cuda(
     tokens: Any, labels: Any, num_groups: int, mass: Any, out: Any
 ) -> Any:
-    """Return the merged tokens; no float atomics, so every run gives the same bits."""
+    """Return the merged tokens.
+
+    The kernels use no float atomics, so every run gives the same bits.
+    """
     *leading, num_tokens, dim = tokens.shape
     batch = math.prod(leading)
     if out is None:
@@ -185,13 +209,15 @@ def merge_tokens_cuda(
     sizes = batch, num_tokens, dim, num_groups
     args: tuple[Any, ...]
     if implementation() == "basic":
-        # Each thread reads all labels of its sequence.
+        # Each thread reads all labels of its sequence to find the members of its group.
         args = (tokens, mass, labels, *sizes, out)
     else:
-        # Labels become member lists, so a thread reads only the tokens of its group.
+        # The labels become lists of members (`ends` and `members` of `members_cuda`),
+        # so a thread reads only the tokens of its group.
         args = (tokens, mass, *members_cuda(labels, num_groups), *sizes, out)
-    # A thread for each 16 bytes of a merged token; the basic kernel: for each element.
-    launch("merge_tokens", "merge_tokens", tokens.dtype, args, vectors=out)
+    # A thread for each 16 bytes of a merged token. The basic kernel has a thread for
+    # each element.
+    launch("merge_tokens", "merge_tokens", tokens.dtype, args, vector_output=out)
     return out
 
 
@@ -206,21 +232,24 @@ def merge_tokens_vjp(
 ) -> tuple[Array, Array | None]:
     r"""Return the gradients of `merge_tokens` with respect to tokens and mass.
 
-    .. math:: \bar x_j = \frac{m_j}{W_k} \bar x_k, \qquad
-        \bar m_j = \frac{1}{W_k} \bar x_k \cdot (x_j - \tilde x_k), \qquad
+    .. math:: \bar x_j = \frac{m_j}{W_k} g_k, \qquad
+        \bar m_j = \frac{1}{W_k} g_k \cdot (x_j - \tilde x_k), \qquad
         W_k = \sum_{i \in G_k} m_i
+
+    Here k is the group of token j, and :math:`\bar x_j` and :math:`\bar m_j` are the
+    gradients of the loss with respect to the token and its mass.
 
     Parameters
     ----------
     gradient : ndarray of shape (K, D) or (B, K, D)
-        Gradient of a loss with respect to the merged tokens; any float dtype, which is
-        converted to the dtype of `tokens`. Groups without members have no effect.
+        Gradient g of a loss with respect to the merged tokens; any float dtype, which
+        is converted to the dtype of `tokens`. Groups without members have no effect.
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings, the argument of `merge_tokens`.
     labels : ndarray of shape (N,) or (B, N)
         Group of each token within 0..K-1, or -1 for padding. They have no gradient.
     num_groups : int or ndarray of int of shape (B,)
-        K for all sequences, or for each one.
+        Number of groups K, for all sequences or for each one.
     mass : ndarray of shape (N,) or (B, N), optional
         Non-negative weights m; 1 by default.
 
@@ -245,13 +274,15 @@ def merge_tokens_vjp(
     >>> import numpy as np
     >>> tokens, mass = np.array([[0.0], [4.0], [7.0]]), np.array([1.0, 3.0, 1.0])
     >>> labels, gradient = np.array([0, 0, 1]), np.array([[1.0], [2.0]])
-    >>> by_tokens, by_mass = merge_tokens_vjp(gradient, tokens, labels, 2, mass=mass)
-    >>> by_tokens.ravel()
+    >>> token_gradient, mass_gradient = merge_tokens_vjp(
+    ...     gradient, tokens, labels, 2, mass=mass
+    ... )
+    >>> token_gradient.ravel()
     array([0.25, 0.75, 2.  ])
-    >>> by_mass
+    >>> mass_gradient
     array([-0.75,  0.25,  0.  ])
     """
-    leave, tokens, labels, mass, num_groups, gradient = enter(
+    convert_back, tokens, labels, mass, num_groups, gradient = convert_inputs(
         {"tokens": tokens, "labels": labels, "mass": mass},
         counts={"num_groups": num_groups},
         gradients={"gradient": gradient},
@@ -260,18 +291,21 @@ def merge_tokens_vjp(
     batch = tokens.shape[:-2]
     counts, max_groups = check_group_counts(num_groups, batch)
     wanted = (*batch, max_groups, tokens.shape[-1])
-    # Rows that pad K to the largest may hold NaN.
-    kept = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
-    gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=kept)
+    # A sequence with a smaller K has rows without a group. They may be NaN, so the
+    # check leaves them out.
+    has_group = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
+    gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=has_group)
     check_labels(labels, tokens.shape[:-1], counts)
     check_mass(mass, tokens.shape[:-1])
-    # Kernels have one dtype for tokens and gradient.
+    # The kernels have one dtype for tokens and gradient.
     args = gradient.astype(tokens.dtype, copy=False), tokens, labels, max_groups, mass
     if is_cuda(tokens):
-        by_tokens, by_mass = _merge_tokens_vjp_cuda(*args)
+        x_gradient, m_gradient = _merge_tokens_vjp_cuda(*args)
     else:
-        by_tokens, by_mass = merge_tokens_vjp_reference(*args)
-    return leave(by_tokens), None if by_mass is None else leave(by_mass)
+        x_gradient, m_gradient = merge_tokens_vjp_reference(*args)
+    return convert_back(x_gradient), None if m_gradient is None else convert_back(
+        m_gradient
+    )
 
 
 def merge_tokens_vjp_reference(
@@ -281,31 +315,37 @@ def merge_tokens_vjp_reference(
     num_groups: int,
     mass: NDArray[Any] | None,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Return the gradients with respect to the tokens and the mass, or None."""
+    """Return the gradients (B, N, D) of the tokens and (B, N) of the mass, or None."""
     dim = tokens.shape[-1]
+    # `flat` and `group` have one entry for each token that is not padding, in index
+    # order. num_rows = B·K.
     flat, group, num_rows = flat_groups(labels, num_groups)
-    # Column order is token order, the order of `flat`.
+    # m_j / W_k in index order. The rows of the sparse matrix are groups and its columns
+    # tokens, with one entry in each column. A csc_array stores entries column by
+    # column.
     weights = _weights_reference(labels, num_groups, mass).tocsc().data
-    slopes, x = gradient.reshape(-1, dim), tokens.reshape(-1, dim)
-    by_tokens, product = np.zeros(x.shape, x.dtype), np.empty(len(flat))
+    group_gradient, x = gradient.reshape(-1, dim), tokens.reshape(-1, dim)
+    x_gradient, product = np.zeros(x.shape, x.dtype), np.empty(len(flat))
     for first in range(0, len(flat), _BLOCK):
         block = slice(first, first + _BLOCK)
-        slope = slopes[group[block]].astype(np.float64)  # x̄_k, (block, D)
-        by_tokens[flat[block]] = weights[block, None] * slope
+        g = group_gradient[group[block]].astype(np.float64)  # g_k, (block, D)
+        x_gradient[flat[block]] = weights[block, None] * g  # x̄_j = (m_j / W_k) g_k
         if mass is not None:
-            values = x[flat[block]].astype(np.float64)
-            product[block] = np.einsum("md,md->m", slope, values)  # x̄_k · x_j
-    by_tokens = by_tokens.reshape(tokens.shape)
+            block_x = x[flat[block]].astype(np.float64)
+            product[block] = np.einsum("md,md->m", g, block_x)  # g_k · x_j
+    x_gradient = x_gradient.reshape(tokens.shape)
     if mass is None:
-        return by_tokens, None
-    # W_k of each token. Sums of float16 masses would lose digits.
+        return x_gradient, None
+    # W_k of the group of each token. Sums of float16 masses would lose digits.
     total = np.bincount(group, mass.ravel()[flat].astype(np.float64), num_rows)[group]
-    # x̄_k · x̃_k is the weighted mean of the products of the group.
-    gap = product - np.bincount(group, weights * product, num_rows)[group]
-    by_mass = np.zeros(labels.size)
+    # g_k · (x_j - x̃_k): the weighted mean of the products of a group is g_k · x̃_k.
+    difference = product - np.bincount(group, weights * product, num_rows)[group]
+    m_gradient = np.zeros(labels.size)
     # A group of mass 0 uses the plain mean, which does not depend on its masses.
-    by_mass[flat] = np.where(total > 0, gap / np.where(total > 0, total, 1), 0)
-    return by_tokens, by_mass.reshape(labels.shape).astype(mass.dtype)
+    m_gradient[flat] = np.where(
+        total > 0, difference / np.where(total > 0, total, 1), 0
+    )
+    return x_gradient, m_gradient.reshape(labels.shape).astype(mass.dtype)
 
 
 def _merge_tokens_vjp_cuda(
@@ -315,18 +355,21 @@ def _merge_tokens_vjp_cuda(
     batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
     gradient, tokens = contiguous(gradient), contiguous(tokens)
     labels, masses = contiguous(labels, np.int32), contiguous(mass, acc_dtype)
-    # m_j / W_k of each token, (B, N), and the gradient of the tokens.
+    # m_j / W_k of each token, (B, N), and the gradient x̄ of the tokens, (B, N, D)
     weights, out = (
         empty(labels.shape, acc_dtype),
         empty(tokens.shape, tokens.dtype),
     )
-    slope = None if mass is None else empty(labels.shape, acc_dtype)  # m̄, (B, N)
+    m_gradient = None if mass is None else empty(labels.shape, acc_dtype)  # (B, N)
     sizes = batch, num_tokens, dim, num_groups
     launch_kernels = _merge_vjp_optimized
     if implementation() == "basic":
         launch_kernels = _merge_vjp_basic
-    launch_kernels(gradient, tokens, labels, masses, sizes, weights, slope, out)
-    return out, None if slope is None else slope.astype(mass.dtype, copy=False)
+    launch_kernels(gradient, tokens, labels, masses, sizes, weights, m_gradient, out)
+    return (
+        out,
+        None if m_gradient is None else m_gradient.astype(mass.dtype, copy=False),
+    )
 
 
 def _merge_vjp_basic(
@@ -336,27 +379,31 @@ def _merge_vjp_basic(
     mass: Any,
     sizes: tuple[int, int, int, int],
     weights: Any,
-    slope: Any,
+    m_gradient: Any,
     out: Any,
 ) -> None:
-    """Launch two kernels, or four with a mass: one thread for each output."""
+    """Write to `weights`, `out` and `m_gradient`, which is None without a mass.
+
+    There are two launches, or four with a mass. Each has a thread for each output.
+    """
     batch, num_tokens, _, num_groups = sizes
-    page, label_sizes = "merge_tokens_vjp", (batch, num_tokens, num_groups)
-    # m_j / W_k, or 1 / |G_k| without mass.
+    # The kernel of the tokens' gradient has the name of its file.
+    file, label_sizes = "merge_tokens_vjp", (batch, num_tokens, num_groups)
+    # m_j / W_k, or 1 / |G_k| without a mass
     args: tuple[Any, ...] = (mass, labels, *label_sizes, weights)
-    launch(page, "member_shares", tokens.dtype, args, outputs=weights.size)
-    # x̄_j = (m_j / W_k) x̄_k
+    launch(file, "member_shares", tokens.dtype, args, outputs=weights.size)
+    # x̄_j = (m_j / W_k) g_k
     args = (gradient, labels, weights, *sizes, out)
-    launch(page, page, tokens.dtype, args, outputs=out.size)
-    if slope is None:
+    launch(file, file, tokens.dtype, args, outputs=out.size)
+    if m_gradient is None:
         return
-    products = empty(slope.shape, slope.dtype)  # x̄_k · x_j, (B, N)
-    # m̄_j = (x̄_k · x_j - x̄_k · x̃_k) / W_k in two passes over the members: first the
-    # products, then their weighted mean in each group.
+    products = empty(m_gradient.shape, m_gradient.dtype)  # g_k · x_j, (B, N)
+    # m̄_j = (g_k · x_j - g_k · x̃_k) / W_k in two launches: first the products g_k ·
+    # x_j, then their weighted mean in each group, which is g_k · x̃_k.
     args = (gradient, tokens, labels, *sizes, products)
-    launch(page, "member_products", tokens.dtype, args, outputs=products.size)
-    args = (mass, labels, weights, products, *label_sizes, slope)
-    launch(page, "merge_mass_vjp", tokens.dtype, args, outputs=slope.size)
+    launch(file, "member_products", tokens.dtype, args, outputs=products.size)
+    args = (mass, labels, weights, products, *label_sizes, m_gradient)
+    launch(file, "merge_mass_vjp", tokens.dtype, args, outputs=m_gradient.size)
 
 
 def _merge_vjp_optimized(
@@ -366,22 +413,27 @@ def _merge_vjp_optimized(
     mass: Any,
     sizes: tuple[int, int, int, int],
     weights: Any,
-    slope: Any,
+    m_gradient: Any,
     out: Any,
 ) -> None:
-    """Launch a warp for each group, then for each token, then for each group."""
+    """Write to `weights`, `out` and `m_gradient`, which is None without a mass.
+
+    There are two launches, or three with a mass: with a warp for each group, for each
+    token, and for each group.
+    """
     batch, num_tokens, _, num_groups = sizes
-    page, label_sizes = "merge_tokens_vjp", (batch, num_tokens, num_groups)
-    groups, lists = batch * num_groups, members_cuda(labels, num_groups)
+    # The kernel of the tokens' gradient has the name of its file.
+    file, label_sizes = "merge_tokens_vjp", (batch, num_tokens, num_groups)
+    num_all_groups, lists = batch * num_groups, members_cuda(labels, num_groups)
     # m_j / W_k: the lanes of a warp add up the masses of one group.
     args: tuple[Any, ...] = (mass, *lists, *label_sizes, weights)
-    launch(page, "member_shares", tokens.dtype, args, rows=groups)
-    # x̄_j = (m_j / W_k) x̄_k. The same pass over the tokens writes the products x̄_k · x_j
-    # to `slope`.
-    args = (gradient, tokens, labels, weights, *sizes, slope, out)
-    launch(page, page, tokens.dtype, args, rows=weights.size)
-    if slope is None:
+    launch(file, "member_shares", tokens.dtype, args, rows=num_all_groups)
+    # x̄_j = (m_j / W_k) g_k. With a mass, the same pass over the tokens also computes
+    # the products g_k · x_j. They are stored in the array of the mass gradient.
+    args = (gradient, tokens, labels, weights, *sizes, m_gradient, out)
+    launch(file, file, tokens.dtype, args, rows=weights.size)
+    if m_gradient is None:
         return
-    # m̄_j = (x̄_k · x_j - x̄_k · x̃_k) / W_k, in place of the products.
-    args = (mass, *lists, weights, *label_sizes, slope)
-    launch(page, "merge_mass_vjp", tokens.dtype, args, rows=groups)
+    # m̄_j = (g_k · x_j - g_k · x̃_k) / W_k overwrites the products.
+    args = (mass, *lists, weights, *label_sizes, m_gradient)
+    launch(file, "merge_mass_vjp", tokens.dtype, args, rows=num_all_groups)

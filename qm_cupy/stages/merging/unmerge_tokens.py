@@ -1,4 +1,10 @@
-"""Unmerging: every token gets the value of its group."""
+"""Unmerging: every token gets the value of its group.
+
+x̃_k is merged token k of K groups, and token j of the N rebuilt tokens is x̂_j = x̃_k
+with k its group; both have width D. G_k is the set of the members of group k. g_j is
+the gradient of a loss with respect to x̂_j. There are B sequences. A label is the group
+of a token, or -1 for padding.
+"""
 
 import math
 from typing import Any
@@ -14,7 +20,13 @@ from ...arrays.checks import (
     check_out,
     check_tokens,
 )
-from ...arrays.conversion import Array, IntArray, deliver, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    IntArray,
+    convert_inputs,
+    deliver,
+    on_callers_stream,
+)
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
@@ -25,11 +37,12 @@ from .groups import flat_groups, members_cuda
 
 
 def _unmerged_shape(merged: Any, labels: Any) -> tuple[Shape, ...]:
+    """Return the shape of the result from the shapes of the arguments."""
     return ((*labels.shape, merged.shape[-1]),)  # (B, N, D)
 
 
 @operation(
-    inputs=("merged",),
+    differentiable=("merged",),
     constants=("labels",),
     dtype="stored",
     shapes=_unmerged_shape,
@@ -38,7 +51,7 @@ def _unmerged_shape(merged: Any, labels: Any) -> tuple[Shape, ...]:
 def unmerge_tokens(
     merged: Array, labels: IntArray, *, out: Array | None = None
 ) -> Array:
-    """Give every token the value of its group: the gather by labels.
+    """Return, for every token, the value of its group: the gather by labels.
 
     Parameters
     ----------
@@ -68,22 +81,23 @@ def unmerge_tokens(
     >>> unmerge_tokens(np.array([[3.0], [7.0]]), np.array([0, 0, 1])).ravel()
     array([3., 3., 7.])
     """
-    leave, merged, labels, target = enter(
+    # `target` is `out` as a NumPy or CuPy array.
+    convert_back, merged, labels, target = convert_inputs(
         {"merged": merged, "labels": labels}, outputs={"out": out}
     )
     check_tokens(merged, "merged")
     check_is_array("labels", labels)
-    # Labels may have any N. A scalar has no last axis: the wanted shape then ends in 1,
-    # and the check raises.
+    # Labels may have any N, so the wanted shape ends in their own N. If `labels` is a
+    # scalar, it has no N. The wanted shape then ends in 1, and the check raises.
     wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))  # (B, N)
     check_labels(labels, wanted, merged.shape[-2])
-    wanted = (*labels.shape, merged.shape[-1])
+    wanted = (*labels.shape, merged.shape[-1])  # (B, N, D)
     check_out(target, wanted, merged.dtype, merged, labels)
     if is_cuda(merged):
         tokens = unmerge_tokens_cuda(merged, labels, target)
     else:
         tokens = unmerge_tokens_reference(merged, labels)
-    return deliver(leave, tokens, out, target)
+    return deliver(convert_back, tokens, out, target)
 
 
 def unmerge_tokens_reference(
@@ -91,7 +105,7 @@ def unmerge_tokens_reference(
 ) -> NDArray[Any]:
     """Return the gather by labels, with 0 for padding."""
     index = labels.astype(np.intp)[..., None]  # (B, N, 1)
-    # Padding, with label -1, reads group 0 and is overwritten below.
+    # Padding has label -1. It reads group 0 here and is set to 0 below.
     tokens = np.take_along_axis(merged, np.maximum(index, 0), axis=-2)  # (B, N, D)
     if (labels < 0).any():
         tokens[labels < 0] = 0
@@ -99,33 +113,35 @@ def unmerge_tokens_reference(
 
 
 def unmerge_tokens_cuda(merged: Any, labels: Any, out: Any) -> Any:
+    """Return the gather by labels, with 0 for padding, written to `out` if not None."""
     *leading, num_groups, dim = merged.shape
     batch, num_tokens = math.prod(leading), labels.shape[-1]
     if out is None:
         out = empty((*leading, num_tokens, dim), merged.dtype)
     arrays = contiguous(merged), contiguous(labels, np.int32)
     args = (*arrays, batch, num_tokens, dim, num_groups, out)
-    # One thread for each 16 bytes of a token; the basic kernel: for each element.
-    launch("unmerge_tokens", "unmerge_tokens", merged.dtype, args, vectors=out)
+    # A thread for each 16 bytes of a token. The basic kernel has a thread for each
+    # element.
+    launch("unmerge_tokens", "unmerge_tokens", merged.dtype, args, vector_output=out)
     return out
 
 
 @on_callers_stream
 def unmerge_tokens_vjp(gradient: Array, labels: IntArray, num_groups: Any) -> Array:
-    r"""Return the gradient of `unmerge_tokens`: the sums over the tokens of groups.
+    r"""Return the gradient of `unmerge_tokens`: sums over the members of each group.
 
-    .. math:: \bar x_k = \sum_{j \in G_k} \bar x_j
+    .. math:: \frac{\partial \mathcal{L}}{\partial \tilde x_k} = \sum_{j \in G_k} g_j
 
     Parameters
     ----------
     gradient : ndarray of shape (N, D) or (B, N, D)
-        Gradient of a loss with respect to the rebuilt tokens; float16, bfloat16,
+        Gradient g of a loss with respect to the rebuilt tokens; float16, bfloat16,
         float32 or float64. The gradient of padding is not read.
     labels : ndarray of shape (N,) or (B, N)
         Group of each token within 0..K-1, or -1 for padding. They have no gradient.
     num_groups : int or ndarray of int of shape (B,)
-        K for all sequences, or for each one. The result is padded with 0 to the largest
-        K.
+        Number of groups K, for all sequences or for each one. The result is padded
+        with 0 to the largest K.
 
     Returns
     -------
@@ -148,27 +164,31 @@ def unmerge_tokens_vjp(gradient: Array, labels: IntArray, num_groups: Any) -> Ar
     >>> unmerge_tokens_vjp(gradient, np.array([0, 0, 1]), 2).ravel()
     array([3., 4.])
     """
-    leave, labels, num_groups, gradient = enter(
+    convert_back, labels, num_groups, gradient = convert_inputs(
         {"labels": labels},
         counts={"num_groups": num_groups},
         gradients={"gradient": gradient},
     )
-    # Padding may hold NaN, and only checked labels tell where it is. So dtype and shape
-    # are checked first, then the labels, then that the other entries are finite.
+    # The gradient of padding may be NaN, and the labels say which tokens are padding.
+    # So check the dtype and the shape of the gradient first, then the labels, and then
+    # that the gradient of the other tokens is finite.
     with check_finite(False):
         check_tokens(gradient, "gradient")
     counts, max_groups = check_group_counts(num_groups, gradient.shape[:-2])
     check_labels(labels, gradient.shape[:-1], counts)
-    kept = None if is_cuda(gradient) else (labels >= 0)[..., None]  # (B, N, 1)
-    check_gradient(gradient, gradient.shape, "BND", mask=kept)
+    # Arrays on a GPU are not checked for NaN, so they need no mask.
+    is_token = None if is_cuda(gradient) else (labels >= 0)[..., None]  # (B, N, 1)
+    check_gradient(gradient, gradient.shape, "BND", mask=is_token)
     if is_cuda(gradient):
-        return leave(_unmerge_tokens_vjp_cuda(gradient, labels, max_groups))
-    return leave(unmerge_tokens_vjp_reference(gradient, labels, max_groups))
+        return convert_back(_unmerge_tokens_vjp_cuda(gradient, labels, max_groups))
+    return convert_back(unmerge_tokens_vjp_reference(gradient, labels, max_groups))
 
 
 def _unmerge_tokens_vjp(gradient: Any, merged: Any, labels: Any) -> Any:
-    """Return the gradient for `merged`, from the arguments of `unmerge_tokens`."""
-    # K is a shape here, so it need not be passed.
+    """Return the gradient for `merged`, from the arguments of `unmerge_tokens`.
+
+    torch and JAX call this function. It has no `num_groups`: K is an axis of `merged`.
+    """
     return unmerge_tokens_vjp(gradient, labels, merged.shape[-2])
 
 
@@ -180,15 +200,16 @@ def unmerge_tokens_vjp_reference(
     from scipy.sparse import csr_array
 
     *batch, _, dim = gradient.shape
-    flat, group, num_rows = flat_groups(labels, num_groups)
+    flat, group, num_all_groups = flat_groups(labels, num_groups)
+    # Sums in float16 would overflow and lose digits.
     dtype = np.result_type(gradient.dtype, np.float32)
-    # A matrix (B·K, B·N) with a 1 for every member: its product with the gradients adds
-    # them in index order.
-    member = csr_array(
-        (np.ones(len(flat), dtype), (group, flat)), shape=(num_rows, labels.size)
+    # A sparse matrix (B·K, B·N) with a 1 for every member. Its product with the
+    # gradients adds the gradients of each group in index order.
+    is_member = csr_array(
+        (np.ones(len(flat), dtype), (group, flat)), shape=(num_all_groups, labels.size)
     )
-    values = gradient.reshape(-1, dim).astype(dtype, copy=False)
-    total: NDArray[Any] = (member @ values).astype(gradient.dtype, copy=False)
+    flat_gradient = gradient.reshape(-1, dim).astype(dtype, copy=False)  # (B·N, D)
+    total: NDArray[Any] = (is_member @ flat_gradient).astype(gradient.dtype, copy=False)
     return total.reshape(*batch, num_groups, dim)
 
 
@@ -197,11 +218,13 @@ def _unmerge_tokens_vjp_cuda(gradient: Any, labels: Any, num_groups: int) -> Any
     out = empty((*leading, num_groups, dim), gradient.dtype)
     gradient, labels = contiguous(gradient), contiguous(labels, np.int32)
     sizes = math.prod(leading), num_tokens, dim, num_groups
-    # Optimized kernels read member lists, basic ones the labels.
+    # The optimized kernel reads lists of the members of each group, so a thread does
+    # not search all labels. The basic kernel reads the labels.
     basic = implementation() == "basic"
     groups = (labels,) if basic else members_cuda(labels, num_groups)
     args = (gradient, *groups, *sizes, out)
-    # A thread for each 16 bytes of a merged token; the basic kernel: for each element.
+    # A thread for each 16 bytes of a merged token. The basic kernel has a thread for
+    # each element.
     kernel = "unmerge_tokens_vjp", "unmerge_tokens_vjp"
-    launch(*kernel, gradient.dtype, args, vectors=out)
+    launch(*kernel, gradient.dtype, args, vector_output=out)
     return out

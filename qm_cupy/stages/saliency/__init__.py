@@ -1,1 +1,1 @@
-"""Saliency: how important each token is."""
+"""Saliency: a number for each token that says how important the token is."""

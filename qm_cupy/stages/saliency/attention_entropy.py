@@ -1,4 +1,9 @@
-"""Attention entropy of probabilities that the caller has."""
+"""Attention entropy of attention probabilities that the caller has computed.
+
+A_ij is the attention of token i to token j, a matrix (N, N) for each of L layers,
+B sequences and H heads. P_ij = A_ij / Σ_k A_ik is the same row with sum 1, and
+H_i = -Σ_j P_ij log P_ij is its entropy. Below, (..., N) are the rows of all matrices.
+"""
 
 import math
 from typing import Any
@@ -7,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_not_negative, check_shape, check_values
-from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
@@ -17,14 +28,14 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from .online_softmax import BLOCK_ROWS
 from .score_gradients import (
-    as_computed,
     check_entropy_gradient,
+    in_accumulation_dtype,
     masked_gradient,
 )
 
 
 @operation(
-    inputs=("attention",),
+    differentiable=("attention",),
     constants=("mask?",),
     dtype="computed",
     shapes=without_last_axis,
@@ -67,23 +78,27 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
     >>> attention_entropy(np.array([[1.0, 0.0], [0.5, 0.5]])).round(4)
     array([0.    , 0.6931])
     """
-    leave, attention, mask = enter({"attention": attention, "mask": mask})
-    return leave(compute_attention_entropy(attention, mask=mask))
+    convert_back, attention, mask = convert_inputs(
+        {"attention": attention, "mask": mask}
+    )
+    return convert_back(compute_attention_entropy(attention, mask=mask))
 
 
 def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
     """Return the entropy of converted arrays, after checking them."""
-    keep = _check_attention(attention, mask)  # (..., N); kernels take (B, N)
+    # The kernels read the mask (B, N) and find the sequence of a row themselves. The
+    # reference needs one mask for each row, (..., N).
+    row_mask = _check_attention(attention, mask)
     if is_cuda(attention):
         return _attention_entropy_cuda(attention, mask)
-    return _attention_entropy_reference(attention, keep)
+    return _attention_entropy_reference(attention, row_mask)
 
 
 def _check_attention(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_] | None:
-    """Raise if an argument is not valid; return the mask of the rows, or None."""
-    # The matrices must be square: (..., N, N).
+    """Raise if an argument is not valid; return the mask of each row (..., N)."""
+    # `check_values` allows any last two axes; the matrices must also be square.
     check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
     check_shape(
         "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
@@ -96,21 +111,23 @@ def _attention_entropy_reference(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
-    tiny = np.finfo(dtype).tiny  # the smallest normal number
+    # The smallest normal number: a positive lower limit for divisors and logarithms.
+    tiny = np.finfo(dtype).tiny
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
-    for index, keep in iter_sequences(entropy.shape[:-1], mask):
-        # A block of rows and its logarithms stay in cache.
+    for index, valid in iter_sequences(entropy.shape[:-1], mask):
+        # `valid` is the mask (N,) of one matrix, or None. Rows are processed in blocks,
+        # so that a block and its logarithms stay in cache.
         for start in range(0, attention.shape[-1], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
-            p = attention[index][rows].astype(dtype)  # (block, N)
-            if keep is not None:
-                p *= keep  # padded columns become 0
-            # With P = p / Σ p:  H = -Σ P log P = log Σ p - (Σ p log p) / Σ p.
-            total = np.maximum(p.sum(axis=-1), tiny)  # (block,)
-            log_p = np.log(np.maximum(p, tiny))  # 0 · log(tiny) = 0
-            mean = np.einsum("ij,ij->i", p, log_p) / total
+            a = attention[index][rows].astype(dtype)  # A, (block, N)
+            if valid is not None:
+                a *= valid  # padded columns become 0
+            # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
+            total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
+            log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
+            mean_log = np.einsum("ij,ij->i", a, log_a) / total  # (Σ A log A) / Σ A
             # A row without attention has entropy 0.
-            entropy[index][rows] = np.where(total > tiny, np.log(total) - mean, 0)
+            entropy[index][rows] = np.where(total > tiny, np.log(total) - mean_log, 0)
     # Rounding can leave a tiny negative number where the entropy is 0.
     return np.maximum(entropy if mask is None else entropy * mask, 0)
 
@@ -119,10 +136,12 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     *leading, num_tokens, _ = attention.shape
     out = empty((*leading, num_tokens), accumulation_dtype(attention.dtype))
     arrays = contiguous(attention), contiguous(mask)
-    _, batch, heads = layer_axes(leading)  # they locate the mask of a row
+    # From a row's number in (L, B, H, N), B and H give its row of the mask (B, N).
+    _, batch, heads = layer_axes(leading)
     args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
     kernel = "attention_entropy", "attention_entropy"
-    # One warp for each row; the basic kernel has one thread for each row.
+    # A warp for each row: its threads add up the N entries together. The basic kernel
+    # has one thread for each row.
     launch(*kernel, attention.dtype, args, rows=out.size)
     return out
 
@@ -162,10 +181,12 @@ def attention_entropy_vjp(
 
     Notes
     -----
-    The slope of the entropy is infinite where a probability is 0. This function returns
-    0 there, and also for a row without attention. With m the largest entry of the row,
-    :math:`\log P_{ij} + H_i = \log(A_{ij}/m) - \sum_k P_{ik} \log(A_{ik}/m)`. Nothing
-    cancels in this form where one entry dominates.
+    The derivative of the entropy is infinite where a probability is 0. This function
+    returns 0 there, and also for a row without attention. With m the largest entry of
+    the row,
+    :math:`\log P_{ij} + H_i = \log(A_{ij}/m) - \sum_k P_{ik} \log(A_{ik}/m)`. This form
+    subtracts no two nearly equal numbers where one entry dominates, so no digits are
+    lost.
 
     Examples
     --------
@@ -175,41 +196,44 @@ def attention_entropy_vjp(
     array([[ 0.824 , -0.2747],
            [ 0.    ,  0.    ]])
     """
-    leave, attention, mask, gradient = enter(
+    convert_back, attention, mask, gradient = convert_inputs(
         {"attention": attention, "mask": mask}, gradients={"gradient": gradient}
     )
-    keep = _check_attention(attention, mask)
-    check_entropy_gradient(gradient, attention.shape[:-1], keep)
+    row_mask = _check_attention(attention, mask)  # (..., N)
+    check_entropy_gradient(gradient, attention.shape[:-1], row_mask)
     if is_cuda(attention):
-        return leave(_attention_entropy_vjp_cuda(gradient, attention, mask))
-    return leave(_attention_entropy_vjp_reference(gradient, attention, keep))
+        return convert_back(_attention_entropy_vjp_cuda(gradient, attention, mask))
+    return convert_back(_attention_entropy_vjp_reference(gradient, attention, row_mask))
 
 
 def _attention_entropy_vjp_reference(
     gradient: NDArray[Any], attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
-    tiny = np.finfo(dtype).tiny
-    gradient = masked_gradient(gradient, dtype, mask)  # (..., N)
+    tiny = np.finfo(dtype).tiny  # a positive lower limit for divisors
+    gradient = masked_gradient(gradient, dtype, mask)  # g, (..., N)
     out = np.empty(attention.shape, attention.dtype)  # (..., N, N)
-    for index, keep in iter_sequences(gradient.shape[:-1], mask):
+    for index, valid in iter_sequences(gradient.shape[:-1], mask):
         for start in range(0, attention.shape[-1], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
-            p = attention[index][rows].astype(dtype)
-            if keep is not None:
-                p *= keep
-            top = p.max(axis=-1, keepdims=True)  # m of the Notes, (block, 1)
-            p /= np.maximum(top, tiny)
+            a = attention[index][rows].astype(dtype)  # A, (block, N)
+            if valid is not None:
+                a *= valid  # padded columns become 0
+            m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
+            a /= np.maximum(m, tiny)  # A / m
             # Every log is ≤ 0 and that of the largest entry is exactly 0, so no digits
             # are lost in the sum of P log(A/m) where this entry dominates.
-            log_p = np.log(p, out=np.zeros_like(p), where=p > 0)
-            total = p.sum(axis=-1, keepdims=True)  # at least 1, if there is attention
-            mean = np.einsum("ij,ij->i", p, log_p)[:, None] / np.maximum(total, 1)
-            slope = np.where(p > 0, mean - log_p, 0)  # -(log P + H)
-            weight = gradient[index][rows, None] / np.maximum(total * top, tiny)
+            log_a = np.log(a, out=np.zeros_like(a), where=a > 0)  # log(A / m)
+            # Σ A / m is at least 1, because the largest entry gives 1; it is 0 only in
+            # a row without attention.
+            total = a.sum(axis=-1, keepdims=True)  # (block, 1)
+            mean_log = np.einsum("ij,ij->i", a, log_a)[:, None] / np.maximum(total, 1)
+            row_gradient = np.where(a > 0, mean_log - log_a, 0)  # -(log P + H)
+            # g / Σ A, because A / m has the sum `total`
+            factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
             with np.errstate(over="ignore"):  # inf is the result where A is tiny
-                slope *= np.where(top >= tiny, weight, 0)
-            out[index][rows] = narrow(slope, out.dtype)
+                row_gradient *= np.where(m >= tiny, factor, 0)  # -g (log P + H) / Σ A
+            out[index][rows] = narrow(row_gradient, out.dtype)
     return out
 
 
@@ -217,10 +241,12 @@ def _attention_entropy_vjp_cuda(gradient: Any, attention: Any, mask: Any) -> Any
     """Return the gradient with respect to the attention."""
     *leading, num_tokens, _ = attention.shape
     out = empty(attention.shape, attention.dtype)
-    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)  # L · B · H
+    # outer = L · B · H matrices. B and H give the row of the mask (B, N) of a matrix.
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     arrays = map(contiguous, (attention, mask))
     sizes = outer, batch, heads, num_tokens
-    args = (as_computed(gradient, attention), *arrays, *sizes, out)
+    args = (in_accumulation_dtype(gradient, attention), *arrays, *sizes, out)
+    # A warp for each row; the basic kernel has one thread for each row.
     kernel = "attention_entropy_vjp", "attention_entropy_vjp"
     launch(*kernel, attention.dtype, args, rows=outer * num_tokens)
     return out

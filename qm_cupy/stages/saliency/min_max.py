@@ -1,6 +1,8 @@
 """Min–max scaling of rows, and its vector–Jacobian product.
 
-With lo and hi the extremes of a row and w = hi - lo, the result is y = (x - lo) / w.
+A row x has N values, one for each token; padding does not count. With `low` and `high`
+the smallest and the largest value, and w = high - low, the result is y = (x - low) / w.
+ℒ is the loss of the vector–Jacobian product.
 """
 
 from typing import Any
@@ -10,35 +12,39 @@ from numpy.typing import NDArray
 
 
 def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
-    """Scale each row to [0, 1] over its tokens; constant rows and padding get 0."""
-    token: Any = True if mask is None else mask
-    # Padding does not count for the extremes.
-    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=token)
-    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=token)
-    span = np.where(high > low, high - low, 1)
-    scaled = (x - low) / span  # (..., N)
+    """Scale each row of (..., N) to [0, 1]; constant rows and padding become 0."""
+    valid: Any = True if mask is None else mask  # (..., N)
+    # The initial values are those of a row without tokens; any token replaces them.
+    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
+    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
+    # A constant row has w = 0. Any other divisor gives 0 / w = 0 there.
+    width = np.where(high > low, high - low, 1)  # w, (..., 1)
+    scaled = (x - low) / width  # y, (..., N)
     return scaled if mask is None else scaled * mask
 
 
 def scale_min_max_vjp(
     gradient: NDArray[Any], x: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    """Return the gradient with respect to the rows `x` before they were scaled.
+    """Return ∂ℒ/∂x (..., N) of the rows x, from the gradient ∂ℒ/∂y of the scaled rows.
 
-    `gradient` is with respect to the scaled rows and must be 0 for padding.
+    `gradient` must be 0 for padding.
     """
-    token: Any = True if mask is None else mask
-    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=token)
-    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=token)
-    span = np.where(high > low, high - low, 1)
-    scaled = np.where(token, (x - low) / span, 0)
-    slope = gradient.astype(x.dtype)
-    # ∂y/∂x = 1/w, ∂y/∂lo = (y - 1)/w and ∂y/∂hi = -y/w. The gradients of lo and hi go
-    # to the tokens at the extreme; n tied tokens get 1/n each.
+    # The same steps as in `scale_min_max`.
+    valid: Any = True if mask is None else mask
+    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
+    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
+    width = np.where(high > low, high - low, 1)  # w, (..., 1)
+    scaled = np.where(valid, (x - low) / width, 0)  # y, (..., N)
+    # ∂y/∂x = 1/w, ∂y/∂low = (y - 1)/w and ∂y/∂high = -y/w. `result` is w ∂ℒ/∂x; the
+    # last line divides it by w.
+    result = gradient.astype(x.dtype)
     for extreme, weight in ((low, 1 - scaled), (high, scaled)):
-        tied = (x == extreme) & token
-        pull = (gradient * weight).sum(axis=-1, keepdims=True)  # (..., 1)
-        slope = slope - tied * (pull / np.maximum(tied.sum(-1, keepdims=True), 1))
-    # A constant row has no slope. A tiny w may give inf, which is then the result.
+        # The gradient of an extreme goes to the tokens that have this value. If n
+        # tokens tie, each of them gets 1/n of it.
+        tied = (x == extreme) & valid
+        total = (gradient * weight).sum(axis=-1, keepdims=True)  # -w ∂ℒ/∂extreme
+        result = result - tied * (total / np.maximum(tied.sum(-1, keepdims=True), 1))
+    # The gradient of a constant row is 0. A tiny w may give inf, which is the result.
     with np.errstate(over="ignore"):
-        return np.where((high > low) & token, slope / span, 0)
+        return np.where((high > low) & valid, result / width, 0)

@@ -1,4 +1,9 @@
-"""Saliency from the L2 norms of tokens."""
+"""Saliency from the L2 norms of tokens.
+
+x_i is token i of a sequence, one of N tokens of width D, and n_i = ‖x_i‖ its norm. The
+saliency is the norms of a sequence, min–max scaled to [0, 1] (min_max.py). B is the
+number of sequences, and ℒ the loss of the vector–Jacobian product.
+"""
 
 from typing import Any
 
@@ -6,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_gradient, check_mask, check_tokens
-from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.dtypes import narrow
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -20,7 +31,7 @@ from .token_norms import relative_norms, token_norms_cuda
 
 
 @operation(
-    inputs=("tokens",),
+    differentiable=("tokens",),
     constants=("mask?",),
     dtype="computed",
     shapes=without_last_axis,
@@ -55,20 +66,22 @@ def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     >>> norm_saliency(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]]))
     array([0.5, 0. , 1. ])
     """
-    leave, tokens, mask = enter({"tokens": tokens, "mask": mask})
+    convert_back, tokens, mask = convert_inputs({"tokens": tokens, "mask": mask})
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
     if is_cuda(tokens):
         norms = token_norms_cuda(tokens, mask)  # (B, N)
-        # "high" is min–max scaling alone, without the "1 -" of the entropies.
-        return leave(saliency_cuda(norms, "high", mask))
-    return leave(_norm_saliency_reference(tokens, mask))
+        # `saliency_cuda` scales entropies. With "high" it does min–max scaling alone;
+        # "low" would return 1 minus the scaled values.
+        return convert_back(saliency_cuda(norms, "high", mask))
+    return convert_back(_norm_saliency_reference(tokens, mask))
 
 
 def _norm_saliency_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    # Min–max scaling removes any common factor, so relative norms are enough.
+    # Min–max scaling removes any common factor of the norms of a sequence, so norms
+    # relative to its largest entry are enough.
     scaled = scale_min_max(relative_norms(tokens, mask), mask)
     return scaled.astype(np.result_type(tokens.dtype, np.float32))
 
@@ -121,7 +134,7 @@ def norm_saliency_vjp(
            [ 0.  ,  0.  ],
            [ 0.  ,  0.05]])
     """
-    leave, tokens, mask, gradient = enter(
+    convert_back, tokens, mask, gradient = convert_inputs(
         {"tokens": tokens, "mask": mask}, gradients={"gradient": gradient}
     )
     check_tokens(tokens)
@@ -129,38 +142,43 @@ def norm_saliency_vjp(
     # The gradient of padded tokens may be NaN.
     check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
     if is_cuda(tokens):
-        return leave(_norm_saliency_vjp_cuda(gradient, tokens, mask))
-    return leave(_norm_saliency_vjp_reference(gradient, tokens, mask))
+        return convert_back(_norm_saliency_vjp_cuda(gradient, tokens, mask))
+    return convert_back(_norm_saliency_vjp_reference(gradient, tokens, mask))
 
 
 def _norm_saliency_vjp_reference(
     gradient: NDArray[Any], tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    x = tokens.astype(np.float64)
+    x = tokens.astype(np.float64)  # (B, N, D)
     if mask is not None:
         x *= mask[..., None]
-    peak = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)
-    peak = np.where(peak > 0, peak, 1)
-    x /= peak  # so that no square overflows or becomes 0
-    norms = relative_norms(x)  # (B, N)
-    slope = scale_min_max_vjp(masked_gradient(gradient, x.dtype, mask), norms, mask)
-    # ∂n/∂x = x / n is a unit vector; a token of norm 0 gets 0.
-    x *= (slope / np.where(norms > 0, norms, 1))[..., None]
+    # Divide a sequence by its largest entry, so that no square overflows or becomes 0.
+    largest = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)
+    largest = np.where(largest > 0, largest, 1)
+    x /= largest
+    norms = relative_norms(x)  # n, (B, N)
+    # ∂ℒ/∂n, (B, N)
+    norm_gradient = scale_min_max_vjp(
+        masked_gradient(gradient, x.dtype, mask), norms, mask
+    )
+    # ∂ℒ/∂x = ∂ℒ/∂n · x / n. The gradient of a token of norm 0 is 0.
+    x *= (norm_gradient / np.where(norms > 0, norms, 1))[..., None]
+    # The saliency does not change with `largest`, so `largest` counts as a constant:
+    # ∂x/∂tokens = 1 / largest. A tiny divisor may give inf, which is the result.
     with np.errstate(over="ignore"):
-        # The saliency does not change with `peak`, so `peak` counts as a constant:
-        # ∂x/∂tokens = 1 / peak.
-        return narrow(x / peak, tokens.dtype)
+        return narrow(x / largest, tokens.dtype)
 
 
 def _norm_saliency_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> Any:
     """Return the gradient with respect to the tokens."""
     norms = token_norms_cuda(tokens, mask)  # (B, N)
-    slopes = saliency_vjp_cuda(gradient, norms, "high", mask)  # ∂L/∂n, (B, N)
+    norm_gradient = saliency_vjp_cuda(gradient, norms, "high", mask)  # ∂ℒ/∂n, (B, N)
     out = empty(tokens.shape, tokens.dtype)
     tokens = contiguous(tokens)
-    # ∂L/∂x = ∂L/∂n · x / n
-    args = (slopes, tokens, norms, norms.size, tokens.shape[-1], out)
-    # An elementwise kernel exists only as a basic one: a thread for each element.
+    # ∂ℒ/∂x = ∂ℒ/∂n · x / n
+    args = (norm_gradient, tokens, norms, norms.size, tokens.shape[-1], out)
+    # This kernel is elementwise, so it has only a basic version: a thread for each
+    # element.
     kernel = "norm_saliency_vjp", "token_norms_vjp"
     launch(*kernel, out.dtype, args, outputs=out.size)
     return out

@@ -1,4 +1,12 @@
-"""Attention entropy of queries and keys."""
+"""Attention entropy of queries and keys, without an N × N matrix in memory.
+
+q_i is the query of token i and k_j the key of token j, both of width d, for each of
+L layers, B sequences and H heads. Q and K are their matrices (N, d). The scores are
+s_ij = q_i · k_j c with the factor c, the attention is p_ij = softmax_j(s_ij), and H_i
+is the entropy of row i. (m, r, t) is the state of a row of scores, which
+online_softmax.py defines. g_i is the gradient of a loss ℒ with respect to H_i, and
+G_ij = ∂ℒ/∂s_ij.
+"""
 
 import math
 from typing import Any
@@ -7,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_number, check_shape, check_values
-from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
@@ -40,7 +54,7 @@ from .score_gradients import (
 
 
 @operation(
-    inputs=("query", "key"),
+    differentiable=("query", "key"),
     constants=("mask?",),
     options=("bool causal", "float? scale"),
     dtype="computed",
@@ -96,9 +110,11 @@ def query_key_entropy(
     >>> query_key_entropy(np.zeros((4, 2)), np.zeros((4, 2)), causal=True).round(4)
     array([0.    , 0.6931, 1.0986, 1.3863])
     """
-    leave, query, key, mask = enter({"query": query, "key": key, "mask": mask})
+    convert_back, query, key, mask = convert_inputs(
+        {"query": query, "key": key, "mask": mask}
+    )
     args = query, key
-    return leave(
+    return convert_back(
         compute_query_key_entropy(*args, causal=causal, scale=scale, mask=mask)
     )
 
@@ -113,16 +129,18 @@ def compute_query_key_entropy(
 ) -> Any:
     """Return the entropy of converted arrays, after checking them."""
     scale = _check_query_key(query, key, causal, scale)
-    keep = expand_mask(mask, query.shape[:-1])  # (..., N); the kernels take (B, N)
+    # The kernels read the mask (B, N) and find the sequence of a head themselves. The
+    # reference needs one mask for each head, (..., N).
+    head_mask = expand_mask(mask, query.shape[:-1])
     if is_cuda(query):
         return _query_key_entropy_cuda(query, key, causal, scale, mask)
-    return _query_key_entropy_reference(query, key, causal, scale, keep)
+    return _query_key_entropy_reference(query, key, causal, scale, head_mask)
 
 
 def _check_query_key(
     query: NDArray[Any], key: NDArray[Any], causal: Any, scale: float | None
 ) -> float:
-    """Raise if queries and keys do not fit; return the factor of their scores."""
+    """Raise if queries and keys do not fit; return the factor c of their scores."""
     check_values("query", query, "Nd", "BNd", "LBNd", "LBHNd")
     check_values("key", key, "Nd", "BNd", "LBNd", "LBHNd")
     check_shape("key", key, "LBHNd", query.shape)
@@ -144,24 +162,28 @@ def _query_key_entropy_reference(
 ) -> NDArray[Any]:
     # Inputs below float64 are computed in float32, or in float64 for huge scores.
     dtype = score_dtype(query, key, scale)
-    masked = masked_score(dtype)
+    excluded_score = masked_score(dtype)  # its softmax weight is 0
     entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
-    for index, keep in iter_sequences(entropy.shape[:-1], mask):
-        token = slice(None) if keep is None else keep  # padding is removed
-        q, k = query[index][token].astype(dtype), key[index][token].astype(dtype)
-        q *= dtype.type(scale)  # (N, d): cheaper here than in the N × N scores
-        values = np.empty(len(q), dtype)  # entropies of the tokens that are left
-        # A block of rows of scores stays in cache.
+    for index, valid in iter_sequences(entropy.shape[:-1], mask):
+        # Remove the padding: below, N is the number of tokens that are left.
+        unpadded = slice(None) if valid is None else valid
+        q, k = query[index][unpadded].astype(dtype), key[index][unpadded].astype(dtype)
+        # Scaling the N · d entries of Q costs less than scaling the N × N scores.
+        q *= dtype.type(scale)
+        head_entropy = np.empty(len(q), dtype)  # (N,)
+        # Rows are processed in blocks, so that a block of scores stays in cache.
         for start in range(0, len(q), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, len(q))
-            # Causal rows need no keys after their block.
-            scores = q[start:stop] @ k[: stop if causal else None].T  # (block, N)
+            # With a causal mask, no row of the block needs the keys after the block:
+            # the scores are (block, stop) instead of (block, N).
+            scores = q[start:stop] @ k[: stop if causal else None].T
             if causal:
-                # Only the square on the diagonal has keys after a row's own token.
-                later = np.triu_indices(stop - start, 1)
-                scores[:, start:][later] = masked
-            values[start:stop] = entropy_of_state(softmax_state(scores, axis=1))
-        entropy[index][token] = values
+                # Within the block, mask the keys after the row's own token: the entries
+                # above the diagonal of the last square.
+                above_diagonal = np.triu_indices(stop - start, 1)
+                scores[:, start:][above_diagonal] = excluded_score
+            head_entropy[start:stop] = entropy_of_state(softmax_state(scores, axis=1))
+        entropy[index][unpadded] = head_entropy
     return entropy
 
 
@@ -171,21 +193,26 @@ def _query_key_entropy_cuda(
     *leading, num_tokens, head_dim = query.shape
     out = empty((*leading, num_tokens), accumulation_dtype(query.dtype))  # (..., N)
     arrays = map(contiguous, (query, key, mask))
-    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)  # L · B · H
+    # outer = L · B · H heads. B and H give the row of the mask (B, N) of a head.
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     sizes = outer, batch, heads, num_tokens, head_dim
     args = (*arrays, *sizes, int(causal), scale, out)
-    # A block computes all tiles of its rows, so the states of rows stay in registers.
+    # A block computes all tiles of its rows of scores one after another, so the states
+    # of its rows stay in registers.
     tiling = Tiling(outer, num_tokens, num_tokens, whole_rows=True)
-    # If the queries of a block do not fit in shared memory, they are loaded step by
-    # step. That leaves registers for half a tile of rows only.
+    # By default the queries of a block are loaded again, step by step, for each tile.
+    # That leaves registers for half a tile of rows (64) only. The kernel for half tiles
+    # has the name without a suffix.
     shape = HALF._replace(suffix="")
     if implementation() == "optimized":
-        # Whole tiles, with the queries of a block in shared memory for all its keys.
-        kept = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
-        # `kept` is 0 for float64 and for queries that are too wide for shared memory.
-        if kept and select_shape(tiling, query.dtype) is WHOLE:
-            shape = WHOLE._replace(suffix="_kept", shared=kept)
+        # The kernel "…_kept" loads the queries of a block once, to shared memory, and
+        # uses whole tiles of 128 rows. The number of bytes is 0 for float64 and for
+        # queries that are too wide for shared memory; then the default remains.
+        shared_bytes = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
+        if shared_bytes and select_shape(tiling, query.dtype) is WHOLE:
+            shape = WHOLE._replace(suffix="_kept", shared=shared_bytes)
     kernel = "query_key_entropy", "query_key_entropy"
+    # The basic kernel has one thread for each row of scores.
     launch(*kernel, query.dtype, args, outputs=out.size, tiles=tiling, shape=shape)
     return out
 
@@ -235,7 +262,7 @@ def query_key_entropy_vjp(
 
     Notes
     -----
-    With m, r and t of `query_key_entropy`,
+    With m, r and t as in the notes of `query_key_entropy`,
     :math:`\log p_{ij} + H_i = (s_{ij} - m) - t/(1+r)`. No digits are lost where one
     score dominates. The scores are recomputed for some rows at a time, so memory is
     linear in N.
@@ -244,24 +271,24 @@ def query_key_entropy_vjp(
     --------
     >>> import numpy as np
     >>> query, key = np.array([[0.0], [2.0]]), np.array([[1.0], [0.0]])
-    >>> of_query, of_key = query_key_entropy_vjp(np.ones(2), query, key)
-    >>> of_query.round(4), of_key.round(4)
+    >>> query_gradient, key_gradient = query_key_entropy_vjp(np.ones(2), query, key)
+    >>> query_gradient.round(4), key_gradient.round(4)
     (array([[ 0.  ],
            [-0.21]]), array([[-0.42],
            [ 0.42]]))
     """
-    leave, query, key, mask, gradient = enter(
+    convert_back, query, key, mask, gradient = convert_inputs(
         {"query": query, "key": key, "mask": mask}, gradients={"gradient": gradient}
     )
     scale = _check_query_key(query, key, causal, scale)
-    keep = expand_mask(mask, query.shape[:-1])
-    check_entropy_gradient(gradient, query.shape[:-1], keep)
+    head_mask = expand_mask(mask, query.shape[:-1])  # (..., N)
+    check_entropy_gradient(gradient, query.shape[:-1], head_mask)
     args = gradient, query, key, causal, scale
     if is_cuda(query):
-        slopes = _query_key_entropy_vjp_cuda(*args, mask)
+        results = _query_key_entropy_vjp_cuda(*args, mask)
     else:
-        slopes = _query_key_entropy_vjp_reference(*args, keep)
-    return leave(slopes[0]), leave(slopes[1])
+        results = _query_key_entropy_vjp_reference(*args, head_mask)
+    return convert_back(results[0]), convert_back(results[1])  # ∂ℒ/∂Q and ∂ℒ/∂K
 
 
 def _query_key_entropy_vjp_reference(
@@ -273,16 +300,19 @@ def _query_key_entropy_vjp_reference(
     mask: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     dtype = score_dtype(query, key, scale)
-    # Padding keeps its gradient of 0.
-    of_query, of_key = np.zeros_like(query, order="C"), np.zeros_like(key, order="C")
-    for index, keep in iter_sequences(query.shape[:-2], mask):
-        token = slice(None) if keep is None else keep  # padding is removed
-        g, q, k = (x[index][token].astype(dtype) for x in (gradient, query, key))
-        slopes = score_vjp(g, q, k, causal, dtype.type(scale))  # each (N, d)
+    # Each (..., N, d). The loop does not write padding, which remains 0.
+    query_gradient, key_gradient = (
+        np.zeros_like(query, order="C"),
+        np.zeros_like(key, order="C"),
+    )
+    for index, valid in iter_sequences(query.shape[:-2], mask):
+        unpadded = slice(None) if valid is None else valid  # without the padding
+        g, q, k = (x[index][unpadded].astype(dtype) for x in (gradient, query, key))
+        head_gradients = score_vjp(g, q, k, causal, dtype.type(scale))  # two (N, d)
         # Sums in `dtype` are rounded to the dtype of the inputs once, at the end.
-        of_query[index][token] = narrow(slopes[0], query.dtype)
-        of_key[index][token] = narrow(slopes[1], key.dtype)
-    return of_query, of_key
+        query_gradient[index][unpadded] = narrow(head_gradients[0], query.dtype)
+        key_gradient[index][unpadded] = narrow(head_gradients[1], key.dtype)
+    return query_gradient, key_gradient
 
 
 def _query_key_entropy_vjp_cuda(
@@ -291,6 +321,6 @@ def _query_key_entropy_vjp_cuda(
     """Return the gradients with respect to the queries and the keys."""
     query, key = contiguous(query), contiguous(key)
     scores = scores_cuda(gradient, query, key, causal, scale, mask)
-    # With G = ∂L/∂s: queries get G K c, keys get Gᵀ Q c.
-    of_query = token_gradients_cuda(scores, query, key, QUERIES)  # (..., N, d)
-    return of_query, token_gradients_cuda(scores, key, query, KEYS)
+    # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q
+    query_gradient = token_gradients_cuda(scores, query, key, QUERIES)  # (..., N, d)
+    return query_gradient, token_gradients_cuda(scores, key, query, KEYS)

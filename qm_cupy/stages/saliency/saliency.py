@@ -1,4 +1,11 @@
-"""Saliency: how important each token is, from its attention entropy."""
+"""Saliency: how important each token is, from its attention entropy.
+
+H_i is the attention entropy of token i of N tokens, for each of L layers, B sequences
+and H heads (H without an index is the number of heads). y_i is H_i of one layer (the
+mean over its heads), scaled to [0, 1] over the tokens of a sequence (min_max.py), and w
+is the greatest entropy minus the least one. s_i is the saliency, and g_i the gradient
+of a loss ℒ with respect to s_i.
+"""
 
 from typing import Any, Literal, get_args
 
@@ -6,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_choice, check_gradient, check_mask, check_values
-from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import layer_axes, saliency_shape
@@ -16,13 +29,13 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .min_max import scale_min_max, scale_min_max_vjp
-from .score_gradients import as_computed, masked_gradient
+from .score_gradients import in_accumulation_dtype, masked_gradient
 
-Salient = Literal["low", "high"]  # the entropy that is salient
+Salient = Literal["low", "high"]  # which entropy makes a token salient
 
 
 @operation(
-    inputs=("entropy",),
+    differentiable=("entropy",),
     constants=("mask?",),
     options=("str salient",),
     dtype="computed",
@@ -43,9 +56,9 @@ def saliency(
         Attention entropy. Heads are averaged first; layers are averaged after the
         normalisation.
     salient : {"low", "high"}, default "low"
-        Which entropy is salient. "low" is what the authors' code computes: a token with
-        concentrated attention is salient. "high" leaves out the "1 -", which is the
-        formula that the authors print.
+        Which entropy is salient. With "low", a token with concentrated attention is
+        salient; the authors' code computes this. With "high", the formula has no
+        "1 -"; the authors print this form.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens have saliency 0. They do not count for the
         minimum and the maximum.
@@ -74,11 +87,11 @@ def saliency(
     >>> saliency(np.array([0.5, 2.5, 1.5]))
     array([1. , 0. , 0.5])
     """
-    leave, entropy, mask = enter({"entropy": entropy, "mask": mask})
+    convert_back, entropy, mask = convert_inputs({"entropy": entropy, "mask": mask})
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
     check_choice("salient", salient, get_args(Salient))
     check_mask(mask, saliency_shape(entropy))
-    return leave(compute_saliency(entropy, salient=salient, mask=mask))
+    return convert_back(compute_saliency(entropy, salient=salient, mask=mask))
 
 
 def compute_saliency(entropy: Any, *, salient: str = "low", mask: Any = None) -> Any:
@@ -91,11 +104,11 @@ def compute_saliency(entropy: Any, *, salient: str = "low", mask: Any = None) ->
 def _saliency_reference(
     entropy: NDArray[Any], salient: str, mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    # Means and differences are in float32 at least.
+    # Means and differences are computed in float32 at least.
     entropy = entropy.astype(np.result_type(entropy.dtype, np.float32), copy=False)
     if entropy.ndim == 4:
         entropy = entropy.mean(axis=2)  # (L, B, N)
-    scaled = scale_min_max(entropy, mask)
+    scaled = scale_min_max(entropy, mask)  # y, (L, B, N), (B, N) or (N,)
     if scaled.ndim == 3:
         # Every layer has the range [0, 1] now, so all layers count equally.
         scaled = scaled.mean(axis=0)  # (B, N)
@@ -105,7 +118,11 @@ def _saliency_reference(
 
 
 def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
-    """Return the saliency (B, N) in two launches: ranges of layers, then the means."""
+    """Return the saliency (B, N) in two launches.
+
+    The first one computes the range (minimum and maximum) of each layer of a sequence,
+    the second one the mean of the scaled layers.
+    """
     *leading, num_tokens = entropy.shape
     layers, batch, heads = layer_axes(leading)
     acc_dtype = accumulation_dtype(entropy.dtype)
@@ -114,26 +131,29 @@ def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     entropy, mask = contiguous(entropy), contiguous(mask)
     # Kernels have no strings: 1 stands for "high".
     sizes, high = (layers, batch, heads, num_tokens), int(salient == "high")
-    page, dtype = "saliency", entropy.dtype
+    file, dtype = "saliency", entropy.dtype
     if implementation() == "basic":
-        # One thread for each layer of a sequence, then one thread for each token.
+        # A thread for each layer of a sequence, then a thread for each token.
         lowest, highest = (empty((layers, batch), acc_dtype) for _ in range(2))
         args: tuple[Any, ...] = (entropy, mask, *sizes, lowest, highest)
-        launch(page, "entropy_range", dtype, args, outputs=lowest.size)
+        launch(file, "entropy_range", dtype, args, outputs=lowest.size)
         args = (entropy, mask, lowest, highest, *sizes, high, out)
-        launch(page, "saliency", dtype, args, outputs=out.size)
+        launch(file, "saliency", dtype, args, outputs=out.size)
         return out
-    # A block has THREAD_TOKENS tokens for each thread; a layer may need several blocks,
-    # whose ranges the second kernel joins.
+    # In both launches a block processes a part of a row: THREAD_TOKENS tokens for each
+    # of its BLOCK threads. So the first kernel writes a range for each part, and the
+    # second one joins the ranges of the parts of a layer.
     parts = -(-num_tokens // (THREAD_TOKENS * BLOCK))
     lowest, highest = (empty((layers, batch, parts), acc_dtype) for _ in range(2))
-    # The heads are read only once: the first kernel stores their means.
+    # The first kernel stores the means over the heads, so that the second one reads one
+    # value for each layer and token instead of H. A single head is its own mean.
     means = empty((layers, batch, num_tokens), acc_dtype) if heads > 1 else None
     args = (entropy, mask, *sizes, lowest, highest, means)
-    launch(page, "entropy_range", dtype, args, blocks=lowest.size)
+    launch(file, "entropy_range", dtype, args, blocks=lowest.size)
     means = entropy if means is None else means
     args = (means, mask, lowest, highest, layers, batch, num_tokens, high, out)
-    launch(page, "saliency", means.dtype, args, blocks=batch * parts)
+    # A block for each part of a sequence goes through all layers.
+    launch(file, "saliency", means.dtype, args, blocks=batch * parts)
     return out
 
 
@@ -151,7 +171,11 @@ def saliency_vjp(
         - \frac{[i \in \min]}{n_{\min}} \sum_k g_k (1 - y_k)
         - \frac{[i \in \max]}{n_{\max}} \sum_k g_k y_k \Bigr)
 
-    This holds for each layer, with y its normalised entropies and w = max - min.
+    This holds for each layer, with H its entropies (the means over its heads), y the
+    normalised entropies and w the greatest minus the least entropy. The sets min and
+    max contain the tokens with the least and the greatest entropy, and
+    :math:`n_{\min}` and :math:`n_{\max}` are their sizes. :math:`[\cdot]` is 1 if the
+    condition is true and 0 otherwise.
 
     Parameters
     ----------
@@ -160,7 +184,7 @@ def saliency_vjp(
     entropy : ndarray of shape (N,), (B, N), (L, B, N) or (L, B, H, N)
         The argument of `saliency`.
     salient : {"low", "high"}, default "low"
-        The argument of `saliency`. The sign is - for "low".
+        The argument of `saliency`. The sign ∓ is - for "low" and + for "high".
     mask : ndarray of shape (N,) or (B, N), optional
         The argument of `saliency`. The gradient of padded tokens is not read.
 
@@ -189,18 +213,18 @@ def saliency_vjp(
     >>> saliency_vjp(np.array([0.0, 0.0, 1.0]), np.array([0.5, 2.5, 1.5]))
     array([ 0.25,  0.25, -0.5 ])
     """
-    leave, entropy, mask, gradient = enter(
+    convert_back, entropy, mask, gradient = convert_inputs(
         {"entropy": entropy, "mask": mask}, gradients={"gradient": gradient}
     )
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
     check_choice("salient", salient, get_args(Salient))
     shape = saliency_shape(entropy)
     check_mask(mask, shape)
-    # The gradient of padded tokens may be NaN.
+    # The gradient of padded tokens may be NaN, so the mask is part of this check.
     check_gradient(gradient, shape, "BN", mask=mask)
     if is_cuda(entropy):
-        return leave(saliency_vjp_cuda(gradient, entropy, salient, mask))
-    return leave(_saliency_vjp_reference(gradient, entropy, salient, mask))
+        return convert_back(saliency_vjp_cuda(gradient, entropy, salient, mask))
+    return convert_back(_saliency_vjp_reference(gradient, entropy, salient, mask))
 
 
 def _saliency_vjp_reference(
@@ -212,35 +236,40 @@ def _saliency_vjp_reference(
     dtype, shape = entropy.dtype, entropy.shape
     entropy = entropy.astype(np.result_type(dtype, np.float32), copy=False)
     gradient = masked_gradient(gradient, entropy.dtype, mask)
+    # Go back through the steps of `_saliency_reference`, from the last to the first.
     if salient == "low":
-        gradient = -gradient  # of 1 - y
+        gradient = -gradient  # s = 1 - (mean over layers)
     if entropy.ndim > 2:
-        gradient = gradient / shape[0]  # of the mean over layers, (B, N)
-    if entropy.ndim == 4:  # the mean that was normalised is computed again
+        gradient = gradient / shape[0]  # ∂ℒ/∂y: each layer gets 1/L, (B, N)
+    if entropy.ndim == 4:
+        # Compute the mean over the heads again, which was scaled.
         entropy = entropy.mean(axis=2)  # (L, B, N)
-    slope = scale_min_max_vjp(gradient, entropy, mask)
+    entropy_gradient = scale_min_max_vjp(gradient, entropy, mask)
     if len(shape) == 4:
-        # The mean over heads: each head gets 1/H. (L, B, H, N)
-        slope = np.broadcast_to(slope[:, :, None] / shape[2], shape)
-    return narrow(slope, dtype)
+        # Each head gets 1/H of the gradient of the mean: (L, B, N) -> (L, B, H, N).
+        entropy_gradient = np.broadcast_to(
+            entropy_gradient[:, :, None] / shape[2], shape
+        )
+    return narrow(entropy_gradient, dtype)
 
 
 def saliency_vjp_cuda(gradient: Any, entropy: Any, salient: str, mask: Any) -> Any:
     """Return the gradient with respect to the entropies."""
     *leading, num_tokens = entropy.shape
     layers, batch, heads = layer_axes(leading)
-    gradient = as_computed(gradient, entropy)
+    gradient = in_accumulation_dtype(gradient, entropy)
     entropy, mask = contiguous(entropy), contiguous(mask)
-    # For each layer of a sequence: min, max, and the two sums of the formula, each
-    # divided by its number of tied tokens.
+    # Four values for each layer of a sequence: the least and the greatest entropy, and
+    # the two sums of the formula in `saliency_vjp`, each divided by its number of tied
+    # tokens.
     extremes = empty((layers, batch, EXTREMES), gradient.dtype)
     out = empty(entropy.shape, entropy.dtype)
     sizes = layers, batch, heads, num_tokens
-    # One block for each layer of a sequence; the basic kernel has one thread for each.
+    # A block for each layer of a sequence; the basic kernel has a thread for each one.
     args: tuple[Any, ...] = (gradient, entropy, mask, *sizes, extremes)
     kernel = "saliency_vjp", "entropy_extremes"
     launch(*kernel, entropy.dtype, args, blocks=layers * batch)
     args = (gradient, entropy, mask, extremes, *sizes, int(salient == "high"), out)
-    # With the extremes known, the rest is elementwise: one thread for each entropy.
+    # With these values the rest is elementwise: a thread for each entropy.
     launch("saliency_vjp", "saliency_vjp", entropy.dtype, args, outputs=out.size)
     return out

@@ -1,11 +1,17 @@
 """Gradients of attention scores, for the vector–Jacobian products of the entropies.
 
-With p = softmax(s) and the state (m, r, t) of a row (online_softmax.py), the gradient
-g of the entropy H of row i gives
+One head has N tokens with queries Q and keys K, both (N, d). Its scores are
+s_ij = c q_i · k_j with the factor c (`scale`), its attention is p_ij = softmax_j(s_ij),
+and H_i is the entropy of row i. (m, r, t) is the state of a row of scores, which
+online_softmax.py defines. With g_i the gradient of the loss ℒ with respect to H_i, the
+gradient G_ij = ∂ℒ/∂s_ij of the scores is
 
     G_ij = -g_i p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
 
-No N × N array is stored: scores are recomputed for some rows at a time.
+with m, r and t of row i, and ∂ℒ/∂Q = c G K, ∂ℒ/∂K = c Gᵀ Q. No N × N array is stored:
+scores are recomputed for some rows at a time. One call computes L · B · H heads: L
+layers, B sequences and H heads of each layer. Self-attention has one head, with the
+tokens as queries and as keys. In comments, (..., N, d) has the axes of all heads first.
 """
 
 import math
@@ -23,15 +29,18 @@ from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .online_softmax import BLOCK_ROWS, masked_score, softmax_state
 
-# Bytes of score gradients that are in memory at once, a "band". With 16-bit values and
-# 4096 tokens a band has 128 tiles of 128 rows, so that the product with the tokens has
-# a block for each multiprocessor. More heads do not make it larger. A band has at least
-# one tile of 128 rows, so memory is linear in N.
+# A "band" is the part of G that is in memory at once, at most this many bytes. It
+# consists of row tiles: 128 rows of G with all N columns. With 16-bit values and 4096
+# tokens, a row tile has 1 MiB and a band 128 row tiles. The product of the band with
+# the tokens then has at least 128 blocks, which is almost one for each of the 132
+# multiprocessors of an H100. A band has at least one row tile and does not grow with
+# the number of heads, so memory is linear in N.
 _BAND_BYTES = 128 << 20
-_PAGE = "score_gradients"  # the .cu file of all kernels here
+_FILE = "score_gradients"  # the .cu file of all kernels that this file launches
 
 
-_AXES = {1: "N", 2: "BN", 3: "LBN", 4: "LBHN"}  # of entropies, by number of axes
+# Names of the axes of entropies, by the number of axes, for error messages.
+_AXES = {1: "N", 2: "BN", 3: "LBN", 4: "LBHN"}
 
 
 def check_entropy_gradient(
@@ -44,8 +53,9 @@ def check_entropy_gradient(
 def masked_gradient(
     gradient: NDArray[Any], dtype: np.dtype[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    """Return a gradient in another dtype, with 0 for padding even where it is NaN."""
+    """Return a gradient (..., N) in another dtype, with 0 for padding."""
     gradient = gradient.astype(dtype, copy=False)
+    # `where` replaces NaN, too; a product with the mask would keep it.
     return gradient if mask is None else np.where(mask, gradient, dtype.type(0))
 
 
@@ -56,124 +66,146 @@ def score_vjp(
     causal: bool,
     scale: Any,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the gradients with respect to queries and keys of one head, each (N, d).
+    """Return ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q of one head, each (N, d).
 
-    G is computed for a block of rows at a time. ∂L/∂Q = c G K and ∂L/∂K = c Gᵀ Q with
-    c the `scale`.
+    `gradient` is g (N,). Padding must have been removed. G is computed for a block of
+    rows at a time.
     """
-    scaled, masked = query * scale, masked_score(query.dtype)
-    of_query, of_key = np.zeros_like(query), np.zeros_like(key)
+    scaled, excluded_score = query * scale, masked_score(query.dtype)
+    query_gradient, key_gradient = np.zeros_like(query), np.zeros_like(key)
     for start in range(0, len(query), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(query))
+        # With a causal mask, no row of the block attends to the keys after the block.
         seen = slice(stop if causal else None)
-        scores = scaled[start:stop] @ key[seen].T  # (block, N)
+        scores = scaled[start:stop] @ key[seen].T  # (block, N), or (block, stop)
         if causal:
-            later = np.triu_indices(stop - start, 1)
-            scores[:, start:][later] = masked
+            # Within the block, mask the keys after the row's own token: the entries
+            # above the diagonal of the last square.
+            above_diagonal = np.triu_indices(stop - start, 1)
+            scores[:, start:][above_diagonal] = excluded_score
         _, r, t = softmax_state(scores, axis=1)  # scores are s - m from here
-        slope = np.exp(scores)  # (1 + r) p; the next two lines make it c G
-        slope *= (t / (1 + r))[:, None] - scores
-        slope *= (gradient[start:stop] / (1 + r) * scale)[:, None]
+        # Three factors of c G: (1 + r) p, then -(log p + H), then c g / (1 + r).
+        score_gradient = np.exp(scores)
+        score_gradient *= (t / (1 + r))[:, None] - scores
+        score_gradient *= (gradient[start:stop] / (1 + r) * scale)[:, None]
         # A query belongs to one block. A key gets a sum over blocks, in their order.
-        of_query[start:stop] = slope @ key[seen]
-        of_key[seen] += slope.T @ query[start:stop]
-    return of_query, of_key
+        query_gradient[start:stop] = score_gradient @ key[seen]
+        key_gradient[seen] += score_gradient.T @ query[start:stop]
+    return query_gradient, key_gradient
 
 
 class Scores(NamedTuple):
-    """Arguments of the kernels: values of each row of scores, and sizes."""
+    """Values of each row of scores, sizes and options: arguments of the kernels."""
 
-    weights: Any  # (L · B · H, N, 3): m, t / (1 + r) and g / (1 + r)
-    units: Any  # (L · B · H,): unit of the stored G of a head; None for basic kernels
-    mask: Any
+    # (L · B · H, N, 3): m, t / (1 + r) and g / (1 + r) of each row. With them, G is
+    # computed from the scores. The optimized kernels store m in units of ln 2, and
+    # divide the third value by the unit of its head.
+    row_values: Any
+    # (L · B · H,): the unit in which G of a head is stored: max |g / (1 + r)| / 512,
+    # the maximum over the rows of the head. None for basic kernels, which store G
+    # itself.
+    units: Any
+    mask: Any  # (B, N), or None
     outer: int  # L · B · H
     batch: int
     heads: int
-    causal: int
-    scale: float
+    causal: int  # 0 or 1
+    scale: float  # c
 
 
 def scores_cuda(
     gradient: Any, query: Any, key: Any, causal: bool, scale: float, mask: Any
 ) -> Scores:
     """Compute the values of each row of scores, in one pass over the scores."""
-    *leading, num_tokens, dim = query.shape
+    *leading, num_tokens, dim = query.shape  # (..., N, d)
+    # B and H give the row of the mask (B, N) of a head.
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     acc_dtype, mask = accumulation_dtype(query.dtype), contiguous(mask)
-    weights = empty((outer, num_tokens, STATE_VALUES), acc_dtype)
-    arrays = as_computed(gradient, query), query, key, mask
+    row_values = empty((outer, num_tokens, STATE_VALUES), acc_dtype)
+    arrays = in_accumulation_dtype(gradient, query), query, key, mask
     sizes = outer, batch, heads, num_tokens, dim
-    args: tuple[Any, ...] = (*arrays, *sizes, int(causal), scale, weights)
-    if implementation() == "basic":
+    args: tuple[Any, ...] = (*arrays, *sizes, int(causal), scale, row_values)
+    if implementation() == "basic":  # a thread for each row
         units = None
-        launch(_PAGE, "score_weights", query.dtype, args, outputs=outer * num_tokens)
+        launch(_FILE, "score_weights", query.dtype, args, outputs=outer * num_tokens)
     else:
-        # G may be stored in 16 bits. It is relative to the largest |g / (1 + r)| of its
-        # head, so that it does not overflow or become 0.
+        # The optimized kernels store G in the dtype of the tokens, which may have 16
+        # bits. The unit of a head keeps G from overflowing or becoming 0.
         units = empty((outer,), acc_dtype)
-        blocks = outer * _tiles(num_tokens)  # a block for 128 rows
-        launch(_PAGE, "score_weights", query.dtype, args, blocks=blocks)
-        args = (num_tokens, weights, units)
-        launch(_PAGE, "weight_units", query.dtype, args, blocks=outer)  # one a head
-    return Scores(weights, units, mask, outer, batch, heads, int(causal), scale)
+        blocks = outer * _num_tiles(num_tokens)  # a block for each row tile
+        launch(_FILE, "score_weights", query.dtype, args, blocks=blocks)
+        args = (num_tokens, row_values, units)
+        # A block for each head, because the unit is a maximum over the head.
+        launch(_FILE, "weight_units", query.dtype, args, blocks=outer)
+    return Scores(row_values, units, mask, outer, batch, heads, int(causal), scale)
 
 
 def token_gradients_cuda(scores: Scores, own: Any, other: Any, sides: int) -> Any:
-    """Return the gradient with respect to `own`, whose scores are with all of `other`.
+    """Return ∂ℒ/∂own = c M other, (..., N, d).
 
-    `sides` says which gradients are summed: with QUERIES the rows of `own` are queries
-    (G), with KEYS they are keys (Gᵀ), with both it is G + Gᵀ.
+    Row i of M belongs to token i of `own`, and column j to token j of `other`. `sides`
+    selects M: G for QUERIES (`own` has the queries), Gᵀ for KEYS (`own` has the keys),
+    and G + Gᵀ for both (`own` and `other` are the same tokens).
     """
     *_, num_tokens, dim = own.shape
     basic, acc_dtype = implementation() == "basic", accumulation_dtype(own.dtype)
     out = empty(own.shape, own.dtype)
-    tiles = _tiles(num_tokens)  # of a head, along each axis of its scores
-    num_tiles, columns = scores.outer * tiles, tiles * TILE
-    stored = acc_dtype if basic else own.dtype  # tensor cores take the dtype of tokens
-    max_tiles = max(_BAND_BYTES // (TILE * columns * stored.itemsize), 1)
-    band = empty((min(max_tiles, num_tiles), TILE, columns), stored)
+    row_tiles = _num_tiles(num_tokens)  # of one head
+    # Columns of M, rounded up to whole tiles: the tiles of a row tile are 128 × 128.
+    num_row_tiles, columns = scores.outer * row_tiles, row_tiles * TILE
+    # The tensor cores multiply factors of one dtype, so an optimized kernel stores the
+    # band in the dtype of the tokens.
+    band_dtype = acc_dtype if basic else own.dtype
+    max_row_tiles = max(_BAND_BYTES // (TILE * columns * band_dtype.itemsize), 1)
+    band = empty((min(max_row_tiles, num_row_tiles), TILE, columns), band_dtype)
     factor = other if basic else _transposed(other, scores)
-    masked = scores.batch, scores.heads, num_tokens, dim
-    # The band is reused: first the gradients of its scores, then their product with the
-    # tokens. Tiles are independent, so results do not depend on the size of the band.
-    for first in range(0, num_tiles, max_tiles):
-        part = first, min(max_tiles, num_tiles - first)
+    sizes = scores.batch, scores.heads, num_tokens, dim
+    # Each pass of the loop overwrites the band. The first kernel writes rows of M to
+    # the band; the second one multiplies the band by the tokens and writes to `out`.
+    # Row tiles are independent, so results do not depend on the size of the band.
+    for first in range(0, num_row_tiles, max_row_tiles):
+        part = first, min(max_row_tiles, num_row_tiles - first)  # (first, number)
         rows = part[1] * TILE
-        arrays = own, other, scores.weights, scores.mask
+        arrays = own, other, scores.row_values, scores.mask
         options = scores.causal, scores.scale, sides
-        args: tuple[Any, ...] = (*arrays, *part, *masked, *options, band)
-        kernel, blocks = (_PAGE, "score_gradients"), part[1] * tiles  # one a tile
+        args: tuple[Any, ...] = (*arrays, *part, *sizes, *options, band)
+        # A block for each 128 × 128 tile of the band. The basic kernels have a thread
+        # for each entry of the band here, and for each entry of `out` below.
+        kernel, blocks = (_FILE, "score_gradients"), part[1] * row_tiles
         launch(*kernel, own.dtype, args, outputs=rows * columns, blocks=blocks)
         if basic:
-            args = (band, factor, scores.mask, *part, *masked, scores.scale, out)
+            args = (band, factor, scores.mask, *part, *sizes, scores.scale, out)
         else:
+            # No mask: the transposed tokens are 0 for padding.
             args = (band, factor, scores.units, *part, num_tokens, dim, *options, out)
-        # A block computes 128 rows and 128 of the D columns.
-        kernel, blocks = (_PAGE, "token_gradients"), part[1] * _tiles(dim)
+        # A block for each row tile and 128 of the d columns of `out`.
+        kernel, blocks = (_FILE, "token_gradients"), part[1] * _num_tiles(dim)
         launch(*kernel, own.dtype, args, outputs=rows * dim, blocks=blocks)
     return out
 
 
 def _transposed(tokens: Any, scores: Scores) -> Any:
-    """Return tokens as (L · B · H, D, 128 T), T tiles; 0 for padding and after token N.
+    """Return tokens (..., N, d) as (L · B · H, d, columns), with N rounded up to tiles.
 
-    The product with a band then reads both factors along rows.
+    The product with a band then reads both factors along rows. Padding is 0, and so are
+    the columns after token N.
     """
     *_, num_tokens, dim = tokens.shape
-    columns = _tiles(num_tokens) * TILE
+    columns = _num_tiles(num_tokens) * TILE
     out = empty((scores.outer, dim, columns), tokens.dtype)
     sizes = scores.outer, scores.batch, scores.heads, num_tokens, dim
+    # A block transposes a square of SQUARE × SQUARE entries in shared memory.
     squares = scores.outer * (columns // SQUARE) * -(-dim // SQUARE)
     args = (tokens, scores.mask, *sizes, out)
-    launch(_PAGE, "transpose_tokens", tokens.dtype, args, blocks=squares)
+    launch(_FILE, "transpose_tokens", tokens.dtype, args, blocks=squares)
     return out
 
 
-def as_computed(gradient: Any, like: Any) -> Any:
-    """Return the gradient in the accumulation dtype of `like`, C-contiguous."""
+def in_accumulation_dtype(gradient: Any, like: Any) -> Any:
+    """Return the gradient C-contiguous, in the dtype that sums of `like` have."""
     return contiguous(gradient, accumulation_dtype(like.dtype))
 
 
-def _tiles(rows: int) -> int:
-    """Return how many tiles of 128 rows cover a number of rows."""
-    return -(-rows // TILE)
+def _num_tiles(length: int) -> int:
+    """Return the number of tiles that cover rows or columns: ⌈length / 128⌉."""
+    return -(-length // TILE)

@@ -1,4 +1,12 @@
-"""Attention entropy of hidden states to themselves."""
+"""Entropy of the softmax attention among the tokens of a sequence.
+
+x_i is token i of a sequence, one of N tokens (hidden states) of width D, and X (N, D)
+the matrix of all. The scores are s_ij = x_i · x_j / √D, the attention is
+p_ij = softmax_j(s_ij), and H_i is the entropy of row i. (m, r, t) is the state of a row
+of scores, which online_softmax.py defines. g_i is the gradient of a loss ℒ with respect
+to H_i, and G_ij = ∂ℒ/∂s_ij. There are B sequences, and L layers if an array has four
+axes.
+"""
 
 import math
 from typing import Any
@@ -7,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_values
-from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import expand_mask, iter_sequences
@@ -36,7 +50,7 @@ from .score_gradients import (
 
 
 @operation(
-    inputs=("tokens",),
+    differentiable=("tokens",),
     constants=("mask?",),
     dtype="computed",
     shapes=without_last_axis,
@@ -44,8 +58,8 @@ from .score_gradients import (
 def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     r"""Return the entropy of the softmax attention of each token to all tokens.
 
-    .. math:: A = \operatorname{softmax}(X X^\top / \sqrt{D}), \quad
-        H_i = -\sum_j A_{ij} \log A_{ij}
+    .. math:: p = \operatorname{softmax}(X X^\top / \sqrt{D}), \quad
+        H_i = -\sum_j p_{ij} \log p_{ij}
 
     Parameters
     ----------
@@ -70,8 +84,9 @@ def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> A
 
     Notes
     -----
-    The scores are symmetric, so only blocks on and above the diagonal are computed.
-    Each block adds to the sums of its rows and to the sums of its columns. No block is
+    The scores are symmetric, so only the blocks of scores on and above the diagonal are
+    computed. A block above the diagonal adds to the sums of its rows and, because
+    :math:`s_{ij} = s_{ji}`, to the sums of the tokens of its columns. No block is
     stored.
 
     Examples
@@ -80,14 +95,18 @@ def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> A
     >>> self_attention_entropy(np.array([[9.0, 0.0], [0.0, 0.0], [0.0, 9.0]])).round(4)
     array([0.    , 1.0986, 0.    ])
     """
-    leave, tokens, mask = enter({"tokens": tokens, "mask": mask})
+    convert_back, tokens, mask = convert_inputs({"tokens": tokens, "mask": mask})
     check_values("tokens", tokens, "ND", "BND", "LBND")
-    keep = expand_mask(mask, tokens.shape[:-1])
-    return leave(compute_self_attention_entropy(tokens, mask=keep))
+    # With layers, one mask for each layer and sequence: (L, B, N).
+    full_mask = expand_mask(mask, tokens.shape[:-1])
+    return convert_back(compute_self_attention_entropy(tokens, mask=full_mask))
 
 
 def compute_self_attention_entropy(tokens: Any, *, mask: Any = None) -> Any:
-    """Return the entropy of arrays that are converted and checked."""
+    """Return the entropy (..., N) of arrays that are converted and checked.
+
+    `mask` has the shape (..., N) of the result.
+    """
     if is_cuda(tokens):
         return _self_attention_entropy_cuda(tokens, mask)
     return _self_attention_entropy_reference(tokens, mask)
@@ -96,68 +115,78 @@ def compute_self_attention_entropy(tokens: Any, *, mask: Any = None) -> Any:
 def _self_attention_entropy_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
+    # Inputs below float64 are computed in float32, or in float64 for huge scores.
     dtype = score_dtype(tokens, tokens, tokens.shape[-1] ** -0.5)
     entropy = np.zeros(tokens.shape[:-1], np.result_type(tokens.dtype, np.float32))
-    for index, keep in iter_sequences(entropy.shape[:-1], mask):
-        token = slice(None) if keep is None else keep  # padding is removed
-        x = tokens[index][token].astype(dtype, copy=False)  # (N, D)
-        entropy[index][token] = _symmetric_entropy(x)
+    for index, valid in iter_sequences(entropy.shape[:-1], mask):
+        unpadded = slice(None) if valid is None else valid  # without the padding
+        x = tokens[index][unpadded].astype(dtype, copy=False)  # (tokens left, D)
+        entropy[index][unpadded] = _symmetric_entropy(x)
     return entropy
 
 
 def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
-    """Return the entropies (N,) of one sequence from half of its scores."""
+    """Return the entropies (N,) of one sequence (N, D) from half of its scores."""
     num_tokens, dim = x.shape
-    scaled = x * x.dtype.type(dim**-0.5)
+    scaled = x * x.dtype.type(dim**-0.5)  # s_ij = scaled_i · x_j
     zeros = np.zeros(num_tokens, x.dtype)
-    # The states (m, r, t) of all rows so far. The initial m has weight e^(m - m') = 0
-    # in every sum, because any real score is far above it.
+    # The states (m, r, t) of all rows, each (N,), of the scores so far. Without scores,
+    # m is a score far below every real one, so it has weight 0 in the sums. r and t are
+    # two arrays, because they are updated in place.
     state = np.full(num_tokens, masked_score(x.dtype)), zeros, zeros.copy()
 
-    def add(part: slice, new: SoftmaxState) -> None:
-        # The states are updated in place.
-        total = add_states(tuple(sums[part] for sums in state), new)
-        for sums, values in zip(state, total, strict=True):
-            sums[part] = values
+    def add(rows: slice, new: SoftmaxState) -> None:
+        """Add new scores of some rows to their states, in place."""
+        total = add_states(tuple(array[rows] for array in state), new)
+        for array, values in zip(state, total, strict=True):
+            array[rows] = values
 
-    # Blocks go down the diagonal; each computes only the columns from `start` on.
+    # Each block of rows computes only the columns from its own first token on: the
+    # columns before it are rows of earlier blocks.
     for start in range(0, num_tokens, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, num_tokens)
         scores = scaled[start:stop] @ x[start:].T  # (block, N - start)
         if stop < num_tokens:
-            # s_ij = s_ji: columns right of the diagonal block are rows of the lower
-            # half. `softmax_state` changes its scores, so the columns are a copy.
-            across = scores[:, stop - start :].copy()
-            add(slice(stop, None), softmax_state(across, axis=0))
+            # The columns after the block are rows of the lower half: s_ij = s_ji. They
+            # are a copy, because `softmax_state` overwrites its scores, which the rows
+            # of the block need afterwards.
+            after_block = scores[:, stop - start :].copy()
+            add(slice(stop, None), softmax_state(after_block, axis=0))
         add(slice(start, stop), softmax_state(scores, axis=1))
     return entropy_of_state(state)
 
 
 def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     *leading, num_tokens, dim = tokens.shape
+    # Layers are independent here, so they count as sequences: L · B.
     batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
     out = empty((*leading, num_tokens), acc_dtype)
     tokens, mask = contiguous(tokens), contiguous(mask)
-    sizes, page = (batch, num_tokens, dim), "self_attention_entropy"
+    sizes, file = (batch, num_tokens, dim), "self_attention_entropy"
     args: tuple[Any, ...]
     if implementation() == "basic":  # one thread for each row
         args = (tokens, mask, *sizes, out)
-        launch(page, page, tokens.dtype, args, outputs=out.size)
+        # The kernel of the result has the name of its file.
+        launch(file, file, tokens.dtype, args, outputs=out.size)
         return out
+    # The first launch has a block for each tile of scores on or above the diagonal
+    # (`upper`). The file also has a kernel for wide tiles, of 256 columns (`wide`).
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     shape = select_shape(tiling, tokens.dtype)
-    # Each row has a slot for each square of 128 columns, or two slots for half tiles.
-    # Every block writes to its own slots, and the second kernel merges them in a fixed
-    # order: there are no atomics, and every run gives the same bits.
+    # `states` has, for each token, a slot for each square of 128 other tokens. A slot
+    # holds one state (m, r, t). Half tiles have 64 rows, so a token that is a column
+    # gets two states from one square, and needs two slots. Every block writes to its
+    # own slots, and the second kernel merges them in a fixed order: there are no
+    # atomics, and every run gives the same bits.
     halves = 2 if shape is HALF else 1
     slots = -(-num_tokens // TILE) * halves
     states = empty((batch, slots, num_tokens, STATE_VALUES), acc_dtype)
     args = (tokens, mask, *sizes, states)
-    kernel = page, "self_attention_states"
+    kernel = file, "self_attention_states"
     launch(*kernel, tokens.dtype, args, tiles=tiling, shape=shape)
-    # The second launch merges the slots of each row: one thread for each token.
+    # The second launch merges the slots of each token, with one thread for each token.
     args = (states, mask, batch, num_tokens, halves, out)
-    launch(page, page, tokens.dtype, args, outputs=out.size)
+    launch(file, file, tokens.dtype, args, outputs=out.size)
     return out
 
 
@@ -195,9 +224,9 @@ def self_attention_entropy_vjp(
 
     Notes
     -----
-    G is the gradient with respect to the scores, as in `query_key_entropy_vjp`. It is
-    computed for some rows at a time and never stored as N × N, so memory is linear in
-    N.
+    :math:`p_{ij} = \operatorname{softmax}_j(x_i \cdot x_j / \sqrt{D})` is the attention
+    and G the gradient with respect to its scores. G is computed for some rows at a time
+    and never stored as an N × N matrix, so memory is linear in N.
 
     Examples
     --------
@@ -206,15 +235,19 @@ def self_attention_entropy_vjp(
     array([[-0.3932],
            [ 0.1966]])
     """
-    leave, tokens, mask, gradient = enter(
+    convert_back, tokens, mask, gradient = convert_inputs(
         {"tokens": tokens, "mask": mask}, gradients={"gradient": gradient}
     )
     check_values("tokens", tokens, "ND", "BND", "LBND")
-    keep = expand_mask(mask, tokens.shape[:-1])
-    check_entropy_gradient(gradient, tokens.shape[:-1], keep)
+    full_mask = expand_mask(mask, tokens.shape[:-1])  # (..., N)
+    check_entropy_gradient(gradient, tokens.shape[:-1], full_mask)
+    # These kernels read the mask (B, N) and find the sequence of a layer themselves.
+    # The reference needs one mask for each layer and sequence.
     if is_cuda(tokens):
-        return leave(_self_attention_entropy_vjp_cuda(gradient, tokens, mask))
-    return leave(_self_attention_entropy_vjp_reference(gradient, tokens, keep))
+        return convert_back(_self_attention_entropy_vjp_cuda(gradient, tokens, mask))
+    return convert_back(
+        _self_attention_entropy_vjp_reference(gradient, tokens, full_mask)
+    )
 
 
 def _self_attention_entropy_vjp_reference(
@@ -222,13 +255,14 @@ def _self_attention_entropy_vjp_reference(
 ) -> NDArray[Any]:
     scale = tokens.shape[-1] ** -0.5
     dtype = score_dtype(tokens, tokens, scale)
-    out = np.zeros_like(tokens, order="C")  # padding keeps its gradient of 0
-    for index, keep in iter_sequences(tokens.shape[:-2], mask):
-        token = slice(None) if keep is None else keep  # padding is removed
-        g, x = (array[index][token].astype(dtype) for array in (gradient, tokens))
-        # A token is both a query and a key, so its gradient is the sum of the two.
-        of_query, of_key = score_vjp(g, x, x, False, dtype.type(scale))
-        out[index][token] = narrow(of_query + of_key, out.dtype)
+    out = np.zeros_like(tokens, order="C")  # the loop does not write padding
+    for index, valid in iter_sequences(tokens.shape[:-2], mask):
+        unpadded = slice(None) if valid is None else valid  # without the padding
+        g, x = (array[index][unpadded].astype(dtype) for array in (gradient, tokens))
+        # A token is both a query and a key, so its gradient is the sum of the two, each
+        # (N, D). There is no causal mask.
+        as_query, as_key = score_vjp(g, x, x, False, dtype.type(scale))
+        out[index][unpadded] = narrow(as_query + as_key, out.dtype)
     return out
 
 
@@ -236,7 +270,8 @@ def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> A
     """Return the gradient with respect to the tokens."""
     tokens = contiguous(tokens)
     scale = tokens.shape[-1] ** -0.5
-    # Queries and keys are the same array, so one set of row values is enough.
+    # Queries and keys are the same array, so s_ij = s_ji: column j of the scores has
+    # the same m, r and t as row j. Therefore one call computes the values of both.
     scores = scores_cuda(gradient, tokens, tokens, False, scale, mask)
-    # One pass computes G + Gᵀ: with queries equal to keys, s_ij = s_ji.
+    # c (G + Gᵀ) X in one pass, with c = 1/√D
     return token_gradients_cuda(scores, tokens, tokens, QUERIES | KEYS)

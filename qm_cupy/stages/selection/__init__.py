@@ -1,1 +1,1 @@
-"""Selection: the tokens that keep their own saliency as their weight."""
+"""Selection: which tokens keep their saliency as their weight in the merge."""

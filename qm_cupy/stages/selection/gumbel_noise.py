@@ -1,4 +1,8 @@
-"""Gumbel noise that has the same bits on every machine."""
+"""Gumbel noise that has the same bits on every machine.
+
+Noise g = -log(-log u), where u is uniform in (0, 1) and comes from the generator in
+philox.py. N is the number of tokens of a sequence, B the number of sequences.
+"""
 
 from typing import Any
 
@@ -21,8 +25,8 @@ def gumbel_noise(
     seed : int or None
         Key of the Philox4x32-10 generator, within 0..2⁶⁴ - 1. None gives zeros.
     sequence_offset : int, default 0
-        Number of the first sequence. With it, a batch that is processed in parts gets
-        the same noise as the whole batch.
+        Number of the first sequence. A batch that is processed in parts gets the same
+        noise as the whole batch if each part passes the number of its first sequence.
 
     Returns
     -------
@@ -39,8 +43,8 @@ def gumbel_noise(
 
     Notes
     -----
-    u is one of the 2²³ mid-points (k + ½)·2⁻²³, so the noise is finite. It lies between
-    -2.82 and 16.64.
+    u is one of the 2²³ mid-points (k + ½)·2⁻²³ with k = 0, …, 2²³ - 1. It is never 0 or
+    1, so the noise is finite: it lies between -2.82 and 16.64.
 
     Examples
     --------
@@ -59,34 +63,42 @@ def gumbel_noise(
 
 
 def check_noise(seed: Any, sequence_offset: Any) -> tuple[int | None, int]:
-    """Return (seed, sequence_offset) as integers; raise if one is out of range."""
-    first = check_integer("sequence_offset", sequence_offset)
-    if not 0 <= first < 2**32:
-        raise ValueError(f"`sequence_offset` must lie in 0..2**32 - 1, got {first}")
-    return None if seed is None else check_seed(seed), first
+    """Return (seed, sequence_offset) as integers; raise if one is out of range.
+
+    This pair is the `noise` argument of the functions in this folder. A seed of None
+    means that there is no noise.
+    """
+    offset = check_integer("sequence_offset", sequence_offset)
+    if not 0 <= offset < 2**32:
+        raise ValueError(f"`sequence_offset` must lie in 0..2**32 - 1, got {offset}")
+    return None if seed is None else check_seed(seed), offset
 
 
 def gumbel_noise_reference(
-    sizes: tuple[int, ...], seed: int | None, first: int
+    sizes: tuple[int, ...], seed: int | None, sequence_offset: int
 ) -> NDArray[np.float32]:
-    """Return the noise in float32; `first` is the number of the first sequence."""
+    """Return the noise in float32, of shape (N,), (B, N) or (..., B, N)."""
     if seed is None:
         return np.zeros(sizes, np.float32)
-    # The counter is (token, sequence, outer index): the generator has no state, and any
-    # part of the noise can be drawn alone. The kernels use outer index 0.
+    # The counter is (token, sequence, index in the outer axes). The generator has no
+    # state, so any part of the noise can be drawn alone. The kernels use outer index 0.
+    # The two 1s are the missing axes of (N,) and (B, N).
     *outer, num_sequences, num_tokens = (1, 1, *sizes)
     token = np.arange(num_tokens)  # (N,)
-    sequence = first + np.arange(num_sequences)[:, None]  # (B, 1)
-    block = np.arange(np.prod(outer, dtype=np.int64))[:, None, None]
+    sequence = sequence_offset + np.arange(num_sequences)[:, None]  # (B, 1)
+    outer_index = np.arange(np.prod(outer, dtype=np.int64))[:, None, None]
     # A word of the counter has 32 bits, so a sequence number takes two words.
     low, high = sequence & 0xFFFFFFFF, sequence >> 32
-    words, *_ = philox4x32((token, low, block, high), seed)
-    # In float64 and rounded once to float32, so that CPU and GPU give the same bits.
+    # Only the first of the four random words is used.
+    words, *_ = philox4x32((token, low, outer_index, high), seed)
+    # The logarithms are in float64 and rounded once to float32, so that CPU and GPU
+    # give the same bits.
     noise = -np.log(-np.log(uniform(words)))  # (outer, B, N)
     return noise.astype(np.float32).reshape(sizes)
 
 
 def noise_arguments(noise: tuple[int | None, int]) -> tuple[int, np.uint64, int]:
-    """Return (noisy, seed, first sequence) as the kernels take them."""
-    seed, first = noise
-    return int(seed is not None), np.uint64(seed or 0), first
+    """Return (1 if there is noise, seed, sequence offset): arguments of the kernels."""
+    seed, sequence_offset = noise
+    # Kernels have no None. Without noise they do not read the seed.
+    return int(seed is not None), np.uint64(seed or 0), sequence_offset

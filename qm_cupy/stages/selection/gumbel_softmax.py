@@ -1,4 +1,11 @@
-"""Gumbel-softmax selection of tokens."""
+"""Gumbel-softmax selection of tokens.
+
+For token i of a sequence, s_i is the saliency, g_i the Gumbel noise, z_i = s_i + g_i
+the perturbed score (perturbed_scores.py), τ the temperature and π_i the softmax of z /
+τ, the selection probability. m = max z. A bar is the gradient of a loss with respect to
+the quantity, such as π̄_i. Arrays are (N,) or (B, N): N tokens of one sequence or of B
+sequences. `noise` is a pair (seed, sequence offset); without a seed, g = 0.
+"""
 
 from typing import Any
 
@@ -13,7 +20,13 @@ from ...arrays.checks import (
     check_number,
     check_values,
 )
-from ...arrays.conversion import Array, BoolArray, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
@@ -21,7 +34,7 @@ from ...autodiff.dispatch import operation
 from ...autodiff.operations import like_first
 from ...cuda.constants import BLOCK, SELECTION_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import block_size, contiguous, device_counts, launch
+from ...cuda.launch import block_size, contiguous, counts_on_device, launch
 from ...settings import implementation
 from .gumbel_noise import check_noise, noise_arguments
 from .perturbed_scores import (
@@ -32,7 +45,7 @@ from .select_tokens import top_tokens_cuda, top_tokens_reference
 
 
 @operation(
-    inputs=("saliency",),
+    differentiable=("saliency",),
     constants=("mask?",),
     counts="hard?",
     options=("float temperature", "uint64? seed", "int sequence_offset"),
@@ -61,8 +74,9 @@ def gumbel_softmax(
     seed : int or None, default 0
         Seed of the Gumbel noise g; with None there is no noise.
     hard : int or ndarray of int of shape (B,), optional
-        K. The result is then 1 for the K tokens with the greatest s + g and 0 for the
-        others. Of equal scores, the lower index is selected.
+        Number of tokens K to select. If it is passed, the result is the K-hot mask: 1
+        for the K tokens with the greatest s + g and 0 for the others. Of equal scores,
+        the lower index is selected.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens get 0, and no noise is drawn for them. The
         other tokens get the same result as without the padding.
@@ -95,7 +109,7 @@ def gumbel_softmax(
     >>> gumbel_softmax(np.array([0.2, 0.1, 0.3]), seed=None, hard=2)
     array([1., 0., 1.])
     """
-    leave, saliency, mask, hard = enter(
+    convert_back, saliency, mask, hard = convert_inputs(
         {"saliency": saliency, "mask": mask}, counts={"hard": hard}
     )
     check_values("saliency", saliency, "N", "BN")
@@ -114,7 +128,7 @@ def gumbel_softmax(
         mask=mask,
         sequence_offset=sequence_offset,
     )
-    return leave(probabilities)
+    return convert_back(probabilities)
 
 
 def compute_gumbel_softmax(
@@ -129,8 +143,8 @@ def compute_gumbel_softmax(
     """Return the result of `gumbel_softmax` for converted and checked arrays."""
     noise = seed, sequence_offset
     counts = None if hard is None else hard.counts
-    # The optimized kernel computes noise and softmax in one launch; a K-hot mask needs
-    # the perturbed scores in memory.
+    # The optimized kernel computes noise and softmax in one launch and does not store
+    # the perturbed scores. A K-hot mask needs the scores in memory.
     if is_cuda(saliency) and counts is None and implementation() == "optimized":
         return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     if is_cuda(saliency):
@@ -145,7 +159,7 @@ def _gumbel_softmax_reference(
     counts: NDArray[np.int64] | None,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    scores = perturbed_scores_reference(saliency, noise, mask)  # s + g, (B, N)
+    scores = perturbed_scores_reference(saliency, noise, mask)  # z, (B, N)
     if counts is None:
         return _softmax_reference(scores, temperature, mask)
     # The temperature does not change the order of the scores, so it is not used here.
@@ -161,13 +175,13 @@ def _softmax_reference(
     scores: NDArray[Any], temperature: float, mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     if mask is not None:
-        scores = np.where(mask, scores, -np.inf)  # e^-inf = 0: no probability
-    # Subtract the maximum first: every exponent is ≤ 0 and one of them is 0.
-    gap = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float64)
-    # Divide in float64, where no temperature rounds to 0. A tiny one gives -inf, which
-    # is the intended result: probability 0.
+        scores = np.where(mask, scores, -np.inf)  # e^-inf = 0: padding gets π = 0
+    # Subtract m first, so that no exponential overflows: every exponent is ≤ 0.
+    below_max = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float64)
+    # Divide in float64, in which no temperature rounds to 0. A tiny temperature gives
+    # -inf, which is the intended result: probability 0.
     with np.errstate(over="ignore"):
-        logits = (gap / temperature).astype(scores.dtype, copy=False)
+        logits = (below_max / temperature).astype(scores.dtype, copy=False)
     weights = np.exp(logits)  # e^((z - m) / τ), (B, N)
     total: NDArray[Any] = weights.sum(axis=-1, keepdims=True)
     return weights / total
@@ -182,19 +196,19 @@ def _gumbel_softmax_cuda(
 ) -> Any:
     scores = perturbed_scores_cuda(saliency, noise, mask)
     if counts is not None:
-        selected = top_tokens_cuda(scores, *device_counts(counts))  # (B, N), bool
+        selected = top_tokens_cuda(scores, *counts_on_device(counts))  # (B, N), bool
         return selected.astype(scores.dtype)
-    # Basic kernels: one thread for the maximum and the sum of each row, then one thread
-    # for each token.
+    # This function uses basic kernels for the softmax: the first has a thread for each
+    # sequence, the second a thread for each token.
     batch, num_tokens = rows_of(scores)
-    # m = max z and Σ e^((z - m) / τ), each (B,).
+    # m and Σ e^((z - m) / τ), each (B,)
     highest, total = (empty((batch,), scores.dtype) for _ in range(2))
     out = empty(scores.shape, scores.dtype)
     args: tuple[Any, ...] = (scores, batch, num_tokens, temperature, highest, total)
-    page = "gumbel_softmax"  # the second kernel has the name of the file
-    launch(page, "softmax_totals", scores.dtype, args, outputs=batch)
+    file = "gumbel_softmax"  # the second kernel has the name of its file
+    launch(file, "softmax_totals", scores.dtype, args, outputs=batch)
     args = (scores, highest, total, batch, num_tokens, temperature, out)
-    launch(page, page, scores.dtype, args, outputs=out.size)
+    launch(file, file, scores.dtype, args, outputs=out.size)
     return out
 
 
@@ -205,17 +219,20 @@ def softmax_mass_cuda(
     epsilon: float | None,
     mask: Any,
 ) -> tuple[Any, Any]:
-    """Return π and the mass, both 0 for padding; no mass if `epsilon` is None."""
+    """Return π and the mass m_i = π_i s_i + (1 - π_i) ε, both 0 for padding.
+
+    The mass is None if `epsilon` (ε) is None.
+    """
     batch, num_tokens = rows_of(saliency)
     acc_dtype = accumulation_dtype(saliency.dtype)
     out = empty(saliency.shape, acc_dtype)
-    # m = π s + (1 - π) ε comes from the same launch.
+    # One launch computes π and the mass. A null pointer leaves the mass out.
     mass = None if epsilon is None else empty(saliency.shape, acc_dtype)
     arrays = contiguous(saliency), contiguous(mask)
     options = temperature, *noise_arguments(noise), epsilon or 0.0
     args = (*arrays, batch, num_tokens, *options, out, mass)
     kernel = "gumbel_softmax", "gumbel_softmax"
-    # One block for each sequence, with a thread for each token up to the limit.
+    # A block for each sequence, with a thread for each token up to SELECTION_THREADS.
     block = block_size(num_tokens, SELECTION_THREADS, BLOCK)
     launch(*kernel, saliency.dtype, args, blocks=batch, block=block)
     return out, mass
@@ -261,8 +278,9 @@ def gumbel_softmax_vjp(
 
     Notes
     -----
-    A K-hot mask (``hard=K``) has no gradient of its own. For its straight-through
-    estimate [1]_, pass the gradient with respect to the mask to this function.
+    The derivative of a K-hot mask (``hard=K``) is 0 or undefined. The straight-through
+    estimator [1]_ uses the derivative of π instead: pass the gradient with respect to
+    the mask to this function.
 
     References
     ----------
@@ -276,7 +294,7 @@ def gumbel_softmax_vjp(
     >>> gumbel_softmax_vjp(np.array([1.0, 0.0]), s, seed=None).round(3)
     array([ 1.966, -1.966])
     """
-    leave, saliency, mask, gradient = enter(
+    convert_back, saliency, mask, gradient = convert_inputs(
         {"saliency": saliency, "mask": mask}, gradients={"gradient": gradient}
     )
     check_values("saliency", saliency, "N", "BN")
@@ -287,8 +305,8 @@ def gumbel_softmax_vjp(
     noise = check_noise(seed, sequence_offset)
     args = gradient, saliency, temperature, noise, mask
     if is_cuda(saliency):
-        return leave(_gumbel_softmax_vjp_cuda(*args))
-    return leave(_gumbel_softmax_vjp_reference(*args))
+        return convert_back(_gumbel_softmax_vjp_cuda(*args))
+    return convert_back(_gumbel_softmax_vjp_reference(*args))
 
 
 def _gumbel_softmax_vjp_reference(
@@ -299,15 +317,16 @@ def _gumbel_softmax_vjp_reference(
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     scores = perturbed_scores_reference(saliency, noise, mask)
-    p = _softmax_reference(scores, temperature, mask).astype(np.float64)
+    p = _softmax_reference(scores, temperature, mask).astype(np.float64)  # π, (B, N)
     # Padding has probability 0; its gradient may be NaN and is not used.
-    gap = np.where(p > 0, gradient, 0).astype(np.float64)
-    # π̄_i - Σ π̄_j π_j is tiny for a token that has nearly all the probability. The
-    # second pass removes the rounding error of the first.
+    centred = np.where(p > 0, gradient, 0).astype(np.float64)  # π̄
+    # π̄_i - Σ_j π̄_j π_j is tiny for a token that has nearly all the probability. The
+    # first pass subtracts the sum; the second pass removes the rounding error of the
+    # first one.
     for _ in range(2):
-        gap -= np.sum(p * gap, axis=-1, keepdims=True)
+        centred -= np.sum(p * centred, axis=-1, keepdims=True)
     with np.errstate(over="ignore"):  # inf is the intended result of a tiny temperature
-        return (p * gap / temperature).astype(saliency.dtype)
+        return (p * centred / temperature).astype(saliency.dtype)
 
 
 def _gumbel_softmax_vjp_cuda(
@@ -318,7 +337,7 @@ def _gumbel_softmax_vjp_cuda(
     mask: Any,
 ) -> Any:
     seed, sequence_offset = noise
-    # The probabilities are computed again rather than kept from the forward pass.
+    # Compute π again: the arguments do not include the result of the forward pass.
     p = compute_gumbel_softmax(
         saliency,
         temperature=temperature,
@@ -330,6 +349,7 @@ def _gumbel_softmax_vjp_cuda(
     out = empty(saliency.shape, saliency.dtype)
     args = (contiguous(gradient, p.dtype), p, batch, num_tokens, temperature, out)
     kernel = "gumbel_softmax_vjp", "gumbel_softmax_vjp"
-    # One block for each sequence; the basic kernel has one thread for each token.
+    # A block for each sequence, because Σ π̄_j π_j is a sum over its tokens. The basic
+    # kernel has a thread for each token.
     launch(*kernel, saliency.dtype, args, outputs=out.size, blocks=batch)
     return out

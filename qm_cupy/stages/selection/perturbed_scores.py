@@ -1,4 +1,8 @@
-"""Scores that select tokens: saliency s plus Gumbel noise g."""
+"""Scores that select tokens: saliency s plus Gumbel noise g, of shape (N,) or (B, N).
+
+N is the number of tokens of a sequence, B the number of sequences. `noise` is a pair
+(seed, sequence offset); without a seed, g = 0 (gumbel_noise.py).
+"""
 
 from typing import Any
 
@@ -19,7 +23,7 @@ def perturbed_scores_reference(
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     """Return s + g (B, N), in float32 at least."""
-    # A float16 sum would keep only 11 bits of the noise.
+    # A sum in float16 would keep only 11 bits of the noise.
     scores = saliency.astype(np.result_type(saliency, np.float32))
     return scores + _by_rank(gumbel_noise_reference(saliency.shape, *noise), mask)
 
@@ -27,11 +31,14 @@ def perturbed_scores_reference(
 def _by_rank(
     noise: NDArray[np.float32], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.float32]:
-    """Give the n-th token of a sequence draw n, for any position of the padding."""
+    """Return the noise (B, N) in which the n-th token of a sequence has draw n.
+
+    Padding does not count, so a token has the same noise wherever the padding is.
+    """
     if mask is None:
         return noise
-    # The rank of a token is the number of tokens before it. Padding gets a rank too,
-    # but its score is not used.
+    # The rank of a token is the number of tokens before it. Padding gets the rank of
+    # the last token before it (0 if there is none); its score is not used.
     rank = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
     return np.take_along_axis(noise, rank, axis=-1)
 
@@ -44,9 +51,10 @@ def perturbed_scores_cuda(
     out = empty(saliency.shape, accumulation_dtype(saliency.dtype))
     arrays = contiguous(saliency), contiguous(mask)
     args = (*arrays, batch, num_tokens, *noise_arguments(noise), out)
-    # With both noise and padding, the block of a sequence counts tokens together to get
-    # their ranks. Otherwise the work is elementwise, and the basic kernel does it.
-    counting = mask is not None and noise[0] is not None
+    # With noise and padding, a token needs its rank, the number of tokens before it. In
+    # the optimized kernel, the block of a sequence counts them together. Otherwise the
+    # work is elementwise, and the basic kernel does it with a thread for each token.
+    needs_ranks = mask is not None and noise[0] is not None
     launch(
         "gumbel_softmax",
         "perturbed_scores",
@@ -54,7 +62,8 @@ def perturbed_scores_cuda(
         args,
         outputs=out.size,
         blocks=batch,
+        # A thread for each token of the sequence, up to SELECTION_THREADS.
         block=block_size(num_tokens, SELECTION_THREADS, BLOCK),
-        kernels=None if counting else "basic",
+        kernels=None if needs_ranks else "basic",
     )
     return out

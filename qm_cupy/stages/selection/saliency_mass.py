@@ -1,4 +1,10 @@
-"""Saliency mass: the weights of tokens in the merge."""
+"""Saliency mass: the weights of tokens in the merge.
+
+For token i, s_i is the saliency, π_i the probability that the token is selected, ε the
+weight of background tokens, and m_i = π_i s_i + (1 - π_i) ε the mass. A bar is the
+gradient of a loss with respect to the quantity, such as m̄_i. Arrays are (N,) or (B,
+N): N tokens of one sequence or of B sequences.
+"""
 
 from typing import Any
 
@@ -6,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_gradient, check_number, check_shape, check_values
-from ...arrays.conversion import Array, FloatArray, enter, on_callers_stream
+from ...arrays.conversion import Array, FloatArray, convert_inputs, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -16,7 +22,7 @@ from ...cuda.launch import contiguous, launch
 
 
 @operation(
-    inputs=("saliency", "probabilities"),
+    differentiable=("saliency", "probabilities"),
     options=("float epsilon",),
     dtype="widest",
     shapes=like_first,
@@ -31,7 +37,8 @@ def saliency_mass(
     Parameters
     ----------
     saliency, probabilities : ndarray of shape (N,) or (B, N)
-        Saliency s and selection probabilities π (soft or K-hot).
+        Saliency s and selection probabilities π: soft, or K-hot (1 for the K selected
+        tokens and 0 for the others).
     epsilon : float, default 0.01
         Weight ε ≥ 0 of background tokens.
 
@@ -53,14 +60,14 @@ def saliency_mass(
     >>> saliency_mass(np.array([0.8, 0.4]), np.array([1.0, 0.0]))
     array([0.8 , 0.01])
     """
-    leave, saliency, probabilities = enter(
+    convert_back, saliency, probabilities = convert_inputs(
         {"saliency": saliency, "probabilities": probabilities}
     )
     check_values("saliency", saliency, "N", "BN")
     check_values("probabilities", probabilities, "N", "BN")
     check_shape("probabilities", probabilities, "BN", saliency.shape)
     epsilon = check_epsilon(epsilon)
-    return leave(compute_saliency_mass(saliency, probabilities, epsilon=epsilon))
+    return convert_back(compute_saliency_mass(saliency, probabilities, epsilon=epsilon))
 
 
 def compute_saliency_mass(
@@ -81,15 +88,16 @@ def _saliency_mass_reference(
     saliency: NDArray[Any], probabilities: NDArray[Any], epsilon: float
 ) -> NDArray[Any]:
     dtype = _mass_dtype(saliency, probabilities)
+    s, p = saliency.astype(dtype), probabilities.astype(dtype)  # p is π
     # π = 1 gives the saliency itself, π = 0 the background weight ε.
-    s, p = saliency.astype(dtype), probabilities.astype(dtype)
     mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
     return mass
 
 
 def _mass_dtype(saliency: Any, probabilities: Any) -> np.dtype[Any]:
     """Return float64 if one of the arrays is float64, else float32."""
-    # Narrow dtypes are widened first: NumPy would return float16 for two float16.
+    # Convert to accumulation dtypes first: NumPy returns float16 for two float16
+    # arrays.
     return np.result_type(
         *map(accumulation_dtype, (saliency.dtype, probabilities.dtype))
     )
@@ -101,7 +109,7 @@ def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> An
     # The kernel has one dtype for both inputs.
     arrays = contiguous(saliency, dtype), contiguous(probabilities, dtype)
     args = (*arrays, out.size, epsilon, out)
-    # Elementwise: one thread for each token.
+    # The work is elementwise: a thread for each token.
     launch("saliency_mass", "saliency_mass", dtype, args, outputs=out.size)
     return out
 
@@ -148,7 +156,7 @@ def saliency_mass_vjp(
     >>> saliency_mass_vjp(np.array([1.0, 2.0]), s, p)
     (array([1., 1.]), array([0.79, 0.78]))
     """
-    leave, saliency, probabilities, gradient = enter(
+    convert_back, saliency, probabilities, gradient = convert_inputs(
         {"saliency": saliency, "probabilities": probabilities},
         gradients={"gradient": gradient},
     )
@@ -159,10 +167,10 @@ def saliency_mass_vjp(
     epsilon = check_epsilon(epsilon)
     args = gradient, saliency, probabilities, epsilon
     if is_cuda(saliency):
-        by_saliency, by_probability = _saliency_mass_vjp_cuda(*args)
+        s_gradient, p_gradient = _saliency_mass_vjp_cuda(*args)
     else:
-        by_saliency, by_probability = _saliency_mass_vjp_reference(*args)
-    return leave(by_saliency), leave(by_probability)
+        s_gradient, p_gradient = _saliency_mass_vjp_reference(*args)
+    return convert_back(s_gradient), convert_back(p_gradient)
 
 
 def _saliency_mass_vjp_reference(
@@ -173,10 +181,8 @@ def _saliency_mass_vjp_reference(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     # Products in float64 are rounded once to the dtype of each argument.
     g, s, p = (x.astype(np.float64) for x in (gradient, saliency, probabilities))
-    by_saliency, by_probability = g * p, g * (s - epsilon)  # m̄ π and m̄ (s - ε)
-    return by_saliency.astype(saliency.dtype), by_probability.astype(
-        probabilities.dtype
-    )
+    s_gradient, p_gradient = g * p, g * (s - epsilon)  # s̄ = m̄ π and π̄ = m̄ (s - ε)
+    return s_gradient.astype(saliency.dtype), p_gradient.astype(probabilities.dtype)
 
 
 def _saliency_mass_vjp_cuda(
@@ -186,13 +192,14 @@ def _saliency_mass_vjp_cuda(
     # The kernel has one dtype for all arrays; results are converted back below.
     inputs = gradient, saliency, probabilities
     arrays = (contiguous(x, dtype) for x in inputs)
-    outs = [empty(saliency.shape, dtype) for _ in range(2)]  # s̄ and π̄
+    # One launch writes both gradients: s̄ and π̄.
+    outs = [empty(saliency.shape, dtype) for _ in range(2)]
     args = (*arrays, saliency.size, epsilon, *outs)
     kernel = "saliency_mass_vjp", "saliency_mass_vjp"
-    launch(*kernel, dtype, args, outputs=saliency.size)  # one thread for each token
-    by_saliency, by_probability = outs
+    launch(*kernel, dtype, args, outputs=saliency.size)  # a thread for each token
+    s_gradient, p_gradient = outs
     # An argument may be narrower than the kernel's dtype.
     return (
-        by_saliency.astype(saliency.dtype, copy=False),
-        by_probability.astype(probabilities.dtype, copy=False),
+        s_gradient.astype(saliency.dtype, copy=False),
+        p_gradient.astype(probabilities.dtype, copy=False),
     )

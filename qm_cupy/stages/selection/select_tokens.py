@@ -1,4 +1,9 @@
-"""Selection of the K tokens with the highest scores."""
+"""Selection of the K tokens with the highest scores.
+
+N is the number of tokens of a sequence, B the number of sequences. `counts` (B,) has K
+of every sequence, and `max_groups` is the largest K; on a GPU, `counts` is None if all
+K are equal.
+"""
 
 from typing import Any
 
@@ -11,14 +16,14 @@ from ...arrays.checks import (
     check_mask,
     check_values,
 )
-from ...arrays.conversion import Array, BoolArray, IntArray, enter
+from ...arrays.conversion import Array, BoolArray, IntArray, convert_inputs
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import groups_of_tokens
 from ...cuda.constants import SELECTION_THREADS
 from ...cuda.device import empty
-from ...cuda.launch import block_size, device_counts, launch
+from ...cuda.launch import block_size, counts_on_device, launch
 from .perturbed_scores import perturbed_scores_cuda
 
 
@@ -36,9 +41,10 @@ def select_tokens(
     Parameters
     ----------
     scores : ndarray of shape (N,) or (B, N)
-        Any score; float16, bfloat16, float32 or float64.
+        A score for each token, such as the saliency; float16, bfloat16, float32 or
+        float64.
     num_groups : int or ndarray of int of shape (B,)
-        K for all sequences, or for each one.
+        Number of tokens K to select, for all sequences or for each one.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens are never selected.
 
@@ -63,14 +69,15 @@ def select_tokens(
     >>> select_tokens(np.array([0.1, 0.9, 0.3, 0.9]), 2)
     array([1, 3], dtype=int32)
     """
-    leave, scores, mask, num_groups = enter(
+    convert_back, scores, mask, num_groups = convert_inputs(
         {"scores": scores, "mask": mask}, counts={"num_groups": num_groups}
     )
     check_values("scores", scores, "N", "BN")
     check_mask(mask, scores.shape)
-    limit = num_valid(scores.shape, mask)  # N, or the unmasked tokens (B,)
+    # K is at most the number of tokens of its sequence: N, or (B,) with a mask.
+    limit = num_valid(scores.shape, mask)
     groups = check_group_counts(num_groups, scores.shape[:-1], limit)
-    return leave(compute_select_tokens(scores, groups, mask=mask))
+    return convert_back(compute_select_tokens(scores, groups, mask=mask))
 
 
 def compute_select_tokens(
@@ -88,9 +95,10 @@ def select_tokens_reference(
     max_groups: int,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
-    """Return positions (B, K), ascending, then -1 in sequences with fewer groups."""
-    selected = top_tokens_reference(scores, counts, mask)
-    # A stable sort of "not selected" puts selected tokens first, in index order.
+    """Return positions (B, K), ascending; -1 after the last one if K is smaller."""
+    selected = top_tokens_reference(scores, counts, mask)  # (B, N)
+    # False sorts before True, so the sort of `~selected` puts selected tokens first. It
+    # is stable, so they are in index order.
     positions = np.argsort(~selected, axis=-1, stable=True)[..., :max_groups]  # (B, K)
     padded = np.arange(max_groups) >= counts[..., None]  # (B, K)
     return np.where(padded, -1, positions).astype(np.int32)
@@ -99,38 +107,45 @@ def select_tokens_reference(
 def _select_tokens_cuda(
     scores: Any, counts: NDArray[np.int64], max_groups: int, mask: Any
 ) -> Any:
-    # Without noise this only widens the scores and sets padding to -inf.
+    # With seed None there is no noise: the function converts the scores to the
+    # accumulation dtype and sets padding to -inf.
     scores = perturbed_scores_cuda(scores, (None, 0), mask)
     return selected_positions_cuda(
-        top_tokens_cuda(scores, *device_counts(counts)), max_groups
+        top_tokens_cuda(scores, *counts_on_device(counts)), max_groups
     )
 
 
 def top_tokens_reference(
     scores: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_]:
-    """Return a mask of the K highest scores of each row.
+    """Return a mask (B, N) of the K highest scores of each sequence.
 
     Of equal scores, the lower index is selected.
     """
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)  # padding comes last
-    # A stable sort keeps equal scores in index order.
+    # The minus sign makes the order descending. A stable sort keeps equal scores in
+    # index order.
     order = np.argsort(-scores, axis=-1, stable=True)
     selected = np.zeros(scores.shape, np.bool_)
-    within = np.arange(scores.shape[-1]) < counts[..., None]  # (B, N), by rank
-    np.put_along_axis(selected, order, within, axis=-1)
+    # order[n] is the token of rank n; the ranks below K are selected.
+    rank_is_selected = np.arange(scores.shape[-1]) < counts[..., None]  # (B, N)
+    np.put_along_axis(selected, order, rank_is_selected, axis=-1)
     return selected
 
 
 def top_tokens_cuda(scores: Any, counts: Any, max_groups: int) -> Any:
-    """Return a mask of the K highest scores; padding must be below all tokens."""
+    """Return a mask (B, N) of the K highest scores of each sequence.
+
+    The scores of padding must be below the scores of all tokens.
+    """
     out = empty(scores.shape, np.bool_)
     batch, num_tokens = rows_of(scores)
     args = (scores, counts, batch, num_tokens, max_groups, out)
     kernel = "select_tokens", "top_tokens"
-    # One block for each sequence finds the K-th highest score by radix selection. The
-    # basic kernel has one thread for each token.
+    # The block of a sequence finds its K-th highest score by radix selection, with a
+    # thread for each token up to SELECTION_THREADS. The basic kernel has a thread for
+    # each token.
     block = block_size(num_tokens, SELECTION_THREADS)
     launch(*kernel, scores.dtype, args, outputs=out.size, blocks=batch, block=block)
     return out
@@ -141,9 +156,10 @@ def selected_positions_cuda(selected: Any, max_groups: int) -> Any:
     out = empty((*selected.shape[:-1], max_groups), np.int32)
     batch, num_tokens = rows_of(selected)
     args = (selected, batch, num_tokens, max_groups, out)
-    # One block for each sequence; the basic kernel has one thread for each position.
+    # The block of a sequence counts the selected tokens before each token. The basic
+    # kernel has a thread for each position.
     kernel = "select_tokens", "select_tokens"
     block = block_size(num_tokens, SELECTION_THREADS)
-    # The kernel reads no floats; it is compiled for float32 only.
+    # The kernel reads no floats, so one dtype is enough: it is compiled for float32.
     launch(*kernel, np.float32, args, outputs=out.size, blocks=batch, block=block)
     return out

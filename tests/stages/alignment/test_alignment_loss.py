@@ -1,4 +1,8 @@
-"""The alignment loss: against a loop over t, with padding, and read in reverse."""
+"""The alignment loss: against a loop over t, with padding, and in reverse.
+
+A prior has a forward network, which predicts merged token t + 1 from tokens 1..t, and a
+backward network, which predicts token t - 1 from tokens t..K.
+"""
 
 import numpy as np
 import oracle
@@ -8,7 +12,7 @@ from conftest import assert_close
 import qm_cupy as qm
 
 
-def losses_by_loop(merged, prior):
+def losses_of_a_loop_over_t(merged, prior):
     """Return (forward, backward, total) of one sequence, one prediction at a time."""
     return oracle.alignment_losses(
         merged,
@@ -19,12 +23,12 @@ def losses_by_loop(merged, prior):
 
 # K = 1 has no pair of neighbours: the loss is 0, not 0 / 0.
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 17])
-def test_losses_oracle(rng, dtype, num_groups):
+def test_losses_against_a_loop_over_t(rng, dtype, num_groups):
     prior = qm.MLPPrior.init(5, hidden_dim=7, seed=3)
     merged = rng.standard_normal((2, num_groups, 5)).astype(dtype)
     got = qm.alignment_loss(merged, prior)
     for b in range(2):
-        wanted = losses_by_loop(merged[b], prior)
+        wanted = losses_of_a_loop_over_t(merged[b], prior)
         for loss, truth in zip(got, wanted, strict=True):
             assert loss.dtype == np.result_type(dtype, np.float32)
             assert_close(loss[b], truth, dtype)
@@ -58,15 +62,15 @@ def test_reading_backwards_is_the_mirror_image(rng):
     assert_close(original.backward, reversed_.forward)
 
 
-# Without a check, (5, 4) and (2, 5, 1) would broadcast with the tokens (2, 5, 4).
+# The tokens are (2, 5, 4). Without a check, (5, 4) and (2, 5, 1) would broadcast.
 @pytest.mark.parametrize("shape", [(5, 4), (2, 4, 4), (2, 5, 1), (2, 1, 4)])
-@pytest.mark.parametrize("wrong", [False, True])
-def test_prediction_of_another_shape(shape, wrong):
-    """`wrong` is the value of `reverse` that gets a prediction of the wrong shape."""
+@pytest.mark.parametrize("wrong_reverse", [False, True])
+def test_prediction_of_a_wrong_shape_raises(shape, wrong_reverse):
+    """With `reverse=wrong_reverse`, the prediction has the wrong shape."""
 
     class Prior:
-        def predict(self, tokens, *, reverse=False, **known):
-            return np.ones(shape if reverse == wrong else tokens.shape)
+        def predict(self, tokens, *, reverse=False, **options):
+            return np.ones(shape if reverse == wrong_reverse else tokens.shape)
 
     with pytest.raises(ValueError, match="`prediction` must have shape"):
         qm.alignment_loss(np.ones((2, 5, 4)), Prior())

@@ -15,7 +15,7 @@ from qm_cupy.stages.alignment.alignment_loss import alignment_loss_vjp_reference
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-# One more than a warp (33), and one more than a tile of 128 rows (129).
+# 33 is one more than a warp, and 129 is one more than a tile of 128 rows.
 @dtypes
 @pytest.mark.parametrize("num_groups", [1, 2, 33, 129])
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
@@ -59,13 +59,15 @@ def test_alignment_loss_vjp(dtype, num_groups, ragged):
         gradient, merged, prior, num_groups=counts if ragged else None
     )
     forward, backward, total = map(wide, gradient)
-    # total = forward + backward, so its gradient adds to both.
-    slopes = forward + total, backward + total
+    # total = forward + backward, so the gradient of the total is added to both.
+    gradients_of_both = forward + total, backward + total
     with pytest.MonkeyPatch.context() as patch:
-        # Under the interpreter, NumPy arrays count as arrays of a GPU. The reference
-        # must run on the CPU.
+        # The interpreter takes NumPy arrays for arrays of a GPU. The reference must
+        # take them for arrays of the CPU.
         patch.setattr(cuda, "is_cuda", lambda x: False)
-        wanted = alignment_loss_vjp_reference(slopes, wide(merged), prior, counts)
+        wanted = alignment_loss_vjp_reference(
+            gradients_of_both, wide(merged), prior, counts
+        )
     assert_gradient(got[0], wanted[0], dtype)
     assert not got[0][np.arange(num_groups) >= counts[:, None]].any()  # padding
     acc_dtype = cuda.accumulation_dtype(dtype)

@@ -1,4 +1,7 @@
-"""The gradient of the alignment loss: against differences, torch, and by hand."""
+"""The gradient of the alignment loss: against differences, torch, and by hand.
+
+Differences are central differences: (f(x + h) - f(x - h)) / 2h.
+"""
 
 import numpy as np
 import pytest
@@ -10,46 +13,48 @@ import qm_cupy as qm
 def prior_of(dim, hidden_dim, seed=3):
     """Return a prior with weights in float64."""
     prior = qm.MLPPrior.init(dim, hidden_dim=hidden_dim, seed=seed)
-    wide = (
+    networks = (
         qm.MLP(*(w.astype(np.float64) for w in network))
         for network in (prior.forward, prior.backward)
     )
-    return qm.MLPPrior(*wide)
+    return qm.MLPPrior(*networks)
 
 
 def loss_of(gradient, merged, prior, counts=None):
-    """Return Σ gradient · loss, a number with the gradient that the VJP returns."""
+    """Return Σ gradient · loss. Its gradient is the result of `alignment_loss_vjp`."""
     losses = qm.alignment_loss(merged, prior, num_groups=counts)
     pairs = zip(gradient, losses, strict=True)
-    return sum(np.sum(slope * loss) for slope, loss in pairs)
+    return sum(np.sum(one * loss) for one, loss in pairs)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 18])
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
-def test_differences(rng, num_groups, ragged):
+def test_gradient_against_differences(rng, num_groups, ragged):
     merged = rng.standard_normal((3, num_groups, 4))
     gradient = tuple(rng.standard_normal((3, 3)))
     counts = np.array([num_groups, (num_groups + 1) // 2, 1]) if ragged else None
-    prior = prior_of(4, 6)  # small: differences evaluate the loss twice per entry
-    slope, weights = qm.alignment_loss_vjp(gradient, merged, prior, num_groups=counts)
-    assert_slope(slope, lambda x: loss_of(gradient, x, prior, counts), merged)
+    prior = prior_of(4, 6)  # small: each entry needs the loss twice
+    token_gradient, weights = qm.alignment_loss_vjp(
+        gradient, merged, prior, num_groups=counts
+    )
+    assert_slope(token_gradient, lambda x: loss_of(gradient, x, prior, counts), merged)
     networks = [prior.forward, prior.backward]
     for i, network in enumerate(networks):
         for name, weight in network._asdict().items():
-            # The defaults bind the current i and name, not those of the last iteration.
+            # Default arguments keep the i and the name of this iteration.
             def loss(w, i=i, name=name):
-                both = list(networks)
-                both[i] = both[i]._replace(**{name: w})
-                return loss_of(gradient, merged, qm.MLPPrior(*both), counts)
+                changed = list(networks)
+                changed[i] = changed[i]._replace(**{name: w})
+                return loss_of(gradient, merged, qm.MLPPrior(*changed), counts)
 
             assert_slope(getattr(weights[i], name), loss, weight)
     if ragged:
         padding = np.arange(num_groups) >= counts[:, None]
-        assert not slope[padding].any()
+        assert not token_gradient[padding].any()
 
 
 @pytest.mark.parametrize("precision", [np.float32, np.float64])
-def test_torch(rng, precision):
+def test_gradient_against_torch(rng, precision):
     torch = pytest.importorskip("torch")
     merged = rng.standard_normal((2, 7, 4)).astype(precision)
     prior = qm.MLPPrior.init(4, hidden_dim=6)
@@ -60,19 +65,19 @@ def test_torch(rng, precision):
     ]
 
     def mean_error(x, network):
-        first, shift, second, last = network
+        weight_in, bias_in, weight_out, bias_out = network
         count = torch.arange(1, 8, dtype=x.dtype)[:, None]  # (K, 1)
-        hidden = torch.relu(x.cumsum(1) / count @ first.T + shift)
-        predicted = hidden @ second.T + last
+        hidden = torch.relu(x.cumsum(1) / count @ weight_in.T + bias_in)
+        predicted = hidden @ weight_out.T + bias_out
         return (predicted[:, :-1] - x[:, 1:]).square().mean((1, 2))
 
     # The backward network reads the flipped tokens in the same way.
-    right, left = mean_error(x, networks[0]), mean_error(x.flip(1), networks[1])
-    (right + left).sum().backward()
+    forward, backward = mean_error(x, networks[0]), mean_error(x.flip(1), networks[1])
+    (forward + backward).sum().backward()
     ones, zeros = np.ones(2, precision), np.zeros(2, precision)
-    slope, weights = qm.alignment_loss_vjp((zeros, zeros, ones), merged, prior)
-    assert slope.dtype == precision
-    np.testing.assert_allclose(slope, x.grad, rtol=1e-5, atol=1e-5)
+    token_gradient, weights = qm.alignment_loss_vjp((zeros, zeros, ones), merged, prior)
+    assert token_gradient.dtype == precision
+    np.testing.assert_allclose(token_gradient, x.grad, rtol=1e-5, atol=1e-5)
     for mlp, network in zip(weights, networks, strict=True):
         for got, wanted in zip(mlp, network, strict=True):
             assert got.dtype == precision
@@ -81,15 +86,17 @@ def test_torch(rng, precision):
 
 def test_gradient_of_the_total_is_the_sum_of_both_directions(rng):
     merged, prior = rng.standard_normal((2, 6, 4)), qm.MLPPrior.init(4)
-    one, none = np.ones(2), np.zeros(2)
-    total = qm.alignment_loss_vjp((none, none, one), merged, prior)
-    both = qm.alignment_loss_vjp((one, one, none), merged, prior)
-    forward = qm.alignment_loss_vjp(qm.AlignmentLoss(one, none, none), merged, prior)
-    np.testing.assert_array_equal(total[0], both[0])
-    for x, y in zip(total[1][0], forward[1][0], strict=True):
+    ones, zeros = np.ones(2), np.zeros(2)
+    of_total = qm.alignment_loss_vjp((zeros, zeros, ones), merged, prior)
+    of_both = qm.alignment_loss_vjp((ones, ones, zeros), merged, prior)
+    of_forward = qm.alignment_loss_vjp(
+        qm.AlignmentLoss(ones, zeros, zeros), merged, prior
+    )
+    np.testing.assert_array_equal(of_total[0], of_both[0])
+    for x, y in zip(of_total[1][0], of_forward[1][0], strict=True):
         np.testing.assert_array_equal(x, y)
     # The forward loss does not depend on the backward network.
-    assert not any(w.any() for w in forward[1][1])
+    assert not any(w.any() for w in of_forward[1][1])
 
 
 def test_fit_follows_the_gradient_of_the_loss(rng):
@@ -110,8 +117,8 @@ def test_padding_is_not_read(rng):
     merged, prior = rng.standard_normal((2, 6, 4)), qm.MLPPrior.init(4)
     counts, gradient = np.array([6, 3]), tuple(np.ones((3, 2)))
     wanted = qm.alignment_loss_vjp(gradient, merged, prior, num_groups=counts)
-    merged[1, 3:] = np.nan  # even 0 · NaN would show in the result
-    with qm.check_finite(False):  # else the NaN is refused
+    merged[1, 3:] = np.nan  # 0 · NaN is NaN: padding must not be read
+    with qm.check_finite(False):  # otherwise NaN raises an error
         got = qm.alignment_loss_vjp(gradient, merged, prior, num_groups=counts)
     np.testing.assert_array_equal(got[0], wanted[0])
     for mlp, other in zip(got[1], wanted[1], strict=True):
@@ -133,30 +140,34 @@ def test_sizes_of_a_merged_give_the_counts(rng):
 def test_gradients_of_one_sequence_may_be_numbers(rng):
     merged, prior = rng.standard_normal((2, 6, 4)), qm.MLPPrior.init(4)
     # Losses of one sequence have shape (): Python and NumPy numbers are gradients too.
-    many, _ = qm.alignment_loss_vjp(tuple(np.ones((3, 2))), merged, prior)
-    one, weights = qm.alignment_loss_vjp((1, 1.0, np.float32(1)), merged[0], prior)
-    np.testing.assert_allclose(one, many[0], rtol=1e-12)
+    batch_gradient, _ = qm.alignment_loss_vjp(tuple(np.ones((3, 2))), merged, prior)
+    token_gradient, weights = qm.alignment_loss_vjp(
+        (1, 1.0, np.float32(1)), merged[0], prior
+    )
+    np.testing.assert_allclose(token_gradient, batch_gradient[0], rtol=1e-12)
     for got, weight in zip(weights[0], prior.forward, strict=True):
         assert got.shape == weight.shape
         assert got.dtype == np.float64
 
 
-def test_relu_at_zero_has_slope_zero():
-    """With all weights 0, every hidden unit is at 0, and only the last bias moves.
+def test_relu_has_derivative_zero_at_zero():
+    """If all weights are 0, every hidden unit is 0: only b₂ has a gradient.
 
     D = 2, K = 2: one pair, prediction (0, 0), target (3, 4). The gradient of the
     prediction is 2 (0 - 3, 0 - 4) / D = (-3, -4), and that of the target is (3, 4).
     """
     prior = qm.MLPPrior.init(2, hidden_dim=3)
-    still = qm.MLPPrior(
+    zero_prior = qm.MLPPrior(
         *(qm.MLP(*(0 * w for w in mlp)) for mlp in (prior.forward,) * 2)
     )
     merged = np.array([[1.0, 2.0], [3.0, 4.0]])
-    # Only the forward loss counts. The first token is not a target of it.
-    slope, (forward, _) = qm.alignment_loss_vjp((1.0, 0.0, 0.0), merged, still)
+    # The gradient is that of the forward loss, in which token 0 is not a target.
+    token_gradient, (forward, _) = qm.alignment_loss_vjp(
+        (1.0, 0.0, 0.0), merged, zero_prior
+    )
     np.testing.assert_array_equal(forward.bias_out, [-3, -4])
     assert not any(w.any() for w in forward[:3])
-    np.testing.assert_array_equal(slope, [[0, 0], [3, 4]])
+    np.testing.assert_array_equal(token_gradient, [[0, 0], [3, 4]])
 
 
 def test_bad_input(rng):

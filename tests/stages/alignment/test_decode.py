@@ -29,7 +29,7 @@ class TestDecode:
     @pytest.mark.parametrize(
         "model",
         [
-            lambda prefix: prefix[:, -1:],  # the last row alone
+            lambda prefix: prefix[:, -1:],  # only the last row
             lambda prefix: prefix[..., 0],  # no axis E
             lambda prefix: prefix[0],  # no axis B
             lambda prefix: np.concatenate([prefix, prefix], axis=-2),  # 2 t rows
@@ -39,8 +39,8 @@ class TestDecode:
         with pytest.raises(ValueError, match="`model` must return shape"):
             qm.decode(np.ones((2, 3, 2)), model)
 
-    @pytest.mark.parametrize("steps", [False, True], ids=["callable", "prior"])
-    def test_progress_counts_the_tokens_so_far(self, rng, steps):
+    @pytest.mark.parametrize("is_prior", [False, True], ids=["callable", "prior"])
+    def test_progress_counts_the_tokens_so_far(self, rng, is_prior):
         merged, seen = rng.standard_normal((2, 5, 4)), []
         prior = qm.MLPPrior.init(4, hidden_dim=3)
 
@@ -48,14 +48,17 @@ class TestDecode:
             seen.append(f"prefix of {prefix.shape[-2]}")
             return prefix
 
-        got = qm.decode(merged, prior if steps else model, progress=seen.append)
+        got = qm.decode(merged, prior if is_prior else model, progress=seen.append)
         assert [x for x in seen if isinstance(x, int)] == [1, 2, 3, 4, 5]
-        if not steps:  # `progress` is called after each token, not only at the end
+        if not is_prior:  # `progress` is called after each token, not only at the end
             assert seen[:4] == ["prefix of 1", 1, "prefix of 2", 2]
-        np.testing.assert_array_equal(got, qm.decode(merged, prior if steps else model))
+        np.testing.assert_array_equal(
+            got, qm.decode(merged, prior if is_prior else model)
+        )
 
-    def test_nothing_is_drawn_on_a_terminal(self, rng, monkeypatch, capsys):
-        # A library draws a progress bar only if it is asked to.
+    def test_decode_draws_no_progress_bar(self, rng, monkeypatch, capsys):
+        # On a terminal, the command line draws a bar after `PATIENCE` seconds. The
+        # library must not draw one.
         monkeypatch.setattr("sys.stderr.isatty", lambda: True)
         monkeypatch.setattr("qm_cupy.cli.progress.PATIENCE", 0)  # seconds before a bar
         qm.decode(rng.standard_normal((3, 4)), qm.MLPPrior.init(4))

@@ -6,19 +6,19 @@ WEIGHTED = ("average", "ward")  # the methods that use masses
 
 
 def groups_of(labels):
-    """Return the members of each group."""
+    """Return, for each label, the list of its tokens."""
     return [list(np.flatnonzero(labels == k)) for k in range(labels.max() + 1)]
 
 
 def masses(rng, shape):
-    """Return masses within 0.1 to 10."""
+    """Return random masses between 0.1 and 10."""
     return 10 ** rng.uniform(-1, 1, shape)
 
 
 def low_rank(rng, num_tokens, dim=16):
     """Return tokens that lie near a subspace of 4 dimensions."""
-    rough = rng.standard_normal((num_tokens, 4)) @ rng.standard_normal((4, dim))
-    return rough + 0.1 * rng.standard_normal((num_tokens, dim))
+    in_subspace = rng.standard_normal((num_tokens, 4)) @ rng.standard_normal((4, dim))
+    return in_subspace + 0.1 * rng.standard_normal((num_tokens, dim))
 
 
 def ragged_mask(rng, batch, num_tokens):

@@ -1,4 +1,7 @@
-"""Cases for the tests of the grouping kernels: masks, counts, labels by hand."""
+"""Cases for the tests of the grouping kernels: masks, counts, and a plain numbering.
+
+A root is the number of a token's group before the groups are numbered 0..K-1.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +19,11 @@ orders = pytest.mark.parametrize("order", ["last", "first"])
 
 
 def masks_of(batch, num_tokens, masked=True):
-    """Return `mask` (padding left, holes, only padding) and `protect` (a fifth)."""
+    """Return `mask` and `protect`, (batch, num_tokens) each, or None and None.
+
+    The mask has padding on the left, padding in between, and a sequence of padding
+    only. A fifth of the tokens is protected.
+    """
     if not masked:
         return None, None
     draws = np.random.default_rng(5).random((2, batch, num_tokens))
@@ -24,25 +31,26 @@ def masks_of(batch, num_tokens, masked=True):
 
 
 def fill(mask, shape, value):
-    """Return the mask, or an array of one value where there is none."""
+    """Return the mask, or an array of one value if the mask is None."""
     return np.full(shape, value) if mask is None else mask
 
 
 def counts_of(valid, protect, fraction):
-    """Return K (B,): the protected tokens plus a fraction of the others."""
-    fixed = (valid & protect).sum(-1)
-    free = valid.sum(-1) - fixed
-    return fixed + np.ceil(free * fraction).astype(np.int64)
+    """Return K (B,): each protected token, and a fraction of the other valid tokens."""
+    num_protected = (valid & protect).sum(-1)
+    num_free = valid.sum(-1) - num_protected
+    return num_protected + np.ceil(num_free * fraction).astype(np.int64)
 
 
 def kernel_counts(counts):
     """Return K in the form that launchers accept."""
-    return cuda.device_counts(np.asarray(counts, np.int64))
+    return cuda.counts_on_device(np.asarray(counts, np.int64))
 
 
 def labels_of(roots, valid, order="last"):
-    """Return the labels of one sequence: groups numbered by last or first member."""
-    # With "last", a later member overwrites the position of an earlier one.
+    """Return the labels of one sequence: groups numbered by last or first members."""
+    # The position of a group is that of its last or first member. With "last", a later
+    # member overwrites the position of an earlier one.
     position = {}
     for i in np.flatnonzero(valid):
         if order == "last" or roots[i] not in position:

@@ -19,13 +19,15 @@ class TestClusterTokens:
     @pytest.mark.parametrize("num_groups", [1, 2, 5, 9, 16, 17])
     def test_bipartite_oracle(self, rng, num_groups):
         tokens = rng.standard_normal((17, 4))
-        tokens[6] = 0  # similarity 0 with every partner
+        tokens[6] = 0  # its similarity with every other token is 0
         labels = qm.cluster_tokens(tokens, num_groups, method="bipartite")
         assert groups_of(labels) == oracle.bipartite(tokens, num_groups)
 
     def test_bipartite_oracle_among_many_ties(self, rng):
         tokens = np.eye(3)[rng.integers(0, 3, 400)]
-        tokens[1::2, 2] = 0  # some even positions have only similarity 0
+        # At odd positions, axis 2 becomes zero. So a token of axis 2 at an even
+        # position has similarity 0 with all of them.
+        tokens[1::2, 2] = 0
         labels = qm.cluster_tokens(tokens, 300, method="bipartite")
         assert groups_of(labels) == oracle.bipartite(tokens, 300)
 
@@ -35,28 +37,29 @@ class TestClusterTokens:
         tokens[[6, 7]] = 0  # each counts as a unit vector orthogonal to all others
         labels = qm.cluster_tokens(tokens, num_groups, method="contiguous")
         assert groups_of(labels) == oracle.contiguous(tokens, num_groups)
-        assert (np.diff(labels) >= 0).all()  # groups are runs of tokens
+        assert (np.diff(labels) >= 0).all()  # a group has no gaps
 
     @pytest.mark.parametrize("anchors", [[3], [0, 16], [9, 2, 5, 11]])
     def test_nearest_oracle(self, rng, anchors):
         tokens = rng.standard_normal((17, 4))
-        tokens[5] = tokens[2]  # an anchor stays an anchor next to an equal one
+        # In the last case, anchors 2 and 5 are equal tokens: each must keep its group.
+        tokens[5] = tokens[2]
         labels = qm.cluster_tokens(
             tokens, len(anchors), method="nearest", anchors=np.array(anchors)
         )
         assert groups_of(labels) == oracle.nearest(tokens, anchors)
 
     @pytest.mark.parametrize("anchors", [[0, 2], [2, 0]])
-    def test_nearest_goes_to_the_earlier_of_equal_anchors(self, anchors):
-        # The middle token is equally similar to both; the order of `anchors` must not
-        # decide.
+    def test_nearest_joins_the_earlier_of_equally_similar_anchors(self, anchors):
+        # Token 1 is equally similar to the anchors 0 and 2. It must join anchor 0 for
+        # both orders of the argument `anchors`.
         tokens = np.array([[1.0, 0], [1, 1], [0, 1]])
         labels = qm.cluster_tokens(
             tokens, 2, method="nearest", anchors=np.array(anchors)
         )
         np.testing.assert_array_equal(labels, [0, 0, 1])
 
-    def test_nearest_takes_the_longest_by_default(self, rng):
+    def test_default_anchors_of_nearest_have_the_largest_norms(self, rng):
         tokens = rng.standard_normal((2, 12, 4))
         norms = np.linalg.norm(tokens, axis=-1)
         wanted = qm.cluster_tokens(
@@ -67,23 +70,24 @@ class TestClusterTokens:
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("order", ["last", "first"])
-    def test_mask_is_cutting_out_with_k_per_sequence(self, rng, method, order):
+    def test_masked_labels_equal_those_of_valid_tokens(self, rng, method, order):
         tokens = rng.standard_normal((3, 14, 4))
+        # Padding is anywhere, at the start too. The first five entries make at least
+        # four tokens valid, because the largest K is 4.
         mask = rng.random((3, 14)) < 0.6
         mask[:, :5] = [[1, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
         counts = np.array([4, 1, 3])
-        # Labels of valid tokens are those of the sequence without its padding.
         got = qm.cluster_tokens(tokens, counts, method=method, mask=mask, order=order)
         for b in range(3):
-            cut = qm.cluster_tokens(
+            without_padding = qm.cluster_tokens(
                 tokens[b, mask[b]], int(counts[b]), method=method, order=order
             )
-            np.testing.assert_array_equal(got[b, mask[b]], cut)
+            np.testing.assert_array_equal(got[b, mask[b]], without_padding)
             assert (got[b, ~mask[b]] == -1).all()
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_degenerate_tokens(self, method):
-        # All distances are equal here; there must still be exactly K groups.
+    def test_equal_and_zero_tokens_form_exactly_k_groups(self, method):
+        # Many distances are equal here, so that ties decide which groups merge.
         zeros, equal = np.zeros((9, 3)), np.ones((9, 3))
         for tokens in (zeros, equal, np.concatenate([zeros, equal])):
             labels = qm.cluster_tokens(tokens, 4, method=method)
@@ -113,7 +117,8 @@ class TestClusterTokens:
         mask = np.array([[True] * 6, [True] * 2 + [False] * 4])
         with pytest.raises(ValueError, match=r"1..2 \(its tokens\) for sequence 1"):
             cluster(tokens, 3, mask=mask)
-        # Two anchors at one position, in the padding, and behind the sequence.
+        # Wrong anchors: twice the same position, in the padding, after the sequence,
+        # too few, and for another method.
         nearest = {"method": "nearest", "mask": mask}
         with pytest.raises(ValueError, match="must be distinct"):
             cluster(tokens, 2, anchors=np.array([[0, 1], [1, 1]]), **nearest)
@@ -144,7 +149,10 @@ class TestClusterTokens:
 
     @pytest.mark.parametrize("make", [low_rank, np.random.Generator.standard_normal])
     def test_masses_lower_the_weighted_error(self, make):
-        """Measured: 0.82 and 0.83 of plain ward's error on average, at most 0.98."""
+        """The error must be below 0.92 of the error of ward without masses, on average.
+
+        Measured: 0.82 and 0.83 on average for the two cases of tokens, at most 0.98.
+        """
         ratios = []
         for seed in range(12):
             rng = np.random.default_rng(seed)
@@ -157,7 +165,8 @@ class TestClusterTokens:
             error = oracle.weighted_error(tokens, groups_of(weighted), mass)
             ratios.append(error / oracle.weighted_error(tokens, groups_of(plain), mass))
         assert np.mean(ratios) < 0.92
-        # A greedy algorithm never undoes a merge, so single cases may be worse.
+        # Ward is greedy: it never undoes a merge. So masses may raise the error of a
+        # single case.
         assert np.max(ratios) < 1.1
 
 
@@ -174,23 +183,25 @@ class TestProtect:
         assert (got[~mask] == -1).all()
         for b in range(4):
             free = mask[b] & ~protect[b]
-            alone = mask[b] & protect[b]
-            # Exactly K labels, in the order of first or last members.
+            protected = mask[b] & protect[b]
+            # There are exactly K labels, in the order of first or last members.
             labels, first = np.unique(got[b, mask[b]], return_index=True)
             np.testing.assert_array_equal(labels, np.arange(counts[b]))
             last = [np.flatnonzero(got[b] == k)[-1] for k in labels]
             assert (np.diff(first if order == "first" else last) > 0).all()
-            # Each protected token is alone in its group.
-            assert not set(got[b, alone]) & set(got[b, free])
-            assert len(set(got[b, alone])) == alone.sum()
-            # The other tokens form the same groups as without the protected ones. Only
-            # contiguous groups differ, because protected tokens separate them.
+            # A group of a protected token has no other token.
+            assert not set(got[b, protected]) & set(got[b, free])
+            assert len(set(got[b, protected])) == protected.sum()
+            # The other tokens form the same groups as if the sequence had no protected
+            # tokens. Contiguous groups may differ: no group spans a protected token.
             if method != "contiguous" and free.any():
-                rest = qm.cluster_tokens(
-                    tokens[b, free], int(counts[b]) - int(alone.sum()), **options
+                free_labels = qm.cluster_tokens(
+                    tokens[b, free], int(counts[b]) - int(protected.sum()), **options
                 )
-                groups = [set(np.flatnonzero(rest == k)) for k in set(rest)]
-                assert groups == [
+                free_groups = [
+                    set(np.flatnonzero(free_labels == k)) for k in set(free_labels)
+                ]
+                assert free_groups == [
                     set(np.flatnonzero(got[b, free] == k))
                     for k in sorted(set(got[b, free]))
                 ]
@@ -199,8 +210,8 @@ class TestProtect:
     def test_the_mass_of_protected_tokens_does_not_matter(self, rng, method):
         tokens, mass = rng.standard_normal((12, 4)), masses(rng, 12)
         protect = np.arange(12) == 4
-        # Masses are relative to the largest. If that of a protected token counted, all
-        # others would become equal.
+        # Masses below a millionth of the largest mass are raised to it. If the mass
+        # 1e30 of the protected token counted, all other masses would become equal.
         heavy = np.where(protect, 1e30, mass)
         labels = [
             qm.cluster_tokens(tokens, 5, method=method, mass=x, protect=protect)
@@ -208,9 +219,10 @@ class TestProtect:
         ]
         np.testing.assert_array_equal(*labels)
 
-    # 4 protected tokens and 3 runs of others need 7 groups.
+    # The 4 protected tokens need 4 groups. The others form 3 runs, {1..4}, {7..11} and
+    # {13..16}, which need at least 3 groups.
     @pytest.mark.parametrize("num_groups", [7, 8, 9, 12, 17])
-    def test_contiguous_groups_never_span_them(self, rng, num_groups):
+    def test_contiguous_groups_never_span_protected_tokens(self, rng, num_groups):
         tokens, protected = rng.standard_normal((17, 4)), [0, 5, 6, 12]
         protect = np.isin(np.arange(17), protected)
         labels = qm.cluster_tokens(
@@ -219,20 +231,21 @@ class TestProtect:
         wanted = oracle.contiguous(tokens, num_groups, protected)
         assert groups_of(labels) == wanted
 
-    def test_contiguous_neighbours_across_padding_merge(self, rng):
+    def test_contiguous_tokens_on_both_sides_of_padding_merge(self, rng):
         mask = np.arange(6) != 2
-        protect = ~mask  # protected padding is padding
+        protect = ~mask  # token 2 is both: padding wins
         labels = qm.cluster_tokens(
             np.ones((6, 2)), 1, method="contiguous", mask=mask, protect=protect
         )
         np.testing.assert_array_equal(labels, [0, 0, -1, 0, 0, 0])
 
-    def test_default_anchors_are_protected_tokens_and_the_longest_others(self, rng):
+    def test_default_anchors_include_protected_tokens(self, rng):
         tokens = rng.standard_normal((2, 12, 4))
         protect = np.arange(12) < [[2], [1]]
-        tokens[protect] *= 1e-3  # their norms alone would not select them
-        longest = np.where(protect, np.inf, np.linalg.norm(tokens, axis=-1))
-        anchors = qm.select_tokens(np.minimum(longest, 1e9), 5)
+        tokens[protect] *= 1e-3  # so small that only `protect` selects them
+        # `select_tokens` accepts only finite scores: 1e9 is above every norm.
+        scores = np.where(protect, np.inf, np.linalg.norm(tokens, axis=-1))
+        anchors = qm.select_tokens(np.minimum(scores, 1e9), 5)
         wanted, got = (
             qm.cluster_tokens(tokens, 5, method="nearest", protect=protect, anchors=x)
             for x in (anchors, None)
@@ -242,7 +255,8 @@ class TestProtect:
             assert np.isin(np.flatnonzero(protect[b]), anchors[b]).all()
 
     def test_no_token_joins_a_protected_anchor(self):
-        # Token 3 equals the protected anchor 0, but must join anchor 2.
+        # Token 3 equals the protected token 0, and token 1 is similar to it. Both must
+        # join anchor 2, the only one that is not protected.
         tokens = np.array([[1.0, 0], [1, 0.1], [0, 1], [1, 0]])
         protect = np.array([True, False, False, False])
         labels = qm.cluster_tokens(
@@ -251,10 +265,12 @@ class TestProtect:
         np.testing.assert_array_equal(labels, [0, 1, 1, 1])
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_equal_tokens_and_all_tokens(self, method):
+    def test_protected_tokens_among_equal_tokens(self, method):
+        # All distances are 0, so only `protect` keeps tokens 0, 1 and 5 separate.
         protect = np.array([True, True, False, False, False, True])
         labels = qm.cluster_tokens(np.ones((6, 2)), 4, method=method, protect=protect)
         np.testing.assert_array_equal(labels, [0, 1, 2, 2, 2, 3])
+        # Every token is protected, then none.
         labels = qm.cluster_tokens(
             np.ones((6, 2)), 6, method=method, protect=np.ones(6, bool)
         )
@@ -266,7 +282,7 @@ class TestProtect:
         np.testing.assert_array_equal(none, plain)
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_too_few_groups(self, rng, method):
+    def test_k_must_allow_a_group_for_each_protected_token(self, rng, method):
         tokens = rng.standard_normal((2, 7, 3))
         protect = np.array([[True] + [False] * 6, [True] * 3 + [False] * 4])
         for num_groups in (2, 3):

@@ -1,4 +1,7 @@
-"""The public clustering functions, interpreted, against the NumPy reference."""
+"""The public clustering functions on interpreted kernels, against the NumPy reference.
+
+The interpreter in tests/ptx runs the compiled kernels on the CPU.
+"""
 
 import ml_dtypes
 import numpy as np
@@ -21,12 +24,12 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Return a function that calls another one with interpreted kernels."""
+    """Return a function that calls its first argument with interpreted kernels."""
 
     def call(function, *args, kernels="optimized", device=(5, 0), **options):
         with monkeypatch.context() as patch, qm.use_kernels(kernels):
             ptx.install(patch)
-            # Two warps a block and several blocks: small inputs use all paths, fast.
+            # Blocks of two warps, so that small inputs need several blocks.
             patch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 64, 8: 64})
             patch.setattr(cuda, "current_device", lambda: cuda.Device(*device))
             return function(*args, **options)
@@ -49,8 +52,8 @@ def batch_of(dtype, num_tokens=40, dim=12):
 
 def on_cpu(tokens):
     """Return the same values in a dtype that the reference accepts."""
-    narrow = tokens.dtype == ml_dtypes.bfloat16
-    return tokens.astype(np.float32) if narrow else tokens
+    is_bfloat16 = tokens.dtype == ml_dtypes.bfloat16
+    return tokens.astype(np.float32) if is_bfloat16 else tokens
 
 
 @dtypes
@@ -73,18 +76,24 @@ def test_cluster_tokens(dtype, kernels, method, options, interpreted):
     )
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, wanted)
-    # One sequence alone has the labels that it has in a batch.
+    # A sequence has the same labels in a batch and without the batch axis.
     if "ragged" not in options:
-        one = {k: v[2] if k in ("mask", "protect") else v for k, v in arguments.items()}
-        alone = interpreted(
-            qm.cluster_tokens, tokens[2], num_groups, kernels=kernels, **one
+        sequence_arguments = {
+            k: v[2] if k in ("mask", "protect") else v for k, v in arguments.items()
+        }
+        sequence_labels = interpreted(
+            qm.cluster_tokens,
+            tokens[2],
+            num_groups,
+            kernels=kernels,
+            **sequence_arguments,
         )
-        np.testing.assert_array_equal(alone, wanted[2])
+        np.testing.assert_array_equal(sequence_labels, wanted[2])
 
 
 @methods
 @pytest.mark.parametrize("order", ["last", "first"])
-def test_orders(method, order, interpreted):
+def test_groups_in_the_order_of_last_and_first_members(method, order, interpreted):
     tokens, mask, *_ = batch_of(np.float32, 33)
     options = {"method": method, "order": order, "mask": mask}
     wanted = qm.cluster_tokens(tokens, 6, **options)
@@ -93,9 +102,9 @@ def test_orders(method, order, interpreted):
 
 
 @every_kernel
-def test_given_anchors(kernels, interpreted):
+def test_nearest_with_anchors_of_the_caller(kernels, interpreted):
     tokens, mask, *_ = batch_of(np.float32)
-    # Valid tokens of each sequence, in no order.
+    # Valid tokens of each sequence, in an order that is not sorted.
     anchors = np.stack([np.flatnonzero(row)[[20, 3, 8, 11]] for row in mask])
     options = {"method": "nearest", "anchors": anchors, "mask": mask}
     wanted = qm.cluster_tokens(tokens, 4, **options)
@@ -120,16 +129,19 @@ def test_linkage_and_its_cuts(kernels, method, interpreted):
         labels = qm.cut_linkage(wanted, mask=mask, **cut)
         result = interpreted(qm.cut_linkage, wanted, mask=mask, kernels=kernels, **cut)
         np.testing.assert_array_equal(result, labels)
-    # Only ward has an error bound; from 0 (no merge) to more than any error.
+    # Only ward has an error bound. The bounds are from 0 (no merge) to 2, which is more
+    # than any error.
     if method == "ward":
         for max_error in (0, 0.1, 0.4, 0.9, 2):
             cut = options | {"max_error": max_error}
             labels = qm.cut_linkage(wanted, **cut)
             result = interpreted(qm.cut_linkage, wanted, kernels=kernels, **cut)
             np.testing.assert_array_equal(result, labels)
-    one = {k: v[0] for k, v in options.items()}
-    alone = interpreted(qm.linkage, tokens[0], method, kernels=kernels, **one)
-    np.testing.assert_array_equal(alone, got[0])
+    sequence_options = {k: v[0] for k, v in options.items()}
+    sequence_tree = interpreted(
+        qm.linkage, tokens[0], method, kernels=kernels, **sequence_options
+    )
+    np.testing.assert_array_equal(sequence_tree, got[0])
 
 
 def test_a_batch_that_does_not_fit_runs_in_parts(interpreted, monkeypatch):
@@ -137,14 +149,15 @@ def test_a_batch_that_does_not_fit_runs_in_parts(interpreted, monkeypatch):
     options = {"mask": mask, "protect": protect, "mass": mass, "method": "ward"}
     counts = np.array([5, 8, 11])
     whole = interpreted(qm.cluster_tokens, tokens, counts, **options)
-    monkeypatch.setattr(linkage_cuda, "_SMALL", 0)  # always look at the free memory
+    # Without this limit, small batches run in one launch, whatever memory is free.
+    monkeypatch.setattr(linkage_cuda, "_SMALL", 0)
     bytes_per_sequence = 40 * 40 * 4  # float32 cosines
-    taken = []
+    batch_sizes = []
     cosines = linkage_cuda.cosine_similarity_cuda
     monkeypatch.setattr(
         linkage_cuda,
         "cosine_similarity_cuda",
-        lambda x: (taken.append(len(x)), cosines(x))[1],
+        lambda x: (batch_sizes.append(len(x)), cosines(x))[1],
     )
 
     def in_parts(free):
@@ -153,17 +166,19 @@ def test_a_batch_that_does_not_fit_runs_in_parts(interpreted, monkeypatch):
 
     with monkeypatch.context() as patch:
         ptx.install(patch)
-        # Three quarters of three sequences: two fit at once.
+        # Cosines get three quarters of the free memory, here that of three sequences.
+        # So two sequences fit at once.
         np.testing.assert_array_equal(in_parts(3 * bytes_per_sequence), whole)
-        assert taken == [2, 1]
+        assert batch_sizes == [2, 1]
         with pytest.raises(MemoryError, match=r"40 tokens takes .* merge fewer tokens"):
             in_parts(bytes_per_sequence - 1)
 
 
 @methods
-def test_nothing_is_read_back(method, interpreted, monkeypatch):
-    """On a GPU, reading a value would make the CPU wait for it."""
+def test_no_value_is_read_back_to_the_cpu(method, interpreted, monkeypatch):
+    """The CPU does not read values of arrays: on a GPU, it would wait for them."""
 
+    # An array whose values cannot become Python numbers.
     class Unread(np.ndarray):
         def __bool__(self):
             raise AssertionError("read back")
@@ -172,7 +187,7 @@ def test_nothing_is_read_back(method, interpreted, monkeypatch):
 
     tokens, mask, protect, _ = batch_of(np.float32)
     options = {"mask": mask.view(Unread), "protect": protect.view(Unread)}
-    monkeypatch.setattr(cuda, "_bring_in", lambda name, x: x)
+    monkeypatch.setattr(cuda, "_to_numpy_or_cupy", lambda name, x: x)
     got = interpreted(
         qm.cluster_tokens, tokens.view(Unread), 9, method=method, **options
     )
@@ -190,17 +205,21 @@ def test_empty_batches_and_single_tokens(method, interpreted):
 
 @pytest.mark.parametrize("method", ["average", "ward", "complete"])
 def test_groups_are_as_good_as_those_of_scipy(method, interpreted):
-    """The squared error equals that of SciPy's groups to 1e-4, also in 16 bits."""
+    """The squared error equals that of the reference to 1e-4, in 16 bits too.
+
+    The CPU reference computes the dendrogram with SciPy.
+    """
     rng = np.random.default_rng(3)
     topics = rng.standard_normal((12, 16))
-    # Noisy topics: groups of them are neither clear nor arbitrary.
+    # Each token is a topic with noise of the same size. So there are groups, but they
+    # overlap.
     tokens = topics[rng.integers(0, 12, (2, 96))] + rng.standard_normal((2, 96, 16))
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
-        narrow = on_cpu(tokens.astype(dtype))
-        labels = qm.cluster_tokens(narrow, 24, method=method)
+        stored = on_cpu(tokens.astype(dtype))
+        labels = qm.cluster_tokens(stored, 24, method=method)
         result = interpreted(qm.cluster_tokens, tokens.astype(dtype), 24, method=method)
-        # Labels may differ where distances are nearly equal; the error may not.
-        unit = oracle_arrays.unit(narrow)
+        # Labels may differ if distances are nearly equal. The error must not.
+        unit = oracle_arrays.unit(stored)
         wanted = qm.reconstruction_error(
             unit, qm.merge_tokens(unit, labels, 24), labels=labels
         )

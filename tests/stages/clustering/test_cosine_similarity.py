@@ -11,9 +11,10 @@ class TestCosineSimilarity:
     def test_more_rows_than_one_product_computes(self, rng):
         tokens = rng.standard_normal((4100, 3))
         got = qm.cosine_similarity(tokens)
-        assert np.array_equal(got, got.T)  # bit by bit
+        assert np.array_equal(got, got.T)  # bit for bit
         unit = oracle_arrays.unit(tokens)
-        # The first and last rows of the products, which have 2048 rows each.
+        # One product computes 2048 rows. These are the first and last rows of the three
+        # products.
         for row in (0, 2047, 2048, 4095, 4096, 4099):
             np.testing.assert_allclose(got[row], unit @ unit[row], atol=1e-14)
 
@@ -25,15 +26,15 @@ class TestCosineSimilarity:
         for b in range(2):
             assert_close(got[b], oracle.cosine_similarity(tokens[b]), dtype)
 
-    def test_exactly_symmetric_with_a_unit_diagonal(self, rng):
+    def test_matrix_is_exactly_symmetric_with_ones_on_the_diagonal(self, rng):
         tokens = rng.standard_normal((130, 65)).astype(np.float32)
         got = qm.cosine_similarity(tokens)
         np.testing.assert_array_equal(got, got.T)
         np.testing.assert_array_equal(np.diagonal(got), np.ones(130))
 
-    # The square of 1e30 overflows in float32, that of 1e-30 is 0.
+    # In float32, the square of 1e30 overflows, and the square of 1e-30 is 0.
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
-    def test_scale_does_not_overflow(self, rng, scale):
+    def test_squares_of_large_and_small_tokens_do_not_overflow(self, rng, scale):
         tokens = rng.standard_normal((5, 4))
         scaled = (tokens * scale).astype(np.float32)
         assert_close(qm.cosine_similarity(scaled), qm.cosine_similarity(tokens), "f4")

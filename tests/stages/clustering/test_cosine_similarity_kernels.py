@@ -1,4 +1,4 @@
-"""The kernels of `cosine_similarity`, interpreted."""
+"""The kernels of `cosine_similarity`, run by an interpreter on the CPU."""
 
 import numpy as np
 import pytest
@@ -14,20 +14,21 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @dtypes
 @sizes
 def test_cosine_similarity(dtype, num_tokens):
-    # 37 is not a multiple of a vector, so rows are not aligned.
+    # Rows of 37 entries are not a whole number of 16-byte vectors, so not all rows are
+    # aligned.
     tokens = random((2, num_tokens, 32 if num_tokens % 2 == 0 else 37), dtype)
     tokens[:, num_tokens // 2] = 0
     got = qm.cosine_similarity(tokens)
     assert_close(got, cosine(tokens, tokens), dtype)
-    # Exactly symmetric: linkage reads either half.
+    # The matrix must be exactly symmetric, because linkage reads both halves.
     np.testing.assert_array_equal(got, np.swapaxes(got, 1, 2))
 
 
 @dtypes
-def test_cosine_similarity_of_what_is_not_a_number(dtype):
-    """GPU inputs are not checked: NaN cosines let linkage leave such a token alone."""
+def test_cosines_of_a_nan_token_are_nan(dtype):
+    """GPU inputs are not checked. Linkage recognises a NaN token by its NaN cosines."""
     tokens = random((2, 33, 9), dtype)
     tokens[0, 5] = np.nan
-    bad = np.zeros((2, 33, 33), np.bool_)
-    bad[0, 5] = bad[0, :, 5] = True
-    np.testing.assert_array_equal(np.isnan(qm.cosine_similarity(tokens)), bad)
+    is_nan = np.zeros((2, 33, 33), np.bool_)
+    is_nan[0, 5] = is_nan[0, :, 5] = True
+    np.testing.assert_array_equal(np.isnan(qm.cosine_similarity(tokens)), is_nan)

@@ -1,4 +1,8 @@
-"""The kernels of `cut_linkage`, interpreted."""
+"""The kernels of `cut_linkage`, run by an interpreter on the CPU.
+
+In a dendrogram (N - 1, 4), nodes 0..N-1 are tokens, and row r merges two nodes into
+node N + r at a height. A root is the topmost node of a token after some merges.
+"""
 
 import numpy as np
 import pytest
@@ -22,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def dendrogram_of(x, mask, mass):
-    """Return a ward dendrogram of the valid tokens, named by their padded positions."""
+    """Return a ward dendrogram; tokens have the numbers of the padded sequence."""
     num_tokens = len(x)
     position = np.flatnonzero(mask)
     rows = np.tile([-1.0, -1, np.inf, 0], (num_tokens - 1, 1))
@@ -31,15 +35,15 @@ def dendrogram_of(x, mask, mass):
         node = np.concatenate((position, num_tokens + np.arange(len(tree))))
         rows[: len(tree), :2] = node[tree[:, :2].astype(int)]
         rows[: len(tree), 2:] = tree[:, 2:]
-    # Heights of a dendrogram with masses grow with their root. The tree itself is that
-    # of equal masses: a cut only adds up heights.
+    # With masses, heights are proportional to the root of the largest mass. The merges
+    # stay those of equal masses, because a cut only adds up heights.
     if mass is not None:
         rows[:, 2] *= np.sqrt(mass.max())
     return rows
 
 
-def cut(rows, merges):
-    """Return a root for each token after the first `merges` rows."""
+def roots_after(rows, merges):
+    """Return the root of each token after the first `merges` rows."""
     num_tokens = len(rows) + 1
     roots = np.arange(num_tokens)
     for r in range(merges):
@@ -60,12 +64,14 @@ def test_cut_linkage_at_a_number_of_groups(num_tokens, masked, order):
         got = cut_linkage_cuda(rows, *kernel_counts(counts), mask=mask, order=order)
         for b in range(4):
             merges = max(valid[b].sum() - counts[b], 0)
-            wanted = labels_of(cut(rows[b], merges), valid[b], order)
+            wanted = labels_of(roots_after(rows[b], merges), valid[b], order)
             np.testing.assert_array_equal(got[b], wanted)
-            # Exactly K groups, or none in a sequence of padding.
+            # There are exactly K groups, or no group in a sequence of padding.
             assert got[b].max() + 1 == (counts[b] if valid[b].any() else 0)
-    one = cut_linkage_cuda(rows[0], None, 1, mask=None if mask is None else mask[0])
-    np.testing.assert_array_equal(one, np.where(valid[0], 0, -1))
+    sequence_labels = cut_linkage_cuda(
+        rows[0], None, 1, mask=None if mask is None else mask[0]
+    )
+    np.testing.assert_array_equal(sequence_labels, np.where(valid[0], 0, -1))
 
 
 @sizes
@@ -77,7 +83,7 @@ def test_cut_linkage_of_a_chain(num_tokens):
     for num_groups in (1, num_tokens // 3 + 1):
         got = cut_linkage_cuda(rows, None, num_groups)
         merges = num_tokens - num_groups
-        # Tokens 0 .. merges are group 0, all others are alone.
+        # Tokens 0 .. merges are group 0. Every later token is a group of its own.
         wanted = np.maximum(np.arange(num_tokens) - merges, 0)
         np.testing.assert_array_equal(got, wanted)
 
@@ -91,9 +97,9 @@ def test_cut_linkage_within_an_error(num_tokens, masked, weighted):
     x = random((4, num_tokens, 5), np.float64)
     mass = abs(random((4, num_tokens), np.float32, 1)) if weighted else None
     if weighted:
-        mass[1] *= 1e30  # the error is relative: no overflow
-        mass[2] = 0  # then all tokens count as 1
-        mass[:, ::5] = 0  # a millionth of the largest
+        mass[1] *= 1e30  # sums of such masses must not overflow
+        mass[2] = 0  # if all masses are 0, each token counts as 1
+        mass[:, ::5] = 0  # counts as a millionth of the largest
     weight = np.ones(valid.shape) if mass is None else mass.astype(np.float64)
     weight = np.where(valid, weight, 0)
     peak = weight.max(-1, keepdims=True)
@@ -102,22 +108,27 @@ def test_cut_linkage_within_an_error(num_tokens, masked, weighted):
     for bound in (0.0, 0.1, 0.5, 1e6):
         got = cut_linkage_cuda(rows, None, 0, bound, mass, mask)
         for b in range(4):
-            # sum of h² / 2 <= (bound + ERROR_ROUNDING) * sum of masses
+            # With heights h: Σ h² / 2 <= (bound + ERROR_ROUNDING) · sum of masses. Here
+            # ERROR_ROUNDING is 1e-12.
             error = np.cumsum(rows[b, :, 2] ** 2 / 2)
             total = weight[b][valid[b]].sum()
             merges = int(np.sum(error <= (bound + 1e-12) * total))
-            wanted = labels_of(cut(rows[b], merges), valid[b])
+            wanted = labels_of(roots_after(rows[b], merges), valid[b])
             np.testing.assert_array_equal(got[b], wanted)
 
 
 @long_sizes
-def test_cut_linkage_of_what_is_no_dendrogram(num_tokens):
-    """Wrong ids (out of range, twice, in a cycle) give some labels, always the same."""
+def test_cut_linkage_of_wrong_dendrograms(num_tokens):
+    """A GPU does not check dendrograms: wrong nodes give labels within 0..N-1.
+
+    Nodes are out of range, merged twice, or part of a cycle. The basic and the
+    optimized kernels must return the same labels.
+    """
     rng = np.random.default_rng(1)
     ids = rng.choice([-3, 0.5, 1e300, -1e300, np.nan, np.inf], (5, num_tokens - 1, 4))
-    circle = num_tokens + np.arange(num_tokens - 1)
-    ids[1, :, :2] = circle[:, None]  # each row is its own child
-    ids[2, :, :2] = circle[::-1, None]
+    own_nodes = num_tokens + np.arange(num_tokens - 1)
+    ids[1, :, :2] = own_nodes[:, None]  # each row is its own child
+    ids[2, :, :2] = own_nodes[::-1, None]
     ids[3, :, :2] = rng.integers(0, 2 * num_tokens, (num_tokens - 1, 2))
     ids[3, :, 2] = 0.5
     ids[3, num_tokens // 3 :, 2] = np.nan  # from here on no error is within a bound
@@ -130,6 +141,5 @@ def test_cut_linkage_of_what_is_no_dendrogram(num_tokens):
                 labels.append(cut_linkage_cuda(ids, counts, num_tokens))
             labels.append(cut_linkage_cuda(ids, None, 0, 1e9))
     assert all(got.min() >= 0 and got.max() < num_tokens for got in labels)
-    # Basic and optimized kernels agree even here.
     for basic, other in zip(labels[:3], labels[3:], strict=True):
         np.testing.assert_array_equal(basic, other)

@@ -1,4 +1,4 @@
-"""The kernels of `labels`, interpreted."""
+"""The kernels of `labels`, run by an interpreter on the CPU."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_number_groups(num_tokens, order):
     rng = np.random.default_rng(num_tokens)
     roots = rng.integers(-1, 2 * num_tokens, (4, num_tokens)).astype(np.int32)
     roots[1] //= 7  # larger groups
-    roots[2] = 2 * num_tokens - 1  # one group, with the largest root there is
+    roots[2] = 2 * num_tokens - 1  # one group, with the largest possible root
     # Roots out of range are padding: a kernel must not use them as an index.
     roots[3, ::2] = rng.choice([-7, 2 * num_tokens, 2**31 - 1, -(2**31)])
     got = number_groups_cuda(roots, order)

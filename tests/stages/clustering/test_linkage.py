@@ -19,20 +19,21 @@ class TestLinkage:
             merges = oracle.agglomerate(tokens, method)
             tree = qm.linkage(tokens, method)
             assert_close(tree[:, 2], [height for _, _, height in merges], "float32")
-            # Cuts at every K compare the whole tree, whatever order equal merges have.
+            # Cuts at every K compare the whole tree. Merges of equal height may have
+            # another order.
             for num_groups in range(1, num_tokens + 1):
                 labels = qm.cut_linkage(tree, num_groups=num_groups)
                 wanted = oracle.partition(merges, num_tokens, num_groups)
                 assert groups_of(labels) == wanted
 
     @pytest.mark.parametrize("method", LINKAGES)
-    def test_distances_are_found_in_float64(self, dtype, method):
-        """Tokens are nearly parallel: 1 - cos starts at 5e-7.
+    def test_distances_are_computed_in_float64(self, dtype, method):
+        """The tokens are nearly parallel: their least distance 1 - cos is 5e-7.
 
-        In float32 most of its digits would be lost.
+        In float32, 1 - cos would lose most of its digits.
         """
-        slopes = np.array([0, 1, 3, 7, 15, 31], dtype) / 1024
-        tokens = np.stack([np.ones_like(slopes), slopes], axis=-1)
+        second = np.array([0, 1, 3, 7, 15, 31], dtype) / 1024
+        tokens = np.stack([np.ones_like(second), second], axis=-1)
         wanted = [height for _, _, height in oracle.agglomerate(tokens, method)]
         got = qm.linkage(tokens, method)[:, 2]
         np.testing.assert_allclose(got, wanted, rtol=1e-8)
@@ -43,7 +44,8 @@ class TestLinkage:
         assert hierarchy.is_valid_linkage(tree)
         wanted = hierarchy.cut_tree(tree, 6)[:, 0]
         labels = qm.cut_linkage(tree, num_groups=6)
-        # The same six groups: each pair of labels occurs once, in whatever numbering.
+        # The groups are the same six, perhaps with other numbers: there are exactly six
+        # pairs of a label of SciPy and a label of ours.
         assert len(set(zip(wanted, labels, strict=True))) == 6
 
     def test_equal_tokens(self):
@@ -54,7 +56,7 @@ class TestLinkage:
         assert sorted(set(labels)) == [0, 1, 2, 3]
 
     @pytest.mark.parametrize("shape", [(2, 1, 3), (0, 5, 3), (0, 1, 3), (1, 3)])
-    def test_one_token_and_no_sequence(self, shape):
+    def test_sequence_of_one_token_and_empty_batch(self, shape):
         tree = qm.linkage(np.ones(shape))
         assert tree.shape == (*shape[:-2], shape[-2] - 1, 4)
         labels = qm.cut_linkage(tree, num_groups=1)
@@ -68,7 +70,7 @@ class TestLinkage:
 
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("method", LINKAGES)
-    def test_mask_is_cutting_out(self, rng, method, weighted):
+    def test_masked_merges_equal_those_of_the_valid_tokens(self, rng, method, weighted):
         if weighted and method not in WEIGHTED:
             return
         tokens, mask = rng.standard_normal((4, 11, 3)), ragged_mask(rng, 4, 11)
@@ -76,15 +78,20 @@ class TestLinkage:
         tree = qm.linkage(tokens, method, mass=mass, mask=mask)
         assert tree.shape == (4, 10, 4)
         for b, position in enumerate(map(np.flatnonzero, mask)):
-            kept = mass[b, position] if weighted else None
-            # The same merges as without padding, named by padded positions.
-            cut = qm.linkage(tokens[b, position], method, mass=kept)
-            rows, padding = np.split(tree[b], [len(cut)])
-            np.testing.assert_array_equal(rows[:, 2:], cut[:, 2:])
-            node = np.append(
-                position, 11 + np.arange(len(cut))
-            )  # name of each node of `cut`
-            np.testing.assert_array_equal(rows[:, :2], node[cut[:, :2].astype(int)])
+            valid_mass = mass[b, position] if weighted else None
+            # The merges are those of the sequence without padding, but tokens and
+            # groups have the numbers of the padded sequence.
+            tree_without_padding = qm.linkage(
+                tokens[b, position], method, mass=valid_mass
+            )
+            rows, padding = np.split(tree[b], [len(tree_without_padding)])
+            np.testing.assert_array_equal(rows[:, 2:], tree_without_padding[:, 2:])
+            padded_number = np.append(
+                position, 11 + np.arange(len(tree_without_padding))
+            )  # name of each node of `tree_without_padding`
+            np.testing.assert_array_equal(
+                rows[:, :2], padded_number[tree_without_padding[:, :2].astype(int)]
+            )
             assert (padding == PADDED_ROW).all()
 
     def test_bad_input(self, rng):

@@ -1,4 +1,8 @@
-"""The kernels of bipartite and contiguous groups, interpreted, against the oracle."""
+"""The kernels of bipartite and contiguous groups, against the oracle.
+
+An interpreter runs the kernels on the CPU. A root is the number of a token's group
+before the groups are numbered 0..K-1.
+"""
 
 import numpy as np
 import oracle_arrays
@@ -30,17 +34,17 @@ MATCHINGS = {"bipartite": bipartite_groups_cuda, "contiguous": contiguous_groups
 matchings = pytest.mark.parametrize("method", MATCHINGS)
 
 
-def matched(method, x, valid, alone, num_groups):
+def matched(method, x, valid, protected, num_groups):
     """Return the labels of one sequence by the oracle of a method."""
     roots, free = np.full(len(x), -1), valid
     if method == "contiguous":
-        protected = np.flatnonzero(alone[valid])
-        groups = oracle_arrays.contiguous(x[valid], num_groups, protected)
+        cuts = np.flatnonzero(protected[valid])
+        groups = oracle_arrays.contiguous(x[valid], num_groups, cuts)
     else:
-        # Protected tokens take no part; their roots are numbers that no group has.
-        free = valid & ~alone
-        roots[alone] = len(x) + np.flatnonzero(alone)
-        num_groups -= (valid & alone).sum()
+        # Protected tokens do not merge. Their roots are numbers that no group has.
+        free = valid & ~protected
+        roots[protected] = len(x) + np.flatnonzero(protected)
+        num_groups -= (valid & protected).sum()
         groups = oracle_arrays.bipartite(x[free], num_groups)
     position = np.flatnonzero(free)
     for k, group in enumerate(groups):
@@ -56,13 +60,13 @@ def test_matching(method, dtype, num_tokens, masked):
     batch, dim = 3, 32 if num_tokens % 2 else 37
     mask, protect = masks_of(batch, num_tokens, masked)
     valid = fill(mask, (batch, num_tokens), True)
-    alone = fill(protect, valid.shape, False) & valid
+    protected = fill(protect, valid.shape, False) & valid
     tokens = random((batch, num_tokens, dim), dtype)
-    # Neighbours are alike, so that contiguous groups are not arbitrary.
+    # Neighbours are similar, so that the contiguous groups are clear.
     tokens[:, 1:] += tokens[:, :-1] // 2
     for fraction in FRACTIONS:
-        counts = np.maximum(counts_of(valid, alone, fraction), 1)
-        # The launcher plans its steps by the smallest K.
+        counts = np.maximum(counts_of(valid, protected, fraction), 1)
+        # The smallest K determines how many steps the launcher makes.
         options = {"fewest": int(counts.min())} if method == "bipartite" else {}
         roots = MATCHINGS[method](
             tokens, *kernel_counts(counts), mask, protect, **options
@@ -70,16 +74,16 @@ def test_matching(method, dtype, num_tokens, masked):
         assert roots.dtype == np.int32
         got = number_groups_cuda(roots, "last")
         for b in range(batch):
-            wanted = matched(method, tokens[b], valid[b], alone[b], counts[b])
+            wanted = matched(method, tokens[b], valid[b], protected[b], counts[b])
             np.testing.assert_array_equal(got[b], wanted)
-    one = (None if m is None else m[0] for m in (mask, protect))
-    one = MATCHINGS[method](tokens[0], None, int(counts[0]), *one)
-    np.testing.assert_array_equal(number_groups_cuda(one, "last"), got[0])
+    sequence_masks = (None if m is None else m[0] for m in (mask, protect))
+    sequence_masks = MATCHINGS[method](tokens[0], None, int(counts[0]), *sequence_masks)
+    np.testing.assert_array_equal(number_groups_cuda(sequence_masks, "last"), got[0])
 
 
 @matchings
 def test_matching_of_opposite_tokens(method):
-    """In few dimensions, a group's best partner may have a negative similarity."""
+    """In two dimensions, the most similar partner may have a negative similarity."""
     rng = np.random.default_rng(6)
     tokens = rng.standard_normal((60, 9, 2)).astype(np.float32)
     valid = rng.random((60, 9)) < 0.5
@@ -94,9 +98,13 @@ def test_matching_of_opposite_tokens(method):
 @dtypes
 @matchings
 def test_matching_of_equal_and_zero_tokens(method, dtype):
-    """Tokens are unit axes, so products are exact and ties go to the left."""
+    """Tokens lie on the axes, so that products are exact. Ties go to the left.
+
+    In some cases only the number of groups is compared.
+    """
     tokens = np.zeros((3, 65, 9), dtype)
-    # All equal; nine axes in turn, some tokens zero; all zero.
+    # Sequence 0: equal tokens. 1: nine axes in turn, but every fourth token is zero.
+    # 2: only zeros.
     tokens[0, :, 4] = 1
     tokens[1, np.arange(65), np.arange(65) % 9] = 4
     tokens[1, ::4] = 0
@@ -116,33 +124,39 @@ def test_matching_of_equal_and_zero_tokens(method, dtype):
 def test_the_first_bipartite_step_compares_tokens_in_their_own_dtype(
     dtype, monkeypatch
 ):
-    """16-bit tokens go to tensor cores; unit tokens and means have a wider dtype."""
-    seen = []
+    """16-bit tokens go to tensor cores; unit tokens and means have a wider dtype.
 
-    def note(launch):
+    `launches` records the dtypes of two kernels, in the order of their launches.
+    """
+    launches = []
+
+    def record(launch):
         name = without_shape(launch.kernel)
         if name in ("nearest_anchors", "unit_tokens"):
-            seen.append((name, launch.dtype))
+            launches.append((name, launch.dtype))
 
-    monkeypatch.setattr(cuda, "launch", recording(note))
+    monkeypatch.setattr(cuda, "launch", recording(record))
     tokens = random((1, 40, 8), dtype)
-    own, wide = np.dtype(dtype), cuda.accumulation_dtype(dtype)
+    own, acc_dtype = np.dtype(dtype), cuda.accumulation_dtype(dtype)
     for num_groups, steps in ((30, 1), (20, 1), (6, 3)):
-        seen.clear()
+        launches.clear()
         bipartite_groups_cuda(tokens, None, num_groups)
         # The first step compares tokens, later steps compare means of unit tokens.
-        names = [own.name, *[wide.name] * (steps - 1)]
+        names = [own.name, *[acc_dtype.name] * (steps - 1)]
         products = [("nearest_anchors", name) for name in names]
-        late = own.itemsize == 2  # unit tokens are made after the first step
-        if not late or steps > 1:
-            products.insert(int(late), ("unit_tokens", own.name))
-        assert seen == products
+        units_are_late = own.itemsize == 2  # computed after the first step
+        if not units_are_late or steps > 1:
+            products.insert(int(units_are_late), ("unit_tokens", own.name))
+        assert launches == products
 
 
 @matchings
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_matching_of_a_long_sequence(method, dtype):
-    """More tokens than a block has threads; in double, more than shared memory has."""
+    """There are more tokens than threads of a block.
+
+    In float64, the arrays of `contiguous` do not fit in shared memory either.
+    """
     num_tokens = LONG[-1]
     x = random((2, num_tokens, 4), dtype)
     # Sequence 1 has many ties: only the number of its groups is compared.
@@ -157,7 +171,8 @@ def test_matching_of_a_long_sequence(method, dtype):
 
 def test_neighbours_of_a_long_sequence_that_cost_the_same_merge_from_the_left():
     num_tokens, merges = LONG[-1], 20
-    # Equal tokens: each merge costs 0, so all merge with the leftmost group.
+    # All tokens are equal, so each merge costs 0, and the leftmost pair merges first:
+    # the first group takes all merged tokens.
     tokens = np.zeros((1, num_tokens, 4), np.float32)
     tokens[..., 1] = 1
     roots = contiguous_groups_cuda(tokens, None, num_tokens - merges)
@@ -167,7 +182,7 @@ def test_neighbours_of_a_long_sequence_that_cost_the_same_merge_from_the_left():
 
 @matchings
 def test_matching_of_large_and_small_tokens(method):
-    """Only directions matter: no square may overflow or become 0."""
+    """The groups depend only on directions: no square may overflow or become 0."""
     tokens = random((1, 33, 8), np.float32)
     scale = np.resize(np.float32([1e30, 1e-30, 1]), 33)[:, None]
     wanted = MATCHINGS[method](tokens, None, 9)
@@ -175,32 +190,37 @@ def test_matching_of_large_and_small_tokens(method):
 
 
 def test_protected_tokens_separate_contiguous_groups():
-    """If K is too small, there are more groups; none crosses a protected token.
+    """If K is too small, there are more groups, and no group spans a protected token.
 
-    The public function would raise, but the launcher does not look at `protect`.
+    The public function would raise an error. The launcher does not check `protect`.
     """
     tokens, protect = random((1, 7, 3), np.float32), np.zeros((1, 7), np.bool_)
     protect[0, [2, 3]] = True
     mask = np.array([[True, True, True, True, False, True, True]])
     roots = contiguous_groups_cuda(tokens, None, 1, mask, protect)
     labels = number_groups_cuda(roots, "first")
-    # {0, 1}, 2 and 3 alone, {5, 6}: 4 groups instead of 1.
+    # The groups are {0, 1}, {2}, {3} and {5, 6}: 4 groups instead of 1.
     np.testing.assert_array_equal(labels, [[0, 0, 1, 2, -1, 3, 3]])
 
 
 @dtypes
-def test_wild_values_stay_within_the_arrays(dtype):
+def test_wrong_values_give_roots_within_the_arrays(dtype):
     batch, num_tokens = 4, 67
     mask, protect = masks_of(batch, num_tokens)
     tokens = random((batch, num_tokens, 9), dtype)
     tokens[1, 3:40:3] = np.nan
     tokens[2] = np.inf
     tokens[2, 5, 2] = np.nan
-    # Counts out of range, and masks that protect every token.
-    wild = np.array([-(2**31), 2**31 - 1, 0, 50], np.int32)
-    every = np.ones_like(mask)
-    all_masks = (mask, protect), (None, None), (mask, every), (None, every)
-    all_counts = (wild, 40), (None, 1), (None, 10**9), (None, 0)
+    # Counts that are out of range, and masks that protect every token.
+    wrong_counts = np.array([-(2**31), 2**31 - 1, 0, 50], np.int32)
+    all_protected = np.ones_like(mask)
+    all_masks = (
+        (mask, protect),
+        (None, None),
+        (mask, all_protected),
+        (None, all_protected),
+    )
+    all_counts = (wrong_counts, 40), (None, 1), (None, 10**9), (None, 0)
     for masks in all_masks:
         for counts, max_groups in all_counts:
             for match in MATCHINGS.values():
@@ -208,13 +228,14 @@ def test_wild_values_stay_within_the_arrays(dtype):
                     match(tokens, counts, max_groups, *masks), "last"
                 )
                 assert labels.max() < num_tokens
-        # Anchors stay positions of tokens, or -1.
-        top = top_norm_anchors_cuda(tokens, wild, 40, *masks)
-        assert top.min() >= -1
-        assert top.max() < num_tokens
+        # Default anchors are positions of tokens, or -1. Wrong anchors of the caller
+        # must not give wrong roots.
+        default_anchors = top_norm_anchors_cuda(tokens, wrong_counts, 40, *masks)
+        assert default_anchors.min() >= -1
+        assert default_anchors.max() < num_tokens
         rng = np.random.default_rng(3)
         anchors = rng.choice([-(2**31), -1, 2**31 - 1, 67, 66, 0, 5, 5], (batch, 40))
-        for counts in (wild, None):
+        for counts in (wrong_counts, None):
             roots = nearest_groups_cuda(tokens, anchors, counts, *masks)
             assert roots.min() >= -1
             assert roots.max() < num_tokens

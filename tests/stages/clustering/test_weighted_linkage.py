@@ -20,12 +20,12 @@ class TestWeightedLinkage:
             "zeros": rng.standard_normal((24, 5)) * (np.arange(24) % 8 > 0)[:, None],
         }[case]
         if method == "average" and case in ("orthogonal", "zeros"):
-            return  # equal distances: any order of merges is right
+            return  # with equal distances, any order of merges is right
         mass = masses(rng, 24)
         mass[5] = 0  # counts as a millionth of the largest
         tree = qm.linkage(tokens, method, mass=mass)
         assert hierarchy.is_valid_linkage(tree)
-        # The oracle merges the closest pair, one after another, in float64.
+        # The oracle merges the closest pair of groups, one pair after another.
         merges = oracle.weighted_agglomerate(tokens, method, mass)
         np.testing.assert_allclose(tree[:, 2], [h for *_, h in merges], rtol=1e-7)
         for num_groups in range(1, 25):
@@ -39,7 +39,8 @@ class TestWeightedLinkage:
         assert hierarchy.is_valid_linkage(tree)
         units = oracle.orthogonal_units(tokens)
         clusters = {i: [i] for i in range(30)}
-        # Many pairs have the least distance: any may merge, if no other pair is closer.
+        # Many pairs have the same least distance, and any of them may merge. So each
+        # merge is compared with the least distance of all pairs.
         for row, (a, b, height, size) in enumerate(tree):
             pairs = [(i, j) for i in clusters for j in clusters if i < j]
             gaps = {
@@ -53,7 +54,9 @@ class TestWeightedLinkage:
             assert size == len(clusters[30 + row])
 
     @pytest.mark.parametrize("num_tokens", [2, 3, 150])
-    def test_unit_masses_are_plain(self, rng, method, num_tokens, dtype):
+    def test_unit_masses_give_the_linkage_without_masses(
+        self, rng, method, num_tokens, dtype
+    ):
         tokens = rng.standard_normal((2, num_tokens, 12)).astype(dtype)
         plain, weighted = (
             qm.linkage(tokens, method, mass=mass)
@@ -67,7 +70,7 @@ class TestWeightedLinkage:
         tokens, repeats = low_rank(rng, 20), rng.integers(1, 5, 20)
         repeated = np.repeat(tokens, repeats, axis=0)
         tree = qm.linkage(tokens, method, mass=repeats.astype(np.float64))
-        wanted = qm.linkage(repeated, method)[-19:, 2]  # after merges of copies
+        wanted = qm.linkage(repeated, method)[-19:, 2]  # without merges of copies
         np.testing.assert_allclose(tree[:, 2], wanted, rtol=1e-6)
         for num_groups in (1, 3, 8, 20):
             labels = qm.cluster_tokens(
@@ -76,9 +79,9 @@ class TestWeightedLinkage:
             copies = qm.cluster_tokens(repeated, num_groups, method=method)
             np.testing.assert_array_equal(np.repeat(labels, repeats), copies)
 
-    # Masses are relative to the largest, so no scale may overflow or vanish.
+    # Masses are divided by the largest one, so no scale may overflow or vanish.
     @pytest.mark.parametrize("scale", [1e-300, 1e-3, 1e6, 1e300])
-    def test_scale_of_masses(self, rng, method, scale):
+    def test_the_scale_of_masses_only_scales_ward_heights(self, rng, method, scale):
         tokens, mass = rng.standard_normal((12, 5)), masses(rng, 12)
         tree = qm.linkage(tokens, method, mass=mass)
         scaled = qm.linkage(tokens, method, mass=mass * scale)
@@ -89,43 +92,43 @@ class TestWeightedLinkage:
             qm.cut_linkage(dendrogram, max_error=0.3, mass=weight)
             for dendrogram, weight in ((tree, mass), (scaled, mass * scale))
         ]
-        # Only a ward dendrogram has an error.
+        # Only heights of ward give an error.
         if method == "ward":
             np.testing.assert_array_equal(*cuts)
 
-    def test_no_mass_at_all_is_equal_masses(self, rng, method):
+    def test_masses_of_zero_count_as_equal_masses(self, rng, method):
         tokens = rng.standard_normal((12, 5))
         trees = [
             qm.linkage(tokens, method, mass=x) for x in (np.zeros(12), np.ones(12))
         ]
         np.testing.assert_array_equal(*trees)
 
-    def test_a_token_of_no_mass_joins_its_nearest(self, rng, method):
-        # Three clear groups of four tokens, two of the tokens without mass.
+    def test_a_token_of_mass_zero_joins_its_nearest_neighbour(self, rng, method):
+        # Three clear groups of four tokens each. Two of the tokens have mass 0.
         tokens = np.repeat(np.eye(3), 4, axis=0) + 0.1 * rng.standard_normal((12, 3))
         mass = np.ones(12)
         mass[[0, 5]] = 0
         labels = qm.cluster_tokens(tokens, 3, method=method, mass=mass)
         np.testing.assert_array_equal(labels, np.repeat([0, 1, 2], 4))
 
-    @pytest.mark.parametrize("unit", [True, False])
-    def test_equal_distances_take_no_more_rounds(self, rng, method, unit):
+    @pytest.mark.parametrize("equal_masses", [True, False])
+    def test_equal_distances_do_not_need_many_rounds(self, rng, method, equal_masses):
         def rounds(distance):
-            mass = np.ones(256) if unit else masses(np.random.default_rng(3), 256)
+            mass = (
+                np.ones(256) if equal_masses else masses(np.random.default_rng(3), 256)
+            )
             tree, count = weighted_linkage(distance, mass / mass.max(), method)
             assert hierarchy.is_valid_linkage(tree)
             return count
 
         tokens = low_rank(rng, 256)
-        usual = rounds(1 - qm.cosine_similarity(tokens))
-        # All distances equal, exactly or to rounding: a rule by index would need one
-        # round for each merge.
+        usual_rounds = rounds(1 - qm.cosine_similarity(tokens))
+        # All distances are equal, exactly or to rounding. If ties went to the lower
+        # index, each merge would need its own round.
         for rounding in (0.0, 1.5e-15, -1.5e-15):
-            assert rounds(np.full((256, 256), rounding)) <= 3 * usual
-        for copies in (
-            tokens[-1],
-            tokens[64:128],
-        ):  # one token 64 more times; 64 tokens twice
+            assert rounds(np.full((256, 256), rounding)) <= 3 * usual_rounds
+        # Groups of equal tokens: one token 64 more times, and 64 tokens twice.
+        for copies in (tokens[-1], tokens[64:128]):
             repeated = tokens.copy()
             repeated[:64] = copies
-            assert rounds(1 - qm.cosine_similarity(repeated)) <= 3 * usual
+            assert rounds(1 - qm.cosine_similarity(repeated)) <= 3 * usual_rounds

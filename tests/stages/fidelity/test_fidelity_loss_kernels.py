@@ -1,4 +1,4 @@
-"""The kernels of the gradient of `fidelity_loss`, run by an interpreter."""
+"""The kernels of the gradient of `fidelity_loss`, run by an interpreter on the CPU."""
 
 import numpy as np
 import pytest
@@ -16,21 +16,26 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @dtypes
 @ragged
 def test_fidelity_loss_vjp(dtype, ragged):
-    """Sequence 0 loses nothing, sequence 1 less than the bound, sequence 2 more."""
+    """The error is 0 in sequence 0, below the bound in 1, and above it in 2.
+
+    γ is 0.3, so the bound is (1 - 0.3)² = 0.49.
+    """
     tokens, merged = random((3, 33, 17), dtype), random((3, 9, 17), dtype, 9)
     counts = np.array([9, 5, 9]) if ragged else np.full(3, 9)
     labels = labels_of(3, 33, 5)
-    # Noise of scale 0.5 on top of the rebuilt tokens stays below the bound of 0.49.
+    # Tokens are the rebuilt tokens plus noise. With a scale of 0.5, the error stays
+    # below 0.49.
     for b, scale in ((0, 0), (1, 0.5)):
         rebuilt = wide(merged)[b, np.maximum(labels[b], 0)]
         tokens[b] = rebuilt + scale * wide(tokens)[b]
     options = {"num_groups": counts if ragged else None, "gamma": 0.3}
-    for known in (labels, None):  # None: the most similar merged token
-        got = qm.fidelity_loss_vjp(99.0, tokens, merged, labels=known, **options)
-        # dL/de_b = 99 / 3 = 33, and (1 - 0.3)² is the bound.
-        arrays = np.full(3, 33.0), wide(tokens), wide(merged), known, counts, None
+    for used_labels in (labels, None):  # None: by similarity
+        got = qm.fidelity_loss_vjp(99.0, tokens, merged, labels=used_labels, **options)
+        # The loss is the mean of three errors, so a gradient of 99 gives dL/de_b = 33
+        # for each error e_b.
+        arrays = np.full(3, 33.0), wide(tokens), wide(merged), used_labels, counts, None
         wanted = reconstruction_error_vjp_reference(*arrays, 0.7**2)
         for x, y in zip(got, wanted, strict=True):
             assert_gradient(x, y, dtype)
-        if known is not None:
+        if used_labels is not None:
             assert [x.any() for x in got[0]] == [False, False, True]

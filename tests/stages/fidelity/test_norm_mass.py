@@ -7,7 +7,7 @@ from conftest import assert_close
 import qm_cupy as qm
 
 
-def test_norm_mass_oracle(rng, dtype):
+def test_norm_mass_against_the_oracle(rng, dtype):
     tokens = rng.standard_normal((3, 10, 4)).astype(dtype)
     got = qm.norm_mass(tokens, np.array([1, 4, 10]))
     assert got.dtype == np.result_type(dtype, np.float32)
@@ -15,7 +15,7 @@ def test_norm_mass_oracle(rng, dtype):
     assert_close(got, wanted, dtype)
 
 
-def test_norm_mass_edges():
+def test_norm_mass_of_zeros_and_with_padding():
     assert qm.norm_mass(np.zeros((4, 2)), 1) == 1  # there is no mass to lose
     mask = np.array([True, True, False])
     # 3 / (1 + 3): the padded token of norm 99 does not count.

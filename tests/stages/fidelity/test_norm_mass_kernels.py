@@ -1,4 +1,4 @@
-"""The kernels of `norm_mass`, run by an interpreter."""
+"""The kernels of `norm_mass`, run by an interpreter on the CPU."""
 
 import numpy as np
 import oracle
@@ -21,7 +21,8 @@ def test_norm_mass(dtype, num_tokens, masked):
     tokens[2] = 0  # norm mass 1, with no mass to divide by
     ragged = np.array([num_groups, 1, num_groups])
     valid = valid_of(mask, (batch, num_tokens))
-    # One K for all sequences goes to the kernel as a null pointer, several as an array.
+    # If K is the same for all sequences, the kernel gets a null pointer, otherwise an
+    # array.
     for counts in (num_groups, ragged):
         got = qm.norm_mass(tokens, counts, mask=mask)
         per_sequence = np.broadcast_to(counts, batch)

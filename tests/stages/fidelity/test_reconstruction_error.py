@@ -9,7 +9,7 @@ import qm_cupy as qm
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_reconstruction_error_oracle(rng, dtype, labelled):
+def test_reconstruction_error_against_the_oracle(rng, dtype, labelled):
     tokens = rng.standard_normal((2, 14, 4)).astype(dtype)
     labels = qm.cluster_tokens(tokens, 5)
     merged = qm.merge_tokens(tokens, labels, 5)
@@ -23,12 +23,13 @@ def test_reconstruction_error_oracle(rng, dtype, labelled):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_padding_neither_counts_nor_rebuilds(rng, labelled):
+def test_padded_tokens_do_not_count_and_padded_groups_rebuild_none(rng, labelled):
     tokens, merged = rng.random((2, 9, 3)), -rng.random((2, 4, 3))
     mask = np.array([[True] * 9, [True] * 6 + [False] * 3])
     counts = np.array([4, 2])
-    # Tokens are positive and merged tokens negative, so every similarity is below 0. A
-    # padded group of zeros has similarity 0 and would win if it were read.
+    # Tokens are positive and merged tokens negative, so every similarity is below 0.
+    # The padded groups are zeros. Their similarity is 0, so they would be the most
+    # similar merged tokens if they were read.
     merged[1, 2:] = 0
     labels = rng.integers(0, 2, (2, 9))
     got = qm.reconstruction_error(
@@ -38,18 +39,20 @@ def test_padding_neither_counts_nor_rebuilds(rng, labelled):
         num_groups=counts,
         mask=mask,
     )
-    alone = qm.reconstruction_error(
+    without_padding = qm.reconstruction_error(
         tokens[1, :6], merged[1, :2], labels=labels[1, :6] if labelled else None
     )
-    assert_close(got[1], alone)
-    assert alone > 1  # worse than rebuilding zeros, since the signs are opposite
+    assert_close(got[1], without_padding)
+    assert (
+        without_padding > 1
+    )  # worse than rebuilding zeros, since the signs are opposite
 
 
-def test_zero_tokens():
+def test_a_sequence_of_zeros_has_error_0_or_inf():
     zeros = np.zeros((3, 2))
     labels = np.zeros(3, int)
     assert qm.reconstruction_error(zeros, np.zeros((1, 2)), labels=labels) == 0
-    # Also a gap of 1e-200, whose square would be 0 in float64.
+    # The error is inf, even if zeros are rebuilt as 1e-200. Its square is 0 in float64.
     for value in (1.0, 1e-200):
         merged = np.full((1, 2), value)
         assert qm.reconstruction_error(zeros, merged, labels=labels) == np.inf

@@ -1,4 +1,7 @@
-"""The kernels of `reconstruction_error` and its gradient, run by an interpreter."""
+"""The kernels of `reconstruction_error` and its gradient, run by an interpreter.
+
+Token x_j of a sequence X is rebuilt from the merged token of its group.
+"""
 
 import numpy as np
 import oracle
@@ -23,7 +26,8 @@ from qm_cupy.stages.fidelity.reconstruction_error import (
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def error_of(tokens, merged, labels):
+def errors_of(tokens, merged, labels):
+    """Return the error of each sequence by the oracle."""
     sequences = zip(tokens, merged, labels, strict=True)
     return np.array([oracle.reconstruction_error(*sequence) for sequence in sequences])
 
@@ -36,22 +40,22 @@ def test_reconstruction_error(dtype, num_tokens, masked):
     mask = mask_of(batch, num_tokens, masked)
     tokens = random((batch, num_tokens, dim), dtype)
     merged = random((batch, num_groups, dim), dtype, 9)
-    # A sequence of zeros: group 0 rebuilds it wrongly (error inf), all other groups
-    # exactly (error 0).
+    # Sequence 1 is zeros. Its merged token 0 is not zero, so group 0 rebuilds it
+    # wrongly (error inf). All other groups rebuild it exactly (error 0).
     tokens[1] = 0
     merged[1, 1:] = 0
     labels = labels_of(batch, num_tokens, num_groups)
     valid = valid_of(mask, labels.shape)
-    for lost in (True, False):
-        labels[1] = 0 if lost else num_groups - 1
+    for is_wrong in (True, False):
+        labels[1] = 0 if is_wrong else num_groups - 1
         got = qm.reconstruction_error(tokens, merged, labels=labels, mask=mask)
-        wanted = error_of(tokens, merged, np.where(valid, labels, -1))
+        wanted = errors_of(tokens, merged, np.where(valid, labels, -1))
         assert_close(got, wanted, dtype)
-    # Sequences 0 and 2 alone have finite errors; (1 - 0.8)² = 0.04. The slices are not
-    # contiguous, so the launcher must copy them.
+    # Only sequences 0 and 2 have finite errors in all cases. The bound is (1 - 0.8)²,
+    # or 0.04. The slices are not contiguous, so the launcher must copy them.
     assert_close(
         qm.fidelity_loss(tokens[::2], merged[::2], labels=labels[::2], gamma=0.8),
-        np.maximum(error_of(tokens[::2], merged[::2], labels[::2]) - 0.04, 0).mean(),
+        np.maximum(errors_of(tokens[::2], merged[::2], labels[::2]) - 0.04, 0).mean(),
         dtype,
     )
 
@@ -60,15 +64,22 @@ def test_reconstruction_error(dtype, num_tokens, masked):
 @sizes
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
 def test_most_similar_merged_token(dtype, num_tokens, ragged):
-    """Without labels, the most similar merged token counts; in a tie, the first one."""
+    """Without labels, a token is rebuilt from the most similar merged token.
+
+    Of equally similar merged tokens, it is the first one.
+    """
     tokens = random((2, num_tokens, 37), dtype)
     merged = tokens[:, :: max(num_tokens // 7, 1)].copy()
     merged = np.concatenate([merged, merged[:, :1]], axis=1)
-    # The last is twice the first: as similar, but with a larger error. Taking it
-    # instead of the first would show.
+    # The last merged token is twice the first one: it is equally similar, but gives a
+    # larger error.
     merged[:, -1] *= 2
-    top = merged.shape[1]
-    counts = np.array([top, max(top // 2, 1)]) if ragged else np.array([top, top])
+    num_groups = merged.shape[1]
+    counts = (
+        np.array([num_groups, max(num_groups // 2, 1)])
+        if ragged
+        else np.array([num_groups, num_groups])
+    )
     got = qm.reconstruction_error(tokens, merged, num_groups=counts if ragged else None)
     sequences = zip(tokens, merged, counts, strict=True)
     wanted = [oracle.reconstruction_error(x, y[:count]) for x, y, count in sequences]
@@ -85,7 +96,9 @@ def test_reconstruction_error_vjp(dtype, num_tokens, masked):
     tokens = random((batch, num_tokens, dim), dtype)
     merged = random((batch, num_groups, dim), dtype, 9)
     tokens[1] = 0
-    gradient = random(batch, np.float32, 2) * num_tokens  # ‖X‖² grows with N
+    gradient = (
+        random(batch, np.float32, 2) * num_tokens
+    )  # the gradient is divided by ‖X‖²
     if mask is not None:
         tokens[~mask] = np.nan  # padding must not be read
     counts = np.full(batch, num_groups)

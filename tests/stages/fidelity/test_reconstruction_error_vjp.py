@@ -1,9 +1,13 @@
-"""The gradient of the reconstruction error: against differences, and at extremes."""
+"""The gradient of the reconstruction error: against differences, and special cases.
+
+The special cases are zeros, means of groups, padding, and very large or small tokens.
+Differences are central differences: (f(x + h) - f(x - h)) / 2h.
+"""
 
 import numpy as np
 import pytest
 from differences import assert_slope
-from rebuilt_cases import LABELS, MASK, both, options_of, padded
+from rebuilt_cases import LABELS, MASK, labelled_or_nearest, masked_or_full, options_of
 
 import qm_cupy as qm
 
@@ -20,10 +24,10 @@ def problem(rng):
     )
 
 
-@both
-@padded
+@labelled_or_nearest
+@masked_or_full
 @counted
-def test_reconstruction_error_differences(problem, labelled, masked, ragged):
+def test_gradient_against_differences(problem, labelled, masked, ragged):
     gradient, tokens, merged = problem
     options = options_of(labelled, masked, ragged)
     got = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
@@ -38,16 +42,16 @@ def test_reconstruction_error_differences(problem, labelled, masked, ragged):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_tokens_that_are_all_zero_have_no_gradient(value):
+def test_a_sequence_of_zeros_has_gradient_zero(value):
     """The gradient is 0 whether zeros are rebuilt exactly (error 0) or not (inf)."""
     zeros, merged, labels = np.zeros((3, 2)), np.full((1, 2), value), np.zeros(3, int)
     for vjp in (qm.reconstruction_error_vjp, qm.fidelity_loss_vjp):
-        for slope in vjp(1.0, zeros, merged, labels=labels):
-            assert not slope.any()
+        for gradient in vjp(1.0, zeros, merged, labels=labels):
+            assert not gradient.any()
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
-def test_no_square_overflows(problem, scale):
+def test_gradient_at_large_and_small_scales(problem, scale):
     """At scale s, the error is the same, and the gradient is divided by s.
 
     The squares of 1e200 and of 1e-200 leave the range of float64.
@@ -61,12 +65,14 @@ def test_no_square_overflows(problem, scale):
         np.testing.assert_allclose(x * scale, y, rtol=1e-12)
 
 
-def test_groups_rebuilt_by_their_mean_have_no_gradient(problem):
-    """The mean minimises the squared error of a group, so the gradient there is 0."""
+def test_the_mean_of_a_group_has_gradient_zero(problem):
+    """The mean of a group minimises its squared error, so its gradient is 0."""
     gradient, tokens, _ = problem
     merged = qm.merge_tokens(tokens, LABELS, 5)
-    _, by_merged = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
-    np.testing.assert_allclose(by_merged, 0, atol=1e-14)
+    _, merged_gradient = qm.reconstruction_error_vjp(
+        gradient, tokens, merged, labels=LABELS
+    )
+    np.testing.assert_allclose(merged_gradient, 0, atol=1e-14)
 
 
 def test_padding_is_not_read(problem):
@@ -75,7 +81,7 @@ def test_padding_is_not_read(problem):
     wanted = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
     # Group 4 has no member in LABELS.
     tokens[~MASK], merged[:, 4] = np.nan, np.nan
-    with qm.check_finite(False):  # else the NaN is refused
+    with qm.check_finite(False):  # otherwise NaN raises an error
         got = qm.reconstruction_error_vjp(gradient, tokens, merged, **options)
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(x, y)
@@ -83,21 +89,24 @@ def test_padding_is_not_read(problem):
 
 def test_gradient_of_one_sequence_may_be_a_number(problem):
     gradient, tokens, merged = problem
-    many = qm.reconstruction_error_vjp(gradient, tokens, merged, labels=LABELS)
-    # A Python float, a NumPy scalar and an array of shape () must agree to the bit.
+    batch_gradients = qm.reconstruction_error_vjp(
+        gradient, tokens, merged, labels=LABELS
+    )
+    # A Python float, a NumPy scalar and an array of shape () must give the same bits.
     for number in (float(gradient[0]), gradient[0], gradient[:1].reshape(())):
-        one = qm.reconstruction_error_vjp(
+        gradients = qm.reconstruction_error_vjp(
             number, tokens[0], merged[0], labels=LABELS[0]
         )
-        for x, y in zip(one, many, strict=True):
+        for x, y in zip(gradients, batch_gradients, strict=True):
             np.testing.assert_array_equal(x, y[0])
 
 
 def test_empty_batch():
     tokens, merged = np.ones((0, 4, 3)), np.ones((0, 2, 3))
-    shapes = [(0, 4, 3), (0, 2, 3)]  # and no division by B = 0 in the fidelity loss
+    shapes = [(0, 4, 3), (0, 2, 3)]
     got = qm.reconstruction_error_vjp(np.ones(0), tokens, merged)
     assert [x.shape for x in got] == shapes
+    # The fidelity loss is a mean over B = 0 sequences: it must not divide by 0.
     got = qm.fidelity_loss_vjp(1.0, tokens, merged)
     assert [x.shape for x in got] == shapes
 

@@ -1,4 +1,10 @@
-"""The kernels of `merge_tokens` and its gradient, run by the interpreter."""
+"""The kernels of `merge_tokens` and its gradient.
+
+The fixture `kernels` runs a test with basic and with optimized kernels, in the PTX
+interpreter (tests/ptx). With `@optimized`, it runs a test with optimized kernels only.
+The oracle (oracle.py) merges one sequence with plain float64 loops. B sequences have N
+tokens of width D, in K groups.
+"""
 
 import numpy as np
 import oracle
@@ -16,11 +22,12 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def merged_of(tokens, labels, num_groups, mass):
+    """Return the merged tokens (B, K, D) by the oracle."""
     mass = np.ones(labels.shape) if mass is None else mass
     return np.stack(
         [
-            oracle.merge(x, [np.flatnonzero(own == k) for k in range(num_groups)], m)
-            for x, own, m in zip(tokens, labels, mass, strict=True)
+            oracle.merge(x, [np.flatnonzero(row == k) for k in range(num_groups)], m)
+            for x, row, m in zip(tokens, labels, mass, strict=True)
         ]
     )
 
@@ -30,7 +37,8 @@ def merged_of(tokens, labels, num_groups, mass):
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_merge_and_unmerge_tokens(dtype, num_tokens, weighted):
     batch, num_groups = 2, max(num_tokens // 4, 1)
-    # One element, rows that are not whole vectors of 16 bytes, and rows that are.
+    # Rows of one element, rows that are not whole vectors of 16 bytes, and rows that
+    # are
     for dim in (1, 7, 32, 130):
         tokens = random((batch, num_tokens, dim), dtype)
         labels = labels_of(batch, num_tokens, num_groups)
@@ -42,15 +50,15 @@ def test_merge_and_unmerge_tokens(dtype, num_tokens, weighted):
         assert got.dtype == dtype
         assert_close(got, merged_of(tokens, labels, num_groups, mass), dtype, "stored")
         out = ptx.empty(got.shape, dtype)
-        # `out` gets the same bits.
-        again = qm.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
-        assert again is out
+        # The result in `out` has the same bits.
+        returned = qm.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
+        assert returned is out
         np.testing.assert_array_equal(got, out)
-        back = qm.unmerge_tokens(got, labels)
+        rebuilt = qm.unmerge_tokens(got, labels)
         # Every token gets the value of its group; padding gets 0.
-        group = got[np.arange(batch)[:, None], labels]
-        wanted = np.where((labels >= 0)[..., None], group, 0).astype(dtype)
-        np.testing.assert_array_equal(back, wanted)
+        values = got[np.arange(batch)[:, None], labels]  # (B, N, D)
+        wanted = np.where((labels >= 0)[..., None], values, 0).astype(dtype)
+        np.testing.assert_array_equal(rebuilt, wanted)
 
 
 @dtypes
@@ -68,7 +76,8 @@ def test_merge_tokens_vjp(dtype, num_tokens, weighted):
         tokens = random((2, num_tokens, dim), dtype)
         gradient = (random((2, num_groups, dim), np.float64, 1) / dim).astype(dtype)
         got = qm.merge_tokens_vjp(gradient, tokens, labels, num_groups, mass=mass)
-        # The NumPy reference in float64; other tests compare it with differences.
+        # The expected value is the NumPy reference in float64. Other tests compare this
+        # reference with finite differences.
         weights = None if mass is None else wide(mass)
         inputs = wide(gradient), wide(tokens), labels, num_groups, weights
         wanted = merge_tokens_vjp_reference(*inputs)
@@ -82,12 +91,13 @@ def test_merge_tokens_vjp(dtype, num_tokens, weighted):
 
 @dtypes
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("gradient", [False, True], ids=["merge", "gradient"])
+@pytest.mark.parametrize("unmerge_vjp", [False, True], ids=["merge", "gradient"])
 @optimized
-def test_rows_of_whole_vectors_have_the_same_sums(dtype, weighted, gradient):
+def test_rows_of_whole_vectors_have_the_same_sums(dtype, weighted, unmerge_vjp):
     """If rows are whole vectors, four members are read at once, with the same sums."""
     rng = np.random.default_rng(3)
-    sizes = np.arange(11)  # of groups: no member, and around multiples of four
+    # Groups of 0, 1, …, 10 members, around multiples of four
+    sizes = np.arange(11)
     labels = rng.permutation(np.repeat(sizes, sizes)).astype(np.int32)[None]
     tokens = rng.standard_normal((1, labels.size, 17)).astype(dtype)
     mass = None
@@ -95,11 +105,11 @@ def test_rows_of_whole_vectors_have_the_same_sums(dtype, weighted, gradient):
         mass = rng.random(labels.shape).astype(cuda.accumulation_dtype(dtype))
         mass[labels == 6] = 0
 
-    def measure(x):
-        if gradient:
+    def group_sums(x):
+        if unmerge_vjp:
             return qm.unmerge_tokens_vjp(x, labels, len(sizes))
         return qm.merge_tokens(x, labels, len(sizes), mass=mass)
 
     # 16 elements are whole vectors in every dtype; 17 are not.
-    whole = measure(np.ascontiguousarray(tokens[..., :16]))
-    np.testing.assert_array_equal(whole, measure(tokens)[..., :16])
+    whole_vectors = group_sums(np.ascontiguousarray(tokens[..., :16]))
+    np.testing.assert_array_equal(whole_vectors, group_sums(tokens)[..., :16])

@@ -1,4 +1,9 @@
-"""The kernels of the gradient of `unmerge_tokens`, run by the interpreter."""
+"""The kernels of the gradient of `unmerge_tokens`.
+
+The fixture `kernels` runs a test with basic and with optimized kernels, in the PTX
+interpreter (tests/ptx). test_merge_tokens_kernels.py tests the kernel of
+`unmerge_tokens` itself.
+"""
 
 import pytest
 from kernel_cases import dtypes, labels_of, random
@@ -18,6 +23,7 @@ def test_unmerge_tokens_vjp(dtype, num_tokens):
     for dim in WIDTHS:
         gradient = random((2, num_tokens, dim), dtype)
         got = qm.unmerge_tokens_vjp(gradient, labels, num_groups)
-        # The NumPy reference in float64; other tests compare it with differences.
+        # The expected value is the NumPy reference in float64. Other tests compare this
+        # reference with finite differences.
         wanted = unmerge_tokens_vjp_reference(wide(gradient), labels, num_groups)
         assert_gradient(got, wanted, dtype)

@@ -1,23 +1,28 @@
-"""Every gradient of this folder against finite differences and against torch."""
+"""Properties of every gradient of this folder; finite differences and torch.
+
+A vector–Jacobian product (`vjp`) is the gradient of a loss with respect to the inputs
+of an operation, from its gradient with respect to the result. There are L layers, B
+sequences, H heads and N tokens.
+"""
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import to_library, to_numpy
 from oracle_arrays import softmax
-from saliency_cases import check_differences, gradient_of, results
+from saliency_cases import as_tuple, check_differences, random_gradient
 
 import qm_cupy as qm
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Padding on the left and in between, and a sequence without padding.
+# (B, N): a sequence with padding on the left and in between, and one without padding.
 MASK = np.array([[False, True, True, False, True], [True] * 5])
 
 
 def calls(rng):
-    """Return for each name: operation, gradient, differentiable inputs, options."""
-    attention = softmax(rng.standard_normal((2, 2, 2, 5, 5)))
-    query, key = rng.standard_normal((2, 2, 2, 2, 5, 3))
+    """Return for each name: operation, vjp, inputs with a gradient, other arguments."""
+    attention = softmax(rng.standard_normal((2, 2, 2, 5, 5)))  # (L, B, H, N, N)
+    query, key = rng.standard_normal((2, 2, 2, 2, 5, 3))  # each (L, B, H, N, d)
     return {
         "attention": (
             qm.attention_entropy,
@@ -68,50 +73,51 @@ NAMES = list(calls(np.random.default_rng(0)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-class TestEveryProduct:
+class TestEveryVjp:
     @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
-    def test_finite_differences(self, rng, name, mask):
+    def test_matches_finite_differences(self, rng, name, mask):
         function, vjp, inputs, options = calls(rng)[name]
         check_differences(rng, function, vjp, inputs, {**options, "mask": mask})
 
     def test_one_sequence_is_a_batch_of_one(self, rng, name):
         _, vjp, inputs, options = calls(rng)[name]
-        rows = {"attention": 2, "entropy": 1}  # axes of one sequence; 2 for the others
+        # Number of axes of one sequence: (N, N) and (N,); 2 for the others, (N, D)
+        axes = {"attention": 2, "entropy": 1}
         one = {
-            k: x[(0,) * (x.ndim - rows.get(k, 2))].astype(np.float32)
+            k: x[(0,) * (x.ndim - axes.get(k, 2))].astype(np.float32)
             for k, x in inputs.items()
         }
         gradient = rng.standard_normal(5)
-        got = results(vjp(gradient, **one, **options))
+        got = as_tuple(vjp(gradient, **one, **options))
         batch = {k: x[None] for k, x in one.items()}
-        wanted = results(vjp(gradient[None], **batch, **options))
+        wanted = as_tuple(vjp(gradient[None], **batch, **options))
         for x, y, source in zip(got, wanted, one.values(), strict=True):
             assert x.shape == source.shape
             np.testing.assert_array_equal(x, y[0])
 
-    def test_one_token(self, rng, name):
-        """The entropy of one token is always 0 and its saliency constant."""
+    def test_one_token_has_gradient_zero(self, rng, name):
+        """The entropy of a single token is always 0, and its saliency is constant."""
         _, vjp, inputs, options = calls(rng)[name]
-        attention = "attention" in inputs
-        alone = {
-            k: x[..., :1, :1] if attention else x[..., :1] if k == "entropy" else
+        is_attention = "attention" in inputs
+        one_token = {
+            k: x[..., :1, :1] if is_attention else x[..., :1] if k == "entropy" else
             x[..., :1, :] for k, x in inputs.items()
         }  # fmt: skip
         function = calls(rng)[name][0]
-        gradient = np.ones(function(**alone, **options).shape)
-        # A constant has gradient 0.
-        for got in results(vjp(gradient, **alone, **options)):
+        gradient = np.ones(function(**one_token, **options).shape)
+        for got in as_tuple(vjp(gradient, **one_token, **options)):
             assert not got.any()
 
     def test_padding_is_neither_read_nor_written(self, rng, name):
         function, vjp, inputs, options = calls(rng)[name]
-        gradient = gradient_of(rng, function, inputs, options)
-        wanted = results(vjp(gradient, **inputs, mask=MASK, **options))
-        # A gradient that is NaN in padding must give the same bits.
+        gradient = random_gradient(rng, function, inputs, options)
+        wanted = as_tuple(vjp(gradient, **inputs, mask=MASK, **options))
+        # A gradient that is NaN in padding must give the same bits. The mask of rows
+        # has the shape of the gradient.
         padded = np.broadcast_to(
             ~MASK[:, None] if gradient.ndim == 4 else ~MASK, gradient.shape
         )
-        got = results(
+        got = as_tuple(
             vjp(np.where(padded, np.nan, gradient), **inputs, mask=MASK, **options)
         )
         for x, y, source in zip(got, wanted, inputs, strict=True):
@@ -119,26 +125,26 @@ class TestEveryProduct:
             if source == "attention":  # padded rows and padded columns
                 assert not x[padded].any()
                 assert not np.swapaxes(x, -1, -2)[padded].any()
-            elif source == "entropy":  # the batch is axis 1 of (L, B, …, N)
+            elif source == "entropy":  # move B beside N: (L, …, B, N)
                 assert not np.moveaxis(x, 1, -2)[..., ~MASK].any()
             else:
                 assert not x[padded].any()
 
-    def test_every_library(self, rng, name, library, dtype):
+    def test_every_library_gives_the_bits_of_numpy(self, rng, name, library, dtype):
         if library == "array_api_strict" and dtype == np.float16:
             pytest.skip("array-api-strict has no 16 bits")
         function, vjp, inputs, options = calls(rng)[name]
         arrays = {k: x.astype(dtype) for k, x in inputs.items()}
-        gradient = gradient_of(rng, function, arrays, options).astype(np.float32)
+        gradient = random_gradient(rng, function, arrays, options).astype(np.float32)
         options["mask"] = MASK
-        wanted = results(vjp(gradient, **arrays, **options))
+        wanted = as_tuple(vjp(gradient, **arrays, **options))
         converted = {
             k: to_library(library, x)
             for k, x in {"gradient": gradient, **arrays, "mask": MASK}.items()
         }
-        got = results(vjp(**{**options, **converted}))
+        got = as_tuple(vjp(**{**options, **converted}))
         for x, y, source in zip(got, wanted, arrays, strict=True):
-            # The library and the dtype of the input, and the bits of NumPy.
+            # A gradient has the library and the dtype of its input.
             assert type(x) is type(converted[source])
             assert x.dtype == converted[source].dtype
             actual = to_numpy(x)
@@ -146,47 +152,49 @@ class TestEveryProduct:
             assert actual.shape == arrays[source].shape
             assert actual.tobytes() == np.ascontiguousarray(y).tobytes()
 
-    def test_bfloat16_is_float32_rounded_once(self, rng, name):
+    def test_bfloat16_gives_the_float32_result_rounded_once(self, rng, name):
         function, vjp, inputs, options = calls(rng)[name]
-        # Rounding intermediate results to bfloat16 too would change the last bit.
+        # If intermediate results were rounded to bfloat16 too, the last bit would
+        # change.
         narrow = {k: x.astype(BFLOAT16) for k, x in inputs.items()}
         wide = {k: x.astype(np.float32) for k, x in narrow.items()}
-        gradient = gradient_of(rng, function, wide, options).astype(BFLOAT16)
-        got = results(vjp(gradient, **narrow, **options))
-        wanted = results(vjp(gradient, **wide, **options))
+        gradient = random_gradient(rng, function, wide, options).astype(BFLOAT16)
+        got = as_tuple(vjp(gradient, **narrow, **options))
+        wanted = as_tuple(vjp(gradient, **wide, **options))
         for x, y in zip(got, wanted, strict=True):
             assert x.dtype == BFLOAT16
             np.testing.assert_array_equal(x, y.astype(BFLOAT16))
 
-    def test_inputs_in_any_layout(self, rng, name):
+    def test_column_major_and_strided_arrays(self, rng, name):
         function, vjp, inputs, options = calls(rng)[name]
-        gradient = gradient_of(rng, function, inputs, options)
-        wanted = results(vjp(gradient, **inputs, **options))
+        gradient = random_gradient(rng, function, inputs, options)
+        wanted = as_tuple(vjp(gradient, **inputs, **options))
         # Column-major inputs and a gradient with a stride of two elements.
-        turned = {k: np.asfortranarray(x) for k, x in inputs.items()}
+        column_major = {k: np.asfortranarray(x) for k, x in inputs.items()}
         strided = np.repeat(gradient, 2, axis=-1)[..., ::2]
         for x, y in zip(
-            results(vjp(strided, **turned, **options)), wanted, strict=True
+            as_tuple(vjp(strided, **column_major, **options)), wanted, strict=True
         ):
             assert x.flags.c_contiguous
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15)
 
-    def test_empty_batch(self, rng, name):
+    def test_empty_batch_has_an_empty_gradient(self, rng, name):
         function, vjp, inputs, options = calls(rng)[name]
-        axis = 0 if name == "norm_saliency" else 1
-        none = {k: np.take(x, [], axis) for k, x in inputs.items()}
-        gradient = function(**none, **options)
+        # The tokens of norm_saliency are (B, N, D); the other inputs have L before B.
+        batch_axis = 0 if name == "norm_saliency" else 1
+        empty = {k: np.take(x, [], batch_axis) for k, x in inputs.items()}
+        gradient = function(**empty, **options)
         for x, y in zip(
-            results(vjp(gradient, **none, **options)), none.values(), strict=True
+            as_tuple(vjp(gradient, **empty, **options)), empty.values(), strict=True
         ):
             assert x.shape == y.shape
 
-    def test_a_gradient_that_does_not_fit_is_refused(self, rng, name):
+    def test_wrong_gradient_is_refused(self, rng, name):
         function, vjp, inputs, options = calls(rng)[name]
-        gradient = gradient_of(rng, function, inputs, options)
+        gradient = random_gradient(rng, function, inputs, options)
         axes = {2: "BN", 3: "LBN", 4: "LBHN"}[gradient.ndim]
         wanted = rf"`gradient` must have shape \({', '.join(axes)}\) = \("
-        # One token too few, and one axis too many.
+        # A gradient with one token less, and one with one more axis
         for wrong in (gradient[..., :-1], gradient[None]):
             with pytest.raises(ValueError, match=wanted):
                 vjp(wrong, **inputs, **options)
@@ -200,10 +208,10 @@ class TestEveryProduct:
         with pytest.raises(ValueError, match="`gradient` must be finite, got inf"):
             vjp(gradient, **inputs, **options)
 
-    def test_inputs_that_the_operation_refuses(self, rng, name):
-        # The gradient checks the same inputs as the operation, with the same messages.
+    def test_wrong_inputs_are_refused(self, rng, name):
+        # The vjp checks the same inputs as the operation, with the same messages.
         function, vjp, inputs, options = calls(rng)[name]
-        gradient = gradient_of(rng, function, inputs, options)
+        gradient = random_gradient(rng, function, inputs, options)
         last = list(inputs)[-1]
         wrong = inputs[last].copy()
         wrong[..., 0] = np.nan
@@ -217,8 +225,11 @@ class TestEveryProduct:
             vjp(gradient, **inputs, mask=MASK[:, 1:], **options)
 
 
-def plain(name, options, x):
-    """Return the operation in plain torch, with all N × N scores at once."""
+def torch_result(name, options, x):
+    """Return the result of an operation by plain torch functions of the inputs x.
+
+    All N × N scores are in memory at once, so that torch can differentiate them.
+    """
     torch = pytest.importorskip("torch")
     if name.startswith("attention"):
         p = x["attention"] / x["attention"].sum(-1, keepdim=True)
@@ -228,16 +239,17 @@ def plain(name, options, x):
         scale = options.get("scale", query.shape[-1] ** -0.5)
         scores = query @ x.get("key", query).mT * scale
         if options.get("causal"):
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(later, -1e4)  # a weight of e^-10000 = 0
+            # Mask the scores above the diagonal. Their weight is e^-10000 = 0.
+            above_diagonal = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(above_diagonal, -1e4)
         return torch.distributions.Categorical(logits=scores).entropy()
     if name == "norm_saliency":
-        # The norms are one layer, scaled without the "1 -".
+        # The norms are scaled like the entropies of one layer, without the "1 -".
         entropy, high = x["tokens"].norm(dim=-1)[None], True
     else:
         entropy, high = x["entropy"], options.get("salient") == "high"
     if entropy.ndim == 4:
-        entropy = entropy.mean(2)
+        entropy = entropy.mean(2)  # over the heads
     low = entropy.amin(-1, keepdim=True)
     scaled = (entropy - low) / (entropy.amax(-1, keepdim=True) - low)
     return scaled.mean(0) if high else 1 - scaled.mean(0)
@@ -245,16 +257,16 @@ def plain(name, options, x):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_autograd_of_the_plain_formula(rng, name, precision):
+def test_matches_the_autograd_of_torch(rng, name, precision):
     torch = pytest.importorskip("torch")
     _, vjp, inputs, options = calls(rng)[name]
     leaves = {k: torch.tensor(x, requires_grad=True) for k, x in inputs.items()}
-    result = plain(name, options, leaves)
+    result = torch_result(name, options, leaves)
     gradient = rng.standard_normal(result.shape)
     wanted = torch.autograd.grad(result, leaves.values(), torch.tensor(gradient))
-    # torch works in float64, so it is the reference for both precisions.
+    # torch computes in float64 here, so its gradient is exact enough for both dtypes.
     arrays = {k: x.astype(precision) for k, x in inputs.items()}
-    got = results(vjp(gradient.astype(precision), **arrays, **options))
+    got = as_tuple(vjp(gradient.astype(precision), **arrays, **options))
     for x, y in zip(got, wanted, strict=True):
         tolerance = 1e-5 if precision == "float32" else 1e-12
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,9 @@
-"""The kernels of `saliency` and its gradient, run by the interpreter."""
+"""The kernels of `saliency` and its gradient.
+
+The fixture `kernels` runs a test with basic and with optimized kernels, in the PTX
+interpreter (tests/ptx). The expected values are from float64 loops and formulas
+(oracle.py, oracle_arrays.py).
+"""
 
 import numpy as np
 import pytest
@@ -33,7 +38,8 @@ def test_saliency(dtype, num_tokens, masked):
 def test_saliency_vjp(dtype, num_tokens, masked):
     layers, batch, heads = 3, 2, 2
     mask = mask_of(batch, num_tokens, masked)
-    # Multiples of 1/16 have exact means, and some tokens tie at the two extremes.
+    # Multiples of 1/16 have exact means, so that some tokens tie at the least and at
+    # the greatest entropy.
     entropy = np.random.default_rng(2).integers(
         0, 8, (layers, batch, heads, num_tokens)
     )
@@ -41,7 +47,8 @@ def test_saliency_vjp(dtype, num_tokens, masked):
     entropy[1] = 2  # a constant layer has gradient 0
     valid = valid_of(mask, (batch, num_tokens))
     gradient = gradient_of(valid, np.float32)
-    g = np.where(valid, gradient, 0).astype(np.float64)  # padding is NaN in `gradient`
+    # `gradient` is NaN for padding; the formula needs 0 there.
+    g = np.where(valid, gradient, 0).astype(np.float64)
     tolerance = TOLERANCE[np.dtype(dtype).name]
     limit = max(tolerance.stored, tolerance.computed)
     for salient in ("low", "high"):

@@ -1,4 +1,9 @@
-"""Gradients of softmax entropies with respect to queries and keys, and to tokens."""
+"""Gradients of softmax entropies with respect to queries and keys, and to tokens.
+
+Q and K are the queries and keys of a head of N tokens, c the scale of the scores, and G
+the gradient of the loss ℒ with respect to the scores (N, N). The library never stores
+all of G: it computes the scores again for 256 rows (a block) at a time.
+"""
 
 import tracemalloc
 
@@ -11,17 +16,17 @@ from saliency_cases import check_differences
 import qm_cupy as qm
 
 
-def dense(gradient, query, key, causal=False):
-    """Return the gradients for queries and keys from all N × N scores in float64."""
+def gradients_from_all_scores(gradient, query, key, causal=False):
+    """Return ∂ℒ/∂Q and ∂ℒ/∂K, computed from all N × N scores at once, in float64."""
     q, k = query.astype(np.float64), key.astype(np.float64)
     scale = q.shape[-1] ** -0.5
     allowed = np.ones((len(q), len(q)), np.bool_)
     allowed = np.tril(allowed) if causal else allowed
-    slope, _ = softmax_entropy_vjp(gradient, q @ k.T * scale, allowed)
-    return scale * slope @ k, scale * slope.T @ q  # c G K and c Gᵀ Q
+    g, _ = softmax_entropy_vjp(gradient, q @ k.T * scale, allowed)
+    return scale * g @ k, scale * g.T @ q  # c G K and c Gᵀ Q
 
 
-def peak_of(function, *args):
+def peak_bytes(function, *args):
     """Return the peak number of bytes that NumPy allocates during a call."""
     tracemalloc.start()
     function(*args)
@@ -30,55 +35,58 @@ def peak_of(function, *args):
     return peak
 
 
-class TestScores:
-    """Gradients through softmax(scores), with scores recomputed block by block."""
+class TestScoreGradients:
+    """Gradients through the softmax of scores, which are computed again in blocks."""
 
     @pytest.mark.parametrize("causal", [False, True])
-    @pytest.mark.parametrize("num_tokens", [2, 255, 256, 257, 600])  # a block has 256
-    def test_blocks(self, rng, dtype, num_tokens, causal):
+    # Fewer and more rows than the 256 of a block
+    @pytest.mark.parametrize("num_tokens", [2, 255, 256, 257, 600])
+    def test_one_and_several_blocks(self, rng, dtype, num_tokens, causal):
         query, key = rng.standard_normal((2, num_tokens, 7)).astype(dtype)
         gradient = rng.standard_normal(num_tokens)
         got = qm.query_key_entropy_vjp(gradient, query, key, causal=causal)
-        wanted = dense(gradient, query, key, causal)
+        wanted = gradients_from_all_scores(gradient, query, key, causal)
         for x, y in zip(got, wanted, strict=True):
             assert x.dtype == dtype
             assert_close(x, y, dtype, "stored" if dtype == np.float16 else "computed")
 
     @pytest.mark.parametrize("num_tokens", [255, 600])
-    def test_blocks_of_self_attention(self, rng, dtype, num_tokens):
+    def test_one_and_several_blocks_of_self_attention(self, rng, dtype, num_tokens):
         tokens = rng.standard_normal((num_tokens, 6)).astype(dtype)
         gradient = rng.standard_normal(num_tokens)
         got = qm.self_attention_entropy_vjp(gradient, tokens)
-        wanted = np.add(*dense(gradient, tokens, tokens))
+        # A token is a query and a key.
+        wanted = np.add(*gradients_from_all_scores(gradient, tokens, tokens))
         assert_close(
             got, wanted, dtype, "stored" if dtype == np.float16 else "computed"
         )
 
-    def test_digits_stay_where_one_score_dominates(self, rng):
-        """Wide tokens attend to themselves: the gradient is tiny but must be exact."""
+    def test_gradient_is_exact_where_one_score_dominates(self, rng):
+        """Wide tokens attend almost only to themselves, so the gradient is tiny."""
         tokens = (2 * rng.standard_normal((300, 64))).astype(np.float32)
         gradient = rng.standard_normal(300)
         wanted = qm.self_attention_entropy_vjp(gradient, tokens.astype(np.float64))
-        size = np.linalg.norm(wanted, axis=-1, keepdims=True)
+        size = np.linalg.norm(wanted, axis=-1, keepdims=True)  # of each token
         assert size.min() < 1e-5
         got = qm.self_attention_entropy_vjp(gradient, tokens)
         assert (np.abs(got - wanted) <= 2e-4 * size).all()
 
     def test_equal_tokens_have_gradient_zero(self, rng):
-        # p = 1/N and H = log N is the maximum of the entropy, where its slope is 0.
+        # All p are 1/N, so H = log N is the maximum of the entropy: its derivative is
+        # 0.
         tokens = np.ones((270, 4))
         got = qm.self_attention_entropy_vjp(rng.standard_normal(270), tokens)
         np.testing.assert_allclose(got, 0, atol=1e-12)
 
-    def test_equal_largest_scores(self, rng):
-        # Two maxima in every row: only one of them is left out of the sums.
+    def test_two_equal_largest_scores_in_every_row(self, rng):
+        # The sums leave out one largest score of each row. The other one must count.
         tokens = np.ones((5, 3))
         tokens[[1, 3]] = 3
         inputs = {"tokens": tokens}
         functions = qm.self_attention_entropy, qm.self_attention_entropy_vjp
         check_differences(rng, *functions, inputs, {})
 
-    def test_huge_values(self, rng):
+    def test_scores_beyond_float32(self, rng):
         # Scores of 1e50 need float64; scores of 1e450 are refused.
         tokens = (1e25 * rng.standard_normal((280, 4))).astype(np.float32)
         got = qm.self_attention_entropy_vjp(np.ones(280), tokens)
@@ -98,9 +106,10 @@ class TestScores:
     def test_memory_is_linear_in_the_tokens(self, rng):
         tokens = rng.standard_normal((4096, 8)).astype(np.float32)
         peaks = [
-            peak_of(qm.self_attention_entropy_vjp, np.ones(n), tokens[:n])
+            peak_bytes(qm.self_attention_entropy_vjp, np.ones(n), tokens[:n])
             for n in (1024, 2048, 4096)
         ]
-        assert peaks[2] < 4096 * 4096  # bytes: a quarter of N × N
-        # Doubling N doubles the increase; it would be four times as large for N × N.
+        assert peaks[2] < 4096 * 4096  # a quarter of the bytes of N × N float32 values
+        # N doubles from one peak to the next. The increase doubles, too; with N × N
+        # values it would be four times as large.
         assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.05)

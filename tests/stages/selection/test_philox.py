@@ -1,10 +1,12 @@
+"""The random generator Philox4x32-10, and the uniform numbers u in (0, 1) from it."""
+
 import numpy as np
 import oracle
 import pytest
 
 from qm_cupy.stages.selection.philox import philox4x32, uniform
 
-# Known answers of the Random123 library: counter, key, words.
+# Known answers of the Random123 library: counter, key, and the four random words
 VECTORS = [
     ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     (
@@ -24,12 +26,13 @@ VECTORS = [
 def test_philox_known_answers(counter, key, words):
     got = philox4x32(tuple(counter), key[0] | key[1] << 32)
     assert [int(word) for word in got] == words
-    # The oracle is an independent implementation; other tests rely on it.
+    # The oracle (oracle.py) is an independent implementation. Other tests rely on it.
     assert list(oracle.philox4x32(counter, key)) == words
 
 
-def test_uniform_never_reaches_its_ends():
-    # The smallest and the greatest word. u = 0 or 1 would give infinite noise.
+def test_uniform_is_never_0_or_1():
+    # u of the smallest and of the greatest word. With u = 0 or 1 the noise -log(-log u)
+    # would be infinite.
     ends = uniform(np.array([0, 0xFFFFFFFF], np.uint64))
     assert 0 < ends[0] < ends[1] < 1
-    assert np.float32(ends[1]) < 1  # 24 bits are exact in float32
+    assert np.float32(ends[1]) < 1  # u has 24 bits, so float32 is exact

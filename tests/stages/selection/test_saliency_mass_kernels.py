@@ -1,4 +1,10 @@
-"""The kernels of the gradient of `saliency_mass`, run by the interpreter."""
+"""The kernels of the gradient of `saliency_mass`.
+
+The fixture `kernels` runs a test with basic and with optimized kernels, in the PTX
+interpreter (tests/ptx). s is the saliency, π the selection probabilities, ε the weight
+of background tokens, m = π s + (1 - π) ε the mass, and a bar the gradient of a loss
+with respect to the quantity.
+"""
 
 import numpy as np
 import pytest
@@ -15,10 +21,11 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @vjp_sizes
 def test_saliency_mass_vjp(dtype, num_tokens):
     gradient, saliency = (random((2, num_tokens), dtype, seed) for seed in (1, 2))
+    # Here s and m̄ have the dtype of the test, and π has float32.
     p = random((2, num_tokens), np.float32, 3)
-    # s̄ = m̄ π in the dtype of s, and π̄ = m̄ (s - ε) in float32.
+    # s̄ = m̄ π in the dtype of s, and π̄ = m̄ (s - ε) in float32, the dtype of π
     got = qm.saliency_mass_vjp(gradient, saliency, p, epsilon=0.3)
     assert_gradient(got[0], wide(gradient) * wide(p), dtype)
-    by_probability = wide(gradient) * (wide(saliency) - 0.3)
+    p_gradient = wide(gradient) * (wide(saliency) - 0.3)
     assert got[1].dtype == np.float32
-    assert_close(got[1], by_probability, np.float32)
+    assert_close(got[1], p_gradient, np.float32)

@@ -1,4 +1,9 @@
-"""The kernels of `select_tokens`, run by the interpreter."""
+"""The kernels of `select_tokens`: a mask of the K highest scores, and their positions.
+
+The fixture `kernels` runs a test with basic and with optimized kernels, in the PTX
+interpreter (tests/ptx). With `@optimized`, it runs a test with optimized kernels only.
+The expected positions come from a stable sort (oracle_arrays.py).
+"""
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +26,7 @@ def test_select_tokens(dtype, num_tokens, masked):
     mask = mask_of(batch, num_tokens, masked)
     scores = random((batch, num_tokens), np.float32, scale=2)
     scores = np.copysign(np.round(scores), scores).astype(dtype)  # ties; -0 equals 0
-    scores[0, ::5] = -60000  # very low, but not padding
+    scores[0, ::5] = -60000  # very low, but above the -inf of padding
     per_sequence = np.array([num_groups, max(num_groups // 2, 1), 1])
     for counts in (num_groups, per_sequence):
         got = qm.select_tokens(scores, counts, mask=mask)
@@ -29,17 +34,17 @@ def test_select_tokens(dtype, num_tokens, masked):
         for b in range(batch):
             valid = valid_of(mask, scores.shape)[b]
             count = np.broadcast_to(counts, batch)[b]
-            # With few tokens there may be fewer than K.
+            # A mask may leave fewer than K tokens; then the rest of the row is -1.
             wanted = np.full(num_groups, -1)
-            kept = top_k(scores[b], valid, count)
-            wanted[: len(kept)] = kept
+            top_indices = top_k(scores[b], valid, count)
+            wanted[: len(top_indices)] = top_indices
             np.testing.assert_array_equal(got[b], wanted)
-            np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
+            np.testing.assert_array_equal(np.flatnonzero(hot[b]), top_indices)
 
 
 @dtypes
 def test_select_tokens_orders_subnormal_scores(dtype):
-    """Their order is that of NumPy, although float32 on a GPU flushes them to 0."""
+    """They have the order of NumPy, although float32 on a GPU flushes them to 0."""
     tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
     scores = np.random.default_rng(8).integers(-60, 61, (2, 300)) * tiny
     scores[1, :150] = np.copysign(0, scores[1, :150])  # -0 and 0 are equal
@@ -48,32 +53,36 @@ def test_select_tokens_orders_subnormal_scores(dtype):
         got = qm.select_tokens(scores, count)
         hot = qm.gumbel_softmax(scores, seed=None, hard=count)
         for b in range(2):
-            kept = top_k(scores[b], np.ones(300, np.bool_), count)
-            np.testing.assert_array_equal(got[b], kept)
-            np.testing.assert_array_equal(np.flatnonzero(hot[b]), kept)
+            top_indices = top_k(scores[b], np.ones(300, np.bool_), count)
+            np.testing.assert_array_equal(got[b], top_indices)
+            np.testing.assert_array_equal(np.flatnonzero(hot[b]), top_indices)
 
 
-def select_of_optimized(scores, counts, num_groups):
-    """Launch both kernels of the selection; return the K-hot mask and the positions."""
+def select_with_optimized_kernels(scores, counts, num_groups):
+    """Launch both kernels; return the K-hot mask (B, N) and the positions (B, K).
+
+    The public function refuses scores that are not finite; this function does not.
+    """
     batch, num_tokens = scores.shape
     selected = ptx.empty(scores.shape, np.bool_)
     args = (scores, counts, batch, num_tokens, num_groups, selected)
-    work = {"blocks": batch, "kernels": "optimized"}
-    cuda.launch("select_tokens", "top_tokens", scores.dtype, args, **work)
+    options = {"blocks": batch, "kernels": "optimized"}
+    cuda.launch("select_tokens", "top_tokens", scores.dtype, args, **options)
     positions = ptx.empty((batch, num_groups), np.int32)
     args = (selected, batch, num_tokens, num_groups, positions)
-    cuda.launch("select_tokens", "select_tokens", np.float32, args, **work)
+    cuda.launch("select_tokens", "select_tokens", np.float32, args, **options)
     return selected, positions
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @optimized
 def test_radix_selection(dtype):
-    """The K-th score is correct for any bits, ties, infinities and padding."""
+    """The selection is correct for random bits, ties, tiny scores and padding."""
     rng = np.random.default_rng(4)
     words = rng.integers(0, 2**64, 20_000, dtype=np.uint64).view(dtype)[:20_000]
     tiny = np.finfo(dtype).smallest_subnormal
-    # Random bits, subnormal numbers, equal scores, and padding (-inf) in half a row.
+    # Rows: random bits, subnormal numbers, equal scores, and padding (-inf) for about
+    # half of the tokens.
     rows = [
         np.where(np.isfinite(words), words, 0),
         rng.integers(-2, 3, 20_000) * tiny,
@@ -82,12 +91,15 @@ def test_radix_selection(dtype):
     rows.append(np.where(rng.random(20_000) < 0.5, -np.inf, rng.random(20_000)))
     scores = np.stack(rows).astype(dtype)
     valid = np.isfinite(scores)
-    # The selection compares 8 bits at a time: K around 256 and its multiples.
+    # The selection compares 8 bits (256 values) at a time, so K is around 256 and at
+    # some multiples of it.
     for counts in ([1, 255, 16_384, 20_000], [4096, 20_000, 1, 257]):
         per_sequence = np.array(counts, np.int32)
-        selected, positions = select_of_optimized(scores, per_sequence, max(counts))
+        selected, positions = select_with_optimized_kernels(
+            scores, per_sequence, max(counts)
+        )
         for b, count in enumerate(counts):
-            kept = top_k(scores[b], valid[b], count)
-            np.testing.assert_array_equal(np.flatnonzero(selected[b]), kept)
-            np.testing.assert_array_equal(positions[b, : len(kept)], kept)
-            assert (positions[b, len(kept) :] == -1).all()
+            top_indices = top_k(scores[b], valid[b], count)
+            np.testing.assert_array_equal(np.flatnonzero(selected[b]), top_indices)
+            np.testing.assert_array_equal(positions[b, : len(top_indices)], top_indices)
+            assert (positions[b, len(top_indices) :] == -1).all()
