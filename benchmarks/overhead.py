@@ -38,7 +38,7 @@ from report import write_json
 from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy.arrays.conversion import enter
+from qm_cupy.arrays.conversion import convert_inputs
 
 Calls = dict[str, Callable[[], Any]]
 CALLS_PER_RUN = 50  # calls between two readings of the clock
@@ -95,11 +95,13 @@ def calls(library: Library) -> Calls:
     from_numpy, computed = library.from_numpy, library.computed(x)
     tokens, mask = from_numpy(x), from_numpy(np.ones(8, np.bool_))
     labels = from_numpy(np.arange(8, dtype=np.int32) % 2)
-    # `enter` converts arguments; its first result converts results back.
-    convert_back, *_ = enter({"tokens": tokens})
+    # `convert_inputs` converts arguments; its first result converts results back.
+    convert_back, *_ = convert_inputs({"tokens": tokens})
     return {
-        "conversion, one array in": lambda: enter({"tokens": tokens}),
-        "conversion, two arrays in": lambda: enter({"tokens": tokens, "mask": mask}),
+        "conversion, one array in": lambda: convert_inputs({"tokens": tokens}),
+        "conversion, two arrays in": lambda: convert_inputs(
+            {"tokens": tokens, "mask": mask}
+        ),
         "conversion, one array out": lambda: convert_back(computed),
         BARE: lambda: library.own_import(computed),
         "unmerge_tokens": lambda: qm.unmerge_tokens(tokens, labels),

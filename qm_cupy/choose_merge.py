@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays.checks import check_number
-from .arrays.conversion import Array, BoolArray, enter, on_callers_stream
+from .arrays.conversion import Array, BoolArray, convert_inputs, on_callers_stream
 from .arrays.dtypes import copyable
 from .arrays.libraries import no_grad
 from .pipeline import quickmerge
@@ -18,7 +18,8 @@ from .stages.alignment.alignment_loss import alignment_loss
 from .stages.fidelity.reconstruction_error import reconstruction_error
 
 # A candidate may set every argument of `quickmerge` except these four. All candidates
-# merge the same tokens under the same mask, and each needs its own memory for results.
+# merge the same tokens under the same mask. The results of all candidates are compared,
+# so each needs its own memory, without `out` and `workspace`.
 _OPTIONS = {*inspect.signature(quickmerge).parameters} - {
     "tokens", "mask", "out", "workspace",
 }  # fmt: skip
@@ -37,15 +38,21 @@ def choose_merge(
 ) -> Choice[Array]:
     r"""Merge in several ways and keep the best result for each sequence.
 
-    The best candidate has the lowest score. The score is the paper's total loss,
+    The best candidate has the lowest score. The score is the total loss of the paper
+    [1]_,
 
     .. math:: \alpha L_{AR} + \max\bigl(0,
         \lVert X - \hat X \rVert^2 / \lVert X \rVert^2 - (1 - \gamma)^2\bigr).
 
+    Here :math:`L_{AR}` is the total of `alignment_loss` and X are the tokens. In
+    :math:`\hat X`, the result of `unmerge_tokens`, each token is replaced by the merged
+    token of its group.
+
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, bfloat16, float32 or float64.
+        Token embeddings, B sequences of N tokens of width D; float16, bfloat16, float32
+        or float64.
     candidates : sequence of mapping
         Arguments of `quickmerge` for each candidate, such as ``{"method": "ward"}``,
         ``{"seed": 3}`` or ``{"budget": 0.2}``.
@@ -58,8 +65,8 @@ def choose_merge(
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
     **options
-        Arguments of `quickmerge` for all candidates. A candidate's own value replaces
-        the value given here.
+        Arguments of `quickmerge` for all candidates. If a candidate has the same
+        argument, its own value is used.
 
     Returns
     -------
@@ -70,11 +77,11 @@ def choose_merge(
     Raises
     ------
     TypeError
-        If a candidate is not a mapping or names an unknown argument; also whatever
-        `quickmerge` raises.
+        If a candidate is not a mapping or names an unknown argument, or if `quickmerge`
+        raises it.
     ValueError
         If there is no candidate, a candidate has no budget, or an option is out of
-        range; also whatever `quickmerge` raises.
+        range, or if `quickmerge` raises it.
 
     References
     ----------
@@ -94,23 +101,26 @@ def choose_merge(
     alpha = check_number("alpha", alpha, 0, np.inf, "[)")
     gamma = check_number("gamma", gamma, 0, 1, "[]")
     candidate_arguments = _arguments(candidates, options)
-    enter({"tokens": tokens, "mask": mask})  # refuses traced arrays before any work
+    # Raise for traced arrays before any work is done.
+    convert_inputs({"tokens": tokens, "mask": mask})
     merges, scores = [], []  # one entry per candidate
     for arguments in candidate_arguments:
         result = quickmerge(tokens, mask=mask, **arguments)
-        # The loss and the error are computed on NumPy or CuPy arrays.
+        # Compute the loss and the error with NumPy or CuPy arrays.
         fields = {f"merged.{name}": x for name, x in result._asdict().items()}
-        leave, x, valid, *parts = enter({"tokens": tokens, "mask": mask} | fields)
+        convert_back, x, valid, *parts = convert_inputs(
+            {"tokens": tokens, "mask": mask} | fields
+        )
         merged = Merged(*parts)
         error = reconstruction_error(x, merged.tokens, labels=merged.labels, mask=valid)
-        # The weights of a torch module require grad, and a score needs no graph.
+        # The weights of a torch module require grad, but scores need no gradient.
         with no_grad(tokens):
             loss: Any = alignment_loss(merged, prior).total
         # α · L_AR + max(0, ‖X - X̂‖² / ‖X‖² - (1 - γ)²); shape (B,)
         scores.append(alpha * loss + np.maximum(error - (1 - gamma) ** 2, 0))
         merges.append(merged)
     table = np.stack(scores)  # (C, B)
-    best = table.argmin(axis=0)  # (B,); of equal scores the first candidate
+    best = table.argmin(axis=0)  # (B,); `argmin` returns the first of equal scores
     max_groups = max(merged.tokens.shape[-2] for merged in merges)
     selected = _padded(merges[0], max_groups)
     for number, merged in enumerate(merges[1:], 1):
@@ -118,12 +128,15 @@ def choose_merge(
         pairs = zip(_padded(merged, max_groups), selected, strict=True)
         selected = Merged(*(_where(taken, x, y) for x, y in pairs))
     best = np.asarray(best, dtype=np.int32, like=table)
-    return Choice(Merged(*map(leave, selected)), leave(table), leave(best))
+    return Choice(
+        Merged(*map(convert_back, selected)), convert_back(table), convert_back(best)
+    )
 
 
 def _arguments(candidates: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the arguments of `quickmerge` for each candidate, or raise."""
-    # A mapping or a string is a likely mistake: its elements are keys or letters.
+    # A single mapping or a string is probably a mistake: its elements are keys or
+    # letters.
     if isinstance(candidates, Mapping | str) or not isinstance(candidates, Sequence):
         raise TypeError(
             "`candidates` must be a sequence of mappings, "

@@ -1,4 +1,8 @@
-"""The stages of the pipeline in their order, for arrays of any library."""
+"""The stages of the pipeline in their order, for arrays of any library.
+
+Axes: B sequences of N tokens of width D become K groups each. The saliency may come
+from L layers with H heads each.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,14 +78,14 @@ class Options(NamedTuple):
 class Stages(NamedTuple):
     """The functions that `compose` calls, for NumPy and CuPy or for one framework.
 
-    Arrays that torch or JAX traces need the public functions, which record gradients.
-    NumPy and CuPy arrays take the functions without checks: `quickmerge` has checked
-    them once.
+    For arrays that torch or JAX traces, these are the public functions, because they
+    record gradients. For NumPy and CuPy arrays, they are the functions ``compute_…``,
+    because `quickmerge` has already converted the arrays and checked the tokens.
     """
 
-    xp: Any
-    check_array: Callable[..., Any]
-    masked_copy: Callable[..., Any]
+    xp: Any  # the namespace with `where` and `finfo`: numpy, torch or jax.numpy
+    check_array: Callable[..., Any]  # (declared name, array) -> array, or raises
+    masked_copy: Callable[..., Any]  # (array, mask) -> copy that is 0 for padding
     attention_entropy: Callable[..., Any]
     query_key_entropy: Callable[..., Any]
     self_attention_entropy: Callable[..., Any]
@@ -109,7 +113,7 @@ def compose(
     # Steps 1 and 2 of the paper: saliency, Gumbel-softmax and saliency mass.
     scores, mass = _saliency_and_mass(stages, tokens, sources, mask, options)  # (B, N)
     anchors = None
-    if options.method == "nearest":  # the only method that needs selected tokens
+    if options.method == "nearest":  # the only method that needs anchors
         anchors = _anchors(stages, scores, num_groups, protect, mask, options)  # (B, K)
     labels = stages.cluster_tokens(  # (B, N)
         tokens,
@@ -131,34 +135,38 @@ def compose(
 def _saliency_and_mass(
     stages: Stages, tokens: Any, sources: Sources, mask: Any, options: Options
 ) -> tuple[Any, Any]:
-    """Return saliency and weights (B, N), 0 for padding.
+    """Return the saliency and the weights of the merge (B, N), 0 for padding.
 
-    The optimized kernels compute every step after the entropy in one launch.
+    The optimized kernels compute all steps after the entropy in one launch.
     """
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
-    padding = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
+    mask_2d = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
     noise = options.seed, options.sequence_offset
-    selecting = isinstance(options.weights, str) and options.weights == "mass"
-    # Traced arrays are never fused: a fused kernel has no gradient.
+    weights_are_mass = isinstance(options.weights, str) and options.weights == "mass"
+    # `xp` is NumPy for CuPy arrays too, because NumPy's functions accept them. For
+    # traced arrays it is another namespace: they need separate steps, because the fused
+    # kernels have no gradient.
     fused = stages.xp is np and is_cuda(tokens) and implementation() == "optimized"
     if sources.saliency is not None:
         scores = stages.masked_copy(sources.saliency, mask)
     else:
-        entropy = _entropy(stages, tokens, sources, padding)
-        if fused and selecting:  # saliency, Gumbel-softmax and mass in one launch
+        entropy = _entropy(stages, tokens, sources, mask_2d)
+        if fused and weights_are_mass:
+            # One launch: saliency (with "low", low entropy is salient), Gumbel-softmax
+            # and mass.
             scores, _, mass = saliency_gumbel_mass_cuda(
-                entropy, "low", options.temperature, noise, options.epsilon, padding
+                entropy, "low", options.temperature, noise, options.epsilon, mask_2d
             )
             return scores.reshape(shape), mass.reshape(shape)
-        scores = stages.saliency(entropy, mask=padding).reshape(shape)
+        scores = stages.saliency(entropy, mask=mask_2d).reshape(shape)
     if not isinstance(options.weights, str):  # the caller's array (B, N)
         return scores, stages.masked_copy(options.weights, mask)
-    # Copies, so that no two fields of the result use the same memory.
+    # Copy the weights, so that no two fields of the result use the same memory.
     if options.weights == "saliency":
         return scores, stages.masked_copy(scores, mask)
-    if not selecting:  # "uniform"
+    if not weights_are_mass:  # "uniform"
         return scores, stages.masked_copy(stages.xp.ones_like(scores), mask)
-    if fused:  # the saliency was an input, so only softmax and mass are computed
+    if fused:  # the caller passed the saliency, so only softmax and mass are missing
         _, mass = softmax_mass_cuda(
             scores, options.temperature, noise, options.epsilon, mask
         )
@@ -191,7 +199,9 @@ def _entropy(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
         return stages.query_key_entropy(query, key, mask=mask)
     if sources.hidden_states is not None:
         layers = lift_source("hidden_states", sources.hidden_states, tokens)
-        # For arrays of any library: the public function expands the mask to the layers.
+        # Call the public function for NumPy and CuPy too. It expands the mask (B, N) to
+        # (L, B, N), which `compute_self_attention_entropy` does not do. The functions
+        # for attention and for queries and keys expand the mask themselves.
         return self_attention_entropy(layers, mask=mask)
     x = tokens.reshape(-1, *tokens.shape[-2:])  # (B, N, D)
     return stages.self_attention_entropy(x, mask=mask)
@@ -211,8 +221,12 @@ def _anchors(
     saliency and noise.
     """
     if protect is not None:
-        above = stages.xp.finfo(scores.dtype).max / 2  # the greatest, with any noise
+        # Greater than every saliency, whatever the noise adds to it. Half of the
+        # maximum, so that the sum with the noise does not overflow.
+        above = stages.xp.finfo(scores.dtype).max / 2
         scores = stages.xp.where(protect, above, scores)
+    # A K-hot mask of the K greatest sums. The temperature does not change their order,
+    # so it is not passed.
     selected = stages.gumbel_softmax(scores, hard=num_groups, **_noise(mask, options))
     return stages.select_tokens(selected, num_groups, mask=mask)  # (B, K)
 
@@ -223,8 +237,9 @@ def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
     return x if mask is None else x * mask
 
 
-# For NumPy and CuPy arrays, which `quickmerge` has converted and checked already.
-INSIDE = Stages(
+# For NumPy and CuPy arrays, which `quickmerge` has already converted and checked. Their
+# `check_array` therefore returns the array unchanged.
+COMPUTE_STAGES = Stages(
     np, lambda declared, x: x, _masked_copy, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,
     compute_saliency, compute_gumbel_softmax, compute_saliency_mass,
@@ -235,7 +250,8 @@ INSIDE = Stages(
 
 def traced_stages(framework: str) -> Stages:
     """Return the public functions, for arrays that torch or JAX traces."""
-    xp: Any  # a local import: `import qm_cupy` must not import a framework
+    # Import the framework here, so that `import qm_cupy` does not import it.
+    xp: Any
     operators: Any
     if framework == "torch":
         import torch

@@ -1,14 +1,15 @@
 """Pytrees for JAX: the classes of `qm_cupy` that hold weights.
 
 The functions of `qm_cupy` accept tracers, so this module has no functions of its own.
-Gradients go through the vector–Jacobian product of each function. Arrays whose values
-are known go directly to the library, without a copy. Under `jax.jit` and `jax.vmap`,
-JAX calls the library on the CPU when the values are known. `jax.vmap` calls it for one
-example after the other, and `gumbel_noise` counts each example as sequence 0.
+JAX computes gradients with the vector–Jacobian product of each function. Arrays whose
+values are known are passed to the library directly, without a copy. Under `jax.jit` and
+`jax.vmap`, JAX calls the library on the CPU as soon as the values are known. `jax.vmap`
+calls it once for each index of the mapped axis. In each of these calls, the first
+sequence gets the Gumbel noise of sequence 0.
 
 Seeds, counts that determine the shape of a result, and all other options must be known
-while tracing. Settings such as `use_kernels` are those of the time of tracing. Each
-function can be differentiated once, in reverse mode.
+while tracing. Settings such as `use_kernels` have the values that were set during
+tracing. Each function can be differentiated once, in reverse mode.
 
 Importing this module makes `MLPPrior` a pytree of its weights. It makes
 `BidirectionalARAlignment` and `QuickMergePP` pytrees of the weights of their prior.
@@ -34,15 +35,19 @@ __all__ = ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
 
 
 def _register(cls: type, *leaves: str) -> None:
-    """Register a class as a pytree: the `leaves` are mapped, the rest is compared."""
+    """Register a class as a pytree whose children are the attributes `leaves`.
+
+    The other attributes are static: they are part of the structure of the tree.
+    """
 
     def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        # Two trees with equal `rest` have the same structure; JAX compares it.
+        # JAX compares `rest` to decide whether two trees have the same structure.
         rest = {name: y for name, y in vars(x).items() if name not in leaves}
         return tuple(getattr(x, name) for name in leaves), tuple(rest.items())
 
     def unflatten(rest: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
-        # Without `__init__`: JAX also unflattens with placeholders instead of weights.
+        # Do not call `__init__`, because JAX also passes placeholders instead of
+        # weights.
         made: Any = object.__new__(cls)
         vars(made).update(rest, **dict(zip(leaves, children, strict=True)))
         return made
@@ -50,12 +55,12 @@ def _register(cls: type, *leaves: str) -> None:
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-# An MLPPrior consists of two `MLP`, which are tuples of arrays, and nothing else.
+# The only attributes of an MLPPrior are two `MLP`, which are tuples of arrays.
 jax.tree_util.register_pytree_node(
     MLPPrior,
     lambda prior: ((prior.forward, prior.backward), None),
     lambda _, networks: MLPPrior(*networks),
 )
-# The other attributes, such as widths and options, become part of the tree's structure.
+# Only the prior has weights. Widths and options become part of the tree's structure.
 _register(BidirectionalARAlignment, "prior")
 _register(QuickMergePP, "ar_alignment")

@@ -1,9 +1,12 @@
-"""The paper's interface: class names and signatures of the authors' code.
+"""The interface of the QuickMerge++ paper: classes and signatures of the authors' code.
 
 Arrays may come from any library that supports DLPack, and results return to the same
 library. Losses are plain floats. If torch or JAX traces the arguments, losses are
 arrays that can be differentiated. `qm_cupy.torch` defines the classes with weights as
-modules, and `qm_cupy.jax` registers the classes of this file as pytrees.
+torch modules, and `qm_cupy.jax` registers the classes of this file as pytrees.
+
+Axes: B sequences of N tokens of width D, merged to K groups each. L is the number of
+layers that hidden states come from.
 """
 
 import math
@@ -11,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .arrays.checks import check_number
-from .arrays.conversion import Array, BoolArray, IntArray, enter
-from .autodiff.dispatch import composition, tracing_framework
+from .arrays.conversion import Array, BoolArray, IntArray, convert_inputs
+from .autodiff.dispatch import composed_of_operations, tracing_framework
 from .pipeline import quickmerge
 from .priors.mlp_prior import MLPPrior
 from .results import Merged
@@ -26,8 +29,8 @@ from .stages.saliency.saliency import saliency
 from .stages.saliency.self_attention_entropy import self_attention_entropy
 from .stages.selection.gumbel_softmax import gumbel_softmax
 
-# The signatures are those of the authors' code. It says `K` and `saliency_scores` where
-# the functions of this library say `num_groups` and `saliency`.
+# The signatures have the argument names of the authors' code: `K` and `saliency_scores`
+# are `num_groups` and `saliency` in the functions of this library.
 
 
 class EntropyAwareSaliency:
@@ -39,8 +42,8 @@ class EntropyAwareSaliency:
         Width D of the tokens.
     num_layers : int, default 12
         Number of layers L of hidden states of shape (L, B, N, D). Tokens without a
-        layer axis represent L equal layers, as in the authors' code. They are computed
-        only once, because the mean of equal layers is one layer.
+        layer axis represent L equal layers, as in the authors' code. The saliency is
+        computed for one layer only, because the mean of equal layers is one layer.
 
     Examples
     --------
@@ -81,7 +84,7 @@ class DifferentiableTokenMerging:
     temperature : float, default 0.1
         Temperature of the Gumbel-softmax. A lower value is more discrete.
     epsilon : float, default 0.01
-        Weight of background tokens.
+        Weight ε of a token that is not selected, as in `saliency_mass`.
     method, order : str
         As in `cluster_tokens`.
     seed : int or None, default 0
@@ -122,7 +125,7 @@ class DifferentiableTokenMerging:
     ) -> tuple[Array, Array]:
         """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
         merged = self.merge(tokens, saliency_scores, K, mask=mask)
-        # The same seed, so these are the probabilities that weighted the merge.
+        # The seed is the same, so these are the probabilities of the merge.
         probabilities = gumbel_softmax(
             saliency_scores, temperature=self.temperature, seed=self.seed, mask=mask
         )
@@ -162,7 +165,7 @@ class BidirectionalARAlignment:
     seed : int, default 0
         Seed of the prior's random weights.
     prior : Prior, optional
-        Another prior to use instead, such as an `MLPPrior` with your own weights.
+        A prior to use instead, such as an `MLPPrior` with your own weights.
 
     Examples
     --------
@@ -201,17 +204,19 @@ class BidirectionalARAlignment:
         return mean_alignment_loss(merged, self.prior, num_groups, which)
 
 
-@composition
+@composed_of_operations
 def mean_alignment_loss(merged: Any, prior: Any, num_groups: Any, which: str) -> Any:
     """Return one of the losses of `alignment_loss`, the mean over the batch."""
-    leave = None
-    if not is_traced(merged, prior):  # a framework must see its own tensors to the end
-        leave, merged, num_groups = enter(
+    convert_back = None
+    # Traced arrays are not converted, because their framework must record all
+    # operations.
+    if not is_traced(merged, prior):
+        convert_back, merged, num_groups = convert_inputs(
             {"merged": merged}, counts={"num_groups": num_groups}
         )
     loss = getattr(alignment_loss(merged, prior, num_groups=num_groups), which)  # (B,)
     mean = loss.sum() / max(math.prod(loss.shape), 1)  # 0 for an empty batch
-    return mean if leave is None else leave(mean)
+    return mean if convert_back is None else convert_back(mean)
 
 
 class NormBasedFidelityConstraint:
@@ -258,8 +263,8 @@ class QuickMergePP:
     temperature, gamma, epsilon : float
         As in `DifferentiableTokenMerging` and `NormBasedFidelityConstraint`.
     method, order, seed
-        As in `DifferentiableTokenMerging`. The seed also determines the prior's
-        weights; they use 0 if it is None.
+        As in `DifferentiableTokenMerging`. The seed also determines the weights of the
+        prior. If it is None, their seed is 0.
 
     Examples
     --------
@@ -346,7 +351,8 @@ def merge_with_losses(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the merged tokens and the losses of a `QuickMergePP`.
 
-    `convert` is applied to each loss. The torch module calls this function too.
+    `convert` is applied to each loss. The class in `qm_cupy.torch` calls this function
+    too.
     """
     scores = model.saliency_estimator(tokens, mask=mask)  # (B, N)
     merged = model.token_merger.merge(tokens, scores, num_groups, mask=mask)
@@ -354,7 +360,8 @@ def merge_with_losses(
     align = model.ar_alignment.compute_alignment_loss
     alignment = convert(align(merged.tokens, num_groups=num_groups))
     constrain = model.fidelity_constraint.compute_fidelity_loss
-    fidelity = convert(  # with labels, X̂ gives each token its own group's mean
+    # With labels, the reconstruction X̂ of a token is the merged token of its group.
+    fidelity = convert(
         constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
     )
     losses = {  # total loss of the paper: α · L_AR + L_fidelity

@@ -18,12 +18,12 @@ from .arrays.checks import (
     check_shape,
     check_tokens,
 )
-from .arrays.conversion import Array, BoolArray, FloatArray, enter
+from .arrays.conversion import Array, BoolArray, FloatArray, convert_inputs
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import num_valid
-from .autodiff.dispatch import composition, tracing_framework
-from .composition import INSIDE, Options, Sources, compose, traced_stages
+from .autodiff.dispatch import composed_of_operations, tracing_framework
+from .composition import COMPUTE_STAGES, Options, Sources, compose, traced_stages
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged
@@ -45,7 +45,7 @@ from .stages.selection.saliency_mass import (
 Weights = Literal["mass", "saliency", "uniform"]
 
 
-@composition
+@composed_of_operations
 def quickmerge(
     tokens: Array,
     budget: Any,
@@ -71,25 +71,29 @@ def quickmerge(
     """Merge token sequences into fewer tokens that a model can read instead.
 
     The steps are: saliency from attention entropy, Gumbel-softmax selection, saliency
-    mass, groups by cosine similarity, and the weighted mean of each group. Merged
-    tokens are in causal order by default.
+    mass, groups by cosine similarity, and the weighted mean of each group [1]_. By
+    default, merged tokens are in causal order: a merged token contains no token that
+    comes after its own position.
 
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
-        Token embeddings; float16, bfloat16, float32 or float64.
+        Token embeddings, B sequences of N tokens of width D; float16, bfloat16, float32
+        or float64.
     budget : int, float or ndarray of int of shape (B,)
-        Groups to keep: K, a fraction of the tokens within (0, 1], or K of each sequence
-        (for example from `norm_budget`). If K differs between sequences, results are
-        padded to the largest K.
+        How many groups to keep: their number K, a fraction of the tokens within (0, 1],
+        or K of each sequence (for example from `norm_budget`). If K differs between
+        sequences, results are padded to the largest K.
     hidden_states : ndarray of shape (B, N, D) or (L, B, N, D), optional
-        Source of the saliency: the self-attention entropy of these states, layer by
-        layer. By default `tokens` are the source. At most one source may be given. For
-        one sequence the axis B is absent, here and in the following arguments.
+        Source of the saliency: the self-attention entropy of these states, for each of
+        L layers. By default `tokens` are the source. At most one source may be given.
+        For one sequence the axis B is absent, here and in the following arguments.
     attention : ndarray of shape (B, N, N), (L, B, N, N) or (L, B, H, N, N), optional
-        Another source: attention probabilities of a model; their entropy is used.
+        Another source: attention probabilities of a model with H heads. Their entropy
+        is used.
     query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
-        Another source: the entropy of the attention of these queries to these keys.
+        Another source: the entropy of the attention of these queries to these keys,
+        which have width d.
     saliency : ndarray of shape (B, N), optional
         The saliency itself instead of a source, for example from `norm_saliency`.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -155,10 +159,12 @@ def quickmerge(
     )  # fmt: skip
     _check_one_source(sources)
     check_weighted_linkage(weighted_linkage, method)
-    # Traced arrays have no values to convert: their framework needs its own operations.
+    # Do not convert traced arrays: under a compiler or JAX they may have no values, and
+    # a torch tensor would lose its gradient. Use operations of their framework instead.
     framework = tracing_framework((tokens, mask, protect, weights, budget, *sources))
     if framework is not None:
-        # A traced result is a new node of the framework's graph, not existing memory.
+        # A result of a traced call is a new node of the framework's graph. It cannot be
+        # written to memory that exists already.
         if out is not None or workspace is not None:
             raise TypeError(
                 "`out` and `workspace` cannot be used while torch or JAX records "
@@ -169,14 +175,14 @@ def quickmerge(
         )
     named = _outputs(out)
     weight_array = None if isinstance(weights, str) else weights
-    # Convert all arrays once, here; every stage below works on NumPy or CuPy arrays.
-    leave, tokens, mask, protect, weight_array, *rest = enter(
+    # Convert all arrays here, once. All stages below work on NumPy or CuPy arrays.
+    convert_back, tokens, mask, protect, weight_array, *rest = convert_inputs(
         {"tokens": tokens, "mask": mask, "protect": protect, "weights": weight_array}
         | sources._asdict(),
         counts={"budget": budget},
         outputs=named,
     )
-    # `rest` holds the sources, then the budget, then the arrays of `out`.
+    # `rest` contains the sources, then the budget, then the arrays of `out`.
     sources, budget = Sources(*rest[: len(sources)]), rest[len(sources)]
     target = Merged(*rest[len(sources) + 1 :]) if named else None
     if not isinstance(weights, str):
@@ -187,9 +193,9 @@ def quickmerge(
     options = _check_options(options, shape)
     if sources.saliency is not None:
         check_mass(sources.saliency, shape, "saliency")
-    # From here on CuPy allocates from the workspace, if there is one.
+    # In this block CuPy allocates from the workspace, if there is one.
     with memory_of(workspace, tokens):
-        if is_cuda(tokens):  # one copy here, instead of one copy in every stage
+        if is_cuda(tokens):  # copy a strided view once, instead of in every stage
             tokens = contiguous(tokens)
         num_groups = _num_groups(shape, budget, protect, method, mask)
         destination = None
@@ -197,17 +203,26 @@ def quickmerge(
             _check_target(target, tokens, num_groups.max_groups, sources, options)
             destination = target.tokens  # (B, K, D)
         merged = compose(
-            INSIDE, tokens, num_groups, sources, mask, protect, options, destination
+            COMPUTE_STAGES,
+            tokens,
+            num_groups,
+            sources,
+            mask,
+            protect,
+            options,
+            destination,
         )
         if target is not None and out is not None:
             for x, destination in zip(merged, target, strict=True):
-                if x is not destination:  # else a kernel has written it already
+                # `compose` wrote the merged tokens to their destination already.
+                if x is not destination:
                     destination[...] = x
             return out
     if workspace is not None and is_cuda(tokens):
-        # The next call reuses the memory of the workspace, so the results leave it.
+        # The next call reuses the memory of the workspace, so copy the results to other
+        # memory.
         merged = Merged(*(x.copy() for x in merged))
-    return Merged(*map(leave, merged))
+    return Merged(*map(convert_back, merged))
 
 
 def _quickmerge_traced(
@@ -225,6 +240,7 @@ def _quickmerge_traced(
     check values when they run. `torch.compile` traces through this code.
     """
     stages = traced_stages(framework)
+    # A "?" after the name means that None is allowed.
     tokens, mask = (
         stages.check_array("tokens", tokens),
         stages.check_array("mask?", mask),
@@ -234,7 +250,7 @@ def _quickmerge_traced(
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
     if mask is not None:
         check_shape("mask", mask, "BN", shape)
-    # All arrays must be of the framework: a NumPy array would leave its graph.
+    # All sources must be arrays of the framework: its graph cannot contain others.
     sources = Sources(*map(stages.check_array, _OPTIONAL, sources))
     if sources.saliency is not None:
         check_shape("saliency", sources.saliency, "BN", shape)
@@ -244,7 +260,8 @@ def _quickmerge_traced(
         weights = stages.check_array("weights", options.weights)
         check_shape("weights", weights, "BN", shape)
         options = options._replace(weights=weights)
-    # `check_protect` is left to `cluster_tokens`, which sees the values of `protect`.
+    # `cluster_tokens` calls `check_protect` later, when the values of `protect` are
+    # known.
     num_groups = _traced_num_groups(framework, budget, shape[-1], mask)
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
@@ -286,7 +303,7 @@ def _check_one_source(sources: Sources) -> None:
 def _num_groups(
     shape: tuple[int, ...], budget: Any, protect: Any, method: str, mask: Any
 ) -> GroupCounts:
-    """Return K of every sequence of tokens (B, N)."""
+    """Return K of every sequence; `shape` is (N,) or (B, N)."""
     limit = num_valid(shape, mask)
     is_ratio = isinstance(budget, float | np.floating)
     wanted = token_budget(budget, limit) if is_ratio else budget
@@ -295,7 +312,8 @@ def _num_groups(
     return num_groups
 
 
-_OPTIONAL = [f"{name}?" for name in Sources._fields]  # "?": None is allowed
+# The names of all sources, in the form in which `check_array` accepts None.
+_OPTIONAL = [f"{name}?" for name in Sources._fields]
 
 
 def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:
@@ -318,13 +336,15 @@ def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) 
         if framework == "jax":
             check_known("mask", mask)  # K depends on the number of valid tokens
             return token_budget(budget, np.asarray(mask).sum(axis=-1))
-        # max(1, ⌊N · ratio⌋), rounded to 9 digits first so that 0.29 · 100 gives 29
+        # max(1, ⌊N · ratio⌋) for each N. The product is rounded to 9 decimals before
+        # the floor: in binary, 100 · 0.29 is 28.999999999999996, and K must be 29.
         kept = (mask.sum(-1).double() * ratio * 1e9).round() / 1e9  # (B,)
         return kept.floor().clamp(min=1).long()
+    # The usual case needs no conversion: `token_budget` would return the same K.
     if type(budget) is int and 1 <= budget <= num_tokens:
         return budget
     if hasattr(budget, "shape"):
-        return budget  # an array: the operations check it
+        return budget  # an array (B,), whose values the operations check
     return token_budget(budget, num_tokens)  # converts other numbers, or raises
 
 
@@ -349,11 +369,15 @@ def _check_target(
 ) -> None:
     """Raise if an array of `out` has the wrong shape or dtype, or overlaps an input."""
     weights = options.weights
+    # The sources that are given: one array, or query and key, which have one dtype. The
+    # order has no effect, because the saliency is never given together with another.
     arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
     inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
     # float64 for a float64 source of the saliency, else float32
-    scores = accumulation_dtype((arrays or [tokens])[0].dtype)
-    mass = scores if isinstance(weights, str) else accumulation_dtype(weights.dtype)
+    scores_dtype = accumulation_dtype((arrays or [tokens])[0].dtype)
+    mass_dtype = (
+        scores_dtype if isinstance(weights, str) else accumulation_dtype(weights.dtype)
+    )
     *leading, num_tokens, dim = tokens.shape
     per_token, per_group = (*leading, num_tokens), (*leading, max_groups)
     wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (  # fields of `Merged`
@@ -361,8 +385,8 @@ def _check_target(
         ("BN", per_token, np.dtype(np.int32)),  # labels
         ("BK", per_group, np.dtype(np.int32)),  # sizes
         ("BK", per_group, np.dtype(np.int32)),  # positions
-        ("BN", per_token, scores),  # saliency
-        ("BN", per_token, mass),  # mass
+        ("BN", per_token, scores_dtype),  # saliency
+        ("BN", per_token, mass_dtype),  # mass
     )
     for name, x, (axes, shape, dtype) in zip(
         target._fields, target, wanted, strict=True

@@ -1,4 +1,7 @@
-"""The results of functions: named tuples of arrays."""
+"""The results of functions: named tuples of arrays.
+
+Axes: B sequences of N tokens of width D, merged to K groups each.
+"""
 
 from typing import Generic, NamedTuple
 
@@ -30,13 +33,13 @@ class Merged(NamedTuple, Generic[Array]):
 class AlignmentLoss(NamedTuple, Generic[Array]):
     """Losses of `alignment_loss`, each of shape () or (B,)."""
 
-    forward: Array  # left to right
-    backward: Array  # right to left
+    forward: Array  # each token is predicted from the tokens before it
+    backward: Array  # each token is predicted from the tokens after it
     total: Array  # their sum
 
 
 class Choice(NamedTuple, Generic[Array]):
-    """Result of `choose_merge`, as arrays of the caller's library.
+    """Result of `choose_merge` for C candidates, as arrays of the caller's library.
 
     The axis B is absent for one sequence.
     """

@@ -1,7 +1,7 @@
 """The three settings: which kernels run, whether TF32 is allowed, and finite checks.
 
-Each setting is a context variable. A value that is set in one thread or asyncio task
-does not change the value in any other.
+Each setting is a context variable. A value that is set in one Python thread or asyncio
+task does not change the value in any other.
 """
 
 import reprlib
@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 Implementation = Literal["basic", "optimized"]
 Snapshot = tuple[Implementation, bool, bool]  # kernels, TF32 allowed, finite checks
 
-# `use_kernels("basic")` sets the value when it is constructed, so that the plain
-# statement works. `with use_kernels("basic"):` constructs the same object and then
-# enters it. The context therefore remembers the object that was constructed last. If
-# this object is entered next, its block restores the value before the construction.
+# `use_kernels("basic")` sets the value when it constructs the object, so that the plain
+# statement works. `with use_kernels("basic"):` also constructs first, and then calls
+# `__enter__`, when the value is already "basic". The end of the block must restore the
+# value from before the construction. The context therefore records that value, together
+# with the object that was constructed last.
 
 
 class _Undo(NamedTuple):
@@ -26,8 +27,17 @@ class _Undo(NamedTuple):
     """The object that opened the block."""
     value: Any
     """The value before the object was constructed, or before it was entered again."""
-    unused: "_Undo | None"
-    """The field `unused` of the state at that time."""
+    not_entered: "_Undo | None"
+    """The field `not_entered` of the state at that time. Example::
+
+        s = use_kernels("basic")        # constructed, but not entered
+        with use_kernels("optimized"):  # constructs another object, after s
+            ...
+        with s:                         # its end restores the value from before line 1
+            ...
+
+    The end of the first block restores the record of s, which the second block needs.
+    """
 
 
 class _State(NamedTuple):
@@ -40,15 +50,12 @@ class _State(NamedTuple):
     """The current value of the setting."""
     blocks: tuple[_Undo, ...] = ()
     """The open blocks of this context, the innermost last."""
-    unused: _Undo | None = None
-    """The undo record of the object that was constructed last, until it is entered.
-
-    ``with use_kernels("basic"):`` first constructs and then enters. The end of the
-    block must restore the value before the construction.
-    """
+    not_entered: _Undo | None = None
+    """The record of the object that was constructed last, until it is entered."""
 
 
 def _variable(name: str, default: Any) -> ContextVar[_State]:
+    """Return a context variable, which has the default in every new thread."""
     start = _State(default)
     return ContextVar(name, default=start)
 
@@ -56,7 +63,7 @@ def _variable(name: str, default: Any) -> ContextVar[_State]:
 class _Setting:
     """Set a value from the construction on, or within a ``with`` block.
 
-    Open blocks are recorded in the context and not in the object. Several threads can
+    The context, not the object, records which blocks are open. Several threads can
     therefore use one object at the same time, each with its own blocks.
     """
 
@@ -65,21 +72,24 @@ class _Setting:
     def __init__(self, value: Any) -> None:
         self._value = value
         now = self._state.get()
-        unused = now.unused
-        if unused is not None and unused.unused is not None:
-            # Keep two records at most. Otherwise a statement that a loop repeats, such
-            # as `use_kernels("basic")`, would make the chain longer each time.
-            unused = unused._replace(unused=None)
-        undo = _Undo(self, now.value, unused)
-        self._state.set(_State(value, now.blocks, undo))  # valid from now on
+        not_entered = now.not_entered
+        if not_entered is not None and not_entered.not_entered is not None:
+            # Keep at most two records. Each record refers to the one before it. A
+            # statement in a loop, such as `use_kernels("basic")`, would otherwise make
+            # this chain longer with every repetition.
+            not_entered = not_entered._replace(not_entered=None)
+        undo = _Undo(self, now.value, not_entered)
+        self._state.set(_State(value, now.blocks, undo))
 
     def __enter__(self) -> None:
         """Keep the value until the end of the ``with``."""
         now = self._state.get()
-        if now.unused is not None and now.unused.setting is self:
-            undo = now.unused
-        else:  # it is entered again, or in another context than it was constructed in
-            undo = _Undo(self, now.value, now.unused)
+        if now.not_entered is not None and now.not_entered.setting is self:
+            undo = now.not_entered
+        else:
+            # The object has been entered before, another object was constructed after
+            # it, or it was constructed in another context.
+            undo = _Undo(self, now.value, now.not_entered)
         self._state.set(_State(self._value, (*now.blocks, undo)))
 
     def __exit__(self, *exception: object) -> None:
@@ -90,18 +100,23 @@ class _Setting:
             last = positions[-1]  # the innermost block of this object
             undo = now.blocks[last]
             outer, inner = now.blocks[:last], now.blocks[last + 1 :]
-        elif now.unused is not None and now.unused.setting is self:
-            undo = now.unused  # constructed in this context, but not entered in it
+        elif now.not_entered is not None and now.not_entered.setting is self:
+            # Constructed in this context, but entered in another one, for example in a
+            # copy of this context: restore the value from before the construction.
+            undo = now.not_entered
             outer, inner = now.blocks, ()
         else:
-            return  # the block was opened in another context
-        if not inner:  # the usual case: this is the innermost open block
-            self._state.set(_State(undo.value, outer, undo.unused))
+            # The object was neither constructed nor entered in this context: there is
+            # no value to restore.
             return
-        # Generators may close blocks in any order. If an inner block is still open, its
-        # value stays, and its own end later restores the value of this block.
-        heir = undo._replace(setting=inner[0].setting)
-        self._state.set(now._replace(blocks=(*outer, heir, *inner[1:])))
+        if not inner:  # the usual case: this is the innermost open block
+            self._state.set(_State(undo.value, outer, undo.not_entered))
+            return
+        # Generators may close blocks in any order. If a block inside this one is still
+        # open, the current value stays. When that inner block ends, it restores the
+        # value from before this outer block, so it takes over this block's record.
+        taken_over = undo._replace(setting=inner[0].setting)
+        self._state.set(now._replace(blocks=(*outer, taken_over, *inner[1:])))
 
 
 # The settings are classes with names like functions, because users call them as
@@ -112,8 +127,8 @@ class use_kernels(_Setting):  # noqa: N801
     Parameters
     ----------
     implementation : {"basic", "optimized"}
-        In the ``"basic"`` kernels one thread computes one output. They are slow and
-        simple, and results of the optimized kernels are checked against them.
+        In the ``"basic"`` kernels one GPU thread computes one output. These kernels are
+        slow and simple. Tests compare the optimized kernels with them.
 
     Raises
     ------
@@ -124,12 +139,12 @@ class use_kernels(_Setting):  # noqa: N801
 
     Notes
     -----
-    The setting applies from the construction on, in this thread or asyncio task only.
-    In a ``with`` statement it applies within the block; the end of the block restores
-    the value from before the construction. A new thread starts with the default, even
-    inside a block. A new asyncio task starts with the value of the task that creates
-    it. To use your value in a thread, set it in that thread, or run the thread's
-    function by ``contextvars.copy_context().run``.
+    The setting applies from the construction on, in this Python thread or asyncio task
+    only. In a ``with`` statement it applies within the block; the end of the block
+    restores the value from before the construction. A new thread starts with the
+    default, even if a block is open where it starts. A new asyncio task starts with the
+    value of the task that creates it. To use your value in a thread, set it in that
+    thread, or run the thread's function by ``contextvars.copy_context().run``.
 
     Examples
     --------
@@ -142,7 +157,8 @@ class use_kernels(_Setting):  # noqa: N801
     _state = _variable("use_kernels", "optimized")
 
     def __init__(self, implementation: Implementation) -> None:
-        # TypeError first: `in` compares, and an object may be equal to everything.
+        # Check the type first: `in` uses `==`, and an object of another type may define
+        # `==` to be always True.
         wanted = '`implementation` must be "basic" or "optimized", '
         if not isinstance(implementation, str):
             raise TypeError(f"{wanted}got {_shown(implementation)}")
@@ -170,23 +186,27 @@ class allow_tf32(_Setting):  # noqa: N801
 
     Notes
     -----
-    A sum of products changes by at most 2⁻⁹ of the sum of their magnitudes. Results for
-    float64, products of 16-bit tokens, and the basic kernels do not change. These
-    results change:
+    A tensor core ignores the last 13 of the 24 bits of each float32 factor, so a factor
+    changes by less than 2⁻¹⁰ of its value. A product has two factors, so a sum of
+    products changes by at most 2⁻⁹ of the sum of their magnitudes. Results for float64,
+    products of 16-bit tokens, and the basic kernels do not change. These results
+    change:
 
-    - Cosine similarities, by at most 2⁻⁹ = 0.002, and near ties between them.
-    - Scores of `query_key_entropy` and `self_attention_entropy`, by at most
+    - Cosine similarities change by at most 2⁻⁹ = 0.002. Of two almost equal
+      similarities, the other one can therefore become the greater one.
+    - Scores of `query_key_entropy` and `self_attention_entropy` change by at most
       e = 2⁻⁹ · scale · Σ|q_d k_d|. An entropy then changes by at most
-      e √(1 + ¼ ln² N) [1]_, where e is the largest of its row: by 0.005 for normal
-      tokens at N = 257, D = 64. Gradients changed by 0.3 % of their largest entry.
-    - The linear maps of priors, for every dtype of the tokens. The hidden layer of an
-      `MLPPrior` stays float32, because the signs of its sums determine which units a
-      gradient passes through. Therefore gradients of `alignment_loss` are those of the
-      float32 network, to 0.3 % of their largest entry. A prediction of a
-      `TransformerPrior` of one block changed by 0.002.
+      e √(1 + ¼ ln² N) [1]_, where e is the largest change of a score in its row. For
+      normally distributed tokens with N = 257 and D = 64, the measured change of the
+      entropies is 0.005, and that of the gradients 0.3 % of their largest entry.
+    - The linear maps of priors change, for every dtype of the tokens. The hidden layer
+      of an `MLPPrior` stays float32, because the signs of its sums determine which
+      units a gradient passes through. Therefore gradients of `alignment_loss` are those
+      of the float32 network, to 0.3 % of their largest entry. The measured change of a
+      prediction of a `TransformerPrior` with one transformer block is 0.002.
 
-    The setting applies to this thread or asyncio task only, as in `use_kernels`. A new
-    thread starts without TF32.
+    The setting applies to this Python thread or asyncio task only, as in `use_kernels`.
+    A new thread starts without TF32.
 
     References
     ----------
@@ -202,7 +222,6 @@ class allow_tf32(_Setting):  # noqa: N801
     >>> setting = allow_tf32(False)  # from here on
     """
 
-    # Off by default, because TF32 keeps fewer significant bits than float32.
     _state = _variable("allow_tf32", False)
 
     def __init__(self, enabled: bool = True) -> None:
@@ -216,8 +235,8 @@ class check_finite(_Setting):  # noqa: N801
     ----------
     enabled : bool
         Whether inputs are searched for NaN and Inf, and weights for negative values. By
-        default they are, with one pass over each array. CUDA arrays are never searched,
-        because the CPU would have to wait for the GPU.
+        default they are searched, with one pass over each array. CUDA arrays are never
+        searched, because the CPU would have to wait for the GPU.
 
     Raises
     ------
@@ -226,8 +245,8 @@ class check_finite(_Setting):  # noqa: N801
 
     Notes
     -----
-    The setting applies to this thread or asyncio task only, as in `use_kernels`. A new
-    thread starts with the search enabled.
+    The setting applies to this Python thread or asyncio task only, as in `use_kernels`.
+    A new thread starts with the search enabled.
 
     Examples
     --------
@@ -293,7 +312,8 @@ def snapshot() -> Snapshot:
 def restored(values: Snapshot) -> Iterator[None]:
     """Run a block with the settings of a snapshot.
 
-    A backward needs it, because autograd runs it in threads with default settings.
+    A backward pass needs it: autograd runs the backward pass in threads of its own, in
+    which the settings have their defaults.
 
     Parameters
     ----------
@@ -301,10 +321,12 @@ def restored(values: Snapshot) -> Iterator[None]:
         The result of `snapshot`.
     """
     variables = use_kernels._state, allow_tf32._state, check_finite._state
-    # The states are immutable, so that they can be set again at the end.
+    # The states are immutable, so the same objects can be set again at the end.
     before = [variable.get() for variable in variables]
     for variable, value in zip(variables, values, strict=True):
-        variable.set(_State(value))  # without open blocks: these belong to `before`
+        # The new state has no open blocks, so code in this block cannot close a block
+        # of the caller.
+        variable.set(_State(value))
     try:
         yield
     finally:
@@ -313,12 +335,12 @@ def restored(values: Snapshot) -> Iterator[None]:
 
 
 def _bool(enabled: bool) -> bool:
-    """Return `enabled`; raise if it is not a bool. 0 and 1 are likely mistakes."""
+    """Return `enabled`; raise if it is not a bool, because 0 and 1 may be mistakes."""
     if type(enabled) is not bool:
         raise TypeError(f"`enabled` must be True or False, got {_shown(enabled)}")
     return enabled
 
 
 def _shown(x: object) -> str:
-    """Return a short `repr` on one line, even for objects whose own `repr` fails."""
+    """Return a short `repr` on one line, even of an object whose own `repr` raises."""
     return " ".join(reprlib.repr(x).split())

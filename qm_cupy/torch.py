@@ -1,15 +1,15 @@
 """Modules for torch: the classes of `qm_cupy` whose weights torch trains.
 
 The functions of `qm_cupy` accept tensors that require grad, so this module has no
-functions of its own. Gradients go through the vector–Jacobian product of each function.
-The functions are custom operators of torch, ``torch.ops.qm_cupy``. A graph of
+functions of its own. torch computes gradients with the vector–Jacobian product of each
+function. The functions are custom operators of torch, ``torch.ops.qm_cupy``. A graph of
 `torch.compile` or `torch.export` contains each operator as one node.
 
-A tensor of counts is read on the CPU. This waits for the GPU and may break a graph.
-Each operation can be differentiated once, in reverse mode, by `torch.autograd` but not
-by `torch.func`. The settings of a forward, such as `use_kernels`, also apply to its
-backward. A forward that `torch.utils.checkpoint` repeats runs under the settings of
-the backward.
+The values of a tensor of counts are read on the CPU. The CPU then waits for the GPU,
+and the compiler may break its graph. Each operation can be differentiated once, in
+reverse mode, by `torch.autograd` but not by `torch.func`. The settings of a forward
+pass, such as `use_kernels`, also apply to its backward pass. A forward pass that
+`torch.utils.checkpoint` repeats runs under the settings of the backward pass.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,10 +31,11 @@ __all__ = ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
 
 
 class MLPPrior(nn.Module):
-    """`qm_cupy.MLPPrior` as a module whose weights torch trains.
+    """`qm_cupy.MLPPrior` as a torch module with trainable weights.
 
-    ``forward_prior`` and ``backward_prior`` are each the paper's ``nn.Sequential(
-    nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))``. A call returns `alignment_loss`.
+    ``forward_prior`` and ``backward_prior`` are two networks of the paper,
+    ``nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))``, for tokens of width
+    D and a hidden layer of width H. A call returns `alignment_loss`.
 
     Parameters
     ----------
@@ -71,7 +72,7 @@ class MLPPrior(nn.Module):
     ) -> "MLPPrior":
         """Return the prior of two networks, as `qm_cupy.MLPPrior.from_state_dict`."""
         loaded = mlp_prior.MLPPrior.from_state_dict(forward, backward)
-        return cls(loaded.forward, loaded.backward)  # shapes are checked by then
+        return cls(loaded.forward, loaded.backward)
 
     def detach(self) -> mlp_prior.MLPPrior:
         """Return a `qm_cupy.MLPPrior` with copies of the current weights."""
@@ -89,7 +90,8 @@ class MLPPrior(nn.Module):
 
     def network_weights(self) -> tuple[Tensor, ...]:
         """Return the weights of both networks, in the order of `MLP`'s fields."""
-        # torch yields parameters in the order of registration: forward, then backward.
+        # torch returns parameters in the order of assignment in `__init__`: first those
+        # of the forward network.
         return tuple(self.parameters())
 
 
@@ -98,7 +100,8 @@ def _network(weights: MLP) -> nn.Sequential:
     layers = []
     for weight, bias in (weights[:2], weights[2:]):
         out_dim, in_dim = weight.shape
-        # On "meta" torch draws no random weights, so its generator does not advance.
+        # With the device "meta" torch draws no random weights, so the state of its
+        # random generator does not change.
         layer = nn.Linear(in_dim, out_dim, device="meta")
         layer.weight = nn.Parameter(torch.tensor(weight))
         layer.bias = nn.Parameter(torch.tensor(bias))
@@ -140,16 +143,16 @@ class BidirectionalARAlignment(nn.Module):
         """Return the sum of both losses, the mean over the batch."""
         return paper.mean_alignment_loss(merged, self.prior, num_groups, "total")
 
-    forward = compute_alignment_loss  # so that a call returns the loss
+    forward = compute_alignment_loss  # torch calls `forward` for a call of the module
 
 
 def _unchanged(loss: Tensor) -> Tensor:
-    """Return a loss as a tensor, where `qm_cupy.QuickMergePP` makes it a float."""
+    """Return a loss as a tensor; `qm_cupy.QuickMergePP` converts it to a float."""
     return loss
 
 
 class QuickMergePP(nn.Module):
-    """`qm_cupy.QuickMergePP` as a module whose losses are tensors.
+    """`qm_cupy.QuickMergePP` as a torch module whose losses are tensors.
 
     Its parameters are those of the prior. The losses are differentiable with respect to
     these parameters and to the tokens.
@@ -182,7 +185,8 @@ class QuickMergePP(nn.Module):
         self.token_merger = paper.DifferentiableTokenMerging(
             temperature, epsilon, method=method, order=order, seed=seed
         )
-        # The only submodule. The other steps have no weights and are plain objects.
+        # The only submodule: the other steps have no weights, so they are plain
+        # objects.
         self.ar_alignment = BidirectionalARAlignment(embedding_dim, seed=seed or 0)
         self.fidelity_constraint = paper.NormBasedFidelityConstraint(gamma)
 

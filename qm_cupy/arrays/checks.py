@@ -2,6 +2,9 @@
 
 TypeError is for a wrong dtype or type, ValueError for a wrong shape or value. Values of
 CUDA arrays are not checked, because the CPU would have to wait for the GPU.
+
+Axes: B sequences of N tokens of width D. K is the number of groups that a sequence is
+merged to. ``wanted`` is the shape that an array must have.
 """
 
 import operator
@@ -21,8 +24,9 @@ def check_finite_values(name: str, x: NDArray[Any]) -> None:
     """Raise if there is a NaN or Inf; the message has the index of the first one."""
     if not _values_checked(x):
         return
-    # A NaN or Inf makes the sum NaN or Inf, so one pass without a temporary array is
-    # enough if the sum is finite. A sum can also overflow: then every entry is checked.
+    # A NaN or Inf makes the sum NaN or Inf. If the sum is finite, one pass without a
+    # temporary array is therefore enough. A sum of finite entries can overflow, so
+    # otherwise every entry is checked.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(x.sum()):
             return
@@ -38,7 +42,7 @@ def _values_checked(x: NDArray[Any]) -> bool:
 
 
 def check_is_array(name: str, x: Any) -> None:
-    """Raise if the argument is None or a number instead of an array."""
+    """Raise if the argument is not an array, but None or a Python number."""
     if not hasattr(x, "dtype"):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}")
 
@@ -46,7 +50,7 @@ def check_is_array(name: str, x: Any) -> None:
 def check_floating(name: str, x: NDArray[Any]) -> None:
     """Raise unless the dtype is float16, bfloat16, float32 or float64."""
     check_is_array(name, x)
-    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8  # without longdouble
+    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8  # longdouble has more bytes
     # ml_dtypes gives bfloat16 the kind "V", so it is recognised by its name.
     if not usual and x.dtype.name != "bfloat16":
         raise TypeError(
@@ -66,7 +70,7 @@ def check_values(name: str, x: NDArray[Any], *layouts: str) -> None:
 
 def check_axes(name: str, shape: tuple[int, ...], *layouts: str) -> None:
     """Raise if no layout has this number of axes, or an axis other than B is empty."""
-    # Layouts of one call differ in length, so the number of axes identifies the layout.
+    # No two layouts have the same length, so the number of axes identifies the layout.
     if len(shape) not in [len(layout) for layout in layouts]:
         wanted = any_of([f"({', '.join(layout)})" for layout in layouts])
         raise ValueError(f"`{name}` must have shape {wanted}, got {shape}")
@@ -84,7 +88,8 @@ def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:
 def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) -> None:
     """Raise unless the shape is the wanted one; `axes` are letters for the error."""
     if x.shape != wanted:
-        # "BN" names (N,) as well: leading letters are dropped for a single sequence.
+        # For a single sequence the shape has fewer axes, so drop the leading letters:
+        # "BN" becomes "N".
         letters = ", ".join(axes[len(axes) - len(wanted) :])
         raise ValueError(
             f"`{name}` must have shape ({letters}) = {wanted}, got {tuple(x.shape)}"
@@ -101,8 +106,9 @@ def check_gradient(
 ) -> Any:
     """Return the gradient of a result as an array of the wanted shape, or raise.
 
-    If the wanted shape is (), a number is allowed. It becomes an array on the device of
-    `inputs`. Where `mask` is False, the gradient may have any value.
+    If the wanted shape is (), a number is allowed. It becomes an array of the library
+    and on the device of `inputs`. Where `mask` is False, the gradient may have any
+    value.
     """
     if wanted == () and not hasattr(gradient, "__dlpack__"):
         number = np.zeros((), np.float64, like=inputs)
@@ -112,7 +118,8 @@ def check_gradient(
     check_shape(name, gradient, axes, wanted)
     seen = gradient
     if mask is not None and _values_checked(gradient):
-        # Padding has no effect on the gradients of the inputs, so NaN there is allowed.
+        # The gradient of padding has no effect on the gradients of the inputs, so it
+        # may be NaN.
         seen = np.where(mask, gradient, gradient.dtype.type(0))
     check_finite_values(name, seen)
     return gradient
@@ -126,7 +133,7 @@ def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
     if mask.dtype != np.bool_:
         raise TypeError(f"`mask` must be boolean (True = token), got {mask.dtype}")
     check_shape("mask", mask, "BN", wanted)
-    if is_cuda(mask):  # to read values would wait for the GPU
+    if is_cuda(mask):  # the CPU would have to wait for the values
         return
     empty = np.argwhere(~mask.any(axis=-1))
     if len(empty):
@@ -170,7 +177,7 @@ def check_num_groups(
     limits: Any = None,
     name: str = "num_groups",
 ) -> NDArray[np.int64]:
-    """Return K of every sequence (shape `batch`), each within 1 and its limit.
+    """Return K of every sequence (shape `batch`), each from 1 to its limit.
 
     `limits` is the number of tokens: one for all sequences, or one per sequence.
     """
@@ -187,7 +194,7 @@ def check_num_groups(
         limit = _INT32 if unlimited else limits
         if not isinstance(limit, int):
             limit = int(np.min(limit, initial=_INT32))
-        # The usual case, without an array of comparisons: one K for all sequences.
+        # The usual case, one K for all sequences, needs no comparison of arrays.
         if 1 <= count <= limit:
             return counts
     maxima = np.asarray(_INT32 if unlimited else limits)  # () or (B,)
@@ -229,8 +236,8 @@ def is_per_sequence(count: Any) -> bool:
 
 
 def check_integer(name: str, value: Any) -> int:
-    """Return a Python integer; raise for a bool, a float or an array of several."""
-    # `operator.index` accepts True as 1, but a bool is a likely mistake.
+    """Return a Python integer; raise for a bool, a float or an array with axes."""
+    # `operator.index` accepts True as 1, but a bool is probably a mistake.
     if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
         raise TypeError(f"`{name}` must be an integer, got a bool")
     try:
@@ -242,7 +249,7 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def check_seed(seed: Any) -> int:
-    """Return a seed within 0..2⁶⁴ - 1, the 64-bit key of Philox4x32-10."""
+    """Return a seed within 0..2⁶⁴ - 1, the key of the generator Philox4x32-10."""
     value = check_integer("seed", seed)
     if not 0 <= value < 2**64:
         raise ValueError(f"`seed` must lie in 0..2**64 - 1, got {value}")
@@ -250,7 +257,10 @@ def check_seed(seed: Any) -> int:
 
 
 def check_number(name: str, value: Any, low: float, high: float, closed: str) -> float:
-    """Return a float within an interval; `closed` has its brackets, such as "(]"."""
+    """Return a float within an interval from `low` to `high`.
+
+    `closed` has the brackets of the interval: "(]" excludes `low` and includes `high`.
+    """
     # A tensor is not a number, even if it has no axes.
     if isinstance(value, bool) or not isinstance(value, float | int | np.number):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
@@ -289,7 +299,7 @@ def check_labels(
     if is_cuda(labels) or labels.size == 0:  # an empty array has no minimum
         return
     low, high = labels.min(axis=-1), labels.max(axis=-1)  # () or (B,)
-    wrong = np.argwhere((low < -1) | (high >= counts))  # -1 is padding
+    wrong = np.argwhere((low < -1) | (high >= counts))  # padding has the label -1
     if len(wrong):
         at = tuple(wrong[0])  # the first wrong sequence
         where = f" in sequence {int(at[0])}" if at else ""
@@ -313,13 +323,13 @@ def check_out(
     check_shape(name, out, axes, wanted)
     if out.dtype != dtype:
         raise TypeError(f"`{name}` must be {dtype}, got {out.dtype}")
-    # A kernel writes `out` directly, so it needs the layout of a fresh result. CuPy's
-    # flags have no `writeable`: its arrays can always be written.
+    # A kernel writes directly to `out`, so `out` must have the layout of a new array.
+    # CuPy's flags have no `writeable`, because CuPy arrays can always be written.
     if not (out.flags.c_contiguous and getattr(out.flags, "writeable", True)):
         raise ValueError(f"`{name}` must be C-contiguous and writeable")
     on_host = isinstance(out, np.ndarray)
     overlap = np.may_share_memory if on_host else may_share_memory
-    # Some threads of a kernel may still read an input while others write the result.
+    # Some GPU threads may still read an input while others already write the result.
     if any(x is not None and overlap(out, x) for x in inputs):
         raise ValueError(
             f"`{name}` must not share memory with an input: pass a separate array"
@@ -334,7 +344,10 @@ def any_of(words: Sequence[str]) -> str:
 
 
 def check_counts(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
-    """Return the number of tokens (..., K, D) of each sequence that are not padding."""
+    """Return how many tokens of each sequence (..., K, D) are not padding.
+
+    It is `num_groups`, or the length of the axis K if that is None.
+    """
     limit = tokens.shape[-2]
     return check_num_groups(
         limit if num_groups is None else num_groups, tokens.shape[:-2], limit
@@ -344,7 +357,10 @@ def check_counts(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
 def check_positions(
     name: str, positions: NDArray[Any] | None, wanted: tuple[int, ...], learned: int
 ) -> None:
-    """Raise unless positions are integers (B, K) below `learned`; 0 means no bound."""
+    """Raise unless positions are integers (B, K) below `learned`.
+
+    `learned` is the number of positions that a prior has learned; 0 means no limit.
+    """
     if positions is None:
         return
     if positions.dtype.kind not in "iu":
@@ -352,7 +368,7 @@ def check_positions(
     check_shape(name, positions, "BK", wanted)
     if not learned or is_cuda(positions) or not positions.size:
         return
-    # The prior has one learned vector per position, and none beyond the last.
+    # The prior has a learned vector for each of these positions, and no others.
     if positions.max() >= learned:
         raise ValueError(
             f"`{name}` must be below {learned}, the number of positions that the prior "
@@ -361,7 +377,7 @@ def check_positions(
 
 
 def check_sizes(name: str, sizes: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
-    """Raise unless sizes are non-negative numbers of tokens of shape (B, K)."""
+    """Raise unless sizes, the numbers of tokens of groups, are (B, K) and ≥ 0."""
     if sizes is None:
         return
     if sizes.dtype.kind not in "iu":  # floating sizes are allowed if they are finite

@@ -1,7 +1,9 @@
 """Conversion of arrays of any library to NumPy or CuPy and back, through DLPack.
 
-A public function calls `enter` once. Everything below it works on NumPy or CuPy arrays
-only, and ``leave`` converts the results to the caller's library.
+A public function calls `convert_inputs` once. The functions that it calls afterwards
+work on NumPy or CuPy arrays only. At the end, ``convert_back`` converts the results to
+the caller's library. DLPack is the protocol by which array libraries exchange arrays
+without a copy.
 """
 
 import functools
@@ -9,18 +11,18 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from .libraries import CUDA, give_inside, library
+from .libraries import CUDA, keep_library, library
 
 Array = TypeVar("Array", bound=Any)  # the result has the type of the input
-# Results of the caller's library that have another dtype than the input. No type
-# expression can name "the same library", so these are Any, and users may annotate the
-# result with its dtype: ``labels: NDArray[np.int32] = ...``.
+# Arrays of the caller's library, as arguments or results, whose dtype is not that of
+# the first input. No type expression can say "of the same library", so these types are
+# Any. Users may annotate a result with its dtype: ``labels: NDArray[np.int32] = ...``.
 IntArray = Any
 BoolArray = Any
 FloatArray = Any
 P = ParamSpec("P")
 Result = TypeVar("Result")
-Leave = Callable[[Any], Any]  # converts one result to the caller's library
+ConvertBack = Callable[[Any], Any]  # converts one result to the caller's library
 
 _HOST = 1, 3  # DLPack's kDLCPU and kDLCUDAHost (pinned memory of the CPU)
 
@@ -29,9 +31,10 @@ def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
     """Run a public function on the device and stream of its first array.
 
     For a torch tensor this is torch's current stream. Torch's allocator frees memory in
-    the order of that stream, so no `record_stream` is needed, and a CUDA graph that
-    torch captures contains the work. For all other libraries it is CuPy's current
-    stream. DLPack orders the work of such a library before and after this stream.
+    the order of that stream, so no `record_stream` is needed. A CUDA graph that torch
+    captures contains the work, too. For all other libraries it is CuPy's current
+    stream. For these, DLPack synchronises: CuPy's stream waits until the input is
+    ready, and the library's stream waits until the result is ready.
     """
 
     @functools.wraps(function)
@@ -48,27 +51,28 @@ def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
 def scope_of(values: Iterable[Any]) -> AbstractContextManager[Any] | None:
     """Return a context for the device and stream of the first array, or None.
 
-    None means that the current device and stream are the right ones.
+    None means that this device and stream are already the current ones.
     """
     for x in values:
-        first = x[0] if isinstance(x, tuple) and x else x  # the tokens of a `Merged`
+        # For a `Merged`, which is a tuple, use its first array: the tokens.
+        first = x[0] if isinstance(x, tuple) and x else x
         if hasattr(first, "__dlpack__"):
             return library(first).scope(first)
     return None  # no array: the function itself raises the error
 
 
-def enter(
+def convert_inputs(
     arrays: Mapping[str, Any],
     *,
     counts: Mapping[str, Any] | None = None,
     gradients: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
-    """Return ``leave`` and every argument as a NumPy or CuPy array, in their order.
+    """Return ``convert_back``, and the arguments in order as NumPy or CuPy arrays.
 
     The keys are the argument names that error messages use. None stays None. All arrays
-    must be of one library and on one device. ``leave`` converts a result to the library
-    of the first array.
+    must be of one library and on one device. The function ``convert_back`` converts a
+    result to the library of the first array.
 
     Parameters
     ----------
@@ -78,12 +82,12 @@ def enter(
         Numbers, or arrays of any library on any device. Arrays become NumPy arrays,
         because the shapes of results depend on their values.
     gradients : mapping, optional
-        Arrays to read, or numbers. Numbers stay unchanged.
+        Gradients of results: arrays to read, or numbers. Numbers stay unchanged.
     outputs : mapping, optional
         Arrays to write to.
     """
     # First prepare and compare all arguments, so that a wrong one is refused before any
-    # conversion. `prepared` has the order of the arguments; the first is the example.
+    # conversion. `prepared` has the order of the arguments.
     prepared = {name: _prepare(name, x) for name, x in arrays.items() if x is not None}
     for name, x in (gradients or {}).items():
         if hasattr(x, "__dlpack__"):
@@ -93,28 +97,30 @@ def enter(
             prepared[name] = _prepare(name, x, output=True)
     if len(prepared) > 1:
         _check_alike(prepared)
-    inside = {name: _bring_in(name, x) for name, x in prepared.items()}
-    values = [*map(inside.get, arrays)]
-    example = next(iter(prepared.values()), None)
+    converted = {name: _to_numpy_or_cupy(name, x) for name, x in prepared.items()}
+    values = [*map(converted.get, arrays)]
+    # Results return to the library of this array, and to its device.
+    like = next(iter(prepared.values()), None)
     for name, x in (counts or {}).items():
         if hasattr(x, "__dlpack__"):
-            example = x if example is None else example  # a function of counts alone
-            # This waits for the GPU, but the shapes of results need the values.
-            x = _bring_in(name, _prepare(name, x), to_host=True)
+            like = x if like is None else like  # the function has no other array
+            # The CPU waits here for the GPU, because the shapes of results depend on
+            # these values.
+            x = _to_numpy_or_cupy(name, _prepare(name, x), to_host=True)
         values.append(x)
-    values += [inside.get(name, x) for name, x in (gradients or {}).items()]
-    values += map(inside.get, outputs or ())
-    return give_inside if example is None else _leave(example), *values
+    values += [converted.get(name, x) for name, x in (gradients or {}).items()]
+    values += map(converted.get, outputs or ())
+    return keep_library if like is None else _convert_back_to(like), *values
 
 
-def deliver(leave: Leave, result: Any, out: Any, target: Any) -> Any:
+def deliver(convert_back: ConvertBack, result: Any, out: Any, target: Any) -> Any:
     """Return the result, or write it to the caller's `out` and return `out`.
 
     `target` is `out` as a NumPy or CuPy array; both have the same memory.
     """
     if out is None:
-        return leave(result)
-    if target is not result:  # else a kernel has written it already
+        return convert_back(result)
+    if target is not result:  # otherwise a kernel has already written to `out`
         target[...] = result
     return out
 
@@ -131,7 +137,7 @@ def _prepare(name: str, x: Any, *, output: bool = False) -> Any:
 
 def _check_alike(arrays: Mapping[str, Any]) -> None:
     """Raise if arrays are of several libraries or on several devices."""
-    # A result goes back to one library on one device, so the inputs must agree.
+    # Results have one library and one device, so all inputs must have the same.
     libraries = {name: library(x).name for name, x in arrays.items()}
     if len(set(libraries.values())) > 1:
         got = ", ".join(f"`{name}` of {origin}" for name, origin in libraries.items())
@@ -147,7 +153,7 @@ def _device(name: str, x: Any) -> tuple[int, int]:
     try:
         device_type, number = library(x).device(x)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        _refuse(name, error)
+        _raise_export_error(name, error)
     if device_type not in (*_HOST, CUDA):
         raise ValueError(
             f"`{name}` must be in the memory of a CPU or a CUDA device, got DLPack "
@@ -156,11 +162,11 @@ def _device(name: str, x: Any) -> tuple[int, int]:
     return device_type, number
 
 
-def _refuse(name: str, error: Exception) -> NoReturn:
+def _raise_export_error(name: str, error: Exception) -> NoReturn:
     """Raise TypeError for an array that cannot be exported; re-raise errors of CUDA.
 
-    CUDA errors of CuPy and torch are RuntimeErrors too. They mean that the GPU failed,
-    not that the argument is wrong.
+    `error` comes from the array's library. CUDA errors of CuPy and torch are
+    RuntimeErrors too. They mean that the GPU failed, not that the argument is wrong.
     """
     if "cudaError" in str(error) or "CUDA error" in str(error):
         raise error
@@ -171,18 +177,21 @@ def _device_name(device_type: int, number: int) -> str:
     return "the CPU" if device_type in _HOST else f"CUDA device {number}"
 
 
-def _bring_in(name: str, x: Any, *, to_host: bool = False) -> Any:
-    """Return an array as NumPy or CuPy, without a copy unless it goes to the CPU."""
+def _to_numpy_or_cupy(name: str, x: Any, *, to_host: bool = False) -> Any:
+    """Return an array as NumPy or CuPy array, as a view of the same memory.
+
+    With `to_host`, an array on a GPU is copied to the CPU.
+    """
     device_type, _ = _device(name, x)
     cupy = None if device_type in _HOST else _cupy(name)
     try:
         if cupy is None:
             return library(x).to_numpy(name, x)
         # DLPack makes CuPy's current stream wait for the work of the exporting library.
-        inside = cupy.from_dlpack(x)
+        on_gpu = cupy.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
-        _refuse(name, error)
-    return inside.get() if to_host else inside
+        _raise_export_error(name, error)
+    return on_gpu.get() if to_host else on_gpu
 
 
 def _cupy(name: str) -> Any:
@@ -197,7 +206,7 @@ def _cupy(name: str) -> Any:
     return cupy
 
 
-def _leave(example: Any) -> Leave:
-    """Return the function that converts results to the library of `example`."""
-    give_back = library(example).give_back
-    return lambda x: give_back(x, example)
+def _convert_back_to(like: Any) -> ConvertBack:
+    """Return the function that converts results to the library of the array `like`."""
+    from_result = library(like).from_result
+    return lambda x: from_result(x, like)

@@ -9,20 +9,21 @@ from numpy.typing import NDArray
 def accumulation_dtype(dtype: Any) -> np.dtype[Any]:
     """Return the dtype of sums: float64 for float64, float32 for narrower dtypes.
 
-    In the kernels it is the type `acc_t`.
+    In the kernels, sums have the same type, `acc_t`.
     """
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def narrow(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Round to a narrower dtype; a value beyond its range becomes infinite."""
-    with np.errstate(over="ignore"):  # infinity is the result, so no warning is needed
+    with np.errstate(over="ignore"):  # no warning, because infinity is intended
         return x.astype(dtype)
 
 
 def copyable(x: NDArray[Any]) -> NDArray[Any]:
-    """Return bfloat16 as int16, for functions that only copy elements.
+    """Return a bfloat16 array as int16, for functions that only copy elements.
 
-    CuPy's `where` has no loop for bfloat16 and would widen it.
+    Other arrays are returned unchanged. CuPy's `where` has no loop for bfloat16 and
+    would convert it to a wider dtype.
     """
     return x.view(np.int16) if x.dtype.name == "bfloat16" else x

@@ -1,7 +1,8 @@
-"""The array libraries that the conversion supports. This module imports none of them.
+"""How arrays of each library are converted to NumPy or CuPy, and back.
 
-An array can only exist if its library has been imported. The library is therefore in
-`sys.modules`, and NumPy users do not wait for an import of torch or JAX.
+This module imports no array library except NumPy. An array can only exist if its
+library has been imported, so the library is in `sys.modules`. NumPy users therefore do
+not wait for an import of torch or JAX.
 """
 
 import functools
@@ -25,24 +26,26 @@ class Library(NamedTuple):
     device: Callable[[Any], tuple[int, int]]
     """Returns DLPack's device type and the device number."""
     prepare: Callable[[str, Any, bool], Any]
-    """Returns an array that can be exported, or raises an error with the argument's
-    name. The last argument says whether the array will be written."""
+    """Returns an array that can be exported, or raises. Its arguments are the name for
+    the error message, the array, and whether the array will be written."""
     to_numpy: Callable[[str, Any], NDArray[Any]]
-    """Exports an array in CPU memory, without a copy."""
-    give_back: Callable[[Any, Any], Any]
-    """Converts a fresh NumPy or CuPy result to the library of an example array."""
+    """Exports an array in CPU memory, without a copy. The name is for error
+    messages."""
+    from_result: Callable[[Any, Any], Any]
+    """Converts a new NumPy or CuPy array, a result, to this library. The second
+    argument is an array of this library, whose device the result gets."""
     scope: Callable[[Any], AbstractContextManager[Any] | None]
-    """Returns a context in which CuPy uses the array's device, and the stream that its
-    library works in. None if CuPy uses them already."""
+    """Returns a context in which CuPy uses the array's device and the current stream of
+    the array's library. None if CuPy already uses them."""
 
 
 class _Stream(NamedTuple):
-    """A stream as an object of the CUDA stream protocol."""
+    """A stream as an object of the CUDA stream protocol, which CuPy accepts."""
 
     pointer: int
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer  # the protocol's version first
+        return 0, self.pointer  # the version of the protocol, and the stream
 
 
 def library(x: Any) -> Library:
@@ -51,13 +54,13 @@ def library(x: Any) -> Library:
     return _library(array_type)
 
 
-# Cached by type: each public call looks up the library of every array.
+# Cached by type, because each public call looks up the library of every array.
 @functools.lru_cache(maxsize=64)
 def _library(array_type: type) -> Library:
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     # The functions of each library are in the order of the fields of `Library`.
     if issubclass(array_type, np.ndarray):
-        functions = _plain_numpy, _view, give_inside, _no_scope
+        functions = _plain_numpy, _view, keep_library, _no_scope
         return Library("numpy", lambda x: CPU, *functions)
     if torch and issubclass(array_type, torch.Tensor):
         converters = _detached, _torch_to_numpy, _to_torch, _torch_scope
@@ -65,10 +68,10 @@ def _library(array_type: type) -> Library:
     if jax and issubclass(array_type, jax.Array | jax.core.Tracer):
         converters = _concrete, _jax_to_numpy, _to_jax, _device_scope
         return Library("jax", _dlpack_device, *converters)
-    # CuPy, and every other library with DLPack. Results return through the array API
-    # if the library supports it, and as NumPy or CuPy arrays otherwise.
+    # CuPy, and every other library with DLPack. If the library supports the array API
+    # standard, results are converted to it. Otherwise they stay NumPy or CuPy arrays.
     name = array_type.__module__.split(".")[0]
-    back = _to_namesake if hasattr(array_type, "__array_namespace__") else give_inside
+    back = _to_namesake if hasattr(array_type, "__array_namespace__") else keep_library
     converters = (lambda name, x, output: x), _from_dlpack, back, _device_scope
     return Library(name, _dlpack_device, *converters)
 
@@ -78,8 +81,11 @@ def on_host(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic)
 
 
-def give_inside(x: Any, like: Any = None) -> Any:
-    """Return a result as NumPy or CuPy array, C-contiguous; NumPy () as a scalar."""
+def keep_library(x: Any, like: Any = None) -> Any:
+    """Return a result that stays a NumPy or CuPy array.
+
+    A NumPy result becomes C-contiguous, or a scalar if it has no axes.
+    """
     if not on_host(x):
         return x
     return np.ascontiguousarray(x) if x.ndim else x[()]
@@ -98,11 +104,12 @@ def bfloat16(name: str) -> np.dtype[Any]:
 
 
 def stack(arrays: Sequence[Any], axis: int) -> Any:
-    """Join arrays of one library, whichever it is, along a new axis."""
+    """Join arrays of one library, which may be any, along a new axis."""
     first = arrays[0]
     if hasattr(first, "__array_namespace__"):
         return first.__array_namespace__().stack(arrays, axis=axis)
-    module = sys.modules[library(first).name]  # CuPy and torch have no namespace
+    # Arrays of CuPy and torch do not have the attribute.
+    module = sys.modules[library(first).name]
     return module.stack(arrays, axis)
 
 
@@ -116,7 +123,7 @@ def no_grad(x: Any) -> AbstractContextManager[Any]:
 
 def _dlpack_device(x: Any) -> tuple[int, int]:
     device_type, number = x.__dlpack_device__()
-    return int(device_type), int(number)  # libraries return their own enumerations
+    return int(device_type), int(number)  # some libraries return enumerations
 
 
 def _no_scope(x: Any) -> None:
@@ -131,7 +138,8 @@ def _device_scope(x: Any) -> AbstractContextManager[Any] | None:
             return None
         import cupy
     except (AttributeError, BufferError, ImportError, RuntimeError, TypeError):
-        return None  # `enter` converts the same array later and raises a clear error
+        # `convert_inputs` converts the same array later and raises a clear error.
+        return None
     if number == cupy.cuda.runtime.getDevice():
         return None
     return cupy.cuda.Device(number)
@@ -142,23 +150,25 @@ def _from_dlpack(name: str, x: Any) -> NDArray[Any]:
 
 
 def _to_namesake(x: Any, like: Any) -> Any:
-    """Convert a result to a library that supports the array API standard."""
+    """Convert a result to the library of `like`, through the array API standard."""
     x = np.asarray(x, order="C") if on_host(x) else x
     return like.__array_namespace__().from_dlpack(x)
 
 
 def _plain_numpy(name: str, x: Any, output: bool) -> Any:
     """Return a NumPy array in the byte order of this machine."""
-    # A view would lose its mask silently.
+    # The conversion would silently lose the array's mask.
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"`{name}` is a NumPy masked array: pass its data and `mask=`")
-    if not x.dtype.isnative and not output:  # an output must not be a copy
+    # An output keeps its byte order, because results must be written to its own memory.
+    if not x.dtype.isnative and not output:
         x = x.astype(x.dtype.newbyteorder("="))
     return x
 
 
 def _view(name: str, x: Any) -> NDArray[Any]:
-    return x.view(np.ndarray)  # np.matrix and other subclasses change operators
+    # A plain array: in subclasses such as np.matrix, operators like `*` differ.
+    return x.view(np.ndarray)
 
 
 def _torch_device(x: Any) -> tuple[int, int]:
@@ -168,7 +178,7 @@ def _torch_device(x: Any) -> tuple[int, int]:
 def _torch_scope(x: Any) -> AbstractContextManager[Any] | None:
     """Return a context in which CuPy works in torch's current stream.
 
-    Torch's allocator gives freed memory to later work of the same stream. If a kernel
+    Torch's allocator reuses freed memory for later work of the same stream. If a kernel
     ran in another stream, torch could reuse memory that the kernel still reads.
     """
     if x.device.type != "cuda":
@@ -176,7 +186,8 @@ def _torch_scope(x: Any) -> AbstractContextManager[Any] | None:
     try:
         import cupy
     except ImportError:
-        return None  # `enter` converts the same array later and raises a clear error
+        # `convert_inputs` converts the same array later and raises a clear error.
+        return None
     stream = sys.modules["torch"].cuda.current_stream(x.device)
     scope = ExitStack()
     scope.enter_context(cupy.cuda.Device(x.device.index))
@@ -189,8 +200,9 @@ def _detached(name: str, x: Any, output: bool) -> Any:
     """Return a tensor without gradients whose memory can be exported, or raise."""
     torch = sys.modules["torch"]
     if x.requires_grad:
-        # Operations with a gradient were dispatched before this point. To detach here
-        # would lose the gradient without notice.
+        # Calls of operations with a gradient go to a torch operator and do not reach
+        # this code. If other calls detached the tensor here, its gradient would be lost
+        # without notice.
         if torch.is_grad_enabled():
             raise TypeError(
                 f"`{name}` requires grad, and this function has no gradient for it: "
@@ -204,7 +216,8 @@ def _detached(name: str, x: Any, output: bool) -> Any:
         )
     if x.dtype == torch.bfloat16:
         bfloat16(name)  # raises now if ml_dtypes is missing
-    # `x.conj().imag` is negated lazily: its memory still has the other sign.
+    # torch negates some tensors lazily, for example `x.conj().imag`: their memory still
+    # has the other sign.
     return x.resolve_neg()
 
 
@@ -220,7 +233,7 @@ def _to_torch(x: Any, like: Any) -> Any:
     if not on_host(x):
         return torch.from_dlpack(x)
     x = np.asarray(x, order="C")
-    if x.dtype.kind == "V":  # bfloat16: no other result has this kind
+    if x.dtype.kind == "V":  # bfloat16 is the only dtype of results with this kind
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
 
@@ -242,36 +255,43 @@ def _concrete(name: str, x: Any, output: bool) -> Any:
 
 
 def _jax_to_numpy(name: str, x: Any) -> NDArray[Any]:
-    return np.asarray(x)  # JAX's own view, which knows bfloat16 and is read-only
+    # JAX makes the view, so that bfloat16 is supported. The view is read-only.
+    return np.asarray(x)
 
 
 def _to_jax(x: Any, like: Any) -> Any:
     jax = sys.modules["jax"]
     wide: AbstractContextManager[Any] = nullcontext()
     if x.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
-        # Otherwise JAX would narrow int64 and float64 silently.
+        # Without this context JAX would silently convert int64 and float64 to 32 bits.
         wide = jax.enable_x64(True)
     with wide:
         if not on_host(x):
             return jax.numpy.from_dlpack(x)
-        result = jax.numpy.asarray(x)  # copies: NumPy aligns to 16 bytes, JAX to 64
-        if isinstance(result, jax.core.Tracer):  # inside jax.jit, even for a constant
+        # This copies, because NumPy aligns memory to 16 bytes and JAX needs 64.
+        result = jax.numpy.asarray(x)
+        if isinstance(result, jax.core.Tracer):
+            # Under `jax.jit` even a constant becomes a tracer: compute it now instead.
             with jax.ensure_compile_time_eval():
                 result = jax.numpy.asarray(x)
-        here = result.device == like.device
-        return result if here else jax.device_put(result, like.device)
+        same_device = result.device == like.device
+        return result if same_device else jax.device_put(result, like.device)
 
 
 def is_cuda(x: Any) -> bool:
-    """Return whether a converted array is a CuPy array. Tests replace this function."""
+    """Return whether a converted array is a CuPy array.
+
+    Tests replace this function to run the code for CuPy without a GPU.
+    """
     return hasattr(type(x), "__cuda_array_interface__")
 
 
 def may_share_memory(x: Any, y: Any) -> bool:
     """Return whether the address ranges of two CuPy arrays overlap.
 
-    CuPy's own function compares the owners of the memory, but each view that was
-    converted through DLPack has an owner of its own. Addresses do not depend on owners.
+    CuPy's own function compares the objects that own the memory. A view that was
+    converted through DLPack has an owner of its own, so this function compares
+    addresses instead.
     """
     (low, high), (other_low, other_high) = _bounds(x), _bounds(y)
     return low < other_high and other_low < high  # both ranges exclude their end
@@ -281,9 +301,9 @@ def _bounds(x: Any) -> tuple[int, int]:
     """Return the address of the first byte of a CuPy array, and one past its last."""
     if x.size == 0:
         return 0, 0
-    # Offsets in bytes from element (0, 0, ...) to the ends of each axis. They are
-    # negative for a reversed view, whose first element has the highest address.
-    steps = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
-    below = sum(step for step in steps if step < 0)
-    above = sum(step for step in steps if step > 0)
+    # For each axis, the bytes from its first element to its last one. The number is
+    # negative for a reversed axis, whose first element has the highest address.
+    spans = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
+    below = sum(span for span in spans if span < 0)
+    above = sum(span for span in spans if span > 0)
     return x.data.ptr + below, x.data.ptr + above + x.itemsize

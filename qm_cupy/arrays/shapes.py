@@ -1,4 +1,9 @@
-"""The axes that an array has, and masks of the same shape."""
+"""The axes of arrays, and masks of the same shape.
+
+B is the number of sequences, N the number of tokens of a sequence and D the width of a
+token. L is the number of layers, H the number of heads of a layer and d their width. An
+array of one sequence has no axis B.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +14,7 @@ from numpy.typing import NDArray
 
 from .checks import any_of, check_mask
 
-# Shapes of the sources of saliency, one letter per axis: d is the width of a head.
+# Shapes of the sources from which saliency is computed, with one letter for each axis.
 _LAYOUTS = {
     "hidden_states": ("BND", "LBND"),
     "attention": ("BNN", "LBNN", "LBHNN"),
@@ -19,7 +24,10 @@ _LAYOUTS = {
 
 
 def layer_axes(leading: Sequence[int]) -> tuple[int, int, int]:
-    """Return L, B and H of leading axes (), (B), (L, B) or (L, B, H); 1 if absent."""
+    """Return L, B and H of leading axes (), (B,), (L, B) or (L, B, H).
+
+    An axis that is absent counts as 1.
+    """
     layers = leading[0] if len(leading) > 1 else 1
     batch = leading[1] if len(leading) > 1 else math.prod(leading)
     return layers, batch, leading[2] if len(leading) > 2 else 1
@@ -31,7 +39,8 @@ def expand_mask(
     """Broadcast a (B, N) mask to (N,), (B, N), (L, B, N) or (L, B, H, N)."""
     if mask is None:
         return None
-    batch = shape[-2:-1] if len(shape) < 4 else shape[1:2]  # (B,), or () for one
+    # (B,), or () for one sequence
+    batch = shape[-2:-1] if len(shape) < 4 else shape[1:2]
     check_mask(mask, (*batch, shape[-1]))
     if len(shape) == 4:
         mask = mask[:, None]  # (B, 1, N)
@@ -40,7 +49,7 @@ def expand_mask(
 
 def saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:
     """Return the shape of the saliency, (N,) or (B, N), without layers and heads."""
-    # (L, B, N) and (L, B, H, N) have B second; (B, N) and (N,) have it first or not.
+    # In (L, B, N) and (L, B, H, N) B is the second axis, in (B, N) the first one.
     leading = entropy.shape[1:2] if entropy.ndim > 2 else entropy.shape[:-1]
     return (*leading, entropy.shape[-1])
 
@@ -54,12 +63,12 @@ def iter_sequences(
 
 
 def rows_of(x: Any) -> tuple[int, int]:
-    """Return the number of rows along the last axis, and their length."""
+    """Return how many rows an array has along its last axis, and their length."""
     return x.size // x.shape[-1], x.shape[-1]
 
 
 def num_valid(shape: tuple[int, ...], mask: NDArray[np.bool_] | None) -> Any:
-    """Return the number of tokens: N, or with a mask one number per sequence (B,)."""
+    """Return the number of tokens that are not padding: N, or (B,) with a mask."""
     return shape[-1] if mask is None else mask.sum(axis=-1)
 
 
@@ -77,7 +86,8 @@ def check_source(
         actual = lifted.shape[0 if lifted.ndim == 3 else 1], lifted.shape[-2]
         if actual == (batch, tokens[-2]):
             return
-    # The error shows the layouts as the caller sees them: without B for one sequence.
+    # In the error message, the layouts of one sequence have no B, like the caller's
+    # arrays.
     axes = "BN" if len(tokens) == 3 else "N"
     spelled = [
         layout if len(tokens) == 3 else layout.replace("B", "") for layout in layouts
@@ -90,9 +100,9 @@ def check_source(
 
 
 def lift_source(name: str, source: NDArray[Any], tokens: NDArray[Any]) -> NDArray[Any]:
-    """Insert the batch axis, which the arrays of one sequence do not have.
+    """Insert the axis B into a source of one sequence, after the axis of layers.
 
-    It comes after the axis of layers.
+    A source of several sequences has this axis and is returned unchanged.
     """
     single = tokens.ndim == 2
     lifted = source

@@ -1,7 +1,8 @@
 """Dispatch of public functions: traced arrays go to an operator of their framework.
 
-The decision is made once, at the public function. The code below it works on NumPy and
-CuPy arrays only and contains no code for frameworks.
+A framework (torch or JAX) traces an array if it records or compiles the operations on
+it. The decision is made once, at the public function. The code that a public function
+calls works on NumPy and CuPy arrays only and contains no code for frameworks.
 """
 
 import functools
@@ -22,7 +23,7 @@ from .operations import (
     Shape,
 )
 
-# Most arguments have one of these types, which no framework traces.
+# No framework traces values of these types, which most arguments have.
 _NEVER_TRACED = frozenset({np.ndarray, int, float, bool, str, type(None)})
 
 P = ParamSpec("P")
@@ -36,7 +37,7 @@ def tracing_framework(values: Iterable[Any]) -> Literal["torch", "jax"] | None:
     gradients, or `torch.compile` or `torch.export` is running. A JAX array is traced if
     it is a tracer. For a tuple, such as a `Merged`, the first element decides.
     """
-    # `sys.modules` instead of an import: without the framework no value can be traced.
+    # A framework that is not imported cannot trace a value, so do not import it.
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     for value in values:
         x = value[0] if isinstance(value, tuple) and value else value
@@ -54,7 +55,7 @@ def tracing_framework(values: Iterable[Any]) -> Literal["torch", "jax"] | None:
 
 def operation(
     *,
-    inputs: tuple[str, ...] = (),
+    differentiable: tuple[str, ...] = (),
     constants: tuple[str, ...] = (),
     counts: str = "",
     options: tuple[str, ...] = (),
@@ -65,26 +66,33 @@ def operation(
 ) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Declare a public function as an operation that torch and JAX can trace.
 
-    The arguments are the fields of `Operation`. `vjp` is the name of the
-    vector–Jacobian product in the function's module; by default ``_vjp`` is added to
+    The arguments are the fields of `Operation`. `vjp` is the name of the function's
+    vector–Jacobian product (VJP) in the same module; by default ``_vjp`` is added to
     the function's name. If no framework traces an array, the function itself runs on
     the device and stream of its first array, as with `on_callers_stream`.
     """
 
     def declare(function: Callable[P, Result]) -> Callable[P, Result]:
-        name = function.__name__.lstrip("_")  # as in `torch.ops.qm_cupy.<name>`
+        # The operator `torch.ops.qm_cupy.<name>` is public, so its name has no leading
+        # underscore, even if the function is private.
+        name = function.__name__.lstrip("_")
         parameters = inspect.signature(function).parameters
         names = tuple(parameters)
-        declared = [*inputs, *constants, *([counts] if counts else []), *options]
-        # "float temperature", "mass?": the last word without "?" is the parameter.
+        declared = [
+            *differentiable,
+            *constants,
+            *([counts] if counts else []),
+            *options,
+        ]
+        # In "float temperature" or "mass?", the last word without "?" is the parameter.
         known = {x.split()[-1].rstrip("?") for x in declared}
-        # A parameter that is not declared would be dropped silently while tracing.
+        # A traced call passes only declared parameters. It would silently lose others.
         if known != set(names) - {"out"}:
             raise TypeError(f"`{name}` declares {sorted(known)}, but takes {names}")
         parameter_kinds = [x.kind for x in parameters.values()]
         all_names = frozenset(names)
         num_positional = parameter_kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        # Read once here, not in every call.
+        # Read the defaults once, instead of in every call.
         defaults = {
             name: x.default
             for name, x in parameters.items()
@@ -96,7 +104,7 @@ def operation(
             values = (*args, *kwargs.values())
             framework = tracing_framework(values)
             if framework is None:
-                # None if the device and stream are already the current ones.
+                # `scope` is None if the device and stream are already the current ones.
                 scope = scope_of(values)
                 if scope is None:
                     return function(*args, **kwargs)
@@ -106,12 +114,13 @@ def operation(
             positional = dict(zip(names, args, strict=False))
             arguments = {**defaults, **positional, **kwargs}
             clash = len(args) > num_positional or any(x in positional for x in kwargs)
+            # If an argument is missing, unknown or repeated, call the function: Python
+            # then raises its own error.
             if clash or arguments.keys() != all_names:
-                # A missing, unknown or repeated argument: Python raises its own error.
                 return function(*args, **kwargs)
             _refuse_out(arguments)
-            # Imported by the first traced call, so that `import qm_cupy` imports no
-            # framework.
+            # Import the operators in the first traced call, so that `import qm_cupy`
+            # does not import a framework.
             if framework == "torch":
                 from .torch_operators import apply
             else:
@@ -119,13 +128,15 @@ def operation(
             return apply(OPERATIONS[name], arguments)
 
         def find_vjp() -> Callable[..., Any]:
-            # Looked up when it is called: the page defines the product further down.
+            # Look up the VJP only when it is needed: the module defines it below the
+            # decorated function, so it does not exist yet here.
             return function.__globals__[vjp or f"{name}_vjp"]
 
-        # `dispatched` is the function of the table: inside an operator its arrays are
-        # not traced, so it enters their stream and runs the function itself.
+        # The table stores the wrapper `dispatched`, not `function`. An operator calls
+        # it with arrays that are not traced, so the wrapper selects the stream of these
+        # arrays and then calls `function`.
         OPERATIONS[name] = Operation(
-            name, inputs, constants, counts, options, dtype, shapes, results,
+            name, differentiable, constants, counts, options, dtype, shapes, results,
             dispatched, find_vjp,
         )  # fmt: skip
         return _renamed(dispatched, name)
@@ -133,11 +144,11 @@ def operation(
     return declare
 
 
-def composition(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Run a public function made of operations in the stream of its first array.
+def composed_of_operations(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Run a public function that only calls operations, in its first array's stream.
 
-    This is `on_callers_stream`, except for traced arrays: for these each operation
-    enters the stream itself.
+    The difference to `on_callers_stream`: if a framework traces an argument, the stream
+    is not selected here, because each operation selects it later.
     """
 
     @functools.wraps(function)
@@ -156,8 +167,9 @@ def _renamed(wrapper: Any, name: str) -> Any:
     """Give a wrapper its own code object, with the name of its function.
 
     All wrappers of one decorator otherwise have the same code object. torch's compiler
-    counts recompilations for each code object and stops at a limit, so the calls of all
-    functions together would reach the limit. Tracebacks also show the function's name.
+    counts recompilations for each code object and stops at a limit, which the calls of
+    all functions together could reach. With its own name, a wrapper is also easy to
+    identify in tracebacks.
     """
     wrapper.__code__ = wrapper.__code__.replace(co_name=name)
     return wrapper
@@ -168,16 +180,19 @@ def of_framework(arrays: Iterable[Any]) -> bool:
     return any(library(x).name in ("torch", "jax") for x in arrays)
 
 
-def beside(example: Any, arrays: Iterable[Any]) -> tuple[Any, ...]:
-    """Return arrays, such as NumPy arrays, as constants of the example's framework."""
+def as_constants_like(traced: Any, arrays: Iterable[Any]) -> tuple[Any, ...]:
+    """Return arrays, such as NumPy arrays, as constants of a traced array's framework.
+
+    For torch they become tensors on the device of `traced`.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(example, torch.Tensor):
-        return tuple(torch.as_tensor(x, device=example.device) for x in arrays)
+    if torch is not None and isinstance(traced, torch.Tensor):
+        return tuple(torch.as_tensor(x, device=traced.device) for x in arrays)
     return tuple(arrays)  # JAX accepts NumPy arrays as constants
 
 
 def _refuse_out(arguments: dict[str, Any]) -> None:
-    """Raise if `out` is given: the operators are declared to change no argument."""
+    """Raise if `out` is given: the operators are declared to write no argument."""
     if arguments.get("out") is not None:
         raise TypeError(
             "`out` cannot be written while torch or JAX records gradients or compiles: "

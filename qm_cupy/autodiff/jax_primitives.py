@@ -1,7 +1,9 @@
 """The operations as JAX functions, for `jax.grad`, `jax.jit` and `jax.vmap`.
 
-Each operation is a function with a `custom_vjp`. Its static arguments are the name, the
-options and the settings at the time of tracing, all of which must be hashable.
+Each operation is a function with a `custom_vjp`: JAX calls the operation's own
+vector–Jacobian product (VJP). The static arguments of the function are the name of the
+operation, its options and the settings at the time of tracing. JAX requires that they
+are hashable.
 """
 
 import functools
@@ -32,17 +34,20 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
     options = tuple(_option(x, arguments[x.split()[-1]]) for x in operation.options)
     if operation.counts:
         options += (arguments["max_groups"],)
-    inputs = len(operation.inputs)
-    # A callback may run later, in another thread, so the settings travel with the call.
+    num_differentiable = len(operation.differentiable)
+    # JAX may call the library back later, in another Python thread, so pass the
+    # settings.
     static = operation.name, options, snapshot()
-    return _apply(*static, arrays[:inputs], arrays[inputs:])
+    return _apply(*static, arrays[:num_differentiable], arrays[num_differentiable:])
 
 
 def masked_copy(x: Any, mask: jax.Array | None) -> jax.Array:
-    """Return an array in float32 or float64 that is 0 where a mask is False."""
+    """Return an array in float32 or float64 that is 0 where a mask is False.
+
+    Without a mask, no copy is made, because JAX arrays are immutable.
+    """
     x = jnp.asarray(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    # JAX arrays are immutable, so a copy is not needed without a mask.
     return wide if mask is None else wide * mask
 
 
@@ -56,15 +61,19 @@ def check_known(name: str, value: Any) -> None:
 
 
 def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | None]:
-    """Return one count per sequence, or None, and the largest count."""
+    """Return the arguments ``counts`` and ``max_groups`` for a count.
+
+    ``counts`` is K of each sequence, or None if all K are equal. ``max_groups`` is the
+    largest K.
+    """
     name = declared.rstrip("?")
     if count is None and name != declared:
         return None, None
     if isinstance(count, jax.Array) and name != declared:
         if count.dtype.kind not in "iu":
             raise TypeError(f"`{name}` must be integers, got {count.dtype}")
-        return count, None  # no shape depends on it, so it may be a tracer
-    check_known(name, count)  # the shape of the result depends on it
+        return count, None  # no shape depends on these counts, so they may be a tracer
+    check_known(name, count)  # JAX needs the shapes of results while it traces
     if getattr(count, "ndim", 0) == 0:
         number = check_integer(name, count)
         if number < 1:
@@ -77,11 +86,11 @@ def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | Non
 
 
 def check_array(declared: str, x: Any) -> Any:
-    """Return a JAX array, also of a NumPy array, or None if "?" allows it."""
+    """Return a JAX or NumPy array as JAX array, or None if the name ends in "?"."""
     name = declared.rstrip("?")
     if isinstance(x, jax.Array) or (x is None and name != declared):
         return x
-    if isinstance(x, np.ndarray | np.generic):  # such as labels beside a tracer
+    if isinstance(x, np.ndarray | np.generic):  # such as labels together with a tracer
         return jnp.asarray(x)
     raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
 
@@ -92,36 +101,37 @@ def _option(declared: str, value: Any) -> Any:
     return check_option(declared, value)
 
 
-# Arguments 0, 1 and 2 are static Python values, which JAX does not trace.
+# Arguments 0, 1 and 2 are Python values, which JAX does not trace.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _apply(
     name: str,
     options: tuple[Any, ...],
     settings: Snapshot,
-    inputs: Arrays,
+    differentiable: Arrays,
     constants: Arrays,
 ) -> Any:
     """Run an operation on arrays with values, or add a callback for tracers."""
     operation = OPERATIONS[name]
 
-    def run(inputs: Arrays, constants: Arrays) -> Any:
+    def run(differentiable: Arrays, constants: Arrays) -> Any:
         with restored(settings):
-            return operation.run(*inputs, *constants, *options)
+            return operation.run(*differentiable, *constants, *options)
 
-    results = _results(operation, inputs, constants, options)
-    return _call(run, results, inputs, constants)
+    results = _results(operation, differentiable, constants, options)
+    return _call(run, results, differentiable, constants)
 
 
 def _forward(
     name: str,
     options: tuple[Any, ...],
     settings: Snapshot,
-    inputs: Arrays,
+    differentiable: Arrays,
     constants: Arrays,
 ) -> tuple[Any, tuple[Arrays, Arrays]]:
-    """Return the results, and the arrays that the backward needs."""
-    result = _apply(name, options, settings, inputs, constants)
-    return result, (inputs, constants)  # the product computes forward values again
+    """Return the results, and the arrays that the backward pass needs."""
+    result = _apply(name, options, settings, differentiable, constants)
+    # Results are not kept, because the VJP computes the forward values again.
+    return result, (differentiable, constants)
 
 
 def _backward(
@@ -131,39 +141,44 @@ def _backward(
     kept: tuple[Arrays, Arrays],
     gradient: Any,
 ) -> tuple[Arrays, None]:
-    """Return the gradients of the inputs, and None for the constants."""
-    if not OPERATIONS[name].inputs:  # labels and counts have no gradient
+    """Return the gradients of the differentiable arrays, and None for the constants."""
+    if not OPERATIONS[name].differentiable:  # the results are labels or counts
         return (), None
     gradients = gradient if isinstance(gradient, tuple) else (gradient,)
     arrays = tuple(map(jnp.asarray, gradients))  # one for each result
     return _gradients(name, options, settings, arrays, *kept), None
 
 
-# With a rule of its own that raises: a product has no gradient.
+# A `custom_vjp` too, whose rule raises an error, because a VJP has no gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gradients(
     name: str,
     options: tuple[Any, ...],
     settings: Snapshot,
     gradients: tuple[jax.Array, ...],
-    inputs: Arrays,
+    differentiable: Arrays,
     constants: Arrays,
 ) -> Arrays:
-    """Run the vector–Jacobian product under the settings of the forward."""
+    """Run the VJP under the settings of the forward pass."""
     operation = OPERATIONS[name]
 
-    def run(gradients: Arrays, inputs: Arrays, constants: Arrays) -> Arrays:
+    def run(gradients: Arrays, differentiable: Arrays, constants: Arrays) -> Arrays:
         with restored(settings):
-            results = operation.run_vjp(gradients, *inputs, *constants, *options)
-        # JAX requires the dtype of the input, and None for an input that is None.
-        pairs = zip(results, inputs, strict=True)
+            results = operation.run_vjp(
+                gradients, *differentiable, *constants, *options
+            )
+        # JAX requires that a gradient has the dtype of its array, and that it is None
+        # for an array that is None.
+        pairs = zip(results, differentiable, strict=True)
         return tuple(None if x is None else g.astype(x.dtype) for g, x in pairs)
 
-    results = jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    return _call(run, results, gradients, inputs, constants)
+    # A gradient has the shape and dtype of its array.
+    results = jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), differentiable)
+    return _call(run, results, gradients, differentiable, constants)
 
 
 def _no_second(name: str, *arguments: Any) -> Any:
+    """Raise: a second derivative of the operation was asked for."""
     raise NotImplementedError(
         f"`{name}` can be differentiated once: its gradient has no gradient"
     )
@@ -174,9 +189,10 @@ _gradients.defvjp(_no_second, _no_second)
 
 
 def _call(function: Callable[..., Any], results: Any, *arrays: Any) -> Any:
-    """Call a function now, or add a callback if an array is a tracer.
+    """Call a function now, or add a callback to JAX's graph if an array is a tracer.
 
-    `results` has the shapes and dtypes, which JAX needs before it calls back.
+    `results` describes the shapes and dtypes of the results, which JAX needs before the
+    callback runs.
     """
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         return function(*arrays)
@@ -184,23 +200,23 @@ def _call(function: Callable[..., Any], results: Any, *arrays: Any) -> Any:
     def on_host(*values: Any) -> Any:
         return function(*jax.tree.map(np.asarray, values))
 
-    # "sequential": under `jax.vmap` the library is called once for each example.
+    # "sequential": `jax.vmap` calls the library once for each index of the mapped axis.
     return jax.pure_callback(on_host, results, *arrays, vmap_method="sequential")
 
 
 def _results(
     operation: Operation,
-    inputs: tuple[Any, ...],
+    differentiable: tuple[Any, ...],
     constants: Arrays,
     options: tuple[Any, ...],
 ) -> Any:
-    """Return the shapes and dtypes of the results, without computing them."""
-    # The same rules as in torch's fake operators, from the operator table.
+    """Return the shapes and dtypes of the results, without computing values."""
+    # The rules are in the operator table; torch's fake operators use them too.
     dtype: Any = np.dtype(np.int32)
     if operation.dtype != "int32":
-        dtypes = [x.dtype for x in inputs if x is not None]
+        dtypes = [x.dtype for x in differentiable if x is not None]
         floats = np.dtype(np.float32), np.dtype(np.float64)
         dtype = operation.result_dtype(dtypes, *floats)
-    shapes = operation.shapes(*inputs, *constants, *options)
+    shapes = operation.shapes(*differentiable, *constants, *options)
     results = tuple(ShapeDtypeStruct(shape, dtype) for shape in shapes)
     return results if operation.results > 1 else results[0]

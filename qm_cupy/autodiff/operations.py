@@ -1,9 +1,11 @@
 """The operator table: what a framework needs to differentiate and trace an operation.
 
-Pages declare their operations with `dispatch.operation`; `torch_operators` and
-`jax_primitives` read the table. The arguments of an operation have one order here:
-inputs (arrays with a gradient), constants (arrays without one), ``counts``, the
+The module of each operation declares it with `dispatch.operation`. `torch_operators`
+and `jax_primitives` read the table. In the table, the arguments of an operation have
+one order: differentiable arrays, constants (arrays without a gradient), ``counts``, the
 options, and ``max_groups`` last.
+
+Axes: B sequences of N tokens of width D, and K groups of tokens in a sequence.
 """
 
 import functools
@@ -16,6 +18,7 @@ import numpy as np
 from ..arrays.checks import check_integer, check_number
 
 Shape = tuple[int, ...]
+# How the dtype of a result follows from the arguments; see `Operation.dtype`.
 DtypeRule = Literal["int32", "stored", "computed", "widest"]
 
 
@@ -23,24 +26,27 @@ class Operation(NamedTuple):
     """A public function of arrays, with its gradients, shapes and dtypes."""
 
     name: str
-    inputs: tuple[str, ...]
-    """Arrays that receive gradients; "mass?" may be None."""
+    differentiable: tuple[str, ...]
+    """Arrays that receive gradients. A "?", as in "mass?", means that None is
+    allowed."""
     constants: tuple[str, ...]
     """Arrays that have no gradient, such as labels and masks."""
     counts: str
-    """The parameter that counts groups, or "" if there is none; "hard?" may be None.
+    """The parameter that gives K, such as "num_groups", or "" if there is none.
 
     It becomes two arguments: ``counts`` (B,), which is None if all K are equal, and
-    ``max_groups``. If the parameter may be None, no shape depends on it. For an array
-    of such counts ``max_groups`` is None, so that the values need not be known.
+    ``max_groups``, the largest K. If the parameter may be None ("hard?"), no shape
+    depends on it. For an array of such counts ``max_groups`` is None, so that their
+    values need not be known.
     """
     options: tuple[str, ...]
     """All other parameters with their types. Types are those of a torch schema, such as
     "float? scale", or "uint64?" for a seed, which torch passes as signed 64 bits."""
     dtype: DtypeRule
-    """The dtype of the results. "stored" is the dtype of the first input. "computed" is
-    float32, or float64 for a float64 first input. "widest" is the same rule for all
-    inputs."""
+    """The dtype of the results. "stored" is the dtype of the first differentiable
+    array. "computed" is float64 if the first differentiable array is float64, else
+    float32. "widest" is float64 if any differentiable array is float64, else
+    float32."""
     shapes: Callable[..., tuple[Shape, ...]]
     """Returns the shapes of the results from the arguments, without computing them."""
     results: int
@@ -48,21 +54,26 @@ class Operation(NamedTuple):
     function: Callable[..., Any]
     """The public function; it accepts all arguments by name."""
     find_vjp: Callable[[], Callable[..., Any]]
-    """Returns the vector–Jacobian product. Its arguments are the gradients of the
-    results, then, by name, the arguments of the function that it needs."""
+    """Returns the function that computes the vector–Jacobian product (VJP). Its
+    arguments are the gradients of the results. Then follow, by name, those arguments of
+    the operation that the VJP needs."""
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """The names of all array arguments, in their order."""
-        return self.inputs + self.constants + (("counts?",) if self.counts else ())
+        return (
+            self.differentiable + self.constants + (("counts?",) if self.counts else ())
+        )
 
     @property
     def typed_options(self) -> tuple[str, ...]:
         """The arguments that are not arrays, in their order, with their types."""
         if not self.counts:
             return self.options
+        # If the parameter may be None, `max_groups` may be None too.
         optional = "?" if self.counts.endswith("?") else ""
-        # SymInt: shapes depend on it, and torch may trace with an unknown integer.
+        # Shapes depend on `max_groups`. With the type SymInt, torch can trace without
+        # its value.
         return (*self.options, f"SymInt{optional} max_groups")
 
     def run(self, *values: Any) -> Any:
@@ -70,12 +81,12 @@ class Operation(NamedTuple):
         return self.function(**self._by_name(values))
 
     def run_vjp(self, gradients: Sequence[Any], *values: Any) -> tuple[Any, ...]:
-        """Return one gradient for each input."""
-        if not self.inputs:
+        """Return one gradient for each differentiable array."""
+        if not self.differentiable:
             return ()
         vjp = self.find_vjp()
         arguments = self._by_name(values)
-        # A product takes only the arguments that it needs.
+        # Pass only the arguments that the VJP has.
         known = {
             name: arguments[name]
             for name in self.vjp_arguments(vjp)
@@ -85,11 +96,11 @@ class Operation(NamedTuple):
         return result if isinstance(result, tuple) else (result,)
 
     def vjp_arguments(self, vjp: Callable[..., Any]) -> tuple[str, ...]:
-        """Return the names of the product's arguments after the gradients.
+        """Return the names of the VJP's arguments that follow the gradients.
 
         Raise if the operation does not have one of them.
         """
-        names = _parameters(vjp)[self.results :]  # one gradient for each result
+        names = _parameters(vjp)[self.results :]  # after one gradient for each result
         unknown = set(names) - set(_parameters(self.function))
         if unknown:
             raise TypeError(
@@ -99,18 +110,20 @@ class Operation(NamedTuple):
         return names
 
     def result_dtype(self, dtypes: Sequence[Any], float32: Any, float64: Any) -> Any:
-        """Return the dtype of the results from the dtypes of the inputs.
+        """Return the dtype of the results from those of the differentiable arrays.
 
-        It is not called for "int32". `float32` and `float64` are the framework's own.
+        It is not called for the rule "int32". `float32` and `float64` are the dtypes
+        with these names of NumPy or torch.
         """
-        if self.dtype == "stored":  # tokens: the dtype that the caller stores
+        if self.dtype == "stored":  # for tokens: the dtype of the caller's tokens
             return dtypes[0]
-        # Sums are float32, or float64 if a deciding input is float64.
+        # The rule is "computed", which the first array decides, or "widest".
         deciding = dtypes[:1] if self.dtype == "computed" else dtypes
         return float64 if float64 in deciding else float32
 
     def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return the arguments of the public function by their names."""
+        # "float? scale" and "mass?" become "scale" and "mass".
         declared = (*self.arrays, *self.typed_options)
         names = (argument.split()[-1].rstrip("?") for argument in declared)
         arguments = dict(zip(names, values, strict=True))
@@ -121,7 +134,7 @@ class Operation(NamedTuple):
         return arguments
 
 
-@functools.cache  # a backward asks for the same two functions each time
+@functools.cache  # every backward pass asks for the same two functions
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
@@ -130,10 +143,14 @@ OPERATIONS: dict[str, Operation] = {}
 """The operator table: every operation by its name."""
 
 KNOWN_WHILE_TRACING: list[Callable[..., Any]] = []
-"""Functions whose result a compiler keeps as a constant: it depends on no tensor."""
+"""Functions whose results torch's compiler keeps as constants.
+
+The results do not depend on a tensor.
+"""
 
 
-# Shape functions, for the field `shapes`. Their arguments have the order of the module.
+# Functions for the field `shapes`. Their arguments have the order of the table. Here
+# (...) stands for any leading axes.
 
 
 def like_first(x: Any, *others: Any) -> tuple[Shape, ...]:
@@ -152,17 +169,17 @@ def without_two_axes(x: Any, *others: Any) -> tuple[Shape, ...]:
 
 
 def groups_of_tokens(x: Any, *others: Any) -> tuple[Shape, ...]:
-    """Return (..., K) for (..., N); K is the last argument."""
+    """Return (..., K) for (..., N); K is the last argument, ``max_groups``."""
     return ((*x.shape[:-1], others[-1]),)
 
 
 def check_option(declared: str, value: Any) -> Any:
     """Return an option as a Python value of the declared type.
 
-    A value that has the type already is not checked again: torch's compiler cannot
-    follow the checks.
+    A value that already has the type is not checked further, because torch's compiler
+    cannot trace the checks.
     """
-    option_type, name = declared.split()
+    option_type, name = declared.split()  # "float? scale": "float?" and "scale"
     if value is None and option_type.endswith("?"):
         return None
     if option_type == "bool" and not isinstance(value, bool | np.bool_):
@@ -173,10 +190,10 @@ def check_option(declared: str, value: Any) -> Any:
         return check_number(name, value, -np.inf, np.inf, "[]")
     if option_type == "str" and not isinstance(value, str):
         raise TypeError(f"`{name}` must be a string, got {type(value).__name__}")
-    return value  # the function itself checks its range
+    return value  # the operation checks its range
 
 
 def plain_integer(name: str, value: Any) -> int:
-    """Return a Python integer; an `int` is not checked again, as in `check_option`."""
+    """Return a Python integer; an `int` is not checked, as in `check_option`."""
     plain = isinstance(value, int) and not isinstance(value, bool)
     return value if plain else check_integer(name, value)

@@ -1,10 +1,11 @@
 """The operations as custom operators of torch, for autograd and `torch.compile`.
 
-To the compiler each operator is one opaque node. Each operator returns one more tensor:
-the number of the settings it ran under. autograd saves this number and runs the
-backward under the same settings, in threads that would otherwise have the defaults.
-Settings are read inside the operator, because `torch.compile` cannot trace a context
-variable.
+The compiler does not trace into an operator: in a graph, each operator is one node. An
+operator also returns the index in `SNAPSHOTS` of the settings that were in force, as
+one more tensor. autograd saves this tensor, and the backward pass runs under the same
+settings. Without the index, the settings would be the defaults, because autograd runs
+the backward pass in threads of its own. The operator itself reads the settings, because
+`torch.compile` cannot trace a context variable.
 """
 
 import functools
@@ -24,7 +25,7 @@ from .operations import (
     plain_integer,
 )
 
-# All values of the three settings. A tensor can carry the index of a snapshot.
+# All combinations of the three settings. The index of one of them fits in a tensor.
 SNAPSHOTS: list[Snapshot] = list(
     itertools.product(("basic", "optimized"), (False, True), (False, True))
 )
@@ -41,27 +42,31 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
         counts = _split_count(operation.counts, arguments[name])
         arguments["counts"], arguments["max_groups"] = counts
     tensors = [check_array(x, arguments[x.rstrip("?")]) for x in operation.arrays]
-    if not operation.inputs:  # no gradient, as for labels: the result is a constant
+    if not operation.differentiable:
+        # The results, such as labels, are constants. Detach the tensors, so that the
+        # results do not require grad.
         tensors = [None if x is None else x.detach() for x in tensors]
     options = [_option(x, arguments[x.split()[-1]]) for x in operation.options]
     if operation.counts:
         options.append(arguments["max_groups"])
-    # The last result is the index of the settings; only the backward reads it.
+    # The last result is the index of the settings, which only the backward pass reads.
     *results, _ = getattr(torch.ops.qm_cupy, operation.name)(*tensors, *options)
     return tuple(results) if operation.results > 1 else results[0]
 
 
 def masked_copy(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return a copy in float32 or float64 that is 0 where a mask is False."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # no copy of float32
+    # This returns `x` itself if it is float32 or float64, so `clone` makes the copy.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.clone() if mask is None else wide * mask
 
 
 def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
-    """Return one count per sequence, or None, and the largest count.
+    """Return the arguments ``counts`` and ``max_groups`` for a count.
 
-    Shapes need the values of the counts. To read them from a tensor waits for the GPU
-    and may break the compiler's graph.
+    ``counts`` is K of each sequence, or None if all K are equal. ``max_groups`` is the
+    largest K. The shapes of results depend on it, so the values of a tensor of counts
+    are read. The CPU then waits for the GPU, and the compiler may break its graph.
     """
     name = declared.rstrip("?")
     if count is None and name != declared:
@@ -69,14 +74,15 @@ def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
     if isinstance(count, Tensor) and count.is_floating_point():
         raise TypeError(f"`{name}` must be integers, got {count.dtype}")
     if isinstance(count, Tensor) and name != declared:
-        return count, None  # no shape depends on it, so its values are not read
+        return count, None  # no shape depends on these counts, so do not read them
     if isinstance(count, Tensor) and count.ndim == 0:
         return None, int(count)
     if isinstance(count, int | torch.SymInt) or getattr(count, "ndim", 0) == 0:
         number = (
             count if isinstance(count, torch.SymInt) else plain_integer(name, count)
         )
-        # A SymInt has no value while the compiler traces; the operation checks it.
+        # A SymInt has no value while the compiler traces. The operation checks it
+        # later.
         if isinstance(number, int) and number < 1:
             raise ValueError(f"`{name}` must lie in 1.., got {number}")
         return None, number
@@ -87,7 +93,7 @@ def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
 
 
 def check_array(declared: str, x: Any) -> Tensor | None:
-    """Return a tensor, or None if "?" allows it; raise for everything else."""
+    """Return a tensor, or None if the declared name ends in "?"; raise otherwise."""
     name = declared.rstrip("?")
     if isinstance(x, Tensor) or (x is None and name != declared):
         return x
@@ -101,7 +107,8 @@ def _option(declared: str, value: Any) -> Any:
     seed = plain_integer(declared.split()[-1], value)
     if not 0 <= seed < 2**64:
         check_seed(seed)  # raises
-    # torch has signed integers only: the same 64 bits, which `_public` reverses.
+    # A torch schema has signed integers only, so pass the signed integer that has the
+    # same 64 bits. `_public_arguments` converts it back.
     return seed - 2**64 if seed >= 2**63 else seed
 
 
@@ -111,18 +118,21 @@ def _register(operation: Operation) -> None:
         f"Tensor{'?' * x.endswith('?')} {x.rstrip('?')}" for x in operation.arrays
     ]
     parameters += [x.replace("uint64", "int") for x in operation.typed_options]
-    results = ", ".join(["Tensor"] * (operation.results + 1))  # and the settings
+    # One tensor for each result, and one for the index of the settings.
+    results = ", ".join(["Tensor"] * (operation.results + 1))
     forward = torch.library.custom_op(
         f"qm_cupy::{operation.name}",
         functools.partial(_forward, operation),
         mutates_args=(),
         schema=f"({', '.join(parameters)}) -> ({results})",
     )
-    # The fake version gives shapes and dtypes, so that a compiler need not run it.
+    # The compiler calls the fake version, which returns tensors of the right shape and
+    # dtype and computes no values.
     forward.register_fake(functools.partial(_fake, operation))
-    if not operation.inputs:
+    if not operation.differentiable:
         return
-    # The gradient is an operator too, so that a compiled backward contains it whole.
+    # The gradient is an operator too, so that it is one node in the graph of a compiled
+    # backward pass. `wanted` says which gradients torch needs.
     gradients = [f"Tensor gradient_{i}" for i in range(operation.results)]
     vjp = torch.library.custom_op(
         f"qm_cupy::{operation.name}_vjp",
@@ -141,36 +151,41 @@ def _register(operation: Operation) -> None:
 
 def _forward(operation: Operation, *arguments: Any) -> tuple[Tensor, ...]:
     """Run the public function and append the index of the current settings."""
-    with torch.no_grad():  # or the function would be dispatched here again
-        result = operation.run(*_public(operation, arguments))
+    with torch.no_grad():  # else the public function would call this operator again
+        result = operation.run(*_public_arguments(operation, arguments))
     results = result if isinstance(result, tuple) else (result,)
     return *results, torch.tensor(SNAPSHOTS.index(snapshot()))
 
 
 def _vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
-    """Return the gradients of the inputs for which the last argument is True."""
+    """Run the vector–Jacobian product (VJP) of an operation.
+
+    The last argument, `wanted`, has a bool for each differentiable array. Gradients are
+    returned where it is True.
+    """
     gradients, (settings, *values, wanted) = (
         arguments[: operation.results],
         arguments[operation.results :],
     )
-    # The settings of the forward: this thread of autograd has the defaults.
+    # The settings of the forward pass: in this Python thread of autograd the settings
+    # have their defaults.
     with torch.no_grad(), restored(SNAPSHOTS[int(settings)]):
-        results = operation.run_vjp(gradients, *_public(operation, values))
-    inputs = values[: len(operation.inputs)]
-    # torch requires the dtype of the input; products may compute in float32.
+        results = operation.run_vjp(gradients, *_public_arguments(operation, values))
+    arrays = values[: len(operation.differentiable)]
+    # A VJP may return float32 for a narrower array. torch requires the array's dtype.
     return [
         gradient.to(x.dtype)
-        for gradient, x, want in zip(results, inputs, wanted, strict=True)
+        for gradient, x, want in zip(results, arrays, wanted, strict=True)
         if want
     ]
 
 
-def _public(operation: Operation, arguments: Any) -> list[Any]:
-    """Convert an operator's arguments to those of the public function."""
+def _public_arguments(operation: Operation, arguments: Any) -> list[Any]:
+    """Return an operator's arguments with seeds as the public function takes them."""
     values = list(arguments)
     for i, option in enumerate(operation.typed_options, len(operation.arrays)):
         if option.startswith("uint64") and values[i] is not None:
-            values[i] %= 2**64  # signed back to unsigned
+            values[i] %= 2**64  # from signed back to unsigned
     return values
 
 
@@ -180,43 +195,49 @@ def _fake(operation: Operation, *arguments: Any) -> tuple[Tensor, ...]:
     first = next(x for x in arrays if x is not None)
     dtype = torch.int32
     if operation.dtype != "int32":
-        dtypes = [x.dtype for x in arguments[: len(operation.inputs)] if x is not None]
+        dtypes = [
+            x.dtype for x in arguments[: len(operation.differentiable)] if x is not None
+        ]
         dtype = operation.result_dtype(dtypes, torch.float32, torch.float64)
-    shapes = operation.shapes(*arguments)  # may contain SymInt
+    shapes = operation.shapes(*arguments)  # a size may be a SymInt
     results = [first.new_empty(shape, dtype=dtype) for shape in shapes]
-    return *results, torch.empty((), dtype=torch.int64)
+    return *results, torch.empty((), dtype=torch.int64)  # the index of the settings
 
 
 def _fake_vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
     """Return uninitialised tensors with the shapes and dtypes of the gradients."""
-    *values, wanted = arguments[operation.results + 1 :]  # after the settings
-    inputs = zip(values[: len(operation.inputs)], wanted, strict=True)
-    # Products return C-contiguous arrays, also for inputs with other strides.
+    # The gradients of the results and the index of the settings come first.
+    *values, wanted = arguments[operation.results + 1 :]
+    pairs = zip(values[: len(operation.differentiable)], wanted, strict=True)
+    # A VJP returns a C-contiguous gradient even if the array itself is strided.
     plain = torch.contiguous_format
-    return [torch.empty_like(x, memory_format=plain) for x, want in inputs if want]
+    return [torch.empty_like(x, memory_format=plain) for x, want in pairs if want]
 
 
 def _save(operation: Operation, ctx: Any, inputs: Any, output: Any) -> None:
-    """Keep the settings, the arrays and the options for the backward.
+    """Keep the settings, the arrays and the options for the backward pass.
 
-    Results are not kept: a product computes the forward values again.
+    `inputs` are all arguments of the operator and `output` are its results; torch
+    passes them by these names. Of the results only the index of the settings is kept,
+    because the VJP computes the others again.
     """
-    arrays = len(operation.arrays)
-    ctx.save_for_backward(output[-1], *inputs[:arrays])
-    ctx.options = inputs[arrays:]
+    num_arrays = len(operation.arrays)
+    ctx.save_for_backward(output[-1], *inputs[:num_arrays])
+    ctx.options = inputs[num_arrays:]
 
 
 def _backward(
     operation: Operation, ctx: Any, *gradients: Any
 ) -> tuple[Tensor | None, ...]:
     """Return one gradient, or None, for each argument of the operator."""
-    wanted = list(ctx.needs_input_grad[: len(operation.inputs)])
+    wanted = list(ctx.needs_input_grad[: len(operation.differentiable)])
     vjp = getattr(torch.ops.qm_cupy, f"{operation.name}_vjp")
-    # The last gradient belongs to the settings, which are integers.
+    # Omit the last gradient: it belongs to the index of the settings, an integer.
     results = iter(vjp(*gradients[:-1], *ctx.saved_tensors, *ctx.options, wanted))
-    inputs = tuple(next(results) if want else None for want in wanted)
-    rest = len(operation.arrays) - len(inputs) + len(ctx.options)
-    return inputs + (None,) * rest
+    input_gradients = tuple(next(results) if want else None for want in wanted)
+    # Constants and options have no gradient.
+    rest = len(operation.arrays) - len(input_gradients) + len(ctx.options)
+    return input_gradients + (None,) * rest
 
 
 def _refuse(operation: Operation, ctx: Any, *gradients: Any) -> None:
@@ -225,7 +246,8 @@ def _refuse(operation: Operation, ctx: Any, *gradients: Any) -> None:
     )
 
 
-# All pages are imported by now, so the table is complete.
+# This module is imported by the first traced call. All modules that declare operations
+# are imported by then, so the table is complete.
 for _operation in OPERATIONS.values():
     _register(_operation)
 for _function in KNOWN_WHILE_TRACING:

@@ -34,10 +34,9 @@ CHUNK_BYTES = 64 * 2**20  # tokens that are merged at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `compress`, which are those of `quickmerge`."""
     parser.description = (
-        "Merge the tokens (N, D) or (B, N, D) of a file. The result is written to "
-        "OUT.npz, with the arrays tokens, labels, sizes, positions, saliency and mass. "
-        "--weights selects the weights of the merge (default: mass). --device selects "
-        "the CPU or a GPU; by default a GPU is used if CuPy finds one."
+        "Merge the tokens (N, D) or (B, N, D) of a file: B sequences of N tokens of "
+        "width D. The result is written to OUT.npz, with the arrays tokens, labels, "
+        "sizes, positions, saliency and mass."
     )
     add = parser.add_argument
     add(
@@ -47,7 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file that contains the tokens: .npy, .npz or .safetensors",
     )
     add_budget(parser)
-    add("-o", "--output", type=Path, required=True, metavar="OUT.npz")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.npz",
+        help="file to write the result to; an existing file is replaced",
+    )
     add(
         "--key",
         metavar="NAME",
@@ -63,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--order",
         choices=ORDERS,
         default="last",
-        help="number groups by the position of their last or first token "
-        "(default: last)",
+        help="order in which groups are numbered: by the position of their last or of "
+        "their first token (default: last)",
     )
     add_seed(parser)
     add(
@@ -81,8 +87,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="weight of tokens that are not selected (default: 0.01)",
     )
-    add("--weights", choices=("mass", "saliency", "uniform"), default="mass")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--weights",
+        choices=("mass", "saliency", "uniform"),
+        default="mass",
+        help="weights of the tokens in the mean of their group (default: mass)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute: on the CPU or on a GPU; auto uses a GPU if CuPy finds "
+        "one (default: auto)",
+    )
     parser.set_defaults(run=_compress)
 
 
@@ -153,7 +170,7 @@ def _merge_parts(
     max_groups: int,
     step: Step,
 ) -> Iterator[Merged[Any]]:
-    """Yield the result of each chunk, with batch axis.
+    """Yield the result of each chunk of b sequences, with the axis b.
 
     Results are bit for bit those of one call for the whole file.
     """
@@ -161,8 +178,8 @@ def _merge_parts(
     bytes_per_sequence = math.prod(tokens.shape[-2:]) * tokens.dtype.itemsize
     count = tokens.shape[0] if single else max(1, CHUNK_BYTES // bytes_per_sequence)
     start = 0  # index of the chunk's first sequence in the file
-    for block in tokens.blocks(count):  # (b, N, D), or (N, D) for one sequence
-        chunk = block[None] if single else block  # (b, N, D)
+    for part in tokens.chunks(count):  # (b, N, D), or (N, D) for one sequence
+        chunk = part[None] if single else part  # (b, N, D)
         stop = start + len(chunk)
         valid = None if mask is None else np.atleast_2d(mask)[start:stop]  # (b, N)
         yield _pad(merge(chunk, valid, start), max_groups)
@@ -182,19 +199,20 @@ def merge_chunk(
 
     Errors name the sequence of the file, not of the chunk.
     """
-    # The noise is counted by the sequence's index in the file, so that it does not
-    # depend on the size of a chunk.
+    # The Gumbel noise of a sequence depends on its index in the file, and not on its
+    # index in the chunk, so that the size of a chunk does not change results.
     options = {**options, "mask": mask, "sequence_offset": start}
     try:
         if not on_gpu:
             return quickmerge(chunk, budget, **options)
-        check_tokens(chunk)  # now, because values on a GPU are not checked
+        check_tokens(chunk)  # here, because the values of GPU arrays are not checked
         if mask is not None:
             options["mask"] = to_device(mask)
         merged = quickmerge(to_device(chunk), budget, **options)
         return Merged(*map(to_host, merged))
     except ValueError as error:
-        # The index in the library's message counts from the start of the chunk.
+        # The message of the library has the index in the chunk. Replace it by the index
+        # in the file.
         wrong = np.argwhere(~np.isfinite(chunk))
         if not len(wrong):
             last = start + len(chunk) - 1

@@ -27,7 +27,8 @@ from ..stages.selection.gumbel_softmax import gumbel_softmax
 from ..stages.selection.saliency_mass import saliency_mass
 from .options import add_budget, add_method, add_seed
 
-_MAX_TOKENS = 5000  # about the largest number: larger pictures get larger patches
+# About the largest number of tokens: a larger picture is cut into larger patches.
+_MAX_TOKENS = 5000
 _MIN_PATCH = 8  # pixels, the side of a square patch
 
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `demo`."""
     parser.description = (
         "Merge the patches of a picture, print errors, losses and times, and write "
-        "merged.png and merged.npz to FOLDER (default: qm-cupy-demo)."
+        "merged.png and merged.npz to FOLDER."
     )
     add = parser.add_argument
     add(
@@ -45,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="picture to merge (default: a portrait that comes with matplotlib)",
     )
     add_budget(parser, default=0.2)
-    add("--output", type=Path, default=Path("qm-cupy-demo"), metavar="FOLDER")
+    add(
+        "--output",
+        type=Path,
+        default=Path("qm-cupy-demo"),
+        metavar="FOLDER",
+        help="folder to write the results to (default: qm-cupy-demo)",
+    )
     add_method(parser, default="ward")
     add_seed(parser)
     parser.set_defaults(run=_demo)
@@ -73,7 +80,7 @@ def run_demo(
     num_groups = token_budget(budget, len(tokens))
     output.mkdir(parents=True, exist_ok=True)
 
-    # The stages of `quickmerge` one by one, so that each is timed.
+    # Call the stages of `quickmerge` one by one, to time each of them.
     seconds: dict[str, float] = {}
     with _timed("saliency", seconds):
         scores = saliency(self_attention_entropy(tokens))
@@ -83,7 +90,7 @@ def run_demo(
         labels = cluster_tokens(tokens, num_groups, method=method)
     with _timed("merging", seconds):
         merged = merge_tokens(tokens, labels, num_groups, mass=mass)  # (K, D)
-        # The pixels are merged in the same way, to draw them.
+        # Merge the pixels in the same way, to draw the merged picture.
         rebuilt = unmerge_tokens(
             merge_tokens(pixels, labels, num_groups, mass=mass), labels
         )
@@ -153,34 +160,38 @@ def _read_picture(image: Path | None) -> NDArray[Any]:
 
 
 def cut_into_patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
-    """Return the patches (N, patch·patch·3) in raster order, and their rows."""
+    """Return the patches (N, patch·patch·3) in raster order, and how many rows of them.
+
+    `patch` is the side of a patch in pixels.
+    """
     rows, columns = picture.shape[0] // patch, picture.shape[1] // patch
     whole = picture[: rows * patch, : columns * patch]  # without the partial patches
     # (rows, columns, patch, patch, 3)
-    blocks = whole.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
-    return blocks.reshape(rows * columns, -1), rows
+    patches = whole.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    return patches.reshape(rows * columns, -1), rows
 
 
 def join_patches(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
-    """Return the picture of patches: the inverse of `cut_into_patches`."""
-    blocks = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
-    return blocks.reshape(rows * patch, -1, 3)
+    """Return the picture that `cut_into_patches` cut into these patches."""
+    patches = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
+    return patches.reshape(rows * patch, -1, 3)
 
 
 def embed_patches(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
     """Turn patches into tokens that differ in their cosine similarity.
 
-    Pixels are centred, because vectors of positive numbers have similar directions. One
-    constant component is added, because the cosine does not depend on the length of a
-    vector, and so not on brightness. Two components are the position, so that patches
-    of a group are near each other.
+    The mean patch is subtracted from the pixels, because vectors of positive numbers
+    have similar directions. One constant component is added: the cosine does not depend
+    on the length of a vector, and would otherwise not depend on brightness. Two more
+    components are the position, so that the patches of a group are near each other.
     """
     centred = pixels - pixels.mean(axis=0)
-    spread = np.sqrt(np.mean(np.sum(centred**2, axis=-1)))  # root mean square length
+    # The root mean square of the lengths of the pixel vectors.
+    spread = np.sqrt(np.mean(np.sum(centred**2, axis=-1)))
     spread = spread if spread > 0 else 1.0  # a picture of one colour
     columns = len(pixels) // rows
     y, x = np.mgrid[:rows, :columns] / max(rows, columns) - 0.5  # within -0.5..0.5
-    # Scaled by `spread`, so that these components weigh as much as the pixels.
+    # Multiply by `spread`, so that these components are as large as the pixel vectors.
     position = np.stack([np.ones_like(x), y, x], axis=-1).reshape(-1, 3) * spread
     return np.concatenate([centred, position.astype(pixels.dtype)], axis=-1)
 
@@ -200,7 +211,7 @@ def _draw(
     from ..plot import plot_groups
 
     height, width = picture.shape[:2]
-    # A figure of its own, without pyplot: no window, no change of the user's backend.
+    # Make the figure without pyplot, which could open a window or change the backend.
     figure = Figure(figsize=(13.5, 4.4 * height / width + 0.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
@@ -218,7 +229,7 @@ def _draw(
 
 @contextmanager
 def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Store the duration of a block in `seconds`."""
+    """Store the duration of the ``with`` block in `seconds`."""
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _REQUIRED = ("qm-cupy", "numpy", "scipy")
-# The distributions that provide one module, and the command that installs it.
+# The names of the packages that provide one module, and the command that installs it.
 _OPTIONAL = {
     ("cupy-cuda13x", "cupy-cuda12x", "cupy"): (
         'pip install "qm-cupy[cuda13]", or "qm-cupy[cuda12]" for an older driver'
@@ -36,7 +36,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     rows = [("Python", platform.python_version())]
     rows += [(name, _version(name) or "missing") for name in _REQUIRED]
     for names, command in _OPTIONAL.items():
-        # Show every distribution that is installed; CuPy has three of them.
+        # Show all packages that are installed: CuPy has three.
         installed = [(name, version) for name in names if (version := _version(name))]
         rows += installed or [(names[-1], f"not installed: {command}")]
     rows += [("GPU", line) for line in _gpus()]
@@ -47,7 +47,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _version(name: str) -> str | None:
-    """Return the version of a distribution without importing it, or None."""
+    """Return the version of a package without importing it, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -59,11 +59,11 @@ def _gpus() -> Iterator[str]:
     try:
         import cupy
     except ImportError as error:
-        # CuPy may be installed although a library that it imports is missing.
+        # CuPy may be installed while a library that it imports is missing.
         missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
         yield "unknown: CuPy is not installed" if missing else _failure(error)
         return
-    except Exception as error:  # a broken driver or toolkit raises many types of error
+    except Exception as error:  # a broken driver raises errors of many types
         yield _failure(error)
         return
     try:
@@ -72,7 +72,7 @@ def _gpus() -> Iterator[str]:
             yield _describe(runtime.getDeviceProperties(index))
         driver, own = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         yield f"CUDA {_dotted(driver)} by the driver, {_dotted(own)} by the runtime"
-    except Exception as error:  # the same, at the first call of CUDA
+    except Exception as error:  # a broken driver, found by the first call of CUDA
         yield _failure(error)
 
 
@@ -95,7 +95,7 @@ def _failure(error: Exception) -> str:
 def _cache() -> str:
     """Describe the folder in which CuPy keeps compiled kernels."""
     default = Path("~/.cupy/kernel_cache").expanduser()
-    # The environment variable and the default folder of CuPy.
+    # CuPy uses the folder of the environment variable, or its default folder.
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or default)
     if not folder.is_dir():
         return f"{folder}, not created yet"

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qm-cupy: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it
-    # Errors of the user's input or machine. All others are defects and keep their
-    # traceback.
+    # Errors that the user's input or machine causes. All other errors are defects of
+    # the library and keep their traceback.
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         print(f"qm-cupy: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -53,7 +53,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser; only the command that is in `words` is imported."""
+    """Return the parser for the arguments `words`.
+
+    Only the module of the command in `words` is imported.
+    """
     parser = _Parser(
         prog="qm-cupy", description="Merge token sequences into shorter sequences."
     )

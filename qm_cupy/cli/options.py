@@ -13,14 +13,14 @@ def add_budget(parser: argparse.ArgumentParser, default: float | None = None) ->
         metavar="K",
         required=default is None,
         default=default,
-        help="number of tokens to keep (20), or the ratio of tokens to keep (0.2); "
-        "1.0 keeps all tokens, 1 keeps one",
+        help="how many tokens to keep: an integer is their number (20), a decimal is "
+        "their fraction (0.2); 1.0 keeps all tokens, 1 keeps one token",
     )
 
 
 def _budget(text: str) -> int | float:
-    """Return a number K or a ratio: "1" is one token, and "1.0" is all tokens."""
-    for number in (int, float):  # in this order, so that "1" stays an integer
+    """Return K for an integer such as "1", and a ratio for a decimal such as "1.0"."""
+    for number in (int, float):  # `int` first, so that "1" becomes an integer
         try:
             return number(text)
         except ValueError:

@@ -5,20 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-_WIDTH = 30
+_WIDTH = 30  # characters of the bar
 PATIENCE = 1.0  # seconds before the bar appears: shorter work needs no bar
 _CLEAR = "\r\x1b[K"  # go to the start of the line and erase the line
 
 
 class Step(Protocol):
-    """The function that `progress` yields: it reports how many units are done."""
+    """The function that `progress` yields. `done` is how many units are finished."""
 
     def __call__(self, done: int) -> None: ...
 
 
 @contextmanager
 def progress(total: int, stream: TextIO, unit: str = "sequences") -> Iterator[Step]:
-    """Yield a function that draws a bar of the finished part of `total`."""
+    """Yield a function that draws a bar of the finished fraction of `total` units."""
     shown = stream.isatty()  # a file or pipe must not contain control characters
     start = time.monotonic()
 

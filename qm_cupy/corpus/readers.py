@@ -1,4 +1,8 @@
-"""Readers of files of token arrays, which read a few sequences at a time."""
+"""Readers of files of token arrays, which read a few sequences at a time.
+
+A reader yields the arrays of a file as a dictionary of `Stored`, one for each array. It
+reads only headers at first. The axes of tokens are B sequences, N tokens and width D.
+"""
 
 import math
 import tokenize
@@ -16,22 +20,29 @@ from numpy.typing import NDArray
 from ..arrays.checks import check_mask, check_shape, check_tokens
 from ..settings import check_finite
 
-_PIECE = 2**20  # bytes that are read from a zip member at a time
-# To load a pickle can run arbitrary code.
+_PIECE = 2**20  # bytes that are read from a member of a zip at a time
+# Pickled objects are not loaded, because loading can run arbitrary code.
 _PICKLED = "holds pickled Python objects, which are not loaded: save it as floats"
 
 
-def _no_blocks(count: int) -> Iterator[NDArray[Any]]:
+def _no_chunks(count: int) -> Iterator[NDArray[Any]]:
+    """Yield no array, for an array that cannot be read."""
     yield from ()
 
 
 class Stored(NamedTuple):
-    """An array of a file: its header, and a function that reads it in blocks."""
+    """An array of a file: its header, and a function that reads it in chunks.
+
+    A chunk is a few entries along the first axis.
+    """
 
     shape: tuple[int, ...] = ()
-    dtype: np.dtype[Any] = np.dtype("V2")  # two bytes of a type that NumPy cannot name
-    blocks: Callable[[int], Iterator[NDArray[Any]]] = _no_blocks  # along the first axis
-    fault: str = ""  # the reason why it cannot be read; an error only if it is needed
+    # NumPy has no name for some dtypes, such as bfloat16. They appear as two raw bytes.
+    dtype: np.dtype[Any] = np.dtype("V2")
+    chunks: Callable[[int], Iterator[NDArray[Any]]] = _no_chunks  # entries per chunk
+    # The reason why the array cannot be read, or "". It becomes an error only if the
+    # array is needed: other arrays of the file can still be used.
+    fault: str = ""
 
 
 Arrays = dict[str, Stored]
@@ -42,9 +53,9 @@ Mask = NDArray[np.bool_] | None
 def open_tokens(
     path: Path, key: str | None, mask: str | None
 ) -> Iterator[tuple[Stored, Mask]]:
-    """Open the tokens and the mask of a file.
+    """Open the tokens and the mask of a file; `key` and `mask` are names of arrays.
 
-    Dtypes and shapes are checked here. The values of the tokens are not read yet; the
+    Dtypes and shapes are checked here. The values of the tokens are not read yet. The
     mask is read completely.
     """
     read = _READERS.get(path.suffix)
@@ -57,26 +68,29 @@ def open_tokens(
             "--key and --mask are for .npz and .safetensors files; a .npy file holds "
             "one array only"
         )
-    # A missing file, a folder or a file without permission: the system's error says it.
+    # If the file is missing, is a folder or may not be read, this raises the error of
+    # the operating system.
     with path.open("rb"):
         pass
     with read(path) as arrays:
         name = _choose(path, arrays) if key is None else key
         tokens = _get(path, arrays, name)
-        with check_finite(False):  # the stand-in has no values of the file
+        # Check dtype and shape with zeros of the same shape. They contain no NaN, so a
+        # search for NaN would only cost time.
+        with check_finite(False):
             check_tokens(_stand_in(tokens), name)
         if mask is None:
             yield tokens, None
             return
         stored = _get(path, arrays, mask)
         check_shape("mask", _stand_in(stored), "BN", tokens.shape[:-1])
-        valid = next(stored.blocks(max(1, stored.shape[0])))  # all of it in one block
+        valid = next(stored.chunks(max(1, stored.shape[0])))  # the whole mask
         check_mask(valid, tokens.shape[:-1])
         yield tokens, valid
 
 
 def _stand_in(array: Stored) -> NDArray[Any]:
-    """Return zeros of the same shape and dtype; a broadcast scalar needs no memory."""
+    """Return zeros of the same shape and dtype: a view of one number."""
     return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 
 
@@ -84,8 +98,9 @@ def _choose(path: Path, arrays: Arrays) -> str:
     """Return the name of the only array that can be the tokens, or raise."""
     if "tokens" in arrays:
         return "tokens"
-    # Floating arrays of two or three axes; "V" is bfloat16, for a clear error later. A
-    # single array is selected in any case, so that its own error is shown.
+    # Tokens are floating and have two or three axes. The kind "V" is bfloat16: if it is
+    # selected, a clear error follows later. The only array of a file is always
+    # selected, so that its own error is shown.
     names = [
         name
         for name, x in arrays.items()
@@ -109,8 +124,8 @@ def _get(path: Path, arrays: Arrays, name: str) -> Stored:
 
 def _listing(arrays: Arrays) -> str:
     """Return a list of all arrays of a file for error messages."""
-    held = [f"{name} {x.dtype}{x.shape}" for name, x in arrays.items()]
-    return f"it holds {'; '.join(held) or 'no arrays'}"
+    descriptions = [f"{name} {x.dtype}{x.shape}" for name, x in arrays.items()]
+    return f"it holds {'; '.join(descriptions) or 'no arrays'}"
 
 
 @contextmanager
@@ -119,7 +134,8 @@ def _open_npy(path: Path) -> Iterator[Arrays]:
     try:
         with path.open("rb") as file:
             shape, _, dtype = _header(file)
-            # A map beyond the end of the file would fail later, in the middle of work.
+            # If the file is too short, fail now. A memory map of it would fail only
+            # when the missing part is read.
             missing = path.stat().st_size - file.tell() < _num_bytes(shape, dtype)
         if dtype.hasobject:
             tokens = Stored(shape, dtype, fault=_PICKLED)
@@ -134,7 +150,7 @@ def _open_npy(path: Path) -> Iterator[Arrays]:
 
 
 def _slices(array: NDArray[Any], count: int) -> Iterator[NDArray[Any]]:
-    """Yield `count` rows at a time; an empty batch yields one empty block."""
+    """Yield `count` entries at a time; an empty array yields one empty chunk."""
     for start in range(0, max(1, len(array)), count):
         yield array[start : start + count]
 
@@ -147,7 +163,9 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
             return npy.read_array_header_1_0(file)
         if version == (2, 0):
             return npy.read_array_header_2_0(file)
-    except tokenize.TokenError as error:  # of NumPy's fallback for headers of Python 2
+    except tokenize.TokenError as error:
+        # NumPy parses headers that Python 2 wrote with `tokenize`, which fails for some
+        # damaged headers.
         raise ValueError("its header cannot be parsed") from error
     raise ValueError(f"version {version} of the format is for structured arrays")
 
@@ -159,8 +177,9 @@ def _num_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
 @contextmanager
 def _open_npz(path: Path) -> Iterator[Arrays]:
     """Describe all arrays of a .npz file, which is a zip of .npy files."""
-    # The block of the caller runs inside this `try`, so damage that only a later read
-    # finds has the same error.
+    # The caller's `with` statement runs while this function waits at `yield`. If it
+    # reads a damaged part of the file, the exception is raised here and gets the same
+    # message.
     try:
         with zipfile.ZipFile(path) as archive:
             yield {
@@ -173,8 +192,9 @@ def _open_npz(path: Path) -> Iterator[Arrays]:
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Stored:
-    """Describe an array of a zip, which is read in order and in blocks."""
-    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of savez, savez_compressed
+    """Describe an array of a zip, which is read from start to end in chunks."""
+    # The methods of numpy.savez and numpy.savez_compressed.
+    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if info.flag_bits & 1 or info.compress_type not in plain:  # bit 0: encrypted
         return Stored(
             fault="is encrypted or compressed by a method that NumPy does not use: "
@@ -192,25 +212,30 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Stored:
         return Stored(
             shape, dtype, fault=f"is cut short: {dtype}{shape} needs more bytes"
         )
-    if fortran and len(shape) > 1:  # the bytes of a sequence are not contiguous
+    # In Fortran order the bytes of one sequence are spread over the whole array.
+    if fortran and len(shape) > 1:
         fault = "is in Fortran order, which cannot be read in parts: save it in C order"
         return Stored(shape, dtype, fault=fault)
 
-    def blocks(count: int) -> Iterator[NDArray[Any]]:
+    def chunks(count: int) -> Iterator[NDArray[Any]]:
         with archive.open(info) as file:
-            _header(file)  # skips it
+            _header(file)  # the values start after the header
             for start in range(0, max(1, shape[0]), count):
-                block = np.empty((min(count, shape[0] - start), *shape[1:]), dtype)
-                _fill(block, file)
-                yield block
-            file.read(1)  # at the end of a member, zipfile compares the checksum
+                chunk = np.empty((min(count, shape[0] - start), *shape[1:]), dtype)
+                _fill(chunk, file)
+                yield chunk
+            # zipfile compares the checksum when a read reaches the end of the member.
+            file.read(1)
 
-    return Stored(shape, dtype, blocks)
+    return Stored(shape, dtype, chunks)
 
 
-def _fill(block: NDArray[Any], file: IO[bytes]) -> None:
-    """Fill an array with the next bytes of a file, without a copy of all of them."""
-    rest = block.reshape(-1).view(np.uint8).data
+def _fill(chunk: NDArray[Any], file: IO[bytes]) -> None:
+    """Fill an array with the next bytes of a file, in pieces of at most `_PIECE` bytes.
+
+    A single read would hold a second copy of the whole array in memory.
+    """
+    rest = chunk.reshape(-1).view(np.uint8).data  # the part that is not filled yet
     while rest:
         piece = file.read(min(_PIECE, len(rest)))  # may return fewer bytes
         if not piece:
@@ -238,8 +263,9 @@ def _open_safetensors(path: Path) -> Iterator[Arrays]:
 
 
 def _tensor(tensor: Any) -> Stored:
-    """Describe a tensor of a .safetensors file, whose dtype is a code such as "F32"."""
+    """Describe a tensor of a .safetensors file."""
     shape, code = tuple(tensor.get_shape()), tensor.get_dtype()
+    # The code of a dtype is a letter and the number of bits, such as "F32".
     name = {"F": "float", "I": "int", "U": "uint"}.get(code[0], "")
     if code != "BOOL" and not (name and code[1:].isdigit()):  # BF16, F8_E4M3, ...
         return Stored(
@@ -247,14 +273,14 @@ def _tensor(tensor: Any) -> Stored:
         )
     dtype = np.dtype("bool" if code == "BOOL" else name + code[1:])
 
-    def blocks(count: int) -> Iterator[NDArray[Any]]:
+    def chunks(count: int) -> Iterator[NDArray[Any]]:
         if not math.prod(shape):  # safetensors cannot slice an empty tensor
             yield np.empty(shape, dtype)
             return
         for start in range(0, shape[0], count):
             yield tensor[start : min(start + count, shape[0])]
 
-    return Stored(shape, dtype, blocks)
+    return Stored(shape, dtype, chunks)
 
 
 _READERS: dict[str, Callable[[Path], AbstractContextManager[Arrays]]] = {

@@ -33,14 +33,16 @@ def write_merged(
     dtype: np.dtype[Any],
     parts: Iterable[Merged[Any]],
 ) -> None:
-    """Write parts of a result to a .npz file, with tokens (B, K, D) or (K, D).
+    """Write parts of a result to a .npz file.
 
-    The tokens of each part are written immediately. The small arrays are kept in memory
-    and written last, because a zip holds one member after the other.
+    `shape` and `dtype` are those of the tokens of all parts together: (B, K, D), or
+    (K, D) for one sequence. The tokens of each part are written immediately. The other
+    arrays are small. They are kept in memory and written last, because the members of a
+    zip can only be written one after the other.
     """
     rest: list[tuple[NDArray[Any], ...]] = []  # all fields except tokens, per part
     with zipfile.ZipFile(file, "w") as archive:
-        # A ZipInfo without a date: the same input then gives the same bytes. ZIP64
+        # A ZipInfo has a fixed date, so the same input gives the same bytes. ZIP64
         # allows members larger than 4 GiB.
         with archive.open(zipfile.ZipInfo("tokens.npy"), "w", force_zip64=True) as out:
             # The header has the final shape, although not all tokens exist yet.
@@ -55,4 +57,5 @@ def write_merged(
             with archive.open(
                 zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True
             ) as out:
+                # For one sequence, without the axis B.
                 npy.write_array(out, array[0] if len(shape) == 2 else array)

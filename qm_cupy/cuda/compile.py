@@ -1,6 +1,8 @@
-"""Compilation: find, splice, compile and cache the kernels.
+"""Compilation: find the kernels, join them with their headers, compile and cache them.
 
-An import of this module does not touch the GPU. The first launch imports CuPy.
+In this module, `file` is the folder and the name of a kernel file without ``.cu``, such
+as "basic/merge_tokens". An import of this module does not use the GPU: the first launch
+imports CuPy.
 """
 
 import functools
@@ -24,7 +26,8 @@ _STORAGE = {  # the C++ type `real_t` in which arrays are stored
 }
 # The name of a kernel: the identifier after `__global__ void` and its launch bounds.
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\(")
-# A dtype of kernels, not of arrays: float32 that tensor cores multiply as TF32.
+# Kernels can be compiled for this dtype, but arrays cannot have it: tensor cores
+# multiply float32 arrays as TF32.
 TF32 = "tf32"
 
 
@@ -51,7 +54,7 @@ def warmup(dtype: Any = np.float32) -> None:
     if name not in _STORAGE:
         raise TypeError(f"`dtype` must be one of {', '.join(_STORAGE)}, got {name}")
     for file in kernel_files():
-        # Stages after the tokens, such as saliency, launch with the dtype of sums.
+        # Stages whose arrays are not tokens, such as saliency, use the dtype of sums.
         dtypes = {
             kernel_dtype(file, x) for x in (dtype, accumulation_dtype(np.dtype(dtype)))
         }
@@ -60,19 +63,21 @@ def warmup(dtype: Any = np.float32) -> None:
 
 
 def compile_file(file: str, dtype: str) -> None:
-    """Compile every kernel of a file, for each kind of launch that it needs."""
+    """Compile every kernel of a file, also for cooperative launches if it has them."""
     for kernel in kernel_names(file):
         raw_kernel(file, kernel, dtype)
-        if "blocks_barrier(" in text(file):  # its blocks can wait for each other
+        # Some kernels have a barrier at which the blocks of a grid wait for each other.
+        if "blocks_barrier(" in text(file):
             raw_kernel(file, kernel, dtype, True)
 
 
 def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) -> Any:
     """Return the compiled kernel for the current device.
 
-    Tests replace this function and `empty`: tests/ptx returns a kernel of its own,
-    which is also called with ``(grid, block, args)`` and accepts NumPy arrays. A launch
-    with `shared` memory also reads its ``shared_size_bytes``, the static part.
+    Tests replace this function and `empty`, to run kernels without a GPU. A replacement
+    of the kernel is also called with ``(grid, block, args)``, and its arguments are
+    NumPy arrays. A launch with `shared` memory also reads its attribute
+    ``shared_size_bytes``, the static shared memory.
     """
     import cupy
 
@@ -80,7 +85,7 @@ def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) ->
     return _compile(file, kernel, dtype, cooperative, device)
 
 
-# `device` is a key of the cache only: a loaded function belongs to one device.
+# `device` is only a key of the cache: a loaded kernel belongs to one device.
 @functools.cache
 def _compile(file: str, kernel: str, dtype: str, cooperative: bool, device: int) -> Any:
     import cupy
@@ -101,14 +106,14 @@ def _module(file: str, dtype: str, cooperative: bool) -> Any:
     return cupy.RawModule(
         code=source(file),
         options=options(dtype),
-        # A grid whose blocks wait for each other must be launched so that all blocks
-        # run at once. The code is the same.
+        # If the blocks of a grid wait for each other, all of them must run at the same
+        # time. CUDA guarantees this for a cooperative launch. The code is the same.
         enable_cooperative_groups=cooperative,
     )
 
 
 def _hint(log: str) -> str:
-    """Return a sentence for the user, chosen by the compiler's log."""
+    """Return a hint for the user that fits the compiler's log."""
     if "cuda_fp16.h" in log or "cannot open source file" in log:
         return (
             "Hint: the CUDA headers are missing. Install CuPy together with them, for "
@@ -123,14 +128,16 @@ def _hint(log: str) -> str:
 def source(file: str) -> str:
     """Return ``common.cuh``, the ``.cuh`` files of the folder, and the file, joined.
 
-    The key of CuPy's disk cache is the source text, so a change in an included file
-    would not be noticed. ``#line`` makes compiler errors name the original files.
+    The files are joined instead of included, because the key of CuPy's disk cache is
+    the source text: CuPy would not notice a change in an included file. ``#line`` makes
+    compiler errors name the original files.
     """
     folder = _folder()
-    beside = sorted((folder / file).parent.glob("*.cuh"))  # by name, so always the same
+    # Sorted by name, so that the text is the same on every machine.
+    headers = sorted((folder / file).parent.glob("*.cuh"))
     return "".join(
         f'#line 1 "{path.relative_to(folder)}"\n{path.read_text(encoding="utf-8")}'
-        for path in (folder / "common.cuh", *beside, folder / f"{file}.cu")
+        for path in (folder / "common.cuh", *headers, folder / f"{file}.cu")
     )
 
 
@@ -138,7 +145,7 @@ def options(dtype: str) -> tuple[str, ...]:
     """Return the compiler's options: the language, the types, and the constants."""
     storage = _STORAGE["float32" if dtype == TF32 else dtype]
     compute = "double" if dtype == "float64" else "float"
-    # `real_t` is the type in memory, `acc_t` the type of all sums.
+    # `real_t` is the type of arrays in memory, and `acc_t` the type of sums.
     types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
     constants = definitions(8 if compute == "double" else 4)  # bytes of an acc_t
     defined = (f"-D{name}={number}" for name, number in constants.items())
@@ -185,7 +192,8 @@ def kernel_dtype(file: str, dtype: Any) -> str:
     return TF32 if tf32_allowed() else name
 
 
-# Cached: NumPy composes the name in every access, which costs as much as a launch.
+# Cached, because NumPy builds the name on every access, which takes as long as a
+# launch.
 @functools.lru_cache(maxsize=16)
 def _name(dtype: np.dtype[Any]) -> str:
     return dtype.name

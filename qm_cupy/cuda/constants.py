@@ -1,47 +1,56 @@
-"""Constants of Python and CUDA. `definitions` passes them to the compiler.
+"""Constants that Python and CUDA use. `definitions` passes them to the compiler.
 
 In the kernels they are macros of the same names. If a constant is the size of a struct,
-the kernel asserts it.
+the kernel asserts that it is. Here "reals" are values of the type of sums, `acc_t`,
+with 4 or 8 bytes, and "integers" have 4 bytes.
 """
 
-WARP = 32  # threads that execute one instruction together
+WARP = 32  # GPU threads that execute one instruction together
 BLOCK = 256  # threads of a block, unless a launch sets another number
 VECTOR_BYTES = 16  # bytes of one vector load or store; shared memory is aligned to it
 COUNTS = 16  # number of counts that one launch of `write_counts` writes
-# Constants of kernels/optimized/tiles.cuh: rows and columns of a tile, bytes of each
-# row that are staged in one step, and stages in shared memory of the widest tile.
+# Constants of kernels/optimized/tiles.cuh: the rows and columns of a tile, the bytes of
+# each row that one step copies to shared memory, and the number of these copies that
+# the shared memory of the widest tile has room for.
 TILE, STEP_BYTES, WIDE_STAGES = 128, 64, 4
 SQUARE = 32  # rows and columns that a block transposes
 THREAD_TOKENS = 4  # tokens of one thread, in selection and in the saliency of layers
-# Largest numbers of threads of a block; they are launch bounds of the kernels. For
-# linkage the key is the bytes of a distance, and registers limit the number. A
-# multiprocessor runs one such block at a time, so that all blocks of a launch can run.
+# The largest numbers of threads of a block, which are launch bounds of the kernels. For
+# linkage the key is the number of bytes of a distance, and registers limit the number
+# of threads. A multiprocessor runs one such block at a time, so that all blocks of a
+# launch can run at the same time.
 SELECTION_THREADS = 1024
 GROUP_THREADS = 1024
 SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 512, 8: 384}
-MAX_HEAD_DIM = 256  # of the transformer prior: a block keeps the sums of one head
+# Largest width of a head in the transformer prior: one block keeps the sums of a head.
+MAX_HEAD_DIM = 256
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}  # after a linear map
 NOISE_BITS = 23  # bits of the uniform numbers that Gumbel noise is computed from
 
-# Values of the softmax state of a row of scores: (m, r, t), or three for its gradient.
+# Values of the softmax state (m, r, t) of a row of scores. Gradients of scores also
+# need three values for each row: (m, t / (1 + r), g / (1 + r)).
 STATE_VALUES = 3
 EXTREMES = 4  # values that `entropy_extremes` writes for each layer of a sequence
-QUERIES, KEYS = 1, 2  # bits: the rows of a band of score gradients are one or both
+# Bits that select a matrix of score gradients: G, with queries as rows, Gᵀ, with keys
+# as rows, or for both bits G + Gᵀ.
+QUERIES, KEYS = 1, 2
 
-# Linkage. Keys are the bytes of a distance; values are bytes.
+# Linkage. In dictionaries the keys are the bytes of a distance, and values are bytes.
 LINKAGE_METHODS = {"average": 0, "complete": 1, "ward": 2, "single": 3}
 LEAST_MASS = 1e-6  # a smaller mass is raised to this fraction of the largest mass
 ERROR_ROUNDING = 1e-12  # tolerance for rounding when an error is compared with a limit
-LINKAGE_SCRATCH = 128  # distances in shared memory, before clusters and matrix
+# Distances at the start of shared memory, before the clusters and the matrix.
+LINKAGE_SCRATCH = 128
 SLOT_BYTES = {width: 5 * width + 22 for width in (4, 8)}  # per cluster
 TREE_BYTES = {width: 2 * width + 20 for width in (4, 8)}  # per token of a dendrogram
 NEAREST_BYTES = {width: 2 * width for width in (4, 8)}  # per nearest cluster
-# Single linkage: 8-byte words, reals and integers of the state per token; integers of
-# its progress; integers per token while the rows of the dendrogram are written.
+# Single linkage. Its state has 8-byte words, reals and integers for each token. Then
+# come the integers of its progress for each team of blocks, and the integers for each
+# token while the rows of the dendrogram are written.
 SINGLE_WORDS, SINGLE_REALS, SINGLE_INTEGERS = 2, 3, 8
 SINGLE_PROGRESS, SINGLE_ROW_INTEGERS = 4, 3
-# Contiguous groups: reals and integers per token.
+# Contiguous groups: reals and integers for each token.
 CONTIGUOUS_REALS, CONTIGUOUS_INTEGERS = 5, 3
 BASIC_CONTIGUOUS_REALS, BASIC_CONTIGUOUS_INTEGERS = 3, 2
 

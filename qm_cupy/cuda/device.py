@@ -17,7 +17,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     """Return an uninitialised array for a kernel to fill."""
     import cupy
 
-    # CuPy allocates in the order of the current stream, or from a `Workspace`.
+    # The memory comes from CuPy's pool for the current stream, or from a `Workspace`.
     return cupy.empty(shape, dtype=dtype)
 
 
@@ -29,7 +29,7 @@ def to_device(x: NDArray[Any]) -> Any:
 
 
 def to_host(x: Any) -> Any:
-    """Return an array as NumPy; a copy from a GPU waits for its work."""
+    """Return an array as NumPy array; for a GPU array, the CPU waits for its values."""
     return x if x is None or isinstance(x, np.ndarray | np.generic) else x.get()
 
 
@@ -37,7 +37,7 @@ class Device(NamedTuple):
     """Limits of the current device that launchers need."""
 
     multiprocessors: int
-    """Number of multiprocessors. This many blocks of 1024 threads can run at once."""
+    """Number of multiprocessors. As many blocks of 1024 threads can run at once."""
     shared_bytes: int
     """Largest shared memory of a block in bytes, static and dynamic together."""
 
@@ -54,7 +54,7 @@ def _device(number: int) -> Device:
     import cupy
 
     attributes = cupy.cuda.Device(number).attributes
-    # "Optin": the limit if a kernel asks for more than the default of 48 KiB.
+    # "Optin": the limit for kernels that request more than the default of 48 KiB.
     return Device(
         attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
     )
@@ -65,13 +65,14 @@ def free_memory() -> int:
     import cupy
 
     free, _ = cupy.cuda.runtime.memGetInfo()
-    # CuPy's pool keeps freed blocks, which the driver counts as used.
+    # CuPy's pool keeps freed memory, which the driver counts as used.
     free = int(free) + int(cupy.get_default_memory_pool().free_bytes())
+    # In `Workspace.lend`, the allocator is a method of the workspace.
     lender = getattr(cupy.cuda.get_allocator(), "__self__", None)
     return lender.free_memory(free) if isinstance(lender, Workspace) else free
 
 
 def is_capturing() -> bool:
     """Return whether the current stream captures a CUDA graph."""
-    cupy = sys.modules.get("cupy")  # not imported: no stream can be capturing
+    cupy = sys.modules.get("cupy")  # without CuPy no stream can be capturing
     return cupy is not None and bool(cupy.cuda.get_current_stream().is_capturing())

@@ -14,13 +14,13 @@ from .constants import BLOCK, COUNTS, VECTOR_BYTES, WARP
 from .device import current_device, empty, is_capturing, to_device
 from .tiles import Shape, Tiling, select_shape
 
-# Shared memory of a block, static and dynamic, that CUDA allows by default. A kernel
-# that needs more must set its attribute before the launch.
+# The static and dynamic shared memory of a block that CUDA allows by default, in bytes.
+# For more, `max_dynamic_shared_size_bytes` of the kernel must be set before the launch.
 _SHARED_BYTES = 48 << 10
 
 
 def launch(
-    page: str,
+    file: str,
     kernel: str,
     dtype: Any,
     args: tuple[Any, ...],
@@ -28,7 +28,7 @@ def launch(
     outputs: int | None = None,
     rows: int | None = None,
     blocks: int | None = None,
-    vectors: Any = None,
+    vector_output: Any = None,
     threads: int | None = None,
     tiles: Tiling | None = None,
     shape: Shape | None = None,
@@ -37,89 +37,96 @@ def launch(
     cooperative: bool = False,
     kernels: str | None = None,
 ) -> None:
-    """Run a kernel of ``kernels/*/<page>.cu`` on the current stream and device.
+    """Run a kernel of ``kernels/*/<file>.cu`` on the current stream and device.
 
-    `use_kernels` or `kernels` selects the basic or the optimized kernel. If there is no
-    optimized kernel, the basic one runs. The arguments below give the amount of work.
-    If it is zero, nothing is launched.
+    `kernels`, or by default `use_kernels`, selects the folder "basic" or "optimized".
+    If there is no optimized kernel, the basic one runs. `dtype` is the dtype that the
+    kernel is compiled for, and `args` are its arguments.
 
-    =========  ==========================  =========================================
-    argument   basic kernels               optimized kernels
-    =========  ==========================  =========================================
-    `outputs`  a thread for each           the same, unless another argument is given
-    `rows`     a thread for each           a warp for each
-    `blocks`   a thread for each           a block for each, of `block` threads
-    `vectors`  a thread for each element   a thread for each 16 bytes of a row
-    `tiles`    (give `outputs` too)        a block for each tile, or row of tiles, of
-                                           `shape`, by default the fastest shape
-    `threads`  this many threads           the same
-    =========  ==========================  =========================================
+    The arguments below give the amount of work, from which the number of GPU threads
+    follows. If it is zero, nothing is launched.
 
-    `block`, `shared` (bytes), and `cooperative` (blocks wait for each other) apply to
-    the optimized kernel only. The grid uses the axis x, because y and z are limited to
-    65,535 blocks.
+    ===============  ==========================  ======================================
+    argument         basic kernels               optimized kernels
+    ===============  ==========================  ======================================
+    `outputs`        a thread for each           the same, unless another argument is
+                                                 given
+    `rows`           a thread for each           a warp for each
+    `blocks`         a thread for each           a block for each, of `block` threads
+    `vector_output`  a thread for each element   a thread for each 16 bytes of a row
+                     of this array               of this array
+    `tiles`          (give `outputs` too)        a block for each tile, or for each row
+                                                 of tiles
+    `threads`        this many threads           the same
+    ===============  ==========================  ======================================
+
+    `shape` is the shape of the tiles, by default the fastest one. `block` (threads of a
+    block), `shared` (bytes of dynamic shared memory) and `cooperative` (blocks wait for
+    each other) apply to the optimized kernel only. The grid uses the axis x, because y
+    and z are limited to 65,535 blocks.
     """
-    folder = _available(page, kernel, kernels or implementation())
-    if folder == "basic":  # one thread computes one output, in blocks of one size
+    folder = _available(file, kernel, kernels or implementation())
+    if folder == "basic":  # one thread for each output, in blocks of one size
         block, shared, cooperative = BLOCK, 0, False
-        elements = None if vectors is None else vectors.size
+        elements = None if vector_output is None else vector_output.size
         blocks = _cover(_first(outputs, rows, blocks, elements, threads), BLOCK)
     elif tiles is not None:
         shape = shape or select_shape(tiles, dtype)
-        kernel += shape.suffix  # each shape is a kernel of its own
+        kernel += shape.suffix  # each shape has its own kernel
         blocks, block, shared = tiles.blocks(shape), shape.threads, shape.shared
     elif blocks is None:
-        warps = None if rows is None else rows * WARP
-        vectors = None if vectors is None else vector_count(vectors)
-        blocks = _cover(_first(warps, vectors, threads, outputs), block)
+        warp_threads = None if rows is None else rows * WARP
+        vectors = None if vector_output is None else vector_count(vector_output)
+        blocks = _cover(_first(warp_threads, vectors, threads, outputs), block)
     if blocks * block == 0:  # an empty batch; CUDA refuses a grid without blocks
         return
-    file = f"{folder}/{page}"
-    run = raw_kernel(file, kernel, kernel_dtype(file, dtype), cooperative)
+    path = f"{folder}/{file}"
+    run = raw_kernel(path, kernel, kernel_dtype(path, dtype), cooperative)
     if shared and run.shared_size_bytes + shared > _SHARED_BYTES:
-        # Always the largest value, because all threads use one kernel object. With
-        # exact sizes another thread could lower the limit before this launch.
+        # Always set the largest value. All Python threads use the same kernel object,
+        # so with exact sizes another thread could lower the limit before this launch.
         run.max_dynamic_shared_size_bytes = _max_dynamic_bytes(run)
-    # CuPy copies each argument's bytes as they are, so each must have the width of its
-    # parameter in the kernel.
+    # CuPy copies the bytes of each argument without a conversion. Each argument must
+    # therefore have as many bytes as the kernel's parameter.
     values = tuple([_WIDEN.get(type(x), _unchanged)(x) for x in args])
     run((blocks,), (block,), values, shared_mem=shared)
 
 
 @functools.cache
-def _available(page: str, kernel: str, wanted: str) -> str:
+def _available(file: str, kernel: str, wanted: str) -> str:
     """Return the wanted folder if it contains the kernel, else "basic"."""
-    file = f"{wanted}/{page}"
-    exists = file in kernel_files() and kernel in kernel_names(file)
+    path = f"{wanted}/{file}"
+    exists = path in kernel_files() and kernel in kernel_names(path)
     return wanted if exists else "basic"
 
 
 def _first(*counts: int | None) -> int:
-    """Return the first count that is not None: the order above is the priority."""
+    """Return the first count that is not None. Callers pass the counts by priority."""
     return next(count for count in counts if count is not None)
 
 
 def _cover(count: int, size: int) -> int:
-    """Return the number of pieces of a size that cover a count: ⌈count / size⌉."""
+    """Return ⌈count / size⌉, for example the blocks that contain `count` threads."""
     return -(-count // size)
 
 
 def block_size(num_tokens: int, max_threads: int, step: int = WARP) -> int:
-    """Return the threads of a block with one thread per token, up to `max_threads`.
+    """Return how many threads a block has with one thread per token.
 
-    The number is a multiple of `step`, because a warp is never divided.
+    It is at most `max_threads`, and a multiple of `step`, because a block consists of
+    whole warps.
     """
     return min(_cover(num_tokens, step) * step, max_threads)
 
 
-def dynamic_shared_bytes(page: str, kernel: str, dtype: Any) -> int:
+def dynamic_shared_bytes(file: str, kernel: str, dtype: Any) -> int:
     """Return the largest dynamic shared memory of an optimized kernel, in bytes."""
-    file = f"optimized/{page}"
-    return _max_dynamic_bytes(raw_kernel(file, kernel, kernel_dtype(file, dtype)))
+    path = f"optimized/{file}"
+    return _max_dynamic_bytes(raw_kernel(path, kernel, kernel_dtype(path, dtype)))
 
 
 def _max_dynamic_bytes(run: Any) -> int:
-    # The limit of the device includes the static part.
+    # The device limits the sum of static and dynamic shared memory.
     max_bytes: int = current_device().shared_bytes - run.shared_size_bytes
     return max_bytes
 
@@ -134,7 +141,8 @@ def _unchanged(x: Any) -> Any:
     return x
 
 
-# Python numbers and None become 8 bytes: `long long`, `double` or a null pointer.
+# Python numbers and None become 8 bytes, as the kernels declare them: `long long`,
+# `double` or a null pointer.
 _NULL = np.uint64(0)
 _WIDEN: dict[type, Callable[[Any], Any]] = {
     int: np.int64,
@@ -145,44 +153,50 @@ _WIDEN: dict[type, Callable[[Any], Any]] = {
 
 
 def vector_count(x: Any) -> int:
-    """Return the number of vectors of 16 bytes that cover the rows of `x`."""
+    """Return how many vectors of 16 bytes cover the rows of an array."""
     width: int = VECTOR_BYTES // x.dtype.itemsize  # elements of one vector
     rows: int = math.prod(x.shape[:-1])
-    # Each row starts a new vector, so the last vector of a row may be partly empty.
+    # Each row starts with a new vector, so the last vector of a row may be partly
+    # empty.
     return rows * -(-int(x.shape[-1]) // width)
 
 
 def contiguous(x: Any, dtype: Any = None) -> Any:
-    """Return `x` C-contiguous and of `dtype`, without a copy if it is; None is kept."""
+    """Return an array C-contiguous and in `dtype`, or None if `x` is None.
+
+    An array that is already so is not copied.
+    """
     return None if x is None else x.astype(dtype or x.dtype, order="C", copy=False)
 
 
-def device_counts(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
-    """Return K of every sequence on the device, or None if all are equal; and max K.
+def counts_on_device(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
+    """Return K of every sequence on the device, or None if all are equal, and max K.
 
-    Counts are known on the CPU, because the shapes of results depend on them.
+    The counts (B,) are on the CPU, because the shapes of results depend on them.
     """
     max_groups = int(num_groups.max(initial=0))
     if (num_groups == max_groups).all():
         return None, max_groups
     if is_capturing():
         return _write_counts(num_groups), max_groups
-    # Load the kernel now: no module can be loaded while a later call is captured.
+    # This call does not need `write_counts`, but a later call may be captured in a CUDA
+    # graph, and no module can be loaded during the capture. So load the kernel now.
     raw_kernel("basic/counts", "write_counts", "float32")
     return to_device(num_groups.astype(np.int32)), max_groups
 
 
 def _write_counts(num_groups: NDArray[np.int64]) -> Any:
-    """Write counts (B,) int32 by launches whose arguments are the counts.
+    """Write counts (B,) int32 to the device by launches whose arguments are the counts.
 
-    A CUDA graph stores the arguments of its launches. A copy from the CPU would not
-    work: CuPy reuses its staging memory, so a later replay would copy other values.
+    A CUDA graph stores the arguments of its launches. A captured copy from the CPU
+    would not work: CuPy reuses the CPU memory of the copy, so a later replay of the
+    graph would copy other values.
     """
     out = empty(num_groups.shape, np.int32)
     values = num_groups.ravel().tolist()
     for first in range(0, len(values), COUNTS):
         chunk = values[first : first + COUNTS]
-        chunk += [0] * (COUNTS - len(chunk))  # the kernel ignores these
+        chunk += [0] * (COUNTS - len(chunk))  # the kernel ignores the zeros
         args = (first, out.size, *chunk, out)
         launch("counts", "write_counts", np.float32, args, outputs=1)
     return out

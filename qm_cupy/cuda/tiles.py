@@ -1,7 +1,8 @@
 """Tiles of matrices: their shapes, and the selection of the fastest shape.
 
-A tile is the part of a product that one block computes at a time. Half, whole and wide
-tiles have 64 × 128, 128 × 128 and 128 × 256 entries.
+A tile is the part of a matrix product that one block of GPU threads computes at a time.
+Half, whole and wide tiles have 64 × 128, 128 × 128 and 128 × 256 entries. An SM is a
+multiprocessor of the GPU.
 """
 
 from typing import Any, NamedTuple
@@ -10,10 +11,10 @@ from .compile import TF32, kernel_dtype
 from .constants import BLOCK, STEP_BYTES, TILE, WIDE_STAGES
 from .device import Device, current_device
 
-# Time of a wide tile that has an SM to itself, divided by the time of two whole tiles
-# that run on the SM together. The wide tile reads 3/4 of the bytes and issues 3/4 of
-# the loads from shared memory, but nothing else runs while it finishes. This is an
-# estimate from counts: no GPU has timed it.
+# Time of a wide tile, which has an SM to itself, divided by the time of two whole
+# tiles, which run on one SM together. The wide tile reads 3/4 of the bytes and issues
+# 3/4 of the loads from shared memory, but no other tile runs on the SM while it
+# finishes. This is an estimate from counts; it was not timed on a GPU.
 _WIDE_COST = 0.9
 _RESERVED = 1 << 10  # bytes of shared memory that CUDA reserves for each block
 
@@ -21,16 +22,17 @@ _RESERVED = 1 << 10  # bytes of shared memory that CUDA reserves for each block
 class Shape(NamedTuple):
     """The shape of a tile, and the block that computes it."""
 
-    suffix: str  # of the kernel's name
-    rows: int
-    columns: int
-    threads: int
-    shared: int = 0  # bytes of dynamic shared memory
+    suffix: str  # the end of the kernel's name
+    rows: int  # of the tile
+    columns: int  # of the tile
+    threads: int  # of the block
+    shared: int = 0  # bytes of dynamic shared memory of the block
 
 
 HALF = Shape("_half", TILE // 2, TILE, BLOCK // 2)
 WHOLE = Shape("", TILE, TILE, BLOCK)
-# Each stage has the steps of TILE rows and 2 · TILE columns.
+# A tile is computed in steps. Each stage, a buffer in shared memory, has STEP_BYTES of
+# each of the TILE rows and 2 · TILE columns of one step.
 _WIDE_BYTES = WIDE_STAGES * 3 * TILE * STEP_BYTES
 WIDE = Shape("_wide", TILE, 2 * TILE, BLOCK, _WIDE_BYTES)
 
@@ -38,21 +40,20 @@ WIDE = Shape("_wide", TILE, 2 * TILE, BLOCK, _WIDE_BYTES)
 class Tiling(NamedTuple):
     """Matrices that are computed in tiles, and the assignment of tiles to blocks."""
 
-    matrices: int
-    rows: int
-    columns: int
+    matrices: int  # number of matrices
+    rows: int  # of each matrix
+    columns: int  # of each matrix
     upper: bool = False  # only tiles that touch the diagonal or are above it
     whole_rows: bool = False  # a block computes all tiles of its rows
-    wide: bool = False  # there is a wide kernel
+    wide: bool = False  # there is also a kernel for wide tiles
 
     def blocks(self, shape: Shape) -> int:
         """Return the number of blocks for a shape."""
-        across = -(
-            -self.columns // shape.columns
-        )  # rounded up: the last may be partial
+        # Tiles side by side, rounded up: the last one may be partly outside the matrix.
+        across = -(-self.columns // shape.columns)
         if self.upper:
-            # Squares of shape.columns × shape.columns on or above the diagonal; a half
-            # tile needs two blocks for each square.
+            # The matrix is divided into squares of shape.columns × shape.columns. Count
+            # the squares on or above the diagonal. A square has two half tiles.
             squares = across * (across + 1) // 2
             return self.matrices * squares * (shape.columns // shape.rows)
         down = -(-self.rows // shape.rows)
@@ -67,11 +68,11 @@ def select_shape(tiling: Tiling, dtype: Any) -> Shape:
     """Return the shape that is expected to be fastest on the current device."""
     device = current_device()
     if tiling.blocks(WHOLE) < device.multiprocessors:
-        return HALF  # twice as many blocks, so that fewer multiprocessors are idle
+        return HALF  # twice as many blocks, so that fewer SMs are idle
     if not tiling.wide or not _has_wide(dtype, device):
         return WHOLE
-    # A multiprocessor runs two whole tiles or one wide tile at a time. The blocks of a
-    # launch run in turns, each of which fills all multiprocessors.
+    # An SM runs two whole tiles or one wide tile at a time. The blocks of a launch run
+    # in turns. In one turn, every SM has as many tiles as it can run.
     turns = -(-tiling.blocks(WHOLE) // (2 * device.multiprocessors))
     wide_turns = -(-tiling.blocks(WIDE) // device.multiprocessors)
     cost = turns * tiling.block_tiles(WHOLE)  # unit: time of two whole tiles together
@@ -80,10 +81,10 @@ def select_shape(tiling: Tiling, dtype: Any) -> Shape:
 
 
 def _has_wide(dtype: Any, device: Device) -> bool:
-    """Return whether tensor cores multiply this dtype, as a wide kernel needs.
+    """Return whether wide tiles can run: tensor cores multiply this dtype.
 
-    The kernels use tensor cores from sm_80 on. Older GPUs, such as sm_75, are excluded
-    by their shared memory, which is at most 96 KB.
+    The kernels use tensor cores on GPUs of sm_80 and later. Older GPUs, such as sm_75,
+    have at most 96 KB of shared memory, so the second condition excludes them.
     """
     name = kernel_dtype("optimized/", dtype)
     return name in ("float16", "bfloat16", TF32) and WIDE.shared < device.shared_bytes
@@ -92,14 +93,17 @@ def _has_wide(dtype: Any, device: Device) -> bool:
 def kept_bytes(row_bytes: int, dtype: Any) -> int:
     """Return the shared memory of `multiply_kept` in bytes, or 0 if it does not fit.
 
-    With 16-bit types two blocks run on an SM, so both must fit.
+    `multiply_kept`, in kernels/optimized/tiles.cuh, keeps the rows of a tile in shared
+    memory while it multiplies them by all columns. With 16-bit types two blocks run on
+    an SM at the same time, so the shared memory of both must fit.
     """
     if dtype.itemsize == 8:
-        return 0  # the sums of float64 leave no registers for it
+        return 0  # the sums of float64 need all registers
     size = -(-row_bytes // STEP_BYTES) * STEP_BYTES  # bytes of a row, in whole steps
-    # The rows that are kept, and two buffers of columns: one is read, one is loaded.
+    # The rows that are kept, and two buffers for columns: one is multiplied while the
+    # other is loaded.
     wanted = (WHOLE.rows + 2 * WHOLE.columns) * size
     blocks = 2 if dtype.itemsize == 2 else 1
-    # Shared memory of an SM: the limit of a block and the bytes reserved for it.
+    # The shared memory of an SM: the limit of a block, and the bytes reserved for it.
     room = current_device().shared_bytes + _RESERVED
     return wanted if blocks * (wanted + _RESERVED) <= room else 0

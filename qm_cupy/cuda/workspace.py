@@ -11,8 +11,8 @@ class Workspace:
 
     The first call with a workspace allocates the memory. A later call with the same
     shapes, dtypes and options uses the same memory and allocates nothing, so that a
-    CUDA graph can capture it. Keep the workspace as long as such a graph. Use it in one
-    call at a time and in one stream. On the CPU it has no effect.
+    CUDA graph can capture it. Keep the workspace as long as you use the graph. Use a
+    workspace in one call at a time and in one stream. On the CPU it has no effect.
 
     Attributes
     ----------
@@ -33,18 +33,22 @@ class Workspace:
 
     def __init__(self) -> None:
         self.nbytes = 0
-        # Free blocks by device and size. A captured graph contains the addresses, so a
-        # block is reused for the same size only and never freed.
-        self._blocks: dict[tuple[int, int], list[Any]] = {}
+        # Buffers that no array uses now, by device and size. A captured graph contains
+        # their addresses. A buffer is therefore never returned to CuPy, and it is
+        # reused only for requests of its own size.
+        self._free_buffers: dict[tuple[int, int], list[Any]] = {}
         self._source: Any = None  # CuPy's allocator from before `lend`
-        self._free: int | None = None  # free bytes of the device in the first call
+        self._first_free_bytes: int | None = None  # of the device, in the first call
 
     def __reduce__(self) -> Any:
-        """Raise TypeError: a copy would refer to the same memory."""
+        """Raise TypeError, because a copy would refer to the same memory."""
         raise TypeError("a Workspace cannot be copied or pickled: make a new one")
 
     def lend(self) -> AbstractContextManager[None]:
-        """Return a context in which CuPy allocates from this memory, in this thread."""
+        """Return a context in which CuPy allocates from this memory.
+
+        It applies to the current Python thread only.
+        """
         import cupy
 
         self._source = cupy.cuda.get_allocator()
@@ -52,51 +56,58 @@ class Workspace:
         return scope
 
     def free_memory(self, now: int) -> int:
-        """Return the free bytes that the first call of this method received.
+        """Return the free bytes of the device that the first call received as `now`.
 
-        A launcher may choose its algorithm by the free memory. It must choose the same
-        in every call, although the workspace itself has used memory since then.
+        A launcher may select its algorithm by the free memory. It must select the same
+        algorithm in every call, although the workspace itself uses memory since then.
         """
-        if self._free is None:
-            self._free = now
-        return self._free
+        if self._first_free_bytes is None:
+            self._first_free_bytes = now
+        return self._first_free_bytes
 
     def _malloc(self, size: int) -> Any:
-        """Return a free block of exactly this size, or allocate one.
+        """Return a free buffer of exactly this size, or allocate one.
 
-        CuPy calls this as its allocator.
+        CuPy calls this method as its allocator.
         """
         import cupy
 
-        if size == 0:  # no memory, so there is nothing to keep
+        if size == 0:  # there is no memory to keep
             return self._source(0)
         device = cupy.cuda.runtime.getDevice()
-        # A later call with the same shapes asks for the same sizes, so that it finds a
-        # free block for each request.
-        blocks = self._blocks.setdefault((device, size), [])
-        if blocks:
-            block = blocks.pop()
+        # A later call with the same shapes requests the same sizes, and there is a free
+        # buffer for each request.
+        free = self._free_buffers.setdefault((device, size), [])
+        if free:
+            buffer = free.pop()
         else:
-            block = self._source(size)
+            buffer = self._source(size)
             self.nbytes += size
-        # CuPy keeps `loan` as the owner of the memory as long as an array uses it.
-        loan = _Loan(blocks, block)
-        memory = cupy.cuda.UnownedMemory(block.ptr, size, loan, device)
+        # CuPy keeps `loan`, the owner of the memory, as long as an array uses the
+        # memory.
+        loan = _Loan(free, buffer)
+        memory = cupy.cuda.UnownedMemory(buffer.ptr, size, loan, device)
         return cupy.cuda.MemoryPointer(memory, 0)
 
 
 class _Loan:
-    """The owner of a block in use. Its end puts the block back into the free list."""
+    """The owner of a buffer that an array uses.
 
-    def __init__(self, blocks: list[Any], block: Any) -> None:
-        self._blocks, self._block = blocks, block
+    Python deletes it with the last array. The buffer then returns to the free ones.
+    """
+
+    def __init__(self, free: list[Any], buffer: Any) -> None:
+        self._free, self._buffer = free, buffer
 
     def __del__(self) -> None:
-        self._blocks.append(self._block)
+        self._free.append(self._buffer)
 
 
 def memory_of(workspace: Workspace | None, tokens: Any) -> AbstractContextManager[None]:
-    """Return a context that allocates from a workspace, if there is one and a GPU."""
+    """Return a context in which CuPy allocates from a workspace.
+
+    It has no effect without a workspace, or for tokens on the CPU.
+    """
     if workspace is None or not is_cuda(tokens):
         return nullcontext()
     return workspace.lend()

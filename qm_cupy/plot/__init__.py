@@ -1,12 +1,12 @@
 """Plots of saliency, similarities, groups and errors. They need matplotlib.
 
 Every function draws on matplotlib axes, returns the axes, and opens no window. Colours
-are those of Okabe and Ito, or cividis. No plot depends on colour alone: lines also
-differ in dashes and markers, and cividis is lighter for larger values. A grey print
-therefore contains the same information.
+are those of Okabe and Ito, or of the colour map cividis. No plot depends on colour
+alone: lines also differ in dashes and markers, and cividis is lighter for larger
+values. A grey print therefore contains the same information.
 """
 
-# Checked first, so that the error names the extra to install.
+# Import matplotlib first, so that the error says how to install it.
 try:
     import matplotlib as _  # noqa: F401
 except ImportError as error:

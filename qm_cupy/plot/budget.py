@@ -1,4 +1,4 @@
-"""A plot of the error against the number of groups."""
+"""A plot of the error against the number of groups K."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,22 +31,22 @@ def plot_budget(
     max_error: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the error against K, and mark the smallest K within an error bound.
+    """Draw the error against the number of groups K, and mark an error bound.
 
     A second call on the same axes adds curves with other colours, dashes and markers.
 
     Parameters
     ----------
     budgets : ndarray of int of shape (M,)
-        The numbers of groups K, in any order.
+        Values of K, in any order.
     errors : ndarray of shape (M,) or (C, M)
         The error at each K, for each of C curves; for example the results of
         `reconstruction_error`. float16, bfloat16, float32 or float64, ≥ 0.
     names : sequence of C str, optional
         Names of the curves.
     max_error : float, optional
-        A bound of the error. It is drawn as a line. A ring marks the smallest K of each
-        curve whose error is within the bound, and the legend gives this K.
+        A bound of the error, drawn as a line. For each curve, a ring marks the smallest
+        K with an error within the bound, and the legend gives this K.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on; by default those of a new figure.
 
@@ -73,7 +73,8 @@ def plot_budget(
     """
     budgets, errors = to_host("budgets", budgets), to_host("errors", errors)
     check_is_array("budgets", budgets)
-    # One axis of any length; a number has the shape (), for which (1,) is wanted.
+    # `budgets` must have one axis of any length. A number has the shape (), so (1,) is
+    # wanted for it, and it is refused.
     check_shape("budgets", budgets, "M", budgets.shape[-1:] or (1,))
     check_num_groups(budgets, budgets.shape, name="budgets")
     check_values("errors", errors, "M", "CM")
@@ -84,12 +85,12 @@ def plot_budget(
     if max_error is not None:
         max_error = check_number("max_error", max_error, 0, np.inf, "[)")
     ax = axes_or_new(ax, 5.5, 4)
-    order = np.argsort(budgets, kind="stable")  # lines from the smallest K up
+    order = np.argsort(budgets, kind="stable")  # from the smallest K to the largest
     for number, curve in enumerate(curves[:, order]):
         label = [] if names is None else [names[number]]
         if max_error is not None:
             label += _ring_first_within(ax, budgets[order], curve, max_error)
-        # The number of lines on the axes, so that a later call continues the cycle.
+        # Count the lines on the axes, so that a later call continues with other styles.
         index = len(ax.lines)
         ax.plot(
             budgets[order],
@@ -127,7 +128,8 @@ def _ring_first_within(
 
 def _draw_limit(ax: Axes, max_error: float) -> None:
     """Draw the bound of the error as a horizontal line with a text."""
-    across = ax.get_yaxis_transform()  # x in 0..1 of the axes' width, y in data units
+    # x is a fraction of the width of the axes, and y is an error.
+    across = ax.get_yaxis_transform()
     style: dict[str, Any] = {"color": OUTLINE, "linewidth": 1, "zorder": 1}
     # `hlines` adds a collection, so that `ax.lines` contains the curves only.
     ax.hlines(max_error, 0, 1, transform=across, **style)

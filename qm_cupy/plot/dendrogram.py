@@ -30,10 +30,10 @@ def plot_dendrogram(
     words: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the dendrogram of one sequence, and the cut into K groups.
+    """Draw the dendrogram of one sequence of N tokens, and the cut into K groups.
 
-    Branches are in the order of their first tokens. Merges above the cut are dashed. A
-    number where the cut crosses a branch is the number of the group below.
+    Branches are in the order of their first tokens. Merges above the cut are dashed.
+    Where the cut crosses a branch, a number says which group is below.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def plot_dendrogram(
     num_tokens = len(dendrogram) + 1
     check_names("words", words, num_tokens, "tokens")
     keep = np.ones(num_tokens, np.bool_) if mask is None else mask
-    # With n valid tokens, the first n - 1 rows are merges and the rest is padding.
+    # With n tokens that are not padding, the first n - 1 rows are merges.
     tree = dendrogram[: np.count_nonzero(keep) - 1].astype(np.float64)
     labels, merges = None, len(tree)
     if num_groups is not None:
@@ -96,7 +96,8 @@ def plot_dendrogram(
         merges = len(tree) - int(labels.max())  # rows below the cut: n - K
     leaves, x_of_node, height = _layout(tree, num_tokens, np.flatnonzero(keep))
     ax = axes_or_new(ax, figure_width(len(leaves)), 3.5)
-    top = height.max() or 1.0  # 0 if all distances are 0 or there is one token
+    # The height is 0 if all distances are 0, or if there is only one token.
+    top = height.max() or 1.0
     _draw_branches(ax, tree, x_of_node, height, merges)
     if labels is not None:
         _draw_cut(ax, tree, x_of_node, labels, merges)
@@ -116,15 +117,16 @@ def _layout(
     """
     members = {int(token): [int(token)] for token in tokens}
     for row, (a, b) in enumerate(tree[:, :2].astype(int), num_tokens):
-        # Lists compare by their first tokens: the branch with the earlier one is left.
+        # Python compares lists by their first entries, so the branch whose first token
+        # is earlier is on the left.
         first, second = sorted((members.pop(a), members.pop(b)))
         members[row] = first + second
-    (leaves,) = members.values()
+    (leaves,) = members.values()  # the last merge contains all tokens
     x_of_node = np.zeros(2 * num_tokens - 1)
     height = np.zeros(2 * num_tokens - 1)  # 0 for tokens
     x_of_node[leaves] = np.arange(len(leaves))
     for row, (a, b) in enumerate(tree[:, :2].astype(int), num_tokens):
-        x_of_node[row] = (x_of_node[a] + x_of_node[b]) / 2  # above the middle
+        x_of_node[row] = (x_of_node[a] + x_of_node[b]) / 2  # between its two branches
     height[num_tokens : num_tokens + len(tree)] = tree[:, 2]
     return leaves, x_of_node, height
 
@@ -136,7 +138,10 @@ def _draw_branches(
     height: NDArray[np.float64],
     merges: int,
 ) -> None:
-    """Draw each merge as a bracket over its two branches; dashed from row `merges`."""
+    """Draw each merge as a bracket over its two branches.
+
+    Merges from row `merges` on are above the cut and dashed.
+    """
     child = tree[:, :2].astype(np.intp)
     # Four points of each bracket: up from the left child, across, down to the right.
     x = x_of_node[child].repeat(2, axis=1)  # left, left, right, right
@@ -161,12 +166,14 @@ def _draw_cut(
 ) -> None:
     """Draw the cut above the first `merges` rows, and the numbers of the groups."""
     below = tree[merges - 1, 2] if merges else 0.0
-    # With one group there is no merge above: the cut is a little above the last one.
+    # With one group there is no merge above the cut. Draw it a little above the last
+    # merge.
     above = tree[merges, 2] if merges < len(tree) else 1.1 * below
     cut = (below + above) / 2
     ax.axhline(cut, color=OUTLINE, linewidth=1)
-    # The group of each node below the cut. A merge passes it from its children to its
-    # own node, so that in the end only the root of each group has a number.
+    # The number of the group of each node below the cut, or -1. A merge moves the
+    # number from its two children to its own node. In the end, only the highest node of
+    # each group has a number.
     group = np.full(len(x_of_node), -1)
     group[: len(labels)] = labels
     child = tree[:, :2].astype(np.intp)

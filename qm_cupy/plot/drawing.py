@@ -1,4 +1,4 @@
-"""Common parts of all plots: colours, axes, images, names of tokens and checks."""
+"""Functions that several plots use: colours, axes, images, names of tokens, checks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +12,18 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..arrays.checks import check_integer, check_labels
-from ..arrays.conversion import enter
+from ..arrays.conversion import convert_inputs
 from ..arrays.libraries import on_host
 
-# The colours of Okabe and Ito without their yellow, which is hard to see on white.
+# The colours of Okabe and Ito, without their yellow, which is hard to see on white.
 COLOURS = (
     "#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
 )  # fmt: skip
-# 4 and 7 have no common factor, so 28 lines differ in colour or dashes.
+# There are 7 colours and 4 dashes. They have no common factor, so 28 lines differ in
+# colour or dashes.
 DASHES = "-", "--", "-.", ":"
-OUTLINE = "#b3001b"  # darker than every colour of a lightened picture
+# The colour of outlines, which is darker than every colour of a lightened picture.
+OUTLINE = "#b3001b"
 
 
 def draw_values(
@@ -60,8 +62,8 @@ def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def to_host(name: str, x: Any) -> NDArray[Any]:
-    """Return an array of any library as NumPy array, because matplotlib needs one."""
-    _, x = enter({name: x})
+    """Return an array of any library as the NumPy array that matplotlib needs."""
+    _, x = convert_inputs({name: x})
     return x if on_host(x) else x.get()
 
 
@@ -80,7 +82,7 @@ def check_grid(grid: Any) -> tuple[int, int]:
 def check_group_labels(labels: NDArray[Any], num_tokens: int | None) -> None:
     """Raise unless these are the labels (N,) of one sequence."""
     wanted = labels.shape[-1:] or (1,) if num_tokens is None else (num_tokens,)
-    # K is unknown, so every label from -1 on is allowed.
+    # The number of groups is unknown, so every label from -1 on is allowed.
     check_labels(labels, wanted, np.iinfo(np.int32).max)
 
 

@@ -46,8 +46,8 @@ def plot_groups(
         its group. A full dot is the last token of its group, which is the position of
         the merged token. A cross is a token without a group.
     picture : ndarray of shape (H, W) or (H, W, 3), optional
-        With `grid`: the picture to draw on. It is drawn in lighter colours. uint8, or
-        floating within [0, 1].
+        With `grid`: the picture to draw on, with height H and width W in pixels. It is
+        drawn in lighter colours. uint8, or floating within [0, 1].
     words : sequence of str, optional
         Without `grid`: a name for each token.
     linewidth : float, default 0.8
@@ -124,10 +124,12 @@ def _draw_arcs(
     linewidth: float,
     ax: Axes | None,
 ) -> Axes:
-    """Draw tokens in a row, and an arc from each to the next of its group."""
+    """Draw tokens in a row, and an arc from each token to the next of its group."""
     ax = axes_or_new(ax, figure_width(len(labels)), 3)
     angle = np.linspace(0, np.pi, 33)  # half a turn
-    last, count, top = [], 0, 1.0  # last tokens, groups with arcs, highest arc
+    # The last token of each group, how many groups have arcs, and the height of the
+    # highest arc.
+    last, count, top = [], 0, 1.0
     for group in np.unique(labels[labels >= 0]):
         positions = np.flatnonzero(labels == group)
         last.append(positions[-1])
@@ -135,8 +137,8 @@ def _draw_arcs(
             continue
         span = np.diff(positions)[:, None]
         x = positions[:-1, None] + span * (1 - np.cos(angle)) / 2  # (arcs, 33)
-        # The height grows with the square root, so that short arcs are not flat beside
-        # long ones.
+        # The height grows with the square root of the width, so that short arcs are not
+        # flat in comparison with long ones.
         y = np.sqrt(span) * np.sin(angle)
         arcs = LineCollection(
             list(np.stack([x, y], axis=-1)),
@@ -147,7 +149,7 @@ def _draw_arcs(
         )
         ax.add_collection(arcs)
         count, top = count + 1, max(top, y.max())
-    # Three sorts of tokens: the last of a group, the others of a group, and padding.
+    # Three cases: the last token of a group, its other tokens, and tokens in no group.
     merged = np.setdiff1d(np.flatnonzero(labels >= 0), last)
     dots: tuple[tuple[Any, str, dict[str, Any]], ...] = (
         (last, "last of its group", {"color": "black"}),
@@ -159,7 +161,7 @@ def _draw_arcs(
         for where, label, style in dots
         if len(where)
     ]
-    # Room above the highest arc for the legend.
+    # Leave space for the legend above the highest arc.
     ax.set(xlim=(-0.8, len(labels) - 0.2), ylim=(-0.08 * top, 1.3 * top), yticks=[])
     style = {"ncols": 3, "frameon": False, "fontsize": "small"}
     # `set_in_layout(False)`: a wide legend must not shrink the axes.
@@ -170,7 +172,7 @@ def _draw_arcs(
 
 
 def _paled(picture: NDArray[Any]) -> NDArray[Any]:
-    """Return a picture half-way to white, so that every dark line is visible on it."""
+    """Return a picture in lighter colours, so that dark lines are visible on it."""
     if picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
         wanted = "(H, W) or (H, W, 3)"
         raise ValueError(f"`picture` must have shape {wanted}, got {picture.shape}")
@@ -178,5 +180,5 @@ def _paled(picture: NDArray[Any]) -> NDArray[Any]:
         picture = picture / np.float32(255)
     check_floating("picture", picture)
     check_finite_values("picture", picture)
-    # (1 + x) / 2, within 0.5..1
+    # The mean of each value and white: (1 + x) / 2, within 0.5..1.
     return 0.5 + 0.5 * picture.astype(np.float32).clip(0, 1)

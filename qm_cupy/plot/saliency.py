@@ -34,7 +34,8 @@ def plot_saliency(
     Parameters
     ----------
     saliency : ndarray of shape (N,) or (L, N)
-        A value for each token (in each layer); float16, bfloat16, float32 or float64.
+        A value for each of N tokens (in each of L layers); float16, bfloat16, float32
+        or float64.
     grid : tuple of two int, optional
         Rows and columns of the patches of a picture, for values of shape (N,) in raster
         order. Without `grid`, layers are rows, counted from 1, and tokens are columns.
@@ -75,7 +76,7 @@ def plot_saliency(
         check_names("words", words, values.shape[-1], "tokens")
     else:
         if words is not None:
-            raise ValueError("give `grid` or `words`, not both")  # a patch has no word
+            raise ValueError("give `grid` or `words`, not both")
         rows, columns = check_grid(grid)
         check_values("saliency", values, "N")
         check_shape("saliency", values, "N", (rows * columns,))
@@ -92,7 +93,7 @@ def plot_saliency(
     image = draw_values(ax, values, label, limits)
     # Centres of tokens at 0, 1, ... and of layers at 1, 2, ...
     image.set_extent((-0.5, num_columns - 0.5, num_rows + 0.5, 0.5))
-    ax.set_aspect("auto")  # cells fill the figure; they need not be squares
+    ax.set_aspect("auto")  # cells fill the axes; they need not be squares
     name_tokens(ax.xaxis, words)
     if num_rows == 1:  # a single layer needs no number
         ax.set_yticks([])

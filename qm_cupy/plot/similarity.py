@@ -11,7 +11,7 @@ from ..arrays.checks import check_shape, check_values
 from ..arrays.conversion import on_callers_stream
 from .drawing import axes_or_new, check_group_labels, draw_values, to_host
 
-_MAX_NUMBERS = 20  # numbers of groups along an axis that stay legible
+_MAX_NUMBERS = 20  # at most this many group numbers along an axis are legible
 
 
 @on_callers_stream
@@ -21,7 +21,8 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
     Parameters
     ----------
     similarity : ndarray of shape (N, N)
-        The result of `cosine_similarity`; float16, bfloat16, float32 or float64.
+        The result of `cosine_similarity` for N tokens; float16, bfloat16, float32 or
+        float64.
     labels : ndarray of shape (N,)
         Group of each token. Tokens with label -1 are not drawn.
     ax : matplotlib.axes.Axes, optional
@@ -60,7 +61,8 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
     numbers, sizes = np.unique(labels[labels >= 0], return_counts=True)
     if not len(numbers):
         raise ValueError("`labels` must put at least one token into a group")
-    # Tokens by group, and by position within a group. Labels of -1 come first.
+    # Sort tokens by group, and within a group by position. Leave out the labels of -1,
+    # which come first.
     order = np.argsort(labels, kind="stable")[num_tokens - sizes.sum() :]
     ax = axes_or_new(ax, 5.8, 5)
     draw_values(ax, similarity[np.ix_(order, order)], "cosine similarity", None)
@@ -70,7 +72,8 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
     for corner, size in zip(start, sizes, strict=True):
         frame = Rectangle((corner, corner), size, size, fill=False, path_effects=[halo])
         ax.add_patch(frame)
-    shown = slice(None, None, -(-len(numbers) // _MAX_NUMBERS))  # every n-th number
+    # Show every n-th number, so that at most _MAX_NUMBERS are shown.
+    shown = slice(None, None, -(-len(numbers) // _MAX_NUMBERS))
     centre = start + sizes / 2
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(centre[shown], numbers[shown], size="x-small")
