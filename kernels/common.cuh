@@ -8,19 +8,22 @@
 //   -D TILE=...     and the other constants that Python and CUDA use: sizes, thresholds
 //                   and enumerations (qm_cupy/cuda/constants.py)
 //
-// Every kernel takes the same types of arguments. Integers are `long long` and options
-// are `double`. Masks are `bool`: true for a token; a null mask means that all are
-// tokens. Labels are `int`, -1 for padding. Counts are `int`, K of each sequence; null
-// counts mean `num_groups` groups in every sequence. Grids have one dimension.
+// Every kernel takes the same types of arguments. Integers and flags are `long long`,
+// and real-valued options are `double`. `mask` is `bool` (B, N), true for a token; a
+// null mask means that every position is a token. `labels` are `int` (B, N), -1 for
+// padding. `counts` are `int` (B,), K of each sequence; null counts mean `num_groups`
+// groups in every sequence. Grids have one dimension.
 //
-// No earlier step validates labels and counts. A kernel must stay within its arrays
-// whatever values they hold, so it reads them with `group_of` and `count_of`.
+// Labels and counts may have any value, because no earlier step checks them. A kernel
+// must stay within its arrays for all of these values, so it reads a label with
+// `group_of` and a count with `count_of`.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// The score of a masked position. It is below every real score, and finite, so that
-// 0 * (score - m) is 0; with -infinity the product would be NaN.
+// The score of a masked position. It is below every real score. It is also finite, so
+// that 0 * (score - m) is 0; with -infinity the product would be NaN. Its negative,
+// 1e30, is used as a distance or cost that is finite and above every real one.
 constexpr float MASKED_SCORE = -1e30f;
 
 // Conversions from the storage type to the computation type (`widen`) and back
@@ -68,12 +71,14 @@ __device__ __forceinline__ long long count_of(const int* counts, long long seque
     return count < 0 ? 0 : min(count, num_groups);
 }
 
-// Return the score of padding: -infinity, below the score of any token.
+// Return the score of padding: -infinity, below the score of any token. -padding(),
+// which is +infinity, is used as the distance of a pair that cannot merge.
 __device__ __forceinline__ acc_t padding() { return __uint_as_float(0xff800000u); }
 
 // Map a score to an unsigned integer: a larger score gives a larger integer, and -0 and
-// 0 give the same. Selection compares these integers, because a comparison of floats
-// flushes subnormals to 0 (CuPy compiles with -ftz=true) and would lose NumPy's order.
+// 0 give the same integer. Selection compares these integers, because a comparison of
+// floats flushes subnormals to 0 (CuPy compiles with -ftz=true) and would lose NumPy's
+// order.
 //
 // The bits of a float x >= 0 already increase with x: setting the sign bit puts them
 // above all negative numbers. The bits of x < 0 decrease with x: inverting them all
@@ -96,8 +101,8 @@ using bits_t = decltype(ordered_bits(acc_t()));
 //   r = sum e^(s - m)              over all scores except one with s = m
 //   t = sum e^(s - m) (s - m)      over the same scores; the "centred" sum, t <= 0
 //
-// The largest score is left out of both sums: it would add 1 to r and 0 to t. With
-// p_j = e^(s_j - m) / (1 + r) the entropy is
+// The largest score is left out of both sums, because its terms are known: it would add
+// 1 to r and 0 to t. With p_j = e^(s_j - m) / (1 + r) the entropy is
 //
 //   H = -sum_j p_j log p_j = log1p(r) - t / (1 + r)
 //
@@ -106,7 +111,7 @@ struct SoftmaxEntropy {
     acc_t m = MASKED_SCORE, r = 0, t = 0;
 
     __device__ __forceinline__ void add(acc_t score) {
-        if (score > m) {
+        if (score > m) {  // the new m; the old state is added to it
             *this = {score, 0, 0, *this};
         } else {
             const acc_t d = score - m;
@@ -167,8 +172,8 @@ __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigne
 // Return Gumbel noise, g = -log(-log u), for one token of one sequence.
 //
 // u = (k + 1/2) 2^-23 is uniform; k is the upper 23 bits (NOISE_BITS) of a random word.
-// Because of the 1/2, u is never 0 or 1, so both logarithms are finite. They are taken
-// in double and rounded once, so that the CPU and the GPU give the same bits.
+// Because of the 1/2, u is never 0 or 1, so both logarithms are finite. The logarithms
+// are taken in double and rounded once, so that the CPU and the GPU give the same bits.
 __device__ __forceinline__ float gumbel(unsigned long long seed, long long sequence,
                                         long long token) {
     const auto low = static_cast<unsigned>(sequence);
@@ -189,14 +194,15 @@ struct __align__(VECTOR_BYTES) Vector {
 };
 
 // Return whether 16 aligned bytes of the row start at `address`.
-__device__ __forceinline__ bool is_whole(const void* address, long long left) {
+__device__ __forceinline__ bool is_aligned_vector(const void* address, long long left) {
     return left >= WIDTH && reinterpret_cast<unsigned long long>(address) % 16 == 0;
 }
 
-// Return the largest power of two, at most 16, that divides a number of bytes.
+// Return the largest power of two, at most 16, that divides a number of bytes. x & -x
+// is the lowest bit of x that is 1; the OR with 16 limits the result to 16.
 __device__ __forceinline__ int alignment_of(unsigned long long bytes) {
-    const int low = static_cast<int>(bytes) | 16;
-    return low & -low;
+    const int bits = static_cast<int>(bytes) | 16;
+    return bits & -bits;
 }
 
 // Return the widest access, in bytes, that is aligned at `address` and does not pass
@@ -223,9 +229,10 @@ __device__ __forceinline__ Vector read_pieces(const real_t* address, long long l
 }
 
 // Read 16 bytes of 16-bit elements from an address that may be aligned to 2 bytes only.
-// If all 8 elements are within the row, read the aligned 4-byte words among them. At an
-// odd element these are 3 words with a single element before and after, and shifts put
-// neighbouring halves together. Near the end of the row, read single elements.
+// If all 8 elements are within the row, read the aligned 4-byte words among them. If
+// the first element is not aligned to 4 bytes (`odd`), these are 3 words, and the first
+// and the last element are read alone; shifts then combine neighbouring halves. Near
+// the end of the row, read single elements.
 __device__ __forceinline__ Vector read_halfwords(const real_t* address,
                                                  long long left) {
     const auto* element = reinterpret_cast<const unsigned short*>(address);
@@ -255,7 +262,8 @@ __device__ __forceinline__ Vector read_halfwords(const real_t* address,
 
 // Read the next WIDTH elements of a row in the widest accesses that are possible.
 __device__ __forceinline__ Vector read_vector(const real_t* address, long long left) {
-    if (is_whole(address, left)) return *reinterpret_cast<const Vector*>(address);
+    if (is_aligned_vector(address, left))
+        return *reinterpret_cast<const Vector*>(address);
     const int alignment = alignment_of(address, left);
     if (alignment >= 8) return read_pieces<uint2>(address, left);
     if (sizeof(real_t) == 4 || alignment == 4)
@@ -270,7 +278,8 @@ __device__ __forceinline__ void load_vector(acc_t (&x)[WIDTH], const real_t* add
     for (int i = 0; i < WIDTH; ++i) x[i] = widen(v.element[i]);
 }
 
-// Write the part of a vector that is within the row, as `read_pieces` reads it.
+// Write the part of a vector that is within the row, in accesses of sizeof(Piece)
+// bytes. The conditions are those of `read_pieces`.
 template <class Piece>
 __device__ __forceinline__ void write_pieces(real_t* address, const Vector& v,
                                              long long left) {
@@ -290,7 +299,7 @@ __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[W
                                              long long left) {
     Vector v;
     for (int i = 0; i < WIDTH; ++i) store(&v.element[i], x[i]);
-    if (is_whole(address, left)) {
+    if (is_aligned_vector(address, left)) {
         *reinterpret_cast<Vector*>(address) = v;
         return;
     }
@@ -304,8 +313,9 @@ __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[W
 }
 
 // The activation of a linear layer: none, ReLU, or GELU. GELU is y Phi(y), where Phi is
-// the cumulative distribution function of the standard normal distribution. It is a
-// function call, not inlined: a thread has 64 outputs, and each would be a copy of it.
+// the cumulative distribution function of the standard normal distribution. `gelu` is
+// not inlined: a thread computes 64 outputs, and each of them would contain a copy of
+// its code.
 __device__ __noinline__ acc_t gelu(acc_t y) {
     return y * (1 + erf(y * acc_t(0.7071067811865476))) / 2;
 }
@@ -317,7 +327,7 @@ __device__ __forceinline__ acc_t activated(acc_t y, long long activation) {
 // ---- Sums and maxima over warps and blocks
 //
 // Every reduction combines its values in a fixed order. Floating-point addition is not
-// associative, so this is why every run gives the same bits.
+// associative, so another order could give other bits.
 
 struct Add {
     __device__ acc_t operator()(acc_t a, acc_t b) const { return a + b; }
@@ -330,7 +340,7 @@ struct Greatest {
 };
 
 // Combine the values of all lanes; every lane gets the same result. All 32 lanes of the
-// warp must call it.
+// warp must call the function.
 template <class Combine>
 __device__ __forceinline__ acc_t warp_reduce(acc_t x, Combine combine) {
     for (int bits = 16; bits > 0; bits /= 2)
@@ -339,7 +349,8 @@ __device__ __forceinline__ acc_t warp_reduce(acc_t x, Combine combine) {
 }
 
 // Combine the values of all threads of a block; every thread gets the same result. Each
-// warp reduces its values, then every warp reduces the results of all warps. `scratch`
+// warp reduces its values, then every warp reduces the results of all warps. A lane
+// without a warp reads a valid entry, and `lane + bits < warps` excludes it. `scratch`
 // is shared memory for 32 values.
 template <class Combine>
 __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
@@ -384,8 +395,8 @@ __device__ __forceinline__ int sum_of_warps_before(int x, int* scratch, int* tot
 // this one. `total` becomes the sum over all threads.
 __device__ __forceinline__ int block_sum_before(int x, int* scratch, int* total) {
     const int up_to = sum_up_to_lane(x);
-    const int of_warp = __shfl_sync(~0u, up_to, 31);
-    return sum_of_warps_before(of_warp, scratch, total) + up_to - x;
+    const int warp_total = __shfl_sync(~0u, up_to, 31);
+    return sum_of_warps_before(warp_total, scratch, total) + up_to - x;
 }
 
 // Return the number of threads before this one whose `flag` is true; `total` becomes
@@ -396,16 +407,18 @@ __device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
     return rank + sum_of_warps_before(__popc(votes), scratch, total);
 }
 
-// Return the dynamic shared memory, whose size the launch sets. It is 16-byte aligned.
+// Return the dynamic shared memory, whose size the launch sets. The memory is 16-byte
+// aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ __align__(16) unsigned char dynamic_bytes[];
     return dynamic_bytes;
 }
 
-// A barrier of `num_blocks` blocks: wait until all of them have called it as often as
-// this block has. The launch must be cooperative, so that all blocks run at the same
-// time; otherwise a block could wait forever. `arrived` counts the arrivals and starts
-// at 0. It is never reset: the n-th barrier ends at n * num_blocks arrivals.
+// A barrier of `num_blocks` blocks: wait until every one of these blocks has called the
+// function as often as this block has. The launch must be cooperative, so that all
+// blocks run at the same time; otherwise a block could wait forever. `arrived` counts
+// the arrivals and starts at 0. It is never reset: the n-th barrier ends at n *
+// num_blocks arrivals.
 __device__ __forceinline__ void blocks_barrier(unsigned* arrived, unsigned num_blocks) {
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -9,6 +9,7 @@
 
 // The error of every prediction, ‖f(c_t) - x_target‖² / D. The token read last predicts
 // nothing; its error is 0. One thread, one prediction.
+// Shapes: prediction and merged (B, K, D), counts (B,), out (B, K).
 extern "C" __global__ void prediction_errors(const acc_t* prediction,
                                              const real_t* merged, const int* counts,
                                              long long batch, long long num_groups,
@@ -33,6 +34,7 @@ extern "C" __global__ void prediction_errors(const acc_t* prediction,
 
 // The mean of the K - 1 errors of a sequence. With one token there is nothing to
 // predict, and the loss is 0. One thread, one sequence.
+// Shapes: errors (B, K), counts (B,), out (B,).
 extern "C" __global__ void alignment_loss(const acc_t* errors, const int* counts,
                                           long long batch, long long num_groups,
                                           acc_t* out) {

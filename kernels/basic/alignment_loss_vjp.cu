@@ -8,7 +8,8 @@
 // versions: these kernels always run.
 
 // dy, the gradient of the predictions; 0 for the token that predicts nothing.
-// `gradient` (B,) is dloss. One thread, one output.
+// `gradient` is dloss. One thread, one output.
+// Shapes: prediction, merged and out (B, K, D), counts and gradient (B,).
 extern "C" __global__ void prediction_slopes(const acc_t* prediction,
                                              const real_t* merged, const int* counts,
                                              const acc_t* gradient, long long batch,
@@ -16,7 +17,7 @@ extern "C" __global__ void prediction_slopes(const acc_t* prediction,
                                              long long reversed, acc_t* out) {
     const long long index = thread_index();  // (B, K, D)
     if (index >= batch * num_groups * dim) return;
-    const long long row = index / dim, b = row / num_groups, t = row % num_groups;
+    const long long token = index / dim, b = token / num_groups, t = token % num_groups;
     const long long count = count_of(counts, b, num_groups);
     const long long target = reversed ? t - 1 : t + 1;
     acc_t slope = 0;
@@ -28,10 +29,12 @@ extern "C" __global__ void prediction_slopes(const acc_t* prediction,
     out[index] = slope;
 }
 
-// dx, the gradient of the merged tokens. A token is part of the running means of both
-// directions (`forward`, `backward`), and it is the target of both neighbours: of the
-// token before it in the forward direction, of the token after it in the backward one.
-// One thread, one output.
+// dx, the gradient of the merged tokens. `forward` and `backward` are the gradients
+// through the running means of both directions (running_mean_vjp.cu). The slopes are
+// the dy of both directions. Token t is the target of token t - 1 in the forward
+// direction and of token t + 1 in the backward direction, so the slopes of these two
+// tokens are subtracted. One thread, one output.
+// Shapes: all arrays (B, K, D).
 extern "C" __global__ void alignment_loss_vjp(const acc_t* forward,
                                               const acc_t* backward,
                                               const acc_t* forward_slopes,

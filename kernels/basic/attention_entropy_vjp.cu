@@ -3,11 +3,13 @@
 //
 //   dH_i / da_ij = -(log p_ij + H_i) / sum_k a_ik              0 where a_ij = 0
 //
-// With u_j = a_ij / m relative to the largest entry m of the row, the same is
+// With u_j = a_ij / m relative to the largest entry m of the row, the derivative is
 //
 //   dH_i / da_ij = (sum_k p_ik log u_k - log u_j) / (m sum_k u_k)
 //
-// One thread, one row.
+// One thread, one row. The arguments `outer`, `batch` and `heads` are those of
+// attention_entropy.cu.
+// Shapes: gradient (L, B, H, N), attention and out (L, B, H, N, N), mask (B, N).
 extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
                                                  const real_t* attention,
                                                  const bool* mask, long long outer,
@@ -15,16 +17,16 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
                                                  long long num_tokens, real_t* out) {
     const long long row = thread_index();  // (L, B, H, N)
     if (row >= outer * num_tokens) return;
-    const long long first = row / num_tokens / heads % batch * num_tokens;
+    const long long sequence_start = row / num_tokens / heads % batch * num_tokens;
     const real_t* a = attention + row * num_tokens;
-    const bool valid = is_token(mask, first + row % num_tokens);
+    const bool valid = is_token(mask, sequence_start + row % num_tokens);
 
     acc_t m = 0, sum = 0, logs = 0;
     for (long long j = 0; j < num_tokens; ++j)
-        if (valid && is_token(mask, first + j)) m = max(m, widen(a[j]));
+        if (valid && is_token(mask, sequence_start + j)) m = max(m, widen(a[j]));
     for (long long j = 0; j < num_tokens && m > 0; ++j) {
         const acc_t u = widen(a[j]) / m;
-        if (u > 0 && is_token(mask, first + j)) {
+        if (u > 0 && is_token(mask, sequence_start + j)) {
             sum += u;
             logs += u * log(u);
         }
@@ -32,7 +34,7 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
     const acc_t mean = logs / sum, weight = gradient[row] / (m * sum);
     for (long long j = 0; j < num_tokens; ++j) {
         const acc_t u = widen(a[j]) / m;
-        const bool seen = m > 0 && u > 0 && is_token(mask, first + j);
+        const bool seen = m > 0 && u > 0 && is_token(mask, sequence_start + j);
         store(out + row * num_tokens + j, seen ? weight * (mean - log(u)) : acc_t(0));
     }
 }

@@ -1,17 +1,18 @@
 // Matching: ToMe's bipartite soft matching (arXiv:2210.09461), repeated until exactly K
 // groups are left.
 //
-// A step sorts the n groups by their last members; they have positions 0 .. n-1. Each
-// even group finds its most similar odd group, and the r = min(n - K, n / 2) even
-// groups with the highest of these similarities merge into their partners. Steps repeat
-// until n = K. The direction of a group is the mean of its unit tokens. Protected
-// tokens are groups of their own and take no part; K here is the number of the other
-// groups.
+// A step sorts the n groups by their last members; in this order their positions are 0
+// .. n-1. Each even group finds its most similar odd group, and the r =
+// min(n - K, n / 2) even groups whose similarity to their partner is highest merge into
+// their partners. Steps repeat until n = K. The direction of a group is the mean of its
+// unit tokens. Protected tokens are groups of their own and take no part; K here is the
+// number of the other groups.
 //
 // One thread computes one output. Elementwise kernels cannot become faster, so the
 // optimized launches run them from this file.
 
-// The root of every token that may merge is the token itself; -1 for the others.
+// The root of every token that may merge is its own index; -1 for the others.
+// Shapes: mask, protect and out (B, N).
 extern "C" __global__ void free_tokens(const bool* mask, const bool* protect,
                                        long long batch, long long num_tokens,
                                        int* out) {
@@ -22,8 +23,10 @@ extern "C" __global__ void free_tokens(const bool* mask, const bool* protect,
         is_token(mask, index) && !fixed ? static_cast<int>(index % num_tokens) : -1;
 }
 
-// out (3, B) = n groups, the number of odd groups that even ones are compared with (0
-// if nothing merges), and the number of merges r.
+// Counts of a step, the rows of `out` (3, B): the number n of groups; the number of odd
+// groups, or 0 if nothing merges; and the number r of merges. `positions` (B, N) has
+// the position of each token's group, or -1.
+// Other shapes: mask and protect (B, N), counts (B,).
 extern "C" __global__ void match_counts(const int* positions, const bool* mask,
                                         const bool* protect, const int* counts,
                                         long long batch, long long num_tokens,
@@ -42,22 +45,28 @@ extern "C" __global__ void match_counts(const int* positions, const bool* mask,
     out[2 * batch + b] = static_cast<int>(merges);
 }
 
-// For each token, its group's index among the even groups and among the odd groups, or
-// -1; and which of `num_evens` even groups exist. Both are -1 if nothing merges.
-extern "C" __global__ void match_sides(const int* positions, const int* sizes,
+// For each token, `evens` receives the index of its group among the even groups
+// (position / 2), or -1, and `odds` the index among the odd groups, or -1. If nothing
+// merges, both are -1. even_mask[i] is true if even group i exists, 2 i < n.
+// Shapes: positions, evens and odds (B, N), step_counts (3, B) from `match_counts`,
+// even_mask (B, num_evens).
+extern "C" __global__ void match_sides(const int* positions, const int* step_counts,
                                        long long batch, long long num_tokens,
                                        long long num_evens, int* evens, int* odds,
                                        bool* even_mask) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
-    const int position = sizes[2 * batch + b] > 0 ? positions[index] : -1;
+    const int position = step_counts[2 * batch + b] > 0 ? positions[index] : -1;
     evens[index] = position >= 0 && position % 2 == 0 ? position / 2 : -1;
     odds[index] = position >= 0 && position % 2 == 1 ? position / 2 : -1;
-    if (i < num_evens) even_mask[b * num_evens + i] = 2 * i < sizes[b];
+    if (i < num_evens) even_mask[b * num_evens + i] = 2 * i < step_counts[b];
 }
 
-// Roots after a step: the selected even groups get the position of their odd partner.
+// Roots after a step: the position of each token's group or, if that is a selected even
+// group, the position of its odd partner. `partners` has the index of the partner among
+// the odd groups.
+// Shapes: positions and out (B, N), selected and partners (B, num_evens).
 extern "C" __global__ void join_partners(const int* positions, const bool* selected,
                                          const int* partners, long long batch,
                                          long long num_tokens, long long num_evens,
@@ -73,13 +82,14 @@ extern "C" __global__ void join_partners(const int* positions, const bool* selec
 }
 
 // Roots of all tokens, from the positions of the groups that took part. A protected
-// token i gets N + i, which no group has.
+// token i gets N + i, which is not the root of any group.
+// Shapes: positions, mask and out (B, N).
 extern "C" __global__ void match_roots(const int* positions, const bool* mask,
                                        long long batch, long long num_tokens,
                                        int* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
-    const int own = static_cast<int>(num_tokens + index % num_tokens);
-    const int root = positions[index] < 0 ? own : positions[index];
+    const int own_root = static_cast<int>(num_tokens + index % num_tokens);
+    const int root = positions[index] < 0 ? own_root : positions[index];
     out[index] = is_token(mask, index) ? root : -1;
 }

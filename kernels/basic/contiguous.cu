@@ -5,14 +5,16 @@
 //   n_a n_b / (n_a + n_b) (|S_a|^2 / n_a^2 + |S_b|^2 / n_b^2 - 2 S_a . S_b / (n_a n_b))
 //
 // A zero token counts as a unit vector orthogonal to all others. Of equal costs the
-// leftmost pair merges first. Merges must be made one by one, because a merge may bring
-// its neighbours nearer.
+// leftmost pair merges first. Merges are made one by one, because a merge can bring the
+// new group nearer to its neighbours.
 
-// The groups of a sequence, at the indices of their first members; arrays (N,).
+// The groups of one sequence. Entry i of each array (N,) describes the group whose
+// first member is token i. `cost` is the cost of a merge with the next group, and
+// `square` is |S|^2. If `size` is 0, there is no such group.
 struct Groups {
     const bool* protect;
-    acc_t *cost, *square, *size;  // cost: of merging with the next; size 0: no group
-    int *left, *right;            // the neighbours' first members
+    acc_t *cost, *square, *size;
+    int *left, *right;  // first members of the neighbours
 };
 
 __device__ acc_t dot(const real_t* x, const real_t* y, long long dim) {
@@ -21,18 +23,22 @@ __device__ acc_t dot(const real_t* x, const real_t* y, long long dim) {
     return sum;
 }
 
-// Ward's cost. It is infinite if one group is protected. The minimum turns a NaN into a
-// finite cost above any other.
+// Ward's cost of groups a and b; `product` is S_a . S_b. The cost is infinite
+// (-padding()) if one group is protected. The minimum turns a NaN into 1e30
+// (-MASKED_SCORE), which is finite and above every other cost.
 __device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t product) {
     if (g.protect != nullptr && (g.protect[a] || g.protect[b])) return -padding();
-    const acc_t m = g.size[a], n = g.size[b];
-    const acc_t gap =
-        g.square[a] / (m * m) + g.square[b] / (n * n) - 2 * product / (m * n);
-    return min(acc_t(-MASKED_SCORE), m * n / (m + n) * gap);
+    const acc_t size_a = g.size[a], size_b = g.size[b];
+    const acc_t squared_gap = g.square[a] / (size_a * size_a) +
+                              g.square[b] / (size_b * size_b) -
+                              2 * product / (size_a * size_b);
+    return min(acc_t(-MASKED_SCORE), size_a * size_b / (size_a + size_b) * squared_gap);
 }
 
-// `sums` (B, N, D) holds unit tokens and is overwritten. One thread merges one
-// sequence.
+// One thread merges one sequence. `sums` (B, N, D) holds unit tokens and is
+// overwritten.
+// Other shapes: mask, protect and out (B, N), counts (B,). The groups are in `reals`
+// (B, 3N) and `links` (B, 2N).
 extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
                                              const bool* protect, const int* counts,
                                              long long batch, long long num_tokens,
@@ -40,44 +46,50 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
                                              acc_t* reals, int* links, int* out) {
     const long long sequence = thread_index();  // (B,)
     if (sequence >= batch) return;
-    const long long row = sequence * num_tokens;  // of (B, N)
-    real_t* sum = sums + row * dim;               // (N, D)
-    acc_t* real = reals + BASIC_CONTIGUOUS_REALS * row;
-    const Groups g = {protect ? protect + row : nullptr,
-                      real,
-                      real + num_tokens,
-                      real + 2 * num_tokens,
-                      links + BASIC_CONTIGUOUS_INTEGERS * row,
-                      links + BASIC_CONTIGUOUS_INTEGERS * row + num_tokens};
+    const long long sequence_start = sequence * num_tokens;  // in (B, N)
+    real_t* sequence_sums = sums + sequence_start * dim;     // (N, D)
+    acc_t* sequence_reals = reals + BASIC_CONTIGUOUS_REALS * sequence_start;
+    const Groups g = {protect ? protect + sequence_start : nullptr,
+                      sequence_reals,
+                      sequence_reals + num_tokens,
+                      sequence_reals + 2 * num_tokens,
+                      links + BASIC_CONTIGUOUS_INTEGERS * sequence_start,
+                      links + BASIC_CONTIGUOUS_INTEGERS * sequence_start + num_tokens};
     const auto cost = [&](long long a, long long b) {
-        return ward_cost(g, a, b, dot(sum + a * dim, sum + b * dim, dim));
+        return ward_cost(g, a, b,
+                         dot(sequence_sums + a * dim, sequence_sums + b * dim, dim));
     };
-    // Make each token a group, linked with its neighbours across padding.
-    long long merges = -count_of(counts, sequence, num_groups), last = -1;
+    // Make each token a group, linked with its neighbours across padding. `merges`
+    // becomes n - K, the number of merges for n tokens.
+    long long merges = -count_of(counts, sequence, num_groups), previous = -1;
     for (long long i = 0; i < num_tokens; ++i) {
-        const bool token = is_token(mask, row + i);
-        g.cost[i] = -padding(), g.square[i] = 1, g.size[i] = token;
-        g.left[i] = static_cast<int>(last), g.right[i] = static_cast<int>(num_tokens);
-        if (!token) continue;
-        if (last >= 0) {
-            g.right[last] = static_cast<int>(i);
-            g.cost[last] = cost(last, i);
+        const bool valid = is_token(mask, sequence_start + i);
+        g.cost[i] = -padding(), g.square[i] = 1, g.size[i] = valid;
+        g.left[i] = static_cast<int>(previous),
+        g.right[i] = static_cast<int>(num_tokens);
+        if (!valid) continue;
+        if (previous >= 0) {
+            g.right[previous] = static_cast<int>(i);
+            g.cost[previous] = cost(previous, i);
         }
-        last = i;
+        previous = i;
         ++merges;
     }
     for (; merges > 0; --merges) {
-        // Select the cheapest pair a, b; the strict comparison selects the leftmost.
+        // Select the cheapest pair a, b. The strict comparison selects the leftmost
+        // one.
         long long a = 0;
         for (long long i = 1; i < num_tokens; ++i)
             if (g.cost[i] < g.cost[a]) a = i;
         if (g.cost[a] == -padding())
-            break;  // only pairs with a protected token are left
+            break;  // every pair that is left has a protected token
         const long long b = g.right[a], after = g.right[b], before = g.left[a];
         // |S_a + S_b|^2 = |S_a|^2 + |S_b|^2 + 2 S_a . S_b
-        g.square[a] += g.square[b] + 2 * dot(sum + a * dim, sum + b * dim, dim);
+        g.square[a] += g.square[b] +
+                       2 * dot(sequence_sums + a * dim, sequence_sums + b * dim, dim);
         for (long long d = 0; d < dim; ++d)
-            store(sum + a * dim + d, widen(sum[a * dim + d]) + widen(sum[b * dim + d]));
+            store(sequence_sums + a * dim + d, widen(sequence_sums[a * dim + d]) +
+                                                   widen(sequence_sums[b * dim + d]));
         g.size[a] += g.size[b];
         g.size[b] = 0, g.cost[b] = -padding();
         g.right[a] = static_cast<int>(after);
@@ -86,9 +98,10 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
         g.cost[a] = after < num_tokens ? cost(a, after) : -padding();
         if (before >= 0) g.cost[before] = cost(before, a);
     }
+    // Number the groups from left to right, and label their members.
     int group = -1;
     for (long long i = 0; i < num_tokens; ++i) {
         group += g.size[i] > 0;
-        out[row + i] = is_token(mask, row + i) ? group : -1;
+        out[sequence_start + i] = is_token(mask, sequence_start + i) ? group : -1;
     }
 }

@@ -1,4 +1,5 @@
-// Return the cosine of two rows, or 0 if either norm is 0.
+// Return the cosine of two rows (D,) with the given norms, or 0 if either norm is 0.
+// cosine_similarity.cu and nearest.cu call this function.
 
 __device__ acc_t cosine(const real_t* x, const real_t* y, acc_t norm_x, acc_t norm_y,
                         long long dim) {

@@ -2,7 +2,9 @@
 //
 //   sim_ij = x_i . x_j / (‖x_i‖ ‖x_j‖)     0 if either norm is 0
 //
-// One thread computes one output. Norms come from token_norms.cu.
+// One thread computes one output. Norms come from token_norms.cu, and `cosine` from
+// cosine.cuh.
+// Shapes: tokens (B, N, D), norms (B, N), out (B, N, N).
 
 extern "C" __global__ void cosine_similarity(const real_t* tokens, const acc_t* norms,
                                              long long batch, long long num_tokens,
@@ -17,6 +19,7 @@ extern "C" __global__ void cosine_similarity(const real_t* tokens, const acc_t* 
     const long long j = b * num_tokens + max(row, column);
     const acc_t similarity =
         cosine(tokens + i * dim, tokens + j * dim, norms[i], norms[j], dim);
-    // Clamp, because rounding may exceed [-1, 1]. A NaN stays one.
+    // Clamp, because rounding may exceed [-1, 1]. NaN stays NaN: comparisons with it
+    // are false.
     out[index] = similarity > 1 ? 1 : similarity < -1 ? -1 : similarity;
 }

@@ -8,22 +8,26 @@
 // because a ward merge at height h adds h^2 / 2 to the squared error. The 1e-12 is
 // ERROR_ROUNDING, an allowance for rounding. One thread computes one output.
 
-// Return sum_i m_i / peak, where `peak` is the largest mass; without masses, the number
-// of tokens.
-__device__ double total_mass(const acc_t* mass, const bool* mask, long long first,
-                             long long num_tokens, double* peak) {
+// Return sum_i max(m_i / peak, LEAST_MASS) over the tokens of a sequence, where `peak`
+// is the largest mass. Without masses, `peak` is 1 and the sum is the number of tokens.
+__device__ double total_mass(const acc_t* mass, const bool* mask,
+                             long long sequence_start, long long num_tokens,
+                             double* peak) {
     acc_t largest = 0;
-    for (long long i = first; i < first + num_tokens && mass != nullptr; ++i)
+    for (long long i = sequence_start;
+         i < sequence_start + num_tokens && mass != nullptr; ++i)
         if (is_token(mask, i)) largest = max(largest, mass[i]);
     *peak = largest > 0 ? largest : 1;
     double total = 0;
-    for (long long i = first; i < first + num_tokens; ++i)
+    for (long long i = sequence_start; i < sequence_start + num_tokens; ++i)
         if (is_token(mask, i))
             total += largest > 0 ? max(mass[i] / *peak, LEAST_MASS) : 1;
     return total;
 }
 
-// M of every sequence. A negative `max_error` means that there is none: then K decides.
+// M of every sequence. A negative `max_error` means that there is no such limit: then K
+// decides.
+// Shapes: dendrogram (B, N - 1, 4), mass and mask (B, N), counts and out (B,).
 extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* mass,
                                         const bool* mask, const int* counts,
                                         long long batch, long long num_tokens,
@@ -43,7 +47,7 @@ extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* m
         for (; merges < tokens - 1; ++merges) {
             const double height = rows[4 * merges + 2];
             error += height * height / peak / 2;
-            // Also stop at a NaN, which no bound admits.
+            // Also stop at a NaN: it is not within any limit.
             if (!(error <= (max_error + ERROR_ROUNDING) * total)) break;
         }
     }
@@ -57,7 +61,8 @@ __device__ bool is_node(double id, long long node) {
 }
 
 // The topmost node above each token. One pass over the merges in their order is enough:
-// row r makes group N + r, and only later rows can merge that group.
+// row r makes node N + r, and only later rows can merge that node.
+// Shapes: dendrogram (B, N - 1, 4), mask and out (B, N), merges (B,).
 extern "C" __global__ void dendrogram_roots(const double* dendrogram, const bool* mask,
                                             const int* merges, long long batch,
                                             long long num_tokens, int* out) {

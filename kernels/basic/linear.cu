@@ -5,8 +5,10 @@
 //
 // One thread, one output.
 
-// y = activated(x Wᵀ + b) + residual, for a weight W of shape (out, in). The residual
-// is left out if it is null.
+// y = activated(x Wᵀ + b) + residual; `activated` is in common.cuh. The residual is
+// left out if it is null.
+// Shapes: input (rows, in), weight (out, in), bias (out,), residual and out
+// (rows, out).
 extern "C" __global__ void linear(const real_t* input, const real_t* weight,
                                   const real_t* bias, const real_t* residual,
                                   long long num_rows, long long in_dim,
@@ -22,8 +24,9 @@ extern "C" __global__ void linear(const real_t* input, const real_t* weight,
     store(out + index, residual ? sum + widen(residual[index]) : sum);
 }
 
-// norm(x) of every row: the layer norm with `shift`, and the RMS norm without it, where
-// the mean is taken as 0.
+// norm(x) of every row: the layer norm with `shift`; if `shift` is null, the RMS norm,
+// where the mean is taken as 0.
+// Shapes: input and out (rows, D), gain and shift (D,).
 extern "C" __global__ void normalize(const real_t* input, const real_t* gain,
                                      const real_t* shift, long long num_rows,
                                      long long dim, double epsilon, real_t* out) {

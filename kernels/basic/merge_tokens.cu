@@ -6,6 +6,7 @@
 // that every run gives the same bits. Labels (B, N) are 0 .. K-1, or -1 for padding.
 //
 // The result is the plain mean if `mass` is null, and in any group whose mass is 0.
+// Shapes: tokens (B, N, D), mass and labels (B, N), out (B, K, D).
 
 extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
                                         const int* labels, long long batch,
@@ -15,10 +16,11 @@ extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
     if (index >= batch * num_groups * dim) return;
     const long long d = index % dim;
     const long long k = index / dim % num_groups;
-    const long long first = index / dim / num_groups * num_tokens;  // token of (B, N)
+    const long long sequence_start =
+        index / dim / num_groups * num_tokens;  // in (B, N)
 
     acc_t plain = 0, size = 0, weighted = 0, total = 0;
-    for (long long j = first; j < first + num_tokens; ++j) {
+    for (long long j = sequence_start; j < sequence_start + num_tokens; ++j) {
         if (labels[j] != k) continue;
         const acc_t x = widen(tokens[j * dim + d]);
         plain += x;

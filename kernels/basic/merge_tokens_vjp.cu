@@ -10,15 +10,16 @@
 // run in index order, so that every run gives the same bits.
 
 // The weight w_j of every token in its group; 0 for padding.
+// Shapes: mass, labels and out (B, N).
 extern "C" __global__ void member_shares(const acc_t* mass, const int* labels,
                                          long long batch, long long num_tokens,
                                          long long num_groups, acc_t* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
-    const long long row = index - index % num_tokens;
+    const long long sequence_start = index - index % num_tokens;
     const int k = group_of(labels[index], num_groups);
     acc_t size = 0, total = 0;
-    for (long long j = row; j < row + num_tokens; ++j) {
+    for (long long j = sequence_start; j < sequence_start + num_tokens; ++j) {
         if (labels[j] != k) continue;
         size += 1;
         if (mass != nullptr) total += mass[j];
@@ -27,6 +28,7 @@ extern "C" __global__ void member_shares(const acc_t* mass, const int* labels,
 }
 
 // dx_j = w_j dx_k; 0 for padding.
+// Shapes: gradient (B, K, D), labels and weights (B, N), out (B, N, D).
 extern "C" __global__ void merge_tokens_vjp(const real_t* gradient, const int* labels,
                                             const acc_t* weights, long long batch,
                                             long long num_tokens, long long dim,
@@ -43,6 +45,7 @@ extern "C" __global__ void merge_tokens_vjp(const real_t* gradient, const int* l
 }
 
 // dx_k . x_j of every token; 0 for padding.
+// Shapes: gradient (B, K, D), tokens (B, N, D), labels and out (B, N).
 extern "C" __global__ void member_products(const real_t* gradient, const real_t* tokens,
                                            const int* labels, long long batch,
                                            long long num_tokens, long long dim,
@@ -57,17 +60,18 @@ extern "C" __global__ void member_products(const real_t* gradient, const real_t*
     out[index] = sum;
 }
 
-// dm_j, from the weights and the products.
+// dm_j, from the weights and the products dx_k . x_j.
+// Shapes: all arrays (B, N).
 extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* labels,
                                           const acc_t* weights, const acc_t* products,
                                           long long batch, long long num_tokens,
                                           long long num_groups, acc_t* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
-    const long long row = index - index % num_tokens;
+    const long long sequence_start = index - index % num_tokens;
     const int k = group_of(labels[index], num_groups);
     acc_t total = 0, mean = 0;
-    for (long long j = row; j < row + num_tokens; ++j) {
+    for (long long j = sequence_start; j < sequence_start + num_tokens; ++j) {
         if (labels[j] != k || k < 0) continue;
         total += mass[j];
         mean += weights[j] * products[j];

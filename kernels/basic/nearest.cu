@@ -1,12 +1,16 @@
 // Nearest anchors: each token joins the most similar of a sequence's K anchors.
 //
-// One thread computes one output. Norms come from token_norms.cu.
+// One thread computes one output. Norms come from token_norms.cu, and `cosine` from
+// cosine.cuh.
 
-// The index of the most similar of a sequence's K anchors, of equal ones the lowest,
-// and its similarity. Padding and tokens without an anchor get -1 and -infinity.
-// Entries of negative norm are not anchors.
+// The index of the most similar of a sequence's K anchors (of equal ones, the lowest
+// index), and its similarity. Padding and tokens without an anchor get -1 and
+// -infinity. An anchor with a negative norm is left out. `highest_out` may be null.
+// Shapes: tokens (B, N, D), norms, mask, out and highest_out (B, N), anchor_tokens
+// (B, K, D), anchor_norms (B, K), counts (B,).
 extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* norms,
-                                           const bool* mask, const real_t* anchors,
+                                           const bool* mask,
+                                           const real_t* anchor_tokens,
                                            const acc_t* anchor_norms, const int* counts,
                                            long long batch, long long num_tokens,
                                            long long dim, long long num_groups,
@@ -14,16 +18,17 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens;
-    const long long first = b * num_groups;  // anchor of (B, K)
+    const long long first_anchor = b * num_groups;  // in (B, K)
     const long long count = is_token(mask, index) ? count_of(counts, b, num_groups) : 0;
     int best = -1;
     acc_t highest = padding();
     for (long long k = 0; k < count; ++k) {
-        if (anchor_norms[first + k] < 0) continue;
+        if (anchor_norms[first_anchor + k] < 0) continue;
         const acc_t similarity =
-            cosine(tokens + index * dim, anchors + (first + k) * dim, norms[index],
-                   anchor_norms[first + k], dim);
-        // The maximum turns a NaN into a finite similarity below any other.
+            cosine(tokens + index * dim, anchor_tokens + (first_anchor + k) * dim,
+                   norms[index], anchor_norms[first_anchor + k], dim);
+        // The maximum turns a NaN into -1e30, which is finite and below any other
+        // similarity.
         if (max(acc_t(MASKED_SCORE), similarity) > highest) {
             highest = max(acc_t(MASKED_SCORE), similarity);
             best = static_cast<int>(k);
@@ -33,20 +38,22 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
     if (highest_out != nullptr) highest_out[index] = highest;
 }
 
-// The scores that select the default anchors: protected tokens first, then the tokens
-// of largest norm. Padding scores -infinity.
+// The scores that select the default anchors: protected tokens (+infinity) first, then
+// the tokens of largest norm. Padding scores -infinity.
+// Shapes: all arrays (B, N).
 extern "C" __global__ void anchor_scores(const acc_t* norms, const bool* mask,
-                                         const bool* protect, long long count,
+                                         const bool* protect, long long num_elements,
                                          acc_t* out) {
     const long long index = thread_index();  // (B, N)
-    if (index >= count) return;
+    if (index >= num_elements) return;
     const bool fixed = protect != nullptr && protect[index];
     const acc_t score = fixed ? -padding() : min(acc_t(-MASKED_SCORE), norms[index]);
     out[index] = is_token(mask, index) ? score : padding();
 }
 
-// Whether each token is one of the first K anchors. Anchors are positions in any order.
-extern "C" __global__ void mark_anchors(const int* anchors, const bool* mask,
+// Whether each token is one of the first K anchors, whose positions may have any order.
+// Shapes: anchor_positions (B, K), mask and out (B, N), counts (B,).
+extern "C" __global__ void mark_anchors(const int* anchor_positions, const bool* mask,
                                         const int* counts, long long batch,
                                         long long num_tokens, long long num_groups,
                                         bool* out) {
@@ -56,19 +63,20 @@ extern "C" __global__ void mark_anchors(const int* anchors, const bool* mask,
     const long long count = is_token(mask, index) ? count_of(counts, b, num_groups) : 0;
     bool is_anchor = false;
     for (long long k = 0; k < count; ++k)
-        is_anchor = is_anchor || anchors[b * num_groups + k] == i;
+        is_anchor = is_anchor || anchor_positions[b * num_groups + k] == i;
     out[index] = is_anchor;
 }
 
 // The norms of the anchors that other tokens may join. Entries without an anchor and
 // protected anchors get -1.
-extern "C" __global__ void open_anchors(const int* anchors, const acc_t* norms,
+// Shapes: anchor_positions and out (B, K), norms and protect (B, N).
+extern "C" __global__ void open_anchors(const int* anchor_positions, const acc_t* norms,
                                         const bool* protect, long long batch,
                                         long long num_tokens, long long num_groups,
                                         acc_t* out) {
     const long long index = thread_index();  // (B, K)
     if (index >= batch * num_groups) return;
-    const int i = group_of(anchors[index], num_tokens);
+    const int i = group_of(anchor_positions[index], num_tokens);
     const long long token = index / num_groups * num_tokens + i;
     const bool open = i >= 0 && !(protect != nullptr && protect[token]);
     out[index] = open ? norms[token] : acc_t(-1);
@@ -76,7 +84,8 @@ extern "C" __global__ void open_anchors(const int* anchors, const acc_t* norms,
 
 // The root of each token's group: the position of its nearest anchor, or its own
 // position if it is an anchor, is protected, or has no anchor to join. -1 for padding.
-extern "C" __global__ void join_anchors(const int* nearest, const int* anchors,
+// Shapes: nearest, is_anchor, mask, protect and out (B, N), anchor_positions (B, K).
+extern "C" __global__ void join_anchors(const int* nearest, const int* anchor_positions,
                                         const bool* is_anchor, const bool* mask,
                                         const bool* protect, long long batch,
                                         long long num_tokens, long long num_groups,
@@ -87,6 +96,6 @@ extern "C" __global__ void join_anchors(const int* nearest, const int* anchors,
     const int k = group_of(nearest[index], num_groups);
     int root = static_cast<int>(index % num_tokens);
     if (!is_anchor[index] && !(protect != nullptr && protect[index]) && k >= 0)
-        root = anchors[b * num_groups + k];
+        root = anchor_positions[b * num_groups + k];
     out[index] = is_token(mask, index) ? root : -1;
 }

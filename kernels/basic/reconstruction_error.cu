@@ -6,6 +6,7 @@
 // bits.
 
 // ‖x_i - x̂_i‖² and ‖x_i‖² of every token; both are 0 for padding (label -1).
+// Shapes: tokens (B, N, D), merged (B, K, D), labels, errors and squares (B, N).
 extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merged,
                                         const int* labels, long long batch,
                                         long long num_tokens, long long dim,
@@ -30,6 +31,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
 
 // The error of every sequence. If all tokens are zero, the error is 0 when nothing is
 // lost, and infinite otherwise.
+// Shapes: errors and squares (B, N), out (B,).
 extern "C" __global__ void reconstruction_error(const acc_t* errors,
                                                 const acc_t* squares, long long batch,
                                                 long long num_tokens, acc_t* out) {

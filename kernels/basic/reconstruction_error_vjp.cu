@@ -7,9 +7,10 @@
 // One thread, one output. Sums run in index order, so that every run gives the same
 // bits.
 
-// e and scale of every sequence, from the errors and squares of its tokens. The scale,
-// and so the gradient, is 0 if the error does not exceed the bound, and also if all
-// tokens are zero.
+// e (`relative`) and scale of every sequence, from the errors and squares of its
+// tokens. The scale, and so the gradient, is 0 if e does not exceed `bound`, and also
+// if all tokens are zero.
+// Shapes: errors and squares (B, N), gradient, relative and scales (B,).
 extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* squares,
                                         const acc_t* gradient, long long batch,
                                         long long num_tokens, double bound,
@@ -27,6 +28,8 @@ extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* square
 }
 
 // dx, the gradient of the tokens; 0 for padding.
+// Shapes: tokens and out (B, N, D), merged (B, K, D), labels (B, N), relative and
+// scales (B,).
 extern "C" __global__ void reconstruction_error_vjp(
     const real_t* tokens, const real_t* merged, const int* labels,
     const acc_t* relative, const acc_t* scales, long long batch, long long num_tokens,
@@ -45,6 +48,7 @@ extern "C" __global__ void reconstruction_error_vjp(
 }
 
 // dx̂, the gradient of the merged tokens.
+// Shapes: tokens (B, N, D), merged and out (B, K, D), labels (B, N), scales (B,).
 extern "C" __global__ void merged_error_vjp(const real_t* tokens, const real_t* merged,
                                             const int* labels, const acc_t* scales,
                                             long long batch, long long num_tokens,

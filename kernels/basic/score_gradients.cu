@@ -6,24 +6,25 @@
 //
 //   dH_i / ds_ij = -p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
 //
-// with (m, r, t) of row i as in SoftmaxEntropy, so that nothing cancels if one score
-// lies far above the rest. With the gradient g_i of H_i, the gradient of the scores is
-// G_ij = g_i dH_i / ds_ij. The N x N matrix G is never stored: scores are computed
-// again, and G for one band of rows at a time.
+// with (m, r, t) of row i as in SoftmaxEntropy (common.cuh), so that nothing cancels if
+// one score lies far above the rest. With the gradient g_i of H_i, the gradient of the
+// scores is G_ij = g_i dH_i / ds_ij. The N x N matrix G is never stored: scores are
+// computed again, and G is computed for one band of rows at a time.
 //
 //   score_weights     (m, t / (1 + r), g / (1 + r)) of every row
 //   score_gradients   a band of G, with queries as rows, or of Gᵀ, with keys as rows
 //   token_gradients   the band times the tokens of its columns
 //
 // A head has T tiles of 128 rows. A band is a number of whole tiles, each with 128 rows
-// and 128 T columns. `sides` tells which rows it has: 1 (QUERIES) for G, 2 (KEYS) for
-// Gᵀ, and 3 (both) for G + Gᵀ, where queries and keys are the same tokens.
+// and 128 T columns. `sides` says what a band holds: G for 1 (QUERIES), Gᵀ for 2
+// (KEYS), and G + Gᵀ for 3 (both), where queries and keys are the same tokens. Tiles
+// are counted through all heads (L, B, H).
 //
 // One thread, one output.
 
 constexpr long long BAND_ROWS = TILE;
 
-// Return the score of two rows.
+// Return the score of two rows (D,): a . b scale.
 
 __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double scale) {
     acc_t dot = 0;
@@ -32,6 +33,8 @@ __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double s
 }
 
 // (m, t / (1 + r), g / (1 + r)) of every row; the last one is 0 for padding.
+// Shapes: gradient (L, B, H, N), query and key (L, B, H, N, d), mask (B, N), weights
+// (L, B, H, N, 3).
 extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* query,
                                          const real_t* key, const bool* mask,
                                          long long outer, long long batch,
@@ -41,58 +44,62 @@ extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* qu
     const long long row = thread_index();  // (L, B, H, N)
     if (row >= outer * num_tokens) return;
     const long long head = row / num_tokens, i = row % num_tokens;
-    const long long first = head / heads % batch * num_tokens;  // in the mask
-    const real_t* keys = key + head * num_tokens * dim;         // (N, d) of this head
+    const long long sequence_start = head / heads % batch * num_tokens;  // in (B, N)
+    const real_t* keys = key + head * num_tokens * dim;  // (N, d) of this head
     SoftmaxEntropy state;
     for (long long j = 0; j < (causal ? i + 1 : num_tokens); ++j)
-        if (is_token(mask, first + j))
+        if (is_token(mask, sequence_start + j))
             state.add(score(query + row * dim, keys + j * dim, dim, scale));
     weights[row * STATE_VALUES] = state.m;
     weights[row * STATE_VALUES + 1] = state.t / (1 + state.r);
     weights[row * STATE_VALUES + 2] =
-        is_token(mask, first + i) ? gradient[row] / (1 + state.r) : 0;
+        is_token(mask, sequence_start + i) ? gradient[row] / (1 + state.r) : 0;
 }
 
-// Return -g p (log p + H) of a score, from the weights of its row: p = e^d / (1 + r)
+// Return -g p (log p + H) of a score s, from the weights of its row: p = e^d / (1 + r)
 // with d = s - m.
 __device__ acc_t score_gradient(const acc_t* weights, acc_t score) {
     const acc_t d = score - weights[0];
     return weights[2] * exp(d) * (weights[1] - d);
 }
 
-// One element of a band: row i of the head and column j.
-extern "C" __global__ void score_gradients(const real_t* own, const real_t* other,
-                                           const acc_t* weights, const bool* mask,
-                                           long long first_tile, long long num_tiles,
-                                           long long batch, long long heads,
-                                           long long num_tokens, long long dim,
-                                           long long causal, double scale,
-                                           long long sides, acc_t* band) {
-    const long long tiles = (num_tokens + BAND_ROWS - 1) / BAND_ROWS;  // of a head
+// One element of a band: row i and column j of a head. The scores of row i are those of
+// row_vectors[i] with all column_vectors.
+// Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
+// (B, N), band (128 num_tiles, 128 T).
+extern "C" __global__ void score_gradients(
+    const real_t* row_vectors, const real_t* column_vectors, const acc_t* weights,
+    const bool* mask, long long first_tile, long long num_tiles, long long batch,
+    long long heads, long long num_tokens, long long dim, long long causal,
+    double scale, long long sides, acc_t* band) {
+    const long long tiles = (num_tokens + BAND_ROWS - 1) / BAND_ROWS;  // T, of a head
     const long long columns = tiles * BAND_ROWS, index = thread_index();
     if (index >= num_tiles * BAND_ROWS * columns) return;
     const long long band_row = index / columns, j = index % columns;
     const long long tile = first_tile + band_row / BAND_ROWS, head = tile / tiles;
     const long long i = tile % tiles * BAND_ROWS + band_row % BAND_ROWS;
-    const long long first = head / heads % batch * num_tokens;
-    const long long start = head * num_tokens;
+    const long long sequence_start = head / heads % batch * num_tokens;
+    const long long head_start = head * num_tokens;
 
     acc_t sum = 0;
-    if (i < num_tokens && j < num_tokens && is_token(mask, first + i) &&
-        is_token(mask, first + j)) {
-        const acc_t s =
-            score(own + (start + i) * dim, other + (start + j) * dim, dim, scale);
+    if (i < num_tokens && j < num_tokens && is_token(mask, sequence_start + i) &&
+        is_token(mask, sequence_start + j)) {
+        const acc_t s = score(row_vectors + (head_start + i) * dim,
+                              column_vectors + (head_start + j) * dim, dim, scale);
         if (sides & QUERIES && !(causal && j > i))
-            sum += score_gradient(weights + (start + i) * STATE_VALUES, s);
+            sum += score_gradient(weights + (head_start + i) * STATE_VALUES, s);
         if (sides & KEYS && !(causal && i > j))
-            sum += score_gradient(weights + (start + j) * STATE_VALUES, s);
+            sum += score_gradient(weights + (head_start + j) * STATE_VALUES, s);
     }
     band[index] = sum;
 }
 
 // One element of the gradient of a token: a row of the band times a column of the
-// tokens.
-extern "C" __global__ void token_gradients(const acc_t* band, const real_t* other,
+// tokens `column_vectors`.
+// Shapes: band (128 num_tiles, 128 T), column_vectors and out (L, B, H, N, d), mask
+// (B, N).
+extern "C" __global__ void token_gradients(const acc_t* band,
+                                           const real_t* column_vectors,
                                            const bool* mask, long long first_tile,
                                            long long num_tiles, long long batch,
                                            long long heads, long long num_tokens,
@@ -104,13 +111,13 @@ extern "C" __global__ void token_gradients(const acc_t* band, const real_t* othe
     const long long tile = first_tile + band_row / BAND_ROWS, head = tile / tiles;
     const long long i = tile % tiles * BAND_ROWS + band_row % BAND_ROWS;
     if (i >= num_tokens) return;
-    const long long first = head / heads % batch * num_tokens;
-    const long long start = head * num_tokens;
+    const long long sequence_start = head / heads % batch * num_tokens;
+    const long long head_start = head * num_tokens;
 
     acc_t sum = 0;
     for (long long j = 0; j < num_tokens; ++j)
-        if (is_token(mask, first + j))
+        if (is_token(mask, sequence_start + j))
             sum += band[band_row * tiles * BAND_ROWS + j] *
-                   widen(other[(start + j) * dim + d]);
-    store(out + (start + i) * dim + d, sum * acc_t(scale));
+                   widen(column_vectors[(head_start + j) * dim + d]);
+    store(out + (head_start + i) * dim + d, sum * acc_t(scale));
 }

@@ -1,6 +1,9 @@
 // Norms of tokens. One thread, one output.
+//
+//   ‖x‖₂ = sqrt(sum_d x_d²)
 
-// ‖x‖₂ of every row; 0 for padding.
+// The norm of every row; 0 for padding.
+// Shapes: tokens (rows, D), mask and out (rows,), for rows = B N.
 extern "C" __global__ void token_norms(const real_t* tokens, const bool* mask,
                                        long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index();  // (B, N)

@@ -2,6 +2,7 @@
 //
 // A token is divided by its largest entry first, so that no square overflows. One
 // thread, one token.
+// Shapes: tokens and out (rows, D), mask (rows,), for rows = B N.
 extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
                                        long long num_rows, long long dim, acc_t* out) {
     const long long row = thread_index();  // (B, N)

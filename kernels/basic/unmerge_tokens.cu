@@ -1,6 +1,9 @@
-// Unmerging: one thread, one output. Labels (B, N) are 0 .. K-1, or -1 for padding.
+// Unmerging. One thread, one output. Labels (B, N) are 0 .. K-1, or -1 for padding.
+//
+//   x̂_i = the merged token of the group of token i
 
 // Every token becomes the merged token of its group; padding becomes zero.
+// Shapes: merged (B, K, D), labels (B, N), out (B, N, D).
 extern "C" __global__ void unmerge_tokens(const real_t* merged, const int* labels,
                                           long long batch, long long num_tokens,
                                           long long dim, long long num_groups,

@@ -2,6 +2,7 @@
 // in index order, so that every run gives the same bits.
 
 // The gradient of a merged token is the sum of the gradients of its group's tokens.
+// Shapes: gradient (B, N, D), labels (B, N), out (B, K, D).
 extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* labels,
                                               long long batch, long long num_tokens,
                                               long long dim, long long num_groups,
@@ -10,9 +11,10 @@ extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int*
     if (index >= batch * num_groups * dim) return;
     const long long d = index % dim;
     const long long k = index / dim % num_groups;
-    const long long first = index / dim / num_groups * num_tokens;  // token of (B, N)
+    const long long sequence_start =
+        index / dim / num_groups * num_tokens;  // in (B, N)
     acc_t sum = 0;
-    for (long long j = first; j < first + num_tokens; ++j)
+    for (long long j = sequence_start; j < sequence_start + num_tokens; ++j)
         if (labels[j] == k) sum += widen(gradient[j * dim + d]);
     store(out + index, sum);
 }

@@ -1,7 +1,8 @@
-// AR alignment; see basic/alignment_loss.cu for the formulas.
+// AR alignment; see basic/alignment_loss.cu for the formulas and the shapes. A warp
+// computes the error of a prediction, and a block computes the loss of a sequence.
 
 // One warp, one prediction: the lanes read neighbouring elements of the row, and
-// `warp_reduce` adds their sums in a fixed order.
+// `warp_reduce` adds the sums of the lanes in a fixed order.
 extern "C" __global__ void prediction_errors(const acc_t* prediction,
                                              const real_t* merged, const int* counts,
                                              long long batch, long long num_groups,

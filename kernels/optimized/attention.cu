@@ -1,11 +1,12 @@
-// The transformer prior; see basic/attention.cu for the formulas. `split_heads` rotates
-// both elements of a pair in one thread, and `attend` goes through the keys once.
+// The transformer prior; see basic/attention.cu for the formulas and the shapes.
+// `split_heads` rotates both elements of a pair in one thread, and `attend` goes
+// through the keys once.
 
 constexpr int MAX_WARPS = BLOCK_THREADS / 32;
 
-// One thread, one pair of elements (i, i + d / 2) of a query, a key and a value: the
-// sine and cosine are computed once for four results.
-extern "C" __global__ void split_heads(const real_t* heads, const long long* positions,
+// One thread, one pair of elements (i, i + d / 2) of a query, a key and a value. The
+// sine and cosine are computed once for the four results of query and key.
+extern "C" __global__ void split_heads(const real_t* qkv, const long long* positions,
                                        const double* turns, long long batch,
                                        long long num_tokens, long long num_heads,
                                        long long head_dim, long long capacity,
@@ -14,37 +15,39 @@ extern "C" __global__ void split_heads(const real_t* heads, const long long* pos
     const long long index = thread_index();  // (B, T, H, d / 2)
     const long long half = head_dim / 2, dim = num_heads * head_dim;
     if (index >= batch * num_tokens * num_heads * half) return;
-    const long long head = index / half, i = index % half;  // (B, T, H)
-    const long long row = head / num_heads, h = head % num_heads;
-    const long long b = row / num_tokens, t = row % num_tokens;
-    const real_t* q = heads + row * 3 * dim + h * head_dim + i;
+    const long long query_head = index / half, i = index % half;  // (B, T, H)
+    const long long token = query_head / num_heads, h = query_head % num_heads;
+    const long long b = token / num_tokens, t = token % num_tokens;
+    const real_t* q = qkv + token * 3 * dim + h * head_dim + i;
     const real_t* k = q + dim;
     const real_t* v = k + dim;
 
     acc_t cosine = 1, sine = 0;
     if (turns) {
-        const long long position = positions ? positions[row] : start + t;
+        const long long position = positions ? positions[token] : start + t;
         // Reduce the angle to half a turn in double, before it becomes acc_t.
         const double turn = position * turns[i];
         const acc_t angle = acc_t(6.283185307179586 * (turn - rint(turn)));
         cosine = cos(angle), sine = sin(angle);
     }
     const auto rotate = [&](const real_t* x, real_t* y) {
-        const acc_t a = widen(x[0]), b = widen(x[half]);
-        store(y, a * cosine - b * sine);
-        store(y + half, b * cosine + a * sine);
+        const acc_t x0 = widen(x[0]), x1 = widen(x[half]);
+        store(y, x0 * cosine - x1 * sine);
+        store(y + half, x1 * cosine + x0 * sine);
     };
-    const long long to = ((b * num_heads + h) * capacity + start + t) * head_dim + i;
-    rotate(q, query + head * head_dim + i);
-    rotate(k, keys + to);
-    values[to] = v[0], values[to + half] = v[half];
+    const long long cache_index =
+        ((b * num_heads + h) * capacity + start + t) * head_dim + i;
+    rotate(q, query + query_head * head_dim + i);
+    rotate(k, keys + cache_index);
+    values[cache_index] = v[0], values[cache_index + half] = v[half];
 }
 
 // One block, one query of one head. Each warp takes 32 keys at a time. First each lane
-// computes the score of one key; then each lane adds up its own columns of the 32
-// values. Every warp keeps its own online softmax: the largest score m, the sum r of
-// e^(score - m), and the weighted sums of the values. Keys go to the warps by position,
-// and the warps are combined in order, so every run gives the same bits.
+// computes the score of one key. Then the warp goes through the 32 values, and each
+// lane adds the elements lane, lane + 32, ... of each value. Every warp keeps its own
+// online softmax: the largest score m, the sum r of e^(score - m), and the sum of
+// e^(score - m) v. Keys are assigned to warps by position, and the warps are combined
+// in order, so every run gives the same bits.
 extern "C" __global__ void attend(const real_t* query, const real_t* keys,
                                   const real_t* values, const acc_t* sizes,
                                   const int* counts, long long batch,
@@ -54,30 +57,32 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
                                   real_t* out) {
     __shared__ acc_t q[MAX_HEAD_DIM];
     __shared__ acc_t sums[MAX_WARPS][MAX_HEAD_DIM];
-    __shared__ acc_t tops[MAX_WARPS], totals[MAX_WARPS];
+    __shared__ acc_t warp_m[MAX_WARPS], warp_r[MAX_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const long long index = blockIdx.x;  // (B, T, H)
     const long long b = index / num_heads / num_queries;
-    const long long here = start + index / num_heads % num_queries;
+    const long long position = start + index / num_heads % num_queries;
     const long long count = start + count_of(counts, b, num_queries);
-    const long long first = reversed ? here : 0;
-    const long long last = reversed ? count : min(here + 1, count);
-    const long long head = (b * num_heads + index % num_heads) * capacity;
+    const long long first_key = reversed ? position : 0;
+    const long long end_key = reversed ? count : min(position + 1, count);
+    const long long cache_row = (b * num_heads + index % num_heads) * capacity;
 
     for (long long d = threadIdx.x; d < head_dim; d += blockDim.x)
         q[d] = widen(query[index * head_dim + d]) * acc_t(scale);
-    __syncthreads();
+    __syncthreads();  // the query is complete
 
-    acc_t m = MASKED_SCORE, r = 0, sum[MAX_HEAD_DIM / 32] = {};  // columns of a lane
-    for (long long j0 = first + warp * 32; j0 < last; j0 += warps * 32) {
+    acc_t m = MASKED_SCORE, r = 0,
+          sum[MAX_HEAD_DIM / 32] = {};  // sum[c]: column 32 c + lane
+    for (long long j0 = first_key + warp * 32; j0 < end_key; j0 += warps * 32) {
         const long long j = j0 + lane;
-        const acc_t size = j >= last ? acc_t(0)
-                           : sizes   ? sizes[b * capacity + j]
-                                     : acc_t(1);
-        // score = q . k scale + log(size); q has the scale already.
+        const acc_t size = j >= end_key ? acc_t(0)
+                           : sizes      ? sizes[b * capacity + j]
+                                        : acc_t(1);
+        // score = q . k scale + log(size); the shared q is multiplied by `scale`
+        // already.
         acc_t score = MASKED_SCORE;
         if (size > 0) {
-            const real_t* key = keys + (head + j) * head_dim;
+            const real_t* key = keys + (cache_row + j) * head_dim;
             score = log(size);
             for (long long d = 0; d < head_dim; d += WIDTH) {
                 acc_t k[WIDTH];
@@ -86,36 +91,38 @@ extern "C" __global__ void attend(const real_t* query, const real_t* keys,
                     score += q[d + i] * k[i];
             }
         }
-        // If the largest score grows, multiply all sums by e^(m - top).
-        const acc_t top = max(m, warp_reduce(score, Greatest()));
-        const acc_t p = size > 0 ? exp(score - top) : acc_t(0), fade = exp(m - top);
-        m = top;
-        r = r * fade + warp_reduce(p, Add());
+        // All sums are relative to m. If m grows to new_m, multiply them by
+        // e^(m - new_m).
+        const acc_t new_m = max(m, warp_reduce(score, Greatest()));
+        const acc_t p = size > 0 ? exp(score - new_m) : acc_t(0),
+                    rescale = exp(m - new_m);
+        m = new_m;
+        r = r * rescale + warp_reduce(p, Add());
 #pragma unroll
-        for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sum[c] *= fade;
+        for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sum[c] *= rescale;
         // Add p_k v_k for each of the 32 keys; the lane of key k has p_k.
-        for (int k = 0; k < 32 && j0 + k < last; ++k) {
+        for (int k = 0; k < 32 && j0 + k < end_key; ++k) {
             const acc_t weight = __shfl_sync(~0u, p, k);
             if (weight == 0) continue;
-            const real_t* value = values + (head + j0 + k) * head_dim;
+            const real_t* value = values + (cache_row + j0 + k) * head_dim;
 #pragma unroll
             for (int c = 0; c < MAX_HEAD_DIM / 32; ++c)
                 if (c * 32 + lane < head_dim)
                     sum[c] += weight * widen(value[c * 32 + lane]);
         }
     }
-    if (lane == 0) tops[warp] = m, totals[warp] = r;
+    if (lane == 0) warp_m[warp] = m, warp_r[warp] = r;
 #pragma unroll
     for (int c = 0; c < MAX_HEAD_DIM / 32; ++c) sums[warp][c * 32 + lane] = sum[c];
     __syncthreads();
 
-    // Combine the warps relative to the largest score of all.
-    acc_t top = MASKED_SCORE, total = 0;
-    for (int w = 0; w < warps; ++w) top = max(top, tops[w]);
-    for (int w = 0; w < warps; ++w) total += totals[w] * exp(tops[w] - top);
+    // Combine the warps, relative to the largest score of all.
+    acc_t block_m = MASKED_SCORE, block_r = 0;
+    for (int w = 0; w < warps; ++w) block_m = max(block_m, warp_m[w]);
+    for (int w = 0; w < warps; ++w) block_r += warp_r[w] * exp(warp_m[w] - block_m);
     for (long long d = threadIdx.x; d < head_dim; d += blockDim.x) {
         acc_t y = 0;
-        for (int w = 0; w < warps; ++w) y += sums[w][d] * exp(tops[w] - top);
-        store(out + index * head_dim + d, total > 0 ? y / total : acc_t(0));
+        for (int w = 0; w < warps; ++w) y += sums[w][d] * exp(warp_m[w] - block_m);
+        store(out + index * head_dim + d, block_r > 0 ? y / block_r : acc_t(0));
     }
 }

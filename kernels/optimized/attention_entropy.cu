@@ -1,9 +1,10 @@
-// Attention entropy of given probabilities; see basic/attention_entropy.cu.
+// Attention entropy of given probabilities; see basic/attention_entropy.cu for the
+// shapes.
 //
 //   H_i = log S - sum_j a_ij log a_ij / S,    S = sum_j a_ij
 //
-// The logarithm is log2, which is one instruction for floats; the sum is converted to
-// nats at the end.
+// The logarithm is log2 (`approximate_log2` in softmax_states.cuh), which is one
+// instruction for floats. The sum is converted to nats at the end.
 
 // One warp, one row: each lane reads 16 bytes at a time.
 extern "C" __global__ void attention_entropy(const real_t* attention, const bool* mask,
@@ -12,9 +13,9 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
                                              acc_t* out) {
     const long long row = thread_index() / 32;  // (L, B, H, N)
     if (row >= outer * num_tokens) return;
-    const long long first = row / num_tokens / heads % batch * num_tokens;
+    const long long sequence_start = row / num_tokens / heads % batch * num_tokens;
     const real_t* probabilities = attention + row * num_tokens;  // (N,)
-    // The smallest normal number, in place of smaller p: log2 of 0 would be -infinity.
+    // The smallest normal number replaces a smaller p: log2 of 0 would be -infinity.
     constexpr acc_t tiny = sizeof(acc_t) == 8 ? 0x1p-1022 : 0x1p-126;
     acc_t sum = 0, logs = 0;  // sums of p and of p log2 p
     const auto add = [&](const Vector& v, long long j) {
@@ -22,25 +23,26 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
         for (int i = 0; i < WIDTH; ++i) {
             acc_t p = max(widen(v.element[i]), acc_t(0));
             // Past the end of the row p is 0, so the mask is not read there.
-            if (mask && p > 0 && !mask[first + j + i]) p = 0;
+            if (mask && p > 0 && !mask[sequence_start + j + i]) p = 0;
             sum += p;
-            logs += p * near_log2(max(p, tiny));
+            logs += p * approximate_log2(max(p, tiny));
         }
     };
-    const long long lane = threadIdx.x % 32 * WIDTH;
-    // The common case, aligned rows, has its own loop: it can be unrolled.
+    const long long lane_start = threadIdx.x % 32 * WIDTH;
+    // Aligned rows are the common case. They have a loop of their own, which can be
+    // unrolled.
     if (alignment_of(probabilities, num_tokens) == 16) {
 #pragma unroll 4
-        for (long long j = lane; j < num_tokens; j += 32 * WIDTH)
+        for (long long j = lane_start; j < num_tokens; j += 32 * WIDTH)
             add(read_pieces<uint4>(probabilities + j, num_tokens - j), j);
     } else {
-        for (long long j = lane; j < num_tokens; j += 32 * WIDTH)
+        for (long long j = lane_start; j < num_tokens; j += 32 * WIDTH)
             add(read_vector(probabilities + j, num_tokens - j), j);
     }
     sum = warp_reduce(sum, Add());
     logs = warp_reduce(logs, Add());
     if (threadIdx.x % 32 != 0) return;
-    const bool seen = sum > 0 && is_token(mask, first + row % num_tokens);
-    const acc_t mean = logs / sum * acc_t(LN_2);  // log2 to nats
+    const bool seen = sum > 0 && is_token(mask, sequence_start + row % num_tokens);
+    const acc_t mean = logs / sum * acc_t(LN_2);  // converted from log2
     out[row] = seen ? max(log(sum) - mean, acc_t(0)) : 0;
 }

@@ -1,8 +1,8 @@
 // Vector-Jacobian product of attention entropy; see basic/attention_entropy_vjp.cu for
-// the formula.
+// the formula and the shapes.
 
 // One warp, one row. The warp reads the row three times: for the maximum, for the sums,
-// and for the gradient. The second and third time it comes from the cache.
+// and for the gradient. The second and third reads come from the cache.
 extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
                                                  const real_t* attention,
                                                  const bool* mask, long long outer,
@@ -10,31 +10,31 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
                                                  long long num_tokens, real_t* out) {
     const long long row = thread_index() / 32;  // (L, B, H, N)
     if (row >= outer * num_tokens) return;
-    const long long first = row / num_tokens / heads % batch * num_tokens;
+    const long long sequence_start = row / num_tokens / heads % batch * num_tokens;
     const real_t* probabilities = attention + row * num_tokens;  // (N,)
-    const long long lane = threadIdx.x % 32 * WIDTH;
-    const bool valid = is_token(mask, first + row % num_tokens);
-    const long long end = valid ? num_tokens : 0;  // the same for all lanes
+    const long long lane_start = threadIdx.x % 32 * WIDTH;
+    const bool valid = is_token(mask, sequence_start + row % num_tokens);
+    const long long end = valid ? num_tokens : 0;  // all lanes have the same value
     acc_t a[WIDTH];
 
     // The largest entry m of the row.
     acc_t m = 0;
-    for (long long j = lane; j < end; j += 32 * WIDTH) {
+    for (long long j = lane_start; j < end; j += 32 * WIDTH) {
         load_vector(a, probabilities + j, num_tokens - j);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i)
-            if (a[i] > 0 && is_token(mask, first + j + i)) m = max(m, a[i]);
+            if (a[i] > 0 && is_token(mask, sequence_start + j + i)) m = max(m, a[i]);
     }
     m = warp_reduce(m, Greatest());
 
     // The sums of u and of u log u, with u = a / m.
     acc_t sum = 0, logs = 0;
-    for (long long j = lane; j < end; j += 32 * WIDTH) {
+    for (long long j = lane_start; j < end; j += 32 * WIDTH) {
         load_vector(a, probabilities + j, num_tokens - j);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
             const acc_t u = a[i] / m;
-            if (u > 0 && is_token(mask, first + j + i)) {
+            if (u > 0 && is_token(mask, sequence_start + j + i)) {
                 sum += u;
                 logs += u * log(u);
             }
@@ -45,12 +45,12 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
 
     // The gradient, g (sum_k p_k log u_k - log u_j) / (m sum_k u_k).
     const acc_t weight = gradient[row] / (m * sum);
-    for (long long j = lane; j < num_tokens; j += 32 * WIDTH) {
+    for (long long j = lane_start; j < num_tokens; j += 32 * WIDTH) {
         load_vector(a, probabilities + j, num_tokens - j);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-            const acc_t u = m > 0 ? a[i] / m : acc_t(0);  // 0 past the end of the row
-            const bool seen = u > 0 && is_token(mask, first + j + i);
+            const acc_t u = m > 0 ? a[i] / m : acc_t(0);  // 0 past the row
+            const bool seen = u > 0 && is_token(mask, sequence_start + j + i);
             a[i] = seen ? weight * (mean - log(u)) : acc_t(0);
         }
         store_vector(out + row * num_tokens + j, a, num_tokens - j);

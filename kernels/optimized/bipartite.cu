@@ -1,19 +1,20 @@
-// Matching: the one step of basic/bipartite.cu that is not elementwise. The other steps
-// run from there.
+// Matching: the only step of basic/bipartite.cu that is not elementwise. The other
+// steps run from that file, which also has the shapes.
 
-// out (3, B) = n groups, the odd positions that even ones are compared with, and the
-// number of merges r = min(n - K, n / 2). One block counts one sequence. Integer
-// atomics give the same result in any order.
+// The rows of `out` (3, B) are the number n of groups, the number of odd groups
+// (0 if nothing merges), and the number of merges r = min(n - K, n / 2). One block
+// counts one sequence. Integer atomics give the same result in any order.
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     match_counts(const int* positions, const bool* mask, const bool* protect,
                  const int* counts, long long batch, long long num_tokens,
                  long long num_groups, int* out) {
     __shared__ int num_positions, num_fixed;
-    const long long b = blockIdx.x, row = b * num_tokens;  // of (B, N)
+    const long long b = blockIdx.x, sequence_start = b * num_tokens;  // in (B, N)
     if (threadIdx.x == 0) num_positions = num_fixed = 0;
     __syncthreads();
     int highest = 0, fixed = 0;
-    for (long long i = row + threadIdx.x; i < row + num_tokens; i += blockDim.x) {
+    for (long long i = sequence_start + threadIdx.x; i < sequence_start + num_tokens;
+         i += blockDim.x) {
         highest = max(highest, positions[i] + 1);
         fixed += protect != nullptr && protect[i] && is_token(mask, i);
     }
@@ -21,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     atomicAdd(&num_fixed, fixed);
     __syncthreads();
     if (threadIdx.x > 0) return;
-    // Protected tokens are groups of their own: K leaves the rest of K to the others.
+    // Protected tokens are groups of their own, so the other tokens form K - num_fixed
+    // groups.
     const long long wanted = max(count_of(counts, b, num_groups) - num_fixed, 1ll);
     const long long groups = num_positions;
     const long long merges = max(min(groups - wanted, groups / 2), 0ll);

@@ -1,7 +1,8 @@
 // Contiguous groups; basic/contiguous.cu has the formula. One block merges the groups
-// of one sequence, one pair a step, because each merge changes the costs around it. A
-// step finds the least cost from the least of each 32 positions (a chunk), and loads
-// four rows of D numbers for the two products with the new neighbours.
+// of one sequence, one pair in each step, because each merge changes the costs of the
+// pairs beside it. A step finds the least cost from the least cost of each chunk of 32
+// positions. Then the step loads four rows of D numbers: the sums of the pair and of
+// both neighbours, for the two products with the new neighbours.
 
 // One warp: return x . y of two rows to all lanes.
 __device__ __forceinline__ acc_t warp_dot(const real_t* x, const real_t* y,
@@ -16,56 +17,67 @@ __device__ __forceinline__ acc_t warp_dot(const real_t* x, const real_t* y,
     return warp_reduce(sum, Add());
 }
 
-// The product of each token with the next token, across padding. One warp computes one
-// product.
+// The product of each token with the next token, across padding; 0 if there is no next
+// token. One warp computes one product.
+// Shapes: units (B, N, D), mask and out (B, N).
 extern "C" __global__ void neighbour_products(const real_t* units, const bool* mask,
                                               long long batch, long long num_tokens,
                                               long long dim, acc_t* out) {
     const long long index = thread_index() / 32;  // (B, N)
     if (index >= batch * num_tokens) return;
     const int lane = threadIdx.x % 32;
-    const long long stop = index - index % num_tokens + num_tokens;
+    const long long sequence_end = index - index % num_tokens + num_tokens;
     // Find the next token, 32 positions at a time.
-    long long next = stop;
-    for (long long j = index + 1; j < stop && next == stop; j += 32) {
-        const bool token = j + lane < stop && is_token(mask, j + lane);
+    long long next_token = sequence_end;
+    for (long long j = index + 1; j < sequence_end && next_token == sequence_end;
+         j += 32) {
+        const bool token = j + lane < sequence_end && is_token(mask, j + lane);
         const unsigned votes = __ballot_sync(~0u, token);
-        if (votes) next = j + __ffs(votes) - 1;
+        if (votes) next_token = j + __ffs(votes) - 1;
     }
-    const bool any = is_token(mask, index) && next < stop;  // the same for all lanes
+    // All lanes have the same value.
+    const bool has_next = is_token(mask, index) && next_token < sequence_end;
     const acc_t product =
-        any ? warp_dot(units + index * dim, units + next * dim, dim) : acc_t(0);
+        has_next ? warp_dot(units + index * dim, units + next_token * dim, dim)
+                 : acc_t(0);
     if (lane == 0) out[index] = product;
 }
 
-// A sequence without its padding. A group has the position of its first member among
-// the tokens that are left. Arrays (n,), except `lowest`.
+// The groups of one sequence, without its padding: n tokens are left. A group has the
+// position of its first member among these tokens, and its entry in each array (n,) has
+// this index. `cost` is the cost of a merge with the next group, `square` is |S|^2, and
+// `product` is the product of S with the S of the next group. `token` is the index of
+// the first member in (N,); `left` and `right` are the positions of the neighbours. If
+// `size` is 0, there is no such group. `chunk_least` has the least cost of each chunk
+// of 32 positions.
 struct Groups {
     const bool* protect;
-    acc_t *cost, *square, *size;  // cost: of merging with the next; size 0: no group
-    acc_t* product;               // S_a . S_b with the next one
-    acc_t* lowest;                // the least cost of each chunk of 32 positions
-    int *token, *left, *right;    // row of the position; neighbours' positions
-    int count;
+    acc_t *cost, *square, *size;
+    acc_t* product;
+    acc_t* chunk_least;
+    int *token, *left, *right;
+    int count;  // n
 };
 
-// The two groups that merge and their neighbours, as rows of the tokens. If there is no
-// neighbour, its row is that of a. If no pair may merge, a is -1.
-struct Step {
+// The two groups that merge, and their neighbours. Each one is the index of a row of
+// the sums (N, D). Without a neighbour, its row is that of a. If no pair may merge, a
+// is -1.
+struct MergeStep {
     int a, b, before, after;
 };
 
 // Ward's cost of merging neighbours a and b:
 //   n_a n_b / (n_a + n_b) (|S_a|^2 / n_a^2 + |S_b|^2 / n_b^2 - 2 S_a . S_b / (n_a n_b))
-// It is infinite if one is protected. The minimum turns a NaN into a finite cost that
-// is higher than any other.
+// The cost is infinite (-padding()) if one group is protected. The minimum turns a NaN
+// into 1e30 (-MASKED_SCORE), which is finite and above every other cost.
 __device__ __forceinline__ acc_t ward_cost(const Groups& g, int a, int b) {
     if (g.protect && (g.protect[g.token[a]] || g.protect[g.token[b]]))
         return -padding();
-    const acc_t m = g.size[a], n = g.size[b];
-    const acc_t gap =
-        g.square[a] / (m * m) + g.square[b] / (n * n) - 2 * g.product[a] / (m * n);
-    return min(acc_t(-MASKED_SCORE), m * n / (m + n) * gap);
+    const acc_t size_a = g.size[a], size_b = g.size[b];
+    const acc_t squared_gap = g.square[a] / (size_a * size_a) +
+                              g.square[b] / (size_b * size_b) -
+                              2 * g.product[a] / (size_a * size_b);
+    return min(acc_t(-MASKED_SCORE), size_a * size_b / (size_a + size_b) * squared_gap);
 }
 
 // One warp: return the first lane with the least value.
@@ -79,28 +91,31 @@ __device__ __forceinline__ void refresh(const Groups& g, int chunk) {
     const int position = chunk * 32 + threadIdx.x % 32;
     const acc_t cost = position < g.count ? g.cost[position] : -padding();
     const acc_t least = warp_reduce(cost, Least());
-    if (threadIdx.x % 32 == 0) g.lowest[chunk] = least;
+    if (threadIdx.x % 32 == 0) g.chunk_least[chunk] = least;
 }
 
 // The first warp: return the position of the least cost, or -1 if no pair may merge. Of
-// equal costs the leftmost wins: lanes take chunks in order, and a later chunk must be
-// strictly cheaper.
+// equal costs the leftmost wins: lane l compares `chunks_per_lane` chunks from chunk l
+// * chunks_per_lane on, and a later chunk must be strictly cheaper.
 __device__ __forceinline__ int cheapest(const Groups& g) {
     const int lane = threadIdx.x, chunks = (g.count + 31) / 32;
-    const int run = (chunks + 31) / 32;  // chunks of each lane, in order
-    acc_t own = -padding(), least;
+    const int chunks_per_lane = (chunks + 31) / 32;
+    acc_t lane_least = -padding(), least;
     int chunk = 0;
-    for (int c = lane * run; c < min(lane * run + run, chunks); ++c)
-        if (g.lowest[c] < own) own = g.lowest[c], chunk = c;
-    chunk = __shfl_sync(~0u, chunk, least_lane(own, &least));
-    if (least == -padding()) return -1;  // only pairs with a protected token are left
+    for (int c = lane * chunks_per_lane;
+         c < min(lane * chunks_per_lane + chunks_per_lane, chunks); ++c)
+        if (g.chunk_least[c] < lane_least) lane_least = g.chunk_least[c], chunk = c;
+    chunk = __shfl_sync(~0u, chunk, least_lane(lane_least, &least));
+    if (least == -padding()) return -1;  // all pairs have a protected token
     const int position = chunk * 32 + lane;
     const acc_t cost = position < g.count ? g.cost[position] : -padding();
     return chunk * 32 + least_lane(cost, &least);
 }
 
 // The first warp: merge the group at position a with the next one. `with_after` and
-// `with_before` are the products of the new sum with the sums of its neighbours.
+// `with_before` are the products of the new sum with the sums of its neighbours. The
+// first `__syncwarp` lets every lane read the neighbours before lane 0 changes them;
+// the others make the writes of lane 0 visible to all lanes.
 __device__ __forceinline__ void merge_groups(const Groups& g, int a, acc_t with_after,
                                              acc_t with_before) {
     const int b = g.right[a], after = g.right[b], before = g.left[a];
@@ -126,11 +141,11 @@ __device__ __forceinline__ void merge_groups(const Groups& g, int a, acc_t with_
     __syncwarp();
 }
 
-// The block: pack the tokens of a sequence and make each one a group. `scratch` is
+// The block: collect the tokens of a sequence and make each one a group. `scratch` is
 // shared memory for 32 counts.
-__device__ __forceinline__ void set_up(Groups& g, const bool* mask,
-                                       const acc_t* products, long long num_tokens,
-                                       int* scratch, int* out) {
+__device__ __forceinline__ void init_groups(Groups& g, const bool* mask,
+                                            const acc_t* products, long long num_tokens,
+                                            int* scratch, int* out) {
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
         const long long i = i0 + threadIdx.x;
         const bool token = i < num_tokens && is_token(mask, i);
@@ -155,15 +170,16 @@ __device__ __forceinline__ void set_up(Groups& g, const bool* mask,
     __syncthreads();
 }
 
-// Add the sum S_b to S_a in this thread's columns, and add these columns' part of the
-// products with both neighbours to `with_after` and `with_before`.
-__device__ __forceinline__ void add_rows(real_t* sums, const Step& s, long long dim,
-                                         acc_t* with_after, acc_t* with_before) {
+// Add the sum S_b to S_a in this thread's columns. Add these columns' part of the
+// products of the new sum with both neighbours to `with_after` and `with_before`.
+__device__ __forceinline__ void add_sums(real_t* sums, const MergeStep& s,
+                                         long long dim, acc_t* with_after,
+                                         acc_t* with_before) {
     for (long long d = threadIdx.x * WIDTH; d < dim; d += blockDim.x * WIDTH) {
         const auto columns = [&](int row) { return sums + row * dim + d; };
         acc_t sum[WIDTH], other[WIDTH], after[WIDTH], before[WIDTH];
-        load_vector(sum, columns(s.a),
-                    dim - d);  // all four loads before the store
+        // All four loads come before the store, so that their latencies overlap.
+        load_vector(sum, columns(s.a), dim - d);
         load_vector(other, columns(s.b), dim - d);
         load_vector(after, columns(s.after), dim - d);
         load_vector(before, columns(s.before), dim - d);
@@ -176,10 +192,12 @@ __device__ __forceinline__ void add_rows(real_t* sums, const Step& s, long long 
     }
 }
 
-// `sums` (B, N, D) holds unit tokens and is overwritten. One block merges one sequence:
-// the first warp updates the groups, and all threads update the sums, each in its own
-// columns. The groups are in `reals` (B, 5N) and `links` (B, 3N), or, if these are
-// null, in shared memory.
+// One block merges one sequence: the first warp updates the groups, and all threads
+// update the sums, each in its own columns. `sums` (B, N, D) holds unit tokens and is
+// overwritten. The groups are in `reals` (B, 5N) and `links` (B, 3N), or, if both
+// pointers are null, in shared memory.
+// Other shapes: products (from `neighbour_products`), mask, protect and out (B, N),
+// counts (B,).
 extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products,
                                              const bool* mask, const bool* protect,
                                              const int* counts, long long batch,
@@ -188,13 +206,13 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
                                              int* links, int* out) {
     __shared__ acc_t with_after[32], with_before[32];
     __shared__ int scratch[32];
-    __shared__ Step step;
-    const long long row = blockIdx.x * num_tokens;  // of (B, N)
-    acc_t* real = reals ? reals + CONTIGUOUS_REALS * row
+    __shared__ MergeStep step;
+    const long long sequence_start = blockIdx.x * num_tokens;  // in (B, N)
+    acc_t* real = reals ? reals + CONTIGUOUS_REALS * sequence_start
                         : reinterpret_cast<acc_t*>(dynamic_shared());
-    int* link = links ? links + CONTIGUOUS_INTEGERS * row
+    int* link = links ? links + CONTIGUOUS_INTEGERS * sequence_start
                       : reinterpret_cast<int*>(real + CONTIGUOUS_REALS * num_tokens);
-    Groups g = {protect ? protect + row : nullptr,
+    Groups g = {protect ? protect + sequence_start : nullptr,
                 real,
                 real + num_tokens,
                 real + 2 * num_tokens,
@@ -204,12 +222,12 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
                 link + num_tokens,
                 link + 2 * num_tokens,
                 0};
-    set_up(g, mask ? mask + row : nullptr, products + row, num_tokens, scratch,
-           out + row);
+    init_groups(g, mask ? mask + sequence_start : nullptr, products + sequence_start,
+                num_tokens, scratch, out + sequence_start);
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long merges = g.count - count_of(counts, blockIdx.x, num_groups);
-    for (long long made = 0; made < merges; ++made) {
+    for (long long num_merged = 0; num_merged < merges; ++num_merged) {
         int a = -1;
         if (warp == 0) {
             a = cheapest(g);
@@ -222,30 +240,34 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
             }
         }
         __syncthreads();
-        const Step s = step;
+        const MergeStep s = step;
         if (s.a < 0) break;
 
-        acc_t right = 0, left = 0;
-        add_rows(sums + row * dim, s, dim, &right, &left);
-        right = warp_reduce(right, Add());
-        left = warp_reduce(left, Add());
-        if (lane == 0) with_after[warp] = right, with_before[warp] = left;
+        acc_t after_product = 0, before_product = 0;
+        add_sums(sums + sequence_start * dim, s, dim, &after_product, &before_product);
+        after_product = warp_reduce(after_product, Add());
+        before_product = warp_reduce(before_product, Add());
+        if (lane == 0)
+            with_after[warp] = after_product, with_before[warp] = before_product;
         __syncthreads();
-        if (warp > 0) continue;  // only the first warp has work left
+        // Only the first warp has work left. The other warps wait at the next barrier,
+        // which the first warp reaches after it has read both arrays.
+        if (warp > 0) continue;
         const int warps = blockDim.x / 32;
-        right = warp_reduce(lane < warps ? with_after[lane] : acc_t(0), Add());
-        left = warp_reduce(lane < warps ? with_before[lane] : acc_t(0), Add());
-        merge_groups(g, a, right, left);
+        after_product = warp_reduce(lane < warps ? with_after[lane] : acc_t(0), Add());
+        before_product =
+            warp_reduce(lane < warps ? with_before[lane] : acc_t(0), Add());
+        merge_groups(g, a, after_product, before_product);
     }
 
     __syncthreads();
-    int before = -1;  // last group before these blockDim.x positions
+    int group_before = -1;  // the last group before position p0
     for (int p0 = 0; p0 < g.count; p0 += blockDim.x) {
         const int p = p0 + threadIdx.x;
         const bool starts = p < g.count && g.size[p] > 0;
         int count;
-        const int rank = before + block_rank(starts, scratch, &count) + starts;
-        before += count;
-        if (p < g.count) out[row + g.token[p]] = rank;
+        const int rank = group_before + block_rank(starts, scratch, &count) + starts;
+        group_before += count;
+        if (p < g.count) out[sequence_start + g.token[p]] = rank;
     }
 }

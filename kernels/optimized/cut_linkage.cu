@@ -1,12 +1,13 @@
 // Cuts of dendrograms, and labels of their groups, in one launch. The formula is in
-// basic/cut_linkage.cu. One block cuts one sequence.
+// basic/cut_linkage.cu, and `write_labels` in numbering.cuh. One block cuts one
+// sequence.
 //
 // A block has GROUP_THREADS threads, or fewer for a short sequence. The launch bound
 // allows one block on a multiprocessor, so that this block may use all registers.
-// Without it the compiler would save some for a second block.
+// Without this bound the compiler would save some registers for a second block.
 
 // Call use(term(0)), use(term(1)), ... in this order in thread 0. All threads compute
-// terms, into shared memory for one term of each thread.
+// terms and write them to `terms`, shared memory for one term of each thread.
 template <class Term, class Use>
 __device__ __forceinline__ void in_order(double* terms, long long count, Term term,
                                          Use use) {
@@ -22,8 +23,8 @@ __device__ __forceinline__ void in_order(double* terms, long long count, Term te
 }
 
 // Return the largest number of merges whose error is within the bound. One thread adds
-// in double and in a fixed order, so that every run makes the same decision. `scratch`
-// and `terms` are in shared memory.
+// in double and in a fixed order, so that every run makes the same decision. `rows` are
+// those of the dendrogram, (N - 1, 4). `scratch` and `terms` are in shared memory.
 __device__ __forceinline__ long long merges_within(const double* rows,
                                                    const acc_t* mass, const bool* mask,
                                                    long long num_tokens,
@@ -43,8 +44,8 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     };
     in_order(terms, num_tokens, weight, [&](double term) { total += term; });
 
-    // error = sum of h^2 / 2. The merges end at the first one outside the bound, also
-    // at a NaN.
+    // error = sum of h^2 / 2. The count of merges ends at the first one outside the
+    // bound, and also at a NaN.
     long long merges = 0;
     bool within = true;
     const auto cost = [&](long long r) {
@@ -61,50 +62,53 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     return static_cast<long long>(terms[0]);
 }
 
-// Replace the parent of every node by the topmost node above it, by pointer doubling:
-// each round doubles the number of levels that `above` climbs. `above` and `next`, both
-// (2N,), are exchanged after each round.
+// Find the topmost node above every node, by pointer doubling. above[i] starts as the
+// parent of node i, or i itself at the top. Each round sets new_above[i] =
+// above[above[i]], which doubles the number of levels between i and above[i], and then
+// exchanges the two arrays (2N,).
 __device__ __forceinline__ void climb(const double* rows, long long num_tokens,
-                                      long long merges, int*& above, int*& next) {
+                                      long long merges, int*& above, int*& new_above) {
     const long long nodes = num_tokens + merges;
-    for (long long i = threadIdx.x; i < nodes; i += blockDim.x) next[i] = -1;
+    for (long long i = threadIdx.x; i < nodes; i += blockDim.x) new_above[i] = -1;
     __syncthreads();
-    // Rows are not checked on a GPU. Accepting only parents in later rows excludes
-    // cycles, whatever the rows hold. Of two parents the earlier one counts: rows are
-    // stored in reverse, so that the maximum is the earliest.
-    for (long long side = threadIdx.x; side < 2 * merges; side += blockDim.x) {
-        const long long r = side / 2;
-        const double id = rows[4 * r + side % 2];
+    // Rows are not checked on a GPU. Only a parent in a later row is accepted: this
+    // excludes cycles, whatever the rows hold. If a node has two parents, the one in
+    // the earlier row counts. The index of a row is stored reversed, as merges - 1 - r,
+    // so that the maximum is the earliest row.
+    for (long long child = threadIdx.x; child < 2 * merges; child += blockDim.x) {
+        const long long r = child / 2;
+        const double id = rows[4 * r + child % 2];
         if (0 <= id && id < num_tokens + r)
-            atomicMax(next + static_cast<long long>(id),
+            atomicMax(new_above + static_cast<long long>(id),
                       static_cast<int>(merges - 1 - r));
     }
     __syncthreads();
     for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
-        above[i] = static_cast<int>(next[i] < 0 ? i : nodes - 1 - next[i]);
+        above[i] = static_cast<int>(new_above[i] < 0 ? i : nodes - 1 - new_above[i]);
     __syncthreads();
     for (long long reach = 1; reach < merges; reach *= 2) {
         for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
-            next[i] = above[above[i]];
-        int* const before = above;
-        above = next, next = before;
+            new_above[i] = above[above[i]];
+        int* const old_above = above;
+        above = new_above, new_above = old_above;
         __syncthreads();
     }
 }
 
-// A negative `max_error` means that there is none: then K decides. `nodes` is scratch
-// (B, 4N).
+// A negative `max_error` means that there is no such limit: then K decides.
+// Shapes: dendrogram (B, N - 1, 4), mass, mask and out (B, N), counts (B,), nodes
+// (B, 4N), which is scratch memory.
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     cut_linkage(const double* dendrogram, const acc_t* mass, const bool* mask,
                 const int* counts, long long batch, long long num_tokens,
-                long long num_groups, double max_error, long long first, int* nodes,
+                long long num_groups, double max_error, long long by_first, int* nodes,
                 int* out) {
     __shared__ int scratch[32];
     __shared__ acc_t partial[32];
     __shared__ double terms[GROUP_THREADS];
-    const long long b = blockIdx.x, row = b * num_tokens;        // of (B, N)
-    const double* rows = dendrogram + b * (num_tokens - 1) * 4;  // (N - 1, 4)
-    const bool* valid = mask ? mask + row : nullptr;             // (N,)
+    const long long b = blockIdx.x, sequence_start = b * num_tokens;  // in (B, N)
+    const double* rows = dendrogram + b * (num_tokens - 1) * 4;       // (N - 1, 4)
+    const bool* valid = mask ? mask + sequence_start : nullptr;       // (N,)
     long long tokens = 0;
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
         const long long i = i0 + threadIdx.x;
@@ -116,12 +120,12 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     long long merges =
         min(max_merges, max(tokens - count_of(counts, b, num_groups), 0ll));
     if (max_error >= 0)
-        merges = merges_within(rows, mass ? mass + row : nullptr, valid, num_tokens,
-                               max_merges, max_error, partial, terms);
+        merges = merges_within(rows, mass ? mass + sequence_start : nullptr, valid,
+                               num_tokens, max_merges, max_error, partial, terms);
 
-    int *above = nodes + 4 * row, *next = above + 2 * num_tokens;
-    climb(rows, num_tokens, merges, above, next);
+    int *above = nodes + 4 * sequence_start, *new_above = above + 2 * num_tokens;
+    climb(rows, num_tokens, merges, above, new_above);
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
         if (!is_token(valid, i)) above[i] = -1;
-    write_labels(above, num_tokens, first, next, scratch, out + row);
+    write_labels(above, num_tokens, by_first, new_above, scratch, out + sequence_start);
 }

@@ -1,21 +1,23 @@
 // Entropies of layers (L, B, H, N): their mean over the heads, the range of the means
-// over the tokens of a layer, and min-max scaling. Each thread has THREAD_TOKENS
-// tokens: first, first + step, first + 2 step, ...
+// over the tokens of a layer, and min-max scaling (the formula is in
+// basic/saliency.cu). Each thread has THREAD_TOKENS tokens: first_token, first_token +
+// step, first_token + 2 step, ...
 
-// Compute the mean over the heads (H, N) of each token of a thread; 0 past the last
-// token. The index of a token may be an int if rows are short: it takes half as many
-// registers as a long long.
+// Compute the mean over the heads of each token of a thread; 0 past the last token.
+// `entropy` (H, N) is that of one layer of a sequence. The index of a token may be an
+// int if rows are short: an int takes half as many registers as a long long.
 template <class Index>
-__device__ __forceinline__ void head_means(const real_t* rows, long long heads,
-                                           Index num_tokens, Index first, Index step,
-                                           acc_t (&mean)[THREAD_TOKENS]) {
+__device__ __forceinline__ void head_means(const real_t* entropy, long long heads,
+                                           Index num_tokens, Index first_token,
+                                           Index step, acc_t (&mean)[THREAD_TOKENS]) {
 #pragma unroll
     for (int t = 0; t < THREAD_TOKENS; ++t) mean[t] = 0;
 #pragma unroll 4
-    for (long long h = 0; h < heads; ++h, rows += num_tokens) {
+    for (long long h = 0; h < heads; ++h, entropy += num_tokens) {
 #pragma unroll
         for (int t = 0; t < THREAD_TOKENS; ++t)
-            if (first + t * step < num_tokens) mean[t] += widen(rows[first + t * step]);
+            if (first_token + t * step < num_tokens)
+                mean[t] += widen(entropy[first_token + t * step]);
     }
     if (heads == 1) return;
 #pragma unroll
@@ -30,11 +32,11 @@ struct Range {
     // Include the tokens of a thread, except padding.
     template <class Index>
     __device__ __forceinline__ void add(const acc_t (&mean)[THREAD_TOKENS],
-                                        const bool* mask, Index num_tokens, Index first,
-                                        Index step) {
+                                        const bool* mask, Index num_tokens,
+                                        Index first_token, Index step) {
 #pragma unroll
         for (int t = 0; t < THREAD_TOKENS; ++t) {
-            const Index i = first + t * step;
+            const Index i = first_token + t * step;
             if (i >= num_tokens || !is_token(mask, i)) continue;
             low = min(low, mean[t]);
             high = max(high, mean[t]);
@@ -42,7 +44,8 @@ struct Range {
     }
 };
 
-// Combine the ranges of the parts of a layer, with one warp.
+// Combine the ranges of the parts of a layer, with one warp: `lowest` and `highest`
+// (parts,) become `low` and `width`.
 __device__ __forceinline__ void join_parts(const acc_t* lowest, const acc_t* highest,
                                            long long parts, acc_t* low, acc_t* width) {
     Range range;
@@ -68,7 +71,7 @@ __device__ __forceinline__ void add_layer(const acc_t (&mean)[THREAD_TOKENS], ac
 
 // Return s = 1 - (1/L) sum_l Normalize(H^(l)), or without the `1 -`.
 __device__ __forceinline__ acc_t saliency_of(acc_t sum, long long layers,
-                                             long long salient_high) {
-    const acc_t normal = sum / layers;
-    return salient_high ? normal : 1 - normal;
+                                             long long high_is_salient) {
+    const acc_t mean = sum / layers;
+    return high_is_salient ? mean : 1 - mean;
 }

@@ -1,20 +1,21 @@
 // Linear maps, computed in tiles (tiles.cuh), and norms, with one warp for each row;
-// see basic/linear.cu for the formulas.
+// see basic/linear.cu for the formulas and the shapes.
 
 // One block computes one tile of y = activated(x Wᵀ + b) + residual.
 //
 // With a ReLU, sums are float32 even if TF32 is allowed. The sign of a sum decides
-// whether the ReLU passes it and its gradient. A sum near 0 with the wrong sign would
-// change a gradient entirely; this way the gradient is that of the float32 network.
+// whether the ReLU passes the sum and its gradient. A sum near 0 with the wrong sign
+// would change a gradient entirely. With float32 sums, the gradient is that of the
+// float32 network.
 template <class Tile>
 __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t* input,
                                             const real_t* weight, const real_t* bias,
                                             const real_t* residual, long long num_rows,
                                             long long in_dim, long long out_dim,
                                             long long activation, real_t* out) {
-    const long long strips = (out_dim + Tile::columns - 1) / Tile::columns;
-    const long long row0 = blockIdx.x / strips * Tile::rows;
-    const long long column0 = blockIdx.x % strips * Tile::columns;
+    const long long column_tiles = (out_dim + Tile::columns - 1) / Tile::columns;
+    const long long row0 = blockIdx.x / column_tiles * Tile::rows;
+    const long long column0 = blockIdx.x % column_tiles * Tile::columns;
     Fragment sums[1];
     const Rows rows = {input + row0 * in_dim, num_rows - row0};
     const Rows columns = {weight + column0 * in_dim, out_dim - column0};
@@ -27,54 +28,55 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
         const int column = Tile::column(j);
-        const acc_t shift = column < left ? widen(bias[column0 + column]) : acc_t(0);
+        const acc_t bias_value =
+            column < left ? widen(bias[column0 + column]) : acc_t(0);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            sums[0][i][j] = activated(sums[0][i][j] + shift, activation);
+            sums[0][i][j] = activated(sums[0][i][j] + bias_value, activation);
     }
-    // Add the residual and store the rows and columns that exist. `behind` is the first
-    // column that does not exist, counted from the thread's first column.
-    const int behind = left - Tile::column(0);
+    // Add the residual and store the rows and columns that exist. `end_column` is the
+    // first column that does not exist, counted from the thread's first column.
+    const int end_column = left - Tile::column(0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const long long row = row0 + Tile::row(i);
         if (row >= num_rows) continue;
-        const long long first = row * out_dim + column0 + Tile::column(0);
+        const long long first_element = row * out_dim + column0 + Tile::column(0);
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
             const int column = j / 2 * 8 + j % 2;
-            if (column >= behind) continue;
+            if (column >= end_column) continue;
             acc_t y = sums[0][i][j];
-            if (residual) y += widen(residual[first + column]);
-            store(out + first + column, y);
+            if (residual) y += widen(residual[first_element + column]);
+            store(out + first_element + column, y);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     linear(const real_t* input, const real_t* weight, const real_t* bias,
            const real_t* residual, long long num_rows, long long in_dim,
            long long out_dim, long long activation, real_t* out) {
-    __shared__ __align__(16) unsigned char stages[Whole::bytes];
-    linear_tile<Whole>(stages, input, weight, bias, residual, num_rows, in_dim, out_dim,
-                       activation, out);
+    __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
+    linear_tile<WholeTile>(stages, input, weight, bias, residual, num_rows, in_dim,
+                           out_dim, activation, out);
 }
 
-extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM)
     linear_half(const real_t* input, const real_t* weight, const real_t* bias,
                 const real_t* residual, long long num_rows, long long in_dim,
                 long long out_dim, long long activation, real_t* out) {
-    __shared__ __align__(16) unsigned char stages[Half::bytes];
-    linear_tile<Half>(stages, input, weight, bias, residual, num_rows, in_dim, out_dim,
-                      activation, out);
+    __shared__ __align__(16) unsigned char stages[HalfTile::bytes];
+    linear_tile<HalfTile>(stages, input, weight, bias, residual, num_rows, in_dim,
+                          out_dim, activation, out);
 }
 
-// One warp, one output of `linear`, for few rows: almost all of the work is then
-// reading the weights. With `gain` the row is normalized first, as `normalize` in
-// basic/linear.cu does.
+// One warp, one output of `linear`, for few rows: then almost all of the work is
+// reading the weights. If `gain` (in,) is not null, the row is normalized first, as
+// `normalize` in basic/linear.cu does; `shift` (in,) may be null.
 //
-// The norm needs no pass of its own. Its factor is the same for the whole row, so it
-// can be applied to the finished sum:
+// The norm needs no pass of its own. Its factor 1 / sqrt(var + eps) is the same for the
+// whole row, so it multiplies the finished sum:
 //   norm(x) . w = sum_k (x_k - mean) gain_k w_k / sqrt(var + eps) + sum_k shift_k w_k
 extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
                                       const real_t* shift, const real_t* weight,

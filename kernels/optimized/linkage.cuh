@@ -1,11 +1,11 @@
-// Nearest clusters: code that both linkage kernels use.
+// Nearest clusters: code that linkage.cu and single_linkage.cu use.
 //
 // All comparisons use one strict order of pairs: the distance first, then a hash of the
 // pair. Both rows of a pair compute the same hash. The closest pair of all is therefore
-// the nearest neighbour of both its sides, so every round makes progress. A hash has no
-// pattern, so among many equal distances a good part of the clusters are mutual nearest
-// neighbours and merge in one round. A rule such as "the lower index" would make them
-// all choose the same neighbour, and one pair would merge a round.
+// the nearest neighbour of both its clusters, so every round makes progress. A hash has
+// no pattern, so among many equal distances many clusters are mutual nearest neighbours
+// and merge in one round. With a rule such as "the lower index", all of them would
+// choose the same neighbour, and only one pair would merge in a round.
 
 // Return 1 - cos, or 0 if it is below the rounding error of a cosine: equal tokens have
 // distance 0.
@@ -15,17 +15,18 @@ __device__ __forceinline__ acc_t cosine_distance(acc_t cosine) {
     return distance < NOISE ? acc_t(0) : distance;
 }
 
-// Return the factor 1 / |x| of a unit token x, where |x|^2 is its cosine with itself.
-// Cosines from tensor cores are not exactly 1 on the diagonal, nor are those of equal
-// tokens; the factors of both tokens correct this. A token of norm 0 has factor 1.
-__device__ __forceinline__ acc_t inverse_length(acc_t own_cosine) {
-    return own_cosine == 0 ? acc_t(1) : 1 / sqrt(own_cosine);
+// Return 1 / |x| of a unit token x, where |x|^2 is its cosine with itself. Cosines from
+// tensor cores are not exactly 1 on the diagonal, and neither are the cosines of equal
+// tokens; the product with 1 / |x| of both tokens corrects this. A token of norm 0 has
+// factor 1.
+__device__ __forceinline__ acc_t inverse_norm(acc_t self_cosine) {
+    return self_cosine == 0 ? acc_t(1) : 1 / sqrt(self_cosine);
 }
 
-// Return the hash of the pair {i, j}, the same for {j, i}. It mixes the bits of both
-// indices by splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195), which is one
-// to one: different pairs have different hashes, so no tie is left.
-__device__ __forceinline__ unsigned long long pair_number(int i, int j) {
+// Return the hash of the pair {i, j}, which is also that of {j, i}. The hash mixes the
+// bits of both indices by splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195),
+// which is one to one: different pairs have different hashes, so no tie is left.
+__device__ __forceinline__ unsigned long long pair_hash(int i, int j) {
     unsigned long long x = static_cast<unsigned long long>(min(i, j)) << 32 | max(i, j);
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
     x = (x ^ x >> 27) * 0x94D049BB133111EBull;
@@ -35,16 +36,16 @@ __device__ __forceinline__ unsigned long long pair_number(int i, int j) {
 // Return whether pair {i, a} comes before pair {i, b} at equal distance. `token` maps
 // slots to tokens; null means that a slot is a token. Tokens, unlike slots, are never
 // renumbered, so the order does not depend on when columns move. Not inlined: ties are
-// rare, and the loops that call this become shorter.
+// rare, and the loops that call this function become shorter.
 __device__ __noinline__ bool is_before(const int* token, int i, int a, int b) {
     if (token) i = token[i], a = token[a], b = token[b];
-    return pair_number(i, a) < pair_number(i, b);
+    return pair_hash(i, a) < pair_hash(i, b);
 }
 
-// The nearest slot that a row has seen so far, its E (`sum`), and its distance, which
-// is infinite if there is none.
+// The nearest cluster (by its slot) that a row has seen so far, its E (`e`), and its
+// distance. Without such a cluster, the distance is infinite (-padding()).
 struct Neighbour {
-    acc_t distance, sum;
+    acc_t distance, e;
     int slot;
 };
 
@@ -57,40 +58,42 @@ __device__ __forceinline__ bool nearer(const int* token, int i, const Neighbour&
     return a.distance < -padding() && is_before(token, i, a.slot, b.slot);
 }
 
-// Reduce `best` over the `lanes` that work on row i, and return the nearest one to all
-// of them. `lanes` is a power of two: 32, or fewer if a warp works on several rows.
+// Reduce `best` over the `lanes` that work on row i, and return the nearest cluster to
+// all of these lanes. `lanes` is a power of two: 32, or fewer if a warp works on
+// several rows.
 __device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
                                                   Neighbour best, int lanes = 32) {
     if (lanes == 1) return best;
     acc_t least = best.distance;
     for (int bits = lanes / 2; bits > 0; bits /= 2)
         least = min(least, __shfl_xor_sync(~0u, least, bits));
-    const int first = threadIdx.x % 32 / lanes * lanes;  // lane of this row
-    const unsigned own = ~0u >> (32 - lanes) << first;
-    const unsigned votes = __ballot_sync(~0u, best.distance == least) & own;
+    const int first_lane = threadIdx.x % 32 / lanes * lanes;  // first lane of row i
+    const unsigned row_lanes = ~0u >> (32 - lanes) << first_lane;
+    const unsigned votes = __ballot_sync(~0u, best.distance == least) & row_lanes;
     // Hash pairs only if several lanes have the least distance.
-    const bool tied = (votes & (votes - 1)) != 0 && least < -padding();
-    if (!__any_sync(~0u, tied)) {
+    const bool is_tied = (votes & (votes - 1)) != 0 && least < -padding();
+    if (!__any_sync(~0u, is_tied)) {
         const int from = __ffs(votes) - 1;
-        return {least, __shfl_sync(~0u, best.sum, from),
+        return {least, __shfl_sync(~0u, best.e, from),
                 __shfl_sync(~0u, best.slot, from)};
     }
 #pragma unroll 1
     for (int bits = lanes / 2; bits > 0; bits /= 2) {
         const Neighbour other = {__shfl_xor_sync(~0u, best.distance, bits),
-                                 __shfl_xor_sync(~0u, best.sum, bits),
+                                 __shfl_xor_sync(~0u, best.e, bits),
                                  __shfl_xor_sync(~0u, best.slot, bits)};
         if (nearer(token, i, other, best)) best = other;
     }
     return best;
 }
 
-// One block: list the tokens that may merge in `active`, in ascending order, and return
-// their number. `tokens` receives the number of tokens, protected ones included. Not
-// inlined: an inlined copy would take registers from the code that follows.
+// One block: list the tokens that may merge in `active` (N,), in ascending order, and
+// return their number. `tokens` receives the number of tokens, protected ones included.
+// `rank_scratch` is shared memory for 32 counts. Not inlined: an inlined copy would
+// take registers from the code that follows.
 __device__ __noinline__ int list_tokens(const bool* mask, const bool* protect,
-                                        long long num_tokens, int* ranks, int* active,
-                                        int* tokens) {
+                                        long long num_tokens, int* rank_scratch,
+                                        int* active, int* tokens) {
     int free = 0;
     *tokens = 0;
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
@@ -98,24 +101,24 @@ __device__ __noinline__ int list_tokens(const bool* mask, const bool* protect,
         const bool token = i < num_tokens && is_token(mask, i);
         const bool merges = token && !(protect && protect[i]);
         int count;
-        block_rank(token, ranks, &count);
+        block_rank(token, rank_scratch, &count);
         *tokens += count;
-        const int position = free + block_rank(merges, ranks, &count);
+        const int position = free + block_rank(merges, rank_scratch, &count);
         free += count;
         if (merges) active[position] = static_cast<int>(i);
     }
     return free;
 }
 
-// One warp: return the rank of merge t among `made` merges by height. Of equal heights
-// the earlier merge comes first.
+// One warp: return the rank of merge t among `made` merges by height (N,): the number
+// of merges that are lower. Of equal heights the earlier merge comes first.
 __device__ __forceinline__ long long merge_rank(const acc_t* height, long long made,
                                                 long long t) {
-    const acc_t own = height[t];
-    acc_t lower = 0;  // a count, exact up to 2^24
-    for (long long other = threadIdx.x % 32; other < made; other += 32)
-        lower += height[other] < own || (height[other] == own && other < t);
-    return static_cast<long long>(warp_reduce(lower, Add()));
+    const acc_t height_t = height[t];
+    acc_t num_lower = 0;  // a count, exact up to 2^24
+    for (long long u = threadIdx.x % 32; u < made; u += 32)
+        num_lower += height[u] < height_t || (height[u] == height_t && u < t);
+    return static_cast<long long>(warp_reduce(num_lower, Add()));
 }
 
 // Write a row of a dendrogram (N - 1, 4) in SciPy's format: the two nodes, the lower

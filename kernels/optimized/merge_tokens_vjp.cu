@@ -3,6 +3,7 @@
 
 // The weight of each member in its group. One warp, one group. The values of padding
 // are not written.
+// Shapes: mass, members and out (B, N), ends (B, K).
 extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
                                          const int* members, long long batch,
                                          long long num_tokens, long long num_groups,
@@ -13,17 +14,19 @@ extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
     const Members group = members_of(ends, members, k, num_tokens, num_groups);
     const acc_t size = static_cast<acc_t>(group.end - group.start);
     acc_t total = 0;
-    for (int slot = group.start + lane; mass && slot < group.end; slot += 32)
-        total += mass[group.first + group.tokens[slot]];
+    for (int entry = group.start + lane; mass && entry < group.end; entry += 32)
+        total += mass[group.sequence_start + group.tokens[entry]];
     total = warp_reduce(total, Add());
-    for (int slot = group.start + lane; slot < group.end; slot += 32) {
-        const long long j = group.first + group.tokens[slot];
+    for (int entry = group.start + lane; entry < group.end; entry += 32) {
+        const long long j = group.sequence_start + group.tokens[entry];
         out[j] = total != 0 ? mass[j] / total : 1 / size;
     }
 }
 
 // One warp, one token: the gradient dx_j = w_j dx_k of the token and, unless `products`
 // is null, the product dx_k . x_j. Both are 0 for padding.
+// Shapes: gradient (B, K, D), tokens and out (B, N, D), labels, weights and products
+// (B, N).
 extern "C" __global__ void merge_tokens_vjp(const real_t* gradient,
                                             const real_t* tokens, const int* labels,
                                             const acc_t* weights, long long batch,
@@ -51,7 +54,9 @@ extern "C" __global__ void merge_tokens_vjp(const real_t* gradient,
     if (threadIdx.x % 32 == 0) products[index] = product;
 }
 
-// The gradient dm_j of the masses, in place of the products. One warp, one group.
+// The gradient dm_j of the masses, which replaces the products dx_k . x_j. One warp,
+// one group.
+// Shapes: mass, members, weights and products (B, N), ends (B, K).
 extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* ends,
                                           const int* members, const acc_t* weights,
                                           long long batch, long long num_tokens,
@@ -61,15 +66,15 @@ extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* ends,
     const int lane = threadIdx.x % 32;
     const Members group = members_of(ends, members, k, num_tokens, num_groups);
     acc_t total = 0, mean = 0;
-    for (int slot = group.start + lane; slot < group.end; slot += 32) {
-        const long long j = group.first + group.tokens[slot];
+    for (int entry = group.start + lane; entry < group.end; entry += 32) {
+        const long long j = group.sequence_start + group.tokens[entry];
         total += mass[j];
         mean += weights[j] * products[j];
     }
     total = warp_reduce(total, Add());
     mean = warp_reduce(mean, Add());
-    for (int slot = group.start + lane; slot < group.end; slot += 32) {
-        const long long j = group.first + group.tokens[slot];
+    for (int entry = group.start + lane; entry < group.end; entry += 32) {
+        const long long j = group.sequence_start + group.tokens[entry];
         products[j] = total != 0 ? (products[j] - mean) / total : acc_t(0);
     }
 }

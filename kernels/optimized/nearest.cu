@@ -1,8 +1,9 @@
-// Nearest anchors by tiles of similarities; basic/nearest.cu has the definition.
+// Nearest anchors by tiles of similarities; basic/nearest.cu has the definition and the
+// shapes.
 //
 // A block multiplies a tile of tokens by all tiles of anchors (`multiply_tiles` of
-// tiles.cuh) and keeps only the best anchor of each token. The similarities (N, K) are
-// never stored.
+// tiles.cuh). The block keeps only the best anchor of each token, so the similarities
+// (N, K) are never stored.
 
 __device__ __forceinline__ acc_t not_a_number() { return __uint_as_float(0x7fffffffu); }
 
@@ -11,7 +12,8 @@ struct Nearest {
     acc_t similarity = padding();
     int anchor = -1;
 
-    // Compare with an anchor of a higher index than all before: a tie changes nothing.
+    // Compare with an anchor whose index is higher than all before: a tie changes
+    // nothing.
     __device__ __forceinline__ void update(acc_t other, int index) {
         anchor = other > similarity ? index : anchor;
         similarity = max(similarity, other);  // max of a NaN and a number is the number
@@ -27,66 +29,66 @@ struct Nearest {
 };
 
 // One block: find the nearest anchors of Tile::rows tokens of one sequence, in a loop
-// over all of its anchors. A token's own norm scales all its similarities alike, so it
-// does not change the nearest anchor: `norms` is for `highest_out` only.
+// over all of its anchors. A token's own norm scales all its similarities by the same
+// factor, and the nearest anchor stays the same: `norms` is for `highest_out` only.
 template <class Tile>
-__device__ __forceinline__ void rows_nearest(unsigned char* shared,
-                                             const real_t* tokens, const acc_t* norms,
-                                             const bool* mask, const real_t* anchors,
-                                             const acc_t* anchor_norms,
-                                             const int* counts, long long num_tokens,
-                                             long long dim, long long num_groups,
-                                             int* out, acc_t* highest_out) {
-    constexpr int rows = 4 * Tile::fragments;  // of a thread
+__device__ __forceinline__ void rows_nearest(
+    unsigned char* shared, const real_t* tokens, const acc_t* norms, const bool* mask,
+    const real_t* anchor_tokens, const acc_t* anchor_norms, const int* counts,
+    long long num_tokens, long long dim, long long num_groups, int* out,
+    acc_t* highest_out) {
+    constexpr int thread_rows = 4 * Tile::fragments;
     const long long row_tiles = (num_tokens + Tile::rows - 1) / Tile::rows;
     const long long b = blockIdx.x / row_tiles;
     const long long row0 = blockIdx.x % row_tiles * Tile::rows;
-    const long long first = b * num_tokens + row0;  // token of (B, N)
+    const long long first_token = b * num_tokens + row0;  // in (B, N)
     const int num_tiles = static_cast<int>(
         (count_of(counts, b, num_groups) + Tile::columns - 1) / Tile::columns);
 
     Fragment sums[Tile::fragments];
-    Nearest nearest[rows];
+    Nearest nearest[thread_rows];
     multiply_tiles<Tile>(
-        shared, {tokens + first * dim, num_tokens - row0},
-        {anchors + b * num_groups * dim, num_groups}, num_tiles, dim, sums,
+        shared, {tokens + first_token * dim, num_tokens - row0},
+        {anchor_tokens + b * num_groups * dim, num_groups}, num_tiles, dim, sums,
         [&](int tile) {
-            // Read the count again for each tile, because no register is left to keep
-            // it.
+            // Read the count again for each tile, because no register is left for it.
             const int left = static_cast<int>(count_of(counts, b, num_groups) -
                                               tile * Tile::columns);
-            const acc_t* of_tile = anchor_norms + b * num_groups + tile * Tile::columns;
+            const acc_t* tile_norms =
+                anchor_norms + b * num_groups + tile * Tile::columns;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
                 const int column = Tile::column(j);
-                const acc_t norm = column < left ? of_tile[column] : acc_t(-1);
+                const acc_t norm = column < left ? tile_norms[column] : acc_t(-1);
                 // A column without an anchor has similarity NaN, which never wins.
                 const acc_t factor = norm < 0    ? not_a_number()
                                      : norm == 0 ? acc_t(0)
                                                  : 1 / norm;
 #pragma unroll
-                for (int i = 0; i < rows; ++i)
+                for (int i = 0; i < thread_rows; ++i)
                     nearest[i].update(factor == 0 ? 0 : sums[i / 4][i % 4][j] * factor,
                                       tile * Tile::columns + column);
             }
         });
 
-    // Merge over the four lanes of a row, then over the warps that work on it.
-    auto* parts = reinterpret_cast<Nearest*>(shared);  // (across, rows)
+    // Merge over the four lanes of a row, then over the warps that work on the row.
+    // `multiply_tiles` has ended with a barrier, so the shared memory is free.
+    auto* warp_results = reinterpret_cast<Nearest*>(shared);  // (warps_across, rows)
 #pragma unroll
-    for (int i = 0; i < rows; ++i) {
+    for (int i = 0; i < thread_rows; ++i) {
         for (int bits = 1; bits < 4; bits *= 2)
             nearest[i].merge(__shfl_xor_sync(~0u, nearest[i].similarity, bits),
                              __shfl_xor_sync(~0u, nearest[i].anchor, bits));
         if (threadIdx.x % 4 == 0)
-            parts[Tile::warp_column() / 64 * Tile::rows + Tile::row(i)] = nearest[i];
+            warp_results[Tile::warp_column() / 64 * Tile::rows + Tile::row(i)] =
+                nearest[i];
     }
     __syncthreads();
-    const long long token = first + threadIdx.x;
+    const long long token = first_token + threadIdx.x;
     if (threadIdx.x >= Tile::rows || row0 + threadIdx.x >= num_tokens) return;
-    Nearest best = parts[threadIdx.x];
-    for (int w = 1; w < Tile::across; ++w) {
-        const Nearest other = parts[w * Tile::rows + threadIdx.x];
+    Nearest best = warp_results[threadIdx.x];
+    for (int w = 1; w < Tile::warps_across; ++w) {
+        const Nearest other = warp_results[w * Tile::rows + threadIdx.x];
         best.merge(other.similarity, other.anchor);
     }
     const bool valid = is_token(mask, token);
@@ -103,34 +105,35 @@ __device__ __forceinline__ void rows_nearest(unsigned char* shared,
         best.anchor < 0 ? padding() : max(acc_t(MASKED_SCORE), similarity);
 }
 
-extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     nearest_anchors(const real_t* tokens, const acc_t* norms, const bool* mask,
-                    const real_t* anchors, const acc_t* anchor_norms, const int* counts,
-                    long long batch, long long num_tokens, long long dim,
-                    long long num_groups, int* out, acc_t* highest_out) {
-    __shared__ __align__(16) unsigned char stages[Whole::bytes];
-    rows_nearest<Whole>(stages, tokens, norms, mask, anchors, anchor_norms, counts,
-                        num_tokens, dim, num_groups, out, highest_out);
+                    const real_t* anchor_tokens, const acc_t* anchor_norms,
+                    const int* counts, long long batch, long long num_tokens,
+                    long long dim, long long num_groups, int* out, acc_t* highest_out) {
+    __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
+    rows_nearest<WholeTile>(stages, tokens, norms, mask, anchor_tokens, anchor_norms,
+                            counts, num_tokens, dim, num_groups, out, highest_out);
 }
 
-extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM)
     nearest_anchors_half(const real_t* tokens, const acc_t* norms, const bool* mask,
-                         const real_t* anchors, const acc_t* anchor_norms,
+                         const real_t* anchor_tokens, const acc_t* anchor_norms,
                          const int* counts, long long batch, long long num_tokens,
                          long long dim, long long num_groups, int* out,
                          acc_t* highest_out) {
-    __shared__ __align__(16) unsigned char stages[Half::bytes];
-    rows_nearest<Half>(stages, tokens, norms, mask, anchors, anchor_norms, counts,
-                       num_tokens, dim, num_groups, out, highest_out);
+    __shared__ __align__(16) unsigned char stages[HalfTile::bytes];
+    rows_nearest<HalfTile>(stages, tokens, norms, mask, anchor_tokens, anchor_norms,
+                           counts, num_tokens, dim, num_groups, out, highest_out);
 }
 
-extern "C" __global__ void __launch_bounds__(Wide::threads, 1)
+extern "C" __global__ void __launch_bounds__(WideTile::threads, 1)
     nearest_anchors_wide(const real_t* tokens, const acc_t* norms, const bool* mask,
-                         const real_t* anchors, const acc_t* anchor_norms,
+                         const real_t* anchor_tokens, const acc_t* anchor_norms,
                          const int* counts, long long batch, long long num_tokens,
                          long long dim, long long num_groups, int* out,
                          acc_t* highest_out) {
     if constexpr (TENSOR_CORES)
-        rows_nearest<Wide>(dynamic_shared(), tokens, norms, mask, anchors, anchor_norms,
-                           counts, num_tokens, dim, num_groups, out, highest_out);
+        rows_nearest<WideTile>(dynamic_shared(), tokens, norms, mask, anchor_tokens,
+                               anchor_norms, counts, num_tokens, dim, num_groups, out,
+                               highest_out);
 }

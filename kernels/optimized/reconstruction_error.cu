@@ -1,4 +1,5 @@
-// Reconstruction error; see basic/reconstruction_error.cu for the formulas.
+// Reconstruction error; see basic/reconstruction_error.cu for the formulas and the
+// shapes.
 
 // ‖x_i - x̂_i‖² and ‖x_i‖². One warp, one token: each lane reads 16 bytes at a time.
 extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merged,
@@ -12,7 +13,8 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
     const real_t* token = tokens + index * dim;
     const real_t* group = merged + (index / num_tokens * num_groups + k) * dim;
     acc_t error = 0, square = 0;
-    // All lanes of a warp have the same token and so the same k: they do not diverge.
+    // All lanes of a warp have the same token and the same k, so the lanes do not
+    // diverge.
     for (long long d = threadIdx.x % 32 * WIDTH; k >= 0 && d < dim; d += 32 * WIDTH) {
         acc_t x[WIDTH], y[WIDTH];
         load_vector(x, token + d, dim - d);
@@ -35,11 +37,11 @@ extern "C" __global__ void reconstruction_error(const acc_t* errors,
                                                 const acc_t* squares, long long batch,
                                                 long long num_tokens, acc_t* out) {
     __shared__ acc_t scratch[32];
-    const long long first = blockIdx.x * num_tokens;
+    const long long sequence_start = blockIdx.x * num_tokens;
     acc_t error = 0, square = 0;
     for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x) {
-        error += errors[first + i];
-        square += squares[first + i];
+        error += errors[sequence_start + i];
+        square += squares[sequence_start + i];
     }
     error = block_reduce(error, scratch, Add());
     square = block_reduce(square, scratch, Add());

@@ -1,5 +1,5 @@
 // Gradients of the reconstruction error; see basic/reconstruction_error_vjp.cu for the
-// formulas.
+// formulas and the shapes.
 
 // e and scale of a sequence. One block, one sequence.
 extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* squares,
@@ -43,8 +43,10 @@ extern "C" __global__ void reconstruction_error_vjp(
     }
 }
 
-// The gradient of the merged tokens. One thread, 16 bytes of one merged token; it goes
-// through the members of its group (members.cuh).
+// The gradient of the merged tokens. One thread, 16 bytes of one merged token. The
+// thread goes through the members of its group (members.cuh).
+// Shapes: tokens (B, N, D), merged and out (B, K, D), members (B, N), ends (B, K),
+// scales (B,).
 extern "C" __global__ void merged_error_vjp(const real_t* tokens, const real_t* merged,
                                             const int* ends, const int* members,
                                             const acc_t* scales, long long batch,

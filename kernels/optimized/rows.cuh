@@ -1,11 +1,12 @@
-// A row of numbers, one for each token, divided among the threads of a block: token t
-// of a thread is token threadIdx.x + t * blockDim.x of the row. Both types have the
-// same functions: `Held` keeps the row in registers, for at most THREAD_TOKENS tokens a
-// thread; `Stored` keeps a longer row in memory.
+// A row of numbers, one for each token of a sequence, divided among the threads of a
+// block: the t-th token of a thread is token i = threadIdx.x + t * blockDim.x of the
+// row. `RegisterRow` keeps a thread's numbers in registers, for at most THREAD_TOKENS
+// tokens; `MemoryRow` keeps a longer row in memory. Both have the functions get(t, i)
+// and set(t, i, x).
 
-struct Held {
+struct RegisterRow {
     static constexpr bool IN_REGISTERS = true;
-    acc_t values[THREAD_TOKENS];  // those of this thread's tokens
+    acc_t values[THREAD_TOKENS];  // of this thread's tokens
 
     // A register has no address, so t is compared with every constant index.
     __device__ __forceinline__ acc_t get(int t, long long) const {
@@ -23,7 +24,7 @@ struct Held {
 };
 
 template <class T>
-struct Stored {
+struct MemoryRow {
     static constexpr bool IN_REGISTERS = false;
     T* values;  // (N,)
 
@@ -36,10 +37,10 @@ struct Stored {
 };
 
 // Call visit(t, i) for every token of this thread: its t-th token is token i of the
-// row.
+// row. For a `MemoryRow`, t is always 0, because i alone is the address.
 template <class Row, class Visit>
-__device__ __forceinline__ void visit_own(const Row&, long long num_tokens,
-                                          Visit visit) {
+__device__ __forceinline__ void visit_thread_tokens(const Row&, long long num_tokens,
+                                                    Visit visit) {
     if constexpr (Row::IN_REGISTERS) {
 #pragma unroll
         for (int t = 0; t < THREAD_TOKENS; ++t) {

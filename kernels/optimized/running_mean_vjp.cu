@@ -1,8 +1,8 @@
-// Gradients of running means; see basic/running_mean_vjp.cu for the formula. The rows
-// are divided into runs, so that several warps can work on one column.
+// Gradients of running means; see basic/running_mean_vjp.cu for the formula and the
+// shapes. The rows are divided into runs, so that several warps can work on one column.
 
 // Return the row that is read t-th. Rows past the last token keep their positions.
-__device__ long long reading(long long t, long long count, long long reversed) {
+__device__ long long row_read_at(long long t, long long count, long long reversed) {
     return reversed && t < count ? count - 1 - t : t;
 }
 
@@ -18,20 +18,21 @@ extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* co
     const long long strips = (dim + 31) / 32;
     const long long b = blockIdx.x / strips, d = blockIdx.x % strips * 32 + lane;
     const long long count = count_of(counts, b, num_groups);
-    const long long column = b * num_groups * dim + d;  // of (B, K, D)
+    const long long column_start = b * num_groups * dim + d;  // in (B, K, D)
     const long long run = (num_groups + warps - 1) / warps;
-    const long long first = warp * run, last = min(first + run, num_groups);
+    const long long run_start = warp * run, run_end = min(run_start + run, num_groups);
 
     acc_t sum = 0;
-    for (long long t = min(last, count) - 1; t >= first && d < dim; --t)
-        sum += gradient[column + reading(t, count, reversed) * dim] / acc_t(t + 1);
-    sums[warp][lane] = sum;  // of the warp's run, in the order of reading
+    for (long long t = min(run_end, count) - 1; t >= run_start && d < dim; --t)
+        sum += gradient[column_start + row_read_at(t, count, reversed) * dim] /
+               acc_t(t + 1);
+    sums[warp][lane] = sum;  // the sum of this warp's run
     __syncthreads();
     sum = 0;
     for (int w = warps - 1; w > warp; --w) sum += sums[w][lane];
-    for (long long t = last - 1; t >= first && d < dim; --t) {
-        const long long row = column + reading(t, count, reversed) * dim;
-        if (t < count) sum += gradient[row] / acc_t(t + 1);
-        out[row] = t < count ? sum : 0;
+    for (long long t = run_end - 1; t >= run_start && d < dim; --t) {
+        const long long element = column_start + row_read_at(t, count, reversed) * dim;
+        if (t < count) sum += gradient[element] / acc_t(t + 1);
+        out[element] = t < count ? sum : 0;
     }
 }

@@ -1,5 +1,6 @@
-// Vector-Jacobian products of the entropies of softmax scores, computed in tiles; see
-// basic/score_gradients.cu for the formulas.
+// Vector-Jacobian products of the entropies of softmax scores, computed in tiles
+// (tiles.cuh); see basic/score_gradients.cu for the formulas, for bands and for
+// `sides`.
 //
 //   score_weights       (m, t / (1 + r), g / (1 + r)) of every row
 //   weight_units        scale the third weight to the range of real_t
@@ -8,18 +9,23 @@
 //   score_gradients     one tile of a band of G
 //   token_gradients     the band times the transposed tokens
 //
-// Scores, and m, are in units of ln 2 here. A band of G is stored as real_t, so that
-// the tensor cores can multiply it. Every run gives the same bits.
+// Scores, and m, are in units of ln 2 here (softmax_states.cuh says why). A band of G
+// is stored as real_t, so that the tensor cores can multiply it. Every run gives the
+// same bits. `State`, `Exponents`, `write_row_states` and `merge_two` are in
+// softmax_states.cuh.
 
-// One block computes the weights of 128 rows of one head. It goes through all tiles of
-// keys or, with a causal mask, through those up to its last row. m is bit for bit the
-// largest score of a row, so that s - m is exactly 0 there in `score_gradients` too.
-extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+// One block computes the weights of 128 rows of one head. The block goes through all
+// tiles of keys or, with a causal mask, through the tiles up to its last row. m has
+// exactly the bits of the largest score of a row, so that s - m is exactly 0 for that
+// score in `score_gradients` too.
+// Shapes: gradient (L, B, H, N), query and key (L, B, H, N, d), mask (B, N), weights
+// (L, B, H, N, 3).
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     score_weights(const acc_t* gradient, const real_t* query, const real_t* key,
                   const bool* mask, long long outer, long long batch, long long heads,
                   long long num_tokens, long long dim, long long causal, double scale,
                   acc_t* weights) {
-    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
     const long long row_tiles = (num_tokens + TILE - 1) / TILE;
     const long long head = blockIdx.x / row_tiles;  // (L, B, H)
     // With a causal mask the last rows have the most keys, so their blocks start first.
@@ -31,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
     const acc_t factor = acc_t(scale * LOG2_E);
     Fragment scores[1];
     State states[4];
-    multiply_tiles<Whole>(
+    multiply_tiles<WholeTile>(
         stages, {query + (head * num_tokens + row0) * dim, num_tokens - row0},
         {key + head * num_tokens * dim, num_tokens}, num_tiles, dim, scores,
         [&](int tile) {
@@ -45,13 +51,14 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
             const bool diagonal = causal && column0 == row0;
             if (diagonal || valid || column0 + TILE > num_tokens) {
                 const unsigned columns =
-                    tokens_among<16>(valid, column0, num_tokens, Whole::column);
+                    tokens_among<16>(valid, column0, num_tokens, WholeTile::column);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int last = diagonal ? Whole::row(i) : TILE;
+                    const int last_column = diagonal ? WholeTile::row(i) : TILE;
 #pragma unroll
                     for (int j = 0; j < 16; ++j) {
-                        const bool seen = columns >> j & 1 && Whole::column(j) <= last;
+                        const bool seen =
+                            columns >> j & 1 && WholeTile::column(j) <= last_column;
                         if (!seen) scores[0][i][j] = MASKED_SCORE;
                     }
                 }
@@ -60,18 +67,20 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
             for (int i = 0; i < 4; ++i) states[i].add(scores[0][i], Exponents());
         });
 
-    // Two warps have the same rows, each with half of the columns: (2, TILE, 3). Then
-    // one thread for each row merges the two states.
+    // Write the states to shared memory, which is free after the multiplication. Two
+    // warps have the same rows, each with half of the columns, so the states are
+    // (2, TILE, 3). Then one thread for each row merges the two states.
     auto* parts = reinterpret_cast<acc_t*>(stages);
-    write_rows(parts + threadIdx.x / 32 % 2 * TILE * STATE_VALUES, states, Whole::row);
+    write_row_states(parts + threadIdx.x / 32 % 2 * TILE * STATE_VALUES, states,
+                     WholeTile::row);
     __syncthreads();
     const long long row = row0 + threadIdx.x;
     if (threadIdx.x >= TILE || row >= num_tokens) return;
     const State state =
         merge_two(parts + threadIdx.x * STATE_VALUES, TILE * STATE_VALUES);
     acc_t* out = weights + (head * num_tokens + row) * STATE_VALUES;
-    out[0] = state.m;                                // units of ln 2
-    out[1] = state.t * acc_t(LN_2) / (1 + state.r);  // nats
+    out[0] = state.m;                                // in units of ln 2
+    out[1] = state.t * acc_t(LN_2) / (1 + state.r);  // in nats
     out[2] =
         is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
 }
@@ -81,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
 constexpr float UNITS = 512;
 
 // Compute the unit of a head and divide its weights by it. One block, one head.
+// Shapes: weights (L, B, H, N, 3), units (L, B, H).
 extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
                                         acc_t* units) {
     __shared__ acc_t scratch[32];
@@ -116,85 +126,90 @@ struct __align__(2 * sizeof(real_t)) Pair {
     real_t element[2];
 };
 
-// One block computes one tile of a band. A tile that the causal mask empties entirely
-// is not written, and `token_gradients` does not read it.
-extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
-    score_gradients(const real_t* own, const real_t* other, const acc_t* weights,
-                    const bool* mask, long long first_tile, long long num_tiles,
-                    long long batch, long long heads, long long num_tokens,
-                    long long dim, long long causal, double scale, long long sides,
-                    real_t* band) {
-    __shared__ __align__(16) unsigned char stages[Whole::bytes];
-    const long long tiles = (num_tokens + TILE - 1) / TILE;  // of a head
+// One block computes one tile of a band. The scores of a row are those of its row
+// vector with the column vectors. A tile that the causal mask empties entirely is not
+// written, and `token_gradients` does not read such a tile.
+// Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
+// (B, N), band (128 num_tiles, 128 T).
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
+    score_gradients(const real_t* row_vectors, const real_t* column_vectors,
+                    const acc_t* weights, const bool* mask, long long first_tile,
+                    long long num_tiles, long long batch, long long heads,
+                    long long num_tokens, long long dim, long long causal, double scale,
+                    long long sides, real_t* band) {
+    __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
+    const long long tiles = (num_tokens + TILE - 1) / TILE;  // T, of a head
     const long long tile = first_tile + blockIdx.x / tiles, head = tile / tiles;
     const long long row0 = tile % tiles * TILE, column0 = blockIdx.x % tiles * TILE;
     if (causal && (sides == QUERIES ? column0 > row0 : column0 < row0)) return;
 
-    const long long start = head * num_tokens;
+    const long long head_start = head * num_tokens;
     Fragment sums[1];
-    multiply_tiles<Whole>(stages, {own + (start + row0) * dim, num_tokens - row0},
-                          {other + (start + column0) * dim, num_tokens - column0}, 1,
-                          dim, sums, [](int) {});
+    multiply_tiles<WholeTile>(
+        stages, {row_vectors + (head_start + row0) * dim, num_tokens - row0},
+        {column_vectors + (head_start + column0) * dim, num_tokens - column0}, 1, dim,
+        sums, [](int) {});
 
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
-    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, Whole::row);
+    const unsigned rows = tokens_among<4>(valid, row0, num_tokens, WholeTile::row);
     const unsigned columns =
-        tokens_among<16>(valid, column0, num_tokens, Whole::column);
+        tokens_among<16>(valid, column0, num_tokens, WholeTile::column);
     const acc_t factor = acc_t(scale * LOG2_E);
     const bool diagonal = causal && row0 == column0;
 
-    // Load the weights of the rows, then those of the columns: (2, TILE, 3).
-    auto* kept = reinterpret_cast<acc_t*>(stages);
+    // Load the weights of the rows, then those of the columns: (2, TILE, 3). The stages
+    // are free, because `multiply_tiles` has ended with a barrier.
+    auto* tile_weights = reinterpret_cast<acc_t*>(stages);
     const int position = threadIdx.x % TILE;
     const long long token = (threadIdx.x < TILE ? row0 : column0) + position;
     for (int k = 0; k < STATE_VALUES && token < num_tokens; ++k)
-        kept[threadIdx.x * STATE_VALUES + k] =
-            weights[(start + token) * STATE_VALUES + k];
+        tile_weights[threadIdx.x * STATE_VALUES + k] =
+            weights[(head_start + token) * STATE_VALUES + k];
     __syncthreads();
 
     real_t* target = band + blockIdx.x / tiles * TILE * tiles * TILE + column0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = Whole::row(i);
-        const Weights row_weights(kept + row * STATE_VALUES);
+        const int row = WholeTile::row(i);
+        const Weights row_weights(tile_weights + row * STATE_VALUES);
 #pragma unroll
         for (int j = 0; j < 16; j += 2) {
             Pair pair;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int column = Whole::column(j + k);
+                const int column = WholeTile::column(j + k);
                 acc_t sum = 0;
                 if (rows >> i & columns >> (j + k) & 1) {
                     const acc_t s = rounded_product(sums[0][i][j + k], factor);
                     if (sides & QUERIES && !(diagonal && column > row))
                         sum += row_weights.gradient(s);
                     if (sides & KEYS && !(diagonal && row > column))
-                        sum +=
-                            Weights(kept + (TILE + column) * STATE_VALUES).gradient(s);
+                        sum += Weights(tile_weights + (TILE + column) * STATE_VALUES)
+                                   .gradient(s);
                 }
                 store(&pair.element[k], sum);
             }
-            *reinterpret_cast<Pair*>(target + row * tiles * TILE + Whole::column(j)) =
-                pair;
+            *reinterpret_cast<Pair*>(target + row * tiles * TILE +
+                                     WholeTile::column(j)) = pair;
         }
     }
 }
 
-// Transpose tokens (L, B, H, N, D) to (L, B, H, D, 128 T). Padding and the columns
-// past the last token become 0. One block transposes SQUARE x SQUARE elements, one
-// row per warp at a time. Each row of the square in shared memory has one element more
-// than it needs; otherwise all elements of a column would lie in one bank.
+// Transpose tokens (L, B, H, N, D) to `out` (L, B, H, D, 128 T). Padding (mask (B, N))
+// and the columns past the last token become 0. One block transposes SQUARE x SQUARE
+// elements, one row per warp at a time. Each row of the square in shared memory has one
+// element more than it needs; otherwise all elements of a column would lie in one bank.
 extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* mask,
                                             long long outer, long long batch,
                                             long long heads, long long num_tokens,
                                             long long dim, real_t* out) {
     __shared__ real_t square[SQUARE][SQUARE + 1];
     const long long columns = (num_tokens + TILE - 1) / TILE * TILE;
-    const long long strips = (dim + SQUARE - 1) / SQUARE,
-                    squares = columns / SQUARE * strips;
+    const long long squares_down = (dim + SQUARE - 1) / SQUARE,
+                    squares = columns / SQUARE * squares_down;
     const long long head = blockIdx.x / squares;
-    const long long token0 = blockIdx.x % squares / strips * SQUARE;
-    const long long d0 = blockIdx.x % strips * SQUARE;
+    const long long token0 = blockIdx.x % squares / squares_down * SQUARE;
+    const long long d0 = blockIdx.x % squares_down * SQUARE;
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
@@ -212,35 +227,38 @@ extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* ma
 }
 
 // One block computes one tile of the tokens' gradients: the 128 rows of a tile of the
-// band, and 128 of the D columns. `other` holds the transposed tokens. The part of the
-// band past the edge of the causal mask is 0, so it is not read.
-extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
-    token_gradients(const real_t* band, const real_t* other, const acc_t* units,
+// band, and 128 of the D columns. The part of the band past the edge of the causal mask
+// is 0, so it is not read.
+// Shapes: band (128 num_tiles, 128 T), transposed (L, B, H, D, 128 T), units (L, B, H),
+// out (L, B, H, N, D).
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
+    token_gradients(const real_t* band, const real_t* transposed, const acc_t* units,
                     long long first_tile, long long num_tiles, long long num_tokens,
                     long long dim, long long causal, double scale, long long sides,
                     real_t* out) {
-    __shared__ __align__(16) unsigned char stages[Whole::bytes];
+    __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
     const long long tiles = (num_tokens + TILE - 1) / TILE, columns = tiles * TILE;
-    const long long strips = (dim + TILE - 1) / TILE;
-    const long long tile = first_tile + blockIdx.x / strips, head = tile / tiles;
-    const long long row0 = tile % tiles * TILE, d0 = blockIdx.x % strips * TILE;
-    const long long start = causal && sides == KEYS ? row0 : 0;
-    const long long end = causal && sides == QUERIES ? row0 + TILE : columns;
+    const long long column_tiles = (dim + TILE - 1) / TILE;
+    const long long tile = first_tile + blockIdx.x / column_tiles, head = tile / tiles;
+    const long long row0 = tile % tiles * TILE, d0 = blockIdx.x % column_tiles * TILE;
+    const long long first_column = causal && sides == KEYS ? row0 : 0;
+    const long long end_column = causal && sides == QUERIES ? row0 + TILE : columns;
 
-    const real_t* band_rows = band + blockIdx.x / strips * TILE * columns;
+    const real_t* band_rows = band + blockIdx.x / column_tiles * TILE * columns;
     Fragment sums[1];
-    multiply_tiles<Whole>(stages, {band_rows + start, TILE},
-                          {other + (head * dim + d0) * columns + start, dim - d0}, 1,
-                          end - start, columns, sums, [](int) {});
+    multiply_tiles<WholeTile>(
+        stages, {band_rows + first_column, TILE},
+        {transposed + (head * dim + d0) * columns + first_column, dim - d0}, 1,
+        end_column - first_column, columns, sums, [](int) {});
 
     const acc_t factor = units[head] * acc_t(scale);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const long long row = row0 + Whole::row(i);
+        const long long row = row0 + WholeTile::row(i);
         if (row >= num_tokens) continue;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            const long long d = d0 + Whole::column(j);
+            const long long d = d0 + WholeTile::column(j);
             if (d < dim)
                 store(out + (head * num_tokens + row) * dim + d,
                       sums[0][i][j] * factor);

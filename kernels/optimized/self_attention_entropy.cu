@@ -1,9 +1,10 @@
-// Entropy of self-attention, computed in tiles; see basic/self_attention_entropy.cu.
+// Entropy of self-attention, computed in tiles (tiles.cuh); see
+// basic/self_attention_entropy.cu for the formula.
 //
 // The N x N scores are never stored: a score exists only in the registers of one
-// thread. Each thread keeps the online softmax states (softmax_states.cuh) of its rows
-// and columns. States are merged in a fixed order, so that every run gives the same
-// bits.
+// thread. Each thread keeps the online softmax states of its rows and columns (`State`
+// in softmax_states.cuh). States are merged in a fixed order, so that every run gives
+// the same bits.
 //
 // The scores S = X Xᵀ / sqrt(D) are symmetric, so only the tiles on and above the
 // diagonal are computed. A tile above the diagonal counts twice: its rows are rows of
@@ -17,24 +18,26 @@
 //
 // Count rows and columns in squares of TILE. A row of square c receives its scores with
 // the columns of square s from a tile of its own rows if s >= c, and from a tile in
-// which it is a column if s < c. Either way the state goes to slot `halves` * s of
-// states_out (B, slots, N, 3). A column of `Half` tiles has two states, one from each
-// half of the rows of square s; the second one goes to the next slot.
+// which that row is a column if s < c. In both cases the state goes to slot `halves` *
+// s of states_out (B, slots, N, 3). A column of `HalfTile` tiles has two states, one
+// from each half of the rows of square s; the second state goes to the next slot.
 template <class Tile>
 __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t* tokens,
                                             const bool* mask, long long num_tokens,
                                             long long dim, acc_t* states_out) {
     constexpr int halves = Tile::rows < TILE ? 2 : 1;
-    constexpr int squares = Tile::columns / TILE;  // side by side in a tile
+    constexpr int squares = Tile::columns / TILE;  // squares side by side in a tile
     const int num_squares = static_cast<int>((num_tokens + TILE - 1) / TILE);
-    // `upper_tile` counts in squares as wide as a tile: `sides` along each side.
-    const unsigned sides = (num_squares + squares - 1) / squares;
-    const unsigned tiles = sides * (sides + 1) / 2 * (Tile::columns / Tile::rows);
-    const long long b = blockIdx.x / tiles, first = b * num_tokens;
-    const Corner corner = upper_tile<Tile>(blockIdx.x % tiles, sides);
+    // `upper_tile` counts in squares as wide as a tile, `squares_per_side` along each
+    // side.
+    const unsigned squares_per_side = (num_squares + squares - 1) / squares;
+    const unsigned tiles =
+        squares_per_side * (squares_per_side + 1) / 2 * (Tile::columns / Tile::rows);
+    const long long b = blockIdx.x / tiles, sequence_start = b * num_tokens;
+    const Corner corner = upper_tile<Tile>(blockIdx.x % tiles, squares_per_side);
     if (Tile::rows < Tile::columns && corner.row >= num_tokens) return;
 
-    const real_t* sequence = tokens + first * dim;  // (N, D)
+    const real_t* sequence = tokens + sequence_start * dim;  // (N, D)
     Fragment scores[Tile::fragments];
     multiply_tiles<Tile>(shared, {sequence + corner.row * dim, num_tokens - corner.row},
                          {sequence + corner.column * dim, num_tokens - corner.column},
@@ -49,7 +52,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
             for (int j = 0; j < 16; ++j)
                 scores[f][i][j] = rounded_product(scores[f][i][j], scale);
 
-    const bool* valid = mask ? mask + first : nullptr;
+    const bool* valid = mask ? mask + sequence_start : nullptr;
     // Mask padding and the rows and columns past the last token.
     if (valid || corner.column + Tile::columns > num_tokens) {
         const unsigned rows =
@@ -64,18 +67,20 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                     scores[i / 4][i % 4][j] = MASKED_SCORE;
     }
 
-    // Write the states of every warp to shared memory: of rows (across, rows, 3), each
-    // over the 64 columns of a warp, and of columns (down, columns, 3), each over the
-    // 32 rows of a fragment.
+    // Write the states of every warp to shared memory, which is free after the
+    // multiplication: those of rows (warps_across, rows, 3), each over the 64 columns
+    // of a warp, and those of columns (row fragments, columns, 3), each over the 32
+    // rows of a fragment.
     auto* row_states = reinterpret_cast<acc_t*>(shared);
-    acc_t* column_states = row_states + Tile::across * Tile::rows * STATE_VALUES;
-    const int across = Tile::warp_column() / 64, down = Tile::warp_row() / 32;
+    acc_t* column_states = row_states + Tile::warps_across * Tile::rows * STATE_VALUES;
+    const int warp_across = Tile::warp_column() / 64, warp_down = Tile::warp_row() / 32;
     const int row_square = corner.row / TILE, first_square = corner.column / TILE;
-    const int square = first_square + across / 2;  // that of the warp's columns
-    const Exponents units;
+    const int square =
+        first_square + warp_across / 2;  // the square of the warp's columns
+    const Exponents exponents;
 #pragma unroll
     for (int f = 0; f < Tile::fragments; ++f) {
-        if (row_square < square) {  // above the diagonal: columns, eight at a time
+        if (row_square < square) {  // above the diagonal, add columns, eight at a time
 #pragma unroll
             for (int j0 = 0; j0 < 16; j0 += 8) {
                 State states[8];
@@ -84,18 +89,19 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                     acc_t column[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) column[i] = scores[f][i][j0 + j];
-                    states[j].add(column, units);
+                    states[j].add(column, exponents);
                 }
-                write_columns(column_states + (down + f) * Tile::columns * STATE_VALUES,
-                              states, j0, Tile::column);
+                write_column_states(
+                    column_states + (warp_down + f) * Tile::columns * STATE_VALUES,
+                    states, j0, Tile::column);
             }
         }
         if (row_square <= square) {
             State states[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) states[i].add(scores[f][i], units);
-            write_rows(row_states + across * Tile::rows * STATE_VALUES, states,
-                       [&](int i) { return Tile::row(4 * f + i); });
+            for (int i = 0; i < 4; ++i) states[i].add(scores[f][i], exponents);
+            write_row_states(row_states + warp_across * Tile::rows * STATE_VALUES,
+                             states, [&](int i) { return Tile::row(4 * f + i); });
         }
     }
     __syncthreads();
@@ -107,9 +113,9 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
         const bool is_row = index < squares * Tile::rows;
         const int k =
             is_row ? index / Tile::rows : (index - squares * Tile::rows) / TILE;
-        const int other = first_square + k;  // the square of columns
-        if (other >= num_squares || row_square > other) continue;
-        if (!is_row && row_square == other) continue;
+        const int column_square = first_square + k;
+        if (column_square >= num_squares || row_square > column_square) continue;
+        if (!is_row && row_square == column_square) continue;
         const int position = is_row ? index % Tile::rows : index - squares * Tile::rows;
         const int token = (is_row ? corner.row : corner.column) + position;
         if (token >= num_tokens) continue;
@@ -124,7 +130,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
         else
             state = merge_four(column_states + position * STATE_VALUES,
                                Tile::columns * STATE_VALUES);
-        const int slot = is_row ? other * halves : corner.row * halves / TILE;
+        const int slot = is_row ? column_square * halves : corner.row * halves / TILE;
         const long long slots = num_squares * halves;
         write_state(
             states_out + ((b * slots + slot) * num_tokens + token) * STATE_VALUES,
@@ -132,31 +138,35 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
     }
 }
 
-// The same work with each shape of tile; the launcher selects the shape.
-extern "C" __global__ void __launch_bounds__(Whole::threads, TILE_BLOCKS)
+// The three kernels differ only in the shape of tile, which the launcher selects.
+// Shapes: tokens (B, N, D), mask (B, N), states_out (B, slots, N, 3).
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     self_attention_states(const real_t* tokens, const bool* mask, long long batch,
                           long long num_tokens, long long dim, acc_t* states_out) {
-    __shared__ __align__(16) unsigned char stages[Whole::bytes];
-    tile_states<Whole>(stages, tokens, mask, num_tokens, dim, states_out);
+    __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
+    tile_states<WholeTile>(stages, tokens, mask, num_tokens, dim, states_out);
 }
 
-extern "C" __global__ void __launch_bounds__(Half::threads, TILE_BLOCKS)
+extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM)
     self_attention_states_half(const real_t* tokens, const bool* mask, long long batch,
                                long long num_tokens, long long dim, acc_t* states_out) {
-    __shared__ __align__(16) unsigned char stages[Half::bytes];
-    tile_states<Half>(stages, tokens, mask, num_tokens, dim, states_out);
+    __shared__ __align__(16) unsigned char stages[HalfTile::bytes];
+    tile_states<HalfTile>(stages, tokens, mask, num_tokens, dim, states_out);
 }
 
-extern "C" __global__ void __launch_bounds__(Wide::threads, 1)
+extern "C" __global__ void __launch_bounds__(WideTile::threads, 1)
     self_attention_states_wide(const real_t* tokens, const bool* mask, long long batch,
                                long long num_tokens, long long dim, acc_t* states_out) {
     if constexpr (TENSOR_CORES)
-        tile_states<Wide>(dynamic_shared(), tokens, mask, num_tokens, dim, states_out);
+        tile_states<WideTile>(dynamic_shared(), tokens, mask, num_tokens, dim,
+                              states_out);
 }
 
 // The entropy of every token from its partial states. One thread, one token. With two
-// slots for each square (`halves` = 2), the second one holds a state only if the square
-// comes before the token's own square: only there is the token a column of the tiles.
+// slots for each square (`halves` = 2), the second slot holds a state only if the
+// square comes before the token's own square: only there is the token a column of the
+// tiles.
+// Shapes: states (B, slots, N, 3), mask and out (B, N).
 extern "C" __global__ void self_attention_entropy(const acc_t* states, const bool* mask,
                                                   long long batch, long long num_tokens,
                                                   long long halves, acc_t* out) {
@@ -164,10 +174,11 @@ extern "C" __global__ void self_attention_entropy(const acc_t* states, const boo
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
     const long long squares = (num_tokens + TILE - 1) / TILE;
-    const acc_t* own = states + (b * squares * halves * num_tokens + i) * STATE_VALUES;
+    const acc_t* first_state =
+        states + (b * squares * halves * num_tokens + i) * STATE_VALUES;
     State state;
     for (long long s = 0; s < squares; ++s) {
-        const acc_t* slot = own + s * halves * num_tokens * STATE_VALUES;
+        const acc_t* slot = first_state + s * halves * num_tokens * STATE_VALUES;
         State part = read_state(slot);
         if (halves == 2 && s < i / TILE)
             part.merge(read_state(slot + num_tokens * STATE_VALUES));

@@ -1,17 +1,18 @@
 // Online softmax states (m, r, t) in base 2: add scores, merge states between lanes and
-// between warps, and turn a state into an entropy. See SoftmaxEntropy in common.cuh for
-// the same state in base e. In base 2, with s in units of ln 2,
+// between warps, and turn a state into an entropy. `SoftmaxEntropy` in common.cuh is
+// the same state in base e. Base 2 is used because 2^x is one instruction. The scores s
+// are in units of ln 2, which means score / ln 2:
 //
 //   m   the largest score
-//   r = sum 2^(s - m),  t = sum 2^(s - m) (s - m)      over all scores except one m
+//   r = sum 2^(s - m)              over all scores except one with s = m
+//   t = sum 2^(s - m) (s - m)      over the same scores
 //
-// because 2^x is one instruction. The sums r and t are those of base e, except that t
-// is in units of ln 2.
+// r is equal to that of base e, and t is in units of ln 2.
 //
-// Every multiply-add is written as `fma` or as `rounded_product`. Otherwise the
-// compiler would choose which products to fuse, differently in each kernel, and the
-// same sums would have different bits. States are merged in a fixed order for the same
-// reason.
+// Every multiply-add is written as `fma` or as `rounded_product` (common.cuh).
+// Otherwise the compiler would choose which products to fuse, differently in each
+// kernel, and the same sums would have different bits. States are merged in a fixed
+// order for the same reason.
 
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
@@ -37,103 +38,107 @@ __device__ __forceinline__ float greater(float x, float y) {
 __device__ __forceinline__ double lesser(double x, double y) { return x >= y ? y : x; }
 __device__ __forceinline__ double greater(double x, double y) { return x <= y ? y : x; }
 
-// Return log2 of a number that is not subnormal. The error of the float version is at
-// most 2^-22, relative to the result or, for numbers near 1, absolute.
-__device__ __forceinline__ float near_log2(float x) { return __log2f(x); }
-__device__ __forceinline__ double near_log2(double x) { return log2(x); }
+// Return log2 of a number that is not subnormal. For floats the error is at most 2^-22:
+// relative to the result or, for numbers near 1, absolute.
+__device__ __forceinline__ float approximate_log2(float x) { return __log2f(x); }
+__device__ __forceinline__ double approximate_log2(double x) { return log2(x); }
 
-// How `State::add` turns scores into exponents of 2: base(m) is the exponent that the
-// sums refer to, and above(score, base) is a score's exponent relative to it.
+// How `State::add` turns scores into exponents of 2: reference(m) is the exponent to
+// which the sums are relative, and relative(score, reference) is the exponent of a
+// score minus the reference. This difference is <= 0.
 //
-// Exponents: the scores are exponents of 2 already.
+// `Exponents`: the scores are exponents of 2 already.
 struct Exponents {
-    __device__ __forceinline__ acc_t base(acc_t m) const { return m; }
-    __device__ __forceinline__ acc_t above(acc_t score, acc_t base) const {
-        return score - base;
+    __device__ __forceinline__ acc_t reference(acc_t m) const { return m; }
+    __device__ __forceinline__ acc_t relative(acc_t score, acc_t reference) const {
+        return score - reference;
     }
 };
 
-// ScaledExponents: the exponent is score * factor. One fused multiply-add multiplies
-// and subtracts the base.
+// `ScaledExponents`: the exponent is score * factor. One fused multiply-add multiplies
+// and subtracts the reference.
 struct ScaledExponents {
     acc_t factor;
 
     explicit __device__ __forceinline__ ScaledExponents(double scale)
         : factor(acc_t(scale * LOG2_E)) {}
 
-    // The score of a masked position. Times the factor, it is finite and below all
-    // exponents.
+    // The score of a masked position. Its product with the factor is below all
+    // exponents. The limit of -3e38 keeps the score finite as a float if the factor is
+    // small.
     __device__ __forceinline__ acc_t masked_score() const {
         return max(MASKED_SCORE / factor, acc_t(-3e38f));
     }
 
-    // The base is m * factor, for floats plus 2^-23 of it. The product is rounded here
-    // but not in the fused multiply-add of `above`; with the margin, no exponent is
-    // above the base. `State::exact` removes the margin from the sums.
-    __device__ __forceinline__ acc_t base(acc_t m) const {
+    // The reference is m * factor; for floats, |m * factor| 2^-23 is added as a margin.
+    // The product is rounded here but not in the fused multiply-add of `relative`. The
+    // margin is larger than the rounding error, so no exponent is above the reference.
+    // `State::exact` removes the margin from the sums.
+    __device__ __forceinline__ acc_t reference(acc_t m) const {
         const acc_t exponent = rounded_product(m, factor);
         return sizeof(acc_t) == 8 ? exponent
                                   : fma(abs(exponent), acc_t(0x1p-23), exponent);
     }
-    __device__ __forceinline__ acc_t above(acc_t score, acc_t base) const {
-        if (sizeof(acc_t) == 8) return rounded_product(score, factor) - base;
-        return fma(score, factor, -base);
+    __device__ __forceinline__ acc_t relative(acc_t score, acc_t reference) const {
+        if (sizeof(acc_t) == 8) return rounded_product(score, factor) - reference;
+        return fma(score, factor, -reference);
     }
 };
 
 struct State {
-    acc_t m = MASKED_SCORE, r = 0, t = 0;  // the sums are relative to base(m)
+    acc_t m = MASKED_SCORE, r = 0, t = 0;  // r and t are relative to reference(m)
 
-    // Add scores; this overwrites them. Exactly one score, the largest, must be left
-    // out of the sums, while others that equal it belong in them. So each score is
-    // compared with m: the greater of the two becomes m, and the lesser one replaces
-    // the score. After all comparisons the array holds the scores to sum: all except
-    // the largest, plus the m of before.
-    template <int count, class Units>
-    __device__ __forceinline__ void add(acc_t (&scores)[count], const Units& units) {
+    // Add scores; this overwrites the array. Exactly one score, the largest, must be
+    // left out of the sums; other scores that are equal to it belong in the sums. So
+    // each score is compared with m: the greater of the two becomes m, and the lesser
+    // one replaces the score. After all comparisons the array holds the scores to sum:
+    // all except the largest, plus the old m.
+    template <int count, class ToExponents>
+    __device__ __forceinline__ void add(acc_t (&scores)[count],
+                                        const ToExponents& exponents) {
         if constexpr (sizeof(acc_t) == 8) {
-            add_doubles(scores, units);
+            add_doubles(scores, exponents);
             return;
         }
-        const acc_t before = units.base(m);
+        const acc_t old_reference = exponents.reference(m);
 #pragma unroll
         for (int i = 0; i < count; ++i) {
             const acc_t score = scores[i];
             scores[i] = lesser(score, m);
             m = max(m, score);
         }
-        // Refer the sums to the new base, then add the terms.
-        const acc_t base = units.base(m);
-        rescale(before - base);
+        // Make the sums relative to the new reference, then add the terms.
+        const acc_t reference = exponents.reference(m);
+        rescale(old_reference - reference);
 #pragma unroll
         for (int i = 0; i < count; ++i) {
-            const acc_t d = units.above(scores[i], base);
+            const acc_t d = exponents.relative(scores[i], reference);
             const acc_t e = exp2(d);
             r += e;
             t = fma(e, d, t);
         }
     }
 
-    // The same with fewer registers, because doubles take twice as many: the scores
-    // stay as they are. Scores that equal m have d = 0 and add 1 to r each; they are
-    // counted, and the one that became m is subtracted.
-    template <int count, class Units>
+    // Do the same with fewer registers, because doubles take twice as many. The scores
+    // stay as they are. A score that is equal to m has d = 0 and adds 1 to r. `equals`
+    // counts these scores, minus the one that became m.
+    template <int count, class ToExponents>
     __device__ __forceinline__ void add_doubles(acc_t (&scores)[count],
-                                                const Units& units) {
-        acc_t top = scores[0];
+                                                const ToExponents& exponents) {
+        acc_t largest = scores[0];
 #pragma unroll
-        for (int i = 1; i < count; ++i) top = max(top, scores[i]);
+        for (int i = 1; i < count; ++i) largest = max(largest, scores[i]);
         int equals = 0;
-        if (top > m) {
-            ++r;  // the m of before, which is now an ordinary score
-            rescale(units.base(m) - units.base(top));
-            m = top;
-            equals = -1;  // the new m is left out
+        if (largest > m) {
+            ++r;  // the old m is now an ordinary score
+            rescale(exponents.reference(m) - exponents.reference(largest));
+            m = largest;
+            equals = -1;  // leaves out the new m
         }
-        const acc_t base = units.base(m);
+        const acc_t reference = exponents.reference(m);
 #pragma unroll
         for (int i = 0; i < count; ++i) {
-            const acc_t d = units.above(scores[i], base);
+            const acc_t d = exponents.relative(scores[i], reference);
             const acc_t e = d < 0 ? exp2(d) : acc_t(0);
             equals += d == 0;
             r += e;
@@ -150,30 +155,32 @@ struct State {
         r = rounded_product(e, r);
     }
 
-    // Return the state with m as an exponent of 2 and with sums relative to m itself,
-    // without the margin of base(m).
-    __device__ __forceinline__ State exact(const ScaledExponents& units) const {
+    // Return the state with m as an exponent of 2, and with sums relative to m itself,
+    // without the margin of reference(m).
+    __device__ __forceinline__ State exact(const ScaledExponents& exponents) const {
         State state = *this;
-        if (m == units.masked_score()) {
+        if (m == exponents.masked_score()) {
             state.m = MASKED_SCORE;
-            return state;  // it has no scores, or only NaN
+            return state;  // the state has no scores, or only NaN
         }
-        state.m = rounded_product(m, units.factor);
-        // The limit of 100 acts only on exponents beyond 2^29: neighbouring scores are
-        // too far apart there for this correction.
-        state.rescale(min(-units.above(m, units.base(m)), acc_t(100)));
+        state.m = rounded_product(m, exponents.factor);
+        // The correction d is about |m * factor| 2^-23. The limit keeps 2^d finite. It
+        // acts only if |m * factor| is above about 2^29. Neighbouring floats are 64
+        // apart there, so the sums have no accuracy left to correct.
+        state.rescale(min(-exponents.relative(m, exponents.reference(m)), acc_t(100)));
         return state;
     }
 
     // Add the scores of another state. The larger m is left out of the sums; the
-    // smaller one becomes an ordinary score, which is the 1 in low_r. A state without
-    // scores has m = MASKED_SCORE, so its terms become 0.
+    // smaller one becomes an ordinary score, which is the 1 in smaller_r. A state
+    // without scores has m = MASKED_SCORE, so its terms become 0.
     __device__ __forceinline__ void merge(const State& other) {
-        const bool first = m >= other.m;
+        const bool own_is_larger = m >= other.m;
         const acc_t d = min(m, other.m) - max(m, other.m), e = exp2(d);
-        const acc_t low_r = 1 + (first ? other.r : r), low_t = first ? other.t : t;
-        t = fma(e, fma(d, low_r, low_t), first ? t : other.t);
-        r = fma(e, low_r, first ? r : other.r);
+        const acc_t smaller_r = 1 + (own_is_larger ? other.r : r),
+                    smaller_t = own_is_larger ? other.t : t;
+        t = fma(e, fma(d, smaller_r, smaller_t), own_is_larger ? t : other.t);
+        r = fma(e, smaller_r, own_is_larger ? r : other.r);
         m = max(m, other.m);
     }
 
@@ -201,57 +208,63 @@ __device__ __forceinline__ State read_state(const acc_t* in) {
 
 // Merge the `count` states of each lane with those of its partner, the lane whose
 // number differs in `bit`. Afterwards each lane has half of the merged states: the lane
-// with the bit set has the upper half. Repeated for several bits, this merges all lanes
-// and spreads the results over them.
+// with the bit set has the upper half, and its partner the lower half. Repeated for
+// several bits, this merges the states of all these lanes and distributes the results
+// over them.
 template <int count>
 __device__ __forceinline__ void fold(State* states, int bit) {
     const bool upper = threadIdx.x & bit;
 #pragma unroll
     for (int i = 0; i < count / 2; ++i) {
         const State a = states[i], b = states[i + count / 2];
-        State kept, other;
-        kept.m = upper ? b.m : a.m;
-        kept.r = upper ? b.r : a.r;
-        kept.t = upper ? b.t : a.t;
-        other.m = __shfl_xor_sync(~0u, upper ? a.m : b.m, bit);
-        other.r = __shfl_xor_sync(~0u, upper ? a.r : b.r, bit);
-        other.t = __shfl_xor_sync(~0u, upper ? a.t : b.t, bit);
-        kept.merge(other);
-        states[i] = kept;
+        State mine, received;
+        mine.m = upper ? b.m : a.m;
+        mine.r = upper ? b.r : a.r;
+        mine.t = upper ? b.t : a.t;
+        received.m = __shfl_xor_sync(~0u, upper ? a.m : b.m, bit);
+        received.r = __shfl_xor_sync(~0u, upper ? a.r : b.r, bit);
+        received.t = __shfl_xor_sync(~0u, upper ? a.t : b.t, bit);
+        mine.merge(received);
+        states[i] = mine;
     }
 }
 
-// Merge and write the states of the rows of a warp's fragment. Each lane has states of
-// four rows over its own 16 columns; the four lanes l / 4 * 4 + 0, 1, 2, 3 have the
-// same rows and together all 64 columns. After two folds each of them has one row,
-// which it writes to `out` (rows, 3); row_of(i) is the i-th row of the thread.
+// Merge and write the states of the rows of a warp's fragment. Lane l has states of
+// four rows over its own 16 columns; the four lanes with the same l / 4 have the same
+// rows and together all 64 columns. After two folds each of these lanes has one row,
+// which it writes to `out` (rows, 3). row_of(i) is the i-th row of the thread. The
+// first fold (bit 1 of the lane) selects the upper or lower two of the four states, and
+// the second fold (bit 2) one of these two, so i has the two bits in reverse order.
 template <class RowOf>
-__device__ __forceinline__ void write_rows(acc_t* out, State (&states)[4],
-                                           RowOf row_of) {
+__device__ __forceinline__ void write_row_states(acc_t* out, State (&states)[4],
+                                                 RowOf row_of) {
     fold<4>(states, 1);
     fold<2>(states, 2);
     const int i = threadIdx.x % 2 * 2 + threadIdx.x / 2 % 2;
     write_state(out + row_of(i) * STATE_VALUES, states[0]);
 }
 
-// The same for columns. Each lane has states of eight columns, from its j-th on, over
-// its own four rows; the eight lanes with the same l % 4 have the same columns and
-// together all 32 rows. After three folds each of them has one column, which it writes
-// to `out` (columns, 3).
+// Merge and write the states of the columns of a warp's fragment. Lane l has states of
+// eight columns, the first_j-th and the next seven of the thread, over its own four
+// rows. The eight lanes with the same l % 4 have the same columns and together all 32
+// rows. After three folds each of these lanes has one column, which it writes to `out`
+// (columns, 3). The three bits of the lane are in reverse order, as in
+// `write_row_states`.
 template <class ColumnOf>
-__device__ __forceinline__ void write_columns(acc_t* out, State (&states)[8], int j,
-                                              ColumnOf column_of) {
+__device__ __forceinline__ void write_column_states(acc_t* out, State (&states)[8],
+                                                    int first_j, ColumnOf column_of) {
     fold<8>(states, 4);
     fold<4>(states, 8);
     fold<2>(states, 16);
     const int lane = threadIdx.x % 32;
-    const int column = column_of(j + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16);
+    const int column =
+        column_of(first_j + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16);
     write_state(out + column * STATE_VALUES, states[0]);
 }
 
-// Merge two partial states of a row or column, which lie `stride` values apart. Four
-// are merged in pairs, because two `Half` tiles also merge pairs: the bits stay the
-// same.
+// Merge two partial states of a row or column, which lie `stride` values apart in
+// `parts`. Four states are merged as two pairs and then their results. `HalfTile` tiles
+// (tiles.cuh) merge the same pairs in another kernel, so the bits are the same.
 __device__ __forceinline__ State merge_two(const acc_t* parts, int stride) {
     State merged = read_state(parts);
     merged.merge(read_state(parts + stride));

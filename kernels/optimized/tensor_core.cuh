@@ -1,5 +1,5 @@
-// Asynchronous copies and tensor cores. Each PTX instruction has one function here, so
-// no other file contains PTX for them.
+// Asynchronous copies and tensor cores, for tiles.cuh and tile_staging.cuh. Each PTX
+// instruction has one function here, so no other file contains PTX for them.
 
 // The unsigned type of 4, 8 or 16 bytes.
 template <int bytes>
@@ -17,19 +17,19 @@ struct WordOf<16> {
 template <int bytes>
 using Word = typename WordOf<bytes>::type;
 
-// Convert a generic pointer to an address in shared memory, as PTX instructions take
-// it.
+// Convert a generic pointer to an address in shared memory, which PTX instructions
+// need.
 __device__ __forceinline__ unsigned shared_address(const void* address) {
     return static_cast<unsigned>(__cvta_generic_to_shared(address));
 }
 
 // Copy 4, 8 or 16 bytes from global to shared memory. From sm_80 on the copy is
 // asynchronous: the thread goes on and later waits with `cp_async_wait`. On older GPUs
-// it is an ordinary load and store. Both addresses must be multiples of `bytes`.
+// the copy is an ordinary load and store. Both addresses must be multiples of `bytes`.
 template <int bytes>
 __device__ __forceinline__ void cp_async(void* target, const void* source) {
 #if __CUDA_ARCH__ >= 800
-    if constexpr (bytes == 16)  // .cg bypasses L1; only 16-byte copies can
+    if constexpr (bytes == 16)  // .cg bypasses L1, and takes 16 bytes only
         asm volatile(
             "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
             "l"(source)
@@ -61,8 +61,8 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Load four 8 x 8 matrices of 16-bit elements from shared memory to the registers of a
-// warp, in the layout that `mma_16x8` takes. Lane 8 i + r passes the address of row r
-// of matrix i, and d[i] receives the lane's part of matrix i.
+// warp, in the layout of the operands of `mma_16x8`. Lane 8 i + r passes the address of
+// row r of matrix i, and d[i] receives the lane's part of matrix i.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -70,12 +70,13 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
                  : "memory");
 }
 
-// On the tensor cores (sm_80 and later): c (16 x 8) += a (16 rows) times b (8 columns),
-// summed over 32 bytes of each row and column. These are 16 elements of 16 bits, or 8
-// floats, of which the tensor cores ignore the last 13 bits (TF32). The sums are float.
+// Add a product on the tensor cores (sm_80 and later): c (16 x 8) += a (16 rows) times
+// b (8 columns), summed over 32 bytes of each row and column. 32 bytes are 16 elements
+// of 16 bits, or 8 floats, of which the tensor cores ignore the last 13 bits (TF32).
+// The sums are float.
 //
-// A warp holds c together: lane l has the columns l % 4 * 2 and l % 4 * 2 + 1 of row
-// l / 4 in c0 and c1, and of row l / 4 + 8 in c2 and c3.
+// The registers of a warp hold c together: lane l has the columns l % 4 * 2 and l % 4 *
+// 2 + 1 of row l / 4 in c0 and c1, and the same columns of row l / 4 + 8 in c2 and c3.
 #define MMA_16X8(type, shape, name)                                             \
     __device__ __forceinline__ void mma_16x8(float& c0, float& c1, float& c2,   \
                                              float& c3, const unsigned (&a)[4], \

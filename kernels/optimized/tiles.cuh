@@ -2,44 +2,47 @@
 // computes one tile of S at a time and keeps its sums in registers.
 //
 // Steps. Each step copies STEP_BYTES of every row of A and B to a stage in shared
-// memory (tile_staging.cuh) and adds their products to the sums. There are several
-// stages: while one step is multiplied, the copies of the next ones are in flight. This
-// hides the latency of global memory.
+// memory (tile_staging.cuh) and adds the products of these elements to the sums. There
+// are several stages: while one step is multiplied, the copies of the next steps are in
+// flight. This hides the latency of global memory.
 //
 // Fragments. A tile is divided into fragments of 32 x 64 sums. A warp computes one
 // fragment or two, and each of its threads holds 4 rows x 16 columns of a fragment. The
-// layout is that of the tensor cores' results, which compute 16-bit types, and float
-// where TF32 is allowed, from sm_80 on. Otherwise ordinary fused multiply-adds (FMA)
-// compute the same layout.
+// layout is that of the tensor cores' results (`mma_16x8` in tensor_core.cuh). From
+// sm_80 on, tensor cores multiply the 16-bit types, and float if TF32 is allowed.
+// Otherwise ordinary fused multiply-adds (FMA) compute the same layout.
 //
 // Bits. Every shape of tile consists of the same fragments and adds the products in the
-// same order. Which shape runs therefore does not change a bit of a result.
+// same order. Therefore every shape gives the same bits.
 
 constexpr bool TENSOR_CORES = (sizeof(real_t) == 2 || TF32) && __CUDA_ARCH__ >= 800;
-// Blocks that fit the registers of one SM at a time: TF32 needs more registers than the
-// 16-bit types do.
-constexpr int TILE_BLOCKS = TENSOR_CORES && !TF32 ? 2 : 1;
+// Blocks that run on one SM at a time, limited by its registers: TF32 needs more
+// registers than the 16-bit types.
+constexpr int TILE_BLOCKS_PER_SM = TENSOR_CORES && !TF32 ? 2 : 1;
 
 using Fragment = acc_t[4][16];  // a thread's part: 4 rows, 16 columns
 
-// A tile of `rows` x `columns` and how the warps of a block divide it. There are
-// `across` warps side by side, each 64 columns wide, and `down` warps one below the
-// other, each with `fragments` fragments of 32 rows.
-template <int rows_, int columns_, int fragments_, int stages_>
+// A tile of `rows` x `columns`, and how the warps of a block divide it. There are
+// `warps_across` warps side by side, each 64 columns wide, and `warps_down` warps one
+// below the other, each with `fragments` fragments of 32 rows. `num_stages` is the
+// number of stages in shared memory.
+template <int rows_, int columns_, int fragments_, int num_stages_>
 struct Shape {
     static constexpr int rows = rows_, columns = columns_, fragments = fragments_;
-    static constexpr int stages = stages_;
-    static constexpr int across = columns / 64, down = rows / (32 * fragments);
-    static constexpr int threads = across * down * 32;
-    static constexpr int stage_bytes = (rows + columns) * STEP_BYTES;  // A's, then B's
-    static constexpr int bytes = stages * stage_bytes;
+    static constexpr int num_stages = num_stages_;
+    static constexpr int warps_across = columns / 64,
+                         warps_down = rows / (32 * fragments);
+    static constexpr int threads = warps_across * warps_down * 32;
+    static constexpr int stage_bytes =
+        (rows + columns) * STEP_BYTES;  // rows of A, then of B
+    static constexpr int bytes = num_stages * stage_bytes;
 
     // The first row and column of a thread's warp.
     static __device__ __forceinline__ int warp_row() {
-        return threadIdx.x / 32 / across * (32 * fragments);
+        return threadIdx.x / 32 / warps_across * (32 * fragments);
     }
     static __device__ __forceinline__ int warp_column() {
-        return threadIdx.x / 32 % across * 64;
+        return threadIdx.x / 32 % warps_across * 64;
     }
     // The thread's i-th row and j-th column in the tile; a fragment has 4 and 16. Lane
     // l has the rows l / 4, l / 4 + 8, ... and two neighbouring columns of every eight.
@@ -50,33 +53,40 @@ struct Shape {
         return warp_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
     }
 };
-using Whole = Shape<TILE, TILE, 1, 3>;
-using Half = Shape<TILE / 2, TILE, 1, 4>;  // for small inputs: more, smaller tiles
-// For tensor cores only, one block on an SM. It reads 3/4 of the bytes that two `Whole`
-// tiles of the same area read.
-using Wide = Shape<TILE, 2 * TILE, 2, WIDE_STAGES>;
+using WholeTile = Shape<TILE, TILE, 1, 3>;
+using HalfTile = Shape<TILE / 2, TILE, 1, 4>;  // for small inputs
+// For tensor cores only, with one block on an SM. Such a tile reads 3/4 of the bytes
+// that two `WholeTile` tiles of the same area read.
+using WideTile = Shape<TILE, 2 * TILE, 2, WIDE_STAGES>;
 // The launchers assume these sizes (qm_cupy/cuda/tiles.py).
-static_assert(Whole::threads == BLOCK_THREADS && Half::threads == BLOCK_THREADS / 2 &&
-              Wide::threads == BLOCK_THREADS);
+static_assert(WholeTile::threads == BLOCK_THREADS &&
+              HalfTile::threads == BLOCK_THREADS / 2 &&
+              WideTile::threads == BLOCK_THREADS);
 
-// sums += the products of one step, on the tensor cores. `rows` is the staged step of
-// A, `columns` that of B: the rows of B are the columns of S.
+// sums += the products of one step, on the tensor cores. `rows` is the step of A in
+// shared memory, and `columns` that of B: the rows of B are the columns of S.
 template <class Tile>
 __device__ __forceinline__ void multiply_mma(const unsigned char* rows,
                                              const unsigned char* columns,
                                              Fragment (&sums)[Tile::fragments]) {
     const int lane = threadIdx.x % 32;
-    // Each lane passes one chunk to `ldmatrix_x4`. These are the offsets for the first
-    // half of the step, and the other addresses follow from them. Going down 8, 16, ...
-    // rows only adds to the offset, because the permutation of chunks in `staged`
-    // repeats every 8 rows. The second half lies 2 chunks further, which flips the bit
-    // of value 32.
-    const int a0 = staged(Tile::warp_row() + lane % 16, lane / 16);
-    const int b0 = staged(Tile::warp_column() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    // `ldmatrix_x4` loads four 8 x 8 matrices; lanes 8 i to 8 i + 7 pass the addresses
+    // of the rows of matrix i. For A the matrices are rows 0-7 and 8-15 of chunk 0,
+    // then the same rows of chunk 1. For B the matrices are chunks 0 and 1 of rows 0-7,
+    // then the same chunks of rows 8-15.
+    //
+    // `a0` and `b0` are the offsets of the first half of the step, chunks 0 and 1. The
+    // second half has the chunks c + 2 = c ^ 2 for c in {0, 1}. XORs commute, so this
+    // flips one bit of the permuted chunk, and the bit of value 32 of the offset. Rows
+    // 16, 32, ... below only add to the offset, because the permutation in
+    // `chunk_offset` repeats every 8 rows.
+    const int a0 = chunk_offset(Tile::warp_row() + lane % 16, lane / 16);
+    const int b0 =
+        chunk_offset(Tile::warp_column() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // 32 bytes of each row
-        const unsigned char* from_a = rows + (a0 ^ half * 32);
-        const unsigned char* from_b = columns + (b0 ^ half * 32);
+    for (int step_half = 0; step_half < 2; ++step_half) {  // two chunks of every row
+        const unsigned char* from_a = rows + (a0 ^ step_half * 32);
+        const unsigned char* from_b = columns + (b0 ^ step_half * 32);
         unsigned a[2 * Tile::fragments][4];
 #pragma unroll
         for (int m = 0; m < 2 * Tile::fragments; ++m)
@@ -90,19 +100,19 @@ __device__ __forceinline__ void multiply_mma(const unsigned char* rows,
             for (int m = 0; m < 2 * Tile::fragments; ++m)
 #pragma unroll
                 for (int s = 0; s < 2; ++s) {
-                    auto& upper = sums[m / 2][m % 2 * 2];  // 8 rows, and the next 8
-                    auto& lower = sums[m / 2][m % 2 * 2 + 1];
+                    auto& first_8_rows = sums[m / 2][m % 2 * 2];
+                    auto& next_8_rows = sums[m / 2][m % 2 * 2 + 1];
                     const int j = 2 * (n + s);
-                    mma_16x8(upper[j], upper[j + 1], lower[j], lower[j + 1], a[m],
-                             strips[s], real_t());
+                    mma_16x8(first_8_rows[j], first_8_rows[j + 1], next_8_rows[j],
+                             next_8_rows[j + 1], a[m], strips[s], real_t());
                 }
         }
     }
 }
 
-// Load a staged chunk, which is always whole and aligned.
-__device__ __forceinline__ void load_staged(acc_t (&x)[WIDTH],
-                                            const unsigned char* chunk) {
+// Load a chunk from a stage, where every chunk is whole and aligned.
+__device__ __forceinline__ void load_chunk(acc_t (&x)[WIDTH],
+                                           const unsigned char* chunk) {
     const Vector v = *reinterpret_cast<const Vector*>(chunk);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) x[i] = widen(v.element[i]);
@@ -113,14 +123,14 @@ template <class Tile>
 __device__ __forceinline__ void multiply_fma(const unsigned char* rows,
                                              const unsigned char* columns,
                                              Fragment (&sums)[1]) {
-    for (int chunk = 0; chunk < 4; ++chunk) {  // 16 bytes of each row
+    for (int chunk = 0; chunk < 4; ++chunk) {  // one chunk of every row
         acc_t a[4][WIDTH], b[WIDTH];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            load_staged(a[i], rows + staged(Tile::row(i), chunk));
+            load_chunk(a[i], rows + chunk_offset(Tile::row(i), chunk));
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            load_staged(b, columns + staged(Tile::column(j), chunk));
+            load_chunk(b, columns + chunk_offset(Tile::column(j), chunk));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -149,53 +159,61 @@ __device__ __forceinline__ void clear(Fragment (&sums)[fragments]) {
             for (int j = 0; j < 16; ++j) sums[f][i][j] = 0;
 }
 
-// Compute the tiles 0, 1, ..., one after the other. stage(to, tile, step) starts the
-// copies of a step to the stage at `to`; use(tile) is called with the sums of a tile.
+// Compute the tiles 0, 1, ..., one after the other. copy_step(to, tile, step) starts
+// the copies of a step to the stage at `to`; use(tile) is called with the sums of a
+// tile.
 //
-// The stages form a ring. With n stages, up to n - 1 further steps are in flight while
-// one is multiplied. This continues across tiles: the first steps of the next tile
-// arrive while the last steps of this tile are multiplied.
-template <class Tile, bool tensor_cores, class Stage, class Use>
+// The stages form a ring. With n stages, the copies of up to n - 1 later steps are in
+// flight while one step is multiplied. This continues across tiles: the first steps of
+// the next tile arrive while the last steps of this tile are multiplied.
+template <class Tile, bool tensor_cores, class CopyStep, class Use>
 __device__ __forceinline__ void multiply_steps(unsigned char* stages, int num_tiles,
                                                int steps_per_tile,
                                                Fragment (&sums)[Tile::fragments],
-                                               Stage stage, Use use) {
-    // The next step to stage. The tile is unsigned: if there is only one tile, the
-    // compiler then sees that no other follows.
+                                               CopyStep copy_step, Use use) {
+    // The next step to copy. The tile is unsigned: with num_tiles = 1, the condition
+    // next_tile < 1 means next_tile == 0, so the compiler removes the code for later
+    // tiles.
     unsigned next_tile = 0;
     int next_step = 0;
-    const auto stage_next = [&](int slot) {
+    const auto copy_next_step = [&](int stage_index) {
         if (next_tile < static_cast<unsigned>(num_tiles)) {
-            stage(stages + slot * Tile::stage_bytes, next_tile, next_step);
+            copy_step(stages + stage_index * Tile::stage_bytes, next_tile, next_step);
             if (++next_step == steps_per_tile) next_step = 0, ++next_tile;
         }
-        cp_async_commit();  // also without a step: one group for each call
+        // Commit a group in every call, even an empty one: `cp_async_wait` counts
+        // groups.
+        cp_async_commit();
     };
-    for (int slot = 0; slot < Tile::stages - 1; ++slot) stage_next(slot);
+    for (int stage_index = 0; stage_index < Tile::num_stages - 1; ++stage_index)
+        copy_next_step(stage_index);
 
-    int slot = 0;
+    int stage_index = 0;
     for (int tile = 0; tile < num_tiles; ++tile) {
         clear(sums);
         for (int step = 0; step < steps_per_tile; ++step) {
-            cp_async_wait<Tile::stages - 2>();
-            // Now all threads' copies of this step have arrived, and all warps have
-            // multiplied the step before it: its stage is free for the next copies.
+            // Of the num_stages - 1 groups in flight, the first one has this step.
+            cp_async_wait<Tile::num_stages - 2>();
+            // After this barrier, the copies of all threads for this step have arrived,
+            // and all warps have multiplied the step before it. The stage of that step
+            // is therefore free for the next copies.
             __syncthreads();
-            stage_next(slot == 0 ? Tile::stages - 1 : slot - 1);
-            const unsigned char* rows = stages + slot * Tile::stage_bytes;
+            copy_next_step(stage_index == 0 ? Tile::num_stages - 1 : stage_index - 1);
+            const unsigned char* rows = stages + stage_index * Tile::stage_bytes;
             multiply<Tile, tensor_cores>(rows, rows + Tile::rows * STEP_BYTES, sums);
-            slot = slot == Tile::stages - 1 ? 0 : slot + 1;
+            stage_index = stage_index == Tile::num_stages - 1 ? 0 : stage_index + 1;
         }
         use(tile);
     }
+    // After this barrier, the caller may use the stages again.
     cp_async_wait<0>();
     __syncthreads();
 }
 
 // Multiply one tile of rows of A by the tiles 0, 1, ... of rows of B; call use(tile)
-// with the sums of each. The first `dim` elements of every row are read, and rows lie
-// `stride` elements apart. `stages` is shared memory of Tile::bytes; the caller may use
-// it again when this function returns.
+// with the sums of each tile. The first `dim` elements of every row are read, and rows
+// lie `stride` elements apart. `stages` is shared memory of Tile::bytes. The function
+// ends with a barrier, so the caller may then use this memory.
 template <class Tile, bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
@@ -206,38 +224,38 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
     const int steps_per_tile = static_cast<int>((dim + STEP - 1) / STEP);
     const int alignment = common_alignment(a, b, stride | dim);
     const auto rows_from = [&](unsigned tile) {
-        const long long first = static_cast<long long>(tile) * Tile::columns;
-        return Rows{b.data + first * stride, b.count - first};
+        const long long first_row = static_cast<long long>(tile) * Tile::columns;
+        return Rows{b.data + first_row * stride, b.count - first_row};
     };
-    // Two separate loops: with both ways of staging in one loop, the common way would
-    // have fewer registers.
+    // There are two separate loops, because a loop with both ways of copying would
+    // leave fewer registers for the common way.
     if (in_chunks(alignment, stride)) {
         const Chunks<Tile::rows, threads> of_a(a, stride);
         Chunks<Tile::columns, threads> of_b(b, stride);
-        const int target = staged(threadIdx.x / 4, threadIdx.x % 4);
+        const int target = chunk_offset(threadIdx.x / 4, threadIdx.x % 4);
         // A chunk exists if its first column, column + threadIdx.x % 4 * WIDTH, < dim.
         const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
-        const auto stage = [&](unsigned char* to, unsigned tile, int step) {
+        const auto copy_step = [&](unsigned char* to, unsigned tile, int step) {
             const int column = step * STEP;
             if (step == 0 && tile > 0)
                 of_b = Chunks<Tile::columns, threads>(rows_from(tile), stride);
             to += target;
-            of_a.stage(to, column, column < rest);
-            of_b.stage(to + Tile::rows * STEP_BYTES, column, column < rest);
+            of_a.copy(to, column, column < rest);
+            of_b.copy(to + Tile::rows * STEP_BYTES, column, column < rest);
         };
         multiply_steps<Tile, tensor_cores>(stages, num_tiles, steps_per_tile, sums,
-                                           stage, use);
+                                           copy_step, use);
     } else {
-        const auto stage = [&](unsigned char* to, unsigned tile, int step) {
-            stage_pieces<Tile::rows, Tile::columns, threads>(
+        const auto copy_step = [&](unsigned char* to, unsigned tile, int step) {
+            copy_pieces<Tile::rows, Tile::columns, threads>(
                 alignment, to, a, rows_from(tile), step * STEP, dim, stride);
         };
         multiply_steps<Tile, tensor_cores>(stages, num_tiles, steps_per_tile, sums,
-                                           stage, use);
+                                           copy_step, use);
     }
 }
 
-// The same for rows that follow each other without gaps.
+// Do the same for rows that follow each other without gaps (stride = dim).
 template <class Tile, bool tensor_cores = TENSOR_CORES, class Use>
 __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows& a,
                                                const Rows& b, int num_tiles,
@@ -247,18 +265,19 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* stages, const Rows
     multiply_tiles<Tile, tensor_cores>(stages, a, b, num_tiles, dim, dim, sums, use);
 }
 
-// Stage all steps of a tile's rows, which have no gaps; each step in its own stage.
+// Copy all steps of a tile's rows, each step to a stage of its own. The rows have no
+// gaps.
 template <int num_rows, int threads>
-__device__ __noinline__ void stage_all(int alignment, unsigned char* to, Rows rows,
-                                       long long dim) {
+__device__ __noinline__ void copy_all_steps(int alignment, unsigned char* to, Rows rows,
+                                            long long dim) {
     for (long long k = 0; k < dim; k += STEP, to += num_rows * STEP_BYTES)
-        stage_pieces<num_rows, 0, threads>(alignment, to, rows, rows, k, dim, dim);
+        copy_pieces<num_rows, 0, threads>(alignment, to, rows, rows, k, dim, dim);
 }
 
-// Do the work of `multiply_tiles` for short rows. All steps of A's tile stay in shared
-// memory and are copied only once. B's tiles alternate between two buffers: while one
-// tile is multiplied, the next one arrives. `shared` holds A's tile and two of B's,
-// each as a sequence of whole steps.
+// Do the work of `multiply_tiles` for short rows. The tile of A stays in shared memory,
+// with all its steps, and is copied only once ("kept"). The tiles of B alternate
+// between two buffers: while one tile is multiplied, the next one arrives. `shared`
+// holds one tile of A and two of B, each as a sequence of whole steps.
 template <class Tile, class Use>
 __device__ __forceinline__ void multiply_kept(unsigned char* shared, const Rows& a,
                                               const Rows& b, int num_tiles,
@@ -268,78 +287,86 @@ __device__ __forceinline__ void multiply_kept(unsigned char* shared, const Rows&
     static_assert(Tile::rows == Tile::columns);
     constexpr int step_bytes = Tile::rows * STEP_BYTES;
     const int tile_bytes = static_cast<int>((dim + STEP - 1) / STEP) * step_bytes;
-    const bool chunks = in_chunks(common_alignment(a, b, dim), dim);
-    const auto stage = [&](int at, const Rows& rows) {
-        if (chunks) {
+    const bool aligned = in_chunks(common_alignment(a, b, dim), dim);
+    const auto copy_tile = [&](int at, const Rows& rows) {
+        if (aligned) {
             const int rest = static_cast<int>(dim) - threadIdx.x % 4 * WIDTH;
-            const Chunks<Tile::rows, Tile::threads> part(rows, dim);
-            unsigned char* to = shared + at + staged(threadIdx.x / 4, threadIdx.x % 4);
+            const Chunks<Tile::rows, Tile::threads> chunks_of_tile(rows, dim);
+            unsigned char* to =
+                shared + at + chunk_offset(threadIdx.x / 4, threadIdx.x % 4);
 #pragma unroll 1
             for (int k = 0; k < dim; k += STEP, to += step_bytes)
-                part.stage(to, k, k < rest);
+                chunks_of_tile.copy(to, k, k < rest);
         } else {
-            stage_all<Tile::rows, Tile::threads>(common_alignment(a, b, dim),
-                                                 shared + at, rows, dim);
+            copy_all_steps<Tile::rows, Tile::threads>(common_alignment(a, b, dim),
+                                                      shared + at, rows, dim);
         }
     };
-    stage(0, a);
-    stage(tile_bytes, b);
-    int now = tile_bytes, next = 2 * tile_bytes;  // offsets of B's two buffers
+    copy_tile(0, a);
+    copy_tile(tile_bytes, b);
+    int current_buffer = tile_bytes,
+        next_buffer = 2 * tile_bytes;  // offsets of B's two buffers
     for (int tile = 0; tile < num_tiles; ++tile) {
         cp_async_commit();
         cp_async_wait<0>();
-        // Now the copies of this tile have arrived for all threads, and all warps have
-        // multiplied the tile before it: its buffer is free for the next copies.
+        // After this barrier, the copies of all threads for this tile have arrived, and
+        // all warps have multiplied the tile before it. The buffer of that tile is
+        // therefore free for the next copies.
         __syncthreads();
         if (tile + 1 < num_tiles) {
-            const long long first = static_cast<long long>(tile + 1) * Tile::columns;
-            stage(next, {b.data + first * dim, b.count - first});
+            const long long first_row =
+                static_cast<long long>(tile + 1) * Tile::columns;
+            copy_tile(next_buffer, {b.data + first_row * dim, b.count - first_row});
         }
         clear(sums);
 #pragma unroll 1
         for (int at = 0; at < tile_bytes; at += step_bytes)
-            multiply<Tile, TENSOR_CORES>(shared + at, shared + now + at, sums);
+            multiply<Tile, TENSOR_CORES>(shared + at, shared + current_buffer + at,
+                                         sums);
         use(tile);
-        next = now;
-        now = 3 * tile_bytes - now;  // the other buffer
+        next_buffer = current_buffer;
+        current_buffer = 3 * tile_bytes - current_buffer;  // the other buffer
     }
-    __syncthreads();
+    __syncthreads();  // the caller may use `shared` again
 }
 
 // Return bits: bit i is 1 if the thread's i-th row (or column) of the tile is a token.
-// The tile starts at token `first`; position(i) is the i-th row within the tile.
+// The tile starts at token `first_token` of the sequence, and `mask` is (N,);
+// position(i) is the i-th row within the tile.
 template <int count, class Position>
-__device__ __forceinline__ unsigned tokens_among(const bool* mask, long long first,
+__device__ __forceinline__ unsigned tokens_among(const bool* mask,
+                                                 long long first_token,
                                                  long long num_tokens,
                                                  Position position) {
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-        const long long token = first + position(i);
+        const long long token = first_token + position(i);
         bits |= unsigned(token < num_tokens && is_token(mask, token)) << i;
     }
     return bits;
 }
 
-// The first row and column of a tile of a symmetric product. They fit in an int: the
-// N x N matrix of a sequence has fewer than 2^31 rows, as a launch has fewer than 2^31
-// blocks.
+// The first row and column of a tile of a symmetric product. Both fit in an int: a
+// sequence has about (N / columns)^2 / 2 squares, with at least one block each, and a
+// launch has fewer than 2^31 blocks. With at most 256 columns, N is below 2^24.
 struct Corner {
     int row, column;
 };
 
 // Return the index-th tile that contains the diagonal or lies above it: S = A Aᵀ is
-// symmetric, so the tiles below are not computed. The matrix is divided into squares as
-// wide as a tile. The squares on and above the diagonal are counted row by row, and
-// each is divided from top to bottom into `parts` tiles. A tile of the last square may
-// lie entirely past the last row; the caller checks for it.
+// symmetric, so the tiles below the diagonal are not computed. The matrix is divided
+// into squares as wide as a tile. The squares on and above the diagonal are counted row
+// by row, and each is divided from top to bottom into `tiles_per_square` tiles. A tile
+// of the last square may lie entirely past the last row; the caller checks for this
+// case.
 template <class Tile>
 __device__ __forceinline__ Corner upper_tile(unsigned index, unsigned num_squares) {
-    constexpr unsigned parts = Tile::columns / Tile::rows;
-    const unsigned part = index % parts;
+    constexpr unsigned tiles_per_square = Tile::columns / Tile::rows;
+    const unsigned tile_in_square = index % tiles_per_square;
     // Square (i, i + j): row i has num_squares - i squares from the diagonal on.
-    unsigned i = 0, j = index / parts;
+    unsigned i = 0, j = index / tiles_per_square;
     for (; j >= num_squares - i; ++i) j -= num_squares - i;
-    return {static_cast<int>(i * Tile::columns + part * Tile::rows),
+    return {static_cast<int>(i * Tile::columns + tile_in_square * Tile::rows),
             static_cast<int>((i + j) * Tile::columns)};
 }

@@ -1,4 +1,5 @@
-// Tokens of norm 1; see basic/unit_tokens.cu.
+// Tokens of norm 1; see basic/unit_tokens.cu for the shapes. A warp goes through one
+// row three times: for the largest entry, for the norm, and for the result.
 
 // One warp, one row: neighbouring lanes read neighbouring elements.
 extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
@@ -7,7 +8,8 @@ extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
     if (row >= num_rows) return;
     const int lane = threadIdx.x % 32;
     const real_t* x = tokens + row * dim;
-    const long long end = is_token(mask, row) ? dim : 0;  // the same for all lanes
+    const long long end =
+        is_token(mask, row) ? dim : 0;  // all lanes have the same value
     acc_t peak = 0, squares = 0;
     for (long long d = lane; d < end; d += 32) peak = max(peak, abs(widen(x[d])));
     peak = warp_reduce(peak, Greatest());

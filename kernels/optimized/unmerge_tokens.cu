@@ -1,4 +1,5 @@
-// Unmerging; see basic/unmerge_tokens.cu.
+// Unmerging; see basic/unmerge_tokens.cu for the shapes. A thread copies 16 bytes, so
+// that the lanes of a warp read neighbouring addresses.
 
 // One thread, 16 bytes of one token: copied from its group, or zeros for padding.
 extern "C" __global__ void unmerge_tokens(const real_t* merged, const int* labels,

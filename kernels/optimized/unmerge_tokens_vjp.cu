@@ -2,6 +2,7 @@
 // basic/unmerge_tokens_vjp.cu.
 
 // One thread, 16 bytes of one merged token: the sum over the members of its group.
+// Shapes: gradient (B, N, D), ends (B, K), members (B, N), out (B, K, D).
 extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int* ends,
                                               const int* members, long long batch,
                                               long long num_tokens, long long dim,
