@@ -388,8 +388,8 @@ def plot(report: Report, path: Path) -> None:
     shown = ["average", "ward", "ToMe, keys", "ToMe, tokens", "k-means, unit"]
     shown += ["uniform chunks", "pruned at random"]
     tasks = {
-        "text, mid-network: error": report["mid-network"],
-        "search: nDCG@10 over unpooled": report["search"]["nDCG@10"],
+        "text, merged after layer 3: error": report["mid-network"],
+        "search: nDCG@10 / unpooled nDCG@10": report["search"]["nDCG@10"],
         "pictures: PSNR, dB": report["pictures"],
     }
 

@@ -1,4 +1,4 @@
-"""Select the merge that a prior predicts best."""
+"""Select the merge with the lowest sum of alignment loss and excess error."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .arrays.checks import check_number
 from .arrays.conversion import Array, BoolArray, convert_inputs, on_callers_stream
-from .arrays.dtypes import copyable
+from .arrays.dtypes import bfloat16_as_int16
 from .arrays.libraries import no_grad
 from .pipeline import quickmerge
 from .priors.protocols import Prior
@@ -61,7 +61,9 @@ def choose_merge(
     alpha : float, default 0.1
         Weight α of the alignment loss, ≥ 0.
     gamma : float, default 0.8
-        Fraction γ of the norm mass to retain, as in `fidelity_loss`.
+        In [0, 1]: the fraction of the sum of the token norms that the merged tokens
+        should retain (the norm mass, see `norm_mass`). An error up to (1 - γ)² costs
+        nothing, as in `fidelity_loss`.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
     **options
@@ -72,7 +74,8 @@ def choose_merge(
     -------
     Choice
         Named tuple of ``merged``, ``scores`` and ``best``. If scores are equal, the
-        first candidate is selected. If budgets differ, padded groups have size 0.
+        first candidate is selected. If K differs between sequences or candidates,
+        groups of size 0 are appended up to the largest K.
 
     Raises
     ------
@@ -113,7 +116,8 @@ def choose_merge(
         )
         merged = Merged(*parts)
         error = reconstruction_error(x, merged.tokens, labels=merged.labels, mask=valid)
-        # The weights of a torch module require grad, but scores need no gradient.
+        # The prior may be a torch module (`qm_cupy.torch.MLPPrior`), whose parameters
+        # require grad. The scores need no gradient, so torch should record none.
         with no_grad(tokens):
             loss: Any = alignment_loss(merged, prior).total
         # α · L_AR + max(0, ‖X - X̂‖² / ‖X‖² - (1 - γ)²); shape (B,)
@@ -176,7 +180,9 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
     def pad(x: NDArray[Any], axis: int, value: int) -> NDArray[Any]:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, gap)
-        return np.pad(copyable(x), widths, constant_values=value).view(x.dtype)
+        return np.pad(bfloat16_as_int16(x), widths, constant_values=value).view(
+            x.dtype
+        )
 
     return merged._replace(  # labels, saliency and mass are per token, not per group
         tokens=pad(merged.tokens, -2, 0),  # (B, K, D)
@@ -188,4 +194,4 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
 def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
     """Return `x` for the sequences that `taken` (B,) marks, and `y` for the others."""
     wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))  # (B, 1, ...)
-    return np.where(wide, copyable(x), copyable(y)).view(x.dtype)
+    return np.where(wide, bfloat16_as_int16(x), bfloat16_as_int16(y)).view(x.dtype)

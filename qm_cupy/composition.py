@@ -137,23 +137,24 @@ def _saliency_and_mass(
 ) -> tuple[Any, Any]:
     """Return the saliency and the weights of the merge (B, N), 0 for padding.
 
-    The optimized kernels compute all steps after the entropy in one launch.
+    With optimized kernels, CuPy arrays and ``weights="mass"``, one function computes all
+    steps after the entropy, in one launch if the sizes allow it.
     """
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
     mask_2d = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
     noise = options.seed, options.sequence_offset
     weights_are_mass = isinstance(options.weights, str) and options.weights == "mass"
-    # `xp` is NumPy for CuPy arrays too, because NumPy's functions accept them. For
-    # traced arrays it is another namespace: they need separate steps, because the fused
-    # kernels have no gradient.
+    # `stages.xp is np` means that the arrays are not traced (`xp` is NumPy for CuPy
+    # arrays too, because NumPy's functions accept them). Traced arrays need separate
+    # steps, because the fused kernels have no gradient.
     fused = stages.xp is np and is_cuda(tokens) and implementation() == "optimized"
     if sources.saliency is not None:
         scores = stages.masked_copy(sources.saliency, mask)
     else:
         entropy = _entropy(stages, tokens, sources, mask_2d)
         if fused and weights_are_mass:
-            # One launch: saliency (with "low", low entropy is salient), Gumbel-softmax
-            # and mass.
+            # Saliency (with "low", low entropy is salient), Gumbel-softmax and mass: one
+            # launch if the sizes allow it, otherwise three.
             scores, _, mass = saliency_gumbel_mass_cuda(
                 entropy, "low", options.temperature, noise, options.epsilon, mask_2d
             )
@@ -166,7 +167,7 @@ def _saliency_and_mass(
         return scores, stages.masked_copy(scores, mask)
     if not weights_are_mass:  # "uniform"
         return scores, stages.masked_copy(stages.xp.ones_like(scores), mask)
-    if fused:  # the caller passed the saliency, so only softmax and mass are missing
+    if fused:  # the caller passed the saliency: one launch for softmax and mass
         _, mass = softmax_mass_cuda(
             scores, options.temperature, noise, options.epsilon, mask
         )

@@ -206,7 +206,10 @@ class BidirectionalARAlignment:
 
 @composed_of_operations
 def mean_alignment_loss(merged: Any, prior: Any, num_groups: Any, which: str) -> Any:
-    """Return one of the losses of `alignment_loss`, the mean over the batch."""
+    """Return one of the losses of `alignment_loss`, the mean over the batch.
+
+    `which` is "forward", "backward" or "total".
+    """
     convert_back = None
     # Traced arrays are not converted, because their framework must record all
     # operations.
@@ -329,7 +332,10 @@ class QuickMergePP:
     def inference(
         self, tokens: Array, K: int, ar_model: Callable[[Any], Any] | None = None
     ) -> tuple[Array, Any]:
-        """Return merged tokens (K, D) and a model's predictions (K, E) for them."""
+        """Return merged tokens (K, D) and a model's predictions (K, E) for them.
+
+        Without a model the predictions are an empty list.
+        """
         scores = self.saliency_estimator(tokens)
         merged = self.token_merger.merge(tokens, scores, K).tokens
         return merged, [] if ar_model is None else decode(merged, ar_model)
@@ -410,6 +416,6 @@ def quickmerge_inference(
     if len(shape) != 2:
         raise ValueError(f"`tokens` must have shape (N, D), got {tuple(shape)}")
     ratio = check_number("entropy_budget", entropy_budget, 0, 1, "(]")
-    # With the defaults of the paper's class: average linkage, seed 0, low entropy.
+    # The defaults of the class: average linkage, seed 0, low entropy is salient.
     model = QuickMergePP(embedding_dim=shape[1])
     return model.inference(tokens, token_budget(ratio, shape[0]), ar_model)

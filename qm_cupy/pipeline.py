@@ -81,8 +81,8 @@ def quickmerge(
         Token embeddings, B sequences of N tokens of width D; float16, bfloat16, float32
         or float64.
     budget : int, float or ndarray of int of shape (B,)
-        How many groups to keep: their number K, a fraction of the tokens within (0, 1],
-        or K of each sequence (for example from `norm_budget`). If K differs between
+        How many groups to keep: their number K, a fraction in (0, 1] of the tokens, or
+        K of each sequence (for example from `norm_budget`). If K differs between
         sequences, results are padded to the largest K.
     hidden_states : ndarray of shape (B, N, D) or (L, B, N, D), optional
         Source of the saliency: the self-attention entropy of these states, for each of
@@ -173,18 +173,18 @@ def quickmerge(
         return _quickmerge_traced(
             framework, tokens, budget, sources, mask, protect, options
         )
-    named = _outputs(out)
+    outputs = _outputs(out)
     weight_array = None if isinstance(weights, str) else weights
     # Convert all arrays here, once. All stages below work on NumPy or CuPy arrays.
     convert_back, tokens, mask, protect, weight_array, *rest = convert_inputs(
         {"tokens": tokens, "mask": mask, "protect": protect, "weights": weight_array}
         | sources._asdict(),
         counts={"budget": budget},
-        outputs=named,
+        outputs=outputs,
     )
     # `rest` contains the sources, then the budget, then the arrays of `out`.
     sources, budget = Sources(*rest[: len(sources)]), rest[len(sources)]
-    target = Merged(*rest[len(sources) + 1 :]) if named else None
+    target = Merged(*rest[len(sources) + 1 :]) if outputs else None
     if not isinstance(weights, str):
         options = options._replace(weights=weight_array)
     check_tokens(tokens)
@@ -213,10 +213,10 @@ def quickmerge(
             destination,
         )
         if target is not None and out is not None:
-            for x, destination in zip(merged, target, strict=True):
-                # `compose` wrote the merged tokens to their destination already.
-                if x is not destination:
-                    destination[...] = x
+            for x, field in zip(merged, target, strict=True):
+                # `compose` wrote the merged tokens to their field already.
+                if x is not field:
+                    field[...] = x
             return out
     if workspace is not None and is_cuda(tokens):
         # The next call reuses the memory of the workspace, so copy the results to other
@@ -287,14 +287,15 @@ def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
 def _check_one_source(sources: Sources) -> None:
     """Raise if there is more than one source of saliency, or only half of one."""
     # `query` and `key` are one source, so only `query` is counted.
-    named = [
+    source_names = [
         name
         for name in ("saliency", "hidden_states", "attention", "query")
         if getattr(sources, name) is not None
     ]
-    if len(named) > 1:
+    if len(source_names) > 1:
         raise ValueError(
-            f"give at most one source of saliency, got {' and '.join(named)}: keep one"
+            "give at most one source of saliency, got "
+            f"{' and '.join(source_names)}: keep one"
         )
     if (sources.query is None) != (sources.key is None):
         raise ValueError("`query` and `key` go together: give both or neither")
@@ -369,8 +370,9 @@ def _check_target(
 ) -> None:
     """Raise if an array of `out` has the wrong shape or dtype, or overlaps an input."""
     weights = options.weights
-    # The sources that are given: one array, or query and key, which have one dtype. The
-    # order has no effect, because the saliency is never given together with another.
+    # The arrays of the source: one array, or query and key, which have the same dtype.
+    # If all are None, the tokens are the source. Below, the dtype of the first array is
+    # used.
     arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
     inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
     # float64 for a float64 source of the saliency, else float32

@@ -35,7 +35,7 @@ class AlignmentLoss(NamedTuple, Generic[Array]):
 
     forward: Array  # each token is predicted from the tokens before it
     backward: Array  # each token is predicted from the tokens after it
-    total: Array  # their sum
+    total: Array  # forward + backward
 
 
 class Choice(NamedTuple, Generic[Array]):

@@ -127,7 +127,7 @@ class use_kernels(_Setting):  # noqa: N801
     Parameters
     ----------
     implementation : {"basic", "optimized"}
-        In the ``"basic"`` kernels one GPU thread computes one output. These kernels are
+        In most ``"basic"`` kernels one GPU thread computes one output. These kernels are
         slow and simple. Tests compare the optimized kernels with them.
 
     Raises
@@ -312,8 +312,9 @@ def snapshot() -> Snapshot:
 def restored(values: Snapshot) -> Iterator[None]:
     """Run a block with the settings of a snapshot.
 
-    A backward pass needs it: autograd runs the backward pass in threads of its own, in
-    which the settings have their defaults.
+    A backward pass needs it, because the settings may have other values where it runs.
+    For arrays on a GPU, autograd runs it in threads of its own, in which the settings
+    have their defaults.
 
     Parameters
     ----------

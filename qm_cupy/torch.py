@@ -5,8 +5,8 @@ functions of its own. torch computes gradients with the vector–Jacobian produc
 function. The functions are custom operators of torch, ``torch.ops.qm_cupy``. A graph of
 `torch.compile` or `torch.export` contains each operator as one node.
 
-The values of a tensor of counts are read on the CPU. The CPU then waits for the GPU,
-and the compiler may break its graph. Each operation can be differentiated once, in
+If the shape of a result depends on a tensor of counts, its values are read on the CPU.
+The CPU waits for a tensor on a GPU, and the compiler may break its graph. Each operation can be differentiated once, in
 reverse mode, by `torch.autograd` but not by `torch.func`. The settings of a forward
 pass, such as `use_kernels`, also apply to its backward pass. A forward pass that
 `torch.utils.checkpoint` repeats runs under the settings of the backward pass.
@@ -199,7 +199,10 @@ class QuickMergePP(nn.Module):
     def inference(
         self, tokens: Tensor, K: int, ar_model: Callable[[Any], Any] | None = None
     ) -> tuple[Tensor, Any]:
-        """Return merged tokens (K, D) and a model's predictions (K, E) for them."""
+        """Return merged tokens (K, D) and a model's predictions (K, E) for them.
+
+        Without a model the predictions are an empty list.
+        """
         with torch.no_grad():  # `decode` has no gradient
             scores = self.saliency_estimator(tokens)
             merged = self.token_merger.merge(tokens, scores, K).tokens

@@ -214,7 +214,7 @@ class TestHouse:
         ]
 
     def test_missing_from_page(self):
-        # An imported launcher counts, and so does a private reference.
+        # An imported launcher counts, and a private reference counts too.
         page = "from .x import f_cuda\ndef f(): ...\ndef _f_reference(): ..."
         assert house.missing_from_page("f", page) == set()
         assert house.missing_from_page("g", page) == {

@@ -579,7 +579,7 @@ class TestErrors:
             (lambda x: qm.merge_tokens(x, x, 2, weight=x), TypeError, "weight"),
             (lambda x: qm.merge_tokens(x, x, num_group=2), TypeError, "num_group"),
             (lambda x: qm.merge_tokens(x, torch.zeros(2, 5, dtype=int), -1),
-             ValueError, "`num_groups` must lie in 1.., got -1"),
+             ValueError, "`num_groups` must be at least 1, got -1"),
             (lambda x: qm.query_key_entropy(x, x, causal="yes"), TypeError,
              "`causal` must be True or False, got 'yes'"),
             (lambda x: qm.quickmerge(x, 2, weights=None), TypeError,

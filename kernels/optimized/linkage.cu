@@ -1,10 +1,10 @@
 // Average, complete and ward linkage in rounds: in one round, every two clusters that
-// are each other's nearest neighbours merge. If A and B are such clusters, then
-//   d(A u B, C) >= min(d(A, C), d(B, C))
-// for every other cluster C and each of these three distances d. So A and B stay
-// nearest neighbours until they merge. Therefore the dendrogram of the standard greedy
-// algorithm, which merges one closest pair after another, has this merge, and all such
-// pairs may merge in one round.
+// are each other's nearest neighbours merge. Let A and B be such clusters, and let
+// another such pair, C and D, merge first. Each of these three distances d has
+//   d(C u D, A) >= min(d(C, A), d(D, A)),
+// and the same is true for B. So A and B stay nearest neighbours until they merge.
+// Therefore the dendrogram of the standard greedy algorithm, which merges one closest
+// pair after another, has this merge, and all such pairs may merge in one round.
 //
 //   E(A, C) = sum of m_a m_c (1 - cos_ac) over all tokens a in A and c in C
 //   E(A u B, C) = E(A, C) + E(B, C)         E is additive

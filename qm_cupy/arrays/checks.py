@@ -42,7 +42,7 @@ def _values_checked(x: NDArray[Any]) -> bool:
 
 
 def check_is_array(name: str, x: Any) -> None:
-    """Raise if the argument is not an array, but None or a Python number."""
+    """Raise if the argument has no dtype, such as None or a Python number."""
     if not hasattr(x, "dtype"):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}")
 
@@ -50,7 +50,7 @@ def check_is_array(name: str, x: Any) -> None:
 def check_floating(name: str, x: NDArray[Any]) -> None:
     """Raise unless the dtype is float16, bfloat16, float32 or float64."""
     check_is_array(name, x)
-    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8  # longdouble has more bytes
+    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8  # excludes longdouble
     # ml_dtypes gives bfloat16 the kind "V", so it is recognised by its name.
     if not usual and x.dtype.name != "bfloat16":
         raise TypeError(
@@ -179,7 +179,8 @@ def check_num_groups(
 ) -> NDArray[np.int64]:
     """Return K of every sequence (shape `batch`), each from 1 to its limit.
 
-    `limits` is the number of tokens: one for all sequences, or one per sequence.
+    `limits` is the number of tokens: one for all sequences, or one per sequence. Without
+    limits, or with limits on a GPU, K may be any positive int32.
     """
     # Limits that come from a mask on a GPU are not read: the CPU would have to wait.
     unlimited = limits is None or is_cuda(limits)
@@ -203,7 +204,7 @@ def check_num_groups(
         at = tuple(np.argwhere(wrong)[0])  # index of the first wrong sequence
         limit = np.broadcast_to(maxima, counts.shape)
         where = f" for sequence {int(at[0])}" if at and maxima.ndim else ""
-        top = ".." if unlimited else f"..{limit[at]} (its tokens)"
+        top = "..2**31 - 1" if unlimited else f"..{limit[at]} (its tokens)"
         raise ValueError(f"`{name}` must lie in 1{top}{where}, got {counts[at]}")
     return counts
 

@@ -1,8 +1,8 @@
 """Conversion of arrays of any library to NumPy or CuPy and back, through DLPack.
 
-A public function calls `convert_inputs` once. The functions that it calls afterwards
-work on NumPy or CuPy arrays only. At the end, ``convert_back`` converts the results to
-the caller's library. DLPack is the protocol by which array libraries exchange arrays
+A public function converts its arguments by `convert_inputs`. The functions that it calls
+afterwards work on NumPy or CuPy arrays only. At the end, ``convert_back`` converts the
+results to the caller's library. DLPack is the protocol by which array libraries exchange arrays
 without a copy.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from .libraries import CUDA, keep_library, library
+from .libraries import CUDA_TYPE, keep_library, library
 
 Array = TypeVar("Array", bound=Any)  # the result has the type of the input
 # Arrays of the caller's library, as arguments or results, whose dtype is not that of
@@ -24,7 +24,7 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 ConvertBack = Callable[[Any], Any]  # converts one result to the caller's library
 
-_HOST = 1, 3  # DLPack's kDLCPU and kDLCUDAHost (pinned memory of the CPU)
+_HOST = 1, 3  # DLPack's types kDLCPU and kDLCUDAHost (pinned memory of the CPU)
 
 
 def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
@@ -71,7 +71,7 @@ def convert_inputs(
     """Return ``convert_back``, and the arguments in order as NumPy or CuPy arrays.
 
     The keys are the argument names that error messages use. None stays None. All arrays
-    must be of one library and on one device. The function ``convert_back`` converts a
+    except `counts` must be of one library and on one device. The function ``convert_back`` converts a
     result to the library of the first array.
 
     Parameters
@@ -103,7 +103,7 @@ def convert_inputs(
     like = next(iter(prepared.values()), None)
     for name, x in (counts or {}).items():
         if hasattr(x, "__dlpack__"):
-            like = x if like is None else like  # the function has no other array
+            like = x if like is None else like  # if the function has no other array
             # The CPU waits here for the GPU, because the shapes of results depend on
             # these values.
             x = _to_numpy_or_cupy(name, _prepare(name, x), to_host=True)
@@ -154,7 +154,7 @@ def _device(name: str, x: Any) -> tuple[int, int]:
         device_type, number = library(x).device(x)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         _raise_export_error(name, error)
-    if device_type not in (*_HOST, CUDA):
+    if device_type not in (*_HOST, CUDA_TYPE):
         raise ValueError(
             f"`{name}` must be in the memory of a CPU or a CUDA device, got DLPack "
             f"device type {device_type}"

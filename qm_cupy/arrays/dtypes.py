@@ -20,7 +20,7 @@ def narrow(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         return x.astype(dtype)
 
 
-def copyable(x: NDArray[Any]) -> NDArray[Any]:
+def bfloat16_as_int16(x: NDArray[Any]) -> NDArray[Any]:
     """Return a bfloat16 array as int16, for functions that only copy elements.
 
     Other arrays are returned unchanged. CuPy's `where` has no loop for bfloat16 and

@@ -1,8 +1,9 @@
 """How arrays of each library are converted to NumPy or CuPy, and back.
 
-This module imports no array library except NumPy. An array can only exist if its
-library has been imported, so the library is in `sys.modules`. NumPy users therefore do
-not wait for an import of torch or JAX.
+At import, this module imports no array library except NumPy; CuPy is imported only when
+a function needs it for an array on a GPU. An array of torch or JAX can only exist if
+its library has been imported, so the library is in `sys.modules`. NumPy users therefore
+do not wait for an import of torch or JAX.
 """
 
 import functools
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Device types of DLPack, as `__dlpack_device__` returns them with the device number.
-CPU = 1, 0  # kDLCPU, and the number of its only device
-CUDA = 2  # kDLCUDA
+# DLPack's `__dlpack_device__` returns a device type and a device number.
+CPU_DEVICE = 1, 0  # the type kDLCPU, and the number of its only device
+CUDA_TYPE = 2  # the type kDLCUDA, without a number
 
 
 class Library(NamedTuple):
@@ -61,7 +62,7 @@ def _library(array_type: type) -> Library:
     # The functions of each library are in the order of the fields of `Library`.
     if issubclass(array_type, np.ndarray):
         functions = _plain_numpy, _view, keep_library, _no_scope
-        return Library("numpy", lambda x: CPU, *functions)
+        return Library("numpy", lambda x: CPU_DEVICE, *functions)
     if torch and issubclass(array_type, torch.Tensor):
         converters = _detached, _torch_to_numpy, _to_torch, _torch_scope
         return Library("torch", _torch_device, *converters)
@@ -71,8 +72,12 @@ def _library(array_type: type) -> Library:
     # CuPy, and every other library with DLPack. If the library supports the array API
     # standard, results are converted to it. Otherwise they stay NumPy or CuPy arrays.
     name = array_type.__module__.split(".")[0]
-    back = _to_namesake if hasattr(array_type, "__array_namespace__") else keep_library
-    converters = (lambda name, x, output: x), _from_dlpack, back, _device_scope
+    from_result = (
+        _to_array_api_library
+        if hasattr(array_type, "__array_namespace__")
+        else keep_library
+    )
+    converters = (lambda name, x, output: x), _from_dlpack, from_result, _device_scope
     return Library(name, _dlpack_device, *converters)
 
 
@@ -104,7 +109,10 @@ def bfloat16(name: str) -> np.dtype[Any]:
 
 
 def stack(arrays: Sequence[Any], axis: int) -> Any:
-    """Join arrays of one library, which may be any, along a new axis."""
+    """Join arrays along a new axis.
+
+    All belong to one library; any library is supported.
+    """
     first = arrays[0]
     if hasattr(first, "__array_namespace__"):
         return first.__array_namespace__().stack(arrays, axis=axis)
@@ -134,7 +142,7 @@ def _device_scope(x: Any) -> AbstractContextManager[Any] | None:
     """Return a context for the device of `x`, or None if it is the current device."""
     try:
         device_type, number = _dlpack_device(x)
-        if device_type != CUDA:
+        if device_type != CUDA_TYPE:
             return None
         import cupy
     except (AttributeError, BufferError, ImportError, RuntimeError, TypeError):
@@ -149,7 +157,7 @@ def _from_dlpack(name: str, x: Any) -> NDArray[Any]:
     return np.from_dlpack(x)
 
 
-def _to_namesake(x: Any, like: Any) -> Any:
+def _to_array_api_library(x: Any, like: Any) -> Any:
     """Convert a result to the library of `like`, through the array API standard."""
     x = np.asarray(x, order="C") if on_host(x) else x
     return like.__array_namespace__().from_dlpack(x)
@@ -167,12 +175,12 @@ def _plain_numpy(name: str, x: Any, output: bool) -> Any:
 
 
 def _view(name: str, x: Any) -> NDArray[Any]:
-    # A plain array: in subclasses such as np.matrix, operators like `*` differ.
+    # Return a plain array, because subclasses such as np.matrix define `*` differently.
     return x.view(np.ndarray)
 
 
 def _torch_device(x: Any) -> tuple[int, int]:
-    return CPU if x.device.type == "cpu" else _dlpack_device(x)
+    return CPU_DEVICE if x.device.type == "cpu" else _dlpack_device(x)
 
 
 def _torch_scope(x: Any) -> AbstractContextManager[Any] | None:
@@ -223,7 +231,9 @@ def _detached(name: str, x: Any, output: bool) -> Any:
 
 def _torch_to_numpy(name: str, x: Any) -> NDArray[Any]:
     torch = sys.modules["torch"]
-    if x.dtype == torch.bfloat16:  # NumPy < 2.5 has no DLPack for it
+    # torch's `numpy()` does not support bfloat16, and neither does `np.from_dlpack` before
+    # NumPy 2.5, so pass the bits as int16.
+    if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(bfloat16(name))
     return x.numpy()
 
@@ -255,7 +265,8 @@ def _concrete(name: str, x: Any, output: bool) -> Any:
 
 
 def _jax_to_numpy(name: str, x: Any) -> NDArray[Any]:
-    # JAX makes the view, so that bfloat16 is supported. The view is read-only.
+    # `np.asarray` supports bfloat16 of JAX, and `np.from_dlpack` does not before
+    # NumPy 2.5. The result is a read-only view.
     return np.asarray(x)
 
 
@@ -268,7 +279,7 @@ def _to_jax(x: Any, like: Any) -> Any:
     with wide:
         if not on_host(x):
             return jax.numpy.from_dlpack(x)
-        # This copies, because NumPy aligns memory to 16 bytes and JAX needs 64.
+        # `asarray` copies the NumPy array (JAX 0.10, whatever the alignment).
         result = jax.numpy.asarray(x)
         if isinstance(result, jax.core.Tracer):
             # Under `jax.jit` even a constant becomes a tracer: compute it now instead.

@@ -79,7 +79,11 @@ def check_source(
     tokens: tuple[int, ...],
     layouts: Sequence[str],
 ) -> None:
-    """Raise if B and N of a source of saliency differ from those of the tokens."""
+    """Raise if B and N of a source of saliency differ from those of the tokens.
+
+    `source` is the caller's array. `lifted` is this array with the axis B, which
+    `lift_source` inserts for one sequence. `tokens` is the shape of the tokens.
+    """
     batch = tokens[0] if len(tokens) == 3 else 1
     if lifted.ndim in map(len, layouts):
         # B is the first axis, or the second after L; N is the last axis but one.

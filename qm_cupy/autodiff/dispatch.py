@@ -57,7 +57,7 @@ def operation(
     *,
     differentiable: tuple[str, ...] = (),
     constants: tuple[str, ...] = (),
-    counts: str = "",
+    count_parameter: str = "",
     options: tuple[str, ...] = (),
     dtype: DtypeRule,
     shapes: Callable[..., tuple[Shape, ...]],
@@ -81,14 +81,16 @@ def operation(
         declared = [
             *differentiable,
             *constants,
-            *([counts] if counts else []),
+            *([count_parameter] if count_parameter else []),
             *options,
         ]
         # In "float temperature" or "mass?", the last word without "?" is the parameter.
-        known = {x.split()[-1].rstrip("?") for x in declared}
+        declared_names = {x.split()[-1].rstrip("?") for x in declared}
         # A traced call passes only declared parameters. It would silently lose others.
-        if known != set(names) - {"out"}:
-            raise TypeError(f"`{name}` declares {sorted(known)}, but takes {names}")
+        if declared_names != set(names) - {"out"}:
+            raise TypeError(
+                f"`{name}` declares {sorted(declared_names)}, but takes {names}"
+            )
         parameter_kinds = [x.kind for x in parameters.values()]
         all_names = frozenset(names)
         num_positional = parameter_kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -136,8 +138,8 @@ def operation(
         # it with arrays that are not traced, so the wrapper selects the stream of these
         # arrays and then calls `function`.
         OPERATIONS[name] = Operation(
-            name, differentiable, constants, counts, options, dtype, shapes, results,
-            dispatched, find_vjp,
+            name, differentiable, constants, count_parameter, options, dtype, shapes,
+            results, dispatched, find_vjp,
         )  # fmt: skip
         return _renamed(dispatched, name)
 

@@ -25,14 +25,14 @@ Arrays = tuple[jax.Array | None, ...]
 def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
     """Call an operation with its arguments by name."""
     arguments = dict(arguments)
-    if operation.counts:
-        name = operation.counts.rstrip("?")
-        counts = _split_count(operation.counts, arguments[name])
+    if operation.count_parameter:
+        name = operation.count_parameter.rstrip("?")
+        counts = _split_count(operation.count_parameter, arguments[name])
         arguments["counts"], arguments["max_groups"] = counts
     # Arrays in the order of the table; options as hashable Python values.
     arrays = tuple(check_array(x, arguments[x.rstrip("?")]) for x in operation.arrays)
     options = tuple(_option(x, arguments[x.split()[-1]]) for x in operation.options)
-    if operation.counts:
+    if operation.count_parameter:
         options += (arguments["max_groups"],)
     num_differentiable = len(operation.differentiable)
     # JAX may call the library back later, in another Python thread, so pass the
@@ -55,8 +55,10 @@ def check_known(name: str, value: Any) -> None:
     """Raise if the value is a tracer."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"`{name}` is a JAX tracer, but must be known while tracing: "
-            "name it in `static_argnames` of jax.jit"
+            f"`{name}` is a JAX tracer, but its value must be known while tracing: for a "
+            "number, name the argument in `static_argnames` of jax.jit; for an array, "
+            "use a JAX array made outside the traced function, or an integer `budget` "
+            "instead of a ratio with a mask"
         )
 
 
@@ -64,7 +66,8 @@ def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | Non
     """Return the arguments ``counts`` and ``max_groups`` for a count.
 
     ``counts`` is K of each sequence, or None if all K are equal. ``max_groups`` is the
-    largest K.
+    largest K. If the declared name ends in "?", no shape depends on it, and a JAX array
+    is not read.
     """
     name = declared.rstrip("?")
     if count is None and name != declared:
@@ -72,12 +75,12 @@ def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | Non
     if isinstance(count, jax.Array) and name != declared:
         if count.dtype.kind not in "iu":
             raise TypeError(f"`{name}` must be integers, got {count.dtype}")
-        return count, None  # no shape depends on these counts, so they may be a tracer
+        return count, None  # the counts may be a tracer, because no shape needs them
     check_known(name, count)  # JAX needs the shapes of results while it traces
     if getattr(count, "ndim", 0) == 0:
         number = check_integer(name, count)
         if number < 1:
-            raise ValueError(f"`{name}` must lie in 1.., got {number}")
+            raise ValueError(f"`{name}` must be at least 1, got {number}")
         return None, number
     counts = np.asarray(count)  # (B,), on the CPU
     if counts.dtype.kind not in "iu":
@@ -86,11 +89,11 @@ def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | Non
 
 
 def check_array(declared: str, x: Any) -> Any:
-    """Return a JAX or NumPy array as JAX array, or None if the name ends in "?"."""
+    """Return a JAX array; raise otherwise. None is allowed if the name ends in "?"."""
     name = declared.rstrip("?")
     if isinstance(x, jax.Array) or (x is None and name != declared):
         return x
-    if isinstance(x, np.ndarray | np.generic):  # such as labels together with a tracer
+    if isinstance(x, np.ndarray | np.generic):  # such as NumPy labels for a traced array
         return jnp.asarray(x)
     raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
 
@@ -149,7 +152,8 @@ def _backward(
     return _gradients(name, options, settings, arrays, *kept), None
 
 
-# A `custom_vjp` too, whose rule raises an error, because a VJP has no gradient.
+# This function is a `custom_vjp` too. Its rule (`_no_second`) raises a clear error,
+# because the library implements no second derivatives.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gradients(
     name: str,
@@ -178,7 +182,7 @@ def _gradients(
 
 
 def _no_second(name: str, *arguments: Any) -> Any:
-    """Raise: a second derivative of the operation was asked for."""
+    """Raise an error, because JAX needs a second derivative of the operation."""
     raise NotImplementedError(
         f"`{name}` can be differentiated once: its gradient has no gradient"
     )

@@ -31,13 +31,13 @@ class Operation(NamedTuple):
     allowed."""
     constants: tuple[str, ...]
     """Arrays that have no gradient, such as labels and masks."""
-    counts: str
+    count_parameter: str
     """The parameter that gives K, such as "num_groups", or "" if there is none.
 
     It becomes two arguments: ``counts`` (B,), which is None if all K are equal, and
-    ``max_groups``, the largest K. If the parameter may be None ("hard?"), no shape
-    depends on it. For an array of such counts ``max_groups`` is None, so that their
-    values need not be known.
+    ``max_groups``, the largest K. A "?", as in "hard?", means that the parameter may be
+    None and that no shape depends on it. Then a torch tensor or JAX array of K is
+    passed as ``counts`` without reading its values, and ``max_groups`` is None.
     """
     options: tuple[str, ...]
     """All other parameters with their types. Types are those of a torch schema, such as
@@ -54,24 +54,24 @@ class Operation(NamedTuple):
     function: Callable[..., Any]
     """The public function; it accepts all arguments by name."""
     find_vjp: Callable[[], Callable[..., Any]]
-    """Returns the function that computes the vector–Jacobian product (VJP). Its
-    arguments are the gradients of the results. Then follow, by name, those arguments of
-    the operation that the VJP needs."""
+    """Returns the function that computes the vector–Jacobian product (VJP). The first
+    arguments of the VJP are the gradients of the results. The arguments of the
+    operation that the VJP needs follow; they are passed by name."""
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """The names of all array arguments, in their order."""
         return (
-            self.differentiable + self.constants + (("counts?",) if self.counts else ())
+            self.differentiable + self.constants + (("counts?",) if self.count_parameter else ())
         )
 
     @property
     def typed_options(self) -> tuple[str, ...]:
         """The arguments that are not arrays, in their order, with their types."""
-        if not self.counts:
+        if not self.count_parameter:
             return self.options
         # If the parameter may be None, `max_groups` may be None too.
-        optional = "?" if self.counts.endswith("?") else ""
+        optional = "?" if self.count_parameter.endswith("?") else ""
         # Shapes depend on `max_groups`. With the type SymInt, torch can trace without
         # its value.
         return (*self.options, f"SymInt{optional} max_groups")
@@ -86,13 +86,14 @@ class Operation(NamedTuple):
             return ()
         vjp = self.find_vjp()
         arguments = self._by_name(values)
-        # Pass only the arguments that the VJP has.
-        known = {
+        # Pass only the arguments that the VJP has. Here no array is written, so a VJP
+        # that has a parameter `out` gets its default.
+        needed = {
             name: arguments[name]
             for name in self.vjp_arguments(vjp)
             if name in arguments
         }
-        result = vjp(*gradients, **known)
+        result = vjp(*gradients, **needed)
         return result if isinstance(result, tuple) else (result,)
 
     def vjp_arguments(self, vjp: Callable[..., Any]) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ class Operation(NamedTuple):
     def result_dtype(self, dtypes: Sequence[Any], float32: Any, float64: Any) -> Any:
         """Return the dtype of the results from those of the differentiable arrays.
 
-        It is not called for the rule "int32". `float32` and `float64` are the dtypes
+        Do not call it for the rule "int32". `float32` and `float64` are the dtypes
         with these names of NumPy or torch.
         """
         if self.dtype == "stored":  # for tokens: the dtype of the caller's tokens
@@ -127,14 +128,15 @@ class Operation(NamedTuple):
         declared = (*self.arrays, *self.typed_options)
         names = (argument.split()[-1].rstrip("?") for argument in declared)
         arguments = dict(zip(names, values, strict=True))
-        if self.counts:  # `counts` and `max_groups` become one argument again
+        if self.count_parameter:  # join `counts` and `max_groups` again
             counts, max_groups = arguments.pop("counts"), arguments.pop("max_groups")
-            name = self.counts.rstrip("?")
+            name = self.count_parameter.rstrip("?")
             arguments[name] = max_groups if counts is None else counts
         return arguments
 
 
-@functools.cache  # every backward pass asks for the same two functions
+# Cached, because every backward pass needs the parameters of a VJP and its operation.
+@functools.cache
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 

@@ -3,9 +3,10 @@
 The compiler does not trace into an operator: in a graph, each operator is one node. An
 operator also returns the index in `SNAPSHOTS` of the settings that were in force, as
 one more tensor. autograd saves this tensor, and the backward pass runs under the same
-settings. Without the index, the settings would be the defaults, because autograd runs
-the backward pass in threads of its own. The operator itself reads the settings, because
-`torch.compile` cannot trace a context variable.
+settings. Without the index, it would run under the settings of its own Python thread,
+which may differ: on the CPU this is the thread that calls ``backward``, and for a GPU
+it is a thread of autograd, which has the defaults. The operator itself reads the
+settings, because `torch.compile` cannot trace a context variable.
 """
 
 import functools
@@ -25,7 +26,7 @@ from .operations import (
     plain_integer,
 )
 
-# All combinations of the three settings. The index of one of them fits in a tensor.
+# All combinations of the three settings. An index into this list is passed as a tensor.
 SNAPSHOTS: list[Snapshot] = list(
     itertools.product(("basic", "optimized"), (False, True), (False, True))
 )
@@ -37,9 +38,9 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
     `torch.compile` traces through this function up to the operator.
     """
     arguments = dict(arguments)
-    if operation.counts:
-        name = operation.counts.rstrip("?")
-        counts = _split_count(operation.counts, arguments[name])
+    if operation.count_parameter:
+        name = operation.count_parameter.rstrip("?")
+        counts = _split_count(operation.count_parameter, arguments[name])
         arguments["counts"], arguments["max_groups"] = counts
     tensors = [check_array(x, arguments[x.rstrip("?")]) for x in operation.arrays]
     if not operation.differentiable:
@@ -47,7 +48,7 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
         # results do not require grad.
         tensors = [None if x is None else x.detach() for x in tensors]
     options = [_option(x, arguments[x.split()[-1]]) for x in operation.options]
-    if operation.counts:
+    if operation.count_parameter:
         options.append(arguments["max_groups"])
     # The last result is the index of the settings, which only the backward pass reads.
     *results, _ = getattr(torch.ops.qm_cupy, operation.name)(*tensors, *options)
@@ -65,8 +66,9 @@ def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
     """Return the arguments ``counts`` and ``max_groups`` for a count.
 
     ``counts`` is K of each sequence, or None if all K are equal. ``max_groups`` is the
-    largest K. The shapes of results depend on it, so the values of a tensor of counts
-    are read. The CPU then waits for the GPU, and the compiler may break its graph.
+    largest K. If the shapes of results depend on it, the values of a tensor of counts
+    are read: the CPU waits for a tensor on a GPU, and the compiler may break its graph.
+    If the declared name ends in "?", no shape does, and a tensor is not read.
     """
     name = declared.rstrip("?")
     if count is None and name != declared:
@@ -84,7 +86,7 @@ def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
         # A SymInt has no value while the compiler traces. The operation checks it
         # later.
         if isinstance(number, int) and number < 1:
-            raise ValueError(f"`{name}` must lie in 1.., got {number}")
+            raise ValueError(f"`{name}` must be at least 1, got {number}")
         return None, number
     counts = torch.as_tensor(count)  # (B,)
     if counts.is_floating_point():
@@ -93,7 +95,7 @@ def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
 
 
 def check_array(declared: str, x: Any) -> Tensor | None:
-    """Return a tensor, or None if the declared name ends in "?"; raise otherwise."""
+    """Return a tensor; raise otherwise. None is allowed if the name ends in "?"."""
     name = declared.rstrip("?")
     if isinstance(x, Tensor) or (x is None and name != declared):
         return x
@@ -167,8 +169,8 @@ def _vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
         arguments[: operation.results],
         arguments[operation.results :],
     )
-    # The settings of the forward pass: in this Python thread of autograd the settings
-    # have their defaults.
+    # Use the settings of the forward pass: the settings of the Python thread in which
+    # autograd runs this may differ.
     with torch.no_grad(), restored(SNAPSHOTS[int(settings)]):
         results = operation.run_vjp(gradients, *_public_arguments(operation, values))
     arrays = values[: len(operation.differentiable)]

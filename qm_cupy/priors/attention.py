@@ -1,10 +1,10 @@
 """Attention of the transformer prior: rotated queries and keys, sizes as weights.
 
 A prior is a model that predicts a merged token from the tokens before it. A pass reads
-T tokens of each of B sequences; they are the rows of the pass. There are H heads of
-width d. Keys and values of all tokens so far are in a cache with memory for `capacity`
-tokens; a token has one slot. The size n_j of a token is the number of tokens that were
-merged into it.
+T tokens of each of B sequences; these tokens are the rows of the pass. There are H
+heads of width d. Keys and values of all tokens so far are in a cache with memory for
+`capacity` tokens; a token has one slot. The size n_j of a token is the number of tokens
+that were merged into it.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Span(NamedTuple):
 def rotary_turns(width: int) -> NDArray[np.float64]:
     """Return the rotation of each pair of elements for one position, (d/2,), in turns.
 
-    Elements i and i + d/2 of a head of width d are a pair. It rotates by the angle
+    Elements i and i + d/2 of a head of width d are a pair. Pair i rotates by the angle
     position · 10000^(-2i / d). A turn is a rotation by 2π.
     """
     pairs = np.arange(width // 2)
@@ -102,7 +102,7 @@ def _split_heads_cuda(
     query = empty((batch, num_rows, num_heads, width), heads.dtype)
     sizes = batch, num_rows, num_heads, width, keys.shape[-2], span.start
     args = (heads, span.positions, turns, *sizes, query, keys, values)
-    kernel, pairs = ("attention", "split_heads"), query.size // 2  # one thread for each
+    kernel, pairs = ("attention", "split_heads"), query.size // 2  # a thread per pair
     launch(*kernel, heads.dtype, args, outputs=query.size, threads=pairs)
     return query
 
@@ -111,8 +111,9 @@ def attend(query: Any, keys: Any, values: Any, span: Span) -> Any:
     """Return the attention output of queries (B, T, H, d) over the cached keys.
 
     Keys and values are (B, H, capacity, d). With query q_i, key k_j and size n_j, the
-    weight of token j for token i is p_ij = softmax_j(q_i · k_j / √d + log n_j). So a
-    merged token that stands for n tokens counts n times.
+    weight of token j for token i is p_ij = softmax_j(q_i · k_j / √d + log n_j). The
+    term log n_j multiplies e^(q_i · k_j / √d) by n_j, so a merged token that stands for
+    n tokens counts n times.
     """
     if is_cuda(query):
         return attend_cuda(query, keys, values, span)

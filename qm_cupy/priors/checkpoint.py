@@ -131,8 +131,9 @@ def random_transformer(
 ) -> dict[str, NDArray[np.float32]]:
     """Draw the weights of one network.
 
-    Linear maps are uniform within ±1/√(number of inputs), learned positions are normal
-    with standard deviation 0.02, and norms have weight 1 and bias 0.
+    The weights and biases of linear maps are uniform within ±1/√(number of inputs),
+    learned positions are normal with standard deviation 0.02, and norms have weight 1
+    and bias 0.
     """
     shapes, weights = settings.shapes(), {}
     for name, shape in shapes.items():

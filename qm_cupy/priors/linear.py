@@ -24,7 +24,7 @@ _EPSILON = 1e-5  # ε of the norms: the default of torch's LayerNorm
 _FEW = 16  # up to this number of rows, one warp for each output is fast
 # Rows that one block sums for a tile of dW. For example, 8,192 rows are 16 parts. With
 # D = 1024 and the prior's hidden width of 256, each part has 16 tiles, so there are 256
-# blocks. Each part needs as much memory as the weights, so their number is limited.
+# blocks. Each part needs as much memory as W, so the number of parts is limited.
 _PART_ROWS, _MAX_PARTS = 512, 32
 
 
@@ -140,7 +140,7 @@ def linear_vjp_cuda(
     `rectified` means that x is the output of a ReLU. The first result is then the
     gradient of the ReLU's input: dy W where x > 0, and 0 elsewhere.
     """
-    # The kernels set dx to 0 where the gate is not above 0. None means no gate.
+    # The kernels set dx to 0 where `gate` is not above 0. With None, they set no entry.
     gate = x if rectified else None
     if implementation() == "basic":
         return _linear_vjp_basic(dy, x, weight, gate)
@@ -170,11 +170,11 @@ def _linear_vjp_optimized(
     out_dim, num_rows = len(weight), math.prod(x.shape[:-1])
     weight_columns = _transposed_cuda(weight, out_dim)  # (1, in, out)
     dx = _products_cuda(dy.reshape(1, num_rows, out_dim), weight_columns, gate)
-    # dW has few tiles, and each sums over all rows, which may be many. To keep the GPU
-    # busy, S parts of the rows are summed at the same time by different blocks.
+    # dW has few tiles, and each tile is a sum over all rows, which may be many. To keep
+    # the GPU busy, different blocks sum S parts of the rows at the same time.
     wanted_parts = min(max(-(-num_rows // _PART_ROWS), 1), _MAX_PARTS)
     part_rows = -(-max(num_rows, 1) // wanted_parts)
-    part_rows = -(-part_rows // WARP) * WARP  # so that rows are whole 16-byte vectors
+    part_rows = -(-part_rows // WARP) * WARP  # rows of whole 16-byte vectors
     dy_columns = _transposed_cuda(dy, part_rows)  # (S, out, part_rows)
     dw = _products_cuda(dy_columns, _transposed_cuda(x, part_rows))  # (S, out, in)
     file, num_parts, dtype = "linear_vjp", len(dy_columns), x.dtype

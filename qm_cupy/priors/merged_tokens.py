@@ -28,8 +28,8 @@ def group_counts(
 ) -> NDArray[np.int64]:
     """Return K, the number of groups, of each sequence.
 
-    It is `num_groups`, or without it the number of sizes above 0, or without both the
-    number of tokens.
+    K is `num_groups` if it is not None. Otherwise K is the number of sizes above 0 or,
+    if `sizes` is None too, the number of tokens.
     """
     if num_groups is None and sizes is not None:
         num_groups = to_host((sizes > 0).sum(axis=-1))  # waits for the GPU

@@ -1,7 +1,7 @@
 """A two-layer perceptron (MLP): its weights, its outputs and its gradient.
 
-It maps x of width D to y = W₂ relu(W₁ x + b₁) + b₂ of width D, with a hidden layer of
-width H. Its weights have the shape (outputs, inputs).
+An MLP maps x of width D to y = W₂ relu(W₁ x + b₁) + b₂ of width D, with a hidden layer
+of width H. The matrices W₁ and W₂ have the shape (outputs, inputs).
 """
 
 from typing import Any, NamedTuple

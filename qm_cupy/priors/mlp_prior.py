@@ -242,7 +242,7 @@ class MLPPrior:
         ridge : float, default 1e-2
             λ, relative to the mean squared norm of the columns of A; > 0.
         steps : int, default 0
-            Number of steps of Adam. They read the sequences several times. So an
+            Number of steps of Adam. The steps read the sequences several times. So an
             iterator, which can be read only once, raises an error.
         learning_rate : float, default 1e-3
             Learning rate of Adam.
@@ -376,7 +376,7 @@ class MLPPrior:
             read_mlp("forward", forward),
             read_mlp("backward", backward),
         )
-        # Both networks read the same tokens.
+        # Both networks read the same tokens, so both must have the same width D.
         dims = [network.weight_in.shape[1] for network in networks]
         if dims[0] != dims[1]:
             raise ValueError(
@@ -403,8 +403,8 @@ def network_on_device_of(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
         arrays = [contiguous(to_device(w), dtype) for w in network]
         copies[key] = MLP(*arrays)
         # Another stream may use the copies next, so they must be finished. `to_host` of
-        # the last one waits for all work in the current stream. There is no wait if all
-        # arrays are the weights themselves, without a copy.
+        # the last copy waits for all work in the current stream. There is no wait if
+        # every array is the weight itself and not a copy.
         if any(x is not w for x, w in zip(arrays, network, strict=True)):
             to_host(arrays[-1])
     return copies[key]

@@ -21,8 +21,9 @@ from ..cuda.launch import contiguous, counts_on_device, launch
 def running_mean(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[Any]:
-    """Return the means (B, K, D): row t is that of tokens 1..t, or t..K in reverse.
+    """Return the running means (B, K, D), one row for each t.
 
+    With `reverse`, row t is the mean of tokens t..K, otherwise of tokens 1..t.
     `counts` (B,) is the number of valid tokens of each sequence.
     """
     if is_cuda(tokens):
@@ -93,7 +94,7 @@ def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> 
 def running_mean_vjp_reference(
     gradient: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> NDArray[np.float64]:
-    """Return the gradients of the tokens (B, K, D), from those of the means (B, K, D).
+    """Return the gradients of the tokens from the gradients of the means, (B, K, D).
 
     Token x_i is part of the means c_t of tokens 1..t for t ≥ i, with weight 1 / t. So
     dx_i = Σ_{t ≥ i} dc_t / t. In reverse, the sum is over t ≤ i, with weight
@@ -117,6 +118,7 @@ def running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
     batch = math.prod(gradient.shape[:-2])
     out = empty(gradient.shape, gradient.dtype)
     args = (gradient, counts, batch, num_groups, dim, reverse, out)
+    # A block for 32 columns of one sequence.
     kernel, blocks = ("running_mean_vjp", "prefix_means_vjp"), batch * -(-dim // WARP)
     launch(*kernel, gradient.dtype, args, outputs=batch * dim, blocks=blocks)
     return out

@@ -1,8 +1,10 @@
 """Training of an `MLPPrior`: ridge regression in closed form, then steps of Adam.
 
-A prior is a model that predicts a merged token from the tokens before it. The inputs of
-its network are means of the tokens read so far, and the targets are the tokens to
-predict. D is the width of a token, and H the width of the hidden layer.
+A prior is a model that predicts a merged token from the tokens before it. An `MLPPrior`
+has two networks. The forward network (index 0) reads the mean of tokens 1..t, and its
+target is token t + 1. The backward network (index 1, `reverse`) reads the mean of
+tokens t..K, and its target is token t - 1. D is the width of a token, and H the width
+of the hidden layer.
 
 Arrays are NumPy or CuPy arrays. A block is a pair of inputs (R, D) and targets (R, D)
 in float64. Every pass over the data computes the blocks again, one at a time.
@@ -55,8 +57,8 @@ def fit_networks(
             "`sequences` must be an array, a Merged or an iterable of these, "
             f"got {type(sequences).__name__}"
         )
-    # `iter(x) is x` is true only for an iterator. The ridge regression reads it to the
-    # end, so Adam would get no data.
+    # `iter(x) is x` is true only for an iterator. The ridge regression would read the
+    # iterator to the end, so Adam would get no data.
     if steps and iter(sequences) is sequences:
         raise ValueError(
             "`steps` > 0 reads the sequences several times: "
@@ -99,7 +101,7 @@ def _all_pairs(
 def _token_blocks(
     sequences: Iterable[Any], network: MLP
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-    """Yield tokens (b, K, D) and their counts (b,), for b sequences at a time."""
+    """Yield tokens (b, K, D) and K of each sequence (b,), for b sequences at a time."""
     for sequence in sequences:
         tokens, _, sizes = merged_parts(sequence)
         _, tokens, sizes = convert_inputs({"sequences": tokens, "sizes": sizes})
@@ -118,10 +120,12 @@ def _token_blocks(
 def prefix_pairs(
     tokens: NDArray[Any], counts: NDArray[np.int64], reverse: bool
 ) -> Iterator[Block]:
-    """Yield a block of tokens (b, K, D): inputs and targets of a network, (R, D) each.
+    """Yield at most one block, for one network, from `tokens` (b, K, D).
 
-    A row of the forward network is (mean of tokens 1..t, token t + 1). With `reverse`
-    it is (mean of tokens t..K, token t - 1). A sequence of K tokens has K - 1 rows.
+    A block is a pair of inputs and targets, (R, D) each. A row of the forward network
+    is (mean of tokens 1..t, token t + 1). With `reverse`, a row is (mean of tokens
+    t..K, token t - 1). A sequence of K tokens has K - 1 rows. If no sequence has two
+    tokens, there is no block.
     """
     has_target = np.arange(1, tokens.shape[-2]) < counts[:, None]  # (b, K - 1)
     if not has_target.any():

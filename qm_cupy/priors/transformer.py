@@ -443,6 +443,7 @@ class TransformerPrior:
                 turns = rotary_turns(self._settings.hidden_dim // self.num_heads)
                 copies["turns"] = to_device(turns) if on_gpu else turns
             if on_gpu:
-                to_host(copies["head.bias"])  # waits: other streams may read now
+                # Wait for the copies, because other streams may read them next.
+                to_host(copies["head.bias"])
             self._copies[key] = copies
         return self._copies[key]

@@ -37,8 +37,8 @@ def run_transformer(
 
     span, embedded_positions = _positioned(tokens, span, weights)
     x = tokens.astype(accumulation_dtype(tokens.dtype), copy=False)
-    # Learned positions are added to the embeddings (None: nothing to add). Rotary
-    # positions only rotate queries and keys.
+    # Learned positions are added to the embeddings. Rotary positions only rotate
+    # queries and keys; then `embedded_positions` is None, and nothing is added.
     x = linear(x, *linear_of("embed"), residual=embedded_positions)  # (B, T, E)
     for i, cache in enumerate(caches):
         block = f"blocks.{i}"

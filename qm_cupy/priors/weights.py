@@ -56,8 +56,8 @@ def load_weights(
     """Return the settings and arrays of a file, after checks from cheap to expensive.
 
     `declare` computes all shapes from the settings. The shapes in the header are
-    compared with these before any array is read. So a damaged header cannot request
-    the memory of a huge array.
+    compared with the computed shapes before any array is read. So a damaged header
+    cannot request the memory of a huge array.
     """
     safe_open, error_type = _safetensors(path)
     # Open the file once without safetensors: for a missing file, a folder, or a file
@@ -142,7 +142,7 @@ def _check_shapes(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]]) 
 
 
 def _check_digest(path: Path, digest: str) -> None:
-    """Raise if the digest of the file differs, because a byte has changed.
+    """Raise if the digest of the file is not `digest`, because a byte has changed.
 
     The digest is not a signature: anyone can compute it.
     """

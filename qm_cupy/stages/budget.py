@@ -155,7 +155,7 @@ def _norm_budget_reference(
     top_mass = top_norm_mass(tokens, mask)  # (B, N)
     # The factor 1 - 1e-12 allows for rounding: 0.07 · 100 is greater than 7 in binary.
     wanted = gamma * top_mass[..., -1:] * (1 - 1e-12)  # (B, 1)
-    # The entries ascend, so K is one more than the number that are too small.
+    # The entries ascend, so K is one more than the number of entries below `wanted`.
     return np.sum(top_mass < wanted, axis=-1).astype(np.int32) + np.int32(1)
 
 

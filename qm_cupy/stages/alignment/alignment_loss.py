@@ -120,9 +120,8 @@ def alignment_loss(
     count = counts if counts.ndim else int(counts)  # one sequence: a plain integer K
     inputs = {"num_groups": count, "positions": positions, "sizes": sizes}
     predict: Any = getattr(prior, "predict")  # noqa: B009 (a TwoLayerPrior may lack it)
-    # Row t of `y_next` is the prediction of token t + 1, and row t of `y_prev` that
-    # of token t - 1. An `MLPPrior` computes all t at once: the K means c_t are the rows
-    # of one matrix, so a network is two GEMMs instead of a loop over t.
+    # Row t of `y_next` predicts token t + 1; row t of `y_prev` predicts token t - 1. An
+    # `MLPPrior` computes all rows by two GEMMs: the K means c_t are rows of one matrix.
     y_next, y_prev = predict(tokens, **inputs), predict(tokens, reverse=True, **inputs)
     check_shape("prediction", y_next, "BKD", tokens.shape)
     check_shape("prediction", y_prev, "BKD", tokens.shape)
@@ -135,8 +134,8 @@ def alignment_loss(
 def is_traced(merged: Any, prior: Any) -> bool:
     """Return whether torch or JAX traces the tokens, or the weights of the prior.
 
-    False for a prior that has no `network_weights`. The weights of such a prior are not
-    known here, so its predictions have no gradient.
+    Return False for a prior that has no `network_weights`: its weights are not known
+    here, so its predictions have no gradient.
     """
     weights = _network_weights(prior)
     return bool(weights) and tracing_framework((merged, *weights)) is not None
@@ -151,7 +150,7 @@ def _network_weights(prior: Any) -> tuple[Any, ...]:
 # of the two networks are separate inputs here, and not one `MLPPrior`.
 @operation(
     differentiable=("merged", *_WEIGHTS),
-    counts="num_groups?",
+    count_parameter="num_groups?",
     dtype="computed",
     shapes=lambda merged, *_: (tuple(merged.shape[:-2]),) * 2,
     results=2,
@@ -275,7 +274,7 @@ def alignment_loss_vjp(
     *,
     num_groups: Any = None,
 ) -> tuple[Array, tuple[MLP, MLP]]:
-    r"""Return the gradients of `alignment_loss`: of the tokens and of the weights.
+    r"""Return the gradients of `alignment_loss` for the tokens and for the weights.
 
     A bar is the gradient of a loss with respect to the quantity below it. For the
     forward direction,
@@ -284,7 +283,7 @@ def alignment_loss_vjp(
         \qquad \bar y_t = \frac{2 \bar L}{D (K - 1)} \bigl(y_t - \tilde x_{t+1}\bigr),
 
     where :math:`c_t` is the mean of merged tokens 1..t of K, :math:`y_t` the prediction
-    of the forward network for it, and D the width of a token. :math:`\bar c_t` is
+    of the forward network from it, and D the width of a token. :math:`\bar c_t` is
     :math:`\bar y_t` propagated back through the network. The backward network adds the
     mirror image.
 
@@ -354,6 +353,7 @@ def alignment_loss_vjp(
 
 
 def _three(gradient: Any) -> tuple[Any, Any, Any]:
+    """Return the three gradients in `gradient`; raise if there are not three."""
     try:
         forward, backward, total = gradient
     except (TypeError, ValueError) as error:
@@ -441,8 +441,8 @@ def _alignment_loss_vjp_cuda(
         dweights.append(MLP(*first, *second))
         dx_of_means.append(running_mean_vjp_cuda(dc, gpu_counts, reverse))
         dys.append(dy)
-    # One kernel adds a token's four terms in float32 at least, and rounds only once: in
-    # each direction, one term through the means and one as a target.
+    # The gradient of a token has four terms: in each direction, one through the means
+    # and one as a target. The kernel adds them in float32 at least, and rounds once.
     out = empty(merged.shape, merged.dtype)
     args = (*dx_of_means, *dys, *sizes, out)
     kernel = "alignment_loss_vjp", "alignment_loss_vjp"

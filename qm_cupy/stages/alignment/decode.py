@@ -80,8 +80,8 @@ def decode(
     with no_grad(tokens):
         for t in range(num_tokens):
             if hasattr(model, "step"):
-                # The state is what the prior keeps of earlier tokens, for example their
-                # sum, or their keys and values. So a step does not read them again.
+                # The state holds data of the earlier tokens, for example their sum, or
+                # their keys and values. So a step does not read these tokens again.
                 own = [None if x is None else x[..., t] for x in (positions, sizes)]
                 prediction, state = model.step(
                     tokens[..., t, :], state, position=own[0], size=own[1]

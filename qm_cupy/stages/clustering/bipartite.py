@@ -68,20 +68,22 @@ def bipartite_groups_cuda(
     """Return roots (B, N): a number for each group, before groups are numbered 0..K-1.
 
     K is `counts` (B,), or `num_groups` without counts; `num_groups` is the largest K.
-    `fewest` is the smallest K of the batch, or 1 if the caller does not know it. It
-    determines the number of steps.
+    `fewest` is the smallest K of the batch, or 1 if the caller does not know this K.
+    `fewest` determines the number of steps.
     """
     batch, num_tokens = rows_of(tokens[..., 0])
     mask, protect = contiguous(mask), contiguous(protect)
     if counts is None:
         fewest = num_groups
-    # Each protected token is one of the K groups. Only the GPU knows their number, so
-    # the other tokens may have to form a single group.
+    # Each protected token is a group of its own and counts towards K. The CPU does not
+    # know how many protected tokens there are, so it plans enough steps for the case
+    # that the other tokens must form a single group.
     if protect is not None:
         fewest = 1
     # In the first step, which is three quarters of the work, each group is one token.
-    # 16-bit tokens are compared without scaling, so that tensor cores compute the
-    # product.
+    # Cosines do not depend on the norms of tokens, so this step compares 16-bit tokens
+    # without scaling them to norm 1. `unit_tokens_cuda` would return float32; 16-bit
+    # tokens are multiplied by tensor cores.
     vectors = contiguous(tokens)
     if tokens.dtype.itemsize > 2:
         vectors = unit_tokens_cuda(vectors, mask)
@@ -89,12 +91,14 @@ def bipartite_groups_cuda(
     args: tuple[Any, ...] = (mask, protect, batch, num_tokens, roots)
     launch("bipartite", "free_tokens", np.float32, args, outputs=roots.size)
     positions = number_groups_cuda(roots, "last")
-    # Upper limits of the number of groups that take part: `max_groups` in any sequence,
-    # `remaining` in the sequence with the smallest K, which needs most steps. The CPU
-    # knows only limits, because it does not wait for the GPU's counts.
+    # Upper limits of the number of groups of tokens that are not protected:
+    # `max_groups` for any sequence, and `remaining` for the sequence with the smallest
+    # K, which needs most steps. The CPU knows only limits, because it does not wait for
+    # the GPU's counts.
     max_groups = remaining = num_tokens
     while remaining > max(fewest, 1):
-        # Rows of `sizes`: n, the number of odd groups to compare with, and r.
+        # Row 0 of `sizes` is the number n of groups. Row 1 is the number of odd groups,
+        # or 0 if nothing merges. Row 2 is the number r of merges.
         sizes = empty((3, batch), np.int32)
         args = (positions, mask, protect, counts, batch, num_tokens, num_groups, sizes)
         block = block_size(num_tokens, GROUP_THREADS)
@@ -103,7 +107,8 @@ def bipartite_groups_cuda(
         positions = _match_cuda(vectors, positions, sizes, max_groups)
         remaining = max(fewest, -(-remaining // 2))
         if remaining > max(fewest, 1) and vectors.dtype.itemsize == 2:
-            vectors = unit_tokens_cuda(vectors, mask)  # later steps use means
+            # Later steps compare means of unit tokens, so scale the 16-bit tokens now.
+            vectors = unit_tokens_cuda(vectors, mask)
         max_groups = max(min(num_groups, max_groups), -(-max_groups // 2))
     out = empty(positions.shape, np.int32)
     args = (positions, mask, batch, num_tokens, out)
@@ -114,14 +119,17 @@ def bipartite_groups_cuda(
 def _match_cuda(vectors: Any, positions: Any, sizes: Any, max_groups: int) -> Any:
     """Return the position (B, N) of each token's group after one step.
 
-    `positions` (B, N) are those before the step, of at most `max_groups` groups. A
-    group is compared by the mean of its tokens' `vectors` (B, N, D). `sizes` (3, B) is
-    the result of the kernel `match_counts`.
+    `positions` (B, N) holds the positions before the step, of at most `max_groups`
+    groups. A group is compared by the mean of the `vectors` (B, N, D) of its tokens.
+    `sizes` (3, B) is the result of the kernel `match_counts`.
     """
     batch, num_tokens = rows_of(positions)
     num_evens, num_odds = -(-max_groups // 2), max_groups // 2
-    # For each token, the index of its group among the even groups, and among the odd
-    # groups; -1 if its group is on the other side. Then merge tokens to means.
+    # The first array holds, for each token, the index of its group among the even
+    # groups, or -1 if the group is odd. The second array holds the index among the odd
+    # groups, or -1 if the group is even. Padding and protected tokens have -1 in both.
+    # With these labels, `merge_tokens_cuda` returns the means of the even groups and of
+    # the odd groups.
     side_labels = [empty(positions.shape, np.int32) for _ in range(2)]
     even_exists = empty((*positions.shape[:-1], num_evens), np.bool_)
     args: tuple[Any, ...]

@@ -37,14 +37,14 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
     padded = (dendrogram[..., 0] == -1) & (dendrogram[..., 2] == np.inf)
     check_finite_values("dendrogram", np.where(padded[..., None], 0, dendrogram))
     _check_padded_rows(dendrogram, padded, mask)
-    # Nodes 0..N-1 are tokens, and row r makes node N + r: it may merge nodes below
-    # N + r. NaN replaces the children of padded rows, because no NaN equals another one
-    # when children are compared.
+    # Nodes 0..N-1 are tokens, and row r makes node N + r: row r may merge only nodes
+    # below N + r. NaN replaces the children of padded rows, because NaN does not equal
+    # NaN when children are compared.
     child = dendrogram[..., :2]
     first_later = merges + 1 + np.arange(merges)[:, None]
     flat = np.where(padded[..., None], np.nan, child.astype(np.float64))
     flat = flat.reshape(*batch, 2 * merges)
-    # If a node occurs twice, both are neighbours after sorting.
+    # If a node occurs twice, both entries are neighbours after sorting.
     ranked = np.sort(flat, axis=-1)
     if (ranked[..., 1:] == ranked[..., :-1]).any():
         raise ValueError(

@@ -45,7 +45,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @operation(
     constants=("tokens", "mass?", "anchors?", "protect?", "mask?"),
-    counts="num_groups",
+    count_parameter="num_groups",
     options=("str method", "str order"),
     dtype="int32",
     shapes=without_last_axis,
@@ -204,9 +204,9 @@ def _cluster_tokens_reference(
         selected = None
         if anchors is not None:
             # Protected anchors are groups of their own. The other anchors are needed as
-            # indices among the free tokens, because `_groups` gets only these.
+            # indices among the free tokens, because `_groups` gets only free tokens.
             selected = anchors[index][:num_groups]
-            free_index = np.cumsum(free) - 1  # (N,), right where a token is free
+            free_index = np.cumsum(free) - 1  # (N,), valid only for free tokens
             selected = free_index[selected[free[selected]]]
         # Tokens between the same two protected tokens have the same run number.
         runs = np.cumsum(protected, dtype=np.intp)[free]
@@ -281,8 +281,8 @@ def _cluster_tokens_cuda(
             )
         roots = nearest_groups_cuda(tokens, anchors, group_counts, mask, protect)
     elif method == "bipartite":
-        # The launcher needs a limit for its steps. The counts are also on the CPU, so
-        # it gets the smallest K without waiting for the GPU.
+        # The smallest K determines the number of steps of the launcher. The counts are
+        # also on the CPU, so the smallest K is known without waiting for the GPU.
         fewest = int(counts.min(initial=max_groups))
         roots = bipartite_groups_cuda(
             tokens, group_counts, max_groups, mask, protect, fewest=fewest

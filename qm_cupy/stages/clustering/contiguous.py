@@ -1,14 +1,15 @@
 """Contiguous groups: only neighbouring groups merge, the cheapest pair first.
 
-Two neighbouring groups a and b have n_a and n_b unit tokens, and these have the sums
-S_a and S_b. The cost of their merge is Ward's, the growth of the squared error of unit
-tokens:
+Two neighbouring groups a and b have n_a and n_b unit tokens. S_a and S_b are the sums
+of the unit tokens of a and of b. The cost of merging a and b is Ward's cost, the growth
+of the squared error of unit tokens:
 
     n_a n_b / (n_a + n_b) ‖S_a / n_a - S_b / n_b‖²
 
 Of equal costs, the leftmost pair merges first. A zero token counts as a unit vector
-orthogonal to all others, because its similarity to them is 0. Only costs of neighbours
-of a merge change, so pairs merge one by one, until K groups are left.
+orthogonal to all others, because the similarity of a zero token to any token is 0.
+Pairs merge one by one, until K groups are left. A merge changes only the costs of the
+new group with its two neighbours.
 """
 
 from typing import Any
@@ -45,7 +46,7 @@ def contiguous_groups_reference(
     right = np.arange(1, num_tokens + 1)  # index of the next group, N if none
     left = np.arange(-1, num_tokens - 1)  # index of the previous group, -1 if none
     starts = np.ones(num_tokens, np.intp)  # 1 where a group starts
-    cost = np.full(num_tokens, np.inf)  # of merging a group with the next one
+    cost = np.full(num_tokens, np.inf)  # cost of merging with the next group
     # The cost of two unit tokens x and y is ½ ‖x - y‖² = 1 - x · y.
     cost[:-1] = 1 - np.einsum("ij,ij->i", unit[:-1], unit[1:])
     cost[:-1][runs[:-1] != runs[1:]] = np.inf
@@ -90,8 +91,8 @@ def contiguous_groups_cuda(
     dtype = sums.dtype
     out = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)
-    # Scratch of both kernels: real numbers (costs, sizes, ...) and the neighbours of
-    # each group.
+    # The basic and the optimized kernel need scratch arrays: `reals` for real numbers
+    # (costs, sizes, ...) and `links` for the neighbours of each group.
     if implementation() == "basic":
         reals = empty((batch, BASIC_CONTIGUOUS_REALS * num_tokens), dtype)
         links = empty((batch, BASIC_CONTIGUOUS_INTEGERS * num_tokens), np.int32)
@@ -104,7 +105,7 @@ def contiguous_groups_cuda(
     product_args = (sums, masks[0], batch, num_tokens, dim, products)
     launch("contiguous", "neighbour_products", dtype, product_args, rows=out.size)
     # Keep the groups in shared memory if they fit, otherwise in global memory. Null
-    # pointers tell the kernel that they are in shared memory.
+    # pointers tell the kernel that the groups are in shared memory.
     reals = links = None
     kernel = "contiguous", "contiguous_groups"
     bytes_per_token = CONTIGUOUS_REALS * dtype.itemsize + CONTIGUOUS_INTEGERS * 4

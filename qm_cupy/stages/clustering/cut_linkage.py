@@ -40,7 +40,7 @@ from .weighted_linkage import Floats
 
 @operation(
     constants=("dendrogram", "mass?", "mask?"),
-    counts="num_groups?",
+    count_parameter="num_groups?",
     options=("float? max_error", "str order"),
     dtype="int32",
     shapes=lambda tree, *_: ((*tree.shape[:-2], tree.shape[-2] + 1),),
@@ -153,7 +153,7 @@ def _cut_linkage_reference(
     num_tokens = dendrogram.shape[-2] + 1
     labels = np.full((*dendrogram.shape[:-2], num_tokens), -1, np.int32)
     # The dendrogram of a masked sequence numbers tokens by their positions in the
-    # padded sequence. So the cut covers padded tokens too, which no merge contains.
+    # padded sequence. So the cut covers padded tokens too. No merge contains them.
     for index in np.ndindex(labels.shape[:-1]):
         valid = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
         # Every merge reduces the number of groups by one. n valid tokens form K groups
@@ -183,9 +183,10 @@ def count_within(
         relative, peak = relative_mass(
             (equal_mass if mass is None else mass[index])[valid]
         )
-        # `linkage` multiplied the heights by the root of the largest mass, `peak`. Here
-        # heights and masses are both relative to it, so that no square overflows.
-        height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf where padded
+        # `linkage` multiplied the heights by √peak, where `peak` is the largest mass.
+        # Here the heights are divided by √peak and the masses by `peak`, so that no
+        # square overflows.
+        height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf in padded rows
         error = np.cumsum(height**2 / 2) / relative.sum()
         # The error grows with each merge, so K is n minus the merges within the limit.
         counts[index] = len(relative) - np.sum(error <= max_error + ERROR_ROUNDING)
@@ -220,7 +221,7 @@ def cut_linkage_cuda(
     *leading, rows, _ = dendrogram.shape
     batch, num_tokens = math.prod(leading), rows + 1
     dendrogram = contiguous(dendrogram, np.float64)
-    # The kernels compute heights in float64. Their dtype macro is that of the masses.
+    # The kernels compute heights in float64, and are compiled for the dtype of masses.
     acc_dtype = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
     weights = contiguous(mass, acc_dtype), contiguous(mask)
     # For the kernels, a negative bound means that there is no bound.

@@ -46,8 +46,9 @@ def number_groups_cuda(roots: Any, order: str) -> Any:
     roots = contiguous(roots, np.int32)
     out = empty(roots.shape, np.int32)
     first = int(order == "first")
-    # A group's number is the number of groups whose last (or first) member comes before
-    # its own. The basic kernels mark these members in a first launch, for all groups.
+    # The last (or first) members of all groups are sorted by position. The number of a
+    # group is the number of such members before the member of this group. The basic
+    # kernels mark the last (or first) members in a first launch.
     if implementation() == "basic":
         ends = empty(roots.shape, np.bool_)
         args: tuple[Any, ...] = (roots, batch, num_tokens, first, ends)

@@ -67,7 +67,7 @@ def linkage(
         float64, in SciPy's format. Each row is a merge, in the order of distance: the
         two groups that merge (tokens are 0..N-1, row r makes group N + r), their
         distance, and the number of tokens in the new group. If a mask keeps n tokens,
-        the first n - 1 rows are merges and all others are (-1, -1, inf, 0).
+        the first n - 1 rows are merges and all other rows are (-1, -1, inf, 0).
 
     Raises
     ------
@@ -92,8 +92,8 @@ def linkage(
 
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
-    The computation needs about 16 N² bytes of memory: it handles one sequence at a
-    time. The order of merges at equal distances depends only on the tokens.
+    The computation handles one sequence at a time, and needs about 16 N² bytes of
+    memory. The order of merges at equal distances depends only on the tokens.
 
     Examples
     --------
@@ -129,8 +129,8 @@ def linkage_reference(
         if mask is None:
             dendrogram[index] = linkage_sequence(tokens[index], method, sequence_mass)
             continue
-        # Remove the padding. Then replace the numbers of tokens and groups by those of
-        # the padded sequence.
+        # Remove the padding. Then replace the numbers of tokens and groups by their
+        # numbers in the padded sequence.
         position = np.flatnonzero(mask[index])
         sequence_mass = None if sequence_mass is None else sequence_mass[position]
         tree = linkage_sequence(tokens[index][position], method, sequence_mass)
@@ -160,8 +160,9 @@ def linkage_sequence(
     np.subtract(1, distance, out=distance)
     np.clip(distance, 0, 2, out=distance)  # rounding can exceed the range of 1 - cos
     # SciPy does not support masses. The masses are divided by the largest one, so that
-    # their products neither overflow nor vanish. Ward's distance is proportional to the
-    # root of the masses, so its heights are scaled back; an average has no scale.
+    # their products neither overflow nor vanish. This division divides ward's distances
+    # by the root of the largest mass, so ward's heights are multiplied by this root. It
+    # does not change an average distance.
     if mass is not None:
         relative, peak = relative_mass(mass)
         tree, _ = weighted_linkage(distance, relative, method)
@@ -176,7 +177,7 @@ def linkage_sequence(
 
 
 def relative_mass(mass: NDArray[Any]) -> tuple[Floats, float]:
-    """Return the masses (N,) divided by the largest one, all > 0, and the largest."""
+    """Return the masses (N,) divided by the largest mass, all > 0, and this mass."""
     peak = float(mass.max())
     # If all masses are 0, each token counts as 1.
     if peak == 0:

@@ -136,9 +136,9 @@ def linkage_cuda(
         return out, rounds
     dtype = cosines.dtype
     width = dtype.itemsize
-    # Use shared memory for as much as fits in that of one block: the clusters and the
-    # matrix (`in_shared`), only the clusters (`state_in_shared`), or neither. `room` is
-    # the shared memory that remains besides the scratch, in bytes.
+    # Three cases, by the shared memory of one block: the clusters and the matrix fit in
+    # it (`in_shared`), only the clusters fit (`state_in_shared`), or neither fits.
+    # `room` is the shared memory of a block without the scratch, in bytes.
     room = _dynamic_shared_bytes("linkage", dtype) - LINKAGE_SCRATCH * width
     heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
     in_shared = heights + bytes_alone(num_tokens, width) <= room
@@ -151,7 +151,8 @@ def linkage_cuda(
     )
     # When at most `max_alone` clusters are left, the first block of a team can continue
     # without the other blocks: the clusters and their matrix fit in its shared memory.
-    # Heights that are already there stay there. 0 means that this never happens.
+    # If the heights are in shared memory, they stay there. With `max_alone` = 0, the
+    # first block never continues alone.
     max_alone = 0
     if layout.blocks > 1:
         max_alone = max_clusters_alone(
@@ -230,7 +231,8 @@ def max_clusters_alone(room: int, threads: int, width: int) -> int:
 
 def _tree_bytes(num_tokens: int, width: int) -> int:
     """Return the bytes of a sequence's nodes, heights and merges; a multiple of 8."""
-    # A token has 28 or 36 bytes (`TREE_BYTES`): an odd number of tokens needs 4 more.
+    # A token has 28 or 36 bytes (`TREE_BYTES`), which is 4 more than a multiple of 8.
+    # So an odd number of tokens needs 4 more bytes.
     return num_tokens * TREE_BYTES[width] + num_tokens % 2 * 4
 
 
@@ -241,7 +243,7 @@ def _single_linkage_cuda(
     dtype = cosines.dtype
     ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
     # While a block writes the rows of the dendrogram, it needs `components`. They are
-    # in shared memory if they fit, otherwise in the arrays of the state.
+    # in shared memory if they fit, otherwise in the arrays of `state`.
     in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", dtype)
     layout = layout_of(batch, num_tokens, dtype.itemsize, 0)
     state = (
@@ -301,8 +303,8 @@ def layout_of(
 
     # The time of the batch, in units of the time of one block for the rows of one
     # sequence. More blocks divide the work on rows, O(N²), but not the time of the
-    # synchronisations. With larger teams, fewer of them fit on the GPU at once, so that
-    # a large batch needs more waves.
+    # synchronisations. With larger teams, fewer teams fit on the GPU at once, so that a
+    # large batch needs more waves.
     def cost(blocks: int) -> float:
         waves = -(-batch // (device.multiprocessors // blocks))
         return waves * (1 / blocks + (_SYNC_COST / num_tokens) ** 2)
@@ -314,7 +316,10 @@ def layout_of(
 
 
 def _zeros(count: int) -> Any:
-    """Return a counter for each team: blocks that have arrived at a barrier, 0 now."""
+    """Return an array (count,) of zeros: a counter for each team.
+
+    A counter has the number of blocks that have arrived at a barrier of the team.
+    """
     arrived = empty((count,), np.uint32)
     arrived.fill(0)  # `fill` needs no copy from the CPU
     return arrived
@@ -324,8 +329,8 @@ def _linkage_basic_cuda(
     cosines: Any, method: str, mass: Any, masks: tuple[Any, ...], out: Any
 ) -> None:
     batch, num_tokens, _ = cosines.shape
-    # Scratch of the kernel, each (B, N): the masses and the least distances of
-    # clusters, then their nearest clusters, nodes and sizes.
+    # Scratch of the kernel, each array (B, N). `reals` holds the masses and the least
+    # distances of the clusters; `integers` holds their nearest clusters, nodes, sizes.
     reals = [empty((batch, num_tokens), cosines.dtype) for _ in range(2)]
     integers = [empty((batch, num_tokens), np.int32) for _ in range(3)]
     sizes = batch, num_tokens, LINKAGE_METHODS[method]

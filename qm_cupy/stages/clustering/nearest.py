@@ -52,15 +52,16 @@ def nearest_groups_cuda(
     anchors = contiguous(anchors, np.int32)
     num_groups = anchors.shape[-1]
     # Sort the anchors and drop duplicates, so that ties go to the lower position: mark
-    # them in the sequence, then list the marked positions.
+    # the anchors in the sequence, then list the marked positions.
     is_anchor = empty(tokens.shape[:-1], np.bool_)
     args: tuple[Any, ...]
     args = (anchors, mask, counts, batch, num_tokens, num_groups, is_anchor)
     launch("nearest", "mark_anchors", np.float32, args, outputs=is_anchor.size)
     anchors = selected_positions_cuda(is_anchor, num_groups)  # (B, K)
     norms = token_norms_cuda(tokens, mask)
-    # A protected anchor is the only member of its group. It gets norm -1 (B, K), which
-    # tells `nearest_anchors_cuda` to ignore it.
+    # `anchor_norms` (B, K) holds the norms of the anchors. A protected anchor is the
+    # only member of its group. Its norm is set to -1, so that `nearest_anchors_cuda`
+    # ignores this anchor.
     anchor_norms = empty(anchors.shape, norms.dtype)
     args = (anchors, norms, protect, batch, num_tokens, num_groups, anchor_norms)
     launch("nearest", "open_anchors", norms.dtype, args, outputs=anchor_norms.size)
@@ -105,8 +106,8 @@ def nearest_anchors_cuda(
     inputs = tokens, norms, contiguous(mask), anchors, anchor_norms, counts
     args = (*inputs, batch, num_tokens, dim, num_groups, out, highest)
     kernel = "nearest", "nearest_anchors"
-    # A block computes whole rows of similarities, because it keeps only their maximum.
-    # The kernel also exists for wide tiles (128 × 256).
+    # A block computes whole rows of similarities, because it keeps only the maximum of
+    # each row. The kernel also exists for wide tiles (128 × 256).
     tiling = Tiling(batch, num_tokens, num_groups, whole_rows=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out, highest

@@ -24,19 +24,20 @@ Indices = NDArray[np.intp]
 
 _BLOCK = 1 << 16  # distances that `_search` computes at once: they stay in the cache
 _OVERHEAD = 16  # cost of one call of `_search`, besides its rows; the unit is a row
-# For groups that are not tied: the largest value, so that the minimum is another group.
+# Replaces the hash of groups that are not tied: the largest uint32, so that `argmin`
+# over the hashes selects one of the tied groups.
 _LAST_TIE_BREAK = np.uint32(2**32 - 1)
 # The state of the groups: one entry for each row of the distance matrix.
 _GROUP = np.dtype(
     [
         ("alive", np.bool_),  # False once the group is part of another group
-        ("node", np.intp),  # its token, or N + the number of the merge that made it
+        ("node", np.intp),  # the token, or N + the number of the group's merge
         ("size", np.float64),  # number of tokens
         ("mass", np.float64),  # W_A
         ("within", np.float64),  # E(A, A)
-        ("height", np.float64),  # distance of the merge that made it; 0 for a token
-        ("near", np.intp),  # index of its nearest neighbour in its last search
-        ("stale", np.bool_),  # whether it or `near` has merged since that search
+        ("height", np.float64),  # distance of the group's merge; 0 for a token
+        ("near", np.intp),  # index of the nearest neighbour, from the last search
+        ("stale", np.bool_),  # whether the group or `near` has merged since then
         ("least", np.float64),  # distance to `near`
         ("tie_break", np.uint32),  # hash that decides between equal distances
     ]
@@ -49,10 +50,12 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     `distance` holds 1 - cos (N, N) and is overwritten, `mass` (N,) is > 0, and `method`
     is "average" or "ward".
 
-    A round merges every two groups that are each other's nearest neighbours. If A and B
-    are such a pair, then d(A ∪ B, C) ≥ min(d(A, C), d(B, C)) for every other group C.
-    So A and B stay nearest neighbours until they merge, and the dendrogram has this
-    merge. All such pairs may merge in one round.
+    A round merges every two groups that are each other's nearest neighbours. Let A and
+    B be such a pair, and let C and D be another such pair that merges first. Then
+    d(C ∪ D, A) ≥ min(d(C, A), d(D, A)), and the same is true for B: the union is not
+    nearer to A than the nearer of C and D was. Therefore A and B stay each other's
+    nearest neighbours until they merge, and the dendrogram has this merge. All such
+    pairs may merge in one round.
     """
     num_tokens, sums = len(mass), distance
     # Equal tokens must have distance 0, but rounding can move their cosine away from 1.
@@ -68,8 +71,11 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     group["alive"], group["size"], group["mass"] = True, 1, mass
     group["tie_break"] = _hash_indices(num_tokens)
     tree, num_merges = np.empty((num_tokens - 1, 4)), 0
-    # `spent` is the cost of the searches since the last search of all stale groups, in
-    # rows. That search itself does not count, so `spent` starts at minus its rows.
+    # `spent` is the number of rows searched since the last search of all stale groups,
+    # plus _OVERHEAD rows for each call of `_search`. `_select_due` decides with it when
+    # to search all stale groups again. The loop also adds the rows of the search of all
+    # stale groups, which must not count. So `spent` starts at minus their number, which
+    # is N in the first search.
     rounds, spent = 0, -num_tokens
     while num_merges < num_tokens - 1:
         # Search the due groups, then their nearest neighbours if these are stale: two
@@ -105,18 +111,20 @@ def _select_due(group: Any, merged: Indices, spent: int) -> tuple[Indices, int]:
 
     If many groups have the same nearest neighbour, all of them become stale when this
     neighbour merges. A search of all stale groups in every round would be slow. So a
-    round searches only the groups `merged` that it made, until such searches have cost
+    round searches only the groups that it made, `merged`, until such searches have cost
     as many rows as a search of all stale groups.
     """
     # A group keeps its nearest neighbour if a later merge makes another group equally
     # near. So equal distances can form a cycle: B is nearest to A, C to B, and A to C.
     # Then no pair can merge. A search of all groups decides all ties by the same rule.
-    # This search counts (0, and not minus its rows): the next round searches all stale
-    # groups again.
+    # The rows of this search count, so the new `spent` is 0. After the search, `spent`
+    # is therefore more than the number of groups, and if pairs merge, the next round
+    # searches all stale groups.
     if len(merged) == 0:
         return np.flatnonzero(group["alive"]), 0
     stale = np.flatnonzero(group["alive"] & group["stale"])
-    # -len(stale): the search of all stale groups itself does not count.
+    # -len(stale): the loop adds the rows of the search of all stale groups to `spent`,
+    # and these rows must not count.
     return (merged, spent) if spent < len(stale) else (stale, -len(stale))
 
 
@@ -148,9 +156,10 @@ def _search(sums: Floats, group: Any, due: Indices, method: str) -> None:
         least = distance.min(axis=-1)
         tied = distance == least[:, None]
         near = tied.argmax(axis=-1)
-        # Break ties by a hash of the pair: the xor of two hashes, which is the same in
-        # both rows of the pair. A rule such as "the lowest index" would give many equal
-        # groups the same neighbour, and only one pair would merge in a round.
+        # Break ties by a hash of the pair, the xor of the hashes of its two groups. The
+        # hash of a pair is the same in both of its rows. A rule such as "the lowest
+        # index" would give many equal groups the same neighbour, and only one pair
+        # would merge in a round.
         tied_rows = np.flatnonzero(np.count_nonzero(tied, axis=-1) > 1)
         pair_hash = tie_break[rows[tied_rows], None] ^ tie_break
         near[tied_rows] = np.where(tied[tied_rows], pair_hash, _LAST_TIE_BREAK).argmin(
@@ -179,7 +188,8 @@ def _merge(sums: Floats, group: Any, a: Indices, b: Indices) -> Floats:
     # another order, so their rounding differs; the mean of both is exactly symmetric.
     corner = rows[:, a] + rows[:, b]  # (pairs, pairs)
     rows[:, a] = (corner + corner.T) / 2
-    # Infinite columns b: no search finds an absorbed group. Its row is not read again.
+    # The columns b become infinite, so that no search finds an absorbed group. The row
+    # of an absorbed group is not read again.
     sums[a], sums[:, a], sums[:, b] = rows, rows.T, np.inf
     merged = ~group["alive"]  # absorbed in this round or before
     merged[a] = True
@@ -198,7 +208,8 @@ def _compact(sums: Floats, group: Any, merged: Indices) -> tuple[Floats, Any, In
         return sums, group, merged
     new_index = np.cumsum(alive) - 1
     group = group[alive]
-    # If `near` was dropped, the group is stale: its new `near` is wrong, but not used.
+    # If the neighbour of a group was dropped, the group is stale. The new `near` of the
+    # group is wrong, but the `near` of a stale group has no effect.
     group["near"] = new_index[group["near"]]
     return sums[np.ix_(alive, alive)], group, new_index[merged]
 
@@ -215,7 +226,8 @@ def _hash_indices(count: int) -> NDArray[np.uint32]:
 
 def _in_scipy_order(tree: Floats) -> Floats:
     """Sort merges by height, and number groups by their rows in this order."""
-    # Rounds make merges out of order. A stable sort keeps the order of equal heights.
+    # The merges of several rounds are not in the order of height. A stable sort keeps
+    # the order of equal heights.
     num_tokens = len(tree) + 1
     order = np.argsort(tree[:, 2], stable=True)
     # A node that is a merge has the number N + its row, and the sort changes the rows.

@@ -22,14 +22,14 @@ from ...autodiff.dispatch import operation
 from .reconstruction_error import (
     compute_reconstruction_error,
     compute_reconstruction_error_vjp,
-    enter_fidelity,
+    convert_and_check,
 )
 
 
 @operation(
     differentiable=("tokens", "merged"),
     constants=("labels?", "mask?"),
-    counts="num_groups?",
+    count_parameter="num_groups?",
     options=("float gamma",),
     dtype="computed",
     shapes=lambda *_: ((),),
@@ -86,7 +86,9 @@ def fidelity_loss(
     0.0
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
-    convert_back, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
+    convert_back, *arrays, _ = convert_and_check(
+        tokens, merged, labels, num_groups, mask
+    )
     error = compute_reconstruction_error(*arrays)  # (B,), relative and squared
     # The constraint is ‖X - X̂‖² ≤ (1 - γ)² ‖X‖²: tokens that retain the norm mass γ
     # may have a relative error of 1 - γ, and e_b is squared. The bound is rounded to
@@ -110,7 +112,7 @@ def fidelity_loss_vjp(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
-    r"""Return the gradients of `fidelity_loss`: of the tokens and the merged tokens.
+    r"""Return the gradients of `fidelity_loss` for the tokens and the merged tokens.
 
     If the error of a sequence exceeds the bound :math:`(1 - \gamma)^2`, its gradients
     are the gradients of `reconstruction_error`, divided by the number of sequences. If
@@ -160,10 +162,11 @@ def fidelity_loss_vjp(
     array([ 0.0625, -0.125 ])
     """
     gamma = check_number("gamma", gamma, 0, 1, "[]")
-    convert_back, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
+    convert_back, tokens, merged, labels, counts, mask, gradient = convert_and_check(
         tokens, merged, labels, num_groups, mask, gradient
     )
-    # In float64: in float16, the division by the number of sequences would lose digits.
+    # The gradient becomes float64. In float16, the division by the number of sequences
+    # would lose digits.
     gradient = check_gradient(gradient, (), "", tokens).astype(np.float64)
     # dL / de_b = dL / B for every sequence b: the loss is a mean over the batch.
     error_gradients = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)

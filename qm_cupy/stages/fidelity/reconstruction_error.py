@@ -47,7 +47,7 @@ from ..merging.unmerge_tokens import (
 @operation(
     differentiable=("tokens", "merged"),
     constants=("labels?", "mask?"),
-    counts="num_groups?",
+    count_parameter="num_groups?",
     dtype="computed",
     shapes=without_two_axes,
 )
@@ -101,7 +101,9 @@ def reconstruction_error(
     >>> float(reconstruction_error(tokens, merged, labels=np.array([0, 0])))
     0.5
     """
-    convert_back, *arrays, _ = enter_fidelity(tokens, merged, labels, num_groups, mask)
+    convert_back, *arrays, _ = convert_and_check(
+        tokens, merged, labels, num_groups, mask
+    )
     return convert_back(compute_reconstruction_error(*arrays))
 
 
@@ -114,7 +116,7 @@ def compute_reconstruction_error(
     return _reconstruction_error_reference(tokens, merged, labels, counts, mask)
 
 
-def enter_fidelity(
+def convert_and_check(
     tokens: Any,
     merged: Any,
     labels: Any,
@@ -160,7 +162,7 @@ def _reconstruction_error_reference(
         labels = _most_similar_reference(tokens, merged, counts)
     valid = labels >= 0 if mask is None else mask & (labels >= 0)  # (B, N), not padding
     squared_gap, squared_norm = np.empty(counts.shape), np.empty(counts.shape)
-    # One sequence at a time, so that the float64 copies are those of one sequence.
+    # One sequence at a time, so that memory holds float64 copies of one sequence only.
     for index in np.ndindex(counts.shape):
         x = tokens[index][valid[index]].astype(np.float64)  # (valid tokens, D)
         rebuilt = unmerge_tokens_reference(merged[index], labels[index][valid[index]])
@@ -171,8 +173,8 @@ def _reconstruction_error_reference(
         peak = np.abs(x).max(initial=0) or np.abs(gap).max(initial=0) or 1.0
         x, gap = x / peak, gap / peak  # first, so that no square overflows
         squared_gap[index], squared_norm[index] = np.vdot(gap, gap), np.vdot(x, x)
-    # A positive number / 0 is inf: zeros that are not rebuilt exactly. 0 / 0, zeros
-    # that are, is replaced by 0.
+    # For a sequence of zeros the divisor is 0. If the sequence is not rebuilt exactly,
+    # a positive number / 0 gives inf. If it is rebuilt exactly, 0 / 0 is replaced by 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.where(squared_gap > 0, squared_gap / squared_norm, 0)
     return error.astype(np.result_type(tokens.dtype, np.float32))
@@ -250,7 +252,7 @@ def reconstruction_error_vjp(
     num_groups: Any = None,
     mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
-    r"""Return the gradients of the error: of the tokens and of the merged tokens.
+    r"""Return the gradients of the error for the tokens and for the merged tokens.
 
     A bar is the gradient of a loss with respect to the quantity below it.
 
@@ -308,12 +310,13 @@ def reconstruction_error_vjp(
     >>> token_gradient.ravel(), merged_gradient.ravel()
     (array([ 0.0625, -0.125 ]), array([-0.25]))
     """
-    convert_back, tokens, merged, labels, counts, mask, gradient = enter_fidelity(
+    convert_back, tokens, merged, labels, counts, mask, gradient = convert_and_check(
         tokens, merged, labels, num_groups, mask, gradient
     )
     gradient = check_gradient(gradient, tokens.shape[:-2], "B", tokens)  # (B,)
-    # A bound of -∞: every error has a gradient. `fidelity_loss_vjp` passes (1 - γ)²,
-    # below which its loss is 0.
+    # The bound is -∞, so every error has a gradient. `fidelity_loss_vjp` passes the
+    # bound (1 - γ)², where γ is the fraction of the norm mass to retain. The fidelity
+    # loss of an error that does not exceed this bound is 0.
     args = gradient, tokens, merged, labels, counts, mask, -np.inf
     token_gradient, merged_gradient = compute_reconstruction_error_vjp(*args)
     return convert_back(token_gradient), convert_back(merged_gradient)
@@ -362,12 +365,12 @@ def reconstruction_error_vjp_reference(
             continue
         x, gap = x / peak, gap / peak  # first, so that no square overflows
         squared_norm = np.vdot(x, x)  # ‖X‖² / peak²
-        error = np.vdot(gap, gap) / squared_norm  # e, which has no scale
+        error = np.vdot(gap, gap) / squared_norm  # e; peak² cancels
         if not error_type(error) > error_type(bound):
             continue
-        # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j) with ‖X‖² = squared_norm · peak². The
-        # bracket is divided by the peak here, so one factor of it stays in the
-        # denominator.
+        # The gradient is 2 ē / ‖X‖² · (x_j - x̂_j - e x_j). Here ‖X‖² is
+        # squared_norm · peak², and `gap` and `x` are x_j - x̂_j and x_j divided by
+        # `peak`. One of the two factors `peak` cancels.
         scale = 2 * float(gradient[index]) / (squared_norm * peak)
         token_gradient[index] = scale * (gap - error * x)
         # The sum of -(x_j - x̃_k) over each group. Rebuilding gathers rows, and the

@@ -24,8 +24,10 @@ from ...cuda.constants import SORT_THREADS, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 
-# Number of runs (parts of a sequence that different warps sort at the same time) if the
-# counts are in global memory. In shared memory `sort_layout` computes the number.
+# `members_cuda` sorts the tokens of a sequence by group, with a counting sort.
+# Different warps sort different parts of the sequence, the runs, at the same time. This
+# is the number of runs if the counts of the sort are in global memory. If the counts
+# are in shared memory, `sort_layout` computes the number.
 _GLOBAL_RUNS = 8
 
 
@@ -145,9 +147,9 @@ def _groups_cuda(kernel: str, labels: Any, num_groups: int) -> Any:
     batch = math.prod(leading)
     out = empty((*leading, num_groups), np.int32)
     args = (contiguous(labels, np.int32), batch, num_tokens, num_groups, out)
-    # A block for each sequence. Its atomics are on integers, so their order does not
-    # change the result. The basic kernel has a thread for each group. The kernels read
-    # no floats; they are compiled for float32.
+    # A block for each sequence. The kernel uses atomics only on integers, so the order
+    # of the atomics does not change the result. The basic kernel has a thread for each
+    # group. The kernels read no floats; they are compiled for float32.
     launch("groups", kernel, np.float32, args, outputs=out.size, blocks=batch)
     return out
 
@@ -182,7 +184,9 @@ def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
 
     `members` lists the tokens of group 0 in index order, then the tokens of group 1,
     and so on. `ends` has, for each group, the index in this list after its last member.
-    With the list, merging reads each token once and adds members in index order.
+    With the list, merging reads each token once and adds members in index order. A
+    counting sort makes the list: it counts the members of each group, computes from the
+    counts the index where each group starts, and writes each token to its index.
     """
     num_tokens = labels.shape[-1]
     batch = math.prod(labels.shape[:-1])
@@ -194,7 +198,8 @@ def members_cuda(labels: Any, num_groups: int) -> tuple[Any, Any]:
     # The counts are in shared memory, or in global memory if K is too large for it.
     counts = None
     if not shared:
-        # For each run a count of every group, and the first index of every group.
+        # (B, runs + 1, K): for each run a count of every group, and one more row for
+        # the first index of every group.
         counts = empty((batch, runs + 1, num_groups), np.int32)
     # A block sorts a sequence. It has at least a warp for each run and, up to
     # SORT_THREADS, a thread for each group.
@@ -209,9 +214,9 @@ def sort_layout(num_tokens: int, num_groups: int, max_bytes: int) -> tuple[int, 
     """Return the number of runs, and the bytes of shared memory of a block.
 
     The counting sort of a sequence splits its N tokens into W runs. Each run has a
-    warp, and a count (int32) for each of the K groups. To clear, read and write the
-    counts takes 3 K W / 32 cycles, because shared memory moves 32 counts (128 bytes)
-    per cycle. Each warp sorts its tokens in N / (32 W) steps of about 210 cycles. The
+    warp, and a count (int32) for each of the K groups. The counts are cleared, read and
+    written in 3 K W / 32 cycles, because shared memory moves 32 counts (128 bytes) per
+    cycle. Each warp sorts its tokens in N / (32 W) steps of about 210 cycles. The
     sum 3 K W / 32 + 210 N / (32 W) has its minimum at W² = 70 N / K.
 
     If not even one run fits in `max_bytes`, the counts are in global memory and the

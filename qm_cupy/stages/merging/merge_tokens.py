@@ -53,7 +53,7 @@ def _merged_shape(tokens: Any, *others: Any) -> tuple[Shape, ...]:
 @operation(
     differentiable=("tokens", "mass?"),
     constants=("labels",),
-    counts="num_groups",
+    count_parameter="num_groups",
     dtype="stored",
     shapes=_merged_shape,
 )
@@ -291,8 +291,8 @@ def merge_tokens_vjp(
     batch = tokens.shape[:-2]
     counts, max_groups = check_group_counts(num_groups, batch)
     wanted = (*batch, max_groups, tokens.shape[-1])
-    # A sequence with a smaller K has rows without a group. They may be NaN, so the
-    # check leaves them out.
+    # A sequence with a smaller K has rows without a group. The gradient may be NaN in
+    # these rows, so the check leaves them out.
     has_group = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
     gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=has_group)
     check_labels(labels, tokens.shape[:-1], counts)
@@ -384,7 +384,7 @@ def _merge_vjp_basic(
 ) -> None:
     """Write to `weights`, `out` and `m_gradient`, which is None without a mass.
 
-    There are two launches, or four with a mass. Each has a thread for each output.
+    There are two launches, or four with a mass. A launch has a thread for each output.
     """
     batch, num_tokens, _, num_groups = sizes
     # The kernel of the tokens' gradient has the name of its file.
@@ -418,8 +418,8 @@ def _merge_vjp_optimized(
 ) -> None:
     """Write to `weights`, `out` and `m_gradient`, which is None without a mass.
 
-    There are two launches, or three with a mass: with a warp for each group, for each
-    token, and for each group.
+    There are two launches, or three with a mass. The first launch has a warp for each
+    group, the second a warp for each token, and the third a warp for each group.
     """
     batch, num_tokens, _, num_groups = sizes
     # The kernel of the tokens' gradient has the name of its file.

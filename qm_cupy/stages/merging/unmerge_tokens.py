@@ -87,8 +87,8 @@ def unmerge_tokens(
     )
     check_tokens(merged, "merged")
     check_is_array("labels", labels)
-    # Labels may have any N, so the wanted shape ends in their own N. If `labels` is a
-    # scalar, it has no N. The wanted shape then ends in 1, and the check raises.
+    # `labels` may have any N, so the wanted shape ends in the N of `labels`. A scalar
+    # has no N; then the wanted shape ends in 1, and the check raises.
     wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))  # (B, N)
     check_labels(labels, wanted, merged.shape[-2])
     wanted = (*labels.shape, merged.shape[-1])  # (B, N, D)

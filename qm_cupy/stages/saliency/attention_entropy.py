@@ -136,7 +136,8 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     *leading, num_tokens, _ = attention.shape
     out = empty((*leading, num_tokens), accumulation_dtype(attention.dtype))
     arrays = contiguous(attention), contiguous(mask)
-    # From a row's number in (L, B, H, N), B and H give its row of the mask (B, N).
+    # The kernel computes from B and H which row of the mask (B, N) belongs to a row of
+    # the attention (L, B, H, N, N).
     _, batch, heads = layer_axes(leading)
     args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
     kernel = "attention_entropy", "attention_entropy"
@@ -221,11 +222,11 @@ def _attention_entropy_vjp_reference(
                 a *= valid  # padded columns become 0
             m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
             a /= np.maximum(m, tiny)  # A / m
-            # Every log is ≤ 0 and that of the largest entry is exactly 0, so no digits
-            # are lost in the sum of P log(A/m) where this entry dominates.
+            # Every log is ≤ 0, and the log of the largest entry is exactly 0. So where
+            # this entry dominates, the sum of P log(A/m) loses no digits.
             log_a = np.log(a, out=np.zeros_like(a), where=a > 0)  # log(A / m)
-            # Σ A / m is at least 1, because the largest entry gives 1; it is 0 only in
-            # a row without attention.
+            # Σ A / m is at least 1, because the largest entry gives 1. In a row without
+            # attention, Σ A / m is 0.
             total = a.sum(axis=-1, keepdims=True)  # (block, 1)
             mean_log = np.einsum("ij,ij->i", a, log_a)[:, None] / np.maximum(total, 1)
             row_gradient = np.where(a > 0, mean_log - log_a, 0)  # -(log P + H)
@@ -241,7 +242,8 @@ def _attention_entropy_vjp_cuda(gradient: Any, attention: Any, mask: Any) -> Any
     """Return the gradient with respect to the attention."""
     *leading, num_tokens, _ = attention.shape
     out = empty(attention.shape, attention.dtype)
-    # outer = L · B · H matrices. B and H give the row of the mask (B, N) of a matrix.
+    # outer = L · B · H matrices. The kernel computes from B and H which row of the mask
+    # (B, N) belongs to a matrix.
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     arrays = map(contiguous, (attention, mask))
     sizes = outer, batch, heads, num_tokens

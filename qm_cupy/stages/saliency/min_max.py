@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Scale each row of (..., N) to [0, 1]; constant rows and padding become 0."""
     valid: Any = True if mask is None else mask  # (..., N)
-    # The initial values are those of a row without tokens; any token replaces them.
+    # A row without tokens keeps the initial values; any token replaces them.
     low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
     high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
-    # A constant row has w = 0. Any other divisor gives 0 / w = 0 there.
+    # A constant row has w = 0 and x - low = 0. With the divisor 1, y is 0 there.
     width = np.where(high > low, high - low, 1)  # w, (..., 1)
     scaled = (x - low) / width  # y, (..., N)
     return scaled if mask is None else scaled * mask
@@ -30,7 +30,7 @@ def scale_min_max_vjp(
 
     `gradient` must be 0 for padding.
     """
-    # The same steps as in `scale_min_max`.
+    # Repeat the steps of `scale_min_max`.
     valid: Any = True if mask is None else mask
     low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
     high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
@@ -41,10 +41,10 @@ def scale_min_max_vjp(
     result = gradient.astype(x.dtype)
     for extreme, weight in ((low, 1 - scaled), (high, scaled)):
         # The gradient of an extreme goes to the tokens that have this value. If n
-        # tokens tie, each of them gets 1/n of it.
+        # tokens tie, each token gets 1/n of the gradient.
         tied = (x == extreme) & valid
         total = (gradient * weight).sum(axis=-1, keepdims=True)  # -w ∂ℒ/∂extreme
         result = result - tied * (total / np.maximum(tied.sum(-1, keepdims=True), 1))
-    # The gradient of a constant row is 0. A tiny w may give inf, which is the result.
+    # The gradient of a constant row is 0. If a tiny w gives inf, this is the result.
     with np.errstate(over="ignore"):
         return np.where((high > low) & valid, result / width, 0)

@@ -81,7 +81,7 @@ def _norm_saliency_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     # Min–max scaling removes any common factor of the norms of a sequence, so norms
-    # relative to its largest entry are enough.
+    # relative to the largest entry of the sequence are enough.
     scaled = scale_min_max(relative_norms(tokens, mask), mask)
     return scaled.astype(np.result_type(tokens.dtype, np.float32))
 
@@ -96,7 +96,8 @@ def norm_saliency_vjp(
         \frac{\partial \mathcal{L}}{\partial n_i} \frac{x_i}{n_i}, \qquad
         n_i = \lVert x_i \rVert
 
-    The gradient with respect to the norms is that of `saliency_vjp`.
+    The gradient with respect to the norms is the result of `saliency_vjp` for the norms
+    instead of entropies, with ``salient="high"``.
 
     Parameters
     ----------
@@ -164,7 +165,7 @@ def _norm_saliency_vjp_reference(
     # ∂ℒ/∂x = ∂ℒ/∂n · x / n. The gradient of a token of norm 0 is 0.
     x *= (norm_gradient / np.where(norms > 0, norms, 1))[..., None]
     # The saliency does not change with `largest`, so `largest` counts as a constant:
-    # ∂x/∂tokens = 1 / largest. A tiny divisor may give inf, which is the result.
+    # ∂x/∂tokens = 1 / largest. If a tiny divisor gives inf, this is the right result.
     with np.errstate(over="ignore"):
         return narrow(x / largest, tokens.dtype)
 

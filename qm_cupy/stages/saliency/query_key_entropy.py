@@ -99,10 +99,11 @@ def query_key_entropy(
 
     Notes
     -----
-    The running sums :math:`r = \sum e^{s-m}` and :math:`t = \sum e^{s-m}(s-m)` leave
-    out the largest score m of a row. It is added last,
-    :math:`H = \log(1+r) - t/(1+r)`.
-    An entropy of 1e-12 is therefore as exact as an entropy of 1.
+    The sums :math:`r = \sum e^{s-m}` and :math:`t = \sum e^{s-m}(s-m)` run over all
+    scores of a row except one that equals the largest score m. The term of this score
+    is e⁰ = 1, the 1 in :math:`H = \log(1+r) - t/(1+r)`. It is not added to r, and
+    log(1 + r) is computed by ``log1p``, so a tiny r keeps its precision: an entropy of
+    1e-12 is as exact as an entropy of 1.
 
     Examples
     --------
@@ -193,21 +194,24 @@ def _query_key_entropy_cuda(
     *leading, num_tokens, head_dim = query.shape
     out = empty((*leading, num_tokens), accumulation_dtype(query.dtype))  # (..., N)
     arrays = map(contiguous, (query, key, mask))
-    # outer = L · B · H heads. B and H give the row of the mask (B, N) of a head.
+    # outer = L · B · H heads. The kernel computes from B and H which row of the mask
+    # (B, N) belongs to a head.
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     sizes = outer, batch, heads, num_tokens, head_dim
     args = (*arrays, *sizes, int(causal), scale, out)
     # A block computes all tiles of its rows of scores one after another, so the states
     # of its rows stay in registers.
     tiling = Tiling(outer, num_tokens, num_tokens, whole_rows=True)
-    # By default the queries of a block are loaded again, step by step, for each tile.
-    # That leaves registers for half a tile of rows (64) only. The kernel for half tiles
-    # has the name without a suffix.
+    # By default a block loads its queries again, step by step, for each tile of keys.
+    # With these loads, there are enough registers only for half a tile of rows (64).
+    # The name of this kernel for half tiles has no suffix.
     shape = HALF._replace(suffix="")
     if implementation() == "optimized":
         # The kernel "…_kept" loads the queries of a block once, to shared memory, and
-        # uses whole tiles of 128 rows. The number of bytes is 0 for float64 and for
-        # queries that are too wide for shared memory; then the default remains.
+        # uses whole tiles of 128 rows. This kernel runs on two conditions. First, its
+        # shared memory must fit: `kept_bytes` returns 0 for float64 and for queries
+        # that are too wide. Second, whole tiles must give at least one block for each
+        # multiprocessor; otherwise `select_shape` returns half tiles.
         shared_bytes = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
         if shared_bytes and select_shape(tiling, query.dtype) is WHOLE:
             shape = WHOLE._replace(suffix="_kept", shared=shared_bytes)

@@ -120,8 +120,8 @@ def _saliency_reference(
 def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     """Return the saliency (B, N) in two launches.
 
-    The first one computes the range (minimum and maximum) of each layer of a sequence,
-    the second one the mean of the scaled layers.
+    The first launch computes the range (minimum and maximum) of each layer of a
+    sequence. The second launch computes the mean of the scaled layers.
     """
     *leading, num_tokens = entropy.shape
     layers, batch, heads = layer_axes(leading)
@@ -242,7 +242,7 @@ def _saliency_vjp_reference(
     if entropy.ndim > 2:
         gradient = gradient / shape[0]  # ∂ℒ/∂y: each layer gets 1/L, (B, N)
     if entropy.ndim == 4:
-        # Compute the mean over the heads again, which was scaled.
+        # The forward pass scaled the mean over the heads. Compute this mean again.
         entropy = entropy.mean(axis=2)  # (L, B, N)
     entropy_gradient = scale_min_max_vjp(gradient, entropy, mask)
     if len(shape) == 4:
@@ -265,11 +265,13 @@ def saliency_vjp_cuda(gradient: Any, entropy: Any, salient: str, mask: Any) -> A
     extremes = empty((layers, batch, EXTREMES), gradient.dtype)
     out = empty(entropy.shape, entropy.dtype)
     sizes = layers, batch, heads, num_tokens
-    # A block for each layer of a sequence; the basic kernel has a thread for each one.
+    # A block for each layer of a sequence. The basic kernel has a thread for each layer
+    # of a sequence.
     args: tuple[Any, ...] = (gradient, entropy, mask, *sizes, extremes)
     kernel = "saliency_vjp", "entropy_extremes"
     launch(*kernel, entropy.dtype, args, blocks=layers * batch)
     args = (gradient, entropy, mask, extremes, *sizes, int(salient == "high"), out)
-    # With these values the rest is elementwise: a thread for each entropy.
+    # With `extremes`, the gradients of the tokens do not depend on each other, so this
+    # launch has a thread for each entropy.
     launch("saliency_vjp", "saliency_vjp", entropy.dtype, args, outputs=out.size)
     return out

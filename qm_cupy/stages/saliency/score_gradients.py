@@ -88,7 +88,8 @@ def score_vjp(
         score_gradient = np.exp(scores)
         score_gradient *= (t / (1 + r))[:, None] - scores
         score_gradient *= (gradient[start:stop] / (1 + r) * scale)[:, None]
-        # A query belongs to one block. A key gets a sum over blocks, in their order.
+        # A query belongs to one block. The gradient of a key is a sum over the blocks,
+        # added in the order of the blocks.
         query_gradient[start:stop] = score_gradient @ key[seen]
         key_gradient[seen] += score_gradient.T @ query[start:stop]
     return query_gradient, key_gradient
@@ -118,7 +119,7 @@ def scores_cuda(
 ) -> Scores:
     """Compute the values of each row of scores, in one pass over the scores."""
     *leading, num_tokens, dim = query.shape  # (..., N, d)
-    # B and H give the row of the mask (B, N) of a head.
+    # The kernel computes from B and H which row of the mask (B, N) belongs to a head.
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     acc_dtype, mask = accumulation_dtype(query.dtype), contiguous(mask)
     row_values = empty((outer, num_tokens, STATE_VALUES), acc_dtype)
@@ -176,7 +177,7 @@ def token_gradients_cuda(scores: Scores, own: Any, other: Any, sides: int) -> An
         if basic:
             args = (band, factor, scores.mask, *part, *sizes, scores.scale, out)
         else:
-            # No mask: the transposed tokens are 0 for padding.
+            # This kernel needs no mask: the transposed tokens are 0 for padding.
             args = (band, factor, scores.units, *part, num_tokens, dim, *options, out)
         # A block for each row tile and 128 of the d columns of `out`.
         kernel, blocks = (_FILE, "token_gradients"), part[1] * _num_tiles(dim)
@@ -187,8 +188,8 @@ def token_gradients_cuda(scores: Scores, own: Any, other: Any, sides: int) -> An
 def _transposed(tokens: Any, scores: Scores) -> Any:
     """Return tokens (..., N, d) as (L · B · H, d, columns), with N rounded up to tiles.
 
-    The product with a band then reads both factors along rows. Padding is 0, and so are
-    the columns after token N.
+    The product with a band then reads both factors along rows. Padding and the columns
+    after token N are 0.
     """
     *_, num_tokens, dim = tokens.shape
     columns = _num_tiles(num_tokens) * TILE

@@ -1,7 +1,7 @@
 """Entropy of the softmax attention among the tokens of a sequence.
 
 x_i is token i of a sequence, one of N tokens (hidden states) of width D, and X (N, D)
-the matrix of all. The scores are s_ij = x_i · x_j / √D, the attention is
+the matrix of all tokens. The scores are s_ij = x_i · x_j / √D, the attention is
 p_ij = softmax_j(s_ij), and H_i is the entropy of row i. (m, r, t) is the state of a row
 of scores, which online_softmax.py defines. g_i is the gradient of a loss ℒ with respect
 to H_i, and G_ij = ∂ℒ/∂s_ij. There are B sequences, and L layers if an array has four
@@ -141,15 +141,15 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
         for array, values in zip(state, total, strict=True):
             array[rows] = values
 
-    # Each block of rows computes only the columns from its own first token on: the
-    # columns before it are rows of earlier blocks.
+    # Each block of rows computes only the columns from its own first token on. Earlier
+    # blocks have added the scores of the earlier columns, because s_ij = s_ji.
     for start in range(0, num_tokens, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, num_tokens)
         scores = scaled[start:stop] @ x[start:].T  # (block, N - start)
         if stop < num_tokens:
-            # The columns after the block are rows of the lower half: s_ij = s_ji. They
-            # are a copy, because `softmax_state` overwrites its scores, which the rows
-            # of the block need afterwards.
+            # The scores in the columns after the block are also scores of later rows:
+            # s_ij = s_ji. Pass a copy, because `softmax_state` overwrites its scores,
+            # and the rows of the block need the scores afterwards.
             after_block = scores[:, stop - start :].copy()
             add(slice(stop, None), softmax_state(after_block, axis=0))
         add(slice(start, stop), softmax_state(scores, axis=1))
@@ -259,8 +259,8 @@ def _self_attention_entropy_vjp_reference(
     for index, valid in iter_sequences(tokens.shape[:-2], mask):
         unpadded = slice(None) if valid is None else valid  # without the padding
         g, x = (array[index][unpadded].astype(dtype) for array in (gradient, tokens))
-        # A token is both a query and a key, so its gradient is the sum of the two, each
-        # (N, D). There is no causal mask.
+        # A token is both a query and a key, so its gradient is the sum of the gradients
+        # of both, each (N, D). There is no causal mask.
         as_query, as_key = score_vjp(g, x, x, False, dtype.type(scale))
         out[index][unpadded] = narrow(as_query + as_key, out.dtype)
     return out
@@ -271,7 +271,7 @@ def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> A
     tokens = contiguous(tokens)
     scale = tokens.shape[-1] ** -0.5
     # Queries and keys are the same array, so s_ij = s_ji: column j of the scores has
-    # the same m, r and t as row j. Therefore one call computes the values of both.
+    # the same m, r and t as row j. So the values of rows are the values of columns too.
     scores = scores_cuda(gradient, tokens, tokens, False, scale, mask)
     # c (G + Gᵀ) X in one pass, with c = 1/√D
     return token_gradients_cuda(scores, tokens, tokens, QUERIES | KEYS)

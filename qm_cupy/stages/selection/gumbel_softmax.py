@@ -47,7 +47,7 @@ from .select_tokens import top_tokens_cuda, top_tokens_reference
 @operation(
     differentiable=("saliency",),
     constants=("mask?",),
-    counts="hard?",
+    count_parameter="hard?",
     options=("float temperature", "uint64? seed", "int sequence_offset"),
     dtype="computed",
     shapes=like_first,
@@ -81,7 +81,10 @@ def gumbel_softmax(
         Boolean, True = token. Padded tokens get 0, and no noise is drawn for them. The
         other tokens get the same result as without the padding.
     sequence_offset : int, default 0
-        Number of the first sequence, as in `gumbel_noise`.
+        Number of the first sequence, which selects its noise: sequence b of the batch
+        gets the noise of sequence ``sequence_offset + b``. A batch that is processed in
+        parts gets the same noise as the whole batch if each part passes the number of
+        its first sequence.
 
     Returns
     -------
@@ -144,7 +147,8 @@ def compute_gumbel_softmax(
     noise = seed, sequence_offset
     counts = None if hard is None else hard.counts
     # The optimized kernel computes noise and softmax in one launch and does not store
-    # the perturbed scores. A K-hot mask needs the scores in memory.
+    # the perturbed scores. A K-hot mask needs the scores in memory. The kernel can also
+    # compute the saliency mass; with None for its weight ε, it computes only π.
     if is_cuda(saliency) and counts is None and implementation() == "optimized":
         return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     if is_cuda(saliency):
@@ -198,8 +202,9 @@ def _gumbel_softmax_cuda(
     if counts is not None:
         selected = top_tokens_cuda(scores, *counts_on_device(counts))  # (B, N), bool
         return selected.astype(scores.dtype)
-    # This function uses basic kernels for the softmax: the first has a thread for each
-    # sequence, the second a thread for each token.
+    # The softmax of the basic implementation (the optimized one uses
+    # `softmax_mass_cuda`). The first kernel has a thread for each sequence, the second
+    # one a thread for each token.
     batch, num_tokens = rows_of(scores)
     # m and Σ e^((z - m) / τ), each (B,)
     highest, total = (empty((batch,), scores.dtype) for _ in range(2))
@@ -219,14 +224,17 @@ def softmax_mass_cuda(
     epsilon: float | None,
     mask: Any,
 ) -> tuple[Any, Any]:
-    """Return π and the mass m_i = π_i s_i + (1 - π_i) ε, both 0 for padding.
+    """Return π and the saliency mass m_i = π_i s_i + (1 - π_i) ε; 0 for padding.
 
-    The mass is None if `epsilon` (ε) is None.
+    The mass is the weight of a token in the merge (saliency_mass.py), and `epsilon` is
+    ε, the weight of background tokens. If `epsilon` is None, only π is computed, and
+    the mass is None.
     """
     batch, num_tokens = rows_of(saliency)
     acc_dtype = accumulation_dtype(saliency.dtype)
     out = empty(saliency.shape, acc_dtype)
-    # One launch computes π and the mass. A null pointer leaves the mass out.
+    # One launch computes π and the mass. If the pointer to the mass is null, the kernel
+    # does not compute the mass.
     mass = None if epsilon is None else empty(saliency.shape, acc_dtype)
     arrays = contiguous(saliency), contiguous(mask)
     options = temperature, *noise_arguments(noise), epsilon or 0.0
@@ -318,7 +326,7 @@ def _gumbel_softmax_vjp_reference(
 ) -> NDArray[Any]:
     scores = perturbed_scores_reference(saliency, noise, mask)
     p = _softmax_reference(scores, temperature, mask).astype(np.float64)  # π, (B, N)
-    # Padding has probability 0; its gradient may be NaN and is not used.
+    # Padding has probability 0. The gradient of padding may be NaN and is not used.
     centred = np.where(p > 0, gradient, 0).astype(np.float64)  # π̄
     # π̄_i - Σ_j π̄_j π_j is tiny for a token that has nearly all the probability. The
     # first pass subtracts the sum; the second pass removes the rounding error of the

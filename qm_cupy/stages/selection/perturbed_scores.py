@@ -51,9 +51,10 @@ def perturbed_scores_cuda(
     out = empty(saliency.shape, accumulation_dtype(saliency.dtype))
     arrays = contiguous(saliency), contiguous(mask)
     args = (*arrays, batch, num_tokens, *noise_arguments(noise), out)
-    # With noise and padding, a token needs its rank, the number of tokens before it. In
-    # the optimized kernel, the block of a sequence counts them together. Otherwise the
-    # work is elementwise, and the basic kernel does it with a thread for each token.
+    # With noise and padding, the kernel needs the rank of a token, the number of tokens
+    # before it. In the optimized kernel, the threads of a block count the tokens of a
+    # sequence together. Without noise or without padding, the work is elementwise, and
+    # the basic kernel has a thread for each token.
     needs_ranks = mask is not None and noise[0] is not None
     launch(
         "gumbel_softmax",

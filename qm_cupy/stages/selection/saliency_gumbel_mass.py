@@ -1,8 +1,8 @@
 """Saliency, selection probabilities and mass from entropies, in one launch if possible.
 
-The entropies (L, B, H, N) are of L layers, B sequences, H heads and N tokens. From them
-come the saliency s (saliency.py), the selection probabilities π (gumbel_softmax.py) and
-the mass m = π s + (1 - π) ε (saliency_mass.py), each (B, N).
+The input is the entropies (L, B, H, N) of L layers, B sequences, H heads and N tokens.
+The results are the saliency s (saliency.py), the selection probabilities π
+(gumbel_softmax.py) and the mass m = π s + (1 - π) ε (saliency_mass.py), each (B, N).
 """
 
 from typing import Any

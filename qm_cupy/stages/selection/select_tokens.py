@@ -29,7 +29,7 @@ from .perturbed_scores import perturbed_scores_cuda
 
 @operation(
     constants=("scores", "mask?"),
-    counts="num_groups",
+    count_parameter="num_groups",
     dtype="int32",
     shapes=groups_of_tokens,
 )
@@ -95,10 +95,10 @@ def select_tokens_reference(
     max_groups: int,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
-    """Return positions (B, K), ascending; -1 after the last one if K is smaller."""
+    """Return positions (B, K), ascending; a row with a smaller K ends with -1."""
     selected = top_tokens_reference(scores, counts, mask)  # (B, N)
-    # False sorts before True, so the sort of `~selected` puts selected tokens first. It
-    # is stable, so they are in index order.
+    # False sorts before True, so the sort of `~selected` puts selected tokens first.
+    # The sort is stable, so the selected tokens are in index order.
     positions = np.argsort(~selected, axis=-1, stable=True)[..., :max_groups]  # (B, K)
     padded = np.arange(max_groups) >= counts[..., None]  # (B, K)
     return np.where(padded, -1, positions).astype(np.int32)
@@ -107,8 +107,8 @@ def select_tokens_reference(
 def _select_tokens_cuda(
     scores: Any, counts: NDArray[np.int64], max_groups: int, mask: Any
 ) -> Any:
-    # With seed None there is no noise: the function converts the scores to the
-    # accumulation dtype and sets padding to -inf.
+    # With seed None there is no noise: `perturbed_scores_cuda` only converts the scores
+    # to the accumulation dtype and sets padding to -inf.
     scores = perturbed_scores_cuda(scores, (None, 0), mask)
     return selected_positions_cuda(
         top_tokens_cuda(scores, *counts_on_device(counts)), max_groups

@@ -64,7 +64,8 @@ class TestGumbelSoftmax:
         got = qm.gumbel_softmax(saliency, seed=5, hard=hard, mask=mask)
         assert not got[~mask].any()
         for b in range(4):
-            # The tokens without the padding, as the sequence of the same number
+            # Pass only the tokens of sequence b, without the padding. With
+            # `sequence_offset=b` they get the noise of sequence b.
             unpadded = qm.gumbel_softmax(
                 saliency[b, mask[b]], seed=5, hard=hard, sequence_offset=b
             )
