@@ -14,6 +14,10 @@
 // padding. `counts` are `int` (B,), K of each sequence; null counts mean `num_groups`
 // groups in every sequence. Grids have one dimension.
 //
+// Shapes use these letters: B sequences, N tokens of a sequence with padding, D
+// elements of a token, K groups or selected tokens of a sequence, L layers, H heads of
+// a layer, d elements of a head's query or key. A position is the index of a token in
+// its sequence, 0 .. N-1; padding is counted.
 // Labels and counts may have any value, because no earlier step checks them. A kernel
 // must stay within its arrays for all of these values, so it reads a label with
 // `group_of` and a count with `count_of`.
@@ -169,7 +173,9 @@ __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigne
     return c0;
 }
 
-// Return Gumbel noise, g = -log(-log u), for one token of one sequence.
+// Return Gumbel noise, g = -log(-log u), for one token of one sequence. `sequence` is
+// the index of the sequence among all sequences with the same seed. `token` is the
+// index of the token among the tokens of its sequence; padding is not counted.
 //
 // u = (k + 1/2) 2^-23 is uniform; k is the upper 23 bits (NOISE_BITS) of a random word.
 // Because of the 1/2, u is never 0 or 1, so both logarithms are finite. The logarithms

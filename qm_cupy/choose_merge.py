@@ -180,9 +180,7 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
     def pad(x: NDArray[Any], axis: int, value: int) -> NDArray[Any]:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, gap)
-        return np.pad(bfloat16_as_int16(x), widths, constant_values=value).view(
-            x.dtype
-        )
+        return np.pad(bfloat16_as_int16(x), widths, constant_values=value).view(x.dtype)
 
     return merged._replace(  # labels, saliency and mass are per token, not per group
         tokens=pad(merged.tokens, -2, 0),  # (B, K, D)

@@ -137,8 +137,8 @@ def _saliency_and_mass(
 ) -> tuple[Any, Any]:
     """Return the saliency and the weights of the merge (B, N), 0 for padding.
 
-    With optimized kernels, CuPy arrays and ``weights="mass"``, one function computes all
-    steps after the entropy, in one launch if the sizes allow it.
+    With optimized kernels, CuPy arrays and ``weights="mass"``, one function computes
+    all steps after the entropy, in one launch if the sizes allow it.
     """
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
     mask_2d = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
@@ -153,8 +153,8 @@ def _saliency_and_mass(
     else:
         entropy = _entropy(stages, tokens, sources, mask_2d)
         if fused and weights_are_mass:
-            # Saliency (with "low", low entropy is salient), Gumbel-softmax and mass: one
-            # launch if the sizes allow it, otherwise three.
+            # Saliency (with "low", low entropy is salient), Gumbel-softmax and mass:
+            # one launch if the sizes allow it, otherwise three.
             scores, _, mass = saliency_gumbel_mass_cuda(
                 entropy, "low", options.temperature, noise, options.epsilon, mask_2d
             )

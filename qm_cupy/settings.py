@@ -127,8 +127,8 @@ class use_kernels(_Setting):  # noqa: N801
     Parameters
     ----------
     implementation : {"basic", "optimized"}
-        In most ``"basic"`` kernels one GPU thread computes one output. These kernels are
-        slow and simple. Tests compare the optimized kernels with them.
+        In most ``"basic"`` kernels one GPU thread computes one output. These kernels
+        are slow and simple. Tests compare the optimized kernels with them.
 
     Raises
     ------

@@ -6,10 +6,11 @@ function. The functions are custom operators of torch, ``torch.ops.qm_cupy``. A 
 `torch.compile` or `torch.export` contains each operator as one node.
 
 If the shape of a result depends on a tensor of counts, its values are read on the CPU.
-The CPU waits for a tensor on a GPU, and the compiler may break its graph. Each operation can be differentiated once, in
-reverse mode, by `torch.autograd` but not by `torch.func`. The settings of a forward
-pass, such as `use_kernels`, also apply to its backward pass. A forward pass that
-`torch.utils.checkpoint` repeats runs under the settings of the backward pass.
+The CPU waits for a tensor on a GPU, and the compiler may break its graph. Each
+operation can be differentiated once, in reverse mode, by `torch.autograd` but not by
+`torch.func`. The settings of a forward pass, such as `use_kernels`, also apply to its
+backward pass. A forward pass that `torch.utils.checkpoint` repeats runs under the
+settings of the backward pass.
 """
 
 from collections.abc import Callable, Mapping

@@ -31,8 +31,8 @@ def address(x):
 def unaligned(x):
     """Copy an array to an address that is 16 bytes above a multiple of 64.
 
-    NumPy aligns to 16 bytes, so three of four arrays are not 64-byte aligned. JAX
-    copies these, and may share the fourth.
+    A library may share memory that is 64-byte aligned, and copy other memory. NumPy
+    aligns to 16 bytes, so without this function the table could change from run to run.
     """
     buffer = np.empty(x.nbytes + 128, np.uint8)
     start = (16 - buffer.ctypes.data) % 64

@@ -339,7 +339,7 @@ class TestErrors:
         ],
     )
     def test_options_are_static(self, name, call):
-        with pytest.raises(TypeError, match=f"`{name}` is a JAX tracer, but must be"):
+        with pytest.raises(TypeError, match=f"`{name}` is a JAX tracer, but its value"):
             jax.jit(call)(jnp.ones((5, 3)), 2)
 
     @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ extern "C" __global__ void prediction_errors(const acc_t* prediction,
 
 // The mean of the K - 1 errors of a sequence. With one token there is nothing to
 // predict, and the loss is 0. One thread, one sequence.
-// Shapes: errors (B, K), counts (B,), out (B,).
+// Shapes: errors (B, K) from `prediction_errors`, counts (B,), out (B,).
 extern "C" __global__ void alignment_loss(const acc_t* errors, const int* counts,
                                           long long batch, long long num_groups,
                                           acc_t* out) {

@@ -10,9 +10,9 @@
 // `size` tokens receives as much attention as that many equal tokens. A token of size 0
 // receives none.
 //
-// Token i attends to the tokens j <= i or, in reverse, to the tokens j >= i. A merged
-// token that represents `size` tokens receives as much attention as that many equal
-// tokens would, because of log size_j. A token of size 0 receives none.
+// Arrays have B sequences, H heads and d elements of a head. T is the number of tokens
+// of this call. The key-value cache has `capacity` rows for each head; the keys and
+// values of these T tokens are in the rows from `start` on.
 
 // Split `qkv` (B, T, 3, H, d), the output of W_qkv, into queries (B, T, H, d), keys and
 // values. Keys and values are written to the key-value cache (B, H, capacity, d) from

@@ -7,9 +7,10 @@
 //
 //   H_i = log S - sum_j a_ij log a_ij / S
 //
-// One thread, one output. `outer` = L B H is the number of all heads, counted through
-// (L, B, H). Head h of these belongs to sequence h / heads % batch, which has one row
-// of the mask.
+// One thread, one output. Arrays have L layers, B sequences, H heads in each layer, and
+// N tokens. `outer` = L B H is the number of all heads. They are numbered in the order
+// of the axes (L, B, H): head h belongs to sequence h / heads % batch, which has one
+// row of the mask.
 
 // Shapes: attention (L, B, H, N, N), mask (B, N), out (L, B, H, N).
 extern "C" __global__ void attention_entropy(const real_t* attention, const bool* mask,

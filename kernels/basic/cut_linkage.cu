@@ -54,10 +54,10 @@ extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* m
     out[b] = static_cast<int>(max(merges, 0ll));
 }
 
-// Return whether a number in a dendrogram means this node. Rows may hold any double, so
-// the range is checked before the conversion.
-__device__ bool is_node(double id, long long node) {
-    return 0 <= id && id < node + 1.0 && static_cast<long long>(id) == node;
+// Return whether an entry of a dendrogram's row is the index of this node. An entry may
+// be any double, so the range is checked before the conversion.
+__device__ bool is_node(double entry, long long node) {
+    return 0 <= entry && entry < node + 1.0 && static_cast<long long>(entry) == node;
 }
 
 // The topmost node above each token. One pass over the merges in their order is enough:

@@ -8,8 +8,9 @@
 // One thread, one output.
 
 // The perturbed scores, or the saliency itself if `noisy` is 0. The noise depends on
-// the seed, the number of the sequence and the number of the token. `first_sequence` is
-// the number of the batch's first sequence, among all sequences with the same seed.
+// the seed, the index of the sequence, and the index of the token among the tokens of
+// its sequence (padding is not counted). `first_sequence` is the index of the first
+// sequence of this batch, among all sequences with the same seed.
 // Shapes: saliency, mask and out (B, N).
 extern "C" __global__ void perturbed_scores(const real_t* saliency, const bool* mask,
                                             long long batch, long long num_tokens,
@@ -22,8 +23,9 @@ extern "C" __global__ void perturbed_scores(const real_t* saliency, const bool* 
     if (is_token(mask, index)) {
         score = widen(saliency[index]);
         if (noisy) {
-            // The n-th token takes draw n, wherever padding lies, so the result is the
-            // same as without padding. Every thread counts the tokens before its own.
+            // Use the index of the token among the tokens alone (padding is not
+            // counted), so that the result is the same as without padding. Every thread
+            // counts the tokens before its own.
             long long rank = mask ? 0 : i;
             if (mask)
                 for (long long j = index - i; j < index; ++j) rank += mask[j];
@@ -58,7 +60,7 @@ extern "C" __global__ void softmax_totals(const acc_t* scores, long long batch,
 }
 
 // The probabilities pi.
-// Shapes: scores and out (B, N), highest and total (B,).
+// Shapes: scores and out (B, N), highest and total (B,) from `softmax_totals`.
 extern "C" __global__ void gumbel_softmax(const acc_t* scores, const acc_t* highest,
                                           const acc_t* total, long long batch,
                                           long long num_tokens, double temperature,

@@ -44,10 +44,11 @@ __device__ acc_t e_of_union(acc_t e_ac, acc_t e_bc, long long method) {
 // SciPy's format: the two nodes, the height, and the number of tokens. Node i < N is
 // token i, and node N + t is merge t. After the last merge, rows are
 // (-1, -1, infinity, 0).
-// Other shapes: mass, mask and protect (B, N). The other arrays (B, N) describe the
-// cluster of each row: `cluster_mass` is W, or 0 if the row has no cluster; `nearest`
-// and `nearest_distance` are the closest cluster with a higher index; `node` is its
-// number in the dendrogram, and `size` its number of tokens.
+// Other shapes: mass, mask and protect (B, N). The other arrays (B, N) are scratch
+// memory and describe the cluster of each row: `cluster_mass` is W, or 0 if the row has
+// no cluster; `nearest` and `nearest_distance` are the closest cluster with a higher
+// index; `node` is the index of the cluster's node in the dendrogram, and `size` is the
+// number of its tokens.
 extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool* mask,
                                    const bool* protect, long long batch,
                                    long long num_tokens, long long method,

@@ -60,7 +60,7 @@ extern "C" __global__ void member_products(const real_t* gradient, const real_t*
     out[index] = sum;
 }
 
-// dm_j, from the weights and the products dx_k . x_j.
+// dm_j, from the weights of `member_shares` and the products of `member_products`.
 // Shapes: all arrays (B, N).
 extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* labels,
                                           const acc_t* weights, const acc_t* products,

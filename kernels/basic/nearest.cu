@@ -68,7 +68,7 @@ extern "C" __global__ void mark_anchors(const int* anchor_positions, const bool*
 }
 
 // The norms of the anchors that other tokens may join. Entries without an anchor and
-// protected anchors get -1.
+// protected anchors get -1, so `nearest_anchors` leaves them out.
 // Shapes: anchor_positions and out (B, K), norms and protect (B, N).
 extern "C" __global__ void open_anchors(const int* anchor_positions, const acc_t* norms,
                                         const bool* protect, long long batch,
@@ -84,7 +84,8 @@ extern "C" __global__ void open_anchors(const int* anchor_positions, const acc_t
 
 // The root of each token's group: the position of its nearest anchor, or its own
 // position if it is an anchor, is protected, or has no anchor to join. -1 for padding.
-// Shapes: nearest, is_anchor, mask, protect and out (B, N), anchor_positions (B, K).
+// Shapes: nearest (from `nearest_anchors`), is_anchor (from `mark_anchors`), mask,
+// protect and out (B, N), anchor_positions (B, K).
 extern "C" __global__ void join_anchors(const int* nearest, const int* anchor_positions,
                                         const bool* is_anchor, const bool* mask,
                                         const bool* protect, long long batch,

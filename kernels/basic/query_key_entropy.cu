@@ -3,9 +3,10 @@
 //   p_ij = softmax_j(q_i . k_j scale)
 //   H_i = -sum_j p_ij log p_ij             in nats, 0 log 0 = 0, over the tokens j
 //
-// One thread, one output. `outer` = L B H is the number of all heads, counted through
-// (L, B, H). Head h of these belongs to sequence h / heads % batch, which has one row
-// of the mask.
+// One thread, one output. Arrays have L layers, B sequences, H heads in each layer, N
+// tokens, and d elements in a query or key. `outer` = L B H is the number of all heads.
+// They are numbered in the order of the axes (L, B, H): head h belongs to sequence h /
+// heads % batch, which has one row of the mask.
 // Shapes: query and key (L, B, H, N, d), mask (B, N), out (L, B, H, N).
 
 extern "C" __global__ void query_key_entropy(const real_t* query, const real_t* key,

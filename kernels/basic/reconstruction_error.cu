@@ -31,7 +31,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
 
 // The error of every sequence. If all tokens are zero, the error is 0 when nothing is
 // lost, and infinite otherwise.
-// Shapes: errors and squares (B, N), out (B,).
+// Shapes: errors and squares (B, N) from `token_errors`, out (B,).
 extern "C" __global__ void reconstruction_error(const acc_t* errors,
                                                 const acc_t* squares, long long batch,
                                                 long long num_tokens, acc_t* out) {

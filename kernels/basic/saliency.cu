@@ -27,7 +27,8 @@ extern "C" __global__ void entropy_range(const real_t* entropy, const bool* mask
 }
 
 // The saliency of every token; 0 for padding.
-// Shapes: entropy (L, B, H, N), mask and out (B, N), lowest and highest (L, B).
+// Shapes: entropy (L, B, H, N), mask and out (B, N), lowest and highest (L, B) from
+// `entropy_range`.
 extern "C" __global__ void saliency(const real_t* entropy, const bool* mask,
                                     const acc_t* lowest, const acc_t* highest,
                                     long long layers, long long batch, long long heads,

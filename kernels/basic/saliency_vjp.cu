@@ -57,7 +57,8 @@ extern "C" __global__ void saliency_vjp(const acc_t* gradient, const real_t* ent
                                         long long high_is_salient, real_t* out) {
     const long long index = thread_index();  // (L, B, H, N)
     if (index >= layers * batch * heads * num_tokens) return;
-    // `layer` counts through (L, B), and i is the token in its sequence.
+    // `layer` is an index in (L, B), and i is the position of the token in its
+    // sequence.
     const long long layer = index / num_tokens / heads, i = index % num_tokens;
     const long long token = layer % batch * num_tokens + i;
     const acc_t* extreme = extremes + layer * EXTREMES;

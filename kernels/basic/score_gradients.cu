@@ -13,16 +13,21 @@
 //
 //   score_weights     (m, t / (1 + r), g / (1 + r)) of every row
 //   score_gradients   a band of G, with queries as rows, or of Gᵀ, with keys as rows
-//   token_gradients   the band times the tokens of its columns
+//   token_gradients   the band times the vectors of its columns (keys, queries or
+//                     tokens), times `scale`
 //
-// A head has T tiles of 128 rows. A band is a number of whole tiles, each with 128 rows
-// and 128 T columns. `sides` says what a band holds: G for 1 (QUERIES), Gᵀ for 2
-// (KEYS), and G + Gᵀ for 3 (both), where queries and keys are the same tokens. Tiles
-// are counted through all heads (L, B, H).
+// Arrays have L layers, B sequences, H heads in each layer, N tokens, and d elements in
+// a row. `outer` = L B H is the number of all heads.
+//
+// The N rows of a head are divided into T row tiles of 128 rows. A row tile has all
+// columns of the head: 128 T, with N rounded up. A band is a number of whole row tiles.
+// Row tiles are numbered across all heads: row tile t belongs to head t / T of (L, B,
+// H). `sides` selects the matrix: G for 1 (QUERIES), Gᵀ for 2 (KEYS), and G + Gᵀ for 3
+// (both), where queries and keys are the same tokens.
 //
 // One thread, one output.
 
-constexpr long long BAND_ROWS = TILE;
+constexpr long long TILE_ROWS = TILE;
 
 // Return the score of two rows (D,): a . b scale.
 
@@ -64,20 +69,22 @@ __device__ acc_t score_gradient(const acc_t* weights, acc_t score) {
 }
 
 // One element of a band: row i and column j of a head. The scores of row i are those of
-// row_vectors[i] with all column_vectors.
+// row_vectors[i] with all column_vectors. `sides` says which of the two terms are
+// added.
 // Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
-// (B, N), band (128 num_tiles, 128 T).
+// (B, N), band (128 num_row_tiles, 128 T).
 extern "C" __global__ void score_gradients(
     const real_t* row_vectors, const real_t* column_vectors, const acc_t* weights,
-    const bool* mask, long long first_tile, long long num_tiles, long long batch,
-    long long heads, long long num_tokens, long long dim, long long causal,
-    double scale, long long sides, acc_t* band) {
-    const long long tiles = (num_tokens + BAND_ROWS - 1) / BAND_ROWS;  // T, of a head
-    const long long columns = tiles * BAND_ROWS, index = thread_index();
-    if (index >= num_tiles * BAND_ROWS * columns) return;
+    const bool* mask, long long first_row_tile, long long num_row_tiles,
+    long long batch, long long heads, long long num_tokens, long long dim,
+    long long causal, double scale, long long sides, acc_t* band) {
+    const long long row_tiles = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;  // T
+    const long long columns = row_tiles * TILE_ROWS, index = thread_index();
+    if (index >= num_row_tiles * TILE_ROWS * columns) return;
     const long long band_row = index / columns, j = index % columns;
-    const long long tile = first_tile + band_row / BAND_ROWS, head = tile / tiles;
-    const long long i = tile % tiles * BAND_ROWS + band_row % BAND_ROWS;
+    const long long row_tile = first_row_tile + band_row / TILE_ROWS,
+                    head = row_tile / row_tiles;
+    const long long i = row_tile % row_tiles * TILE_ROWS + band_row % TILE_ROWS;
     const long long sequence_start = head / heads % batch * num_tokens;
     const long long head_start = head * num_tokens;
 
@@ -86,6 +93,8 @@ extern "C" __global__ void score_gradients(
         is_token(mask, sequence_start + j)) {
         const acc_t s = score(row_vectors + (head_start + i) * dim,
                               column_vectors + (head_start + j) * dim, dim, scale);
+        // Weights belong to queries. In G the row i is the query. In Gᵀ the column j is
+        // the query, so its weights and its causal condition are used: (Gᵀ)_ij = G_ji.
         if (sides & QUERIES && !(causal && j > i))
             sum += score_gradient(weights + (head_start + i) * STATE_VALUES, s);
         if (sides & KEYS && !(causal && i > j))
@@ -94,22 +103,23 @@ extern "C" __global__ void score_gradients(
     band[index] = sum;
 }
 
-// One element of the gradient of a token: a row of the band times a column of the
-// tokens `column_vectors`.
-// Shapes: band (128 num_tiles, 128 T), column_vectors and out (L, B, H, N, d), mask
+// One element of the gradient of a row vector: a row of the band times a column of
+// `column_vectors`, times `scale`.
+// Shapes: band (128 num_row_tiles, 128 T), column_vectors and out (L, B, H, N, d), mask
 // (B, N).
 extern "C" __global__ void token_gradients(const acc_t* band,
                                            const real_t* column_vectors,
-                                           const bool* mask, long long first_tile,
-                                           long long num_tiles, long long batch,
+                                           const bool* mask, long long first_row_tile,
+                                           long long num_row_tiles, long long batch,
                                            long long heads, long long num_tokens,
                                            long long dim, double scale, real_t* out) {
-    const long long tiles = (num_tokens + BAND_ROWS - 1) / BAND_ROWS;
+    const long long row_tiles = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;
     const long long index = thread_index();
-    if (index >= num_tiles * BAND_ROWS * dim) return;
+    if (index >= num_row_tiles * TILE_ROWS * dim) return;
     const long long band_row = index / dim, d = index % dim;
-    const long long tile = first_tile + band_row / BAND_ROWS, head = tile / tiles;
-    const long long i = tile % tiles * BAND_ROWS + band_row % BAND_ROWS;
+    const long long row_tile = first_row_tile + band_row / TILE_ROWS,
+                    head = row_tile / row_tiles;
+    const long long i = row_tile % row_tiles * TILE_ROWS + band_row % TILE_ROWS;
     if (i >= num_tokens) return;
     const long long sequence_start = head / heads % batch * num_tokens;
     const long long head_start = head * num_tokens;
@@ -117,7 +127,7 @@ extern "C" __global__ void token_gradients(const acc_t* band,
     acc_t sum = 0;
     for (long long j = 0; j < num_tokens; ++j)
         if (is_token(mask, sequence_start + j))
-            sum += band[band_row * tiles * BAND_ROWS + j] *
+            sum += band[band_row * row_tiles * TILE_ROWS + j] *
                    widen(column_vectors[(head_start + j) * dim + d]);
     store(out + (head_start + i) * dim + d, sum * acc_t(scale));
 }

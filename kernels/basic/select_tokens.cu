@@ -23,7 +23,7 @@ extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
 }
 
 // The positions of the selected tokens, ascending; -1 if there are fewer than K.
-// Shapes: selected (B, N), out (B, K).
+// Shapes: selected (B, N) from `top_tokens`, out (B, K).
 extern "C" __global__ void select_tokens(const bool* selected, long long batch,
                                          long long num_tokens, long long num_groups,
                                          int* out) {

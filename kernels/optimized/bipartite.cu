@@ -8,9 +8,10 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     match_counts(const int* positions, const bool* mask, const bool* protect,
                  const int* counts, long long batch, long long num_tokens,
                  long long num_groups, int* out) {
-    __shared__ int num_positions, num_fixed;
+    // n, the number of groups that may merge, and the number of protected tokens.
+    __shared__ int num_free, num_fixed;
     const long long b = blockIdx.x, sequence_start = b * num_tokens;  // in (B, N)
-    if (threadIdx.x == 0) num_positions = num_fixed = 0;
+    if (threadIdx.x == 0) num_free = num_fixed = 0;
     __syncthreads();
     int highest = 0, fixed = 0;
     for (long long i = sequence_start + threadIdx.x; i < sequence_start + num_tokens;
@@ -18,16 +19,16 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
         highest = max(highest, positions[i] + 1);
         fixed += protect != nullptr && protect[i] && is_token(mask, i);
     }
-    atomicMax(&num_positions, highest);
+    atomicMax(&num_free, highest);
     atomicAdd(&num_fixed, fixed);
     __syncthreads();
     if (threadIdx.x > 0) return;
     // Protected tokens are groups of their own, so the other tokens form K - num_fixed
     // groups.
     const long long wanted = max(count_of(counts, b, num_groups) - num_fixed, 1ll);
-    const long long groups = num_positions;
+    const long long groups = num_free;
     const long long merges = max(min(groups - wanted, groups / 2), 0ll);
-    out[b] = num_positions;
-    out[batch + b] = merges > 0 ? num_positions / 2 : 0;
+    out[b] = num_free;
+    out[batch + b] = merges > 0 ? num_free / 2 : 0;
     out[2 * batch + b] = static_cast<int>(merges);
 }

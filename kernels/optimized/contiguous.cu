@@ -27,7 +27,7 @@ extern "C" __global__ void neighbour_products(const real_t* units, const bool* m
     if (index >= batch * num_tokens) return;
     const int lane = threadIdx.x % 32;
     const long long sequence_end = index - index % num_tokens + num_tokens;
-    // Find the next token, 32 positions at a time.
+    // Find the next token, 32 elements of the mask at a time.
     long long next_token = sequence_end;
     for (long long j = index + 1; j < sequence_end && next_token == sequence_end;
          j += 32) {
@@ -43,13 +43,13 @@ extern "C" __global__ void neighbour_products(const real_t* units, const bool* m
     if (lane == 0) out[index] = product;
 }
 
-// The groups of one sequence, without its padding: n tokens are left. A group has the
-// position of its first member among these tokens, and its entry in each array (n,) has
-// this index. `cost` is the cost of a merge with the next group, `square` is |S|^2, and
-// `product` is the product of S with the S of the next group. `token` is the index of
-// the first member in (N,); `left` and `right` are the positions of the neighbours. If
-// `size` is 0, there is no such group. `chunk_least` has the least cost of each chunk
-// of 32 positions.
+// The groups of one sequence, without its padding: n tokens are left. The index of a
+// group in each array (n,) is that of its first member among these n tokens. In this
+// file, "position" means this index. `cost` is the cost of a merge with the next group,
+// `square` is |S|^2, and `product` is the product of S with the S of the next group.
+// `token` is the index of the first member in (N,); `left` and `right` are the
+// positions of the neighbours. If `size` is 0, there is no such group. `chunk_least`
+// has the least cost of each chunk of 32 positions.
 struct Groups {
     const bool* protect;
     acc_t *cost, *square, *size;
@@ -59,11 +59,11 @@ struct Groups {
     int count;  // n
 };
 
-// The two groups that merge, and their neighbours. Each one is the index of a row of
-// the sums (N, D). Without a neighbour, its row is that of a. If no pair may merge, a
-// is -1.
+// The rows of the sums (N, D) that belong to the two groups that merge, a and b, and to
+// their neighbours. Without a neighbour, its row is that of a. If no pair may merge,
+// row_a is -1.
 struct MergeStep {
-    int a, b, before, after;
+    int row_a, row_b, row_before, row_after;
 };
 
 // Ward's cost of merging neighbours a and b:
@@ -179,16 +179,16 @@ __device__ __forceinline__ void add_sums(real_t* sums, const MergeStep& s,
         const auto columns = [&](int row) { return sums + row * dim + d; };
         acc_t sum[WIDTH], other[WIDTH], after[WIDTH], before[WIDTH];
         // All four loads come before the store, so that their latencies overlap.
-        load_vector(sum, columns(s.a), dim - d);
-        load_vector(other, columns(s.b), dim - d);
-        load_vector(after, columns(s.after), dim - d);
-        load_vector(before, columns(s.before), dim - d);
+        load_vector(sum, columns(s.row_a), dim - d);
+        load_vector(other, columns(s.row_b), dim - d);
+        load_vector(after, columns(s.row_after), dim - d);
+        load_vector(before, columns(s.row_before), dim - d);
         for (int i = 0; i < WIDTH; ++i) {
             sum[i] += other[i];
             *with_after += sum[i] * after[i];
             *with_before += sum[i] * before[i];
         }
-        store_vector(columns(s.a), sum, dim - d);
+        store_vector(columns(s.row_a), sum, dim - d);
     }
 }
 
@@ -236,12 +236,12 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
                 step = {g.token[a], g.token[b], g.token[before < 0 ? a : before],
                         g.token[after < g.count ? after : a]};
             } else if (lane == 0) {
-                step.a = -1;
+                step.row_a = -1;
             }
         }
         __syncthreads();
         const MergeStep s = step;
-        if (s.a < 0) break;
+        if (s.row_a < 0) break;
 
         acc_t after_product = 0, before_product = 0;
         add_sums(sums + sequence_start * dim, s, dim, &after_product, &before_product);
@@ -266,8 +266,8 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
         const int p = p0 + threadIdx.x;
         const bool starts = p < g.count && g.size[p] > 0;
         int count;
-        const int rank = group_before + block_rank(starts, scratch, &count) + starts;
+        const int label = group_before + block_rank(starts, scratch, &count) + starts;
         group_before += count;
-        if (p < g.count) out[sequence_start + g.token[p]] = rank;
+        if (p < g.count) out[sequence_start + g.token[p]] = label;
     }
 }

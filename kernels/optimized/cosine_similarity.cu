@@ -24,6 +24,7 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
         squares_per_side * (squares_per_side + 1) / 2 * (Tile::columns / Tile::rows);
     const long long sequence_start = blockIdx.x / tiles * num_tokens;  // in (B, N)
     const Corner corner = upper_tile<Tile>(blockIdx.x % tiles, squares_per_side);
+    // A tile of the last square may lie past the last token.
     if (Tile::rows < Tile::columns && corner.row >= num_tokens) return;
 
     const real_t* sequence = tokens + sequence_start * dim;  // (N, D)
@@ -71,7 +72,8 @@ __device__ __forceinline__ void tile_similarity(unsigned char* shared,
     acc_t* upper = matrix + row0 * num_tokens + column0;  // the tile
     acc_t* lower = matrix + column0 * num_tokens + row0;  // its transpose
     // Store single values if the tile touches the diagonal or the edge, or if the
-    // addresses of pairs are not aligned.
+    // addresses of pairs are not aligned. The diagonal crosses row `row` of the tile at
+    // column row + diagonal.
     const bool pairs = num_tokens % 2 == 0 &&
                        reinterpret_cast<unsigned long long>(out) % sizeof(Pair) == 0;
     if (column0 < row0 + Tile::rows || column0 + Tile::columns > num_tokens || !pairs) {

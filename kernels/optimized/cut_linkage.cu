@@ -68,26 +68,27 @@ __device__ __forceinline__ long long merges_within(const double* rows,
 // exchanges the two arrays (2N,).
 __device__ __forceinline__ void climb(const double* rows, long long num_tokens,
                                       long long merges, int*& above, int*& new_above) {
-    const long long nodes = num_tokens + merges;
-    for (long long i = threadIdx.x; i < nodes; i += blockDim.x) new_above[i] = -1;
+    const long long num_nodes = num_tokens + merges;
+    for (long long i = threadIdx.x; i < num_nodes; i += blockDim.x) new_above[i] = -1;
     __syncthreads();
     // Rows are not checked on a GPU. Only a parent in a later row is accepted: this
     // excludes cycles, whatever the rows hold. If a node has two parents, the one in
     // the earlier row counts. The index of a row is stored reversed, as merges - 1 - r,
     // so that the maximum is the earliest row.
-    for (long long child = threadIdx.x; child < 2 * merges; child += blockDim.x) {
-        const long long r = child / 2;
-        const double id = rows[4 * r + child % 2];
-        if (0 <= id && id < num_tokens + r)
-            atomicMax(new_above + static_cast<long long>(id),
+    for (long long entry = threadIdx.x; entry < 2 * merges; entry += blockDim.x) {
+        const long long r = entry / 2;  // entry: in (merges, 2), the nodes that merge
+        const double node = rows[4 * r + entry % 2];
+        if (0 <= node && node < num_tokens + r)
+            atomicMax(new_above + static_cast<long long>(node),
                       static_cast<int>(merges - 1 - r));
     }
     __syncthreads();
-    for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
-        above[i] = static_cast<int>(new_above[i] < 0 ? i : nodes - 1 - new_above[i]);
+    for (long long i = threadIdx.x; i < num_nodes; i += blockDim.x)
+        above[i] =
+            static_cast<int>(new_above[i] < 0 ? i : num_nodes - 1 - new_above[i]);
     __syncthreads();
     for (long long reach = 1; reach < merges; reach *= 2) {
-        for (long long i = threadIdx.x; i < nodes; i += blockDim.x)
+        for (long long i = threadIdx.x; i < num_nodes; i += blockDim.x)
             new_above[i] = above[above[i]];
         int* const old_above = above;
         above = new_above, new_above = old_above;
@@ -96,8 +97,8 @@ __device__ __forceinline__ void climb(const double* rows, long long num_tokens,
 }
 
 // A negative `max_error` means that there is no such limit: then K decides.
-// Shapes: dendrogram (B, N - 1, 4), mass, mask and out (B, N), counts (B,), nodes
-// (B, 4N), which is scratch memory.
+// Shapes: dendrogram (B, N - 1, 4), mass, mask and out (B, N), counts (B,), nodes (B,
+// 4N), which is scratch memory for the two arrays (2N,) of `climb`.
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     cut_linkage(const double* dendrogram, const acc_t* mass, const bool* mask,
                 const int* counts, long long batch, long long num_tokens,

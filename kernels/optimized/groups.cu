@@ -1,4 +1,5 @@
-// Groups: their sizes, their positions, and their members in a sorted list.
+// Groups: the size of each group, the position of its last member, and its members in a
+// sorted list.
 //
 // `sort_members` is a stable counting sort of the tokens by label: in the sorted list,
 // the members of each group follow each other, in index order. Kernels that go through
@@ -7,8 +8,9 @@
 constexpr int LABELS = 8;  // labels that a thread loads at once
 
 // Sort the members of one sequence, with a whole block. The tokens are divided into
-// `runs` runs, and one warp works on each. `run_counts` (runs, K) and `starts` (K,) are
-// in shared or in global memory. `label` and `member` are (N,), and `end` is (K,).
+// `runs` runs of `run_length` consecutive tokens, and one warp works on each run. An
+// entry is an index in the sorted list `member` (N,). `run_counts` (runs, K) and
+// `starts` (K,) are in shared or in global memory. `label` is (N,), and `end` is (K,).
 //
 //   1. Each warp counts the members of every group in its run.
 //   2. Prefix sums give the entry of the list where each group starts, and within a
@@ -26,10 +28,11 @@ __device__ __forceinline__ void sort_sequence(const int* label, long long num_to
     const int thread = threadIdx.x, threads = blockDim.x;
     const int lane = thread % 32, warp = thread / 32;
     const long long steps = (num_tokens + 31) / 32;  // a step has 32 tokens
-    const long long run = (steps + runs - 1) / runs * 32;
+    // Tokens of one run, a multiple of 32.
+    const long long run_length = (steps + runs - 1) / runs * 32;
     // A warp without a run starts and ends at N.
-    const long long run_start = min(warp * run, num_tokens);
-    const long long run_end = min(run_start + run, num_tokens);
+    const long long run_start = min(warp * run_length, num_tokens);
+    const long long run_end = min(run_start + run_length, num_tokens);
     int* warp_counts = run_counts + warp * num_groups;  // (K,)
 
 #pragma unroll 4
@@ -93,7 +96,7 @@ __device__ __forceinline__ void sort_sequence(const int* label, long long num_to
 }
 
 // One block, one sequence. `members` (B, N) lists the tokens of group 0, of group 1,
-// and so on. ends[k] (B, K) is the index past the last member of group k, where group k
+// and so on. ends[k] (B, K) is the entry past the last member of group k, where group k
 // + 1 starts. `run_counts` (B, runs + 1, K) has the counts of the runs and the starts;
 // it is null if shared memory has room for these counts.
 // Other shapes: labels (B, N).
@@ -116,7 +119,8 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS, 1)
     }
 }
 
-// One block, one sequence. Integer atomics are exact in any order.
+// The number of members of every group. One block, one sequence. Integer atomics are
+// exact in any order.
 // Shapes: labels (B, N), out (B, K).
 extern "C" __global__ void group_sizes(const int* labels, long long batch,
                                        long long num_tokens, long long num_groups,
@@ -131,7 +135,8 @@ extern "C" __global__ void group_sizes(const int* labels, long long batch,
     }
 }
 
-// One block, one sequence. The last member of a group is the maximum of its members.
+// One block, one sequence. The position of a group is the largest index of its members,
+// or -1 for an empty group.
 // Shapes: labels (B, N), out (B, K).
 extern "C" __global__ void group_positions(const int* labels, long long batch,
                                            long long num_tokens, long long num_groups,

@@ -11,8 +11,9 @@
 // work.
 
 // Write the perturbed scores z = s + g of this thread's tokens to `scores`, with s from
-// `saliency`; return the highest of these scores. The n-th token of a sequence takes
-// draw n, wherever padding lies. The block counts the tokens together to find n.
+// `saliency`; return the highest of these scores. The noise depends on the index of the
+// token among the tokens of its sequence (padding is not counted). The block counts the
+// tokens together to find this index (`rank`).
 template <class Saliency, class Scores>
 __device__ __forceinline__ acc_t perturb(const Saliency& saliency, const bool* mask,
                                          long long num_tokens, long long noisy,
@@ -118,9 +119,9 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
 // Add, over the layers (L, B, H, N), the entropies of this thread's tokens, each scaled
 // to 0 .. 1 by the range of its layer. The results are those of entropy_range and
 // saliency in saliency.cu. A round works on as many layers at once as the block has
-// warps, or on the `count` layers that are left. To find the ranges, a round gives each
-// layer parts = warps / count warps: warp w reads part w % parts of the tokens of layer
-// w / parts.
+// warps, or on the `count` layers that are left. To find the ranges, a round divides
+// the tokens of each layer into parts = warps / count parts: warp w reads part w %
+// parts of layer w / parts.
 __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* mask,
                                            long long layers, long long batch,
                                            long long heads, long long num_tokens,

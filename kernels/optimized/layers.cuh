@@ -1,7 +1,8 @@
 // Entropies of layers (L, B, H, N): their mean over the heads, the range of the means
 // over the tokens of a layer, and min-max scaling (the formula is in
 // basic/saliency.cu). Each thread has THREAD_TOKENS tokens: first_token, first_token +
-// step, first_token + 2 step, ...
+// step, first_token + 2 step, ... The tokens of a layer may be divided into parts: then
+// a warp or a block finds the range of one part, and `join_parts` combines the ranges.
 
 // Compute the mean over the heads of each token of a thread; 0 past the last token.
 // `entropy` (H, N) is that of one layer of a sequence. The index of a token may be an
@@ -44,8 +45,8 @@ struct Range {
     }
 };
 
-// Combine the ranges of the parts of a layer, with one warp: `lowest` and `highest`
-// (parts,) become `low` and `width`.
+// Combine the ranges of the parts of a layer, with one warp: from `lowest` and
+// `highest` (parts,), compute `low` and `width`, the range of the layer.
 __device__ __forceinline__ void join_parts(const acc_t* lowest, const acc_t* highest,
                                            long long parts, acc_t* low, acc_t* width) {
     Range range;

@@ -1,10 +1,11 @@
-// Average, complete and ward linkage in rounds: in one round, every two clusters that
-// are each other's nearest neighbours merge. Let A and B be such clusters, and let
-// another such pair, C and D, merge first. Each of these three distances d has
-//   d(C u D, A) >= min(d(C, A), d(D, A)),
-// and the same is true for B. So A and B stay nearest neighbours until they merge.
-// Therefore the dendrogram of the standard greedy algorithm, which merges one closest
-// pair after another, has this merge, and all such pairs may merge in one round.
+// Average, complete and ward linkage in rounds: in one round, all pairs of clusters
+// that are each other's nearest neighbours merge. Let A and B be such a pair, and let
+// another such pair, C and D, merge first. Each of the three distances d below
+// satisfies
+//   d(C u D, A) >= min(d(C, A), d(D, A)) >= d(B, A),
+// and the same is true for B. So A and B stay each other's nearest neighbours until
+// they merge. The standard greedy algorithm, which always merges the closest pair,
+// therefore makes the same merge, and all such pairs may merge in one round.
 //
 //   E(A, C) = sum of m_a m_c (1 - cos_ac) over all tokens a in A and c in C
 //   E(A u B, C) = E(A, C) + E(B, C)         E is additive
@@ -16,9 +17,11 @@
 // mu is the mean of a cluster's unit tokens, weighted by their masses. If no masses are
 // given, every m is 1.
 //
-// Layout of the matrix: a cluster has the row of its first token, and its column is its
-// slot. At first slot and token are the same. When half of the slots are empty, the
-// columns in use are compacted: they are moved to the left, without gaps.
+// A slot is the index of a cluster in the arrays of `Clusters`. A cluster has one row
+// and one column of the matrix. The row is that of its first token, and rows do not
+// move while the matrix is in global memory. The column is that of its slot. At first
+// the slot of a cluster is its token. When half of the slots are empty, the columns in
+// use are compacted: they are moved to the left, without gaps.
 //
 // Threads: a team of blocks works on one sequence. Each block keeps its own copy of all
 // clusters and plans every round itself. All blocks plan from the same data, so they
@@ -27,8 +30,8 @@
 // clusters fit the shared memory of one block, the first block continues alone. The
 // other blocks wait until the first block has finished; then they help to sort and
 // write the dendrogram. A row with few changes takes one warp or a part of it; several
-// warps may search one row together. `team_warp` and `team_warps` count the warps of
-// all blocks of a team.
+// warps may search one row together. `team_warp` is the index of a warp among the
+// `team_warps` warps of a team.
 //
 // linkage.cuh defines `Neighbour` and the order of pairs, linkage_clusters.cuh the
 // clusters. linkage_columns.cuh moves columns, and linkage_rows.cuh updates and
@@ -68,7 +71,7 @@ __device__ __forceinline__ ClusterCounts cluster_counts_before(
 }
 
 // Set up one cluster for each token that may merge. The first block also sets up the
-// nodes of the tree.
+// nodes of the tree. Not inlined: an inlined copy would take registers from the rounds.
 __device__ __noinline__ Progress init_clusters(Clusters& all, const Tree& tree,
                                                bool first_block, const acc_t* cosines,
                                                const acc_t* mass, const bool* mask,
@@ -123,10 +126,10 @@ __device__ __forceinline__ Change change_of(const int* nearest, int i) {
     return {UNTOUCHED, back < 0 || nearest[back] == j};
 }
 
-// Return whether the wanted number of lowest merges are made. No later merge is lower
-// than the closest pair of now, so the merges up to that height are final. (Rounds make
-// merges out of order: a round may make a high merge before another round makes a low
-// one.)
+// Return whether the `wanted_merges` lowest merges of the dendrogram have already been
+// made. A later merge cannot be lower than the distance of the pair that is closest
+// now. So the merges that are not higher than this distance (`least`) are final, and
+// this function counts them.
 __device__ bool is_enough(const Clusters& all, const Progress& now, int method,
                           acc_t* scratch) {
     acc_t least = -MASKED_SCORE, lower = 0;  // 1e30: no pair yet
@@ -144,9 +147,9 @@ __device__ bool is_enough(const Clusters& all, const Progress& now, int method,
     return lower >= goal()->wanted_merges;
 }
 
-// Copy what all blocks published into this block's clusters: the nearest clusters, and
-// the heights of the merges of the last round. Not inlined, for the reason given at
-// `init_clusters`.
+// Update this block's copy of the clusters: read the nearest clusters, which all blocks
+// have published, and the heights of the last round's merges, which the first block has
+// written. Not inlined, for the reason given at `init_clusters`.
 __device__ __noinline__ void read_published(const Clusters& all, const acc_t* height,
                                             const NearestCluster* published,
                                             int num_clusters, int num_new,
@@ -265,14 +268,14 @@ __device__ __noinline__ void record_merges(const Clusters& all, const Tree& tree
         const int tokens = left.tokens + right.tokens;
         node = {height, tree.num_tokens + t, tokens};
         tree.height()[t] = height;
-        tree.merge()[t] = {left.number, right.number, tokens};
+        tree.merge()[t] = {left.index, right.index, tokens};
     }
 }
 
-// One warp: write rows of the dendrogram. Row r is the merge of rank r by height, and
-// its node is N + r, so a child that is a merge of rank r has the number N + r. Rows
-// from `num_merges` on have no merge. Not inlined, for the reason given at
-// `init_clusters`.
+// One warp: write rows of the dendrogram, sorted by height: merge t becomes row
+// rank[t]. During the rounds the node of merge t has the index N + t; in the dendrogram
+// it has the index N + rank[t]. Rows from `num_merges` on have no merge. Not inlined,
+// for the reason given at `init_clusters`.
 __device__ __noinline__ void write_dendrogram(const Tree& tree, int num_merges,
                                               long long num_tokens, int method,
                                               int team_warp, int team_warps,
@@ -285,12 +288,12 @@ __device__ __noinline__ void write_dendrogram(const Tree& tree, int num_merges,
             continue;
         }
         const Merge merge = tree.merge()[t];
-        const auto named = [&](int node) {
+        const auto renumbered = [&](int node) {
             return node < num_tokens ? node
                                      : num_tokens + tree.rank()[node - num_tokens];
         };
         const double height = tree.height()[t];
-        store_row(out, tree.rank()[t], named(merge.left), named(merge.right),
+        store_row(out, tree.rank()[t], renumbered(merge.left), renumbered(merge.right),
                   method == WARD ? sqrt(height * double(goal()->mass_unit)) : height,
                   merge.tokens);
     }
@@ -299,8 +302,8 @@ __device__ __noinline__ void write_dendrogram(const Tree& tree, int num_merges,
 // `matrix` (B, N, N) holds the cosines and is overwritten by E, except if `in_shared`:
 // then the matrix (N, N) of a sequence is in shared memory, as are the published
 // nearest clusters. A team of `blocks_per_sequence` blocks works on a sequence until at
-// most `max_alone` clusters are left: so many fit, with their matrix, in the shared
-// memory of one block.
+// most `max_alone` clusters are left. These clusters and their matrix fit in the shared
+// memory of one block, so the first block continues alone.
 //
 // Each team has one entry in these arrays: `trees` (the merges, which become a
 // dendrogram), `exchange` (2, N) (the nearest clusters that blocks publish, in two
@@ -322,8 +325,10 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     auto* shared = reinterpret_cast<unsigned char*>(scratch + LINKAGE_SCRATCH);
     unsigned char* state = states ? states + blockIdx.x * state_bytes : shared;
     const long long height_bytes = aligned_bytes(num_tokens * sizeof(acc_t));
-    if (!states)
-        shared += height_bytes;  // the clusters of the first block alone start here
+    // `shared` is where the clusters move when the first block continues alone. The
+    // heights do not move. They are at the start of `state`, so if `state` is in shared
+    // memory, skip them.
+    if (!states) shared += height_bytes;
     const int num_blocks = static_cast<int>(blocks_per_sequence),
               n = static_cast<int>(num_tokens);
     const int team = blockIdx.x / num_blocks, num_teams = gridDim.x / num_blocks;
@@ -342,17 +347,15 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     for (long long b = team; b < batch; b += num_teams) {
         const long long sequence_start = b * num_tokens;  // in (B, N)
         acc_t* cosines = matrix + sequence_start * num_tokens;
-        // Functions that are not inlined take addresses, and the compiler does not keep
-        // a variable in registers if its address is taken. So the functions get the
-        // addresses of copies: here `initial`, and below temporaries such as
-        // Clusters(all).
+        // Functions that are not inlined take addresses, and a variable whose address
+        // is taken does not stay in a register. So the functions get the addresses of
+        // copies: here `initial`, and below temporaries such as Clusters(all).
         Clusters initial = {reinterpret_cast<acc_t*>(state), state + height_bytes, n,
                             0};
-        // Two buffers in turn: one to read in this round, one to publish for the next
-        // round. With a single buffer, a fast block would overwrite entries that a slow
-        // block still reads. A block writes the same buffer again only after the
-        // barrier of the next round, which every block reaches after it has read the
-        // buffer.
+        // Two buffers in turn: one to read in this round, one to publish for the next.
+        // With one buffer, a fast block would overwrite entries that a slow block still
+        // reads. A block writes a buffer again only after the next round's barrier,
+        // which every block reaches after it has read that buffer.
         NearestCluster* published =
             in_shared
                 ? reinterpret_cast<NearestCluster*>(state + state_bytes)
@@ -411,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
                     if (!first_block) break;  // wait after the loop
                 }
             }
-            // Merge, then bring every row that is left up to date.
+            // Merge, then update every remaining row.
             plan_round(all, now, method, scratch);
             if (now.done) break;
             if (first_block)

@@ -1,4 +1,5 @@
-// Nearest clusters: code that linkage.cu and single_linkage.cu use.
+// Nearest clusters: code that linkage.cu and single_linkage.cu use. A slot is the index
+// of a cluster in linkage.cu (linkage_clusters.cuh), and a token in single_linkage.cu.
 //
 // All comparisons use one strict order of pairs: the distance first, then a hash of the
 // pair. Both rows of a pair compute the same hash. The closest pair of all is therefore
@@ -33,10 +34,11 @@ __device__ __forceinline__ unsigned long long pair_hash(int i, int j) {
     return x ^ x >> 31;
 }
 
-// Return whether pair {i, a} comes before pair {i, b} at equal distance. `token` maps
-// slots to tokens; null means that a slot is a token. Tokens, unlike slots, are never
-// renumbered, so the order does not depend on when columns move. Not inlined: ties are
-// rare, and the loops that call this function become shorter.
+// Return whether pair {i, a} comes before pair {i, b} at equal distance. i, a and b are
+// slots. `token` maps a slot to the first token of its cluster; null means that a slot
+// is a token. Tokens, unlike slots, are never renumbered, so the order does not depend
+// on when columns move. Not inlined: ties are rare, and the loops that call this
+// function become shorter.
 __device__ __noinline__ bool is_before(const int* token, int i, int a, int b) {
     if (token) i = token[i], a = token[a], b = token[b];
     return pair_hash(i, a) < pair_hash(i, b);
@@ -88,9 +90,9 @@ __device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
 }
 
 // One block: list the tokens that may merge in `active` (N,), in ascending order, and
-// return their number. `tokens` receives the number of tokens, protected ones included.
-// `rank_scratch` is shared memory for 32 counts. Not inlined: an inlined copy would
-// take registers from the code that follows.
+// return their number. `tokens` receives the number of all tokens, protected ones
+// included. `rank_scratch` is shared memory for 32 counts. Not inlined: an inlined copy
+// would take registers from the code that follows.
 __device__ __noinline__ int list_tokens(const bool* mask, const bool* protect,
                                         long long num_tokens, int* rank_scratch,
                                         int* active, int* tokens) {

@@ -37,8 +37,8 @@ struct Side {
 static_assert(SLOT_BYTES ==
               sizeof(Slot) + sizeof(Mass) + sizeof(acc_t) + 11 * sizeof(int) / 2);
 
-// The nearest cluster of a slot, and E of the two, as blocks publish them to each
-// other.
+// The nearest cluster of a slot, and E of the two. In every round each block publishes
+// them for its own rows, and all blocks read them for all rows.
 struct NearestCluster {
     acc_t e;
     int slot;
@@ -65,7 +65,7 @@ __device__ __forceinline__ acc_t distance(acc_t e, const Side& a, const Side& b,
 // the order of these functions, with one entry for each slot. Their addresses are
 // computed at each use, because pointers to all of them would take too many registers.
 struct Clusters {
-    acc_t* heights;  // (N,) of the merges so far
+    acc_t* heights;  // (N,), of the merges so far: a copy of `Tree::height`
     unsigned char* state;
     int num_slots;
     int active_list;  // 0 or 1: list 1 or 2 is `active`
@@ -87,8 +87,8 @@ struct Clusters {
     __device__ int* nearest() const {
         return reinterpret_cast<int*>(nearest_e() + num_slots);
     }
-    // The first token of the cluster. The cluster's row of the matrix is that of this
-    // token.
+    // The first token of the cluster in each slot. The cluster's row of the matrix is
+    // that of this token.
     __device__ int* first_token() const { return list(0); }
     // The slots in use, and the slots that are still in use after this round.
     __device__ int* active() const { return list(1 + active_list); }
@@ -122,14 +122,15 @@ struct Matrix {
 // The node of a cluster in the dendrogram.
 struct Node {
     acc_t height;  // at least the height of both parts
-    int number;    // i < N: token i; N + t: merge t
+    int index;     // i < N: token i; N + t: merge t
     int tokens;
 };
 
 static_assert(TREE_BYTES == sizeof(Node) + sizeof(acc_t) + sizeof(Merge));
 
-// The merges of a sequence in the order they were made. The first block writes these
-// merges. They become the dendrogram when they are sorted by height.
+// The merges of a sequence in the order they were made. They become the dendrogram when
+// they are sorted by height. During the rounds the first block writes the arrays, and
+// all blocks read the heights. After the rounds all blocks write the ranks.
 struct Tree {
     unsigned char* data;
     int num_tokens;
@@ -141,8 +142,9 @@ struct Tree {
     __device__ Merge* merge() const {  // (N,)
         return reinterpret_cast<Merge*>(height() + num_tokens);
     }
-    // The row (N,) of merge t in the dendrogram, and the number of merges. Both use the
-    // memory of the nodes after the last round, when no node is needed.
+    // rank()[t] (N,) is the row of merge t in the dendrogram. The ranks and the number
+    // of merges use the memory of the nodes after the last round, when no node is
+    // needed.
     __device__ int* rank() const { return reinterpret_cast<int*>(data); }
     __device__ int* num_merges() const { return rank() + num_tokens; }
 };

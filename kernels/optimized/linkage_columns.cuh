@@ -1,5 +1,6 @@
 // Compaction for linkage.cu: when many slots are empty, the columns in use are moved to
-// the left, without gaps. `Clusters` and `Matrix` are in linkage_clusters.cuh.
+// the left, without gaps. Slots, `Clusters` and `Matrix` are in linkage_clusters.cuh;
+// linkage.cu describes the team of blocks.
 
 // Move the columns in use to the left, in every row in use. One warp of the team moves
 // one row, so no barrier is needed. The lists still have the old slots afterwards:

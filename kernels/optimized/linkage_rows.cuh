@@ -1,9 +1,12 @@
 // Rows of the matrix of linkage.cu: update them after merges, and search them for
-// nearest clusters. `Clusters` and `Matrix` are in linkage_clusters.cuh, `Neighbour` in
-// linkage.cuh.
+// nearest clusters. Slots, `Clusters` and `Matrix` are in linkage_clusters.cuh,
+// `Neighbour` in linkage.cuh. Row i is the row of the cluster in slot i, and column j
+// is that of slot j. `publish_to` has an entry for each slot: a block writes the
+// entries of its own rows, and every block reads all of them in the next round
+// (`read_published` in linkage.cu).
 
-// Publish in publish_to[i] the nearest of the clusters that the `lanes` at row i have
-// seen. Row -1 means that these lanes have no row.
+// Publish in publish_to[i] the nearest of the clusters that the `lanes` lanes at row i
+// have seen. i = -1 means that these lanes have no row.
 __device__ __forceinline__ void publish_nearest(const Clusters& all,
                                                 NearestCluster* publish_to, int i,
                                                 Neighbour best, int lanes = 32) {
@@ -180,9 +183,9 @@ __device__ void next_rows(const Clusters& all, const Matrix& matrix,
     int i = -1;
     for (int q = warp / parts; q < rows_per_block && warp / parts < rows_at_once;
          q += rows_at_once) {
-        const int row_number = q * team_blocks + team_block;
-        if (row_number >= now.num_searched) break;
-        i = all.search_order()[row_number];
+        const int position = q * team_blocks + team_block;  // in `search_order`
+        if (position >= now.num_searched) break;
+        i = all.search_order()[position];
         best = search_row(all, matrix, i, now.num_clusters, part, parts, method);
         best = warp_nearest(all.first_token(), i, best);
         if (lane == 0 && parts == 1) publish_to[i] = {best.e, best.slot};

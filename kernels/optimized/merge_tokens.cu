@@ -14,8 +14,9 @@ extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
     const long long index = thread_index();  // (B, K, vectors)
     if (index >= batch * num_groups * vectors) return;
     const long long d = index % vectors * WIDTH;
-    const long long k = index / vectors;  // (B, K)
-    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    const long long group_index = index / vectors;  // (B, K)
+    const Members group =
+        members_of(ends, members, group_index, num_tokens, num_groups);
 
     acc_t sum[WIDTH] = {};
     acc_t total = add_members(tokens + d, mass, group, dim, dim - d, sum);
@@ -25,5 +26,5 @@ extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
     }
     const bool none = group.start == group.end;  // an empty group is zero
     for (int i = 0; i < WIDTH; ++i) sum[i] = none ? acc_t(0) : sum[i] / total;
-    store_vector(out + k * dim + d, sum, dim - d);
+    store_vector(out + group_index * dim + d, sum, dim - d);
 }

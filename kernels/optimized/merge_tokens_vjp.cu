@@ -8,10 +8,11 @@ extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
                                          const int* members, long long batch,
                                          long long num_tokens, long long num_groups,
                                          acc_t* out) {
-    const long long k = thread_index() / 32;  // (B, K)
-    if (k >= batch * num_groups) return;
+    const long long group_index = thread_index() / 32;  // (B, K)
+    if (group_index >= batch * num_groups) return;
     const int lane = threadIdx.x % 32;
-    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    const Members group =
+        members_of(ends, members, group_index, num_tokens, num_groups);
     const acc_t size = static_cast<acc_t>(group.end - group.start);
     acc_t total = 0;
     for (int entry = group.start + lane; mass && entry < group.end; entry += 32)
@@ -61,10 +62,11 @@ extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* ends,
                                           const int* members, const acc_t* weights,
                                           long long batch, long long num_tokens,
                                           long long num_groups, acc_t* products) {
-    const long long k = thread_index() / 32;  // (B, K)
-    if (k >= batch * num_groups) return;
+    const long long group_index = thread_index() / 32;  // (B, K)
+    if (group_index >= batch * num_groups) return;
     const int lane = threadIdx.x % 32;
-    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    const Members group =
+        members_of(ends, members, group_index, num_tokens, num_groups);
     acc_t total = 0, mean = 0;
     for (int entry = group.start + lane; entry < group.end; entry += 32) {
         const long long j = group.sequence_start + group.tokens[entry];

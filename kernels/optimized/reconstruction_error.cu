@@ -11,14 +11,14 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
     if (index >= batch * num_tokens) return;
     const int k = group_of(labels[index], num_groups);
     const real_t* token = tokens + index * dim;
-    const real_t* group = merged + (index / num_tokens * num_groups + k) * dim;
+    const real_t* merged_token = merged + (index / num_tokens * num_groups + k) * dim;
     acc_t error = 0, square = 0;
     // All lanes of a warp have the same token and the same k, so the lanes do not
     // diverge.
     for (long long d = threadIdx.x % 32 * WIDTH; k >= 0 && d < dim; d += 32 * WIDTH) {
         acc_t x[WIDTH], y[WIDTH];
         load_vector(x, token + d, dim - d);
-        load_vector(y, group + d, dim - d);
+        load_vector(y, merged_token + d, dim - d);
         for (int i = 0; i < WIDTH; ++i) {
             error += (x[i] - y[i]) * (x[i] - y[i]);
             square += x[i] * x[i];

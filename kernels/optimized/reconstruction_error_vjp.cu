@@ -30,13 +30,13 @@ extern "C" __global__ void reconstruction_error_vjp(
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens;
     const int k = group_of(labels[index], num_groups);
-    const real_t* group = merged + (b * num_groups + k) * dim;
+    const real_t* merged_token = merged + (b * num_groups + k) * dim;
     const acc_t e = relative[b], scale = scales[b];
     for (long long d = threadIdx.x % 32 * WIDTH; d < dim; d += 32 * WIDTH) {
         acc_t slope[WIDTH] = {}, x[WIDTH], y[WIDTH];
         if (k >= 0) {
             load_vector(x, tokens + index * dim + d, dim - d);
-            load_vector(y, group + d, dim - d);
+            load_vector(y, merged_token + d, dim - d);
             for (int i = 0; i < WIDTH; ++i) slope[i] = scale * (x[i] - y[i] - e * x[i]);
         }
         store_vector(out + index * dim + d, slope, dim - d);
@@ -55,14 +55,15 @@ extern "C" __global__ void merged_error_vjp(const real_t* tokens, const real_t* 
     const long long vectors = (dim + WIDTH - 1) / WIDTH;
     const long long index = thread_index();  // (B, K, vectors)
     if (index >= batch * num_groups * vectors) return;
-    const long long d = index % vectors * WIDTH, k = index / vectors;
-    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    const long long d = index % vectors * WIDTH, group_index = index / vectors;
+    const Members group =
+        members_of(ends, members, group_index, num_tokens, num_groups);
     acc_t sum[WIDTH] = {}, y[WIDTH];
-    load_vector(y, merged + k * dim + d, dim - d);
+    load_vector(y, merged + group_index * dim + d, dim - d);
     visit_members(tokens + d, nullptr, group, dim, dim - d,
                   [&](const acc_t(&x)[WIDTH], acc_t) {
                       for (int i = 0; i < WIDTH; ++i) sum[i] += x[i] - y[i];
                   });
-    for (int i = 0; i < WIDTH; ++i) sum[i] *= -scales[k / num_groups];
-    store_vector(out + k * dim + d, sum, dim - d);
+    for (int i = 0; i < WIDTH; ++i) sum[i] *= -scales[group_index / num_groups];
+    store_vector(out + group_index * dim + d, sum, dim - d);
 }

@@ -1,5 +1,6 @@
 // Gradients of running means; see basic/running_mean_vjp.cu for the formula and the
-// shapes. The rows are divided into runs, so that several warps can work on one column.
+// shapes. The rows are divided into runs of `run_length` consecutive rows, in the order
+// of reading, so that several warps can work on one column.
 
 // Return the row that is read t-th. Rows past the last token keep their positions.
 __device__ long long row_read_at(long long t, long long count, long long reversed) {
@@ -19,8 +20,9 @@ extern "C" __global__ void prefix_means_vjp(const acc_t* gradient, const int* co
     const long long b = blockIdx.x / strips, d = blockIdx.x % strips * 32 + lane;
     const long long count = count_of(counts, b, num_groups);
     const long long column_start = b * num_groups * dim + d;  // in (B, K, D)
-    const long long run = (num_groups + warps - 1) / warps;
-    const long long run_start = warp * run, run_end = min(run_start + run, num_groups);
+    const long long run_length = (num_groups + warps - 1) / warps;
+    const long long run_start = warp * run_length,
+                    run_end = min(run_start + run_length, num_groups);
 
     acc_t sum = 0;
     for (long long t = min(run_end, count) - 1; t >= run_start && d < dim; --t)

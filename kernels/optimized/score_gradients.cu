@@ -1,13 +1,13 @@
 // Vector-Jacobian products of the entropies of softmax scores, computed in tiles
-// (tiles.cuh); see basic/score_gradients.cu for the formulas, for bands and for
-// `sides`.
+// (tiles.cuh); see basic/score_gradients.cu for the formulas, the axes of the arrays,
+// row tiles, bands and `sides`.
 //
 //   score_weights       (m, t / (1 + r), g / (1 + r)) of every row
 //   weight_units        scale the third weight to the range of real_t
-//   transpose_tokens    the tokens as (D, tokens), because `multiply_tiles` sums along
-//                       the rows of both factors
-//   score_gradients     one tile of a band of G
-//   token_gradients     the band times the transposed tokens
+//   transpose_tokens    the column vectors as (d, tokens), because
+//                       `multiply_tiles` sums along the rows of both factors
+//   score_gradients     one tile of a band: 128 columns of a row tile
+//   token_gradients     the band times the transposed column vectors, times `scale`
 //
 // Scores, and m, are in units of ln 2 here (softmax_states.cuh says why). A band of G
 // is stored as real_t, so that the tensor cores can multiply it. Every run gives the
@@ -29,17 +29,17 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
     const long long row_tiles = (num_tokens + TILE - 1) / TILE;
     const long long head = blockIdx.x / row_tiles;  // (L, B, H)
     // With a causal mask the last rows have the most keys, so their blocks start first.
-    const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
+    const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;  // of the head
     const long long row0 = row_tile * TILE;
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
 
-    const int num_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
+    const int num_key_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
     const acc_t factor = acc_t(scale * LOG2_E);
     Fragment scores[1];
     State states[4];
     multiply_tiles<WholeTile>(
         stages, {query + (head * num_tokens + row0) * dim, num_tokens - row0},
-        {key + head * num_tokens * dim, num_tokens}, num_tiles, dim, scores,
+        {key + head * num_tokens * dim, num_tokens}, num_key_tiles, dim, scores,
         [&](int tile) {
             const long long column0 = static_cast<long long>(tile) * TILE;
 #pragma unroll
@@ -89,7 +89,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
 // these units |G + Gᵀ| is below 2 (log N + 1) UNITS, well within the range of a half.
 constexpr float UNITS = 512;
 
-// Compute the unit of a head and divide its weights by it. One block, one head.
+// Compute the unit of a head and divide its weights by it; `token_gradients` multiplies
+// by the unit. One block, one head.
 // Shapes: weights (L, B, H, N, 3), units (L, B, H).
 extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
                                         acc_t* units) {
@@ -130,17 +131,19 @@ struct __align__(2 * sizeof(real_t)) Pair {
 // vector with the column vectors. A tile that the causal mask empties entirely is not
 // written, and `token_gradients` does not read such a tile.
 // Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
-// (B, N), band (128 num_tiles, 128 T).
+// (B, N), band (128 num_row_tiles, 128 T).
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     score_gradients(const real_t* row_vectors, const real_t* column_vectors,
-                    const acc_t* weights, const bool* mask, long long first_tile,
-                    long long num_tiles, long long batch, long long heads,
+                    const acc_t* weights, const bool* mask, long long first_row_tile,
+                    long long num_row_tiles, long long batch, long long heads,
                     long long num_tokens, long long dim, long long causal, double scale,
                     long long sides, real_t* band) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
-    const long long tiles = (num_tokens + TILE - 1) / TILE;  // T, of a head
-    const long long tile = first_tile + blockIdx.x / tiles, head = tile / tiles;
-    const long long row0 = tile % tiles * TILE, column0 = blockIdx.x % tiles * TILE;
+    const long long row_tiles = (num_tokens + TILE - 1) / TILE;  // T
+    const long long row_tile = first_row_tile + blockIdx.x / row_tiles,
+                    head = row_tile / row_tiles;
+    const long long row0 = row_tile % row_tiles * TILE,
+                    column0 = blockIdx.x % row_tiles * TILE;
     if (causal && (sides == QUERIES ? column0 > row0 : column0 < row0)) return;
 
     const long long head_start = head * num_tokens;
@@ -160,14 +163,14 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
     // Load the weights of the rows, then those of the columns: (2, TILE, 3). The stages
     // are free, because `multiply_tiles` has ended with a barrier.
     auto* tile_weights = reinterpret_cast<acc_t*>(stages);
-    const int position = threadIdx.x % TILE;
-    const long long token = (threadIdx.x < TILE ? row0 : column0) + position;
+    const int offset = threadIdx.x % TILE;
+    const long long token = (threadIdx.x < TILE ? row0 : column0) + offset;
     for (int k = 0; k < STATE_VALUES && token < num_tokens; ++k)
         tile_weights[threadIdx.x * STATE_VALUES + k] =
             weights[(head_start + token) * STATE_VALUES + k];
     __syncthreads();
 
-    real_t* target = band + blockIdx.x / tiles * TILE * tiles * TILE + column0;
+    real_t* target = band + blockIdx.x / row_tiles * TILE * row_tiles * TILE + column0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = WholeTile::row(i);
@@ -181,6 +184,9 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                 acc_t sum = 0;
                 if (rows >> i & columns >> (j + k) & 1) {
                     const acc_t s = rounded_product(sums[0][i][j + k], factor);
+                    // Weights belong to queries: the row in G and the column in Gᵀ. So
+                    // the second term uses the weights and the causal condition of the
+                    // column.
                     if (sides & QUERIES && !(diagonal && column > row))
                         sum += row_weights.gradient(s);
                     if (sides & KEYS && !(diagonal && row > column))
@@ -189,16 +195,17 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                 }
                 store(&pair.element[k], sum);
             }
-            *reinterpret_cast<Pair*>(target + row * tiles * TILE +
+            *reinterpret_cast<Pair*>(target + row * row_tiles * TILE +
                                      WholeTile::column(j)) = pair;
         }
     }
 }
 
-// Transpose tokens (L, B, H, N, D) to `out` (L, B, H, D, 128 T). Padding (mask (B, N))
-// and the columns past the last token become 0. One block transposes SQUARE x SQUARE
-// elements, one row per warp at a time. Each row of the square in shared memory has one
-// element more than it needs; otherwise all elements of a column would lie in one bank.
+// Transpose the column vectors `tokens` (L, B, H, N, d) to `out` (L, B, H, d, 128 T).
+// Padding (mask (B, N)) and the columns past the last token become 0. One block
+// transposes SQUARE x SQUARE elements, one row per warp at a time. Each row of the
+// square in shared memory has one element more than it needs; otherwise all elements of
+// a column would lie in one bank.
 extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* mask,
                                             long long outer, long long batch,
                                             long long heads, long long num_tokens,
@@ -206,9 +213,9 @@ extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* ma
     __shared__ real_t square[SQUARE][SQUARE + 1];
     const long long columns = (num_tokens + TILE - 1) / TILE * TILE;
     const long long squares_down = (dim + SQUARE - 1) / SQUARE,
-                    squares = columns / SQUARE * squares_down;
-    const long long head = blockIdx.x / squares;
-    const long long token0 = blockIdx.x % squares / squares_down * SQUARE;
+                    squares_per_head = columns / SQUARE * squares_down;
+    const long long head = blockIdx.x / squares_per_head;
+    const long long token0 = blockIdx.x % squares_per_head / squares_down * SQUARE;
     const long long d0 = blockIdx.x % squares_down * SQUARE;
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -226,21 +233,24 @@ extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* ma
             out[(head * dim + d0 + i) * columns + token0 + lane] = square[lane][i];
 }
 
-// One block computes one tile of the tokens' gradients: the 128 rows of a tile of the
-// band, and 128 of the D columns. The part of the band past the edge of the causal mask
-// is 0, so it is not read.
-// Shapes: band (128 num_tiles, 128 T), transposed (L, B, H, D, 128 T), units (L, B, H),
-// out (L, B, H, N, D).
+// One block computes one tile of the gradients of the row vectors: the 128 rows of a
+// row tile, and 128 of the d columns. The part of the band past the edge of the causal
+// mask is 0, so it is not read.
+// Shapes: band (128 num_row_tiles, 128 T), transposed (L, B, H, d, 128 T), units (L, B,
+// H), out (L, B, H, N, d).
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     token_gradients(const real_t* band, const real_t* transposed, const acc_t* units,
-                    long long first_tile, long long num_tiles, long long num_tokens,
-                    long long dim, long long causal, double scale, long long sides,
-                    real_t* out) {
+                    long long first_row_tile, long long num_row_tiles,
+                    long long num_tokens, long long dim, long long causal, double scale,
+                    long long sides, real_t* out) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
-    const long long tiles = (num_tokens + TILE - 1) / TILE, columns = tiles * TILE;
+    const long long row_tiles = (num_tokens + TILE - 1) / TILE,
+                    columns = row_tiles * TILE;
     const long long column_tiles = (dim + TILE - 1) / TILE;
-    const long long tile = first_tile + blockIdx.x / column_tiles, head = tile / tiles;
-    const long long row0 = tile % tiles * TILE, d0 = blockIdx.x % column_tiles * TILE;
+    const long long row_tile = first_row_tile + blockIdx.x / column_tiles,
+                    head = row_tile / row_tiles;
+    const long long row0 = row_tile % row_tiles * TILE,
+                    d0 = blockIdx.x % column_tiles * TILE;
     const long long first_column = causal && sides == KEYS ? row0 : 0;
     const long long end_column = causal && sides == QUERIES ? row0 + TILE : columns;
 

@@ -7,34 +7,41 @@
 // the same bits.
 //
 // The scores S = X Xᵀ / sqrt(D) are symmetric, so only the tiles on and above the
-// diagonal are computed. A tile above the diagonal counts twice: its rows are rows of
-// S, and its columns are rows of S in the lower half.
+// diagonal are computed. A tile above the diagonal is used twice. Its rows give scores
+// of the tokens of its rows. Because s_ij = s_ji, its columns give scores of the tokens
+// of its columns: the scores that lie below the diagonal.
 //
 //   self_attention_states     one block for each tile: partial states of its rows and
 //                             columns
 //   self_attention_entropy    one thread for each token: merge its partial states
+//
+// Tokens are divided into squares: square s has the tokens TILE s to TILE s + TILE - 1.
+// The state of a token of square c over the tokens of square s comes from a row of a
+// tile if s >= c, and from a column of a tile (s_ij = s_ji) if s < c.
+//
+// The states are in `states_out` (B, slots, N, 3). A token has `halves` slots for each
+// square s, from slot `halves` * s on, so slots = num_squares * halves. `halves` is 2
+// for HalfTile, else 1. Two half tiles divide the rows of square s, so a column has two
+// states, and the lower half writes its state to the second slot. A row writes only to
+// the first slot.
 
 // Compute the partial states of one tile, with one block.
-//
-// Count rows and columns in squares of TILE. A row of square c receives its scores with
-// the columns of square s from a tile of its own rows if s >= c, and from a tile in
-// which that row is a column if s < c. In both cases the state goes to slot `halves` *
-// s of states_out (B, slots, N, 3). A column of `HalfTile` tiles has two states, one
-// from each half of the rows of square s; the second state goes to the next slot.
 template <class Tile>
 __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t* tokens,
                                             const bool* mask, long long num_tokens,
                                             long long dim, acc_t* states_out) {
     constexpr int halves = Tile::rows < TILE ? 2 : 1;
-    constexpr int squares = Tile::columns / TILE;  // squares side by side in a tile
+    constexpr int squares_across_tile = Tile::columns / TILE;
     const int num_squares = static_cast<int>((num_tokens + TILE - 1) / TILE);
-    // `upper_tile` counts in squares as wide as a tile, `squares_per_side` along each
-    // side.
-    const unsigned squares_per_side = (num_squares + squares - 1) / squares;
-    const unsigned tiles =
-        squares_per_side * (squares_per_side + 1) / 2 * (Tile::columns / Tile::rows);
+    // `upper_tile` divides S into larger squares, with sides of Tile::columns (TILE or
+    // 2 TILE). There are `tile_squares_per_side` of them along each side.
+    const unsigned tile_squares_per_side =
+        (num_squares + squares_across_tile - 1) / squares_across_tile;
+    const unsigned tiles = tile_squares_per_side * (tile_squares_per_side + 1) / 2 *
+                           (Tile::columns / Tile::rows);
     const long long b = blockIdx.x / tiles, sequence_start = b * num_tokens;
-    const Corner corner = upper_tile<Tile>(blockIdx.x % tiles, squares_per_side);
+    const Corner corner = upper_tile<Tile>(blockIdx.x % tiles, tile_squares_per_side);
+    // A tile of the last square may lie past the last token.
     if (Tile::rows < Tile::columns && corner.row >= num_tokens) return;
 
     const real_t* sequence = tokens + sequence_start * dim;  // (N, D)
@@ -69,11 +76,12 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
 
     // Write the states of every warp to shared memory, which is free after the
     // multiplication: those of rows (warps_across, rows, 3), each over the 64 columns
-    // of a warp, and those of columns (row fragments, columns, 3), each over the 32
-    // rows of a fragment.
+    // of a warp, and those of columns (rows / 32, columns, 3): one state for each
+    // column in each fragment of 32 rows.
     auto* row_states = reinterpret_cast<acc_t*>(shared);
     acc_t* column_states = row_states + Tile::warps_across * Tile::rows * STATE_VALUES;
-    const int warp_across = Tile::warp_column() / 64, warp_down = Tile::warp_row() / 32;
+    const int warp_across = Tile::warp_column() / 64,
+              first_fragment = Tile::warp_row() / 32;
     const int row_square = corner.row / TILE, first_square = corner.column / TILE;
     const int square =
         first_square + warp_across / 2;  // the square of the warp's columns
@@ -92,7 +100,7 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
                     states[j].add(column, exponents);
                 }
                 write_column_states(
-                    column_states + (warp_down + f) * Tile::columns * STATE_VALUES,
+                    column_states + (first_fragment + f) * Tile::columns * STATE_VALUES,
                     states, j0, Tile::column);
             }
         }
@@ -108,27 +116,29 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
 
     // Merge the states of the warps: one thread for each row in each square of columns,
     // and one for each column.
-    for (int index = threadIdx.x; index < squares * Tile::rows + Tile::columns;
+    for (int index = threadIdx.x;
+         index < squares_across_tile * Tile::rows + Tile::columns;
          index += Tile::threads) {
-        const bool is_row = index < squares * Tile::rows;
-        const int k =
-            is_row ? index / Tile::rows : (index - squares * Tile::rows) / TILE;
+        const bool is_row = index < squares_across_tile * Tile::rows;
+        const int k = is_row ? index / Tile::rows
+                             : (index - squares_across_tile * Tile::rows) / TILE;
         const int column_square = first_square + k;
         if (column_square >= num_squares || row_square > column_square) continue;
         if (!is_row && row_square == column_square) continue;
-        const int position = is_row ? index % Tile::rows : index - squares * Tile::rows;
-        const int token = (is_row ? corner.row : corner.column) + position;
+        // The index of the row or column within the tile.
+        const int offset =
+            is_row ? index % Tile::rows : index - squares_across_tile * Tile::rows;
+        const int token = (is_row ? corner.row : corner.column) + offset;
         if (token >= num_tokens) continue;
         State state;
         if (is_row)
-            state =
-                merge_two(row_states + (2 * k * Tile::rows + position) * STATE_VALUES,
-                          Tile::rows * STATE_VALUES);
+            state = merge_two(row_states + (2 * k * Tile::rows + offset) * STATE_VALUES,
+                              Tile::rows * STATE_VALUES);
         else if constexpr (halves == 2)
-            state = merge_two(column_states + position * STATE_VALUES,
+            state = merge_two(column_states + offset * STATE_VALUES,
                               Tile::columns * STATE_VALUES);
         else
-            state = merge_four(column_states + position * STATE_VALUES,
+            state = merge_four(column_states + offset * STATE_VALUES,
                                Tile::columns * STATE_VALUES);
         const int slot = is_row ? column_square * halves : corner.row * halves / TILE;
         const long long slots = num_squares * halves;
@@ -162,10 +172,10 @@ extern "C" __global__ void __launch_bounds__(WideTile::threads, 1)
                               states_out);
 }
 
-// The entropy of every token from its partial states. One thread, one token. With two
-// slots for each square (`halves` = 2), the second slot holds a state only if the
-// square comes before the token's own square: only there is the token a column of the
-// tiles.
+// The entropy of every token from its partial states. One thread, one token. With
+// `halves` = 2, the second slot of a square is used only if the square comes before the
+// token's own square. In those tiles the token is a column; in all other tiles it is a
+// row, and a row has one state for each square.
 // Shapes: states (B, slots, N, 3), mask and out (B, N).
 extern "C" __global__ void self_attention_entropy(const acc_t* states, const bool* mask,
                                                   long long batch, long long num_tokens,

@@ -19,6 +19,9 @@
 constexpr unsigned long long NO_EDGE = ~0ull;
 
 // The state of a sequence between rounds: arrays (N,), in the order of their memory.
+// The warps of all blocks write `nearest`, `nearest_distance` and `by_length`; the
+// first block writes the other arrays. All blocks read `active`, `component`,
+// `inverse_norms` and `edge_height`.
 struct Components {
     unsigned long long *edge_length, *edge_hash;  // of the shortest edge of a component
     acc_t* inverse_norms;                         // 1 / |x| of a token
@@ -52,7 +55,7 @@ static_assert(sizeof(Components) ==
 
 // The progress of a sequence, which the first block publishes to the others.
 struct TreeProgress {
-    int tokens, edges;  // tokens that take part; edges so far
+    int num_active, edges;  // tokens that take part; edges so far
     int rounds, done;
 };
 static_assert(sizeof(TreeProgress) == SINGLE_PROGRESS * sizeof(int));
@@ -81,11 +84,12 @@ __device__ void init_components(Components& all, TreeProgress* published,
 }
 
 // One warp: find the nearest token of another component for token i.
-__device__ void find_edge(Components& all, const acc_t* cosines, int i, int tokens) {
+__device__ void find_edge(Components& all, const acc_t* cosines, int i,
+                          int num_active) {
     const int component_i = all.component[i];
     const acc_t inverse_norm_i = all.inverse_norms[i];
     Neighbour best = no_neighbour();
-    for (int p = threadIdx.x % 32; p < tokens; p += 32) {
+    for (int p = threadIdx.x % 32; p < num_active; p += 32) {
         const int j = all.active[p];
         const acc_t distance =
             cosine_distance(cosines[j] * (inverse_norm_i * all.inverse_norms[j]));
@@ -101,9 +105,9 @@ __device__ void find_edge(Components& all, const acc_t* cosines, int i, int toke
 // One block: join each component along the shortest edge that leaves it.
 __device__ void join_components(Components& all, TreeProgress* published,
                                 int* rank_scratch) {
-    const int tokens = published->tokens;
+    const int num_active = published->num_active;
     const auto for_each_token = [&](auto&& step) {
-        for (int p = threadIdx.x; p < tokens; p += blockDim.x) step(all.active[p]);
+        for (int p = threadIdx.x; p < num_active; p += blockDim.x) step(all.active[p]);
         __syncthreads();
     };
     // Find the shortest edge of each component: the least length, then the least hash
@@ -132,11 +136,11 @@ __device__ void join_components(Components& all, TreeProgress* published,
     });
 
     int edges = published->edges;
-    for (int p0 = 0; p0 < tokens; p0 += blockDim.x) {
+    for (int p0 = 0; p0 < num_active; p0 += blockDim.x) {
         const int p = p0 + threadIdx.x;
-        // A component has the number of its first token. For any other token,
+        // The index of a component is that of its first token. For any other token,
         // `edge_start` is -1.
-        const int component = p < tokens ? all.active[p] : -1;
+        const int component = p < num_active ? all.active[p] : -1;
         const int i = component < 0 ? -1 : all.edge_start[component];
         bool joins = i >= 0;
         if (joins) {
@@ -163,8 +167,8 @@ __device__ void join_components(Components& all, TreeProgress* published,
         all.component[i] = root;
     });
     if (threadIdx.x > 0) return;
-    const bool done = edges == published->edges || edges == tokens - 1;
-    *published = {tokens, edges, published->rounds + 1, done};
+    const bool done = edges == published->edges || edges == num_active - 1;
+    *published = {num_active, edges, published->rounds + 1, done};
 }
 
 // Return the root of token i's component, and halve the path to it for later calls.
@@ -237,10 +241,10 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
         sync();
         TreeProgress now = *published;
         while (!now.done) {
-            for (int p = team_warp; p < now.tokens; p += team_warps) {
+            for (int p = team_warp; p < now.num_active; p += team_warps) {
                 const int i = all.active[p];
                 find_edge(all, cosines + (sequence_start + i) * num_tokens, i,
-                          now.tokens);
+                          now.num_active);
             }
             sync();  // the nearest token of every token is known
             if (first_block) join_components(all, published, rank_scratch);

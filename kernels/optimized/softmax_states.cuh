@@ -206,11 +206,11 @@ __device__ __forceinline__ State read_state(const acc_t* in) {
     return state;
 }
 
-// Merge the `count` states of each lane with those of its partner, the lane whose
-// number differs in `bit`. Afterwards each lane has half of the merged states: the lane
-// with the bit set has the upper half, and its partner the lower half. Repeated for
-// several bits, this merges the states of all these lanes and distributes the results
-// over them.
+// Merge the `count` states of each lane with those of its partner, the lane whose index
+// differs only in `bit` (a power of two). Afterwards each lane has half of the merged
+// states: the lane with the bit set has the upper half, and its partner the lower half.
+// Repeated for several bits, this merges the states of all these lanes and distributes
+// the results over them.
 template <int count>
 __device__ __forceinline__ void fold(State* states, int bit) {
     const bool upper = threadIdx.x & bit;
@@ -229,12 +229,13 @@ __device__ __forceinline__ void fold(State* states, int bit) {
     }
 }
 
-// Merge and write the states of the rows of a warp's fragment. Lane l has states of
-// four rows over its own 16 columns; the four lanes with the same l / 4 have the same
-// rows and together all 64 columns. After two folds each of these lanes has one row,
-// which it writes to `out` (rows, 3). row_of(i) is the i-th row of the thread. The
-// first fold (bit 1 of the lane) selects the upper or lower two of the four states, and
-// the second fold (bit 2) one of these two, so i has the two bits in reverse order.
+// Merge and write the states of the rows of a warp's fragment (32 x 64, tiles.cuh).
+// Lane l has states of four rows over its own 16 columns; the four lanes with the same
+// l / 4 have the same rows and together all 64 columns. After two folds each of these
+// lanes has one row, which it writes to `out` (rows, 3). row_of(i) is the i-th row of
+// the thread. The first fold (bit 1 of the lane) selects the upper or lower two of the
+// four states, and the second fold (bit 2) one of these two, so i has the two bits in
+// reverse order.
 template <class RowOf>
 __device__ __forceinline__ void write_row_states(acc_t* out, State (&states)[4],
                                                  RowOf row_of) {

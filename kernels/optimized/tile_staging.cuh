@@ -63,9 +63,15 @@ __device__ __forceinline__ void copy_pieces(unsigned char* stage, const Rows& a,
     }
 }
 
-// Copy one step with the widest copies that `alignment` permits. `alignment` is the
-// same in the whole launch, so the branches do not diverge. All three are compiled for
-// every type, so the sizes are valid even where a type never takes the branch.
+// Copy one step. An alignment of 8, 4 or 2 gives copies of that many bytes. With an
+// alignment of 16, which occurs here if the stride is 2^24 or more (`in_chunks`), a
+// copy has one element. `alignment` is the same in the whole launch, so the branches do
+// not diverge.
+//
+// All three calls are compiled for every type, also those that the type never executes.
+// So the template argument must be legal for the type: a piece of 4 bytes is smaller
+// than a double (`per_piece` would be 0), and 2 bytes are for 16-bit types only.
+// `word_bytes` and `least_bytes` are 8 in these cases.
 template <int rows_a, int rows_b, int threads>
 __device__ __forceinline__ void copy_pieces(int alignment, unsigned char* stage, Rows a,
                                             Rows b, long long k, long long dim,
@@ -116,8 +122,12 @@ struct Chunks {
         }
     }
 
-    // Start to copy one chunk of each row, from `column` on. `exists` says whether the
-    // chunk lies within the rows; otherwise, write zeros.
+    // Start to copy one chunk of each row, from `column` on. `target` is the place of
+    // the thread's first chunk: the stage plus chunk_offset(threadIdx.x / 4,
+    // threadIdx.x % 4). The next chunks lie `rows_at_once` rows further. `rows_at_once`
+    // is a multiple of 8, so the permutation of `chunk_offset` is the same for all of
+    // them. `exists` says whether the chunk lies within the rows; otherwise, write
+    // zeros.
     __device__ __forceinline__ void copy(unsigned char* target, int column,
                                          bool exists) const {
 #pragma unroll

@@ -332,7 +332,7 @@ __device__ __forceinline__ void multiply_kept(unsigned char* shared, const Rows&
 
 // Return bits: bit i is 1 if the thread's i-th row (or column) of the tile is a token.
 // The tile starts at token `first_token` of the sequence, and `mask` is (N,);
-// position(i) is the i-th row within the tile.
+// position(i) is the index of that row or column within the tile.
 template <int count, class Position>
 __device__ __forceinline__ unsigned tokens_among(const bool* mask,
                                                  long long first_token,
@@ -356,17 +356,18 @@ struct Corner {
 
 // Return the index-th tile that contains the diagonal or lies above it: S = A Aᵀ is
 // symmetric, so the tiles below the diagonal are not computed. The matrix is divided
-// into squares as wide as a tile. The squares on and above the diagonal are counted row
-// by row, and each is divided from top to bottom into `tiles_per_square` tiles. A tile
-// of the last square may lie entirely past the last row; the caller checks for this
-// case.
+// into squares as wide as a tile, `squares_per_side` along each side. The squares on
+// and above the diagonal are numbered row by row, and each is divided from top to
+// bottom into `tiles_per_square` tiles. A tile of the last square may lie entirely past
+// the last row; the caller checks for this case.
 template <class Tile>
-__device__ __forceinline__ Corner upper_tile(unsigned index, unsigned num_squares) {
+__device__ __forceinline__ Corner upper_tile(unsigned index,
+                                             unsigned squares_per_side) {
     constexpr unsigned tiles_per_square = Tile::columns / Tile::rows;
     const unsigned tile_in_square = index % tiles_per_square;
-    // Square (i, i + j): row i has num_squares - i squares from the diagonal on.
+    // Square (i, i + j): row i has squares_per_side - i squares from the diagonal on.
     unsigned i = 0, j = index / tiles_per_square;
-    for (; j >= num_squares - i; ++i) j -= num_squares - i;
+    for (; j >= squares_per_side - i; ++i) j -= squares_per_side - i;
     return {static_cast<int>(i * Tile::columns + tile_in_square * Tile::rows),
             static_cast<int>((i + j) * Tile::columns)};
 }

@@ -11,8 +11,8 @@ extern "C" __global__ void unmerge_tokens(const real_t* merged, const int* label
     if (index >= batch * num_tokens * vectors) return;
     const long long token = index / vectors, d = index % vectors * WIDTH;
     const int k = group_of(labels[token], num_groups);
-    const long long group = token / num_tokens * num_groups + k;
+    const long long group_index = token / num_tokens * num_groups + k;  // in (B, K)
     acc_t x[WIDTH] = {};
-    if (k >= 0) load_vector(x, merged + group * dim + d, dim - d);
+    if (k >= 0) load_vector(x, merged + group_index * dim + d, dim - d);
     store_vector(out + token * dim + d, x, dim - d);
 }

@@ -10,9 +10,10 @@ extern "C" __global__ void unmerge_tokens_vjp(const real_t* gradient, const int*
     const long long vectors = (dim + WIDTH - 1) / WIDTH;
     const long long index = thread_index();  // (B, K, vectors)
     if (index >= batch * num_groups * vectors) return;
-    const long long d = index % vectors * WIDTH, k = index / vectors;
-    const Members group = members_of(ends, members, k, num_tokens, num_groups);
+    const long long d = index % vectors * WIDTH, group_index = index / vectors;
+    const Members group =
+        members_of(ends, members, group_index, num_tokens, num_groups);
     acc_t sum[WIDTH] = {};
     add_members(gradient + d, nullptr, group, dim, dim - d, sum);
-    store_vector(out + k * dim + d, sum, dim - d);
+    store_vector(out + group_index * dim + d, sum, dim - d);
 }

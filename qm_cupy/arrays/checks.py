@@ -179,8 +179,8 @@ def check_num_groups(
 ) -> NDArray[np.int64]:
     """Return K of every sequence (shape `batch`), each from 1 to its limit.
 
-    `limits` is the number of tokens: one for all sequences, or one per sequence. Without
-    limits, or with limits on a GPU, K may be any positive int32.
+    `limits` is the number of tokens: one for all sequences, or one per sequence.
+    Without limits, or with limits on a GPU, K may be any positive int32.
     """
     # Limits that come from a mask on a GPU are not read: the CPU would have to wait.
     unlimited = limits is None or is_cuda(limits)

@@ -1,9 +1,9 @@
 """Conversion of arrays of any library to NumPy or CuPy and back, through DLPack.
 
-A public function converts its arguments by `convert_inputs`. The functions that it calls
-afterwards work on NumPy or CuPy arrays only. At the end, ``convert_back`` converts the
-results to the caller's library. DLPack is the protocol by which array libraries exchange arrays
-without a copy.
+A public function converts its arguments by `convert_inputs`. The functions that it
+calls afterwards work on NumPy or CuPy arrays only. At the end, ``convert_back``
+converts the results to the caller's library. DLPack is the protocol by which array
+libraries exchange arrays without a copy.
 """
 
 import functools
@@ -71,8 +71,8 @@ def convert_inputs(
     """Return ``convert_back``, and the arguments in order as NumPy or CuPy arrays.
 
     The keys are the argument names that error messages use. None stays None. All arrays
-    except `counts` must be of one library and on one device. The function ``convert_back`` converts a
-    result to the library of the first array.
+    except `counts` must be of one library and on one device. The function
+    ``convert_back`` converts a result to the library of the first array.
 
     Parameters
     ----------

@@ -231,8 +231,8 @@ def _detached(name: str, x: Any, output: bool) -> Any:
 
 def _torch_to_numpy(name: str, x: Any) -> NDArray[Any]:
     torch = sys.modules["torch"]
-    # torch's `numpy()` does not support bfloat16, and neither does `np.from_dlpack` before
-    # NumPy 2.5, so pass the bits as int16.
+    # torch's `numpy()` does not support bfloat16, and neither does `np.from_dlpack`
+    # before NumPy 2.5, so pass the bits as int16.
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(bfloat16(name))
     return x.numpy()

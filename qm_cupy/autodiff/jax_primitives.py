@@ -55,10 +55,10 @@ def check_known(name: str, value: Any) -> None:
     """Raise if the value is a tracer."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"`{name}` is a JAX tracer, but its value must be known while tracing: for a "
-            "number, name the argument in `static_argnames` of jax.jit; for an array, "
-            "use a JAX array made outside the traced function, or an integer `budget` "
-            "instead of a ratio with a mask"
+            f"`{name}` is a JAX tracer, but its value must be known while tracing: for "
+            "a number, name the argument in `static_argnames` of jax.jit; for an "
+            "array, use a JAX array made outside the traced function"
+            f"{', or pass an integer `budget`' if name == 'mask' else ''}"
         )
 
 
@@ -93,7 +93,9 @@ def check_array(declared: str, x: Any) -> Any:
     name = declared.rstrip("?")
     if isinstance(x, jax.Array) or (x is None and name != declared):
         return x
-    if isinstance(x, np.ndarray | np.generic):  # such as NumPy labels for a traced array
+    if isinstance(
+        x, np.ndarray | np.generic
+    ):  # such as NumPy labels for a traced array
         return jnp.asarray(x)
     raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
 

@@ -62,7 +62,9 @@ class Operation(NamedTuple):
     def arrays(self) -> tuple[str, ...]:
         """The names of all array arguments, in their order."""
         return (
-            self.differentiable + self.constants + (("counts?",) if self.count_parameter else ())
+            self.differentiable
+            + self.constants
+            + (("counts?",) if self.count_parameter else ())
         )
 
     @property

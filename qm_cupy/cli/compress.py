@@ -1,7 +1,7 @@
 """The command `compress`: merge a file of tokens, a few sequences at a time.
 
-A file may be larger than memory: only one chunk of it and the small arrays of the
-results are in memory.
+A file of several sequences may be larger than memory: only one chunk of its tokens, the
+mask, and the small arrays of the results are in memory. One sequence is one chunk.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from ..stages.clustering.labels import ORDERS
 from .options import add_budget, add_method, add_seed
 from .progress import Step, progress
 
-CHUNK_BYTES = 64 * 2**20  # tokens that are merged at a time
+CHUNK_BYTES = 64 * 2**20  # bytes of the tokens that are merged at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +170,7 @@ def _merge_parts(
     max_groups: int,
     step: Step,
 ) -> Iterator[Merged[Any]]:
-    """Yield the result of each chunk of b sequences, with the axis b.
+    """Yield the result of each chunk of b sequences; its arrays have the axis b.
 
     Results are bit for bit those of one call for the whole file.
     """
@@ -211,8 +211,8 @@ def merge_chunk(
         merged = quickmerge(to_device(chunk), budget, **options)
         return Merged(*map(to_host, merged))
     except ValueError as error:
-        # The message of the library has the index in the chunk. Replace it by the index
-        # in the file.
+        # For a NaN or Inf, the message of the library has the index in the chunk:
+        # replace it by the index in the file. For other errors, add the sequences.
         wrong = np.argwhere(~np.isfinite(chunk))
         if not len(wrong):
             last = start + len(chunk) - 1

@@ -1,4 +1,4 @@
-"""The command `demo`: merge the patches of a picture to a fifth of its tokens."""
+"""The command `demo`: merge the patches of a picture, by default to a fifth of them."""
 
 import argparse
 import time
@@ -27,9 +27,9 @@ from ..stages.selection.gumbel_softmax import gumbel_softmax
 from ..stages.selection.saliency_mass import saliency_mass
 from .options import add_budget, add_method, add_seed
 
-# About the largest number of tokens: a larger picture is cut into larger patches.
+# The approximate limit of the number of tokens. A larger picture has larger patches.
 _MAX_TOKENS = 5000
-_MIN_PATCH = 8  # pixels, the side of a square patch
+_MIN_PATCH = 8  # the smallest side of a square patch, in pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,8 @@ def run_demo(
 ) -> None:
     """Merge the patches of a picture, print the measurements, and write the results."""
     picture = _read_picture(image)  # (height, width, 3) within 0..1
-    # Patches so large that about _MAX_TOKENS of them cover all pixels.
+    # The side of a patch: at least _MIN_PATCH, and so large that at most about
+    # _MAX_TOKENS patches cover all pixels.
     patch = max(_MIN_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MAX_TOKENS))))
     pixels, rows = cut_into_patches(picture, patch)  # (N, patch·patch·3)
     tokens = embed_patches(pixels, rows)  # (N, patch·patch·3 + 3)

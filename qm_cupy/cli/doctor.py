@@ -36,7 +36,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     rows = [("Python", platform.python_version())]
     rows += [(name, _version(name) or "missing") for name in _REQUIRED]
     for names, command in _OPTIONAL.items():
-        # Show all packages that are installed: CuPy has three.
+        # Show all packages that are installed: three packages provide CuPy.
         installed = [(name, version) for name in names if (version := _version(name))]
         rows += installed or [(names[-1], f"not installed: {command}")]
     rows += [("GPU", line) for line in _gpus()]
@@ -55,7 +55,7 @@ def _version(name: str) -> str | None:
 
 
 def _gpus() -> Iterator[str]:
-    """Yield one line per GPU and one for CUDA, or one line with the reason for none."""
+    """Yield one line per GPU and one for CUDA, or one line with the error."""
     try:
         import cupy
     except ImportError as error:

@@ -8,7 +8,8 @@ from typing import NoReturn
 
 from .. import __version__
 
-# Each command is a module of the same name, with the function `add_arguments`.
+# Each command is a module of the same name. Its function `add_arguments` adds the
+# options, and stores the function that runs the command as the parser's default `run`.
 _COMMANDS = {
     "compress": "merge the tokens of a file and write the result to a .npz file",
     "demo": "merge the patches of a picture and draw the result",
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         arguments = _parser(words).parse_args(words)
-        arguments.run(arguments)
+        arguments.run(arguments)  # the command's function, from `add_arguments`
     except KeyboardInterrupt:
         print("qm-cupy: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it

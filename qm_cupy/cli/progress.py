@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 _WIDTH = 30  # characters of the bar
-PATIENCE = 1.0  # seconds before the bar appears: shorter work needs no bar
+PATIENCE = 1.0  # seconds until the bar appears; shorter work needs no bar
 _CLEAR = "\r\x1b[K"  # go to the start of the line and erase the line
 
 
@@ -18,7 +18,10 @@ class Step(Protocol):
 
 @contextmanager
 def progress(total: int, stream: TextIO, unit: str = "sequences") -> Iterator[Step]:
-    """Yield a function that draws a bar of the finished fraction of `total` units."""
+    """Yield a function that draws a bar of the finished fraction of `total` units.
+
+    It draws only if `stream` is a terminal and the work takes longer than `PATIENCE`.
+    """
     shown = stream.isatty()  # a file or pipe must not contain control characters
     start = time.monotonic()
 

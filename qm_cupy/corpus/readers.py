@@ -37,7 +37,8 @@ class Stored(NamedTuple):
     """
 
     shape: tuple[int, ...] = ()
-    # NumPy has no name for some dtypes, such as bfloat16. They appear as two raw bytes.
+    # The default, two raw bytes, is for an array with a fault whose dtype is unknown or
+    # does not exist in NumPy.
     dtype: np.dtype[Any] = np.dtype("V2")
     chunks: Callable[[int], Iterator[NDArray[Any]]] = _no_chunks  # entries per chunk
     # The reason why the array cannot be read, or "". It becomes an error only if the
@@ -177,9 +178,9 @@ def _num_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
 @contextmanager
 def _open_npz(path: Path) -> Iterator[Arrays]:
     """Describe all arrays of a .npz file, which is a zip of .npy files."""
-    # The caller's `with` statement runs while this function waits at `yield`. If it
-    # reads a damaged part of the file, the exception is raised here and gets the same
-    # message.
+    # The caller's `with` statement runs while this function waits at `yield`. If the
+    # caller reads a damaged part of the file, the exception is raised here and gets the
+    # same message.
     try:
         with zipfile.ZipFile(path) as archive:
             yield {
@@ -265,7 +266,8 @@ def _open_safetensors(path: Path) -> Iterator[Arrays]:
 def _tensor(tensor: Any) -> Stored:
     """Describe a tensor of a .safetensors file."""
     shape, code = tuple(tensor.get_shape()), tensor.get_dtype()
-    # The code of a dtype is a letter and the number of bits, such as "F32".
+    # The code of a dtype that NumPy has is "BOOL", or a letter and the number of bits,
+    # such as "F32".
     name = {"F": "float", "I": "int", "U": "uint"}.get(code[0], "")
     if code != "BOOL" and not (name and code[1:].isdigit()):  # BF16, F8_E4M3, ...
         return Stored(

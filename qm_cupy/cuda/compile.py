@@ -17,7 +17,7 @@ from ..settings import tf32_allowed
 from .constants import definitions
 
 _HERE = Path(__file__).resolve().parents[1]
-_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # of a wheel, of a checkout
+_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # in a wheel, in a checkout
 _STORAGE = {  # the C++ type `real_t` in which arrays are stored
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
@@ -74,10 +74,10 @@ def compile_file(file: str, dtype: str) -> None:
 def raw_kernel(file: str, kernel: str, dtype: str, cooperative: bool = False) -> Any:
     """Return the compiled kernel for the current device.
 
-    Tests replace this function and `empty`, to run kernels without a GPU. A replacement
-    of the kernel is also called with ``(grid, block, args)``, and its arguments are
-    NumPy arrays. A launch with `shared` memory also reads its attribute
-    ``shared_size_bytes``, the static shared memory.
+    Tests replace this function and `empty`, to run kernels without a GPU. `launch`
+    calls the result with ``(grid, block, args)``; in these tests, `args` has NumPy
+    arrays. A launch with dynamic shared memory also reads the attribute
+    ``shared_size_bytes`` of the result, its static shared memory.
     """
     import cupy
 
@@ -184,7 +184,8 @@ def _folder() -> Path:
 def kernel_dtype(file: str, dtype: Any) -> str:
     """Return the dtype that a file's kernels are compiled for.
 
-    It is `TF32` for float32 in optimized kernels if `allow_tf32` allows it.
+    It is `dtype` itself, except that it is `TF32` for float32 in optimized kernels if
+    `allow_tf32` allows it.
     """
     name = _name(np.dtype(dtype))
     if name != "float32" or not file.startswith("optimized/"):

@@ -1,7 +1,8 @@
 """Constants that Python and CUDA use. `definitions` passes them to the compiler.
 
-In the kernels they are macros of the same names. If a constant is the size of a struct,
-the kernel asserts that it is. Here "reals" are values of the type of sums, `acc_t`,
+In the kernels they are macros. Most have the same name as here; `definitions` shows the
+exceptions. If a constant is the size of a struct, the kernel asserts that both are
+equal. Here "reals" are values of the type of sums, `acc_t`,
 with 4 or 8 bytes, and "integers" have 4 bytes.
 """
 
@@ -25,7 +26,7 @@ SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 512, 8: 384}
 # Largest width of a head in the transformer prior: one block keeps the sums of a head.
 MAX_HEAD_DIM = 256
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}  # after a linear map
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}  # functions after a linear map
 NOISE_BITS = 23  # bits of the uniform numbers that Gumbel noise is computed from
 
 # Values of the softmax state (m, r, t) of a row of scores. Gradients of scores also
@@ -45,15 +46,17 @@ LINKAGE_SCRATCH = 128
 SLOT_BYTES = {width: 5 * width + 22 for width in (4, 8)}  # per cluster
 TREE_BYTES = {width: 2 * width + 20 for width in (4, 8)}  # per token of a dendrogram
 NEAREST_BYTES = {width: 2 * width for width in (4, 8)}  # per nearest cluster
-# Single linkage. Its state has 8-byte words, reals and integers for each token. Then
-# come the integers of its progress for each team of blocks, and the integers for each
-# token while the rows of the dendrogram are written.
+# Single linkage. Its state has 8-byte words, reals and integers for each token. The
+# other constants are the integers of its progress for each team of blocks, and the
+# integers for each token while the rows of the dendrogram are written.
 SINGLE_WORDS, SINGLE_REALS, SINGLE_INTEGERS = 2, 3, 8
 SINGLE_PROGRESS, SINGLE_ROW_INTEGERS = 4, 3
 # Contiguous groups: reals and integers for each token.
 CONTIGUOUS_REALS, CONTIGUOUS_INTEGERS = 5, 3
 BASIC_CONTIGUOUS_REALS, BASIC_CONTIGUOUS_INTEGERS = 3, 2
 
+# The names of the constants in `definitions`: those that depend on the width of a real,
+# and those that do not.
 _BY_WIDTH = "LINKAGE_THREADS", "SLOT_BYTES", "TREE_BYTES", "NEAREST_BYTES"
 _SAME = (
     "VECTOR_BYTES", "COUNTS", "TILE", "STEP_BYTES", "WIDE_STAGES", "SQUARE",

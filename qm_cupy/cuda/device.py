@@ -37,7 +37,7 @@ class Device(NamedTuple):
     """Limits of the current device that launchers need."""
 
     multiprocessors: int
-    """Number of multiprocessors. As many blocks of 1024 threads can run at once."""
+    """Number of multiprocessors. This many blocks of 1024 threads can run at once."""
     shared_bytes: int
     """Largest shared memory of a block in bytes, static and dynamic together."""
 
@@ -61,15 +61,22 @@ def _device(number: int) -> Device:
 
 
 def free_memory() -> int:
-    """Return the number of bytes that can be allocated on the current device."""
+    """Return the number of bytes that can be allocated on the current device.
+
+    Within `Workspace.lend`, return the number of the first call instead.
+    """
     import cupy
 
     free, _ = cupy.cuda.runtime.memGetInfo()
     # CuPy's pool keeps freed memory, which the driver counts as used.
     free = int(free) + int(cupy.get_default_memory_pool().free_bytes())
-    # In `Workspace.lend`, the allocator is a method of the workspace.
+    # Within `Workspace.lend`, the allocator is a method of the workspace.
     lender = getattr(cupy.cuda.get_allocator(), "__self__", None)
-    return lender.free_memory(free) if isinstance(lender, Workspace) else free
+    return (
+        lender.device_bytes_at_first_call(free)
+        if isinstance(lender, Workspace)
+        else free
+    )
 
 
 def is_capturing() -> bool:

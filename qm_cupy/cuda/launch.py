@@ -113,8 +113,8 @@ def _cover(count: int, size: int) -> int:
 def block_size(num_tokens: int, max_threads: int, step: int = WARP) -> int:
     """Return how many threads a block has with one thread per token.
 
-    It is at most `max_threads`, and a multiple of `step`, because a block consists of
-    whole warps.
+    It is at most `max_threads`, and below that a multiple of `step`. A step has one or
+    more whole warps, because a block consists of whole warps.
     """
     return min(_cover(num_tokens, step) * step, max_threads)
 
@@ -162,9 +162,9 @@ def vector_count(x: Any) -> int:
 
 
 def contiguous(x: Any, dtype: Any = None) -> Any:
-    """Return an array C-contiguous and in `dtype`, or None if `x` is None.
+    """Return a C-contiguous array in `dtype` with these values; None stays None.
 
-    An array that is already so is not copied.
+    An array that already has this order and dtype is not copied.
     """
     return None if x is None else x.astype(dtype or x.dtype, order="C", copy=False)
 

@@ -11,10 +11,11 @@ from .compile import TF32, kernel_dtype
 from .constants import BLOCK, STEP_BYTES, TILE, WIDE_STAGES
 from .device import Device, current_device
 
-# Time of a wide tile, which has an SM to itself, divided by the time of two whole
-# tiles, which run on one SM together. The wide tile reads 3/4 of the bytes and issues
-# 3/4 of the loads from shared memory, but no other tile runs on the SM while it
-# finishes. This is an estimate from counts; it was not timed on a GPU.
+# The time of a wide tile, which has an SM to itself, divided by the time of two whole
+# tiles, which run on one SM together. Both have the same area. The wide tile copies 3/4
+# of the bytes that the two whole tiles copy to shared memory, and issues 2/3 of their
+# loads from shared memory, but no other tile runs on the SM while it finishes. This is
+# an estimate from counts; it was not timed on a GPU.
 _WIDE_COST = 0.9
 _RESERVED = 1 << 10  # bytes of shared memory that CUDA reserves for each block
 
@@ -31,8 +32,9 @@ class Shape(NamedTuple):
 
 HALF = Shape("_half", TILE // 2, TILE, BLOCK // 2)
 WHOLE = Shape("", TILE, TILE, BLOCK)
-# A tile is computed in steps. Each stage, a buffer in shared memory, has STEP_BYTES of
-# each of the TILE rows and 2 · TILE columns of one step.
+# A tile is computed in steps, and a stage is a buffer in shared memory for one step. A
+# stage of a wide tile has room for TILE rows and 2 · TILE columns, with STEP_BYTES for
+# each row and each column.
 _WIDE_BYTES = WIDE_STAGES * 3 * TILE * STEP_BYTES
 WIDE = Shape("_wide", TILE, 2 * TILE, BLOCK, _WIDE_BYTES)
 
@@ -53,7 +55,8 @@ class Tiling(NamedTuple):
         across = -(-self.columns // shape.columns)
         if self.upper:
             # The matrix is divided into squares of shape.columns × shape.columns. Count
-            # the squares on or above the diagonal. A square has two half tiles.
+            # the squares on or above the diagonal. A square has one whole tile, two
+            # half tiles or two wide tiles.
             squares = across * (across + 1) // 2
             return self.matrices * squares * (shape.columns // shape.rows)
         down = -(-self.rows // shape.rows)
@@ -71,8 +74,10 @@ def select_shape(tiling: Tiling, dtype: Any) -> Shape:
         return HALF  # twice as many blocks, so that fewer SMs are idle
     if not tiling.wide or not _has_wide(dtype, device):
         return WHOLE
-    # An SM runs two whole tiles or one wide tile at a time. The blocks of a launch run
-    # in turns. In one turn, every SM has as many tiles as it can run.
+    # An SM runs two whole tiles or one wide tile at a time. (For TF32 it runs one whole
+    # tile, see TILE_BLOCKS_PER_SM in tiles.cuh; this estimate ignores the difference.)
+    # The blocks of a launch run in turns. In one turn, every SM has as many tiles as it
+    # can run.
     turns = -(-tiling.blocks(WHOLE) // (2 * device.multiprocessors))
     wide_turns = -(-tiling.blocks(WIDE) // device.multiprocessors)
     cost = turns * tiling.block_tiles(WHOLE)  # unit: time of two whole tiles together
@@ -81,10 +86,12 @@ def select_shape(tiling: Tiling, dtype: Any) -> Shape:
 
 
 def _has_wide(dtype: Any, device: Device) -> bool:
-    """Return whether wide tiles can run: tensor cores multiply this dtype.
+    """Return whether wide tiles can run on the device.
 
-    The kernels use tensor cores on GPUs of sm_80 and later. Older GPUs, such as sm_75,
-    have at most 96 KB of shared memory, so the second condition excludes them.
+    There are two conditions: tensor cores can multiply the dtype, and the device has
+    more shared memory per block than a wide tile needs. A wide tile needs exactly 96
+    KiB. The kernels use tensor cores from sm_80 on. Older GPUs, such as sm_75, have at
+    most 96 KiB, so the comparison must be a strict ``<`` to exclude them.
     """
     name = kernel_dtype("optimized/", dtype)
     return name in ("float16", "bfloat16", TF32) and WIDE.shared < device.shared_bytes
@@ -95,10 +102,11 @@ def kept_bytes(row_bytes: int, dtype: Any) -> int:
 
     `multiply_kept`, in kernels/optimized/tiles.cuh, keeps the rows of a tile in shared
     memory while it multiplies them by all columns. With 16-bit types two blocks run on
-    an SM at the same time, so the shared memory of both must fit.
+    an SM at the same time, so the shared memory of both must fit. With float32 one
+    block runs.
     """
     if dtype.itemsize == 8:
-        return 0  # the sums of float64 need all registers
+        return 0  # not compiled for float64, whose sums need all registers
     size = -(-row_bytes // STEP_BYTES) * STEP_BYTES  # bytes of a row, in whole steps
     # The rows that are kept, and two buffers for columns: one is multiplied while the
     # other is loaded.

@@ -10,9 +10,10 @@ class Workspace:
     """GPU memory for intermediate results of `quickmerge`, kept between calls.
 
     The first call with a workspace allocates the memory. A later call with the same
-    shapes, dtypes and options uses the same memory and allocates nothing, so that a
-    CUDA graph can capture it. Keep the workspace as long as you use the graph. Use a
-    workspace in one call at a time and in one stream. On the CPU it has no effect.
+    shapes, dtypes and options uses the same memory. With `out` and an integer budget it
+    allocates nothing, so that a CUDA graph can capture it. Keep the workspace as long
+    as you use the graph. Use a workspace in one call at a time and in one stream. On
+    the CPU it has no effect.
 
     Attributes
     ----------
@@ -37,8 +38,10 @@ class Workspace:
         # their addresses. A buffer is therefore never returned to CuPy, and it is
         # reused only for requests of its own size.
         self._free_buffers: dict[tuple[int, int], list[Any]] = {}
-        self._source: Any = None  # CuPy's allocator from before `lend`
-        self._first_free_bytes: int | None = None  # of the device, in the first call
+        # CuPy's allocator at the time of the call of `lend`. New buffers come from it.
+        self._source: Any = None
+        # The argument of the first call of `device_bytes_at_first_call`.
+        self._device_bytes_at_first_call: int | None = None
 
     def __reduce__(self) -> Any:
         """Raise TypeError, because a copy would refer to the same memory."""
@@ -55,15 +58,17 @@ class Workspace:
         scope: AbstractContextManager[None] = cupy.cuda.using_allocator(self._malloc)
         return scope
 
-    def free_memory(self, now: int) -> int:
-        """Return the free bytes of the device that the first call received as `now`.
+    def device_bytes_at_first_call(self, free_bytes: int) -> int:
+        """Return the number of free bytes that the first call of this method received.
 
-        A launcher may select its algorithm by the free memory. It must select the same
-        algorithm in every call, although the workspace itself uses memory since then.
+        The number of sequences that `linkage` computes in one launch depends on the
+        free memory. The workspace keeps memory after the first call, so less is free
+        later. Every call must use the same number, so that it requests buffers of the
+        same sizes.
         """
-        if self._first_free_bytes is None:
-            self._first_free_bytes = now
-        return self._first_free_bytes
+        if self._device_bytes_at_first_call is None:
+            self._device_bytes_at_first_call = free_bytes
+        return self._device_bytes_at_first_call
 
     def _malloc(self, size: int) -> Any:
         """Return a free buffer of exactly this size, or allocate one.
@@ -75,8 +80,8 @@ class Workspace:
         if size == 0:  # there is no memory to keep
             return self._source(0)
         device = cupy.cuda.runtime.getDevice()
-        # A later call with the same shapes requests the same sizes, and there is a free
-        # buffer for each request.
+        # A later call with the same shapes requests the same sizes. A buffer of the
+        # first call is then free for each request.
         free = self._free_buffers.setdefault((device, size), [])
         if free:
             buffer = free.pop()
@@ -91,9 +96,10 @@ class Workspace:
 
 
 class _Loan:
-    """The owner of a buffer that an array uses.
+    """The owner of a buffer that one or more arrays use.
 
-    Python deletes it with the last array. The buffer then returns to the free ones.
+    Python deletes this object with the last of these arrays. The buffer is then free
+    for another request.
     """
 
     def __init__(self, free: list[Any], buffer: Any) -> None:

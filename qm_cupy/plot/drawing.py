@@ -48,7 +48,7 @@ def name_tokens(axis: Axis, words: Sequence[str] | None) -> None:
 
 
 def figure_width(num_tokens: int) -> float:
-    """Return a width in inches at which the words of all tokens are legible."""
+    """Return a width in inches: 0.2 for each token, but at least 6 and at most 16."""
     return min(max(6, 0.2 * num_tokens), 16)
 
 

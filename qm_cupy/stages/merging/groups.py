@@ -32,7 +32,10 @@ _GLOBAL_RUNS = 8
 
 
 @operation(
-    constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
+    constants=("labels",),
+    count_parameter="num_groups",
+    dtype="int32",
+    shapes=groups_of_tokens,
 )
 def group_sizes(labels: IntArray, num_groups: Any) -> IntArray:
     """Return the number of tokens of each group.
@@ -84,7 +87,10 @@ def _group_sizes_reference(labels: NDArray[Any], num_groups: int) -> NDArray[np.
 
 
 @operation(
-    constants=("labels",), counts="num_groups", dtype="int32", shapes=groups_of_tokens
+    constants=("labels",),
+    count_parameter="num_groups",
+    dtype="int32",
+    shapes=groups_of_tokens,
 )
 def group_positions(labels: IntArray, num_groups: Any) -> IntArray:
     """Return the position of each group, which is the position of its last member.
