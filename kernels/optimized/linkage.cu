@@ -1,7 +1,6 @@
 // Average, complete and ward linkage in rounds: in one round, all pairs of clusters
 // that are each other's nearest neighbours merge. Let A and B be such a pair, and let
-// another such pair, C and D, merge first. Each of the three distances d below
-// satisfies
+// another such pair, C and D, merge first. Every distance d below satisfies
 //   d(C u D, A) >= min(d(C, A), d(D, A)) >= d(B, A),
 // and the same is true for B. So A and B stay each other's nearest neighbours until
 // they merge. The standard greedy algorithm, which always merges the closest pair,
