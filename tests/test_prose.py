@@ -1,5 +1,6 @@
 """Prose is plain, a name has one meaning, and hard code has comments."""
 
+import re
 from pathlib import Path
 
 import prose
@@ -76,6 +77,20 @@ def test_a_kernel_file_opens_with_an_explanation(file):
         return
     lines = file.read_text(encoding="utf-8").splitlines()
     assert all(line.startswith("//") for line in lines[:2])
+
+
+def test_no_line_of_a_page_is_a_comment_by_accident():
+    """MyST drops a line that starts with %, which "50 %" does after a line break."""
+    hits = [
+        f"{file.relative_to(ROOT)}: {line}"
+        for file in FILES["docs"]
+        if file.suffix == ".md"
+        for line in re.sub(r"```.*?```", "", file.read_text("utf-8"), flags=re.S).split(
+            "\n"
+        )
+        if line.lstrip().startswith("%")
+    ]
+    assert hits == []
 
 
 def test_messages_are_short():
