@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from .libraries import CUDA_TYPE, keep_library, library
+from .libraries import CUDA_TYPE, keep_numpy_or_cupy, library
 
 Array = TypeVar("Array", bound=Any)  # the result has the type of the input
 # Arrays of the caller's library, as arguments or results, whose dtype is not that of
@@ -30,11 +30,13 @@ _HOST = 1, 3  # DLPack's types kDLCPU and kDLCUDAHost (pinned memory of the CPU)
 def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
     """Run a public function on the device and stream of its first array.
 
-    For a torch tensor this is torch's current stream. Torch's allocator frees memory in
-    the order of that stream, so no `record_stream` is needed. A CUDA graph that torch
-    captures contains the work, too. For all other libraries it is CuPy's current
-    stream. For these, DLPack synchronises: CuPy's stream waits until the input is
-    ready, and the library's stream waits until the result is ready.
+    For a torch tensor, the function runs in torch's current stream. Torch's allocator
+    reuses freed memory for later work of the same stream. Our kernels run in that
+    stream too, so memory that they still read is not overwritten, and no
+    `record_stream` is needed. A CUDA graph that torch captures contains the kernels.
+    For arrays of all other libraries, the function runs in CuPy's current stream, and
+    DLPack synchronises: CuPy's stream waits until the input is ready, and the library's
+    stream waits until the result is ready.
     """
 
     @functools.wraps(function)
@@ -51,14 +53,16 @@ def on_callers_stream(function: Callable[P, Result]) -> Callable[P, Result]:
 def scope_of(values: Iterable[Any]) -> AbstractContextManager[Any] | None:
     """Return a context for the device and stream of the first array, or None.
 
-    None means that this device and stream are already the current ones.
+    None means that there is nothing to set: CuPy already uses this device and stream,
+    the array is on the CPU, there is no array, or the array cannot be used. In the last
+    case, the function raises the error later.
     """
     for x in values:
         # For a `Merged`, which is a tuple, use its first array: the tokens.
         first = x[0] if isinstance(x, tuple) and x else x
         if hasattr(first, "__dlpack__"):
             return library(first).scope(first)
-    return None  # no array: the function itself raises the error
+    return None  # there is no array
 
 
 def convert_inputs(
@@ -110,7 +114,7 @@ def convert_inputs(
         values.append(x)
     values += [converted.get(name, x) for name, x in (gradients or {}).items()]
     values += map(converted.get, outputs or ())
-    return keep_library if like is None else _convert_back_to(like), *values
+    return keep_numpy_or_cupy if like is None else _convert_back_to(like), *values
 
 
 def deliver(convert_back: ConvertBack, result: Any, out: Any, target: Any) -> Any:

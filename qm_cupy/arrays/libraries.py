@@ -61,7 +61,7 @@ def _library(array_type: type) -> Library:
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     # The functions of each library are in the order of the fields of `Library`.
     if issubclass(array_type, np.ndarray):
-        functions = _plain_numpy, _view, keep_library, _no_scope
+        functions = _plain_numpy, _view, keep_numpy_or_cupy, _no_scope
         return Library("numpy", lambda x: CPU_DEVICE, *functions)
     if torch and issubclass(array_type, torch.Tensor):
         converters = _detached, _torch_to_numpy, _to_torch, _torch_scope
@@ -75,7 +75,7 @@ def _library(array_type: type) -> Library:
     from_result = (
         _to_array_api_library
         if hasattr(array_type, "__array_namespace__")
-        else keep_library
+        else keep_numpy_or_cupy
     )
     converters = (lambda name, x, output: x), _from_dlpack, from_result, _device_scope
     return Library(name, _dlpack_device, *converters)
@@ -86,7 +86,7 @@ def on_host(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic)
 
 
-def keep_library(x: Any, like: Any = None) -> Any:
+def keep_numpy_or_cupy(x: Any, like: Any = None) -> Any:
     """Return a result that stays a NumPy or CuPy array.
 
     A NumPy result becomes C-contiguous, or a scalar if it has no axes.

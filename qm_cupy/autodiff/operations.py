@@ -68,7 +68,7 @@ class Operation(NamedTuple):
         )
 
     @property
-    def typed_options(self) -> tuple[str, ...]:
+    def options_and_max_groups(self) -> tuple[str, ...]:
         """The arguments that are not arrays, in their order, with their types."""
         if not self.count_parameter:
             return self.options
@@ -127,7 +127,7 @@ class Operation(NamedTuple):
     def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return the arguments of the public function by their names."""
         # "float? scale" and "mass?" become "scale" and "mass".
-        declared = (*self.arrays, *self.typed_options)
+        declared = (*self.arrays, *self.options_and_max_groups)
         names = (argument.split()[-1].rstrip("?") for argument in declared)
         arguments = dict(zip(names, values, strict=True))
         if self.count_parameter:  # join `counts` and `max_groups` again
@@ -147,9 +147,10 @@ OPERATIONS: dict[str, Operation] = {}
 """The operator table: every operation by its name."""
 
 KNOWN_WHILE_TRACING: list[Callable[..., Any]] = []
-"""Functions whose results torch's compiler keeps as constants.
+"""Functions that torch's compiler calls while it traces.
 
-The results do not depend on a tensor.
+Their results do not depend on the values of a tensor, so the compiler keeps them as
+constants.
 """
 
 

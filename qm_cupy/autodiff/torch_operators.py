@@ -7,6 +7,11 @@ settings. Without the index, it would run under the settings of its own Python t
 which may differ: on the CPU this is the thread that calls ``backward``, and for a GPU
 it is a thread of autograd, which has the defaults. The operator itself reads the
 settings, because `torch.compile` cannot trace a context variable.
+
+The arguments of an operator are in the order of operations.py: the differentiable
+arrays first, then constants, counts, options and ``max_groups``. Names in the table are
+declarations: "mask?" is an array `mask` that may be None, and "float? scale" is an
+option `scale` that is a float or None.
 """
 
 import functools
@@ -26,7 +31,8 @@ from .operations import (
     plain_integer,
 )
 
-# All combinations of the three settings. An index into this list is passed as a tensor.
+# All values of `snapshot()`: (kernels, TF32 allowed, inputs checked for NaN and Inf). An
+# index into this list is passed as a tensor.
 SNAPSHOTS: list[Snapshot] = list(
     itertools.product(("basic", "optimized"), (False, True), (False, True))
 )
@@ -57,18 +63,21 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
 
 def masked_copy(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return a copy in float32 or float64 that is 0 where a mask is False."""
-    # This returns `x` itself if it is float32 or float64, so `clone` makes the copy.
+    # `to` returns `x` itself, not a copy, if `x` already has the dtype. So `clone` makes
+    # the copy.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.clone() if mask is None else wide * mask
 
 
 def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
-    """Return the arguments ``counts`` and ``max_groups`` for a count.
+    """Split the caller's count into ``counts`` and ``max_groups``.
 
-    ``counts`` is K of each sequence, or None if all K are equal. ``max_groups`` is the
-    largest K. If the shapes of results depend on it, the values of a tensor of counts
-    are read: the CPU waits for a tensor on a GPU, and the compiler may break its graph.
-    If the declared name ends in "?", no shape does, and a tensor is not read.
+    ``counts`` holds the number of groups K of each sequence, or is None if the caller
+    passed one number for all sequences. ``max_groups`` is the largest K. To compute
+    ``max_groups``, the values of a tensor are read: the CPU waits for a tensor on a
+    GPU, and the compiler may break its graph. If the declared name ends in "?", no
+    shape depends on K. Then a tensor is returned as ``counts`` without reading its
+    values, and ``max_groups`` is None.
     """
     name = declared.rstrip("?")
     if count is None and name != declared:
@@ -119,7 +128,7 @@ def _register(operation: Operation) -> None:
     parameters = [
         f"Tensor{'?' * x.endswith('?')} {x.rstrip('?')}" for x in operation.arrays
     ]
-    parameters += [x.replace("uint64", "int") for x in operation.typed_options]
+    parameters += [x.replace("uint64", "int") for x in operation.options_and_max_groups]
     # One tensor for each result, and one for the index of the settings.
     results = ", ".join(["Tensor"] * (operation.results + 1))
     forward = torch.library.custom_op(
@@ -183,9 +192,9 @@ def _vjp(operation: Operation, *arguments: Any) -> list[Tensor]:
 
 
 def _public_arguments(operation: Operation, arguments: Any) -> list[Any]:
-    """Return an operator's arguments with seeds as the public function takes them."""
+    """Return an operator's arguments for the public function: seeds become unsigned."""
     values = list(arguments)
-    for i, option in enumerate(operation.typed_options, len(operation.arrays)):
+    for i, option in enumerate(operation.options_and_max_groups, len(operation.arrays)):
         if option.startswith("uint64") and values[i] is not None:
             values[i] %= 2**64  # from signed back to unsigned
     return values
@@ -237,7 +246,8 @@ def _backward(
     # Omit the last gradient: it belongs to the index of the settings, an integer.
     results = iter(vjp(*gradients[:-1], *ctx.saved_tensors, *ctx.options, wanted))
     input_gradients = tuple(next(results) if want else None for want in wanted)
-    # Constants and options have no gradient.
+    # The arrays after the differentiable ones (`operation.constants` and `counts`) and
+    # the options have no gradient.
     rest = len(operation.arrays) - len(input_gradients) + len(ctx.options)
     return input_gradients + (None,) * rest
 
@@ -248,9 +258,12 @@ def _refuse(operation: Operation, ctx: Any, *gradients: Any) -> None:
     )
 
 
-# This module is imported by the first traced call. All modules that declare operations
-# are imported by then, so the table is complete.
+# This module is first imported when torch records or compiles a call (dispatch.py and
+# composition.py). All modules that declare operations are imported by then, so
+# `OPERATIONS` is complete.
 for _operation in OPERATIONS.values():
     _register(_operation)
+# The results of these functions do not depend on the values of tensors. So the compiler
+# calls them while it traces, and keeps the results as constants.
 for _function in KNOWN_WHILE_TRACING:
     torch.compiler.assume_constant_result(_function)

@@ -2,8 +2,8 @@
 
 A prior is a model that predicts a merged token from the tokens before it. Here each
 network is a two-layer perceptron: it reads the mean of all tokens so far. In shapes, B
-is the number of sequences, K of merged tokens, D the width of a token, and H the width
-of the hidden layer.
+is the number of sequences, K is the number of merged tokens in a sequence, D is the
+width of a token, and H is the width of the hidden layer.
 """
 
 import os
@@ -125,7 +125,11 @@ class MLPPrior:
         positions: Any = None,
         sizes: Any = None,
     ) -> Array:
-        """Predict the neighbour of every token from all tokens up to it, in one pass.
+        """Predict the next (or the previous) token of every token, all at once.
+
+        The prediction of the next token reads a token and all tokens before it. In
+        reverse, the prediction of the previous token reads a token and all tokens after
+        it.
 
         Parameters
         ----------
@@ -195,7 +199,7 @@ class MLPPrior:
         convert_back, token = convert_inputs({"token": token})
         check_values("token", token, "D", "BD")
         check_width("token", token, self.forward)
-        total: Any = None  # sum of the tokens so far, (B, D)
+        total: Any = None  # sum of the tokens so far, (D,) or (B, D)
         count = 0
         if state is not None:
             total, count = state
@@ -229,10 +233,11 @@ class MLPPrior:
 
         .. math:: \min_{W, b} \lVert A W + b - Y \rVert^2 + \lambda \lVert W \rVert^2.
 
-        The R rows are all prefixes of all sequences (all suffixes for the backward
-        network). A (R, H) holds the activations of the hidden layer, Y (R, D) the token
-        to predict, W (H, D) the weights and b (D,) the bias of the output layer. Then
-        `steps` steps of Adam train both layers.
+        A (R, H) holds the activations of the hidden layer, Y (R, D) holds the tokens to
+        predict, and W (H, D) and b (D,) are the weights and the bias of the output
+        layer. A and Y have one row for each prefix that has a next token: K - 1 rows
+        for a sequence of K tokens. For the backward network, they have one row for each
+        suffix that has a previous token. Then `steps` steps of Adam train both layers.
 
         Parameters
         ----------
@@ -306,7 +311,8 @@ class MLPPrior:
         --------
         MLPPrior.load : Read the file back, bit for bit.
         """
-        # Names such as "forward.weight_in". `load` expects the names of `mlp_shapes`.
+        # The arrays get names such as "forward.weight_in". They must be the names that
+        # `mlp_shapes` returns, because `load` reads the arrays by those names.
         networks = {"forward": self.forward, "backward": self.backward}
         arrays = {
             f"{direction}.{name}": weight

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...arrays.checks import check_tokens
 from ...arrays.conversion import Array, convert_inputs, on_callers_stream
-from ...arrays.libraries import keep_library, no_grad, stack
+from ...arrays.libraries import keep_numpy_or_cupy, no_grad, stack
 from ...priors.merged_tokens import merged_parts
 from ...priors.protocols import SteppingPrior
 from ...results import Merged
@@ -93,7 +93,7 @@ def decode(
             if progress is not None:
                 progress(t + 1)
     stacked = stack(predictions, -2)  # (B, K, E)
-    return keep_library(stacked) if isinstance(stacked, np.ndarray) else stacked
+    return keep_numpy_or_cupy(stacked) if isinstance(stacked, np.ndarray) else stacked
 
 
 def _last_prediction(model: Any, prefix: Any) -> Any:

@@ -50,12 +50,13 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     `distance` holds 1 - cos (N, N) and is overwritten, `mass` (N,) is > 0, and `method`
     is "average" or "ward".
 
-    A round merges every two groups that are each other's nearest neighbours. Let A and
-    B be such a pair, and let C and D be another such pair that merges first. Then
-    d(C ∪ D, A) ≥ min(d(C, A), d(D, A)), and the same is true for B: the union is not
-    nearer to A than the nearer of C and D was. Therefore A and B stay each other's
-    nearest neighbours until they merge, and the dendrogram has this merge. All such
-    pairs may merge in one round.
+    The dendrogram is defined by one merge at a time, always of the nearest pair. A
+    round merges all pairs of groups that are each other's nearest neighbours. Let A and
+    B be such a pair, and let C and D be another such pair that is merged before them.
+    Then d(C ∪ D, A) ≥ min(d(C, A), d(D, A)): the union is not nearer to A than the
+    nearer of C and D was. The same inequality is true for B instead of A. So A and B
+    stay each other's nearest neighbours until they are merged, and A ∪ B is one of the
+    merges of the dendrogram. Therefore one round may merge all such pairs.
     """
     num_tokens, sums = len(mass), distance
     # Equal tokens must have distance 0, but rounding can move their cosine away from 1.
@@ -71,11 +72,11 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     group["alive"], group["size"], group["mass"] = True, 1, mass
     group["tie_break"] = _hash_indices(num_tokens)
     tree, num_merges = np.empty((num_tokens - 1, 4)), 0
-    # `spent` is the number of rows searched since the last search of all stale groups,
-    # plus _OVERHEAD rows for each call of `_search`. `_select_due` decides with it when
-    # to search all stale groups again. The loop also adds the rows of the search of all
-    # stale groups, which must not count. So `spent` starts at minus their number, which
-    # is N in the first search.
+    # `spent` is the cost, in rows, of the searches after the last search of all stale
+    # groups; each call of `_search` costs _OVERHEAD rows more. `_select_due` uses
+    # `spent` to decide when to search all stale groups again. The rows of the search of
+    # all stale groups itself do not count. The loop adds these rows anyway, so `spent`
+    # starts at minus their number: -N here, because the first search has N rows.
     rounds, spent = 0, -num_tokens
     while num_merges < num_tokens - 1:
         # Search the due groups, then their nearest neighbours if these are stale: two
@@ -106,26 +107,26 @@ def _mutual_pairs(group: Any) -> tuple[Indices, Indices]:
     return a, near[a]
 
 
-def _select_due(group: Any, merged: Indices, spent: int) -> tuple[Indices, int]:
+def _select_due(group: Any, unions: Indices, spent: int) -> tuple[Indices, int]:
     """Return the indices of the groups to search next, and the new value of `spent`.
 
     If many groups have the same nearest neighbour, all of them become stale when this
     neighbour merges. A search of all stale groups in every round would be slow. So a
-    round searches only the groups that it made, `merged`, until such searches have cost
+    round searches only the groups that it made, `unions`, until such searches have cost
     as many rows as a search of all stale groups.
     """
     # A group keeps its nearest neighbour if a later merge makes another group equally
     # near. So equal distances can form a cycle: B is nearest to A, C to B, and A to C.
     # Then no pair can merge. A search of all groups decides all ties by the same rule.
-    # The rows of this search count, so the new `spent` is 0. After the search, `spent`
-    # is therefore more than the number of groups, and if pairs merge, the next round
-    # searches all stale groups.
-    if len(merged) == 0:
+    # Ties are likely again after the next merges, so the next round should search all
+    # stale groups too. Therefore the rows of this search count: the new `spent` is 0,
+    # and after the search it is more than the number of groups.
+    if len(unions) == 0:
         return np.flatnonzero(group["alive"]), 0
     stale = np.flatnonzero(group["alive"] & group["stale"])
     # -len(stale): the loop adds the rows of the search of all stale groups to `spent`,
     # and these rows must not count.
-    return (merged, spent) if spent < len(stale) else (stale, -len(stale))
+    return (unions, spent) if spent < len(stale) else (stale, -len(stale))
 
 
 def _search(sums: Floats, group: Any, due: Indices, method: str) -> None:
@@ -136,7 +137,8 @@ def _search(sums: Floats, group: Any, due: Indices, method: str) -> None:
     step = max(1, _BLOCK // len(group))
     for start in range(0, len(due), step):
         rows = due[start : start + step]
-        # A copy of E(A, C) that becomes the distance, and W_A W_C: (rows, groups) each
+        # Two arrays (rows, groups). `distance` starts as a copy of E(A, C) and is
+        # changed to d(A, C) below. `mass_product` starts as W_A W_C.
         distance, mass_product = sums[rows], mass[rows, None] * mass
         if method == "ward":
             # |μ_A - μ_C|² = 2 (E(A, C) / (W_A W_C) - spread_A - spread_C), so that
@@ -198,20 +200,21 @@ def _merge(sums: Floats, group: Any, a: Indices, b: Indices) -> Floats:
     return np.stack((node[a], node[b], height, group["size"][a]), axis=-1)
 
 
-def _compact(sums: Floats, group: Any, merged: Indices) -> tuple[Floats, Any, Indices]:
+def _compact(sums: Floats, group: Any, unions: Indices) -> tuple[Floats, Any, Indices]:
     """Drop absorbed groups from the arrays, if they are at least a quarter of all.
 
-    Return the matrix, the groups, and the indices `merged` after the change.
+    `unions` holds the indices of the groups that this round made. Return the matrix,
+    the groups, and the new indices of these unions.
     """
     alive = group["alive"]
     if 4 * np.count_nonzero(alive) > 3 * len(group):
-        return sums, group, merged
+        return sums, group, unions
     new_index = np.cumsum(alive) - 1
     group = group[alive]
     # If the neighbour of a group was dropped, the group is stale. The new `near` of the
     # group is wrong, but the `near` of a stale group has no effect.
     group["near"] = new_index[group["near"]]
-    return sums[np.ix_(alive, alive)], group, new_index[merged]
+    return sums[np.ix_(alive, alive)], group, new_index[unions]
 
 
 def _hash_indices(count: int) -> NDArray[np.uint32]:

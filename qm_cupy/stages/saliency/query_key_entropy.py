@@ -48,7 +48,7 @@ from .online_softmax import (
 from .score_gradients import (
     check_entropy_gradient,
     score_vjp,
-    scores_cuda,
+    score_arguments_cuda,
     token_gradients_cuda,
 )
 
@@ -324,7 +324,7 @@ def _query_key_entropy_vjp_cuda(
 ) -> tuple[Any, Any]:
     """Return the gradients with respect to the queries and the keys."""
     query, key = contiguous(query), contiguous(key)
-    scores = scores_cuda(gradient, query, key, causal, scale, mask)
+    scores = score_arguments_cuda(gradient, query, key, causal, scale, mask)
     # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q
     query_gradient = token_gradients_cuda(scores, query, key, QUERIES)  # (..., N, d)
     return query_gradient, token_gradients_cuda(scores, key, query, KEYS)

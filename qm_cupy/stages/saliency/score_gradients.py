@@ -2,16 +2,18 @@
 
 One head has N tokens with queries Q and keys K, both (N, d). Its scores are
 s_ij = c q_i · k_j with the factor c (`scale`), its attention is p_ij = softmax_j(s_ij),
-and H_i is the entropy of row i. (m, r, t) is the state of a row of scores, which
-online_softmax.py defines. With g_i the gradient of the loss ℒ with respect to H_i, the
-gradient G_ij = ∂ℒ/∂s_ij of the scores is
+and H_i is the entropy of row i. (m, r, t) is the state of a row (online_softmax.py):
+m = max s, r = Σ e^(s - m) and t = Σ e^(s - m) (s - m), both sums without one score that
+equals m. So 1 + r is the denominator of the softmax. g_i is the gradient of the loss ℒ
+with respect to H_i. The gradient G_ij = ∂ℒ/∂s_ij of the scores is
 
     G_ij = -g_i p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
 
 with m, r and t of row i, and ∂ℒ/∂Q = c G K, ∂ℒ/∂K = c Gᵀ Q. No N × N array is stored:
 scores are recomputed for some rows at a time. One call computes L · B · H heads: L
-layers, B sequences and H heads of each layer. Self-attention has one head, with the
-tokens as queries and as keys. In comments, (..., N, d) has the axes of all heads first.
+layers, B sequences and H heads of each layer. `self_attention_entropy` uses the tokens
+themselves as queries and as keys, and has H = 1. In comments, (..., N, d) has the axes
+of all heads first.
 """
 
 import math
@@ -83,7 +85,8 @@ def score_vjp(
             # above the diagonal of the last square.
             above_diagonal = np.triu_indices(stop - start, 1)
             scores[:, start:][above_diagonal] = excluded_score
-        _, r, t = softmax_state(scores, axis=1)  # scores are s - m from here
+        # `softmax_state` also changes `scores` in place to s - m.
+        _, r, t = softmax_state(scores, axis=1)
         # Three factors of c G: (1 + r) p, then -(log p + H), then c g / (1 + r).
         score_gradient = np.exp(scores)
         score_gradient *= (t / (1 + r))[:, None] - scores
@@ -95,16 +98,20 @@ def score_vjp(
     return query_gradient, key_gradient
 
 
-class Scores(NamedTuple):
-    """Values of each row of scores, sizes and options: arguments of the kernels."""
+class ScoreArguments(NamedTuple):
+    """The arguments from which the kernels compute G again from the scores.
 
-    # (L · B · H, N, 3): m, t / (1 + r) and g / (1 + r) of each row. With them, G is
-    # computed from the scores. The optimized kernels store m in units of ln 2, and
-    # divide the third value by the unit of its head.
+    They are three values for each row, the mask, sizes and options.
+    """
+
+    # (L · B · H, N, 3): m, t / (1 + r) and g / (1 + r) of each row. The optimized
+    # kernels store m / ln 2, because they compute 2^x instead of e^x. They store
+    # g / (1 + r) divided by `units` of the head.
     row_values: Any
-    # (L · B · H,): the unit in which G of a head is stored: max |g / (1 + r)| / 512,
-    # the maximum over the rows of the head. None for basic kernels, which store G
-    # itself.
+    # (L · B · H,): max |g / (1 + r)| / 512, with the maximum over the rows of the head.
+    # The optimized kernels store G of a head divided by this number. The absolute
+    # values of the stored G + Gᵀ are then below 2 (log N + 1) · 512, which fits into
+    # float16. None for the basic kernels, which store G itself.
     units: Any
     mask: Any  # (B, N), or None
     outer: int  # L · B · H
@@ -114,9 +121,9 @@ class Scores(NamedTuple):
     scale: float  # c
 
 
-def scores_cuda(
+def score_arguments_cuda(
     gradient: Any, query: Any, key: Any, causal: bool, scale: float, mask: Any
-) -> Scores:
+) -> ScoreArguments:
     """Compute the values of each row of scores, in one pass over the scores."""
     *leading, num_tokens, dim = query.shape  # (..., N, d)
     # The kernel computes from B and H which row of the mask (B, N) belongs to a head.
@@ -126,33 +133,42 @@ def scores_cuda(
     arrays = in_accumulation_dtype(gradient, query), query, key, mask
     sizes = outer, batch, heads, num_tokens, dim
     args: tuple[Any, ...] = (*arrays, *sizes, int(causal), scale, row_values)
+    # `score_weights` writes `row_values`, which the kernels call weights.
     if implementation() == "basic":  # a thread for each row
         units = None
         launch(_FILE, "score_weights", query.dtype, args, outputs=outer * num_tokens)
     else:
         # The optimized kernels store G in the dtype of the tokens, which may have 16
-        # bits. The unit of a head keeps G from overflowing or becoming 0.
+        # bits. Division by the unit of its head keeps G from overflowing or becoming 0.
         units = empty((outer,), acc_dtype)
         blocks = outer * _num_tiles(num_tokens)  # a block for each row tile
         launch(_FILE, "score_weights", query.dtype, args, blocks=blocks)
         args = (num_tokens, row_values, units)
-        # A block for each head, because the unit is a maximum over the head.
+        # `weight_units` computes `units`, and divides the third row value by the unit
+        # in place. A block for each head, because the unit needs a maximum over it.
         launch(_FILE, "weight_units", query.dtype, args, blocks=outer)
-    return Scores(row_values, units, mask, outer, batch, heads, int(causal), scale)
+    return ScoreArguments(
+        row_values, units, mask, outer, batch, heads, int(causal), scale
+    )
 
 
-def token_gradients_cuda(scores: Scores, own: Any, other: Any, sides: int) -> Any:
-    """Return ∂ℒ/∂own = c M other, (..., N, d).
+def token_gradients_cuda(
+    scores: ScoreArguments, own: Any, other: Any, sides: int
+) -> Any:
+    """Return ∂ℒ/∂own = c · M · other, (..., N, d), with a matrix M (N, N) for each head.
 
-    Row i of M belongs to token i of `own`, and column j to token j of `other`. `sides`
-    selects M: G for QUERIES (`own` has the queries), Gᵀ for KEYS (`own` has the keys),
-    and G + Gᵀ for both (`own` and `other` are the same tokens).
+    `sides` has the bits QUERIES and KEYS of cuda/constants.py, and selects M:
+
+    - QUERIES: M = G. `own` has the queries and `other` the keys.
+    - KEYS: M = Gᵀ. `own` has the keys and `other` the queries.
+    - QUERIES | KEYS: M = G + Gᵀ. `own` and `other` are the same tokens.
     """
     *_, num_tokens, dim = own.shape
     basic, acc_dtype = implementation() == "basic", accumulation_dtype(own.dtype)
     out = empty(own.shape, own.dtype)
     row_tiles = _num_tiles(num_tokens)  # of one head
-    # Columns of M, rounded up to whole tiles: the tiles of a row tile are 128 × 128.
+    # M is square, so N columns need as many 128-wide tiles as N rows. `columns` is N
+    # rounded up to a multiple of 128.
     num_row_tiles, columns = scores.outer * row_tiles, row_tiles * TILE
     # The tensor cores multiply factors of one dtype, so an optimized kernel stores the
     # band in the dtype of the tokens.
@@ -185,7 +201,7 @@ def token_gradients_cuda(scores: Scores, own: Any, other: Any, sides: int) -> An
     return out
 
 
-def _transposed(tokens: Any, scores: Scores) -> Any:
+def _transposed(tokens: Any, scores: ScoreArguments) -> Any:
     """Return tokens (..., N, d) as (L · B · H, d, columns), with N rounded up to tiles.
 
     The product with a band then reads both factors along rows. Padding and the columns

@@ -44,7 +44,7 @@ from .online_softmax import (
 from .score_gradients import (
     check_entropy_gradient,
     score_vjp,
-    scores_cuda,
+    score_arguments_cuda,
     token_gradients_cuda,
 )
 
@@ -272,6 +272,6 @@ def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> A
     scale = tokens.shape[-1] ** -0.5
     # Queries and keys are the same array, so s_ij = s_ji: column j of the scores has
     # the same m, r and t as row j. So the values of rows are the values of columns too.
-    scores = scores_cuda(gradient, tokens, tokens, False, scale, mask)
+    scores = score_arguments_cuda(gradient, tokens, tokens, False, scale, mask)
     # c (G + Gᵀ) X in one pass, with c = 1/√D
     return token_gradients_cuda(scores, tokens, tokens, QUERIES | KEYS)
