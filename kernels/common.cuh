@@ -356,8 +356,8 @@ __device__ __forceinline__ acc_t warp_reduce(acc_t x, Combine combine) {
 
 // Combine the values of all threads of a block; every thread gets the same result. Each
 // warp reduces its values, then every warp reduces the results of all warps. A lane
-// without a warp reads a valid entry, and `lane + bits < warps` excludes it. `scratch`
-// is shared memory for 32 values.
+// whose index is not below the number of warps reads a valid entry, and
+// `lane + bits < warps` excludes it. `scratch` is shared memory for 32 values.
 template <class Combine>
 __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
                                               Combine combine) {

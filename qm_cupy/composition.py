@@ -1,7 +1,7 @@
 """The stages of the pipeline in their order, for arrays of any library.
 
-Axes: B sequences of N tokens of width D become K groups each. The saliency may come
-from L layers with H heads each.
+Axes: B sequences of N tokens of width D are merged to K groups each. The saliency may
+come from L layers with H heads each.
 """
 
 from collections.abc import Callable

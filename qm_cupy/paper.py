@@ -5,7 +5,7 @@ library. Losses are plain floats. If torch or JAX traces the arguments, losses a
 arrays that can be differentiated. `qm_cupy.torch` defines the classes with weights as
 torch modules, and `qm_cupy.jax` registers the classes of this file as pytrees.
 
-Axes: B sequences of N tokens of width D, merged to K groups each. L is the number of
+Axes: B sequences of N tokens of width D are merged to K groups each. L is the number of
 layers that hidden states come from.
 """
 

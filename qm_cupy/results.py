@@ -1,6 +1,6 @@
 """The results of functions: named tuples of arrays.
 
-Axes: B sequences of N tokens of width D, merged to K groups each.
+Axes: B sequences of N tokens of width D are merged to K groups each.
 """
 
 from typing import Generic, NamedTuple

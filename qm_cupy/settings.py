@@ -113,8 +113,9 @@ class _Setting:
             self._state.set(_State(undo.value, outer, undo.not_entered))
             return
         # Generators may close blocks in any order. If a block inside this one is still
-        # open, the current value stays. When that inner block ends, it restores the
-        # value from before this outer block, so it takes over this block's record.
+        # open, the current value stays. The inner block takes over the record of this
+        # outer block: when the inner block ends, it restores the value from before the
+        # outer block.
         taken_over = undo._replace(setting=inner[0].setting)
         self._state.set(now._replace(blocks=(*outer, taken_over, *inner[1:])))
 

@@ -1,17 +1,26 @@
 // Matching: ToMe's bipartite soft matching (arXiv:2210.09461), repeated until exactly K
 // groups are left.
 //
-// A step sorts the n groups by their last members; in this order their positions are 0
-// .. n-1. Each even group finds its most similar odd group, and the r =
+// A step sorts the n groups by their last members. Here the position of a group is its
+// index 0 .. n-1 in this order, not a position in the sequence. A group is even if this
+// index is even. Each even group finds its most similar odd group, and the r =
 // min(n - K, n / 2) even groups whose similarity to their partner is highest merge into
-// their partners. Steps repeat until n = K. The direction of a group is the mean of its
-// unit tokens. Protected tokens are groups of their own and take no part; K here is the
-// number of the other groups.
+// their partners. Steps repeat until n = K. The similarity of two groups is the cosine
+// of their means; the mean of a group is taken over its tokens, scaled to norm 1.
 //
-// One thread computes one output. Elementwise kernels cannot become faster, so the
-// optimized launches run them from this file.
+// A protected token is a group of its own and takes no part. `counts` includes these
+// groups. K in this comment does not: K = count - protected tokens, at least 1.
+//
+// A root is a number that is the same for all members of a group and different in every
+// other group (basic/labels.cu). After `free_tokens` and after each step,
+// `number_groups` numbers the groups from these roots; these numbers are the positions.
+//
+// One thread computes one output. All kernels here except `match_counts` are
+// elementwise. An optimized version would not be faster, so the optimized
+// implementation runs these kernels too.
 
-// The root of every token that may merge is its own index; -1 for the others.
+// Write the first roots. The root of every token that may merge (a free token) is its
+// own index; the root of all other tokens is -1.
 // Shapes: mask, protect and out (B, N).
 extern "C" __global__ void free_tokens(const bool* mask, const bool* protect,
                                        long long batch, long long num_tokens,
@@ -47,7 +56,9 @@ extern "C" __global__ void match_counts(const int* positions, const bool* mask,
 
 // For each token, `evens` receives the index of its group among the even groups
 // (position / 2), or -1, and `odds` the index among the odd groups, or -1. If nothing
-// merges, both are -1. even_mask[i] is true if even group i exists, 2 i < n.
+// merges, both are -1. `num_evens` is the largest possible number of even groups of any
+// sequence. A sequence may have fewer: even_mask[i] is true if even group i exists,
+// 2 i < n.
 // Shapes: positions, evens and odds (B, N), step_counts (3, B) from `match_counts`,
 // even_mask (B, num_evens).
 extern "C" __global__ void match_sides(const int* positions, const int* step_counts,
@@ -82,7 +93,8 @@ extern "C" __global__ void join_partners(const int* positions, const bool* selec
 }
 
 // Roots of all tokens, from the positions of the groups that took part. A protected
-// token i gets N + i, which is not the root of any group.
+// token i gets N + i, which is the root of no other group, because positions are below
+// N.
 // Shapes: positions, mask and out (B, N).
 extern "C" __global__ void match_roots(const int* positions, const bool* mask,
                                        long long batch, long long num_tokens,

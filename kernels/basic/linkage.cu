@@ -17,7 +17,6 @@
 
 // Return the distance of clusters i and j; ward's is squared. NaN stays NaN:
 // `squared_gap < 0` is false for it.
-
 __device__ acc_t cluster_distance(const acc_t* matrix, const acc_t* cluster_mass,
                                   long long n, long long i, long long j,
                                   long long method) {

@@ -29,8 +29,7 @@
 
 constexpr long long TILE_ROWS = TILE;
 
-// Return the score of two rows (D,): a . b scale.
-
+// Return the score of two rows (d,): a . b scale.
 __device__ acc_t score(const real_t* a, const real_t* b, long long dim, double scale) {
     acc_t dot = 0;
     for (long long d = 0; d < dim; ++d) dot += widen(a[d]) * widen(b[d]);
@@ -68,23 +67,23 @@ __device__ acc_t score_gradient(const acc_t* weights, acc_t score) {
     return weights[2] * exp(d) * (weights[1] - d);
 }
 
-// One element of a band: row i and column j of a head. The scores of row i are those of
-// row_vectors[i] with all column_vectors. `sides` says which of the two terms are
-// added.
+// One element of a band: row i and column j of a head. Its score is `scale` times the
+// dot product of row_vectors[i] and column_vectors[j]. `sides` says which of the two
+// terms are added.
 // Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
-// (B, N), band (128 num_row_tiles, 128 T).
+// (B, N), band (128 band_row_tiles, 128 T).
 extern "C" __global__ void score_gradients(
     const real_t* row_vectors, const real_t* column_vectors, const acc_t* weights,
-    const bool* mask, long long first_row_tile, long long num_row_tiles,
+    const bool* mask, long long first_row_tile, long long band_row_tiles,
     long long batch, long long heads, long long num_tokens, long long dim,
     long long causal, double scale, long long sides, acc_t* band) {
-    const long long row_tiles = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;  // T
-    const long long columns = row_tiles * TILE_ROWS, index = thread_index();
-    if (index >= num_row_tiles * TILE_ROWS * columns) return;
+    const long long tiles_per_head = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;  // T
+    const long long columns = tiles_per_head * TILE_ROWS, index = thread_index();
+    if (index >= band_row_tiles * TILE_ROWS * columns) return;
     const long long band_row = index / columns, j = index % columns;
     const long long row_tile = first_row_tile + band_row / TILE_ROWS,
-                    head = row_tile / row_tiles;
-    const long long i = row_tile % row_tiles * TILE_ROWS + band_row % TILE_ROWS;
+                    head = row_tile / tiles_per_head;
+    const long long i = row_tile % tiles_per_head * TILE_ROWS + band_row % TILE_ROWS;
     const long long sequence_start = head / heads % batch * num_tokens;
     const long long head_start = head * num_tokens;
 
@@ -105,21 +104,21 @@ extern "C" __global__ void score_gradients(
 
 // One element of the gradient of a row vector: a row of the band times a column of
 // `column_vectors`, times `scale`.
-// Shapes: band (128 num_row_tiles, 128 T), column_vectors and out (L, B, H, N, d), mask
-// (B, N).
+// Shapes: band (128 band_row_tiles, 128 T), column_vectors and out (L, B, H, N, d),
+// mask (B, N).
 extern "C" __global__ void token_gradients(const acc_t* band,
                                            const real_t* column_vectors,
                                            const bool* mask, long long first_row_tile,
-                                           long long num_row_tiles, long long batch,
+                                           long long band_row_tiles, long long batch,
                                            long long heads, long long num_tokens,
                                            long long dim, double scale, real_t* out) {
-    const long long row_tiles = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;
+    const long long tiles_per_head = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;
     const long long index = thread_index();
-    if (index >= num_row_tiles * TILE_ROWS * dim) return;
+    if (index >= band_row_tiles * TILE_ROWS * dim) return;
     const long long band_row = index / dim, d = index % dim;
     const long long row_tile = first_row_tile + band_row / TILE_ROWS,
-                    head = row_tile / row_tiles;
-    const long long i = row_tile % row_tiles * TILE_ROWS + band_row % TILE_ROWS;
+                    head = row_tile / tiles_per_head;
+    const long long i = row_tile % tiles_per_head * TILE_ROWS + band_row % TILE_ROWS;
     if (i >= num_tokens) return;
     const long long sequence_start = head / heads % batch * num_tokens;
     const long long head_start = head * num_tokens;
@@ -127,7 +126,7 @@ extern "C" __global__ void token_gradients(const acc_t* band,
     acc_t sum = 0;
     for (long long j = 0; j < num_tokens; ++j)
         if (is_token(mask, sequence_start + j))
-            sum += band[band_row * row_tiles * TILE_ROWS + j] *
+            sum += band[band_row * tiles_per_head * TILE_ROWS + j] *
                    widen(column_vectors[(head_start + j) * dim + d]);
     store(out + (head_start + i) * dim + d, sum * acc_t(scale));
 }

@@ -119,6 +119,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
     tile_similarity<WholeTile>(stages, tokens, norms, num_tokens, dim, out);
 }
 
+// `_half` has tiles of 64 x 128 and `_wide` tiles of 128 x 256 (tiles.cuh); neither
+// name is related to the type __half.
 extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM)
     cosine_similarity_half(const real_t* tokens, const acc_t* norms, long long batch,
                            long long num_tokens, long long dim, acc_t* out) {

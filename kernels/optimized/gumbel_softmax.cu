@@ -6,9 +6,9 @@
 // its tokens as (t, i), its t-th token and the position of that token in the sequence.
 // `Range`, `head_means`, `join_parts` and `add_layer` are in layers.cuh.
 //
-// Elementwise work (perturbed_scores without noise or padding, saliency_mass) would
-// gain nothing from a kernel here, so the launchers use the basic kernels for this
-// work.
+// Elementwise work (`saliency_mass`, and `perturbed_scores` if there is no noise or no
+// mask) would gain nothing from a kernel here, so the launchers use the basic kernels
+// for this work.
 
 // Write the perturbed scores z = s + g of this thread's tokens to `scores`, with s from
 // `saliency`; return the highest of these scores. The noise depends on the index of the
@@ -74,7 +74,8 @@ __device__ __forceinline__ void softmax_and_mass(
     visit_thread_tokens(scores, num_tokens, [&](int t, long long i) {
         const acc_t score = scores.get(t, i);
         acc_t e = 0;
-        if (score != padding())  // divide in double: a float 1e-46 would be 0
+        // Divide in double: as a float, a temperature of 1e-46 would be 0.
+        if (score != padding())
             e = exp(static_cast<acc_t>((score - highest) / temperature));
         scores.set(t, i, e);
         total += e;
@@ -103,11 +104,11 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     const MemoryRow<const real_t> stored{saliency + sequence_start};
     acc_t *p = out + sequence_start, *m = mass ? mass + sequence_start : nullptr;
     if (num_tokens <= THREAD_TOKENS * blockDim.x) {
-        RegisterRow in_registers, scores;
-        visit_thread_tokens(in_registers, num_tokens, [&](int t, long long i) {
-            in_registers.set(t, i, stored.get(t, i));
+        RegisterRow saliency_row, scores;
+        visit_thread_tokens(saliency_row, num_tokens, [&](int t, long long i) {
+            saliency_row.set(t, i, stored.get(t, i));
         });
-        softmax_and_mass(in_registers, scores, valid, num_tokens, temperature, noisy,
+        softmax_and_mass(saliency_row, scores, valid, num_tokens, temperature, noisy,
                          seed, first_sequence + blockIdx.x, epsilon, p, m);
     } else {
         MemoryRow<acc_t> scores{p};
@@ -116,12 +117,14 @@ extern "C" __global__ void __launch_bounds__(SELECTION_THREADS, 1)
     }
 }
 
-// Add, over the layers (L, B, H, N), the entropies of this thread's tokens, each scaled
-// to 0 .. 1 by the range of its layer. The results are those of entropy_range and
-// saliency in saliency.cu. A round works on as many layers at once as the block has
-// warps, or on the `count` layers that are left. To find the ranges, a round divides
-// the tokens of each layer into parts = warps / count parts: warp w reads part w %
-// parts of layer w / parts.
+// For each token t of this thread, add to sum[t] its entropy in every layer: the mean
+// over the heads, scaled to 0 .. 1 by the range of the layer. `entropy` points to this
+// sequence in layer 0 of (L, B, H, N). The results are those of `entropy_range` and
+// `saliency` in saliency.cu.
+//
+// Each iteration of the loop works on `count` layers: one for each warp, or the layers
+// that are left. To find their ranges, each layer is divided into parts = warps / count
+// parts, one warp for each part: warp w reads part w % parts of layer w / parts.
 __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* mask,
                                            long long layers, long long batch,
                                            long long heads, long long num_tokens,
@@ -160,8 +163,8 @@ __device__ __forceinline__ void add_layers(const real_t* entropy, const bool* ma
                        mean);
             add_layer(mean, low[l], width[l], sum);
         }
-        // No barrier is needed here. The next round writes `low` and `width` after its
-        // first barrier, which a thread reaches after it has read both arrays.
+        // No barrier is needed here. The next iteration writes `low` and `width` after
+        // its first barrier, which a thread reaches after it has read both arrays.
     }
 }
 

@@ -62,6 +62,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                            out_dim, activation, out);
 }
 
+// The same kernel with tiles of 64 x 128 (`HalfTile` in tiles.cuh), for small inputs;
+// it is not related to the type __half.
 extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM)
     linear_half(const real_t* input, const real_t* weight, const real_t* bias,
                 const real_t* residual, long long num_rows, long long in_dim,
@@ -71,12 +73,14 @@ extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_
                           out_dim, activation, out);
 }
 
-// One warp, one output of `linear`, for few rows: then almost all of the work is
-// reading the weights. If `gain` (in,) is not null, the row is normalized first, as
-// `normalize` in basic/linear.cu does; `shift` (in,) may be null.
+// `linear` for an input of few rows: one warp computes one output. With few rows,
+// almost all of the time is spent on reading the weights.
 //
-// The norm needs no pass of its own. Its factor 1 / sqrt(var + eps) is the same for the
-// whole row, so it multiplies the finished sum:
+// If `gain` (in,) is not null, x is replaced by norm(x) (basic/linear.cu). If `shift`
+// (in,) is null, the norm is the RMS norm: the mean is taken as 0, and the last sum is
+// left out. Only the mean, which is needed if `shift` is not null, takes a pass of its
+// own. The factor 1 / sqrt(var + eps) is the same for the whole row, so it multiplies
+// the finished sum:
 //   norm(x) . w = sum_k (x_k - mean) gain_k w_k / sqrt(var + eps) + sum_k shift_k w_k
 extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
                                       const real_t* shift, const real_t* weight,

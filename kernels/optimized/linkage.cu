@@ -1,6 +1,6 @@
 // Average, complete and ward linkage in rounds: in one round, all pairs of clusters
 // that are each other's nearest neighbours merge. Let A and B be such a pair, and let
-// another such pair, C and D, merge first. Every distance d below satisfies
+// another such pair, C and D, merge first. Each distance d defined below satisfies
 //   d(C u D, A) >= min(d(C, A), d(D, A)) >= d(B, A),
 // and the same is true for B. So A and B stay each other's nearest neighbours until
 // they merge. The standard greedy algorithm, which always merges the closest pair,
@@ -16,11 +16,11 @@
 // mu is the mean of a cluster's unit tokens, weighted by their masses. If no masses are
 // given, every m is 1.
 //
-// A slot is the index of a cluster in the arrays of `Clusters`. A cluster has one row
-// and one column of the matrix. The row is that of its first token, and rows do not
-// move while the matrix is in global memory. The column is that of its slot. At first
-// the slot of a cluster is its token. When half of the slots are empty, the columns in
-// use are compacted: they are moved to the left, without gaps.
+// A slot is the index of a cluster in the arrays of `Clusters`. The matrix has
+// E(A, C) for each pair of clusters. The row of a cluster is that of its first token;
+// rows do not move while the matrix is in global memory. Its column is that of its
+// slot. At first the slot of a cluster is its token. When half of the slots are empty,
+// the columns in use are compacted: they are moved to the left, without gaps.
 //
 // Threads: a team of blocks works on one sequence. Each block keeps its own copy of all
 // clusters and plans every round itself. All blocks plan from the same data, so they
@@ -36,24 +36,23 @@
 // clusters. linkage_columns.cuh moves columns, and linkage_rows.cuh updates and
 // searches rows.
 
-// Three counts of clusters in a round: kept (not absorbed), joined (they absorb another
+// Three counts of clusters in a round: kept (not absorbed), new (they absorb another
 // cluster) and searched (their rows need a search). Each count has 21 bits of one
 // number, so one prefix sum adds all three. A count is below 2^21, because the matrix
 // of 2^21 tokens would take 16 TiB.
 struct ClusterCounts {
     unsigned long long packed;
 
-    __device__ void add(int kept, int joined, int searched) {
-        packed += kept | (unsigned long long)joined << 21 |
+    __device__ void add(int kept, int new_ones, int searched) {
+        packed += kept | (unsigned long long)new_ones << 21 |
                   (unsigned long long)searched << 42;
     }
     __device__ int kept() const { return packed & 0x1FFFFF; }
-    __device__ int joined() const { return packed >> 21 & 0x1FFFFF; }
+    __device__ int new_ones() const { return packed >> 21 & 0x1FFFFF; }
     __device__ int searched() const { return static_cast<int>(packed >> 42); }
 };
 
-// Return the counts of all warps before this one; `total` receives the sum over all
-// warps.
+// Return the counts of the warps before this one; `total` receives those of all warps.
 __device__ __forceinline__ ClusterCounts cluster_counts_before(
     ClusterCounts of_warp, unsigned long long* scratch, ClusterCounts* total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -101,28 +100,30 @@ __device__ __noinline__ Progress init_clusters(Clusters& all, const Tree& tree,
     // groups; at most clusters - 1 merges are possible.
     const long long wanted = min(tokens - num_groups, num_clusters - 1ll);
     if (threadIdx.x == 0)
-        *goal() = {largest > 0 ? largest : acc_t(1), static_cast<int>(wanted)};
+        *constants() = {largest > 0 ? largest : acc_t(1), static_cast<int>(wanted)};
     __syncthreads();
     // num_clusters, num_new, num_searched, num_merges, rounds, num_columns, done
     return {num_clusters, 0, 0, 0, 0, static_cast<int>(num_tokens), wanted <= 0};
 }
 
-// What a round does to a cluster. `mate` is the slot that it absorbs, UNTOUCHED or
-// ABSORBED. `searched` is true if its row needs a search over every column.
+// What a round does to a cluster. `mate` is the slot that it absorbs; UNTOUCHED if it
+// does not merge; or ABSORBED if its nearest cluster absorbs it. `searched` is true if
+// its row needs a search over every column.
 struct Change {
     int mate;
     bool searched;
 };
 
-// Slots i and j merge if each is the other's nearest. The lower slot keeps the union.
-// With j = nearest[i] and back = nearest[j] (-1 if there is none):
-//   back == i            i and j merge; the union needs a search
-//   nearest[back] == j   i's nearest cluster merges with `back`, so i needs a search
-//   back < 0             i or j has no nearest cluster, so i needs a search
+// Slots i and j merge if each is the other's nearest. The lower slot keeps the new
+// cluster. With j = nearest[i] and nearest_of_j = nearest[j] (-1 if there is none):
+//   nearest_of_j == i            i and j merge; the new cluster needs a search
+//   nearest[nearest_of_j] == j   j merges with another cluster, so i needs a search
+//   nearest_of_j < 0             i or j has no nearest cluster (there is no other one,
+//                                or all its distances are NaN or infinite): search i
 __device__ __forceinline__ Change change_of(const int* nearest, int i) {
-    const int j = nearest[i], back = j < 0 ? -1 : nearest[j];
-    if (back == i) return {i < j ? j : ABSORBED, i < j};
-    return {UNTOUCHED, back < 0 || nearest[back] == j};
+    const int j = nearest[i], nearest_of_j = j < 0 ? -1 : nearest[j];
+    if (nearest_of_j == i) return {i < j ? j : ABSORBED, i < j};
+    return {UNTOUCHED, nearest_of_j < 0 || nearest[nearest_of_j] == j};
 }
 
 // Return whether the `wanted_merges` lowest merges of the dendrogram have already been
@@ -138,12 +139,12 @@ __device__ bool is_enough(const Clusters& all, const Progress& now, int method,
             least = min(least, distance(all.nearest_e()[i], all.side(i, method),
                                         all.side(j, method), method));
     }
-    least = compared(block_reduce(least, scratch, Least()));
+    least = rounded_for_comparison(block_reduce(least, scratch, Least()));
     for (int t = threadIdx.x; t < now.num_merges; t += blockDim.x)
-        lower += compared(all.heights[t]) <= least;
+        lower += rounded_for_comparison(all.heights[t]) <= least;
     lower = block_reduce(lower, scratch, Add());
     __syncthreads();  // `plan_round` uses the scratch again
-    return lower >= goal()->wanted_merges;
+    return lower >= constants()->wanted_merges;
 }
 
 // Update this block's copy of the clusters: read the nearest clusters, which all blocks
@@ -177,7 +178,7 @@ __device__ __noinline__ void read_published(const Clusters& all, const acc_t* he
     __syncthreads();  // `plan_round` reads the clusters of other threads
 }
 
-// Add the cluster that slot i absorbs to slot i:
+// Slot i absorbs slot j, its mate. Update the values of slot i:
 //   W = W_A + W_B,   E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B)
 // nearest_e[i] becomes the distance of the merge, which `record_merges` reads. Not
 // inlined, for the reason given at `init_clusters`.
@@ -194,10 +195,12 @@ __device__ __noinline__ void merge_slots(Slot* slots, Mass* masses, acc_t* neare
 }
 
 // Merge all pairs that are each other's nearest neighbours. The first pass counts what
-// happens to the clusters of each warp; the second pass writes the lists of the next
-// round, in the order of the slots. Every block does this and reaches the same result.
-// No barrier is needed between the reads of `nearest` and the merges: a merge of slot j
-// into slot i reads both slots and writes only slot i, and `nearest` does not change.
+// happens to the clusters of each warp. The second pass writes the lists `next_active`,
+// `new_clusters` and `search_order`. The first two have the order of `active`. So has
+// each of the two parts of `search_order`: rows that need a search, then the others.
+// Every block does this and reaches the same result. No barrier is needed between the
+// reads of `nearest` and the merges: a merge of slot j into slot i reads both slots and
+// writes only slot i, and `nearest` does not change.
 __device__ void plan_round(Clusters& all, Progress& now, int method, acc_t* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int per_warp = (now.num_clusters + 32 * warps - 1) / (32 * warps) * 32;
@@ -219,7 +222,7 @@ __device__ void plan_round(Clusters& all, Progress& now, int method, acc_t* scra
     for (int p0 = start; p0 < stop; p0 += 32) {
         const Change x = change(p0 + lane);
         const unsigned kept = __ballot_sync(~0u, x.mate != ABSORBED);
-        const unsigned joined = __ballot_sync(~0u, x.mate >= 0);
+        const unsigned new_ones = __ballot_sync(~0u, x.mate >= 0);
         const unsigned searched = __ballot_sync(~0u, x.searched);
         const unsigned lower_lanes = (1u << lane) - 1;
         if (x.mate != ABSORBED) {
@@ -236,16 +239,16 @@ __device__ void plan_round(Clusters& all, Progress& now, int method, acc_t* scra
                                    : total.searched() + position - search_position] = i;
             all.slots()[i].mate = x.mate;
             if (x.mate >= 0) {
-                all.new_clusters()[before_warp.joined() +
-                                   __popc(joined & lower_lanes)] = i;
+                all.new_clusters()[before_warp.new_ones() +
+                                   __popc(new_ones & lower_lanes)] = i;
                 merge_slots(all.slots(), all.masses(), all.nearest_e(), i, method);
             }
         }
-        before_warp.add(__popc(kept), __popc(joined), __popc(searched));
+        before_warp.add(__popc(kept), __popc(new_ones), __popc(searched));
     }
     all.active_list = 1 - all.active_list;
     now.num_clusters = total.kept();
-    now.num_new = total.joined();
+    now.num_new = total.new_ones();
     now.num_searched = total.searched();
     now.num_merges += now.num_new;
     now.rounds += 1;
@@ -263,6 +266,7 @@ __device__ __noinline__ void record_merges(const Clusters& all, const Tree& tree
         Node& node = tree.node()[all.first_token()[i]];
         const Node left = node,
                    right = tree.node()[all.first_token()[all.slots()[i].mate]];
+        // Rounding could make a merge lower than the merges of its parts.
         const acc_t height = max(all.nearest_e()[i], max(left.height, right.height));
         const int tokens = left.tokens + right.tokens;
         node = {height, tree.num_tokens + t, tokens};
@@ -292,9 +296,10 @@ __device__ __noinline__ void write_dendrogram(const Tree& tree, int num_merges,
                                      : num_tokens + tree.rank()[node - num_tokens];
         };
         const double height = tree.height()[t];
-        store_row(out, tree.rank()[t], renumbered(merge.left), renumbered(merge.right),
-                  method == WARD ? sqrt(height * double(goal()->mass_unit)) : height,
-                  merge.tokens);
+        store_row(
+            out, tree.rank()[t], renumbered(merge.left), renumbered(merge.right),
+            method == WARD ? sqrt(height * double(constants()->mass_unit)) : height,
+            merge.tokens);
     }
 }
 
@@ -324,9 +329,9 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     auto* shared = reinterpret_cast<unsigned char*>(scratch + LINKAGE_SCRATCH);
     unsigned char* state = states ? states + blockIdx.x * state_bytes : shared;
     const long long height_bytes = aligned_bytes(num_tokens * sizeof(acc_t));
-    // `shared` is where the clusters move when the first block continues alone. The
-    // heights do not move. They are at the start of `state`, so if `state` is in shared
-    // memory, skip them.
+    // When the first block continues alone, it moves the clusters to `shared`. The
+    // heights do not move. If `state` is in shared memory, the heights are at its
+    // start, so `shared` begins after them.
     if (!states) shared += height_bytes;
     const int num_blocks = static_cast<int>(blocks_per_sequence),
               n = static_cast<int>(num_tokens);
@@ -351,10 +356,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
         // copies: here `initial`, and below temporaries such as Clusters(all).
         Clusters initial = {reinterpret_cast<acc_t*>(state), state + height_bytes, n,
                             0};
-        // Two buffers in turn: one to read in this round, one to publish for the next.
-        // With one buffer, a fast block would overwrite entries that a slow block still
-        // reads. A block writes a buffer again only after the next round's barrier,
-        // which every block reaches after it has read that buffer.
+        // Two buffers in turn, for the reason given in linkage_rows.cuh.
         NearestCluster* published =
             in_shared
                 ? reinterpret_cast<NearestCluster*>(state + state_bytes)
@@ -370,8 +372,8 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
                           count_of(counts, b, num_groups), scratch);
         for (int p = team_warp; p < now.num_clusters && !now.done; p += team_warps) {
             const int i = initial.active()[p];
-            first_row(initial, cosines + i * num_tokens, e_matrix.data + i * num_tokens,
-                      i, now.num_clusters, method, published);
+            init_row(initial, cosines + i * num_tokens, e_matrix.data + i * num_tokens,
+                     i, now.num_clusters, method, published);
         }
         Clusters all = initial;
         while (!now.done) {
@@ -384,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
             read_published(Clusters(all), tree.height(),
                            published + buffer * all.num_slots, now.num_clusters,
                            now.num_new, now.num_merges);
-            if (now.num_merges >= goal()->wanted_merges &&
+            if (now.num_merges >= constants()->wanted_merges &&
                 is_enough(all, now, method, scratch))
                 break;
             // Move columns when half of the slots are empty, or for the last time
@@ -413,14 +415,13 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
                     if (!first_block) break;  // wait after the loop
                 }
             }
-            // Merge, then update every remaining row.
             plan_round(all, now, method, scratch);
             if (now.done) break;
             if (first_block)
                 record_merges(Clusters(all), Tree(tree), now.num_new, now.num_merges);
-            next_rows(all, e_matrix, now, e_matrix.alone_in_shared ? 0 : team_block,
-                      e_matrix.alone_in_shared ? 1 : num_blocks,
-                      published + (1 - buffer) * all.num_slots, method, neighbours);
+            update_rows(all, e_matrix, now, e_matrix.alone_in_shared ? 0 : team_block,
+                        e_matrix.alone_in_shared ? 1 : num_blocks,
+                        published + (1 - buffer) * all.num_slots, method, neighbours);
         }
         // Only the first block knows the merges that it made alone. The first block
         // gives the number and the heights of these merges to the other blocks, which

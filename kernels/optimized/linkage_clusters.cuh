@@ -161,24 +161,24 @@ struct Progress {
 
 // Two constants of a sequence, in shared memory to save registers: the largest mass,
 // which is the unit of all others, and the number of merges that are wanted.
-struct Goal {
+struct Constants {
     acc_t mass_unit;
     int wanted_merges;
 };
-// The goal is after the part of the scratch memory that reductions use.
-__device__ __forceinline__ Goal* goal() {
-    static_assert(sizeof(Goal) <= 4 * sizeof(acc_t));
-    return reinterpret_cast<Goal*>(reinterpret_cast<acc_t*>(dynamic_shared()) +
-                                   LINKAGE_SCRATCH - 4);
+// The constants are after the part of the scratch memory that reductions use.
+__device__ __forceinline__ Constants* constants() {
+    static_assert(sizeof(Constants) <= 4 * sizeof(acc_t));
+    return reinterpret_cast<Constants*>(reinterpret_cast<acc_t*>(dynamic_shared()) +
+                                        LINKAGE_SCRATCH - 4);
 }
 
 // Round a distance to a multiple of 8 units in the last place. Distances are compared
 // in this form: their last bits depend on rounding alone, and could make equal
 // distances different.
-__device__ __forceinline__ float compared(float x) {
+__device__ __forceinline__ float rounded_for_comparison(float x) {
     return __uint_as_float((__float_as_uint(x) + 4) & ~7u);
 }
-__device__ __forceinline__ double compared(double x) {
+__device__ __forceinline__ double rounded_for_comparison(double x) {
     return __longlong_as_double((__double_as_longlong(x) + 4) & ~7ll);
 }
 
@@ -187,9 +187,9 @@ __device__ __forceinline__ double compared(double x) {
 __device__ __forceinline__ Neighbour candidate(acc_t e, const Side& side_i, int j,
                                                const Side& side_j, int method) {
     const acc_t exact = distance(e, side_i, side_j, method);
-    // A NaN counts as infinitely far (-padding()): `compared` could turn its bits into
-    // the bits of a distance.
-    return {exact >= 0 ? compared(exact) : -padding(), e, j};
+    // A NaN counts as infinitely far (-padding()): `rounded_for_comparison` could turn
+    // its bits into the bits of a distance.
+    return {exact >= 0 ? rounded_for_comparison(exact) : -padding(), e, j};
 }
 
 // E(A u B, C) from E(A, C) and E(B, C).

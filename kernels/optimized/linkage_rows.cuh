@@ -3,7 +3,11 @@
 // `Neighbour` in linkage.cuh. Row i is the row of the cluster in slot i, and column j
 // is that of slot j. `publish_to` has an entry for each slot: a block writes the
 // entries of its own rows, and every block reads all of them in the next round
-// (`read_published` in linkage.cu).
+// (`read_published` in linkage.cu). There are two such buffers in turn: one to read in
+// this round, one to publish for the next. With one buffer, a fast block would
+// overwrite entries that a slow block still reads. A block writes a buffer again only
+// after the next round's barrier, which every block reaches after it has read that
+// buffer.
 
 // Publish in publish_to[i] the nearest of the clusters that the `lanes` lanes at row i
 // have seen. i = -1 means that these lanes have no row.
@@ -18,14 +22,14 @@ __device__ __forceinline__ void publish_nearest(const Clusters& all,
 // publish the nearest cluster of i. At this time every cluster is one token. Complete
 // linkage takes no masses, so its masses are 1. Not inlined, for the reason given at
 // `init_clusters` (linkage.cu).
-__device__ __noinline__ void first_row(const Clusters& all, const acc_t* cosines,
-                                       acc_t* row, int i, int num_clusters, int method,
-                                       NearestCluster* publish_to) {
+__device__ __noinline__ void init_row(const Clusters& all, const acc_t* cosines,
+                                      acc_t* row, int i, int num_clusters, int method,
+                                      NearestCluster* publish_to) {
     const Side side_i = all.side(i, method);
     const acc_t mass_i = all.masses()[i].mass, inverse_norm_i = all.inverse_norms()[i];
     Neighbour best = no_neighbour();
     // If the matrix is in shared memory (row != cosines), no other statement sets the
-    // diagonal. `next_row` loads this element, but does not use its value.
+    // diagonal. `update_row` loads this element, but does not use its value.
     if (row != cosines && threadIdx.x % 32 == 0) row[i] = 0;
     for (int p0 = threadIdx.x % 32; p0 < num_clusters; p0 += 32 * ROW_LOADS) {
         int column[ROW_LOADS];
@@ -54,7 +58,7 @@ __device__ __noinline__ void first_row(const Clusters& all, const acc_t* cosines
 }
 
 // Update row i with this round's merges, in every `step`-th of `columns` from `start`,
-// and return the nearest among these clusters and `best`. JOINED: cluster i is new.
+// and return the nearest among these clusters and `best`. IS_NEW: cluster i is new.
 // With cluster i = A u B in row A, and column j = C u D in column C, the new value is
 //   E(A u B, C u D) = (E(A, C) + E(B, D)) + (E(A, D) + E(B, C))
 //                      e         corner      right     below
@@ -62,17 +66,18 @@ __device__ __noinline__ void first_row(const Clusters& all, const acc_t* cosines
 // row B at columns C and D. If cluster i did not merge (B does not exist), `below` and
 // `corner` are left out; if column j did not merge, `right` and `corner` are left out.
 // For complete linkage, each + is a maximum.
-template <bool JOINED>
-__device__ __forceinline__ Neighbour next_row(const Clusters& all, const Matrix& matrix,
-                                              int i, const int* columns, int count,
-                                              int start, int step, int method,
-                                              Neighbour best) {
+template <bool IS_NEW>
+__device__ __forceinline__ Neighbour update_row(const Clusters& all,
+                                                const Matrix& matrix, int i,
+                                                const int* columns, int count,
+                                                int start, int step, int method,
+                                                Neighbour best) {
     acc_t* row = matrix.row(all, i);
     const Slot slot = all.slots()[i];
     const Side side_i = all.side(i, slot, method);
-    const acc_t* absorbed = JOINED ? matrix.row(all, slot.mate) : nullptr;
+    const acc_t* absorbed = IS_NEW ? matrix.row(all, slot.mate) : nullptr;
     // A new cluster loads two rows, so it loads half as many columns at once.
-    constexpr int LOADS = JOINED ? ROW_LOADS / 2 : ROW_LOADS;
+    constexpr int LOADS = IS_NEW ? ROW_LOADS / 2 : ROW_LOADS;
     for (int p0 = start; p0 < count; p0 += step * LOADS) {
         // All loads come before the first use, so that a warp waits once for all of
         // them. The loads also come before the first store, because the compiler cannot
@@ -93,8 +98,8 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, const Matrix&
             const bool column_merged = mate >= 0 && j != i;
             e[k] = row[j];
             right[k] = column_merged ? row[mate] : acc_t(0);
-            below[k] = JOINED ? absorbed[j] : acc_t(0);
-            corner[k] = JOINED && column_merged ? absorbed[mate] : acc_t(0);
+            below[k] = IS_NEW ? absorbed[j] : acc_t(0);
+            corner[k] = IS_NEW && column_merged ? absorbed[mate] : acc_t(0);
         }
 #pragma unroll
         for (int k = 0; k < LOADS; ++k) {
@@ -104,14 +109,14 @@ __device__ __forceinline__ Neighbour next_row(const Clusters& all, const Matrix&
             // the order of two terms of a sum changes, so both rows get the same bits.
             const bool column_merged = other[k].mate >= 0;
             acc_t sum = e[k];
-            if (JOINED && column_merged)
+            if (IS_NEW && column_merged)
                 sum = e_of_union(e_of_union(sum, corner[k], method),
                                  e_of_union(right[k], below[k], method), method);
-            else if (JOINED)
+            else if (IS_NEW)
                 sum = e_of_union(sum, below[k], method);
             else if (column_merged)
                 sum = e_of_union(sum, right[k], method);
-            if (JOINED || column_merged) row[j] = sum;
+            if (IS_NEW || column_merged) row[j] = sum;
             const Neighbour pair =
                 candidate(sum, side_i, j, all.side(j, other[k], method), method);
             if (nearer(all.first_token(), i, pair, best)) best = pair;
@@ -129,19 +134,18 @@ __device__ __forceinline__ Neighbour search_row(const Clusters& all,
     const int start = part * 32 + threadIdx.x % 32, step = parts * 32;
     const Neighbour none = no_neighbour();
     if (all.slots()[i].mate >= 0)
-        return next_row<true>(all, matrix, i, all.active(), num_clusters, start, step,
-                              method, none);
-    return next_row<false>(all, matrix, i, all.active(), num_clusters, start, step,
-                           method, none);
+        return update_row<true>(all, matrix, i, all.active(), num_clusters, start, step,
+                                method, none);
+    return update_row<false>(all, matrix, i, all.active(), num_clusters, start, step,
+                             method, none);
 }
 
 // Update the rows that keep their nearest cluster. Only distances to new clusters have
 // changed, so such a row compares its nearest cluster with the new ones. A row gets as
 // many lanes as the number of new clusters can use, so a warp may work on several rows.
-__device__ __forceinline__ void next_columns(const Clusters& all, const Matrix& matrix,
-                                             const Progress& now, int team_warp,
-                                             int team_warps, NearestCluster* publish_to,
-                                             int method) {
+__device__ __forceinline__ void update_new_columns(
+    const Clusters& all, const Matrix& matrix, const Progress& now, int team_warp,
+    int team_warps, NearestCluster* publish_to, int method) {
     const int lane = threadIdx.x % 32;
     int lanes = 1;
     while (lanes < 32 && lanes * ROW_LOADS < now.num_new) lanes *= 2;
@@ -159,8 +163,8 @@ __device__ __forceinline__ void next_columns(const Clusters& all, const Matrix& 
                              all.side(old_nearest, method), method);
         }
         if (i >= 0) {
-            best = next_row<false>(all, matrix, i, all.new_clusters(), now.num_new,
-                                   lane % lanes, lanes, method, best);
+            best = update_row<false>(all, matrix, i, all.new_clusters(), now.num_new,
+                                     lane % lanes, lanes, method, best);
         }
         publish_nearest(all, publish_to, i, best, lanes);
     }
@@ -169,9 +173,10 @@ __device__ __forceinline__ void next_columns(const Clusters& all, const Matrix& 
 // Update every row and publish its nearest cluster in `publish_to`. Block `team_block`
 // of the `team_blocks` blocks of a team takes its own part of the rows. `scratch` is
 // shared memory for a `Neighbour` of each warp.
-__device__ void next_rows(const Clusters& all, const Matrix& matrix,
-                          const Progress& now, int team_block, int team_blocks,
-                          NearestCluster* publish_to, int method, Neighbour* scratch) {
+__device__ void update_rows(const Clusters& all, const Matrix& matrix,
+                            const Progress& now, int team_block, int team_blocks,
+                            NearestCluster* publish_to, int method,
+                            Neighbour* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     // Rows that need a search come first, because they take longest. If a block has
     // fewer of these rows than warps, several warps divide the columns of one row.
@@ -195,8 +200,8 @@ __device__ void next_rows(const Clusters& all, const Matrix& matrix,
     if (parts > 1 && lane == 0) scratch[warp] = best;
     // The last warps take the other rows first: these warps had no row to search, or
     // the shortest part.
-    next_columns(all, matrix, now, (warps - 1 - warp) * team_blocks + team_block,
-                 team_blocks * warps, publish_to, method);
+    update_new_columns(all, matrix, now, (warps - 1 - warp) * team_blocks + team_block,
+                       team_blocks * warps, publish_to, method);
     if (parts == 1) return;
     __syncthreads();  // all parts of each row have been searched
     if (i >= 0 && part == 0)

@@ -115,6 +115,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                             counts, num_tokens, dim, num_groups, out, highest_out);
 }
 
+// `_half` has tiles of 64 x 128 and `_wide` tiles of 128 x 256 (tiles.cuh); neither
+// name is related to the type __half.
 extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM)
     nearest_anchors_half(const real_t* tokens, const acc_t* norms, const bool* mask,
                          const real_t* anchor_tokens, const acc_t* anchor_norms,

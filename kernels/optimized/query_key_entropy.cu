@@ -78,6 +78,7 @@ __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t
     out[head * num_tokens + row] = is_token(valid, row) ? state.value() : 0;
 }
 
+// For short rows: the tile of queries is kept in shared memory, as said above.
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     query_key_entropy_kept(const real_t* query, const real_t* key, const bool* mask,
                            long long outer, long long batch, long long heads,

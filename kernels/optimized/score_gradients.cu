@@ -1,6 +1,8 @@
 // Vector-Jacobian products of the entropies of softmax scores, computed in tiles
 // (tiles.cuh); see basic/score_gradients.cu for the formulas, the axes of the arrays,
-// row tiles, bands and `sides`.
+// row tiles, bands and `sides`. `row_vectors` are the vectors (queries, keys or tokens)
+// that belong to the rows of the band; `column_vectors` belong to its columns. Both
+// have d elements for each token.
 //
 //   score_weights       (m, t / (1 + r), g / (1 + r)) of every row
 //   weight_units        scale the third weight to the range of real_t
@@ -26,14 +28,15 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                   long long num_tokens, long long dim, long long causal, double scale,
                   acc_t* weights) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
-    const long long row_tiles = (num_tokens + TILE - 1) / TILE;
-    const long long head = blockIdx.x / row_tiles;  // (L, B, H)
+    const long long tiles_per_head = (num_tokens + TILE - 1) / TILE;
+    const long long head = blockIdx.x / tiles_per_head;  // (L, B, H)
     // With a causal mask the last rows have the most keys, so their blocks start first.
-    const long long row_tile = row_tiles - 1 - blockIdx.x % row_tiles;  // of the head
+    const long long row_tile =
+        tiles_per_head - 1 - blockIdx.x % tiles_per_head;  // of the head
     const long long row0 = row_tile * TILE;
     const bool* valid = mask ? mask + head / heads % batch * num_tokens : nullptr;
 
-    const int num_key_tiles = static_cast<int>(causal ? row_tile + 1 : row_tiles);
+    const int num_key_tiles = static_cast<int>(causal ? row_tile + 1 : tiles_per_head);
     const acc_t factor = acc_t(scale * LOG2_E);
     Fragment scores[1];
     State states[4];
@@ -85,12 +88,15 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
         is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
 }
 
-// G is stored in units of max |g / (1 + r)| / UNITS, with the maximum over the head. In
-// these units |G + Gᵀ| is below 2 (log N + 1) UNITS, well within the range of a half.
-constexpr float UNITS = 512;
+// The third weights of a head, and so G, are stored in a unit of their own:
+// max |g / (1 + r)| / LARGEST_WEIGHT, with the maximum over the head. In this unit the
+// largest absolute value of a weight is LARGEST_WEIGHT. With d = s - m <= 0 in nats,
+// |G| is at most LARGEST_WEIGHT e^d max(|d|, H). Here e^d |d| <= 1/e and H <= log N. So
+// |G + Gᵀ| is below 2 (log N + 1) LARGEST_WEIGHT, well below 65504, the largest half.
+constexpr float LARGEST_WEIGHT = 512;
 
-// Compute the unit of a head and divide its weights by it; `token_gradients` multiplies
-// by the unit. One block, one head.
+// Compute the unit of a head, and divide the third weight of each row by this unit;
+// `token_gradients` multiplies by it. One block, one head.
 // Shapes: weights (L, B, H, N, 3), units (L, B, H).
 extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
                                         acc_t* units) {
@@ -102,13 +108,15 @@ extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
         peak = max(peak, fabs(weights[i * STATE_VALUES]));
     peak = block_reduce(peak, scratch, Greatest());
     for (long long i = threadIdx.x; i < num_tokens && peak > 0; i += blockDim.x)
-        weights[i * STATE_VALUES] = weights[i * STATE_VALUES] / peak * UNITS;
-    if (threadIdx.x == 0) units[head] = peak / UNITS;
+        weights[i * STATE_VALUES] = weights[i * STATE_VALUES] / peak * LARGEST_WEIGHT;
+    if (threadIdx.x == 0) units[head] = peak / LARGEST_WEIGHT;
 }
 
 // The weights of a row, as `score_weights` and `weight_units` store them.
 struct Weights {
-    acc_t m, mean, weight;
+    acc_t m;       // in units of ln 2
+    acc_t mean;    // t / (1 + r), the mean of s - m under the softmax, in nats
+    acc_t weight;  // g / (1 + r), divided by the unit of the head
 
     explicit __device__ __forceinline__ Weights(const acc_t* values)
         : m(values[0]), mean(values[1]), weight(values[2]) {}
@@ -127,23 +135,24 @@ struct __align__(2 * sizeof(real_t)) Pair {
     real_t element[2];
 };
 
-// One block computes one tile of a band. The scores of a row are those of its row
-// vector with the column vectors. A tile that the causal mask empties entirely is not
-// written, and `token_gradients` does not read such a tile.
+// One block computes one tile of a band. The score of row i and column j is `scale`
+// times the dot product of row_vectors[i] and column_vectors[j]; here it is also
+// multiplied by log2 e. A tile that the causal mask empties entirely is not written,
+// and `token_gradients` does not read such a tile.
 // Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
-// (B, N), band (128 num_row_tiles, 128 T).
+// (B, N), band (128 band_row_tiles, 128 T).
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     score_gradients(const real_t* row_vectors, const real_t* column_vectors,
                     const acc_t* weights, const bool* mask, long long first_row_tile,
-                    long long num_row_tiles, long long batch, long long heads,
+                    long long band_row_tiles, long long batch, long long heads,
                     long long num_tokens, long long dim, long long causal, double scale,
                     long long sides, real_t* band) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
-    const long long row_tiles = (num_tokens + TILE - 1) / TILE;  // T
-    const long long row_tile = first_row_tile + blockIdx.x / row_tiles,
-                    head = row_tile / row_tiles;
-    const long long row0 = row_tile % row_tiles * TILE,
-                    column0 = blockIdx.x % row_tiles * TILE;
+    const long long tiles_per_head = (num_tokens + TILE - 1) / TILE;  // T
+    const long long row_tile = first_row_tile + blockIdx.x / tiles_per_head,
+                    head = row_tile / tiles_per_head;
+    const long long row0 = row_tile % tiles_per_head * TILE,
+                    column0 = blockIdx.x % tiles_per_head * TILE;
     if (causal && (sides == QUERIES ? column0 > row0 : column0 < row0)) return;
 
     const long long head_start = head * num_tokens;
@@ -170,7 +179,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
             weights[(head_start + token) * STATE_VALUES + k];
     __syncthreads();
 
-    real_t* target = band + blockIdx.x / row_tiles * TILE * row_tiles * TILE + column0;
+    real_t* target =
+        band + blockIdx.x / tiles_per_head * TILE * tiles_per_head * TILE + column0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = WholeTile::row(i);
@@ -184,9 +194,9 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                 acc_t sum = 0;
                 if (rows >> i & columns >> (j + k) & 1) {
                     const acc_t s = rounded_product(sums[0][i][j + k], factor);
-                    // Weights belong to queries: the row in G and the column in Gᵀ. So
-                    // the second term uses the weights and the causal condition of the
-                    // column.
+                    // Weights belong to queries. In G the row is the query; in Gᵀ the
+                    // column is the query. So the second term, (Gᵀ)_ij = G_ji, uses the
+                    // weights and the causal condition of the column.
                     if (sides & QUERIES && !(diagonal && column > row))
                         sum += row_weights.gradient(s);
                     if (sides & KEYS && !(diagonal && row > column))
@@ -195,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                 }
                 store(&pair.element[k], sum);
             }
-            *reinterpret_cast<Pair*>(target + row * row_tiles * TILE +
+            *reinterpret_cast<Pair*>(target + row * tiles_per_head * TILE +
                                      WholeTile::column(j)) = pair;
         }
     }
@@ -234,22 +244,22 @@ extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* ma
 }
 
 // One block computes one tile of the gradients of the row vectors: the 128 rows of a
-// row tile, and 128 of the d columns. The part of the band past the edge of the causal
-// mask is 0, so it is not read.
-// Shapes: band (128 num_row_tiles, 128 T), transposed (L, B, H, d, 128 T), units (L, B,
-// H), out (L, B, H, N, d).
+// row tile, and 128 of the d columns. Past the edge of the causal mask the matrix is 0.
+// `score_gradients` does not write tiles that lie entirely there, so they are not read.
+// Shapes: band (128 band_row_tiles, 128 T), transposed (L, B, H, d, 128 T), units (L,
+// B, H), out (L, B, H, N, d).
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     token_gradients(const real_t* band, const real_t* transposed, const acc_t* units,
-                    long long first_row_tile, long long num_row_tiles,
+                    long long first_row_tile, long long band_row_tiles,
                     long long num_tokens, long long dim, long long causal, double scale,
                     long long sides, real_t* out) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
-    const long long row_tiles = (num_tokens + TILE - 1) / TILE,
-                    columns = row_tiles * TILE;
+    const long long tiles_per_head = (num_tokens + TILE - 1) / TILE,
+                    columns = tiles_per_head * TILE;
     const long long column_tiles = (dim + TILE - 1) / TILE;
     const long long row_tile = first_row_tile + blockIdx.x / column_tiles,
-                    head = row_tile / row_tiles;
-    const long long row0 = row_tile % row_tiles * TILE,
+                    head = row_tile / tiles_per_head;
+    const long long row0 = row_tile % tiles_per_head * TILE,
                     d0 = blockIdx.x % column_tiles * TILE;
     const long long first_column = causal && sides == KEYS ? row0 : 0;
     const long long end_column = causal && sides == QUERIES ? row0 + TILE : columns;

@@ -148,7 +148,8 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
     }
 }
 
-// The three kernels differ only in the shape of tile, which the launcher selects.
+// The three kernels differ only in the shape of tile, which the launcher selects:
+// `_half` has `HalfTile`, `_wide` has `WideTile` (tiles.cuh).
 // Shapes: tokens (B, N, D), mask (B, N), states_out (B, slots, N, 3).
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     self_attention_states(const real_t* tokens, const bool* mask, long long batch,

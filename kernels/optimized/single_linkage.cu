@@ -159,8 +159,8 @@ __device__ void join_components(Components& all, TreeProgress* published,
         all.from[t] = i, all.to[t] = all.nearest[i];
     }
     __syncthreads();  // all parents are known
-    // Give every token the root of its component. Parents are not changed here, so no
-    // barrier is needed between tokens.
+    // Give every token the root of its component: the end of its chain of parents.
+    // Parents are not changed here, so no barrier is needed between tokens.
     for_each_token([&](int i) {
         int root = all.component[i];
         while (all.parent[root] != root) root = all.parent[root];

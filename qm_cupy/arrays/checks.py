@@ -1,10 +1,10 @@
 """Checks of arguments. Each raises an error that names the argument and its value.
 
-TypeError is for a wrong dtype or type, ValueError for a wrong shape or value. Values of
-CUDA arrays are not checked, because the CPU would have to wait for the GPU.
+A wrong dtype or type raises TypeError, and a wrong shape or value raises ValueError.
+Values of CUDA arrays are not checked, because the CPU would have to wait for the GPU.
 
-Axes: B sequences of N tokens of width D. K is the number of groups that a sequence is
-merged to. ``wanted`` is the shape that an array must have.
+Axes: there are B sequences of N tokens of width D. K is the number of groups that a
+sequence is merged to. ``wanted`` is the shape that an array must have.
 """
 
 import operator
@@ -347,7 +347,7 @@ def any_of(words: Sequence[str]) -> str:
 def check_counts(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
     """Return how many tokens of each sequence (..., K, D) are not padding.
 
-    It is `num_groups`, or the length of the axis K if that is None.
+    The number is `num_groups`, or the length of the axis K if `num_groups` is None.
     """
     limit = tokens.shape[-2]
     return check_num_groups(
@@ -369,7 +369,7 @@ def check_positions(
     check_shape(name, positions, "BK", wanted)
     if not learned or is_cuda(positions) or not positions.size:
         return
-    # The prior has a learned vector for each of these positions, and no others.
+    # The prior has a learned vector for each position below `learned`, and no others.
     if positions.max() >= learned:
         raise ValueError(
             f"`{name}` must be below {learned}, the number of positions that the prior "

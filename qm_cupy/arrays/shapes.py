@@ -1,8 +1,8 @@
 """The axes of arrays, and masks of the same shape.
 
-B is the number of sequences, N the number of tokens of a sequence and D the width of a
-token. L is the number of layers, H the number of heads of a layer and d their width. An
-array of one sequence has no axis B.
+B is the number of sequences, N is the number of tokens in a sequence, and D is the
+width of a token. L is the number of layers, H is the number of heads in a layer, and d
+is the width of a head. An array of one sequence has no axis B.
 """
 
 import math
@@ -49,7 +49,7 @@ def expand_mask(
 
 def saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:
     """Return the shape of the saliency, (N,) or (B, N), without layers and heads."""
-    # In (L, B, N) and (L, B, H, N) B is the second axis, in (B, N) the first one.
+    # B is the second axis of (L, B, N) and (L, B, H, N), and the first axis of (B, N).
     leading = entropy.shape[1:2] if entropy.ndim > 2 else entropy.shape[:-1]
     return (*leading, entropy.shape[-1])
 

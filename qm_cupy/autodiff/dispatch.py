@@ -149,8 +149,8 @@ def operation(
 def composed_of_operations(function: Callable[P, Result]) -> Callable[P, Result]:
     """Run a public function that only calls operations, in its first array's stream.
 
-    The difference to `on_callers_stream`: if a framework traces an argument, the stream
-    is not selected here, because each operation selects it later.
+    The function differs from `on_callers_stream` in one case: if a framework traces an
+    argument, no stream is selected here, because each operation selects it later.
     """
 
     @functools.wraps(function)

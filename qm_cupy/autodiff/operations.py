@@ -5,7 +5,8 @@ and `jax_primitives` read the table. In the table, the arguments of an operation
 one order: differentiable arrays, constants (arrays without a gradient), ``counts``, the
 options, and ``max_groups`` last.
 
-Axes: B sequences of N tokens of width D, and K groups of tokens in a sequence.
+Axes: there are B sequences of N tokens of width D, with K groups of tokens in a
+sequence.
 """
 
 import functools
@@ -113,7 +114,7 @@ class Operation(NamedTuple):
         return names
 
     def result_dtype(self, dtypes: Sequence[Any], float32: Any, float64: Any) -> Any:
-        """Return the dtype of the results from those of the differentiable arrays.
+        """Return the dtype of the results from the dtypes of the differentiable arrays.
 
         Do not call it for the rule "int32". `float32` and `float64` are the dtypes
         with these names of NumPy or torch.

@@ -31,8 +31,8 @@ from .operations import (
     plain_integer,
 )
 
-# All values of `snapshot()`: (kernels, TF32 allowed, inputs checked for NaN and Inf). An
-# index into this list is passed as a tensor.
+# All values of `snapshot()`: (kernels, TF32 allowed, inputs checked for NaN and Inf).
+# An index into this list is passed as a tensor.
 SNAPSHOTS: list[Snapshot] = list(
     itertools.product(("basic", "optimized"), (False, True), (False, True))
 )
@@ -63,8 +63,8 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
 
 def masked_copy(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return a copy in float32 or float64 that is 0 where a mask is False."""
-    # `to` returns `x` itself, not a copy, if `x` already has the dtype. So `clone` makes
-    # the copy.
+    # `to` returns `x` itself, not a copy, if `x` already has the dtype. So `clone`
+    # makes the copy.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.clone() if mask is None else wide * mask
 

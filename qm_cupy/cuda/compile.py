@@ -145,7 +145,7 @@ def options(dtype: str) -> tuple[str, ...]:
     """Return the compiler's options: the language, the types, and the constants."""
     storage = _STORAGE["float32" if dtype == TF32 else dtype]
     compute = "double" if dtype == "float64" else "float"
-    # `real_t` is the type of arrays in memory, and `acc_t` the type of sums.
+    # `real_t` is the type of arrays in memory, and `acc_t` is the type of sums.
     types = f"-Dreal_t={storage}", f"-Dacc_t={compute}"
     constants = definitions(8 if compute == "double" else 4)  # bytes of an acc_t
     defined = (f"-D{name}={number}" for name, number in constants.items())
@@ -184,8 +184,8 @@ def _folder() -> Path:
 def kernel_dtype(file: str, dtype: Any) -> str:
     """Return the dtype that a file's kernels are compiled for.
 
-    It is `dtype` itself, except that it is `TF32` for float32 in optimized kernels if
-    `allow_tf32` allows it.
+    The result is `dtype` itself, with one exception: it is `TF32` for float32 in
+    optimized kernels if `allow_tf32` allows TF32.
     """
     name = _name(np.dtype(dtype))
     if name != "float32" or not file.startswith("optimized/"):

@@ -2,8 +2,8 @@
 
 In the kernels they are macros. Most have the same name as here; `definitions` shows the
 exceptions. If a constant is the size of a struct, the kernel asserts that both are
-equal. Here "reals" are values of the type of sums, `acc_t`,
-with 4 or 8 bytes, and "integers" have 4 bytes.
+equal. Here "reals" are values of the type of sums, `acc_t`, with 4 or 8 bytes.
+"Integers" have 4 bytes.
 """
 
 WARP = 32  # GPU threads that execute one instruction together
@@ -29,12 +29,15 @@ MAX_HEAD_DIM = 256
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}  # functions after a linear map
 NOISE_BITS = 23  # bits of the uniform numbers that Gumbel noise is computed from
 
-# Values of the softmax state (m, r, t) of a row of scores. Gradients of scores also
-# need three values for each row: (m, t / (1 + r), g / (1 + r)).
+# Number of values in the softmax state (m, r, t) of a row of scores, which
+# stages/saliency/online_softmax.py defines. Gradients of scores also need three values
+# for each row: (m, t / (1 + r), g / (1 + r)), where g is the gradient of a loss with
+# respect to the entropy of the row.
 STATE_VALUES = 3
 EXTREMES = 4  # values that `entropy_extremes` writes for each layer of a sequence
-# Bits that select a matrix of score gradients: G, with queries as rows, Gᵀ, with keys
-# as rows, or for both bits G + Gᵀ.
+# Bits that select a matrix. G_ij is the gradient of a loss with respect to the score of
+# query i and key j. QUERIES selects G, whose rows belong to queries. KEYS selects Gᵀ,
+# whose rows belong to keys. Both bits select G + Gᵀ.
 QUERIES, KEYS = 1, 2
 
 # Linkage. In dictionaries the keys are the bytes of a distance, and values are bytes.

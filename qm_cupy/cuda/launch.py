@@ -113,8 +113,8 @@ def _cover(count: int, size: int) -> int:
 def block_size(num_tokens: int, max_threads: int, step: int = WARP) -> int:
     """Return how many threads a block has with one thread per token.
 
-    It is at most `max_threads`, and below that a multiple of `step`. A step has one or
-    more whole warps, because a block consists of whole warps.
+    The number is at most `max_threads`. A smaller number is a multiple of `step`. A
+    step has one or more whole warps, because a block consists of whole warps.
     """
     return min(_cover(num_tokens, step) * step, max_threads)
 

@@ -17,7 +17,7 @@ from ..cuda.device import empty
 from ..cuda.launch import counts_on_device, launch
 
 _BASE = 10_000.0  # base of the rotary wavelengths 2π · 10000^(2i / d), in positions
-_SCORES = 1 << 22  # largest number of scores in memory at once: 16 MB of float32
+_MAX_SCORES = 1 << 22  # scores in memory at once, at most: 16 MB of float32
 
 
 class Span(NamedTuple):
@@ -137,7 +137,7 @@ def _attend_reference(
     output = np.empty_like(query)
     # A block of `block_rows` queries is computed at a time, to limit the memory of the
     # scores.
-    block_rows = max(1, _SCORES // max(1, batch * num_heads * length))
+    block_rows = max(1, _MAX_SCORES // max(1, batch * num_heads * length))
     for start in range(0, num_rows, block_rows):
         block = slice(start, min(start + block_rows, num_rows))
         block_query = query[:, block].transpose(0, 2, 1, 3) * query.dtype.type(

@@ -2,7 +2,7 @@
 
 A prior is a model that predicts a merged token from the tokens before it. It has two
 networks: ``forward`` reads the tokens from the left, and ``backward`` from the right.
-In the MLP prior, D is the width of a token and H the width of the hidden layer.
+In the MLP prior, D is the width of a token, and H is the width of the hidden layer.
 """
 
 from collections.abc import Mapping

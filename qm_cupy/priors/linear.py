@@ -1,8 +1,9 @@
 """One layer of the priors: a norm, a linear map, an activation and a residual.
 
 A prior is a model that predicts a merged token from the tokens before it. A layer maps
-rows x of `in` entries to rows y of `out` entries. W is its weight (out, in), b its bias
-(out,), and d before a name means the gradient of a loss with respect to the quantity.
+rows x of `in` entries to rows y of `out` entries. W (out, in) is its weight, and b
+(out,) is its bias. A letter d before a name means the gradient of a loss with respect
+to the quantity.
 """
 
 import math
@@ -21,7 +22,7 @@ from ..settings import implementation
 Activation = Literal["none", "relu", "gelu"]
 
 _EPSILON = 1e-5  # ε of the norms: the default of torch's LayerNorm
-_FEW = 16  # up to this number of rows, one warp for each output is fast
+_MAX_WARP_ROWS = 16  # up to this many rows, one warp for each output is fast
 # Rows that one block sums for a tile of dW. For example, 8,192 rows are 16 parts. With
 # D = 1024 and the prior's hidden width of 256, each part has 16 tiles, so there are 256
 # blocks. Each part needs as much memory as W, so the number of parts is limited.
@@ -109,7 +110,7 @@ def _linear_cuda(
     # A step of decoding has few rows. Most of its time is the reading of the weights,
     # and tiles would be nearly empty. So one warp computes each output, including the
     # norm.
-    if implementation() == "optimized" and num_rows <= _FEW:
+    if implementation() == "optimized" and num_rows <= _MAX_WARP_ROWS:
         args = (x, *(norm or (None, None)), *weights, *sizes, _EPSILON, out)
         launch("linear", "linear_few", dtype, args, rows=out.size)
         return out

@@ -2,7 +2,7 @@
 
 A prior is a model that predicts a merged token from the tokens before it. The size of a
 merged token is the number of tokens that were merged into it; padding has size 0. In
-shapes, B is the number of sequences and D the width of a token.
+shapes, B is the number of sequences, and D is the width of a token.
 """
 
 from typing import Any

@@ -125,11 +125,11 @@ class MLPPrior:
         positions: Any = None,
         sizes: Any = None,
     ) -> Array:
-        """Predict the next (or the previous) token of every token, all at once.
+        """Predict the token after (or before) every token, all at once.
 
-        The prediction of the next token reads a token and all tokens before it. In
-        reverse, the prediction of the previous token reads a token and all tokens after
-        it.
+        The prediction of the token after a token reads this token and all tokens before
+        it. In reverse, the prediction of the token before a token reads this token and
+        all tokens after it.
 
         Parameters
         ----------

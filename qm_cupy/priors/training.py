@@ -3,11 +3,12 @@
 A prior is a model that predicts a merged token from the tokens before it. An `MLPPrior`
 has two networks. The forward network (index 0) reads the mean of tokens 1..t, and its
 target is token t + 1. The backward network (index 1, `reverse`) reads the mean of
-tokens t..K, and its target is token t - 1. D is the width of a token, and H the width
-of the hidden layer.
+tokens t..K, and its target is token t - 1. D is the width of a token, and H is the
+width of the hidden layer.
 
 Arrays are NumPy or CuPy arrays. A block is a pair of inputs (R, D) and targets (R, D)
-in float64. Every pass over the data computes the blocks again, one at a time.
+in float64, with R rows. Every pass over the data computes the blocks again, one at a
+time.
 """
 
 import functools
@@ -30,7 +31,7 @@ Block = tuple[Any, Any]
 Blocks = Callable[[], Iterator[Block]]
 
 _ROWS = 1 << 14  # rows R of a block: 32 MB of hidden activations (float64, H = 256)
-_DECAY, _SQUARE_DECAY, _TINY = 0.9, 0.999, 1e-8  # the usual β₁, β₂ and ε of Adam
+_DECAY, _SQUARE_DECAY, _EPSILON = 0.9, 0.999, 1e-8  # the usual β₁, β₂ and ε of Adam
 
 
 def fit_networks(
@@ -240,7 +241,7 @@ def refine(
             square_moment[i] = (
                 _SQUARE_DECAY * square_moment[i] + (1 - _SQUARE_DECAY) * g * g
             )
-            scale = (square_moment[i] / square_correction) ** 0.5 + _TINY
+            scale = (square_moment[i] / square_correction) ** 0.5 + _EPSILON
             weights.append(w - learning_rate * moment[i] / correction / scale)
         current = type(network)(*weights)
     # A learning rate that is too high can make the fit worse. Compare the errors over

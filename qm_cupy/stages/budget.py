@@ -1,8 +1,8 @@
 """Budgets: how many tokens, or groups of tokens, a sequence keeps.
 
-B is the number of sequences, N the number of tokens of a sequence, D the width of a
-token, and K the number of tokens or groups to keep. The norm mass of a set of tokens is
-the sum of the L2 norms ‖x_i‖ of its tokens x_i.
+B is the number of sequences, N is the number of tokens in a sequence, D is the width of
+a token, and K is the number of tokens or groups to keep. The norm mass of a set of
+tokens is the sum of the L2 norms ‖x_i‖ of its tokens x_i.
 """
 
 import math

@@ -198,7 +198,7 @@ def test_predict_in_several_parts_of_queries(rng, monkeypatch):
     wanted = PRIOR.predict(tokens, num_groups=counts, reverse=True)
     # One query has B·H·K = 2·3·17 scores. With memory for the scores of four queries,
     # 17 queries need five parts.
-    monkeypatch.setattr(attention, "_SCORES", 2 * 3 * 17 * 4)
+    monkeypatch.setattr(attention, "_MAX_SCORES", 2 * 3 * 17 * 4)
     got = PRIOR.predict(tokens, num_groups=counts, reverse=True)
     assert_close(got[0], wanted[0])
     assert_close(got[1, :9], wanted[1, :9])

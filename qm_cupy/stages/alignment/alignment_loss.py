@@ -3,9 +3,9 @@
 A prior has two networks. The network f reads the merged tokens from the left and
 predicts the next one; g reads them from the right and predicts the previous one. Merged
 token t of K is x̃_t, with D entries. In comments, c_t is the mean of the tokens that a
-network has read when it predicts, h_t the hidden layer of an MLP before its ReLU, y_t
-the prediction, and L the loss. A letter d before a quantity, in names too, means the
-gradient of a loss with respect to this quantity.
+network has read when it predicts, h_t is the hidden layer of an MLP before its ReLU,
+y_t is the prediction, and L is the loss. A letter d before a quantity, in names too,
+means the gradient of a loss with respect to this quantity.
 """
 
 import math
@@ -282,10 +282,10 @@ def alignment_loss_vjp(
     .. math:: \bar{\tilde x}_i = \sum_{t \ge i} \frac{\bar c_t}{t} - \bar y_{i-1},
         \qquad \bar y_t = \frac{2 \bar L}{D (K - 1)} \bigl(y_t - \tilde x_{t+1}\bigr),
 
-    where :math:`c_t` is the mean of merged tokens 1..t of K, :math:`y_t` the prediction
-    of the forward network from it, and D the width of a token. :math:`\bar c_t` is
-    :math:`\bar y_t` propagated back through the network. The backward network adds the
-    mirror image.
+    where :math:`c_t` is the mean of merged tokens 1..t of K, :math:`y_t` is the forward
+    network's prediction from :math:`c_t`, and D is the width of a token.
+    :math:`\bar c_t` is :math:`\bar y_t` propagated back through the network. The
+    backward network adds the mirror image.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
 """Decoding: a model reads the merged tokens from left to right.
 
-In shapes, B is the number of sequences, K of merged tokens, D the width of a token, and
-E the width of a prediction. A prior is a model of this library or of the caller with a
-method ``step``, which predicts the next merged token.
+In shapes, B is the number of sequences, K is the number of merged tokens in a sequence,
+D is the width of a token, and E is the width of a prediction. A prior is a model with a
+method ``step``, which predicts the next merged token. It is a model of this library or
+of the caller.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Groups by the bipartite soft matching of ToMe (arXiv:2210.09461).
 
 The groups of a sequence are sorted by their last members; the index of a group in this
-order is its position. An even group has an even position, an odd group an odd one. A
-step merges r even groups into odd groups; steps are repeated until K groups are left.
-With n groups, r = min(n - K, ⌊n / 2⌋), so n becomes max(K, ⌈n / 2⌉).
+order is its position. An even group has an even position, and an odd group has an odd
+position. A step merges r even groups into odd groups; steps are repeated until K groups
+are left. With n groups, r = min(n - K, ⌊n / 2⌋), so n becomes max(K, ⌈n / 2⌉).
 """
 
 from typing import Any

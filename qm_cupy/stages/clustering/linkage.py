@@ -161,8 +161,8 @@ def linkage_sequence(
     np.clip(distance, 0, 2, out=distance)  # rounding can exceed the range of 1 - cos
     # SciPy does not support masses. The masses are divided by the largest one, so that
     # their products neither overflow nor vanish. This division divides ward's distances
-    # by the root of the largest mass, so ward's heights are multiplied by this root. It
-    # does not change an average distance.
+    # by the root of the largest mass, so ward's heights are multiplied by this root. An
+    # average distance does not change by this division.
     if mass is not None:
         relative, peak = relative_mass(mass)
         tree, _ = weighted_linkage(distance, relative, method)

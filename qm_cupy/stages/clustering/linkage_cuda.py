@@ -288,7 +288,7 @@ def layout_of(
     one block, because all its arrays fit in the shared memory of this block.
     """
     device, threads = current_device(), LINKAGE_THREADS[width]
-    rows = threads // WARP  # of one block at a time: one warp works on a row
+    rows = threads // WARP  # rows of one block at a time, a warp for each row
     # With more blocks, some warps would have no row.
     max_blocks = min(-(-num_tokens // rows), device.multiprocessors)
     if one_block or batch >= device.multiprocessors or max_blocks == 1:

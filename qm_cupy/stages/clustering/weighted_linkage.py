@@ -116,8 +116,9 @@ def _select_due(group: Any, unions: Indices, spent: int) -> tuple[Indices, int]:
     as many rows as a search of all stale groups.
     """
     # A group keeps its nearest neighbour if a later merge makes another group equally
-    # near. So equal distances can form a cycle: B is nearest to A, C to B, and A to C.
-    # Then no pair can merge. A search of all groups decides all ties by the same rule.
+    # near. So equal distances can form a cycle: A has the neighbour B, B has the
+    # neighbour C, and C has the neighbour A. Then no pair can merge. A search of all
+    # groups decides all ties by the same rule.
     # Ties are likely again after the next merges, so the next round should search all
     # stale groups too. Therefore the rows of this search count: the new `spent` is 0,
     # and after the search it is more than the number of groups.

@@ -1,7 +1,7 @@
 """Norm mass: the fraction of the sum of all token norms that the K largest have.
 
-x_i is token i, and ‖x_i‖ its norm. γ(X, K) is the norm mass of the tokens X of a
-sequence for K.
+x_i is token i, and ‖x_i‖ is its norm. X is the matrix of all tokens of a sequence.
+γ(X, K) is their norm mass: the fraction that the K largest norms have.
 """
 
 import math

@@ -201,7 +201,7 @@ def _reconstruction_error_cuda(
     errors, squares = _token_errors_cuda(*arrays)  # (B, N) each
     batch, num_tokens = errors.shape
     # For each sequence, a block adds the errors and the squares, and divides the sums.
-    # It adds in a fixed order, without atomics, so that every run gives the same bits.
+    # A block adds in a fixed order, without atomics, so every run gives the same bits.
     out = empty(tokens.shape[:-2], errors.dtype)
     args = (errors, squares, batch, num_tokens, out)
     kernel = "reconstruction_error", "reconstruction_error"
@@ -260,9 +260,9 @@ def reconstruction_error_vjp(
         \qquad \bar{\tilde x}_k = -\frac{2 \bar e}{\lVert X \rVert^2}
         \sum_{j \in G_k} (x_j - \tilde x_k)
 
-    For one sequence, e is the error, X the matrix of tokens, :math:`x_j` token j,
-    :math:`\hat x_j` the rebuilt token, :math:`\tilde x_k` merged token k, and
-    :math:`G_k` its group.
+    For one sequence, e is the error and X is the matrix of tokens. :math:`x_j` is token
+    j, and :math:`\hat x_j` is the rebuilt token j. :math:`\tilde x_k` is merged token
+    k, and :math:`G_k` is the group of merged token k.
 
     Parameters
     ----------

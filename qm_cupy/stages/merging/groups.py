@@ -1,7 +1,7 @@
 """Groups of tokens: their sizes, positions and members.
 
-A label is the group of a token: 0..K-1, or -1 for padding. N is the number of tokens of
-a sequence, K the number of groups, and B the number of sequences.
+A label is the group of a token: 0..K-1, or -1 for padding. N is the number of tokens in
+a sequence, K is the number of groups, and B is the number of sequences.
 """
 
 import math
@@ -25,9 +25,9 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 
 # `members_cuda` sorts the tokens of a sequence by group, with a counting sort.
-# Different warps sort different parts of the sequence, the runs, at the same time. This
-# is the number of runs if the counts of the sort are in global memory. If the counts
-# are in shared memory, `sort_layout` computes the number.
+# Different warps sort different parts of the sequence, the runs, at the same time.
+# `_GLOBAL_RUNS` is the number of runs if the counts of the sort are in global memory.
+# If the counts are in shared memory, `sort_layout` computes the number of runs.
 _GLOBAL_RUNS = 8
 
 

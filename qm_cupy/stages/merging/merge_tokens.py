@@ -1,11 +1,12 @@
 """Merging: the weighted mean of the tokens of each group.
 
-x_j is token j of a sequence of N tokens of width D, m_j its mass, and k its group, one
-of K groups. G_k is the set of the members of group k, |G_k| their number,
-W_k = Σ_{j∈G_k} m_j their mass, and x̃_k the merged token: the mean of the members with
-the weights m_j / W_k. g_k is the gradient of a loss with respect to x̃_k. A bar is the
-gradient of the loss with respect to the quantity, such as m̄_j. There are B sequences.
-A label is the group of a token, or -1 for padding.
+There are B sequences of N tokens of width D, and K groups in each sequence. x_j is
+token j of a sequence, m_j is its mass, and k is its group. G_k is the set of the
+members of group k, |G_k| is their number, and W_k = Σ_{j∈G_k} m_j is their mass. x̃_k
+is the merged token: the mean of the members with the weights m_j / W_k. g_k is the
+gradient of a loss with respect to x̃_k. A bar means the gradient of the loss with
+respect to the quantity, such as m̄_j. A label is the group of a token, or -1 for
+padding.
 """
 
 import math
@@ -320,9 +321,8 @@ def merge_tokens_vjp_reference(
     # `flat` and `group` have one entry for each token that is not padding, in index
     # order. num_rows = B·K.
     flat, group, num_rows = flat_groups(labels, num_groups)
-    # m_j / W_k in index order. The rows of the sparse matrix are groups and its columns
-    # tokens, with one entry in each column. A csc_array stores entries column by
-    # column.
+    # m_j / W_k in index order. Rows of the sparse matrix are groups, and columns are
+    # tokens. Each column has one entry, and a csc_array stores the columns in order.
     weights = _weights_reference(labels, num_groups, mass).tocsc().data
     group_gradient, x = gradient.reshape(-1, dim), tokens.reshape(-1, dim)
     x_gradient, product = np.zeros(x.shape, x.dtype), np.empty(len(flat))

@@ -1,9 +1,9 @@
 """Unmerging: every token gets the value of its group.
 
-x̃_k is merged token k of K groups, and token j of the N rebuilt tokens is x̂_j = x̃_k
-with k its group; both have width D. G_k is the set of the members of group k. g_j is
-the gradient of a loss with respect to x̂_j. There are B sequences. A label is the group
-of a token, or -1 for padding.
+There are B sequences of N tokens of width D, and K groups in each sequence. x̃_k is the
+merged token of group k. If token j is in group k, its rebuilt token is x̂_j = x̃_k. G_k
+is the set of the members of group k. g_j is the gradient of a loss with respect to x̂_j.
+A label is the group of a token, or -1 for padding.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Attention entropy of attention probabilities that the caller has computed.
 
-A_ij is the attention of token i to token j, a matrix (N, N) for each of L layers,
+A_ij is the attention of token i to token j. A is a matrix (N, N) for each of L layers,
 B sequences and H heads. P_ij = A_ij / Σ_k A_ik is the same row with sum 1, and
 H_i = -Σ_j P_ij log P_ij is its entropy. Below, (..., N) are the rows of all matrices.
 """

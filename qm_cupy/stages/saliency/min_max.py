@@ -1,8 +1,8 @@
 """Min–max scaling of rows, and its vector–Jacobian product.
 
-A row x has N values, one for each token; padding does not count. With `low` and `high`
-the smallest and the largest value, and w = high - low, the result is y = (x - low) / w.
-ℒ is the loss of the vector–Jacobian product.
+A row x has N values, one for each token; padding does not count. `low` is the smallest
+value, `high` is the largest value, and w = high - low. The result is y = (x - low) / w.
+The vector–Jacobian product is the gradient of a loss ℒ with respect to x.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """Saliency from the L2 norms of tokens.
 
-x_i is token i of a sequence, one of N tokens of width D, and n_i = ‖x_i‖ its norm. The
-saliency is the norms of a sequence, min–max scaled to [0, 1] (min_max.py). B is the
-number of sequences, and ℒ the loss of the vector–Jacobian product.
+There are B sequences of N tokens of width D. x_i is token i of a sequence, and
+n_i = ‖x_i‖ is its norm. The saliencies are the norms of a sequence, min–max scaled to
+[0, 1] (min_max.py). The vector–Jacobian product is the gradient of a loss ℒ with
+respect to the tokens.
 """
 
 from typing import Any

@@ -1,11 +1,11 @@
 """Attention entropy of queries and keys, without an N × N matrix in memory.
 
-q_i is the query of token i and k_j the key of token j, both of width d, for each of
-L layers, B sequences and H heads. Q and K are their matrices (N, d). The scores are
-s_ij = q_i · k_j c with the factor c, the attention is p_ij = softmax_j(s_ij), and H_i
-is the entropy of row i. (m, r, t) is the state of a row of scores, which
-online_softmax.py defines. g_i is the gradient of a loss ℒ with respect to H_i, and
-G_ij = ∂ℒ/∂s_ij.
+There are L layers, B sequences and H heads. In one head, q_i is the query of token i,
+and k_j is the key of token j, both of width d. Q and K are their matrices (N, d). The
+scores are s_ij = c q_i · k_j with the factor c, the attention is
+p_ij = softmax_j(s_ij), and H_i is the entropy of row i. (m, r, t) is the state of a row
+of scores: m is the largest score, and r and t are two sums, which online_softmax.py
+defines. g_i is the gradient of a loss ℒ with respect to H_i, and G_ij = ∂ℒ/∂s_ij.
 """
 
 import math
@@ -47,8 +47,8 @@ from .online_softmax import (
 )
 from .score_gradients import (
     check_entropy_gradient,
-    score_vjp,
     score_arguments_cuda,
+    score_vjp,
     token_gradients_cuda,
 )
 
@@ -325,6 +325,6 @@ def _query_key_entropy_vjp_cuda(
     """Return the gradients with respect to the queries and the keys."""
     query, key = contiguous(query), contiguous(key)
     scores = score_arguments_cuda(gradient, query, key, causal, scale, mask)
-    # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q
+    # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q. QUERIES selects G, and KEYS selects Gᵀ.
     query_gradient = token_gradients_cuda(scores, query, key, QUERIES)  # (..., N, d)
     return query_gradient, token_gradients_cuda(scores, key, query, KEYS)

@@ -2,9 +2,9 @@
 
 H_i is the attention entropy of token i of N tokens, for each of L layers, B sequences
 and H heads (H without an index is the number of heads). y_i is H_i of one layer (the
-mean over its heads), scaled to [0, 1] over the tokens of a sequence (min_max.py), and w
-is the greatest entropy minus the least one. s_i is the saliency, and g_i the gradient
-of a loss ℒ with respect to s_i.
+mean over its heads), scaled to [0, 1] over the tokens of a sequence (min_max.py). w is
+the greatest entropy minus the least entropy. s_i is the saliency, and g_i is the
+gradient of a loss ℒ with respect to s_i.
 """
 
 from typing import Any, Literal, get_args
@@ -171,11 +171,11 @@ def saliency_vjp(
         - \frac{[i \in \min]}{n_{\min}} \sum_k g_k (1 - y_k)
         - \frac{[i \in \max]}{n_{\max}} \sum_k g_k y_k \Bigr)
 
-    This holds for each layer, with H its entropies (the means over its heads), y the
-    normalised entropies and w the greatest minus the least entropy. The sets min and
-    max contain the tokens with the least and the greatest entropy, and
-    :math:`n_{\min}` and :math:`n_{\max}` are their sizes. :math:`[\cdot]` is 1 if the
-    condition is true and 0 otherwise.
+    The formula is true for each layer. H are the entropies of the layer (the means over
+    its heads), y are the normalised entropies, and w is the greatest entropy minus the
+    least entropy. The sets min and max contain the tokens with the least and the
+    greatest entropy, and :math:`n_{\min}` and :math:`n_{\max}` are their sizes.
+    :math:`[\cdot]` is 1 if the condition is true and 0 otherwise.
 
     Parameters
     ----------

@@ -155,9 +155,10 @@ def score_arguments_cuda(
 def token_gradients_cuda(
     scores: ScoreArguments, own: Any, other: Any, sides: int
 ) -> Any:
-    """Return ∂ℒ/∂own = c · M · other, (..., N, d), with a matrix M (N, N) for each head.
+    """Return ∂ℒ/∂own = c · M · other, (..., N, d).
 
-    `sides` has the bits QUERIES and KEYS of cuda/constants.py, and selects M:
+    M is a matrix (N, N) for each head. `sides` has the bits QUERIES and KEYS of
+    cuda/constants.py, and selects M:
 
     - QUERIES: M = G. `own` has the queries and `other` the keys.
     - KEYS: M = Gᵀ. `own` has the keys and `other` the queries.

@@ -1,11 +1,11 @@
 """Entropy of the softmax attention among the tokens of a sequence.
 
-x_i is token i of a sequence, one of N tokens (hidden states) of width D, and X (N, D)
-the matrix of all tokens. The scores are s_ij = x_i · x_j / √D, the attention is
-p_ij = softmax_j(s_ij), and H_i is the entropy of row i. (m, r, t) is the state of a row
-of scores, which online_softmax.py defines. g_i is the gradient of a loss ℒ with respect
-to H_i, and G_ij = ∂ℒ/∂s_ij. There are B sequences, and L layers if an array has four
-axes.
+There are B sequences of N tokens (hidden states) of width D, and L layers if an array
+has four axes. x_i is token i of a sequence, and X (N, D) is the matrix of all tokens.
+The scores are s_ij = x_i · x_j / √D, the attention is p_ij = softmax_j(s_ij), and H_i
+is the entropy of row i. (m, r, t) is the state of a row of scores: m is the largest
+score, and r and t are two sums, which online_softmax.py defines. g_i is the gradient of
+a loss ℒ with respect to H_i, and G_ij = ∂ℒ/∂s_ij.
 """
 
 import math
@@ -43,8 +43,8 @@ from .online_softmax import (
 )
 from .score_gradients import (
     check_entropy_gradient,
-    score_vjp,
     score_arguments_cuda,
+    score_vjp,
     token_gradients_cuda,
 )
 
@@ -273,5 +273,5 @@ def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> A
     # Queries and keys are the same array, so s_ij = s_ji: column j of the scores has
     # the same m, r and t as row j. So the values of rows are the values of columns too.
     scores = score_arguments_cuda(gradient, tokens, tokens, False, scale, mask)
-    # c (G + Gᵀ) X in one pass, with c = 1/√D
+    # c (G + Gᵀ) X in one pass, with c = 1/√D; QUERIES | KEYS selects G + Gᵀ.
     return token_gradients_cuda(scores, tokens, tokens, QUERIES | KEYS)

@@ -1,7 +1,7 @@
 """Gumbel noise that has the same bits on every machine.
 
-Noise g = -log(-log u), where u is uniform in (0, 1) and comes from the generator in
-philox.py. N is the number of tokens of a sequence, B the number of sequences.
+The noise is g = -log(-log u), where u is uniform in (0, 1) and comes from the generator
+in philox.py. N is the number of tokens in a sequence; B is the number of sequences.
 """
 
 from typing import Any

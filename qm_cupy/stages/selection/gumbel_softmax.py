@@ -1,10 +1,11 @@
 """Gumbel-softmax selection of tokens.
 
-For token i of a sequence, s_i is the saliency, g_i the Gumbel noise, z_i = s_i + g_i
-the perturbed score (perturbed_scores.py), τ the temperature and π_i the softmax of z /
-τ, the selection probability. m = max z. A bar is the gradient of a loss with respect to
-the quantity, such as π̄_i. Arrays are (N,) or (B, N): N tokens of one sequence or of B
-sequences. `noise` is a pair (seed, sequence offset); without a seed, g = 0.
+For token i of a sequence, s_i is the saliency, g_i is the Gumbel noise, and z_i =
+s_i + g_i is the perturbed score (perturbed_scores.py). τ is the temperature, and
+m = max z. The selection probability π_i is the softmax of z / τ. A bar means the
+gradient of a loss with respect to the quantity, such as π̄_i. Arrays are (N,) or (B, N):
+N tokens of one sequence or of B sequences. `noise` is a pair (seed, sequence offset);
+without a seed, g = 0.
 """
 
 from typing import Any
@@ -203,8 +204,8 @@ def _gumbel_softmax_cuda(
         selected = top_tokens_cuda(scores, *counts_on_device(counts))  # (B, N), bool
         return selected.astype(scores.dtype)
     # The softmax of the basic implementation (the optimized one uses
-    # `softmax_mass_cuda`). The first kernel has a thread for each sequence, the second
-    # one a thread for each token.
+    # `softmax_mass_cuda`). The first kernel has a thread for each sequence, and the
+    # second kernel has a thread for each token.
     batch, num_tokens = rows_of(scores)
     # m and Σ e^((z - m) / τ), each (B,)
     highest, total = (empty((batch,), scores.dtype) for _ in range(2))

@@ -1,6 +1,6 @@
 """Scores that select tokens: saliency s plus Gumbel noise g, of shape (N,) or (B, N).
 
-N is the number of tokens of a sequence, B the number of sequences. `noise` is a pair
+N is the number of tokens in a sequence; B is the number of sequences. `noise` is a pair
 (seed, sequence offset); without a seed, g = 0 (gumbel_noise.py).
 """
 
@@ -51,10 +51,10 @@ def perturbed_scores_cuda(
     out = empty(saliency.shape, accumulation_dtype(saliency.dtype))
     arrays = contiguous(saliency), contiguous(mask)
     args = (*arrays, batch, num_tokens, *noise_arguments(noise), out)
-    # With noise and padding, the kernel needs the rank of a token, the number of tokens
-    # before it. In the optimized kernel, the threads of a block count the tokens of a
-    # sequence together. Without noise or without padding, the work is elementwise, and
-    # the basic kernel has a thread for each token.
+    # With noise and padding, the kernel needs the rank of each token: the number of
+    # tokens before this token. In the optimized kernel, the threads of a block count
+    # the tokens of a sequence together. Without noise or without padding, the work is
+    # elementwise, and the basic kernel has a thread for each token.
     needs_ranks = mask is not None and noise[0] is not None
     launch(
         "gumbel_softmax",

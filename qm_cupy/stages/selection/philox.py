@@ -1,6 +1,7 @@
 """Philox4x32-10: a generator that maps a counter and a key to four random words.
 
-The counter has four words and the key two words, each of 32 bits. The key is the seed.
+The counter has four words, and the key has two words. A word has 32 bits. The key is
+the seed.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """Saliency mass: the weights of tokens in the merge.
 
-For token i, s_i is the saliency, π_i the probability that the token is selected, ε the
-weight of background tokens, and m_i = π_i s_i + (1 - π_i) ε the mass. A bar is the
-gradient of a loss with respect to the quantity, such as m̄_i. Arrays are (N,) or (B,
-N): N tokens of one sequence or of B sequences.
+For token i, s_i is the saliency, and π_i is the probability that the token is selected.
+ε is the weight of background tokens, and m_i = π_i s_i + (1 - π_i) ε is the mass. A bar
+means the gradient of a loss with respect to the quantity, such as m̄_i. Arrays are (N,)
+or (B, N): N tokens of one sequence or of B sequences.
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ def _saliency_mass_reference(
 ) -> NDArray[Any]:
     dtype = _mass_dtype(saliency, probabilities)
     s, p = saliency.astype(dtype), probabilities.astype(dtype)  # p is π
-    # π = 1 gives the saliency itself, π = 0 the background weight ε.
+    # π = 1 gives the saliency itself, and π = 0 gives the background weight ε.
     mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
     return mass
 

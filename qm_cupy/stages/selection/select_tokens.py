@@ -1,8 +1,8 @@
 """Selection of the K tokens with the highest scores.
 
-N is the number of tokens of a sequence, B the number of sequences. `counts` (B,) has K
-of every sequence, and `max_groups` is the largest K; on a GPU, `counts` is None if all
-K are equal.
+N is the number of tokens in a sequence; B is the number of sequences. `counts` (B,)
+holds K of every sequence, and `max_groups` is the largest K. On a GPU, `counts` is None
+if all K are equal.
 """
 
 from typing import Any
