@@ -114,8 +114,8 @@ extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
 
 // The weights of a row, as `score_weights` and `weight_units` store them.
 struct Weights {
-    // `m` is in units of ln 2. `mean` is t / (1 + r), the mean of s - m under the softmax,
-    // in nats. `weight` is g / (1 + r), divided by the unit of the head.
+    // `m` is in units of ln 2. `mean` is t / (1 + r), the mean of s - m under the
+    // softmax, in nats. `weight` is g / (1 + r), divided by the unit of the head.
     acc_t m, mean, weight;
 
     explicit __device__ __forceinline__ Weights(const acc_t* values)
