@@ -15,7 +15,7 @@ from typing import Any
 
 from .arrays.checks import check_number
 from .arrays.conversion import Array, BoolArray, IntArray, convert_inputs
-from .autodiff.dispatch import composed_of_operations, tracing_framework
+from .autodiff.dispatch import on_callers_stream_unless_traced, tracing_framework
 from .pipeline import quickmerge
 from .priors.mlp_prior import MLPPrior
 from .results import Merged
@@ -204,7 +204,7 @@ class BidirectionalARAlignment:
         return mean_alignment_loss(merged, self.prior, num_groups, which)
 
 
-@composed_of_operations
+@on_callers_stream_unless_traced
 def mean_alignment_loss(merged: Any, prior: Any, num_groups: Any, which: str) -> Any:
     """Return one of the losses of `alignment_loss`, the mean over the batch.
 

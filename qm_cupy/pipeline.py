@@ -22,7 +22,7 @@ from .arrays.conversion import Array, BoolArray, FloatArray, convert_inputs
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import num_valid
-from .autodiff.dispatch import composed_of_operations, tracing_framework
+from .autodiff.dispatch import on_callers_stream_unless_traced, tracing_framework
 from .composition import COMPUTE_STAGES, Options, Sources, compose, traced_stages
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
@@ -45,7 +45,7 @@ from .stages.selection.saliency_mass import (
 Weights = Literal["mass", "saliency", "uniform"]
 
 
-@composed_of_operations
+@on_callers_stream_unless_traced
 def quickmerge(
     tokens: Array,
     budget: Any,
@@ -160,7 +160,8 @@ def quickmerge(
     _check_one_source(sources)
     check_weighted_linkage(weighted_linkage, method)
     # Do not convert traced arrays: under a compiler or JAX they may have no values, and
-    # a torch tensor would lose its gradient. Use operations of their framework instead.
+    # a torch tensor would lose its gradient. Call the public stage functions instead,
+    # which are registered as operators of torch and JAX.
     framework = tracing_framework((tokens, mask, protect, weights, budget, *sources))
     if framework is not None:
         # A result of a traced call is a new node of the framework's graph. It cannot be
@@ -214,7 +215,8 @@ def quickmerge(
         )
         if target is not None and out is not None:
             for x, field in zip(merged, target, strict=True):
-                # `compose` wrote the merged tokens to their field already.
+                # On a GPU, the kernel has already written the merged tokens to `out`.
+                # On a CPU they are copied here.
                 if x is not field:
                     field[...] = x
             return out
@@ -234,10 +236,11 @@ def _quickmerge_traced(
     protect: Any,
     options: Options,
 ) -> Merged[Any]:
-    """Merge arrays that a framework traces, by operations that it can differentiate.
+    """Merge arrays that a framework traces, by the public stage functions.
 
-    Only shapes are checked here, because values may not be known yet. The operations
-    check values when they run. `torch.compile` traces through this code.
+    These are registered as operators of the framework and have gradients. Only shapes
+    are checked here, because values may not be known yet. Each stage function checks
+    the values when it runs. `torch.compile` traces through this code.
     """
     stages = traced_stages(framework)
     # A "?" after the name means that None is allowed.
@@ -345,7 +348,7 @@ def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) 
     if type(budget) is int and 1 <= budget <= num_tokens:
         return budget
     if hasattr(budget, "shape"):
-        return budget  # an array (B,), whose values the operations check
+        return budget  # an array (B,); the stage functions check its values
     return token_budget(budget, num_tokens)  # converts other numbers, or raises
 
 

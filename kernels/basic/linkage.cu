@@ -112,7 +112,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         if (j < 0) {  // no pair is left to merge
             if (thread < 4)
                 out[4 * t + thread] = thread < 2    ? -1
-                                      : thread == 2 ? -double(padding())
+                                      : thread == 2 ? -double(padding())  // infinity
                                                     : 0;
             continue;
         }
@@ -130,7 +130,8 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         row[2] = method == WARD ? sqrt(nearest_distance[i] * mass_unit)
                                 : double(nearest_distance[i]);
         row[3] = size[i] += size[j];
-        // E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B)
+        // E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B). Only ward reads the
+        // diagonal.
         matrix[i * n + i] += matrix[j * n + j] + 2 * matrix[i * n + j];
         node[i] = static_cast<int>(n + t);
         cluster_mass[i] += cluster_mass[j];

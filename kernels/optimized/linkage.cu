@@ -86,8 +86,9 @@ __device__ __noinline__ Progress init_clusters(Clusters& all, const Tree& tree,
         const acc_t relative_mass =
             largest > 0 ? max(mass[i] / largest, acc_t(LEAST_MASS)) : acc_t(1);
         all.slots()[i] = {1 / relative_mass, UNTOUCHED};
-        all.masses()[i] = {relative_mass, 0};
+        all.masses()[i] = {relative_mass, 0};  // W, and E(A, A) / W^2
         all.first_token()[i] = static_cast<int>(i);
+        // Not exactly 1 after rounding. `init_row` corrects the cosines by this factor.
         all.inverse_norms()[i] = inverse_norm(cosines[i * num_tokens + i]);
         if (!first_block) continue;
         tree.node()[i] = {0, static_cast<int>(i), 1};
@@ -180,17 +181,17 @@ __device__ __noinline__ void read_published(const Clusters& all, const acc_t* he
 
 // Slot i absorbs slot j, its mate. Update the values of slot i:
 //   W = W_A + W_B,   E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B)
-// nearest_e[i] becomes the distance of the merge, which `record_merges` reads. Not
-// inlined, for the reason given at `init_clusters`.
+// `spread` is E(A, A) / W_A^2, `e_within` E(A, A) + E(B, B). nearest_e[i] becomes the
+// distance of the merge, for `record_merges`. Not inlined, as said at `init_clusters`.
 __device__ __noinline__ void merge_slots(Slot* slots, Mass* masses, acc_t* nearest_e,
                                          int i, int method) {
     const int j = slots[i].mate;
     const Mass a = masses[i], b = masses[j];
     const acc_t e = nearest_e[i], total_mass = a.mass + b.mass;
-    const acc_t within = a.spread * a.mass * a.mass + b.spread * b.mass * b.mass;
+    const acc_t e_within = a.spread * a.mass * a.mass + b.spread * b.mass * b.mass;
     nearest_e[i] = distance(e, {slots[i].inverse_mass, a.spread},
                             {slots[j].inverse_mass, b.spread}, method);
-    masses[i] = {total_mass, (within + 2 * e) / (total_mass * total_mass)};
+    masses[i] = {total_mass, (e_within + 2 * e) / (total_mass * total_mass)};
     slots[i].inverse_mass = 1 / total_mass;
 }
 
@@ -329,9 +330,8 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     auto* shared = reinterpret_cast<unsigned char*>(scratch + LINKAGE_SCRATCH);
     unsigned char* state = states ? states + blockIdx.x * state_bytes : shared;
     const long long height_bytes = aligned_bytes(num_tokens * sizeof(acc_t));
-    // When the first block continues alone, it moves the clusters to `shared`. The
-    // heights do not move. If `state` is in shared memory, the heights are at its
-    // start, so `shared` begins after them.
+    // `state` has the heights of the merges, then the clusters. When the first block
+    // continues alone, it moves the clusters, not the heights, to `shared`.
     if (!states) shared += height_bytes;
     const int num_blocks = static_cast<int>(blocks_per_sequence),
               n = static_cast<int>(num_tokens);
@@ -378,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
         Clusters all = initial;
         while (!now.done) {
             // Wait until every row's nearest cluster is published.
-            if (e_matrix.alone_in_shared)
+            if (e_matrix.moved_to_shared)
                 __syncthreads();
             else
                 sync();
@@ -392,12 +392,12 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
             // Move columns when half of the slots are empty, or for the last time
             // (`last_move`) when the remaining clusters fit one block.
             const bool last_move = num_blocks > 1 && now.num_clusters <= max_alone;
-            if (!in_shared && !e_matrix.alone_in_shared &&
+            if (!in_shared && !e_matrix.moved_to_shared &&
                 (last_move || now.num_clusters <= now.num_columns / 2)) {
                 move_columns(all, e_matrix, now.num_clusters, team_warp, team_warps);
                 now.num_columns = now.num_clusters;
                 unsigned char* new_state = last_move ? shared : all.state;
-                const int room = last_move ? now.num_columns : all.num_slots;
+                const int room = last_move ? now.num_columns : all.num_slots;  // slots
                 renumber(all, now.num_columns, new_state, room);
                 all = {all.heights, new_state, room, 1 - all.active_list};
                 sync();
@@ -419,14 +419,14 @@ extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
             if (now.done) break;
             if (first_block)
                 record_merges(Clusters(all), Tree(tree), now.num_new, now.num_merges);
-            update_rows(all, e_matrix, now, e_matrix.alone_in_shared ? 0 : team_block,
-                        e_matrix.alone_in_shared ? 1 : num_blocks,
+            update_rows(all, e_matrix, now, e_matrix.moved_to_shared ? 0 : team_block,
+                        e_matrix.moved_to_shared ? 1 : num_blocks,
                         published + (1 - buffer) * all.num_slots, method, neighbours);
         }
         // Only the first block knows the merges that it made alone. The first block
         // gives the number and the heights of these merges to the other blocks, which
         // help to sort and write the rows.
-        if (e_matrix.alone_in_shared) {
+        if (e_matrix.moved_to_shared) {
             if (first_block && threadIdx.x == 0) *tree.num_merges() = now.num_merges;
             sync();
             const int old_merges = now.num_merges;

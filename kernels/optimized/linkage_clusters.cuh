@@ -107,15 +107,15 @@ struct Clusters {
 };
 
 // E of all pairs of clusters. A cluster has the row of its first token. If
-// `alone_in_shared`, the first block works alone, the matrix is in its shared memory,
+// `moved_to_shared`, the first block works alone, the matrix is in its shared memory,
 // and a cluster has the row of its slot.
 struct Matrix {
     acc_t* data;
     long long width;
-    bool alone_in_shared;
+    bool moved_to_shared;
 
     __device__ __forceinline__ acc_t* row(const Clusters& all, int i) const {
-        return data + (alone_in_shared ? i : all.first_token()[i]) * width;
+        return data + (moved_to_shared ? i : all.first_token()[i]) * width;
     }
 };
 

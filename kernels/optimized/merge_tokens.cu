@@ -4,7 +4,10 @@
 // as basic/merge_tokens.cu.
 
 // One thread, 16 bytes of one merged token.
-// Shapes: tokens (B, N, D), mass and members (B, N), ends (B, K), out (B, K, D).
+// Shapes: tokens (B, N, D), mass and members (B, N), ends (B, K), out (B, K, D). The
+// entries of group k in `members` stop before ends[k]; both count within a sequence.
+// `add_members` adds the offset of the sequence, so it gets column d of the first row
+// of the whole array.
 extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
                                         const int* ends, const int* members,
                                         long long batch, long long num_tokens,

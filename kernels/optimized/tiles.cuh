@@ -4,7 +4,9 @@
 // Steps. Each step copies STEP_BYTES of every row of A and B to a stage in shared
 // memory (tile_staging.cuh) and adds the products of these elements to the sums. There
 // are several stages: while one step is multiplied, the copies of the next steps are in
-// flight. This hides the latency of global memory.
+// flight. This hides the latency of global memory. The part of one row in a step is
+// four chunks of 16 bytes. Against bank conflicts, chunk c of a row is stored at place
+// c ^ (row / 2 % 4) (`chunk_offset` in tile_staging.cuh).
 //
 // Fragments. A tile is divided into fragments of 32 x 64 sums. A warp computes one
 // fragment or two, and each of its threads holds 4 rows x 16 columns of a fragment. The
@@ -16,8 +18,9 @@
 // same order. Therefore every shape gives the same bits.
 
 constexpr bool TENSOR_CORES = (sizeof(real_t) == 2 || TF32) && __CUDA_ARCH__ >= 800;
-// Blocks that run on one SM at a time, limited by its registers: TF32 needs more
-// registers than the 16-bit types.
+// Blocks with a `WholeTile` or `HalfTile` that run on one SM at a time: the least
+// number in their launch bounds. The registers of an SM are enough for two only with
+// the 16-bit types on tensor cores. TF32 and FMA need more registers.
 constexpr int TILE_BLOCKS_PER_SM = TENSOR_CORES && !TF32 ? 2 : 1;
 
 using Fragment = acc_t[4][16];  // a thread's part: 4 rows, 16 columns
@@ -44,8 +47,9 @@ struct Shape {
     static __device__ __forceinline__ int warp_column() {
         return threadIdx.x / 32 % warps_across * 64;
     }
-    // The thread's i-th row and j-th column in the tile; a fragment has 4 and 16. Lane
-    // l has the rows l / 4, l / 4 + 8, ... and two neighbouring columns of every eight.
+    // The thread's i-th row and j-th column in the tile. A thread has 4 rows and 16
+    // columns of each fragment; rows 4 to 7 are in the second fragment. Lane l has the
+    // rows l / 4, l / 4 + 8, ... and two neighbouring columns of every eight.
     static __device__ __forceinline__ int row(int i) {
         return warp_row() + i * 8 + threadIdx.x % 32 / 4;
     }
@@ -76,10 +80,10 @@ __device__ __forceinline__ void multiply_mma(const unsigned char* rows,
     // then the same chunks of rows 8-15.
     //
     // `a0` and `b0` are the offsets of the first half of the step, chunks 0 and 1. The
-    // second half has the chunks c + 2 = c ^ 2 for c in {0, 1}. XORs commute, so this
-    // flips one bit of the permuted chunk, and the bit of value 32 of the offset. Rows
-    // 16, 32, ... below only add to the offset, because the permutation in
-    // `chunk_offset` repeats every 8 rows.
+    // second half has chunks 2 and 3, that is c ^ 2. The place of a chunk is c ^ (a
+    // number that depends on the row). So the place changes by ^ 2 too, and the offset
+    // by ^ 32, which is 2 chunks of 16 bytes. Rows 16, 32, ... further have the same
+    // permutation, because it repeats every 8 rows, so they only add to the offset.
     const int a0 = chunk_offset(Tile::warp_row() + lane % 16, lane / 16);
     const int b0 =
         chunk_offset(Tile::warp_column() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -347,9 +351,8 @@ __device__ __forceinline__ unsigned tokens_among(const bool* mask,
     return bits;
 }
 
-// The first row and column of a tile of a symmetric product. Both fit in an int: a
-// sequence has about (N / columns)^2 / 2 squares, with at least one block each, and a
-// launch has fewer than 2^31 blocks. With at most 256 columns, N is below 2^24.
+// The first row and column of a tile of a symmetric product. Both fit in an int, see
+// `upper_tile`.
 struct Corner {
     int row, column;
 };
@@ -359,7 +362,9 @@ struct Corner {
 // into squares as wide as a tile, `squares_per_side` along each side. The squares on
 // and above the diagonal are numbered row by row, and each is divided from top to
 // bottom into `tiles_per_square` tiles. A tile of the last square may lie entirely past
-// the last row; the caller checks for this case.
+// the last row; the caller checks for this case. There are about
+// (N / Tile::columns)^2 / 2 squares, and each has at least one block. A launch has
+// fewer than 2^31 blocks, and Tile::columns is at most 256, so N is below 2^24.
 template <class Tile>
 __device__ __forceinline__ Corner upper_tile(unsigned index,
                                              unsigned squares_per_side) {

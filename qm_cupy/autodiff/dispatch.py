@@ -146,7 +146,9 @@ def operation(
     return declare
 
 
-def composed_of_operations(function: Callable[P, Result]) -> Callable[P, Result]:
+def on_callers_stream_unless_traced(
+    function: Callable[P, Result],
+) -> Callable[P, Result]:
     """Run a public function that only calls operations, in its first array's stream.
 
     The function differs from `on_callers_stream` in one case: if a framework traces an

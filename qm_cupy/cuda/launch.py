@@ -39,9 +39,10 @@ def launch(
 ) -> None:
     """Run a kernel of ``kernels/*/<file>.cu`` on the current stream and device.
 
-    `kernels`, or by default `use_kernels`, selects the folder "basic" or "optimized".
-    If there is no optimized kernel, the basic one runs. `dtype` is the dtype that the
-    kernel is compiled for, and `args` are its arguments.
+    `kernels` selects the folder "basic" or "optimized". By default it is the value that
+    the user has set by `use_kernels`, which `implementation` returns. If there is no
+    optimized kernel, the basic one runs. `dtype` is the dtype that the kernel is
+    compiled for, and `args` are its arguments.
 
     The arguments below give the amount of work, from which the number of GPU threads
     follows. If it is zero, nothing is launched.
@@ -198,5 +199,6 @@ def _write_counts(num_groups: NDArray[np.int64]) -> Any:
         chunk = values[first : first + COUNTS]
         chunk += [0] * (COUNTS - len(chunk))  # the kernel ignores the zeros
         args = (first, out.size, *chunk, out)
+        # The kernel uses no floats. Every kernel is compiled for some dtype.
         launch("counts", "write_counts", np.float32, args, outputs=1)
     return out

@@ -20,8 +20,8 @@ from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import (
     as_constants_like,
-    composed_of_operations,
     of_framework,
+    on_callers_stream_unless_traced,
     operation,
     tracing_framework,
 )
@@ -47,7 +47,7 @@ _WEIGHTS = tuple(
 )
 
 
-@composed_of_operations
+@on_callers_stream_unless_traced
 def alignment_loss(
     merged: Any, prior: Prior | TwoLayerPrior, *, num_groups: Any = None
 ) -> AlignmentLoss[Any]:
@@ -151,7 +151,7 @@ def _network_weights(prior: Any) -> tuple[Any, ...]:
 @operation(
     differentiable=("merged", *_WEIGHTS),
     count_parameter="num_groups?",
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=lambda merged, *_: (tuple(merged.shape[:-2]),) * 2,
     results=2,
     vjp="_mlp_alignment_loss_vjp",

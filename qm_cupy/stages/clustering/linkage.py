@@ -93,7 +93,8 @@ def linkage(
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
     The computation handles one sequence at a time, and needs about 16 N² bytes of
-    memory. The order of merges at equal distances depends only on the tokens.
+    memory. At equal distances the order of merges follows a fixed rule, so the
+    same call always gives the same dendrogram. With masses the rule is not SciPy's.
 
     Examples
     --------
@@ -162,7 +163,8 @@ def linkage_sequence(
     # SciPy does not support masses. The masses are divided by the largest one, so that
     # their products neither overflow nor vanish. This division divides ward's distances
     # by the root of the largest mass, so ward's heights are multiplied by this root. An
-    # average distance does not change by this division.
+    # average distance does not change by this division. `weighted_linkage` takes
+    # 1 - cos and computes ward's distances itself.
     if mass is not None:
         relative, peak = relative_mass(mass)
         tree, _ = weighted_linkage(distance, relative, method)

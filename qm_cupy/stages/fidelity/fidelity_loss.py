@@ -31,7 +31,7 @@ from .reconstruction_error import (
     constants=("labels?", "mask?"),
     count_parameter="num_groups?",
     options=("float gamma",),
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=lambda *_: ((),),
 )
 def fidelity_loss(

@@ -48,7 +48,7 @@ from ..merging.unmerge_tokens import (
     differentiable=("tokens", "merged"),
     constants=("labels?", "mask?"),
     count_parameter="num_groups?",
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=without_two_axes,
 )
 def reconstruction_error(

@@ -47,7 +47,7 @@ _BLOCK = 256
 
 
 def _merged_shape(tokens: Any, *others: Any) -> tuple[Shape, ...]:
-    """Return the shape of the result; the largest K is the last argument."""
+    """Return the shape of the result; an operator passes the largest K last."""
     return ((*tokens.shape[:-2], others[-1], tokens.shape[-1]),)  # (B, K, D)
 
 
@@ -55,7 +55,7 @@ def _merged_shape(tokens: Any, *others: Any) -> tuple[Shape, ...]:
     differentiable=("tokens", "mass?"),
     constants=("labels",),
     count_parameter="num_groups",
-    dtype="stored",
+    dtype="stored",  # that of the first array
     shapes=_merged_shape,
 )
 def merge_tokens(
@@ -213,8 +213,8 @@ def merge_tokens_cuda(
         # Each thread reads all labels of its sequence to find the members of its group.
         args = (tokens, mass, labels, *sizes, out)
     else:
-        # The labels become lists of members (`ends` and `members` of `members_cuda`),
-        # so a thread reads only the tokens of its group.
+        # The labels become one list of tokens, sorted by group, and the index in it at
+        # which each group ends. So a thread reads only the tokens of its group.
         args = (tokens, mass, *members_cuda(labels, num_groups), *sizes, out)
     # A thread for each 16 bytes of a merged token. The basic kernel has a thread for
     # each element.
@@ -418,8 +418,9 @@ def _merge_vjp_optimized(
 ) -> None:
     """Write to `weights`, `out` and `m_gradient`, which is None without a mass.
 
-    There are two launches, or three with a mass. The first launch has a warp for each
-    group, the second a warp for each token, and the third a warp for each group.
+    `members_cuda` first sorts the labels, in launches of its own. Two launches follow,
+    or three with a mass: the first has a warp for each group, the second a warp for
+    each token, and the third a warp for each group.
     """
     batch, num_tokens, _, num_groups = sizes
     # The kernel of the tokens' gradient has the name of its file.

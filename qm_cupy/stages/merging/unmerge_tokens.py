@@ -44,7 +44,7 @@ def _unmerged_shape(merged: Any, labels: Any) -> tuple[Shape, ...]:
 @operation(
     differentiable=("merged",),
     constants=("labels",),
-    dtype="stored",
+    dtype="stored",  # that of the first array
     shapes=_unmerged_shape,
     vjp="_unmerge_tokens_vjp",
 )

@@ -37,7 +37,7 @@ from .score_gradients import (
 @operation(
     differentiable=("attention",),
     constants=("mask?",),
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=without_last_axis,
 )
 def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Array:

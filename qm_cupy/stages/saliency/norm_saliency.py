@@ -34,7 +34,7 @@ from .token_norms import relative_norms, token_norms_cuda
 @operation(
     differentiable=("tokens",),
     constants=("mask?",),
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=without_last_axis,
 )
 def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:

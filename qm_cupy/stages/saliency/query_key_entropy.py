@@ -57,7 +57,7 @@ from .score_gradients import (
     differentiable=("query", "key"),
     constants=("mask?",),
     options=("bool causal", "float? scale"),
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=without_last_axis,
 )
 def query_key_entropy(

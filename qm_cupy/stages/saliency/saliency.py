@@ -38,7 +38,7 @@ Salient = Literal["low", "high"]  # which entropy makes a token salient
     differentiable=("entropy",),
     constants=("mask?",),
     options=("str salient",),
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=lambda entropy, *_: (saliency_shape(entropy),),
 )
 def saliency(

@@ -52,7 +52,7 @@ from .score_gradients import (
 @operation(
     differentiable=("tokens",),
     constants=("mask?",),
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=without_last_axis,
 )
 def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> Array:

@@ -50,7 +50,7 @@ from .select_tokens import top_tokens_cuda, top_tokens_reference
     constants=("mask?",),
     count_parameter="hard?",
     options=("float temperature", "uint64? seed", "int sequence_offset"),
-    dtype="computed",
+    dtype="computed",  # float64 for float64, else float32
     shapes=like_first,
 )
 def gumbel_softmax(
@@ -148,8 +148,9 @@ def compute_gumbel_softmax(
     noise = seed, sequence_offset
     counts = None if hard is None else hard.counts
     # The optimized kernel computes noise and softmax in one launch and does not store
-    # the perturbed scores. A K-hot mask needs the scores in memory. The kernel can also
-    # compute the saliency mass; with None for its weight ε, it computes only π.
+    # the perturbed scores. A K-hot mask needs the scores in memory. The same
+    # kernel can also compute the saliency mass, which needs ε (saliency_mass.py). Here
+    # ε is None, so the kernel computes only π.
     if is_cuda(saliency) and counts is None and implementation() == "optimized":
         return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     if is_cuda(saliency):

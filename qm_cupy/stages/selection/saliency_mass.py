@@ -24,7 +24,7 @@ from ...cuda.launch import contiguous, launch
 @operation(
     differentiable=("saliency", "probabilities"),
     options=("float epsilon",),
-    dtype="widest",
+    dtype="widest",  # float64 if an array is float64, else float32
     shapes=like_first,
 )
 def saliency_mass(
