@@ -1,4 +1,4 @@
-"""Select the merge with the lowest sum of alignment loss and excess error."""
+"""Select the merge with the lowest alignment loss plus error above a bound."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -104,7 +104,8 @@ def choose_merge(
     alpha = check_number("alpha", alpha, 0, np.inf, "[)")
     gamma = check_number("gamma", gamma, 0, 1, "[]")
     candidate_arguments = _arguments(candidates, options)
-    # Raise for traced arrays before any work is done.
+    # `convert_inputs` raises for arrays that JAX traces. Call it before any work is
+    # done; its result is not needed here.
     convert_inputs({"tokens": tokens, "mask": mask})
     merges, scores = [], []  # one entry per candidate
     for arguments in candidate_arguments:
@@ -132,6 +133,7 @@ def choose_merge(
         pairs = zip(_padded(merged, max_groups), selected, strict=True)
         selected = Merged(*(_where(taken, x, y) for x, y in pairs))
     best = np.asarray(best, dtype=np.int32, like=table)
+    # All candidates have the same library, so the last `convert_back` fits them all.
     return Choice(
         Merged(*map(convert_back, selected)), convert_back(table), convert_back(best)
     )
@@ -180,6 +182,7 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
     def pad(x: NDArray[Any], axis: int, value: int) -> NDArray[Any]:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, gap)
+        # Only bfloat16 becomes int16, so that its bits are copied.
         return np.pad(bfloat16_as_int16(x), widths, constant_values=value).view(x.dtype)
 
     return merged._replace(  # labels, saliency and mass are per token, not per group
@@ -191,5 +194,6 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
 
 def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
     """Return `x` for the sequences that `taken` (B,) marks, and `y` for the others."""
+    # CuPy's `where` would convert bfloat16 to a wider dtype, so it gets int16 bits.
     wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))  # (B, 1, ...)
     return np.where(wide, bfloat16_as_int16(x), bfloat16_as_int16(y)).view(x.dtype)

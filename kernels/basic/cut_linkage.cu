@@ -6,13 +6,15 @@
 //   sum_{r < M} h_r^2 / 2  <=  (max_error + 1e-12) sum_i m_i
 //
 // because a ward merge at height h adds h^2 / 2 to the squared error. The 1e-12 is
-// ERROR_ROUNDING, an allowance for rounding. One thread computes one output.
+// ERROR_ROUNDING, an allowance for rounding. Both sides are divided by the largest
+// mass, `peak`. As in `linkage`, a mass below LEAST_MASS (a millionth) of the largest
+// is raised to that value. One thread computes one output.
 
 // Return sum_i max(m_i / peak, LEAST_MASS) over the tokens of a sequence, where `peak`
 // is the largest mass. Without masses, `peak` is 1 and the sum is the number of tokens.
-__device__ double total_mass(const acc_t* mass, const bool* mask,
-                             long long sequence_start, long long num_tokens,
-                             double* peak) {
+__device__ double relative_mass_sum(const acc_t* mass, const bool* mask,
+                                    long long sequence_start, long long num_tokens,
+                                    double* peak) {
     acc_t largest = 0;
     for (long long i = sequence_start;
          i < sequence_start + num_tokens && mass != nullptr; ++i)
@@ -43,7 +45,8 @@ extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* m
         merges = min(tokens - 1, tokens - count_of(counts, b, num_groups));
     } else {
         double peak, error = 0;
-        const double total = total_mass(mass, mask, b * num_tokens, num_tokens, &peak);
+        const double total =
+            relative_mass_sum(mass, mask, b * num_tokens, num_tokens, &peak);
         for (; merges < tokens - 1; ++merges) {
             const double height = rows[4 * merges + 2];
             error += height * height / peak / 2;

@@ -14,30 +14,30 @@ extern "C" __global__ void attention_entropy(const real_t* attention, const bool
     const long long row = thread_index() / 32;  // (L, B, H, N)
     if (row >= outer * num_tokens) return;
     const long long sequence_start = row / num_tokens / heads % batch * num_tokens;
-    const real_t* probabilities = attention + row * num_tokens;  // (N,)
-    // The smallest normal number replaces a smaller p: log2 of 0 would be -infinity.
+    const real_t* row_attention = attention + row * num_tokens;  // (N,)
+    // The smallest normal number replaces a smaller a: log2 of 0 would be -infinity.
     constexpr acc_t tiny = sizeof(acc_t) == 8 ? 0x1p-1022 : 0x1p-126;
-    acc_t sum = 0, logs = 0;  // sums of p and of p log2 p
+    acc_t sum = 0, logs = 0;  // sums of a and of a log2 a
     const auto add = [&](const Vector& v, long long j) {
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-            acc_t p = max(widen(v.element[i]), acc_t(0));
-            // Past the end of the row p is 0, so the mask is not read there.
-            if (mask && p > 0 && !mask[sequence_start + j + i]) p = 0;
-            sum += p;
-            logs += p * approximate_log2(max(p, tiny));
+            acc_t a = max(widen(v.element[i]), acc_t(0));
+            // Past the end of the row a is 0, so the mask is not read there.
+            if (mask && a > 0 && !mask[sequence_start + j + i]) a = 0;
+            sum += a;
+            logs += a * approximate_log2(max(a, tiny));
         }
     };
     const long long lane_start = threadIdx.x % 32 * WIDTH;
     // Aligned rows are the common case. They have a loop of their own, which can be
     // unrolled.
-    if (alignment_of(probabilities, num_tokens) == 16) {
+    if (alignment_of(row_attention, num_tokens) == 16) {
 #pragma unroll 4
         for (long long j = lane_start; j < num_tokens; j += 32 * WIDTH)
-            add(read_pieces<uint4>(probabilities + j, num_tokens - j), j);
+            add(read_pieces<uint4>(row_attention + j, num_tokens - j), j);
     } else {
         for (long long j = lane_start; j < num_tokens; j += 32 * WIDTH)
-            add(read_vector(probabilities + j, num_tokens - j), j);
+            add(read_vector(row_attention + j, num_tokens - j), j);
     }
     sum = warp_reduce(sum, Add());
     logs = warp_reduce(logs, Add());

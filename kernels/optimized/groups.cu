@@ -9,12 +9,14 @@ constexpr int LABELS = 8;  // labels that a thread loads at once
 
 // Sort the members of one sequence, with a whole block. The tokens are divided into
 // `runs` runs of `run_length` consecutive tokens, and one warp works on each run. An
-// entry is an index in the sorted list `member` (N,). `run_counts` (runs, K) and
-// `starts` (K,) are in shared or in global memory. `label` is (N,), and `end` is (K,).
+// entry is an index in the sorted list `member` (N,): the entry where the group of a
+// token starts, plus the rank of the token, the number of members of its group before
+// it. `run_counts` (runs, K) and `starts` (K,) are in shared or in global memory.
+// `label` is (N,), and `end` is (K,).
 //
 //   1. Each warp counts the members of every group in its run.
-//   2. Prefix sums give the entry of the list where each group starts, and within a
-//      group the entry where each run starts.
+//   2. Prefix sums give the entry where each group starts, and for each run the number
+//      of members of the group in earlier runs.
 //   3. Each warp goes through its run again, in order, and writes its tokens to their
 //      entries.
 //
@@ -51,7 +53,7 @@ __device__ __forceinline__ void sort_sequence(const int* label, long long num_to
     }
     __syncthreads();
 
-    // From counts to entries: each count becomes the number of members of its group in
+    // From counts to ranks: each count becomes the number of members of its group in
     // the runs before it. A prefix sum of the group sizes gives the entry where each
     // group starts.
     int before = 0;  // members of all groups before group k0
@@ -74,7 +76,7 @@ __device__ __forceinline__ void sort_sequence(const int* label, long long num_to
     __syncthreads();
 
     // Write the members, 32 tokens at a time. Lanes with the same group take
-    // consecutive entries, in the order of the lanes. The last of these lanes adds
+    // consecutive ranks, in the order of the lanes. The last of these lanes adds
     // their number to the count, for the next 32 tokens. The `__syncwarp` calls
     // separate the reads of the counts from the writes. No barrier of the block is
     // needed, because a warp uses only its own counts.
@@ -84,12 +86,11 @@ __device__ __forceinline__ void sort_sequence(const int* label, long long num_to
         const int k = group_of(next_label, num_groups);
         next_label = j + 32 < run_end ? label[j + 32] : -1;
         const unsigned same = __match_any_sync(~0u, k);
-        const int entry =
-            k < 0 ? 0 : warp_counts[k] + __popc(same & ((1u << lane) - 1));
+        const int rank = k < 0 ? 0 : warp_counts[k] + __popc(same & ((1u << lane) - 1));
         __syncwarp();  // every lane has read the count
         if (k >= 0) {
-            member[starts[k] + entry] = static_cast<int>(j);
-            if (same >> lane == 1) warp_counts[k] = entry + 1;
+            member[starts[k] + rank] = static_cast<int>(j);
+            if (same >> lane == 1) warp_counts[k] = rank + 1;
         }
         __syncwarp();
     }

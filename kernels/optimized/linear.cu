@@ -3,10 +3,10 @@
 
 // One block computes one tile of y = activated(x Wᵀ + b) + residual.
 //
-// With a ReLU, sums are float32 even if TF32 is allowed. The sign of a sum decides
-// whether the ReLU passes the sum and its gradient. A sum near 0 with the wrong sign
-// would change a gradient entirely. With float32 sums, the gradient is that of the
-// float32 network.
+// With a ReLU, float32 factors are not rounded to TF32, even if TF32 is allowed: FMAs
+// compute the products. The sign of a sum decides whether the ReLU passes the sum and
+// its gradient. A sum near 0 with the wrong sign would change a gradient entirely.
+// Without this rounding, the gradient is that of the float32 network.
 template <class Tile>
 __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t* input,
                                             const real_t* weight, const real_t* bias,
@@ -19,6 +19,8 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
     Fragment sums[1];
     const Rows rows = {input + row0 * in_dim, num_rows - row0};
     const Rows columns = {weight + column0 * in_dim, out_dim - column0};
+    // The rows of W are the columns of y. A block has only one tile (the 1), so nothing
+    // is done after each tile. `false`: without tensor cores.
     if (TF32 && activation == RELU)
         multiply_tiles<Tile, false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
     else
@@ -34,9 +36,10 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         for (int i = 0; i < 4; ++i)
             sums[0][i][j] = activated(sums[0][i][j] + bias_value, activation);
     }
-    // Add the residual and store the rows and columns that exist. `end_column` is the
-    // first column that does not exist, counted from the thread's first column.
-    const int end_column = left - Tile::column(0);
+    // Add the residual and store the rows and columns that exist. `offset` and
+    // `end_offset`, the first that does not exist, are columns counted from the
+    // thread's first column.
+    const int end_offset = left - Tile::column(0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const long long row = row0 + Tile::row(i);
@@ -44,11 +47,11 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         const long long first_element = row * out_dim + column0 + Tile::column(0);
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
-            const int column = j / 2 * 8 + j % 2;
-            if (column >= end_column) continue;
+            const int offset = j / 2 * 8 + j % 2;
+            if (offset >= end_offset) continue;
             acc_t y = sums[0][i][j];
-            if (residual) y += widen(residual[first_element + column]);
-            store(out + first_element + column, y);
+            if (residual) y += widen(residual[first_element + offset]);
+            store(out + first_element + offset, y);
         }
     }
 }
@@ -77,10 +80,10 @@ extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_
 // almost all of the time is spent on reading the weights.
 //
 // If `gain` (in,) is not null, x is replaced by norm(x) (basic/linear.cu). If `shift`
-// (in,) is null, the norm is the RMS norm: the mean is taken as 0, and the last sum is
-// left out. Only the mean, which is needed if `shift` is not null, takes a pass of its
-// own. The factor 1 / sqrt(var + eps) is the same for the whole row, so it multiplies
-// the finished sum:
+// (in,) is null, the norm is the RMS norm: the mean is taken as 0, and the sum of
+// shift_k w_k is left out. Only the mean, which is needed if `shift` is not null, takes
+// a pass of its own. The factor 1 / sqrt(var + eps) is the same for the whole row, so
+// it multiplies the finished sum:
 //   norm(x) . w = sum_k (x_k - mean) gain_k w_k / sqrt(var + eps) + sum_k shift_k w_k
 extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
                                       const real_t* shift, const real_t* weight,

@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     # The default, two raw bytes, is for an array with a fault whose dtype is unknown or
     # does not exist in NumPy.
     dtype: np.dtype[Any] = np.dtype("V2")
-    chunks: Callable[[int], Iterator[NDArray[Any]]] = _no_chunks  # entries per chunk
+    chunks: Callable[[int], Iterator[NDArray[Any]]] = _no_chunks  # of n entries each
     # The reason why the array cannot be read, or "". It becomes an error only if the
     # array is needed: other arrays of the file can still be used.
     fault: str = ""
@@ -99,9 +99,9 @@ def _choose(path: Path, arrays: Arrays) -> str:
     """Return the name of the only array that can be the tokens, or raise."""
     if "tokens" in arrays:
         return "tokens"
-    # Tokens are floating and have two or three axes. The kind "V" is bfloat16: if it is
-    # selected, a clear error follows later. The only array of a file is always
-    # selected, so that its own error is shown.
+    # Tokens are floating and have two or three axes. The kind "V" is a dtype that NumPy
+    # does not have, such as bfloat16: if it is selected, a clear error follows later.
+    # The only array of a file is always selected, so that its own error is shown.
     names = [
         name
         for name, x in arrays.items()
@@ -137,10 +137,10 @@ def _open_npy(path: Path) -> Iterator[Arrays]:
             shape, _, dtype = _header(file)
             # If the file is too short, fail now. A memory map of a short file would
             # fail only when the missing part is read.
-            missing = path.stat().st_size - file.tell() < _num_bytes(shape, dtype)
+            too_short = path.stat().st_size - file.tell() < _num_bytes(shape, dtype)
         if dtype.hasobject:
             tokens = Stored(shape, dtype, fault=_PICKLED)
-        elif missing:
+        elif too_short:
             raise ValueError(f"{dtype}{shape} needs more bytes than the file has")
         else:
             array = npy.open_memmap(path, mode="r")
@@ -165,8 +165,8 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         if version == (2, 0):
             return npy.read_array_header_2_0(file)
     except tokenize.TokenError as error:
-        # NumPy parses headers that Python 2 wrote with `tokenize`, which fails for some
-        # damaged headers.
+        # If Python 2 wrote the header, NumPy parses it with `tokenize`, which fails for
+        # some damaged headers.
         raise ValueError("its header cannot be parsed") from error
     raise ValueError(f"version {version} of the format is for structured arrays")
 
@@ -204,12 +204,12 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Stored:
     try:
         with archive.open(info) as file:
             shape, fortran, dtype = _header(file)
-            missing = info.file_size - file.tell() < _num_bytes(shape, dtype)
+            too_short = info.file_size - file.tell() < _num_bytes(shape, dtype)
     except ValueError as error:
         return Stored(fault=f"is not an array: {error}")
     if dtype.hasobject:
         return Stored(shape, dtype, fault=_PICKLED)
-    if missing:
+    if too_short:
         return Stored(
             shape, dtype, fault=f"is cut short: {dtype}{shape} needs more bytes"
         )

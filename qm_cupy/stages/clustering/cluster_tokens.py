@@ -79,7 +79,8 @@ def cluster_tokens(
         "contiguous": only neighbours merge; each step merges the pair that adds least
         to the squared error of unit tokens.
     mass : ndarray of shape (N,) or (B, N), optional
-        For "average" and "ward", as in `linkage`.
+        For "average" and "ward": a token of mass w counts as w equal tokens, as in
+        `linkage`.
     anchors : ndarray of int of shape (K,) or (B, K), optional
         For "nearest": distinct positions, which include every protected token. If K
         differs between sequences, they are padded with -1. The default anchors are the
@@ -94,8 +95,9 @@ def cluster_tokens(
         are grouped as if the sequence had no padding: tokens on both sides of padding
         are neighbours.
     order : {"last", "first"}, default "last"
-        Number groups by the position of their last or first member. With "last", no
-        group contains a token later than its own position, which causal models need.
+        Number groups by the position of their last or first member. With "last",
+        a group has the position of its last member, so it contains no later token.
+        Causal models need this.
 
     Returns
     -------
@@ -281,8 +283,9 @@ def _cluster_tokens_cuda(
             )
         roots = nearest_groups_cuda(tokens, anchors, group_counts, mask, protect)
     elif method == "bipartite":
-        # The smallest K determines the number of steps of the launcher. The counts are
-        # also on the CPU, so the smallest K is known without waiting for the GPU.
+        # `bipartite_groups_cuda` plans its number of steps on the CPU: the sequence
+        # with the smallest K needs the most steps. The counts are also on the CPU, so
+        # the smallest K is known without waiting for the GPU.
         fewest = int(counts.min(initial=max_groups))
         roots = bipartite_groups_cuda(
             tokens, group_counts, max_groups, mask, protect, fewest=fewest

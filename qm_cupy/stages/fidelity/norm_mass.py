@@ -1,7 +1,7 @@
-"""Norm mass: the fraction of the sum of all token norms that the K largest have.
+"""Norm mass: the sum of the K largest token norms, divided by the sum of all.
 
 x_i is token i, and ‖x_i‖ is its norm. X is the matrix of all tokens of a sequence.
-γ(X, K) is their norm mass: the fraction that the K largest norms have.
+γ(X, K) is their norm mass.
 """
 
 import math
@@ -25,7 +25,7 @@ from ..selection.select_tokens import top_tokens_cuda
 def norm_mass(
     tokens: Array, num_groups: Any, *, mask: BoolArray | None = None
 ) -> Array:
-    r"""Return the fraction γ of the sum of all token norms that the K largest have.
+    r"""Return the sum of the K largest token norms, divided by the sum of all: γ.
 
     X are the tokens of a sequence, and :math:`x_i` is token i.
 
@@ -66,7 +66,9 @@ def norm_mass(
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    limit = num_valid(tokens.shape[:-1], mask)  # K may not count padded tokens
+    limit = num_valid(
+        tokens.shape[:-1], mask
+    )  # K is at most the number of valid tokens
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
     if is_cuda(tokens):
         return convert_back(_norm_mass_cuda(tokens, counts, mask))
@@ -77,8 +79,8 @@ def _norm_mass_reference(
     tokens: NDArray[Any], counts: NDArray[np.int64], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     # top_sums[K - 1] is the sum of the K largest norms, in float64, so top_sums[-1] is
-    # the sum of all norms. The largest entry of the tokens is the unit of both sums; it
-    # cancels in the ratio.
+    # the sum of all norms. `top_norm_mass` divides all norms by the largest entry of
+    # the sequence. Both sums have this factor, so it cancels in the ratio.
     top_sums = top_norm_mass(tokens, mask)  # (B, N)
     total = top_sums[..., -1]  # (B,)
     kept = np.take_along_axis(top_sums, counts[..., None] - 1, axis=-1)[..., 0]  # (B,)

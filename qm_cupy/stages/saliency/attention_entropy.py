@@ -43,7 +43,8 @@ from .score_gradients import (
 def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Array:
     r"""Return the Shannon entropy of each row of attention probabilities, in nats.
 
-    .. math:: H_i = -\sum_j A_{ij} \log A_{ij}, \qquad 0 \log 0 = 0
+    .. math:: H_i = -\sum_j P_{ij} \log P_{ij}, \qquad
+        P_{ij} = A_{ij} \Big/ \sum_k A_{ik}, \qquad 0 \log 0 = 0
 
     Parameters
     ----------
@@ -87,17 +88,17 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
 def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
     """Return the entropy of converted arrays, after checking them."""
     # The kernels read the mask (B, N) and find the sequence of a row themselves. The
-    # reference needs one mask for each row, (..., N).
-    row_mask = _check_attention(attention, mask)
+    # reference needs one mask (N,) for each matrix: it has the shape (..., N).
+    matrix_mask = _check_attention(attention, mask)
     if is_cuda(attention):
         return _attention_entropy_cuda(attention, mask)
-    return _attention_entropy_reference(attention, row_mask)
+    return _attention_entropy_reference(attention, matrix_mask)
 
 
 def _check_attention(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_] | None:
-    """Raise if an argument is not valid; return the mask of each row (..., N)."""
+    """Raise if an argument is not valid; return the mask of each matrix."""
     # `check_values` allows any last two axes; the matrices must also be square.
     check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
     check_shape(
@@ -141,8 +142,8 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     _, batch, heads = layer_axes(leading)
     args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
     kernel = "attention_entropy", "attention_entropy"
-    # A warp for each row: its threads add up the N entries together. The basic kernel
-    # has one thread for each row.
+    # The optimized kernel has a warp for each row, whose threads add up the N entries
+    # together. The basic kernel (see `use_kernels`) has one thread for each row.
     launch(*kernel, attention.dtype, args, rows=out.size)
     return out
 
@@ -248,7 +249,7 @@ def _attention_entropy_vjp_cuda(gradient: Any, attention: Any, mask: Any) -> Any
     arrays = map(contiguous, (attention, mask))
     sizes = outer, batch, heads, num_tokens
     args = (in_accumulation_dtype(gradient, attention), *arrays, *sizes, out)
-    # A warp for each row; the basic kernel has one thread for each row.
+    # The optimized kernel has a warp for each row, the basic kernel one thread.
     kernel = "attention_entropy_vjp", "attention_entropy_vjp"
     launch(*kernel, attention.dtype, args, rows=outer * num_tokens)
     return out
