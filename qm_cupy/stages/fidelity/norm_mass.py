@@ -66,9 +66,7 @@ def norm_mass(
     )
     check_tokens(tokens)
     check_mask(mask, tokens.shape[:-1])
-    limit = num_valid(
-        tokens.shape[:-1], mask
-    )  # K is at most the number of valid tokens
+    limit = num_valid(tokens.shape[:-1], mask)  # the largest K
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
     if is_cuda(tokens):
         return convert_back(_norm_mass_cuda(tokens, counts, mask))
