@@ -59,9 +59,9 @@ def test_a_longer_loop_is_noticed(scripts, monkeypatch):
     assert scripts[0].differences(before, before) == []
     # Change a line of the source, and count again.
     source = cuda.source
-    line = "            sum += p;\n"
+    line = "            sum += a;\n"
     assert source("optimized/attention_entropy").count(line) == 1
-    longer = line + "            sum += p * p * p;\n"
+    longer = line + "            sum += a * a * a;\n"
     monkeypatch.setattr(cuda, "source", lambda x: source(x).replace(line, longer))
     (problem,) = scripts[0].differences(before, counted(scripts, "given A"))
     name = "optimized/attention_entropy/attention_entropy bfloat16"
