@@ -19,15 +19,16 @@
 // a layer, d elements of a head's query or key. A position is the index of a token in
 // its sequence, 0 .. N-1; padding is counted.
 // Labels and counts may have any value, because no earlier step checks them. A kernel
-// must stay within its arrays for all of these values, so it reads a label with
-// `group_of` and a count with `count_of`.
+// must stay within its arrays for all of these values, so it uses a label as an index
+// only after `group_of`, and reads a count with `count_of`.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// The score of a masked position. It is below every real score. It is also finite, so
-// that 0 * (score - m) is 0; with -infinity the product would be NaN. Its negative,
-// 1e30, is used as a distance or cost that is finite and above every real one.
+// The attention score of a masked position; the scores of a selection use `padding`
+// below. It is below every real score. It is also finite, so that 0 * (score - m) is 0;
+// with -infinity the product would be NaN. Its negative, 1e30, is used as a distance or
+// cost that is finite and above every real one.
 constexpr float MASKED_SCORE = -1e30f;
 
 // Conversions from the storage type to the computation type (`widen`) and back
@@ -45,7 +46,8 @@ __device__ __forceinline__ void store(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store(double* p, double x) { *p = x; }
 
 // Return a * b, rounded. The compiler never contracts this product into a fused
-// multiply-add, so a score that is computed again has the same bits.
+// multiply-add. The gradient (score_gradients.cu) computes every score twice, for m and
+// for s - m, and both scores have the same bits.
 __device__ __forceinline__ float rounded_product(float a, float b) {
     return __fmul_rn(a, b);
 }
@@ -75,8 +77,9 @@ __device__ __forceinline__ long long count_of(const int* counts, long long seque
     return count < 0 ? 0 : min(count, num_groups);
 }
 
-// Return the score of padding: -infinity, below the score of any token. -padding(),
-// which is +infinity, is used as the distance of a pair that cannot merge.
+// Return the score of padding in a selection: -infinity, below the score of any token.
+// -padding(), which is +infinity, is used as the distance or cost of a pair that cannot
+// merge.
 __device__ __forceinline__ acc_t padding() { return __uint_as_float(0xff800000u); }
 
 // Map a score to an unsigned integer: a larger score gives a larger integer, and -0 and
@@ -155,10 +158,11 @@ struct SoftmaxEntropy {
 // computes its own random number. Returns the first of the four output words for the
 // counter (c0, c1, 0, c3) and a 64-bit key.
 //
-// A round multiplies words 0 and 2 by constants to 64 bits. The low halves become words
-// 1 and 3; the high halves, XORed with the old words 1 and 3 and with the key, become
-// words 0 and 2. After each round the two key words grow by constants as well. All
-// constants are those of the paper.
+// A round multiplies words 0 and 2 by constants, to products of 64 bits. The product of
+// word 0 gives the new words 2 and 3, that of word 2 the new words 0 and 1. The low
+// half becomes word 3 or 1. The high half, XORed with the old word 3 or 1 and with a
+// key word, becomes word 2 or 0. After each round, a constant is added to each key
+// word. All constants are those of the paper.
 __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigned c3,
                                                unsigned long long key) {
     unsigned c2 = 0;
@@ -211,8 +215,9 @@ __device__ __forceinline__ int alignment_of(unsigned long long bytes) {
     return bits & -bits;
 }
 
-// Return the widest access, in bytes, that is aligned at `address` and does not pass
-// the end of the row. All vectors of a row have the same result.
+// Return the widest access, in bytes and at most 16, that is aligned at `address` and
+// of which a whole number ends exactly at the end of the row. All vectors of a row have
+// the same result, because they start 16 bytes apart.
 __device__ __forceinline__ int alignment_of(const real_t* address, long long left) {
     return alignment_of(reinterpret_cast<unsigned long long>(address) |
                         static_cast<unsigned long long>(left) * sizeof(real_t));
@@ -320,8 +325,8 @@ __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[W
 
 // The activation of a linear layer: none, ReLU, or GELU. GELU is y Phi(y), where Phi is
 // the cumulative distribution function of the standard normal distribution. `gelu` is
-// not inlined: a thread computes 64 outputs, and each of them would contain a copy of
-// its code.
+// not inlined: a thread of the optimized linear kernel computes up to 64 outputs in an
+// unrolled loop, which would contain a copy of the code for each output.
 __device__ __noinline__ acc_t gelu(acc_t y) {
     return y * (1 + erf(y * acc_t(0.7071067811865476))) / 2;
 }
@@ -355,9 +360,10 @@ __device__ __forceinline__ acc_t warp_reduce(acc_t x, Combine combine) {
 }
 
 // Combine the values of all threads of a block; every thread gets the same result. Each
-// warp reduces its values, then every warp reduces the results of all warps. A lane
-// whose index is not below the number of warps reads a valid entry, and
-// `lane + bits < warps` excludes it. `scratch` is shared memory for 32 values.
+// warp reduces its values, then every warp reduces the results of all warps. If there
+// are fewer warps than lanes, the other lanes read the last result again, and
+// `lane + bits < warps` keeps these copies out of the reduction. `scratch` is shared
+// memory for 32 values.
 template <class Combine>
 __device__ __forceinline__ acc_t block_reduce(acc_t x, acc_t* scratch,
                                               Combine combine) {
@@ -431,7 +437,9 @@ __device__ __forceinline__ void blocks_barrier(unsigned* arrived, unsigned num_b
         __threadfence();  // others see this block's writes before its arrival
         const unsigned ticket = atomicAdd(arrived, 1u);
         const unsigned target = (ticket / num_blocks + 1) * num_blocks;
-        // Compare the signed difference, so that the counter may wrap around.
+        // Compare the signed difference, so that the counter may wrap around. This
+        // is right if `num_blocks` is a power of two; with another number, a launch
+        // must have fewer than 2^32 arrivals.
         while (static_cast<int>(*static_cast<volatile unsigned*>(arrived) - target) <
                0);
         __threadfence();  // this block sees the writes of the blocks that arrived

@@ -1,4 +1,4 @@
-"""Select the merge with the lowest alignment loss plus error above a bound."""
+"""Select the merge of each sequence that has the lowest total loss of the paper."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -110,7 +110,8 @@ def choose_merge(
     merges, scores = [], []  # one entry per candidate
     for arguments in candidate_arguments:
         result = quickmerge(tokens, mask=mask, **arguments)
-        # Compute the loss and the error with NumPy or CuPy arrays.
+        # The functions below, such as `np.stack` and `np.where`, need NumPy or CuPy
+        # arrays, so convert the result, which has the type of the caller's arrays.
         fields = {f"merged.{name}": x for name, x in result._asdict().items()}
         convert_back, x, valid, *parts = convert_inputs(
             {"tokens": tokens, "mask": mask} | fields

@@ -84,7 +84,8 @@ class Stages(NamedTuple):
     """
 
     xp: Any  # the namespace with `where` and `finfo`: numpy, torch or jax.numpy
-    check_array: Callable[..., Any]  # (declared name, array) -> array, or raises
+    # (name, array) -> array, or raises; a name that ends in "?" also allows None
+    check_array: Callable[..., Any]
     masked_copy: Callable[..., Any]  # (array, mask) -> copy that is 0 for padding
     attention_entropy: Callable[..., Any]
     query_key_entropy: Callable[..., Any]
@@ -238,8 +239,8 @@ def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
     return x if mask is None else x * mask
 
 
-# For NumPy and CuPy arrays, which `quickmerge` has already converted and checked. Their
-# `check_array` therefore returns the array unchanged.
+# For NumPy and CuPy arrays. `quickmerge` has already converted and checked the arrays,
+# so `check_array` of these stages returns its array unchanged.
 COMPUTE_STAGES = Stages(
     np, lambda declared, x: x, _masked_copy, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,

@@ -3,9 +3,10 @@
 The functions of `qm_cupy` accept tracers, so this module has no functions of its own.
 JAX computes gradients with the vector–Jacobian product of each function. Arrays whose
 values are known are passed to the library directly, without a copy. Under `jax.jit` and
-`jax.vmap`, JAX calls the library on the CPU as soon as the values are known. `jax.vmap`
-calls it once for each index of the mapped axis. In each of these calls, the first
-sequence gets the Gumbel noise of sequence 0.
+`jax.vmap`, JAX copies the values to the CPU as soon as they are known, and the library
+computes there with NumPy. `jax.vmap` calls the library once for each index of the
+mapped axis. Each of these calls counts its sequences from the start again, so every
+index gets the same Gumbel noise.
 
 Seeds, counts that determine the shape of a result, and all other options must be known
 while tracing. Settings such as `use_kernels` have the values that were set during
@@ -55,7 +56,9 @@ def _register(cls: type, *leaves: str) -> None:
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-# The only attributes of an MLPPrior are two `MLP`, which are tuples of arrays.
+# An MLPPrior has two `MLP`, which are tuples of arrays. `_register` does not fit it,
+# because its third attribute, the copies of the weights on GPUs, must not be part of
+# the tree.
 jax.tree_util.register_pytree_node(
     MLPPrior,
     lambda prior: ((prior.forward, prior.backward), None),

@@ -1,9 +1,11 @@
 """The interface of the QuickMerge++ paper: classes and signatures of the authors' code.
 
 Arrays may come from any library that supports DLPack, and results return to the same
-library. Losses are plain floats. If torch or JAX traces the arguments, losses are
-arrays that can be differentiated. `qm_cupy.torch` defines the classes with weights as
-torch modules, and `qm_cupy.jax` registers the classes of this file as pytrees.
+library. A call of `QuickMergePP` returns losses as plain floats. Methods of the other
+classes return them as scalars of the caller's library. If torch or JAX traces the
+arguments, every loss is an array that can be differentiated. Two classes have weights:
+`BidirectionalARAlignment` and `QuickMergePP`. `qm_cupy.torch` defines them as torch
+modules, and `qm_cupy.jax` registers them as pytrees.
 
 Axes: B sequences of N tokens of width D are merged to K groups each. L is the number of
 layers that hidden states come from.
@@ -72,7 +74,8 @@ class EntropyAwareSaliency:
                 "L is the `num_layers` of this object"
             )
         entropy = self_attention_entropy(tokens, mask=mask)
-        # s_i = 1 - (1/L) Σ_l Normalize(H_i^(l)): low entropy is salient
+        # s_i = 1 - (1/L) Σ_l Normalize(H_i^(l)): low entropy is salient. H_i is the
+        # entropy of token i. Normalize is min–max scaling over a sequence.
         return saliency(entropy, mask=mask)
 
 
@@ -89,6 +92,7 @@ class DifferentiableTokenMerging:
         As in `cluster_tokens`.
     seed : int or None, default 0
         Seed of the Gumbel noise. The same seed gives the same result in every call.
+        With None there is no noise.
 
     Examples
     --------
@@ -250,7 +254,9 @@ class NormBasedFidelityConstraint:
         mask: BoolArray | None = None,
     ) -> Array:
         """Return the mean excess of the reconstruction error over its bound."""
-        # mean over b of max(0, ‖X - X̂‖² / ‖X‖² - (1 - γ)²)
+        # mean over the sequences X of max(0, ‖X - X̂‖² / ‖X‖² - (1 - γ)²). In X̂, each
+        # token is replaced by the merged token of its group or, without labels, by the
+        # merged token with the greatest cosine similarity.
         return fidelity_loss(tokens, merged, labels=labels, gamma=self.gamma, mask=mask)
 
 
@@ -267,7 +273,7 @@ class QuickMergePP:
         As in `DifferentiableTokenMerging` and `NormBasedFidelityConstraint`.
     method, order, seed
         As in `DifferentiableTokenMerging`. The seed also determines the weights of the
-        prior. If it is None, their seed is 0.
+        prior. If `seed` is None, the weights are drawn with seed 0.
 
     Examples
     --------

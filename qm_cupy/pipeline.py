@@ -216,7 +216,7 @@ def quickmerge(
         if target is not None and out is not None:
             for x, field in zip(merged, target, strict=True):
                 # On a GPU, the kernel has already written the merged tokens to `out`.
-                # On a CPU they are copied here.
+                # The other results are copied here; on a CPU, the merged tokens too.
                 if x is not field:
                     field[...] = x
             return out
@@ -254,7 +254,7 @@ def _quickmerge_traced(
     if mask is not None:
         check_shape("mask", mask, "BN", shape)
     # All sources must be arrays of the framework: its graph cannot contain others.
-    sources = Sources(*map(stages.check_array, _OPTIONAL, sources))
+    sources = Sources(*map(stages.check_array, _OPTIONAL_SOURCES, sources))
     if sources.saliency is not None:
         check_shape("saliency", sources.saliency, "BN", shape)
     if isinstance(options.weights, str):
@@ -317,7 +317,7 @@ def _num_groups(
 
 
 # The names of all sources, in the form in which `check_array` accepts None.
-_OPTIONAL = [f"{name}?" for name in Sources._fields]
+_OPTIONAL_SOURCES = [f"{name}?" for name in Sources._fields]
 
 
 def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 Implementation = Literal["basic", "optimized"]
 Snapshot = tuple[Implementation, bool, bool]  # kernels, TF32 allowed, finite checks
 
-# `use_kernels("basic")` sets the value when it constructs the object, so that the plain
-# statement works. `with use_kernels("basic"):` also constructs first, and then calls
-# `__enter__`, when the value is already "basic". The end of the block must restore the
-# value from before the construction. The context therefore records that value, together
-# with the object that was constructed last.
+# `use_kernels("basic")` sets the value when it constructs the object, so that a
+# statement without `with` works. `with use_kernels("basic"):` also constructs the
+# object first. Python then calls `__enter__`, when the value is already "basic". The
+# end of the block must restore the value from before the construction. The context
+# therefore records that value, together with the object that was constructed last.
 
 
 class _Undo(NamedTuple):
@@ -26,9 +26,11 @@ class _Undo(NamedTuple):
     setting: "_Setting"
     """The object that opened the block."""
     value: Any
-    """The value before the object was constructed, or before it was entered again."""
+    """The value before the construction, or before `__enter__` if no record is left."""
     not_entered: "_Undo | None"
-    """The field `not_entered` of the state at that time. Example::
+    """The record `_State.not_entered` that was replaced together with the value.
+
+    The end of the block restores this record. Example::
 
         s = use_kernels("basic")        # constructed, but not entered
         with use_kernels("optimized"):  # constructs another object, after s
@@ -193,15 +195,17 @@ class allow_tf32(_Setting):  # noqa: N801
     products of 16-bit tokens, and the basic kernels do not change. These results
     change:
 
-    - Cosine similarities change by at most 2⁻⁹ = 0.002. Of two almost equal
-      similarities, the other one can therefore become the greater one.
+    - Cosine similarities change by at most 2⁻⁹ = 0.002. The order of two almost equal
+      similarities can therefore change.
     - Scores of `query_key_entropy` and `self_attention_entropy` change by at most
-      e = 2⁻⁹ · scale · Σ|q_d k_d|. An entropy then changes by at most
-      e √(1 + ¼ ln² N) [1]_, where e is the largest change of a score in its row. For
+      2⁻⁹ · scale · Σ|q_d k_d|, where `scale` is the factor of the scores, by default
+      1/√d for width d. An entropy then changes by at most e √(1 + ¼ ln² N) [1]_, where
+      e is the largest change of a score in its row. For
       normally distributed tokens with N = 257 and D = 64, the measured change of the
       entropies is 0.005, and that of the gradients 0.3 % of their largest entry.
-    - The linear maps of priors change, for every dtype of the tokens. The hidden layer
-      of an `MLPPrior` stays float32, because the signs of its sums determine which
+    - The linear maps of priors change for 16-bit and float32 tokens, because priors
+      compute both in float32. The hidden layer of an `MLPPrior` stays float32, because
+      the signs of its sums determine which
       units a gradient passes through. Therefore gradients of `alignment_loss` are those
       of the float32 network, to 0.3 % of their largest entry. The measured change of a
       prediction of a `TransformerPrior` with one transformer block is 0.002.

@@ -5,12 +5,13 @@ functions of its own. torch computes gradients with the vector–Jacobian produc
 function. The functions are custom operators of torch, ``torch.ops.qm_cupy``. A graph of
 `torch.compile` or `torch.export` contains each operator as one node.
 
-If the shape of a result depends on a tensor of counts, its values are read on the CPU.
-The CPU waits for a tensor on a GPU, and the compiler may break its graph. Each
+If the shape of a result depends on a tensor of counts, the CPU reads the counts. It
+waits for a tensor on a GPU, and the compiler may break its graph at this read. Each
 operation can be differentiated once, in reverse mode, by `torch.autograd` but not by
 `torch.func`. The settings of a forward pass, such as `use_kernels`, also apply to its
-backward pass. A forward pass that `torch.utils.checkpoint` repeats runs under the
-settings of the backward pass.
+backward pass. If `torch.utils.checkpoint` repeats a forward pass, the repeated pass
+runs under the settings of the Python thread in which it runs: for a GPU, this is a
+thread of autograd, which has the defaults.
 """
 
 from collections.abc import Callable, Mapping
@@ -148,7 +149,7 @@ class BidirectionalARAlignment(nn.Module):
 
 
 def _unchanged(loss: Tensor) -> Tensor:
-    """Return a loss as a tensor; `qm_cupy.QuickMergePP` converts it to a float."""
+    """Return a loss unchanged, where `qm_cupy.QuickMergePP` converts it to a float."""
     return loss
 
 
@@ -200,9 +201,10 @@ class QuickMergePP(nn.Module):
     def inference(
         self, tokens: Tensor, K: int, ar_model: Callable[[Any], Any] | None = None
     ) -> tuple[Tensor, Any]:
-        """Return merged tokens (K, D) and a model's predictions (K, E) for them.
+        """Return merged tokens (K, D) and a model's predictions (K, E) of width E.
 
-        Without a model the predictions are an empty list.
+        The model reads the merged tokens. Without a model the predictions are an empty
+        list.
         """
         with torch.no_grad():  # `decode` has no gradient
             scores = self.saliency_estimator(tokens)

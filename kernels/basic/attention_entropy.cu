@@ -5,7 +5,7 @@
 // The attention a in the input need not sum to 1. The kernel divides it by its sum:
 // p_ij = a_ij / S with S = sum_j a_ij. Then
 //
-//   H_i = log S - sum_j a_ij log a_ij / S
+//   H_i = log S - (sum_j a_ij log a_ij) / S
 //
 // One thread, one output. Arrays have L layers, B sequences, H heads in each layer, and
 // N tokens. `outer` = L B H is the number of all heads. They are numbered in the order

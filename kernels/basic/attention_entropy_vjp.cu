@@ -3,7 +3,8 @@
 //
 //   dH_i / da_ij = -(log p_ij + H_i) / sum_k a_ik              0 where a_ij = 0
 //
-// With u_j = a_ij / m relative to the largest entry m of the row, the derivative is
+// If one entry dominates, log p_ij + H_i is a difference of nearly equal numbers. The
+// kernel therefore divides by the largest entry m of the row: with u_j = a_ij / m,
 //
 //   dH_i / da_ij = (sum_k p_ik log u_k - log u_j) / (m sum_k u_k)
 //

@@ -3,8 +3,8 @@
 //
 //   ds_i = pi_i (dpi_i - sum_j pi_j dpi_j) / tau
 //
-// One thread, one output. The gradient of padding is not read, because it may hold NaN;
-// its probability is 0.
+// One thread, one output. Padding has probability 0. The gradient of a token with
+// probability 0 is not read, because the gradient of padding may be NaN.
 // Shapes: gradient, probabilities and out (B, N).
 extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
                                               const acc_t* probabilities,
@@ -17,9 +17,9 @@ extern "C" __global__ void gumbel_softmax_vjp(const acc_t* gradient,
     acc_t mean = 0, rest = 0;
     for (long long j = sequence_start; j < sequence_start + num_tokens; ++j)
         if (p[j] > 0) mean += p[j] * gradient[j];
-    // Subtract the mean a second time, from the differences. If one token has nearly
-    // all of the probability, dpi_i - mean of this token is tiny, and the rounding
-    // error of `mean` would dominate. `rest` corrects that error.
+    // `rest` is the mean of the differences dpi_j - mean. Without rounding it would be
+    // 0, so it is the error of `mean`. Subtract it too: if one token has nearly all of
+    // the probability, its own difference is tiny, and the error would dominate.
     for (long long j = sequence_start; j < sequence_start + num_tokens; ++j)
         if (p[j] > 0) rest += p[j] * (gradient[j] - mean);
     const acc_t slope = p[index] > 0 ? p[index] * (gradient[index] - mean - rest) : 0;

@@ -1,7 +1,9 @@
 // Labels: number the groups by their order in the sequence.
 //
 // Every token has a root: a number within 0 .. 2N-1 that is the same for all members of
-// a group and different in every other group. -1, or any other number, means padding.
+// a group and different in every other group. Some callers use numbers from N on for
+// nodes of a dendrogram or for protected tokens. -1, or any other number, means
+// padding.
 // The position of a group is that of its last member, or of its first member if
 // `by_first`.
 //

@@ -1,4 +1,4 @@
-// The linear maps of the priors, and the norms before them.
+// The linear maps of the priors, and the normalizations (layer, RMS) before them.
 //
 //   f(c) = W2 relu(W1 c + b1) + b2                   two calls of `linear`
 //   norm(x) = (x - mean) / sqrt(var + eps) * gain + shift

@@ -1,5 +1,6 @@
 // Gradients of merging, see basic/merge_tokens.cu. Here dx is the gradient of a loss
-// with respect to x. A member j of group k has the weight w_j in the merged token x_k:
+// with respect to x. The index k belongs to groups, and i and j belong to tokens: x_k
+// is the merged token of group k. A member j of this group has the weight w_j in x_k:
 //
 //   M_k = sum_{i in G_k} m_i,   w_j = m_j / M_k,   x_k = sum_{j in G_k} w_j x_j
 //   dx_j = w_j dx_k
@@ -11,9 +12,9 @@
 
 // The weight w_j of every token in its group; 0 for padding.
 // Shapes: mass, labels and out (B, N).
-extern "C" __global__ void member_shares(const acc_t* mass, const int* labels,
-                                         long long batch, long long num_tokens,
-                                         long long num_groups, acc_t* out) {
+extern "C" __global__ void member_weights(const acc_t* mass, const int* labels,
+                                          long long batch, long long num_tokens,
+                                          long long num_groups, acc_t* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long sequence_start = index - index % num_tokens;
@@ -60,7 +61,7 @@ extern "C" __global__ void member_products(const real_t* gradient, const real_t*
     out[index] = sum;
 }
 
-// dm_j, from the weights of `member_shares` and the products of `member_products`.
+// dm_j, from the weights of `member_weights` and the products of `member_products`.
 // Shapes: all arrays (B, N).
 extern "C" __global__ void merge_mass_vjp(const acc_t* mass, const int* labels,
                                           const acc_t* weights, const acc_t* products,

@@ -39,7 +39,9 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
 }
 
 // The scores that select the default anchors: protected tokens (+infinity) first, then
-// the tokens of largest norm. Padding scores -infinity.
+// the tokens of largest norm. The minimum limits a norm, also an infinite one or a NaN,
+// to 1e30 (-MASKED_SCORE), so that protected tokens stay first. Padding scores
+// -infinity.
 // Shapes: all arrays (B, N).
 extern "C" __global__ void anchor_scores(const acc_t* norms, const bool* mask,
                                          const bool* protect, long long num_elements,

@@ -8,8 +8,9 @@
 // bits.
 
 // e (`relative`) and scale of every sequence, from the errors and squares of its
-// tokens. The scale, and so the gradient, is 0 if e does not exceed `bound`, and also
-// if all tokens are zero.
+// tokens. The scale, and so the gradient, is 0 if e does not exceed `bound`: the
+// fidelity loss counts only the error above it. Without a bound (-infinity) every error
+// has a gradient. The scale is also 0 if all tokens are zero.
 // Shapes: errors and squares (B, N), gradient, relative and scales (B,).
 extern "C" __global__ void error_scales(const acc_t* errors, const acc_t* squares,
                                         const acc_t* gradient, long long batch,

@@ -2,8 +2,8 @@
 //
 //   mass_i = pi_i s_i + (1 - pi_i) epsilon
 //
-// pi is the probability that the Gumbel softmax gives the token, s its saliency. One
-// thread, one output.
+// pi is the probability that the Gumbel softmax gives the token, and s its saliency.
+// epsilon is the mass of a token of probability 0. One thread, one output.
 // Shapes: all arrays (B, N), with B N elements.
 
 extern "C" __global__ void saliency_mass(const real_t* saliency,

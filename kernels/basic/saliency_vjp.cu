@@ -70,7 +70,8 @@ extern "C" __global__ void saliency_vjp(const acc_t* gradient, const real_t* ent
         slope = gradient[token];
         if (h == extreme[0]) slope -= extreme[2];
         if (h == extreme[1]) slope -= extreme[3];
-        // s = 1 - (1/L) sum_l y, and h is a mean over the heads.
+        // s = 1 - (1/L) sum_l y; with `high_is_salient`, s = (1/L) sum_l y. h is a
+        // mean over the heads.
         slope /= width * (high_is_salient ? layers : -layers) * heads;
     }
     store(out + index, slope);

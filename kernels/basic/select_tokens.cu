@@ -2,8 +2,9 @@
 // `select_tokens` lists their positions. One thread, one output.
 
 // True for the K highest scores of a sequence. A score is among them if fewer than K
-// others are better; of two equal scores, the one with the lower index is better.
-// `ordered_bits` is in common.cuh.
+// others are better; of two equal scores, the one with the lower index is better. A
+// score of -infinity is padding and is never selected. `ordered_bits` and `padding` are
+// in common.cuh.
 // Shapes: scores and out (B, N), counts (B,).
 extern "C" __global__ void top_tokens(const acc_t* scores, const int* counts,
                                       long long batch, long long num_tokens,

@@ -1,7 +1,7 @@
 // Tokens scaled to norm 1: x / ‖x‖, or 0 if the norm is 0 and for padding.
 //
-// A token is divided by its largest entry first, so that no square overflows. One
-// thread, one token.
+// A token is divided by its largest absolute entry first, so that no square overflows.
+// One thread, one token.
 // Shapes: tokens and out (rows, D), mask (rows,), for rows = B N.
 extern "C" __global__ void unit_tokens(const real_t* tokens, const bool* mask,
                                        long long num_rows, long long dim, acc_t* out) {

@@ -25,7 +25,8 @@ extern "C" __global__ void split_heads(const real_t* qkv, const long long* posit
     acc_t cosine = 1, sine = 0;
     if (turns) {
         const long long position = positions ? positions[token] : start + t;
-        // Reduce the angle to half a turn in double, before it becomes acc_t.
+        // Subtract the whole turns in double. The rest is at most half a turn, so it
+        // keeps its precision in acc_t.
         const double turn = position * turns[i];
         const acc_t angle = acc_t(6.283185307179586 * (turn - rint(turn)));
         cosine = cos(angle), sine = sin(angle);

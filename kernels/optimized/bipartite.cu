@@ -2,16 +2,17 @@
 // steps run from that file, which also has the shapes.
 
 // The rows of `out` (3, B) are the number n of groups, the number of odd groups
-// (0 if nothing merges), and the number of merges r = min(n - K, n / 2). One block
-// counts one sequence. Integer atomics give the same result in any order.
+// (0 if nothing merges), and the number of merges r = min(n - wanted, n / 2), where
+// `wanted` is K without the protected tokens. One block counts one sequence. Integer
+// atomics give the same result in any order.
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     match_counts(const int* positions, const bool* mask, const bool* protect,
                  const int* counts, long long batch, long long num_tokens,
                  long long num_groups, int* out) {
     // n, the number of groups that may merge, and the number of protected tokens.
-    __shared__ int num_free, num_fixed;
+    __shared__ int num_mergeable, num_fixed;
     const long long b = blockIdx.x, sequence_start = b * num_tokens;  // in (B, N)
-    if (threadIdx.x == 0) num_free = num_fixed = 0;
+    if (threadIdx.x == 0) num_mergeable = num_fixed = 0;
     __syncthreads();
     int highest = 0, fixed = 0;
     for (long long i = sequence_start + threadIdx.x; i < sequence_start + num_tokens;
@@ -19,16 +20,16 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
         highest = max(highest, positions[i] + 1);
         fixed += protect != nullptr && protect[i] && is_token(mask, i);
     }
-    atomicMax(&num_free, highest);
+    atomicMax(&num_mergeable, highest);
     atomicAdd(&num_fixed, fixed);
     __syncthreads();
     if (threadIdx.x > 0) return;
     // Protected tokens are groups of their own, so the other tokens form K - num_fixed
     // groups.
     const long long wanted = max(count_of(counts, b, num_groups) - num_fixed, 1ll);
-    const long long groups = num_free;
+    const long long groups = num_mergeable;
     const long long merges = max(min(groups - wanted, groups / 2), 0ll);
-    out[b] = num_free;
-    out[batch + b] = merges > 0 ? num_free / 2 : 0;
+    out[b] = num_mergeable;
+    out[batch + b] = merges > 0 ? num_mergeable / 2 : 0;
     out[2 * batch + b] = static_cast<int>(merges);
 }

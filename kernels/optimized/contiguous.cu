@@ -2,7 +2,7 @@
 // of one sequence, one pair in each step, because each merge changes the costs of the
 // pairs beside it. A step finds the least cost from the least cost of each chunk of 32
 // positions. Then the step loads four rows of D numbers: the sums of the pair and of
-// both neighbours, for the two products with the new neighbours.
+// both neighbours, for the products of the new sum with the sums of the neighbours.
 
 // One warp: return x . y of two rows to all lanes.
 __device__ __forceinline__ acc_t warp_dot(const real_t* x, const real_t* y,

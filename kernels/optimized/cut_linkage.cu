@@ -36,7 +36,7 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     largest = block_reduce(largest, scratch, Greatest());
     const double peak = largest > 0 ? largest : 1;
 
-    // total = sum of masses, each at least LEAST_MASS of the largest
+    // total = sum of masses, divided by the largest; each is at least LEAST_MASS
     double total = 0, error = 0;
     const auto weight = [&](long long i) {
         if (!is_token(mask, i)) return 0.0;
@@ -44,8 +44,8 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     };
     in_order(terms, num_tokens, weight, [&](double term) { total += term; });
 
-    // error = sum of h^2 / 2. The count of merges ends at the first one outside the
-    // bound, and also at a NaN.
+    // error = sum of h^2 / 2, also divided by the largest mass. The count of merges
+    // ends at the first one outside the bound, and also at a NaN.
     long long merges = 0;
     bool within = true;
     const auto cost = [&](long long r) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void climb(const double* rows, long long num_tokens,
     }
 }
 
-// A negative `max_error` means that there is no such limit: then K decides.
+// `max_error` limits the error of the merges. If it is negative, K decides instead.
 // Shapes: dendrogram (B, N - 1, 4), mass, mask and out (B, N), counts (B,), nodes (B,
 // 4N), which is scratch memory for the two arrays (2N,) of `climb`.
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)

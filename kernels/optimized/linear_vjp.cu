@@ -1,8 +1,8 @@
 // Gradients of linear maps, computed in tiles (tiles.cuh); see basic/linear_vjp.cu for
 // the formulas.
 //
-// `multiply_tiles` sums along the rows of both factors, so a factor that must be summed
-// over its columns is transposed first. For dW = dyᵀ x there are many rows to sum and
+// `multiply_tiles` sums along the rows of both factors, so a factor whose sums must run
+// down its columns is transposed first. For dW = dyᵀ x there are many rows to sum and
 // few weights: with one block for each tile of dW, few blocks would run. So the rows
 // are divided into S parts of `part_rows` rows. Each part is summed by its own blocks,
 // and `sum_parts` adds the parts in order.
@@ -88,8 +88,8 @@ extern "C" __global__ void sum_parts(const real_t* parts, long long num_parts,
     store(out + index, sum);
 }
 
-// db = sum dy, `out` (out,), from the transposed gradient (S, out, part_rows). One
-// warp, one output.
+// db = sum dy, `out` (out_dim,), from the transposed gradient (S, out_dim, part_rows).
+// One warp, one output.
 extern "C" __global__ void bias_vjp(const real_t* gradient, long long num_parts,
                                     long long out_dim, long long part_rows,
                                     real_t* out) {

@@ -183,8 +183,8 @@ __device__ __noinline__ void read_published(const Clusters& all, const acc_t* he
 //   W = W_A + W_B,   E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B)
 // `spread` is E(A, A) / W_A^2, `e_within` E(A, A) + E(B, B). nearest_e[i] becomes the
 // distance of the merge, for `record_merges`. Not inlined, as said at `init_clusters`.
-__device__ __noinline__ void merge_slots(Slot* slots, Mass* masses, acc_t* nearest_e,
-                                         int i, int method) {
+__device__ __noinline__ void merge_slots(SlotValues* slots, Mass* masses,
+                                         acc_t* nearest_e, int i, int method) {
     const int j = slots[i].mate;
     const Mass a = masses[i], b = masses[j];
     const acc_t e = nearest_e[i], total_mass = a.mass + b.mass;

@@ -2,10 +2,10 @@
 // linkage.cu has the formulas of E, W and the distances. A slot is the index of a
 // cluster in the arrays of `Clusters`, and of its column in the matrix.
 
-// Values of `Slot::mate` that are not slots.
+// Values of `SlotValues::mate` that are not slots.
 constexpr int UNTOUCHED = -1, ABSORBED = -2;
-// Numbers of loads that a thread starts before it uses the first of them: of columns of
-// a row, and of published nearest clusters.
+// Numbers of loads that a thread starts before it uses the first of them. ROW_LOADS is
+// for the columns of a row, EXCHANGE_LOADS for published nearest clusters.
 constexpr int ROW_LOADS = 4, EXCHANGE_LOADS = 8;
 constexpr int PART = 64;  // a row gets at most one warp for each PART columns
 
@@ -16,7 +16,7 @@ __device__ __forceinline__ Size aligned_bytes(Size size) {
 }
 
 // The values of a cluster that all other clusters read in every round.
-struct __align__(2 * sizeof(acc_t)) Slot {
+struct __align__(2 * sizeof(acc_t)) SlotValues {
     acc_t inverse_mass;  // 1 / W
     int mate;            // slot absorbed in this round, UNTOUCHED or ABSORBED
 };
@@ -35,7 +35,7 @@ struct Side {
 // cluster, there are five and a half integers: the nearest slot, lists 0 to 3, and half
 // of list 4.
 static_assert(SLOT_BYTES ==
-              sizeof(Slot) + sizeof(Mass) + sizeof(acc_t) + 11 * sizeof(int) / 2);
+              sizeof(SlotValues) + sizeof(Mass) + sizeof(acc_t) + 11 * sizeof(int) / 2);
 
 // The nearest cluster of a slot, and E of the two. In every round each block publishes
 // them for its own rows, and all blocks read them for all rows.
@@ -49,7 +49,8 @@ struct Merge {
     int left, right, tokens;  // two nodes; tokens of both
 };
 
-// The distance of two clusters A and B, from E(A, B). Ward's is squared:
+// The distance of two clusters A and B, from E(A, B). Ward's is squared: it is
+// |mu_A - mu_B|^2 (`squared_gap`) times the factor
 //   2 W_A W_B / (W_A + W_B) = 2 / (1 / W_A + 1 / W_B)
 __device__ __forceinline__ acc_t distance(acc_t e, const Side& a, const Side& b,
                                           int method) {
@@ -70,11 +71,13 @@ struct Clusters {
     int num_slots;
     int active_list;  // 0 or 1: list 1 or 2 is `active`
 
-    __device__ Slot* slots() const { return reinterpret_cast<Slot*>(state); }
+    __device__ SlotValues* slots() const {
+        return reinterpret_cast<SlotValues*>(state);
+    }
     __device__ Mass* masses() const {
         return reinterpret_cast<Mass*>(slots() + num_slots);
     }
-    __device__ Side side(int i, const Slot& slot, int method) const {
+    __device__ Side side(int i, const SlotValues& slot, int method) const {
         return {slot.inverse_mass, method == WARD ? masses()[i].spread : acc_t(0)};
     }
     __device__ Side side(int i, int method) const {

@@ -25,9 +25,9 @@ __device__ void move_columns(const Clusters& all, const Matrix& matrix,
 
 // One block: renumber the slots in use as 0 .. num_clusters - 1, in their order, and
 // write them to `state`, which has room for `num_slots`. If `num_slots` is not that of
-// `all`, the new arrays have other offsets and may overlap the old ones. Then each
-// thread may have at most one slot, so that one pass reads all slots before it writes
-// the first one.
+// `all`, the new arrays have other offsets and may overlap the old ones. Then the
+// caller must ensure num_clusters <= blockDim.x, so that a single pass reads all slots
+// before it writes the first one.
 __device__ void renumber(const Clusters& all, int num_clusters, unsigned char* state,
                          int num_slots) {
     int* new_slot = all.search_order();  // indexed by the old slot
@@ -37,7 +37,7 @@ __device__ void renumber(const Clusters& all, int num_clusters, unsigned char* s
     Clusters moved = {all.heights, state, num_slots, 1 - all.active_list};
     for (int p0 = 0; p0 < num_clusters; p0 += blockDim.x) {
         const int p = p0 + threadIdx.x, i = all.active()[min(p, num_clusters - 1)];
-        const Slot slot = all.slots()[i];
+        const SlotValues slot = all.slots()[i];
         const Mass mass = all.masses()[i];
         const acc_t e = all.nearest_e()[i];
         const int nearest = all.nearest()[i], token = all.first_token()[i];
@@ -56,8 +56,8 @@ __device__ void renumber(const Clusters& all, int num_clusters, unsigned char* s
 }
 
 // One block: copy a matrix to shared memory, after its columns have been moved to the
-// left. Its row i there is that of slot i. Not inlined, for the reason given at
-// `init_clusters` (linkage.cu).
+// left. Row i of `shared_matrix` is the row of slot i. Not inlined, for the reason
+// given at `init_clusters` (linkage.cu).
 __device__ __noinline__ void copy_matrix(const Clusters& all, const Matrix& matrix,
                                          const Matrix& shared_matrix) {
     for (int i = threadIdx.x / 32; i < all.num_slots; i += blockDim.x / 32) {

@@ -73,7 +73,7 @@ __device__ __forceinline__ Neighbour update_row(const Clusters& all,
                                                 int start, int step, int method,
                                                 Neighbour best) {
     acc_t* row = matrix.row(all, i);
-    const Slot slot = all.slots()[i];
+    const SlotValues slot = all.slots()[i];
     const Side side_i = all.side(i, slot, method);
     const acc_t* absorbed = IS_NEW ? matrix.row(all, slot.mate) : nullptr;
     // A new cluster loads two rows, so it loads half as many columns at once.
@@ -83,7 +83,7 @@ __device__ __forceinline__ Neighbour update_row(const Clusters& all,
         // them. The loads also come before the first store, because the compiler cannot
         // move a load above an earlier store.
         int column[LOADS];
-        Slot other[LOADS];
+        SlotValues other[LOADS];
         acc_t e[LOADS], right[LOADS], below[LOADS], corner[LOADS];
 #pragma unroll
         for (int k = 0; k < LOADS; ++k) {

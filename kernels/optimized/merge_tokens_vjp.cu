@@ -4,10 +4,10 @@
 // The weight of each member in its group. One warp, one group. The values of padding
 // are not written.
 // Shapes: mass, members and out (B, N), ends (B, K).
-extern "C" __global__ void member_shares(const acc_t* mass, const int* ends,
-                                         const int* members, long long batch,
-                                         long long num_tokens, long long num_groups,
-                                         acc_t* out) {
+extern "C" __global__ void member_weights(const acc_t* mass, const int* ends,
+                                          const int* members, long long batch,
+                                          long long num_tokens, long long num_groups,
+                                          acc_t* out) {
     const long long group_index = thread_index() / 32;  // (B, K)
     if (group_index >= batch * num_groups) return;
     const int lane = threadIdx.x % 32;

@@ -60,7 +60,8 @@ __device__ __forceinline__ void rows_nearest(
             for (int j = 0; j < 16; ++j) {
                 const int column = Tile::column(j);
                 const acc_t norm = column < left ? tile_norms[column] : acc_t(-1);
-                // A column without an anchor has similarity NaN, which never wins.
+                // A column has similarity NaN, which never wins, if it is past the last
+                // anchor or if its anchor is left out (its norm is negative).
                 const acc_t factor = norm < 0    ? not_a_number()
                                      : norm == 0 ? acc_t(0)
                                                  : 1 / norm;

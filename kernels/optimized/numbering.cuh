@@ -1,5 +1,5 @@
-// Labels from roots: the last step of labels.cu and of cut_linkage.cu. All members of a
-// group have the same root; basic/labels.cu has the definition.
+// Labels from roots: the only step of labels.cu and the last step of cut_linkage.cu.
+// All members of a group have the same root; basic/labels.cu has the definition.
 
 // Write the labels (N,) of roots (N,) to `out`, with a whole block. `positions` is
 // scratch memory (2N,): the position of each root's group. `scratch` is shared memory

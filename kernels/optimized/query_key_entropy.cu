@@ -3,7 +3,8 @@
 //
 // The N x N scores are never stored: a score exists only in the registers of one
 // thread. Each thread keeps the online softmax states of its rows (`State` in
-// softmax_states.cuh). States are merged in a fixed order, so that every run gives the
+// softmax_states.cuh). `ScaledExponents`, in the same file, computes exponents from the
+// scores and the scale. States are merged in a fixed order, so that every run gives the
 // same bits.
 
 // One block computes the entropies of Tile::rows queries of one head. The block goes
@@ -78,7 +79,8 @@ __device__ __forceinline__ void rows_entropy(unsigned char* shared, const real_t
     out[head * num_tokens + row] = is_token(valid, row) ? state.value() : 0;
 }
 
-// For short rows: the tile of queries is kept in shared memory, as said above.
+// For queries of small d, whose tile fits in shared memory and is kept there, as said
+// above. Queries of float64 are not kept.
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
     query_key_entropy_kept(const real_t* query, const real_t* key, const bool* mask,
                            long long outer, long long batch, long long heads,
@@ -89,6 +91,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                                       num_tokens, head_dim, causal, scale, out);
 }
 
+// A block with a HalfTile has half of the threads of a block with a WholeTile, so one
+// more block fits on an SM.
 extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM + 1)
     query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
                       long long outer, long long batch, long long heads,

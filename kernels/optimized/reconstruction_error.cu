@@ -32,7 +32,7 @@ extern "C" __global__ void token_errors(const real_t* tokens, const real_t* merg
     }
 }
 
-// The sums of the errors and of the squares, and their ratio. One block, one sequence.
+// The sum of the errors divided by the sum of the squares. One block, one sequence.
 extern "C" __global__ void reconstruction_error(const acc_t* errors,
                                                 const acc_t* squares, long long batch,
                                                 long long num_tokens, acc_t* out) {

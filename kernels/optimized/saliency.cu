@@ -3,8 +3,9 @@
 // tokens is divided into parts, one block for each, with THREAD_TOKENS tokens in each
 // thread.
 
-// Compute the range of the entropies of each part and, unless `means` is null, write
-// the means over the heads. One block, one part of one layer of one sequence.
+// Compute the range of the entropies of each part and write the means over the heads.
+// `means` is null if there is only one head, which is its own mean. One block, one part
+// of one layer of one sequence.
 // Shapes: entropy (L, B, H, N), mask (B, N), lowest and highest (L, B, parts), means
 // (L, B, N).
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
@@ -36,7 +37,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 }
 
 // Compute the saliency from the means over the heads and the ranges of the parts. One
-// block, one part of one sequence.
+// block, one part of one sequence. The launch compiles this kernel for the dtype of
+// `means`, so here real_t is the type of the means. `head_means` with one head only
+// loads them.
 // Shapes: means (L, B, N), mask and out (B, N), lowest and highest (L, B, parts).
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     saliency(const real_t* means, const bool* mask, const acc_t* lowest,

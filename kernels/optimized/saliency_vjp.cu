@@ -2,8 +2,8 @@
 // the shapes. Only the extremes have a kernel here. The step after them is elementwise
 // and would gain nothing, so the basic kernel runs.
 
-// The extremes of a layer and the gradient that each of them receives. One block, one
-// layer of one sequence.
+// The extremes of a layer and, for each of them, the part of its gradient that every
+// tied token receives. One block, one layer of one sequence.
 extern "C" __global__ void entropy_extremes(const acc_t* gradient,
                                             const real_t* entropy, const bool* mask,
                                             long long layers, long long batch,

@@ -21,14 +21,16 @@ constexpr unsigned long long NO_EDGE = ~0ull;
 // The state of a sequence between rounds: arrays (N,), in the order of their memory.
 // The warps of all blocks write `nearest`, `nearest_distance` and `by_length`; the
 // first block writes the other arrays. All blocks read `active`, `component`,
-// `inverse_norms` and `edge_height`.
+// `inverse_norms` and `edge_height`. `edge_length` (as `distance_bits`), `edge_hash`,
+// `edge_start` and `parent` are indexed by component; `edge_height`, `from` and `to` by
+// edge of the tree.
 struct Components {
     unsigned long long *edge_length, *edge_hash;  // of the shortest edge of a component
     acc_t* inverse_norms;                         // 1 / |x| of a token
     acc_t* nearest_distance;  // distance of a token to its `nearest`
     acc_t* edge_height;       // length of edge t of the tree
     int* nearest;             // nearest token outside the component
-    int* component;           // first token of a token's component
+    int* component;           // root of a token's component, one of its tokens
     int* edge_start;          // token where the shortest edge of a component starts
     int* parent;              // component that a component joins
     int *active, *by_length;  // tokens that take part; edges sorted by length
@@ -83,7 +85,8 @@ __device__ void init_components(Components& all, TreeProgress* published,
     if (threadIdx.x == 0) *published = {free, 0, 0, tokens <= num_groups || free < 2};
 }
 
-// One warp: find the nearest token of another component for token i.
+// One warp: find the nearest token of another component for token i. `cosines` (N,) is
+// row i of the matrix.
 __device__ void find_edge(Components& all, const acc_t* cosines, int i,
                           int num_active) {
     const int component_i = all.component[i];
@@ -138,14 +141,14 @@ __device__ void join_components(Components& all, TreeProgress* published,
     int edges = published->edges;
     for (int p0 = 0; p0 < num_active; p0 += blockDim.x) {
         const int p = p0 + threadIdx.x;
-        // The index of a component is that of its first token. For any other token,
-        // `edge_start` is -1.
+        // The index of a component is that of one of its tokens, the root. For any
+        // other token, `edge_start` is -1.
         const int component = p < num_active ? all.active[p] : -1;
         const int i = component < 0 ? -1 : all.edge_start[component];
         bool joins = i >= 0;
         if (joins) {
-            // If two components select the same edge, the one with the higher first
-            // token joins the other, so that the edge counts once.
+            // If two components select the same edge, the one with the higher index
+            // joins the other, so that the edge counts once.
             const int other = all.component[all.nearest[i]];
             joins = all.edge_start[other] != all.nearest[i] ||
                     all.nearest[all.edge_start[other]] != i || other < component;
@@ -201,10 +204,11 @@ __device__ void write_dendrogram(const Components& all, int edges, long long num
     }
 }
 
-// The arguments are those of linkage.cu, except that cosines (B, N, N) are not changed.
-// `words`, `reals`, `integers` (together a `Components`), `progress` (a `TreeProgress`)
-// and `arrived` have one entry for each team. If `in_shared`, there is shared memory
-// for 3N integers.
+// The cosines (B, N, N) are not changed. The arrays of a `Components` are in `words`
+// (teams, SINGLE_WORDS, N), `reals` (teams, SINGLE_REALS, N) and `integers` (teams,
+// SINGLE_INTEGERS, N). `progress` has one `TreeProgress` for each team, and `arrived`
+// the counter of its barrier, 0 at first. If `in_shared`, there is shared memory for 3N
+// integers.
 // Other shapes: mask and protect (B, N), counts and rounds (B,), out (B, N - 1, 4).
 extern "C" __global__ void __launch_bounds__(LINKAGE_THREADS, 1)
     single_linkage(const acc_t* cosines, const bool* mask, const bool* protect,

@@ -163,7 +163,10 @@ def check_not_negative(name: str, x: NDArray[Any]) -> None:
 
 
 def check_scores(largest: float) -> None:
-    """Raise if attention scores could leave the range of float64."""
+    """Raise if attention scores could leave the range of float64.
+
+    `largest` is an upper bound of the absolute values of the scores.
+    """
     if largest >= 1e300:
         raise ValueError(
             "the values are too large: their attention scores overflow; scale the "

@@ -72,9 +72,11 @@ def convert_inputs(
     gradients: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
-    """Return ``convert_back``, and the arguments in order as NumPy or CuPy arrays.
+    """Return ``convert_back``, then all arguments as NumPy or CuPy arrays.
 
-    The keys are the argument names that error messages use. None stays None. All arrays
+    The arguments come in the order of the parameters below: first `arrays`, last
+    `outputs`. The keys are the names that error messages use. None stays None.
+    All arrays
     except `counts` must be of one library and on one device. The function
     ``convert_back`` converts a result to the library of the first array.
 
@@ -90,8 +92,9 @@ def convert_inputs(
     outputs : mapping, optional
         Arrays to write to.
     """
-    # First prepare and compare all arguments, so that a wrong one is refused before any
-    # conversion. `prepared` has the order of the arguments.
+    # First prepare and compare all arrays except the counts, so that a wrong array is
+    # refused before any conversion. The order matters: results are converted to the
+    # library of the first array in `prepared`.
     prepared = {name: _prepare(name, x) for name, x in arrays.items() if x is not None}
     for name, x in (gradients or {}).items():
         if hasattr(x, "__dlpack__"):

@@ -36,8 +36,8 @@ class Library(NamedTuple):
     """Converts a new NumPy or CuPy array, a result, to this library. The second
     argument is an array of this library, whose device the result gets."""
     scope: Callable[[Any], AbstractContextManager[Any] | None]
-    """Returns a context in which CuPy uses the array's device and the current stream of
-    the array's library. None if CuPy already uses them."""
+    """Returns a context in which CuPy uses the array's device and, for a torch tensor,
+    torch's current stream. None if there is nothing to set, as for a CPU array."""
 
 
 class _Stream(NamedTuple):
@@ -279,7 +279,8 @@ def _to_jax(x: Any, like: Any) -> Any:
     with wide:
         if not on_host(x):
             return jax.numpy.from_dlpack(x)
-        # `asarray` copies the NumPy array (JAX 0.10, whatever the alignment).
+        # `asarray` copies the NumPy array. JAX 0.10 does so for every alignment of the
+        # array's memory.
         result = jax.numpy.asarray(x)
         if isinstance(result, jax.core.Tracer):
             # Under `jax.jit` even a constant becomes a tracer: compute it now instead.

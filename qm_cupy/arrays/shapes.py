@@ -1,4 +1,4 @@
-"""The axes of arrays, and masks of the same shape.
+"""The axes of arrays, and masks that are broadcast to all axes of an array.
 
 B is the number of sequences, N is the number of tokens in a sequence, and D is the
 width of a token. L is the number of layers, H is the number of heads in a layer, and d

@@ -151,8 +151,9 @@ def on_callers_stream_unless_traced(
 ) -> Callable[P, Result]:
     """Run a public function that only calls operations, in its first array's stream.
 
-    The function differs from `on_callers_stream` in one case: if a framework traces an
-    argument, no stream is selected here, because each operation selects it later.
+    This decorator differs from `on_callers_stream` in one case: if a framework traces
+    an argument, the decorator selects no stream. Each operation then selects the stream
+    when it runs.
     """
 
     @functools.wraps(function)

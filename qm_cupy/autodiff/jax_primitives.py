@@ -66,8 +66,8 @@ def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | Non
     """Return the arguments ``counts`` and ``max_groups`` for a count.
 
     ``counts`` is K of each sequence, or None if all K are equal. ``max_groups`` is the
-    largest K. If the declared name ends in "?", no shape depends on it, and a JAX array
-    is not read.
+    largest K. If the declared name ends in "?", no shape depends on K. Then a JAX array
+    is returned as ``counts`` without reading its values, and ``max_groups`` is None.
     """
     name = declared.rstrip("?")
     if count is None and name != declared:

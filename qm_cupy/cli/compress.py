@@ -1,7 +1,8 @@
 """The command `compress`: merge a file of tokens, a few sequences at a time.
 
 A file of several sequences may be larger than memory: only one chunk of its tokens, the
-mask, and the small arrays of the results are in memory. One sequence is one chunk.
+mask, and the small arrays of the results are in memory. A file of one sequence is one
+chunk.
 """
 
 import argparse
@@ -217,8 +218,8 @@ def merge_chunk(
         if not len(wrong):
             last = start + len(chunk) - 1
             raise ValueError(f"sequences {start}..{last}: {error}") from error
-        sequence, token, axis = map(int, wrong[0])  # index in the chunk (b, N, D)
-        value = chunk[sequence, token, axis]
+        sequence, token, component = map(int, wrong[0])  # in the chunk (b, N, D)
+        value = chunk[sequence, token, component]
         raise ValueError(
             f"tokens must be finite, got {value} in sequence {start + sequence}, "
             f"token {token}"

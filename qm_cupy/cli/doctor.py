@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _REQUIRED = ("qm-cupy", "numpy", "scipy")
-# The names of the packages that provide one module, and the command that installs it.
+# For each optional module: the packages that provide it, and the command that installs
+# it.
 _OPTIONAL = {
     ("cupy-cuda13x", "cupy-cuda12x", "cupy"): (
         'pip install "qm-cupy[cuda13]", or "qm-cupy[cuda12]" for an older driver'

@@ -135,8 +135,8 @@ def _open_npy(path: Path) -> Iterator[Arrays]:
     try:
         with path.open("rb") as file:
             shape, _, dtype = _header(file)
-            # If the file is too short, fail now. A memory map of a short file would
-            # fail only when the missing part is read.
+            # If the file is too short, fail now with a message that names the dtype and
+            # the shape. The memory map would also fail, but its message has neither.
             too_short = path.stat().st_size - file.tell() < _num_bytes(shape, dtype)
         if dtype.hasobject:
             tokens = Stored(shape, dtype, fault=_PICKLED)

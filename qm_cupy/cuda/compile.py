@@ -16,8 +16,11 @@ from ..arrays.dtypes import accumulation_dtype
 from ..settings import tf32_allowed
 from .constants import definitions
 
-_HERE = Path(__file__).resolve().parents[1]
-_FOLDERS = _HERE / "kernels", _HERE.parent / "kernels"  # in a wheel, in a checkout
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FOLDERS = (
+    _PACKAGE / "kernels",
+    _PACKAGE.parent / "kernels",
+)  # in a wheel, in a checkout
 _STORAGE = {  # the C++ type `real_t` in which arrays are stored
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",

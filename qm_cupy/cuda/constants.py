@@ -6,20 +6,20 @@ equal. Here "reals" are values of the type of sums, `acc_t`, with 4 or 8 bytes.
 "Integers" have 4 bytes.
 """
 
-WARP = 32  # GPU threads that execute one instruction together
+WARP = 32  # GPU threads that execute one instruction together; the kernels write 32
 BLOCK = 256  # threads of a block, unless a launch sets another number
 VECTOR_BYTES = 16  # bytes of one vector load or store; shared memory is aligned to it
 COUNTS = 16  # number of counts that one launch of `write_counts` writes
 # Constants of kernels/optimized/tiles.cuh: the rows and columns of a tile, the bytes of
-# each row that one step copies to shared memory, and the number of these copies that
-# the shared memory of the widest tile has room for.
+# each row that one step copies to shared memory, and the number of stages of the widest
+# tile. A stage is the part of shared memory that holds one step.
 TILE, STEP_BYTES, WIDE_STAGES = 128, 64, 4
 SQUARE = 32  # rows and columns that a block transposes
 THREAD_TOKENS = 4  # tokens of one thread, in selection and in the saliency of layers
 # The largest numbers of threads of a block, which are launch bounds of the kernels. For
 # linkage the key is the number of bytes of a distance, and registers limit the number
-# of threads. A multiprocessor runs one such block at a time, so that all blocks of a
-# launch can run at the same time.
+# of threads: one such block must fit on a multiprocessor. Then all blocks of a
+# cooperative launch, at most one for each multiprocessor, can run at the same time.
 SELECTION_THREADS = 1024
 GROUP_THREADS = 1024
 SORT_THREADS = 1024
@@ -40,11 +40,12 @@ EXTREMES = 4  # values that `entropy_extremes` writes for each layer of a sequen
 # whose rows belong to keys. Both bits select G + Gᵀ.
 QUERIES, KEYS = 1, 2
 
-# Linkage. In dictionaries the keys are the bytes of a distance, and values are bytes.
+# Linkage. In the dictionaries of bytes, the keys are the bytes of a distance.
 LINKAGE_METHODS = {"average": 0, "complete": 1, "ward": 2, "single": 3}
 LEAST_MASS = 1e-6  # a smaller mass is raised to this fraction of the largest mass
 ERROR_ROUNDING = 1e-12  # tolerance for rounding when an error is compared with a limit
-# Distances at the start of shared memory, before the clusters and the matrix.
+# Length of the scratch memory, in values of the size of a distance. Scratch memory is
+# at the start of shared memory, before the clusters and the matrix.
 LINKAGE_SCRATCH = 128
 SLOT_BYTES = {width: 5 * width + 22 for width in (4, 8)}  # per cluster
 TREE_BYTES = {width: 2 * width + 20 for width in (4, 8)}  # per token of a dendrogram

@@ -63,7 +63,8 @@ def _device(number: int) -> Device:
 def free_memory() -> int:
     """Return the number of bytes that can be allocated on the current device.
 
-    Within `Workspace.lend`, return the number of the first call instead.
+    Within `Workspace.lend`, return the number of the first call with this workspace, so
+    that every call requests buffers of the same sizes.
     """
     import cupy
 

@@ -90,17 +90,17 @@ def plot_dendrogram(
     keep = np.ones(num_tokens, np.bool_) if mask is None else mask
     # With n tokens that are not padding, the first n - 1 rows are merges.
     tree = dendrogram[: np.count_nonzero(keep) - 1].astype(np.float64)
-    labels, merges = None, len(tree)
+    labels, num_below = None, len(tree)
     if num_groups is not None:
         labels = cut_linkage(dendrogram, num_groups=num_groups, mask=mask)  # (N,)
-        merges = len(tree) - int(labels.max())  # rows below the cut: n - K
+        num_below = len(tree) - int(labels.max())  # rows below the cut: n - K
     leaves, x_of_node, height = _layout(tree, num_tokens, np.flatnonzero(keep))
     ax = axes_or_new(ax, figure_width(len(leaves)), 3.5)
     # The height is 0 if all distances are 0, or if there is only one token.
     top = height.max() or 1.0
-    _draw_branches(ax, tree, x_of_node, height, merges)
+    _draw_branches(ax, tree, x_of_node, height, num_below)
     if labels is not None:
-        _draw_cut(ax, tree, x_of_node, labels, merges)
+        _draw_cut(ax, tree, x_of_node, labels, num_below)
     ax.set(xlim=(-0.8, len(leaves) - 0.2), ylim=(0, 1.08 * top), ylabel="distance")
     ax.spines[["right", "top"]].set_visible(False)
     names = map(str, leaves) if words is None else (words[leaf] for leaf in leaves)
@@ -136,11 +136,11 @@ def _draw_branches(
     tree: NDArray[Any],
     x_of_node: NDArray[np.float64],
     height: NDArray[np.float64],
-    merges: int,
+    num_below: int,
 ) -> None:
     """Draw each merge as a bracket over its two branches.
 
-    Merges from row `merges` on are above the cut and dashed.
+    Merges from row `num_below` on are above the cut and dashed.
     """
     child = tree[:, :2].astype(np.intp)
     # Four points of each bracket: up from the left child, across, down to the right.
@@ -150,8 +150,8 @@ def _draw_branches(
     ax.add_collection(
         LineCollection(
             list(np.stack([x, y], axis=-1)),
-            colors=["black"] * merges + ["0.45"] * (len(tree) - merges),
-            linestyles=["-"] * merges + ["--"] * (len(tree) - merges),
+            colors=["black"] * num_below + ["0.45"] * (len(tree) - num_below),
+            linestyles=["-"] * num_below + ["--"] * (len(tree) - num_below),
             linewidths=1,
         )
     )
@@ -162,13 +162,13 @@ def _draw_cut(
     tree: NDArray[Any],
     x_of_node: NDArray[np.float64],
     labels: NDArray[Any],
-    merges: int,
+    num_below: int,
 ) -> None:
-    """Draw the cut above the first `merges` rows, and the numbers of the groups."""
-    below = tree[merges - 1, 2] if merges else 0.0
+    """Draw the cut above the first `num_below` rows, and the numbers of the groups."""
+    below = tree[num_below - 1, 2] if num_below else 0.0
     # With one group there is no merge above the cut. Draw it a little above the last
     # merge.
-    above = tree[merges, 2] if merges < len(tree) else 1.1 * below
+    above = tree[num_below, 2] if num_below < len(tree) else 1.1 * below
     cut = (below + above) / 2
     ax.axhline(cut, color=OUTLINE, linewidth=1)
     # The number of the group of each node below the cut, or -1. A merge moves the
@@ -177,8 +177,8 @@ def _draw_cut(
     group = np.full(len(x_of_node), -1)
     group[: len(labels)] = labels
     child = tree[:, :2].astype(np.intp)
-    rows = len(labels) + np.arange(merges)  # nodes of the merges below the cut
-    for row, pair in zip(rows, child[:merges], strict=True):
+    rows = len(labels) + np.arange(num_below)  # nodes of the merges below the cut
+    for row, pair in zip(rows, child[:num_below], strict=True):
         group[row] = group[pair[0]]
         group[pair] = -1
     for node in np.flatnonzero(group >= 0):

@@ -38,7 +38,7 @@ def plot_groups(
     Parameters
     ----------
     labels : ndarray of shape (N,)
-        Group of each token, -1 for padding and for tokens that were dropped.
+        Group of each token, or -1 for a token without a group, such as padding.
     grid : tuple of two int, optional
         Rows and columns of the patches of a picture. The tokens are the patches in
         raster order, and lines are drawn between patches of different groups. Without
@@ -153,7 +153,7 @@ def _draw_arcs(
     merged = np.setdiff1d(np.flatnonzero(labels >= 0), last)
     dots: tuple[tuple[Any, str, dict[str, Any]], ...] = (
         (last, "last of its group", {"color": "black"}),
-        (merged, "merged into a later one", {"fc": "white", "ec": "black"}),
+        (merged, "merged into a later token", {"fc": "white", "ec": "black"}),
         (np.flatnonzero(labels < 0), "in no group", {"color": "0.4", "marker": "x"}),
     )
     shown = [

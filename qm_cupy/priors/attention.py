@@ -73,8 +73,9 @@ def _split_heads_reference(
         positions = span.positions
         if positions is None:
             positions = span.start + np.arange(num_rows)[None]  # (1, T)
-        # Whole turns do not change the rotation. `% 1` removes them in float64, before
-        # the angle is rounded, so that large positions are as exact as small ones.
+        # Whole turns do not change the rotation. `% 1` removes them in float64, as the
+        # kernels do. The kernels round the angle to float32 for float32 values, and a
+        # large angle would lose its fraction of a turn.
         angle = 2 * np.pi * (positions[:, :, None, None] * turns % 1)  # (B, T, 1, d/2)
         cosine, sine = np.cos(angle), np.sin(angle)
         query, key = (_rotated(x, cosine, sine) for x in (query, key))

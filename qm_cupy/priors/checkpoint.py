@@ -30,6 +30,7 @@ def mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     # Settings come from a file, so a width may be any JSON value. 0 marks a wrong
     # value.
     dim, hidden_dim = (x if isinstance(x, int) and x > 0 else 0 for x in widths)
+    # `load_weights` puts the path of the file before the message: "its" is this file.
     if not dim or not hidden_dim or set(settings) != {"dim", "hidden_dim"}:
         raise ValueError(
             "its settings must be `dim` and `hidden_dim`, integers of at least 1, "

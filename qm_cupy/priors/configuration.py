@@ -45,7 +45,7 @@ class Configuration(NamedTuple):
                 f"`num_layers` must be at most {_MAX_LAYERS}, got {self.num_layers}"
             )
         # d = E / H must be an integer, and even: rotary positions rotate pairs of the d
-        # elements of a head.
+        # elements of a head. With learned positions, a GPU thread also copies a pair.
         head_width = self.hidden_dim // self.num_heads
         if head_width * self.num_heads != self.hidden_dim or head_width % 2:
             raise ValueError(
@@ -92,7 +92,8 @@ class Configuration(NamedTuple):
 def configuration_of(weights: Weights, num_heads: int) -> Configuration:
     """Return the settings of a network, from the names and shapes of its weights.
 
-    The shapes do not depend on the number of heads, so the caller must pass it.
+    The shapes do not depend on the number of heads, so the caller must pass it. The
+    caller is `TransformerPrior` with its network `forward`, so errors use this name.
     """
     matrices = ("embed.weight", "blocks.0.mlp_in.weight")
     for name in matrices:

@@ -24,8 +24,9 @@ Activation = Literal["none", "relu", "gelu"]
 _EPSILON = 1e-5  # ε of the norms: the default of torch's LayerNorm
 _MAX_WARP_ROWS = 16  # up to this many rows, one warp for each output is fast
 # Rows that one block sums for a tile of dW. For example, 8,192 rows are 16 parts. With
-# D = 1024 and the prior's hidden width of 256, each part has 16 tiles, so there are 256
-# blocks. Each part needs as much memory as W, so the number of parts is limited.
+# tokens of width 1024 and the prior's hidden width of 256, dW has 16 tiles of 128 × 128
+# entries, so 16 parts have 256 blocks. The sums of each part need as much memory as W,
+# so the number of parts is limited.
 _PART_ROWS, _MAX_PARTS = 512, 32
 
 
@@ -141,7 +142,8 @@ def linear_vjp_cuda(
     `rectified` means that x is the output of a ReLU. The first result is then the
     gradient of the ReLU's input: dy W where x > 0, and 0 elsewhere.
     """
-    # The kernels set dx to 0 where `gate` is not above 0. With None, they set no entry.
+    # The kernels set dx to 0 where `gate` is not above 0. If `gate` is None, dx is dy W
+    # everywhere.
     gate = x if rectified else None
     if implementation() == "basic":
         return _linear_vjp_basic(dy, x, weight, gate)
@@ -175,7 +177,9 @@ def _linear_vjp_optimized(
     # the GPU busy, different blocks sum S parts of the rows at the same time.
     wanted_parts = min(max(-(-num_rows // _PART_ROWS), 1), _MAX_PARTS)
     part_rows = -(-max(num_rows, 1) // wanted_parts)
-    part_rows = -(-part_rows // WARP) * WARP  # rows of whole 16-byte vectors
+    # A transposed part has rows of `part_rows` entries. A multiple of WARP entries is a
+    # whole number of 16-byte vectors.
+    part_rows = -(-part_rows // WARP) * WARP
     dy_columns = _transposed_cuda(dy, part_rows)  # (S, out, part_rows)
     dw = _products_cuda(dy_columns, _transposed_cuda(x, part_rows))  # (S, out, in)
     file, num_parts, dtype = "linear_vjp", len(dy_columns), x.dtype
@@ -216,5 +220,6 @@ def _products_cuda(a: Any, b: Any, gate: Any = None) -> Any:
     out = empty((num_parts, rows, columns), a.dtype)
     tiling = Tiling(num_parts, rows, columns)
     args = (a, b, gate, rows, columns, dim, out)
+    # The kernel is compiled only for whole tiles, 128 × 128 entries.
     launch("linear_vjp", "products", a.dtype, args, tiles=tiling, shape=WHOLE)
     return out

@@ -127,9 +127,8 @@ class MLPPrior:
     ) -> Array:
         """Predict the token after (or before) every token, all at once.
 
-        The prediction of the token after a token reads this token and all tokens before
-        it. In reverse, the prediction of the token before a token reads this token and
-        all tokens after it.
+        The prediction of token t + 1 reads tokens 1..t. In reverse, the prediction of
+        token t - 1 reads tokens t..K.
 
         Parameters
         ----------

@@ -29,7 +29,10 @@ class TwoLayerPrior(Protocol):
     """A prior like `MLPPrior`: torch and JAX get gradients for its weights."""
 
     def network_weights(self) -> tuple[Any, ...]:
-        """Return the weights of both networks, in the order of `MLP`'s fields."""
+        """Return eight weights: four of the network `forward`, four of `backward`.
+
+        The four are the fields of `MLP`: weight_in, bias_in, weight_out, bias_out.
+        """
 
 
 class SteppingPrior(Protocol):

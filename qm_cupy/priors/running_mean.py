@@ -24,7 +24,8 @@ def running_mean(
     """Return the running means (B, K, D), one row for each t.
 
     With `reverse`, row t is the mean of tokens t..K, otherwise of tokens 1..t.
-    `counts` (B,) is the number of valid tokens of each sequence.
+    `counts` (B,) is the number of valid tokens of each sequence. Later tokens are
+    padding, and in t..K the K is this number.
     """
     if is_cuda(tokens):
         return running_mean_cuda(tokens, counts, reverse)
@@ -84,8 +85,8 @@ def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> 
     sizes = batch, num_groups, dim, int(reverse)
     args = (contiguous(tokens), gpu_counts, *sizes, out)
     # In the optimized kernel, a block sums 32 columns of one sequence. Each warp of the
-    # block sums a run of rows, and the sums of the runs are added in order. So every
-    # run of the program gives the same bits.
+    # block sums a run of rows, and the sums of the runs are added in order. So the bits
+    # of the result are the same every time.
     kernel, blocks = ("running_mean", "prefix_means"), batch * -(-dim // WARP)
     launch(*kernel, tokens.dtype, args, outputs=batch * dim, blocks=blocks)
     return out
@@ -98,7 +99,7 @@ def running_mean_vjp_reference(
 
     Token x_i is part of the means c_t of tokens 1..t for t ≥ i, with weight 1 / t. So
     dx_i = Σ_{t ≥ i} dc_t / t. In reverse, the sum is over t ≤ i, with weight
-    1 / (K - t + 1).
+    1 / (K - t + 1). In this weight, K is the number of valid tokens from `counts`.
     """
     index = np.arange(gradient.shape[-2])[:, None]  # (K, 1), t - 1
     valid = counts[..., None, None] > index  # (B, K, 1)

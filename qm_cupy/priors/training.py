@@ -67,7 +67,7 @@ def fit_networks(
         )
     regressions = [RidgeRegression(network, ridge) for network in networks]
     # One pass over the data is enough for both networks.
-    for tokens, counts in _token_blocks(sequences, networks[0]):
+    for tokens, counts in _token_chunks(sequences, networks[0]):
         for reverse, regression in enumerate(regressions):
             for block in prefix_pairs(tokens, counts, bool(reverse)):
                 regression.add(*block)
@@ -95,11 +95,11 @@ def _all_pairs(
     sequences: Iterable[Any], network: MLP, reverse: bool
 ) -> Iterator[Block]:
     """Yield the blocks of all sequences for one direction."""
-    for tokens, counts in _token_blocks(sequences, network):
+    for tokens, counts in _token_chunks(sequences, network):
         yield from prefix_pairs(tokens, counts, reverse)
 
 
-def _token_blocks(
+def _token_chunks(
     sequences: Iterable[Any], network: MLP
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
     """Yield tokens (b, K, D) and K of each sequence (b,), for b sequences at a time."""

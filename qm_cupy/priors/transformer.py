@@ -175,10 +175,11 @@ class TransformerPrior:
         ----------
         forward, backward : mapping of str to ndarray
             The ``state_dict()`` of a module with ``embed = nn.Linear(D, E)``;
-            ``blocks``, a ModuleList; ``norm``; and ``head = nn.Linear(E, D)``. A block
-            has ``norm1``; ``qkv = nn.Linear(E, 3 * E)``, queries, keys and values, each
-            by heads; ``out = nn.Linear(E, E)``; ``norm2``; and the MLP, ``mlp_in =
-            nn.Linear(E, M)`` and ``mlp_out = nn.Linear(M, E)``. Norms are all
+            ``blocks``, a ModuleList; ``norm``, applied after them; and ``head =
+            nn.Linear(E, D)``. A block has ``norm1``; ``qkv = nn.Linear(E, 3 * E)``,
+            which returns the queries of all heads, then keys, then values; ``out =
+            nn.Linear(E, E)``; ``norm2``; and the MLP, ``mlp_in = nn.Linear(E, M)``,
+            exact GELU, ``mlp_out = nn.Linear(M, E)``. Norms are all
             ``nn.LayerNorm(E)`` or all ``nn.RMSNorm(E, eps=1e-5)``. Learned positions
             are ``positions = nn.Embedding(P, E)``, added to the embedding. Without
             them, queries and keys are rotated: elements i and i + d / 2 of a head by
@@ -439,7 +440,7 @@ class TransformerPrior:
             for name, weight in (self.backward if reverse else self.forward).items():
                 weight = to_device(weight) if on_gpu else weight
                 copies[name] = contiguous(weight, acc_dtype)
-            if not self._settings.num_positions:  # rotary positions
+            if not self._settings.num_positions:  # rotary; float64 on every device
                 turns = rotary_turns(self._settings.hidden_dim // self.num_heads)
                 copies["turns"] = to_device(turns) if on_gpu else turns
             if on_gpu:

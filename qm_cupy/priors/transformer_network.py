@@ -23,10 +23,12 @@ def run_transformer(
     caches: list[tuple[Any, Any]],
     weights: Mapping[str, Any],
 ) -> NDArray[Any]:
-    """Return predictions (B, T, D); write keys and values to the cache of each layer.
+    """Return predictions (B, T, D); write keys and values to the cache of each block.
 
-    A block has its norms before its layers: x += attention(norm1(x)), then
-    x += MLP(norm2(x)). `caches` has the keys and the values of each block.
+    A block has a norm before the attention and before the MLP:
+    x += attention(norm1(x)), then x += MLP(norm2(x)). `caches` has the keys and the
+    values of each block. If positions are rotary, `weights` also has "turns", the
+    result of `rotary_turns`.
     """
 
     def linear_of(name: str) -> tuple[Any, Any]:
@@ -59,9 +61,9 @@ def _positioned(
 ) -> tuple[Span, Any]:
     """Return the span for the attention, and the embedded positions (B, T, E) or None.
 
-    The attention needs rotary positions; then nothing is added to the tokens. Learned
-    positions become vectors that are added to the embeddings of the tokens; then the
-    attention needs no positions.
+    Rotary positions stay in the span, because the attention rotates by them. Nothing is
+    added to the embeddings. Learned positions become vectors that are added to the
+    embeddings of the tokens. The span that is returned then has no positions.
     """
     positions, learned = span.positions, weights.get("positions.weight")
     if learned is None:
@@ -69,7 +71,8 @@ def _positioned(
         return span._replace(positions=positions), None
     if positions is None:
         end = span.start + tokens.shape[1]
-        position_range = np.arange(span.start, end, like=learned)  # made on the GPU
+        # `like` makes the array on the device of the weights, without a copy.
+        position_range = np.arange(span.start, end, like=learned)
         positions = position_range + np.zeros(
             tokens.shape[:2], np.int64, like=learned
         )  # (B, T)

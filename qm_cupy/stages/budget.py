@@ -150,8 +150,9 @@ def norm_budget(
 def _norm_budget_reference(
     tokens: NDArray[Any], gamma: float, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.int32]:
-    # Entry K - 1 is the norm mass of the K largest norms, so entries ascend along N and
-    # the last one is the mass of all tokens.
+    # NumPy functions accept CuPy arrays, so this code runs on a GPU too. Entry K - 1 is
+    # the norm mass of the K largest norms, so entries ascend along N and the last one
+    # is the mass of all tokens.
     top_mass = top_norm_mass(tokens, mask)  # (B, N)
     # The factor 1 - 1e-12 allows for rounding: 0.07 · 100 is greater than 7 in binary.
     wanted = gamma * top_mass[..., -1:] * (1 - 1e-12)  # (B, 1)

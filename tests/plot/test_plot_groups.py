@@ -60,7 +60,7 @@ def test_arcs_lead_to_the_next_token_of_the_group():
     assert arcs_of(ax) == {"group 0": [(0, 2), (2, 4)]}
     assert dots_of(ax) == {
         "last of its group": [1, 4, 5],
-        "merged into a later one": [0, 2],
+        "merged into a later token": [0, 2],
         "in no group": [3],
     }
     assert words_of(ax.xaxis) == WORDS

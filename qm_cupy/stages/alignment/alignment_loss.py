@@ -65,11 +65,11 @@ def alignment_loss(
     merged : Merged, or ndarray of shape (K, D) or (B, K, D)
         The result of `quickmerge`, or merged tokens alone; float16, bfloat16, float32
         or float64. The prior may also read the positions and sizes of a `Merged`.
-    prior : Prior
+    prior : Prior or TwoLayerPrior
         `MLPPrior`, `TransformerPrior` or your own class. Its ``predict`` returns all
         predictions at once. It receives NumPy arrays, or CuPy arrays on a GPU, even if
         `merged` belongs to another library. Positions and sizes are None unless
-        `merged` is a `Merged`.
+        `merged` is a `Merged`. Only an `MLPPrior` has gradients in torch and JAX.
     num_groups : int or ndarray of int of shape (B,), optional
         K of each sequence, if they differ; later groups are padding. By default, groups
         of size 0 are padding; counting them makes the CPU wait for the GPU.
@@ -105,6 +105,7 @@ def alignment_loss(
     if is_traced(merged, prior):
         if num_groups is None and sizes is not None:
             num_groups = (sizes > 0).sum(-1)  # a padded group has size 0
+        # Plain arrays become constants; traced weights keep their gradients.
         weights = as_constants_like(tokens, weights)
         forward, backward = mlp_alignment_loss(tokens, *weights, num_groups=num_groups)
         return AlignmentLoss(forward, backward, forward + backward)
@@ -134,8 +135,7 @@ def alignment_loss(
 def is_traced(merged: Any, prior: Any) -> bool:
     """Return whether torch or JAX traces the tokens, or the weights of the prior.
 
-    Return False for a prior that has no `network_weights`: its weights are not known
-    here, so its predictions have no gradient.
+    A prior without `network_weights` has no gradients here, so the result is False.
     """
     weights = _network_weights(prior)
     return bool(weights) and tracing_framework((merged, *weights)) is not None
@@ -169,7 +169,7 @@ def mlp_alignment_loss(
     *,
     num_groups: Any = None,
 ) -> tuple[Any, Any]:
-    """Return the forward and backward losses under an `MLPPrior` of these weights."""
+    """Return both losses under an `MLPPrior` of these weights, none of them traced."""
     prior = _prior_of(
         forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
         backward_weight_in, backward_bias_in, backward_weight_out, backward_bias_out,
@@ -194,8 +194,8 @@ def _mlp_alignment_loss_vjp(
     *,
     num_groups: Any = None,
 ) -> tuple[Any, ...]:
-    # The operation returns two losses. Their sum is computed outside it, so the
-    # gradient with respect to ``total`` is 0 here.
+    # `forward` and `backward` are gradients with respect to the two losses. Their sum
+    # ``total`` is computed outside the operation, so its gradient is 0 here.
     gradient = AlignmentLoss(forward, backward, 0 * forward)
     prior = _prior_of(
         forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
@@ -284,8 +284,8 @@ def alignment_loss_vjp(
 
     where :math:`c_t` is the mean of merged tokens 1..t of K, :math:`y_t` is the forward
     network's prediction from :math:`c_t`, and D is the width of a token.
-    :math:`\bar c_t` is :math:`\bar y_t` propagated back through the network. The
-    backward network adds the mirror image.
+    :math:`\bar c_t` is :math:`\bar y_t` propagated back through the network. The sum
+    ends at K - 1, :math:`\bar y_0` is 0, and the backward network mirrors all of this.
 
     Parameters
     ----------

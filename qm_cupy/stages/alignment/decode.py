@@ -73,8 +73,8 @@ def decode(
             f"`progress` must be callable or None, got {type(progress).__name__}"
         )
     tokens, positions, sizes = merged_parts(merged)
-    # The copy or view in NumPy or CuPy is only checked. The model reads the caller's
-    # arrays.
+    # Convert the tokens to NumPy or CuPy for the checks only. The model reads the
+    # caller's arrays.
     _, checked = convert_inputs({"merged": tokens})
     check_tokens(checked, "merged")
     num_tokens, state, predictions = checked.shape[-2], None, []
@@ -93,6 +93,7 @@ def decode(
             predictions.append(prediction)  # (B, E)
             if progress is not None:
                 progress(t + 1)
+    # The stack has the library of the predictions. A NumPy result becomes C-contiguous.
     stacked = stack(predictions, -2)  # (B, K, E)
     return keep_numpy_or_cupy(stacked) if isinstance(stacked, np.ndarray) else stacked
 

@@ -36,8 +36,9 @@ def contiguous_groups_reference(
 ) -> Groups:
     """Return the group (N,) of each unit token (N, D), numbered from the left.
 
-    Tokens with different `runs` (N,) are not neighbours: a protected token is between
-    them. Runs are numbered from the left.
+    `unit` has only free tokens, which are neither padding nor protected. Tokens with
+    different `runs` (N,) are not neighbours, because a protected token was between them
+    in the sequence. Runs are numbered from the left.
     """
     # A group is stored at the index of its first token. Each array is (N,).
     num_tokens = len(unit)

@@ -74,8 +74,9 @@ def cut_linkage(
     mask : ndarray of shape (N,) or (B, N), optional
         The mask that the dendrogram was made with.
     order : {"last", "first"}, default "last"
-        Number groups by the position of their last or first member. With "last", no
-        group contains a token later than its own position, which causal models need.
+        Number groups by the position of their last or first member. With "last",
+        a group has the position of its last member, so it contains no later token.
+        Causal models need this.
 
     Returns
     -------

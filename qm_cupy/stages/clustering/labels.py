@@ -1,4 +1,4 @@
-"""Labels: groups numbered in causal order.
+"""Labels: groups numbered by the positions of their last or first members.
 
 A root is the number of a token's group before the groups are numbered 0..K-1: any
 number within 0..2N-1 that all tokens of the group have, and no other token has. Padding
@@ -46,9 +46,9 @@ def number_groups_cuda(roots: Any, order: str) -> Any:
     roots = contiguous(roots, np.int32)
     out = empty(roots.shape, np.int32)
     first = int(order == "first")
-    # The last (or first) members of all groups are sorted by position. The number of a
-    # group is the number of such members before the member of this group. The basic
-    # kernels mark the last (or first) members in a first launch.
+    # The position of a group is that of its last (or first) member. The label of a
+    # group is the count of groups with an earlier position. The basic kernels mark the
+    # last (or first) members in a launch before the one that counts.
     if implementation() == "basic":
         ends = empty(roots.shape, np.bool_)
         args: tuple[Any, ...] = (roots, batch, num_tokens, first, ends)

@@ -1,4 +1,7 @@
-"""Dendrograms of tokens, by SciPy, or by `weighted_linkage` if tokens have masses.
+"""Dendrograms of tokens.
+
+On the CPU they are computed by SciPy, or by `weighted_linkage` if tokens have masses.
+linkage_cuda.py computes them on a GPU.
 
 A dendrogram (N - 1, 4) has SciPy's format. A row is a merge: two groups, their distance
 (the height of the merge), and the number of tokens in the new group. Tokens are groups
@@ -92,8 +95,10 @@ def linkage(
 
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
-    The computation handles one sequence at a time, and needs about 16 N² bytes of
-    memory. At equal distances the order of merges follows a fixed rule, so the
+    On the CPU, the computation handles one sequence at a time, and needs about 16 N²
+    bytes of memory. On a GPU, one launch handles as many sequences as fit in the free
+    memory. The cosines of a sequence need 4 N² bytes there, or 8 N² for float64 tokens.
+    At equal distances the order of merges follows a fixed rule, so the
     same call always gives the same dendrogram. With masses the rule is not SciPy's.
 
     Examples

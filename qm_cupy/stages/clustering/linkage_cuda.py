@@ -1,8 +1,10 @@
-"""Dendrograms on a GPU: the launchers of the kernels in ``linkage.cu``.
+"""Dendrograms on a GPU: launchers of ``linkage.cu`` and ``single_linkage.cu``.
 
 A team is the blocks that work on one sequence. A cluster is a group of tokens while the
-dendrogram is computed; it has a slot in the arrays of a block. `width` is the number of
-bytes of a distance. The files ``kernels/optimized/linkage*.cu*`` describe the method.
+dendrogram is computed. Except in single linkage, every block of a team has a copy
+of the arrays of clusters; a slot is the index of a cluster in them. `width` is the
+number of bytes of a distance. The methods are described in ``linkage.cu`` and
+``single_linkage.cu`` in the folder ``kernels/optimized``.
 """
 
 import math
@@ -111,8 +113,10 @@ def linkage_cuda(
     """Return the dendrograms (B, N - 1, 4) and the number of rounds (B,).
 
     The cosines (B, N, N) are overwritten. With `num_groups` (B,), the kernel may stop
-    after the merges that leave K groups. K counts each protected token as a group. The
-    basic kernel counts no rounds; then `rounds` is not initialised.
+    after the merges that leave K groups. K counts each protected token as a group. In a
+    round, all pairs of clusters that are each other's nearest neighbours merge; in
+    single linkage, all clusters join along their shortest edges. The basic kernel
+    counts no rounds; then `rounds` is not initialised.
     """
     batch, num_tokens, _ = cosines.shape
     if out is None:
@@ -212,7 +216,11 @@ def _state_bytes(num_tokens: int, width: int) -> int:
 
 
 def bytes_alone(num_slots: int, width: int) -> int:
-    """Return the bytes of clusters, their published neighbours and their matrix."""
+    """Return the bytes that a block needs in shared memory to work without the others.
+
+    This memory has the clusters, two buffers of the nearest cluster of each slot, and
+    the matrix. The heights are not included.
+    """
     exchange = 2 * NEAREST_BYTES[width]  # two buffers: one is read, one is written
     return _slot_bytes(num_slots, width) + num_slots * (exchange + num_slots * width)
 
@@ -242,6 +250,8 @@ def _single_linkage_cuda(
     batch, num_tokens, _ = cosines.shape
     dtype = cosines.dtype
     ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
+    # `ranks` has a count for each warp of a block, which has at most 32 warps (not the
+    # 32 threads of a warp). `components` has the parent, node and size of each token.
     # While a block writes the rows of the dendrogram, it needs `components`. They are
     # in shared memory if they fit, otherwise in the arrays of `state`.
     in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", dtype)
@@ -254,7 +264,7 @@ def _single_linkage_cuda(
         _zeros(layout.num_teams),
     )
     options = int(in_shared), layout.blocks
-    scratch = ranks + components if in_shared else ranks
+    shared = ranks + components if in_shared else ranks
     launch(
         "single_linkage",
         "single_linkage",
@@ -262,7 +272,7 @@ def _single_linkage_cuda(
         (cosines, *masks, *sizes, *options, *state, out, rounds),
         blocks=layout.num_teams * layout.blocks,
         block=layout.threads,
-        shared=scratch,
+        shared=shared,
         cooperative=layout.blocks > 1,
     )
 
@@ -294,6 +304,7 @@ def layout_of(
     if one_block or batch >= device.multiprocessors or max_blocks == 1:
         # No block waits for another block. If a multiprocessor has memory for three
         # blocks, smaller blocks are faster: while one of them waits, another one works.
+        # A multiprocessor has about as much shared memory as one block may use.
         several_fit = (
             batch > device.multiprocessors and 3 * shared <= device.shared_bytes
         )

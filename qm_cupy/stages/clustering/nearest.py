@@ -88,8 +88,9 @@ def nearest_anchors_cuda(
 
     `tokens` are (B, N, D) and `anchors` (B, K, D). The second result is the cosine
     similarity (B, N), or None without `similarity`. Of equally similar anchors, the
-    first one is returned. A token without an anchor gets index -1 and similarity -inf.
-    Entries with negative `anchor_norms` (B, K) are not anchors.
+    first one is returned. A sequence has only its first `counts` (B,) anchors, or all K
+    without counts. Entries with negative `anchor_norms` (B, K) are not anchors. Padding
+    and tokens of a sequence without anchors get index -1 and similarity -inf.
     """
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), anchors.shape[-2]
@@ -116,7 +117,10 @@ def nearest_anchors_cuda(
 def top_norm_anchors_cuda(
     tokens: Any, counts: Any, num_groups: int, mask: Any = None, protect: Any = None
 ) -> Any:
-    """Return the default anchors (B, K): protected tokens, then the largest norms."""
+    """Return the positions (B, K) of the default anchors, in ascending order.
+
+    The protected tokens are selected first, then the tokens of largest norm.
+    """
     norms = token_norms_cuda(tokens, mask)
     # Scores are norms, but infinite for protected tokens: these are selected first.
     scores = empty(norms.shape, norms.dtype)

@@ -22,7 +22,10 @@ def unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def unit_tokens_cuda(tokens: Any, mask: Any) -> Any:
-    """Return unit tokens (..., D) in the accumulation dtype; zero tokens stay zero."""
+    """Return unit tokens (..., D) in the accumulation dtype; zero tokens stay zero.
+
+    Padding, where `mask` is False, becomes zero too.
+    """
     tokens, num_rows = contiguous(tokens), math.prod(tokens.shape[:-1])
     out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
     args = (tokens, mask, num_rows, tokens.shape[-1], out)

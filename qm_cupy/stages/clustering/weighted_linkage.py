@@ -72,11 +72,12 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     group["alive"], group["size"], group["mass"] = True, 1, mass
     group["tie_break"] = _hash_indices(num_tokens)
     tree, num_merges = np.empty((num_tokens - 1, 4)), 0
-    # `spent` is the cost, in rows, of the searches after the last search of all stale
-    # groups; each call of `_search` costs _OVERHEAD rows more. `_select_due` uses
-    # `spent` to decide when to search all stale groups again. The rows of the search of
-    # all stale groups itself do not count. The loop adds these rows anyway, so `spent`
-    # starts at minus their number: -N here, because the first search has N rows.
+    # A full search is a search of all stale groups. `spent` is the cost of the searches
+    # after the last full search. The unit is a row: the search of one group. Each call
+    # of `_search` costs _OVERHEAD rows more. `_select_due` uses `spent` to decide when
+    # to run the next full search. The rows of a full search itself do not count, but
+    # the loop adds them too. So `spent` starts at minus their number: -N here, because
+    # the first search, of all tokens, has N rows and counts as a full search.
     rounds, spent = 0, -num_tokens
     while num_merges < num_tokens - 1:
         # Search the due groups, then their nearest neighbours if these are stale: two

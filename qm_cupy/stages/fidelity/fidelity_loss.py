@@ -1,9 +1,9 @@
 """Fidelity loss: the reconstruction error above the norm-mass bound.
 
 X is the matrix of a sequence's tokens, and X̂ is the matrix of the tokens rebuilt from
-the merged tokens. The error of sequence b of B is e_b = ‖X - X̂‖² / ‖X‖², and γ is the
-fraction of the norm mass that the merged tokens should retain. The bound on an error is
-(1 - γ)².
+the merged tokens. The error of sequence b of B is e_b = ‖X - X̂‖² / ‖X‖². The norm mass
+is the sum of the L2 norms of tokens, and γ is the fraction of the norm mass of X that
+the merged tokens should retain. The bound on an error is (1 - γ)².
 """
 
 from typing import Any
@@ -60,7 +60,8 @@ def fidelity_loss(
     labels : ndarray of shape (N,) or (B, N), optional
         As in `reconstruction_error`.
     gamma : float, default 0.8
-        Norm mass γ to retain, within [0, 1]. The bound on the error is (1 - γ)².
+        Fraction γ of the norm mass to retain, within [0, 1]. The bound on the error is
+        (1 - γ)².
     num_groups : int or ndarray of int of shape (B,), optional
         As in `reconstruction_error`.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -129,7 +130,7 @@ def fidelity_loss_vjp(
     labels : ndarray of shape (N,) or (B, N), optional
         As in `reconstruction_error_vjp`.
     gamma : float, default 0.8
-        Norm mass γ to retain, within [0, 1].
+        Fraction γ of the norm mass to retain, within [0, 1].
     num_groups : int or ndarray of int of shape (B,), optional
         As in `reconstruction_error_vjp`.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -168,7 +169,8 @@ def fidelity_loss_vjp(
     # The gradient becomes float64. In float16, the division by the number of sequences
     # would lose digits.
     gradient = check_gradient(gradient, (), "", tokens).astype(np.float64)
-    # dL / de_b = dL / B for every sequence b: the loss is a mean over the batch.
+    # The loss is a mean over B sequences, so each e_b gets `gradient` / B.
+    # `compute_reconstruction_error_vjp` makes it 0 if e_b does not exceed the bound.
     error_gradients = np.broadcast_to(gradient / max(counts.size, 1), counts.shape)
     args = error_gradients, tokens, merged, labels, counts, mask, (1 - gamma) ** 2
     token_gradient, merged_gradient = compute_reconstruction_error_vjp(*args)

@@ -314,9 +314,10 @@ def reconstruction_error_vjp(
         tokens, merged, labels, num_groups, mask, gradient
     )
     gradient = check_gradient(gradient, tokens.shape[:-2], "B", tokens)  # (B,)
-    # The bound is -∞, so every error has a gradient. `fidelity_loss_vjp` passes the
-    # bound (1 - γ)², where γ is the fraction of the norm mass to retain. The fidelity
-    # loss of an error that does not exceed this bound is 0.
+    # The last argument is a bound: an error that does not exceed the bound gets
+    # gradient 0. Here the bound is -∞, so every error has a gradient.
+    # `fidelity_loss_vjp` passes (1 - γ)², where γ is the fraction of the norm mass to
+    # retain, because the fidelity loss of an error up to this bound is 0.
     args = gradient, tokens, merged, labels, counts, mask, -np.inf
     token_gradient, merged_gradient = compute_reconstruction_error_vjp(*args)
     return convert_back(token_gradient), convert_back(merged_gradient)

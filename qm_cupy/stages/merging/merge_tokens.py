@@ -391,7 +391,7 @@ def _merge_vjp_basic(
     file, label_sizes = "merge_tokens_vjp", (batch, num_tokens, num_groups)
     # m_j / W_k, or 1 / |G_k| without a mass
     args: tuple[Any, ...] = (mass, labels, *label_sizes, weights)
-    launch(file, "member_shares", tokens.dtype, args, outputs=weights.size)
+    launch(file, "member_weights", tokens.dtype, args, outputs=weights.size)
     # x̄_j = (m_j / W_k) g_k
     args = (gradient, labels, weights, *sizes, out)
     launch(file, file, tokens.dtype, args, outputs=out.size)
@@ -428,7 +428,7 @@ def _merge_vjp_optimized(
     num_all_groups, lists = batch * num_groups, members_cuda(labels, num_groups)
     # m_j / W_k: the lanes of a warp add up the masses of one group.
     args: tuple[Any, ...] = (mass, *lists, *label_sizes, weights)
-    launch(file, "member_shares", tokens.dtype, args, rows=num_all_groups)
+    launch(file, "member_weights", tokens.dtype, args, rows=num_all_groups)
     # x̄_j = (m_j / W_k) g_k. With a mass, the same pass over the tokens also computes
     # the products g_k · x_j. They are stored in the array of the mass gradient.
     args = (gradient, tokens, labels, weights, *sizes, m_gradient, out)

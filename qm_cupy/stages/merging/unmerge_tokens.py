@@ -200,6 +200,7 @@ def unmerge_tokens_vjp_reference(
     from scipy.sparse import csr_array
 
     *batch, _, dim = gradient.shape
+    # For each token that is not padding: its index in (B·N,) and its group in (B·K,).
     flat, group, num_all_groups = flat_groups(labels, num_groups)
     # Sums in float16 would overflow and lose digits.
     dtype = np.result_type(gradient.dtype, np.float32)

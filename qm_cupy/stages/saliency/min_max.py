@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Scale each row of (..., N) to [0, 1]; constant rows and padding become 0."""
     valid: Any = True if mask is None else mask  # (..., N)
-    # A row without tokens keeps the initial values; any token replaces them.
+    # NumPy needs initial values for `where`. Any token replaces them; `check_mask`
+    # refuses a row without tokens.
     low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
     high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
     # A constant row has w = 0 and x - low = 0. With the divisor 1, y is 0 there.
@@ -45,6 +46,7 @@ def scale_min_max_vjp(
         tied = (x == extreme) & valid
         total = (gradient * weight).sum(axis=-1, keepdims=True)  # -w ∂ℒ/∂extreme
         result = result - tied * (total / np.maximum(tied.sum(-1, keepdims=True), 1))
-    # The gradient of a constant row is 0. If a tiny w gives inf, this is the result.
+    # The gradient of a constant row is 0. For a tiny w the quotient may overflow; then
+    # inf is the right result.
     with np.errstate(over="ignore"):
         return np.where((high > low) & valid, result / width, 0)

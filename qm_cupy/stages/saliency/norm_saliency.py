@@ -158,6 +158,7 @@ def _norm_saliency_vjp_reference(
     largest = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)
     largest = np.where(largest > 0, largest, 1)
     x /= largest
+    # The largest entry is 1 now, so `relative_norms` does not change the scale again.
     norms = relative_norms(x)  # n, (B, N)
     # ∂ℒ/∂n, (B, N)
     norm_gradient = scale_min_max_vjp(

@@ -83,7 +83,8 @@ def add_states(a: tuple[NDArray[Any], ...], b: SoftmaxState) -> SoftmaxState:
     # (m', r', t')
     m_low, r_low, t_low = (np.where(a_is_high, y, x) for x, y in zip(a, b, strict=True))
     w = np.exp(m_low - m)
-    # 1 + r' and not r': m' is not the maximum of all scores, so the sums have its term.
+    # r' leaves out one score that equals m'. The new sums leave out only one score that
+    # equals m, so they contain the term of m': 1 + r' and not r'.
     return m, r + w * (1 + r_low), t + w * (t_low + (m_low - m) * (1 + r_low))
 
 

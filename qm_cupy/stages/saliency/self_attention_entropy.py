@@ -173,9 +173,11 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     # (`upper`). The file also has a kernel for wide tiles, of 256 columns (`wide`).
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     shape = select_shape(tiling, tokens.dtype)
-    # `states` has, for each token, a slot for each square of 128 other tokens. A slot
-    # holds one state (m, r, t). Half tiles have 64 rows, so a token that is a column
-    # gets two states from one square, and needs two slots. Every block writes to its
+    # The tokens are divided into squares of 128 tokens each, as in the kernel. For each
+    # token, `states` has a slot for each square. A slot holds one state (m, r, t), over
+    # the scores of the token with the tokens of the square. Half tiles have 64 rows, so
+    # a token that is a column gets two states from one square, and needs two slots.
+    # Every block writes to its
     # own slots, and the second kernel merges them in a fixed order: there are no
     # atomics, and every run gives the same bits.
     halves = 2 if shape is HALF else 1
@@ -272,6 +274,6 @@ def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> A
     scale = tokens.shape[-1] ** -0.5
     # Queries and keys are the same array, so s_ij = s_ji: column j of the scores has
     # the same m, r and t as row j. So the values of rows are the values of columns too.
-    scores = score_arguments_cuda(gradient, tokens, tokens, False, scale, mask)
+    score_arguments = score_arguments_cuda(gradient, tokens, tokens, False, scale, mask)
     # c (G + Gᵀ) X in one pass, with c = 1/√D; QUERIES | KEYS selects G + Gᵀ.
-    return token_gradients_cuda(scores, tokens, tokens, QUERIES | KEYS)
+    return token_gradients_cuda(score_arguments, tokens, tokens, QUERIES | KEYS)

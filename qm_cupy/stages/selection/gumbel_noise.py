@@ -25,14 +25,16 @@ def gumbel_noise(
     seed : int or None
         Key of the Philox4x32-10 generator, within 0..2⁶⁴ - 1. None gives zeros.
     sequence_offset : int, default 0
-        Number of the first sequence. A batch that is processed in parts gets the same
-        noise as the whole batch if each part passes the number of its first sequence.
+        Index of the first sequence in the whole batch. A batch that is processed in
+        parts gets the same noise as the whole batch if each part passes the index of
+        its first sequence.
 
     Returns
     -------
     ndarray of shape `shape`
-        float32. The noise of token n of sequence b depends only on (seed, b, n), not on
-        B or N.
+        float32. The noise of token n of sequence b, where b counts from
+        `sequence_offset`, depends only on (seed, b, n), not on B or N. With leading
+        axes, it also depends on the flat index in these axes.
 
     Raises
     ------

@@ -226,7 +226,7 @@ def softmax_mass_cuda(
     epsilon: float | None,
     mask: Any,
 ) -> tuple[Any, Any]:
-    """Return π and the saliency mass m_i = π_i s_i + (1 - π_i) ε; 0 for padding.
+    """Return π and the saliency mass π_i s_i + (1 - π_i) ε; both are 0 for padding.
 
     The mass is the weight of a token in the merge (saliency_mass.py), and `epsilon` is
     ε, the weight of background tokens. If `epsilon` is None, only π is computed, and

@@ -22,7 +22,11 @@ def perturbed_scores_reference(
     noise: tuple[int | None, int],
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    """Return s + g (B, N), in float32 at least."""
+    """Return s + g (B, N), in float32 at least.
+
+    Padding keeps a finite score here. The functions that read the scores replace it by
+    -inf.
+    """
     # A sum in float16 would keep only 11 bits of the noise.
     scores = saliency.astype(np.result_type(saliency, np.float32))
     return scores + _by_rank(gumbel_noise_reference(saliency.shape, *noise), mask)
@@ -31,9 +35,10 @@ def perturbed_scores_reference(
 def _by_rank(
     noise: NDArray[np.float32], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.float32]:
-    """Return the noise (B, N) in which the n-th token of a sequence has draw n.
+    """Return the noise (B, N) in which token n of a sequence has column n of `noise`.
 
-    Padding does not count, so a token has the same noise wherever the padding is.
+    n counts tokens from 0, without padding. So a token has the same noise wherever the
+    padding is.
     """
     if mask is None:
         return noise

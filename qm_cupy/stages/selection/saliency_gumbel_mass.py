@@ -54,9 +54,10 @@ def _one_launch(layers: int, heads: int, num_tokens: int) -> bool:
     """Return True if one block for each sequence should do all the work in one launch.
 
     The block reads its L·H·N entropies of 4 bytes twice, at about 50 bytes per cycle:
-    0.16 L·H·N cycles. Three launches take about 5,000 cycles more than one launch, but
-    then the blocks of all multiprocessors read at the same time. Three launches are
-    faster from L·H·N = 32,768 on, where 0.16 L·H·N is about 5,000.
+    0.16 L·H·N cycles. Three launches cost about 5,000 cycles more than one launch, but
+    several blocks read the entropies of a sequence at the same time, each on its own
+    multiprocessor. Three launches are faster above L·H·N = 32,768, where 0.16 L·H·N is
+    about 5,000.
     """
     # The block keeps the scores of all its tokens in registers.
     fits_registers = num_tokens <= THREAD_TOKENS * SELECTION_THREADS

@@ -1,8 +1,9 @@
 """Selection of the K tokens with the highest scores.
 
 N is the number of tokens in a sequence; B is the number of sequences. `counts` (B,)
-holds K of every sequence, and `max_groups` is the largest K. On a GPU, `counts` is None
-if all K are equal.
+holds K of every sequence, and `max_groups` is the largest K. Names call K a number of
+groups, because a budget counts tokens or groups (budget.py). `top_tokens_cuda` gets
+`counts` on the GPU, or None if all K are equal.
 """
 
 from typing import Any
@@ -74,7 +75,8 @@ def select_tokens(
     )
     check_values("scores", scores, "N", "BN")
     check_mask(mask, scores.shape)
-    # K is at most the number of tokens of its sequence: N, or (B,) with a mask.
+    # K is at most the number of tokens of its sequence. `limit` is this number:
+    # N without a mask, or an array (B,) with a mask.
     limit = num_valid(scores.shape, mask)
     groups = check_group_counts(num_groups, scores.shape[:-1], limit)
     return convert_back(compute_select_tokens(scores, groups, mask=mask))
