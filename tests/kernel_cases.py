@@ -15,10 +15,22 @@ dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=[np.dtype(t).name for t in DTYPES]
 )
 masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+counted = pytest.mark.parametrize("counted", ["all", "fewer", "ragged"])
 optimized = pytest.mark.parametrize("kernels", ["optimized"], indirect=True)
 # N around the warp size of 32 and around a block of 128 threads, where loops end.
 SIZES = [1, 31, 32, 33, 127, 128, 129, 257]
 sizes = pytest.mark.parametrize("num_tokens", SIZES)
+
+
+def counts_of(counted, batch, num_groups):
+    """Return K (B,) of up to three sequences whose arrays have `num_groups` rows.
+
+    In the case "fewer", all K are equal, but below `num_groups`. A kernel that gets no
+    counts then uses the wrong K.
+    """
+    fewer = (num_groups + 1) // 2
+    cases = {"all": [num_groups] * 3, "fewer": [fewer] * 3}
+    return np.array({**cases, "ragged": [num_groups, fewer, 1]}[counted][:batch])
 
 
 def random(shape, dtype, seed=0, scale=1.0):

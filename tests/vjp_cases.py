@@ -11,7 +11,6 @@ import qm_cupy as qm
 VJP_SIZES, WIDTHS = [1, 31, 32, 33, 129, 257], [1, 7, 32, 130]
 
 vjp_sizes = pytest.mark.parametrize("num_tokens", VJP_SIZES)
-ragged = pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
 
 
 def wide(x):

@@ -170,13 +170,18 @@ def contiguous(x: Any, dtype: Any = None) -> Any:
     return None if x is None else x.astype(dtype or x.dtype, order="C", copy=False)
 
 
-def counts_on_device(num_groups: NDArray[np.int64]) -> tuple[Any, int]:
-    """Return K of every sequence on the device, or None if all are equal, and max K.
+def counts_on_device(
+    num_groups: NDArray[np.int64], default: int | None = None
+) -> tuple[Any, int]:
+    """Return K of every sequence on the device, and max K.
 
-    The counts (B,) are on the CPU, because the shapes of results depend on them.
+    The first result is None if every K is `default`: the K that the kernel uses if it
+    gets no counts. It is max K by default. A kernel that uses the length of an axis
+    instead needs this length as `default`, because all K can be smaller. The counts
+    (B,) are on the CPU, because the shapes of results depend on them.
     """
     max_groups = int(num_groups.max(initial=0))
-    if (num_groups == max_groups).all():
+    if (num_groups == (max_groups if default is None else default)).all():
         return None, max_groups
     if is_capturing():
         return _write_counts(num_groups), max_groups

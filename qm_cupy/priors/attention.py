@@ -168,9 +168,8 @@ def attend_cuda(query: Any, keys: Any, values: Any, span: Span) -> Any:
     """Launch the kernel of `attend`, with a block for each query and head."""
     batch, num_rows, num_heads, width = query.shape
     out = empty(query.shape, query.dtype)
-    counts = span.counts
     # None means that all T tokens are valid: the kernel then reads no counts.
-    gpu_counts = None if (counts == num_rows).all() else counts_on_device(counts)[0]
+    gpu_counts, _ = counts_on_device(span.counts, num_rows)
     sizes = batch, num_rows, num_heads, width, keys.shape[-2], span.start
     arrays = query, keys, values, span.sizes, gpu_counts
     args = (*arrays, *sizes, int(span.reverse), width**-0.5, out)

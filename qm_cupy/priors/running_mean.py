@@ -81,7 +81,7 @@ def running_mean_cuda(tokens: Any, counts: NDArray[np.int64], reverse: bool) -> 
     num_groups, dim = tokens.shape[-2:]
     batch = math.prod(tokens.shape[:-2])
     out = empty(tokens.shape, accumulation_dtype(tokens.dtype))
-    gpu_counts, _ = counts_on_device(counts)
+    gpu_counts, _ = counts_on_device(counts, num_groups)
     sizes = batch, num_groups, dim, int(reverse)
     args = (contiguous(tokens), gpu_counts, *sizes, out)
     # In the optimized kernel, a block sums 32 columns of one sequence. Each warp of the

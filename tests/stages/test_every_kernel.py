@@ -50,13 +50,13 @@ def test_counts_out_of_range_are_clamped(dtype, monkeypatch):
     # Counts below 0 and above K = 6 are clamped to 0 and 6.
     for counts in (out_of_range, clamped):
         monkeypatch.setattr(
-            cuda, "counts_on_device", lambda _, counts=counts: (counts, 6)
+            cuda, "counts_on_device", lambda *_, counts=counts: (counts, 6)
         )
         error = qm.reconstruction_error(tokens, merged)
         results.append([*qm.alignment_loss(merged, prior), error])
         if counts is clamped:
             # With a limit of 40 instead of 6, the counts 0 and 6 are used unchanged.
-            monkeypatch.setattr(cuda, "counts_on_device", lambda _: (clamped, 40))
+            monkeypatch.setattr(cuda, "counts_on_device", lambda *_: (clamped, 40))
         results[-1].append(qm.select_tokens(tokens[..., 0], 6))
     for got, wanted in zip(*results, strict=True):
         np.testing.assert_array_equal(got, wanted)

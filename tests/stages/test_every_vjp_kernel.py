@@ -52,7 +52,7 @@ def test_counts_out_of_range_are_clamped(dtype, monkeypatch):
     # Counts below 0 and above K = 6 are clamped to 0 and 6.
     for counts in ([-3, 1000, 4], [0, 6, 4]):
         k = np.array(counts, np.int32)  # (B,)
-        monkeypatch.setattr(cuda, "counts_on_device", lambda _, k=k: (k, 6))
+        monkeypatch.setattr(cuda, "counts_on_device", lambda *_, k=k: (k, 6))
         merged_gradient, weights = qm.alignment_loss_vjp(gradient, merged, prior)
         results.append([merged_gradient, *weights[0], *weights[1]])
     for got, wanted in zip(*results, strict=True):

@@ -249,7 +249,7 @@ def _alignment_loss_cuda(
     num_groups, dim = merged.shape[-2:]
     batch = math.prod(merged.shape[:-2])
     acc_dtype = accumulation_dtype(merged.dtype)
-    merged, (gpu_counts, _) = contiguous(merged), counts_on_device(counts)
+    merged, (gpu_counts, _) = contiguous(merged), counts_on_device(counts, num_groups)
     losses = []
     for reverse, y in enumerate((y_next, y_prev)):
         y = contiguous(y, acc_dtype)
@@ -419,7 +419,7 @@ def _alignment_loss_vjp_cuda(
 ) -> tuple[Any, list[MLP]]:
     num_groups, dim = merged.shape[-2:]
     batch, acc_dtype = math.prod(merged.shape[:-2]), accumulation_dtype(merged.dtype)
-    merged, (gpu_counts, _) = contiguous(merged), counts_on_device(counts)
+    merged, (gpu_counts, _) = contiguous(merged), counts_on_device(counts, num_groups)
     sizes = batch, num_groups, dim
     dx_of_means, dys, dweights = [], [], []
     for reverse, gradient in enumerate(gradients):

@@ -237,7 +237,7 @@ def _token_errors_cuda(tokens: Any, merged: Any, labels: Any) -> tuple[Any, Any]
 def _most_similar_cuda(tokens: Any, merged: Any, counts: NDArray[np.int64]) -> Any:
     """Return labels (B, N): the index of each token's most similar merged token."""
     # Merged tokens are the anchors. The kernel never stores the N × K similarities.
-    anchor_counts, _ = counts_on_device(counts)
+    anchor_counts, _ = counts_on_device(counts, merged.shape[-2])
     labels, _ = nearest_anchors_cuda(tokens, merged, anchor_counts)
     return labels
 

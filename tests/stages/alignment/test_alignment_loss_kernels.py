@@ -5,9 +5,9 @@ import oracle
 import oracle_arrays
 import pytest
 from conftest import assert_close
-from kernel_cases import dtypes, random
+from kernel_cases import counted, counts_of, dtypes, random
 from seam import cuda
-from vjp_cases import VJP_SIZES, alignment_of, assert_gradient, ragged, wide
+from vjp_cases import VJP_SIZES, alignment_of, assert_gradient, wide
 
 import qm_cupy as qm
 from qm_cupy.stages.alignment.alignment_loss import alignment_loss_vjp_reference
@@ -18,15 +18,13 @@ pytestmark = pytest.mark.usefixtures("kernels")
 # 33 is one more than a warp, and 129 is one more than a tile of 128 rows.
 @dtypes
 @pytest.mark.parametrize("num_groups", [1, 2, 33, 129])
-@pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
-def test_alignment(dtype, num_groups, ragged):
+@counted
+def test_alignment(dtype, num_groups, counted):
     batch, dim = 3, 37  # 37 is not a multiple of a warp or a 16-byte vector
     merged = random((batch, num_groups, dim), dtype)
-    counts = np.array([num_groups, max(num_groups // 2, 1), 1])
-    if not ragged:
-        counts[:] = num_groups
+    counts = counts_of(counted, batch, num_groups)
     prior = qm.MLPPrior.init(dim, hidden_dim=50)
-    valid = counts if ragged else None
+    valid = None if counted == "all" else counts
     losses = qm.alignment_loss(merged, prior, num_groups=valid)
     mlps = prior.forward, prior.backward
     networks = [lambda x, mlp=mlp: oracle_arrays.mlp(x, *mlp) for mlp in mlps]
@@ -48,15 +46,13 @@ def test_alignment(dtype, num_groups, ragged):
 
 @dtypes
 @pytest.mark.parametrize("num_groups", [n for n in VJP_SIZES if n < 257])
-@ragged
-def test_alignment_loss_vjp(dtype, num_groups, ragged):
+@counted
+def test_alignment_loss_vjp(dtype, num_groups, counted):
     gradient, merged, prior = alignment_of(num_groups, dtype)
-    counts = np.full(3, num_groups)
-    if ragged:
-        counts[1:] = (num_groups + 1) // 2, 1
-        merged[1, counts[1] :] = np.nan  # padding must not be read
+    counts = counts_of(counted, 3, num_groups)
+    merged[1, counts[1] :] = np.nan  # padding must not be read
     got = qm.alignment_loss_vjp(
-        gradient, merged, prior, num_groups=counts if ragged else None
+        gradient, merged, prior, num_groups=None if counted == "all" else counts
     )
     forward, backward, total = map(wide, gradient)
     # total = forward + backward, so the gradient of the total is added to both.

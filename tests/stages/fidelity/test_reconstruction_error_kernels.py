@@ -8,6 +8,8 @@ import oracle
 import pytest
 from conftest import assert_close
 from kernel_cases import (
+    counted,
+    counts_of,
     dtypes,
     labels_of,
     mask_of,
@@ -62,8 +64,8 @@ def test_reconstruction_error(dtype, num_tokens, masked):
 
 @dtypes
 @sizes
-@pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
-def test_most_similar_merged_token(dtype, num_tokens, ragged):
+@counted
+def test_most_similar_merged_token(dtype, num_tokens, counted):
     """Without labels, a token is rebuilt from the most similar merged token.
 
     Of equally similar merged tokens, it is the first one.
@@ -74,13 +76,9 @@ def test_most_similar_merged_token(dtype, num_tokens, ragged):
     # The last merged token is twice the first one: it is equally similar, but gives a
     # larger error.
     merged[:, -1] *= 2
-    num_groups = merged.shape[1]
-    counts = (
-        np.array([num_groups, max(num_groups // 2, 1)])
-        if ragged
-        else np.array([num_groups, num_groups])
-    )
-    got = qm.reconstruction_error(tokens, merged, num_groups=counts if ragged else None)
+    counts = counts_of(counted, 2, merged.shape[1])
+    num_groups = None if counted == "all" else counts
+    got = qm.reconstruction_error(tokens, merged, num_groups=num_groups)
     sequences = zip(tokens, merged, counts, strict=True)
     wanted = [oracle.reconstruction_error(x, y[:count]) for x, y, count in sequences]
     assert_close(got, wanted, dtype)
