@@ -195,6 +195,6 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
 
 def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
     """Return `x` for the sequences that `taken` (B,) marks, and `y` for the others."""
+    condition = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))  # (B, 1, ...)
     # CuPy's `where` would convert bfloat16 to a wider dtype, so it gets int16 bits.
-    wide = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))  # (B, 1, ...)
-    return np.where(wide, bfloat16_as_int16(x), bfloat16_as_int16(y)).view(x.dtype)
+    return np.where(condition, bfloat16_as_int16(x), bfloat16_as_int16(y)).view(x.dtype)

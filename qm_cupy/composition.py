@@ -264,9 +264,9 @@ def traced_stages(framework: str) -> Stages:
     else:
         from jax import numpy
 
-        from .autodiff import jax_primitives
+        from .autodiff import jax_operators
 
-        xp, operators = numpy, jax_primitives
+        xp, operators = numpy, jax_operators
     return Stages(
         xp, operators.check_array, operators.masked_copy, attention_entropy,
         query_key_entropy, self_attention_entropy, saliency_of_entropy, gumbel_softmax,

@@ -327,7 +327,7 @@ def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) 
     tensor operations.
     """
     if framework == "jax":
-        from .autodiff.jax_primitives import check_known
+        from .autodiff.jax_operators import check_known
 
         check_known("budget", budget)  # JAX needs every shape while it traces
     if isinstance(budget, float | np.floating):

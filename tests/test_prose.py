@@ -35,7 +35,7 @@ ALLOWED = {
 # Files whose reader asks "why" at every step.
 HARD = (
     "arrays/conversion", "autodiff/dispatch", "autodiff/torch_operators",
-    "autodiff/jax_primitives", "cuda/launch", "cuda/tiles",
+    "autodiff/jax_operators", "cuda/launch", "cuda/tiles",
     "stages/clustering/weighted_linkage", "stages/clustering/linkage_cuda",
     "stages/selection/philox",
 )  # fmt: skip

@@ -156,7 +156,7 @@ __device__ __forceinline__ void update_new_columns(
                   i = q < now.num_clusters ? all.search_order()[q] : -1;
         Neighbour best = no_neighbour();
         // Only one lane has the old nearest cluster. If several lanes had it, it would
-        // tie with itself.
+        // tie with itself, and the slower comparison of hashes would follow.
         if (i >= 0 && lane % lanes == 0) {
             const int old_nearest = all.nearest()[i];
             best = candidate(all.nearest_e()[i], all.side(i, method), old_nearest,
@@ -178,8 +178,9 @@ __device__ void update_rows(const Clusters& all, const Matrix& matrix,
                             NearestCluster* publish_to, int method,
                             Neighbour* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    // Rows that need a search come first, because they take longest. If a block has
-    // fewer of these rows than warps, several warps divide the columns of one row.
+    // Rows that need a search come first, because they take longest. If a block has at
+    // least two warps for each of these rows, and the row is longer than PART columns,
+    // several warps divide the columns of one row.
     const int rows_per_block = (now.num_searched + team_blocks - 1) / team_blocks;
     const int parts = max(
         min(warps / max(rows_per_block, 1), (now.num_clusters + PART - 1) / PART), 1);
@@ -198,8 +199,8 @@ __device__ void update_rows(const Clusters& all, const Matrix& matrix,
     // If parts > 1, then rows_at_once >= rows_per_block. So each warp has searched at
     // most one row, and one entry of scratch is enough.
     if (parts > 1 && lane == 0) scratch[warp] = best;
-    // The last warps take the other rows first: these warps had no row to search, or
-    // the shortest part.
+    // The other rows are given out from the last warp to the first, because the last
+    // warps had no row to search, or fewer rows than others, or the last part of a row.
     update_new_columns(all, matrix, now, (warps - 1 - warp) * team_blocks + team_block,
                        team_blocks * warps, publish_to, method);
     if (parts == 1) return;

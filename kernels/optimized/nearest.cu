@@ -9,7 +9,7 @@ __device__ __forceinline__ acc_t not_a_number() { return __uint_as_float(0x7ffff
 
 // The most similar anchor so far; of equal ones the lowest index.
 struct Nearest {
-    acc_t similarity = padding();
+    acc_t similarity = padding();  // not yet divided by the norm of the token
     int anchor = -1;
 
     // Compare with an anchor whose index is higher than all before: a tie changes
@@ -29,8 +29,9 @@ struct Nearest {
 };
 
 // One block: find the nearest anchors of Tile::rows tokens of one sequence, in a loop
-// over all of its anchors. A token's own norm scales all its similarities by the same
-// factor, and the nearest anchor stays the same: `norms` is for `highest_out` only.
+// over all of its anchors. The loop compares x . a / |a|, without the token's own norm
+// |x|: this norm is the same for all anchors and does not change which one is nearest.
+// Only `highest_out` needs the division by |x|, from `norms`, at the end.
 template <class Tile>
 __device__ __forceinline__ void rows_nearest(
     unsigned char* shared, const real_t* tokens, const acc_t* norms, const bool* mask,
@@ -95,7 +96,8 @@ __device__ __forceinline__ void rows_nearest(
     const bool valid = is_token(mask, token);
     const long long count = valid ? count_of(counts, b, num_groups) : 0;
     if (!valid) best.anchor = -1;
-    // If every similarity is NaN, the first anchor is the nearest.
+    // If every similarity is NaN, take the first anchor that is not left out. Without
+    // such an anchor the result stays -1.
     for (int k = 0; k < count && best.anchor < 0; ++k)
         if (!(anchor_norms[b * num_groups + k] < 0)) best = {MASKED_SCORE, k};
     out[token] = best.anchor;

@@ -18,9 +18,10 @@
 // same order. Therefore every shape gives the same bits.
 
 constexpr bool TENSOR_CORES = (sizeof(real_t) == 2 || TF32) && __CUDA_ARCH__ >= 800;
-// Blocks with a `WholeTile` or `HalfTile` that run on one SM at a time: the least
-// number in their launch bounds. The registers of an SM are enough for two only with
-// the 16-bit types on tensor cores. TF32 and FMA need more registers.
+// The second launch bound of kernels with a `WholeTile` or `HalfTile`: at least this
+// many blocks must fit on one SM. For a `WholeTile`, the registers of an SM are enough
+// for two blocks only with the 16-bit types on tensor cores. TF32 and FMA need more
+// registers.
 constexpr int TILE_BLOCKS_PER_SM = TENSOR_CORES && !TF32 ? 2 : 1;
 
 using Fragment = acc_t[4][16];  // a thread's part: 4 rows, 16 columns
@@ -48,8 +49,8 @@ struct Shape {
         return threadIdx.x / 32 % warps_across * 64;
     }
     // The thread's i-th row and j-th column in the tile. A thread has 4 rows and 16
-    // columns of each fragment; rows 4 to 7 are in the second fragment. Lane l has the
-    // rows l / 4, l / 4 + 8, ... and two neighbouring columns of every eight.
+    // columns of each fragment; i = 4 to 7 are the rows of the second fragment. Lane l
+    // has the rows l / 4, l / 4 + 8, ... and two neighbouring columns of every eight.
     static __device__ __forceinline__ int row(int i) {
         return warp_row() + i * 8 + threadIdx.x % 32 / 4;
     }

@@ -126,7 +126,7 @@ def operation(
             if framework == "torch":
                 from .torch_operators import apply
             else:
-                from .jax_primitives import apply
+                from .jax_operators import apply
             return apply(OPERATIONS[name], arguments)
 
         def find_vjp() -> Callable[..., Any]:

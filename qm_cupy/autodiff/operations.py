@@ -1,7 +1,7 @@
 """The operator table: what a framework needs to differentiate and trace an operation.
 
 The module of each operation declares it with `dispatch.operation`. `torch_operators`
-and `jax_primitives` read the table. In the table, the arguments of an operation have
+and `jax_operators` read the table. In the table, the arguments of an operation have
 one order: differentiable arrays, constants (arrays without a gradient), ``counts``, the
 options, and ``max_groups`` last.
 
@@ -35,10 +35,11 @@ class Operation(NamedTuple):
     count_parameter: str
     """The parameter that gives K, such as "num_groups", or "" if there is none.
 
-    It becomes two arguments: ``counts`` (B,), which is None if all K are equal, and
-    ``max_groups``, the largest K. A "?", as in "hard?", means that the parameter may be
-    None and that no shape depends on it. Then a torch tensor or JAX array of K is
-    passed as ``counts`` without reading its values, and ``max_groups`` is None.
+    It becomes two arguments: ``counts`` (B,), which is None if the caller passed one
+    number for all sequences, and ``max_groups``, the largest K. A "?", as in "hard?",
+    means that the parameter may be None and that no shape depends on it. Then a torch
+    tensor or JAX array of K is passed as ``counts`` without reading its values, and
+    ``max_groups`` is None.
     """
     options: tuple[str, ...]
     """All other parameters with their types. Types are those of a torch schema, such as

@@ -89,9 +89,9 @@ def _has_wide(dtype: Any, device: Device) -> bool:
     """Return whether wide tiles can run on the device.
 
     There are two conditions: tensor cores can multiply the dtype, and the device has
-    more shared memory per block than a wide tile needs. A wide tile needs exactly 96
-    KiB. The kernels use tensor cores from sm_80 on. Older GPUs, such as sm_75, have at
-    most 96 KiB, so the comparison must be a strict ``<`` to exclude them.
+    more shared memory per block than a wide tile needs, which is 96 KiB. Kernels use
+    tensor cores from sm_80 on, where a block may have more than 96 KiB. The comparison
+    is strict, because older GPUs have at most 96 KiB (64 KiB on sm_75).
     """
     name = kernel_dtype("optimized/", dtype)
     return name in ("float16", "bfloat16", TF32) and WIDE.shared < device.shared_bytes

@@ -1,9 +1,9 @@
 """Decoding: a model reads the merged tokens from left to right.
 
 In shapes, B is the number of sequences, K is the number of merged tokens in a sequence,
-D is the width of a token, and E is the width of a prediction. A prior is a model with a
-method ``step``, which predicts the next merged token. It is a model of this library or
-of the caller.
+D is the width of a token, and E is the width of a prediction. A prior predicts a merged
+token from the tokens before it. `decode` needs a prior with a method ``step``, which
+reads one token at a time.
 """
 
 from collections.abc import Callable

@@ -115,8 +115,8 @@ def linkage_cuda(
     The cosines (B, N, N) are overwritten. With `num_groups` (B,), the kernel may stop
     after the merges that leave K groups. K counts each protected token as a group. In a
     round, all pairs of clusters that are each other's nearest neighbours merge; in
-    single linkage, all clusters join along their shortest edges. The basic kernel
-    counts no rounds; then `rounds` is not initialised.
+    single linkage, all clusters join along their shortest edges. `rounds` is not
+    initialised with the basic kernel, which counts no rounds, and for N = 1.
     """
     batch, num_tokens, _ = cosines.shape
     if out is None:
@@ -141,15 +141,18 @@ def linkage_cuda(
     dtype = cosines.dtype
     width = dtype.itemsize
     # Three cases, by the shared memory of one block: the clusters and the matrix fit in
-    # it (`in_shared`), only the clusters fit (`state_in_shared`), or neither fits.
-    # `room` is the shared memory of a block without the scratch, in bytes.
+    # it (`in_shared` and `state_in_shared`), only the clusters fit (`state_in_shared`),
+    # or neither fits. `room` is the shared memory of a block without the scratch, in
+    # bytes.
     room = _dynamic_shared_bytes("linkage", dtype) - LINKAGE_SCRATCH * width
-    heights, state = _height_bytes(num_tokens, width), _state_bytes(num_tokens, width)
-    in_shared = heights + bytes_alone(num_tokens, width) <= room
-    state_in_shared = state <= room
-    shared = state_in_shared * state  # bytes; 0 if the clusters are in global memory
+    height_bytes = _height_bytes(num_tokens, width)
+    state_bytes = _state_bytes(num_tokens, width)
+    in_shared = height_bytes + bytes_alone(num_tokens, width) <= room
+    state_in_shared = state_bytes <= room
+    # 0 bytes if the clusters are in global memory.
+    shared = state_in_shared * state_bytes
     if in_shared:
-        shared = heights + bytes_alone(num_tokens, width)
+        shared = height_bytes + bytes_alone(num_tokens, width)
     layout = layout_of(
         batch, num_tokens, width, LINKAGE_SCRATCH * width + shared, one_block=in_shared
     )
@@ -160,26 +163,26 @@ def linkage_cuda(
     max_alone = 0
     if layout.blocks > 1:
         max_alone = max_clusters_alone(
-            room - state_in_shared * heights, layout.threads, width
+            room - state_in_shared * height_bytes, layout.threads, width
         )
         shared = room if max_alone else shared
     # Every block has its own copy of the clusters. Copies in global memory need arrays.
     copies = 0 if state_in_shared else layout.num_teams * layout.blocks
     # For each team: its merges so far, and two buffers in which its blocks publish the
     # nearest cluster of each slot.
-    tree = _tree_bytes(num_tokens, width)
-    trees = empty((layout.num_teams, tree), np.uint8)
+    tree_bytes = _tree_bytes(num_tokens, width)
+    trees = empty((layout.num_teams, tree_bytes), np.uint8)
     exchange = empty(
         (layout.num_teams, 2 * num_tokens * NEAREST_BYTES[width]), np.uint8
     )
-    states = empty((copies, state), np.uint8) if copies else None
+    states = empty((copies, state_bytes), np.uint8) if copies else None
     options = (
         LINKAGE_METHODS[method],
         int(in_shared),
         max_alone,
         layout.blocks,
-        state,
-        tree,
+        state_bytes,
+        tree_bytes,
     )
     scratch = trees, exchange, states, _zeros(layout.num_teams)
     launch(
@@ -249,12 +252,15 @@ def _single_linkage_cuda(
 ) -> None:
     batch, num_tokens, _ = cosines.shape
     dtype = cosines.dtype
-    ranks, components = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens  # bytes
-    # `ranks` has a count for each warp of a block, which has at most 32 warps (not the
-    # 32 threads of a warp). `components` has the parent, node and size of each token.
-    # While a block writes the rows of the dendrogram, it needs `components`. They are
-    # in shared memory if they fit, otherwise in the arrays of `state`.
-    in_shared = ranks + components <= _dynamic_shared_bytes("single_linkage", dtype)
+    # Sizes of two arrays in shared memory. The first has a count for each warp of a
+    # block, which has at most 32 warps (`WARP`, the threads of a warp, is 32 too). The
+    # second has the parent, node and size of each token, for the block that writes the
+    # rows of the dendrogram. If it does not fit, the arrays of `state` are used.
+    count_bytes, row_bytes = 4 * WARP, 4 * SINGLE_ROW_INTEGERS * num_tokens
+    in_shared = count_bytes + row_bytes <= _dynamic_shared_bytes(
+        "single_linkage", dtype
+    )
+    # 0: the layout does not depend on the shared memory of this kernel.
     layout = layout_of(batch, num_tokens, dtype.itemsize, 0)
     state = (
         empty((layout.num_teams, SINGLE_WORDS * num_tokens), np.uint64),
@@ -264,7 +270,7 @@ def _single_linkage_cuda(
         _zeros(layout.num_teams),
     )
     options = int(in_shared), layout.blocks
-    shared = ranks + components if in_shared else ranks
+    shared = count_bytes + row_bytes if in_shared else count_bytes
     launch(
         "single_linkage",
         "single_linkage",

@@ -1,8 +1,8 @@
 """The operations as JAX functions, for `jax.grad`, `jax.jit` and `jax.vmap`.
 
-Each operation is a function with a `custom_vjp`: JAX calls the operation's own
-vector–Jacobian product (VJP). The static arguments of the function are the name of the
-operation, its options and the settings at the time of tracing. JAX requires that they
+One function, `_apply`, runs every operation. It is a `custom_vjp`: JAX calls the
+operation's own vector–Jacobian product (VJP). Its static arguments are the name of the
+operation, the options and the settings at the time of tracing. JAX requires that they
 are hashable.
 """
 
@@ -44,7 +44,8 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
 def masked_copy(x: Any, mask: jax.Array | None) -> jax.Array:
     """Return an array in float32 or float64 that is 0 where a mask is False.
 
-    Without a mask, no copy is made, because JAX arrays are immutable.
+    Without a mask, an array that already has this dtype is returned itself, because
+    JAX arrays are immutable.
     """
     x = jnp.asarray(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -65,9 +66,10 @@ def check_known(name: str, value: Any) -> None:
 def _split_count(declared: str, count: Any) -> tuple[jax.Array | None, int | None]:
     """Return the arguments ``counts`` and ``max_groups`` for a count.
 
-    ``counts`` is K of each sequence, or None if all K are equal. ``max_groups`` is the
-    largest K. If the declared name ends in "?", no shape depends on K. Then a JAX array
-    is returned as ``counts`` without reading its values, and ``max_groups`` is None.
+    ``counts`` is K of each sequence, or None if the caller passed one number for all
+    sequences. ``max_groups`` is the largest K. If the declared name ends in "?", no
+    shape depends on K. Then a JAX array is returned as ``counts`` without reading its
+    values, and ``max_groups`` is None. If `count` is None, both are None.
     """
     name = declared.rstrip("?")
     if count is None and name != declared:
