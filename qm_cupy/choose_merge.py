@@ -18,8 +18,9 @@ from .stages.alignment.alignment_loss import alignment_loss
 from .stages.fidelity.reconstruction_error import reconstruction_error
 
 # A candidate may set every argument of `quickmerge` except these four. All candidates
-# merge the same tokens under the same mask. The results of all candidates are compared,
-# so each needs its own memory, without `out` and `workspace`.
+# merge the same tokens under the same mask. The results of all candidates exist at the
+# same time, so they cannot all be written to one `out`. A workspace is for repeated
+# calls with the same options, and candidates have different options.
 _OPTIONS = {*inspect.signature(quickmerge).parameters} - {
     "tokens", "mask", "out", "workspace",
 }  # fmt: skip
@@ -104,8 +105,8 @@ def choose_merge(
     alpha = check_number("alpha", alpha, 0, np.inf, "[)")
     gamma = check_number("gamma", gamma, 0, 1, "[]")
     candidate_arguments = _arguments(candidates, options)
-    # `convert_inputs` raises for arrays that JAX traces. Call it before any work is
-    # done; its result is not needed here.
+    # `convert_inputs` raises for tracers of JAX, and for torch tensors that require
+    # grad. Call it before any work is done; its result is not needed here.
     convert_inputs({"tokens": tokens, "mask": mask})
     merges, scores = [], []  # one entry per candidate
     for arguments in candidate_arguments:

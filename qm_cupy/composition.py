@@ -239,8 +239,8 @@ def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
     return x if mask is None else x * mask
 
 
-# For NumPy and CuPy arrays. `quickmerge` has already converted and checked the arrays,
-# so `check_array` of these stages returns its array unchanged.
+# For NumPy and CuPy arrays. `quickmerge` has already converted them and calls
+# `check_array` for traced arrays only, so this one returns its array unchanged.
 COMPUTE_STAGES = Stages(
     np, lambda declared, x: x, _masked_copy, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,

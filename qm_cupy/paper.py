@@ -2,13 +2,14 @@
 
 Arrays may come from any library that supports DLPack, and results return to the same
 library. A call of `QuickMergePP` returns losses as plain floats. Methods of the other
-classes return them as scalars of the caller's library. If torch or JAX traces the
-arguments, every loss is an array that can be differentiated. Two classes have weights:
-`BidirectionalARAlignment` and `QuickMergePP`. `qm_cupy.torch` defines them as torch
-modules, and `qm_cupy.jax` registers them as pytrees.
+classes return them as scalars of the caller's library. If torch or JAX traces an
+argument or a weight, every loss that depends on it is an array that can be
+differentiated. Two classes have weights: `BidirectionalARAlignment` and `QuickMergePP`.
+`qm_cupy.torch` defines them as torch modules, and `qm_cupy.jax` registers them as
+pytrees.
 
-Axes: B sequences of N tokens of width D are merged to K groups each. L is the number of
-layers that hidden states come from.
+Axes: B sequences of N tokens of width D are merged to K groups each. For one sequence,
+results have no axis B. L is the number of layers that hidden states come from.
 """
 
 import math
@@ -31,8 +32,9 @@ from .stages.saliency.saliency import saliency
 from .stages.saliency.self_attention_entropy import self_attention_entropy
 from .stages.selection.gumbel_softmax import gumbel_softmax
 
-# The signatures have the argument names of the authors' code: `K` and `saliency_scores`
-# are `num_groups` and `saliency` in the functions of this library.
+# The signatures have the argument names of the authors' code. In the functions of this
+# library, `K` is `num_groups` (`budget` in `quickmerge`), and `saliency_scores` is
+# `saliency`.
 
 
 class EntropyAwareSaliency:
@@ -330,8 +332,8 @@ class QuickMergePP:
         merged : ndarray of shape (K, D) or (B, K, D)
             Merged tokens.
         losses : dict
-            "ar_alignment", "fidelity" and "total": floats, or arrays if a framework
-            traces the tokens or the prior.
+            "ar_alignment", "fidelity" and "total". Each is a float, or an array if it
+            depends on tokens or a prior that a framework traces.
         """
         return merge_with_losses(self, tokens, K, alpha, mask, _as_float)
 

@@ -238,9 +238,10 @@ def _quickmerge_traced(
 ) -> Merged[Any]:
     """Merge arrays that a framework traces, by the public stage functions.
 
-    These are registered as operators of the framework and have gradients. Only shapes
-    are checked here, because values may not be known yet. Each stage function checks
-    the values when it runs. `torch.compile` traces through this code.
+    These are registered as operators of the framework and have gradients. Of an array,
+    only the library and the shape are checked here, because its values may not be known
+    yet. Each stage function checks the values when it runs. `torch.compile` traces
+    through this code.
     """
     stages = traced_stages(framework)
     # A "?" after the name means that None is allowed.
@@ -253,7 +254,8 @@ def _quickmerge_traced(
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
     if mask is not None:
         check_shape("mask", mask, "BN", shape)
-    # All sources must be arrays of the framework: its graph cannot contain others.
+    # All sources must be arrays of the framework: its graph cannot contain others. For
+    # JAX, `check_array` converts NumPy arrays.
     sources = Sources(*map(stages.check_array, _OPTIONAL_SOURCES, sources))
     if sources.saliency is not None:
         check_shape("saliency", sources.saliency, "BN", shape)

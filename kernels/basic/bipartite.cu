@@ -6,7 +6,7 @@
 // index is even. Each even group finds its most similar odd group, and the r =
 // min(n - K, n / 2) even groups whose similarity to their partner is highest merge into
 // their partners. Steps repeat until n = K. The similarity of two groups is the cosine
-// of their means; the mean of a group is taken over its tokens, scaled to norm 1.
+// of their means; each token is scaled to norm 1 before the mean is taken.
 //
 // A protected token is a group of its own and takes no part. `counts` includes these
 // groups. K in this comment does not: K = count - protected tokens, at least 1.
@@ -16,8 +16,8 @@
 // `number_groups` numbers the groups from these roots; these numbers are the positions.
 //
 // One thread computes one output. All kernels here except `match_counts` are
-// elementwise. An optimized version would not be faster, so the optimized
-// implementation runs these kernels too.
+// elementwise. An optimized version of the elementwise kernels would not be faster, so
+// the optimized implementation runs them too. `match_counts` has an optimized version.
 
 // Write the first roots. The root of every token that may merge (a free token) is its
 // own index; the root of all other tokens is -1.

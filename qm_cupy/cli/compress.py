@@ -33,7 +33,7 @@ CHUNK_BYTES = 64 * 2**20  # bytes of the tokens that are merged at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `compress`, which are those of `quickmerge`."""
+    """Add the options of `compress`: files, device, some options of `quickmerge`."""
     parser.description = (
         "Merge the tokens (N, D) or (B, N, D) of a file: B sequences of N tokens of "
         "width D. The result is written to OUT.npz, with the arrays tokens, labels, "
@@ -110,7 +110,8 @@ def _compress(arguments: argparse.Namespace) -> None:
     on_gpu = _on_gpu(arguments.device)
     names = ("method", "order", "temperature", "epsilon", "weights", "seed")
     options = {name: getattr(arguments, name) for name in names}
-    # Merge one token now, so that a wrong option fails before the file is opened.
+    # Merge one token now, so that a wrong value of these options fails before the file
+    # is opened. The budget is checked later, because it depends on the tokens.
     quickmerge(np.ones((1, 1)), 1, **options)
     source, output = arguments.input, arguments.output
     with open_tokens(source, arguments.key, arguments.mask) as (tokens, mask):
@@ -158,7 +159,7 @@ def _result_shape(
 ) -> tuple[tuple[int, ...], int]:
     """Return the shape of the merged tokens, and the largest K of all sequences."""
     *batch, num_tokens, dim = tokens.shape
-    # With a mask a ratio gives a different K for each sequence.
+    # With a mask, a ratio can give a different K for each sequence.
     counts = token_budget(budget, num_tokens if mask is None else mask.sum(axis=-1))
     max_groups = int(np.max(counts, initial=0))
     return (*batch, max_groups, dim), max_groups

@@ -27,7 +27,7 @@ from ..stages.selection.gumbel_softmax import gumbel_softmax
 from ..stages.selection.saliency_mass import saliency_mass
 from .options import add_budget, add_method, add_seed
 
-# The approximate limit of the number of tokens. A larger picture has larger patches.
+# The largest number of tokens. A larger picture has larger patches.
 _MAX_TOKENS = 5000
 _MIN_PATCH = 8  # the smallest side of a square patch, in pixels
 
@@ -73,8 +73,8 @@ def run_demo(
 ) -> None:
     """Merge the patches of a picture, print the measurements, and write the results."""
     picture = _read_picture(image)  # (height, width, 3) within 0..1
-    # The side of a patch: at least _MIN_PATCH, and so large that at most about
-    # _MAX_TOKENS patches cover all pixels.
+    # The side of a patch: at least _MIN_PATCH, and so large that the picture has no
+    # more than _MAX_TOKENS whole patches.
     patch = max(_MIN_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MAX_TOKENS))))
     pixels, rows = cut_into_patches(picture, patch)  # (N, patch·patch·3)
     tokens = embed_patches(pixels, rows)  # (N, patch·patch·3 + 3)
@@ -187,12 +187,13 @@ def embed_patches(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
     components are the position, so that the patches of a group are near each other.
     """
     centred = pixels - pixels.mean(axis=0)
-    # The root mean square of the lengths of the pixel vectors.
+    # The root mean square of the lengths of the centred pixel vectors.
     spread = np.sqrt(np.mean(np.sum(centred**2, axis=-1)))
     spread = spread if spread > 0 else 1.0  # a picture of one colour
     columns = len(pixels) // rows
     y, x = np.mgrid[:rows, :columns] / max(rows, columns) - 0.5  # within -0.5..0.5
-    # Multiply by `spread`, so that these components are as large as the pixel vectors.
+    # Multiply by `spread`: the constant is then as large as a typical centred pixel
+    # vector, and each component of the position is at most half as large.
     position = np.stack([np.ones_like(x), y, x], axis=-1).reshape(-1, 3) * spread
     return np.concatenate([centred, position.astype(pixels.dtype)], axis=-1)
 

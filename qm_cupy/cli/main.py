@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qm-cupy: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it
-    # Errors that the user's input or machine causes. All other errors are defects of
-    # the library and keep their traceback.
+    # Errors that the user's input or machine causes. All other errors are probably
+    # defects of the library and keep their traceback.
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         print(f"qm-cupy: error: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -165,10 +165,10 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         if version == (2, 0):
             return npy.read_array_header_2_0(file)
     except tokenize.TokenError as error:
-        # If Python 2 wrote the header, NumPy parses it with `tokenize`, which fails for
-        # some damaged headers.
+        # If Python cannot parse the header, NumPy assumes that Python 2 wrote it and
+        # reads it with `tokenize`, which fails for some damaged headers.
         raise ValueError("its header cannot be parsed") from error
-    raise ValueError(f"version {version} of the format is for structured arrays")
+    raise ValueError(f"version {version} of the format is not (1, 0) or (2, 0)")
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
@@ -266,12 +266,12 @@ def _open_safetensors(path: Path) -> Iterator[Arrays]:
 def _tensor(tensor: Any) -> Stored:
     """Describe a tensor of a .safetensors file."""
     shape, code = tuple(tensor.get_shape()), tensor.get_dtype()
-    # The code of a dtype that NumPy has is "BOOL", or a letter and the number of bits,
-    # such as "F32".
+    # The code of a dtype that can be read is "BOOL", or one of the letters F, I and U
+    # and the number of bits, such as "F32".
     name = {"F": "float", "I": "int", "U": "uint"}.get(code[0], "")
     if code != "BOOL" and not (name and code[1:].isdigit()):  # BF16, F8_E4M3, ...
         return Stored(
-            shape, fault=f"is {code}, a dtype that NumPy does not have: save it as F32"
+            shape, fault=f"is {code}, a dtype that cannot be read: save it as F32"
         )
     dtype = np.dtype("bool" if code == "BOOL" else name + code[1:])
 

@@ -1,8 +1,9 @@
 """Plots of saliency, similarities, groups and errors. They need matplotlib.
 
-Every function draws on matplotlib axes, returns the axes, and opens no window. Colours
-are those of Okabe and Ito, or of the colour map cividis. No plot depends on colour
-alone: lines also differ in dashes and markers, and cividis is lighter for larger
+Every function draws on matplotlib axes and returns the axes. It does not call `show`.
+Curves and arcs have the colours of Okabe and Ito, images have the colour map cividis,
+and outlines, cuts and bounds are dark red. Up to 8 curves also differ in dashes and
+markers, up to 4 groups of arcs differ in dashes, and cividis is lighter for larger
 values. A grey print therefore contains the same information.
 """
 

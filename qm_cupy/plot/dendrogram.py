@@ -41,7 +41,8 @@ def plot_dendrogram(
         The result of `linkage`.
     num_groups : int, optional
         Number of groups K; no cut is drawn by default. The line of the cut is half-way
-        between the last merge below it and the first merge above it.
+        between the last merge below it, or 0, and the first merge above it. For K = 1
+        it is a little above the last merge.
     mask : ndarray of shape (N,), optional
         The mask that `linkage` was called with.
     words : sequence of str, optional
@@ -60,8 +61,8 @@ def plot_dendrogram(
     TypeError
         If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If the array is not a dendrogram, does not belong to this mask, or K is outside
-        1..N.
+        If the array is not a dendrogram, does not belong to this mask, or K is below 1
+        or above the number of tokens that are not padding.
 
     See Also
     --------

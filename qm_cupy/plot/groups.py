@@ -66,8 +66,8 @@ def plot_groups(
     TypeError
         If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If a shape is wrong, a label is below -1, `picture` is given without `grid`, or
-        `words` with it.
+        If a shape is wrong, a label is below -1, `picture` is passed without `grid`, or
+        `words` is passed with `grid`.
 
     Examples
     --------

@@ -24,7 +24,8 @@ class Span(NamedTuple):
     """Positions and sizes of the T tokens of a pass, and which of them are valid."""
 
     positions: Any
-    """(B, T), or None if positions are `start`, `start` + 1, …"""
+    """(B, T), or None if positions are `start`, `start` + 1, … For learned positions,
+    the attention also gets None, because it does not use them."""
     sizes: Any
     """(B, capacity of the cache), or None if every size is 1."""
     counts: NDArray[np.int64]
@@ -103,7 +104,8 @@ def _split_heads_cuda(
     query = empty((batch, num_rows, num_heads, width), heads.dtype)
     sizes = batch, num_rows, num_heads, width, keys.shape[-2], span.start
     args = (heads, span.positions, turns, *sizes, query, keys, values)
-    kernel, pairs = ("attention", "split_heads"), query.size // 2  # a thread per pair
+    # A thread for each pair. The basic kernel has a thread for each element.
+    kernel, pairs = ("attention", "split_heads"), query.size // 2
     launch(*kernel, heads.dtype, args, outputs=query.size, threads=pairs)
     return query
 
@@ -165,7 +167,7 @@ def _attend_reference(
 
 
 def attend_cuda(query: Any, keys: Any, values: Any, span: Span) -> Any:
-    """Launch the kernel of `attend`, with a block for each query and head."""
+    """Launch the kernel of `attend`. Optimized: a block for each query and head."""
     batch, num_rows, num_heads, width = query.shape
     out = empty(query.shape, query.dtype)
     # None means that all T tokens are valid: the kernel then reads no counts.

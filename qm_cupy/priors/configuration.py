@@ -45,14 +45,16 @@ class Configuration(NamedTuple):
                 f"`num_layers` must be at most {_MAX_LAYERS}, got {self.num_layers}"
             )
         # d = E / H must be an integer, and even: rotary positions rotate pairs of the d
-        # elements of a head. With learned positions, a GPU thread also copies a pair.
+        # elements of a head. With learned positions, a thread of the optimized kernel
+        # also copies a pair.
         head_width = self.hidden_dim // self.num_heads
         if head_width * self.num_heads != self.hidden_dim or head_width % 2:
             raise ValueError(
                 "`hidden_dim` must be `num_heads` times an even number, "
                 f"got {self.hidden_dim} for {self.num_heads} heads"
             )
-        if head_width > MAX_HEAD_DIM:  # the kernel keeps one head in shared memory
+        # The optimized kernel keeps a query of one head in shared memory.
+        if head_width > MAX_HEAD_DIM:
             raise ValueError(
                 f"a head must be at most {MAX_HEAD_DIM} wide, got {head_width}: "
                 "use more heads (`num_heads`)"

@@ -15,7 +15,7 @@ from ..arrays.libraries import is_cuda
 from ..cuda.device import empty
 from .configuration import Configuration
 
-_MIN_CAPACITY = 16  # slots of a new cache
+_MIN_CAPACITY = 16  # slots of a new cache, unless the caller sets their number
 
 
 @dataclass
@@ -58,7 +58,8 @@ class KVCache:
         if count == self.length < capacity:
             return self
         make = empty if is_cuda(self.sizes) else np.empty
-        # The capacity doubles. So all copies in n steps move O(n) tokens, not O(n²).
+        # The capacity of a full cache doubles. So if only full caches are copied, the
+        # copies in n steps move O(n) tokens, not O(n²).
         capacity = max(2 * count, _MIN_CAPACITY)
 
         # `axis` is the axis of the slots, counted from the end: -1 or -2.

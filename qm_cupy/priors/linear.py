@@ -23,10 +23,11 @@ Activation = Literal["none", "relu", "gelu"]
 
 _EPSILON = 1e-5  # ε of the norms: the default of torch's LayerNorm
 _MAX_WARP_ROWS = 16  # up to this many rows, one warp for each output is fast
-# Rows that one block sums for a tile of dW. For example, 8,192 rows are 16 parts. With
-# tokens of width 1024 and the prior's hidden width of 256, dW has 16 tiles of 128 × 128
-# entries, so 16 parts have 256 blocks. The sums of each part need as much memory as W,
-# so the number of parts is limited.
+# One block sums up to _PART_ROWS rows for a tile of dW, or more rows if there would be
+# more than _MAX_PARTS parts. For example, 8,192 rows are 16 parts. With tokens of width
+# 1024 and the prior's hidden width of 256, dW has 16 tiles of 128 × 128 entries, so 16
+# parts have 256 blocks. The sums of each part need as much memory as W, so the number
+# of parts is limited.
 _PART_ROWS, _MAX_PARTS = 512, 32
 
 
@@ -115,8 +116,8 @@ def _linear_cuda(
         args = (x, *(norm or (None, None)), *weights, *sizes, _EPSILON, out)
         launch("linear", "linear_few", dtype, args, rows=out.size)
         return out
-    # With many rows, the norm is a kernel of its own. So each row is normalized once,
-    # and not once for every tile of columns.
+    # Otherwise the norm is a kernel of its own. So each row is normalized once, and not
+    # once for every tile of columns.
     if norm is not None:
         x = _normalize_cuda(x, norm)
     args = (x, *weights, *sizes, out)

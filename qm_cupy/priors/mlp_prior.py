@@ -246,14 +246,14 @@ class MLPPrior:
         ridge : float, default 1e-2
             λ, relative to the mean squared norm of the columns of A; > 0.
         steps : int, default 0
-            Number of steps of Adam. The steps read the sequences several times. So an
-            iterator, which can be read only once, raises an error.
+            Number of steps of Adam. The steps read the sequences several times. So if
+            `steps` > 0, an iterator, which can be read only once, raises an error.
         learning_rate : float, default 1e-3
             Learning rate of Adam.
         batch_size : int, default 256
-            Number of prefixes in each step.
+            Largest number of prefixes (or suffixes) in a step.
         seed : int, default 0
-            Seed of the order in which the steps read the prefixes.
+            Seed of the order in which the steps read the prefixes (or suffixes).
 
         Returns
         -------

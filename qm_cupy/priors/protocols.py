@@ -19,9 +19,12 @@ class Prior(Protocol):
         positions: Any = None,
         sizes: Any = None,
     ) -> Any:
-        """Return (B, K, D): for every token, the prediction of the next token.
+        """Return the prediction of the next token for every token, shaped as `tokens`.
 
-        With `reverse`, it is the prediction of the previous token.
+        With `reverse`, it is the prediction of the previous token. The shape is (K, D)
+        for one sequence, or (B, K, D). `num_groups` is the number of tokens that are
+        not padding: an integer for one sequence, or a NumPy array (B,). `positions` and
+        `sizes` are those of a `Merged`, or None.
         """
 
 

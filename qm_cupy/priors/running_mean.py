@@ -119,7 +119,7 @@ def running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
     batch = math.prod(gradient.shape[:-2])
     out = empty(gradient.shape, gradient.dtype)
     args = (gradient, counts, batch, num_groups, dim, reverse, out)
-    # A block for 32 columns of one sequence.
+    # The optimized kernel has a block for 32 columns of one sequence.
     kernel, blocks = ("running_mean_vjp", "prefix_means_vjp"), batch * -(-dim // WARP)
     launch(*kernel, gradient.dtype, args, outputs=batch * dim, blocks=blocks)
     return out

@@ -30,7 +30,9 @@ from .running_mean import running_mean
 Block = tuple[Any, Any]
 Blocks = Callable[[], Iterator[Block]]
 
-_ROWS = 1 << 14  # rows R of a block: 32 MB of hidden activations (float64, H = 256)
+# The largest number of rows R of a block, unless one sequence has more. The hidden
+# activations of these rows need 32 MB (float64, H = 256).
+_ROWS = 1 << 14
 _DECAY, _SQUARE_DECAY, _EPSILON = 0.9, 0.999, 1e-8  # the usual β₁, β₂ and ε of Adam
 
 
@@ -221,7 +223,8 @@ def refine(
     """Return the network after `steps` steps of Adam, or `network` if it is better.
 
     A step reads up to `batch_size` rows of one block. Every pass over the data draws a
-    new order of the rows. In step t, with the gradient g of a weight w, Adam sets
+    new order of the rows within each block. The order of the blocks stays the same. In
+    step t, with the gradient g of a weight w, Adam sets
 
         m = β₁ m + (1 - β₁) g,    v = β₂ v + (1 - β₂) g²,
         w = w - rate · m / (1 - β₁ᵗ) / (√(v / (1 - β₂ᵗ)) + ε).

@@ -125,7 +125,7 @@ class TransformerPrior:
         num_positions: int | None = None,
         seed: int = 0,
     ) -> "TransformerPrior":
-        """Draw a random prior: weights uniform within ±1/√(inputs of the linear map).
+        """Draw a random prior: linear maps are uniform within ±1/√(number of inputs).
 
         Parameters
         ----------
@@ -413,7 +413,7 @@ class TransformerPrior:
         wanted: tuple[int, ...],
         end: int,
     ) -> None:
-        """Raise if an argument is wrong; default positions are those below `end`."""
+        """Raise if an argument is wrong; the last default position is `end` - 1."""
         dim, learned = self._settings.dim, self._settings.num_positions  # 0: rotary
         if tokens.shape[-1] != dim:
             raise ValueError(

@@ -76,5 +76,6 @@ def _positioned(
         positions = position_range + np.zeros(
             tokens.shape[:2], np.int64, like=learned
         )  # (B, T)
-    # Positions on a GPU were not checked. Clipping keeps them within the learned ones.
+    # Negative positions were not checked, and on a GPU no positions were. Clipping
+    # keeps them within the learned ones.
     return span._replace(positions=None), learned[positions.clip(0, len(learned) - 1)]

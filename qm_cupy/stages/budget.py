@@ -1,8 +1,9 @@
 """Budgets: how many tokens, or groups of tokens, a sequence keeps.
 
 B is the number of sequences, N is the number of tokens in a sequence, D is the width of
-a token, and K is the number of tokens or groups to keep. The norm mass of a set of
-tokens is the sum of the L2 norms ‖x_i‖ of its tokens x_i.
+a token, and K is the number of tokens or groups to keep. In this file, the norm mass of
+a set of tokens is the sum of the L2 norms ‖x_i‖ of its tokens x_i. The function
+`norm_mass` returns such a sum divided by the sum of all norms.
 """
 
 import math
@@ -51,9 +52,10 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     Raises
     ------
     TypeError
-        If the budget is neither an integer nor a float.
+        If the budget is neither an integer nor a float, or N is not an integer.
     ValueError
-        If K is outside 1..N, or the ratio is outside (0, 1].
+        If K is outside 1..N, the ratio is outside (0, 1], N is less than 1, or a shape
+        does not fit.
 
     Examples
     --------
@@ -150,9 +152,9 @@ def norm_budget(
 def _norm_budget_reference(
     tokens: NDArray[Any], gamma: float, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.int32]:
-    # NumPy functions accept CuPy arrays, so this code runs on a GPU too. Entry K - 1 is
-    # the norm mass of the K largest norms, so entries ascend along N and the last one
-    # is the mass of all tokens.
+    # NumPy functions accept CuPy arrays, so this code runs on a GPU too. Entry K - 1 of
+    # `top_mass` is the norm mass of the K largest norms. So the entries ascend along N,
+    # and the last one is the mass of all tokens.
     top_mass = top_norm_mass(tokens, mask)  # (B, N)
     # The factor 1 - 1e-12 allows for rounding: 0.07 · 100 is greater than 7 in binary.
     wanted = gamma * top_mass[..., -1:] * (1 - 1e-12)  # (B, 1)
@@ -163,7 +165,7 @@ def _norm_budget_reference(
 def top_norm_mass(tokens: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Return the norm mass of the 1, 2, ..., N tokens with the largest norms, (B, N).
 
-    The unit of the norms is the largest entry of the sequence. Callers compare
+    The unit of the norms is the largest absolute value in the sequence. Callers compare
     sums with the last sum, so this unit cancels.
     """
     norms = relative_norms(tokens, mask)  # (B, N)

@@ -5,7 +5,7 @@ predicts the next one; g reads them from the right and predicts the previous one
 token t of K is x̃_t, with D entries. In comments, c_t is the mean of the tokens that a
 network has read when it predicts, h_t is the hidden layer of an MLP before its ReLU,
 y_t is the prediction, and L is the loss. A letter d before a quantity, in names too,
-means the gradient of a loss with respect to this quantity.
+means the gradient of a loss with respect to this quantity. Comments give f's formulas.
 """
 
 import math
@@ -69,7 +69,7 @@ def alignment_loss(
         `MLPPrior`, `TransformerPrior` or your own class. Its ``predict`` returns all
         predictions at once. It receives NumPy arrays, or CuPy arrays on a GPU, even if
         `merged` belongs to another library. Positions and sizes are None unless
-        `merged` is a `Merged`. Only an `MLPPrior` has gradients in torch and JAX.
+        `merged` is a `Merged`. Only a `TwoLayerPrior` has gradients in torch and JAX.
     num_groups : int or ndarray of int of shape (B,), optional
         K of each sequence, if they differ; later groups are padding. By default, groups
         of size 0 are padding; counting them makes the CPU wait for the GPU.
@@ -169,7 +169,7 @@ def mlp_alignment_loss(
     *,
     num_groups: Any = None,
 ) -> tuple[Any, Any]:
-    """Return both losses under an `MLPPrior` of these weights, none of them traced."""
+    """Return both losses under an `MLPPrior` of these weights, traced or not."""
     prior = _prior_of(
         forward_weight_in, forward_bias_in, forward_weight_out, forward_bias_out,
         backward_weight_in, backward_bias_in, backward_weight_out, backward_bias_out,

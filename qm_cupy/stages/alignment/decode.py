@@ -1,9 +1,9 @@
 """Decoding: a model reads the merged tokens from left to right.
 
 In shapes, B is the number of sequences, K is the number of merged tokens in a sequence,
-D is the width of a token, and E is the width of a prediction. A prior predicts a merged
-token from the tokens before it. `decode` needs a prior with a method ``step``, which
-reads one token at a time.
+D is the width of a token, and E is the width of a prediction. The model is a callable
+that reads all tokens so far, or a prior with a method ``step``, which reads one token
+at a time. A prior predicts a merged token from the tokens before it.
 """
 
 from collections.abc import Callable

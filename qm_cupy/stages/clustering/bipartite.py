@@ -80,10 +80,11 @@ def bipartite_groups_cuda(
     # that the other tokens must form a single group.
     if protect is not None:
         fewest = 1
-    # In the first step, which is three quarters of the work, each group is one token.
-    # Cosines do not depend on the norms of tokens, so this step compares 16-bit tokens
-    # without scaling them to norm 1. `unit_tokens_cuda` would return float32; 16-bit
-    # tokens are multiplied by tensor cores.
+    # In the first step, which is usually three quarters of the work or more, each group
+    # is one token. Cosines do not depend on the norms of tokens, so this step compares
+    # 16-bit tokens without scaling them to norm 1. `unit_tokens_cuda` would return
+    # float32; the optimized kernel multiplies 16-bit tokens by tensor cores (from sm_80
+    # on).
     vectors = contiguous(tokens)
     if tokens.dtype.itemsize > 2:
         vectors = unit_tokens_cuda(vectors, mask)
@@ -94,7 +95,7 @@ def bipartite_groups_cuda(
     # Upper limits of the number of groups of tokens that are not protected:
     # `max_groups` for any sequence, and `remaining` for the sequence with the smallest
     # K, which needs most steps. The CPU knows only limits, because it does not wait for
-    # the GPU's counts.
+    # the numbers of groups that the GPU counts.
     max_groups = remaining = num_tokens
     while remaining > max(fewest, 1):
         # Row 0 of `sizes` is the number n of groups. Row 1 is the number of odd groups,
@@ -127,9 +128,9 @@ def _match_cuda(vectors: Any, positions: Any, sizes: Any, max_groups: int) -> An
     num_evens, num_odds = -(-max_groups // 2), max_groups // 2
     # The first array holds, for each token, the index of its group among the even
     # groups, or -1 if the group is odd. The second array holds the index among the odd
-    # groups, or -1 if the group is even. Padding and protected tokens have -1 in both.
-    # With these labels, `merge_tokens_cuda` returns the means of the even groups and of
-    # the odd groups.
+    # groups, or -1 if the group is even. Padding, protected tokens, and all tokens of a
+    # sequence in which nothing merges have -1 in both. With these labels,
+    # `merge_tokens_cuda` returns the means of the even groups and of the odd groups.
     side_labels = [empty(positions.shape, np.int32) for _ in range(2)]
     even_exists = empty((*positions.shape[:-1], num_evens), np.bool_)
     args: tuple[Any, ...]

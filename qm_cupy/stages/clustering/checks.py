@@ -62,7 +62,10 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
 def _check_padded_rows(
     dendrogram: NDArray[Any], padded: NDArray[np.bool_], mask: NDArray[Any] | None
 ) -> None:
-    """Raise if the padded rows (B, N - 1) do not fit the mask."""
+    """Raise if the padded rows or the merged tokens do not fit the mask.
+
+    `padded` (B, N - 1) is True for rows of padding.
+    """
     if mask is None:
         if padded.any():
             raise ValueError(
@@ -76,7 +79,8 @@ def _check_padded_rows(
         if (is_padding != (np.arange(len(is_padding)) >= kept - 1)).any():
             raise ValueError(
                 f"`dendrogram` must have {kept - 1} merges{where}, because `mask` "
-                f"keeps {kept} tokens, got {np.count_nonzero(~is_padding)}"
+                f"keeps {kept} tokens, got {np.count_nonzero(~is_padding)}, and all "
+                "rows of padding must follow the merges"
             )
         # Every merged token must be a valid token of the mask.
         used = np.zeros(2 * len(is_padding) + 1, np.bool_)

@@ -1,4 +1,6 @@
-"""Clustering: put tokens into exactly K groups by cosine similarity, in causal order.
+"""Clustering: put tokens into exactly K groups by cosine similarity.
+
+By default the groups are in causal order: they are numbered by their last members.
 
 A root is the number of a token's group before the groups are numbered 0..K-1: any
 number that all tokens of the group have, and no other token has.
@@ -228,7 +230,10 @@ def _top_norm_anchors_reference(
     mask: NDArray[np.bool_] | None,
     protect: NDArray[np.bool_] | None,
 ) -> NDArray[np.int32]:
-    """Return the default anchors (B, K): protected tokens, then the largest norms."""
+    """Return the default anchors (B, K), ascending.
+
+    The protected tokens are selected first, then the tokens of largest norm.
+    """
     norms = relative_norms(tokens, mask)
     # An infinite norm selects the protected tokens first.
     if protect is not None:
@@ -271,8 +276,9 @@ def _cluster_tokens_cuda(
     order: str,
 ) -> Any:
     group_counts, max_groups = counts_on_device(counts)
-    # The cut of a dendrogram numbers its groups in the same launch. The other methods
-    # return roots, which one more launch replaces by labels.
+    # The cut of a dendrogram also numbers its groups, in the same launch if the kernel
+    # is the optimized one. The other methods return roots, which `number_groups_cuda`
+    # replaces by labels.
     if method in LINKAGES:
         tree = dendrograms_cuda(tokens, method, mass, mask, protect, counts)
         return cut_linkage_cuda(tree, group_counts, max_groups, mask=mask, order=order)

@@ -40,7 +40,8 @@ def contiguous_groups_reference(
     different `runs` (N,) are not neighbours, because a protected token was between them
     in the sequence. Runs are numbered from the left.
     """
-    # A group is stored at the index of its first token. Each array is (N,).
+    # A group is stored at the index of its first token. `sums` is (N, D), and the other
+    # arrays are (N,).
     num_tokens = len(unit)
     sums, size = unit.copy(), np.ones(num_tokens)
     square = np.ones(num_tokens)  # ‖S‖², to which each zero token adds 1
@@ -92,8 +93,8 @@ def contiguous_groups_cuda(
     dtype = sums.dtype
     out = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)
-    # The basic and the optimized kernel need scratch arrays: `reals` for real numbers
-    # (costs, sizes, ...) and `links` for the neighbours of each group.
+    # The basic and the optimized kernel need scratch memory: `reals` for real numbers
+    # (costs, sizes, ...) and `links` for integers (the neighbours of each group, ...).
     if implementation() == "basic":
         reals = empty((batch, BASIC_CONTIGUOUS_REALS * num_tokens), dtype)
         links = empty((batch, BASIC_CONTIGUOUS_INTEGERS * num_tokens), np.int32)

@@ -80,8 +80,9 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
     tokens, norms = contiguous(tokens), token_norms_cuda(tokens)
     args = (tokens, norms, batch, num_tokens, dim, out)
     kernel = "cosine_similarity", "cosine_similarity"
-    # The matrix is symmetric, so only tiles on or above the diagonal are computed. The
-    # kernel also exists for wide tiles (128 × 256).
+    # The matrix is symmetric, so the optimized kernel computes only tiles on or above
+    # the diagonal. It also exists for wide tiles (128 × 256). The basic kernel has a
+    # thread for each output.
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out

@@ -69,8 +69,8 @@ def cut_linkage(
         sequences; it is ``labels.max(-1) + 1``.
     mass : ndarray of shape (N,) or (B, N), optional
         With `max_error`, the masses that the dendrogram was made with: they weight the
-        squared distances, and their sum replaces the number of tokens. With
-        `num_groups` they make no difference.
+        means and the squared distances, and their sum replaces the number of tokens.
+        With `num_groups` they make no difference.
     mask : ndarray of shape (N,) or (B, N), optional
         The mask that the dendrogram was made with.
     order : {"last", "first"}, default "last"
@@ -88,8 +88,9 @@ def cut_linkage(
     TypeError
         If a dtype is wrong.
     ValueError
-        If `dendrogram` is not a dendrogram or was made with another mask, K is outside
-        1..N, or not exactly one of `num_groups` and `max_error` is given.
+        If `dendrogram` is not a dendrogram or was made with another mask, K is less
+        than 1 or exceeds the number of valid tokens, `max_error` or a mass is negative,
+        `order` is unknown, or not exactly one of `num_groups` and `max_error` is given.
 
     Notes
     -----
@@ -201,7 +202,7 @@ def cut_sequence(dendrogram: Floats, merges: int) -> Groups:
     # The parent of both children of row r is node N + r.
     children = dendrogram[:merges, :2].astype(np.intp)
     parent[children] = num_tokens + np.arange(merges)[:, None]
-    # Pointer doubling: after each step, `parent` is twice as many levels higher.
+    # Pointer doubling: each step doubles the number of levels from a node to `parent`.
     while True:
         above = parent[parent]
         if np.array_equal(above, parent):
@@ -222,7 +223,8 @@ def cut_linkage_cuda(
     *leading, rows, _ = dendrogram.shape
     batch, num_tokens = math.prod(leading), rows + 1
     dendrogram = contiguous(dendrogram, np.float64)
-    # The kernels compute heights in float64, and are compiled for the dtype of masses.
+    # The kernels read heights in float64. Those that read masses are compiled for the
+    # dtype of sums of masses.
     acc_dtype = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
     weights = contiguous(mass, acc_dtype), contiguous(mask)
     # For the kernels, a negative bound means that there is no bound.
@@ -230,8 +232,8 @@ def cut_linkage_cuda(
     out = empty((*leading, num_tokens), np.int32)
     sizes = counts, batch, num_tokens, num_groups, bound
     args: tuple[Any, ...] = (dendrogram, *weights, *sizes)
-    # The basic kernels need three launches: to count merges, to find roots (the topmost
-    # node of each token), and to number the groups.
+    # The basic kernels have three steps: count merges, find roots (the topmost node of
+    # each token), and number the groups. The last step has two launches.
     if implementation() == "basic":
         merges = empty((batch,), np.int32)
         args = (*args, merges)

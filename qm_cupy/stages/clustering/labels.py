@@ -1,8 +1,8 @@
 """Labels: groups numbered by the positions of their last or first members.
 
 A root is the number of a token's group before the groups are numbered 0..K-1: any
-number within 0..2N-1 that all tokens of the group have, and no other token has. Padding
-has root -1.
+number that all tokens of the group have, and no other token has. On a GPU, a root is
+within 0..2N-1, and padding has root -1.
 """
 
 from typing import Any, Literal, get_args

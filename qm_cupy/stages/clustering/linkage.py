@@ -54,8 +54,8 @@ def linkage(
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     method : {"average", "ward", "complete", "single"}, default "average"
-        Distance between groups. Between two tokens it is 1 - cos, or for "ward"
-        √(2 - 2 cos), the distance of their unit vectors.
+        Distance between groups. Between two tokens it is 1 - cos, or for "ward" without
+        masses √(2 - 2 cos), the distance of their unit vectors.
     mass : ndarray of shape (N,) or (B, N), optional
         For "average" and "ward": a token of mass w counts as w equal tokens. A mass
         below a millionth of the sequence's largest mass counts as that millionth, so
@@ -95,11 +95,12 @@ def linkage(
 
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
-    On the CPU, the computation handles one sequence at a time, and needs about 16 N²
-    bytes of memory. On a GPU, one launch handles as many sequences as fit in the free
-    memory. The cosines of a sequence need 4 N² bytes there, or 8 N² for float64 tokens.
-    At equal distances the order of merges follows a fixed rule, so the
-    same call always gives the same dendrogram. With masses the rule is not SciPy's.
+    On the CPU, the computation handles one sequence at a time, and needs about 12 N²
+    bytes of memory, or 16 N² with masses. On a GPU, one launch handles as many
+    sequences as fit in three quarters of the free memory. The cosines of a sequence
+    need 4 N² bytes there, or 8 N² for float64 tokens.
+    At equal distances the order of merges follows a fixed rule, so the same call always
+    gives the same dendrogram. On a GPU, and with masses, the rule is not SciPy's.
 
     Examples
     --------

@@ -92,8 +92,8 @@ def _sequences_at_once(batch: int, num_tokens: int, dtype: np.dtype[Any]) -> int
             f"a dendrogram of {num_tokens} tokens takes "
             f"{bytes_per_sequence / 2**30:.1f} GiB of GPU memory for the similarities, "
             f"but {free / 2**30:.1f} GiB are free: merge fewer tokens at a time, or "
-            'use a method that stores no similarities ("nearest", "bipartite" or '
-            '"contiguous")'
+            "let `cluster_tokens` or `quickmerge` use a method that stores no "
+            'similarities ("nearest", "bipartite" or "contiguous")'
         )
     # The cosines get three quarters of the free memory. The rest is for the other
     # arrays of the kernels.
@@ -112,9 +112,9 @@ def linkage_cuda(
 ) -> tuple[Any, Any]:
     """Return the dendrograms (B, N - 1, 4) and the number of rounds (B,).
 
-    The cosines (B, N, N) are overwritten. With `num_groups` (B,), the kernel may stop
-    after the merges that leave K groups. K counts each protected token as a group. In a
-    round, all pairs of clusters that are each other's nearest neighbours merge; in
+    The cosines (B, N, N) may be overwritten. With `num_groups` (B,), the kernel may
+    stop after the merges that leave K groups. K counts each protected token as a group.
+    In a round, all pairs of clusters that are each other's nearest neighbours merge; in
     single linkage, all clusters join along their shortest edges. `rounds` is not
     initialised with the basic kernel, which counts no rounds, and for N = 1.
     """
@@ -125,7 +125,7 @@ def linkage_cuda(
     # One token has no merge, so there is no row to write.
     if num_tokens == 1:
         return out, rounds
-    # Without counts, K = 1: the kernel makes all merges.
+    # Without `num_groups`, K = 1: the kernel makes all merges.
     counts, max_groups = (
         (None, 1) if num_groups is None else counts_on_device(num_groups)
     )

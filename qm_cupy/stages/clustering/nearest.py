@@ -61,7 +61,8 @@ def nearest_groups_cuda(
     norms = token_norms_cuda(tokens, mask)
     # `anchor_norms` (B, K) holds the norms of the anchors. A protected anchor is the
     # only member of its group. Its norm is set to -1, so that `nearest_anchors_cuda`
-    # ignores this anchor.
+    # ignores this anchor. Entries that are padding also get -1, so the call below needs
+    # no counts.
     anchor_norms = empty(anchors.shape, norms.dtype)
     args = (anchors, norms, protect, batch, num_tokens, num_groups, anchor_norms)
     launch("nearest", "open_anchors", norms.dtype, args, outputs=anchor_norms.size)
@@ -86,11 +87,12 @@ def nearest_anchors_cuda(
 ) -> tuple[Any, Any]:
     """Return the index (B, N) of each token's most similar anchor.
 
-    `tokens` are (B, N, D) and `anchors` (B, K, D). The second result is the cosine
-    similarity (B, N), or None without `similarity`. Of equally similar anchors, the
-    first one is returned. A sequence has only its first `counts` (B,) anchors, or all K
-    without counts. Entries with negative `anchor_norms` (B, K) are not anchors. Padding
-    and tokens of a sequence without anchors get index -1 and similarity -inf.
+    `tokens` are (B, N, D). Here `anchors` (B, K, D) are vectors, not positions; they
+    need not be tokens of the sequence. The second result is the cosine similarity
+    (B, N), or None without `similarity`. Of equally similar anchors, the first one is
+    returned. A sequence has only its first `counts` (B,) anchors, or all K without
+    counts. Entries with negative `anchor_norms` (B, K) are not anchors. Padding and
+    tokens of a sequence without anchors get index -1 and similarity -inf.
     """
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), anchors.shape[-2]
@@ -107,8 +109,9 @@ def nearest_anchors_cuda(
     inputs = tokens, norms, contiguous(mask), anchors, anchor_norms, counts
     args = (*inputs, batch, num_tokens, dim, num_groups, out, highest)
     kernel = "nearest", "nearest_anchors"
-    # A block computes whole rows of similarities, because it keeps only the maximum of
-    # each row. The kernel also exists for wide tiles (128 × 256).
+    # A block of the optimized kernel computes whole rows of similarities, because it
+    # keeps only the maximum of each row. This kernel also exists for wide tiles
+    # (128 × 256). The basic kernel has a thread for each token.
     tiling = Tiling(batch, num_tokens, num_groups, whole_rows=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out, highest

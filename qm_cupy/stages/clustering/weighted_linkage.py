@@ -27,7 +27,7 @@ _OVERHEAD = 16  # cost of one call of `_search`, besides its rows; the unit is a
 # Replaces the hash of groups that are not tied: the largest uint32, so that `argmin`
 # over the hashes selects one of the tied groups.
 _LAST_TIE_BREAK = np.uint32(2**32 - 1)
-# The state of the groups: one entry for each row of the distance matrix.
+# The state of the groups: one entry for each row of the matrix `sums`.
 _GROUP = np.dtype(
     [
         ("alive", np.bool_),  # False once the group is part of another group
@@ -51,8 +51,9 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     is "average" or "ward".
 
     The dendrogram is defined by one merge at a time, always of the nearest pair. A
-    round merges all pairs of groups that are each other's nearest neighbours. Let A and
-    B be such a pair, and let C and D be another such pair that is merged before them.
+    round merges pairs of groups that are each other's nearest neighbours: all such
+    pairs whose groups are not stale. Let A and B be such a pair, and let C and D be
+    another such pair that is merged before them.
     Then d(C ∪ D, A) ≥ min(d(C, A), d(D, A)): the union is not nearer to A than the
     nearer of C and D was. The same inequality is true for B instead of A. So A and B
     stay each other's nearest neighbours until they are merged, and A ∪ B is one of the

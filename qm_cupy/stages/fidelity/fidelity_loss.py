@@ -91,10 +91,10 @@ def fidelity_loss(
         tokens, merged, labels, num_groups, mask
     )
     error = compute_reconstruction_error(*arrays)  # (B,), relative and squared
-    # The constraint is ‖X - X̂‖² ≤ (1 - γ)² ‖X‖²: tokens that retain the norm mass γ
-    # may have a relative error of 1 - γ, and e_b is squared. The bound is rounded to
-    # the dtype of the errors, as in the gradient: an error at the bound has no
-    # gradient.
+    # The constraint is ‖X - X̂‖² ≤ (1 - γ)² ‖X‖²: tokens that retain the fraction γ of
+    # the norm mass may have a relative error of 1 - γ, and e_b is squared. The bound is
+    # rounded to the dtype of the errors, as in the gradient: an error at the bound has
+    # no gradient.
     excess = (error - error.dtype.type((1 - gamma) ** 2)).clip(0)
     # The mean over the B sequences. For an empty batch, `max` makes it 0 / 1.
     return convert_back(

@@ -1,7 +1,8 @@
 """Norm mass: the sum of the K largest token norms, divided by the sum of all.
 
-x_i is token i, and ‖x_i‖ is its norm. X is the matrix of all tokens of a sequence.
-γ(X, K) is their norm mass.
+x_i is token i, and ‖x_i‖ is its norm. X is the matrix of all tokens of a sequence, and
+γ(X, K) is this quotient. In fidelity_loss.py and budget.py, the norm mass is the sum of
+the norms, without a division, and γ is a fraction of it.
 """
 
 import math
@@ -89,8 +90,9 @@ def _norm_mass_reference(
 
 def _norm_mass_cuda(tokens: Any, counts: NDArray[np.int64], mask: Any) -> Any:
     norms = token_norms_cuda(tokens, mask)  # (B, N); 0 for padding
-    # The first kernel marks the K largest norms. In the second one, a block for each
-    # sequence adds the marked norms and all norms, and divides.
+    # One kernel marks the K largest norms. The next one adds the marked norms and all
+    # norms of each sequence, and divides. The optimized one has a block for each
+    # sequence, and the basic one has a thread.
     selected = top_tokens_cuda(norms, *counts_on_device(counts))  # (B, N) bool
     batch, num_tokens = math.prod(norms.shape[:-1]), norms.shape[-1]
     out = empty(norms.shape[:-1], norms.dtype)

@@ -85,7 +85,8 @@ def reconstruction_error(
     -------
     ndarray of shape () or (B,)
         0 is lossless, 1 is as bad as rebuilding zeros; float32, or float64 for float64
-        input. For a sequence of zeros: 0 if it is rebuilt exactly, otherwise inf.
+        input. For a sequence of zeros: 0 if it is rebuilt exactly, otherwise inf. On a
+        GPU, an entry or a difference counts as 0 if its square rounds to 0.
 
     Raises
     ------
@@ -200,8 +201,9 @@ def _reconstruction_error_cuda(
     arrays = _rebuilding_cuda(tokens, merged, labels, counts, mask)
     errors, squares = _token_errors_cuda(*arrays)  # (B, N) each
     batch, num_tokens = errors.shape
-    # For each sequence, a block adds the errors and the squares, and divides the sums.
-    # A block adds in a fixed order, without atomics, so every run gives the same bits.
+    # For each sequence, a block (in the basic kernel, a thread) adds the errors and the
+    # squares, and divides the sums. It adds in a fixed order, without atomics, so every
+    # run gives the same bits.
     out = empty(tokens.shape[:-2], errors.dtype)
     args = (errors, squares, batch, num_tokens, out)
     kernel = "reconstruction_error", "reconstruction_error"

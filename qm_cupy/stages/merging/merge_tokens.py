@@ -322,7 +322,8 @@ def merge_tokens_vjp_reference(
     # order. num_rows = B·K.
     flat, group, num_rows = flat_groups(labels, num_groups)
     # m_j / W_k in index order. Rows of the sparse matrix are groups, and columns are
-    # tokens. Each column has one entry, and a csc_array stores the columns in order.
+    # tokens. The column of padding is empty, and every other column has one entry. A
+    # csc_array stores the columns in order.
     weights = _weights_reference(labels, num_groups, mass).tocsc().data
     group_gradient, x = gradient.reshape(-1, dim), tokens.reshape(-1, dim)
     x_gradient, product = np.zeros(x.shape, x.dtype), np.empty(len(flat))
@@ -418,7 +419,7 @@ def _merge_vjp_optimized(
 ) -> None:
     """Write to `weights`, `out` and `m_gradient`, which is None without a mass.
 
-    `members_cuda` first sorts the labels, in launches of its own. Two launches follow,
+    `members_cuda` first sorts the labels, in a launch of its own. Two launches follow,
     or three with a mass: the first has a warp for each group, the second a warp for
     each token, and the third a warp for each group.
     """

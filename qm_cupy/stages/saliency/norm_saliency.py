@@ -82,7 +82,7 @@ def _norm_saliency_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     # Min–max scaling removes any common factor of the norms of a sequence, so norms
-    # relative to the largest entry of the sequence are enough.
+    # relative to the largest absolute value of the sequence are enough.
     scaled = scale_min_max(relative_norms(tokens, mask), mask)
     return scaled.astype(np.result_type(tokens.dtype, np.float32))
 
@@ -154,11 +154,13 @@ def _norm_saliency_vjp_reference(
     x = tokens.astype(np.float64)  # (B, N, D)
     if mask is not None:
         x *= mask[..., None]
-    # Divide a sequence by its largest entry, so that no square overflows or becomes 0.
+    # Divide a sequence by its largest absolute value. Then no square overflows, and the
+    # largest square is 1.
     largest = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)
     largest = np.where(largest > 0, largest, 1)
     x /= largest
-    # The largest entry is 1 now, so `relative_norms` does not change the scale again.
+    # The largest absolute value is 1 now, so `relative_norms` does not change the scale
+    # again.
     norms = relative_norms(x)  # n, (B, N)
     # ∂ℒ/∂n, (B, N)
     norm_gradient = scale_min_max_vjp(

@@ -27,7 +27,7 @@ SoftmaxState = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]  # m, r, t of row
 
 
 def score_dtype(query: NDArray[Any], key: NDArray[Any], scale: float) -> np.dtype[Any]:
-    """Return float32 if it can represent every score, else float64.
+    """Return float64 for float64 inputs or huge scores, else float32.
 
     The scores are scale · q · k for queries q and keys k of width d.
     """

@@ -80,7 +80,7 @@ def query_key_entropy(
     causal : bool, default False
         If True, token i attends only to tokens 0..i.
     scale : float, optional
-        The factor c of the scores, 1/√d by default.
+        The factor c > 0 of the scores, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token. Padded tokens do not attend and no token attends to them;
         their entropy is 0.
@@ -203,8 +203,9 @@ def _query_key_entropy_cuda(
     # of its rows stay in registers.
     tiling = Tiling(outer, num_tokens, num_tokens, whole_rows=True)
     # By default a block loads its queries again, step by step, for each tile of keys.
-    # With these loads, there are enough registers only for half a tile of rows (64).
-    # The name of this kernel for half tiles has no suffix.
+    # With 16-bit types, two blocks with whole tiles would have too few registers for
+    # these loads. So this kernel has half tiles, of 64 rows, for all dtypes. Its name
+    # has no suffix.
     shape = HALF._replace(suffix="")
     if implementation() == "optimized":
         # The kernel "…_kept" loads the queries of a block once, to shared memory, and
@@ -231,7 +232,7 @@ def query_key_entropy_vjp(
     scale: float | None = None,
     mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
-    r"""Return the vector–Jacobian product of `query_key_entropy`, without N × N arrays.
+    r"""Return the vector–Jacobian product of `query_key_entropy`, in O(N) memory.
 
     .. math:: \frac{\partial \mathcal{L}}{\partial s_{ij}} =
         -g_i \, p_{ij} \, (\log p_{ij} + H_i), \qquad

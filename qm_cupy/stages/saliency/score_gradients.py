@@ -9,8 +9,8 @@ with respect to H_i. The gradient G_ij = ∂ℒ/∂s_ij of the scores is
 
     G_ij = -g_i p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
 
-with m, r and t of row i, and ∂ℒ/∂Q = c G K, ∂ℒ/∂K = c Gᵀ Q. No N × N array is stored:
-scores are recomputed for some rows at a time. One call computes L · B · H heads: L
+with m, r and t of row i, and ∂ℒ/∂Q = c G K, ∂ℒ/∂K = c Gᵀ Q. Scores and G are computed
+for some rows at a time, so memory is linear in N. One call computes L · B · H heads: L
 layers, B sequences and H heads of each layer. `self_attention_entropy` uses the tokens
 themselves as queries and as keys, and has H = 1. In comments, (..., N, d) has the axes
 of all heads first.

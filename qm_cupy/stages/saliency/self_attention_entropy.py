@@ -85,9 +85,9 @@ def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> A
     Notes
     -----
     The scores are symmetric, so only the blocks of scores on and above the diagonal are
-    computed. A block above the diagonal adds to the sums of its rows and, because
-    :math:`s_{ij} = s_{ji}`, to the sums of the tokens of its columns. No block is
-    stored.
+    computed (the basic kernel computes all scores). A block above the diagonal adds to
+    the sums of its rows and, because :math:`s_{ij} = s_{ji}`, to the sums of the tokens
+    of its columns. The N × N scores are not stored.
 
     Examples
     --------
@@ -173,13 +173,13 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     # (`upper`). The file also has a kernel for wide tiles, of 256 columns (`wide`).
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     shape = select_shape(tiling, tokens.dtype)
-    # The tokens are divided into squares of 128 tokens each, as in the kernel. For each
-    # token, `states` has a slot for each square. A slot holds one state (m, r, t), over
-    # the scores of the token with the tokens of the square. Half tiles have 64 rows, so
-    # a token that is a column gets two states from one square, and needs two slots.
-    # Every block writes to its
-    # own slots, and the second kernel merges them in a fixed order: there are no
-    # atomics, and every run gives the same bits.
+    # The kernel divides the scores into squares of 128 × 128, and so the tokens into
+    # sets of 128, which it also calls squares. For each token, `states` has a slot for
+    # each set. A slot holds one state (m, r, t), over the scores of the token with the
+    # tokens of the set. Half tiles have 64 rows, so a token that is a column gets two
+    # states from one set, and needs two slots. Every block writes to its own slots, and
+    # the second kernel merges them in a fixed order: there are no atomics, and every
+    # run gives the same bits.
     halves = 2 if shape is HALF else 1
     slots = -(-num_tokens // TILE) * halves
     states = empty((batch, slots, num_tokens, STATE_VALUES), acc_dtype)
@@ -227,8 +227,8 @@ def self_attention_entropy_vjp(
     Notes
     -----
     :math:`p_{ij} = \operatorname{softmax}_j(x_i \cdot x_j / \sqrt{D})` is the attention
-    and G the gradient with respect to its scores. G is computed for some rows at a time
-    and never stored as an N × N matrix, so memory is linear in N.
+    and G the gradient with respect to its scores. G is computed for some rows at a
+    time, so memory is linear in N.
 
     Examples
     --------

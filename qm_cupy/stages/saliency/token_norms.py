@@ -13,10 +13,10 @@ from ...cuda.launch import contiguous, launch
 def relative_norms(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None = None
 ) -> NDArray[np.float64]:
-    """Return L2 norms (B, N) divided by the largest entry of the sequence.
+    """Return L2 norms (B, N) divided by the largest absolute value of the sequence.
 
-    The division keeps squares from overflowing or becoming 0. Callers use only ratios
-    of norms, in which the divisor cancels. Padding gets 0.
+    After the division the largest square is 1: no square overflows, and not all squares
+    become 0. The results of the callers do not depend on the divisor. Padding gets 0.
     """
     x = tokens.astype(np.float64)  # (B, N, D)
     if mask is not None:

@@ -25,9 +25,9 @@ def gumbel_noise(
     seed : int or None
         Key of the Philox4x32-10 generator, within 0..2⁶⁴ - 1. None gives zeros.
     sequence_offset : int, default 0
-        Index of the first sequence in the whole batch. A batch that is processed in
-        parts gets the same noise as the whole batch if each part passes the index of
-        its first sequence.
+        Index of sequence 0 of this call. A batch that is processed in parts gets the
+        same noise as the whole batch if each part passes the index that its first
+        sequence has in the whole batch.
 
     Returns
     -------
@@ -39,9 +39,9 @@ def gumbel_noise(
     Raises
     ------
     TypeError
-        If `seed` or `sequence_offset` is not an integer.
+        If `shape`, `seed` or `sequence_offset` is not integer.
     ValueError
-        If `seed` or `sequence_offset` is out of range.
+        If `seed` or `sequence_offset` is out of range, or `shape` is negative.
 
     Notes
     -----

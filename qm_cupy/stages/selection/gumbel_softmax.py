@@ -147,10 +147,10 @@ def compute_gumbel_softmax(
     """Return the result of `gumbel_softmax` for converted and checked arrays."""
     noise = seed, sequence_offset
     counts = None if hard is None else hard.counts
-    # The optimized kernel computes noise and softmax in one launch and does not store
-    # the perturbed scores. A K-hot mask needs the scores in memory. The same
-    # kernel can also compute the saliency mass, which needs ε (saliency_mass.py). Here
-    # ε is None, so the kernel computes only π.
+    # The optimized kernel computes noise and softmax in one launch, without an array
+    # for the perturbed scores. A K-hot mask needs such an array. The same kernel can
+    # also compute the saliency mass, which needs ε (saliency_mass.py). Here ε is None,
+    # so the kernel computes only π.
     if is_cuda(saliency) and counts is None and implementation() == "optimized":
         return softmax_mass_cuda(saliency, temperature, noise, None, mask)[0]
     if is_cuda(saliency):

@@ -1,4 +1,4 @@
-"""Saliency, selection probabilities and mass from entropies, in one launch if possible.
+"""Saliency, selection probabilities and mass from entropies, in one launch or three.
 
 The input is the entropies (L, B, H, N) of L layers, B sequences, H heads and N tokens.
 The results are the saliency s (saliency.py), the selection probabilities π

@@ -106,7 +106,7 @@ def _mass_dtype(saliency: Any, probabilities: Any) -> np.dtype[Any]:
 def _saliency_mass_cuda(saliency: Any, probabilities: Any, epsilon: float) -> Any:
     dtype = _mass_dtype(saliency, probabilities)
     out = empty(saliency.shape, dtype)
-    # The kernel has one dtype for both inputs.
+    # The kernel is compiled for `dtype`, so it reads both inputs in this dtype.
     arrays = contiguous(saliency, dtype), contiguous(probabilities, dtype)
     args = (*arrays, out.size, epsilon, out)
     # The work is elementwise: a thread for each token.
