@@ -20,8 +20,8 @@ def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[An
     high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
     # A constant row has w = 0 and x - low = 0. With the divisor 1, y is 0 there.
     width = np.where(high > low, high - low, 1)  # w, (..., 1)
-    scaled = (x - low) / width  # y, (..., N)
-    return scaled if mask is None else scaled * mask
+    # Padding may be so large that the quotient overflows, so do not multiply by the mask.
+    return np.where(valid, x - low, 0) / width  # y, (..., N)
 
 
 def scale_min_max_vjp(

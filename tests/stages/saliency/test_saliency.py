@@ -40,6 +40,14 @@ class TestSaliency:
         mask = np.array([[True, True, True, False, False]])
         assert_close(qm.saliency(entropy, mask=mask), [[0, 1, 0.75, 0, 0]])
 
+    def test_padding_of_any_size_is_zero(self):
+        # Scaled by w = 1e-30, padding of 1e30 overflows: inf · 0 would be NaN.
+        entropy = np.array([1e-30, 2e-30, 1e30], np.float32)
+        mask = np.array([True, True, False])
+        for salient, wanted in (("low", [1, 0, 0]), ("high", [0, 1, 0])):
+            actual = qm.saliency(entropy, mask=mask, salient=salient)
+            np.testing.assert_array_equal(actual, wanted)
+
     def test_unknown_salient_is_refused(self):
         with pytest.raises(ValueError, match='must be "low" or "high", got \'mid\''):
             qm.saliency(np.ones(3), salient="mid")
