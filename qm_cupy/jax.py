@@ -1,6 +1,6 @@
-"""Pytrees for JAX: the classes of `qm_cupy` that hold weights.
+"""Pytrees for JAX: the classes of `qm_cupy` whose weights can be trained.
 
-The functions of `qm_cupy` accept tracers, so this module has no functions of its own.
+Most functions of `qm_cupy` accept tracers, so this module has no functions of its own.
 JAX computes gradients with the vector–Jacobian product of each function. Arrays whose
 values are known are passed to the library directly, without a copy. Under `jax.jit` and
 `jax.vmap`, JAX copies the values to the CPU as soon as they are known, and the library

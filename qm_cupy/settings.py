@@ -24,7 +24,7 @@ class _Undo(NamedTuple):
     """The values that the end of a ``with`` block restores."""
 
     setting: "_Setting"
-    """The object that opened the block."""
+    """The object whose block restores the values, even if it is not entered yet."""
     value: Any
     """The value before the construction, or before `__enter__` if no record is left."""
     not_entered: "_Undo | None"

@@ -1,9 +1,10 @@
 """Modules for torch: the classes of `qm_cupy` whose weights torch trains.
 
-The functions of `qm_cupy` accept tensors that require grad, so this module has no
-functions of its own. torch computes gradients with the vector–Jacobian product of each
-function. The functions are custom operators of torch, ``torch.ops.qm_cupy``. A graph of
-`torch.compile` or `torch.export` contains each operator as one node.
+Most functions of `qm_cupy` accept tensors that require grad, so this module has no
+functions of its own. They call operations, such as `merge_tokens`. Each operation is a
+custom operator of torch, in ``torch.ops.qm_cupy``. torch computes gradients with the
+vector–Jacobian product of each operation. A graph of `torch.compile` or `torch.export`
+contains each operator as one node.
 
 If the shape of a result depends on a tensor of counts, the CPU reads the counts. It
 waits for a tensor on a GPU, and the compiler may break its graph at this read. Each
@@ -201,10 +202,10 @@ class QuickMergePP(nn.Module):
     def inference(
         self, tokens: Tensor, K: int, ar_model: Callable[[Any], Any] | None = None
     ) -> tuple[Tensor, Any]:
-        """Return merged tokens (K, D) and a model's predictions (K, E) of width E.
+        """Return merged tokens (B, K, D) and a model's predictions (B, K, E).
 
-        The model reads the merged tokens. Without a model the predictions are an empty
-        list.
+        For one sequence the axis B is absent. E is the width of a prediction. The model
+        reads the merged tokens. Without a model the predictions are an empty list.
         """
         with torch.no_grad():  # `decode` has no gradient
             scores = self.saliency_estimator(tokens)

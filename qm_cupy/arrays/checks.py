@@ -1,7 +1,8 @@
-"""Checks of arguments. Each raises an error that names the argument and its value.
+"""Checks of arguments. Each raises an error that says what is wrong.
 
 A wrong dtype or type raises TypeError, and a wrong shape or value raises ValueError.
 Values of CUDA arrays are not checked, because the CPU would have to wait for the GPU.
+Counts K are checked in every case, because `convert_inputs` copies them to the CPU.
 
 Axes: there are B sequences of N tokens of width D. K is the number of groups that a
 sequence is merged to. ``wanted`` is the shape that an array must have.
@@ -59,9 +60,9 @@ def check_floating(name: str, x: NDArray[Any]) -> None:
 
 
 def check_values(name: str, x: NDArray[Any], *layouts: str) -> None:
-    """Raise unless the array is floating, finite, not empty and has one of the layouts.
+    """Raise unless the array is floating, finite and has one of the layouts.
 
-    A layout has one letter per axis, such as "BND".
+    A layout has one letter per axis, such as "BND". Only the axis B may be empty.
     """
     check_floating(name, x)
     check_axes(name, x.shape, *layouts)
@@ -240,7 +241,7 @@ def is_per_sequence(count: Any) -> bool:
 
 
 def check_integer(name: str, value: Any) -> int:
-    """Return a Python integer; raise for a bool, a float or an array with axes."""
+    """Return a Python integer; raise for a bool, a float or a NumPy array with axes."""
     # `operator.index` accepts True as 1, but a bool is probably a mistake.
     if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
         raise TypeError(f"`{name}` must be an integer, got a bool")

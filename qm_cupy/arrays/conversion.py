@@ -111,8 +111,8 @@ def convert_inputs(
     for name, x in (counts or {}).items():
         if hasattr(x, "__dlpack__"):
             like = x if like is None else like  # if the function has no other array
-            # The CPU waits here for the GPU, because the shapes of results depend on
-            # these values.
+            # For counts on a GPU, the CPU waits here, because the shapes of results
+            # depend on these values.
             x = _to_numpy_or_cupy(name, _prepare(name, x), to_host=True)
         values.append(x)
     values += [converted.get(name, x) for name, x in (gradients or {}).items()]

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 def accumulation_dtype(dtype: Any) -> np.dtype[Any]:
     """Return the dtype of sums: float64 for float64, float32 for narrower dtypes.
 
-    In the kernels, sums have the same type, `acc_t`.
+    In the kernels, `acc_t` is the same type. Some sums are in float64 for every dtype,
+    for example those of `cut_linkage`.
     """
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 

@@ -164,11 +164,12 @@ def _to_array_api_library(x: Any, like: Any) -> Any:
 
 
 def _plain_numpy(name: str, x: Any, output: bool) -> Any:
-    """Return a NumPy array in the byte order of this machine."""
+    """Return a NumPy array; an input gets the byte order of this machine."""
     # The conversion would silently lose the array's mask.
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"`{name}` is a NumPy masked array: pass its data and `mask=`")
-    # An output keeps its byte order, because results must be written to its own memory.
+    # A copy of an output would not be the caller's memory. So an output keeps its byte
+    # order, and `check_out` refuses it if this order is not that of the machine.
     if not x.dtype.isnative and not output:
         x = x.astype(x.dtype.newbyteorder("="))
     return x
@@ -208,9 +209,10 @@ def _detached(name: str, x: Any, output: bool) -> Any:
     """Return a tensor without gradients whose memory can be exported, or raise."""
     torch = sys.modules["torch"]
     if x.requires_grad:
-        # Calls of operations with a gradient go to a torch operator and do not reach
-        # this code. If other calls detached the tensor here, its gradient would be lost
-        # without notice.
+        # While gradients are recorded, a call of an operation goes to a torch operator,
+        # which calls the function without recording. So here, recording means that the
+        # function has no gradient. If it detached the tensor, the gradient would be
+        # lost without notice.
         if torch.is_grad_enabled():
             raise TypeError(
                 f"`{name}` requires grad, and this function has no gradient for it: "
@@ -301,9 +303,9 @@ def is_cuda(x: Any) -> bool:
 def may_share_memory(x: Any, y: Any) -> bool:
     """Return whether the address ranges of two CuPy arrays overlap.
 
-    CuPy's own function compares the objects that own the memory. A view that was
-    converted through DLPack has an owner of its own, so this function compares
-    addresses instead.
+    CuPy's own function returns False if the memory objects of the arrays start at
+    different addresses. The memory object of a view that was converted through DLPack
+    starts at the view, so this function compares the addresses of the elements instead.
     """
     (low, high), (other_low, other_high) = _bounds(x), _bounds(y)
     return low < other_high and other_low < high  # both ranges exclude their end

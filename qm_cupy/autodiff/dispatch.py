@@ -1,8 +1,9 @@
 """Dispatch of public functions: traced arrays go to an operator of their framework.
 
 A framework (torch or JAX) traces an array if it records or compiles the operations on
-it. The decision is made once, at the public function. The code that a public function
-calls works on NumPy and CuPy arrays only and contains no code for frameworks.
+it. Each operation decides once, in the wrapper of its public function, and then works
+on NumPy and CuPy arrays only. A public function that calls operations, such as
+`quickmerge`, decides too: with traced arrays it calls the public operations.
 """
 
 import functools

@@ -42,8 +42,9 @@ class Operation(NamedTuple):
     ``max_groups`` is None.
     """
     options: tuple[str, ...]
-    """All other parameters with their types. Types are those of a torch schema, such as
-    "float? scale", or "uint64?" for a seed, which torch passes as signed 64 bits."""
+    """All other parameters except `out`, with their types. Types are those of a torch
+    schema, such as "float? scale", or "uint64?" for a seed, which torch passes as
+    signed 64 bits."""
     dtype: DtypeRule
     """The dtype of the results. "stored" is the dtype of the first differentiable
     array. "computed" is float64 if the first differentiable array is float64, else

@@ -10,12 +10,12 @@ WARP = 32  # GPU threads that execute one instruction together; the kernels writ
 BLOCK = 256  # threads of a block, unless a launch sets another number
 VECTOR_BYTES = 16  # bytes of one vector load or store; shared memory is aligned to it
 COUNTS = 16  # number of counts that one launch of `write_counts` writes
-# Constants of kernels/optimized/tiles.cuh: the rows and columns of a tile, the bytes of
-# each row that one step copies to shared memory, and the number of stages of the widest
-# tile. A stage is the part of shared memory that holds one step.
+# Constants of kernels/optimized/tiles.cuh: the rows and columns of a whole tile, the
+# bytes of each row that one step copies to shared memory, and the number of stages of
+# the widest tile. A stage is the part of shared memory that holds one step.
 TILE, STEP_BYTES, WIDE_STAGES = 128, 64, 4
 SQUARE = 32  # rows and columns that a block transposes
-THREAD_TOKENS = 4  # tokens of one thread, in selection and in the saliency of layers
+THREAD_TOKENS = 4  # tokens that a thread keeps in registers, in selection and saliency
 # The largest numbers of threads of a block, which are launch bounds of the kernels. For
 # linkage the key is the number of bytes of a distance, and registers limit the number
 # of threads: one such block must fit on a multiprocessor. Then all blocks of a

@@ -37,7 +37,7 @@ class Device(NamedTuple):
     """Limits of the current device that launchers need."""
 
     multiprocessors: int
-    """Number of multiprocessors. This many blocks of 1024 threads can run at once."""
+    """Number of multiprocessors. Each can run at least one block of 1024 threads."""
     shared_bytes: int
     """Largest shared memory of a block in bytes, static and dynamic together."""
 

@@ -50,8 +50,8 @@ def launch(
     ===============  ==========================  ======================================
     argument         basic kernels               optimized kernels
     ===============  ==========================  ======================================
-    `outputs`        a thread for each           the same, unless another argument is
-                                                 given
+    `outputs`        a thread for each; the      the same, unless another argument is
+                     other rows do not apply     given
     `rows`           a thread for each           a warp for each
     `blocks`         a thread for each           a block for each, of `block` threads
     `vector_output`  a thread for each element   a thread for each 16 bytes of a row
@@ -112,10 +112,11 @@ def _cover(count: int, size: int) -> int:
 
 
 def block_size(num_tokens: int, max_threads: int, step: int = WARP) -> int:
-    """Return how many threads a block has with one thread per token.
+    """Return the number of threads of a block that works on a sequence.
 
-    The number is at most `max_threads`. A smaller number is a multiple of `step`. A
-    step has one or more whole warps, because a block consists of whole warps.
+    It is the number of tokens, rounded up to a multiple of `step`, or `max_threads` if
+    that is less; then a thread has several tokens. A step has one or more whole warps,
+    because a block consists of whole warps.
     """
     return min(_cover(num_tokens, step) * step, max_threads)
 
@@ -177,8 +178,8 @@ def counts_on_device(
 
     The first result is None if every K is `default`: the K that the kernel uses if it
     gets no counts. It is max K by default. A kernel that uses the length of an axis
-    instead needs this length as `default`, because all K can be smaller. The counts
-    (B,) are on the CPU, because the shapes of results depend on them.
+    instead needs this length as `default`, because all K can be smaller. The argument
+    `num_groups` (B,) is on the CPU, because the shapes of results depend on it.
     """
     max_groups = int(num_groups.max(initial=0))
     if (num_groups == (max_groups if default is None else default)).all():

@@ -98,12 +98,13 @@ def _has_wide(dtype: Any, device: Device) -> bool:
 
 
 def kept_bytes(row_bytes: int, dtype: Any) -> int:
-    """Return the shared memory of `multiply_kept` in bytes, or 0 if it does not fit.
+    """Return the shared memory of `multiply_kept` in bytes, or 0 if it cannot be used.
 
     `multiply_kept`, in kernels/optimized/tiles.cuh, keeps the rows of a tile in shared
-    memory while it multiplies them by all columns. With 16-bit types two blocks run on
-    an SM at the same time, so the shared memory of both must fit. With float32 one
-    block runs.
+    memory while it multiplies them by all columns. With 16-bit types on tensor cores,
+    two blocks run on an SM at the same time, so the shared memory of both must fit. The
+    same limit applies to 16-bit types without tensor cores (sm_75), where one block
+    runs. With float32 one block runs.
     """
     if dtype.itemsize == 8:
         return 0  # not compiled for float64, whose sums need all registers

@@ -20,7 +20,7 @@ def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[An
     high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
     # A constant row has w = 0 and x - low = 0. With the divisor 1, y is 0 there.
     width = np.where(high > low, high - low, 1)  # w, (..., 1)
-    # Padding may be so large that the quotient overflows, so do not multiply by the mask.
+    # The quotient of padding may overflow, so do not multiply it by the mask.
     return np.where(valid, x - low, 0) / width  # y, (..., N)
 
 
