@@ -18,9 +18,9 @@
 // elements of a token, K groups or selected tokens of a sequence, L layers, H heads of
 // a layer, d elements of a head's query or key. A position is the index of a token in
 // its sequence, 0 .. N-1; padding is counted.
-// Labels and counts may have any value, because no earlier step checks them. A kernel
-// must stay within its arrays for all of these values, so it uses a label as an index
-// only after `group_of`, and reads a count with `count_of`.
+// A kernel must stay within its arrays for any labels and counts: labels on a GPU are
+// not checked, and a count may exceed the number of tokens. So a kernel uses a label as
+// an index only after `group_of`, and reads a count with `count_of`.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -158,11 +158,11 @@ struct SoftmaxEntropy {
 // computes its own random number. Returns the first of the four output words for the
 // counter (c0, c1, 0, c3) and a 64-bit key.
 //
-// A round multiplies words 0 and 2 by constants, to products of 64 bits. The product of
-// word 0 gives the new words 2 and 3, that of word 2 the new words 0 and 1. The low
-// half becomes word 3 or 1. The high half, XORed with the old word 3 or 1 and with a
-// key word, becomes word 2 or 0. After each round, a constant is added to each key
-// word. All constants are those of the paper.
+// A round multiplies words 0 and 2 by constants, to products of 64 bits. For the
+// product of word 0, the high half, XORed with word 3 and a key word, becomes word 2,
+// and the low half becomes word 3. Words 2 and 1 give the new words 0 and 1 in the same
+// way. After each round, a constant is added to each key word. All constants are those
+// of the paper.
 __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigned c3,
                                                unsigned long long key) {
     unsigned c2 = 0;

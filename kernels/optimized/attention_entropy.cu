@@ -3,8 +3,9 @@
 //
 //   H_i = log S - sum_j a_ij log a_ij / S,    S = sum_j a_ij
 //
-// The logarithm is log2 (`approximate_log2` in softmax_states.cuh), which is one
-// instruction for floats. The sum is converted to nats at the end.
+// The logarithms in the sum over j are log2 (`approximate_log2` in softmax_states.cuh),
+// which is one instruction for floats. This sum is converted to nats at the end; log S
+// is a natural logarithm.
 
 // One warp, one row: each lane reads 16 bytes at a time.
 extern "C" __global__ void attention_entropy(const real_t* attention, const bool* mask,

@@ -1,10 +1,11 @@
 // Matching: the only step of basic/bipartite.cu that is not elementwise. The other
 // steps run from that file, which also has the shapes.
 
-// The rows of `out` (3, B) are the number n of groups, the number of odd groups
-// (0 if nothing merges), and the number of merges r = min(n - wanted, n / 2), where
-// `wanted` is K without the protected tokens. One block counts one sequence. Integer
-// atomics give the same result in any order.
+// The rows of `out` (3, B) are the number n of groups that may merge, the number of odd
+// groups (0 if nothing merges), and the number of merges r = min(n - wanted, n / 2), or
+// 0 if this is negative. `wanted` is K minus the number of protected tokens, but at
+// least 1. One block counts one sequence. Integer atomics give the same result in any
+// order.
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
     match_counts(const int* positions, const bool* mask, const bool* protect,
                  const int* counts, long long batch, long long num_tokens,

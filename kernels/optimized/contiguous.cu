@@ -60,8 +60,8 @@ struct Groups {
 };
 
 // The rows of the sums (N, D) that belong to the two groups that merge, a and b, and to
-// their neighbours. Without a neighbour, its row is that of a. If no pair may merge,
-// row_a is -1.
+// their neighbours. If a neighbour does not exist, its row is that of a. If no pair may
+// merge, row_a is -1.
 struct MergeStep {
     int row_a, row_b, row_before, row_after;
 };
@@ -69,7 +69,7 @@ struct MergeStep {
 // Ward's cost of merging neighbours a and b:
 //   n_a n_b / (n_a + n_b) (|S_a|^2 / n_a^2 + |S_b|^2 / n_b^2 - 2 S_a . S_b / (n_a n_b))
 // The cost is infinite (-padding()) if one group is protected. The minimum turns a NaN
-// into 1e30 (-MASKED_SCORE), which is finite and above every other cost.
+// into 1e30 (-MASKED_SCORE), which is above every other finite cost.
 __device__ __forceinline__ acc_t ward_cost(const Groups& g, int a, int b) {
     if (g.protect && (g.protect[g.token[a]] || g.protect[g.token[b]]))
         return -padding();
@@ -95,8 +95,8 @@ __device__ __forceinline__ void refresh(const Groups& g, int chunk) {
 }
 
 // The first warp: return the position of the least cost, or -1 if no pair may merge. Of
-// equal costs the leftmost wins: lane l compares `chunks_per_lane` chunks from chunk l
-// * chunks_per_lane on, and a later chunk must be strictly cheaper.
+// equal costs the leftmost wins: each lane compares `chunks_per_lane` neighbouring
+// chunks from left to right, and a later chunk must be strictly cheaper.
 __device__ __forceinline__ int cheapest(const Groups& g) {
     const int lane = threadIdx.x, chunks = (g.count + 31) / 32;
     const int chunks_per_lane = (chunks + 31) / 32;

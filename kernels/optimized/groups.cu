@@ -9,10 +9,10 @@ constexpr int LABELS = 8;  // labels that a thread loads at once
 
 // Sort the members of one sequence, with a whole block. The tokens are divided into
 // `runs` runs of `run_length` consecutive tokens, and one warp works on each run. An
-// entry is an index in the sorted list `member` (N,): the entry where the group of a
-// token starts, plus the rank of the token, the number of members of its group before
-// it. `run_counts` (runs, K) and `starts` (K,) are in shared or in global memory.
-// `label` is (N,), and `end` is (K,).
+// entry is an index in the sorted list `member` (N,). The entry of a token is the entry
+// where its group starts, plus the rank of the token: the number of members of its
+// group before it. `run_counts` (runs, K) and `starts` (K,) are in shared or in global
+// memory. `label` is (N,), and `end` is (K,).
 //
 //   1. Each warp counts the members of every group in its run.
 //   2. Prefix sums give the entry where each group starts, and for each run the number

@@ -1,5 +1,6 @@
-// Linear maps, computed in tiles (tiles.cuh), and norms, with one warp for each row;
-// see basic/linear.cu for the formulas and the shapes.
+// Linear maps, computed in tiles (tiles.cuh) or, for few rows, with one warp for each
+// output; and norms, with one warp for each row. See basic/linear.cu for the formulas
+// and the shapes.
 
 // One block computes one tile of y = activated(x Wᵀ + b) + residual.
 //
@@ -36,9 +37,9 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         for (int i = 0; i < 4; ++i)
             sums[0][i][j] = activated(sums[0][i][j] + bias_value, activation);
     }
-    // Add the residual and store the rows and columns that exist. `offset` and
-    // `end_offset`, the first that does not exist, are columns counted from the
-    // thread's first column.
+    // Add the residual and store the rows and columns that exist. `offset` is a column,
+    // and `end_offset` is the first column that does not exist. Both are counted from
+    // the thread's first column.
     const int end_offset = left - Tile::column(0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -10,7 +10,8 @@
 // Transpose x (rows, columns) to `out` (S, columns, part_rows). Part s holds the rows
 // from s part_rows on as columns, with zeros past the last row. One block transposes
 // SQUARE x SQUARE elements. A row of `square` has one element more than it needs;
-// otherwise all elements of a column would lie in the same bank of shared memory.
+// otherwise the elements of a column would lie in only one or two banks of shared
+// memory.
 extern "C" __global__ void transpose(const real_t* x, long long num_rows,
                                      long long num_columns, long long part_rows,
                                      long long num_parts, real_t* out) {

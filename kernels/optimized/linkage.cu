@@ -19,8 +19,8 @@
 // A slot is the index of a cluster in the arrays of `Clusters`. The matrix has
 // E(A, C) for each pair of clusters. The row of a cluster is that of its first token;
 // rows do not move while the matrix is in global memory. Its column is that of its
-// slot. At first the slot of a cluster is its token. When half of the slots are empty,
-// the columns in use are compacted: they are moved to the left, without gaps.
+// slot, which is its token at first. When half of the slots are empty, the columns in
+// use are moved to the left, without gaps, except if the matrix is in shared memory.
 //
 // Threads: a team of blocks works on one sequence. Each block keeps its own copy of all
 // clusters and plans every round itself. All blocks plan from the same data, so they

@@ -2,8 +2,8 @@
 // of a cluster in linkage.cu (linkage_clusters.cuh), and a token in single_linkage.cu.
 //
 // All comparisons use one strict order of pairs: the distance first, then a hash of the
-// pair. Both rows of a pair compute the same hash. The closest pair of all is therefore
-// the nearest neighbour of both its clusters, so every round makes progress. A hash has
+// pair. Both rows of a pair compute the same hash. The clusters of the closest pair are
+// therefore each other's nearest neighbours, so every round makes progress. A hash has
 // no pattern, so among many equal distances many clusters are mutual nearest neighbours
 // and merge in one round. With a rule such as "the lower index", all of them would
 // choose the same neighbour, and only one pair would merge in a round.
@@ -44,8 +44,9 @@ __device__ __noinline__ bool is_before(const int* token, int i, int a, int b) {
     return pair_hash(i, a) < pair_hash(i, b);
 }
 
-// The nearest cluster (by its slot) that a row has seen so far, its E (`e`), and its
-// distance. Without such a cluster, the distance is infinite (-padding()).
+// The nearest cluster (by its slot) that a row has seen so far, and its distance to the
+// cluster of the row. `e` is E of both clusters (linkage.cu); single_linkage.cu sets it
+// to 0. Without such a cluster, the distance is infinite (-padding()).
 struct Neighbour {
     acc_t distance, e;
     int slot;
@@ -89,7 +90,7 @@ __device__ __forceinline__ Neighbour warp_nearest(const int* token, int i,
     return best;
 }
 
-// One block: list the tokens that may merge in `active` (N,), in ascending order, and
+// One block: write to `active` (N,) the tokens that may merge, in ascending order, and
 // return their number. `tokens` receives the number of all tokens, protected ones
 // included. `rank_scratch` is shared memory for 32 counts. Not inlined: an inlined copy
 // would take registers from the code that follows.
@@ -135,7 +136,7 @@ __device__ __forceinline__ void store_row(double* out, long long row, long long 
 }
 
 // Write the row (-1, -1, inf, 0), which means "no merge". Such rows follow the merges
-// if a sequence has padding or stopped early.
+// if a sequence has padding or protected tokens, or stopped early.
 __device__ __forceinline__ void store_no_row(double* out, long long row) {
     store_row(out, row, -1, -1, __longlong_as_double(0x7FF0000000000000ll), 0);
 }

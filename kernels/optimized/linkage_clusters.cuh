@@ -2,7 +2,8 @@
 // linkage.cu has the formulas of E, W and the distances. A slot is the index of a
 // cluster in the arrays of `Clusters`, and of its column in the matrix.
 
-// Values of `SlotValues::mate` that are not slots.
+// Values of `mate`, in `SlotValues` and in `Change` (linkage.cu), that are not slots.
+// Only a `Change` can be ABSORBED.
 constexpr int UNTOUCHED = -1, ABSORBED = -2;
 // Numbers of loads that a thread starts before it uses the first of them. ROW_LOADS is
 // for the columns of a row, EXCHANGE_LOADS for published nearest clusters.
@@ -18,7 +19,7 @@ __device__ __forceinline__ Size aligned_bytes(Size size) {
 // The values of a cluster that all other clusters read in every round.
 struct __align__(2 * sizeof(acc_t)) SlotValues {
     acc_t inverse_mass;  // 1 / W
-    int mate;            // slot absorbed in this round, UNTOUCHED or ABSORBED
+    int mate;            // slot absorbed in this round, or UNTOUCHED
 };
 
 struct __align__(2 * sizeof(acc_t)) Mass {

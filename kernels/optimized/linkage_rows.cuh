@@ -140,9 +140,10 @@ __device__ __forceinline__ Neighbour search_row(const Clusters& all,
                              method, none);
 }
 
-// Update the rows that keep their nearest cluster. Only distances to new clusters have
-// changed, so such a row compares its nearest cluster with the new ones. A row gets as
-// many lanes as the number of new clusters can use, so a warp may work on several rows.
+// Update the rows that need no search: their nearest cluster did not merge. Only
+// distances to new clusters have changed, so such a row compares its nearest cluster
+// with the new ones. A row gets as many lanes as the number of new clusters can use, so
+// a warp may work on several rows.
 __device__ __forceinline__ void update_new_columns(
     const Clusters& all, const Matrix& matrix, const Progress& now, int team_warp,
     int team_warps, NearestCluster* publish_to, int method) {

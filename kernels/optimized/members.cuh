@@ -20,10 +20,11 @@ __device__ __forceinline__ Members members_of(const int* ends, const int* member
 
 constexpr int MEMBERS = 4;  // members that a thread loads at once
 
-// Call visit(x, weight) for every member of a group, in index order. x holds 16 bytes
-// of the member's row, from the same column in every row. `columns` is the address of
-// this column in row 0 of the array (B, N, dim), and `left` is the number of elements
-// from this column to the end of a row. Without `mass`, every weight is 1.
+// Call visit(x, weight) for every member of a group, in index order. x holds the WIDTH
+// elements in 16 bytes of the member's row, from the same column in every row.
+// `columns` is the address of this column in row 0 of the array (B, N, dim), and `left`
+// is the number of elements from this column to the end of a row. Without `mass`, every
+// weight is 1.
 template <class Visit>
 __device__ __forceinline__ void visit_members(const real_t* columns, const acc_t* mass,
                                               const Members& group, long long dim,

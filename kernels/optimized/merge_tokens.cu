@@ -1,13 +1,13 @@
 // Merging with the member lists of groups.cu (`Members` and `add_members` are in
 // members.cuh). A thread goes through the members of its group only, not through all
-// labels, and every token is read once. The sums add the same terms in the same order
-// as basic/merge_tokens.cu.
+// labels: once, or twice if their masses sum to 0. The sums add the same terms in the
+// same order as basic/merge_tokens.cu.
 
 // One thread, 16 bytes of one merged token.
 // Shapes: tokens (B, N, D), mass and members (B, N), ends (B, K), out (B, K, D). The
-// entries of group k in `members` stop before ends[k]; both count within a sequence.
-// `add_members` adds the offset of the sequence, so it gets column d of the first row
-// of the whole array.
+// entries of group k in `members` stop before ends[k]. The numbers in both arrays count
+// from the start of the sequence. `add_members` adds the offset of the sequence, so it
+// gets column d of the first row of the whole array.
 extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
                                         const int* ends, const int* members,
                                         long long batch, long long num_tokens,
@@ -23,7 +23,7 @@ extern "C" __global__ void merge_tokens(const real_t* tokens, const acc_t* mass,
 
     acc_t sum[WIDTH] = {};
     acc_t total = add_members(tokens + d, mass, group, dim, dim - d, sum);
-    if (total == 0) {  // without mass, take the plain mean
+    if (total == 0) {  // the masses sum to 0: take the plain mean
         for (int i = 0; i < WIDTH; ++i) sum[i] = 0;
         total = add_members(tokens + d, nullptr, group, dim, dim - d, sum);
     }

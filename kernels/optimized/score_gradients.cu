@@ -10,6 +10,7 @@
 //                       `multiply_tiles` sums along the rows of both factors
 //   score_gradients     one tile of a band: 128 columns of a row tile
 //   token_gradients     the band times the transposed column vectors, times `scale`
+//                       and the unit of the head
 //
 // Scores, and m, are in units of ln 2 here (softmax_states.cuh says why). A band of G
 // is stored as real_t, so that the tensor cores can multiply it. Every run gives the
@@ -214,8 +215,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
 // Transpose the column vectors `tokens` (L, B, H, N, d) to `out` (L, B, H, d, 128 T).
 // Padding (mask (B, N)) and the columns past the last token become 0. One block
 // transposes SQUARE x SQUARE elements, one row per warp at a time. Each row of the
-// square in shared memory has one element more than it needs; otherwise all elements of
-// a column would lie in one bank.
+// square in shared memory has one element more than it needs; otherwise the elements of
+// a column would lie in only one or two banks.
 extern "C" __global__ void transpose_tokens(const real_t* tokens, const bool* mask,
                                             long long outer, long long batch,
                                             long long heads, long long num_tokens,

@@ -33,8 +33,8 @@ __device__ __forceinline__ void tile_states(unsigned char* shared, const real_t*
     constexpr int halves = Tile::rows < TILE ? 2 : 1;
     constexpr int squares_across_tile = Tile::columns / TILE;
     const int num_squares = static_cast<int>((num_tokens + TILE - 1) / TILE);
-    // `upper_tile` divides S into larger squares, with sides of Tile::columns (TILE or
-    // 2 TILE). There are `tile_squares_per_side` of them along each side.
+    // `upper_tile` divides S into squares of its own, with sides of Tile::columns (TILE
+    // or 2 TILE). There are `tile_squares_per_side` of them along each side.
     const unsigned tile_squares_per_side =
         (num_squares + squares_across_tile - 1) / squares_across_tile;
     const unsigned tiles = tile_squares_per_side * (tile_squares_per_side + 1) / 2 *

@@ -1,7 +1,7 @@
 // Online softmax states (m, r, t) in base 2: add scores, merge states between lanes and
 // between warps, and turn a state into an entropy. `SoftmaxEntropy` in common.cuh is
-// the same state in base e. Base 2 is used because 2^x is one instruction. The scores s
-// are in units of ln 2, which means score / ln 2:
+// the same state in base e. Base 2 is used because 2^x is one instruction for floats.
+// The scores s are in units of ln 2, which means score / ln 2:
 //
 //   m   the largest score
 //   r = sum 2^(s - m)              over all scores except one with s = m
@@ -264,8 +264,9 @@ __device__ __forceinline__ void write_column_states(acc_t* out, State (&states)[
 }
 
 // Merge two partial states of a row or column, which lie `stride` values apart in
-// `parts`. Four states are merged as two pairs and then their results. `HalfTile` tiles
-// (tiles.cuh) merge the same pairs in another kernel, so the bits are the same.
+// `parts`. Four states are merged as two pairs, then the results of the pairs. With
+// `HalfTile` (tiles.cuh) a block merges one pair, and a later kernel merges the results
+// of the pairs. So the bits are the same.
 __device__ __forceinline__ State merge_two(const acc_t* parts, int stride) {
     State merged = read_state(parts);
     merged.merge(read_state(parts + stride));

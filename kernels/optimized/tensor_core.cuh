@@ -1,5 +1,5 @@
-// Asynchronous copies and tensor cores, for tiles.cuh and tile_staging.cuh. Each PTX
-// instruction has one function here, so no other file contains PTX for them.
+// Asynchronous copies and tensor cores, for tiles.cuh and tile_staging.cuh. All their
+// PTX instructions are in the functions of this file.
 
 // The unsigned type of 4, 8 or 16 bytes.
 template <int bytes>

@@ -63,10 +63,10 @@ __device__ __forceinline__ void copy_pieces(unsigned char* stage, const Rows& a,
     }
 }
 
-// Copy one step. An alignment of 8, 4 or 2 gives copies of that many bytes. With an
-// alignment of 16, which occurs here if the stride is 2^24 or more (`in_chunks`), a
-// copy has one element. `alignment` is the same in the whole launch, so the branches do
-// not diverge.
+// Copy one step. An alignment of 8, 4 or 2 selects the function above with this
+// alignment. An alignment of 16, which occurs here if the stride is 2^24 or more
+// (`in_chunks`), selects the function with the size of one element. `alignment` is the
+// same in the whole launch, so the branches do not diverge.
 //
 // All three calls are compiled for every type, also those that the type never executes.
 // So the template argument must be legal for the type: a piece of 4 bytes is smaller

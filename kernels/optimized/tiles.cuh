@@ -19,9 +19,9 @@
 
 constexpr bool TENSOR_CORES = (sizeof(real_t) == 2 || TF32) && __CUDA_ARCH__ >= 800;
 // The second launch bound of kernels with a `WholeTile` or `HalfTile`: at least this
-// many blocks must fit on one SM. For a `WholeTile`, the registers of an SM are enough
-// for two blocks only with the 16-bit types on tensor cores. TF32 and FMA need more
-// registers.
+// many blocks must fit on one SM. (The kernel `query_key_entropy`, with half tiles, has
+// a bound of one more.) For a `WholeTile`, the registers of an SM are enough for two
+// blocks only with the 16-bit types on tensor cores. TF32 and FMA need more registers.
 constexpr int TILE_BLOCKS_PER_SM = TENSOR_CORES && !TF32 ? 2 : 1;
 
 using Fragment = acc_t[4][16];  // a thread's part: 4 rows, 16 columns
@@ -59,7 +59,8 @@ struct Shape {
     }
 };
 using WholeTile = Shape<TILE, TILE, 1, 3>;
-using HalfTile = Shape<TILE / 2, TILE, 1, 4>;  // for small inputs
+// For small inputs, and for large ones in query_key_entropy.cu if queries are not kept.
+using HalfTile = Shape<TILE / 2, TILE, 1, 4>;
 // For tensor cores only, with one block on an SM. Such a tile reads 3/4 of the bytes
 // that two `WholeTile` tiles of the same area read.
 using WideTile = Shape<TILE, 2 * TILE, 2, WIDE_STAGES>;
