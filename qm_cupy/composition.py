@@ -236,7 +236,8 @@ def _anchors(
 def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
     """Return a copy in float32 or float64 that is 0 where a mask is False."""
     x = x.astype(np.result_type(x.dtype, np.float32), order="C")
-    return x if mask is None else x * mask
+    # Padding may be NaN, and NaN times 0 is NaN.
+    return x if mask is None else np.where(mask, x, x.dtype.type(0))
 
 
 # For NumPy and CuPy arrays. `quickmerge` has already converted them and calls

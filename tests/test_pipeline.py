@@ -139,6 +139,12 @@ class TestSources:
         mask = np.arange(30) % 4 > 0
         padded = qm.quickmerge(tokens[0], 5, saliency=scores[0], mask=mask)
         np.testing.assert_array_equal(padded.saliency, scores[0] * mask)
+        # This is true of NaN as well, which arrays on a GPU may hold unchecked.
+        scores[0, ~mask] = np.nan
+        with qm.check_finite(False):
+            unchecked = qm.quickmerge(tokens[0], 5, saliency=scores[0], mask=mask)
+        np.testing.assert_array_equal(unchecked.saliency, padded.saliency)
+        np.testing.assert_array_equal(unchecked.mass, padded.mass)
 
     def test_one_source_for_the_same_tokens(self, tokens):
         scores = qm.norm_saliency(tokens)

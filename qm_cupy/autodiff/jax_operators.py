@@ -49,7 +49,8 @@ def masked_copy(x: Any, mask: jax.Array | None) -> jax.Array:
     """
     x = jnp.asarray(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return wide if mask is None else wide * mask
+    # Padding may be NaN, and NaN times 0 is NaN.
+    return wide if mask is None else jnp.where(mask, wide, 0)
 
 
 def check_known(name: str, value: Any) -> None:

@@ -66,7 +66,8 @@ def masked_copy(x: Tensor, mask: Tensor | None) -> Tensor:
     # `to` returns `x` itself, not a copy, if `x` already has the dtype. So `clone`
     # makes the copy.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.clone() if mask is None else wide * mask
+    # Padding may be NaN, and NaN times 0 is NaN.
+    return wide.clone() if mask is None else torch.where(mask, wide, 0)
 
 
 def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:

@@ -58,10 +58,9 @@ def warmup(dtype: Any = np.float32) -> None:
         raise TypeError(f"`dtype` must be one of {', '.join(_STORAGE)}, got {name}")
     for file in kernel_files():
         # Stages whose arrays are not tokens, such as saliency, use the dtype of sums.
-        dtypes = {
-            kernel_dtype(file, x) for x in (dtype, accumulation_dtype(np.dtype(dtype)))
-        }
-        for kernel_type in dtypes:
+        # Kernels without floats, such as those of labels, are launched as float32.
+        used = dtype, accumulation_dtype(np.dtype(dtype)), np.float32
+        for kernel_type in {kernel_dtype(file, x) for x in used}:
             compile_file(file, kernel_type)
 
 
