@@ -7,11 +7,11 @@
 // are divided into S parts of `part_rows` rows. Each part is summed by its own blocks,
 // and `sum_parts` adds the parts in order.
 
-// Transpose x (rows, columns) to `out` (S, columns, part_rows). Part s holds the rows
-// from s part_rows on as columns, with zeros past the last row. One block transposes
-// SQUARE x SQUARE elements. A row of `square` has one element more than it needs;
-// otherwise the elements of a column would lie in only one or two banks of shared
-// memory.
+// Transpose x (rows, columns) to `out` (S, columns, part_rows). Part s holds
+// `part_rows` rows, from row s * part_rows on, as columns; rows past the last one are
+// zeros. One block transposes SQUARE x SQUARE elements. A row of `square` has one
+// element more than it needs; otherwise the elements of a column would lie in only one
+// or two banks of shared memory.
 extern "C" __global__ void transpose(const real_t* x, long long num_rows,
                                      long long num_columns, long long part_rows,
                                      long long num_parts, real_t* out) {
@@ -40,11 +40,11 @@ extern "C" __global__ void transpose(const real_t* x, long long num_rows,
 }
 
 // One block computes one tile of out_s = A_s B_sᵀ, for A (S, rows, dim), B
-// (S, columns, dim) and `out` (S, rows, columns). If `input`, of the shape of `out`, is
-// not null, the result is 0 wherever `input` is not above 0: this is the gradient
-// through a ReLU, as in `linear_vjp` of basic/linear_vjp.cu.
+// (S, columns, dim) and `out` (S, rows, columns). If `gate` is not null, it is the
+// input x of the layer, which is the output of a ReLU. The result is 0 wherever `gate`
+// is not above 0: this is the gradient through the ReLU.
 extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
-    products(const real_t* a, const real_t* b, const real_t* input, long long num_rows,
+    products(const real_t* a, const real_t* b, const real_t* gate, long long num_rows,
              long long num_columns, long long dim, real_t* out) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
     const long long tiles_across = (num_columns + TILE - 1) / TILE;
@@ -71,8 +71,7 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
         for (int j = 0; j < 16; ++j) {
             const int column = j / 2 * 8 + j % 2;
             if (column >= end_column) continue;
-            const bool is_blocked =
-                input && !(widen(input[first_element + column]) > 0);
+            const bool is_blocked = gate && !(widen(gate[first_element + column]) > 0);
             store(out + first_element + column, is_blocked ? acc_t(0) : sums[0][i][j]);
         }
     }
@@ -94,7 +93,7 @@ extern "C" __global__ void sum_parts(const real_t* parts, long long num_parts,
 extern "C" __global__ void bias_vjp(const real_t* gradient, long long num_parts,
                                     long long out_dim, long long part_rows,
                                     real_t* out) {
-    const long long index = thread_index() / 32;  // (out,)
+    const long long index = thread_index() / 32;  // (out_dim,)
     if (index >= out_dim) return;
     acc_t sum = 0;
     for (long long s = 0; s < num_parts; ++s)

@@ -27,7 +27,7 @@ struct __align__(2 * sizeof(acc_t)) Mass {
 };
 
 // One side of a distance: the values of one cluster that the distance depends on.
-// `spread` is E(A, A) / W^2, or 0 if the method is not ward.
+// `spread` is E(A, A) / W^2. Only ward reads it.
 struct Side {
     acc_t inverse_mass, spread;
 };
@@ -84,7 +84,8 @@ struct Clusters {
     __device__ Side side(int i, int method) const {
         return side(i, slots()[i], method);
     }
-    // E with the nearest cluster. Right after a merge, the distance of that merge.
+    // E of each cluster and its nearest cluster. The entry of a new cluster has the
+    // distance of its merge until the next round.
     __device__ acc_t* nearest_e() const {
         return reinterpret_cast<acc_t*>(masses() + num_slots);
     }
@@ -139,7 +140,8 @@ struct Tree {
     unsigned char* data;
     int num_tokens;
 
-    __device__ Node* node() const { return reinterpret_cast<Node*>(data); }  // (N,)
+    // (N,), by first token: the node of a cluster is at its first token.
+    __device__ Node* node() const { return reinterpret_cast<Node*>(data); }
     __device__ acc_t* height() const {  // (N,); for ward before the square root
         return reinterpret_cast<acc_t*>(node() + num_tokens);
     }

@@ -3,7 +3,7 @@
 // tokens is divided into parts, one block for each, with THREAD_TOKENS tokens in each
 // thread.
 
-// Compute the range of the entropies of each part and write the means over the heads.
+// Compute the means over the heads, write them, and find their range in each part.
 // `means` is null if there is only one head, which is its own mean. One block, one part
 // of one layer of one sequence.
 // Shapes: entropy (L, B, H, N), mask (B, N), lowest and highest (L, B, parts), means
@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 
 // Compute the saliency from the means over the heads and the ranges of the parts. One
 // block, one part of one sequence. The launch compiles this kernel for the dtype of
-// `means`, so here real_t is the type of the means. `head_means` with one head only
-// loads them.
+// `means`, so here real_t is the type of the means. With one head, `head_means` loads
+// them and computes nothing.
 // Shapes: means (L, B, N), mask and out (B, N), lowest and highest (L, B, parts).
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     saliency(const real_t* means, const bool* mask, const acc_t* lowest,

@@ -114,7 +114,7 @@ def running_mean_vjp_reference(
 
 
 def running_mean_vjp_cuda(gradient: Any, counts: Any, reverse: int) -> Any:
-    """Launch the kernel of `running_mean_vjp_reference`; counts are on the GPU."""
+    """Compute `running_mean_vjp_reference` by a kernel; `counts` are on the GPU."""
     num_groups, dim = gradient.shape[-2:]
     batch = math.prod(gradient.shape[:-2])
     out = empty(gradient.shape, gradient.dtype)

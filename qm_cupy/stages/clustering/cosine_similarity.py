@@ -95,8 +95,9 @@ def gram(x: NDArray[Any], out: NDArray[Any]) -> None:
     whole product with OpenBLAS's threaded syrk, which crashes from about 16,384 rows on
     (numpy#19685).
     """
-    # The part above the blocks on the diagonal is copied to the part below. If both
-    # were computed, rounding could make them differ.
+    # NumPy computes `rows @ rows.T` by syrk, too: a block on the diagonal is exactly
+    # symmetric, and syrk is safe for so few rows. The part above these blocks is copied
+    # to the part below. If both were computed, rounding could make them differ.
     for start in range(0, len(x), _GRAM_ROWS):
         stop = start + _GRAM_ROWS
         rows = x[start:stop]

@@ -201,11 +201,13 @@ def attention_entropy_vjp(
     convert_back, attention, mask, gradient = convert_inputs(
         {"attention": attention, "mask": mask}, gradients={"gradient": gradient}
     )
-    row_mask = _check_attention(attention, mask)  # (..., N)
-    check_entropy_gradient(gradient, attention.shape[:-1], row_mask)
+    matrix_mask = _check_attention(attention, mask)  # (..., N)
+    check_entropy_gradient(gradient, attention.shape[:-1], matrix_mask)
     if is_cuda(attention):
         return convert_back(_attention_entropy_vjp_cuda(gradient, attention, mask))
-    return convert_back(_attention_entropy_vjp_reference(gradient, attention, row_mask))
+    return convert_back(
+        _attention_entropy_vjp_reference(gradient, attention, matrix_mask)
+    )
 
 
 def _attention_entropy_vjp_reference(
@@ -231,10 +233,12 @@ def _attention_entropy_vjp_reference(
             total = a.sum(axis=-1, keepdims=True)  # (block, 1)
             mean_log = np.einsum("ij,ij->i", a, log_a)[:, None] / np.maximum(total, 1)
             row_gradient = np.where(a > 0, mean_log - log_a, 0)  # -(log P + H)
-            # g / Σ A, because A / m has the sum `total`
-            factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
-            with np.errstate(over="ignore"):  # inf is the result where A is tiny
-                row_gradient *= np.where(m >= tiny, factor, 0)  # -g (log P + H) / Σ A
+            # The result is -g (log P + H) / Σ A, where A / m has the sum `total`. A row
+            # with m < tiny counts as a row without attention. If Σ A is very small, the
+            # result is too large for the dtype, and ±inf is right.
+            with np.errstate(over="ignore", invalid="ignore"):
+                factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
+                row_gradient *= np.where((m >= tiny) & (a > 0), factor, 0)
             out[index][rows] = narrow(row_gradient, out.dtype)
     return out
 
