@@ -3,7 +3,7 @@
 // cluster in the arrays of `Clusters`, and of its column in the matrix.
 
 // Values of `mate`, in `SlotValues` and in `Change` (linkage.cu), that are not slots.
-// Only a `Change` can be ABSORBED.
+// `mate` can be ABSORBED only in a `Change`.
 constexpr int UNTOUCHED = -1, ABSORBED = -2;
 // Numbers of loads that a thread starts before it uses the first of them. ROW_LOADS is
 // for the columns of a row, EXCHANGE_LOADS for published nearest clusters.
@@ -33,13 +33,14 @@ struct Side {
 };
 
 // The bytes per slot in `Clusters`. Besides the structs and the E of the nearest
-// cluster, there are five and a half integers: the nearest slot, lists 0 to 3, and half
-// of list 4.
+// cluster, there are five and a half integers: the nearest slot, one entry in each of
+// the lists 0 to 3, and half an entry in list 4, which is half as long.
 static_assert(SLOT_BYTES ==
               sizeof(SlotValues) + sizeof(Mass) + sizeof(acc_t) + 11 * sizeof(int) / 2);
 
-// The nearest cluster of a slot, and E of the two. In every round each block publishes
-// them for its own rows, and all blocks read them for all rows.
+// The nearest cluster of the cluster in a slot, and E of these two clusters. In every
+// round each block publishes them for its own rows, and all blocks read them for all
+// rows.
 struct NearestCluster {
     acc_t e;
     int slot;
@@ -64,13 +65,13 @@ __device__ __forceinline__ acc_t distance(acc_t e, const Side& a, const Side& b,
 }
 
 // The clusters of a sequence. Each block has its own copy. The arrays lie in `state` in
-// the order of these functions, with one entry for each slot. Their addresses are
+// the order of the functions below, with one entry for each slot. Their addresses are
 // computed at each use, because pointers to all of them would take too many registers.
 struct Clusters {
     acc_t* heights;  // (N,), of the merges so far: a copy of `Tree::height`
     unsigned char* state;
     int num_slots;
-    int active_list;  // 0 or 1: list 1 or 2 is `active`
+    int active_list;  // 0: `active` is list 1; 1: it is list 2
 
     __device__ SlotValues* slots() const {
         return reinterpret_cast<SlotValues*>(state);
@@ -84,8 +85,8 @@ struct Clusters {
     __device__ Side side(int i, int method) const {
         return side(i, slots()[i], method);
     }
-    // E of each cluster and its nearest cluster. The entry of a new cluster has the
-    // distance of its merge until the next round.
+    // E of each cluster and its nearest cluster. After a merge, the entry of the new
+    // cluster is the distance of this merge instead of an E, until the next round.
     __device__ acc_t* nearest_e() const {
         return reinterpret_cast<acc_t*>(masses() + num_slots);
     }
@@ -104,8 +105,8 @@ struct Clusters {
     // The slots of the new clusters, which are at most half of the slots.
     __device__ int* new_clusters() const { return list(4); }
 
-    // 1 / |x| of each token (N,). This array uses the memory of the heights before the
-    // first merge.
+    // 1 / |x| of each token (N,). Before the first merge, this array uses the memory of
+    // the heights.
     __device__ acc_t* inverse_norms() const { return heights; }
 
     __device__ int* list(int k) const { return nearest() + (1 + k) * num_slots; }
@@ -193,8 +194,8 @@ __device__ __forceinline__ double rounded_for_comparison(double x) {
 __device__ __forceinline__ Neighbour candidate(acc_t e, const Side& side_i, int j,
                                                const Side& side_j, int method) {
     const acc_t exact = distance(e, side_i, side_j, method);
-    // A NaN counts as infinitely far (-padding()): `rounded_for_comparison` could turn
-    // its bits into the bits of a distance.
+    // A NaN gets the distance +infinity, which is -padding(). It must not be rounded,
+    // because `rounded_for_comparison` could turn its bits into those of a distance.
     return {exact >= 0 ? rounded_for_comparison(exact) : -padding(), e, j};
 }
 

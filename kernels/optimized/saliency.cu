@@ -4,8 +4,8 @@
 // thread.
 
 // Compute the means over the heads, write them, and find their range in each part.
-// `means` is null if there is only one head, which is its own mean. One block, one part
-// of one layer of one sequence.
+// `means` is null if there is only one head: the means are then the entropies
+// themselves. One block, one part of one layer of one sequence.
 // Shapes: entropy (L, B, H, N), mask (B, N), lowest and highest (L, B, parts), means
 // (L, B, N).
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     __shared__ acc_t scratch[32];
     const long long part_tokens = THREAD_TOKENS * blockDim.x;
     const long long parts = (num_tokens + part_tokens - 1) / part_tokens;
-    const long long layer = blockIdx.x / parts;  // in (L, B)
+    const long long layer = blockIdx.x / parts;  // a layer of a sequence, in (L, B)
     const long long first_token = blockIdx.x % parts * part_tokens + threadIdx.x;
     const long long step = blockDim.x;
     const bool* valid = mask ? mask + layer % batch * num_tokens : nullptr;  // (N,)
@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 
 // Compute the saliency from the means over the heads and the ranges of the parts. One
 // block, one part of one sequence. The launch compiles this kernel for the dtype of
-// `means`, so here real_t is the type of the means. With one head, `head_means` loads
-// them and computes nothing.
+// `means`, so here real_t is the type of the means. `head_means` is called with
+// one head here, so it only loads the means.
 // Shapes: means (L, B, N), mask and out (B, N), lowest and highest (L, B, parts).
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     saliency(const real_t* means, const bool* mask, const acc_t* lowest,

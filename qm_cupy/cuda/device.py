@@ -63,8 +63,9 @@ def _device(number: int) -> Device:
 def free_memory() -> int:
     """Return the number of bytes that can be allocated on the current device.
 
-    Within `Workspace.lend`, return the number of the first call with this workspace, so
-    that every call requests buffers of the same sizes.
+    Within `Workspace.lend`, return the same value as at the first call with this
+    workspace. The sizes of buffers depend on it, so every call then requests the same
+    sizes.
     """
     import cupy
 

@@ -73,8 +73,8 @@ def plot_budget(
     """
     budgets, errors = to_host("budgets", budgets), to_host("errors", errors)
     check_is_array("budgets", budgets)
-    # `budgets` must have one axis of any length. A number has the shape (): the check
-    # then wants the shape (1,) and refuses the number.
+    # `budgets` must have one axis of any length. A number has the shape (), which
+    # `shape[-1:]` would accept. `or (1,)` makes the check refuse it.
     check_shape("budgets", budgets, "M", budgets.shape[-1:] or (1,))
     check_num_groups(budgets, budgets.shape, name="budgets")
     check_values("errors", errors, "M", "CM")

@@ -25,7 +25,7 @@ def running_mean(
 
     With `reverse`, row t is the mean of tokens t..K, otherwise of tokens 1..t.
     `counts` (B,) is the number of valid tokens of each sequence. Later tokens are
-    padding, and in t..K the K is this number.
+    padding. In `t..K`, K is this number, not the length of the axis.
     """
     if is_cuda(tokens):
         return running_mean_cuda(tokens, counts, reverse)
@@ -58,8 +58,9 @@ def _sum_rows(x: NDArray[Any]) -> None:
 
     The rows are cut into runs of √K rows. The first loop sums within the runs, and each
     of its steps adds one row in all runs at once. The last loop adds the total of the
-    previous runs to each run. Both loops have about √K steps. NumPy's cumsum works
-    column by column, which takes several times as long.
+    previous runs to each run. These two loops have about √K steps. A short loop between
+    them sums the rows after the last run. NumPy's cumsum works column by column, which
+    takes several times as long.
     """
     *batch, num_rows, dim = x.shape
     run_rows = max(1, math.isqrt(num_rows))
@@ -71,7 +72,7 @@ def _sum_rows(x: NDArray[Any]) -> None:
         runs[..., t, :] += runs[..., t - 1, :]
     for t in range(rows_in_runs + 1, num_rows):  # the remaining rows, fewer than a run
         x[..., t, :] += x[..., t - 1, :]
-    # Row first - 1 is the last row of the previous run, and its sum is complete here.
+    # Row `first - 1` is the last row of the previous run. Its sum is already complete.
     for first in range(run_rows, num_rows, run_rows):
         x[..., first : first + run_rows, :] += x[..., first - 1 : first, :]
 

@@ -81,8 +81,8 @@ def cosine_similarity_cuda(tokens: Any) -> Any:
     args = (tokens, norms, batch, num_tokens, dim, out)
     kernel = "cosine_similarity", "cosine_similarity"
     # The matrix is symmetric, so the optimized kernel computes only tiles on or above
-    # the diagonal. It also exists for wide tiles (128 × 256). The basic kernel has a
-    # thread for each output.
+    # the diagonal. There is also a version of this kernel for wide tiles (128 × 256).
+    # The basic kernel has a thread for each output.
     tiling = Tiling(batch, num_tokens, num_tokens, upper=True, wide=True)
     launch(*kernel, tokens.dtype, args, outputs=out.size, tiles=tiling)
     return out
@@ -95,9 +95,10 @@ def gram(x: NDArray[Any], out: NDArray[Any]) -> None:
     whole product with OpenBLAS's threaded syrk, which crashes from about 16,384 rows on
     (numpy#19685).
     """
-    # NumPy computes `rows @ rows.T` by syrk, too: a block on the diagonal is exactly
-    # symmetric, and syrk is safe for so few rows. The part above these blocks is copied
-    # to the part below. If both were computed, rounding could make them differ.
+    # NumPy also uses syrk for each block on the diagonal, `rows @ rows.T`. This is safe
+    # for so few rows, and the block is exactly symmetric. The part to the right of the
+    # block is computed once, and its transpose is copied to the part below the block.
+    # If both were computed, rounding could make them differ.
     for start in range(0, len(x), _GRAM_ROWS):
         stop = start + _GRAM_ROWS
         rows = x[start:stop]

@@ -88,7 +88,8 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
 def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
     """Return the entropy of converted arrays, after checking them."""
     # The kernels read the mask (B, N) and find the sequence of a row themselves. The
-    # reference needs one mask (N,) for each matrix: it has the shape (..., N).
+    # reference needs one mask (N,) for each matrix. `matrix_mask` (..., N) has all of
+    # them.
     matrix_mask = _check_attention(attention, mask)
     if is_cuda(attention):
         return _attention_entropy_cuda(attention, mask)
@@ -99,7 +100,8 @@ def _check_attention(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_] | None:
     """Raise if an argument is not valid; return the mask of each matrix."""
-    # `check_values` allows any last two axes; the matrices must also be square.
+    # `check_values` does not compare the lengths of the last two axes. `check_shape`
+    # checks that they are equal.
     check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
     check_shape(
         "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
@@ -186,9 +188,9 @@ def attention_entropy_vjp(
     The derivative of the entropy is infinite where a probability is 0. This function
     returns 0 there, and also for a row without attention. With m the largest entry of
     the row,
-    :math:`\log P_{ij} + H_i = \log(A_{ij}/m) - \sum_k P_{ik} \log(A_{ik}/m)`. This form
-    subtracts no two nearly equal numbers where one entry dominates, so no digits are
-    lost.
+    :math:`\log P_{ij} + H_i = \log(A_{ij}/m) - \sum_k P_{ik} \log(A_{ik}/m)`. If one
+    entry dominates, :math:`\log P_{ij}` and :math:`-H_i` are nearly equal, and their
+    difference loses digits. The form with m does not.
 
     Examples
     --------
@@ -225,16 +227,16 @@ def _attention_entropy_vjp_reference(
                 a *= valid  # padded columns become 0
             m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
             a /= np.maximum(m, tiny)  # A / m
-            # Every log is ≤ 0, and the log of the largest entry is exactly 0. So where
-            # this entry dominates, the sum of P log(A/m) loses no digits.
+            # All logs are ≤ 0, so nothing cancels in the sum of P log(A/m). The largest
+            # entry adds exactly 0, so small terms keep their digits.
             log_a = np.log(a, out=np.zeros_like(a), where=a > 0)  # log(A / m)
             # Σ A / m is at least 1, because the largest entry gives 1. In a row without
             # attention, Σ A / m is 0.
             total = a.sum(axis=-1, keepdims=True)  # (block, 1)
             mean_log = np.einsum("ij,ij->i", a, log_a)[:, None] / np.maximum(total, 1)
             row_gradient = np.where(a > 0, mean_log - log_a, 0)  # -(log P + H)
-            # The result is -g (log P + H) / Σ A, where A / m has the sum `total`. A row
-            # with m < tiny counts as a row without attention. If Σ A is very small, the
+            # The result is -g (log P + H) / Σ A, with Σ A = `total` · m. A row with
+            # m < tiny counts as a row without attention. If Σ A is very small, the
             # result is too large for the dtype, and ±inf is right.
             with np.errstate(over="ignore", invalid="ignore"):
                 factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
