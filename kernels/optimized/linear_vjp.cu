@@ -1,17 +1,18 @@
 // Gradients of linear maps, computed in tiles (tiles.cuh); see basic/linear_vjp.cu for
 // the formulas.
 //
-// `multiply_tiles` computes A Bᵀ: each sum goes over a row of A and a row of B. A
-// factor that must be summed over its columns is transposed first. For dW = dyᵀ x there
-// are many rows to sum and few weights: with one block for each tile of dW, few blocks
-// would run. So the rows are divided into S parts of `part_rows` rows. Each part is
-// summed by its own blocks, and `sum_parts` adds the parts in order.
+// `multiply_tiles` computes A Bᵀ: each sum goes over a row of A and a row of B. If a
+// sum goes down the columns of a factor, the factor is transposed first, so that its
+// columns become rows. For dW = dyᵀ x there are many rows to sum and few weights: with
+// one block for each tile of dW, few blocks would run. So the rows are divided into S
+// parts of `part_rows` rows. Each part is summed by its own blocks, and `sum_parts`
+// adds the parts in order.
 
 // Transpose x (rows, columns) to `out` (S, columns, part_rows). The columns of part s
-// are the rows s * part_rows, s * part_rows + 1, ... of x. Columns for rows past the
-// end of x are zeros. One block transposes SQUARE x SQUARE elements. A row of `square`
-// has one element more than it needs; otherwise the elements of a column would lie in
-// only one or two banks of shared memory.
+// are the rows s * part_rows, s * part_rows + 1, ... of x. If x has too few rows for
+// the last part, its remaining columns are zeros. One block transposes SQUARE x SQUARE
+// elements. A row of `square` has one element more than it needs; otherwise the
+// elements of a column would lie in only one or two banks of shared memory.
 extern "C" __global__ void transpose(const real_t* x, long long num_rows,
                                      long long num_columns, long long part_rows,
                                      long long num_parts, real_t* out) {
@@ -57,8 +58,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
         stages, {a + (s * num_rows + row0) * dim, num_rows - row0},
         {b + (s * num_columns + column0) * dim, num_columns - column0}, 1, dim, sums,
         [](int) {});
-    // The end of the columns of `out` in this tile, counted from the thread's first
-    // column. Columns from there on are not written.
+    // The number of columns of `out` in this tile from the thread's first column on.
+    // The thread does not write columns at or beyond this offset.
     const int end_column =
         static_cast<int>(min(num_columns - column0, (long long)TILE)) -
         WholeTile::column(0);

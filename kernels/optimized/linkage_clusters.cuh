@@ -1,12 +1,14 @@
 // The clusters of linkage.cu, their distances, and the merges that become a dendrogram.
-// linkage.cu has the formulas of E, W and the distances. A slot is the index of a
-// cluster in the arrays of `Clusters`, and of its column in the matrix.
+// linkage.cu has the formulas of E, W and the distances. Each cluster has a slot: its
+// index in the arrays of `Clusters`, which is also the index of its column in the
+// matrix.
 
-// Values of `mate`, in `SlotValues` and in `Change` (linkage.cu), that are not slots.
-// `mate` can be ABSORBED only in a `Change`.
+// `mate` is the slot that a cluster absorbs in a round, or one of these two values. It
+// can be ABSORBED only in a `Change` (linkage.cu), not in `SlotValues`.
 constexpr int UNTOUCHED = -1, ABSORBED = -2;
 // Numbers of loads that a thread starts before it uses the first of them. ROW_LOADS is
-// for the columns of a row, EXCHANGE_LOADS for published nearest clusters.
+// for the columns of a row. EXCHANGE_LOADS is for the nearest clusters that the blocks
+// exchange (`NearestCluster`).
 constexpr int ROW_LOADS = 4, EXCHANGE_LOADS = 8;
 constexpr int PART = 64;  // a row gets at most one warp for each PART columns
 
@@ -32,9 +34,10 @@ struct Side {
     acc_t inverse_mass, spread;
 };
 
-// The bytes per slot in `Clusters`. Besides the structs and the E of the nearest
-// cluster, there are five and a half integers: the nearest slot, one entry in each of
-// the lists 0 to 3, and half an entry in list 4, which is half as long.
+// The bytes per slot in `Clusters`: a `SlotValues`, a `Mass`, the E of the nearest
+// cluster, and five and a half integers. These are the nearest slot, one entry in each
+// of the lists 0 to 3 (`Clusters::list`), and half an entry in list 4, because this
+// list has half the length.
 static_assert(SLOT_BYTES ==
               sizeof(SlotValues) + sizeof(Mass) + sizeof(acc_t) + 11 * sizeof(int) / 2);
 
@@ -86,7 +89,8 @@ struct Clusters {
         return side(i, slots()[i], method);
     }
     // E of each cluster and its nearest cluster. After a merge, the entry of the new
-    // cluster is the distance of this merge instead of an E, until the next round.
+    // cluster is the distance of the two merged clusters. linkage.cu computes the
+    // height of the merge from it. The next round writes an E again.
     __device__ acc_t* nearest_e() const {
         return reinterpret_cast<acc_t*>(masses() + num_slots);
     }
@@ -127,7 +131,7 @@ struct Matrix {
 
 // The node of a cluster in the dendrogram.
 struct Node {
-    acc_t height;  // at least the height of both parts
+    acc_t height;  // not less than the height of either part
     int index;     // i < N: token i; N + t: merge t
     int tokens;
 };

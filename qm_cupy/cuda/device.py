@@ -64,8 +64,8 @@ def free_memory() -> int:
     """Return the number of bytes that can be allocated on the current device.
 
     Within `Workspace.lend`, return the same value as at the first call with this
-    workspace. The sizes of buffers depend on it, so every call then requests the same
-    sizes.
+    workspace. The sizes of buffers depend on this value. It stays the same, so every
+    call requests buffers of the same sizes.
     """
     import cupy
 

@@ -73,8 +73,8 @@ def plot_budget(
     """
     budgets, errors = to_host("budgets", budgets), to_host("errors", errors)
     check_is_array("budgets", budgets)
-    # `budgets` must have one axis of any length. A number has the shape (), which
-    # `shape[-1:]` would accept. `or (1,)` makes the check refuse it.
+    # `budgets` must have one axis of any length. For a number, `shape[-1:]` is (), and
+    # equal to its shape. With `or (1,)` the wanted shape is (1,), and the check fails.
     check_shape("budgets", budgets, "M", budgets.shape[-1:] or (1,))
     check_num_groups(budgets, budgets.shape, name="budgets")
     check_values("errors", errors, "M", "CM")

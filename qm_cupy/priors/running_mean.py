@@ -25,7 +25,8 @@ def running_mean(
 
     With `reverse`, row t is the mean of tokens t..K, otherwise of tokens 1..t.
     `counts` (B,) is the number of valid tokens of each sequence. Later tokens are
-    padding. In `t..K`, K is this number, not the length of the axis.
+    padding. In `t..K`, K is the count of the sequence; in (B, K, D), it is the length
+    of the axis.
     """
     if is_cuda(tokens):
         return running_mean_cuda(tokens, counts, reverse)

@@ -2,7 +2,8 @@
 
 A_ij is the attention of token i to token j. A is a matrix (N, N) for each of L layers,
 B sequences and H heads. P_ij = A_ij / Σ_k A_ik is the same row with sum 1, and
-H_i = -Σ_j P_ij log P_ij is its entropy. Below, (..., N) are the rows of all matrices.
+H_i = -Σ_j P_ij log P_ij is its entropy. Below, an array (..., N) has one number for each
+row of each matrix.
 """
 
 import math
@@ -144,8 +145,8 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     _, batch, heads = layer_axes(leading)
     args = (*arrays, math.prod(leading), batch, heads, num_tokens, out)
     kernel = "attention_entropy", "attention_entropy"
-    # The optimized kernel has a warp for each row, whose threads add up the N entries
-    # together. The basic kernel (see `use_kernels`) has one thread for each row.
+    # In the optimized kernel, the threads of a warp together add up the N entries of a
+    # row. The basic kernel (see `use_kernels`) has one thread for each row.
     launch(*kernel, attention.dtype, args, rows=out.size)
     return out
 
@@ -227,8 +228,9 @@ def _attention_entropy_vjp_reference(
                 a *= valid  # padded columns become 0
             m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
             a /= np.maximum(m, tiny)  # A / m
-            # All logs are ≤ 0, so nothing cancels in the sum of P log(A/m). The largest
-            # entry adds exactly 0, so small terms keep their digits.
+            # All logs are ≤ 0, so nothing cancels in the sum of P log(A/m). The term of
+            # the largest entry is exactly 0, because log(m/m) = 0. So the small terms
+            # are not added to a large one, and keep their digits.
             log_a = np.log(a, out=np.zeros_like(a), where=a > 0)  # log(A / m)
             # Σ A / m is at least 1, because the largest entry gives 1. In a row without
             # attention, Σ A / m is 0.
