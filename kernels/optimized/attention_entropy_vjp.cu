@@ -49,7 +49,8 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
         load_vector(a, probabilities + j, num_tokens - j);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-            // m is 0 in a row without attention. Past the row, a is 0.
+            // m is 0 in a padded row, of which no entry was read, and in a row without
+            // attention. Past the end of the row, a is 0.
             const acc_t u = m > 0 ? a[i] / m : acc_t(0);
             const bool seen = u > 0 && is_token(mask, sequence_start + j + i);
             a[i] = seen ? weight * (mean - log(u)) : acc_t(0);

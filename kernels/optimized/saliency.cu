@@ -37,10 +37,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 }
 
 // Compute the saliency from the means over the heads and the ranges of the parts. One
-// block, one part of one sequence. `means` has the
-// type acc_t if `entropy_range` wrote it. With one head it is the array of entropies,
-// in its own type. The launch compiles this kernel with real_t equal to the type of
-// `means`. `head_means` is called with one head here, so it only loads the means.
+// block, one part of one sequence. `means` has the type acc_t if `entropy_range` wrote
+// it. With one head it is the array of entropies, in its own type. The launch compiles
+// this kernel with real_t equal to the type of `means`. `head_means` is called with one
+// head here, so it only loads the means.
 // Shapes: means (L, B, N), mask and out (B, N), lowest and highest (L, B, parts).
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
     saliency(const real_t* means, const bool* mask, const acc_t* lowest,

@@ -2,8 +2,8 @@
 
 A_ij is the attention of token i to token j. A is a matrix (N, N) for each of L layers,
 B sequences and H heads. P_ij = A_ij / Σ_k A_ik is the same row with sum 1, and
-H_i = -Σ_j P_ij log P_ij is its entropy. Below, an array (..., N) has one number for each
-row of each matrix.
+H_i = -Σ_j P_ij log P_ij is its entropy. Below, an array (..., N) has one number for
+each row of each matrix.
 """
 
 import math
