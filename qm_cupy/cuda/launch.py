@@ -50,8 +50,9 @@ def launch(
     ===============  ==========================  ======================================
     argument         basic kernels               optimized kernels
     ===============  ==========================  ======================================
-    `outputs`        a thread for each; the      the same, unless another argument is
-                     other rows do not apply     given
+    `outputs`        a thread for each; if it    the same, unless another argument is
+                     is given, the arguments     given
+                     below are ignored
     `rows`           a thread for each           a warp for each
     `blocks`         a thread for each           a block for each, of `block` threads
     `vector_output`  a thread for each element   a thread for each 16 bytes of a row

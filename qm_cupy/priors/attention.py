@@ -21,13 +21,15 @@ _MAX_SCORES = 1 << 22  # scores in memory at once, at most: 16 MB of float32
 
 
 class Span(NamedTuple):
-    """Positions and sizes of the T tokens of a pass, and which of them are valid."""
+    """The T tokens of a pass: their positions, which of them are valid, and the sizes of
+    all tokens in the cache."""
 
     positions: Any
     """(B, T), or None if positions are `start`, `start` + 1, … For learned positions,
     the attention also gets None, because it does not use them."""
     sizes: Any
-    """(B, capacity of the cache), or None if every size is 1."""
+    """(B, capacity of the cache): the size of the token in each slot, or None if every
+    size is 1."""
     counts: NDArray[np.int64]
     """(B,), the number of valid tokens among the T tokens; later ones are padding."""
     start: int

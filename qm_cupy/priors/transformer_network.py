@@ -76,6 +76,6 @@ def _positioned(
         positions = position_range + np.zeros(
             tokens.shape[:2], np.int64, like=learned
         )  # (B, T)
-    # Negative positions were not checked, and on a GPU no positions were. Clipping
-    # keeps them within the learned ones.
+    # The checks do not reject negative positions, and on a GPU they do not read the
+    # positions at all. So clip them to the range of the learned positions.
     return span._replace(positions=None), learned[positions.clip(0, len(learned) - 1)]
