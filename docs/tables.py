@@ -75,7 +75,7 @@ def layers_to_break_even(runs: Sequence[dict[str, Any]]) -> Markdown:
 
 
 def stage_percentages(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return rows with the percentage of `quickmerge`'s time that each stage takes."""
+    """Return rows with the time of each stage, in percent of the sum of these times."""
     rows = []
     for stage in runs[0]["stages"]:
         fractions = [run["stages"][stage] / sum(run["stages"].values()) for run in runs]

@@ -91,8 +91,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                                       num_tokens, head_dim, causal, scale, out);
 }
 
-// A block with a HalfTile has half of the threads of a block with a WholeTile, so one
-// more block fits on an SM.
+// The second bound asks the compiler for few enough registers that one more block fits
+// on an SM than with a WholeTile. (A block with a HalfTile has half of the threads.)
 extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM + 1)
     query_key_entropy(const real_t* query, const real_t* key, const bool* mask,
                       long long outer, long long batch, long long heads,

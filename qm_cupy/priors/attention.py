@@ -21,8 +21,7 @@ _MAX_SCORES = 1 << 22  # scores in memory at once, at most: 16 MB of float32
 
 
 class Span(NamedTuple):
-    """The T tokens of a pass: their positions, which of them are valid, and the sizes of
-    all tokens in the cache."""
+    """The T tokens of a pass: positions and validity; and all sizes in the cache."""
 
     positions: Any
     """(B, T), or None if positions are `start`, `start` + 1, … For learned positions,
