@@ -71,3 +71,11 @@ class TestAttentionEntropyVjp:
         attention = np.array([[2e-7, 6e-8], [0.5, 0.5]], np.float16)
         got = qm.attention_entropy_vjp(np.ones(2), attention)
         np.testing.assert_array_equal(got, [[-np.inf, np.inf], [0, 0]])
+
+
+def test_a_zero_probability_gets_zero_even_if_the_gradient_overflows():
+    # ΣA is about 1e-36, so g / ΣA is 1e39, which is infinite in float32.
+    attention = np.array([[1e-36, 3e-38, 0], [1, 1, 0], [1, 1, 0]], np.float32)
+    got = qm.attention_entropy_vjp(np.full(3, 1e3, np.float32), attention)
+    np.testing.assert_array_equal(got[0], [-np.inf, np.inf, 0])
+    np.testing.assert_array_equal(got[1:, 2], 0)
