@@ -75,9 +75,8 @@ def convert_inputs(
     """Return ``convert_back``, then all arguments as NumPy or CuPy arrays.
 
     The arguments come in the order of the parameters below: first `arrays`, last
-    `outputs`. The keys are the names that error messages use. None stays None.
-    All arrays
-    except `counts` must be of one library and on one device. The function
+    `outputs`. The keys are the names that error messages use. None stays None. All
+    arrays except `counts` must be of one library and on one device. The function
     ``convert_back`` converts a result to the library of the first array.
 
     Parameters

@@ -98,9 +98,9 @@ def linkage(
     On the CPU, the computation handles one sequence at a time, and needs about 12 N²
     bytes of memory, or 16 N² with masses. On a GPU, one launch handles as many
     sequences as fit in three quarters of the free memory. The cosines of a sequence
-    need 4 N² bytes there, or 8 N² for float64 tokens.
-    At equal distances the order of merges follows a fixed rule, so the same call always
-    gives the same dendrogram. On a GPU, and with masses, the rule is not SciPy's.
+    need 4 N² bytes there, or 8 N² for float64 tokens. At equal distances the order of
+    merges follows a fixed rule, so the same call always gives the same dendrogram. On a
+    GPU, and with masses, the rule is not SciPy's.
 
     Examples
     --------

@@ -236,13 +236,13 @@ def _attention_entropy_vjp_reference(
             # attention, Σ A / m is 0.
             total = a.sum(axis=-1, keepdims=True)  # (block, 1)
             mean_log = np.einsum("ij,ij->i", a, log_a)[:, None] / np.maximum(total, 1)
-            row_gradient = np.where(a > 0, mean_log - log_a, 0)  # -(log P + H)
             # The result is -g (log P + H) / Σ A, with Σ A = `total` · m. A row with
             # m < tiny counts as a row without attention. If Σ A is very small, the
             # result is too large for the dtype, and ±inf is right.
             with np.errstate(over="ignore", invalid="ignore"):
                 factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
-                row_gradient *= np.where((m >= tiny) & (a > 0), factor, 0)
+                factor = np.where(m >= tiny, factor, 0)  # g / Σ A, (block, 1)
+                row_gradient = np.where(a > 0, (mean_log - log_a) * factor, 0)
             out[index][rows] = narrow(row_gradient, out.dtype)
     return out
 

@@ -13,15 +13,7 @@ from numpy.typing import NDArray
 
 def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Scale each row of (..., N) to [0, 1]; constant rows and padding become 0."""
-    valid: Any = True if mask is None else mask  # (..., N)
-    # NumPy needs initial values for `where`. Any token replaces them; `check_mask`
-    # refuses a row without tokens.
-    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
-    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
-    # A constant row has w = 0 and x - low = 0. With the divisor 1, y is 0 there.
-    width = np.where(high > low, high - low, 1)  # w, (..., 1)
-    # The quotient of padding may overflow, so do not multiply it by the mask.
-    return np.where(valid, x - low, 0) / width  # y, (..., N)
+    return _scaled(x, mask)[0]
 
 
 def scale_min_max_vjp(
@@ -31,12 +23,8 @@ def scale_min_max_vjp(
 
     `gradient` must be 0 for padding.
     """
-    # Repeat the steps of `scale_min_max`.
     valid: Any = True if mask is None else mask
-    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
-    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
-    width = np.where(high > low, high - low, 1)  # w, (..., 1)
-    scaled = np.where(valid, (x - low) / width, 0)  # y, (..., N)
+    scaled, low, high, width = _scaled(x, mask)
     # ∂y/∂x = 1/w, ∂y/∂low = (y - 1)/w and ∂y/∂high = -y/w. `result` is w ∂ℒ/∂x; the
     # last line divides it by w.
     result = gradient.astype(x.dtype)
@@ -50,3 +38,19 @@ def scale_min_max_vjp(
     # inf is the right result.
     with np.errstate(over="ignore"):
         return np.where((high > low) & valid, result / width, 0)
+
+
+def _scaled(
+    x: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return y (..., N), and `low`, `high` and w (..., 1), of the rows x."""
+    valid: Any = True if mask is None else mask  # (..., N)
+    # NumPy needs initial values for `where`. Any token replaces them; `check_mask`
+    # refuses a row without tokens.
+    low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
+    high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
+    # A constant row has w = 0 and x - low = 0. With the divisor 1, y is 0 there.
+    width = np.where(high > low, high - low, 1)
+    # The quotient of padding could overflow, so padding becomes 0 before the division.
+    gap = x - low if mask is None else np.where(mask, x - low, 0)
+    return gap / width, low, high, width

@@ -325,9 +325,7 @@ def _query_key_entropy_vjp_cuda(
 ) -> tuple[Any, Any]:
     """Return the gradients with respect to the queries and the keys."""
     query, key = contiguous(query), contiguous(key)
-    score_arguments = score_arguments_cuda(gradient, query, key, causal, scale, mask)
+    extra = score_arguments_cuda(gradient, query, key, causal, scale, mask)
     # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q. QUERIES selects G, and KEYS selects Gᵀ.
-    query_gradient = token_gradients_cuda(
-        score_arguments, query, key, QUERIES
-    )  # (..., N, d)
-    return query_gradient, token_gradients_cuda(score_arguments, key, query, KEYS)
+    query_gradient = token_gradients_cuda(extra, query, key, QUERIES)  # (..., N, d)
+    return query_gradient, token_gradients_cuda(extra, key, query, KEYS)

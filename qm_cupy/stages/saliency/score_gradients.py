@@ -154,7 +154,7 @@ def score_arguments_cuda(
 
 
 def token_gradients_cuda(
-    score_arguments: ScoreArguments, own: Any, other: Any, sides: int
+    extra: ScoreArguments, own: Any, other: Any, sides: int
 ) -> Any:
     """Return ∂ℒ/∂own = c · M · other, (..., N, d).
 
@@ -171,56 +171,39 @@ def token_gradients_cuda(
     row_tiles = _num_tiles(num_tokens)  # of one head
     # M is square, so N columns need as many 128-wide tiles as N rows. `columns` is N
     # rounded up to a multiple of 128.
-    num_row_tiles, columns = score_arguments.outer * row_tiles, row_tiles * TILE
+    num_row_tiles, columns = extra.outer * row_tiles, row_tiles * TILE
     # The tensor cores multiply factors of one dtype, so an optimized kernel stores the
     # band in the dtype of the tokens.
     band_dtype = acc_dtype if basic else own.dtype
     max_row_tiles = max(_BAND_BYTES // (TILE * columns * band_dtype.itemsize), 1)
     band = empty((min(max_row_tiles, num_row_tiles), TILE, columns), band_dtype)
-    factor = other if basic else _transposed(other, score_arguments)
-    sizes = score_arguments.batch, score_arguments.heads, num_tokens, dim
+    factor = other if basic else _transposed(other, extra)
+    sizes = extra.batch, extra.heads, num_tokens, dim
     # Each pass of the loop overwrites the band. The first kernel writes rows of M to
     # the band; the second one multiplies the band by the tokens and writes to `out`.
     # Row tiles are independent, so results do not depend on the size of the band.
     for first in range(0, num_row_tiles, max_row_tiles):
         part = first, min(max_row_tiles, num_row_tiles - first)  # (first, number)
         rows = part[1] * TILE
-        arrays = own, other, score_arguments.row_values, score_arguments.mask
-        options = score_arguments.causal, score_arguments.scale, sides
+        arrays = own, other, extra.row_values, extra.mask
+        options = extra.causal, extra.scale, sides
         args: tuple[Any, ...] = (*arrays, *part, *sizes, *options, band)
         # A block for each 128 × 128 tile of the band. The basic kernels have a thread
         # for each entry of the band here, and for each entry of `out` below.
         kernel, blocks = (_FILE, "score_gradients"), part[1] * row_tiles
         launch(*kernel, own.dtype, args, outputs=rows * columns, blocks=blocks)
         if basic:
-            args = (
-                band,
-                factor,
-                score_arguments.mask,
-                *part,
-                *sizes,
-                score_arguments.scale,
-                out,
-            )
+            args = (band, factor, extra.mask, *part, *sizes, extra.scale, out)
         else:
             # This kernel needs no mask: the transposed tokens are 0 for padding.
-            args = (
-                band,
-                factor,
-                score_arguments.units,
-                *part,
-                num_tokens,
-                dim,
-                *options,
-                out,
-            )
+            args = (band, factor, extra.units, *part, num_tokens, dim, *options, out)
         # A block for each row tile and 128 of the d columns of `out`.
         kernel, blocks = (_FILE, "token_gradients"), part[1] * _num_tiles(dim)
         launch(*kernel, own.dtype, args, outputs=rows * dim, blocks=blocks)
     return out
 
 
-def _transposed(tokens: Any, score_arguments: ScoreArguments) -> Any:
+def _transposed(tokens: Any, extra: ScoreArguments) -> Any:
     """Return tokens (..., N, d) as (L · B · H, d, columns), with N rounded up to tiles.
 
     The product with a band then reads both factors along rows. Padding and the columns
@@ -228,17 +211,11 @@ def _transposed(tokens: Any, score_arguments: ScoreArguments) -> Any:
     """
     *_, num_tokens, dim = tokens.shape
     columns = _num_tiles(num_tokens) * TILE
-    out = empty((score_arguments.outer, dim, columns), tokens.dtype)
-    sizes = (
-        score_arguments.outer,
-        score_arguments.batch,
-        score_arguments.heads,
-        num_tokens,
-        dim,
-    )
+    out = empty((extra.outer, dim, columns), tokens.dtype)
+    sizes = extra.outer, extra.batch, extra.heads, num_tokens, dim
     # A block transposes a square of SQUARE × SQUARE entries in shared memory.
-    squares = score_arguments.outer * (columns // SQUARE) * -(-dim // SQUARE)
-    args = (tokens, score_arguments.mask, *sizes, out)
+    squares = extra.outer * (columns // SQUARE) * -(-dim // SQUARE)
+    args = (tokens, extra.mask, *sizes, out)
     launch(_FILE, "transpose_tokens", tokens.dtype, args, blocks=squares)
     return out
 

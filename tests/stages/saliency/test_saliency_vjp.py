@@ -73,6 +73,13 @@ class TestSaliencyVjp:
         got = qm.saliency_vjp(np.array([[0, 0, 1.0, 0]]), entropy, mask=mask)
         assert_close(got, [[0.0625, 0.1875, -0.25, 0]])
 
+    def test_padding_of_any_size_has_gradient_zero(self):
+        # Padding of 1e30 divided by w = 1e-30 would overflow, with a warning.
+        entropy = np.array([1e-30, 2e-30, 1e30], np.float32)
+        mask = np.array([True, True, False])
+        got = qm.saliency_vjp(np.zeros(3, np.float32), entropy, mask=mask)
+        np.testing.assert_array_equal(got, 0)
+
     def test_unknown_salient_is_refused(self):
         with pytest.raises(ValueError, match='must be "low" or "high", got \'mid\''):
             qm.saliency_vjp(np.ones(3), np.ones(3), salient="mid")
