@@ -38,7 +38,7 @@ machine-code: $(VENV)/test.done
 
 # Run the benchmarks at small sizes, and every step of benchmarks/gpu.sh without a GPU.
 rehearse: $(VENV)/test.done $(VENV)/minilm
-	$(BIN)/python -m pytest -n $(CORES) -m rehearsal --junitxml build/rehearsal.xml tests
+	$(BIN)/python -m pytest -n $(CORES) -m rehearsal --junitxml build/rehearse.xml tests
 	PYTHON=$(BIN)/python benchmarks/gpu.sh --rehearse build/rehearsal
 
 lint: $(VENV)/lint.done

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 from machine import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("test", "machine-code", "rehearsal")  # each has a JUnit report in build/
+PARTS = ("test", "machine-code", "rehearse")  # each has a JUnit report in build/
 
 
 def file_of(case: ElementTree.Element) -> str:
