@@ -17,7 +17,8 @@ from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
 import qm_cupy as qm
 
 # Its package `cupy` would replace CuPy; test_rehearsal.py uses it in other processes.
-collect_ignore = ["rehearsal"]
+# docstrings.py is a script of `make lint`, whose packages `make test` does not install.
+collect_ignore = ["rehearsal", "docstrings.py"]
 NEED_A_GPU = [
     "plot/test_gpu_plot.py",
     "test_gpu_long.py",
