@@ -15,6 +15,7 @@ from seam import cuda
 from slow import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401
 
 import qm_cupy as qm
+from qm_cupy.stages.clustering import linkage_cuda
 
 # Its package `cupy` would replace CuPy; test_rehearsal.py uses it in other processes.
 # docstrings.py is a script of `make lint`, whose packages `make test` does not install.
@@ -134,6 +135,21 @@ def kernels(request, monkeypatch):
     ptx.install(monkeypatch, arch=int(arch or 90))
     with qm.use_kernels(name):
         yield name
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Return a function that calls its first argument with interpreted kernels."""
+
+    def call(function, *args, kernels="optimized", device=(5, 0), **options):
+        with monkeypatch.context() as patch, qm.use_kernels(kernels):
+            ptx.install(patch)
+            # Blocks of two warps, so that small inputs need several blocks.
+            patch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 64, 8: 64})
+            patch.setattr(cuda, "current_device", lambda: cuda.Device(*device))
+            return function(*args, **options)
+
+    return call
 
 
 @pytest.fixture

@@ -372,8 +372,11 @@ def _weighted_mean(units, group, mass):
     return [_dot(weights, column) / total for column in columns], total
 
 
-def weighted_distance(units, a, c, mass, method):
-    """sum m_i m_j (1-cos_ij) / (W_A W_C); ward: sqrt(2 W_A W_C/(W_A+W_C)) |mu-mu|."""
+def weighted_distance(units, a, c, mass, method, metric="cosine"):
+    """sum m_i m_j d_ij / (W_A W_C); ward: sqrt(2 W_A W_C/(W_A+W_C)) |mu-mu|.
+
+    d_ij is 1 - cos_ij, or |x_i - x_j| for "euclidean".
+    """
     (mean_a, w_a), (mean_c, w_c) = (_weighted_mean(units, g, mass) for g in (a, c))
     if method == "ward":
         # The factor 2 makes two tokens of mass 1 have the distance sqrt(2 - 2 cos),
@@ -382,17 +385,19 @@ def weighted_distance(units, a, c, mass, method):
     between = []
     for i in a:
         for j in c:
-            gap = math.dist(units[i], units[j]) ** 2 / 2  # 1 - cos of unit vectors
+            gap = math.dist(units[i], units[j])
+            gap = gap if metric == "euclidean" else gap**2 / 2  # 1 - cos of units
             between.append(mass[i] * mass[j] * gap)
     return math.fsum(between) / (w_a * w_c)
 
 
-def weighted_agglomerate(tokens, method, mass):
+def weighted_agglomerate(tokens, method, mass, metric="cosine"):
     """[(A, B, d(A, B)), ...]: the cheapest of all pairs each time.
 
     Distances come from the members of the clusters, never from earlier distances.
     """
-    units, mass = orthogonal_units(tokens), floored(mass)
+    units = orthogonal_units(tokens) if metric == "cosine" else _rows(tokens)
+    mass = floored(mass)
     clusters = [frozenset([i]) for i in range(len(units))]
     distance, merges = {}, []
     while len(clusters) > 1:
@@ -401,7 +406,9 @@ def weighted_agglomerate(tokens, method, mass):
                 pair = frozenset([a, b])
                 # A cluster never changes, so its distances stay valid.
                 if pair not in distance:
-                    distance[pair] = weighted_distance(units, a, b, mass, method)
+                    distance[pair] = weighted_distance(
+                        units, a, b, mass, method, metric
+                    )
         a, b = _closest(clusters, distance)
         merges.append((a, b, distance[frozenset([a, b])]))
         clusters = [a | b if c == a else c for c in clusters if c != b]
@@ -418,17 +425,17 @@ def weighted_error(tokens, groups, mass):
     return math.fsum(squares) / math.fsum(mass)
 
 
-def bipartite(tokens, num_groups):
+def bipartite(tokens, num_groups, metric="cosine", step=math.inf):
     """ToMe until K: each time the r best even groups join their best odd group.
 
-    r = min(n - K, n // 2) of n groups, so the number of groups at most halves.
+    r = min(n - K, n // 2, step) of n groups, so the number of groups at most halves.
     """
-    units = [_unit(x) for x in _rows(tokens)]
+    units = [_unit(x) if metric == "cosine" else x for x in _rows(tokens)]
     groups = [[i] for i in range(len(units))]
     while len(groups) > num_groups:
         vectors = [_mean([units[i] for i in group]) for group in groups]  # (n, D)
-        r = min(len(groups) - num_groups, len(groups) // 2)
-        targets = _bipartite_step(vectors, r)
+        r = min(len(groups) - num_groups, len(groups) // 2, step)
+        targets = _bipartite_step(vectors, r, metric)
         # `merged` is a copy: a target of this step must not change before all have
         # joined.
         merged = [list(group) for group in groups]
@@ -438,12 +445,15 @@ def bipartite(tokens, num_groups):
     return _causal(groups)
 
 
-def _bipartite_step(vectors, r):
-    """Return {even index: odd index} of the r even ones with the largest max_B cos."""
+def _bipartite_step(vectors, r, metric):
+    """Return {even index: odd index} of the r even ones with the largest max_B cos.
+
+    For "euclidean" it is the largest -|x - y|^2 instead.
+    """
     odd = list(range(1, len(vectors), 2))
     matches = []
     for index in range(0, len(vectors), 2):
-        row = [_cosine(vectors[index], vectors[other]) for other in odd]
+        row = [_similarity(vectors[index], vectors[other], metric) for other in odd]
         best = _argmax(row)
         # Negated, so that an ascending sort starts with the most similar; equal
         # ones stay in the order of their indices.
@@ -451,16 +461,22 @@ def _bipartite_step(vectors, r):
     return {index: target for _, index, target in sorted(matches)[:r]}
 
 
-def contiguous(tokens, num_groups, protected=()):
+def _similarity(x, y, metric):
+    """cos, or -|x - y|^2."""
+    return _cosine(x, y) if metric == "cosine" else -(math.dist(x, y) ** 2)
+
+
+def contiguous(tokens, num_groups, protected=(), metric="cosine"):
     """Merge the neighbours of least ward cost (ties: the leftmost) until K groups.
 
     Protected tokens stay alone.
     """
-    units = [_unit(x) for x in _rows(tokens)]
+    units = [_unit(x) if metric == "cosine" else x for x in _rows(tokens)]
     groups = [[i] for i in range(len(units))]
     while len(groups) > num_groups:
         members = [[units[i] for i in group] for group in groups]
-        costs = [_ward_cost(a, b) for a, b in zip(members, members[1:], strict=False)]
+        pairs = zip(members, members[1:], strict=False)
+        costs = [_ward_cost(a, b, metric) for a, b in pairs]
         for left in range(len(costs)):
             # A protected token is always a group of one, so it is the first of its
             # group.
@@ -471,7 +487,7 @@ def contiguous(tokens, num_groups, protected=()):
     return groups
 
 
-def _ward_cost(a, b):
+def _ward_cost(a, b, metric):
     """n_a n_b/(n_a+n_b) (q_a/n_a^2 + q_b/n_b^2 - 2 S_a.S_b/(n_a n_b)), S = sum u.
 
     This is n_a n_b/(n_a+n_b) times the squared distance of the two means, with q = S.S.
@@ -480,21 +496,26 @@ def _ward_cost(a, b):
     sum_a = [math.fsum(column) for column in zip(*a, strict=True)]
     sum_b = [math.fsum(column) for column in zip(*b, strict=True)]
     # A zero token is a unit vector of its own axis: it adds 1 to q, 0 to S_a.S_b.
-    q_a = _dot(sum_a, sum_a) + sum(not any(u) for u in a)
-    q_b = _dot(sum_b, sum_b) + sum(not any(u) for u in b)
+    q_a, q_b = _dot(sum_a, sum_a), _dot(sum_b, sum_b)
+    if metric == "cosine":
+        q_a += sum(not any(u) for u in a)
+        q_b += sum(not any(u) for u in b)
     apart = q_a / n_a**2 + q_b / n_b**2 - 2 * _dot(sum_a, sum_b) / (n_a * n_b)
     return n_a * n_b / (n_a + n_b) * apart
 
 
-def nearest(tokens, anchors):
-    """Each token joins argmax_anchor cos (ties: the lower); anchors stay their own."""
+def nearest(tokens, anchors, metric="cosine"):
+    """Each token joins argmax_anchor cos (ties: the lower); anchors stay their own.
+
+    For "euclidean" it is the largest -|x - y|^2 instead.
+    """
     tokens = _rows(tokens)
     # Ascending, so that the lower anchor wins a tie.
     anchors = sorted(int(anchor) for anchor in anchors)
     groups = {anchor: [anchor] for anchor in anchors}
     for i, x in enumerate(tokens):
         if i not in groups:
-            best = _argmax([_cosine(x, tokens[anchor]) for anchor in anchors])
+            best = _argmax([_similarity(x, tokens[a], metric) for a in anchors])
             groups[anchors[best]].append(i)
     return _causal(groups.values())
 

@@ -4,9 +4,10 @@
 // A step sorts the n groups by their last members. Here the position of a group is its
 // index 0 .. n-1 in this order, not a position in the sequence. A group is even if this
 // index is even. Each even group finds its most similar odd group, and the r =
-// min(n - K, n / 2) even groups whose similarity to their partner is highest merge into
-// their partners. Steps repeat until n = K. The similarity of two groups is the cosine
-// of their means; each token is scaled to norm 1 before the mean is taken.
+// min(n - K, n / 2, step) even groups whose similarity to their partner is highest
+// merge into their partners. Steps repeat until n = K. The similarity of two groups is
+// the cosine of their means; each token is scaled to norm 1 before the mean is taken.
+// With the Euclidean metric it is minus the squared distance of their means.
 //
 // A protected token is a group of its own and takes no part. `counts` includes these
 // groups. K in this comment does not: K = count - protected tokens, at least 1.
@@ -39,7 +40,8 @@ extern "C" __global__ void free_tokens(const bool* mask, const bool* protect,
 extern "C" __global__ void match_counts(const int* positions, const bool* mask,
                                         const bool* protect, const int* counts,
                                         long long batch, long long num_tokens,
-                                        long long num_groups, int* out) {
+                                        long long num_groups, long long step,
+                                        int* out) {
     const long long b = thread_index();  // (B,)
     if (b >= batch) return;
     long long groups = 0, fixed = 0;
@@ -48,7 +50,7 @@ extern "C" __global__ void match_counts(const int* positions, const bool* mask,
         fixed += protect != nullptr && protect[i] && is_token(mask, i);
     }
     const long long wanted = max(count_of(counts, b, num_groups) - fixed, 1ll);
-    const long long merges = max(min(groups - wanted, groups / 2), 0ll);
+    const long long merges = max(min(min(groups - wanted, groups / 2), step), 0ll);
     out[b] = static_cast<int>(groups);
     out[batch + b] = static_cast<int>(merges > 0 ? groups / 2 : 0);
     out[2 * batch + b] = static_cast<int>(merges);

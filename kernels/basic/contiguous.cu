@@ -1,12 +1,13 @@
 // Contiguous groups: merge the two neighbours that add least to the squared error,
 // until K groups are left, never across a protected token. Two neighbouring groups a
-// and b, of n_a and n_b unit tokens with sums S_a and S_b, have Ward's cost:
+// and b, of n_a and n_b vectors with sums S_a and S_b, have Ward's cost:
 //
 //   n_a n_b / (n_a + n_b) (|S_a|^2 / n_a^2 + |S_b|^2 / n_b^2 - 2 S_a . S_b / (n_a n_b))
 //
-// A zero token counts as a unit vector orthogonal to all others. Of equal costs the
-// leftmost pair merges first. Merges are made one by one, because a merge can bring the
-// new group nearer to its neighbours.
+// The vectors are unit tokens (a zero token counts as a unit vector orthogonal to all
+// others), or tokens if `euclidean`. Of equal costs the leftmost pair merges first.
+// Merges are made one by one, because a merge can bring the new group nearer to its
+// neighbours.
 
 // The groups of one sequence. Entry i of each array (N,) describes the group whose
 // first member is token i. `cost` is the cost of a merge with the next group, and
@@ -35,15 +36,15 @@ __device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t prod
     return min(acc_t(-MASKED_SCORE), size_a * size_b / (size_a + size_b) * squared_gap);
 }
 
-// One thread merges one sequence. `sums` (B, N, D) holds unit tokens and is
-// overwritten.
-// Other shapes: mask, protect and out (B, N), counts (B,). The groups are in `reals`
-// (B, 3N) and `links` (B, 2N).
+// One thread merges one sequence. `sums` (B, N, D) holds the vectors and is
+// overwritten. Other shapes: mask, protect and out (B, N), counts (B,). The groups are
+// in `reals` (B, 3N) and `links` (B, 2N).
 extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
                                              const bool* protect, const int* counts,
                                              long long batch, long long num_tokens,
                                              long long dim, long long num_groups,
-                                             acc_t* reals, int* links, int* out) {
+                                             long long euclidean, acc_t* reals,
+                                             int* links, int* out) {
     const long long sequence = thread_index();  // (B,)
     if (sequence >= batch) return;
     const long long sequence_start = sequence * num_tokens;  // in (B, N)
@@ -64,7 +65,9 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
     long long merges = -count_of(counts, sequence, num_groups), previous = -1;
     for (long long i = 0; i < num_tokens; ++i) {
         const bool valid = is_token(mask, sequence_start + i);
-        g.cost[i] = -padding(), g.square[i] = 1, g.size[i] = valid;
+        const real_t* x = sequence_sums + i * dim;
+        g.cost[i] = -padding(), g.size[i] = valid;
+        g.square[i] = euclidean ? dot(x, x, dim) : acc_t(1);
         g.left[i] = static_cast<int>(previous),
         g.right[i] = static_cast<int>(num_tokens);
         if (!valid) continue;

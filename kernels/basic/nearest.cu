@@ -1,20 +1,25 @@
 // Nearest anchors: each token joins the most similar of a sequence's K anchors.
 //
-// One thread computes one output. Norms come from token_norms.cu, and `cosine` from
-// cosine.cuh.
+// The similarity is cos(x, a), or -|x - a|^2 if `euclidean`. One thread computes one
+// output. Norms come from token_norms.cu, and `cosine` from cosine.cuh.
+
+__device__ acc_t squared_distance(const real_t* x, const real_t* y, long long dim) {
+    acc_t sum = 0;
+    for (long long d = 0; d < dim; ++d)
+        sum += (widen(x[d]) - widen(y[d])) * (widen(x[d]) - widen(y[d]));
+    return sum;
+}
 
 // The index of the most similar of a sequence's K anchors (of equal ones, the lowest
 // index), and its similarity. Padding and tokens without an anchor get -1 and
 // -infinity. An anchor with a negative norm is left out. `highest_out` may be null.
 // Shapes: tokens (B, N, D), norms, mask, out and highest_out (B, N), anchor_tokens
 // (B, K, D), anchor_norms (B, K), counts (B,).
-extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* norms,
-                                           const bool* mask,
-                                           const real_t* anchor_tokens,
-                                           const acc_t* anchor_norms, const int* counts,
-                                           long long batch, long long num_tokens,
-                                           long long dim, long long num_groups,
-                                           int* out, acc_t* highest_out) {
+extern "C" __global__ void nearest_anchors(
+    const real_t* tokens, const acc_t* norms, const bool* mask,
+    const real_t* anchor_tokens, const acc_t* anchor_norms, const int* counts,
+    long long batch, long long num_tokens, long long dim, long long num_groups,
+    long long euclidean, int* out, acc_t* highest_out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens;
@@ -24,9 +29,12 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
     acc_t highest = padding();
     for (long long k = 0; k < count; ++k) {
         if (anchor_norms[first_anchor + k] < 0) continue;
+        const real_t *x = tokens + index * dim,
+                     *anchor = anchor_tokens + (first_anchor + k) * dim;
         const acc_t similarity =
-            cosine(tokens + index * dim, anchor_tokens + (first_anchor + k) * dim,
-                   norms[index], anchor_norms[first_anchor + k], dim);
+            euclidean
+                ? -squared_distance(x, anchor, dim)
+                : cosine(x, anchor, norms[index], anchor_norms[first_anchor + k], dim);
         // The maximum turns a NaN into -1e30, which is finite and below any other
         // similarity.
         if (max(acc_t(MASKED_SCORE), similarity) > highest) {

@@ -17,12 +17,13 @@ __device__ __forceinline__ acc_t warp_dot(const real_t* x, const real_t* y,
     return warp_reduce(sum, Add());
 }
 
-// The product of each token with the next token, across padding; 0 if there is no next
-// token. One warp computes one product.
-// Shapes: units (B, N, D), mask and out (B, N).
-extern "C" __global__ void neighbour_products(const real_t* units, const bool* mask,
+// Products of each vector x: with the next one, across padding (0 if there is none),
+// and with itself. For cosines, |x|^2 counts as 1 also if x = 0. One warp computes
+// both. Shapes: vectors (B, N, D), mask, products and squares (B, N).
+extern "C" __global__ void neighbour_products(const real_t* vectors, const bool* mask,
                                               long long batch, long long num_tokens,
-                                              long long dim, acc_t* out) {
+                                              long long dim, long long euclidean,
+                                              acc_t* products, acc_t* squares) {
     const long long index = thread_index() / 32;  // (B, N)
     if (index >= batch * num_tokens) return;
     const int lane = threadIdx.x % 32;
@@ -38,9 +39,12 @@ extern "C" __global__ void neighbour_products(const real_t* units, const bool* m
     // All lanes have the same value.
     const bool has_next = is_token(mask, index) && next_token < sequence_end;
     const acc_t product =
-        has_next ? warp_dot(units + index * dim, units + next_token * dim, dim)
+        has_next ? warp_dot(vectors + index * dim, vectors + next_token * dim, dim)
                  : acc_t(0);
-    if (lane == 0) out[index] = product;
+    const acc_t square =
+        euclidean ? warp_dot(vectors + index * dim, vectors + index * dim, dim)
+                  : acc_t(1);
+    if (lane == 0) products[index] = product, squares[index] = square;
 }
 
 // The groups of one sequence, without its padding: n tokens are left. The index of a
@@ -144,8 +148,9 @@ __device__ __forceinline__ void merge_groups(const Groups& g, int a, acc_t with_
 // The block: collect the tokens of a sequence and make each one a group. `scratch` is
 // shared memory for 32 counts.
 __device__ __forceinline__ void init_groups(Groups& g, const bool* mask,
-                                            const acc_t* products, long long num_tokens,
-                                            int* scratch, int* out) {
+                                            const acc_t* products, const acc_t* squares,
+                                            long long num_tokens, int* scratch,
+                                            int* out) {
     for (long long i0 = 0; i0 < num_tokens; i0 += blockDim.x) {
         const long long i = i0 + threadIdx.x;
         const bool token = i < num_tokens && is_token(mask, i);
@@ -155,7 +160,8 @@ __device__ __forceinline__ void init_groups(Groups& g, const bool* mask,
         if (token) {
             g.token[position] = static_cast<int>(i);
             g.left[position] = position - 1, g.right[position] = position + 1;
-            g.square[position] = g.size[position] = 1;
+            g.size[position] = 1;
+            g.square[position] = squares[i];
             g.product[position] = products[i];
         }
         if (i < num_tokens) out[i] = -1;
@@ -193,17 +199,17 @@ __device__ __forceinline__ void add_sums(real_t* sums, const MergeStep& s,
 }
 
 // One block merges one sequence: the first warp updates the groups, and all threads
-// update the sums, each in its own columns. `sums` (B, N, D) holds unit tokens and is
+// update the sums, each in its own columns. `sums` (B, N, D) holds the vectors and is
 // overwritten. The groups are in `reals` (B, 5N) and `links` (B, 3N), or, if both
 // pointers are null, in shared memory.
-// Other shapes: products (from `neighbour_products`), mask, protect and out (B, N),
-// counts (B,).
+// Other shapes: products and squares (from `neighbour_products`), mask, protect and out
+// (B, N), counts (B,).
 extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products,
-                                             const bool* mask, const bool* protect,
-                                             const int* counts, long long batch,
-                                             long long num_tokens, long long dim,
-                                             long long num_groups, acc_t* reals,
-                                             int* links, int* out) {
+                                             const acc_t* squares, const bool* mask,
+                                             const bool* protect, const int* counts,
+                                             long long batch, long long num_tokens,
+                                             long long dim, long long num_groups,
+                                             acc_t* reals, int* links, int* out) {
     __shared__ acc_t with_after[32], with_before[32];
     __shared__ int scratch[32];
     __shared__ MergeStep step;
@@ -223,7 +229,7 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
                 link + 2 * num_tokens,
                 0};
     init_groups(g, mask ? mask + sequence_start : nullptr, products + sequence_start,
-                num_tokens, scratch, out + sequence_start);
+                squares + sequence_start, num_tokens, scratch, out + sequence_start);
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long merges = g.count - count_of(counts, blockIdx.x, num_groups);

@@ -100,6 +100,19 @@ def check_mass_method(mass: NDArray[Any] | None, method: str) -> None:
         raise ValueError(f'`mass` is for method="average" or "ward", got {method!r}')
 
 
+def check_step(step: Any, method: str) -> int | None:
+    """Return `step` as an int or None; raise if it does not fit the method."""
+    if step is None:
+        return None
+    if method != "bipartite":
+        raise ValueError(f'`step` is for method="bipartite", got {method!r}')
+    if isinstance(step, bool | np.bool_) or not isinstance(step, int | np.integer):
+        raise TypeError(f"`step` must be an integer, got {step!r}")
+    if step < 1:
+        raise ValueError(f"`step` must be at least 1, got {step}")
+    return int(step)
+
+
 def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
     """Raise if the value is not a bool, or is True for a method without masses."""
     if not isinstance(weighted_linkage, bool):

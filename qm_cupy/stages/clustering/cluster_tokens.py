@@ -1,4 +1,4 @@
-"""Clustering: put tokens into exactly K groups by cosine similarity.
+"""Clustering: put tokens into exactly K groups by their similarity.
 
 By default the groups are in causal order: they are numbered by their last members.
 
@@ -6,7 +6,7 @@ A root is the number of a token's group before the groups are numbered 0..K-1: a
 number that all tokens of the group have, and no other token has.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,18 @@ from ...cuda.launch import counts_on_device
 from ..saliency.token_norms import relative_norms
 from ..selection.select_tokens import select_tokens_reference
 from .bipartite import bipartite_groups_cuda, bipartite_groups_reference
-from .checks import check_anchors, check_mass_method, check_protect
+from .checks import check_anchors, check_mass_method, check_protect, check_step
 from .contiguous import contiguous_groups_cuda, contiguous_groups_reference
 from .cut_linkage import cut_linkage_cuda, cut_sequence
 from .labels import ORDERS, Order, in_order, number_groups_cuda
 from .linkage import LINKAGES, LinkageMethod, linkage_sequence
 from .linkage_cuda import dendrograms_cuda
+from .metrics import METRICS, Metric, metric_vectors
 from .nearest import (
     nearest_groups_cuda,
     nearest_groups_reference,
     top_norm_anchors_cuda,
 )
-from .unit_tokens import unit_tokens
 
 Method = Literal[LinkageMethod, "nearest", "bipartite", "contiguous"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -48,7 +48,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 @operation(
     constants=("tokens", "mass?", "anchors?", "protect?", "mask?"),
     count_parameter="num_groups",
-    options=("str method", "str order"),
+    options=("str method", "str metric", "int? step", "str order"),
     dtype="int32",
     shapes=without_last_axis,
 )
@@ -57,13 +57,15 @@ def cluster_tokens(
     num_groups: Any,
     *,
     method: Method = "average",
+    metric: Metric = "cosine",
     mass: FloatArray | None = None,
     anchors: IntArray | None = None,
+    step: int | None = None,
     protect: BoolArray | None = None,
     mask: BoolArray | None = None,
     order: Order = "last",
 ) -> IntArray:
-    """Put the tokens of each sequence into exactly K groups by cosine similarity.
+    """Put the tokens of each sequence into exactly K groups by their similarity.
 
     Parameters
     ----------
@@ -77,9 +79,14 @@ def cluster_tokens(
         "nearest": each token joins the most similar of K anchors.
         "bipartite": the soft matching of ToMe [1]_, repeated until K groups are left.
         In each step, groups are sorted by their last members, and groups at even
-        positions of this order merge into groups at odd positions.
+        positions of this order merge into groups at odd positions. The first step is
+        that of ToMe. Later steps compare the means of unit tokens; ToMe compares the
+        means of the tokens.
         "contiguous": only neighbours merge; each step merges the pair that adds least
-        to the squared error of unit tokens.
+        to the squared error of unit tokens, or of the tokens for "euclidean".
+    metric : {"cosine", "euclidean"}, default "cosine"
+        Whether similar tokens have a similar direction, or a small distance ‖x - y‖.
+        Cosines ignore the lengths of tokens. See `linkage`.
     mass : ndarray of shape (N,) or (B, N), optional
         For "average" and "ward": a token of mass w counts as w equal tokens, as in
         `linkage`.
@@ -87,6 +94,10 @@ def cluster_tokens(
         For "nearest": distinct positions, which include every protected token. If K
         differs between sequences, they are padded with -1. The default anchors are the
         protected tokens, and the other tokens that have the largest norms.
+    step : int, optional
+        For "bipartite": the largest number of groups that merge in one step. By default
+        a step merges as many as K allows, at most half of the groups. ToMe merges a few
+        tokens in each layer, so small steps, such as 16, are nearer to its use.
     protect : ndarray of shape (N,) or (B, N), optional
         Boolean, True = this token stays a group of its own (for example class tokens
         and attention sinks). K counts these groups too. The other tokens are grouped as
@@ -112,8 +123,9 @@ def cluster_tokens(
         If a dtype is wrong.
     ValueError
         If a shape is wrong, an entry is not finite, K exceeds the number of tokens or
-        is too small for the protected ones, `method` or `order` is unknown, `mass` or
-        `anchors` are given for another method, or `anchors` are not distinct tokens.
+        is too small for the protected ones, `method`, `metric` or `order` is unknown,
+        `mass`, `anchors` or `step` are given for another method, `step` is less than 1,
+        or `anchors` are not distinct tokens.
 
     References
     ----------
@@ -142,7 +154,9 @@ def cluster_tokens(
     )
     check_tokens(tokens)
     check_choice("method", method, METHODS)
+    check_choice("metric", metric, METRICS)
     check_choice("order", order, ORDERS)
+    step = check_step(step, method)
     shape = tokens.shape[:-1]
     check_mask(mask, shape)
     check_mass_method(mass, method)
@@ -157,8 +171,10 @@ def cluster_tokens(
         tokens,
         groups,
         method=method,
+        metric=metric,
         mass=mass,
         anchors=anchors,
+        step=step,
         protect=protect,
         mask=mask,
         order=order,
@@ -171,23 +187,34 @@ def compute_cluster_tokens(
     num_groups: GroupCounts,
     *,
     method: str = "average",
+    metric: str = "cosine",
     mass: Any = None,
     anchors: Any = None,
+    step: int | None = None,
     protect: Any = None,
     mask: Any = None,
     order: str = "last",
 ) -> Any:
     """Return labels for arrays that are already converted and checked."""
-    args = tokens, num_groups.counts, method, mass, anchors, protect, mask, order
+    way = Way(method, metric, step)
+    args = tokens, num_groups.counts, way, mass, anchors, protect, mask, order
     if is_cuda(tokens):
         return _cluster_tokens_cuda(*args)
     return _cluster_tokens_reference(*args)
 
 
+class Way(NamedTuple):
+    """How tokens are grouped: options with the names of `cluster_tokens`."""
+
+    method: str
+    metric: str
+    step: int | None
+
+
 def _cluster_tokens_reference(
     tokens: NDArray[Any],
     counts: NDArray[np.int64],
-    method: str,
+    way: Way,
     mass: NDArray[Any] | None,
     anchors: NDArray[Any] | None,
     protect: NDArray[np.bool_] | None,
@@ -197,7 +224,7 @@ def _cluster_tokens_reference(
     # A free token is neither padding nor protected. Group the free tokens alone, then
     # number all groups together. Roots: a protected token i has root i, and group g of
     # the free tokens has root N + g.
-    if method == "nearest" and anchors is None:
+    if way.method == "nearest" and anchors is None:
         anchors = _top_norm_anchors_reference(tokens, counts, mask, protect)
     labels = np.full(tokens.shape[:-1], -1, np.int32)
     for index in np.ndindex(tokens.shape[:-2]):
@@ -216,7 +243,7 @@ def _cluster_tokens_reference(
         runs = np.cumsum(protected, dtype=np.intp)[free]
         num_groups -= int(np.count_nonzero(protected))
         free_groups = _groups(
-            tokens[index][free], num_groups, method, free_mass, selected, runs
+            tokens[index][free], num_groups, way, free_mass, selected, runs
         )
         roots = np.arange(len(valid))
         roots[free] = len(valid) + free_groups
@@ -244,7 +271,7 @@ def _top_norm_anchors_reference(
 def _groups(
     tokens: NDArray[Any],
     num_groups: int,
-    method: str,
+    way: Way,
     mass: NDArray[Any] | None,
     anchors: NDArray[Any] | None,
     runs: NDArray[np.intp],
@@ -254,48 +281,63 @@ def _groups(
     if num_groups == len(tokens):
         return np.arange(len(tokens))
     # Every merge reduces the number of groups by one: K groups need N - K merges.
+    method, metric, step = way
     if method in LINKAGES:
-        tree = linkage_sequence(tokens, method, mass)
+        tree = linkage_sequence(tokens, method, metric, mass)
         return cut_sequence(tree, len(tokens) - num_groups)
-    unit = unit_tokens(tokens.astype(np.float64))  # (N, D)
+    vectors, _ = metric_vectors(tokens, metric)  # (N, D)
     if anchors is not None:
-        return nearest_groups_reference(unit, anchors)
+        return nearest_groups_reference(vectors, anchors, metric)
     if method == "bipartite":
-        return bipartite_groups_reference(unit, num_groups)
-    return contiguous_groups_reference(unit, num_groups, runs)
+        return bipartite_groups_reference(vectors, num_groups, metric, step)
+    return contiguous_groups_reference(vectors, num_groups, metric, runs)
 
 
 def _cluster_tokens_cuda(
     tokens: Any,
     counts: NDArray[np.int64],
-    method: str,
+    way: Way,
     mass: Any,
     anchors: Any,
     protect: Any,
     mask: Any,
     order: str,
 ) -> Any:
+    method, metric, step = way
     group_counts, max_groups = counts_on_device(counts)
     # The cut of a dendrogram also numbers its groups, in the same launch if the kernel
     # is the optimized one. The other methods return roots, which `number_groups_cuda`
     # replaces by labels.
     if method in LINKAGES:
-        tree = dendrograms_cuda(tokens, method, mass, mask, protect, counts)
+        tree = dendrograms_cuda(
+            tokens, method, mass, mask, protect, counts, metric=metric
+        )
         return cut_linkage_cuda(tree, group_counts, max_groups, mask=mask, order=order)
     if method == "nearest":
         if anchors is None:
             anchors = top_norm_anchors_cuda(
                 tokens, group_counts, max_groups, mask, protect
             )
-        roots = nearest_groups_cuda(tokens, anchors, group_counts, mask, protect)
+        roots = nearest_groups_cuda(
+            tokens, anchors, group_counts, mask, protect, metric=metric
+        )
     elif method == "bipartite":
         # `bipartite_groups_cuda` plans its number of steps on the CPU: the sequence
         # with the smallest K needs the most steps. The counts are also on the CPU, so
         # the smallest K is known without waiting for the GPU.
         fewest = int(counts.min(initial=max_groups))
         roots = bipartite_groups_cuda(
-            tokens, group_counts, max_groups, mask, protect, fewest=fewest
+            tokens,
+            group_counts,
+            max_groups,
+            mask,
+            protect,
+            metric=metric,
+            step=step,
+            fewest=fewest,
         )
     else:
-        roots = contiguous_groups_cuda(tokens, group_counts, max_groups, mask, protect)
+        roots = contiguous_groups_cuda(
+            tokens, group_counts, max_groups, mask, protect, metric=metric
+        )
     return number_groups_cuda(roots, order)

@@ -1,13 +1,13 @@
 """Contiguous groups: only neighbouring groups merge, the cheapest pair first.
 
-Two neighbouring groups a and b have n_a and n_b unit tokens. S_a and S_b are the sums
-of the unit tokens of a and of b. The cost of merging a and b is Ward's cost, the growth
-of the squared error of unit tokens:
+Two neighbouring groups a and b have n_a and n_b tokens. S_a and S_b are the sums of
+their vectors: unit tokens, or tokens for the Euclidean metric. The cost of merging a
+and b is Ward's cost, the growth of the squared error of the vectors:
 
     n_a n_b / (n_a + n_b) ‖S_a / n_a - S_b / n_b‖²
 
-Of equal costs, the leftmost pair merges first. A zero token counts as a unit vector
-orthogonal to all others, because the similarity of a zero token to any token is 0.
+Of equal costs, the leftmost pair merges first. For cosines, a zero token counts as a
+unit vector orthogonal to all others, because its similarity to any token is 0.
 Pairs merge one by one, until K groups are left. A merge changes only the costs of the
 new group with its two neighbours.
 """
@@ -28,29 +28,33 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 from ...settings import implementation
 from .labels import Groups
-from .unit_tokens import unit_tokens_cuda
+from .metrics import metric_vectors_cuda
 
 
 def contiguous_groups_reference(
-    unit: NDArray[Any], num_groups: int, runs: NDArray[np.intp]
+    vectors: NDArray[Any], num_groups: int, metric: str, runs: NDArray[np.intp]
 ) -> Groups:
-    """Return the group (N,) of each unit token (N, D), numbered from the left.
+    """Return the group (N,) of each vector (N, D), numbered from the left.
 
-    `unit` has only free tokens, which are neither padding nor protected. Tokens with
-    different `runs` (N,) are not neighbours, because a protected token was between them
-    in the sequence. Runs are numbered from the left.
+    The vectors are those of `metric_vectors` for the free tokens, which are neither
+    padding nor protected. Tokens with different `runs` (N,) are not neighbours, because
+    a protected token was between them in the sequence. Runs are numbered from the left.
     """
     # A group is stored at the index of its first token. `sums` is (N, D), and the other
     # arrays are (N,).
-    num_tokens = len(unit)
-    sums, size = unit.copy(), np.ones(num_tokens)
-    square = np.ones(num_tokens)  # ‖S‖², to which each zero token adds 1
+    num_tokens = len(vectors)
+    sums, size = vectors.copy(), np.ones(num_tokens)
+    # ‖S‖². For cosines every token adds 1 to it, a zero token too.
+    square = np.ones(num_tokens)
+    if metric == "euclidean":
+        square = np.einsum("nd,nd->n", vectors, vectors)
     right = np.arange(1, num_tokens + 1)  # index of the next group, N if none
     left = np.arange(-1, num_tokens - 1)  # index of the previous group, -1 if none
     starts = np.ones(num_tokens, np.intp)  # 1 where a group starts
     cost = np.full(num_tokens, np.inf)  # cost of merging with the next group
-    # The cost of two unit tokens x and y is ½ ‖x - y‖² = 1 - x · y.
-    cost[:-1] = 1 - np.einsum("ij,ij->i", unit[:-1], unit[1:])
+    # The cost of two vectors x and y is ½ ‖x - y‖² = ½ ‖x‖² + ½ ‖y‖² - x · y.
+    cost[:-1] = (square[:-1] + square[1:]) / 2
+    cost[:-1] -= np.einsum("nd,nd->n", vectors[:-1], vectors[1:])
     cost[:-1][runs[:-1] != runs[1:]] = np.inf
 
     def pair_cost(a: int, b: int) -> float:
@@ -81,7 +85,13 @@ def contiguous_groups_reference(
 
 
 def contiguous_groups_cuda(
-    tokens: Any, counts: Any, num_groups: int, mask: Any = None, protect: Any = None
+    tokens: Any,
+    counts: Any,
+    num_groups: int,
+    mask: Any = None,
+    protect: Any = None,
+    *,
+    metric: str = "cosine",
 ) -> Any:
     """Return roots (B, N): a number for each group, before groups are numbered 0..K-1.
 
@@ -89,7 +99,7 @@ def contiguous_groups_cuda(
     """
     (batch, num_tokens), dim = rows_of(tokens[..., 0]), tokens.shape[-1]
     masks = contiguous(mask), contiguous(protect)
-    sums = unit_tokens_cuda(tokens, masks[0])
+    sums = metric_vectors_cuda(tokens, masks[0], metric)
     dtype = sums.dtype
     out = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)
@@ -98,13 +108,14 @@ def contiguous_groups_cuda(
     if implementation() == "basic":
         reals = empty((batch, BASIC_CONTIGUOUS_REALS * num_tokens), dtype)
         links = empty((batch, BASIC_CONTIGUOUS_INTEGERS * num_tokens), np.int32)
-        args = (sums, *args, reals, links, out)
+        args = (sums, *args, int(metric == "euclidean"), reals, links, out)
         launch("contiguous", "contiguous_groups", dtype, args, outputs=batch)
         return out
-    # The first costs need the product of each token with the next one. A launch before
-    # the merges computes them, with a warp for each product.
-    products = empty((batch, num_tokens), dtype)
-    product_args = (sums, masks[0], batch, num_tokens, dim, products)
+    # The first costs need the product of each vector with the next one and with itself.
+    # A launch before the merges computes them, with a warp for each vector.
+    products, squares = (empty((batch, num_tokens), dtype) for _ in range(2))
+    sizes = batch, num_tokens, dim, int(metric == "euclidean")
+    product_args = (sums, masks[0], *sizes, products, squares)
     launch("contiguous", "neighbour_products", dtype, product_args, rows=out.size)
     # Keep the groups in shared memory if they fit, otherwise in global memory. Null
     # pointers tell the kernel that the groups are in shared memory.
@@ -115,6 +126,6 @@ def contiguous_groups_cuda(
     if shared > dynamic_shared_bytes(*kernel, dtype):
         shared, reals = 0, empty((batch, CONTIGUOUS_REALS * num_tokens), dtype)
         links = empty((batch, CONTIGUOUS_INTEGERS * num_tokens), np.int32)
-    args = (sums, products, *args, reals, links, out)
+    args = (sums, products, squares, *args, reals, links, out)
     launch(*kernel, dtype, args, blocks=batch, shared=shared)
     return out

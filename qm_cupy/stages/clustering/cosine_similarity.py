@@ -72,12 +72,17 @@ def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
     return similarity.clip(-1, 1, out=similarity)
 
 
-def cosine_similarity_cuda(tokens: Any) -> Any:
-    """Return the cosines (B, N, N) of tokens (B, N, D), or (N, N) of one sequence."""
+def cosine_similarity_cuda(tokens: Any, norms: Any = None) -> Any:
+    """Return the cosines (B, N, N) of tokens (B, N, D), or (N, N) of one sequence.
+
+    If `norms` (B, N) are given, they replace the norms of the tokens. They must not be
+    smaller, because the results are limited to [-1, 1].
+    """
     *leading, num_tokens, dim = tokens.shape
     batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
     out = empty((*leading, num_tokens, num_tokens), acc_dtype)
-    tokens, norms = contiguous(tokens), token_norms_cuda(tokens)
+    tokens = contiguous(tokens)
+    norms = token_norms_cuda(tokens) if norms is None else norms
     args = (tokens, norms, batch, num_tokens, dim, out)
     kernel = "cosine_similarity", "cosine_similarity"
     # The matrix is symmetric, so the optimized kernel computes only tiles on or above

@@ -2,7 +2,8 @@
 
 In a dendrogram (N - 1, 4), nodes 0..N-1 are tokens, and row r merges two nodes into
 node N + r, at a height h. A cut makes the first merges and skips the others. In a ward
-dendrogram, a merge at height h adds h² / 2 to the squared error of unit tokens.
+dendrogram, a merge at height h adds h² / 2 to the squared error of unit tokens, or of
+the tokens if the dendrogram is Euclidean.
 """
 
 import math
@@ -64,9 +65,10 @@ def cut_linkage(
         K, or K of each sequence.
     max_error : float, optional
         Instead of K, for a ward dendrogram: return the fewest groups whose error is at
-        most this. The error is the sum of the squared distances of unit tokens to the
-        mean of their group, divided by the number of tokens. K may then differ between
-        sequences; it is ``labels.max(-1) + 1``.
+        most this. The error is the sum of the squared distances of unit tokens (of
+        tokens, for a Euclidean dendrogram) to the mean of their group, divided by the
+        number of tokens. K may then differ between sequences; it is
+        ``labels.max(-1) + 1``.
     mass : ndarray of shape (N,) or (B, N), optional
         With `max_error`, the masses that the dendrogram was made with: they weight the
         means and the squared distances, and their sum replaces the number of tokens.

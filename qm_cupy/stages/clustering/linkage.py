@@ -26,9 +26,8 @@ from ...arrays.conversion import (
 from ...arrays.libraries import is_cuda
 from ...cuda.constants import LEAST_MASS
 from .checks import check_mass_method
-from .cosine_similarity import gram
 from .linkage_cuda import dendrograms_cuda
-from .unit_tokens import unit_tokens
+from .metrics import METRICS, Metric, half_squared_distances, metric_vectors
 from .weighted_linkage import Floats, weighted_linkage
 
 # A row without a merge: no groups, an infinite distance, no tokens.
@@ -44,18 +43,22 @@ def linkage(
     tokens: Array,
     method: LinkageMethod = "average",
     *,
+    metric: Metric = "cosine",
     mass: FloatArray | None = None,
     mask: BoolArray | None = None,
 ) -> FloatArray:
-    r"""Return the dendrogram of each sequence's tokens by cosine similarity.
+    r"""Return the dendrogram of each sequence's tokens by cosine or distance.
 
     Parameters
     ----------
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     method : {"average", "ward", "complete", "single"}, default "average"
-        Distance between groups. Between two tokens it is 1 - cos, or for "ward" without
-        masses √(2 - 2 cos), the distance of their unit vectors.
+        Distance between groups.
+    metric : {"cosine", "euclidean"}, default "cosine"
+        Distance between two tokens. "cosine": 1 - cos, or for "ward" without masses
+        √(2 - 2 cos), the distance of their unit vectors. "euclidean": the distance of
+        the tokens, ‖x - y‖.
     mass : ndarray of shape (N,) or (B, N), optional
         For "average" and "ward": a token of mass w counts as w equal tokens. A mass
         below a millionth of the sequence's largest mass counts as that millionth, so
@@ -78,7 +81,8 @@ def linkage(
         If a dtype is wrong.
     ValueError
         If a shape is wrong, an entry is not finite, a mass is negative, masses are
-        given for another method, a sequence has no tokens, or `method` is unknown.
+        given for another method, a sequence has no tokens, or `method` or `metric` is
+        unknown.
 
     See Also
     --------
@@ -86,10 +90,11 @@ def linkage(
 
     Notes
     -----
-    Let w be the masses, W_A the sum of the masses of group A, and μ_A the weighted mean
-    of its unit tokens. The average distance is
+    Let w be the masses, W_A the sum of the masses of group A, d the distance of two
+    tokens, and μ_A the weighted mean of the unit tokens of A (of its tokens for
+    "euclidean"). The average distance is
 
-    .. math:: \frac{1}{W_A W_C} \sum_{i \in A, j \in C} w_i w_j (1 - \cos_{ij})
+    .. math:: \frac{1}{W_A W_C} \sum_{i \in A, j \in C} w_i w_j d_{ij}
 
     and Ward's distance is
 
@@ -98,7 +103,10 @@ def linkage(
     On the CPU, the computation handles one sequence at a time, and needs about 12 N²
     bytes of memory, or 16 N² with masses. On a GPU, one launch handles as many
     sequences as fit in three quarters of the free memory. The cosines of a sequence
-    need 4 N² bytes there, or 8 N² for float64 tokens. At equal distances the order of
+    need 4 N² bytes there, or 8 N² for float64 tokens. Euclidean distances are computed
+    from products of tokens, so rounding limits them. On a CPU, a distance below 2e-7 of
+    the largest distance of a token to the mean token counts as 0; on a GPU, below 0.2 %
+    (except for float64 tokens). At equal distances the order of
     merges follows a fixed rule, so the same call always gives the same dendrogram. On a
     GPU, and with masses, the rule is not SciPy's.
 
@@ -114,17 +122,19 @@ def linkage(
     )
     check_tokens(tokens)
     check_choice("method", method, LINKAGES)
+    check_choice("metric", metric, METRICS)
     check_mask(mask, tokens.shape[:-1])
     check_mass_method(mass, method)
     check_mass(mass, tokens.shape[:-1])
     if is_cuda(tokens):
-        return convert_back(dendrograms_cuda(tokens, method, mass, mask))
-    return convert_back(linkage_reference(tokens, method, mass, mask))
+        return convert_back(dendrograms_cuda(tokens, method, mass, mask, metric=metric))
+    return convert_back(linkage_reference(tokens, method, metric, mass, mask))
 
 
 def linkage_reference(
     tokens: NDArray[Any],
     method: str,
+    metric: str,
     mass: NDArray[Any] | None,
     mask: NDArray[np.bool_] | None,
 ) -> Floats:
@@ -134,13 +144,15 @@ def linkage_reference(
     for index in np.ndindex(*batch):
         sequence_mass = None if mass is None else mass[index]
         if mask is None:
-            dendrogram[index] = linkage_sequence(tokens[index], method, sequence_mass)
+            dendrogram[index] = linkage_sequence(
+                tokens[index], method, metric, sequence_mass
+            )
             continue
         # Remove the padding. Then replace the numbers of tokens and groups by their
         # numbers in the padded sequence.
         position = np.flatnonzero(mask[index])
         sequence_mass = None if sequence_mass is None else sequence_mass[position]
-        tree = linkage_sequence(tokens[index][position], method, sequence_mass)
+        tree = linkage_sequence(tokens[index][position], method, metric, sequence_mass)
         node = np.concatenate((position, num_tokens + np.arange(len(tree))))
         dendrogram[index] = PADDED_ROW  # all rows, then the n - 1 merges
         dendrogram[index][: len(tree), :2] = node[tree[:, :2].astype(np.intp)]
@@ -149,7 +161,7 @@ def linkage_reference(
 
 
 def linkage_sequence(
-    tokens: NDArray[Any], method: str, mass: NDArray[Any] | None = None
+    tokens: NDArray[Any], method: str, metric: str, mass: NDArray[Any] | None = None
 ) -> Floats:
     """Return the dendrogram (N - 1, 4) of one sequence without padding."""
     # Imported here, because at the top it would double the time of `import qm_cupy`.
@@ -159,29 +171,29 @@ def linkage_sequence(
     # One token has no merge, and SciPy would raise.
     if len(tokens) == 1:
         return np.empty((0, 4))
-    unit = unit_tokens(tokens.astype(np.float64))
-    distance = np.empty((len(unit), len(unit)))  # cosines first, then distances
-    gram(unit, distance)
+    vectors, unit = metric_vectors(tokens, metric)
+    distance = half_squared_distances(vectors, metric)  # 1 - cos for "cosine"
     if mass is None:
         distance = squareform(distance, checks=False)  # above the diagonal, in one axis
-    np.subtract(1, distance, out=distance)
-    np.clip(distance, 0, 2, out=distance)  # rounding can exceed the range of 1 - cos
+    # ‖x - y‖ = √(2 · ½‖x - y‖²). `weighted_linkage` takes ½‖x - y‖² for ward and
+    # computes ward's distances itself.
+    by_root = mass is None if method == "ward" else metric == "euclidean"
+    if by_root:
+        distance *= 2
+        np.sqrt(distance, out=distance)
     # SciPy does not support masses. The masses are divided by the largest one, so that
     # their products neither overflow nor vanish. This division divides ward's distances
     # by the root of the largest mass, so ward's heights are multiplied by this root. An
-    # average distance does not change by this division. `weighted_linkage` takes
-    # 1 - cos and computes ward's distances itself.
-    if mass is not None:
+    # average distance does not change by this division.
+    tree: Floats
+    if mass is None:
+        tree = hierarchy.linkage(distance, method)
+    else:
         relative, peak = relative_mass(mass)
         tree, _ = weighted_linkage(distance, relative, method)
         tree[:, 2] *= np.sqrt(peak) if method == "ward" else 1
-        return tree
-    # ‖x - y‖ = √(2 - 2 cos) for unit vectors
-    if method == "ward":
-        distance *= 2
-        np.sqrt(distance, out=distance)
-    dendrogram: Floats = hierarchy.linkage(distance, method)
-    return dendrogram
+    tree[:, 2] *= unit  # the distances were those of the vectors
+    return tree
 
 
 def relative_mass(mass: NDArray[Any]) -> tuple[Floats, float]:

@@ -33,7 +33,7 @@ from ...cuda.constants import (
 from ...cuda.device import current_device, empty, free_memory
 from ...cuda.launch import contiguous, counts_on_device, dynamic_shared_bytes, launch
 from ...settings import implementation
-from .cosine_similarity import cosine_similarity_cuda
+from .metrics import scale_heights_cuda, similarities_cuda
 
 # Estimated time of all synchronisations of a sequence. It equals the time in which one
 # block processes the rows of a sequence of 430 tokens.
@@ -50,6 +50,8 @@ def dendrograms_cuda(
     mask: Any = None,
     protect: Any = None,
     num_groups: NDArray[np.int64] | None = None,
+    *,
+    metric: str = "cosine",
 ) -> Any:
     """Return the dendrograms (B, N - 1, 4) of tokens (B, N, D), or of one sequence.
 
@@ -69,15 +71,21 @@ def dendrograms_cuda(
     at_once = _sequences_at_once(batch, num_tokens, accumulation_dtype(tokens.dtype))
     for start in range(0, batch, at_once):
         sequences = slice(start, start + at_once)
+        valid = None if masks is None else masks[sequences]
+        matrix, units = similarities_cuda(
+            tokens[sequences], valid, metric, squared=method == "ward"
+        )
         linkage_cuda(
-            cosine_similarity_cuda(tokens[sequences]),
+            matrix,
             method,
             mass=None if masses is None else masses[sequences],
-            mask=None if masks is None else masks[sequences],
+            mask=valid,
             protect=None if protects is None else protects[sequences],
             num_groups=None if counts is None else counts[sequences],
             out=out[sequences],
         )
+        if units is not None:
+            scale_heights_cuda(out[sequences], units)
     return out.reshape(*leading, num_tokens - 1, 4)
 
 
@@ -112,7 +120,8 @@ def linkage_cuda(
 ) -> tuple[Any, Any]:
     """Return the dendrograms (B, N - 1, 4) and the number of rounds (B,).
 
-    The cosines (B, N, N) may be overwritten. With `num_groups` (B,), the kernel may
+    The cosines (B, N, N) may be overwritten; for Euclidean distances they are the
+    matrix of `similarities_cuda`. With `num_groups` (B,), the kernel may
     stop after the merges that leave K groups. K counts each protected token as a group.
     In a round, all pairs of clusters that are each other's nearest neighbours merge; in
     single linkage, all clusters join along their shortest edges. `rounds` is not

@@ -21,16 +21,23 @@ from ..merging.unmerge_tokens import unmerge_tokens_cuda
 from ..saliency.token_norms import token_norms_cuda
 from ..selection.select_tokens import selected_positions_cuda, top_tokens_cuda
 from .labels import Groups
+from .metrics import products_operand_cuda
 
 
-def nearest_groups_reference(unit: NDArray[Any], anchors: NDArray[Any]) -> Groups:
-    """Return the group (N,) of each unit token (N, D): its most similar anchor.
+def nearest_groups_reference(
+    vectors: NDArray[Any], anchors: NDArray[Any], metric: str
+) -> Groups:
+    """Return the group (N,) of each vector (N, D): its most similar anchor.
 
-    Of equally similar anchors, a token joins the earlier one. `anchors` (K,) holds
-    positions.
+    The vectors are those of `metric_vectors`. Of equally similar anchors, a token joins
+    the earlier one. `anchors` (K,) holds positions.
     """
     anchors = np.sort(anchors)  # argmax selects the first maximum: the lower position
-    groups = np.argmax(unit @ unit[anchors].T, axis=-1)  # (N, K) -> (N,)
+    similarity = vectors @ vectors[anchors].T  # (N, K)
+    if metric == "euclidean":
+        # The nearest anchor has the greatest x·a - ½‖a‖² = ½‖x‖² - ½‖x - a‖².
+        similarity -= np.einsum("kd,kd->k", vectors[anchors], vectors[anchors]) / 2
+    groups = np.argmax(similarity, axis=-1)  # (N,)
     groups[anchors] = np.arange(len(anchors))  # an anchor does not join an equal anchor
     return groups
 
@@ -41,6 +48,8 @@ def nearest_groups_cuda(
     counts: Any = None,
     mask: Any = None,
     protect: Any = None,
+    *,
+    metric: str = "cosine",
 ) -> Any:
     """Return roots: each token joins the most similar of its `anchors` (B, K).
 
@@ -50,6 +59,7 @@ def nearest_groups_cuda(
     batch, num_tokens = rows_of(tokens[..., 0])
     mask, protect = contiguous(mask), contiguous(protect)
     anchors = contiguous(anchors, np.int32)
+    tokens = products_operand_cuda(tokens, mask, metric)
     num_groups = anchors.shape[-1]
     # Sort the anchors and drop duplicates, so that ties go to the lower position: mark
     # the anchors in the sequence, then list the marked positions.
@@ -68,7 +78,9 @@ def nearest_groups_cuda(
     launch("nearest", "open_anchors", norms.dtype, args, outputs=anchor_norms.size)
     # `unmerge_tokens_cuda` gathers rows: here the tokens at the anchors.
     anchor_tokens = unmerge_tokens_cuda(tokens, anchors, None)  # (B, K, D)
-    nearest, _ = nearest_anchors_cuda(tokens, anchor_tokens, None, mask, anchor_norms)
+    nearest, _ = nearest_anchors_cuda(
+        tokens, anchor_tokens, None, mask, anchor_norms, metric=metric
+    )
     out = empty(nearest.shape, np.int32)
     sizes = batch, num_tokens, num_groups
     args = (nearest, anchors, is_anchor, mask, protect, *sizes, out)
@@ -83,16 +95,18 @@ def nearest_anchors_cuda(
     mask: Any = None,
     anchor_norms: Any = None,
     *,
+    metric: str = "cosine",
     similarity: bool = False,
 ) -> tuple[Any, Any]:
     """Return the index (B, N) of each token's most similar anchor.
 
     `tokens` are (B, N, D). Here `anchors` (B, K, D) are vectors, not positions; they
-    need not be tokens of the sequence. The second result is the cosine similarity
-    (B, N), or None without `similarity`. Of equally similar anchors, the first one is
-    returned. A sequence has only its first `counts` (B,) anchors, or all K without
-    counts. Entries with negative `anchor_norms` (B, K) are not anchors. Padding and
-    tokens of a sequence without anchors get index -1 and similarity -inf.
+    need not be tokens of the sequence. The second result is the similarity (B, N), or
+    None without `similarity`: the cosine, or -‖x - a‖² for "euclidean". Of equally
+    similar anchors, the first one is returned. A sequence has only its first `counts`
+    (B,) anchors, or all K without counts. Entries with negative `anchor_norms` (B, K)
+    are not anchors. Padding and tokens of a sequence without anchors get index -1 and
+    similarity -inf.
     """
     *leading, num_tokens, dim = tokens.shape
     batch, num_groups = math.prod(leading), anchors.shape[-2]
@@ -107,7 +121,8 @@ def nearest_anchors_cuda(
     if anchor_norms is None:
         anchor_norms = token_norms_cuda(anchors)
     inputs = tokens, norms, contiguous(mask), anchors, anchor_norms, counts
-    args = (*inputs, batch, num_tokens, dim, num_groups, out, highest)
+    sizes = batch, num_tokens, dim, num_groups
+    args = (*inputs, *sizes, int(metric == "euclidean"), out, highest)
     kernel = "nearest", "nearest_anchors"
     # A block of the optimized kernel computes whole rows of similarities, because it
     # keeps only the maximum of each row. This kernel also exists for wide tiles

@@ -1,10 +1,12 @@
 """Average and ward linkage of tokens with masses, in rounds, on the CPU.
 
-A token i has the mass w_i, and cos_ij is the cosine of tokens i and j. A, B and C are
+A token i has the mass w_i, and d_ij is a distance of tokens i and j: 1 - cos_ij, or for
+the Euclidean metric ‖x_i - x_j‖ (average) and ½‖x_i - x_j‖² (ward). A, B and C are
 groups of tokens. W_A is the sum of the masses of A, and μ_A is the weighted mean of the
-unit tokens of A. With the sum over i in A and j in C, the distances d(A, C) are
+vectors of A: unit tokens, or tokens for the Euclidean metric. With the sum over i in A
+and j in C, the distances d(A, C) are
 
-    E(A, C) = Σ w_i w_j (1 - cos_ij)
+    E(A, C) = Σ w_i w_j d_ij
     average   E(A, C) / (W_A W_C)
     ward      √(2 W_A W_C / (W_A + W_C)) |μ_A - μ_C|
 
@@ -47,8 +49,8 @@ _GROUP = np.dtype(
 def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Floats, int]:
     """Return the dendrogram (N - 1, 4) of tokens with masses, and the number of rounds.
 
-    `distance` holds 1 - cos (N, N) and is overwritten, `mass` (N,) is > 0, and `method`
-    is "average" or "ward".
+    `distance` holds d_ij (N, N) and is overwritten, `mass` (N,) is > 0, and `method` is
+    "average" or "ward".
 
     The dendrogram is defined by one merge at a time, always of the nearest pair. A
     round merges pairs of groups that are each other's nearest neighbours: all such
@@ -60,11 +62,11 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     merges of the dendrogram. Therefore one round may merge all such pairs.
     """
     num_tokens, sums = len(mass), distance
-    # Equal tokens must have distance 0, but rounding can move their cosine away from 1.
+    # Equal tokens must have distance 0, but rounding can give them another one.
     # 2⁻⁴⁶ is 64 times the distance from 1 to the next float64.
     sums[sums < 2.0**-46] = 0
-    # E of two tokens is w_i w_j (1 - cos_ij). E of larger groups needs no cosines,
-    # because E(A ∪ B, C) = E(A, C) + E(B, C).
+    # E of two tokens is w_i w_j d_ij. E of larger groups needs no d_ij, because
+    # E(A ∪ B, C) = E(A, C) + E(B, C).
     sums *= mass[:, None] * mass
     np.fill_diagonal(sums, np.inf)  # a group is not its own neighbour
     group = np.zeros(num_tokens, _GROUP)  # also sets E(i, i) and the heights to 0

@@ -22,21 +22,6 @@ every_kernel = pytest.mark.parametrize("kernels", KERNELS)
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Return a function that calls its first argument with interpreted kernels."""
-
-    def call(function, *args, kernels="optimized", device=(5, 0), **options):
-        with monkeypatch.context() as patch, qm.use_kernels(kernels):
-            ptx.install(patch)
-            # Blocks of two warps, so that small inputs need several blocks.
-            patch.setattr(linkage_cuda, "LINKAGE_THREADS", {4: 64, 8: 64})
-            patch.setattr(cuda, "current_device", lambda: cuda.Device(*device))
-            return function(*args, **options)
-
-    return call
-
-
 def batch_of(dtype, num_tokens=40, dim=12):
     """Return three sequences: full, padded on the left, and with holes."""
     rng = np.random.default_rng(num_tokens)
@@ -153,12 +138,13 @@ def test_a_batch_that_does_not_fit_runs_in_parts(interpreted, monkeypatch):
     monkeypatch.setattr(linkage_cuda, "_SMALL", 0)
     bytes_per_sequence = 40 * 40 * 4  # float32 cosines
     batch_sizes = []
-    cosines = linkage_cuda.cosine_similarity_cuda
-    monkeypatch.setattr(
-        linkage_cuda,
-        "cosine_similarity_cuda",
-        lambda x: (batch_sizes.append(len(x)), cosines(x))[1],
-    )
+    similarities = linkage_cuda.similarities_cuda
+
+    def counted(tokens, *args, **options):
+        batch_sizes.append(len(tokens))
+        return similarities(tokens, *args, **options)
+
+    monkeypatch.setattr(linkage_cuda, "similarities_cuda", counted)
 
     def in_parts(free):
         patch.setattr(cuda, "free_memory", lambda: free)
