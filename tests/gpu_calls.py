@@ -33,6 +33,7 @@ MERGED = {
     "saliency": Variant.SUMS,
     "mass": Variant.SUMS,
 }
+METRICS = {"": "cosine", ", euclidean": "euclidean"}  # suffixes of the names of calls
 PIPELINE = tuple(MERGED[field] for field in qm.Merged._fields)
 # The variants of results of a call, unless it returns one array of sums.
 RESULTS = {
@@ -45,12 +46,18 @@ RESULTS = {
             "cut_linkage",
             "cut_linkage, max_error",
             *(f"cluster_tokens, {method}" for method in METHODS),
+            *(f"cluster_tokens, {method}, euclidean" for method in METHODS),
+            "cluster_tokens, steps",
             "norm_budget",
         ],
         (Variant.INTEGERS,),
     ),
     **dict.fromkeys(
-        [f"linkage, {method}" for method in LINKAGES], (Variant.DENDROGRAM,)
+        [
+            *(f"linkage, {method}" for method in LINKAGES),
+            *(f"linkage, {method}, euclidean" for method in LINKAGES),
+        ],
+        (Variant.DENDROGRAM,),
     ),
     **dict.fromkeys(
         ["alignment_loss", "alignment_loss, transformer"], 3 * (Variant.SUMS,)
@@ -307,15 +314,16 @@ def calls(num_tokens, masked=False, ragged=False):
         ),
         "cosine_similarity": (qm.cosine_similarity, {"tokens": tokens}),
         **{
-            f"linkage, {method}": (
+            f"linkage, {method}{suffix}": (
                 qm.linkage,
                 {
-                    "method": method,
+                    **{"method": method, "metric": metric},
                     **weighed,
                     **({"mass": other} if method in ("average", "ward") else {}),
                 },
             )
             for method in LINKAGES
+            for suffix, metric in METRICS.items()
         },
         "cut_linkage": (
             qm.cut_linkage,
@@ -326,18 +334,27 @@ def calls(num_tokens, masked=False, ragged=False):
             {"dendrogram": tree, "max_error": 0.3, **padded},
         ),
         **{
-            f"cluster_tokens, {method}": (
+            f"cluster_tokens, {method}{suffix}": (
                 qm.cluster_tokens,
                 {
                     "tokens": tokens,
                     "num_groups": num_groups,
                     "method": method,
+                    "metric": metric,
                     "protect": protect,
                     **padded,
                 },
             )
             for method in METHODS
+            for suffix, metric in METRICS.items()
         },
+        "cluster_tokens, steps": (
+            qm.cluster_tokens,
+            {
+                **{"tokens": tokens, "num_groups": num_groups},
+                **{"method": "bipartite", "step": 3, **padded},
+            },
+        ),
         "merge_tokens": (qm.merge_tokens, {"tokens": tokens, **grouped, "mass": mass}),
         "unmerge_tokens": (qm.unmerge_tokens, {"merged": merged, "labels": labels}),
         "group_sizes": (qm.group_sizes, grouped),

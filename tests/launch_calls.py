@@ -276,6 +276,18 @@ OPERATIONS = {
         for method in LINKAGES
     },
     "linkage ward, mass": lambda c: qm.linkage(c.tokens, "ward", mass=c.mass),
+    "linkage euclidean": lambda c: qm.linkage(
+        c.tokens, metric="euclidean", mask=c.mask
+    ),
+    **{
+        f"cluster_tokens {method}, euclidean": lambda c, m=method: qm.cluster_tokens(
+            c.tokens, c.num_groups, method=m, metric="euclidean", mask=c.mask
+        )
+        for method in ("ward", "nearest", "bipartite", "contiguous")
+    },
+    "cluster_tokens bipartite, step": lambda c: qm.cluster_tokens(
+        c.tokens, c.num_groups, method="bipartite", step=max(c.num_tokens // 8, 1)
+    ),
     "cut_linkage": lambda c: qm.cut_linkage(
         c.array(c.batch, c.num_tokens - 1, 4), num_groups=c.ragged, mask=c.mask
     ),
