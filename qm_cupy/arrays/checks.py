@@ -253,11 +253,11 @@ def check_integer(name: str, value: Any) -> int:
         ) from None
 
 
-def check_seed(seed: Any) -> int:
+def check_seed(seed: Any, name: str = "seed") -> int:
     """Return a seed within 0..2⁶⁴ - 1, the key of the generator Philox4x32-10."""
-    value = check_integer("seed", seed)
+    value = check_integer(name, seed)
     if not 0 <= value < 2**64:
-        raise ValueError(f"`seed` must lie in 0..2**64 - 1, got {value}")
+        raise ValueError(f"`{name}` must lie in 0..2**64 - 1, got {value}")
     return value
 
 
