@@ -30,7 +30,6 @@ MERGED = {
     "labels": Variant.INTEGERS,
     "sizes": Variant.INTEGERS,
     "positions": Variant.INTEGERS,
-    "saliency": Variant.SUMS,
     "mass": Variant.SUMS,
 }
 PIPELINE = tuple(MERGED[field] for field in qm.Merged._fields)
@@ -58,6 +57,7 @@ RESULTS = {
     **dict.fromkeys(
         [
             "quickmerge",
+            "quickmerge, mass",
             "quickmerge, attention",
             "quickmerge, query and key",
             "quickmerge, hidden states",
@@ -133,10 +133,14 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
     prior = qm.MLPPrior.init(dim, hidden_dim=20, seed=1)
     return {
         "quickmerge": (qm.quickmerge, common),
+        "quickmerge, mass": (
+            qm.quickmerge,
+            {**common, "weights": "mass", "noise_seed": 7},
+        ),
         "quickmerge, attention": (qm.quickmerge, {**alone, "attention": attention}),
         "quickmerge, query and key": (
             qm.quickmerge,
-            {**alone, "query": heads[0], "key": heads[1], "weighted_linkage": True},
+            {**alone, "query": heads[0], "key": heads[1], "method": "average"},
         ),
         "quickmerge, hidden states": (
             qm.quickmerge,
@@ -156,7 +160,7 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
         "quickmerge, contiguous": (qm.quickmerge, {**alone, "method": "contiguous"}),
         "choose_merge": (
             choose_merge,
-            {**common, "candidates": ways, "prior": prior, "seed": None},
+            {**common, "candidates": ways, "prior": prior},
         ),
     }
 

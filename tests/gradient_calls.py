@@ -122,7 +122,18 @@ CALLS = {
     "quickmerge": Call(
         "quickmerge",
         {"tokens": TOKENS},
-        {"budget": 2, "mask": MASK, "temperature": 1.0},
+        {
+            "budget": 2,
+            "mask": MASK,
+            "temperature": 1.0,
+            "weights": "mass",
+            "noise_seed": 0,
+        },
+    ),
+    "quickmerge, attention": Call(
+        "quickmerge",
+        {"tokens": TOKENS, "query": draw(2, 2, 5, 3), "key": draw(2, 2, 5, 3)},
+        {"budget": 2, "mask": MASK},
     ),
     "quickmerge, of everything": Call(
         "quickmerge",
@@ -138,10 +149,14 @@ CALLS = {
         "quickmerge",
         {
             "tokens": draw(6, 3),
-            "saliency": RNG.random(6),
             "weights": RNG.random(6) + 0.1,
         },
         {"budget": 0.5, "method": "ward", "weighted_linkage": True},
+    ),
+    "quickmerge, saliency": Call(
+        "quickmerge",
+        {"tokens": draw(6, 3), "saliency": RNG.random(6)},
+        {"budget": 0.5},
     ),
 }
 

@@ -156,6 +156,12 @@ def _quickmerges():
             f"quickmerge of {source}",
             functools.partial(call, source=source, masked=source != "tokens"),
         )
+        yield (
+            f"quickmerge of {source}, mass",
+            functools.partial(
+                call, source=source, masked=source != "tokens", weights="mass"
+            ),
+        )
     # The loop above uses the first method.
     for method in METHODS[1:]:
         yield (

@@ -51,7 +51,7 @@ def test_every_sequence_gets_the_lowest_score(walks, rng, masked):
         np.testing.assert_array_equal(got.merged.tokens[b, :count], best.tokens)
         np.testing.assert_array_equal(got.merged.sizes[b, :count], best.sizes)
         np.testing.assert_array_equal(got.merged.positions[b, :count], best.positions)
-        for name in ("labels", "saliency", "mass"):
+        for name in ("labels", "mass"):
             np.testing.assert_array_equal(
                 getattr(got.merged, name)[b], getattr(best, name)
             )
@@ -139,11 +139,16 @@ def test_by_kernels(walks, kernels, monkeypatch):
     ("change", "error", "message"),
     [
         ({"candidates": []}, ValueError, "at least one"),
-        ({"candidates": {"seed": 1}}, TypeError, "sequence of mappings, got dict"),
+        (
+            {"candidates": {"noise_seed": 1}},
+            TypeError,
+            "sequence of mappings, got dict",
+        ),
         ({"candidates": iter([{}])}, TypeError, "sequence of mappings"),
         ({"candidates": [{}, 3]}, TypeError, r"`candidates\[1\]` must be a mapping"),
         ({"candidates": [{"tau": 1}]}, TypeError, r"candidates\[0\]`.*got tau"),
         ({"candidates": [{"mask": None}]}, TypeError, "got mask"),
+        ({"candidates": [{"seed": 1}]}, TypeError, "noise_seed.*got seed"),
         ({"candidates": [{"method": "magic"}]}, ValueError, "`method`"),
         ({"budget": 99}, ValueError, "`budget`"),
         ({"alpha": -1}, ValueError, "`alpha`"),
