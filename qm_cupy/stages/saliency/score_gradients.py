@@ -17,6 +17,7 @@ of all heads first.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from ...cuda.constants import SQUARE, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
-from .online_softmax import BLOCK_ROWS, masked_score, softmax_state
+from .online_softmax import score_blocks, softmax_state
 
 # A "band" is the part of G that is in memory at once, at most this many bytes. It
 # consists of row tiles: 128 rows of G with all N columns. With 16-bit values and 4096
@@ -41,14 +42,14 @@ _BAND_BYTES = 128 << 20
 _FILE = "score_gradients"  # the .cu file of all kernels that this file launches
 
 
-# Names of the axes of entropies, by the number of axes, for error messages.
+# Names of the axes of results, by the number of axes, for error messages.
 _AXES = {1: "N", 2: "BN", 3: "LBN", 4: "LBHN"}
 
 
-def check_entropy_gradient(
+def check_row_gradient(
     gradient: NDArray[Any], shape: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> None:
-    """Raise if the gradient does not have the shape of the entropies."""
+    """Raise if the gradient does not have the shape (..., N) of the results of rows."""
     check_gradient(gradient, shape, _AXES[len(shape)], mask=mask)
 
 
@@ -61,8 +62,30 @@ def masked_gradient(
     return gradient if mask is None else np.where(mask, gradient, dtype.type(0))
 
 
+# Returns G (block, keys) of some rows from their scores, which it may overwrite.
+ScoreGradient = Callable[[slice, NDArray[Any]], NDArray[Any]]
+
+
+def entropy_gradient(gradient: NDArray[Any]) -> ScoreGradient:
+    """Return the function that computes G of one head for the entropies.
+
+    `gradient` is g (N,).
+    """
+
+    def score_gradient(rows: slice, scores: NDArray[Any]) -> NDArray[Any]:
+        # `softmax_state` also changes `scores` in place to s - m.
+        _, r, t = softmax_state(scores, axis=1)
+        # Three factors of G: (1 + r) p, then -(log p + H), then g / (1 + r).
+        block = np.exp(scores)
+        block *= (t / (1 + r))[:, None] - scores
+        block *= (gradient[rows] / (1 + r))[:, None]
+        return block
+
+    return score_gradient
+
+
 def score_vjp(
-    gradient: NDArray[Any],
+    score_gradient: ScoreGradient,
     query: NDArray[Any],
     key: NDArray[Any],
     causal: bool,
@@ -70,31 +93,18 @@ def score_vjp(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q of one head, each (N, d).
 
-    `gradient` is g (N,). Padding must have been removed. G is computed for a block of
-    rows at a time.
+    Padding must have been removed. G is computed for a block of rows at a time.
     """
-    scaled, excluded_score = query * scale, masked_score(query.dtype)
+    scaled = query * scale
     query_gradient, key_gradient = np.zeros_like(query), np.zeros_like(key)
-    for start in range(0, len(query), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(query))
-        # With a causal mask, no row of the block attends to the keys after the block.
-        seen = slice(stop if causal else None)
-        scores = scaled[start:stop] @ key[seen].T  # (block, N), or (block, stop)
-        if causal:
-            # Within the block, mask the keys after the row's own token: the entries
-            # above the diagonal of the last square.
-            above_diagonal = np.triu_indices(stop - start, 1)
-            scores[:, start:][above_diagonal] = excluded_score
-        # `softmax_state` also changes `scores` in place to s - m.
-        _, r, t = softmax_state(scores, axis=1)
-        # Three factors of c G: (1 + r) p, then -(log p + H), then c g / (1 + r).
-        score_gradient = np.exp(scores)
-        score_gradient *= (t / (1 + r))[:, None] - scores
-        score_gradient *= (gradient[start:stop] / (1 + r) * scale)[:, None]
+    for rows, scores in score_blocks(scaled, key, causal):
+        seen = slice(scores.shape[1])  # the keys that a row of the block may see
+        block = score_gradient(rows, scores)  # G, (block, keys)
         # A query belongs to one block. The gradient of a key is a sum over the blocks,
         # added in the order of the blocks.
-        query_gradient[start:stop] = score_gradient @ key[seen]
-        key_gradient[seen] += score_gradient.T @ query[start:stop]
+        query_gradient[rows] = block @ key[seen] * scale
+        key_gradient[seen] += block.T @ scaled[rows]
+        del block  # free it before the next one is computed
     return query_gradient, key_gradient
 
 
