@@ -32,9 +32,10 @@ def tokens(rng):
 def arrays(rng):
     """Return a source of each kind, by name."""
     query, key = rng.standard_normal((2, L, B, H, N, 5))
+    attention = rng.random((L, B, H, N, N)) ** 4
     return {
         "hidden_states": rng.standard_normal((L, B, N, D)),
-        "attention": rng.random((L, B, H, N, N)) ** 4,
+        "attention": attention / attention.sum(-1, keepdims=True),  # rows sum to 1
         "query": query,
         "key": key,
         "saliency": rng.random((B, N)),
@@ -117,13 +118,14 @@ def same(got, wanted):
 def test_attention_weights(tokens, arrays, rng, masked):
     """They are the attention received times the saliency, each a mean over L and H."""
     mask = rng.random((B, N)) < 0.7 if masked else np.ones((B, N), bool)
-    a = arrays["attention"] * mask[:, None, None]  # no attention to padding
-    rows = a / a.sum(-1, keepdims=True)
-    # The mean over the rows of tokens, not of padding; (L, B, H, N)
-    received = (rows * mask[:, None, :, None]).sum(-2) / mask.sum(-1)[:, None, None]
-    entropy = qm.attention_entropy(arrays["attention"], mask=mask)
-    wanted = received.mean((0, 2)) * qm.saliency(entropy, mask=mask)
-    options = {"attention": arrays["attention"], "mask": mask if masked else None}
+    attention = arrays["attention"]
+    # The sum over the rows of tokens, not of padding; (L, B, H, N)
+    total = (attention * mask[:, None, :, None]).sum(-2)
+    received = total.mean((0, 2)) / mask.sum(-1, keepdims=True) * mask  # (B, N)
+    wanted = received * qm.saliency(
+        qm.attention_entropy(attention, mask=mask), mask=mask
+    )
+    options = {"attention": attention, "mask": mask if masked else None}
     got = qm.quickmerge(tokens, 4, **options)
     assert_close(got.mass, wanted)
     assert not got.mass[~mask].any()
@@ -169,7 +171,8 @@ def forbid_saliency(monkeypatch):
     for module, name in (
         (attention_entropy, "compute_attention_entropy"),
         (attention_entropy, "_attention_entropy_reference"),
-        (attention_received, "attention_received"),
+        (attention_received, "_of_attention_reference"),
+        (attention_received, "_of_scores_reference"),
         (query_key_entropy, "_query_key_entropy_reference"),
         (self_attention_entropy, "_self_attention_entropy_reference"),
         (gumbel_softmax, "_gumbel_softmax_reference"),
