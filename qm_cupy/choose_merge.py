@@ -196,6 +196,8 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
 
 def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
     """Return `x` for the sequences that `taken` (B,) marks, and `y` for the others."""
+    if x.dtype != y.dtype:  # the weights of two candidates: float32 and float64
+        x, y = (z.astype(np.float64) for z in (x, y))
     condition = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))  # (B, 1, ...)
     # CuPy's `where` would convert bfloat16 to a wider dtype, so it gets int16 bits.
     return np.where(condition, bfloat16_as_int16(x), bfloat16_as_int16(y)).view(x.dtype)

@@ -112,7 +112,7 @@ def choose_merge(**arguments):
 def decode(tokens, sizes, positions, model):
     """Decode a merge that has only what `step` reads: tokens, sizes and positions."""
     # A flat signature, because the parity tests convert arrays by argument.
-    return qm.decode(qm.Merged(tokens, None, sizes, positions, None, None), model)
+    return qm.decode(qm.Merged(tokens, None, sizes, positions, None), model)
 
 
 def fit(prior, **arguments):

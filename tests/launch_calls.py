@@ -207,7 +207,7 @@ def _decode(prior):
 
 def _merged(c):
     per_group = c.array(c.batch, c.num_groups, dtype=np.int32)
-    return qm.Merged(c.merged, c.labels, per_group, per_group, c.scores, c.mass)
+    return qm.Merged(c.merged, c.labels, per_group, per_group, c.mass)
 
 
 def _choose(c):

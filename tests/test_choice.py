@@ -89,6 +89,21 @@ def test_bfloat16_stays_bfloat16(walks, monkeypatch):
         np.testing.assert_array_equal(got.merged.tokens[b, : len(wanted)], wanted)
 
 
+def test_weights_of_two_dtypes(walks):
+    """The weights of the candidates are float32 and float64; the result is float64."""
+    tokens = walks.astype(np.float32)
+    states = walks[..., ::-1]  # float64, so the weights of this candidate are too
+    ways = [{"method": "contiguous"}, {"hidden_states": states, "method": "ward"}]
+    for order in ([0, 1], [1, 0]):
+        candidates = [ways[i] for i in order]
+        got = qm.choose_merge(tokens, candidates, PRIOR, alpha=0.02, budget=6)
+        assert len(set(got.best.tolist())) > 1
+        assert got.merged.mass.dtype == np.float64
+        for b, best in enumerate(got.best):
+            wanted = qm.quickmerge(tokens, 6, **candidates[best])
+            np.testing.assert_array_equal(got.merged.mass[b], wanted.mass[b])
+
+
 # Three equal candidates: the order decides, so that results are reproducible.
 def test_equal_scores_go_to_the_first(walks):
     got = qm.choose_merge(walks, [{}, {}, {}], PRIOR, budget=4)
