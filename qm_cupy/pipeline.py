@@ -107,7 +107,7 @@ def quickmerge(
         is used, and the attention that each token receives.
     query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
         Another source: the attention of these queries to these keys, which have width
-        d.
+        d. Each query attends to all keys, so no causal mask is applied.
     saliency : ndarray of shape (B, N), optional
         The saliency itself instead of a source, for example from `norm_saliency`.
     mask : ndarray of shape (N,) or (B, N), optional
