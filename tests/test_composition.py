@@ -336,6 +336,16 @@ def test_the_shape_of_an_unneeded_source_is_checked(
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_document_has_the_same_bits_in_every_call(rng, options, dtype):
     """Alone, anywhere in a batch, and padded: there is no noise."""
+    same_bits_in_every_call(rng, options, dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ward"}, {"method": "bipartite"}])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_kernels_give_a_document_the_same_bits(kernels, rng, options, dtype):
+    same_bits_in_every_call(rng, options, dtype)
+
+
+def same_bits_in_every_call(rng, options, dtype):
     documents = [rng.standard_normal((n, 8)).astype(dtype) for n in (9, 14, 11)]
     alone = [qm.quickmerge(x, 0.4, **options) for x in documents]
     batch = qm.quickmerge(np.stack([documents[0]] * 3), 0.4, **options)
