@@ -72,6 +72,7 @@ RESULTS = {
     **dict.fromkeys(
         [
             "attention_entropy_vjp",
+            "attention_received_vjp",
             "self_attention_entropy_vjp",
             "saliency_vjp",
             "norm_saliency_vjp",
@@ -84,6 +85,8 @@ RESULTS = {
         [
             "query_key_entropy_vjp",
             "query_key_entropy_vjp, causal",
+            "attention_received_vjp, queries and keys",
+            "attention_received_vjp, queries and keys, causal",
             "saliency_mass_vjp",
             "merge_tokens_vjp",
             "reconstruction_error_vjp",
@@ -101,6 +104,12 @@ def alignment_loss_vjp(forward, backward, total, **arguments):
     """Return the gradients as one flat tuple; each loss's gradient is an argument."""
     by_merged, weights = qm.alignment_loss_vjp((forward, backward, total), **arguments)
     return by_merged, *weights[0], *weights[1]
+
+
+def of_attention_received_vjp(**arguments):
+    """Return the gradients without None, which stands for the absent source."""
+    gradients = [x for x in qm.attention_received_vjp(**arguments) if x is not None]
+    return gradients[0] if len(gradients) == 1 else tuple(gradients)
 
 
 def choose_merge(**arguments):
@@ -266,6 +275,22 @@ def calls(num_tokens, masked=False, ragged=False):
             qm.query_key_entropy,
             {"query": query, "key": key, "causal": True, **padded},
         ),
+        "attention_received": (
+            qm.attention_received,
+            {"attention": attention, **padded},
+        ),
+        "attention_received, causal": (
+            qm.attention_received,
+            {"attention": attention, "causal": True, **padded},
+        ),
+        "attention_received, queries and keys": (
+            qm.attention_received,
+            {"query": query, "key": key, **padded},
+        ),
+        "attention_received, queries and keys, causal": (
+            qm.attention_received,
+            {"query": query, "key": key, "causal": True, **padded},
+        ),
         "self_attention_entropy": (
             qm.self_attention_entropy,
             {"tokens": tokens, **padded},
@@ -282,6 +307,21 @@ def calls(num_tokens, masked=False, ragged=False):
         ),
         "query_key_entropy_vjp, causal": (
             qm.query_key_entropy_vjp,
+            {
+                **{"gradient": by_row, "query": query, "key": key},
+                **{"causal": True, **padded},
+            },
+        ),
+        "attention_received_vjp": (
+            of_attention_received_vjp,
+            {"gradient": by_row, "attention": attention, **padded},
+        ),
+        "attention_received_vjp, queries and keys": (
+            of_attention_received_vjp,
+            {"gradient": by_row, "query": query, "key": key, **padded},
+        ),
+        "attention_received_vjp, queries and keys, causal": (
+            of_attention_received_vjp,
             {
                 **{"gradient": by_row, "query": query, "key": key},
                 **{"causal": True, **padded},

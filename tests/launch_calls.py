@@ -243,6 +243,22 @@ OPERATIONS = {
     "attention_entropy_vjp": lambda c: qm.attention_entropy_vjp(
         c.head_rows, c.attention, mask=c.mask
     ),
+    "attention_received": lambda c: qm.attention_received(c.attention, mask=c.mask),
+    "attention_received, causal": lambda c: qm.attention_received(
+        c.attention, causal=True
+    ),
+    "attention_received, queries and keys": lambda c: qm.attention_received(
+        query=c.heads, key=c.heads, mask=c.mask
+    ),
+    "attention_received, queries and keys, causal": lambda c: qm.attention_received(
+        query=c.heads, key=c.heads, causal=True
+    ),
+    "attention_received_vjp": lambda c: qm.attention_received_vjp(
+        c.head_rows, c.attention, mask=c.mask
+    ),
+    "attention_received_vjp, queries and keys": lambda c: qm.attention_received_vjp(
+        c.head_rows, query=c.heads, key=c.heads, causal=True, mask=c.mask
+    ),
     "query_key_entropy": lambda c: qm.query_key_entropy(c.heads, c.heads, mask=c.mask),
     "query_key_entropy, causal": lambda c: qm.query_key_entropy(
         c.heads, c.heads, causal=True

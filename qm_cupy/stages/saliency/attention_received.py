@@ -9,6 +9,7 @@ of row i, and Z_i = Σ_j exp(s_ij - m_i). g_j is the gradient of a loss ℒ with
 r_j, and h_j = g_j / n_j.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,18 +28,26 @@ from ...arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
-from ...arrays.dtypes import narrow
-from ...arrays.shapes import expand_mask, iter_sequences
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.libraries import is_cuda
+from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
-from .online_softmax import BLOCK_ROWS, score_blocks, score_dtype
+from ...cuda.constants import VECTOR_BYTES, WARP
+from ...cuda.device import empty
+from ...cuda.launch import contiguous, launch
+from .online_softmax import BLOCK_ROWS
 from .query_key_entropy import check_causal, check_query_key
-from .score_gradients import (
-    ScoreGradient,
-    check_row_gradient,
-    masked_gradient,
-    score_vjp,
+from .received_of_scores import (
+    num_queries,
+    query_counts_cuda,
+    received_of_scores,
+    received_of_scores_cuda,
+    received_of_scores_vjp,
+    received_of_scores_vjp_cuda,
+    received_weights_cuda,
 )
+from .score_gradients import check_row_gradient, masked_gradient
 
 
 def _received_shape(attention: Any, query: Any, *others: Any) -> tuple[Shape, ...]:
@@ -138,11 +147,15 @@ def compute_attention_received(
     # references need one mask for each head, (..., N).
     if attention is not None:
         head_mask = _check_attention(attention, causal, mask)
-        return _of_attention_reference(attention, causal, head_mask)
+        if is_cuda(attention):
+            return _attention_received_cuda(attention, causal, mask)
+        return _attention_received_reference(attention, causal, head_mask)
     scale, head_mask = check_query_key(
         query, key, causal, scale, mask, finite_padding=False
     )
-    return _of_scores_reference(query, key, causal, scale, head_mask)
+    if is_cuda(query):
+        return received_of_scores_cuda(query, key, causal, scale, mask)
+    return received_of_scores(query, key, causal, scale, head_mask)
 
 
 def _check_one_source(attention: Any, query: Any, key: Any, scale: Any) -> None:
@@ -178,13 +191,7 @@ def _check_attention(
     return matrix_mask
 
 
-def _num_queries(num_tokens: int, causal: bool, dtype: Any) -> NDArray[Any]:
-    """Return n_j (N,) of tokens without padding: N, or N - j with a causal mask."""
-    count = np.full(num_tokens, num_tokens, dtype)
-    return count - np.arange(num_tokens, dtype=dtype) if causal else count
-
-
-def _of_attention_reference(
+def _attention_received_reference(
     attention: NDArray[Any], causal: bool, mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
@@ -200,37 +207,24 @@ def _of_attention_reference(
             if valid is not None:
                 a = a[:, token]
             total += (np.tril(a, start) if causal else a).sum(axis=0)
-        received[index][token] = total / _num_queries(len(token), causal, dtype)
+        received[index][token] = total / num_queries(len(token), causal, dtype)
     return received
 
 
-def _softmax(scores: NDArray[Any]) -> NDArray[Any]:
-    """Return the softmax of each row, in place."""
-    scores -= scores.max(axis=1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=1, keepdims=True)
-    return scores
-
-
-def _of_scores_reference(
-    query: NDArray[Any],
-    key: NDArray[Any],
-    causal: bool,
-    scale: float,
-    mask: NDArray[np.bool_] | None,
-) -> NDArray[Any]:
-    received = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
-    for index, valid in iter_sequences(received.shape[:-1], mask):
-        unpadded = slice(None) if valid is None else valid  # without the padding
-        q, k = query[index][unpadded], key[index][unpadded]
-        # Inputs below float64 are computed in float32, or in float64 for huge scores.
-        dtype = score_dtype(q, k, scale)
-        q, k = q.astype(dtype) * dtype.type(scale), k.astype(dtype)
-        total = np.zeros(len(q), dtype)  # Σ_i A_ij, (N,)
-        for _, scores in score_blocks(q, k, causal):
-            total[: scores.shape[1]] += _softmax(scores).sum(axis=0)
-        received[index][unpadded] = total / _num_queries(len(q), causal, dtype)
-    return received
+def _attention_received_cuda(attention: Any, causal: bool, mask: Any) -> Any:
+    *leading, num_tokens, _ = attention.shape
+    out = empty((*leading, num_tokens), accumulation_dtype(attention.dtype))
+    counts = query_counts_cuda(attention, causal, mask)
+    # The kernel computes from B and H which row of the mask (B, N) belongs to a matrix.
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
+    arrays = contiguous(attention), contiguous(mask), counts
+    args = (*arrays, outer, batch, heads, num_tokens, int(causal), out)
+    # A block sums the columns that one warp reads at a time, 16 bytes for each thread.
+    # The basic kernel has a thread for each column.
+    columns = WARP * (VECTOR_BYTES // attention.dtype.itemsize)
+    kernel, blocks = 2 * ("attention_received",), outer * -(-num_tokens // columns)
+    launch(*kernel, attention.dtype, args, outputs=out.size, blocks=blocks)
+    return out
 
 
 @on_callers_stream
@@ -305,18 +299,26 @@ def attention_received_vjp(
     if attention is not None:
         head_mask = _check_attention(attention, causal, mask)  # (..., N)
         check_row_gradient(gradient, attention.shape[:-1], head_mask)
-        result = _attention_vjp_reference(gradient, attention, causal, head_mask)
+        if is_cuda(attention):
+            result = _attention_received_vjp_cuda(gradient, attention, causal, mask)
+        else:
+            result = _attention_received_vjp_reference(
+                gradient, attention, causal, head_mask
+            )
         return convert_back(result), None, None
     scale, head_mask = check_query_key(
         query, key, causal, scale, mask, finite_padding=False
     )
     check_row_gradient(gradient, query.shape[:-1], head_mask)
     args = gradient, query, key, causal, scale
-    results = _scores_vjp_reference(*args, head_mask)
+    if is_cuda(query):
+        results = received_of_scores_vjp_cuda(*args, mask)
+    else:
+        results = received_of_scores_vjp(*args, head_mask)
     return None, convert_back(results[0]), convert_back(results[1])
 
 
-def _attention_vjp_reference(
+def _attention_received_vjp_reference(
     gradient: NDArray[Any],
     attention: NDArray[Any],
     causal: bool,
@@ -328,7 +330,7 @@ def _attention_vjp_reference(
     for index, valid in iter_sequences(gradient.shape[:-1], mask):
         token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
         h = np.zeros(attention.shape[-1], dtype)  # 0 for padding
-        h[token] = gradient[index][token] / _num_queries(len(token), causal, dtype)
+        h[token] = gradient[index][token] / num_queries(len(token), causal, dtype)
         # Every row of a token is h. Padded rows remain 0.
         out[index][token] = narrow(h, out.dtype)
         if causal:
@@ -336,42 +338,15 @@ def _attention_vjp_reference(
     return out
 
 
-def _received_gradient(h: NDArray[Any]) -> ScoreGradient:
-    """Return the function that computes G_ij = A_ij (h_j - Σ_k A_ik h_k) of a head.
-
-    `h` is (N,).
-    """
-
-    def score_gradient(rows: slice, scores: NDArray[Any]) -> NDArray[Any]:
-        a = _softmax(scores)  # A, (block, keys)
-        seen = h[: scores.shape[1]]
-        a *= seen - (a @ seen)[:, None]
-        return a
-
-    return score_gradient
-
-
-def _scores_vjp_reference(
-    gradient: NDArray[Any],
-    query: NDArray[Any],
-    key: NDArray[Any],
-    causal: bool,
-    scale: float,
-    mask: NDArray[np.bool_] | None,
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    # Each (..., N, d). The loop does not write padding, which remains 0.
-    query_gradient, key_gradient = (
-        np.zeros_like(query, order="C"),
-        np.zeros_like(key, order="C"),
-    )
-    for index, valid in iter_sequences(query.shape[:-2], mask):
-        unpadded = slice(None) if valid is None else valid  # without the padding
-        g, q, k = (x[index][unpadded] for x in (gradient, query, key))
-        dtype = score_dtype(q, k, scale)
-        g, q, k = (x.astype(dtype) for x in (g, q, k))
-        score_gradient = _received_gradient(g / _num_queries(len(g), causal, dtype))
-        head_gradients = score_vjp(score_gradient, q, k, causal, dtype.type(scale))
-        # Sums in `dtype` are rounded to the dtype of the inputs once, at the end.
-        query_gradient[index][unpadded] = narrow(head_gradients[0], query.dtype)
-        key_gradient[index][unpadded] = narrow(head_gradients[1], key.dtype)
-    return query_gradient, key_gradient
+def _attention_received_vjp_cuda(
+    gradient: Any, attention: Any, causal: bool, mask: Any
+) -> Any:
+    *leading, num_tokens, _ = attention.shape
+    out = empty(attention.shape, attention.dtype)
+    h = received_weights_cuda(gradient, attention, causal, mask)
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
+    sizes = outer, batch, heads, num_tokens
+    args = (h, contiguous(mask), *sizes, int(causal), out)
+    kernel = "attention_received_vjp", "attention_received_vjp"
+    launch(*kernel, attention.dtype, args, vector_output=out)
+    return out

@@ -35,13 +35,7 @@ from ...autodiff.operations import without_last_axis
 from ...cuda.constants import KEYS, QUERIES
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...cuda.tiles import (
-    HALF,
-    WHOLE,
-    Tiling,
-    kept_bytes,
-    select_shape,
-)
+from ...cuda.tiles import kept_or_half
 from ...settings import implementation
 from .online_softmax import (
     entropy_of_state,
@@ -52,6 +46,7 @@ from .online_softmax import (
 from .score_gradients import (
     check_row_gradient,
     entropy_gradient,
+    row_values_cuda,
     score_arguments_cuda,
     score_vjp,
     token_gradients_cuda,
@@ -213,21 +208,10 @@ def _query_key_entropy_cuda(
     args = (*arrays, *sizes, int(causal), scale, out)
     # A block computes all tiles of its rows of scores one after another, so the states
     # of its rows stay in registers.
-    tiling = Tiling(outer, num_tokens, num_tokens, whole_rows=True)
-    # By default a block loads its queries again, step by step, for each tile of keys.
-    # With 16-bit types, two blocks with whole tiles would have too few registers for
-    # these loads. So this kernel has half tiles, of 64 rows, for all dtypes. Its name
-    # has no suffix.
-    shape = HALF._replace(suffix="")
+    tiling, shape = None, None
     if implementation() == "optimized":
-        # The kernel "…_kept" loads the queries of a block once, to shared memory, and
-        # uses whole tiles of 128 rows. This kernel runs on two conditions. First, its
-        # shared memory must fit: `kept_bytes` returns 0 for float64 and for queries
-        # that are too wide. Second, whole tiles must give at least one block for each
-        # multiprocessor; otherwise `select_shape` returns half tiles.
-        shared_bytes = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
-        if shared_bytes and select_shape(tiling, query.dtype) is WHOLE:
-            shape = WHOLE._replace(suffix="_kept", shared=shared_bytes)
+        row_bytes = head_dim * query.dtype.itemsize
+        tiling, shape = kept_or_half(outer, num_tokens, row_bytes, query.dtype)
     kernel = "query_key_entropy", "query_key_entropy"
     # The basic kernel has one thread for each row of scores.
     launch(*kernel, query.dtype, args, outputs=out.size, tiles=tiling, shape=shape)
@@ -337,7 +321,8 @@ def _query_key_entropy_vjp_cuda(
 ) -> tuple[Any, Any]:
     """Return the gradients with respect to the queries and the keys."""
     query, key = contiguous(query), contiguous(key)
-    extra = score_arguments_cuda(gradient, query, key, causal, scale, mask)
+    row_values = row_values_cuda(gradient, query, key, causal, scale, mask)
+    extra = score_arguments_cuda(row_values, None, query, causal, scale, mask)
     # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q. QUERIES selects G, and KEYS selects Gᵀ.
     query_gradient = token_gradients_cuda(extra, query, key, QUERIES)  # (..., N, d)
     return query_gradient, token_gradients_cuda(extra, key, query, KEYS)

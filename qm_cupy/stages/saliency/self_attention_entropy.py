@@ -44,6 +44,7 @@ from .online_softmax import (
 from .score_gradients import (
     check_row_gradient,
     entropy_gradient,
+    row_values_cuda,
     score_arguments_cuda,
     score_vjp,
     token_gradients_cuda,
@@ -276,6 +277,7 @@ def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> A
     scale = tokens.shape[-1] ** -0.5
     # Queries and keys are the same array, so s_ij = s_ji: column j of the scores has
     # the same m, r and t as row j. So the values of rows are the values of columns too.
-    extra = score_arguments_cuda(gradient, tokens, tokens, False, scale, mask)
+    row_values = row_values_cuda(gradient, tokens, tokens, False, scale, mask)
+    extra = score_arguments_cuda(row_values, None, tokens, False, scale, mask)
     # c (G + Gᵀ) X in one pass, with c = 1/√D; QUERIES | KEYS selects G + Gᵀ.
     return token_gradients_cuda(extra, tokens, tokens, QUERIES | KEYS)
