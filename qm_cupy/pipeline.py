@@ -129,8 +129,8 @@ def quickmerge(
         Weights of the tokens in the mean of their group.
         "uniform": 1, the default if no source is given.
         "saliency": the saliency, the default for `hidden_states` and `saliency`.
-        "attention": the attention that a token receives times its saliency, each the
-        mean of all heads and layers; the default for `attention`, or `query` and `key`.
+        "attention": `attention_received` times the saliency, each the mean of all heads
+        and layers; the default for `attention`, or `query` and `key`.
         "mass": the saliency mass of the paper.
     weighted_linkage : bool, optional
         Whether the weights are also the tokens' masses in the clustering, as `mass` in

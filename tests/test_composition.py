@@ -171,8 +171,8 @@ def forbid_saliency(monkeypatch):
     for module, name in (
         (attention_entropy, "compute_attention_entropy"),
         (attention_entropy, "_attention_entropy_reference"),
-        (attention_received, "_of_attention_reference"),
-        (attention_received, "_of_scores_reference"),
+        (attention_received, "_attention_received_reference"),
+        (attention_received, "received_of_scores"),
         (query_key_entropy, "_query_key_entropy_reference"),
         (self_attention_entropy, "_self_attention_entropy_reference"),
         (gumbel_softmax, "_gumbel_softmax_reference"),

@@ -82,8 +82,8 @@ def arguments(source, dtype, masked, single):
     return {"tokens": tokens.astype(dtype), "budget": GROUPS, "mask": mask, **inputs}
 
 
-def stages(inputs):
-    """Return saliency and mass from one public function after the other."""
+def saliency_of(inputs):
+    """Return the saliency from one public function after the other."""
     inputs, mask = dict(inputs), inputs["mask"]
     tokens = inputs["tokens"]
     padding = mask if mask is None or tokens.ndim == 3 else mask[None]
@@ -107,9 +107,15 @@ def stages(inputs):
             x = tokens.reshape(-1, TOKENS, DIM)
             entropy = qm.self_attention_entropy(x, mask=padding)
         scores = qm.saliency(entropy, mask=padding).reshape(tokens.shape[:-1])
+    return scores
+
+
+def mass_of(inputs):
+    """Return the mass of the paper from one public function after the other."""
+    scores, mask = saliency_of(inputs), inputs["mask"]
     probabilities = qm.gumbel_softmax(scores, seed=5, sequence_offset=3, mask=mask)
     mass = qm.saliency_mass(scores, probabilities)
-    return scores, mass if mask is None else mass * mask  # padding weighs nothing
+    return mass if mask is None else mass * mask  # padding weighs nothing
 
 
 @dtypes
@@ -127,8 +133,7 @@ def test_one_launch_replaces_several_stages(dtype, source, masked, single, launc
     separate = {"entropy_range", "perturbed_scores", "softmax_totals", "saliency_mass"}
     assert not separate & set(launches)
 
-    _, mass = stages(inputs)
-    assert_close(got.mass, mass, dtype)
+    assert_close(got.mass, mass_of(inputs), dtype)
     assert got.mass.dtype == cuda.accumulation_dtype(dtype)
     merged = qm.merge_tokens(inputs["tokens"], got.labels, GROUPS, mass=got.mass)
     np.testing.assert_array_equal(got.tokens, merged)
@@ -180,6 +185,41 @@ def test_tokens_alone_launch_only_the_merge(masked, single, kernels, launches):
     mask = inputs["mask"]
     wanted = np.ones(got.labels.shape) if mask is None else mask
     np.testing.assert_array_equal(got.mass, wanted)
+
+
+RECEIVED = {  # the kernels of the attention received from each source
+    "attention": ["query_counts", "attention_received"],
+    "query": ["query_counts", "score_weights", "query_key_received"],
+}
+
+
+@dtypes
+@masked
+@single
+@pytest.mark.parametrize("source", RECEIVED)
+def test_default_weights_of_attention(dtype, source, masked, single, launches):
+    """They are the attention received times the saliency, without noise or softmax."""
+    inputs = arguments(source, dtype, masked, single)
+    got = qm.quickmerge(**inputs)
+    scores = [*ENTROPY[source], "entropy_range", "saliency"]
+    before = [*scores, *RECEIVED[source]]
+    used = [without_shape(x).removesuffix("_kept") for x in launches[: len(before)]]
+    assert used == before
+    assert not {"gumbel_softmax", "saliency_gumbel_mass"} & set(launches)
+    # The stages, one after the other; a batch axis comes after the axis of layers.
+    mask = inputs["mask"]
+    lifted = {
+        name: x[:, None] if single else x
+        for name, x in inputs.items()
+        if name in ("attention", "query", "key")
+    }
+    padding = mask if mask is None or not single else mask[None]
+    received = qm.attention_received(**lifted, mask=padding).mean((0, 2))
+    wanted = (received * saliency_of(inputs)).reshape(got.labels.shape)
+    assert_close(got.mass, wanted, dtype)
+    assert got.mass.dtype == cuda.accumulation_dtype(dtype)
+    merged = qm.merge_tokens(inputs["tokens"], got.labels, GROUPS, mass=got.mass)
+    np.testing.assert_array_equal(got.tokens, merged)
 
 
 @masked
