@@ -111,7 +111,7 @@ def fidelity(x: Any, merged: Any, labels: Any) -> Any:
 def our_mass(values: Any) -> Any:
     """Return the mass of entropies (B, N) by our functions, with noise of seed 0."""
     saliency = qm.saliency(values)
-    probabilities = qm.gumbel_softmax(saliency, temperature=TAU)
+    probabilities = qm.gumbel_softmax(saliency, temperature=TAU, seed=0)
     return qm.saliency_mass(saliency, probabilities, epsilon=EPSILON)
 
 

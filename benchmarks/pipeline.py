@@ -134,7 +134,7 @@ class Measurements:
         self.machine.waited(lambda: None)()  # an error of this contender belongs to it
 
     def measure_stages(self, row: Report) -> None:
-        """Add the seconds of each stage of `quickmerge`."""
+        """Add the seconds of each of the paper's stages."""
         batch, num_tokens = row["batch"], row["num_tokens"]
         with guarded(row["errors"], "stages", title(row)):
             x = self.machine.put(patches(batch, num_tokens, self.width), False)

@@ -101,7 +101,7 @@ def print_calls(rows: list[Report], names: list[str]) -> None:
             last = f"   N^{exponent:.2f}" if exponent else ""
             print(f"{name:<40}" + "".join(f"{t:>12}" for t in texts) + last)
     rows = staged(rows)
-    print(f"\n{'time of quickmerge by stage':<40}{column_titles(rows)}")
+    print(f"\n{'time by stage of the paper':<40}{column_titles(rows)}")
     for stage in rows[0]["stages"] if rows else ():
         fractions = [r["stages"][stage] / sum(r["stages"].values()) for r in rows]
         print(f"{stage:<40}" + "".join(f"{s:>12.0%}" for s in fractions))

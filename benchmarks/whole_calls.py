@@ -16,7 +16,7 @@ torch = torch_or_none()
 
 PATCH = 16  # pixels; a patch has 16 x 16 x 3 = 768 numbers
 HEAD = 64  # width of a head of the transformer
-OURS = "quickmerge", "quickmerge, saliency of norms", "quickmerge, bipartite"
+OURS = "quickmerge", "quickmerge, the paper's stages", "quickmerge, bipartite"
 
 Contender = Callable[[Any, int], Any]
 
@@ -55,9 +55,9 @@ def patches(batch: int, num_tokens: int, width: int) -> np.ndarray:
     return tokens - tokens.mean(axis=1, keepdims=True)
 
 
-def by_norms(x: Any, num_groups: int) -> Any:
-    """Return `quickmerge` without attention: the norms are the saliency."""
-    return qm.quickmerge(x, num_groups, saliency=qm.norm_saliency(x))
+def by_mass(x: Any, num_groups: int) -> Any:
+    """Return `quickmerge` with the paper's stages: saliency, noise and mass."""
+    return qm.quickmerge(x, num_groups, weights="mass", noise_seed=0)
 
 
 def by_matching(x: Any, num_groups: int) -> Any:
@@ -144,7 +144,7 @@ def contenders(machine: Machine) -> dict[str, Contender]:
     """Return the contenders that can run on this machine, by name."""
     result: dict[str, Contender] = {
         OURS[0]: qm.quickmerge,
-        OURS[1]: by_norms,
+        OURS[1]: by_mass,
         OURS[2]: by_matching,
         "SciPy, ward pooling": ward_pooling,
     }
@@ -164,7 +164,7 @@ def sound(result: Any, shape: tuple[int, ...]) -> bool:
 
 
 def stages(x: Any, num_groups: int) -> dict[str, Callable[[], Any]]:
-    """Return the stages of `quickmerge` as calls on ready inputs."""
+    """Return the paper's stages, as `by_mass` runs them, as calls on ready inputs."""
     entropy = qm.self_attention_entropy(x)
 
     def mass() -> Any:

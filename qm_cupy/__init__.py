@@ -35,6 +35,10 @@ from .stages.merging.groups import group_positions, group_sizes
 from .stages.merging.merge_tokens import merge_tokens, merge_tokens_vjp
 from .stages.merging.unmerge_tokens import unmerge_tokens, unmerge_tokens_vjp
 from .stages.saliency.attention_entropy import attention_entropy, attention_entropy_vjp
+from .stages.saliency.attention_received import (
+    attention_received,
+    attention_received_vjp,
+)
 from .stages.saliency.norm_saliency import norm_saliency, norm_saliency_vjp
 from .stages.saliency.query_key_entropy import query_key_entropy, query_key_entropy_vjp
 from .stages.saliency.saliency import saliency, saliency_vjp
@@ -70,6 +74,8 @@ __all__ = [
     "allow_tf32",
     "attention_entropy",
     "attention_entropy_vjp",
+    "attention_received",
+    "attention_received_vjp",
     "check_finite",
     "choose_merge",
     "cluster_tokens",

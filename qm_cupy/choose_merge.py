@@ -56,7 +56,7 @@ def choose_merge(
         or float64.
     candidates : sequence of mapping
         Arguments of `quickmerge` for each candidate, such as ``{"method": "ward"}``,
-        ``{"seed": 3}`` or ``{"budget": 0.2}``.
+        ``{"weights": "mass", "noise_seed": 3}`` or ``{"budget": 0.2}``.
     prior : Prior
         The prior of the alignment loss, as in `alignment_loss`.
     alpha : float, default 0.1
@@ -97,7 +97,7 @@ def choose_merge(
     >>> import numpy as np
     >>> from qm_cupy import MLPPrior
     >>> walk = np.random.default_rng(0).standard_normal((2, 40, 4)).cumsum(1)
-    >>> ways = [{"method": "average"}, {"method": "ward"}, {"seed": 1}]
+    >>> ways = [{"method": "average"}, {"method": "ward"}, {"weights": "saliency"}]
     >>> choice = choose_merge(walk, ways, MLPPrior.init(4).fit(walk), budget=8)
     >>> choice.merged.tokens.shape, choice.scores.shape
     ((2, 8, 4), (3, 2))
@@ -187,7 +187,7 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
         # Only bfloat16 becomes int16, so that its bits are copied.
         return np.pad(bfloat16_as_int16(x), widths, constant_values=value).view(x.dtype)
 
-    return merged._replace(  # labels, saliency and mass are per token, not per group
+    return merged._replace(  # labels and mass are per token, not per group
         tokens=pad(merged.tokens, -2, 0),  # (B, K, D)
         sizes=pad(merged.sizes, -1, 0),  # (B, K)
         positions=pad(merged.positions, -1, -1),  # (B, K)
@@ -196,6 +196,8 @@ def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:
 
 def _where(taken: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Any:
     """Return `x` for the sequences that `taken` (B,) marks, and `y` for the others."""
+    if x.dtype != y.dtype:  # the weights of two candidates: float32 and float64
+        x, y = (z.astype(np.float64) for z in (x, y))
     condition = taken.reshape(taken.shape + (1,) * (x.ndim - taken.ndim))  # (B, 1, ...)
     # CuPy's `where` would convert bfloat16 to a wider dtype, so it gets int16 bits.
     return np.where(condition, bfloat16_as_int16(x), bfloat16_as_int16(y)).view(x.dtype)

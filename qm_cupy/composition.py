@@ -1,20 +1,24 @@
 """The stages of the pipeline in their order, for arrays of any library.
 
-Axes: B sequences of N tokens of width D are merged to K groups each. The saliency may
-come from L layers with H heads each.
+Axes: B sequences of N tokens of width D are merged to K groups each. The source of the
+saliency may have L layers with H heads each.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays.checks import check_shape
+from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import lift_source
 from .results import Merged
 from .settings import implementation
+from .stages.clustering.checks import WEIGHTED_METHODS
 from .stages.clustering.cluster_tokens import (
+    Method,
     cluster_tokens,
     compute_cluster_tokens,
 )
@@ -28,6 +32,10 @@ from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
 from .stages.saliency.attention_entropy import (
     attention_entropy,
     compute_attention_entropy,
+)
+from .stages.saliency.attention_received import (
+    attention_received,
+    compute_attention_received,
 )
 from .stages.saliency.query_key_entropy import (
     compute_query_key_entropy,
@@ -51,9 +59,14 @@ from .stages.selection.saliency_mass import (
 )
 from .stages.selection.select_tokens import compute_select_tokens, select_tokens
 
+Weights = Literal["uniform", "saliency", "attention", "mass"]
+
 
 class Sources(NamedTuple):
-    """The source of the saliency: one of these, or the tokens if all are None."""
+    """The source of the saliency: one of these, or the tokens if all are None.
+
+    `query` and `key` are one source.
+    """
 
     hidden_states: Any
     attention: Any
@@ -71,8 +84,46 @@ class Options(NamedTuple):
     epsilon: float
     weights: Any
     weighted_linkage: bool
-    seed: int | None
+    noise_seed: int | None
     sequence_offset: int
+
+    def named_weights(self) -> str | None:
+        """Return the word that names the weights, or None for the caller's array."""
+        return self.weights if isinstance(self.weights, str) else None
+
+    def need_saliency(self) -> bool:
+        """Return whether the weights or the anchors are computed from the saliency."""
+        computed = self.named_weights() in ("saliency", "attention", "mass")
+        return computed or self.method == "nearest"
+
+
+def with_defaults(
+    sources: Sources,
+    method: Method | None,
+    weights: Any,
+    weighted_linkage: bool | None,
+) -> tuple[Method, Any, bool]:
+    """Return the last three arguments, where None becomes the default for the source.
+
+    Raise if the weights need attention and the source has none.
+    """
+    has_attention = sources.attention is not None or sources.query is not None
+    has_scores = sources.hidden_states is not None or sources.saliency is not None
+    if weights is None and has_attention:
+        weights = "attention"
+    elif weights is None:
+        weights = "saliency" if has_scores else "uniform"
+    by_attention = isinstance(weights, str) and weights == "attention"
+    if by_attention and not has_attention:
+        raise ValueError(
+            '`weights="attention"` needs the attention of a model: pass `attention`, '
+            "or `query` and `key`"
+        )
+    if method is None:
+        method = "ward" if by_attention else "average"
+    if weighted_linkage is None:
+        weighted_linkage = by_attention and method in WEIGHTED_METHODS
+    return method, weights, weighted_linkage
 
 
 class Stages(NamedTuple):
@@ -87,9 +138,11 @@ class Stages(NamedTuple):
     # (name, array) -> array, or raises; a name that ends in "?" also allows None
     check_array: Callable[..., Any]
     masked_copy: Callable[..., Any]  # (array, mask) -> copy that is 0 for padding
+    unit_weights: Callable[..., Any]  # (tokens, mask) -> ones (B, N), 0 for padding
     attention_entropy: Callable[..., Any]
     query_key_entropy: Callable[..., Any]
     self_attention_entropy: Callable[..., Any]
+    attention_received: Callable[..., Any]
     saliency: Callable[..., Any]
     gumbel_softmax: Callable[..., Any]
     saliency_mass: Callable[..., Any]
@@ -110,9 +163,9 @@ def compose(
     options: Options,
     out: Any = None,
 ) -> Merged[Any]:
-    """Run all stages: saliency, selection, clustering and merging."""
-    # Steps 1 and 2 of the paper: saliency, Gumbel-softmax and saliency mass.
-    scores, mass = _saliency_and_mass(stages, tokens, sources, mask, options)  # (B, N)
+    """Run the stages that the options need, then clustering and merging."""
+    sources = _lift_sources(sources, tokens)  # each with the axis B
+    scores, weights = _scores_and_weights(stages, tokens, sources, mask, options)
     anchors = None
     if options.method == "nearest":  # the only method that needs anchors
         anchors = _anchors(stages, scores, num_groups, protect, mask, options)  # (B, K)
@@ -120,54 +173,108 @@ def compose(
         tokens,
         num_groups,
         method=options.method,
-        mass=mass if options.weighted_linkage else None,
+        mass=weights if options.weighted_linkage else None,
         anchors=anchors,
         protect=protect,
         mask=mask,
         order=options.order,
     )
-    # x̃_k = Σ m_j x_j / Σ m_j over the tokens j of group k; shape (B, K, D)
+    # x̃_k = Σ w_j x_j / Σ w_j over the tokens j of group k; shape (B, K, D). Without
+    # weights, `merge_tokens` gives the same bits and reads less.
+    mass = None if options.named_weights() == "uniform" else weights
     merged = stages.merge_tokens(tokens, labels, num_groups, mass=mass, out=out)
     sizes = stages.group_sizes(labels, num_groups)  # (B, K)
     positions = stages.group_positions(labels, num_groups)  # (B, K)
-    return Merged(merged, labels, sizes, positions, scores, mass)
+    return Merged(merged, labels, sizes, positions, weights)
+
+
+def _scores_and_weights(
+    stages: Stages, tokens: Any, sources: Sources, mask: Any, options: Options
+) -> tuple[Any, Any]:
+    """Return the saliency, or None if nothing needs it, and the weights of the merge.
+
+    Both have the shape (B, N) and are 0 for padding.
+    """
+    word = options.named_weights()
+    if word == "mass":
+        return _saliency_and_mass(stages, tokens, sources, mask, options)
+    scores = None
+    if options.need_saliency():
+        scores = _saliency(stages, tokens, sources, mask)
+    if word == "saliency":
+        return scores, scores
+    if word == "attention":
+        # The attention that a token receives, times its saliency.
+        return scores, _received(stages, tokens, sources, mask) * scores
+    if word == "uniform":
+        return scores, stages.unit_weights(tokens, mask)
+    return scores, stages.masked_copy(options.weights, mask)
+
+
+def _saliency(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
+    """Return the saliency (B, N) of the source; low entropy is salient."""
+    if sources.saliency is not None:
+        return stages.masked_copy(sources.saliency, mask)
+    mask_2d = _with_batch(mask)
+    entropy = _entropy(stages, tokens, sources, mask_2d)
+    return stages.saliency(entropy, mask=mask_2d).reshape(tuple(tokens.shape[:-1]))
+
+
+def _received(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
+    """Return the attention (B, N) that tokens receive: the mean of layers and heads."""
+    received = stages.attention_received(  # (B, N), (L, B, N) or (L, B, H, N)
+        sources.attention, query=sources.query, key=sources.key, mask=_with_batch(mask)
+    )
+    return _mean_of_heads(received).reshape(tuple(tokens.shape[:-1]))
+
+
+def _mean_of_heads(x: Any) -> Any:
+    """Return the mean (B, N) of an array (B, N), (L, B, N) or (L, B, H, N).
+
+    Halves are added element by element: for L · H = 144 this takes 9 additions, and
+    every library gives the same bits, whatever B and N are.
+    """
+    if x.ndim == 2:
+        return x
+    if x.ndim == 4:
+        num_layers, batch, num_heads, num_tokens = x.shape
+        x = x.swapaxes(1, 2).reshape(num_layers * num_heads, batch, num_tokens)
+    count = num_rows = x.shape[0]
+    odd: Any = 0  # the sum of the rows that have no partner
+    while num_rows > 1:
+        half = num_rows // 2
+        if num_rows % 2:
+            odd = odd + x[num_rows - 1]
+        x = x[:half] + x[half : 2 * half]
+        num_rows = half
+    # A product: compilers may round a division by a constant differently.
+    return (x[0] + odd) * (1 / count)
 
 
 def _saliency_and_mass(
     stages: Stages, tokens: Any, sources: Sources, mask: Any, options: Options
 ) -> tuple[Any, Any]:
-    """Return the saliency and the weights of the merge (B, N), 0 for padding.
+    """Return the saliency and the saliency mass (B, N), 0 for padding.
 
-    With optimized kernels, CuPy arrays and ``weights="mass"``, one function computes
-    all steps after the entropy, in one launch if the sizes allow it.
+    With optimized kernels and CuPy arrays, one function computes all steps after the
+    entropy, in one launch if the sizes allow it.
     """
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
-    mask_2d = None if mask is None else mask.reshape(-1, shape[-1])  # (B, N)
-    noise = options.seed, options.sequence_offset
-    weights_are_mass = isinstance(options.weights, str) and options.weights == "mass"
+    noise = options.noise_seed, options.sequence_offset
     # `stages.xp is np` means that the arrays are not traced (`xp` is NumPy for CuPy
     # arrays too, because NumPy's functions accept them). Traced arrays need separate
     # steps, because the fused kernels have no gradient.
     fused = stages.xp is np and is_cuda(tokens) and implementation() == "optimized"
-    if sources.saliency is not None:
-        scores = stages.masked_copy(sources.saliency, mask)
-    else:
+    if fused and sources.saliency is None:
+        # Saliency (with "low", low entropy is salient), Gumbel-softmax and mass: one
+        # launch if the sizes allow it, otherwise three.
+        mask_2d = _with_batch(mask)
         entropy = _entropy(stages, tokens, sources, mask_2d)
-        if fused and weights_are_mass:
-            # Saliency (with "low", low entropy is salient), Gumbel-softmax and mass:
-            # one launch if the sizes allow it, otherwise three.
-            scores, _, mass = saliency_gumbel_mass_cuda(
-                entropy, "low", options.temperature, noise, options.epsilon, mask_2d
-            )
-            return scores.reshape(shape), mass.reshape(shape)
-        scores = stages.saliency(entropy, mask=mask_2d).reshape(shape)
-    if not isinstance(options.weights, str):  # the caller's array (B, N)
-        return scores, stages.masked_copy(options.weights, mask)
-    # Copy the weights, so that no two fields of the result use the same memory.
-    if options.weights == "saliency":
-        return scores, stages.masked_copy(scores, mask)
-    if not weights_are_mass:  # "uniform"
-        return scores, stages.masked_copy(stages.xp.ones_like(scores), mask)
+        scores, _, mass = saliency_gumbel_mass_cuda(
+            entropy, "low", options.temperature, noise, options.epsilon, mask_2d
+        )
+        return scores.reshape(shape), mass.reshape(shape)
+    scores = _saliency(stages, tokens, sources, mask)
     if fused:  # the caller passed the saliency: one launch for softmax and mass
         _, mass = softmax_mass_cuda(
             scores, options.temperature, noise, options.epsilon, mask
@@ -181,30 +288,51 @@ def _saliency_and_mass(
     return scores, stages.masked_copy(mass, mask)
 
 
+def _with_batch(mask: Any) -> Any:
+    """Return a mask (N,) or (B, N) as (B, N)."""
+    return None if mask is None else mask.reshape(-1, mask.shape[-1])
+
+
 def _noise(mask: Any, options: Options) -> dict[str, Any]:
     """Return the arguments of `gumbel_softmax` that determine the noise."""
     return {
-        "seed": options.seed,
+        "seed": options.noise_seed,
         "mask": mask,
         "sequence_offset": options.sequence_offset,
     }
 
 
+def _lift_sources(sources: Sources, tokens: Any) -> Sources:
+    """Return the sources with the axis B; raise if a shape does not fit the tokens.
+
+    The values are not read, so a source that nothing needs costs nothing.
+    """
+    lifted = {
+        name: lift_source(name, x, tokens)  # checks B and N
+        for name, x in sources._asdict().items()
+        if x is not None and name != "saliency"
+    }
+    if sources.saliency is not None:
+        check_shape("saliency", sources.saliency, "BN", tuple(tokens.shape[:-1]))
+    if sources.attention is not None:
+        rows = tuple(sources.attention.shape[:-1])  # (..., N)
+        check_shape("attention", sources.attention, "LBHNN", (*rows, rows[-1]))
+    if sources.query is not None:
+        check_shape("key", sources.key, "LBHNd", tuple(sources.query.shape))
+    return sources._replace(**lifted)
+
+
 def _entropy(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
     """Return the entropy of the source: (B, N), (L, B, N) or (L, B, H, N)."""
     if sources.attention is not None:
-        lifted = lift_source("attention", sources.attention, tokens)
-        return stages.attention_entropy(lifted, mask=mask)
+        return stages.attention_entropy(sources.attention, mask=mask)
     if sources.query is not None:
-        query = lift_source("query", sources.query, tokens)
-        key = lift_source("key", sources.key, tokens)
-        return stages.query_key_entropy(query, key, mask=mask)
+        return stages.query_key_entropy(sources.query, sources.key, mask=mask)
     if sources.hidden_states is not None:
-        layers = lift_source("hidden_states", sources.hidden_states, tokens)
         # Call the public function for NumPy and CuPy too. It expands the mask (B, N) to
         # (L, B, N), which `compute_self_attention_entropy` does not do. The functions
         # for attention and for queries and keys expand the mask themselves.
-        return self_attention_entropy(layers, mask=mask)
+        return self_attention_entropy(sources.hidden_states, mask=mask)
     x = tokens.reshape(-1, *tokens.shape[-2:])  # (B, N, D)
     return stages.self_attention_entropy(x, mask=mask)
 
@@ -240,14 +368,22 @@ def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
     return x if mask is None else np.where(mask, x, x.dtype.type(0))
 
 
+def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
+    """Return weights (B, N) in float32 or float64: 1, and 0 for padding."""
+    dtype = accumulation_dtype(tokens.dtype)
+    if mask is not None:
+        return mask.astype(dtype, order="C")  # True becomes 1
+    return np.ones(tokens.shape[:-1], dtype, like=tokens)
+
+
 # For NumPy and CuPy arrays. `quickmerge` has already converted them and calls
 # `check_array` for traced arrays only, so this one returns its array unchanged.
 COMPUTE_STAGES = Stages(
-    np, lambda declared, x: x, _masked_copy, compute_attention_entropy,
+    np, lambda declared, x: x, _masked_copy, _unit_weights, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,
-    compute_saliency, compute_gumbel_softmax, compute_saliency_mass,
-    compute_select_tokens, compute_cluster_tokens, compute_merge_tokens,
-    compute_group_sizes, compute_group_positions,
+    compute_attention_received, compute_saliency, compute_gumbel_softmax,
+    compute_saliency_mass, compute_select_tokens, compute_cluster_tokens,
+    compute_merge_tokens, compute_group_sizes, compute_group_positions,
 )  # fmt: skip
 
 
@@ -268,9 +404,15 @@ def traced_stages(framework: str) -> Stages:
         from .autodiff import jax_operators
 
         xp, operators = numpy, jax_operators
+
+    def unit_weights(tokens: Any, mask: Any) -> Any:
+        # A constant: `ones_like` has no gradient.
+        return operators.masked_copy(xp.ones_like(tokens[..., 0]), mask)
+
     return Stages(
-        xp, operators.check_array, operators.masked_copy, attention_entropy,
-        query_key_entropy, self_attention_entropy, saliency_of_entropy, gumbel_softmax,
+        xp, operators.check_array, operators.masked_copy, unit_weights,
+        attention_entropy, query_key_entropy, self_attention_entropy,
+        attention_received, saliency_of_entropy, gumbel_softmax,
         saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
         group_positions,
     )  # fmt: skip

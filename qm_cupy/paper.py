@@ -155,7 +155,8 @@ class DifferentiableTokenMerging:
             order=self.order,
             temperature=self.temperature,
             epsilon=self.epsilon,
-            seed=self.seed,
+            weights="mass",
+            noise_seed=self.seed,
         )
 
 

@@ -1,6 +1,6 @@
 """The pipeline: merge token sequences into shorter ones."""
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from .arrays.checks import (
     check_mass,
     check_number,
     check_out,
+    check_seed,
     check_shape,
     check_tokens,
 )
@@ -23,7 +24,16 @@ from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import num_valid
 from .autodiff.dispatch import on_callers_stream_unless_traced, tracing_framework
-from .composition import COMPUTE_STAGES, Options, Sources, compose, traced_stages
+from .autodiff.operations import plain_integer
+from .composition import (
+    COMPUTE_STAGES,
+    Options,
+    Sources,
+    Weights,
+    compose,
+    traced_stages,
+    with_defaults,
+)
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged
@@ -42,8 +52,6 @@ from .stages.selection.saliency_mass import (
     check_epsilon,
 )
 
-Weights = Literal["mass", "saliency", "uniform"]
-
 
 @on_callers_stream_unless_traced
 def quickmerge(
@@ -57,23 +65,27 @@ def quickmerge(
     saliency: FloatArray | None = None,
     mask: BoolArray | None = None,
     protect: BoolArray | None = None,
-    method: Method = "average",
+    method: Method | None = None,
     order: Order = "last",
     temperature: float = 0.1,
     epsilon: float = 0.01,
-    weights: Weights | FloatArray = "mass",
-    weighted_linkage: bool = False,
-    seed: int | None = 0,
+    weights: Weights | FloatArray | None = None,
+    weighted_linkage: bool | None = None,
+    noise_seed: int | None = None,
     sequence_offset: int = 0,
     out: Merged[Array] | None = None,
     workspace: Workspace | None = None,
 ) -> Merged[Array]:
     """Merge token sequences into fewer tokens that a model can read instead.
 
-    The steps are: saliency from attention entropy, Gumbel-softmax selection, saliency
-    mass, groups by cosine similarity, and the weighted mean of each group [1]_. By
-    default, merged tokens are in causal order: a merged token contains no token that
-    comes after its own position.
+    Tokens are put into groups by cosine similarity, and each group becomes the weighted
+    mean of its tokens. If you pass only tokens, the groups come from average linkage
+    and all weights are 1. If you also pass the attention of a model, or its queries and
+    keys, the groups come from ward linkage, and a token weighs as much as the attention
+    that it receives times its saliency, in the linkage and in the mean. The steps of
+    the paper [1]_ are ``weights="mass"`` with a `noise_seed`. By default, merged tokens
+    are in causal order: a merged token contains no token that comes after its own
+    position.
 
     Parameters
     ----------
@@ -87,13 +99,15 @@ def quickmerge(
     hidden_states : ndarray of shape (B, N, D) or (L, B, N, D), optional
         Source of the saliency: the self-attention entropy of these states, for each of
         L layers. By default `tokens` are the source. At most one source may be given.
-        For one sequence the axis B is absent, here and in the following arguments.
+        For one sequence the axis B is absent, here and in the following arguments. The
+        saliency is computed only if `weights` or `method` needs it. Otherwise the shape
+        of the source is checked and its values are not read.
     attention : ndarray of shape (B, N, N), (L, B, N, N) or (L, B, H, N, N), optional
         Another source: attention probabilities of a model with H heads. Their entropy
-        is used.
+        is used, and the attention that each token receives.
     query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
-        Another source: the entropy of the attention of these queries to these keys,
-        which have width d.
+        Another source: the attention of these queries to these keys, which have width
+        d. Each query attends to all keys, so no causal mask is applied.
     saliency : ndarray of shape (B, N), optional
         The saliency itself instead of a source, for example from `norm_saliency`.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -101,22 +115,32 @@ def quickmerge(
     protect : ndarray of shape (N,) or (B, N), optional
         Boolean, True = this token stays a group of its own, as in `cluster_tokens`. The
         budget counts protected tokens.
-    method, order : str
-        As in `cluster_tokens`. For "nearest", the K anchors are the protected tokens
-        and the tokens with the greatest sum of saliency and Gumbel noise.
+    method : str, optional
+        As in `cluster_tokens`. The default is "ward" if the weights are "attention",
+        and otherwise "average". For "nearest", the K anchors are the protected tokens
+        and the tokens of greatest saliency, to which a `noise_seed` adds Gumbel noise.
+    order : {"last", "first"}, default "last"
+        As in `cluster_tokens`.
     temperature : float, default 0.1
-        As in `gumbel_softmax`.
+        As in `gumbel_softmax`, for the weights "mass".
     epsilon : float, default 0.01
-        As in `saliency_mass`.
-    weights : {"mass", "saliency", "uniform"} or ndarray of shape (B, N), default "mass"
-        Weights of the merge.
-    weighted_linkage : bool, default False
+        As in `saliency_mass`, for the weights "mass".
+    weights : str or ndarray of shape (B, N), optional
+        Weights of the tokens in the mean of their group.
+        "uniform": 1, the default if no source is given.
+        "saliency": the saliency, the default for `hidden_states` and `saliency`.
+        "attention": `attention_received` times the saliency, each the mean of all heads
+        and layers; the default for `attention`, or `query` and `key`.
+        "mass": the saliency mass of the paper.
+    weighted_linkage : bool, optional
         Whether the weights are also the tokens' masses in the clustering, as `mass` in
-        `linkage`. Only for "average" and "ward".
-    seed : int or None, default 0
-        As in `gumbel_softmax`.
+        `linkage`. Only for "average" and "ward", where the default is True if the
+        weights are "attention". Otherwise the default is False.
+    noise_seed : int, optional
+        Seed of the Gumbel noise of the weights "mass" and of the anchors of "nearest",
+        as `seed` in `gumbel_softmax`. By default there is no noise.
     sequence_offset : int, default 0
-        As in `gumbel_noise`.
+        Index of sequence 0 in the noise, as in `gumbel_noise`.
     out : Merged, optional
         Arrays to write the results to: the result of an earlier call with the same
         shapes, dtypes and budget. JAX arrays cannot be written.
@@ -128,8 +152,8 @@ def quickmerge(
     Returns
     -------
     Merged
-        Named tuple of ``tokens``, ``labels``, ``sizes``, ``positions``, ``saliency``
-        and ``mass``.
+        Named tuple of ``tokens``, ``labels``, ``sizes``, ``positions`` and ``mass``,
+        the weights.
 
     Raises
     ------
@@ -137,7 +161,8 @@ def quickmerge(
         If a dtype is wrong or the arrays come from several libraries.
     ValueError
         If a shape is wrong, an entry is not finite, the budget is out of range or too
-        small for the protected tokens, or more than one source of saliency is given.
+        small for the protected tokens, more than one source of saliency is given, or
+        the weights are "attention" and the source has no attention.
 
     References
     ----------
@@ -153,12 +178,15 @@ def quickmerge(
     ((2, 20, 16), 200)
     """
     sources = Sources(hidden_states, attention, query, key, saliency)
+    _check_one_source(sources)
+    method, weights, weighted_linkage = with_defaults(
+        sources, method, weights, weighted_linkage
+    )
+    check_weighted_linkage(weighted_linkage, method)
     options = Options(
-        method, order, temperature, epsilon, weights, weighted_linkage, seed,
+        method, order, temperature, epsilon, weights, weighted_linkage, noise_seed,
         sequence_offset,
     )  # fmt: skip
-    _check_one_source(sources)
-    check_weighted_linkage(weighted_linkage, method)
     # Do not convert traced arrays: under a compiler or JAX they may have no values, and
     # a torch tensor would lose its gradient. Call the public stage functions instead,
     # which are registered as operators of torch and JAX.
@@ -192,7 +220,7 @@ def quickmerge(
     shape = tokens.shape[:-1]  # (N,) or (B, N)
     check_mask(mask, shape)
     options = _check_options(options, shape)
-    if sources.saliency is not None:
+    if options.need_saliency():
         check_mass(sources.saliency, shape, "saliency")
     # In this block CuPy allocates from the workspace, if there is one.
     with memory_of(workspace, tokens):
@@ -257,8 +285,7 @@ def _quickmerge_traced(
     # All sources must be arrays of the framework: its graph cannot contain others. For
     # JAX, `check_array` converts NumPy arrays.
     sources = Sources(*map(stages.check_array, _OPTIONAL_SOURCES, sources))
-    if sources.saliency is not None:
-        check_shape("saliency", sources.saliency, "BN", shape)
+    _check_noise_traced(framework, options.noise_seed)
     if isinstance(options.weights, str):
         check_choice("weights", options.weights, get_args(Weights))
     else:
@@ -280,13 +307,29 @@ def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
     else:
         check_is_array("weights", options.weights)
         check_mass(options.weights, shape, "weights")
-    seed, sequence_offset = check_noise(options.seed, options.sequence_offset)
+    noise_seed, sequence_offset = check_noise(
+        options.noise_seed, options.sequence_offset, "noise_seed"
+    )
     return options._replace(
         temperature=check_temperature(options.temperature),
         epsilon=check_epsilon(options.epsilon),
-        seed=seed,
+        noise_seed=noise_seed,
         sequence_offset=sequence_offset,
     )
+
+
+def _check_noise_traced(framework: str, noise_seed: Any) -> None:
+    """Raise if the seed is not None or an integer within 0..2⁶⁴ - 1.
+
+    `torch.compile` traces through this code, so it uses only plain arithmetic.
+    """
+    if framework == "jax":
+        from .autodiff.jax_operators import check_known
+
+        check_known("noise_seed", noise_seed)
+    if noise_seed is None or 0 <= plain_integer("noise_seed", noise_seed) < 2**64:
+        return
+    check_seed(noise_seed, "noise_seed")  # raises
 
 
 def _check_one_source(sources: Sources) -> None:
@@ -376,15 +419,13 @@ def _check_target(
     """Raise if an array of `out` has the wrong shape or dtype, or overlaps an input."""
     weights = options.weights
     # The arrays of the source: one array, or query and key, which have the same dtype.
-    # If all are None, the tokens are the source. Below, the dtype of the first array is
-    # used.
     arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
     inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
-    # float64 for a float64 source of the saliency, else float32
-    scores_dtype = accumulation_dtype((arrays or [tokens])[0].dtype)
-    mass_dtype = (
-        scores_dtype if isinstance(weights, str) else accumulation_dtype(weights.dtype)
-    )
+    # The array from which the weights are computed: the caller's weights; the tokens,
+    # if the weights are 1 or there is no source; otherwise the source.
+    decisive = weights
+    if isinstance(weights, str):
+        decisive = tokens if weights == "uniform" else (arrays or [tokens])[0]
     *leading, num_tokens, dim = tokens.shape
     per_token, per_group = (*leading, num_tokens), (*leading, max_groups)
     wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (  # fields of `Merged`
@@ -392,8 +433,8 @@ def _check_target(
         ("BN", per_token, np.dtype(np.int32)),  # labels
         ("BK", per_group, np.dtype(np.int32)),  # sizes
         ("BK", per_group, np.dtype(np.int32)),  # positions
-        ("BN", per_token, scores_dtype),  # saliency
-        ("BN", per_token, mass_dtype),  # mass
+        # float64 for float64, else float32
+        ("BN", per_token, accumulation_dtype(decisive.dtype)),  # mass
     )
     for name, x, (axes, shape, dtype) in zip(
         target._fields, target, wanted, strict=True

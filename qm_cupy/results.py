@@ -24,10 +24,9 @@ class Merged(NamedTuple, Generic[Array]):
     """(B, K) int32: the number of tokens in each group, 0 for padding."""
     positions: IntArray
     """(B, K) int32: the position of each group's last token, -1 for padding."""
-    saliency: FloatArray
-    """(B, N): the saliency of each token, 0 for padding."""
     mass: FloatArray
-    """(B, N): the weight of each token in the merge, 0 for padding."""
+    """(B, N): the weights that were used: 1 for uniform weights, 0 for padding. They
+    are float64 if they are computed from a float64 array, otherwise float32."""
 
 
 class AlignmentLoss(NamedTuple, Generic[Array]):

@@ -30,7 +30,6 @@ MERGED = {
     "labels": Variant.INTEGERS,
     "sizes": Variant.INTEGERS,
     "positions": Variant.INTEGERS,
-    "saliency": Variant.SUMS,
     "mass": Variant.SUMS,
 }
 METRICS = {"": "cosine", ", euclidean": "euclidean"}  # suffixes of the names of calls
@@ -65,6 +64,7 @@ RESULTS = {
     **dict.fromkeys(
         [
             "quickmerge",
+            "quickmerge, mass",
             "quickmerge, attention",
             "quickmerge, query and key",
             "quickmerge, hidden states",
@@ -79,6 +79,7 @@ RESULTS = {
     **dict.fromkeys(
         [
             "attention_entropy_vjp",
+            "attention_received_vjp",
             "self_attention_entropy_vjp",
             "saliency_vjp",
             "norm_saliency_vjp",
@@ -91,6 +92,8 @@ RESULTS = {
         [
             "query_key_entropy_vjp",
             "query_key_entropy_vjp, causal",
+            "attention_received_vjp, queries and keys",
+            "attention_received_vjp, queries and keys, causal",
             "saliency_mass_vjp",
             "merge_tokens_vjp",
             "reconstruction_error_vjp",
@@ -110,6 +113,12 @@ def alignment_loss_vjp(forward, backward, total, **arguments):
     return by_merged, *weights[0], *weights[1]
 
 
+def of_attention_received_vjp(**arguments):
+    """Return the gradients without None, which stands for the absent source."""
+    gradients = [x for x in qm.attention_received_vjp(**arguments) if x is not None]
+    return gradients[0] if len(gradients) == 1 else tuple(gradients)
+
+
 def choose_merge(**arguments):
     """Return the selected merge, the scores and its index as one flat tuple."""
     choice = qm.choose_merge(**arguments)
@@ -119,7 +128,7 @@ def choose_merge(**arguments):
 def decode(tokens, sizes, positions, model):
     """Decode a merge that has only what `step` reads: tokens, sizes and positions."""
     # A flat signature, because the parity tests convert arrays by argument.
-    return qm.decode(qm.Merged(tokens, None, sizes, positions, None, None), model)
+    return qm.decode(qm.Merged(tokens, None, sizes, positions, None), model)
 
 
 def fit(prior, **arguments):
@@ -140,10 +149,14 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
     prior = qm.MLPPrior.init(dim, hidden_dim=20, seed=1)
     return {
         "quickmerge": (qm.quickmerge, common),
+        "quickmerge, mass": (
+            qm.quickmerge,
+            {**common, "weights": "mass", "noise_seed": 7},
+        ),
         "quickmerge, attention": (qm.quickmerge, {**alone, "attention": attention}),
         "quickmerge, query and key": (
             qm.quickmerge,
-            {**alone, "query": heads[0], "key": heads[1], "weighted_linkage": True},
+            {**alone, "query": heads[0], "key": heads[1], "method": "average"},
         ),
         "quickmerge, hidden states": (
             qm.quickmerge,
@@ -163,7 +176,7 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
         "quickmerge, contiguous": (qm.quickmerge, {**alone, "method": "contiguous"}),
         "choose_merge": (
             choose_merge,
-            {**common, "candidates": ways, "prior": prior, "seed": None},
+            {**common, "candidates": ways, "prior": prior},
         ),
     }
 
@@ -269,6 +282,22 @@ def calls(num_tokens, masked=False, ragged=False):
             qm.query_key_entropy,
             {"query": query, "key": key, "causal": True, **padded},
         ),
+        "attention_received": (
+            qm.attention_received,
+            {"attention": attention, **padded},
+        ),
+        "attention_received, causal": (
+            qm.attention_received,
+            {"attention": attention, "causal": True, **padded},
+        ),
+        "attention_received, queries and keys": (
+            qm.attention_received,
+            {"query": query, "key": key, **padded},
+        ),
+        "attention_received, queries and keys, causal": (
+            qm.attention_received,
+            {"query": query, "key": key, "causal": True, **padded},
+        ),
         "self_attention_entropy": (
             qm.self_attention_entropy,
             {"tokens": tokens, **padded},
@@ -285,6 +314,21 @@ def calls(num_tokens, masked=False, ragged=False):
         ),
         "query_key_entropy_vjp, causal": (
             qm.query_key_entropy_vjp,
+            {
+                **{"gradient": by_row, "query": query, "key": key},
+                **{"causal": True, **padded},
+            },
+        ),
+        "attention_received_vjp": (
+            of_attention_received_vjp,
+            {"gradient": by_row, "attention": attention, **padded},
+        ),
+        "attention_received_vjp, queries and keys": (
+            of_attention_received_vjp,
+            {"gradient": by_row, "query": query, "key": key, **padded},
+        ),
+        "attention_received_vjp, queries and keys, causal": (
+            of_attention_received_vjp,
             {
                 **{"gradient": by_row, "query": query, "key": key},
                 **{"causal": True, **padded},

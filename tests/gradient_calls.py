@@ -12,6 +12,7 @@ RNG = np.random.default_rng(20260102)
 DIFFERENTIABLE = {  # a gradient flows through these
     "alignment_loss",
     "attention_entropy",
+    "attention_received",
     "fidelity_loss",
     "gumbel_softmax",
     "merge_tokens",
@@ -65,6 +66,20 @@ CALLS = {
     ),
     "attention_entropy, heads, mask": Call(
         "attention_entropy", {"attention": attention(2, 2, 2, 5, 5)}, {"mask": MASK}
+    ),
+    "attention_received": Call(
+        "attention_received", {"attention": attention(5, 5)}, {"causal": True}
+    ),
+    "attention_received, heads, mask": Call(
+        "attention_received", {"attention": attention(2, 2, 2, 5, 5)}, {"mask": MASK}
+    ),
+    "attention_received, queries and keys": Call(
+        "attention_received", {"query": draw(5, 3), "key": draw(5, 3)}, {"scale": 0.7}
+    ),
+    "attention_received, queries and keys, causal, mask": Call(
+        "attention_received",
+        {"query": draw(2, 2, 5, 3), "key": draw(2, 2, 5, 3)},
+        {"causal": True, "mask": MASK},
     ),
     "query_key_entropy": Call(
         "query_key_entropy", {"query": draw(5, 3), "key": draw(5, 3)}, {"scale": 0.7}
@@ -122,7 +137,18 @@ CALLS = {
     "quickmerge": Call(
         "quickmerge",
         {"tokens": TOKENS},
-        {"budget": 2, "mask": MASK, "temperature": 1.0},
+        {
+            "budget": 2,
+            "mask": MASK,
+            "temperature": 1.0,
+            "weights": "mass",
+            "noise_seed": 0,
+        },
+    ),
+    "quickmerge, attention": Call(
+        "quickmerge",
+        {"tokens": TOKENS, "query": draw(2, 2, 5, 3), "key": draw(2, 2, 5, 3)},
+        {"budget": 2, "mask": MASK},
     ),
     "quickmerge, of everything": Call(
         "quickmerge",
@@ -138,10 +164,14 @@ CALLS = {
         "quickmerge",
         {
             "tokens": draw(6, 3),
-            "saliency": RNG.random(6),
             "weights": RNG.random(6) + 0.1,
         },
         {"budget": 0.5, "method": "ward", "weighted_linkage": True},
+    ),
+    "quickmerge, saliency": Call(
+        "quickmerge",
+        {"tokens": draw(6, 3), "saliency": RNG.random(6)},
+        {"budget": 0.5},
     ),
 }
 

@@ -156,6 +156,12 @@ def _quickmerges():
             f"quickmerge of {source}",
             functools.partial(call, source=source, masked=source != "tokens"),
         )
+        yield (
+            f"quickmerge of {source}, mass",
+            functools.partial(
+                call, source=source, masked=source != "tokens", weights="mass"
+            ),
+        )
     # The loop above uses the first method.
     for method in METHODS[1:]:
         yield (
@@ -201,7 +207,7 @@ def _decode(prior):
 
 def _merged(c):
     per_group = c.array(c.batch, c.num_groups, dtype=np.int32)
-    return qm.Merged(c.merged, c.labels, per_group, per_group, c.scores, c.mass)
+    return qm.Merged(c.merged, c.labels, per_group, per_group, c.mass)
 
 
 def _choose(c):
@@ -236,6 +242,22 @@ OPERATIONS = {
     "attention_entropy": lambda c: qm.attention_entropy(c.attention, mask=c.mask),
     "attention_entropy_vjp": lambda c: qm.attention_entropy_vjp(
         c.head_rows, c.attention, mask=c.mask
+    ),
+    "attention_received": lambda c: qm.attention_received(c.attention, mask=c.mask),
+    "attention_received, causal": lambda c: qm.attention_received(
+        c.attention, causal=True
+    ),
+    "attention_received, queries and keys": lambda c: qm.attention_received(
+        query=c.heads, key=c.heads, mask=c.mask
+    ),
+    "attention_received, queries and keys, causal": lambda c: qm.attention_received(
+        query=c.heads, key=c.heads, causal=True
+    ),
+    "attention_received_vjp": lambda c: qm.attention_received_vjp(
+        c.head_rows, c.attention, mask=c.mask
+    ),
+    "attention_received_vjp, queries and keys": lambda c: qm.attention_received_vjp(
+        c.head_rows, query=c.heads, key=c.heads, causal=True, mask=c.mask
     ),
     "query_key_entropy": lambda c: qm.query_key_entropy(c.heads, c.heads, mask=c.mask),
     "query_key_entropy, causal": lambda c: qm.query_key_entropy(

@@ -106,6 +106,26 @@ def _softmax_entropy(scores):
     return math.log1p(r) - t / (1 + r)
 
 
+def attention_received(attention, causal=False):
+    """r_j = (1/n_j) sum_i A_ij over all i, or over i >= j if causal."""
+    columns = list(zip(*_rows(attention), strict=True))
+    # Row i of a causal attention belongs to query i, which attends to the keys j <= i.
+    seen = [column[j:] if causal else column for j, column in enumerate(columns)]
+    return np.array([math.fsum(column) / len(column) for column in seen])
+
+
+def query_key_received(query, key, causal=False, scale=None):
+    """r_j of A_ij = softmax_j(scale q_i.k_j), as in query_key_entropy."""
+    query, key = _rows(query), _rows(key)
+    scale = 1 / math.sqrt(len(query[0])) if scale is None else scale
+    attention = np.zeros((len(query), len(key)))
+    for i, q in enumerate(query):
+        scores = [scale * _dot(q, k) for k in (key[: i + 1] if causal else key)]
+        exps = [math.exp(s - max(scores)) for s in scores]
+        attention[i, : len(exps)] = [e / math.fsum(exps) for e in exps]
+    return attention_received(attention, causal)
+
+
 def self_attention_entropy(tokens):
     """H_i of softmax_j(x_i.x_j / sqrt(D)): each token is its own query and key."""
     return query_key_entropy(tokens, tokens)

@@ -51,7 +51,7 @@ def test_every_sequence_gets_the_lowest_score(walks, rng, masked):
         np.testing.assert_array_equal(got.merged.tokens[b, :count], best.tokens)
         np.testing.assert_array_equal(got.merged.sizes[b, :count], best.sizes)
         np.testing.assert_array_equal(got.merged.positions[b, :count], best.positions)
-        for name in ("labels", "saliency", "mass"):
+        for name in ("labels", "mass"):
             np.testing.assert_array_equal(
                 getattr(got.merged, name)[b], getattr(best, name)
             )
@@ -87,6 +87,21 @@ def test_bfloat16_stays_bfloat16(walks, monkeypatch):
         # Bits of the merge itself: a detour through float32 would round again.
         wanted = merges[best].tokens[b]
         np.testing.assert_array_equal(got.merged.tokens[b, : len(wanted)], wanted)
+
+
+def test_weights_of_two_dtypes(walks):
+    """The weights of the candidates are float32 and float64; the result is float64."""
+    tokens = walks.astype(np.float32)
+    states = walks[..., ::-1]  # float64, so the weights of this candidate are too
+    ways = [{"method": "contiguous"}, {"hidden_states": states, "method": "ward"}]
+    for order in ([0, 1], [1, 0]):
+        candidates = [ways[i] for i in order]
+        got = qm.choose_merge(tokens, candidates, PRIOR, alpha=0.02, budget=6)
+        assert len(set(got.best.tolist())) > 1
+        assert got.merged.mass.dtype == np.float64
+        for b, best in enumerate(got.best):
+            wanted = qm.quickmerge(tokens, 6, **candidates[best])
+            np.testing.assert_array_equal(got.merged.mass[b], wanted.mass[b])
 
 
 # Three equal candidates: the order decides, so that results are reproducible.
@@ -139,11 +154,16 @@ def test_by_kernels(walks, kernels, monkeypatch):
     ("change", "error", "message"),
     [
         ({"candidates": []}, ValueError, "at least one"),
-        ({"candidates": {"seed": 1}}, TypeError, "sequence of mappings, got dict"),
+        (
+            {"candidates": {"noise_seed": 1}},
+            TypeError,
+            "sequence of mappings, got dict",
+        ),
         ({"candidates": iter([{}])}, TypeError, "sequence of mappings"),
         ({"candidates": [{}, 3]}, TypeError, r"`candidates\[1\]` must be a mapping"),
         ({"candidates": [{"tau": 1}]}, TypeError, r"candidates\[0\]`.*got tau"),
         ({"candidates": [{"mask": None}]}, TypeError, "got mask"),
+        ({"candidates": [{"seed": 1}]}, TypeError, "noise_seed.*got seed"),
         ({"candidates": [{"method": "magic"}]}, ValueError, "`method`"),
         ({"budget": 99}, ValueError, "`budget`"),
         ({"alpha": -1}, ValueError, "`alpha`"),

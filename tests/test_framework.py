@@ -197,6 +197,12 @@ OPTIONS = {
 }
 
 
+def paper(tokens, num_groups, seed=0, **options):
+    """Call `quickmerge` with the weights, the method and the noise of the paper."""
+    options = {"method": "average", "weights": "mass", "noise_seed": seed} | options
+    return quickmerge(tokens, num_groups, **options)
+
+
 class TestOptions:
     """Each option reaches the stage that it belongs to."""
 
@@ -208,14 +214,14 @@ class TestOptions:
     def test_each_option_matters(self, tokens, name):
         # All options but one: the default of that one must give another result.
         others = {option: OPTIONS[option] for option in OPTIONS if option != name}
-        whole, part = quickmerge(tokens, 6, **OPTIONS), quickmerge(tokens, 6, **others)
+        whole, part = paper(tokens, 6, **OPTIONS), paper(tokens, 6, **others)
         assert not np.allclose(whole.tokens, part.tokens)
 
-    # The class is `quickmerge` with given saliency, so results are equal bit for bit.
+    # The class calls `quickmerge` with its options: results are equal bit for bit.
     def test_options_of_token_merging(self, tokens, rng):
         scores = rng.random((2, 30))
         merger = DifferentiableTokenMerging(**OPTIONS)
-        wanted = quickmerge(tokens, 6, saliency=scores, **OPTIONS)
+        wanted = paper(tokens, 6, saliency=scores, **OPTIONS)
         for got, field in zip(merger.merge(tokens, scores, 6), wanted, strict=True):
             np.testing.assert_array_equal(got, field)
         merged, probabilities = merger(tokens, scores, 6)
@@ -227,7 +233,7 @@ class TestOptions:
     def test_options_of_the_whole_model(self, tokens):
         model = QuickMergePP(embedding_dim=8, gamma=0.9, **OPTIONS)
         merged, losses = model(tokens, 6)
-        wanted = quickmerge(tokens, 6, **OPTIONS)
+        wanted = paper(tokens, 6, **OPTIONS)
         np.testing.assert_array_equal(merged, wanted.tokens)
         np.testing.assert_array_equal(model.inference(tokens, 6)[0], wanted.tokens)
         # The seed also draws the weights of the model's prior.
@@ -239,25 +245,24 @@ class TestOptions:
     def test_mask_and_k_per_sequence(self, tokens, rng):
         mask, counts = rng.random((2, 30)) < 0.8, np.array([6, 3])
         ragged = {"mask": mask, "num_groups": counts}
-        wanted = quickmerge(tokens, counts, mask=mask)
+        wanted = paper(tokens, counts, mask=mask)
         merged, losses = QuickMergePP(embedding_dim=8)(tokens, counts, mask=mask)
         np.testing.assert_array_equal(merged, wanted.tokens)
         alignment = alignment_loss(merged, MLPPrior.init(8), num_groups=counts).total
         assert losses["ar_alignment"] == pytest.approx(alignment.mean())
         fidelity = fidelity_loss(tokens, merged, labels=wanted.labels, **ragged)
         assert losses["fidelity"] == pytest.approx(float(fidelity))
+        scores = saliency(self_attention_entropy(tokens, mask=mask), mask=mask)
         got, probabilities = DifferentiableTokenMerging()(
-            tokens, wanted.saliency, counts, mask=mask
+            tokens, scores, counts, mask=mask
         )
         np.testing.assert_array_equal(got, merged)
-        np.testing.assert_array_equal(
-            probabilities, gumbel_softmax(wanted.saliency, mask=mask)
-        )
+        np.testing.assert_array_equal(probabilities, gumbel_softmax(scores, mask=mask))
 
     # Without noise the seed of the priors must still be a number.
     def test_no_seed(self, tokens):
         merged, losses = QuickMergePP(embedding_dim=8, seed=None)(tokens, 6)
-        np.testing.assert_array_equal(merged, quickmerge(tokens, 6, seed=None).tokens)
+        np.testing.assert_array_equal(merged, paper(tokens, 6, seed=None).tokens)
         assert math.isfinite(losses["total"])
 
     def test_options_of_alignment(self, tokens):
@@ -273,7 +278,7 @@ class TestOptions:
             assert total == pytest.approx(wanted.total.mean())
 
     def test_options_of_fidelity(self, tokens):
-        m = quickmerge(tokens, 6)
+        m = paper(tokens, 6)
         constraint = NormBasedFidelityConstraint(gamma=0.6)
         plain = constraint.compute_fidelity_loss(tokens, m.tokens)
         # Both options change the tokens that are compared, so the loss differs.

@@ -175,7 +175,7 @@ class TestVmap:
         tokens = jnp.asarray(rng.standard_normal((3, 9, 4)), np.float32)
 
         def loss(tokens):
-            merged = qm.quickmerge(tokens, 3)
+            merged = qm.quickmerge(tokens, 3, weights="mass")
             return (merged.tokens**2).sum() + merged.mass.sum()
 
         # The expected values: one call for each sequence.
@@ -256,7 +256,7 @@ class TestPrior:
         prior = qm.MLPPrior.init(4)
 
         def loss(tokens):
-            return qm.alignment_loss(qm.quickmerge(tokens, 3, seed=None), prior).total
+            return qm.alignment_loss(qm.quickmerge(tokens, 3), prior).total
 
         np.testing.assert_allclose(jax.jit(loss)(tokens), loss(tokens), rtol=1e-6)
         np.testing.assert_allclose(jax.vmap(loss)(tokens), loss(tokens), rtol=1e-5)
@@ -308,7 +308,8 @@ class TestQuickMergePP:
     def test_inference(self, rng):
         tokens = jnp.asarray(rng.standard_normal((30, 8)), np.float32)
         merged, predictions = qj.QuickMergePP(8).inference(tokens, 6, jnp.tanh)
-        np.testing.assert_array_equal(merged, qm.quickmerge(tokens, 6).tokens)
+        wanted = qm.quickmerge(tokens, 6, weights="mass", noise_seed=0)
+        np.testing.assert_array_equal(merged, wanted.tokens)
         np.testing.assert_allclose(predictions, jnp.tanh(merged), rtol=1e-6)
 
     def test_the_other_classes(self, rng):
@@ -335,6 +336,7 @@ class TestErrors:
             ("num_groups", lambda x, k: qm.cluster_tokens(x, k)),
             ("num_groups", lambda x, k: qm.group_sizes(jnp.zeros(3, int), k[None])),
             ("budget", lambda x, k: qm.quickmerge(x, k)),
+            ("noise_seed", lambda x, k: qm.quickmerge(x, 2, noise_seed=k)),
             ("mask", lambda x, k: qm.quickmerge(x, 0.5, mask=x[:, 0] > 0)),
         ],
     )

@@ -22,7 +22,15 @@ def tokens(rng):
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_its_stages(tokens, method, order):
     options = {"method": method, "order": order}
-    m = qm.quickmerge(tokens, 0.2, temperature=0.5, epsilon=0.1, seed=7, **options)
+    m = qm.quickmerge(
+        tokens,
+        0.2,
+        temperature=0.5,
+        epsilon=0.1,
+        weights="mass",
+        noise_seed=7,
+        **options,
+    )
     scores = qm.saliency(qm.self_attention_entropy(tokens))
     probabilities = qm.gumbel_softmax(scores, temperature=0.5, seed=7)
     mass = qm.saliency_mass(scores, probabilities, epsilon=0.1)
@@ -31,16 +39,32 @@ def test_equals_its_stages(tokens, method, order):
     if method == "nearest":
         noise = qm.gumbel_noise((2, 30), seed=7)
         options["anchors"] = qm.select_tokens(scores + noise, 6)
+    check_stages(m, tokens, mass, **options)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_equal_their_stages(tokens, method, order):
+    options = {"method": method, "order": order}
+    m = qm.quickmerge(tokens, 0.2, **options)
+    if method == "nearest":  # the tokens of greatest saliency, without noise
+        scores = qm.saliency(qm.self_attention_entropy(tokens))
+        options["anchors"] = qm.select_tokens(scores, 6)
+    check_stages(m, tokens, np.ones((2, 30)), **options)
+
+
+def check_stages(merged, tokens, weights, **options):
+    """Compare with clustering and merging, called one after the other.
+
+    Bit for bit: the pipeline may fuse stages, but not change their results.
+    """
     labels = qm.cluster_tokens(tokens, 6, **options)
-    np.testing.assert_array_equal(m.saliency, scores)
-    np.testing.assert_array_equal(m.mass, mass)
-    np.testing.assert_array_equal(m.labels, labels)
-    # Bit for bit: the pipeline may fuse stages, but not change their results.
-    np.testing.assert_array_equal(
-        m.tokens, qm.merge_tokens(tokens, labels, 6, mass=mass)
-    )
-    np.testing.assert_array_equal(m.sizes, qm.group_sizes(labels, 6))
-    np.testing.assert_array_equal(m.positions, qm.group_positions(labels, 6))
+    np.testing.assert_array_equal(merged.labels, labels)
+    np.testing.assert_array_equal(merged.mass, weights)
+    means = qm.merge_tokens(tokens, labels, 6, mass=weights)
+    np.testing.assert_array_equal(merged.tokens, means)
+    np.testing.assert_array_equal(merged.sizes, qm.group_sizes(labels, 6))
+    np.testing.assert_array_equal(merged.positions, qm.group_positions(labels, 6))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,9 +77,10 @@ def test_one_sequence_is_a_batch_of_one(tokens, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_part_equals_the_whole(tokens, method):
-    whole = qm.quickmerge(tokens, 7, method=method)
+    options = {"method": method, "weights": "mass", "noise_seed": 2}
+    whole = qm.quickmerge(tokens, 7, **options)
     # The offset makes the noise that of sequence 1, although it is sequence 0 here.
-    part = qm.quickmerge(tokens[1:], 7, method=method, sequence_offset=1)
+    part = qm.quickmerge(tokens[1:], 7, **options, sequence_offset=1)
     for of_whole, of_part in zip(whole, part, strict=True):
         np.testing.assert_array_equal(of_whole[1:], of_part)
 
@@ -67,7 +92,7 @@ def test_a_mask_acts_like_removing_tokens(tokens, rng, method, order):
     mask[0, :5] = False  # padding on the left: 25 tokens, K = 5
     mask[1, rng.choice(30, 12, replace=False)] = False  # holes: 18 tokens, K = 3
     padded = np.where(mask[..., None], tokens, 1e6)
-    options = {"method": method, "order": order, "seed": 5}
+    options = {"method": method, "order": order, "weights": "mass", "noise_seed": 5}
     m = qm.quickmerge(padded, 0.2, mask=mask, **options)
     # The same sequences without their padding, each with its own noise.
     for b, count in enumerate((5, 3)):
@@ -78,14 +103,12 @@ def test_a_mask_acts_like_removing_tokens(tokens, rng, method, order):
         np.testing.assert_array_equal(m.sizes[b, :count], cut.sizes)
         # Positions count all tokens, padding included.
         np.testing.assert_array_equal(m.positions[b, :count], index[cut.positions])
-        assert_close(m.saliency[b, mask[b]], cut.saliency)
         assert_close(m.mass[b, mask[b]], cut.mass)
     # Sequence 1 has three groups: its last two are padded groups.
     assert not m.tokens[1, 3:].any()
     assert list(m.sizes[1, 3:]) == [0, 0]
     assert list(m.positions[1, 3:]) == [-1, -1]
     assert (m.labels[~mask] == -1).all()
-    assert not m.saliency[~mask].any()
     assert not m.mass[~mask].any()
 
 
@@ -103,48 +126,55 @@ def test_no_token_is_later_than_the_position_of_its_group(tokens):
     assert (np.arange(30) <= own).all()
 
 
+def saliency_of(tokens, budget=5, **options):
+    """Return the saliency that a call computes: the weights "saliency"."""
+    return qm.quickmerge(tokens, budget, weights="saliency", **options).mass
+
+
 class TestSources:
+    def test_tokens(self, tokens):
+        wanted = qm.saliency(qm.self_attention_entropy(tokens))
+        np.testing.assert_array_equal(saliency_of(tokens), wanted)
+
     def test_hidden_states(self, tokens, rng):
         hidden = rng.standard_normal((3, 2, 30, 4))  # (L, B, N, D)
-        m = qm.quickmerge(tokens, 5, hidden_states=hidden)
         wanted = qm.saliency(qm.self_attention_entropy(hidden))
-        np.testing.assert_array_equal(m.saliency, wanted)
-        one = qm.quickmerge(tokens[0], 5, hidden_states=hidden[:, 0])
-        assert_close(one.saliency, wanted[0])
+        got = saliency_of(tokens, hidden_states=hidden)
+        np.testing.assert_array_equal(got, wanted)
+        assert_close(saliency_of(tokens[0], hidden_states=hidden[:, 0]), wanted[0])
 
     def test_attention(self, tokens, rng):
         attention = rng.random((3, 2, 4, 30, 30))
         attention /= attention.sum(-1, keepdims=True)  # rows sum to 1
-        m = qm.quickmerge(tokens, 5, attention=attention)
         wanted = qm.saliency(qm.attention_entropy(attention))
-        np.testing.assert_array_equal(m.saliency, wanted)
+        np.testing.assert_array_equal(saliency_of(tokens, attention=attention), wanted)
         for source in (attention[:, 0], attention[0, 0, 0]):  # (L, H, N, N), (N, N)
-            one = qm.quickmerge(tokens[0], 5, attention=source)
+            one = saliency_of(tokens[0], attention=source)
             lifted = source[:, None] if source.ndim == 4 else source
-            assert_close(
-                one.saliency, np.ravel(qm.saliency(qm.attention_entropy(lifted)))
-            )
+            assert_close(one, np.ravel(qm.saliency(qm.attention_entropy(lifted))))
 
     def test_query_and_key(self, tokens, rng):
         query, key = rng.standard_normal((2, 3, 2, 4, 30, 5))  # (L, B, H, N, d)
-        m = qm.quickmerge(tokens, 5, query=query, key=key)
         wanted = qm.saliency(qm.query_key_entropy(query, key))
-        np.testing.assert_array_equal(m.saliency, wanted)
+        got = saliency_of(tokens, query=query, key=key)
+        np.testing.assert_array_equal(got, wanted)
 
     def test_saliency(self, tokens):
         scores = qm.norm_saliency(tokens)
-        m = qm.quickmerge(tokens, 5, saliency=scores)
-        np.testing.assert_array_equal(m.saliency, scores)
+        got = saliency_of(tokens, saliency=scores)
+        np.testing.assert_array_equal(got, scores)
         # Padded tokens get saliency 0 even if the argument has another value there.
         mask = np.arange(30) % 4 > 0
-        padded = qm.quickmerge(tokens[0], 5, saliency=scores[0], mask=mask)
-        np.testing.assert_array_equal(padded.saliency, scores[0] * mask)
+        padded = saliency_of(tokens[0], saliency=scores[0], mask=mask)
+        np.testing.assert_array_equal(padded, scores[0] * mask)
         # This is true of NaN as well, which arrays on a GPU may hold unchecked.
         scores[0, ~mask] = np.nan
+        options = {"saliency": scores[0], "mask": mask}
         with qm.check_finite(False):
-            unchecked = qm.quickmerge(tokens[0], 5, saliency=scores[0], mask=mask)
-        np.testing.assert_array_equal(unchecked.saliency, padded.saliency)
-        np.testing.assert_array_equal(unchecked.mass, padded.mass)
+            unchecked = saliency_of(tokens[0], **options)
+            mass = qm.quickmerge(tokens[0], 5, weights="mass", **options).mass
+        np.testing.assert_array_equal(unchecked, padded)
+        assert np.isfinite(mass).all()
 
     def test_one_source_for_the_same_tokens(self, tokens):
         scores = qm.norm_saliency(tokens)
@@ -185,10 +215,11 @@ class TestWeights:
         assert (uniform.mass == 1).all()
         assert_close(uniform.tokens, qm.merge_tokens(tokens, uniform.labels, 5))
         by_saliency = qm.quickmerge(tokens, 5, weights="saliency")
-        np.testing.assert_array_equal(by_saliency.mass, by_saliency.saliency)
+        scores = qm.saliency(qm.self_attention_entropy(tokens))
+        np.testing.assert_array_equal(by_saliency.mass, scores)
         assert_close(
             by_saliency.tokens,
-            qm.merge_tokens(tokens, uniform.labels, 5, mass=by_saliency.saliency),
+            qm.merge_tokens(tokens, uniform.labels, 5, mass=scores),
         )
 
     def test_array(self, tokens, rng):
@@ -202,11 +233,12 @@ class TestWeights:
         weights = rng.random((2, 30)) if word == "array" else word
         mask = rng.random((2, 30)) < 0.7
         m = qm.quickmerge(tokens, 5, weights=weights, mask=mask)
-        weight = {"uniform": 1, "saliency": m.saliency, "array": weights}[word]
+        scores = qm.saliency(qm.self_attention_entropy(tokens, mask=mask), mask=mask)
+        weight = {"uniform": 1, "saliency": scores, "array": weights}[word]
         np.testing.assert_array_equal(m.mass, weight * mask)
 
     def test_unknown_word(self, tokens):
-        with pytest.raises(ValueError, match='`weights` must be "mass", "saliency"'):
+        with pytest.raises(ValueError, match='`weights` must be "uniform", "saliency"'):
             qm.quickmerge(tokens, 5, weights="sharp")
 
 
@@ -247,9 +279,9 @@ def test_the_error_gives_a_non_finite_value_and_its_index(tokens, value):
 
 def test_dtypes(tokens, dtype):
     m = qm.quickmerge(tokens.astype(dtype), 5)
-    # Saliency and mass are sums, so they are float32 at least.
+    # The weights are float32 at least.
     wide = np.result_type(dtype, np.float32)
-    assert [x.dtype for x in m] == [dtype, *["int32"] * 3, wide, wide]
+    assert [x.dtype for x in m] == [dtype, *["int32"] * 3, wide]
     assert all(x.flags.c_contiguous for x in m)
 
 
@@ -268,18 +300,35 @@ def test_results_are_always_fresh(tokens, rng, dtype, weights, masked):
         weights=array if weights == "array" else weights,
         mask=np.asfortranarray(rng.random((2, 30)) < 0.8) if masked else None,
     )
-    assert m.saliency.dtype == m.mass.dtype == np.result_type(dtype, np.float32)
+    assert m.mass.dtype == np.result_type(dtype, np.float32)
     assert all(x.flags.c_contiguous for x in m)
-    assert not np.shares_memory(m.mass, m.saliency)
     for result, argument in product(m, (tokens, scores, array)):
         assert not np.shares_memory(result, argument)
 
 
 def test_the_seed_decides_the_bits(tokens):
-    first, again = (qm.quickmerge(tokens, 5, seed=3) for _ in range(2))
+    def merge(noise_seed=None):
+        return qm.quickmerge(tokens, 5, weights="mass", noise_seed=noise_seed)
+
+    first, again = merge(3), merge(3)
     for x, y in zip(first, again, strict=True):
         assert x.tobytes() == y.tobytes()
-    assert (qm.quickmerge(tokens, 5, seed=4).mass != first.mass).any()
+    assert (merge(4).mass != first.mass).any()
+    assert (merge().mass != first.mass).any()
+
+
+@pytest.mark.parametrize(
+    ("noise_seed", "error", "message"),
+    [
+        (-1, ValueError, r"`noise_seed` must lie in 0..2\*\*64 - 1, got -1"),
+        (2**64, ValueError, r"`noise_seed` must lie in 0..2\*\*64 - 1"),
+        (0.5, TypeError, "`noise_seed` must be an integer, got float"),
+        (True, TypeError, "`noise_seed` must be an integer, got a bool"),
+    ],
+)
+def test_a_seed_is_an_integer(tokens, noise_seed, error, message):
+    with pytest.raises(error, match=message):
+        qm.quickmerge(tokens, 5, noise_seed=noise_seed)
 
 
 # A write to a read-only array raises.
@@ -299,7 +348,7 @@ def test_empty_batch_keeps_k(budget, method):
     m = qm.quickmerge(np.ones((0, 5, 3)), budget, method=method)
     assert m.tokens.shape == (0, 2, 3)
     assert m.sizes.shape == m.positions.shape == (0, 2)
-    assert m.labels.shape == m.saliency.shape == m.mass.shape == (0, 5)
+    assert m.labels.shape == m.mass.shape == (0, 5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -343,7 +392,7 @@ def test_weighted_linkage_is_for_methods_with_masses(rng):
 
 
 def test_a_budget_below_the_protected_tokens_is_refused_early(rng, monkeypatch):
-    monkeypatch.setattr(composition, "_saliency_and_mass", None)  # a call would fail
+    monkeypatch.setattr(composition, "_scores_and_weights", None)  # a call would fail
     tokens = rng.standard_normal((2, 20, 6))
     protect = np.zeros((2, 20), np.bool_)
     protect[1, :8] = True

@@ -14,6 +14,9 @@ from seam import cuda
 import qm_cupy as qm
 from qm_cupy import pipeline
 
+# The weights of the paper, with noise.
+PAPER = {"weights": "mass", "noise_seed": 5, "sequence_offset": 3}
+
 BATCH, TOKENS, DIM, GROUPS, LAYERS, HEADS = 2, 70, 24, 9, 3, 2
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 ENTROPY = {  # the kernels that compute the entropy of each source
@@ -79,8 +82,8 @@ def arguments(source, dtype, masked, single):
     return {"tokens": tokens.astype(dtype), "budget": GROUPS, "mask": mask, **inputs}
 
 
-def stages(inputs):
-    """Return saliency and mass from one public function after the other."""
+def saliency_of(inputs):
+    """Return the saliency from one public function after the other."""
     inputs, mask = dict(inputs), inputs["mask"]
     tokens = inputs["tokens"]
     padding = mask if mask is None or tokens.ndim == 3 else mask[None]
@@ -104,9 +107,15 @@ def stages(inputs):
             x = tokens.reshape(-1, TOKENS, DIM)
             entropy = qm.self_attention_entropy(x, mask=padding)
         scores = qm.saliency(entropy, mask=padding).reshape(tokens.shape[:-1])
+    return scores
+
+
+def mass_of(inputs):
+    """Return the mass of the paper from one public function after the other."""
+    scores, mask = saliency_of(inputs), inputs["mask"]
     probabilities = qm.gumbel_softmax(scores, seed=5, sequence_offset=3, mask=mask)
     mass = qm.saliency_mass(scores, probabilities)
-    return scores, mass if mask is None else mass * mask  # padding weighs nothing
+    return mass if mask is None else mass * mask  # padding weighs nothing
 
 
 @dtypes
@@ -115,7 +124,7 @@ def stages(inputs):
 @single
 def test_one_launch_replaces_several_stages(dtype, source, masked, single, launches):
     inputs = arguments(source, dtype, masked, single)
-    got = qm.quickmerge(**inputs, seed=5, sequence_offset=3)
+    got = qm.quickmerge(**inputs, **PAPER)
     # Saliency that is given needs no normalisation, so the softmax alone is launched.
     fused = "gumbel_softmax" if source == "saliency" else "saliency_gumbel_mass"
     before = [*ENTROPY.get(source, []), fused]
@@ -124,18 +133,16 @@ def test_one_launch_replaces_several_stages(dtype, source, masked, single, launc
     separate = {"entropy_range", "perturbed_scores", "softmax_totals", "saliency_mass"}
     assert not separate & set(launches)
 
-    scores, mass = stages(inputs)
-    assert_close(got.saliency, scores, dtype)
-    assert_close(got.mass, mass, dtype)
-    assert got.saliency.dtype == got.mass.dtype == cuda.accumulation_dtype(dtype)
+    assert_close(got.mass, mass_of(inputs), dtype)
+    assert got.mass.dtype == cuda.accumulation_dtype(dtype)
     merged = qm.merge_tokens(inputs["tokens"], got.labels, GROUPS, mass=got.mass)
     np.testing.assert_array_equal(got.tokens, merged)
     launches.clear()
     with qm.use_kernels("basic"):
-        basic = qm.quickmerge(**inputs, seed=5, sequence_offset=3)
+        basic = qm.quickmerge(**inputs, **PAPER)
     assert launches.count("saliency_mass") == 1  # not fused
     # Only the tokens are rounded to the input's dtype.
-    for x, y, column in zip(got, basic, ("stored", *["computed"] * 5), strict=True):
+    for x, y, column in zip(got, basic, ("stored", *["computed"] * 4), strict=True):
         assert x.shape == y.shape
         assert_close(x, y, dtype, column)
 
@@ -144,18 +151,75 @@ def test_one_launch_replaces_several_stages(dtype, source, masked, single, launc
 @sources
 @masked
 @single
-def test_kernels_give_the_results_of_numpy(dtype, source, masked, single, monkeypatch):
+@pytest.mark.parametrize("options", [{}, PAPER], ids=["defaults", "paper"])
+def test_kernels_give_the_results_of_numpy(
+    dtype, source, masked, single, options, monkeypatch
+):
     inputs = arguments(source, dtype, masked, single)
-    got = qm.quickmerge(**inputs, weights="mass", seed=5)
+    got = qm.quickmerge(**inputs, **options)
     monkeypatch.setattr(cuda, "is_cuda", lambda x: False)
     if dtype is ml_dtypes.bfloat16:  # NumPy has no arithmetic for it
         inputs = {
             name: x.astype(np.float32) if getattr(x, "dtype", None) == dtype else x
             for name, x in inputs.items()
         }
-    wanted = qm.quickmerge(**inputs, weights="mass", seed=5)
-    for x, y, column in zip(got, wanted, ("stored", *["computed"] * 5), strict=True):
+    wanted = qm.quickmerge(**inputs, **options)
+    for x, y, column in zip(got, wanted, ("stored", *["computed"] * 4), strict=True):
         assert_close(x, y.astype(np.float64), dtype, column)
+
+
+@masked
+@single
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+def test_tokens_alone_launch_only_the_merge(masked, single, kernels, launches):
+    """No entropy, noise or softmax is computed (the clustering is replaced here)."""
+    inputs = arguments("tokens", np.float32, masked, single)
+    with qm.use_kernels(kernels):
+        got = qm.quickmerge(**inputs)
+        used = {without_shape(x) for x in launches}
+        # Without masses the kernel gives the bits of masses that are 1.
+        merged = qm.merge_tokens(inputs["tokens"], got.labels, GROUPS, mass=got.mass)
+    assert used <= {"sort_members", "merge_tokens", "group_sizes", "group_positions"}
+    assert "merge_tokens" in used
+    np.testing.assert_array_equal(got.tokens, merged)
+    mask = inputs["mask"]
+    wanted = np.ones(got.labels.shape) if mask is None else mask
+    np.testing.assert_array_equal(got.mass, wanted)
+
+
+RECEIVED = {  # the kernels of the attention received from each source
+    "attention": ["query_counts", "attention_received"],
+    "query": ["query_counts", "score_weights", "query_key_received"],
+}
+
+
+@dtypes
+@masked
+@single
+@pytest.mark.parametrize("source", RECEIVED)
+def test_default_weights_of_attention(dtype, source, masked, single, launches):
+    """They are the attention received times the saliency, without noise or softmax."""
+    inputs = arguments(source, dtype, masked, single)
+    got = qm.quickmerge(**inputs)
+    scores = [*ENTROPY[source], "entropy_range", "saliency"]
+    before = [*scores, *RECEIVED[source]]
+    used = [without_shape(x).removesuffix("_kept") for x in launches[: len(before)]]
+    assert used == before
+    assert not {"gumbel_softmax", "saliency_gumbel_mass"} & set(launches)
+    # The stages, one after the other; a batch axis comes after the axis of layers.
+    mask = inputs["mask"]
+    lifted = {
+        name: x[:, None] if single else x
+        for name, x in inputs.items()
+        if name in ("attention", "query", "key")
+    }
+    padding = mask if mask is None or not single else mask[None]
+    received = qm.attention_received(**lifted, mask=padding).mean((0, 2))
+    wanted = (received * saliency_of(inputs)).reshape(got.labels.shape)
+    assert_close(got.mass, wanted, dtype)
+    assert got.mass.dtype == cuda.accumulation_dtype(dtype)
+    merged = qm.merge_tokens(inputs["tokens"], got.labels, GROUPS, mass=got.mass)
+    np.testing.assert_array_equal(got.tokens, merged)
 
 
 @masked
@@ -165,8 +229,7 @@ def test_results_have_their_own_memory(weights, masked):
     if weights == "array":
         weights = inputs["saliency"].copy()
     merged = qm.quickmerge(**inputs, weights=weights)
-    assert not np.shares_memory(merged.mass, merged.saliency)
-    assert not np.shares_memory(merged.saliency, inputs["saliency"])
+    assert not np.shares_memory(merged.mass, inputs["saliency"])
     assert not np.shares_memory(merged.mass, weights)
     if masked:
         assert not merged.mass[~inputs["mask"]].any()
@@ -195,14 +258,15 @@ def wide(monkeypatch):
 
 @sources
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-def test_half_precision_halves_the_memory(source, strided, wide):
+@pytest.mark.parametrize("options", [{}, PAPER], ids=["defaults", "paper"])
+def test_half_precision_halves_the_memory(source, strided, options, wide):
     """One array of tokens is made, the result; and one copy if they are strided."""
     num_bytes = {}
     for dtype in (np.float16, np.float32):
         inputs = arguments(source, dtype, masked=True, single=False)
         if strided:
             inputs["tokens"] = inputs["tokens"].repeat(2, axis=-1)[..., ::2]
-        merged = qm.quickmerge(**inputs)
+        merged = qm.quickmerge(**inputs, **options)
         shapes = sorted(x.shape for x in wide)
         assert shapes == [(BATCH, GROUPS, DIM)] + [(BATCH, TOKENS, DIM)] * strided
         # A float32 copy of float16 tokens would double the memory.

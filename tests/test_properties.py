@@ -164,7 +164,13 @@ def test_entropy_is_within_its_range(problem):
 def test_same_seed_same_bits(problem, method, dtype, seed):
     tokens, num_groups = problem
     first, again = (
-        qm.quickmerge(tokens.astype(dtype), num_groups, method=method, seed=seed)
+        qm.quickmerge(
+            tokens.astype(dtype),
+            num_groups,
+            method=method,
+            weights="mass",
+            noise_seed=seed,
+        )
         for _ in range(2)
     )
     assert all(x.tobytes() == y.tobytes() for x, y in zip(first, again, strict=True))

@@ -58,7 +58,7 @@ def test_torch_works_in_its_current_stream(entered, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     tensor = torch.zeros(2).as_subclass(Tensor)
     assert during(entered, tensor) == [("device", 1), ("stream", 0, 77)]
-    merged = qm.Merged(tensor, *[None] * 5)
+    merged = qm.Merged(tensor, *[None] * 4)
     assert during(entered, merged) == [("device", 1), ("stream", 0, 77)]
     # Contexts are left after an error too.
     with pytest.raises(RuntimeError, match="in the middle"):

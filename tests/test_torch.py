@@ -261,7 +261,9 @@ class TestCompiler:
         tokens = torch.randn(2, 12, 4, requires_grad=True)
 
         def loss(tokens, budget):
-            merged = qm.quickmerge(tokens, budget, method=method, seed=2**63 + 1)
+            merged = qm.quickmerge(
+                tokens, budget, method=method, weights="mass", noise_seed=2**63 + 1
+            )
             rebuilt = qm.unmerge_tokens(merged.tokens, merged.labels)
             error = qm.reconstruction_error(tokens, merged.tokens, labels=merged.labels)
             return ((rebuilt - tokens) ** 2).mean() + error.sum() + merged.mass.sum()
@@ -380,7 +382,7 @@ class TestQuickMergePP:
         model = qt.QuickMergePP(embedding_dim=8, seed=5).double()
         merged, losses = model(tokens, 7)
         # Labels are constants for gradients, and the noise is the library's.
-        labels = qm.quickmerge(tokens, 7, seed=5).labels
+        labels = qm.cluster_tokens(tokens, 7)
         noise = torch.from_numpy(qm.gumbel_noise((3, 40), 5)).double()
         prior = model.ar_alignment.prior
         networks = prior.forward_prior, prior.backward_prior
@@ -441,7 +443,8 @@ class TestQuickMergePP:
         tokens = torch.tensor(rng.standard_normal((30, 8)), requires_grad=True)
         ar_model = torch.nn.Linear(8, 5, dtype=torch.float64)
         merged, predictions = qt.QuickMergePP(8).inference(tokens, 6, ar_model)
-        assert torch.equal(merged, qm.quickmerge(tokens.detach(), 6).tokens)
+        wanted = qm.quickmerge(tokens.detach(), 6, weights="mass", noise_seed=0)
+        assert torch.equal(merged, wanted.tokens)
         torch.testing.assert_close(predictions, ar_model(merged).detach())
         assert not merged.requires_grad
 
@@ -582,8 +585,13 @@ class TestErrors:
              ValueError, "`num_groups` must be at least 1, got -1"),
             (lambda x: qm.query_key_entropy(x, x, causal="yes"), TypeError,
              "`causal` must be True or False, got 'yes'"),
-            (lambda x: qm.quickmerge(x, 2, weights=None), TypeError,
-             "`weights` must be a torch.Tensor, got NoneType"),
+            (lambda x: qm.quickmerge(x, 2, weights=[1]), TypeError,
+             "`weights` must be a torch.Tensor, got list"),
+            (lambda x: qm.quickmerge(x, 2, weights="attention"), ValueError,
+             "`weights=\"attention\"` needs the attention of a model"),
+            (lambda x: qm.quickmerge(x, 2, noise_seed=-1), ValueError,
+             "`noise_seed` must lie in"),
+            (lambda x: qm.quickmerge(x, 2, noise_seed=0.5), TypeError, "`noise_seed`"),
             (lambda x: qm.quickmerge(x, 2, mask=[True]), TypeError,
              "`mask` must be a torch.Tensor, got list"),
             (lambda x: qm.quickmerge(x[0, 0], 2), ValueError,

@@ -1,6 +1,7 @@
-// Vector-Jacobian products of the entropies of softmax scores: from the gradient of the
-// entropies to that of queries and keys, or of tokens. See basic/query_key_entropy.cu
-// and basic/self_attention_entropy.cu.
+// Vector-Jacobian products through the softmax of scores: from the gradient of the
+// entropies, or of the attention received, to that of queries and keys, or of tokens.
+// See basic/query_key_entropy.cu, basic/self_attention_entropy.cu and
+// basic/attention_received.cu.
 //
 // The entropy of a softmax has the derivatives
 //
@@ -8,10 +9,17 @@
 //
 // with (m, r, t) of row i as in SoftmaxEntropy (common.cuh), so that nothing cancels if
 // one score lies far above the rest. With the gradient g_i of H_i, the gradient of the
-// scores is G_ij = g_i dH_i / ds_ij. The N x N matrix G is never stored: scores are
-// computed again, and G is computed for one band of rows at a time.
+// scores is G_ij = g_i dH_i / ds_ij. For the attention received, with h_j of
+// basic/attention_received_vjp.cu (`key_weights`; null for entropies),
 //
-//   score_weights     (m, t / (1 + r), g / (1 + r)) of every row
+//   G_ij = p_ij (h_j - o_i),    o_i = sum_k p_ik h_k
+//
+// The N x N matrix G is never stored: scores are computed again, and G is computed for
+// one band of rows at a time.
+//
+//   score_weights     (m, t / (1 + r), g / (1 + r)) of every row; a null gradient means
+//                     g = 1. For the attention received, `attention_means`
+//                     (attention_received.cu) replaces these by (m, o, 1 / (1 + r))
 //   score_gradients   a band of G, with queries as rows, or of Gᵀ, with keys as rows
 //   token_gradients   the band times the vectors of its columns (keys, queries or
 //                     tokens), times `scale`
@@ -25,16 +33,9 @@
 // H). `sides` selects the matrix: G for 1 (QUERIES), Gᵀ for 2 (KEYS), and G + Gᵀ for 3
 // (both), where queries and keys are the same tokens.
 //
-// One thread, one output.
+// One thread, one output. `score` is in score.cuh.
 
 constexpr long long TILE_ROWS = TILE;
-
-// Return the score of two rows (d,): a . b scale.
-__device__ acc_t score(const real_t* a, const real_t* b, long long dim, double scale) {
-    acc_t dot = 0;
-    for (long long d = 0; d < dim; ++d) dot += widen(a[d]) * widen(b[d]);
-    return rounded_product(dot, acc_t(scale));
-}
 
 // (m, t / (1 + r), g / (1 + r)) of every row; the last one is 0 for padding.
 // Shapes: gradient (L, B, H, N), query and key (L, B, H, N, d), mask (B, N), weights
@@ -56,27 +57,31 @@ extern "C" __global__ void score_weights(const acc_t* gradient, const real_t* qu
             state.add(score(query + row * dim, keys + j * dim, dim, scale));
     weights[row * STATE_VALUES] = state.m;
     weights[row * STATE_VALUES + 1] = state.t / (1 + state.r);
+    const acc_t g = gradient ? gradient[row] : 1;
     weights[row * STATE_VALUES + 2] =
-        is_token(mask, sequence_start + i) ? gradient[row] / (1 + state.r) : 0;
+        is_token(mask, sequence_start + i) ? g / (1 + state.r) : 0;
 }
 
-// Return -g p (log p + H) of a score s, from the weights of its row: p = e^d / (1 + r)
+// Return the gradient of a score s, from the weights of its row and, for the attention
+// received, the weight h of its key: -g p (log p + H) or p (h - o). p = e^d / (1 + r)
 // with d = s - m.
-__device__ acc_t score_gradient(const acc_t* weights, acc_t score) {
+__device__ acc_t score_gradient(const acc_t* weights, const acc_t* key_weight,
+                                acc_t score) {
     const acc_t d = score - weights[0];
-    return weights[2] * exp(d) * (weights[1] - d);
+    const acc_t factor = key_weight ? *key_weight - weights[1] : weights[1] - d;
+    return weights[2] * exp(d) * factor;
 }
 
 // One element of a band: row i and column j of a head. Its score is `scale` times the
 // dot product of row_vectors[i] and column_vectors[j]. `sides` says which of the two
 // terms are added.
-// Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
-// (B, N), band (128 band_row_tiles, 128 T).
+// Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3),
+// key_weights (L, B, H, N), mask (B, N), band (128 band_row_tiles, 128 T).
 extern "C" __global__ void score_gradients(
     const real_t* row_vectors, const real_t* column_vectors, const acc_t* weights,
-    const bool* mask, long long first_row_tile, long long band_row_tiles,
-    long long batch, long long heads, long long num_tokens, long long dim,
-    long long causal, double scale, long long sides, acc_t* band) {
+    const acc_t* key_weights, const bool* mask, long long first_row_tile,
+    long long band_row_tiles, long long batch, long long heads, long long num_tokens,
+    long long dim, long long causal, double scale, long long sides, acc_t* band) {
     const long long tiles_per_head = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;  // T
     const long long columns = tiles_per_head * TILE_ROWS, index = thread_index();
     if (index >= band_row_tiles * TILE_ROWS * columns) return;
@@ -92,12 +97,15 @@ extern "C" __global__ void score_gradients(
         is_token(mask, sequence_start + j)) {
         const acc_t s = score(row_vectors + (head_start + i) * dim,
                               column_vectors + (head_start + j) * dim, dim, scale);
-        // Weights belong to queries. In G the row i is the query. In Gᵀ the column j is
-        // the query, so its weights and its causal condition are used: (Gᵀ)_ij = G_ji.
+        // In G the row i is the query and the column j the key. In Gᵀ the column is the
+        // query, so its weights and its causal condition are used: (Gᵀ)_ij = G_ji.
+        const acc_t* of_keys = key_weights ? key_weights + head_start : nullptr;
         if (sides & QUERIES && !(causal && j > i))
-            sum += score_gradient(weights + (head_start + i) * STATE_VALUES, s);
+            sum += score_gradient(weights + (head_start + i) * STATE_VALUES,
+                                  of_keys ? of_keys + j : nullptr, s);
         if (sides & KEYS && !(causal && i > j))
-            sum += score_gradient(weights + (head_start + j) * STATE_VALUES, s);
+            sum += score_gradient(weights + (head_start + j) * STATE_VALUES,
+                                  of_keys ? of_keys + i : nullptr, s);
     }
     band[index] = sum;
 }

@@ -1,14 +1,16 @@
-// Vector-Jacobian products of the entropies of softmax scores, computed in tiles
+// Vector-Jacobian products through the softmax of scores, computed in tiles
 // (tiles.cuh); see basic/score_gradients.cu for the formulas, the axes of the arrays,
 // row tiles, bands and `sides`. `row_vectors` are the vectors (queries, keys or tokens)
 // that belong to the rows of the band; `column_vectors` belong to its columns. Both
 // have d elements for each token.
 //
-//   score_weights       (m, t / (1 + r), g / (1 + r)) of every row
+//   score_weights       (m, t / (1 + r), g / (1 + r)) of every row; without a gradient
+//                       g = 1
 //   weight_units        scale the third weight to the range of real_t
 //   transpose_tokens    the column vectors as (d, tokens), because
 //                       `multiply_tiles` sums along the rows of both factors
 //   score_gradients     one tile of a band: 128 columns of a row tile
+//   received_gradients  the same for the attention received
 //   token_gradients     the band times the transposed column vectors, times `scale`
 //                       and the unit of the head
 //
@@ -85,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
     acc_t* out = weights + (head * num_tokens + row) * STATE_VALUES;
     out[0] = state.m;                                // in units of ln 2
     out[1] = state.t * acc_t(LN_2) / (1 + state.r);  // in nats
-    out[2] =
-        is_token(valid, row) ? gradient[head * num_tokens + row] / (1 + state.r) : 0;
+    const acc_t g = gradient ? gradient[head * num_tokens + row] : 1;
+    out[2] = is_token(valid, row) ? g / (1 + state.r) : 0;
 }
 
 // The third weights of a head, and so G, are stored in a unit of their own:
@@ -94,29 +96,53 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
 // largest absolute value of a weight is LARGEST_WEIGHT. With d = s - m <= 0 in nats,
 // |G| is at most LARGEST_WEIGHT e^d max(|d|, H). Here e^d |d| <= 1/e and H <= log N. So
 // |G + Gᵀ| is below 2 (log N + 1) LARGEST_WEIGHT, well below 65504, the largest half.
+//
+// For the attention received, G = p (h - o), and a weight is 1 / (1 + r). The unit also
+// contains max |h|, and h and o are divided by it. Then |h - o| <= 2 and |G| <= 2
+// LARGEST_WEIGHT.
 constexpr float LARGEST_WEIGHT = 512;
+
+// Return the largest absolute value of x[0], x[stride], ...; all threads get it.
+__device__ acc_t largest_of(const acc_t* x, long long count, int stride,
+                            acc_t* scratch) {
+    acc_t peak = 0;
+    for (long long i = threadIdx.x; i < count; i += blockDim.x)
+        peak = max(peak, fabs(x[i * stride]));
+    return block_reduce(peak, scratch, Greatest());
+}
 
 // Compute the unit of a head, and divide the third weight of each row by this unit;
 // `token_gradients` multiplies by it. One block, one head.
-// Shapes: weights (L, B, H, N, 3), units (L, B, H).
-extern "C" __global__ void weight_units(long long num_tokens, acc_t* weights,
-                                        acc_t* units) {
+// Shapes: key_weights (L, B, H, N) or null, weights (L, B, H, N, 3), units (L, B, H).
+extern "C" __global__ void weight_units(long long num_tokens, acc_t* key_weights,
+                                        acc_t* weights, acc_t* units) {
     __shared__ acc_t scratch[32];
     const long long head = blockIdx.x;  // (L, B, H)
-    weights += head * num_tokens * STATE_VALUES + 2;
-    acc_t peak = 0;
-    for (long long i = threadIdx.x; i < num_tokens; i += blockDim.x)
-        peak = max(peak, fabs(weights[i * STATE_VALUES]));
-    peak = block_reduce(peak, scratch, Greatest());
-    for (long long i = threadIdx.x; i < num_tokens && peak > 0; i += blockDim.x)
-        weights[i * STATE_VALUES] = weights[i * STATE_VALUES] / peak * LARGEST_WEIGHT;
-    if (threadIdx.x == 0) units[head] = peak / LARGEST_WEIGHT;
+    weights += head * num_tokens * STATE_VALUES;
+    const acc_t peak = largest_of(weights + 2, num_tokens, STATE_VALUES, scratch);
+    for (long long i = threadIdx.x; i < num_tokens && peak > 0; i += blockDim.x) {
+        acc_t& weight = weights[i * STATE_VALUES + 2];
+        weight = weight / peak * LARGEST_WEIGHT;
+    }
+    acc_t unit = peak / LARGEST_WEIGHT;
+    if (key_weights) {
+        key_weights += head * num_tokens;  // h
+        const acc_t key_peak = largest_of(key_weights, num_tokens, 1, scratch);
+        for (long long i = threadIdx.x; i < num_tokens && key_peak > 0;
+             i += blockDim.x) {
+            key_weights[i] /= key_peak;
+            weights[i * STATE_VALUES + 1] /= key_peak;  // o
+        }
+        unit *= key_peak;
+    }
+    if (threadIdx.x == 0) units[head] = unit;
 }
 
 // The weights of a row, as `score_weights` and `weight_units` store them.
 struct Weights {
     // `m` is in units of ln 2. `mean` is t / (1 + r), the mean of s - m under the
-    // softmax, in nats. `weight` is g / (1 + r), divided by the unit of the head.
+    // softmax, in nats; for the attention received it is o, the mean of h. `weight` is
+    // g / (1 + r), divided by the unit of the head.
     acc_t m, mean, weight;
 
     explicit __device__ __forceinline__ Weights(const acc_t* values)
@@ -127,6 +153,11 @@ struct Weights {
     __device__ __forceinline__ acc_t gradient(acc_t score) const {
         const acc_t d = score - m;
         return weight * exp2(d) * (mean - d * acc_t(LN_2));
+    }
+
+    // Return p (h - o) of one score, for the attention received; h is `key_weight`.
+    __device__ __forceinline__ acc_t gradient(acc_t score, acc_t key_weight) const {
+        return weight * exp2(score - m) * (key_weight - mean);
     }
 };
 static_assert(sizeof(Weights) == STATE_VALUES * sizeof(acc_t));
@@ -139,15 +170,16 @@ struct __align__(2 * sizeof(real_t)) Pair {
 // One block computes one tile of a band. The score of row i and column j is `scale`
 // times the dot product of row_vectors[i] and column_vectors[j]; here it is also
 // multiplied by log2 e. A tile that the causal mask empties entirely is not written,
-// and `token_gradients` does not read such a tile.
-// Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3), mask
-// (B, N), band (128 band_row_tiles, 128 T).
-extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
-    score_gradients(const real_t* row_vectors, const real_t* column_vectors,
-                    const acc_t* weights, const bool* mask, long long first_row_tile,
-                    long long band_row_tiles, long long batch, long long heads,
-                    long long num_tokens, long long dim, long long causal, double scale,
-                    long long sides, real_t* band) {
+// and `token_gradients` does not read such a tile. `is_received` selects the gradients
+// of the attention received; for those of entropies, `key_weights` is not read.
+// Shapes: row_vectors and column_vectors (L, B, H, N, d), weights (L, B, H, N, 3),
+// key_weights (L, B, H, N), mask (B, N), band (128 band_row_tiles, 128 T).
+template <bool is_received>
+__device__ __forceinline__ void write_band(
+    const real_t* row_vectors, const real_t* column_vectors, const acc_t* weights,
+    const acc_t* key_weights, const bool* mask, long long first_row_tile,
+    long long batch, long long heads, long long num_tokens, long long dim,
+    long long causal, double scale, long long sides, real_t* band) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
     const long long tiles_per_head = (num_tokens + TILE - 1) / TILE;  // T
     const long long row_tile = first_row_tile + blockIdx.x / tiles_per_head,
@@ -170,15 +202,24 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
     const acc_t factor = acc_t(scale * LOG2_E);
     const bool diagonal = causal && row0 == column0;
 
-    // Load the weights of the rows, then those of the columns: (2, TILE, 3). The stages
-    // are free, because `multiply_tiles` has ended with a barrier.
+    // Load the weights of the rows, then those of the columns: (2, TILE, 3), and
+    // (2, TILE) of keys. The stages are free, because `multiply_tiles` has ended with a
+    // barrier.
     auto* tile_weights = reinterpret_cast<acc_t*>(stages);
+    acc_t* tile_keys = tile_weights + 2 * TILE * STATE_VALUES;
     const int offset = threadIdx.x % TILE;
     const long long token = (threadIdx.x < TILE ? row0 : column0) + offset;
     for (int k = 0; k < STATE_VALUES && token < num_tokens; ++k)
         tile_weights[threadIdx.x * STATE_VALUES + k] =
             weights[(head_start + token) * STATE_VALUES + k];
+    if (is_received && token < num_tokens)
+        tile_keys[threadIdx.x] = key_weights[head_start + token];
     __syncthreads();
+    // `key` is an index of `tile_keys`.
+    const auto gradient = [&](const Weights& query_weights, int key, acc_t score) {
+        return is_received ? query_weights.gradient(score, tile_keys[key])
+                           : query_weights.gradient(score);
+    };
 
     real_t* target =
         band + blockIdx.x / tiles_per_head * TILE * tiles_per_head * TILE + column0;
@@ -195,14 +236,15 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                 acc_t sum = 0;
                 if (rows >> i & columns >> (j + k) & 1) {
                     const acc_t s = rounded_product(sums[0][i][j + k], factor);
-                    // Weights belong to queries. In G the row is the query; in Gᵀ the
+                    // In G the row is the query and the column the key; in Gᵀ the
                     // column is the query. So the second term, (Gᵀ)_ij = G_ji, uses the
                     // weights and the causal condition of the column.
                     if (sides & QUERIES && !(diagonal && column > row))
-                        sum += row_weights.gradient(s);
+                        sum += gradient(row_weights, TILE + column, s);
                     if (sides & KEYS && !(diagonal && row > column))
-                        sum += Weights(tile_weights + (TILE + column) * STATE_VALUES)
-                                   .gradient(s);
+                        sum += gradient(
+                            Weights(tile_weights + (TILE + column) * STATE_VALUES), row,
+                            s);
                 }
                 store(&pair.element[k], sum);
             }
@@ -210,6 +252,31 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
                                      WholeTile::column(j)) = pair;
         }
     }
+}
+
+// A band of the gradients of entropies. `key_weights` is null.
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
+    score_gradients(const real_t* row_vectors, const real_t* column_vectors,
+                    const acc_t* weights, const acc_t* key_weights, const bool* mask,
+                    long long first_row_tile, long long band_row_tiles, long long batch,
+                    long long heads, long long num_tokens, long long dim,
+                    long long causal, double scale, long long sides, real_t* band) {
+    write_band<false>(row_vectors, column_vectors, weights, key_weights, mask,
+                      first_row_tile, batch, heads, num_tokens, dim, causal, scale,
+                      sides, band);
+}
+
+// A band of the gradients of the attention received.
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
+    received_gradients(const real_t* row_vectors, const real_t* column_vectors,
+                       const acc_t* weights, const acc_t* key_weights, const bool* mask,
+                       long long first_row_tile, long long band_row_tiles,
+                       long long batch, long long heads, long long num_tokens,
+                       long long dim, long long causal, double scale, long long sides,
+                       real_t* band) {
+    write_band<true>(row_vectors, column_vectors, weights, key_weights, mask,
+                     first_row_tile, batch, heads, num_tokens, dim, causal, scale,
+                     sides, band);
 }
 
 // Transpose the column vectors `tokens` (L, B, H, N, d) to `out` (L, B, H, d, 128 T).

@@ -21,8 +21,13 @@ from .libraries import is_cuda, may_share_memory
 _INT32 = 2**31 - 1  # the largest count: kernels store counts as int32
 
 
-def check_finite_values(name: str, x: NDArray[Any]) -> None:
-    """Raise if there is a NaN or Inf; the message has the index of the first one."""
+def check_finite_values(
+    name: str, x: NDArray[Any], mask: NDArray[np.bool_] | None = None
+) -> None:
+    """Raise if there is a NaN or Inf; the message has the index of the first one.
+
+    Where `mask` is False, entries may have any value. It is broadcast to x.
+    """
     if not _values_checked(x):
         return
     # A NaN or Inf makes the sum NaN or Inf. If the sum is finite, one pass without a
@@ -31,7 +36,8 @@ def check_finite_values(name: str, x: NDArray[Any]) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(x.sum()):
             return
-    wrong = np.argwhere(~np.isfinite(x))
+    infinite = ~np.isfinite(x)
+    wrong = np.argwhere(infinite if mask is None else infinite & mask)
     if len(wrong):
         index = tuple(map(int, wrong[0]))
         raise ValueError(f"`{name}` must be finite, got {x[index]} at index {index}")
@@ -64,9 +70,14 @@ def check_values(name: str, x: NDArray[Any], *layouts: str) -> None:
 
     A layout has one letter per axis, such as "BND". Only the axis B may be empty.
     """
+    check_layout(name, x, *layouts)
+    check_finite_values(name, x)
+
+
+def check_layout(name: str, x: NDArray[Any], *layouts: str) -> None:
+    """Raise unless the array is floating and has one of the layouts."""
     check_floating(name, x)
     check_axes(name, x.shape, *layouts)
-    check_finite_values(name, x)
 
 
 def check_axes(name: str, shape: tuple[int, ...], *layouts: str) -> None:
@@ -117,12 +128,9 @@ def check_gradient(
         return number
     check_floating(name, gradient)
     check_shape(name, gradient, axes, wanted)
-    seen = gradient
-    if mask is not None and _values_checked(gradient):
-        # The gradient of padding has no effect on the gradients of the inputs, so it
-        # may be NaN.
-        seen = np.where(mask, gradient, gradient.dtype.type(0))
-    check_finite_values(name, seen)
+    # The gradient of padding has no effect on the gradients of the inputs, so it may be
+    # NaN.
+    check_finite_values(name, gradient, mask)
     return gradient
 
 
@@ -156,10 +164,19 @@ def check_mass(
     check_not_negative(name, mass)
 
 
-def check_not_negative(name: str, x: NDArray[Any]) -> None:
-    """Raise if there is a negative entry."""
-    if _values_checked(x) and x.size and x.min() < 0:
-        index = tuple(map(int, np.unravel_index(x.argmin(), x.shape)))
+def check_not_negative(
+    name: str, x: NDArray[Any], mask: NDArray[np.bool_] | None = None
+) -> None:
+    """Raise if there is a negative entry; the message has the index of the first one.
+
+    Where `mask` is False, entries may have any value. It is broadcast to x.
+    """
+    # The least entry is NaN if padding is NaN, so compare with >= and not with <.
+    if not _values_checked(x) or not x.size or x.min() >= 0:
+        return
+    wrong = np.argwhere(x < 0 if mask is None else (x < 0) & mask)
+    if len(wrong):
+        index = tuple(map(int, wrong[0]))
         raise ValueError(f"`{name}` must be ≥ 0, got {x[index]} at index {index}")
 
 
@@ -253,11 +270,11 @@ def check_integer(name: str, value: Any) -> int:
         ) from None
 
 
-def check_seed(seed: Any) -> int:
+def check_seed(seed: Any, name: str = "seed") -> int:
     """Return a seed within 0..2⁶⁴ - 1, the key of the generator Philox4x32-10."""
-    value = check_integer("seed", seed)
+    value = check_integer(name, seed)
     if not 0 <= value < 2**64:
-        raise ValueError(f"`seed` must lie in 0..2**64 - 1, got {value}")
+        raise ValueError(f"`{name}` must lie in 0..2**64 - 1, got {value}")
     return value
 
 

@@ -26,7 +26,7 @@ from ..pipeline import quickmerge
 from ..results import Merged
 from ..stages.budget import token_budget
 from ..stages.clustering.labels import ORDERS
-from .options import add_budget, add_method, add_seed
+from .options import add_budget, add_method, add_noise_seed, add_weights
 from .progress import Step, progress
 
 CHUNK_BYTES = 64 * 2**20  # bytes of the tokens that are merged at a time
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Merge the tokens (N, D) or (B, N, D) of a file: B sequences of N tokens of "
         "width D. The result is written to OUT.npz, with the arrays tokens, labels, "
-        "sizes, positions, saliency and mass."
+        "sizes, positions and mass (the weights)."
     )
     add = parser.add_argument
     add(
@@ -73,26 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="order in which groups are numbered: by the position of their last or of "
         "their first token (default: last)",
     )
-    add_seed(parser)
+    add_weights(parser)
+    add_noise_seed(parser)
     add(
         "--temperature",
         type=float,
         default=0.1,
         metavar="T",
-        help="temperature of the Gumbel-softmax (default: 0.1)",
+        help="temperature of the Gumbel-softmax, for the weights mass (default: 0.1)",
     )
     add(
         "--epsilon",
         type=float,
         default=0.01,
         metavar="E",
-        help="weight of tokens that are not selected (default: 0.01)",
-    )
-    add(
-        "--weights",
-        choices=("mass", "saliency", "uniform"),
-        default="mass",
-        help="weights of the tokens in the mean of their group (default: mass)",
+        help="mass of tokens that are not selected, for the weights mass "
+        "(default: 0.01)",
     )
     add(
         "--device",
@@ -108,7 +104,9 @@ def _compress(arguments: argparse.Namespace) -> None:
     """Merge the file that the arguments name, and print sizes and time."""
     start_time = time.perf_counter()
     on_gpu = _on_gpu(arguments.device)
-    names = ("method", "order", "temperature", "epsilon", "weights", "seed")
+    names = (
+        "method", "order", "temperature", "epsilon", "weights", "noise_seed",
+    )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names}
     # Merge one token now, so that a wrong value of these options fails before the file
     # is opened. The budget is checked later, because it depends on the tokens.

@@ -25,7 +25,7 @@ from ..stages.saliency.saliency import saliency
 from ..stages.saliency.self_attention_entropy import self_attention_entropy
 from ..stages.selection.gumbel_softmax import gumbel_softmax
 from ..stages.selection.saliency_mass import saliency_mass
-from .options import add_budget, add_method, add_seed
+from .options import add_budget, add_method, add_noise_seed, add_weights
 
 # The largest number of tokens. A larger picture has larger patches.
 _MAX_TOKENS = 5000
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write the results to (default: qm-cupy-demo)",
     )
     add_method(parser, default="ward")
-    add_seed(parser)
+    add_weights(parser)
+    add_noise_seed(parser)
     parser.set_defaults(run=_demo)
 
 
@@ -64,12 +65,19 @@ def _demo(arguments: argparse.Namespace) -> None:
         arguments.budget,
         arguments.output,
         method=arguments.method,
-        seed=arguments.seed,
+        weights=arguments.weights,
+        noise_seed=arguments.noise_seed,
     )
 
 
 def run_demo(
-    image: Path | None, budget: Any, output: Path, *, method: Method, seed: int
+    image: Path | None,
+    budget: Any,
+    output: Path,
+    *,
+    method: Method,
+    weights: str,
+    noise_seed: int | None,
 ) -> None:
     """Merge the patches of a picture, print the measurements, and write the results."""
     picture = _read_picture(image)  # (height, width, 3) within 0..1
@@ -83,10 +91,13 @@ def run_demo(
 
     # Call the stages of `quickmerge` one by one, to time each of them.
     seconds: dict[str, float] = {}
-    with _timed("saliency", seconds):
-        scores = saliency(self_attention_entropy(tokens))
-    with _timed("selection", seconds):
-        mass = saliency_mass(scores, gumbel_softmax(scores, seed=seed))
+    mass = np.ones(len(tokens), np.float32)
+    if weights != "uniform":
+        with _timed("saliency", seconds):
+            scores = mass = saliency(self_attention_entropy(tokens))
+    if weights == "mass":
+        with _timed("selection", seconds):
+            mass = saliency_mass(scores, gumbel_softmax(scores, seed=noise_seed))
     with _timed("clustering", seconds):
         labels = cluster_tokens(tokens, num_groups, method=method)
     with _timed("merging", seconds):
@@ -96,7 +107,7 @@ def run_demo(
             merge_tokens(pixels, labels, num_groups, mass=mass), labels
         )
     with _timed("alignment", seconds):
-        loss = alignment_loss(merged, MLPPrior.init(tokens.shape[-1], seed=seed))
+        loss = alignment_loss(merged, MLPPrior.init(tokens.shape[-1]))
     with _timed("fidelity", seconds):
         error = reconstruction_error(tokens, merged, labels=labels)
         mass_kept = norm_mass(tokens, num_groups)
@@ -122,7 +133,6 @@ def run_demo(
         "labels": labels,
         "sizes": group_sizes(labels, num_groups),
         "positions": group_positions(labels, num_groups),
-        "saliency": scores,
         "mass": mass,
     }
     archive, figure = output / "merged.npz", output / "merged.png"

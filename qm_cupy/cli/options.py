@@ -36,7 +36,22 @@ def add_method(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--method", choices=METHODS, default=default, help=text)
 
 
-def add_seed(parser: argparse.ArgumentParser) -> None:
-    """Add `--seed`."""
-    text = "seed of the Gumbel noise; the same seed gives the same result (default: 0)"
-    parser.add_argument("--seed", type=int, default=0, help=text)
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add `--weights`, without "attention": the command has only tokens."""
+    parser.add_argument(
+        "--weights",
+        choices=("uniform", "saliency", "mass"),
+        default="uniform",
+        help="weights of the tokens in the mean of their group (default: uniform)",
+    )
+
+
+def add_noise_seed(parser: argparse.ArgumentParser) -> None:
+    """Add `--noise-seed`."""
+    parser.add_argument(
+        "--noise-seed",
+        type=int,
+        metavar="S",
+        help="seed of the Gumbel noise, which changes the weights mass and the anchors "
+        "of the method nearest (default: no noise)",
+    )

@@ -97,7 +97,32 @@ def _has_wide(dtype: Any, device: Device) -> bool:
     return name in ("float16", "bfloat16", TF32) and WIDE.shared < device.shared_bytes
 
 
-def kept_bytes(row_bytes: int, dtype: Any) -> int:
+def kept_or_half(
+    matrices: int, num_tokens: int, row_bytes: int, dtype: Any, static_bytes: int = 0
+) -> tuple[Tiling, Shape]:
+    """Return the tiling of square matrices of which a block computes whole rows.
+
+    The shape is that of the kernel "…_kept" if it can be used, and otherwise half
+    tiles. By default a block loads the rows of its tile again, step by step, for each
+    tile of columns. With 16-bit types, two blocks with whole tiles would have too few
+    registers for these loads. So this kernel has half tiles, of 64 rows, for all
+    dtypes. Its name has no suffix.
+
+    The kernel "…_kept" loads the rows of a block once, to shared memory, and uses whole
+    tiles of 128 rows. This kernel runs on two conditions. First, its shared memory must
+    fit: `kept_bytes` returns 0 for float64 and for rows that are too wide. Second,
+    whole tiles must give at least one block for each multiprocessor; otherwise
+    `select_shape` returns half tiles. `static_bytes` is the shared memory that the
+    kernel "…_kept" declares itself.
+    """
+    tiling = Tiling(matrices, num_tokens, num_tokens, whole_rows=True)
+    shared_bytes = kept_bytes(row_bytes, dtype, static_bytes)
+    if shared_bytes and select_shape(tiling, dtype) is WHOLE:
+        return tiling, WHOLE._replace(suffix="_kept", shared=shared_bytes)
+    return tiling, HALF._replace(suffix="")
+
+
+def kept_bytes(row_bytes: int, dtype: Any, static_bytes: int = 0) -> int:
     """Return the shared memory of `multiply_kept` in bytes, or 0 if it cannot be used.
 
     `multiply_kept`, in kernels/optimized/tiles.cuh, keeps the rows of a tile in shared
@@ -115,4 +140,5 @@ def kept_bytes(row_bytes: int, dtype: Any) -> int:
     blocks = 2 if dtype.itemsize == 2 else 1
     # The shared memory of an SM: the limit of a block, and the bytes reserved for it.
     room = current_device().shared_bytes + _RESERVED
-    return wanted if blocks * (wanted + _RESERVED) <= room else 0
+    block_bytes = wanted + static_bytes + _RESERVED
+    return wanted if blocks * block_bytes <= room else 0

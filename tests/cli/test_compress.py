@@ -47,11 +47,13 @@ class TestCompress:
         options = {
             "method": "nearest",
             "order": "first",
-            "seed": 5,
-            "weights": "uniform",
+            "noise_seed": 5,
+            "weights": "mass",
         }
         options |= {"temperature": 0.5, "epsilon": 0.2}
-        words = [word for name, x in options.items() for word in (f"--{name}", str(x))]
+        words = []
+        for name, x in options.items():
+            words += [f"--{name.replace('_', '-')}", str(x)]
         _, got = compress(save(tmp_path / "a.npy", tokens=tokens), *words)
         assert_same(got, qm.quickmerge(tokens, 3, **options))
 
@@ -116,7 +118,8 @@ class TestBadInput:
 
     def test_too_large_for_the_arithmetic(self, tmp_path, tokens, compress_fails):
         path = save(tmp_path / "a.npy", tokens=tokens.astype(np.float64) * 1e200)
-        compress_fails(path, "sequences 0..6: the values are too large")
+        words = "sequences 0..6: the values are too large"
+        compress_fails(path, words, options=["--weights", "saliency"])
 
     @pytest.mark.parametrize(
         ("budget", "words"),
@@ -154,8 +157,10 @@ class TestBadInput:
             ("--method", "centroid", "invalid choice: 'centroid'"),
             ("--order", "middle", "invalid choice"),
             ("--weights", "none", "invalid choice"),
-            ("--seed", "1.5", "invalid int value"),
-            ("--seed", "-1", "`seed` must lie in 0.."),
+            ("--weights", "attention", "invalid choice"),  # a file has no attention
+            ("--noise-seed", "1.5", "invalid int value"),
+            ("--noise-seed", "-1", "`noise_seed` must lie in 0.."),
+            ("--seed", "1", "unrecognized arguments"),
             ("--temperature", "0", "`temperature` must lie in (0, inf)"),
             ("--epsilon", "-1", "`epsilon` must lie in [0, inf)"),
             ("--device", "tpu", "invalid choice"),

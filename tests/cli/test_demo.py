@@ -12,7 +12,7 @@ from qm_cupy.cli.demo import cut_into_patches, embed_patches, join_patches, run_
 
 @pytest.fixture
 def options():
-    return {"method": "ward", "seed": 0}
+    return {"method": "ward", "weights": "uniform", "noise_seed": None}
 
 
 def test_joined_patches_are_the_picture(rng):
@@ -33,6 +33,7 @@ def test_portrait(tmp_path, capsys, options):
     with np.load(tmp_path / "merged.npz") as merged:
         assert merged["tokens"].shape == (960, 195)
         assert merged["sizes"].sum() == 4800
+        assert set(merged) == set(qm.Merged._fields)
     with Image.open(tmp_path / "merged.png") as drawn:
         assert drawn.width > 1500  # large enough for details
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged.npz", "merged.png"]
@@ -45,6 +46,30 @@ def test_picture_of_a_user(tmp_path, rng, options):
     run_demo(tmp_path / "grey.png", 5, tmp_path / "out", **options)
     with np.load(tmp_path / "out" / "merged.npz") as merged:
         assert merged["tokens"].shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("choice", "stages"),
+    [
+        ({"weights": "uniform"}, set()),
+        ({"weights": "saliency"}, {"saliency"}),
+        ({"weights": "mass"}, {"saliency", "selection"}),
+        ({"weights": "mass", "noise_seed": 3}, {"saliency", "selection"}),
+    ],
+)
+def test_weights(tmp_path, rng, capsys, options, choice, stages):
+    """The demo runs the stages that the weights need; the result is `quickmerge`'s."""
+    picture = (255 * rng.random((48, 64, 3))).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    run_demo(tmp_path / "picture.png", 5, tmp_path, **{**options, **choice})
+    printed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert printed & {"saliency", "selection"} == stages
+    pixels, rows = cut_into_patches(picture.astype(np.float32) / 255, 8)
+    tokens = embed_patches(pixels, rows)
+    wanted = qm.quickmerge(tokens, 5, method="ward", **choice)
+    with np.load(tmp_path / "merged.npz") as merged:
+        for name, x in wanted._asdict().items():
+            np.testing.assert_array_equal(merged[name], x, strict=True)
 
 
 def test_blank_picture(tmp_path, options):

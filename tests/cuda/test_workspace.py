@@ -187,13 +187,13 @@ def test_out_must_be_a_merged_without_an_input():
         qm.quickmerge(x, 5, out=x)
     scores = np.ones(x.shape[:2], np.float32)
     # The array that `out` would write is the array that the call reads.
-    out = qm.quickmerge(x, 5)._replace(saliency=scores)
-    with pytest.raises(ValueError, match=r"`out.saliency` must not share memory"):
+    out = qm.quickmerge(x, 5)._replace(mass=scores)
+    with pytest.raises(ValueError, match=r"`out.mass` must not share memory"):
         qm.quickmerge(x, 5, saliency=scores, out=out)
 
 
-@pytest.mark.parametrize("weights", ["mass", "uniform", "float64"])
-@pytest.mark.parametrize("source", ["tokens", "saliency", "hidden_states"])
+@pytest.mark.parametrize("weights", [None, "mass", "uniform", "float64"])
+@pytest.mark.parametrize("source", ["tokens", "saliency", "hidden_states", "query"])
 def test_out_has_the_dtypes_of_any_call(weights, source):
     """The result of one call fits as `out` of the next, for every source of weights."""
     x = problem()
@@ -201,6 +201,7 @@ def test_out_has_the_dtypes_of_any_call(weights, source):
         "tokens": {},
         "saliency": {"saliency": np.linspace(0, 1, 66).reshape(2, 33)},
         "hidden_states": {"hidden_states": problem(3, np.float64)},
+        "query": {"query": problem(3, np.float64), "key": problem(4, np.float64)},
     }[source]
     if weights == "float64":  # an array of weights, which makes the mass float64
         weights = np.ones((2, 33))

@@ -18,7 +18,7 @@ from ...arrays.checks import (
 )
 from ...arrays.libraries import is_cuda
 
-_WEIGHED = "average", "ward"  # the linkages that use masses
+WEIGHTED_METHODS = "average", "ward"  # the linkages that use masses
 
 
 def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> None:
@@ -96,7 +96,7 @@ def _check_padded_rows(
 
 def check_mass_method(mass: NDArray[Any] | None, method: str) -> None:
     """Raise if masses are given for a method that does not use them."""
-    if mass is not None and method not in _WEIGHED:
+    if mass is not None and method not in WEIGHTED_METHODS:
         raise ValueError(f'`mass` is for method="average" or "ward", got {method!r}')
 
 
@@ -119,7 +119,7 @@ def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
         raise TypeError(
             f"`weighted_linkage` must be True or False, got {weighted_linkage!r}"
         )
-    if weighted_linkage and method not in _WEIGHED:
+    if weighted_linkage and method not in WEIGHTED_METHODS:
         raise ValueError(
             f'`weighted_linkage` is for method="average" or "ward", got {method!r}'
         )

@@ -29,7 +29,7 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from .online_softmax import BLOCK_ROWS
 from .score_gradients import (
-    check_entropy_gradient,
+    check_row_gradient,
     in_accumulation_dtype,
     masked_gradient,
 )
@@ -205,7 +205,7 @@ def attention_entropy_vjp(
         {"attention": attention, "mask": mask}, gradients={"gradient": gradient}
     )
     matrix_mask = _check_attention(attention, mask)  # (..., N)
-    check_entropy_gradient(gradient, attention.shape[:-1], matrix_mask)
+    check_row_gradient(gradient, attention.shape[:-1], matrix_mask)
     if is_cuda(attention):
         return convert_back(_attention_entropy_vjp_cuda(gradient, attention, mask))
     return convert_back(

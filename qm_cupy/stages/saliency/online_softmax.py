@@ -12,6 +12,7 @@ is smaller than the rounding error of these numbers, so all digits of H are lost
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,26 @@ def masked_score(dtype: np.dtype[Any]) -> Any:
     """
     # An eighth of the range, so that the difference to any real score is finite too.
     return np.finfo(dtype).min / 8
+
+
+def score_blocks(
+    query: NDArray[Any], key: NDArray[Any], causal: bool
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Yield blocks of rows of the scores of one head: (rows, scores).
+
+    Queries and keys are (N, d), and the queries are multiplied by the scale. `scores`
+    are (block, N) or, with a causal mask, (block, rows.stop): no row of the block needs
+    the keys after the block. The caller may overwrite them.
+    """
+    for start in range(0, len(query), BLOCK_ROWS):
+        rows = slice(start, min(start + BLOCK_ROWS, len(query)))
+        scores = query[rows] @ key[: rows.stop if causal else None].T
+        if causal:
+            # Within the block, mask the keys after the row's own token: the entries
+            # above the diagonal of the last square.
+            above_diagonal = np.triu_indices(rows.stop - start, 1)
+            scores[:, start:][above_diagonal] = masked_score(scores.dtype)
+        yield rows, scores
 
 
 def softmax_state(scores: NDArray[Any], axis: int) -> SoftmaxState:

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_number, check_shape, check_values
+from ...arrays.checks import (
+    check_finite_values,
+    check_layout,
+    check_number,
+    check_shape,
+)
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -30,23 +35,18 @@ from ...autodiff.operations import without_last_axis
 from ...cuda.constants import KEYS, QUERIES
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
-from ...cuda.tiles import (
-    HALF,
-    WHOLE,
-    Tiling,
-    kept_bytes,
-    select_shape,
-)
+from ...cuda.tiles import kept_or_half
 from ...settings import implementation
 from .online_softmax import (
-    BLOCK_ROWS,
     entropy_of_state,
-    masked_score,
+    score_blocks,
     score_dtype,
     softmax_state,
 )
 from .score_gradients import (
-    check_entropy_gradient,
+    check_row_gradient,
+    entropy_gradient,
+    row_values_cuda,
     score_arguments_cuda,
     score_vjp,
     token_gradients_cuda,
@@ -129,29 +129,47 @@ def compute_query_key_entropy(
     mask: Any = None,
 ) -> Any:
     """Return the entropy of converted arrays, after checking them."""
-    scale = _check_query_key(query, key, causal, scale)
     # The kernels read the mask (B, N) and find the sequence of a head themselves. The
     # reference needs one mask for each head, (..., N).
-    head_mask = expand_mask(mask, query.shape[:-1])
+    scale, head_mask = check_query_key(query, key, causal, scale, mask)
     if is_cuda(query):
         return _query_key_entropy_cuda(query, key, causal, scale, mask)
     return _query_key_entropy_reference(query, key, causal, scale, head_mask)
 
 
-def _check_query_key(
-    query: NDArray[Any], key: NDArray[Any], causal: Any, scale: float | None
-) -> float:
-    """Raise if queries and keys do not fit; return the factor c of their scores."""
-    check_values("query", query, "Nd", "BNd", "LBNd", "LBHNd")
-    check_values("key", key, "Nd", "BNd", "LBNd", "LBHNd")
+def check_query_key(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    causal: Any,
+    scale: float | None,
+    mask: NDArray[np.bool_] | None,
+    *,
+    finite_padding: bool = True,
+) -> tuple[float, NDArray[np.bool_] | None]:
+    """Raise if an argument is not valid.
+
+    Return the factor c of the scores, and the mask of each head, (..., N). If
+    `finite_padding` is False, padding may be NaN.
+    """
+    check_layout("query", query, "Nd", "BNd", "LBNd", "LBHNd")
+    check_layout("key", key, "Nd", "BNd", "LBNd", "LBHNd")
     check_shape("key", key, "LBHNd", query.shape)
+    head_mask = expand_mask(mask, query.shape[:-1])
+    read = None if finite_padding or head_mask is None else head_mask[..., None]
+    check_finite_values("query", query, read)
+    check_finite_values("key", key, read)
     if key.dtype != query.dtype:
         raise TypeError(f"`key` must be {query.dtype} like `query`, got {key.dtype}")
-    if not isinstance(causal, bool | np.bool_):
-        raise TypeError(f"`causal` must be True or False, got {causal!r}")
+    check_causal(causal)
     if scale is None:  # 1/√d
         scale = query.shape[-1] ** -0.5
-    return check_number("scale", scale, 0, np.inf, "()")
+    return check_number("scale", scale, 0, np.inf, "()"), head_mask
+
+
+def check_causal(causal: Any) -> None:
+    """Raise unless the option is a bool."""
+    if not isinstance(causal, bool | np.bool_):
+        raise TypeError(f"`causal` must be True or False, got {causal!r}")
 
 
 def _query_key_entropy_reference(
@@ -163,7 +181,6 @@ def _query_key_entropy_reference(
 ) -> NDArray[Any]:
     # Inputs below float64 are computed in float32, or in float64 for huge scores.
     dtype = score_dtype(query, key, scale)
-    excluded_score = masked_score(dtype)  # its softmax weight is 0
     entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
     for index, valid in iter_sequences(entropy.shape[:-1], mask):
         # Remove the padding: below, N is the number of tokens that are left.
@@ -172,18 +189,8 @@ def _query_key_entropy_reference(
         # Scaling the N · d entries of Q costs less than scaling the N × N scores.
         q *= dtype.type(scale)
         head_entropy = np.empty(len(q), dtype)  # (N,)
-        # Rows are processed in blocks, so that a block of scores stays in cache.
-        for start in range(0, len(q), BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, len(q))
-            # With a causal mask, no row of the block needs the keys after the block:
-            # the scores are (block, stop) instead of (block, N).
-            scores = q[start:stop] @ k[: stop if causal else None].T
-            if causal:
-                # Within the block, mask the keys after the row's own token: the entries
-                # above the diagonal of the last square.
-                above_diagonal = np.triu_indices(stop - start, 1)
-                scores[:, start:][above_diagonal] = excluded_score
-            head_entropy[start:stop] = entropy_of_state(softmax_state(scores, axis=1))
+        for rows, scores in score_blocks(q, k, causal):
+            head_entropy[rows] = entropy_of_state(softmax_state(scores, axis=1))
         entropy[index][unpadded] = head_entropy
     return entropy
 
@@ -201,21 +208,10 @@ def _query_key_entropy_cuda(
     args = (*arrays, *sizes, int(causal), scale, out)
     # A block computes all tiles of its rows of scores one after another, so the states
     # of its rows stay in registers.
-    tiling = Tiling(outer, num_tokens, num_tokens, whole_rows=True)
-    # By default a block loads its queries again, step by step, for each tile of keys.
-    # With 16-bit types, two blocks with whole tiles would have too few registers for
-    # these loads. So this kernel has half tiles, of 64 rows, for all dtypes. Its name
-    # has no suffix.
-    shape = HALF._replace(suffix="")
+    tiling, shape = None, None
     if implementation() == "optimized":
-        # The kernel "…_kept" loads the queries of a block once, to shared memory, and
-        # uses whole tiles of 128 rows. This kernel runs on two conditions. First, its
-        # shared memory must fit: `kept_bytes` returns 0 for float64 and for queries
-        # that are too wide. Second, whole tiles must give at least one block for each
-        # multiprocessor; otherwise `select_shape` returns half tiles.
-        shared_bytes = kept_bytes(head_dim * query.dtype.itemsize, query.dtype)
-        if shared_bytes and select_shape(tiling, query.dtype) is WHOLE:
-            shape = WHOLE._replace(suffix="_kept", shared=shared_bytes)
+        row_bytes = head_dim * query.dtype.itemsize
+        tiling, shape = kept_or_half(outer, num_tokens, row_bytes, query.dtype)
     kernel = "query_key_entropy", "query_key_entropy"
     # The basic kernel has one thread for each row of scores.
     launch(*kernel, query.dtype, args, outputs=out.size, tiles=tiling, shape=shape)
@@ -285,9 +281,8 @@ def query_key_entropy_vjp(
     convert_back, query, key, mask, gradient = convert_inputs(
         {"query": query, "key": key, "mask": mask}, gradients={"gradient": gradient}
     )
-    scale = _check_query_key(query, key, causal, scale)
-    head_mask = expand_mask(mask, query.shape[:-1])  # (..., N)
-    check_entropy_gradient(gradient, query.shape[:-1], head_mask)
+    scale, head_mask = check_query_key(query, key, causal, scale, mask)
+    check_row_gradient(gradient, query.shape[:-1], head_mask)
     args = gradient, query, key, causal, scale
     if is_cuda(query):
         results = _query_key_entropy_vjp_cuda(*args, mask)
@@ -313,7 +308,8 @@ def _query_key_entropy_vjp_reference(
     for index, valid in iter_sequences(query.shape[:-2], mask):
         unpadded = slice(None) if valid is None else valid  # without the padding
         g, q, k = (x[index][unpadded].astype(dtype) for x in (gradient, query, key))
-        head_gradients = score_vjp(g, q, k, causal, dtype.type(scale))  # two (N, d)
+        score_gradient = entropy_gradient(g)
+        head_gradients = score_vjp(score_gradient, q, k, causal, dtype.type(scale))
         # Sums in `dtype` are rounded to the dtype of the inputs once, at the end.
         query_gradient[index][unpadded] = narrow(head_gradients[0], query.dtype)
         key_gradient[index][unpadded] = narrow(head_gradients[1], key.dtype)
@@ -325,7 +321,8 @@ def _query_key_entropy_vjp_cuda(
 ) -> tuple[Any, Any]:
     """Return the gradients with respect to the queries and the keys."""
     query, key = contiguous(query), contiguous(key)
-    extra = score_arguments_cuda(gradient, query, key, causal, scale, mask)
+    row_values = row_values_cuda(gradient, query, key, causal, scale, mask)
+    extra = score_arguments_cuda(row_values, None, query, causal, scale, mask)
     # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q. QUERIES selects G, and KEYS selects Gᵀ.
     query_gradient = token_gradients_cuda(extra, query, key, QUERIES)  # (..., N, d)
     return query_gradient, token_gradients_cuda(extra, key, query, KEYS)

@@ -1,4 +1,4 @@
-"""Gradients of attention scores, for the vector–Jacobian products of the entropies.
+"""Gradients of attention scores, for vector–Jacobian products through the softmax.
 
 One head has N tokens with queries Q and keys K, both (N, d). Its scores are
 s_ij = c q_i · k_j with the factor c (`scale`), its attention is p_ij = softmax_j(s_ij),
@@ -9,14 +9,15 @@ with respect to H_i. The gradient G_ij = ∂ℒ/∂s_ij of the scores is
 
     G_ij = -g_i p_ij (log p_ij + H_i),    log p_ij + H_i = (s_ij - m) - t / (1 + r)
 
-with m, r and t of row i, and ∂ℒ/∂Q = c G K, ∂ℒ/∂K = c Gᵀ Q. Scores and G are computed
-for some rows at a time, so memory is linear in N. One call computes L · B · H heads: L
-layers, B sequences and H heads of each layer. `self_attention_entropy` uses the tokens
-themselves as queries and as keys, and has H = 1. In comments, (..., N, d) has the axes
-of all heads first.
+with m, r and t of row i, and ∂ℒ/∂Q = c G K, ∂ℒ/∂K = c Gᵀ Q. `attention_received` has
+another G, but the same products. Scores and G are computed for some rows at a time, so
+memory is linear in N. One call computes L · B · H heads: L layers, B sequences and H
+heads of each layer. `self_attention_entropy` uses the tokens themselves as queries and
+as keys, and has H = 1. In comments, (..., N, d) has the axes of all heads first.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from ...cuda.constants import SQUARE, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
-from .online_softmax import BLOCK_ROWS, masked_score, softmax_state
+from .online_softmax import score_blocks, softmax_state
 
 # A "band" is the part of G that is in memory at once, at most this many bytes. It
 # consists of row tiles: 128 rows of G with all N columns. With 16-bit values and 4096
@@ -41,14 +42,14 @@ _BAND_BYTES = 128 << 20
 _FILE = "score_gradients"  # the .cu file of all kernels that this file launches
 
 
-# Names of the axes of entropies, by the number of axes, for error messages.
+# Names of the axes of results, by the number of axes, for error messages.
 _AXES = {1: "N", 2: "BN", 3: "LBN", 4: "LBHN"}
 
 
-def check_entropy_gradient(
+def check_row_gradient(
     gradient: NDArray[Any], shape: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> None:
-    """Raise if the gradient does not have the shape of the entropies."""
+    """Raise if the gradient does not have the shape (..., N) of the results of rows."""
     check_gradient(gradient, shape, _AXES[len(shape)], mask=mask)
 
 
@@ -61,8 +62,30 @@ def masked_gradient(
     return gradient if mask is None else np.where(mask, gradient, dtype.type(0))
 
 
+# Returns G (block, keys) of some rows from their scores, which it may overwrite.
+ScoreGradient = Callable[[slice, NDArray[Any]], NDArray[Any]]
+
+
+def entropy_gradient(gradient: NDArray[Any]) -> ScoreGradient:
+    """Return the function that computes G of one head for the entropies.
+
+    `gradient` is g (N,).
+    """
+
+    def score_gradient(rows: slice, scores: NDArray[Any]) -> NDArray[Any]:
+        # `softmax_state` also changes `scores` in place to s - m.
+        _, r, t = softmax_state(scores, axis=1)
+        # Three factors of G: (1 + r) p, then -(log p + H), then g / (1 + r).
+        block = np.exp(scores)
+        block *= (t / (1 + r))[:, None] - scores
+        block *= (gradient[rows] / (1 + r))[:, None]
+        return block
+
+    return score_gradient
+
+
 def score_vjp(
-    gradient: NDArray[Any],
+    score_gradient: ScoreGradient,
     query: NDArray[Any],
     key: NDArray[Any],
     causal: bool,
@@ -70,31 +93,18 @@ def score_vjp(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q of one head, each (N, d).
 
-    `gradient` is g (N,). Padding must have been removed. G is computed for a block of
-    rows at a time.
+    Padding must have been removed. G is computed for a block of rows at a time.
     """
-    scaled, excluded_score = query * scale, masked_score(query.dtype)
+    scaled = query * scale
     query_gradient, key_gradient = np.zeros_like(query), np.zeros_like(key)
-    for start in range(0, len(query), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(query))
-        # With a causal mask, no row of the block attends to the keys after the block.
-        seen = slice(stop if causal else None)
-        scores = scaled[start:stop] @ key[seen].T  # (block, N), or (block, stop)
-        if causal:
-            # Within the block, mask the keys after the row's own token: the entries
-            # above the diagonal of the last square.
-            above_diagonal = np.triu_indices(stop - start, 1)
-            scores[:, start:][above_diagonal] = excluded_score
-        # `softmax_state` also changes `scores` in place to s - m.
-        _, r, t = softmax_state(scores, axis=1)
-        # Three factors of c G: (1 + r) p, then -(log p + H), then c g / (1 + r).
-        score_gradient = np.exp(scores)
-        score_gradient *= (t / (1 + r))[:, None] - scores
-        score_gradient *= (gradient[start:stop] / (1 + r) * scale)[:, None]
+    for rows, scores in score_blocks(scaled, key, causal):
+        seen = slice(scores.shape[1])  # the keys that a row of the block may see
+        block = score_gradient(rows, scores)  # G, (block, keys)
         # A query belongs to one block. The gradient of a key is a sum over the blocks,
         # added in the order of the blocks.
-        query_gradient[start:stop] = score_gradient @ key[seen]
-        key_gradient[seen] += score_gradient.T @ query[start:stop]
+        query_gradient[rows] = block @ key[seen] * scale
+        key_gradient[seen] += block.T @ scaled[rows]
+        del block  # free it before the next one is computed
     return query_gradient, key_gradient
 
 
@@ -105,10 +115,15 @@ class ScoreArguments(NamedTuple):
     the scores again from the tokens, then G from the scores and these arguments.
     """
 
-    # (L · B · H, N, 3): m, t / (1 + r) and g / (1 + r) of each row. The optimized
-    # kernels store m / ln 2, because they compute 2^x instead of e^x. They store
-    # g / (1 + r) divided by `units` of the head.
+    # (L · B · H, N, 3): m, t / (1 + r) and g / (1 + r) of each row or, for
+    # `attention_received`, m, o and 1 / (1 + r). The optimized kernels store m / ln 2,
+    # because they compute 2^x instead of e^x. They store the third value divided by
+    # `units` of the head.
     row_values: Any
+    # (L · B · H, N): h of each key for `attention_received`, for which
+    # G_ij = p_ij (h_j - o_i) with o_i = Σ_k p_ik h_k. The optimized kernels store h and
+    # o divided by max |h| of the head, which `units` contains. None for entropies.
+    key_values: Any
     # (L · B · H,): max |g / (1 + r)| / 512, with the maximum over the rows of the head.
     # The optimized kernels store G of a head divided by this number. The absolute
     # values of the stored G + Gᵀ are then below 2 (log N + 1) · 512, which fits into
@@ -122,35 +137,46 @@ class ScoreArguments(NamedTuple):
     scale: float  # c
 
 
-def score_arguments_cuda(
+def row_values_cuda(
     gradient: Any, query: Any, key: Any, causal: bool, scale: float, mask: Any
-) -> ScoreArguments:
-    """Compute the values of each row of scores, in one pass over the scores."""
+) -> Any:
+    """Compute `ScoreArguments.row_values` of an entropy, in one pass over the scores.
+
+    If `gradient` is None, g is 1.
+    """
     *leading, num_tokens, dim = query.shape  # (..., N, d)
     # The kernel computes from B and H which row of the mask (B, N) belongs to a head.
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
-    acc_dtype, mask = accumulation_dtype(query.dtype), contiguous(mask)
+    acc_dtype = accumulation_dtype(query.dtype)
     row_values = empty((outer, num_tokens, STATE_VALUES), acc_dtype)
-    arrays = in_accumulation_dtype(gradient, query), query, key, mask
+    arrays = contiguous(gradient, acc_dtype), query, key, contiguous(mask)
     sizes = outer, batch, heads, num_tokens, dim
-    args: tuple[Any, ...] = (*arrays, *sizes, int(causal), scale, row_values)
-    # `score_weights` writes `row_values`, which the kernels call weights.
-    if implementation() == "basic":  # a thread for each row
-        units = None
-        launch(_FILE, "score_weights", query.dtype, args, outputs=outer * num_tokens)
-    else:
+    args = (*arrays, *sizes, int(causal), scale, row_values)
+    # `score_weights` writes `row_values`, which the kernels call weights. The basic
+    # kernel has a thread for each row, the optimized kernel a block for each row tile.
+    work = {"outputs": outer * num_tokens}
+    if implementation() == "optimized":
+        work = {"blocks": outer * _num_tiles(num_tokens)}
+    launch(_FILE, "score_weights", query.dtype, args, **work)
+    return row_values
+
+
+def score_arguments_cuda(
+    row_values: Any, key_values: Any, query: Any, causal: bool, scale: float, mask: Any
+) -> ScoreArguments:
+    """Return the arguments for G; scale the values of rows and keys in place."""
+    *leading, num_tokens, _ = query.shape  # (..., N, d)
+    outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
+    units = None
+    if implementation() == "optimized":
         # The optimized kernels store G in the dtype of the tokens, which may have 16
         # bits. Division by the unit of its head keeps G from overflowing or becoming 0.
-        units = empty((outer,), acc_dtype)
-        blocks = outer * _num_tiles(num_tokens)  # a block for each row tile
-        launch(_FILE, "score_weights", query.dtype, args, blocks=blocks)
-        args = (num_tokens, row_values, units)
-        # `weight_units` computes `units`, and divides the third row value by the unit
-        # in place. A block for each head, because the unit needs a maximum over it.
+        units = empty((outer,), accumulation_dtype(query.dtype))
+        args = (num_tokens, key_values, row_values, units)
+        # A block for each head, because the unit needs a maximum over it.
         launch(_FILE, "weight_units", query.dtype, args, blocks=outer)
-    return ScoreArguments(
-        row_values, units, mask, outer, batch, heads, int(causal), scale
-    )
+    values = row_values, key_values, units, contiguous(mask)
+    return ScoreArguments(*values, outer, batch, heads, int(causal), scale)
 
 
 def token_gradients_cuda(
@@ -185,12 +211,15 @@ def token_gradients_cuda(
     for first in range(0, num_row_tiles, max_row_tiles):
         part = first, min(max_row_tiles, num_row_tiles - first)  # (first, number)
         rows = part[1] * TILE
-        arrays = own, other, extra.row_values, extra.mask
+        arrays = own, other, extra.row_values, extra.key_values, extra.mask
         options = extra.causal, extra.scale, sides
         args: tuple[Any, ...] = (*arrays, *part, *sizes, *options, band)
         # A block for each 128 × 128 tile of the band. The basic kernels have a thread
         # for each entry of the band here, and for each entry of `out` below.
-        kernel, blocks = (_FILE, "score_gradients"), part[1] * row_tiles
+        # Each optimized kernel has one form of G; the basic kernel has both forms.
+        received = not basic and extra.key_values is not None
+        kernel = _FILE, "received_gradients" if received else "score_gradients"
+        blocks = part[1] * row_tiles
         launch(*kernel, own.dtype, args, outputs=rows * columns, blocks=blocks)
         if basic:
             args = (band, factor, extra.mask, *part, *sizes, extra.scale, out)

@@ -42,7 +42,9 @@ from .online_softmax import (
     softmax_state,
 )
 from .score_gradients import (
-    check_entropy_gradient,
+    check_row_gradient,
+    entropy_gradient,
+    row_values_cuda,
     score_arguments_cuda,
     score_vjp,
     token_gradients_cuda,
@@ -242,7 +244,7 @@ def self_attention_entropy_vjp(
     )
     check_values("tokens", tokens, "ND", "BND", "LBND")
     full_mask = expand_mask(mask, tokens.shape[:-1])  # (..., N)
-    check_entropy_gradient(gradient, tokens.shape[:-1], full_mask)
+    check_row_gradient(gradient, tokens.shape[:-1], full_mask)
     # These kernels read the mask (B, N) and find the sequence of a layer themselves.
     # The reference needs one mask for each layer and sequence.
     if is_cuda(tokens):
@@ -263,7 +265,8 @@ def _self_attention_entropy_vjp_reference(
         g, x = (array[index][unpadded].astype(dtype) for array in (gradient, tokens))
         # A token is both a query and a key, so its gradient is the sum of the gradients
         # of both, each (N, D). There is no causal mask.
-        as_query, as_key = score_vjp(g, x, x, False, dtype.type(scale))
+        score_gradient = entropy_gradient(g)
+        as_query, as_key = score_vjp(score_gradient, x, x, False, dtype.type(scale))
         out[index][unpadded] = narrow(as_query + as_key, out.dtype)
     return out
 
@@ -274,6 +277,7 @@ def _self_attention_entropy_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> A
     scale = tokens.shape[-1] ** -0.5
     # Queries and keys are the same array, so s_ij = s_ji: column j of the scores has
     # the same m, r and t as row j. So the values of rows are the values of columns too.
-    extra = score_arguments_cuda(gradient, tokens, tokens, False, scale, mask)
+    row_values = row_values_cuda(gradient, tokens, tokens, False, scale, mask)
+    extra = score_arguments_cuda(row_values, None, tokens, False, scale, mask)
     # c (G + Gᵀ) X in one pass, with c = 1/√D; QUERIES | KEYS selects G + Gᵀ.
     return token_gradients_cuda(extra, tokens, tokens, QUERIES | KEYS)

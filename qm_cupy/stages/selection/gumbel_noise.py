@@ -64,7 +64,9 @@ def gumbel_noise(
     return gumbel_noise_reference(sizes, *check_noise(seed, sequence_offset))
 
 
-def check_noise(seed: Any, sequence_offset: Any) -> tuple[int | None, int]:
+def check_noise(
+    seed: Any, sequence_offset: Any, name: str = "seed"
+) -> tuple[int | None, int]:
     """Return (seed, sequence_offset) as integers; raise if one is out of range.
 
     This pair is the `noise` argument of the functions in this folder. A seed of None
@@ -73,7 +75,7 @@ def check_noise(seed: Any, sequence_offset: Any) -> tuple[int | None, int]:
     offset = check_integer("sequence_offset", sequence_offset)
     if not 0 <= offset < 2**32:
         raise ValueError(f"`sequence_offset` must lie in 0..2**32 - 1, got {offset}")
-    return None if seed is None else check_seed(seed), offset
+    return None if seed is None else check_seed(seed, name), offset
 
 
 def gumbel_noise_reference(

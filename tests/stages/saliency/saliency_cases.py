@@ -21,7 +21,9 @@ def saliency_of(entropy, valid, salient):
 
 def as_tuple(value):
     """Return the gradients of a vjp as a tuple, also if there is only one."""
-    return value if isinstance(value, tuple) else (value,)
+    several = value if isinstance(value, tuple) else (value,)
+    # A function with two possible sources returns None for the one that is absent.
+    return tuple(x for x in several if x is not None)
 
 
 def random_gradient(rng, function, inputs, options):

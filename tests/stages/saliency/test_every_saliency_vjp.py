@@ -48,6 +48,30 @@ def calls(rng):
             {"tokens": query[:, :, 0]},
             {},
         ),
+        "received, attention": (
+            qm.attention_received,
+            qm.attention_received_vjp,
+            {"attention": attention},
+            {},
+        ),
+        "received, attention, causal": (
+            qm.attention_received,
+            qm.attention_received_vjp,
+            {"attention": attention},
+            {"causal": True},
+        ),
+        "received, query_key": (
+            qm.attention_received,
+            qm.attention_received_vjp,
+            {"query": query, "key": key},
+            {},
+        ),
+        "received, query_key, causal": (
+            qm.attention_received,
+            qm.attention_received_vjp,
+            {"query": query, "key": key},
+            {"causal": True, "scale": 1.7},
+        ),
         "saliency": (
             qm.saliency,
             qm.saliency_vjp,
@@ -96,9 +120,11 @@ class TestEveryVjp:
             np.testing.assert_array_equal(x, y[0])
 
     def test_one_token_has_gradient_zero(self, rng, name):
-        """The entropy of a single token is always 0, and its saliency is constant."""
+        """The results of a single token do not depend on its values."""
         _, vjp, inputs, options = calls(rng)[name]
         is_attention = "attention" in inputs
+        if is_attention and vjp is qm.attention_received_vjp:
+            pytest.skip("the result is the attention itself")
         one_token = {
             k: x[..., :1, :1] if is_attention else x[..., :1] if k == "entropy" else
             x[..., :1, :] for k, x in inputs.items()
@@ -231,6 +257,16 @@ def torch_result(name, options, x):
     All N × N scores are in memory at once, so that torch can differentiate them.
     """
     torch = pytest.importorskip("torch")
+    if name.startswith("received"):
+        causal = torch.ones(5, 5, dtype=torch.bool).tril()
+        allowed = causal if options.get("causal") else torch.ones_like(causal)
+        if "attention" in x:
+            p = x["attention"] * allowed
+        else:
+            scale = options.get("scale", x["query"].shape[-1] ** -0.5)
+            scores = x["query"] @ x["key"].mT * scale
+            p = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        return p.sum(-2) / allowed.sum(-2)
     if name.startswith("attention"):
         p = x["attention"] / x["attention"].sum(-1, keepdim=True)
         return -(p * p.log()).sum(-1)
