@@ -79,6 +79,8 @@ class Options(NamedTuple):
     """Options of selection, clustering and merging, with the names of `quickmerge`."""
 
     method: str
+    metric: str
+    step: int | None
     order: str
     temperature: float
     epsilon: float
@@ -173,8 +175,10 @@ def compose(
         tokens,
         num_groups,
         method=options.method,
+        metric=options.metric,
         mass=weights if options.weighted_linkage else None,
         anchors=anchors,
+        step=options.step,
         protect=protect,
         mask=mask,
         order=options.order,

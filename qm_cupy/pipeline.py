@@ -38,12 +38,17 @@ from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged
 from .stages.budget import kept_tokens, token_budget
-from .stages.clustering.checks import check_protect, check_weighted_linkage
+from .stages.clustering.checks import (
+    check_protect,
+    check_step,
+    check_weighted_linkage,
+)
 from .stages.clustering.cluster_tokens import (
     METHODS,
     Method,
 )
 from .stages.clustering.labels import ORDERS, Order
+from .stages.clustering.metrics import METRICS, Metric
 from .stages.selection.gumbel_noise import check_noise
 from .stages.selection.gumbel_softmax import (
     check_temperature,
@@ -66,6 +71,8 @@ def quickmerge(
     mask: BoolArray | None = None,
     protect: BoolArray | None = None,
     method: Method | None = None,
+    metric: Metric = "cosine",
+    step: int | None = None,
     order: Order = "last",
     temperature: float = 0.1,
     epsilon: float = 0.01,
@@ -78,7 +85,7 @@ def quickmerge(
 ) -> Merged[Array]:
     """Merge token sequences into fewer tokens that a model can read instead.
 
-    Tokens are put into groups by cosine similarity, and each group becomes the weighted
+    Tokens are put into groups by their similarity, and each group becomes the weighted
     mean of its tokens. If you pass only tokens, the groups come from average linkage
     and all weights are 1. If you also pass the attention of a model, or its queries and
     keys, the groups come from ward linkage, and a token weighs as much as the attention
@@ -119,6 +126,11 @@ def quickmerge(
         As in `cluster_tokens`. The default is "ward" if the weights are "attention",
         and otherwise "average". For "nearest", the K anchors are the protected tokens
         and the tokens of greatest saliency, to which a `noise_seed` adds Gumbel noise.
+    metric : {"cosine", "euclidean"}, default "cosine"
+        As in `cluster_tokens`: by cosines, or by distances, which depend on the lengths
+        of tokens too (for example for patches of pictures).
+    step : int, optional
+        As in `cluster_tokens`, for "bipartite".
     order : {"last", "first"}, default "last"
         As in `cluster_tokens`.
     temperature : float, default 0.1
@@ -184,8 +196,8 @@ def quickmerge(
     )
     check_weighted_linkage(weighted_linkage, method)
     options = Options(
-        method, order, temperature, epsilon, weights, weighted_linkage, noise_seed,
-        sequence_offset,
+        method, metric, check_step(step, method), order, temperature, epsilon, weights,
+        weighted_linkage, noise_seed, sequence_offset,
     )  # fmt: skip
     # Do not convert traced arrays: under a compiler or JAX they may have no values, and
     # a torch tensor would lose its gradient. Call the public stage functions instead,
@@ -301,6 +313,7 @@ def _quickmerge_traced(
 def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
     """Return the options with Python numbers; raise if one is out of range."""
     check_choice("method", options.method, METHODS)
+    check_choice("metric", options.metric, METRICS)
     check_choice("order", options.order, ORDERS)
     if isinstance(options.weights, str):
         check_choice("weights", options.weights, get_args(Weights))

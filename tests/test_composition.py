@@ -270,6 +270,8 @@ class TestNothingIsComputedInVain:
         (ATTENTION, {"method": "nearest"}),
         (NOTHING, {"weights": "mass", "noise_seed": 2**63 + 1}),
         (SCORES, {"method": "nearest", "noise_seed": 5}),
+        (ATTENTION, {"metric": "euclidean"}),
+        (NOTHING, {"method": "bipartite", "metric": "euclidean", "step": 2}),
     ],
 )
 @pytest.mark.parametrize("call", [torch_call, compiled_call, jit_call])
@@ -332,14 +334,42 @@ def test_the_shape_of_an_unneeded_source_is_checked(
         call(tokens, weights="uniform", **sources)
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "ward"}, {"method": "bipartite"}])
+@calls
+@pytest.mark.parametrize("options", [{}, {"method": "bipartite", "step": 1}])
+def test_metric_and_step_reach_the_clustering(tokens, call, options):
+    lengths = np.logspace(0, 2, N)  # without them, both metrics give similar groups
+    x = tokens * lengths[:, None]
+    for metric in ("cosine", "euclidean"):
+        labels = np.asarray(call(x, metric=metric, **options).labels)
+        wanted = qm.cluster_tokens(x, 4, metric=metric, **options)
+        np.testing.assert_array_equal(labels, wanted)
+    other = qm.cluster_tokens(x, 4, **{**options, "metric": "cosine"})
+    assert (labels != other).any()
+
+
+@calls
+def test_wrong_metrics_and_steps(tokens, call):
+    # JAX replaces the error of a callback by its own, which quotes it.
+    for options, message in (
+        ({"metric": "manhattan"}, "`metric` must be"),
+        ({"step": 3}, "`step` is for method"),
+        ({"step": 0, "method": "bipartite"}, "`step` must be at least 1"),
+    ):
+        with pytest.raises(Exception, match=message):
+            call(tokens, **options)
+
+
+SAME = [{}, {"method": "ward"}, {"method": "bipartite"}, {"metric": "euclidean"}]
+
+
+@pytest.mark.parametrize("options", SAME)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_document_has_the_same_bits_in_every_call(rng, options, dtype):
     """Alone, anywhere in a batch, and padded: there is no noise."""
     same_bits_in_every_call(rng, options, dtype)
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "ward"}, {"method": "bipartite"}])
+@pytest.mark.parametrize("options", SAME)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_kernels_give_a_document_the_same_bits(kernels, rng, options, dtype):
     same_bits_in_every_call(rng, options, dtype)

@@ -105,7 +105,8 @@ def _compress(arguments: argparse.Namespace) -> None:
     start_time = time.perf_counter()
     on_gpu = _on_gpu(arguments.device)
     names = (
-        "method", "order", "temperature", "epsilon", "weights", "noise_seed",
+        "method", "metric", "step", "order", "temperature", "epsilon", "weights",
+        "noise_seed",
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names}
     # Merge one token now, so that a wrong value of these options fails before the file

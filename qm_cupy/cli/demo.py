@@ -15,6 +15,7 @@ from ..priors.mlp_prior import MLPPrior
 from ..stages.alignment.alignment_loss import alignment_loss
 from ..stages.budget import token_budget
 from ..stages.clustering.cluster_tokens import Method, cluster_tokens
+from ..stages.clustering.metrics import Metric
 from ..stages.fidelity.fidelity_loss import fidelity_loss
 from ..stages.fidelity.norm_mass import norm_mass
 from ..stages.fidelity.reconstruction_error import reconstruction_error
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder to write the results to (default: qm-cupy-demo)",
     )
-    add_method(parser, default="ward")
+    add_method(parser, default="ward", metric="euclidean")
     add_weights(parser)
     add_noise_seed(parser)
     parser.set_defaults(run=_demo)
@@ -65,6 +66,8 @@ def _demo(arguments: argparse.Namespace) -> None:
         arguments.budget,
         arguments.output,
         method=arguments.method,
+        metric=arguments.metric,
+        step=arguments.step,
         weights=arguments.weights,
         noise_seed=arguments.noise_seed,
     )
@@ -76,6 +79,8 @@ def run_demo(
     output: Path,
     *,
     method: Method,
+    metric: Metric,
+    step: int | None,
     weights: str,
     noise_seed: int | None,
 ) -> None:
@@ -85,7 +90,7 @@ def run_demo(
     # more than _MAX_TOKENS whole patches.
     patch = max(_MIN_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MAX_TOKENS))))
     pixels, rows = cut_into_patches(picture, patch)  # (N, patch·patch·3)
-    tokens = embed_patches(pixels, rows)  # (N, patch·patch·3 + 3)
+    tokens = pixels - pixels.mean(axis=0)  # cosines of positive numbers are all alike
     num_groups = token_budget(budget, len(tokens))
     output.mkdir(parents=True, exist_ok=True)
 
@@ -99,7 +104,9 @@ def run_demo(
         with _timed("selection", seconds):
             mass = saliency_mass(scores, gumbel_softmax(scores, seed=noise_seed))
     with _timed("clustering", seconds):
-        labels = cluster_tokens(tokens, num_groups, method=method)
+        labels = cluster_tokens(
+            tokens, num_groups, method=method, metric=metric, step=step
+        )
     with _timed("merging", seconds):
         merged = merge_tokens(tokens, labels, num_groups, mass=mass)  # (K, D)
         # Merge the pixels in the same way, to draw the merged picture.
@@ -117,9 +124,8 @@ def run_demo(
     squared_error = float(np.mean((pixels - rebuilt) ** 2))
     quality = -10 * np.log10(squared_error) if squared_error > 0 else np.inf
     print(f"picture     {picture.shape[1]} × {picture.shape[0]}, patches of {patch} px")
-    print(
-        f"tokens      {len(tokens)} → {num_groups}  ({tokens.shape[-1]} wide, {method})"
-    )
+    shapes = f"{len(tokens)} → {num_groups}  ({tokens.shape[-1]} wide"
+    print(f"tokens      {shapes}, {method}, {metric})")
     print(f"error       {error:.4f} of the squared norm, PSNR {quality:.1f} dB")
     print(f"norm mass   {mass_kept:.4f} in the {num_groups} largest tokens")
     print(f"losses      alignment {loss.total:.4f} (untrained prior), ", end="")
@@ -186,26 +192,6 @@ def join_patches(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
     """Return the picture that `cut_into_patches` cut into these patches."""
     patches = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
     return patches.reshape(rows * patch, -1, 3)
-
-
-def embed_patches(pixels: NDArray[Any], rows: int) -> NDArray[Any]:
-    """Turn patches into tokens that differ in their cosine similarity.
-
-    The mean patch is subtracted from the pixels, because vectors of positive numbers
-    have similar directions. One constant component is added: the cosine does not depend
-    on the length of a vector, and would otherwise not depend on brightness. Two more
-    components are the position, so that the patches of a group are near each other.
-    """
-    centred = pixels - pixels.mean(axis=0)
-    # The root mean square of the lengths of the centred pixel vectors.
-    spread = np.sqrt(np.mean(np.sum(centred**2, axis=-1)))
-    spread = spread if spread > 0 else 1.0  # a picture of one colour
-    columns = len(pixels) // rows
-    y, x = np.mgrid[:rows, :columns] / max(rows, columns) - 0.5  # within -0.5..0.5
-    # Multiply by `spread`: the constant is then as large as a typical centred pixel
-    # vector, and each component of the position is at most half as large.
-    position = np.stack([np.ones_like(x), y, x], axis=-1).reshape(-1, 3) * spread
-    return np.concatenate([centred, position.astype(pixels.dtype)], axis=-1)
 
 
 def _draw(

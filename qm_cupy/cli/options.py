@@ -3,6 +3,7 @@
 import argparse
 
 from ..stages.clustering.cluster_tokens import METHODS
+from ..stages.clustering.metrics import METRICS
 
 
 def add_budget(parser: argparse.ArgumentParser, default: float | None = None) -> None:
@@ -30,10 +31,18 @@ def _budget(text: str) -> int | float:
     )
 
 
-def add_method(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add `--method`."""
+def add_method(
+    parser: argparse.ArgumentParser, default: str, metric: str = "cosine"
+) -> None:
+    """Add `--method`, `--metric` and `--step`; `default` and `metric` are defaults."""
     text = f"how tokens are grouped (default: {default})"
     parser.add_argument("--method", choices=METHODS, default=default, help=text)
+    text = "compare tokens by direction (cosine), or by distance, which depends on "
+    text += f"their lengths too (euclidean) (default: {metric})"
+    parser.add_argument("--metric", choices=METRICS, default=metric, help=text)
+    text = "largest number of groups that the method bipartite merges at a time "
+    text += "(default: half of the groups)"
+    parser.add_argument("--step", type=int, metavar="R", help=text)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

@@ -7,12 +7,18 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 import qm_cupy as qm
-from qm_cupy.cli.demo import cut_into_patches, embed_patches, join_patches, run_demo
+from qm_cupy.cli.demo import cut_into_patches, join_patches, run_demo
 
 
 @pytest.fixture
 def options():
-    return {"method": "ward", "weights": "uniform", "noise_seed": None}
+    return {
+        "method": "ward",
+        "metric": "euclidean",
+        "step": None,
+        "weights": "uniform",
+        "noise_seed": None,
+    }
 
 
 def test_joined_patches_are_the_picture(rng):
@@ -31,7 +37,7 @@ def test_portrait(tmp_path, capsys, options):
     for word in ("error", "norm mass", "losses", "clustering", "device", "PSNR"):
         assert word in printed
     with np.load(tmp_path / "merged.npz") as merged:
-        assert merged["tokens"].shape == (960, 195)
+        assert merged["tokens"].shape == (960, 192)
         assert merged["sizes"].sum() == 4800
         assert set(merged) == set(qm.Merged._fields)
     with Image.open(tmp_path / "merged.png") as drawn:
@@ -51,22 +57,24 @@ def test_picture_of_a_user(tmp_path, rng, options):
 @pytest.mark.parametrize(
     ("choice", "stages"),
     [
+        ({"metric": "cosine"}, set()),
+        ({"method": "bipartite", "step": 2}, set()),
         ({"weights": "uniform"}, set()),
         ({"weights": "saliency"}, {"saliency"}),
         ({"weights": "mass"}, {"saliency", "selection"}),
         ({"weights": "mass", "noise_seed": 3}, {"saliency", "selection"}),
     ],
 )
-def test_weights(tmp_path, rng, capsys, options, choice, stages):
+def test_options(tmp_path, rng, capsys, options, choice, stages):
     """The demo runs the stages that the weights need; the result is `quickmerge`'s."""
     picture = (255 * rng.random((48, 64, 3))).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     run_demo(tmp_path / "picture.png", 5, tmp_path, **{**options, **choice})
     printed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert printed & {"saliency", "selection"} == stages
-    pixels, rows = cut_into_patches(picture.astype(np.float32) / 255, 8)
-    tokens = embed_patches(pixels, rows)
-    wanted = qm.quickmerge(tokens, 5, method="ward", **choice)
+    pixels, _ = cut_into_patches(picture.astype(np.float32) / 255, 8)
+    tokens = pixels - pixels.mean(axis=0)
+    wanted = qm.quickmerge(tokens, 5, **{**options, **choice})
     with np.load(tmp_path / "merged.npz") as merged:
         for name, x in wanted._asdict().items():
             np.testing.assert_array_equal(merged[name], x, strict=True)
@@ -84,8 +92,8 @@ def test_merging_beats_larger_patches():
     y, x = np.mgrid[:64, :64] / 64
     disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).astype(np.float32)
     picture = np.stack([disc, x, y], axis=-1)
-    pixels, rows = cut_into_patches(picture, 4)
-    labels = qm.cluster_tokens(embed_patches(pixels, rows), 51, method="ward")
+    pixels, _ = cut_into_patches(picture, 4)
+    labels = qm.cluster_tokens(pixels, 51, method="ward", metric="euclidean")
     rebuilt = qm.unmerge_tokens(qm.merge_tokens(pixels, labels, 51), labels)
     merged_error = np.mean((rebuilt - pixels) ** 2)
     # The coarser grid: 64 patches of 8 × 8, each replaced by its mean colour.
