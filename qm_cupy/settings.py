@@ -197,12 +197,14 @@ class allow_tf32(_Setting):  # noqa: N801
 
     - Cosine similarities change by at most 2⁻⁹ = 0.002. The order of two almost equal
       similarities can therefore change.
-    - Scores of `query_key_entropy` and `self_attention_entropy` change by at most
+    - Scores of queries, keys and hidden states change by at most
       2⁻⁹ · scale · Σ|q_d k_d|, where `scale` is the factor of the scores, by default
       1/√d for width d. An entropy then changes by at most e √(1 + ¼ ln² N) [1]_, where
       e is the largest change of a score in its row. For normally distributed tokens
       with N = 257 and D = 64, the measured change of the entropies is 0.005, and that
-      of the gradients 0.3 % of their largest entry.
+      of the gradients 0.3 % of their largest entry. The mean attention of a token
+      (`attention_received`) changes by at most a factor of exp(2e), with the largest e
+      of all rows.
     - The linear maps of priors change for 16-bit and float32 tokens, because priors
       compute both in float32. The hidden layer of an `MLPPrior` stays float32, because
       the signs of its sums determine which units a gradient passes through. Therefore

@@ -67,11 +67,13 @@ TF32_TOLERANCE = {
     "cosine_similarity": 2e-3,
     "query_key_entropy": 1e-2,
     "self_attention_entropy": 1e-2,
+    "attention_received": 1e-3,
     "alignment_loss": 2e-3,
     "MLPPrior.predict": 2e-3,
     "TransformerPrior.predict": 5e-3,
     "query_key_entropy_vjp": 5e-3,
     "self_attention_entropy_vjp": 5e-3,
+    "attention_received_vjp": 5e-3,
     "alignment_loss_vjp": 5e-3,
 }
 

@@ -107,12 +107,26 @@ def test_queries_and_keys(run, dtype, num_tokens, dim, masked, causal):
     same(run, "query_key_entropy", ["_kept"], call)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32])
+@pytest.mark.parametrize(("num_tokens", "dim"), [x for x in SIZES if x[1] < 100])
+@masked
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_attention_received(run, dtype, num_tokens, dim, masked, causal):
+    q, k = (random((2, num_tokens, dim), dtype, seed=s) for s in (0, 1))
+    mask = mask_of(2, num_tokens, masked)
+    options = {"query": q, "key": k, "mask": mask, "causal": causal}
+    call = lambda: qm.attention_received(**options)  # noqa: E731
+    same(run, "query_key_received", ["_kept"], call)
+
+
 def test_queries_and_keys_with_rows_that_are_not_aligned(run):
     """A view that starts 2 bytes later: its rows are copied element by element."""
     q, k = (random((257 * 64 + 1), np.float16, seed=s)[1:] for s in (0, 1))
     q, k = q.reshape(257, 64), k.reshape(257, 64)
     call = lambda: qm.query_key_entropy(q, k)  # noqa: E731
     same(run, "query_key_entropy", ["_kept"], call)
+    call = lambda: qm.attention_received(query=q, key=k)  # noqa: E731
+    same(run, "query_key_received", ["_kept"], call)
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["float32", "tf32"])
@@ -219,3 +233,7 @@ def test_room_for_kept_queries(monkeypatch):
     assert cuda.kept_bytes(512, f32) == 192 << 10  # one block fits
     assert cuda.kept_bytes(640, f32) == 0
     assert cuda.kept_bytes(64, f64) == 0  # no registers are left
+    # Room for two blocks of 49 KiB, but not with 1 KiB of static memory for each.
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(1, 97 << 10))
+    assert cuda.kept_bytes(128, f16) == 48 << 10
+    assert cuda.kept_bytes(128, f16, 1 << 10) == 0

@@ -22,11 +22,11 @@ _INT32 = 2**31 - 1  # the largest count: kernels store counts as int32
 
 
 def check_finite_values(
-    name: str, x: NDArray[Any], mask: NDArray[np.bool_] | None = None
+    name: str, x: NDArray[Any], *masks: NDArray[np.bool_] | None
 ) -> None:
     """Raise if there is a NaN or Inf; the message has the index of the first one.
 
-    Where `mask` is False, entries may have any value. It is broadcast to x.
+    Entries where one of the masks, broadcast to x, is False may have any value.
     """
     if not _values_checked(x):
         return
@@ -36,11 +36,20 @@ def check_finite_values(
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(x.sum()):
             return
-    infinite = ~np.isfinite(x)
-    wrong = np.argwhere(infinite if mask is None else infinite & mask)
-    if len(wrong):
-        index = tuple(map(int, wrong[0]))
-        raise ValueError(f"`{name}` must be finite, got {x[index]} at index {index}")
+    wrong = _first_among(~np.isfinite(x), masks)
+    if wrong is not None:
+        raise ValueError(f"`{name}` must be finite, got {x[wrong]} at index {wrong}")
+
+
+def _first_among(
+    wrong: NDArray[np.bool_], masks: Sequence[NDArray[np.bool_] | None]
+) -> tuple[int, ...] | None:
+    """Return the index of the first True where no mask is False, or None."""
+    for mask in masks:
+        if mask is not None:
+            wrong &= mask
+    index = np.argwhere(wrong)
+    return tuple(map(int, index[0])) if len(index) else None
 
 
 def _values_checked(x: NDArray[Any]) -> bool:
@@ -165,19 +174,18 @@ def check_mass(
 
 
 def check_not_negative(
-    name: str, x: NDArray[Any], mask: NDArray[np.bool_] | None = None
+    name: str, x: NDArray[Any], *masks: NDArray[np.bool_] | None
 ) -> None:
     """Raise if there is a negative entry; the message has the index of the first one.
 
-    Where `mask` is False, entries may have any value. It is broadcast to x.
+    Entries where one of the masks, broadcast to x, is False may have any value.
     """
     # The least entry is NaN if padding is NaN, so compare with >= and not with <.
     if not _values_checked(x) or not x.size or x.min() >= 0:
         return
-    wrong = np.argwhere(x < 0 if mask is None else (x < 0) & mask)
-    if len(wrong):
-        index = tuple(map(int, wrong[0]))
-        raise ValueError(f"`{name}` must be ≥ 0, got {x[index]} at index {index}")
+    wrong = _first_among(x < 0, masks)
+    if wrong is not None:
+        raise ValueError(f"`{name}` must be ≥ 0, got {x[wrong]} at index {wrong}")
 
 
 def check_scores(largest: float) -> None:

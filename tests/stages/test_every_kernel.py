@@ -91,6 +91,11 @@ def test_results_do_not_depend_on_alignment(dtype, dim):
         yield qm.query_key_entropy(x[:, None], x[:, None])
         yield qm.attention_entropy(a)
         yield qm.attention_entropy_vjp(a[..., 0], a)
+        yield qm.attention_received(a)
+        yield qm.attention_received(query=x[:, None], key=x[:, None])
+        yield qm.attention_received_vjp(a[..., 0], a)[0]
+        pair = {"query": x[:, None], "key": x[:, None]}
+        yield from qm.attention_received_vjp(x[:, None, :, 0], **pair)[1:]
         yield qm.norm_saliency(x)
         yield qm.merge_tokens(x, labels, 5)
         yield qm.unmerge_tokens(y, labels)
@@ -117,6 +122,8 @@ def test_one_sequence_gives_the_bits_of_a_batch_of_one():
     for operation, *arrays in (
         (lambda a, m: qm.attention_entropy(a, mask=m), attention, mask),
         (lambda q, m: qm.query_key_entropy(q, q, mask=m), tokens, mask),
+        (lambda a, m: qm.attention_received(a, mask=m), attention, mask),
+        (lambda q, m: qm.attention_received(query=q, key=q, mask=m), tokens, mask),
         (lambda x, m: qm.self_attention_entropy(x, mask=m), tokens, mask),
         (lambda h, m: qm.saliency(h, mask=m), scores, mask),
         (lambda x, m: qm.norm_saliency(x, mask=m), tokens, mask),
@@ -158,6 +165,8 @@ def test_empty_batches_launch_nothing():
     # A grid of 0 blocks is an error in CUDA, so no kernel may be launched.
     tokens = np.zeros((0, 5, 3), np.float32)
     assert qm.self_attention_entropy(tokens).shape == (0, 5)
+    assert qm.attention_received(query=tokens, key=tokens).shape == (0, 5)
+    assert qm.attention_received(np.zeros((0, 5, 5))).shape == (0, 5)
     assert qm.select_tokens(tokens[..., 0], 2).shape == (0, 2)
     assert qm.merge_tokens(tokens, np.zeros((0, 5), int), 2).shape == (0, 2, 3)
     assert qm.cosine_similarity(tokens).shape == (0, 5, 5)

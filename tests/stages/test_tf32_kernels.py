@@ -63,6 +63,7 @@ def tf32_calls(num_tokens, dim):
         "cosine_similarity": lambda: [qm.cosine_similarity(x)],
         "query_key_entropy": lambda: [qm.query_key_entropy(query, key)],
         "self_attention_entropy": lambda: [qm.self_attention_entropy(x)],
+        "attention_received": lambda: [qm.attention_received(query=query, key=key)],
         "alignment_loss": lambda: qm.alignment_loss(x, mlp),
         "MLPPrior.predict": lambda: [mlp.predict(x)],
         "TransformerPrior.predict": lambda: [transformer.predict(x)],
@@ -70,6 +71,9 @@ def tf32_calls(num_tokens, dim):
         "self_attention_entropy_vjp": lambda: [
             qm.self_attention_entropy_vjp(gradient, x)
         ],
+        "attention_received_vjp": lambda: qm.attention_received_vjp(
+            gradient, query=query, key=key
+        )[1:],
         "alignment_loss_vjp": alignment_vjp,
     }
 

@@ -183,11 +183,11 @@ def _check_attention(
     check_causal(causal)
     matrix_mask = expand_mask(mask, attention.shape[:-1])
     # Padded rows and columns are not read, so they may be NaN.
-    read = None
+    masks: tuple[Any, ...] = ()
     if matrix_mask is not None:
-        read = matrix_mask[..., :, None] & matrix_mask[..., None, :]
-    check_finite_values("attention", attention, read)
-    check_not_negative("attention", attention, read)
+        masks = matrix_mask[..., :, None], matrix_mask[..., None, :]
+    check_finite_values("attention", attention, *masks)
+    check_not_negative("attention", attention, *masks)
     return matrix_mask
 
 
