@@ -14,7 +14,6 @@ from .arrays.checks import (
     check_mask,
     check_mass,
     check_number,
-    check_out,
     check_seed,
     check_shape,
     check_tokens,
@@ -36,7 +35,7 @@ from .composition import (
 )
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
-from .results import Merged
+from .results import Merged, arrays_of, check_target
 from .stages.budget import kept_tokens, token_budget
 from .stages.clustering.checks import (
     check_protect,
@@ -214,7 +213,7 @@ def quickmerge(
         return _quickmerge_traced(
             framework, tokens, budget, sources, mask, protect, options
         )
-    outputs = _outputs(out)
+    outputs = arrays_of(out)
     weight_array = None if isinstance(weights, str) else weights
     # Convert all arrays here, once. All stages below work on NumPy or CuPy arrays.
     convert_back, tokens, mask, protect, weight_array, *rest = convert_inputs(
@@ -241,7 +240,8 @@ def quickmerge(
         num_groups = _num_groups(shape, budget, protect, method, mask)
         destination = None
         if target is not None:
-            _check_target(target, tokens, num_groups.max_groups, sources, options)
+            inputs, mass_dtype = _inputs(tokens, sources, options.weights)
+            check_target(target, num_groups.max_groups, inputs, mass_dtype)
             destination = target.tokens  # (B, K, D)
         merged = compose(
             COMPUTE_STAGES,
@@ -362,6 +362,21 @@ def _check_one_source(sources: Sources) -> None:
         raise ValueError("`query` and `key` go together: give both or neither")
 
 
+def _inputs(
+    tokens: NDArray[Any], sources: Sources, weights: Any
+) -> tuple[list[NDArray[Any]], np.dtype[Any]]:
+    """Return all arrays of a call, the tokens first, and the dtype of the weights."""
+    # The arrays of the source: one array, or query and key, which have the same dtype.
+    arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
+    inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
+    # The array from which the weights are computed: the caller's weights; the tokens,
+    # if the weights are 1 or there is no source; otherwise the source.
+    decisive = weights
+    if isinstance(weights, str):
+        decisive = tokens if weights == "uniform" else (arrays or [tokens])[0]
+    return inputs, accumulation_dtype(decisive.dtype)  # float64 for float64
+
+
 def _num_groups(
     shape: tuple[int, ...], budget: Any, protect: Any, method: str, mask: Any
 ) -> GroupCounts:
@@ -408,48 +423,3 @@ def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) 
     if hasattr(budget, "shape"):
         return budget  # an array (B,); the stage functions check its values
     return token_budget(budget, num_tokens)  # converts other numbers, or raises
-
-
-def _outputs(out: Any) -> dict[str, Any]:
-    """Return the arrays of `out` by the names that error messages use."""
-    if out is None:
-        return {}
-    if not isinstance(out, Merged):
-        raise TypeError(
-            f"`out` must be a Merged, got {type(out).__name__}: pass the result of an "
-            "earlier call"
-        )
-    return {f"out.{field}": x for field, x in out._asdict().items()}
-
-
-def _check_target(
-    target: Merged[Any],
-    tokens: NDArray[Any],
-    max_groups: int,
-    sources: Sources,
-    options: Options,
-) -> None:
-    """Raise if an array of `out` has the wrong shape or dtype, or overlaps an input."""
-    weights = options.weights
-    # The arrays of the source: one array, or query and key, which have the same dtype.
-    arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
-    inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
-    # The array from which the weights are computed: the caller's weights; the tokens,
-    # if the weights are 1 or there is no source; otherwise the source.
-    decisive = weights
-    if isinstance(weights, str):
-        decisive = tokens if weights == "uniform" else (arrays or [tokens])[0]
-    *leading, num_tokens, dim = tokens.shape
-    per_token, per_group = (*leading, num_tokens), (*leading, max_groups)
-    wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (  # fields of `Merged`
-        ("BKD", (*per_group, dim), tokens.dtype),  # tokens
-        ("BN", per_token, np.dtype(np.int32)),  # labels
-        ("BK", per_group, np.dtype(np.int32)),  # sizes
-        ("BK", per_group, np.dtype(np.int32)),  # positions
-        # float64 for float64, else float32
-        ("BN", per_token, accumulation_dtype(decisive.dtype)),  # mass
-    )
-    for name, x, (axes, shape, dtype) in zip(
-        target._fields, target, wanted, strict=True
-    ):
-        check_out(x, shape, dtype, *inputs, name=f"out.{name}", axes=axes)
