@@ -58,6 +58,12 @@ def given_attention(attention: Any) -> Any:
     return torch.special.entr(p).sum(dim=-1)
 
 
+def received(query: Any, key: Any) -> Any:
+    """Return the mean attention that each key gets from the queries."""
+    scores = (query @ key.mT / query.shape[-1] ** 0.5).float()
+    return torch.softmax(scores, dim=-1).mean(dim=-2)
+
+
 def mass(values: Any, noise: Any) -> Any:
     """Return the mass m = π s + (1 - π) ε of entropies (B, N)."""
     # Two calls, because `aminmax` has no derivative in torch 2.11.
@@ -183,11 +189,22 @@ def of_given_attention(inputs: Inputs) -> Case:
     return Case(tensors, qm.attention_entropy, given_attention)
 
 
-def of_query_key(inputs: Inputs) -> Case:
+def heads_of(inputs: Inputs) -> tuple[Any, ...]:
+    """Return queries and keys: one layer, 4 heads of width 64."""
     batch, num_tokens, _ = inputs.sizes
-    # Queries and keys: one layer, 4 heads of width 64.
-    heads = tuple(inputs.draw(1, batch, 4, num_tokens, 64) for _ in range(2))
-    return Case(heads, qm.query_key_entropy, query_key)
+    return tuple(inputs.draw(1, batch, 4, num_tokens, 64) for _ in range(2))
+
+
+def of_query_key(inputs: Inputs) -> Case:
+    return Case(heads_of(inputs), qm.query_key_entropy, query_key)
+
+
+def of_received(inputs: Inputs) -> Case:
+    return Case(
+        heads_of(inputs),
+        lambda query, key: qm.attention_received(query=query, key=key),
+        received,
+    )
 
 
 def of_self_attention(inputs: Inputs) -> Case:
@@ -259,6 +276,7 @@ def of_whole(inputs: Inputs) -> Case:
 CASES: dict[str, Callable[[Inputs], Case]] = {
     "attention_entropy": of_given_attention,
     "query_key_entropy": of_query_key,
+    "attention_received": of_received,
     "self_attention_entropy": of_self_attention,
     "saliency, Gumbel, mass": of_mass,
     "merge_tokens": of_merge,

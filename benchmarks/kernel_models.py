@@ -93,11 +93,11 @@ def tiles(
 
 
 def _kept() -> Model:
-    """Return the model of `query_key_entropy_kept`, which stages its queries once."""
+    """Return the model of the kernels that stage 128 queries (or keys) only once."""
 
     def copies(s: Sizes) -> float:
-        # 128 queries once, and the keys of every tile: rows of 2-byte elements, in
-        # copies of 16 bytes that the threads divide.
+        # 128 queries once, and the keys of every tile (or the reverse): rows of 2-byte
+        # elements, in copies of 16 bytes that the threads divide.
         rows = 128 * _tiles_of("num_tokens")(s)
         return (128 + rows) * s.head_dim * 2 / 16 / s.threads
 
@@ -167,6 +167,21 @@ MODELS = {
                 "MUFU.LG2",
             )
         },
+        {"STG": 1},
+    ),
+    "optimized/score_gradients/score_weights": tiles(
+        128, 128, "dim", passes=_tiles_of("num_tokens"), per_tile={"MUFU.EX2": 64},
+        rest={"STG": 3},
+    ),
+    "optimized/attention_received/query_counts": STREAM,
+    "optimized/attention_received/query_key_received": tiles(
+        64, 128, "head_dim", step=HALF, passes=_tiles_of("num_tokens"),
+        per_tile={"MUFU.EX2": 64}, rest={"STG": 1},
+    ),
+    "optimized/attention_received/query_key_received_kept": _kept(),
+    # Each of the eight warps of a block reads every eighth row.
+    "optimized/attention_received/attention_received": Model(
+        {"row": Loop({"LDG.E.128": 1}, lambda s: s.num_tokens / 8, "LDG.E.128")},
         {"STG": 1},
     ),
     "optimized/token_norms/token_norms": STREAM,

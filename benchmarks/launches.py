@@ -82,6 +82,10 @@ _CALLS: dict[str, Callable[..., Any]] = {  # the keys are function names of work
     "self_attention": lambda *shape: qm.self_attention_entropy(array(*shape)),
     "query_key": lambda *shape: qm.query_key_entropy(array(*shape), array(*shape)),
     "given_attention": lambda *shape: qm.attention_entropy(array(*shape, shape[-1])),
+    "received": lambda *shape: qm.attention_received(
+        query=array(*shape), key=array(*shape)
+    ),
+    "received_of_given": lambda *shape: qm.attention_received(array(*shape, shape[-1])),
     "cosine": lambda *shape: qm.cosine_similarity(array(*shape)),
     "merge": lambda b, n, d, k: qm.merge_tokens(
         array(b, n, d),
@@ -98,7 +102,7 @@ _CALLS: dict[str, Callable[..., Any]] = {  # the keys are function names of work
 
 SIZE = "B=8 N=4096"
 SMALL = "B=1 N=576"  # here, tiles of 128 x 128 would leave most of the GPU idle
-_AT_BOTH = "self_attention", "query_key", "cosine", "nearest"
+_AT_BOTH = "self_attention", "query_key", "received", "cosine", "nearest"
 
 
 def of_the_table() -> Iterator[Operation]:

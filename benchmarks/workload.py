@@ -198,6 +198,49 @@ def given_attention(layers: int, batch: int, heads: int, n: int) -> Case:
     return Case((a,), qm.attention_entropy, in_torch, in_cupy, (-1,) * 3, sliced=2)
 
 
+def received_work(layers: int, batch: int, heads: int, n: int, width: int) -> Work:
+    # The sum of a row of exps is known only after its last score. So without N x N
+    # memory, every score and its exp is computed twice.
+    once = query_key_work(layers, batch, heads, n, width)
+    return once._replace(flops=2 * once.flops, exps=2 * once.exps)
+
+
+def received(layers: int, batch: int, heads: int, n: int, width: int) -> Case:
+    query, key = (draw(layers, batch, heads, n, width) for _ in range(2))
+
+    def in_torch(q: Any, k: Any) -> Any:
+        return torch.softmax((q @ k.mT / width**0.5).float(), -1).mean(-2)
+
+    def in_cupy(q: Any, k: Any) -> Any:
+        q, k = q.astype(np.float32), k.astype(np.float32)
+        scores = q @ transposed(k) / width**0.5
+        p = cupy.exp(scores - scores.max(-1, keepdims=True))
+        return (p / p.sum(-1, keepdims=True)).mean(-2)
+
+    def ours(q: Any, k: Any) -> Any:
+        return qm.attention_received(query=q, key=k)
+
+    return Case((query, key), ours, in_torch, in_cupy, (-1,) * 3, 2)
+
+
+def received_of_given_work(layers: int, batch: int, heads: int, n: int) -> Work:
+    # Bytes: A is read once. Every entry is added to the sum of its column.
+    entries = layers * batch * heads * n * n
+    return Work(ITEM * entries, entries)
+
+
+def received_of_given(layers: int, batch: int, heads: int, n: int) -> Case:
+    (a,) = given_attention(layers, batch, heads, n).inputs
+
+    def in_torch(a: Any) -> Any:
+        return a.mean(-2, dtype=torch.float32)
+
+    def in_cupy(a: Any) -> Any:
+        return a.mean(-2, dtype=np.float32)
+
+    return Case((a,), qm.attention_received, in_torch, in_cupy, (-1,) * 3, sliced=2)
+
+
 def cosine_work(batch: int, n: int, dim: int) -> Work:
     # Bytes: x is read, and N x N float32 are written. Flops: half of the symmetric
     # product, 2 D per pair.
@@ -389,6 +432,8 @@ def operations(which: str, memory: float = math.inf) -> Iterator[Operation]:
         of_states = self_attention, self_attention_work
         of_pairs = query_key, query_key_work
         of_given = given_attention, given_attention_work
+        of_received = received, received_work
+        of_columns = received_of_given, received_of_given_work
         of_losses = alignment, alignment_work
         of_mass = softmax_mass, softmax_mass_work
         for title, make, count, sizes in (
@@ -403,5 +448,7 @@ def operations(which: str, memory: float = math.inf) -> Iterator[Operation]:
             (f"{size} Gumbel, softmax, mass", *of_mass, (b, n)),
             (f"{size} D={d} norm saliency", norms, norms_work, (b, n, d)),
             (f"B={b} K={k} D={d} alignment losses", *of_losses, (b, k, d)),
+            (f"{heads} received d=64", *of_received, (layers, b, h, n, 64)),
+            (f"{matrices} received of A", *of_columns, (given_layers, b, h, n)),
         ):
             yield Operation(size, title, make, count, sizes)

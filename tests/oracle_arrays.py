@@ -60,6 +60,26 @@ def softmax_entropy_vjp(gradient, scores, allowed):
     return weight * (mean - d), abs(weight) * (1 - mean - d)
 
 
+def attention_received(attention, allowed):
+    """(1/n_j) sum_i a_ij over the n_j allowed rows i, as in oracle.py; 0 without."""
+    total = np.where(allowed, attention, 0).astype(np.float64).sum(-2)
+    return total / np.maximum(allowed.sum(-2), 1)
+
+
+def attention_received_vjp(gradient, attention, allowed):
+    """a_ij (h_j - sum_k a_ik h_k), h = g / n, and the size of its terms.
+
+    The gradient is that of the scores of a softmax. `attention` is 0 where it is not
+    allowed.
+    """
+    count = allowed.sum(-2)
+    h = np.where(count > 0, gradient, 0).astype(np.float64) / np.maximum(count, 1)
+    h = h[..., None, :]  # of each column
+    mean = (attention * h).sum(-1, keepdims=True)
+    size = (attention * abs(h)).sum(-1, keepdims=True)
+    return attention * (h - mean), attention * (abs(h) + size)
+
+
 def attention_entropy_vjp(gradient, attention):
     """-g_i (log p_ij + H_i) / sum_j a_ij, p = a / sum a, and the size of its terms."""
     a, g = attention.astype(np.float64), gradient[..., None].astype(np.float64)

@@ -88,6 +88,11 @@ def test_measures_of_one_sequence(library, rng, measure):
     [
         (qm.attention_entropy, [(3, 2, 5, 5)]),
         (qm.query_key_entropy, [(3, 2, 5, 4)] * 2),
+        (qm.attention_received, [(3, 2, 5, 5)]),
+        (
+            lambda q, k: qm.attention_received(query=q, key=k),
+            [(3, 2, 5, 4)] * 2,
+        ),
         (qm.self_attention_entropy, [(3, 2, 5, 4)]),
         (qm.saliency, [(2, 5)]),
         (qm.saliency, [(3, 2, 4, 5)]),

@@ -62,6 +62,33 @@ def test_softmax_entropy_vjp(rng, allowed):
     assert not size[~allowed].any()
 
 
+def test_attention_received(rng):
+    query, key = rng.standard_normal((2, 6, 3))
+    for causal in (False, True):
+        allowed = np.tril(np.ones((6, 6), bool)) if causal else np.ones((6, 6), bool)
+        attention = oracle_arrays.softmax(0.7 * query @ key.T, allowed)
+        got = oracle_arrays.attention_received(attention, allowed)
+        wanted = oracle.query_key_received(query, key, causal, 0.7)
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+        np.testing.assert_allclose(
+            oracle.attention_received(attention, causal), wanted, rtol=1e-12
+        )
+
+
+def test_attention_received_vjp(rng, allowed):
+    gradient, scores = rng.standard_normal(6), rng.standard_normal((6, 6))
+
+    def loss(x):
+        attention = oracle_arrays.softmax(x, allowed)
+        return gradient @ oracle_arrays.attention_received(attention, allowed)
+
+    attention = oracle_arrays.softmax(scores, allowed)
+    got, size = oracle_arrays.attention_received_vjp(gradient, attention, allowed)
+    assert_slope(got, loss, scores)
+    assert (abs(got) <= size).all()
+    assert not size[~allowed].any()
+
+
 def test_attention_entropy_vjp(rng):
     # All positive: log a is smooth there.
     gradient, attention = rng.standard_normal(5), rng.random((5, 5)) + 0.1

@@ -114,11 +114,12 @@ __device__ __forceinline__ acc_t* sums_of_rows(
     const auto add = [&](int tile) {
         const long long column0 = start + static_cast<long long>(tile) * columns;
         // All warps have left the last tile, because `multiply_…` has a barrier in
-        // between. The numbers are 0 for padding, whose m may be NaN.
+        // between. For padding w and h are 0, and m is not NaN even if the scores are,
+        // because `max` returns the other number.
         for (int slot = threadIdx.x; slot < per_column * columns; slot += threads) {
             const long long token = column0 + slot % columns;
             acc_t number = 0;
-            if (token < num_tokens && is_token(valid, token))
+            if (token < num_tokens)
                 number = of_keys ? weights[token * STATE_VALUES + slot / columns * 2]
                                  : values[token];
             of_columns[slot] = number;

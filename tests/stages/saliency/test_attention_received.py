@@ -282,3 +282,38 @@ class TestVjp:
         assert_close(by_attention[mask][:, mask], np.tile(gradient[mask] / 3, (3, 1)))
         assert not by_attention[~mask].any()
         assert not by_attention[:, ~mask].any()
+
+    def test_torch_needs_the_gradient_of_one_input_only(self, rng):
+        torch = pytest.importorskip("torch")
+        query, key = (torch.tensor(x) for x in rng.standard_normal((2, 7, 3)))
+        key.requires_grad_()
+        gradient = torch.tensor(rng.standard_normal(7))
+        qm.attention_received(query=query, key=key).backward(gradient)
+        pair = {"query": query, "key": key.detach()}
+        _, _, wanted = qm.attention_received_vjp(gradient, **pair)
+        torch.testing.assert_close(key.grad, wanted, rtol=0, atol=0)
+        with pytest.raises(TypeError, match="pass either `attention`, or `query` and"):
+            qm.attention_received(query=query, key=key, attention=key)
+
+    @pytest.mark.parametrize("source", ["attention", "pair"])
+    def test_jax_compiles_it(self, rng, source):
+        jax = pytest.importorskip("jax")
+        x = abs(rng.standard_normal((2, 5, 5))).astype(np.float32)
+        sources = {"attention": {"attention": x}, "pair": {"query": x, "key": x}}
+        names = list(sources[source])
+
+        def call(*arrays):
+            return qm.attention_received(**dict(zip(names, arrays, strict=True)))
+
+        arrays = [jax.numpy.asarray(x) for _ in names]
+        wanted = qm.attention_received(**sources[source])
+        np.testing.assert_array_equal(jax.jit(call)(*arrays), wanted)
+
+        def loss(*arrays):
+            return (call(*arrays) ** 2).sum()
+
+        got = jax.grad(loss, argnums=tuple(range(len(names))))(*arrays)
+        gradients = qm.attention_received_vjp(2 * wanted, **sources[source])
+        given = [g for g in gradients if g is not None]
+        for x, y in zip(got, given, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)

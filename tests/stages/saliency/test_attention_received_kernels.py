@@ -20,7 +20,7 @@ from kernel_cases import (
     sizes,
     valid_of,
 )
-from oracle_arrays import softmax
+from oracle_arrays import attention_received, attention_received_vjp, softmax
 
 import qm_cupy as qm
 
@@ -29,13 +29,6 @@ causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["all", "ca
 # A head width d for each N: less than one step of a tile, whole steps, and odd.
 HEAD_DIMS = {1: 1, 31: 17, 32: 64, 33: 100, 63: 40, 64: 64, 65: 24, 127: 80, 128: 128,
              129: 33, 255: 8, 256: 16, 257: 72}  # fmt: skip
-
-
-def received_of(attention, allowed):
-    """Return r_j, the mean of A_ij over the rows i with allowed_ij, and 0 without."""
-    count = allowed.sum(-2)
-    total = np.where(allowed, attention, 0).astype(np.float64).sum(-2)
-    return total / np.maximum(count, 1)
 
 
 @dtypes
@@ -51,7 +44,9 @@ def test_of_attention(dtype, num_tokens, masked):
         got = qm.attention_received(attention, causal=causal, mask=mask)
         # The sums of 16-bit probabilities are in float32.
         exact = np.float64 if dtype is np.float64 else np.float32
-        assert_close(got, received_of(attention, allowed_of(valid, causal)), exact)
+        assert_close(
+            got, attention_received(attention, allowed_of(valid, causal)), exact
+        )
 
 
 @dtypes
@@ -78,7 +73,9 @@ def check_scores(dtype, num_tokens, masked):
     for causal in (False, True):
         got = qm.attention_received(**pair, causal=causal, mask=mask)
         allowed = allowed_of(valid, causal)
-        wanted = received_of(softmax(scores * shape[-1] ** -0.5, allowed), allowed)
+        wanted = attention_received(
+            softmax(scores * shape[-1] ** -0.5, allowed), allowed
+        )
         assert_close(got, wanted, dtype)
 
 
@@ -114,7 +111,9 @@ def test_wide_heads(dtype, head_dim, causal):
     got = qm.attention_received(query=query, key=key, causal=causal, scale=0.3)
     scores = query.astype(np.float64) @ key.astype(np.float64).T
     allowed = allowed_of(np.ones(70, bool), causal)
-    assert_close(got, received_of(softmax(scores * 0.3, allowed), allowed), dtype)
+    assert_close(
+        got, attention_received(softmax(scores * 0.3, allowed), allowed), dtype
+    )
 
 
 @dtypes
@@ -195,14 +194,11 @@ def test_query_key_vjp(dtype, num_tokens, masked, causal):
     scale = head_dim**-0.5
     allowed = allowed_of(valid, causal)
     a = softmax(q @ transposed(k) * scale, allowed)
-    h = np.where(valid, gradient, 0) / np.maximum(allowed.sum(-2), 1)
-    h = h[..., None, :]  # of each column
-    # G_ij = A_ij (h_j - Σ_k A_ik h_k), and the magnitudes of its terms
-    g = a * (h - (a * h).sum(-1, keepdims=True)) * scale
-    terms = a * (abs(h) + (a * abs(h)).sum(-1, keepdims=True)) * scale
+    # G, and the magnitudes of the terms of its entries
+    g, terms = attention_received_vjp(gradient, a, allowed)
     # ∂ℒ/∂Q = c G K and ∂ℒ/∂K = c Gᵀ Q
-    check_product(got[0], g, terms, k, dtype)
-    check_product(got[1], transposed(g), transposed(terms), q, dtype)
+    check_product(got[0], g * scale, terms * scale, k, dtype)
+    check_product(got[1], transposed(g) * scale, transposed(terms) * scale, q, dtype)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 3e3, 1e30])
