@@ -314,6 +314,6 @@ class TestVjp:
 
         got = jax.grad(loss, argnums=tuple(range(len(names))))(*arrays)
         gradients = qm.attention_received_vjp(2 * wanted, **sources[source])
-        given = [g for g in gradients if g is not None]
-        for x, y in zip(got, given, strict=True):
+        present = [g for g in gradients if g is not None]
+        for x, y in zip(got, present, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
