@@ -35,6 +35,7 @@ from .stages.merging.groups import group_positions, group_sizes
 from .stages.merging.merge_tokens import merge_tokens, merge_tokens_vjp
 from .stages.merging.unmerge_tokens import unmerge_tokens, unmerge_tokens_vjp
 from .stages.saliency.attention_entropy import attention_entropy, attention_entropy_vjp
+from .stages.saliency.attention_mass import attention_mass, attention_mass_vjp
 from .stages.saliency.attention_received import (
     attention_received,
     attention_received_vjp,
@@ -74,6 +75,8 @@ __all__ = [
     "allow_tf32",
     "attention_entropy",
     "attention_entropy_vjp",
+    "attention_mass",
+    "attention_mass_vjp",
     "attention_received",
     "attention_received_vjp",
     "check_finite",

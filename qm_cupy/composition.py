@@ -33,6 +33,7 @@ from .stages.saliency.attention_entropy import (
     attention_entropy,
     compute_attention_entropy,
 )
+from .stages.saliency.attention_mass import attention_mass, compute_attention_mass
 from .stages.saliency.attention_received import (
     attention_received,
     compute_attention_received,
@@ -95,8 +96,7 @@ class Options(NamedTuple):
 
     def need_saliency(self) -> bool:
         """Return whether the weights or the anchors are computed from the saliency."""
-        computed = self.named_weights() in ("saliency", "attention", "mass")
-        return computed or self.method == "nearest"
+        return self.named_weights() in ("saliency", "mass") or self.method == "nearest"
 
 
 def with_defaults(
@@ -145,6 +145,7 @@ class Stages(NamedTuple):
     query_key_entropy: Callable[..., Any]
     self_attention_entropy: Callable[..., Any]
     attention_received: Callable[..., Any]
+    attention_mass: Callable[..., Any]
     saliency: Callable[..., Any]
     gumbel_softmax: Callable[..., Any]
     saliency_mass: Callable[..., Any]
@@ -208,8 +209,7 @@ def _scores_and_weights(
     if word == "saliency":
         return scores, scores
     if word == "attention":
-        # The attention that a token receives, times its saliency.
-        return scores, _received(stages, tokens, sources, mask) * scores
+        return scores, _attention_mass(stages, tokens, sources, mask)
     if word == "uniform":
         return scores, stages.unit_weights(tokens, mask)
     return scores, stages.masked_copy(options.weights, mask)
@@ -224,35 +224,15 @@ def _saliency(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
     return stages.saliency(entropy, mask=mask_2d).reshape(tuple(tokens.shape[:-1]))
 
 
-def _received(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
-    """Return the attention (B, N) that tokens receive: the mean of layers and heads."""
+def _attention_mass(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
+    """Return the attention mass (B, N): attention received, and its entropy."""
+    mask_2d = _with_batch(mask)
     received = stages.attention_received(  # (B, N), (L, B, N) or (L, B, H, N)
-        sources.attention, query=sources.query, key=sources.key, mask=_with_batch(mask)
+        sources.attention, query=sources.query, key=sources.key, mask=mask_2d
     )
-    return _mean_of_heads(received).reshape(tuple(tokens.shape[:-1]))
-
-
-def _mean_of_heads(x: Any) -> Any:
-    """Return the mean (B, N) of an array (B, N), (L, B, N) or (L, B, H, N).
-
-    Halves are added element by element: for L · H = 144 this takes 9 additions, and
-    every library gives the same bits, whatever B and N are.
-    """
-    if x.ndim == 2:
-        return x
-    if x.ndim == 4:
-        num_layers, batch, num_heads, num_tokens = x.shape
-        x = x.swapaxes(1, 2).reshape(num_layers * num_heads, batch, num_tokens)
-    count = num_rows = x.shape[0]
-    odd: Any = 0  # the sum of the rows that have no partner
-    while num_rows > 1:
-        half = num_rows // 2
-        if num_rows % 2:
-            odd = odd + x[num_rows - 1]
-        x = x[:half] + x[half : 2 * half]
-        num_rows = half
-    # A product: compilers may round a division by a constant differently.
-    return (x[0] + odd) * (1 / count)
+    entropy = _entropy(stages, tokens, sources, mask_2d)  # of the same shape
+    mass = stages.attention_mass(received, entropy)
+    return mass.reshape(tuple(tokens.shape[:-1]))
 
 
 def _saliency_and_mass(
@@ -385,7 +365,8 @@ def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[An
 COMPUTE_STAGES = Stages(
     np, lambda declared, x: x, _masked_copy, _unit_weights, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,
-    compute_attention_received, compute_saliency, compute_gumbel_softmax,
+    compute_attention_received, compute_attention_mass, compute_saliency,
+    compute_gumbel_softmax,
     compute_saliency_mass, compute_select_tokens, compute_cluster_tokens,
     compute_merge_tokens, compute_group_sizes, compute_group_positions,
 )  # fmt: skip
@@ -416,7 +397,7 @@ def traced_stages(framework: str) -> Stages:
     return Stages(
         xp, operators.check_array, operators.masked_copy, unit_weights,
         attention_entropy, query_key_entropy, self_attention_entropy,
-        attention_received, saliency_of_entropy, gumbel_softmax,
+        attention_received, attention_mass, saliency_of_entropy, gumbel_softmax,
         saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
         group_positions,
     )  # fmt: skip

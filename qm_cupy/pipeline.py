@@ -87,11 +87,11 @@ def quickmerge(
     Tokens are put into groups by their similarity, and each group becomes the weighted
     mean of its tokens. If you pass only tokens, the groups come from average linkage
     and all weights are 1. If you also pass the attention of a model, or its queries and
-    keys, the groups come from ward linkage, and a token weighs as much as the attention
-    that it receives times its saliency, in the linkage and in the mean. The steps of
-    the paper [1]_ are ``weights="mass"`` with a `noise_seed`. By default, merged tokens
-    are in causal order: a merged token contains no token that comes after its own
-    position.
+    keys, the groups come from ward linkage, and `attention_mass` computes the weights
+    of the linkage and of the mean: a token weighs more if other tokens attend to it,
+    and if it attends to few tokens. The steps of the paper [1]_ are
+    ``weights="mass"`` with a `noise_seed`. By default, merged tokens are in causal
+    order: a merged token contains no token that comes after its own position.
 
     Parameters
     ----------
@@ -140,8 +140,8 @@ def quickmerge(
         Weights of the tokens in the mean of their group.
         "uniform": 1, the default if no source is given.
         "saliency": the saliency, the default for `hidden_states` and `saliency`.
-        "attention": `attention_received` times the saliency, each the mean of all heads
-        and layers; the default for `attention`, or `query` and `key`.
+        "attention": the result of `attention_mass`, the default for `attention`, or
+        `query` and `key`. Pass those of the last layer before the merge.
         "mass": the saliency mass of the paper.
     weighted_linkage : bool, optional
         Whether the weights are also the tokens' masses in the clustering, as `mass` in

@@ -94,6 +94,7 @@ RESULTS = {
             "query_key_entropy_vjp, causal",
             "attention_received_vjp, queries and keys",
             "attention_received_vjp, queries and keys, causal",
+            "attention_mass_vjp",
             "saliency_mass_vjp",
             "merge_tokens_vjp",
             "reconstruction_error_vjp",
@@ -345,6 +346,14 @@ def calls(num_tokens, masked=False, ragged=False):
         "norm_saliency_vjp": (
             qm.norm_saliency_vjp,
             {"gradient": by_token_score, "tokens": tokens, **padded},
+        ),
+        "attention_mass": (
+            qm.attention_mass,
+            {"received": entropy, "entropy": 2 * entropy},
+        ),
+        "attention_mass_vjp": (
+            qm.attention_mass_vjp,
+            {**by_score, "received": entropy, "entropy": 2 * entropy},
         ),
         "gumbel_softmax": (qm.gumbel_softmax, softmax),
         "gumbel_softmax, hard": (qm.gumbel_softmax, {**softmax, "hard": num_groups}),

@@ -12,6 +12,7 @@ RNG = np.random.default_rng(20260102)
 DIFFERENTIABLE = {  # a gradient flows through these
     "alignment_loss",
     "attention_entropy",
+    "attention_mass",
     "attention_received",
     "fidelity_loss",
     "gumbel_softmax",
@@ -102,6 +103,11 @@ CALLS = {
         {"saliency": RNG.random((2, 5))},
         # The seed needs all of its 64 bits.
         {"temperature": 0.5, "seed": 2**64 - 3, "mask": MASK, "sequence_offset": 7},
+    ),
+    "attention_mass": Call(
+        "attention_mass",
+        {"received": RNG.random((2, 2, 2, 5)), "entropy": RNG.random((2, 2, 2, 5))},
+        {},
     ),
     "saliency_mass": Call(
         "saliency_mass",

@@ -204,6 +204,17 @@ def top_k_mask(scores, num_groups):
     return np.array(mask)
 
 
+def attention_mass(received, entropy):
+    """r_i exp(-H_i) of (L, H, N): r and H are means over layers and heads."""
+    count = len(received) * len(received[0])
+    mass = []
+    for i in range(len(received[0][0])):
+        r = math.fsum(float(head[i]) for layer in received for head in layer) / count
+        h = math.fsum(float(head[i]) for layer in entropy for head in layer) / count
+        mass.append(r * math.exp(-h))
+    return np.array(mass)
+
+
 def saliency_mass(saliency, probabilities, epsilon):
     """m_i = pi_i s_i + (1 - pi_i) epsilon."""
     mass = []

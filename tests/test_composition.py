@@ -116,15 +116,14 @@ def same(got, wanted):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_weights(tokens, arrays, rng, masked):
-    """They are the attention received times the saliency, each a mean over L and H."""
+    """They are the attention received times e^-entropy, each a mean over L and H."""
     mask = rng.random((B, N)) < 0.7 if masked else np.ones((B, N), bool)
     attention = arrays["attention"]
     # The sum over the rows of tokens, not of padding; (L, B, H, N)
     total = (attention * mask[:, None, :, None]).sum(-2)
     received = total.mean((0, 2)) / mask.sum(-1, keepdims=True) * mask  # (B, N)
-    wanted = received * qm.saliency(
-        qm.attention_entropy(attention, mask=mask), mask=mask
-    )
+    entropy = qm.attention_entropy(attention, mask=mask)  # (L, B, H, N)
+    wanted = received * np.exp(-entropy.mean((0, 2)))
     options = {"attention": attention, "mask": mask if masked else None}
     got = qm.quickmerge(tokens, 4, **options)
     assert_close(got.mass, wanted)

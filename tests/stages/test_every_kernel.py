@@ -129,6 +129,7 @@ def test_one_sequence_gives_the_bits_of_a_batch_of_one():
         (lambda x, m: qm.norm_saliency(x, mask=m), tokens, mask),
         (lambda s, m: qm.gumbel_softmax(s, mask=m), scores, mask),
         (lambda s, m: qm.gumbel_softmax(s, hard=3, mask=m), scores, mask),
+        (lambda s: qm.attention_mass(s, s), abs(scores)),
         (lambda s: qm.saliency_mass(s, s), scores),
         (lambda s, m: qm.select_tokens(s, 4, mask=m), scores, mask),
         (lambda x, g: qm.merge_tokens(x, g, 5), tokens, labels),

@@ -1,0 +1,23 @@
+// Attention mass: the attention that a token receives, divided by the perplexity of its
+// own attention.
+//
+//   m_i = r_i e^(-H_i)
+//
+// r is the attention received and H the entropy; both are means over layers and heads.
+// One thread, one output.
+// Shapes: received and entropy (L, B, H, N), out (B, N).
+extern "C" __global__ void attention_mass(const real_t* received, const real_t* entropy,
+                                          long long layers, long long batch,
+                                          long long heads, long long num_tokens,
+                                          acc_t* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long b = index / num_tokens, i = index % num_tokens;
+    acc_t r = 0, h = 0;
+    for (long long l = 0; l < layers; ++l) {
+        const long long first = (l * batch + b) * heads * num_tokens;  // of (H, N)
+        r += head_mean(received + first, heads, num_tokens, i);
+        h += head_mean(entropy + first, heads, num_tokens, i);
+    }
+    out[index] = r / layers * exp(-h / layers);
+}

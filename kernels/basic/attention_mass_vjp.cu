@@ -1,0 +1,30 @@
+// Gradient of the attention mass, see basic/attention_mass.cu. Here dx is the gradient
+// of a loss with respect to x.
+//
+//   dr_i = dm_i e^(-H_i) / (L H),   dH_i = -dm_i r_i e^(-H_i) / (L H)
+//
+// Every layer and head gets the same gradient. One thread writes those of one token.
+// Shapes: gradient (B, N); all other arrays (L, B, H, N).
+extern "C" __global__ void attention_mass_vjp(const real_t* gradient,
+                                              const real_t* received,
+                                              const real_t* entropy, long long layers,
+                                              long long batch, long long heads,
+                                              long long num_tokens, real_t* by_received,
+                                              real_t* by_entropy) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= batch * num_tokens) return;
+    const long long b = index / num_tokens, i = index % num_tokens;
+    acc_t r = 0, h = 0;
+    for (long long l = 0; l < layers; ++l) {
+        const long long first = (l * batch + b) * heads * num_tokens;  // of (H, N)
+        r += head_mean(received + first, heads, num_tokens, i);
+        h += head_mean(entropy + first, heads, num_tokens, i);
+    }
+    const acc_t slope = widen(gradient[index]) * exp(-h / layers) / (layers * heads);
+    for (long long l = 0; l < layers; ++l)
+        for (long long head = 0; head < heads; ++head) {
+            const long long element = ((l * batch + b) * heads + head) * num_tokens + i;
+            store(by_received + element, slope);
+            store(by_entropy + element, -slope * r / layers);
+        }
+}
