@@ -20,9 +20,11 @@ class Inside(NamedTuple):
     tokens: np.ndarray  # (B, N, D)
     key: np.ndarray  # (B, N, d), mean of keys over heads; the tokens if there are none
     saliency: np.ndarray  # (B, N), 1 where attention has the least entropy
+    entropy: np.ndarray  # (B, N), of the attention of the last layer, mean over heads
     received: np.ndarray  # (B, N), attention received; see `attention_received`
     sizes: np.ndarray  # (B, N), how many tokens of the input each token holds
     num_protected: int = 0
+    attentions: tuple[np.ndarray, ...] = ()  # (B, H, N, N) of the layers so far
 
 
 Grouping = tuple[np.ndarray, np.ndarray]  # labels, weights
@@ -50,11 +52,6 @@ def saliency(inside: Inside) -> np.ndarray:
     return inside.sizes * inside.saliency
 
 
-def own_saliency(inside: Inside) -> np.ndarray:
-    """Return the saliency that `quickmerge` computes from the tokens alone."""
-    return inside.sizes * qm.saliency(qm.self_attention_entropy(inside.tokens))
-
-
 def received(inside: Inside) -> np.ndarray:
     return inside.received
 
@@ -63,37 +60,47 @@ def received_saliency(inside: Inside) -> np.ndarray:
     return inside.received * inside.saliency
 
 
+def focused(inside: Inside) -> np.ndarray:
+    """Return attention received x exp(-entropy).
+
+    exp(entropy) is the perplexity: how many tokens a token attends to, in effect.
+    """
+    return inside.received * np.exp(-inside.entropy)
+
+
+def squared_norms(inside: Inside) -> np.ndarray:
+    return inside.sizes * np.einsum("bnd,bnd->bn", inside.tokens, inside.tokens)
+
+
 def ours(
     method: str = "average",
     *,
     weights: Weights = size,
     mass: Weights | None = None,
     by: Weights | None = None,
-    protects: bool = True,
+    **options: Any,
 ) -> Contender:
     """Return the contender that clusters by a method of ours.
 
     By default it clusters the tokens, and merges them with their sizes as weights.
     `mass` weights the clustering, `weights` the merge, and `by` selects other vectors
-    to cluster.
+    to cluster. Other options are those of `qm.cluster_tokens`.
     """
 
     def run(inside: Inside, num_groups: int) -> Grouping:
-        options: dict[str, Any] = {}
-        if mass:
-            options["mass"] = mass(inside)
         protect = first_tokens(inside)
-        if protects:
-            options["protect"] = protect
+        anchors = None
         if method == "nearest":
-            # The anchors are the protected tokens and the most salient other tokens.
-            scores = inside.saliency + protect  # saliency is at most 1
-            options["anchors"] = qm.select_tokens(scores, num_groups)
+            # The protected tokens, and then the most salient ones: saliency is up to 1.
+            anchors = qm.select_tokens(inside.saliency + protect, num_groups)
         # With order="first", the protected tokens have the labels 0, 1, ….
         labels = qm.cluster_tokens(
             by(inside) if by else inside.tokens,
             num_groups,
             method=method,  # type: ignore[arg-type]
+            mass=mass and mass(inside),
+            anchors=anchors,
+            protect=protect,
             order="first",
             **options,
         )
@@ -108,22 +115,25 @@ def first_tokens(inside: Inside) -> np.ndarray:
     return np.tile(np.arange(count) < inside.num_protected, (batch, 1))
 
 
-def quickmerge(**options: Any) -> Contender:
-    """Return the contender that calls `qm.quickmerge`.
+def quickmerge(source: str = "tokens", **options: Any) -> Contender:
+    """Return the contender that calls `qm.quickmerge` with a source of the saliency.
 
-    The option ``saliency`` is a function of `Inside`. Without it, `quickmerge` computes
-    the saliency from the tokens.
+    "tokens": `quickmerge` computes the saliency from them. "attention": it gets the
+    attention of the layers so far. "saliency": it gets `Inside.saliency`.
     """
-    options = dict(options)
-    source = options.pop("saliency", None)
 
     def run(inside: Inside, num_groups: int) -> Grouping:
+        sources: dict[str, Any] = {}
+        if source == "attention":
+            sources["attention"] = np.stack(inside.attentions)  # (L, B, H, N, N)
+        if source == "saliency":
+            sources["saliency"] = inside.saliency
         result = qm.quickmerge(
             inside.tokens,
             num_groups,
-            saliency=source and source(inside),
             protect=first_tokens(inside),
             order="first",
+            **sources,
             **options,
         )
         return result.labels, result.mass * inside.sizes

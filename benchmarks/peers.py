@@ -21,7 +21,7 @@ def free(function: Callable[[Inside, int], np.ndarray]) -> Contender:
 
     def run(inside: Inside, num_groups: int) -> Grouping:
         p = inside.num_protected
-        rest = Inside(*(x[:, p:] for x in inside[:-1]))
+        rest = Inside(*(x[:, p:] for x in inside[:6]))  # without attentions
         labels = function(rest, num_groups - p)
         labels = np.where(labels < 0, -1, labels + p)
         own = np.broadcast_to(np.arange(p), (len(labels), p))

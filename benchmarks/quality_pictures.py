@@ -66,7 +66,7 @@ def pictures(quick: bool) -> tuple[Report, dict[str, str]]:
     x = patches - patches.mean(axis=1, keepdims=True)
     # Tokens of pictures come without attention, and weigh the same.
     ones = np.ones(x.shape[:2], np.float32)
-    inside = Inside(x, x, ones, ones, ones)
+    inside = Inside(x, x, ones, ones, ones, ones)
     present, missing = packages.installed({} if quick else {"tomesd": packages.tomesd})
     names = QUICK if quick else CONTENDERS
     contenders = {name: CONTENDERS[name] for name in names} | present

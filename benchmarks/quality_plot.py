@@ -17,7 +17,7 @@ class Line(NamedTuple):
 
 WARD = Line("ward", "#0072B2", "s")
 AVERAGE = Line("average", "#56B4E9", "o")
-BEST = Line("ward, received × saliency mass", "#D55E00", "*")
+BEST = Line("ward, received × exp(-entropy) mass", "#D55E00", "*")
 EUCLIDEAN = Line("ward, Euclidean", "#D55E00", "P")
 TOME = Line("ToMe, tokens", "#009E73", "D")
 TOME_KEYS = Line("ToMe, keys", "#009E73", "d")
@@ -27,7 +27,7 @@ RANDOM = Line("pruned at random", "#000000", "x")
 
 # The contender of a panel -> its line.
 IN_PLACE = {
-    "ward, received × saliency mass": BEST,
+    "ward, received × exp(-entropy) mass": BEST,
     "ward": WARD,
     "average": AVERAGE,
     "k-means": KMEANS,
@@ -37,7 +37,7 @@ IN_PLACE = {
     "pruned at random": RANDOM,
 }
 OVER = {
-    "ward, received × saliency mass": BEST,
+    "ward, received × exp(-entropy) mass": BEST,
     "ward, size mass": WARD,
     "average, size mass": AVERAGE,
     "ToMe, tokens": TOME,

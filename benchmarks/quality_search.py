@@ -55,7 +55,7 @@ CONTENDERS: dict[str, Contender] = {
     **{name: ours(name) for name in ("average", "ward", "complete", "single")},
     **{name: ours(name) for name in ("bipartite", "contiguous")},
     "ward by position too": ours("ward", by=placed),
-    "ward, nothing protected": ours("ward", protects=False),
+    "ward, nothing protected": not_protected(ours("ward")),
     "k-means, unit vectors": kmeans(unit=True, restarts=1),
     "ToMe in large steps, tokens": tome(tokens),
     "ToMe in steps of 8, tokens": tome(tokens, 8),
@@ -116,7 +116,7 @@ def merged(vectors: np.ndarray, contender: Contender, factor: int) -> np.ndarray
     # Two vectors are protected, as the poolers count them. The vectors have no keys or
     # attention of their own, and weigh the same.
     ones = np.ones(vectors.shape[:2], np.float32)
-    inside = Inside(vectors, vectors, ones, ones, ones, PROTECTED)
+    inside = Inside(vectors, vectors, ones, ones, ones, ones, PROTECTED)
     num_groups = PROTECTED + (vectors.shape[1] - PROTECTED) // factor
     labels, weights = contender(inside, num_groups)
     x = qm.merge_tokens(vectors, labels, num_groups, mass=weights)

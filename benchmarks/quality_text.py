@@ -60,25 +60,33 @@ def special_first(x: np.ndarray) -> np.ndarray:
 
 def unmerged(model: MiniLM, ids: np.ndarray) -> Unmerged:
     tokens = x = special_first(model.embed(ids))
-    entropies, inside = [], {}
-    attended = layer = model.attend(0, x)
+    layers, entropies, inside = [model.attend(0, x)], [], {}
     for i in range(NUM_LAYERS):
-        layer = model.attend(i, x) if i else attended
-        x = model.feed_forward(i, layer.hidden)
-        entropies.append(qm.attention_entropy(layer.attention))
+        if i:
+            layers.append(model.attend(i, x))
+        x = model.feed_forward(i, layers[i].hidden)
+        entropies.append(qm.attention_entropy(layers[i].attention))
         if i + 1 in DEPTHS:
-            # The mean over the layers so far.
-            score = qm.saliency(np.stack(entropies))
-            inside[i + 1] = inside_of(x, layer, score, np.ones(x.shape[:2], np.float32))
-    return Unmerged(tokens, attended, inside, pooled(x))
+            sizes = np.ones(x.shape[:2], np.float32)
+            inside[i + 1] = inside_of(x, layers, entropies, sizes)
+    return Unmerged(tokens, layers[0], inside, pooled(x))
 
 
 def inside_of(
-    x: np.ndarray, layer: Layer, score: np.ndarray, sizes: np.ndarray
+    x: np.ndarray, layers: list[Layer], entropies: list[np.ndarray], sizes: np.ndarray
 ) -> Inside:
-    keys = layer.key.mean(axis=1)  # over heads, as in ToMe
-    received = attention_received(layer.attention)
-    return Inside(x, keys, score, received, sizes, PROTECTED)
+    """Return the data of contenders from some layers and their entropies (B, H, N)."""
+    attentions = tuple(layer.attention for layer in layers)
+    return Inside(
+        tokens=x,
+        key=layers[-1].key.mean(axis=1),  # over heads, as in ToMe
+        saliency=qm.saliency(np.stack(entropies)),
+        entropy=entropies[-1].mean(axis=1),  # over heads
+        received=attention_received(attentions[-1]),
+        sizes=sizes,
+        num_protected=PROTECTED,
+        attentions=attentions,
+    )
 
 
 def in_place(
@@ -99,9 +107,9 @@ def over_the_layers(
     x, sizes = before.tokens, np.ones(before.tokens.shape[:2], np.float32)
     for i, num_groups in enumerate(counts):
         layer = model.attend(i, x, sizes) if i else before.attended
-        # Saliency and attention received are those of this layer alone.
-        score = qm.saliency(qm.attention_entropy(layer.attention)[None])
-        inside = inside_of(layer.hidden, layer, score, sizes)
+        # Entropy and attention received are those of this layer alone.
+        entropies = [qm.attention_entropy(layer.attention)]
+        inside = inside_of(layer.hidden, [layer], entropies, sizes)
         labels, weights = contender(inside, num_groups)
         x = qm.merge_tokens(layer.hidden, labels, num_groups, mass=weights)
         sizes = summed(sizes, labels, num_groups)

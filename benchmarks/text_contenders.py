@@ -1,20 +1,24 @@
 """The contenders of quality_text.py, by name.
 
-"Saliency" and "received" come from the attention of the encoder, except where a name
-says "tokens only". "Mass" weights the linkage and the means; "weights" only the means.
+"Saliency", "received" and "entropy" come from the attention of the encoder, except
+where a name says "tokens only". The saliency is that of all layers up to the merge. The
+others are those of the last layer. "Mass" weights the linkage and the means; "weights"
+only the means.
 """
 
 import numpy as np
 from contenders import (
     Contender,
     Inside,
+    Weights,
+    focused,
     ours,
-    own_saliency,
     quickmerge,
     received,
     received_saliency,
     saliency,
     size,
+    squared_norms,
 )
 from peers import (
     at_random,
@@ -36,40 +40,46 @@ def tokens(inside: Inside) -> np.ndarray:
     return inside.tokens
 
 
-def first_saliency(inside: Inside) -> np.ndarray:
-    """Return the saliency as users pass it to `quickmerge`."""
-    return inside.saliency
+def with_mass(method: str, mass: Weights) -> Contender:
+    return ours(method, mass=mass, weights=mass)
 
+
+TOKENS_ONLY = quickmerge()
+# The options that the README once advised; here without the attention of the encoder.
+WEIGHTED_WARD = quickmerge(method="ward", weights="saliency", weighted_linkage=True)
 
 IN_PLACE: dict[str, Contender] = {
-    "quickmerge, tokens only": quickmerge(),
-    "quickmerge, attention": quickmerge(saliency=first_saliency),
-    "quickmerge, weighted ward, tokens only": quickmerge(
-        method="ward", weights="saliency", weighted_linkage=True
+    "quickmerge, tokens only": TOKENS_ONLY,
+    "quickmerge, attention of all layers so far": quickmerge("attention"),
+    "quickmerge, saliency passed": quickmerge("saliency"),
+    "quickmerge, weighted ward, tokens only": WEIGHTED_WARD,
+    "quickmerge, tokens only, nothing protected": not_protected(TOKENS_ONLY),
+    "quickmerge, weighted ward, tokens only, nothing protected": not_protected(
+        WEIGHTED_WARD
     ),
     "the authors' labels": authors,
     **{name: ours(name) for name in ("average", "ward", "complete", "single")},
     **{name: ours(name) for name in ("nearest", "bipartite", "contiguous")},
-    "average, nothing protected": ours(protects=False),
-    "ward, nothing protected": ours("ward", protects=False),
+    "average, nothing protected": not_protected(ours()),
+    "ward, nothing protected": not_protected(ours("ward")),
     "ward by keys": ours("ward", by=key),
+    "ward, squared norm mass": with_mass("ward", squared_norms),
     "average, saliency weights": ours(weights=saliency),
-    "average, saliency mass": ours(mass=saliency, weights=saliency),
-    "average, received mass": ours(mass=received, weights=received),
-    "average, received × saliency mass": ours(
-        mass=received_saliency, weights=received_saliency
-    ),
+    "average, saliency mass": with_mass("average", saliency),
+    "average, received mass": with_mass("average", received),
+    "average, received × exp(-entropy) weights": ours(weights=focused),
+    "average, received × exp(-entropy) mass": with_mass("average", focused),
     "ward, saliency weights": ours("ward", weights=saliency),
-    "ward, saliency mass": ours("ward", mass=saliency, weights=saliency),
-    "ward, received mass": ours("ward", mass=received, weights=received),
-    "ward, received × saliency weights": ours("ward", weights=received_saliency),
-    "ward, received × saliency mass": ours(
-        "ward", mass=received_saliency, weights=received_saliency
-    ),
+    "ward, saliency mass": with_mass("ward", saliency),
+    "ward, received weights": ours("ward", weights=received),
+    "ward, received mass": with_mass("ward", received),
+    "ward, received × saliency mass": with_mass("ward", received_saliency),
+    "ward, received × exp(-entropy) weights": ours("ward", weights=focused),
+    "ward, received × exp(-entropy) mass": with_mass("ward", focused),
     "k-means": kmeans(),
     "k-means, unit vectors": kmeans(unit=True),
     "k-means, saliency mass": kmeans(saliency),
-    "k-means, received × saliency mass": kmeans(received_saliency),
+    "k-means, received × exp(-entropy) mass": kmeans(focused),
     "ToMe in large steps, tokens": tome(tokens),
     "ToMe in large steps, keys": tome(key),
     "ToMe in large steps, nothing protected": not_protected(tome(tokens)),
@@ -86,14 +96,16 @@ IN_PLACE: dict[str, Contender] = {
 # Those that also merge after other layers.
 MAIN = [
     "quickmerge, tokens only",
-    "quickmerge, attention",
     "quickmerge, weighted ward, tokens only",
+    "quickmerge, weighted ward, tokens only, nothing protected",
     "average",
     "ward",
+    "ward, squared norm mass",
     "average, saliency weights",
     "ward, saliency mass",
     "ward, received mass",
     "ward, received × saliency mass",
+    "ward, received × exp(-entropy) mass",
     "k-means",
     "ToMe in large steps, tokens",
     "ToMe in steps of 16, tokens",
@@ -101,24 +113,23 @@ MAIN = [
     "uniform chunks",
     "pruned at random",
 ]
-QUICK = ["quickmerge, attention", "ward", "ToMe in steps of 16, tokens"]
+QUICK = ["quickmerge, tokens only", "ward", "ToMe in steps of 16, tokens"]
 
 # A layer merges by its own attention. Without "mass", the linkage ignores the sizes.
 OVER: dict[str, Contender] = {
     "average": ours(),
     "average, size mass": ours(mass=size),
+    "average, received × exp(-entropy) mass": with_mass("average", focused),
     "ward": ours("ward"),
     "ward, size mass": ours("ward", mass=size),
-    "ward, size × saliency mass": ours("ward", mass=saliency, weights=saliency),
-    "ward, received mass": ours("ward", mass=received, weights=received),
-    "average, received × saliency mass": ours(
-        mass=received_saliency, weights=received_saliency
-    ),
-    "ward, received × saliency mass": ours(
-        "ward", mass=received_saliency, weights=received_saliency
-    ),
+    "ward, squared norm mass": with_mass("ward", squared_norms),
+    "ward, size × saliency mass": with_mass("ward", saliency),
+    "ward, received mass": with_mass("ward", received),
+    "ward, received × saliency mass": with_mass("ward", received_saliency),
+    "ward, received × exp(-entropy) mass": with_mass("ward", focused),
     "bipartite": ours("bipartite"),
     "ToMe, tokens": tome(tokens),
     "ToMe, keys": tome(key),
     "pruned by attention": keep_best(received),
 }
+QUICK_OVER = ["ward, received × exp(-entropy) mass", "ToMe, tokens"]

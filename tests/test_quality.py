@@ -45,11 +45,12 @@ def data_of(scripts, tokens, num_protected=0, sizes=None):
     """Return `Inside` of tokens, with random saliency and attention received."""
     rng = np.random.default_rng(1)
     shape = tokens.shape[:2]
-    saliency, received = rng.random((2, *shape)).astype(np.float32) + 0.1
+    saliency, entropy, received = rng.random((3, *shape), np.float32) * 0.9 + 0.1
     if sizes is None:
         sizes = np.ones(shape, np.float32)
+    attention = rng.dirichlet(np.ones(shape[1]), (shape[0], 2, shape[1]))
     return scripts.contenders.Inside(
-        tokens, tokens, saliency, received, sizes, num_protected
+        tokens, tokens, saliency, entropy, received, sizes, num_protected, (attention,)
     )
 
 
@@ -166,7 +167,7 @@ def test_weights_include_sizes(scripts, rng):
     sizes = rng.integers(1, 5, (1, 12)).astype(np.float32)
     inside, plain = data_of(scripts, tokens, 2, sizes), data_of(scripts, tokens, 2)
     contenders = scripts.contenders
-    for weights in contenders.size, contenders.saliency, contenders.own_saliency:
+    for weights in contenders.size, contenders.saliency, contenders.squared_norms:
         np.testing.assert_allclose(weights(inside), sizes * weights(plain))
 
 
