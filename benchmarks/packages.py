@@ -54,15 +54,15 @@ def tomesd() -> Contender:
     .. [1] D. Bolya and J. Hoffman, "Token merging for fast Stable Diffusion", CVPR
        Workshops 2023, arXiv:2303.17604.
     """
+    import tomesd.merge
     import torch
-    from tomesd.merge import bipartite_soft_matching_random2d
 
     def run(inside: Inside, num_groups: int) -> Grouping:
         batch, count, _ = inside.tokens.shape
         side = round(count**0.5)
         if side**2 != count or num_groups < (side // STRIDE) ** 2:
             raise ValueError(f"tomesd cannot merge {count} tokens to {num_groups}")
-        _, unmerge = bipartite_soft_matching_random2d(
+        _, unmerge = tomesd.merge.bipartite_soft_matching_random2d(
             _tensor(inside.tokens), side, side, STRIDE, STRIDE, count - num_groups,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip

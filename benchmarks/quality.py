@@ -57,7 +57,7 @@ def main() -> None:
     report["search"], missing = search(model, texts, quick)
     report["pictures"], more = pictures(quick)
     report["not run"] = missing | more
-    report["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
     if options.plot:
         plot(report, options.plot)
     if options.json:

@@ -56,6 +56,7 @@ CONTENDERS: dict[str, Contender] = {
     "pruned by norm": keep_best(norms),
 }
 QUICK = "ward", "k-means"
+PEER = "k-means"  # the contender that all others are compared with
 
 
 def pictures(quick: bool) -> tuple[Report, dict[str, str]]:
@@ -81,7 +82,8 @@ def pictures(quick: bool) -> tuple[Report, dict[str, str]]:
             shown(n + 1)
     title = f"PSNR in dB of {len(x)} rebuilt tiles of {x.shape[1]} patches"
     columns = [f"{s:.0%}" for s in FRACTIONS]
-    return table(title, list(contenders), columns, psnr), missing
+    report = table(title, list(contenders), columns, psnr, PEER, decibels=True)
+    return report, missing
 
 
 def rebuilt(inside: Inside, contender: Contender, num_groups: int) -> np.ndarray:

@@ -92,7 +92,7 @@ def plot(report: Report, path: Path) -> None:
         axis.grid(axis="y", color="0.9")
     for axis, ticks in (
         (axes[0, 0], (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
-        (axes[0, 1], (0.005, 0.01, 0.02, 0.03, 0.05)),
+        (axes[0, 1], (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)),
     ):
         axis.set_yscale("log")
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -30,6 +30,11 @@ def ratio(values: np.ndarray, peer: np.ndarray) -> list[float]:
     return [float(whole), *map(float, np.quantile(ratios, (0.025, 0.975)))]
 
 
+def difference(values: np.ndarray, peer: np.ndarray) -> list[float]:
+    """Return the mean difference over the same documents, and its interval."""
+    return interval(values - peer)
+
+
 def _samples(count: int) -> np.ndarray:
     """Draw as many documents as there are, with replacement, for each resample."""
     return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
@@ -42,12 +47,14 @@ def table(
     scores: np.ndarray,
     peer: str | None = None,
     baseline: np.ndarray | None = None,
+    decibels: bool = False,
 ) -> Report:
     """Print and return means over documents with their intervals.
 
     `scores` has the axes (contender, column, document), and is NaN where a contender
-    did not run. If `peer` is given, the report also has the ratios to that contender.
-    If `baseline` (document,) is given, all figures are ratios to it.
+    did not run. If `peer` is given, the report also has the ratios to that contender,
+    or the differences from it if the scores are in decibels. If `baseline` (document,)
+    is given, all figures are ratios to it.
     """
     width = max(map(len, names)) + 2
     print(f"\n{title}")
@@ -63,8 +70,9 @@ def table(
             estimate = interval(values) if baseline is None else ratio(values, baseline)
             report[name][column] = {"mean" if baseline is None else "ratio": estimate}
             if peer in names:
-                versus = ratio(values, scores[names.index(peer), c])
-                report[name][column][f"over {peer}"] = versus
+                compare, word = (difference, "minus") if decibels else (ratio, "over")
+                versus = compare(values, scores[names.index(peer), c])
+                report[name][column][f"{word} {peer}"] = versus
             text = f"{estimate[0]:.4g} ({estimate[1]:.3g}-{estimate[2]:.3g})"
             row += f"{text:>24}"
         print(f"{name:{width}}{row}")

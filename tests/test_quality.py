@@ -24,7 +24,8 @@ needs_encoder = pytest.mark.skipif(
 def scripts():
     """Import the modules of the benchmarks, which are scripts in another folder."""
     names = "contenders", "minilm", "packages", "peers", "quality_pictures"
-    names += "quality_plot", "quality_search", "quality_text", "text_contenders"
+    names += "quality_plot", "quality_search", "quality_tables", "quality_text"
+    names += ("text_contenders",)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield SimpleNamespace(**{name: __import__(name) for name in names})
@@ -171,6 +172,37 @@ def test_weights_include_sizes(scripts, rng):
         np.testing.assert_allclose(weights(inside), sizes * weights(plain))
 
 
+@pytest.mark.parametrize("source", ["tokens", "attention", "saliency"])
+def test_quickmerge_gets_the_source_that_its_name_says(scripts, rng, source):
+    tokens = rng.standard_normal((2, 12, 4)).astype(np.float32)
+    inside = data_of(scripts, tokens, 2)
+    passed = {
+        "tokens": {},
+        "attention": {"attention": inside.attentions[0][None]},  # (L, B, H, N, N)
+        "saliency": {"saliency": inside.saliency},
+    }[source]
+    protect = np.tile(np.arange(12) < 2, (2, 1))
+    wanted = qm.quickmerge(tokens, 5, protect=protect, order="first", **passed)
+    labels, weights = scripts.contenders.quickmerge(source)(inside, 5)
+    np.testing.assert_array_equal(labels, wanted.labels)
+    np.testing.assert_array_equal(weights, wanted.mass)
+
+
+def test_received_and_entropy_make_one_mass(scripts):
+    # Each of 2 tokens attends to both equally, so its entropy is log 2.
+    ones = np.ones((1, 2), np.float32)
+    attention = np.full((1, 3, 2, 2), 0.5)
+    received = scripts.contenders.attention_received(attention)
+    inside = scripts.contenders.Inside(
+        ones[..., None], ones, ones, np.log(2) * ones, received, ones
+    )
+    np.testing.assert_allclose(scripts.contenders.focused(inside), [[0.25, 0.25]])
+    # A column that all queries attend to receives everything.
+    attention[..., 0], attention[..., 1] = 1, 0
+    received = scripts.contenders.attention_received(attention)
+    np.testing.assert_array_equal(received, [[1, 0]])
+
+
 def test_kmeans_uses_weights(scripts):
     # On a line: three tokens near 0, one at 4, one at 10. Two groups split off the
     # token at 10; if the token at 4 is heavy, it becomes a group of its own.
@@ -257,7 +289,29 @@ def test_the_unmerged_run(scripts, model):
     np.testing.assert_allclose(whole, wanted, atol=1e-5)
 
 
-# ------------------------------------------------------------- packages and the plot
+# ------------------------------------------------------- tables, packages, the plot
+
+
+def test_table(scripts, capsys):
+    nan = np.full(2, np.nan)
+    # (contender, column, document): the second contender did not run in column two.
+    scores = np.array([[[1.0, 3.0], [4.0, 4.0]], [[2.0, 6.0], nan]])
+    names, columns = ["a", "b"], ["50%", "25%"]
+    report = scripts.quality_tables.table("title", names, columns, scores, "a")
+    # Means over documents. Each document has the ratio 2, so every resample has it too.
+    assert report["a"]["50%"]["mean"][0] == 2
+    assert report["b"]["50%"]["over a"] == [2, 2, 2]
+    assert "25%" not in report["b"]
+    assert capsys.readouterr().out.splitlines()[-1].endswith("-")
+    report = scripts.quality_tables.table("", names, columns, scores, "a", None, True)
+    mean, low, high = report["b"]["50%"]["minus a"]
+    assert mean == 2
+    assert [low, high] == [1, 3]  # a resample may hold one document twice
+    by_document = scripts.quality_tables.by_document
+    assert by_document(np.array([1.0, 3.0, 5.0]), np.array([0, 0, 7])).tolist() == [
+        2,
+        5,
+    ]
 
 
 def test_a_peer_that_is_not_installed_is_listed(scripts, monkeypatch, capsys):
