@@ -24,7 +24,7 @@ _EPSILON = 1e-12  # added to the variance by layer normalisation
 
 
 class Layer(NamedTuple):
-    """The output of a layer, and the queries, keys and attention inside it."""
+    """The output of a layer or its attention part, and the data inside it."""
 
     hidden: np.ndarray  # (B, N, D)
     query: np.ndarray  # (B, H, N, d)
@@ -69,15 +69,15 @@ class MiniLM:
         x += self._weights["embeddings.token_type_embeddings.weight"][0]
         return self._norm("embeddings.LayerNorm", x)
 
-    def layer(self, i: int, x: np.ndarray, sizes: np.ndarray | None = None) -> Layer:
-        """Run layer `i` on (B, N, D).
+    def attend(self, i: int, x: np.ndarray, sizes: np.ndarray | None = None) -> Layer:
+        """Run the attention part of layer `i` on (B, N, D), up to its normalisation.
 
         With `sizes`, a token of size n receives attention as n equal tokens would. A
         token of size 0 receives none.
         """
-        name = f"encoder.layer.{i}"
+        name = f"encoder.layer.{i}.attention"
         query, key, value = (
-            self._heads(self._linear(f"{name}.attention.self.{part}", x))
+            self._heads(self._linear(f"{name}.self.{part}", x))
             for part in ("query", "key", "value")
         )
         # QKᵀ / √d, (B, H, N, N).
@@ -91,15 +91,21 @@ class MiniLM:
         attention /= attention.sum(axis=-1, keepdims=True)
         read = (attention @ value).swapaxes(1, 2).reshape(x.shape)
         # BERT's post-norm layer: each part is added to its input, then normalised.
-        output = f"{name}.attention.output"
-        x = self._norm(f"{output}.LayerNorm", x + self._linear(f"{output}.dense", read))
+        x = x + self._linear(f"{name}.output.dense", read)
+        return Layer(self._norm(f"{name}.output.LayerNorm", x), query, key, attention)
+
+    def feed_forward(self, i: int, x: np.ndarray) -> np.ndarray:
+        """Run the MLP part of layer `i`, which maps each token alone, on (B, N, D)."""
+        name = f"encoder.layer.{i}"
         hidden = self._linear(f"{name}.intermediate.dense", x)
         hidden *= (1 + erf(hidden * np.float32(0.5**0.5))) / 2  # GELU
-        x = self._norm(
-            f"{name}.output.LayerNorm",
-            x + self._linear(f"{name}.output.dense", hidden),
-        )
-        return Layer(x, query, key, attention)
+        x = x + self._linear(f"{name}.output.dense", hidden)
+        return self._norm(f"{name}.output.LayerNorm", x)
+
+    def layer(self, i: int, x: np.ndarray, sizes: np.ndarray | None = None) -> Layer:
+        """Run layer `i` on (B, N, D): `attend` with `sizes`, then `feed_forward`."""
+        attended = self.attend(i, x, sizes)
+        return attended._replace(hidden=self.feed_forward(i, attended.hidden))
 
     def run(
         self, x: np.ndarray, first: int, last: int, sizes: np.ndarray | None = None

@@ -1,10 +1,9 @@
-"""Compares the benchmarks' encoder with torch's layers, and their ToMe with a loop."""
+"""Compares the encoder of the benchmarks with the layers of torch."""
 
 import importlib.util
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 
 pytest.importorskip("tokenizers")
@@ -18,14 +17,13 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
         import minilm
-        import peers
 
-        yield minilm, peers
+        yield minilm
 
 
 @pytest.fixture(scope="module")
 def model(benchmarks):
-    return benchmarks[0].MiniLM()
+    return benchmarks.MiniLM()
 
 
 def ids_of(model, *texts):
@@ -86,7 +84,7 @@ def test_sentences_of_the_same_meaning_are_close(model, benchmarks):
         "The harbour was full of sailing boats that summer.",
     )
     x = model.run(model.embed(ids_of(model, *sentences)), 0, 6)
-    vectors = benchmarks[0].pooled(x)
+    vectors = benchmarks.pooled(x)
     similarity = vectors @ vectors.T
     assert similarity[0, 1] > similarity[0, 2] + 0.3
 
@@ -100,15 +98,3 @@ def test_a_size_counts_as_equal_tokens(model):
     got = model.layer(2, x, sizes).hidden
     np.testing.assert_allclose(got[0, 1], wanted[0, 1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got[0, 4], wanted[0, -1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("num_groups", [1, 9, 11, 16, 17])
-def test_a_step_of_tome_equals_the_oracle(benchmarks, rng, num_groups):
-    """With several steps, ours orders the groups in between and averages units."""
-    _, peers = benchmarks
-    x = rng.standard_normal((17, 6))
-    labels = peers.tome_labels(x, num_groups)
-    groups = [set(np.flatnonzero(labels == k)) for k in range(num_groups)]
-    wanted = [set(group) for group in oracle.bipartite(x, num_groups)]
-    # As sets: the order of the groups is not part of ToMe.
-    assert sorted(map(sorted, groups)) == sorted(map(sorted, wanted))
