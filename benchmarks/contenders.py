@@ -38,7 +38,7 @@ def attention_received(attention: np.ndarray) -> np.ndarray:
     It is the mean over heads and queries. If attention is weighted by sizes, a token of
     size n receives what n tokens would.
     """
-    return attention.mean(axis=(1, 2))
+    return qm.attention_received(attention[None])[0].mean(axis=1)
 
 
 # Weights of tokens. Each includes the size of the token, which is 1 before any merge.
@@ -65,7 +65,7 @@ def focused(inside: Inside) -> np.ndarray:
 
     exp(entropy) is the perplexity: how many tokens a token attends to, in effect.
     """
-    return inside.received * np.exp(-inside.entropy)
+    return qm.attention_mass(inside.received, inside.entropy)
 
 
 def squared_norms(inside: Inside) -> np.ndarray:
@@ -118,13 +118,16 @@ def first_tokens(inside: Inside) -> np.ndarray:
 def quickmerge(source: str = "tokens", **options: Any) -> Contender:
     """Return the contender that calls `qm.quickmerge` with a source of the saliency.
 
-    "tokens": `quickmerge` computes the saliency from them. "attention": it gets the
-    attention of the layers so far. "saliency": it gets `Inside.saliency`.
+    "tokens": it gets nothing else. "attention": it gets the attention of the last
+    layer. "all attentions": it gets that of the layers so far. "saliency": it gets
+    `Inside.saliency`.
     """
 
     def run(inside: Inside, num_groups: int) -> Grouping:
         sources: dict[str, Any] = {}
         if source == "attention":
+            sources["attention"] = inside.attentions[-1][None]  # (1, B, H, N, N)
+        if source == "all attentions":
             sources["attention"] = np.stack(inside.attentions)  # (L, B, H, N, N)
         if source == "saliency":
             sources["saliency"] = inside.saliency
@@ -136,6 +139,8 @@ def quickmerge(source: str = "tokens", **options: Any) -> Contender:
             **sources,
             **options,
         )
-        return result.labels, result.mass * inside.sizes
+        # A token of size n already receives the attention of n tokens.
+        by_attention = "attention" in sources and "weights" not in options
+        return result.labels, result.mass * (1 if by_attention else inside.sizes)
 
     return run

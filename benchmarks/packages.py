@@ -1,6 +1,8 @@
 """Peers that are packages of their own; each runs its own code, if it is installed.
 
-    pip install --no-deps tomesd sentence-transformers pylate
+    pip install --target FOLDER --no-deps tomesd sentence-transformers pylate
+    pip install --target FOLDER transformers regex datasets
+    python benchmarks/quality.py --peers FOLDER
 
 Only the files that merge vectors are used. sentence-transformers also imports
 `transformers` and `regex`, and PyLate imports `datasets`.

@@ -1,6 +1,6 @@
 """Measure what merging loses on real tokens, by method: text, search and pictures.
 
-    python benchmarks/quality.py [--quick] [--json PATH] [--plot PATH]
+    python benchmarks/quality.py [--quick] [--json PATH] [--plot PATH] [--peers FOLDER]
 
 Task 1, text (quality_text.py): passages of Python's language reference and of the
 licences of installed packages go through a sentence encoder, which merges their tokens
@@ -23,6 +23,7 @@ documents (or tiles). Queries of one document are averaged first.
 import argparse
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small sizes")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--plot", type=Path, help="draw them to this PNG")
+    parser.add_argument(
+        "--peers", help="folder with packages of peers; see packages.py"
+    )
     options = parser.parse_args()
     quick, start = options.quick, time.perf_counter()
     model = MiniLM()
@@ -52,6 +56,9 @@ def main() -> None:
     print(f"qm_cupy {qm.__version__}, {machine}, text of Python {python}")
     limit = 3 if quick else None
     texts = documents(model, limit, SECTION) + licences(model, limit, SECTION)
+    # Only now, because the texts include the licences of all packages that are found.
+    if options.peers:
+        sys.path.append(options.peers)
     report: Report = {"machine": machine, "python": python}
     report["text"] = text(texts, quick)
     report["search"], missing = search(model, texts, quick)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import packages
-from contenders import Contender, Grouping, Inside, ours, size
+from contenders import Contender, Inside, ours
 from matplotlib import cbook
 from peers import (
     at_random,
@@ -20,7 +20,6 @@ from peers import (
 )
 from PIL import Image
 from quality_tables import Report, table
-from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.datasets import load_sample_images
 
 import qm_cupy as qm
@@ -35,18 +34,14 @@ def tokens(inside: Inside) -> np.ndarray:
     return inside.tokens
 
 
-def euclidean_ward(inside: Inside, num_groups: int) -> Grouping:
-    """Return groups by SciPy's ward linkage of the tokens, not of unit vectors."""
-    labels = [
-        fcluster(linkage(x, "ward"), num_groups, "maxclust") - 1 for x in inside.tokens
-    ]
-    return np.array(labels), size(inside)
-
-
 CONTENDERS: dict[str, Contender] = {
     **{name: ours(name) for name in ("average", "ward", "complete", "single")},
     **{name: ours(name) for name in ("bipartite", "contiguous")},
-    "SciPy's ward, Euclidean": euclidean_ward,
+    "average, Euclidean": ours(metric="euclidean"),
+    "ward, Euclidean": ours("ward", metric="euclidean"),
+    f"bipartite in steps of {STEP}, Euclidean": ours(
+        "bipartite", metric="euclidean", step=STEP
+    ),
     "k-means": kmeans(),
     "k-means, unit vectors": kmeans(unit=True),
     "ToMe in large steps, tokens": tome(tokens),
@@ -55,7 +50,7 @@ CONTENDERS: dict[str, Contender] = {
     "pruned at random": keep_best(at_random),
     "pruned by norm": keep_best(norms),
 }
-QUICK = "ward", "k-means"
+QUICK = "ward, Euclidean", "k-means"
 PEER = "k-means"  # the contender that all others are compared with
 
 

@@ -17,7 +17,7 @@ class Line(NamedTuple):
 
 WARD = Line("ward", "#0072B2", "s")
 AVERAGE = Line("average", "#56B4E9", "o")
-BEST = Line("ward, received × exp(-entropy) mass", "#D55E00", "*")
+BEST = Line("quickmerge with the attention", "#D55E00", "*")
 EUCLIDEAN = Line("ward, Euclidean", "#D55E00", "P")
 TOME = Line("ToMe, tokens", "#009E73", "D")
 TOME_KEYS = Line("ToMe, keys", "#009E73", "d")
@@ -27,7 +27,7 @@ RANDOM = Line("pruned at random", "#000000", "x")
 
 # The contender of a panel -> its line.
 IN_PLACE = {
-    "ward, received × exp(-entropy) mass": BEST,
+    "quickmerge, attention": BEST,
     "ward": WARD,
     "average": AVERAGE,
     "k-means": KMEANS,
@@ -37,7 +37,7 @@ IN_PLACE = {
     "pruned at random": RANDOM,
 }
 OVER = {
-    "ward, received × exp(-entropy) mass": BEST,
+    "quickmerge, attention": BEST,
     "ward, size mass": WARD,
     "average, size mass": AVERAGE,
     "ToMe, tokens": TOME,
@@ -53,7 +53,6 @@ SEARCH = {
 }
 PICTURES = {
     "ward, Euclidean": EUCLIDEAN,
-    "SciPy's ward, Euclidean": EUCLIDEAN,
     "ward": WARD,
     "average": AVERAGE,
     "k-means": KMEANS,

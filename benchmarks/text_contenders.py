@@ -50,7 +50,8 @@ WEIGHTED_WARD = quickmerge(method="ward", weights="saliency", weighted_linkage=T
 
 IN_PLACE: dict[str, Contender] = {
     "quickmerge, tokens only": TOKENS_ONLY,
-    "quickmerge, attention of all layers so far": quickmerge("attention"),
+    "quickmerge, attention": quickmerge("attention"),
+    "quickmerge, attention of all layers so far": quickmerge("all attentions"),
     "quickmerge, saliency passed": quickmerge("saliency"),
     "quickmerge, weighted ward, tokens only": WEIGHTED_WARD,
     "quickmerge, tokens only, nothing protected": not_protected(TOKENS_ONLY),
@@ -62,7 +63,12 @@ IN_PLACE: dict[str, Contender] = {
     **{name: ours(name) for name in ("nearest", "bipartite", "contiguous")},
     "average, nothing protected": not_protected(ours()),
     "ward, nothing protected": not_protected(ours("ward")),
+    "bipartite in steps of 16": ours("bipartite", step=16),
     "ward by keys": ours("ward", by=key),
+    "ward, Euclidean": ours("ward", metric="euclidean"),
+    "ward, Euclidean, received × exp(-entropy) mass": ours(
+        "ward", mass=focused, weights=focused, metric="euclidean"
+    ),
     "ward, squared norm mass": with_mass("ward", squared_norms),
     "average, saliency weights": ours(weights=saliency),
     "average, saliency mass": with_mass("average", saliency),
@@ -96,6 +102,7 @@ IN_PLACE: dict[str, Contender] = {
 # Those that also merge after other layers.
 MAIN = [
     "quickmerge, tokens only",
+    "quickmerge, attention",
     "quickmerge, weighted ward, tokens only",
     "quickmerge, weighted ward, tokens only, nothing protected",
     "average",
@@ -113,10 +120,12 @@ MAIN = [
     "uniform chunks",
     "pruned at random",
 ]
-QUICK = ["quickmerge, tokens only", "ward", "ToMe in steps of 16, tokens"]
+QUICK = ["quickmerge, attention", "ward", "ToMe in steps of 16, tokens"]
 
 # A layer merges by its own attention. Without "mass", the linkage ignores the sizes.
 OVER: dict[str, Contender] = {
+    "quickmerge, tokens only": TOKENS_ONLY,
+    "quickmerge, attention": quickmerge("attention"),
     "average": ours(),
     "average, size mass": ours(mass=size),
     "average, received × exp(-entropy) mass": with_mass("average", focused),
@@ -132,4 +141,4 @@ OVER: dict[str, Contender] = {
     "ToMe, keys": tome(key),
     "pruned by attention": keep_best(received),
 }
-QUICK_OVER = ["ward, received × exp(-entropy) mass", "ToMe, tokens"]
+QUICK_OVER = ["quickmerge, attention", "ToMe, tokens"]
