@@ -198,14 +198,13 @@ RECEIVED = {  # the kernels of the attention received from each source
 @single
 @pytest.mark.parametrize("source", RECEIVED)
 def test_default_weights_of_attention(dtype, source, masked, single, launches):
-    """They are the attention received times the saliency, without noise or softmax."""
+    """They are the attention mass: no saliency, noise or softmax is computed."""
     inputs = arguments(source, dtype, masked, single)
     got = qm.quickmerge(**inputs)
-    scores = [*ENTROPY[source], "entropy_range", "saliency"]
-    before = [*scores, *RECEIVED[source]]
+    before = [*RECEIVED[source], *ENTROPY[source], "attention_mass"]
     used = [without_shape(x).removesuffix("_kept") for x in launches[: len(before)]]
     assert used == before
-    assert not {"gumbel_softmax", "saliency_gumbel_mass"} & set(launches)
+    assert not {"saliency", "gumbel_softmax", "saliency_gumbel_mass"} & set(launches)
     # The stages, one after the other; a batch axis comes after the axis of layers.
     mask = inputs["mask"]
     lifted = {
@@ -215,7 +214,12 @@ def test_default_weights_of_attention(dtype, source, masked, single, launches):
     }
     padding = mask if mask is None or not single else mask[None]
     received = qm.attention_received(**lifted, mask=padding).mean((0, 2))
-    wanted = (received * saliency_of(inputs)).reshape(got.labels.shape)
+    if source == "attention":
+        entropy = qm.attention_entropy(lifted["attention"], mask=padding)
+    else:
+        entropy = qm.query_key_entropy(**lifted, mask=padding)
+    wanted = received * np.exp(-entropy.mean((0, 2)))
+    wanted = wanted.reshape(got.labels.shape)
     assert_close(got.mass, wanted, dtype)
     assert got.mass.dtype == cuda.accumulation_dtype(dtype)
     merged = qm.merge_tokens(inputs["tokens"], got.labels, GROUPS, mass=got.mass)
