@@ -97,7 +97,7 @@ def ours(
         labels = qm.cluster_tokens(
             by(inside) if by else inside.tokens,
             num_groups,
-            method=method,  # type: ignore[arg-type]
+            method=method,
             mass=mass and mass(inside),
             anchors=anchors,
             protect=protect,
