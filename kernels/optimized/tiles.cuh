@@ -19,9 +19,10 @@
 
 constexpr bool TENSOR_CORES = (sizeof(real_t) == 2 || TF32) && __CUDA_ARCH__ >= 800;
 // The second launch bound of kernels with a `WholeTile` or `HalfTile`: at least this
-// many blocks must fit on one SM. (The kernel `query_key_entropy`, with half tiles, has
-// a bound of one more.) For a `WholeTile`, the registers of an SM are enough for two
-// blocks only with the 16-bit types on tensor cores. TF32 and FMA need more registers.
+// many blocks must fit on one SM. (In query_key_entropy.cu and attention_received.cu,
+// kernels with tiles of 64 rows have a bound of one more.) For a `WholeTile`, the
+// registers of an SM are enough for two blocks only with the 16-bit types on tensor
+// cores. TF32 and FMA need more registers.
 constexpr int TILE_BLOCKS_PER_SM = TENSOR_CORES && !TF32 ? 2 : 1;
 
 using Fragment = acc_t[4][16];  // a thread's part: 4 rows, 16 columns
