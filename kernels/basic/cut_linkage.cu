@@ -3,7 +3,7 @@
 // M = n - K for n tokens. With `max_error` instead of K, M is the largest number of
 // merges that satisfies, with heights h and masses m,
 //
-//   sum_{r < M} h_r^2 / 2  <=  (max_error + 1e-12) sum_i m_i
+//   sum_{r < M} h_r^2 / 2  <=  max_error sum_i m_i + 1e-12 sum_r h_r^2 / 2
 //
 // because a ward merge at height h adds h^2 / 2 to the squared error. The 1e-12 is
 // ERROR_ROUNDING, an allowance for rounding. Both sides are divided by the largest
@@ -47,11 +47,14 @@ extern "C" __global__ void count_merges(const double* dendrogram, const acc_t* m
         double peak, error = 0;
         const double total =
             relative_mass_sum(mass, mask, b * num_tokens, num_tokens, &peak);
+        double of_all = 0;
+        for (long long r = 0; r < tokens - 1; ++r)
+            of_all += rows[4 * r + 2] * rows[4 * r + 2] / peak / 2;
         for (; merges < tokens - 1; ++merges) {
             const double height = rows[4 * merges + 2];
             error += height * height / peak / 2;
             // Also stop at a NaN: it is not within any limit.
-            if (!(error <= (max_error + ERROR_ROUNDING) * total)) break;
+            if (!(error <= max_error * total + ERROR_ROUNDING * of_all)) break;
         }
     }
     out[b] = static_cast<int>(max(merges, 0ll));

@@ -10,6 +10,15 @@
 //
 // One thread computes one output.
 
+// Whether each token is neither padding nor protected.
+// Shapes: mask, protect and out (B, N).
+extern "C" __global__ void free_mask(const bool* mask, const bool* protect,
+                                     long long num_elements, bool* out) {
+    const long long index = thread_index();  // (B, N)
+    if (index >= num_elements) return;
+    out[index] = is_token(mask, index) && !protect[index];
+}
+
 // Labels that put all tokens into group 0: the mean of this group is the offset o.
 // Shapes: mask and out (B, N).
 extern "C" __global__ void one_group(const bool* mask, long long num_elements,
@@ -64,15 +73,15 @@ extern "C" __global__ void euclidean_similarity(const acc_t* diagonal, long long
                                                 acc_t* matrix) {
     const long long index = thread_index();  // (B, N, N)
     if (index >= batch * num_tokens * num_tokens) return;
-    // An e_ij below this may come from the rounding of its three terms. linkage.cuh has
-    // the same constants for 1 - cos.
+    // An e_ij below this fraction of its first two terms may come from rounding.
+    // linkage.cuh has the same constants for 1 - cos.
     constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     const long long i = index / num_tokens;  // (B, N)
     const long long column = index % num_tokens,
                     j = i / num_tokens * num_tokens + column;
     const acc_t sum = diagonal[i] + diagonal[j];  // the same bits for (j, i)
     const acc_t e = sum / 2 - matrix[index];
-    const acc_t half_square = e < NOISE || i == j ? acc_t(0) : e;
+    const acc_t half_square = e < NOISE * (sum / 2) || i == j ? acc_t(0) : e;
     matrix[index] = 1 - (squared ? half_square : sqrt(2 * half_square));
 }
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     const double peak = largest > 0 ? largest : 1;
 
     // total = sum of masses, divided by the largest; each is at least LEAST_MASS
-    double total = 0, error = 0;
+    double total = 0, of_all = 0, error = 0;
     const auto weight = [&](long long i) {
         if (!is_token(mask, i)) return 0.0;
         return largest > 0 ? max(mass[i] / peak, LEAST_MASS) : 1.0;
@@ -51,9 +51,10 @@ __device__ __forceinline__ long long merges_within(const double* rows,
     const auto cost = [&](long long r) {
         return rows[4 * r + 2] * rows[4 * r + 2] / peak / 2;
     };
+    in_order(terms, num_rows, cost, [&](double term) { of_all += term; });
     in_order(terms, num_rows, cost, [&](double term) {
         error += term;
-        within = within && error <= (max_error + ERROR_ROUNDING) * total;
+        within = within && error <= max_error * total + ERROR_ROUNDING * of_all;
         merges += within;
     });
     __syncthreads();

@@ -43,7 +43,9 @@ QUERIES, KEYS = 1, 2
 # Linkage. In the dictionaries of bytes, the keys are the bytes of a distance.
 LINKAGE_METHODS = {"average": 0, "complete": 1, "ward": 2, "single": 3}
 LEAST_MASS = 1e-6  # a smaller mass is raised to this fraction of the largest mass
-ERROR_ROUNDING = 1e-12  # tolerance for rounding when an error is compared with a limit
+# Tolerance for rounding when an error is compared with a limit, as a fraction of the
+# error of a single group.
+ERROR_ROUNDING = 1e-12
 # Length of the scratch memory, in values of the size of a distance. Scratch memory is
 # at the start of shared memory, before the clusters and the matrix.
 LINKAGE_SCRATCH = 128

@@ -108,7 +108,7 @@ def bipartite_groups_cuda(
     # on).
     vectors = contiguous(tokens)
     if tokens.dtype.itemsize > 2:
-        vectors = metric_vectors_cuda(vectors, mask, metric)
+        vectors = metric_vectors_cuda(vectors, mask, protect, metric)
     roots = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (mask, protect, batch, num_tokens, roots)
     launch("bipartite", "free_tokens", np.float32, args, outputs=roots.size)
@@ -132,7 +132,7 @@ def bipartite_groups_cuda(
         remaining = max(fewest, remaining - min(remaining // 2, step))
         if remaining > max(fewest, 1) and vectors.dtype.itemsize == 2:
             # Later steps compare means of vectors, so compute the vectors now.
-            vectors = metric_vectors_cuda(vectors, mask, metric)
+            vectors = metric_vectors_cuda(vectors, mask, protect, metric)
         max_groups = max(
             min(num_groups, max_groups), max_groups - min(max_groups // 2, step)
         )

@@ -99,7 +99,7 @@ def contiguous_groups_cuda(
     """
     (batch, num_tokens), dim = rows_of(tokens[..., 0]), tokens.shape[-1]
     masks = contiguous(mask), contiguous(protect)
-    sums = metric_vectors_cuda(tokens, masks[0], metric)
+    sums = metric_vectors_cuda(tokens, *masks, metric)
     dtype = sums.dtype
     out = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)

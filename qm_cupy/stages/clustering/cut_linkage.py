@@ -176,7 +176,8 @@ def count_within(
 ) -> NDArray[np.int64]:
     """Return the least K (B,) for which the error is at most `max_error`.
 
-    The error is the squared error of unit tokens, divided by the sum of the masses.
+    The error is the squared error of the vectors (unit tokens, or tokens for a
+    Euclidean dendrogram), divided by the sum of the masses.
     """
     num_tokens = dendrogram.shape[-2] + 1
     counts = np.empty(dendrogram.shape[:-2], np.int64)
@@ -187,13 +188,18 @@ def count_within(
         relative, peak = relative_mass(
             (equal_mass if mass is None else mass[index])[valid]
         )
+        height = dendrogram[index][: len(relative) - 1, 2]  # without padded rows
+        largest = height.max(initial=0)
+        if largest == 0:  # all tokens are equal
+            counts[index] = 1
+            continue
+        # Divide by the largest height, so that no square overflows.
+        error = np.cumsum((height / largest) ** 2 / 2)
         # `linkage` multiplied the heights by √peak, where `peak` is the largest mass.
-        # Here the heights are divided by √peak and the masses by `peak`, so that no
-        # square overflows.
-        height = dendrogram[index][:, 2] / np.sqrt(peak)  # inf in padded rows
-        error = np.cumsum(height**2 / 2) / relative.sum()
+        limit = max_error * relative.sum() / largest * peak / largest
+        limit += ERROR_ROUNDING * error[-1]
         # The error grows with each merge, so K is n minus the merges within the limit.
-        counts[index] = len(relative) - np.sum(error <= max_error + ERROR_ROUNDING)
+        counts[index] = len(relative) - np.sum(error <= limit)
     return counts
 
 

@@ -71,16 +71,18 @@ def dendrograms_cuda(
     at_once = _sequences_at_once(batch, num_tokens, accumulation_dtype(tokens.dtype))
     for start in range(0, batch, at_once):
         sequences = slice(start, start + at_once)
-        valid = None if masks is None else masks[sequences]
+        valid, protected = (
+            None if x is None else x[sequences] for x in (masks, protects)
+        )
         matrix, units = similarities_cuda(
-            tokens[sequences], valid, metric, squared=method == "ward"
+            tokens[sequences], valid, protected, metric, squared=method == "ward"
         )
         linkage_cuda(
             matrix,
             method,
             mass=None if masses is None else masses[sequences],
             mask=valid,
-            protect=None if protects is None else protects[sequences],
+            protect=protected,
             num_groups=None if counts is None else counts[sequences],
             out=out[sequences],
         )

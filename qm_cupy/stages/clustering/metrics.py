@@ -6,10 +6,10 @@ a common unit:
 
     v_i = (x_i - o) / u
 
-The offset o is the mean token, and the unit u is the largest ‖x_i - o‖. The offset does
-not change distances, and the unit divides all of them. Both keep the numbers small:
-‖v_i - v_j‖² = v_i·v_i + v_j·v_j - 2 v_i·v_j loses digits if the tokens are far from the
-origin, and its squares could overflow.
+The offset o is the mean token, and the unit u is the largest ‖x_i - o‖ (on a CPU, the
+next lower power of two). The offset does not change distances, and the unit divides all
+of them. Both keep the numbers small: ‖v_i - v_j‖² = v_i·v_i + v_j·v_j - 2 v_i·v_j loses
+digits if the tokens are far from the origin, and its squares could overflow.
 """
 
 import math
@@ -29,9 +29,11 @@ from .unit_tokens import unit_tokens, unit_tokens_cuda
 
 Metric = Literal["cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-# A distance ½‖v_i - v_j‖² below this is 0, so that equal tokens have distance 0: it may
-# come from rounding alone. It is 64 times the distance from 1 to the next float64.
+# A distance ½‖v_i - v_j‖² below this fraction of ½‖v_i‖² + ½‖v_j‖² is 0, so that equal
+# tokens have distance 0: it may come from rounding alone. The fraction is 64 times the
+# distance from 1 to the next float64.
 _NOISE = 2.0**-46
+_BLOCK_ROWS = 256  # rows of distances that are computed at once: they stay in cache
 
 
 def metric_vectors(tokens: NDArray[Any], metric: str) -> tuple[NDArray[Any], float]:
@@ -40,12 +42,26 @@ def metric_vectors(tokens: NDArray[Any], metric: str) -> tuple[NDArray[Any], flo
     if metric == "cosine":
         return unit_tokens(x), 1.0
     # Divide by the largest entry first, so that no sum overflows.
-    peak = float(np.abs(x).max(initial=0)) or 1.0
+    peak = _power_of_two(np.abs(x).max(initial=0))
     x /= peak
     x -= x.mean(axis=0)
-    largest = float(np.linalg.norm(x, axis=-1).max(initial=0)) or 1.0
+    largest = _power_of_two(np.linalg.norm(x, axis=-1).max(initial=0))
     x /= largest
-    return x, peak * largest
+    unit = peak * largest
+    if unit == np.inf:
+        raise ValueError(
+            "`tokens` are too large: their Euclidean distances exceed the range of "
+            f"float64, got entries up to {np.abs(tokens).max():.3g}"
+        )
+    return x, unit
+
+
+def _power_of_two(x: Any) -> float:
+    """Return the greatest power of two up to x, which divides without rounding.
+
+    Return 1 for 0.
+    """
+    return math.ldexp(0.5, math.frexp(x)[1]) if x > 0 else 1.0
 
 
 def half_squared_distances(vectors: NDArray[Any], metric: str) -> NDArray[np.float64]:
@@ -58,19 +74,39 @@ def half_squared_distances(vectors: NDArray[Any], metric: str) -> NDArray[np.flo
     gram(vectors, distance)
     if metric == "cosine":
         np.subtract(1, distance, out=distance)
+        distance[distance < _NOISE] = 0
         return distance.clip(0, 2, out=distance)  # rounding can exceed the range
     half_square = distance.diagonal() / 2  # (N,)
-    np.subtract(half_square, distance, out=distance)
-    distance += half_square[:, None]
-    distance[distance < _NOISE] = 0
+    # Blocks of rows, so that the sums of squares need little memory. The two squares
+    # are added first: both entries of a pair then have the same bits.
+    for start in range(0, len(distance), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        squares = half_square[rows, None] + half_square
+        block = np.subtract(squares, distance[rows], out=distance[rows])
+        squares *= _NOISE
+        block[block < squares] = 0
     return distance
+
+
+def free_mask_cuda(tokens: Any, mask: Any, protect: Any) -> Any:
+    """Return a mask (..., N) of the tokens that are neither padding nor protected.
+
+    Return None if all tokens are free. A protected token takes no part in the grouping
+    of the others, so it must not change their offset and their unit.
+    """
+    if protect is None:
+        return mask
+    out = empty(tokens.shape[:-1], np.bool_)
+    args = (contiguous(mask), contiguous(protect), out.size, out)
+    launch("metrics", "free_mask", np.float32, args, outputs=out.size)
+    return out
 
 
 def centered_tokens_cuda(tokens: Any, mask: Any) -> Any:
     """Return tokens (..., N, D) minus their mean, in the accumulation dtype.
 
-    Padding becomes 0. The mean is rounded to the dtype of the tokens. Any offset would
-    do, as long as all tokens of a sequence have the same one.
+    Tokens that are not in the mask become 0. The mean is rounded to the dtype of the
+    tokens. Any offset would do, as long as all tokens of a sequence have the same one.
     """
     (batch, num_tokens), dim = rows_of(tokens[..., 0]), tokens.shape[-1]
     mask = contiguous(mask)
@@ -85,31 +121,32 @@ def centered_tokens_cuda(tokens: Any, mask: Any) -> Any:
     return out
 
 
-def metric_vectors_cuda(tokens: Any, mask: Any, metric: str) -> Any:
-    """Return vectors (..., N, D) in the accumulation dtype; padding becomes 0.
+def metric_vectors_cuda(tokens: Any, mask: Any, protect: Any, metric: str) -> Any:
+    """Return vectors (..., N, D) in the accumulation dtype.
 
-    For "euclidean" they have the unit of the tokens.
+    Tokens that are not in the mask become 0. For "euclidean", the vectors have the unit
+    of the tokens.
     """
     if metric == "cosine":
         return unit_tokens_cuda(tokens, mask)
-    return centered_tokens_cuda(tokens, mask)
+    return centered_tokens_cuda(tokens, free_mask_cuda(tokens, mask, protect))
 
 
-def products_operand_cuda(tokens: Any, mask: Any, metric: str) -> Any:
+def products_operand_cuda(tokens: Any, mask: Any, protect: Any, metric: str) -> Any:
     """Return vectors whose products x · y need no other preparation.
 
     The kernels divide products by norms, so cosines need no unit vectors. For
     "euclidean", tokens of 16 bits are not centred either: tensor cores multiply them as
-    they are. Their products are exact, and their own rounding is larger than the error
-    of the sums.
+    they are, and their products are exact. The rounding error of the distances then
+    depends on the norms of the tokens, not on their distances to the mean.
     """
     if metric == "cosine" or tokens.dtype.itemsize == 2:
         return contiguous(tokens)
-    return centered_tokens_cuda(tokens, mask)
+    return centered_tokens_cuda(tokens, free_mask_cuda(tokens, mask, protect))
 
 
 def similarities_cuda(
-    tokens: Any, mask: Any, metric: str, *, squared: bool
+    tokens: Any, mask: Any, protect: Any, metric: str, *, squared: bool
 ) -> tuple[Any, Any]:
     """Return a matrix (B, N, N) for `linkage_cuda`, and the units (B, N) or None.
 
@@ -120,8 +157,9 @@ def similarities_cuda(
     if metric == "cosine":
         return cosine_similarity_cuda(tokens), None
     batch, num_tokens, _ = tokens.shape
-    x = products_operand_cuda(tokens, mask, metric)
-    norms = token_norms_cuda(x, mask)  # 0 for padding
+    mask = free_mask_cuda(tokens, mask, protect)
+    x = products_operand_cuda(tokens, mask, None, metric)
+    norms = token_norms_cuda(x, mask)  # 0 for tokens that are not in the mask
     units = empty(norms.shape, norms.dtype)
     args: tuple[Any, ...] = (norms, batch, num_tokens, units)
     launch("metrics", "largest_norms", norms.dtype, args, blocks=batch)

@@ -59,7 +59,7 @@ def nearest_groups_cuda(
     batch, num_tokens = rows_of(tokens[..., 0])
     mask, protect = contiguous(mask), contiguous(protect)
     anchors = contiguous(anchors, np.int32)
-    tokens = products_operand_cuda(tokens, mask, metric)
+    tokens = products_operand_cuda(tokens, mask, protect, metric)
     num_groups = anchors.shape[-1]
     # Sort the anchors and drop duplicates, so that ties go to the lower position: mark
     # the anchors in the sequence, then list the marked positions.

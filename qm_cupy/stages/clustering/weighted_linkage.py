@@ -49,8 +49,8 @@ _GROUP = np.dtype(
 def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Floats, int]:
     """Return the dendrogram (N - 1, 4) of tokens with masses, and the number of rounds.
 
-    `distance` holds d_ij (N, N) and is overwritten, `mass` (N,) is > 0, and `method` is
-    "average" or "ward".
+    `distance` holds d_ij (N, N), exactly symmetric, and is overwritten. `mass` (N,) is
+    > 0, and `method` is "average" or "ward".
 
     The dendrogram is defined by one merge at a time, always of the nearest pair. A
     round merges pairs of groups that are each other's nearest neighbours: all such

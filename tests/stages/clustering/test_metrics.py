@@ -10,7 +10,11 @@ from scipy.spatial.distance import pdist
 import qm_cupy as qm
 from qm_cupy.stages.clustering.cluster_tokens import METHODS
 from qm_cupy.stages.clustering.linkage import LINKAGES
-from qm_cupy.stages.clustering.metrics import METRICS
+from qm_cupy.stages.clustering.metrics import (
+    METRICS,
+    half_squared_distances,
+    metric_vectors,
+)
 
 euclidean = {"metric": "euclidean"}
 
@@ -92,9 +96,52 @@ class TestLinkage:
             squares = ((tokens - qm.unmerge_tokens(means, labels)) ** 2).sum(axis=-1)
             error = np.average(squares, weights=weights)
             # A bound just above the error gives these K groups, one just below more.
-            for factor, more in ((1 + 1e-9, 0), (1 - 1e-9, 1)):
+            for factor, more in ((1 + 1e-6, 0), (1 - 1e-6, 1)):
                 cut = qm.cut_linkage(tree, max_error=error * factor, mass=mass)
                 assert cut.max() + 1 == num_groups + more
+
+    @pytest.mark.parametrize("scale", [1e-200, 1e-7, 1e7, 1e200])
+    def test_error_of_a_cut_has_no_unit_of_its_own(self, scale):
+        """A fixed tolerance for rounding would merge small tokens."""
+        tokens = tokens_of(12, 3)
+        tree = qm.linkage(tokens, "ward", **euclidean)
+        scaled = qm.linkage(tokens * scale, "ward", **euclidean)
+        errors = np.cumsum(tree[:, 2] ** 2 / 2) / 12
+        for num_groups in (12, 9, 4, 1):
+            bound = 0 if num_groups == 12 else errors[11 - num_groups] * (1 + 1e-6)
+            assert qm.cut_linkage(tree, max_error=bound).max() + 1 == num_groups
+            if scale in (1e-7, 1e7):  # the square of the others is not a float64
+                labels = qm.cut_linkage(scaled, max_error=bound * scale**2)
+                assert labels.max() + 1 == num_groups
+        assert qm.cut_linkage(scaled, max_error=0).max() + 1 == 12
+
+    @pytest.mark.parametrize("method", WEIGHTED)
+    def test_distances_are_exactly_symmetric(self, method):
+        """Otherwise neighbours can form a cycle, and no pair merges.
+
+        The tokens are almost the corners of a simplex: all distances are nearly equal.
+        """
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            dim = int(rng.integers(4, 24))
+            x = rng.standard_normal(dim) + np.eye(dim) * 1e-5
+            x = np.vstack([x, -x[:1]])
+            for metric in METRICS:
+                vectors, _ = metric_vectors(x, metric)
+                distance = half_squared_distances(vectors, metric)
+                np.testing.assert_array_equal(distance, distance.T)
+            tree = qm.linkage(x, method, mass=np.ones(dim + 1), **euclidean)
+            assert hierarchy.is_valid_linkage(tree)
+
+    def test_an_outlier_leaves_distances_that_are_not_zero(self):
+        tokens = np.array([[1e5], [0.0], [1.0], [3.0]])
+        tree = qm.linkage(tokens, "average", **euclidean)
+        np.testing.assert_allclose(tree[:2, 2], [1, 2.5], rtol=1e-4)
+
+    def test_distances_beyond_float64(self):
+        tokens = np.array([[1.7e308, 1.7e308], [-1.7e308, -1.7e308], [0, 0]])
+        with pytest.raises(ValueError, match="`tokens` are too large"):
+            qm.linkage(tokens, **euclidean)
 
     def test_mask(self):
         tokens = tokens_of(2, 12, 3)

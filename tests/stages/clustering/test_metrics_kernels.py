@@ -115,9 +115,25 @@ def test_tokens_far_from_the_origin(interpreted, kernels, dtype, method):
     np.testing.assert_allclose(got[..., 2], wanted[..., 2], rtol=rtol)
 
 
+@every_kernel
+@methods
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_protected_outlier_changes_no_group(interpreted, kernels, dtype, method):
+    """An attention sink is often a hundred times as long as the other tokens."""
+    rng = np.random.default_rng(3)
+    centres = 3 * rng.standard_normal((4, 16))
+    tokens = np.repeat(centres, 5, axis=0) + 0.3 * rng.standard_normal((20, 16))
+    tokens = np.concatenate([1000 * tokens[:1], tokens])[None].astype(dtype)
+    protect = (np.arange(21) == 0)[None]
+    options = {"method": method, "metric": "euclidean", "protect": protect}
+    wanted = qm.cluster_tokens(on_cpu(tokens), 9, **options)
+    got = interpreted(qm.cluster_tokens, tokens, 9, **options, kernels=kernels)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@every_kernel
 @methods
 @pytest.mark.parametrize("value", [0, 1, 300])
-@every_kernel
 def test_equal_tokens(interpreted, kernels, method, value):
     tokens = np.full((2, 20, 5), value, np.float16)
     labels = interpreted(
