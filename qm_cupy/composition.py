@@ -79,6 +79,7 @@ class Sources(NamedTuple):
 class Options(NamedTuple):
     """Options of selection, clustering and merging, with the names of `quickmerge`."""
 
+    causal: bool
     method: str
     metric: str
     step: int | None
@@ -205,33 +206,42 @@ def _scores_and_weights(
         return _saliency_and_mass(stages, tokens, sources, mask, options)
     scores = None
     if options.need_saliency():
-        scores = _saliency(stages, tokens, sources, mask)
+        scores = _saliency(stages, tokens, sources, mask, options.causal)
     if word == "saliency":
         return scores, scores
     if word == "attention":
-        return scores, _attention_mass(stages, tokens, sources, mask)
+        mass = _attention_mass(stages, tokens, sources, mask, options.causal)
+        return scores, mass
     if word == "uniform":
         return scores, stages.unit_weights(tokens, mask)
     return scores, stages.masked_copy(options.weights, mask)
 
 
-def _saliency(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
+def _saliency(
+    stages: Stages, tokens: Any, sources: Sources, mask: Any, causal: bool
+) -> Any:
     """Return the saliency (B, N) of the source; low entropy is salient."""
     if sources.saliency is not None:
         return stages.masked_copy(sources.saliency, mask)
     mask_2d = _with_batch(mask)
-    entropy = _entropy(stages, tokens, sources, mask_2d)
+    entropy = _entropy(stages, tokens, sources, mask_2d, causal)
     return stages.saliency(entropy, mask=mask_2d).reshape(tuple(tokens.shape[:-1]))
 
 
-def _attention_mass(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
+def _attention_mass(
+    stages: Stages, tokens: Any, sources: Sources, mask: Any, causal: bool
+) -> Any:
     """Return the attention mass (B, N): attention received, and its entropy."""
     mask_2d = _with_batch(mask)
     received = stages.attention_received(  # (B, N), (L, B, N) or (L, B, H, N)
-        sources.attention, query=sources.query, key=sources.key, mask=mask_2d
+        sources.attention,
+        query=sources.query,
+        key=sources.key,
+        causal=causal,
+        mask=mask_2d,
     )
-    entropy = _entropy(stages, tokens, sources, mask_2d)  # of the same shape
-    mass = stages.attention_mass(received, entropy)
+    entropy = _entropy(stages, tokens, sources, mask_2d, causal)  # of the same shape
+    mass = stages.attention_mass(received, entropy, causal=causal, mask=mask_2d)
     return mass.reshape(tuple(tokens.shape[:-1]))
 
 
@@ -253,12 +263,12 @@ def _saliency_and_mass(
         # Saliency (with "low", low entropy is salient), Gumbel-softmax and mass: one
         # launch if the sizes allow it, otherwise three.
         mask_2d = _with_batch(mask)
-        entropy = _entropy(stages, tokens, sources, mask_2d)
+        entropy = _entropy(stages, tokens, sources, mask_2d, options.causal)
         scores, _, mass = saliency_gumbel_mass_cuda(
             entropy, "low", options.temperature, noise, options.epsilon, mask_2d
         )
         return scores.reshape(shape), mass.reshape(shape)
-    scores = _saliency(stages, tokens, sources, mask)
+    scores = _saliency(stages, tokens, sources, mask, options.causal)
     if fused:  # the caller passed the saliency: one launch for softmax and mass
         _, mass = softmax_mass_cuda(
             scores, options.temperature, noise, options.epsilon, mask
@@ -306,12 +316,15 @@ def _lift_sources(sources: Sources, tokens: Any) -> Sources:
     return sources._replace(**lifted)
 
 
-def _entropy(stages: Stages, tokens: Any, sources: Sources, mask: Any) -> Any:
+def _entropy(
+    stages: Stages, tokens: Any, sources: Sources, mask: Any, causal: bool
+) -> Any:
     """Return the entropy of the source: (B, N), (L, B, N) or (L, B, H, N)."""
     if sources.attention is not None:
         return stages.attention_entropy(sources.attention, mask=mask)
     if sources.query is not None:
-        return stages.query_key_entropy(sources.query, sources.key, mask=mask)
+        pair = sources.query, sources.key
+        return stages.query_key_entropy(*pair, causal=causal, mask=mask)
     if sources.hidden_states is not None:
         # Call the public function for NumPy and CuPy too. It expands the mask (B, N) to
         # (L, B, N), which `compute_self_attention_entropy` does not do. The functions

@@ -48,6 +48,7 @@ from .stages.clustering.cluster_tokens import (
 )
 from .stages.clustering.labels import ORDERS, Order
 from .stages.clustering.metrics import METRICS, Metric
+from .stages.saliency.query_key_entropy import check_causal
 from .stages.selection.gumbel_noise import check_noise
 from .stages.selection.gumbel_softmax import (
     check_temperature,
@@ -67,6 +68,7 @@ def quickmerge(
     query: FloatArray | None = None,
     key: FloatArray | None = None,
     saliency: FloatArray | None = None,
+    causal: bool = False,
     mask: BoolArray | None = None,
     protect: BoolArray | None = None,
     method: Method | None = None,
@@ -116,6 +118,11 @@ def quickmerge(
         d. Each query attends to all keys, so no causal mask is applied.
     saliency : ndarray of shape (B, N), optional
         The saliency itself instead of a source, for example from `norm_saliency`.
+    causal : bool, default False
+        Whether the attention of the source is causal: token i attends only to tokens
+        0..i, as in language models. Queries and keys are masked accordingly. The
+        weights "attention" then take into account that early tokens attend to few
+        tokens, and that few tokens attend to late ones.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
     protect : ndarray of shape (N,) or (B, N), optional
@@ -194,9 +201,10 @@ def quickmerge(
         sources, method, weights, weighted_linkage
     )
     check_weighted_linkage(weighted_linkage, method)
+    check_causal(causal)
     options = Options(
-        method, metric, check_step(step, method), order, temperature, epsilon, weights,
-        weighted_linkage, noise_seed, sequence_offset,
+        causal, method, metric, check_step(step, method), order, temperature, epsilon,
+        weights, weighted_linkage, noise_seed, sequence_offset,
     )  # fmt: skip
     # Do not convert traced arrays: under a compiler or JAX they may have no values, and
     # a torch tensor would lose its gradient. Call the public stage functions instead,

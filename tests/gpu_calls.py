@@ -349,7 +349,7 @@ def calls(num_tokens, masked=False, ragged=False):
         ),
         "attention_mass": (
             qm.attention_mass,
-            {"received": entropy, "entropy": 2 * entropy},
+            {"received": entropy, "entropy": 2 * entropy, "causal": True, **padded},
         ),
         "attention_mass_vjp": (
             qm.attention_mass_vjp,

@@ -107,7 +107,7 @@ CALLS = {
     "attention_mass": Call(
         "attention_mass",
         {"received": RNG.random((2, 2, 2, 5)), "entropy": RNG.random((2, 2, 2, 5))},
-        {},
+        {"causal": True, "mask": MASK},
     ),
     "saliency_mass": Call(
         "saliency_mass",

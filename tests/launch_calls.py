@@ -273,10 +273,12 @@ OPERATIONS = {
     "self_attention_entropy_vjp": lambda c: qm.self_attention_entropy_vjp(
         c.scores, c.tokens, mask=c.mask
     ),
-    "attention_mass": lambda c: qm.attention_mass(abs(c.scores), c.scores),
-    "attention_mass, heads": lambda c: qm.attention_mass(abs(c.head_rows), c.head_rows),
+    "attention_mass": lambda c: qm.attention_mass(abs(c.scores), abs(c.scores)),
+    "attention_mass, causal heads": lambda c: qm.attention_mass(
+        abs(c.head_rows), abs(c.head_rows), causal=True, mask=c.mask
+    ),
     "attention_mass_vjp": lambda c: qm.attention_mass_vjp(
-        c.scores, abs(c.head_rows), c.head_rows
+        c.scores, abs(c.head_rows), abs(c.head_rows)
     ),
     "saliency": lambda c: qm.saliency(c.scores, mask=c.mask),
     "saliency, heads": lambda c: qm.saliency(c.head_rows, salient="high"),

@@ -204,14 +204,17 @@ def top_k_mask(scores, num_groups):
     return np.array(mask)
 
 
-def attention_mass(received, entropy):
-    """r_i exp(-H_i) of (L, H, N): r and H are means over layers and heads."""
+def attention_mass(received, entropy, causal=False):
+    """r_i exp(-H_i) of (L, H, N): r and H are means over layers and heads.
+
+    Times i + 1, the number of tokens that token i attends to, if attention is causal.
+    """
     count = len(received) * len(received[0])
     mass = []
     for i in range(len(received[0][0])):
         r = math.fsum(float(head[i]) for layer in received for head in layer) / count
         h = math.fsum(float(head[i]) for layer in entropy for head in layer) / count
-        mass.append(r * math.exp(-h))
+        mass.append(r * math.exp(-h) * (i + 1 if causal else 1))
     return np.array(mass)
 
 

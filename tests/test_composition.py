@@ -334,6 +334,26 @@ def test_the_shape_of_an_unneeded_source_is_checked(
 
 
 @calls
+@pytest.mark.parametrize("source", ["attention", "pair"])
+def test_causal_attention(tokens, arrays, call, source):
+    """Neither the first nor the last tokens weigh more because of the causal mask."""
+    if source == "attention":
+        attention = np.tril(arrays["attention"])
+        attention /= attention.sum(-1, keepdims=True)
+        inputs, entropy = {"attention": attention}, qm.attention_entropy(attention)
+    else:
+        inputs = {x: arrays[x].copy() for x in PAIR}
+        entropy = qm.query_key_entropy(*inputs.values(), causal=True)
+    received = qm.attention_received(**inputs, causal=True)
+    wanted = received.mean((0, 2)) * np.exp(-entropy.mean((0, 2))) * np.arange(1, N + 1)
+    got = call(tokens, **inputs, causal=True)
+    assert_close(np.asarray(got.mass), wanted, np.float32)
+    # `torch.compile` replaces the error by its own, which quotes it.
+    with pytest.raises(Exception, match="`causal` must be True or False"):
+        call(tokens, causal="yes")
+
+
+@calls
 @pytest.mark.parametrize("options", [{}, {"method": "bipartite", "step": 1}])
 def test_metric_and_step_reach_the_clustering(tokens, call, options):
     lengths = np.logspace(0, 2, N)  # without them, both metrics give similar groups
@@ -390,6 +410,32 @@ def same_bits_in_every_call(rng, options, dtype):
             cuts = (count, size, count, count, size)  # tokens, labels, sizes, ...
             parts = [x[row][:n] for x, n in zip(merged, cuts, strict=True)]
             same(parts, alone[b])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("source", ["attention", "pair"])
+def test_padding_changes_no_bit_of_attention_weights(rng, source, causal):
+    positions = np.sort(rng.choice(50, 33, replace=False))
+    x = rng.standard_normal((33, 8)).astype(np.float32)
+    query, key = rng.standard_normal((2, L, H, 33, 5)).astype(np.float32)
+    attention = rng.random((L, H, 33, 33)).astype(np.float32)
+    mask = np.isin(np.arange(50), positions)
+    padded = np.full((1, 50, 8), 7, np.float32)
+    padded[0, positions] = x
+    long = {"query": query, "key": key}
+    alone = dict(long)
+    for name, values in alone.items():
+        long[name] = np.full((L, 1, H, 50, 5), 7, np.float32)
+        long[name][:, 0][:, :, positions] = values
+    if source == "attention":
+        alone = {"attention": attention}
+        wide = np.full((L, 1, H, 50, 50), 7, np.float32)
+        wide[:, 0][:, :, positions[:, None], positions] = attention
+        long = {"attention": wide}
+    got = qm.quickmerge(padded, 9, mask=mask[None], causal=causal, **long)
+    wanted = qm.quickmerge(x, 9, causal=causal, **alone)
+    np.testing.assert_array_equal(got.mass[0, positions], wanted.mass)
+    np.testing.assert_array_equal(got.tokens[0], wanted.tokens)
 
 
 @pytest.mark.parametrize(

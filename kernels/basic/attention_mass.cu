@@ -1,14 +1,16 @@
 // Attention mass: the attention that a token receives, divided by the perplexity of its
 // own attention.
 //
-//   m_i = r_i e^(-H_i)
+//   m_i = r_i e^(-H_i)         or m_i = r_i n_i e^(-H_i) if attention is causal
 //
 // r is the attention received and H the entropy; both are means over layers and heads.
-// One thread, one output.
-// Shapes: received and entropy (L, B, H, N), out (B, N).
+// n_i is the number of tokens up to token i (`tokens_up_to` in head_mean.cuh). One
+// thread, one output.
+// Shapes: received and entropy (L, B, H, N), mask and out (B, N).
 extern "C" __global__ void attention_mass(const real_t* received, const real_t* entropy,
-                                          long long layers, long long batch,
-                                          long long heads, long long num_tokens,
+                                          const bool* mask, long long layers,
+                                          long long batch, long long heads,
+                                          long long num_tokens, long long causal,
                                           acc_t* out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
@@ -19,5 +21,6 @@ extern "C" __global__ void attention_mass(const real_t* received, const real_t* 
         r += head_mean(received + first, heads, num_tokens, i);
         h += head_mean(entropy + first, heads, num_tokens, i);
     }
-    out[index] = r / layers * exp(-h / layers);
+    const acc_t visible = causal ? tokens_up_to(mask, b * num_tokens, i) : acc_t(1);
+    out[index] = r / layers * exp(-h / layers) * visible;
 }

@@ -3,14 +3,13 @@
 //
 //   dr_i = dm_i e^(-H_i) / (L H),   dH_i = -dm_i r_i e^(-H_i) / (L H)
 //
-// Every layer and head gets the same gradient. One thread writes those of one token.
-// Shapes: gradient (B, N); all other arrays (L, B, H, N).
-extern "C" __global__ void attention_mass_vjp(const real_t* gradient,
-                                              const real_t* received,
-                                              const real_t* entropy, long long layers,
-                                              long long batch, long long heads,
-                                              long long num_tokens, real_t* by_received,
-                                              real_t* by_entropy) {
+// both times n_i if attention is causal. Every layer and head gets the same gradient.
+// One thread writes those of one token.
+// Shapes: gradient and mask (B, N); all other arrays (L, B, H, N).
+extern "C" __global__ void attention_mass_vjp(
+    const real_t* gradient, const real_t* received, const real_t* entropy,
+    const bool* mask, long long layers, long long batch, long long heads,
+    long long num_tokens, long long causal, real_t* by_received, real_t* by_entropy) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
@@ -20,7 +19,9 @@ extern "C" __global__ void attention_mass_vjp(const real_t* gradient,
         r += head_mean(received + first, heads, num_tokens, i);
         h += head_mean(entropy + first, heads, num_tokens, i);
     }
-    const acc_t slope = widen(gradient[index]) * exp(-h / layers) / (layers * heads);
+    const acc_t visible = causal ? tokens_up_to(mask, b * num_tokens, i) : acc_t(1);
+    const acc_t slope =
+        widen(gradient[index]) * exp(-h / layers) * visible / (layers * heads);
     for (long long l = 0; l < layers; ++l)
         for (long long head = 0; head < heads; ++head) {
             const long long element = ((l * batch + b) * heads + head) * num_tokens + i;

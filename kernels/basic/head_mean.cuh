@@ -6,3 +6,12 @@ __device__ acc_t head_mean(const real_t* values, long long heads, long long num_
     for (long long h = 0; h < heads; ++h) sum += widen(values[h * num_tokens + i]);
     return sum / heads;
 }
+
+// Return the number of tokens at the positions 0 .. i of a sequence, whose mask starts
+// at `sequence_start`.
+__device__ acc_t tokens_up_to(const bool* mask, long long sequence_start, long long i) {
+    if (mask == nullptr) return acc_t(i + 1);
+    long long count = 0;
+    for (long long j = 0; j <= i; ++j) count += mask[sequence_start + j];
+    return acc_t(count);
+}

@@ -119,13 +119,16 @@ def _attention_entropy_reference(
     tiny = np.finfo(dtype).tiny
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
     for index, valid in iter_sequences(entropy.shape[:-1], mask):
-        # `valid` is the mask (N,) of one matrix, or None. Rows are processed in blocks,
-        # so that a block and its logarithms stay in cache.
-        for start in range(0, attention.shape[-1], BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            a = attention[index][rows].astype(dtype)  # A, (block, N)
+        # `valid` is the mask (N,) of one matrix, or None. Without the padding, the sums
+        # have the same bits as those of the sequence alone. Rows are processed in
+        # blocks, so that a block and its logarithms stay in cache.
+        token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
+        for start in range(0, len(token), BLOCK_ROWS):
+            rows = token[start : start + BLOCK_ROWS]
+            a = attention[index][start : start + BLOCK_ROWS]  # A, (block, N)
             if valid is not None:
-                a *= valid  # padded columns become 0
+                a = attention[index][rows[:, None], token]
+            a = a.astype(dtype, order="C")
             # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
             total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
             log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
@@ -133,7 +136,7 @@ def _attention_entropy_reference(
             # A row without attention has entropy 0.
             entropy[index][rows] = np.where(total > tiny, np.log(total) - mean_log, 0)
     # Rounding can leave a tiny negative number where the entropy is 0.
-    return np.maximum(entropy if mask is None else entropy * mask, 0)
+    return np.maximum(entropy, 0)
 
 
 def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:

@@ -2,8 +2,9 @@
 
 There are L layers, B sequences and H heads. r_i is the attention that token i receives,
 and H_i is the entropy of its own attention, each the mean over layers and heads.
-m_i = r_i e^(-H_i) is the mass. A bar means the gradient of a loss with respect to the
-quantity, such as m̄_i.
+m_i = r_i e^(-H_i) is the mass, or m_i = r_i n_i e^(-H_i) with a causal mask, where
+token i attends to n_i tokens at most. A bar means the gradient of a loss with respect
+to the quantity, such as m̄_i.
 """
 
 import math
@@ -14,32 +15,50 @@ from numpy.typing import NDArray
 
 from ...arrays.checks import (
     check_gradient,
+    check_mask,
     check_not_negative,
     check_shape,
     check_values,
 )
-from ...arrays.conversion import Array, FloatArray, convert_inputs, on_callers_stream
+from ...arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import layer_axes, saliency_shape
 from ...autodiff.dispatch import operation
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from .query_key_entropy import check_causal
 
 
 @operation(
     differentiable=("received", "entropy"),
+    constants=("mask?",),
+    options=("bool causal",),
     dtype="widest",  # float64 if an array is float64, else float32
     shapes=lambda received, *_: (saliency_shape(received),),
 )
-def attention_mass(received: Array, entropy: FloatArray) -> Array:
+def attention_mass(
+    received: Array,
+    entropy: FloatArray,
+    *,
+    causal: bool = False,
+    mask: BoolArray | None = None,
+) -> Array:
     r"""Return the attention received, divided by the perplexity of a token's own.
 
     .. math:: m_i = r_i\,e^{-H_i}
 
     A token has a large mass if other tokens attend to it, and if it attends to few
     tokens itself: :math:`e^{H_i}`, the perplexity, is the number of tokens that it
-    attends to, in effect.
+    attends to, in effect. If attention is causal, token i attends to at most
+    :math:`n_i` tokens, and the perplexity is divided by :math:`n_i`. Otherwise early
+    tokens, which attend to few, would have the largest masses.
 
     Parameters
     ----------
@@ -47,8 +66,12 @@ def attention_mass(received: Array, entropy: FloatArray) -> Array:
         Attention received r ≥ 0, the result of `attention_received`. Heads and layers
         are averaged.
     entropy : ndarray of the shape of `received`
-        Attention entropy H in nats, for example the result of `attention_entropy`.
+        Attention entropy H ≥ 0 in nats, for example the result of `attention_entropy`.
         Heads and layers are averaged.
+    causal : bool, default False
+        Whether token i attends only to tokens 0..i.
+    mask : ndarray of shape (N,) or (B, N), optional
+        Boolean, True = token. It changes only the counts of a causal mask.
 
     Returns
     -------
@@ -61,8 +84,7 @@ def attention_mass(received: Array, entropy: FloatArray) -> Array:
     TypeError
         If an array is not floating.
     ValueError
-        If the shapes differ, an entry is not finite, or `received` has negative
-        entries.
+        If the shapes differ, or an entry is negative or not finite.
 
     See Also
     --------
@@ -80,34 +102,57 @@ def attention_mass(received: Array, entropy: FloatArray) -> Array:
     >>> attention_mass(received, np.log(perplexity))
     array([0.75 , 0.125])
     """
-    convert_back, received, entropy = convert_inputs(
-        {"received": received, "entropy": entropy}
+    convert_back, received, entropy, mask = convert_inputs(
+        {"received": received, "entropy": entropy, "mask": mask}
     )
-    _check_inputs(received, entropy)
-    return convert_back(compute_attention_mass(received, entropy))
+    _check_inputs(received, entropy, causal, mask)
+    return convert_back(
+        compute_attention_mass(received, entropy, causal=causal, mask=mask)
+    )
 
 
-def _check_inputs(received: NDArray[Any], entropy: NDArray[Any]) -> None:
+def _check_inputs(
+    received: NDArray[Any], entropy: NDArray[Any], causal: Any, mask: Any
+) -> None:
     check_values("received", received, "N", "BN", "LBN", "LBHN")
     check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
     check_shape("entropy", entropy, "LBHN", received.shape)
     check_not_negative("received", received)
+    check_not_negative("entropy", entropy)
+    check_causal(causal)
+    check_mask(mask, saliency_shape(received))
 
 
-def compute_attention_mass(received: Any, entropy: Any) -> Any:
+def compute_attention_mass(
+    received: Any, entropy: Any, *, causal: bool = False, mask: Any = None
+) -> Any:
     """Return the mass of arrays that are already converted and checked."""
     if is_cuda(received):
-        return _attention_mass_cuda(received, entropy)
-    return _attention_mass_reference(received, entropy)
+        return _attention_mass_cuda(received, entropy, causal, mask)
+    return _attention_mass_reference(received, entropy, causal, mask)
 
 
 def _attention_mass_reference(
-    received: NDArray[Any], entropy: NDArray[Any]
+    received: NDArray[Any],
+    entropy: NDArray[Any],
+    causal: bool,
+    mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     shape, dtype = saliency_shape(received), _mass_dtype(received, entropy)
-    r, h = _mean(received), _mean(entropy)  # (B, N)
-    mass: NDArray[Any] = (r * np.exp(-h)).astype(dtype).reshape(shape)
+    r, focus = _mean(received), _focus(entropy, causal, mask)  # (B, N)
+    mass: NDArray[Any] = (r * focus).astype(dtype).reshape(shape)
     return mass
+
+
+def _focus(
+    entropy: NDArray[Any], causal: bool, mask: NDArray[np.bool_] | None
+) -> NDArray[np.float64]:
+    """Return e^(-H_i) (B, N), times n_i if attention is causal."""
+    h = _mean(entropy)
+    if not causal:
+        return np.exp(-h)
+    tokens = np.ones(h.shape[-1:], np.bool_) if mask is None else mask
+    return np.exp(-h) * np.cumsum(tokens, axis=-1)  # n_i counts tokens 0..i
 
 
 def _mean(x: NDArray[Any]) -> NDArray[np.float64]:
@@ -128,12 +173,12 @@ def _mass_dtype(received: Any, entropy: Any) -> np.dtype[Any]:
     return np.result_type(*(accumulation_dtype(x.dtype) for x in (received, entropy)))
 
 
-def _attention_mass_cuda(received: Any, entropy: Any) -> Any:
+def _attention_mass_cuda(received: Any, entropy: Any, causal: bool, mask: Any) -> Any:
     dtype, leading = _mass_dtype(received, entropy), received.shape[:-1]
     out = empty(saliency_shape(received), dtype)
     # The kernel is compiled for `dtype`, so it reads both inputs in this dtype.
-    arrays = contiguous(received, dtype), contiguous(entropy, dtype)
-    args = (*arrays, *layer_axes(leading), received.shape[-1], out)
+    arrays = contiguous(received, dtype), contiguous(entropy, dtype), contiguous(mask)
+    args = (*arrays, *layer_axes(leading), received.shape[-1], int(causal), out)
     # The work is elementwise: a thread for each token.
     launch("attention_mass", "attention_mass", dtype, args, outputs=out.size)
     return out
@@ -141,14 +186,20 @@ def _attention_mass_cuda(received: Any, entropy: Any) -> Any:
 
 @on_callers_stream
 def attention_mass_vjp(
-    gradient: FloatArray, received: Array, entropy: FloatArray
+    gradient: FloatArray,
+    received: Array,
+    entropy: FloatArray,
+    *,
+    causal: bool = False,
+    mask: BoolArray | None = None,
 ) -> tuple[Array, Array]:
     r"""Return the gradients of `attention_mass` for attention received and entropy.
 
     .. math:: \bar r_i = \bar m_i\,e^{-H_i}, \qquad
         \bar H_i = -\bar m_i\,r_i\,e^{-H_i}
 
-    For L layers of H heads, each of them gets 1 / (L H) of these gradients.
+    With `causal`, both are multiplied by :math:`n_i`. For L layers of H heads, each of
+    them gets 1 / (L H) of these gradients.
 
     Parameters
     ----------
@@ -156,6 +207,10 @@ def attention_mass_vjp(
         Gradient m̄ of a loss with respect to the mass; any float dtype.
     received, entropy : ndarray of shape (N,), (B, N), (L, B, N) or (L, B, H, N)
         The arguments of `attention_mass`.
+    causal : bool, default False
+        The argument of `attention_mass`.
+    mask : ndarray of shape (N,) or (B, N), optional
+        The argument of `attention_mass`.
 
     Returns
     -------
@@ -168,8 +223,7 @@ def attention_mass_vjp(
     TypeError
         If an array is not floating.
     ValueError
-        If the shapes do not fit, an entry is not finite, or `received` has negative
-        entries.
+        If the shapes do not fit, or an entry is negative or not finite.
 
     Examples
     --------
@@ -178,12 +232,13 @@ def attention_mass_vjp(
     >>> attention_mass_vjp(np.array([1.0, 4.0]), received, entropy)
     (array([1., 2.]), array([-0.75, -0.5 ]))
     """
-    convert_back, received, entropy, gradient = convert_inputs(
-        {"received": received, "entropy": entropy}, gradients={"gradient": gradient}
+    convert_back, received, entropy, mask, gradient = convert_inputs(
+        {"received": received, "entropy": entropy, "mask": mask},
+        gradients={"gradient": gradient},
     )
-    _check_inputs(received, entropy)
+    _check_inputs(received, entropy, causal, mask)
     gradient = check_gradient(gradient, saliency_shape(received), "BN", received)
-    args = gradient, received, entropy
+    args = gradient, received, entropy, causal, mask
     if is_cuda(received):
         results = _attention_mass_vjp_cuda(*args)
     else:
@@ -192,12 +247,16 @@ def attention_mass_vjp(
 
 
 def _attention_mass_vjp_reference(
-    gradient: NDArray[Any], received: NDArray[Any], entropy: NDArray[Any]
+    gradient: NDArray[Any],
+    received: NDArray[Any],
+    entropy: NDArray[Any],
+    causal: bool,
+    mask: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     shape, num_tokens = received.shape, received.shape[-1]
     layers, batch, heads = layer_axes(shape[:-1])
     g = gradient.astype(np.float64).reshape(batch, num_tokens)
-    by_received = g * np.exp(-_mean(entropy)) / (layers * heads)  # (B, N)
+    by_received = g * _focus(entropy, causal, mask) / (layers * heads)  # (B, N)
     by_entropy = -by_received * _mean(received)
 
     def narrowed(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
@@ -209,13 +268,14 @@ def _attention_mass_vjp_reference(
 
 
 def _attention_mass_vjp_cuda(
-    gradient: Any, received: Any, entropy: Any
+    gradient: Any, received: Any, entropy: Any, causal: bool, mask: Any
 ) -> tuple[Any, Any]:
     dtype, leading = _mass_dtype(received, entropy), received.shape[:-1]
     # The kernel has one dtype for all arrays; results are converted back below.
     arrays = [contiguous(x, dtype) for x in (gradient, received, entropy)]
     outs = [empty(received.shape, dtype) for _ in range(2)]
-    args = (*arrays, *layer_axes(leading), received.shape[-1], *outs)
+    sizes = *layer_axes(leading), received.shape[-1]
+    args = (*arrays, contiguous(mask), *sizes, int(causal), *outs)
     outputs = math.prod(saliency_shape(received))  # a thread for each token
     launch("attention_mass_vjp", "attention_mass_vjp", dtype, args, outputs=outputs)
     # An argument may be narrower than the kernel's dtype.

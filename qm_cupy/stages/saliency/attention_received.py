@@ -203,9 +203,11 @@ def _attention_received_reference(
         # Rows are processed in blocks, so that a block stays in cache.
         for start in range(0, len(token), BLOCK_ROWS):
             rows = token[start : start + BLOCK_ROWS]
-            a = attention[index][rows].astype(dtype)  # (block, N with padding)
+            a = attention[index][start : start + BLOCK_ROWS]  # (block, N)
             if valid is not None:
-                a = a[:, token]
+                a = attention[index][rows[:, None], token]  # without the padding
+            # In C order, so that the sums have the same bits with and without padding.
+            a = a.astype(dtype, order="C")
             total += (np.tril(a, start) if causal else a).sum(axis=0)
         received[index][token] = total / num_queries(len(token), causal, dtype)
     return received

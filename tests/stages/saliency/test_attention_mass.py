@@ -13,21 +13,24 @@ shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
 @shapes
-def test_against_the_oracle(rng, dtype, shape):
+@pytest.mark.parametrize("causal", [False, True])
+def test_against_the_oracle(rng, dtype, shape, causal):
     received, entropy = rng.random((2, *shape)).astype(dtype)
-    got = qm.attention_mass(received, 3 * entropy)
+    got = qm.attention_mass(received, 3 * entropy, causal=causal)
     layers = (received, 3 * entropy)
     if len(shape) == 1:
-        wanted = oracle.attention_mass(*(x[None, None] for x in layers))
+        wanted = oracle.attention_mass(*(x[None, None] for x in layers), causal)
     elif len(shape) == 2:
         wanted = [
-            oracle.attention_mass(*(x[None, b : b + 1] for x in layers))
+            oracle.attention_mass(*(x[None, b : b + 1] for x in layers), causal)
             for b in range(2)
         ]
     else:
         # (L, heads, N) of each sequence
         heads = [x[:, :, None] if len(shape) == 3 else x for x in layers]
-        wanted = [oracle.attention_mass(*(x[:, b] for x in heads)) for b in range(2)]
+        wanted = [
+            oracle.attention_mass(*(x[:, b] for x in heads), causal) for b in range(2)
+        ]
     assert got.dtype == (np.float64 if dtype == "float64" else np.float32)
     assert_close(got, wanted, dtype)
 
@@ -39,6 +42,21 @@ def test_by_hand():
         qm.attention_received(attention), qm.attention_entropy(attention)
     )
     assert_close(mass, [0.75, 0.25 / 2])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_attention_that_says_nothing_gives_equal_masses(masked):
+    """Each token attends to all tokens up to itself equally."""
+    mask = np.array([True, False, True, True, True, False, True])
+    valid = mask if masked else np.ones(7, bool)
+    attention = np.tril(np.ones((7, 7))) * valid * valid[:, None]
+    attention /= np.maximum(attention.sum(-1, keepdims=True), 1)
+    options = {"mask": valid}
+    received = np.array([0.5] * 7) * valid
+    entropy = qm.attention_entropy(attention, **options)
+    mass = qm.attention_mass(received, entropy, causal=True, **options)
+    assert_close(mass[valid], np.full(valid.sum(), 0.5))
+    assert not mass[~valid].any()
 
 
 def test_a_token_has_the_same_bits_in_every_batch(rng):
@@ -62,17 +80,19 @@ def test_mixed_dtypes(rng):
 
 
 @shapes
-def test_gradient_matches_finite_differences(rng, shape):
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradient_matches_finite_differences(rng, shape, causal):
     received, entropy = rng.random((2, *shape))
     per_token = shape[-1:] if len(shape) == 1 else (2, shape[-1])
+    options = {"causal": causal, "mask": rng.random(per_token) < 0.7}
     gradient = rng.standard_normal(per_token)
-    got = qm.attention_mass_vjp(gradient, received, entropy)
-    assert_slope(
-        got[0], lambda r: (gradient * qm.attention_mass(r, entropy)).sum(), received
-    )
-    assert_slope(
-        got[1], lambda h: (gradient * qm.attention_mass(received, h)).sum(), entropy
-    )
+    got = qm.attention_mass_vjp(gradient, received, entropy, **options)
+
+    def loss(received, entropy):
+        return (gradient * qm.attention_mass(received, entropy, **options)).sum()
+
+    assert_slope(got[0], lambda r: loss(r, entropy), received)
+    assert_slope(got[1], lambda h: loss(received, h), entropy)
 
 
 def test_wrong_arguments_are_refused(rng):
@@ -81,6 +101,12 @@ def test_wrong_arguments_are_refused(rng):
         qm.attention_mass(received, entropy[0])
     with pytest.raises(ValueError, match="`received` must be ≥ 0"):
         qm.attention_mass(-received, entropy)
+    with pytest.raises(ValueError, match="`entropy` must be ≥ 0"):
+        qm.attention_mass(received, -entropy)
+    with pytest.raises(TypeError, match="`causal` must be True or False"):
+        qm.attention_mass(received, entropy, causal=1)
+    with pytest.raises(ValueError, match="`mask` must have shape"):
+        qm.attention_mass(received, entropy, mask=np.ones(6, bool))
     with pytest.raises(ValueError, match="`entropy` must be finite"):
         qm.attention_mass(received, entropy + np.inf)
     with pytest.raises(TypeError, match="`received` must be float16"):

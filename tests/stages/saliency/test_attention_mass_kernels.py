@@ -32,9 +32,17 @@ def means_of(x):
 @vjp_sizes
 def test_attention_mass(dtype, leading, num_tokens):
     received, entropy = inputs_of((*leading, num_tokens), dtype)
-    got = qm.attention_mass(received, entropy)
-    assert got.dtype == (np.float64 if dtype == np.float64 else np.float32)
-    assert_close(got, means_of(received) * np.exp(-means_of(entropy)), dtype)
+    mask = np.random.default_rng(4).random((2, num_tokens)) < 0.7
+    wanted = means_of(received) * np.exp(-means_of(entropy))
+    for options, count in (
+        ({}, 1),
+        ({"causal": True}, np.arange(1, num_tokens + 1)),
+        ({"causal": True, "mask": mask}, mask.cumsum(axis=-1)),
+    ):
+        got = qm.attention_mass(received, entropy, **options)
+        assert got.dtype == (np.float64 if dtype == np.float64 else np.float32)
+        scale = np.maximum(count, 1)
+        assert_close(got / scale, wanted * count / scale, dtype)
 
 
 @dtypes
@@ -45,6 +53,13 @@ def test_attention_mass_vjp(dtype, leading, num_tokens):
     received, entropy = inputs_of(shape, dtype)
     gradient = random((2, num_tokens), dtype, 3)
     got = qm.attention_mass_vjp(gradient, received, entropy)
+    causal = qm.attention_mass_vjp(gradient, received, entropy, causal=True)
+    visible = np.arange(1, num_tokens + 1)
+    for x, y in zip(causal, got, strict=True):
+        tolerance = {np.float64: 1e-13, np.float32: 1e-6}.get(dtype, 2e-2)
+        np.testing.assert_allclose(
+            wide(x) / visible, wide(y), rtol=tolerance, atol=tolerance / 10
+        )
     count = received.size // (2 * num_tokens)  # L · H
     by_received = wide(gradient) * np.exp(-means_of(entropy)) / count
     by_entropy = -by_received * means_of(received)
