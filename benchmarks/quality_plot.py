@@ -18,7 +18,7 @@ class Line(NamedTuple):
 WARD = Line("ward", "#0072B2", "s")
 AVERAGE = Line("average", "#56B4E9", "o")
 BEST = Line("quickmerge with the attention", "#D55E00", "*")
-EUCLIDEAN = Line("ward, Euclidean", "#D55E00", "P")
+EUCLIDEAN = Line("ward, Euclidean", "#E69F00", "P")
 TOME = Line("ToMe, tokens", "#009E73", "D")
 TOME_KEYS = Line("ToMe, keys", "#009E73", "d")
 KMEANS = Line("k-means", "#CC79A7", "^")

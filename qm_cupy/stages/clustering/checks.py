@@ -105,7 +105,10 @@ def check_step(step: Any, method: str) -> int | None:
     if step is None:
         return None
     if method != "bipartite":
-        raise ValueError(f'`step` is for method="bipartite", got {method!r}')
+        raise ValueError(
+            f'`step` is for method="bipartite", got {method!r}: pass this method, or '
+            "leave `step` out"
+        )
     if isinstance(step, bool | np.bool_) or not isinstance(step, int | np.integer):
         raise TypeError(f"`step` must be an integer, got {step!r}")
     if step < 1:
@@ -115,7 +118,7 @@ def check_step(step: Any, method: str) -> int | None:
 
 def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
     """Raise if the value is not a bool, or is True for a method without masses."""
-    if not isinstance(weighted_linkage, bool):
+    if not isinstance(weighted_linkage, bool | np.bool_):
         raise TypeError(
             f"`weighted_linkage` must be True or False, got {weighted_linkage!r}"
         )

@@ -6,7 +6,8 @@ and b is Ward's cost, the growth of the squared error of the vectors:
 
     n_a n_b / (n_a + n_b) ‖S_a / n_a - S_b / n_b‖²
 
-Of equal costs, the leftmost pair merges first. For cosines, a zero token counts as a
+Of equal costs, the leftmost pair merges first, unless rounding makes them differ. For
+cosines, a zero token counts as a
 unit vector orthogonal to all others, because its similarity to any token is 0.
 Pairs merge one by one, until K groups are left. A merge changes only the costs of the
 new group with its two neighbours.

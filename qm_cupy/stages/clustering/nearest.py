@@ -30,7 +30,8 @@ def nearest_groups_reference(
     """Return the group (N,) of each vector (N, D): its most similar anchor.
 
     The vectors are those of `metric_vectors`. Of equally similar anchors, a token joins
-    the earlier one. `anchors` (K,) holds positions.
+    the earlier one, unless rounding makes another one more similar. `anchors` (K,)
+    holds positions.
     """
     anchors = np.sort(anchors)  # argmax selects the first maximum: the lower position
     similarity = vectors @ vectors[anchors].T  # (N, K)
