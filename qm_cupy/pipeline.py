@@ -112,17 +112,20 @@ def quickmerge(
         of the source is checked and its values are not read.
     attention : ndarray of shape (B, N, N), (L, B, N, N) or (L, B, H, N, N), optional
         Another source: attention probabilities of a model with H heads. Their entropy
-        is used, and the attention that each token receives.
+        is used, and the attention that each token receives. Pass one layer of heads,
+        (B, H, N, N), as ``attention[None]``: without it, B is taken for L.
     query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
         Another source: the attention of these queries to these keys, which have width
-        d. Each query attends to all keys, so no causal mask is applied.
+        d. Pass one layer of heads, (B, H, N, d), as ``query[None]``, ``key[None]``.
     saliency : ndarray of shape (B, N), optional
-        The saliency itself instead of a source, for example from `norm_saliency`.
+        The saliency itself instead of a source, for example from `norm_saliency`;
+        float, ≥ 0.
     causal : bool, default False
         Whether the attention of the source is causal: token i attends only to tokens
-        0..i, as in language models. Queries and keys are masked accordingly. The
-        weights "attention" then take into account that early tokens attend to few
-        tokens, and that few tokens attend to late ones.
+        0..i, as in language models. Pass True for such a model: otherwise early tokens
+        get far too large weights, because many tokens attend to them, and they attend
+        to few. Queries and keys are masked accordingly; entries of `attention` after
+        the diagonal must be 0.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean, True = token.
     protect : ndarray of shape (N,) or (B, N), optional
@@ -144,7 +147,7 @@ def quickmerge(
     epsilon : float, default 0.01
         As in `saliency_mass`, for the weights "mass".
     weights : str or ndarray of shape (B, N), optional
-        Weights of the tokens in the mean of their group.
+        Weights of the tokens in the mean of their group; an array is float, ≥ 0.
         "uniform": 1, the default if no source is given.
         "saliency": the saliency, the default for `hidden_states` and `saliency`.
         "attention": the result of `attention_mass`, the default for `attention`, or

@@ -68,7 +68,8 @@ def cut_linkage(
         most this. The error is the sum of the squared distances of unit tokens (of
         tokens, for a Euclidean dendrogram) to the mean of their group, divided by the
         number of tokens. K may then differ between sequences; it is
-        ``labels.max(-1) + 1``.
+        ``labels.max(-1) + 1``. For other methods, or without the `mass` of the
+        dendrogram, the limit has no meaning.
     mass : ndarray of shape (N,) or (B, N), optional
         With `max_error`, the masses that the dendrogram was made with: they weight the
         means and the squared distances, and their sum replaces the number of tokens.
