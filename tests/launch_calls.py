@@ -310,7 +310,12 @@ OPERATIONS = {
     ),
     **{
         f"cluster_tokens {method}, euclidean": lambda c, m=method: qm.cluster_tokens(
-            c.tokens, c.num_groups, method=m, metric="euclidean", mask=c.mask
+            c.tokens,
+            c.num_groups,
+            method=m,
+            metric="euclidean",
+            protect=c.protect,
+            mask=c.mask,
         )
         for method in ("ward", "nearest", "bipartite", "contiguous")
     },

@@ -32,13 +32,13 @@ struct Nearest {
 // over all of its anchors. The token's own norm |x| does not change which anchor is
 // nearest, so the loop compares values without it:
 //   cosine      x . a / |a|            cos = value / |x|
-//   euclidean   x . a - |a|^2 / 2      -|x - a|^2 = 2 value - |x|^2
+//   EUCLIDEAN   x . a - |a|^2 / 2      -|x - a|^2 = 2 value - |x|^2
 // Only `highest_out` needs |x|, from `norms`, at the end.
-template <class Tile>
+template <class Tile, bool EUCLIDEAN>
 __device__ __forceinline__ void rows_nearest(
     unsigned char* shared, const real_t* tokens, const acc_t* norms, const bool* mask,
     const real_t* anchor_tokens, const acc_t* anchor_norms, const int* counts,
-    long long num_tokens, long long dim, long long num_groups, bool euclidean, int* out,
+    long long num_tokens, long long dim, long long num_groups, int* out,
     acc_t* highest_out) {
     constexpr int thread_rows = 4 * Tile::fragments;
     const long long row_tiles = (num_tokens + Tile::rows - 1) / Tile::rows;
@@ -65,16 +65,18 @@ __device__ __forceinline__ void rows_nearest(
                 const acc_t norm = column < left ? tile_norms[column] : acc_t(-1);
                 // A column has similarity NaN, which never wins, if it is past the last
                 // anchor or if its anchor is left out (its norm is negative).
-                const acc_t factor = norm < 0    ? not_a_number()
-                                     : euclidean ? acc_t(1)
-                                     : norm == 0 ? acc_t(0)
-                                                 : 1 / norm;
-                const acc_t offset = euclidean ? -norm * norm / 2 : acc_t(0);
+                const acc_t term = norm < 0    ? not_a_number()
+                                   : EUCLIDEAN ? -norm * norm / 2
+                                   : norm == 0 ? acc_t(0)
+                                               : 1 / norm;
 #pragma unroll
-                for (int i = 0; i < thread_rows; ++i)
-                    nearest[i].update(
-                        factor == 0 ? 0 : sums[i / 4][i % 4][j] * factor + offset,
-                        tile * Tile::columns + column);
+                for (int i = 0; i < thread_rows; ++i) {
+                    const acc_t sum = sums[i / 4][i % 4][j];
+                    nearest[i].update(EUCLIDEAN   ? sum + term
+                                      : term == 0 ? 0
+                                                  : sum * term,
+                                      tile * Tile::columns + column);
+                }
             }
         });
 
@@ -108,7 +110,7 @@ __device__ __forceinline__ void rows_nearest(
     out[token] = best.anchor;
     if (highest_out == nullptr) return;
     const acc_t norm = norms[token];
-    const acc_t similarity = euclidean   ? 2 * best.similarity - norm * norm
+    const acc_t similarity = EUCLIDEAN   ? 2 * best.similarity - norm * norm
                              : norm == 0 ? 0
                                          : best.similarity / norm;
     highest_out[token] =
@@ -119,12 +121,11 @@ extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER
     nearest_anchors(const real_t* tokens, const acc_t* norms, const bool* mask,
                     const real_t* anchor_tokens, const acc_t* anchor_norms,
                     const int* counts, long long batch, long long num_tokens,
-                    long long dim, long long num_groups, long long euclidean, int* out,
-                    acc_t* highest_out) {
+                    long long dim, long long num_groups, int* out, acc_t* highest_out) {
     __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
-    rows_nearest<WholeTile>(stages, tokens, norms, mask, anchor_tokens, anchor_norms,
-                            counts, num_tokens, dim, num_groups, euclidean, out,
-                            highest_out);
+    rows_nearest<WholeTile, false>(stages, tokens, norms, mask, anchor_tokens,
+                                   anchor_norms, counts, num_tokens, dim, num_groups,
+                                   out, highest_out);
 }
 
 // `_half` has tiles of 64 x 128 and `_wide` tiles of 128 x 256 (tiles.cuh); neither
@@ -133,22 +134,59 @@ extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_
     nearest_anchors_half(const real_t* tokens, const acc_t* norms, const bool* mask,
                          const real_t* anchor_tokens, const acc_t* anchor_norms,
                          const int* counts, long long batch, long long num_tokens,
-                         long long dim, long long num_groups, long long euclidean,
-                         int* out, acc_t* highest_out) {
+                         long long dim, long long num_groups, int* out,
+                         acc_t* highest_out) {
     __shared__ __align__(16) unsigned char stages[HalfTile::bytes];
-    rows_nearest<HalfTile>(stages, tokens, norms, mask, anchor_tokens, anchor_norms,
-                           counts, num_tokens, dim, num_groups, euclidean, out,
-                           highest_out);
+    rows_nearest<HalfTile, false>(stages, tokens, norms, mask, anchor_tokens,
+                                  anchor_norms, counts, num_tokens, dim, num_groups,
+                                  out, highest_out);
 }
 
 extern "C" __global__ void __launch_bounds__(WideTile::threads, 1)
     nearest_anchors_wide(const real_t* tokens, const acc_t* norms, const bool* mask,
                          const real_t* anchor_tokens, const acc_t* anchor_norms,
                          const int* counts, long long batch, long long num_tokens,
-                         long long dim, long long num_groups, long long euclidean,
-                         int* out, acc_t* highest_out) {
+                         long long dim, long long num_groups, int* out,
+                         acc_t* highest_out) {
     if constexpr (TENSOR_CORES)
-        rows_nearest<WideTile>(dynamic_shared(), tokens, norms, mask, anchor_tokens,
-                               anchor_norms, counts, num_tokens, dim, num_groups,
-                               euclidean, out, highest_out);
+        rows_nearest<WideTile, false>(dynamic_shared(), tokens, norms, mask,
+                                      anchor_tokens, anchor_norms, counts, num_tokens,
+                                      dim, num_groups, out, highest_out);
+}
+
+// The same by Euclidean distance.
+extern "C" __global__ void __launch_bounds__(WholeTile::threads, TILE_BLOCKS_PER_SM)
+    euclidean_anchors(const real_t* tokens, const acc_t* norms, const bool* mask,
+                      const real_t* anchor_tokens, const acc_t* anchor_norms,
+                      const int* counts, long long batch, long long num_tokens,
+                      long long dim, long long num_groups, int* out,
+                      acc_t* highest_out) {
+    __shared__ __align__(16) unsigned char stages[WholeTile::bytes];
+    rows_nearest<WholeTile, true>(stages, tokens, norms, mask, anchor_tokens,
+                                  anchor_norms, counts, num_tokens, dim, num_groups,
+                                  out, highest_out);
+}
+
+extern "C" __global__ void __launch_bounds__(HalfTile::threads, TILE_BLOCKS_PER_SM)
+    euclidean_anchors_half(const real_t* tokens, const acc_t* norms, const bool* mask,
+                           const real_t* anchor_tokens, const acc_t* anchor_norms,
+                           const int* counts, long long batch, long long num_tokens,
+                           long long dim, long long num_groups, int* out,
+                           acc_t* highest_out) {
+    __shared__ __align__(16) unsigned char stages[HalfTile::bytes];
+    rows_nearest<HalfTile, true>(stages, tokens, norms, mask, anchor_tokens,
+                                 anchor_norms, counts, num_tokens, dim, num_groups, out,
+                                 highest_out);
+}
+
+extern "C" __global__ void __launch_bounds__(WideTile::threads, 1)
+    euclidean_anchors_wide(const real_t* tokens, const acc_t* norms, const bool* mask,
+                           const real_t* anchor_tokens, const acc_t* anchor_norms,
+                           const int* counts, long long batch, long long num_tokens,
+                           long long dim, long long num_groups, int* out,
+                           acc_t* highest_out) {
+    if constexpr (TENSOR_CORES)
+        rows_nearest<WideTile, true>(dynamic_shared(), tokens, norms, mask,
+                                     anchor_tokens, anchor_norms, counts, num_tokens,
+                                     dim, num_groups, out, highest_out);
 }

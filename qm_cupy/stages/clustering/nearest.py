@@ -122,9 +122,9 @@ def nearest_anchors_cuda(
     if anchor_norms is None:
         anchor_norms = token_norms_cuda(anchors)
     inputs = tokens, norms, contiguous(mask), anchors, anchor_norms, counts
-    sizes = batch, num_tokens, dim, num_groups
-    args = (*inputs, *sizes, int(metric == "euclidean"), out, highest)
-    kernel = "nearest", "nearest_anchors"
+    args = (*inputs, batch, num_tokens, dim, num_groups, out, highest)
+    names = {"cosine": "nearest_anchors", "euclidean": "euclidean_anchors"}
+    kernel = "nearest", names[metric]
     # A block of the optimized kernel computes whole rows of similarities, because it
     # keeps only the maximum of each row. This kernel also exists for wide tiles
     # (128 × 256). The basic kernel has a thread for each token.
