@@ -15,13 +15,12 @@ __device__ acc_t squared_distance(const real_t* x, const real_t* y, long long di
 // -infinity. An anchor with a negative norm is left out. `highest_out` may be null.
 // Shapes: tokens (B, N, D), norms, mask, out and highest_out (B, N), anchor_tokens
 // (B, K, D), anchor_norms (B, K), counts (B,).
-extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* norms,
-                                           const bool* mask,
-                                           const real_t* anchor_tokens,
-                                           const acc_t* anchor_norms, const int* counts,
-                                           long long batch, long long num_tokens,
-                                           long long dim, long long num_groups,
-                                           int* out, acc_t* highest_out) {
+template <bool EUCLIDEAN>
+__device__ void most_similar(const real_t* tokens, const acc_t* norms, const bool* mask,
+                             const real_t* anchor_tokens, const acc_t* anchor_norms,
+                             const int* counts, long long batch, long long num_tokens,
+                             long long dim, long long num_groups, int* out,
+                             acc_t* highest_out) {
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens;
@@ -31,9 +30,12 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
     acc_t highest = padding();
     for (long long k = 0; k < count; ++k) {
         if (anchor_norms[first_anchor + k] < 0) continue;
+        const real_t *x = tokens + index * dim,
+                     *anchor = anchor_tokens + (first_anchor + k) * dim;
         const acc_t similarity =
-            cosine(tokens + index * dim, anchor_tokens + (first_anchor + k) * dim,
-                   norms[index], anchor_norms[first_anchor + k], dim);
+            EUCLIDEAN
+                ? -squared_distance(x, anchor, dim)
+                : cosine(x, anchor, norms[index], anchor_norms[first_anchor + k], dim);
         // The maximum turns a NaN into -1e30, which is finite and below any other
         // similarity.
         if (max(acc_t(MASKED_SCORE), similarity) > highest) {
@@ -45,30 +47,24 @@ extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* no
     if (highest_out != nullptr) highest_out[index] = highest;
 }
 
-// The same by Euclidean distance. `norms` is not read.
+extern "C" __global__ void nearest_anchors(const real_t* tokens, const acc_t* norms,
+                                           const bool* mask,
+                                           const real_t* anchor_tokens,
+                                           const acc_t* anchor_norms, const int* counts,
+                                           long long batch, long long num_tokens,
+                                           long long dim, long long num_groups,
+                                           int* out, acc_t* highest_out) {
+    most_similar<false>(tokens, norms, mask, anchor_tokens, anchor_norms, counts, batch,
+                        num_tokens, dim, num_groups, out, highest_out);
+}
+
 extern "C" __global__ void euclidean_anchors(
     const real_t* tokens, const acc_t* norms, const bool* mask,
     const real_t* anchor_tokens, const acc_t* anchor_norms, const int* counts,
     long long batch, long long num_tokens, long long dim, long long num_groups,
     int* out, acc_t* highest_out) {
-    const long long index = thread_index();  // (B, N)
-    if (index >= batch * num_tokens) return;
-    const long long b = index / num_tokens;
-    const long long first_anchor = b * num_groups;  // in (B, K)
-    const long long count = is_token(mask, index) ? count_of(counts, b, num_groups) : 0;
-    int best = -1;
-    acc_t highest = padding();
-    for (long long k = 0; k < count; ++k) {
-        if (anchor_norms[first_anchor + k] < 0) continue;
-        const acc_t similarity = -squared_distance(
-            tokens + index * dim, anchor_tokens + (first_anchor + k) * dim, dim);
-        if (max(acc_t(MASKED_SCORE), similarity) > highest) {
-            highest = max(acc_t(MASKED_SCORE), similarity);
-            best = static_cast<int>(k);
-        }
-    }
-    out[index] = best;
-    if (highest_out != nullptr) highest_out[index] = highest;
+    most_similar<true>(tokens, norms, mask, anchor_tokens, anchor_norms, counts, batch,
+                       num_tokens, dim, num_groups, out, highest_out);
 }
 
 // The scores that select the default anchors: protected tokens (+infinity) first, then
