@@ -14,6 +14,7 @@ from .arrays.checks import check_shape
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import lift_source
+from .cuda.device import empty
 from .results import Merged
 from .settings import implementation
 from .stages.clustering.checks import WEIGHTED_METHODS
@@ -370,7 +371,10 @@ def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[An
     dtype = accumulation_dtype(tokens.dtype)
     if mask is not None:
         return mask.astype(dtype, order="C")  # True becomes 1
-    return np.ones(tokens.shape[:-1], dtype, like=tokens)
+    shape = tokens.shape[:-1]
+    weights = empty(shape, dtype) if is_cuda(tokens) else np.empty(shape, dtype)
+    weights.fill(1)
+    return weights
 
 
 # For NumPy and CuPy arrays. `quickmerge` has already converted them and calls
