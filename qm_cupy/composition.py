@@ -14,7 +14,6 @@ from .arrays.checks import check_shape
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import lift_source
-from .cuda.device import empty
 from .results import Merged
 from .settings import implementation
 from .stages.clustering.checks import WEIGHTED_METHODS
@@ -371,8 +370,8 @@ def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[An
     dtype = accumulation_dtype(tokens.dtype)
     if mask is not None:
         return mask.astype(dtype, order="C")  # True becomes 1
-    shape = tokens.shape[:-1]
-    weights = empty(shape, dtype) if is_cuda(tokens) else np.empty(shape, dtype)
+    # NB: not np.ones(like=…): it passes an argument that CuPy's `ones` does not have.
+    weights = np.zeros(tokens.shape[:-1], dtype, like=tokens)
     weights.fill(1)
     return weights
 
