@@ -3,9 +3,9 @@
 //
 //   m_i = r_i e^(-H_i)         or m_i = r_i n_i e^(-H_i) if attention is causal
 //
-// r is the attention received and H the entropy; both are means over layers and heads.
-// n_i is the number of tokens up to token i (`tokens_up_to` in head_mean.cuh). One
-// thread, one output.
+// r is the attention received and H the entropy; both are means over layers and heads
+// (`layer_mean` in head_mean.cuh). n_i is the number of tokens up to token i
+// (`tokens_up_to`, there too). One thread, one output.
 // Shapes: received and entropy (L, B, H, N), mask and out (B, N).
 extern "C" __global__ void attention_mass(const real_t* received, const real_t* entropy,
                                           const bool* mask, long long layers,
@@ -15,12 +15,8 @@ extern "C" __global__ void attention_mass(const real_t* received, const real_t* 
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
-    acc_t r = 0, h = 0;
-    for (long long l = 0; l < layers; ++l) {
-        const long long first = (l * batch + b) * heads * num_tokens;  // of (H, N)
-        r += head_mean(received + first, heads, num_tokens, i);
-        h += head_mean(entropy + first, heads, num_tokens, i);
-    }
+    const acc_t r = layer_mean(received, layers, batch, heads, num_tokens, b, i);
+    const acc_t h = layer_mean(entropy, layers, batch, heads, num_tokens, b, i);
     const acc_t visible = causal ? tokens_up_to(mask, b * num_tokens, i) : acc_t(1);
-    out[index] = r / layers * exp(-h / layers) * visible;
+    out[index] = r * exp(-h) * visible;
 }

@@ -13,19 +13,14 @@ extern "C" __global__ void attention_mass_vjp(
     const long long index = thread_index();  // (B, N)
     if (index >= batch * num_tokens) return;
     const long long b = index / num_tokens, i = index % num_tokens;
-    acc_t r = 0, h = 0;
-    for (long long l = 0; l < layers; ++l) {
-        const long long first = (l * batch + b) * heads * num_tokens;  // of (H, N)
-        r += head_mean(received + first, heads, num_tokens, i);
-        h += head_mean(entropy + first, heads, num_tokens, i);
-    }
+    const acc_t r = layer_mean(received, layers, batch, heads, num_tokens, b, i);
+    const acc_t h = layer_mean(entropy, layers, batch, heads, num_tokens, b, i);
     const acc_t visible = causal ? tokens_up_to(mask, b * num_tokens, i) : acc_t(1);
-    const acc_t slope =
-        widen(gradient[index]) * exp(-h / layers) * visible / (layers * heads);
+    const acc_t slope = widen(gradient[index]) * exp(-h) * visible / (layers * heads);
     for (long long l = 0; l < layers; ++l)
         for (long long head = 0; head < heads; ++head) {
             const long long element = ((l * batch + b) * heads + head) * num_tokens + i;
             store(by_received + element, slope);
-            store(by_entropy + element, -slope * r / layers);
+            store(by_entropy + element, -slope * r);
         }
 }

@@ -111,7 +111,7 @@ def centered_tokens_cuda(tokens: Any, mask: Any) -> Any:
     (batch, num_tokens), dim = rows_of(tokens[..., 0]), tokens.shape[-1]
     mask = contiguous(mask)
     # The mean is that of one group, to which all tokens belong.
-    one_group = empty((*tokens.shape[:-1],), np.int32)
+    one_group = empty(tokens.shape[:-1], np.int32)
     args: tuple[Any, ...] = (mask, one_group.size, one_group)
     launch("metrics", "one_group", np.float32, args, outputs=one_group.size)
     means = merge_tokens_cuda(tokens, one_group, 1, None, None)  # (..., 1, D)
@@ -178,5 +178,4 @@ def scale_heights_cuda(dendrograms: Any, units: Any) -> None:
     """Multiply the heights of dendrograms (B, N - 1, 4) by their units (B, N)."""
     batch, num_rows, _ = dendrograms.shape
     args = (units, batch, num_rows, dendrograms)
-    outputs = math.prod((batch, num_rows))
-    launch("metrics", "scale_heights", units.dtype, args, outputs=outputs)
+    launch("metrics", "scale_heights", units.dtype, args, outputs=batch * num_rows)
