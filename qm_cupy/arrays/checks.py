@@ -143,22 +143,29 @@ def check_gradient(
     return gradient
 
 
-def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
-    """Raise if a mask is not boolean (B, N) or leaves a sequence without tokens."""
+def check_mask(
+    mask: NDArray[Any] | None, wanted: tuple[int, ...]
+) -> NDArray[np.bool_] | None:
+    """Return a mask as boolean of the wanted shape (B, N), or raise."""
     if mask is None:
-        return
+        return None
     check_is_array("mask", mask)
+    if mask.dtype.kind in "iu":
+        mask = mask != 0
     if mask.dtype != np.bool_:
         raise TypeError(f"`mask` must be boolean (True = token), got {mask.dtype}")
+    if mask.shape == wanted[-1:]:
+        mask = np.broadcast_to(mask, wanted)
     check_shape("mask", mask, "BN", wanted)
     if is_cuda(mask):  # the CPU would have to wait for the values
-        return
+        return mask
     empty = np.argwhere(~mask.any(axis=-1))
     if len(empty):
         where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
         raise ValueError(
             f"`mask` must leave at least one token, but {where} has none (True = token)"
         )
+    return mask
 
 
 def check_mass(
