@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import (
-    check_finite_values,
-    check_gradient,
-    check_layout,
-    check_mask,
-)
+from ...arrays.checks import check_gradient, check_tokens
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -73,23 +68,13 @@ def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     array([0.5, 0. , 1. ])
     """
     convert_back, tokens, mask = convert_inputs({"tokens": tokens, "mask": mask})
-    mask = _check_inputs(tokens, mask)
+    mask = check_tokens(tokens, mask=mask)
     if is_cuda(tokens):
         norms = token_norms_cuda(tokens, mask)  # (B, N)
         # `saliency_cuda` scales entropies. With "high" it does min–max scaling alone;
         # "low" would return 1 minus the scaled values.
         return convert_back(saliency_cuda(norms, "high", mask))
     return convert_back(_norm_saliency_reference(tokens, mask))
-
-
-def _check_inputs(
-    tokens: NDArray[Any], mask: NDArray[Any] | None
-) -> NDArray[np.bool_] | None:
-    """Raise if an argument is not valid; return the mask (B, N)."""
-    check_layout("tokens", tokens, "ND", "BND")
-    mask = check_mask(mask, tokens.shape[:-1])
-    check_finite_values("tokens", tokens, None if mask is None else mask[..., None])
-    return mask
 
 
 def _norm_saliency_reference(
@@ -154,7 +139,7 @@ def norm_saliency_vjp(
     convert_back, tokens, mask, gradient = convert_inputs(
         {"tokens": tokens, "mask": mask}, gradients={"gradient": gradient}
     )
-    mask = _check_inputs(tokens, mask)
+    mask = check_tokens(tokens, mask=mask)
     # The gradient of padded tokens may be NaN.
     check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
     if is_cuda(tokens):
