@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ from .autodiff.operations import plain_integer
 from .composition import (
     COMPUTE_STAGES,
     Options,
-    Sources,
     Weights,
     compose,
     traced_stages,
@@ -36,6 +35,7 @@ from .composition import (
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged, arrays_of, check_target
+from .sources import Sources, check_sources, checked_scale
 from .stages.budget import (
     check_budget_type,
     is_share,
@@ -74,6 +74,7 @@ def quickmerge(
     key: FloatArray | None = None,
     saliency: FloatArray | None = None,
     causal: bool = False,
+    scale: float | None = None,
     mask: BoolArray | None = None,
     protect: BoolArray | Sequence[int] | None = None,
     method: Method | None = None,
@@ -109,19 +110,22 @@ def quickmerge(
         How many groups to keep: their number K, a fraction in (0, 1] of the tokens, or
         K of each sequence (for example from `norm_budget`). If K differs between
         sequences, results are padded to the largest K.
-    hidden_states : ndarray of shape (B, N, D) or (L, B, N, D), optional
-        Source of the saliency: the self-attention entropy of these states, for each of
-        L layers. By default `tokens` are the source. At most one source may be given.
-        For one sequence the axis B is absent, here and in the following arguments. The
-        saliency is computed only if `weights` or `method` needs it. Otherwise the shape
-        of the source is checked and its values are not read.
-    attention : ndarray of shape (B, N, N), (L, B, N, N) or (L, B, H, N, N), optional
+    hidden_states : ndarray of shape (B, N, D), or a tuple of them, optional
+        Source of the saliency: the self-attention entropy of these states, or of those
+        of each layer. By default `tokens` are the source. At most one source may be
+        given. For one sequence the axis B is absent, here and in the following
+        arguments. The saliency is computed only if `weights` or `method` needs it.
+        Otherwise the shape of the source is checked and its values are not read.
+    attention : ndarray of shape (B, N, N), (B, H, N, N) or (L, B, H, N, N), optional
         Another source: attention probabilities of a model with H heads. Their entropy
-        is used, and the attention that each token receives. Pass one layer of heads,
-        (B, H, N, N), as ``attention[None]``: without it, B is taken for L.
-    query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
+        is used, and the attention that each token receives. Or a tuple of layers,
+        (B, N, N) or (B, H, N, N), such as the ``attentions`` of a model. Their means
+        are used; pass the last layer before the merge, ``attentions[-1]``, for the
+        weights "attention".
+    query, key : ndarray of shape (B, N, d), (B, H, N, d) or (L, B, H, N, d), optional
         Another source: the attention of these queries to these keys, which have width
-        d. Pass one layer of heads, (B, H, N, d), as ``query[None]``, ``key[None]``.
+        d. Or two tuples of layers. Keys may have fewer heads, as in
+        `query_key_entropy`.
     saliency : ndarray of shape (B, N), optional
         The saliency itself instead of a source, for example from `norm_saliency`;
         float, ≥ 0.
@@ -131,6 +135,8 @@ def quickmerge(
         get far too large weights, because many tokens attend to them, and they attend
         to few. Queries and keys are masked accordingly; entries of `attention` after
         the diagonal must be 0.
+    scale : float, optional
+        The factor of the scores of `query` and `key`, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean or integer, True or 1 = token, as in a tokenizer's ``attention_mask``.
         Padding is not read: it may be NaN.
@@ -205,20 +211,24 @@ def quickmerge(
     ((2, 20, 16), 200)
     """
     sources = Sources(hidden_states, attention, query, key, saliency)
-    _check_one_source(sources)
+    check_sources(sources)
     method, weights, weighted_linkage = with_defaults(
         sources, method, weights, weighted_linkage
     )
     check_weighted_linkage(weighted_linkage, method)
     check_causal(causal)
     options = Options(
-        causal, method, metric, check_step(step, method), order, temperature, epsilon,
-        weights, weighted_linkage, noise_seed, sequence_offset,
+        causal, checked_scale(scale, sources), method, metric,
+        check_step(step, method), order, temperature, epsilon, weights,
+        weighted_linkage, noise_seed, sequence_offset,
     )  # fmt: skip
     # Do not convert traced arrays: under a compiler or JAX they may have no values, and
     # a torch tensor would lose its gradient. Call the public stage functions instead,
     # which are registered as operators of torch and JAX.
-    framework = tracing_framework((tokens, mask, protect, weights, budget, *sources))
+    arrays = sources.arrays()
+    framework = tracing_framework(
+        (tokens, mask, protect, weights, budget, *arrays.values())
+    )
     if framework is not None:
         # A result of a traced call is a new node of the framework's graph. It cannot be
         # written to memory that exists already.
@@ -236,12 +246,12 @@ def quickmerge(
     # Convert all arrays here, once. All stages below work on NumPy or CuPy arrays.
     convert_back, tokens, mask, protect, weight_array, *rest = convert_inputs(
         {"tokens": tokens, "mask": mask, "protect": protect, "weights": weight_array}
-        | sources._asdict(),
+        | arrays,
         counts={"budget": budget, "protect": positions},
         outputs=outputs,
     )
     # `rest` contains the sources, then the counts, then the arrays of `out`.
-    sources, rest = Sources(*rest[: len(sources)]), rest[len(sources) :]
+    sources, rest = sources.with_arrays(rest[: len(arrays)]), rest[len(arrays) :]
     budget, positions, *targets = rest
     target = Merged(*targets) if outputs else None
     if not isinstance(weights, str):
@@ -287,7 +297,7 @@ def quickmerge(
 
 
 def _quickmerge_traced(
-    framework: str,
+    framework: Literal["torch", "jax"],
     tokens: Any,
     budget: Any,
     sources: Sources,
@@ -310,7 +320,8 @@ def _quickmerge_traced(
     protect = stages.protected_tokens(protect, tokens)
     # All sources must be arrays of the framework: its graph cannot contain others. For
     # JAX, `check_array` converts NumPy arrays.
-    sources = Sources(*map(stages.check_array, _OPTIONAL_SOURCES, sources))
+    arrays = sources.arrays()
+    sources = sources.with_arrays(map(stages.check_array, arrays, arrays.values()))
     _check_noise_traced(framework, options.noise_seed)
     if isinstance(options.weights, str):
         check_choice("weights", options.weights, get_args(Weights))
@@ -359,29 +370,13 @@ def _check_noise_traced(framework: str, noise_seed: Any) -> None:
     check_seed(noise_seed, "noise_seed")  # raises
 
 
-def _check_one_source(sources: Sources) -> None:
-    """Raise if there is more than one source of saliency, or only half of one."""
-    # `query` and `key` are one source, so only `query` is counted.
-    source_names = [
-        name
-        for name in ("saliency", "hidden_states", "attention", "query")
-        if getattr(sources, name) is not None
-    ]
-    if len(source_names) > 1:
-        raise ValueError(
-            "give at most one source of saliency, got "
-            f"{' and '.join(source_names)}: keep one"
-        )
-    if (sources.query is None) != (sources.key is None):
-        raise ValueError("`query` and `key` go together: give both or neither")
-
-
 def _inputs(
     tokens: NDArray[Any], sources: Sources, weights: Any
 ) -> tuple[list[NDArray[Any]], np.dtype[Any]]:
     """Return all arrays of a call, the tokens first, and the dtype of the weights."""
-    # The arrays of the source: one array, or query and key, which have the same dtype.
-    arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
+    # The arrays of the source: one array, its layers, or query and key, which have the
+    # same dtype.
+    arrays = [*sources.arrays().values()]
     inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
     # The array from which the weights are computed: the caller's weights; the tokens,
     # if the weights are 1 or there is no source; otherwise the source.
@@ -401,10 +396,6 @@ def _num_groups(
     num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
     check_protect(protect, method, num_groups.counts, shape, mask, "budget")
     return num_groups
-
-
-# The names of all sources, in the form in which `check_array` accepts None.
-_OPTIONAL_SOURCES = [f"{name}?" for name in Sources._fields]
 
 
 def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:
