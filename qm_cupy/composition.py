@@ -140,6 +140,8 @@ class Stages(NamedTuple):
     xp: Any  # the namespace with `where` and `finfo`: numpy, torch or jax.numpy
     # (name, array) -> array, or raises; a name that ends in "?" also allows None
     check_array: Callable[..., Any]
+    boolean_mask: Callable[..., Any]  # (mask, tokens) -> (B, N), or None
+    protected_tokens: Callable[..., Any]  # (protect, tokens) -> (B, N), or None
     masked_copy: Callable[..., Any]  # (array, mask) -> copy that is 0 for padding
     unit_weights: Callable[..., Any]  # (tokens, mask) -> ones (B, N), 0 for padding
     attention_entropy: Callable[..., Any]
@@ -376,10 +378,12 @@ def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[An
     return weights
 
 
-# For NumPy and CuPy arrays. `quickmerge` has already converted them and calls
-# `check_array` for traced arrays only, so this one returns its array unchanged.
+# For NumPy and CuPy arrays. `quickmerge` has already converted and checked them: it
+# calls the functions from `check_array` on for traced arrays only, so these return
+# their array unchanged.
 COMPUTE_STAGES = Stages(
-    np, lambda declared, x: x, _masked_copy, _unit_weights, compute_attention_entropy,
+    np, lambda declared, x: x, lambda x, tokens: x, lambda x, tokens: x, _masked_copy,
+    _unit_weights, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,
     compute_attention_received, compute_attention_mass, compute_saliency,
     compute_gumbel_softmax,
@@ -411,7 +415,8 @@ def traced_stages(framework: str) -> Stages:
         return operators.masked_copy(xp.ones_like(tokens[..., 0]), mask)
 
     return Stages(
-        xp, operators.check_array, operators.masked_copy, unit_weights,
+        xp, operators.check_array, operators.boolean_mask, operators.protected_tokens,
+        operators.masked_copy, unit_weights,
         attention_entropy, query_key_entropy, self_attention_entropy,
         attention_received, attention_mass, saliency_of_entropy, gumbel_softmax,
         saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,

@@ -1,17 +1,15 @@
 """The pipeline: merge token sequences into shorter ones."""
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays.checks import (
-    GroupCounts,
     check_axes,
     check_choice,
-    check_group_counts,
     check_is_array,
-    check_mask,
     check_mass,
     check_number,
     check_seed,
@@ -19,8 +17,10 @@ from .arrays.checks import (
     check_tokens,
 )
 from .arrays.conversion import Array, BoolArray, FloatArray, convert_inputs
+from .arrays.counts import GroupCounts, check_group_counts
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
+from .arrays.protect import protected_tokens, split_positions
 from .arrays.shapes import num_valid
 from .autodiff.dispatch import on_callers_stream_unless_traced, tracing_framework
 from .autodiff.operations import plain_integer
@@ -70,7 +70,7 @@ def quickmerge(
     saliency: FloatArray | None = None,
     causal: bool = False,
     mask: BoolArray | None = None,
-    protect: BoolArray | None = None,
+    protect: BoolArray | Sequence[int] | None = None,
     method: Method | None = None,
     metric: Metric = "cosine",
     step: int | None = None,
@@ -127,10 +127,11 @@ def quickmerge(
         to few. Queries and keys are masked accordingly; entries of `attention` after
         the diagonal must be 0.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token.
-    protect : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = this token stays a group of its own, as in `cluster_tokens`. The
-        budget counts protected tokens.
+        Boolean or integer, True or 1 = token, as in a tokenizer's ``attention_mask``.
+        Padding is not read: it may be NaN.
+    protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
+        Tokens that stay groups of their own: boolean, True = protected, or positions
+        such as ``[0]``, as in `cluster_tokens`. The budget counts protected tokens.
     method : str, optional
         As in `cluster_tokens`. The default is "ward" if the weights are "attention",
         and otherwise "average". For "nearest", the K anchors are the protected tokens
@@ -226,21 +227,23 @@ def quickmerge(
         )
     outputs = arrays_of(out)
     weight_array = None if isinstance(weights, str) else weights
+    protect, positions = split_positions(protect)
     # Convert all arrays here, once. All stages below work on NumPy or CuPy arrays.
     convert_back, tokens, mask, protect, weight_array, *rest = convert_inputs(
         {"tokens": tokens, "mask": mask, "protect": protect, "weights": weight_array}
         | sources._asdict(),
-        counts={"budget": budget},
+        counts={"budget": budget, "protect": positions},
         outputs=outputs,
     )
-    # `rest` contains the sources, then the budget, then the arrays of `out`.
-    sources, budget = Sources(*rest[: len(sources)]), rest[len(sources)]
-    target = Merged(*rest[len(sources) + 1 :]) if outputs else None
+    # `rest` contains the sources, then the counts, then the arrays of `out`.
+    sources, rest = Sources(*rest[: len(sources)]), rest[len(sources) :]
+    budget, positions, *targets = rest
+    target = Merged(*targets) if outputs else None
     if not isinstance(weights, str):
         options = options._replace(weights=weight_array)
-    check_tokens(tokens)
+    mask = check_tokens(tokens, mask=mask)
+    protect = protected_tokens(protect, positions, tokens)
     shape = tokens.shape[:-1]  # (N,) or (B, N)
-    check_mask(mask, shape)
     options = _check_options(options, shape)
     if options.need_saliency():
         check_mass(sources.saliency, shape, "saliency")
@@ -295,16 +298,11 @@ def _quickmerge_traced(
     through this code.
     """
     stages = traced_stages(framework)
-    # A "?" after the name means that None is allowed.
-    tokens, mask = (
-        stages.check_array("tokens", tokens),
-        stages.check_array("mask?", mask),
-    )
-    protect = stages.check_array("protect?", protect)
+    tokens = stages.check_array("tokens", tokens)
     check_axes("tokens", tuple(tokens.shape), "ND", "BND")
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
-    if mask is not None:
-        check_shape("mask", mask, "BN", shape)
+    mask = stages.boolean_mask(mask, tokens)
+    protect = stages.protected_tokens(protect, tokens)
     # All sources must be arrays of the framework: its graph cannot contain others. For
     # JAX, `check_array` converts NumPy arrays.
     sources = Sources(*map(stages.check_array, _OPTIONAL_SOURCES, sources))
@@ -396,7 +394,7 @@ def _num_groups(
     is_ratio = isinstance(budget, float | np.floating)
     wanted = token_budget(budget, limit) if is_ratio else budget
     num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
-    check_protect(protect, method, num_groups.counts, shape, mask)
+    check_protect(protect, method, num_groups.counts, shape, mask, "budget")
     return num_groups
 
 

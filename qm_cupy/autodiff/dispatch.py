@@ -63,6 +63,7 @@ def operation(
     dtype: DtypeRule,
     shapes: Callable[..., tuple[Shape, ...]],
     results: int = 1,
+    lists: tuple[str, ...] = (),
     vjp: str = "",
 ) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Declare a public function as an operation that torch and JAX can trace.
@@ -140,7 +141,7 @@ def operation(
         # arrays and then calls `function`.
         OPERATIONS[name] = Operation(
             name, differentiable, constants, count_parameter, options, dtype, shapes,
-            results, dispatched, find_vjp,
+            results, lists, dispatched, find_vjp,
         )  # fmt: skip
         return _renamed(dispatched, name)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_counts
+from ..arrays.counts import check_counts
 from ..arrays.libraries import is_cuda
 from ..cuda.device import to_device, to_host
 

@@ -12,13 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import (
-    check_mask,
-    check_num_groups,
-    check_number,
-    check_tokens,
-    is_per_sequence,
-)
+from ..arrays.checks import check_number, check_tokens
 from ..arrays.conversion import (
     Array,
     BoolArray,
@@ -26,6 +20,7 @@ from ..arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
+from ..arrays.counts import check_num_groups, is_per_sequence
 from ..autodiff.dispatch import known_while_tracing, operation
 from ..autodiff.operations import without_two_axes
 from .saliency.token_norms import relative_norms
@@ -143,8 +138,7 @@ def norm_budget(
     2
     """
     convert_back, tokens, mask = convert_inputs({"tokens": tokens, "mask": mask})
-    check_tokens(tokens)
-    check_mask(mask, tokens.shape[:-1])
+    mask = check_tokens(tokens, mask=mask)
     gamma = check_number("gamma", gamma, 0, 1, "(]")
     return convert_back(_norm_budget_reference(tokens, gamma, mask))
 

@@ -21,8 +21,13 @@ from ...arrays.libraries import is_cuda
 WEIGHTED_METHODS = "average", "ward"  # the linkages that use masses
 
 
-def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> None:
-    """Raise if this is not a linkage matrix (B, N - 1, 4) made with this mask."""
+def check_dendrogram(
+    dendrogram: NDArray[Any], mask: NDArray[Any] | None
+) -> NDArray[np.bool_] | None:
+    """Raise if this is not a linkage matrix (B, N - 1, 4) made with this mask.
+
+    Return the mask as `check_mask` does.
+    """
     check_floating("dendrogram", dendrogram)
     if dendrogram.ndim not in (2, 3) or dendrogram.shape[-1] != 4:
         raise ValueError(
@@ -30,9 +35,9 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
             f"got {dendrogram.shape}"
         )
     *batch, merges, _ = dendrogram.shape
-    check_mask(mask, (*batch, merges + 1))
+    mask = check_mask(mask, (*batch, merges + 1))
     if is_cuda(dendrogram):
-        return
+        return mask
     # A row without a merge, as in a masked sequence, is (-1, -1, inf, 0).
     padded = (dendrogram[..., 0] == -1) & (dendrogram[..., 2] == np.inf)
     check_finite_values("dendrogram", np.where(padded[..., None], 0, dendrogram))
@@ -57,6 +62,7 @@ def check_dendrogram(dendrogram: NDArray[Any], mask: NDArray[Any] | None) -> Non
             "`dendrogram` must merge only tokens and groups of earlier rows: give the "
             "result of `linkage`"
         )
+    return mask
 
 
 def _check_padded_rows(
@@ -129,25 +135,20 @@ def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
 
 
 def check_protect(
-    protect: NDArray[Any] | None,
+    protect: NDArray[np.bool_] | None,
     method: str,
     counts: NDArray[np.int64],
     shape: tuple[int, ...],
     mask: NDArray[np.bool_] | None,
+    name: str = "num_groups",
 ) -> None:
-    """Raise if `protect` is not boolean (B, N) or leaves too few groups.
+    """Raise if `protect` (B, N) leaves too few groups; `name` is the argument with K.
 
     Each protected token needs a group of its own. The other tokens need one more group,
     or one group for each run if groups are contiguous. A run is a series of neighbours
     without a protected token between them.
     """
-    if protect is None:
-        return
-    check_is_array("protect", protect)
-    if protect.dtype != np.bool_:
-        raise TypeError(f"`protect` must be boolean, got {protect.dtype}")
-    check_shape("protect", protect, "BN", shape)
-    if is_cuda(protect):
+    if protect is None or is_cuda(protect):
         return
     # Padding is not protected: it has no group.
     for index in np.ndindex(shape[:-1]):
@@ -166,7 +167,7 @@ def check_protect(
                 "runs, and a contiguous group cannot span two runs"
             )
         raise ValueError(
-            f"`num_groups` must be at least {num_protected + runs}{where}, got "
+            f"`{name}` must be at least {num_protected + runs}{where}, got "
             f"{num_groups}: {why}"
         )
 

@@ -6,21 +6,17 @@ A root is the number of a token's group before the groups are numbered 0..K-1: a
 number that all tokens of the group have, and no other token has.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import (
-    GroupCounts,
-    check_choice,
-    check_group_counts,
-    check_mask,
-    check_mass,
-    check_tokens,
-)
+from ...arrays.checks import check_choice, check_mass, check_tokens
 from ...arrays.conversion import Array, BoolArray, FloatArray, IntArray, convert_inputs
+from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.libraries import is_cuda
+from ...arrays.protect import protected_tokens, split_positions
 from ...arrays.shapes import num_valid
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
@@ -51,6 +47,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
     options=("str method", "str metric", "int? step", "str order"),
     dtype="int32",
     shapes=without_last_axis,
+    lists=("protect",),
 )
 def cluster_tokens(
     tokens: Array,
@@ -61,7 +58,7 @@ def cluster_tokens(
     mass: FloatArray | None = None,
     anchors: IntArray | None = None,
     step: int | None = None,
-    protect: BoolArray | None = None,
+    protect: BoolArray | Sequence[int] | None = None,
     mask: BoolArray | None = None,
     order: Order = "last",
 ) -> IntArray:
@@ -98,15 +95,16 @@ def cluster_tokens(
         For "bipartite": the largest number of groups that merge in one step. By default
         a step merges as many as K allows, at most half of the groups. ToMe merges a few
         tokens in each layer, so small steps, such as 16, are nearer to its use.
-    protect : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = this token stays a group of its own (for example class tokens
-        and attention sinks). K counts these groups too. The other tokens are grouped as
-        if the sequence had no protected tokens, but "contiguous" never merges
-        neighbours across a protected token.
+    protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
+        Tokens that stay groups of their own, for example class tokens and attention
+        sinks: boolean, True = protected, or positions such as ``[0]`` (of every
+        sequence; -1 is the last token). K counts these groups too. The other tokens are
+        grouped as if the sequence had no protected tokens, but "contiguous" never
+        merges neighbours across a protected token.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens get label -1, protected or not. The tokens
-        are grouped as if the sequence had no padding: tokens on both sides of padding
-        are neighbours.
+        Boolean or integer, True or 1 = token. Padded tokens get label -1, protected or
+        not, and are not read. The tokens are grouped as if the sequence had no padding:
+        tokens on both sides of padding are neighbours.
     order : {"last", "first"}, default "last"
         Number groups by the position of their last or first member. With "last",
         a group has the position of its last member, so it contains no later token.
@@ -138,35 +136,37 @@ def cluster_tokens(
     >>> tokens = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [0.1, 3.0]])
     >>> cluster_tokens(tokens, 2)
     array([0, 1, 0, 1], dtype=int32)
-    >>> protect = np.array([True, False, False, False])
-    >>> cluster_tokens(tokens, 3, protect=protect)
+    >>> cluster_tokens(tokens, 3, protect=[0])
     array([0, 2, 1, 2], dtype=int32)
     """
-    convert_back, tokens, mass, anchors, protect, mask, num_groups = convert_inputs(
-        {
-            "tokens": tokens,
-            "mass": mass,
-            "anchors": anchors,
-            "protect": protect,
-            "mask": mask,
-        },
-        counts={"num_groups": num_groups},
+    flags, positions = split_positions(protect)
+    convert_back, tokens, mass, anchors, flags, mask, num_groups, positions = (
+        convert_inputs(
+            {
+                "tokens": tokens,
+                "mass": mass,
+                "anchors": anchors,
+                "protect": flags,
+                "mask": mask,
+            },
+            counts={"num_groups": num_groups, "protect": positions},
+        )
     )
-    check_tokens(tokens)
+    mask = check_tokens(tokens, mask=mask)
+    flags = protected_tokens(flags, positions, tokens)  # (B, N)
     check_choice("method", method, METHODS)
     check_choice("metric", metric, METRICS)
     check_choice("order", order, ORDERS)
     step = check_step(step, method)
     shape = tokens.shape[:-1]
-    check_mask(mask, shape)
     check_mass_method(mass, method)
     check_mass(mass, shape)
     # K must not exceed the number of valid tokens, and each protected token needs a
     # group of its own.
     groups = check_group_counts(num_groups, shape[:-1], num_valid(shape, mask))
-    check_protect(protect, method, groups.counts, shape, mask)
+    check_protect(flags, method, groups.counts, shape, mask)
     if anchors is not None:
-        check_anchors(anchors, method, *groups, shape, mask, protect)
+        check_anchors(anchors, method, *groups, shape, mask, flags)
     labels = compute_cluster_tokens(
         tokens,
         groups,
@@ -175,7 +175,7 @@ def cluster_tokens(
         mass=mass,
         anchors=anchors,
         step=step,
-        protect=protect,
+        protect=flags,
         mask=mask,
         order=order,
     )

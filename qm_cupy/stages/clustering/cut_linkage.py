@@ -12,14 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import (
-    check_choice,
-    check_is_array,
-    check_mass,
-    check_num_groups,
-    check_number,
-)
+from ...arrays.checks import check_choice, check_is_array, check_mass, check_number
 from ...arrays.conversion import BoolArray, FloatArray, IntArray, convert_inputs
+from ...arrays.counts import check_num_groups
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -120,7 +115,7 @@ def cut_linkage(
             "give exactly one of `num_groups` and `max_error`, got "
             f"{'neither' if num_groups is None else 'both'}"
         )
-    check_dendrogram(dendrogram, mask)
+    mask = check_dendrogram(dendrogram, mask)
     batch, num_tokens = dendrogram.shape[:-2], dendrogram.shape[-2] + 1
     check_mass(mass, (*batch, num_tokens))
     counts = None

@@ -20,7 +20,7 @@ def relative_norms(
     """
     x = tokens.astype(np.float64)  # (B, N, D)
     if mask is not None:
-        x = x * mask[..., None]
+        x = np.where(mask[..., None], x, 0)  # padding may be NaN
     largest = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)
     # A sequence of zeros is divided by 1 instead of 0; its norms are 0.
     return np.linalg.norm(x / np.where(largest > 0, largest, 1), axis=-1)
