@@ -1,5 +1,6 @@
 """The pipeline: merge token sequences into shorter ones."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,6 @@ from .arrays.checks import (
     check_choice,
     check_is_array,
     check_mass,
-    check_number,
     check_seed,
     check_shape,
     check_tokens,
@@ -36,7 +36,12 @@ from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .results import Merged, arrays_of, check_target
 from .sources import Sources, check_sources, checked_scale
-from .stages.budget import kept_tokens, token_budget
+from .stages.budget import (
+    check_budget_type,
+    is_share,
+    share_fraction,
+    token_budget,
+)
 from .stages.clustering.checks import (
     check_protect,
     check_step,
@@ -386,8 +391,8 @@ def _num_groups(
 ) -> GroupCounts:
     """Return K of every sequence; `shape` is (N,) or (B, N)."""
     limit = num_valid(shape, mask)
-    is_ratio = isinstance(budget, float | np.floating)
-    wanted = token_budget(budget, limit) if is_ratio else budget
+    check_budget_type(budget)
+    wanted = token_budget(budget, limit) if is_share(budget) else budget
     num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
     check_protect(protect, method, num_groups.counts, shape, mask, "budget")
     return num_groups
@@ -403,23 +408,40 @@ def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) 
         from .autodiff.jax_operators import check_known
 
         check_known("budget", budget)  # JAX needs every shape while it traces
-    if isinstance(budget, float | np.floating):
-        # `str` gives the digits as written: float32 0.29 becomes 0.29, not 0.28999999.
-        ratio = float(str(budget)) if isinstance(budget, np.floating) else budget
-        if not 0 < ratio <= 1:
-            check_number("budget", budget, 0, 1, "(]")  # raises
-        if mask is None:
-            return kept_tokens(ratio, num_tokens)
-        if framework == "jax":
+    if is_share(budget):
+        if framework == "jax" and mask is not None:
             check_known("mask", mask)  # K depends on the number of valid tokens
             return token_budget(budget, np.asarray(mask).sum(axis=-1))
-        # max(1, ⌊N · ratio⌋) for each N. The product is rounded to 9 decimals before
-        # the floor: in binary, 100 · 0.29 is 28.999999999999996, and K must be 29.
-        kept = (mask.sum(-1).double() * ratio * 1e9).round() / 1e9  # (B,)
-        return kept.floor().clamp(min=1).long()
+        share = _traced_share(budget)
+        if not 0 < share <= 1:
+            share_fraction(share)  # raises
+        # max(1, ⌊N · r⌋) for each N, as in `share_fraction`: the fraction is at most
+        # 2⁻⁵² above the float r. N and r may be symbols.
+        ratio = share + 2.0**-52
+        if mask is None:
+            return max(1, int(num_tokens * ratio))
+        return (mask.sum(-1).double() * ratio).floor().clamp(min=1).long()  # (B,)
+    check_budget_type(budget)
     # The usual case needs no conversion: `token_budget` would return the same K.
     if type(budget) is int and 1 <= budget <= num_tokens:
         return budget
     if hasattr(budget, "shape"):
         return budget  # an array (B,); the stage functions check its values
     return token_budget(budget, num_tokens)  # converts other numbers, or raises
+
+
+def _traced_share(share: Any) -> Any:
+    """Return a share as a float; raise if the compiler does not know its value."""
+    if isinstance(share, float):
+        return share
+    torch = sys.modules.get("torch")
+    is_array = hasattr(share, "__dlpack__")
+    if is_array and torch is not None and torch.compiler.is_compiling():
+        raise TypeError(
+            "`budget` must be a number while torch compiles, got a tensor: pass a "
+            "Python float"
+        )
+    if is_array:
+        share = convert_inputs({}, counts={"budget": share})[1]
+    numerator, denominator = share_fraction(share)
+    return numerator / denominator

@@ -267,7 +267,9 @@ def check_number(name: str, value: Any, low: float, high: float, closed: str) ->
 
     `closed` has the brackets of the interval: "(]" excludes `low` and includes `high`.
     """
-    # A tensor is not a number, even if it has no axes.
+    # A NumPy array without axes is a number. A tensor is not: it may be on a GPU.
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if isinstance(value, bool) or not isinstance(value, float | int | np.number):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     number = float(value)
