@@ -29,7 +29,7 @@ LAYERS = {
         "torch": "paper stages priors results",
         "jax": "paper priors",
         "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
-        "plot": "stages arrays",
+        "plot": "results stages arrays",
         "corpus": "results arrays settings",
         "paper": "pipeline stages priors results autodiff arrays",
         "choose_merge": "pipeline stages priors results arrays",
