@@ -26,7 +26,7 @@ LAYERS = {
         "__main__": "cli",
         "cli": "qm_cupy corpus plot pipeline stages priors results atomic_write cuda "
         "arrays",
-        "torch": "paper stages priors results",
+        "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
         "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
         "plot": "results stages arrays",
