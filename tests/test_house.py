@@ -26,10 +26,10 @@ LAYERS = {
         "__main__": "cli",
         "cli": "qm_cupy corpus plot pipeline stages priors results atomic_write cuda "
         "arrays",
-        "torch": "paper stages priors results",
+        "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
         "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
-        "plot": "stages arrays",
+        "plot": "results stages arrays",
         "corpus": "results arrays settings",
         "paper": "pipeline stages priors results autodiff arrays",
         "choose_merge": "pipeline stages priors results arrays",
