@@ -21,6 +21,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
 from ...autodiff.dispatch import operation
@@ -115,8 +116,6 @@ def _attention_entropy_reference(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
-    # The smallest normal number: a positive lower limit for divisors and logarithms.
-    tiny = np.finfo(dtype).tiny
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
     for index, valid in iter_sequences(entropy.shape[:-1], mask):
         # `valid` is the mask (N,) of one matrix, or None. Without the padding, the sums
@@ -128,15 +127,28 @@ def _attention_entropy_reference(
             a = attention[index][start : start + BLOCK_ROWS]  # A, (block, N)
             if valid is not None:
                 a = attention[index][rows[:, None], token]
-            a = a.astype(dtype, order="C")
-            # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
-            total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
-            log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
-            mean_log = np.einsum("ij,ij->i", a, log_a) / total  # (Σ A log A) / Σ A
-            # A row without attention has entropy 0.
-            entropy[index][rows] = np.where(total > tiny, np.log(total) - mean_log, 0)
+            h = _row_entropy(a.astype(dtype, order="C"))
+            # Sums of very large A overflow. H does not depend on the scale of a row.
+            if not all_finite(h):
+                wrong = np.flatnonzero(~np.isfinite(h))
+                peak = a[wrong].max(axis=-1, keepdims=True).astype(dtype)
+                h[wrong] = _row_entropy(a[wrong] / peak)
+            entropy[index][rows] = h
     # Rounding can leave a tiny negative number where the entropy is 0.
     return np.maximum(entropy, 0)
+
+
+def _row_entropy(a: NDArray[Any]) -> NDArray[Any]:
+    """Return the entropy of each row of A (block, N); it is not finite for huge A."""
+    # The smallest normal number: a positive lower limit for divisors and logarithms.
+    tiny = np.finfo(a.dtype).tiny
+    with np.errstate(over="ignore", invalid="ignore"):
+        # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
+        total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
+        log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
+        mean_log = np.einsum("ij,ij->i", a, log_a) / total  # (Σ A log A) / Σ A
+        # A row without attention has entropy 0.
+        return np.where(total > tiny, np.log(total) - mean_log, 0)
 
 
 def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:

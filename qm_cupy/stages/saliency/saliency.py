@@ -21,6 +21,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import finite_mean
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import layer_axes, saliency_shape
 from ...autodiff.dispatch import operation
@@ -107,7 +108,7 @@ def _saliency_reference(
     # Means and differences are computed in float32 at least.
     entropy = entropy.astype(np.result_type(entropy.dtype, np.float32), copy=False)
     if entropy.ndim == 4:
-        entropy = entropy.mean(axis=2)  # (L, B, N)
+        entropy = finite_mean(entropy, axis=2)  # (L, B, N)
     scaled = scale_min_max(entropy, mask)  # y, (L, B, N), (B, N) or (N,)
     if scaled.ndim == 3:
         # Every layer has the range [0, 1] now, so all layers count equally.
@@ -243,7 +244,7 @@ def _saliency_vjp_reference(
         gradient = gradient / shape[0]  # ∂ℒ/∂y: each layer gets 1/L, (B, N)
     if entropy.ndim == 4:
         # The forward pass scaled the mean over the heads. Compute this mean again.
-        entropy = entropy.mean(axis=2)  # (L, B, N)
+        entropy = finite_mean(entropy, axis=2)  # (L, B, N)
     entropy_gradient = scale_min_max_vjp(gradient, entropy, mask)
     if len(shape) == 4:
         # Each head gets 1/H of the gradient of the mean: (L, B, N) -> (L, B, H, N).
