@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
-    GroupCounts,
     check_gradient,
-    check_group_counts,
+    check_labelled_tokens,
     check_labels,
+    check_layout,
     check_mass,
     check_out,
-    check_tokens,
 )
 from ...arrays.conversion import (
     Array,
@@ -32,7 +31,9 @@ from ...arrays.conversion import (
     deliver,
     on_callers_stream,
 )
-from ...arrays.dtypes import accumulation_dtype
+from ...arrays.counts import GroupCounts, check_group_counts
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
@@ -121,11 +122,12 @@ def merge_tokens(
         counts={"num_groups": num_groups},
         outputs={"out": out},
     )
-    check_tokens(tokens)
+    check_layout("tokens", tokens, "ND", "BND")
     batch = tokens.shape[:-2]  # (B,), or () for one sequence
     groups = check_group_counts(num_groups, batch)
     # A label must be below the K of its own sequence.
     check_labels(labels, tokens.shape[:-1], groups.counts)
+    check_labelled_tokens(tokens, labels)
     check_mass(mass, tokens.shape[:-1])
     wanted = (*batch, groups.max_groups, tokens.shape[-1])
     check_out(target, wanted, tokens.dtype, tokens, labels, mass)
@@ -165,8 +167,21 @@ def _merge_tokens_reference(
     # The weights are a sparse matrix (B·K, B·N). Its product with the tokens adds the
     # members of each group in index order.
     weights = _weights_reference(labels, num_groups, mass).astype(dtype)
-    merged = (weights @ flat_tokens).astype(tokens.dtype, copy=False)  # (B·K, D)
+    with np.errstate(over="ignore"):
+        merged = (weights @ flat_tokens).astype(tokens.dtype, copy=False)  # (B·K, D)
+    if not all_finite(merged):
+        _clip_to_members(merged, weights, flat_tokens)
     return merged.reshape(*batch, num_groups, dim)
+
+
+def _clip_to_members(merged: NDArray[Any], weights: Any, tokens: NDArray[Any]) -> None:
+    """Limit means that are not finite to the range of their members, in place.
+
+    Rounding can put a mean of the largest numbers of a dtype above them.
+    """
+    for k in np.flatnonzero(~np.isfinite(merged).all(axis=-1)):
+        members = tokens[weights.indices[weights.indptr[k] : weights.indptr[k + 1]]]
+        merged[k] = np.clip(merged[k], members.min(axis=0), members.max(axis=0))
 
 
 def _weights_reference(
@@ -288,7 +303,7 @@ def merge_tokens_vjp(
         counts={"num_groups": num_groups},
         gradients={"gradient": gradient},
     )
-    check_tokens(tokens)
+    check_layout("tokens", tokens, "ND", "BND")
     batch = tokens.shape[:-2]
     counts, max_groups = check_group_counts(num_groups, batch)
     wanted = (*batch, max_groups, tokens.shape[-1])
@@ -297,6 +312,7 @@ def merge_tokens_vjp(
     has_group = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
     gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=has_group)
     check_labels(labels, tokens.shape[:-1], counts)
+    check_labelled_tokens(tokens, labels)
     check_mass(mass, tokens.shape[:-1])
     # The kernels have one dtype for tokens and gradient.
     args = gradient.astype(tokens.dtype, copy=False), tokens, labels, max_groups, mass
@@ -333,20 +349,23 @@ def merge_tokens_vjp_reference(
         x_gradient[flat[block]] = weights[block, None] * g  # x̄_j = (m_j / W_k) g_k
         if mass is not None:
             block_x = x[flat[block]].astype(np.float64)
-            product[block] = np.einsum("md,md->m", g, block_x)  # g_k · x_j
+            with np.errstate(over="ignore", invalid="ignore"):
+                product[block] = np.einsum("md,md->m", g, block_x)  # g_k · x_j
     x_gradient = x_gradient.reshape(tokens.shape)
     if mass is None:
         return x_gradient, None
     # W_k of the group of each token. Sums of float16 masses would lose digits.
-    total = np.bincount(group, mass.ravel()[flat].astype(np.float64), num_rows)[group]
-    # g_k · (x_j - x̃_k): the weighted mean of the products of a group is g_k · x̃_k.
-    difference = product - np.bincount(group, weights * product, num_rows)[group]
+    masses = mass.ravel()[flat].astype(np.float64)
     m_gradient = np.zeros(labels.size)
-    # A group of mass 0 uses the plain mean, which does not depend on its masses.
-    m_gradient[flat] = np.where(
-        total > 0, difference / np.where(total > 0, total, 1), 0
-    )
-    return x_gradient, m_gradient.reshape(labels.shape).astype(mass.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.bincount(group, masses, num_rows)[group]
+        # g_k · (x_j - x̃_k): the weighted mean of the products of a group is g_k · x̃_k.
+        difference = product - np.bincount(group, weights * product, num_rows)[group]
+        # A group of mass 0 uses the plain mean, which does not depend on its masses.
+        m_gradient[flat] = np.where(
+            total > 0, difference / np.where(total > 0, total, 1), 0
+        )
+    return x_gradient, narrow(m_gradient.reshape(labels.shape), mass.dtype)
 
 
 def _merge_tokens_vjp_cuda(

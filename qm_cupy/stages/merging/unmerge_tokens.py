@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ...arrays.checks import (
     check_gradient,
-    check_group_counts,
     check_is_array,
     check_labels,
     check_out,
@@ -27,6 +26,9 @@ from ...arrays.conversion import (
     deliver,
     on_callers_stream,
 )
+from ...arrays.counts import check_group_counts
+from ...arrays.dtypes import narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
@@ -210,7 +212,15 @@ def unmerge_tokens_vjp_reference(
         (np.ones(len(flat), dtype), (group, flat)), shape=(num_all_groups, labels.size)
     )
     flat_gradient = gradient.reshape(-1, dim).astype(dtype, copy=False)  # (B·N, D)
-    total: NDArray[Any] = (is_member @ flat_gradient).astype(gradient.dtype, copy=False)
+    with np.errstate(over="ignore"):
+        total = (is_member @ flat_gradient).astype(gradient.dtype, copy=False)
+    if not all_finite(total):
+        # A part of a sum can overflow where the whole sum does not. The factor is a
+        # power of two, so it changes no digits.
+        factor = 2.0 ** -int(np.ceil(np.log2(len(flat)) + 1))
+        with np.errstate(over="ignore"):
+            scaled = (is_member @ (flat_gradient * dtype.type(factor))) / factor
+        total = np.where(np.isfinite(total), total, narrow(scaled, gradient.dtype))
     return total.reshape(*batch, num_groups, dim)
 
 
