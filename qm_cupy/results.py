@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays.checks import (
-    GroupCounts,
     check_is_array,
     check_labels,
     check_layout,
@@ -24,6 +23,7 @@ from .arrays.checks import (
     check_values,
 )
 from .arrays.conversion import Array, BoolArray, FloatArray, IntArray, convert_inputs
+from .arrays.counts import GroupCounts
 from .arrays.libraries import is_cuda, library, no_grad
 from .autodiff.dispatch import (
     as_constants_like,
