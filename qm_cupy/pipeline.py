@@ -267,12 +267,12 @@ def quickmerge(
         if is_cuda(tokens):  # copy a strided view once, instead of in every stage
             tokens = contiguous(tokens)
         num_groups = _num_groups(shape, budget, protect, method, mask)
-        inputs, mass_dtype = _inputs(tokens, sources, options.weights)
+        mass_dtype = _mass_dtype(tokens, sources, options.weights)
         if options.named_weights() == "mass":
             check_epsilon(options.epsilon, mass_dtype)
         destination = None
         if target is not None:
-            check_target(target, num_groups.max_groups, inputs, mass_dtype)
+            check_target(target, num_groups.max_groups, tokens, mass_dtype)
             destination = target.tokens  # (B, K, D)
         merged = compose(
             COMPUTE_STAGES,
@@ -372,20 +372,15 @@ def _check_noise_traced(framework: str, noise_seed: Any) -> None:
     check_seed(noise_seed, "noise_seed")  # raises
 
 
-def _inputs(
-    tokens: NDArray[Any], sources: Sources, weights: Any
-) -> tuple[list[NDArray[Any]], np.dtype[Any]]:
-    """Return all arrays of a call, the tokens first, and the dtype of the weights."""
-    # The arrays of the source: one array, its layers, or query and key, which have the
-    # same dtype.
-    arrays = [*sources.arrays().values()]
-    inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
+def _mass_dtype(tokens: NDArray[Any], sources: Sources, weights: Any) -> np.dtype[Any]:
+    """Return the dtype of the weights: float64 if they come from float64."""
     # The array from which the weights are computed: the caller's weights; the tokens,
     # if the weights are 1 or there is no source; otherwise the source.
     decisive = weights
     if isinstance(weights, str):
+        arrays = [*sources.arrays().values()]
         decisive = tokens if weights == "uniform" else (arrays or [tokens])[0]
-    return inputs, accumulation_dtype(decisive.dtype)  # float64 for float64
+    return accumulation_dtype(decisive.dtype)
 
 
 def _num_groups(

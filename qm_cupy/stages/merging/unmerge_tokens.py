@@ -63,7 +63,7 @@ def unmerge_tokens(
         Group of each token within 0..K-1, or -1 for padding. Padded tokens are 0.
     out : ndarray of shape (N, D) or (B, N, D), optional
         Array for the result. It must have the dtype of `merged`, be C-contiguous and
-        share no memory with an input. It cannot be a JAX array.
+        share no memory with another array of the call. It cannot be a JAX array.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def unmerge_tokens(
     wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))  # (B, N)
     check_labels(labels, wanted, merged.shape[-2])
     wanted = (*labels.shape, merged.shape[-1])  # (B, N, D)
-    check_out(target, wanted, merged.dtype, merged, labels)
+    check_out(target, wanted, merged.dtype)
     if is_cuda(merged):
         tokens = unmerge_tokens_cuda(merged, labels, target)
     else:
