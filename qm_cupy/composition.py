@@ -15,10 +15,11 @@ from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.shapes import masked_copy
 from .autodiff.dispatch import modules_of
+from .group_counts import counted_groups
 from .results import Merged
 from .settings import implementation
 from .sources import Sources, lift_sources
-from .stages.clustering.checks import WEIGHTED_METHODS
+from .stages.clustering.checks import WEIGHTED_METHODS, Limits
 from .stages.clustering.cluster_tokens import (
     Method,
     cluster_tokens,
@@ -71,6 +72,7 @@ class Options(NamedTuple):
 
     causal: bool
     scale: float | None
+    limits: Limits
     method: str
     metric: str
     step: int | None
@@ -96,8 +98,11 @@ def with_defaults(
     method: Method | None,
     weights: Any,
     weighted_linkage: bool | None,
+    max_error: Any = None,
 ) -> tuple[Method, Any, bool]:
-    """Return the last three arguments, where None becomes the default for the source.
+    """Return the three options, where None becomes the default for the source.
+
+    With `max_error`, the default method is the only one that supports it.
 
     Raise if the weights need attention and the source has none.
     """
@@ -114,7 +119,8 @@ def with_defaults(
             "or `query` and `key`"
         )
     if method is None:
-        method = "ward" if by_attention else "average"
+        by_error = max_error is not None
+        method = "ward" if by_attention or by_error else "average"
     if weighted_linkage is None:
         weighted_linkage = by_attention and method in WEIGHTED_METHODS
     return method, weights, weighted_linkage
@@ -145,6 +151,7 @@ class Stages(NamedTuple):
     saliency_mass: Callable[..., Any]
     select_tokens: Callable[..., Any]
     cluster_tokens: Callable[..., Any]
+    counted_groups: Callable[..., Any]  # labels (B, N) -> K of every sequence
     merge_tokens: Callable[..., Any]
     group_sizes: Callable[..., Any]
     group_positions: Callable[..., Any]
@@ -160,7 +167,10 @@ def compose(
     options: Options,
     out: Any = None,
 ) -> Merged[Any]:
-    """Run the stages that the options need, then clustering and merging."""
+    """Run the stages that the options need, then clustering and merging.
+
+    `num_groups` is None if a limit decides how many groups there are.
+    """
     sources = lift_sources(sources, tokens)  # each with the axis B
     scores, weights = _scores_and_weights(stages, tokens, sources, mask, options)
     anchors = None
@@ -169,6 +179,8 @@ def compose(
     labels = stages.cluster_tokens(  # (B, N)
         tokens,
         num_groups,
+        max_error=options.limits.max_error,
+        max_distance=options.limits.max_distance,
         method=options.method,
         metric=options.metric,
         mass=weights if options.weighted_linkage else None,
@@ -178,6 +190,8 @@ def compose(
         mask=mask,
         order=options.order,
     )
+    if num_groups is None:
+        num_groups = stages.counted_groups(labels)
     # x̃_k = Σ w_j x_j / Σ w_j over the tokens j of group k; shape (B, K, D). Without
     # weights, `merge_tokens` gives the same bits and reads less.
     mass = None if options.named_weights() == "uniform" else weights
@@ -367,7 +381,7 @@ COMPUTE_STAGES = Stages(
     compute_attention_received, compute_attention_mass, compute_saliency,
     compute_gumbel_softmax,
     compute_saliency_mass, compute_select_tokens, compute_cluster_tokens,
-    compute_merge_tokens, compute_group_sizes, compute_group_positions,
+    counted_groups, compute_merge_tokens, compute_group_sizes, compute_group_positions,
 )  # fmt: skip
 
 
@@ -384,6 +398,7 @@ def traced_stages(framework: Literal["torch", "jax"]) -> Stages:
         operators.masked_copy, unit_weights,
         attention_entropy, query_key_entropy, self_attention_entropy,
         attention_received, attention_mass, saliency_of_entropy, gumbel_softmax,
-        saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
+        saliency_mass, select_tokens, cluster_tokens,
+        lambda labels: labels.amax(-1) + 1, merge_tokens, group_sizes,
         group_positions,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """The pipeline: merge token sequences into shorter ones."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -17,11 +16,9 @@ from .arrays.checks import (
     check_tokens,
 )
 from .arrays.conversion import Array, BoolArray, FloatArray, convert_inputs
-from .arrays.counts import GroupCounts, check_group_counts
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.protect import protected_tokens, split_positions
-from .arrays.shapes import num_valid
 from .autodiff.dispatch import on_callers_stream_unless_traced, tracing_framework
 from .autodiff.operations import plain_integer
 from .composition import (
@@ -34,16 +31,11 @@ from .composition import (
 )
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
+from .group_counts import num_groups_of, traced_num_groups
 from .results import Merged, arrays_of, check_target
 from .sources import Sources, check_sources, checked_scale
-from .stages.budget import (
-    check_budget_type,
-    is_share,
-    share_fraction,
-    token_budget,
-)
 from .stages.clustering.checks import (
-    check_protect,
+    check_limits,
     check_step,
     check_weighted_linkage,
 )
@@ -66,8 +58,10 @@ from .stages.selection.saliency_mass import (
 @on_callers_stream_unless_traced
 def quickmerge(
     tokens: Array,
-    budget: Any,
+    budget: Any = None,
     *,
+    max_error: float | None = None,
+    max_distance: float | None = None,
     hidden_states: FloatArray | None = None,
     attention: FloatArray | None = None,
     query: FloatArray | None = None,
@@ -106,10 +100,16 @@ def quickmerge(
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings, B sequences of N tokens of width D; float16, bfloat16, float32
         or float64.
-    budget : int, float or ndarray of int of shape (B,)
-        How many groups to keep: their number K, a fraction in (0, 1] of the tokens, or
-        K of each sequence (for example from `norm_budget`). If K differs between
-        sequences, results are padded to the largest K.
+    budget : number or ndarray of int of shape (B,), optional
+        How many groups to keep: their number K, a share within (0, 1] of the tokens
+        (as in `token_budget`), or K of each sequence (for example from `norm_budget`).
+        If K differs between sequences, results are padded to the largest K. Exactly one
+        of `budget`, `max_error` and `max_distance` is required.
+    max_error : float, optional
+        For ward linkage, which is then the default: as few groups as possible whose
+        relative squared error is at most this, as in `cluster_tokens`.
+    max_distance : float, optional
+        Merge groups whose distance is at most this, as in `cluster_tokens`.
     hidden_states : ndarray of shape (B, N, D), or a tuple of them, optional
         Source of the saliency: the self-attention entropy of these states, or of those
         of each layer. By default `tokens` are the source. At most one source may be
@@ -213,12 +213,14 @@ def quickmerge(
     sources = Sources(hidden_states, attention, query, key, saliency)
     check_sources(sources)
     method, weights, weighted_linkage = with_defaults(
-        sources, method, weights, weighted_linkage
+        sources, method, weights, weighted_linkage, max_error
     )
+    check_choice("method", method, METHODS)
+    limits = check_limits(budget, max_error, max_distance, method, "budget")
     check_weighted_linkage(weighted_linkage, method)
     check_causal(causal)
     options = Options(
-        causal, checked_scale(scale, sources), method, metric,
+        causal, checked_scale(scale, sources), limits, method, metric,
         check_step(step, method), order, temperature, epsilon, weights,
         weighted_linkage, noise_seed, sequence_offset,
     )  # fmt: skip
@@ -266,12 +268,19 @@ def quickmerge(
     with memory_of(workspace, tokens):
         if is_cuda(tokens):  # copy a strided view once, instead of in every stage
             tokens = contiguous(tokens)
-        num_groups = _num_groups(shape, budget, protect, method, mask)
+        num_groups = None
+        if budget is not None:
+            num_groups = num_groups_of(shape, budget, protect, method, mask)
+        destination = None
+        if target is not None and num_groups is None:
+            raise ValueError(
+                "`out` needs a `budget`: with `max_error` or `max_distance` its shapes "
+                "are not known before the call"
+            )
         mass_dtype = _mass_dtype(tokens, sources, options.weights)
         if options.named_weights() == "mass":
             check_epsilon(options.epsilon, mass_dtype)
-        destination = None
-        if target is not None:
+        if target is not None and num_groups is not None:
             check_target(target, num_groups.max_groups, tokens, mass_dtype)
             destination = target.tokens  # (B, K, D)
         merged = compose(
@@ -333,13 +342,19 @@ def _quickmerge_traced(
         options = options._replace(weights=weights)
     # `cluster_tokens` calls `check_protect` later, when the values of `protect` are
     # known.
-    num_groups = _traced_num_groups(framework, budget, shape[-1], mask)
+    num_groups = None
+    if budget is not None:
+        num_groups = traced_num_groups(framework, budget, shape[-1], mask)
+    elif framework == "jax":
+        raise TypeError(
+            "`quickmerge` needs a `budget` while JAX traces: with `max_error` or "
+            "`max_distance`, the shape of the result depends on the tokens"
+        )
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
 def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
     """Return the options with Python numbers; raise if one is out of range."""
-    check_choice("method", options.method, METHODS)
     check_choice("metric", options.metric, METRICS)
     check_choice("order", options.order, ORDERS)
     if isinstance(options.weights, str):
@@ -381,64 +396,3 @@ def _mass_dtype(tokens: NDArray[Any], sources: Sources, weights: Any) -> np.dtyp
         arrays = [*sources.arrays().values()]
         decisive = tokens if weights == "uniform" else (arrays or [tokens])[0]
     return accumulation_dtype(decisive.dtype)
-
-
-def _num_groups(
-    shape: tuple[int, ...], budget: Any, protect: Any, method: str, mask: Any
-) -> GroupCounts:
-    """Return K of every sequence; `shape` is (N,) or (B, N)."""
-    limit = num_valid(shape, mask)
-    check_budget_type(budget)
-    wanted = token_budget(budget, limit) if is_share(budget) else budget
-    num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
-    check_protect(protect, method, num_groups.counts, shape, mask, "budget")
-    return num_groups
-
-
-def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:
-    """Return K, or K of each sequence, for a budget.
-
-    `torch.compile` traces through this code, so it uses only plain arithmetic and
-    tensor operations.
-    """
-    if framework == "jax":
-        from .autodiff.jax_operators import check_known
-
-        check_known("budget", budget)  # JAX needs every shape while it traces
-    if is_share(budget):
-        if framework == "jax" and mask is not None:
-            check_known("mask", mask)  # K depends on the number of valid tokens
-            return token_budget(budget, np.asarray(mask).sum(axis=-1))
-        share = _traced_share(budget)
-        if not 0 < share <= 1:
-            share_fraction(share)  # raises
-        # max(1, ⌊N · r⌋) for each N, as in `share_fraction`: the fraction is at most
-        # 2⁻⁵² above the float r. N and r may be symbols.
-        ratio = share + 2.0**-52
-        if mask is None:
-            return max(1, int(num_tokens * ratio))
-        return (mask.sum(-1).double() * ratio).floor().clamp(min=1).long()  # (B,)
-    check_budget_type(budget)
-    # The usual case needs no conversion: `token_budget` would return the same K.
-    if type(budget) is int and 1 <= budget <= num_tokens:
-        return budget
-    if hasattr(budget, "shape"):
-        return budget  # an array (B,); the stage functions check its values
-    return token_budget(budget, num_tokens)  # converts other numbers, or raises
-
-
-def _traced_share(share: Any) -> Any:
-    """Return a share as a float; raise if the compiler does not know its value."""
-    if isinstance(share, float):
-        return share
-    torch = sys.modules.get("torch")
-    is_array = hasattr(share, "__dlpack__")
-    if is_array and torch is not None and torch.compiler.is_compiling():
-        raise TypeError(
-            "`budget` must be a number while torch compiles, got a tensor: pass a "
-            "Python float"
-        )
-    if is_array:
-        share = convert_inputs({}, counts={"budget": share})[1]
-    numerator, denominator = share_fraction(share)
-    return numerator / denominator

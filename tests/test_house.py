@@ -33,8 +33,11 @@ LAYERS = {
         "corpus": "results arrays settings",
         "paper": "pipeline stages priors results autodiff arrays",
         "choose_merge": "pipeline stages priors results arrays",
-        "pipeline": "composition stages results autodiff cuda arrays",
-        "composition": "stages results autodiff arrays settings",
+        "pipeline": "composition group_counts sources stages results autodiff cuda "
+        "arrays",
+        "composition": "group_counts sources stages results autodiff arrays settings",
+        "group_counts": "stages cuda arrays autodiff",
+        "sources": "stages arrays",
         "results": "merged_file stages autodiff cuda arrays",
         "stages": "priors autodiff cuda arrays settings",
         "priors": "atomic_write cuda arrays settings",
