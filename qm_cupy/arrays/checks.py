@@ -232,10 +232,13 @@ def check_not_negative(
 
     Entries where one of the masks, broadcast to x, is False may have any value.
     """
-    # The least entry is NaN if padding is NaN, so compare with >= and not with <.
-    if not _values_checked(x) or not x.size or x.min() >= 0:
+    if not _values_checked(x) or not x.size:
         return
-    wrong = _first_among(x < 0, masks)
+    # The least entry is NaN if padding is NaN, so compare with >= and not with <.
+    with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN
+        if x.min() >= 0:
+            return
+        wrong = _first_among(x < 0, masks)
     if wrong is not None:
         raise ValueError(f"`{name}` must be ≥ 0, got {x[wrong]} at index {wrong}")
 

@@ -258,13 +258,16 @@ def _attention_entropy_vjp_reference(
     dtype = np.result_type(attention.dtype, np.float32)
     tiny = np.finfo(dtype).tiny  # a positive lower limit for divisors
     gradient = masked_gradient(gradient, dtype, mask)  # g, (..., N)
-    out = np.empty(attention.shape, attention.dtype)  # (..., N, N)
+    out = np.zeros(attention.shape, attention.dtype)  # (..., N, N)
     for index, valid in iter_sequences(gradient.shape[:-1], mask):
-        for start in range(0, attention.shape[-1], BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            a = attention[index][rows].astype(dtype)  # A, (block, N)
-            if valid is not None:  # padding, which may be NaN, becomes 0
-                a = np.where(valid & valid[rows, None], a, dtype.type(0))
+        # Without the padding, the sums have the bits of the sequence alone.
+        token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
+        for start in range(0, len(token), BLOCK_ROWS):
+            rows = token[start : start + BLOCK_ROWS]
+            entries: Any = slice(start, start + BLOCK_ROWS)
+            if valid is not None:
+                entries = rows[:, None], token
+            a = attention[index][entries].astype(dtype, order="C")  # A, (block, N)
             m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
             a /= np.maximum(m, tiny)  # A / m
             # All logs are ≤ 0, so nothing cancels in the sum of P log(A/m). The term of
@@ -280,9 +283,13 @@ def _attention_entropy_vjp_reference(
             # result is too large for the dtype, and ±inf is right.
             with np.errstate(over="ignore", invalid="ignore"):
                 factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
+                if not all_finite(total * m):  # Σ A overflows, but g / Σ A does not
+                    factor = gradient[index][rows, None] / total / np.maximum(m, tiny)
                 factor = np.where(m >= tiny, factor, 0)  # g / Σ A, (block, 1)
                 row_gradient = np.where(a > 0, (mean_log - log_a) * factor, 0)
-            out[index][rows] = narrow(row_gradient, out.dtype)
+                if not all_finite(factor):  # 0 · inf is NaN, but the gradient is 0
+                    row_gradient[np.isnan(row_gradient)] = 0
+            out[index][entries] = narrow(row_gradient, out.dtype)
     return out
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.shapes import sum_of_tokens
+
 
 def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Scale each row of (..., N) to [0, 1]; constant rows and padding become 0."""
@@ -32,7 +34,7 @@ def scale_min_max_vjp(
         # The gradient of an extreme goes to the tokens that have this value. If n
         # tokens tie, each token gets 1/n of the gradient.
         tied = (x == extreme) & valid
-        total = (gradient * weight).sum(axis=-1, keepdims=True)  # -w ∂ℒ/∂extreme
+        total = sum_of_tokens(gradient * weight, mask)  # -w ∂ℒ/∂extreme
         result = result - tied * (total / np.maximum(tied.sum(-1, keepdims=True), 1))
     # The gradient of a constant row is 0. For a tiny w the quotient may overflow; then
     # inf is the right result.

@@ -30,7 +30,7 @@ from ...arrays.conversion import (
 from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import num_valid, rows_of
+from ...arrays.shapes import num_valid, rows_of, sum_of_tokens
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import like_first
 from ...cuda.constants import BLOCK, SELECTION_THREADS
@@ -196,8 +196,7 @@ def _softmax_reference(
             quotient = np.where(huge, 2 * halves, quotient)
         logits = quotient.astype(scores.dtype, copy=False)
     weights = np.exp(logits)  # e^((z - m) / τ), (B, N)
-    total: NDArray[Any] = weights.sum(axis=-1, keepdims=True)
-    return weights / total
+    return weights / sum_of_tokens(weights, mask)
 
 
 def _gumbel_softmax_cuda(
@@ -342,7 +341,7 @@ def _gumbel_softmax_vjp_reference(
     # first pass subtracts the sum; the second pass removes the rounding error of the
     # first one.
     for _ in range(2):
-        centred -= np.sum(p * centred, axis=-1, keepdims=True)
+        centred -= sum_of_tokens(p * centred, mask)
     with np.errstate(over="ignore"):  # inf is the intended result of a tiny temperature
         return (p * centred / temperature).astype(saliency.dtype)
 
