@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from . import paper
 from .priors import mlp_prior
 from .priors.mlp import MLP
-from .results import AlignmentLoss, Merged
-from .stages.alignment.alignment_loss import alignment_loss
+from .results import Merged
+from .stages.alignment.alignment_loss import AlignmentLoss, alignment_loss
 from .stages.alignment.decode import decode
 from .stages.clustering.cluster_tokens import Method
 from .stages.clustering.labels import Order

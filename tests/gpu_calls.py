@@ -163,7 +163,7 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
         ),
         "quickmerge, hidden states": (
             qm.quickmerge,
-            {**alone, "hidden_states": np.stack([tokens, 2 - tokens])},  # two layers
+            {**alone, "hidden_states": (tokens, 2 - tokens)},  # two layers
         ),
         "quickmerge, protected anchors": (
             qm.quickmerge,

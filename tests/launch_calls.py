@@ -60,15 +60,15 @@ class Case(NamedTuple):
 
     @property
     def heads(self) -> Any:
-        return self.array(1, self.batch, HEADS, self.num_tokens, HEAD_DIM)
+        return self.array(self.batch, HEADS, self.num_tokens, HEAD_DIM)
 
     @property
     def attention(self) -> Any:
-        return self.array(1, self.batch, HEADS, self.num_tokens, self.num_tokens)
+        return self.array(self.batch, HEADS, self.num_tokens, self.num_tokens)
 
     @property
     def head_rows(self) -> Any:
-        return self.array(1, self.batch, HEADS, self.num_tokens)
+        return self.array(self.batch, HEADS, self.num_tokens)
 
     @property
     def scores(self) -> Any:

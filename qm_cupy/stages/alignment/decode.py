@@ -15,13 +15,12 @@ from ...arrays.checks import check_tokens
 from ...arrays.conversion import Array, convert_inputs, on_callers_stream
 from ...arrays.libraries import keep_numpy_or_cupy, no_grad, stack
 from ...priors.merged_tokens import merged_parts
-from ...priors.protocols import SteppingPrior
-from ...results import Merged
+from ...priors.protocols import MergedTokens, SteppingPrior
 
 
 @on_callers_stream
 def decode(
-    merged: Array | Merged[Array],
+    merged: Array | MergedTokens[Array],
     model: Callable[[Any], Any] | SteppingPrior,
     *,
     progress: Callable[[int], None] | None = None,
