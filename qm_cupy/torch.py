@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from . import paper
 from .priors import mlp_prior
 from .priors.mlp import MLP
+from .priors.weight_checks import check_networks
 from .results import AlignmentLoss, Merged
 from .stages.alignment.alignment_loss import alignment_loss
 from .stages.alignment.decode import decode
+from .stages.alignment.models import check_model, check_prior
 from .stages.clustering.cluster_tokens import Method
 from .stages.clustering.labels import Order
 
@@ -60,6 +62,7 @@ class MLPPrior(nn.Module):
 
     def __init__(self, forward: MLP, backward: MLP) -> None:
         super().__init__()
+        check_networks(forward, backward)
         self.forward_prior = _network(forward)
         self.backward_prior = _network(backward)
 
@@ -106,10 +109,15 @@ def _network(weights: MLP) -> nn.Sequential:
         # With the device "meta" torch draws no random weights, so the state of its
         # random generator does not change.
         layer = nn.Linear(in_dim, out_dim, device="meta")
-        layer.weight = nn.Parameter(torch.tensor(weight))
-        layer.bias = nn.Parameter(torch.tensor(bias))
+        layer.weight = nn.Parameter(_copy(weight))
+        layer.bias = nn.Parameter(_copy(bias))
         layers.append(layer)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1])
+
+
+def _copy(weight: Any) -> Tensor:
+    # `torch.tensor` warns if its argument is a tensor.
+    return torch.as_tensor(weight).detach().clone()
 
 
 class BidirectionalARAlignment(nn.Module):
@@ -130,6 +138,7 @@ class BidirectionalARAlignment(nn.Module):
         self.embedding_dim = embedding_dim
         if prior is None:
             prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
+        check_prior(prior)
         self.prior = prior
 
     def forward_loss(self, merged: Tensor, *, num_groups: Any = None) -> Tensor:
@@ -207,6 +216,8 @@ class QuickMergePP(nn.Module):
         For one sequence the axis B is absent. E is the width of a prediction. The model
         reads the merged tokens. Without a model the predictions are an empty list.
         """
+        if ar_model is not None:
+            check_model(ar_model)
         with torch.no_grad():  # `decode` has no gradient
             scores = self.saliency_estimator(tokens)
             merged = self.token_merger.merge(tokens, scores, K).tokens

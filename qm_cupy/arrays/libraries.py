@@ -121,6 +121,20 @@ def stack(arrays: Sequence[Any], axis: int) -> Any:
     return module.stack(arrays, axis)
 
 
+def own_copy(x: Any) -> Any:
+    """Return a copy of an array of any library, which a user's function may write to.
+
+    None stays None. JAX arrays are immutable, so they need no copy.
+    """
+    if x is None or library(x).name == "jax":
+        return x
+    if library(x).name == "torch":
+        return x.clone()
+    if hasattr(x, "copy"):  # NumPy and CuPy
+        return x.copy()
+    return x.__array_namespace__().asarray(x, copy=True)
+
+
 def no_grad(x: Any) -> AbstractContextManager[Any]:
     """Return a context in which torch records no graph, if `x` is a torch tensor."""
     torch = sys.modules.get("torch")
