@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from ..install_advice import cupy_command
 from .libraries import CUDA_TYPE, keep_numpy_or_cupy, library
 
 Array = TypeVar("Array", bound=Any)  # the result has the type of the input
@@ -206,8 +207,7 @@ def _cupy(name: str) -> Any:
         import cupy
     except ImportError as error:
         raise ImportError(
-            f"`{name}` is on a CUDA device, which needs CuPy: "
-            'pip install "qm-cupy[cuda13]" (or "qm-cupy[cuda12]")'
+            f"`{name}` is on a CUDA device, which needs CuPy: {cupy_command()}"
         ) from error
     return cupy
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..install_advice import install_command
+
 # DLPack's `__dlpack_device__` returns a device type and a device number.
 CPU_DEVICE = 1, 0  # the type kDLCPU, and the number of its only device
 CUDA_TYPE = 2  # the type kDLCUDA, without a number
@@ -103,7 +105,7 @@ def bfloat16(name: str) -> np.dtype[Any]:
     except ImportError as error:
         raise ImportError(
             f"`{name}` is bfloat16, which needs ml_dtypes: "
-            'pip install "qm-cupy[bfloat16]"'
+            f"{install_command('bfloat16')}"
         ) from error
     return np.dtype(ml_dtypes.bfloat16)
 

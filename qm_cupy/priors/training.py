@@ -95,7 +95,8 @@ def _check_fit(name: str, weight: NDArray[Any]) -> None:
         check_finite_values(name, weight)
     except ValueError as error:
         raise ValueError(
-            f"the fit overflows: {error} in {weight.dtype}; scale the tokens down"
+            f"the fit fails: {error} in {weight.dtype}; scale the tokens down, or raise "
+            "`ridge`"
         ) from None
 
 
@@ -231,18 +232,15 @@ class RidgeRegression:
         penalty_weight = np.maximum(
             self._ridge * mean_square, np.finfo(np.float64).tiny
         )
-        matrix = self._gram + penalty_weight * penalty
-        if not (np.isfinite(matrix).all() and np.isfinite(self._moments).all()):
-            raise ValueError(
-                "the fit overflows: products of hidden activations and tokens exceed "
-                "the range of float64; scale the tokens down"
-            )
         try:
-            weights = np.linalg.solve(matrix, self._moments)
+            weights = np.linalg.solve(
+                self._gram + penalty_weight * penalty, self._moments
+            )
         except np.linalg.LinAlgError as error:
+            # λ is lost in the rounding of AᵀA, or AᵀA overflows. CuPy returns NaN.
             raise ValueError(
-                f"`ridge` is too small, got {self._ridge:g}: the regression has no "
-                f"unique solution ({error})"
+                f"the fit has no unique solution ({error}): raise `ridge`, "
+                f"got {self._ridge:g}, or scale the tokens down"
             ) from None
         # Rows 0..H-1 of `weights` (H + 1, D) are W₂ᵀ, and the last row is b₂.
         return self._network._replace(weight_out=weights[:-1].T, bias_out=weights[-1])

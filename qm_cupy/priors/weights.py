@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..arrays.checks import check_finite_values
 from ..atomic_write import atomic_write
 from ..cuda.device import to_host
+from ..install_advice import install_command
 from .configuration import shortened
 from .weight_checks import converted_weights, listed
 
@@ -115,7 +116,7 @@ def _safetensors(path: Path) -> tuple[Any, type[Exception]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        command = 'pip install "qm-cupy[safetensors]"'
+        command = install_command("safetensors")
         raise ImportError(f"{path} needs the safetensors package: {command}") from error
     return safe_open, SafetensorError
 

@@ -66,4 +66,4 @@ def test_without_matplotlib():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert 'qm_cupy.plot needs matplotlib: pip install "qm-cupy[demo]"' in done.stderr
+    assert 'qm_cupy.plot needs matplotlib: pip install "matplotlib>=' in done.stderr
