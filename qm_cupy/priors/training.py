@@ -95,8 +95,8 @@ def _check_fit(name: str, weight: NDArray[Any]) -> None:
         check_finite_values(name, weight)
     except ValueError as error:
         raise ValueError(
-            f"the fit fails: {error} in {weight.dtype}; scale the tokens down, or raise "
-            "`ridge`"
+            f"the fit fails: {error} in {weight.dtype}; scale the tokens down, "
+            "or raise `ridge`"
         ) from None
 
 
