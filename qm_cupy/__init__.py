@@ -16,9 +16,13 @@ from .priors.mlp import MLP
 from .priors.mlp_prior import MLPPrior
 from .priors.protocols import Prior, SteppingPrior
 from .priors.transformer import TransformerPrior
-from .results import AlignmentLoss, Choice, Merged
+from .results import Choice, Merged
 from .settings import allow_tf32, check_finite, use_kernels
-from .stages.alignment.alignment_loss import alignment_loss, alignment_loss_vjp
+from .stages.alignment.alignment_loss import (
+    AlignmentLoss,
+    alignment_loss,
+    alignment_loss_vjp,
+)
 from .stages.alignment.decode import decode
 from .stages.budget import norm_budget, token_budget
 from .stages.clustering.cluster_tokens import cluster_tokens

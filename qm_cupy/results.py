@@ -1,23 +1,56 @@
 """The results of functions: named tuples of arrays.
 
-Axes: B sequences of N tokens of width D are merged to K groups each.
+Axes: B sequences of N tokens of width D are merged to K groups each. H is the number of
+heads of a key-value cache, and d is the width of a head.
 """
 
+import math
+import sys
+from os import PathLike
+from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays.checks import check_out
-from .arrays.conversion import Array, FloatArray, IntArray
+from .arrays.checks import (
+    check_is_array,
+    check_labels,
+    check_layout,
+    check_mass,
+    check_out,
+    check_shape,
+    check_values,
+)
+from .arrays.conversion import Array, BoolArray, FloatArray, IntArray, convert_inputs
+from .arrays.counts import GroupCounts
+from .arrays.libraries import is_cuda, library, no_grad
+from .autodiff.dispatch import (
+    as_constants_like,
+    on_callers_stream_unless_traced,
+    tracing_framework,
+)
+from .cuda.device import to_device, to_host
+from .merged_file import check_suffix, read_arrays, write_arrays
+from .stages.merging.groups import group_positions, group_sizes
+from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
+from .stages.merging.unmerge_tokens import unmerge_tokens
 
 
 class Merged(NamedTuple, Generic[Array]):
     """Result of `quickmerge`, as arrays of the caller's library.
 
-    The axis B is absent for one sequence. To merge another array over the same tokens
-    in the same way, such as the keys and values of a cache, call
-    ``merge_tokens(values, m.labels, m.sizes.shape[-1], mass=m.mass)``.
+    It is also a plan: `apply` merges other arrays over the same tokens in the same way,
+    `unmerge` returns to the length of the original sequences, and `save` and `load`
+    keep the plan in a file. The axis B is absent for one sequence.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qm_cupy as qm
+    >>> merged = qm.quickmerge(np.eye(4, 3), 3)
+    >>> merged
+    Merged(4 tokens → 3 groups, width 3, float64, numpy)
     """
 
     tokens: Array
@@ -31,6 +64,222 @@ class Merged(NamedTuple, Generic[Array]):
     mass: FloatArray
     """(B, N): the weights that were used: 1 for uniform weights, 0 for padding. They
     are float64 if they are computed from a float64 array, otherwise float32."""
+
+    def __repr__(self) -> str:
+        """Return sizes, dtype and library in one line; no values are read."""
+        try:
+            *_, num_groups, dim = self.tokens.shape
+            *batch, num_tokens = self.labels.shape
+            dtype = str(self.tokens.dtype).rpartition(".")[2]  # not "torch.float32"
+            name = library(self.tokens).name
+        except (AttributeError, TypeError, ValueError):
+            # Frameworks also put other objects into the fields, such as placeholders.
+            return f"Merged{tuple(self)!r}"
+        count = f"{batch[0]} × " if batch else ""
+        return (
+            f"Merged({count}{num_tokens} tokens → {count}{num_groups} groups, "
+            f"width {dim}, {dtype}, {name})"
+        )
+
+    @property
+    def valid(self) -> BoolArray:
+        """(B, K) boolean: which groups exist. The others are padding, of size 0."""
+        return self.sizes > 0
+
+    def unmerge(self) -> Array:
+        """Return tokens (B, N, D), each of which is the merged token of its group.
+
+        Returns
+        -------
+        ndarray of shape (N, D) or (B, N, D)
+            The result of `unmerge_tokens`, in the dtype of the tokens; 0 for padding.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qm_cupy as qm
+        >>> qm.quickmerge(np.array([[1.0], [3.0], [-4.0]]), 2).unmerge().ravel()
+        array([ 2.,  2., -4.])
+        """
+        return unmerge_tokens(self.tokens, self.labels)
+
+    def apply(self, x: Array) -> Array:
+        """Merge another array over the same tokens, by the same groups and weights.
+
+        Gradients flow to `x`, as in `merge_tokens`.
+
+        Parameters
+        ----------
+        x : ndarray of shape (B, N, D) or (B, H, N, d)
+            Values of the tokens, or those of each head, such as the keys of a key-value
+            cache. For one sequence the axis B is absent: (N, D) or (H, N, d). Any width
+            and any dtype of float16, bfloat16, float32 and float64. The arrays of this
+            `Merged` must be of the same library and on the same device, or NumPy
+            arrays, which are then converted.
+
+        Returns
+        -------
+        ndarray of shape (B, K, D) or (B, H, K, d)
+            Merged values in the dtype of `x`. Groups of size 0 are 0.
+
+        Raises
+        ------
+        TypeError
+            If `x` is not floating or of another library.
+        ValueError
+            If the shape does not fit or an entry is not finite.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qm_cupy as qm
+        >>> merged = qm.quickmerge(np.array([[1.0], [3.0], [-4.0]]), 2)
+        >>> merged.apply(np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
+        array([[1., 2.],
+               [4., 5.]])
+        """
+        return _apply(x, self.labels, self.mass, self.tokens.shape[-2])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all arrays to a file, which is replaced if it exists.
+
+        Parameters
+        ----------
+        path : str or path
+            The name of the file. It ends in .npz, or in .safetensors, which needs the
+            package safetensors. Arrays have the names of the fields.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written. A file of that name is then unchanged.
+        TypeError
+            If a field has the wrong dtype.
+        ValueError
+            If the name has another ending, or the fields do not fit together.
+        """
+        path = Path(path)
+        check_suffix(path)
+        with no_grad(self.tokens):  # a file has no gradient
+            _, *arrays = convert_inputs(self._asdict())
+        fields = Merged(*map(to_host, arrays))
+        _check_fields(fields)
+        write_arrays(path, fields._asdict())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Merged[NDArray[Any]]":
+        """Return the `Merged` of a file, as NumPy arrays.
+
+        Parameters
+        ----------
+        path : str or path
+            A file that `save` or ``qm-cupy compress`` has written. bfloat16 needs the
+            package ml_dtypes.
+
+        Returns
+        -------
+        Merged
+            The saved arrays. `apply` also accepts arrays of other libraries.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            If the name does not end in .npz or .safetensors, the file is damaged, an
+            array is missing, or the arrays do not fit together. Pickled objects are
+            never loaded.
+        """
+        path = Path(path)
+        check_suffix(path)
+        loaded = Merged(**read_arrays(path, cls._fields))
+        try:
+            _check_fields(loaded)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a Merged: {error}") from error
+        return loaded
+
+
+@on_callers_stream_unless_traced
+def _apply(x: Any, labels: Any, mass: Any, num_groups: int) -> Any:
+    """Return `x` merged by the labels and weights of a `Merged`."""
+    check_is_array("x", x)
+    shape, plan = tuple(x.shape), tuple(labels.shape)
+    num_axes = len(plan) + 1  # without an axis of heads
+    heads = shape[num_axes - 2 : -2] if len(shape) > num_axes else ()  # (H,) or ()
+    batch = plan[:-1]
+    if shape[:-1] != (*batch, *heads, plan[-1]) or len(heads) > 1:
+        axes = "B, N" if batch else "N"
+        layouts = "(B, N, D) or (B, H, N, d)" if batch else "(N, D) or (H, N, d)"
+        raise ValueError(
+            f"`x` must have shape {layouts} with ({axes}) = {plan}, as the labels of "
+            f"this Merged, got {shape}"
+        )
+    framework = tracing_framework((x, labels, mass))
+    from_file = isinstance(labels, np.ndarray) and not isinstance(x, np.ndarray)
+    if framework is not None:
+        if from_file:
+            labels, mass = as_constants_like(x, (labels, mass))
+        xp = sys.modules["jax"].numpy if framework == "jax" else sys.modules["torch"]
+        flat = _one_sequence_per_head(xp, x, labels, mass, heads)
+        merged = merge_tokens(flat[0], flat[1], num_groups, mass=flat[2])
+        return merged.reshape((*batch, *heads, num_groups, shape[-1]))
+    if from_file:
+        convert_back, x = convert_inputs({"x": x})
+        if is_cuda(x):
+            labels, mass = to_device(labels), to_device(mass)
+    else:
+        convert_back, x, labels, mass = convert_inputs(
+            {"x": x, "labels": labels, "mass": mass}
+        )
+    check_values("x", x, "BND"[-num_axes:], "BHND"[-num_axes - 1 :])
+    groups = GroupCounts(np.full(batch, num_groups), num_groups)
+    check_labels(labels, plan, groups.counts)
+    check_mass(mass, plan)
+    flat = _one_sequence_per_head(np, x, labels, mass, heads)  # `np` is for CuPy too
+    merged = compute_merge_tokens(flat[0], flat[1], groups, mass=flat[2])
+    return convert_back(merged.reshape(*batch, *heads, num_groups, shape[-1]))
+
+
+def _one_sequence_per_head(
+    xp: Any, x: Any, labels: Any, mass: Any, heads: tuple[int, ...]
+) -> tuple[Any, Any, Any]:
+    """Return `x`, labels and mass with the heads as sequences: (B·H, N, d), (B·H, N).
+
+    `xp` is the namespace of the arrays. Without heads, nothing changes.
+    """
+    if not heads:
+        return x, labels, mass
+    *leading, num_tokens, head_dim = x.shape
+    rows = (math.prod(leading), num_tokens)
+    # All heads of a sequence have its labels and weights: (B, N) -> (B, H, N).
+    labels, mass = (
+        xp.broadcast_to(y[..., None, :], (*leading, num_tokens)).reshape(rows)
+        for y in (labels, mass)
+    )
+    return x.reshape((*rows, head_dim)), labels, mass
+
+
+def _check_fields(merged: Merged[NDArray[Any]]) -> None:
+    """Raise unless the fields, NumPy arrays, are a result of `quickmerge`."""
+    tokens, labels, sizes, positions, mass = merged
+    check_layout("tokens", tokens, "KD", "BKD")
+    *batch, max_groups, _ = tokens.shape
+    per_group = (*batch, max_groups)
+    for name in ("labels", "sizes", "positions"):
+        if getattr(merged, name).dtype != np.int32:
+            raise TypeError(
+                f"`{name}` must be int32, got {getattr(merged, name).dtype}"
+            )
+    num_tokens = labels.shape[-1] if labels.ndim else 1
+    check_labels(labels, (*batch, num_tokens), max_groups)
+    check_shape("sizes", sizes, "BK", per_group)
+    check_shape("positions", positions, "BK", per_group)
+    check_mass(mass, labels.shape)
+    if (group_sizes(labels, max_groups) != sizes).any():
+        raise ValueError("`sizes` must be the numbers of tokens with each label")
+    if (group_positions(labels, max_groups) != positions).any():
+        raise ValueError("`positions` must be those of the last token of each group")
 
 
 def arrays_of(out: Any) -> dict[str, Any]:
@@ -69,14 +318,6 @@ def check_target(
         target._fields, target, wanted, strict=True
     ):
         check_out(x, shape, dtype, *inputs, name=f"out.{name}", axes=axes)
-
-
-class AlignmentLoss(NamedTuple, Generic[Array]):
-    """Losses of `alignment_loss`, each of shape () or (B,)."""
-
-    forward: Array  # each token is predicted from the tokens before it
-    backward: Array  # each token is predicted from the tokens after it
-    total: Array  # forward + backward
 
 
 class Choice(NamedTuple, Generic[Array]):

@@ -25,8 +25,8 @@ from . import paper
 from .priors import mlp_prior
 from .priors.mlp import MLP
 from .priors.weight_checks import check_networks
-from .results import AlignmentLoss, Merged
-from .stages.alignment.alignment_loss import alignment_loss
+from .results import Merged
+from .stages.alignment.alignment_loss import AlignmentLoss, alignment_loss
 from .stages.alignment.decode import decode
 from .stages.alignment.models import check_model, check_prior
 from .stages.clustering.cluster_tokens import Method

@@ -90,6 +90,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
                                        : e;
         }
 
+    acc_t height = 0;  // of the last merge
     for (long long t = 0; t < n - 1; ++t) {
         // For each row i, find the closest cluster j > i. The barriers separate this
         // search from the merge before it and from the selection after it.
@@ -108,6 +109,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         for (long long k = 1; k < n; ++k)
             if (nearest_distance[k] < nearest_distance[i]) i = k;
         const long long j = nearest[i];
+        height = max(height, nearest_distance[i]);  // rounding must not lower heights
         __syncthreads();
         if (j < 0) {  // no pair is left to merge
             if (thread < 4)
@@ -127,8 +129,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         double* row = out + 4 * t;
         row[0] = min(node[i], node[j]);
         row[1] = max(node[i], node[j]);
-        row[2] = method == WARD ? sqrt(nearest_distance[i] * mass_unit)
-                                : double(nearest_distance[i]);
+        row[2] = method == WARD ? sqrt(height * mass_unit) : double(height);
         row[3] = size[i] += size[j];
         // E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B). Only ward reads the
         // diagonal.

@@ -2,7 +2,6 @@
 
 A wrong dtype or type raises TypeError, and a wrong shape or value raises ValueError.
 Values of CUDA arrays are not checked, because the CPU would have to wait for the GPU.
-Counts K are checked in every case, because `convert_inputs` copies them to the CPU.
 
 Axes: there are B sequences of N tokens of width D. K is the number of groups that a
 sequence is merged to. ``wanted`` is the shape that an array must have.
@@ -10,15 +9,13 @@ sequence is merged to. ``wanted`` is the shape that an array must have.
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..settings import finite_checked
 from .libraries import is_cuda, may_share_memory
-
-_INT32 = 2**31 - 1  # the largest count: kernels store counts as int32
 
 
 def check_finite_values(
@@ -101,9 +98,17 @@ def check_axes(name: str, shape: tuple[int, ...], *layouts: str) -> None:
         raise ValueError(f"`{name}` must not be empty, got shape {shape}")
 
 
-def check_tokens(tokens: NDArray[Any], name: str = "tokens") -> None:
-    """Raise unless the tokens are (N, D) or (B, N, D), floating and finite."""
-    check_values(name, tokens, "ND", "BND")
+def check_tokens(
+    tokens: NDArray[Any], name: str = "tokens", mask: NDArray[Any] | None = None
+) -> NDArray[np.bool_] | None:
+    """Raise unless the tokens are (N, D) or (B, N, D), floating and finite.
+
+    Check the mask too, and return it as `check_mask` does. Padding may be NaN.
+    """
+    check_layout(name, tokens, "ND", "BND")
+    mask = check_mask(mask, tokens.shape[:-1])
+    check_finite_values(name, tokens, None if mask is None else mask[..., None])
+    return mask
 
 
 def check_shape(name: str, x: NDArray[Any], axes: str, wanted: tuple[int, ...]) -> None:
@@ -143,22 +148,70 @@ def check_gradient(
     return gradient
 
 
-def check_mask(mask: NDArray[Any] | None, wanted: tuple[int, ...]) -> None:
-    """Raise if a mask is not boolean (B, N) or leaves a sequence without tokens."""
+def check_mask(
+    mask: NDArray[Any] | None, wanted: tuple[int, ...]
+) -> NDArray[np.bool_] | None:
+    """Return a mask as booleans of the wanted shape (B, N); None stays None.
+
+    The mask may also contain the integers 0 and 1. A mask (N,) is that of every
+    sequence. Raise for other masks, and if a sequence has no tokens.
+    """
     if mask is None:
-        return
+        return None
     check_is_array("mask", mask)
-    if mask.dtype != np.bool_:
-        raise TypeError(f"`mask` must be boolean (True = token), got {mask.dtype}")
-    check_shape("mask", mask, "BN", wanted)
-    if is_cuda(mask):  # the CPU would have to wait for the values
-        return
-    empty = np.argwhere(~mask.any(axis=-1))
-    if len(empty):
-        where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
-        raise ValueError(
-            f"`mask` must leave at least one token, but {where} has none (True = token)"
+    if mask.dtype != np.bool_ and mask.dtype.kind not in "iu":
+        raise TypeError(
+            "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
+            f"token), got {mask.dtype}"
         )
+    check_batch_shape("mask", mask, wanted)
+    if mask.dtype != np.bool_:
+        mask = _as_booleans(mask)
+    if not is_cuda(mask):  # otherwise the CPU would have to wait for the values
+        empty = np.argwhere(~mask.any(axis=-1))
+        if len(empty):
+            where = f"sequence {tuple(map(int, empty[0]))}" if mask.ndim > 1 else "it"
+            raise ValueError(
+                f"`mask` must leave at least one token, but {where} has none (True or "
+                "1 = token)"
+            )
+    return mask if mask.shape == wanted else np.broadcast_to(mask, wanted)
+
+
+def _as_booleans(mask: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return a mask of integers as booleans; raise for other integers than 0 and 1."""
+    boolean: NDArray[np.bool_] = mask != 0
+    if not is_cuda(mask):
+        wrong = np.argwhere(boolean & (mask != 1))
+        if len(wrong):
+            index = tuple(map(int, wrong[0]))
+            raise ValueError(
+                "`mask` must be boolean or contain only 0 and 1 (1 = token), got "
+                f"{mask[index]} at index {index}"
+            )
+    return boolean
+
+
+def check_batch_shape(name: str, x: Any, wanted: tuple[int, ...]) -> None:
+    """Raise unless the shape is the wanted one (B, N), or (N,) for every sequence."""
+    if tuple(x.shape) not in (wanted, wanted[-1:]):
+        batched = f" or (B, N) = {wanted}" if len(wanted) > 1 else ""
+        raise ValueError(
+            f"`{name}` must have shape (N) = {wanted[-1:]}{batched}, got "
+            f"{tuple(x.shape)}"
+        )
+
+
+def check_labelled_tokens(
+    tokens: NDArray[Any],
+    labels: NDArray[Any] | None,
+    mask: NDArray[np.bool_] | None = None,
+) -> None:
+    """Raise if a token is not finite; a label of -1 or the mask marks padding."""
+    if _values_checked(tokens):
+        labelled = None if labels is None else labels >= 0
+        masks = (x[..., None] for x in (labelled, mask) if x is not None)
+        check_finite_values("tokens", tokens, *masks)
 
 
 def check_mass(
@@ -188,83 +241,6 @@ def check_not_negative(
         raise ValueError(f"`{name}` must be ≥ 0, got {x[wrong]} at index {wrong}")
 
 
-def check_scores(largest: float) -> None:
-    """Raise if attention scores could leave the range of float64.
-
-    `largest` is an upper bound of the absolute values of the scores.
-    """
-    if largest >= 1e300:
-        raise ValueError(
-            "the values are too large: their attention scores overflow; scale the "
-            "values down"
-        )
-
-
-def check_num_groups(
-    num_groups: Any,
-    batch: tuple[int, ...],
-    limits: Any = None,
-    name: str = "num_groups",
-) -> NDArray[np.int64]:
-    """Return K of every sequence (shape `batch`), each from 1 to its limit.
-
-    `limits` is the number of tokens: one for all sequences, or one per sequence.
-    Without limits, or with limits on a GPU, K may be any positive int32.
-    """
-    # Limits that come from a mask on a GPU are not read: the CPU would have to wait.
-    unlimited = limits is None or is_cuda(limits)
-    if is_per_sequence(num_groups):
-        if num_groups.dtype.kind not in "iu":
-            raise TypeError(f"`{name}` must be integers, got {num_groups.dtype}")
-        check_shape(name, num_groups, "B", batch)
-        counts = num_groups.astype(np.int64)
-    else:
-        count = check_integer(name, num_groups)
-        counts = np.full(batch, count, dtype=np.int64)
-        limit = _INT32 if unlimited else limits
-        if not isinstance(limit, int):
-            limit = int(np.min(limit, initial=_INT32))
-        # The usual case, one K for all sequences, needs no comparison of arrays.
-        if 1 <= count <= limit:
-            return counts
-    maxima = np.asarray(_INT32 if unlimited else limits)  # () or (B,)
-    wrong = (counts < 1) | (counts > maxima)
-    if wrong.any():
-        at = tuple(np.argwhere(wrong)[0])  # index of the first wrong sequence
-        limit = np.broadcast_to(maxima, counts.shape)
-        where = f" for sequence {int(at[0])}" if at and maxima.ndim else ""
-        top = "..2**31 - 1" if unlimited else f"..{limit[at]} (its tokens)"
-        raise ValueError(f"`{name}` must lie in 1{top}{where}, got {counts[at]}")
-    return counts
-
-
-class GroupCounts(NamedTuple):
-    """K of every sequence, and the largest K.
-
-    If one K is given for all sequences, `max_groups` is this K for an empty batch too.
-    """
-
-    counts: NDArray[np.int64]  # (B,)
-    max_groups: int
-
-
-def check_group_counts(
-    num_groups: Any,
-    batch: tuple[int, ...],
-    limit: Any = None,
-    name: str = "num_groups",
-) -> GroupCounts:
-    """Return K of every sequence as `check_num_groups` does, and the largest K."""
-    counts = check_num_groups(num_groups, batch, limit, name)
-    several = is_per_sequence(num_groups)
-    return GroupCounts(counts, int(counts.max(initial=0) if several else num_groups))
-
-
-def is_per_sequence(count: Any) -> bool:
-    """Return whether a count is an array with one value per sequence."""
-    return isinstance(count, np.ndarray) and count.ndim > 0
-
-
 def check_integer(name: str, value: Any) -> int:
     """Return a Python integer; raise for a bool, a float or a NumPy array with axes."""
     # `operator.index` accepts True as 1, but a bool is probably a mistake.
@@ -291,7 +267,9 @@ def check_number(name: str, value: Any, low: float, high: float, closed: str) ->
 
     `closed` has the brackets of the interval: "(]" excludes `low` and includes `high`.
     """
-    # A tensor is not a number, even if it has no axes.
+    # A NumPy array without axes is a number. A tensor is not: it may be on a GPU.
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if isinstance(value, bool) or not isinstance(value, float | int | np.number):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     number = float(value)
@@ -371,17 +349,6 @@ def any_of(words: Sequence[str]) -> str:
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def check_counts(tokens: NDArray[Any], num_groups: Any) -> NDArray[np.int64]:
-    """Return how many tokens of each sequence (..., K, D) are not padding.
-
-    The number is `num_groups`, or the length of the axis K if `num_groups` is None.
-    """
-    limit = tokens.shape[-2]
-    return check_num_groups(
-        limit if num_groups is None else num_groups, tokens.shape[:-2], limit
-    )
 
 
 def check_positions(

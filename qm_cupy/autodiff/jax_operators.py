@@ -15,7 +15,8 @@ import numpy as np
 from jax import ShapeDtypeStruct
 from jax import numpy as jnp
 
-from ..arrays.checks import check_integer
+from ..arrays.checks import check_batch_shape, check_integer, check_mask
+from ..arrays.protect import is_positions, token_positions
 from ..settings import Snapshot, restored, snapshot
 from .operations import OPERATIONS, Operation, check_option
 
@@ -30,7 +31,8 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
         counts = _split_count(operation.count_parameter, arguments[name])
         arguments["counts"], arguments["max_groups"] = counts
     # Arrays in the order of the table; options as hashable Python values.
-    arrays = tuple(check_array(x, arguments[x.rstrip("?")]) for x in operation.arrays)
+    named_arrays = operation.array_arguments(arguments, np.array)
+    arrays = tuple(check_array(name, x) for name, x in named_arrays)
     options = tuple(_option(x, arguments[x.split()[-1]]) for x in operation.options)
     if operation.count_parameter:
         options += (arguments["max_groups"],)
@@ -101,6 +103,41 @@ def check_array(declared: str, x: Any) -> Any:
     ):  # such as NumPy labels for a traced array
         return jnp.asarray(x)
     raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
+
+
+def boolean_mask(mask: Any, tokens: Any) -> Any:
+    """Return a mask as booleans (B, N)."""
+    mask = check_array("mask?", mask)
+    if mask is None:
+        return None
+    check_batch_shape("mask", mask, tokens.shape[:-1])
+    if mask.dtype.kind not in "biu":
+        raise TypeError(
+            "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
+            f"token), got {mask.dtype}"
+        )
+    if not isinstance(mask, jax.core.Tracer):
+        check_mask(np.asarray(mask), tokens.shape[:-1])
+    return jnp.broadcast_to(mask != 0, tokens.shape[:-1])
+
+
+def protected_tokens(protect: Any, tokens: Any) -> Any:
+    """Return protected tokens, as booleans or positions, as booleans (B, N)."""
+    if is_positions(protect):
+        check_known("protect", protect)
+        positions = np.asarray(protect) if hasattr(protect, "dtype") else protect
+        flags = np.zeros(tokens.shape[-2], np.bool_)
+        flags[token_positions(positions, len(flags))] = True
+        return jnp.broadcast_to(jnp.asarray(flags), tokens.shape[:-1])
+    protect = check_array("protect?", protect)
+    if protect is None:
+        return None
+    if protect.dtype != np.bool_:
+        raise TypeError(
+            f"`protect` must be boolean or have integer positions, got {protect.dtype}"
+        )
+    check_batch_shape("protect", protect, tokens.shape[:-1])
+    return jnp.broadcast_to(protect, tokens.shape[:-1])
 
 
 def _option(declared: str, value: Any) -> Any:

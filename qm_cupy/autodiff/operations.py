@@ -54,6 +54,8 @@ class Operation(NamedTuple):
     """Returns the shapes of the results from the arguments, without computing them."""
     results: int
     """The number of arrays that the function returns."""
+    lists: tuple[str, ...]
+    """Array arguments that may also be lists of integers, such as positions."""
     function: Callable[..., Any]
     """The public function; it accepts all arguments by name."""
     find_vjp: Callable[[], Callable[..., Any]]
@@ -80,6 +82,22 @@ class Operation(NamedTuple):
         # Shapes depend on `max_groups`. With the type SymInt, torch can trace without
         # its value.
         return (*self.options, f"SymInt{optional} max_groups")
+
+    def array_arguments(
+        self, arguments: dict[str, Any], from_list: Callable[[list[Any]], Any]
+    ) -> list[tuple[str, Any]]:
+        """Return the declared name and the value of each array argument.
+
+        `from_list` makes an array of a list of integers, where a list is allowed.
+        """
+        pairs = []
+        for declared in self.arrays:
+            name = declared.rstrip("?")
+            x = arguments[name]
+            if name in self.lists and isinstance(x, list | tuple | range):
+                x = from_list(list(x))
+            pairs.append((declared, x))
+        return pairs
 
     def run(self, *values: Any) -> Any:
         """Call the function with the values of all arguments."""

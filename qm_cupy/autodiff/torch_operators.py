@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arrays.checks import check_seed
+from ..arrays.checks import check_batch_shape, check_mask, check_seed
+from ..arrays.protect import token_positions
 from ..settings import Snapshot, restored, snapshot
 from .operations import (
     KNOWN_WHILE_TRACING,
@@ -48,7 +49,8 @@ def apply(operation: Operation, arguments: dict[str, Any]) -> Any:
         name = operation.count_parameter.rstrip("?")
         counts = _split_count(operation.count_parameter, arguments[name])
         arguments["counts"], arguments["max_groups"] = counts
-    tensors = [check_array(x, arguments[x.rstrip("?")]) for x in operation.arrays]
+    arrays = operation.array_arguments(arguments, torch.tensor)
+    tensors = [check_array(name, x) for name, x in arrays]
     if not operation.differentiable:
         # The results, such as labels, are constants. Detach the tensors, so that the
         # results do not require grad.
@@ -110,6 +112,46 @@ def check_array(declared: str, x: Any) -> Tensor | None:
     if isinstance(x, Tensor) or (x is None and name != declared):
         return x
     raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
+
+
+def boolean_mask(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Return a mask as booleans (B, N)."""
+    mask = check_array("mask?", mask)
+    if mask is None:
+        return None
+    shape = tuple(tokens.shape[:-1])
+    check_batch_shape("mask", mask, shape)
+    if mask.dtype == torch.bool:
+        return mask.expand(shape)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
+            f"token), got {mask.dtype}"
+        )
+    # While the compiler traces, a mask has no values.
+    if not torch.compiler.is_compiling() and mask.device.type == "cpu":
+        check_mask(mask.numpy(), shape)
+    return (mask != 0).expand(shape)
+
+
+def protected_tokens(protect: Any, tokens: Tensor) -> Tensor | None:
+    """Return protected tokens, as booleans or positions, as booleans (B, N)."""
+    shape = tuple(tokens.shape[:-1])
+    if isinstance(protect, list | tuple | range):
+        flags = tokens.new_zeros(shape[-1:], dtype=torch.bool)
+        for index in token_positions(protect, shape[-1]):
+            flags[index] = True
+        return flags.expand(shape)
+    protect = check_array("protect?", protect)
+    if protect is None:
+        return None
+    if protect.dtype != torch.bool:
+        raise TypeError(
+            "`protect` must be boolean, or a list of positions, while torch records "
+            f"gradients or compiles, got {protect.dtype}"
+        )
+    check_batch_shape("protect", protect, shape)
+    return protect.expand(shape)
 
 
 def _option(declared: str, value: Any) -> Any:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from ..arrays.checks import (
     check_is_array,
     check_not_negative,
-    check_num_groups,
     check_number,
     check_shape,
     check_values,
 )
 from ..arrays.conversion import on_callers_stream
+from ..arrays.counts import check_num_groups
 from .drawing import COLOURS, DASHES, OUTLINE, axes_or_new, check_names, to_host
 
 _MARKERS = "osD^vXP*"

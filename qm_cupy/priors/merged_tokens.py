@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_counts
+from ..arrays.counts import check_counts
 from ..arrays.libraries import is_cuda
 from ..cuda.device import to_device, to_host
-from ..results import Merged
 
 
 def merged_parts(merged: Any) -> tuple[Any, Any, Any]:
     """Return tokens, positions and sizes; the last two are None for an array."""
-    if isinstance(merged, Merged):
+    if is_merged(merged):
         return merged.tokens, merged.positions, merged.sizes
     return merged, None, None
+
+
+def is_merged(x: Any) -> bool:
+    """Return whether `x` has the fields of `MergedTokens`; arrays do not have them."""
+    return hasattr(x, "positions") and hasattr(x, "sizes") and hasattr(x, "tokens")
 
 
 def group_counts(

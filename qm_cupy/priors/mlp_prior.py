@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from ..arrays.checks import (
-    check_counts,
     check_integer,
     check_seed,
     check_shape,
@@ -23,6 +22,7 @@ from ..arrays.checks import (
     check_values,
 )
 from ..arrays.conversion import Array, convert_inputs, on_callers_stream
+from ..arrays.counts import check_counts
 from ..arrays.dtypes import accumulation_dtype
 from ..arrays.libraries import is_cuda, library
 from ..cuda.device import to_device, to_host

@@ -1,10 +1,31 @@
-"""The methods that `alignment_loss` and `decode` call on a prior.
+"""What `alignment_loss` and `decode` need of a prior and of merged tokens.
 
 A prior is a model that predicts a merged token from the tokens before it. A class needs
 no base class: it needs only the methods.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+Array_co = TypeVar("Array_co", bound=Any, covariant=True)
+
+
+class MergedTokens(Protocol[Array_co]):
+    """The fields of a `Merged` that priors and losses read.
+
+    `Merged` itself is declared above this layer, because its methods call stages.
+    """
+
+    @property
+    def tokens(self) -> Array_co:
+        """The merged tokens (B, K, D)."""
+
+    @property
+    def sizes(self) -> Any:
+        """The number of tokens in each group, (B, K); 0 for padding."""
+
+    @property
+    def positions(self) -> Any:
+        """The position of each group's last token, (B, K); -1 for padding."""
 
 
 class Prior(Protocol):

@@ -28,8 +28,7 @@ from ..arrays.checks import (
 )
 from ..arrays.conversion import convert_inputs
 from ..cuda.device import to_host
-from ..results import Merged
-from .merged_tokens import group_counts, merged_parts
+from .merged_tokens import group_counts, is_merged, merged_parts
 from .mlp import MLP, back_propagate, check_width
 from .running_mean import running_mean
 from .weight_checks import converted_network
@@ -60,7 +59,7 @@ def fit_networks(
         if check_integer(name, x) < lowest:
             raise ValueError(f"`{name}` must be at least {lowest}, got {x}")
     seed = check_seed(seed)
-    if isinstance(sequences, Merged) or hasattr(sequences, "__dlpack__"):
+    if is_merged(sequences) or hasattr(sequences, "__dlpack__"):
         sequences = [sequences]
     elif not isinstance(sequences, Iterable):
         raise TypeError(

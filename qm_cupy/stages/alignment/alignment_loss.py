@@ -9,7 +9,7 @@ means the gradient of a loss with respect to this quantity. Comments give f's fo
 """
 
 import math
-from typing import Any
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +31,12 @@ from ...priors.linear import linear, linear_vjp_cuda
 from ...priors.merged_tokens import group_counts, merged_parts
 from ...priors.mlp import MLP, back_propagate, check_width
 from ...priors.mlp_prior import MLPPrior, network_on_device_of
-from ...priors.protocols import Prior, TwoLayerPrior
+from ...priors.protocols import MergedTokens, Prior, TwoLayerPrior
 from ...priors.running_mean import (
     running_mean,
     running_mean_vjp_cuda,
     running_mean_vjp_reference,
 )
-from ...results import AlignmentLoss, Merged
 from .models import check_prior, has_method, network_weights, predictions
 
 # "forward_weight_in", …, "backward_bias_out": the weights as inputs of an operation.
@@ -46,6 +45,14 @@ _WEIGHTS = tuple(
     for direction in ("forward", "backward")
     for name in MLP._fields
 )
+
+
+class AlignmentLoss(NamedTuple, Generic[Array]):
+    """Losses of `alignment_loss`, each of shape () or (B,)."""
+
+    forward: Array  # each token is predicted from the tokens before it
+    backward: Array  # each token is predicted from the tokens after it
+    total: Array  # forward + backward
 
 
 @on_callers_stream_unless_traced
@@ -264,7 +271,7 @@ def _alignment_loss_cuda(
 @on_callers_stream
 def alignment_loss_vjp(
     gradient: AlignmentLoss[Any] | tuple[Any, Any, Any],
-    merged: Array | Merged[Array],
+    merged: Array | MergedTokens[Array],
     prior: MLPPrior,
     *,
     num_groups: Any = None,
@@ -342,7 +349,8 @@ def alignment_loss_vjp(
     )
     # total = forward + backward, so the gradient of the total is added to both.
     pair = forward_gradient + total_gradient, backward_gradient + total_gradient
-    dx, dweights = _alignment_loss_vjp(pair, tokens, prior, counts)
+    vjp = _alignment_loss_vjp_cuda if is_cuda(tokens) else alignment_loss_vjp_reference
+    dx, dweights = vjp(pair, tokens, prior, counts)
     forward, backward = (MLP(*map(convert_back, weights)) for weights in dweights)
     return convert_back(dx), (forward, backward)
 
@@ -357,15 +365,6 @@ def _three(gradient: Any) -> tuple[Any, Any, Any]:
             f"losses forward, backward and total: {error}"
         ) from None
     return forward, backward, total
-
-
-def _alignment_loss_vjp(
-    gradients: tuple[Any, Any], merged: Any, prior: MLPPrior, counts: NDArray[np.int64]
-) -> tuple[Any, list[MLP]]:
-    """Return dx and dweights, from the gradients (B,) of both losses."""
-    if is_cuda(merged):
-        return _alignment_loss_vjp_cuda(gradients, merged, prior, counts)
-    return alignment_loss_vjp_reference(gradients, merged, prior, counts)
 
 
 def alignment_loss_vjp_reference(

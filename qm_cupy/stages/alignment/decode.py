@@ -15,14 +15,13 @@ from ...arrays.checks import check_tokens
 from ...arrays.conversion import Array, convert_inputs, on_callers_stream
 from ...arrays.libraries import keep_numpy_or_cupy, no_grad, own_copy, stack
 from ...priors.merged_tokens import merged_parts
-from ...priors.protocols import SteppingPrior
-from ...results import Merged
+from ...priors.protocols import MergedTokens, SteppingPrior
 from .models import check_model, has_method, is_own
 
 
 @on_callers_stream
 def decode(
-    merged: Array | Merged[Array],
+    merged: Array | MergedTokens[Array],
     model: Callable[[Any], Any] | SteppingPrior,
     *,
     progress: Callable[[int], None] | None = None,

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_choice, check_mask, check_mass, check_tokens
+from ...arrays.checks import check_choice, check_mass, check_tokens
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -122,10 +122,9 @@ def linkage(
     convert_back, tokens, mass, mask = convert_inputs(
         {"tokens": tokens, "mass": mass, "mask": mask}
     )
-    check_tokens(tokens)
+    mask = check_tokens(tokens, mask=mask)
     check_choice("method", method, LINKAGES)
     check_choice("metric", metric, METRICS)
-    check_mask(mask, tokens.shape[:-1])
     check_mass_method(mass, method)
     check_mass(mass, tokens.shape[:-1])
     if is_cuda(tokens):
@@ -198,9 +197,14 @@ def linkage_sequence(
     return tree
 
 
-def relative_mass(mass: NDArray[Any]) -> tuple[Floats, float]:
-    """Return the masses (N,) divided by the largest mass, all > 0, and this mass."""
-    peak = float(mass.max())
+def relative_mass(
+    mass: NDArray[Any], free: NDArray[np.bool_] | None = None
+) -> tuple[Floats, float]:
+    """Return the masses (N,) divided by the largest mass, all > 0, and this mass.
+
+    With `free` (N,), the largest mass is that of the free tokens.
+    """
+    peak = float(mass.max() if free is None else mass[free].max())
     # If all masses are 0, each token counts as 1.
     if peak == 0:
         return np.ones(len(mass)), 1.0

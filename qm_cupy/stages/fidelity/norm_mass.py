@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_mask, check_num_groups, check_tokens
+from ...arrays.checks import check_tokens
 from ...arrays.conversion import Array, BoolArray, convert_inputs, on_callers_stream
+from ...arrays.counts import check_num_groups
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid
 from ...cuda.device import empty
@@ -65,8 +66,7 @@ def norm_mass(
     convert_back, tokens, mask, num_groups = convert_inputs(
         {"tokens": tokens, "mask": mask}, counts={"num_groups": num_groups}
     )
-    check_tokens(tokens)
-    check_mask(mask, tokens.shape[:-1])
+    mask = check_tokens(tokens, mask=mask)
     limit = num_valid(tokens.shape[:-1], mask)  # the largest K
     counts = check_num_groups(num_groups, tokens.shape[:-2], limit)
     if is_cuda(tokens):

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from ...arrays.checks import (
     check_gradient,
+    check_labelled_tokens,
     check_labels,
+    check_layout,
     check_mask,
-    check_num_groups,
     check_shape,
     check_tokens,
 )
@@ -28,6 +29,7 @@ from ...arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
+from ...arrays.counts import check_num_groups
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -135,7 +137,7 @@ def convert_and_check(
         counts={"num_groups": num_groups},
         gradients={"gradient": gradient},
     )
-    check_tokens(tokens)
+    check_layout("tokens", tokens, "ND", "BND")
     check_tokens(merged, "merged")
     batch, (max_groups, _) = tokens.shape[:-2], merged.shape[-2:]
     check_shape("merged", merged, "BKD", (*batch, max_groups, tokens.shape[-1]))
@@ -143,12 +145,13 @@ def convert_and_check(
         raise TypeError(
             f"`merged` must be {tokens.dtype} like `tokens`, got {merged.dtype}"
         )
-    check_mask(mask, tokens.shape[:-1])
+    mask = check_mask(mask, tokens.shape[:-1])
     counts = check_num_groups(
         max_groups if num_groups is None else num_groups, batch, max_groups
     )
     if labels is not None:
         check_labels(labels, tokens.shape[:-1], counts)
+    check_labelled_tokens(tokens, labels, mask)
     return convert_back, tokens, merged, labels, counts, mask, gradient
 
 

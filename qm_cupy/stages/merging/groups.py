@@ -10,13 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import (
-    GroupCounts,
-    check_group_counts,
-    check_is_array,
-    check_labels,
-)
+from ...arrays.checks import check_is_array, check_labels
 from ...arrays.conversion import IntArray, convert_inputs
+from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import groups_of_tokens

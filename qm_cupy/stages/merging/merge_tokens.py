@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
-    GroupCounts,
     check_gradient,
-    check_group_counts,
+    check_labelled_tokens,
     check_labels,
+    check_layout,
     check_mass,
     check_out,
-    check_tokens,
 )
 from ...arrays.conversion import (
     Array,
@@ -32,6 +31,7 @@ from ...arrays.conversion import (
     deliver,
     on_callers_stream,
 )
+from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
@@ -121,11 +121,12 @@ def merge_tokens(
         counts={"num_groups": num_groups},
         outputs={"out": out},
     )
-    check_tokens(tokens)
+    check_layout("tokens", tokens, "ND", "BND")
     batch = tokens.shape[:-2]  # (B,), or () for one sequence
     groups = check_group_counts(num_groups, batch)
     # A label must be below the K of its own sequence.
     check_labels(labels, tokens.shape[:-1], groups.counts)
+    check_labelled_tokens(tokens, labels)
     check_mass(mass, tokens.shape[:-1])
     wanted = (*batch, groups.max_groups, tokens.shape[-1])
     check_out(target, wanted, tokens.dtype, tokens, labels, mass)
@@ -288,7 +289,7 @@ def merge_tokens_vjp(
         counts={"num_groups": num_groups},
         gradients={"gradient": gradient},
     )
-    check_tokens(tokens)
+    check_layout("tokens", tokens, "ND", "BND")
     batch = tokens.shape[:-2]
     counts, max_groups = check_group_counts(num_groups, batch)
     wanted = (*batch, max_groups, tokens.shape[-1])
@@ -297,6 +298,7 @@ def merge_tokens_vjp(
     has_group = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
     gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=has_group)
     check_labels(labels, tokens.shape[:-1], counts)
+    check_labelled_tokens(tokens, labels)
     check_mass(mass, tokens.shape[:-1])
     # The kernels have one dtype for tokens and gradient.
     args = gradient.astype(tokens.dtype, copy=False), tokens, labels, max_groups, mass

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ...arrays.checks import (
     check_gradient,
-    check_group_counts,
     check_is_array,
     check_labels,
     check_out,
@@ -27,6 +26,7 @@ from ...arrays.conversion import (
     deliver,
     on_callers_stream,
 )
+from ...arrays.counts import check_group_counts
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape

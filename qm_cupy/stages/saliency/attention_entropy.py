@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_not_negative, check_shape, check_values
+from ...arrays.checks import check_finite_values, check_mask, check_not_negative
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -22,11 +22,18 @@ from ...arrays.conversion import (
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
+from ...arrays.shapes import (
+    check_square,
+    expand_mask,
+    iter_sequences,
+    layer_axes,
+    saliency_shape,
+)
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from .layers import over_layers
 from .online_softmax import BLOCK_ROWS
 from .score_gradients import (
     check_row_gradient,
@@ -35,6 +42,7 @@ from .score_gradients import (
 )
 
 
+@over_layers("attention")
 @operation(
     differentiable=("attention",),
     constants=("mask?",),
@@ -49,23 +57,24 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
 
     Parameters
     ----------
-    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
+    attention : ndarray of shape (N, N), (B, N, N), (B, H, N, N) or (L, B, H, N, N)
         Attention probabilities, non-negative; float16, bfloat16, float32 or float64.
-        Each row is divided by its sum. Pass one layer of heads, (B, H, N, N), as
-        ``attention[None]``.
+        Each row is divided by its sum. Or a tuple of layers, such as the
+        ``attentions`` of a model.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded rows have entropy 0. Padded columns are left out,
-        and the rest of the row is divided by its own sum.
+        True or 1 = token. Padded rows have entropy 0. Padded columns are left out, and
+        the rest of the row is divided by its own sum. Padding is not read.
 
     Returns
     -------
     ndarray of shape (..., N)
-        Entropy in nats; float32, or float64 for float64 input.
+        Entropy in nats; float32, or float64 for float64 input. A tuple for a tuple.
 
     Raises
     ------
     TypeError
-        If `attention` is not floating or `mask` is not boolean.
+        If `attention` is not floating, `mask` is neither boolean nor integer, or a
+        layer is None.
     ValueError
         If a shape does not fit, or `attention` has negative or non-finite entries.
 
@@ -88,27 +97,38 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
 
 def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
     """Return the entropy of converted arrays, after checking them."""
-    # The kernels read the mask (B, N) and find the sequence of a row themselves. The
-    # reference needs one mask (N,) for each matrix. `matrix_mask` (..., N) has all of
-    # them.
-    matrix_mask = _check_attention(attention, mask)
+    mask = _check_attention(attention, mask)  # (B, N)
     if is_cuda(attention):
         return _attention_entropy_cuda(attention, mask)
+    # The kernels find the sequence of a row themselves. The reference needs one mask
+    # (N,) for each matrix, (..., N).
+    matrix_mask = expand_mask(mask, attention.shape[:-1])
     return _attention_entropy_reference(attention, matrix_mask)
 
 
 def _check_attention(
-    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+    attention: NDArray[Any], mask: NDArray[Any] | None
 ) -> NDArray[np.bool_] | None:
-    """Raise if an argument is not valid; return the mask of each matrix."""
-    # `check_values` does not compare the lengths of the last two axes. `check_shape`
-    # checks that they are equal.
-    check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
-    check_shape(
-        "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
-    )
-    check_not_negative("attention", attention)
-    return expand_mask(mask, attention.shape[:-1])
+    """Raise if an argument is not valid; return the mask (B, N)."""
+    check_square("attention", attention)
+    mask = check_mask(mask, saliency_shape(attention.shape[:-1]))
+    check_probabilities(attention, mask)
+    return mask
+
+
+def check_probabilities(
+    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> None:
+    """Raise if an entry of attention (..., N, N) is negative, NaN or infinite.
+
+    Padded rows and columns may have any values.
+    """
+    masks: tuple[Any, ...] = ()
+    matrix_mask = expand_mask(mask, attention.shape[:-1])  # (..., N)
+    if matrix_mask is not None:
+        masks = matrix_mask[..., :, None], matrix_mask[..., None, :]
+    check_finite_values("attention", attention, *masks)
+    check_not_negative("attention", attention, *masks)
 
 
 def _attention_entropy_reference(
@@ -154,6 +174,7 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     return out
 
 
+@over_layers("gradient", "attention")
 @on_callers_stream
 def attention_entropy_vjp(
     gradient: FloatArray, attention: Array, *, mask: BoolArray | None = None
@@ -168,8 +189,9 @@ def attention_entropy_vjp(
     ----------
     gradient : ndarray of shape (..., N)
         Gradient g of a loss with respect to the entropies; any float dtype.
-    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
-        The argument of `attention_entropy`.
+    attention : ndarray of shape (N, N), (B, N, N), (B, H, N, N) or (L, B, H, N, N)
+        The argument of `attention_entropy`; if it is a tuple, `gradient` is a tuple
+        too.
     mask : ndarray of shape (N,) or (B, N), optional
         The argument of `attention_entropy`. The gradient of padded rows is not read.
 
@@ -177,12 +199,13 @@ def attention_entropy_vjp(
     -------
     ndarray of the shape and dtype of `attention`
         Gradient of the loss with respect to the attention; 0 in padded rows and
-        columns.
+        columns. A tuple for a tuple.
 
     Raises
     ------
     TypeError
-        If `gradient` or `attention` is not floating, or `mask` is not boolean.
+        If `gradient` or `attention` is not floating, or `mask` is neither boolean nor
+        integer.
     ValueError
         If a shape does not fit, `attention` has negative entries, or an entry is not
         finite.
@@ -207,7 +230,8 @@ def attention_entropy_vjp(
     convert_back, attention, mask, gradient = convert_inputs(
         {"attention": attention, "mask": mask}, gradients={"gradient": gradient}
     )
-    matrix_mask = _check_attention(attention, mask)  # (..., N)
+    mask = _check_attention(attention, mask)  # (B, N)
+    matrix_mask = expand_mask(mask, attention.shape[:-1])  # (..., N)
     check_row_gradient(gradient, attention.shape[:-1], matrix_mask)
     if is_cuda(attention):
         return convert_back(_attention_entropy_vjp_cuda(gradient, attention, mask))
@@ -227,8 +251,8 @@ def _attention_entropy_vjp_reference(
         for start in range(0, attention.shape[-1], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
             a = attention[index][rows].astype(dtype)  # A, (block, N)
-            if valid is not None:
-                a *= valid  # padded columns become 0
+            if valid is not None:  # padding, which may be NaN, becomes 0
+                a = np.where(valid & valid[rows, None], a, dtype.type(0))
             m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
             a /= np.maximum(m, tiny)  # A / m
             # All logs are ≤ 0, so nothing cancels in the sum of P log(A/m). The term of

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_scores
-
 # Rows of scores that the references compute at once. A block of this many rows and its
 # exponentials stay in cache.
 BLOCK_ROWS = 256
@@ -35,7 +33,11 @@ def score_dtype(query: NDArray[Any], key: NDArray[Any], scale: float) -> np.dtyp
     # |q · k| is at most d times the largest entry of |q| times the largest of |k|.
     peaks = (max(float(x.max()), -float(x.min())) for x in (query, key) if x.size)
     largest = math.prod(peaks) * query.shape[-1] * scale
-    check_scores(largest)
+    if largest >= 1e300:
+        raise ValueError(
+            "the values are too large: their attention scores overflow; scale the "
+            "values down"
+        )
     # The range of float32 ends at 3.4e38, and its masked score is -4e37: 1e30 is far
     # from both.
     fits_float32 = query.dtype.itemsize < 8 and largest < 1e30

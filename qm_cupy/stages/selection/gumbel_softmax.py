@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
-    GroupCounts,
+    check_finite_values,
     check_gradient,
-    check_group_counts,
+    check_layout,
     check_mask,
     check_number,
-    check_values,
 )
 from ...arrays.conversion import (
     Array,
@@ -28,6 +27,7 @@ from ...arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
+from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
@@ -116,8 +116,9 @@ def gumbel_softmax(
     convert_back, saliency, mask, hard = convert_inputs(
         {"saliency": saliency, "mask": mask}, counts={"hard": hard}
     )
-    check_values("saliency", saliency, "N", "BN")
-    check_mask(mask, saliency.shape)
+    check_layout("saliency", saliency, "N", "BN")
+    mask = check_mask(mask, saliency.shape)
+    check_finite_values("saliency", saliency, mask)
     temperature = check_temperature(temperature)
     seed, sequence_offset = check_noise(seed, sequence_offset)
     if hard is not None:
@@ -307,8 +308,9 @@ def gumbel_softmax_vjp(
     convert_back, saliency, mask, gradient = convert_inputs(
         {"saliency": saliency, "mask": mask}, gradients={"gradient": gradient}
     )
-    check_values("saliency", saliency, "N", "BN")
-    check_mask(mask, saliency.shape)
+    check_layout("saliency", saliency, "N", "BN")
+    mask = check_mask(mask, saliency.shape)
+    check_finite_values("saliency", saliency, mask)
     # The gradient of padded tokens may be NaN, so the mask is part of this check.
     gradient = check_gradient(gradient, saliency.shape, "BN", saliency, mask=mask)
     temperature = check_temperature(temperature)

@@ -11,13 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import (
-    GroupCounts,
-    check_group_counts,
-    check_mask,
-    check_values,
-)
+from ...arrays.checks import check_finite_values, check_layout, check_mask
 from ...arrays.conversion import Array, BoolArray, IntArray, convert_inputs
+from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of
 from ...autodiff.dispatch import operation
@@ -73,8 +69,9 @@ def select_tokens(
     convert_back, scores, mask, num_groups = convert_inputs(
         {"scores": scores, "mask": mask}, counts={"num_groups": num_groups}
     )
-    check_values("scores", scores, "N", "BN")
-    check_mask(mask, scores.shape)
+    check_layout("scores", scores, "N", "BN")
+    mask = check_mask(mask, scores.shape)
+    check_finite_values("scores", scores, mask)
     # K is at most the number of tokens of its sequence. `limit` is this number:
     # N without a mask, or an array (B,) with a mask.
     limit = num_valid(scores.shape, mask)

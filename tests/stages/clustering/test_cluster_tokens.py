@@ -310,10 +310,13 @@ class TestProtect:
             ValueError, match=r"at least 5, got 3: the 2 protected tokens .* 3 runs"
         ):
             qm.cluster_tokens(tokens[0], 3, method="contiguous", protect=protect[0])
-        with pytest.raises(TypeError, match="`protect` must be boolean, got int64"):
+        with pytest.raises(TypeError, match=r"`protect` must be boolean .* got int64"):
             qm.cluster_tokens(tokens, 3, protect=protect.astype(np.int64))
-        with pytest.raises(ValueError, match=r"`protect` must have shape \(B, N\)"):
-            qm.cluster_tokens(tokens, 3, protect=protect[0])
+        with pytest.raises(TypeError, match=r"boolean or have .* got float64"):
+            qm.cluster_tokens(tokens, 3, protect=protect.astype(float))
+        wrong = r"`protect` must have shape \(N\) = \(7,\) or \(B, N\) = \(2, 7\), got"
+        with pytest.raises(ValueError, match=wrong):
+            qm.cluster_tokens(tokens, 3, protect=protect[0, :6])
         with pytest.raises(
             ValueError, match=r"include the protected tokens \[0 1\], got \[0 2 3\]"
         ):

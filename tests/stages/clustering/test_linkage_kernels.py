@@ -407,3 +407,25 @@ def test_sequence_of_one_token_and_empty_batch():
     for shape in ((1, 1, 1), (0, 5, 5), (0, 1, 1)):
         rows, _ = linkage_cuda.linkage_cuda(np.ones(shape, np.float32), "average")
         assert rows.shape == (shape[0], shape[1] - 1, 4)
+
+
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@methods
+@every_device
+def test_rounding_never_lowers_a_height(method, metric, kernels, device):
+    """A cut takes the first rows, so that these must be the lowest.
+
+    The tokens are almost the corners of a simplex: all distances are nearly equal.
+    """
+    rng = np.random.default_rng(3)
+    tokens = np.stack([np.eye(20)] * 6) + 1e-7 * rng.standard_normal((6, 20, 20))
+    mass = rng.random((6, 20)) if method in ("average", "ward") else None
+    for weights in (None, mass):
+        with qm.use_kernels(kernels):
+            rows = linkage_cuda.dendrograms_cuda(
+                tokens.astype(np.float32), method, weights, metric=metric
+            )
+        heights = rows[..., 2]
+        assert (heights >= 0).all()
+        assert (np.diff(heights) >= 0).all()
