@@ -15,6 +15,7 @@ from .pipeline import quickmerge
 from .priors.protocols import Prior
 from .results import Choice, Merged
 from .stages.alignment.alignment_loss import alignment_loss
+from .stages.alignment.models import check_prior
 from .stages.fidelity.reconstruction_error import reconstruction_error
 
 # A candidate may set every argument of `quickmerge` except these four. All candidates
@@ -24,6 +25,8 @@ from .stages.fidelity.reconstruction_error import reconstruction_error
 _OPTIONS = {*inspect.signature(quickmerge).parameters} - {
     "tokens", "mask", "out", "workspace",
 }  # fmt: skip
+# Exactly one of these decides how many groups there are.
+_AMOUNTS = "budget", "max_error", "max_distance"
 
 
 @on_callers_stream
@@ -56,7 +59,8 @@ def choose_merge(
         or float64.
     candidates : sequence of mapping
         Arguments of `quickmerge` for each candidate, such as ``{"method": "ward"}``,
-        ``{"weights": "mass", "noise_seed": 3}`` or ``{"budget": 0.2}``.
+        ``{"weights": "mass", "noise_seed": 3}``, ``{"budget": 0.2}`` or
+        ``{"max_error": 0.1}``.
     prior : Prior
         The prior of the alignment loss, as in `alignment_loss`.
     alpha : float, default 0.1
@@ -66,10 +70,11 @@ def choose_merge(
         should retain (the norm mass, see `norm_mass`). An error up to (1 - γ)² costs
         nothing, as in `fidelity_loss`.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token.
+        Boolean or integer, True or 1 = token.
     **options
         Arguments of `quickmerge` for all candidates. If a candidate has the same
-        argument, its own value is used.
+        argument, its own value is used. A `budget`, `max_error` or `max_distance` of a
+        candidate replaces all three of the options.
 
     Returns
     -------
@@ -81,11 +86,11 @@ def choose_merge(
     Raises
     ------
     TypeError
-        If a candidate is not a mapping or names an unknown argument, or if `quickmerge`
-        raises it.
+        If a candidate is not a mapping or names an unknown argument, or if
+        `alignment_loss` or `quickmerge` raises it.
     ValueError
         If there is no candidate, a candidate has no budget, or an option is out of
-        range, or if `quickmerge` raises it.
+        range, or if `alignment_loss` or `quickmerge` raises it.
 
     References
     ----------
@@ -104,6 +109,7 @@ def choose_merge(
     """
     alpha = check_number("alpha", alpha, 0, np.inf, "[)")
     gamma = check_number("gamma", gamma, 0, 1, "[]")
+    check_prior(prior)
     candidate_arguments = _arguments(candidates, options)
     # `convert_inputs` raises for tracers of JAX, and for torch tensors that require
     # grad. Call it before any work is done; its result is not needed here.
@@ -160,16 +166,22 @@ def _arguments(candidates: Any, options: Mapping[str, Any]) -> list[dict[str, An
                 f"got {type(candidate).__name__}"
             )
         arguments = {**options, **candidate}  # a candidate overrides the options
+        if any(name in candidate for name in _AMOUNTS):
+            arguments = {
+                name: value
+                for name, value in arguments.items()
+                if name in candidate or name not in _AMOUNTS
+            }
         unknown = sorted(set(arguments) - _OPTIONS)
         if unknown:
             raise TypeError(
                 f"`candidates[{number}]` must hold arguments of `quickmerge` "
                 f"({', '.join(sorted(_OPTIONS))}), got {', '.join(map(str, unknown))}"
             )
-        if "budget" not in arguments:
+        if not any(name in arguments for name in _AMOUNTS):
             raise ValueError(
-                f"`candidates[{number}]` has no `budget`: add one to it, or pass "
-                "`budget=` for all candidates"
+                f"`candidates[{number}]` has no `budget`, `max_error` or "
+                "`max_distance`: add one to it, or pass one for all candidates"
             )
         all_arguments.append(arguments)
     return all_arguments

@@ -4,19 +4,22 @@ Axes: B sequences of N tokens of width D are merged to K groups each. The source
 saliency may have L layers with H heads each.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays.checks import check_shape
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
-from .arrays.shapes import lift_source
+from .arrays.shapes import masked_copy
+from .autodiff.dispatch import modules_of
+from .group_counts import counted_groups
 from .results import Merged
 from .settings import implementation
-from .stages.clustering.checks import WEIGHTED_METHODS
+from .sources import Sources, lift_sources
+from .stages.clustering.checks import WEIGHTED_METHODS, Limits
 from .stages.clustering.cluster_tokens import (
     Method,
     cluster_tokens,
@@ -38,6 +41,7 @@ from .stages.saliency.attention_received import (
     attention_received,
     compute_attention_received,
 )
+from .stages.saliency.layers import stack_layers
 from .stages.saliency.query_key_entropy import (
     compute_query_key_entropy,
     query_key_entropy,
@@ -63,23 +67,12 @@ from .stages.selection.select_tokens import compute_select_tokens, select_tokens
 Weights = Literal["uniform", "saliency", "attention", "mass"]
 
 
-class Sources(NamedTuple):
-    """The source of the saliency: one of these, or the tokens if all are None.
-
-    `query` and `key` are one source.
-    """
-
-    hidden_states: Any
-    attention: Any
-    query: Any
-    key: Any
-    saliency: Any
-
-
 class Options(NamedTuple):
     """Options of selection, clustering and merging, with the names of `quickmerge`."""
 
     causal: bool
+    scale: float | None
+    limits: Limits
     method: str
     metric: str
     step: int | None
@@ -105,8 +98,11 @@ def with_defaults(
     method: Method | None,
     weights: Any,
     weighted_linkage: bool | None,
+    max_error: Any = None,
 ) -> tuple[Method, Any, bool]:
-    """Return the last three arguments, where None becomes the default for the source.
+    """Return the three options, where None becomes the default for the source.
+
+    With `max_error`, the default method is the only one that supports it.
 
     Raise if the weights need attention and the source has none.
     """
@@ -123,7 +119,8 @@ def with_defaults(
             "or `query` and `key`"
         )
     if method is None:
-        method = "ward" if by_attention else "average"
+        by_error = max_error is not None
+        method = "ward" if by_attention or by_error else "average"
     if weighted_linkage is None:
         weighted_linkage = by_attention and method in WEIGHTED_METHODS
     return method, weights, weighted_linkage
@@ -154,6 +151,7 @@ class Stages(NamedTuple):
     saliency_mass: Callable[..., Any]
     select_tokens: Callable[..., Any]
     cluster_tokens: Callable[..., Any]
+    counted_groups: Callable[..., Any]  # labels (B, N) -> K of every sequence
     merge_tokens: Callable[..., Any]
     group_sizes: Callable[..., Any]
     group_positions: Callable[..., Any]
@@ -169,8 +167,11 @@ def compose(
     options: Options,
     out: Any = None,
 ) -> Merged[Any]:
-    """Run the stages that the options need, then clustering and merging."""
-    sources = _lift_sources(sources, tokens)  # each with the axis B
+    """Run the stages that the options need, then clustering and merging.
+
+    `num_groups` is None if a limit decides how many groups there are.
+    """
+    sources = lift_sources(sources, tokens)  # each with the axis B
     scores, weights = _scores_and_weights(stages, tokens, sources, mask, options)
     anchors = None
     if options.method == "nearest":  # the only method that needs anchors
@@ -178,6 +179,8 @@ def compose(
     labels = stages.cluster_tokens(  # (B, N)
         tokens,
         num_groups,
+        max_error=options.limits.max_error,
+        max_distance=options.limits.max_distance,
         method=options.method,
         metric=options.metric,
         mass=weights if options.weighted_linkage else None,
@@ -187,6 +190,8 @@ def compose(
         mask=mask,
         order=options.order,
     )
+    if num_groups is None:
+        num_groups = stages.counted_groups(labels)
     # x̃_k = Σ w_j x_j / Σ w_j over the tokens j of group k; shape (B, K, D). Without
     # weights, `merge_tokens` gives the same bits and reads less.
     mass = None if options.named_weights() == "uniform" else weights
@@ -208,42 +213,45 @@ def _scores_and_weights(
         return _saliency_and_mass(stages, tokens, sources, mask, options)
     scores = None
     if options.need_saliency():
-        scores = _saliency(stages, tokens, sources, mask, options.causal)
+        scores = _saliency(stages, tokens, sources, mask, options)
     if word == "saliency":
         return scores, scores
     if word == "attention":
-        mass = _attention_mass(stages, tokens, sources, mask, options.causal)
-        return scores, mass
+        return scores, _attention_mass(stages, tokens, sources, mask, options)
     if word == "uniform":
         return scores, stages.unit_weights(tokens, mask)
     return scores, stages.masked_copy(options.weights, mask)
 
 
 def _saliency(
-    stages: Stages, tokens: Any, sources: Sources, mask: Any, causal: bool
+    stages: Stages, tokens: Any, sources: Sources, mask: Any, options: Options
 ) -> Any:
     """Return the saliency (B, N) of the source; low entropy is salient."""
     if sources.saliency is not None:
         return stages.masked_copy(sources.saliency, mask)
     mask_2d = _with_batch(mask)
-    entropy = _entropy(stages, tokens, sources, mask_2d, causal)
+    entropy = _entropy(stages, tokens, sources, mask_2d, options)
     return stages.saliency(entropy, mask=mask_2d).reshape(tuple(tokens.shape[:-1]))
 
 
 def _attention_mass(
-    stages: Stages, tokens: Any, sources: Sources, mask: Any, causal: bool
+    stages: Stages, tokens: Any, sources: Sources, mask: Any, options: Options
 ) -> Any:
     """Return the attention mass (B, N): attention received, and its entropy."""
     mask_2d = _with_batch(mask)
-    received = stages.attention_received(  # (B, N), (L, B, N) or (L, B, H, N)
-        sources.attention,
-        query=sources.query,
-        key=sources.key,
-        causal=causal,
-        mask=mask_2d,
-    )
-    entropy = _entropy(stages, tokens, sources, mask_2d, causal)  # of the same shape
-    mass = stages.attention_mass(received, entropy, causal=causal, mask=mask_2d)
+    masked = {"causal": options.causal, "mask": mask_2d}
+    received_of = functools.partial(stages.attention_received, **masked)
+    if sources.attention is not None:
+        received = _each_layer(stages, received_of, sources.attention)
+    else:
+        received = _each_layer(
+            stages,
+            lambda q, k: received_of(query=q, key=k, scale=options.scale),
+            sources.query,
+            sources.key,
+        )
+    entropy = _entropy(stages, tokens, sources, mask_2d, options)  # of the same shape
+    mass = stages.attention_mass(received, entropy, **masked)
     return mass.reshape(tuple(tokens.shape[:-1]))
 
 
@@ -265,12 +273,12 @@ def _saliency_and_mass(
         # Saliency (with "low", low entropy is salient), Gumbel-softmax and mass: one
         # launch if the sizes allow it, otherwise three.
         mask_2d = _with_batch(mask)
-        entropy = _entropy(stages, tokens, sources, mask_2d, options.causal)
+        entropy = _entropy(stages, tokens, sources, mask_2d, options)
         scores, _, mass = saliency_gumbel_mass_cuda(
             entropy, "low", options.temperature, noise, options.epsilon, mask_2d
         )
         return scores.reshape(shape), mass.reshape(shape)
-    scores = _saliency(stages, tokens, sources, mask, options.causal)
+    scores = _saliency(stages, tokens, sources, mask, options)
     if fused:  # the caller passed the saliency: one launch for softmax and mass
         _, mass = softmax_mass_cuda(
             scores, options.temperature, noise, options.epsilon, mask
@@ -298,42 +306,34 @@ def _noise(mask: Any, options: Options) -> dict[str, Any]:
     }
 
 
-def _lift_sources(sources: Sources, tokens: Any) -> Sources:
-    """Return the sources with the axis B; raise if a shape does not fit the tokens.
+def _each_layer(stages: Stages, function: Callable[..., Any], *arrays: Any) -> Any:
+    """Return the result of a function of arrays or, stacked, of each layer of tuples.
 
-    The values are not read, so a source that nothing needs costs nothing.
+    The result is (B, N), (B, H, N) or (L, B, H, N).
     """
-    lifted = {
-        name: lift_source(name, x, tokens)  # checks B and N
-        for name, x in sources._asdict().items()
-        if x is not None and name != "saliency"
-    }
-    if sources.saliency is not None:
-        check_shape("saliency", sources.saliency, "BN", tuple(tokens.shape[:-1]))
-    if sources.attention is not None:
-        rows = tuple(sources.attention.shape[:-1])  # (..., N)
-        check_shape("attention", sources.attention, "LBHNN", (*rows, rows[-1]))
-    if sources.query is not None:
-        check_shape("key", sources.key, "LBHNd", tuple(sources.query.shape))
-    return sources._replace(**lifted)
+    if not isinstance(arrays[0], tuple):
+        return function(*arrays)
+    layers = [function(*layer) for layer in zip(*arrays, strict=True)]
+    return stack_layers(layers, stages.xp.stack, stages.masked_copy)
 
 
 def _entropy(
-    stages: Stages, tokens: Any, sources: Sources, mask: Any, causal: bool
+    stages: Stages, tokens: Any, sources: Sources, mask: Any, options: Options
 ) -> Any:
-    """Return the entropy of the source: (B, N), (L, B, N) or (L, B, H, N)."""
+    """Return the entropy of the source: (B, N), (B, H, N) or (L, B, H, N)."""
+    masked = {"mask": mask}
     if sources.attention is not None:
-        return stages.attention_entropy(sources.attention, mask=mask)
+        entropy_of = functools.partial(stages.attention_entropy, **masked)
+        return _each_layer(stages, entropy_of, sources.attention)
     if sources.query is not None:
-        pair = sources.query, sources.key
-        return stages.query_key_entropy(*pair, causal=causal, mask=mask)
-    if sources.hidden_states is not None:
-        # Call the public function for NumPy and CuPy too. It expands the mask (B, N) to
-        # (L, B, N), which `compute_self_attention_entropy` does not do. The functions
-        # for attention and for queries and keys expand the mask themselves.
-        return self_attention_entropy(sources.hidden_states, mask=mask)
-    x = tokens.reshape(-1, *tokens.shape[-2:])  # (B, N, D)
-    return stages.self_attention_entropy(x, mask=mask)
+        scores = {"causal": options.causal, "scale": options.scale, **masked}
+        entropy_of = functools.partial(stages.query_key_entropy, **scores)
+        return _each_layer(stages, entropy_of, sources.query, sources.key)
+    x = sources.hidden_states
+    if x is None:
+        x = tokens.reshape(-1, *tokens.shape[-2:])  # (B, N, D)
+    entropy_of = functools.partial(stages.self_attention_entropy, **masked)
+    return _each_layer(stages, entropy_of, x)
 
 
 def _anchors(
@@ -360,13 +360,6 @@ def _anchors(
     return stages.select_tokens(selected, num_groups, mask=mask)  # (B, K)
 
 
-def _masked_copy(x: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
-    """Return a copy in float32 or float64 that is 0 where a mask is False."""
-    x = x.astype(np.result_type(x.dtype, np.float32), order="C")
-    # Padding may be NaN, and NaN times 0 is NaN.
-    return x if mask is None else np.where(mask, x, x.dtype.type(0))
-
-
 def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
     """Return weights (B, N) in float32 or float64: 1, and 0 for padding."""
     dtype = accumulation_dtype(tokens.dtype)
@@ -382,33 +375,19 @@ def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[An
 # calls the functions from `check_array` on for traced arrays only, so these return
 # their array unchanged.
 COMPUTE_STAGES = Stages(
-    np, lambda declared, x: x, lambda x, tokens: x, lambda x, tokens: x, _masked_copy,
+    np, lambda declared, x: x, lambda x, tokens: x, lambda x, tokens: x, masked_copy,
     _unit_weights, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,
     compute_attention_received, compute_attention_mass, compute_saliency,
     compute_gumbel_softmax,
     compute_saliency_mass, compute_select_tokens, compute_cluster_tokens,
-    compute_merge_tokens, compute_group_sizes, compute_group_positions,
+    counted_groups, compute_merge_tokens, compute_group_sizes, compute_group_positions,
 )  # fmt: skip
 
 
-def traced_stages(framework: str) -> Stages:
+def traced_stages(framework: Literal["torch", "jax"]) -> Stages:
     """Return the public functions, for arrays that torch or JAX traces."""
-    # Import the framework here, so that `import qm_cupy` does not import it.
-    xp: Any
-    operators: Any
-    if framework == "torch":
-        import torch
-
-        from .autodiff import torch_operators
-
-        xp, operators = torch, torch_operators
-    else:
-        from jax import numpy
-
-        from .autodiff import jax_operators
-
-        xp, operators = numpy, jax_operators
+    xp, operators = modules_of(framework)
 
     def unit_weights(tokens: Any, mask: Any) -> Any:
         # A constant: `ones_like` has no gradient.
@@ -419,6 +398,7 @@ def traced_stages(framework: str) -> Stages:
         operators.masked_copy, unit_weights,
         attention_entropy, query_key_entropy, self_attention_entropy,
         attention_received, attention_mass, saliency_of_entropy, gumbel_softmax,
-        saliency_mass, select_tokens, cluster_tokens, merge_tokens, group_sizes,
+        saliency_mass, select_tokens, cluster_tokens,
+        lambda labels: labels.amax(-1) + 1, merge_tokens, group_sizes,
         group_positions,
     )  # fmt: skip

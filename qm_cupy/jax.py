@@ -76,13 +76,22 @@ def _register(cls: type, *leaves: str) -> None:
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
+def _unflatten_prior(_: None, networks: Any) -> MLPPrior:
+    # Do not call `__init__`: its checks would refuse the placeholders of JAX, and
+    # gradients that are not finite. Methods check JAX arrays when they read them.
+    made: MLPPrior = object.__new__(MLPPrior)
+    forward, backward = networks
+    vars(made).update(forward=forward, backward=backward, _copies={})
+    return made
+
+
 # An MLPPrior has two `MLP`, which are tuples of arrays. `_register` does not fit it,
 # because its third attribute, the copies of the weights on GPUs, must not be part of
 # the tree.
 jax.tree_util.register_pytree_node(
     MLPPrior,
     lambda prior: ((prior.forward, prior.backward), None),
-    lambda _, networks: MLPPrior(*networks),
+    _unflatten_prior,
 )
 # Only the prior has weights. The classes without weights are trees without leaves, so
 # that JAX compares their options and not their identity.

@@ -24,6 +24,7 @@ from .priors.mlp_prior import MLPPrior
 from .results import Merged
 from .stages.alignment.alignment_loss import alignment_loss, is_traced
 from .stages.alignment.decode import decode
+from .stages.alignment.models import check_model, check_prior
 from .stages.budget import token_budget
 from .stages.clustering.cluster_tokens import Method
 from .stages.clustering.labels import Order
@@ -45,9 +46,9 @@ class EntropyAwareSaliency:
     embedding_dim : int
         Width D of the tokens.
     num_layers : int, default 12
-        Number of layers L of hidden states of shape (L, B, N, D). Tokens without a
-        layer axis represent L equal layers, as in the authors' code. The saliency is
-        computed for one layer only, because the mean of equal layers is one layer.
+        Number of layers L of a tuple of hidden states. Tokens that are not a tuple
+        represent L equal layers, as in the authors' code. The saliency is computed for
+        one layer only, because the mean of equal layers is one layer.
 
     Examples
     --------
@@ -62,19 +63,26 @@ class EntropyAwareSaliency:
         self.num_layers = num_layers
 
     def __call__(self, tokens: Array, *, mask: BoolArray | None = None) -> Array:
-        """Return the saliency (B, N) of tokens (N, D), (B, N, D) or (L, B, N, D)."""
-        # `self_attention_entropy` raises a clear error for values without a shape.
-        shape: tuple[int, ...] = getattr(tokens, "shape", ())
-        if shape and shape[-1] != self.embedding_dim:
+        """Return the saliency (B, N) of tokens (B, N, D), or of a tuple of layers."""
+        layers = tokens if isinstance(tokens, tuple) else (tokens,)
+        if isinstance(tokens, tuple) and len(tokens) != self.num_layers:
             raise ValueError(
-                f"`tokens` must have width D = {self.embedding_dim}, got {shape[-1]}: "
-                "D is the `embedding_dim` of this object"
-            )
-        if len(shape) == 4 and shape[0] != self.num_layers:
-            raise ValueError(
-                f"`tokens` must have L = {self.num_layers} layers, got {shape[0]}: "
+                f"`tokens` must have L = {self.num_layers} layers, got {len(tokens)}: "
                 "L is the `num_layers` of this object"
             )
+        for x in layers:
+            # `self_attention_entropy` raises a clear error for values without a shape.
+            shape: tuple[int, ...] = getattr(x, "shape", ())
+            if shape and shape[-1] != self.embedding_dim:
+                raise ValueError(
+                    f"`tokens` must have width D = {self.embedding_dim}, got "
+                    f"{shape[-1]}: D is the `embedding_dim` of this object"
+                )
+            if len(shape) > 3:
+                raise ValueError(
+                    "`tokens` must be (N, D), (B, N, D) or a tuple of layers, got one "
+                    f"array of shape {tuple(shape)}: pass `tuple(tokens)`"
+                )
         entropy = self_attention_entropy(tokens, mask=mask)
         # s_i = 1 - (1/L) Σ_l Normalize(H_i^(l)): low entropy is salient. H_i is the
         # entropy of token i. Normalize is min–max scaling over a sequence.
@@ -193,6 +201,7 @@ class BidirectionalARAlignment:
         self.embedding_dim = embedding_dim
         if prior is None:  # Linear(D, H), ReLU, Linear(H, D) for each direction
             prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
+        check_prior(prior)
         self.prior = prior
 
     def forward_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
@@ -345,6 +354,8 @@ class QuickMergePP:
 
         Without a model the predictions are an empty list.
         """
+        if ar_model is not None:
+            check_model(ar_model)
         scores = self.saliency_estimator(tokens)
         merged = self.token_merger.merge(tokens, scores, K).tokens
         return merged, [] if ar_model is None else decode(merged, ar_model)

@@ -1,7 +1,7 @@
 """The pipeline: merge token sequences into shorter ones."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +11,19 @@ from .arrays.checks import (
     check_choice,
     check_is_array,
     check_mass,
-    check_number,
     check_seed,
     check_shape,
     check_tokens,
 )
 from .arrays.conversion import Array, BoolArray, FloatArray, convert_inputs
-from .arrays.counts import GroupCounts, check_group_counts
 from .arrays.dtypes import accumulation_dtype
 from .arrays.libraries import is_cuda
 from .arrays.protect import protected_tokens, split_positions
-from .arrays.shapes import num_valid
 from .autodiff.dispatch import on_callers_stream_unless_traced, tracing_framework
 from .autodiff.operations import plain_integer
 from .composition import (
     COMPUTE_STAGES,
     Options,
-    Sources,
     Weights,
     compose,
     traced_stages,
@@ -35,10 +31,11 @@ from .composition import (
 )
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
+from .group_counts import num_groups_of, traced_num_groups
 from .results import Merged, arrays_of, check_target
-from .stages.budget import kept_tokens, token_budget
+from .sources import Sources, check_sources, checked_scale
 from .stages.clustering.checks import (
-    check_protect,
+    check_limits,
     check_step,
     check_weighted_linkage,
 )
@@ -61,14 +58,17 @@ from .stages.selection.saliency_mass import (
 @on_callers_stream_unless_traced
 def quickmerge(
     tokens: Array,
-    budget: Any,
+    budget: Any = None,
     *,
+    max_error: float | None = None,
+    max_distance: float | None = None,
     hidden_states: FloatArray | None = None,
     attention: FloatArray | None = None,
     query: FloatArray | None = None,
     key: FloatArray | None = None,
     saliency: FloatArray | None = None,
     causal: bool = False,
+    scale: float | None = None,
     mask: BoolArray | None = None,
     protect: BoolArray | Sequence[int] | None = None,
     method: Method | None = None,
@@ -100,23 +100,32 @@ def quickmerge(
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings, B sequences of N tokens of width D; float16, bfloat16, float32
         or float64.
-    budget : int, float or ndarray of int of shape (B,)
-        How many groups to keep: their number K, a fraction in (0, 1] of the tokens, or
-        K of each sequence (for example from `norm_budget`). If K differs between
-        sequences, results are padded to the largest K.
-    hidden_states : ndarray of shape (B, N, D) or (L, B, N, D), optional
-        Source of the saliency: the self-attention entropy of these states, for each of
-        L layers. By default `tokens` are the source. At most one source may be given.
-        For one sequence the axis B is absent, here and in the following arguments. The
-        saliency is computed only if `weights` or `method` needs it. Otherwise the shape
-        of the source is checked and its values are not read.
-    attention : ndarray of shape (B, N, N), (L, B, N, N) or (L, B, H, N, N), optional
+    budget : number or ndarray of int of shape (B,), optional
+        How many groups to keep: their number K, a share within (0, 1] of the tokens
+        (as in `token_budget`), or K of each sequence (for example from `norm_budget`).
+        If K differs between sequences, results are padded to the largest K. Exactly one
+        of `budget`, `max_error` and `max_distance` is required.
+    max_error : float, optional
+        For ward linkage, which is then the default: as few groups as possible whose
+        relative squared error is at most this, as in `cluster_tokens`.
+    max_distance : float, optional
+        Merge groups whose distance is at most this, as in `cluster_tokens`.
+    hidden_states : ndarray of shape (B, N, D), or a tuple of them, optional
+        Source of the saliency: the self-attention entropy of these states, or of those
+        of each layer. By default `tokens` are the source. At most one source may be
+        given. For one sequence the axis B is absent, here and in the following
+        arguments. The saliency is computed only if `weights` or `method` needs it.
+        Otherwise the shape of the source is checked and its values are not read.
+    attention : ndarray of shape (B, N, N), (B, H, N, N) or (L, B, H, N, N), optional
         Another source: attention probabilities of a model with H heads. Their entropy
-        is used, and the attention that each token receives. Pass one layer of heads,
-        (B, H, N, N), as ``attention[None]``: without it, B is taken for L.
-    query, key : ndarray of shape (B, N, d), (L, B, N, d) or (L, B, H, N, d), optional
+        is used, and the attention that each token receives. Or a tuple of layers,
+        (B, N, N) or (B, H, N, N), such as the ``attentions`` of a model. Their means
+        are used; pass the last layer before the merge, ``attentions[-1]``, for the
+        weights "attention".
+    query, key : ndarray of shape (B, N, d), (B, H, N, d) or (L, B, H, N, d), optional
         Another source: the attention of these queries to these keys, which have width
-        d. Pass one layer of heads, (B, H, N, d), as ``query[None]``, ``key[None]``.
+        d. Or two tuples of layers. Keys may have fewer heads, as in
+        `query_key_entropy`.
     saliency : ndarray of shape (B, N), optional
         The saliency itself instead of a source, for example from `norm_saliency`;
         float, ≥ 0.
@@ -126,6 +135,8 @@ def quickmerge(
         get far too large weights, because many tokens attend to them, and they attend
         to few. Queries and keys are masked accordingly; entries of `attention` after
         the diagonal must be 0.
+    scale : float, optional
+        The factor of the scores of `query` and `key`, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean or integer, True or 1 = token, as in a tokenizer's ``attention_mask``.
         Padding is not read: it may be NaN.
@@ -200,20 +211,26 @@ def quickmerge(
     ((2, 20, 16), 200)
     """
     sources = Sources(hidden_states, attention, query, key, saliency)
-    _check_one_source(sources)
+    check_sources(sources)
     method, weights, weighted_linkage = with_defaults(
-        sources, method, weights, weighted_linkage
+        sources, method, weights, weighted_linkage, max_error
     )
+    check_choice("method", method, METHODS)
+    limits = check_limits(budget, max_error, max_distance, method, "budget")
     check_weighted_linkage(weighted_linkage, method)
     check_causal(causal)
     options = Options(
-        causal, method, metric, check_step(step, method), order, temperature, epsilon,
-        weights, weighted_linkage, noise_seed, sequence_offset,
+        causal, checked_scale(scale, sources), limits, method, metric,
+        check_step(step, method), order, temperature, epsilon, weights,
+        weighted_linkage, noise_seed, sequence_offset,
     )  # fmt: skip
     # Do not convert traced arrays: under a compiler or JAX they may have no values, and
     # a torch tensor would lose its gradient. Call the public stage functions instead,
     # which are registered as operators of torch and JAX.
-    framework = tracing_framework((tokens, mask, protect, weights, budget, *sources))
+    arrays = sources.arrays()
+    framework = tracing_framework(
+        (tokens, mask, protect, weights, budget, *arrays.values())
+    )
     if framework is not None:
         # A result of a traced call is a new node of the framework's graph. It cannot be
         # written to memory that exists already.
@@ -231,12 +248,12 @@ def quickmerge(
     # Convert all arrays here, once. All stages below work on NumPy or CuPy arrays.
     convert_back, tokens, mask, protect, weight_array, *rest = convert_inputs(
         {"tokens": tokens, "mask": mask, "protect": protect, "weights": weight_array}
-        | sources._asdict(),
+        | arrays,
         counts={"budget": budget, "protect": positions},
         outputs=outputs,
     )
     # `rest` contains the sources, then the counts, then the arrays of `out`.
-    sources, rest = Sources(*rest[: len(sources)]), rest[len(sources) :]
+    sources, rest = sources.with_arrays(rest[: len(arrays)]), rest[len(arrays) :]
     budget, positions, *targets = rest
     target = Merged(*targets) if outputs else None
     if not isinstance(weights, str):
@@ -244,18 +261,27 @@ def quickmerge(
     mask = check_tokens(tokens, mask=mask)
     protect = protected_tokens(protect, positions, tokens)
     shape = tokens.shape[:-1]  # (N,) or (B, N)
-    options = _check_options(options, shape)
+    options = _check_options(options, shape, mask)
     if options.need_saliency():
-        check_mass(sources.saliency, shape, "saliency")
+        check_mass(sources.saliency, shape, "saliency", mask)
     # In this block CuPy allocates from the workspace, if there is one.
     with memory_of(workspace, tokens):
         if is_cuda(tokens):  # copy a strided view once, instead of in every stage
             tokens = contiguous(tokens)
-        num_groups = _num_groups(shape, budget, protect, method, mask)
+        num_groups = None
+        if budget is not None:
+            num_groups = num_groups_of(shape, budget, protect, method, mask)
         destination = None
-        if target is not None:
-            inputs, mass_dtype = _inputs(tokens, sources, options.weights)
-            check_target(target, num_groups.max_groups, inputs, mass_dtype)
+        if target is not None and num_groups is None:
+            raise ValueError(
+                "`out` needs a `budget`: with `max_error` or `max_distance` its shapes "
+                "are not known before the call"
+            )
+        mass_dtype = _mass_dtype(tokens, sources, options.weights)
+        if options.named_weights() == "mass":
+            check_epsilon(options.epsilon, mass_dtype)
+        if target is not None and num_groups is not None:
+            check_target(target, num_groups.max_groups, tokens, mass_dtype)
             destination = target.tokens  # (B, K, D)
         merged = compose(
             COMPUTE_STAGES,
@@ -282,7 +308,7 @@ def quickmerge(
 
 
 def _quickmerge_traced(
-    framework: str,
+    framework: Literal["torch", "jax"],
     tokens: Any,
     budget: Any,
     sources: Sources,
@@ -305,7 +331,8 @@ def _quickmerge_traced(
     protect = stages.protected_tokens(protect, tokens)
     # All sources must be arrays of the framework: its graph cannot contain others. For
     # JAX, `check_array` converts NumPy arrays.
-    sources = Sources(*map(stages.check_array, _OPTIONAL_SOURCES, sources))
+    arrays = sources.arrays()
+    sources = sources.with_arrays(map(stages.check_array, arrays, arrays.values()))
     _check_noise_traced(framework, options.noise_seed)
     if isinstance(options.weights, str):
         check_choice("weights", options.weights, get_args(Weights))
@@ -315,20 +342,26 @@ def _quickmerge_traced(
         options = options._replace(weights=weights)
     # `cluster_tokens` calls `check_protect` later, when the values of `protect` are
     # known.
-    num_groups = _traced_num_groups(framework, budget, shape[-1], mask)
+    num_groups = None
+    if budget is not None:
+        num_groups = traced_num_groups(framework, budget, shape[-1], mask)
+    elif framework == "jax":
+        raise TypeError(
+            "`quickmerge` needs a `budget` while JAX traces: with `max_error` or "
+            "`max_distance`, the shape of the result depends on the tokens"
+        )
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
-def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
+def _check_options(options: Options, shape: tuple[int, ...], mask: Any) -> Options:
     """Return the options with Python numbers; raise if one is out of range."""
-    check_choice("method", options.method, METHODS)
     check_choice("metric", options.metric, METRICS)
     check_choice("order", options.order, ORDERS)
     if isinstance(options.weights, str):
         check_choice("weights", options.weights, get_args(Weights))
     else:
         check_is_array("weights", options.weights)
-        check_mass(options.weights, shape, "weights")
+        check_mass(options.weights, shape, "weights", mask)
     noise_seed, sequence_offset = check_noise(
         options.noise_seed, options.sequence_offset, "noise_seed"
     )
@@ -354,81 +387,12 @@ def _check_noise_traced(framework: str, noise_seed: Any) -> None:
     check_seed(noise_seed, "noise_seed")  # raises
 
 
-def _check_one_source(sources: Sources) -> None:
-    """Raise if there is more than one source of saliency, or only half of one."""
-    # `query` and `key` are one source, so only `query` is counted.
-    source_names = [
-        name
-        for name in ("saliency", "hidden_states", "attention", "query")
-        if getattr(sources, name) is not None
-    ]
-    if len(source_names) > 1:
-        raise ValueError(
-            "give at most one source of saliency, got "
-            f"{' and '.join(source_names)}: keep one"
-        )
-    if (sources.query is None) != (sources.key is None):
-        raise ValueError("`query` and `key` go together: give both or neither")
-
-
-def _inputs(
-    tokens: NDArray[Any], sources: Sources, weights: Any
-) -> tuple[list[NDArray[Any]], np.dtype[Any]]:
-    """Return all arrays of a call, the tokens first, and the dtype of the weights."""
-    # The arrays of the source: one array, or query and key, which have the same dtype.
-    arrays = [x for x in (sources.saliency, *sources[:-1]) if x is not None]
-    inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
+def _mass_dtype(tokens: NDArray[Any], sources: Sources, weights: Any) -> np.dtype[Any]:
+    """Return the dtype of the weights: float64 if they come from float64."""
     # The array from which the weights are computed: the caller's weights; the tokens,
     # if the weights are 1 or there is no source; otherwise the source.
     decisive = weights
     if isinstance(weights, str):
+        arrays = [*sources.arrays().values()]
         decisive = tokens if weights == "uniform" else (arrays or [tokens])[0]
-    return inputs, accumulation_dtype(decisive.dtype)  # float64 for float64
-
-
-def _num_groups(
-    shape: tuple[int, ...], budget: Any, protect: Any, method: str, mask: Any
-) -> GroupCounts:
-    """Return K of every sequence; `shape` is (N,) or (B, N)."""
-    limit = num_valid(shape, mask)
-    is_ratio = isinstance(budget, float | np.floating)
-    wanted = token_budget(budget, limit) if is_ratio else budget
-    num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
-    check_protect(protect, method, num_groups.counts, shape, mask, "budget")
-    return num_groups
-
-
-# The names of all sources, in the form in which `check_array` accepts None.
-_OPTIONAL_SOURCES = [f"{name}?" for name in Sources._fields]
-
-
-def _traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:
-    """Return K, or K of each sequence, for a budget.
-
-    `torch.compile` traces through this code, so it uses only plain arithmetic and
-    tensor operations.
-    """
-    if framework == "jax":
-        from .autodiff.jax_operators import check_known
-
-        check_known("budget", budget)  # JAX needs every shape while it traces
-    if isinstance(budget, float | np.floating):
-        # `str` gives the digits as written: float32 0.29 becomes 0.29, not 0.28999999.
-        ratio = float(str(budget)) if isinstance(budget, np.floating) else budget
-        if not 0 < ratio <= 1:
-            check_number("budget", budget, 0, 1, "(]")  # raises
-        if mask is None:
-            return kept_tokens(ratio, num_tokens)
-        if framework == "jax":
-            check_known("mask", mask)  # K depends on the number of valid tokens
-            return token_budget(budget, np.asarray(mask).sum(axis=-1))
-        # max(1, ⌊N · ratio⌋) for each N. The product is rounded to 9 decimals before
-        # the floor: in binary, 100 · 0.29 is 28.999999999999996, and K must be 29.
-        kept = (mask.sum(-1).double() * ratio * 1e9).round() / 1e9  # (B,)
-        return kept.floor().clamp(min=1).long()
-    # The usual case needs no conversion: `token_budget` would return the same K.
-    if type(budget) is int and 1 <= budget <= num_tokens:
-        return budget
-    if hasattr(budget, "shape"):
-        return budget  # an array (B,); the stage functions check its values
-    return token_budget(budget, num_tokens)  # converts other numbers, or raises
+    return accumulation_dtype(decisive.dtype)

@@ -25,9 +25,11 @@ from . import paper
 from .pipeline import quickmerge
 from .priors import mlp_prior
 from .priors.mlp import MLP
+from .priors.weight_checks import check_networks
 from .results import Merged
 from .stages.alignment.alignment_loss import AlignmentLoss, alignment_loss
 from .stages.alignment.decode import decode
+from .stages.alignment.models import check_model, check_prior
 from .stages.clustering.cluster_tokens import Method
 from .stages.clustering.labels import Order
 from .stages.selection.gumbel_softmax import gumbel_softmax
@@ -70,6 +72,7 @@ class MLPPrior(nn.Module):
 
     def __init__(self, forward: MLP, backward: MLP) -> None:
         super().__init__()
+        check_networks(forward, backward)
         self.forward_prior = _network(forward)
         self.backward_prior = _network(backward)
 
@@ -116,10 +119,15 @@ def _network(weights: MLP) -> nn.Sequential:
         # With the device "meta" torch draws no random weights, so the state of its
         # random generator does not change.
         layer = nn.Linear(in_dim, out_dim, device="meta")
-        layer.weight = nn.Parameter(torch.tensor(weight))
-        layer.bias = nn.Parameter(torch.tensor(bias))
+        layer.weight = nn.Parameter(_copy(weight))
+        layer.bias = nn.Parameter(_copy(bias))
         layers.append(layer)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1])
+
+
+def _copy(weight: Any) -> Tensor:
+    # `torch.tensor` warns if its argument is a tensor.
+    return torch.as_tensor(weight).detach().clone()
 
 
 class EntropyAwareSaliency(nn.Module, paper.EntropyAwareSaliency):
@@ -256,6 +264,7 @@ class BidirectionalARAlignment(nn.Module, paper.BidirectionalARAlignment):
         nn.Module.__init__(self)
         if prior is None:
             prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
+        check_prior(prior)
         paper.BidirectionalARAlignment.__init__(self, embedding_dim, prior=prior)
 
     forward = paper.BidirectionalARAlignment.compute_alignment_loss
@@ -337,6 +346,8 @@ class QuickMergePP(nn.Module, paper.QuickMergePP):
         reads the merged tokens. Without a model the predictions are an empty list. The
         noise is that of evaluation mode, also in training mode.
         """
+        if ar_model is not None:
+            check_model(ar_model)
         with torch.no_grad():  # `decode` has no gradient
             scores = self.saliency_estimator(tokens)
             # The method of the base class has the noise of `seed` in both modes.

@@ -43,7 +43,9 @@ RESULTS = {
             "group_sizes",
             "group_positions",
             "cut_linkage",
-            "cut_linkage, max_error",
+            "cut_linkage, max_distance",
+            "cluster_tokens, ward, max_error",
+            "cluster_tokens, contiguous, max_distance",
             *(f"cluster_tokens, {method}" for method in METHODS),
             *(f"cluster_tokens, {method}, euclidean" for method in METHODS),
             "cluster_tokens, steps",
@@ -161,7 +163,7 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
         ),
         "quickmerge, hidden states": (
             qm.quickmerge,
-            {**alone, "hidden_states": np.stack([tokens, 2 - tokens])},  # two layers
+            {**alone, "hidden_states": (tokens, 2 - tokens)},  # two layers
         ),
         "quickmerge, protected anchors": (
             qm.quickmerge,
@@ -382,9 +384,23 @@ def calls(num_tokens, masked=False, ragged=False):
             qm.cut_linkage,
             {"dendrogram": tree, "num_groups": num_groups, **padded},
         ),
-        "cut_linkage, max_error": (
+        "cut_linkage, max_distance": (
             qm.cut_linkage,
-            {"dendrogram": tree, "max_error": 0.3, **padded},
+            {"dendrogram": tree, "max_distance": 0.6, **padded},
+        ),
+        "cluster_tokens, ward, max_error": (
+            qm.cluster_tokens,
+            {
+                **{"tokens": tokens, "max_error": 0.3, "method": "ward"},
+                **{"protect": protect, **weighed},
+            },
+        ),
+        "cluster_tokens, contiguous, max_distance": (
+            qm.cluster_tokens,
+            {
+                **{"tokens": tokens, "max_distance": 0.9, "method": "contiguous"},
+                **{"protect": protect, **padded},
+            },
         ),
         **{
             f"cluster_tokens, {method}{suffix}": (

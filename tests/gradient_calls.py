@@ -79,7 +79,7 @@ CALLS = {
     ),
     "attention_received, queries and keys, causal, mask": Call(
         "attention_received",
-        {"query": draw(2, 2, 5, 3), "key": draw(2, 2, 5, 3)},
+        {"query": draw(2, 4, 5, 3), "key": draw(2, 2, 5, 3)},  # two groups of heads
         {"causal": True, "mask": MASK},
     ),
     "query_key_entropy": Call(
@@ -87,7 +87,7 @@ CALLS = {
     ),
     "query_key_entropy, causal, mask": Call(
         "query_key_entropy",
-        {"query": draw(2, 2, 5, 3), "key": draw(2, 2, 5, 3)},
+        {"query": draw(2, 4, 5, 3), "key": draw(2, 2, 5, 3)},  # two groups of heads
         {"causal": True, "mask": MASK},
     ),
     "self_attention_entropy": Call(
@@ -153,12 +153,12 @@ CALLS = {
     ),
     "quickmerge, attention": Call(
         "quickmerge",
-        {"tokens": TOKENS, "query": draw(2, 2, 5, 3), "key": draw(2, 2, 5, 3)},
-        {"budget": 2, "mask": MASK},
+        {"tokens": TOKENS, "query": draw(2, 2, 5, 3), "key": draw(2, 1, 5, 3)},
+        {"budget": 2, "mask": MASK, "scale": 0.7},
     ),
     "quickmerge, of everything": Call(
         "quickmerge",
-        {"tokens": TOKENS, "hidden_states": draw(2, 2, 5, 3)},
+        {"tokens": TOKENS, "hidden_states": draw(2, 5, 3)},
         {
             "budget": COUNTS,
             "method": "nearest",

@@ -57,10 +57,10 @@ def without_shape(kernel):
 
 
 def valid_of(mask, shape):
-    """Return a mask (B, N) for (..., N); in four axes, B is the second."""
+    """Return a mask (B, N) for (B, N), (B, H, N) or (L, B, H, N)."""
     if mask is None:
         return np.ones(shape, np.bool_)
-    return np.broadcast_to(mask[:, None] if len(shape) == 4 else mask, shape)
+    return np.broadcast_to(mask[:, None] if len(shape) > 2 else mask, shape)
 
 
 def allowed_of(valid, causal=False):

@@ -60,15 +60,15 @@ class Case(NamedTuple):
 
     @property
     def heads(self) -> Any:
-        return self.array(1, self.batch, HEADS, self.num_tokens, HEAD_DIM)
+        return self.array(self.batch, HEADS, self.num_tokens, HEAD_DIM)
 
     @property
     def attention(self) -> Any:
-        return self.array(1, self.batch, HEADS, self.num_tokens, self.num_tokens)
+        return self.array(self.batch, HEADS, self.num_tokens, self.num_tokens)
 
     @property
     def head_rows(self) -> Any:
-        return self.array(1, self.batch, HEADS, self.num_tokens)
+        return self.array(self.batch, HEADS, self.num_tokens)
 
     @property
     def scores(self) -> Any:
@@ -139,9 +139,10 @@ def _quickmerges():
     # Every case names its sources by the keyword of `quickmerge`.
     sources = {
         "tokens": lambda c: {},
-        "hidden_states": lambda c: {"hidden_states": c.tokens[None]},
+        "hidden_states": lambda c: {"hidden_states": c.tokens},
         "attention": lambda c: {"attention": c.attention},
         "query": lambda c: {"query": c.heads, "key": c.heads},
+        "layers": lambda c: {"attention": (c.attention, c.attention[:, :1])},
         "saliency": lambda c: {"saliency": c.scores},
     }
 
@@ -325,9 +326,18 @@ OPERATIONS = {
     "cut_linkage": lambda c: qm.cut_linkage(
         c.array(c.batch, c.num_tokens - 1, 4), num_groups=c.ragged, mask=c.mask
     ),
-    "cut_linkage, max_error": lambda c: qm.cut_linkage(
-        c.array(c.batch, c.num_tokens - 1, 4), max_error=0.1, mass=c.mass
+    "cut_linkage, max_distance": lambda c: qm.cut_linkage(
+        c.array(c.batch, c.num_tokens - 1, 4), max_distance=0.1
     ),
+    "cluster_tokens ward, max_error": lambda c: qm.cluster_tokens(
+        c.tokens, max_error=0.1, method="ward", mass=c.mass, protect=c.protect
+    ),
+    **{
+        f"cluster_tokens {method}, max_distance": lambda c, m=method: qm.cluster_tokens(
+            c.tokens, max_distance=0.5, method=m, protect=c.protect, mask=c.mask
+        )
+        for method in ("average", "contiguous")
+    },
     **dict(_clusterings()),
     "merge_tokens": lambda c: qm.merge_tokens(c.tokens, c.labels, c.num_groups),
     "merge_tokens, mass": lambda c: qm.merge_tokens(

@@ -292,7 +292,7 @@ class TestClaims:
     """The README's list of features and parameters, line by line."""
 
     def test_entropy_across_transformer_layers(self, rng):
-        layers = rng.standard_normal((12, 2, 20, 8))
+        layers = tuple(rng.standard_normal((12, 2, 20, 8)))
         estimator = EntropyAwareSaliency(embedding_dim=8, num_layers=12)
         # One entropy per layer, normalised and then averaged.
         wanted = saliency(self_attention_entropy(layers))

@@ -358,7 +358,7 @@ class TestErrors:
         [
             ("seed", lambda x, k: qm.gumbel_softmax(x[0], seed=k)),
             ("temperature", lambda x, k: qm.gumbel_softmax(x[0], temperature=k)),
-            ("num_groups", lambda x, k: qm.cluster_tokens(x, k)),
+            ("num_groups", lambda x, k: qm.select_tokens(x[0], k)),
             ("num_groups", lambda x, k: qm.group_sizes(jnp.zeros(3, int), k[None])),
             ("budget", lambda x, k: qm.quickmerge(x, k)),
             ("noise_seed", lambda x, k: qm.quickmerge(x, 2, noise_seed=k)),

@@ -142,7 +142,7 @@ def test_ward_cut_stays_within_its_error(problem, max_error):
     tokens = tokens[np.any(tokens != 0, axis=-1)]
     if not len(tokens):
         return
-    labels = qm.cut_linkage(qm.linkage(tokens, "ward"), max_error=max_error)
+    labels = qm.cluster_tokens(tokens, max_error=max_error, method="ward")
     # Recomputed from its definition: the mean of ||u_i - mean of the group||^2.
     unit = oracle_arrays.unit(tokens)
     num_groups = int(labels.max()) + 1

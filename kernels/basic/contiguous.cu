@@ -1,6 +1,8 @@
 // Contiguous groups: merge the two neighbours that add least to the squared error,
-// until K groups are left, never across a protected token. Two neighbouring groups a
-// and b, of n_a and n_b vectors with sums S_a and S_b, have Ward's cost:
+// until K groups are left, never across a protected token. With `max_distance`, merging
+// also stops if the distance sqrt(2 cost) of the cheapest pair is above it. Two
+// neighbouring groups a and b, of n_a and n_b vectors with sums S_a and S_b, have
+// Ward's cost:
 //
 //   n_a n_b / (n_a + n_b) (|S_a|^2 / n_a^2 + |S_b|^2 / n_b^2 - 2 S_a . S_b / (n_a n_b))
 //
@@ -36,15 +38,32 @@ __device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t prod
     return min(acc_t(-MASKED_SCORE), size_a * size_b / (size_a + size_b) * squared_gap);
 }
 
+// Whether the distance sqrt(2 cost) of neighbours a and b is at most `max_distance`. A
+// gap of their means that may come from rounding alone counts as 0. No finite distance
+// is as large as that of a pair whose cost is not known (-MASKED_SCORE).
+__device__ bool within_distance(const Groups& g, long long a, long long b,
+                                double max_distance) {
+    // NOISE is that of linkage.cuh. Rounding errors of sums grow with their length.
+    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
+    constexpr acc_t EPSILON = sizeof(acc_t) == 4 ? acc_t(0x1p-23) : acc_t(0x1p-52);
+    const acc_t size_a = g.size[a], size_b = g.size[b], cost = g.cost[a];
+    const acc_t squared_gap = cost * (size_a + size_b) / (size_a * size_b);
+    const acc_t squares =
+        g.square[a] / (size_a * size_a) + g.square[b] / (size_b * size_b);
+    if (squared_gap < max(NOISE, (size_a + size_b) * EPSILON) * squares) return true;
+    return cost < -MASKED_SCORE ? sqrt(2 * double(max(cost, acc_t(0)))) <= max_distance
+                                : max_distance == -padding();
+}
+
 // One thread merges one sequence. `sums` (B, N, D) holds the vectors and is
 // overwritten. Other shapes: mask, protect and out (B, N), counts (B,). The groups are
-// in `reals` (B, 3N) and `links` (B, 2N).
+// in `reals` (B, 3N) and `links` (B, 2N). A negative `max_distance` is ignored.
 extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
                                              const bool* protect, const int* counts,
                                              long long batch, long long num_tokens,
                                              long long dim, long long num_groups,
-                                             long long euclidean, acc_t* reals,
-                                             int* links, int* out) {
+                                             double max_distance, long long euclidean,
+                                             acc_t* reals, int* links, int* out) {
     const long long sequence = thread_index();  // (B,)
     if (sequence >= batch) return;
     const long long sequence_start = sequence * num_tokens;  // in (B, N)
@@ -87,6 +106,7 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
         if (g.cost[a] == -padding())
             break;  // every pair that is left has a protected token
         const long long b = g.right[a], after = g.right[b], before = g.left[a];
+        if (max_distance >= 0 && !within_distance(g, a, b, max_distance)) break;
         // |S_a + S_b|^2 = |S_a|^2 + |S_b|^2 + 2 S_a . S_b
         g.square[a] += g.square[b] +
                        2 * dot(sequence_sums + a * dim, sequence_sums + b * dim, dim);

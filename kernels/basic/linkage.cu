@@ -79,17 +79,20 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         size[i] = 1;
     }
     __syncthreads();
-    // Replace cosines by E of single tokens.
+    // Replace cosines by E of single tokens. A distance below the rounding error of a
+    // cosine is 0, so that equal tokens have distance 0.
+    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     for (long long i = thread; i < n; i += blockDim.x)
         for (long long j = 0; j < n; ++j) {
-            const acc_t cosine = matrix[i * n + j];  // NaN stays NaN
-            const acc_t e = cosine > 1 ? acc_t(0) : 1 - cosine;
+            const acc_t distance = 1 - matrix[i * n + j];
+            const acc_t e = distance < NOISE ? acc_t(0) : distance;  // NaN stays NaN
             const bool sums = method != COMPLETE && method != SINGLE;
             matrix[i * n + j] = i == j ? 0
                                 : sums ? e * cluster_mass[i] * cluster_mass[j]
                                        : e;
         }
 
+    acc_t height = 0;  // of the last merge
     for (long long t = 0; t < n - 1; ++t) {
         // For each row i, find the closest cluster j > i. The barriers separate this
         // search from the merge before it and from the selection after it.
@@ -108,6 +111,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         for (long long k = 1; k < n; ++k)
             if (nearest_distance[k] < nearest_distance[i]) i = k;
         const long long j = nearest[i];
+        height = max(height, nearest_distance[i]);  // rounding must not lower heights
         __syncthreads();
         if (j < 0) {  // no pair is left to merge
             if (thread < 4)
@@ -127,8 +131,7 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         double* row = out + 4 * t;
         row[0] = min(node[i], node[j]);
         row[1] = max(node[i], node[j]);
-        row[2] = method == WARD ? sqrt(nearest_distance[i] * mass_unit)
-                                : double(nearest_distance[i]);
+        row[2] = method == WARD ? sqrt(height * mass_unit) : double(height);
         row[3] = size[i] += size[j];
         // E(A u B, A u B) = E(A, A) + E(B, B) + 2 E(A, B). Only ward reads the
         // diagonal.

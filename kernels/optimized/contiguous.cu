@@ -116,6 +116,22 @@ __device__ __forceinline__ int cheapest(const Groups& g) {
     return chunk * 32 + least_lane(cost, &least);
 }
 
+// Whether the distance sqrt(2 cost) of the group at position a and the next one is at
+// most `max_distance`. basic/contiguous.cu explains the details.
+__device__ __forceinline__ bool within_distance(const Groups& g, int a,
+                                                double max_distance) {
+    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
+    constexpr acc_t EPSILON = sizeof(acc_t) == 4 ? acc_t(0x1p-23) : acc_t(0x1p-52);
+    const int b = g.right[a];
+    const acc_t size_a = g.size[a], size_b = g.size[b], cost = g.cost[a];
+    const acc_t squared_gap = cost * (size_a + size_b) / (size_a * size_b);
+    const acc_t squares =
+        g.square[a] / (size_a * size_a) + g.square[b] / (size_b * size_b);
+    if (squared_gap < max(NOISE, (size_a + size_b) * EPSILON) * squares) return true;
+    return cost < -MASKED_SCORE ? sqrt(2 * double(max(cost, acc_t(0)))) <= max_distance
+                                : max_distance == -padding();
+}
+
 // The first warp: merge the group at position a with the next one. `with_after` and
 // `with_before` are the products of the new sum with the sums of its neighbours. The
 // first `__syncwarp` lets every lane read the neighbours before lane 0 changes them;
@@ -201,7 +217,7 @@ __device__ __forceinline__ void add_sums(real_t* sums, const MergeStep& s,
 // One block merges one sequence: the first warp updates the groups, and all threads
 // update the sums, each in its own columns. `sums` (B, N, D) holds the vectors and is
 // overwritten. The groups are in `reals` (B, 5N) and `links` (B, 3N), or, if both
-// pointers are null, in shared memory.
+// pointers are null, in shared memory. A negative `max_distance` is ignored.
 // Other shapes: products and squares (from `neighbour_products`), mask, protect and out
 // (B, N), counts (B,).
 extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products,
@@ -209,7 +225,8 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
                                              const bool* protect, const int* counts,
                                              long long batch, long long num_tokens,
                                              long long dim, long long num_groups,
-                                             acc_t* reals, int* links, int* out) {
+                                             double max_distance, acc_t* reals,
+                                             int* links, int* out) {
     __shared__ acc_t with_after[32], with_before[32];
     __shared__ int scratch[32];
     __shared__ MergeStep step;
@@ -237,6 +254,8 @@ extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products
         int a = -1;
         if (warp == 0) {
             a = cheapest(g);
+            if (a >= 0 && max_distance >= 0 && !within_distance(g, a, max_distance))
+                a = -1;
             if (lane == 0 && a >= 0) {
                 const int b = g.right[a], before = g.left[a], after = g.right[b];
                 step = {g.token[a], g.token[b], g.token[before < 0 ? a : before],

@@ -2,7 +2,12 @@
 
 B is the number of sequences, N is the number of tokens in a sequence, and D is the
 width of a token. L is the number of layers, H is the number of heads in a layer, and d
-is the width of a head. An array of one sequence has no axis B.
+is the width of a head. An array of one sequence has no axis B. Arrays of heads have
+these leading axes, before the axes of a matrix or of a row:
+
+    (), (B,), (B, H), (L, B, H)
+
+One layer of heads is (B, H), as models return it, and several layers are (L, B, H).
 """
 
 import math
@@ -12,46 +17,79 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import any_of, check_mask
+from .checks import check_layout, check_shape
 
-# Shapes of the sources from which saliency is computed, with one letter for each axis.
-_LAYOUTS = {
-    "hidden_states": ("BND", "LBND"),
-    "attention": ("BNN", "LBNN", "LBHNN"),
-    "query": ("BNd", "LBNd", "LBHNd"),
-    "key": ("BNd", "LBNd", "LBHNd"),
-}
+_LEADING = "", "B", "BH", "LBH"  # one letter for each leading axis
+
+
+def layout_of(ndim: int, last: str) -> str:
+    """Return the letters of all axes of an array; `last` has those of a matrix or row.
+
+    For four axes and "NN", they are "BHNN".
+    """
+    return _LEADING[ndim - len(last)] + last
+
+
+def check_heads(name: str, x: NDArray[Any], last: str) -> None:
+    """Raise unless the array is floating and has leading axes as above."""
+    check_layout(name, x, *[leading + last for leading in _LEADING])
+
+
+def check_square(name: str, x: NDArray[Any]) -> None:
+    """Raise unless the array has matrices (..., N, N) of floating numbers."""
+    check_heads(name, x, "NN")
+    # The number of axes does not say whether the last two have one length.
+    check_shape(name, x, layout_of(x.ndim, "NN"), (*x.shape[:-1], x.shape[-2]))
 
 
 def layer_axes(leading: Sequence[int]) -> tuple[int, int, int]:
-    """Return L, B and H of leading axes (), (B,), (L, B) or (L, B, H).
+    """Return L, B and H of leading axes (), (B,), (B, H) or (L, B, H).
 
     An axis that is absent counts as 1.
     """
-    layers = leading[0] if len(leading) > 1 else 1
-    batch = leading[1] if len(leading) > 1 else math.prod(leading)
-    return layers, batch, leading[2] if len(leading) > 2 else 1
+    if len(leading) < 2:
+        return 1, math.prod(leading), 1
+    *layers, batch, heads = leading
+    return math.prod(layers), batch, heads
+
+
+def saliency_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return (N,) or (B, N) for entropies (N,), (B, N), (B, H, N) or (L, B, H, N)."""
+    batch = shape[:1] if len(shape) < 4 else shape[1:2]
+    return (*batch, shape[-1]) if len(shape) > 1 else tuple(shape)
 
 
 def expand_mask(
     mask: NDArray[np.bool_] | None, shape: tuple[int, ...]
 ) -> NDArray[np.bool_] | None:
-    """Broadcast a (B, N) mask to (N,), (B, N), (L, B, N) or (L, B, H, N)."""
+    """Broadcast a mask (N,) or (B, N) to (N,), (B, N), (B, H, N) or (L, B, H, N)."""
     if mask is None:
         return None
-    # (B,), or () for one sequence
-    batch = shape[-2:-1] if len(shape) < 4 else shape[1:2]
-    check_mask(mask, (*batch, shape[-1]))
-    if len(shape) == 4:
-        mask = mask[:, None]  # (B, 1, N)
+    if len(shape) > 2:
+        mask = mask[..., None, :]  # (B, 1, N)
     return np.broadcast_to(mask, shape)  # a view: every layer and head has this mask
 
 
-def saliency_shape(entropy: NDArray[Any]) -> tuple[int, ...]:
-    """Return the shape of the saliency, (N,) or (B, N), without layers and heads."""
-    # B is the second axis of (L, B, N) and (L, B, H, N), and the first axis of (B, N).
-    leading = entropy.shape[1:2] if entropy.ndim > 2 else entropy.shape[:-1]
-    return (*leading, entropy.shape[-1])
+def masked_copy(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Return a copy in float32 or float64 that is 0 where a mask is False."""
+    x = x.astype(np.result_type(x.dtype, np.float32), order="C")
+    # Padding may be NaN, and NaN times 0 is NaN.
+    return x if mask is None else np.where(mask, x, x.dtype.type(0))
+
+
+def sum_of_tokens(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Return the sums (..., 1) over the tokens of x (..., N), without padding.
+
+    NumPy adds the halves of a long row separately, so zeros in place of the padding
+    would change the bits.
+    """
+    if mask is None:
+        return x.sum(axis=-1, keepdims=True)
+    mask = np.broadcast_to(mask, x.shape)
+    total = np.empty((*x.shape[:-1], 1), x.dtype)
+    for index in np.ndindex(x.shape[:-1]):
+        total[index] = x[index][mask[index]].sum()
+    return total
 
 
 def iter_sequences(
@@ -72,45 +110,32 @@ def num_valid(shape: tuple[int, ...], mask: NDArray[np.bool_] | None) -> Any:
     return shape[-1] if mask is None else mask.sum(axis=-1)
 
 
-def check_source(
-    name: str,
-    source: NDArray[Any],
-    lifted: NDArray[Any],
-    tokens: tuple[int, ...],
-    layouts: Sequence[str],
-) -> None:
-    """Raise if B and N of a source of saliency differ from those of the tokens.
+def check_key(query: Sequence[int], key: Sequence[int]) -> None:
+    """Raise unless the shape of the keys is that of the queries.
 
-    `source` is the caller's array. `lifted` is this array with the axis B, which
-    `lift_source` inserts for one sequence. `tokens` is the shape of the tokens.
+    The number of heads of the queries may be a multiple of that of the keys.
     """
-    batch = tokens[0] if len(tokens) == 3 else 1
-    if lifted.ndim in map(len, layouts):
-        # B is the first axis, or the second after L; N is the last axis but one.
-        actual = lifted.shape[0 if lifted.ndim == 3 else 1], lifted.shape[-2]
-        if actual == (batch, tokens[-2]):
-            return
-    # In the error message, the layouts of one sequence have no B, like the caller's
-    # arrays.
-    axes = "BN" if len(tokens) == 3 else "N"
-    spelled = [
-        layout if len(tokens) == 3 else layout.replace("B", "") for layout in layouts
-    ]
-    wanted = any_of([f"({', '.join(layout)})" for layout in spelled])
-    raise ValueError(
-        f"`{name}` must have shape {wanted} with ({', '.join(axes)}) = "
-        f"{tuple(tokens[:-1])}, got {tuple(source.shape)}"
+    layout = layout_of(len(query), "Nd")
+    pairs = zip(layout, query, key, strict=False)
+    fits = len(query) == len(key) and all(
+        q == k or (axis == "H" and k > 0 and q % k == 0) for axis, q, k in pairs
     )
+    if not fits:
+        heads = ", or a number of heads that divides H" if "H" in layout else ""
+        raise ValueError(
+            f"`key` must have shape ({', '.join(layout)}) = {tuple(query)} like "
+            f"`query`{heads}, got {tuple(key)}"
+        )
 
 
-def lift_source(name: str, source: NDArray[Any], tokens: NDArray[Any]) -> NDArray[Any]:
-    """Insert the axis B into a source of one sequence, after the axis of layers.
+def repeat_heads(key: Any, query: Any) -> Any:
+    """Return keys with one head for each head of the queries.
 
-    A source of several sequences has this axis and is returned unchanged.
+    If there are fewer, each head serves a group of heads that follow one another: head
+    h of the queries has head h // (H / H_k) of the H_k heads of the keys.
     """
-    single = tokens.ndim == 2
-    lifted = source
-    if single and source.ndim > 1:  # (N, D) -> (1, N, D), (L, N, D) -> (L, 1, N, D)
-        lifted = source[None] if source.ndim == 2 else source[:, None]
-    check_source(name, source, lifted, tokens.shape, _LAYOUTS[name])
-    return lifted
+    if key.shape == query.shape:
+        return key
+    *outer, num_heads, num_tokens, dim = key.shape
+    shape = (*outer, num_heads, query.shape[-3] // num_heads, num_tokens, dim)
+    return np.broadcast_to(key[..., None, :, :], shape).reshape(query.shape)

@@ -9,7 +9,7 @@ on NumPy and CuPy arrays only. A public function that calls operations, such as
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
@@ -36,12 +36,12 @@ def tracing_framework(values: Iterable[Any]) -> Literal["torch", "jax"] | None:
 
     A torch tensor is traced in two cases: it requires grad while torch records
     gradients, or `torch.compile` or `torch.export` is running. A JAX array is traced if
-    it is a tracer. For a tuple, such as a `Merged`, the first element decides.
+    it is a tracer. For a tuple of layers, one layer is enough; for a named tuple, such
+    as a `Merged`, the first element decides.
     """
     # A framework that is not imported cannot trace a value, so do not import it.
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
-    for value in values:
-        x = value[0] if isinstance(value, tuple) and value else value
+    for x in _elements(values):
         if type(x) in _NEVER_TRACED:
             continue
         if torch is not None and isinstance(x, torch.Tensor):
@@ -52,6 +52,31 @@ def tracing_framework(values: Iterable[Any]) -> Literal["torch", "jax"] | None:
         elif jax is not None and isinstance(x, jax.core.Tracer):
             return "jax"
     return None
+
+
+def _elements(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield all values; of a tuple its elements, of a named tuple the first one."""
+    for x in values:
+        if type(x) is tuple:
+            yield from x
+        else:
+            yield x[0] if isinstance(x, tuple) and x else x
+
+
+def modules_of(framework: Literal["torch", "jax"]) -> tuple[Any, Any]:
+    """Return the namespace of a framework, and the module of its operators."""
+    # Import them here, so that `import qm_cupy` does not import a framework.
+    xp: Any
+    operators: Any
+    if framework == "torch":
+        import torch as xp
+
+        from . import torch_operators as operators
+    else:
+        from jax import numpy as xp
+
+        from . import jax_operators as operators
+    return xp, operators
 
 
 def operation(
@@ -143,7 +168,7 @@ def operation(
             name, differentiable, constants, count_parameter, options, dtype, shapes,
             results, lists, dispatched, find_vjp,
         )  # fmt: skip
-        return _renamed(dispatched, name)
+        return renamed(dispatched, name)
 
     return declare
 
@@ -167,10 +192,10 @@ def on_callers_stream_unless_traced(
         with scope:
             return function(*args, **kwargs)
 
-    return _renamed(composed, function.__name__)
+    return renamed(composed, function.__name__)
 
 
-def _renamed(wrapper: Any, name: str) -> Any:
+def renamed(wrapper: Any, name: str) -> Any:
     """Give a wrapper its own code object, with the name of its function.
 
     All wrappers of one decorator otherwise have the same code object. torch's compiler

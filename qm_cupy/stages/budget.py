@@ -6,7 +6,10 @@ a set of tokens is the sum of the L2 norms ‖x_i‖ of its tokens x_i. The func
 `norm_mass` returns such a sum divided by the sum of all norms.
 """
 
+import functools
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -33,23 +36,27 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
 
     Parameters
     ----------
-    budget : int, float or ndarray of int of shape (B,)
-        An integer is K itself, for all sequences or for each one. A float is the ratio
-        of tokens to keep, within (0, 1]: K = max(1, ⌊N·ratio⌋).
+    budget : number or ndarray of int of shape (B,)
+        An integer K, one K for each sequence, or a share r within (0, 1] of the tokens:
+        a float of any width, a `Fraction` or a `Decimal`. For a share,
+        K = max(1, ⌊N · r⌋). A float means the fraction that it was rounded from: of all
+        fractions that round to it, the one with the smallest denominator. So 0.29 of
+        100 tokens is 29, and ``np.float32(1) / 9`` of 18 tokens is 2. Arrays without
+        axes count as numbers.
     num_tokens : int or ndarray of int of shape (B,)
-        Number of tokens N, for all sequences or for each one.
+        N, or N of each sequence.
 
     Returns
     -------
-    int or ndarray of int of shape (B,)
-        K; an array if one of the two arguments is an array.
+    int or ndarray of int64 of shape (B,)
+        K, or K of each sequence if one argument is an array.
 
     Raises
     ------
     TypeError
-        If the budget is neither an integer nor a float, or N is not an integer.
+        If the budget is not a real number, or N is not an integer.
     ValueError
-        If K is outside 1..N, the ratio is outside (0, 1], N is less than 1, or a shape
+        If K is outside 1..N, the share is outside (0, 1], N is less than 1, or a shape
         does not fit.
 
     Examples
@@ -68,30 +75,85 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     sizes = check_num_groups(
         sizes, sizes.shape if per_sequence else (), name="num_tokens"
     )
-    if isinstance(budget, float | np.floating):
-        check_number("budget", budget, 0, 1, "(]")
-        # The string is the shortest decimal that gives this float, for any float type:
-        # a float32 0.29 is 0.28999999… as a double, and its string is "0.29".
-        ratio = float(str(budget))
-        # In binary, 100 · 0.29 is 28.999999999999996. Rounding to 9 decimals before
-        # the floor makes it 29.
-        kept = np.floor(np.round(sizes * ratio, 9))
-        counts = np.maximum(kept, 1).astype(np.int64)
-    else:
-        # With one K for each sequence and one N for all, only the budget gives B.
-        only_budget = is_per_sequence(counts) and not per_sequence
-        batch = counts.shape if only_budget else sizes.shape
-        counts = check_num_groups(counts, batch, sizes, name="budget")
+    counts = groups_within(counts, sizes)
     return convert_back(counts) if counts.ndim else int(counts)
 
 
-def kept_tokens(ratio: float, num_tokens: int) -> int:
-    """Return K for one ratio and one N, as `token_budget` does, without NumPy.
+def groups_within(budget: Any, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return K () or (B,) for a converted budget; `sizes` are N, () or (B,)."""
+    if is_share(budget):
+        numerator, denominator = share_fraction(budget)
+        return np.maximum(sizes * numerator // denominator, 1)
+    check_budget_type(budget)
+    # With one K for each sequence and one N for all, only the budget gives B.
+    only_budget = is_per_sequence(budget) and not sizes.ndim
+    batch = budget.shape if only_budget else sizes.shape
+    return check_num_groups(budget, batch, sizes, name="budget")
 
-    `torch.compile` and JAX trace this code.
+
+def check_budget_type(budget: Any) -> None:
+    """Raise unless a converted budget is a number or an array."""
+    if not is_share(budget) and not hasattr(budget, "__index__"):
+        raise TypeError(
+            "`budget` must be an integer K, a share of the tokens such as 0.25, or an "
+            f"array of integers, got {type(budget).__name__}"
+        )
+
+
+def is_share(budget: Any) -> bool:
+    """Return whether a budget is a share of the tokens, not a count."""
+    if isinstance(budget, float | Fraction | Decimal):
+        return True
+    # The dtypes of all libraries have names such as "float32" and "torch.bfloat16".
+    return getattr(budget, "shape", None) == () and "float" in str(budget.dtype)
+
+
+@known_while_tracing
+def share_fraction(share: Any) -> tuple[int, int]:
+    """Return numerator and denominator of a share r within (0, 1].
+
+    The denominator is at most 2³¹, so that products with a number of tokens fit int64.
     """
-    # Rounding to 9 decimals before the floor, as in `token_budget`.
-    return max(1, math.floor(round(num_tokens * ratio * 1e9) / 1e9))
+    number: Any = share[()] if isinstance(share, np.ndarray) else share
+    return _fraction(number)
+
+
+# Cached, because the search takes longer than all other checks of `quickmerge`. The
+# type is part of the key: np.float32(0.3) may be the fraction 3/10, and 0.30000001192
+# is another one.
+@functools.lru_cache(maxsize=256, typed=True)
+def _fraction(share: Any) -> tuple[int, int]:
+    is_exact = isinstance(share, Fraction | Decimal)
+    try:
+        exact = Fraction(share if is_exact else float(share))
+    except (ValueError, OverflowError):  # NaN and infinities have no fraction
+        exact = Fraction(-1)
+    if not 0 < exact <= 1:
+        hint = f": pass {int(exact)} for {int(exact)} groups" if exact >= 2 else ""
+        raise ValueError(
+            "`budget` must lie in (0, 1] if it is a share of the tokens, got "
+            f"{share}{hint}"
+        )
+    if not is_exact:
+        # All numbers within half a unit of the last place round to this float. For
+        # float64 the interval is a little wider: `1 - 0.9` is not the float nearest
+        # to 0.1.
+        above = float(np.nextafter(share, type(share)(2)))
+        half_unit = max((Fraction(above) - exact) / 2, Fraction(1, 2**52))
+        exact = _simplest(exact - half_unit, exact + half_unit)
+    exact = exact.limit_denominator(2**31)
+    return exact.numerator, exact.denominator
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """Return the fraction with the smallest denominator within [low, high]."""
+    # The continued fractions of both limits agree up to some term. The simplest
+    # fraction has the common terms, and then the smallest term that is possible.
+    whole = math.ceil(low)
+    if whole <= high:
+        return Fraction(whole)
+    below = whole - 1
+    return below + 1 / _simplest(1 / (high - below), 1 / (low - below))
 
 
 @operation(

@@ -67,7 +67,7 @@ def test_without_matplotlib():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert 'qm_cupy.plot needs matplotlib: pip install "qm-cupy[demo]"' in done.stderr
+    assert 'qm_cupy.plot needs matplotlib: pip install "matplotlib>=' in done.stderr
 
 
 @pytest.mark.parametrize("name", ["plot_groups", "plot_saliency", "plot_similarity"])

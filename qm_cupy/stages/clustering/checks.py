@@ -4,7 +4,7 @@ On a GPU, only shapes and dtypes are checked: to check values, the CPU would hav
 wait for the GPU.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,61 @@ from ...arrays.checks import (
     check_floating,
     check_is_array,
     check_mask,
+    check_number,
     check_shape,
 )
+from ...arrays.counts import GroupCounts
 from ...arrays.libraries import is_cuda
 
 WEIGHTED_METHODS = "average", "ward"  # the linkages that use masses
+UNLIMITED_METHODS = "nearest", "bipartite"  # methods that stop only at K groups
+
+
+class Limits(NamedTuple):
+    """What ends the merging, instead of K; at most one is not None."""
+
+    max_error: float | None
+    max_distance: float | None
+
+
+NO_LIMITS = Limits(None, None)
+
+
+def check_limits(
+    num_groups: Any,
+    max_error: Any,
+    max_distance: Any,
+    method: str,
+    name: str = "num_groups",
+) -> Limits:
+    """Return the limits as Python numbers; all are None if K is given.
+
+    Raise unless exactly one of K and the limits is given, and the limit fits the
+    method. `name` is the caller's name for `num_groups`, such as "budget".
+    """
+    options = {name: num_groups, "max_error": max_error, "max_distance": max_distance}
+    names = [f"`{x}`" for x, value in options.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(
+            f"give exactly one of `{name}`, `max_error` and `max_distance`, got "
+            f"{' and '.join(names) or 'none'}"
+        )
+    if max_error is not None:
+        max_error = check_number("max_error", max_error, 0, np.inf, "[]")
+        if method != "ward":
+            other = "" if method in UNLIMITED_METHODS else "`max_distance` or "
+            raise ValueError(
+                f'`max_error` is for method="ward", got {method!r}: pass this method, '
+                f"or {other}`{name}` instead of `max_error`"
+            )
+    if max_distance is not None:
+        max_distance = check_number("max_distance", max_distance, 0, np.inf, "[]")
+        if method in UNLIMITED_METHODS:
+            raise ValueError(
+                f'`max_distance` is not for method="{method}", which stops only at K '
+                f"groups: pass another method, or `{name}`"
+            )
+    return Limits(max_error, max_distance)
 
 
 def check_dendrogram(
@@ -62,7 +112,25 @@ def check_dendrogram(
             "`dendrogram` must merge only tokens and groups of earlier rows: give the "
             "result of `linkage`"
         )
+    _check_heights(dendrogram[..., 2])
     return mask
+
+
+def _check_heights(height: NDArray[Any]) -> None:
+    """Raise if a height (B, N - 1) is below 0, or falls from row to row."""
+    # A cut makes the first merges, and these must be the lowest.
+    before = np.concatenate((np.zeros_like(height[..., :1]), height[..., :-1]), axis=-1)
+    wrong = np.argwhere(~(height >= before))  # NaN is not ≥ any number
+    if not len(wrong):
+        return
+    at = tuple(map(int, wrong[0]))
+    where = f" of sequence {at[0]}" if len(at) > 1 else ""
+    after = f" after {before[at]}" if at[-1] else ""
+    raise ValueError(
+        "`dendrogram` must have heights (column 2) that start at 0 or above and never "
+        f"fall, got {height[at]}{after} in row {at[-1]}{where}: give the result of "
+        "`linkage` (centroid and median linkage are not supported)"
+    )
 
 
 def _check_padded_rows(
@@ -137,7 +205,7 @@ def check_weighted_linkage(weighted_linkage: Any, method: str) -> None:
 def check_protect(
     protect: NDArray[np.bool_] | None,
     method: str,
-    counts: NDArray[np.int64],
+    counts: NDArray[np.int64] | None,
     shape: tuple[int, ...],
     mask: NDArray[np.bool_] | None,
     name: str = "num_groups",
@@ -146,9 +214,10 @@ def check_protect(
 
     Each protected token needs a group of its own. The other tokens need one more group,
     or one group for each run if groups are contiguous. A run is a series of neighbours
-    without a protected token between them.
+    without a protected token between them. `counts` (B,) is K, or None if a limit
+    decides K.
     """
-    if protect is None or is_cuda(protect):
+    if protect is None or is_cuda(protect) or counts is None:
         return
     # Padding is not protected: it has no group.
     for index in np.ndindex(shape[:-1]):
@@ -175,8 +244,7 @@ def check_protect(
 def check_anchors(
     anchors: NDArray[Any],
     method: str,
-    counts: NDArray[np.int64],
-    max_groups: int,
+    groups: GroupCounts | None,
     shape: tuple[int, ...],
     mask: NDArray[np.bool_] | None,
     protect: NDArray[np.bool_] | None,
@@ -185,17 +253,17 @@ def check_anchors(
 
     `shape` is the shape of the tokens without their last axis: (N,) or (B, N).
     """
-    if method != "nearest":
+    if method != "nearest" or groups is None:
         raise ValueError(f'`anchors` are for method="nearest", got {method!r}')
     check_is_array("anchors", anchors)
     if anchors.dtype.kind not in "iu":
         raise TypeError(f"`anchors` must be integers, got {anchors.dtype}")
-    check_shape("anchors", anchors, "BK", (*shape[:-1], max_groups))
+    check_shape("anchors", anchors, "BK", (*shape[:-1], groups.max_groups))
     if is_cuda(anchors):
         return
     for index in np.ndindex(shape[:-1]):
         # A sequence with a smaller K has padding after its K anchors.
-        selected = anchors[index][: int(counts[index])]
+        selected = anchors[index][: int(groups.counts[index])]
         if len(selected) and not 0 <= selected.min() <= selected.max() < shape[-1]:
             raise ValueError(
                 f"`anchors` must lie in 0..{shape[-1] - 1}, got {selected}"

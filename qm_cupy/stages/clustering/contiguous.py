@@ -9,10 +9,12 @@ and b is Ward's cost, the growth of the squared error of the vectors:
 Of equal costs, the leftmost pair merges first, unless rounding makes them differ. For
 cosines, a zero token counts as a
 unit vector orthogonal to all others, because its similarity to any token is 0.
-Pairs merge one by one, until K groups are left. A merge changes only the costs of the
-new group with its two neighbours.
+Pairs merge one by one, until K groups are left, or until the distance √(2 · cost) of
+the cheapest pair exceeds a limit. This is the distance of ward linkage. A merge changes
+only the costs of the new group with its two neighbours.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,17 +31,24 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
 from ...settings import implementation
 from .labels import Groups
-from .metrics import metric_vectors_cuda
+from .metrics import NOISE, metric_vectors_cuda
+
+_EPSILON = 2.0**-52  # the distance from 1 to the next float64
 
 
 def contiguous_groups_reference(
-    vectors: NDArray[Any], num_groups: int, metric: str, runs: NDArray[np.intp]
+    vectors: NDArray[Any],
+    num_groups: int,
+    metric: str,
+    runs: NDArray[np.intp],
+    max_distance: float | None = None,
 ) -> Groups:
     """Return the group (N,) of each vector (N, D), numbered from the left.
 
     The vectors are those of `metric_vectors` for the free tokens, which are neither
     padding nor protected. Tokens with different `runs` (N,) are not neighbours, because
     a protected token was between them in the sequence. Runs are numbered from the left.
+    `max_distance` has the unit of the vectors.
     """
     # A group is stored at the index of its first token. `sums` is (N, D), and the other
     # arrays are (N,).
@@ -66,9 +75,24 @@ def contiguous_groups_reference(
         mean_gap -= 2 * (sums[a] @ sums[b]) / (size[a] * size[b])
         return float(size[a] * size[b] / (size[a] + size[b]) * mean_gap)
 
+    def distance(a: int, b: int) -> float:
+        n_a, n_b = float(size[a]), float(size[b])
+        mean_gap = float(cost[a]) * (n_a + n_b) / (n_a * n_b)
+        # A gap that may come from rounding alone is 0, so that equal tokens have
+        # distance 0.
+        mean_squares = float(square[a]) / n_a**2 + float(square[b]) / n_b**2
+        if mean_gap < max(NOISE, (n_a + n_b) * _EPSILON) * mean_squares:
+            return 0.0
+        return math.sqrt(2 * max(float(cost[a]), 0.0))
+
     for _ in range(num_tokens - num_groups):
         a = int(cost.argmin())  # the first of equal costs
         b = int(right[a])
+        # An infinite cost means that only neighbours of different runs are left.
+        if max_distance is not None and (
+            cost[a] == np.inf or distance(a, b) > max_distance
+        ):
+            break
         # ‖S_a + S_b‖² = ‖S_a‖² + ‖S_b‖² + 2 S_a · S_b
         square[a] += square[b] + 2 * (sums[a] @ sums[b])
         sums[a] += sums[b]
@@ -93,17 +117,21 @@ def contiguous_groups_cuda(
     protect: Any = None,
     *,
     metric: str = "cosine",
+    max_distance: float | None = None,
 ) -> Any:
     """Return roots (B, N): a number for each group, before groups are numbered 0..K-1.
 
-    K is `counts` (B,), or `num_groups` without counts.
+    K is `counts` (B,), or `num_groups` without counts. With `max_distance`, merging may
+    stop earlier.
     """
     (batch, num_tokens), dim = rows_of(tokens[..., 0]), tokens.shape[-1]
     masks = contiguous(mask), contiguous(protect)
     sums = metric_vectors_cuda(tokens, *masks, metric)
     dtype = sums.dtype
     out = empty(tokens.shape[:-1], np.int32)
-    args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups)
+    # For the kernels, a negative bound means that there is no bound.
+    bound = -1.0 if max_distance is None else float(max_distance)
+    args: tuple[Any, ...] = (*masks, counts, batch, num_tokens, dim, num_groups, bound)
     # The basic and the optimized kernel need scratch memory: `reals` for real numbers
     # (costs, sizes, ...) and `links` for integers (the neighbours of each group, ...).
     if implementation() == "basic":

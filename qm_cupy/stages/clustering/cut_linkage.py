@@ -1,9 +1,9 @@
 """Cuts of dendrograms into groups.
 
 In a dendrogram (N - 1, 4), nodes 0..N-1 are tokens, and row r merges two nodes into
-node N + r, at a height h. A cut makes the first merges and skips the others. In a ward
-dendrogram, a merge at height h adds h² / 2 to the squared error of unit tokens, or of
-the tokens if the dendrogram is Euclidean.
+node N + r, at a height h. Heights never fall from row to row. A cut makes the first
+merges and skips the others. In a ward dendrogram, a merge at height h adds h² / 2 to
+the squared error of unit tokens, or of the tokens if the dendrogram is Euclidean.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_choice, check_is_array, check_mass, check_number
+from ...arrays.checks import check_choice, check_is_array, check_number
 from ...arrays.conversion import BoolArray, FloatArray, IntArray, convert_inputs
 from ...arrays.counts import check_num_groups
 from ...arrays.dtypes import accumulation_dtype
@@ -22,7 +22,7 @@ from ...cuda.constants import ERROR_ROUNDING, GROUP_THREADS
 from ...cuda.device import empty
 from ...cuda.launch import block_size, contiguous, counts_on_device, launch
 from ...settings import implementation
-from .checks import check_dendrogram
+from .checks import NO_LIMITS, Limits, check_dendrogram
 from .labels import (
     ORDERS,
     Groups,
@@ -35,9 +35,9 @@ from .weighted_linkage import Floats
 
 
 @operation(
-    constants=("dendrogram", "mass?", "mask?"),
+    constants=("dendrogram", "mask?"),
     count_parameter="num_groups?",
-    options=("float? max_error", "str order"),
+    options=("float? max_distance", "str order"),
     dtype="int32",
     shapes=lambda tree, *_: ((*tree.shape[:-2], tree.shape[-2] + 1),),
 )
@@ -45,30 +45,22 @@ def cut_linkage(
     dendrogram: FloatArray,
     *,
     num_groups: Any = None,
-    max_error: float | None = None,
-    mass: FloatArray | None = None,
+    max_distance: float | None = None,
     mask: BoolArray | None = None,
     order: Order = "last",
 ) -> IntArray:
-    r"""Cut dendrograms into exactly K groups, or into the fewest within an error.
+    r"""Cut dendrograms into exactly K groups, or at a distance.
 
     Parameters
     ----------
     dendrogram : ndarray of shape (N - 1, 4) or (B, N - 1, 4)
-        The result of `linkage`.
+        The result of `linkage`, or of SciPy's function.
     num_groups : int or ndarray of int of shape (B,), optional
         K, or K of each sequence.
-    max_error : float, optional
-        Instead of K, for a ward dendrogram: return the fewest groups whose error is at
-        most this. The error is the sum of the squared distances of unit tokens (of
-        tokens, for a Euclidean dendrogram) to the mean of their group, divided by the
-        number of tokens. K may then differ between sequences; it is
-        ``labels.max(-1) + 1``. For other methods, or without the `mass` of the
-        dendrogram, the limit has no meaning.
-    mass : ndarray of shape (N,) or (B, N), optional
-        With `max_error`, the masses that the dendrogram was made with: they weight the
-        means and the squared distances, and their sum replaces the number of tokens.
-        With `num_groups` they make no difference.
+    max_distance : float, optional
+        Instead of K: make all merges whose height is at most this distance, at least 0.
+        With infinity, all tokens form one group. K may then differ between sequences;
+        it is ``labels.max(-1) + 1``. For a limit of the error, see `cluster_tokens`.
     mask : ndarray of shape (N,) or (B, N), optional
         The mask that the dendrogram was made with.
     order : {"last", "first"}, default "last"
@@ -86,13 +78,14 @@ def cut_linkage(
     TypeError
         If a dtype is wrong.
     ValueError
-        If `dendrogram` is not a dendrogram or was made with another mask, K is less
-        than 1 or exceeds the number of valid tokens, `max_error` or a mass is negative,
-        `order` is unknown, or not exactly one of `num_groups` and `max_error` is given.
+        If `dendrogram` is not a dendrogram or was made with another mask, a height is
+        negative or falls from row to row, K is less than 1 or exceeds the number of
+        valid tokens, `max_distance` is negative or NaN, `order` is unknown, or not
+        exactly one of `num_groups` and `max_distance` is given.
 
-    Notes
-    -----
-    A ward merge at height h adds h²/2 to the squared error.
+    See Also
+    --------
+    scipy.cluster.hierarchy.fcluster : The same cuts, with another numbering of groups.
 
     Examples
     --------
@@ -101,102 +94,91 @@ def cut_linkage(
     >>> tree = linkage(np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), "ward")
     >>> cut_linkage(tree, num_groups=2)
     array([1, 0, 1], dtype=int32)
-    >>> cut_linkage(tree, max_error=0.0)
+    >>> cut_linkage(tree, max_distance=0.5)
     array([1, 0, 1], dtype=int32)
     """
-    convert_back, dendrogram, mass, mask, num_groups = convert_inputs(
-        {"dendrogram": dendrogram, "mass": mass, "mask": mask},
-        counts={"num_groups": num_groups},
+    convert_back, dendrogram, mask, num_groups = convert_inputs(
+        {"dendrogram": dendrogram, "mask": mask}, counts={"num_groups": num_groups}
     )
     check_is_array("dendrogram", dendrogram)
     check_choice("order", order, ORDERS)
-    if (num_groups is None) == (max_error is None):
+    if (num_groups is None) == (max_distance is None):
         raise ValueError(
-            "give exactly one of `num_groups` and `max_error`, got "
+            "give exactly one of `num_groups` and `max_distance`, got "
             f"{'neither' if num_groups is None else 'both'}"
         )
     mask = check_dendrogram(dendrogram, mask)
     batch, num_tokens = dendrogram.shape[:-2], dendrogram.shape[-2] + 1
-    check_mass(mass, (*batch, num_tokens))
     counts = None
-    # K of a sequence is at most its number of valid tokens. An error has no upper
+    # K of a sequence is at most its number of valid tokens. A distance has no upper
     # limit.
-    if max_error is None:
+    if max_distance is None:
         limit = num_tokens if mask is None else mask.sum(axis=-1)
         counts = check_num_groups(num_groups, batch, limit)
     else:
-        max_error = check_number("max_error", max_error, 0, np.inf, "[)")
+        max_distance = check_number("max_distance", max_distance, 0, np.inf, "[]")
+    limits = Limits(None, max_distance)
     if is_cuda(dendrogram):
         group_counts, max_groups = (
             (None, 1) if counts is None else counts_on_device(counts)
         )
-        cut = cut_linkage_cuda(
-            dendrogram, group_counts, max_groups, max_error, mass, mask, order
+        return convert_back(
+            cut_linkage_cuda(
+                dendrogram, group_counts, max_groups, limits, mask=mask, order=order
+            )
         )
-        return convert_back(cut)
-    return convert_back(
-        _cut_linkage_reference(dendrogram, counts, max_error, mass, mask, order)
-    )
+    return convert_back(_cut_linkage_reference(dendrogram, counts, limits, mask, order))
 
 
 def _cut_linkage_reference(
     dendrogram: Floats,
     counts: NDArray[np.int64] | None,
-    max_error: float | None,
-    mass: NDArray[Any] | None,
+    limits: Limits,
     mask: NDArray[np.bool_] | None,
     order: str,
 ) -> NDArray[np.int32]:
-    """Return labels (B, N) of dendrograms cut into K groups, or within an error."""
-    if counts is None:
-        counts = count_within(dendrogram, mass, mask, max_error or 0)
+    """Return labels (B, N) of dendrograms cut into K groups, or at a distance."""
     num_tokens = dendrogram.shape[-2] + 1
     labels = np.full((*dendrogram.shape[:-2], num_tokens), -1, np.int32)
     # The dendrogram of a masked sequence numbers tokens by their positions in the
     # padded sequence. So the cut covers padded tokens too. No merge contains them.
     for index in np.ndindex(labels.shape[:-1]):
         valid = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
+        num_valid = int(np.count_nonzero(valid))
         # Every merge reduces the number of groups by one. n valid tokens form K groups
         # after n - K merges.
-        merges = int(np.count_nonzero(valid)) - int(counts[index])
+        if counts is None:
+            height = dendrogram[index][: num_valid - 1, 2]  # without padded rows
+            merges = merges_within(height, limits)
+        else:
+            merges = num_valid - int(counts[index])
         groups = cut_sequence(dendrogram[index], merges)
         labels[index][valid] = in_order(groups[valid], order)
     return labels
 
 
-def count_within(
-    dendrogram: Floats,
-    mass: NDArray[Any] | None,
-    mask: NDArray[np.bool_] | None,
-    max_error: float,
-) -> NDArray[np.int64]:
-    """Return the least K (B,) for which the error is at most `max_error`.
+def merges_within(
+    height: Floats, limits: Limits, mass: NDArray[Any] | None = None
+) -> int:
+    """Return the largest number of merges that stay within the limits.
 
-    The error is the squared error of the vectors (unit tokens, or tokens for a
-    Euclidean dendrogram), divided by the sum of the masses.
+    The heights (N - 1,) are those of all merges of N tokens with the masses (N,); they
+    are ascending. Without masses each token counts as 1.
     """
-    num_tokens = dendrogram.shape[-2] + 1
-    counts = np.empty(dendrogram.shape[:-2], np.int64)
-    for index in np.ndindex(counts.shape):
-        valid = np.ones(num_tokens, np.bool_) if mask is None else mask[index]
-        equal_mass = np.ones(num_tokens)
-        # Without masses each token counts as 1.
-        relative, peak = relative_mass(
-            (equal_mass if mass is None else mass[index])[valid]
-        )
-        height = dendrogram[index][: len(relative) - 1, 2]  # without padded rows
-        largest = height.max(initial=0)
-        if largest == 0:  # all tokens are equal
-            counts[index] = 1
-            continue
-        # Divide by the largest height, so that no square overflows.
-        error = np.cumsum((height / largest) ** 2 / 2)
-        # `linkage` multiplied the heights by √peak, where `peak` is the largest mass.
-        limit = max_error * relative.sum() / largest * peak / largest
-        limit += ERROR_ROUNDING * error[-1]
-        # The error grows with each merge, so K is n minus the merges within the limit.
-        counts[index] = len(relative) - np.sum(error <= limit)
-    return counts
+    max_error, max_distance = limits
+    if max_distance is not None:
+        return int(np.count_nonzero(height <= max_distance))
+    largest = height.max(initial=0)
+    if max_error is None or largest == 0:  # all tokens are equal
+        return len(height)
+    relative, peak = relative_mass(np.ones(len(height) + 1) if mass is None else mass)
+    # The error of the first r merges, divided by the largest height squared, so that no
+    # square overflows.
+    error = np.cumsum((height / largest) ** 2 / 2)
+    # `linkage` multiplied the heights by √peak, where `peak` is the largest mass.
+    limit = max_error * relative.sum() / largest * peak / largest
+    limit += ERROR_ROUNDING * error[-1]
+    return int(np.count_nonzero(error <= limit))
 
 
 def cut_sequence(dendrogram: Floats, merges: int) -> Groups:
@@ -218,31 +200,38 @@ def cut_linkage_cuda(
     dendrogram: Any,
     counts: Any,
     num_groups: int,
-    max_error: float | None = None,
+    limits: Limits = NO_LIMITS,
     mass: Any = None,
     mask: Any = None,
+    protect: Any = None,
     order: str = "last",
 ) -> Any:
-    """Return labels (B, N) of dendrograms (B, N - 1, 4) cut at K or `max_error`."""
+    """Return labels (B, N) of dendrograms (B, N - 1, 4) cut at K or within the limits.
+
+    K is `counts` (B,), or `num_groups` without counts. An error is relative to the sum
+    of the masses of all tokens, protected tokens too.
+    """
     *leading, rows, _ = dendrogram.shape
     batch, num_tokens = math.prod(leading), rows + 1
     dendrogram = contiguous(dendrogram, np.float64)
     # The kernels read heights in float64. Those that read masses are compiled for the
     # dtype of sums of masses.
     acc_dtype = np.dtype(np.float32) if mass is None else accumulation_dtype(mass.dtype)
-    weights = contiguous(mass, acc_dtype), contiguous(mask)
+    masks = contiguous(mask), contiguous(protect)
     # For the kernels, a negative bound means that there is no bound.
-    bound = -1.0 if max_error is None else float(max_error)
+    max_error, max_distance = (-1.0 if x is None else float(x) for x in limits)
+    bounds = max_error, max_distance
     out = empty((*leading, num_tokens), np.int32)
-    sizes = counts, batch, num_tokens, num_groups, bound
-    args: tuple[Any, ...] = (dendrogram, *weights, *sizes)
+    sizes = counts, batch, num_tokens, num_groups
+    args: tuple[Any, ...]
+    args = (dendrogram, contiguous(mass, acc_dtype), *masks, *sizes, *bounds)
     # The basic kernels have three steps: count merges, find roots (the topmost node of
     # each token), and number the groups. The last step has two launches.
     if implementation() == "basic":
         merges = empty((batch,), np.int32)
         args = (*args, merges)
         launch("cut_linkage", "count_merges", acc_dtype, args, outputs=batch)
-        args = (dendrogram, weights[1], merges, batch, num_tokens, out)
+        args = (dendrogram, masks[0], merges, batch, num_tokens, out)
         kernel = "cut_linkage", "dendrogram_roots"
         launch(*kernel, np.float32, args, outputs=out.size)
         return number_groups_cuda(out, order)

@@ -126,7 +126,7 @@ def linkage(
     check_choice("method", method, LINKAGES)
     check_choice("metric", metric, METRICS)
     check_mass_method(mass, method)
-    check_mass(mass, tokens.shape[:-1])
+    check_mass(mass, tokens.shape[:-1], mask=mask)
     if is_cuda(tokens):
         return convert_back(dendrograms_cuda(tokens, method, mass, mask, metric=metric))
     return convert_back(linkage_reference(tokens, method, metric, mass, mask))
@@ -197,9 +197,14 @@ def linkage_sequence(
     return tree
 
 
-def relative_mass(mass: NDArray[Any]) -> tuple[Floats, float]:
-    """Return the masses (N,) divided by the largest mass, all > 0, and this mass."""
-    peak = float(mass.max())
+def relative_mass(
+    mass: NDArray[Any], free: NDArray[np.bool_] | None = None
+) -> tuple[Floats, float]:
+    """Return the masses (N,) divided by the largest mass, all > 0, and this mass.
+
+    With `free` (N,), the largest mass is that of the free tokens.
+    """
+    peak = float(mass.max() if free is None else mass[free].max())
     # If all masses are 0, each token counts as 1.
     if peak == 0:
         return np.ones(len(mass)), 1.0

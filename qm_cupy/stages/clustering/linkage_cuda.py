@@ -271,8 +271,8 @@ def _single_linkage_cuda(
     in_shared = count_bytes + row_bytes <= _dynamic_shared_bytes(
         "single_linkage", dtype
     )
-    # 0: the layout does not depend on the shared memory of this kernel.
-    layout = layout_of(batch, num_tokens, dtype.itemsize, 0)
+    shared = count_bytes + row_bytes if in_shared else count_bytes
+    layout = layout_of(batch, num_tokens, dtype.itemsize, shared)
     state = (
         empty((layout.num_teams, SINGLE_WORDS * num_tokens), np.uint64),
         empty((layout.num_teams, SINGLE_REALS * num_tokens), dtype),
@@ -281,7 +281,6 @@ def _single_linkage_cuda(
         _zeros(layout.num_teams),
     )
     options = int(in_shared), layout.blocks
-    shared = count_bytes + row_bytes if in_shared else count_bytes
     launch(
         "single_linkage",
         "single_linkage",

@@ -32,7 +32,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 # A distance ½‖v_i - v_j‖² below this fraction of ½‖v_i‖² + ½‖v_j‖² is 0, so that equal
 # tokens have distance 0: it may come from rounding alone. The fraction is 64 times the
 # distance from 1 to the next float64.
-_NOISE = 2.0**-46
+NOISE = 2.0**-46
 _BLOCK_ROWS = 256  # rows of distances that are computed at once: they stay in cache
 
 
@@ -74,7 +74,7 @@ def half_squared_distances(vectors: NDArray[Any], metric: str) -> NDArray[np.flo
     gram(vectors, distance)
     if metric == "cosine":
         np.subtract(1, distance, out=distance)
-        distance[distance < _NOISE] = 0
+        distance[distance < NOISE] = 0
         return distance.clip(0, 2, out=distance)  # rounding can exceed the range
     half_square = distance.diagonal() / 2  # (N,)
     # Blocks of rows, so that the sums of squares need little memory. The two squares
@@ -83,7 +83,7 @@ def half_squared_distances(vectors: NDArray[Any], metric: str) -> NDArray[np.flo
         rows = slice(start, start + _BLOCK_ROWS)
         squares = half_square[rows, None] + half_square
         block = np.subtract(squares, distance[rows], out=distance[rows])
-        squares *= _NOISE
+        squares *= NOISE
         block[block < squares] = 0
     return distance
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_not_negative, check_shape, check_values
+from ...arrays.checks import check_finite_values, check_mask, check_not_negative
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -21,12 +21,20 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
+from ...arrays.shapes import (
+    check_square,
+    expand_mask,
+    iter_sequences,
+    layer_axes,
+    saliency_shape,
+)
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from .layers import over_layers
 from .online_softmax import BLOCK_ROWS
 from .score_gradients import (
     check_row_gradient,
@@ -35,6 +43,7 @@ from .score_gradients import (
 )
 
 
+@over_layers("attention")
 @operation(
     differentiable=("attention",),
     constants=("mask?",),
@@ -49,23 +58,24 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
 
     Parameters
     ----------
-    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
+    attention : ndarray of shape (N, N), (B, N, N), (B, H, N, N) or (L, B, H, N, N)
         Attention probabilities, non-negative; float16, bfloat16, float32 or float64.
-        Each row is divided by its sum. Pass one layer of heads, (B, H, N, N), as
-        ``attention[None]``.
+        Each row is divided by its sum. Or a tuple of layers, such as the
+        ``attentions`` of a model.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded rows have entropy 0. Padded columns are left out,
-        and the rest of the row is divided by its own sum.
+        True or 1 = token. Padded rows have entropy 0. Padded columns are left out, and
+        the rest of the row is divided by its own sum. Padding is not read.
 
     Returns
     -------
     ndarray of shape (..., N)
-        Entropy in nats; float32, or float64 for float64 input.
+        Entropy in nats; float32, or float64 for float64 input. A tuple for a tuple.
 
     Raises
     ------
     TypeError
-        If `attention` is not floating or `mask` is not boolean.
+        If `attention` is not floating, `mask` is neither boolean nor integer, or a
+        layer is None.
     ValueError
         If a shape does not fit, or `attention` has negative or non-finite entries.
 
@@ -88,35 +98,44 @@ def attention_entropy(attention: Array, *, mask: BoolArray | None = None) -> Arr
 
 def compute_attention_entropy(attention: Any, *, mask: Any = None) -> Any:
     """Return the entropy of converted arrays, after checking them."""
-    # The kernels read the mask (B, N) and find the sequence of a row themselves. The
-    # reference needs one mask (N,) for each matrix. `matrix_mask` (..., N) has all of
-    # them.
-    matrix_mask = _check_attention(attention, mask)
+    mask = _check_attention(attention, mask)  # (B, N)
     if is_cuda(attention):
         return _attention_entropy_cuda(attention, mask)
+    # The kernels find the sequence of a row themselves. The reference needs one mask
+    # (N,) for each matrix, (..., N).
+    matrix_mask = expand_mask(mask, attention.shape[:-1])
     return _attention_entropy_reference(attention, matrix_mask)
 
 
 def _check_attention(
-    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+    attention: NDArray[Any], mask: NDArray[Any] | None
 ) -> NDArray[np.bool_] | None:
-    """Raise if an argument is not valid; return the mask of each matrix."""
-    # `check_values` does not compare the lengths of the last two axes. `check_shape`
-    # checks that they are equal.
-    check_values("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
-    check_shape(
-        "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
-    )
-    check_not_negative("attention", attention)
-    return expand_mask(mask, attention.shape[:-1])
+    """Raise if an argument is not valid; return the mask (B, N)."""
+    check_square("attention", attention)
+    mask = check_mask(mask, saliency_shape(attention.shape[:-1]))
+    check_probabilities(attention, mask)
+    return mask
+
+
+def check_probabilities(
+    attention: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> None:
+    """Raise if an entry of attention (..., N, N) is negative, NaN or infinite.
+
+    Padded rows and columns may have any values.
+    """
+    masks: tuple[Any, ...] = ()
+    matrix_mask = expand_mask(mask, attention.shape[:-1])  # (..., N)
+    if matrix_mask is not None:
+        masks = matrix_mask[..., :, None], matrix_mask[..., None, :]
+    check_finite_values("attention", attention, *masks)
+    check_not_negative("attention", attention, *masks)
 
 
 def _attention_entropy_reference(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
-    # The smallest normal number: a positive lower limit for divisors and logarithms.
-    tiny = np.finfo(dtype).tiny
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
     for index, valid in iter_sequences(entropy.shape[:-1], mask):
         # `valid` is the mask (N,) of one matrix, or None. Without the padding, the sums
@@ -128,15 +147,28 @@ def _attention_entropy_reference(
             a = attention[index][start : start + BLOCK_ROWS]  # A, (block, N)
             if valid is not None:
                 a = attention[index][rows[:, None], token]
-            a = a.astype(dtype, order="C")
-            # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
-            total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
-            log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
-            mean_log = np.einsum("ij,ij->i", a, log_a) / total  # (Σ A log A) / Σ A
-            # A row without attention has entropy 0.
-            entropy[index][rows] = np.where(total > tiny, np.log(total) - mean_log, 0)
+            h = _row_entropy(a.astype(dtype, order="C"))
+            # Sums of very large A overflow. H does not depend on the scale of a row.
+            if not all_finite(h):
+                wrong = np.flatnonzero(~np.isfinite(h))
+                peak = a[wrong].max(axis=-1, keepdims=True).astype(dtype)
+                h[wrong] = _row_entropy(a[wrong] / peak)
+            entropy[index][rows] = h
     # Rounding can leave a tiny negative number where the entropy is 0.
     return np.maximum(entropy, 0)
+
+
+def _row_entropy(a: NDArray[Any]) -> NDArray[Any]:
+    """Return the entropy of each row of A (block, N); it is not finite for huge A."""
+    # The smallest normal number: a positive lower limit for divisors and logarithms.
+    tiny = np.finfo(a.dtype).tiny
+    with np.errstate(over="ignore", invalid="ignore"):
+        # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
+        total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
+        log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
+        mean_log = np.einsum("ij,ij->i", a, log_a) / total  # (Σ A log A) / Σ A
+        # A row without attention has entropy 0.
+        return np.where(total > tiny, np.log(total) - mean_log, 0)
 
 
 def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
@@ -154,6 +186,7 @@ def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
     return out
 
 
+@over_layers("gradient", "attention")
 @on_callers_stream
 def attention_entropy_vjp(
     gradient: FloatArray, attention: Array, *, mask: BoolArray | None = None
@@ -168,8 +201,9 @@ def attention_entropy_vjp(
     ----------
     gradient : ndarray of shape (..., N)
         Gradient g of a loss with respect to the entropies; any float dtype.
-    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
-        The argument of `attention_entropy`.
+    attention : ndarray of shape (N, N), (B, N, N), (B, H, N, N) or (L, B, H, N, N)
+        The argument of `attention_entropy`; if it is a tuple, `gradient` is a tuple
+        too.
     mask : ndarray of shape (N,) or (B, N), optional
         The argument of `attention_entropy`. The gradient of padded rows is not read.
 
@@ -177,12 +211,13 @@ def attention_entropy_vjp(
     -------
     ndarray of the shape and dtype of `attention`
         Gradient of the loss with respect to the attention; 0 in padded rows and
-        columns.
+        columns. A tuple for a tuple.
 
     Raises
     ------
     TypeError
-        If `gradient` or `attention` is not floating, or `mask` is not boolean.
+        If `gradient` or `attention` is not floating, or `mask` is neither boolean nor
+        integer.
     ValueError
         If a shape does not fit, `attention` has negative entries, or an entry is not
         finite.
@@ -207,7 +242,8 @@ def attention_entropy_vjp(
     convert_back, attention, mask, gradient = convert_inputs(
         {"attention": attention, "mask": mask}, gradients={"gradient": gradient}
     )
-    matrix_mask = _check_attention(attention, mask)  # (..., N)
+    mask = _check_attention(attention, mask)  # (B, N)
+    matrix_mask = expand_mask(mask, attention.shape[:-1])  # (..., N)
     check_row_gradient(gradient, attention.shape[:-1], matrix_mask)
     if is_cuda(attention):
         return convert_back(_attention_entropy_vjp_cuda(gradient, attention, mask))
@@ -222,13 +258,16 @@ def _attention_entropy_vjp_reference(
     dtype = np.result_type(attention.dtype, np.float32)
     tiny = np.finfo(dtype).tiny  # a positive lower limit for divisors
     gradient = masked_gradient(gradient, dtype, mask)  # g, (..., N)
-    out = np.empty(attention.shape, attention.dtype)  # (..., N, N)
+    out = np.zeros(attention.shape, attention.dtype)  # (..., N, N)
     for index, valid in iter_sequences(gradient.shape[:-1], mask):
-        for start in range(0, attention.shape[-1], BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            a = attention[index][rows].astype(dtype)  # A, (block, N)
+        # Without the padding, the sums have the bits of the sequence alone.
+        token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
+        for start in range(0, len(token), BLOCK_ROWS):
+            rows = token[start : start + BLOCK_ROWS]
+            entries: Any = slice(start, start + BLOCK_ROWS)
             if valid is not None:
-                a *= valid  # padded columns become 0
+                entries = rows[:, None], token
+            a = attention[index][entries].astype(dtype, order="C")  # A, (block, N)
             m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
             a /= np.maximum(m, tiny)  # A / m
             # All logs are ≤ 0, so nothing cancels in the sum of P log(A/m). The term of
@@ -244,9 +283,13 @@ def _attention_entropy_vjp_reference(
             # result is too large for the dtype, and ±inf is right.
             with np.errstate(over="ignore", invalid="ignore"):
                 factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
+                if not all_finite(total * m):  # Σ A overflows, but g / Σ A does not
+                    factor = gradient[index][rows, None] / total / np.maximum(m, tiny)
                 factor = np.where(m >= tiny, factor, 0)  # g / Σ A, (block, 1)
                 row_gradient = np.where(a > 0, (mean_log - log_a) * factor, 0)
-            out[index][rows] = narrow(row_gradient, out.dtype)
+                if not all_finite(factor):  # 0 · inf is NaN, but the gradient is 0
+                    row_gradient[np.isnan(row_gradient)] = 0
+            out[index][entries] = narrow(row_gradient, out.dtype)
     return out
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import (
+    check_finite_values,
     check_gradient,
     check_mask,
     check_not_negative,
     check_shape,
-    check_values,
 )
 from ...arrays.conversion import (
     Array,
@@ -28,20 +28,31 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite, finite_mean
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import layer_axes, saliency_shape
+from ...arrays.shapes import (
+    check_heads,
+    expand_mask,
+    layer_axes,
+    layout_of,
+    masked_copy,
+    saliency_shape,
+)
 from ...autodiff.dispatch import operation
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from .layers import stacked_layers
 from .query_key_entropy import check_causal
+from .score_gradients import masked_gradient
 
 
+@stacked_layers("received", "entropy")
 @operation(
     differentiable=("received", "entropy"),
     constants=("mask?",),
     options=("bool causal",),
     dtype="widest",  # float64 if an array is float64, else float32
-    shapes=lambda received, *_: (saliency_shape(received),),
+    shapes=lambda received, *_: (saliency_shape(received.shape),),
 )
 def attention_mass(
     received: Array,
@@ -62,27 +73,27 @@ def attention_mass(
 
     Parameters
     ----------
-    received : ndarray of shape (N,), (B, N), (L, B, N) or (L, B, H, N)
-        Attention received r ≥ 0, the result of `attention_received`. Heads and layers
-        are averaged.
-    entropy : ndarray of the shape of `received`
+    received : ndarray of shape (N,), (B, N), (B, H, N) or (L, B, H, N)
+        Attention received r ≥ 0, the result of `attention_received`. Heads are
+        averaged, then layers. Or a tuple of layers.
+    entropy : ndarray of the shape of `received`, or a tuple of them
         Attention entropy H ≥ 0 in nats, for example the result of `attention_entropy`.
         Heads and layers are averaged.
     causal : bool, default False
         Whether token i attends only to tokens 0..i.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. It changes only the counts of a causal mask.
+        True or 1 = token. Padded tokens have mass 0. They do not count in
+        :math:`n_i`, and their values are not read.
 
     Returns
     -------
     ndarray of shape (N,) or (B, N)
-        Mass; float32, or float64 if an array is float64. It is 0 for padding, because
-        padding receives no attention.
+        Mass; float32, or float64 if an array is float64.
 
     Raises
     ------
     TypeError
-        If an array is not floating.
+        If an array is not floating, or `mask` is neither boolean nor integer.
     ValueError
         If the shapes differ, or an entry is negative or not finite.
 
@@ -105,7 +116,7 @@ def attention_mass(
     convert_back, received, entropy, mask = convert_inputs(
         {"received": received, "entropy": entropy, "mask": mask}
     )
-    _check_inputs(received, entropy, causal, mask)
+    mask = _check_inputs(received, entropy, causal, mask)
     return convert_back(
         compute_attention_mass(received, entropy, causal=causal, mask=mask)
     )
@@ -113,14 +124,19 @@ def attention_mass(
 
 def _check_inputs(
     received: NDArray[Any], entropy: NDArray[Any], causal: Any, mask: Any
-) -> None:
-    check_values("received", received, "N", "BN", "LBN", "LBHN")
-    check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
-    check_shape("entropy", entropy, "LBHN", received.shape)
-    check_not_negative("received", received)
-    check_not_negative("entropy", entropy)
+) -> NDArray[np.bool_] | None:
+    """Raise if an argument is not valid; return the mask (B, N)."""
+    check_heads("received", received, "N")
+    check_heads("entropy", entropy, "N")
+    axes = layout_of(received.ndim, "N")
+    check_shape("entropy", entropy, axes, received.shape)
     check_causal(causal)
-    check_mask(mask, saliency_shape(received))
+    mask = check_mask(mask, saliency_shape(received.shape))
+    read = expand_mask(mask, received.shape)  # padding may be NaN
+    for name, x in (("received", received), ("entropy", entropy)):
+        check_finite_values(name, x, read)
+        check_not_negative(name, x, read)
+    return mask
 
 
 def compute_attention_mass(
@@ -138,9 +154,15 @@ def _attention_mass_reference(
     causal: bool,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    shape, dtype = saliency_shape(received), _mass_dtype(received, entropy)
-    r, focus = _mean(received), _focus(entropy, causal, mask)  # (B, N)
-    mass: NDArray[Any] = (r * focus).astype(dtype).reshape(shape)
+    shape, dtype = saliency_shape(received.shape), _mass_dtype(received, entropy)
+    r, focus = _mean(received, mask), _focus(entropy, causal, mask)  # (B, N)
+    with np.errstate(over="ignore"):
+        mass: NDArray[Any] = (r * focus).astype(dtype).reshape(shape)
+    if not all_finite(mass):  # r is at most 1 if rows of the attention sum to 1
+        raise ValueError(
+            f"`received` must have masses below {np.finfo(dtype).max:.3g}, got entries "
+            f"up to {r.max():.3g}: scale it down; only ratios of masses matter"
+        )
     return mass
 
 
@@ -148,24 +170,28 @@ def _focus(
     entropy: NDArray[Any], causal: bool, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.float64]:
     """Return e^(-H_i) (B, N), times n_i if attention is causal."""
-    h = _mean(entropy)
+    h = _mean(entropy, mask)
     if not causal:
         return np.exp(-h)
     tokens = np.ones(h.shape[-1:], np.bool_) if mask is None else mask
     return np.exp(-h) * np.cumsum(tokens, axis=-1)  # n_i counts tokens 0..i
 
 
-def _mean(x: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the mean (B, N) over layers and heads."""
+def _mean(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """Return the mean (B, N) over layers and heads, 0 for padding."""
     *leading, num_tokens = x.shape
+    x = masked_copy(x, expand_mask(mask, x.shape))
     layers, batch, heads = layer_axes(leading)
     rows = x.reshape(layers, batch, heads, num_tokens)
     # One layer and head at a time, so that the bits of a token do not depend on B or N.
     total = np.zeros((batch, num_tokens))
-    for layer in rows:
-        for h in range(heads):
-            total += layer[:, h]
-    return total / (layers * heads)
+    with np.errstate(over="ignore"):
+        for layer in rows:
+            for h in range(heads):
+                total += layer[:, h]
+    if all_finite(total):
+        return total / (layers * heads)
+    return finite_mean(rows.transpose(0, 2, 1, 3).reshape(-1, batch, num_tokens), 0)
 
 
 def _mass_dtype(received: Any, entropy: Any) -> np.dtype[Any]:
@@ -175,7 +201,7 @@ def _mass_dtype(received: Any, entropy: Any) -> np.dtype[Any]:
 
 def _attention_mass_cuda(received: Any, entropy: Any, causal: bool, mask: Any) -> Any:
     dtype, leading = _mass_dtype(received, entropy), received.shape[:-1]
-    out = empty(saliency_shape(received), dtype)
+    out = empty(saliency_shape(received.shape), dtype)
     # The kernel is compiled for `dtype`, so it reads both inputs in this dtype.
     arrays = contiguous(received, dtype), contiguous(entropy, dtype), contiguous(mask)
     args = (*arrays, *layer_axes(leading), received.shape[-1], int(causal), out)
@@ -184,6 +210,7 @@ def _attention_mass_cuda(received: Any, entropy: Any, causal: bool, mask: Any) -
     return out
 
 
+@stacked_layers("received", "entropy", gradients=True)
 @on_callers_stream
 def attention_mass_vjp(
     gradient: FloatArray,
@@ -205,23 +232,23 @@ def attention_mass_vjp(
     ----------
     gradient : ndarray of shape (N,) or (B, N)
         Gradient m̄ of a loss with respect to the mass; any float dtype.
-    received, entropy : ndarray of shape (N,), (B, N), (L, B, N) or (L, B, H, N)
-        The arguments of `attention_mass`.
+    received, entropy : ndarray of shape (N,), (B, N), (B, H, N) or (L, B, H, N)
+        The arguments of `attention_mass`, which may be tuples.
     causal : bool, default False
         The argument of `attention_mass`.
     mask : ndarray of shape (N,) or (B, N), optional
-        The argument of `attention_mass`.
+        The argument of `attention_mass`. The gradient of padded tokens is not read.
 
     Returns
     -------
     received, entropy : ndarray of the shape of `received`
         Gradients of the loss with respect to the two arguments, each in the dtype of
-        its argument.
+        its argument; 0 for padded tokens. Tuples for tuples.
 
     Raises
     ------
     TypeError
-        If an array is not floating.
+        If an array is not floating, or `mask` is neither boolean nor integer.
     ValueError
         If the shapes do not fit, or an entry is negative or not finite.
 
@@ -236,8 +263,9 @@ def attention_mass_vjp(
         {"received": received, "entropy": entropy, "mask": mask},
         gradients={"gradient": gradient},
     )
-    _check_inputs(received, entropy, causal, mask)
-    gradient = check_gradient(gradient, saliency_shape(received), "BN", received)
+    mask = _check_inputs(received, entropy, causal, mask)
+    shape = saliency_shape(received.shape)
+    gradient = check_gradient(gradient, shape, "BN", received, mask=mask)
     args = gradient, received, entropy, causal, mask
     if is_cuda(received):
         results = _attention_mass_vjp_cuda(*args)
@@ -255,9 +283,12 @@ def _attention_mass_vjp_reference(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     shape, num_tokens = received.shape, received.shape[-1]
     layers, batch, heads = layer_axes(shape[:-1])
-    g = gradient.astype(np.float64).reshape(batch, num_tokens)
-    by_received = g * _focus(entropy, causal, mask) / (layers * heads)  # (B, N)
-    by_entropy = -by_received * _mean(received)
+    g = masked_gradient(gradient, np.dtype(np.float64), mask)
+    g = g.reshape(batch, num_tokens)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # ±inf is right for a gradient that is out of range.
+        by_received = g * _focus(entropy, causal, mask) / (layers * heads)  # (B, N)
+        by_entropy = -by_received * _mean(received, mask)
 
     def narrowed(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
         # Every layer and head gets the same gradient.
@@ -276,7 +307,7 @@ def _attention_mass_vjp_cuda(
     outs = [empty(received.shape, dtype) for _ in range(2)]
     sizes = *layer_axes(leading), received.shape[-1]
     args = (*arrays, contiguous(mask), *sizes, int(causal), *outs)
-    outputs = math.prod(saliency_shape(received))  # a thread for each token
+    outputs = math.prod(saliency_shape(received.shape))  # a thread for each token
     launch("attention_mass_vjp", "attention_mass_vjp", dtype, args, outputs=outputs)
     # An argument may be narrower than the kernel's dtype.
     return (

@@ -15,12 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import (
-    check_finite_values,
-    check_layout,
-    check_not_negative,
-    check_shape,
-)
+from ...arrays.checks import check_mask
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -29,13 +24,23 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
+from ...arrays.shapes import (
+    check_square,
+    expand_mask,
+    iter_sequences,
+    layer_axes,
+    repeat_heads,
+    saliency_shape,
+)
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
 from ...cuda.constants import VECTOR_BYTES, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from .attention_entropy import check_probabilities
+from .layers import over_layers
 from .online_softmax import BLOCK_ROWS
 from .query_key_entropy import check_causal, check_query_key
 from .received_of_scores import (
@@ -47,7 +52,7 @@ from .received_of_scores import (
     received_of_scores_vjp_cuda,
     received_weights_cuda,
 )
-from .score_gradients import check_row_gradient, masked_gradient
+from .score_gradients import check_row_gradient, masked_gradient, sum_groups
 
 
 def _received_shape(attention: Any, query: Any, *others: Any) -> tuple[Shape, ...]:
@@ -55,6 +60,7 @@ def _received_shape(attention: Any, query: Any, *others: Any) -> tuple[Shape, ..
     return (tuple(source.shape[:-1]),)
 
 
+@over_layers("attention", "query", "key")
 @operation(
     differentiable=("attention?", "query?", "key?"),
     constants=("mask?",),
@@ -81,31 +87,32 @@ def attention_received(
 
     Parameters
     ----------
-    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
+    attention : ndarray of shape (N, N), (B, N, N), (B, H, N, N) or (L, B, H, N, N)
         Attention probabilities A, non-negative; float16, bfloat16, float32 or float64.
-        The sum of each row should be 1. Pass one layer of heads, (B, H, N, N), as
-        ``attention[None]``.
-    query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
-        Queries and keys of the same shape and dtype. The N × N matrix A is not stored.
+        The sum of each row should be 1. Or a tuple of layers, such as the
+        ``attentions`` of a model.
+    query, key : ndarray of shape (N, d), (B, N, d), (B, H, N, d) or (L, B, H, N, d)
+        Queries and keys, as in `query_key_entropy`. The N × N matrix A is not stored.
     causal : bool, default False
         If True, token i attends only to tokens 0..i, and only queries i ≥ j count in
         :math:`n_j`. Entries of `attention` above the diagonal are ignored.
     scale : float, optional
         The factor c > 0 of the scores of queries and keys, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens receive 0, their queries do not count, and
+        True or 1 = token. Padded tokens receive 0, their queries do not count, and
         their values are not read.
 
     Returns
     -------
     ndarray of shape (..., N)
-        Mean attention, from 0 to 1; float32, or float64 for float64 input.
+        Mean attention, from 0 to 1; float32, or float64 for float64 input. A tuple for
+        tuples.
 
     Raises
     ------
     TypeError
-        If there is not exactly one source, an array is not floating, `mask` is not
-        boolean, or the dtypes of `query` and `key` differ.
+        If there is not exactly one source, an array is not floating, `mask` is neither
+        boolean nor integer, or the dtypes of `query` and `key` differ.
     ValueError
         If a shape does not fit, an entry is not finite, or `attention` has negative
         entries.
@@ -114,6 +121,10 @@ def attention_received(
     -----
     Without `mask` and `causal`, the sum of r over the tokens is 1. The results of heads
     and layers are not averaged.
+
+    The rows of `attention` are not divided by their sums. So attention that tokens pay
+    to padding is lost, and the sum of r is less than 1. A model that was given the
+    mask pays none: its rows have the sum 1 without the padding.
 
     Examples
     --------
@@ -143,18 +154,19 @@ def compute_attention_received(
     mask: Any = None,
 ) -> Any:
     """Return the attention received of converted arrays, after checking them."""
-    # The kernels read the mask (B, N) and find the sequence of a head themselves. The
-    # references need one mask for each head, (..., N).
+    # The kernels find the sequence of a head themselves. The references need one mask
+    # (N,) for each head, (..., N).
     if attention is not None:
-        head_mask = _check_attention(attention, causal, mask)
+        mask = _check_attention(attention, causal, mask)  # (B, N)
         if is_cuda(attention):
             return _attention_received_cuda(attention, causal, mask)
+        head_mask = expand_mask(mask, attention.shape[:-1])
         return _attention_received_reference(attention, causal, head_mask)
-    scale, head_mask = check_query_key(
-        query, key, causal, scale, mask, finite_padding=False
-    )
+    scale, mask = check_query_key(query, key, causal, scale, mask)
+    key = repeat_heads(key, query)
     if is_cuda(query):
         return received_of_scores_cuda(query, key, causal, scale, mask)
+    head_mask = expand_mask(mask, query.shape[:-1])
     return received_of_scores(query, key, causal, scale, head_mask)
 
 
@@ -173,22 +185,14 @@ def _check_one_source(attention: Any, query: Any, key: Any, scale: Any) -> None:
 
 
 def _check_attention(
-    attention: NDArray[Any], causal: Any, mask: NDArray[np.bool_] | None
+    attention: NDArray[Any], causal: Any, mask: NDArray[Any] | None
 ) -> NDArray[np.bool_] | None:
-    """Raise if an argument is not valid; return the mask of each matrix, (..., N)."""
-    check_layout("attention", attention, "NN", "BNN", "LBNN", "LBHNN")
-    check_shape(
-        "attention", attention, "NN", (*attention.shape[:-1], attention.shape[-2])
-    )
+    """Raise if an argument is not valid; return the mask (B, N)."""
+    check_square("attention", attention)
     check_causal(causal)
-    matrix_mask = expand_mask(mask, attention.shape[:-1])
-    # Padded rows and columns are not read, so they may be NaN.
-    masks: tuple[Any, ...] = ()
-    if matrix_mask is not None:
-        masks = matrix_mask[..., :, None], matrix_mask[..., None, :]
-    check_finite_values("attention", attention, *masks)
-    check_not_negative("attention", attention, *masks)
-    return matrix_mask
+    mask = check_mask(mask, saliency_shape(attention.shape[:-1]))
+    check_probabilities(attention, mask)
+    return mask
 
 
 def _attention_received_reference(
@@ -199,18 +203,44 @@ def _attention_received_reference(
     for index, valid in iter_sequences(received.shape[:-1], mask):
         # Below, N is the number of tokens without padding.
         token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
-        total = np.zeros(len(token), dtype)  # Σ_i A_ij
-        # Rows are processed in blocks, so that a block stays in cache.
-        for start in range(0, len(token), BLOCK_ROWS):
-            rows = token[start : start + BLOCK_ROWS]
-            a = attention[index][start : start + BLOCK_ROWS]  # (block, N)
-            if valid is not None:
-                a = attention[index][rows[:, None], token]  # without the padding
-            # In C order, so that the sums have the same bits with and without padding.
-            a = a.astype(dtype, order="C")
-            total += (np.tril(a, start) if causal else a).sum(axis=0)
-        received[index][token] = total / num_queries(len(token), causal, dtype)
+        unpadded = None if valid is None else token
+        counts = num_queries(len(token), causal, dtype)  # n_j
+        with np.errstate(over="ignore"):
+            mean = _column_sums(attention[index], unpadded, causal, dtype) / counts
+        if not all_finite(mean):
+            # Sums of very large A overflow, but the mean does not: divide by n_j first.
+            # Rounding can leave it above the largest A, whose half stays below it.
+            scaled = _column_sums(attention[index], unpadded, causal, dtype, counts * 2)
+            mean = 2 * np.minimum(scaled, np.finfo(dtype).max / 2)
+        received[index][token] = mean
     return received
+
+
+def _column_sums(
+    attention: NDArray[Any],
+    token: NDArray[np.intp] | None,
+    causal: bool,
+    dtype: np.dtype[Any],
+    divisor: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return Σ_i A_ij of one matrix (N, N), or the sum of A_ij / divisor_j.
+
+    `token` has the positions of the tokens that are not padding, or is None.
+    """
+    num_tokens = len(attention) if token is None else len(token)
+    total = np.zeros(num_tokens, dtype)
+    # Rows are processed in blocks, so that a block stays in cache.
+    for start in range(0, num_tokens, BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        a = attention[rows]  # (block, N)
+        if token is not None:
+            a = attention[token[rows, None], token]  # without the padding
+        # In C order, so that the sums have the same bits with and without padding.
+        a = a.astype(dtype, order="C")
+        if divisor is not None:
+            a /= divisor
+        total += (np.tril(a, start) if causal else a).sum(axis=0)
+    return total
 
 
 def _attention_received_cuda(attention: Any, causal: bool, mask: Any) -> Any:
@@ -229,6 +259,7 @@ def _attention_received_cuda(attention: Any, causal: bool, mask: Any) -> Any:
     return out
 
 
+@over_layers("gradient", "attention", "query", "key")
 @on_callers_stream
 def attention_received_vjp(
     gradient: FloatArray,
@@ -250,9 +281,10 @@ def attention_received_vjp(
     ----------
     gradient : ndarray of shape (..., N)
         Gradient g of a loss with respect to the result; any float dtype.
-    attention : ndarray of shape (N, N), (B, N, N), (L, B, N, N) or (L, B, H, N, N)
-        The argument of `attention_received`, if it was passed.
-    query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
+    attention : ndarray of shape (N, N), (B, N, N), (B, H, N, N) or (L, B, H, N, N)
+        The argument of `attention_received`, if it was passed. If it is a tuple,
+        `gradient` is a tuple too.
+    query, key : ndarray of shape (N, d), (B, N, d), (B, H, N, d) or (L, B, H, N, d)
         The arguments of `attention_received`, if they were passed.
     causal : bool, default False
         The argument of `attention_received`.
@@ -266,15 +298,15 @@ def attention_received_vjp(
     attention : ndarray of the shape and dtype of `attention`, or None
         Gradient of the loss with respect to the attention; 0 in padded rows and
         columns and, with `causal`, above the diagonal. None for queries and keys.
-    query, key : ndarray of the shape and dtype of `query`, or None
-        Gradients of the loss with respect to the queries and to the keys; 0 for padded
-        tokens. None for attention.
+    query, key : ndarray of the shape and dtype of the argument, or None
+        Gradients of the loss with respect to the queries and to the keys, as in
+        `query_key_entropy_vjp`; 0 for padded tokens. None for attention.
 
     Raises
     ------
     TypeError
-        If there is not exactly one source, an array is not floating, `mask` is not
-        boolean, or the dtypes of `query` and `key` differ.
+        If there is not exactly one source, an array is not floating, `mask` is neither
+        boolean nor integer, or the dtypes of `query` and `key` differ.
     ValueError
         If a shape does not fit, an entry is not finite, or `attention` has negative
         entries.
@@ -299,7 +331,8 @@ def attention_received_vjp(
         gradients={"gradient": gradient},
     )
     if attention is not None:
-        head_mask = _check_attention(attention, causal, mask)  # (..., N)
+        mask = _check_attention(attention, causal, mask)  # (B, N)
+        head_mask = expand_mask(mask, attention.shape[:-1])  # (..., N)
         check_row_gradient(gradient, attention.shape[:-1], head_mask)
         if is_cuda(attention):
             result = _attention_received_vjp_cuda(gradient, attention, causal, mask)
@@ -308,16 +341,15 @@ def attention_received_vjp(
                 gradient, attention, causal, head_mask
             )
         return convert_back(result), None, None
-    scale, head_mask = check_query_key(
-        query, key, causal, scale, mask, finite_padding=False
-    )
+    scale, mask = check_query_key(query, key, causal, scale, mask)
+    head_mask = expand_mask(mask, query.shape[:-1])
     check_row_gradient(gradient, query.shape[:-1], head_mask)
-    args = gradient, query, key, causal, scale
+    args = gradient, query, repeat_heads(key, query), causal, scale
     if is_cuda(query):
-        results = received_of_scores_vjp_cuda(*args, mask)
+        by_query, by_key = received_of_scores_vjp_cuda(*args, mask)
     else:
-        results = received_of_scores_vjp(*args, head_mask)
-    return None, convert_back(results[0]), convert_back(results[1])
+        by_query, by_key = received_of_scores_vjp(*args, head_mask)
+    return None, convert_back(by_query), convert_back(sum_groups(by_key, key))
 
 
 def _attention_received_vjp_reference(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_gradient, check_mask, check_tokens
+from ...arrays.checks import check_gradient, check_tokens
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -28,7 +28,7 @@ from ...cuda.launch import contiguous, launch
 from .min_max import scale_min_max, scale_min_max_vjp
 from .saliency import saliency_cuda, saliency_vjp_cuda
 from .score_gradients import masked_gradient
-from .token_norms import relative_norms, token_norms_cuda
+from .token_norms import relative_norms, token_norms_cuda, unpadded_tokens
 
 
 @operation(
@@ -45,8 +45,8 @@ def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     tokens : ndarray of shape (N, D) or (B, N, D)
         Token embeddings; float16, bfloat16, float32 or float64.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens have saliency 0. They do not count for the
-        minimum and the maximum.
+        True or 1 = token. Padded tokens have saliency 0. They do not count for the
+        minimum and the maximum, and their values are not read.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     Raises
     ------
     TypeError
-        If `tokens` is not floating or `mask` is not boolean.
+        If `tokens` is not floating or `mask` is neither boolean nor integer.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -68,8 +68,7 @@ def norm_saliency(tokens: Array, *, mask: BoolArray | None = None) -> Array:
     array([0.5, 0. , 1. ])
     """
     convert_back, tokens, mask = convert_inputs({"tokens": tokens, "mask": mask})
-    check_tokens(tokens)
-    check_mask(mask, tokens.shape[:-1])
+    mask = check_tokens(tokens, mask=mask)
     if is_cuda(tokens):
         norms = token_norms_cuda(tokens, mask)  # (B, N)
         # `saliency_cuda` scales entropies. With "high" it does min–max scaling alone;
@@ -117,7 +116,8 @@ def norm_saliency_vjp(
     Raises
     ------
     TypeError
-        If `gradient` or `tokens` is not floating, or `mask` is not boolean.
+        If `gradient` or `tokens` is not floating, or `mask` is neither boolean nor
+        integer.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -139,8 +139,7 @@ def norm_saliency_vjp(
     convert_back, tokens, mask, gradient = convert_inputs(
         {"tokens": tokens, "mask": mask}, gradients={"gradient": gradient}
     )
-    check_tokens(tokens)
-    check_mask(mask, tokens.shape[:-1])
+    mask = check_tokens(tokens, mask=mask)
     # The gradient of padded tokens may be NaN.
     check_gradient(gradient, tokens.shape[:-1], "BN", mask=mask)
     if is_cuda(tokens):
@@ -151,9 +150,7 @@ def norm_saliency_vjp(
 def _norm_saliency_vjp_reference(
     gradient: NDArray[Any], tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    x = tokens.astype(np.float64)  # (B, N, D)
-    if mask is not None:
-        x *= mask[..., None]
+    x = unpadded_tokens(tokens, mask)
     # Divide a sequence by its largest absolute value. Then no square overflows, and the
     # largest square is 1.
     largest = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)

@@ -14,12 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import (
-    check_finite_values,
-    check_layout,
-    check_number,
-    check_shape,
-)
+from ...arrays.checks import check_finite_values, check_mask, check_number
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -29,7 +24,15 @@ from ...arrays.conversion import (
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import expand_mask, iter_sequences, layer_axes
+from ...arrays.shapes import (
+    check_heads,
+    check_key,
+    expand_mask,
+    iter_sequences,
+    layer_axes,
+    repeat_heads,
+    saliency_shape,
+)
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.constants import KEYS, QUERIES
@@ -37,6 +40,7 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import kept_or_half
 from ...settings import implementation
+from .layers import over_layers
 from .online_softmax import (
     entropy_of_state,
     score_blocks,
@@ -49,10 +53,12 @@ from .score_gradients import (
     row_values_cuda,
     score_arguments_cuda,
     score_vjp,
+    sum_groups,
     token_gradients_cuda,
 )
 
 
+@over_layers("query", "key")
 @operation(
     differentiable=("query", "key"),
     constants=("mask?",),
@@ -74,26 +80,29 @@ def query_key_entropy(
 
     Parameters
     ----------
-    query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
-        Queries and keys of the same shape and dtype. Pass one layer of heads,
-        (B, H, N, d), as ``query[None]``.
+    query, key : ndarray of shape (N, d), (B, N, d), (B, H, N, d) or (L, B, H, N, d)
+        Queries and keys of the same shape and dtype, or two tuples of layers. Keys may
+        have fewer heads, a number H_k that divides H: head h of the queries attends to
+        head h // (H / H_k) of the keys.
     causal : bool, default False
         If True, token i attends only to tokens 0..i.
     scale : float, optional
         The factor c > 0 of the scores, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens do not attend and no token attends to them;
-        their entropy is 0.
+        True or 1 = token. Padded tokens do not attend and no token attends to them;
+        their entropy is 0, and their values are not read.
 
     Returns
     -------
     ndarray of shape (..., N)
-        Entropy in nats; float32, or float64 for float64 input.
+        Entropy in nats of each query; float32, or float64 for float64 input. A tuple
+        for tuples.
 
     Raises
     ------
     TypeError
-        If an array is not floating, `mask` is not boolean, or the dtypes differ.
+        If an array is not floating, `mask` is neither boolean nor integer, or the
+        dtypes differ.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -129,11 +138,13 @@ def compute_query_key_entropy(
     mask: Any = None,
 ) -> Any:
     """Return the entropy of converted arrays, after checking them."""
-    # The kernels read the mask (B, N) and find the sequence of a head themselves. The
-    # reference needs one mask for each head, (..., N).
-    scale, head_mask = check_query_key(query, key, causal, scale, mask)
+    scale, mask = check_query_key(query, key, causal, scale, mask)
+    key = repeat_heads(key, query)
     if is_cuda(query):
         return _query_key_entropy_cuda(query, key, causal, scale, mask)
+    # The kernels find the sequence of a head themselves. The reference needs one mask
+    # (N,) for each head, (..., N).
+    head_mask = expand_mask(mask, query.shape[:-1])
     return _query_key_entropy_reference(query, key, causal, scale, head_mask)
 
 
@@ -142,28 +153,31 @@ def check_query_key(
     key: NDArray[Any],
     causal: Any,
     scale: float | None,
-    mask: NDArray[np.bool_] | None,
-    *,
-    finite_padding: bool = True,
+    mask: NDArray[Any] | None,
 ) -> tuple[float, NDArray[np.bool_] | None]:
     """Raise if an argument is not valid.
 
-    Return the factor c of the scores, and the mask of each head, (..., N). If
-    `finite_padding` is False, padding may be NaN.
+    Return the factor c of the scores, and the mask (B, N).
     """
-    check_layout("query", query, "Nd", "BNd", "LBNd", "LBHNd")
-    check_layout("key", key, "Nd", "BNd", "LBNd", "LBHNd")
-    check_shape("key", key, "LBHNd", query.shape)
-    head_mask = expand_mask(mask, query.shape[:-1])
-    read = None if finite_padding or head_mask is None else head_mask[..., None]
-    check_finite_values("query", query, read)
-    check_finite_values("key", key, read)
+    check_heads("query", query, "Nd")
+    check_heads("key", key, "Nd")
+    check_key(query.shape, key.shape)
+    mask = check_mask(mask, saliency_shape(query.shape[:-1]))
+    for name, x in (("query", query), ("key", key)):
+        head_mask = expand_mask(mask, x.shape[:-1])  # (..., N)
+        read = None if head_mask is None else head_mask[..., None]
+        check_finite_values(name, x, read)
     if key.dtype != query.dtype:
         raise TypeError(f"`key` must be {query.dtype} like `query`, got {key.dtype}")
     check_causal(causal)
     if scale is None:  # 1/√d
         scale = query.shape[-1] ** -0.5
-    return check_number("scale", scale, 0, np.inf, "()"), head_mask
+    return check_scale(scale), mask
+
+
+def check_scale(scale: Any) -> float:
+    """Return the factor of the scores as a positive number, or raise."""
+    return check_number("scale", scale, 0, np.inf, "()")
 
 
 def check_causal(causal: Any) -> None:
@@ -179,13 +193,14 @@ def _query_key_entropy_reference(
     scale: float,
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
-    # Inputs below float64 are computed in float32, or in float64 for huge scores.
-    dtype = score_dtype(query, key, scale)
     entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
     for index, valid in iter_sequences(entropy.shape[:-1], mask):
         # Remove the padding: below, N is the number of tokens that are left.
         unpadded = slice(None) if valid is None else valid
-        q, k = query[index][unpadded].astype(dtype), key[index][unpadded].astype(dtype)
+        q, k = query[index][unpadded], key[index][unpadded]
+        # Inputs below float64 are computed in float32, or in float64 for huge scores.
+        dtype = score_dtype(q, k, scale)
+        q, k = q.astype(dtype), k.astype(dtype)
         # Scaling the N · d entries of Q costs less than scaling the N × N scores.
         q *= dtype.type(scale)
         head_entropy = np.empty(len(q), dtype)  # (N,)
@@ -218,6 +233,7 @@ def _query_key_entropy_cuda(
     return out
 
 
+@over_layers("gradient", "query", "key")
 @on_callers_stream
 def query_key_entropy_vjp(
     gradient: FloatArray,
@@ -238,8 +254,9 @@ def query_key_entropy_vjp(
     ----------
     gradient : ndarray of shape (..., N)
         Gradient g of a loss with respect to the entropies; any float dtype.
-    query, key : ndarray of shape (N, d), (B, N, d), (L, B, N, d) or (L, B, H, N, d)
-        The arguments of `query_key_entropy`.
+    query, key : ndarray of shape (N, d), (B, N, d), (B, H, N, d) or (L, B, H, N, d)
+        The arguments of `query_key_entropy`; if they are tuples, `gradient` is a tuple
+        too.
     causal : bool, default False
         The argument of `query_key_entropy`.
     scale : float, optional
@@ -249,15 +266,16 @@ def query_key_entropy_vjp(
 
     Returns
     -------
-    tuple of two ndarrays of the shape and dtype of `query`
+    query, key : ndarray of the shape and dtype of the argument
         Gradients of the loss with respect to the queries and to the keys; 0 for padded
-        tokens.
+        tokens. Two tuples for tuples. If a head of the keys serves several heads of the
+        queries, its gradient is the sum over these heads.
 
     Raises
     ------
     TypeError
-        If an array is not floating, `mask` is not boolean, or the dtypes of `query` and
-        `key` differ.
+        If an array is not floating, `mask` is neither boolean nor integer, or the
+        dtypes of `query` and `key` differ.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -281,14 +299,15 @@ def query_key_entropy_vjp(
     convert_back, query, key, mask, gradient = convert_inputs(
         {"query": query, "key": key, "mask": mask}, gradients={"gradient": gradient}
     )
-    scale, head_mask = check_query_key(query, key, causal, scale, mask)
+    scale, mask = check_query_key(query, key, causal, scale, mask)
+    head_mask = expand_mask(mask, query.shape[:-1])  # (..., N)
     check_row_gradient(gradient, query.shape[:-1], head_mask)
-    args = gradient, query, key, causal, scale
+    args = gradient, query, repeat_heads(key, query), causal, scale
     if is_cuda(query):
-        results = _query_key_entropy_vjp_cuda(*args, mask)
+        by_query, by_key = _query_key_entropy_vjp_cuda(*args, mask)
     else:
-        results = _query_key_entropy_vjp_reference(*args, head_mask)
-    return convert_back(results[0]), convert_back(results[1])  # ∂ℒ/∂Q and ∂ℒ/∂K
+        by_query, by_key = _query_key_entropy_vjp_reference(*args, head_mask)
+    return convert_back(by_query), convert_back(sum_groups(by_key, key))
 
 
 def _query_key_entropy_vjp_reference(
@@ -299,20 +318,21 @@ def _query_key_entropy_vjp_reference(
     scale: float,
     mask: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    dtype = score_dtype(query, key, scale)
-    # Each (..., N, d). The loop does not write padding, which remains 0.
-    query_gradient, key_gradient = (
-        np.zeros_like(query, order="C"),
-        np.zeros_like(key, order="C"),
-    )
+    """Return ∂ℒ/∂Q, and ∂ℒ/∂K in float64."""
+    # Each (..., N, d). The loop does not write padding, which remains 0. The gradient
+    # of the keys is rounded to their dtype after the sum over a group of heads.
+    query_gradient = np.zeros_like(query, order="C")
+    key_gradient = np.zeros(key.shape)
     for index, valid in iter_sequences(query.shape[:-2], mask):
         unpadded = slice(None) if valid is None else valid  # without the padding
-        g, q, k = (x[index][unpadded].astype(dtype) for x in (gradient, query, key))
+        g, q, k = (x[index][unpadded] for x in (gradient, query, key))
+        dtype = score_dtype(q, k, scale)
+        g, q, k = (x.astype(dtype) for x in (g, q, k))
         score_gradient = entropy_gradient(g)
         head_gradients = score_vjp(score_gradient, q, k, causal, dtype.type(scale))
         # Sums in `dtype` are rounded to the dtype of the inputs once, at the end.
         query_gradient[index][unpadded] = narrow(head_gradients[0], query.dtype)
-        key_gradient[index][unpadded] = narrow(head_gradients[1], key.dtype)
+        key_gradient[index][unpadded] = head_gradients[1]
     return query_gradient, key_gradient
 
 

@@ -129,12 +129,11 @@ def received_of_scores_vjp(
     scale: float,
     mask: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the gradients with respect to the queries and the keys."""
-    # Each (..., N, d). The loop does not write padding, which remains 0.
-    query_gradient, key_gradient = (
-        np.zeros_like(query, order="C"),
-        np.zeros_like(key, order="C"),
-    )
+    """Return ∂ℒ/∂Q, and ∂ℒ/∂K in float64."""
+    # Each (..., N, d). The loop does not write padding, which remains 0. The gradient
+    # of the keys is rounded to their dtype after the sum over a group of heads.
+    query_gradient = np.zeros_like(query, order="C")
+    key_gradient = np.zeros(key.shape)
     for index, valid in iter_sequences(query.shape[:-2], mask):
         unpadded = slice(None) if valid is None else valid  # without the padding
         g, q, k = (x[index][unpadded] for x in (gradient, query, key))
@@ -144,7 +143,7 @@ def received_of_scores_vjp(
         head_gradients = score_vjp(score_gradient, q, k, causal, dtype.type(scale))
         # Sums in `dtype` are rounded to the dtype of the inputs once, at the end.
         query_gradient[index][unpadded] = narrow(head_gradients[0], query.dtype)
-        key_gradient[index][unpadded] = narrow(head_gradients[1], key.dtype)
+        key_gradient[index][unpadded] = head_gradients[1]
     return query_gradient, key_gradient
 
 

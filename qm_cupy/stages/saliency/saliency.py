@@ -12,7 +12,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_choice, check_gradient, check_mask, check_values
+from ...arrays.checks import (
+    check_choice,
+    check_finite_values,
+    check_gradient,
+    check_mask,
+)
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -21,25 +26,34 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import finite_mean
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import layer_axes, saliency_shape
+from ...arrays.shapes import (
+    check_heads,
+    expand_mask,
+    layer_axes,
+    masked_copy,
+    saliency_shape,
+)
 from ...autodiff.dispatch import operation
 from ...cuda.constants import BLOCK, EXTREMES, THREAD_TOKENS
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
+from .layers import stacked_layers
 from .min_max import scale_min_max, scale_min_max_vjp
 from .score_gradients import in_accumulation_dtype, masked_gradient
 
 Salient = Literal["low", "high"]  # which entropy makes a token salient
 
 
+@stacked_layers("entropy")
 @operation(
     differentiable=("entropy",),
     constants=("mask?",),
     options=("str salient",),
     dtype="computed",  # float64 for float64, else float32
-    shapes=lambda entropy, *_: (saliency_shape(entropy),),
+    shapes=lambda entropy, *_: (saliency_shape(entropy.shape),),
 )
 def saliency(
     entropy: Array, *, salient: Salient = "low", mask: BoolArray | None = None
@@ -52,16 +66,16 @@ def saliency(
 
     Parameters
     ----------
-    entropy : ndarray of shape (N,), (B, N), (L, B, N) or (L, B, H, N)
-        Attention entropy. Heads are averaged first; layers are averaged after the
-        normalisation.
+    entropy : ndarray of shape (N,), (B, N), (B, H, N) or (L, B, H, N)
+        Attention entropy, or a tuple of layers. Heads are averaged first; layers are
+        averaged after the normalisation.
     salient : {"low", "high"}, default "low"
         Which entropy is salient. With "low", a token with concentrated attention is
         salient; the authors' code computes this. With "high", the formula has no
         "1 -"; the authors print this form.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens have saliency 0. They do not count for the
-        minimum and the maximum.
+        True or 1 = token. Padded tokens have saliency 0. They do not count for the
+        minimum and the maximum, and their values are not read.
 
     Returns
     -------
@@ -72,7 +86,7 @@ def saliency(
     Raises
     ------
     TypeError
-        If `entropy` is not floating or `mask` is not boolean.
+        If `entropy` is not floating or `mask` is neither boolean nor integer.
     ValueError
         If a shape does not fit, an entry is not finite, or `salient` is another word.
 
@@ -88,10 +102,19 @@ def saliency(
     array([1. , 0. , 0.5])
     """
     convert_back, entropy, mask = convert_inputs({"entropy": entropy, "mask": mask})
-    check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
-    check_choice("salient", salient, get_args(Salient))
-    check_mask(mask, saliency_shape(entropy))
+    mask = _check_inputs(entropy, salient, mask)
     return convert_back(compute_saliency(entropy, salient=salient, mask=mask))
+
+
+def _check_inputs(
+    entropy: NDArray[Any], salient: str, mask: NDArray[Any] | None
+) -> NDArray[np.bool_] | None:
+    """Raise if an argument is not valid; return the mask (B, N)."""
+    check_heads("entropy", entropy, "N")
+    check_choice("salient", salient, get_args(Salient))
+    mask = check_mask(mask, saliency_shape(entropy.shape))
+    check_finite_values("entropy", entropy, expand_mask(mask, entropy.shape))
+    return mask
 
 
 def compute_saliency(entropy: Any, *, salient: str = "low", mask: Any = None) -> Any:
@@ -104,17 +127,22 @@ def compute_saliency(entropy: Any, *, salient: str = "low", mask: Any = None) ->
 def _saliency_reference(
     entropy: NDArray[Any], salient: str, mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    # Means and differences are computed in float32 at least.
-    entropy = entropy.astype(np.result_type(entropy.dtype, np.float32), copy=False)
-    if entropy.ndim == 4:
-        entropy = entropy.mean(axis=2)  # (L, B, N)
-    scaled = scale_min_max(entropy, mask)  # y, (L, B, N), (B, N) or (N,)
+    entropy = _mean_of_heads(entropy, mask)  # (L, B, N), (B, N) or (N,)
+    scaled = scale_min_max(entropy, mask)  # y
     if scaled.ndim == 3:
         # Every layer has the range [0, 1] now, so all layers count equally.
         scaled = scaled.mean(axis=0)  # (B, N)
     if salient == "low":
         scaled = 1 - scaled
     return scaled if mask is None else scaled * mask
+
+
+def _mean_of_heads(
+    entropy: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    """Return (N,), (B, N) or (L, B, N) in float32 or float64, with 0 for padding."""
+    entropy = masked_copy(entropy, expand_mask(mask, entropy.shape))
+    return finite_mean(entropy, axis=-2) if entropy.ndim > 2 else entropy
 
 
 def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
@@ -157,6 +185,7 @@ def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:
     return out
 
 
+@stacked_layers("entropy", gradients=True)
 @on_callers_stream
 def saliency_vjp(
     gradient: FloatArray,
@@ -181,8 +210,8 @@ def saliency_vjp(
     ----------
     gradient : ndarray of shape (N,) or (B, N)
         Gradient g of a loss with respect to the saliency; any float dtype.
-    entropy : ndarray of shape (N,), (B, N), (L, B, N) or (L, B, H, N)
-        The argument of `saliency`.
+    entropy : ndarray of shape (N,), (B, N), (B, H, N) or (L, B, H, N)
+        The argument of `saliency`, which may be a tuple.
     salient : {"low", "high"}, default "low"
         The argument of `saliency`. The sign ∓ is - for "low" and + for "high".
     mask : ndarray of shape (N,) or (B, N), optional
@@ -192,12 +221,14 @@ def saliency_vjp(
     -------
     ndarray of the shape and dtype of `entropy`
         Gradient of the loss with respect to the entropies; 0 for padded tokens. The H
-        heads of a layer each get 1/H of the gradient of their mean.
+        heads of a layer each get 1/H of the gradient of their mean. A tuple for a
+        tuple.
 
     Raises
     ------
     TypeError
-        If `gradient` or `entropy` is not floating, or `mask` is not boolean.
+        If `gradient` or `entropy` is not floating, or `mask` is neither boolean nor
+        integer.
     ValueError
         If a shape does not fit, an entry is not finite, or `salient` is another word.
 
@@ -216,12 +247,9 @@ def saliency_vjp(
     convert_back, entropy, mask, gradient = convert_inputs(
         {"entropy": entropy, "mask": mask}, gradients={"gradient": gradient}
     )
-    check_values("entropy", entropy, "N", "BN", "LBN", "LBHN")
-    check_choice("salient", salient, get_args(Salient))
-    shape = saliency_shape(entropy)
-    check_mask(mask, shape)
+    mask = _check_inputs(entropy, salient, mask)
     # The gradient of padded tokens may be NaN, so the mask is part of this check.
-    check_gradient(gradient, shape, "BN", mask=mask)
+    check_gradient(gradient, saliency_shape(entropy.shape), "BN", mask=mask)
     if is_cuda(entropy):
         return convert_back(saliency_vjp_cuda(gradient, entropy, salient, mask))
     return convert_back(_saliency_vjp_reference(gradient, entropy, salient, mask))
@@ -234,22 +262,19 @@ def _saliency_vjp_reference(
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     dtype, shape = entropy.dtype, entropy.shape
-    entropy = entropy.astype(np.result_type(dtype, np.float32), copy=False)
-    gradient = masked_gradient(gradient, entropy.dtype, mask)
     # Go back through the steps of `_saliency_reference`, from the last to the first.
+    # The forward pass scaled the mean over the heads. Compute this mean again.
+    means = _mean_of_heads(entropy, mask)  # (N,), (B, N) or (L, B, N)
+    gradient = masked_gradient(gradient, means.dtype, mask)
     if salient == "low":
         gradient = -gradient  # s = 1 - (mean over layers)
-    if entropy.ndim > 2:
-        gradient = gradient / shape[0]  # ∂ℒ/∂y: each layer gets 1/L, (B, N)
-    if entropy.ndim == 4:
-        # The forward pass scaled the mean over the heads. Compute this mean again.
-        entropy = entropy.mean(axis=2)  # (L, B, N)
-    entropy_gradient = scale_min_max_vjp(gradient, entropy, mask)
     if len(shape) == 4:
-        # Each head gets 1/H of the gradient of the mean: (L, B, N) -> (L, B, H, N).
-        entropy_gradient = np.broadcast_to(
-            entropy_gradient[:, :, None] / shape[2], shape
-        )
+        gradient = gradient / shape[0]  # ∂ℒ/∂y: each layer gets 1/L, (B, N)
+    entropy_gradient = scale_min_max_vjp(gradient, means, mask)
+    if len(shape) > 2:
+        # Each head gets 1/H of the gradient of the mean: (..., N) -> (..., H, N).
+        by_head = entropy_gradient[..., None, :] / shape[-2]
+        entropy_gradient = np.broadcast_to(by_head, shape)
     return narrow(entropy_gradient, dtype)
 
 

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.checks import check_gradient
-from ...arrays.dtypes import accumulation_dtype
-from ...arrays.shapes import layer_axes
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.shapes import layer_axes, layout_of
 from ...cuda.constants import SQUARE, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
@@ -42,15 +42,11 @@ _BAND_BYTES = 128 << 20
 _FILE = "score_gradients"  # the .cu file of all kernels that this file launches
 
 
-# Names of the axes of results, by the number of axes, for error messages.
-_AXES = {1: "N", 2: "BN", 3: "LBN", 4: "LBHN"}
-
-
 def check_row_gradient(
     gradient: NDArray[Any], shape: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> None:
     """Raise if the gradient does not have the shape (..., N) of the results of rows."""
-    check_gradient(gradient, shape, _AXES[len(shape)], mask=mask)
+    check_gradient(gradient, shape, layout_of(len(shape), "N"), mask=mask)
 
 
 def masked_gradient(
@@ -106,6 +102,23 @@ def score_vjp(
         key_gradient[seen] += block.T @ scaled[rows]
         del block  # free it before the next one is computed
     return query_gradient, key_gradient
+
+
+def sum_groups(gradient: Any, key: Any) -> Any:
+    """Return ∂ℒ/∂K in the shape and dtype of `key`, from the heads of the queries.
+
+    `gradient` is that of `repeat_heads(key, query)`. The heads of a group are added in
+    their order, in float32 or float64.
+    """
+    if gradient.shape != key.shape:
+        *outer, num_heads, num_tokens, dim = key.shape
+        shape = *outer, num_heads, gradient.shape[-3] // num_heads, num_tokens, dim
+        group = gradient.reshape(shape)
+        group = group.astype(np.result_type(group.dtype, np.float32), copy=False)
+        gradient = group[..., 0, :, :]
+        for head in range(1, group.shape[-3]):
+            gradient = gradient + group[..., head, :, :]
+    return gradient if gradient.dtype == key.dtype else narrow(gradient, key.dtype)
 
 
 class ScoreArguments(NamedTuple):

@@ -1,8 +1,8 @@
 """Entropy of the softmax attention among the tokens of a sequence.
 
-There are B sequences of N tokens (hidden states) of width D, and L layers if an array
-has four axes. x_i is token i of a sequence, and X (N, D) is the matrix of all tokens.
-The scores are s_ij = x_i · x_j / √D, the attention is p_ij = softmax_j(s_ij), and H_i
+There are B sequences of N tokens (hidden states) of width D. They may have H heads, and
+L layers. x_i is token i of a sequence, and X (N, D) is the matrix of all tokens. The
+scores are s_ij = x_i · x_j / √D, the attention is p_ij = softmax_j(s_ij), and H_i
 is the entropy of row i. (m, r, t) is the state of a row of scores: m is the largest
 score, and r and t are two sums, which online_softmax.py defines. g_i is the gradient of
 a loss ℒ with respect to H_i, and G_ij = ∂ℒ/∂s_ij.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_values
+from ...arrays.checks import check_finite_values, check_mask
 from ...arrays.conversion import (
     Array,
     BoolArray,
@@ -24,7 +24,7 @@ from ...arrays.conversion import (
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import expand_mask, iter_sequences
+from ...arrays.shapes import check_heads, expand_mask, iter_sequences, saliency_shape
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.constants import KEYS, QUERIES, STATE_VALUES, TILE
@@ -32,6 +32,7 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import HALF, Tiling, select_shape
 from ...settings import implementation
+from .layers import over_layers
 from .online_softmax import (
     BLOCK_ROWS,
     SoftmaxState,
@@ -51,6 +52,7 @@ from .score_gradients import (
 )
 
 
+@over_layers("tokens")
 @operation(
     differentiable=("tokens",),
     constants=("mask?",),
@@ -65,22 +67,23 @@ def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> A
 
     Parameters
     ----------
-    tokens : ndarray of shape (N, D), (B, N, D) or (L, B, N, D)
-        Hidden states, of L layers if there are four axes; float16, bfloat16, float32 or
-        float64.
+    tokens : ndarray of shape (N, D), (B, N, D), (B, H, N, d) or (L, B, H, N, d)
+        Hidden states, or parts of them for each head; float16, bfloat16, float32 or
+        float64. Or a tuple of layers, such as the ``hidden_states`` of a model. A
+        stack of them, (L, B, N, D), would be read as heads: pass a tuple.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens do not attend and no token attends to them;
-        their entropy is 0.
+        True or 1 = token. Padded tokens do not attend and no token attends to them;
+        their entropy is 0, and their values are not read.
 
     Returns
     -------
     ndarray of shape (..., N)
-        Entropy in nats; float32, or float64 for float64 input.
+        Entropy in nats; float32, or float64 for float64 input. A tuple for a tuple.
 
     Raises
     ------
     TypeError
-        If `tokens` is not floating or `mask` is not boolean.
+        If `tokens` is not floating or `mask` is neither boolean nor integer.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -98,10 +101,21 @@ def self_attention_entropy(tokens: Array, *, mask: BoolArray | None = None) -> A
     array([0.    , 1.0986, 0.    ])
     """
     convert_back, tokens, mask = convert_inputs({"tokens": tokens, "mask": mask})
-    check_values("tokens", tokens, "ND", "BND", "LBND")
-    # With layers, one mask for each layer and sequence: (L, B, N).
-    full_mask = expand_mask(mask, tokens.shape[:-1])
+    _, full_mask = _check_inputs(tokens, mask)
     return convert_back(compute_self_attention_entropy(tokens, mask=full_mask))
+
+
+def _check_inputs(
+    tokens: NDArray[Any], mask: NDArray[Any] | None
+) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """Raise if an argument is not valid; return the masks (B, N) and (..., N)."""
+    check_heads("tokens", tokens, "ND")
+    mask = check_mask(mask, saliency_shape(tokens.shape[:-1]))
+    full_mask = expand_mask(mask, tokens.shape[:-1])  # for each layer, sequence, head
+    # Padding may be NaN.
+    read = None if full_mask is None else full_mask[..., None]
+    check_finite_values("tokens", tokens, read)
+    return mask, full_mask
 
 
 def compute_self_attention_entropy(tokens: Any, *, mask: Any = None) -> Any:
@@ -117,12 +131,13 @@ def compute_self_attention_entropy(tokens: Any, *, mask: Any = None) -> Any:
 def _self_attention_entropy_reference(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    # Inputs below float64 are computed in float32, or in float64 for huge scores.
-    dtype = score_dtype(tokens, tokens, tokens.shape[-1] ** -0.5)
+    scale = tokens.shape[-1] ** -0.5
     entropy = np.zeros(tokens.shape[:-1], np.result_type(tokens.dtype, np.float32))
     for index, valid in iter_sequences(entropy.shape[:-1], mask):
         unpadded = slice(None) if valid is None else valid  # without the padding
-        x = tokens[index][unpadded].astype(dtype, copy=False)  # (tokens left, D)
+        x = tokens[index][unpadded]  # (tokens left, D)
+        # Inputs below float64 are computed in float32, or in float64 for huge scores.
+        x = x.astype(score_dtype(x, x, scale), copy=False)
         entropy[index][unpadded] = _symmetric_entropy(x)
     return entropy
 
@@ -160,7 +175,7 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
 
 def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     *leading, num_tokens, dim = tokens.shape
-    # Layers are independent here, so they count as sequences: L · B.
+    # Layers and heads are independent here, so they count as sequences: L · B · H.
     batch, acc_dtype = math.prod(leading), accumulation_dtype(tokens.dtype)
     out = empty((*leading, num_tokens), acc_dtype)
     tokens, mask = contiguous(tokens), contiguous(mask)
@@ -194,6 +209,7 @@ def _self_attention_entropy_cuda(tokens: Any, mask: Any) -> Any:
     return out
 
 
+@over_layers("gradient", "tokens")
 @on_callers_stream
 def self_attention_entropy_vjp(
     gradient: FloatArray, tokens: Array, *, mask: BoolArray | None = None
@@ -208,8 +224,9 @@ def self_attention_entropy_vjp(
     ----------
     gradient : ndarray of shape (..., N)
         Gradient g of a loss with respect to the entropies; any float dtype.
-    tokens : ndarray of shape (N, D), (B, N, D) or (L, B, N, D)
-        The argument of `self_attention_entropy`.
+    tokens : ndarray of shape (N, D), (B, N, D), (B, H, N, d) or (L, B, H, N, d)
+        The argument of `self_attention_entropy`; if it is a tuple, `gradient` is a
+        tuple too.
     mask : ndarray of shape (N,) or (B, N), optional
         The argument of `self_attention_entropy`. The gradient of padded tokens is not
         read.
@@ -217,12 +234,14 @@ def self_attention_entropy_vjp(
     Returns
     -------
     ndarray of the shape and dtype of `tokens`
-        Gradient of the loss with respect to the tokens; 0 for padded tokens.
+        Gradient of the loss with respect to the tokens; 0 for padded tokens. A tuple
+        for a tuple.
 
     Raises
     ------
     TypeError
-        If `gradient` or `tokens` is not floating, or `mask` is not boolean.
+        If `gradient` or `tokens` is not floating, or `mask` is neither boolean nor
+        integer.
     ValueError
         If a shape does not fit or an entry is not finite.
 
@@ -242,11 +261,10 @@ def self_attention_entropy_vjp(
     convert_back, tokens, mask, gradient = convert_inputs(
         {"tokens": tokens, "mask": mask}, gradients={"gradient": gradient}
     )
-    check_values("tokens", tokens, "ND", "BND", "LBND")
-    full_mask = expand_mask(mask, tokens.shape[:-1])  # (..., N)
+    mask, full_mask = _check_inputs(tokens, mask)
     check_row_gradient(gradient, tokens.shape[:-1], full_mask)
-    # These kernels read the mask (B, N) and find the sequence of a layer themselves.
-    # The reference needs one mask for each layer and sequence.
+    # These kernels read the mask (B, N) and find the sequence of a head themselves. The
+    # reference needs one mask for each head.
     if is_cuda(tokens):
         return convert_back(_self_attention_entropy_vjp_cuda(gradient, tokens, mask))
     return convert_back(
@@ -258,11 +276,12 @@ def _self_attention_entropy_vjp_reference(
     gradient: NDArray[Any], tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     scale = tokens.shape[-1] ** -0.5
-    dtype = score_dtype(tokens, tokens, scale)
     out = np.zeros_like(tokens, order="C")  # the loop does not write padding
     for index, valid in iter_sequences(tokens.shape[:-2], mask):
         unpadded = slice(None) if valid is None else valid  # without the padding
-        g, x = (array[index][unpadded].astype(dtype) for array in (gradient, tokens))
+        g, x = (array[index][unpadded] for array in (gradient, tokens))
+        dtype = score_dtype(x, x, scale)
+        g, x = g.astype(dtype), x.astype(dtype)
         # A token is both a query and a key, so its gradient is the sum of the gradients
         # of both, each (N, D). There is no causal mask.
         score_gradient = entropy_gradient(g)

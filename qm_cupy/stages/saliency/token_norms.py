@@ -18,12 +18,20 @@ def relative_norms(
     After the division the largest square is 1: no square overflows, and not all squares
     become 0. The results of the callers do not depend on the divisor. Padding gets 0.
     """
-    x = tokens.astype(np.float64)  # (B, N, D)
-    if mask is not None:
-        x = np.where(mask[..., None], x, 0)  # padding may be NaN
+    x = unpadded_tokens(tokens, mask)
     largest = np.abs(x).max(axis=(-2, -1), keepdims=True)  # (B, 1, 1)
     # A sequence of zeros is divided by 1 instead of 0; its norms are 0.
     return np.linalg.norm(x / np.where(largest > 0, largest, 1), axis=-1)
+
+
+def unpadded_tokens(
+    tokens: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> NDArray[np.float64]:
+    """Return a copy (B, N, D) in float64 that is 0 for padding, which may be NaN."""
+    x = tokens.astype(np.float64)
+    if mask is not None:
+        x[~mask] = 0
+    return x
 
 
 def token_norms_cuda(tokens: Any, mask: Any = None) -> Any:

@@ -14,6 +14,7 @@ import qm_cupy as qm
 from qm_cupy.stages.clustering import linkage_cuda
 from qm_cupy.stages.clustering.cluster_tokens import METHODS
 from qm_cupy.stages.clustering.linkage import LINKAGES
+from qm_cupy.stages.clustering.metrics import METRICS
 
 KERNELS = ["optimized", "basic"]
 DTYPES = [np.float16, np.float32, np.float64]
@@ -76,6 +77,46 @@ def test_cluster_tokens(dtype, kernels, method, options, interpreted):
         np.testing.assert_array_equal(sequence_labels, wanted[2])
 
 
+@every_kernel
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("method", [*LINKAGES, "contiguous"])
+@pytest.mark.parametrize("options", ["plain", "mask", "mask protect mass"])
+def test_limits_instead_of_k(kernels, method, metric, options, interpreted):
+    tokens, mask, protect, mass = batch_of(np.float32)
+    mass[:, 20] = 9  # a protected token: its mass counts in the divisor only
+    arguments = {"method": method, "metric": metric}
+    arrays = {"mask": mask, "protect": protect, "mass": mass}
+    names = set(options.split()) - {"plain"}
+    if method not in ("average", "ward"):
+        names -= {"mass"}
+    arguments |= {name: arrays[name] for name in names}
+    # Distances of unit tokens are at most 2; those of the tokens are larger.
+    unit = 3 if metric == "euclidean" else 1
+    limits = [{"max_distance": unit * x} for x in (0, 0.45, 0.75, 1.1, 2.3, np.inf)]
+    if method == "ward":
+        limits += [{"max_error": unit**2 * x} for x in (0, 0.1, 0.4, 0.9, np.inf)]
+    several = set()
+    for limit in limits:
+        wanted = qm.cluster_tokens(tokens, **arguments, **limit)
+        got = interpreted(
+            qm.cluster_tokens, tokens, kernels=kernels, **arguments, **limit
+        )
+        np.testing.assert_array_equal(got, wanted)
+        several |= set(wanted.max(axis=-1))
+    assert len(several) > 3  # the limits give different K
+
+
+@every_kernel
+@pytest.mark.parametrize("method", [*LINKAGES, "contiguous"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_tokens_merge_at_distance_zero(kernels, method, metric, interpreted):
+    tokens = np.random.default_rng(1).standard_normal((3, 24)).astype(np.float32)
+    tokens = np.repeat(tokens, [60, 1, 40], axis=0)
+    options = {"method": method, "metric": metric, "max_distance": 0}
+    got = interpreted(qm.cluster_tokens, tokens, kernels=kernels, **options)
+    np.testing.assert_array_equal(got, np.repeat([0, 1, 2], [60, 1, 40]))
+
+
 @methods
 @pytest.mark.parametrize("order", ["last", "first"])
 def test_groups_in_the_order_of_last_and_first_members(method, order, interpreted):
@@ -114,14 +155,11 @@ def test_linkage_and_its_cuts(kernels, method, interpreted):
         labels = qm.cut_linkage(wanted, mask=mask, **cut)
         result = interpreted(qm.cut_linkage, wanted, mask=mask, kernels=kernels, **cut)
         np.testing.assert_array_equal(result, labels)
-    # Only ward has an error bound. The bounds are from 0 (no merge) to 2, which is more
-    # than any error.
-    if method == "ward":
-        for max_error in (0, 0.1, 0.4, 0.9, 2):
-            cut = options | {"max_error": max_error}
-            labels = qm.cut_linkage(wanted, **cut)
-            result = interpreted(qm.cut_linkage, wanted, kernels=kernels, **cut)
-            np.testing.assert_array_equal(result, labels)
+    for distance in (0, wanted[0, 20, 2], np.inf):
+        cut = {"max_distance": distance, "mask": mask}
+        labels = qm.cut_linkage(wanted, **cut)
+        result = interpreted(qm.cut_linkage, wanted, kernels=kernels, **cut)
+        np.testing.assert_array_equal(result, labels)
     sequence_options = {k: v[0] for k, v in options.items()}
     sequence_tree = interpreted(
         qm.linkage, tokens[0], method, kernels=kernels, **sequence_options

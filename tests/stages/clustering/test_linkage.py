@@ -7,6 +7,7 @@ from scipy.cluster import hierarchy
 
 import qm_cupy as qm
 from qm_cupy.stages.clustering.linkage import LINKAGES
+from qm_cupy.stages.clustering.metrics import METRICS
 
 PADDED_ROW = [-1, -1, np.inf, 0]
 
@@ -93,6 +94,20 @@ class TestLinkage:
                 rows[:, :2], padded_number[tree_without_padding[:, :2].astype(int)]
             )
             assert (padding == PADDED_ROW).all()
+
+    @pytest.mark.parametrize("method", LINKAGES)
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_rounding_never_lowers_a_height(self, rng, method, metric):
+        # Almost the corners of a simplex: all distances are nearly equal.
+        for spread in (0, 1e-16, 1e-12):
+            tokens = np.eye(20) + spread * rng.standard_normal((5, 20, 20))
+            for mass in (None, masses(rng, (5, 20)) * 1e30):
+                if mass is not None and method not in WEIGHTED:
+                    continue
+                tree = qm.linkage(tokens, method, metric=metric, mass=mass)
+                assert (tree[..., 2] >= 0).all()
+                assert (np.diff(tree[..., 2]) >= 0).all()
+                qm.cut_linkage(tree, num_groups=3)  # accepts these heights
 
     def test_bad_input(self, rng):
         tokens = rng.standard_normal((2, 5, 3))

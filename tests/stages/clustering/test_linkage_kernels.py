@@ -7,6 +7,7 @@ are each other's nearest neighbours. A team is the blocks that work on one seque
 import numpy as np
 import ptx
 import pytest
+from recorded import recording
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from seam import cuda
@@ -203,6 +204,20 @@ def test_layouts(monkeypatch):
             assert blocks == 1 or num_teams * blocks <= 132
             assert 1 <= num_teams <= batch
             assert threads % 32 == 0
+
+
+@pytest.mark.parametrize(("memory", "threads"), [(2000, 64), (6000, 32)])
+def test_small_blocks_only_if_a_multiprocessor_has_memory_for_three(
+    monkeypatch, memory, threads
+):
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(1, memory))
+    monkeypatch.setattr(linkage_cuda, "_FEWER_THREADS", 32)
+    launches = []
+    monkeypatch.setattr(cuda, "launch", recording(launches.append))
+    # A block needs 12 bytes for each token, and 128 bytes more.
+    dendrogram_of(tokens_of(2, 100, 8), "single")
+    (single,) = launches
+    assert (single.shared, single.threads) == (1328, threads)
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -407,3 +422,25 @@ def test_sequence_of_one_token_and_empty_batch():
     for shape in ((1, 1, 1), (0, 5, 5), (0, 1, 1)):
         rows, _ = linkage_cuda.linkage_cuda(np.ones(shape, np.float32), "average")
         assert rows.shape == (shape[0], shape[1] - 1, 4)
+
+
+@pytest.mark.parametrize("kernels", ["basic", "optimized"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@methods
+@every_device
+def test_rounding_never_lowers_a_height(method, metric, kernels, device):
+    """A cut takes the first rows, so that these must be the lowest.
+
+    The tokens are almost the corners of a simplex: all distances are nearly equal.
+    """
+    rng = np.random.default_rng(3)
+    tokens = np.stack([np.eye(20)] * 6) + 1e-7 * rng.standard_normal((6, 20, 20))
+    mass = rng.random((6, 20)) if method in ("average", "ward") else None
+    for weights in (None, mass):
+        with qm.use_kernels(kernels):
+            rows = linkage_cuda.dendrograms_cuda(
+                tokens.astype(np.float32), method, weights, metric=metric
+            )
+        heights = rows[..., 2]
+        assert (heights >= 0).all()
+        assert (np.diff(heights) >= 0).all()

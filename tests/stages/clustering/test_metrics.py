@@ -84,37 +84,6 @@ class TestLinkage:
             labels = qm.cut_linkage(tree, num_groups=num_groups)
             assert groups_of(labels) == oracle.partition(merges, 18, num_groups)
 
-    @pytest.mark.parametrize("weighted", [False, True])
-    def test_error_of_a_cut_is_the_mean_squared_distance(self, rng, weighted):
-        tokens = tokens_of(30, 4)
-        mass = masses(rng, (30,)) if weighted else None
-        weights = np.ones(30) if mass is None else np.maximum(mass, mass.max() / 1e6)
-        tree = qm.linkage(tokens, "ward", mass=mass, **euclidean)
-        for num_groups in (3, 10, 25):
-            labels = qm.cut_linkage(tree, num_groups=num_groups)
-            means = qm.merge_tokens(tokens, labels, num_groups, mass=weights)
-            squares = ((tokens - qm.unmerge_tokens(means, labels)) ** 2).sum(axis=-1)
-            error = np.average(squares, weights=weights)
-            # A bound just above the error gives these K groups, one just below more.
-            for factor, more in ((1 + 1e-6, 0), (1 - 1e-6, 1)):
-                cut = qm.cut_linkage(tree, max_error=error * factor, mass=mass)
-                assert cut.max() + 1 == num_groups + more
-
-    @pytest.mark.parametrize("scale", [1e-200, 1e-7, 1e7, 1e200])
-    def test_error_of_a_cut_has_no_unit_of_its_own(self, scale):
-        """A fixed tolerance for rounding would merge small tokens."""
-        tokens = tokens_of(12, 3)
-        tree = qm.linkage(tokens, "ward", **euclidean)
-        scaled = qm.linkage(tokens * scale, "ward", **euclidean)
-        errors = np.cumsum(tree[:, 2] ** 2 / 2) / 12
-        for num_groups in (12, 9, 4, 1):
-            bound = 0 if num_groups == 12 else errors[11 - num_groups] * (1 + 1e-6)
-            assert qm.cut_linkage(tree, max_error=bound).max() + 1 == num_groups
-            if scale in (1e-7, 1e7):  # the square of the others is not a float64
-                labels = qm.cut_linkage(scaled, max_error=bound * scale**2)
-                assert labels.max() + 1 == num_groups
-        assert qm.cut_linkage(scaled, max_error=0).max() + 1 == 12
-
     @pytest.mark.parametrize("method", WEIGHTED)
     def test_distances_are_exactly_symmetric(self, method):
         """Otherwise neighbours can form a cycle, and no pair merges.

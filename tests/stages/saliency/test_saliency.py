@@ -15,18 +15,21 @@ import qm_cupy as qm
 
 class TestSaliency:
     def test_matches_the_oracle(self, rng, dtype):
-        entropy = rng.random((3, 2, 7)).astype(dtype)  # (L, B, N)
+        entropy = rng.random((3, 2, 1, 7)).astype(dtype)  # (L, B, H, N)
         for salient in ("low", "high"):
             got = qm.saliency(entropy, salient=salient)
             assert got.shape == (2, 7)
             for b in range(2):
-                wanted = oracle.saliency(entropy[:, b].astype(float), salient)
+                wanted = oracle.saliency(entropy[:, b, 0].astype(float), salient)
                 assert_close(got[b], wanted, dtype)
 
     def test_heads_are_averaged_before_the_scaling(self, rng):
         # The mean of scaled heads would differ from the scaled mean of the heads.
         entropy = rng.random((3, 2, 4, 7))  # (L, B, H, N)
-        assert_close(qm.saliency(entropy), qm.saliency(entropy.mean(axis=2)))
+        means = entropy.mean(axis=2, keepdims=True)
+        assert_close(qm.saliency(entropy), qm.saliency(means))
+        # One layer of heads
+        assert_close(qm.saliency(entropy[1]), qm.saliency(means[1, :, 0]))
 
     def test_equal_entropies(self):
         # A constant row is scaled to 0. With "low" the saliency is 1 - 0.

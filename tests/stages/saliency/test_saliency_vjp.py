@@ -49,7 +49,7 @@ class TestSaliencyVjp:
         assert got[0] - own[0] == pytest.approx(got[2] - own[2])
 
     def test_a_constant_row_has_gradient_zero(self, rng):
-        entropy = np.stack([np.full(4, 2.0), rng.random(4)])[:, None]  # (L, B, N)
+        entropy = np.stack([np.full(4, 2.0), rng.random(4)])[:, None, None]
         got = qm.saliency_vjp(np.array([[1.0, 2, 3, 4]]), entropy)
         assert not got[0].any()
         assert got[1].any()
@@ -59,10 +59,11 @@ class TestSaliencyVjp:
 
         So the gradient is orthogonal to (1, …, 1) and to the row itself.
         """
-        entropy, gradient = rng.random((3, 2, 7)), rng.standard_normal((2, 7))
+        entropy, gradient = rng.random((3, 2, 4, 7)), rng.standard_normal((2, 7))
         got = qm.saliency_vjp(gradient, entropy)
         np.testing.assert_allclose(got.sum(-1), 0, atol=1e-12)
-        np.testing.assert_allclose((got * entropy).sum(-1), 0, atol=1e-12)
+        # Heads have equal gradients, and their mean is scaled.
+        np.testing.assert_allclose((got * entropy).sum((-2, -1)), 0, atol=1e-12)
 
     def test_padding_does_not_count_for_the_range(self):
         # The three tokens have y = (1, 0, ¼) and w = 4. With g = 1 for token 2 and

@@ -59,17 +59,19 @@ class TestSelfAttentionEntropy:
         with pytest.raises(ValueError, match="too large: their attention scores"):
             qm.self_attention_entropy(tokens.astype(float) * 1e200)
 
-    def test_layers_and_sequences_are_separate(self, rng):
-        tokens = rng.standard_normal((2, 3, 5, 4))  # (L, B, N, D)
+    def test_layers_sequences_and_heads_are_separate(self, rng):
+        tokens = rng.standard_normal((2, 3, 2, 5, 4))  # (L, B, H, N, d)
         got = qm.self_attention_entropy(tokens)
-        assert got.shape == (2, 3, 5)
-        assert_close(got[1, 2], oracle.self_attention_entropy(tokens[1, 2]))
+        assert got.shape == (2, 3, 2, 5)
+        assert_close(got[1, 2, 0], oracle.self_attention_entropy(tokens[1, 2, 0]))
+        layers = qm.self_attention_entropy(tuple(tokens))
+        np.testing.assert_array_equal(np.stack(layers), got)
 
     def test_mask_has_the_bits_of_removing_the_padding(self, rng):
-        tokens = rng.standard_normal((2, 2, 300, 4))  # (L, B, N, D)
+        tokens = rng.standard_normal((2, 3, 300, 4))  # (B, H, N, d)
         mask = rng.random((2, 300)) < 0.7  # (B, N), padding anywhere
         got = qm.self_attention_entropy(tokens, mask=mask)
         for b in range(2):
-            wanted = qm.self_attention_entropy(tokens[:, b][..., mask[b], :])
-            np.testing.assert_array_equal(got[:, b][..., mask[b]], wanted)
-            assert not got[:, b][..., ~mask[b]].any()
+            wanted = qm.self_attention_entropy(tokens[b][:, mask[b]])
+            np.testing.assert_array_equal(got[b][:, mask[b]], wanted)
+            assert not got[b][:, ~mask[b]].any()

@@ -35,7 +35,7 @@ def test_self_attention_entropy(dtype, num_tokens, masked):
 
 @dtypes
 def test_self_attention_entropy_where_one_score_dominates(dtype):
-    tokens = random((1, 1, 129, 1024), dtype)  # a layer of one sequence
+    tokens = random((1, 1, 129, 1024), dtype)  # a head of one sequence
     got = qm.self_attention_entropy(tokens)
     x = tokens.astype(np.float64)
     scores = x @ np.swapaxes(x, -1, -2) / 32  # √1024
@@ -70,7 +70,7 @@ def test_self_attention_entropy_vjp(dtype, num_tokens, masked):
 @dtypes
 def test_self_attention_entropy_vjp_where_one_score_dominates(dtype):
     """Wide tokens attend almost only to themselves, so the gradient is tiny."""
-    tokens = random((1, 1, 130, 256), dtype, scale=1.2)  # a layer of one sequence
+    tokens = random((1, 1, 130, 256), dtype, scale=1.2)  # a head of one sequence
     gradient = random((1, 1, 130), np.float32, 3)
     got = qm.self_attention_entropy_vjp(gradient, tokens)
     x = tokens.astype(np.float64)

@@ -1,0 +1,86 @@
+"""How many groups `quickmerge` makes: K from a budget, or from labels.
+
+There are B sequences of N tokens, and K groups in a sequence.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from .arrays.conversion import convert_inputs
+from .arrays.counts import GroupCounts, check_group_counts
+from .arrays.shapes import num_valid
+from .cuda.device import to_host
+from .stages.budget import check_budget_type, is_share, share_fraction, token_budget
+from .stages.clustering.checks import check_protect
+
+
+def num_groups_of(
+    shape: tuple[int, ...], budget: Any, protect: Any, method: str, mask: Any
+) -> GroupCounts:
+    """Return K of every sequence, for converted arrays; `shape` is (N,) or (B, N)."""
+    limit = num_valid(shape, mask)
+    check_budget_type(budget)
+    wanted = token_budget(budget, limit) if is_share(budget) else budget
+    num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
+    check_protect(protect, method, num_groups.counts, shape, mask, "budget")
+    return num_groups
+
+
+def traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -> Any:
+    """Return K, or K of each sequence, for a budget.
+
+    `torch.compile` traces through this code, so it uses only plain arithmetic and
+    tensor operations.
+    """
+    if framework == "jax":
+        from .autodiff.jax_operators import check_known
+
+        check_known("budget", budget)  # JAX needs every shape while it traces
+    if is_share(budget):
+        if framework == "jax" and mask is not None:
+            check_known("mask", mask)  # K depends on the number of valid tokens
+            return token_budget(budget, np.asarray(mask).sum(axis=-1))
+        share = _traced_share(budget)
+        if not 0 < share <= 1:
+            share_fraction(share)  # raises
+        # max(1, ⌊N · r⌋) for each N, as in `share_fraction`: the fraction is at most
+        # 2⁻⁵² above the float r. N and r may be symbols.
+        ratio = share + 2.0**-52
+        if mask is None:
+            return max(1, int(num_tokens * ratio))
+        return (mask.sum(-1).double() * ratio).floor().clamp(min=1).long()  # (B,)
+    check_budget_type(budget)
+    # The usual case needs no conversion: `token_budget` would return the same K.
+    if type(budget) is int and 1 <= budget <= num_tokens:
+        return budget
+    if hasattr(budget, "shape"):
+        return budget  # an array (B,); the stage functions check its values
+    return token_budget(budget, num_tokens)  # converts other numbers, or raises
+
+
+def _traced_share(share: Any) -> Any:
+    """Return a share as a float; raise if the compiler does not know its value."""
+    if isinstance(share, float):
+        return share
+    torch = sys.modules.get("torch")
+    is_array = hasattr(share, "__dlpack__")
+    if is_array and torch is not None and torch.compiler.is_compiling():
+        raise TypeError(
+            "`budget` must be a number while torch compiles, got a tensor: pass a "
+            "Python float"
+        )
+    if is_array:
+        share = convert_inputs({}, counts={"budget": share})[1]
+    numerator, denominator = share_fraction(share)
+    return numerator / denominator
+
+
+def counted_groups(labels: Any) -> GroupCounts:
+    """Return K of every sequence from its labels (N,) or (B, N).
+
+    For labels on a GPU, the CPU waits.
+    """
+    counts = np.asarray(to_host(labels.max(axis=-1) + 1), np.int64)  # () or (B,)
+    return GroupCounts(counts, int(counts.max(initial=0)))
