@@ -8,7 +8,7 @@ import math
 import sys
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ from .merged_file import check_suffix, read_arrays, write_arrays
 from .stages.merging.groups import group_positions, group_sizes
 from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
 from .stages.merging.unmerge_tokens import unmerge_tokens
+
+# The array that `Merged.apply` merges may have another dtype, or another library.
+Values = TypeVar("Values", bound=Any)
 
 
 class Merged(NamedTuple, Generic[Array]):
@@ -103,7 +106,7 @@ class Merged(NamedTuple, Generic[Array]):
         """
         return unmerge_tokens(self.tokens, self.labels)
 
-    def apply(self, x: Array) -> Array:
+    def apply(self, x: Values) -> Values:
         """Merge another array over the same tokens, by the same groups and weights.
 
         Gradients flow to `x`, as in `merge_tokens`.
