@@ -360,7 +360,7 @@ def merge_tokens_vjp_reference(
     if not all_finite(by_mass):
         # Divide the three factors by powers of two, then multiply the result by them.
         factors = (group_gradient, x, masses)
-        units = [2.0 ** np.frexp(np.abs(y).max(initial=0))[1] / 2 for y in factors]
+        units = [2.0 ** (np.frexp(np.abs(y).max(initial=0))[1] - 1) for y in factors]
         g, x, masses = (y / unit for y, unit in zip(factors, units, strict=True))
         product = np.einsum("md,md->m", g[group], x[flat])
         scaled = _mass_gradient(product, masses, weights, members)
