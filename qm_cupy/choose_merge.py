@@ -15,6 +15,7 @@ from .pipeline import quickmerge
 from .priors.protocols import Prior
 from .results import Choice, Merged
 from .stages.alignment.alignment_loss import alignment_loss
+from .stages.alignment.models import check_prior
 from .stages.fidelity.reconstruction_error import reconstruction_error
 
 # A candidate may set every argument of `quickmerge` except these four. All candidates
@@ -85,11 +86,11 @@ def choose_merge(
     Raises
     ------
     TypeError
-        If a candidate is not a mapping or names an unknown argument, or if `quickmerge`
-        raises it.
+        If a candidate is not a mapping or names an unknown argument, or if
+        `alignment_loss` or `quickmerge` raises it.
     ValueError
         If there is no candidate, a candidate has no budget, or an option is out of
-        range, or if `quickmerge` raises it.
+        range, or if `alignment_loss` or `quickmerge` raises it.
 
     References
     ----------
@@ -108,6 +109,7 @@ def choose_merge(
     """
     alpha = check_number("alpha", alpha, 0, np.inf, "[)")
     gamma = check_number("gamma", gamma, 0, 1, "[]")
+    check_prior(prior)
     candidate_arguments = _arguments(candidates, options)
     # `convert_inputs` raises for tracers of JAX, and for torch tensors that require
     # grad. Call it before any work is done; its result is not needed here.

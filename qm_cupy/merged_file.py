@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .arrays.libraries import bfloat16
 from .atomic_write import atomic_write
+from .install_advice import install_command
 
 _SUFFIXES = ".npz", ".safetensors"
 # The names of dtypes in .safetensors files. Others cannot be in a `Merged`.
@@ -149,6 +150,6 @@ def _safetensors(path: Path) -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        command = 'pip install "qm-cupy[safetensors]"'
+        command = install_command("safetensors")
         raise ImportError(f"{path} needs the safetensors package: {command}") from error
     return safetensors

@@ -24,6 +24,7 @@ from .priors.mlp_prior import MLPPrior
 from .results import Merged
 from .stages.alignment.alignment_loss import alignment_loss, is_traced
 from .stages.alignment.decode import decode
+from .stages.alignment.models import check_model, check_prior
 from .stages.budget import token_budget
 from .stages.clustering.cluster_tokens import Method
 from .stages.clustering.labels import Order
@@ -200,6 +201,7 @@ class BidirectionalARAlignment:
         self.embedding_dim = embedding_dim
         if prior is None:  # Linear(D, H), ReLU, Linear(H, D) for each direction
             prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
+        check_prior(prior)
         self.prior = prior
 
     def forward_loss(self, merged: Array, *, num_groups: Any = None) -> Array:
@@ -352,6 +354,8 @@ class QuickMergePP:
 
         Without a model the predictions are an empty list.
         """
+        if ar_model is not None:
+            check_model(ar_model)
         scores = self.saliency_estimator(tokens)
         merged = self.token_merger.merge(tokens, scores, K).tokens
         return merged, [] if ar_model is None else decode(merged, ar_model)

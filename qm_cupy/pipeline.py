@@ -261,9 +261,9 @@ def quickmerge(
     mask = check_tokens(tokens, mask=mask)
     protect = protected_tokens(protect, positions, tokens)
     shape = tokens.shape[:-1]  # (N,) or (B, N)
-    options = _check_options(options, shape)
+    options = _check_options(options, shape, mask)
     if options.need_saliency():
-        check_mass(sources.saliency, shape, "saliency")
+        check_mass(sources.saliency, shape, "saliency", mask)
     # In this block CuPy allocates from the workspace, if there is one.
     with memory_of(workspace, tokens):
         if is_cuda(tokens):  # copy a strided view once, instead of in every stage
@@ -353,7 +353,7 @@ def _quickmerge_traced(
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
-def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
+def _check_options(options: Options, shape: tuple[int, ...], mask: Any) -> Options:
     """Return the options with Python numbers; raise if one is out of range."""
     check_choice("metric", options.metric, METRICS)
     check_choice("order", options.order, ORDERS)
@@ -361,7 +361,7 @@ def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
         check_choice("weights", options.weights, get_args(Weights))
     else:
         check_is_array("weights", options.weights)
-        check_mass(options.weights, shape, "weights")
+        check_mass(options.weights, shape, "weights", mask)
     noise_seed, sequence_offset = check_noise(
         options.noise_seed, options.sequence_offset, "noise_seed"
     )

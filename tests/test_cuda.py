@@ -12,6 +12,7 @@ import pytest
 from seam import cuda
 
 import qm_cupy as qm
+from qm_cupy import install_advice
 
 
 def test_kernels_are_selected_for_a_block_or_until_changed():
@@ -335,5 +336,6 @@ def test_a_compilation_error_gives_its_reason(monkeypatch):
     assert "`merge_tokens` of basic/merge_tokens.cu" in message
     assert "cannot open source file" in message
     assert "Hint: the CUDA headers are missing" in message
+    assert install_advice.cupy_command() in message
     # Otherwise later tests would get the module of this stand-in.
     cuda._module.cache_clear()

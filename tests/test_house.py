@@ -25,12 +25,12 @@ LAYERS = {
     for name, row in {
         "__main__": "cli",
         "cli": "qm_cupy corpus plot pipeline stages priors results atomic_write cuda "
-        "arrays",
-        "torch": "paper stages priors results",
+        "arrays install_advice",
+        "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
         "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
-        "plot": "stages arrays",
-        "corpus": "results arrays settings",
+        "plot": "results stages arrays install_advice",
+        "corpus": "results arrays settings install_advice",
         "paper": "pipeline stages priors results autodiff arrays",
         "choose_merge": "pipeline stages priors results arrays",
         "pipeline": "composition group_counts sources stages results autodiff cuda "
@@ -40,12 +40,13 @@ LAYERS = {
         "sources": "stages arrays",
         "results": "merged_file stages autodiff cuda arrays",
         "stages": "priors autodiff cuda arrays settings",
-        "priors": "atomic_write cuda arrays settings",
+        "priors": "atomic_write cuda arrays settings install_advice",
         "autodiff": "arrays settings",
-        "cuda": "arrays settings",
-        "arrays": "settings",
-        "merged_file": "atomic_write arrays",
+        "cuda": "arrays settings install_advice",
+        "arrays": "settings install_advice",
+        "merged_file": "atomic_write arrays install_advice",
         "atomic_write": "",
+        "install_advice": "",
         "settings": "",
     }.items()
 }

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = "qm_cupy", "kernels", "benchmarks", "tests", "docs", "notebooks"
 SUFFIXES = {".py", ".sh", ".ipynb", ".toml", *prose.CPP, *prose.PAGES}
 LIST = ROOT / "tests" / "prose.py"  # holds the banned words themselves
-ROOT_PAGES = "README.md", "CHANGELOG.md", "CITATION.cff", "Makefile", "pyproject.toml"
+ROOT_PAGES = (
+    "README.md", "PACKAGE.md", "CHANGELOG.md", "CITATION.cff", "Makefile",
+    "pyproject.toml",
+)  # fmt: skip
 FILES = {
     folder: [
         file

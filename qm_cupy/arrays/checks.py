@@ -204,25 +204,38 @@ def check_batch_shape(name: str, x: Any, wanted: tuple[int, ...]) -> None:
 def check_labelled_tokens(
     tokens: NDArray[Any],
     labels: NDArray[Any] | None,
+    *,
+    mass: NDArray[Any] | None = None,
     mask: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Raise if a token is not finite; a label of -1 or the mask marks padding."""
-    if _values_checked(tokens):
-        labelled = None if labels is None else labels >= 0
-        masks = (x[..., None] for x in (labelled, mask) if x is not None)
-        check_finite_values("tokens", tokens, *masks)
+    """Raise if tokens or their masses are not valid.
+
+    A label of -1 or the mask marks padding, which may have any value.
+    """
+    labelled = None
+    if labels is not None and _values_checked(tokens):
+        labelled = labels >= 0
+    masks = (x[..., None] for x in (labelled, mask) if x is not None)
+    check_finite_values("tokens", tokens, *masks)
+    check_mass(mass, tokens.shape[:-1], mask=labelled)
 
 
 def check_mass(
-    mass: NDArray[Any] | None, wanted: tuple[int, ...], name: str = "mass"
+    mass: NDArray[Any] | None,
+    wanted: tuple[int, ...],
+    name: str = "mass",
+    mask: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Raise unless weights are finite, non-negative and of shape (B, N)."""
+    """Raise unless weights are finite, non-negative and of shape (B, N).
+
+    Where a mask is False, they may have any value.
+    """
     if mass is None:
         return
     check_floating(name, mass)
     check_shape(name, mass, "BN", wanted)
-    check_finite_values(name, mass)
-    check_not_negative(name, mass)
+    check_finite_values(name, mass, mask)
+    check_not_negative(name, mass, mask)
 
 
 def check_not_negative(

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 
+from ..install_advice import cupy_command
 from .libraries import CUDA_TYPE, keep_numpy_or_cupy, library, may_share_memory
 
 Array = TypeVar("Array", bound=Any)  # the result has the type of the input
@@ -225,8 +226,7 @@ def _cupy(name: str) -> Any:
         import cupy
     except ImportError as error:
         raise ImportError(
-            f"`{name}` is on a CUDA device, which needs CuPy: "
-            'pip install "qm-cupy[cuda13]" (or "qm-cupy[cuda12]")'
+            f"`{name}` is on a CUDA device, which needs CuPy: {cupy_command()}"
         ) from error
     return cupy
 

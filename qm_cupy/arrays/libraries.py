@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..install_advice import install_command
+
 # DLPack's `__dlpack_device__` returns a device type and a device number.
 CPU_DEVICE = 1, 0  # the type kDLCPU, and the number of its only device
 CUDA_TYPE = 2  # the type kDLCUDA, without a number
@@ -103,7 +105,7 @@ def bfloat16(name: str) -> np.dtype[Any]:
     except ImportError as error:
         raise ImportError(
             f"`{name}` is bfloat16, which needs ml_dtypes: "
-            'pip install "qm-cupy[bfloat16]"'
+            f"{install_command('bfloat16')}"
         ) from error
     return np.dtype(ml_dtypes.bfloat16)
 
@@ -119,6 +121,20 @@ def stack(arrays: Sequence[Any], axis: int) -> Any:
     # Arrays of CuPy and torch do not have the attribute.
     module = sys.modules[library(first).name]
     return module.stack(arrays, axis)
+
+
+def own_copy(x: Any) -> Any:
+    """Return a copy of an array of any library, which a user's function may write to.
+
+    None stays None. JAX arrays are immutable, so they need no copy.
+    """
+    if x is None or library(x).name == "jax":
+        return x
+    if library(x).name == "torch":
+        return x.clone()
+    if hasattr(x, "copy"):  # NumPy and CuPy
+        return x.copy()
+    return x.__array_namespace__().asarray(x, copy=True)
 
 
 def no_grad(x: Any) -> AbstractContextManager[Any]:

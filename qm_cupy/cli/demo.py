@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..atomic_write import atomic_write
+from ..install_advice import install_command
 from ..priors.mlp_prior import MLPPrior
 from ..stages.alignment.alignment_loss import alignment_loss
 from ..stages.budget import token_budget
@@ -162,7 +163,7 @@ def _read_picture(image: Path | None) -> NDArray[Any]:
         from matplotlib import cbook
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        message = 'the demo needs matplotlib: pip install "qm-cupy[demo]"'
+        message = f"the demo needs matplotlib: {install_command('plot')}"
         raise ImportError(message) from error
     source: Any = image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     try:

@@ -8,18 +8,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..install_advice import cupy_command, install_command
+
 _REQUIRED = ("qm-cupy", "numpy", "scipy")
 # For each optional module: the packages that provide it, and the command that installs
 # it.
 _OPTIONAL = {
-    ("cupy-cuda13x", "cupy-cuda12x", "cupy"): (
-        'pip install "qm-cupy[cuda13]", or "qm-cupy[cuda12]" for an older driver'
-    ),
-    ("matplotlib",): 'pip install "qm-cupy[demo]"',
-    ("safetensors",): 'pip install "qm-cupy[safetensors]"',
-    ("ml_dtypes",): 'pip install "qm-cupy[bfloat16]"',
-    ("torch",): "pip install torch",
-    ("jax",): "pip install jax",
+    ("cupy-cuda13x", "cupy-cuda12x", "cupy"): cupy_command(),
+    ("matplotlib",): install_command("plot"),
+    ("safetensors",): install_command("safetensors"),
+    ("ml_dtypes",): install_command("bfloat16"),
+    ("torch",): install_command("torch"),
+    ("jax",): install_command("jax"),
 }
 
 

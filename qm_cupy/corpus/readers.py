@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ..arrays.checks import check_mask, check_shape, check_tokens
+from ..install_advice import install_command
 from ..settings import check_finite
 
 _PIECE = 2**20  # bytes that are read from a member of a zip at a time
@@ -251,7 +252,7 @@ def _open_safetensors(path: Path) -> Iterator[Arrays]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        command = 'pip install "qm-cupy[safetensors]"'
+        command = install_command("safetensors")
         raise ImportError(f"{path} needs the safetensors package: {command}") from error
     try:
         with safe_open(path, framework="numpy") as file:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dtypes import accumulation_dtype
+from ..install_advice import cupy_command
 from ..settings import tf32_allowed
 from .constants import definitions
 
@@ -118,8 +119,8 @@ def _hint(log: str) -> str:
     """Return a hint for the user that fits the compiler's log."""
     if "cuda_fp16.h" in log or "cannot open source file" in log:
         return (
-            "Hint: the CUDA headers are missing. Install CuPy together with them, for "
-            "example by `pip install 'qm_cupy[cuda13]'`."
+            "Hint: the CUDA headers are missing. Install CuPy together with them: "
+            f"{cupy_command()}."
         )
     return (
         "Hint: these kernels need a GPU of sm_75 (Turing) or newer. If yours is new "

@@ -11,7 +11,9 @@ values. A grey print therefore contains the same information.
 try:
     import matplotlib as _  # noqa: F401
 except ImportError as error:
-    _message = 'qm_cupy.plot needs matplotlib: pip install "qm-cupy[demo]"'
+    from ..install_advice import install_command
+
+    _message = f"qm_cupy.plot needs matplotlib: {install_command('plot')}"
     raise ImportError(_message) from error
 
 from .budget import plot_budget

@@ -15,7 +15,7 @@ from ..arrays.checks import check_shape, check_values
 from ..arrays.conversion import convert_inputs
 from ..arrays.dtypes import accumulation_dtype
 from ..cuda.device import to_host
-from .configuration import Configuration
+from .configuration import MAX_WIDTH, Configuration, shortened
 from .mlp import MLP
 
 # Keys of the state dict of torch's `nn.Sequential(Linear, ReLU, Linear)`, and the axes
@@ -27,14 +27,16 @@ _STATE = {"0.weight": "HD", "0.bias": "H", "2.weight": "DH", "2.bias": "D"}
 def mlp_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array in a file of an `MLPPrior` with these settings."""
     widths = settings.get("dim"), settings.get("hidden_dim")
-    # Settings come from a file, so a width may be any JSON value. 0 marks a wrong
-    # value.
-    dim, hidden_dim = (x if isinstance(x, int) and x > 0 else 0 for x in widths)
+    # Settings come from a file, so a width may be any JSON value, and True is an int. 0
+    # marks a wrong value.
+    dim, hidden_dim = (
+        x if type(x) is int and 0 < x <= MAX_WIDTH else 0 for x in widths
+    )
     # `load_weights` puts the path of the file before the message: "its" is this file.
     if not dim or not hidden_dim or set(settings) != {"dim", "hidden_dim"}:
         raise ValueError(
-            "its settings must be `dim` and `hidden_dim`, integers of at least 1, "
-            f"got {settings}"
+            "its settings must be `dim` and `hidden_dim`, integers of at least 1 "
+            f"(and at most 2**31 - 1), got {shortened(settings)}"
         )
     shapes = {
         "weight_in": (hidden_dim, dim),
@@ -95,7 +97,7 @@ def transformer_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]
     """Return the shape of each array in a file of a `TransformerPrior`."""
     names = Configuration._fields
     if set(settings) != set(names):
-        raise ValueError(f"its settings must be {names}, got {settings}")
+        raise ValueError(f"its settings must be {names}, got {shortened(settings)}")
     try:
         shapes = Configuration(**settings).checked().shapes()
     # For the caller, a setting of a wrong type is a wrong value of the file.

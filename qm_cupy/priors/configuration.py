@@ -5,6 +5,7 @@ maps tokens of width D to vectors of width E, has H heads of width d = E / H in 
 block, and maps the vectors back to width D.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,19 @@ from ..cuda.constants import MAX_HEAD_DIM
 # A damaged or hostile file may contain any number of layers. This limit bounds the work
 # that is done before the shapes are compared with the arrays of the file.
 _MAX_LAYERS = 1024
+MAX_WIDTH = 2**31 - 1  # the largest size of any axis of a weight
+
+_REPR = reprlib.Repr()  # shortens long values
+_REPR.maxstring = _REPR.maxother = 60
+
+
+def shortened(value: Any) -> str:
+    """Return the `repr` of a value of a file, shortened: it may have any length.
+
+    A lone surrogate of a string becomes an escape sequence, so it can be printed.
+    """
+    return _REPR.repr(value)
+
 
 Weights = Mapping[str, Any]
 
@@ -35,15 +49,18 @@ class Configuration(NamedTuple):
         for name, value in self._asdict().items():
             if name == "norm":
                 if value not in ("rms", "layer"):
-                    raise ValueError(f'`norm` must be "rms" or "layer", got {value!r}')
+                    raise ValueError(
+                        f'`norm` must be "rms" or "layer", got {shortened(value)}'
+                    )
                 continue
             check_integer(name, value)
             if value < (0 if name == "num_positions" else 1):
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
-        if self.num_layers > _MAX_LAYERS:
-            raise ValueError(
-                f"`num_layers` must be at most {_MAX_LAYERS}, got {self.num_layers}"
-            )
+                raise ValueError(f"`{name}` must be at least 1, got {shortened(value)}")
+            limit = _MAX_LAYERS if name == "num_layers" else MAX_WIDTH
+            if value > limit:
+                raise ValueError(
+                    f"`{name}` must be at most {limit}, got {shortened(value)}"
+                )
         # d = E / H must be an integer, and even: rotary positions rotate pairs of the d
         # elements of a head. With learned positions, a thread of the optimized kernel
         # also copies a pair.

@@ -31,6 +31,7 @@ from .checkpoint import mlp_shapes, random_mlp, read_mlp
 from .mlp import MLP, apply_mlp, check_width
 from .running_mean import running_mean
 from .training import fit_networks
+from .weight_checks import check_networks, converted_network
 from .weights import load_weights, save_weights
 
 
@@ -48,6 +49,15 @@ class MLPPrior:
         Reads the mean of tokens 1..t and predicts token t + 1.
     backward : MLP
         Reads the mean of tokens t..K and predicts token t - 1.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an `MLP` of floating arrays.
+    ValueError
+        If a shape does not fit, the widths D or H of the networks differ, or a weight
+        is not finite. Weights on a GPU are not read. Weights of torch and JAX are
+        checked when a method reads them.
 
     References
     ----------
@@ -68,6 +78,10 @@ class MLPPrior:
     _copies: dict[tuple[str, np.dtype[Any], bool], MLP] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        """Raise if shapes do not fit, or a NumPy weight is not finite."""
+        check_networks(self.forward, self.backward)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Exclude the weights on GPUs when the prior is pickled or copied."""
@@ -258,8 +272,9 @@ class MLPPrior:
         Returns
         -------
         MLPPrior
-            Its weights have the dtype of this prior's weights. If Adam does not lower
-            the mean squared error over all sequences, its steps are dropped.
+            Its weights are NumPy arrays with the dtype of this prior's weights. If Adam
+            does not lower the mean squared error over all sequences, its steps are
+            dropped.
 
         Raises
         ------
@@ -267,7 +282,9 @@ class MLPPrior:
             If a sequence is not floating or not an array.
         ValueError
             If a shape or width does not fit, an entry is not finite, no sequence has
-            two tokens, an option is out of range, or `steps` > 0 with an iterator.
+            two tokens, an option is out of range, `steps` > 0 with an iterator, the
+            tokens are so large that the fit overflows, or `ridge` is so small that the
+            regression has no solution.
 
         Examples
         --------
@@ -305,6 +322,8 @@ class MLPPrior:
             If the safetensors package (the extra ``safetensors``) is not installed.
         OSError
             If the file cannot be written.
+        ValueError
+            If a weight is not finite.
 
         See Also
         --------
@@ -343,7 +362,8 @@ class MLPPrior:
         OSError
             If the file cannot be read.
         ValueError
-            If a byte of the file has changed, or the file does not hold an `MLPPrior`.
+            If a byte of the file has changed, the file does not hold an `MLPPrior`, or
+            a weight is not finite.
         """
         _, arrays = load_weights(Path(path), "MLPPrior", mlp_shapes)
         networks = (
@@ -375,20 +395,10 @@ class MLPPrior:
         TypeError
             If a weight is not floating.
         ValueError
-            If names or shapes do not fit.
+            If names or shapes do not fit, the widths D or H of the networks differ, or
+            a weight is not finite.
         """
-        networks = (
-            read_mlp("forward", forward),
-            read_mlp("backward", backward),
-        )
-        # Both networks read the same tokens, so both must have the same width D.
-        dims = [network.weight_in.shape[1] for network in networks]
-        if dims[0] != dims[1]:
-            raise ValueError(
-                "`forward` and `backward` must have the same width D, "
-                f"got {dims[0]} and {dims[1]}"
-            )
-        return cls(*networks)
+        return cls(read_mlp("forward", forward), read_mlp("backward", backward))
 
 
 def network_on_device_of(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
@@ -396,8 +406,7 @@ def network_on_device_of(prior: MLPPrior, tokens: Any, reverse: bool) -> MLP:
     network = prior.backward if reverse else prior.forward
     # Weights in torch or JAX are used as plain NumPy or CuPy arrays.
     if any(library(w).name in ("torch", "jax") for w in network):
-        _, *weights = convert_inputs(network._asdict())
-        network = MLP(*weights)
+        network = converted_network("backward" if reverse else "forward", network)
     if not is_cuda(tokens):
         return network
     dtype = accumulation_dtype(tokens.dtype)

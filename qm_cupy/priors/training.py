@@ -19,12 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_integer, check_number, check_seed, check_tokens
+from ..arrays.checks import (
+    check_finite_values,
+    check_integer,
+    check_number,
+    check_seed,
+    check_tokens,
+)
 from ..arrays.conversion import convert_inputs
 from ..cuda.device import to_host
 from .merged_tokens import group_counts, is_merged, merged_parts
 from .mlp import MLP, back_propagate, check_width
 from .running_mean import running_mean
+from .weight_checks import converted_network
 
 Block = tuple[Any, Any]
 Blocks = Callable[[], Iterator[Block]]
@@ -66,6 +73,41 @@ def fit_networks(
             "`steps` > 0 reads the sequences several times: "
             "pass a list of them, not an iterator"
         )
+    # Weights of torch or JAX become NumPy or CuPy arrays.
+    forward, backward = networks
+    networks = (
+        converted_network("forward", forward),
+        converted_network("backward", backward),
+    )
+    # An overflow ends in an error below, which says more than a warning of NumPy.
+    with np.errstate(over="ignore", invalid="ignore"):
+        fitted = _fit(networks, sequences, ridge, steps, rate, batch_size, seed)
+    for direction, network in zip(("forward", "backward"), fitted, strict=True):
+        for name, weight in network._asdict().items():
+            _check_fit(f"{direction}.{name}", weight)
+    return fitted
+
+
+def _check_fit(name: str, weight: NDArray[Any]) -> None:
+    """Raise if a fitted weight is not finite, and say why."""
+    try:
+        check_finite_values(name, weight)
+    except ValueError as error:
+        raise ValueError(
+            f"the fit fails: {error} in {weight.dtype}; scale the tokens down, "
+            "or raise `ridge`"
+        ) from None
+
+
+def _fit(
+    networks: tuple[MLP, MLP],
+    sequences: Iterable[Any],
+    ridge: float,
+    steps: int,
+    rate: float,
+    batch_size: int,
+    seed: int,
+) -> tuple[MLP, MLP]:
     regressions = [RidgeRegression(network, ridge) for network in networks]
     # One pass over the data is enough for both networks.
     for tokens, counts in _token_chunks(sequences, networks[0]):
@@ -189,7 +231,16 @@ class RidgeRegression:
         penalty_weight = np.maximum(
             self._ridge * mean_square, np.finfo(np.float64).tiny
         )
-        weights = np.linalg.solve(self._gram + penalty_weight * penalty, self._moments)
+        try:
+            weights = np.linalg.solve(
+                self._gram + penalty_weight * penalty, self._moments
+            )
+        except np.linalg.LinAlgError as error:
+            # λ is lost in the rounding of AᵀA, or AᵀA overflows. CuPy returns NaN.
+            raise ValueError(
+                f"the fit has no unique solution ({error}): raise `ridge`, "
+                f"got {self._ridge:g}, or scale the tokens down"
+            ) from None
         # Rows 0..H-1 of `weights` (H + 1, D) are W₂ᵀ, and the last row is b₂.
         return self._network._replace(weight_out=weights[:-1].T, bias_out=weights[-1])
 

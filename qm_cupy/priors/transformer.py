@@ -33,6 +33,7 @@ from .configuration import Configuration, Weights, configuration_of
 from .kv_cache import KVCache
 from .merged_tokens import per_sequence
 from .transformer_network import run_transformer
+from .weight_checks import check_transformer, converted_weights
 from .weights import load_weights, save_weights
 
 
@@ -62,8 +63,11 @@ class TransformerPrior:
 
     Raises
     ------
+    TypeError
+        If a weight is not a floating array.
     ValueError
-        If names or shapes of weights do not fit.
+        If a name or shape does not fit, or a weight is not finite. Weights on a GPU are
+        not read; those of torch and JAX are checked at their first use.
 
     References
     ----------
@@ -95,17 +99,8 @@ class TransformerPrior:
         """Raise if a direction does not have exactly the weights of the settings."""
         # `forward` determines the settings; `backward` must fit them too.
         settings = configuration_of(self.forward, self.num_heads)
-        shapes = settings.shapes()
-        for name in ("forward", "backward"):
-            weights: Weights = getattr(self, name)
-            if set(weights) != set(shapes):
-                absent, unknown = set(shapes) - set(weights), set(weights) - set(shapes)
-                raise ValueError(
-                    f"`{name}` must hold the weights of {settings.num_layers} blocks: "
-                    f"missing are {sorted(absent)}, unknown are {sorted(unknown)}"
-                )
-            for key, shape in shapes.items():
-                check_shape(f"{name}[{key!r}]", weights[key], "XY", shape)
+        check_transformer("forward", self.forward, settings)
+        check_transformer("backward", self.backward, settings)
         object.__setattr__(self, "_settings", settings)  # the dataclass is frozen
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -359,6 +354,8 @@ class TransformerPrior:
             If the safetensors package (the extra ``safetensors``) is not installed.
         OSError
             If the file cannot be written.
+        ValueError
+            If a weight is not finite.
 
         See Also
         --------
@@ -393,7 +390,7 @@ class TransformerPrior:
         OSError
             If the file cannot be read.
         ValueError
-            If a byte has changed, or the file does not hold a `TransformerPrior`.
+            If a byte has changed, a weight is not finite, or `MLPPrior` saved the file.
         """
         settings, arrays = load_weights(
             Path(path), "TransformerPrior", transformer_shapes
@@ -436,10 +433,13 @@ class TransformerPrior:
         key = str(tokens.device) if on_gpu else "NumPy", acc_dtype, reverse
         # Convert once for each device, dtype and direction, and not at every step.
         if key not in self._copies:
-            copies = {}
-            for name, weight in (self.backward if reverse else self.forward).items():
-                weight = to_device(weight) if on_gpu else weight
-                copies[name] = contiguous(weight, acc_dtype)
+            direction = "backward" if reverse else "forward"
+            network: Weights = getattr(self, direction)
+            named = {f"{direction}[{name!r}]": w for name, w in network.items()}
+            arrays = converted_weights(named)  # NumPy or CuPy, also from torch or JAX
+            arrays = [to_device(w) if on_gpu else w for w in arrays]
+            arrays = [contiguous(w, acc_dtype) for w in arrays]
+            copies = dict(zip(network, arrays, strict=True))
             if not self._settings.num_positions:  # rotary; float64 on every device
                 turns = rotary_turns(self._settings.hidden_dim // self.num_heads)
                 copies["turns"] = to_device(turns) if on_gpu else turns

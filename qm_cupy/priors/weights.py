@@ -9,6 +9,7 @@ the file.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.checks import check_finite_values
 from ..atomic_write import atomic_write
+from ..cuda.device import to_host
+from ..install_advice import install_command
+from .configuration import shortened
+from .weight_checks import converted_weights, listed
 
 _KEY = "qm_cupy"  # key of the only entry of the metadata
 _BLANK = "0" * 64  # placeholder for the digest (64 hex digits) while it is computed
@@ -39,9 +45,18 @@ def save_weights(
     description = json.dumps(
         {"kind": prior_type, "settings": dict(settings), "sha256": _BLANK}
     )
-    # safetensors writes the memory of an array and ignores its strides, without an
-    # error. So arrays must be C-contiguous.
-    contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    # Weights may be of any library, and on a GPU.
+    try:
+        converted = map(to_host, converted_weights(arrays))
+        # safetensors writes the memory of an array and ignores its strides, without an
+        # error. So arrays must be C-contiguous.
+        contiguous = {
+            name: np.ascontiguousarray(x)
+            for name, x in zip(arrays, converted, strict=True)
+        }
+        _check_finite(contiguous)
+    except ValueError as error:
+        raise ValueError(f"{path} was not written: {error}") from None
     # The file contains its own digest. The digest is computed with a placeholder of the
     # same length, and then replaces the placeholder.
     without_digest = save(contiguous, metadata={_KEY: description})
@@ -70,7 +85,7 @@ def load_weights(
             if description["kind"] != prior_type:
                 raise ValueError(
                     f"{path} must hold weights of {prior_type}, "
-                    f"got {description['kind']}"
+                    f"got {shortened(description['kind'])}"
                 )
             settings = description["settings"]
             wanted = _declared(path, declare, settings)
@@ -78,10 +93,22 @@ def load_weights(
             _check_digest(path, description["sha256"])
             arrays = {name: file.get_tensor(name) for name in wanted}
     except error_type as error:
+        # The message may quote a part of the header, of any length.
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} is damaged or is not a .safetensors file: {error}"
+            f"{path} is damaged or is not a .safetensors file: {reason}"
         ) from error
+    try:
+        _check_finite(arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return settings, arrays
+
+
+def _check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raise if an array has a NaN or Inf; the message names the array and the index."""
+    for name, array in arrays.items():
+        check_finite_values(name, array)
 
 
 def _safetensors(path: Path) -> tuple[Any, type[Exception]]:
@@ -89,7 +116,7 @@ def _safetensors(path: Path) -> tuple[Any, type[Exception]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        command = 'pip install "qm-cupy[safetensors]"'
+        command = install_command("safetensors")
         raise ImportError(f"{path} needs the safetensors package: {command}") from error
     return safe_open, SafetensorError
 
@@ -102,10 +129,12 @@ def _read_description(path: Path, metadata: Mapping[str, str] | None) -> dict[st
             not isinstance(description["settings"], dict)
             or not isinstance(description["kind"], str)
             or not isinstance(description["sha256"], str)
-            or len(description["sha256"]) != len(_BLANK)
+            or not re.fullmatch(r"[0-9a-f]{64}", description["sha256"])
         ):
             raise ValueError(f"the metadata entry `{_KEY}` has an unknown form")
-    except (KeyError, TypeError, ValueError) as error:
+    # JSON of a hostile file may be nested too deeply (RecursionError), or contain an
+    # integer with more digits than Python converts (ValueError).
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was not saved by a prior of qm_cupy") from error
     result: dict[str, Any] = description
     return result
@@ -123,16 +152,19 @@ def _declared(
 
 def _check_shapes(path: Path, file: Any, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise if the names, shapes or dtypes of the arrays are not those of `wanted`."""
-    if set(file.keys()) != set(wanted):
+    names = set(file.keys())
+    if names != set(wanted):
         raise ValueError(
-            f"{path} must hold {sorted(wanted)}, got {sorted(file.keys())}"
+            f"{path} must hold the weights of its settings: "
+            f"missing are {listed(set(wanted) - names)}, "
+            f"unknown are {listed(names - set(wanted))}"
         )
     for name, shape in wanted.items():
         stored = file.get_slice(name)  # reads the header only
         if tuple(stored.get_shape()) != shape:
             raise ValueError(
                 f"{path}: `{name}` must have shape {shape}, "
-                f"got {tuple(stored.get_shape())}"
+                f"got {shortened(tuple(stored.get_shape()))}"
             )
         if stored.get_dtype() not in _DTYPES:
             raise ValueError(

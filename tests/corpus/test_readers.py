@@ -139,4 +139,4 @@ def test_bfloat16(tmp_path, compress_fails):
 def test_safetensors_not_installed(tmp_path, tokens, monkeypatch, compress_fails):
     path = save(tmp_path / "a.safetensors", tokens=tokens)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    compress_fails(path, 'pip install "qm-cupy[safetensors]"')
+    compress_fails(path, 'pip install "safetensors>=')

@@ -141,8 +141,7 @@ def arrays_of(prior):
         ({"dim": -1, "hidden_dim": 7}, {}, "integers of at least 1"),
         ({"dim": "5", "hidden_dim": 7}, {}, "integers of at least 1"),
         ({"dim": 5}, {}, "integers of at least 1"),
-        ({}, {"extra": np.ones(3)}, "must hold .*got .*'extra'"),
-        ({}, {"forward.bias_in": np.ones(7, np.int32)}, "must be one of float16"),
+        ({}, {"extra": np.ones(3)}, r"must hold .*unknown are \['extra'\]"),
     ],
 )
 def test_settings_that_do_not_match_the_arrays(path, settings, change, message):
@@ -156,7 +155,7 @@ def test_settings_that_do_not_match_the_arrays(path, settings, change, message):
 
 def test_file_of_another_type_of_prior_raises(path):
     save_weights(path, "Other", {}, arrays_of(PRIOR))
-    with pytest.raises(ValueError, match="must hold weights of MLPPrior, got Other"):
+    with pytest.raises(ValueError, match="must hold weights of MLPPrior, got 'Other'"):
         qm.MLPPrior.load(path)
 
 
@@ -172,7 +171,7 @@ def test_a_failed_save_keeps_the_old_file(path, monkeypatch):
 def test_error_without_the_safetensors_package(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)  # `import` then fails
     for call in (PRIOR.save, qm.MLPPrior.load):
-        with pytest.raises(ImportError, match=r"qm-cupy\[safetensors\]"):
+        with pytest.raises(ImportError, match='pip install "safetensors>='):
             call(path)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.checks import check_gradient, check_shape, check_tokens
+from ...arrays.checks import check_gradient, check_tokens
 from ...arrays.conversion import Array, convert_inputs, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
@@ -37,6 +37,7 @@ from ...priors.running_mean import (
     running_mean_vjp_cuda,
     running_mean_vjp_reference,
 )
+from .models import check_prior, has_method, network_weights, predictions
 
 # "forward_weight_in", …, "backward_bias_out": the weights as inputs of an operation.
 _WEIGHTS = tuple(
@@ -75,8 +76,10 @@ def alignment_loss(
     prior : Prior or TwoLayerPrior
         `MLPPrior`, `TransformerPrior` or your own class. Its ``predict`` returns all
         predictions at once. It receives NumPy arrays, or CuPy arrays on a GPU, even if
-        `merged` belongs to another library. Positions and sizes are None unless
-        `merged` is a `Merged`. Only a `TwoLayerPrior` has gradients in torch and JAX.
+        `merged` belongs to another library, and returns an array of the same library.
+        The arrays are copies, which it may change. Positions and sizes are None unless
+        `merged` is a `Merged`. Only a `TwoLayerPrior` has gradients in torch and JAX;
+        without ``predict``, it predicts as an `MLPPrior` of its weights.
     num_groups : int or ndarray of int of shape (B,), optional
         K of each sequence, if they differ; later groups are padding. By default, groups
         of size 0 are padding; counting them makes the CPU wait for the GPU.
@@ -90,9 +93,10 @@ def alignment_loss(
     Raises
     ------
     TypeError
-        If `merged` is not floating or `num_groups` is not integer.
+        If `merged` is not floating, `num_groups` is not integer, the prior has none of
+        the methods, or its prediction is not a floating array of this library.
     ValueError
-        If a shape does not fit or an entry is not finite.
+        If a shape does not fit, or an entry of `merged` or of a weight is not finite.
 
     References
     ----------
@@ -107,8 +111,9 @@ def alignment_loss(
     >>> bool(loss.total == loss.forward + loss.backward)
     True
     """
+    check_prior(prior)
     tokens, positions, sizes = merged_parts(merged)
-    weights = _network_weights(prior)
+    weights = network_weights(prior)
     if is_traced(merged, prior):
         if num_groups is None and sizes is not None:
             num_groups = (sizes > 0).sum(-1)  # a padded group has size 0
@@ -117,7 +122,7 @@ def alignment_loss(
         forward, backward = mlp_alignment_loss(tokens, *weights, num_groups=num_groups)
         return AlignmentLoss(forward, backward, forward + backward)
     # Nothing is traced, so weights of torch or JAX are used as plain arrays.
-    if weights and of_framework(weights):
+    if weights and (of_framework(weights) or not has_method(prior, "predict")):
         prior = _prior_of(*weights)
     convert_back, tokens, positions, sizes, num_groups = convert_inputs(
         {"merged": tokens, "positions": positions, "sizes": sizes},
@@ -125,14 +130,9 @@ def alignment_loss(
     )
     check_tokens(tokens, "merged")
     counts = group_counts(tokens, num_groups, sizes)
-    count = counts if counts.ndim else int(counts)  # one sequence: a plain integer K
-    inputs = {"num_groups": count, "positions": positions, "sizes": sizes}
-    predict: Any = getattr(prior, "predict")  # noqa: B009 (a TwoLayerPrior may lack it)
     # Row t of `y_next` predicts token t + 1; row t of `y_prev` predicts token t - 1. An
     # `MLPPrior` computes all rows by two GEMMs: the K means c_t are rows of one matrix.
-    y_next, y_prev = predict(tokens, **inputs), predict(tokens, reverse=True, **inputs)
-    check_shape("prediction", y_next, "BKD", tokens.shape)
-    check_shape("prediction", y_prev, "BKD", tokens.shape)
+    y_next, y_prev = predictions(prior, tokens, counts, positions, sizes)
     forward, backward = _alignment_loss(tokens, y_next, y_prev, counts)
     return AlignmentLoss(
         convert_back(forward), convert_back(backward), convert_back(forward + backward)
@@ -144,13 +144,8 @@ def is_traced(merged: Any, prior: Any) -> bool:
 
     A prior without `network_weights` has no gradients here, so the result is False.
     """
-    weights = _network_weights(prior)
+    weights = network_weights(prior)
     return bool(weights) and tracing_framework((merged, *weights)) is not None
-
-
-def _network_weights(prior: Any) -> tuple[Any, ...]:
-    """Return the weights of a prior of two layers, ordered as `_WEIGHTS`, or ()."""
-    return prior.network_weights() if hasattr(prior, "network_weights") else ()
 
 
 # torch and JAX differentiate an operation with respect to arrays, so the eight weights
@@ -385,7 +380,7 @@ def alignment_loss_vjp_reference(
     has_target = valid[later]  # (B, K - 1, 1)
     dx, dweights = np.zeros(merged.shape), []
     for reverse, gradient in enumerate(gradients):
-        network = prior.backward if reverse else prior.forward
+        network = network_on_device_of(prior, merged, bool(reverse))
         network = MLP(*(w.astype(dtype, copy=False) for w in network))
         # Repeat the forward pass: y_t = W₂ relu(W₁ c_t + b₁) + b₂.
         context = running_mean(merged, counts, bool(reverse))

@@ -33,6 +33,7 @@ from ...arrays.counts import check_num_groups
 from ...arrays.dtypes import accumulation_dtype, narrow
 from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
+from ...arrays.shapes import iter_sequences
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_two_axes
 from ...cuda.device import empty
@@ -152,7 +153,7 @@ def convert_and_check(
     )
     if labels is not None:
         check_labels(labels, tokens.shape[:-1], counts)
-    check_labelled_tokens(tokens, labels, mask)
+    check_labelled_tokens(tokens, labels, mask=mask)
     return convert_back, tokens, merged, labels, counts, mask, gradient
 
 
@@ -164,7 +165,7 @@ def _reconstruction_error_reference(
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     if labels is None:
-        labels = _most_similar_reference(tokens, merged, counts)
+        labels = _most_similar_reference(tokens, merged, counts, mask)
     valid = labels >= 0 if mask is None else mask & (labels >= 0)  # (B, N), not padding
     squared_gap, squared_norm = np.empty(counts.shape), np.empty(counts.shape)
     # One sequence at a time, so that memory holds float64 copies of one sequence only.
@@ -195,16 +196,24 @@ def _finite_gap(
 
 
 def _most_similar_reference(
-    tokens: NDArray[Any], merged: NDArray[Any], counts: NDArray[np.int64]
+    tokens: NDArray[Any],
+    merged: NDArray[Any],
+    counts: NDArray[np.int64],
+    mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.intp]:
-    """Return labels (B, N): the index of each token's most similar merged token."""
+    """Return labels (B, N): the index of each token's most similar merged token.
+
+    Padding gets -1.
+    """
     dtype = np.result_type(tokens.dtype, np.float32)
-    labels = np.empty(tokens.shape[:-1], np.intp)
-    for index in np.ndindex(counts.shape):
+    labels = np.full(tokens.shape[:-1], -1, np.intp)
+    for index, valid in iter_sequences(counts.shape, mask):
+        rows = slice(None) if valid is None else valid
         # Padded groups are zeros and have similarity 0. This is more than any negative
         # similarity, so padded groups must be excluded.
         unit = unit_tokens(merged[index][: counts[index]].astype(dtype))
-        labels[index] = np.argmax(unit_tokens(tokens[index].astype(dtype)) @ unit.T, -1)
+        unit_rows = unit_tokens(tokens[index][rows].astype(dtype))
+        labels[index][rows] = np.argmax(unit_rows @ unit.T, axis=-1)
     return labels
 
 
@@ -364,7 +373,7 @@ def reconstruction_error_vjp_reference(
     bound: float,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     if labels is None:
-        labels = _most_similar_reference(tokens, merged, counts)
+        labels = _most_similar_reference(tokens, merged, counts, mask)
     if mask is not None:
         labels = np.where(mask, labels, -1)
     # Compare errors with the bound in the dtype of the loss, as `fidelity_loss` does.

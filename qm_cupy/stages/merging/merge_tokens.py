@@ -20,7 +20,6 @@ from ...arrays.checks import (
     check_labelled_tokens,
     check_labels,
     check_layout,
-    check_mass,
     check_out,
 )
 from ...arrays.conversion import (
@@ -127,8 +126,7 @@ def merge_tokens(
     groups = check_group_counts(num_groups, batch)
     # A label must be below the K of its own sequence.
     check_labels(labels, tokens.shape[:-1], groups.counts)
-    check_labelled_tokens(tokens, labels)
-    check_mass(mass, tokens.shape[:-1])
+    check_labelled_tokens(tokens, labels, mass=mass)
     wanted = (*batch, groups.max_groups, tokens.shape[-1])
     check_out(target, wanted, tokens.dtype)
     merged = compute_merge_tokens(tokens, labels, groups, mass=mass, out=target)
@@ -312,8 +310,7 @@ def merge_tokens_vjp(
     has_group = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
     gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=has_group)
     check_labels(labels, tokens.shape[:-1], counts)
-    check_labelled_tokens(tokens, labels)
-    check_mass(mass, tokens.shape[:-1])
+    check_labelled_tokens(tokens, labels, mass=mass)
     # The kernels have one dtype for tokens and gradient.
     args = gradient.astype(tokens.dtype, copy=False), tokens, labels, max_groups, mass
     if is_cuda(tokens):

@@ -1,0 +1,27 @@
+"""Commands that install optional packages, for messages.
+
+The commands name the packages themselves, and not an extra such as ``qm-cupy[plot]``.
+So they work in every environment, whether qm_cupy came from a checkout, a wheel or a
+package index.
+"""
+
+# The requirement of each extra of pyproject.toml that adds one package for users.
+REQUIREMENTS = {
+    "cuda13": "cupy-cuda13x[ctk]>=14.2,<15",
+    "cuda12": "cupy-cuda12x[ctk]>=14.2,<15",
+    "plot": "matplotlib>=3.8",
+    "safetensors": "safetensors>=0.5",
+    "bfloat16": "ml_dtypes>=0.5",
+    "torch": "torch>=2.11",
+    "jax": "jax>=0.8",
+}
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs the package of an extra."""
+    return f'pip install "{REQUIREMENTS[extra]}"'
+
+
+def cupy_command() -> str:
+    """Return the command that installs CuPy, and what differs for CUDA 12."""
+    return f"{install_command('cuda13')} (cupy-cuda12x for a driver of CUDA 12)"
