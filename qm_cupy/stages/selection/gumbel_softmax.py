@@ -28,7 +28,8 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.counts import GroupCounts, check_group_counts
-from ...arrays.dtypes import accumulation_dtype
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import of_finite_gradient
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of, sum_of_tokens
 from ...autodiff.dispatch import operation
@@ -337,14 +338,19 @@ def _gumbel_softmax_vjp_reference(
     scores = perturbed_scores_reference(saliency, noise, mask)
     p = _softmax_reference(scores, temperature, mask).astype(np.float64)  # π, (B, N)
     # Padding has probability 0. The gradient of padding may be NaN and is not used.
-    centred = np.where(p > 0, gradient, 0).astype(np.float64)  # π̄
-    # π̄_i - Σ_j π̄_j π_j is tiny for a token that has nearly all the probability. The
-    # first pass subtracts the sum; the second pass removes the rounding error of the
-    # first one.
-    for _ in range(2):
-        centred -= sum_of_tokens(p * centred, mask)
-    with np.errstate(over="ignore"):  # inf is the intended result of a tiny temperature
-        return (p * centred / temperature).astype(saliency.dtype)
+    gradient = np.where(p > 0, gradient, 0).astype(np.float64)  # π̄
+
+    def vjp(gradient: NDArray[Any]) -> NDArray[Any]:
+        # π̄_i - Σ_j π̄_j π_j is tiny for a token that has nearly all the probability. The
+        # first pass subtracts the sum; the second pass removes the rounding error of
+        # the first one.
+        centred = gradient
+        for _ in range(2):
+            centred = centred - sum_of_tokens(p * centred, mask)
+        return p * centred / temperature
+
+    # inf is the intended result of a tiny temperature.
+    return narrow(of_finite_gradient(vjp, gradient), saliency.dtype)
 
 
 def _gumbel_softmax_vjp_cuda(
