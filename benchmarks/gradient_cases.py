@@ -174,7 +174,8 @@ class Inputs:
 
     @functools.cached_property
     def model(self) -> Any:
-        return qt.QuickMergePP(self.sizes[-1]).to(self.device)
+        # In evaluation mode, each call has the same noise.
+        return qt.QuickMergePP(self.sizes[-1]).to(self.device).eval()
 
     @property
     def trained(self) -> tuple[Any, ...]:

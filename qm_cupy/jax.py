@@ -1,4 +1,4 @@
-"""Pytrees for JAX: the classes of `qm_cupy` whose weights can be trained.
+"""Pytrees for JAX: `MLPPrior` and the classes of the paper.
 
 Most functions of `qm_cupy` accept tracers, so this module has no functions of its own.
 JAX computes gradients with the vector–Jacobian product of each function. Arrays whose
@@ -13,7 +13,13 @@ while tracing. Settings such as `use_kernels` have the values that were set duri
 tracing. Each function can be differentiated once, in reverse mode.
 
 Importing this module makes `MLPPrior` a pytree of its weights. It makes
-`BidirectionalARAlignment` and `QuickMergePP` pytrees of the weights of their prior.
+`BidirectionalARAlignment` and `QuickMergePP` pytrees of the weights of their prior, and
+the other classes of the paper pytrees without weights. Options are part of the
+structure of a tree: trees of equal classes and options have equal structures.
+
+A function of JAX has no hidden state, so `QuickMergePP` draws the noise of its `seed`
+in each call, also while it is trained. A seed is an option: a model with another seed
+compiles the function again.
 
 Examples
 --------
@@ -29,16 +35,30 @@ from typing import Any
 
 import jax
 
-from .paper import BidirectionalARAlignment, QuickMergePP
+from .paper import (
+    BidirectionalARAlignment,
+    DifferentiableTokenMerging,
+    EntropyAwareSaliency,
+    NormBasedFidelityConstraint,
+    QuickMergePP,
+)
 from .priors.mlp_prior import MLPPrior
 
-__all__ = ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
+__all__ = [
+    "BidirectionalARAlignment",
+    "DifferentiableTokenMerging",
+    "EntropyAwareSaliency",
+    "MLPPrior",
+    "NormBasedFidelityConstraint",
+    "QuickMergePP",
+]
 
 
 def _register(cls: type, *leaves: str) -> None:
     """Register a class as a pytree whose children are the attributes `leaves`.
 
-    The other attributes are static: they are part of the structure of the tree.
+    The other attributes are numbers and words. They are static: they are part of the
+    structure of the tree.
     """
 
     def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -73,6 +93,16 @@ jax.tree_util.register_pytree_node(
     lambda prior: ((prior.forward, prior.backward), None),
     _unflatten_prior,
 )
-# Only the prior has weights. Widths and options become part of the tree's structure.
+# Only the prior has weights. The classes without weights are trees without leaves, so
+# that JAX compares their options and not their identity.
+_register(EntropyAwareSaliency)
+_register(DifferentiableTokenMerging)
 _register(BidirectionalARAlignment, "prior")
-_register(QuickMergePP, "ar_alignment")
+_register(NormBasedFidelityConstraint)
+_register(
+    QuickMergePP,
+    "saliency_estimator",
+    "token_merger",
+    "ar_alignment",
+    "fidelity_constraint",
+)

@@ -261,9 +261,9 @@ def quickmerge(
     mask = check_tokens(tokens, mask=mask)
     protect = protected_tokens(protect, positions, tokens)
     shape = tokens.shape[:-1]  # (N,) or (B, N)
-    options = _check_options(options, shape)
+    options = _check_options(options, shape, mask)
     if options.need_saliency():
-        check_mass(sources.saliency, shape, "saliency")
+        check_mass(sources.saliency, shape, "saliency", mask)
     # In this block CuPy allocates from the workspace, if there is one.
     with memory_of(workspace, tokens):
         if is_cuda(tokens):  # copy a strided view once, instead of in every stage
@@ -277,9 +277,11 @@ def quickmerge(
                 "`out` needs a `budget`: with `max_error` or `max_distance` its shapes "
                 "are not known before the call"
             )
+        mass_dtype = _mass_dtype(tokens, sources, options.weights)
+        if options.named_weights() == "mass":
+            check_epsilon(options.epsilon, mass_dtype)
         if target is not None and num_groups is not None:
-            inputs, mass_dtype = _inputs(tokens, sources, options.weights)
-            check_target(target, num_groups.max_groups, inputs, mass_dtype)
+            check_target(target, num_groups.max_groups, tokens, mass_dtype)
             destination = target.tokens  # (B, K, D)
         merged = compose(
             COMPUTE_STAGES,
@@ -351,7 +353,7 @@ def _quickmerge_traced(
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
 
 
-def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
+def _check_options(options: Options, shape: tuple[int, ...], mask: Any) -> Options:
     """Return the options with Python numbers; raise if one is out of range."""
     check_choice("metric", options.metric, METRICS)
     check_choice("order", options.order, ORDERS)
@@ -359,7 +361,7 @@ def _check_options(options: Options, shape: tuple[int, ...]) -> Options:
         check_choice("weights", options.weights, get_args(Weights))
     else:
         check_is_array("weights", options.weights)
-        check_mass(options.weights, shape, "weights")
+        check_mass(options.weights, shape, "weights", mask)
     noise_seed, sequence_offset = check_noise(
         options.noise_seed, options.sequence_offset, "noise_seed"
     )
@@ -385,17 +387,12 @@ def _check_noise_traced(framework: str, noise_seed: Any) -> None:
     check_seed(noise_seed, "noise_seed")  # raises
 
 
-def _inputs(
-    tokens: NDArray[Any], sources: Sources, weights: Any
-) -> tuple[list[NDArray[Any]], np.dtype[Any]]:
-    """Return all arrays of a call, the tokens first, and the dtype of the weights."""
-    # The arrays of the source: one array, its layers, or query and key, which have the
-    # same dtype.
-    arrays = [*sources.arrays().values()]
-    inputs = [tokens, *arrays] + ([] if isinstance(weights, str) else [weights])
+def _mass_dtype(tokens: NDArray[Any], sources: Sources, weights: Any) -> np.dtype[Any]:
+    """Return the dtype of the weights: float64 if they come from float64."""
     # The array from which the weights are computed: the caller's weights; the tokens,
     # if the weights are 1 or there is no source; otherwise the source.
     decisive = weights
     if isinstance(weights, str):
+        arrays = [*sources.arrays().values()]
         decisive = tokens if weights == "uniform" else (arrays or [tokens])[0]
-    return inputs, accumulation_dtype(decisive.dtype)  # float64 for float64
+    return accumulation_dtype(decisive.dtype)

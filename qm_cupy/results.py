@@ -297,14 +297,10 @@ def arrays_of(out: Any) -> dict[str, Any]:
 def check_target(
     target: Merged[Any],
     max_groups: int,
-    inputs: list[NDArray[Any]],
+    tokens: NDArray[Any],
     mass_dtype: np.dtype[Any],
 ) -> None:
-    """Raise if an array of `out` has the wrong shape or dtype, or overlaps an input.
-
-    The first of the inputs are the tokens.
-    """
-    tokens = inputs[0]
+    """Raise if an array of `out` has the wrong shape or dtype."""
     *leading, num_tokens, dim = tokens.shape
     per_token, per_group = (*leading, num_tokens), (*leading, max_groups)
     wanted: tuple[tuple[str, tuple[int, ...], Any], ...] = (  # fields of `Merged`
@@ -317,7 +313,7 @@ def check_target(
     for name, x, (axes, shape, dtype) in zip(
         target._fields, target, wanted, strict=True
     ):
-        check_out(x, shape, dtype, *inputs, name=f"out.{name}", axes=axes)
+        check_out(x, shape, dtype, name=f"out.{name}", axes=axes)
 
 
 class Choice(NamedTuple, Generic[Array]):

@@ -1,4 +1,4 @@
-"""Modules for torch: the classes of `qm_cupy` whose weights torch trains.
+"""Modules for torch: `MLPPrior` and the classes of the paper.
 
 Most functions of `qm_cupy` accept tensors that require grad, so this module has no
 functions of its own. They call operations, such as `merge_tokens`. Each operation is a
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import paper
+from .pipeline import quickmerge
 from .priors import mlp_prior
 from .priors.mlp import MLP
 from .priors.weight_checks import check_networks
@@ -31,8 +32,17 @@ from .stages.alignment.decode import decode
 from .stages.alignment.models import check_model, check_prior
 from .stages.clustering.cluster_tokens import Method
 from .stages.clustering.labels import Order
+from .stages.selection.gumbel_softmax import gumbel_softmax
+from .stages.selection.saliency_mass import saliency_mass
 
-__all__ = ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
+__all__ = [
+    "BidirectionalARAlignment",
+    "DifferentiableTokenMerging",
+    "EntropyAwareSaliency",
+    "MLPPrior",
+    "NormBasedFidelityConstraint",
+    "QuickMergePP",
+]
 
 
 class MLPPrior(nn.Module):
@@ -120,7 +130,124 @@ def _copy(weight: Any) -> Tensor:
     return torch.as_tensor(weight).detach().clone()
 
 
-class BidirectionalARAlignment(nn.Module):
+class EntropyAwareSaliency(nn.Module, paper.EntropyAwareSaliency):
+    """`qm_cupy.EntropyAwareSaliency` as a module without weights."""
+
+    def __init__(self, embedding_dim: int, num_layers: int = 12) -> None:
+        nn.Module.__init__(self)
+        paper.EntropyAwareSaliency.__init__(self, embedding_dim, num_layers)
+
+    # torch calls `forward` for a call of the module.
+    forward = paper.EntropyAwareSaliency.__call__
+
+    def extra_repr(self) -> str:
+        """Return the options, for the repr of the module."""
+        return f"embedding_dim={self.embedding_dim}, num_layers={self.num_layers}"
+
+
+class DifferentiableTokenMerging(nn.Module, paper.DifferentiableTokenMerging):
+    """`qm_cupy.DifferentiableTokenMerging` as a module without weights.
+
+    In training mode, each call draws new Gumbel noise from torch's generator, like
+    dropout: `torch.manual_seed` makes it reproducible. In evaluation mode, each call
+    has the noise of the module's own `seed`. With ``seed=None`` there is never noise.
+
+    Examples
+    --------
+    >>> tokens, scores = torch.ones(6, 4).cumsum(0), torch.linspace(0, 1, 6)
+    >>> merger = DifferentiableTokenMerging()
+    >>> (one, _), (other, _) = merger(tokens, scores, 2), merger(tokens, scores, 2)
+    >>> torch.equal(one, other)
+    False
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        epsilon: float = 0.01,
+        *,
+        method: Method = "average",
+        order: Order = "last",
+        seed: int | None = 0,
+    ) -> None:
+        nn.Module.__init__(self)
+        paper.DifferentiableTokenMerging.__init__(
+            self, temperature, epsilon, method=method, order=order, seed=seed
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        saliency_scores: Tensor,
+        K: Any,
+        *,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return merged tokens (B, K, D) and selection probabilities (B, N)."""
+        if self.training and self.seed is not None:
+            merged, probabilities = self._with_new_noise(
+                tokens, saliency_scores, K, mask
+            )
+            return merged.tokens, probabilities
+        return paper.DifferentiableTokenMerging.__call__(
+            self, tokens, saliency_scores, K, mask=mask
+        )
+
+    def merge(  # type: ignore[override]  # the base class also takes other arrays
+        self,
+        tokens: Tensor,
+        saliency_scores: Tensor,
+        K: Any,
+        *,
+        mask: Tensor | None = None,
+    ) -> Merged[Tensor]:
+        """Return the complete `Merged` result, with labels, sizes and positions."""
+        if self.training and self.seed is not None:
+            return self._with_new_noise(tokens, saliency_scores, K, mask)[0]
+        return super().merge(tokens, saliency_scores, K, mask=mask)
+
+    def _with_new_noise(
+        self, tokens: Tensor, scores: Tensor, num_groups: Any, mask: Tensor | None
+    ) -> tuple[Merged[Tensor], Tensor]:
+        """Return the `Merged` and the probabilities, under noise of torch's generator.
+
+        The noise is not that of a `noise_seed` drawn here: `torch.compile` needs the
+        value of a seed while it traces, and would draw it only once.
+        """
+        # Half precision has too few values for noise.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # s
+        # g = -log(e) of an exponential variable e, as in `F.gumbel_softmax`
+        exponential = torch.empty_like(scores).exponential_()
+        noise = -exponential.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        perturbed = scores + noise  # (B, N)
+        # π = softmax((s + g) / τ) and m = π s + (1 - π) ε
+        probabilities = gumbel_softmax(
+            perturbed, temperature=self.temperature, seed=None, mask=mask
+        )
+        mass = saliency_mass(scores, probabilities, epsilon=self.epsilon)
+        # The anchors of "nearest" are the tokens of greatest s + g. Only the order of
+        # these values counts, and a saliency must not be negative.
+        ranks = perturbed - perturbed.amin(dim=-1, keepdim=True)
+        merged = quickmerge(
+            tokens,
+            num_groups,
+            saliency=ranks if self.method == "nearest" else None,
+            mask=mask,
+            method=self.method,
+            order=self.order,
+            weights=mass,
+        )
+        return merged, probabilities
+
+    def extra_repr(self) -> str:
+        """Return the options, for the repr of the module."""
+        return (
+            f"temperature={self.temperature}, epsilon={self.epsilon}, "
+            f"method={self.method!r}, order={self.order!r}, seed={self.seed}"
+        )
+
+
+class BidirectionalARAlignment(nn.Module, paper.BidirectionalARAlignment):
     """`qm_cupy.BidirectionalARAlignment` with a prior that torch trains.
 
     A call returns `compute_alignment_loss`.
@@ -134,28 +261,30 @@ class BidirectionalARAlignment(nn.Module):
         seed: int = 0,
         prior: Any = None,
     ) -> None:
-        super().__init__()
-        self.embedding_dim = embedding_dim
+        nn.Module.__init__(self)
         if prior is None:
             prior = MLPPrior.init(embedding_dim, hidden_dim=hidden_dim, seed=seed)
         check_prior(prior)
-        self.prior = prior
+        paper.BidirectionalARAlignment.__init__(self, embedding_dim, prior=prior)
 
-    def forward_loss(self, merged: Tensor, *, num_groups: Any = None) -> Tensor:
-        """Return the left-to-right loss, the mean over the batch."""
-        return paper.mean_alignment_loss(merged, self.prior, num_groups, "forward")
+    forward = paper.BidirectionalARAlignment.compute_alignment_loss
 
-    def backward_loss(self, merged: Tensor, *, num_groups: Any = None) -> Tensor:
-        """Return the right-to-left loss, the mean over the batch."""
-        return paper.mean_alignment_loss(merged, self.prior, num_groups, "backward")
 
-    def compute_alignment_loss(
-        self, merged: Tensor, *, num_groups: Any = None
-    ) -> Tensor:
-        """Return the sum of both losses, the mean over the batch."""
-        return paper.mean_alignment_loss(merged, self.prior, num_groups, "total")
+class NormBasedFidelityConstraint(nn.Module, paper.NormBasedFidelityConstraint):
+    """`qm_cupy.NormBasedFidelityConstraint` as a module without weights.
 
-    forward = compute_alignment_loss  # torch calls `forward` for a call of the module
+    A call returns `compute_fidelity_loss`.
+    """
+
+    def __init__(self, gamma: float = 0.8) -> None:
+        nn.Module.__init__(self)
+        paper.NormBasedFidelityConstraint.__init__(self, gamma)
+
+    forward = paper.NormBasedFidelityConstraint.compute_fidelity_loss
+
+    def extra_repr(self) -> str:
+        """Return the option, for the repr of the module."""
+        return f"gamma={self.gamma}"
 
 
 def _unchanged(loss: Tensor) -> Tensor:
@@ -163,11 +292,12 @@ def _unchanged(loss: Tensor) -> Tensor:
     return loss
 
 
-class QuickMergePP(nn.Module):
+class QuickMergePP(nn.Module, paper.QuickMergePP):
     """`qm_cupy.QuickMergePP` as a torch module whose losses are tensors.
 
     Its parameters are those of the prior. The losses are differentiable with respect to
-    these parameters and to the tokens.
+    these parameters and to the tokens. In training mode, each call draws new Gumbel
+    noise, as in `DifferentiableTokenMerging`.
 
     Examples
     --------
@@ -193,14 +323,13 @@ class QuickMergePP(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        self.saliency_estimator = paper.EntropyAwareSaliency(embedding_dim, num_layers)
-        self.token_merger = paper.DifferentiableTokenMerging(
+        # Only the prior of `ar_alignment` has weights.
+        self.saliency_estimator = EntropyAwareSaliency(embedding_dim, num_layers)
+        self.token_merger = DifferentiableTokenMerging(
             temperature, epsilon, method=method, order=order, seed=seed
         )
-        # The only submodule: the other steps have no weights, so they are plain
-        # objects.
         self.ar_alignment = BidirectionalARAlignment(embedding_dim, seed=seed or 0)
-        self.fidelity_constraint = paper.NormBasedFidelityConstraint(gamma)
+        self.fidelity_constraint = NormBasedFidelityConstraint(gamma)
 
     def forward(
         self, tokens: Tensor, K: Any, alpha: float = 0.1, *, mask: Tensor | None = None
@@ -208,17 +337,20 @@ class QuickMergePP(nn.Module):
         """Merge tokens to K; total loss = alpha · alignment + fidelity."""
         return paper.merge_with_losses(self, tokens, K, alpha, mask, _unchanged)
 
-    def inference(
+    def inference(  # type: ignore[override]
         self, tokens: Tensor, K: int, ar_model: Callable[[Any], Any] | None = None
     ) -> tuple[Tensor, Any]:
         """Return merged tokens (B, K, D) and a model's predictions (B, K, E).
 
         For one sequence the axis B is absent. E is the width of a prediction. The model
-        reads the merged tokens. Without a model the predictions are an empty list.
+        reads the merged tokens. Without a model the predictions are an empty list. The
+        noise is that of evaluation mode, also in training mode.
         """
         if ar_model is not None:
             check_model(ar_model)
         with torch.no_grad():  # `decode` has no gradient
             scores = self.saliency_estimator(tokens)
-            merged = self.token_merger.merge(tokens, scores, K).tokens
+            # The method of the base class has the noise of `seed` in both modes.
+            merge = paper.DifferentiableTokenMerging.merge
+            merged = merge(self.token_merger, tokens, scores, K).tokens
             return merged, [] if ar_model is None else decode(merged, ar_model)

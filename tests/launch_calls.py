@@ -139,9 +139,10 @@ def _quickmerges():
     # Every case names its sources by the keyword of `quickmerge`.
     sources = {
         "tokens": lambda c: {},
-        "hidden_states": lambda c: {"hidden_states": c.tokens[None]},
+        "hidden_states": lambda c: {"hidden_states": c.tokens},
         "attention": lambda c: {"attention": c.attention},
         "query": lambda c: {"query": c.heads, "key": c.heads},
+        "layers": lambda c: {"attention": (c.attention, c.attention[:, :1])},
         "saliency": lambda c: {"saliency": c.scores},
     }
 

@@ -141,8 +141,11 @@ def bipartite(tokens, num_groups):
     return groups
 
 
-def contiguous(tokens, num_groups, protected=()):
-    """Merge the neighbours of least ward cost (ties: the leftmost) until K groups."""
+def contiguous(tokens, num_groups, protected=(), max_distance=np.inf):
+    """Merge the neighbours of least ward cost (ties: the leftmost) until K groups.
+
+    Stop earlier if the distance, the root of twice the cost, is above a maximum.
+    """
     x = unit(tokens)
     # A zero token gets an axis of its own.
     x = np.concatenate((x, np.eye(len(x))[:, ~x.any(-1)]), axis=-1)
@@ -159,6 +162,8 @@ def contiguous(tokens, num_groups, protected=()):
     costs = [cost(a, b) for a, b in zip(groups[:-1], groups[1:], strict=True)]
     while len(groups) > num_groups and min(costs, default=np.inf) < np.inf:
         a = int(np.argmin(costs))
+        if np.sqrt(2 * costs[a]) > max_distance:
+            break
         groups[a] += groups.pop(a + 1)
         del costs[a]
         # Only the two pairs beside the new group have another cost.

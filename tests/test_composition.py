@@ -34,7 +34,7 @@ def arrays(rng):
     query, key = rng.standard_normal((2, L, B, H, N, 5))
     attention = rng.random((L, B, H, N, N)) ** 4
     return {
-        "hidden_states": rng.standard_normal((L, B, N, D)),
+        "hidden_states": tuple(rng.standard_normal((L, B, N, D))),
         "attention": attention / attention.sum(-1, keepdims=True),  # rows sum to 1
         "query": query,
         "key": key,
@@ -209,7 +209,18 @@ def jit_call(tokens, **options):
 
 
 def tensors(convert, options):
-    return {k: convert(x) if hasattr(x, "shape") else x for k, x in options.items()}
+    return on_arrays(convert, options)
+
+
+def on_arrays(function, options):
+    """Return options after a function of every array, also of those in tuples."""
+
+    def changed(x):
+        if isinstance(x, tuple):
+            return tuple(map(function, x))
+        return function(x) if hasattr(x, "shape") else x
+
+    return {k: changed(x) for k, x in options.items()}
 
 
 calls = pytest.mark.parametrize(
@@ -227,7 +238,8 @@ class TestNothingIsComputedInVain:
     @pytest.mark.parametrize("sources", [STATES, SCORES, ATTENTION, PAIR])
     def test_a_source_that_nothing_needs(self, tokens, arrays, call, sources):
         """Its values are not read: they are NaN."""
-        options = {x: np.full_like(arrays[x], np.nan) for x in sources}
+        options = {x: arrays[x] for x in sources}
+        options = on_arrays(lambda x: np.full_like(x, np.nan), options)
         call(tokens, weights="uniform", **options)
         call(tokens, weights=arrays["saliency"], method="complete", **options)
 
@@ -280,7 +292,7 @@ def test_traced_calls_have_the_same_defaults(
     # In float32, which JAX has by default. Two tokens of sequence 1 are padding.
     mask = np.arange(N) < [[N], [N - 2]]
     options = {**take(arrays, sources), **options}
-    options = {k: x.astype("f") if k in arrays else x for k, x in options.items()}
+    options = on_arrays(lambda x: x.astype("f"), options)
     got = call(tokens.astype(np.float32), mask=mask, **options)
     wanted = qm.quickmerge(tokens.astype(np.float32), 4, mask=mask, **options)
     for x, y in zip(got, wanted, strict=True):
@@ -313,7 +325,8 @@ def test_gradients_flow_through_attention_weights(tokens, arrays):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("hidden_states", (L, B, N + 1, D)),
+        ("hidden_states", (B, N + 1, D)),
+        ("hidden_states", (L, B, N, D)),  # layers are a tuple
         ("attention", (N,)),
         ("attention", (B, N, N + 1)),
         ("query", (B, N, 3)),  # the keys have another width
@@ -458,7 +471,7 @@ def test_the_dtype_of_the_weights(
 ):
     """float64 if they are computed from float64, else float32; `out` agrees."""
     x = tokens.astype(dtype)
-    sources = {k: v.astype(source_dtype) for k, v in take(arrays, sources).items()}
+    sources = on_arrays(lambda v: v.astype(source_dtype), take(arrays, sources))
     merged = qm.quickmerge(x, 4, **sources, **options)
     decisive = dtype if wanted == "tokens" else source_dtype
     assert merged.mass.dtype == np.result_type(decisive, np.float32)

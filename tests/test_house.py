@@ -26,10 +26,10 @@ LAYERS = {
         "__main__": "cli",
         "cli": "qm_cupy corpus plot pipeline stages priors results atomic_write cuda "
         "arrays install_advice",
-        "torch": "paper stages priors results",
+        "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
         "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
-        "plot": "stages arrays install_advice",
+        "plot": "results stages arrays install_advice",
         "corpus": "results arrays settings install_advice",
         "paper": "pipeline stages priors results autodiff arrays",
         "choose_merge": "pipeline stages priors results arrays",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import to_numpy
 from gradient_calls import CALLS, CONSTANT, flat
+from test_framework import PAPER
 
 import qm_cupy as qm
 
@@ -47,7 +48,8 @@ def total(results):
 
 class TestNames:
     def test_the_module_has_only_pytrees(self):
-        assert qj.__all__ == ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
+        classes = {x for x in qm.__all__ if f"import {x}\n" in PAPER and x[0].isupper()}
+        assert set(qj.__all__) == classes | {"MLPPrior"}
         for name in qj.__all__:
             assert getattr(qj, name) is getattr(qm, name)
         # 4 weights of each of 2 MLPs.
@@ -304,6 +306,29 @@ class TestQuickMergePP:
         assert values == sorted(values, reverse=True)
         assert step._cache_size() == 2  # NumPy weights first, then JAX weights
         assert isinstance(model.ar_alignment, qj.BidirectionalARAlignment)
+
+    def test_equal_models_have_equal_structures(self):
+        """The structure has the options, which decide what `jax.jit` compiles."""
+        structure = jax.tree.structure
+        model = structure(qj.QuickMergePP(8, seed=3))
+        assert model == structure(qj.QuickMergePP(8, seed=3))
+        assert hash(model) == hash(structure(qj.QuickMergePP(8, seed=3)))
+        for options in ({"seed": 4}, {"gamma": 0.5}, {"num_layers": 2}):
+            assert model != structure(qj.QuickMergePP(8, **{"seed": 3, **options}))
+        one = qj.EntropyAwareSaliency(8), qj.NormBasedFidelityConstraint(0.5)
+        assert jax.tree.leaves(one) == []
+        assert structure(one[0]) == structure(qj.EntropyAwareSaliency(8))
+        assert structure(one[1]) != structure(qj.NormBasedFidelityConstraint(0.6))
+
+    def test_an_equal_model_is_not_compiled_again(self):
+        tokens = jnp.sin(jnp.arange(96.0)).reshape(2, 12, 4)
+        merge = jax.jit(lambda model: model(tokens, 3)[0])
+        results = [merge(qj.QuickMergePP(4)) for _ in range(2)]
+        np.testing.assert_array_equal(*results)
+        assert merge._cache_size() == 1
+        two = jax.tree.map(lambda x, y: x + y, qj.QuickMergePP(4), qj.QuickMergePP(4))
+        assert type(two.token_merger) is qm.DifferentiableTokenMerging
+        assert vars(two.token_merger) == vars(qm.DifferentiableTokenMerging())
 
     def test_inference(self, rng):
         tokens = jnp.asarray(rng.standard_normal((30, 8)), np.float32)

@@ -217,12 +217,13 @@ class TestOut:
 
     def test_not_into_an_input(self):
         tokens, labels = np.ones((4, 3)), np.array([0, 0, 1, 1])
-        for call in (
+        for name, call in (
             # Rows 1 and 2 of the input.
-            lambda: qm.merge_tokens(tokens, labels, 2, out=tokens[1:3]),
-            lambda: qm.unmerge_tokens(tokens, labels, out=tokens),
+            ("tokens", lambda: qm.merge_tokens(tokens, labels, 2, out=tokens[1:3])),
+            ("merged", lambda: qm.unmerge_tokens(tokens, labels, out=tokens)),
         ):
-            with pytest.raises(ValueError, match="must not share memory with an input"):
+            error = f"`out` must not share memory with `{name}`"
+            with pytest.raises(ValueError, match=error):
                 call()
 
     def test_not_in_another_byte_order(self):

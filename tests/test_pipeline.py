@@ -137,20 +137,22 @@ class TestSources:
         np.testing.assert_array_equal(saliency_of(tokens), wanted)
 
     def test_hidden_states(self, tokens, rng):
-        hidden = rng.standard_normal((3, 2, 30, 4))  # (L, B, N, D)
+        hidden = tuple(rng.standard_normal((3, 2, 30, 4)))  # layers of (B, N, D)
         wanted = qm.saliency(qm.self_attention_entropy(hidden))
         got = saliency_of(tokens, hidden_states=hidden)
         np.testing.assert_array_equal(got, wanted)
-        assert_close(saliency_of(tokens[0], hidden_states=hidden[:, 0]), wanted[0])
+        one = tuple(x[0] for x in hidden)
+        assert_close(saliency_of(tokens[0], hidden_states=one), wanted[0])
 
     def test_attention(self, tokens, rng):
         attention = rng.random((3, 2, 4, 30, 30))
         attention /= attention.sum(-1, keepdims=True)  # rows sum to 1
         wanted = qm.saliency(qm.attention_entropy(attention))
         np.testing.assert_array_equal(saliency_of(tokens, attention=attention), wanted)
-        for source in (attention[:, 0], attention[0, 0, 0]):  # (L, H, N, N), (N, N)
+        # (L, H, N, N), (H, N, N) and (N, N)
+        for source in (attention[:, 0], attention[0, 0], attention[0, 0, 0]):
             one = saliency_of(tokens[0], attention=source)
-            lifted = source[:, None] if source.ndim == 4 else source
+            lifted = source[:, None] if source.ndim == 4 else source[None]
             assert_close(one, np.ravel(qm.saliency(qm.attention_entropy(lifted))))
 
     def test_query_and_key(self, tokens, rng):
@@ -194,7 +196,8 @@ class TestSources:
         if name == "query":
             sources["key"] = source
         wanted = (
-            rf"`{name}` must have shape .*\(2, 30\).*got {re.escape(str(source.shape))}"
+            rf"`{name}` must have shape .*`tokens` of shape \(B, N, D\) = \(2, 30, .*"
+            rf"got {re.escape(str(source.shape))}"
         )
         with pytest.raises(ValueError, match=wanted):
             qm.quickmerge(tokens, 5, **sources)

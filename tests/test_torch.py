@@ -1,6 +1,8 @@
 """The functions of `qm_cupy` with torch: gradients, and `torch.compile`."""
 
+import copy
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -54,7 +56,8 @@ def gradients(call, inputs, rest):
 
 class TestNames:
     def test_the_module_has_only_modules(self):
-        assert qt.__all__ == ["BidirectionalARAlignment", "MLPPrior", "QuickMergePP"]
+        classes = {x for x in qm.__all__ if f"import {x}\n" in PAPER and x[0].isupper()}
+        assert set(qt.__all__) == classes | {"MLPPrior"}
         for name in qt.__all__:
             assert issubclass(getattr(qt, name), torch.nn.Module)
             ours, theirs = (getattr(m, name) for m in (qt, qm))
@@ -331,7 +334,7 @@ class TestCompiler:
 
     # A module has parameters, which torch lifts to inputs of the graph.
     def test_a_module(self):
-        model, tokens = qt.QuickMergePP(4), torch.randn(2, 12, 4)
+        model, tokens = qt.QuickMergePP(4).eval(), torch.randn(2, 12, 4)
         model(tokens, 3)[1]["total"].backward()
         wanted = [x.grad.clone() for x in model.parameters()]
         model.zero_grad()
@@ -379,7 +382,7 @@ def plain_losses(tokens, labels, networks, num_groups, noise, tau=0.1, gamma=0.8
 class TestQuickMergePP:
     def test_gradients_equal_those_of_torch(self, rng):
         tokens = torch.tensor(rng.standard_normal((3, 40, 8)), requires_grad=True)
-        model = qt.QuickMergePP(embedding_dim=8, seed=5).double()
+        model = qt.QuickMergePP(embedding_dim=8, seed=5).double().eval()
         merged, losses = model(tokens, 7)
         # Labels are constants for gradients, and the noise is the library's.
         labels = qm.cluster_tokens(tokens, 7)
@@ -401,7 +404,9 @@ class TestQuickMergePP:
     def test_losses_equal_those_without_grad(self, rng):
         tokens = torch.tensor(rng.standard_normal((2, 30, 8)), dtype=torch.float32)
         mask, counts = torch.rand(2, 30) < 0.9, torch.tensor([6, 3])
-        merged, losses = qt.QuickMergePP(8, seed=3)(tokens, counts, 0.5, mask=mask)
+        merged, losses = qt.QuickMergePP(8, seed=3).eval()(
+            tokens, counts, 0.5, mask=mask
+        )
         wanted, floats = qm.QuickMergePP(8, seed=3)(tokens, counts, 0.5, mask=mask)
         assert torch.equal(merged, wanted)
         values = {name: x.item() for name, x in losses.items()}
@@ -410,7 +415,7 @@ class TestQuickMergePP:
 
     def test_steps_lower_the_loss(self, rng):
         tokens = torch.tensor(rng.standard_normal((2, 30, 8)), dtype=torch.float32)
-        model = qt.QuickMergePP(8)
+        model = qt.QuickMergePP(8).eval()  # the loss under the same noise
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         values = []
         for _ in range(5):
@@ -448,9 +453,122 @@ class TestQuickMergePP:
         torch.testing.assert_close(predictions, ar_model(merged).detach())
         assert not merged.requires_grad
 
+    @pytest.mark.parametrize("method", ["average", "nearest", "contiguous"])
+    def test_training_draws_new_noise(self, rng, method):
+        """As dropout does: from torch's generator, and none in evaluation mode."""
+        tokens = torch.tensor(rng.standard_normal((2, 30, 8)), dtype=torch.float32)
+        model = qt.QuickMergePP(8, method=method)
+        assert model.training  # as every new module
+        torch.manual_seed(0)
+        one, other = model(tokens, 6)[0], model(tokens, 6)[0]
+        assert not torch.equal(one, other)
+        torch.manual_seed(0)
+        assert torch.equal(model(tokens, 6)[0], one)
+        assert torch.equal(model(tokens, 6)[0], other)
+        wanted = qm.QuickMergePP(8, method=method)(tokens, 6)[0]
+        state = torch.get_rng_state()
+        for _ in range(2):
+            assert torch.equal(model.eval()(tokens, 6)[0], wanted)
+        assert torch.equal(torch.get_rng_state(), state)
+        # `inference` does not depend on the mode.
+        assert torch.equal(model.train().inference(tokens, 6)[0], wanted)
+        silent = qt.QuickMergePP(8, method=method, seed=None)
+        assert torch.equal(silent(tokens, 6)[0], silent.eval()(tokens, 6)[0])
+
+    def test_the_noise_of_training_is_gumbel(self):
+        """Scores of log p select a token with the probability p, at temperature 1."""
+        p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        merger = qt.DifferentiableTokenMerging(temperature=1.0)
+        scores = (p.log() - p.log().min()).repeat(4000, 1)  # ≥ 0
+        torch.manual_seed(0)
+        _, probabilities = merger(torch.ones(4000, 4, 1), scores, 1)
+        winners = torch.bincount(probabilities.argmax(-1), minlength=4) / 4000
+        torch.testing.assert_close(winners, p, atol=0.03, rtol=0)
+
+    def test_gradients_of_training(self, rng):
+        tokens = torch.tensor(rng.standard_normal((2, 8, 3)), requires_grad=True)
+        mask = torch.arange(8) < torch.tensor([[8], [6]])
+        model = qt.QuickMergePP(3, seed=5).double()
+
+        def loss(tokens):
+            torch.manual_seed(1)  # the same noise at every point
+            return model(tokens, 3, mask=mask)[1]["total"]
+
+        assert torch.autograd.gradcheck(loss, (tokens,))
+
+    @pytest.mark.slow("compiles torch's graph")
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_compiled(self, rng, mode):
+        model = getattr(qt.QuickMergePP(4), mode)()
+        tokens = torch.tensor(rng.standard_normal((2, 12, 4)), dtype=torch.float32)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        results = [compiled(tokens, 3)[0] for _ in range(2)]
+        assert torch.equal(*results) == (mode == "eval")
+        if mode == "eval":
+            assert torch.equal(results[0], model(tokens, 3)[0])
+
+    def test_the_parts_are_modules(self):
+        model = qt.QuickMergePP(8, temperature=0.5, seed=7)
+        parts = {name: type(part) for name, part in model.named_children()}
+        assert parts == {
+            "saliency_estimator": qt.EntropyAwareSaliency,
+            "token_merger": qt.DifferentiableTokenMerging,
+            "ar_alignment": qt.BidirectionalARAlignment,
+            "fidelity_constraint": qt.NormBasedFidelityConstraint,
+        }
+        # Keys of files that exist already: only the prior has weights.
+        networks = "forward_prior", "backward_prior"
+        assert [*model.state_dict()] == [
+            f"ar_alignment.prior.{network}.{layer}.{name}"
+            for network in networks
+            for layer in (0, 2)
+            for name in ("weight", "bias")
+        ]
+        text = repr(model)
+        assert "EntropyAwareSaliency(embedding_dim=8, num_layers=12)" in text
+        assert "temperature=0.5, epsilon=0.01, method='average', order='last'" in text
+        assert "seed=7" in text
+        assert "NormBasedFidelityConstraint(gamma=0.8)" in text
+
+    def test_containers_copies_and_files(self, rng):
+        tokens = torch.tensor(rng.standard_normal((2, 12, 8)), dtype=torch.float32)
+        for number, make in enumerate(
+            [
+                copy.deepcopy,
+                lambda module: pickle.loads(pickle.dumps(module)),
+                lambda module: torch.nn.Sequential(module)[0],
+                lambda module: torch.nn.ModuleList([module])[0],
+                lambda module: module.to("cpu", torch.float32),
+            ]
+        ):
+            model = qt.QuickMergePP(8, seed=number).eval()
+            wanted = model(tokens, 3)
+            again = make(model)
+            merged, losses = again(tokens, 3)
+            assert torch.equal(merged, wanted[0])
+            assert losses == wanted[1]
+            assert not any(part.training for part in again.modules())
+
+    def test_each_part_alone(self, rng):
+        """Each computes what the class of `qm_cupy` does, and passes gradients on."""
+        tokens = torch.tensor(rng.standard_normal((2, 12, 8)), requires_grad=True)
+        saliency = torch.nn.Sequential(qt.EntropyAwareSaliency(8))(tokens)
+        assert torch.equal(saliency, qm.EntropyAwareSaliency(8)(tokens))
+        merger = qt.DifferentiableTokenMerging().eval()
+        results = merger(tokens, saliency, K=3)
+        wanted = qm.DifferentiableTokenMerging()(tokens, saliency, K=3)
+        assert all(torch.equal(x, y) for x, y in zip(results, wanted, strict=True))
+        constraint = qt.NormBasedFidelityConstraint(gamma=0.9)
+        loss = constraint(tokens, results[0])
+        assert loss == constraint.compute_fidelity_loss(tokens, results[0])
+        assert loss == qm.fidelity_loss(tokens, results[0], gamma=0.9)
+        loss.backward()
+        assert tokens.grad.abs().sum() > 0
+
     def test_the_code_blocks_of_the_paper(self, capsys):
         names = {"YourARModel": lambda: torch.nn.Linear(512, 7)}
-        modules = "QuickMergePP", "BidirectionalARAlignment"
+        modules = {*qt.__all__} - {"MLPPrior"}
         # Modules come from `qm_cupy.torch`, all else from `qm_cupy`.
         blocks = PAPER.replace("from quickmerge", "from qm_cupy")
         for module in modules:

@@ -57,7 +57,7 @@ __device__ bool within_distance(const Groups& g, long long a, long long b,
 
 // One thread merges one sequence. `sums` (B, N, D) holds the vectors and is
 // overwritten. Other shapes: mask, protect and out (B, N), counts (B,). The groups are
-// in `reals` (B, 3N) and `links` (B, 2N). A negative `max_distance` is no limit.
+// in `reals` (B, 3N) and `links` (B, 2N). A negative `max_distance` is ignored.
 extern "C" __global__ void contiguous_groups(real_t* sums, const bool* mask,
                                              const bool* protect, const int* counts,
                                              long long batch, long long num_tokens,

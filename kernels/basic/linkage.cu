@@ -79,11 +79,13 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
         size[i] = 1;
     }
     __syncthreads();
-    // Replace cosines by E of single tokens.
+    // Replace cosines by E of single tokens. A distance below the rounding error of a
+    // cosine is 0, so that equal tokens have distance 0.
+    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     for (long long i = thread; i < n; i += blockDim.x)
         for (long long j = 0; j < n; ++j) {
-            const acc_t cosine = matrix[i * n + j];  // NaN stays NaN
-            const acc_t e = cosine > 1 ? acc_t(0) : 1 - cosine;
+            const acc_t distance = 1 - matrix[i * n + j];
+            const acc_t e = distance < NOISE ? acc_t(0) : distance;  // NaN stays NaN
             const bool sums = method != COMPLETE && method != SINGLE;
             matrix[i * n + j] = i == j ? 0
                                 : sums ? e * cluster_mass[i] * cluster_mass[j]

@@ -217,7 +217,7 @@ __device__ __forceinline__ void add_sums(real_t* sums, const MergeStep& s,
 // One block merges one sequence: the first warp updates the groups, and all threads
 // update the sums, each in its own columns. `sums` (B, N, D) holds the vectors and is
 // overwritten. The groups are in `reals` (B, 5N) and `links` (B, 3N), or, if both
-// pointers are null, in shared memory. A negative `max_distance` is no limit.
+// pointers are null, in shared memory. A negative `max_distance` is ignored.
 // Other shapes: products and squares (from `neighbour_products`), mask, protect and out
 // (B, N), counts (B,).
 extern "C" __global__ void contiguous_groups(real_t* sums, const acc_t* products,

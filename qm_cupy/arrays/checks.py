@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..settings import finite_checked
-from .libraries import is_cuda, may_share_memory
+from .libraries import is_cuda
 
 
 def check_finite_values(
@@ -63,9 +63,8 @@ def check_is_array(name: str, x: Any) -> None:
 def check_floating(name: str, x: NDArray[Any]) -> None:
     """Raise unless the dtype is float16, bfloat16, float32 or float64."""
     check_is_array(name, x)
-    usual = x.dtype.kind == "f" and x.dtype.itemsize <= 8  # excludes longdouble
-    # ml_dtypes gives bfloat16 the kind "V", so it is recognised by its name.
-    if not usual and x.dtype.name != "bfloat16":
+    # By name: ml_dtypes gives bfloat16 the kind "V", and float8_e5m2 the kind "f".
+    if x.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         raise TypeError(
             f"`{name}` must be float16, bfloat16, float32 or float64, got {x.dtype}"
         )
@@ -205,25 +204,38 @@ def check_batch_shape(name: str, x: Any, wanted: tuple[int, ...]) -> None:
 def check_labelled_tokens(
     tokens: NDArray[Any],
     labels: NDArray[Any] | None,
+    *,
+    mass: NDArray[Any] | None = None,
     mask: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Raise if a token is not finite; a label of -1 or the mask marks padding."""
-    if _values_checked(tokens):
-        labelled = None if labels is None else labels >= 0
-        masks = (x[..., None] for x in (labelled, mask) if x is not None)
-        check_finite_values("tokens", tokens, *masks)
+    """Raise if tokens or their masses are not valid.
+
+    A label of -1 or the mask marks padding, which may have any value.
+    """
+    labelled = None
+    if labels is not None and _values_checked(tokens):
+        labelled = labels >= 0
+    masks = (x[..., None] for x in (labelled, mask) if x is not None)
+    check_finite_values("tokens", tokens, *masks)
+    check_mass(mass, tokens.shape[:-1], mask=labelled)
 
 
 def check_mass(
-    mass: NDArray[Any] | None, wanted: tuple[int, ...], name: str = "mass"
+    mass: NDArray[Any] | None,
+    wanted: tuple[int, ...],
+    name: str = "mass",
+    mask: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Raise unless weights are finite, non-negative and of shape (B, N)."""
+    """Raise unless weights are finite, non-negative and of shape (B, N).
+
+    Where a mask is False, they may have any value.
+    """
     if mass is None:
         return
     check_floating(name, mass)
     check_shape(name, mass, "BN", wanted)
-    check_finite_values(name, mass)
-    check_not_negative(name, mass)
+    check_finite_values(name, mass, mask)
+    check_not_negative(name, mass, mask)
 
 
 def check_not_negative(
@@ -233,10 +245,13 @@ def check_not_negative(
 
     Entries where one of the masks, broadcast to x, is False may have any value.
     """
-    # The least entry is NaN if padding is NaN, so compare with >= and not with <.
-    if not _values_checked(x) or not x.size or x.min() >= 0:
+    if not _values_checked(x) or not x.size:
         return
-    wrong = _first_among(x < 0, masks)
+    # The least entry is NaN if padding is NaN, so compare with >= and not with <.
+    with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN
+        if x.min() >= 0:
+            return
+        wrong = _first_among(x < 0, masks)
     if wrong is not None:
         raise ValueError(f"`{name}` must be ≥ 0, got {x[wrong]} at index {wrong}")
 
@@ -320,11 +335,13 @@ def check_out(
     out: NDArray[Any] | None,
     wanted: tuple[int, ...],
     dtype: np.dtype[Any],
-    *inputs: NDArray[Any] | None,
     name: str = "out",
     axes: str = "BND",
 ) -> None:
-    """Raise if `out` has a wrong shape or dtype, is read-only or overlaps an input."""
+    """Raise if `out` has a wrong shape or dtype, or is read-only.
+
+    `convert_inputs` has checked that it does not overlap another array.
+    """
     if out is None:
         return
     check_is_array(name, out)
@@ -335,13 +352,6 @@ def check_out(
     # CuPy's flags have no `writeable`, because CuPy arrays can always be written.
     if not (out.flags.c_contiguous and getattr(out.flags, "writeable", True)):
         raise ValueError(f"`{name}` must be C-contiguous and writeable")
-    on_host = isinstance(out, np.ndarray)
-    overlap = np.may_share_memory if on_host else may_share_memory
-    # Some GPU threads may still read an input while others already write the result.
-    if any(x is not None and overlap(out, x) for x in inputs):
-        raise ValueError(
-            f"`{name}` must not share memory with an input: pass a separate array"
-        )
 
 
 def any_of(words: Sequence[str]) -> str:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+import numpy as np
+
 from ..install_advice import cupy_command
-from .libraries import CUDA_TYPE, keep_numpy_or_cupy, library
+from .libraries import CUDA_TYPE, keep_numpy_or_cupy, library, may_share_memory
 
 Array = TypeVar("Array", bound=Any)  # the result has the type of the input
 # Arrays of the caller's library, as arguments or results, whose dtype is not that of
@@ -90,7 +92,7 @@ def convert_inputs(
     gradients : mapping, optional
         Gradients of results: arrays to read, or numbers. Numbers stay unchanged.
     outputs : mapping, optional
-        Arrays to write to.
+        Arrays to write to. They must not overlap each other or any other array.
     """
     # First prepare and compare all arrays except the counts, so that a wrong array is
     # refused before any conversion. The order matters: results are converted to the
@@ -111,13 +113,34 @@ def convert_inputs(
     for name, x in (counts or {}).items():
         if hasattr(x, "__dlpack__"):
             like = x if like is None else like  # if the function has no other array
+            converted[name] = _to_numpy_or_cupy(name, _prepare(name, x))
             # For counts on a GPU, the CPU waits here, because the shapes of results
             # depend on these values.
-            x = _to_numpy_or_cupy(name, _prepare(name, x), to_host=True)
+            on_host = isinstance(converted[name], np.ndarray)
+            x = converted[name] if on_host else converted[name].get()
         values.append(x)
+    for name in outputs or ():
+        _check_apart(name, converted)
     values += [converted.get(name, x) for name, x in (gradients or {}).items()]
     values += map(converted.get, outputs or ())
     return keep_numpy_or_cupy if like is None else _convert_back_to(like), *values
+
+
+def _check_apart(name: str, arrays: Mapping[str, Any]) -> None:
+    """Raise if the output of this name overlaps another array of the call."""
+    # Of two outputs, one would overwrite the other. Some GPU threads may still read an
+    # input while others already write the result.
+    out = arrays.get(name)
+    on_host = isinstance(out, np.ndarray)
+    overlap = np.may_share_memory if on_host else may_share_memory
+    for other, x in arrays.items():
+        # Counts may be on the CPU although the other arrays are on a GPU.
+        if out is None or other == name or isinstance(x, np.ndarray) != on_host:
+            continue
+        if overlap(out, x):
+            raise ValueError(
+                f"`{name}` must not share memory with `{other}`: pass a separate array"
+            )
 
 
 def deliver(convert_back: ConvertBack, result: Any, out: Any, target: Any) -> Any:
@@ -184,21 +207,17 @@ def _device_name(device_type: int, number: int) -> str:
     return "the CPU" if device_type in _HOST else f"CUDA device {number}"
 
 
-def _to_numpy_or_cupy(name: str, x: Any, *, to_host: bool = False) -> Any:
-    """Return an array as NumPy or CuPy array, as a view of the same memory.
-
-    With `to_host`, an array on a GPU is copied to the CPU.
-    """
+def _to_numpy_or_cupy(name: str, x: Any) -> Any:
+    """Return an array as NumPy or CuPy array, as a view of the same memory."""
     device_type, _ = _device(name, x)
     cupy = None if device_type in _HOST else _cupy(name)
     try:
         if cupy is None:
             return library(x).to_numpy(name, x)
         # DLPack makes CuPy's current stream wait for the work of the exporting library.
-        on_gpu = cupy.from_dlpack(x)
+        return cupy.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
         _raise_export_error(name, error)
-    return on_gpu.get() if to_host else on_gpu
 
 
 def _cupy(name: str) -> Any:

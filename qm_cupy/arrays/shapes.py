@@ -77,6 +77,21 @@ def masked_copy(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]
     return x if mask is None else np.where(mask, x, x.dtype.type(0))
 
 
+def sum_of_tokens(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Return the sums (..., 1) over the tokens of x (..., N), without padding.
+
+    NumPy adds the halves of a long row separately, so zeros in place of the padding
+    would change the bits.
+    """
+    if mask is None:
+        return x.sum(axis=-1, keepdims=True)
+    mask = np.broadcast_to(mask, x.shape)
+    total = np.empty((*x.shape[:-1], 1), x.dtype)
+    for index in np.ndindex(x.shape[:-1]):
+        total[index] = x[index][mask[index]].sum()
+    return total
+
+
 def iter_sequences(
     leading: tuple[int, ...], mask: NDArray[np.bool_] | None
 ) -> Iterator[tuple[tuple[int, ...], NDArray[np.bool_] | None]]:

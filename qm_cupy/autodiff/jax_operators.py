@@ -107,18 +107,21 @@ def check_array(declared: str, x: Any) -> Any:
 
 def boolean_mask(mask: Any, tokens: Any) -> Any:
     """Return a mask as booleans (B, N)."""
-    mask = check_array("mask?", mask)
+    shape = tokens.shape[:-1]
+    if isinstance(mask, jax.core.Tracer):
+        check_batch_shape("mask", mask, shape)
+        if mask.dtype.kind not in "biu":
+            raise TypeError(
+                "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
+                f"token), got {mask.dtype}"
+            )
+        return jnp.broadcast_to(mask != 0, shape)
     if mask is None:
         return None
-    check_batch_shape("mask", mask, tokens.shape[:-1])
-    if mask.dtype.kind not in "biu":
-        raise TypeError(
-            "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
-            f"token), got {mask.dtype}"
-        )
-    if not isinstance(mask, jax.core.Tracer):
-        check_mask(np.asarray(mask), tokens.shape[:-1])
-    return jnp.broadcast_to(mask != 0, tokens.shape[:-1])
+    # Under `jax.jit` the result would be a tracer, although the values are known.
+    with jax.ensure_compile_time_eval():
+        mask = check_array("mask", mask)
+        return jnp.asarray(check_mask(np.asarray(mask), shape))
 
 
 def protected_tokens(protect: Any, tokens: Any) -> Any:

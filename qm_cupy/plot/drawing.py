@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..arrays.checks import check_integer, check_labels
 from ..arrays.conversion import convert_inputs
 from ..arrays.libraries import on_host
+from ..results import Merged
 
 # The colours of Okabe and Ito, without their yellow, which is hard to see on white.
 COLOURS = (
@@ -59,6 +60,22 @@ def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:
     if not isinstance(ax, Axes):
         raise TypeError(f"`ax` must be matplotlib axes, got {type(ax).__name__}")
     return ax
+
+
+def field_of(name: str, x: Any, field: str) -> Any:
+    """Return `x`, or the field of the only sequence of a `Merged`: an array (N,)."""
+    if not isinstance(x, Merged):
+        return x
+    values = getattr(x, field)
+    if values.ndim == 1:
+        return values
+    batch = values.shape[0]
+    if batch != 1:
+        raise ValueError(
+            f"`{name}` must be of one sequence, got a Merged of B = {batch}: pass "
+            f"`merged.{field}[b]` for sequence b"
+        )
+    return values[0, :]
 
 
 def to_host(name: str, x: Any) -> NDArray[Any]:

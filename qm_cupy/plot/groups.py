@@ -17,6 +17,7 @@ from .drawing import (
     axes_or_new,
     check_grid,
     check_group_labels,
+    field_of,
     figure_width,
     name_tokens,
     to_host,
@@ -37,8 +38,9 @@ def plot_groups(
 
     Parameters
     ----------
-    labels : ndarray of shape (N,)
-        Group of each token, or -1 for a token without a group, such as padding.
+    labels : ndarray of shape (N,), or Merged
+        Group of each token, or -1 for a token without a group, such as padding. Of a
+        `Merged` of one sequence, the labels are drawn.
     grid : tuple of two int, optional
         Rows and columns of the patches of a picture. The tokens are the patches in
         raster order, and lines are drawn between patches of different groups. Without
@@ -66,8 +68,8 @@ def plot_groups(
     TypeError
         If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If a shape is wrong, a label is below -1, `picture` is passed without `grid`, or
-        `words` is passed with `grid`.
+        If a shape is wrong, a label is below -1, `picture` is passed without `grid`,
+        `words` is passed with `grid`, or a `Merged` has several sequences.
 
     Examples
     --------
@@ -77,7 +79,7 @@ def plot_groups(
     >>> [arcs.get_label() for arcs in ax.collections[:2]]
     ['group 3', 'group 4']
     """
-    labels = to_host("labels", labels)
+    labels = to_host("labels", field_of("labels", labels, "labels"))
     if grid is None:
         if picture is not None:
             raise ValueError(

@@ -8,11 +8,13 @@ from matplotlib.ticker import MaxNLocator
 
 from ..arrays.checks import check_shape, check_values
 from ..arrays.conversion import on_callers_stream
+from ..results import Merged
 from .drawing import (
     axes_or_new,
     check_grid,
     check_names,
     draw_values,
+    field_of,
     figure_width,
     name_tokens,
     to_host,
@@ -26,16 +28,17 @@ def plot_saliency(
     grid: tuple[int, int] | None = None,
     words: Sequence[str] | None = None,
     limits: tuple[float, float] | None = None,
-    label: str = "saliency",
+    label: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw saliency or entropy by token and layer, or on the patches of a picture.
 
     Parameters
     ----------
-    saliency : ndarray of shape (N,) or (L, N)
+    saliency : ndarray of shape (N,) or (L, N), or Merged
         A value for each of N tokens (in each of L layers); float16, bfloat16, float32
-        or float64.
+        or float64. Of a `Merged` of one sequence, the weights are drawn, the field
+        ``mass``.
     grid : tuple of two int, optional
         Rows and columns of the patches of a picture, for values of shape (N,) in raster
         order. Without `grid`, layers are rows, counted from 1, and tokens are columns.
@@ -44,8 +47,9 @@ def plot_saliency(
     limits : tuple of two float, optional
         The values at the dark and the light end of the colour bar; by default the
         smallest and the largest value.
-    label : str, default "saliency"
-        Label of the colour bar: the quantity and its unit.
+    label : str, optional
+        Label of the colour bar: the quantity and its unit. The default is "weight" for
+        a `Merged`, and otherwise "saliency".
     ax : matplotlib.axes.Axes, optional
         Axes to draw on; by default those of a new figure.
 
@@ -59,8 +63,8 @@ def plot_saliency(
     TypeError
         If `saliency` is not floating or `ax` is not matplotlib axes.
     ValueError
-        If a shape is wrong, an entry is not finite, or both `words` and `grid` are
-        given.
+        If a shape is wrong, an entry is not finite, both `words` and `grid` are given,
+        or a `Merged` has several sequences.
 
     Examples
     --------
@@ -69,7 +73,9 @@ def plot_saliency(
     >>> ax.images[0].get_array().shape, ax.get_ylabel()
     ((2, 3), 'layer')
     """
-    values = to_host("saliency", saliency)
+    if label is None:
+        label = "weight" if isinstance(saliency, Merged) else "saliency"
+    values = to_host("saliency", field_of("saliency", saliency, "mass"))
     if grid is None:
         check_values("saliency", values, "N", "LN")
         values = values.reshape(-1, values.shape[-1])  # (L, N)

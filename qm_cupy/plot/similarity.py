@@ -9,7 +9,7 @@ from matplotlib.patheffects import withStroke
 
 from ..arrays.checks import check_shape, check_values
 from ..arrays.conversion import on_callers_stream
-from .drawing import axes_or_new, check_group_labels, draw_values, to_host
+from .drawing import axes_or_new, check_group_labels, draw_values, field_of, to_host
 
 _MAX_NUMBERS = 20  # at most this many group numbers along an axis are legible
 
@@ -23,8 +23,9 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
     similarity : ndarray of shape (N, N)
         The result of `cosine_similarity` for N tokens; float16, bfloat16, float32 or
         float64.
-    labels : ndarray of shape (N,)
-        Group of each token. Tokens with label -1 are not drawn.
+    labels : ndarray of shape (N,), or Merged
+        Group of each token, or the `Merged` of one sequence. Tokens with label -1 are
+        not drawn.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on; by default those of a new figure.
 
@@ -38,8 +39,8 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
     TypeError
         If a dtype is wrong or `ax` is not matplotlib axes.
     ValueError
-        If a shape is wrong, an entry is not finite, a label is below -1, or no token
-        has a group.
+        If a shape is wrong, an entry is not finite, a label is below -1, no token has
+        a group, or a `Merged` has several sequences.
 
     Examples
     --------
@@ -53,7 +54,7 @@ def plot_similarity(similarity: Any, labels: Any, *, ax: Axes | None = None) -> 
            [0., 1., 1.]])
     """
     similarity = to_host("similarity", similarity)
-    labels = to_host("labels", labels)
+    labels = to_host("labels", field_of("labels", labels, "labels"))
     check_values("similarity", similarity, "NN")
     num_tokens = len(similarity)
     check_shape("similarity", similarity, "NN", (num_tokens, num_tokens))

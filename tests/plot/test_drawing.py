@@ -9,6 +9,7 @@ from artists import CALLS, LABELS, arcs_of, closed, pixels  # noqa: F401
 from conftest import to_library
 from matplotlib import pyplot as plt
 
+import qm_cupy as qm
 from qm_cupy import plot
 from qm_cupy.plot import drawing, plot_groups
 
@@ -67,3 +68,36 @@ def test_without_matplotlib():
     )
     assert done.returncode == 1
     assert 'qm_cupy.plot needs matplotlib: pip install "matplotlib>=' in done.stderr
+
+
+@pytest.mark.parametrize("name", ["plot_groups", "plot_saliency", "plot_similarity"])
+class TestMerged:
+    """A `Merged` stands for the field that the plot draws."""
+
+    @staticmethod
+    def draw(name, field):
+        arrays = (np.eye(6), field) if name == "plot_similarity" else (field,)
+        return getattr(plot, name)(*arrays)
+
+    def test_one_sequence(self, name, library, rng):
+        tokens = rng.standard_normal((1, 6, 3)).astype(np.float32)
+        weights = rng.random((1, 6)).astype(np.float32)
+        batch = qm.quickmerge(tokens, 4, weights=weights)
+        single = qm.Merged(*(x[0] for x in batch))
+        if name == "plot_saliency":
+            wanted = pixels(plot.plot_saliency(single.mass, label="weight").figure)
+        else:
+            wanted = pixels(self.draw(name, single.labels).figure)
+        for merged in (batch, single):  # B = 1, and without the axis B
+            merged = qm.Merged(*(to_library(library, x) for x in merged))
+            np.testing.assert_array_equal(
+                pixels(self.draw(name, merged).figure), wanted
+            )
+
+    def test_a_batch(self, name, rng):
+        merged = qm.quickmerge(rng.standard_normal((2, 6, 3)), 4)
+        field = "mass" if name == "plot_saliency" else "labels"
+        argument = "saliency" if name == "plot_saliency" else "labels"
+        message = rf"`{argument}` must be of one .* B = 2: pass `merged\.{field}\[b\]`"
+        with pytest.raises(ValueError, match=message):
+            self.draw(name, merged)

@@ -4,9 +4,13 @@ N is the number of tokens of a sequence. The norm mass is the sum of the L2 norm
 tokens. The oracle (oracle.py) computes `norm_budget` with plain loops in float64.
 """
 
+from decimal import Decimal
+from fractions import Fraction
+
 import numpy as np
 import oracle
 import pytest
+from conftest import to_library
 
 import qm_cupy as qm
 
@@ -108,3 +112,71 @@ def test_norm_budget_of_zeros_and_of_padding():
 def test_gamma_out_of_range_is_refused(gamma):
     with pytest.raises(ValueError, match=r"`gamma` must lie in \(0, 1\]"):
         qm.norm_budget(np.ones((3, 2)), gamma)
+
+
+class TestShares:
+    """A share r of N tokens is ⌊N · r⌋ for the r that was written."""
+
+    @pytest.mark.slow("45,000 calls")
+    def test_k_over_n_gives_back_k(self):
+        for n in range(1, 300):
+            shares = np.arange(1, n + 1, dtype=np.float32) / np.float32(n)
+            assert [qm.token_budget(r, n) for r in shares] == [*range(1, n + 1)]
+
+    def test_one_ninth(self):
+        assert qm.token_budget(np.float32(1) / 9, 18) == 2
+        # Of 17 tokens, one ninth is 1.9 tokens.
+        assert qm.token_budget(np.float32(1) / 9, 17) == 1
+
+    def test_differences(self):
+        # 1 - 0.9 is 0.09999999999999998.
+        assert [qm.token_budget(1 - r, 100) for r in (0.9, 0.99, 0.71)] == [10, 1, 29]
+
+    def test_floats_that_are_no_simple_fraction_are_rounded_down(self):
+        assert qm.token_budget(0.29999, 10) == 2
+        assert qm.token_budget(0.30001, 10) == 3
+        assert qm.token_budget(np.float32(0.29999), 10) == 2
+
+    def test_every_type_of_a_real_number(self, library):
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        third = Fraction(1, 3)
+        for share in (third, Decimal(1) / 3, ml_dtypes.bfloat16(1) / 3, 1 / 3):
+            assert qm.token_budget(share, 10) == 3
+        assert qm.token_budget(third, 9) == qm.token_budget(
+            ml_dtypes.bfloat16(1) / 3, 9
+        )
+        assert qm.token_budget(Decimal("0.29"), 100) == 29
+        tokens = to_library(library, np.ones((2, 12, 3), np.float32))
+        for value, wanted in (
+            (np.float32(1) / 3, 4),
+            (0.25, 3),
+            (5, 5),
+            (np.int8(5), 5),
+        ):
+            for budget in (
+                value,
+                np.array(value),
+                to_library(library, np.array(value)),
+            ):
+                assert qm.token_budget(budget, 12) == wanted
+                assert qm.quickmerge(tokens, budget).tokens.shape == (2, wanted, 3)
+
+    @pytest.mark.parametrize(
+        ("budget", "error", "message"),
+        [
+            (16.0, ValueError, r"in \(0, 1\] .* got 16.0: pass 16 for 16 groups"),
+            (1.5, ValueError, r"in \(0, 1\] if it is a share of the tokens, got 1.5$"),
+            (float("inf"), ValueError, "got inf"),
+            (Fraction(-1, 3), ValueError, "got -1/3"),
+            ("25%", TypeError, r"an integer K, a share .* such as 0.25, .* got str"),
+            (None, TypeError, "got NoneType"),
+            (1j, TypeError, "got complex"),
+            ([3], TypeError, "got list"),
+        ],
+    )
+    def test_errors(self, budget, error, message):
+        with pytest.raises(error, match=message):
+            qm.token_budget(budget, 20)
+        if budget is not None:  # otherwise `quickmerge` expects a limit
+            with pytest.raises(error, match=message):
+                qm.quickmerge(np.ones((20, 3)), budget)

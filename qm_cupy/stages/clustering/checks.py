@@ -47,11 +47,11 @@ def check_limits(
     method. `name` is the caller's name for `num_groups`, such as "budget".
     """
     options = {name: num_groups, "max_error": max_error, "max_distance": max_distance}
-    given = [f"`{x}`" for x, value in options.items() if value is not None]
-    if len(given) != 1:
+    names = [f"`{x}`" for x, value in options.items() if value is not None]
+    if len(names) != 1:
         raise ValueError(
             f"give exactly one of `{name}`, `max_error` and `max_distance`, got "
-            f"{' and '.join(given) or 'none'}"
+            f"{' and '.join(names) or 'none'}"
         )
     if max_error is not None:
         max_error = check_number("max_error", max_error, 0, np.inf, "[]")

@@ -195,7 +195,7 @@ def cluster_tokens(
     step = check_step(step, method)
     shape = tokens.shape[:-1]
     check_mass_method(mass, method)
-    check_mass(mass, shape)
+    check_mass(mass, shape, mask=mask)
     # K must not exceed the number of valid tokens, and each protected token needs a
     # group of its own.
     groups = None

@@ -126,7 +126,7 @@ def linkage(
     check_choice("method", method, LINKAGES)
     check_choice("metric", metric, METRICS)
     check_mass_method(mass, method)
-    check_mass(mass, tokens.shape[:-1])
+    check_mass(mass, tokens.shape[:-1], mask=mask)
     if is_cuda(tokens):
         return convert_back(dendrograms_cuda(tokens, method, mass, mask, metric=metric))
     return convert_back(linkage_reference(tokens, method, metric, mass, mask))

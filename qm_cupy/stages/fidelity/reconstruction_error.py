@@ -30,8 +30,10 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.counts import check_num_groups
-from ...arrays.dtypes import accumulation_dtype
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
+from ...arrays.shapes import iter_sequences
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_two_axes
 from ...cuda.device import empty
@@ -151,7 +153,7 @@ def convert_and_check(
     )
     if labels is not None:
         check_labels(labels, tokens.shape[:-1], counts)
-    check_labelled_tokens(tokens, labels, mask)
+    check_labelled_tokens(tokens, labels, mask=mask)
     return convert_back, tokens, merged, labels, counts, mask, gradient
 
 
@@ -163,14 +165,14 @@ def _reconstruction_error_reference(
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     if labels is None:
-        labels = _most_similar_reference(tokens, merged, counts)
+        labels = _most_similar_reference(tokens, merged, counts, mask)
     valid = labels >= 0 if mask is None else mask & (labels >= 0)  # (B, N), not padding
     squared_gap, squared_norm = np.empty(counts.shape), np.empty(counts.shape)
     # One sequence at a time, so that memory holds float64 copies of one sequence only.
     for index in np.ndindex(counts.shape):
         x = tokens[index][valid[index]].astype(np.float64)  # (valid tokens, D)
         rebuilt = unmerge_tokens_reference(merged[index], labels[index][valid[index]])
-        gap = x - rebuilt
+        x, gap = _finite_gap(x, rebuilt)
         # X and the gap are divided by the largest entry of X, which does not change e.
         # A sequence of zeros is divided by the largest entry of its gap: otherwise the
         # square of a tiny gap could be 0, and the error would be 0 instead of inf.
@@ -179,22 +181,39 @@ def _reconstruction_error_reference(
         squared_gap[index], squared_norm[index] = np.vdot(gap, gap), np.vdot(x, x)
     # For a sequence of zeros the divisor is 0. If the sequence is not rebuilt exactly,
     # a positive number / 0 gives inf. If it is rebuilt exactly, 0 / 0 is replaced by 0.
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(squared_gap > 0, squared_gap / squared_norm, 0)
-    return error.astype(np.result_type(tokens.dtype, np.float32))
+    return narrow(error, np.result_type(tokens.dtype, np.float32))
+
+
+def _finite_gap(
+    x: NDArray[np.float64], rebuilt: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return X and X - X̂, or the halves of both if the difference overflows."""
+    with np.errstate(over="ignore"):
+        gap = x - rebuilt
+    return (x, gap) if all_finite(gap) else (x / 2, x / 2 - rebuilt / 2)
 
 
 def _most_similar_reference(
-    tokens: NDArray[Any], merged: NDArray[Any], counts: NDArray[np.int64]
+    tokens: NDArray[Any],
+    merged: NDArray[Any],
+    counts: NDArray[np.int64],
+    mask: NDArray[np.bool_] | None,
 ) -> NDArray[np.intp]:
-    """Return labels (B, N): the index of each token's most similar merged token."""
+    """Return labels (B, N): the index of each token's most similar merged token.
+
+    Padding gets -1.
+    """
     dtype = np.result_type(tokens.dtype, np.float32)
-    labels = np.empty(tokens.shape[:-1], np.intp)
-    for index in np.ndindex(counts.shape):
+    labels = np.full(tokens.shape[:-1], -1, np.intp)
+    for index, valid in iter_sequences(counts.shape, mask):
+        rows = slice(None) if valid is None else valid
         # Padded groups are zeros and have similarity 0. This is more than any negative
         # similarity, so padded groups must be excluded.
         unit = unit_tokens(merged[index][: counts[index]].astype(dtype))
-        labels[index] = np.argmax(unit_tokens(tokens[index].astype(dtype)) @ unit.T, -1)
+        unit_rows = unit_tokens(tokens[index][rows].astype(dtype))
+        labels[index][rows] = np.argmax(unit_rows @ unit.T, axis=-1)
     return labels
 
 
@@ -354,7 +373,7 @@ def reconstruction_error_vjp_reference(
     bound: float,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     if labels is None:
-        labels = _most_similar_reference(tokens, merged, counts)
+        labels = _most_similar_reference(tokens, merged, counts, mask)
     if mask is not None:
         labels = np.where(mask, labels, -1)
     # Compare errors with the bound in the dtype of the loss, as `fidelity_loss` does.
@@ -365,25 +384,37 @@ def reconstruction_error_vjp_reference(
         group = labels[index]
         valid = (group >= 0)[:, None]  # (N, 1), not padding
         x = np.where(valid, tokens[index], 0).astype(np.float64)  # (N, D)
-        gap = x - unmerge_tokens_reference(merged[index], group)  # x_j - x̂_j
+        largest = np.abs(x).max(initial=0)
+        # x_j - x̂_j; x and the gap are halved if it overflows.
+        x, gap = _finite_gap(x, unmerge_tokens_reference(merged[index], group))
         peak = np.abs(x).max(initial=0)
         if peak == 0:  # a sequence of zeros: its error is 0 or inf, its gradient 0
             continue
-        x, gap = x / peak, gap / peak  # first, so that no square overflows
-        squared_norm = np.vdot(x, x)  # ‖X‖² / peak²
-        error = np.vdot(gap, gap) / squared_norm  # e; peak² cancels
+        with np.errstate(over="ignore"):
+            x, gap = x / peak, gap / peak  # first, so that no square overflows
+            squared_norm = np.vdot(x, x)  # ‖X‖² / peak²
+            error = np.vdot(gap, gap) / squared_norm  # e; peak² cancels
         if not error_type(error) > error_type(bound):
             continue
         # The gradient is 2 ē / ‖X‖² · (x_j - x̂_j - e x_j). Here ‖X‖² is
         # squared_norm · peak², and `gap` and `x` are x_j - x̂_j and x_j divided by
-        # `peak`. One of the two factors `peak` cancels.
-        scale = 2 * float(gradient[index]) / (squared_norm * peak)
-        token_gradient[index] = scale * (gap - error * x)
-        # The sum of -(x_j - x̃_k) over each group. Rebuilding gathers rows, and the
-        # gradient of a gather is this sum.
-        merged_gradient[index] = unmerge_tokens_vjp_reference(
-            -scale * gap, group, merged.shape[-2]
-        )
+        # `peak`. One of the two factors `peak` cancels. Of the unhalved tokens, `peak`
+        # is `largest`.
+        with np.errstate(over="ignore", invalid="ignore"):
+            # ±inf is right for a gradient that is out of range.
+            scale = 2 * float(gradient[index]) / (squared_norm * largest)
+            by_token = scale * (gap - error * x)
+            # The sum of -(x_j - x̃_k) over each group. Rebuilding gathers rows, and the
+            # gradient of a gather is this sum.
+            by_group = unmerge_tokens_vjp_reference(
+                -scale * gap, group, merged.shape[-2]
+            )
+        if not np.isfinite(scale):  # inf · 0 is NaN, but the product is 0
+            by_token, by_group = (
+                np.where(np.isnan(g), 0, g) for g in (by_token, by_group)
+            )
+        token_gradient[index] = narrow(by_token, tokens.dtype)
+        merged_gradient[index] = narrow(by_group, merged.dtype)
     return token_gradient, merged_gradient
 
 

@@ -20,7 +20,6 @@ from ...arrays.checks import (
     check_labelled_tokens,
     check_labels,
     check_layout,
-    check_mass,
     check_out,
 )
 from ...arrays.conversion import (
@@ -32,7 +31,8 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.counts import GroupCounts, check_group_counts
-from ...arrays.dtypes import accumulation_dtype
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
@@ -86,7 +86,7 @@ def merge_tokens(
         0 gets the plain mean of its members.
     out : ndarray of shape (K, D) or (B, K, D), optional
         Array for the result. It must have the dtype of `tokens`, be C-contiguous and
-        share no memory with an input. It cannot be a JAX array.
+        share no memory with another array of the call. It cannot be a JAX array.
 
     Returns
     -------
@@ -126,10 +126,9 @@ def merge_tokens(
     groups = check_group_counts(num_groups, batch)
     # A label must be below the K of its own sequence.
     check_labels(labels, tokens.shape[:-1], groups.counts)
-    check_labelled_tokens(tokens, labels)
-    check_mass(mass, tokens.shape[:-1])
+    check_labelled_tokens(tokens, labels, mass=mass)
     wanted = (*batch, groups.max_groups, tokens.shape[-1])
-    check_out(target, wanted, tokens.dtype, tokens, labels, mass)
+    check_out(target, wanted, tokens.dtype)
     merged = compute_merge_tokens(tokens, labels, groups, mass=mass, out=target)
     return deliver(convert_back, merged, out, target)
 
@@ -166,8 +165,21 @@ def _merge_tokens_reference(
     # The weights are a sparse matrix (B·K, B·N). Its product with the tokens adds the
     # members of each group in index order.
     weights = _weights_reference(labels, num_groups, mass).astype(dtype)
-    merged = (weights @ flat_tokens).astype(tokens.dtype, copy=False)  # (B·K, D)
+    with np.errstate(over="ignore"):
+        merged = (weights @ flat_tokens).astype(tokens.dtype, copy=False)  # (B·K, D)
+    if not all_finite(merged):
+        _clip_to_members(merged, weights, flat_tokens)
     return merged.reshape(*batch, num_groups, dim)
+
+
+def _clip_to_members(merged: NDArray[Any], weights: Any, tokens: NDArray[Any]) -> None:
+    """Limit means that are not finite to the range of their members, in place.
+
+    Rounding can put a mean of the largest numbers of a dtype above them.
+    """
+    for k in np.flatnonzero(~np.isfinite(merged).all(axis=-1)):
+        members = tokens[weights.indices[weights.indptr[k] : weights.indptr[k + 1]]]
+        merged[k] = np.clip(merged[k], members.min(axis=0), members.max(axis=0))
 
 
 def _weights_reference(
@@ -298,8 +310,7 @@ def merge_tokens_vjp(
     has_group = (np.arange(max_groups) < counts[..., None])[..., None]  # (B, K, 1)
     gradient = check_gradient(gradient, wanted, "BKD", tokens, mask=has_group)
     check_labels(labels, tokens.shape[:-1], counts)
-    check_labelled_tokens(tokens, labels)
-    check_mass(mass, tokens.shape[:-1])
+    check_labelled_tokens(tokens, labels, mass=mass)
     # The kernels have one dtype for tokens and gradient.
     args = gradient.astype(tokens.dtype, copy=False), tokens, labels, max_groups, mass
     if is_cuda(tokens):
@@ -321,8 +332,8 @@ def merge_tokens_vjp_reference(
     """Return the gradients (B, N, D) of the tokens and (B, N) of the mass, or None."""
     dim = tokens.shape[-1]
     # `flat` and `group` have one entry for each token that is not padding, in index
-    # order. num_rows = B·K.
-    flat, group, num_rows = flat_groups(labels, num_groups)
+    # order.
+    members = flat, group, _ = flat_groups(labels, num_groups)
     # m_j / W_k in index order. Rows of the sparse matrix are groups, and columns are
     # tokens. The column of padding is empty, and every other column has one entry. A
     # csc_array stores the columns in order.
@@ -335,20 +346,48 @@ def merge_tokens_vjp_reference(
         x_gradient[flat[block]] = weights[block, None] * g  # x̄_j = (m_j / W_k) g_k
         if mass is not None:
             block_x = x[flat[block]].astype(np.float64)
-            product[block] = np.einsum("md,md->m", g, block_x)  # g_k · x_j
+            with np.errstate(over="ignore", invalid="ignore"):
+                product[block] = np.einsum("md,md->m", g, block_x)  # g_k · x_j
     x_gradient = x_gradient.reshape(tokens.shape)
     if mass is None:
         return x_gradient, None
-    # W_k of the group of each token. Sums of float16 masses would lose digits.
-    total = np.bincount(group, mass.ravel()[flat].astype(np.float64), num_rows)[group]
-    # g_k · (x_j - x̃_k): the weighted mean of the products of a group is g_k · x̃_k.
-    difference = product - np.bincount(group, weights * product, num_rows)[group]
+    # Sums of float16 masses would lose digits.
+    masses = mass.ravel()[flat].astype(np.float64)
+    by_mass = _mass_gradient(product, masses, weights, members)
+    if not all_finite(by_mass):
+        # Divide the three factors by powers of two, then multiply the result by them.
+        factors = (group_gradient, x, masses)
+        units = [2.0 ** np.frexp(np.abs(y).max(initial=0))[1] / 2 for y in factors]
+        g, x, masses = (y / unit for y, unit in zip(factors, units, strict=True))
+        product = np.einsum("md,md->m", g[group], x[flat])
+        scaled = _mass_gradient(product, masses, weights, members)
+        with np.errstate(over="ignore"):  # ±inf is right for a gradient out of range
+            scaled *= units[1] / units[2]
+            scaled *= units[0]
+        by_mass = np.where(np.isfinite(by_mass), by_mass, scaled)
     m_gradient = np.zeros(labels.size)
-    # A group of mass 0 uses the plain mean, which does not depend on its masses.
-    m_gradient[flat] = np.where(
-        total > 0, difference / np.where(total > 0, total, 1), 0
-    )
-    return x_gradient, m_gradient.reshape(labels.shape).astype(mass.dtype)
+    m_gradient[flat] = by_mass
+    return x_gradient, narrow(m_gradient.reshape(labels.shape), mass.dtype)
+
+
+def _mass_gradient(
+    product: NDArray[Any],
+    mass: NDArray[Any],
+    weights: NDArray[Any],
+    members: tuple[NDArray[np.intp], NDArray[np.intp], int],
+) -> NDArray[Any]:
+    """Return m̄_j of the tokens of all groups; it is not finite if a sum overflows.
+
+    `product` has g_k · x_j, and `members` is the result of `flat_groups`.
+    """
+    _, group, num_rows = members
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.bincount(group, mass, num_rows)[group]  # W_k
+        # g_k · (x_j - x̃_k): the weighted mean of the products of a group is g_k · x̃_k.
+        difference = product - np.bincount(group, weights * product, num_rows)[group]
+        # A group of mass 0 uses the plain mean, which does not depend on its masses.
+        quotient = np.where(total > 0, difference / np.where(total > 0, total, 1), 0)
+    return np.where(np.isinf(total), np.nan, quotient)
 
 
 def _merge_tokens_vjp_cuda(

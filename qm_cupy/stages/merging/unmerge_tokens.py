@@ -27,6 +27,8 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.counts import check_group_counts
+from ...arrays.dtypes import narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import Shape
@@ -61,7 +63,7 @@ def unmerge_tokens(
         Group of each token within 0..K-1, or -1 for padding. Padded tokens are 0.
     out : ndarray of shape (N, D) or (B, N, D), optional
         Array for the result. It must have the dtype of `merged`, be C-contiguous and
-        share no memory with an input. It cannot be a JAX array.
+        share no memory with another array of the call. It cannot be a JAX array.
 
     Returns
     -------
@@ -92,7 +94,7 @@ def unmerge_tokens(
     wanted = (*merged.shape[:-2], *(labels.shape[-1:] or (1,)))  # (B, N)
     check_labels(labels, wanted, merged.shape[-2])
     wanted = (*labels.shape, merged.shape[-1])  # (B, N, D)
-    check_out(target, wanted, merged.dtype, merged, labels)
+    check_out(target, wanted, merged.dtype)
     if is_cuda(merged):
         tokens = unmerge_tokens_cuda(merged, labels, target)
     else:
@@ -210,7 +212,15 @@ def unmerge_tokens_vjp_reference(
         (np.ones(len(flat), dtype), (group, flat)), shape=(num_all_groups, labels.size)
     )
     flat_gradient = gradient.reshape(-1, dim).astype(dtype, copy=False)  # (B·N, D)
-    total: NDArray[Any] = (is_member @ flat_gradient).astype(gradient.dtype, copy=False)
+    with np.errstate(over="ignore"):
+        total = (is_member @ flat_gradient).astype(gradient.dtype, copy=False)
+    if not all_finite(total):
+        # A part of a sum can overflow where the whole sum does not. The factor is a
+        # power of two, so it changes no digits.
+        factor = 2.0 ** -int(np.ceil(np.log2(len(flat)) + 1))
+        with np.errstate(over="ignore"):
+            scaled = (is_member @ (flat_gradient * dtype.type(factor))) / factor
+        total = np.where(np.isfinite(total), total, narrow(scaled, gradient.dtype))
     return total.reshape(*batch, num_groups, dim)
 
 

@@ -21,6 +21,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import (
     check_square,
@@ -135,8 +136,6 @@ def _attention_entropy_reference(
     attention: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
-    # The smallest normal number: a positive lower limit for divisors and logarithms.
-    tiny = np.finfo(dtype).tiny
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
     for index, valid in iter_sequences(entropy.shape[:-1], mask):
         # `valid` is the mask (N,) of one matrix, or None. Without the padding, the sums
@@ -148,15 +147,28 @@ def _attention_entropy_reference(
             a = attention[index][start : start + BLOCK_ROWS]  # A, (block, N)
             if valid is not None:
                 a = attention[index][rows[:, None], token]
-            a = a.astype(dtype, order="C")
-            # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
-            total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
-            log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
-            mean_log = np.einsum("ij,ij->i", a, log_a) / total  # (Σ A log A) / Σ A
-            # A row without attention has entropy 0.
-            entropy[index][rows] = np.where(total > tiny, np.log(total) - mean_log, 0)
+            h = _row_entropy(a.astype(dtype, order="C"))
+            # Sums of very large A overflow. H does not depend on the scale of a row.
+            if not all_finite(h):
+                wrong = np.flatnonzero(~np.isfinite(h))
+                peak = a[wrong].max(axis=-1, keepdims=True).astype(dtype)
+                h[wrong] = _row_entropy(a[wrong] / peak)
+            entropy[index][rows] = h
     # Rounding can leave a tiny negative number where the entropy is 0.
     return np.maximum(entropy, 0)
+
+
+def _row_entropy(a: NDArray[Any]) -> NDArray[Any]:
+    """Return the entropy of each row of A (block, N); it is not finite for huge A."""
+    # The smallest normal number: a positive lower limit for divisors and logarithms.
+    tiny = np.finfo(a.dtype).tiny
+    with np.errstate(over="ignore", invalid="ignore"):
+        # H = -Σ P log P = log Σ A - (Σ A log A) / Σ A, because P = A / Σ A.
+        total = np.maximum(a.sum(axis=-1), tiny)  # Σ A, (block,)
+        log_a = np.log(np.maximum(a, tiny))  # finite, so that 0 · log 0 gives 0
+        mean_log = np.einsum("ij,ij->i", a, log_a) / total  # (Σ A log A) / Σ A
+        # A row without attention has entropy 0.
+        return np.where(total > tiny, np.log(total) - mean_log, 0)
 
 
 def _attention_entropy_cuda(attention: Any, mask: Any) -> Any:
@@ -246,13 +258,16 @@ def _attention_entropy_vjp_reference(
     dtype = np.result_type(attention.dtype, np.float32)
     tiny = np.finfo(dtype).tiny  # a positive lower limit for divisors
     gradient = masked_gradient(gradient, dtype, mask)  # g, (..., N)
-    out = np.empty(attention.shape, attention.dtype)  # (..., N, N)
+    out = np.zeros(attention.shape, attention.dtype)  # (..., N, N)
     for index, valid in iter_sequences(gradient.shape[:-1], mask):
-        for start in range(0, attention.shape[-1], BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            a = attention[index][rows].astype(dtype)  # A, (block, N)
-            if valid is not None:  # padding, which may be NaN, becomes 0
-                a = np.where(valid & valid[rows, None], a, dtype.type(0))
+        # Without the padding, the sums have the bits of the sequence alone.
+        token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
+        for start in range(0, len(token), BLOCK_ROWS):
+            rows = token[start : start + BLOCK_ROWS]
+            entries: Any = slice(start, start + BLOCK_ROWS)
+            if valid is not None:
+                entries = rows[:, None], token
+            a = attention[index][entries].astype(dtype, order="C")  # A, (block, N)
             m = a.max(axis=-1, keepdims=True)  # the largest entry, (block, 1)
             a /= np.maximum(m, tiny)  # A / m
             # All logs are ≤ 0, so nothing cancels in the sum of P log(A/m). The term of
@@ -268,9 +283,13 @@ def _attention_entropy_vjp_reference(
             # result is too large for the dtype, and ±inf is right.
             with np.errstate(over="ignore", invalid="ignore"):
                 factor = gradient[index][rows, None] / np.maximum(total * m, tiny)
+                if not all_finite(total * m):  # Σ A overflows, but g / Σ A does not
+                    factor = gradient[index][rows, None] / total / np.maximum(m, tiny)
                 factor = np.where(m >= tiny, factor, 0)  # g / Σ A, (block, 1)
                 row_gradient = np.where(a > 0, (mean_log - log_a) * factor, 0)
-            out[index][rows] = narrow(row_gradient, out.dtype)
+                if not all_finite(factor):  # 0 · inf is NaN, but the gradient is 0
+                    row_gradient[np.isnan(row_gradient)] = 0
+            out[index][entries] = narrow(row_gradient, out.dtype)
     return out
 
 

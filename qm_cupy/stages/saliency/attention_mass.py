@@ -28,6 +28,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite, finite_mean
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import (
     check_heads,
@@ -155,7 +156,13 @@ def _attention_mass_reference(
 ) -> NDArray[Any]:
     shape, dtype = saliency_shape(received.shape), _mass_dtype(received, entropy)
     r, focus = _mean(received, mask), _focus(entropy, causal, mask)  # (B, N)
-    mass: NDArray[Any] = (r * focus).astype(dtype).reshape(shape)
+    with np.errstate(over="ignore"):
+        mass: NDArray[Any] = (r * focus).astype(dtype).reshape(shape)
+    if not all_finite(mass):  # r is at most 1 if rows of the attention sum to 1
+        raise ValueError(
+            f"`received` must have masses below {np.finfo(dtype).max:.3g}, got entries "
+            f"up to {r.max():.3g}: scale it down; only ratios of masses matter"
+        )
     return mass
 
 
@@ -178,10 +185,13 @@ def _mean(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[np.float64
     rows = x.reshape(layers, batch, heads, num_tokens)
     # One layer and head at a time, so that the bits of a token do not depend on B or N.
     total = np.zeros((batch, num_tokens))
-    for layer in rows:
-        for h in range(heads):
-            total += layer[:, h]
-    return total / (layers * heads)
+    with np.errstate(over="ignore"):
+        for layer in rows:
+            for h in range(heads):
+                total += layer[:, h]
+    if all_finite(total):
+        return total / (layers * heads)
+    return finite_mean(rows.transpose(0, 2, 1, 3).reshape(-1, batch, num_tokens), 0)
 
 
 def _mass_dtype(received: Any, entropy: Any) -> np.dtype[Any]:
@@ -275,8 +285,10 @@ def _attention_mass_vjp_reference(
     layers, batch, heads = layer_axes(shape[:-1])
     g = masked_gradient(gradient, np.dtype(np.float64), mask)
     g = g.reshape(batch, num_tokens)
-    by_received = g * _focus(entropy, causal, mask) / (layers * heads)  # (B, N)
-    by_entropy = -by_received * _mean(received, mask)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # ±inf is right for a gradient that is out of range.
+        by_received = g * _focus(entropy, causal, mask) / (layers * heads)  # (B, N)
+        by_entropy = -by_received * _mean(received, mask)
 
     def narrowed(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
         # Every layer and head gets the same gradient.

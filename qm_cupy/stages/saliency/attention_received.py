@@ -24,6 +24,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import (
     check_square,
@@ -202,18 +203,44 @@ def _attention_received_reference(
     for index, valid in iter_sequences(received.shape[:-1], mask):
         # Below, N is the number of tokens without padding.
         token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
-        total = np.zeros(len(token), dtype)  # Σ_i A_ij
-        # Rows are processed in blocks, so that a block stays in cache.
-        for start in range(0, len(token), BLOCK_ROWS):
-            rows = token[start : start + BLOCK_ROWS]
-            a = attention[index][start : start + BLOCK_ROWS]  # (block, N)
-            if valid is not None:
-                a = attention[index][rows[:, None], token]  # without the padding
-            # In C order, so that the sums have the same bits with and without padding.
-            a = a.astype(dtype, order="C")
-            total += (np.tril(a, start) if causal else a).sum(axis=0)
-        received[index][token] = total / num_queries(len(token), causal, dtype)
+        unpadded = None if valid is None else token
+        counts = num_queries(len(token), causal, dtype)  # n_j
+        with np.errstate(over="ignore"):
+            mean = _column_sums(attention[index], unpadded, causal, dtype) / counts
+        if not all_finite(mean):
+            # Sums of very large A overflow, but the mean does not: divide by n_j first.
+            # Rounding can leave it above the largest A, whose half stays below it.
+            scaled = _column_sums(attention[index], unpadded, causal, dtype, counts * 2)
+            mean = 2 * np.minimum(scaled, np.finfo(dtype).max / 2)
+        received[index][token] = mean
     return received
+
+
+def _column_sums(
+    attention: NDArray[Any],
+    token: NDArray[np.intp] | None,
+    causal: bool,
+    dtype: np.dtype[Any],
+    divisor: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return Σ_i A_ij of one matrix (N, N), or the sum of A_ij / divisor_j.
+
+    `token` has the positions of the tokens that are not padding, or is None.
+    """
+    num_tokens = len(attention) if token is None else len(token)
+    total = np.zeros(num_tokens, dtype)
+    # Rows are processed in blocks, so that a block stays in cache.
+    for start in range(0, num_tokens, BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        a = attention[rows]  # (block, N)
+        if token is not None:
+            a = attention[token[rows, None], token]  # without the padding
+        # In C order, so that the sums have the same bits with and without padding.
+        a = a.astype(dtype, order="C")
+        if divisor is not None:
+            a /= divisor
+        total += (np.tril(a, start) if causal else a).sum(axis=0)
+    return total
 
 
 def _attention_received_cuda(attention: Any, causal: bool, mask: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.shapes import sum_of_tokens
+
 
 def scale_min_max(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Scale each row of (..., N) to [0, 1]; constant rows and padding become 0."""
@@ -26,31 +28,50 @@ def scale_min_max_vjp(
     valid: Any = True if mask is None else mask
     scaled, low, high, width = _scaled(x, mask)
     # ∂y/∂x = 1/w, ∂y/∂low = (y - 1)/w and ∂y/∂high = -y/w. `result` is w ∂ℒ/∂x; the
-    # last line divides it by w.
+    # last lines divide it by w.
     result = gradient.astype(x.dtype)
     for extreme, weight in ((low, 1 - scaled), (high, scaled)):
         # The gradient of an extreme goes to the tokens that have this value. If n
         # tokens tie, each token gets 1/n of the gradient.
         tied = (x == extreme) & valid
-        total = (gradient * weight).sum(axis=-1, keepdims=True)  # -w ∂ℒ/∂extreme
+        total = sum_of_tokens(gradient * weight, mask)  # -w ∂ℒ/∂extreme
         result = result - tied * (total / np.maximum(tied.sum(-1, keepdims=True), 1))
     # The gradient of a constant row is 0. For a tiny w the quotient may overflow; then
     # inf is the right result.
     with np.errstate(over="ignore"):
-        return np.where((high > low) & valid, result / width, 0)
+        slope = result / width
+        # An infinite w stands for 2 (high/2 - low/2).
+        wide = np.isinf(width)
+        if wide.any():
+            half = np.where(wide, high / 2 - low / 2, 1)
+            slope = np.where(wide, result / 2 / half, slope)
+        return np.where((high > low) & valid, slope, 0)
 
 
 def _scaled(
     x: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return y (..., N), and `low`, `high` and w (..., 1), of the rows x."""
+    """Return y (..., N), and `low`, `high` and w (..., 1), of the rows x.
+
+    w is infinite if high - low overflows; y is right in this case too.
+    """
     valid: Any = True if mask is None else mask  # (..., N)
     # NumPy needs initial values for `where`. Any token replaces them; `check_mask`
     # refuses a row without tokens.
     low = x.min(axis=-1, keepdims=True, initial=np.inf, where=valid)
     high = x.max(axis=-1, keepdims=True, initial=-np.inf, where=valid)
     # A constant row has w = 0 and x - low = 0. With the divisor 1, y is 0 there.
-    width = np.where(high > low, high - low, 1)
-    # The quotient of padding could overflow, so padding becomes 0 before the division.
-    gap = x - low if mask is None else np.where(mask, x - low, 0)
-    return gap / width, low, high, width
+    with np.errstate(over="ignore"):  # w may be infinite
+        width = np.where(high > low, high - low, 1)
+        gap = x - low
+        # The quotient of padding could overflow, so padding becomes 0 before the
+        # division.
+        gap = gap if mask is None else np.where(mask, gap, 0)
+    wide = np.isinf(width)
+    if not wide.any():
+        return gap / width, low, high, width
+    # high - low is above the largest number of the dtype, but y is the same for x / 2.
+    half_gap = np.where(valid & wide, x / 2 - low / 2, 0)
+    half_width = np.where(wide, high / 2 - low / 2, 1)
+    scaled = np.where(wide, half_gap / half_width, np.where(wide, 0, gap) / width)
+    return scaled, low, high, width

@@ -26,6 +26,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import finite_mean
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import (
     check_heads,
@@ -141,7 +142,7 @@ def _mean_of_heads(
 ) -> NDArray[Any]:
     """Return (N,), (B, N) or (L, B, N) in float32 or float64, with 0 for padding."""
     entropy = masked_copy(entropy, expand_mask(mask, entropy.shape))
-    return entropy.mean(axis=-2) if entropy.ndim > 2 else entropy
+    return finite_mean(entropy, axis=-2) if entropy.ndim > 2 else entropy
 
 
 def saliency_cuda(entropy: Any, salient: str, mask: Any) -> Any:

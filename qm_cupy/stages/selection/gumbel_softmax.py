@@ -30,7 +30,7 @@ from ...arrays.conversion import (
 from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.dtypes import accumulation_dtype
 from ...arrays.libraries import is_cuda
-from ...arrays.shapes import num_valid, rows_of
+from ...arrays.shapes import num_valid, rows_of, sum_of_tokens
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import like_first
 from ...cuda.constants import BLOCK, SELECTION_THREADS
@@ -184,14 +184,19 @@ def _softmax_reference(
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)  # e^-inf = 0: padding gets π = 0
     # Subtract m first, so that no exponential overflows: every exponent is ≤ 0.
-    below_max = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float64)
+    m = scores.max(axis=-1, keepdims=True)
     # Divide in float64, in which no temperature rounds to 0. A tiny temperature gives
     # -inf, which is the intended result: probability 0.
     with np.errstate(over="ignore"):
-        logits = (below_max / temperature).astype(scores.dtype, copy=False)
+        quotient = (scores - m).astype(np.float64) / temperature
+        # z - m of very large scores overflows, but (z - m) / τ need not.
+        huge = np.isinf(scores - m) & np.isfinite(scores)
+        if huge.any():
+            halves = (scores / 2 - m / 2).astype(np.float64) / temperature
+            quotient = np.where(huge, 2 * halves, quotient)
+        logits = quotient.astype(scores.dtype, copy=False)
     weights = np.exp(logits)  # e^((z - m) / τ), (B, N)
-    total: NDArray[Any] = weights.sum(axis=-1, keepdims=True)
-    return weights / total
+    return weights / sum_of_tokens(weights, mask)
 
 
 def _gumbel_softmax_cuda(
@@ -336,7 +341,7 @@ def _gumbel_softmax_vjp_reference(
     # first pass subtracts the sum; the second pass removes the rounding error of the
     # first one.
     for _ in range(2):
-        centred -= np.sum(p * centred, axis=-1, keepdims=True)
+        centred -= sum_of_tokens(p * centred, mask)
     with np.errstate(over="ignore"):  # inf is the intended result of a tiny temperature
         return (p * centred / temperature).astype(saliency.dtype)
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ...arrays.checks import check_gradient, check_number, check_shape, check_values
 from ...arrays.conversion import Array, FloatArray, convert_inputs, on_callers_stream
-from ...arrays.dtypes import accumulation_dtype
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import all_finite
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import like_first
@@ -66,7 +67,7 @@ def saliency_mass(
     check_values("saliency", saliency, "N", "BN")
     check_values("probabilities", probabilities, "N", "BN")
     check_shape("probabilities", probabilities, "BN", saliency.shape)
-    epsilon = check_epsilon(epsilon)
+    epsilon = check_epsilon(epsilon, _mass_dtype(saliency, probabilities))
     return convert_back(compute_saliency_mass(saliency, probabilities, epsilon=epsilon))
 
 
@@ -79,9 +80,16 @@ def compute_saliency_mass(
     return _saliency_mass_reference(saliency, probabilities, epsilon)
 
 
-def check_epsilon(epsilon: Any) -> float:
-    """Return ε as a float; raise if it is negative or not finite."""
-    return check_number("epsilon", epsilon, 0, np.inf, "[)")
+def check_epsilon(epsilon: Any, dtype: Any = np.float64) -> float:
+    """Return ε as a float; raise if it is negative or above the range of the mass."""
+    epsilon = check_number("epsilon", epsilon, 0, np.inf, "[)")
+    largest = float(np.finfo(dtype).max)
+    if epsilon > largest:
+        raise ValueError(
+            f"`epsilon` must be at most {largest:.4g}, the largest {np.dtype(dtype)}, "
+            f"got {epsilon:g}"
+        )
+    return epsilon
 
 
 def _saliency_mass_reference(
@@ -90,7 +98,15 @@ def _saliency_mass_reference(
     dtype = _mass_dtype(saliency, probabilities)
     s, p = saliency.astype(dtype), probabilities.astype(dtype)  # p is π
     # π = 1 gives the saliency itself, and π = 0 gives the background weight ε.
-    mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
+    # The mass is between s and ε, unless π is outside [0, 1].
+    if not all_finite(mass):
+        raise ValueError(
+            f"`probabilities` must lie in [0, 1] for saliency up to {s.max():.3g} and "
+            f"an epsilon of {epsilon:g}, got {p.min():.3g}..{p.max():.3g}: the mass "
+            "overflows"
+        )
     return mass
 
 
@@ -164,7 +180,7 @@ def saliency_mass_vjp(
     check_values("probabilities", probabilities, "N", "BN")
     check_shape("probabilities", probabilities, "BN", saliency.shape)
     gradient = check_gradient(gradient, saliency.shape, "BN", saliency)
-    epsilon = check_epsilon(epsilon)
+    epsilon = check_epsilon(epsilon, _mass_dtype(saliency, probabilities))
     args = gradient, saliency, probabilities, epsilon
     if is_cuda(saliency):
         s_gradient, p_gradient = _saliency_mass_vjp_cuda(*args)
@@ -181,8 +197,10 @@ def _saliency_mass_vjp_reference(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     # Products in float64 are rounded once to the dtype of each argument.
     g, s, p = (x.astype(np.float64) for x in (gradient, saliency, probabilities))
-    s_gradient, p_gradient = g * p, g * (s - epsilon)  # s̄ = m̄ π and π̄ = m̄ (s - ε)
-    return s_gradient.astype(saliency.dtype), p_gradient.astype(probabilities.dtype)
+    with np.errstate(over="ignore"):  # ±inf is right for a gradient out of range
+        # s̄ = m̄ π and π̄ = m̄ (s - ε)
+        s_gradient, p_gradient = g * p, g * (s - epsilon)
+    return narrow(s_gradient, saliency.dtype), narrow(p_gradient, probabilities.dtype)
 
 
 def _saliency_mass_vjp_cuda(

@@ -7,6 +7,7 @@ are each other's nearest neighbours. A team is the blocks that work on one seque
 import numpy as np
 import ptx
 import pytest
+from recorded import recording
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from seam import cuda
@@ -203,6 +204,20 @@ def test_layouts(monkeypatch):
             assert blocks == 1 or num_teams * blocks <= 132
             assert 1 <= num_teams <= batch
             assert threads % 32 == 0
+
+
+@pytest.mark.parametrize(("memory", "threads"), [(2000, 64), (6000, 32)])
+def test_small_blocks_only_if_a_multiprocessor_has_memory_for_three(
+    monkeypatch, memory, threads
+):
+    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(1, memory))
+    monkeypatch.setattr(linkage_cuda, "_FEWER_THREADS", 32)
+    launches = []
+    monkeypatch.setattr(cuda, "launch", recording(launches.append))
+    # A block needs 12 bytes for each token, and 128 bytes more.
+    dendrogram_of(tokens_of(2, 100, 8), "single")
+    (single,) = launches
+    assert (single.shared, single.threads) == (1328, threads)
 
 
 @pytest.mark.parametrize("width", [4, 8])

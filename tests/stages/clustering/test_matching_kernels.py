@@ -81,6 +81,61 @@ def test_matching(method, dtype, num_tokens, masked):
     np.testing.assert_array_equal(number_groups_cuda(sequence_masks, "last"), got[0])
 
 
+@dtypes
+@sizes
+@masked
+def test_contiguous_groups_within_a_distance(dtype, num_tokens, masked):
+    batch, dim = 3, 32 if num_tokens % 2 else 37
+    mask, protect = masks_of(batch, num_tokens, masked)
+    valid = fill(mask, (batch, num_tokens), True)
+    protected = fill(protect, valid.shape, False) & valid
+    tokens = random((batch, num_tokens, dim), dtype)
+    tokens[:, 1:] += tokens[:, :-1] // 2  # neighbours are similar
+    for distance in (0.5, 1.0, 1.4, 1.9, np.inf):
+        roots = contiguous_groups_cuda(
+            tokens, None, 1, mask, protect, max_distance=distance
+        )
+        got = number_groups_cuda(roots, "last")
+        for b in range(batch):
+            groups = oracle_arrays.contiguous(
+                tokens[b][valid[b]],
+                1,
+                np.flatnonzero(protected[b][valid[b]]),
+                max_distance=distance,
+            )
+            wanted = np.full(num_tokens, -1)
+            for k, group in enumerate(groups):
+                wanted[np.flatnonzero(valid[b])[group]] = k
+            np.testing.assert_array_equal(got[b], wanted)
+
+
+def test_contiguous_groups_at_exactly_the_distance():
+    """Neighbours are orthogonal, so that their distance is √2, or equal."""
+    tokens = np.eye(4, dtype=np.float32)[None, [0, 1, 1, 2, 3]]
+    below = np.nextafter(np.sqrt(2), 0)
+    for distance, wanted in (
+        (0.0, [0, 1, 1, 2, 3]),
+        (below, [0, 1, 1, 2, 3]),
+        # 2 and 3 merge at √2. The next pair is 0 and {1, 1}: √(2 · 2/3 · 2) = 1.633.
+        # The last merge is at the smaller distance √(2 · 6/5 · 19/18) = 1.59.
+        (np.sqrt(2), [0, 1, 1, 2, 2]),
+        (1.63, [0, 1, 1, 2, 2]),
+        (1.64, [0, 0, 0, 0, 0]),
+        (np.inf, [0, 0, 0, 0, 0]),
+    ):
+        roots = contiguous_groups_cuda(tokens, None, 1, max_distance=distance)
+        np.testing.assert_array_equal(number_groups_cuda(roots, "last"), [wanted])
+
+
+def test_contiguous_groups_of_many_equal_tokens_have_distance_zero():
+    tokens = np.repeat(random((2, 24), np.float32), [150, 107], axis=0)[None]
+    for metric in ("cosine", "euclidean"):
+        options = {"metric": metric, "max_distance": 0.0}
+        roots = contiguous_groups_cuda(tokens, None, 1, **options)
+        wanted = np.repeat([0, 1], [150, 107])
+        np.testing.assert_array_equal(number_groups_cuda(roots, "last"), [wanted])
+
+
 @matchings
 def test_matching_of_opposite_tokens(method):
     """In two dimensions, the most similar partner may have a negative similarity."""
