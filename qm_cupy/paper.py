@@ -335,7 +335,7 @@ class QuickMergePP:
         alpha : float, default 0.1
             Weight of the alignment loss.
         mask : ndarray of shape (N,) or (B, N), optional
-            Boolean, True = token.
+            Boolean or integer, True or 1 = token.
 
         Returns
         -------

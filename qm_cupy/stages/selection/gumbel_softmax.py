@@ -79,8 +79,8 @@ def gumbel_softmax(
         for the K tokens with the greatest s + g and 0 for the others. Of equal scores,
         the lower index is selected.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens get 0, and no noise is drawn for them. The
-        other tokens get the same result as without the padding.
+        Boolean or integer, True or 1 = token. Padded tokens get 0, and no noise is
+        drawn for them. The other tokens get the same result as without the padding.
     sequence_offset : int, default 0
         Number of the first sequence, which selects its noise: sequence b of the batch
         gets the noise of sequence ``sequence_offset + b``. A batch that is processed in
@@ -95,7 +95,8 @@ def gumbel_softmax(
     Raises
     ------
     TypeError
-        If `saliency` is not floating, `mask` is not boolean, or `hard` is not integer.
+        If `saliency` is not floating, `mask` is not boolean or integer, or `hard` is
+        not integer.
     ValueError
         If a shape does not fit, an entry is not finite, the temperature is not
         positive, or `hard` is greater than the number of tokens.
@@ -287,7 +288,7 @@ def gumbel_softmax_vjp(
     Raises
     ------
     TypeError
-        If an array is not floating or `mask` is not boolean.
+        If an array is not floating or `mask` is not boolean or integer.
     ValueError
         If a shape does not fit, an entry is not finite, or the temperature is not
         positive.
