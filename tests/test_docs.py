@@ -74,6 +74,12 @@ def test_every_page_is_in_one_toctree():
     assert sorted([*pages, "index"]) == sorted([*PAGES, *notebooks])
 
 
+def test_no_page_is_a_symbolic_link():
+    """Windows, and archives of a checkout, may not have them."""
+    assert [path for path in DOCS.rglob("*") if path.is_symlink()] == []
+    assert "symlink" not in (DOCS / "conf.py").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_scripts_exist(page):
     folder = (DOCS / page).parent
