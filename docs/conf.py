@@ -1,13 +1,14 @@
 """Sphinx configuration: `make docs` builds the pages and treats warnings as errors.
 
 The pages are written to build/docs. They are MyST notebooks, and the build executes
-them, together with the notebooks in notebooks/. The kernel of a notebook starts in the
-folder of that notebook.
+them. It also executes copies of notebooks/ that it makes in this folder. The kernel of
+a notebook starts in the folder of that notebook.
 """
 
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,12 @@ ROOT = HERE.parent
 os.environ["PYTHONPATH"] = str(ROOT)
 folders = Path(sys.executable).parent, os.environ.get("PATH", "")
 os.environ["PATH"] = os.pathsep.join(map(str, folders))
+
+# Sphinx reads only files below this folder. Old copies are removed: a notebook may have
+# another name now.
+NOTEBOOKS = HERE / "notebooks"
+shutil.rmtree(NOTEBOOKS, ignore_errors=True)
+shutil.copytree(ROOT / "notebooks", NOTEBOOKS, ignore=shutil.ignore_patterns(".*"))
 
 # A page that imports torch or JAX is executed only if that framework is installed.
 # Otherwise the build names the page on stderr.

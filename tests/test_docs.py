@@ -11,8 +11,8 @@ import qm_cupy
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# Folders without pages of their own; `api` is a result of the build.
-NO_PAGES = {DOCS / name for name in ("_templates", "api")}
+# Folders without pages of their own; `api` and `notebooks` are results of the build.
+NO_PAGES = {DOCS / name for name in ("_templates", "api", "notebooks")}
 PAGES = {
     path.relative_to(DOCS).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
     for path in sorted(DOCS.rglob("*"))
@@ -22,9 +22,7 @@ READMES = "kernels/README.md", "qm_cupy/autodiff/README.md", "tests/ptx/README.m
 TOCTREE = re.compile(r"```\{toctree\}\n(.*?)```", re.DOTALL)
 # [text](path#anchor), without the anchor.
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
-SCRIPT = re.compile(
-    r"\b(?:benchmarks|tests|docs/notebooks)/[\w/]+\.(?:py|sh|json|ipynb)\b"
-)
+SCRIPT = re.compile(r"\b(?:benchmarks|tests|notebooks)/[\w/]+\.(?:py|sh|json|ipynb)\b")
 
 
 def listed(page):
@@ -70,7 +68,7 @@ def public():
 # A page in no table cannot be reached; in two, the way back is ambiguous.
 def test_every_page_is_in_one_toctree():
     pages = [name for page in PAGES for name in listed(page)]
-    notebooks = [f"notebooks/{path.stem}" for path in DOCS.glob("notebooks/*.ipynb")]
+    notebooks = [f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb")]
     assert sorted([*pages, "index"]) == sorted([*PAGES, *notebooks])
 
 

@@ -7,7 +7,7 @@ import prose
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = "qm_cupy", "kernels", "benchmarks", "tests", "docs"
+FOLDERS = "qm_cupy", "kernels", "benchmarks", "tests", "docs", "notebooks"
 SUFFIXES = {".py", ".sh", ".ipynb", ".toml", *prose.CPP, *prose.PAGES}
 LIST = ROOT / "tests" / "prose.py"  # holds the banned words themselves
 ROOT_PAGES = (

@@ -135,5 +135,7 @@ def test_means_of_numbers_whose_sum_overflows(dtype):
         light = None if mass is None else mass.astype(np.float64) / heavy
         wanted = np.clip(merged_of(scaled, labels, 5, light) * 2**8, -largest, largest)
         assert np.isfinite(got).all()
-        np.testing.assert_allclose(got / largest, wanted / largest, rtol=1e-2, atol=1e-6)
+        np.testing.assert_allclose(
+            got / largest, wanted / largest, rtol=1e-2, atol=1e-6
+        )
         assert_close(got[:, :2], wanted[:, :2], dtype, "stored")
