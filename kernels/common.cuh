@@ -26,9 +26,8 @@
 #include <cuda_fp16.h>
 
 // The attention score of a masked position; the scores of a selection use `padding`
-// below. It is below every real score. It is also finite, so that 0 * (score - m) is 0;
-// with -infinity the product would be NaN. Its negative, 1e30, is used as a distance or
-// cost that is finite and above every real one.
+// below. It is below every real score, and finite: 0 * (score - m) is 0, not NaN. Its
+// negative, 1e30, is used as a distance or cost that is above every real one.
 constexpr float MASKED_SCORE = -1e30f;
 
 // Conversions from the storage type to the computation type (`widen`) and back
@@ -58,6 +57,9 @@ __device__ __forceinline__ double rounded_product(double a, double b) {
 __device__ __forceinline__ long long thread_index() {
     return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
+
+// Return whether a number is neither infinite nor NaN.
+__device__ __forceinline__ bool is_finite(acc_t x) { return x - x == 0; }
 
 // Return whether a position holds a token; without a mask, every position does.
 __device__ __forceinline__ bool is_token(const bool* mask, long long index) {

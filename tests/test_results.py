@@ -115,6 +115,17 @@ class TestApply:
             assert type(got) is type(y)
             assert_equal(got, plan.apply(x))
 
+    def test_padding_is_not_read(self, library, tokens, values, mask):
+        plan = merge(tokens, mask=mask)
+        wanted = plan.apply(tokens), plan.apply(values)
+        tokens, values = tokens.copy(), values.copy()
+        tokens[~mask] = np.nan
+        values.swapaxes(1, 2)[~mask] = np.nan
+        plan.mass[~mask] = np.nan
+        plan = converted(library, plan)
+        assert_equal(plan.apply(to_library(library, tokens)), wanted[0])
+        assert_equal(plan.apply(to_library(library, values)), wanted[1])
+
     def test_an_empty_batch(self, tokens):
         plan = merge(tokens[:0])
         assert plan.apply(tokens[:0]).shape == (0, NUM_GROUPS, 6)

@@ -36,6 +36,8 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
     for (long long j = 0; j < num_tokens; ++j) {
         const acc_t u = widen(a[j]) / m;
         const bool seen = m > 0 && u > 0 && is_token(mask, sequence_start + j);
-        store(out + row * num_tokens + j, seen ? weight * (mean - log(u)) : acc_t(0));
+        // If g / (m sum) overflows, the product with a difference of 0 is 0, not NaN.
+        const acc_t slope = seen ? weight * (mean - log(u)) : acc_t(0);
+        store(out + row * num_tokens + j, slope == slope ? slope : acc_t(0));
     }
 }

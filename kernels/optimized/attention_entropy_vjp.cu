@@ -53,7 +53,8 @@ extern "C" __global__ void attention_entropy_vjp(const acc_t* gradient,
             // attention. Past the end of the row, a is 0.
             const acc_t u = m > 0 ? a[i] / m : acc_t(0);
             const bool seen = u > 0 && is_token(mask, sequence_start + j + i);
-            a[i] = seen ? weight * (mean - log(u)) : acc_t(0);
+            const acc_t slope = seen ? weight * (mean - log(u)) : acc_t(0);
+            a[i] = slope == slope ? slope : acc_t(0);  // 0 instead of inf * 0
         }
         store_vector(out + row * num_tokens + j, a, num_tokens - j);
     }

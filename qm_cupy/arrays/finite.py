@@ -5,6 +5,7 @@ file compute as usual first, and compute again with scaled values only where a r
 not finite. So the results of usual values keep their bits.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,3 +31,24 @@ def finite_mean(x: NDArray[Any], axis: int) -> NDArray[Any]:
         parts = (x / x.shape[axis]).sum(axis=axis)
     parts = np.clip(parts, x.min(axis=axis), x.max(axis=axis))
     return np.where(np.isfinite(mean), mean, parts)
+
+
+def of_finite_gradient(
+    vjp: Callable[[NDArray[Any]], NDArray[Any]], gradient: NDArray[Any]
+) -> NDArray[Any]:
+    """Return vjp(gradient); it is infinite only where the result is out of range.
+
+    A vector–Jacobian product is linear, so the gradient may be divided by any number,
+    and the result multiplied by it. `vjp` ignores padding, and `gradient` is 0 there.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = vjp(gradient)
+        if all_finite(result):
+            return result
+        # The square of this power of two is just above the range of the dtype, so no
+        # entry is above 1 below. Divisions by powers of two change no digits.
+        unit = gradient.dtype.type(2.0 ** (np.finfo(gradient.dtype).maxexp // 2))
+        scaled = vjp(gradient / unit / unit) * unit * unit
+    # A product 0 · inf of a gradient out of range with a zero is 0.
+    scaled = np.where(np.isnan(scaled), 0, scaled)
+    return np.where(np.isfinite(result), result, scaled)

@@ -38,7 +38,8 @@ def run_transformer(
         return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     span, embedded_positions = _positioned(tokens, span, weights)
-    x = tokens.astype(accumulation_dtype(tokens.dtype), copy=False)
+    # In C order: BLAS rounds products of other layouts differently.
+    x = tokens.astype(accumulation_dtype(tokens.dtype), order="C", copy=False)
     # Learned positions are added to the embeddings. Rotary positions only rotate
     # queries and keys; then `embedded_positions` is None, and nothing is added.
     x = linear(x, *linear_of("embed"), residual=embedded_positions)  # (B, T, E)

@@ -179,7 +179,7 @@ def norm_budget(
     gamma : float, default 0.8
         Fraction γ of the norm mass to keep, within (0, 1].
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens do not count.
+        Boolean or integer, True or 1 = token. Padded tokens do not count.
 
     Returns
     -------
@@ -189,7 +189,7 @@ def norm_budget(
     Raises
     ------
     TypeError
-        If `tokens` is not floating or `mask` is not boolean.
+        If `tokens` is not floating or `mask` is not boolean or integer.
     ValueError
         If a shape does not fit, an entry is not finite, or γ is outside (0, 1].
 

@@ -65,7 +65,7 @@ def linkage(
         that a token of mass 0 still joins its nearest group. If all masses are 0, each
         counts as 1.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token.
+        Boolean or integer, True or 1 = token.
 
     Returns
     -------

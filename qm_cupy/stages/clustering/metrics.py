@@ -38,7 +38,7 @@ _BLOCK_ROWS = 256  # rows of distances that are computed at once: they stay in c
 
 def metric_vectors(tokens: NDArray[Any], metric: str) -> tuple[NDArray[Any], float]:
     """Return the vectors (N, D) of one sequence in float64, and their unit."""
-    x = tokens.astype(np.float64)
+    x = tokens.astype(np.float64, order="C")  # BLAS rounds other layouts differently
     if metric == "cosine":
         return unit_tokens(x), 1.0
     # Divide by the largest entry first, so that no sum overflows.

@@ -13,6 +13,8 @@ from ...cuda.launch import contiguous, launch
 
 def unit_tokens(x: NDArray[Any]) -> NDArray[Any]:
     """Return each token (..., D) divided by its norm; zero tokens stay zero."""
+    # In C order: BLAS rounds products of other layouts differently.
+    x = np.ascontiguousarray(x)
     # Divide by the largest entry first, so that no square overflows or vanishes.
     peak = np.abs(x).max(axis=-1, keepdims=True)  # (..., 1)
     x = x / np.where(peak > 0, peak, 1)

@@ -65,7 +65,7 @@ def fidelity_loss(
     num_groups : int or ndarray of int of shape (B,), optional
         As in `reconstruction_error`.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token.
+        Boolean or integer, True or 1 = token.
 
     Returns
     -------
@@ -134,7 +134,7 @@ def fidelity_loss_vjp(
     num_groups : int or ndarray of int of shape (B,), optional
         As in `reconstruction_error_vjp`.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token.
+        Boolean or integer, True or 1 = token.
 
     Returns
     -------

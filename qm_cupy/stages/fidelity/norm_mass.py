@@ -41,7 +41,7 @@ def norm_mass(
     num_groups : int or ndarray of int of shape (B,)
         K, or K of each sequence.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens do not count.
+        Boolean or integer, True or 1 = token. Padded tokens do not count.
 
     Returns
     -------

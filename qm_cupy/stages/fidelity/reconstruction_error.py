@@ -83,7 +83,7 @@ def reconstruction_error(
         K of each sequence, if they differ. Groups from K on are padding and rebuild no
         token.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens do not count.
+        Boolean or integer, True or 1 = token. Padded tokens do not count.
 
     Returns
     -------
@@ -305,7 +305,7 @@ def reconstruction_error_vjp(
         K of each sequence, if they differ. Groups from K on are padding and rebuild no
         token.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens do not count.
+        Boolean or integer, True or 1 = token. Padded tokens do not count.
 
     Returns
     -------

@@ -356,14 +356,13 @@ def merge_tokens_vjp_reference(
     by_mass = _mass_gradient(product, masses, weights, members)
     if not all_finite(by_mass):
         # Divide the three factors by powers of two, then multiply the result by them.
-        factors = (group_gradient, x, masses)
-        units = [2.0 ** np.frexp(np.abs(y).max(initial=0))[1] / 2 for y in factors]
-        g, x, masses = (y / unit for y, unit in zip(factors, units, strict=True))
+        factors = [y.astype(np.float64) for y in (group_gradient, x, masses)]
+        exponents = [int(np.frexp(np.abs(y).max(initial=0))[1]) for y in factors]
+        g, x, masses = map(np.ldexp, factors, np.negative(exponents))
         product = np.einsum("md,md->m", g[group], x[flat])
         scaled = _mass_gradient(product, masses, weights, members)
         with np.errstate(over="ignore"):  # ±inf is right for a gradient out of range
-            scaled *= units[1] / units[2]
-            scaled *= units[0]
+            scaled = np.ldexp(scaled, exponents[0] + exponents[1] - exponents[2])
         by_mass = np.where(np.isfinite(by_mass), by_mass, scaled)
     m_gradient = np.zeros(labels.size)
     m_gradient[flat] = by_mass

@@ -28,7 +28,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import accumulation_dtype, narrow
-from ...arrays.finite import all_finite, finite_mean
+from ...arrays.finite import all_finite, finite_mean, of_finite_gradient
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import (
     check_heads,
@@ -285,10 +285,14 @@ def _attention_mass_vjp_reference(
     layers, batch, heads = layer_axes(shape[:-1])
     g = masked_gradient(gradient, np.dtype(np.float64), mask)
     g = g.reshape(batch, num_tokens)
-    with np.errstate(over="ignore", invalid="ignore"):
-        # ±inf is right for a gradient that is out of range.
-        by_received = g * _focus(entropy, causal, mask) / (layers * heads)  # (B, N)
-        by_entropy = -by_received * _mean(received, mask)
+    focus, r = _focus(entropy, causal, mask), _mean(received, mask)  # (B, N)
+    by_received, by_entropy = (
+        of_finite_gradient(vjp, g)
+        for vjp in (
+            lambda g: g * focus / (layers * heads),
+            lambda g: -(g * focus / (layers * heads)) * r,
+        )
+    )
 
     def narrowed(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
         # Every layer and head gets the same gradient.

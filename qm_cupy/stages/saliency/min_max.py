@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.finite import of_finite_gradient
 from ...arrays.shapes import sum_of_tokens
 
 
@@ -27,25 +28,29 @@ def scale_min_max_vjp(
     """
     valid: Any = True if mask is None else mask
     scaled, low, high, width = _scaled(x, mask)
-    # ∂y/∂x = 1/w, ∂y/∂low = (y - 1)/w and ∂y/∂high = -y/w. `result` is w ∂ℒ/∂x; the
-    # last lines divide it by w.
-    result = gradient.astype(x.dtype)
-    for extreme, weight in ((low, 1 - scaled), (high, scaled)):
-        # The gradient of an extreme goes to the tokens that have this value. If n
-        # tokens tie, each token gets 1/n of the gradient.
-        tied = (x == extreme) & valid
-        total = sum_of_tokens(gradient * weight, mask)  # -w ∂ℒ/∂extreme
-        result = result - tied * (total / np.maximum(tied.sum(-1, keepdims=True), 1))
-    # The gradient of a constant row is 0. For a tiny w the quotient may overflow; then
-    # inf is the right result.
-    with np.errstate(over="ignore"):
+    # An infinite w stands for 2 (high/2 - low/2).
+    wide = np.isinf(width)
+    half = np.where(wide, high / 2 - low / 2, 1) if wide.any() else None
+
+    def vjp(gradient: NDArray[Any]) -> NDArray[Any]:
+        # ∂y/∂x = 1/w, ∂y/∂low = (y - 1)/w and ∂y/∂high = -y/w. `result` is w ∂ℒ/∂x; the
+        # last lines divide it by w.
+        result = gradient
+        for extreme, weight in ((low, 1 - scaled), (high, scaled)):
+            # The gradient of an extreme goes to the tokens that have this value. If n
+            # tokens tie, each token gets 1/n of the gradient.
+            tied = (x == extreme) & valid
+            total = sum_of_tokens(gradient * weight, mask)  # -w ∂ℒ/∂extreme
+            count = np.maximum(tied.sum(-1, keepdims=True), 1)
+            result = result - tied * (total / count)
         slope = result / width
-        # An infinite w stands for 2 (high/2 - low/2).
-        wide = np.isinf(width)
-        if wide.any():
-            half = np.where(wide, high / 2 - low / 2, 1)
+        if half is not None:
             slope = np.where(wide, result / 2 / half, slope)
+        # The gradient of a constant row is 0.
         return np.where((high > low) & valid, slope, 0)
+
+    # For a tiny w the quotient may be out of range; then inf is the right result.
+    return of_finite_gradient(vjp, gradient.astype(x.dtype))
 
 
 def _scaled(

@@ -20,6 +20,7 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.dtypes import narrow
+from ...arrays.finite import of_finite_gradient
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
@@ -159,16 +160,17 @@ def _norm_saliency_vjp_reference(
     # The largest absolute value is 1 now, so `relative_norms` does not change the scale
     # again.
     norms = relative_norms(x)  # n, (B, N)
-    # ∂ℒ/∂n, (B, N)
-    norm_gradient = scale_min_max_vjp(
-        masked_gradient(gradient, x.dtype, mask), norms, mask
-    )
-    # ∂ℒ/∂x = ∂ℒ/∂n · x / n. The gradient of a token of norm 0 is 0.
-    x *= (norm_gradient / np.where(norms > 0, norms, 1))[..., None]
-    # The saliency does not change with `largest`, so `largest` counts as a constant:
-    # ∂x/∂tokens = 1 / largest. If a tiny divisor gives inf, this is the right result.
-    with np.errstate(over="ignore"):
-        return narrow(x / largest, tokens.dtype)
+
+    def vjp(gradient: NDArray[Any]) -> NDArray[Any]:
+        norm_gradient = scale_min_max_vjp(gradient, norms, mask)  # ∂ℒ/∂n, (B, N)
+        # ∂ℒ/∂x = ∂ℒ/∂n · x / n. The gradient of a token of norm 0 is 0.
+        slope = norm_gradient / np.where(norms > 0, norms, 1)
+        # The saliency does not change with `largest`, which counts as a constant, so
+        # ∂x/∂tokens = 1 / largest. If a tiny divisor gives inf, this is right.
+        return x * slope[..., None] / largest
+
+    gradient = masked_gradient(gradient, x.dtype, mask)
+    return narrow(of_finite_gradient(vjp, gradient), tokens.dtype)
 
 
 def _norm_saliency_vjp_cuda(gradient: Any, tokens: Any, mask: Any) -> Any:

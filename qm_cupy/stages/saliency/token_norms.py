@@ -28,7 +28,7 @@ def unpadded_tokens(
     tokens: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> NDArray[np.float64]:
     """Return a copy (B, N, D) in float64 that is 0 for padding, which may be NaN."""
-    x = tokens.astype(np.float64)
+    x = tokens.astype(np.float64, order="C")
     if mask is not None:
         x[~mask] = 0
     return x

@@ -28,7 +28,8 @@ from ...arrays.conversion import (
     on_callers_stream,
 )
 from ...arrays.counts import GroupCounts, check_group_counts
-from ...arrays.dtypes import accumulation_dtype
+from ...arrays.dtypes import accumulation_dtype, narrow
+from ...arrays.finite import of_finite_gradient
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of, sum_of_tokens
 from ...autodiff.dispatch import operation
@@ -79,8 +80,8 @@ def gumbel_softmax(
         for the K tokens with the greatest s + g and 0 for the others. Of equal scores,
         the lower index is selected.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens get 0, and no noise is drawn for them. The
-        other tokens get the same result as without the padding.
+        Boolean or integer, True or 1 = token. Padded tokens get 0, and no noise is
+        drawn for them. The other tokens get the same result as without the padding.
     sequence_offset : int, default 0
         Number of the first sequence, which selects its noise: sequence b of the batch
         gets the noise of sequence ``sequence_offset + b``. A batch that is processed in
@@ -95,7 +96,8 @@ def gumbel_softmax(
     Raises
     ------
     TypeError
-        If `saliency` is not floating, `mask` is not boolean, or `hard` is not integer.
+        If `saliency` is not floating, `mask` is not boolean or integer, or `hard` is
+        not integer.
     ValueError
         If a shape does not fit, an entry is not finite, the temperature is not
         positive, or `hard` is greater than the number of tokens.
@@ -287,7 +289,7 @@ def gumbel_softmax_vjp(
     Raises
     ------
     TypeError
-        If an array is not floating or `mask` is not boolean.
+        If an array is not floating or `mask` is not boolean or integer.
     ValueError
         If a shape does not fit, an entry is not finite, or the temperature is not
         positive.
@@ -336,14 +338,19 @@ def _gumbel_softmax_vjp_reference(
     scores = perturbed_scores_reference(saliency, noise, mask)
     p = _softmax_reference(scores, temperature, mask).astype(np.float64)  # π, (B, N)
     # Padding has probability 0. The gradient of padding may be NaN and is not used.
-    centred = np.where(p > 0, gradient, 0).astype(np.float64)  # π̄
-    # π̄_i - Σ_j π̄_j π_j is tiny for a token that has nearly all the probability. The
-    # first pass subtracts the sum; the second pass removes the rounding error of the
-    # first one.
-    for _ in range(2):
-        centred -= sum_of_tokens(p * centred, mask)
-    with np.errstate(over="ignore"):  # inf is the intended result of a tiny temperature
-        return (p * centred / temperature).astype(saliency.dtype)
+    gradient = np.where(p > 0, gradient, 0).astype(np.float64)  # π̄
+
+    def vjp(gradient: NDArray[Any]) -> NDArray[Any]:
+        # π̄_i - Σ_j π̄_j π_j is tiny for a token that has nearly all the probability. The
+        # first pass subtracts the sum; the second pass removes the rounding error of
+        # the first one.
+        centred = gradient
+        for _ in range(2):
+            centred = centred - sum_of_tokens(p * centred, mask)
+        return p * centred / temperature
+
+    # inf is the intended result of a tiny temperature.
+    return narrow(of_finite_gradient(vjp, gradient), saliency.dtype)
 
 
 def _gumbel_softmax_vjp_cuda(

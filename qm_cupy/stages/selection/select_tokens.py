@@ -43,7 +43,7 @@ def select_tokens(
     num_groups : int or ndarray of int of shape (B,)
         Number of tokens K to select, for all sequences or for each one.
     mask : ndarray of shape (N,) or (B, N), optional
-        Boolean, True = token. Padded tokens are never selected.
+        Boolean or integer, True or 1 = token. Padded tokens are never selected.
 
     Returns
     -------
@@ -54,8 +54,8 @@ def select_tokens(
     Raises
     ------
     TypeError
-        If `scores` is not floating, `mask` is not boolean, or `num_groups` is not
-        integer.
+        If `scores` is not floating, `mask` is not boolean or integer, or `num_groups`
+        is not integer.
     ValueError
         If a shape does not fit, an entry is not finite, or K is greater than the number
         of tokens.

@@ -6,6 +6,7 @@ The oracle (oracle.py) merges one sequence with plain float64 loops. B sequences
 tokens of width D, in K groups.
 """
 
+import ml_dtypes
 import numpy as np
 import oracle
 import ptx
@@ -113,3 +114,28 @@ def test_rows_of_whole_vectors_have_the_same_sums(dtype, weighted, unmerge_vjp):
     # 16 elements are whole vectors in every dtype; 17 are not.
     whole_vectors = group_sums(np.ascontiguousarray(tokens[..., :16]))
     np.testing.assert_array_equal(whole_vectors, group_sums(tokens)[..., :16])
+
+
+@dtypes
+def test_means_of_numbers_whose_sum_overflows(dtype):
+    """The mean is representable where the sum of tokens or of masses is not."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    acc_dtype = cuda.accumulation_dtype(dtype)
+    heavy = 0.9 * float(np.finfo(acc_dtype).max)
+    rng = np.random.default_rng(0)
+    tokens = np.full((1, 13, 18), largest, dtype)
+    tokens[:, :6] = rng.standard_normal((6, 18))  # groups of usual and of huge tokens
+    tokens[0, 6::2, 1::2] *= -1
+    labels = (np.arange(13) // 3)[None]  # the last group has one token
+    for mass in (None, np.full((1, 13), heavy), rng.random((1, 13)) * heavy):
+        mass = None if mass is None else mass.astype(acc_dtype)
+        got = qm.merge_tokens(tokens, labels, 5, mass=mass).astype(np.float64)
+        # The oracle computes with tokens and masses that are scaled down.
+        scaled = tokens.astype(np.float64) / 2**8
+        light = None if mass is None else mass.astype(np.float64) / heavy
+        wanted = np.clip(merged_of(scaled, labels, 5, light) * 2**8, -largest, largest)
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(
+            got / largest, wanted / largest, rtol=1e-2, atol=1e-6
+        )
+        assert_close(got[:, :2], wanted[:, :2], dtype, "stored")
