@@ -64,17 +64,15 @@ def arguments(source, dtype, masked, single):
     heads = LAYERS, BATCH, HEADS, TOKENS
     inputs = {
         "tokens": {},
-        "hidden_states": {
-            "hidden_states": rng.standard_normal((LAYERS, *tokens.shape))
-        },
+        "hidden_states": {"hidden_states": rng.standard_normal(tokens.shape)},
         "attention": {"attention": rng.random((*heads, TOKENS)) ** 3},
         "query": dict(
             zip(("query", "key"), rng.normal(size=(2, *heads, 8)), strict=True)
         ),
         "saliency": {"saliency": rng.random((BATCH, TOKENS))},
     }[source]
-    # The axis of the batch: layers come before it, except for saliency.
-    axis = 0 if source == "saliency" else 1
+    # The axis of the batch: layers come before it, for sources that have heads.
+    axis = 0 if source in ("saliency", "hidden_states") else 1
     if single:
         tokens, mask = tokens[0], None if mask is None else mask[0]
         inputs = {name: x.take(0, axis) for name, x in inputs.items()}
@@ -101,7 +99,8 @@ def saliency_of(inputs):
             pair = lifted("query"), lifted("key")
             entropy = qm.query_key_entropy(*pair, mask=padding)
         elif "hidden_states" in inputs:
-            entropy = qm.self_attention_entropy(lifted("hidden_states"), mask=padding)
+            x = inputs["hidden_states"].reshape(-1, TOKENS, DIM)
+            entropy = qm.self_attention_entropy(x, mask=padding)
         # Without a source the tokens are the only hidden states.
         else:
             x = tokens.reshape(-1, TOKENS, DIM)

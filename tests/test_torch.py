@@ -728,7 +728,7 @@ class TestErrors:
              r"`budget` must lie in 1..5 \(its tokens\), got 6"),
             (lambda x: qm.quickmerge(x, True), TypeError, "`budget`.*got a bool"),
             (lambda x: qm.quickmerge(x, 2, attention=x[:, :4]), ValueError,
-             r"`attention` must have shape .* = \(2, 5\), got \(2, 4, 3\)"),
+             r"`attention` must have shape .* = \(2, 5, 3\), got \(2, 4, 3\)"),
             (lambda x: qm.gumbel_softmax(x[0], temperature=torch.tensor(0.1)),
              TypeError, "`temperature` must be a number, got Tensor"),
             (lambda x: qm.gumbel_softmax(x[0], seed=-1), ValueError, "`seed`"),
