@@ -141,6 +141,12 @@ def unmerge(merged, labels):
     return qm.Merged(merged, labels, None, None, None).unmerge()
 
 
+def of_layers(first, second, **arguments):
+    """Merge by the saliency of a tuple of two layers of hidden states."""
+    # A flat signature, because the parity tests convert arrays by argument.
+    return qm.quickmerge(hidden_states=(first, second), **arguments)
+
+
 def decode(tokens, sizes, positions, model):
     """Decode a merge that has only what `step` reads: tokens, sizes and positions."""
     # A flat signature, because the parity tests convert arrays by argument.
@@ -175,8 +181,8 @@ def _pipelines(tokens, num_groups, protect, mask, rng):
             {**alone, "query": heads[0], "key": heads[1], "method": "average"},
         ),
         "quickmerge, hidden states": (
-            qm.quickmerge,
-            {**alone, "hidden_states": (tokens, 2 - tokens)},  # two layers
+            of_layers,
+            {**alone, "first": tokens, "second": 2 - tokens},
         ),
         "quickmerge, protected anchors": (
             qm.quickmerge,
