@@ -71,7 +71,7 @@ def batch_of(documents, masks):
     return arrays | {"mask": np.stack(masks)}
 
 
-def places(num_tokens):
+def placements(num_tokens):
     """Yield where the tokens of the document are, in sequences of several lengths."""
     everywhere = np.ones(num_tokens, np.bool_)
     yield "right", np.pad(everywhere, (0, 9))
@@ -92,12 +92,12 @@ def batches(num_tokens, dtype):
     huge = document(num_tokens, dtype, 1, scale=1e30)
     tiny = document(num_tokens, dtype, 2, scale=1e-6)
     yield "batch of one", {**batch_of([own], [whole]), "mask": None}, 0, whole
-    for place in range(3):
+    for index in range(3):
         documents = [huge, tiny]
-        documents.insert(place, own)
+        documents.insert(index, own)
         arrays = {**batch_of(documents, [whole] * 3), "mask": None}
-        yield f"place {place}", arrays, place, whole
-    for name, valid in places(num_tokens):
+        yield f"document {index}", arrays, index, whole
+    for name, valid in placements(num_tokens):
         length = len(valid)
         longer = document(length, dtype, 3, scale=1e30)
         short = document(K + 1, dtype, 4, scale=100.0)
@@ -284,7 +284,7 @@ def test_gradient(name, dtype):
 
     num_tokens = 37
     alone = call({**document(num_tokens, dtype), "mask": None})
-    for place, arrays, index, valid in batches(num_tokens, dtype):
+    for where, arrays, index, valid in batches(num_tokens, dtype):
         for x, y in zip(alone, call(arrays), strict=True):
             own = y[index]
             if name == "attention_entropy_vjp":
@@ -293,4 +293,4 @@ def test_gradient(name, dtype):
                 own = np.compress(valid, own, -2)
             else:
                 own = np.compress(valid, own, -1)
-            np.testing.assert_array_equal(bits(x), bits(own), err_msg=place)
+            np.testing.assert_array_equal(bits(x), bits(own), err_msg=where)

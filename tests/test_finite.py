@@ -173,9 +173,10 @@ def test_values_are_finite(name, dtype, fill):
         results = leaves(VALUES[name](inputs))
     except ValueError as error:
         # Only these leave the range: scores of float64, and masses of huge attention.
-        assert re.search(REFUSED, str(error))
+        if re.search(REFUSED, str(error)) is None:
+            raise
+        results = []
         assert dtype == np.float64 or "attention" in name
-        return
     for x in results:
         assert np.isfinite(x.astype(np.float64)).all()
 
