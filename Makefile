@@ -1,8 +1,19 @@
 # Every target runs in the virtual environment .venv and installs nothing elsewhere.
+#
+# The targets need a POSIX system: Linux, macOS, or WSL on Windows. On Windows itself, type
+# in a checkout:
+#
+#     python -m venv .venv
+#     .venv\Scripts\python -m pip install --constraint constraints.txt --editable .[plot]
+#     .venv\Scripts\qm-cupy demo --output build/demo
+#
+# For the tests, install `.[test]` instead and type `.venv\Scripts\python -m pytest`. Tests
+# that interpret compiled kernels need g++ on an x86-64 CPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+# macOS has no nproc.
+CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Several processes run at the same time, so each of them uses one thread.

@@ -38,7 +38,7 @@ def attention_received(attention: np.ndarray) -> np.ndarray:
     It is the mean over heads and queries. If attention is weighted by sizes, a token of
     size n receives what n tokens would.
     """
-    return qm.attention_received(attention[None])[0].mean(axis=1)
+    return qm.attention_received(attention).mean(axis=1)
 
 
 # Weights of tokens. Each includes the size of the token, which is 1 before any merge.
@@ -126,9 +126,9 @@ def quickmerge(source: str = "tokens", **options: Any) -> Contender:
     def run(inside: Inside, num_groups: int) -> Grouping:
         sources: dict[str, Any] = {}
         if source == "attention":
-            sources["attention"] = inside.attentions[-1][None]  # (1, B, H, N, N)
+            sources["attention"] = inside.attentions[-1]  # (B, H, N, N)
         if source == "all attentions":
-            sources["attention"] = np.stack(inside.attentions)  # (L, B, H, N, N)
+            sources["attention"] = inside.attentions  # a tuple of layers
         if source == "saliency":
             sources["saliency"] = inside.saliency
         result = qm.quickmerge(

@@ -193,7 +193,7 @@ def of_given_attention(inputs: Inputs) -> Case:
 def heads_of(inputs: Inputs) -> tuple[Any, ...]:
     """Return queries and keys: one layer, 4 heads of width 64."""
     batch, num_tokens, _ = inputs.sizes
-    return tuple(inputs.draw(1, batch, 4, num_tokens, 64) for _ in range(2))
+    return tuple(inputs.draw(batch, 4, num_tokens, 64) for _ in range(2))
 
 
 def of_query_key(inputs: Inputs) -> Case:

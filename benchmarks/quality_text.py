@@ -80,7 +80,7 @@ def inside_of(
     return Inside(
         tokens=x,
         key=layers[-1].key.mean(axis=1),  # over heads, as in ToMe
-        saliency=qm.saliency(np.stack(entropies)),
+        saliency=qm.saliency(tuple(entropies)),
         entropy=entropies[-1].mean(axis=1),  # over heads
         received=attention_received(attentions[-1]),
         sizes=sizes,

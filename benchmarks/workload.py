@@ -134,7 +134,8 @@ def self_attention_work(layers: int, batch: int, n: int, dim: int) -> Work:
 
 
 def self_attention(layers: int, batch: int, n: int, dim: int) -> Case:
-    # The scale keeps the attention from falling on the diagonal alone.
+    # The scale keeps the attention from falling on the diagonal alone. The function
+    # takes four axes as (B, H, N, d), which is the same work as layers of sequences.
     x = draw(layers, batch, n, dim, scale=0.3)
 
     def in_torch(x: Any) -> Any:

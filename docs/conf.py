@@ -1,13 +1,14 @@
 """Sphinx configuration: `make docs` builds the pages and treats warnings as errors.
 
 The pages are written to build/docs. They are MyST notebooks, and the build executes
-them. It also executes notebooks/, to which a symbolic link in this folder points. The
-kernel of a notebook starts in the folder of that notebook.
+them. It also executes copies of notebooks/ that it makes in this folder. The kernel of
+a notebook starts in the folder of that notebook.
 """
 
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,10 +24,11 @@ os.environ["PYTHONPATH"] = str(ROOT)
 folders = Path(sys.executable).parent, os.environ.get("PATH", "")
 os.environ["PATH"] = os.pathsep.join(map(str, folders))
 
-# Sphinx reads only files below this folder.
+# Sphinx reads only files below this folder. Old copies are removed: a notebook may have
+# another name now.
 NOTEBOOKS = HERE / "notebooks"
-if not NOTEBOOKS.is_symlink():
-    NOTEBOOKS.symlink_to(Path("..") / "notebooks", target_is_directory=True)
+shutil.rmtree(NOTEBOOKS, ignore_errors=True)
+shutil.copytree(ROOT / "notebooks", NOTEBOOKS, ignore=shutil.ignore_patterns(".*"))
 
 # A page that imports torch or JAX is executed only if that framework is installed.
 # Otherwise the build names the page on stderr.
@@ -41,8 +43,7 @@ def needs(page):
 
 NOT_RUN = sorted(
     page.relative_to(HERE).as_posix()
-    for folder in (HERE, NOTEBOOKS)  # rglob does not follow the symbolic link
-    for page in (*folder.rglob("*.md"), *folder.rglob("*.ipynb"))
+    for page in (*HERE.rglob("*.md"), *HERE.rglob("*.ipynb"))
     if needs(page) & MISSING
 )
 if NOT_RUN:

@@ -38,6 +38,9 @@ def traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -
         from .autodiff.jax_operators import check_known
 
         check_known("budget", budget)  # JAX needs every shape while it traces
+    # The usual case needs no conversion: `token_budget` would return the same K.
+    if type(budget) is int and 1 <= budget <= num_tokens:
+        return budget
     if is_share(budget):
         if framework == "jax" and mask is not None:
             check_known("mask", mask)  # K depends on the number of valid tokens
@@ -52,9 +55,6 @@ def traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -
             return max(1, int(num_tokens * ratio))
         return (mask.sum(-1).double() * ratio).floor().clamp(min=1).long()  # (B,)
     check_budget_type(budget)
-    # The usual case needs no conversion: `token_budget` would return the same K.
-    if type(budget) is int and 1 <= budget <= num_tokens:
-        return budget
     if hasattr(budget, "shape"):
         return budget  # an array (B,); the stage functions check its values
     return token_budget(budget, num_tokens)  # converts other numbers, or raises

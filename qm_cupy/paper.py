@@ -5,8 +5,8 @@ library. A call of `QuickMergePP` returns losses as plain floats. Methods of the
 classes return them as scalars of the caller's library. If torch or JAX traces an
 argument or a weight, every loss that depends on it is an array that can be
 differentiated. Two classes have weights: `BidirectionalARAlignment` and `QuickMergePP`.
-`qm_cupy.torch` defines them as torch modules, and `qm_cupy.jax` registers them as
-pytrees.
+`qm_cupy.torch` defines all of them as torch modules, and `qm_cupy.jax` registers them
+as pytrees.
 
 Axes: B sequences of N tokens of width D are merged to K groups each. For one sequence,
 results have no axis B. L is the number of layers that hidden states come from.

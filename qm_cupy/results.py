@@ -8,19 +8,19 @@ import math
 import sys
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays.checks import (
+    check_finite_values,
     check_is_array,
     check_labels,
     check_layout,
     check_mass,
     check_out,
     check_shape,
-    check_values,
 )
 from .arrays.conversion import Array, BoolArray, FloatArray, IntArray, convert_inputs
 from .arrays.counts import GroupCounts
@@ -35,6 +35,9 @@ from .merged_file import check_suffix, read_arrays, write_arrays
 from .stages.merging.groups import group_positions, group_sizes
 from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
 from .stages.merging.unmerge_tokens import unmerge_tokens
+
+# The array that `Merged.apply` merges may have another dtype, or another library.
+Values = TypeVar("Values", bound=Any)
 
 
 class Merged(NamedTuple, Generic[Array]):
@@ -103,7 +106,7 @@ class Merged(NamedTuple, Generic[Array]):
         """
         return unmerge_tokens(self.tokens, self.labels)
 
-    def apply(self, x: Array) -> Array:
+    def apply(self, x: Values) -> Values:
         """Merge another array over the same tokens, by the same groups and weights.
 
         Gradients flow to `x`, as in `merge_tokens`.
@@ -127,7 +130,7 @@ class Merged(NamedTuple, Generic[Array]):
         TypeError
             If `x` is not floating or of another library.
         ValueError
-            If the shape does not fit or an entry is not finite.
+            If the shape does not fit or an entry is not finite. Padding is not read.
 
         Examples
         --------
@@ -204,17 +207,9 @@ class Merged(NamedTuple, Generic[Array]):
 def _apply(x: Any, labels: Any, mass: Any, num_groups: int) -> Any:
     """Return `x` merged by the labels and weights of a `Merged`."""
     check_is_array("x", x)
-    shape, plan = tuple(x.shape), tuple(labels.shape)
-    num_axes = len(plan) + 1  # without an axis of heads
-    heads = shape[num_axes - 2 : -2] if len(shape) > num_axes else ()  # (H,) or ()
-    batch = plan[:-1]
-    if shape[:-1] != (*batch, *heads, plan[-1]) or len(heads) > 1:
-        axes = "B, N" if batch else "N"
-        layouts = "(B, N, D) or (B, H, N, d)" if batch else "(N, D) or (H, N, d)"
-        raise ValueError(
-            f"`x` must have shape {layouts} with ({axes}) = {plan}, as the labels of "
-            f"this Merged, got {shape}"
-        )
+    plan = tuple(labels.shape)
+    batch, heads = plan[:-1], _heads_of(tuple(x.shape), plan)
+    wanted = (*batch, *heads, num_groups, x.shape[-1])  # (B, H, K, d)
     framework = tracing_framework((x, labels, mass))
     from_file = isinstance(labels, np.ndarray) and not isinstance(x, np.ndarray)
     if framework is not None:
@@ -223,7 +218,7 @@ def _apply(x: Any, labels: Any, mass: Any, num_groups: int) -> Any:
         xp = sys.modules["jax"].numpy if framework == "jax" else sys.modules["torch"]
         flat = _one_sequence_per_head(xp, x, labels, mass, heads)
         merged = merge_tokens(flat[0], flat[1], num_groups, mass=flat[2])
-        return merged.reshape((*batch, *heads, num_groups, shape[-1]))
+        return merged.reshape(wanted)
     if from_file:
         convert_back, x = convert_inputs({"x": x})
         if is_cuda(x):
@@ -232,13 +227,35 @@ def _apply(x: Any, labels: Any, mass: Any, num_groups: int) -> Any:
         convert_back, x, labels, mass = convert_inputs(
             {"x": x, "labels": labels, "mass": mass}
         )
-    check_values("x", x, "BND"[-num_axes:], "BHND"[-num_axes - 1 :])
+    check_layout("x", x, "BHND" if heads and batch else "BND"[-x.ndim :])
     groups = GroupCounts(np.full(batch, num_groups), num_groups)
     check_labels(labels, plan, groups.counts)
-    check_mass(mass, plan)
+    # Padding may have any value. On a GPU no values are checked.
+    valid = None if is_cuda(x) else labels >= 0  # (B, N)
+    check_mass(mass, plan, mask=valid)
+    if valid is not None:
+        per_row = valid[..., None, :] if heads else valid  # (B, 1, N), for all heads
+        check_finite_values("x", x, per_row[..., None])
     flat = _one_sequence_per_head(np, x, labels, mass, heads)  # `np` is for CuPy too
     merged = compute_merge_tokens(flat[0], flat[1], groups, mass=flat[2])
-    return convert_back(merged.reshape(*batch, *heads, num_groups, shape[-1]))
+    return convert_back(merged.reshape(wanted))
+
+
+def _heads_of(shape: tuple[int, ...], plan: tuple[int, ...]) -> tuple[int, ...]:
+    """Return (H,), or () without heads; raise if `x` does not fit the labels.
+
+    `shape` is that of `x`, and `plan` is that of the labels: (N,) or (B, N).
+    """
+    batch = plan[:-1]
+    heads = shape[len(batch) : -2]
+    if shape[:-1] == (*batch, *heads, plan[-1]) and len(heads) <= 1:
+        return heads
+    axes = "B, N" if batch else "N"
+    layouts = "(B, N, D) or (B, H, N, d)" if batch else "(N, D) or (H, N, d)"
+    raise ValueError(
+        f"`x` must have shape {layouts} with ({axes}) = {plan}, as the labels of this "
+        f"Merged, got {shape}"
+    )
 
 
 def _one_sequence_per_head(
@@ -275,7 +292,7 @@ def _check_fields(merged: Merged[NDArray[Any]]) -> None:
     check_labels(labels, (*batch, num_tokens), max_groups)
     check_shape("sizes", sizes, "BK", per_group)
     check_shape("positions", positions, "BK", per_group)
-    check_mass(mass, labels.shape)
+    check_mass(mass, labels.shape, mask=labels >= 0)
     if (group_sizes(labels, max_groups) != sizes).any():
         raise ValueError("`sizes` must be the numbers of tokens with each label")
     if (group_positions(labels, max_groups) != positions).any():

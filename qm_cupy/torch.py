@@ -250,7 +250,7 @@ class DifferentiableTokenMerging(nn.Module, paper.DifferentiableTokenMerging):
 class BidirectionalARAlignment(nn.Module, paper.BidirectionalARAlignment):
     """`qm_cupy.BidirectionalARAlignment` with a prior that torch trains.
 
-    A call returns `compute_alignment_loss`.
+    It has the methods of that class. A call is ``compute_alignment_loss``.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class BidirectionalARAlignment(nn.Module, paper.BidirectionalARAlignment):
 class NormBasedFidelityConstraint(nn.Module, paper.NormBasedFidelityConstraint):
     """`qm_cupy.NormBasedFidelityConstraint` as a module without weights.
 
-    A call returns `compute_fidelity_loss`.
+    It has the method of that class. A call is ``compute_fidelity_loss``.
     """
 
     def __init__(self, gamma: float = 0.8) -> None:

@@ -36,7 +36,10 @@ METRICS = {"": "cosine", ", euclidean": "euclidean"}  # suffixes of the names of
 PIPELINE = tuple(MERGED[field] for field in qm.Merged._fields)
 # The variants of results of a call, unless it returns one array of sums.
 RESULTS = {
-    **dict.fromkeys(["merge_tokens", "unmerge_tokens"], (Variant.TOKENS,)),
+    **dict.fromkeys(
+        ["merge_tokens", "unmerge_tokens", "Merged.apply", "Merged.unmerge"],
+        (Variant.TOKENS,),
+    ),
     **dict.fromkeys(
         [
             "select_tokens",
@@ -126,6 +129,16 @@ def choose_merge(**arguments):
     """Return the selected merge, the scores and its index as one flat tuple."""
     choice = qm.choose_merge(**arguments)
     return *choice.merged, choice.scores, choice.best
+
+
+def apply(x, merged, labels, mass):
+    """Merge an array by a plan that has only what `apply` reads."""
+    return qm.Merged(merged, labels, None, None, mass).apply(x)
+
+
+def unmerge(merged, labels):
+    """Unmerge a plan that has only what `unmerge` reads."""
+    return qm.Merged(merged, labels, None, None, None).unmerge()
 
 
 def decode(tokens, sizes, positions, model):
@@ -426,6 +439,11 @@ def calls(num_tokens, masked=False, ragged=False):
         ),
         "merge_tokens": (qm.merge_tokens, {"tokens": tokens, **grouped, "mass": mass}),
         "unmerge_tokens": (qm.unmerge_tokens, {"merged": merged, "labels": labels}),
+        "Merged.apply": (
+            apply,
+            {"x": key[0], "merged": merged, "labels": labels, "mass": mass},  # heads
+        ),
+        "Merged.unmerge": (unmerge, {"merged": merged, "labels": labels}),
         "group_sizes": (qm.group_sizes, grouped),
         "group_positions": (qm.group_positions, grouped),
         "alignment_loss": (

@@ -43,6 +43,8 @@ def as_numpy(x, dtype, wide=True):
 
     The reference of bfloat16 tokens is that of float32 before its last rounding.
     """
+    if type(x) is tuple:  # layers
+        return tuple(as_numpy(y, dtype, wide) for y in x)
     if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
         return x
     x = x.astype(dtype)
@@ -51,6 +53,8 @@ def as_numpy(x, dtype, wide=True):
 
 def as_argument(x, library, dtype, strided=False):
     """Move an array to the GPU, a floating one in `dtype`; return others unchanged."""
+    if type(x) is tuple:  # layers
+        return tuple(as_argument(y, library, dtype, strided) for y in x)
     if not isinstance(x, np.ndarray):
         return x
     if x.dtype.kind == "f":

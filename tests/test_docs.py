@@ -11,7 +11,7 @@ import qm_cupy
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# Folders without pages of their own; `notebooks` is a result of the build.
+# Folders without pages of their own; `api` and `notebooks` are results of the build.
 NO_PAGES = {DOCS / name for name in ("_templates", "api", "notebooks")}
 PAGES = {
     path.relative_to(DOCS).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
@@ -70,6 +70,12 @@ def test_every_page_is_in_one_toctree():
     pages = [name for page in PAGES for name in listed(page)]
     notebooks = [f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb")]
     assert sorted([*pages, "index"]) == sorted([*PAGES, *notebooks])
+
+
+def test_no_page_is_a_symbolic_link():
+    """Windows, and archives of a checkout, may not have them."""
+    assert [path for path in DOCS.rglob("*") if path.is_symlink()] == []
+    assert "symlink" not in (DOCS / "conf.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -45,16 +45,20 @@ def test_strided_inputs(name, gpu_library, gpu_kernels, gpu_dtype):
     check(name, got, wanted, gpu_library, gpu_dtype)
 
 
+def without_sequences(x):
+    """Return an array (B, …) or (L, B, …), or a tuple of layers, with B = 0."""
+    if type(x) is tuple:
+        return tuple(map(without_sequences, x))
+    if isinstance(x, np.ndarray) and BATCH in x.shape:
+        return np.take(x, [], axis=x.shape.index(BATCH))
+    return x
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "MLPPrior.fit"])
 def test_empty_batch(name, gpu_kernels, gpu_dtype):
     # The empty batch launches nothing, but shapes and dtypes must be the same.
     function, arguments = calls(33)[name]
-    arguments = {
-        k: np.take(x, [], axis=x.shape.index(BATCH))  # (B, …) or (L, B, …)
-        if isinstance(x, np.ndarray) and BATCH in x.shape
-        else x
-        for k, x in arguments.items()
-    }
+    arguments = {k: without_sequences(x) for k, x in arguments.items()}
     call = function, arguments
     got = run(call, "cupy", gpu_dtype)
     check(name, got, reference_of(name, call, gpu_dtype), "cupy", gpu_dtype)

@@ -44,7 +44,7 @@ def test_the_pinned_versions_satisfy_the_requirements():
 def test_no_text_advises_to_install_the_package_from_an_index():
     """It is not on an index; `pip install ".[plot]"` works in a checkout."""
     wrong = re.compile(r"pip install [^\n]*qm[-_]cupy")
-    folders = "qm_cupy", "docs", "benchmarks", "notebooks", "kernels"
+    folders = "qm_cupy", "docs", "notebooks", "benchmarks", "kernels"
     files = [ROOT / "README.md", ROOT / "Makefile"]
     for folder in folders:
         for suffix in ("py", "md", "rst", "ipynb", "sh"):

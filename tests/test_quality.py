@@ -178,7 +178,7 @@ def test_quickmerge_gets_the_source_that_its_name_says(scripts, rng, source):
     inside = data_of(scripts, tokens, 2)
     passed = {
         "tokens": {},
-        "attention": {"attention": inside.attentions[0][None]},  # (L, B, H, N, N)
+        "attention": {"attention": inside.attentions[0]},  # (B, H, N, N)
         "saliency": {"saliency": inside.saliency},
     }[source]
     protect = np.tile(np.arange(12) < 2, (2, 1))
@@ -278,7 +278,7 @@ def test_the_unmerged_run(scripts, model):
     order = [0, 6, 1, 2, 3, 4, 5]
     np.testing.assert_allclose(inside.tokens, layer.hidden[:, order], atol=1e-5)
     np.testing.assert_allclose(inside.key, layer.key.mean(axis=1)[:, order], atol=1e-5)
-    score = qm.saliency(qm.attention_entropy(layer.attention)[None])
+    score = qm.saliency(qm.attention_entropy(layer.attention))
     np.testing.assert_allclose(inside.saliency, score[:, order], atol=1e-4)
     received = layer.attention.mean(axis=(1, 2))
     np.testing.assert_allclose(inside.received, received[:, order], atol=1e-6)

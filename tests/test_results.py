@@ -115,6 +115,17 @@ class TestApply:
             assert type(got) is type(y)
             assert_equal(got, plan.apply(x))
 
+    def test_padding_is_not_read(self, library, tokens, values, mask):
+        plan = merge(tokens, mask=mask)
+        wanted = plan.apply(tokens), plan.apply(values)
+        tokens, values = tokens.copy(), values.copy()
+        tokens[~mask] = np.nan
+        values.swapaxes(1, 2)[~mask] = np.nan
+        plan.mass[~mask] = np.nan
+        plan = converted(library, plan)
+        assert_equal(plan.apply(to_library(library, tokens)), wanted[0])
+        assert_equal(plan.apply(to_library(library, values)), wanted[1])
+
     def test_an_empty_batch(self, tokens):
         plan = merge(tokens[:0])
         assert plan.apply(tokens[:0]).shape == (0, NUM_GROUPS, 6)
@@ -230,7 +241,7 @@ class TestTorch:
     def test_gradients(self, tokens, values):
         torch = pytest.importorskip("torch")
         plan = merge(tokens.astype(np.float64))
-        for array in (tokens, values):
+        for array in (tokens[..., :2], values[:, :2, :, :2]):  # few numbers
             for merged in (plan, converted("torch", plan)):
                 x = torch.tensor(array, dtype=torch.float64, requires_grad=True)
                 assert torch.autograd.gradcheck(merged.apply, (x,))
@@ -248,6 +259,7 @@ class TestTorch:
         sizes = plan.sizes[..., None].expand(plan.tokens.shape).double()
         torch.testing.assert_close(plan.tokens.grad, sizes)
 
+    @pytest.mark.slow("compiles torch's graph")
     def test_compiled(self, tokens, values):
         torch = pytest.importorskip("torch")
         tokens, values = torch.tensor(tokens), torch.tensor(values)
@@ -265,6 +277,7 @@ class TestTorch:
         for x, y in zip((*got[0], *got[1:]), (*wanted[0], *wanted[1:]), strict=True):
             assert torch.equal(x, y)
 
+    @pytest.mark.slow("compiles torch's graph")
     def test_compiled_gradients(self, tokens, values):
         torch = pytest.importorskip("torch")
         tokens, values = (torch.tensor(x).requires_grad_() for x in (tokens, values))

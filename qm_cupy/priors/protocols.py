@@ -45,7 +45,9 @@ class Prior(Protocol):
         With `reverse`, it is the prediction of the previous token. The shape is (K, D)
         for one sequence, or (B, K, D). `num_groups` is the number of tokens that are
         not padding: an integer for one sequence, or a NumPy array (B,). `positions` and
-        `sizes` are those of a `Merged`, or None.
+        `sizes` are those of a `Merged`, or None. All arrays are copies, which the
+        method may change. Its result is an array of the library of `tokens` (NumPy or
+        CuPy) in a floating dtype.
         """
 
 
@@ -55,7 +57,8 @@ class TwoLayerPrior(Protocol):
     def network_weights(self) -> tuple[Any, ...]:
         """Return eight weights: four of the network `forward`, four of `backward`.
 
-        The four are the fields of `MLP`: weight_in, bias_in, weight_out, bias_out.
+        The four are the fields of `MLP`: weight_in, bias_in, weight_out, bias_out. A
+        class without `predict` predicts as an `MLPPrior` of these weights.
         """
 
 
@@ -65,4 +68,7 @@ class SteppingPrior(Protocol):
     def step(
         self, token: Any, state: Any = None, *, position: Any = None, size: Any = None
     ) -> tuple[Any, Any]:
-        """Return the prediction (..., D) after a token (..., D) and the new state."""
+        """Return the prediction (..., D) after a token (..., D) and the new state.
+
+        The arrays, except those of the state, are copies, which the method may change.
+        """
