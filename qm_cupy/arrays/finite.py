@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import narrow
+
 
 def all_finite(x: NDArray[Any]) -> bool:
     """Return whether all entries are finite, in one pass in most cases."""
@@ -49,6 +51,22 @@ def of_finite_gradient(
         # entry is above 1 below. Divisions by powers of two change no digits.
         unit = gradient.dtype.type(2.0 ** (np.finfo(gradient.dtype).maxexp // 2))
         scaled = vjp(gradient / unit / unit) * unit * unit
-    # A product 0 · inf of a gradient out of range with a zero is 0.
-    scaled = np.where(np.isnan(scaled), 0, scaled)
+    scaled = finite_or_infinite(scaled, result.dtype)
     return np.where(np.isfinite(result), result, scaled)
+
+
+def finite_or_infinite(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return a gradient in another dtype; ±inf where it is out of range, never NaN.
+
+    NaN is the product of 0 with an infinite factor, and becomes 0.
+    """
+    return narrow(np.where(np.isnan(x), 0, x), dtype)
+
+
+def finite_gap(
+    x: NDArray[np.float64], y: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return x and x - y, or the halves of both if the difference overflows."""
+    with np.errstate(over="ignore"):
+        gap = x - y
+    return (x, gap) if all_finite(gap) else (x / 2, x / 2 - y / 2)
