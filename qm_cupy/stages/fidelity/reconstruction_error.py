@@ -388,7 +388,7 @@ def reconstruction_error_vjp_reference(
             if not error_type(error) > error_type(bound):
                 continue
             # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j), with ‖X‖² = squared_norm · peak². `gap`
-            # and `x` are divided by `peak`: one `peak` cancels; unhalved, it is `largest`.
+            # and `x` are divided by `peak`, so one `peak` cancels. The other is `largest`.
             scale = 2 * float(gradient[index]) / (squared_norm * largest)
             by_token = scale * (gap - error * x)
             # The sum of -(x_j - x̃_k) over each group. Rebuilding gathers rows, and the
