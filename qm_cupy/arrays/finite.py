@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import narrow
-
 
 def overflow_raises() -> np.errstate:
     """Return a context in which an overflow raises FloatingPointError.
@@ -64,22 +62,21 @@ def of_finite_gradient(
         # entry is above 1 below. Divisions by powers of two change no digits.
         unit = gradient.dtype.type(2.0 ** (np.finfo(gradient.dtype).maxexp // 2))
         scaled = vjp(gradient / unit / unit) * unit * unit
-    scaled = finite_or_infinite(scaled, result.dtype)
-    return np.where(np.isfinite(result), result, scaled)
+    return np.where(np.isfinite(result), result, finite_or_infinite(scaled))
 
 
-def finite_or_infinite(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return a gradient in another dtype; ±inf where it is out of range, never NaN.
+def finite_or_infinite(x: NDArray[Any]) -> NDArray[Any]:
+    """Return a gradient that is ±inf where it is out of range, but never NaN.
 
     NaN is the product of 0 with an infinite factor, and becomes 0.
     """
-    return narrow(x if all_finite(x) else np.where(np.isnan(x), 0, x), dtype)
+    return np.where(np.isnan(x), x.dtype.type(0), x)
 
 
 def finite_gap(
     x: NDArray[np.float64], y: NDArray[Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return x and x - y, or the halves of both if the difference overflows."""
-    with np.errstate(over="ignore"):
-        gap = x - y
-    return (x, gap) if all_finite(gap) else (x / 2, x / 2 - y / 2)
+    with suppress(FloatingPointError), overflow_raises():
+        return x, x - y
+    return x / 2, x / 2 - y / 2
