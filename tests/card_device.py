@@ -190,9 +190,8 @@ def install(monkeypatch, *cards):
     device = Device(cards)
     convert = cuda._to_numpy_or_cupy
 
-    def upload(name, x, *, to_host=False):
-        array = convert(name, x, to_host=to_host)
-        return array if to_host else array.view(DeviceArray)
+    def upload(name, x):
+        return convert(name, x).view(DeviceArray)
 
     def limits():
         card = device.look()

@@ -48,6 +48,10 @@ class DeviceArray(np.ndarray):
         result = super().__array_function__(function, types, args, options)
         return _on_device(result) if isinstance(result, _NUMERIC) else result
 
+    def get(self):
+        """Return counts of a caller, which the host has or waits for."""
+        return self.view(np.ndarray)
+
     def __getitem__(self, key):
         # The shape of the result depends on values, so CuPy waits for the GPU.
         _count_mask("x[mask]", key)

@@ -67,6 +67,10 @@ class Case(NamedTuple):
         return self.array(self.batch, HEADS, self.num_tokens, self.num_tokens)
 
     @property
+    def one_head(self) -> Any:
+        return self.array(self.batch, 1, self.num_tokens, self.num_tokens)
+
+    @property
     def head_rows(self) -> Any:
         return self.array(self.batch, HEADS, self.num_tokens)
 
@@ -142,7 +146,7 @@ def _quickmerges():
         "hidden_states": lambda c: {"hidden_states": c.tokens},
         "attention": lambda c: {"attention": c.attention},
         "query": lambda c: {"query": c.heads, "key": c.heads},
-        "layers": lambda c: {"attention": (c.attention, c.attention[:, :1])},
+        "layers": lambda c: {"attention": (c.attention, c.one_head)},
         "saliency": lambda c: {"saliency": c.scores},
     }
 

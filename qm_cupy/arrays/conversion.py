@@ -116,8 +116,8 @@ def convert_inputs(
             converted[name] = _to_numpy_or_cupy(name, _prepare(name, x))
             # For counts on a GPU, the CPU waits here, because the shapes of results
             # depend on these values.
-            on_host = isinstance(converted[name], np.ndarray)
-            x = converted[name] if on_host else converted[name].get()
+            x = converted[name]
+            x = x.get() if hasattr(x, "get") else x  # CuPy's arrays have `get`
         values.append(x)
     for name in outputs or ():
         _check_apart(name, converted)

@@ -29,9 +29,7 @@ def unpadded_tokens(
 ) -> NDArray[np.float64]:
     """Return a copy (B, N, D) in float64 that is 0 for padding, which may be NaN."""
     x = tokens.astype(np.float64, order="C")
-    if mask is not None:
-        x[~mask] = 0
-    return x
+    return x if mask is None else np.where(mask[..., None], x, 0)
 
 
 def token_norms_cuda(tokens: Any, mask: Any = None) -> Any:
