@@ -28,7 +28,18 @@ TYPES = {"token_budget": ["int64"]}
 def arguments(name, dtype):
     """Return the arguments of a call as NumPy arrays, floating ones in `dtype`."""
     _, inputs = CALLS[name]
-    return {k: x.astype(dtype) if is_floating(x) else x for k, x in inputs.items()}
+    return of_arrays(lambda x: x.astype(dtype) if is_floating(x) else x, inputs)
+
+
+def of_arrays(change, inputs, kind=np.ndarray):
+    """Return arguments with changed arrays, also those of layers in a tuple."""
+
+    def changed(x):
+        if isinstance(x, tuple):
+            return tuple(map(changed, x))
+        return change(x) if isinstance(x, kind) else x
+
+    return {name: changed(x) for name, x in inputs.items()}
 
 
 def is_floating(x):
@@ -37,10 +48,7 @@ def is_floating(x):
 
 def convert(library, inputs):
     """Return the arguments with arrays of a library instead of NumPy's."""
-    return {
-        k: to_library(library, x) if isinstance(x, np.ndarray) else x
-        for k, x in inputs.items()
-    }
+    return of_arrays(lambda x: to_library(library, x), inputs)
 
 
 def run(name, inputs):
@@ -119,12 +127,8 @@ def repeated(x):
 @pytest.mark.parametrize("name", CALLS)
 def test_any_layout(name, dtype, layout):
     plain = arguments(name, BFLOAT16 if dtype == "bfloat16" else dtype)
-    inputs = {
-        k: layout(x) if isinstance(x, np.ndarray) else x for k, x in plain.items()
-    }
-    copies = {
-        k: x.copy() if isinstance(x, np.ndarray) else x for k, x in inputs.items()
-    }
+    inputs = of_arrays(layout, plain)
+    copies = of_arrays(lambda x: x.copy(), inputs)
     got = run(name, inputs)
     # `decode` returns arrays of the model.
     assert name == "decode" or all(x.flags.c_contiguous for x in got)
@@ -145,14 +149,9 @@ def test_any_layout_of_torch(name, layout):
         "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
         "repeated": lambda x: x[:1].expand(x.shape),
     }[layout]
-    inputs = {
-        k: change(x) if isinstance(x, torch.Tensor) else x
-        for k, x in convert("torch", arguments(name, BFLOAT16)).items()
-    }
-    copies = {
-        k: x.contiguous() if isinstance(x, torch.Tensor) else x
-        for k, x in inputs.items()
-    }
+    converted = convert("torch", arguments(name, BFLOAT16))
+    inputs = of_arrays(change, converted, torch.Tensor)
+    copies = of_arrays(torch.Tensor.contiguous, inputs, torch.Tensor)
     same_results(run(name, inputs), run(name, copies))
 
 
@@ -165,10 +164,7 @@ def same_results(got, wanted):
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_an_empty_batch_gives_the_results_of_numpy(name, library):
     """The call works, or raises the same error, which names the argument."""
-    inputs = {
-        k: x[:0] if isinstance(x, np.ndarray) else x
-        for k, x in arguments(name, np.float32).items()
-    }
+    inputs = of_arrays(lambda x: x[:0], arguments(name, np.float32))
     try:
         wanted, refused = run(name, inputs), None
     except ValueError as error:
