@@ -374,30 +374,30 @@ def reconstruction_error_vjp_reference(
     for index in np.ndindex(counts.shape):  # one sequence at a time, in float64
         group = labels[index]
         valid = (group >= 0)[:, None]  # (N, 1), not padding
-        x = np.where(valid, tokens[index], 0).astype(np.float64)  # (N, D)
-        largest = np.abs(x).max(initial=0)
-        # x_j - x̂_j; x and the gap are halved if it overflows.
-        x, gap = finite_gap(x, unmerge_tokens_reference(merged[index], group))
-        peak = np.abs(x).max(initial=0)
-        if peak == 0:  # a sequence of zeros: its error is 0 or inf, its gradient 0
+        whole = np.where(valid, tokens[index], 0).astype(np.float64)  # (N, D)
+        largest = np.abs(whole).max(initial=0)
+        # x_j and x_j - x̂_j, or the halves of both
+        x, gap = finite_gap(whole, unmerge_tokens_reference(merged[index], group))
+        if largest == 0:  # a sequence of zeros: its error is 0 or inf, its gradient 0
             continue
-        with np.errstate(over="ignore", invalid="ignore"):  # see `finite_or_infinite`
+        with np.errstate(over="ignore", invalid="ignore"):
+            peak = largest if x is whole else largest / 2
             x, gap = x / peak, gap / peak  # first, so that no square overflows
             squared_norm = np.vdot(x, x)  # ‖X‖² / peak²
             error = np.vdot(gap, gap) / squared_norm  # e; peak² cancels
             if not error_type(error) > error_type(bound):
                 continue
-            # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j), with ‖X‖² = squared_norm · peak². `gap`
-            # and `x` are divided by `peak`, so one `peak` cancels: `largest`, unhalved.
+            # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j). ‖X‖² is squared_norm · peak², and one
+            # `peak` cancels. The other one, of the whole tokens, is `largest`.
             scale = 2 * float(gradient[index]) / (squared_norm * largest)
             by_token = scale * (gap - error * x)
             # The sum of -(x_j - x̃_k) over each group. Rebuilding gathers rows, and the
             # gradient of a gather is this sum.
-            by_group = unmerge_tokens_vjp_reference(
-                -scale * gap, group, merged.shape[-2]
-            )
-        token_gradient[index] = finite_or_infinite(by_token, tokens.dtype)
-        merged_gradient[index] = finite_or_infinite(by_group, merged.dtype)
+            args = -scale * gap, group, merged.shape[-2]
+            by_group = unmerge_tokens_vjp_reference(*args)
+            if not np.isfinite(scale * error):
+                by_token, by_group = map(finite_or_infinite, (by_token, by_group))
+            token_gradient[index], merged_gradient[index] = by_token, by_group
     return token_gradient, merged_gradient
 
 

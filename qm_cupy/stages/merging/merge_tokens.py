@@ -166,10 +166,10 @@ def _merge_tokens_reference(
     # The weights are a sparse matrix (B·K, B·N). Its product with the tokens adds the
     # members of each group in index order.
     weights = member_weights(labels, num_groups, mass).astype(dtype)
-    with np.errstate(over="ignore"):
-        merged = (weights @ flat_tokens).astype(tokens.dtype, copy=False)  # (B·K, D)
+    merged = weights @ flat_tokens  # (B·K, D)
     if not all_finite(merged):
         clip_to_members(merged, weights, flat_tokens)
+    merged = merged.astype(tokens.dtype, copy=False)
     return merged.reshape(*batch, num_groups, dim)
 
 
