@@ -12,7 +12,7 @@ from .arrays.conversion import convert_inputs
 from .arrays.counts import GroupCounts, check_group_counts
 from .arrays.shapes import num_valid
 from .cuda.device import to_host
-from .stages.budget import check_budget_type, is_share, share_fraction, token_budget
+from .stages.budget import check_budget_type, exact_fraction, is_ratio, token_budget
 from .stages.clustering.checks import check_protect
 
 
@@ -22,7 +22,7 @@ def num_groups_of(
     """Return K of every sequence, for converted arrays; `shape` is (N,) or (B, N)."""
     limit = num_valid(shape, mask)
     check_budget_type(budget)
-    wanted = token_budget(budget, limit) if is_share(budget) else budget
+    wanted = token_budget(budget, limit) if is_ratio(budget) else budget
     num_groups = check_group_counts(wanted, shape[:-1], limit, name="budget")
     check_protect(protect, method, num_groups.counts, shape, mask, "budget")
     return num_groups
@@ -41,39 +41,39 @@ def traced_num_groups(framework: str, budget: Any, num_tokens: Any, mask: Any) -
     # The usual case needs no conversion: `token_budget` would return the same K.
     if type(budget) is int and 1 <= budget <= num_tokens:
         return budget
-    if is_share(budget):
+    if is_ratio(budget):
         if framework == "jax" and mask is not None:
             check_known("mask", mask)  # K depends on the number of valid tokens
             return token_budget(budget, np.asarray(mask).sum(axis=-1))
-        share = _traced_share(budget)
-        if not 0 < share <= 1:
-            share_fraction(share)  # raises
-        # max(1, ⌊N · r⌋) for each N, as in `share_fraction`: the fraction is at most
+        ratio = _traced_ratio(budget)
+        if not 0 < ratio <= 1:
+            exact_fraction(ratio)  # raises
+        # max(1, ⌊N · r⌋) for each N, as in `exact_fraction`: the fraction is at most
         # 2⁻⁵² above the float r. N and r may be symbols.
-        ratio = share + 2.0**-52
+        factor = ratio + 2.0**-52
         if mask is None:
-            return max(1, int(num_tokens * ratio))
-        return (mask.sum(-1).double() * ratio).floor().clamp(min=1).long()  # (B,)
+            return max(1, int(num_tokens * factor))
+        return (mask.sum(-1).double() * factor).floor().clamp(min=1).long()  # (B,)
     check_budget_type(budget)
     if hasattr(budget, "shape"):
         return budget  # an array (B,); the stage functions check its values
     return token_budget(budget, num_tokens)  # converts other numbers, or raises
 
 
-def _traced_share(share: Any) -> Any:
-    """Return a share as a float; raise if the compiler does not know its value."""
-    if isinstance(share, float):
-        return share
+def _traced_ratio(ratio: Any) -> Any:
+    """Return a ratio as a float; raise if the compiler does not know its value."""
+    if isinstance(ratio, float):
+        return ratio
     torch = sys.modules.get("torch")
-    is_array = hasattr(share, "__dlpack__")
+    is_array = hasattr(ratio, "__dlpack__")
     if is_array and torch is not None and torch.compiler.is_compiling():
         raise TypeError(
             "`budget` must be a number while torch compiles, got a tensor: pass a "
             "Python float"
         )
     if is_array:
-        share = convert_inputs({}, counts={"budget": share})[1]
-    numerator, denominator = share_fraction(share)
+        ratio = convert_inputs({}, counts={"budget": ratio})[1]
+    numerator, denominator = exact_fraction(ratio)
     return numerator / denominator
 
 

@@ -101,7 +101,7 @@ def quickmerge(
         Token embeddings, B sequences of N tokens of width D; float16, bfloat16, float32
         or float64.
     budget : number or ndarray of int of shape (B,), optional
-        How many groups to keep: their number K, a share within (0, 1] of the tokens
+        How many groups to keep: their number K, a fraction within (0, 1] of the tokens
         (as in `token_budget`), or K of each sequence (for example from `norm_budget`).
         If K differs between sequences, results are padded to the largest K. Exactly one
         of `budget`, `max_error` and `max_distance` is required.

@@ -71,8 +71,8 @@ def batch_of(documents, masks):
     return arrays | {"mask": np.stack(masks)}
 
 
-def places(num_tokens):
-    """Yield where the tokens of the document are, in sequences of several lengths."""
+def masks_of_document(num_tokens):
+    """Yield masks of the document, in sequences of several lengths."""
     everywhere = np.ones(num_tokens, np.bool_)
     yield "right", np.pad(everywhere, (0, 9))
     yield "left", np.pad(everywhere, (9, 0))
@@ -92,12 +92,12 @@ def batches(num_tokens, dtype):
     huge = document(num_tokens, dtype, 1, scale=1e30)
     tiny = document(num_tokens, dtype, 2, scale=1e-6)
     yield "batch of one", {**batch_of([own], [whole]), "mask": None}, 0, whole
-    for place in range(3):
+    for index in range(3):
         documents = [huge, tiny]
-        documents.insert(place, own)
+        documents.insert(index, own)
         arrays = {**batch_of(documents, [whole] * 3), "mask": None}
-        yield f"place {place}", arrays, place, whole
-    for name, valid in places(num_tokens):
+        yield f"index {index}", arrays, index, whole
+    for name, valid in masks_of_document(num_tokens):
         length = len(valid)
         longer = document(length, dtype, 3, scale=1e30)
         short = document(K + 1, dtype, 4, scale=100.0)
@@ -284,7 +284,7 @@ def test_gradient(name, dtype):
 
     num_tokens = 37
     alone = call({**document(num_tokens, dtype), "mask": None})
-    for place, arrays, index, valid in batches(num_tokens, dtype):
+    for name_of_batch, arrays, index, valid in batches(num_tokens, dtype):
         for x, y in zip(alone, call(arrays), strict=True):
             own = y[index]
             if name == "attention_entropy_vjp":
@@ -293,4 +293,18 @@ def test_gradient(name, dtype):
                 own = np.compress(valid, own, -2)
             else:
                 own = np.compress(valid, own, -1)
-            np.testing.assert_array_equal(bits(x), bits(own), err_msg=place)
+            np.testing.assert_array_equal(bits(x), bits(own), name_of_batch)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_document_in_a_batch_of_kernels(name, dtype, kernels):
+    """Without padding, kernels give the bits of the document alone too."""
+    for name_of_batch, arrays, index, _ in batches(37, dtype):
+        if name_of_batch.startswith("batch"):
+            alone = STAGES[name](arrays)
+        if name_of_batch.startswith("index"):
+            own = STAGES[name](arrays)[index]
+            np.testing.assert_array_equal(
+                bits(alone[0]), bits(own), err_msg=name_of_batch
+            )

@@ -173,8 +173,10 @@ def test_values_are_finite(name, dtype, fill):
         results = leaves(VALUES[name](inputs))
     except ValueError as error:
         # Only these leave the range: scores of float64, and masses of huge attention.
-        assert re.search(REFUSED, str(error))
-        assert dtype == np.float64 or "attention" in name
+        if not re.search(REFUSED, str(error)):
+            raise
+        if dtype != np.float64 and "attention" not in name:
+            raise
         return
     for x in results:
         assert np.isfinite(x.astype(np.float64)).all()

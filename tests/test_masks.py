@@ -137,7 +137,7 @@ CALLS = {
         lambda x, m: qm.fidelity_loss_vjp(1.0, x, x[:, :3], mask=m), (TOKENS, (-2,)),
     ),
     "quickmerge": (lambda x, m: qm.quickmerge(x, 3, mask=m), (TOKENS, (-2,))),
-    "quickmerge, share": (lambda x, m: qm.quickmerge(x, 0.5, mask=m), (TOKENS, (-2,))),
+    "quickmerge, ratio": (lambda x, m: qm.quickmerge(x, 0.5, mask=m), (TOKENS, (-2,))),
     "quickmerge, error": (
         lambda x, m: qm.quickmerge(x, max_error=0.1, mask=m), (TOKENS, (-2,)),
     ),

@@ -21,7 +21,7 @@ BATCH, TOKENS, DIM, GROUPS, LAYERS, HEADS = 2, 70, 24, 9, 3, 2
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 ENTROPY = {  # the kernels that compute the entropy of each source
     "tokens": ["self_attention_states", "self_attention_entropy"],
-    "hidden_states": ["self_attention_states", "self_attention_entropy"],
+    "hidden_states": LAYERS * ["self_attention_states", "self_attention_entropy"],
     "attention": ["attention_entropy"],
     "query": ["query_key_entropy"],
 }
@@ -64,19 +64,23 @@ def arguments(source, dtype, masked, single):
     heads = LAYERS, BATCH, HEADS, TOKENS
     inputs = {
         "tokens": {},
-        "hidden_states": {"hidden_states": rng.standard_normal(tokens.shape)},
+        "hidden_states": {
+            "hidden_states": rng.standard_normal((LAYERS, *tokens.shape))
+        },
         "attention": {"attention": rng.random((*heads, TOKENS)) ** 3},
         "query": dict(
             zip(("query", "key"), rng.normal(size=(2, *heads, 8)), strict=True)
         ),
         "saliency": {"saliency": rng.random((BATCH, TOKENS))},
     }[source]
-    # The axis of the batch: layers come before it, for sources that have heads.
-    axis = 0 if source in ("saliency", "hidden_states") else 1
+    # The axis of the batch: layers come before it, except for saliency.
+    axis = 0 if source == "saliency" else 1
     if single:
         tokens, mask = tokens[0], None if mask is None else mask[0]
         inputs = {name: x.take(0, axis) for name, x in inputs.items()}
     inputs = {name: x.astype(dtype) for name, x in inputs.items()}
+    if source == "hidden_states":
+        inputs[source] = tuple(inputs[source])  # layers (B, N, D) or (N, D)
     return {"tokens": tokens.astype(dtype), "budget": GROUPS, "mask": mask, **inputs}
 
 
@@ -99,8 +103,10 @@ def saliency_of(inputs):
             pair = lifted("query"), lifted("key")
             entropy = qm.query_key_entropy(*pair, mask=padding)
         elif "hidden_states" in inputs:
-            x = inputs["hidden_states"].reshape(-1, TOKENS, DIM)
-            entropy = qm.self_attention_entropy(x, mask=padding)
+            layers = inputs["hidden_states"]
+            if tokens.ndim == 2:
+                layers = tuple(x[None] for x in layers)
+            entropy = qm.self_attention_entropy(layers, mask=padding)
         # Without a source the tokens are the only hidden states.
         else:
             x = tokens.reshape(-1, TOKENS, DIM)
@@ -146,6 +152,14 @@ def test_one_launch_replaces_several_stages(dtype, source, masked, single, launc
         assert_close(x, y, dtype, column)
 
 
+def widened(x):
+    """Return an array of bfloat16, or a tuple of such arrays, in float32."""
+    if isinstance(x, tuple):
+        return tuple(map(widened, x))
+    is_narrow = getattr(x, "dtype", None) == ml_dtypes.bfloat16
+    return x.astype(np.float32) if is_narrow else x
+
+
 @dtypes
 @sources
 @masked
@@ -158,10 +172,7 @@ def test_kernels_give_the_results_of_numpy(
     got = qm.quickmerge(**inputs, **options)
     monkeypatch.setattr(cuda, "is_cuda", lambda x: False)
     if dtype is ml_dtypes.bfloat16:  # NumPy has no arithmetic for it
-        inputs = {
-            name: x.astype(np.float32) if getattr(x, "dtype", None) == dtype else x
-            for name, x in inputs.items()
-        }
+        inputs = {name: widened(x) for name, x in inputs.items()}
     wanted = qm.quickmerge(**inputs, **options)
     for x, y, column in zip(got, wanted, ("stored", *["computed"] * 4), strict=True):
         assert_close(x, y.astype(np.float64), dtype, column)

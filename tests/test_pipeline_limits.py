@@ -1,4 +1,4 @@
-"""`quickmerge` with a limit instead of a budget, and shares under `torch.compile`."""
+"""`quickmerge` with a limit instead of a budget, and ratios under `torch.compile`."""
 
 import numpy as np
 import pytest
@@ -112,15 +112,15 @@ class TestTraced:
     def test_shares_of_changing_lengths(self, dynamic, masked):
         torch = pytest.importorskip("torch")
 
-        def merge(x, share):
+        def merge(x, ratio):
             mask = torch.arange(x.shape[1]) < x.shape[1] - 3 if masked else None
-            return qm.quickmerge(x, share, mask=mask).tokens
+            return qm.quickmerge(x, ratio, mask=mask).tokens
 
         torch.compiler.reset()
         compiled = torch.compile(
             merge, fullgraph=True, dynamic=dynamic, backend="aot_eager"
         )
-        for length, share in (
+        for length, ratio in (
             (24, 0.29),
             (17, 0.29),
             (9, 0.29),
@@ -128,7 +128,7 @@ class TestTraced:
             (24, 1 / 3),
         ):
             x = torch.tensor(TOKENS[:, :length])
-            assert torch.equal(compiled(x, share), merge(x, share))
+            assert torch.equal(compiled(x, ratio), merge(x, ratio))
 
 
 class TestErrors:

@@ -25,7 +25,14 @@ extern "C" __global__ void member_weights(const acc_t* mass, const int* labels,
         size += 1;
         if (mass != nullptr) total += mass[j];
     }
-    out[index] = k < 0 ? 0 : total != 0 ? mass[index] / total : 1 / size;
+    acc_t scale = 1;
+    if (!is_finite(total)) {  // the sum overflows: shrink the masses
+        scale = acc_t(1) / (1ll << 32);
+        total = 0;
+        for (long long j = sequence_start; j < sequence_start + num_tokens; ++j)
+            if (labels[j] == k) total += mass[j] * scale;
+    }
+    out[index] = k < 0 ? 0 : total != 0 ? mass[index] * scale / total : 1 / size;
 }
 
 // dx_j = w_j dx_k; 0 for padding.

@@ -18,9 +18,17 @@ extern "C" __global__ void member_weights(const acc_t* mass, const int* ends,
     for (int entry = group.start + lane; mass && entry < group.end; entry += 32)
         total += mass[group.sequence_start + group.tokens[entry]];
     total = warp_reduce(total, Add());
+    acc_t scale = 1;
+    if (!is_finite(total)) {  // the sum overflows: shrink the masses
+        scale = acc_t(1) / (1ll << 32);
+        total = 0;
+        for (int entry = group.start + lane; entry < group.end; entry += 32)
+            total += mass[group.sequence_start + group.tokens[entry]] * scale;
+        total = warp_reduce(total, Add());
+    }
     for (int entry = group.start + lane; entry < group.end; entry += 32) {
         const long long j = group.sequence_start + group.tokens[entry];
-        out[j] = total != 0 ? mass[j] / total : 1 / size;
+        out[j] = total != 0 ? mass[j] * scale / total : 1 / size;
     }
 }
 

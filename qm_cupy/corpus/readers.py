@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_mask, check_shape, check_tokens
+from ..arrays.checks import check_batch_shape, check_mask, check_tokens
 from ..install_advice import install_command
 from ..settings import check_finite
 
@@ -85,10 +85,9 @@ def open_tokens(
             yield tokens, None
             return
         stored = _get(path, arrays, mask)
-        check_shape("mask", _stand_in(stored), "BN", tokens.shape[:-1])
+        check_batch_shape("mask", _stand_in(stored), tokens.shape[:-1])
         valid = next(stored.chunks(max(1, stored.shape[0])))  # the whole mask
-        check_mask(valid, tokens.shape[:-1])
-        yield tokens, valid
+        yield tokens, check_mask(valid, tokens.shape[:-1])
 
 
 def _stand_in(array: Stored) -> NDArray[Any]:

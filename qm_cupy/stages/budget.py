@@ -37,8 +37,8 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     Parameters
     ----------
     budget : number or ndarray of int of shape (B,)
-        An integer K, one K for each sequence, or a share r within (0, 1] of the tokens:
-        a float of any width, a `Fraction` or a `Decimal`. For a share,
+        An integer K, one K for each sequence, or a ratio r within (0, 1] of the tokens:
+        a float of any width, a `Fraction` or a `Decimal`. For a ratio,
         K = max(1, ⌊N · r⌋). A float means the fraction that it was rounded from: of all
         fractions that round to it, the one with the smallest denominator. So 0.29 of
         100 tokens is 29, and ``np.float32(1) / 9`` of 18 tokens is 2. Arrays without
@@ -56,7 +56,7 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
     TypeError
         If the budget is not a real number, or N is not an integer.
     ValueError
-        If K is outside 1..N, the share is outside (0, 1], N is less than 1, or a shape
+        If K is outside 1..N, the ratio is outside (0, 1], N is less than 1, or a shape
         does not fit.
 
     Examples
@@ -81,8 +81,8 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
 
 def groups_within(budget: Any, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return K () or (B,) for a converted budget; `sizes` are N, () or (B,)."""
-    if is_share(budget):
-        numerator, denominator = share_fraction(budget)
+    if is_ratio(budget):
+        numerator, denominator = exact_fraction(budget)
         return np.maximum(sizes * numerator // denominator, 1)
     check_budget_type(budget)
     # With one K for each sequence and one N for all, only the budget gives B.
@@ -93,15 +93,15 @@ def groups_within(budget: Any, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def check_budget_type(budget: Any) -> None:
     """Raise unless a converted budget is a number or an array."""
-    if not is_share(budget) and not hasattr(budget, "__index__"):
+    if not is_ratio(budget) and not hasattr(budget, "__index__"):
         raise TypeError(
-            "`budget` must be an integer K, a share of the tokens such as 0.25, or an "
-            f"array of integers, got {type(budget).__name__}"
+            "`budget` must be an integer K, a fraction of the tokens such as 0.25, or "
+            f"an array of integers, got {type(budget).__name__}"
         )
 
 
-def is_share(budget: Any) -> bool:
-    """Return whether a budget is a share of the tokens, not a count."""
+def is_ratio(budget: Any) -> bool:
+    """Return whether a budget is a fraction of the tokens, not a count."""
     if isinstance(budget, float | Fraction | Decimal):
         return True
     # The dtypes of all libraries have names such as "float32" and "torch.bfloat16".
@@ -109,12 +109,12 @@ def is_share(budget: Any) -> bool:
 
 
 @known_while_tracing
-def share_fraction(share: Any) -> tuple[int, int]:
-    """Return numerator and denominator of a share r within (0, 1].
+def exact_fraction(ratio: Any) -> tuple[int, int]:
+    """Return numerator and denominator of a ratio r within (0, 1].
 
     The denominator is at most 2³¹, so that products with a number of tokens fit int64.
     """
-    number: Any = share[()] if isinstance(share, np.ndarray) else share
+    number: Any = ratio[()] if isinstance(ratio, np.ndarray) else ratio
     return _fraction(number)
 
 
@@ -122,23 +122,23 @@ def share_fraction(share: Any) -> tuple[int, int]:
 # type is part of the key: np.float32(0.3) may be the fraction 3/10, and 0.30000001192
 # is another one.
 @functools.lru_cache(maxsize=256, typed=True)
-def _fraction(share: Any) -> tuple[int, int]:
-    is_exact = isinstance(share, Fraction | Decimal)
+def _fraction(ratio: Any) -> tuple[int, int]:
+    is_exact = isinstance(ratio, Fraction | Decimal)
     try:
-        exact = Fraction(share if is_exact else float(share))
+        exact = Fraction(ratio if is_exact else float(ratio))
     except (ValueError, OverflowError):  # NaN and infinities have no fraction
         exact = Fraction(-1)
     if not 0 < exact <= 1:
         hint = f": pass {int(exact)} for {int(exact)} groups" if exact >= 2 else ""
         raise ValueError(
-            "`budget` must lie in (0, 1] if it is a share of the tokens, got "
-            f"{share}{hint}"
+            "`budget` must lie in (0, 1] if it is a fraction of the tokens, got "
+            f"{ratio}{hint}"
         )
     if not is_exact:
         # All numbers within half a unit of the last place round to this float. For
         # float64 the interval is a little wider: `1 - 0.9` is not the float nearest
         # to 0.1.
-        above = float(np.nextafter(share, type(share)(2)))
+        above = float(np.nextafter(ratio, type(ratio)(2)))
         half_unit = max((Fraction(above) - exact) / 2, Fraction(1, 2**52))
         exact = _simplest(exact - half_unit, exact + half_unit)
     exact = exact.limit_denominator(2**31)

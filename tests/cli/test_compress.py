@@ -42,6 +42,15 @@ class TestCompress:
         _, got = compress(path, "--mask", "valid", budget=str(budget))
         assert_same(got, qm.quickmerge(tokens, budget, mask=mask))
 
+    @pytest.mark.parametrize("name", FORMATS[1:])
+    def test_masks_of_integers_and_of_one_axis(self, tmp_path, tokens, mask, name):
+        arrays = {"numbers": mask.astype(np.int64), "row": mask[2]}
+        path = save(tmp_path / name, tokens=tokens, **arrays)
+        _, got = compress(path, "--mask", "numbers")
+        assert_same(got, qm.quickmerge(tokens, 3, mask=mask))
+        _, got = compress(path, "--mask", "row")
+        assert_same(got, qm.quickmerge(tokens, 3, mask=mask[2]))
+
     def test_options_reach_quickmerge(self, tmp_path, tokens):
         # None of these is a default.
         options = {
@@ -139,16 +148,16 @@ class TestBadInput:
 
     def test_mask(self, tmp_path, tokens, mask, compress_fails):
         # Sequence 4 without tokens; sequence 6 with 2 tokens, fewer than K = 3; a mask
-        # of 11 columns; a mask of integers; a mask without axes.
+        # of 11 columns; a mask with the number 2; a mask without axes.
         none, few = np.ones_like(mask), np.ones_like(mask)
         none[4], few[6, 2:] = False, False
-        arrays = {"none": none, "few": few, "short": mask[:, 1:], "number": mask * 1}
+        arrays = {"none": none, "few": few, "short": mask[:, 1:], "number": mask * 2}
         path = save(tmp_path / "a.npz", tokens=tokens, point=np.array(True), **arrays)
         compress_fails(path, "sequence (4,) has none", options=["--mask", "none"])
         compress_fails(path, "1..2 (its tokens) for seq", options=["--mask", "few"])
         compress_fails(path, "(B, N) = (7, 12), got", options=["--mask", "short"])
         compress_fails(path, "(B, N) = (7, 12), got ()", options=["--mask", "point"])
-        compress_fails(path, "boolean", options=["--mask", "number"])
+        compress_fails(path, "only 0 and 1", options=["--mask", "number"])
 
     # argparse refuses some values, and `quickmerge` the others: both in one line.
     @pytest.mark.parametrize(

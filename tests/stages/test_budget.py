@@ -114,14 +114,14 @@ def test_gamma_out_of_range_is_refused(gamma):
         qm.norm_budget(np.ones((3, 2)), gamma)
 
 
-class TestShares:
-    """A share r of N tokens is ⌊N · r⌋ for the r that was written."""
+class TestRatios:
+    """A ratio r of N tokens is ⌊N · r⌋ for the r that was written."""
 
     @pytest.mark.slow("45,000 calls")
     def test_k_over_n_gives_back_k(self):
         for n in range(1, 300):
-            shares = np.arange(1, n + 1, dtype=np.float32) / np.float32(n)
-            assert [qm.token_budget(r, n) for r in shares] == [*range(1, n + 1)]
+            ratios = np.arange(1, n + 1, dtype=np.float32) / np.float32(n)
+            assert [qm.token_budget(r, n) for r in ratios] == [*range(1, n + 1)]
 
     def test_one_ninth(self):
         assert qm.token_budget(np.float32(1) / 9, 18) == 2
@@ -140,8 +140,8 @@ class TestShares:
     def test_every_type_of_a_real_number(self, library):
         ml_dtypes = pytest.importorskip("ml_dtypes")
         third = Fraction(1, 3)
-        for share in (third, Decimal(1) / 3, ml_dtypes.bfloat16(1) / 3, 1 / 3):
-            assert qm.token_budget(share, 10) == 3
+        for ratio in (third, Decimal(1) / 3, ml_dtypes.bfloat16(1) / 3, 1 / 3):
+            assert qm.token_budget(ratio, 10) == 3
         assert qm.token_budget(third, 9) == qm.token_budget(
             ml_dtypes.bfloat16(1) / 3, 9
         )
@@ -165,10 +165,10 @@ class TestShares:
         ("budget", "error", "message"),
         [
             (16.0, ValueError, r"in \(0, 1\] .* got 16.0: pass 16 for 16 groups"),
-            (1.5, ValueError, r"in \(0, 1\] if it is a share of the tokens, got 1.5$"),
+            (1.5, ValueError, "if it is a fraction of the tokens, got 1.5$"),
             (float("inf"), ValueError, "got inf"),
             (Fraction(-1, 3), ValueError, "got -1/3"),
-            ("25%", TypeError, r"an integer K, a share .* such as 0.25, .* got str"),
+            ("25%", TypeError, r"an integer K, a fraction .* such as 0.25, .* got str"),
             (None, TypeError, "got NoneType"),
             (1j, TypeError, "got complex"),
             ([3], TypeError, "got list"),

@@ -31,7 +31,7 @@ from ...arrays.conversion import (
 )
 from ...arrays.counts import check_num_groups
 from ...arrays.dtypes import accumulation_dtype, narrow
-from ...arrays.finite import all_finite
+from ...arrays.finite import finite_gap, finite_or_infinite
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import iter_sequences
 from ...autodiff.dispatch import operation
@@ -172,7 +172,7 @@ def _reconstruction_error_reference(
     for index in np.ndindex(counts.shape):
         x = tokens[index][valid[index]].astype(np.float64)  # (valid tokens, D)
         rebuilt = unmerge_tokens_reference(merged[index], labels[index][valid[index]])
-        x, gap = _finite_gap(x, rebuilt)
+        x, gap = finite_gap(x, rebuilt)
         # X and the gap are divided by the largest entry of X, which does not change e.
         # A sequence of zeros is divided by the largest entry of its gap: otherwise the
         # square of a tiny gap could be 0, and the error would be 0 instead of inf.
@@ -184,15 +184,6 @@ def _reconstruction_error_reference(
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(squared_gap > 0, squared_gap / squared_norm, 0)
     return narrow(error, np.result_type(tokens.dtype, np.float32))
-
-
-def _finite_gap(
-    x: NDArray[np.float64], rebuilt: NDArray[Any]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return X and X - X̂, or the halves of both if the difference overflows."""
-    with np.errstate(over="ignore"):
-        gap = x - rebuilt
-    return (x, gap) if all_finite(gap) else (x / 2, x / 2 - rebuilt / 2)
 
 
 def _most_similar_reference(
@@ -383,38 +374,30 @@ def reconstruction_error_vjp_reference(
     for index in np.ndindex(counts.shape):  # one sequence at a time, in float64
         group = labels[index]
         valid = (group >= 0)[:, None]  # (N, 1), not padding
-        x = np.where(valid, tokens[index], 0).astype(np.float64)  # (N, D)
-        largest = np.abs(x).max(initial=0)
-        # x_j - x̂_j; x and the gap are halved if it overflows.
-        x, gap = _finite_gap(x, unmerge_tokens_reference(merged[index], group))
-        peak = np.abs(x).max(initial=0)
-        if peak == 0:  # a sequence of zeros: its error is 0 or inf, its gradient 0
+        whole = np.where(valid, tokens[index], 0).astype(np.float64)  # (N, D)
+        largest = np.abs(whole).max(initial=0)
+        # x_j and x_j - x̂_j, or the halves of both
+        x, gap = finite_gap(whole, unmerge_tokens_reference(merged[index], group))
+        if largest == 0:  # a sequence of zeros: its error is 0 or inf, its gradient 0
             continue
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            peak = largest if x is whole else largest / 2
             x, gap = x / peak, gap / peak  # first, so that no square overflows
             squared_norm = np.vdot(x, x)  # ‖X‖² / peak²
             error = np.vdot(gap, gap) / squared_norm  # e; peak² cancels
-        if not error_type(error) > error_type(bound):
-            continue
-        # The gradient is 2 ē / ‖X‖² · (x_j - x̂_j - e x_j). Here ‖X‖² is
-        # squared_norm · peak², and `gap` and `x` are x_j - x̂_j and x_j divided by
-        # `peak`. One of the two factors `peak` cancels. Of the unhalved tokens, `peak`
-        # is `largest`.
-        with np.errstate(over="ignore", invalid="ignore"):
-            # ±inf is right for a gradient that is out of range.
+            if not error_type(error) > error_type(bound):
+                continue
+            # 2 ē / ‖X‖² · (x_j - x̂_j - e x_j). ‖X‖² is squared_norm · peak², and one
+            # `peak` cancels. The other one, of the whole tokens, is `largest`.
             scale = 2 * float(gradient[index]) / (squared_norm * largest)
             by_token = scale * (gap - error * x)
             # The sum of -(x_j - x̃_k) over each group. Rebuilding gathers rows, and the
             # gradient of a gather is this sum.
-            by_group = unmerge_tokens_vjp_reference(
-                -scale * gap, group, merged.shape[-2]
-            )
-        if not np.isfinite(scale):  # inf · 0 is NaN, but the product is 0
-            by_token, by_group = (
-                np.where(np.isnan(g), 0, g) for g in (by_token, by_group)
-            )
-        token_gradient[index] = narrow(by_token, tokens.dtype)
-        merged_gradient[index] = narrow(by_group, merged.dtype)
+            args = -scale * gap, group, merged.shape[-2]
+            by_group = unmerge_tokens_vjp_reference(*args)
+            if not np.isfinite(scale * error):
+                by_token, by_group = map(finite_or_infinite, (by_token, by_group))
+            token_gradient[index], merged_gradient[index] = by_token, by_group
     return token_gradient, merged_gradient
 
 

@@ -40,6 +40,7 @@ from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...settings import implementation
 from .groups import flat_groups, members_cuda
+from .member_weights import clip_to_members, member_weights
 
 # Tokens that the reference of the gradient processes at once. For D = 1024, a block in
 # float64 has 2 MB.
@@ -164,47 +165,12 @@ def _merge_tokens_reference(
     flat_tokens = tokens.reshape(-1, dim).astype(dtype, copy=False)  # (B·N, D)
     # The weights are a sparse matrix (B·K, B·N). Its product with the tokens adds the
     # members of each group in index order.
-    weights = _weights_reference(labels, num_groups, mass).astype(dtype)
-    with np.errstate(over="ignore"):
-        merged = (weights @ flat_tokens).astype(tokens.dtype, copy=False)  # (B·K, D)
+    weights = member_weights(labels, num_groups, mass).astype(dtype)
+    merged = weights @ flat_tokens  # (B·K, D)
     if not all_finite(merged):
-        _clip_to_members(merged, weights, flat_tokens)
+        clip_to_members(merged, weights, flat_tokens)
+    merged = merged.astype(tokens.dtype, copy=False)
     return merged.reshape(*batch, num_groups, dim)
-
-
-def _clip_to_members(merged: NDArray[Any], weights: Any, tokens: NDArray[Any]) -> None:
-    """Limit means that are not finite to the range of their members, in place.
-
-    Rounding can put a mean of the largest numbers of a dtype above them.
-    """
-    for k in np.flatnonzero(~np.isfinite(merged).all(axis=-1)):
-        members = tokens[weights.indices[weights.indptr[k] : weights.indptr[k + 1]]]
-        merged[k] = np.clip(merged[k], members.min(axis=0), members.max(axis=0))
-
-
-def _weights_reference(
-    labels: NDArray[Any], num_groups: int, mass: NDArray[Any] | None
-) -> Any:
-    """Return m_j / W_k of each token in its group, as a csr_array (B·K, B·N)."""
-    # Imported here: at the top of the file it doubles the time of `import qm_cupy`.
-    from scipy.sparse import csr_array
-
-    # The matrix has num_rows = B·K rows. Below, arrays have one entry for each token
-    # that is not padding.
-    flat, group, num_rows = flat_groups(labels, num_groups)
-    masses = np.ones(labels.size) if mass is None else mass.ravel().astype(np.float64)
-    masses = masses[flat]
-    # Divide the masses of a group by the largest of them, which cancels in m_j / W_k.
-    # Then no total overflows or becomes 0.
-    largest = np.zeros(num_rows)  # (B·K,)
-    np.maximum.at(largest, group, masses)
-    masses /= np.where(largest > 0, largest, 1)[group]
-    # W_k and |G_k| of the group of each token
-    total = np.bincount(group, masses, num_rows)[group]
-    size = np.bincount(group, minlength=num_rows)[group]
-    # A group of mass 0 gets the plain mean: weights 1 / |G_k|.
-    weights = np.where(total > 0, masses / np.where(total > 0, total, 1), 1 / size)
-    return csr_array((weights, (group, flat)), shape=(num_rows, labels.size))
 
 
 def merge_tokens_cuda(
@@ -337,7 +303,7 @@ def merge_tokens_vjp_reference(
     # m_j / W_k in index order. Rows of the sparse matrix are groups, and columns are
     # tokens. The column of padding is empty, and every other column has one entry. A
     # csc_array stores the columns in order.
-    weights = _weights_reference(labels, num_groups, mass).tocsc().data
+    weights = member_weights(labels, num_groups, mass).tocsc().data
     group_gradient, x = gradient.reshape(-1, dim), tokens.reshape(-1, dim)
     x_gradient, product = np.zeros(x.shape, x.dtype), np.empty(len(flat))
     for first in range(0, len(flat), _BLOCK):

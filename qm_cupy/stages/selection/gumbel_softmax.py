@@ -8,6 +8,7 @@ N tokens of one sequence or of B sequences. `noise` is a pair (seed, sequence of
 without a seed, g = 0.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from ...arrays.conversion import (
 )
 from ...arrays.counts import GroupCounts, check_group_counts
 from ...arrays.dtypes import accumulation_dtype, narrow
-from ...arrays.finite import of_finite_gradient
+from ...arrays.finite import of_finite_gradient, overflow_raises
 from ...arrays.libraries import is_cuda
 from ...arrays.shapes import num_valid, rows_of, sum_of_tokens
 from ...autodiff.dispatch import operation
@@ -185,20 +186,27 @@ def _softmax_reference(
 ) -> NDArray[Any]:
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)  # e^-inf = 0: padding gets π = 0
-    # Subtract m first, so that no exponential overflows: every exponent is ≤ 0.
-    m = scores.max(axis=-1, keepdims=True)
-    # Divide in float64, in which no temperature rounds to 0. A tiny temperature gives
-    # -inf, which is the intended result: probability 0.
-    with np.errstate(over="ignore"):
-        quotient = (scores - m).astype(np.float64) / temperature
-        # z - m of very large scores overflows, but (z - m) / τ need not.
-        huge = np.isinf(scores - m) & np.isfinite(scores)
-        if huge.any():
-            halves = (scores / 2 - m / 2).astype(np.float64) / temperature
-            quotient = np.where(huge, 2 * halves, quotient)
+    quotient = _quotients(scores, temperature)
+    with np.errstate(over="ignore"):  # -inf is intended, as below
         logits = quotient.astype(scores.dtype, copy=False)
     weights = np.exp(logits)  # e^((z - m) / τ), (B, N)
     return weights / sum_of_tokens(weights, mask)
+
+
+def _quotients(scores: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+    """Return (z - m) / τ, which are at most 0; padding has the score -inf."""
+    # Subtract m first, so that no exponential overflows: every exponent is ≤ 0. Divide
+    # in float64, in which no temperature rounds to 0.
+    m = scores.max(axis=-1, keepdims=True)
+    with suppress(FloatingPointError), overflow_raises():
+        return (scores - m).astype(np.float64) / temperature
+    # A tiny temperature gives -inf, which is the intended result: probability 0. z - m
+    # of very large scores overflows, but (z - m) / τ need not.
+    with np.errstate(over="ignore"):
+        below_max = scores - m
+        halves = (scores / 2 - m / 2).astype(np.float64) / temperature
+        quotient = below_max.astype(np.float64) / temperature
+        return np.where(np.isinf(below_max), 2 * halves, quotient)
 
 
 def _gumbel_softmax_cuda(
@@ -344,9 +352,9 @@ def _gumbel_softmax_vjp_reference(
         # π̄_i - Σ_j π̄_j π_j is tiny for a token that has nearly all the probability. The
         # first pass subtracts the sum; the second pass removes the rounding error of
         # the first one.
-        centred = gradient
+        centred = gradient.copy()
         for _ in range(2):
-            centred = centred - sum_of_tokens(p * centred, mask)
+            centred -= sum_of_tokens(p * centred, mask)
         return p * centred / temperature
 
     # inf is the intended result of a tiny temperature.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...arrays.checks import check_gradient, check_number, check_shape, check_values
 from ...arrays.conversion import Array, FloatArray, convert_inputs, on_callers_stream
 from ...arrays.dtypes import accumulation_dtype, narrow
-from ...arrays.finite import all_finite
+from ...arrays.finite import overflow_raises
 from ...arrays.libraries import is_cuda
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import like_first
@@ -98,15 +98,16 @@ def _saliency_mass_reference(
     dtype = _mass_dtype(saliency, probabilities)
     s, p = saliency.astype(dtype), probabilities.astype(dtype)  # p is π
     # π = 1 gives the saliency itself, and π = 0 gives the background weight ε.
-    with np.errstate(over="ignore", invalid="ignore"):
-        mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
-    # The mass is between s and ε, unless π is outside [0, 1].
-    if not all_finite(mass):
+    try:
+        with overflow_raises():
+            mass: NDArray[Any] = p * s + (1 - p) * dtype.type(epsilon)
+    except FloatingPointError:
+        # The mass is between s and ε, unless π is outside [0, 1].
         raise ValueError(
             f"`probabilities` must lie in [0, 1] for saliency up to {s.max():.3g} and "
             f"an epsilon of {epsilon:g}, got {p.min():.3g}..{p.max():.3g}: the mass "
             "overflows"
-        )
+        ) from None
     return mass
 
 

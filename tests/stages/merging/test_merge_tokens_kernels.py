@@ -139,3 +139,16 @@ def test_means_of_numbers_whose_sum_overflows(dtype):
             got / largest, wanted / largest, rtol=1e-2, atol=1e-6
         )
         assert_close(got[:, :2], wanted[:, :2], dtype, "stored")
+
+
+@dtypes
+def test_gradients_of_masses_whose_sum_overflows(dtype):
+    """The weights of members are ratios of masses, which do not overflow."""
+    acc_dtype = cuda.accumulation_dtype(dtype)
+    tokens, labels = random((1, 9, 18), dtype), (np.arange(9) // 3)[None]
+    gradient, light = random((1, 3, 18), dtype, 1), abs(random((1, 9), acc_dtype, 2))
+    heavy = light / light.max() * np.finfo(acc_dtype).max
+    wanted = qm.merge_tokens_vjp(gradient, tokens, labels, 3, mass=light)[0]
+    got, by_mass = qm.merge_tokens_vjp(gradient, tokens, labels, 3, mass=heavy)
+    assert_close(got, wanted.astype(np.float64), dtype, "stored")
+    assert np.isfinite(by_mass).all()
