@@ -31,13 +31,13 @@ def arguments(name, dtype):
     return of_arrays(lambda x: x.astype(dtype) if is_floating(x) else x, inputs)
 
 
-def of_arrays(change, inputs, kind=np.ndarray):
+def of_arrays(change, inputs, array_type=np.ndarray):
     """Return arguments with changed arrays, also those of layers in a tuple."""
 
     def changed(x):
         if isinstance(x, tuple):
             return tuple(map(changed, x))
-        return change(x) if isinstance(x, kind) else x
+        return change(x) if isinstance(x, array_type) else x
 
     return {name: changed(x) for name, x in inputs.items()}
 
