@@ -274,3 +274,13 @@ def test_no_float8_of_torch_and_jax():
             qm.quickmerge(torch.zeros((4, 3)).to(dtype), 2)
     with pytest.raises(TypeError, match="`tokens`"):
         qm.quickmerge(jax.numpy.zeros((4, 3), jax.numpy.float8_e5m2), 2)
+
+
+def test_heights_out_of_range():
+    """Ward's heights exceed the distances, by a factor that grows with the groups."""
+    tokens = np.zeros((6, 2))
+    tokens[2, 1] = np.finfo(float).max
+    with pytest.raises(ValueError, match="the heights exceed the range of float64"):
+        qm.linkage(tokens, "ward", metric="euclidean")
+    average = qm.linkage(tokens, "average", metric="euclidean")
+    np.testing.assert_allclose(average[-1, 2] / tokens[2, 1], 1, rtol=1e-14)

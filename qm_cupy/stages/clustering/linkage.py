@@ -193,7 +193,13 @@ def linkage_sequence(
         relative, peak = relative_mass(mass)
         tree, _ = weighted_linkage(distance, relative, method)
         tree[:, 2] *= np.sqrt(peak) if method == "ward" else 1
-    tree[:, 2] *= unit  # the distances were those of the vectors
+    with np.errstate(over="ignore"):
+        tree[:, 2] *= unit  # the distances were those of the vectors
+    if np.isinf(tree[:, 2]).any():  # ward's heights can exceed all distances
+        raise ValueError(
+            "`tokens` or `mass` are too large: the heights exceed the range of "
+            f"float64, got entries up to {np.abs(tokens).max():.3g}"
+        )
     return tree
 
 
