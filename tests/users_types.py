@@ -38,7 +38,6 @@ short: NDArray[np.float32] = result.tokens
 long: NDArray[np.float32] = result.unmerge()
 values: NDArray[np.float64] = result.apply(mass[..., None])
 exists: NDArray[np.bool_] = result.valid
-loaded: qm.Merged[NDArray[np.float32]] = qm.Merged.load("plan.npz")
 loss = qm.alignment_loss(result, qm.MLPPrior.init(4))
 total: NDArray[np.float32] = loss.total
 error: NDArray[np.float32] = qm.reconstruction_error(
@@ -52,3 +51,7 @@ y: torch.Tensor = qm.merge_tokens(x, qm.cluster_tokens(x, 3), 3)
 z: qm.Merged[torch.Tensor] = qm.quickmerge(x, 3, weights="uniform")
 n: torch.Tensor = z.labels
 v: torch.Tensor = loaded.apply(x)
+
+
+def load(path: str) -> qm.Merged[NDArray[np.float32]]:
+    return qm.Merged.load(path)
