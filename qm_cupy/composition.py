@@ -137,8 +137,10 @@ class Stages(NamedTuple):
     xp: Any  # the namespace with `where` and `finfo`: numpy, torch or jax.numpy
     # (name, array) -> array, or raises; a name that ends in "?" also allows None
     check_array: Callable[..., Any]
-    boolean_mask: Callable[..., Any]  # (mask, tokens) -> (B, N), or None
-    protected_tokens: Callable[..., Any]  # (protect, tokens) -> (B, N), or None
+    full_mask: Callable[..., Any]  # (mask, tokens) -> (B, N), or None
+    protected_tokens: Callable[..., Any]  # (protect, tokens, mask) -> (B, N), or None
+    # Arrays -> NumPy arrays, or None if a value is not known yet, or is on a GPU
+    host_values: Callable[..., list[Any] | None]
     masked_copy: Callable[..., Any]  # (array, mask) -> copy that is 0 for padding
     unit_weights: Callable[..., Any]  # (tokens, mask) -> ones (B, N), 0 for padding
     attention_entropy: Callable[..., Any]
@@ -375,7 +377,8 @@ def _unit_weights(tokens: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[An
 # calls the functions from `check_array` on for traced arrays only, so these return
 # their array unchanged.
 COMPUTE_STAGES = Stages(
-    np, lambda declared, x: x, lambda x, tokens: x, lambda x, tokens: x, masked_copy,
+    np, lambda declared, x: x, lambda x, tokens: x, lambda x, *others: x,
+    lambda *arrays: [*arrays], masked_copy,
     _unit_weights, compute_attention_entropy,
     compute_query_key_entropy, compute_self_attention_entropy,
     compute_attention_received, compute_attention_mass, compute_saliency,
@@ -394,8 +397,8 @@ def traced_stages(framework: Literal["torch", "jax"]) -> Stages:
         return operators.masked_copy(xp.ones_like(tokens[..., 0]), mask)
 
     return Stages(
-        xp, operators.check_array, operators.boolean_mask, operators.protected_tokens,
-        operators.masked_copy, unit_weights,
+        xp, operators.check_array, operators.full_mask, operators.protected_tokens,
+        operators.host_values, operators.masked_copy, unit_weights,
         attention_entropy, query_key_entropy, self_attention_entropy,
         attention_received, attention_mass, saliency_of_entropy, gumbel_softmax,
         saliency_mass, select_tokens, cluster_tokens,

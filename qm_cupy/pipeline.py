@@ -10,6 +10,7 @@ from .arrays.checks import (
     check_axes,
     check_choice,
     check_is_array,
+    check_mask,
     check_mass,
     check_seed,
     check_shape,
@@ -33,7 +34,14 @@ from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .group_counts import num_groups_of, traced_num_groups
 from .results import Merged, arrays_of, check_target
-from .sources import Sources, check_sources, checked_scale
+from .sources import (
+    Sources,
+    check_causal_attention,
+    check_causal_sources,
+    check_sources,
+    checked_scale,
+    lift_sources,
+)
 from .stages.clustering.checks import (
     check_limits,
     check_step,
@@ -45,7 +53,6 @@ from .stages.clustering.cluster_tokens import (
 )
 from .stages.clustering.labels import ORDERS, Order
 from .stages.clustering.metrics import METRICS, Metric
-from .stages.saliency.query_key_entropy import check_causal
 from .stages.selection.gumbel_noise import check_noise
 from .stages.selection.gumbel_softmax import (
     check_temperature,
@@ -107,7 +114,8 @@ def quickmerge(
         of `budget`, `max_error` and `max_distance` is required.
     max_error : float, optional
         For ward linkage, which is then the default: as few groups as possible whose
-        relative squared error is at most this, as in `cluster_tokens`.
+        squared error per unit token is at most this, as in `cluster_tokens`. For
+        "euclidean" it is the error of the tokens, in the square of their unit.
     max_distance : float, optional
         Merge groups whose distance is at most this, as in `cluster_tokens`.
     hidden_states : ndarray of shape (B, N, D), or a tuple of them, optional
@@ -134,7 +142,8 @@ def quickmerge(
         0..i, as in language models. Pass True for such a model: otherwise early tokens
         get far too large weights, because many tokens attend to them, and they attend
         to few. Queries and keys are masked accordingly; entries of `attention` after
-        the diagonal must be 0.
+        the diagonal must be 0 (NumPy arrays and tensors that no framework traces are
+        checked).
     scale : float, optional
         The factor of the scores of `query` and `key`, 1/√d by default.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -218,7 +227,7 @@ def quickmerge(
     check_choice("method", method, METHODS)
     limits = check_limits(budget, max_error, max_distance, method, "budget")
     check_weighted_linkage(weighted_linkage, method)
-    check_causal(causal)
+    check_causal_sources(causal, sources)
     options = Options(
         causal, checked_scale(scale, sources), limits, method, metric,
         check_step(step, method), order, temperature, epsilon, weights,
@@ -259,11 +268,13 @@ def quickmerge(
     if not isinstance(weights, str):
         options = options._replace(weights=weight_array)
     mask = check_tokens(tokens, mask=mask)
-    protect = protected_tokens(protect, positions, tokens)
+    protect = protected_tokens(protect, positions, tokens, mask)
     shape = tokens.shape[:-1]  # (N,) or (B, N)
     options = _check_options(options, shape, mask)
     if options.need_saliency():
         check_mass(sources.saliency, shape, "saliency", mask)
+    if causal and (options.need_saliency() or options.named_weights() == "attention"):
+        check_causal_attention(lift_sources(sources, tokens), mask)
     # In this block CuPy allocates from the workspace, if there is one.
     with memory_of(workspace, tokens):
         if is_cuda(tokens):  # copy a strided view once, instead of in every stage
@@ -327,8 +338,8 @@ def _quickmerge_traced(
     tokens = stages.check_array("tokens", tokens)
     check_axes("tokens", tuple(tokens.shape), "ND", "BND")
     shape = tuple(tokens.shape[:-1])  # (N,) or (B, N)
-    mask = stages.boolean_mask(mask, tokens)
-    protect = stages.protected_tokens(protect, tokens)
+    mask = stages.full_mask(mask, tokens)
+    protect = stages.protected_tokens(protect, tokens, mask)
     # All sources must be arrays of the framework: its graph cannot contain others. For
     # JAX, `check_array` converts NumPy arrays.
     arrays = sources.arrays()
@@ -340,8 +351,11 @@ def _quickmerge_traced(
         weights = stages.check_array("weights", options.weights)
         check_shape("weights", weights, "BN", shape)
         options = options._replace(weights=weights)
-    # `cluster_tokens` calls `check_protect` later, when the values of `protect` are
-    # known.
+    # The stage functions check all values too, but their messages have other names.
+    weights = None if isinstance(options.weights, str) else options.weights
+    values = stages.host_values(mask, protect, budget, sources.saliency, weights)
+    if values is not None:
+        _check_values(shape, options, *values)
     num_groups = None
     if budget is not None:
         num_groups = traced_num_groups(framework, budget, shape[-1], mask)
@@ -351,6 +365,25 @@ def _quickmerge_traced(
             "`max_distance`, the shape of the result depends on the tokens"
         )
     return compose(stages, tokens, num_groups, sources, mask, protect, options)
+
+
+def _check_values(
+    shape: tuple[int, ...],
+    options: Options,
+    mask: Any,
+    protect: Any,
+    budget: Any,
+    saliency: Any,
+    weights: Any,
+) -> None:
+    """Raise for values that are wrong; the arrays are NumPy arrays or None."""
+    mask = check_mask(mask, shape)
+    options = options if weights is None else options._replace(weights=weights)
+    options = _check_options(options, shape, mask)
+    if options.need_saliency():
+        check_mass(saliency, shape, "saliency", mask)
+    if budget is not None:
+        num_groups_of(shape, budget, protect, options.method, mask)
 
 
 def _check_options(options: Options, shape: tuple[int, ...], mask: Any) -> Options:

@@ -8,10 +8,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .arrays.checks import any_of, check_is_array, check_shape
-from .arrays.shapes import check_key
+from .arrays.libraries import is_cuda
+from .arrays.shapes import check_key, expand_mask
+from .settings import finite_checked
 from .stages.saliency.layers import layers_of
-from .stages.saliency.query_key_entropy import check_scale
+from .stages.saliency.query_key_entropy import check_causal, check_scale
 
 # The last axes of the sources from which saliency is computed.
 _LAST_AXES = {"hidden_states": "ND", "attention": "NN", "query": "Nd", "key": "Nd"}
@@ -93,6 +98,39 @@ def checked_scale(scale: Any, sources: Sources) -> float | None:
     return check_scale(scale)
 
 
+def check_causal_sources(causal: Any, sources: Sources) -> None:
+    """Raise unless `causal` is a bool, and False if the source has no attention."""
+    check_causal(causal)
+    if causal and sources.attention is None and sources.query is None:
+        raise ValueError(
+            "`causal` applies to `attention`, or `query` and `key`, only, got "
+            "causal=True without them: leave it out"
+        )
+
+
+def check_causal_attention(sources: Sources, mask: NDArray[np.bool_] | None) -> None:
+    """Raise if a token attends to a later one; padding may. GPU arrays are not read.
+
+    The attention has the axis B.
+    """
+    layers = sources.attention
+    for x in layers if isinstance(layers, tuple) else (layers,):
+        if x is None or is_cuda(x) or not finite_checked():
+            return
+        matrix_mask = expand_mask(mask, x.shape[:-1])  # (..., N)
+        for index in np.ndindex(x.shape[:-2]):
+            later = np.triu(x[index], 1) > 0  # False for NaN, which padding may be
+            if matrix_mask is not None:
+                valid = matrix_mask[index]
+                later &= valid[:, None] & valid
+            if later.any():
+                i, j = map(int, np.argwhere(later)[0])
+                raise ValueError(
+                    "`attention` must be 0 after the diagonal if `causal` is True, "
+                    f"got {x[index][i, j]:.3g} from token {i} to token {j}"
+                )
+
+
 def lift_sources(sources: Sources, tokens: Any) -> Sources:
     """Return the sources with the axis B; raise if a shape does not fit the tokens.
 
@@ -122,7 +160,8 @@ def _lift_source(name: str, source: Any, tokens: tuple[int, ...]) -> Any:
     """
     last = _LAST_AXES[name]
     # Hidden states have no heads. Four axes would be layers to the caller, and heads to
-    # the function that computes the entropies, so they are refused.
+    # the function that computes the entropies, so they are refused. For one sequence,
+    # four axes could be layers of heads, or a batch: they are refused too.
     leading = ["B"] if last == "ND" else ["B", "BH"]
     layer = [axes + last for axes in leading]  # the layouts of one layer
     if isinstance(source, tuple):
@@ -140,15 +179,12 @@ def _lift(
     """Return one array with the axis B; `layouts` are those of several sequences."""
     shape, single = tuple(source.shape), len(tokens) == 2
     sizes = {"N": tokens[-2]} if single else {"B": tokens[0], "N": tokens[-2]}
-    # The arrays of one sequence have no axis B.
-    without = [layout.replace("B", "") for layout in layouts]
+    # The arrays of one sequence have no axis B, and its layers are a tuple.
+    without = [x.replace("B", "") for x in layouts if not x.startswith("L")]
     allowed = without if single else layouts
     for layout in allowed:
         if _fits(shape, layout, sizes):
-            if not single:
-                return source
-            # B follows L: (L, H, N, N) becomes (L, 1, H, N, N).
-            return source[:, None] if layout.startswith("L") else source[None]
+            return source[None] if single else source
     way_out = ""
     if single and any(_fits(shape, x, {"B": 1, **sizes}) for x in layouts):
         way_out = ": pass `tokens[None]`, a batch of one"
@@ -156,6 +192,11 @@ def _lift(
         way_out = ": pass `tokens[0]`, one sequence"
     elif layouts == ["BND"] and len(shape) == len(tokens) + 1:
         way_out = f": pass `tuple({name})`, a tuple of layers"
+    elif single and any(_fits(shape[1:], x, sizes) for x in without):
+        way_out = (
+            f": pass `tuple({name})` if the first axis has layers, or `{name}[b]` for "
+            "one sequence of a batch"
+        )
     wanted = any_of([f"({', '.join(layout)})" for layout in allowed])
     axes = ", ".join("ND" if single else "BND")
     raise ValueError(

@@ -219,6 +219,9 @@ class DifferentiableTokenMerging(nn.Module, paper.DifferentiableTokenMerging):
         # g = -log(e) of an exponential variable e, as in `F.gumbel_softmax`
         exponential = torch.empty_like(scores).exponential_()
         noise = -exponential.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        if mask is not None:  # padding may have any score
+            valid = mask != 0
+            scores = torch.where(valid, scores, 0)
         perturbed = scores + noise  # (B, N)
         # π = softmax((s + g) / τ) and m = π s + (1 - π) ε
         probabilities = gumbel_softmax(
@@ -227,7 +230,12 @@ class DifferentiableTokenMerging(nn.Module, paper.DifferentiableTokenMerging):
         mass = saliency_mass(scores, probabilities, epsilon=self.epsilon)
         # The anchors of "nearest" are the tokens of greatest s + g. Only the order of
         # these values counts, and a saliency must not be negative.
-        ranks = perturbed - perturbed.amin(dim=-1, keepdim=True)
+        ranks = perturbed
+        if mask is not None:  # not below any token
+            ranks = torch.where(valid, ranks, torch.finfo(ranks.dtype).max)
+        ranks = perturbed - ranks.amin(dim=-1, keepdim=True)
+        if mask is not None:
+            ranks = torch.where(valid, ranks, 0)
         merged = quickmerge(
             tokens,
             num_groups,

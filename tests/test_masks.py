@@ -289,8 +289,25 @@ class TestLibraries:
             qm.quickmerge(x, 3, mask=torch.arange(9))
         with pytest.raises(TypeError, match=r"got torch\.float32"):
             qm.quickmerge(x, 3, mask=torch.ones(9))
-        with pytest.raises(TypeError, match=r"a list of positions, .* got torch.int64"):
-            qm.quickmerge(x, 3, protect=torch.tensor([0]))
+        wanted = qm.quickmerge(TOKENS, 4, protect=[0, -1], mask=MASK)
+        for protect in (torch.tensor([0, 6]), np.array([0, -1]), [0, -1]):
+            merged = qm.quickmerge(x, 4, protect=protect, mask=torch.tensor(MASK))
+            assert_same([y.detach().numpy() for y in merged], [*wanted])
+        for function in (qm.quickmerge, qm.cluster_tokens):
+            with pytest.raises(TypeError, match="got a list of bools"):
+                function(x, 4, protect=[True] + 8 * [False])
+
+    def test_while_torch_compiles(self):
+        torch = pytest.importorskip("torch")
+        x, mask = torch.tensor(TOKENS), torch.tensor(MASK).int()
+        merge = torch.compile(
+            lambda x, m: qm.quickmerge(x, 4, protect=[0, -1], mask=m).labels,
+            fullgraph=True, backend="aot_eager",
+        )  # fmt: skip
+        wanted = qm.quickmerge(TOKENS, 4, protect=[0, -1], mask=MASK).labels
+        np.testing.assert_array_equal(merge(x, mask), wanted)
+        with pytest.raises(ValueError, match="only 0 and 1"):
+            merge(x, 2 * mask)
 
     def test_while_jax_traces(self):
         jax = pytest.importorskip("jax")
@@ -302,6 +319,13 @@ class TestLibraries:
             assert_same([np.asarray(y) for y in merged], [*wanted])
         with pytest.raises(ValueError, match="only 0 and 1"):
             jax.jit(lambda x: qm.quickmerge(x, 3, mask=np.arange(9)))(TOKENS)
+        merge = jax.jit(
+            lambda x, m: qm.quickmerge(x, 4, protect=[0, -1], mask=m).labels
+        )
+        wanted = qm.quickmerge(TOKENS, 4, protect=[0, -1], mask=MASK).labels
+        np.testing.assert_array_equal(merge(TOKENS, MASK.astype(np.int32)), wanted)
+        with pytest.raises(Exception, match="only 0 and 1"):  # from the callback
+            np.asarray(merge(TOKENS, 2 * MASK.astype(np.int32)))
 
 
 class TestProtect:
@@ -331,6 +355,46 @@ class TestProtect:
             qm.quickmerge(TOKENS, 3, protect=[0, 1, 2])
         with pytest.raises(ValueError, match="`num_groups` must be at least 4 for"):
             qm.cluster_tokens(TOKENS, 3, protect=[0, 1, 2])
+
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_positions_count_tokens_without_padding(self, traced):
+        """The first and the last token of each document, wherever its padding is."""
+        masks = np.stack([np.arange(9) >= 3, np.arange(9) < 5, np.arange(9) % 2 == 0])
+        x = TOKENS
+        if traced:
+            torch = pytest.importorskip("torch")
+            x = torch.tensor(x, requires_grad=True)
+        mask = masks if not traced else torch.tensor(masks)
+        first, last = [3, 0, 0], [8, 4, 8]
+        flags = np.zeros((BATCH, NUM_TOKENS), bool)
+        flags[range(BATCH), first] = flags[range(BATCH), last] = True
+        wanted = qm.quickmerge(TOKENS, 3, protect=flags, mask=masks)
+        merged = qm.quickmerge(x, 3, protect=[0, -1], mask=mask)
+        np.testing.assert_array_equal(merged.labels, wanted.labels)
+        labels = qm.cluster_tokens(x, 3, protect=[0, -1], mask=mask)
+        np.testing.assert_array_equal(labels, wanted.labels)
+        message = "has position 5, but sequence 1 has 5 tokens"
+        with pytest.raises(ValueError, match=message):
+            qm.quickmerge(x, 3, protect=[5], mask=mask)
+
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_errors_name_the_argument_of_quickmerge(self, traced):
+        x, weights = TOKENS, -SCORES
+        if traced:
+            torch = pytest.importorskip("torch")
+            x, weights = torch.tensor(x, requires_grad=True), torch.tensor(weights)
+        for budget, options, message in (
+            (3, {"protect": [0, 1, 2]}, "`budget` must be at least 4"),
+            (10, {}, r"`budget` must lie in 1..9 \(its tokens\), got 10"),
+            (2**70, {}, f"`budget` must lie in .* got {2**70}"),
+            (3, {"weights": weights}, "`weights` must be ≥ 0"),
+            (3, {"saliency": weights}, "`saliency` must be ≥ 0"),
+            (3, {"temperature": 0.0}, "`temperature` must lie in"),
+            (3, {"sequence_offset": -1}, "`sequence_offset` must"),
+            (3, {"causal": True}, "`causal` applies to `attention`, or"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                qm.quickmerge(x, budget, **options)
 
     def test_the_budget_counts_protected_tokens(self):
         labels = qm.cluster_tokens(TOKENS, 4, protect=[0, -1])

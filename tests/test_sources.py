@@ -120,9 +120,9 @@ def test_one_sequence_has_no_axis_of_a_batch(tokens, attention, pair, layered):
                 for name, x in arrays.items()
             }
             same(qm.quickmerge(tokens[b], 4, **one, **options), [x[b] for x in batch])
-    if not layered:  # (L, H, N, N)
+    if not layered:  # layers of heads of one sequence are a tuple
         batch = qm.quickmerge(tokens, 4, attention=attention)
-        one = qm.quickmerge(tokens[1], 4, attention=attention[:, 1])
+        one = qm.quickmerge(tokens[1], 4, attention=tuple(attention[:, 1]))
         same(one, [x[1] for x in batch])
 
 
@@ -262,9 +262,15 @@ SHAPES = [
     (
         (N, D),
         {"attention": (L, 1, H, N, N)},
-        "`attention` must have shape (N, N), (H, N, N) or (L, H, N, N) for `tokens` of "
-        "shape (N, D) = (9, 5), got (2, 1, 4, 9, 9): pass `tokens[None]`, a batch of "
-        "one",
+        "`attention` must have shape (N, N) or (H, N, N) for `tokens` of shape (N, D) "
+        "= (9, 5), got (2, 1, 4, 9, 9): pass `tokens[None]`, a batch of one",
+    ),
+    (
+        (N, D),
+        {"attention": (L, H, N, N)},
+        "`attention` must have shape (N, N) or (H, N, N) for `tokens` of shape (N, D) "
+        "= (9, 5), got (2, 4, 9, 9): pass `tuple(attention)` if the first axis has "
+        "layers, or `attention[b]` for one sequence of a batch",
     ),
     (
         (1, N, D),
@@ -402,3 +408,33 @@ def test_wrong_sources_are_refused(tokens, sources, error, message, weights):
     arguments = sources(np.ones((B, N, N)))
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         qm.quickmerge(tokens, 2, weights=weights, **arguments)
+
+
+def test_causal_attention_attends_to_no_later_token(tokens, attention):
+    a = np.tril(attention[0])
+    qm.quickmerge(tokens, 4, attention=a, causal=True)
+    # Padding may attend to anything: its rows and columns are not read.
+    padded = np.where(MASK[:, None, :, None], a, 1.0)
+    qm.quickmerge(tokens, 3, attention=padded, mask=MASK, causal=True)
+    message = r"0 after the diagonal if `causal` is True, got .* from token 0 to token"
+    for wrong in (attention[0], attention, (a, attention[0])):
+        with pytest.raises(ValueError, match=message):
+            qm.quickmerge(tokens, 4, attention=wrong, causal=True)
+    with pytest.raises(ValueError, match="`causal` applies to `attention`, or"):
+        qm.quickmerge(tokens, 4, hidden_states=tokens, causal=True)
+
+
+def test_layers_of_different_heads_have_the_same_bits_in_every_library(tokens):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(5)
+    layers = tuple(
+        rng.dirichlet(np.ones(N), (B, h, N)).astype(np.float32) for h in (4, 1)
+    )
+    x = tokens.astype(np.float32)
+    wanted = qm.quickmerge(x, 4, attention=layers).mass
+    traced = tuple(torch.tensor(y, requires_grad=True) for y in layers)
+    mass = qm.quickmerge(torch.tensor(x), 4, attention=traced).mass
+    np.testing.assert_array_equal(mass.detach(), wanted)
+    # The mean of large entropies of several heads is finite.
+    huge = np.full((1, 2, 4), 3e38, np.float32), np.ones((1, 4), np.float32)
+    assert np.isfinite(qm.saliency(huge)).all()

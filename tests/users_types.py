@@ -50,8 +50,11 @@ x = torch.ones(2, 9, 4, requires_grad=True)
 y: torch.Tensor = qm.merge_tokens(x, qm.cluster_tokens(x, 3), 3)
 z: qm.Merged[torch.Tensor] = qm.quickmerge(x, 3, weights="uniform")
 n: torch.Tensor = z.labels
-v: torch.Tensor = loaded.apply(x)
 
 
 def load(path: str) -> qm.Merged[NDArray[np.float32]]:
     return qm.Merged.load(path)
+
+
+def apply(path: str) -> torch.Tensor:
+    return load(path).apply(x)

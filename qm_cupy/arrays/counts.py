@@ -34,7 +34,8 @@ def check_num_groups(
         counts = num_groups.astype(np.int64)
     else:
         count = check_integer(name, num_groups)
-        counts = np.full(batch, count, dtype=np.int64)
+        # The clipped number is out of range too, and fits the dtype.
+        counts = np.full(batch, max(-1, min(count, 2**62)), dtype=np.int64)
         limit = _INT32 if unlimited else limits
         if not isinstance(limit, int):
             limit = int(np.min(limit, initial=_INT32))
@@ -48,7 +49,8 @@ def check_num_groups(
         limit = np.broadcast_to(maxima, counts.shape)
         where = f" for sequence {int(at[0])}" if at and maxima.ndim else ""
         top = "..2**31 - 1" if unlimited else f"..{limit[at]} (its tokens)"
-        raise ValueError(f"`{name}` must lie in 1{top}{where}, got {counts[at]}")
+        got = counts[at] if is_per_sequence(num_groups) else count
+        raise ValueError(f"`{name}` must lie in 1{top}{where}, got {got}")
     return counts
 
 

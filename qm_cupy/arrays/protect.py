@@ -1,6 +1,7 @@
 """Protected tokens: booleans (N,) or (B, N), or the positions (P,) of P tokens.
 
-There are B sequences of N tokens. Positions are those of every sequence.
+There are B sequences of N tokens. Positions are those of every sequence, and count its
+tokens without padding: 0 is its first token, and -1 its last one.
 """
 
 import operator
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import check_batch_shape, check_is_array
+from .libraries import is_cuda
 
 
 def is_positions(protect: Any) -> bool:
@@ -30,7 +32,7 @@ def split_positions(protect: Any) -> tuple[Any, Any]:
 
 
 def token_positions(positions: Any, num_tokens: int) -> list[int]:
-    """Return positions within 0..N-1, or raise. -1 is the last token."""
+    """Return positions within -N..N-1 as a list, or raise."""
     if isinstance(positions, np.ndarray):
         if positions.ndim != 1:
             raise TypeError(
@@ -38,15 +40,14 @@ def token_positions(positions: Any, num_tokens: int) -> list[int]:
                 f"(P), got {positions.dtype} of shape {positions.shape}"
             )
         positions = positions.tolist()
-    indices = [_index(x) for x in positions]
+    indices = [position(x) for x in positions]
     for x in indices:
         if not -num_tokens <= x < num_tokens:
             raise ValueError(
                 f"`protect` must have positions within 0..{num_tokens - 1} (-1 is the "
                 f"last token), got {x}"
             )
-    indices = [x % num_tokens for x in indices]
-    if len(set(indices)) < len(indices):
+    if len({x % num_tokens for x in indices}) < len(indices):
         # The 0 and 1 of an integer mask would be read as positions.
         raise ValueError(
             "`protect` must have distinct positions; a mask must be boolean "
@@ -55,9 +56,19 @@ def token_positions(positions: Any, num_tokens: int) -> list[int]:
     return indices
 
 
-def protected_tokens(protect: Any, positions: Any, tokens: NDArray[Any]) -> Any:
-    """Return converted booleans or positions as booleans (B, N); None stays None."""
+def protected_tokens(
+    protect: Any, positions: Any, tokens: NDArray[Any], mask: Any
+) -> Any:
+    """Return converted booleans or positions as booleans (B, N); None stays None.
+
+    `mask` is boolean (B, N), or None.
+    """
     wanted = tokens.shape[:-1]
+    if positions is not None and mask is not None:
+        indices = token_positions(positions, wanted[-1])
+        if not is_cuda(mask):  # otherwise the CPU would have to wait
+            check_positions_exist(indices, mask)
+        return of_valid_tokens(indices, mask)
     if positions is not None:
         protect = np.zeros(wanted[-1], np.bool_, like=tokens)
         # One by one: a list as an index would be copied to a GPU, which a CUDA graph
@@ -75,7 +86,35 @@ def protected_tokens(protect: Any, positions: Any, tokens: NDArray[Any]) -> Any:
     return protect if protect.shape == wanted else np.broadcast_to(protect, wanted)
 
 
-def _index(x: Any) -> int:
+def check_positions_exist(positions: list[int], mask: NDArray[np.bool_]) -> None:
+    """Raise if a sequence has no token at one of the positions."""
+    counts = np.count_nonzero(mask, axis=-1)  # () or (B,)
+    for x in positions:
+        wrong = np.argwhere(counts < (x + 1 if x >= 0 else -x))
+        if len(wrong):
+            at = tuple(wrong[0])
+            where = f"sequence {int(at[0])}" if at else "the sequence"
+            raise ValueError(
+                f"`protect` has position {x}, but {where} has {counts[at]} tokens "
+                "(positions count tokens without padding)"
+            )
+
+
+def of_valid_tokens(positions: list[int], mask: Any) -> Any:
+    """Return positions as booleans (B, N) of the mask's library.
+
+    `mask` is boolean (B, N), of any library.
+    """
+    rank = mask.cumsum(-1)  # of a token: 1, 2, ...; padding has that of the last token
+    count = rank[..., -1:]
+    protect = rank < 0  # False
+    for x in positions:
+        protect = protect | (rank == (x + 1 if x >= 0 else count + (x + 1)))
+    return protect & mask
+
+
+def position(x: Any) -> int:
+    """Return a position as an integer, or raise."""
     if isinstance(x, bool | np.bool_):
         raise TypeError(
             "`protect` must have integer positions or be a boolean array, got a list "

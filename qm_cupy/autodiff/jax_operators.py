@@ -16,7 +16,12 @@ from jax import ShapeDtypeStruct
 from jax import numpy as jnp
 
 from ..arrays.checks import check_batch_shape, check_integer, check_mask
-from ..arrays.protect import is_positions, token_positions
+from ..arrays.protect import (
+    check_positions_exist,
+    is_positions,
+    of_valid_tokens,
+    token_positions,
+)
 from ..settings import Snapshot, restored, snapshot
 from .operations import OPERATIONS, Operation, check_option
 
@@ -52,7 +57,7 @@ def masked_copy(x: Any, mask: jax.Array | None) -> jax.Array:
     x = jnp.asarray(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # Padding may be NaN, and NaN times 0 is NaN.
-    return wide if mask is None else jnp.where(mask, wide, 0)
+    return wide if mask is None else jnp.where(mask != 0, wide, 0)
 
 
 def check_known(name: str, value: Any) -> None:
@@ -105,8 +110,15 @@ def check_array(declared: str, x: Any) -> Any:
     raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}")
 
 
-def boolean_mask(mask: Any, tokens: Any) -> Any:
-    """Return a mask as booleans (B, N)."""
+def host_values(*values: Any) -> list[Any] | None:
+    """Return values with NumPy arrays instead of JAX arrays; None for tracers."""
+    if any(isinstance(x, jax.core.Tracer) for x in values):
+        return None
+    return [np.asarray(x) if isinstance(x, jax.Array) else x for x in values]
+
+
+def full_mask(mask: Any, tokens: Any) -> Any:
+    """Return a mask as (B, N): booleans, or integers, which the operations check."""
     shape = tokens.shape[:-1]
     if isinstance(mask, jax.core.Tracer):
         check_batch_shape("mask", mask, shape)
@@ -115,7 +127,7 @@ def boolean_mask(mask: Any, tokens: Any) -> Any:
                 "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
                 f"token), got {mask.dtype}"
             )
-        return jnp.broadcast_to(mask != 0, shape)
+        return jnp.broadcast_to(mask, shape)
     if mask is None:
         return None
     # Under `jax.jit` the result would be a tracer, although the values are known.
@@ -124,14 +136,18 @@ def boolean_mask(mask: Any, tokens: Any) -> Any:
         return jnp.asarray(check_mask(np.asarray(mask), shape))
 
 
-def protected_tokens(protect: Any, tokens: Any) -> Any:
+def protected_tokens(protect: Any, tokens: Any, mask: Any) -> Any:
     """Return protected tokens, as booleans or positions, as booleans (B, N)."""
+    shape = tokens.shape[:-1]
     if is_positions(protect):
         check_known("protect", protect)
-        positions = np.asarray(protect) if hasattr(protect, "dtype") else protect
-        flags = np.zeros(tokens.shape[-2], np.bool_)
-        flags[token_positions(positions, len(flags))] = True
-        return jnp.broadcast_to(jnp.asarray(flags), tokens.shape[:-1])
+        known = np.asarray(protect) if hasattr(protect, "dtype") else protect
+        positions = token_positions(known, shape[-1])
+        if isinstance(mask, jax.core.Tracer):
+            return of_valid_tokens(positions, mask != 0)
+        valid = np.ones(shape, np.bool_) if mask is None else np.asarray(mask)
+        check_positions_exist(positions, valid)
+        return jnp.asarray(of_valid_tokens(positions, valid))
     protect = check_array("protect?", protect)
     if protect is None:
         return None
@@ -139,8 +155,8 @@ def protected_tokens(protect: Any, tokens: Any) -> Any:
         raise TypeError(
             f"`protect` must be boolean or have integer positions, got {protect.dtype}"
         )
-    check_batch_shape("protect", protect, tokens.shape[:-1])
-    return jnp.broadcast_to(protect, tokens.shape[:-1])
+    check_batch_shape("protect", protect, shape)
+    return jnp.broadcast_to(protect, shape)
 
 
 def _option(declared: str, value: Any) -> Any:

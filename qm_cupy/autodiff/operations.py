@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..arrays.checks import check_integer, check_number
+from ..arrays.protect import position
 
 Shape = tuple[int, ...]
 # How the dtype of a result follows from the arguments; see `Operation.dtype`.
@@ -95,7 +96,7 @@ class Operation(NamedTuple):
             name = declared.rstrip("?")
             x = arguments[name]
             if name in self.lists and isinstance(x, list | tuple | range):
-                x = from_list(list(x))
+                x = from_list([position(y) for y in x])
             pairs.append((declared, x))
         return pairs
 

@@ -21,8 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arrays.checks import check_batch_shape, check_mask, check_seed
-from ..arrays.protect import token_positions
+from ..arrays.checks import check_batch_shape, check_seed
+from ..arrays.protect import (
+    check_positions_exist,
+    is_positions,
+    of_valid_tokens,
+    token_positions,
+)
 from ..settings import Snapshot, restored, snapshot
 from .operations import (
     KNOWN_WHILE_TRACING,
@@ -69,7 +74,7 @@ def masked_copy(x: Tensor, mask: Tensor | None) -> Tensor:
     # makes the copy.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Padding may be NaN, and NaN times 0 is NaN.
-    return wide.clone() if mask is None else torch.where(mask, wide, 0)
+    return wide.clone() if mask is None else torch.where(mask != 0, wide, 0)
 
 
 def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
@@ -114,32 +119,57 @@ def check_array(declared: str, x: Any) -> Tensor | None:
     raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
 
 
-def boolean_mask(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Return a mask as booleans (B, N)."""
+def host_values(*values: Any) -> list[Any] | None:
+    """Return values with NumPy arrays instead of tensors.
+
+    Return None while the compiler traces, because tensors then have no values, and if a
+    tensor is on a GPU, because the CPU would have to wait.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    host = []
+    for x in values:
+        if isinstance(x, Tensor):
+            if x.device.type != "cpu":
+                return None
+            x = x.detach()
+            x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+        host.append(x)
+    return host
+
+
+def full_mask(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Return a mask as (B, N): booleans, or integers, which the operators check."""
     mask = check_array("mask?", mask)
     if mask is None:
         return None
     shape = tuple(tokens.shape[:-1])
     check_batch_shape("mask", mask, shape)
-    if mask.dtype == torch.bool:
-        return mask.expand(shape)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(
             "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
             f"token), got {mask.dtype}"
         )
-    # While the compiler traces, a mask has no values.
-    if not torch.compiler.is_compiling() and mask.device.type == "cpu":
-        check_mask(mask.numpy(), shape)
-    return (mask != 0).expand(shape)
+    return mask.expand(shape)
 
 
-def protected_tokens(protect: Any, tokens: Tensor) -> Tensor | None:
+def protected_tokens(
+    protect: Any, tokens: Tensor, mask: Tensor | None
+) -> Tensor | None:
     """Return protected tokens, as booleans or positions, as booleans (B, N)."""
     shape = tuple(tokens.shape[:-1])
-    if isinstance(protect, list | tuple | range):
+    compiling = torch.compiler.is_compiling()
+    is_tensor = isinstance(protect, Tensor)
+    if is_positions(protect) and not (is_tensor and compiling):
+        known = protect.cpu().numpy() if is_tensor else protect
+        positions = token_positions(known, shape[-1])
+        if mask is not None:
+            valid = mask != 0
+            if not compiling and mask.device.type == "cpu":
+                check_positions_exist(positions, valid.numpy())
+            return of_valid_tokens(positions, valid)
         flags = tokens.new_zeros(shape[-1:], dtype=torch.bool)
-        for index in token_positions(protect, shape[-1]):
+        for index in positions:
             flags[index] = True
         return flags.expand(shape)
     protect = check_array("protect?", protect)
@@ -147,8 +177,8 @@ def protected_tokens(protect: Any, tokens: Tensor) -> Tensor | None:
         return None
     if protect.dtype != torch.bool:
         raise TypeError(
-            "`protect` must be boolean, or a list of positions, while torch records "
-            f"gradients or compiles, got {protect.dtype}"
+            "`protect` must be boolean, or a list of positions, while torch compiles, "
+            f"got {protect.dtype}"
         )
     check_batch_shape("protect", protect, shape)
     return protect.expand(shape)

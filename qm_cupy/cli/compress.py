@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--mask",
         metavar="NAME",
-        help="name of a boolean array (B, N) in INPUT; True = token, False = padding",
+        help="name of an array (B, N) or (N) in INPUT; True or 1 = token",
     )
     add_method(parser, default="average")
     add(

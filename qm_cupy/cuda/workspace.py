@@ -115,10 +115,10 @@ def memory_of(workspace: Workspace | None, tokens: Any) -> AbstractContextManage
     It has no effect without a workspace, or for tokens on the CPU.
     """
     if workspace is not None and not isinstance(workspace, Workspace):
+        got = "a class" if isinstance(workspace, type) else type(workspace).__name__
         raise TypeError(
-            "`workspace` must be a Workspace or None, got "
-            f"{getattr(workspace, '__name__', type(workspace).__name__)}: "
-            "make one by `qm_cupy.Workspace()`"
+            f"`workspace` must be a Workspace or None, got {got}: make one by "
+            "`qm_cupy.Workspace()`"
         )
     if workspace is None or not is_cuda(tokens):
         return nullcontext()

@@ -128,10 +128,11 @@ def cluster_tokens(
         tokens in each layer, so small steps, such as 16, are nearer to its use.
     protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
         Tokens that stay groups of their own, for example class tokens and attention
-        sinks: boolean, True = protected, or positions such as ``[0]`` (of every
-        sequence; -1 is the last token). K counts these groups too. The other tokens are
-        grouped as if the sequence had no protected tokens, but "contiguous" never
-        merges neighbours across a protected token.
+        sinks: boolean, True = protected, or positions such as ``[0, -1]``, the first
+        and the last token of every sequence. Positions count tokens without padding. K
+        counts these groups too. The other tokens are grouped as if the sequence had no
+        protected tokens, but "contiguous" never merges neighbours across a protected
+        token.
     mask : ndarray of shape (N,) or (B, N), optional
         Boolean or integer, True or 1 = token. Padded tokens get label -1, protected or
         not, and are not read. The tokens are grouped as if the sequence had no padding:
@@ -187,7 +188,7 @@ def cluster_tokens(
         )
     )
     mask = check_tokens(tokens, mask=mask)
-    flags = protected_tokens(flags, positions, tokens)  # (B, N)
+    flags = protected_tokens(flags, positions, tokens, mask)  # (B, N)
     check_choice("method", method, METHODS)
     check_choice("metric", metric, METRICS)
     check_choice("order", order, ORDERS)

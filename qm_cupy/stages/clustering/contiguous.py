@@ -7,8 +7,8 @@ and b is Ward's cost, the growth of the squared error of the vectors:
     n_a n_b / (n_a + n_b) ‖S_a / n_a - S_b / n_b‖²
 
 Of equal costs, the leftmost pair merges first, unless rounding makes them differ. For
-cosines, a zero token counts as a
-unit vector orthogonal to all others, because its similarity to any token is 0.
+cosines, a zero token counts as a unit vector orthogonal to all others, because its
+similarity to any token is 0.
 Pairs merge one by one, until K groups are left, or until the distance √(2 · cost) of
 the cheapest pair exceeds a limit. This is the distance of ward linkage. A merge changes
 only the costs of the new group with its two neighbours.

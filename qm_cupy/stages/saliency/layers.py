@@ -18,6 +18,7 @@ import numpy as np
 from ...arrays.checks import check_is_array
 from ...arrays.conversion import convert_inputs, scope_of
 from ...arrays.dtypes import narrow
+from ...arrays.finite import finite_mean
 from ...arrays.shapes import masked_copy, saliency_shape
 from ...autodiff.dispatch import modules_of, renamed, tracing_framework
 
@@ -222,8 +223,19 @@ def stack_layers(
     lifted = [x[:, None] if x.ndim == 2 else x for x in lifted]  # (B, H, N)
     if len({x.shape[1] for x in lifted}) > 1:
         # The functions of entropies average the heads first, so their means are enough.
-        lifted = [copy(x, None).mean(1)[:, None] for x in lifted]  # (B, 1, N)
+        lifted = [_mean_of_heads(copy(x, None))[:, None] for x in lifted]  # (B, 1, N)
     return stack(lifted, 0)
+
+
+def _mean_of_heads(x: Any) -> Any:
+    """Return the mean (B, N) over the heads of an array (B, H, N) of any library."""
+    if isinstance(x, np.ndarray):
+        return finite_mean(x, 1)
+    # NumPy adds the heads one by one. A mean of torch or JAX would have other bits.
+    total = x[:, 0]
+    for head in range(1, x.shape[1]):
+        total = total + x[:, head]
+    return total / x.shape[1]
 
 
 def _unstacked(gradient: Any, layers: tuple[Any, ...]) -> tuple[Any, ...]:
