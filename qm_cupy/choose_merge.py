@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .arrays.checks import check_number
 from .arrays.conversion import Array, BoolArray, convert_inputs, on_callers_stream
 from .arrays.dtypes import bfloat16_as_int16
-from .arrays.libraries import no_grad
+from .arrays.libraries import is_cuda, no_grad
 from .pipeline import quickmerge
 from .priors.protocols import Prior
 from .results import Choice, Merged
@@ -89,8 +89,9 @@ def choose_merge(
         If a candidate is not a mapping or names an unknown argument, or if
         `alignment_loss` or `quickmerge` raises it.
     ValueError
-        If there is no candidate, a candidate has no budget, or an option is out of
-        range, or if `alignment_loss` or `quickmerge` raises it.
+        If there is no candidate, a candidate has no budget, an option is out of range,
+        or all scores of a sequence are NaN, or if `alignment_loss` or `quickmerge`
+        raises it.
 
     References
     ----------
@@ -133,7 +134,9 @@ def choose_merge(
         scores.append(alpha * loss + np.maximum(error - (1 - gamma) ** 2, 0))
         merges.append(merged)
     table = np.stack(scores)  # (C, B)
-    best = table.argmin(axis=0)  # (B,); `argmin` returns the first of equal scores
+    _check_scores(table)
+    # (B,); `argmin` returns the first of equal scores. NaN is not the least score.
+    best = np.where(np.isnan(table), np.inf, table).argmin(axis=0)
     max_groups = max(merged.tokens.shape[-2] for merged in merges)
     selected = _padded(merges[0], max_groups)
     for number, merged in enumerate(merges[1:], 1):
@@ -185,6 +188,19 @@ def _arguments(candidates: Any, options: Mapping[str, Any]) -> list[dict[str, An
             )
         all_arguments.append(arguments)
     return all_arguments
+
+
+def _check_scores(table: NDArray[Any]) -> None:
+    """Raise if all scores (C, B) of a sequence are NaN; GPU arrays are not read."""
+    if is_cuda(table):
+        return
+    wrong = np.argwhere(np.isnan(table).all(axis=0))
+    if len(wrong):
+        where = f" of sequence {int(wrong[0][0])}" if wrong.shape[1] else ""
+        raise ValueError(
+            f"`prior` gives NaN for every candidate{where}: its predictions must be "
+            "finite"
+        )
 
 
 def _padded(merged: Merged[Any], max_groups: int) -> Merged[Any]:

@@ -185,7 +185,7 @@ def compose(
         max_distance=options.limits.max_distance,
         method=options.method,
         metric=options.metric,
-        mass=weights if options.weighted_linkage else None,
+        mass=_masses(stages, weights, mask, options),
         anchors=anchors,
         step=options.step,
         protect=protect,
@@ -201,6 +201,21 @@ def compose(
     sizes = stages.group_sizes(labels, num_groups)  # (B, K)
     positions = stages.group_positions(labels, num_groups)  # (B, K)
     return Merged(merged, labels, sizes, positions, weights)
+
+
+def _masses(stages: Stages, weights: Any, mask: Any, options: Options) -> Any:
+    """Return the masses (B, N) of the linkage, or None.
+
+    Ward's distances grow with the root of the masses. Only the ratios of the weights
+    matter elsewhere, so for `max_distance` their mean over the tokens becomes 1.
+    """
+    if not options.weighted_linkage:
+        return None
+    if options.limits.max_distance is None or options.method != "ward":
+        return weights
+    count = weights.shape[-1] if mask is None else (mask != 0).sum(-1)[..., None]
+    mean = weights.sum(-1)[..., None] / count  # (B, 1); the weights of padding are 0
+    return weights / stages.xp.where(mean > 0, mean, mean + 1)
 
 
 def _scores_and_weights(

@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .arrays.checks import check_number
 from .arrays.conversion import Array, BoolArray, IntArray, convert_inputs
 from .autodiff.dispatch import on_callers_stream_unless_traced, tracing_framework
@@ -25,7 +27,7 @@ from .results import Merged
 from .stages.alignment.alignment_loss import alignment_loss, is_traced
 from .stages.alignment.decode import decode
 from .stages.alignment.models import check_model, check_prior
-from .stages.budget import token_budget
+from .stages.budget import is_ratio, token_budget
 from .stages.clustering.cluster_tokens import Method
 from .stages.clustering.labels import Order
 from .stages.fidelity.fidelity_loss import fidelity_loss
@@ -47,8 +49,7 @@ class EntropyAwareSaliency:
         Width D of the tokens.
     num_layers : int, default 12
         Number of layers L of a tuple of hidden states. Tokens that are not a tuple
-        represent L equal layers, as in the authors' code. The saliency is computed for
-        one layer only, because the mean of equal layers is one layer.
+        represent L equal layers, as in the authors' code: their mean is one layer.
 
     Examples
     --------
@@ -356,9 +357,9 @@ class QuickMergePP:
         """
         if ar_model is not None:
             check_model(ar_model)
-        scores = self.saliency_estimator(tokens)
-        merged = self.token_merger.merge(tokens, scores, K).tokens
-        return merged, [] if ar_model is None else decode(merged, ar_model)
+        merged = self.token_merger.merge(tokens, self.saliency_estimator(tokens), K)
+        x = merged.tokens
+        return x, [] if ar_model is None else decode(x, ar_model)
 
 
 def _as_float(loss: Any) -> Any:
@@ -382,20 +383,29 @@ def merge_with_losses(
     """
     scores = model.saliency_estimator(tokens, mask=mask)  # (B, N)
     merged = model.token_merger.merge(tokens, scores, num_groups, mask=mask)
+    if is_ratio(num_groups):  # K follows from the number of tokens
+        num_groups = merged.tokens.shape[-2] if mask is None else _counts(merged)
     # L_AR = L_forward + L_backward, the mean over the batch
     align = model.ar_alignment.compute_alignment_loss
     alignment = convert(align(merged.tokens, num_groups=num_groups))
     constrain = model.fidelity_constraint.compute_fidelity_loss
     # With labels, the reconstruction X̂ of a token is the merged token of its group.
-    fidelity = convert(
-        constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
-    )
+    error = constrain(tokens, merged.tokens, labels=merged.labels, mask=mask)
+    fidelity = convert(error)
     losses = {  # total loss of the paper: α · L_AR + L_fidelity
         "ar_alignment": alignment,
         "fidelity": fidelity,
         "total": alpha * alignment + fidelity,
     }
     return merged.tokens, losses
+
+
+def _counts(merged: Merged[Any]) -> Any:
+    """Return K of each sequence (B,)."""
+    if tracing_framework((merged.tokens,)) is not None:
+        return merged.valid.sum(-1)
+    sizes = convert_inputs({}, counts={"sizes": merged.sizes})[1]
+    return np.count_nonzero(sizes, axis=-1)
 
 
 def quickmerge_inference(

@@ -117,7 +117,8 @@ def quickmerge(
         squared error per unit token is at most this, as in `cluster_tokens`. For
         "euclidean" it is the error of the tokens, in the square of their unit.
     max_distance : float, optional
-        Merge groups whose distance is at most this, as in `cluster_tokens`.
+        Merge groups whose distance is at most this, as in `cluster_tokens`. If weights
+        enter ward linkage (`weighted_linkage`), they are divided by their mean first.
     hidden_states : ndarray of shape (B, N, D), or a tuple of them, optional
         Source of the saliency: the self-attention entropy of these states, or of those
         of each layer. By default `tokens` are the source. At most one source may be

@@ -190,7 +190,9 @@ def _lift(
         way_out = ": pass `tokens[None]`, a batch of one"
     elif tokens[0] == 1 and any(_fits(shape, x, sizes) for x in without):
         way_out = ": pass `tokens[0]`, one sequence"
-    elif layouts == ["BND"] and len(shape) == len(tokens) + 1:
+    elif (layouts == ["BND"] and len(shape) == len(tokens) + 1) or (
+        not single and len(shape) == 4 and _fits(shape[1:], layouts[0], sizes)
+    ):
         way_out = f": pass `tuple({name})`, a tuple of layers"
     elif single and any(_fits(shape[1:], x, sizes) for x in without):
         way_out = (

@@ -149,7 +149,7 @@ def test_queries_and_keys_give_the_weights_of_their_attention(tokens, arrays):
 def test_one_sequence_has_the_weights_of_a_batch(tokens, arrays, sources):
     sources = take(arrays, sources)
     batch = qm.quickmerge(tokens, 4, **sources)
-    one = {name: x[:, 1] for name, x in sources.items()}  # (L, H, N, ...)
+    one = {name: tuple(x[:, 1]) for name, x in sources.items()}  # (H, N, ...) each
     same(qm.quickmerge(tokens[1], 4, **one), [x[1] for x in batch])
 
 
@@ -432,16 +432,18 @@ def test_padding_changes_no_bit_of_attention_weights(rng, source, causal):
     x = rng.standard_normal((33, 8)).astype(np.float32)
     query, key = rng.standard_normal((2, L, H, 33, 5)).astype(np.float32)
     attention = rng.random((L, H, 33, 33)).astype(np.float32)
+    if causal:
+        attention = np.tril(attention)
     mask = np.isin(np.arange(50), positions)
     padded = np.full((1, 50, 8), 7, np.float32)
     padded[0, positions] = x
     long = {"query": query, "key": key}
-    alone = dict(long)
-    for name, values in alone.items():
+    alone = {name: tuple(x) for name, x in long.items()}
+    for name, values in long.items():
         long[name] = np.full((L, 1, H, 50, 5), 7, np.float32)
         long[name][:, 0][:, :, positions] = values
     if source == "attention":
-        alone = {"attention": attention}
+        alone = {"attention": tuple(attention)}
         wide = np.full((L, 1, H, 50, 50), 7, np.float32)
         wide[:, 0][:, :, positions[:, None], positions] = attention
         long = {"attention": wide}

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import to_library
+from conftest import to_library, to_numpy
 
 from qm_cupy import (
     BidirectionalARAlignment,
@@ -398,3 +398,17 @@ class TestClaims:
     def test_inference_takes_one_sequence(self, rng):
         with pytest.raises(ValueError, match=r"`tokens` must have shape \(N, D\)"):
             quickmerge_inference(rng.standard_normal((2, 9, 8)), None)
+
+
+def test_a_model_keeps_a_fraction_of_the_tokens(rng, library):
+    tokens = rng.standard_normal((2, 12, 4)).astype(np.float32)
+    x, model = to_library(library, tokens), QuickMergePP(embedding_dim=4)
+    merged, losses = model(x, 0.25)
+    wanted, wanted_losses = model(x, 3)
+    np.testing.assert_array_equal(to_numpy(merged), to_numpy(wanted))
+    assert losses == wanted_losses
+    # With a mask, K differs between the sequences.
+    mask = to_library(library, np.arange(12) < np.array([[12], [8]]))
+    merged, losses = model(x, 0.25, mask=mask)
+    assert tuple(merged.shape) == (2, 3, 4)
+    assert np.isfinite(losses["total"])

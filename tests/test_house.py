@@ -37,7 +37,7 @@ LAYERS = {
         "arrays",
         "composition": "group_counts sources stages results autodiff arrays settings",
         "group_counts": "stages cuda arrays autodiff",
-        "sources": "stages arrays",
+        "sources": "stages arrays settings",
         "results": "merged_file stages autodiff cuda arrays",
         "stages": "priors autodiff cuda arrays settings",
         "priors": "atomic_write cuda arrays settings install_advice",

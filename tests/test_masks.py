@@ -343,7 +343,7 @@ class TestProtect:
             ([True] * 9, TypeError, "got a list of bools"),
             (MASK.astype(float), TypeError, "got float64"),
             (MASK[:5], ValueError, r"`protect` must have shape .* got \(5,\)"),
-            ("0", TypeError, "`protect` must be an array"),
+            ("0", TypeError, "`protect` must be a boolean array or a list of pos"),
         ],
     )
     def test_errors(self, function, protect, error, message):

@@ -149,10 +149,10 @@ class TestSources:
         attention /= attention.sum(-1, keepdims=True)  # rows sum to 1
         wanted = qm.saliency(qm.attention_entropy(attention))
         np.testing.assert_array_equal(saliency_of(tokens, attention=attention), wanted)
-        # (L, H, N, N), (H, N, N) and (N, N)
-        for source in (attention[:, 0], attention[0, 0], attention[0, 0, 0]):
+        # layers of (H, N, N), one such layer, and (N, N)
+        for source in (tuple(attention[:, 0]), attention[0, 0], attention[0, 0, 0]):
             one = saliency_of(tokens[0], attention=source)
-            lifted = source[:, None] if source.ndim == 4 else source[None]
+            lifted = attention[:, :1] if isinstance(source, tuple) else source[None]
             assert_close(one, np.ravel(qm.saliency(qm.attention_entropy(lifted))))
 
     def test_query_and_key(self, tokens, rng):

@@ -75,6 +75,27 @@ def test_attention_and_limits():
     np.testing.assert_array_equal(merged.labels, labels)
 
 
+@pytest.mark.parametrize("factor", [0.01, 1.0, 300.0])
+def test_the_unit_of_weights_does_not_change_a_distance(factor):
+    """The heights of ward grow with the masses, and weights have no unit."""
+    attention = np.random.default_rng(1).dirichlet(np.ones(24), (2, 3, 24))
+    wanted = qm.quickmerge(TOKENS, max_distance=0.4, attention=attention)
+    assert 1 < wanted.valid.sum() < 40
+    weights = wanted.mass * factor
+    options = {"method": "ward", "weighted_linkage": True, "max_distance": 0.4}
+    merged = qm.quickmerge(TOKENS, weights=weights, **options)
+    np.testing.assert_array_equal(merged.labels, wanted.labels)
+    # Equal weights give the groups of no weights.
+    equal = qm.quickmerge(TOKENS, weights=np.full((2, 24), factor), **options)
+    plain = qm.quickmerge(TOKENS, max_distance=0.4, method="ward")
+    np.testing.assert_array_equal(equal.labels, plain.labels)
+    # Padding has no weight, so it does not change the mean.
+    mask = np.arange(24) < 17
+    masked = qm.quickmerge(TOKENS, weights=weights, mask=mask, **options)
+    alone = qm.quickmerge(TOKENS[:, :17], weights=weights[:, :17], **options)
+    np.testing.assert_array_equal(masked.labels[:, :17], alone.labels)
+
+
 class TestTraced:
     @pytest.mark.parametrize("limit", LIMITS[:5], ids=str)
     def test_torch(self, limit):
@@ -100,6 +121,14 @@ class TestTraced:
             wanted = qm.quickmerge(x, max_error=0.05)
             for actual, field in zip(compiled(x), wanted, strict=True):
                 assert torch.equal(actual, field)
+
+    def test_a_merge_is_applied_while_torch_compiles(self):
+        torch = pytest.importorskip("torch")
+        x, mask = torch.tensor(TOKENS), torch.arange(24) < torch.tensor([[24], [15]])
+        for options in ({"max_error": 0.05}, {"budget": 0.3, "mask": mask}):
+            merge = lambda x, o=options: qm.quickmerge(x, **o).apply(x)  # noqa: E731
+            compiled = torch.compile(merge, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), merge(x))
 
     def test_jax(self):
         jax = pytest.importorskip("jax")
@@ -149,6 +178,7 @@ class TestErrors:
             ({"max_error": -1}, ValueError, "`max_error` must lie in"),
             ({"max_distance": float("nan")}, ValueError, "`max_distance` must lie in"),
             ({"max_error": "0.1"}, TypeError, "`max_error` must be a number, got str"),
+            ({"budget": 3, "protect": 0}, TypeError, r"such as \[0\], got int"),
         ],
     )  # fmt: skip
     def test_messages(self, options, error, message):
@@ -175,6 +205,19 @@ class TestChooseMerge:
             np.testing.assert_array_equal(
                 choice.merged.labels[i], wanted[best].labels[i]
             )
+
+    def test_nan_is_not_the_best_score(self):
+        class Wild:
+            def predict(self, tokens, **_):
+                wild = tokens.shape[-2] == 8
+                return np.full_like(tokens, np.nan) if wild else 0 * tokens
+
+        candidates = [{"budget": 4}, {"budget": 8}, {"budget": 6}]
+        choice = qm.choose_merge(TOKENS, candidates, Wild())
+        assert np.isnan(choice.scores[1]).all()
+        assert (choice.best == np.argmin(choice.scores[[0, 2]], axis=0) * 2).all()
+        with pytest.raises(ValueError, match="NaN for every candidate of sequence 0"):
+            qm.choose_merge(TOKENS, [{"budget": 8}], Wild())
 
     def test_a_candidate_without_an_amount(self):
         with pytest.raises(

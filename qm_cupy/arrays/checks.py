@@ -9,6 +9,8 @@ sequence is merged to. ``wanted`` is the shape that an array must have.
 
 import operator
 from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -285,7 +287,8 @@ def check_number(name: str, value: Any, low: float, high: float, closed: str) ->
     # A NumPy array without axes is a number. A tensor is not: it may be on a GPU.
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
-    if isinstance(value, bool) or not isinstance(value, float | int | np.number):
+    numbers = float | int | np.number | Fraction | Decimal
+    if isinstance(value, bool) or not isinstance(value, numbers):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     number = float(value)
     above = number >= low if closed[0] == "[" else number > low

@@ -28,7 +28,14 @@ def split_positions(protect: Any) -> tuple[Any, Any]:
 
     `convert_inputs` converts the booleans as an array, and the positions as counts.
     """
-    return (None, protect) if is_positions(protect) else (protect, None)
+    if is_positions(protect):
+        return None, protect
+    if protect is not None and not hasattr(protect, "dtype"):
+        raise TypeError(
+            "`protect` must be a boolean array or a list of positions such as [0], got "
+            f"{type(protect).__name__}"
+        )
+    return protect, None
 
 
 def token_positions(positions: Any, num_tokens: int) -> list[int]:

@@ -102,7 +102,8 @@ def _split_count(declared: str, count: Any) -> tuple[Tensor | None, Any]:
         )
         # A SymInt has no value while the compiler traces. The operation checks it
         # later.
-        if isinstance(number, int) and number < 1:
+        known = isinstance(number, int) and not torch.compiler.is_compiling()
+        if known and number < 1:
             raise ValueError(f"`{name}` must be at least 1, got {number}")
         return None, number
     counts = torch.as_tensor(count)  # (B,)

@@ -41,8 +41,9 @@ def token_budget(budget: Any, num_tokens: Any) -> Any:
         a float of any width, a `Fraction` or a `Decimal`. For a ratio,
         K = max(1, ⌊N · r⌋). A float means the fraction that it was rounded from: of all
         fractions that round to it, the one with the smallest denominator. So 0.29 of
-        100 tokens is 29, and ``np.float32(1) / 9`` of 18 tokens is 2. Arrays without
-        axes count as numbers.
+        100 tokens is 29, and ``np.float32(1) / 9`` of 18 tokens is 2. For float64 the
+        fraction lies within 2⁻⁵² of the float, so that ``1 - 0.9`` means 0.1. Arrays
+        without axes count as numbers.
     num_tokens : int or ndarray of int of shape (B,)
         N, or N of each sequence.
 
