@@ -404,8 +404,7 @@ def _counts(merged: Merged[Any]) -> Any:
     """Return K of each sequence (B,)."""
     if tracing_framework((merged.tokens,)) is not None:
         return merged.valid.sum(-1)
-    sizes = convert_inputs({}, counts={"sizes": merged.sizes})[1]
-    return np.count_nonzero(sizes, axis=-1)
+    return np.count_nonzero(convert_inputs({}, counts={"sizes": merged.sizes})[1], -1)
 
 
 def quickmerge_inference(
