@@ -78,6 +78,8 @@ def arguments(source, dtype, masked, single):
     if single:
         tokens, mask = tokens[0], None if mask is None else mask[0]
         inputs = {name: x.take(0, axis) for name, x in inputs.items()}
+        if source in ("attention", "query"):
+            inputs = {name: x[0] for name, x in inputs.items()}  # one layer (H, N, N)
     inputs = {name: x.astype(dtype) for name, x in inputs.items()}
     if source == "hidden_states":
         inputs[source] = tuple(inputs[source])  # layers (B, N, D) or (N, D)
@@ -90,8 +92,8 @@ def saliency_of(inputs):
     tokens = inputs["tokens"]
     padding = mask if mask is None or tokens.ndim == 3 else mask[None]
 
-    def lifted(name):  # the batch axis comes after the axis of layers
-        return inputs[name] if tokens.ndim == 3 else inputs[name][:, None]
+    def lifted(name):  # with the axes of layers and of the batch
+        return inputs[name] if tokens.ndim == 3 else inputs[name][None, None]
 
     if "saliency" in inputs:
         scores = inputs["saliency"].astype(cuda.accumulation_dtype(tokens.dtype))
@@ -215,10 +217,10 @@ def test_default_weights_of_attention(dtype, source, masked, single, launches):
     used = [without_shape(x).removesuffix("_kept") for x in launches[: len(before)]]
     assert used == before
     assert not {"saliency", "gumbel_softmax", "saliency_gumbel_mass"} & set(launches)
-    # The stages, one after the other; a batch axis comes after the axis of layers.
+    # The stages, one after the other, with the axes of layers and of the batch.
     mask = inputs["mask"]
     lifted = {
-        name: x[:, None] if single else x
+        name: x[None, None] if single else x
         for name, x in inputs.items()
         if name in ("attention", "query", "key")
     }
