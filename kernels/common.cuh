@@ -30,6 +30,9 @@
 // negative, 1e30, is used as a distance or cost that is above every real one.
 constexpr float MASKED_SCORE = -1e30f;
 
+// A distance below this fraction of its terms may be rounding alone: it counts as 0.
+constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
+
 // Conversions from the storage type to the computation type (`widen`) and back
 // (`store`, which rounds to nearest).
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -80,8 +83,7 @@ __device__ __forceinline__ long long count_of(const int* counts, long long seque
 }
 
 // Return the score of padding in a selection: -infinity, below the score of any token.
-// -padding(), which is +infinity, is used as the distance or cost of a pair that cannot
-// merge.
+// -padding(), +infinity, is the distance or cost of a pair that cannot merge.
 __device__ __forceinline__ acc_t padding() { return __uint_as_float(0xff800000u); }
 
 // Map a score to an unsigned integer: a larger score gives a larger integer, and -0 and
@@ -163,8 +165,7 @@ struct SoftmaxEntropy {
 // A round multiplies words 0 and 2 by constants, to products of 64 bits. For the
 // product of word 0, the high half, XORed with word 3 and a key word, becomes word 2,
 // and the low half becomes word 3. Words 2 and 1 give the new words 0 and 1 in the same
-// way. After each round, a constant is added to each key word. All constants are those
-// of the paper.
+// way. Each round then adds a constant to each key word. The constants are the paper's.
 __device__ __forceinline__ unsigned philox4x32(unsigned c0, unsigned c1, unsigned c3,
                                                unsigned long long key) {
     unsigned c2 = 0;
@@ -421,8 +422,7 @@ __device__ __forceinline__ int block_rank(bool flag, int* scratch, int* total) {
     return rank + sum_of_warps_before(__popc(votes), scratch, total);
 }
 
-// Return the dynamic shared memory, whose size the launch sets. The memory is 16-byte
-// aligned.
+// Return the dynamic shared memory, 16-byte aligned. The launch sets its size.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ __align__(16) unsigned char dynamic_bytes[];
     return dynamic_bytes;

@@ -1,9 +1,12 @@
-"""Commands that install optional packages, for messages.
+"""Optional packages: the commands that install them, for messages.
 
 The commands name the packages themselves, and not an extra such as ``qm-cupy[plot]``.
 So they work in every environment, whether qm_cupy came from a checkout, a wheel or a
 package index.
 """
+
+from pathlib import Path
+from typing import Any
 
 # The requirement of each extra of pyproject.toml that adds one package for users.
 REQUIREMENTS = {
@@ -25,3 +28,13 @@ def install_command(extra: str) -> str:
 def cupy_command() -> str:
     """Return the command that installs CuPy, and what differs for CUDA 12."""
     return f"{install_command('cuda13')} (cupy-cuda12x for a driver of CUDA 12)"
+
+
+def import_safetensors(path: Path) -> Any:
+    """Return the optional package safetensors, which files of its format need."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        command = install_command("safetensors")
+        raise ImportError(f"{path} needs the safetensors package: {command}") from error
+    return safetensors

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .arrays.libraries import bfloat16
 from .atomic_write import atomic_write
-from .install_advice import install_command
+from .install_advice import import_safetensors
 
 _SUFFIXES = ".npz", ".safetensors"
 # The names of dtypes in .safetensors files. Others cannot be in a `Merged`.
@@ -39,7 +39,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     # safetensors writes wrong values if an array is not C-contiguous.
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     if path.suffix == ".safetensors":
-        module = _safetensors(path)
+        module = import_safetensors(path)
         content = module.numpy.save(arrays)
         with atomic_write(path) as file:
             file.write(content)
@@ -127,7 +127,7 @@ def _has_raw_bytes(dtype: np.dtype[Any]) -> bool:
 def _read_safetensors(
     path: Path, content: bytes, names: Iterable[str]
 ) -> dict[str, NDArray[Any]]:
-    module = _safetensors(path)
+    module = import_safetensors(path)
     try:
         stored = dict(module.deserialize(content))
     except module.SafetensorError as error:
@@ -143,13 +143,3 @@ def _read_safetensors(
         dtype = bfloat16(name) if code == "BF16" else np.dtype(_DTYPES[code])
         arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(shape)
     return arrays
-
-
-def _safetensors(path: Path) -> Any:
-    """Import safetensors, which only files of this format need."""
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        command = install_command("safetensors")
-        raise ImportError(f"{path} needs the safetensors package: {command}") from error
-    return safetensors

@@ -230,12 +230,10 @@ class DifferentiableTokenMerging(nn.Module, paper.DifferentiableTokenMerging):
         mass = saliency_mass(scores, probabilities, epsilon=self.epsilon)
         # The anchors of "nearest" are the tokens of greatest s + g. Only the order of
         # these values counts, and a saliency must not be negative.
-        ranks = perturbed
-        if mask is not None:  # not below any token
-            ranks = torch.where(valid, ranks, torch.finfo(ranks.dtype).max)
-        ranks = perturbed - ranks.amin(dim=-1, keepdim=True)
+        tokens_only = perturbed
         if mask is not None:
-            ranks = torch.where(valid, ranks, 0)
+            tokens_only = torch.where(valid, perturbed, torch.inf)
+        ranks = perturbed - tokens_only.amin(dim=-1, keepdim=True)
         merged = quickmerge(
             tokens,
             num_groups,

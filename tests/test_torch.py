@@ -380,6 +380,20 @@ def plain_losses(tokens, labels, networks, num_groups, noise, tau=0.1, gamma=0.8
 
 
 class TestQuickMergePP:
+    @pytest.mark.parametrize("method", ["average", "nearest"])
+    @pytest.mark.parametrize("value", [-1e30, float("nan"), float("inf")])
+    def test_new_noise_does_not_read_padding(self, rng, method, value):
+        tokens = torch.tensor(rng.standard_normal((2, 12, 4)))
+        scores = torch.tensor(rng.random((2, 12)))
+        mask = torch.arange(12) < torch.tensor([[12], [7]])
+        merger, results = qt.DifferentiableTokenMerging(method=method), []
+        for padding in (0.0, value):
+            torch.manual_seed(0)  # the same noise
+            filled = torch.where(mask, scores, padding)
+            results.append(merger.merge(tokens, filled, 3, mask=mask))
+        for x, y in zip(*results, strict=True):
+            assert torch.equal(x, y)
+
     def test_gradients_equal_those_of_torch(self, rng):
         tokens = torch.tensor(rng.standard_normal((3, 40, 8)), requires_grad=True)
         model = qt.QuickMergePP(embedding_dim=8, seed=5).double().eval()

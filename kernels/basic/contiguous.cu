@@ -43,8 +43,7 @@ __device__ acc_t ward_cost(const Groups& g, long long a, long long b, acc_t prod
 // is as large as that of a pair whose cost is not known (-MASKED_SCORE).
 __device__ bool within_distance(const Groups& g, long long a, long long b,
                                 double max_distance) {
-    // NOISE is that of linkage.cuh. Rounding errors of sums grow with their length.
-    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
+    // Rounding errors of sums grow with their length.
     constexpr acc_t EPSILON = sizeof(acc_t) == 4 ? acc_t(0x1p-23) : acc_t(0x1p-52);
     const acc_t size_a = g.size[a], size_b = g.size[b], cost = g.cost[a];
     const acc_t squared_gap = cost * (size_a + size_b) / (size_a * size_b);

@@ -81,7 +81,6 @@ extern "C" __global__ void linkage(acc_t* matrix, const acc_t* mass, const bool*
     __syncthreads();
     // Replace cosines by E of single tokens. A distance below the rounding error of a
     // cosine is 0, so that equal tokens have distance 0.
-    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     for (long long i = thread; i < n; i += blockDim.x)
         for (long long j = 0; j < n; ++j) {
             const acc_t distance = 1 - matrix[i * n + j];

@@ -73,9 +73,7 @@ extern "C" __global__ void euclidean_similarity(const acc_t* diagonal, long long
                                                 acc_t* matrix) {
     const long long index = thread_index();  // (B, N, N)
     if (index >= batch * num_tokens * num_tokens) return;
-    // An e_ij below this fraction of its first two terms may come from rounding.
-    // linkage.cuh has the same constants for 1 - cos.
-    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
+    // An e_ij below NOISE times its first two terms is 0.
     const long long i = index / num_tokens;  // (B, N)
     const long long column = index % num_tokens,
                     j = i / num_tokens * num_tokens + column;

@@ -120,7 +120,6 @@ __device__ __forceinline__ int cheapest(const Groups& g) {
 // most `max_distance`. basic/contiguous.cu explains the details.
 __device__ __forceinline__ bool within_distance(const Groups& g, int a,
                                                 double max_distance) {
-    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     constexpr acc_t EPSILON = sizeof(acc_t) == 4 ? acc_t(0x1p-23) : acc_t(0x1p-52);
     const int b = g.right[a];
     const acc_t size_a = g.size[a], size_b = g.size[b], cost = g.cost[a];

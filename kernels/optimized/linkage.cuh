@@ -11,7 +11,6 @@
 // Return 1 - cos, or 0 if it is below the rounding error of a cosine: equal tokens have
 // distance 0.
 __device__ __forceinline__ acc_t cosine_distance(acc_t cosine) {
-    constexpr acc_t NOISE = sizeof(acc_t) == 4 ? acc_t(0x1p-19) : acc_t(0x1p-46);
     const acc_t distance = 1 - cosine;
     return distance < NOISE ? acc_t(0) : distance;
 }

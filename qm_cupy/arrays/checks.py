@@ -161,10 +161,7 @@ def check_mask(
         return None
     check_is_array("mask", mask)
     if mask.dtype != np.bool_ and mask.dtype.kind not in "iu":
-        raise TypeError(
-            "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
-            f"token), got {mask.dtype}"
-        )
+        raise wrong_mask_dtype(mask.dtype)
     check_batch_shape("mask", mask, wanted)
     if mask.dtype != np.bool_:
         mask = _as_booleans(mask)
@@ -177,6 +174,14 @@ def check_mask(
                 "1 = token)"
             )
     return mask if mask.shape == wanted else np.broadcast_to(mask, wanted)
+
+
+def wrong_mask_dtype(dtype: Any) -> TypeError:
+    """Return the error for a mask that is neither boolean nor integer."""
+    return TypeError(
+        "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = token), "
+        f"got {dtype}"
+    )
 
 
 def _as_booleans(mask: NDArray[Any]) -> NDArray[np.bool_]:

@@ -15,7 +15,12 @@ import numpy as np
 from jax import ShapeDtypeStruct
 from jax import numpy as jnp
 
-from ..arrays.checks import check_batch_shape, check_integer, check_mask
+from ..arrays.checks import (
+    check_batch_shape,
+    check_integer,
+    check_mask,
+    wrong_mask_dtype,
+)
 from ..arrays.protect import (
     check_positions_exist,
     is_positions,
@@ -123,10 +128,7 @@ def full_mask(mask: Any, tokens: Any) -> Any:
     if isinstance(mask, jax.core.Tracer):
         check_batch_shape("mask", mask, shape)
         if mask.dtype.kind not in "biu":
-            raise TypeError(
-                "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
-                f"token), got {mask.dtype}"
-            )
+            raise wrong_mask_dtype(mask.dtype)
         return jnp.broadcast_to(mask, shape)
     if mask is None:
         return None

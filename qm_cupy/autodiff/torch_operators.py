@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arrays.checks import check_batch_shape, check_seed
+from ..arrays.checks import check_batch_shape, check_seed, wrong_mask_dtype
 from ..arrays.protect import (
     check_positions_exist,
     is_positions,
@@ -147,10 +147,7 @@ def full_mask(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
     shape = tuple(tokens.shape[:-1])
     check_batch_shape("mask", mask, shape)
     if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(
-            "`mask` must be boolean or contain the integers 0 and 1 (True or 1 = "
-            f"token), got {mask.dtype}"
-        )
+        raise wrong_mask_dtype(mask.dtype)
     return mask.expand(shape)
 
 

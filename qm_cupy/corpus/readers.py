@@ -18,7 +18,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ..arrays.checks import check_batch_shape, check_mask, check_tokens
-from ..install_advice import install_command
+from ..install_advice import import_safetensors
 from ..settings import check_finite
 
 _PIECE = 2**20  # bytes that are read from a member of a zip at a time
@@ -248,16 +248,12 @@ def _fill(chunk: NDArray[Any], file: IO[bytes]) -> None:
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[Arrays]:
     """Describe all arrays of a .safetensors file."""
+    module = import_safetensors(path)
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        command = install_command("safetensors")
-        raise ImportError(f"{path} needs the safetensors package: {command}") from error
-    try:
-        with safe_open(path, framework="numpy") as file:
+        with module.safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             yield {name: _tensor(file.get_slice(name)) for name in names}
-    except SafetensorError as error:
+    except module.SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or not a .safetensors file: {error}"
         ) from error

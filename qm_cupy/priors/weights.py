@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..arrays.checks import check_finite_values
 from ..atomic_write import atomic_write
 from ..cuda.device import to_host
-from ..install_advice import install_command
+from ..install_advice import import_safetensors
 from .configuration import shortened
 from .weight_checks import converted_weights, listed
 
@@ -39,9 +39,7 @@ def save_weights(
     arrays: Mapping[str, NDArray[Any]],
 ) -> None:
     """Write a safetensors file atomically, with a digest of all its bytes."""
-    _safetensors(path)
-    from safetensors.numpy import save
-
+    save = import_safetensors(path).numpy.save
     description = json.dumps(
         {"kind": prior_type, "settings": dict(settings), "sha256": _BLANK}
     )
@@ -74,13 +72,13 @@ def load_weights(
     compared with the computed shapes before any array is read. So a damaged header
     cannot request the memory of a huge array.
     """
-    safe_open, error_type = _safetensors(path)
+    module = import_safetensors(path)
     # Open the file once without safetensors: for a missing file, a folder, or a file
     # without permission to read, Python raises the usual OSError.
     with path.open("rb"):
         pass
     try:
-        with safe_open(path, framework="numpy") as file:
+        with module.safe_open(path, framework="numpy") as file:
             description = _read_description(path, file.metadata())
             if description["kind"] != prior_type:
                 raise ValueError(
@@ -92,7 +90,7 @@ def load_weights(
             _check_shapes(path, file, wanted)
             _check_digest(path, description["sha256"])
             arrays = {name: file.get_tensor(name) for name in wanted}
-    except error_type as error:
+    except module.SafetensorError as error:
         # The message may quote a part of the header, of any length.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -109,16 +107,6 @@ def _check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
     """Raise if an array has a NaN or Inf; the message names the array and the index."""
     for name, array in arrays.items():
         check_finite_values(name, array)
-
-
-def _safetensors(path: Path) -> tuple[Any, type[Exception]]:
-    """Return `safe_open` and the error type of the optional package safetensors."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        command = install_command("safetensors")
-        raise ImportError(f"{path} needs the safetensors package: {command}") from error
-    return safe_open, SafetensorError
 
 
 def _read_description(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ...autodiff.dispatch import modules_of, renamed, tracing_framework
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+Layers = Mapping[str, tuple[Any, ...]]  # the layers of each argument
 
 
 def over_layers(*names: str) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
@@ -33,28 +34,15 @@ def over_layers(*names: str) -> Callable[[Callable[P, Result]], Callable[P, Resu
     gradients of queries and of keys, there is a tuple of layers for each of them.
     """
 
-    def declare(function: Callable[P, Result]) -> Callable[P, Result]:
-        signature = inspect.signature(function)
+    def each_layer(function: Any, arguments: dict[str, Any], layers: Layers) -> Any:
+        check_single_layers(layers)
+        results = []
+        for layer in zip(*layers.values(), strict=True):
+            arguments.update(zip(layers, layer, strict=True))
+            results.append(function(**arguments))
+        return _by_result(results)
 
-        @functools.wraps(function)
-        def each_layer(*args: P.args, **kwargs: P.kwargs) -> Result:
-            if not _has_layers((*args, *kwargs.values())):
-                return function(*args, **kwargs)
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            layers = layers_of({x: arguments.get(x) for x in names})
-            if not layers:  # another argument is a tuple: the function refuses it
-                return function(*args, **kwargs)
-            check_single_layers(layers)
-            call: Any = function
-            results = []
-            for layer in zip(*layers.values(), strict=True):
-                arguments.update(zip(layers, layer, strict=True))
-                results.append(call(**arguments))
-            return _by_result(results)
-
-        return renamed(each_layer, function.__name__)
-
-    return declare
+    return _with_layers(names, each_layer)
 
 
 def _by_result(results: list[Any]) -> Any:
@@ -77,38 +65,52 @@ def stacked_layers(
     are the gradients of the arguments `names`, which become tuples.
     """
 
+    def one_array(function: Any, arguments: dict[str, Any], layers: Layers) -> Any:
+        check_alike(layers)
+        single = next(iter(layers.values()))[0].ndim == 1
+        stacked = {name: _stacked(name, x) for name, x in layers.items()}
+        if not gradients:
+            result = function(**{**arguments, **stacked})
+            return result[0, ...] if single else result
+        if single:  # (N,) becomes a batch of one, like the layers
+            arguments["gradient"] = arguments["gradient"][None, ...]
+        result = function(**{**arguments, **stacked})
+        several = result if isinstance(result, tuple) else (result,)
+        pairs = zip(several, layers.values(), strict=True)
+        by_name = tuple(_unstacked(x, y) for x, y in pairs)
+        return by_name if isinstance(result, tuple) else by_name[0]
+
+    return _with_layers(names, one_array)
+
+
+def _with_layers(
+    names: tuple[str, ...], call: Callable[[Any, dict[str, Any], Layers], Any]
+) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """Use `call` instead of a function if the arguments `names` are tuples of layers.
+
+    `call` gets the function, all its arguments by name, and the tuples.
+    """
+
     def declare(function: Callable[P, Result]) -> Callable[P, Result]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def one_array(*args: P.args, **kwargs: P.kwargs) -> Result:
+        def with_layers(*args: P.args, **kwargs: P.kwargs) -> Result:
             if not _has_layers((*args, *kwargs.values())):
                 return function(*args, **kwargs)
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             layers = layers_of({x: arguments.get(x) for x in names})
             if not layers:  # another argument is a tuple: the function refuses it
                 return function(*args, **kwargs)
-            check_alike(layers)
-            single = next(iter(layers.values()))[0].ndim == 1
-            stacked = {name: _stacked(name, x) for name, x in layers.items()}
-            call: Any = function
-            if not gradients:
-                result = call(**{**arguments, **stacked})
-                return result[0, ...] if single else result
-            if single:  # (N,) becomes a batch of one, like the layers
-                arguments["gradient"] = arguments["gradient"][None, ...]
-            result = call(**{**arguments, **stacked})
-            several = result if isinstance(result, tuple) else (result,)
-            pairs = zip(several, layers.values(), strict=True)
-            by_name: Any = tuple(_unstacked(x, y) for x, y in pairs)
-            return by_name if isinstance(result, tuple) else by_name[0]
+            result: Result = call(function, arguments, layers)
+            return result
 
-        return renamed(one_array, function.__name__)
+        return renamed(with_layers, function.__name__)
 
     return declare
 
 
-def check_single_layers(layers: Mapping[str, tuple[Any, ...]]) -> None:
+def check_single_layers(layers: Layers) -> None:
     """Raise if an array of a tuple has an axis of layers, the fifth axis from the end.
 
     The arrays are matrices (..., N, N), (..., N, d) or (..., N, D).
@@ -170,7 +172,7 @@ def _is_tuple(name: str, x: Any) -> bool:
     return True
 
 
-def check_alike(layers: Mapping[str, tuple[Any, ...]]) -> None:
+def check_alike(layers: Layers) -> None:
     """Raise unless each layer is (N,), (B, N) or (B, H, N), with one B and one N.
 
     Layer l must have one shape in all arguments.
