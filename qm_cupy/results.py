@@ -31,7 +31,7 @@ from .autodiff.dispatch import (
     tracing_framework,
 )
 from .cuda.device import to_device, to_host
-from .merged_file import check_suffix, read_arrays, write_arrays
+from .merged_file import check_suffix, load_arrays, save_arrays
 from .stages.merging.groups import group_positions, group_sizes
 from .stages.merging.merge_tokens import compute_merge_tokens, merge_tokens
 from .stages.merging.unmerge_tokens import unmerge_tokens
@@ -167,7 +167,7 @@ class Merged(NamedTuple, Generic[Array]):
             _, *arrays = convert_inputs(self._asdict())
         fields = Merged(*map(to_host, arrays))
         _check_fields(fields)
-        write_arrays(path, fields._asdict())
+        save_arrays(path, fields._asdict())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Merged[NDArray[Any]]":
@@ -195,7 +195,7 @@ class Merged(NamedTuple, Generic[Array]):
         """
         path = Path(path)
         check_suffix(path)
-        loaded = Merged(**read_arrays(path, cls._fields))
+        loaded = Merged(**load_arrays(path, cls._fields))
         try:
             _check_fields(loaded)
         except (TypeError, ValueError) as error:

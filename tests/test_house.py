@@ -24,13 +24,13 @@ LAYERS = {
     name: tuple(row.split())
     for name, row in {
         "__main__": "cli",
-        "cli": "qm_cupy corpus plot pipeline stages priors results atomic_write cuda "
-        "arrays install_advice",
+        "cli": "qm_cupy corpus files plot stages priors atomic_write install_advice",
         "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
         "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
         "plot": "results stages arrays install_advice",
-        "corpus": "results arrays settings install_advice",
+        "corpus": "pipeline composition group_counts sources results stages files cuda "
+        "arrays settings",
         "paper": "pipeline stages priors results autodiff arrays",
         "choose_merge": "pipeline stages priors results arrays",
         "pipeline": "composition group_counts sources stages results autodiff cuda "
@@ -44,7 +44,8 @@ LAYERS = {
         "autodiff": "arrays settings",
         "cuda": "arrays settings install_advice",
         "arrays": "settings install_advice",
-        "merged_file": "atomic_write arrays install_advice",
+        "merged_file": "files atomic_write",
+        "files": "atomic_write arrays",
         "atomic_write": "",
         "install_advice": "",
         "settings": "",

@@ -194,12 +194,12 @@ class TestLoad:
 
         objects = np.array([Harmful()], dtype=object)
         np.savez(path, **changed(merged, mass=objects))
-        with pytest.raises(ValueError, match="holds Python objects") as error:
+        with pytest.raises(ValueError, match="holds pickled Python objects") as error:
             qm.Merged.load(path)
         self.check(error, path)
         with zipfile.ZipFile(path, "w") as archive:  # a pickle instead of an array
             archive.writestr("tokens.npy", pickle.dumps(1))
-        with pytest.raises(ValueError, match="cannot be read as a Merged") as error:
+        with pytest.raises(ValueError, match="`tokens` is not an array") as error:
             qm.Merged.load(path)
         self.check(error, path)
 
@@ -216,7 +216,7 @@ class TestLoad:
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in members.items():
                 archive.writestr(name, content)
-        with pytest.raises(ValueError, match="`tokens` has 0 bytes") as error:
+        with pytest.raises(ValueError, match="is cut short") as error:
             qm.Merged.load(path)
         self.check(error, path)
 
@@ -229,7 +229,9 @@ class TestLoad:
             b"\xff" * 64,
         ):
             path.write_bytes(content)
-            with pytest.raises(ValueError, match="cannot be read") as error:
+            with pytest.raises(
+                ValueError, match=r"is damaged|has the content"
+            ) as error:
                 qm.Merged.load(path)
             self.check(error, path)
 

@@ -11,7 +11,8 @@ from .. import __version__
 # Each command is a module of the same name. Its function `add_arguments` adds the
 # options, and stores the function that runs the command as the parser's default `run`.
 _COMMANDS = {
-    "compress": "merge the tokens of a file and write the result to a .npz file",
+    "compress": "merge the tokens of a file and write the result to a file",
+    "info": "show what is in a file, and what compress would do with it",
     "demo": "merge the patches of a picture and draw the result",
     "doctor": "show which packages and GPUs are available, and how to install others",
 }

@@ -1,1 +1,1 @@
-"""Readers and writers of files of token arrays."""
+"""Work on files of tokens: which arrays are used, the merge, and the result."""

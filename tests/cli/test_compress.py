@@ -5,7 +5,7 @@ import pytest
 from command_line import FORMATS, assert_same, compress, save
 
 import qm_cupy as qm
-from qm_cupy.cli import compress as command
+from qm_cupy.corpus import merge_file as command
 
 
 # 7 sequences of 4 to 12 tokens.
@@ -149,11 +149,11 @@ class TestBadInput:
     def test_mask(self, tmp_path, tokens, mask, compress_fails):
         # Sequence 4 without tokens; sequence 6 with 2 tokens, fewer than K = 3; a mask
         # of 11 columns; a mask with the number 2; a mask without axes.
-        none, few = np.ones_like(mask), np.ones_like(mask)
-        none[4], few[6, 2:] = False, False
-        arrays = {"none": none, "few": few, "short": mask[:, 1:], "number": mask * 2}
+        empty, few = np.ones_like(mask), np.ones_like(mask)
+        empty[4], few[6, 2:] = False, False
+        arrays = {"empty": empty, "few": few, "short": mask[:, 1:], "number": mask * 2}
         path = save(tmp_path / "a.npz", tokens=tokens, point=np.array(True), **arrays)
-        compress_fails(path, "sequence (4,) has none", options=["--mask", "none"])
+        compress_fails(path, "sequence (4,) has none", options=["--mask", "empty"])
         compress_fails(path, "1..2 (its tokens) for seq", options=["--mask", "few"])
         compress_fails(path, "(B, N) = (7, 12), got", options=["--mask", "short"])
         compress_fails(path, "(B, N) = (7, 12), got ()", options=["--mask", "point"])
@@ -166,12 +166,12 @@ class TestBadInput:
             ("--method", "centroid", "invalid choice: 'centroid'"),
             ("--order", "middle", "invalid choice"),
             ("--weights", "none", "invalid choice"),
-            ("--weights", "attention", "invalid choice"),  # a file has no attention
-            ("--noise-seed", "1.5", "invalid int value"),
-            ("--noise-seed", "-1", "`noise_seed` must lie in 0.."),
+            ("--weights", "attention", '`weights="attention"` needs the attention'),
+            ("--noise-seed", "1.5", "is not an integer"),
+            ("--noise-seed", "-1", "--noise-seed would have no effect"),
             ("--seed", "1", "unrecognized arguments"),
-            ("--temperature", "0", "`temperature` must lie in (0, inf)"),
-            ("--epsilon", "-1", "`epsilon` must lie in [0, inf)"),
+            ("--temperature", "0", "--temperature would have no effect"),
+            ("--epsilon", "-1", "--epsilon would have no effect"),
             ("--device", "tpu", "invalid choice"),
             ("--device", "cuda", "--device cuda: CuPy"),
             ("--colour", "red", "unrecognized arguments"),

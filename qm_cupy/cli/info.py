@@ -1,0 +1,125 @@
+"""The command `info`: what is in a file, and what `compress` would do with it."""
+
+import argparse
+import json
+from typing import Any
+
+from ..corpus.merge_file import Plan, check_options, plan
+from ..corpus.token_file import naming, select
+from ..files.inputs import Input, open_arrays
+from .options import (
+    add_merge_options,
+    add_selection,
+    merge_options,
+    on_gpu,
+    selection,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `info`: those of `compress` that concern the input."""
+    parser.description = (
+        "Show the arrays of a file, which of them `compress` would use with the same "
+        "options, and what it would do. Only headers, masks and protected tokens are "
+        "read."
+    )
+    add_selection(parser)
+    add_merge_options(parser, required=False)
+    parser.add_argument(
+        "--json", action="store_true", help="print everything as one JSON object"
+    )
+    parser.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    """Print what is in the file that the arguments name."""
+    gpu, options = on_gpu(arguments.device), merge_options(arguments)
+    check_options(options, arguments.attention is not None)
+    with open_arrays(arguments.input) as source:
+        used: dict[str, str] = {}
+        try:
+            with naming(source.name):
+                file = select(source, selection(arguments))
+            used = {name: argument for argument, name in file.names.items()}
+            merge = _merge(plan(file, options, gpu))
+        except (ImportError, TypeError, ValueError) as error:
+            merge = {"error": str(error).removeprefix(f"{source.name}: ")}
+        contents = _contents(source, used) | {"merge": merge}
+    print(json.dumps(contents) if arguments.json else _text(contents))
+
+
+def _contents(source: Input, used: dict[str, str]) -> dict[str, Any]:
+    """Return what is in a file; `used` says as what each array is used."""
+    arrays = {
+        name: {
+            "dtype": None if x.fault else str(x.dtype),
+            "shape": x.shape,
+            "used_as": used.get(name),
+            "fault": x.fault or None,
+        }
+        for name, x in source.arrays.items()
+    }
+    return {
+        "file": source.name,
+        "format": source.format.removeprefix("."),
+        "bytes": source.num_bytes,
+        "arrays": arrays,
+    }
+
+
+def _merge(work: Plan) -> dict[str, Any]:
+    """Return what `compress` would do."""
+    file, options = work.file, work.options
+    method, weights, weighted = options.resolved("attention" in file.names)
+    # Without a budget and without a limit, nothing says how many groups there are.
+    limited = options.max_error is not None or options.max_distance is not None
+    total = file.num_sequences * file.tokens.shape[-2]
+    return {
+        "shape": file.tokens.shape,
+        "merged_shape": work.shape,
+        "groups": "limited" if limited else "by budget" if work.shape else None,
+        "tokens": work.num_tokens,
+        "padding": total - work.num_tokens,
+        "sequences_at_a_time": min(work.chunk_size, file.num_sequences),
+        "method": method,
+        "metric": options.metric,
+        "weights": weights,
+        "weighted_linkage": weighted,
+        "device": "cuda" if work.on_gpu else "cpu",
+    }
+
+
+def _text(contents: dict[str, Any]) -> str:
+    """Return the contents as lines: the file, its arrays, the merge."""
+    lines = [
+        f"{contents['file']}: {contents['format']} file, {contents['bytes']:,} bytes"
+    ]
+    width = max((len(name) for name in contents["arrays"]), default=0)
+    for name, x in contents["arrays"].items():
+        text = x["fault"] or f"{x['dtype']:<9}{_axes(x['shape'])}"
+        note = f"  (used as {x['used_as']})" if x["used_as"] else ""
+        lines.append(f"  {name:<{min(width, 30)}}  {text}{note}")
+    merge = contents["merge"]
+    if "error" in merge:
+        return "\n".join([*lines, f"compress cannot merge it: {merge['error']}"])
+    result = "? (give --budget, --max-error or --max-distance)"
+    if merge["merged_shape"]:
+        result = _axes(merge["merged_shape"])
+    elif merge["groups"]:
+        result = "as many groups as the limit allows"
+    where = "a GPU" if merge["device"] == "cuda" else "the CPU"
+    linkage = ", weighted linkage" if merge["weighted_linkage"] else ""
+    return "\n".join(
+        [
+            *lines,
+            f"compress would merge {_axes(merge['shape'])} -> {result}",
+            f"  {merge['tokens']:,} tokens, {merge['padding']:,} padding",
+            f"  method {merge['method']}, metric {merge['metric']}, weights "
+            f"{merge['weights']}{linkage}",
+            f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}",
+        ]
+    )
+
+
+def _axes(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
