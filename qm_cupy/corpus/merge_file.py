@@ -154,7 +154,7 @@ def _count(file: TokenFile, options: MergeOptions) -> tuple[int | None, int]:
     method, _, _ = options.resolved("attention" in file.names)
     hints = [name for name in ("mask", "protect") if name in file.names]
     num_tokens = file.tokens.shape[-2]
-    most, total = 0, 0
+    max_groups, total = 0, 0
     count = max(1, _HINT_BYTES // num_tokens)
     for start, stop, arrays in file.chunks(count, *hints):
         shape = (stop - start if hints else min(1, file.num_sequences), num_tokens)
@@ -163,11 +163,11 @@ def _count(file: TokenFile, options: MergeOptions) -> tuple[int | None, int]:
             protect = _protected(file, arrays, mask, shape)
             if options.budget is not None:
                 groups = num_groups_of(shape, options.budget, protect, method, mask)
-                most = max(most, groups.max_groups)
+                max_groups = max(max_groups, groups.max_groups)
         total += math.prod(shape) if mask is None else int(np.count_nonzero(mask))
         if not hints:
             total = file.num_sequences * num_tokens
-    return (None if options.budget is None else most), total
+    return (None if options.budget is None else max_groups), total
 
 
 def _protected(
@@ -341,13 +341,13 @@ def _fields(
 
 def _spool(file: Any, parts: Iterator[Merged[Any]]) -> int:
     """Write results to a temporary file, and return the largest K."""
-    most = 0
+    max_groups = 0
     for part in parts:
-        most = max(most, part.sizes.shape[-1])
+        max_groups = max(max_groups, part.sizes.shape[-1])
         np.save(file, np.array([x.dtype.name for x in part]))
         for x in part:
             np.save(file, x, allow_pickle=False)
-    return most
+    return max_groups
 
 
 def _spooled(file: Any) -> Iterator[Merged[Any]]:

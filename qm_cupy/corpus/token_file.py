@@ -141,8 +141,8 @@ def naming(name: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         if name in str(error):
             raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {error}") from error
+        error_type = TypeError if isinstance(error, TypeError) else ValueError
+        raise error_type(f"{name}: {error}") from error
 
 
 def select(source: Input, selection: Selection) -> TokenFile:

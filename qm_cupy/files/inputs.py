@@ -61,9 +61,11 @@ def open_arrays(path: str | Path, folder: Path | None = None) -> Iterator[Input]
     name = shown(path)
     with _open(path, name, folder) as (file, status):
         with reading(name):
-            kind = _format(Path(path), name, file)
+            file_format = _format(Path(path), name, file)
             num_bytes = file_size(file)
-        yield Input(name, kind, num_bytes, _READERS[kind](file, name), status)
+        yield Input(
+            name, file_format, num_bytes, _READERS[file_format](file, name), status
+        )
 
 
 def shown(path: str | Path) -> str:
@@ -126,8 +128,9 @@ def _format(path: Path, name: str, file: IO[bytes]) -> str:
     suffix = path.suffix if path.suffix in _READERS else None
     if suffix and content and suffix != content:
         raise DamagedFileError(f"{name} has the content of a {content} file: rename it")
-    if kind := suffix or content:
-        return kind  # if the content is none of these, the reader says what is wrong
+    if file_format := suffix or content:
+        # If the content is none of these, the reader says what is wrong.
+        return file_format
     what = "is not a .npy, .npz or .safetensors file" if first else "is empty"
     raise DamagedFileError(f"{name} {what}")
 

@@ -91,13 +91,13 @@ def check_output(
             f"{suffix}"
         )
     _check_target(path, name, source)
-    kind = wanted or suffix
-    if kind is None:
+    file_format = wanted or suffix
+    if file_format is None:
         raise ValueError(
             f"the output must end in .npz, .npy or .safetensors, got {name} (or give "
             "--format)"
         )
-    return Output(path, kind)
+    return Output(path, file_format)
 
 
 def _check_target(path: Path, name: str, source: os.stat_result | None) -> None:

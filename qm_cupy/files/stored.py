@@ -20,7 +20,7 @@ _PIECE = 2**20  # bytes that are read at a time
 _MAX_BYTES = 2**63 - 1  # NumPy has no larger arrays
 # Bytes that a sequential read delivers in the time of one more call. Measured on Linux
 # with the file in its cache: 1 µs, and 4 GB/s.
-_BYTES_PER_CALL = 2**14
+BYTES_PER_CALL = 2**14
 
 
 def _no_chunks(count: int) -> Iterator[NDArray[Any]]:
@@ -151,7 +151,7 @@ def fortran_chunks_at(
 
     def read(rows: slice, chunk: NDArray[Any]) -> None:
         """Read rows of every column to a chunk (columns, rows)."""
-        if column_bytes > _BYTES_PER_CALL and rows.stop - rows.start < num_rows:
+        if column_bytes > BYTES_PER_CALL and rows.stop - rows.start < num_rows:
             for column in range(num_columns):
                 position = column * column_bytes + rows.start * dtype.itemsize
                 file.seek(start + position)

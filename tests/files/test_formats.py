@@ -98,14 +98,14 @@ class TestNpy:
         compress_fails(tmp_path / "a.npy", "version (4, 0) of the .npy format")
 
     # 2 ** 14 bytes: below this length, columns are read completely.
-    @pytest.mark.parametrize("bytes_per_call", [1, stored._BYTES_PER_CALL])
+    @pytest.mark.parametrize("bytes_per_call", [1, stored.BYTES_PER_CALL])
     @pytest.mark.parametrize("chunk_bytes", [1, 2 * 12 * 5 * 4, 2**26])
     @pytest.mark.parametrize("name", FORMATS[:3])
     def test_fortran_order(
         self, tmp_path, tokens, monkeypatch, name, chunk_bytes, bytes_per_call
     ):
         monkeypatch.setattr(merge_file, "CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(stored, "_BYTES_PER_CALL", bytes_per_call)
+        monkeypatch.setattr(stored, "BYTES_PER_CALL", bytes_per_call)
         monkeypatch.setattr(stored, "_PIECE", 64)  # two columns of 7 numbers
         path = save(tmp_path / name, tokens=np.asfortranarray(tokens))
         _, got = compress(path)
@@ -302,10 +302,10 @@ def test_one_wrong_byte(tmp_path, name, capsys):
     path, output = save(tmp_path / name, tokens=tokens), tmp_path / "out.npz"
     whole = path.read_bytes()
     statuses = []
-    for place in range(len(whole)):
+    for index in range(len(whole)):
         for change in (0x01, 0x80, 0xFF):
             damaged = bytearray(whole)
-            damaged[place] ^= change
+            damaged[index] ^= change
             path.write_bytes(damaged)
             output.unlink(missing_ok=True)
             statuses.append(

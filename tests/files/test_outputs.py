@@ -42,8 +42,8 @@ def test_formats(tmp_path, tokens, monkeypatch, suffix, dtype, options, chunk_by
     for part in (x, x[0]):
         save(path, tokens=part)
         assert run(path, output, *options) == 0
-        kind = {"max_error": 0.4} if options else {"budget": 3}
-        wanted = qm.quickmerge(part, **kind)
+        how = {"max_error": 0.4} if options else {"budget": 3}
+        wanted = qm.quickmerge(part, **how)
         if suffix == ".npy":
             np.testing.assert_array_equal(np.load(output), wanted.tokens, strict=True)
         else:

@@ -67,20 +67,20 @@ def test_standard_input(tmp_path, tokens, name, source):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("kind", OUTPUTS)
-def test_standard_output(tmp_path, tokens, kind):
+@pytest.mark.parametrize("ending", OUTPUTS)
+def test_standard_output(tmp_path, tokens, ending):
     """The result goes through a pipe, and the summary to the standard error."""
     save(tmp_path / "a.npy", tokens=tokens)
-    words = "compress", "a.npy", "--budget", 3, "-o", "-", "--format", kind
+    words = "compress", "a.npy", "--budget", 3, "-o", "-", "--format", ending
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 0
     assert b"a.npy -> the standard output" in done.stderr
-    path = tmp_path / f"copy.{kind}"
+    path = tmp_path / f"copy.{ending}"
     path.write_bytes(done.stdout)
     assert_merged(path, tokens)
     # The same bytes as in a file.
-    run("compress", "a.npy", "--budget", 3, "-o", f"file.{kind}", cwd=tmp_path)
-    assert (tmp_path / f"file.{kind}").read_bytes() == done.stdout
+    run("compress", "a.npy", "--budget", 3, "-o", f"file.{ending}", cwd=tmp_path)
+    assert (tmp_path / f"file.{ending}").read_bytes() == done.stdout
 
 
 def test_named_pipes(tmp_path, tokens):
@@ -105,7 +105,7 @@ def test_named_pipes(tmp_path, tokens):
     assert (tmp_path / "out.npz").is_fifo()  # not replaced by a file
 
 
-def test_a_pipe_that_nobody_reads(tmp_path, tokens):
+def test_a_pipe_without_a_reader(tmp_path, tokens):
     """The result could not be delivered, so the command fails."""
     save(tmp_path / "a.npy", tokens=np.tile(tokens, (100, 1, 10)))
     read, write = os.pipe()
@@ -136,7 +136,7 @@ def test_devices(tmp_path, tokens, path):
 
 
 def test_the_terminal(tmp_path):
-    """Nobody types a file of arrays, and nobody wants to see one."""
+    """A file of arrays is neither typed nor shown."""
     master, slave = os.openpty()
     words = "compress", "-", "--budget", 3, "-o", "out.npz"
     done = run(*words, cwd=tmp_path, stdin=slave)
