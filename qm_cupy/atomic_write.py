@@ -2,7 +2,6 @@
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     # the same file do not write to one temporary file, and a file that a killed process
     # has left is in the way of no later one. The name does not contain that of `path`,
     # which may already have the greatest length that the file system allows.
-    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    temporary = target.parent / f".{os.urandom(8).hex()}.tmp"
     entry = os.getpid(), temporary
     with _naming(path, target, temporary):
         replaced = _status(target)
