@@ -1,124 +1,34 @@
-"""QuickMerge++: it turns token sequences into shorter token sequences."""
+"""QuickMerge++: it turns token sequences into shorter token sequences.
 
-from .choose_merge import choose_merge
-from .cuda.compile import KernelCompilationError, warmup
-from .cuda.workspace import Workspace
-from .paper import (
-    BidirectionalARAlignment,
-    DifferentiableTokenMerging,
-    EntropyAwareSaliency,
-    NormBasedFidelityConstraint,
-    QuickMergePP,
-    quickmerge_inference,
-)
-from .pipeline import quickmerge
-from .priors.mlp import MLP
-from .priors.mlp_prior import MLPPrior
-from .priors.protocols import Prior, SteppingPrior
-from .priors.transformer import TransformerPrior
-from .results import Choice, Merged
-from .settings import allow_tf32, check_finite, use_kernels
-from .stages.alignment.alignment_loss import (
-    AlignmentLoss,
-    alignment_loss,
-    alignment_loss_vjp,
-)
-from .stages.alignment.decode import decode
-from .stages.budget import norm_budget, token_budget
-from .stages.clustering.cluster_tokens import cluster_tokens
-from .stages.clustering.cosine_similarity import cosine_similarity
-from .stages.clustering.cut_linkage import cut_linkage
-from .stages.clustering.linkage import linkage
-from .stages.fidelity.fidelity_loss import fidelity_loss, fidelity_loss_vjp
-from .stages.fidelity.norm_mass import norm_mass
-from .stages.fidelity.reconstruction_error import (
-    reconstruction_error,
-    reconstruction_error_vjp,
-)
-from .stages.merging.groups import group_positions, group_sizes
-from .stages.merging.merge_tokens import merge_tokens, merge_tokens_vjp
-from .stages.merging.unmerge_tokens import unmerge_tokens, unmerge_tokens_vjp
-from .stages.saliency.attention_entropy import attention_entropy, attention_entropy_vjp
-from .stages.saliency.attention_mass import attention_mass, attention_mass_vjp
-from .stages.saliency.attention_received import (
-    attention_received,
-    attention_received_vjp,
-)
-from .stages.saliency.norm_saliency import norm_saliency, norm_saliency_vjp
-from .stages.saliency.query_key_entropy import query_key_entropy, query_key_entropy_vjp
-from .stages.saliency.saliency import saliency, saliency_vjp
-from .stages.saliency.self_attention_entropy import (
-    self_attention_entropy,
-    self_attention_entropy_vjp,
-)
-from .stages.selection.gumbel_noise import gumbel_noise
-from .stages.selection.gumbel_softmax import gumbel_softmax, gumbel_softmax_vjp
-from .stages.selection.saliency_mass import saliency_mass, saliency_mass_vjp
-from .stages.selection.select_tokens import select_tokens
+An import of the package alone is fast, because it does not import NumPy. The first use
+of a public name imports all of them, from `api.py`.
+"""
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MLP",
-    "AlignmentLoss",
-    "BidirectionalARAlignment",
-    "Choice",
-    "DifferentiableTokenMerging",
-    "EntropyAwareSaliency",
-    "KernelCompilationError",
-    "MLPPrior",
-    "Merged",
-    "NormBasedFidelityConstraint",
-    "Prior",
-    "QuickMergePP",
-    "SteppingPrior",
-    "TransformerPrior",
-    "Workspace",
-    "alignment_loss",
-    "alignment_loss_vjp",
-    "allow_tf32",
-    "attention_entropy",
-    "attention_entropy_vjp",
-    "attention_mass",
-    "attention_mass_vjp",
-    "attention_received",
-    "attention_received_vjp",
-    "check_finite",
-    "choose_merge",
-    "cluster_tokens",
-    "cosine_similarity",
-    "cut_linkage",
-    "decode",
-    "fidelity_loss",
-    "fidelity_loss_vjp",
-    "group_positions",
-    "group_sizes",
-    "gumbel_noise",
-    "gumbel_softmax",
-    "gumbel_softmax_vjp",
-    "linkage",
-    "merge_tokens",
-    "merge_tokens_vjp",
-    "norm_budget",
-    "norm_mass",
-    "norm_saliency",
-    "norm_saliency_vjp",
-    "query_key_entropy",
-    "query_key_entropy_vjp",
-    "quickmerge",
-    "quickmerge_inference",
-    "reconstruction_error",
-    "reconstruction_error_vjp",
-    "saliency",
-    "saliency_mass",
-    "saliency_mass_vjp",
-    "saliency_vjp",
-    "select_tokens",
-    "self_attention_entropy",
-    "self_attention_entropy_vjp",
-    "token_budget",
-    "unmerge_tokens",
-    "unmerge_tokens_vjp",
-    "use_kernels",
-    "warmup",
-]
+TYPE_CHECKING = False  # type checkers read it as True; an import of `typing` is slow
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403 (all names of `__all__`, and no others)
+    from .api import __all__ as __all__
+else:
+    # Type checkers must not see these functions: with them, every name would exist.
+
+    def __getattr__(name):
+        """Import all public names when Python does not find the attribute `name`."""
+        # Tools look for optional names such as `__wrapped__`: these need no import.
+        if name == "__all__" or not name.startswith("_"):
+            # Not `from . import api`, which would call this function for `api`.
+            import qm_cupy.api as api
+
+            names = globals()
+            for public in ("__all__", *api.__all__):
+                # A name that a caller has replaced, such as a test, stays replaced.
+                names.setdefault(public, getattr(api, public))
+            if name in names:  # a public name, or a module that `api` has imported
+                return names[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        """Return all names, so that editors complete the public ones too."""
+        __getattr__("__all__")
+        return sorted(globals())

@@ -27,12 +27,13 @@ LAYERS = {
         "cli": "qm_cupy corpus files plot stages priors atomic_write install_advice",
         "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
-        "qm_cupy": "paper choose_merge pipeline stages priors results cuda settings",
+        "qm_cupy": "api",
+        "api": "paper choice pipeline stages priors results cuda settings",
         "plot": "results stages arrays install_advice",
         "corpus": "pipeline composition group_counts sources results stages files cuda "
         "arrays settings",
         "paper": "pipeline stages priors results autodiff arrays",
-        "choose_merge": "pipeline stages priors results arrays",
+        "choice": "pipeline stages priors results arrays",
         "pipeline": "composition group_counts sources stages results autodiff cuda "
         "arrays",
         "composition": "group_counts sources stages results autodiff arrays settings",

@@ -58,3 +58,8 @@ def load(path: str) -> qm.Merged[NDArray[np.float32]]:
 
 def apply(path: str) -> torch.Tensor:
     return load(path).apply(x)
+
+
+def misspelt() -> object:
+    # A checker must report a name that does not exist, although imports are late.
+    return qm.quickmerg  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import argparse
 
 from ..install_advice import install_command
+from .parser import COMMANDS, build_parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +23,7 @@ def _completion(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         message = f"shell completion needs shtab: {install_command('shtab')}"
         raise ImportError(message) from error
-    from .main import full_parser
-
-    parser = full_parser()
+    parser = build_parser(COMMANDS)
     for command in _commands(parser):
         for action in command._actions:
             if action.dest in ("input", "output", "image"):

@@ -23,6 +23,7 @@ from .options import (
     on_gpu,
     selection,
 )
+from .output import print_summary
 from .progress import progress
 
 
@@ -74,8 +75,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         seconds.spend("writing")
         summary = _summary(work, output.name, max_groups, num_bytes, seconds)
     text = json.dumps(summary) if arguments.json else _text(summary)
-    stream = sys.stderr if str(arguments.output) == STDIN else sys.stdout
-    print(text, file=stream)
+    print_summary(text, sys.stderr if arguments.output == STDIN else sys.stdout)
 
 
 def _summary(

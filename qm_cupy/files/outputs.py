@@ -58,7 +58,10 @@ class Output(NamedTuple):
                 with self._open_pipe() as pipe:
                     shutil.copyfileobj(file, pipe, 2**20)
             except OSError as error:
-                raise OSError(error.errno, error.strerror, self.name) from error
+                # Not an OSError: a reader that has gone ends other commands quietly,
+                # but this one has not delivered its result.
+                reason = f"{self.name}: {error.strerror}"
+                raise ValueError(f"{reason} (the result is lost)") from error
 
     def _open_pipe(self) -> IO[bytes]:
         if str(self.path) == STDIN:
@@ -77,10 +80,11 @@ def check_output(
     """
     wanted = None if format_option is None else f".{format_option}"
     if str(path) == STDIN:
-        if sys.stdout is None:
-            raise ValueError(f"{_STDOUT} is closed: give the name of a file")
-        if sys.stdout.isatty():
-            raise ValueError(f"{_STDOUT} is a terminal: give the name of a file")
+        # If it is closed, it has become the null device (or None, in other programs).
+        if sys.stdout is None or _is_device(os.fstat(sys.stdout.fileno()).st_mode):
+            raise ValueError(
+                f"{_STDOUT} is closed, a device or a terminal: give a file or a pipe"
+            )
         return Output(path, wanted or ".npz")
     path = Path(path)
     name = shown(path)
@@ -118,6 +122,10 @@ def _check_target(path: Path, name: str, source: os.stat_result | None) -> None:
         raise ValueError(f"the output {name} is a folder: give the name of a file")
     if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
         raise ValueError(f"the output {name} is a device or a socket: give a file")
+
+
+def _is_device(mode: int) -> bool:
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
 def _target(path: Path) -> Path:

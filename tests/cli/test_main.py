@@ -14,7 +14,8 @@ from qm_cupy.cli.main import main
 
 def test_no_command_and_help(fails, capsys):
     fails([], "required: COMMAND")
-    fails(["compress"], "required: INPUT, --budget")  # all that is missing
+    fails(["compress"], "required: INPUT, -o/--output")  # all that is missing
+    fails(["compress", "a", "-o", "b"], "--budget --max-error --max-distance is req")
     with pytest.raises(SystemExit, match="0"):
         main(["compress", "--help"])
     assert "--budget K" in capsys.readouterr().out
@@ -44,7 +45,7 @@ finally:
     )
     names = set(done.stdout.split("\n"))  # all modules that were imported
     assert "qm_cupy.cli.main" in names
-    for module in ("cli.compress", "cli.demo", "cli.doctor", "corpus", "plot"):
+    for module in ("cli.compress", "cli.demo", "cli.doctor", "corpus", "files", "plot"):
         assert f"qm_cupy.{module}" not in names
 
 
@@ -76,5 +77,5 @@ def test_as_a_program(tmp_path, tokens, command):
     done = run("--budget", "99")  # an error is one line, and the exit status is 2
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "qm-cupy: error: `budget` must lie in 1..12 (its tokens), got 99\n"
+        "qm-cupy: error: a.npy: `budget` must lie in 1..12 (its tokens), got 99\n"
     )

@@ -1,27 +1,69 @@
 """The progress bar of the command line."""
 
 import io
+import re
 import sys
 
+import pytest
 from command_line import compress, save
 
-from qm_cupy.cli import compress as command
 from qm_cupy.cli import progress
+from qm_cupy.corpus import merge_file
 
 
-def test_progress_on_a_terminal_only(tmp_path, tokens, monkeypatch, capsys):
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal as the standard error, on which the bar appears at once."""
+    pytest.importorskip("tqdm")
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "PATIENCE", 0)
+    monkeypatch.setattr(progress, "INTERVAL", 0)
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def percentages(stream):
+    return [int(x) for x in re.findall(r"(\d+)%", stream.getvalue())]
+
+
+def test_progress_on_a_terminal_only(tmp_path, tokens, capsys):
     """In a file or a pipe, the characters that rewrite a line would be noise."""
     path = save(tmp_path / "a.npy", tokens=tokens)
     compress(path)
     assert capsys.readouterr().err == ""
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(progress, "PATIENCE", 0)  # show the bar at once
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(command, "CHUNK_BYTES", 1)  # one step for each sequence
-    compress(path)
-    # Each state starts with a return to column 1 and a command to clear the line.
-    shown = terminal.getvalue().split("\r\x1b[K")
-    assert shown[1] == f"[{'.' * 30}] 0 of 7 sequences"
-    assert shown[-2].startswith(f"[{'#' * 30}] 7 of 7 sequences, 0 s left")
-    assert shown[-1] == ""  # nothing stays on the line
+
+
+def test_many_sequences(tmp_path, tokens, terminal, monkeypatch):
+    monkeypatch.setattr(merge_file, "CHUNK_BYTES", 1)  # one sequence at a time
+    compress(save(tmp_path / "a.npy", tokens=tokens))
+    shown = percentages(terminal)
+    assert shown == sorted(shown)
+    assert {0, 14, 29, 43, 57, 71, 86, 100} <= set(shown)  # sevenths
+    assert "84.0/84.0" in terminal.getvalue()  # 7 sequences of 12 tokens
+    # Nothing stays on the line: the last text are spaces over it.
+    assert re.search(r"\r +\r$", terminal.getvalue())
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--method", "contiguous"), ("--weights", "saliency")]
+)
+def test_one_long_sequence(tmp_path, rng, terminal, options):
+    path = save(tmp_path / "a.npy", tokens=rng.standard_normal((1500, 8)))
+    compress(path, *options)
+    shown = percentages(terminal)
+    assert shown == sorted(shown)
+    # The bar moves inside the sequence.
+    assert len(set(shown)) > 3
+
+
+def test_an_error_removes_the_bar(tmp_path, tokens, terminal):
+    tokens[6] = float("nan")
+    compress(save(tmp_path / "a.npy", tokens=tokens))
+    assert re.search(r"\r +\rqm-cupy: error: .*\n$", terminal.getvalue())
+
+
+def test_without_tqdm(tmp_path, tokens, terminal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert compress(save(tmp_path / "a.npy", tokens=tokens))[0] == 0
+    assert terminal.getvalue() == ""
