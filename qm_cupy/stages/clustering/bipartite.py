@@ -16,6 +16,7 @@ from ...arrays.shapes import rows_of
 from ...cuda.constants import GROUP_THREADS
 from ...cuda.device import empty
 from ...cuda.launch import block_size, contiguous, launch
+from ...progress import report, span
 from ..merging.merge_tokens import merge_tokens_cuda
 from ..selection.select_tokens import top_tokens_cuda
 from .labels import Groups, number_groups_cuda
@@ -28,19 +29,20 @@ def bipartite_groups_reference(
 ) -> Groups:
     """Return the group (N,) of each vector (N, D), numbered by last members.
 
-    The vectors are those of `metric_vectors`. Each even group has a partner, the most
-    similar odd group. A step merges the r even groups that are most similar to their
-    partners.
+    The vectors are those of `metric_vectors`, and are overwritten. Each even group has
+    a partner, the most similar odd group. A step merges the r even groups that are most
+    similar to their partners.
     """
     groups = np.arange(len(vectors))  # (N,), the position of each token's group
     # For each group: the sum of its vectors, their number, and its last member.
-    sums, last = vectors.copy(), np.arange(len(vectors))
+    sums, last = vectors, np.arange(len(vectors))
     size = np.ones(len(vectors))
     while len(sums) > num_groups:
-        similarity = _similarity_of_means(sums, size, metric)  # (evens, odds)
-        partner = similarity.argmax(axis=-1)  # (evens,), index among the odd groups
-        best = np.take_along_axis(similarity, partner[:, None], axis=-1)[:, 0]
         merges = min(len(sums) - num_groups, len(sums) // 2, step or len(sums))  # r
+        # A step with n groups takes a time of about n².
+        left = [(n / len(groups)) ** 2 for n in (len(sums), len(sums) - merges)]
+        with span(1 - left[0], 1 - left[1]):
+            partner, best = _partners(sums, size, metric)
         selected = np.argsort(-best, stable=True)[:merges]
         # Even group i is at position 2 i, and odd group j at position 2 j + 1.
         source, target = 2 * selected, 2 * partner[selected] + 1
@@ -57,6 +59,16 @@ def bipartite_groups_reference(
         groups, size = new_position[groups], size[kept]
         sums, last = sums[kept], last[kept]
     return groups
+
+
+def _partners(
+    sums: NDArray[Any], size: NDArray[Any], metric: str
+) -> tuple[NDArray[np.intp], NDArray[Any]]:
+    """Return the partner of each even group, and their similarity."""
+    similarity = _similarity_of_means(sums, size, metric)  # (evens, odds)
+    report(0.8)
+    partner = similarity.argmax(axis=-1)  # (evens,), index among the odd groups
+    return partner, np.take_along_axis(similarity, partner[:, None], axis=-1)[:, 0]
 
 
 def _similarity_of_means(

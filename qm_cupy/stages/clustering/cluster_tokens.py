@@ -9,6 +9,7 @@ A root is the number of a token's group before the groups are numbered 0..K-1: a
 number that all tokens of the group have, and no other token has.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,6 +25,7 @@ from ...arrays.shapes import num_valid
 from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.launch import counts_on_device
+from ...progress import span
 from ..saliency.token_norms import relative_norms
 from ..selection.select_tokens import select_tokens_reference
 from .bipartite import bipartite_groups_cuda, bipartite_groups_reference
@@ -274,7 +276,8 @@ def _cluster_tokens_reference(
     if way.method == "nearest" and anchors is None and counts is not None:
         anchors = _top_norm_anchors_reference(tokens, counts, mask, protect)
     labels = np.full(tokens.shape[:-1], -1, np.int32)
-    for index in np.ndindex(tokens.shape[:-2]):
+    batch = math.prod(tokens.shape[:-2])
+    for number, index in enumerate(np.ndindex(tokens.shape[:-2])):
         valid = np.ones(tokens.shape[-2], np.bool_) if mask is None else mask[index]
         protected = np.zeros_like(valid) if protect is None else valid & protect[index]
         free = valid & ~protected
@@ -295,9 +298,11 @@ def _cluster_tokens_reference(
             sequence_way = way._replace(limits=limits)
         # Tokens between the same two protected tokens have the same run number.
         runs = np.cumsum(protected, dtype=np.intp)[free]
-        free_groups = _groups(
-            tokens[index][free], num_groups, sequence_way, free_mass, selected, runs
-        )
+        x = tokens[index] if free.all() else tokens[index][free]
+        with span(number / batch, (number + 1) / batch):
+            free_groups = _groups(
+                x, num_groups, sequence_way, free_mass, selected, runs
+            )
         roots = np.arange(len(valid))
         roots[free] = len(valid) + free_groups
         labels[index][valid] = in_order(roots[valid], order)
@@ -355,18 +360,19 @@ def _groups(
             return cut_sequence(tree, merges_within(tree[:, 2], limits, mass))
         return cut_sequence(tree, num_tokens - num_groups)
     vectors, unit = metric_vectors(tokens, metric)  # (N, D)
-    if anchors is not None:
-        return nearest_groups_reference(vectors, anchors, metric)
-    if method == "bipartite" and num_groups is not None:
-        return bipartite_groups_reference(vectors, num_groups, metric, step)
-    max_distance = limits.max_distance
-    return contiguous_groups_reference(
-        vectors,
-        num_groups or 1,
-        metric,
-        runs,
-        None if max_distance is None else max_distance / unit,
-    )
+    with span(0.1, 1):
+        if anchors is not None:
+            return nearest_groups_reference(vectors, anchors, metric)
+        if method == "bipartite" and num_groups is not None:
+            return bipartite_groups_reference(vectors, num_groups, metric, step)
+        max_distance = limits.max_distance
+        return contiguous_groups_reference(
+            vectors,
+            num_groups or 1,
+            metric,
+            runs,
+            None if max_distance is None else max_distance / unit,
+        )
 
 
 def _cluster_tokens_cuda(

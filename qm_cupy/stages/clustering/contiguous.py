@@ -29,6 +29,7 @@ from ...cuda.constants import (
 )
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, dynamic_shared_bytes, launch
+from ...progress import report
 from ...settings import implementation
 from .labels import Groups
 from .metrics import NOISE, metric_vectors_cuda
@@ -46,14 +47,15 @@ def contiguous_groups_reference(
     """Return the group (N,) of each vector (N, D), numbered from the left.
 
     The vectors are those of `metric_vectors` for the free tokens, which are neither
-    padding nor protected. Tokens with different `runs` (N,) are not neighbours, because
-    a protected token was between them in the sequence. Runs are numbered from the left.
+    padding nor protected; they are overwritten. Tokens with different `runs` (N,) are
+    not neighbours, because a protected token was between them in the sequence. Runs are
+    numbered from the left.
     `max_distance` has the unit of the vectors.
     """
     # A group is stored at the index of its first token. `sums` is (N, D), and the other
     # arrays are (N,).
     num_tokens = len(vectors)
-    sums, size = vectors.copy(), np.ones(num_tokens)
+    sums, size = vectors, np.ones(num_tokens)
     # ‖S‖². For cosines every token adds 1 to it, a zero token too.
     square = np.ones(num_tokens)
     if metric == "euclidean":
@@ -85,7 +87,10 @@ def contiguous_groups_reference(
             return 0.0
         return math.sqrt(2 * max(float(cost[a]), 0.0))
 
-    for _ in range(num_tokens - num_groups):
+    num_merges = num_tokens - num_groups
+    for merge in range(num_merges):
+        if merge % 256 == 0:
+            report(merge / num_merges)
         a = int(cost.argmin())  # the first of equal costs
         b = int(right[a])
         # An infinite cost means that only neighbours of different runs are left.

@@ -13,10 +13,12 @@ from ...arrays.libraries import is_cuda
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import Tiling
+from ...progress import report
 from ..saliency.token_norms import token_norms_cuda
 from .unit_tokens import unit_tokens
 
 _GRAM_ROWS = 2048  # rows of x xᵀ that one matrix product computes
+_COPY_COLUMNS = 256  # columns of x xᵀ that are copied at once
 
 
 @on_callers_stream
@@ -106,8 +108,13 @@ def gram(x: NDArray[Any], out: NDArray[Any]) -> None:
     # If both were computed, rounding could make them differ.
     for start in range(0, len(x), _GRAM_ROWS):
         stop = start + _GRAM_ROWS
-        rows = x[start:stop]
-        np.matmul(rows, rows.T, out=out[start:stop, start:stop])
-        rest = rows @ x[stop:].T  # to the right of the block on the diagonal
-        out[start:stop, stop:] = rest
-        out[stop:, start:stop] = rest.T
+        rows, right = x[start:stop], out[start:stop]
+        np.matmul(rows, rows.T, out=right[:, start:stop])
+        if stop < len(x):
+            np.matmul(rows, x[stop:].T, out=right[:, stop:])
+        # NumPy copies the source, because it has the memory of the target too. Blocks
+        # of columns keep this copy small.
+        for column in range(stop, len(x), _COPY_COLUMNS):
+            columns = slice(column, column + _COPY_COLUMNS)
+            out[columns, start:stop] = right[:, columns].T
+        report(1 - (max(len(x) - stop, 0) / len(x)) ** 2)

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays.dtypes import accumulation_dtype
-from ...arrays.shapes import rows_of
+from ...arrays.shapes import row_blocks, rows_of
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from ...progress import span
 from ..merging.merge_tokens import merge_tokens_cuda
 from ..saliency.token_norms import token_norms_cuda
 from .cosine_similarity import cosine_similarity_cuda, gram
@@ -33,7 +34,6 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 # tokens have distance 0: it may come from rounding alone. The fraction is 64 times the
 # distance from 1 to the next float64.
 NOISE = 2.0**-46
-_BLOCK_ROWS = 256  # rows of distances that are computed at once: they stay in cache
 
 
 def metric_vectors(tokens: NDArray[Any], metric: str) -> tuple[NDArray[Any], float]:
@@ -42,10 +42,10 @@ def metric_vectors(tokens: NDArray[Any], metric: str) -> tuple[NDArray[Any], flo
     if metric == "cosine":
         return unit_tokens(x), 1.0
     # Divide by the largest entry first, so that no sum overflows.
-    peak = _power_of_two(np.abs(x).max(initial=0))
+    peak = _power_of_two(max(x.max(initial=0), -x.min(initial=0)))
     x /= peak
     x -= x.mean(axis=0)
-    largest = _power_of_two(np.linalg.norm(x, axis=-1).max(initial=0))
+    largest = _power_of_two(_largest_norm(x))
     x /= largest
     unit = peak * largest
     if unit == np.inf:
@@ -54,6 +54,12 @@ def metric_vectors(tokens: NDArray[Any], metric: str) -> tuple[NDArray[Any], flo
             f"float64, got entries up to {np.abs(tokens).max():.3g}"
         )
     return x, unit
+
+
+def _largest_norm(x: NDArray[Any]) -> Any:
+    """Return the largest norm of vectors (N, D), or 0 if N = 0."""
+    blocks = row_blocks(*x.shape)
+    return max((np.linalg.norm(x[rows], axis=-1).max() for rows in blocks), default=0)
 
 
 def _power_of_two(x: Any) -> float:
@@ -71,18 +77,21 @@ def half_squared_distances(vectors: NDArray[Any], metric: str) -> NDArray[np.flo
     with every token is 0, so its distance to every other token is 1.
     """
     distance = np.empty((len(vectors), len(vectors)))
-    gram(vectors, distance)
-    if metric == "cosine":
-        np.subtract(1, distance, out=distance)
-        distance[distance < NOISE] = 0
-        return distance.clip(0, 2, out=distance)  # rounding can exceed the range
+    with span(0, 0.8):
+        gram(vectors, distance)
     half_square = distance.diagonal() / 2  # (N,)
-    # Blocks of rows, so that the sums of squares need little memory. The two squares
-    # are added first: both entries of a pair then have the same bits.
-    for start in range(0, len(distance), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
+    # Blocks of rows, so that no other array has N² entries.
+    for rows in row_blocks(*distance.shape):
+        block = distance[rows]
+        if metric == "cosine":
+            np.subtract(1, block, out=block)
+            block[block < NOISE] = 0
+            block.clip(0, 2, out=block)  # rounding can exceed the range
+            continue
+        # The two squares are added first: both entries of a pair then have the same
+        # bits.
         squares = half_square[rows, None] + half_square
-        block = np.subtract(squares, distance[rows], out=distance[rows])
+        np.subtract(squares, block, out=block)
         squares *= NOISE
         block[block < squares] = 0
     return distance

@@ -16,6 +16,7 @@ from ...arrays.shapes import rows_of
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import Tiling
+from ...progress import report
 from ...settings import implementation
 from ..merging.unmerge_tokens import unmerge_tokens_cuda
 from ..saliency.token_norms import token_norms_cuda
@@ -34,10 +35,12 @@ def nearest_groups_reference(
     holds positions.
     """
     anchors = np.sort(anchors)  # argmax selects the first maximum: the lower position
-    similarity = vectors @ vectors[anchors].T  # (N, K)
+    anchor_vectors = vectors[anchors]  # (K, D)
+    similarity = vectors @ anchor_vectors.T  # (N, K)
+    report(0.8)
     if metric == "euclidean":
         # The nearest anchor has the greatest x·a - ½‖a‖² = ½‖x‖² - ½‖x - a‖².
-        similarity -= np.einsum("kd,kd->k", vectors[anchors], vectors[anchors]) / 2
+        similarity -= np.einsum("kd,kd->k", anchor_vectors, anchor_vectors) / 2
     groups = np.argmax(similarity, axis=-1)  # (N,)
     groups[anchors] = np.arange(len(anchors))  # an anchor does not join an equal anchor
     return groups

@@ -21,10 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.shapes import row_blocks
+from ...progress import report
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 _BLOCK = 1 << 16  # distances that `_search` computes at once: they stay in the cache
+_COPIED = 1 << 18  # entries of `sums` that a merge copies at once
 _OVERHEAD = 16  # cost of one call of `_search`, besides its rows; the unit is a row
 # Replaces the hash of groups that are not tied: the largest uint32, so that `argmin`
 # over the hashes selects one of the tied groups.
@@ -64,10 +68,12 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
     num_tokens, sums = len(mass), distance
     # Equal tokens must have distance 0, but rounding can give them another one.
     # 2⁻⁴⁶ is 64 times the distance from 1 to the next float64.
-    sums[sums < 2.0**-46] = 0
-    # E of two tokens is w_i w_j d_ij. E of larger groups needs no d_ij, because
-    # E(A ∪ B, C) = E(A, C) + E(B, C).
-    sums *= mass[:, None] * mass
+    for rows in row_blocks(num_tokens, num_tokens):
+        block = sums[rows]
+        block[block < 2.0**-46] = 0
+        # E of two tokens is w_i w_j d_ij. E of larger groups needs no d_ij, because
+        # E(A ∪ B, C) = E(A, C) + E(B, C).
+        block *= mass[rows, None] * mass
     np.fill_diagonal(sums, np.inf)  # a group is not its own neighbour
     group = np.zeros(num_tokens, _GROUP)  # also sets E(i, i) and the heights to 0
     # `due` holds the indices of the groups to search next; at first, of all tokens.
@@ -95,6 +101,8 @@ def weighted_linkage(distance: Floats, mass: Floats, method: str) -> tuple[Float
         tree[rows] = _merge(sums, group, a, b)
         group["node"][a] = num_tokens + np.arange(rows.start, rows.stop)
         num_merges, rounds = rows.stop, rounds + 1
+        # The time of a round grows with the number of groups, or its square.
+        report(1 - (1 - num_merges / num_tokens) ** 2)
         sums, group, a = _compact(sums, group, a)
         due, spent = _select_due(group, a, spent)
     if method == "ward":
@@ -190,14 +198,7 @@ def _merge(sums: Floats, group: Any, a: Indices, b: Indices) -> Floats:
     group["size"][a] += group["size"][b]
     group["height"][a] = height
     group["alive"][b] = False
-    rows = sums[a] + sums[b]  # E(A ∪ B, C), where C did not merge: (pairs, groups)
-    # E between two unions has four terms. An entry and its mirror image add them in
-    # another order, so their rounding differs; the mean of both is exactly symmetric.
-    corner = rows[:, a] + rows[:, b]  # (pairs, pairs)
-    rows[:, a] = (corner + corner.T) / 2
-    # The columns b become infinite, so that no search finds an absorbed group. The row
-    # of an absorbed group is not read again.
-    sums[a], sums[:, a], sums[:, b] = rows, rows.T, np.inf
+    _add_sums(sums, a, b)
     merged = ~group["alive"]  # absorbed in this round or before
     merged[a] = True
     group["stale"] |= merged | merged[group["near"]]
@@ -205,11 +206,35 @@ def _merge(sums: Floats, group: Any, a: Indices, b: Indices) -> Floats:
     return np.stack((node[a], node[b], height, group["size"][a]), axis=-1)
 
 
+def _add_sums(sums: Floats, a: Indices, b: Indices) -> None:
+    """Replace E(A, C) by E(A ∪ B, C), for each pair of `a` and `b` (both (pairs,))."""
+    blocks = [*row_blocks(len(a), len(sums), _COPIED)]  # of pairs, to save memory
+    for x in blocks:
+        rows = sums[a[x]]  # (block, groups)
+        rows += sums[b[x]]  # E(A ∪ B, C), where C did not merge
+        rows[:, a] += rows[:, b]  # E between two unions has four terms
+        sums[a[x]] = rows
+    # An entry and its mirror image added the four terms in another order, so their
+    # rounding differs; the mean of both is exactly symmetric.
+    for x in blocks:
+        later = a[x.start :]  # the pairs before have their means already
+        entries, mirrored = np.ix_(a[x], later), np.ix_(later, a[x])
+        mean = sums[entries]
+        mean += sums[mirrored].T
+        mean /= 2
+        sums[entries], sums[mirrored] = mean, mean.T
+    for x in blocks:
+        sums[:, a[x]] = sums[a[x]].T
+    # The columns b become infinite, so that no search finds an absorbed group. The row
+    # of an absorbed group is not read again.
+    sums[:, b] = np.inf
+
+
 def _compact(sums: Floats, group: Any, unions: Indices) -> tuple[Floats, Any, Indices]:
     """Drop absorbed groups from the arrays, if they are at least a quarter of all.
 
     `unions` holds the indices of the groups that this round made. Return the matrix,
-    the groups, and the new indices of these unions.
+    which stays in its memory, the groups, and the new indices of these unions.
     """
     alive = group["alive"]
     if 4 * np.count_nonzero(alive) > 3 * len(group):
@@ -219,7 +244,13 @@ def _compact(sums: Floats, group: Any, unions: Indices) -> tuple[Floats, Any, In
     # If the neighbour of a group was dropped, the group is stale. The new `near` of the
     # group is wrong, but the `near` of a stale group has no effect.
     group["near"] = new_index[group["near"]]
-    return sums[np.ix_(alive, alive)], group, new_index[unions]
+    # The entries move towards the start of the memory, so none is overwritten before it
+    # has moved.
+    kept, flat = np.flatnonzero(alive), sums.reshape(-1)
+    size = len(kept)
+    for x in row_blocks(size, len(sums), _COPIED):
+        flat[x.start * size : x.stop * size] = sums[np.ix_(kept[x], kept)].ravel()
+    return flat[: size * size].reshape(size, size), group, new_index[unions]
 
 
 def _hash_indices(count: int) -> NDArray[np.uint32]:

@@ -34,6 +34,7 @@ from ...autodiff.dispatch import operation
 from ...autodiff.operations import without_last_axis
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from ...progress import report
 from .layers import over_layers
 from .online_softmax import BLOCK_ROWS
 from .score_gradients import (
@@ -137,7 +138,9 @@ def _attention_entropy_reference(
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
     entropy = np.zeros(attention.shape[:-1], dtype)  # (..., N)
-    for index, valid in iter_sequences(entropy.shape[:-1], mask):
+    count = math.prod(entropy.shape[:-1])
+    sequences = iter_sequences(entropy.shape[:-1], mask)
+    for number, (index, valid) in enumerate(sequences):
         # `valid` is the mask (N,) of one matrix, or None. Without the padding, the sums
         # have the same bits as those of the sequence alone. Rows are processed in
         # blocks, so that a block and its logarithms stay in cache.
@@ -154,6 +157,7 @@ def _attention_entropy_reference(
                 peak = a[wrong].max(axis=-1, keepdims=True).astype(dtype)
                 h[wrong] = _row_entropy(a[wrong] / peak)
             entropy[index][rows] = h
+            report((number + (start + len(rows)) / len(token)) / count)
     # Rounding can leave a tiny negative number where the entropy is 0.
     return np.maximum(entropy, 0)
 

@@ -39,6 +39,7 @@ from ...autodiff.operations import Shape
 from ...cuda.constants import VECTOR_BYTES, WARP
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
+from ...progress import report
 from .attention_entropy import check_probabilities
 from .layers import over_layers
 from .online_softmax import BLOCK_ROWS
@@ -200,7 +201,9 @@ def _attention_received_reference(
 ) -> NDArray[Any]:
     dtype = np.result_type(attention.dtype, np.float32)
     received = np.zeros(attention.shape[:-1], dtype)  # (..., N)
-    for index, valid in iter_sequences(received.shape[:-1], mask):
+    count = math.prod(received.shape[:-1])
+    sequences = iter_sequences(received.shape[:-1], mask)
+    for number, (index, valid) in enumerate(sequences):
         # Below, N is the number of tokens without padding.
         token = np.flatnonzero(np.ones(attention.shape[-1]) if valid is None else valid)
         unpadded = None if valid is None else token
@@ -213,6 +216,7 @@ def _attention_received_reference(
             scaled = _column_sums(attention[index], unpadded, causal, dtype, counts * 2)
             mean = 2 * np.minimum(scaled, np.finfo(dtype).max / 2)
         received[index][token] = mean
+        report((number + 1) / count)
     return received
 
 

@@ -39,6 +39,7 @@ from ...cuda.constants import KEYS, QUERIES
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import kept_or_half
+from ...progress import report
 from ...settings import implementation
 from .layers import over_layers
 from .online_softmax import (
@@ -194,7 +195,9 @@ def _query_key_entropy_reference(
     mask: NDArray[np.bool_] | None,
 ) -> NDArray[Any]:
     entropy = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
-    for index, valid in iter_sequences(entropy.shape[:-1], mask):
+    count = math.prod(entropy.shape[:-1])
+    sequences = iter_sequences(entropy.shape[:-1], mask)
+    for number, (index, valid) in enumerate(sequences):
         # Remove the padding: below, N is the number of tokens that are left.
         unpadded = slice(None) if valid is None else valid
         q, k = query[index][unpadded], key[index][unpadded]
@@ -206,6 +209,7 @@ def _query_key_entropy_reference(
         head_entropy = np.empty(len(q), dtype)  # (N,)
         for rows, scores in score_blocks(q, k, causal):
             head_entropy[rows] = entropy_of_state(softmax_state(scores, axis=1))
+            report((number + rows.stop / len(q)) / count)
         entropy[index][unpadded] = head_entropy
     return entropy
 

@@ -18,6 +18,7 @@ from ...cuda.constants import KEYS, QUERIES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import HALF, Tiling, kept_or_half
+from ...progress import report
 from ...settings import implementation
 from .online_softmax import score_blocks, score_dtype
 from .score_gradients import (
@@ -55,15 +56,18 @@ def received_of_scores(
 ) -> NDArray[Any]:
     """Return r (..., N); `mask` is (..., N)."""
     received = np.zeros(query.shape[:-1], np.result_type(query.dtype, np.float32))
-    for index, valid in iter_sequences(received.shape[:-1], mask):
+    count = math.prod(received.shape[:-1])
+    sequences = iter_sequences(received.shape[:-1], mask)
+    for number, (index, valid) in enumerate(sequences):
         unpadded = slice(None) if valid is None else valid  # without the padding
         q, k = query[index][unpadded], key[index][unpadded]
         # Inputs below float64 are computed in float32, or in float64 for huge scores.
         dtype = score_dtype(q, k, scale)
         q, k = q.astype(dtype) * dtype.type(scale), k.astype(dtype)
         total = np.zeros(len(q), dtype)  # Σ_i A_ij, (N,)
-        for _, scores in score_blocks(q, k, causal):
+        for rows, scores in score_blocks(q, k, causal):
             total[: scores.shape[1]] += _softmax(scores).sum(axis=0)
+            report((number + rows.stop / len(q)) / count)
         received[index][unpadded] = total / num_queries(len(q), causal, dtype)
     return received
 

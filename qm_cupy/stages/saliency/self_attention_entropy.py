@@ -31,6 +31,7 @@ from ...cuda.constants import KEYS, QUERIES, STATE_VALUES, TILE
 from ...cuda.device import empty
 from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import HALF, Tiling, select_shape
+from ...progress import report, span
 from ...settings import implementation
 from .layers import over_layers
 from .online_softmax import (
@@ -133,12 +134,15 @@ def _self_attention_entropy_reference(
 ) -> NDArray[Any]:
     scale = tokens.shape[-1] ** -0.5
     entropy = np.zeros(tokens.shape[:-1], np.result_type(tokens.dtype, np.float32))
-    for index, valid in iter_sequences(entropy.shape[:-1], mask):
+    count = math.prod(tokens.shape[:-2])
+    sequences = iter_sequences(tokens.shape[:-2], mask)
+    for number, (index, valid) in enumerate(sequences):
         unpadded = slice(None) if valid is None else valid  # without the padding
         x = tokens[index][unpadded]  # (tokens left, D)
         # Inputs below float64 are computed in float32, or in float64 for huge scores.
         x = x.astype(score_dtype(x, x, scale), copy=False)
-        entropy[index][unpadded] = _symmetric_entropy(x)
+        with span(number / count, (number + 1) / count):
+            entropy[index][unpadded] = _symmetric_entropy(x)
     return entropy
 
 
@@ -170,6 +174,7 @@ def _symmetric_entropy(x: NDArray[Any]) -> NDArray[Any]:
             after_block = scores[:, stop - start :].copy()
             add(slice(stop, None), softmax_state(after_block, axis=0))
         add(slice(start, stop), softmax_state(scores, axis=1))
+        report(1 - (1 - stop / num_tokens) ** 2)
     return entropy_of_state(state)
 
 
