@@ -31,6 +31,7 @@ def progress(total: int, unit: str = "tokens") -> Iterator[Callable[[float], Non
         unit_scale=True,
         delay=PATIENCE,
         mininterval=INTERVAL,
+        miniters=0,  # draw by time alone: steps differ in length
         leave=False,
         file=sys.stderr,
     ) as bar:
