@@ -4,7 +4,6 @@ The tokens of a tile are its 8 x 8 patches, minus the mean patch of the tile. A 
 that pruning drops is rebuilt as the most similar of the tokens that are kept.
 """
 
-import sys
 
 import numpy as np
 import packages
@@ -67,7 +66,7 @@ def pictures(quick: bool) -> tuple[Report, dict[str, str]]:
     names = QUICK if quick else CONTENDERS
     contenders = {name: CONTENDERS[name] for name in names} | present
     psnr = np.full((len(contenders), len(FRACTIONS), len(x)), np.nan)
-    with progress(len(contenders), sys.stderr, "contenders") as shown:
+    with progress(len(contenders), "contenders") as shown:
         for n, (name, contender) in enumerate(contenders.items()):
             for s, fraction in enumerate(FRACTIONS):
                 # tomesd keeps at least a quarter of the tokens.

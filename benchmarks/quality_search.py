@@ -5,7 +5,6 @@ vector of a query is compared with all vectors of a section. A query is the titl
 the sentence before a section, and must find that section.
 """
 
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -90,7 +89,7 @@ def search(
     poolers, missing = packages.installed({} if quick else POOLERS)
     names = [*(QUICK if quick else CONTENDERS), *poolers]
     scores = np.empty((len(names), len(FACTORS), *plain.shape))
-    with progress(len(names), sys.stderr, "contenders") as shown:
+    with progress(len(names), "contenders") as shown:
         for n, name in enumerate(names):
             for f, factor in enumerate(FACTORS):
                 if name in poolers:

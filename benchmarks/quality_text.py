@@ -10,7 +10,6 @@ sentence embeddings with and without merging.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -209,7 +208,7 @@ def _all_errors(jobs: list[Job], ids: np.ndarray, quick: bool) -> Iterator[np.nd
         yield from map(run, batches)
         return
     with (
-        progress(len(batches), sys.stderr, "batches") as shown,
+        progress(len(batches), "batches") as shown,
         ProcessPoolExecutor(os.cpu_count()) as pool,
     ):
         for done, result in enumerate(pool.map(run, batches), 1):

@@ -16,7 +16,6 @@ from the same weights and read the same rows.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,7 +177,7 @@ def train(model: Any, x: np.ndarray, steps: int, every: int) -> list[Report]:
     """Train; return loss, PSNR and patches before, every `every` steps, and after."""
     rng = np.random.default_rng(0)  # both frameworks draw the same rows
     seen = []
-    with progress(steps, sys.stderr, "steps") as shown:
+    with progress(steps, "steps") as shown:
         for step in range(steps + 1):
             if step % every == 0 or step == steps:
                 value, rebuilt = model.evaluate(x)
