@@ -143,23 +143,33 @@ def test_a_wrong_command(fails):
     fails(["z" * 4000], "invalid choice: 'zz", "zz...zz")
 
 
-def test_errors_that_are_defects_keep_their_traceback(monkeypatch):
-    for error in (ZeroDivisionError, KeyError, RecursionError, AssertionError):
+@pytest.fixture
+def doctor_raises(monkeypatch):
+    """Replace the work of a command by an error."""
 
-        def fail(arguments, error=error):
+    def replace(error):
+        def fail(arguments):
             raise error
 
-        monkeypatch.setattr("qm_cupy.cli.doctor._doctor", fail)
-        with pytest.raises(error):
-            main(["doctor"])
+        monkeypatch.setattr(
+            "qm_cupy.cli.doctor.add_arguments", lambda x: x.set_defaults(run=fail)
+        )
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, KeyError, RecursionError, AssertionError]
+)
+def test_errors_that_are_defects_keep_their_traceback(doctor_raises, error):
+    doctor_raises(error)
+    with pytest.raises(error):
+        main(["doctor"])
 
 
 @pytest.mark.parametrize("error", [OverflowError, MemoryError, UnicodeError, OSError])
-def test_errors_of_the_input(monkeypatch, capsys, error):
-    def fail(arguments):
-        raise error("a reason")
-
-    monkeypatch.setattr("qm_cupy.cli.doctor._doctor", fail)
+def test_errors_of_the_input(doctor_raises, capsys, error):
+    doctor_raises(error("a reason"))
     assert main(["doctor"]) == 2
     assert capsys.readouterr() == ("", "qm-cupy: error: a reason\n")
 
