@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import compress, save
 
+import qm_cupy as qm
 from qm_cupy.atomic_write import atomic_write, delete_temporaries
 from qm_cupy.corpus import merge_file as command
 
@@ -219,6 +220,28 @@ class TestLinks:
         write(tmp_path / "a")
         assert (tmp_path / "a").read_bytes() == b"new"
         assert (tmp_path / "b").read_bytes() == b"old"
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["out.npz", "out.safetensors", "prior.safetensors"])
+def test_files_of_the_library(tmp_path, tokens, name):
+    """Each `save` keeps links and permissions, and names the file in an error."""
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    item = qm.MLPPrior.init(5) if "prior" in name else qm.quickmerge(tokens, 3)
+    (tmp_path / "file").touch()
+    (tmp_path / "file").chmod(0o600)
+    path = tmp_path / name
+    path.symlink_to("file")
+    item.save(path)
+    assert path.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.stat().st_size > 0
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        item.save(path)
+    assert error.value.filename == str(path)
 
 
 class TestErrors:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ..atomic_write import delete_temporaries
-from .output import discard
+from .output import discard, print_error
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def _prepare_streams() -> None:
 def _handle_signals() -> list[int]:
     """Let signals that end the process raise an exception; return these signals.
 
-    The exception closes every ``with`` block, and so deletes temporary files.
+    The exception closes every ``with`` block, and so deletes temporary files. During an
+    import, the process ends without an exception.
     """
     if threading.current_thread() is not threading.main_thread():
         return []  # Python sets signals only there
@@ -67,7 +68,12 @@ def _handle_signals() -> list[int]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for handled_number in handled:
             signal.signal(handled_number, leave)
-        if number == signal.SIGINT:
+        interrupted = number == signal.SIGINT
+        if _is_importing(frame):
+            if interrupted:
+                print_error("interrupted")
+            leave(number, frame)
+        if interrupted:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)  # as shells report the signal
 
@@ -80,3 +86,17 @@ def _handle_signals() -> list[int]:
     for number in handled:
         signal.signal(number, stop)
     return handled
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether an import is in progress.
+
+    An exception that a signal raises there can be lost, or become another one: some
+    modules try an import and ignore all errors, and the locks of imports are not made
+    for it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -30,7 +30,11 @@ def test_a_command_is_imported_only_when_it_runs(tmp_path, option):
     # A new process: in this one, other tests have imported the modules.
     code = f"""
 import sys
+old = set(sys.modules)
 from qm_cupy.cli.main import main
+new = set(sys.modules) - old
+# The others are imported where an interrupt is handled.
+assert not new & set(["argparse", "signal", "threading", "pathlib"]), new
 try:
     main(["{option}"])
 finally:
@@ -45,8 +49,9 @@ finally:
     )
     names = set(done.stdout.split("\n"))  # all modules that were imported
     assert "qm_cupy.cli.main" in names
-    for module in ("cli.compress", "cli.demo", "cli.doctor", "corpus", "files", "plot"):
+    for module in ("cli.compress", "cli.demo", "corpus", "files", "plot", "api"):
         assert f"qm_cupy.{module}" not in names
+    assert "numpy" not in names  # it takes most of the time
 
 
 # The installed script and `python -m qm_cupy` must behave alike.

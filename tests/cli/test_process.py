@@ -114,7 +114,8 @@ class TestSignals:
         # A signal that comes when the interpreter exits has its usual effect.
         number = signal.Signals[second]
         assert status in (143, 128 + number, -number)
-        assert (out, err) == ("", "")
+        assert out == ""
+        assert err in ("", "qm-cupy: interrupted\n")
         assert_nothing_is_left(long_work)
 
     def test_an_exception_that_is_lost(self, tmp_path):
@@ -157,10 +158,16 @@ class TestSignals:
         ("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)]
     )
     def test_a_signal_during_the_imports(self, tmp_path, program, name, status):
-        """A module named numpy is imported first, and waits."""
-        (tmp_path / "numpy.py").write_text(
-            "import pathlib, time; pathlib.Path('ready').touch(); time.sleep(60)"
-        )
+        """A module named numpy is imported first. It waits, and ignores all errors."""
+        code = """
+        import pathlib, time
+        try:
+            pathlib.Path("ready").touch()
+            time.sleep(50)
+        except BaseException:
+            time.sleep(50)
+        """
+        (tmp_path / "numpy.py").write_text(textwrap.dedent(code))
         path = f"{tmp_path}{os.pathsep}{ROOT}"
         process = start(tmp_path, [*program, *COMPRESS], PYTHONPATH=path)
         wait_for((tmp_path / "ready").exists, process)
@@ -221,7 +228,7 @@ class TestStreams:
             os.close(reader)
             os.write(writer, b"text")
 
-        doctor._doctor = write
+        doctor.add_arguments = lambda parser: parser.set_defaults(run=write)
         sys.argv[1:] = ["doctor"]
         sys.exit(main.main())
         """
@@ -240,7 +247,7 @@ class TestStreams:
             output.print_summary("1000 tokens")
             output.print_summary("a second line")
 
-        doctor._doctor = run
+        doctor.add_arguments = lambda parser: parser.set_defaults(run=run)
         sys.argv[1:] = ["doctor"]
         sys.exit(main.main())
         """
