@@ -112,8 +112,8 @@ def run_demo(
             join_patches(pixels, rows, patch),
             join_patches(rebuilt, rows, patch),
             merged.labels.reshape(rows, -1),
-            f"{len(tokens)} tokens",
-            f"{num_groups} tokens, PSNR {quality:.1f} dB",
+            _tokens(len(tokens)),
+            f"{_tokens(num_groups)}, PSNR {quality:.1f} dB",
         )
         # Both files or none: after an error, both temporary files are deleted.
         with atomic_write(archive) as file, atomic_write(drawing) as other:
@@ -172,6 +172,10 @@ def _merge(
     return Merged(merged, labels, sizes, positions, mass)
 
 
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
 def _psnr(pixels: NDArray[Any], rebuilt: NDArray[Any]) -> float:
     """Return -10 · log10(mean squared error), in decibels for values within 0..1."""
     squared_error = float(np.mean((pixels - rebuilt) ** 2))
@@ -194,7 +198,7 @@ def _measure(
         fidelity = fidelity_loss(tokens, merged.tokens, labels=merged.labels)
     return [
         f"error       {error:.4f} of the squared norm, PSNR {quality:.1f} dB",
-        f"norm mass   {mass_kept:.4f} in the {num_groups} largest tokens",
+        f"norm mass   {mass_kept:.4f} in the largest {_tokens(num_groups)}",
         f"losses      alignment {loss.total:.4f} (untrained prior), "
         f"fidelity {fidelity:.4f}",
         *(f"{stage:<11} {1e3 * value:7.1f} ms" for stage, value in seconds.items()),
@@ -240,7 +244,8 @@ def _draw(
         ax=panels[1],
     )
     panels[2].imshow(rebuilt.clip(0, 1))
-    for axes, title in zip(panels, (before, "groups", after), strict=True):
+    middle = "groups" if aspect == "equal" else "groups (not to scale)"
+    for axes, title in zip(panels, (before, middle, after), strict=True):
         axes.set(title=title, xticks=[], yticks=[], aspect=aspect)
     for axes in panels[::2]:
         axes.set_axis_off()

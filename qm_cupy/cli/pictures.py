@@ -224,7 +224,11 @@ def _upright(picture: NDArray[Any], orientation: Any) -> NDArray[Any]:
 
 def patch_side(height: int, width: int) -> int:
     """Return the side of a patch in pixels: as small as the largest N allows."""
-    return max(_MIN_PATCH, int(np.ceil(np.sqrt(height * width / _MAX_TOKENS))))
+    side = max(_MIN_PATCH, int(np.ceil(np.sqrt(height * width / _MAX_TOKENS))))
+    short = min(height, width)
+    # A single row of patches is as tall as the picture: otherwise, up to half of the
+    # picture would be cut off.
+    return side if 2 * side <= short else short
 
 
 def cut_into_patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:

@@ -79,10 +79,13 @@ def test_options(tmp_path, rng, capsys, options, choice, stages):
     assert_same(qm.Merged.load(tmp_path / "merged.npz"), wanted)
 
 
-def test_blank_picture(tmp_path, options):
+def test_blank_picture(tmp_path, capsys, options):
     """All patches are equal, and their norm is 0."""
     Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
-    run_demo(tmp_path / "black.png", 0.2, tmp_path, **options)
+    run_demo(tmp_path / "black.png", 1, tmp_path, **options)
+    printed = capsys.readouterr().out
+    assert "error       0.0000 of the squared norm, PSNR inf dB" in printed
+    assert "in the largest 1 token\n" in printed
 
 
 def test_merging_beats_larger_patches():

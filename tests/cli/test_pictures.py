@@ -544,7 +544,15 @@ class TestPatches:
 
     @pytest.mark.parametrize(
         ("height", "width", "side"),
-        [(16, 16, 8), (600, 512, 8), (800, 400, 8), (801, 400, 9), (16, 80_000, 16)],
+        [
+            (16, 16, 8),
+            (600, 512, 8),
+            (800, 400, 8),
+            (801, 400, 9),
+            (20_000, 16, 8),
+            (20_001, 16, 16),  # not 9, which would leave 7 of 16 columns out
+            (16, 80_000, 16),
+        ],
     )
     def test_the_side_of_a_patch(self, height, width, side):
         assert patch_side(height, width) == side
