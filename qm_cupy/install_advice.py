@@ -8,7 +8,8 @@ package index.
 from pathlib import Path
 from typing import Any
 
-# The requirement of each extra of pyproject.toml that adds one package for users.
+# The requirement of each extra of pyproject.toml that adds one package for users. The
+# extra `cli` adds two packages, which have their own names here.
 REQUIREMENTS = {
     "cuda13": "cupy-cuda13x[ctk]>=14.2,<15",
     "cuda12": "cupy-cuda12x[ctk]>=14.2,<15",
@@ -17,12 +18,14 @@ REQUIREMENTS = {
     "bfloat16": "ml_dtypes>=0.5",
     "torch": "torch>=2.11",
     "jax": "jax>=0.8",
+    "tqdm": "tqdm>=4.66",
+    "shtab": "shtab>=1.7",
 }
 
 
-def install_command(extra: str) -> str:
-    """Return the command that installs the package of an extra."""
-    return f'pip install "{REQUIREMENTS[extra]}"'
+def install_command(name: str) -> str:
+    """Return the command that installs one of the packages in `REQUIREMENTS`."""
+    return f'pip install "{REQUIREMENTS[name]}"'
 
 
 def cupy_command() -> str:

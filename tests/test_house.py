@@ -24,7 +24,8 @@ LAYERS = {
     name: tuple(row.split())
     for name, row in {
         "__main__": "cli",
-        "cli": "qm_cupy corpus files plot stages priors atomic_write install_advice",
+        "cli": "qm_cupy corpus files plot results stages priors atomic_write "
+        "install_advice",
         "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
         "qm_cupy": "api",

@@ -1,11 +1,12 @@
 """The command `demo`: merge the patches of a picture, by default to a fifth of them."""
 
 import argparse
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ..atomic_write import atomic_write
 from ..install_advice import install_command
 from ..priors.mlp_prior import MLPPrior
+from ..results import Merged
 from ..stages.alignment.alignment_loss import alignment_loss
 from ..stages.budget import token_budget
 from ..stages.clustering.cluster_tokens import Method, cluster_tokens
@@ -28,10 +30,9 @@ from ..stages.saliency.self_attention_entropy import self_attention_entropy
 from ..stages.selection.gumbel_softmax import gumbel_softmax
 from ..stages.selection.saliency_mass import saliency_mass
 from .options import add_budget, add_method, add_noise_seed, add_weights
-
-# The largest number of tokens. A larger picture has larger patches.
-_MAX_TOKENS = 5000
-_MIN_PATCH = 8  # the smallest side of a square patch, in pixels
+from .output import print_summary
+from .output_folder import output_folder
+from .pictures import cut_into_patches, join_patches, patch_side, read_picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         type=Path,
         metavar="PATH",
-        help="picture to merge (default: a portrait that comes with matplotlib)",
+        help="picture to merge (default: a portrait that comes with matplotlib). Of "
+        "several pictures in a file, the first one is read. Transparent pixels become "
+        "white. White is 255 in 8 bits and 65535 in 16 bits. Floats within 0..1 stay "
+        "as they are; for other floats, and for 32-bit integers, the smallest value "
+        "becomes black and the largest one white",
     )
     add_budget(parser, default=0.2)
     add(
@@ -85,18 +90,68 @@ def run_demo(
     weights: str,
     noise_seed: int | None,
 ) -> None:
-    """Merge the patches of a picture, print the measurements, and write the results."""
-    picture = _read_picture(image)  # (height, width, 3) within 0..1
-    # The side of a patch: at least _MIN_PATCH, and so large that the picture has no
-    # more than _MAX_TOKENS whole patches.
-    patch = max(_MIN_PATCH, int(np.ceil(np.sqrt(picture[..., 0].size / _MAX_TOKENS))))
+    """Merge the patches of a picture, write the results, and print the measurements."""
+    source = _source(image)
+    picture = read_picture(source)  # (height, width, 3) within 0..1
+    patch = patch_side(*picture.shape[:2])
     pixels, rows = cut_into_patches(picture, patch)  # (N, patch·patch·3)
     tokens = pixels - pixels.mean(axis=0)  # cosines of positive numbers are all alike
     num_groups = token_budget(budget, len(tokens))
-    output.mkdir(parents=True, exist_ok=True)
+    drawing, archive = output / "merged.png", output / "merged.npz"
+    with output_folder(output, source, drawing, archive):
+        seconds: dict[str, float] = {}  # of each stage
+        merged = _merge(
+            tokens, num_groups, method, metric, step, weights, noise_seed, seconds
+        )
+        # Merge the pixels in the same way, to draw the merged picture.
+        few_pixels = merge_tokens(pixels, merged.labels, num_groups, mass=merged.mass)
+        rebuilt = unmerge_tokens(few_pixels, merged.labels)  # (N, patch·patch·3)
+        quality = _psnr(pixels, rebuilt)
+        measures = _measure(tokens, merged, quality, seconds)
+        content = _draw(
+            join_patches(pixels, rows, patch),
+            join_patches(rebuilt, rows, patch),
+            merged.labels.reshape(rows, -1),
+            _tokens(len(tokens)),
+            f"{_tokens(num_groups)}, PSNR {quality:.1f} dB",
+        )
+        # Both files or none: after an error, both temporary files are deleted.
+        with atomic_write(archive) as file, atomic_write(drawing) as other:
+            np.savez(file, allow_pickle=False, **merged._asdict())
+            file.flush()  # a full disk is an error now, before a file is renamed
+            other.write(content)
+    size = f"{picture.shape[1]} x {picture.shape[0]}"
+    shapes = f"{len(tokens)} -> {num_groups}  ({tokens.shape[-1]} wide"
+    lines = [
+        f"picture     {size}, patches of {patch} px",
+        f"tokens      {shapes}, {method}, {metric})",
+        *measures,
+        f"wrote       {drawing}, {archive}",
+    ]
+    print_summary("\n".join(lines))
 
-    # Call the stages of `quickmerge` one by one, to time each of them.
-    seconds: dict[str, float] = {}
+
+def _source(image: Path | None) -> Path:
+    """Return the path of the picture, which is matplotlib's portrait for None."""
+    try:
+        from matplotlib import cbook
+    except ImportError as error:
+        message = f"the demo needs matplotlib: {install_command('plot')}"
+        raise ImportError(message) from error
+    return image or Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def _merge(
+    tokens: NDArray[Any],
+    num_groups: int,
+    method: Method,
+    metric: Metric,
+    step: int | None,
+    weights: str,
+    noise_seed: int | None,
+    seconds: dict[str, float],
+) -> Merged[NDArray[Any]]:
+    """Call the stages of `quickmerge` one by one, to time each of them."""
     mass = np.ones(len(tokens), np.float32)
     if weights != "uniform":
         with _timed("saliency", seconds):
@@ -110,99 +165,54 @@ def run_demo(
         )
     with _timed("merging", seconds):
         merged = merge_tokens(tokens, labels, num_groups, mass=mass)  # (K, D)
-        # Merge the pixels in the same way, to draw the merged picture.
-        rebuilt = unmerge_tokens(
-            merge_tokens(pixels, labels, num_groups, mass=mass), labels
-        )
-    with _timed("alignment", seconds):
-        loss = alignment_loss(merged, MLPPrior.init(tokens.shape[-1]))
-    with _timed("fidelity", seconds):
-        error = reconstruction_error(tokens, merged, labels=labels)
-        mass_kept = norm_mass(tokens, num_groups)
-        fidelity = fidelity_loss(tokens, merged, labels=labels)
+    sizes, positions = (
+        group_sizes(labels, num_groups),
+        group_positions(labels, num_groups),
+    )
+    return Merged(merged, labels, sizes, positions, mass)
 
-    # PSNR = -10 · log10(mean squared error), in decibels for values within 0..1
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
+def _psnr(pixels: NDArray[Any], rebuilt: NDArray[Any]) -> float:
+    """Return -10 · log10(mean squared error), in decibels for values within 0..1."""
     squared_error = float(np.mean((pixels - rebuilt) ** 2))
-    quality = -10 * np.log10(squared_error) if squared_error > 0 else np.inf
-    print(f"picture     {picture.shape[1]} × {picture.shape[0]}, patches of {patch} px")
-    shapes = f"{len(tokens)} → {num_groups}  ({tokens.shape[-1]} wide"
-    print(f"tokens      {shapes}, {method}, {metric})")
-    print(f"error       {error:.4f} of the squared norm, PSNR {quality:.1f} dB")
-    print(f"norm mass   {mass_kept:.4f} in the {num_groups} largest tokens")
-    print(f"losses      alignment {loss.total:.4f} (untrained prior), ", end="")
-    print(f"fidelity {fidelity:.4f}")
-    for stage, value in seconds.items():
-        print(f"{stage:<11} {1e3 * value:7.1f} ms")
-    print("device      CPU (NumPy)")
-
-    arrays = {
-        "tokens": merged,
-        "labels": labels,
-        "sizes": group_sizes(labels, num_groups),
-        "positions": group_positions(labels, num_groups),
-        "mass": mass,
-    }
-    archive, figure = output / "merged.npz", output / "merged.png"
-    with atomic_write(archive) as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    with atomic_write(figure) as file:
-        _draw(
-            file,
-            join_patches(pixels, rows, patch),
-            join_patches(rebuilt, rows, patch),
-            labels.reshape(rows, -1),
-            f"{len(tokens)} tokens",
-            f"{num_groups} tokens, PSNR {quality:.1f} dB",
-        )
-    print(f"wrote       {figure}, {archive}")
+    return -10 * float(np.log10(squared_error)) if squared_error > 0 else np.inf
 
 
-def _read_picture(image: Path | None) -> NDArray[Any]:
-    """Return a picture (height, width, 3) in float32 within 0..1."""
-    try:
-        from matplotlib import cbook
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        message = f"the demo needs matplotlib: {install_command('plot')}"
-        raise ImportError(message) from error
-    source: Any = image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    try:
-        with Image.open(source) as opened:
-            picture = np.asarray(opened.convert("RGB"))
-    except UnidentifiedImageError:
-        raise ValueError(f"`{source}` is not a picture that Pillow can read") from None
-    if min(picture.shape[:2]) < 2 * _MIN_PATCH:
-        size = f"{picture.shape[1]} × {picture.shape[0]}"
-        raise ValueError(f"the picture must have 16 × 16 pixels or more, got {size}")
-    return picture.astype(np.float32) / 255
-
-
-def cut_into_patches(picture: NDArray[Any], patch: int) -> tuple[NDArray[Any], int]:
-    """Return the patches (N, patch·patch·3) in raster order, and how many rows of them.
-
-    `patch` is the side of a patch in pixels.
-    """
-    rows, columns = picture.shape[0] // patch, picture.shape[1] // patch
-    whole = picture[: rows * patch, : columns * patch]  # without the partial patches
-    # (rows, columns, patch, patch, 3)
-    patches = whole.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
-    return patches.reshape(rows * columns, -1), rows
-
-
-def join_patches(pixels: NDArray[Any], rows: int, patch: int) -> NDArray[Any]:
-    """Return the picture that `cut_into_patches` cut into these patches."""
-    patches = pixels.reshape(rows, -1, patch, patch, 3).swapaxes(1, 2)
-    return patches.reshape(rows * patch, -1, 3)
+def _measure(
+    tokens: NDArray[Any],
+    merged: Merged[NDArray[Any]],
+    quality: float,
+    seconds: dict[str, float],
+) -> list[str]:
+    """Return one line for each measurement and stage."""
+    num_groups = len(merged.tokens)
+    with _timed("alignment", seconds):
+        loss = alignment_loss(merged.tokens, MLPPrior.init(tokens.shape[-1]))
+    with _timed("fidelity", seconds):
+        error = reconstruction_error(tokens, merged.tokens, labels=merged.labels)
+        mass_kept = norm_mass(tokens, num_groups)
+        fidelity = fidelity_loss(tokens, merged.tokens, labels=merged.labels)
+    return [
+        f"error       {error:.4f} of the squared norm, PSNR {quality:.1f} dB",
+        f"norm mass   {mass_kept:.4f} in the largest {_tokens(num_groups)}",
+        f"losses      alignment {loss.total:.4f} (untrained prior), "
+        f"fidelity {fidelity:.4f}",
+        *(f"{stage:<11} {1e3 * value:7.1f} ms" for stage, value in seconds.items()),
+        "device      CPU (NumPy)",
+    ]
 
 
 def _draw(
-    file: BinaryIO,
     picture: NDArray[Any],
     rebuilt: NDArray[Any],
     labels: NDArray[Any],
     before: str,
     after: str,
-) -> None:
+) -> bytes:
     """Draw the picture, the picture with outlined groups, and the rebuilt picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -210,20 +220,38 @@ def _draw(
     from ..plot import plot_groups
 
     height, width = picture.shape[:2]
+    # Wide pictures are drawn below each other, others side by side.
+    columns = 1 if width > 2.5 * height else 3
+    # Inches of a panel. A very long picture is stretched, so that its short side has
+    # half an inch.
+    scale = min(13.2 / columns / width, 9 / height)
+    panel = max(scale * width, 0.5), max(scale * height, 0.5)
+    aspect: Literal["equal", "auto"] = "auto" if 0.5 in panel else "equal"
+    # The width has room for the titles.
+    size = max(columns * panel[0], 7.5) + 0.3, 3 // columns * (panel[1] + 0.4)
     # Make the figure without pyplot, which could open a window or change the backend.
-    figure = Figure(figsize=(13.5, 4.4 * height / width + 0.4), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3)
+    panels = figure.subplots(3 // columns, columns)
     panels[0].imshow(picture)
+    # Thin lines on small patches; a point is 1/72 of an inch.
+    points = 72 * min(panel[0] / labels.shape[1], panel[1] / labels.shape[0])
     plot_groups(
-        labels.ravel(), grid=labels.shape, picture=picture, linewidth=0.6, ax=panels[1]
+        labels.ravel(),
+        grid=labels.shape,
+        picture=picture,
+        linewidth=min(0.6, 0.12 * points),
+        ax=panels[1],
     )
     panels[2].imshow(rebuilt.clip(0, 1))
-    for panel, title in zip(panels, (before, "groups", after), strict=True):
-        panel.set(title=title, xticks=[], yticks=[])
-    for panel in panels[::2]:
-        panel.set_axis_off()
-    canvas.print_figure(file, dpi=150, format="png")
+    middle = "groups" if aspect == "equal" else "groups (not to scale)"
+    for axes, title in zip(panels, (before, middle, after), strict=True):
+        axes.set(title=title, xticks=[], yticks=[], aspect=aspect)
+    for axes in panels[::2]:
+        axes.set_axis_off()
+    content = io.BytesIO()
+    canvas.print_figure(content, dpi=150, format="png")
+    return content.getvalue()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ..install_advice import cupy_command, install_command
 
 _REQUIRED = ("qm-cupy", "numpy", "scipy")
 # For each optional module: the packages that provide it, and the command that installs
-# it.
+# it. The last two are for progress bars and for shell completion.
 _OPTIONAL = {
     ("cupy-cuda13x", "cupy-cuda12x", "cupy"): cupy_command(),
     ("matplotlib",): install_command("plot"),
@@ -20,6 +20,8 @@ _OPTIONAL = {
     ("ml_dtypes",): install_command("bfloat16"),
     ("torch",): install_command("torch"),
     ("jax",): install_command("jax"),
+    ("tqdm",): install_command("tqdm"),
+    ("shtab",): install_command("shtab"),
 }
 
 
@@ -95,12 +97,13 @@ def _failure(error: Exception) -> str:
 
 def _cache() -> str:
     """Describe the folder in which CuPy keeps compiled kernels."""
-    default = Path("~/.cupy/kernel_cache").expanduser()
-    # CuPy uses the folder of the environment variable, or its default folder.
+    # CuPy uses the folder of the environment variable, or its default folder. Unlike
+    # `Path.expanduser`, this function raises no error if there is no home folder.
+    default = os.path.expanduser("~/.cupy/kernel_cache")  # noqa: PTH111
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or default)
-    if not folder.is_dir():
-        return f"{folder}, not created yet"
     try:
+        if not folder.is_dir():
+            return f"{folder}, not created yet"
         sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
     except OSError as error:
         return f"{folder}, not readable: {error.strerror}"

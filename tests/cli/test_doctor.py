@@ -1,11 +1,15 @@
 """The command `doctor`: its report about an installation."""
 
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qm_cupy.cli import doctor
 from qm_cupy.cli.main import main
 
 
@@ -29,6 +33,7 @@ def test_without_cupy(tmp_path, report):
     assert np.__version__ in text  # the version of an installed package
     assert f"{tmp_path / 'cache'}, not created yet" in text
     assert "on a GPU use the CUDA kernels, all others use NumPy" in text
+    assert text.isascii()  # so that every terminal can print it
 
 
 def test_with_a_gpu(tmp_path, report):
@@ -68,3 +73,46 @@ def test_cupy_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     assert main(["doctor"]) == 0
     assert "No module named 'libcuda_that_is_not_there'" in capsys.readouterr().out
+
+
+def test_without_a_home_folder(report, monkeypatch):
+    """A container may run as a user without a name and a home."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("CUPY_CACHE_DIR")
+    assert "~/.cupy/kernel_cache, not created yet" in report(None)
+
+
+def test_a_cache_that_cannot_be_read(tmp_path, report, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert f"{tmp_path / 'cache'}, not readable: Permission denied" in report(None)
+
+
+def test_packages_of_the_command_line(report, monkeypatch):
+    """They are for progress bars and shell completion."""
+    versions = {"tqdm": "4.66.1"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    text = report(None)
+    assert "\ntqdm              4.66.1\n" in text
+    assert '\nshtab             not installed: pip install "shtab>=1.7"\n' in text
+
+
+def test_a_reader_that_stops():
+    """`qm-cupy doctor | head -1` prints one line, and no error."""
+    command = [sys.executable, "-m", "qm_cupy", "doctor"]
+    # Unbuffered, so that each line is a write of its own.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout.readline().startswith(b"Python ")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
