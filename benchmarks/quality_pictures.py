@@ -4,7 +4,6 @@ The tokens of a tile are its 8 x 8 patches, minus the mean patch of the tile. A 
 that pruning drops is rebuilt as the most similar of the tokens that are kept.
 """
 
-
 import numpy as np
 import packages
 from contenders import Contender, Inside, ours

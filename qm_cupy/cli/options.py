@@ -11,23 +11,29 @@ from ..stages.clustering.metrics import METRICS
 
 def integer(text: str) -> int:
     """Return an integer of at most 64 bits."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an integer") from None
+    if not _is_integer(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
+    # 20 digits are enough, and Python refuses to convert some thousand digits.
+    number = int(text) if len(text) < 30 else 2**64
     if not -(2**63) <= number < 2**64:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} has more than 64 bits")
+        raise argparse.ArgumentTypeError(f"{text!r} has more than 64 bits")
     return number
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").removeprefix("+").isdecimal()
 
 
 def budget(text: str) -> int | float:
     """Return K for an integer such as "1", and a ratio for a decimal such as "1.0"."""
+    if _is_integer(text):
+        return integer(text)
     try:
-        return float(text) if set(text) & set(".eEn") else integer(text)
-    except (argparse.ArgumentTypeError, ValueError):
+        return float(text)
+    except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is neither a number of tokens, such as 20, nor a ratio, "
-            "such as 0.2"
+            f"{text!r} is neither a number of tokens, such as 20, nor a ratio, such as "
+            "0.2"
         ) from None
 
 

@@ -32,7 +32,7 @@ from ..stages.clustering.metrics import Metric
 from ..stages.saliency.norm_saliency import norm_saliency
 from .token_file import TokenFile, naming
 
-CHUNK_BYTES = 2**26  # bytes of the arrays that are merged at a time
+CHUNK_BYTES = 2**25  # bytes of the arrays that are merged at a time
 _HINT_BYTES = 2**20  # bytes of masks and protected tokens that are checked at a time
 
 
@@ -337,13 +337,15 @@ def _fields(
     merged: Merged[Any], max_groups: int, is_single: bool
 ) -> dict[str, NDArray[Any]]:
     """Return the arrays of a chunk, with its groups padded to the K of the file."""
-    extra = ((0, 0), (0, max_groups - merged.sizes.shape[-1]))  # axes B and K
-    padded = merged._replace(
-        tokens=np.pad(merged.tokens, (*extra, (0, 0))),
-        sizes=np.pad(merged.sizes, extra),
-        positions=np.pad(merged.positions, extra, constant_values=-1),
-    )
-    return {name: x[0] if is_single else x for name, x in padded._asdict().items()}
+    missing = max_groups - merged.sizes.shape[-1]
+    if missing:
+        extra = ((0, 0), (0, missing))  # axes B and K
+        merged = merged._replace(
+            tokens=np.pad(merged.tokens, (*extra, (0, 0))),
+            sizes=np.pad(merged.sizes, extra),
+            positions=np.pad(merged.positions, extra, constant_values=-1),
+        )
+    return {name: x[0] if is_single else x for name, x in merged._asdict().items()}
 
 
 def _spool(file: Any, parts: Iterator[Merged[Any]]) -> int:

@@ -27,6 +27,7 @@ def run(*words, cwd, **options):
 
 def error_of(done):
     """Return the only line of a command that failed."""
+    # Standard output could be a pipe: it must not get anything.
     error = done.stderr.decode()
     assert (done.returncode, done.stdout) == (2, b""), error
     assert error.startswith("qm-cupy: error: ")
