@@ -46,7 +46,7 @@ def _prepare_streams() -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller; now it is the null device
-            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
         elif isinstance(stream, io.TextIOWrapper):
             # The encoding may lack characters of a path.
             stream.reconfigure(errors="backslashreplace")

@@ -209,6 +209,11 @@ class TestStreams:
         # An error has the same status, although it cannot be printed.
         assert sh(tmp_path, f"qm-cupy doctor --no-such-option {closed}")[0] == 2
 
+    def test_a_closed_stream_in_development_mode(self, tmp_path):
+        """Python then reports files that are not closed."""
+        got = sh(tmp_path, "qm-cupy --version >&-", PYTHONDEVMODE="1")
+        assert got == (0, b"", b"")
+
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
     @pytest.mark.parametrize("where", ["2>/dev/full", "2>&1 >/dev/null | true"])
     def test_an_error_that_cannot_be_printed(self, tmp_path, where):
