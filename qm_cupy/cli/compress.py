@@ -14,7 +14,6 @@ from ..corpus.merge_file import (
     write_merged,
 )
 from ..corpus.token_file import naming, open_tokens
-from ..files.inputs import STDIN
 from ..files.outputs import check_output
 from .options import (
     add_merge_options,
@@ -75,7 +74,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         seconds.spend("writing")
         summary = _summary(work, output.name, max_groups, num_bytes, seconds)
     text = json.dumps(summary) if arguments.json else _text(summary)
-    print_summary(text, sys.stderr if arguments.output == STDIN else sys.stdout)
+    print_summary(text, sys.stderr if output.is_stdout else sys.stdout)
 
 
 def _summary(

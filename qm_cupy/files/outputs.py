@@ -29,15 +29,20 @@ class Output(NamedTuple):
     @property
     def name(self) -> str:
         """The name for messages."""
-        return _STDOUT if str(self.path) == STDIN else shown(self.path)
+        return _STDOUT if self.is_stdout else shown(self.path)
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether the result goes to the standard output."""
+        return str(self.path) == STDIN
 
     def folder(self) -> Path | None:
         """Return the folder of a regular file; None for a pipe."""
-        return None if self._is_pipe() else _target(Path(self.path)).parent
+        return None if self.is_pipe() else _target(Path(self.path)).parent
 
-    def _is_pipe(self) -> bool:
+    def is_pipe(self) -> bool:
         """Return whether the result goes to a pipe or to the standard output."""
-        if str(self.path) == STDIN:
+        if self.is_stdout:
             return True
         try:
             return stat.S_ISFIFO(Path(self.path).stat().st_mode)
@@ -47,7 +52,7 @@ class Output(NamedTuple):
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """Open a file in which every position can be written, and deliver it."""
-        if not self._is_pipe():
+        if not self.is_pipe():
             with atomic_write(Path(self.path)) as file:
                 yield file
             return
@@ -64,7 +69,7 @@ class Output(NamedTuple):
                 raise ValueError(f"{reason} (the result is lost)") from error
 
     def _open_pipe(self) -> IO[bytes]:
-        if str(self.path) == STDIN:
+        if self.is_stdout:
             # Not closed at the end, because it belongs to the caller.
             return open(sys.stdout.fileno(), "wb", closefd=False)
         return Path(self.path).open("wb")
@@ -79,13 +84,13 @@ def check_output(
     the file decides. `source` is the status of the input.
     """
     wanted = None if format_option is None else f".{format_option}"
-    if str(path) == STDIN:
+    if _is_stdout(path):
         # If it is closed, it has become the null device (or None, in other programs).
         if sys.stdout is None or _is_device(os.fstat(sys.stdout.fileno()).st_mode):
             raise ValueError(
                 f"{_STDOUT} is closed, a device or a terminal: give a file or a pipe"
             )
-        return Output(path, wanted or ".npz")
+        return Output(STDIN, wanted or ".npz")
     path = Path(path)
     name = shown(path)
     suffix = path.suffix if path.suffix in FORMATS else None
@@ -95,13 +100,27 @@ def check_output(
             f"{suffix}"
         )
     _check_target(path, name, source)
-    file_format = wanted or suffix
+    file_format = wanted or suffix or (".npz" if Output(path, "").is_pipe() else None)
     if file_format is None:
         raise ValueError(
             f"the output must end in .npz, .npy or .safetensors, got {name} (or give "
             "--format)"
         )
     return Output(path, file_format)
+
+
+def _is_stdout(path: str | Path) -> bool:
+    """Return whether this is the standard output: "-", or a name such as /dev/stdout.
+
+    The output of a command may go to a regular file. This file must not be replaced,
+    because the command still prints to it.
+    """
+    if str(path) == STDIN:
+        return True
+    try:
+        return is_same_file(os.fstat(sys.stdout.fileno()), Path(path))
+    except (AttributeError, OSError, ValueError):  # no standard output
+        return False
 
 
 def _check_target(path: Path, name: str, source: os.stat_result | None) -> None:

@@ -84,6 +84,29 @@ def test_standard_output(tmp_path, tokens, ending):
     assert (tmp_path / f"file.{ending}").read_bytes() == done.stdout
 
 
+@pytest.mark.parametrize("output", ["-", "/dev/stdout", "/dev/fd/1"])
+def test_names_of_the_standard_output(tmp_path, tokens, output):
+    """The summary must not be mixed with the result."""
+    save(tmp_path / "a.npy", tokens=tokens)
+    done = run("compress", "a.npy", "--budget", 3, "-o", output, cwd=tmp_path)
+    assert done.returncode == 0
+    assert b"bytes" in done.stderr
+    (tmp_path / "copy.npz").write_bytes(done.stdout)
+    assert_merged(tmp_path / "copy.npz", tokens)
+    with (tmp_path / "file").open("wb") as file:
+        done = run(
+            "compress",
+            "a.npy",
+            "--budget=3",
+            "-o",
+            output,
+            cwd=tmp_path,
+            **{"stdout": file, "stderr": subprocess.PIPE, "capture_output": False},
+        )
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "copy.npz").read_bytes()
+
+
 def test_named_pipes(tmp_path, tokens):
     content = save(tmp_path / "deflated.npz", tokens=tokens).read_bytes()
     os.mkfifo(tmp_path / "in.npz")
