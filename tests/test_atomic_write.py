@@ -11,7 +11,7 @@ from command_line import compress, save
 
 import qm_cupy as qm
 from qm_cupy.atomic_write import atomic_write, delete_temporaries
-from qm_cupy.corpus import merge_file as command
+from qm_cupy.corpus import merge_options, plan
 
 resource = pytest.importorskip("resource") if os.name == "posix" else None
 NOBODY = 65534  # the number of a user without rights, on most systems
@@ -52,8 +52,8 @@ def test_stopped_half_way(tmp_path, tokens, monkeypatch, capsys, error):
     source = save(tmp_path / "a.npy", tokens=tokens)
     compress(source)
     before = (tmp_path / "out.npz").read_bytes()
-    monkeypatch.setattr(command, "CHUNK_BYTES", 1)  # a chunk is one sequence
-    merge = command.quickmerge
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)  # a chunk is one sequence
+    merge = merge_options.quickmerge
 
     def stop(*arguments, sequence_offset=0, **options):
         # The fifth of seven sequences: four are already written to the temporary
@@ -62,7 +62,7 @@ def test_stopped_half_way(tmp_path, tokens, monkeypatch, capsys, error):
             raise error
         return merge(*arguments, sequence_offset=sequence_offset, **options)
 
-    monkeypatch.setattr(command, "quickmerge", stop)
+    monkeypatch.setattr(merge_options, "quickmerge", stop)
     capsys.readouterr()
     code, _ = compress(source, "--order", "first")  # would give another file
     # 130: stopped by SIGINT, as shells report it.

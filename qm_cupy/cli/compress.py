@@ -5,15 +5,11 @@ import json
 import sys
 from typing import Any
 
-from ..corpus.merge_file import (
-    Plan,
-    Seconds,
-    check_options,
-    merge_parts,
-    plan,
-    write_merged,
-)
+from ..corpus.merge_file import Seconds, merge_parts
+from ..corpus.merge_options import check_options
+from ..corpus.plan import Plan, plan
 from ..corpus.token_file import naming, open_tokens
+from ..corpus.write_merged import write_merged
 from ..files.outputs import check_output
 from .options import (
     add_merge_options,

@@ -4,7 +4,8 @@ import argparse
 import json
 from typing import Any
 
-from ..corpus.merge_file import Plan, check_options, plan
+from ..corpus.merge_options import check_options
+from ..corpus.plan import Plan, plan
 from ..corpus.token_file import naming, select
 from ..files.inputs import Input, open_arrays
 from .options import (

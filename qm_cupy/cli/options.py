@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..corpus.merge_file import MergeOptions
+from ..corpus.merge_options import MergeOptions
 from ..corpus.token_file import Selection
 from ..stages.clustering.cluster_tokens import METHODS
 from ..stages.clustering.labels import ORDERS

@@ -5,7 +5,7 @@ import pytest
 from command_line import FORMATS, assert_same, compress, save
 
 import qm_cupy as qm
-from qm_cupy.corpus import merge_file as command
+from qm_cupy.corpus import merge_options, plan
 
 
 # 7 sequences of 4 to 12 tokens.
@@ -17,7 +17,7 @@ def mask(rng):
 # A sequence has 12 tokens of 5 floats of 4 bytes: one, two or all sequences at a time.
 @pytest.fixture(params=[1, 2 * 12 * 5 * 4, 2**26], ids=["one", "two", "all"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(command, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(plan, "CHUNK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -93,14 +93,14 @@ class TestCompress:
 
 def test_deflated_file_larger_than_a_chunk(tmp_path, monkeypatch, capsys):
     """60 sequences of 160 kB, of which 13 are merged at a time."""
-    monkeypatch.setattr(command, "CHUNK_BYTES", 2**21)  # 13 * 160,000 bytes fit
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 2**21)  # 13 * 160,000 bytes fit
     x = np.zeros((60, 20, 2000), np.float32)
     x[..., :8] = np.random.default_rng(0).standard_normal((60, 20, 8))
     path = save(tmp_path / "deflated.npz", tokens=x)
     sizes = []
-    whole = command.quickmerge
+    whole = merge_options.quickmerge
     monkeypatch.setattr(
-        command,
+        merge_options,
         "quickmerge",
         lambda x, *a, **k: sizes.append(x.nbytes) or whole(x, *a, **k),
     )

@@ -7,7 +7,7 @@ import pytest
 from command_line import FORMATS, compress, save
 
 from qm_cupy.cli.main import main
-from qm_cupy.corpus import merge_file
+from qm_cupy.corpus import plan
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_arrays(tmp_path, tokens, mask, info, name):
 
 def test_what_compress_would_do(tmp_path, tokens, mask, info, monkeypatch):
     """With the same options, `info` says what the summary of `compress` says later."""
-    monkeypatch.setattr(merge_file, "CHUNK_BYTES", 700)  # two sequences
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 700)  # two sequences
     path = save(tmp_path / "a.npz", tokens=tokens, mask=mask)
     options = "--budget", 0.4, "--weights", "mass", "--metric", "euclidean"
     shown = info(path, *options)

@@ -8,7 +8,7 @@ import pytest
 from command_line import compress, save
 
 from qm_cupy.cli import progress
-from qm_cupy.corpus import merge_file
+from qm_cupy.corpus import plan
 
 
 def as_terminal(monkeypatch):
@@ -38,7 +38,7 @@ def test_progress_on_a_terminal_only(tmp_path, tokens, capsys):
 
 def test_many_sequences(tmp_path, tokens, monkeypatch):
     terminal = as_terminal(monkeypatch)
-    monkeypatch.setattr(merge_file, "CHUNK_BYTES", 1)  # one sequence at a time
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)  # one sequence at a time
     compress(save(tmp_path / "a.npy", tokens=tokens))
     shown = percentages(terminal)
     assert shown == sorted(shown)

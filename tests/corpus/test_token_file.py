@@ -8,14 +8,14 @@ from command_line import FORMATS, assert_same, compress, save
 
 import qm_cupy as qm
 from qm_cupy.cli.main import main
-from qm_cupy.corpus import merge_file
+from qm_cupy.corpus import plan
 
 
 @pytest.fixture(params=[1, 2 * 12 * 5 * 4, 2**26], ids=["one", "two", "all"])
 def chunk(request, monkeypatch):
     """One, two or all sequences are merged at a time."""
-    monkeypatch.setattr(merge_file, "CHUNK_BYTES", request.param)
-    monkeypatch.setattr(merge_file, "_HINT_BYTES", max(1, request.param // 30))
+    monkeypatch.setattr(plan, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(plan, "HINT_BYTES", max(1, request.param // 30))
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ class TestOptions:
 
 
 def test_errors_of_a_chunk_name_its_sequences(tmp_path, tokens, monkeypatch, fails):
-    monkeypatch.setattr(merge_file, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
     big = tokens.astype(np.float64)
     big[4] *= 1e200
     path = save(tmp_path / "a.npy", tokens=big)

@@ -15,7 +15,7 @@ from command_line import FORMATS, assert_same, compress, save
 
 import qm_cupy as qm
 from qm_cupy.cli.main import main
-from qm_cupy.corpus import merge_file
+from qm_cupy.corpus import plan
 from qm_cupy.files import stored
 from qm_cupy.files.inputs import open_arrays
 
@@ -104,7 +104,7 @@ class TestNpy:
     def test_fortran_order(
         self, tmp_path, tokens, monkeypatch, name, chunk_bytes, bytes_per_call
     ):
-        monkeypatch.setattr(merge_file, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(plan, "CHUNK_BYTES", chunk_bytes)
         monkeypatch.setattr(stored, "BYTES_PER_CALL", bytes_per_call)
         monkeypatch.setattr(stored, "_PIECE", 64)  # two columns of 7 numbers
         path = save(tmp_path / name, tokens=np.asfortranarray(tokens))

@@ -9,7 +9,7 @@ from command_line import assert_same, compress, save
 
 import qm_cupy as qm
 from qm_cupy.cli.main import main
-from qm_cupy.corpus import merge_file
+from qm_cupy.corpus import merge_file, plan
 
 SUFFIXES = ".npz", ".safetensors", ".npy"
 
@@ -35,7 +35,7 @@ def test_same_bytes_twice(tmp_path, tokens, suffix):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_formats(tmp_path, tokens, monkeypatch, suffix, dtype, options, chunk_bytes):
     """With a limit of the error, K is known only at the end."""
-    monkeypatch.setattr(merge_file, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(plan, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr("qm_cupy.files.write._IN_MEMORY", 10)
     x = tokens.astype(dtype)
     path, output = save(tmp_path / "a.npy", tokens=x), tmp_path / f"b{suffix}"
@@ -133,7 +133,7 @@ def test_what_an_error_leaves(tmp_path, tokens, monkeypatch, capsys):
         output.write_bytes(b"old")
         tokens[6, 3, 1] = np.nan
         save(path, tokens=tokens)
-        monkeypatch.setattr(merge_file, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
         for options in ((), ("--max-error", "0.5")):
             assert run(path, output, *options) == 2
             assert "got nan in sequence 6, token 3" in capsys.readouterr().err

@@ -242,8 +242,8 @@ def test_an_input_that_becomes_shorter(tmp_path, name):
     code = f"""
 import os, sys
 from qm_cupy.cli.main import main
-from qm_cupy.corpus import merge_file
-merge_file.CHUNK_BYTES = 100_000
+from qm_cupy.corpus import merge_file, plan
+plan.CHUNK_BYTES = 100_000
 merge = merge_file.merge_chunk
 def merge_chunk(plan, arrays, start):
     os.truncate({str(path)!r}, {path.stat().st_size // 2})
