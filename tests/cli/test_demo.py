@@ -68,15 +68,22 @@ def test_picture_of_a_user(tmp_path, rng, options):
 )
 def test_options(tmp_path, rng, capsys, options, choice, stages):
     """The demo runs the stages that the weights need; the result is `quickmerge`'s."""
-    picture = (255 * rng.random((48, 64, 3))).astype(np.uint8)
+    # Patches of different contrast, so that they have different weights.
+    noise = rng.random((48, 64, 3)) * np.linspace(0, 1, 64)[:, None]
+    picture = (255 * noise).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     run_demo(tmp_path / "picture.png", 5, tmp_path, **{**options, **choice})
-    printed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert printed & {"saliency", "selection"} == stages
+    printed = capsys.readouterr().out
+    words = {line.split()[0] for line in printed.splitlines()}
+    assert words & {"saliency", "selection"} == stages
     pixels, _ = cut_into_patches(picture.astype(np.float32) / 255, 8)
     tokens = pixels - pixels.mean(axis=0)
     wanted = qm.quickmerge(tokens, 5, **{**options, **choice})
     assert_same(qm.Merged.load(tmp_path / "merged.npz"), wanted)
+    # The picture is merged with the same weights.
+    rebuilt = qm.unmerge_tokens(wanted.apply(pixels), wanted.labels)
+    quality = -10 * np.log10(np.mean((rebuilt - pixels) ** 2))
+    assert f"PSNR {quality:.1f} dB" in printed
 
 
 def test_blank_picture(tmp_path, capsys, options):

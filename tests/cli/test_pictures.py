@@ -524,6 +524,17 @@ class TestRefused:
         monkeypatch.setattr(pictures, "BYTES_PER_PIXEL", 2**45)
         refused(path, path, "64 x 64 pixels", "134217728.0 GiB of memory")
 
+    def test_a_decoder_with_a_long_message(self, tmp_path, monkeypatch):
+        path, _ = save(tmp_path / "a.png", Image.new("L", (64, 64)))
+
+        def load(image):
+            raise KeyError("a marker " * 100)
+
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+        with pytest.raises(ValueError, match="cannot be read: 'a marker") as error:
+            read_picture(path)
+        assert len(str(error.value).replace(str(path), "")) < 200
+
     def test_memory_that_ends_in_a_decoder(self, tmp_path, refused, monkeypatch):
         path, _ = save(tmp_path / "a.png", Image.new("L", (64, 64)))
 
