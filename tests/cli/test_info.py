@@ -53,9 +53,9 @@ def test_what_compress_would_do(tmp_path, tokens, mask, info, monkeypatch):
     assert "compress would merge 7 x 12 x 5 -> 7 x 4 x 5\n" in shown
     assert "method average, metric euclidean, weights mass\n" in shown
     assert "sequences at a time: 2, on the CPU" in shown
-    told = info(path, *options, "--json")["merge"]
-    assert told["merged_shape"] == [7, 4, 5]
-    assert (told["tokens"], told["padding"]) == (57, 27)
+    reported = info(path, *options, "--json")["merge"]
+    assert reported["merged_shape"] == [7, 4, 5]
+    assert (reported["tokens"], reported["padding"]) == (57, 27)
     assert "as many groups as the limit allows" in info(path, "--max-error", 0.2)
     assert info(path, "--max-error", 0.2, "--json")["merge"]["method"] == "ward"
 
@@ -94,8 +94,8 @@ def test_wrong_options_and_files(tmp_path, tokens, fails):
 
 def test_a_result_of_compress(tmp_path, tokens, info):
     compress(save(tmp_path / "a.npy", tokens=tokens))
-    told = info(tmp_path / "out.npz", "--json")
-    shapes = {name: x["shape"] for name, x in told["arrays"].items()}
+    reported = info(tmp_path / "out.npz", "--json")
+    shapes = {name: x["shape"] for name, x in reported["arrays"].items()}
     assert shapes == {
         "tokens": [7, 3, 5],
         "labels": [7, 12],
@@ -104,4 +104,4 @@ def test_a_result_of_compress(tmp_path, tokens, info):
         "mass": [7, 12],
     }
     # Groups of size 0 are padding.
-    assert told["arrays"]["sizes"]["used_as"] == "mask"
+    assert reported["arrays"]["sizes"]["used_as"] == "mask"

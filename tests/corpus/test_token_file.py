@@ -59,6 +59,7 @@ class TestMask:
     def test_a_mask_that_the_file_has_is_used(
         self, tmp_path, tokens, mask, name, key, capsys
     ):
+        # A tokenizer's mask has integers.
         values = mask.astype(np.int64) if key == "attention_mask" else mask
         path = save(tmp_path / name, tokens=tokens, **{key: values})
         _, got = compress(path)
@@ -71,6 +72,7 @@ class TestMask:
 
     @pytest.mark.parametrize("name", FORMATS[1:])
     def test_padding_is_not_read(self, tmp_path, tokens, mask, name):
+        # With padding of NaN, reading any of it would be an error.
         tokens[~mask] = np.nan
         path = save(tmp_path / name, tokens=tokens, mask=mask)
         _, got = compress(path, budget="0.4")
@@ -149,6 +151,7 @@ class TestProtect:
 
     @pytest.mark.parametrize("name", FORMATS[1:])
     def test_arrays(self, tmp_path, tokens, name):
+        # Another token of each sequence.
         flags = np.zeros((7, 12), np.bool_)
         flags[np.arange(7), np.arange(7)] = True
         arrays = {"flags": flags, "row": flags[3], "positions": np.array([2, 0])}
@@ -207,6 +210,7 @@ class TestAttention:
 
     def test_forms(self, tmp_path, tokens, attention, mask):
         path = tmp_path / "a.npz"
+        # Each token attends to itself and to the tokens before it.
         causal = np.tril(attention) / np.tril(attention).sum(-1, keepdims=True)
         _, got = compress(save(path, tokens=tokens, a=causal), "--attention", "a")
         assert_same(got, qm.quickmerge(tokens, 3, attention=causal))

@@ -22,6 +22,7 @@ from qm_cupy.files.inputs import open_arrays
 
 def written(path, arrays):
     """Write safetensors by hand: {name: (code, shape, bytes)}."""
+    # The format is the length of the header, the header in JSON, and the numbers.
     header, data = {}, b""
     for name, (code, shape, content) in arrays.items():
         offsets = [len(data), len(data) + len(content)]
@@ -52,6 +53,7 @@ def test_missing_cut_short_or_something_else(tmp_path, tokens, name, compress_fa
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("count", [1, 3, 100])
 def test_every_array_in_chunks_of_any_size(tmp_path, rng, name, count):
+    # A .npy file has only the tokens; the other formats have five arrays.
     arrays = {"tokens": rng.standard_normal((7, 4, 5)).astype("<f4")}
     if name != FORMATS[0]:
         arrays |= {
@@ -64,6 +66,7 @@ def test_every_array_in_chunks_of_any_size(tmp_path, rng, name, count):
         assert set(source.arrays) == set(arrays)
         for key, x in arrays.items():
             assert source.arrays[key].fault == ""
+            # An array without entries has one chunk, which is empty.
             chunks = list(source.arrays[key].chunks(count))
             assert max(len(chunk) for chunk in chunks) <= count
             got = np.concatenate(chunks)
@@ -113,6 +116,7 @@ class TestNpy:
         path = save(tmp_path / name, tokens=np.asfortranarray(tokens[0]))
         _, got = compress(path)
         assert_same(got, qm.quickmerge(tokens[0], 3))
+        # Without sequences: the header still says Fortran order.
         save(path, tokens=np.asfortranarray(tokens)[:0])
         assert compress(path)[0] == 0
 
@@ -145,6 +149,7 @@ class TestNpy:
             archive.writestr("tokens.npy", content)
         compress_fails(tmp_path / "a.npy", tmp_path / "a.npy")
         compress_fails(tmp_path / "a.npz", tmp_path / "a.npz")
+        # The same shape in the JSON of a .safetensors file.
         if len(str(shape)) < 100:
             item = {"dtype": "F32", "shape": shape, "data_offsets": [0, 1000]}
             text = json.dumps({"tokens": item}).encode()
@@ -302,6 +307,7 @@ def test_one_wrong_byte(tmp_path, name, capsys):
     path, output = save(tmp_path / name, tokens=tokens), tmp_path / "out.npz"
     whole = path.read_bytes()
     statuses = []
+    # All bytes, the tokens too: a checksum may cover them.
     for index in range(len(whole)):
         for change in (0x01, 0x80, 0xFF):
             damaged = bytearray(whole)
@@ -312,6 +318,7 @@ def test_one_wrong_byte(tmp_path, name, capsys):
                 main(["compress", str(path), "--budget", "2", "-o", str(output)])
             )
             error = capsys.readouterr().err
+            # Either an error or an output, never both or none.
             assert (statuses[-1] == 2) == (error != "") != output.exists()
             assert error.count("\n") <= 1
             assert len(error) < 300

@@ -53,6 +53,7 @@ def test_formats(tmp_path, tokens, monkeypatch, suffix, dtype, options, chunk_by
 def test_other_programs_read_safetensors(tmp_path, tokens):
     """torch needs arrays at multiples of the size of their numbers."""
     module = pytest.importorskip("safetensors.torch")
+    # The package itself aligns arrays by writing the widest numbers first.
     # 7 sequences of 3 groups of width 5: an odd number of float16.
     path = save(tmp_path / "a.npy", tokens=tokens.astype(np.float16))
     run(path, tmp_path / "b.safetensors")
@@ -114,6 +115,7 @@ def test_a_link_is_followed_and_a_mode_is_kept(tmp_path, tokens):
     path = save(tmp_path / "a.npy", tokens=tokens)
     (tmp_path / "folder").mkdir()
     target, link = tmp_path / "folder" / "real.npz", tmp_path / "link.npz"
+    # An old file that only its owner may read.
     target.write_bytes(b"old")
     target.chmod(0o600)
     link.symlink_to(target)
@@ -131,6 +133,7 @@ def test_what_an_error_leaves(tmp_path, tokens, monkeypatch, capsys):
     for suffix in SUFFIXES:
         output = tmp_path / f"b{suffix}"
         output.write_bytes(b"old")
+        # The error comes with the last sequence, when six results are written.
         tokens[6, 3, 1] = np.nan
         save(path, tokens=tokens)
         monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
@@ -159,6 +162,7 @@ def test_json(tmp_path, tokens, capsys):
     assert run(path, output, "--json", "--weights", "saliency") == 0
     summary = json.loads(capsys.readouterr().out)
     seconds = summary.pop("seconds")
+    # Seconds differ from run to run, so only their names are compared.
     assert set(seconds) == {"starting", "reading", "merging", "writing"}
     assert min(seconds.values()) >= 0
     assert summary == {

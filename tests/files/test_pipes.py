@@ -20,6 +20,7 @@ OUTPUTS = "npz", "safetensors", "npy"
 
 
 def run(*words, cwd, **options):
+    # A command that hangs is stopped after 100 s, and the test fails.
     argv = [sys.executable, "-m", "qm_cupy", *map(str, words)]
     options = {"capture_output": True, "timeout": 100, "check": False, **options}
     return subprocess.run(argv, cwd=cwd, **options)
@@ -59,6 +60,7 @@ def test_standard_input(tmp_path, tokens, name, source):
     )
     assert done.stderr == b""
     assert_merged(tmp_path / "out.npz", tokens)
+    # `< file` in a shell: the standard input is a regular file.
     with (tmp_path / name).open("rb") as file:
         done = run(
             "compress", source, "--budget=3", "-oz.npy", cwd=tmp_path, stdin=file
@@ -79,7 +81,7 @@ def test_standard_output(tmp_path, tokens, ending):
     path = tmp_path / f"copy.{ending}"
     path.write_bytes(done.stdout)
     assert_merged(path, tokens)
-    # The same bytes as in a file.
+    # The same bytes as in a file, because all numbers and dates are the same.
     run("compress", "a.npy", "--budget", 3, "-o", f"file.{ending}", cwd=tmp_path)
     assert (tmp_path / f"file.{ending}").read_bytes() == done.stdout
 
@@ -118,6 +120,7 @@ def test_named_pipes(tmp_path, tokens):
             target=lambda: received.append((tmp_path / "out.npz").read_bytes())
         ),
     ]
+    # Both threads wait until the command opens the other end of their pipe.
     for thread in threads:
         thread.start()
     done = run("compress", "in.npz", "--budget", 3, "-o", "out.npz", cwd=tmp_path)
@@ -132,6 +135,7 @@ def test_named_pipes(tmp_path, tokens):
 def test_a_pipe_without_a_reader(tmp_path, tokens):
     """The result could not be delivered, so the command fails."""
     save(tmp_path / "a.npy", tokens=np.tile(tokens, (100, 1, 10)))
+    # A pipe whose reader has ended before the result comes.
     read, write = os.pipe()
     os.close(read)
     words = "compress", "a.npy", "--budget", "3", "-o", "-"
@@ -161,6 +165,7 @@ def test_devices(tmp_path, tokens, path):
 
 def test_the_terminal(tmp_path):
     """A file of arrays is neither typed nor shown."""
+    # The two ends of a terminal: what a user sees, and what the command gets.
     master, slave = os.openpty()
     words = "compress", "-", "--budget", 3, "-o", "out.npz"
     done = run(*words, cwd=tmp_path, stdin=slave)
@@ -217,6 +222,7 @@ def test_other_content(tmp_path, content):
 
 
 def test_a_name_with_another_ending(tmp_path, tokens, fails):
+    # The content decides if the ending is not one of the three.
     for name in FORMATS:
         path = save(tmp_path / name, tokens=tokens)
         other = path.rename(tmp_path / "states.bin")
@@ -239,6 +245,7 @@ def test_an_input_that_becomes_shorter(tmp_path, name):
     """A file that is mapped into memory would end the process by SIGBUS."""
     rng = np.random.default_rng(0)
     path = save(tmp_path / name, tokens=rng.standard_normal((40, 30, 100)))
+    # The file loses its second half while the first chunk is merged.
     code = f"""
 import os, sys
 from qm_cupy.cli.main import main
