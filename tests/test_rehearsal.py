@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import qm_cupy as qm
 
 pytestmark = pytest.mark.rehearsal
 
@@ -116,3 +119,40 @@ def test_a_hang_cannot_be_interrupted():
     process.kill()
     text, _ = process.communicate()
     assert text == ""  # neither "over" nor a traceback of KeyboardInterrupt
+
+
+def test_compress_on_a_gpu(tmp_path):
+    """The command gives the results of the CPU, with every array that a file may have.
+
+    `--saliency norm` and positions of protected tokens need conversions of their own.
+    """
+    rng = np.random.default_rng(0)
+    mask = np.arange(9) < np.array([[9], [6], [7]])
+    attention = rng.random((3, 2, 9, 9)) * mask[:, None, None]
+    attention /= attention.sum(-1, keepdims=True)
+    np.savez(
+        tmp_path / "a.npz",
+        tokens=rng.standard_normal((3, 9, 4)).astype(np.float32),
+        mask=mask,
+        attention=attention.astype(np.float32),
+        keep=mask & (np.arange(9) == 2),
+    )
+    cases = (
+        ("--budget", "4", "--protect", "0,-1"),
+        ("--budget", "0.5", "--protect", "keep", "--saliency", "norm"),
+        ("--budget", "4", "--attention", "attention"),
+        ("--max-error", "0.3"),
+        ("--budget", "4", "--weights", "mass", "--noise-seed", "1"),
+    )
+    for options in cases:
+        words = ["-m", "qm_cupy", "compress", str(tmp_path / "a.npz"), *options]
+        results = []
+        for device in ("cpu", "cuda"):
+            path = tmp_path / f"{device}.npz"
+            text = output(*words, "-o", str(path), "--device", device)
+            assert ("on a GPU" in text) == (device == "cuda")
+            results.append(qm.Merged.load(path))
+        wanted, got = results
+        np.testing.assert_array_equal(got.labels, wanted.labels)
+        np.testing.assert_allclose(got.tokens, wanted.tokens, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got.mass, wanted.mass, rtol=1e-4, atol=1e-5)
