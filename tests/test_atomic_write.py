@@ -153,6 +153,8 @@ class TestPermissions:
         calls = []
 
         def chown(path, user, group):
+            # Until it has its own permissions, only its owner may read the file.
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
             calls.append((user, group))
             if user != -1:
                 raise PermissionError  # as for a user who is not the superuser
