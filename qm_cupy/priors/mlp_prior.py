@@ -220,7 +220,8 @@ class MLPPrior:
         acc_dtype = accumulation_dtype(token.dtype)
         # Sum in the dtype in which `predict` sums: float64 on the CPU, and on a GPU
         # float32, or float64 for float64 tokens.
-        converted = token.astype(acc_dtype if is_cuda(token) else np.float64)
+        # BLAS can give other bits if a token is not in C order.
+        converted = token.astype(acc_dtype if is_cuda(token) else np.float64, order="C")
         # A new array, because several steps may continue from the old state.
         total = total + converted if count else converted
         context = (total / (count + 1)).astype(acc_dtype)
