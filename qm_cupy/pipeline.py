@@ -33,6 +33,7 @@ from .composition import (
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .group_counts import num_groups_of, traced_num_groups
+from .memory import check_quickmerge_memory
 from .progress import span
 from .results import Merged, arrays_of, check_target
 from .sources import (
@@ -297,6 +298,9 @@ def quickmerge(
         if target is not None and num_groups is not None:
             check_target(target, num_groups.max_groups, tokens, mass_dtype)
             destination = target.tokens  # (B, K, D)
+        masked = mask is not None or protect is not None
+        max_groups = None if num_groups is None else num_groups.max_groups
+        check_quickmerge_memory(tokens, max_groups, sources, masked, options)
         merged = compose(
             with_progress(COMPUTE_STAGES, tokens, sources, options),
             tokens,

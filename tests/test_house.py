@@ -33,14 +33,15 @@ LAYERS = {
         "corpus": "results arrays settings install_advice",
         "paper": "pipeline stages priors results autodiff arrays",
         "choose_merge": "pipeline stages priors results arrays",
-        "pipeline": "stage_progress composition group_counts sources stages results "
-        "autodiff cuda arrays progress",
+        "pipeline": "stage_progress memory composition group_counts sources stages "
+        "results autodiff cuda arrays progress",
+        "memory": "composition sources stages arrays",
         "stage_progress": "composition sources stages arrays progress",
         "composition": "group_counts sources stages results autodiff arrays settings",
         "group_counts": "stages cuda arrays autodiff",
         "sources": "stages arrays settings",
         "results": "merged_file stages autodiff cuda arrays",
-        "stages": "priors autodiff cuda arrays settings progress",
+        "stages": "priors autodiff cuda arrays settings progress host_memory",
         "priors": "atomic_write cuda arrays settings install_advice",
         "autodiff": "arrays settings",
         "cuda": "arrays settings install_advice",

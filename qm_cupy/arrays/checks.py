@@ -8,7 +8,7 @@ sequence is merged to. ``wanted`` is the shape that an array must have.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -35,20 +35,30 @@ def check_finite_values(
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(x.sum()):
             return
-    wrong = _first_among(~np.isfinite(x), masks)
+    wrong = _first_wrong(x, lambda part: ~np.isfinite(part), masks)
     if wrong is not None:
         raise ValueError(f"`{name}` must be finite, got {x[wrong]} at index {wrong}")
 
 
-def _first_among(
-    wrong: NDArray[np.bool_], masks: Sequence[NDArray[np.bool_] | None]
+def _first_wrong(
+    x: NDArray[Any],
+    is_wrong: Callable[[NDArray[Any]], NDArray[np.bool_]],
+    masks: Sequence[NDArray[np.bool_] | None],
 ) -> tuple[int, ...] | None:
-    """Return the index of the first True where no mask is False, or None."""
-    for mask in masks:
-        if mask is not None:
-            wrong &= mask
-    index = np.argwhere(wrong)
-    return tuple(map(int, index[0])) if len(index) else None
+    """Return the index of the first entry that is wrong where no mask is False.
+
+    `is_wrong` returns booleans for a part of `x`: the last two axes of an array are
+    checked one after another, so that they need little memory.
+    """
+    full = [np.broadcast_to(mask, x.shape) for mask in masks if mask is not None]
+    for outer in np.ndindex(x.shape[:-2]):
+        wrong = is_wrong(x[outer])
+        for mask in full:
+            wrong &= mask[outer]
+        index = np.argwhere(wrong)
+        if len(index):
+            return (*outer, *map(int, index[0]))
+    return None
 
 
 def _values_checked(x: NDArray[Any]) -> bool:
@@ -258,7 +268,7 @@ def check_not_negative(
     with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN
         if x.min() >= 0:
             return
-        wrong = _first_among(x < 0, masks)
+        wrong = _first_wrong(x, lambda part: part < 0, masks)
     if wrong is not None:
         raise ValueError(f"`{name}` must be ≥ 0, got {x[wrong]} at index {wrong}")
 

@@ -28,14 +28,13 @@ from ...arrays.libraries import is_cuda
 from ...cuda.constants import LEAST_MASS
 from ...progress import span
 from .checks import check_mass_method
+from .clustering_memory import IN_PLACE, check_linkage_memory
 from .linkage_cuda import dendrograms_cuda
 from .metrics import METRICS, Metric, half_squared_distances, metric_vectors
 from .weighted_linkage import Floats, weighted_linkage
 
 # A row without a merge: no groups, an infinite distance, no tokens.
 PADDED_ROW = (-1.0, -1.0, np.inf, 0.0)
-# Up to so many tokens, SciPy's `squareform` is faster than a copy within the matrix.
-_IN_PLACE = 1024
 
 
 LinkageMethod = Literal["average", "ward", "complete", "single"]
@@ -133,6 +132,7 @@ def linkage(
     check_mass(mass, tokens.shape[:-1], mask=mask)
     if is_cuda(tokens):
         return convert_back(dendrograms_cuda(tokens, method, mass, mask, metric=metric))
+    check_linkage_memory(tokens.shape, method, mass is not None)
     return convert_back(linkage_reference(tokens, method, metric, mass, mask))
 
 
@@ -211,7 +211,7 @@ def above_diagonal(square: Floats) -> Floats:
     from scipy.spatial.distance import squareform
 
     num_rows = len(square)
-    if num_rows <= _IN_PLACE:
+    if num_rows <= IN_PLACE:
         return squareform(square, checks=False)  # needs another 4 N² bytes
     # The entries move towards the start of the memory, so none is overwritten before it
     # has moved. Then the second half of the memory is given back.
