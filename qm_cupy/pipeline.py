@@ -209,6 +209,8 @@ def quickmerge(
         If a shape is wrong, an entry is not finite, the budget is out of range or too
         small for the protected tokens, more than one source of saliency is given, or
         the weights are "attention" and the source has no attention.
+    MemoryError
+        If the CPU has not enough memory. Linkage needs about 8 N² bytes.
 
     References
     ----------

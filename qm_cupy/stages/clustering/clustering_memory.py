@@ -21,6 +21,7 @@ IN_PLACE = 1024
 _BLOCKS = 6_000_000
 # Arrays with a few numbers for each token, such as labels and the rows of a dendrogram.
 _PER_TOKEN = 150
+_CALL = 100_000  # Python's objects
 
 
 def sequence_bytes(
@@ -50,7 +51,7 @@ def sequence_bytes(
         # above the diagonal, and makes a copy of it.
         in_place = weighted or num_tokens > IN_PLACE
         work = 8 * pairs + max(vectors, 0 if in_place else 4 * pairs)
-    return work + min(work, _BLOCKS) + _PER_TOKEN * num_tokens
+    return work + min(work, _BLOCKS) + _PER_TOKEN * num_tokens + _CALL
 
 
 def clustering_bytes(
@@ -76,7 +77,9 @@ def clustering_bytes(
     if copied:
         sequence += num_tokens * dim * dtype.itemsize
     if by_norms:  # three arrays like all tokens, in float64
-        sequence = max(sequence, 24 * math.prod(shape))
+        sequence = max(
+            sequence, 24 * math.prod(shape) + _PER_TOKEN * num_tokens + _CALL
+        )
     return 4 * math.prod(batch) * num_tokens + sequence  # with the labels
 
 
@@ -138,7 +141,8 @@ def similarity_bytes(shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[int, i
     *batch, num_tokens, dim = shape
     size = accumulation_dtype(dtype).itemsize
     matrix = size * num_tokens**2
-    sequence = matrix + size * num_tokens * dim + min(matrix, _BLOCKS)
+    work = matrix + size * num_tokens * dim
+    sequence = work + min(work, _BLOCKS) + _CALL
     return sequence, (math.prod(batch) - 1) * matrix + sequence
 
 

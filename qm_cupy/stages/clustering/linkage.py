@@ -86,6 +86,8 @@ def linkage(
         If a shape is wrong, an entry is not finite, a mass is negative, masses are
         given for another method, a sequence has no tokens, or `method` or `metric` is
         unknown.
+    MemoryError
+        If the CPU has not enough memory.
 
     See Also
     --------
@@ -103,11 +105,12 @@ def linkage(
 
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
-    On the CPU, the computation handles one sequence at a time, and needs about 12 N²
-    bytes of memory, or 16 N² with masses. On a GPU, one launch handles as many
-    sequences as fit in three quarters of the free memory. The cosines of a sequence
-    need 4 N² bytes there, or 8 N² for float64 tokens. Euclidean distances are computed
-    from products of tokens, so rounding limits them. A distance below 2e-7 of the
+    On the CPU, the computation handles one sequence at a time, and needs about 8 N²
+    bytes of memory (12 N² up to 1024 tokens without masses), and 8 N D bytes at first.
+    If they are not available, it raises a MemoryError before the work. On a GPU, one
+    launch handles as many sequences as fit in three quarters of the free memory. The
+    cosines of a sequence need 4 N² bytes there, or 8 N² for float64 tokens. Euclidean
+    distances are computed from products of tokens, so rounding limits them. A distance below 2e-7 of the
     distances of both tokens to the mean token counts as 0. On a GPU, this limit is
     0.2 % (except for float64 tokens), and for ward it is relative to the largest
     distance to the mean; for 16-bit tokens, the norms replace the distances to the
