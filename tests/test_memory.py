@@ -14,6 +14,7 @@ import pytest
 
 import qm_cupy as qm
 from qm_cupy import host_memory
+from qm_cupy.arrays.checks import check_finite_values
 from qm_cupy.memory import quickmerge_bytes
 from qm_cupy.sources import NO_SOURCES
 from qm_cupy.stages.clustering.checks import WEIGHTED_METHODS
@@ -316,3 +317,34 @@ class TestRefusal:
             r"GB are available: .*\n9\n",
             output,
         )
+
+
+class TestChecksInParts:
+    """Large arrays are checked in parts, which need little memory."""
+
+    SHAPES = ((1, 2, 900, 900), (4, 700, 600), (2_000_000, 1), (3, 1_500_000), (2**21,))
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_the_first_wrong_entry(self, shape):
+        x = np.ones(shape, np.float16)  # the sum overflows, so every entry is checked
+        first = tuple(n // 2 for n in shape)
+        last = tuple(n - 1 for n in shape)
+        x[first] = x[last] = np.nan
+        assert peak_of(lambda: found(x, None)) < 5e6
+        assert found(x, None) == first
+        keep = np.ones(shape[-1], np.bool_)
+        keep[first[-1]] = shape[-1] == 1
+        assert found(x, keep) == (first if shape[-1] == 1 else last)
+        assert found(x, np.zeros((), np.bool_)) is None
+        x[first] = x[last] = 1
+        assert found(x, None) is None
+
+
+def found(x, mask):
+    """Return the index in the error of `check_finite_values`, or None."""
+    try:
+        check_finite_values("x", x, mask)
+    except ValueError as error:
+        index = str(error).partition("at index ")[2]
+        return tuple(map(int, re.findall(r"\d+", index)))
+    return None

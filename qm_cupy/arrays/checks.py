@@ -8,7 +8,7 @@ sequence is merged to. ``wanted`` is the shape that an array must have.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from ..settings import finite_checked
 from .libraries import is_cuda
+
+_ENTRIES = 1 << 20  # of a large array, so many entries are checked at once
 
 
 def check_finite_values(
@@ -43,21 +45,29 @@ def check_finite_values(
 def _first_wrong(
     x: NDArray[Any],
     is_wrong: Callable[[NDArray[Any]], NDArray[np.bool_]],
-    masks: Sequence[NDArray[np.bool_] | None],
+    masks: Iterable[NDArray[np.bool_] | None],
 ) -> tuple[int, ...] | None:
     """Return the index of the first entry that is wrong where no mask is False.
 
-    `is_wrong` returns booleans for a part of `x`: the last two axes of an array are
-    checked one after another, so that they need little memory.
+    `is_wrong` returns booleans for a part of `x`. A large array is checked in parts, so
+    that the booleans need little memory.
     """
     full = [np.broadcast_to(mask, x.shape) for mask in masks if mask is not None]
-    for outer in np.ndindex(x.shape[:-2]):
-        wrong = is_wrong(x[outer])
+    if x.size <= _ENTRIES or x.ndim < 2:
+        wrong = is_wrong(x)
         for mask in full:
-            wrong &= mask[outer]
+            wrong &= mask
         index = np.argwhere(wrong)
-        if len(index):
-            return (*outer, *map(int, index[0]))
+        return tuple(map(int, index[0])) if len(index) else None
+    step = max(1, _ENTRIES // x[0].size)
+    for start in range(0, len(x), step):
+        # One row of x may be large too, so it is checked in parts of its own.
+        part = start if step == 1 else slice(start, start + step)
+        first = _first_wrong(x[part], is_wrong, [mask[part] for mask in full])
+        if first is not None and step == 1:
+            return start, *first
+        if first is not None:
+            return start + first[0], *first[1:]
     return None
 
 

@@ -110,13 +110,13 @@ def linkage(
     If they are not available, it raises a MemoryError before the work. On a GPU, one
     launch handles as many sequences as fit in three quarters of the free memory. The
     cosines of a sequence need 4 N² bytes there, or 8 N² for float64 tokens. Euclidean
-    distances are computed from products of tokens, so rounding limits them. A distance below 2e-7 of the
-    distances of both tokens to the mean token counts as 0. On a GPU, this limit is
-    0.2 % (except for float64 tokens), and for ward it is relative to the largest
-    distance to the mean; for 16-bit tokens, the norms replace the distances to the
-    mean. At equal distances the order of
-    merges follows a fixed rule, so the same call always gives the same dendrogram. On a
-    GPU, and with masses, the rule is not SciPy's.
+    distances are computed from products of tokens, so rounding limits them. A distance
+    below 2e-7 of the distances of both tokens to the mean token counts as 0. On a GPU,
+    this limit is 0.2 % (except for float64 tokens), and for ward it is relative to the
+    largest distance to the mean; for 16-bit tokens, the norms replace the distances to
+    the mean. At equal distances the order of merges follows a fixed rule, so the same
+    call always gives the same dendrogram. On a GPU, and with masses, the rule is not
+    SciPy's.
 
     Examples
     --------
