@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
+_UNCHECKED = 2**28  # bytes
 
 
 def available_bytes(root: Path = _ROOT) -> int | None:
@@ -97,3 +98,18 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def check_memory(needed: int, call: str, way_out: str) -> None:
+    """Raise MemoryError if a call needs more memory than there is, with a way out.
+
+    Needs of at most 256 MiB are not compared, because reading the limits takes time.
+    """
+    if needed <= _UNCHECKED:
+        return
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"{call} needs {needed / 1e9:.1f} GB of memory, but only "
+            f"{available / 1e9:.1f} GB are available: {way_out}"
+        )

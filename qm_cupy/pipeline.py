@@ -33,6 +33,7 @@ from .composition import (
 from .cuda.launch import contiguous
 from .cuda.workspace import Workspace, memory_of
 from .group_counts import num_groups_of, traced_num_groups
+from .memory import check_quickmerge_memory
 from .progress import span
 from .results import Merged, arrays_of, check_target
 from .sources import (
@@ -208,6 +209,8 @@ def quickmerge(
         If a shape is wrong, an entry is not finite, the budget is out of range or too
         small for the protected tokens, more than one source of saliency is given, or
         the weights are "attention" and the source has no attention.
+    MemoryError
+        If the CPU has not enough memory. Linkage needs about 8 N² bytes.
 
     References
     ----------
@@ -297,6 +300,9 @@ def quickmerge(
         if target is not None and num_groups is not None:
             check_target(target, num_groups.max_groups, tokens, mass_dtype)
             destination = target.tokens  # (B, K, D)
+        masked = mask is not None or protect is not None
+        max_groups = None if num_groups is None else num_groups.max_groups
+        check_quickmerge_memory(tokens, max_groups, sources, masked, options)
         merged = compose(
             with_progress(COMPUTE_STAGES, tokens, sources, options),
             tokens,

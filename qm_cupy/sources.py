@@ -4,6 +4,7 @@ There are B sequences of N tokens of width D. A source may have L layers with H 
 each. For one sequence, no array has the axis B.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from .arrays.checks import any_of, check_is_array, check_shape
 from .arrays.libraries import is_cuda
-from .arrays.shapes import check_key, expand_mask
+from .arrays.shapes import check_key, expand_mask, row_blocks
 from .settings import finite_checked
 from .stages.saliency.layers import layers_of
 from .stages.saliency.query_key_entropy import check_causal, check_scale
@@ -57,6 +58,9 @@ class Sources(NamedTuple):
                 for x in self
             )
         )
+
+
+NO_SOURCES = Sources(None, None, None, None, None)
 
 
 def check_sources(sources: Sources) -> None:
@@ -118,13 +122,16 @@ def check_causal_attention(sources: Sources, mask: NDArray[np.bool_] | None) -> 
         if x is None or is_cuda(x) or not finite_checked():
             return
         matrix_mask = expand_mask(mask, x.shape[:-1])  # (..., N)
-        for index in np.ndindex(x.shape[:-2]):
-            later = np.triu(x[index], 1) > 0  # False for NaN, which padding may be
+        # Blocks of rows, because a part of the matrix needs less memory.
+        blocks = [*row_blocks(*x.shape[-2:])]
+        for index, rows in itertools.product(np.ndindex(x.shape[:-2]), blocks):
+            # False for NaN, which padding may be
+            later = np.triu(x[index][rows], 1 + rows.start) > 0
             if matrix_mask is not None:
                 valid = matrix_mask[index]
-                later &= valid[:, None] & valid
+                later &= valid[rows, None] & valid
             if later.any():
-                i, j = map(int, np.argwhere(later)[0])
+                i, j = map(int, np.argwhere(later)[0] + (rows.start, 0))
                 raise ValueError(
                     "`attention` must be 0 after the diagonal if `causal` is True, "
                     f"got {x[index][i, j]:.3g} from token {i} to token {j}"

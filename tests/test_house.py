@@ -32,17 +32,18 @@ LAYERS = {
         "api": "paper choice pipeline stages priors results cuda settings",
         "plot": "results stages arrays install_advice",
         "corpus": "pipeline composition group_counts sources results stages files cuda "
-        "arrays settings progress",
+        "arrays settings progress memory host_memory",
         "paper": "pipeline stages priors results autodiff arrays",
         "choice": "pipeline stages priors results arrays",
-        "pipeline": "stage_progress composition group_counts sources stages results "
-        "autodiff cuda arrays progress",
+        "pipeline": "stage_progress memory composition group_counts sources stages "
+        "results autodiff cuda arrays progress",
+        "memory": "composition sources stages arrays",
         "stage_progress": "composition sources stages arrays progress",
         "composition": "group_counts sources stages results autodiff arrays settings",
         "group_counts": "stages cuda arrays autodiff",
         "sources": "stages arrays settings",
         "results": "merged_file stages autodiff cuda arrays",
-        "stages": "priors autodiff cuda arrays settings progress",
+        "stages": "priors autodiff cuda arrays settings progress host_memory",
         "priors": "atomic_write cuda arrays settings install_advice",
         "autodiff": "arrays settings",
         "cuda": "arrays settings install_advice",

@@ -8,7 +8,7 @@ sequence is merged to. ``wanted`` is the shape that an array must have.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from ..settings import finite_checked
 from .libraries import is_cuda
+
+_ENTRIES = 1 << 20  # of a large array, so many entries are checked at once
 
 
 def check_finite_values(
@@ -35,20 +37,38 @@ def check_finite_values(
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(x.sum()):
             return
-    wrong = _first_among(~np.isfinite(x), masks)
+    wrong = _first_wrong(x, lambda part: ~np.isfinite(part), masks)
     if wrong is not None:
         raise ValueError(f"`{name}` must be finite, got {x[wrong]} at index {wrong}")
 
 
-def _first_among(
-    wrong: NDArray[np.bool_], masks: Sequence[NDArray[np.bool_] | None]
+def _first_wrong(
+    x: NDArray[Any],
+    is_wrong: Callable[[NDArray[Any]], NDArray[np.bool_]],
+    masks: Iterable[NDArray[np.bool_] | None],
 ) -> tuple[int, ...] | None:
-    """Return the index of the first True where no mask is False, or None."""
-    for mask in masks:
-        if mask is not None:
+    """Return the index of the first entry that is wrong where no mask is False.
+
+    `is_wrong` returns booleans for a part of `x`. A large array is checked in parts, so
+    that the booleans need little memory.
+    """
+    full = [np.broadcast_to(mask, x.shape) for mask in masks if mask is not None]
+    if x.size <= _ENTRIES or x.ndim < 2:
+        wrong = is_wrong(x)
+        for mask in full:
             wrong &= mask
-    index = np.argwhere(wrong)
-    return tuple(map(int, index[0])) if len(index) else None
+        index = np.argwhere(wrong)
+        return tuple(map(int, index[0])) if len(index) else None
+    step = max(1, _ENTRIES // x[0].size)
+    for start in range(0, len(x), step):
+        # One row of x may be large too, so it is checked in parts of its own.
+        part = start if step == 1 else slice(start, start + step)
+        first = _first_wrong(x[part], is_wrong, [mask[part] for mask in full])
+        if first is not None and step == 1:
+            return start, *first
+        if first is not None:
+            return start + first[0], *first[1:]
+    return None
 
 
 def _values_checked(x: NDArray[Any]) -> bool:
@@ -258,7 +278,7 @@ def check_not_negative(
     with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN
         if x.min() >= 0:
             return
-        wrong = _first_among(x < 0, masks)
+        wrong = _first_wrong(x, lambda part: part < 0, masks)
     if wrong is not None:
         raise ValueError(f"`{name}` must be ≥ 0, got {x[wrong]} at index {wrong}")
 

@@ -43,7 +43,7 @@ def _info(arguments: argparse.Namespace) -> None:
                 file = select(source, selection(arguments))
             used = {name: argument for argument, name in file.names.items()}
             merge = _merge(plan(file, options, gpu))
-        except (ImportError, TypeError, ValueError) as error:
+        except (ImportError, MemoryError, TypeError, ValueError) as error:
             merge = {"error": str(error).removeprefix(f"{source.name}: ")}
         contents = _contents(source, used) | {"merge": merge}
     print(json.dumps(contents) if arguments.json else _text(contents))
@@ -87,6 +87,7 @@ def _merge(work: Plan) -> dict[str, Any]:
         "weights": weights,
         "weighted_linkage": weighted,
         "device": "cuda" if work.on_gpu else "cpu",
+        "memory_bytes": work.needed_bytes,
     }
 
 
@@ -117,7 +118,8 @@ def _text(contents: dict[str, Any]) -> str:
             f"  {merge['tokens']:,} tokens, {merge['padding']:,} padding",
             f"  method {merge['method']}, metric {merge['metric']}, weights "
             f"{merge['weights']}{linkage}",
-            f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}",
+            f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}, "
+            f"with up to {merge['memory_bytes'] / 1e9:.2f} GB of memory",
         ]
     )
 

@@ -35,7 +35,7 @@ class MergeOptions(NamedTuple):
     weighted_linkage: bool | None = None
     noise_seed: int | None = None
 
-    def resolved(self, has_attention: bool) -> tuple[str, str, bool]:
+    def resolved(self, has_attention: bool) -> tuple[Method, str, bool]:
         """Return method, weights and weighted linkage, defaults included."""
         # `with_defaults` asks only which sources there are.
         attention = True if has_attention else None

@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from ..arrays.checks import check_mask
 from ..arrays.protect import protected_tokens
 from ..group_counts import num_groups_of
+from ..host_memory import available_bytes
+from ..memory import quickmerge_bytes
+from ..sources import Sources
 from .merge_options import MergeOptions
-from .token_file import TokenFile, naming
+from .token_file import TokenFile, naming, stand_in
 
 CHUNK_BYTES = 2**25  # bytes of the arrays that are merged at a time
 HINT_BYTES = 2**20  # bytes of masks and protected tokens that are checked at a time
@@ -26,6 +29,7 @@ class Plan(NamedTuple):
     on_gpu: bool
     max_groups: int | None  # the largest K; None if the tokens decide
     chunk_size: int  # sequences that are merged at a time
+    needed_bytes: int  # memory that a chunk needs
     num_tokens: int  # of all sequences, without padding
 
     @property
@@ -48,8 +52,67 @@ def plan(file: TokenFile, options: MergeOptions, on_gpu: bool) -> Plan:
     """
     with naming(file.source.name):
         max_groups, num_tokens = _count(file, options)
-    count = max(1, CHUNK_BYTES // max(1, file.bytes_per_sequence()))
-    return Plan(file, options, on_gpu, max_groups, count, num_tokens)
+    chunk_size, needed = _chunk_size(file, options, on_gpu, max_groups)
+    return Plan(file, options, on_gpu, max_groups, chunk_size, needed, num_tokens)
+
+
+def _chunk_size(
+    file: TokenFile, options: MergeOptions, on_gpu: bool, max_groups: int | None
+) -> tuple[int, int]:
+    """Return how many sequences are merged at a time, and the memory that this needs.
+
+    Raise MemoryError if there is not enough memory for one sequence.
+    """
+    arrays = max(1, file.bytes_per_sequence())
+    size = max(1, min(CHUNK_BYTES // arrays, file.num_sequences))
+    available = None if on_gpu else available_bytes()
+    while True:
+        # The arrays of this chunk, those of the next one, and the results.
+        needed = 3 * size * arrays + (
+            0 if on_gpu else _work(file, options, max_groups, size)
+        )
+        if available is None or needed <= available or size == 1:
+            break
+        size //= 2
+    if available is not None and needed > available:
+        method, *_ = options.resolved("attention" in file.names)
+        way_out = "cut it into windows"
+        if method not in ("contiguous", "nearest"):
+            way_out = f"use --method contiguous or nearest, or {way_out}"
+        raise MemoryError(
+            f"{file.source.name}: a sequence of {file.tokens.shape[-2]:,} tokens needs "
+            f"{needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are "
+            f"available: {way_out}"
+        )
+    return size, needed
+
+
+def _work(
+    file: TokenFile, options: MergeOptions, max_groups: int | None, size: int
+) -> int:
+    """Return the bytes that `quickmerge` needs for this many sequences."""
+    tokens = file.tokens
+    shape = (size, *tokens.shape[-2:])
+    # Of the sources, only shapes and dtypes are used.
+    attention = hidden_states = None
+    if "attention" in file.names:
+        of_file = file.array("attention")
+        heads = of_file.shape[len(tokens.shape) - 2 :]  # (N, N) or (H, N, N)
+        attention = stand_in(of_file._replace(shape=(size, *heads)))
+    if options.saliency == "entropy":
+        hidden_states = stand_in(tokens._replace(shape=shape))
+    method, weights, weighted = options.resolved(attention is not None)
+    return quickmerge_bytes(
+        shape,
+        tokens.dtype,
+        max_groups,
+        sources=Sources(hidden_states, attention, None, None, None),
+        masked=len(file.names) > 1 or file.positions is not None,
+        method=method,
+        step=options.step,
+        weights=weights,
+        weighted_linkage=weighted,
+    )
 
 
 def _count(file: TokenFile, options: MergeOptions) -> tuple[int | None, int]:

@@ -162,7 +162,7 @@ def select(source: Input, selection: Selection) -> TokenFile:
     # Check dtype and shape with zeros of the same shape. They contain no NaN, so a
     # search for NaN would only cost time.
     with check_finite(False):
-        check_tokens(_stand_in(tokens), names["tokens"])
+        check_tokens(stand_in(tokens), names["tokens"])
     if mask is None:
         _refuse_ragged(arrays, tokens)
         mask = _default_mask(arrays, names["tokens"], tokens)
@@ -221,7 +221,7 @@ def _default_mask(arrays: Arrays, key: str, tokens: Stored) -> str | None:
 def _check_mask(arrays: Arrays, name: str, tokens: Stored, by_default: bool) -> None:
     """Raise unless the array can be the mask (N,) or (B, N) of the tokens."""
     try:
-        check_batch_shape(name, _stand_in(_get(arrays, name)), tokens.shape[:-1])
+        check_batch_shape(name, stand_in(_get(arrays, name)), tokens.shape[:-1])
     except ValueError as error:
         if not by_default:
             raise
@@ -262,7 +262,7 @@ def _check_protect(array: Stored, name: str, tokens: Stored) -> None:
             f"`{name}` must be boolean (N) or (B, N), or hold integer positions (P), "
             f"got {array.describe()}"
         )
-    check_batch_shape(name, _stand_in(array), tokens.shape[:-1])
+    check_batch_shape(name, stand_in(array), tokens.shape[:-1])
 
 
 def _check_attention(array: Stored, name: str, tokens: Stored) -> None:
@@ -279,7 +279,7 @@ def _check_attention(array: Stored, name: str, tokens: Stored) -> None:
         )
 
 
-def _stand_in(array: Stored) -> NDArray[Any]:
+def stand_in(array: Stored) -> NDArray[Any]:
     """Return zeros of the same shape and dtype: a view of one number."""
     return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.shapes import rows_of
+from ...arrays.shapes import row_blocks, rows_of
 from ...cuda.constants import GROUP_THREADS
 from ...cuda.device import empty
 from ...cuda.launch import block_size, contiguous, launch
@@ -83,8 +83,10 @@ def _similarity_of_means(
     mean = sums / size[:, None]
     square = np.einsum("nd,nd->n", mean, mean)
     # -‖x - y‖² = 2 x·y - ‖x‖² - ‖y‖²
-    similarity: NDArray[Any] = 2 * (mean[::2] @ mean[1::2].T)
-    similarity -= square[::2, None] + square[1::2]
+    similarity: NDArray[Any] = mean[::2] @ mean[1::2].T
+    for rows in row_blocks(*similarity.shape):
+        similarity[rows] *= 2
+        similarity[rows] -= square[::2][rows, None] + square[1::2]
     return similarity
 
 

@@ -37,6 +37,7 @@ from .checks import (
     check_protect,
     check_step,
 )
+from .clustering_memory import check_cluster_tokens_memory
 from .contiguous import contiguous_groups_cuda, contiguous_groups_reference
 from .cut_linkage import cut_linkage_cuda, cut_sequence, merges_within
 from .labels import ORDERS, Order, in_order, number_groups_cuda
@@ -207,6 +208,17 @@ def cluster_tokens(
     check_protect(flags, method, groups and groups.counts, shape, mask)
     if anchors is not None:
         check_anchors(anchors, method, groups, shape, mask, flags)
+    if not is_cuda(tokens):
+        check_cluster_tokens_memory(
+            tokens.shape,
+            tokens.dtype,
+            method,
+            weighted=mass is not None,
+            num_groups=groups and groups.max_groups,
+            step=step,
+            copied=mask is not None or flags is not None,
+            by_norms=method == "nearest" and anchors is None,
+        )
     labels = compute_cluster_tokens(
         tokens,
         groups,

@@ -15,6 +15,7 @@ from ...cuda.launch import contiguous, launch
 from ...cuda.tiles import Tiling
 from ...progress import report
 from ..saliency.token_norms import token_norms_cuda
+from .clustering_memory import check_similarity_memory
 from .unit_tokens import unit_tokens
 
 _GRAM_ROWS = 2048  # rows of x xᵀ that one matrix product computes
@@ -64,6 +65,7 @@ def cosine_similarity(tokens: Array) -> Array:
 def _cosine_similarity_reference(tokens: NDArray[Any]) -> NDArray[Any]:
     *batch, num_tokens, _ = tokens.shape
     dtype = np.result_type(tokens.dtype, np.float32)
+    check_similarity_memory(tokens.shape, tokens.dtype)
     similarity = np.empty((*batch, num_tokens, num_tokens), dtype)
     for index in np.ndindex(*batch):
         unit = unit_tokens(tokens[index].astype(dtype))  # (N, D)

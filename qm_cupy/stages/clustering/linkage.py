@@ -28,14 +28,13 @@ from ...arrays.libraries import is_cuda
 from ...cuda.constants import LEAST_MASS
 from ...progress import span
 from .checks import check_mass_method
+from .clustering_memory import IN_PLACE, check_linkage_memory
 from .linkage_cuda import dendrograms_cuda
 from .metrics import METRICS, Metric, half_squared_distances, metric_vectors
 from .weighted_linkage import Floats, weighted_linkage
 
 # A row without a merge: no groups, an infinite distance, no tokens.
 PADDED_ROW = (-1.0, -1.0, np.inf, 0.0)
-# Up to so many tokens, SciPy's `squareform` is faster than a copy within the matrix.
-_IN_PLACE = 1024
 
 
 LinkageMethod = Literal["average", "ward", "complete", "single"]
@@ -87,6 +86,8 @@ def linkage(
         If a shape is wrong, an entry is not finite, a mass is negative, masses are
         given for another method, a sequence has no tokens, or `method` or `metric` is
         unknown.
+    MemoryError
+        If the CPU has not enough memory.
 
     See Also
     --------
@@ -104,17 +105,18 @@ def linkage(
 
     .. math:: \sqrt{\frac{2 W_A W_C}{W_A + W_C}} \lVert \mu_A - \mu_C \rVert.
 
-    On the CPU, the computation handles one sequence at a time, and needs about 12 N²
-    bytes of memory, or 16 N² with masses. On a GPU, one launch handles as many
-    sequences as fit in three quarters of the free memory. The cosines of a sequence
-    need 4 N² bytes there, or 8 N² for float64 tokens. Euclidean distances are computed
-    from products of tokens, so rounding limits them. A distance below 2e-7 of the
-    distances of both tokens to the mean token counts as 0. On a GPU, this limit is
-    0.2 % (except for float64 tokens), and for ward it is relative to the largest
-    distance to the mean; for 16-bit tokens, the norms replace the distances to the
-    mean. At equal distances the order of
-    merges follows a fixed rule, so the same call always gives the same dendrogram. On a
-    GPU, and with masses, the rule is not SciPy's.
+    On the CPU, the computation handles one sequence at a time, and needs about 8 N²
+    bytes of memory (12 N² up to 1024 tokens without masses), and 8 N D bytes at first.
+    If they are not available, it raises a MemoryError before the work. On a GPU, one
+    launch handles as many sequences as fit in three quarters of the free memory. The
+    cosines of a sequence need 4 N² bytes there, or 8 N² for float64 tokens. Euclidean
+    distances are computed from products of tokens, so rounding limits them. A distance
+    below 2e-7 of the distances of both tokens to the mean token counts as 0. On a GPU,
+    this limit is 0.2 % (except for float64 tokens), and for ward it is relative to the
+    largest distance to the mean; for 16-bit tokens, the norms replace the distances to
+    the mean. At equal distances the order of merges follows a fixed rule, so the same
+    call always gives the same dendrogram. On a GPU, and with masses, the rule is not
+    SciPy's.
 
     Examples
     --------
@@ -133,6 +135,7 @@ def linkage(
     check_mass(mass, tokens.shape[:-1], mask=mask)
     if is_cuda(tokens):
         return convert_back(dendrograms_cuda(tokens, method, mass, mask, metric=metric))
+    check_linkage_memory(tokens.shape, method, mass is not None)
     return convert_back(linkage_reference(tokens, method, metric, mass, mask))
 
 
@@ -211,7 +214,7 @@ def above_diagonal(square: Floats) -> Floats:
     from scipy.spatial.distance import squareform
 
     num_rows = len(square)
-    if num_rows <= _IN_PLACE:
+    if num_rows <= IN_PLACE:
         return squareform(square, checks=False)  # needs another 4 N² bytes
     # The entries move towards the start of the memory, so none is overwritten before it
     # has moved. Then the second half of the memory is given back.
