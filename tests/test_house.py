@@ -25,7 +25,7 @@ LAYERS = {
     for name, row in {
         "__main__": "cli",
         "cli": "qm_cupy corpus files plot results stages priors atomic_write "
-        "install_advice",
+        "host_memory install_advice",
         "torch": "paper pipeline stages priors results",
         "jax": "paper priors",
         "qm_cupy": "api",

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.inputs import shown
+from ..host_memory import available_bytes
 
 # The largest number of tokens. A larger picture has larger patches.
 _MAX_TOKENS = 5000
@@ -45,7 +46,7 @@ def read_picture(path: Path) -> NDArray[Any]:
     OSError
         If the file cannot be opened.
     MemoryError
-        If the demo needs more memory for this picture than the machine has.
+        If the demo needs more memory for this picture than is free.
     """
     from PIL import Image
 
@@ -136,16 +137,13 @@ def _check_size(name: str, width: int, height: int) -> None:
             f"the long side of --image may be up to {_MAX_TOKENS} times the short "
             f"side, got {size}: {name}"
         )
-    num_bytes = BYTES_PER_PIXEL * width * height
-    try:
-        # Memory that is not written to is not used, but the operating system refuses a
-        # request that is larger than what it has.
-        np.empty(num_bytes, np.uint8)
-    except MemoryError:
+    num_bytes, available = BYTES_PER_PIXEL * width * height, available_bytes()
+    if available is not None and num_bytes > available:
         raise MemoryError(
             f"--image {name} has {size} pixels, for which the demo needs about "
-            f"{num_bytes / 2**30:.1f} GiB of memory: make it smaller"
-        ) from None
+            f"{num_bytes / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB "
+            "are free: make it smaller"
+        )
 
 
 def _decode(image: Any) -> tuple[NDArray[Any], int | None]:

@@ -40,7 +40,7 @@ def test_portrait(tmp_path, capsys, options):
     merged = qm.Merged.load(tmp_path / "merged.npz")
     assert merged.tokens.shape == (960, 192)
     assert merged.sizes.sum() == 4800
-    assert merged.unmerge().shape == (4800, 192)
+    assert merged.unmerge().shape == (4800, 192)  # `load` has checked that all fits
     with Image.open(tmp_path / "merged.png") as drawn:
         assert drawn.width > 1500  # large enough for details
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged.npz", "merged.png"]
@@ -145,6 +145,7 @@ def test_errors_come_before_the_work(tmp_path, fails, monkeypatch):
     Image.new("L", (20, 20)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("not a picture")
     (tmp_path / "link").symlink_to(tmp_path / "none")
+    # A folder that has the name of a result.
     (tmp_path / "full" / "merged.npz").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     for image, output, words in [
@@ -157,6 +158,7 @@ def test_errors_come_before_the_work(tmp_path, fails, monkeypatch):
     ]:
         argv = ["demo", "--image", tmp_path / image, "--output", tmp_path / output]
         fails(argv, words)
+    # The budget can be checked only when the number of tokens is known.
     argv = ["demo", "--image", tmp_path / "good.png", "--output", tmp_path / "new"]
     fails([*argv, "--budget", "1.5"], "budget")
     assert sorted(tmp_path.rglob("*")) == before
@@ -175,6 +177,7 @@ def test_an_error_in_the_work_leaves_nothing(tmp_path, fails, monkeypatch, stage
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
+    # The stages in the order of the demo: the files are written last.
     if stage == "plot":
         monkeypatch.setattr("qm_cupy.plot.plot_groups", fail)
     elif stage == "save":
@@ -184,11 +187,12 @@ def test_an_error_in_the_work_leaves_nothing(tmp_path, fails, monkeypatch, stage
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
     argv = ["demo", "--image", tmp_path / "a.png", "--output", tmp_path / "b" / "c"]
     fails(argv, "No space left on device")
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.png"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.png"]  # not even the folder "b"
 
 
 def test_a_terminal_without_unicode(tmp_path):
     """Python refuses to print a character that the encoding does not have."""
+    # In a new process, because Python reads the encoding at its start.
     command = [sys.executable, "-m", "qm_cupy", "demo", "--output", "out"]
     Image.new("L", (20, 20), 9).save(tmp_path / "a.png")
     done = subprocess.run(
@@ -205,7 +209,7 @@ def test_a_terminal_without_unicode(tmp_path):
 def test_help_states_the_rules_of_numbers(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["demo", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())  # lines depend on the terminal
     assert "65535 in 16 bits" in text
     assert "Floats within 0..1 stay as they are" in text
     assert text.isascii()

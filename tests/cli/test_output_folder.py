@@ -24,6 +24,7 @@ def test_the_folder_exists_in_the_block_and_remains(tmp_path, source):
         (folder / "result").touch()
     with output_folder(folder, source, folder / "result"):  # the result, too
         pass
+    # A link to a folder is a folder.
     link = tmp_path / "link"
     link.symlink_to(folder)
     with output_folder(link, source, link / "result"):
@@ -38,6 +39,7 @@ def test_after_an_error_only_new_folders_are_deleted(tmp_path, source, error):
     with pytest.raises(error), output_folder(folder, source):
         raise error
     assert list((tmp_path / "old").iterdir()) == []
+    # A folder that existed before stays, although it is empty.
     with pytest.raises(error), output_folder(tmp_path / "old", source):
         raise error
     assert (tmp_path / "old").is_dir()
@@ -56,6 +58,7 @@ def test_a_file_of_another_program_is_not_deleted(tmp_path, source):
 def test_what_is_not_a_folder(tmp_path, source):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "none")
+    # `mkdir` would say "File exists" for both.
     for path in (source, link):
         with (
             pytest.raises(ValueError, match=f"file or broken link: {path}"),
@@ -77,6 +80,7 @@ def test_a_file_that_cannot_be_replaced(tmp_path, source):
         output_folder(tmp_path, source, tmp_path / "result"),
     ):
         pytest.fail("the work has begun")
+    # The input itself, and a link to it.
     (tmp_path / "link").symlink_to(source)
     for name in ("source.png", "link"):
         with (
@@ -98,7 +102,7 @@ def test_a_folder_that_is_not_writable(tmp_path, source, monkeypatch):
         output_folder(tmp_path / "new" / "a", source),
     ):
         pytest.fail("the work has begun")
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists()  # it was made before the check
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")

@@ -23,7 +23,7 @@ from qm_cupy.cli.pictures import (
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 RAMP16 = 257 * RAMP.astype(np.uint16)  # 0..65535; 257 * 255 is 65535
-STEP = 1 / 255
+STEP = 1 / 255  # the difference of two neighbours in 8 bits
 
 
 def save(path, image, **options):
@@ -42,10 +42,12 @@ def write_tiff(
     channel: 1 is alpha that the first one is multiplied by.
     """
     numbers = np.asarray(numbers)
+    # The width in pixels differs from that of the array if a pixel is not whole bytes.
     height, width = len(numbers), width or numbers.shape[1]
     channels = numbers[0, 0].size
     content = numbers.astype(numbers.dtype.newbyteorder(order)).tobytes()
     bits = bits or 8 * numbers.dtype.itemsize
+    # (number, type, value); the type 3 has 16 bits, and 4 has 32 bits.
     tags = [
         (256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, white),
         (273, 4, 8), (277, 3, channels), (278, 4, height), (279, 4, len(content)),
@@ -88,6 +90,7 @@ def refused(tmp_path, fails):
     """Check that the demo refuses a picture with one short line, and writes nothing."""
 
     def check(path, *words):
+        # Two folders that do not exist, so that a test can see whether they are made.
         output = tmp_path / "new" / "output"
         fails(["demo", "--image", path, "--output", output], *words)
         assert not output.parent.exists()
@@ -121,6 +124,7 @@ class TestModes:
         """Colour c with opacity a on white is a c + (1 - a)."""
         colours = np.stack([RAMP, RAMP[::-1], RAMP.T, RAMP[:, ::-1]], axis=-1)
         image = Image.fromarray(colours)
+        # WebP otherwise changes the colour of pixels that are fully transparent.
         options = {"lossless": True, "exact": True} if suffix == "webp" else {}
         path, mode = save(tmp_path / f"a.{suffix}", image, **options)
         assert mode == "RGBA"
@@ -131,6 +135,7 @@ class TestModes:
         np.testing.assert_array_equal(read_picture(path)[colours[..., 3] == 0], 1)
 
     def test_grey_with_opacity(self, tmp_path):
+        # The transpose, so that grey and opacity differ.
         image = Image.merge("LA", [Image.fromarray(RAMP), Image.fromarray(RAMP.T)])
         path, mode = save(tmp_path / "a.png", image)
         assert mode == "LA"
@@ -156,7 +161,7 @@ class TestModes:
         assert mode == "P"
         wanted = colours / 255
         if transparency is not None:
-            wanted[0, 7] = 1
+            wanted[0, 7] = 1  # white
         if isinstance(transparency, bytes):
             wanted[0, 8] = (128 * wanted[0, 8] + 127) / 255
         np.testing.assert_allclose(read_picture(path), wanted, atol=STEP)
@@ -176,6 +181,7 @@ class TestModes:
         black = (0, 0, 0) if mode == "RGB" else 0
         path, stored = save(tmp_path / "a.png", image, transparency=black)
         assert stored == mode
+        # Black becomes white, all other colours stay.
         opaque = np.asarray(image.convert("RGB"))
         wanted = np.where(opaque == 0, 255, opaque) / 255
         np.testing.assert_allclose(read_picture(path), wanted, atol=1e-6)
@@ -188,6 +194,7 @@ class TestModes:
         path, mode = save(tmp_path / "a.tif", Image.fromarray(inks, "CMYK"))
         assert mode == "CMYK"
         picture = read_picture(path)
+        # White, green, black: blocks of 16 columns each; the last block is a ramp.
         for start, colour in ((0, 1), (16, (0, 1, 0)), (32, 0)):
             block = picture[:, start : start + 16]
             np.testing.assert_array_equal(block, np.broadcast_to(colour, block.shape))
@@ -203,6 +210,7 @@ class TestModes:
 
     def test_lightness(self, tmp_path):
         """Of CIELAB: L* = 100 is white, L* = 50.2 is 119 of 255, and a red."""
+        # The axes a* and b* are 0 at 128.
         image = Image.new("LAB", (16, 16), (255, 128, 128))
         image.paste((128, 128, 128), (0, 0, 16, 8))
         image.paste((136, 208, 195), (0, 0, 16, 4))  # 53.3, 80, 67: the red of sRGB
@@ -231,6 +239,7 @@ class TestLargeNumbers:
     def test_16_bits_of_old_versions_of_pillow(self, tmp_path, monkeypatch):
         """They read the same file in the mode I."""
         path, _ = save(tmp_path / "a.png", Image.fromarray(RAMP16 // 2))
+        # The entry of Pillow 10: the mode of the image, and that of the file.
         monkeypatch.setitem(PngImagePlugin._MODES, (16, 0), ("I", "I;16B"))
         with Image.open(path) as image:
             assert image.mode == "I"
@@ -272,6 +281,7 @@ class TestLargeNumbers:
     )
     def test_other_integers(self, tmp_path, dtype, order):
         """The smallest number is black and the largest one white."""
+        # The whole range: the difference of its ends does not fit in the dtype.
         info = np.iinfo(dtype)
         ramp = np.linspace(info.min, info.max, 256).astype(dtype).reshape(16, 16)
         form = 1 if dtype == np.uint32 else 2
@@ -308,7 +318,7 @@ class TestLargeNumbers:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_floats_that_are_not_finite(self, tmp_path, refused, value):
         numbers = np.full((16, 16), 0.5, np.float32)
-        numbers[3, 4] = value
+        numbers[3, 4] = value  # one number is enough
         path, _ = save(tmp_path / "a.tif", Image.fromarray(numbers))
         refused(path, path, "contains NaN or Inf: replace them by finite numbers")
 
@@ -328,7 +338,7 @@ class TestLargeNumbers:
         chunks = {
             b"IHDR": struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0),
             b"tRNS": numbers[2, 3].astype(">u2").tobytes(),
-            b"IDAT": zlib.compress(b"".join(rows)),
+            b"IDAT": zlib.compress(b"".join(rows)),  # the pixels
         }
         if not transparent:
             del chunks[b"tRNS"]
@@ -375,6 +385,7 @@ class TestOrientation:
         ],
     )
     def test_all_orientations(self, tmp_path, number, suffix, dtype):
+        # Not square, and all numbers within 0..255, so that each dtype has them.
         upright = np.arange(16 * 20).reshape(16, 20) * 0.75
         upright = upright.astype(dtype)
         metadata = Image.Exif()
@@ -413,6 +424,7 @@ def test_damaged_metadata(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
 def test_the_first_of_several_pictures(tmp_path, suffix):
+    # White, then black.
     first, second = Image.new("L", (20, 16), 255), Image.new("L", (20, 16), 0)
     path = tmp_path / f"a.{suffix}"
     first.save(path, save_all=True, append_images=[second])
@@ -442,6 +454,7 @@ class TestRefused:
         noise = rng.integers(0, 256, (64, 64, 3), np.uint8)
         path, _ = save(tmp_path / f"a.{suffix}", Image.fromarray(noise))
         content = path.read_bytes()
+        # The end is in the header, or in the pixels.
         for fraction in (0.1, 0.5, 0.9):
             path.write_bytes(content[: int(fraction * len(content))])
             refused(path, path)
@@ -455,6 +468,7 @@ class TestRefused:
         content = np.frombuffer(path.read_bytes(), np.uint8)
         for _ in range(100):
             damaged = content.copy()
+            # Most of the first bytes are headers, where a wrong byte does most harm.
             spots = rng.integers(0, min(len(damaged), 400), 4)
             damaged[spots] = rng.integers(0, 256, 4)
             path.write_bytes(damaged.tobytes())
@@ -475,6 +489,7 @@ class TestRefused:
             tmp_path / "a.tif", Image.fromarray(RAMP), compression="tiff_lzw"
         )
         content = path.read_bytes()
+        # The strip of pixels starts at byte 8.
         path.write_bytes(content.replace(content[8:40], bytes([255] * 32)))
         with pytest.raises(ValueError, match="cannot be read"):
             read_picture(path)
@@ -496,6 +511,7 @@ class TestRefused:
     def test_names(self, tmp_path, refused):
         """A long name is shortened, and a name with line breaks is on one line."""
         refused("y" * 2000, "yyy: File name too long")
+        # The escape sequence would colour the terminal red.
         (tmp_path / "a\nb\x1b[31m.png").touch()
         refused(tmp_path / "a\nb\x1b[31m.png", r"a\nb\x1b[31m.png is empty")
         deep = tmp_path.joinpath(*["d" * 100] * 5)
@@ -519,10 +535,13 @@ class TestRefused:
         refused(tmp_path / "bomb.png", "bomb.png has more than 89,478,485 pixels")
 
     def test_too_large_for_memory(self, tmp_path, refused, monkeypatch):
-        """The system refuses 2 ** 57 bytes, more than an address can name."""
+        """64 × 64 pixels of 160 bytes are 655,360 bytes, which is 0.0006 GiB."""
         path, _ = save(tmp_path / "a.png", Image.new("L", (64, 64)))
-        monkeypatch.setattr(pictures, "BYTES_PER_PIXEL", 2**45)
-        refused(path, path, "64 x 64 pixels", "134217728.0 GiB of memory")
+        monkeypatch.setattr(pictures, "available_bytes", lambda: 655_359)
+        refused(path, path, "64 x 64 pixels", "0.0 GiB of memory", "make it smaller")
+        for enough in (655_360, None):  # None: the system does not report it
+            monkeypatch.setattr(pictures, "available_bytes", lambda x=enough: x)
+            assert read_picture(path).shape == (64, 64, 3)
 
     def test_a_decoder_with_a_long_message(self, tmp_path, monkeypatch):
         path, _ = save(tmp_path / "a.png", Image.new("L", (64, 64)))
@@ -575,6 +594,7 @@ def test_a_limit_of_memory(tmp_path):
     resource = pytest.importorskip("resource")
     assert resource.RLIMIT_AS
     save(tmp_path / "a.png", Image.new("L", (5000, 5000)))
+    # In a new process, because a limit cannot be removed.
     code = (
         "import resource as r; r.setrlimit(r.RLIMIT_AS, (3 * 2**30,) * 2)\n"
         "from qm_cupy.cli.main import main\n"
@@ -588,7 +608,6 @@ def test_a_limit_of_memory(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == (
-        "qm-cupy: error: --image a.png has 5000 x 5000 pixels, for which the demo "
-        "needs about 3.7 GiB of memory: make it smaller\n"
-    )
+    words = "a.png has 5000 x 5000 pixels, for which the demo needs about 3.7 GiB of"
+    assert f"qm-cupy: error: --image {words} memory, but " in done.stderr
+    assert done.stderr.endswith(" GiB are free: make it smaller\n")
