@@ -330,17 +330,17 @@ class TestChecksInParts:
         first = tuple(n // 2 for n in shape)
         last = tuple(n - 1 for n in shape)
         x[first] = x[last] = np.nan
-        assert peak_of(lambda: found(x, None)) < 5e6
-        assert found(x, None) == first
+        assert peak_of(lambda: first_error(x, None)) < 5e6
+        assert first_error(x, None) == first
         keep = np.ones(shape[-1], np.bool_)
         keep[first[-1]] = shape[-1] == 1
-        assert found(x, keep) == (first if shape[-1] == 1 else last)
-        assert found(x, np.zeros((), np.bool_)) is None
+        assert first_error(x, keep) == (first if shape[-1] == 1 else last)
+        assert first_error(x, np.zeros((), np.bool_)) is None
         x[first] = x[last] = 1
-        assert found(x, None) is None
+        assert first_error(x, None) is None
 
 
-def found(x, mask):
+def first_error(x, mask):
     """Return the index in the error of `check_finite_values`, or None."""
     try:
         check_finite_values("x", x, mask)
