@@ -134,8 +134,8 @@ def _count(file: TokenFile, options: MergeOptions) -> tuple[int | None, int]:
                 groups = num_groups_of(shape, options.budget, protect, method, mask)
                 max_groups = max(max_groups, groups.max_groups)
         total += math.prod(shape) if mask is None else int(np.count_nonzero(mask))
-        if not hints:
-            total = file.num_sequences * num_tokens
+    if not hints:  # only one sequence was counted
+        total = file.num_sequences * num_tokens
     return (None if options.budget is None else max_groups), total
 
 

@@ -138,11 +138,15 @@ def naming(name: str) -> Iterator[None]:
     """Let errors about the content of a file name the file."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (MemoryError, TypeError, ValueError) as error:
         if name in str(error):
             raise
-        error_type = TypeError if isinstance(error, TypeError) else ValueError
-        raise error_type(f"{name}: {error}") from error
+        # Not the type of the error itself: some take several arguments.
+        [error_type, *_] = (
+            x for x in (MemoryError, TypeError, ValueError) if isinstance(error, x)
+        )
+        # A MemoryError of Python has an empty message.
+        raise error_type(f"{name}: {str(error) or 'not enough memory'}") from error
 
 
 def select(source: Input, selection: Selection) -> TokenFile:
