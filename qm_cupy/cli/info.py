@@ -119,9 +119,15 @@ def _text(contents: dict[str, Any]) -> str:
             f"  method {merge['method']}, metric {merge['metric']}, weights "
             f"{merge['weights']}{linkage}",
             f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}, "
-            f"with up to {merge['memory_bytes'] / 1e9:.2f} GB of memory",
+            f"with up to {_size(merge['memory_bytes'])} of memory",
         ]
     )
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1e9:
+        return f"{max(1, round(num_bytes / 1e6))} MB"
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def _axes(shape: tuple[int, ...]) -> str:
