@@ -18,7 +18,7 @@ from .options import (
     on_gpu,
     selection,
 )
-from .output import print_summary
+from .output import print_summary, waiting_for
 from .progress import progress
 
 
@@ -58,7 +58,11 @@ def _compress(arguments: argparse.Namespace) -> None:
     check_options(options, arguments.attention is not None)
     # Whether the output is the input is checked later.
     folder = check_output(arguments.output, arguments.format, None).folder()
-    with open_tokens(arguments.input, selection(arguments), folder) as file:
+    with (
+        waiting_for(arguments.input) as arrived,
+        open_tokens(arguments.input, selection(arguments), folder) as file,
+    ):
+        arrived()
         status = file.source.status
         output = check_output(arguments.output, arguments.format, status)
         work = plan(file, options, gpu)

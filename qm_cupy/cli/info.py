@@ -15,6 +15,7 @@ from .options import (
     on_gpu,
     selection,
 )
+from .output import waiting_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,11 @@ def _info(arguments: argparse.Namespace) -> None:
     """Print what is in the file that the arguments name."""
     gpu, options = on_gpu(arguments.device), merge_options(arguments)
     check_options(options, arguments.attention is not None)
-    with open_arrays(arguments.input) as source:
+    with (
+        waiting_for(arguments.input) as arrived,
+        open_arrays(arguments.input) as source,
+    ):
+        arrived()
         used: dict[str, str] = {}
         try:
             with naming(source.name):

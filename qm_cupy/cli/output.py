@@ -2,10 +2,15 @@
 
 import os
 import select
+import stat
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
+PATIENCE = 1.0  # seconds until a user is told that the command waits
 # Characters of an error, without the name of the program before it: a line stays under
 # 300 characters.
 _LIMIT = 280
@@ -22,6 +27,29 @@ def print_summary(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except OSError:
         discard(stream)
+
+
+@contextmanager
+def waiting_for(path: str) -> Iterator[Callable[[], None]]:
+    """Say so if a named pipe has no writer yet; yield a function to call at its data.
+
+    The command waits, as other programs do, but the user may have forgotten the writer.
+    """
+    try:
+        is_pipe = stat.S_ISFIFO(Path(path).stat().st_mode)
+    except (OSError, ValueError):
+        is_pipe = False
+    if not is_pipe:
+        yield lambda: None
+        return
+    text = f"waiting for a program that writes to {one_line(ValueError(path), 'ascii')}"
+    timer = threading.Timer(PATIENCE, print_error, [text])
+    timer.daemon = True  # Ctrl-C must end the process
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
 
 
 def flush_output() -> None:

@@ -132,6 +132,30 @@ def test_named_pipes(tmp_path, tokens):
     assert (tmp_path / "out.npz").is_fifo()  # not replaced by a file
 
 
+def test_a_pipe_without_a_writer(tmp_path, tokens):
+    """The command waits for it, and says so."""
+    content = save(tmp_path / "a.npy", tokens=tokens).read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    argv = [
+        sys.executable,
+        "-m",
+        "qm_cupy",
+        "compress",
+        "pipe",
+        "--budget=3",
+        "-ob.npz",
+    ]
+    with subprocess.Popen(
+        argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        line = process.stderr.readline()
+        assert line == b"qm-cupy: waiting for a program that writes to pipe\n"
+        (tmp_path / "pipe").write_bytes(content)
+        _, error = process.communicate(timeout=100)
+    assert (process.returncode, error) == (0, b"")
+    assert_merged(tmp_path / "b.npz", tokens)
+
+
 def test_a_pipe_without_a_reader(tmp_path, tokens):
     """The result could not be delivered, so the command fails."""
     save(tmp_path / "a.npy", tokens=np.tile(tokens, (100, 1, 10)))
