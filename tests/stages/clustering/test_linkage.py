@@ -6,6 +6,7 @@ from conftest import assert_close
 from scipy.cluster import hierarchy
 
 import qm_cupy as qm
+from qm_cupy.stages.clustering import linkage
 from qm_cupy.stages.clustering.linkage import LINKAGES
 from qm_cupy.stages.clustering.metrics import METRICS
 
@@ -126,3 +127,21 @@ class TestLinkage:
             qm.linkage(tokens, mask=np.ones((2, 5)))
         with pytest.raises(ValueError, match="`mask` must leave at least one token"):
             qm.linkage(tokens, mask=np.zeros((2, 5), bool))
+
+
+@pytest.mark.parametrize("method", LINKAGES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_long_sequences_use_the_memory_of_the_matrix(rng, monkeypatch, method, metric):
+    tokens = rng.standard_normal((60, 5))
+    wanted = qm.linkage(tokens, method, metric=metric)
+    monkeypatch.setattr(linkage, "IN_PLACE", 0)
+    got = qm.linkage(tokens, method, metric=metric)
+    np.testing.assert_array_equal(got, wanted, strict=True)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 50])
+def test_entries_above_the_diagonal(rng, monkeypatch, num_tokens):
+    square = rng.standard_normal((num_tokens, num_tokens))
+    wanted = square[np.triu_indices(num_tokens, 1)]
+    monkeypatch.setattr(linkage, "IN_PLACE", 0)
+    np.testing.assert_array_equal(linkage.above_diagonal(square), wanted, strict=True)

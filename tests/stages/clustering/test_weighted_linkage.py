@@ -6,6 +6,7 @@ from conftest import assert_close
 from scipy.cluster import hierarchy
 
 import qm_cupy as qm
+from qm_cupy.stages.clustering import weighted_linkage as module
 from qm_cupy.stages.clustering.weighted_linkage import weighted_linkage
 
 
@@ -125,3 +126,17 @@ class TestWeightedLinkage:
             repeated = tokens.copy()
             repeated[:64] = copies
             assert rounds(1 - qm.cosine_similarity(repeated)) <= 3 * usual_rounds
+
+
+@pytest.mark.parametrize("method", WEIGHTED)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_blocks_change_no_bits(rng, monkeypatch, method, pairs):
+    """Merges of long sequences are computed in blocks, to save memory."""
+    tokens = rng.standard_normal((90, 6))
+    if pairs:  # one round merges half of the groups
+        tokens[1::2] = tokens[::2]
+    mass = masses(rng, 90)
+    whole = qm.linkage(tokens, method, mass=mass)
+    for entries in (1, 200, 500):
+        monkeypatch.setattr(module, "_COPIED", entries)
+        np.testing.assert_array_equal(qm.linkage(tokens, method, mass=mass), whole)
