@@ -18,7 +18,7 @@ from .options import (
     on_gpu,
     selection,
 )
-from .output import print_summary
+from .output import print_summary, visible
 from .progress import progress
 
 
@@ -69,7 +69,7 @@ def _compress(arguments: argparse.Namespace) -> None:
             max_groups, num_bytes = write_merged(work, output, parts)
         seconds.spend("writing")
         summary = _summary(work, output.name, max_groups, num_bytes, seconds)
-    text = json.dumps(summary) if arguments.json else _text(summary)
+    text = json.dumps(summary) if arguments.json else "\n".join(_lines(summary))
     print_summary(text, sys.stderr if output.is_stdout else sys.stdout)
 
 
@@ -101,8 +101,8 @@ def _summary(
     }
 
 
-def _text(summary: dict[str, Any]) -> str:
-    """Return the summary as a few lines."""
+def _lines(summary: dict[str, Any]) -> list[str]:
+    """Return the summary as a few lines, without control characters."""
     seconds = sum(summary["seconds"].values())
     merging = summary["seconds"]["merging"] / max(seconds, 1e-9)
     before, after = (_axes(summary[name]) for name in ("shape", "merged_shape"))
@@ -125,7 +125,7 @@ def _text(summary: dict[str, Any]) -> str:
     )
     sizes = [summary["input_bytes"], summary["output_bytes"]]
     lines.append(" -> ".join(f"{x:,} bytes" for x in sizes))
-    return "\n".join(lines)
+    return [visible(line) for line in lines]
 
 
 def _axes(shape: tuple[int, ...]) -> str:

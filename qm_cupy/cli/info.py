@@ -15,6 +15,7 @@ from .options import (
     on_gpu,
     selection,
 )
+from .output import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,9 @@ def _info(arguments: argparse.Namespace) -> None:
         except (ImportError, MemoryError, TypeError, ValueError) as error:
             merge = {"error": str(error).removeprefix(f"{source.name}: ")}
         contents = _contents(source, used) | {"merge": merge}
-    print(json.dumps(contents) if arguments.json else _text(contents))
+    lines = [json.dumps(contents)] if arguments.json else _lines(contents)
+    # The names of arrays may contain control characters.
+    print("\n".join(map(visible, lines)))
 
 
 def _contents(source: Input, used: dict[str, str]) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def _merge(work: Plan) -> dict[str, Any]:
     }
 
 
-def _text(contents: dict[str, Any]) -> str:
+def _lines(contents: dict[str, Any]) -> list[str]:
     """Return the contents as lines: the file, its arrays, the merge."""
     lines = [
         f"{contents['file']}: {contents['format']} file, {contents['bytes']:,} bytes"
@@ -103,7 +106,7 @@ def _text(contents: dict[str, Any]) -> str:
         lines.append(f"  {name:<{min(width, 30)}}  {text}{note}")
     merge = contents["merge"]
     if "error" in merge:
-        return "\n".join([*lines, f"compress cannot merge it: {merge['error']}"])
+        return [*lines, f"compress cannot merge it: {merge['error']}"]
     result = "? (give --budget, --max-error or --max-distance)"
     if merge["merged_shape"]:
         result = _axes(merge["merged_shape"])
@@ -111,17 +114,15 @@ def _text(contents: dict[str, Any]) -> str:
         result = "as many groups as the limit allows"
     where = "a GPU" if merge["device"] == "cuda" else "the CPU"
     linkage = ", weighted linkage" if merge["weighted_linkage"] else ""
-    return "\n".join(
-        [
-            *lines,
-            f"compress would merge {_axes(merge['shape'])} -> {result}",
-            f"  {merge['tokens']:,} tokens, {merge['padding']:,} padding",
-            f"  method {merge['method']}, metric {merge['metric']}, weights "
-            f"{merge['weights']}{linkage}",
-            f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}, "
-            f"with up to {merge['memory_bytes'] / 1e9:.2f} GB of memory",
-        ]
-    )
+    return [
+        *lines,
+        f"compress would merge {_axes(merge['shape'])} -> {result}",
+        f"  {merge['tokens']:,} tokens, {merge['padding']:,} padding",
+        f"  method {merge['method']}, metric {merge['metric']}, weights "
+        f"{merge['weights']}{linkage}",
+        f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}, "
+        f"with up to {merge['memory_bytes'] / 1e9:.2f} GB of memory",
+    ]
 
 
 def _axes(shape: tuple[int, ...]) -> str:
