@@ -18,7 +18,7 @@ from .options import (
     on_gpu,
     selection,
 )
-from .output import print_summary, waiting_for
+from .output import print_summary, visible, waiting_for
 from .progress import progress
 
 
@@ -73,7 +73,7 @@ def _compress(arguments: argparse.Namespace) -> None:
             max_groups, num_bytes = write_merged(work, output, parts)
         seconds.spend("writing")
         summary = _summary(work, output.name, max_groups, num_bytes, seconds)
-    text = json.dumps(summary) if arguments.json else _text(summary)
+    text = json.dumps(summary) if arguments.json else "\n".join(_lines(summary))
     print_summary(text, sys.stderr if output.is_stdout else sys.stdout)
 
 
@@ -105,8 +105,8 @@ def _summary(
     }
 
 
-def _text(summary: dict[str, Any]) -> str:
-    """Return the summary as a few lines."""
+def _lines(summary: dict[str, Any]) -> list[str]:
+    """Return the summary as a few lines, without control characters."""
     seconds = sum(summary["seconds"].values())
     merging = summary["seconds"]["merging"] / max(seconds, 1e-9)
     before, after = (_axes(summary[name]) for name in ("shape", "merged_shape"))
@@ -129,7 +129,7 @@ def _text(summary: dict[str, Any]) -> str:
     )
     sizes = [summary["input_bytes"], summary["output_bytes"]]
     lines.append(" -> ".join(f"{x:,} bytes" for x in sizes))
-    return "\n".join(lines)
+    return [visible(line) for line in lines]
 
 
 def _axes(shape: tuple[int, ...]) -> str:

@@ -15,7 +15,7 @@ from .options import (
     on_gpu,
     selection,
 )
-from .output import waiting_for
+from .output import visible, waiting_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,9 @@ def _info(arguments: argparse.Namespace) -> None:
         except (ImportError, MemoryError, TypeError, ValueError) as error:
             merge = {"error": str(error).removeprefix(f"{source.name}: ")}
         contents = _contents(source, used) | {"merge": merge}
-    print(json.dumps(contents) if arguments.json else _text(contents))
+    lines = [json.dumps(contents)] if arguments.json else _lines(contents)
+    # The names of arrays may contain control characters.
+    print("\n".join(map(visible, lines)))
 
 
 def _contents(source: Input, used: dict[str, str]) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def _merge(work: Plan) -> dict[str, Any]:
     }
 
 
-def _text(contents: dict[str, Any]) -> str:
+def _lines(contents: dict[str, Any]) -> list[str]:
     """Return the contents as lines: the file, its arrays, the merge."""
     lines = [
         f"{contents['file']}: {contents['format']} file, {contents['bytes']:,} bytes"
@@ -108,7 +110,7 @@ def _text(contents: dict[str, Any]) -> str:
         lines.append(f"  {name:<{min(width, 30)}}  {text}{note}")
     merge = contents["merge"]
     if "error" in merge:
-        return "\n".join([*lines, f"compress cannot merge it: {merge['error']}"])
+        return [*lines, f"compress cannot merge it: {merge['error']}"]
     result = "? (give --budget, --max-error or --max-distance)"
     if merge["merged_shape"]:
         result = _axes(merge["merged_shape"])
@@ -116,17 +118,15 @@ def _text(contents: dict[str, Any]) -> str:
         result = "as many groups as the limit allows"
     where = "a GPU" if merge["device"] == "cuda" else "the CPU"
     linkage = ", weighted linkage" if merge["weighted_linkage"] else ""
-    return "\n".join(
-        [
-            *lines,
-            f"compress would merge {_axes(merge['shape'])} -> {result}",
-            f"  {merge['tokens']:,} tokens, {merge['padding']:,} padding",
-            f"  method {merge['method']}, metric {merge['metric']}, weights "
-            f"{merge['weights']}{linkage}",
-            f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}, "
-            f"with up to {_size(merge['memory_bytes'])} of memory",
-        ]
-    )
+    return [
+        *lines,
+        f"compress would merge {_axes(merge['shape'])} -> {result}",
+        f"  {merge['tokens']:,} tokens, {merge['padding']:,} padding",
+        f"  method {merge['method']}, metric {merge['metric']}, weights "
+        f"{merge['weights']}{linkage}",
+        f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}, "
+        f"with up to {_size(merge['memory_bytes'])} of memory",
+    ]
 
 
 def _size(num_bytes: int) -> str:

@@ -102,21 +102,21 @@ def one_line(error: Exception, encoding: str | None) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror  # without "[Errno 2]"
         files = [
-            _visible(os.fsdecode(x) if isinstance(x, bytes) else str(x), encoding)
+            visible(os.fsdecode(x) if isinstance(x, bytes) else str(x), encoding)
             for x in (error.filename, error.filename2)
             if x is not None
         ]
         if files:
             room = (_LIMIT - len(text)) // len(files) - len(" -> ")
             names = " -> ".join(_cut(file, room) for file in files)
-            return f"{names}: {_visible(text, encoding)}"
-    text = _visible(text, encoding)
+            return f"{names}: {visible(text, encoding)}"
+    text = visible(text, encoding)
     # A MemoryError of Python has an empty message.
     empty = isinstance(error, MemoryError) and "not enough memory"
     return _shorten(text) or empty or type(error).__name__
 
 
-def _visible(text: str, encoding: str) -> str:
+def visible(text: str, encoding: str = "utf-8") -> str:
     """Escape the characters that the encoding lacks, and those that change the line.
 
     The latter are line breaks, other control characters, marks that reverse the

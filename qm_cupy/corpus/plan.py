@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,8 +125,10 @@ def _count(file: TokenFile, options: MergeOptions) -> tuple[int | None, int]:
     num_tokens = file.tokens.shape[-2]
     max_groups, total = 0, 0
     count = max(1, HINT_BYTES // num_tokens)
+    differ = any(file.is_per_sequence(x) for x in hints)
     for start, stop, arrays in file.chunks(count, *hints):
-        shape = (stop - start if hints else min(1, file.num_sequences), num_tokens)
+        # If all sequences are alike, one of them is enough.
+        shape = (stop - start if differ else min(1, file.num_sequences), num_tokens)
         with _naming_sequences(start, stop):
             mask = check_mask(arrays.get("mask"), shape)
             protect = _protected(file, arrays, mask, shape)
@@ -134,8 +136,8 @@ def _count(file: TokenFile, options: MergeOptions) -> tuple[int | None, int]:
                 groups = num_groups_of(shape, options.budget, protect, method, mask)
                 max_groups = max(max_groups, groups.max_groups)
         total += math.prod(shape) if mask is None else int(np.count_nonzero(mask))
-    if not hints:  # only one sequence was counted
-        total = file.num_sequences * num_tokens
+    if not differ:
+        total *= file.num_sequences
     return (None if options.budget is None else max_groups), total
 
 
@@ -157,4 +159,4 @@ def _protected(
 
 
 def _naming_sequences(start: int, stop: int) -> AbstractContextManager[None]:
-    return naming(f"sequences {start}..{stop - 1}" if start else "")
+    return naming(f"sequences {start}..{stop - 1}") if start else nullcontext()

@@ -72,7 +72,7 @@ class TokenFile(NamedTuple):
             yield 0, 1, {k: x if k == common else x[None] for k, x in whole.items()}
             return
         total = self.num_sequences
-        streams = [x for x in arguments if self._is_per_sequence(x)]
+        streams = [x for x in arguments if self.is_per_sequence(x)]
         fixed = {
             x: self._clean(x, self.array(x).whole())
             for x in arguments
@@ -91,12 +91,12 @@ class TokenFile(NamedTuple):
 
     def bytes_per_sequence(self) -> int:
         """Return the bytes of all arrays that one sequence has."""
-        used = (self.array(x) for x in self.names if self._is_per_sequence(x))
+        used = (self.array(x) for x in self.names if self.is_per_sequence(x))
         if len(self.tokens.shape) == 2:
             used = (self.array(x) for x in self.names)
         return sum(x.num_bytes for x in used) // max(1, self.num_sequences)
 
-    def _is_per_sequence(self, argument: str) -> bool:
+    def is_per_sequence(self, argument: str) -> bool:
         """Return whether an array has the axis B, for tokens (B, N, D)."""
         if argument in ("mask", "protect"):
             return len(self.array(argument).shape) == 2
@@ -139,7 +139,8 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, TypeError, ValueError) as error:
-        if name in str(error):
+        # Not `in`: a short name, such as "a", is part of many messages.
+        if str(error).startswith((f"{name} ", f"{name}: ")):
             raise
         # Not the type of the error itself: some take several arguments.
         [error_type, *_] = (

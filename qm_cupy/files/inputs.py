@@ -19,7 +19,7 @@ from . import npy, npz
 from .npy import open_npy
 from .npz import open_npz
 from .safetensors import open_safetensors
-from .stored import Arrays, DamagedFileError, file_size, reading
+from .stored import Arrays, DamagedFileError, file_size, naming_temporary, reading
 
 STDIN = "-"  # the name of the standard input, and of the standard output
 _READERS: dict[str, Callable[[IO[bytes], str], Arrays]] = {
@@ -89,6 +89,8 @@ def _open(
     else:
         # Look before opening it: opening a device can have effects, such as winding a
         # tape.
+        if not str(path):
+            raise ValueError("the name of the input is empty: give that of a file")
         _check_kind(Path(path).stat().st_mode, name)
         # This waits until a pipe has a writer, as other programs do.
         source = Path(path).open("rb")  # noqa: SIM115
@@ -98,7 +100,7 @@ def _open(
         if stat.S_ISREG(status.st_mode):
             yield source, status
             return
-        with tempfile.TemporaryFile(dir=folder) as copy:
+        with naming_temporary(folder), tempfile.TemporaryFile(dir=folder) as copy:
             shutil.copyfileobj(source, copy, 2**20)
             copy.seek(0)
             yield copy, None
@@ -121,10 +123,11 @@ def _format(path: Path, name: str, file: IO[bytes]) -> str:
     content = None
     if first.startswith(npy.MAGIC):
         content = ".npy"
+    elif first[8:9] == b"{":  # the header, after the 8 bytes of its length
+        # Before .npz, because the length may begin with the bytes of "PK".
+        content = ".safetensors"
     elif first.startswith(npz.MAGIC):
         content = ".npz"
-    elif first[8:9] == b"{":  # the header, after the 8 bytes of its length
-        content = ".safetensors"
     suffix = path.suffix if path.suffix in _READERS else None
     if suffix and content and suffix != content:
         raise DamagedFileError(f"{name} has the content of a {content} file: rename it")

@@ -18,6 +18,7 @@ from .stored import (
     Stored,
     fill,
     fortran_chunks_at,
+    naming_temporary,
     reading,
 )
 
@@ -106,7 +107,7 @@ def _spooled(
     from its start. So the array is first written to a temporary file without a name.
     """
     shape, _, dtype = header
-    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
+    with naming_temporary(), tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
         flat = Header((math.prod(shape),), False, dtype)
         for piece in _chunks(archive, info, name, flat, _PIECE):
             spool.write(piece.view(np.uint8).data)

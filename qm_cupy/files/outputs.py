@@ -16,6 +16,7 @@ from typing import IO, NamedTuple
 
 from ..atomic_write import atomic_write
 from .inputs import FORMATS, STDIN, is_same_file, shown
+from .stored import naming_temporary
 
 _STDOUT = "the standard output"
 
@@ -56,7 +57,7 @@ class Output(NamedTuple):
             with atomic_write(Path(self.path)) as file:
                 yield file
             return
-        with tempfile.TemporaryFile() as file:
+        with naming_temporary(), tempfile.TemporaryFile() as file:
             yield file
             file.seek(0)
             try:
@@ -91,6 +92,8 @@ def check_output(
                 f"{_STDOUT} is closed, a device or a terminal: give a file or a pipe"
             )
         return Output(STDIN, wanted or ".npz")
+    if not str(path):
+        raise ValueError("the name of the output is empty: give that of a file")
     path = Path(path)
     name = shown(path)
     suffix = path.suffix if path.suffix in FORMATS else None

@@ -65,9 +65,13 @@ def _tensor(
             f"{name} is damaged: its header does not describe {key!r}"
         ) from None
     numbers = (*shape, first, last)
-    if not all(type(x) is int and x >= 0 for x in numbers) or first > last:
+    if (
+        not isinstance(code, str)
+        or not all(type(x) is int and x >= 0 for x in numbers)
+        or first > last
+    ):
         raise DamagedFileError(
-            f"{name} is damaged: its header has impossible numbers for {key!r}"
+            f"{name} is damaged: its header has impossible values for {key!r}"
         )
     fault = ""
     if code == "BF16":

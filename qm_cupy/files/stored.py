@@ -7,8 +7,10 @@ system ends the process.
 import errno
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -83,6 +85,25 @@ def reading(name: str, *damage: type[Exception]) -> Iterator[None]:
         if isinstance(error, DamagedFileError) or not expected:
             raise
         raise DamagedFileError(f"{name} is damaged: {_reason(error)}") from error
+
+
+@contextmanager
+def naming_temporary(folder: Path | None = None) -> Iterator[None]:
+    """Let an OSError that names no file name the folder of a temporary file.
+
+    `folder` is that of the temporary file; by default it is that of `tempfile`. The
+    file is closed in the block, because closing it can fail too. Errors of a closed
+    pipe do not come from it.
+    """
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        file = f"a temporary file in {folder or tempfile.gettempdir()}"
+        raise OSError(error.errno, error.strerror, file) from error
 
 
 def _reason(error: Exception) -> str:

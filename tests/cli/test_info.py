@@ -82,6 +82,31 @@ def test_many_arrays_and_long_names(tmp_path, tokens, info):
     assert max(map(len, shown.splitlines())) < 400
 
 
+def test_control_characters(tmp_path, tokens, info):
+    """The name of an array must not move the cursor of a terminal, or end a line."""
+    path = save(tmp_path / "a.npz", **{"x\x1b[2J\ny": tokens})
+    assert r"  x\x1b[2J\ny" in info(path).splitlines()[1]
+    assert list(info(path, "--json")["arrays"]) == ["x\x1b[2J\ny"]
+
+
+@pytest.mark.parametrize("hint_bytes", [1, 30, 2**20])
+def test_tokens_are_counted_once_per_sequence(
+    tmp_path, tokens, mask, info, monkeypatch, hint_bytes
+):
+    monkeypatch.setattr(plan, "HINT_BYTES", hint_bytes)
+    path = save(tmp_path / "a.npz", tokens=tokens, m=mask, n=mask[1], p=mask[0], q=mask)
+    for options, counts in [
+        (("--mask", "m"), (57, 27)),
+        (("--mask", "n"), (21, 63)),
+        (("--mask", "n", "--protect", "0"), (21, 63)),
+        (("--protect", "p"), (84, 0)),
+        (("--protect", "q"), (84, 0)),
+        ((), (84, 0)),
+    ]:
+        reported = info(path, *options, "--json")["merge"]
+        assert (reported["tokens"], reported["padding"]) == counts, options
+
+
 def test_wrong_options_and_files(tmp_path, tokens, fails):
     path = save(tmp_path / "a.npy", tokens=tokens)
     fails(["info", path, "--temperature", 1], "--temperature would have no effect")

@@ -332,6 +332,16 @@ def test_errors_of_a_chunk_name_its_sequences(tmp_path, tokens, monkeypatch, fai
     fails([*argv, "--weights", "saliency"], words)
 
 
+def test_errors_name_a_file_with_a_short_name(tmp_path, tokens, monkeypatch, fails):
+    """The name is part of every other message."""
+    monkeypatch.chdir(tmp_path)
+    tokens[1, 2, 3] = np.nan
+    save(tmp_path / "a.npy", tokens=tokens).rename("e")
+    argv = "compress", "e", "-o", "b.npz", "--budget"
+    fails([*argv, 3], "error: e: tokens must be finite")
+    fails([*argv, 100], "error: e: `budget` must lie in")
+
+
 def test_json_is_all_that_is_printed(tmp_path, tokens, capsys):
     path = save(tmp_path / "a.npy", tokens=tokens)
     compress(path, "--json")

@@ -260,6 +260,16 @@ class TestSafetensors:
             path, "`weights` is F4, a dtype that", options=["--key", "weights"]
         )
 
+    def test_a_header_whose_length_begins_like_a_zip(self, tmp_path, tokens):
+        path = tmp_path / "a.safetensors"
+        written(path, {"x": ("F32", list(tokens.shape), tokens.tobytes())})
+        whole = path.read_bytes()
+        header = whole[8 : -tokens.nbytes].ljust(int.from_bytes(b"PK", "little"))
+        length = len(header).to_bytes(8, "little")
+        path.write_bytes(length + header + tokens.tobytes())
+        _, got = compress(path)
+        assert_same(got, qm.quickmerge(tokens, 3))
+
     def test_metadata_does_not_matter(self, tmp_path, tokens):
         path = tmp_path / "a.safetensors"
         save_file = pytest.importorskip("safetensors.numpy").save_file
@@ -276,11 +286,15 @@ class TestSafetensors:
             (b'{"x": {"dtype": "F32", "shape": [1]}}', "does not describe"),
             (
                 b'{"x": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}}',
-                "impossible numbers",
+                "impossible values",
             ),
             (
                 b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
-                "impossible numbers",
+                "impossible values",
+            ),
+            (
+                b'{"x": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}',
+                "impossible values",
             ),
             (
                 b'{"x": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 4]}}',

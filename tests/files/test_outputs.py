@@ -99,6 +99,13 @@ def test_refused_before_any_work(tmp_path, tokens, fails, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 6
 
 
+def test_empty_names(tmp_path, tokens, fails):
+    """Such as those of shell variables that are not set."""
+    path = save(tmp_path / "a.npy", tokens=tokens)
+    fails(["compress", "", "-o", "b.npz", "--budget", 3], "name of the input is empty")
+    fails(["compress", path, "-o", "", "--budget", 3], "name of the output is empty")
+
+
 def test_a_name_of_255_bytes(tmp_path, tokens):
     path = save(tmp_path / "a.npy", tokens=tokens)
     output = tmp_path / f"{'é' * 125}a.npz"

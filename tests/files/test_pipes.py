@@ -236,6 +236,35 @@ def test_a_socket(tmp_path, tokens, fails, monkeypatch):
         fails(["compress", "b.npy", "--budget", 3, "-o", "a.npy"], "a device or a soc")
 
 
+def limited(*words, cwd, **options):
+    """Run a command whose files have at most 400 bytes, as on a full disk."""
+    setting = "import resource, runpy, sys; limit = resource.RLIMIT_FSIZE, (400, 400); "
+    setting += "resource.setrlimit(*limit); sys.argv[0] = 'qm-cupy'; "
+    setting += "runpy.run_module('qm_cupy', run_name='__main__')"
+    argv = [sys.executable, "-B", "-c", setting, *map(str, words)]
+    options = {"capture_output": True, "timeout": 100, "check": False, **options}
+    return subprocess.run(argv, cwd=cwd, **options)
+
+
+def test_errors_name_a_full_disk(tmp_path, tokens):
+    """That of the output, or that of the temporary file for a pipe."""
+    path = save(tmp_path / "a.npy", tokens=tokens)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    options = {"cwd": tmp_path, "env": {**os.environ, "TMPDIR": str(folder)}}
+    argv = "--budget", 3, "-o"
+    done = limited("compress", path, *argv, "b.npz", **options)
+    assert "error: b.npz: File too large" in error_of(done)
+    done = limited("compress", path, *argv, "-", **options)
+    assert f"error: a temporary file in {folder}: File too large" in error_of(done)
+    content = path.read_bytes()
+    done = limited("compress", "-", *argv, "b.npz", input=content, **options)
+    assert f"error: a temporary file in {tmp_path}: File too large" in error_of(done)
+    done = limited("info", "-", input=content, **options)
+    assert f"error: a temporary file in {folder}: File too large" in error_of(done)
+    assert [*folder.iterdir()] == []
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"PK", b"\x93NUMPY", bytes(100)])
 def test_other_content(tmp_path, content):
     done = run(
