@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-PATIENCE = 1.0  # seconds until a user is told that the command waits
+PATIENCE = 1.0  # seconds after which the command says that it waits
 # Characters of an error, without the name of the program before it: a line stays under
 # 300 characters.
 _LIMIT = 280
