@@ -69,10 +69,12 @@ def check_options(options: MergeOptions, has_attention: bool) -> None:
                 f"{option} would have no effect: it needs "
                 f"{needs.get(option, 'the weights mass')}"
             )
-    # Merge one token, so that wrong values are found now.
-    arrays = {"tokens": np.ones((1, 1, 1))}
+    # Merge a few tokens, so that wrong values are found now. This also loads SciPy
+    # before the free memory is measured: if SciPy cannot get memory for itself, its
+    # import may fail in strange ways, or never end.
+    arrays = {"tokens": np.ones((1, 4, 4))}
     if has_attention:
-        arrays["attention"] = np.ones((1, 1, 1))
+        arrays["attention"] = np.eye(4)[None]
     limited = options.max_error is not None or options.max_distance is not None
     merge_arrays(arrays, options._replace(budget=None if limited else 1), 0)
 

@@ -67,10 +67,11 @@ def _chunk_size(
     size = max(1, min(CHUNK_BYTES // arrays, file.num_sequences))
     available = None if on_gpu else available_bytes()
     while True:
-        # The arrays of this chunk, those of the next one, and the results.
-        needed = 3 * size * arrays + (
-            0 if on_gpu else _work(file, options, max_groups, size)
-        )
+        # The arrays of this chunk; if there are others, also the last results, and a
+        # copy of them with padding. Reading Fortran order needs a copy of the arrays.
+        copies = 1 if size >= file.num_sequences else 3
+        work = 0 if on_gpu else _work(file, options, max_groups, size)
+        needed = copies * size * arrays + max(work, size * arrays)
         if available is None or needed <= available or size == 1:
             break
         size //= 2

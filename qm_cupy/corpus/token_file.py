@@ -72,22 +72,21 @@ class TokenFile(NamedTuple):
             yield 0, 1, {k: x if k == common else x[None] for k, x in whole.items()}
             return
         total = self.num_sequences
-        streams = [x for x in arguments if self.is_per_sequence(x)]
+        streams = {
+            x: self.array(x).chunks(count) for x in arguments if self.is_per_sequence(x)
+        }
         fixed = {
             x: self._clean(x, self.array(x).whole())
             for x in arguments
             if x not in streams
         }
         # Without an array for each sequence, all sequences are alike.
-        chunks: list[Iterator[Any]]
-        chunks = [self.array(x).chunks(count) for x in streams] or [iter([None])]
-        start = 0
-        for parts in zip(*chunks, strict=True):
-            stop = min(start + count, total)
-            named = zip(streams, parts, strict=False)
-            arrays = {name: self._clean(name, x) for name, x in named}
-            yield start, stop, {**arrays, **fixed}
-            start = stop
+        step = count if streams else max(1, total)
+        for start in range(0, max(1, total), step):
+            # Not `zip`, which keeps the last chunk while the next one is read.
+            arrays = {x: self._clean(x, next(part)) for x, part in streams.items()}
+            yield start, min(start + step, total), {**arrays, **fixed}
+            del arrays
 
     def bytes_per_sequence(self) -> int:
         """Return the bytes of all arrays that one sequence has."""

@@ -33,6 +33,7 @@ def write_merged(
         layout = _layout(plan, max_groups, first)
         is_single = len(plan.file.tokens.shape) == 2
         rows = (_fields(x, max_groups, is_single) for x in _chain(first, parts))
+        del first  # so that only one part is in memory
         write_arrays(file, output.format, layout, rows, folder)
         num_bytes = file_size(file)
     return max_groups, num_bytes

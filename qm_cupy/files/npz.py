@@ -92,6 +92,7 @@ def _chunks(
                 if start + count >= shape[0]:
                     file.read(1)
             yield chunk
+            del chunk  # before the next one is read
 
 
 def _spooled(

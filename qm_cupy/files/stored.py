@@ -155,6 +155,7 @@ def chunks_at(
                 file.seek(start + first * bytes_per_entry)
                 fill(chunk, file)
             yield chunk
+            del chunk  # before the next one is read
 
     return chunks
 
@@ -195,7 +196,9 @@ def fortran_chunks_at(
                 axes = (rows.stop - first, *shape[1:])
                 # The columns of an entry are in Fortran order too.
                 chunk = np.ascontiguousarray(columns.T.reshape(axes, order="F"))
+                del columns
             yield chunk
+            del chunk  # before the next one is read
 
     return chunks
 

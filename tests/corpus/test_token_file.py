@@ -1,6 +1,10 @@
 """Which arrays of a file are the tokens, the mask, protected tokens and attention."""
 
 import json
+import subprocess
+import sys
+import textwrap
+import weakref
 
 import numpy as np
 import pytest
@@ -8,7 +12,10 @@ from command_line import FORMATS, assert_same, compress, save
 
 import qm_cupy as qm
 from qm_cupy.cli.main import main
-from qm_cupy.corpus import plan
+from qm_cupy.corpus import merge_file, plan
+from qm_cupy.corpus.merge_options import MergeOptions
+from qm_cupy.corpus.token_file import Selection, open_tokens
+from qm_cupy.memory import quickmerge_bytes
 
 
 @pytest.fixture(params=[1, 2 * 12 * 5 * 4, 2**26], ids=["one", "two", "all"])
@@ -330,6 +337,59 @@ def test_errors_of_a_chunk_name_its_sequences(tmp_path, tokens, monkeypatch, fai
     argv = ["compress", path, "--budget", 3, "-o", tmp_path / "b.npz"]
     words = f"{path}: sequences 4..4: the values are too large"
     fails([*argv, "--weights", "saliency"], words)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "fortran"])
+@pytest.mark.parametrize("limit", ["--budget=3", "--max-distance=0.5"])
+def test_one_chunk_and_one_result_are_in_memory(
+    tmp_path, tokens, mask, monkeypatch, name, limit
+):
+    """Those of earlier chunks are gone when the next chunk is merged."""
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+    path = tmp_path / name
+    if name == "fortran":
+        np.savez(path := tmp_path / "a.npz", tokens=np.asfortranarray(tokens))
+    else:
+        save(path, tokens=tokens, mask=mask)
+    chunks, results, alive = [], [], []
+
+    def merge(arrays, *others):
+        alive.append([sum(x() is not None for x in y) for y in (chunks, results)])
+        merged = merge_arrays(arrays, *others)
+        chunks.append(weakref.ref(arrays["tokens"]))
+        results.append(weakref.ref(merged.tokens))
+        return merged
+
+    merge_arrays = merge_file.merge_arrays
+    monkeypatch.setattr(merge_file, "merge_arrays", merge)
+    argv = ["compress", str(path), limit, "-o", str(tmp_path / "out.npz")]
+    assert main(argv) == 0
+    assert alive == [[0, 0]] + [[0, 1]] * 6
+
+
+@pytest.mark.parametrize(
+    ("axes", "chunk_bytes", "size", "copies"),
+    [((7, 12, 5), 2**25, 7, 1), ((12, 5), 1, 1, 1), ((7, 12, 5), 1, 1, 3)],
+)
+def test_memory(tmp_path, monkeypatch, axes, chunk_bytes, size, copies):
+    """If there are several chunks, results wait while the next chunk is read."""
+    monkeypatch.setattr(plan, "CHUNK_BYTES", chunk_bytes)
+    path = save(tmp_path / "a.npy", tokens=np.ones(axes, np.float32))
+    with open_tokens(path, Selection()) as file:
+        needed = plan.plan(file, MergeOptions(budget=3), False).needed_bytes
+    work = quickmerge_bytes((size, 12, 5), np.float32, 3)
+    assert needed == copies * size * 12 * 5 * 4 + work
+
+
+def test_a_plan_is_made_after_the_import_of_scipy():
+    """SciPy needs memory too: if there is none, its import may never end."""
+    code = """
+        import sys
+        from qm_cupy.corpus.merge_options import MergeOptions, check_options
+        check_options(MergeOptions(budget=3), False)
+        assert {"scipy.sparse", "scipy.cluster.hierarchy"} <= {*sys.modules}
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_errors_name_a_file_with_a_short_name(tmp_path, tokens, monkeypatch, fails):
