@@ -16,11 +16,12 @@ def progress(total: int, unit: str = "tokens") -> Iterator[Callable[[float], Non
     `PATIENCE`, and tqdm is installed.
     """
     # A file or a pipe must not contain control characters.
-    try:
-        shown = sys.stderr.isatty()
-        from tqdm import tqdm
-    except ImportError:
-        shown = False
+    shown = sys.stderr.isatty()
+    if shown:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            shown = False
     if not shown:
         yield lambda done: None
         return
