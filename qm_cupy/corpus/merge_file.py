@@ -4,6 +4,7 @@ A file of several sequences may be larger than memory: only a few of its sequenc
 of their results are in memory at the same time. One sequence is always in memory.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_mask, check_tokens
+from ..arrays.checks import check_tokens
 from ..cuda.device import to_device, to_host
 from ..progress import listen
 from ..results import Merged
 from .merge_options import merge_arrays
 from .plan import Plan
+from .token_file import Arrays
 
 
 class Seconds:
@@ -62,38 +64,20 @@ def merge_parts(
 
 
 def merge_chunk(plan: Plan, arrays: dict[str, NDArray[Any]], start: int) -> Merged[Any]:
-    """Merge one chunk whose first sequence has the index `start` in the file.
-
-    Errors name the sequence of the file, not of the chunk.
-    """
+    """Merge one chunk whose first sequence has the index `start` in the file."""
     if plan.file.positions is not None:
         arrays = {**arrays, "protect": np.array(plan.file.positions)}
-    tokens = arrays["tokens"]
-    try:
-        if not plan.on_gpu:
-            return merge_arrays(arrays, plan.options, start)
-        # Check here, because the values of GPU arrays are not checked.
-        mask = check_mask(arrays.get("mask"), tokens.shape[:-1])
-        check_tokens(tokens, mask=mask)
-        on_device = {
-            name: x if name == "protect" and x.ndim == 1 else to_device(x)
-            for name, x in arrays.items()
-        }
-        merged = merge_arrays(on_device, plan.options, start)
-        return Merged(*map(to_host, merged))
-    except ValueError as error:
-        # For a NaN or Inf, the message of the library has the index in the chunk:
-        # replace it by the index in the file. For other errors, add the sequences.
-        mask = arrays.get("mask")
-        wrong = ~np.isfinite(tokens)
-        if mask is not None:
-            wrong &= (mask != 0)[..., None]
-        if not wrong.any():
-            last = start + len(tokens) - 1
-            raise ValueError(f"sequences {start}..{last}: {error}") from error
-        sequence, token, component = map(int, np.argwhere(wrong)[0])  # in the chunk
-        value = tokens[sequence, token, component]
-        raise ValueError(
-            f"tokens must be finite, got {value} in sequence {start + sequence}, "
-            f"token {token}"
-        ) from error
+    return plan.file.for_sequences(functools.partial(_merge, plan), arrays, start)
+
+
+def _merge(plan: Plan, arrays: Arrays, start: int) -> Merged[Any]:
+    """Merge the tokens (b, N, D) or (N, D) of some sequences, or of one."""
+    if not plan.on_gpu:
+        return merge_arrays(arrays, plan.options, start)
+    # Check here, because the values of GPU arrays are not checked.
+    check_tokens(arrays["tokens"], mask=arrays.get("mask"))
+    on_device = {
+        name: x if name == "protect" and x.dtype != np.bool_ else to_device(x)
+        for name, x in arrays.items()
+    }
+    return Merged(*map(to_host, merge_arrays(on_device, plan.options, start)))

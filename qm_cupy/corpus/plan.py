@@ -1,12 +1,9 @@
 """What will be done with a file of tokens, before the tokens are read."""
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arrays.checks import check_mask
 from ..arrays.protect import protected_tokens
@@ -15,7 +12,7 @@ from ..host_memory import available_bytes
 from ..memory import quickmerge_bytes
 from ..sources import Sources
 from .merge_options import MergeOptions
-from .token_file import TokenFile, naming, stand_in
+from .token_file import Arrays, TokenFile, naming, stand_in
 
 CHUNK_BYTES = 2**25  # bytes of the arrays that are merged at a time
 HINT_BYTES = 2**20  # bytes of masks and protected tokens that are checked at a time
@@ -124,43 +121,47 @@ def _count(file: TokenFile, options: MergeOptions) -> tuple[int | None, int]:
 
     All masks and protected tokens are read and checked.
     """
-    method, _, _ = options.resolved("attention" in file.names)
     hints = [name for name in ("mask", "protect") if name in file.names]
     num_tokens = file.tokens.shape[-2]
-    max_groups, total = 0, 0
-    count = max(1, HINT_BYTES // num_tokens)
-    differ = any(file.is_per_sequence(x) for x in hints)
-    for start, stop, arrays in file.chunks(count, *hints):
-        # If all sequences are alike, one of them is enough.
-        shape = (stop - start if differ else min(1, file.num_sequences), num_tokens)
-        with _naming_sequences(start, stop):
-            mask = check_mask(arrays.get("mask"), shape)
-            protect = _protected(file, arrays, mask, shape)
-            if options.budget is not None:
-                groups = num_groups_of(shape, options.budget, protect, method, mask)
-                max_groups = max(max_groups, groups.max_groups)
-        total += math.prod(shape) if mask is None else int(np.count_nonzero(mask))
-    if not differ:
+    if not any(file.is_per_sequence(x) for x in hints):
+        # All sequences are alike: one of them, without the axis B, is enough.
+        arrays = {x: file.common(x) for x in hints}
+        max_groups, total = _count_chunk(file, options, arrays, ())
         total *= file.num_sequences
+        return (None if options.budget is None else max_groups), total
+    max_groups = total = 0
+    for start, stop, arrays in file.chunks(max(1, HINT_BYTES // num_tokens), *hints):
+        size = stop - start
+
+        def count(arrays: Arrays, start: int, size: int = size) -> tuple[int, int]:
+            alone = all(x.ndim == 1 for x in arrays.values())
+            return _count_chunk(file, options, arrays, () if alone else (size,))
+
+        of_chunk = file.for_sequences(count, arrays, start)
+        max_groups, total = max(max_groups, of_chunk[0]), total + of_chunk[1]
     return (None if options.budget is None else max_groups), total
 
 
-def _protected(
-    file: TokenFile,
-    arrays: Mapping[str, NDArray[Any]],
-    mask: NDArray[np.bool_] | None,
-    shape: tuple[int, ...],
-) -> Any:
-    """Return the protected tokens (b, N) of a chunk as booleans, or None."""
+def _count_chunk(
+    file: TokenFile, options: MergeOptions, arrays: Arrays, batch: tuple[int, ...]
+) -> tuple[int, int]:
+    """Return the largest K, 0 without a budget, and the number of tokens.
+
+    `batch` is (b,) for the arrays of b sequences, or () for those of one.
+    """
+    method, _, _ = options.resolved("attention" in file.names)
+    shape = (*batch, file.tokens.shape[-2])
+    mask = check_mask(arrays.get("mask"), shape)
     protect = arrays.get("protect", file.positions)
-    is_positions = protect is not None and not (
-        isinstance(protect, np.ndarray) and protect.dtype == np.bool_
-    )
+    flags, positions = None, protect
+    if isinstance(protect, np.ndarray) and protect.dtype == np.bool_:
+        flags, positions = protect, None
     # Only the shape of the tokens is needed.
     tokens = np.broadcast_to(np.zeros((), np.float32), (*shape, 1))
-    flags, positions = (None, protect) if is_positions else (protect, None)
-    return protected_tokens(flags, positions, tokens, mask)
-
-
-def _naming_sequences(start: int, stop: int) -> AbstractContextManager[None]:
-    return naming(f"sequences {start}..{stop - 1}") if start else nullcontext()
+    protected = protected_tokens(flags, positions, tokens, mask)
+    max_groups = 0
+    if options.budget is not None:
+        groups = num_groups_of(shape, options.budget, protected, method, mask)
+        max_groups = groups.max_groups
+    total = math.prod(shape) if mask is None else int(np.count_nonzero(mask))
+    return max_groups, total

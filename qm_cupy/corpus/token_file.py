@@ -4,19 +4,23 @@ Axes: B sequences of N tokens of width D. A file may also hold one sequence (N, 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_batch_shape, check_tokens
+from ..arrays.checks import check_batch_shape, check_tokens, wrong_mask_dtype
 from ..arrays.protect import token_positions
 from ..files.inputs import Input, open_arrays
-from ..files.stored import Arrays, Stored
+from ..files.stored import Arrays as StoredArrays
+from ..files.stored import Stored
 from ..settings import check_finite
+
+Arrays = dict[str, NDArray[Any]]  # for each argument of `quickmerge`
+Result = TypeVar("Result")
 
 NO_MASK = "none"  # the value of --mask that refuses a mask
 # The names that a mask has if it is used without being asked for.
@@ -60,7 +64,7 @@ class TokenFile(NamedTuple):
 
     def chunks(
         self, count: int, *arguments: str
-    ) -> Iterator[tuple[int, int, dict[str, NDArray[Any]]]]:
+    ) -> Iterator[tuple[int, int, Arrays]]:
         """Yield the arrays of a few sequences: start, stop, and arrays with the axis B.
 
         `arguments` are the arrays to read. Those that every sequence has in common are
@@ -87,6 +91,30 @@ class TokenFile(NamedTuple):
             arrays = {x: self._clean(x, next(part)) for x, part in streams.items()}
             yield start, min(start + step, total), {**arrays, **fixed}
             del arrays
+
+    def for_sequences(
+        self, call: Callable[[Arrays, int], Result], arrays: Arrays, start: int
+    ) -> Result:
+        """Return the result of a call for the arrays of some sequences.
+
+        `start` is the index of the first sequence in the file, which is the second
+        argument of the call. If the call fails, it is repeated for each sequence alone,
+        so that the error is that of a sequence and names it.
+        """
+        try:
+            return call(arrays, start)
+        except ValueError as error:
+            # Arrays of one axis are those that all sequences have in common.
+            counts = [len(x) for x in arrays.values() if x.ndim > 1]
+            for index in range(min(counts, default=0)):
+                alone = {k: x if x.ndim == 1 else x[index] for k, x in arrays.items()}
+                try:
+                    call(alone, start + index)
+                except ValueError as fault:
+                    several = len(self.tokens.shape) == 3
+                    where = f"sequence {start + index}: " if several else ""
+                    raise ValueError(f"{where}{fault}") from error
+            raise
 
     def bytes_per_sequence(self) -> int:
         """Return the bytes of all arrays that one sequence has."""
@@ -188,7 +216,7 @@ def select(source: Input, selection: Selection) -> TokenFile:
     return TokenFile(source, names, positions, by_default)
 
 
-def _choose(arrays: Arrays) -> str:
+def _choose(arrays: StoredArrays) -> str:
     """Return the name of the only array that can be the tokens, or raise."""
     if "tokens" in arrays:
         return "tokens"
@@ -208,7 +236,7 @@ def _choose(arrays: Arrays) -> str:
     return names[0]
 
 
-def _default_mask(arrays: Arrays, key: str, tokens: Stored) -> str | None:
+def _default_mask(arrays: StoredArrays, key: str, tokens: Stored) -> str | None:
     """Return the name of the mask that the file has, or None."""
     names = [name for name in _MASKS if name in arrays and name != key]
     # A file that `compress` has written: groups of size 0 are padding.
@@ -222,17 +250,20 @@ def _default_mask(arrays: Arrays, key: str, tokens: Stored) -> str | None:
     return names[0] if names else None
 
 
-def _check_mask(arrays: Arrays, name: str, tokens: Stored, by_default: bool) -> None:
+def _check_mask(arrays: StoredArrays, name: str, tokens: Stored, by_default: bool) -> None:
     """Raise unless the array can be the mask (N,) or (B, N) of the tokens."""
+    array = _get(arrays, name)
     try:
-        check_batch_shape(name, stand_in(_get(arrays, name)), tokens.shape[:-1])
-    except ValueError as error:
+        if array.dtype != np.bool_ and array.dtype.kind not in "iu":
+            raise wrong_mask_dtype(array.dtype)
+        check_batch_shape(name, stand_in(array), tokens.shape[:-1])
+    except (TypeError, ValueError) as error:
         if not by_default:
             raise
         raise ValueError(f"{error} (to merge without it: --mask none)") from error
 
 
-def _refuse_ragged(arrays: Arrays, tokens: Stored) -> None:
+def _refuse_ragged(arrays: StoredArrays, tokens: Stored) -> None:
     """Raise if the rows of the tokens belong to sequences of different lengths."""
     for name in _RAGGED:
         x = arrays.get(name)
@@ -288,7 +319,7 @@ def stand_in(array: Stored) -> NDArray[Any]:
     return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 
 
-def _get(arrays: Arrays, name: str) -> Stored:
+def _get(arrays: StoredArrays, name: str) -> Stored:
     """Return the array of a name; raise if it is missing or cannot be read."""
     if name not in arrays:
         raise ValueError(f"it has no array {name[:60]!r}; {_listing(arrays)}")
@@ -297,7 +328,7 @@ def _get(arrays: Arrays, name: str) -> Stored:
     return arrays[name]
 
 
-def _listing(arrays: Arrays) -> str:
+def _listing(arrays: StoredArrays) -> str:
     """Return the first arrays of a file for error messages."""
     first = [
         f"{name[:20]} {'unreadable' if x.fault else x.dtype}{x.shape}"
