@@ -9,7 +9,7 @@ from ..corpus.merge_file import Seconds, merge_parts
 from ..corpus.merge_options import check_options
 from ..corpus.plan import Plan, plan
 from ..corpus.token_file import naming, open_tokens
-from ..corpus.write_merged import write_merged
+from ..corpus.write_merged import Written, write_merged
 from ..files.outputs import check_output
 from .options import (
     add_merge_options,
@@ -70,15 +70,15 @@ def _compress(arguments: argparse.Namespace) -> None:
         seconds.spend("starting")
         with naming(file.source.name), progress(num_tokens) as step:
             parts = merge_parts(work, seconds, step)
-            max_groups, num_bytes = write_merged(work, output, parts)
+            written = write_merged(work, output, parts)
         seconds.spend("writing")
-        summary = _summary(work, output.name, max_groups, num_bytes, seconds)
+        summary = _summary(work, output.name, written, seconds)
     text = json.dumps(summary) if arguments.json else "\n".join(_lines(summary))
     print_summary(text, sys.stderr if output.is_stdout else sys.stdout)
 
 
 def _summary(
-    work: Plan, output: str, max_groups: int, num_bytes: int, seconds: Seconds
+    work: Plan, output: str, written: Written, seconds: Seconds
 ) -> dict[str, Any]:
     """Return what was done, for `--json`."""
     file, has_attention = work.file, "attention" in work.file.names
@@ -90,17 +90,18 @@ def _summary(
         "arrays": dict(file.names),
         "mask_by_default": file.mask_by_default,
         "shape": file.tokens.shape,
-        "merged_shape": work.shape_with(max_groups),
+        "merged_shape": work.shape_with(written.max_groups),
         "dtype": str(file.tokens.dtype.newbyteorder("=")),
         "tokens": work.num_tokens,
         "padding": total - work.num_tokens,
+        "merged_tokens": written.num_groups,
         "method": method,
         "metric": work.options.metric,
         "weights": weights,
         "weighted_linkage": weighted,
         "device": "cuda" if work.on_gpu else "cpu",
         "input_bytes": file.source.num_bytes,
-        "output_bytes": num_bytes,
+        "output_bytes": written.num_bytes,
         "seconds": {name: round(x, 3) for name, x in seconds.spent.items()},
     }
 
@@ -122,6 +123,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
             f"mask {mask}: {summary['tokens']:,} tokens, {summary['padding']:,} "
             f"padding{note}"
         )
+    lines.append(f"{summary['tokens']:,} tokens -> {summary['merged_tokens']:,}")
     linkage = ", weighted linkage" if summary["weighted_linkage"] else ""
     lines.append(
         f"method {summary['method']}, metric {summary['metric']}, weights "

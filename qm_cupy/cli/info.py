@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print everything as one JSON object"
     )
+    # So that the arguments of `compress` can be used unchanged.
+    for name in ("-o", "--output", "--format"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.set_defaults(run=_info)
 
 
@@ -105,7 +108,7 @@ def _lines(contents: dict[str, Any]) -> list[str]:
     ]
     width = max((len(name) for name in contents["arrays"]), default=0)
     for name, x in contents["arrays"].items():
-        text = x["fault"] or f"{x['dtype']:<9}{_axes(x['shape'])}"
+        text = x["fault"] or f"{x['dtype']:<8} {_axes(x['shape'])}"
         note = f"  (used as {x['used_as']})" if x["used_as"] else ""
         lines.append(f"  {name:<{min(width, 30)}}  {text}{note}")
     merge = contents["merge"]

@@ -106,7 +106,8 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add(
         "--key",
         metavar="NAME",
-        help="name of the token array in INPUT (default: tokens, or the only array)",
+        help="name of the token array in INPUT (default: tokens, or the only array of "
+        "floats with two or three axes)",
     )
     add(
         "--mask",
@@ -144,6 +145,12 @@ def add_merge_options(parser: argparse.ArgumentParser, *, required: bool) -> Non
     """Add the options of `quickmerge`; one of the budgets may be required."""
     group = parser.add_mutually_exclusive_group(required=required)
     add_budget(group)
+    parser.add_argument(
+        "--clip",
+        action="store_true",
+        help="let short sequences keep all of their tokens, and protected tokens and "
+        "one more at least, where the budget would be an error",
+    )
     group.add_argument(
         "--max-error",
         type=float,

@@ -1,5 +1,6 @@
 """A progress bar for terminals, by tqdm."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ def progress(total: int, unit: str = "tokens") -> Iterator[Callable[[float], Non
         unit_scale=True,
         delay=PATIENCE,
         mininterval=INTERVAL,
+        # A terminal without a size, as some programs make it, gets a usual line.
+        ncols=shutil.get_terminal_size().columns - 1,
         miniters=0,  # draw by time alone: steps differ in length
         leave=False,
         file=sys.stderr,

@@ -17,7 +17,7 @@ from ..cuda.device import to_device, to_host
 from ..progress import listen
 from ..results import Merged
 from .merge_options import merge_arrays
-from .plan import Plan
+from .plan import Plan, chunk_budget
 from .token_file import Arrays
 
 
@@ -72,12 +72,14 @@ def merge_chunk(plan: Plan, arrays: dict[str, NDArray[Any]], start: int) -> Merg
 
 def _merge(plan: Plan, arrays: Arrays, start: int) -> Merged[Any]:
     """Merge the tokens (b, N, D) or (N, D) of some sequences, or of one."""
+    batch = arrays["tokens"].shape[:-2]
+    budget = chunk_budget(plan.file, plan.options, arrays, batch)
     if not plan.on_gpu:
-        return merge_arrays(arrays, plan.options, start)
+        return merge_arrays(arrays, budget, plan.options, start)
     # Check here, because the values of GPU arrays are not checked.
     check_tokens(arrays["tokens"], mask=arrays.get("mask"))
     on_device = {
         name: x if name == "protect" and x.dtype != np.bool_ else to_device(x)
         for name, x in arrays.items()
     }
-    return Merged(*map(to_host, merge_arrays(on_device, plan.options, start)))
+    return Merged(*map(to_host, merge_arrays(on_device, budget, plan.options, start)))

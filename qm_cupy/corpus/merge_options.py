@@ -34,6 +34,8 @@ class MergeOptions(NamedTuple):
     weights: Any = None
     weighted_linkage: bool | None = None
     noise_seed: int | None = None
+    # Whether a budget that a sequence cannot have becomes the nearest possible one.
+    clip: bool = False
 
     def resolved(self, has_attention: bool) -> tuple[Method, str, bool]:
         """Return method, weights and weighted linkage, defaults included."""
@@ -47,7 +49,9 @@ class MergeOptions(NamedTuple):
 
 def check_options(options: MergeOptions, has_attention: bool) -> None:
     """Raise if a value is wrong whatever the tokens are, or would have no effect."""
-    method, weights, _ = options.resolved(has_attention)
+    if options.weights == "attention" and not has_attention:
+        raise ValueError("--weights attention needs the attention: --attention NAME")
+    method, weights, weighted = options.resolved(has_attention)
     by_saliency = weights in ("saliency", "mass") or method == "nearest"
     reasons = {
         "--saliency": options.saliency and not by_saliency,
@@ -57,11 +61,15 @@ def check_options(options: MergeOptions, has_attention: bool) -> None:
         "--temperature": options.temperature is not None and weights != "mass",
         "--epsilon": options.epsilon is not None and weights != "mass",
         "--causal": options.causal and not has_attention,
+        "--weighted-linkage": weighted and weights == "uniform",
+        "--clip": options.clip and options.budget is None,
     }
     needs = {
         "--saliency": "the weights saliency or mass, or the method nearest",
         "--noise-seed": "the weights mass or the method nearest",
         "--causal": "--attention",
+        "--weighted-linkage": "other weights than uniform",
+        "--clip": "--budget",
     }
     for option, wrong in reasons.items():
         if wrong:
@@ -76,13 +84,13 @@ def check_options(options: MergeOptions, has_attention: bool) -> None:
     if has_attention:
         arrays["attention"] = np.eye(4)[None]
     limited = options.max_error is not None or options.max_distance is not None
-    merge_arrays(arrays, options._replace(budget=None if limited else 1), 0)
+    merge_arrays(arrays, None if limited else 1, options, 0)
 
 
 def merge_arrays(
-    arrays: Mapping[str, Any], options: MergeOptions, sequence_offset: int
+    arrays: Mapping[str, Any], budget: Any, options: MergeOptions, sequence_offset: int
 ) -> Merged[Any]:
-    """Call `quickmerge` for the arrays of some sequences."""
+    """Call `quickmerge` for the arrays of some sequences, with their budget."""
     tokens, mask = arrays["tokens"], arrays.get("mask")
     saliency = None
     if options.saliency == "norm":
@@ -90,7 +98,7 @@ def merge_arrays(
     attention = arrays.get("attention")
     return quickmerge(
         tokens,
-        options.budget,
+        budget,
         max_error=options.max_error,
         max_distance=options.max_distance,
         hidden_states=tokens if options.saliency == "entropy" else None,

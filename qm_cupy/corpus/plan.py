@@ -1,16 +1,18 @@
 """What will be done with a file of tokens, before the tokens are read."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays.checks import check_mask
 from ..arrays.protect import protected_tokens
+from ..arrays.shapes import num_valid
 from ..group_counts import num_groups_of
 from ..host_memory import available_bytes
 from ..memory import quickmerge_bytes
 from ..sources import Sources
+from ..stages.budget import token_budget
 from .merge_options import MergeOptions
 from .token_file import Arrays, TokenFile, naming, stand_in
 
@@ -78,7 +80,11 @@ def _chunk_size(
     if available is not None and needed > available:
         method, *_ = options.resolved("attention" in file.names)
         way_out = "cut it into windows"
-        if method not in ("contiguous", "nearest"):
+        if options.max_error is not None:
+            way_out = f"use --budget with --method contiguous, or {way_out}"
+        elif method != "contiguous" and options.max_distance is not None:
+            way_out = f"use --method contiguous, or {way_out}"
+        elif method not in ("contiguous", "nearest"):
             way_out = f"use --method contiguous or nearest, or {way_out}"
         raise MemoryError(
             f"{file.source.name}: a sequence of {file.tokens.shape[-2]:,} tokens needs "
@@ -151,17 +157,50 @@ def _count_chunk(
     """
     method, _, _ = options.resolved("attention" in file.names)
     shape = (*batch, file.tokens.shape[-2])
-    mask = check_mask(arrays.get("mask"), shape)
-    protect = arrays.get("protect", file.positions)
-    flags, positions = None, protect
-    if isinstance(protect, np.ndarray) and protect.dtype == np.bool_:
-        flags, positions = protect, None
-    # Only the shape of the tokens is needed.
-    tokens = np.broadcast_to(np.zeros((), np.float32), (*shape, 1))
-    protected = protected_tokens(flags, positions, tokens, mask)
+    mask, protected = _hints(file, arrays, shape)
     max_groups = 0
     if options.budget is not None:
-        groups = num_groups_of(shape, options.budget, protected, method, mask)
+        budget = chunk_budget(file, options, arrays, batch)
+        groups = num_groups_of(shape, budget, protected, method, mask)
         max_groups = groups.max_groups
     total = math.prod(shape) if mask is None else int(np.count_nonzero(mask))
     return max_groups, total
+
+
+def _hints(file: TokenFile, arrays: Arrays, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return mask and protected tokens of some sequences as booleans, or None."""
+    mask = check_mask(arrays.get("mask"), shape)
+    flags, positions = None, arrays.get("protect", file.positions)
+    if isinstance(positions, np.ndarray) and positions.dtype == np.bool_:
+        flags, positions = positions, None
+    # Only the shape of the tokens is needed.
+    tokens = np.broadcast_to(np.zeros((), np.float32), (*shape, 1))
+    return mask, protected_tokens(flags, positions, tokens, mask)
+
+
+def chunk_budget(
+    file: TokenFile, options: MergeOptions, arrays: Arrays, batch: tuple[int, ...]
+) -> Any:
+    """Return the budget of some sequences; with `clip`, the K of each of them.
+
+    `batch` is (b,) for the arrays of b sequences, or () for those of one.
+    """
+    budget = options.budget
+    if budget is None or not options.clip:
+        return budget
+    shape = (*batch, file.tokens.shape[-2])
+    mask, protected = _hints(file, arrays, shape)
+    num_tokens = np.broadcast_to(np.asarray(num_valid(shape, mask)), batch)
+    num_protected = np.zeros(batch, np.int64)
+    if protected is not None:
+        valid = protected if mask is None else protected & mask
+        num_protected = valid.sum(axis=-1)
+    wanted: Any = budget
+    if isinstance(budget, float):
+        wanted = token_budget(budget, num_tokens)
+    elif budget < 1:
+        raise ValueError(f"`budget` must be at least 1, got {budget}")
+    # Tokens that are not protected need at least one group.
+    least = num_protected + (num_tokens > num_protected)
+    clipped = np.minimum(np.maximum(wanted, least), num_tokens)
+    return clipped.astype(np.int64) if batch else int(clipped)

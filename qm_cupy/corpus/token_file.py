@@ -3,7 +3,6 @@
 Axes: B sequences of N tokens of width D. A file may also hold one sequence (N, D).
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +61,7 @@ class TokenFile(NamedTuple):
         """B, or 1 for one sequence (N, D)."""
         return self.tokens.shape[0] if len(self.tokens.shape) == 3 else 1
 
-    def chunks(
-        self, count: int, *arguments: str
-    ) -> Iterator[tuple[int, int, Arrays]]:
+    def chunks(self, count: int, *arguments: str) -> Iterator[tuple[int, int, Arrays]]:
         """Yield the arrays of a few sequences: start, stop, and arrays with the axis B.
 
         `arguments` are the arrays to read. Those that every sequence has in common are
@@ -72,18 +69,14 @@ class TokenFile(NamedTuple):
         """
         if len(self.tokens.shape) == 2:
             common = "protect" if self._has_positions() else None
-            whole = {x: self._clean(x, self.array(x).whole()) for x in arguments}
+            whole = {x: self.common(x) for x in arguments}
             yield 0, 1, {k: x if k == common else x[None] for k, x in whole.items()}
             return
         total = self.num_sequences
         streams = {
             x: self.array(x).chunks(count) for x in arguments if self.is_per_sequence(x)
         }
-        fixed = {
-            x: self._clean(x, self.array(x).whole())
-            for x in arguments
-            if x not in streams
-        }
+        fixed = {x: self.common(x) for x in arguments if x not in streams}
         # Without an array for each sequence, all sequences are alike.
         step = count if streams else max(1, total)
         for start in range(0, max(1, total), step):
@@ -113,8 +106,19 @@ class TokenFile(NamedTuple):
                 except ValueError as fault:
                     several = len(self.tokens.shape) == 3
                     where = f"sequence {start + index}: " if several else ""
-                    raise ValueError(f"{where}{fault}") from error
+                    raise ValueError(where + self._with_names(fault)) from error
             raise
+
+    def common(self, argument: str) -> NDArray[Any]:
+        """Return an array of all sequences together, or of the only one."""
+        return self._clean(argument, self.array(argument).whole())
+
+    def _with_names(self, error: Exception) -> str:
+        """Return a message with the names of arrays in the file."""
+        text = str(error)
+        for argument, name in self.names.items():
+            text = text.replace(f"`{argument}`", f"`{name[:60]}`")
+        return text
 
     def bytes_per_sequence(self) -> int:
         """Return the bytes of all arrays that one sequence has."""
@@ -226,14 +230,17 @@ def _choose(arrays: StoredArrays) -> str:
     names = [
         name
         for name, x in arrays.items()
-        if len(arrays) == 1
-        or (len(x.shape) in (2, 3) and x.dtype.kind in "fV" and name not in _MASKS)
+        if len(arrays) == 1 or (_can_be_tokens(x) and name not in _MASKS)
     ]
     if len(names) != 1:
         raise ValueError(
             f"give the name of the token array with --key; {_listing(arrays)}"
         )
     return names[0]
+
+
+def _can_be_tokens(array: Stored) -> bool:
+    return len(array.shape) in (2, 3) and array.dtype.kind in "fV"
 
 
 def _default_mask(arrays: StoredArrays, key: str, tokens: Stored) -> str | None:
@@ -250,7 +257,9 @@ def _default_mask(arrays: StoredArrays, key: str, tokens: Stored) -> str | None:
     return names[0] if names else None
 
 
-def _check_mask(arrays: StoredArrays, name: str, tokens: Stored, by_default: bool) -> None:
+def _check_mask(
+    arrays: StoredArrays, name: str, tokens: Stored, by_default: bool
+) -> None:
     """Raise unless the array can be the mask (N,) or (B, N) of the tokens."""
     array = _get(arrays, name)
     try:
@@ -295,7 +304,7 @@ def _check_protect(array: Stored, name: str, tokens: Stored) -> None:
     if array.dtype != np.bool_:
         raise ValueError(
             f"`{name}` must be boolean (N) or (B, N), or hold integer positions (P), "
-            f"got {array.describe()}"
+            f"got {array.describe()}: save it as booleans (`.astype(bool)`)"
         )
     check_batch_shape(name, stand_in(array), tokens.shape[:-1])
 
@@ -329,10 +338,12 @@ def _get(arrays: StoredArrays, name: str) -> Stored:
 
 
 def _listing(arrays: StoredArrays) -> str:
-    """Return the first arrays of a file for error messages."""
+    """Return some arrays of a file for errors: those that can be tokens first."""
+    order = sorted(arrays.items(), key=lambda item: not _can_be_tokens(item[1]))
     first = [
-        f"{name[:20]} {'unreadable' if x.fault else x.dtype}{x.shape}"
-        for name, x in itertools.islice(arrays.items(), 3)
+        f"{name if len(name) <= 20 else name[:17] + '...'} "
+        f"{'unreadable' if x.fault else x.dtype}{x.shape}"
+        for name, x in order[:3]
     ]
     more = f"; and {len(arrays) - 3} more" if len(arrays) > 3 else ""
     return f"it holds {'; '.join(first) or 'no arrays'}{more}"

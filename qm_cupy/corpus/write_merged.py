@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,16 @@ from ..results import Merged
 from .plan import Plan
 
 
-def write_merged(
-    plan: Plan, output: Output, parts: Iterator[Merged[Any]]
-) -> tuple[int, int]:
-    """Write the results of all chunks; return the largest K, and the bytes written.
+class Written(NamedTuple):
+    """What has been written."""
+
+    max_groups: int  # the largest K
+    num_groups: int  # of all sequences together
+    num_bytes: int
+
+
+def write_merged(plan: Plan, output: Output, parts: Iterator[Merged[Any]]) -> Written:
+    """Write the results of all chunks.
 
     A .npy file holds the merged tokens only.
     """
@@ -32,17 +38,26 @@ def write_merged(
         first = next(parts)
         layout = _layout(plan, max_groups, first)
         is_single = len(plan.file.tokens.shape) == 2
-        rows = (_fields(x, max_groups, is_single) for x in _chain(first, parts))
+        num_groups: list[int] = []
+        counted = _counted(first, parts, num_groups)
         del first  # so that only one part is in memory
+        rows = (_fields(x, max_groups, is_single) for x in counted)
         write_arrays(file, output.format, layout, rows, folder)
         num_bytes = file_size(file)
-    return max_groups, num_bytes
+    return Written(max_groups, sum(num_groups), num_bytes)
 
 
-def _chain(first: Merged[Any], parts: Iterator[Merged[Any]]) -> Iterator[Merged[Any]]:
+def _counted(
+    first: Merged[Any], parts: Iterator[Merged[Any]], num_groups: list[int]
+) -> Iterator[Merged[Any]]:
+    """Yield all parts, and append the number of groups of each to `num_groups`."""
+    num_groups.append(int(np.count_nonzero(first.sizes)))
     yield first
     del first
-    yield from parts
+    for part in parts:
+        num_groups.append(int(np.count_nonzero(part.sizes)))
+        yield part
+        del part
 
 
 def _layout(plan: Plan, max_groups: int, first: Merged[Any]) -> Layout:

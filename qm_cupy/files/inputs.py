@@ -97,7 +97,8 @@ def _open(
     with source:
         status = os.fstat(source.fileno())
         _check_kind(status.st_mode, name)
-        if stat.S_ISREG(status.st_mode):
+        # Of a regular file as the standard input, the first bytes may have been read.
+        if stat.S_ISREG(status.st_mode) and source.tell() == 0:
             yield source, status
             return
         with naming_temporary(folder), tempfile.TemporaryFile(dir=folder) as copy:
@@ -128,14 +129,17 @@ def _format(path: Path, name: str, file: IO[bytes]) -> str:
         content = ".safetensors"
     elif first.startswith(npz.MAGIC):
         content = ".npz"
+    if not first:
+        raise DamagedFileError(f"{name} is empty")
     suffix = path.suffix if path.suffix in _READERS else None
+    if suffix == ".npy" and not content:
+        raise DamagedFileError(f"{name} is damaged: it does not start like a .npy file")
     if suffix and content and suffix != content:
         raise DamagedFileError(f"{name} has the content of a {content} file: rename it")
     if file_format := suffix or content:
         # If the content is none of these, the reader says what is wrong.
         return file_format
-    what = "is not a .npy, .npz or .safetensors file" if first else "is empty"
-    raise DamagedFileError(f"{name} {what}")
+    raise DamagedFileError(f"{name} is not a .npy, .npz or .safetensors file")
 
 
 def is_same_file(status: os.stat_result | None, path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Arrays in the .npy format, as files or as members of a .npz file."""
 
 import tokenize
+import warnings
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -83,6 +84,13 @@ def read_header(file: IO[bytes]) -> Header:
     `reading` always converts.
     """
     version = npy.read_magic(file)
+    with warnings.catch_warnings():
+        # NumPy warns that it takes longer to read a header that Python 2 wrote.
+        warnings.simplefilter("ignore", UserWarning)
+        return _read_header(file, version)
+
+
+def _read_header(file: IO[bytes], version: tuple[int, int]) -> Header:
     if version == (1, 0):
         shape, fortran, dtype = npy.read_array_header_1_0(file)
     elif version in ((2, 0), (3, 0)):

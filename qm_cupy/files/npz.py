@@ -40,11 +40,17 @@ def open_npz(file: IO[bytes], name: str) -> Arrays:
     """Describe all arrays of a .npz file."""
     with reading(name, *_OPEN_ERRORS):
         archive = zipfile.ZipFile(file)
-        return {
+        arrays = {
             info.filename.removesuffix(".npy"): _member(archive, info, name)
             for info in archive.infolist()
             if info.filename.endswith(".npy")
         }
+    if not arrays:
+        raise DamagedFileError(
+            f"{name} is a zip that holds no .npy arrays (a file of torch? save its "
+            "tensors as .safetensors)"
+        )
+    return arrays
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Stored:

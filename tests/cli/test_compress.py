@@ -123,11 +123,13 @@ class TestBadInput:
         # The message counts sequences of the file, not of the chunk.
         tokens[5, 8, 2] = value
         path = save(tmp_path / name, tokens=tokens)
-        compress_fails(path, f"must be finite, got {value} in sequence 5, token 8")
+        compress_fails(
+            path, f"sequence 5: `tokens` must be finite, got {value} at index (8, 2)"
+        )
 
     def test_too_large_for_the_arithmetic(self, tmp_path, tokens, compress_fails):
         path = save(tmp_path / "a.npy", tokens=tokens.astype(np.float64) * 1e200)
-        words = "sequences 0..6: the values are too large"
+        words = "sequence 0: the values are too large"
         compress_fails(path, words, options=["--weights", "saliency"])
 
     @pytest.mark.parametrize(
@@ -153,8 +155,12 @@ class TestBadInput:
         empty[4], few[6, 2:] = False, False
         arrays = {"empty": empty, "few": few, "short": mask[:, 1:], "number": mask * 2}
         path = save(tmp_path / "a.npz", tokens=tokens, point=np.array(True), **arrays)
-        compress_fails(path, "sequence (4,) has none", options=["--mask", "empty"])
-        compress_fails(path, "1..2 (its tokens) for seq", options=["--mask", "few"])
+        compress_fails(
+            path, "sequence 4: `empty` must leave", options=["--mask", "empty"]
+        )
+        compress_fails(
+            path, "sequence 6: `budget` must lie in 1..2", options=["--mask", "few"]
+        )
         compress_fails(path, "(B, N) = (7, 12), got", options=["--mask", "short"])
         compress_fails(path, "(B, N) = (7, 12), got ()", options=["--mask", "point"])
         compress_fails(path, "only 0 and 1", options=["--mask", "number"])
@@ -166,7 +172,11 @@ class TestBadInput:
             ("--method", "centroid", "invalid choice: 'centroid'"),
             ("--order", "middle", "invalid choice"),
             ("--weights", "none", "invalid choice"),
-            ("--weights", "attention", '`weights="attention"` needs the attention'),
+            (
+                "--weights",
+                "attention",
+                "--weights attention needs the attention",
+            ),
             ("--noise-seed", "1.5", "is not an integer"),
             ("--noise-seed", "-1", "--noise-seed would have no effect"),
             ("--seed", "1", "unrecognized arguments"),

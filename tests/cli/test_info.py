@@ -71,7 +71,7 @@ def test_files_that_cannot_be_merged(tmp_path, tokens, mask, info):
     assert "(used as tokens)" in info(path, "--key", "b")
     path = save(tmp_path / "b.npz", tokens=tokens, mask=mask)
     error = info(path, "--budget", 9, "--json")["merge"]["error"]
-    assert error.startswith("`budget` must lie in 1..3 (its tokens)")
+    assert error.startswith("sequence 1: `budget` must lie in 1..3 (its tokens)")
 
 
 def test_many_arrays_and_long_names(tmp_path, tokens, info):

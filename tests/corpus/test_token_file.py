@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+import zipfile
 
 import numpy as np
 import pytest
@@ -184,7 +185,11 @@ class TestProtect:
         compress_fails(path, "must be boolean", options=["--protect", "tokens"])
         compress_fails(path, "distinct", options=["--protect", "1,1"])
         # Found before any work: the tokens are NaN.
-        compress_fails(path, "but sequence", options=["--protect", "11"])
+        compress_fails(
+            path,
+            "sequence 0: `protect` has position 11, but",
+            options=["--protect", "11"],
+        )
         compress_fails(path, "budget", options=["--protect", "0,1,2,3"])
 
 
@@ -240,7 +245,7 @@ class TestAttention:
         save(path, tokens=tokens, a=attention)
         compress_fails(path, "after the diagonal", options=[*options, "--causal"])
         save(path, tokens=tokens, a=-attention)
-        compress_fails(path, path, "`attention` must be", options=options)
+        compress_fails(path, path, "sequence 0: `a` must be ≥ 0", options=options)
 
 
 class TestOptions:
@@ -303,7 +308,11 @@ class TestOptions:
                 ["--epsilon", "-1", "--weights", "mass"],
                 "`epsilon` must lie in [0, inf)",
             ),
-            (["--weighted-linkage", "--method", "single"], "weighted_linkage"),
+            (["--weighted-linkage"], "--weighted-linkage would have no effect"),
+            (
+                ["--weighted-linkage", "--method=single", "--weights=mass"],
+                "weighted_linkage",
+            ),
         ],
     )
     def test_refused(self, tmp_path, tokens, options, words, compress_fails, capsys):
@@ -335,7 +344,7 @@ def test_errors_of_a_chunk_name_its_sequences(tmp_path, tokens, monkeypatch, fai
     big[4] *= 1e200
     path = save(tmp_path / "a.npy", tokens=big)
     argv = ["compress", path, "--budget", 3, "-o", tmp_path / "b.npz"]
-    words = f"{path}: sequences 4..4: the values are too large"
+    words = f"{path}: sequence 4: the values are too large"
     fails([*argv, "--weights", "saliency"], words)
 
 
@@ -398,7 +407,7 @@ def test_errors_name_a_file_with_a_short_name(tmp_path, tokens, monkeypatch, fai
     tokens[1, 2, 3] = np.nan
     save(tmp_path / "a.npy", tokens=tokens).rename("e")
     argv = "compress", "e", "-o", "b.npz", "--budget"
-    fails([*argv, 3], "error: e: tokens must be finite")
+    fails([*argv, 3], "error: e: sequence 1: `tokens` must be finite")
     fails([*argv, 100], "error: e: `budget` must lie in")
 
 
@@ -408,3 +417,75 @@ def test_json_is_all_that_is_printed(tmp_path, tokens, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert json.loads(out)["merged_shape"] == [7, 3, 5]
+
+
+@pytest.mark.usefixtures("chunk")
+class TestClip:
+    """`--clip`: short sequences keep their tokens, and do not refuse the whole file."""
+
+    @pytest.fixture
+    def mask(self):
+        return np.arange(12) < np.array([[12], [1], [2], [3], [4], [9], [12]])
+
+    # K of each sequence of 12, 1, 2, 3, 4, 9 and 12 tokens.
+    @pytest.mark.parametrize(
+        ("options", "counts"),
+        [
+            (["--budget=3"], [3, 1, 2, 3, 3, 3, 3]),
+            (["--budget=0.25"], [3, 1, 1, 1, 1, 2, 3]),
+            # The first and the last token are protected, and the others need a group.
+            (["--budget=2", "--protect=keep"], [3, 1, 2, 3, 3, 3, 3]),
+            (["--budget=0.25", "--protect=keep"], [3, 1, 2, 3, 3, 3, 3]),
+        ],
+    )
+    @pytest.mark.parametrize("method", ["average", "nearest"])
+    def test_budgets(self, tmp_path, tokens, mask, options, counts, method, fails):
+        rows, last = np.arange(7), mask.sum(-1) - 1
+        keep = np.zeros_like(mask)
+        keep[:, 0] = keep[rows, last] = True
+        path = save(tmp_path / "a.npz", tokens=tokens, mask=mask, keep=keep)
+        output = tmp_path / "out.npz"
+        argv = ["compress", str(path), "-o", str(output), *options]
+        argv += ["--method", method]
+        if options != ["--budget=0.25"]:
+            fails(argv, f"{path}: sequence ")
+        assert main([*argv, "--clip"]) == 0
+        protect = keep if "--protect=keep" in options else None
+        wanted = qm.quickmerge(
+            tokens, np.array(counts), mask=mask, protect=protect, method=method
+        )
+        assert_same(qm.Merged.load(output), wanted)
+
+    def test_one_sequence(self, tmp_path, tokens):
+        path = save(tmp_path / "a.npy", tokens=tokens[0])
+        _, got = compress(path, "--clip", budget="99")
+        assert_same(got, qm.quickmerge(tokens[0], 12))
+        _, got = compress(path, "--clip", "--protect=0,5,-1", budget="1")
+        assert_same(got, qm.quickmerge(tokens[0], 4, protect=[0, 5, -1]))
+
+    def test_refused(self, tmp_path, tokens, compress_fails):
+        path = save(tmp_path / "a.npy", tokens=tokens)
+        compress_fails(path, "at least 1, got 0", budget="0", options=["--clip"])
+        compress_fails(path, "(0, 1]", budget="1.5", options=["--clip"])
+
+
+def test_files_of_other_programs(tmp_path, tokens, compress_fails):
+    """What is in them is said, instead of a fault that the user cannot understand."""
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:  # as torch.save writes it
+        archive.writestr("model/data.pkl", b"text")
+    compress_fails(path, "is a zip that holds no .npy arrays (a file of torch?")
+    (tmp_path / "a.npy").write_bytes(b"")
+    compress_fails(tmp_path / "a.npy", "a.npy is empty")
+    (tmp_path / "a.npy").write_bytes(b"text, not an array")
+    compress_fails(tmp_path / "a.npy", "does not start like a .npy file")
+
+
+def test_a_header_of_python_2(tmp_path, tokens, capsys):
+    """NumPy warns of it, which would be a second line on the terminal."""
+    path = save(tmp_path / "a.npy", tokens=tokens)
+    content = path.read_bytes().replace(b"(7, 12, 5)", b"(7L,12,5) ")
+    path.write_bytes(content)
+    _, got = compress(path)
+    assert_same(got, qm.quickmerge(tokens, 3))
+    assert capsys.readouterr().err == ""

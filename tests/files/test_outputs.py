@@ -150,7 +150,10 @@ def test_what_an_error_leaves(tmp_path, tokens, monkeypatch, capsys):
         monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
         for options in ((), ("--max-error", "0.5")):
             assert run(path, output, *options) == 2
-            assert "got nan in sequence 6, token 3" in capsys.readouterr().err
+            assert (
+                "sequence 6: `tokens` must be finite, got nan at index (3, 1)"
+                in capsys.readouterr().err
+            )
             assert output.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1 + len(SUFFIXES)
 
@@ -186,6 +189,7 @@ def test_json(tmp_path, tokens, capsys):
         "dtype": "float32",
         "tokens": 57,
         "padding": 27,
+        "merged_tokens": 21,
         "method": "average",
         "metric": "cosine",
         "weights": "saliency",
