@@ -24,7 +24,7 @@ LAYERS = {
     name: tuple(row.split())
     for name, row in {
         "__main__": "cli",
-        "cli": "qm_cupy corpus files plot results stages priors atomic_write "
+        "cli": "qm_cupy corpus files plot results stages priors atomic_write arrays "
         "host_memory install_advice",
         "torch": "paper pipeline stages priors results",
         "jax": "paper priors",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.checks import check_seed
 from ..atomic_write import atomic_write
 from ..install_advice import install_command
 from ..priors.mlp_prior import MLPPrior
@@ -91,6 +92,12 @@ def run_demo(
     noise_seed: int | None,
 ) -> None:
     """Merge the patches of a picture, write the results, and print the measurements."""
+    if noise_seed is not None:
+        check_seed(noise_seed, "noise_seed")
+        if weights != "mass":
+            raise ValueError(
+                "--noise-seed would have no effect: it needs the weights mass"
+            )
     source = _source(image)
     picture = read_picture(source)  # (height, width, 3) within 0..1
     patch = patch_side(*picture.shape[:2])
