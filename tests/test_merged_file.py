@@ -230,7 +230,7 @@ class TestLoad:
         ):
             path.write_bytes(content)
             with pytest.raises(
-                ValueError, match=r"is damaged|has the content"
+                ValueError, match=r"is damaged|has the content|is empty"
             ) as error:
                 qm.Merged.load(path)
             self.check(error, path)

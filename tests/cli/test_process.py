@@ -84,6 +84,24 @@ def assert_nothing_is_left(folder):
     assert (folder / "out.npz").read_bytes() == b"old"
 
 
+@pytest.fixture
+def default_signals():
+    """Let child processes start with the usual signals.
+
+    A shell ignores SIGINT for programs in the background, and `nohup` ignores SIGHUP.
+    """
+    names = "SIGINT", "SIGTERM", "SIGHUP"
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {x: signal.getsignal(x) for x in numbers}
+    for x in numbers:
+        if before[x] == signal.SIG_IGN:  # a child inherits this, and no other handler
+            signal.signal(x, signal.SIG_DFL)
+    yield
+    for x, handler in before.items():
+        signal.signal(x, handler)
+
+
+@pytest.mark.usefixtures("default_signals")
 class TestSignals:
     @BOTH
     @pytest.mark.parametrize(
