@@ -66,7 +66,7 @@ templates_path = ["_templates"]
 nitpicky = True  # a reference without a target is a warning, and so an error
 nitpick_ignore_regex = [
     ("py:obj", r"(scipy|torch|jax)\..*"),  # the build downloads no inventories
-    ("py:obj", "token|budget"),  # parameters with the name of a module
+    ("py:obj", "token|budget|progress"),  # parameters with the name of a module
 ]
 default_role = "autolink"
 
