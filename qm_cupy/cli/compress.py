@@ -11,6 +11,7 @@ from ..corpus.plan import Plan, plan
 from ..corpus.token_file import naming, open_tokens
 from ..corpus.write_merged import Written, write_merged
 from ..files.outputs import check_output
+from ..files.stored import axes
 from .options import (
     add_merge_options,
     add_selection,
@@ -18,7 +19,7 @@ from .options import (
     on_gpu,
     selection,
 )
-from .output import print_summary, visible, waiting_for
+from .output import device_text, method_text, print_summary, visible, waiting_for
 from .progress import progress
 
 
@@ -66,9 +67,8 @@ def _compress(arguments: argparse.Namespace) -> None:
         status = file.source.status
         output = check_output(arguments.output, arguments.format, status)
         work = plan(file, options, gpu)
-        num_tokens = file.num_sequences * file.tokens.shape[-2]
         seconds.spend("starting")
-        with naming(file.source.name), progress(num_tokens) as step:
+        with naming(file.source.name), progress(file.padded_tokens) as step:
             parts = merge_parts(work, seconds, step)
             written = write_merged(work, output, parts)
         seconds.spend("writing")
@@ -81,25 +81,16 @@ def _summary(
     work: Plan, output: str, written: Written, seconds: Seconds
 ) -> dict[str, Any]:
     """Return what was done, for `--json`."""
-    file, has_attention = work.file, "attention" in work.file.names
-    method, weights, weighted = work.options.resolved(has_attention)
-    total = file.num_sequences * file.tokens.shape[-2]
+    file = work.file
     return {
+        **work.describe(),
         "input": file.source.name,
         "output": output,
         "arrays": dict(file.names),
         "mask_by_default": file.mask_by_default,
-        "shape": file.tokens.shape,
         "merged_shape": work.shape_with(written.max_groups),
         "dtype": str(file.tokens.dtype.newbyteorder("=")),
-        "tokens": work.num_tokens,
-        "padding": total - work.num_tokens,
         "merged_tokens": written.num_groups,
-        "method": method,
-        "metric": work.options.metric,
-        "weights": weights,
-        "weighted_linkage": weighted,
-        "device": "cuda" if work.on_gpu else "cpu",
         "input_bytes": file.source.num_bytes,
         "output_bytes": written.num_bytes,
         "seconds": {name: round(x, 3) for name, x in seconds.spent.items()},
@@ -110,12 +101,11 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     """Return the summary as a few lines, without control characters."""
     seconds = sum(summary["seconds"].values())
     merging = summary["seconds"]["merging"] / max(seconds, 1e-9)
-    before, after = (_axes(summary[name]) for name in ("shape", "merged_shape"))
-    where = "a GPU" if summary["device"] == "cuda" else "the CPU"
+    before, after = (axes(summary[name]) for name in ("shape", "merged_shape"))
     lines = [
         f"{summary['input']} -> {summary['output']}",
-        f"{before} {summary['dtype']} -> {after} in {seconds:.2f} s on {where} "
-        f"({merging:.0%} of it merging)",
+        f"{before} {summary['dtype']} -> {after} in {seconds:.2f} s on "
+        f"{device_text(summary)} ({merging:.0%} of it merging)",
     ]
     if mask := summary["arrays"].get("mask"):
         note = " (--mask none merges padding too)" if summary["mask_by_default"] else ""
@@ -124,15 +114,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
             f"padding{note}"
         )
     lines.append(f"{summary['tokens']:,} tokens -> {summary['merged_tokens']:,}")
-    linkage = ", weighted linkage" if summary["weighted_linkage"] else ""
-    lines.append(
-        f"method {summary['method']}, metric {summary['metric']}, weights "
-        f"{summary['weights']}{linkage}"
-    )
+    lines.append(method_text(summary))
     sizes = [summary["input_bytes"], summary["output_bytes"]]
     lines.append(" -> ".join(f"{x:,} bytes" for x in sizes))
     return [visible(line) for line in lines]
-
-
-def _axes(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

@@ -8,6 +8,7 @@ from ..corpus.merge_options import check_options
 from ..corpus.plan import Plan, plan
 from ..corpus.token_file import naming, select
 from ..files.inputs import Input, open_arrays
+from ..files.stored import axes
 from .options import (
     add_merge_options,
     add_selection,
@@ -15,7 +16,7 @@ from .options import (
     on_gpu,
     selection,
 )
-from .output import visible, waiting_for
+from .output import device_text, method_text, visible, waiting_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,23 +81,14 @@ def _contents(source: Input, used: dict[str, str]) -> dict[str, Any]:
 
 def _merge(work: Plan) -> dict[str, Any]:
     """Return what `compress` would do."""
-    file, options = work.file, work.options
-    method, weights, weighted = options.resolved("attention" in file.names)
+    options = work.options
     # Without a budget and without a limit, nothing says how many groups there are.
     limited = options.max_error is not None or options.max_distance is not None
-    total = file.num_sequences * file.tokens.shape[-2]
     return {
-        "shape": file.tokens.shape,
+        **work.describe(),
         "merged_shape": work.shape,
         "groups": "limited" if limited else "by budget" if work.shape else None,
-        "tokens": work.num_tokens,
-        "padding": total - work.num_tokens,
-        "sequences_at_a_time": min(work.chunk_size, file.num_sequences),
-        "method": method,
-        "metric": options.metric,
-        "weights": weights,
-        "weighted_linkage": weighted,
-        "device": "cuda" if work.on_gpu else "cpu",
+        "sequences_at_a_time": min(work.chunk_size, work.file.num_sequences),
         "memory_bytes": work.needed_bytes,
     }
 
@@ -108,7 +100,7 @@ def _lines(contents: dict[str, Any]) -> list[str]:
     ]
     width = max((len(name) for name in contents["arrays"]), default=0)
     for name, x in contents["arrays"].items():
-        text = x["fault"] or f"{x['dtype']:<8} {_axes(x['shape'])}"
+        text = x["fault"] or f"{x['dtype']:<8} {axes(x['shape']) or 'one number'}"
         note = f"  (used as {x['used_as']})" if x["used_as"] else ""
         lines.append(f"  {name:<{min(width, 30)}}  {text}{note}")
     merge = contents["merge"]
@@ -116,19 +108,16 @@ def _lines(contents: dict[str, Any]) -> list[str]:
         return [*lines, f"compress cannot merge it: {merge['error']}"]
     result = "? (give --budget, --max-error or --max-distance)"
     if merge["merged_shape"]:
-        result = _axes(merge["merged_shape"])
+        result = axes(merge["merged_shape"])
     elif merge["groups"]:
         result = "as many groups as the limit allows"
-    where = "a GPU" if merge["device"] == "cuda" else "the CPU"
-    linkage = ", weighted linkage" if merge["weighted_linkage"] else ""
     return [
         *lines,
-        f"compress would merge {_axes(merge['shape'])} -> {result}",
+        f"compress would merge {axes(merge['shape'])} -> {result}",
         f"  {merge['tokens']:,} tokens, {merge['padding']:,} padding",
-        f"  method {merge['method']}, metric {merge['metric']}, weights "
-        f"{merge['weights']}{linkage}",
-        f"  sequences at a time: {merge['sequences_at_a_time']:,}, on {where}, "
-        f"with up to {_size(merge['memory_bytes'])} of memory",
+        f"  {method_text(merge)}",
+        f"  sequences at a time: {merge['sequences_at_a_time']:,}, on "
+        f"{device_text(merge)}, with up to {_size(merge['memory_bytes'])} of memory",
     ]
 
 
@@ -136,7 +125,3 @@ def _size(num_bytes: int) -> str:
     if num_bytes < 1e9:
         return f"{max(1, round(num_bytes / 1e6))} MB"
     return f"{num_bytes / 1e9:.1f} GB"
-
-
-def _axes(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "one number"

@@ -5,10 +5,10 @@ import select
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 PATIENCE = 1.0  # seconds after which the command says that it waits
 # Characters of an error, without the name of the program before it: a line stays under
@@ -27,6 +27,20 @@ def print_summary(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except OSError:
         discard(stream)
+
+
+def method_text(summary: Mapping[str, Any]) -> str:
+    """Return how tokens are merged; `summary` is that of `Plan.describe`."""
+    linkage = ", weighted linkage" if summary["weighted_linkage"] else ""
+    return (
+        f"method {summary['method']}, metric {summary['metric']}, weights "
+        f"{summary['weights']}{linkage}"
+    )
+
+
+def device_text(summary: Mapping[str, Any]) -> str:
+    """Return where tokens are merged; `summary` is that of `Plan.describe`."""
+    return "a GPU" if summary["device"] == "cuda" else "the CPU"
 
 
 @contextmanager

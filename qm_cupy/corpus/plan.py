@@ -46,6 +46,22 @@ class Plan(NamedTuple):
         *batch, _, dim = self.file.tokens.shape
         return (*batch, max_groups, dim)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what is merged and how, for summaries."""
+        method, weights, weighted = self.options.resolved(
+            "attention" in self.file.names
+        )
+        return {
+            "shape": self.file.tokens.shape,
+            "tokens": self.num_tokens,
+            "padding": self.file.padded_tokens - self.num_tokens,
+            "method": method,
+            "metric": self.options.metric,
+            "weights": weights,
+            "weighted_linkage": weighted,
+            "device": "cuda" if self.on_gpu else "cpu",
+        }
+
 
 def plan(file: TokenFile, options: MergeOptions, on_gpu: bool) -> Plan:
     """Return how to merge a file; raise if the budget or an array is wrong.

@@ -61,6 +61,11 @@ class TokenFile(NamedTuple):
         """B, or 1 for one sequence (N, D)."""
         return self.tokens.shape[0] if len(self.tokens.shape) == 3 else 1
 
+    @property
+    def padded_tokens(self) -> int:
+        """The number of tokens of all sequences, padding included."""
+        return self.num_sequences * self.tokens.shape[-2]
+
     def chunks(self, count: int, *arguments: str) -> Iterator[tuple[int, int, Arrays]]:
         """Yield the arrays of a few sequences: start, stop, and arrays with the axis B.
 

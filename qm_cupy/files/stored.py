@@ -57,10 +57,15 @@ class Stored(NamedTuple):
 
     def describe(self) -> str:
         """Return dtype and shape, such as "float32 600 x 256 x 192"."""
-        return f"{self.dtype} {' x '.join(map(str, self.shape)) or 'number'}"
+        return f"{self.dtype} {axes(self.shape) or 'number'}"
 
 
 Arrays = dict[str, Stored]
+
+
+def axes(shape: tuple[int, ...]) -> str:
+    """Return a shape for messages, such as "600 x 256 x 192"; "" for one number."""
+    return " x ".join(map(str, shape))
 
 
 class DamagedFileError(ValueError):
