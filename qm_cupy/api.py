@@ -3,6 +3,11 @@
 This is the only list of these names.
 """
 
+from .caches.attend import attend
+from .caches.fold_bias import fold_bias
+from .caches.join_attention import join_attention
+from .caches.kv_cache import KVCache
+from .caches.merge_kv_cache import merge_kv_cache
 from .choice import choose_merge
 from .cuda.compile import KernelCompilationError, warmup
 from .cuda.workspace import Workspace
@@ -66,6 +71,7 @@ __all__ = [
     "Choice",
     "DifferentiableTokenMerging",
     "EntropyAwareSaliency",
+    "KVCache",
     "KernelCompilationError",
     "MLPPrior",
     "Merged",
@@ -78,6 +84,7 @@ __all__ = [
     "alignment_loss",
     "alignment_loss_vjp",
     "allow_tf32",
+    "attend",
     "attention_entropy",
     "attention_entropy_vjp",
     "attention_mass",
@@ -92,12 +99,15 @@ __all__ = [
     "decode",
     "fidelity_loss",
     "fidelity_loss_vjp",
+    "fold_bias",
     "group_positions",
     "group_sizes",
     "gumbel_noise",
     "gumbel_softmax",
     "gumbel_softmax_vjp",
+    "join_attention",
     "linkage",
+    "merge_kv_cache",
     "merge_tokens",
     "merge_tokens_vjp",
     "norm_budget",

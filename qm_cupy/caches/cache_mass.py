@@ -1,0 +1,127 @@
+"""The mass of the entries of a cache: how much attention each of them receives.
+
+a_j is the mean attention of the last queries to entry j, and r_j is the mean attention
+of all queries. With the means ā and r̄ over the entries that may merge, the mass is
+
+    m_j = a_j / ā + r_j / r̄ + _FLOOR times the number of terms
+
+Z_i is the logarithm of Σ_j exp(s_ij) over the scores s_ij of query i.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays.dtypes import accumulation_dtype
+from ..arrays.shapes import expand_mask
+from ..stages.saliency.attention_received import compute_attention_received
+from .attend import compute_attend
+from .attention_columns import attention_columns
+
+NUM_QUERIES = 32  # last queries that count
+_FLOOR = 0.02  # so that an entry without attention has a mass
+
+
+class LastQueries(NamedTuple):
+    """The last queries of each sequence, and Z of their scores."""
+
+    query: Any  # (..., T, d)
+    log_sum_exp: Any  # Z (..., T); -inf for queries that do not count
+    causal: bool
+    scale: float
+
+
+def last_queries(
+    query: Any, keys: Any, bias: Any, mask: Any, scale: float
+) -> LastQueries:
+    """Return the last queries that are not padding, with Z over all entries they see."""
+    num_queries, num_entries = query.shape[-2], keys.shape[-2]
+    if mask is None:  # the last rows are those that count
+        query = query[..., -NUM_QUERIES:, :]
+    counted = None
+    if mask is not None:
+        # Padding may be NaN. The last rows may be padding, so take all rows.
+        counted = mask[..., num_entries - num_queries :]  # (B, T)
+        query = np.where(
+            expand_mask(counted, query.shape[:-1])[..., None],
+            query,
+            query.dtype.type(0),
+        )
+        after = np.cumsum(counted[..., ::-1], axis=-1)[..., ::-1]  # tokens from here on
+        counted = counted & (after <= NUM_QUERIES)
+    # Only Z is needed, so attend to one column.
+    _, log_sum_exp = compute_attend(
+        query, keys, keys[..., :1], bias=bias, causal=True, mask=mask, scale=scale
+    )
+    if counted is not None:
+        rows = expand_mask(counted, log_sum_exp.shape)
+        log_sum_exp = np.where(rows, log_sum_exp, log_sum_exp.dtype.type(-np.inf))
+    return LastQueries(query, log_sum_exp, True, scale)
+
+
+def received_of_last(
+    last: LastQueries, keys: Any, bias: Any, mask: Any, causal: bool = True
+) -> Any:
+    """Return the sum (..., N) of the attention of the last queries to each key.
+
+    Attention is relative to Z, which belongs to the original entries. `keys` may be
+    merged keys; then pass causal=False.
+    """
+    return attention_columns(
+        last.query,
+        keys,
+        last.log_sum_exp,
+        bias=bias,
+        causal=causal,
+        mask=mask,
+        scale=last.scale,
+    )
+
+
+def cache_mass(
+    from_last: Any, attention: Any, free: NDArray[np.bool_], keys: Any
+) -> Any:
+    """Return the mass (..., N) > 0 of entries; `free` (..., N) are those that may merge.
+
+    Both sources are (..., N), or None: the attention of the last queries, and the mean
+    attention received, of H or a multiple of H heads.
+    """
+    dtype = accumulation_dtype(keys.dtype)
+    terms = []
+    if from_last is not None:
+        terms.append(_relative(from_last.astype(dtype), free))
+    if attention is not None:
+        terms.append(_relative(_mean_of_heads(attention.astype(dtype), keys), free))
+    if not terms:
+        ones = np.zeros(keys.shape[:-1], dtype, like=keys)
+        ones.fill(1)
+        return ones
+    return sum(terms) + dtype.type(_FLOOR * len(terms))
+
+
+def received_of_all(query: Any, keys: Any, bias: Any, mask: Any, scale: float) -> Any:
+    """Return the mean causal attention that each entry receives, if T = N, else None."""
+    if query.shape[-2] != keys.shape[-2] or bias is not None:
+        return None
+    return compute_attention_received(
+        query=query, key=keys, causal=True, scale=scale, mask=mask
+    )
+
+
+def _mean_of_heads(attention: Any, keys: Any) -> Any:
+    """Return the mean over the query heads that read each key head (..., N)."""
+    if attention.shape == keys.shape[:-1]:
+        return attention
+    *outer, heads, num_entries = keys.shape[:-1]
+    return attention.reshape(*outer, heads, -1, num_entries).mean(axis=-2)
+
+
+def _relative(x: Any, free: Any) -> Any:
+    """Return x (..., N) divided by its mean over the free entries, 0 elsewhere."""
+    x = np.where(free, x, x.dtype.type(0))
+    peak = x.max(axis=-1, keepdims=True)
+    x = x / np.where(peak > 0, peak, x.dtype.type(1))  # so that no sum overflows
+    count = np.maximum(free.sum(axis=-1, keepdims=True), 1).astype(x.dtype)
+    mean = x.sum(axis=-1, keepdims=True) / count
+    return x / np.where(mean > 0, mean, x.dtype.type(1))

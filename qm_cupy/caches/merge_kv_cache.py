@@ -1,0 +1,439 @@
+"""Merging of key-value caches: fewer entries, to which attention is almost the same.
+
+A cache has N entries for each of H key heads, B sequences and L layers: a key k_j and a
+value v_j of each token. b_j is the bias of an entry, which attention adds to its
+scores: s_ij = c q_i · k_j + b_j for a query q_i. G is a group of entries, k̄ is its
+merged key, and m_j is the mass of an entry. Z_i is the logarithm of Σ_j exp(s_ij).
+S = L B H sequences of entries are merged separately.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays.checks import check_choice
+from ..arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    convert_inputs,
+    on_callers_stream,
+)
+from ..arrays.counts import GroupCounts
+from ..arrays.dtypes import accumulation_dtype
+from ..arrays.protect import split_positions
+from ..stages.clustering.checks import check_limits
+from ..stages.merging.groups import compute_group_positions, compute_group_sizes
+from ..stages.merging.merge_tokens import compute_merge_tokens
+from .budgets import head_budgets
+from .cache_checks import (
+    Rotary,
+    check_attention,
+    check_bias,
+    check_cache,
+    check_cache_values,
+    check_count,
+    check_flag,
+    check_queries,
+    check_rotary,
+    check_window,
+)
+from .cache_entries import (
+    entry_positions,
+    free_entries,
+    num_present,
+    present_entries,
+)
+from .cache_groups import Cut, group_entries
+from .cache_mass import (
+    LastQueries,
+    cache_mass,
+    last_queries,
+    received_of_all,
+    received_of_last,
+)
+from .kv_cache import KVCache
+from .rotary import rotate
+
+RotateAt = Literal["mean", "first", "last"]
+WINDOW = 128  # entries that are compared with each other, at most
+_MAX_SHIFT = 3.0  # a calibrated bias differs at most by this from log Σ e^b
+
+
+class Options(NamedTuple):
+    """Checked options of `merge_kv_cache`."""
+
+    rotary: Rotary | None
+    calibrate: bool
+    scale: float
+    rotate_at: str
+    window: int
+
+
+@on_callers_stream
+def merge_kv_cache(
+    keys: Array,
+    values: Array,
+    budget: Any = None,
+    *,
+    max_error: float | None = None,
+    query: Array | None = None,
+    attention: FloatArray | None = None,
+    positions: IntArray | None = None,
+    inv_freq: Any = None,
+    interleaved: bool = False,
+    rotary_scaling: float = 1.0,
+    bias: FloatArray | None = None,
+    calibrate: bool = True,
+    scale: float | None = None,
+    rotate_at: RotateAt = "mean",
+    protect: Any = None,
+    sinks: int = 4,
+    recent: int | None = None,
+    per_head: bool = False,
+    window: int = WINDOW,
+    mask: BoolArray | None = None,
+) -> KVCache:
+    r"""Merge the entries of a key-value cache, so that attention hardly changes.
+
+    Entries with similar keys become one entry: the means of their keys and of their
+    values, weighted by the attention that they receive. A bias for each merged entry
+    replaces the attention to its members.
+
+    Parameters
+    ----------
+    keys : ndarray of shape (N, d), (B, N, d), (B, H, N, d) or (L, B, H, N, d)
+        Keys as attention reads them: rotated, if the model rotates them.
+    values : ndarray of shape (..., N, d_v)
+        Values, of the leading axes and the dtype of `keys`.
+    budget : number or ndarray of int, optional
+        Entries that remain of each head: an integer K, a fraction within (0, 1] of the
+        entries that are not padding, or integers that broadcast to the leading axes of
+        `keys`, such as (H,) or (L, 1, 1). Results are padded to the largest K.
+    max_error : float, optional
+        Instead of a budget: the largest squared error of the grouped keys, relative to
+        their squared norms, both weighted by mass.
+    query : ndarray of shape (..., T, d), optional
+        Queries of the last T ≤ N entries, rotated like the keys, of H or a multiple of
+        H heads. The attention of the last 32 of them is a part of the mass, and
+        calibrates the bias. If T = N, and `attention` is not passed, all queries are
+        used for `attention`. Without queries and `attention`, all masses are equal.
+    attention : ndarray of shape (..., N), optional
+        Mean attention that each entry receives, such as the result of
+        `attention_received` with ``causal=True``, of H or a multiple of H heads.
+    positions : ndarray of int of shape (N,) or (B, N), optional
+        Positions by which the keys were rotated; by default 0..N-1.
+    inv_freq : sequence of float of shape (r / 2,), optional
+        Angles of the rotation for one position (RoPE), in radians: a model's
+        ``rotary_emb.inv_freq``. The first r ≤ d elements of a key are rotated. With it,
+        keys are compared as they were before the rotation. Without it, they are
+        compared as they are.
+    interleaved : bool, default False
+        Whether elements (2i, 2i + 1) are a pair, instead of (i, i + r/2).
+    rotary_scaling : float, default 1
+        A factor of rotated keys: a model's ``rotary_emb.attention_scaling`` (yarn).
+    bias : ndarray of shape (..., N), optional
+        Bias b of the entries, from an earlier merge; 0 by default. An entry with bias
+        -inf is padding.
+    calibrate : bool, default True
+        Whether the bias of merged entries is fitted to the last queries, if there are
+        any. Otherwise it is :math:`\log \sum_{j \in G} e^{b_j}`, which is log n for n
+        entries without bias.
+    scale : float, optional
+        The factor c > 0 of the scores, 1/√d by default.
+    rotate_at : {"mean", "first", "last"}, default "mean"
+        "mean": merged keys are means of rotated keys. "first" and "last": they are
+        means of the keys before the rotation, rotated to the position of the first or
+        the last member; these need `inv_freq`. "mean" predicts the next tokens best,
+        "first" may find a single fact in a long text better.
+    protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
+        Entries that do not merge: booleans, or positions in the cache. K counts them.
+    sinks : int, default 4
+        Number of first entries that do not merge, the attention sinks.
+    recent : int, optional
+        Number of last entries that do not merge; by default a quarter of K, or 32 if
+        this is more (half of K, if K < 64).
+    per_head : bool, default False
+        If True, the budget is the mean of the heads of a layer, and heads whose keys
+        are more similar keep fewer entries. Results are padded to the largest K.
+    window : int, default 256
+        Largest number of entries that are compared with each other. More entries are
+        first divided into parts of similar keys.
+    mask : ndarray of shape (N,) or (B, N), optional
+        True or 1 = entry. Padding is not read, and is in no group.
+
+    Returns
+    -------
+    KVCache
+        Keys, values, bias, labels, sizes and positions of the merged entries, in the
+        order of their last members. Entries that do not merge stay as they are.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong or differs from that of `keys`.
+    ValueError
+        If a shape or a value does not fit, not exactly one of `budget` and `max_error`
+        is given, or the budget is too small for the entries that do not merge.
+
+    See Also
+    --------
+    attend : Attention with a bias for each key.
+    evict : Keep some entries, and drop the others.
+
+    Notes
+    -----
+    The mass is :math:`m_j = a_j / \bar a + r_j / \bar r + 0.04`, where a is the
+    attention of the last 32 queries, r is `attention`, and a bar is the mean over the
+    entries that may merge. A term that is not known is left out. Entries are grouped by
+    ward linkage, weighted by mass, with Euclidean distances. Time and memory are linear
+    in N. The calibrated bias is
+
+    .. math:: \bar b_G = \log \frac{\sum_i \sum_{j \in G} e^{s_{ij} - Z_i}}
+        {\sum_i e^{c\,q_i \cdot \bar k - Z_i}}
+
+    It differs from :math:`\log \sum_{j \in G} e^{b_j}` by at most 3. On a GPU, the CPU
+    waits for the heights of the merges, which decide how many entries of each window
+    remain.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> cache = merge_kv_cache(keys, keys, 3, sinks=0, recent=1)
+    >>> cache.keys
+    array([[0., 2.],
+           [1., 0.],
+           [0., 1.]])
+    >>> cache.bias.round(4)  # the second entry stands for two
+    array([0.    , 0.6931, 0.    ])
+    """
+    flags, protected = split_positions(protect)
+    converted = convert_inputs(
+        {
+            "keys": keys,
+            "values": values,
+            "query": query,
+            "attention": attention,
+            "positions": positions,
+            "bias": bias,
+            "protect": flags,
+            "mask": mask,
+        },
+        counts={"budget": budget, "inv_freq": inv_freq, "protect": protected},
+    )
+    convert_back, keys, values, query, attention, positions = converted[:6]
+    bias, flags, mask, budget, inv_freq, protected = converted[6:]
+    max_error = check_limits(budget, max_error, None, "ward", "budget").max_error
+    mask = check_cache(keys, values, mask)  # (B, N)
+    check_bias(bias, keys, mask)
+    present = present_entries(keys, bias, mask)  # (..., N), or None
+    check_cache_values(keys, values, present)
+    scale = check_queries(query, keys, mask, scale)
+    check_attention(attention, keys, present)
+    rotary = check_rotary(inv_freq, interleaved, rotary_scaling, keys.shape[-1])
+    options = Options(
+        rotary,
+        check_flag("calibrate", calibrate),
+        scale,
+        check_rotate_at(rotate_at, rotary),
+        check_window(window),
+    )
+    positions = entry_positions(positions, keys)
+    leading = keys.shape[:-2]
+    counts = None  # K of each sequence (S,)
+    total = num_present(present, keys)
+    if budget is not None:
+        counts = head_budgets(budget, leading, total, check_flag("per_head", per_head))
+    free, present = free_entries(
+        keys,
+        present,
+        (flags, protected, mask),
+        check_count("sinks", sinks),
+        None if recent is None else check_count("recent", recent),
+        counts,
+    )
+    heads = leading[-1] if per_head and len(leading) > 1 else 1
+    cut = Cut(None if counts is None else counts.ravel(), max_error, heads)
+    sources = Sources(query, attention, bias, mask, positions)
+    cache = compute_merge_kv_cache(keys, values, sources, free, present, cut, options)
+    return KVCache(*map(convert_back, cache))
+
+
+def check_rotate_at(rotate_at: Any, rotary: Rotary | None) -> str:
+    """Return the option, or raise if it is unknown or needs the rotation."""
+    check_choice("rotate_at", rotate_at, get_args(RotateAt))
+    if rotate_at != "mean" and rotary is None:
+        raise ValueError(
+            f'`rotate_at="{rotate_at}"` needs `inv_freq`: pass the model\'s '
+            "`rotary_emb.inv_freq`"
+        )
+    return str(rotate_at)
+
+
+class Sources(NamedTuple):
+    """Converted arrays besides keys and values; each may be None."""
+
+    query: Any  # (..., T, d)
+    attention: Any  # (..., N)
+    bias: Any  # (..., N)
+    mask: Any  # (B, N)
+    positions: Any  # (..., N), integers
+
+
+def compute_merge_kv_cache(
+    keys: Any,
+    values: Any,
+    sources: Sources,
+    free: Any,
+    present: Any,
+    cut: Cut,
+    options: Options,
+) -> KVCache:
+    """Return the merged cache of converted and checked arrays.
+
+    `free` and `present` (..., N) are booleans: which entries may merge, and which are
+    not padding.
+    """
+    query, attention, bias, mask, positions = sources
+    leading, (num_entries, dim) = keys.shape[:-2], keys.shape[-2:]
+    padded = bool(mask is not None or bias is not None)
+    if padded:  # padding may be NaN
+        keys, values = (_zero_where_absent(x, present) for x in (keys, values))
+    last = None
+    if query is not None:
+        last = last_queries(query, keys, bias, mask, options.scale)
+        if attention is None:
+            attention = received_of_all(query, keys, bias, mask, options.scale)
+    received = None  # of the last queries, (..., N)
+    if last is not None:
+        received = received_of_last(last, keys, bias, mask)
+    mass = cache_mass(received, attention, free, keys).reshape(-1, num_entries)
+    straight = _unrotated(keys, positions, options.rotary)
+    labels, counts = group_entries(
+        straight.reshape(-1, num_entries, dim),
+        mass,
+        free.reshape(-1, num_entries),
+        present.reshape(-1, num_entries),
+        cut,
+        options.window,
+    )
+    groups = GroupCounts(counts, int(counts.max(initial=0)))
+    plan = Plan(labels, groups, mass, leading)
+    sizes, last_members = plan.sizes(), compute_group_positions(labels, groups)
+    merged_keys, merged_values = plan.mean(keys), plan.mean(values)
+    if options.rotate_at != "mean":
+        rotated = _rotated_means(plan, straight, positions, options)
+        moved = (sizes > 1).reshape(*leading, -1, 1)
+        merged_keys = np.where(moved, rotated.astype(keys.dtype), merged_keys)
+    merged_bias = _summed_bias(plan, bias, sizes)
+    if last is not None and options.calibrate:
+        args = last, received, merged_keys, merged_bias, sizes
+        merged_bias = _calibrated(plan, *args)
+    in_shape = (x.reshape(*leading, -1) for x in (labels, sizes, last_members))
+    return KVCache(merged_keys, merged_values, merged_bias, *in_shape)
+
+
+class Plan(NamedTuple):
+    """The groups of S sequences of N entries."""
+
+    labels: Any  # (S, N)
+    groups: GroupCounts
+    mass: Any  # (S, N)
+    leading: tuple[int, ...]
+
+    def mean(self, x: Any, weighted: bool = True) -> Any:
+        """Return the means (..., K, w) of x (..., N, w), weighted by mass or plain."""
+        flat = x.reshape(*self.labels.shape, x.shape[-1])
+        mass = self.mass if weighted else None
+        merged = compute_merge_tokens(flat, self.labels, self.groups, mass=mass)
+        return merged.reshape(*self.leading, -1, x.shape[-1])
+
+    def sizes(self) -> Any:
+        """Return the sizes of the groups (S, K)."""
+        return compute_group_sizes(self.labels, self.groups)
+
+    def sum(self, x: Any, sizes: Any) -> Any:
+        """Return the sums (S, K) of x (..., N) over the members of each group."""
+        mean = self.mean(x[..., None], weighted=False).reshape(sizes.shape)
+        return mean * sizes.astype(mean.dtype)
+
+
+def _zero_where_absent(x: Any, present: Any) -> Any:
+    """Return x (..., N, w) with zeros instead of padding."""
+    return np.where(present[..., None], x, x.dtype.type(0))
+
+
+def _unrotated(keys: Any, positions: Any, rotary: Rotary | None) -> Any:
+    """Return the keys before their rotation, in float32 or float64."""
+    wide = keys.astype(accumulation_dtype(keys.dtype), copy=False)
+    if rotary is None:
+        return wide
+    return rotate(wide, positions, *rotary_arguments(rotary), inverse=True)
+
+
+def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) -> Any:
+    """Return the means of keys before the rotation, rotated to one member (..., K, d)."""
+    num_entries = straight.shape[-2]
+    labels = plan.labels
+    if options.rotate_at == "first":
+        # The last member in reverse order.
+        backwards = compute_group_positions(
+            np.ascontiguousarray(labels[:, ::-1]), plan.groups
+        )
+        member = num_entries - 1 - backwards
+    else:
+        member = compute_group_positions(labels, plan.groups)
+    member = np.clip(member, 0, num_entries - 1)  # padded groups have none
+    every = np.broadcast_to(positions, straight.shape[:-1]).reshape(labels.shape)
+    where = np.take_along_axis(every, member.astype(np.int64), -1)
+    return rotate(
+        plan.mean(straight),
+        where.reshape(*plan.leading, -1),
+        *rotary_arguments(options.rotary),
+    )
+
+
+def _summed_bias(plan: Plan, bias: Any, sizes: Any) -> Any:
+    """Return log Σ e^b of each group (..., K), and -inf for padded groups."""
+    dtype = plan.mass.dtype
+    count = np.maximum(sizes, 1).astype(dtype)
+    summed = np.log(count)
+    if bias is not None:
+        # Relative to the largest bias of a group's sequence, so that no sum overflows.
+        b = bias.astype(dtype).reshape(plan.labels.shape)
+        top = b.max(axis=-1, keepdims=True)
+        top = np.where(np.isfinite(top), top, dtype.type(0))
+        total = plan.sum(np.exp(b - top).reshape(bias.shape), sizes)
+        tiny = np.finfo(dtype).tiny
+        summed = np.log(np.maximum(total, tiny)) + top
+    return np.where(sizes > 0, summed, dtype.type(-np.inf)).reshape(*plan.leading, -1)
+
+
+def _calibrated(
+    plan: Plan, last: LastQueries, received: Any, keys: Any, bias: Any, sizes: Any
+) -> Any:
+    """Return the biases (..., K) with which merged keys get their members' attention.
+
+    Where the attention is too small to say so, and for entries that did not merge, the
+    bias stays `bias`.
+    """
+    wanted = plan.sum(received.astype(plan.mass.dtype), sizes)
+    without = received_of_last(last, keys, None, None, causal=False)
+    without = without.reshape(wanted.shape).astype(wanted.dtype)
+    tiny = wanted.dtype.type(np.finfo(np.float32).tiny * 2**20)
+    known = (wanted > tiny) & (without > tiny) & (sizes > 1)
+    flat = bias.reshape(wanted.shape)
+    ratio = np.where(known, wanted, tiny) / np.where(known, without, tiny)
+    base = np.where(known, flat, wanted.dtype.type(0))
+    shift = np.clip(np.log(ratio) - base, -_MAX_SHIFT, _MAX_SHIFT)
+    return np.where(known, base + shift, flat).reshape(bias.shape)
+
+
+def rotary_arguments(rotary: Rotary | None) -> tuple[Any, ...]:
+    """Return the arguments of `rotate` after the positions."""
+    assert rotary is not None
+    return tuple(rotary)

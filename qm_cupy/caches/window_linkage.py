@@ -1,0 +1,186 @@
+"""Ward dendrograms of many short windows of tokens at once, on the CPU.
+
+A long cache is merged in windows, so that time and memory are linear in its length.
+There are W windows of n tokens, with the vectors x_i and the masses w_i > 0. A and B
+are clusters of one window, W_A is the sum of the masses of A, and μ_A is the weighted
+mean of its vectors. The squared distance of ward linkage is
+
+    d²(A, B) = 2 W_A W_B / (W_A + W_B) ‖μ_A - μ_B‖²
+
+as in `linkage`. A merge of A and B changes the distances to every C (Lance–Williams):
+
+    d²(A ∪ B, C) = ((W_A + W_C) d²(A, C) + (W_B + W_C) d²(B, C) - W_C d²(A, B))
+                   / (W_A + W_B + W_C)
+
+`weighted_linkage` computes the same dendrogram of one long sequence. For a short
+sequence, most of its time is the overhead of NumPy's calls. Here each call works on the
+clusters of many windows.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays.shapes import row_blocks
+from ..progress import report
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+_ENTRIES = (
+    1 << 18
+)  # distances in memory at once: 2 MB, which stay in a cache of the CPU
+# Equal tokens get this squared distance, relative to the largest one, times a factor
+# that depends on the pair, so that no two pairs have equal distances.
+_LEAST, _TIE_BREAK = 2.0**-80, 2.0**-40
+
+
+class Merges(NamedTuple):
+    """The dendrograms of windows: when each token's cluster is absorbed, and by which.
+
+    A cluster has the number of its first token in the window. Every token but the first
+    one of a window is the number of a cluster that is absorbed exactly once.
+    """
+
+    into: NDArray[np.int32]
+    """(W, n): the number of the cluster that absorbs the cluster of this number."""
+    height: Floats
+    """(W, n): ward's distance of this merge; infinite if there is none, as for padding
+    and for the first token."""
+
+
+def window_linkage(
+    vectors: NDArray[Any], mass: NDArray[Any], valid: NDArray[np.bool_]
+) -> Merges:
+    """Return all merges of windows (W, n, d) of tokens with masses (W, n) > 0.
+
+    `valid` (W, n) is False for padding, whose vectors and masses have any finite value.
+    """
+    count, size = mass.shape
+    merges = Merges(
+        np.tile(np.arange(size, dtype=np.int32), (count, 1)),
+        np.full((count, size), np.inf),
+    )
+    for rows in row_blocks(count, size * size, _ENTRIES):
+        x, masses = vectors[rows].astype(np.float64), mass[rows].astype(np.float64)
+        # The distances do not depend on the origin. Near it, fewer digits cancel.
+        x -= x.mean(axis=1, keepdims=True)
+        _link(x, masses, valid[rows], Merges(*(part[rows] for part in merges)))
+        report(rows.stop / count)
+    return merges
+
+
+def _link(
+    vectors: Floats, mass: Floats, valid: NDArray[np.bool_], merges: Merges
+) -> None:
+    """Write the merges of a few windows to `merges`.
+
+    A round merges all pairs of clusters that are each other's nearest neighbours. Ward
+    linkage is reducible: a union is not nearer to a third cluster than the nearer of
+    its two parts was. So later merges do not separate such a pair.
+    """
+    squared = _ward_distances(vectors, mass, valid)  # (W, n, n); infinite: no pair
+    number = np.tile(np.arange(mass.shape[1]), (len(mass), 1))  # of each cluster
+    masses, height = np.where(valid, mass, 0), np.zeros(mass.shape)
+    while True:
+        near = squared.argmin(axis=-1)  # (W, n)
+        least = np.take_along_axis(squared, near[..., None], -1)[..., 0]
+        mutual = np.take_along_axis(near, near, -1) == np.arange(near.shape[1])
+        # Each pair once, as a < b. A cluster without a neighbour has the distance inf.
+        window, a = np.nonzero(
+            mutual & (np.arange(near.shape[1]) < near) & np.isfinite(least)
+        )
+        if not len(a):
+            return
+        b = near[window, a]
+        # Rounding must not make a cluster lower than its parts.
+        top = np.maximum(height[window, a], height[window, b])
+        top = np.maximum(top, np.sqrt(least[window, a]))
+        height[window, a] = top
+        absorbed = number[window, b]
+        merges.into[window, absorbed] = number[window, a]
+        merges.height[window, absorbed] = top
+        _update(squared, masses, window, a, b, least[window, a])
+        squared, masses, number, height = _compact(squared, masses, number, height)
+
+
+def _ward_distances(vectors: Floats, mass: Floats, valid: NDArray[np.bool_]) -> Floats:
+    """Return the squared distances of ward linkage of all pairs (W, n, n)."""
+    norms = np.einsum("wid,wid->wi", vectors, vectors)
+    squared: Floats = vectors @ vectors.swapaxes(1, 2)
+    squared *= -2
+    squared += norms[:, :, None]
+    squared += norms[:, None, :]
+    # The product of equal vectors is equal to their norm only up to rounding, so use
+    # the upper triangle for both.
+    upper = np.triu(np.ones(squared.shape[1:], np.bool_), 1)
+    largest = squared.max(axis=(1, 2), keepdims=True, initial=0)
+    np.maximum(squared, largest * _LEAST + 2.0**-900, out=squared)
+    total = mass[:, :, None] + mass[:, None, :]
+    squared *= 2 * mass[:, :, None] * (mass[:, None, :] / total)
+    # Equal distances of many pairs would give all clusters the same neighbour, and one
+    # merge in each round. A different factor for each pair makes them different.
+    squared *= 1 + _TIE_BREAK * _pair_hashes(squared.shape[1])
+    squared[~(upper & valid[:, :, None] & valid[:, None, :])] = np.inf
+    return np.minimum(squared, squared.swapaxes(1, 2))  # exactly symmetric
+
+
+def _pair_hashes(size: int) -> Floats:
+    """Return numbers within [0, 1) (n, n), different for the pairs of a row."""
+    row, column = np.indices((size, size), dtype=np.uint32)
+    x = row * np.uint32(0x9E3779B9) ^ column * np.uint32(0x85EBCA6B)
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0xC2B2AE35)
+    x ^= x >> np.uint32(13)
+    return x / 2.0**32
+
+
+def _update(
+    squared: Floats, masses: Floats, window: Indices, a: Indices, b: Indices, d: Floats
+) -> None:
+    """Merge cluster b into cluster a, for each pair of `window`, `a` and `b`.
+
+    `d` has d²(A, B) of each pair. First the rows of the unions change, then the columns
+    of all clusters, so that both unions of two pairs are taken into account.
+    """
+    mass_a, mass_b = masses[window, a, None], masses[window, b, None]
+
+    def lance_williams(to_a: Floats, to_b: Floats) -> Floats:
+        mass_c = masses[window]  # (pairs, n)
+        to_a *= mass_a + mass_c
+        to_b *= mass_b + mass_c
+        to_a += to_b
+        to_a -= mass_c * d[:, None]
+        to_a /= mass_a + mass_b + mass_c
+        return np.maximum(to_a, 0, out=to_a)  # rounding can make it negative
+
+    squared[window, a] = lance_williams(squared[window, a], squared[window, b])
+    masses[window, a] += masses[window, b]
+    masses[window, b] = 0
+    columns = lance_williams(squared[window, :, a], squared[window, :, b])
+    squared[window, :, a] = columns
+    # The entry of two unions and its mirror image have different rounding.
+    columns = np.minimum(columns, squared[window, a])
+    squared[window, a] = columns
+    squared[window, :, a] = columns
+    squared[window, b] = np.inf
+    squared[window, :, b] = np.inf
+
+
+def _compact(
+    squared: Floats, masses: Floats, number: Indices, height: Floats
+) -> tuple[Floats, Floats, Indices, Floats]:
+    """Drop absorbed clusters, if every window can drop at least a quarter of its own.
+
+    Without this, the time of each round would be that of the first one.
+    """
+    alive = masses > 0
+    size = int(np.count_nonzero(alive, axis=-1).max())
+    if 4 * size > 3 * masses.shape[1]:
+        return squared, masses, number, height
+    # A stable sort keeps the order of the clusters that stay.
+    kept = np.argsort(~alive, axis=-1, kind="stable")[:, :size]  # (W, size)
+    window = np.arange(len(masses))[:, None]
+    squared = squared[window[..., None], kept[:, :, None], kept[:, None, :]]
+    return squared, masses[window, kept], number[window, kept], height[window, kept]
