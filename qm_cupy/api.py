@@ -4,10 +4,15 @@ This is the only list of these names.
 """
 
 from .caches.attend import attend
+from .caches.evict import evict
 from .caches.fold_bias import fold_bias
 from .caches.join_attention import join_attention
 from .caches.kv_cache import KVCache
+from .caches.kv_stream import KVStream
+from .caches.match_attention import match_attention
 from .caches.merge_kv_cache import merge_kv_cache
+from .caches.merge_stream import MergeStream
+from .caches.score_keys import score_keys
 from .choice import choose_merge
 from .cuda.compile import KernelCompilationError, warmup
 from .cuda.workspace import Workspace
@@ -72,8 +77,10 @@ __all__ = [
     "DifferentiableTokenMerging",
     "EntropyAwareSaliency",
     "KVCache",
+    "KVStream",
     "KernelCompilationError",
     "MLPPrior",
+    "MergeStream",
     "Merged",
     "NormBasedFidelityConstraint",
     "Prior",
@@ -97,6 +104,7 @@ __all__ = [
     "cosine_similarity",
     "cut_linkage",
     "decode",
+    "evict",
     "fidelity_loss",
     "fidelity_loss_vjp",
     "fold_bias",
@@ -107,6 +115,7 @@ __all__ = [
     "gumbel_softmax_vjp",
     "join_attention",
     "linkage",
+    "match_attention",
     "merge_kv_cache",
     "merge_tokens",
     "merge_tokens_vjp",
@@ -124,6 +133,7 @@ __all__ = [
     "saliency_mass",
     "saliency_mass_vjp",
     "saliency_vjp",
+    "score_keys",
     "select_tokens",
     "self_attention_entropy",
     "self_attention_entropy_vjp",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_finite_values, check_mask, check_number
+from ..arrays.checks import check_finite_values, check_number
 from ..arrays.conversion import (
     Array,
     BoolArray,
@@ -22,7 +22,7 @@ from ..arrays.conversion import (
 )
 from ..arrays.dtypes import accumulation_dtype, narrow
 from ..arrays.libraries import is_cuda
-from ..arrays.shapes import check_heads, expand_mask, layer_axes, saliency_shape
+from ..arrays.shapes import expand_mask, layer_axes
 from ..cuda.device import empty
 from ..cuda.launch import contiguous, launch
 from ..stages.saliency.query_key_entropy import check_causal

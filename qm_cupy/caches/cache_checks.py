@@ -71,15 +71,15 @@ def check_cache_values(
         size = np.abs(keys if read is None else np.where(read, keys, 0))
         if size.max(initial=0) > _LARGEST:
             raise ValueError(
-                f"`keys` must lie within ±{_LARGEST:g}, because their squared distances "
-                f"are computed, got {size.max():.3g}: scale them down"
+                f"`keys` must lie within ±{_LARGEST:g}, because their squared "
+                f"distances are computed, got {size.max():.3g}: scale them down"
             )
 
 
 def check_bias(
     bias: NDArray[Any] | None, keys: NDArray[Any], mask: NDArray[np.bool_] | None
 ) -> None:
-    """Raise unless biases (..., N) are finite or -inf. Those of padding are not read."""
+    """Raise unless biases (..., N) are finite or -inf, except those of padding."""
     if bias is None:
         return
     check_floating("bias", bias)
@@ -101,7 +101,7 @@ def check_queries(
     mask: NDArray[np.bool_] | None,
     scale: Any,
 ) -> float:
-    """Raise unless queries (..., T, d) fit the keys; return the factor of the scores."""
+    """Raise unless queries (..., T, d) fit the keys; return the scale of scores."""
     if query is not None:
         check_query_heads(query, keys)
         num_queries, num_entries = query.shape[-2], keys.shape[-2]
@@ -188,7 +188,7 @@ def check_rotary(
         angles = np.asarray(inv_freq, np.float64)
     except (TypeError, ValueError):
         raise TypeError(
-            f"`inv_freq` must be numbers of shape (r / 2), got {type(inv_freq).__name__}"
+            f"`inv_freq` must be numbers (r / 2), got {type(inv_freq).__name__}"
         ) from None
     if angles.ndim != 1 or not 1 <= len(angles) <= dim // 2:
         raise ValueError(

@@ -69,7 +69,7 @@ def free_entries(
     `protect` has booleans, positions and the mask. `counts` (...) is K of each head,
     or None. Raise if the entries that may not merge exceed a budget.
     """
-    shape, num_entries = keys.shape[:-1], keys.shape[-2]
+    shape = keys.shape[:-1]
     flags, positions, mask = protect
     one_head = keys[(0,) * max(0, keys.ndim - 4)]  # without L
     one_head = one_head[:, 0] if one_head.ndim > 3 else one_head  # (B, N, d)
@@ -106,9 +106,9 @@ def _check_room(free: Any, present: Any, counts: Counts) -> None:
     least = num_kept + (num_free > 0)
     if math.prod(least.shape) and (counts < least).any():
         at = tuple(np.argwhere(np.atleast_1d(counts < least))[0])
-        kept = np.atleast_1d(num_kept)[at]
+        kept, got = np.atleast_1d(num_kept)[at], np.atleast_1d(counts)[at]
         raise ValueError(
-            f"`budget` must be at least {kept + 1}, because {kept} entries do not merge "
-            f"(`sinks`, `recent`, `protect`), got {np.atleast_1d(counts)[at]}: lower "
-            "`recent`, or raise the budget"
+            f"`budget` must be at least {kept + 1}, because {kept} entries do not "
+            f"merge (`sinks`, `recent`, `protect`), got {got}: lower `recent`, "
+            "or raise the budget"
         )

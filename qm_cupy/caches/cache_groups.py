@@ -197,7 +197,7 @@ def _squares(x: Any, weight: Any, real: Any) -> Any:
 
 
 def _roots(merges: Merges, counts: Counts) -> NDArray[np.intp]:
-    """Return the root (S · P, n) of each token after the lowest merges of its window."""
+    """Return the root (S · P, n) of each token after the merges of its window."""
     order = np.argsort(merges.height, axis=-1, kind="stable")
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(order.shape[1])[None], -1)

@@ -35,7 +35,7 @@ class LastQueries(NamedTuple):
 def last_queries(
     query: Any, keys: Any, bias: Any, mask: Any, scale: float
 ) -> LastQueries:
-    """Return the last queries that are not padding, with Z over all entries they see."""
+    """Return the last queries that are not padding, and Z over the entries they see."""
     num_queries, num_entries = query.shape[-2], keys.shape[-2]
     if mask is None:  # the last rows are those that count
         query = query[..., -NUM_QUERIES:, :]
@@ -82,7 +82,7 @@ def received_of_last(
 def cache_mass(
     from_last: Any, attention: Any, free: NDArray[np.bool_], keys: Any
 ) -> Any:
-    """Return the mass (..., N) > 0 of entries; `free` (..., N) are those that may merge.
+    """Return the mass (..., N) > 0; `free` (..., N) are the entries that may merge.
 
     Both sources are (..., N), or None: the attention of the last queries, and the mean
     attention received, of H or a multiple of H heads.
@@ -101,7 +101,7 @@ def cache_mass(
 
 
 def received_of_all(query: Any, keys: Any, bias: Any, mask: Any, scale: float) -> Any:
-    """Return the mean causal attention that each entry receives, if T = N, else None."""
+    """Return the mean attention that each entry receives, or None if T < N."""
     if query.shape[-2] != keys.shape[-2] or bias is not None:
         return None
     return compute_attention_received(

@@ -36,9 +36,9 @@ class KVCache(NamedTuple, Generic[Array]):
     labels: IntArray
     """(..., N) int32: the entry that holds each original one; -1 if there is none."""
     sizes: IntArray
-    """(..., K) int32: the number of original entries in each entry; 0 for padding."""
+    """(..., K) int32: number of original entries in each entry; 0 for padding."""
     positions: IntArray
-    """(..., K) int32: index of the last original entry in each entry, -1 for padding."""
+    """(..., K) int32: index of the last original entry in each, -1 for padding."""
 
     def __repr__(self) -> str:
         """Return sizes, dtype and library in one line; no values are read."""

@@ -7,11 +7,9 @@ merged key, and m_j is the mass of an entry. Z_i is the logarithm of Σ_j exp(s_
 S = L B H sequences of entries are merged separately.
 """
 
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arrays.checks import check_choice
 from ..arrays.conversion import (
@@ -376,7 +374,7 @@ def _unrotated(keys: Any, positions: Any, rotary: Rotary | None) -> Any:
 
 
 def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) -> Any:
-    """Return the means of keys before the rotation, rotated to one member (..., K, d)."""
+    """Return means of the unrotated keys, rotated to one member (..., K, d)."""
     num_entries = straight.shape[-2]
     labels = plan.labels
     if options.rotate_at == "first":

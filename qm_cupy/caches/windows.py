@@ -27,8 +27,9 @@ def windows_of_similar(
 ) -> Any:
     """Return the tokens of each window (S, P, n): indices, ascending, then N.
 
-    `vectors` (S, N, d) and `free` (S, N), booleans, are NumPy or CuPy arrays. `num_free`
-    (S,) is the number of free tokens. An index N fills windows that are not full.
+    `vectors` (S, N, d) and `free` (S, N), booleans, are NumPy or CuPy arrays.
+    `num_free` (S,) is the number of free tokens. An index N fills windows that
+    are not full.
     """
     num_tokens = vectors.shape[1]
     # Sequences of different lengths are divided apart: the windows of a sequence must

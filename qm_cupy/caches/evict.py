@@ -1,0 +1,202 @@
+"""Eviction: keep the entries of a cache with the largest scores, and drop the others.
+
+N is the number of entries of a head, and K the number that it keeps.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays.checks import check_finite_values, check_floating, check_shape
+from ..arrays.conversion import (
+    Array,
+    BoolArray,
+    FloatArray,
+    convert_inputs,
+    on_callers_stream,
+)
+from ..arrays.counts import GroupCounts
+from ..arrays.dtypes import accumulation_dtype
+from ..arrays.libraries import is_cuda
+from ..arrays.protect import split_positions
+from ..arrays.shapes import layout_of
+from ..cuda.device import to_device, to_host
+from ..stages.merging.groups import compute_group_positions, compute_group_sizes
+from ..stages.merging.merge_tokens import compute_merge_tokens
+from .budgets import head_budgets
+from .cache_checks import (
+    check_bias,
+    check_cache,
+    check_cache_values,
+    check_count,
+    check_flag,
+)
+from .cache_entries import free_entries, num_present, present_entries
+from .kv_cache import KVCache
+
+Counts = NDArray[np.int64]
+
+
+@on_callers_stream
+def evict(
+    keys: Array,
+    values: Array,
+    budget: Any,
+    *,
+    scores: FloatArray,
+    bias: FloatArray | None = None,
+    protect: Any = None,
+    sinks: int = 0,
+    recent: int = 0,
+    per_head: bool = False,
+    mask: BoolArray | None = None,
+) -> KVCache:
+    """Keep the K entries of a key-value cache with the largest scores.
+
+    Parameters
+    ----------
+    keys : ndarray of shape (N, d), (B, N, d), (B, H, N, d) or (L, B, H, N, d)
+        Keys; float16, bfloat16, float32 or float64.
+    values : ndarray of shape (..., N, d_v)
+        Values, of the leading axes and the dtype of `keys`.
+    budget : number or ndarray of int
+        Entries that remain of each head: an integer K, a fraction within (0, 1] of the
+        entries that are not padding, or integers that broadcast to the leading axes of
+        `keys`. Results are padded to the largest K.
+    scores : ndarray of shape (..., N)
+        Scores of the entries, such as the result of `score_keys`; any float dtype. Of
+        equal scores, that of the earlier entry counts as larger.
+    bias : ndarray of shape (..., N), optional
+        Bias of the entries, which they keep; 0 by default. An entry with bias -inf is
+        padding.
+    protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
+        Entries that remain: booleans, or positions in the cache. K counts them.
+    sinks, recent : int, default 0
+        Numbers of the first and of the last entries that remain. K counts them.
+    per_head : bool, default False
+        If True, the budget is the mean of the heads of a layer, whose scores are
+        compared with each other.
+    mask : ndarray of shape (N,) or (B, N), optional
+        True or 1 = entry. Padding is not read, and never remains.
+
+    Returns
+    -------
+    KVCache
+        The entries that remain, unchanged and in order. `labels` are -1 for the others.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If a shape or a value does not fit, or the budget is too small for the entries
+        that must remain.
+
+    See Also
+    --------
+    merge_kv_cache : Merge entries instead, which changes attention less.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.array([[1.0], [2.0], [3.0], [4.0]])
+    >>> evict(keys, keys, 2, scores=np.array([0.1, 0.5, 0.2, 0.3])).keys
+    array([[2.],
+           [4.]])
+    """
+    flags, protected = split_positions(protect)
+    converted = convert_inputs(
+        {
+            "keys": keys,
+            "values": values,
+            "scores": scores,
+            "bias": bias,
+            "protect": flags,
+            "mask": mask,
+        },
+        counts={"budget": budget, "protect": protected},
+    )
+    convert_back, keys, values, scores, bias, flags, mask, budget, protected = converted
+    mask = check_cache(keys, values, mask)
+    check_bias(bias, keys, mask)
+    present = present_entries(keys, bias, mask)
+    check_cache_values(keys, values, present)
+    check_floating("scores", scores)
+    axes = layout_of(keys.ndim, "Nd")[:-1]
+    check_shape("scores", scores, axes, tuple(keys.shape[:-1]))
+    check_finite_values("scores", scores, present)
+    leading = keys.shape[:-2]
+    total = num_present(present, keys)
+    counts = head_budgets(budget, leading, total, check_flag("per_head", per_head))
+    free, present = free_entries(
+        keys,
+        present,
+        (flags, protected, mask),
+        check_count("sinks", sinks),
+        check_count("recent", recent),
+        # All entries may be among those that must remain.
+        np.minimum(counts + 1, total),
+    )
+    heads = leading[-1] if per_head and len(leading) > 1 else 1
+    kept, counts = select_entries(scores, free, present, counts, heads)
+    return KVCache(*map(convert_back, keep_entries(keys, values, bias, kept, counts)))
+
+
+def select_entries(
+    scores: Any, free: Any, present: Any, counts: Counts, heads: int
+) -> tuple[Any, Counts]:
+    """Return which entries remain (..., N), and their number (...).
+
+    `counts` (...) is K. With `heads` > 1, the heads of a layer compete for the sum of
+    their K, and the CPU waits for the numbers that each of them wins.
+    """
+    num_entries = scores.shape[-1]
+    kept = present & ~free
+    wide = scores.astype(accumulation_dtype(scores.dtype)).reshape(-1, num_entries)
+    flat_kept = kept.reshape(-1, num_entries)
+    flat_free = free.reshape(-1, num_entries)
+    # Those that must remain first, then by score, and padding last.
+    top = wide.dtype.type(np.inf)
+    wide = np.where(flat_free, wide, np.where(flat_kept, top, -top))
+    pools = wide.reshape(-1, heads * num_entries)
+    room = counts.reshape(-1, heads).sum(axis=-1)  # (pools,)
+    order = np.argsort(-pools, axis=-1, kind="stable")
+    rank = np.argsort(order, axis=-1, kind="stable")
+    limit = to_device(room) if is_cuda(scores) else room
+    selected = (rank < limit[:, None]).reshape(present.shape) & present
+    if heads > 1:
+        counts = np.asarray(to_host(selected.sum(axis=-1)), np.int64)
+    return selected, counts
+
+
+def keep_entries(
+    keys: Any, values: Any, bias: Any, kept: Any, counts: Counts
+) -> KVCache:
+    """Return the cache of the entries that remain, as NumPy or CuPy arrays."""
+    *leading, num_entries, _ = keys.shape
+    shape = math.prod(leading), num_entries
+    labels = np.where(kept, np.cumsum(kept, axis=-1) - 1, -1).astype(np.int32)
+    labels = labels.reshape(shape)
+    groups = GroupCounts(counts.reshape(-1), int(counts.max(initial=0)))
+
+    def gather(x: Any) -> Any:
+        # A group of one entry has its mean: the entry, bit for bit.
+        flat = x.reshape(*shape, x.shape[-1])
+        merged = compute_merge_tokens(flat, labels, groups)
+        return merged.reshape(*leading, groups.max_groups, x.shape[-1])
+
+    sizes = compute_group_sizes(labels, groups)
+    dtype = accumulation_dtype(keys.dtype)
+    if bias is None:
+        own = np.zeros(sizes.shape, dtype, like=keys)
+    else:
+        finite = np.where(kept, bias.astype(dtype), dtype.type(0))
+        own = gather(finite[..., None]).reshape(sizes.shape)
+    own = np.where(sizes > 0, own, dtype.type(-np.inf))
+    read = kept[..., None]
+    keys, values = (np.where(read, x, x.dtype.type(0)) for x in (keys, values))
+    others = own, labels, sizes, compute_group_positions(labels, groups)
+    shaped = (x.reshape(*leading, x.shape[-1]) for x in others)
+    return KVCache(gather(keys), gather(values), *shaped)
