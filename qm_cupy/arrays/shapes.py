@@ -59,15 +59,18 @@ def saliency_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (*batch, shape[-1]) if len(shape) > 1 else tuple(shape)
 
 
-def expand_mask(
-    mask: NDArray[np.bool_] | None, shape: tuple[int, ...]
-) -> NDArray[np.bool_] | None:
-    """Broadcast a mask (N,) or (B, N) to (N,), (B, N), (B, H, N) or (L, B, H, N)."""
+def expand_mask(mask: Any, shape: Sequence[int]) -> Any:
+    """Broadcast a mask (N,) or (B, N) to (N,), (B, N), (B, H, N) or (L, B, H, N).
+
+    None stays None.
+    """
     if mask is None:
         return None
     if len(shape) > 2:
         mask = mask[..., None, :]  # (B, 1, N)
-    return np.broadcast_to(mask, shape)  # a view: every layer and head has this mask
+    return np.broadcast_to(
+        mask, tuple(shape)
+    )  # a view: every layer and head has this mask
 
 
 def masked_copy(x: NDArray[Any], mask: NDArray[np.bool_] | None) -> NDArray[Any]:

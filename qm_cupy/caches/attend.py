@@ -7,7 +7,7 @@ the keys serves G heads of the queries, whose rows are computed together: R = G 
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,16 @@ from ..arrays.conversion import (
 from ..arrays.dtypes import accumulation_dtype, narrow
 from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask, layer_axes
-from ..cuda.device import empty
+from ..cuda.constants import BLOCK, MAX_HEAD_DIM
+from ..cuda.device import current_device, empty
 from ..cuda.launch import contiguous, launch
+from ..settings import implementation
 from ..stages.saliency.query_key_entropy import check_causal
 from .cache_checks import check_bias, check_cache, check_query_heads
 
 _ENTRIES = 1 << 18  # scores in memory at once
+_ROWS = 4  # queries of a block of the optimized kernel
+_MAX_SPLITS = 64
 
 
 @on_callers_stream
@@ -157,7 +161,8 @@ def _attend_reference(
     for index in np.ndindex(keys.shape[:-2]):
         valid = None if head_mask is None else head_mask[index]
         head = _Head(
-            *(_without(x[index], valid, dtype) for x in (keys, values)),
+            _without(keys[index], valid, dtype),
+            _without(values[index], valid, dtype),
             None if bias is None else _without(bias[index], valid, dtype),
             visible_keys(query.shape[-2], keys.shape[-2], valid, causal),
         )
@@ -183,12 +188,13 @@ def visible_keys(
     return np.full(num_queries, seen[-1])
 
 
-class _Head:
+class _Head(NamedTuple):
     """The keys of one head, without padding, in the dtype of the sums."""
 
-    def __init__(self, keys: Any, values: Any, bias: Any, visible: Any) -> None:
-        self.keys, self.values, self.bias = keys, values, bias  # (n, d), (n, d_v), (n,)
-        self.visible = visible  # (T,)
+    keys: NDArray[Any]  # (n, d)
+    values: NDArray[Any]  # (n, d_v)
+    bias: Any  # (n,), or None
+    visible: NDArray[np.int64]  # (T,): how many keys each query sees
 
 
 def _without(x: NDArray[Any], valid: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -209,11 +215,11 @@ def _attend_head(
         with np.errstate(over="ignore", invalid="ignore"):
             weights, z = softmax_rows(query[rows], head.keys, head.bias, visible[rows])
             if not np.isfinite(weights).all():
-                wide = (x.astype(np.float64) for x in (query[rows], head.keys))
+                wide = query[rows].astype(np.float64), head.keys.astype(np.float64)
                 weights, z = softmax_rows(*wide, head.bias, visible[rows])
                 weights = weights.astype(query.dtype)
             output[rows] = narrow(weights @ head.values, output.dtype)
-        log_sum_exp[rows] = z
+        log_sum_exp[rows] = narrow(z, log_sum_exp.dtype)
 
 
 def softmax_rows(
@@ -257,14 +263,33 @@ def _attend_cuda(
     outer, (_, batch, heads) = math.prod(keys.shape[:-2]), layer_axes(keys.shape[:-2])
     group = math.prod(leading) // max(outer, 1)
     sizes = outer, group, batch, heads, num_queries, num_keys, dim, value_dim
-    args = (*arrays, *sizes, int(causal), scale, output, log_sum_exp)
-    # A block for each row of queries; the basic kernel has a thread for each output.
-    launch(
-        "attend",
-        "attend",
-        query.dtype,
-        args,
-        blocks=log_sum_exp.size,
-        outputs=None,
-    )
+    args = (*arrays, *sizes, int(causal), scale)
+    # The optimized kernel keeps a row in registers and shared memory.
+    wide = max(dim, value_dim) > MAX_HEAD_DIM
+    if wide or implementation() == "basic":
+        args = (*args, output, log_sum_exp)
+        kernel = "attend", "attend", query.dtype
+        launch(*kernel, args, outputs=output.size, kernels="basic")
+        return output, log_sum_exp
+    blocks = outer * -(-group * num_queries // _ROWS)
+    splits = num_splits(blocks, num_keys)
+    parts = None, None
+    if splits > 1:
+        shape = splits, log_sum_exp.size
+        parts = empty((*shape, value_dim), acc_dtype), empty((*shape, 2), acc_dtype)
+    args = (*args, splits, *parts, output, log_sum_exp)
+    launch("attend", "attend", query.dtype, args, blocks=blocks * splits)
+    if splits > 1:
+        args = (*parts, *(splits, log_sum_exp.size, value_dim), output, log_sum_exp)
+        launch("attend", "join_splits", query.dtype, args, outputs=output.size)
     return output, log_sum_exp
+
+
+def num_splits(blocks: int, num_keys: int) -> int:
+    """Return into how many parts the keys are divided, so that the GPU is busy.
+
+    A part has at least two steps of a block. The number depends on the device, so bits
+    may differ between devices.
+    """
+    wanted = -(-2 * current_device().multiprocessors // max(blocks, 1))
+    return max(1, min(wanted, num_keys // (2 * BLOCK), _MAX_SPLITS))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..arrays.dtypes import accumulation_dtype
 from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask, layer_axes, row_blocks
+from ..cuda.constants import WARP
 from ..cuda.device import empty
 from ..cuda.launch import contiguous, launch
 from .attend import key_rows, visible_keys
@@ -119,11 +120,11 @@ def _attention_columns_cuda(
     out = empty((*leading, num_keys), acc_dtype)
     outer, (_, batch, heads) = math.prod(leading), layer_axes(leading)
     group = math.prod(query.shape[:-2]) // max(outer, 1)
-    arrays = contiguous(query), contiguous(keys), contiguous(log_sum_exp, acc_dtype)
+    arrays = [contiguous(query), contiguous(keys), contiguous(log_sum_exp, acc_dtype)]
     arrays += contiguous(bias, acc_dtype), contiguous(mask)
     sizes = outer, group, batch, heads, query.shape[-2], num_keys, dim
     args = (*arrays, *sizes, int(causal), scale, power, out)
-    # A warp for each key; the basic kernel has a thread for each key.
-    kernel = "attention_columns", "attention_columns"
-    launch(*kernel, query.dtype, args, rows=out.size)
+    # A block for 32 keys of a head; the basic kernel has a thread for each key.
+    kernel, blocks = 2 * ("attention_columns",), outer * -(-num_keys // WARP)
+    launch(*kernel, query.dtype, args, outputs=out.size, blocks=blocks)
     return out

@@ -52,7 +52,7 @@ def evict(
     recent: int = 0,
     per_head: bool = False,
     mask: BoolArray | None = None,
-) -> KVCache:
+) -> KVCache[Array]:
     """Keep the K entries of a key-value cache with the largest scores.
 
     Parameters
@@ -173,7 +173,7 @@ def select_entries(
 
 def keep_entries(
     keys: Any, values: Any, bias: Any, kept: Any, counts: Counts
-) -> KVCache:
+) -> KVCache[Any]:
     """Return the cache of the entries that remain, as NumPy or CuPy arrays."""
     *leading, num_entries, _ = keys.shape
     shape = math.prod(leading), num_entries

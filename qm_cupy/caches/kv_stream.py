@@ -101,7 +101,7 @@ class KVStream:
         # The width of the keys is not known yet; the first call checks against it.
         unlimited = 2**30
         rotary = check_rotary(inv_freq, interleaved, rotary_scaling, unlimited)
-        self._options = {
+        self._options: dict[str, Any] = {
             "inv_freq": None if rotary is None else rotary.inv_freq,
             "interleaved": interleaved,
             "rotary_scaling": rotary_scaling,
@@ -238,12 +238,12 @@ class KVStream:
         return self._num_seen
 
     @property
-    def keys(self) -> Array:
+    def keys(self) -> Any:
         """(..., K, d): the keys, at most `budget` + `buffer` - 1."""
         return self._result("keys")
 
     @property
-    def values(self) -> Array:
+    def values(self) -> Any:
         """(..., K, d_v): the values."""
         return self._result("values")
 

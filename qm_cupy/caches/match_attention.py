@@ -67,7 +67,7 @@ def match_attention(
     mask: BoolArray | None = None,
     scale: float | None = None,
     ridge: float = 1e-3,
-) -> KVCache:
+) -> KVCache[Array]:
     r"""Keep K keys of a cache, and fit their biases and values to its attention.
 
     Parameters
@@ -196,12 +196,12 @@ class _Head(NamedTuple):
     kept: NDArray[np.intp]  # (K,): indices of the keys that remain
 
 
-def _fitted(arrays: Scored, kept: Any, cache: KVCache, ridge: float) -> KVCache:
+def _fitted(
+    arrays: Scored, kept: Any, cache: KVCache[Any], ridge: float
+) -> KVCache[Any]:
     """Return the cache with fitted biases and values, on the device of the input."""
-    query, keys, values, bias, mask, scale = (
-        x if x is None or isinstance(x, float) else to_host(x) for x in arrays
-    )
-    kept = to_host(kept)
+    query, keys, values, bias, mask = map(to_host, arrays[:5])
+    scale, kept = arrays.scale, to_host(kept)
     new_bias = np.array(to_host(cache.bias), order="C")
     new_values = np.array(to_host(cache.values), order="C")
     rows = key_rows(query, keys)

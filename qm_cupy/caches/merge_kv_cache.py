@@ -94,7 +94,7 @@ def merge_kv_cache(
     per_head: bool = False,
     window: int = WINDOW,
     mask: BoolArray | None = None,
-) -> KVCache:
+) -> KVCache[Array]:
     r"""Merge the entries of a key-value cache, so that attention hardly changes.
 
     Entries with similar keys become one entry: the means of their keys and of their
@@ -290,7 +290,7 @@ def compute_merge_kv_cache(
     present: Any,
     cut: Cut,
     options: Options,
-) -> KVCache:
+) -> KVCache[Any]:
     """Return the merged cache of converted and checked arrays.
 
     `free` and `present` (..., N) are booleans: which entries may merge, and which are

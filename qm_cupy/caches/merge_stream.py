@@ -181,7 +181,7 @@ class MergeStream:
         return self._num_seen
 
     @property
-    def tokens(self) -> Array:
+    def tokens(self) -> Any:
         """(K, D) or (B, K, D): the entries, at most `budget` + `buffer` - 1."""
         return self._result("tokens")
 

@@ -78,7 +78,8 @@ def _rotate_cuda(
     arrays = contiguous(x), contiguous(positions), to_device(turns)
     sizes = math.prod(leading) * num_entries, dim, len(turns)
     args = (*arrays, *sizes, int(interleaved), float(scaling), out)
-    # A thread for each pair of elements; the basic kernel has one for each element.
-    kernel, threads = ("rotary", "rotate"), out.size - out.size // 2
+    # A thread for each pair of elements, and for each element that does not rotate.
+    # The basic kernel has one for each element.
+    kernel, threads = ("rotary", "rotate"), sizes[0] * (dim - len(turns))
     launch(*kernel, x.dtype, args, outputs=out.size, threads=threads)
     return out

@@ -66,7 +66,8 @@ def window_linkage(
         x, masses = vectors[rows].astype(np.float64), mass[rows].astype(np.float64)
         # The distances do not depend on the origin. Near it, fewer digits cancel.
         x -= x.mean(axis=1, keepdims=True)
-        _link(x, masses, valid[rows], Merges(*(part[rows] for part in merges)))
+        part = Merges(merges.into[rows], merges.height[rows])  # views
+        _link(x, masses, valid[rows], part)
         report(rows.stop / count)
     return merges
 
