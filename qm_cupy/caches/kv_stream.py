@@ -20,6 +20,7 @@ from .cache_checks import (
     check_rotary,
     check_window,
 )
+from .cache_entries import default_recent
 from .cache_mass import NUM_QUERIES
 from .merge_kv_cache import WINDOW, RotateAt, check_rotate_at, merge_kv_cache
 from .merge_stream import check_same, group_sums, stream_sizes
@@ -42,7 +43,7 @@ class KVStream:
     sinks : int, default 4
         Number of first entries of the stream that never merge.
     recent : int, optional
-        Number of last entries at a merge that do not merge; by default a quarter of the
+        Number of last entries at a merge that do not merge; by default a third of the
         budget, or 32 if this is more (half of the budget, if it is below 64).
     inv_freq : sequence of float of shape (r / 2,), optional
         Angles of the rotation for one position, as in `merge_kv_cache`.
@@ -96,7 +97,7 @@ class KVStream:
         window: int = WINDOW,
     ) -> None:
         if recent is None and isinstance(budget, int):
-            recent = max(min(32, budget // 2), budget // 4)
+            recent = int(default_recent(np.array(budget), ()))
         self._sizes = stream_sizes(budget, buffer, sinks, recent)
         # The width of the keys is not known yet; the first call checks against it.
         unlimited = 2**30
