@@ -30,14 +30,17 @@ NOTEBOOKS = HERE / "notebooks"
 shutil.rmtree(NOTEBOOKS, ignore_errors=True)
 shutil.copytree(ROOT / "notebooks", NOTEBOOKS, ignore=shutil.ignore_patterns(".*"))
 
-# A page that imports torch or JAX is executed only if that framework is installed.
-# Otherwise the build names the page on stderr.
-MISSING = {name for name in ("torch", "jax") if importlib.util.find_spec(name) is None}
-USED = re.compile(r"^[\s\"]*(?:import|from) (?:qm_cupy\.)?(torch|jax)\b", re.MULTILINE)
+# A page that imports torch, JAX or transformers is executed only if that framework is
+# installed. Otherwise the build names the page on stderr.
+_FRAMEWORKS = "torch", "jax", "transformers"
+MISSING = {name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None}
+USED = re.compile(
+    r"^[\s\"]*(?:import|from) (?:qm_cupy\.)?(torch|jax|transformers)\b", re.MULTILINE
+)
 
 
 def needs(page):
-    """Return the frameworks, of torch and JAX, that a page imports."""
+    """Return the frameworks, such as torch, that a page imports."""
     return set(USED.findall(page.read_text(encoding="utf-8")))
 
 
@@ -65,7 +68,10 @@ exclude_patterns = ["**/.ipynb_checkpoints"]
 templates_path = ["_templates"]
 nitpicky = True  # a reference without a target is a warning, and so an error
 nitpick_ignore_regex = [
-    ("py:obj", r"(scipy|torch|jax)\..*"),  # the build downloads no inventories
+    (
+        "py:obj",
+        r"(scipy|torch|jax|transformers)\..*",
+    ),  # the build downloads no inventories
     ("py:obj", "token|budget|progress"),  # parameters with the name of a module
 ]
 default_role = "autolink"

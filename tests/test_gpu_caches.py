@@ -1,4 +1,4 @@
-"""Compares the functions of key-value caches on a GPU with the reference; needs CuPy."""
+"""Compares the functions of key-value caches on a GPU with the reference."""
 
 import cache_calls
 import numpy as np

@@ -185,7 +185,7 @@ def merge_kv_cache(
 
     Notes
     -----
-    The mass is :math:`m_j = (a_j / \bar a + r_j / \bar r + 0.04)\,|v_j|`, where a is the
+    The mass is :math:`m_j = (a_j / \bar a + r_j / \bar r + 0.04)\,|v_j|`; a is the
     attention of the last 32 queries, r is `attention`, and a bar is the mean over the
     entries that may merge. A term that is not known is left out; without both,
     :math:`m_j = e^{b_j} |v_j|`. Entries are grouped by ward linkage with Euclidean

@@ -22,18 +22,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.dtypes import accumulation_dtype
 from ..arrays.shapes import row_blocks
 from ..progress import report
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]  # float32, or float64 for float64 vectors
 Indices = NDArray[np.intp]
 
-_ENTRIES = (
-    1 << 18
-)  # distances in memory at once: 2 MB, which stay in a cache of the CPU
-# Equal tokens get this squared distance, relative to the largest one, times a factor
-# that depends on the pair, so that no two pairs have equal distances.
-_LEAST, _TIE_BREAK = 2.0**-80, 2.0**-40
+_ENTRIES = 1 << 18  # distances in memory at once, which stay in a cache of the CPU
+_PRODUCTS = 1 << 18  # of a matrix product, for which OpenBLAS starts no threads
+# A squared distance below the first fraction of the squared norms may come from
+# rounding alone, and counts as 0. Then it is the second fraction of the largest one.
+# The third is that of a difference between equal distances (see `_ward_distances`).
+_NOISE = {4: 2.0**-19, 8: 2.0**-46}
+_LEAST = {4: 2.0**-60, 8: 2.0**-80}
+_TIE_BREAK = {4: 2.0**-18, 8: 2.0**-40}
 
 
 class Merges(NamedTuple):
@@ -58,12 +61,13 @@ def window_linkage(
     `valid` (W, n) is False for padding, whose vectors and masses have any finite value.
     """
     count, size = mass.shape
+    dtype = accumulation_dtype(vectors.dtype)
     merges = Merges(
         np.tile(np.arange(size, dtype=np.int32), (count, 1)),
-        np.full((count, size), np.inf),
+        np.full((count, size), np.inf, dtype),
     )
     for rows in row_blocks(count, size * size, _ENTRIES):
-        x, masses = vectors[rows].astype(np.float64), mass[rows].astype(np.float64)
+        x, masses = vectors[rows].astype(dtype), mass[rows].astype(dtype)
         # The distances do not depend on the origin. Near it, fewer digits cancel.
         x -= x.mean(axis=1, keepdims=True)
         part = Merges(merges.into[rows], merges.height[rows])  # views
@@ -83,7 +87,8 @@ def _link(
     """
     squared = _ward_distances(vectors, mass, valid)  # (W, n, n); infinite: no pair
     number = np.tile(np.arange(mass.shape[1]), (len(mass), 1))  # of each cluster
-    masses, height = np.where(valid, mass, 0), np.zeros(mass.shape)
+    masses = np.where(valid, mass, mass.dtype.type(0))
+    height = np.zeros(mass.shape, mass.dtype)
     while True:
         near = squared.argmin(axis=-1)  # (W, n)
         least = np.take_along_axis(squared, near[..., None], -1)[..., 0]
@@ -108,23 +113,43 @@ def _link(
 
 def _ward_distances(vectors: Floats, mass: Floats, valid: NDArray[np.bool_]) -> Floats:
     """Return the squared distances of ward linkage of all pairs (W, n, n)."""
+    width = vectors.dtype.itemsize
     norms = np.einsum("wid,wid->wi", vectors, vectors)
-    squared: Floats = vectors @ vectors.swapaxes(1, 2)
+    squared = _products(vectors)
     squared *= -2
-    squared += norms[:, :, None]
-    squared += norms[:, None, :]
-    # The product of equal vectors is equal to their norm only up to rounding, so use
-    # the upper triangle for both.
-    upper = np.triu(np.ones(squared.shape[1:], np.bool_), 1)
+    sums = norms[:, :, None] + norms[:, None, :]
+    squared += sums
+    sums *= _NOISE[width]
+    squared[squared < sums] = 0
     largest = squared.max(axis=(1, 2), keepdims=True, initial=0)
-    np.maximum(squared, largest * _LEAST + 2.0**-900, out=squared)
+    tiny = np.finfo(squared.dtype).tiny
+    np.maximum(squared, np.maximum(largest * _LEAST[width], tiny), out=squared)
     total = mass[:, :, None] + mass[:, None, :]
     squared *= 2 * mass[:, :, None] * (mass[:, None, :] / total)
     # Equal distances of many pairs would give all clusters the same neighbour, and one
     # merge in each round. A different factor for each pair makes them different.
-    squared *= 1 + _TIE_BREAK * _pair_hashes(squared.shape[1])
+    factor = 1 + _TIE_BREAK[width] * _pair_hashes(squared.shape[1])
+    squared *= factor.astype(squared.dtype)
+    # Both triangles have different rounding, so use the upper one for both.
+    upper = np.triu(np.ones(squared.shape[1:], np.bool_), 1)
     squared[~(upper & valid[:, :, None] & valid[:, None, :])] = np.inf
-    return np.minimum(squared, squared.swapaxes(1, 2))  # exactly symmetric
+    return np.minimum(squared, squared.swapaxes(1, 2))
+
+
+def _products(vectors: Floats) -> Floats:
+    """Return x_i · x_j of all pairs (W, n, n).
+
+    A product of a few rows at a time is too small for threads of BLAS, whose start
+    would take longer than the product.
+    """
+    count, size, dim = vectors.shape
+    out = np.empty((count, size, size), vectors.dtype)
+    columns = vectors.swapaxes(1, 2).copy()
+    step = max(1, _PRODUCTS // max(1, size * dim))
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        np.matmul(vectors[:, rows], columns, out=out[:, rows])
+    return out
 
 
 def _pair_hashes(size: int) -> Floats:
