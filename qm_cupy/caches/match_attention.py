@@ -83,7 +83,7 @@ def match_attention(
         Entries that remain of each head, as in `evict`.
     scores : ndarray of shape (..., N), optional
         The entries with the largest scores are kept; by default those of
-        ``score_keys(query, keys, how="rms")``.
+        ``score_keys(query, keys, how="rms")``. Any float dtype.
     bias : ndarray of shape (..., N), optional
         Bias of the entries, from an earlier call; 0 by default.
     protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
