@@ -78,7 +78,7 @@ def evict(
         Numbers of the first and of the last entries that remain. K counts them.
     per_head : bool, default False
         If True, the budget is the mean of the heads of a layer, whose scores are
-        compared with each other.
+        compared with each other. Each head keeps at least one entry.
     mask : ndarray of shape (N,) or (B, N), optional
         True or 1 = entry. Padding is not read, and never remains.
 
@@ -161,10 +161,9 @@ def select_entries(
     # Those that must remain first, then by score, and padding last.
     top = wide.dtype.type(np.inf)
     wide = np.where(flat_free, wide, np.where(flat_kept, top, -top))
-    if heads > 1:  # every head keeps an entry: attention to none would be undefined
-        best = (
-            wide.argmax(axis=-1, keepdims=True) == np.cumsum(flat_free | True, -1) - 1
-        )
+    if heads > 1:  # every head keeps an entry, because attention to none is undefined
+        numbers = np.cumsum(flat_free | ~flat_free, axis=-1) - 1
+        best = numbers == wide.argmax(axis=-1)[:, None]
         wide = np.where(best & flat_free, top, wide)
     pools = wide.reshape(-1, heads * num_entries)
     room = counts.reshape(-1, heads).sum(axis=-1)  # (pools,)

@@ -21,8 +21,9 @@ from ..arrays.conversion import (
     on_callers_stream,
 )
 from ..arrays.counts import GroupCounts
-from ..arrays.dtypes import accumulation_dtype
+from ..arrays.dtypes import accumulation_dtype, zero_where_absent
 from ..arrays.protect import split_positions
+from ..cuda.launch import contiguous
 from ..stages.clustering.checks import check_limits
 from ..stages.merging.groups import compute_group_positions, compute_group_sizes
 from ..stages.merging.merge_tokens import compute_merge_tokens
@@ -300,7 +301,9 @@ def compute_merge_kv_cache(
     leading, (num_entries, dim) = keys.shape[:-2], keys.shape[-2:]
     padded = bool(mask is not None or bias is not None)
     if padded:  # padding may be NaN
-        keys, values = (_zero_where_absent(x, present) for x in (keys, values))
+        keys, values = (
+            zero_where_absent(x, present[..., None]) for x in (keys, values)
+        )
     last = None
     if query is not None:
         last = last_queries(query, keys, bias, mask, options.scale)
@@ -360,11 +363,6 @@ class Plan(NamedTuple):
         return mean * sizes.astype(mean.dtype)
 
 
-def _zero_where_absent(x: Any, present: Any) -> Any:
-    """Return x (..., N, w) with zeros instead of padding."""
-    return np.where(present[..., None], x, x.dtype.type(0))
-
-
 def _unrotated(keys: Any, positions: Any, rotary: Rotary | None) -> Any:
     """Return the keys before their rotation, in float32 or float64."""
     wide = keys.astype(accumulation_dtype(keys.dtype), copy=False)
@@ -379,9 +377,7 @@ def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) 
     labels = plan.labels
     if options.rotate_at == "first":
         # The last member in reverse order.
-        backwards = compute_group_positions(
-            np.ascontiguousarray(labels[:, ::-1]), plan.groups
-        )
+        backwards = compute_group_positions(contiguous(labels[:, ::-1]), plan.groups)
         member = num_entries - 1 - backwards
     else:
         member = compute_group_positions(labels, plan.groups)

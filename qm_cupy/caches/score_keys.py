@@ -215,8 +215,9 @@ def _num_rows(query: Any, counted: Any, total: Any) -> Any:
 def _pooled(scores: Any, num_rows: Any, mask: Any) -> Any:
     """Return the means (..., N) of 5 neighbours; the last entries get the largest one.
 
-    The last `num_rows` entries, which are the window, do not count in the means of the others:
-    tokens attend to themselves more than to others. Beyond the ends, scores count as 0.
+    The last `num_rows` entries, which are the window, do not count in the means of the
+    others, because tokens attend to themselves more than to others. Beyond the ends,
+    scores count as 0.
     """
     zero, part = scores.dtype.type(0), scores.dtype.type(1 / _POOL)
     num_entries, half = scores.shape[-1], _POOL // 2
