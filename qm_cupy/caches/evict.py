@@ -99,6 +99,11 @@ def evict(
     --------
     merge_kv_cache : Merge entries instead, which changes attention less.
 
+    Notes
+    -----
+    On a GPU, the CPU waits for the numbers of entries that must remain, and with
+    `per_head` for the number of entries of each head.
+
     Examples
     --------
     >>> import numpy as np
