@@ -40,10 +40,14 @@ def head_budgets(
             f"`budget` must broadcast to the axes {leading} before the entries, got "
             f"shape {array.shape}"
         ) from None
-    wrong = np.argwhere(np.atleast_1d((counts < 1) | (counts > num_entries)))
+    limits = num_entries
+    if per_head and len(leading) > 1:  # only the mean of the heads is limited
+        limits = num_entries.mean(axis=-1, keepdims=True).astype(np.int64)
+        limits = np.broadcast_to(limits, leading)
+    wrong = np.argwhere(np.atleast_1d((counts < 1) | (counts > limits)))
     if len(wrong):
         at = tuple(wrong[0])
-        limit, got = np.atleast_1d(num_entries)[at], np.atleast_1d(counts)[at]
+        limit, got = np.atleast_1d(limits)[at], np.atleast_1d(counts)[at]
         hint = "" if got < 1 else ": a cache that is short enough needs no merge"
         raise ValueError(
             f"`budget` must lie in 1..{limit} (the entries of a head), got {got}{hint}"

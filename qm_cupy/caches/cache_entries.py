@@ -64,11 +64,13 @@ def free_entries(
     sinks: int,
     recent: int | None,
     counts: Counts | None,
+    heads: int = 1,
 ) -> tuple[Any, Any]:
     """Return which entries may merge, and which are not padding, both (..., N).
 
     `protect` has booleans, positions and the mask. `counts` (...) is K of each head,
-    or None. Raise if the entries that may not merge exceed a budget.
+    or None. `heads` heads that follow one another have a common budget. Raise if the
+    entries that may not merge exceed a budget.
     """
     shape = keys.shape[:-1]
     flags, positions, mask = protect
@@ -89,7 +91,7 @@ def free_entries(
     if kept is not None:
         free &= ~expand_mask(kept, shape)
     if counts is not None:
-        _check_room(free, present, counts)
+        _check_room(free, present, counts, heads)
     return free, contiguous(present)
 
 
@@ -97,14 +99,17 @@ def default_recent(counts: Counts | None, leading: tuple[int, ...]) -> Counts:
     """Return how many last entries do not merge, for K entries of each head."""
     if counts is None:
         return np.full(leading, 32, np.int64)
-    return np.maximum(np.minimum(32, counts // 2), counts // 4)
+    return np.maximum(np.minimum(32, counts // 2), counts // 3)
 
 
-def _check_room(free: Any, present: Any, counts: Counts) -> None:
+def _check_room(free: Any, present: Any, counts: Counts, heads: int) -> None:
     """Raise if a budget leaves no entry for those that may merge."""
     num_free = np.asarray(to_host(free.sum(axis=-1)), np.int64)
     num_kept = np.asarray(to_host(present.sum(axis=-1)), np.int64) - num_free
     least = num_kept + (num_free > 0)
+    if heads > 1:  # compare the sums
+        least = least.sum(axis=-1)
+        num_kept, counts = num_kept.sum(axis=-1), counts.sum(axis=-1)
     if math.prod(least.shape) and (counts < least).any():
         at = tuple(np.argwhere(np.atleast_1d(counts < least))[0])
         kept, got = np.atleast_1d(num_kept)[at], np.atleast_1d(counts)[at]

@@ -3,7 +3,10 @@
 a_j is the mean attention of the last queries to entry j, and r_j is the mean attention
 of all queries. With the means ā and r̄ over the entries that may merge, the mass is
 
-    m_j = a_j / ā + r_j / r̄ + _FLOOR times the number of terms
+    m_j = (a_j / ā + r_j / r̄ + _FLOOR times the number of terms) |v_j| / |v̄|
+
+for the value v_j, whose norm has the mean |v̄|. So m_j is about how much the entry adds
+to the output of attention. Without both terms, e^b of the bias b_j takes their place.
 
 Z_i is the logarithm of Σ_j exp(s_ij) over the scores s_ij of query i.
 """
@@ -21,6 +24,7 @@ from .attention_columns import attention_columns
 
 NUM_QUERIES = 32  # last queries that count
 _FLOOR = 0.02  # so that an entry without attention has a mass
+_LEAST = 1e-3  # so that an entry without a value has one
 
 
 class LastQueries(NamedTuple):
@@ -80,12 +84,17 @@ def received_of_last(
 
 
 def cache_mass(
-    from_last: Any, attention: Any, free: NDArray[np.bool_], keys: Any
+    from_last: Any,
+    attention: Any,
+    free: NDArray[np.bool_],
+    keys: Any,
+    values: Any,
+    bias: Any,
 ) -> Any:
     """Return the mass (..., N) > 0; `free` (..., N) are the entries that may merge.
 
-    Both sources are (..., N), or None: the attention of the last queries, and the mean
-    attention received, of H or a multiple of H heads.
+    The two sources are (..., N), or None: the attention of the last queries, and the
+    mean attention received, of H or a multiple of H heads.
     """
     dtype = accumulation_dtype(keys.dtype)
     terms = []
@@ -93,11 +102,25 @@ def cache_mass(
         terms.append(_relative(from_last.astype(dtype), free))
     if attention is not None:
         terms.append(_relative(_mean_of_heads(attention.astype(dtype), keys), free))
+    if not terms and bias is not None:
+        terms.append(_relative(_exponentials(bias.astype(dtype)), free))
+    norms = _relative(_norms(values.astype(dtype)), free) + dtype.type(_LEAST)
     if not terms:
-        ones = np.zeros(keys.shape[:-1], dtype, like=keys)
-        ones.fill(1)
-        return ones
-    return sum(terms) + dtype.type(_FLOOR * len(terms))
+        return norms
+    return (sum(terms) + dtype.type(_FLOOR * len(terms))) * norms
+
+
+def _exponentials(bias: Any) -> Any:
+    """Return e^b (..., N), relative to the largest of a head."""
+    top = bias.max(axis=-1, keepdims=True)
+    return np.exp(bias - np.where(np.isfinite(top), top, bias.dtype.type(0)))
+
+
+def _norms(values: Any) -> Any:
+    """Return the norms (..., N) of values, relative to the largest entry of a head."""
+    peak = np.abs(values).max(axis=(-2, -1), keepdims=True)
+    scaled = values / np.where(peak > 0, peak, values.dtype.type(1))
+    return np.sqrt((scaled * scaled).sum(axis=-1))
 
 
 def received_of_all(query: Any, keys: Any, bias: Any, mask: Any, scale: float) -> Any:

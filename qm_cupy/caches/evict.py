@@ -136,6 +136,7 @@ def evict(
     leading = keys.shape[:-2]
     total = num_present(present, keys)
     counts = head_budgets(budget, leading, total, check_flag("per_head", per_head))
+    heads = leading[-1] if per_head and len(leading) > 1 else 1
     free, present = free_entries(
         keys,
         present,
@@ -144,8 +145,8 @@ def evict(
         check_count("recent", recent),
         # All entries may be among those that must remain.
         np.minimum(counts + 1, total),
+        heads,
     )
-    heads = leading[-1] if per_head and len(leading) > 1 else 1
     kept, counts = select_entries(scores, free, present, counts, heads)
     return KVCache(*map(convert_back, keep_entries(keys, values, bias, kept, counts)))
 

@@ -25,6 +25,7 @@ from .cache_checks import (
     check_rotary,
     check_window,
 )
+from .cache_entries import default_recent
 from .cache_mass import NUM_QUERIES
 from .merge_kv_cache import WINDOW, RotateAt, check_rotate_at, merge_kv_cache
 from .merge_stream import check_same, group_sums, stream_sizes
@@ -47,7 +48,7 @@ class KVStream:
     sinks : int, default 4
         Number of first entries of the stream that never merge.
     recent : int, optional
-        Number of last entries at a merge that do not merge; by default a quarter of the
+        Number of last entries at a merge that do not merge; by default a third of the
         budget, or 32 if this is more (half of the budget, if it is below 64).
     inv_freq : sequence of float of shape (r / 2,), optional
         Angles of the rotation for one position, as in `merge_kv_cache`.
@@ -102,7 +103,7 @@ class KVStream:
     ) -> None:
         if recent is None:
             number = check_integer("budget", budget)
-            recent = max(min(32, number // 2), number // 4)
+            recent = int(default_recent(np.array(number), ()))
         self._sizes = stream_sizes(budget, buffer, sinks, recent)
         if scale is not None:
             check_number("scale", scale, 0, np.inf, "()")

@@ -59,6 +59,7 @@ from .rotary import rotate
 
 RotateAt = Literal["mean", "first", "last"]
 WINDOW = 128  # entries that are compared with each other, at most
+_LINKAGE_POWER = 0.7  # of the masses, where they decide what is grouped
 _MAX_SHIFT = 3.0  # a calibrated bias differs at most by this from log Σ e^b
 
 
@@ -119,7 +120,7 @@ def merge_kv_cache(
         Queries of the last T ≤ N entries, rotated like the keys, of H or a multiple of
         H heads. The attention of the last 32 of them is a part of the mass, and
         calibrates the bias. If T = N, and `attention` is not passed, all queries are
-        used for `attention`. Without queries and `attention`, all masses are equal.
+        used for `attention`.
     attention : ndarray of shape (..., N), optional
         Mean attention that each entry receives, such as the result of
         `attention_received` with ``causal=True``, of H or a multiple of H heads.
@@ -153,8 +154,8 @@ def merge_kv_cache(
     sinks : int, default 4
         Number of first entries that do not merge, the attention sinks.
     recent : int, optional
-        Number of last entries that do not merge; by default a quarter of K, or 32 if
-        this is more (half of K, if K < 64).
+        Number of last entries that do not merge; by default a third of K, or 32 if this
+        is more (half of K, if K < 64).
     per_head : bool, default False
         If True, the budget is the mean of the heads of a layer, and heads whose keys
         are more similar keep fewer entries. Results are padded to the largest K.
@@ -185,10 +186,11 @@ def merge_kv_cache(
 
     Notes
     -----
-    The mass is :math:`m_j = a_j / \bar a + r_j / \bar r + 0.04`, where a is the
+    The mass is :math:`m_j = (a_j / \bar a + r_j / \bar r + 0.04)\,|v_j|`, where a is the
     attention of the last 32 queries, r is `attention`, and a bar is the mean over the
-    entries that may merge. A term that is not known is left out. Entries are grouped by
-    ward linkage, weighted by mass, with Euclidean distances. Time and memory are linear
+    entries that may merge. A term that is not known is left out; without both,
+    :math:`m_j = e^{b_j} |v_j|`. Entries are grouped by ward linkage with Euclidean
+    distances and the masses :math:`m_j^{0.7}`. Time and memory are linear
     in N. The calibrated bias is
 
     .. math:: \bar b_G = \log \frac{\sum_i \sum_{j \in G} e^{s_{ij} - Z_i}}
@@ -243,6 +245,7 @@ def merge_kv_cache(
     )
     positions = entry_positions(positions, keys)
     leading = keys.shape[:-2]
+    heads = leading[-1] if per_head and len(leading) > 1 else 1
     counts = None  # K of each sequence (S,)
     total = num_present(present, keys)
     if budget is not None:
@@ -254,8 +257,8 @@ def merge_kv_cache(
         check_count("sinks", sinks),
         None if recent is None else check_count("recent", recent),
         counts,
+        heads,
     )
-    heads = leading[-1] if per_head and len(leading) > 1 else 1
     cut = Cut(None if counts is None else counts.ravel(), max_error, heads)
     sources = Sources(query, attention, bias, mask, positions)
     cache = compute_merge_kv_cache(keys, values, sources, free, present, cut, options)
@@ -312,11 +315,12 @@ def compute_merge_kv_cache(
     received = None  # of the last queries, (..., N)
     if last is not None:
         received = received_of_last(last, keys, bias, mask)
-    mass = cache_mass(received, attention, free, keys).reshape(-1, num_entries)
+    mass = cache_mass(received, attention, free, keys, values, bias)
+    mass = mass.reshape(-1, num_entries)
     straight = _unrotated(keys, positions, options.rotary)
     labels, counts = group_entries(
         straight.reshape(-1, num_entries, dim),
-        mass,
+        mass ** mass.dtype.type(_LINKAGE_POWER),
         free.reshape(-1, num_entries),
         present.reshape(-1, num_entries),
         cut,

@@ -1,0 +1,166 @@
+"""A key-value cache for transformers, whose entries are merged.
+
+B sequences of n tokens were seen. A layer has H key heads, and stores N entries.
+"""
+
+import weakref
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..arrays.checks import check_choice, check_integer
+from ..caches.budgets import head_budgets
+from ..caches.cache_checks import check_count, check_flag, check_window
+from ..caches.merge_kv_cache import WINDOW, RotateAt, check_rotate_at
+from .merged_layer import MergedLayer, MergeSettings
+from .query_hooks import install
+from .support import check_attention, check_config, rotary_of
+
+
+class MergedCache(Cache):
+    """A cache that merges its entries after the prompt, so that attention reads fewer.
+
+    Pass it to a model of transformers: ``model.generate(..., cache=cache)``, or
+    ``model(..., cache=cache)`` under ``torch.no_grad()``. The prompt is read with all
+    its keys and values. As soon as a layer has attended to them, they are merged by
+    `merge_kv_cache`. The tokens that follow attend to the merged entries, by their
+    biases. A later forward pass of several tokens, such as the next message of a chat,
+    is treated like the prompt.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or transformers.PreTrainedConfig
+        The model, with ``attn_implementation="sdpa"`` or ``"flex_attention"``. Hooks on
+        its attention modules bring the cache the queries, until `remove` is called or
+        the cache is deleted. With a configuration instead of a model, entries are
+        merged by their keys alone. This needs no hooks, but changes the output of the
+        model several times as much.
+    budget : int or float, default 0.25
+        Entries of each head after a merge: a number, or a fraction within (0, 1] of the
+        tokens seen. Fewer tokens do not merge.
+    every : int, optional
+        Also merge while decoding, each time when this many tokens were added. By
+        default, the tokens that the model generates do not merge.
+    mass : {"received", "last"}, default "received"
+        Which attention decides the weights of entries: that of all queries and that of
+        the last 32, or only that of the last 32. For long prompts, "last" is faster:
+        the time of "received" grows with the square of the prompt's length, as that of
+        the model's own attention does.
+    per_head : bool, default False
+        As in `merge_kv_cache`: the budget is the mean of the heads of a layer. All
+        heads and layers are padded to the largest, so that more memory is used than
+        without it, for an output that is nearer to that of the full cache.
+    sinks, recent, calibrate, rotate_at, window
+        As in `merge_kv_cache`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is neither a model nor a configuration, or an option has a wrong
+        type.
+    ValueError
+        If an option is out of range; if the model has sliding windows, soft-capped
+        scores, an encoder, frequencies that depend on the length, or another attention
+        function; while it runs, also for padded batches.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from qm_cupy.transformers import MergedCache
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
+    ... )
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> cache = MergedCache(model, budget=0.25)
+    >>> prompt = torch.arange(200)[None] % 64
+    >>> text = model.generate(prompt, cache=cache, max_new_tokens=5)
+    >>> text.shape[1], cache.get_seq_length()
+    (205, 204)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        budget: float = 0.25,
+        *,
+        every: int | None = None,
+        mass: Literal["received", "last"] = "received",
+        per_head: bool = False,
+        sinks: int = 4,
+        recent: int | None = None,
+        calibrate: bool = True,
+        rotate_at: RotateAt = "mean",
+        window: int = WINDOW,
+    ) -> None:
+        is_model = isinstance(model, PreTrainedModel)
+        if not is_model and not isinstance(model, PreTrainedConfig):
+            raise TypeError(
+                "`model` must be a model of transformers or its configuration, got "
+                f"{type(model).__name__}"
+            )
+        config = check_config(model.config if is_model else model)
+        if is_model:
+            check_attention(config)
+        if isinstance(budget, int):
+            budget = check_integer("budget", budget)
+        large = np.array(2**31 - 1)
+        head_budgets(budget, (), large)  # raises for a wrong budget
+        if every is not None and check_integer("every", every) < 1:
+            raise ValueError(f"`every` must be at least 1, got {every}")
+        check_choice("mass", mass, ("received", "last"))
+        rotary = rotary_of(config, model if is_model else None)
+        options = {
+            "per_head": check_flag("per_head", per_head),
+            "sinks": check_count("sinks", sinks),
+            "recent": None if recent is None else check_count("recent", recent),
+            "calibrate": check_flag("calibrate", calibrate),
+            "rotate_at": check_rotate_at(rotate_at, rotary),  # type: ignore[arg-type]
+            "window": check_window(window),
+        }
+        settings = MergeSettings(
+            budget, every, options, rotary, is_model, mass == "received"
+        )
+        count = config.num_hidden_layers
+        super().__init__(layers=[MergedLayer(settings, config) for _ in range(count)])
+        handles = install(self, model) if is_model else []
+        self._remove = weakref.finalize(self, _remove_all, handles)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the number of keys of the next mask, and its offset.
+
+        Layers that store fewer entries than others are padded: one mask serves all.
+        """
+        longest = max(layer.num_stored for layer in self.layers)
+        for layer in self.layers:
+            layer.pad(longest)
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    @property
+    def num_stored(self) -> int:
+        """Number of entries of each head, N, of the layer with the largest number."""
+        return max(layer.num_stored for layer in self.layers)
+
+    def remove(self) -> None:
+        """Remove the hooks from the model. The cache no longer merges."""
+        self._remove()
+        for layer in self.layers:
+            layer.settings = layer.settings._replace(every=None)
+
+    def __enter__(self) -> "MergedCache":
+        """Return the cache, whose hooks are removed at the end of the block."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remove the hooks from the model."""
+        self.remove()
+
+
+def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,279 @@
+"""One layer of a merged cache: its entries, and the queries since its last merge.
+
+B sequences have H key heads, with N entries that are stored for n tokens that were
+seen. T is the number of tokens of a forward pass, and d is the width of a head.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from ..caches.budgets import head_budgets
+from ..caches.cache_mass import NUM_QUERIES
+from ..caches.merge_kv_cache import merge_kv_cache
+from ..caches.score_keys import score_keys
+from .support import ModelRotary, check_attention
+
+
+class MergeSettings(NamedTuple):
+    """What all layers of a cache have in common."""
+
+    budget: Any
+    every: int | None
+    options: dict[str, Any]
+    """Arguments of `merge_kv_cache` by name."""
+    rotary: ModelRotary | None
+    from_queries: bool
+    """Whether hooks bring the queries of a forward pass, and then merge."""
+    received: bool
+    """Whether the attention of all queries counts, or only that of the last ones."""
+
+
+class MergedLayer(DynamicLayer):
+    """A layer whose entries are merged after each forward pass of several tokens."""
+
+    is_croppable = False
+
+    def __init__(self, settings: MergeSettings, config: Any) -> None:
+        super().__init__()
+        self.settings, self.config = settings, config
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0  # n, tokens so far
+        self.since_merge = 0  # tokens since the last merge
+        self.bias: torch.Tensor | None = None  # (B, H, N), None before the first merge
+        self.positions: torch.Tensor | None = None  # (B, H, N)
+        # The sum of the attention that each entry received, and from how many queries.
+        self.received: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
+        self.queries: list[torch.Tensor] = []  # (B, H_q, T, d) since the last merge
+        self.checked = False  # whether the hook computes the queries rightly
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append entries, and return all of them for this forward pass.
+
+        Attention gets the bias of the entries through `kwargs`, the dictionary of its
+        arguments.
+        """
+        check_attention(self.config)
+        if key_states.requires_grad:
+            raise RuntimeError(
+                "a merged cache has no gradients: run the model in "
+                "`with torch.no_grad():`, or call `model.generate`"
+            )
+        arguments = kwargs.get("kwargs")
+        if arguments is None and self.bias is not None:
+            raise ValueError(
+                f"{type(self.config).__name__}'s attention does not pass its arguments "
+                "to `cache.update`, so merged entries cannot have a bias"
+            )
+        num_new = key_states.shape[-2]
+        keys, values = super().update(key_states, value_states)
+        self.seen += num_new
+        self.since_merge += num_new
+        self._append_state(keys, num_new)
+        if self.bias is not None and arguments is not None:
+            arguments["position_bias"] = self._position_bias(keys, num_new, arguments)
+        if not self.settings.from_queries and self._is_due(num_new):
+            self.merge()  # `keys` and `values` still have all entries
+        return keys, values
+
+    def _append_state(self, keys: torch.Tensor, num_new: int) -> None:
+        """Append zeros for new entries to bias and attention received."""
+        shape = *keys.shape[:2], num_new
+        positions = torch.arange(self.seen - num_new, self.seen, device=keys.device)
+        positions = positions.expand(shape)
+        zeros = torch.zeros(shape, dtype=torch.float32, device=keys.device)
+        first = self.positions is None
+        self.positions = (
+            positions if first else torch.cat([self.positions, positions], -1)
+        )
+        self.received = zeros if first else torch.cat([self.received, zeros], -1)
+        self.counts = zeros if first else torch.cat([self.counts, zeros], -1)
+        if self.bias is not None:
+            self.bias = torch.cat([self.bias, zeros.to(self.bias.dtype)], -1)
+
+    def _position_bias(
+        self, keys: torch.Tensor, num_new: int, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """Return the bias of every head of queries (B, H_q, T, N)."""
+        if arguments.get("position_bias") is not None:
+            raise ValueError(
+                f"{type(self.config).__name__} has a position bias of its own, which "
+                "`MergedCache` does not support"
+            )
+        assert self.bias is not None
+        heads = self.config.num_attention_heads // keys.shape[1]
+        bias = self.bias.to(keys.dtype).repeat_interleave(heads, dim=1)
+        return bias[:, :, None].expand(-1, -1, num_new, -1)
+
+    def _is_due(self, num_new: int) -> bool:
+        """Return whether the entries are to be merged after this forward pass."""
+        every = self.settings.every
+        return num_new > 1 or (every is not None and self.since_merge >= every)
+
+    def after_attention(self, query: torch.Tensor | None, num_new: int) -> None:
+        """Take the rotated queries (B, H_q, T, d) of a forward pass, and merge."""
+        if query is not None:
+            self.queries.append(query)
+        if self._is_due(num_new):
+            self.merge()
+
+    def wants_queries(self, num_new: int) -> bool:
+        """Return whether the queries of a forward pass will be used."""
+        return num_new > 1 or self.settings.every is not None
+
+    def merge(self) -> None:
+        """Merge the stored entries to the budget, if there are more."""
+        query = torch.cat(self.queries, dim=-2) if self.queries else None
+        self.queries, self.since_merge = [], 0
+        if query is not None and self.settings.received:
+            self._add_received(query)
+        count = self._num_kept()
+        if count >= self._mean_present():
+            return
+        rotary, options = self.settings.rotary, self.settings.options
+        if rotary is not None:
+            options = {
+                **options,
+                "inv_freq": rotary.inv_freq,
+                "rotary_scaling": rotary.scaling,
+            }
+        attention = None
+        if query is not None and self.settings.received:
+            assert self.received is not None
+            assert self.counts is not None
+            attention = self.received / self.counts.clamp(min=1)
+        if query is not None:
+            query = query[..., -min(NUM_QUERIES, query.shape[-2]) :, :]
+        merged = merge_kv_cache(
+            self.keys,
+            self.values,
+            count,
+            query=query,
+            attention=attention,
+            positions=self.positions,
+            bias=self.bias,
+            scale=self.scale,
+            **options,
+        )
+        self.keys, self.values, self.bias = merged.keys, merged.values, merged.bias
+        self._merge_state(merged.labels.long(), merged.positions.long())
+
+    def _mean_present(self) -> int:
+        """Return the mean number of entries of the heads, without padded ones."""
+        if self.bias is None:
+            return self.num_stored
+        # The heads of every sequence have the same sum.
+        return int((self.bias[0] > -torch.inf).sum()) // self.bias.shape[1]
+
+    def _num_kept(self) -> int:
+        """Return K: the budget of the tokens seen, and at most that of the config."""
+        total = np.array(self.seen, np.int64)
+        budget = self.settings.budget
+        if isinstance(budget, int):
+            return budget
+        return int(head_budgets(budget, (), total))
+
+    def _add_received(self, query: torch.Tensor) -> None:
+        """Add the attention of queries (B, H_q, T, d), those of the last T entries."""
+        num_queries, num_entries = query.shape[-2], self.keys.shape[-2]
+        mean = score_keys(query, self.keys, bias=self.bias, scale=self.scale)
+        # Entry j receives attention from the queries that may attend to it.
+        counts = torch.arange(num_entries, 0, -1, device=mean.device)
+        counts = counts.clamp(max=num_queries).to(torch.float32)
+        assert self.received is not None
+        assert self.counts is not None
+        self.received = self.received + mean.float() * counts
+        self.counts = self.counts + counts
+
+    scale: float | None = None
+    """The factor of the scores; None for 1/√d."""
+
+    def _merge_state(self, labels: torch.Tensor, last: torch.Tensor) -> None:
+        """Bring positions and attention received to the merged entries."""
+        assert self.received is not None
+        assert self.counts is not None
+        assert self.positions is not None
+        shape = last.shape
+        absent = last < 0  # padded entries of heads with fewer
+        inside = last.clamp(min=0)
+        self.positions = self.positions.gather(-1, inside)
+        inside = labels.clamp(min=0)
+        zeros = torch.zeros(shape, dtype=torch.float32, device=labels.device)
+        present = (labels >= 0).float()
+        self.received = zeros.scatter_add(-1, inside, self.received * present)
+        self.counts = zeros.scatter_reduce(-1, inside, self.counts * present, "amax")
+        self.positions = self.positions.masked_fill(absent, 0)
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen, from which new positions continue."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys of the next mask, and its offset."""
+        stored = 0 if not self.is_initialized else self.keys.shape[-2]
+        return stored + query_length, self.seen - stored
+
+    @property
+    def num_stored(self) -> int:
+        """Number of entries of each head, N."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def pad(self, count: int) -> None:
+        """Append entries without attention, so that there are `count`."""
+        missing = count - self.num_stored
+        if missing <= 0 or not self.is_initialized:
+            return
+        assert self.bias is not None
+        assert self.positions is not None
+        pad = torch.nn.functional.pad
+        self.keys = pad(self.keys, (0, 0, 0, missing))
+        self.values = pad(self.values, (0, 0, 0, missing))
+        self.bias = pad(self.bias, (0, missing), value=float("-inf"))
+        self.positions = pad(self.positions, (0, missing))
+        self.received = pad(self.received, (0, missing))
+        self.counts = pad(self.counts, (0, missing))
+
+    def reset(self) -> None:
+        """Forget all entries."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise: merged entries cannot be taken apart."""
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "a merged cache cannot remove its last tokens, as assisted decoding "
+                "and speculative decoding need: use transformers' DynamicCache"
+            )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select sequences, for beam search."""
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some of the sequences."""
+        self._select(lambda x: x[indices])
+
+    def _select(self, select: Any) -> None:
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values", "bias", "positions", "received", "counts"):
+            x = getattr(self, name)
+            setattr(self, name, None if x is None else select(x))
+        self.queries = [select(x) for x in self.queries]
