@@ -60,6 +60,7 @@ from .rotary import rotate
 RotateAt = Literal["mean", "first", "last"]
 WINDOW = 128  # entries that are compared with each other, at most
 _LINKAGE_POWER = 0.7  # of the masses, where they decide what is grouped
+_MAX_EXPONENT = 600.0  # of e in float64, below its overflow
 _MAX_SHIFT = 3.0  # a calibrated bias differs at most by this from log Σ e^b
 
 
@@ -159,7 +160,7 @@ def merge_kv_cache(
     per_head : bool, default False
         If True, the budget is the mean of the heads of a layer, and heads whose keys
         are more similar keep fewer entries. Results are padded to the largest K.
-    window : int, default 256
+    window : int, default 128
         Largest number of entries that are compared with each other. More entries are
         first divided into parts of similar keys.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -398,16 +399,17 @@ def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) 
 def _summed_bias(plan: Plan, bias: Any, sizes: Any) -> Any:
     """Return log Σ e^b of each group (..., K), and -inf for padded groups."""
     dtype = plan.mass.dtype
-    count = np.maximum(sizes, 1).astype(dtype)
-    summed = np.log(count)
+    summed = np.log(np.maximum(sizes, 1).astype(dtype))
     if bias is not None:
-        # Relative to the largest bias of a group's sequence, so that no sum overflows.
-        b = bias.astype(dtype).reshape(plan.labels.shape)
-        top = b.max(axis=-1, keepdims=True)
-        top = np.where(np.isfinite(top), top, dtype.type(0))
-        total = plan.sum(np.exp(b - top).reshape(bias.shape), sizes)
-        tiny = np.finfo(dtype).tiny
-        summed = np.log(np.maximum(total, tiny)) + top
+        # Relative to the mean of its group, so that no sum overflows or vanishes, and
+        # an entry that does not merge keeps the bits of its bias.
+        b = np.where(np.isfinite(bias), bias, bias.dtype.type(0)).astype(np.float64)
+        centre = plan.mean(b[..., None], weighted=False)[..., 0]
+        label = np.maximum(plan.labels, 0).astype(np.int64).reshape(b.shape)
+        shift = b - np.take_along_axis(centre, label, -1)
+        total = plan.sum(np.exp(np.clip(shift, -_MAX_EXPONENT, _MAX_EXPONENT)), sizes)
+        summed = np.log(np.where(sizes > 0, total, 1.0)) + centre.reshape(sizes.shape)
+        summed = summed.astype(dtype)
     return np.where(sizes > 0, summed, dtype.type(-np.inf)).reshape(*plan.leading, -1)
 
 
