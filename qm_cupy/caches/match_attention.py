@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_finite_values, check_number, check_shape
+from ..arrays.checks import (
+    check_finite_values,
+    check_floating,
+    check_number,
+    check_shape,
+)
 from ..arrays.conversion import (
     Array,
     BoolArray,
@@ -26,7 +31,7 @@ from ..arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
-from ..arrays.dtypes import narrow
+from ..arrays.dtypes import zero_where_absent
 from ..arrays.libraries import is_cuda
 from ..arrays.protect import split_positions
 from ..arrays.shapes import expand_mask, layout_of
@@ -163,9 +168,13 @@ def match_attention(
     check_cache_values(keys, values, present)
     scale = check_queries(query, keys, mask, scale)
     ridge = check_number("ridge", ridge, 0, np.inf, "()")
+    if present is not None:  # padding may be NaN
+        read = present[..., None]
+        keys, values = (zero_where_absent(x, read) for x in (keys, values))
     if scores is None:
         arrays = Scored(query, keys, None, bias, mask, scale)
         scores = compute_score_keys(arrays, "rms")
+    check_floating("scores", scores)
     axes = layout_of(keys.ndim, "Nd")[:-1]
     check_shape("scores", scores, axes, tuple(keys.shape[:-1]))
     check_finite_values("scores", scores, present)
@@ -204,6 +213,8 @@ def _fitted(
     scale, kept = arrays.scale, to_host(kept)
     new_bias = np.array(to_host(cache.bias), order="C")
     new_values = np.array(to_host(cache.values), order="C")
+    largest = np.nextafter(np.array(np.inf, new_values.dtype), new_values.dtype.type(0))
+    largest = largest.astype(np.float64)  # finite value of the dtype
     rows = key_rows(query, keys)
     head_mask = expand_mask(mask, keys.shape[:-1])
     for index in np.ndindex(keys.shape[:-2]):
@@ -230,7 +241,8 @@ def _fitted(
         weights, fitted = _fit(head, ridge)
         count = len(head.kept)
         new_bias[index][:count] += np.log(weights).astype(new_bias.dtype)
-        new_values[index][:count] = narrow(fitted, new_values.dtype)
+        # A fitted value may be larger than every original one.
+        new_values[index][:count] = np.clip(fitted, -largest, largest)
     if is_cuda(cache.bias):
         new_bias, new_values = to_device(new_bias), to_device(new_values)
     return cache._replace(bias=new_bias, values=new_values)
