@@ -23,7 +23,7 @@ from ..arrays.conversion import (
 from ..arrays.dtypes import accumulation_dtype, narrow
 from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask, layer_axes
-from ..cuda.constants import ATTEND_KEYS, ATTEND_ROWS, MAX_HEAD_DIM
+from ..cuda.constants import BLOCK, MAX_HEAD_DIM
 from ..cuda.device import current_device, empty
 from ..cuda.launch import contiguous, launch
 from ..settings import implementation
@@ -31,6 +31,8 @@ from ..stages.saliency.query_key_entropy import check_causal
 from .cache_checks import check_bias, check_cache, check_query_heads
 
 _ENTRIES = 1 << 18  # scores in memory at once
+_ROWS = 4  # queries of a block of the optimized kernel
+_MAX_SPLITS = 64
 
 
 @on_callers_stream
@@ -269,25 +271,25 @@ def _attend_cuda(
         kernel = "attend", "attend", query.dtype
         launch(*kernel, args, outputs=output.size, kernels="basic")
         return output, log_sum_exp
-    blocks = outer * -(-group * num_queries // ATTEND_ROWS)
-    parts, scratch = num_parts(blocks, num_keys), (None, None)
-    if parts > 1:
-        shape = parts, log_sum_exp.size
-        scratch = empty((*shape, value_dim), acc_dtype), empty((*shape, 2), acc_dtype)
-    args = (*args, parts, *scratch, output, log_sum_exp)
-    launch("attend", "attend", query.dtype, args, blocks=blocks * parts)
-    if parts > 1:
-        args = (*scratch, parts, log_sum_exp.size, value_dim, output, log_sum_exp)
-        launch("attend", "join_parts", query.dtype, args, outputs=output.size)
+    blocks = outer * -(-group * num_queries // _ROWS)
+    splits = num_splits(blocks, num_keys)
+    parts = None, None
+    if splits > 1:
+        shape = splits, log_sum_exp.size
+        parts = empty((*shape, value_dim), acc_dtype), empty((*shape, 2), acc_dtype)
+    args = (*args, splits, *parts, output, log_sum_exp)
+    launch("attend", "attend", query.dtype, args, blocks=blocks * splits)
+    if splits > 1:
+        args = (*parts, *(splits, log_sum_exp.size, value_dim), output, log_sum_exp)
+        launch("attend", "join_splits", query.dtype, args, outputs=output.size)
     return output, log_sum_exp
 
 
-def num_parts(blocks: int, num_keys: int) -> int:
-    """Return how many blocks divide the keys of a row: all parts of the keys, or 1.
+def num_splits(blocks: int, num_keys: int) -> int:
+    """Return into how many parts the keys are divided, so that the GPU is busy.
 
-    Few rows, such as those of one new token, would leave most of the GPU idle. The
-    kernels add the parts in the same order in both cases, so the bits are the same.
+    A part has at least two steps of a block. The number depends on the device, so bits
+    may differ between devices.
     """
-    if blocks >= 2 * current_device().multiprocessors:
-        return 1
-    return max(1, -(-num_keys // ATTEND_KEYS))
+    wanted = -(-2 * current_device().multiprocessors // max(blocks, 1))
+    return max(1, min(wanted, num_keys // (2 * BLOCK), _MAX_SPLITS))

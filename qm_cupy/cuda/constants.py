@@ -26,8 +26,6 @@ SORT_THREADS = 1024
 LINKAGE_THREADS = {4: 512, 8: 384}
 # Largest width of a head in the transformer prior: one block keeps the sums of a head.
 MAX_HEAD_DIM = 256
-# Rows and keys of a block of `attend`.
-ATTEND_ROWS, ATTEND_KEYS = 4, 512
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}  # functions after a linear map
 NOISE_BITS = 23  # bits of the uniform numbers that Gumbel noise is computed from
 
@@ -69,7 +67,7 @@ _BY_WIDTH = "LINKAGE_THREADS", "SLOT_BYTES", "TREE_BYTES", "NEAREST_BYTES"
 _SAME = (
     "VECTOR_BYTES", "COUNTS", "TILE", "STEP_BYTES", "WIDE_STAGES", "SQUARE",
     "THREAD_TOKENS", "SELECTION_THREADS", "GROUP_THREADS", "SORT_THREADS",
-    "MAX_HEAD_DIM", "ATTEND_ROWS", "ATTEND_KEYS", "NOISE_BITS", "STATE_VALUES", "EXTREMES", "QUERIES", "KEYS",
+    "MAX_HEAD_DIM", "NOISE_BITS", "STATE_VALUES", "EXTREMES", "QUERIES", "KEYS",
     "LEAST_MASS", "ERROR_ROUNDING", "LINKAGE_SCRATCH", "SINGLE_WORDS", "SINGLE_REALS",
     "SINGLE_INTEGERS", "SINGLE_PROGRESS", "SINGLE_ROW_INTEGERS", "CONTIGUOUS_REALS",
     "CONTIGUOUS_INTEGERS", "BASIC_CONTIGUOUS_REALS", "BASIC_CONTIGUOUS_INTEGERS",

@@ -72,24 +72,14 @@ def test_attend(dtype, num_tokens):
 
 @optimized
 @dtypes
-@pytest.mark.parametrize(("num_keys", "num_queries"), [(513, 1), (1300, 3)])
-def test_blocks_for_the_parts_of_the_keys_do_not_change_bits(
-    dtype, num_keys, num_queries, monkeypatch, launches
-):
-    query, keys, values, bias = inputs(dtype, num_keys, num_queries)
-    mask = np.ones((2, num_keys), bool)
-    mask[0, :520], mask[1, 500:] = False, False  # parts without keys
-    for options in ({}, {"bias": bias, "causal": True}, {"bias": bias, "mask": mask}):
-        monkeypatch.setattr(attend_page, "num_parts", lambda blocks, num_keys: 1)
-        launches.clear()
-        whole = qm.attend(query, keys, values, **options)
-        assert "join_parts" not in launches
-        monkeypatch.undo()
-        parts = qm.attend(query, keys, values, **options)
-        assert "join_parts" in launches
-        for x, y in zip(parts, whole, strict=True):
-            np.testing.assert_array_equal(x, y)
-    check(parts, query, keys, values, bias, mask, False)
+def test_splits_of_the_keys_are_joined(dtype, monkeypatch):
+    query, keys, values, bias = inputs(dtype, 700, 1)
+    whole = qm.attend(query, keys, values, bias=bias)
+    monkeypatch.setattr(attend_page, "num_splits", lambda blocks, num_keys: 3)
+    parts = qm.attend(query, keys, values, bias=bias)
+    check(parts, query, keys, values, bias, None, False)
+    column = "computed" if dtype == np.float32 else "stored"
+    assert_close(parts[0], whole[0].astype(float), dtype, column)
 
 
 @dtypes
