@@ -23,7 +23,6 @@ from ..arrays.conversion import (
 from ..arrays.counts import GroupCounts
 from ..arrays.dtypes import accumulation_dtype, zero_where_absent
 from ..arrays.protect import split_positions
-from ..cuda.launch import contiguous
 from ..stages.clustering.checks import check_limits
 from ..stages.merging.groups import compute_group_positions, compute_group_sizes
 from ..stages.merging.merge_tokens import compute_merge_tokens
@@ -187,12 +186,12 @@ def merge_kv_cache(
 
     Notes
     -----
-    The mass is :math:`m_j = (a_j / \bar a + r_j / \bar r + 0.04)\,|v_j|`, where a is the
-    attention of the last 32 queries, r is `attention`, and a bar is the mean over the
-    entries that may merge. A term that is not known is left out; without both,
+    The mass is :math:`m_j = (a_j / \bar a + r_j / \bar r + 0.04)\,|v_j|`, where a is
+    the attention of the last 32 queries, r is `attention`, and a bar is the mean over
+    the entries that may merge. A term that is not known is left out; without both,
     :math:`m_j = e^{b_j} |v_j|`. Entries are grouped by ward linkage with Euclidean
-    distances and the masses :math:`m_j^{0.7}`. Time and memory are linear
-    in N. The calibrated bias is
+    distances and the masses :math:`m_j^{0.7}`. Time and memory are linear in N. The
+    calibrated bias is
 
     .. math:: \bar b_G = \log \frac{\sum_i \sum_{j \in G} e^{s_{ij} - Z_i}}
         {\sum_i e^{c\,q_i \cdot \bar k - Z_i}}
@@ -382,7 +381,7 @@ def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) 
     labels = plan.labels
     if options.rotate_at == "first":
         # The last member in reverse order.
-        backwards = compute_group_positions(contiguous(labels[:, ::-1]), plan.groups)
+        backwards = compute_group_positions(labels[:, ::-1], plan.groups)
         member = num_entries - 1 - backwards
     else:
         member = compute_group_positions(labels, plan.groups)
