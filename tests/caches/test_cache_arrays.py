@@ -26,6 +26,7 @@ def as_tuple(x):
 @pytest.mark.parametrize("name", cache_calls.NAMES)
 def test_results_are_on_the_device(name, masked, monkeypatch):
     function, arguments = cache_calls.calls(40, masked)[name]
+    # Before the device is replaced, so by the reference.
     wanted = as_tuple(function(**arguments))
     reads = device_values.install(monkeypatch)
     got = as_tuple(function(**arguments))
@@ -37,6 +38,7 @@ def test_results_are_on_the_device(name, masked, monkeypatch):
         if y.dtype.kind in "iu":
             np.testing.assert_array_equal(host, y)
         else:
+            # Padded entries have the bias -inf.
             finite = np.isfinite(y)
             np.testing.assert_array_equal(np.isfinite(host), finite)
             assert_close(host[finite], y[finite], "float32")

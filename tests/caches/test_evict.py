@@ -22,6 +22,7 @@ def cache(rng, dtype=np.float64, leading=(2, 3), num_entries=12):
 
 def best(scores, count, kept=()):
     """Return the indices of the `count` best of one head, with those of `kept`."""
+    # Those of `kept` first, then by score; equal scores by position.
     order = sorted(range(len(scores)), key=lambda j: (j not in kept, -scores[j], j))
     return sorted(order[:count])
 
@@ -31,12 +32,14 @@ def check(got, index, keys, values, entries, bias=None):
     count, total = len(entries), got.keys.shape[-2]
     np.testing.assert_array_equal(got.keys[index][:count], keys[index][entries])
     np.testing.assert_array_equal(got.values[index][:count], values[index][entries])
+    # A kept entry has its own bias, and 0 if there is none.
     own = np.zeros(count) if bias is None else bias[index][entries]
     np.testing.assert_array_equal(got.bias[index][:count], own)
     np.testing.assert_array_equal(
         got.positions[index], [*entries, *(total - count) * [-1]]
     )
     np.testing.assert_array_equal(got.sizes[index], np.arange(total) < count)
+    # An evicted entry is in no group.
     labels = [entries.index(j) if j in entries else -1 for j in range(keys.shape[-2])]
     np.testing.assert_array_equal(got.labels[index], labels)
     # Padding has no attention, and is 0.
@@ -50,6 +53,7 @@ def check(got, index, keys, values, entries, bias=None):
 def test_keeps_the_largest_scores(rng, dtype, leading):
     keys, values, scores = cache(rng, dtype, leading)
     bias = rng.standard_normal(scores.shape).astype(np.float32)
+    # A finite bias does not change what remains.
     got = qm.evict(keys, values, 5, scores=scores, bias=bias)
     assert got.keys.dtype == got.values.dtype == dtype
     assert got.bias.dtype == (np.float64 if dtype == np.float64 else np.float32)
@@ -60,6 +64,7 @@ def test_keeps_the_largest_scores(rng, dtype, leading):
 
 
 def test_evicts_by_hand():
+    # The sign of zero is kept too.
     keys = np.array([[1.0], [-0.0], [3.0], [4.0]])
     got = qm.evict(keys, 10 * keys, 2, scores=np.array([0.2, 0.9, 0.2, 0.1]))
     np.testing.assert_array_equal(got.keys, [[1], [0]])  # the earlier of equal scores
@@ -88,6 +93,7 @@ def test_budgets(rng, budget, counts):
     keys, values, scores = cache(rng)
     got = qm.evict(keys, values, budget, scores=scores)
     np.testing.assert_array_equal(got.sizes.sum(axis=-1), counts)
+    # Heads with fewer entries are padded to the largest number.
     assert got.keys.shape[-2] == np.max(counts)
     for index in np.ndindex(2, 3):
         entries = best(scores[index], counts[index[0]][index[1]])
@@ -97,6 +103,7 @@ def test_budgets(rng, budget, counts):
 def test_a_ratio_is_of_the_entries_that_exist(rng):
     keys, values, scores = cache(rng)
     mask = np.ones((2, 12), bool)
+    # 7 and 12 entries, of which half remain.
     mask[0, :5] = False
     got = qm.evict(keys, values, 0.5, scores=scores, mask=mask)
     np.testing.assert_array_equal(got.sizes.sum(axis=-1), [[3] * 3, [6] * 3])
@@ -110,6 +117,7 @@ def test_some_entries_must_remain(rng, flags):
     options = {"scores": scores, "sinks": 2, "recent": 2, "protect": protect}
     got = qm.evict(keys, values, 7, **options)
     for index in np.ndindex(2, 3):
+        # The sinks, the protected entry and the recent ones.
         kept = [0, 1, 4, 10, 11]
         check(got, index, keys, values, best(scores[index], 7, kept))
     # The budget may be spent by them alone.
@@ -126,7 +134,9 @@ def test_padding_is_not_read_and_never_remains(rng):
     mask = np.ones((2, 12), bool)
     mask[0, [0, 5, 11]] = False
     bias = np.zeros(scores.shape)
+    # An entry without attention is padding too.
     bias[1, 1, 3] = -np.inf
+    # What is masked may be anything.
     for x in (keys, values, scores, bias):
         x[0][:, [0, 5, 11]] = np.nan
     keys[1, 1, 3] = np.nan
@@ -136,6 +146,7 @@ def test_padding_is_not_read_and_never_remains(rng):
     for b, h in np.ndindex(2, 3):
         gone = {0, 5, 11} if b == 0 else {3} if h == 1 else set()
         there = [j for j in range(12) if j not in gone]
+        # Sinks and recent entries are counted without padding.
         inside = best(scores[b, h][there], 6, [0, len(there) - 1])
         check(got, (b, h), keys, values, [there[j] for j in inside], bias)
 
@@ -145,19 +156,23 @@ class TestPerHead:
         keys, values, scores = cache(rng, leading=(2, 2, 3))
         scores[..., 0, :] += 2  # head 0 wins as many as it has
         got = qm.evict(keys, values, 8, scores=scores, per_head=True)
+        # The sum over the heads is that of the budgets.
         counts = got.sizes.sum(axis=-1)
         np.testing.assert_array_equal(counts.sum(axis=-1), 24)
         assert (counts[..., 0] == 12).all()
         for pool in np.ndindex(2, 2):
+            # All entries of a layer, the best first.
             every = sorted(
                 (-scores[*pool, h, j], h, j) for h in range(3) for j in range(12)
             )[:24]
             for h in range(3):
+                # Those of one head, in order.
                 entries = sorted(j for _, head, j in every if head == h)
                 check(got, (*pool, h), keys, values, entries)
 
     def test_every_head_keeps_an_entry(self, rng):
         keys, values, scores = cache(rng)
+        # By score alone, head 2 would keep nothing.
         scores[:, 2] -= 5  # the worst of all
         got = qm.evict(keys, values, 2, scores=scores, per_head=True)
         np.testing.assert_array_equal(got.sizes.sum(axis=(1, 2)), [6, 6])
@@ -176,11 +191,13 @@ def test_attention_to_the_rest_is_that_of_the_entries(data):
     """Every label and position belongs to the entry that it names."""
     num = data.draw(st.integers(1, 20))
     scores = np.array(
+        # Few values, so that many scores are equal.
         data.draw(
             st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=num, max_size=num)
         )
     )
     budget = data.draw(st.integers(1, num))
+    # A key that is its own position.
     keys = np.arange(float(num))[:, None]
     got = qm.evict(keys, keys, budget, scores=scores)
     assert got.keys.shape == (budget, 1)
@@ -203,6 +220,7 @@ def test_results_are_in_the_library_of_the_input(rng, library):
 def test_inputs_do_not_change_and_results_are_fresh(rng):
     keys, values, scores = cache(rng)
     before = [x.copy() for x in (keys, values, scores)]
+    # Nothing is dropped: results could be the inputs themselves.
     got = qm.evict(keys, values, 12, scores=scores)
     for x, y in zip((keys, values, scores), before, strict=True):
         np.testing.assert_array_equal(x, y)

@@ -20,6 +20,7 @@ def state(stream):
 
 def cache(rng, count, dtype=np.float64, leading=(2, 2)):
     """Return keys, values and queries; two heads of queries read each key head."""
+    # Two heads of queries for each key head.
     heads = leading if len(leading) < 2 else (*leading[:-1], 2 * leading[-1])
     return [
         rng.standard_normal(shape).astype(dtype)
@@ -31,6 +32,7 @@ def filled(arrays, splits=(), **options):
     """Return a stream that got keys, values and queries (or None) in parts."""
     options = {"budget": 10, "buffer": 5, "sinks": 2, "recent": 3, **options}
     stream = qm.KVStream(**options)
+    # A split may be empty, or hold several merges.
     for start, stop in zip((0, *splits), (*splits, arrays[0].shape[-2]), strict=True):
         stream.append(*(x if x is None else x[..., start:stop, :] for x in arrays))
     return stream
@@ -49,6 +51,7 @@ def test_every_split_gives_the_same_bits(data):
     dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
     leading = data.draw(st.sampled_from([(), (2,), (2, 2)]))
     keys, values, query = cache(rng, count, dtype, leading)
+    # Queries are stored for the entries that have not merged.
     with_query = data.draw(st.booleans())
     options = data.draw(
         st.sampled_from(
@@ -62,12 +65,14 @@ def test_every_split_gives_the_same_bits(data):
             ]
         )
     )
+    # Up to seven parts; then parts of one entry.
     splits = sorted(data.draw(st.lists(st.integers(0, count), max_size=6)))
     arrays = keys, values, query if with_query else None
     whole = filled(arrays, (), **options)
     assert_same_bits(filled(arrays, splits, **options), whole)
     assert_same_bits(filled(arrays, range(1, count), **options), whole)
     assert whole.num_seen == count
+    # No entry is lost, and the last one ends the stream.
     np.testing.assert_array_equal(whole.sizes.sum(axis=-1), count)
     assert (whole.positions[..., -1] == count - 1).all()
     assert (np.diff(whole.positions, axis=-1) > 0).all()
@@ -75,6 +80,7 @@ def test_every_split_gives_the_same_bits(data):
 
 def test_the_first_merge_is_that_of_merge_kv_cache(rng):
     keys, values, query = cache(rng, 15)
+    # 15 entries are budget and buffer, so they merge once.
     stream = filled((keys, values, query), inv_freq=INV_FREQ)
     options = {"sinks": 2, "recent": 3, "inv_freq": INV_FREQ}
     # The queries of the last 3 + 5 entries, which have never merged.
@@ -85,6 +91,7 @@ def test_the_first_merge_is_that_of_merge_kv_cache(rng):
 
 def test_the_second_merge_continues_the_first(rng):
     keys, values, query = cache(rng, 20)
+    # What the stream holds after its first merge, and five more entries.
     first = filled((keys[..., :15, :], values[..., :15, :], query[..., :15, :]))
     stream = filled((keys, values, query))
     keys, values = (
@@ -102,6 +109,7 @@ def test_the_second_merge_continues_the_first(rng):
     for name in ("keys", "values", "bias"):
         np.testing.assert_array_equal(getattr(stream, name), getattr(wanted, name))
     for index in np.ndindex(2, 2):
+        # Sizes add up, and the last position counts.
         labels = wanted.labels[index]
         total = [sizes[index][labels == k].sum() for k in range(10)]
         last = [positions[index][labels == k].max() for k in range(10)]
@@ -113,8 +121,10 @@ def test_the_second_merge_continues_the_first(rng):
 def test_biases_add_up(rng, count):
     """Without calibration, the bias of an entry is the logarithm of its size."""
     keys, values, query = cache(rng, count)
+    # Each merge adds the exponentials of the biases.
     stream = filled((keys, values, query), calibrate=False)
     np.testing.assert_allclose(stream.bias, np.log(stream.sizes), atol=1e-12)
+    # There were several merges, or a large group.
     assert stream.sizes.max() > 2
 
 
@@ -122,9 +132,11 @@ def test_repeated_entries_merge_without_an_error(rng):
     """Attention to a stream of 4 different entries is exact."""
     keys, values, _ = cache(rng, 4, leading=(1, 2))
     order = rng.integers(0, 4, 500)
+    # Equal entries merge first, at distance 0.
     keys, values = keys[..., order, :], values[..., order, :]
     stream = filled((keys, values, None), sinks=0, recent=0, budget=6)
     assert stream.keys.shape[-2] < 11
+    # The stream holds all that attention needs.
     query = rng.standard_normal((1, 2, 3, 6))
     got, z = qm.attend(query, stream.keys, stream.values, bias=stream.bias)
     wanted, wanted_z = qm.attend(query, keys, values)
@@ -139,17 +151,20 @@ def test_first_and_recent_entries_do_not_merge(rng, dtype):
     for t in range(47):
         step = np.s_[..., t : t + 1, :]
         stream.append(keys[step], values[step], query[step])
+        # Sinks and recent entries, as far as they have come.
         first, last, seen = min(2, t + 1), min(4, t + 1), t + 1
         for got, x in ((stream.keys, keys), (stream.values, values)):
             assert got.dtype == dtype
             np.testing.assert_array_equal(got[..., :first, :], x[..., :first, :])
             part = x[..., seen - last : seen, :]
             np.testing.assert_array_equal(got[..., -last:, :], part)
+        # Their bias is 0, bit for bit.
         assert not stream.bias[..., -last:].any()
     assert stream.bias.dtype == (np.float64 if dtype == np.float64 else np.float32)
 
 
 def test_memory_and_work_do_not_grow(rng, monkeypatch):
+    # The shapes of keys and queries of all merges.
     calls = []
     merge = kv_stream.merge_kv_cache
 
@@ -167,6 +182,7 @@ def test_memory_and_work_do_not_grow(rng, monkeypatch):
         assert len(calls) == max(0, (t + 1 - 9) // 7)
         assert stream.keys.shape[-2] <= 9 + 7 - 1
     assert set(calls) == {((2, 16, 6), (2, 9, 6))}
+    # 16 entries: key, value, query, bias, size and position.
     stored = sum(x.nbytes for x in stream._stored.arrays.values())
     assert stored == 2 * 16 * (6 + 3 + 6 + 3) * 8
     stream.append(keys, values, query)
@@ -197,9 +213,11 @@ def test_a_refused_call_appends_nothing(rng):
         ((keys, values * np.inf, query), ValueError, "`values` must be finite"),
         ((keys, values, query * np.nan), ValueError, "`query` must be finite"),
     ]
+    # Each is refused before anything is stored.
     for arrays, error, message in wrong:
         with pytest.raises(error, match=message):
             stream.append(*arrays)
+    # A part without entries is not an error.
     stream.append(keys[..., :0, :], values[..., :0, :], query[..., :0, :])
     assert stream.num_seen == 7
     assert_same_bits(stream, filled((keys, values, query)))
@@ -235,6 +253,7 @@ def test_wrong_options_are_named(options, error, message):
 
 
 def test_too_many_frequencies_are_refused_at_the_first_call():
+    # 10 elements would rotate, but the keys have 6.
     stream = qm.KVStream(64, inv_freq=np.ones(5))
     with pytest.raises(ValueError, match="r ≤ d = 6"):
         stream.append(np.ones((3, 6)), np.ones((3, 6)))

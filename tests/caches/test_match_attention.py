@@ -25,6 +25,7 @@ def cache(rng, dtype=np.float64, leading=(2, 2), num_queries=8, num_entries=20):
 def equations(query, keys, values, kept, bias=None):
     """Return M / y (G T, K) and Y (G T, d_v) of one key head."""
     a = oracle.attention_of_heads(query, keys, bias)
+    # The rows of all query heads belong to one system.
     a = a.reshape(-1, len(keys))
     return a[:, kept], a @ np.asarray(values, np.float64)
 
@@ -51,6 +52,7 @@ def test_solves_its_equations(rng, budget, leading):
     got = qm.match_attention(
         query, keys, values, budget, scores=scores, bias=bias, ridge=0.01
     )
+    # The fit changes biases and values only.
     plain = qm.evict(keys, values, budget, scores=scores, bias=bias)
     for x, y in zip(got[3:], plain[3:], strict=True):
         np.testing.assert_array_equal(x, y)
@@ -60,24 +62,31 @@ def test_solves_its_equations(rng, budget, leading):
         matrix, target = equations(
             heads_of(query, index), keys[index], values[index], kept, bias[index]
         )
+        # The bias of a kept entry is its own one plus log w.
         weights = np.exp(got.bias[index] - bias[index][kept])
         assert weights.min() >= LOW * (1 - 1e-9)
         assert weights.max() <= HIGH * (1 + 1e-9)
         ones = np.ones(len(matrix))
+        # SciPy's active-set method is exact, but slow.
         best = scipy.lsq_linear(matrix, ones, (LOW, HIGH), method="bvls").x
+        # Weights of 1 are the start of the solver.
         start = residual(matrix, np.ones(budget))
         assert residual(matrix, weights) <= residual(matrix, best) + 5e-3 * start
         # The values solve the ridge regression: its gradient is 0.
+        # Attention to the kept keys with the fitted bias.
         x = matrix * weights
         x /= x.sum(axis=1, keepdims=True)
+        # λ is relative to the squared norm of X.
         strength = 0.01 * (x * x).sum()
         gradient = x.T @ (x @ got.values[index] - target)
+        # Half of the gradient of the penalty.
         gradient += strength * (got.values[index] - values[index][kept])
         np.testing.assert_allclose(gradient, 0, atol=1e-9)
 
 
 def test_all_entries_need_no_fit(rng):
     query, keys, values = cache(rng)
+    # Weights of 1 and the values themselves are exact.
     got = qm.match_attention(query, keys, values, 20)
     np.testing.assert_allclose(got.bias, 0, atol=1e-9)
     np.testing.assert_allclose(got.values, values, atol=1e-9)
@@ -88,9 +97,8 @@ def test_repeated_entries_by_hand():
     """One of two equal keys is kept: it must count twice, with the mean value."""
     keys = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     values = np.array([[0.0], [4.0], [7.0]])
-    query = np.array([[2.0, 0.0]])
     scores = np.array([1.0, 0.0, 1.0])
-    # One equation has many solutions; with two heads of queries there is only one.
+    # Three heads of queries, because one equation has many solutions.
     query = np.array([[[[2.0, 0.0]], [[-1.0, 2.0]], [[0.0, 3.0]]]])
     got = qm.match_attention(
         query, keys[None, None], values[None, None], 2, scores=scores[None, None],
@@ -103,6 +111,7 @@ def test_repeated_entries_by_hand():
 @dtypes
 def test_is_nearer_to_attention_than_eviction(rng, dtype):
     query, keys, values = cache(rng, dtype, num_queries=64, num_entries=200)
+    # Other queries than those of the fit, of the same distribution.
     later = rng.standard_normal((2, 4, 10, 6)).astype(dtype)
     exact, z = qm.attend(later, keys, values)
     scores = qm.score_keys(query, keys, how="rms")
@@ -116,6 +125,7 @@ def test_is_nearer_to_attention_than_eviction(rng, dtype):
         output, own = qm.attend(later, short.keys, short.values, bias=short.bias)
         difference = np.linalg.norm((output.astype(float) - exact).ravel())
         errors.append((difference, np.abs(own - z).mean()))
+    # The output, then log-sum-exp.
     assert errors[0][0] < 0.6 * errors[1][0]
     assert errors[0][1] < 0.5 * errors[1][1]
 
@@ -124,6 +134,7 @@ def test_is_nearer_to_attention_than_eviction(rng, dtype):
 def test_mask_has_the_result_of_removing_the_padding(rng, where):
     query, keys, values = cache(rng)
     mask = np.ones((2, 20), bool)
+    # Padding before, after and between the entries.
     mask[0, where] = False
     keys[0][:, where], values[0][:, where] = np.nan, np.inf
     query[0][:, [j - 12 for j in where if j >= 12]] = np.nan
@@ -137,6 +148,7 @@ def test_mask_has_the_result_of_removing_the_padding(rng, where):
         np.testing.assert_allclose(
             getattr(got, name)[0], getattr(short, name)[0], rtol=1e-9, atol=1e-12
         )
+    # Positions count the padding.
     np.testing.assert_array_equal(
         got.positions[0], np.flatnonzero(present)[short.positions[0]]
     )
@@ -148,6 +160,7 @@ def test_heads_may_keep_different_numbers(rng):
     np.testing.assert_array_equal(got.sizes.sum(axis=-1), [[3, 8], [3, 8]])
     assert np.isneginf(got.bias[:, 0, 3:]).all()
     assert not got.values[:, 0, 3:].any()
+    # A head does not depend on the budget of the others.
     alone = qm.match_attention(query[:, :2], keys[:, :1], values[:, :1], 3)
     np.testing.assert_allclose(got.values[:, :1, :3], alone.values, atol=1e-12)
 
@@ -155,6 +168,7 @@ def test_heads_may_keep_different_numbers(rng):
 def test_absent_entries_are_not_read(rng):
     query, keys, values = cache(rng, leading=(1,))
     bias = np.zeros((1, 20))
+    # Such an entry is padding, as in a `KVCache`.
     bias[0, 4] = -np.inf
     short = np.delete(np.arange(20), 4)
     keys[0, 4], values[0, 4] = np.nan, np.nan
@@ -178,6 +192,7 @@ def test_fitted_values_do_not_overflow(dtype):
     rng = np.random.default_rng(0)
     for _ in range(20):
         query, keys, values = cache(rng, leading=(), num_queries=6, num_entries=12)
+        # Nearly the largest numbers of float16.
         values = np.where(values > 0, 6.5e4, -6.5e4)
         arrays = (x.astype(dtype) for x in (query, keys, values))
         got = qm.match_attention(*arrays, 3, ridge=1e-9)

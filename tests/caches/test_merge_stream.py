@@ -20,6 +20,7 @@ def state(stream):
 def filled(tokens, splits=(), mass=None, **options):
     """Return a stream that got tokens (..., T, D) in parts."""
     stream = qm.MergeStream(**{"budget": 6, "buffer": 4, **options})
+    # A split may be empty, or hold several merges.
     for start, stop in zip((0, *splits), (*splits, tokens.shape[-2]), strict=True):
         part = None if mass is None else mass[..., start:stop]
         stream.append(tokens[..., start:stop, :], part)
@@ -34,6 +35,7 @@ def assert_same_bits(stream, other):
 
 def test_merges_by_hand():
     stream = qm.MergeStream(2, buffer=1, metric="euclidean")
+    # Two tokens fit; the third one is the last of the buffer.
     for x in (0.0, 10.0):
         stream.append(np.array([[x]]))
     np.testing.assert_array_equal(stream.tokens, [[0], [10]])
@@ -56,6 +58,7 @@ def test_every_split_gives_the_same_bits(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 9)))
     count = data.draw(st.integers(1, 50))
     batch = data.draw(st.sampled_from([(), (2,)]))
+    # Merged tokens are rounded to this dtype at each merge.
     dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
     tokens = rng.standard_normal((*batch, count, 3)).astype(dtype)
     mass = rng.random((*batch, count)) + 0.1
@@ -67,12 +70,14 @@ def test_every_split_gives_the_same_bits(data):
     splits = sorted(data.draw(st.lists(st.integers(0, count), max_size=6)))
     whole = filled(tokens, (), mass, **options)
     assert_same_bits(filled(tokens, splits, mass, **options), whole)
+    # The smallest parts.
     one_by_one = filled(tokens, range(1, count), mass, **options)
     assert_same_bits(one_by_one, whole)
     assert whole.num_seen == count
     # Nothing is lost: sizes count the tokens, and masses and means add up.
     np.testing.assert_array_equal(whole.sizes.sum(axis=-1), count)
     np.testing.assert_allclose(whole.mass.sum(-1), mass.sum(-1), rtol=1e-5)
+    # The weighted sum of all tokens does not change.
     total = (whole.mass[..., None] * whole.tokens.astype(np.float64)).sum(axis=-2)
     tolerance = {"float16": 5e-2, "float32": 1e-4, "float64": 1e-11}
     wanted = (mass[..., None] * tokens.astype(np.float64)).sum(axis=-2)
@@ -87,6 +92,7 @@ def test_every_split_gives_the_same_bits(data):
 def test_a_merge_is_that_of_cluster_tokens_and_merge_tokens(rng):
     tokens, mass = rng.standard_normal((10, 5)), rng.random(10) + 0.1
     stream = filled(tokens, (), mass)
+    # 10 tokens are budget and buffer, so they merge once.
     labels = qm.cluster_tokens(tokens, 6, method="ward", mass=mass)
     wanted = qm.merge_tokens(tokens, labels, 6, mass=mass)
     np.testing.assert_array_equal(stream.tokens, wanted)
@@ -102,6 +108,7 @@ def test_first_and_recent_tokens_do_not_merge(rng, dtype):
         stream.append(tokens[:, t : t + 1])
         got, seen = stream.tokens, t + 1
         assert got.dtype == dtype
+        # Sinks and recent tokens, as far as they have come.
         first, last = min(2, seen), min(3, seen)
         np.testing.assert_array_equal(got[:, :first], tokens[:, :first])
         np.testing.assert_array_equal(got[:, -last:], tokens[:, seen - last : seen])
@@ -110,6 +117,7 @@ def test_first_and_recent_tokens_do_not_merge(rng, dtype):
 
 
 def test_memory_and_work_do_not_grow(rng, monkeypatch):
+    # The shapes of all merges.
     calls = []
     cluster = merge_stream.compute_cluster_tokens
 
@@ -125,8 +133,10 @@ def test_memory_and_work_do_not_grow(rng, monkeypatch):
         assert len(calls) == max(0, (t + 1 - 5) // 7)
         assert len(stream.tokens) <= 5 + 7 - 1
     assert set(calls) == {(12, 2)}
+    # 12 entries: 2 numbers of a token, its mass, size and position.
     arrays = stream._stored.arrays.values()
     assert sum(x.nbytes for x in arrays) == 12 * (2 + 1 + 1 + 1) * 8
+    # One call with many tokens merges as often as many calls.
     stream.append(rng.standard_normal((70, 2)))
     assert len(calls) == (370 - 5) // 7
 
@@ -140,6 +150,7 @@ def test_results_are_in_the_library_of_the_input(rng, library):
 
 def test_tokens_without_mass(rng):
     tokens = rng.standard_normal((40, 3))
+    # Groups without mass have the plain mean.
     stream = filled(tokens, (), np.zeros(40))
     assert np.isfinite(stream.tokens).all()
     assert not stream.mass.any()
@@ -149,6 +160,7 @@ def test_results_are_copies(rng):
     stream = filled(rng.standard_normal((25, 3)))
     before = state(stream)
     for name in FIELDS:
+        # This must not change the stream.
         getattr(stream, name)[...] = 0
     for x, y in zip(state(stream), before, strict=True):
         np.testing.assert_array_equal(x, y)
@@ -169,9 +181,11 @@ def test_a_refused_call_appends_nothing(rng):
         (tokens.astype(int), None, TypeError, "`tokens` must be float16"),
         ([[1.0]], None, TypeError, "`tokens` must be an array"),
     ]
+    # Each is refused before anything is stored.
     for x, mass, error, message in wrong:
         with pytest.raises(error, match=message):
             stream.append(x, mass)
+    # A part without tokens is not an error.
     stream.append(tokens[:0])
     assert stream.num_seen == 7
     assert_same_bits(stream, filled(tokens))

@@ -14,6 +14,7 @@ hows = pytest.mark.parametrize("how", HOWS)
 
 def arrays(rng, dtype=np.float64, leading=(2,), group=2, num_queries=5, num_keys=9):
     """Return query, keys and values; `group` heads of queries read each key head."""
+    # Only layouts with an axis of heads may have more of them.
     queries = (*leading[:-1], leading[-1] * group) if len(leading) > 1 else leading
     shapes = (
         (*queries, num_queries, 6),
@@ -41,11 +42,13 @@ def wanted(query, keys, values, how, bias=None):
 @dtypes
 def test_matches_the_oracle(rng, how, dtype):
     query, keys, values = arrays(rng, dtype, (2, 2))
+    # A bias adds to the scores of a key for every query.
     bias = rng.standard_normal((2, 2, 9))
     got = score(query, keys, values, how, bias=bias)
     assert got.shape == (2, 2, 9)
     assert got.dtype == (np.float64 if dtype == np.float64 else np.float32)
     for b, h in np.ndindex(2, 2):
+        # Query heads 2 h and 2 h + 1 read key head h.
         heads = query[b, 2 * h : 2 * h + 2]
         one = wanted(heads, keys[b, h], values[b, h], how, bias[b, h])
         assert_close(got[b, h], one, dtype)
@@ -57,10 +60,12 @@ def test_matches_the_oracle(rng, how, dtype):
 def test_only_the_last_queries_count(rng, how, num_queries, num_keys):
     query, keys, values = arrays(rng, np.float64, (1, 1), 1, num_queries, num_keys)
     got = score(query, keys, values, how)
+    # Earlier queries must not change anything.
     last = query[:, :, -64:] if how == "snapkv" else query[:, :, -256:]
     np.testing.assert_allclose(
         got, score(last, keys, values, how), rtol=1e-12, atol=1e-15
     )
+    # The oracle takes the last queries itself.
     assert_close(got[0, 0], wanted(query[0], keys[0, 0], None, how))
 
 
@@ -91,6 +96,7 @@ def test_every_layout_is_a_stack_of_heads(rng, how, leading):
     got = score(query, keys, values, how)
     assert got.shape == keys.shape[:-1]
     for index in np.ndindex(leading):
+        # Without an axis of heads, the index of a sequence is that of its head.
         heads = index
         if len(leading) > 1:
             heads = *index[:-1], slice(2 * index[-1], 2 * index[-1] + 2)
@@ -104,12 +110,15 @@ def test_mask_has_the_result_of_removing_the_padding(rng, how, where):
     query, keys, values = arrays(rng, np.float64, (2, 2))
     mask = np.ones((2, 9), bool)
     mask[0, where] = False
+    # A read of padding would make the scores NaN.
     keys[0][:, where], values[0][:, where] = np.nan, np.inf
     padded_rows = [j - 4 for j in where if j >= 4]  # queries are those of 4..8
     query[0][:, padded_rows] = np.nan
+    # Queries of padding are left out as well.
     got = score(query, keys, values, how, mask=mask)
     assert not got[0][:, where].any()
     present, rows = mask[0], mask[0, 4:]
+    # The same sequence without the padded entries and queries.
     short = [query[:1, :, rows], keys[:1][:, :, present], values[:1][:, :, present]]
     assert_close(got[0][:, present], score(*short, how)[0])
     assert_close(got[1], score(query[1:], keys[1:], values[1:], how)[0])
@@ -126,6 +135,7 @@ def test_results_are_in_the_library_of_the_input(rng, how, library):
 @hows
 def test_layout_of_the_memory_does_not_change_bits(rng, how):
     inputs = arrays(rng, np.float32, (2, 2))
+    # Every second element of a longer row.
     strided = (np.repeat(x, 2, axis=-1)[..., ::2] for x in inputs)
     np.testing.assert_array_equal(score(*strided, how), score(*inputs, how))
 
@@ -135,7 +145,9 @@ def test_layout_of_the_memory_does_not_change_bits(rng, how):
 def test_huge_inputs_have_finite_scores(rng, how, dtype):
     huge = 0.9 * float(np.finfo(dtype).max)
     query, keys, values = (
-        np.clip(x, -1, 1) * dtype(huge) for x in arrays(rng, dtype, (2, 2))
+        # Products of such numbers overflow float32.
+        np.clip(x, -1, 1) * dtype(huge)
+        for x in arrays(rng, dtype, (2, 2))
     )
     got = score(query, keys, values, how)
     assert np.isfinite(got).all()
@@ -146,6 +158,7 @@ def test_huge_inputs_have_finite_scores(rng, how, dtype):
 def test_one_entry(rng, how):
     query, keys, values = arrays(rng, num_queries=1, num_keys=1)
     got = score(query, keys, values, how)
+    # All attention is that of one entry; 1 + 0.02 of the expected one.
     size = np.linalg.norm(values, axis=-1) * 1.02 if how == "expected" else 1
     assert_close(got, np.ones((2, 1)) * size)
 
