@@ -33,7 +33,11 @@ PLACEHOLDER = 15  # characters that a formatted value counts for: a shape or a d
 ALLOWED = {
     "tests/mutants.py": {"kind"},  # the key of tests/faults/*.toml and of mutants.json
     "tests/rehearsal/cupy/_functions.py": {"kind"},  # the argument of CuPy's `sort`
-    "tests/test_properties.py": {"given"},  # hypothesis
+    # hypothesis
+    "tests/test_properties.py": {"given"},
+    "tests/caches/test_evict.py": {"given"},
+    "tests/caches/test_kv_stream.py": {"given"},
+    "tests/caches/test_merge_stream.py": {"given"},
 }
 # Files whose reader asks "why" at every step.
 HARD = (

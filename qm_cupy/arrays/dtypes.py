@@ -21,6 +21,15 @@ def narrow(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         return x.astype(dtype)
 
 
+def zero_where_absent(x: Any, present: Any) -> Any:
+    """Return a copy that is 0 where `present`, which broadcasts to x, is False.
+
+    Padding may be NaN, and NaN times 0 is NaN.
+    """
+    bits = bfloat16_as_int16(x)  # the bits of 0 are those of the integer 0
+    return np.where(present, bits, bits.dtype.type(0)).view(x.dtype)
+
+
 def bfloat16_as_int16(x: NDArray[Any]) -> NDArray[Any]:
     """Return a bfloat16 array as int16, for functions that only copy elements.
 

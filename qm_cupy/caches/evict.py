@@ -3,7 +3,6 @@
 N is the number of entries of a head, and K the number that it keeps.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,16 @@ from ..arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
-from ..arrays.counts import GroupCounts
-from ..arrays.dtypes import accumulation_dtype
+from ..arrays.dtypes import (
+    accumulation_dtype,
+    bfloat16_as_int16,
+    zero_where_absent,
+)
 from ..arrays.libraries import is_cuda
 from ..arrays.protect import split_positions
 from ..arrays.shapes import layout_of
 from ..cuda.device import to_device, to_host
-from ..stages.merging.groups import compute_group_positions, compute_group_sizes
-from ..stages.merging.merge_tokens import compute_merge_tokens
+from ..cuda.launch import contiguous
 from .budgets import head_budgets
 from .cache_checks import (
     check_bias,
@@ -77,7 +78,7 @@ def evict(
         Numbers of the first and of the last entries that remain. K counts them.
     per_head : bool, default False
         If True, the budget is the mean of the heads of a layer, whose scores are
-        compared with each other.
+        compared with each other. Each head keeps at least one entry.
     mask : ndarray of shape (N,) or (B, N), optional
         True or 1 = entry. Padding is not read, and never remains.
 
@@ -97,6 +98,11 @@ def evict(
     See Also
     --------
     merge_kv_cache : Merge entries instead, which changes attention less.
+
+    Notes
+    -----
+    On a GPU, the CPU waits for the numbers of entries that must remain, and with
+    `per_head` for the number of entries of each head.
 
     Examples
     --------
@@ -161,6 +167,10 @@ def select_entries(
     # Those that must remain first, then by score, and padding last.
     top = wide.dtype.type(np.inf)
     wide = np.where(flat_free, wide, np.where(flat_kept, top, -top))
+    if heads > 1:  # every head keeps an entry, because attention to none is undefined
+        numbers = np.cumsum(flat_free | ~flat_free, axis=-1) - 1
+        best = numbers == wide.argmax(axis=-1)[:, None]
+        wide = np.where(best & flat_free, top, wide)
     pools = wide.reshape(-1, heads * num_entries)
     room = counts.reshape(-1, heads).sum(axis=-1)  # (pools,)
     order = np.argsort(-pools, axis=-1, kind="stable")
@@ -176,28 +186,22 @@ def keep_entries(
     keys: Any, values: Any, bias: Any, kept: Any, counts: Counts
 ) -> KVCache[Any]:
     """Return the cache of the entries that remain, as NumPy or CuPy arrays."""
-    *leading, num_entries, _ = keys.shape
-    shape = math.prod(leading), num_entries
-    labels = np.where(kept, np.cumsum(kept, axis=-1) - 1, -1).astype(np.int32)
-    labels = labels.reshape(shape)
-    groups = GroupCounts(counts.reshape(-1), int(counts.max(initial=0)))
+    # The sort is stable: those that remain come first, in order.
+    index = np.argsort(~kept, axis=-1, kind="stable")
+    index = index[..., : int(counts.max(initial=0))]  # (..., K)
+    exists = np.take_along_axis(kept, index, -1)
 
     def gather(x: Any) -> Any:
-        # A group of one entry has its mean: the entry, bit for bit.
-        flat = x.reshape(*shape, x.shape[-1])
-        merged = compute_merge_tokens(flat, labels, groups)
-        return merged.reshape(*leading, groups.max_groups, x.shape[-1])
+        bits = np.take_along_axis(bfloat16_as_int16(x), index[..., None], -2)
+        return contiguous(zero_where_absent(bits, exists[..., None])).view(x.dtype)
 
-    sizes = compute_group_sizes(labels, groups)
     dtype = accumulation_dtype(keys.dtype)
     if bias is None:
-        own = np.zeros(sizes.shape, dtype, like=keys)
+        own = np.zeros(exists.shape, dtype, like=keys)
     else:
-        finite = np.where(kept, bias.astype(dtype), dtype.type(0))
-        own = gather(finite[..., None]).reshape(sizes.shape)
-    own = np.where(sizes > 0, own, dtype.type(-np.inf))
-    read = kept[..., None]
-    keys, values = (np.where(read, x, x.dtype.type(0)) for x in (keys, values))
-    others = own, labels, sizes, compute_group_positions(labels, groups)
-    shaped = (x.reshape(*leading, x.shape[-1]) for x in others)
-    return KVCache(gather(keys), gather(values), *shaped)
+        own = np.take_along_axis(bias.astype(dtype), index, -1)
+    own = np.where(exists, own, dtype.type(-np.inf))
+    labels = np.where(kept, np.cumsum(kept, axis=-1) - 1, -1)
+    integers = labels, exists, np.where(exists, index, -1)
+    others = own, *(x.astype(np.int32) for x in integers)
+    return KVCache(gather(keys), gather(values), *map(contiguous, others))

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import check_finite_values, check_shape
+from ..arrays.checks import (
+    check_finite_values,
+    check_integer,
+    check_number,
+    check_shape,
+)
 from ..arrays.conversion import Array, FloatArray, IntArray, convert_inputs, scope_of
 from ..arrays.counts import GroupCounts
 from ..arrays.dtypes import accumulation_dtype
@@ -96,9 +101,12 @@ class KVStream:
         scale: float | None = None,
         window: int = WINDOW,
     ) -> None:
-        if recent is None and isinstance(budget, int):
-            recent = int(default_recent(np.array(budget), ()))
+        if recent is None:
+            number = check_integer("budget", budget)
+            recent = int(default_recent(np.array(number), ()))
         self._sizes = stream_sizes(budget, buffer, sinks, recent)
+        if scale is not None:
+            check_number("scale", scale, 0, np.inf, "()")
         # The width of the keys is not known yet; the first call checks against it.
         unlimited = 2**30
         rotary = check_rotary(inv_freq, interleaved, rotary_scaling, unlimited)
@@ -199,10 +207,11 @@ class KVStream:
         """Merge the stored entries to the budget."""
         stored = self._stored
         assert stored is not None
-        budget, _, sinks, recent = self._sizes
+        budget, buffer, sinks, recent = self._sizes
         query = None
         if self._has_query:  # those of the last entries, which have not merged
-            query = stored.stored("query")[..., -min(NUM_QUERIES, recent + 1) :, :]
+            count = min(NUM_QUERIES, recent + buffer)
+            query = stored.stored("query")[..., -count:, :]
         cache = merge_kv_cache(
             stored.stored("keys"),
             stored.stored("values"),

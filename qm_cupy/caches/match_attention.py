@@ -13,12 +13,18 @@ with the whole cache. The values C of the kept keys are fitted by ridge regressi
     min_C ‖X C - Y‖² + λ ‖C - V_kept‖²
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.checks import check_finite_values, check_number, check_shape
+from ..arrays.checks import (
+    check_finite_values,
+    check_floating,
+    check_number,
+    check_shape,
+)
 from ..arrays.conversion import (
     Array,
     BoolArray,
@@ -26,7 +32,7 @@ from ..arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
-from ..arrays.dtypes import narrow
+from ..arrays.dtypes import zero_where_absent
 from ..arrays.libraries import is_cuda
 from ..arrays.protect import split_positions
 from ..arrays.shapes import expand_mask, layout_of
@@ -83,7 +89,7 @@ def match_attention(
         Entries that remain of each head, as in `evict`.
     scores : ndarray of shape (..., N), optional
         The entries with the largest scores are kept; by default those of
-        ``score_keys(query, keys, how="rms")``.
+        ``score_keys(query, keys, how="rms")``. Any float dtype.
     bias : ndarray of shape (..., N), optional
         Bias of the entries, from an earlier call; 0 by default.
     protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
@@ -163,9 +169,13 @@ def match_attention(
     check_cache_values(keys, values, present)
     scale = check_queries(query, keys, mask, scale)
     ridge = check_number("ridge", ridge, 0, np.inf, "()")
+    if present is not None:  # padding may be NaN
+        read = present[..., None]
+        keys, values = (zero_where_absent(x, read) for x in (keys, values))
     if scores is None:
         arrays = Scored(query, keys, None, bias, mask, scale)
         scores = compute_score_keys(arrays, "rms")
+    check_floating("scores", scores)
     axes = layout_of(keys.ndim, "Nd")[:-1]
     check_shape("scores", scores, axes, tuple(keys.shape[:-1]))
     check_finite_values("scores", scores, present)
@@ -200,23 +210,39 @@ def _fitted(
     arrays: Scored, kept: Any, cache: KVCache[Any], ridge: float
 ) -> KVCache[Any]:
     """Return the cache with fitted biases and values, on the device of the input."""
-    query, keys, values, bias, mask = map(to_host, arrays[:5])
-    scale, kept = arrays.scale, to_host(kept)
     new_bias = np.array(to_host(cache.bias), order="C")
     new_values = np.array(to_host(cache.values), order="C")
+    # The largest finite value of the dtype: fitted values may exceed all original ones.
+    largest = np.nextafter(np.array(np.inf, new_values.dtype), new_values.dtype.type(0))
+    largest = largest.astype(np.float64)
+    for index, head in _heads(arrays, to_host(kept)):
+        if not len(head.query):
+            continue
+        weights, fitted = _fit(head, ridge)
+        count = len(head.kept)
+        new_bias[index][:count] += np.log(weights).astype(new_bias.dtype)
+        new_values[index][:count] = np.clip(fitted, -largest, largest)
+    if is_cuda(cache.bias):
+        new_bias, new_values = to_device(new_bias), to_device(new_values)
+    return cache._replace(bias=new_bias, values=new_values)
+
+
+def _heads(arrays: Scored, kept: Any) -> Iterator[tuple[tuple[int, ...], _Head]]:
+    """Yield the index of each key head, and the head without padding."""
+    query, keys, values, bias, mask = map(to_host, arrays[:5])
     rows = key_rows(query, keys)
+    num_queries, num_entries = query.shape[-2], keys.shape[-2]
     head_mask = expand_mask(mask, keys.shape[:-1])
     for index in np.ndindex(keys.shape[:-2]):
         valid = None if head_mask is None else head_mask[index]
         unpadded = slice(None) if valid is None else valid
-        num_queries = query.shape[-2]
-        visible = visible_keys(num_queries, keys.shape[-2], valid, True)
-        q = rows[index].astype(np.float64) * scale
+        visible = visible_keys(num_queries, num_entries, valid, True)
+        q = rows[index].astype(np.float64) * arrays.scale
         group = len(q) // num_queries
         # Queries of padding, which may be NaN, do not count.
         counted = np.ones(len(q), np.bool_)
         if valid is not None:
-            counted = np.tile(valid[keys.shape[-2] - num_queries :], group)
+            counted = np.tile(valid[num_entries - num_queries :], group)
         head = _Head(
             q[counted],
             keys[index][unpadded].astype(np.float64),
@@ -225,15 +251,7 @@ def _fitted(
             np.tile(visible, group)[counted],
             np.flatnonzero(kept[index][unpadded]),
         )
-        if not len(head.query):
-            continue
-        weights, fitted = _fit(head, ridge)
-        count = len(head.kept)
-        new_bias[index][:count] += np.log(weights).astype(new_bias.dtype)
-        new_values[index][:count] = narrow(fitted, new_values.dtype)
-    if is_cuda(cache.bias):
-        new_bias, new_values = to_device(new_bias), to_device(new_values)
-    return cache._replace(bias=new_bias, values=new_values)
+        yield index, head
 
 
 def _fit(head: _Head, ridge: float) -> tuple[Floats, Floats]:

@@ -21,7 +21,7 @@ from ..arrays.conversion import (
     on_callers_stream,
 )
 from ..arrays.counts import GroupCounts
-from ..arrays.dtypes import accumulation_dtype
+from ..arrays.dtypes import accumulation_dtype, zero_where_absent
 from ..arrays.protect import split_positions
 from ..stages.clustering.checks import check_limits
 from ..stages.merging.groups import compute_group_positions, compute_group_sizes
@@ -59,6 +59,7 @@ from .rotary import rotate
 RotateAt = Literal["mean", "first", "last"]
 WINDOW = 128  # entries that are compared with each other, at most
 _LINKAGE_POWER = 0.7  # of the masses, where they decide what is grouped
+_MAX_EXPONENT = 600.0  # of e in float64, below its overflow
 _MAX_SHIFT = 3.0  # a calibrated bias differs at most by this from log Σ e^b
 
 
@@ -158,7 +159,7 @@ def merge_kv_cache(
     per_head : bool, default False
         If True, the budget is the mean of the heads of a layer, and heads whose keys
         are more similar keep fewer entries. Results are padded to the largest K.
-    window : int, default 256
+    window : int, default 128
         Largest number of entries that are compared with each other. More entries are
         first divided into parts of similar keys.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -185,12 +186,12 @@ def merge_kv_cache(
 
     Notes
     -----
-    The mass is :math:`m_j = (a_j / \bar a + r_j / \bar r + 0.04)\,|v_j|`; a is the
-    attention of the last 32 queries, r is `attention`, and a bar is the mean over the
-    entries that may merge. A term that is not known is left out; without both,
+    The mass is :math:`m_j = (a_j / \bar a + r_j / \bar r + 0.04)\,|v_j|`, where a is
+    the attention of the last 32 queries, r is `attention`, and a bar is the mean over
+    the entries that may merge. A term that is not known is left out; without both,
     :math:`m_j = e^{b_j} |v_j|`. Entries are grouped by ward linkage with Euclidean
-    distances and the masses :math:`m_j^{0.7}`. Time and memory are linear
-    in N. The calibrated bias is
+    distances and the masses :math:`m_j^{0.7}`. Time and memory are linear in N. The
+    calibrated bias is
 
     .. math:: \bar b_G = \log \frac{\sum_i \sum_{j \in G} e^{s_{ij} - Z_i}}
         {\sum_i e^{c\,q_i \cdot \bar k - Z_i}}
@@ -303,7 +304,9 @@ def compute_merge_kv_cache(
     leading, (num_entries, dim) = keys.shape[:-2], keys.shape[-2:]
     padded = bool(mask is not None or bias is not None)
     if padded:  # padding may be NaN
-        keys, values = (_zero_where_absent(x, present) for x in (keys, values))
+        keys, values = (
+            zero_where_absent(x, present[..., None]) for x in (keys, values)
+        )
     last = None
     if query is not None:
         last = last_queries(query, keys, bias, mask, options.scale)
@@ -364,11 +367,6 @@ class Plan(NamedTuple):
         return mean * sizes.astype(mean.dtype)
 
 
-def _zero_where_absent(x: Any, present: Any) -> Any:
-    """Return x (..., N, w) with zeros instead of padding."""
-    return np.where(present[..., None], x, x.dtype.type(0))
-
-
 def _unrotated(keys: Any, positions: Any, rotary: Rotary | None) -> Any:
     """Return the keys before their rotation, in float32 or float64."""
     wide = keys.astype(accumulation_dtype(keys.dtype), copy=False)
@@ -400,16 +398,17 @@ def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) 
 def _summed_bias(plan: Plan, bias: Any, sizes: Any) -> Any:
     """Return log Σ e^b of each group (..., K), and -inf for padded groups."""
     dtype = plan.mass.dtype
-    count = np.maximum(sizes, 1).astype(dtype)
-    summed = np.log(count)
+    summed = np.log(np.maximum(sizes, 1).astype(dtype))
     if bias is not None:
-        # Relative to the largest bias of a group's sequence, so that no sum overflows.
-        b = bias.astype(dtype).reshape(plan.labels.shape)
-        top = b.max(axis=-1, keepdims=True)
-        top = np.where(np.isfinite(top), top, dtype.type(0))
-        total = plan.sum(np.exp(b - top).reshape(bias.shape), sizes)
-        tiny = np.finfo(dtype).tiny
-        summed = np.log(np.maximum(total, tiny)) + top
+        # Relative to the mean of its group, so that no sum overflows or vanishes, and
+        # an entry that does not merge keeps the bits of its bias.
+        b = np.where(np.isfinite(bias), bias, bias.dtype.type(0)).astype(np.float64)
+        centre = plan.mean(b[..., None], weighted=False)[..., 0]
+        label = np.maximum(plan.labels, 0).astype(np.int64).reshape(b.shape)
+        shift = b - np.take_along_axis(centre, label, -1)
+        total = plan.sum(np.exp(np.clip(shift, -_MAX_EXPONENT, _MAX_EXPONENT)), sizes)
+        summed = np.log(np.where(sizes > 0, total, 1.0)) + centre.reshape(sizes.shape)
+        summed = summed.astype(dtype)
     return np.where(sizes > 0, summed, dtype.type(-np.inf)).reshape(*plan.leading, -1)
 
 

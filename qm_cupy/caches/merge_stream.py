@@ -100,7 +100,7 @@ class MergeStream:
             The next T tokens; float16, bfloat16, float32 or float64. All calls need the
             same B, D, dtype and library.
         mass : ndarray of shape (T,) or (B, T), optional
-            Weights > 0 of the tokens; 1 by default.
+            Weights ≥ 0 of the tokens; 1 by default.
 
         Raises
         ------

@@ -16,7 +16,7 @@ from ..arrays.conversion import (
     convert_inputs,
     on_callers_stream,
 )
-from ..arrays.dtypes import accumulation_dtype
+from ..arrays.dtypes import accumulation_dtype, narrow, zero_where_absent
 from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask
 from ..cuda.device import to_device
@@ -147,7 +147,7 @@ def compute_score_keys(arrays: Any, how: str) -> Any:
     if arrays.mask is not None:  # padding may be NaN
         present = expand_mask(arrays.mask, arrays.keys.shape[:-1])[..., None]
         zeroed = (
-            None if x is None else np.where(present, x, x.dtype.type(0))
+            None if x is None else zero_where_absent(x, present)
             for x in (arrays.keys, arrays.values)
         )
         arrays = arrays._replace(**dict(zip(("keys", "values"), zeroed, strict=True)))
@@ -162,16 +162,14 @@ def compute_score_keys(arrays: Any, how: str) -> Any:
         z = np.where(expand_mask(counted, z.shape), z, z.dtype.type(-np.inf))
     power = 2 if how == "rms" else 1
     total = attention_columns(query, keys, z, **options, power=power)
-    group = key_rows(query, keys).shape[-2] // query.shape[-2]  # G
+    group = total.dtype.type(key_rows(query, keys).shape[-2] // query.shape[-2])  # G
     if how == "received":
-        return total / (
-            _num_attending(arrays, counted, total) * total.dtype.type(group)
-        )
-    rows = _num_rows(query, counted, total) * total.dtype.type(group)
-    mean = total / rows
+        return total / (_num_attending(arrays, counted, total) * group)
+    rows = _num_rows(query, counted, total)
+    mean = total / (rows * group)
     if how == "rms":
         return np.sqrt(mean)
-    return _pooled(mean, query.shape[-2], mask) if how == "snapkv" else mean
+    return _pooled(mean, rows, mask) if how == "snapkv" else mean
 
 
 def _last_queries(arrays: Scored, wanted: int | None) -> tuple[Scored, Any]:
@@ -184,7 +182,7 @@ def _last_queries(arrays: Scored, wanted: int | None) -> tuple[Scored, Any]:
     counted = mask[..., num_entries - num_queries :]
     # The queries of padding may be NaN.
     rows = expand_mask(counted, query.shape[:-1])[..., None]
-    query = np.where(rows, query, query.dtype.type(0))
+    query = zero_where_absent(query, rows)
     if wanted is not None:
         after = np.cumsum(counted[..., ::-1], axis=-1)[..., ::-1]
         counted = counted & (after <= wanted)
@@ -214,40 +212,57 @@ def _num_rows(query: Any, counted: Any, total: Any) -> Any:
     return expand_mask(rows, (*total.shape[:-1], 1)).astype(total.dtype)
 
 
-def _pooled(scores: Any, num_queries: int, mask: Any) -> Any:
+def _pooled(scores: Any, num_rows: Any, mask: Any) -> Any:
     """Return the means (..., N) of 5 neighbours; the last entries get the largest one.
 
-    Beyond the ends, scores count as 0. With a mask, the last entries are those of the
-    last 64 tokens.
+    The last `num_rows` entries, which are the window, do not count in the means of the
+    others, because tokens attend to themselves more than to others. Beyond the ends,
+    scores count as 0.
     """
-    num_entries = scores.shape[-1]
-    half = _POOL // 2
+    zero, part = scores.dtype.type(0), scores.dtype.type(1 / _POOL)
+    num_entries, half = scores.shape[-1], _POOL // 2
+    if mask is None:
+        present = np.zeros(scores.shape, np.bool_, like=scores)
+        present.fill(True)
+    else:  # padding goes to the end, so that tokens are neighbours of tokens
+        present = expand_mask(mask, scores.shape)
+        order = np.argsort(~present, axis=-1, kind="stable")
+        scores = np.take_along_axis(scores, order, -1)
+        present = np.take_along_axis(present, order, -1)
+    rank = np.cumsum(present, axis=-1)
+    window = rank > rank[..., -1:] - num_rows
     shape = *scores.shape[:-1], num_entries + 2 * half
     wide = np.zeros(shape, scores.dtype, like=scores)
-    wide[..., half : half + num_entries] = scores
-    pooled = wide[..., :num_entries] * scores.dtype.type(1 / _POOL)
+    wide[..., half : half + num_entries] = np.where(window, zero, scores) * part
+    pooled = wide[..., :num_entries]
     for shift in range(1, _POOL):
-        pooled = pooled + wide[..., shift : shift + num_entries] * scores.dtype.type(
-            1 / _POOL
-        )
-    present = np.zeros(scores.shape, np.bool_, like=scores)
-    present.fill(True)
-    if mask is not None:
-        present = expand_mask(mask, scores.shape)
-        pooled = np.where(present, pooled, scores.dtype.type(0))
-    rank = np.cumsum(present, axis=-1)
-    window = rank > rank[..., -1:] - min(num_queries, _NUM_QUERIES["snapkv"])
-    others = np.where(window, scores.dtype.type(0), pooled)
-    top = others.max(axis=-1, keepdims=True)
+        pooled = pooled + wide[..., shift : shift + num_entries]
+    pooled = np.where(window, zero, pooled)
+    top = pooled.max(axis=-1, keepdims=True)
     # If every entry is in the window, all scores are equal.
     top = np.where(top > 0, top, scores.dtype.type(1))
-    return np.where(window & present, top, pooled)
+    pooled = np.where(window & present, top, pooled)
+    if mask is None:
+        return pooled
+    back = np.argsort(order, axis=-1, kind="stable")
+    return np.take_along_axis(pooled, back, -1)
 
 
 def _expected(arrays: Scored) -> Any:
     """Return (softmax_j(c μ·k + c² kᵀΣk / 2) + ε / N) |v|, averaged over heads."""
+    dtype = accumulation_dtype(arrays.keys.dtype)
+    # float32 overflows for huge inputs; then use float64, on the CPU.
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = _expected_in(dtype, arrays)
+        if is_cuda(expected) or np.isfinite(expected).all():
+            return expected
+        expected = _expected_in(np.dtype(np.float64), arrays)
+        return narrow(np.minimum(expected, np.finfo(dtype).max), dtype)
+
+
+def _expected_in(dtype: np.dtype[Any], arrays: Scored) -> Any:
+    """Return the scores of `_expected`, computed in float32 or float64."""
     query, keys, values, bias, mask, scale = arrays
-    dtype = accumulation_dtype(keys.dtype)
     arrays, counted = _last_queries(arrays, None)
     rows = arrays.query.reshape(*keys.shape[:-2], -1, *query.shape[-2:]).astype(dtype)
     count: Any = dtype.type(query.shape[-2])
