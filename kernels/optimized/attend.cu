@@ -149,13 +149,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 
     Attended totals[ATTEND_ROWS];
     WarpRows state;
-    // A part starts at `begin`.
-    const long long first = blockIdx.x % parts * ATTEND_KEYS;
+    // A part starts at the key `part_key`.
+    const long long first_key = blockIdx.x % parts * ATTEND_KEYS;
     const long long stride = parts * ATTEND_KEYS;
-    for (long long begin = first; begin < (sums ? num_keys : end); begin += stride) {
+    for (long long part_key = first_key; part_key < (sums ? num_keys : end);
+         part_key += stride) {
         state.clear();
-        const long long part_end = min(begin + ATTEND_KEYS, end);
-        for (long long j0 = begin + warp * 32; j0 < part_end; j0 += BLOCK_THREADS) {
+        const long long part_end = min(part_key + ATTEND_KEYS, end);
+        for (long long j0 = part_key + warp * 32; j0 < part_end; j0 += BLOCK_THREADS) {
             const long long j = j0 + lane, key = head * num_keys + j;
             const acc_t b = j < part_end && bias ? bias[key] : acc_t(0);
             const bool seen =
