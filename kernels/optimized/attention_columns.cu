@@ -4,8 +4,9 @@
 // One block, 32 keys of one head: lane l of every warp has key l, and a warp has every
 // BLOCK_THREADS / 32-th query. All lanes read the same element of a query at a time, so
 // that a query is read once for 32 keys. The block reads its keys again for each query,
-// from the L1 cache. Each warp keeps one sum for each key; the warps are added in
-// order, so every run gives the same bits.
+// from the L1 cache. The floor is one read of the queries for 32 keys, and 2 d
+// operations for each query and key. Each warp keeps one sum for each key; the warps
+// are added in order, so every run gives the same bits.
 extern "C" __global__ void attention_columns(
     const real_t* query, const real_t* keys, const acc_t* log_sum_exp,
     const acc_t* bias, const bool* mask, long long outer, long long group,
@@ -36,8 +37,7 @@ extern "C" __global__ void attention_columns(
             load_vector(k, keys + key * head_dim + d, head_dim - d);
             load_vector(q, query + row * head_dim + d, head_dim - d);
 #pragma unroll
-            for (int i = 0; i < WIDTH; ++i)
-                if (d + i < head_dim) dot += q[i] * k[i];
+            for (int i = 0; i < WIDTH; ++i) dot += q[i] * k[i];  // 0 past the end
         }
         const acc_t s = rounded_product(dot, acc_t(scale)) + b;
         sum += exp(min(acc_t(power) * (s - z), acc_t(80)));

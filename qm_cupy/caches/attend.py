@@ -23,7 +23,7 @@ from ..arrays.conversion import (
 from ..arrays.dtypes import accumulation_dtype, narrow
 from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask, layer_axes
-from ..cuda.constants import BLOCK, MAX_HEAD_DIM
+from ..cuda.constants import ATTEND_KEYS, ATTEND_ROWS, MAX_HEAD_DIM
 from ..cuda.device import current_device, empty
 from ..cuda.launch import contiguous, launch
 from ..settings import implementation
@@ -31,8 +31,7 @@ from ..stages.saliency.query_key_entropy import check_causal
 from .cache_checks import check_bias, check_cache, check_query_heads
 
 _ENTRIES = 1 << 18  # scores in memory at once
-_ROWS = 4  # queries of a block of the optimized kernel
-_MAX_SPLITS = 64
+_ABSENT = -1e30  # a lower bias counts as -inf, as MASKED_SCORE in the kernels
 
 
 @on_callers_stream
@@ -62,7 +61,8 @@ def attend(
         Values, with the leading axes and the dtype of `keys`.
     bias : ndarray of shape (..., N), optional
         Bias b of each key, with the leading axes of `keys`, such as `KVCache.bias`; 0
-        by default. A key with bias -inf gets no attention. Any float dtype.
+        by default. A key with bias -inf, or less than -1e30, gets no attention. Any
+        float dtype.
     causal : bool, default False
         If True, the queries are those of the last T ≤ N keys: query i attends to keys
         0..N - T + i.
@@ -163,7 +163,7 @@ def _attend_reference(
         head = _Head(
             _without(keys[index], valid, dtype),
             _without(values[index], valid, dtype),
-            None if bias is None else _without(bias[index], valid, dtype),
+            None if bias is None else _bias_of(bias[index], valid, dtype),
             visible_keys(query.shape[-2], keys.shape[-2], valid, causal),
         )
         q = rows[index].astype(dtype) * dtype.type(scale)
@@ -201,6 +201,15 @@ def _without(x: NDArray[Any], valid: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return the entries of a head (N, ...) that are not padding."""
     x = x if valid is None else x[valid]
     return x.astype(dtype, order="C", copy=False)
+
+
+def _bias_of(bias: NDArray[Any], valid: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the biases of a head; -inf for those that stand for -inf.
+
+    Masks of models have the least float instead. Every score would round to it.
+    """
+    bias = _without(bias, valid, dtype)
+    return np.where(bias < _ABSENT, dtype.type(-np.inf), bias)
 
 
 def _attend_head(
@@ -271,25 +280,25 @@ def _attend_cuda(
         kernel = "attend", "attend", query.dtype
         launch(*kernel, args, outputs=output.size, kernels="basic")
         return output, log_sum_exp
-    blocks = outer * -(-group * num_queries // _ROWS)
-    splits = num_splits(blocks, num_keys)
-    parts = None, None
-    if splits > 1:
-        shape = splits, log_sum_exp.size
-        parts = empty((*shape, value_dim), acc_dtype), empty((*shape, 2), acc_dtype)
-    args = (*args, splits, *parts, output, log_sum_exp)
-    launch("attend", "attend", query.dtype, args, blocks=blocks * splits)
-    if splits > 1:
-        args = (*parts, *(splits, log_sum_exp.size, value_dim), output, log_sum_exp)
-        launch("attend", "join_splits", query.dtype, args, outputs=output.size)
+    blocks = outer * -(-group * num_queries // ATTEND_ROWS)
+    parts, scratch = num_parts(blocks, num_keys), (None, None)
+    if parts > 1:
+        shape = parts, log_sum_exp.size
+        scratch = empty((*shape, value_dim), acc_dtype), empty((*shape, 2), acc_dtype)
+    args = (*args, parts, *scratch, output, log_sum_exp)
+    launch("attend", "attend", query.dtype, args, blocks=blocks * parts)
+    if parts > 1:
+        args = (*scratch, parts, log_sum_exp.size, value_dim, output, log_sum_exp)
+        launch("attend", "join_parts", query.dtype, args, outputs=output.size)
     return output, log_sum_exp
 
 
-def num_splits(blocks: int, num_keys: int) -> int:
-    """Return into how many parts the keys are divided, so that the GPU is busy.
+def num_parts(blocks: int, num_keys: int) -> int:
+    """Return how many blocks divide the keys of a row: all parts of the keys, or 1.
 
-    A part has at least two steps of a block. The number depends on the device, so bits
-    may differ between devices.
+    Few rows, such as those of one new token, would leave most of the GPU idle. The
+    kernels add the parts in the same order in both cases, so the bits are the same.
     """
-    wanted = -(-2 * current_device().multiprocessors // max(blocks, 1))
-    return max(1, min(wanted, num_keys // (2 * BLOCK), _MAX_SPLITS))
+    if blocks >= 2 * current_device().multiprocessors:
+        return 1
+    return max(1, -(-num_keys // ATTEND_KEYS))

@@ -80,6 +80,17 @@ class TestAttend:
         assert not output.any()
         assert np.isneginf(z).all()
 
+    def test_the_least_float_as_a_bias_is_that_of_no_key(self, rng):
+        """Masks of models have it instead of -inf."""
+        query, keys, values = head(rng, np.float32)
+        bias = np.full(9, np.finfo(np.float32).min, np.float32)
+        output, z = qm.attend(query, keys, values, bias=bias)
+        assert not output.any()
+        assert np.isneginf(z).all()
+        bias[3] = 0
+        output, z = qm.attend(query, keys, values, bias=bias)
+        np.testing.assert_allclose(output, np.tile(values[3], (5, 1)), rtol=1e-6)
+
     @pytest.mark.parametrize("dtype", [np.float16, np.float32])
     def test_huge_scores_select_the_largest(self, dtype):
         query = np.full((1, 4), 6e4 if dtype == np.float16 else 3e38, dtype)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import assert_close
 from kernel_cases import dtypes, mask_of, optimized, random, sizes
+from seam import cuda
 
 import qm_cupy as qm
-from qm_cupy.caches import attend as attend_page
 from qm_cupy.caches.attention_columns import attention_columns
 from qm_cupy.caches.rotary import rotate
 
@@ -72,14 +72,67 @@ def test_attend(dtype, num_tokens):
 
 @optimized
 @dtypes
-def test_splits_of_the_keys_are_joined(dtype, monkeypatch):
-    query, keys, values, bias = inputs(dtype, 700, 1)
-    whole = qm.attend(query, keys, values, bias=bias)
-    monkeypatch.setattr(attend_page, "num_splits", lambda blocks, num_keys: 3)
-    parts = qm.attend(query, keys, values, bias=bias)
-    check(parts, query, keys, values, bias, None, False)
-    column = "computed" if dtype == np.float32 else "stored"
-    assert_close(parts[0], whole[0].astype(float), dtype, column)
+@pytest.mark.parametrize(("num_keys", "num_queries"), [(513, 1), (1300, 3)])
+def test_blocks_for_the_parts_of_the_keys_do_not_change_bits(
+    dtype, num_keys, num_queries, monkeypatch, launches
+):
+    query, keys, values, bias = inputs(dtype, num_keys, num_queries)
+    mask = np.ones((2, num_keys), bool)
+    mask[0, :520], mask[1, 500:] = False, False  # parts without keys
+    for options in ({}, {"bias": bias, "causal": True}, {"bias": bias, "mask": mask}):
+        launches.clear()
+        monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(1, 48 << 10))
+        whole = qm.attend(query, keys, values, **options)
+        assert "join_parts" not in launches
+        monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device(132, 48 << 10))
+        parts = qm.attend(query, keys, values, **options)
+        assert "join_parts" in launches
+        for x, y in zip(parts, whole, strict=True):
+            np.testing.assert_array_equal(x, y)
+    check(parts, query, keys, values, bias, mask, False)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_and_absent_keys(causal):
+    """NaN under the mask is not read, and a least float as a bias is that of no key."""
+    query, keys, values, bias = inputs(np.float32, 300, 5)
+    mask = np.random.default_rng(5).random((2, 300)) < 0.6
+    bias[:, 1, ::3] = np.finfo(np.float32).min
+    for x in (keys, values, bias):
+        x[np.broadcast_to(~mask[:, None], x.shape[:3])] = np.nan
+    options = {"bias": bias, "mask": mask, "causal": causal}
+    got = qm.attend(query, keys, values, **options)
+    for b, h in np.ndindex(2, 4):
+        seen = mask[b] & ~(bias[b, h // 2] < -1e30)
+        for i in (0, 4):
+            rows = seen & (np.arange(300) <= (295 + i if causal else 299))
+            one = (x[b, h // 2][rows] for x in (keys, values, bias))
+            wanted, wanted_z = oracle.attend(query[b, h, i : i + 1], *one)
+            assert_close(got[0][b, h, i], wanted[0], np.float32, "computed")
+            assert_close(got[1][b, h, i], wanted_z[0], np.float32)
+
+
+@pytest.mark.parametrize("name", ["attend", "attention_columns"])
+def test_a_head_has_the_bits_it_has_alone(name):
+    """Layers, sequences and heads of queries change only where the rows are."""
+    rng = np.random.default_rng(3)
+    query = rng.standard_normal((2, 3, 6, 2, 20)).astype(np.float32)  # (L, B, H, T, d)
+    keys, values = rng.standard_normal((2, 2, 3, 2, 70, 20)).astype(np.float32)
+    bias = rng.standard_normal((2, 3, 2, 70)).astype(np.float32)
+
+    def call(q, k, v, b):
+        output, z = qm.attend(q, k, v, bias=b, causal=True)
+        if name == "attend":
+            return output, z
+        return (qm_columns(q, k, z, b, True, 2),)
+
+    whole = call(query, keys, values, bias)
+    for n, s, h in np.ndindex(2, 3, 2):
+        heads = slice(3 * h, 3 * h + 3)
+        one = (x[n, s : s + 1, h : h + 1] for x in (keys, values, bias))
+        for x, y in zip(whole, call(query[n, s : s + 1, heads], *one), strict=True):
+            of_head = x[n, s, heads] if name == "attend" else x[n, s, h : h + 1]
+            np.testing.assert_array_equal(of_head, y[0])
 
 
 @dtypes
