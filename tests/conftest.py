@@ -22,6 +22,7 @@ from qm_cupy.stages.clustering import linkage_cuda
 collect_ignore = ["rehearsal", "docstrings.py"]
 NEED_A_GPU = [
     "plot/test_gpu_plot.py",
+    "test_gpu_caches.py",
     "test_gpu_long.py",
     "test_gpu_parity.py",
     "test_gpu_streams.py",

@@ -6,6 +6,7 @@ from unittest import mock
 
 import device_array
 import numpy as np
+from cache_launches import CACHE_OPERATIONS
 from seam import cuda
 
 import qm_cupy as qm
@@ -393,4 +394,5 @@ OPERATIONS = {
     "decode, callable": _decode(lambda c: mlp(c.dim).predict),
     "choose_merge": _choose,
     **dict(_quickmerges()),
+    **CACHE_OPERATIONS,
 }

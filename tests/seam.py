@@ -29,8 +29,14 @@ _MODULES = (
 )
 # All modules are imported now. One that is imported later would import a replacement,
 # and would keep it after the test.
-# These need torch, JAX or matplotlib, which may be missing.
-_LEFT_OUT = "qm_cupy.torch", "qm_cupy.jax", "qm_cupy.autodiff.", "qm_cupy.plot"
+# These need torch, JAX, transformers or matplotlib, which may be missing.
+_LEFT_OUT = (
+    "qm_cupy.torch",
+    "qm_cupy.jax",
+    "qm_cupy.transformers",
+    "qm_cupy.autodiff.",
+    "qm_cupy.plot",
+)
 for _module in pkgutil.walk_packages(qm_cupy.__path__, "qm_cupy."):
     if not _module.name.startswith((*_LEFT_OUT, "qm_cupy.__main__")):
         importlib.import_module(_module.name)

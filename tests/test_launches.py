@@ -51,6 +51,10 @@ LAUNCH_NOTHING = {
 # Calls in which the host reads values that a GPU has computed, and must wait for it.
 READS = {
     "alignment_loss, Merged": ["to_host"],  # K of each sequence, from its sizes
+    "evict": ["to_host"],  # the numbers of entries that must remain
+    "KVStream": ["to_host"],  # as merge_kv_cache
+    "match_attention": ["to_host"],  # the fit runs on the host
+    "merge_kv_cache": ["to_host"],  # the heights of the merges
     "choose_merge": ["to_host"],  # K of each sequence, for every candidate
     "MLPPrior.fit": ["to_host", "x[mask]", "__float__"],  # rows that are not padding
 }
@@ -118,8 +122,8 @@ def test_every_public_function_is_launched():
     # "cluster_tokens ward, mask" and "MLPPrior.fit" start with the public name.
     called = {re.split(r"[ .,]", name)[0] for name in OPERATIONS}
     results = {  # named tuples and protocols
-        "AlignmentLoss", "Choice", "KernelCompilationError", "MLP", "Merged", "Prior",
-        "SteppingPrior",
+        "AlignmentLoss", "Choice", "KVCache", "KernelCompilationError", "MLP",
+        "Merged", "Prior", "SteppingPrior",
     }  # fmt: skip
     public = {name for name in qm.__all__ if callable(getattr(qm, name))}
     assert public - LAUNCH_NOTHING - results == called

@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 
     // The keys of this split: whole steps of 32 keys for every warp.
     const long long steps = (num_keys + BLOCK_THREADS - 1) / BLOCK_THREADS;
-    const long long begin = steps * split / splits * BLOCK_THREADS;
+    const long long first_key = steps * split / splits * BLOCK_THREADS;
     const long long end = min(steps * (split + 1) / splits * BLOCK_THREADS, num_keys);
     for (int k = threadIdx.x; k < ROWS * head_dim; k += blockDim.x) {
         const long long row = row0 + k / head_dim, d = k % head_dim;
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
         last[a] =
             causal ? num_keys - num_queries + (row0 + a) % num_queries : num_keys - 1;
     }
-    for (long long j0 = begin + warp * 32; j0 < end; j0 += ATTEND_WARPS * 32) {
+    for (long long j0 = first_key + warp * 32; j0 < end; j0 += ATTEND_WARPS * 32) {
         const long long j = j0 + lane, key = head * num_keys + j;
         const acc_t b = j < end && bias ? bias[key] : acc_t(0);
         const bool seen =

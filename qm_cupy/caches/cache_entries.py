@@ -15,6 +15,7 @@ from ..arrays.libraries import is_cuda
 from ..arrays.protect import protected_tokens
 from ..arrays.shapes import expand_mask, saliency_shape
 from ..cuda.device import to_device, to_host
+from ..cuda.launch import contiguous
 
 Counts = NDArray[np.int64]
 
@@ -91,7 +92,7 @@ def free_entries(
         free &= ~expand_mask(kept, shape)
     if counts is not None:
         _check_room(free, present, counts, heads)
-    return free, np.ascontiguousarray(present)
+    return free, contiguous(present)
 
 
 def default_recent(counts: Counts | None, leading: tuple[int, ...]) -> Counts:

@@ -123,7 +123,7 @@ def compute_join_attention(
         top = np.maximum(top, z.astype(dtype))
     # A query without keys in every part: -inf - (-inf) would be NaN.
     top = np.where(np.isneginf(top), dtype.type(0), top)
-    total, joined = np.zeros_like(top), 0
+    total, joined = np.zeros(top.shape, dtype, like=top), 0
     for o, z in zip(outputs, log_sum_exps, strict=True):
         weight = np.exp(z.astype(dtype) - top)
         total = total + weight

@@ -383,9 +383,7 @@ def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) 
     labels = plan.labels
     if options.rotate_at == "first":
         # The last member in reverse order.
-        backwards = compute_group_positions(
-            np.ascontiguousarray(labels[:, ::-1]), plan.groups
-        )
+        backwards = compute_group_positions(labels[:, ::-1], plan.groups)
         member = num_entries - 1 - backwards
     else:
         member = compute_group_positions(labels, plan.groups)

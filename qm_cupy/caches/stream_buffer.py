@@ -63,4 +63,4 @@ class StreamBuffer:
 
     def result(self, name: str) -> Any:
         """Return a copy of the stored entries in the caller's library."""
-        return self.convert_back(np.array(self.stored(name), order="C"))
+        return self.convert_back(self.stored(name).copy(order="C"))

@@ -1,0 +1,104 @@
+"""Every public function of caches with the arguments of a call, for any kernels."""
+
+import functools
+
+import numpy as np
+
+import qm_cupy as qm
+
+BATCH, HEADS, GROUP, DIM = 2, 2, 2, 16
+
+
+def join(first, second, z_first, z_second):
+    """Join two parts; a flat signature, so that arrays are converted by argument."""
+    return qm.join_attention([first, second], [z_first, z_second])
+
+
+def kv_stream(keys, values, query):
+    """Return what a stream stores of a cache that comes in three parts."""
+    size = keys.shape[-2]
+    stream = qm.KVStream(max(size // 3, 8), buffer=8, sinks=1, recent=4)
+    for start, stop in ((0, 5), (5, size // 2), (size // 2, size)):
+        part = (x[..., start:stop, :] for x in (keys, values, query))
+        stream.append(*part)
+    return stream.keys, stream.values, stream.bias, stream.sizes, stream.positions
+
+
+def merge_stream(tokens):
+    """Return what a stream stores of tokens that come in two parts."""
+    size = tokens.shape[-2]
+    stream = qm.MergeStream(max(size // 4, 3), sinks=1, recent=1)
+    stream.append(tokens[..., : size // 3, :])
+    stream.append(tokens[..., size // 3 :, :])
+    return stream.tokens, stream.mass, stream.sizes, stream.positions
+
+
+@functools.cache
+def calls(num_entries=40, masked=False):
+    """Return {name: (function, arguments as NumPy arrays)}."""
+    rng = np.random.default_rng(num_entries)
+    leading = BATCH, HEADS
+    keys = rng.standard_normal((*leading, num_entries, DIM))
+    values = rng.standard_normal((*leading, num_entries, 8))
+    num_queries = min(num_entries, 12)
+    query = rng.standard_normal((BATCH, GROUP * HEADS, num_queries, DIM))
+    every = rng.standard_normal((BATCH, GROUP * HEADS, num_entries, DIM))
+    scores = rng.random((*leading, num_entries))
+    bias = rng.standard_normal((*leading, num_entries))
+    mask = None
+    if masked:
+        mask = np.ones((BATCH, num_entries), np.bool_)
+        mask[0, :5] = False
+        mask[1, -3:] = False
+    cache = {"keys": keys, "values": values, "mask": mask}
+    attended = {"query": query, **cache}
+    merged = {**cache, "sinks": 1, "recent": 6, "query": query}
+    rotary = {"inv_freq": 1000.0 ** -(np.arange(8) / 8)}
+    z = rng.standard_normal((*leading, num_entries))
+    return {
+        "attend": (qm.attend, {**attended, "bias": bias}),
+        "attend, causal": (qm.attend, {**attended, "causal": True}),
+        "join_attention": (
+            join,
+            {"first": values, "second": -values, "z_first": z, "z_second": 1 - z},
+        ),
+        "fold_bias": (qm.fold_bias, {"query": query, "keys": keys, "bias": bias}),
+        **{
+            f"score_keys, {how}": (
+                qm.score_keys,
+                {**attended, "how": how}
+                if how == "expected"
+                else {"query": every, "keys": keys, "mask": mask, "how": how},
+            )
+            for how in ("received", "snapkv", "expected", "rms", "last")
+        },
+        "evict": (qm.evict, {**cache, "budget": 0.4, "scores": scores, "sinks": 1}),
+        "evict, per head": (
+            qm.evict,
+            {**cache, "budget": 12, "scores": scores, "bias": bias, "per_head": True},
+        ),
+        "match_attention": (qm.match_attention, {**attended, "budget": 0.4}),
+        "merge_kv_cache": (qm.merge_kv_cache, {**merged, "budget": 0.5, **rotary}),
+        "merge_kv_cache, windows": (
+            qm.merge_kv_cache,
+            {**merged, "budget": 14, "window": 8, "attention": scores, "bias": bias},
+        ),
+        "merge_kv_cache, per head": (
+            qm.merge_kv_cache,
+            {**merged, "budget": 0.5, **rotary, "per_head": True, "rotate_at": "first"},
+        ),
+        "merge_kv_cache, error": (
+            qm.merge_kv_cache,
+            {**cache, "max_error": 0.4, "sinks": 0, "recent": 2},
+        ),
+        "KVStream": (
+            kv_stream,
+            {"keys": keys, "values": values, "query": every[:, ::2]},
+        ),
+        "MergeStream": (merge_stream, {"tokens": keys[:, 0]}),
+    }
+
+
+NAMES = sorted(calls())
+# Classes and functions of a flat signature, by the names of their calls.
+FUNCTIONS = {name.split(",")[0] for name in NAMES}
