@@ -87,6 +87,8 @@ class MergedCache(Cache):
     (205, 204)
     """
 
+    layers: list[MergedLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,

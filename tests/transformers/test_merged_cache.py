@@ -1,18 +1,18 @@
-"""The cache in models: exact where it must be, and right positions, masks and biases."""
+"""The cache in models: where it is exact; positions, masks, biases, and hooks."""
 
 import copy
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-import numpy as np
-from tiny_models import FAMILIES, model_of, num_hooks, prompt_of
-from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from qm_cupy.transformers import MergedCache, merged_layer
+DynamicCache = pytest.importorskip("transformers").DynamicCache
+ATTENTION = pytest.importorskip("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+MergedCache = pytest.importorskip("qm_cupy.transformers").MergedCache
+merged_layer = pytest.importorskip("qm_cupy.transformers.merged_layer")
+tiny_models = pytest.importorskip("tiny_models")
+model_of, prompt_of = tiny_models.model_of, tiny_models.prompt_of
+FAMILIES, num_hooks = tiny_models.FAMILIES, tiny_models.num_hooks
 
 
 def generate(model, prompt, cache, count=12, **options):
@@ -112,7 +112,7 @@ class TestQueries:
     def test_hooks(self, family, monkeypatch):
         model = model_of(family)
         seen, passed = [], []
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        sdpa = ATTENTION["sdpa"]
 
         def attend(module, query, key, *args, **kwargs):
             seen.append((query, key, kwargs["scaling"]))
@@ -123,7 +123,7 @@ class TestQueries:
             return merge_kv_cache(keys, values, budget, **options)
 
         merge_kv_cache = merged_layer.merge_kv_cache
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
+        monkeypatch.setitem(ATTENTION, "sdpa", attend)
         monkeypatch.setattr(merged_layer, "merge_kv_cache", merge)
         filled(model, 60, batch=2)
         assert len(seen) == len(passed) == 2

@@ -1,7 +1,9 @@
 """Small random language models, built from their configurations."""
 
-import torch
-import transformers
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 # Four query heads and two key heads, except where a family needs other options.
 _OPTIONS = {
@@ -24,7 +26,7 @@ _OWN = {
     "Helium": {"head_dim": 8},
     "Granite": {"attention_multiplier": 0.5},  # a scale other than 1/√d
 }
-# Families whose attention is computed exactly; the last three rotate pairs (2i, 2i + 1).
+# Families that the cache supports. The last three rotate pairs (2i, 2i + 1).
 FAMILIES = (
     "Llama",
     "Qwen2",
