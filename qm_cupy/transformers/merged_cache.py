@@ -3,8 +3,9 @@
 B sequences of n tokens were seen. A layer has H key heads, and stores N entries.
 """
 
+import copy
 import weakref
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from ..arrays.checks import check_choice, check_integer
 from ..caches.budgets import head_budgets
 from ..caches.cache_checks import check_count, check_flag, check_window
 from ..caches.merge_kv_cache import WINDOW, RotateAt, check_rotate_at
-from .merged_layer import MergedLayer, MergeSettings
-from .query_hooks import install
+from .merged_layer import MergedLayer, MergeSettings, num_free
+from .query_hooks import check_positions, install
 from .support import check_attention, check_config, rotary_of
 
 
@@ -37,10 +38,13 @@ class MergedCache(Cache):
         its attention modules bring the cache the queries, until `remove` is called or
         the cache is deleted. With a configuration instead of a model, entries are
         merged by their keys alone. This needs no hooks, but changes the output of the
-        model several times as much.
+        model several times as much. It assumes that keys are rotated in pairs
+        (i, i + r/2), as in Llama, and padding is then refused only if positions show
+        it, as they do in `generate`.
     budget : int or float, default 0.25
         Entries of each head after a merge: a number, or a fraction within (0, 1] of the
-        tokens seen. Fewer tokens do not merge.
+        tokens seen. Fewer tokens do not merge, nor do texts so short that the budget
+        has no room beside `sinks` and `recent`.
     every : int, optional
         Also merge while decoding, each time when this many tokens were added. By
         default, the tokens that the model generates do not merge.
@@ -83,6 +87,8 @@ class MergedCache(Cache):
     (205, 204)
     """
 
+    layers: list[MergedLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
@@ -106,7 +112,7 @@ class MergedCache(Cache):
         config = check_config(model.config if is_model else model)
         if is_model:
             check_attention(config)
-        if isinstance(budget, int):
+        if isinstance(budget, int | np.integer):
             budget = check_integer("budget", budget)
         large = np.array(2**31 - 1)
         head_budgets(budget, (), large)  # raises for a wrong budget
@@ -122,13 +128,52 @@ class MergedCache(Cache):
             "rotate_at": check_rotate_at(rotate_at, rotary),  # type: ignore[arg-type]
             "window": check_window(window),
         }
+        if isinstance(budget, int) and num_free(budget, options) < 1:
+            raise ValueError(
+                f"`budget` has no room beside `sinks` and `recent`, got {budget}: "
+                "raise the budget, or lower these"
+            )
         settings = MergeSettings(
             budget, every, options, rotary, is_model, mass == "received"
         )
         count = config.num_hidden_layers
         super().__init__(layers=[MergedLayer(settings, config) for _ in range(count)])
-        handles = install(self, model) if is_model else []
+        self._config = config
+        self._attach(model if is_model else None)
+
+    def _attach(self, model: Any) -> None:
+        """Add the hooks to a model; None is no model."""
+        self._model = None if model is None else weakref.ref(model)
+        handles = [] if model is None else install(self, model)
         self._remove = weakref.finalize(self, _remove_all, handles)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MergedCache":
+        """Return a copy with hooks of its own, such as for a prompt that is reused."""
+        memo[id(self._config)] = self._config  # the model may change it
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        own = {"_model", "_remove"}
+        rest = {name: x for name, x in vars(self).items() if name not in own}
+        vars(made).update(copy.deepcopy(rest, memo))
+        made._attach(self._model() if self._model and self._remove.alive else None)
+        return made
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the keys and values of a layer, and return those for attention."""
+        if layer_idx == 0 and key_states.shape[-2] > 1:
+            ids = (kwargs.get("kwargs") or {}).get("position_ids")
+            check_positions(ids, self.layers[0].seen)
+        keys, values = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return keys, values
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return the number of keys of the next mask, and its offset.
@@ -150,7 +195,8 @@ class MergedCache(Cache):
         """Remove the hooks from the model. The cache no longer merges."""
         self._remove()
         for layer in self.layers:
-            layer.settings = layer.settings._replace(every=None)
+            settings = layer.settings._replace(every=None, from_queries=False)
+            layer.settings = settings._replace(merges=False)
 
     def __enter__(self) -> "MergedCache":
         """Return the cache, whose hooks are removed at the end of the block."""

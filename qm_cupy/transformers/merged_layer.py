@@ -11,10 +11,12 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from ..caches.budgets import head_budgets
+from ..caches.cache_checks import Rotary
+from ..caches.cache_entries import default_recent
 from ..caches.cache_mass import NUM_QUERIES
 from ..caches.merge_kv_cache import merge_kv_cache
 from ..caches.score_keys import score_keys
-from .support import ModelRotary, check_attention
+from .support import check_attention
 
 
 class MergeSettings(NamedTuple):
@@ -24,11 +26,22 @@ class MergeSettings(NamedTuple):
     every: int | None
     options: dict[str, Any]
     """Arguments of `merge_kv_cache` by name."""
-    rotary: ModelRotary | None
+    rotary: Rotary | None
     from_queries: bool
     """Whether hooks bring the queries of a forward pass, and then merge."""
     received: bool
     """Whether the attention of all queries counts, or only that of the last ones."""
+    merges: bool = True
+    """Whether entries merge at all; False after `remove`."""
+
+
+def num_free(count: int, options: dict[str, Any]) -> int:
+    """Return how many of K entries are left for those that may merge."""
+    recent = options["recent"]
+    if recent is None:
+        recent = int(default_recent(np.array(count), ()))
+    free: int = count - options["sinks"] - recent
+    return free
 
 
 class MergedLayer(DynamicLayer):
@@ -39,6 +52,7 @@ class MergedLayer(DynamicLayer):
     def __init__(self, settings: MergeSettings, config: Any) -> None:
         super().__init__()
         self.settings, self.config = settings, config
+        self.rotary = settings.rotary  # a hook corrects which elements are pairs
         self._clear()
 
     def _clear(self) -> None:
@@ -50,6 +64,7 @@ class MergedLayer(DynamicLayer):
         self.received: torch.Tensor | None = None
         self.counts: torch.Tensor | None = None
         self.queries: list[torch.Tensor] = []  # (B, H_q, T, d) since the last merge
+        self.waits = False  # whether the hook has not run since the last `update`
         self.checked = False  # whether the hook computes the queries rightly
 
     def update(
@@ -71,17 +86,23 @@ class MergedLayer(DynamicLayer):
                 "`with torch.no_grad():`, or call `model.generate`"
             )
         arguments = kwargs.get("kwargs")
-        if arguments is None and self.bias is not None:
+        if arguments is None:
             raise ValueError(
                 f"{type(self.config).__name__}'s attention does not pass its arguments "
                 "to `cache.update`, so merged entries cannot have a bias"
             )
+        if self.waits and self.settings.from_queries:
+            raise RuntimeError(
+                "no hook of this cache has run: pass the cache to the model of which "
+                "it was made, `MergedCache(model)`, before `remove` is called"
+            )
+        self.waits = True
         num_new = key_states.shape[-2]
         keys, values = super().update(key_states, value_states)
         self.seen += num_new
         self.since_merge += num_new
         self._append_state(keys, num_new)
-        if self.bias is not None and arguments is not None:
+        if self.bias is not None:
             arguments["position_bias"] = self._position_bias(keys, num_new, arguments)
         if not self.settings.from_queries and self._is_due(num_new):
             self.merge()  # `keys` and `values` still have all entries
@@ -119,10 +140,13 @@ class MergedLayer(DynamicLayer):
     def _is_due(self, num_new: int) -> bool:
         """Return whether the entries are to be merged after this forward pass."""
         every = self.settings.every
+        if not self.settings.merges:
+            return False
         return num_new > 1 or (every is not None and self.since_merge >= every)
 
     def after_attention(self, query: torch.Tensor | None, num_new: int) -> None:
         """Take the rotated queries (B, H_q, T, d) of a forward pass, and merge."""
+        self.waits = False
         if query is not None:
             self.queries.append(query)
         if self._is_due(num_new):
@@ -139,13 +163,15 @@ class MergedLayer(DynamicLayer):
         if query is not None and self.settings.received:
             self._add_received(query)
         count = self._num_kept()
-        if count >= self._mean_present():
+        has_room = num_free(count, self.settings.options) > 0
+        if count >= self._mean_present() or not has_room:
             return
-        rotary, options = self.settings.rotary, self.settings.options
+        rotary, options = self.rotary, self.settings.options
         if rotary is not None:
             options = {
                 **options,
                 "inv_freq": rotary.inv_freq,
+                "interleaved": rotary.interleaved,
                 "rotary_scaling": rotary.scaling,
             }
         attention = None
@@ -177,7 +203,7 @@ class MergedLayer(DynamicLayer):
         return int((self.bias[0] > -torch.inf).sum()) // self.bias.shape[1]
 
     def _num_kept(self) -> int:
-        """Return K: the budget of the tokens seen, and at most that of the config."""
+        """Return K: the budget, or its fraction of the tokens seen."""
         total = np.array(self.seen, np.int64)
         budget = self.settings.budget
         if isinstance(budget, int):
@@ -206,8 +232,16 @@ class MergedLayer(DynamicLayer):
         assert self.positions is not None
         shape = last.shape
         absent = last < 0  # padded entries of heads with fewer
-        inside = last.clamp(min=0)
-        self.positions = self.positions.gather(-1, inside)
+        # The position to which a merged key was rotated; a mean of rotated keys has
+        # that of its last member.
+        positions = self.positions
+        if self.settings.options["rotate_at"] == "first":
+            none = torch.full_like(last, self.seen)
+            of_group = labels.clamp(min=0)
+            padding = positions.masked_fill(labels < 0, self.seen)
+            self.positions = none.scatter_reduce(-1, of_group, padding, "amin")
+        else:
+            self.positions = positions.gather(-1, last.clamp(min=0))
         inside = labels.clamp(min=0)
         zeros = torch.zeros(shape, dtype=torch.float32, device=labels.device)
         present = (labels >= 0).float()

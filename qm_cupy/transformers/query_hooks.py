@@ -6,15 +6,19 @@ module. It also computes the last keys again and compares them with those in the
 so that a model whose attention works in another way is refused, and not merged wrongly.
 """
 
+import inspect
 import sys
 import weakref
 from typing import Any
 
 import torch
 
+from ..caches.cache_checks import Rotary
+from ..caches.rotary import rotate
 from .merged_layer import MergedLayer
 
 _CHECKED = 8  # keys that are compared, in the first forward pass of a layer
+_TOLERANCE = 0.03  # of their relative difference; bfloat16 keys differ by 0.01
 
 
 def attention_modules(model: Any) -> list[Any]:
@@ -34,6 +38,11 @@ def attention_modules(model: Any) -> list[Any]:
             "queries could be computed: pass `model.config`, to merge by keys alone"
         )
     for module in modules:
+        if not getattr(module, "is_causal", True) or not hasattr(module, "scaling"):
+            raise ValueError(
+                f"{type(module).__name__} is not causal, or has no `scaling` of its "
+                "scores: use transformers' DynamicCache"
+            )
         if not hasattr(_file_of(module), "apply_rotary_pos_emb"):
             raise ValueError(
                 f"{type(module).__name__} does not rotate queries by "
@@ -68,28 +77,51 @@ def install(cache: Any, model: Any) -> list[Any]:
 
     def before_model(module: Any, args: Any, kwargs: Any) -> None:
         owner = reference()
-        if owner is not None and owner in (
-            kwargs.get("cache"),
-            kwargs.get("past_key_values"),
-        ):
-            check_padding(kwargs.get("attention_mask"))
+        given = dict(
+            zip(inspect.signature(module.forward).parameters, args, strict=False)
+        )
+        given.update(kwargs)
+        caches = given.get("cache"), given.get("past_key_values")
+        if owner is not None and any(x is owner for x in caches):
+            check_padding(given.get("attention_mask"))
 
     handles = [
         module.register_forward_hook(after_attention, with_kwargs=True)
         for module in attention_modules(model)
     ]
-    handles.append(model.register_forward_pre_hook(before_model, with_kwargs=True))
+    # A model with a head, and the decoder inside, which may be called by itself.
+    for module in {model, model.base_model}:
+        handles.append(module.register_forward_pre_hook(before_model, with_kwargs=True))
     return handles
 
 
 def check_padding(mask: Any) -> None:
-    """Raise if a two-dimensional attention mask has padding."""
+    """Raise if an attention mask has padding, or is not a mask of padding."""
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+        raise ValueError(
+            "`MergedCache` needs causal attention: `attention_mask` must be None or of "
+            "shape (B, n), without padding"
+        )
     # While a model decodes, the mask only grows by ones, so long masks of one new token
     # are read too; their values are on the CPU or were read for the prompt.
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
         raise ValueError(
             "`MergedCache` does not support padded batches: `attention_mask` has "
             "zeros. Generate for prompts of one length at a time"
+        )
+
+
+def check_positions(positions: Any, seen: int) -> None:
+    """Raise unless the positions of new tokens continue those of the tokens seen."""
+    if not isinstance(positions, torch.Tensor):
+        return
+    count = positions.shape[-1]
+    wanted = torch.arange(seen, seen + count, device=positions.device)
+    if not bool((positions == wanted).all()):
+        raise ValueError(
+            f"`MergedCache` needs positions {seen}..{seen + count - 1} for new tokens: "
+            "leave out `position_ids`, and generate for prompts of one length at a "
+            "time, without padding"
         )
 
 
@@ -102,25 +134,69 @@ def _query(
     module: Any, hidden: torch.Tensor, embeddings: Any, layer: MergedLayer
 ) -> torch.Tensor:
     """Return the rotated queries (B, H_q, T, d) of hidden states (B, T, D)."""
-    rotate = _file_of(module).apply_rotary_pos_emb
-    cosine, sine = embeddings
-    query = _heads(module, "q", hidden)
-    rotated: torch.Tensor = rotate(query, query, cosine, sine)[0]
     if not layer.checked:
-        last = slice(-min(_CHECKED, hidden.shape[1]), None)
-        parts = cosine[..., last, :], sine[..., last, :]
-        key = _heads(module, "k", hidden[:, last])
-        key = rotate(key, key, *parts)[1]
-        stored = layer.keys[..., -key.shape[-2] :, :]
-        tolerance = 1e-3 if key.dtype.itemsize > 2 else 0.1
-        if not torch.allclose(key.float(), stored.float(), tolerance, tolerance):
-            raise ValueError(
-                f"the keys of {type(module).__name__} are not those of `k_proj` and "
-                "`apply_rotary_pos_emb`, so its queries cannot be computed: pass "
-                "`model.config`, to merge by keys alone"
-            )
-        layer.checked = True
+        _check_keys(module, hidden, embeddings, layer)
+    query = _heads(module, "q", hidden)
+    rotated: torch.Tensor = _file_of(module).apply_rotary_pos_emb(
+        query, query, *embeddings
+    )[0]
     return rotated
+
+
+def _check_keys(
+    module: Any, hidden: torch.Tensor, embeddings: Any, layer: MergedLayer
+) -> None:
+    """Compute the last keys again, and raise unless they are those of the cache."""
+    last = slice(-min(_CHECKED, hidden.shape[1]), None)
+    parts = (x[..., last, :] for x in embeddings)
+    try:
+        straight = _heads(module, "k", hidden[:, last])
+        key = _file_of(module).apply_rotary_pos_emb(straight, straight, *parts)[1]
+    except (AttributeError, RuntimeError) as error:
+        raise _other_keys(module) from error  # shapes that do not fit
+    stored = layer.keys[..., -key.shape[-2] :, :]
+    if _difference(key, stored) > _TOLERANCE:
+        raise _other_keys(module)
+    if layer.rotary is not None:
+        assert layer.positions is not None
+        positions = layer.positions[..., -key.shape[-2] :]
+        layer.rotary = _check_rotation(
+            module, straight, stored, positions, layer.rotary
+        )
+    layer.checked = layer.seen > 1  # position 0 is no rotation
+
+
+def _check_rotation(
+    module: Any, straight: Any, stored: Any, positions: Any, rotary: Rotary
+) -> Rotary:
+    """Return the rotation with the right pairs of elements, or raise."""
+    x = straight.float().cpu().numpy()
+    for interleaved in (False, True):
+        tried = rotary._replace(interleaved=interleaved)
+        y = torch.from_numpy(rotate(x, positions.cpu().numpy(), *tried))
+        if _difference(y, stored.cpu()) <= _TOLERANCE:
+            return tried
+    raise ValueError(
+        f"{type(module).__name__} does not rotate its keys as its configuration says: "
+        "pass `model.config`, to merge by keys alone"
+    )
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Return the norm of the difference, relative to that of y."""
+    x, y = x.float(), y.float()
+    if x.shape != y.shape:
+        return float("inf")
+    least = torch.finfo(torch.float32).tiny
+    return float((x - y).norm() / y.norm().clamp(min=least))
+
+
+def _other_keys(module: Any) -> ValueError:
+    return ValueError(
+        f"the keys of {type(module).__name__} are not those of `k_proj`, `k_norm` and "
+        "`apply_rotary_pos_emb`, so its queries cannot be computed: pass "
+        "`model.config`, to merge by keys alone"
+    )
 
 
 def _heads(module: Any, name: str, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,14 @@
 """Which models and configurations a merged cache supports, and their rotation."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..caches.cache_checks import Rotary
+
 # The attention functions of transformers that add a bias for each key.
 SUPPORTED = "sdpa", "flex_attention"
-
-
-class ModelRotary(NamedTuple):
-    """The rotation of a model's keys by their positions."""
-
-    inv_freq: NDArray[np.float64]
-    scaling: float
 
 
 def check_config(config: Any) -> Any:
@@ -43,6 +38,11 @@ def check_config(config: Any) -> Any:
             "`MergedCache` does not support attention with soft-capped scores, which "
             f"{type(text).__name__} has"
         )
+    if not all(getattr(text, "no_rope_layers", None) or [True]):
+        raise ValueError(
+            "`MergedCache` does not support models some of whose layers do not rotate "
+            f"their keys (`no_rope_layers`), such as {type(text).__name__}"
+        )
     return text
 
 
@@ -62,23 +62,26 @@ def check_attention(config: Any) -> None:
     )
 
 
-def rotary_of(config: Any, model: Any = None) -> ModelRotary | None:
+def rotary_of(config: Any, model: Any = None) -> Rotary | None:
     """Return how a model rotates its keys, or None if it does not.
 
-    A rotation whose frequencies depend on the length of the text is refused.
+    A rotation whose frequencies depend on the length of the text is refused. The
+    result has pairs (i, i + r/2); a hook finds out about pairs (2i, 2i + 1).
     """
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
         return None
+    # Gemma 3 has a rotation for each type of layers.
+    parameters = parameters.get("full_attention", parameters)
     name = parameters.get("rope_type", "default")
     if name in ("dynamic", "longrope"):
         raise ValueError(
             f'`MergedCache` does not support rope_type="{name}", whose frequencies '
             "depend on the length of the text"
         )
-    module = None if model is None else rotary_module(model)
+    module = None if model is None else _frequencies_of(model)
     if module is not None:
-        inv_freq, scaling = module.inv_freq, module.attention_scaling
+        inv_freq, scaling = module
     elif name == "default":
         inv_freq, scaling = _default_frequencies(config, parameters), 1.0
     else:
@@ -87,7 +90,7 @@ def rotary_of(config: Any, model: Any = None) -> ModelRotary | None:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[name](config)
     if hasattr(inv_freq, "detach"):
         inv_freq = inv_freq.detach().cpu().double().numpy()
-    return ModelRotary(np.asarray(inv_freq, np.float64), float(scaling))
+    return Rotary(np.asarray(inv_freq, np.float64), False, float(scaling))
 
 
 def _default_frequencies(config: Any, parameters: Any) -> NDArray[np.float64]:
@@ -102,9 +105,11 @@ def _default_frequencies(config: Any, parameters: Any) -> NDArray[np.float64]:
     return frequencies
 
 
-def rotary_module(model: Any) -> Any:
-    """Return the module with the frequencies of the rotation, or None."""
+def _frequencies_of(model: Any) -> tuple[Any, Any] | None:
+    """Return the frequencies and the scaling factor that a model uses, or None."""
     for module in model.modules():
-        if hasattr(module, "inv_freq") and hasattr(module, "attention_scaling"):
-            return module
+        for prefix in ("", "full_attention_"):
+            names = f"{prefix}inv_freq", f"{prefix}attention_scaling"
+            if all(hasattr(module, name) for name in names):
+                return getattr(module, names[0]), getattr(module, names[1])
     return None
