@@ -87,7 +87,7 @@ class MergedCache(Cache):
     (205, 204)
     """
 
-    layers: list[MergedLayer]  # type: ignore[assignment]
+    layers: Any  # a list of `MergedLayer`
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class MergedCache(Cache):
             "sinks": check_count("sinks", sinks),
             "recent": None if recent is None else check_count("recent", recent),
             "calibrate": check_flag("calibrate", calibrate),
-            "rotate_at": check_rotate_at(rotate_at, rotary),  # type: ignore[arg-type]
+            "rotate_at": check_rotate_at(rotate_at, rotary),
             "window": check_window(window),
         }
         if isinstance(budget, int) and num_free(budget, options) < 1:

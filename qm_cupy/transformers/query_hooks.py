@@ -158,7 +158,6 @@ def _check_keys(
     if _difference(key, stored) > _TOLERANCE:
         raise _other_keys(module)
     if layer.rotary is not None:
-        assert layer.positions is not None
         positions = layer.positions[..., -key.shape[-2] :]
         layer.rotary = _check_rotation(
             module, straight, stored, positions, layer.rotary
