@@ -38,7 +38,8 @@ class MergedCache(Cache):
         its attention modules bring the cache the queries, until `remove` is called or
         the cache is deleted. With a configuration instead of a model, entries are
         merged by their keys alone. This needs no hooks, but changes the output of the
-        model several times as much. It assumes that keys are rotated in pairs
+        model more: a quarter of the entries can then predict worse than the last
+        quarter of the prompt would. It assumes that keys are rotated in pairs
         (i, i + r/2), as in Llama, and padding is then refused only if positions show
         it, as they do in `generate`.
     budget : int or float, default 0.25
