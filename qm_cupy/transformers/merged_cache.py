@@ -143,7 +143,7 @@ class MergedCache(Cache):
         self._attach(model if is_model else None)
 
     def _attach(self, model: Any) -> None:
-        """Add the hooks to a model; None is no model."""
+        """Add the hooks to a model; None adds none."""
         self._model = None if model is None else weakref.ref(model)
         handles = [] if model is None else install(self, model)
         self._remove = weakref.finalize(self, _remove_all, handles)

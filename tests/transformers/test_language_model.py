@@ -38,16 +38,16 @@ def log_probabilities(model, tokens, cache):
     return model(tokens[:, LENGTH:], cache=cache).logits[0].log_softmax(-1)
 
 
-def divergence(expected, found):
+def divergence(expected, losses):
     """Return the mean Kullback–Leibler divergence over the tokens."""
-    return float((expected.exp() * (expected - found)).sum(-1).mean())
+    return float((expected.exp() * (expected - losses)).sum(-1).mean())
 
 
 @pytest.mark.slow("converts the weights of a language model, once")
 def test_predictions(smollm2):
     model, _, tokens = smollm2
     expected = log_probabilities(model, tokens, DynamicCache())
-    found = {}
+    losses = {}
     for name, options in {
         "all": {"budget": 1.0},
         "half": {"budget": 0.5},
@@ -55,7 +55,7 @@ def test_predictions(smollm2):
         "keys": {"budget": 0.25, "model": model.config},
     }.items():
         cache = MergedCache(**{"model": model, **options})
-        found[name] = divergence(expected, log_probabilities(model, tokens, cache))
+        losses[name] = divergence(expected, log_probabilities(model, tokens, cache))
     # As many tokens of the prompt, the last ones, without the others.
     last = DynamicCache()
     with torch.no_grad():
@@ -65,8 +65,8 @@ def test_predictions(smollm2):
     # Measured: half 0.056, quarter 0.197, last tokens only 0.336, keys alone 0.445. By
     # keys alone, a quarter of this text predicts worse than its end does, so the order
     # of these two is not tested.
-    assert found["all"] < 1e-6
-    assert found["half"] < found["quarter"] < min(last_only, found["keys"])
+    assert losses["all"] < 1e-6
+    assert losses["half"] < losses["quarter"] < min(last_only, losses["keys"])
 
 
 @pytest.mark.slow("generates text by a language model")

@@ -292,7 +292,7 @@ class TestLaterTokens:
     @pytest.mark.parametrize("per_head", [False, True])
     def test_flex_attention(self, per_head):
         """Both attention functions add the same bias and the same mask."""
-        model, found = model_of(), {}
+        model, results = model_of(), {}
         # Without a compiler: this is about what flex attention gets, not its code.
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without")
@@ -301,8 +301,8 @@ class TestLaterTokens:
                 model.set_attn_implementation(name)
                 cache = filled(model, 120, batch=2, per_head=per_head)
                 news = prompt_of(3, 2, seed=1), prompt_of(1, 2, seed=2)
-                found[name] = [logits(model, new, cache) for new in news]
-        for x, y in zip(*found.values(), strict=True):
+                results[name] = [logits(model, new, cache) for new in news]
+        for x, y in zip(*results.values(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
     def test_reset(self):
