@@ -38,7 +38,8 @@ class MergedCache(Cache):
         its attention modules bring the cache the queries, until `remove` is called or
         the cache is deleted. With a configuration instead of a model, entries are
         merged by their keys alone. This needs no hooks, but changes the output of the
-        model several times as much. It assumes that keys are rotated in pairs
+        model more: a quarter of the entries can then predict worse than the last
+        quarter of the prompt would. It assumes that keys are rotated in pairs
         (i, i + r/2), as in Llama, and padding is then refused only if positions show
         it, as they do in `generate`.
     budget : int or float, default 0.25
@@ -87,7 +88,7 @@ class MergedCache(Cache):
     (205, 204)
     """
 
-    layers: list[MergedLayer]  # type: ignore[assignment]
+    layers: Any  # a list of `MergedLayer`
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class MergedCache(Cache):
             "sinks": check_count("sinks", sinks),
             "recent": None if recent is None else check_count("recent", recent),
             "calibrate": check_flag("calibrate", calibrate),
-            "rotate_at": check_rotate_at(rotate_at, rotary),  # type: ignore[arg-type]
+            "rotate_at": check_rotate_at(rotate_at, rotary),
             "window": check_window(window),
         }
         if isinstance(budget, int) and num_free(budget, options) < 1:
@@ -142,7 +143,7 @@ class MergedCache(Cache):
         self._attach(model if is_model else None)
 
     def _attach(self, model: Any) -> None:
-        """Add the hooks to a model; None is no model."""
+        """Add the hooks to a model; None adds none."""
         self._model = None if model is None else weakref.ref(model)
         handles = [] if model is None else install(self, model)
         self._remove = weakref.finalize(self, _remove_all, handles)

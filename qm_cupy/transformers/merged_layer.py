@@ -48,9 +48,11 @@ class MergedLayer(DynamicLayer):
     """A layer whose entries are merged after each forward pass of several tokens."""
 
     is_croppable = False
+    keys: Any  # (B, H, N, d), None before the first tokens
+    values: Any  # (B, H, N, d_v)
 
     def __init__(self, settings: MergeSettings, config: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.settings, self.config = settings, config
         self.rotary = settings.rotary  # a hook corrects which elements are pairs
         self._clear()
@@ -59,10 +61,10 @@ class MergedLayer(DynamicLayer):
         self.seen = 0  # n, tokens so far
         self.since_merge = 0  # tokens since the last merge
         self.bias: torch.Tensor | None = None  # (B, H, N), None before the first merge
-        self.positions: torch.Tensor | None = None  # (B, H, N)
+        self.positions: Any = None  # (B, H, N)
         # The sum of the attention that each entry received, and from how many queries.
-        self.received: torch.Tensor | None = None
-        self.counts: torch.Tensor | None = None
+        self.received: Any = None
+        self.counts: Any = None
         self.queries: list[torch.Tensor] = []  # (B, H_q, T, d) since the last merge
         self.waits = False  # whether the hook has not run since the last `update`
         self.checked = False  # whether the hook computes the queries rightly
@@ -176,8 +178,6 @@ class MergedLayer(DynamicLayer):
             }
         attention = None
         if query is not None and self.settings.received:
-            assert self.received is not None
-            assert self.counts is not None
             attention = self.received / self.counts.clamp(min=1)
         if query is not None:
             query = query[..., -min(NUM_QUERIES, query.shape[-2]) :, :]
@@ -217,8 +217,6 @@ class MergedLayer(DynamicLayer):
         # Entry j receives attention from the queries that may attend to it.
         counts = torch.arange(num_entries, 0, -1, device=mean.device)
         counts = counts.clamp(max=num_queries).to(torch.float32)
-        assert self.received is not None
-        assert self.counts is not None
         self.received = self.received + mean.float() * counts
         self.counts = self.counts + counts
 
@@ -227,9 +225,6 @@ class MergedLayer(DynamicLayer):
 
     def _merge_state(self, labels: torch.Tensor, last: torch.Tensor) -> None:
         """Bring positions and attention received to the merged entries."""
-        assert self.received is not None
-        assert self.counts is not None
-        assert self.positions is not None
         shape = last.shape
         absent = last < 0  # padded entries of heads with fewer
         # The position to which a merged key was rotated; a mean of rotated keys has
@@ -269,7 +264,6 @@ class MergedLayer(DynamicLayer):
         if missing <= 0 or not self.is_initialized:
             return
         assert self.bias is not None
-        assert self.positions is not None
         pad = torch.nn.functional.pad
         self.keys = pad(self.keys, (0, 0, 0, missing))
         self.values = pad(self.values, (0, 0, 0, missing))

@@ -77,13 +77,13 @@ def install(cache: Any, model: Any) -> list[Any]:
 
     def before_model(module: Any, args: Any, kwargs: Any) -> None:
         owner = reference()
-        given = dict(
+        passed = dict(
             zip(inspect.signature(module.forward).parameters, args, strict=False)
         )
-        given.update(kwargs)
-        caches = given.get("cache"), given.get("past_key_values")
+        passed.update(kwargs)
+        caches = passed.get("cache"), passed.get("past_key_values")
         if owner is not None and any(x is owner for x in caches):
-            check_padding(given.get("attention_mask"))
+            check_padding(passed.get("attention_mask"))
 
     handles = [
         module.register_forward_hook(after_attention, with_kwargs=True)
@@ -158,12 +158,11 @@ def _check_keys(
     if _difference(key, stored) > _TOLERANCE:
         raise _other_keys(module)
     if layer.rotary is not None:
-        assert layer.positions is not None
         positions = layer.positions[..., -key.shape[-2] :]
         layer.rotary = _check_rotation(
             module, straight, stored, positions, layer.rotary
         )
-    layer.checked = layer.seen > 1  # position 0 is no rotation
+    layer.checked = layer.seen > 1  # position 0 does not rotate
 
 
 def _check_rotation(

@@ -1,6 +1,7 @@
 """The cache in models: where it is exact; positions, masks, biases, and hooks."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -287,6 +288,22 @@ class TestLaterTokens:
         expected = logits(model, new, cache)[order][0]
         found = logits(model, new[order], picked)[0]
         torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("per_head", [False, True])
+    def test_flex_attention(self, per_head):
+        """Both attention functions add the same bias and the same mask."""
+        model, results = model_of(), {}
+        # Without a compiler: this is about what flex attention gets, not its code.
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flex_attention called without")
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler
+            for name in ("sdpa", "flex_attention"):
+                model.set_attn_implementation(name)
+                cache = filled(model, 120, batch=2, per_head=per_head)
+                news = prompt_of(3, 2, seed=1), prompt_of(1, 2, seed=2)
+                results[name] = [logits(model, new, cache) for new in news]
+        for x, y in zip(*results.values(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
     def test_reset(self):
         model = model_of()
