@@ -18,6 +18,7 @@ def kv_stream(keys, values, query):
     """Return what a stream stores of a cache that comes in three parts."""
     size = keys.shape[-2]
     stream = qm.KVStream(max(size // 3, 8), buffer=8, sinks=1, recent=4)
+    # Parts that do not end where the buffer is full.
     for start, stop in ((0, 5), (5, size // 2), (size // 2, size)):
         part = (x[..., start:stop, :] for x in (keys, values, query))
         stream.append(*part)
@@ -42,12 +43,14 @@ def calls(num_entries=40, masked=False):
     values = rng.standard_normal((*leading, num_entries, 8))
     num_queries = min(num_entries, 12)
     query = rng.standard_normal((BATCH, GROUP * HEADS, num_queries, DIM))
+    # The queries of all entries, which some scores need.
     every = rng.standard_normal((BATCH, GROUP * HEADS, num_entries, DIM))
     scores = rng.random((*leading, num_entries))
     bias = rng.standard_normal((*leading, num_entries))
     mask = None
     if masked:
         mask = np.ones((BATCH, num_entries), np.bool_)
+        # Padding on the left of one sequence, and on the right of the other.
         mask[0, :5] = False
         mask[1, -3:] = False
     cache = {"keys": keys, "values": values, "mask": mask}
@@ -60,6 +63,7 @@ def calls(num_entries=40, masked=False):
         "attend, causal": (qm.attend, {**attended, "causal": True}),
         "join_attention": (
             join,
+            # The outputs of two parts, and their log-sum-exps.
             {"first": values, "second": -values, "z_first": z, "z_second": 1 - z},
         ),
         "fold_bias": (qm.fold_bias, {"query": query, "keys": keys, "bias": bias}),
@@ -81,6 +85,7 @@ def calls(num_entries=40, masked=False):
         "merge_kv_cache": (qm.merge_kv_cache, {**merged, "budget": 0.5, **rotary}),
         "merge_kv_cache, windows": (
             qm.merge_kv_cache,
+            # Several windows, whose lowest merges are made.
             {**merged, "budget": 14, "window": 8, "attention": scores, "bias": bias},
         ),
         "merge_kv_cache, per head": (

@@ -52,8 +52,9 @@ def fold_bias(
     Returns
     -------
     query : ndarray of shape (..., T, d + 8)
+        The queries, then two ones and zeros, in their dtype.
     keys : ndarray of shape (..., N, d + 8)
-        Both in their dtype.
+        The keys, then the two parts of the bias and zeros, in their dtype.
 
     Raises
     ------

@@ -22,6 +22,7 @@ class TestAttend:
     def test_matches_the_oracle(self, rng, dtype, causal, num_queries):
         query, keys, values = head(rng, dtype, num_queries)
         bias = rng.standard_normal(9)
+        # This key gets no attention.
         bias[2] = -np.inf
         output, z = qm.attend(query, keys, values, bias=bias, causal=causal)
         wanted, wanted_z = oracle.attend(query, keys, values, bias, causal=causal)
@@ -34,6 +35,7 @@ class TestAttend:
 
     def test_a_bias_of_log_n_counts_a_key_n_times(self, rng):
         query, keys, values = head(rng)
+        # Key j occurs j + 1 times.
         repeated = np.repeat(np.arange(9), np.arange(1, 10))
         wanted, wanted_z = qm.attend(query, keys[repeated], values[repeated])
         got, z = qm.attend(query, keys, values, bias=np.log(np.arange(1, 10)))
@@ -51,6 +53,7 @@ class TestAttend:
         assert z.shape == query.shape[:-1]
         for index in np.ndindex(query.shape[:-2]):
             # Two heads of queries read each head of keys.
+            # The head of keys that this head of queries reads.
             of_key = (*index[:-1], index[-1] // 2) if heads else index
             one = qm.attend(query[index], keys[of_key], values[of_key], causal=True)
             np.testing.assert_array_equal(output[index], one[0])
@@ -62,6 +65,7 @@ class TestAttend:
         keys, values = rng.standard_normal((2, 2, 2, 9, 6))
         mask = np.ones((2, 9), bool)
         mask[0, [0, 4, 5]] = False
+        # Only padding has these values, so none of them may be read.
         keys[0, :, [0, 4]], values[0, :, 5] = np.nan, np.inf
         output, z = qm.attend(query, keys, values, mask=mask, causal=causal)
         for b in range(2):
@@ -94,6 +98,7 @@ class TestAttend:
     @pytest.mark.parametrize("dtype", [np.float16, np.float32])
     def test_huge_scores_select_the_largest(self, dtype):
         query = np.full((1, 4), 6e4 if dtype == np.float16 else 3e38, dtype)
+        # The products overflow the dtype; their difference does not matter.
         keys = np.stack([query[0], query[0] / 2]).astype(dtype)
         output, z = qm.attend(query, keys, np.eye(2, dtype=dtype))
         np.testing.assert_array_equal(output, [[1, 0]])
@@ -102,6 +107,7 @@ class TestAttend:
     def test_many_keys_need_several_blocks(self, rng):
         query, keys, values = head(rng, num_queries=700, num_keys=900)
         output, z = qm.attend(query, keys, values, causal=True)
+        # The first row, one in a later block, and the last one.
         rows = [0, 300, 699]
         for i in rows:
             end = 900 - 700 + i + 1
@@ -112,6 +118,7 @@ class TestAttend:
     def test_layout_of_the_memory_does_not_change_bits(self, rng):
         query, keys, values = head(rng, np.float32)
         wanted = qm.attend(query, keys, values)
+        # Every second element of longer rows.
         strided = (np.repeat(x, 2, axis=1)[:, ::2] for x in (query, keys, values))
         for x, y in zip(qm.attend(*strided), wanted, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -155,6 +162,7 @@ class TestJoinAttention:
     def test_parts_give_the_result_of_the_whole(self, rng, dtype):
         query, keys, values = head(rng, dtype)
         bias = rng.standard_normal(9)
+        # All keys at once.
         wanted, wanted_z = oracle.attend(query, keys, values, bias)
         parts = [slice(0, 4), slice(4, 5), slice(5, 9)]
         results = [qm.attend(query, keys[p], values[p], bias=bias[p]) for p in parts]
@@ -211,6 +219,7 @@ class TestFoldBias:
         got = wide_query.astype(float) @ wide_keys.astype(float).T * c
         wanted = query.astype(float) @ keys.astype(float).T * c + bias
         bits = {"float16": 22, "bfloat16": 16, "float32": 46, "float64": 50}
+        # Two numbers of this dtype hold the bias.
         error = 2.0 ** -bits[np.dtype(dtype).name] * np.abs(bias).max()
         np.testing.assert_allclose(got, wanted, atol=error + 1e-14)
 

@@ -41,6 +41,7 @@ def check(got, query, keys, values, bias, mask, causal):
     for b, h in np.ndindex(query.shape[:2]):
         valid = np.ones(num_keys, bool) if mask is None else mask[b]
         of_key = b, h // group
+        # The oracle is slow, so look at three queries.
         for i in {0, num_queries // 2, num_queries - 1}:
             end = num_keys - num_queries + i + 1 if causal else num_keys
             seen = np.flatnonzero(valid[:end])
@@ -162,6 +163,7 @@ def test_attention_columns(dtype, num_tokens):
                     continue
                 q = query[s, 2 * h + g]
                 own = np.zeros(num_tokens) if b is None else b[s, h]
+                # The scores of one head of queries, and the sums of its rows.
                 rows = np.array(
                     oracle.scores(q, keys[s, h], own, q.shape[1] ** -0.5, causal)
                 )

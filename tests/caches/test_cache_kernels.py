@@ -32,6 +32,7 @@ def compare(got, wanted, dtype):
         name = np.dtype(dtype).name
         # The dtype of a result says whether it was rounded to that of the input.
         stored = x.dtype.itemsize == 2
+        # A result that was merged has been rounded more than once.
         tolerance = 4 * TOLERANCE[name].stored if stored else 2e-4
         if name == "float64":
             tolerance = 1e-9
@@ -48,6 +49,7 @@ def test_kernels_agree_with_the_reference(name, masked, dtype, kernels, monkeypa
     function, arguments = cache_calls.calls(40, masked)[name]
     arguments = converted(arguments, dtype)
     wanted = function(**arguments)
+    # "optimized-75" means compiled for sm_75.
     folder, _, arch = kernels.partition("-")
     ptx.install(monkeypatch, arch=int(arch or 90))
     with qm.use_kernels(folder):

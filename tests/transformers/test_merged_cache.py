@@ -42,8 +42,8 @@ class TestBudgetOfAll:
     def test_greedy(self, family, batch):
         model, prompt = model_of(family), prompt_of(40, batch)
         expected = generate(model, prompt, DynamicCache(config=model.config))
-        found = generate(model, prompt, MergedCache(model, 1.0))
-        assert torch.equal(found, expected)
+        got = generate(model, prompt, MergedCache(model, 1.0))
+        assert torch.equal(got, expected)
 
     @pytest.mark.parametrize(
         "options",
@@ -57,8 +57,8 @@ class TestBudgetOfAll:
     def test_other_ways_to_generate(self, options):
         model, prompt = model_of(), prompt_of(40, 2)
         expected = generate(model, prompt, DynamicCache(), **options)
-        found = generate(model, prompt, MergedCache(model, 1.0), **options)
-        assert torch.equal(found, expected)
+        got = generate(model, prompt, MergedCache(model, 1.0), **options)
+        assert torch.equal(got, expected)
 
 
 class TestDuplicates:
@@ -91,19 +91,21 @@ class TestDuplicates:
         assert full.get_seq_length() == merged.get_seq_length() == 80
         assert (merged.layers[0].bias[..., :39] - np.log(2)).abs().max() < 1e-6
         new = prompt_of(num_new, 2, seed=5)
-        expected, found = logits(model, new, full), logits(model, new, merged)
+        expected, got = logits(model, new, full), logits(model, new, merged)
+        # Rounding of the model itself, in its dtype.
         tolerance = 1e-5 if dtype == torch.float32 else 1e-6
         scale = expected.abs().max()
-        assert (found - expected).abs().max() < tolerance * scale
+        assert (got - expected).abs().max() < tolerance * scale
 
     def test_the_bias_matters(self):
         model = model_of()
         full, merged = self.caches(model)
         for layer in merged.layers:
+            # Each merged entry now counts once, not twice.
             layer.bias = torch.zeros_like(layer.bias)
         new = prompt_of(1, 2, seed=5)
-        expected, found = logits(model, new, full), logits(model, new, merged)
-        assert (found - expected).abs().max() > 1e-4 * expected.abs().max()
+        expected, got = logits(model, new, full), logits(model, new, merged)
+        assert (got - expected).abs().max() > 1e-4 * expected.abs().max()
 
 
 class TestQueries:
@@ -236,9 +238,9 @@ class TestBudget:
         logits(model, prompt_of(200, 2), full)
         assert cache.layers[0].keys.dtype == torch.bfloat16
         new = prompt_of(4, 2, seed=3)
-        expected, found = logits(model, new, full), logits(model, new, cache)
-        assert found.dtype == torch.bfloat16
-        assert (found - expected).norm() < 0.5 * expected.norm()
+        expected, got = logits(model, new, full), logits(model, new, cache)
+        assert got.dtype == torch.bfloat16
+        assert (got - expected).norm() < 0.5 * expected.norm()
 
 
 class TestLaterTokens:
@@ -250,8 +252,8 @@ class TestLaterTokens:
         cache = filled(model, 120, batch=2, per_head=per_head)
         single = copy.deepcopy(cache)
         expected = torch.cat([logits(model, x, single) for x in new.split(1, 1)], 1)
-        found = logits(model, new, cache)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        got = logits(model, new, cache)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         assert cache.get_seq_length() == single.get_seq_length() == 127
         assert single.layers[0].num_stored >= 37  # not merged again
 
@@ -286,8 +288,8 @@ class TestLaterTokens:
         picked.reorder_cache(order)
         new = prompt_of(3, 3, seed=1)
         expected = logits(model, new, cache)[order][0]
-        found = logits(model, new[order], picked)[0]
-        torch.testing.assert_close(found, expected)
+        got = logits(model, new[order], picked)[0]
+        torch.testing.assert_close(got, expected)
 
     @pytest.mark.parametrize("per_head", [False, True])
     def test_flex_attention(self, per_head):

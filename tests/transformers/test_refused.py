@@ -35,6 +35,7 @@ class TestModels:
 
     def test_flash_attention(self):
         model = model_of()
+        # The package itself is not needed to refuse it.
         model.config._attn_implementation = "flash_attention_2"
         with pytest.raises(ValueError, match="takes no bias for each key"):
             MergedCache(model)
@@ -42,11 +43,13 @@ class TestModels:
     @pytest.mark.parametrize(
         ("family", "options", "message"),
         [
+            # Attention to the last tokens only.
             ("Mistral", {}, "MistralConfig has sliding_attention"),
             ("Gemma2", EAGER, "Gemma2Config has sliding_attention"),
             ("Gemma3", {"layer_types": None}, "Gemma3TextConfig has sliding"),
             (
                 "Gemma2",
+                # Without the windows, the soft cap is left.
                 {**EAGER, "layer_types": ["full_attention"] * 2},
                 "soft-capped scores, which Gemma2Config has",
             ),
