@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.dtypes import accumulation_dtype
+from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask
 from ..stages.saliency.attention_received import compute_attention_received
 from .attend import compute_attend
@@ -81,6 +82,24 @@ def received_of_last(
         mask=mask,
         scale=last.scale,
     )
+
+
+def queries_after(last: LastQueries, free: Any) -> LastQueries:
+    """Return the last queries that may attend to all free entries (..., N).
+
+    The others see only a part of some groups. Return the argument if none is left out.
+    """
+    num_queries, num_entries = last.query.shape[-2], free.shape[-1]
+    tail = free[..., num_entries - num_queries :]  # (..., H, T)
+    if not is_cuda(free) and not tail.any():
+        return last
+    # Free entries from here on, without this one.
+    later = np.cumsum(tail[..., ::-1], axis=-1)[..., ::-1] - tail
+    z = last.log_sum_exp  # (..., G H, T)
+    groups = z.reshape(*free.shape[:-1], -1, num_queries)  # (..., H, G, T)
+    sees_all = later[..., None, :] == 0
+    z = np.where(sees_all, groups, z.dtype.type(-np.inf)).reshape(z.shape)
+    return last._replace(log_sum_exp=z)
 
 
 def cache_mass(

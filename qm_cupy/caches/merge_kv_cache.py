@@ -50,6 +50,7 @@ from .cache_mass import (
     LastQueries,
     cache_mass,
     last_queries,
+    queries_after,
     received_of_all,
     received_of_last,
 )
@@ -196,7 +197,8 @@ def merge_kv_cache(
     .. math:: \bar b_G = \log \frac{\sum_i \sum_{j \in G} e^{s_{ij} - Z_i}}
         {\sum_i e^{c\,q_i \cdot \bar k - Z_i}}
 
-    It differs from :math:`\log \sum_{j \in G} e^{b_j}` by at most 3. On a GPU, the CPU
+    over the last queries i that may attend to all entries that merge. It differs from
+    :math:`\log \sum_{j \in G} e^{b_j}` by at most 3. On a GPU, the CPU
     waits for the heights of the merges, which decide how many entries of each window
     remain.
 
@@ -336,7 +338,10 @@ def compute_merge_kv_cache(
         merged_keys = np.where(moved, rotated.astype(keys.dtype), merged_keys)
     merged_bias = _summed_bias(plan, bias, sizes)
     if last is not None and options.calibrate:
-        args = last, received, merged_keys, merged_bias, sizes
+        after = queries_after(last, free)
+        if after is not last:
+            received = received_of_last(after, keys, bias, mask)
+        args = after, received, merged_keys, merged_bias, sizes
         merged_bias = _calibrated(plan, *args)
     in_shape = (x.reshape(*leading, -1) for x in (labels, sizes, last_members))
     return KVCache(merged_keys, merged_values, merged_bias, *in_shape)
