@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 FOR_USERS = {
-    "plot", "text", "cli", "torch", "jax", "cuda12", "cuda13", "safetensors",
-    "bfloat16",
+    "plot", "text", "cli", "torch", "jax", "transformers", "cuda12", "cuda13",
+    "safetensors", "bfloat16",
 }  # fmt: skip
 FOR_DEVELOPERS = {"nvrtc", "notebooks", "test", "docs", "lint", "dev"}
 
@@ -29,9 +29,12 @@ def test_extras_are_named_by_what_people_do():
 
 def test_the_requirements_are_those_of_the_extras():
     requirements = dict(install_advice.REQUIREMENTS)
-    # The extra `cli` has two packages, all others have one.
+    # The extra `cli` has two packages, and `transformers` has other extras too. Others
+    # have one package.
     assert EXTRAS["cli"] == [requirements.pop("tqdm"), requirements.pop("shtab")]
-    single = {extra: EXTRAS[extra] for extra in FOR_USERS - {"text", "cli"}}
+    single = {
+        extra: EXTRAS[extra] for extra in FOR_USERS - {"text", "cli", "transformers"}
+    }
     assert single == {k: [v] for k, v in requirements.items()}
 
 

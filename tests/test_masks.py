@@ -169,6 +169,34 @@ CALLS = {
         lambda x, m: qm.quickmerge(x, 3, weights="mass", noise_seed=1, mask=m),
         (TOKENS, (-2,)),
     ),
+    "attend": (
+        lambda q, k, b, m: qm.attend(q[:, :, :3], k, k, bias=b, mask=m),
+        (HEAD_TOKENS, ()), (HEAD_TOKENS * 2, (-2,)), (HEAD_SCORES, (-1,)),
+    ),
+    **{
+        f"score_keys, {how}": (
+            lambda q, k, m, how=how: qm.score_keys(
+                q, k, values=k if how == "expected" else None, how=how, mask=m
+            ),
+            (HEAD_TOKENS, (-2,)), (HEAD_TOKENS * 2, (-2,)),
+        )
+        for how in ("received", "snapkv", "expected", "rms", "last")
+    },
+    "evict": (
+        lambda k, s, m: qm.evict(k, k, 3, scores=s, mask=m),
+        (HEAD_TOKENS, (-2,)), (HEAD_SCORES, (-1,)),
+    ),
+    "match_attention": (
+        lambda q, k, b, m: qm.match_attention(q, k, k, 3, bias=b, mask=m),
+        (HEAD_TOKENS, (-2,)), (HEAD_TOKENS * 2, (-2,)), (HEAD_SCORES, (-1,)),
+    ),
+    "merge_kv_cache": (
+        lambda q, k, a, b, m: qm.merge_kv_cache(
+            k, k, 3, query=q, attention=a, bias=b, sinks=0, recent=1, mask=m
+        ),
+        (HEAD_TOKENS, (-2,)), (HEAD_TOKENS * 2, (-2,)),
+        (HEAD_SCORES, (-1,)), (HEAD_SCORES, (-1,)),
+    ),
     "choose_merge": (
         lambda x, m: qm.choose_merge(x, [{"method": "ward"}], PRIOR, budget=3, mask=m),
         (TOKENS, (-2,)),

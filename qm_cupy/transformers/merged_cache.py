@@ -83,7 +83,7 @@ class MergedCache(Cache):
     >>> model = LlamaForCausalLM(config).eval()
     >>> cache = MergedCache(model, budget=0.25)
     >>> prompt = torch.arange(200)[None] % 64
-    >>> text = model.generate(prompt, cache=cache, max_new_tokens=5)
+    >>> text = model.generate(prompt, cache=cache, min_new_tokens=5, max_new_tokens=5)
     >>> text.shape[1], cache.get_seq_length()
     (205, 204)
     """
