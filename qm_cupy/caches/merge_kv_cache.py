@@ -412,7 +412,7 @@ def _summed_bias(plan: Plan, bias: Any, sizes: Any) -> Any:
         label = np.maximum(plan.labels, 0).astype(np.int64).reshape(b.shape)
         shift = b - np.take_along_axis(centre, label, -1)
         total = plan.sum(np.exp(np.clip(shift, -_MAX_EXPONENT, _MAX_EXPONENT)), sizes)
-        summed = np.log(np.where(sizes > 0, total, 1.0)) + centre.reshape(sizes.shape)
+        summed = np.log(np.where(total > 0, total, 1.0)) + centre.reshape(sizes.shape)
         summed = summed.astype(dtype)
     return np.where(sizes > 0, summed, dtype.type(-np.inf)).reshape(*plan.leading, -1)
 
