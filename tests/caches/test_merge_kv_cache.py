@@ -28,11 +28,13 @@ class TestDuplicates:
     @pytest.mark.parametrize("calibrate", [False, True])
     def test_attention_stays_the_same(self, rng, repeats, calibrate):
         keys, values = cache_of(rng, 20)
+        # Equal entries follow one another.
         many = [np.repeat(x, repeats, axis=-2) for x in (keys, values)]
         query = rng.standard_normal((2, 4, 6, 8))
         # One entry of the last group is recent, so it does not merge.
         cache = qm.merge_kv_cache(*many, 21, query=query, calibrate=calibrate, **ALL)
         assert cache.sizes.sum() == 4 * 20 * repeats
+        # Queries that the merge has not seen.
         new = rng.standard_normal((2, 4, 3, 8))
         wanted, wanted_z = qm.attend(new, *many)
         got, z = qm.attend(new, cache.keys, cache.values, bias=cache.bias)
@@ -41,6 +43,7 @@ class TestDuplicates:
 
     def test_duplicates_in_many_windows(self, rng):
         keys, values = cache_of(rng, 50, leading=())
+        # Equal entries are far apart, so windows of neighbours would not do.
         order = rng.permutation(400)
         many = [np.repeat(x, 8, axis=-2)[order] for x in (keys, values)]
         cache = qm.merge_kv_cache(*many, max_error=0.0, window=64, **ALL)
@@ -52,6 +55,7 @@ class TestDuplicates:
 
     @pytest.mark.parametrize("interleaved", [False, True])
     def test_keys_are_compared_before_their_rotation(self, rng, interleaved):
+        # Five contents, each at six positions.
         content = np.repeat(rng.standard_normal((5, 8)), 6, axis=0)
         positions = rng.permutation(100)[:30]
         keys = rotated(content, positions, interleaved)
@@ -63,6 +67,7 @@ class TestDuplicates:
         labels = cache.labels[:-1]
         for group in range(6):
             assert len(set(np.flatnonzero(labels == group) // 6)) <= 1
+        # Without the rotation, keys of equal content are not alike.
         without = qm.merge_kv_cache(keys, keys, 6, **ALL)
         assert (without.labels != cache.labels).any()
 
@@ -75,6 +80,7 @@ class TestBudgets:
         cache = qm.merge_kv_cache(keys, values, count, window=window, **ALL)
         assert cache.keys.shape == (2, 2, count, 8)
         assert (cache.sizes > 0).all()
+        # Every entry is in one group.
         np.testing.assert_array_equal(cache.sizes.sum(-1), 60)
         # Entries are in the order of their last members.
         assert (np.diff(cache.positions, axis=-1) > 0).all()
@@ -85,6 +91,7 @@ class TestBudgets:
 
     def test_a_count_for_each_head(self, rng):
         keys, values = cache_of(rng)
+        # One K for each head.
         cache = qm.merge_kv_cache(keys, values, np.array([10, 25]), **ALL)
         np.testing.assert_array_equal(cache.valid.sum(-1), [[10, 25], [10, 25]])
         assert np.isneginf(cache.bias[:, 0, 10:]).all()
@@ -103,6 +110,7 @@ class TestBudgets:
         previous = 61
         for limit in (0.0, 0.1, 0.5, 1.0):
             cache = qm.merge_kv_cache(keys, values, max_error=limit, **ALL)
+            # Without attention, the mass is the norm of the value.
             mass = np.linalg.norm(values, axis=-1) ** 0.7
             means = np.array([
                 np.average(keys[members], axis=0, weights=mass[members])
@@ -120,8 +128,10 @@ class TestEntriesThatStay:
     def test_they_keep_their_bits(self, rng):
         keys, values = cache_of(rng)
         query = rng.standard_normal((2, 4, 40, 8))
+        # Position 30 is neither among the first nor among the last.
         options = {"query": query, "inv_freq": INV_FREQ, "protect": [30]}
         cache = qm.merge_kv_cache(keys, values, 20, sinks=3, recent=7, **options)
+        # Three sinks, the protected entry, and seven recent ones.
         alone = [0, 1, 2, 30, *range(53, 60)]
         for index in np.ndindex(2, 2):
             entries = cache.labels[index][alone]
@@ -154,10 +164,13 @@ class TestBiases:
         keys, values = cache_of(rng, leading=())
         query = rng.standard_normal((4, 8)) / 4
         cache = qm.merge_kv_cache(keys, values, 30, query=query, sinks=0, recent=20)
+        # Attention of the queries to the original cache.
         _, z = qm.attend(query, keys, values, causal=True)
         scale = 8**-0.5
         attention = np.exp(query @ keys.T * scale - z[:, None])
+        # Query i is that of entry 56 + i.
         attention *= np.arange(60) <= 56 + np.arange(4)[:, None]
+        # Attention to the merged entries, relative to the same sum.
         merged = np.exp(query @ cache.keys.T * scale + cache.bias - z[:, None])
         for k in np.flatnonzero(cache.sizes > 1):
             members = cache.labels == k
@@ -168,6 +181,7 @@ class TestBiases:
         bias = rng.standard_normal(60)
         cache = qm.merge_kv_cache(keys, values, 12, bias=bias, **ALL)
         for k in range(12):
+            # log of the sum of e^b over the members.
             wanted = np.log(np.exp(bias[cache.labels == k]).sum())
             assert_close(cache.bias[k], wanted)
 
@@ -177,6 +191,7 @@ class TestParts:
         keys, values = cache_of(rng)
         mask = np.ones((2, 60), bool)
         mask[0, :7] = mask[1, 50:] = False
+        # No value under the padding may be read.
         keys[0, :, :7], values[1, :, 50:] = np.nan, np.inf
         cache = qm.merge_kv_cache(keys, values, 20, inv_freq=INV_FREQ, mask=mask, **ALL)
         for b in range(2):
@@ -208,6 +223,7 @@ class TestParts:
             one = qm.merge_kv_cache(
                 keys[layer], values[layer], 20, per_head=True, **ALL
             )
+            # Alone, a layer is not padded to the largest of all layers.
             count = one.keys.shape[-2]
             np.testing.assert_array_equal(whole.keys[layer][..., :count, :], one.keys)
 

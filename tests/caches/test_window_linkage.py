@@ -24,9 +24,11 @@ class TestWindowLinkage:
         for window in range(7):
             wanted = np.empty(0)
             if size > 1:
+                # The dendrogram of the library, one merge at a time.
                 args = vectors[window], "ward"
                 tree = qm.linkage(*args, metric="euclidean", mass=mass[window])
                 wanted = tree[:, 2]
+            # Sums of float32 lose digits in every merge.
             tolerance = 1e-4 if dtype == np.float32 else 1e-9
             np.testing.assert_allclose(
                 heights(merges, window), wanted, rtol=tolerance, atol=tolerance
@@ -39,6 +41,7 @@ class TestWindowLinkage:
         merges = window_linkage(vectors, mass, valid)
         for window in range(2):  # the last one is all padding
             present = valid[window]
+            # The tokens alone, without padding.
             one = window_linkage(
                 vectors[window, present][None],
                 mass[window, present][None],
@@ -71,6 +74,7 @@ class TestWindowLinkage:
         whole = window_linkage(vectors, mass, valid)
         for window in range(9):
             one = slice(window, window + 1)
+            # The same window in a call of its own.
             alone = window_linkage(vectors[one], mass[one], valid[one])
             np.testing.assert_array_equal(whole.height[one], alone.height)
             np.testing.assert_array_equal(whole.into[one], alone.into)
@@ -87,6 +91,7 @@ class TestWindows:
         index = windows_of_similar(vectors, free, free.sum(-1), size)
         assert index.shape[2] <= size
         for sequence in range(3):
+            # N fills windows that are not full.
             inside = index[sequence][index[sequence] < num_tokens]
             np.testing.assert_array_equal(
                 np.sort(inside), np.flatnonzero(free[sequence])
@@ -101,6 +106,7 @@ class TestWindows:
         index = windows_of_similar(
             vectors, np.ones((1, 200), bool), np.array([200]), 64
         )
+        # The variance within each window, compared with that of all tokens.
         spread = [
             vectors[0, window[window < 200]].var(axis=0).sum() for window in index[0]
         ]
