@@ -19,6 +19,9 @@ def loaded():
     # They import each other by name, so the folder must be on the path.
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
+        # transformers looks for a package of this name, and imports the folder with the
+        # CUDA sources instead.
+        patch.delitem(sys.modules, "kernels", raising=False)
         names = "guard", "kernels", "machine", "overhead", "pipeline", "report"
         names += "resources", "timing", "whole_calls", "workload"
         yield types.SimpleNamespace(**{name: __import__(name) for name in names})

@@ -37,9 +37,20 @@ _LEFT_OUT = (
     "qm_cupy.autodiff.",
     "qm_cupy.plot",
 )
-for _module in pkgutil.walk_packages(qm_cupy.__path__, "qm_cupy."):
-    if not _module.name.startswith((*_LEFT_OUT, "qm_cupy.__main__")):
-        importlib.import_module(_module.name)
+
+
+def _import_all(package):
+    """Import the modules of a package and of those in it."""
+    # Not pkgutil.walk_packages, which imports every package to look into it.
+    for entry in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if entry.name.startswith((*_LEFT_OUT, "qm_cupy.__main__")):
+            continue
+        module = importlib.import_module(entry.name)
+        if entry.ispkg:
+            _import_all(module)
+
+
+_import_all(qm_cupy)
 
 
 _BEFORE = {}  # the values of each name before it was set, the latest last

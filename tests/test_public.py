@@ -24,7 +24,7 @@ def public_modules():
 def inner_modules():
     """Yield the modules of the inner packages."""
     for module in pkgutil.walk_packages(qm_cupy.__path__, "qm_cupy."):
-        # Those of transformers need this package; test_frameworks.py looks at them.
+        # Those of transformers need this package, which may be missing.
         inner = module.name.count(".") > 1
         if inner and not module.name.startswith("qm_cupy.transformers."):
             yield importlib.import_module(module.name)
