@@ -41,7 +41,6 @@ def test_files_in_the_readme_exist():
         "alignment.py",
         "clustering.py",
         "huge_file.py",
-        "kv_caches.py",
         "overhead.py",
         "pipeline.py",
         "quality.py",
