@@ -51,7 +51,11 @@ def test_a_long_cache_is_merged_in_windows(gpu_kernels):
     got = qm.merge_kv_cache(
         on_gpu, on_gpu, 0.25, query=cupy.asarray(query), inv_freq=inv_freq
     )
-    # Near ties may differ; nearly all entries must be in the same groups.
-    same = on_host(got.labels) == wanted.labels
-    assert same.mean() > 0.9
+    # Rounding decides a few merges, and the numbers of all later groups change. So
+    # compare the last entry of the group of each entry.
+    last = [
+        np.take_along_axis(on_host(x.positions), on_host(x.labels), -1)
+        for x in (got, wanted)
+    ]
+    assert (last[0] == last[1]).mean() > 0.8
     np.testing.assert_array_equal(on_host(got.sizes).sum(-1), wanted.sizes.sum(-1))

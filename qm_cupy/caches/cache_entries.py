@@ -26,7 +26,7 @@ def present_entries(keys: Any, bias: Any, mask: Any) -> Any:
     if mask is not None:
         present = expand_mask(mask, keys.shape[:-1])
     if bias is not None:
-        absent = np.isneginf(bias.astype(np.float32))
+        absent = bias.astype(np.float32) == -np.inf
         present = ~absent if present is None else present & ~absent
     return present
 

@@ -122,7 +122,7 @@ def compute_join_attention(
     for z in log_sum_exps[1:]:
         top = np.maximum(top, z.astype(dtype))
     # A query without keys in every part: -inf - (-inf) would be NaN.
-    top = np.where(np.isneginf(top), dtype.type(0), top)
+    top = np.where(top == -np.inf, dtype.type(0), top)
     total, joined = np.zeros(top.shape, dtype, like=top), 0
     for o, z in zip(outputs, log_sum_exps, strict=True):
         weight = np.exp(z.astype(dtype) - top)

@@ -43,7 +43,7 @@ UFUNCS = (
     "maximum", "minimum", "exp", "log", "sqrt", "square", "absolute", "negative",
     "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "isfinite",
     "isnan", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or",
-    "bitwise_xor", "invert",
+    "bitwise_xor", "invert", "rint",
 )  # fmt: skip
 
 
