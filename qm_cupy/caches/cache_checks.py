@@ -175,8 +175,7 @@ def check_rotary(
 ) -> Rotary | None:
     """Return the rotation of keys of width d, or None without `inv_freq`."""
     scaling = check_number("rotary_scaling", scaling, 0, np.inf, "()")
-    if not isinstance(interleaved, bool | np.bool_):
-        raise TypeError(f"`interleaved` must be True or False, got {interleaved!r}")
+    interleaved = check_flag("interleaved", interleaved)
     if inv_freq is None:
         if interleaved or scaling != 1:
             raise ValueError(
@@ -195,7 +194,7 @@ def check_rotary(
             f"`inv_freq` must have shape (r / 2) with r ≤ d = {dim}, got {angles.shape}"
         )
     check_finite_values("inv_freq", angles)
-    return Rotary(angles, bool(interleaved), scaling)
+    return Rotary(angles, interleaved, scaling)
 
 
 def check_count(name: str, count: Any) -> int:

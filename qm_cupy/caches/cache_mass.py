@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.dtypes import accumulation_dtype
+from ..arrays.dtypes import accumulation_dtype, zero_where_absent
 from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask
 from ..stages.saliency.attention_received import compute_attention_received
@@ -33,7 +33,6 @@ class LastQueries(NamedTuple):
 
     query: Any  # (..., T, d)
     log_sum_exp: Any  # Z (..., T); -inf for queries that do not count
-    causal: bool
     scale: float
 
 
@@ -41,28 +40,42 @@ def last_queries(
     query: Any, keys: Any, bias: Any, mask: Any, scale: float
 ) -> LastQueries:
     """Return the last queries that are not padding, and Z over the entries they see."""
+    query, counted = select_queries(query, keys, mask, NUM_QUERIES)
+    z = log_sum_exp_of(query, keys, counted, bias=bias, mask=mask, scale=scale)
+    return LastQueries(query, z, scale)
+
+
+def select_queries(
+    query: Any, keys: Any, mask: Any, wanted: int | None
+) -> tuple[Any, Any]:
+    """Return the queries (..., T, d), and which rows (B, T) count, or None for all.
+
+    The last `wanted` queries that are not padding count. None means all of them.
+    """
     num_queries, num_entries = query.shape[-2], keys.shape[-2]
     if mask is None:  # the last rows are those that count
-        query = query[..., -NUM_QUERIES:, :]
-    counted = None
-    if mask is not None:
-        # Padding may be NaN. The last rows may be padding, so take all rows.
-        counted = mask[..., num_entries - num_queries :]  # (B, T)
-        query = np.where(
-            expand_mask(counted, query.shape[:-1])[..., None],
-            query,
-            query.dtype.type(0),
-        )
+        return query[..., -(wanted or num_queries) :, :], None
+    # The last rows may be padding, so take all rows. Padding may be NaN.
+    counted = mask[..., num_entries - num_queries :]
+    rows = expand_mask(counted, query.shape[:-1])[..., None]
+    query = zero_where_absent(query, rows)
+    if wanted is not None:
         after = np.cumsum(counted[..., ::-1], axis=-1)[..., ::-1]  # tokens from here on
-        counted = counted & (after <= NUM_QUERIES)
+        counted = counted & (after <= wanted)
+    return query, counted
+
+
+def log_sum_exp_of(
+    query: Any, keys: Any, counted: Any, *, bias: Any, mask: Any, scale: float
+) -> Any:
+    """Return Z (..., T) of causal attention; -inf for rows that do not count."""
     # Only Z is needed, so attend to one column.
-    _, log_sum_exp = compute_attend(
+    _, z = compute_attend(
         query, keys, keys[..., :1], bias=bias, causal=True, mask=mask, scale=scale
     )
-    if counted is not None:
-        rows = expand_mask(counted, log_sum_exp.shape)
-        log_sum_exp = np.where(rows, log_sum_exp, log_sum_exp.dtype.type(-np.inf))
-    return LastQueries(query, log_sum_exp, True, scale)
+    if counted is None:
+        return z
+    return np.where(expand_mask(counted, z.shape), z, z.dtype.type(-np.inf))
 
 
 def received_of_last(

@@ -20,7 +20,7 @@ from ..arrays.dtypes import accumulation_dtype, narrow, zero_where_absent
 from ..arrays.libraries import is_cuda
 from ..arrays.shapes import expand_mask
 from ..cuda.device import to_device
-from .attend import compute_attend, key_rows
+from .attend import key_rows
 from .attention_columns import attention_columns
 from .cache_checks import (
     check_bias,
@@ -29,6 +29,7 @@ from .cache_checks import (
     check_queries,
     check_query_heads,
 )
+from .cache_mass import log_sum_exp_of, select_queries
 
 How = Literal["received", "snapkv", "expected", "rms", "last"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -153,18 +154,15 @@ def compute_score_keys(arrays: Any, how: str) -> Any:
         arrays = arrays._replace(**dict(zip(("keys", "values"), zeroed, strict=True)))
     if how == "expected":
         return _expected(arrays)
-    arrays, counted = _last_queries(arrays, _NUM_QUERIES.get(how))
     query, keys, _, bias, mask, scale = arrays
-    # Only log-sum-exps are needed, so attend to one column.
-    options = {"bias": bias, "causal": True, "mask": mask, "scale": scale}
-    _, z = compute_attend(query, keys, keys[..., :1], **options)
-    if counted is not None:
-        z = np.where(expand_mask(counted, z.shape), z, z.dtype.type(-np.inf))
+    query, counted = select_queries(query, keys, mask, _NUM_QUERIES.get(how))
+    options = {"bias": bias, "mask": mask, "scale": scale}
+    z = log_sum_exp_of(query, keys, counted, **options)
     power = 2 if how == "rms" else 1
-    total = attention_columns(query, keys, z, **options, power=power)
+    total = attention_columns(query, keys, z, causal=True, **options, power=power)
     group = total.dtype.type(key_rows(query, keys).shape[-2] // query.shape[-2])  # G
     if how == "received":
-        return total / (_num_attending(arrays, counted, total) * group)
+        return total / (_num_attending(query, counted, total) * group)
     rows = _num_rows(query, counted, total)
     mean = total / (rows * group)
     if how == "rms":
@@ -172,26 +170,9 @@ def compute_score_keys(arrays: Any, how: str) -> Any:
     return _pooled(mean, rows, mask) if how == "snapkv" else mean
 
 
-def _last_queries(arrays: Scored, wanted: int | None) -> tuple[Scored, Any]:
-    """Return the last queries that are not padding, and which rows (B, T) count."""
-    query, mask = arrays.query, arrays.mask
-    num_queries, num_entries = query.shape[-2], arrays.keys.shape[-2]
-    if mask is None:
-        query = query[..., -(wanted or num_queries) :, :]
-        return arrays._replace(query=query), None
-    counted = mask[..., num_entries - num_queries :]
-    # The queries of padding may be NaN.
-    rows = expand_mask(counted, query.shape[:-1])[..., None]
-    query = zero_where_absent(query, rows)
-    if wanted is not None:
-        after = np.cumsum(counted[..., ::-1], axis=-1)[..., ::-1]
-        counted = counted & (after <= wanted)
-    return arrays._replace(query=query), counted
-
-
-def _num_attending(arrays: Scored, counted: Any, total: Any) -> Any:
+def _num_attending(query: Any, counted: Any, total: Any) -> Any:
     """Return how many queries may attend to each entry (..., N), at least 1."""
-    num_queries, num_entries = arrays.query.shape[-2], total.shape[-1]
+    num_queries, num_entries = query.shape[-2], total.shape[-1]
     if counted is None:
         host = np.minimum(np.arange(num_entries, 0, -1), num_queries)
         host = host.astype(total.dtype)
@@ -263,8 +244,8 @@ def _expected(arrays: Scored) -> Any:
 def _expected_in(dtype: np.dtype[Any], arrays: Scored) -> Any:
     """Return the scores of `_expected`, computed in float32 or float64."""
     query, keys, values, bias, mask, scale = arrays
-    arrays, counted = _last_queries(arrays, None)
-    rows = arrays.query.reshape(*keys.shape[:-2], -1, *query.shape[-2:]).astype(dtype)
+    query, counted = select_queries(query, keys, mask, None)
+    rows = query.reshape(*keys.shape[:-2], -1, *query.shape[-2:]).astype(dtype)
     count: Any = dtype.type(query.shape[-2])
     valid = None
     if counted is not None:
