@@ -21,7 +21,6 @@ from .cache_checks import (
     check_cache,
     check_flag,
     check_queries,
-    check_query_heads,
     check_rotary,
     check_window,
 )
@@ -166,7 +165,6 @@ class KVStream:
         check_finite_values("values", values)
         check_queries(query, keys, None, self._options["scale"])
         if query is not None:
-            check_query_heads(query, keys)
             check_shape("query", query, "LBHTd", (*query.shape[:-2], *keys.shape[-2:]))
         self._check_continues(keys, values, query)
         if self._stored is None:

@@ -21,7 +21,11 @@ from ..arrays.conversion import (
     on_callers_stream,
 )
 from ..arrays.counts import GroupCounts
-from ..arrays.dtypes import accumulation_dtype, zero_where_absent
+from ..arrays.dtypes import (
+    accumulation_dtype,
+    bfloat16_as_int16,
+    zero_where_absent,
+)
 from ..arrays.protect import split_positions
 from ..stages.clustering.checks import check_limits
 from ..stages.merging.groups import compute_group_positions, compute_group_sizes
@@ -335,7 +339,8 @@ def compute_merge_kv_cache(
     if options.rotate_at != "mean":
         rotated = _rotated_means(plan, straight, positions, options)
         moved = (sizes > 1).reshape(*leading, -1, 1)
-        merged_keys = np.where(moved, rotated.astype(keys.dtype), merged_keys)
+        bits = map(bfloat16_as_int16, (rotated.astype(keys.dtype), merged_keys))
+        merged_keys = np.where(moved, *bits).view(keys.dtype)
     merged_bias = _summed_bias(plan, bias, sizes)
     if last is not None and options.calibrate:
         after = queries_after(last, free)
