@@ -1,0 +1,214 @@
+"""Methods that shorten the cache of a prompt, with the settings that each can have.
+
+Every method gets a prompt and K, the mean number of entries that a head keeps, and
+returns what each layer keeps. `CONTENDERS` has the methods and, for each, the settings
+that `language_model.py --tune` compares on the tuning documents. `SELECTED` has those
+with the least KL divergence there, and other settings of the method where a figure
+without one ingredient is of interest.
+
+The scores are those of `score_keys`, whose references name the papers. Sources of the
+others:
+
+- PyramidKV: Z. Cai et al., arXiv:2406.02069. The budgets of the layers fall linearly,
+  from 2 K - K_min in the first layer to K_min in the last one, by SnapKV's score.
+- Ada-KV: Y. Feng et al., arXiv:2407.11550. The heads of a layer compete for its budget
+  by SnapKV's score, and each of them keeps at least a fifth of K.
+- key norm: A. Devoto et al., arXiv:2406.11430. Keys with small norms are kept.
+- ToMe: D. Bolya et al., arXiv:2210.09461. Bipartite soft matching of keys, repeated
+  until K are left; the bias of a merged entry is log n.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cache_reading import Prompt, Shortened
+
+import qm_cupy as qm
+
+OneLayer = Callable[..., Any]  # (prompt, layer, K, **settings) -> KVCache
+SINKS = 4
+
+
+class Method(NamedTuple):
+    """A method with its settings."""
+
+    shorten: OneLayer
+    settings: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    beta: int = 1
+    """The last layer keeps K / beta entries; the budgets of all layers are a line."""
+
+    def __call__(self, prompt: Prompt, count: int) -> list[Shortened]:
+        """Return what each layer keeps, with a mean of `count` entries of each head."""
+        least = max(count // self.beta, 1)
+        largest = min(2 * count - least, prompt.num_tokens)
+        budgets = np.linspace(largest, 2 * count - largest, len(prompt.keys))
+        caches = [
+            self.shorten(prompt, layer, round(budget), **self.settings)
+            for layer, budget in enumerate(budgets)
+        ]
+        return [Shortened(x.keys, x.values, x.bias) for x in caches]
+
+
+def merged(
+    prompt: Prompt,
+    layer: int,
+    count: int,
+    *,
+    queries: int = 32,
+    received: bool = True,
+    rotated: bool = False,
+    **options: Any,
+) -> Any:
+    """Merge by `merge_kv_cache`.
+
+    `queries=0` passes none of them, `received=False` not the attention received, and
+    `rotated=True` compares rotated keys.
+    """
+    query = prompt.queries[layer][:, :, -queries:] if queries else None
+    return qm.merge_kv_cache(
+        prompt.keys[layer],
+        prompt.values[layer],
+        count,
+        query=query,
+        attention=prompt.received[layer] if received else None,
+        inv_freq=None if rotated else prompt.inv_freq,
+        **options,
+    )
+
+
+def kept(
+    prompt: Prompt, layer: int, count: int, scores: Any, recent: float, **options: Any
+) -> Any:
+    """Keep the entries with the largest scores, the sinks and the most recent.
+
+    `recent` is the fraction of K that the most recent entries take.
+    """
+    options.setdefault("sinks", SINKS)
+    arrays = prompt.keys[layer], prompt.values[layer], count
+    return qm.evict(*arrays, scores=scores, recent=int(recent * count), **options)
+
+
+def scored(how: str, queries: int = 0) -> OneLayer:
+    """Return eviction by a score of `score_keys`, of the last queries (0: of all)."""
+
+    def evicted(
+        prompt: Prompt, layer: int, count: int, recent: float, **options: Any
+    ) -> Any:
+        query, keys = prompt.queries[layer][:, :, -queries:], prompt.keys[layer]
+        values = {"values": prompt.values[layer]} if how == "expected" else {}
+        scores = qm.score_keys(query, keys, how=how, **values)
+        return kept(prompt, layer, count, scores, recent, **options)
+
+    return evicted
+
+
+def h2o(prompt: Prompt, layer: int, count: int, recent: float, **options: Any) -> Any:
+    """Keep entries by the mean or by the sum of the attention that they received."""
+    scores = prompt.received[layer]
+    if options.pop("total", False):
+        scores = scores * torch.arange(scores.shape[-1], 0, -1)
+    return kept(prompt, layer, count, scores, recent, **options)
+
+
+def snapkv_scores(prompt: Prompt, layer: int, window: int) -> torch.Tensor:
+    """Return SnapKV's scores (1, H, N) by the last `window` queries."""
+    query = prompt.queries[layer][:, :, -window:]
+    return qm.score_keys(query, prompt.keys[layer], how="snapkv")
+
+
+def snapkv(prompt: Prompt, layer: int, count: int, window: int) -> Any:
+    """Keep entries by SnapKV's score."""
+    scores, recent = snapkv_scores(prompt, layer, window), min(window, count // 2)
+    arrays = prompt.keys[layer], prompt.values[layer], count
+    return qm.evict(*arrays, scores=scores, recent=recent)
+
+
+def ada_kv(prompt: Prompt, layer: int, count: int, window: int) -> Any:
+    """Let the heads of a layer compete by SnapKV's score, above a fifth of K."""
+    scores = snapkv_scores(prompt, layer, window)
+    least = max(count // 5, 1)
+    first = scores.topk(least, dim=-1).indices
+    scores = scores.scatter(-1, first, float(scores.max()) + 1)  # never dropped
+    recent = min(window, count // 2)
+    arrays = prompt.keys[layer], prompt.values[layer], count
+    return qm.evict(*arrays, scores=scores, recent=recent, per_head=True)
+
+
+def key_norm(
+    prompt: Prompt, layer: int, count: int, recent: float, **options: Any
+) -> Any:
+    """Keep entries whose keys have small norms."""
+    scores = -prompt.keys[layer].norm(dim=-1)
+    return kept(prompt, layer, count, scores, recent, **options)
+
+
+def sinks_and_recent(prompt: Prompt, layer: int, count: int) -> Any:
+    """Keep the first entries and the most recent ones (StreamingLLM)."""
+    scores = prompt.received[layer]
+    arrays = prompt.keys[layer], prompt.values[layer], count
+    return qm.evict(*arrays, scores=scores, sinks=SINKS, recent=count - SINKS)
+
+
+def matched(
+    prompt: Prompt, layer: int, count: int, queries: int, recent: float, ridge: float
+) -> Any:
+    """Keep entries, and fit their biases and values to the last queries."""
+    return qm.match_attention(
+        prompt.queries[layer][:, :, -queries:],
+        prompt.keys[layer],
+        prompt.values[layer],
+        count,
+        sinks=SINKS,
+        recent=int(recent * count),
+        ridge=ridge,
+    )
+
+
+def tome(prompt: Prompt, layer: int, count: int, recent: float) -> Any:
+    """Merge entries by ToMe's bipartite soft matching of their keys."""
+    keys, values = prompt.keys[layer][0], prompt.values[layer][0]  # (H, N, d)
+    last = int(recent * count)
+    kept_apart = torch.zeros(keys.shape[1], dtype=torch.bool)
+    kept_apart[:SINKS] = kept_apart[keys.shape[1] - last :] = True
+    labels = qm.cluster_tokens(keys, count, method="bipartite", protect=kept_apart)
+    bias = qm.group_sizes(labels, count).float().log()
+    both = (qm.merge_tokens(x, labels, count)[None] for x in (keys, values))
+    return Shortened(*both, bias[None])
+
+
+def options(**lists: list[Any]) -> list[dict[str, Any]]:
+    """Return all combinations of the values of settings."""
+    return [
+        dict(zip(lists, values, strict=True))
+        for values in itertools.product(*lists.values())
+    ]
+
+
+_RECENT = [0.1, 0.25, 0.5, 0.75]
+_WINDOWS = [16, 32, 64]
+# The settings that are compared on the tuning documents.
+CONTENDERS: dict[str, list[Method]] = {
+    "sinks and recent": [Method(sinks_and_recent)],
+    "H2O": [Method(h2o, x) for x in options(recent=_RECENT, total=[False, True])],
+    "SnapKV": [Method(snapkv, x) for x in options(window=_WINDOWS)],
+    "PyramidKV": [
+        Method(snapkv, x, beta) for x in options(window=_WINDOWS) for beta in (2, 5, 20)
+    ],
+    "Ada-KV": [Method(ada_kv, x) for x in options(window=_WINDOWS)],
+    "TOVA": [Method(scored("last", 1), x) for x in options(recent=[0.0, *_RECENT])],
+    "expected attention": [
+        Method(scored("expected", queries), x)
+        for queries in (0, 256)
+        for x in options(recent=[0.0, *_RECENT])
+    ],
+    "RMS attention": [Method(scored("rms", 256), x) for x in options(recent=_RECENT)],
+    "key norm": [Method(key_norm, x) for x in options(recent=_RECENT)],
+    "attention matching": [
+        Method(matched, x)
+        for x in options(queries=[256, 512], recent=[0.1, 0.5], ridge=[1e-3, 1e-1])
+    ],
+    "ToMe matching": [Method(tome, x) for x in options(recent=[0.1, 0.3, 0.5])],
+}
