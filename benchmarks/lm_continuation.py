@@ -1,0 +1,113 @@
+"""Continuation: what a language model predicts after its cache was shortened.
+
+The model reads the context of a document, each method shortens the cache, and the model
+then reads the tokens that follow. All figures are means over these tokens:
+
+- KL: the divergence of the predictions from those with the whole cache, in nats.
+- loss: the negative log-probability of the true tokens. Its exponential is the
+  perplexity.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from cache_methods import Method
+from cache_reading import Prompt, predict, read
+from documents import Document
+from quality_tables import interval, ratio
+
+Report = dict[str, Any]
+BUDGETS = 0.5, 0.25, 0.1, 0.05
+
+
+def continuation(
+    model: Any,
+    documents: list[Document],
+    num_tokens: int,
+    methods: dict[str, Method],
+    budgets: tuple[float, ...] = BUDGETS,
+) -> Report:
+    """Return KL and loss of each method, budget and document.
+
+    `num_tokens` is the length of the context.
+    """
+    rows: Report = {
+        name: {str(budget): {"kl": [], "loss": []} for budget in budgets}
+        for name in methods
+    }
+    whole: list[float] = []
+    for document in documents:
+        prompt = read(model, document.context(num_tokens))
+        ids, true = document.continuation[:-1], document.continuation[1:]
+        expected = predict(model, prompt, prompt.whole, ids)
+        whole.append(_loss(expected, true))
+        for name, method in methods.items():
+            for budget in budgets:
+                cell = rows[name][str(budget)]
+                _measure(model, prompt, (method, budget), (ids, true), expected, cell)
+    return {
+        "documents": [document.name for document in documents],
+        "methods": rows,
+        "full": {"loss": whole},
+    }
+
+
+def _measure(
+    model: Any,
+    prompt: Prompt,
+    method: tuple[Method, float],
+    continuation: tuple[list[int], list[int]],
+    expected: torch.Tensor,
+    cell: Report,
+) -> None:
+    """Append the figures of one method and document to the lists of a cell."""
+    shorten, budget = method
+    ids, true = continuation
+    layers = shorten(prompt, int(prompt.num_tokens * budget))
+    result = predict(model, prompt, layers, ids)
+    divergence = (expected.exp() * (expected - result)).sum(-1)
+    cell["kl"].append(float(divergence.mean()))
+    cell["loss"].append(_loss(result, true))
+
+
+def _loss(predicted: torch.Tensor, true: list[int]) -> float:
+    """Return the mean negative log-probability of the true tokens."""
+    return -float(predicted.gather(1, torch.tensor(true)[:, None]).mean())
+
+
+def tables(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
+    """Print and return the means, with 95 % intervals by document.
+
+    `peers` are methods; the ratio of KL is that to each of them.
+    """
+    rows, whole = report["methods"], np.array(report["full"]["loss"])
+    print(f"\nContexts of {num_tokens} tokens, {len(whole)} documents")
+    print(f"whole cache: perplexity {np.exp(whole.mean()):.2f}")
+    summary: Report = {}
+    for name, row in rows.items():
+        for budget, cell in row.items():
+            kl, loss = np.array(cell["kl"]), np.array(cell["loss"])
+            rise = [float(np.expm1(x)) for x in interval(loss - whole)]
+            figures: Report = {
+                "kl": interval(kl),
+                "perplexity": float(np.exp(loss.mean())),
+                "perplexity rise": rise,
+            }
+            for peer in peers:
+                figures[f"kl / {peer}"] = ratio(kl, np.array(rows[peer][budget]["kl"]))
+            summary.setdefault(name, {})[budget] = figures
+            print(f"{name:44s} {float(budget):4.0%} {_cells(figures, peers)}")
+    return summary
+
+
+def _cells(figures: Report, peers: tuple[str, ...]) -> str:
+    """Return the figures of one method and budget as text."""
+    text = "KL {:.4f} [{:.4f}, {:.4f}]".format(*figures["kl"])
+    text += f"  perplexity {figures['perplexity']:6.2f}"
+    text += " {:+6.1%} [{:+.1%}, {:+.1%}]".format(*figures["perplexity rise"])
+    for peer in peers:
+        text += f"  × {peer} {{:.2f}} [{{:.2f}}, {{:.2f}}]".format(
+            *figures[f"kl / {peer}"]
+        )
+    return text
