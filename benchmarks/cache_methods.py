@@ -238,25 +238,25 @@ def options(**lists: list[Any]) -> list[dict[str, Any]]:
     ]
 
 
-_RECENT = [0.1, 0.25, 0.5, 0.75]
-_WINDOWS = [16, 32, 64]
+_RECENT = [0.25, 0.5, 0.75]
+_WINDOWS = [16, 64]
 # The settings that are compared on the tuning documents.
 CONTENDERS: dict[str, list[Method]] = {
     "sinks and recent": [Method(sinks_and_recent)],
     "H2O": [Method(h2o, x) for x in options(recent=_RECENT, total=[False, True])],
     "SnapKV": [Method(snapkv, x) for x in options(window=_WINDOWS)],
     "PyramidKV": [
-        Method(snapkv, x, beta) for x in options(window=_WINDOWS) for beta in (2, 5, 20)
+        Method(snapkv, x, beta) for x in options(window=_WINDOWS) for beta in (2, 5)
     ],
     "Ada-KV": [Method(ada_kv, x) for x in options(window=_WINDOWS)],
-    "TOVA": [Method(scored("last", 1), x) for x in options(recent=[0.0, *_RECENT])],
+    "TOVA": [Method(scored("last", 1), x) for x in options(recent=_RECENT)],
     "expected attention": [
-        Method(expected, x) for x in options(future=[128, 512], recent=[0.0, *_RECENT])
+        Method(expected, x) for x in options(future=[128, 512], recent=_RECENT)
     ],
     "RMS attention": [Method(scored("rms", 256), x) for x in options(recent=_RECENT)],
     "key norm": [Method(key_norm, x) for x in options(recent=_RECENT)],
     "attention matching": [
-        Method(matched, x) for x in options(recent=[0.1, 0.5], ridge=[1e-4, 1e-3, 1e-2])
+        Method(matched, x) for x in options(recent=[0.1, 0.5], ridge=[1e-5, 1e-4, 1e-3])
     ],
     "ToMe matching": [Method(tome, x) for x in options(recent=[0.1, 0.3, 0.5])],
 }
