@@ -45,6 +45,12 @@ class Method(NamedTuple):
     beta: int = 1
     """The last layer keeps K / beta entries; the budgets of all layers are a line."""
 
+    @property
+    def text(self) -> str:
+        """The settings as text."""
+        settings = [f"{name}={value}" for name, value in self.settings.items()]
+        return " ".join(settings + [f"beta={self.beta}"] * (self.beta > 1))
+
     def __call__(self, prompt: Prompt, count: int) -> list[Shortened]:
         """Return what each layer keeps, with a mean of `count` entries of each head."""
         least = max(count // self.beta, 1)
@@ -238,7 +244,7 @@ def options(**lists: list[Any]) -> list[dict[str, Any]]:
     ]
 
 
-_RECENT = [0.25, 0.5, 0.75]
+_RECENT = [0.25, 0.5, 0.75, 0.9]
 _WINDOWS = [16, 64]
 # The settings that are compared on the tuning documents.
 CONTENDERS: dict[str, list[Method]] = {
@@ -262,6 +268,21 @@ CONTENDERS: dict[str, list[Method]] = {
 }
 
 Shorten = Callable[[Prompt, int], list[Shortened]]
+SNAPKV = "SnapKV"
+# The settings with the least KL divergence on the tuning documents.
+SELECTED: dict[str, Shorten] = {
+    "attention matching": Method(matched, {"recent": 0.1, "ridge": 1e-4}),
+    "H2O": Method(h2o, {"recent": 0.75}),
+    SNAPKV: Method(snapkv, {"window": 64}),
+    "Ada-KV": Method(ada_kv, {"window": 64}),
+    "PyramidKV": Method(snapkv, {"window": 64}, 2),
+    "TOVA": Method(scored("last", 1), {"recent": 0.75}),
+    "RMS attention": Method(scored("rms", 256), {"recent": 0.75}),
+    "expected attention": Method(expected, {"future": 128, "recent": 0.75}),
+    "key norm": Method(key_norm, {"recent": 0.75}),
+    "ToMe matching": Method(tome, {"recent": 0.5}),
+    "sinks and recent": Method(sinks_and_recent),
+}
 LAYERS = {"per_layer": True}
 # Merging, also without one of its ingredients each.
 OURS: dict[str, Shorten] = {

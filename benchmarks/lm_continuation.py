@@ -76,7 +76,7 @@ def _loss(predicted: torch.Tensor, true: list[int]) -> float:
     return -float(predicted.gather(1, torch.tensor(true)[:, None]).mean())
 
 
-def tables(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
+def summary(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
     """Print and return the means, with 95 % intervals by document.
 
     `peers` are methods; the ratio of KL is that to each of them.
@@ -84,7 +84,7 @@ def tables(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
     rows, whole = report["methods"], np.array(report["full"]["loss"])
     print(f"\nContexts of {num_tokens} tokens, {len(whole)} documents")
     print(f"whole cache: perplexity {np.exp(whole.mean()):.2f}")
-    summary: Report = {}
+    means: Report = {}
     for name, row in rows.items():
         for budget, cell in row.items():
             kl, loss = np.array(cell["kl"]), np.array(cell["loss"])
@@ -96,9 +96,9 @@ def tables(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
             }
             for peer in peers:
                 figures[f"kl / {peer}"] = ratio(kl, np.array(rows[peer][budget]["kl"]))
-            summary.setdefault(name, {})[budget] = figures
+            means.setdefault(name, {})[budget] = figures
             print(f"{name:44s} {float(budget):4.0%} {_cells(figures, peers)}")
-    return summary
+    return means
 
 
 def _cells(figures: Report, peers: tuple[str, ...]) -> str:

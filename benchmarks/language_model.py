@@ -1,0 +1,114 @@
+"""A language model that reads fewer tokens: what it costs, against other methods.
+
+    python benchmarks/language_model.py [--quick] [--parts PART ...] [--json FILE]
+    python benchmarks/language_model.py --tune
+
+The model is SmolLM2-135M-Instruct (smollm2.py), on documents of three classes
+(documents.py). The parts:
+
+- continuation: a context fills the cache, each method of cache_methods.py shortens it
+  to a fraction, and the model predicts the 128 tokens that follow. KL is the divergence
+  from its predictions with the whole cache, in nats. Figures are means over held-out
+  documents, with 95 % intervals by a bootstrap over documents.
+- retrieval: the tasks of RULER (ruler.py, lm_retrieval.py).
+
+`--tune` compares the settings of each method on the tuning documents, at a quarter of
+the cache. `--quick` uses a random model with one short document: it only shows that the
+code runs.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import smollm2
+import torch
+from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, Shorten
+from cache_reading import predict, read
+from documents import Document, byte_documents, documents
+from lm_continuation import continuation, summary
+from report import write_json
+
+import qm_cupy as qm
+
+Report = dict[str, Any]
+# How many held-out documents of each class are read with contexts of each length.
+COUNTS = {512: 5, 1024: 8, 2048: 5, 4096: 2}
+TUNING, TUNING_LENGTH = 2, 1024  # documents of each class, and their context
+PEERS = SNAPKV, "H2O"
+
+
+def methods() -> dict[str, Shorten]:
+    """Return all methods with the settings that were selected."""
+    return {**OURS, **SELECTED}
+
+
+def tune(model: Any, tokenizer: Any) -> Report:
+    """Print and return the mean KL of every setting on the tuning documents."""
+    rows: dict[str, list[float]] = {}
+    for document in documents(tokenizer, "tuning", TUNING):
+        prompt = read(model, document.context(TUNING_LENGTH))
+        ids = document.continuation[:-1]
+        expected = predict(model, prompt, prompt.whole, ids)
+        for name, candidates in CONTENDERS.items():
+            for method in candidates:
+                result = predict(model, prompt, method(prompt, TUNING_LENGTH // 4), ids)
+                divergence = (expected.exp() * (expected - result)).sum(-1).mean()
+                rows.setdefault(f"{name} {method.text}", []).append(float(divergence))
+    means = {name: float(np.mean(row)) for name, row in rows.items()}
+    for name in sorted(means, key=lambda x: means[x]):
+        print(f"{means[name]:.4f}  {name}")
+    return means
+
+
+def continuations(
+    model: Any, read_documents: Callable[[int], list[Document]], counts: dict[int, int]
+) -> Report:
+    """Return the part `continuation`: figures for each length of the context."""
+    report: Report = {}
+    for num_tokens, count in counts.items():
+        chosen = read_documents(count)
+        report[str(num_tokens)] = continuation(model, chosen, num_tokens, methods())
+    return report
+
+
+def main() -> None:
+    """Run the parts, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="a random model, briefly")
+    parser.add_argument("--tune", action="store_true", help="compare all settings")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", choices=COUNTS, default=COUNTS
+    )
+    parser.add_argument("--json", type=Path, help="add the results to a file")
+    options = parser.parse_args()
+    print(f"qm_cupy {qm.__version__}, torch {torch.__version__}")
+    report: Report = {}
+    if options.json and options.json.exists():
+        report = json.loads(options.json.read_text(encoding="utf-8"))
+    if options.quick:
+        model = smollm2.random_model()
+        counts, of_count = {512: 1}, byte_documents
+    else:
+        model, tokenizer = smollm2.load()
+        counts = {length: COUNTS[length] for length in options.lengths}
+
+        def of_count(count: int) -> list[Document]:
+            return documents(tokenizer, "held_out", count)
+
+    if options.tune:
+        report["tuning"] = tune(model, tokenizer)
+    else:
+        results = continuations(model, of_count, counts)
+        report.setdefault("continuation", {}).update(results)
+        for num_tokens, part in report["continuation"].items():
+            summary(part, PEERS, int(num_tokens))
+    if options.json:
+        write_json(options.json, report)
+
+
+if __name__ == "__main__":
+    main()
