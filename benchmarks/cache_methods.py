@@ -272,24 +272,27 @@ SNAPKV = "SnapKV"
 # The settings with the least KL divergence on the tuning documents.
 SELECTED: dict[str, Shorten] = {
     "attention matching": Method(matched, {"recent": 0.1, "ridge": 1e-4}),
-    "H2O": Method(h2o, {"recent": 0.75}),
+    "H2O": Method(h2o, {"recent": 0.25}),
     SNAPKV: Method(snapkv, {"window": 64}),
     "Ada-KV": Method(ada_kv, {"window": 64}),
     "PyramidKV": Method(snapkv, {"window": 64}, 2),
     "TOVA": Method(scored("last", 1), {"recent": 0.75}),
-    "RMS attention": Method(scored("rms", 256), {"recent": 0.75}),
+    "RMS attention": Method(scored("rms", 256), {"recent": 0.25}),
     "expected attention": Method(expected, {"future": 128, "recent": 0.75}),
     "key norm": Method(key_norm, {"recent": 0.75}),
     "ToMe matching": Method(tome, {"recent": 0.5}),
     "sinks and recent": Method(sinks_and_recent),
 }
 LAYERS = {"per_layer": True}
-# Merging, also without one of its ingredients each.
+# Merging, with and without one budget of the layers, and of their heads.
 OURS: dict[str, Shorten] = {
     "merge_kv_cache, per_layer, per_head": partial(merged, per_head=True, **LAYERS),
     "merge_kv_cache, per_layer": partial(merged, **LAYERS),
     "merge_kv_cache, per_head": partial(merged, per_head=True),
     "merge_kv_cache": merged,
+}
+# `per_layer` with another choice each.
+VARIANTS: dict[str, Shorten] = {
     "per_layer, rotate_at=first": partial(merged, rotate_at="first", **LAYERS),
     "per_layer, not calibrated": partial(merged, calibrate=False, **LAYERS),
     "per_layer, 32 queries alone": partial(

@@ -26,24 +26,32 @@ from typing import Any
 import numpy as np
 import smollm2
 import torch
-from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, Shorten
+from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, VARIANTS
 from cache_reading import predict, read
 from documents import Document, byte_documents, documents
-from lm_continuation import continuation, summary
+from lm_continuation import Trial, continuation, summary
 from report import write_json
 
 import qm_cupy as qm
 
 Report = dict[str, Any]
 # How many held-out documents of each class are read with contexts of each length.
-COUNTS = {512: 5, 1024: 8, 2048: 5, 4096: 2}
+COUNTS = {512: 4, 1024: 6, 2048: 3, 4096: 1}
+ALL_BUDGETS = 1024  # the length at which all budgets and variants are measured
+BUDGETS, FEW_BUDGETS = (0.5, 0.25, 0.1, 0.05), (0.25, 0.1)
 TUNING, TUNING_LENGTH = 2, 1024  # documents of each class, and their context
 PEERS = SNAPKV, "H2O"
 
 
-def methods() -> dict[str, Shorten]:
-    """Return all methods with the settings that were selected."""
-    return {**OURS, **SELECTED}
+def plan(num_tokens: int) -> list[Trial]:
+    """Return which methods are measured at which budgets."""
+    whole = num_tokens == ALL_BUDGETS
+    budgets = BUDGETS if whole else FEW_BUDGETS
+    methods = {**OURS, **SELECTED}.items()
+    trials = [Trial(name, x, budget) for name, x in methods for budget in budgets]
+    if whole:
+        trials += [Trial(name, x, 0.25) for name, x in VARIANTS.items()]
+    return trials
 
 
 def tune(model: Any, tokenizer: Any) -> Report:
@@ -71,7 +79,8 @@ def continuations(
     report: Report = {}
     for num_tokens, count in counts.items():
         chosen = read_documents(count)
-        report[str(num_tokens)] = continuation(model, chosen, num_tokens, methods())
+        trials = plan(num_tokens)
+        report[str(num_tokens)] = continuation(model, chosen, num_tokens, trials)
     return report
 
 

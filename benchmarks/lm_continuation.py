@@ -8,67 +8,55 @@ then reads the tokens that follow. All figures are means over these tokens:
   perplexity.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cache_methods import Method
-from cache_reading import Prompt, predict, read
+from cache_methods import Shorten
+from cache_reading import predict, read
 from documents import Document
 from quality_tables import interval, ratio
 
 Report = dict[str, Any]
-BUDGETS = 0.5, 0.25, 0.1, 0.05
+
+
+class Trial(NamedTuple):
+    """A method at one budget."""
+
+    name: str
+    shorten: Shorten
+    budget: float  # the fraction of the entries that remain
 
 
 def continuation(
-    model: Any,
-    documents: list[Document],
-    num_tokens: int,
-    methods: dict[str, Method],
-    budgets: tuple[float, ...] = BUDGETS,
+    model: Any, documents: list[Document], num_tokens: int, trials: list[Trial]
 ) -> Report:
-    """Return KL and loss of each method, budget and document.
+    """Return KL and loss of each trial and document.
 
     `num_tokens` is the length of the context.
     """
-    rows: Report = {
-        name: {str(budget): {"kl": [], "loss": []} for budget in budgets}
-        for name in methods
-    }
+    methods: Report = {}
+    for name, _, budget in trials:
+        methods.setdefault(name, {})[str(budget)] = {"kl": [], "loss": []}
     whole: list[float] = []
     for document in documents:
         prompt = read(model, document.context(num_tokens))
         ids, true = document.continuation[:-1], document.continuation[1:]
         expected = predict(model, prompt, prompt.whole, ids)
         whole.append(_loss(expected, true))
-        for name, method in methods.items():
-            for budget in budgets:
-                cell = rows[name][str(budget)]
-                _measure(model, prompt, (method, budget), (ids, true), expected, cell)
+        for name, shorten, budget in trials:
+            layers = shorten(prompt, int(num_tokens * budget))
+            result = predict(model, prompt, layers, ids)
+            divergence = (expected.exp() * (expected - result)).sum(-1)
+            cell = methods[name][str(budget)]
+            cell["kl"].append(float(divergence.mean()))
+            cell["loss"].append(_loss(result, true))
+        print(f"{num_tokens} tokens: {document.name} is done", flush=True)
     return {
         "documents": [document.name for document in documents],
-        "methods": rows,
+        "methods": methods,
         "full": {"loss": whole},
     }
-
-
-def _measure(
-    model: Any,
-    prompt: Prompt,
-    method: tuple[Method, float],
-    continuation: tuple[list[int], list[int]],
-    expected: torch.Tensor,
-    cell: Report,
-) -> None:
-    """Append the figures of one method and document to the lists of a cell."""
-    shorten, budget = method
-    ids, true = continuation
-    layers = shorten(prompt, int(prompt.num_tokens * budget))
-    result = predict(model, prompt, layers, ids)
-    divergence = (expected.exp() * (expected - result)).sum(-1)
-    cell["kl"].append(float(divergence.mean()))
-    cell["loss"].append(_loss(result, true))
 
 
 def _loss(predicted: torch.Tensor, true: list[int]) -> float:
