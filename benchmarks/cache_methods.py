@@ -272,13 +272,13 @@ SNAPKV = "SnapKV"
 # The settings with the least KL divergence on the tuning documents.
 SELECTED: dict[str, Shorten] = {
     "attention matching": Method(matched, {"recent": 0.1, "ridge": 1e-4}),
-    "H2O": Method(h2o, {"recent": 0.25}),
+    "H2O": Method(h2o, {"recent": 0.5}),
     SNAPKV: Method(snapkv, {"window": 64}),
     "Ada-KV": Method(ada_kv, {"window": 64}),
     "PyramidKV": Method(snapkv, {"window": 64}, 2),
-    "TOVA": Method(scored("last", 1), {"recent": 0.75}),
+    "TOVA": Method(scored("last", 1), {"recent": 0.9}),
     "RMS attention": Method(scored("rms", 256), {"recent": 0.25}),
-    "expected attention": Method(expected, {"future": 128, "recent": 0.75}),
+    "expected attention": Method(expected, {"future": 128, "recent": 0.5}),
     "key norm": Method(key_norm, {"recent": 0.75}),
     "ToMe matching": Method(tome, {"recent": 0.5}),
     "sinks and recent": Method(sinks_and_recent),
