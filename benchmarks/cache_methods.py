@@ -272,7 +272,7 @@ SNAPKV = "SnapKV"
 # The settings with the least KL divergence on the tuning documents.
 SELECTED: dict[str, Shorten] = {
     "attention matching": Method(matched, {"recent": 0.1, "ridge": 1e-4}),
-    "H2O": Method(h2o, {"recent": 0.5}),
+    "H2O": Method(h2o, {"recent": 0.5, "total": False}),
     SNAPKV: Method(snapkv, {"window": 64}),
     "Ada-KV": Method(ada_kv, {"window": 64}),
     "PyramidKV": Method(snapkv, {"window": 64}, 2),
