@@ -14,7 +14,8 @@ The model is SmolLM2-135M-Instruct (smollm2.py), on documents of three classes
 
 `--tune` compares the settings of each method on the tuning documents, at a quarter of
 the cache. `--quick` uses a random model with one short document: it only shows that the
-code runs.
+code runs. With `--json`, the file is written after each document, and a document that it
+has is not measured again.
 """
 
 import argparse
@@ -73,15 +74,21 @@ def tune(model: Any, tokenizer: Any) -> Report:
 
 
 def continuations(
-    model: Any, read_documents: Callable[[int], list[Document]], counts: dict[int, int]
-) -> Report:
-    """Return the part `continuation`: figures for each length of the context."""
-    report: Report = {}
+    model: Any,
+    read_documents: Callable[[int], list[Document]],
+    counts: dict[int, int],
+    report: Report,
+    path: Path | None,
+) -> None:
+    """Measure contexts of each length, and write the report after each document."""
+    parts = report.setdefault("continuation", {})
     for num_tokens, count in counts.items():
+        part = parts.setdefault(str(num_tokens), {})
         chosen = read_documents(count)
-        trials = plan(num_tokens)
-        report[str(num_tokens)] = continuation(model, chosen, num_tokens, trials)
-    return report
+        for name in continuation(model, chosen, num_tokens, plan(num_tokens), part):
+            print(f"{num_tokens} tokens: {name} is done", flush=True)
+            if path:
+                write_json(path, report)
 
 
 def main() -> None:
@@ -110,13 +117,12 @@ def main() -> None:
 
     if options.tune:
         report["tuning"] = tune(model, tokenizer)
-    else:
-        results = continuations(model, of_count, counts)
-        report.setdefault("continuation", {}).update(results)
-        for num_tokens, part in report["continuation"].items():
-            summary(part, PEERS, int(num_tokens))
-    if options.json:
-        write_json(options.json, report)
+        if options.json:
+            write_json(options.json, report)
+        return
+    continuations(model, of_count, counts, report, options.json)
+    for num_tokens, part in report["continuation"].items():
+        summary(part, PEERS, int(num_tokens))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ then reads the tokens that follow. All figures are means over these tokens:
   perplexity.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,34 +30,39 @@ class Trial(NamedTuple):
 
 
 def continuation(
-    model: Any, documents: list[Document], num_tokens: int, trials: list[Trial]
-) -> Report:
-    """Return KL and loss of each trial and document.
+    model: Any,
+    documents: list[Document],
+    num_tokens: int,
+    trials: list[Trial],
+    part: Report,
+) -> Iterator[str]:
+    """Add KL and loss of each trial and document to a part of a report.
 
-    `num_tokens` is the length of the context.
+    `num_tokens` is the length of the context. Documents that the part has are not
+    measured again. The name of each document is yielded when it is done.
     """
-    methods: Report = {}
-    for name, _, budget in trials:
-        methods.setdefault(name, {})[str(budget)] = {"kl": [], "loss": []}
-    whole: list[float] = []
-    for document in documents:
+    methods = part.setdefault("methods", {})
+    whole = part.setdefault("full", {"loss": []})["loss"]
+    names = part.setdefault("documents", [])
+    for document in (x for x in documents if x.name not in names):
         prompt = read(model, document.context(num_tokens))
         ids, true = document.continuation[:-1], document.continuation[1:]
         expected = predict(model, prompt, prompt.whole, ids)
-        whole.append(_loss(expected, true))
-        for name, shorten, budget in trials:
+        figures = []
+        for _, shorten, budget in trials:
             layers = shorten(prompt, int(num_tokens * budget))
             result = predict(model, prompt, layers, ids)
             divergence = (expected.exp() * (expected - result)).sum(-1)
-            cell = methods[name][str(budget)]
-            cell["kl"].append(float(divergence.mean()))
-            cell["loss"].append(_loss(result, true))
-        print(f"{num_tokens} tokens: {document.name} is done", flush=True)
-    return {
-        "documents": [document.name for document in documents],
-        "methods": methods,
-        "full": {"loss": whole},
-    }
+            figures.append((float(divergence.mean()), _loss(result, true)))
+        # All figures of a document, or none.
+        for (name, _, budget), (kl, loss) in zip(trials, figures, strict=True):
+            row = methods.setdefault(name, {})
+            cell = row.setdefault(str(budget), {"kl": [], "loss": []})
+            cell["kl"].append(kl)
+            cell["loss"].append(loss)
+        whole.append(_loss(expected, true))
+        names.append(document.name)
+        yield document.name
 
 
 def _loss(predicted: torch.Tensor, true: list[int]) -> float:
