@@ -1,21 +1,18 @@
 """A language model that reads fewer tokens: what it costs, against other methods.
 
-    python benchmarks/language_model.py [--quick] [--parts PART ...] [--json FILE]
+    python benchmarks/language_model.py [--quick] [--lengths N ...] [--json FILE]
     python benchmarks/language_model.py --tune
 
 The model is SmolLM2-135M-Instruct (smollm2.py), on documents of three classes
-(documents.py). The parts:
-
-- continuation: a context fills the cache, each method of cache_methods.py shortens it
-  to a fraction, and the model predicts the 128 tokens that follow. KL is the divergence
-  from its predictions with the whole cache, in nats. Figures are means over held-out
-  documents, with 95 % intervals by a bootstrap over documents.
-- retrieval: the tasks of RULER (ruler.py, lm_retrieval.py).
+(documents.py). A context fills the cache, each method of cache_methods.py shortens it
+to a fraction, and the model predicts the 128 tokens that follow. KL is the divergence
+from its predictions with the whole cache, in nats. Figures are means over held-out
+documents, with 95 % intervals by a bootstrap over documents.
 
 `--tune` compares the settings of each method on the tuning documents, at a quarter of
 the cache. `--quick` uses a random model with one short document: it only shows that the
-code runs. With `--json`, the file is written after each document, and a document that it
-has is not measured again.
+code runs. With `--json`, the file is written after each document, and a document that
+it has is not measured again.
 """
 
 import argparse
