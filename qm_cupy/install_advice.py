@@ -16,6 +16,7 @@ REQUIREMENTS = {
     "plot": "matplotlib>=3.8",
     "safetensors": "safetensors>=0.5",
     "bfloat16": "ml_dtypes>=0.5",
+    "lm": "gguf>=0.17",
     "torch": "torch>=2.11",
     "jax": "jax>=0.8",
     "tqdm": "tqdm>=4.66",

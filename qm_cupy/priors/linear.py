@@ -2,8 +2,8 @@
 
 A prior is a model that predicts a merged token from the tokens before it. A layer maps
 rows x of `in` entries to rows y of `out` entries. W (out, in) is its weight, and b
-(out,) is its bias, which may be absent. A letter d before a name means the gradient of a loss with respect
-to the quantity.
+(out,) is its bias, which may be absent. A letter d before a name means the gradient of
+a loss with respect to the quantity.
 """
 
 import math
