@@ -5,12 +5,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..arrays.checks import check_integer
-from ..arrays.conversion import convert_inputs, scope_of
+from ..arrays.conversion import convert_inputs
 from ..caches.budgets import head_budgets
 from ..caches.cache_checks import check_count
 from ..caches.cache_entries import default_recent
 from ..cuda.device import to_host
+from .llama_weights import Settings
 from .model_state import ModelState
+from .read_checks import check_ids
 
 
 class Reader(Protocol):
@@ -24,6 +26,7 @@ class Reader(Protocol):
 
 def generate_ids(
     model: Reader,
+    settings: Settings,
     ids: Any,
     num_tokens: Any,
     *,
@@ -33,23 +36,8 @@ def generate_ids(
     options: dict[str, Any],
 ) -> Any:
     """Return the tokens (..., T) with the highest logits after ids (..., N)."""
-    scope = scope_of((ids,))
-    if scope is not None:
-        with scope:
-            return _generated(model, ids, num_tokens, budget, every, stop, options)
-    return _generated(model, ids, num_tokens, budget, every, stop, options)
-
-
-def _generated(
-    model: Reader,
-    ids: Any,
-    num_tokens: Any,
-    budget: Any,
-    every: Any,
-    stop: Any,
-    options: dict[str, Any],
-) -> Any:
     convert_back, text = convert_inputs({"ids": ids})
+    check_ids("ids", text, settings)
     wanted = check_count("num_tokens", num_tokens)
     stop = None if stop is None else check_count("stop", stop)
     _check_budget(budget, every, options)

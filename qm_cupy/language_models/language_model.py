@@ -258,6 +258,7 @@ class LanguageModel(LlamaModel):
         logits, state = self._read(inputs, state, convert_back)
         return convert_back(logits.reshape(*token.shape[:-1], -1)), state
 
+    @on_callers_stream
     def generate(
         self,
         ids: IntArray,
@@ -302,15 +303,9 @@ class LanguageModel(LlamaModel):
             If a shape does not fit, a number is not in the vocabulary, or an option is
             out of range.
         """
-        return generate_ids(
-            self,
-            ids,
-            num_tokens,
-            budget=budget,
-            every=every,
-            stop=stop,
-            options=options,
-        )
+        rest: Any = {"budget": budget, "every": every, "stop": stop}
+        args = self, self._settings, ids, num_tokens
+        return generate_ids(*args, **rest, options=options)
 
     def _embedded(self, name: str, ids: Any) -> Any:
         """Return the embeddings (..., D) of ids (...), or raise."""
