@@ -252,9 +252,13 @@ class LanguageModel(LlamaModel):
         position, size = (options | dict(zip(arrays, converted, strict=True))).values()
         check_embeddings("token", token, self._settings, "D", "BD")
         rows = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
-        rest = (per_sequence(x, rows[:, 0]) for x in (position, size))
-        rest = (None if x is None else x.reshape(-1, 1) for x in rest)
-        inputs = inputs_of(rows, *rest, ("position", "size"))
+
+        def column(x: Any) -> Any:
+            x = per_sequence(x, rows[:, 0])
+            return None if x is None else x.reshape(-1, 1)
+
+        names = "position", "size"
+        inputs = inputs_of(rows, column(position), column(size), names)
         logits, state = self._read(inputs, state, convert_back)
         return convert_back(logits.reshape(*token.shape[:-1], -1)), state
 

@@ -54,5 +54,5 @@ class Entries:
             larger[:, :, :, :count] = x[:, :, :, :count]
             return larger
 
-        arrays = self.keys, self.values, self.bias, self.positions
-        return Entries(*map(grown, arrays), count)
+        keys, values = grown(self.keys), grown(self.values)
+        return Entries(keys, values, grown(self.bias), grown(self.positions), count)

@@ -120,7 +120,7 @@ def _linear_cuda(
     # norm.
     if implementation() == "optimized" and num_rows <= _MAX_WARP_ROWS:
         gain, shift, epsilon = norm or (None, None, _EPSILON)
-        args = (x, gain, shift, *weights, *sizes, epsilon, out)
+        args: tuple[Any, ...] = (x, gain, shift, *weights, *sizes, epsilon, out)
         launch("linear", "linear_few", dtype, args, rows=out.size)
         return out
     # Otherwise the norm is a kernel of its own. So each row is normalized once, and not
