@@ -15,13 +15,16 @@ Counts = NDArray[np.int64]
 
 
 def head_budgets(
-    budget: Any, leading: tuple[int, ...], num_entries: Counts, per_head: bool = False
+    budget: Any,
+    leading: tuple[int, ...],
+    num_entries: Counts,
+    pooled: tuple[int, ...] = (),
 ) -> Counts:
     """Return K of each head (...), or raise.
 
     `budget` is an integer, a fraction within (0, 1] of `num_entries` (...), or an array
-    of integers that broadcasts to the leading axes. With `per_head`, the heads of a
-    layer may keep different numbers: only the sum of the results matters.
+    of integers that broadcasts to the leading axes. Along the axes `pooled`, only the
+    sum of the results matters.
     """
     if is_ratio(budget):
         numerator, denominator = exact_fraction(budget)
@@ -41,8 +44,8 @@ def head_budgets(
             f"shape {array.shape}"
         ) from None
     limits = num_entries
-    if per_head and len(leading) > 1:  # only the mean of the heads is limited
-        limits = num_entries.mean(axis=-1, keepdims=True).astype(np.int64)
+    if pooled:  # only the mean is limited
+        limits = num_entries.mean(axis=pooled, keepdims=True).astype(np.int64)
         limits = np.broadcast_to(limits, leading)
     wrong = np.argwhere(np.atleast_1d((counts < 1) | (counts > limits)))
     if len(wrong):

@@ -135,8 +135,9 @@ def evict(
     check_finite_values("scores", scores, present)
     leading = keys.shape[:-2]
     total = num_present(present, keys)
-    counts = head_budgets(budget, leading, total, check_flag("per_head", per_head))
-    heads = leading[-1] if per_head and len(leading) > 1 else 1
+    pooled = (-1,) if check_flag("per_head", per_head) and len(leading) > 1 else ()
+    counts = head_budgets(budget, leading, total, pooled)
+    heads = leading[-1] if pooled else 1
     free, present = free_entries(
         keys,
         present,

@@ -21,15 +21,10 @@ from ..arrays.conversion import (
     on_callers_stream,
 )
 from ..arrays.counts import GroupCounts
-from ..arrays.dtypes import (
-    accumulation_dtype,
-    bfloat16_as_int16,
-    zero_where_absent,
-)
+from ..arrays.dtypes import bfloat16_as_int16, zero_where_absent
 from ..arrays.protect import split_positions
 from ..stages.clustering.checks import check_limits
-from ..stages.merging.groups import compute_group_positions, compute_group_sizes
-from ..stages.merging.merge_tokens import compute_merge_tokens
+from ..stages.merging.groups import compute_group_positions
 from .budgets import head_budgets
 from .cache_checks import (
     Rotary,
@@ -49,23 +44,29 @@ from .cache_entries import (
     num_present,
     present_entries,
 )
+from .cache_features import MAX_QUERIES, grouping_features, head_weights
 from .cache_groups import Cut, group_entries
 from .cache_mass import (
-    LastQueries,
     cache_mass,
     last_queries,
     queries_after,
     received_of_all,
     received_of_last,
+    select_queries,
+)
+from .cache_plan import (
+    Plan,
+    calibrated_bias,
+    rotated_means,
+    summed_bias,
+    unrotated,
 )
 from .kv_cache import KVCache
-from .rotary import rotate
+from .layer_axis import fold_layers, unfold_layers
 
 RotateAt = Literal["mean", "first", "last"]
 WINDOW = 128  # entries that are compared with each other, at most
 _LINKAGE_POWER = 0.7  # of the masses, where they decide what is grouped
-_MAX_EXPONENT = 600.0  # of e in float64, below its overflow
-_MAX_SHIFT = 3.0  # a calibrated bias differs at most by this from log Σ e^b
 
 
 class Options(NamedTuple):
@@ -99,6 +100,7 @@ def merge_kv_cache(
     sinks: int = 4,
     recent: int | None = None,
     per_head: bool = False,
+    per_layer: bool = False,
     window: int = WINDOW,
     mask: BoolArray | None = None,
 ) -> KVCache[Array]:
@@ -119,13 +121,13 @@ def merge_kv_cache(
         entries that are not padding, or integers that broadcast to the leading axes of
         `keys`, such as (H,) or (L, 1, 1). Results are padded to the largest K.
     max_error : float, optional
-        Instead of a budget: the largest squared error of the grouped keys, relative to
-        their squared norms, both weighted by mass.
+        Instead of a budget: the largest squared error of the vectors by which entries
+        are grouped (see Notes), relative to their squared norms, weighted by mass.
     query : ndarray of shape (..., T, d), optional
         Queries of the last T ≤ N entries, rotated like the keys, of H or a multiple of
         H heads. The attention of the last 32 of them is a part of the mass, and
-        calibrates the bias. If T = N, and `attention` is not passed, all queries are
-        used for `attention`.
+        calibrates the bias; the last 256 compare heads and layers. If T = N, and
+        `attention` is not passed, all queries are used for `attention`.
     attention : ndarray of shape (..., N), optional
         Mean attention that each entry receives, such as the result of
         `attention_received` with ``causal=True``, of H or a multiple of H heads.
@@ -162,8 +164,13 @@ def merge_kv_cache(
         Number of last entries that do not merge; by default a third of K, or 32 if this
         is more (half of K, if K < 64).
     per_head : bool, default False
-        If True, the budget is the mean of the heads of a layer, and heads whose keys
-        are more similar keep fewer entries. Results are padded to the largest K.
+        If True, the budget is the mean of the heads of a layer, and heads in which
+        merging changes less keep fewer entries. Results are padded to the largest K.
+    per_layer : bool, default False
+        If True, the budget is the mean of the layers, and layers in which merging
+        changes less keep fewer entries. `keys` must have the axis of layers. The heads
+        of a layer keep equally many entries, unless `per_head` is True, too. Results
+        are padded to the largest K: take ``x[layer, ..., :K, :]`` of each layer.
     window : int, default 128
         Largest number of entries that are compared with each other. More entries are
         first divided into parts of similar keys.
@@ -195,8 +202,17 @@ def merge_kv_cache(
     the attention of the last 32 queries, r is `attention`, and a bar is the mean over
     the entries that may merge. A term that is not known is left out; without both,
     :math:`m_j = e^{b_j} |v_j|`. Entries are grouped by ward linkage with Euclidean
-    distances and the masses :math:`m_j^{0.7}`. Time and memory are linear in N. The
-    calibrated bias is
+    distances and the masses :math:`m_j^{0.7}`. Their vectors are the keys, followed by
+    the values times a factor, with which they vary half as much as the keys do. Time
+    and memory are linear in N.
+
+    If several heads or layers have one budget, and queries are known, the elements of
+    keys are multiplied by the root mean square of those of the last 256 queries, which
+    are averaged over rotated pairs. The masses of a head are multiplied by
+    :math:`\sum_j a_j |q|^2` over the entries that may merge. Then the lowest merges of
+    all these heads are made.
+
+    The calibrated bias is
 
     .. math:: \bar b_G = \log \frac{\sum_i \sum_{j \in G} e^{s_{ij} - Z_i}}
         {\sum_i e^{c\,q_i \cdot \bar k - Z_i}}
@@ -250,12 +266,20 @@ def merge_kv_cache(
         check_window(window),
     )
     positions = entry_positions(positions, keys)
-    leading = keys.shape[:-2]
-    heads = leading[-1] if per_head and len(leading) > 1 else 1
-    counts = None  # K of each sequence (S,)
-    total = num_present(present, keys)
+    pooled = check_pooled(per_head, per_layer, keys)
+    counts = None  # K of each head (...)
     if budget is not None:
-        counts = head_budgets(budget, leading, total, check_flag("per_head", per_head))
+        total = num_present(present, keys)
+        counts = head_budgets(budget, keys.shape[:-2], total, pooled)
+    sources = Sources(query, attention, bias, mask, positions)
+    num_layers = len(keys)
+    if per_layer:  # all layers as one
+        keys, values, present, counts = map(
+            fold_layers, (keys, values, present, counts)
+        )
+        sources = sources.folded()
+    heads = keys.shape[-3] if pooled else 1
+    num_equal = heads // num_layers if per_layer and not per_head else 1
     free, present = free_entries(
         keys,
         present,
@@ -265,10 +289,25 @@ def merge_kv_cache(
         counts,
         heads,
     )
-    cut = Cut(None if counts is None else counts.ravel(), max_error, heads)
-    sources = Sources(query, attention, bias, mask, positions)
+    counts = None if counts is None else counts.ravel()
+    cut = Cut(counts, max_error, heads, num_equal)
     cache = compute_merge_kv_cache(keys, values, sources, free, present, cut, options)
+    if per_layer:
+        cache = KVCache(*(unfold_layers(x, num_layers) for x in cache))
     return KVCache(*map(convert_back, cache))
+
+
+def check_pooled(per_head: Any, per_layer: Any, keys: Any) -> tuple[int, ...]:
+    """Return the leading axes of keys whose entries have a common budget, or raise."""
+    check_flag("per_head", per_head)
+    if not check_flag("per_layer", per_layer):
+        return (-1,) if per_head and keys.ndim > 3 else ()
+    if keys.ndim < 5:
+        raise ValueError(
+            "`per_layer=True` needs `keys` of all layers, (L, B, H, N, d), got shape "
+            f"{tuple(keys.shape)}: stack the layers, or pass `per_head=True`"
+        )
+    return (0, -1)
 
 
 def check_rotate_at(rotate_at: Any, rotary: Rotary | None) -> str:
@@ -291,6 +330,15 @@ class Sources(NamedTuple):
     mask: Any  # (B, N)
     positions: Any  # (..., N), integers
 
+    def folded(self) -> "Sources":
+        """Return the arrays of all layers as those of one layer."""
+        by_layer = {
+            name: fold_layers(x)
+            for name, x in self._asdict().items()
+            if name != "mask" and getattr(x, "ndim", 0) > 2
+        }
+        return self._replace(**by_layer)
+
 
 def compute_merge_kv_cache(
     keys: Any,
@@ -307,7 +355,7 @@ def compute_merge_kv_cache(
     not padding.
     """
     query, attention, bias, mask, positions = sources
-    leading, (num_entries, dim) = keys.shape[:-2], keys.shape[-2:]
+    leading, num_entries = keys.shape[:-2], keys.shape[-2]
     padded = bool(mask is not None or bias is not None)
     if padded:  # padding may be NaN
         keys, values = (
@@ -322,11 +370,17 @@ def compute_merge_kv_cache(
     if last is not None:
         received = received_of_last(last, keys, bias, mask)
     mass = cache_mass(received, attention, free, keys, values, bias)
+    straight = unrotated(keys, positions, options.rotary)
+    linkage_mass = mass ** mass.dtype.type(_LINKAGE_POWER)
+    comparing = None  # queries by which heads are compared
+    if cut.pool_size > 1 and query is not None:
+        comparing, _ = select_queries(query, keys, mask, MAX_QUERIES)
+        linkage_mass = linkage_mass * head_weights(received, comparing, free)
+    features = grouping_features(straight, values, comparing, free, options.rotary)
     mass = mass.reshape(-1, num_entries)
-    straight = _unrotated(keys, positions, options.rotary)
     labels, counts = group_entries(
-        straight.reshape(-1, num_entries, dim),
-        mass ** mass.dtype.type(_LINKAGE_POWER),
+        features.reshape(-1, num_entries, features.shape[-1]),
+        linkage_mass.reshape(-1, num_entries),
         free.reshape(-1, num_entries),
         present.reshape(-1, num_entries),
         cut,
@@ -337,112 +391,18 @@ def compute_merge_kv_cache(
     sizes, last_members = plan.sizes(), compute_group_positions(labels, groups)
     merged_keys, merged_values = plan.mean(keys), plan.mean(values)
     if options.rotate_at != "mean":
-        rotated = _rotated_means(plan, straight, positions, options)
+        rotated = rotated_means(
+            plan, straight, positions, options.rotary, options.rotate_at
+        )
         moved = (sizes > 1).reshape(*leading, -1, 1)
         bits = map(bfloat16_as_int16, (rotated.astype(keys.dtype), merged_keys))
         merged_keys = np.where(moved, *bits).view(keys.dtype)
-    merged_bias = _summed_bias(plan, bias, sizes)
+    merged_bias = summed_bias(plan, bias, sizes)
     if last is not None and options.calibrate:
         after = queries_after(last, free)
         if after is not last:
             received = received_of_last(after, keys, bias, mask)
         args = after, received, merged_keys, merged_bias, sizes
-        merged_bias = _calibrated(plan, *args)
+        merged_bias = calibrated_bias(plan, *args)
     in_shape = (x.reshape(*leading, -1) for x in (labels, sizes, last_members))
     return KVCache(merged_keys, merged_values, merged_bias, *in_shape)
-
-
-class Plan(NamedTuple):
-    """The groups of S sequences of N entries."""
-
-    labels: Any  # (S, N)
-    groups: GroupCounts
-    mass: Any  # (S, N)
-    leading: tuple[int, ...]
-
-    def mean(self, x: Any, weighted: bool = True) -> Any:
-        """Return the means (..., K, w) of x (..., N, w), weighted by mass or plain."""
-        flat = x.reshape(*self.labels.shape, x.shape[-1])
-        mass = self.mass if weighted else None
-        merged = compute_merge_tokens(flat, self.labels, self.groups, mass=mass)
-        return merged.reshape(*self.leading, -1, x.shape[-1])
-
-    def sizes(self) -> Any:
-        """Return the sizes of the groups (S, K)."""
-        return compute_group_sizes(self.labels, self.groups)
-
-    def sum(self, x: Any, sizes: Any) -> Any:
-        """Return the sums (S, K) of x (..., N) over the members of each group."""
-        mean = self.mean(x[..., None], weighted=False).reshape(sizes.shape)
-        return mean * sizes.astype(mean.dtype)
-
-
-def _unrotated(keys: Any, positions: Any, rotary: Rotary | None) -> Any:
-    """Return the keys before their rotation, in float32 or float64."""
-    wide = keys.astype(accumulation_dtype(keys.dtype), copy=False)
-    if rotary is None:
-        return wide
-    return rotate(wide, positions, *rotary_arguments(rotary), inverse=True)
-
-
-def _rotated_means(plan: Plan, straight: Any, positions: Any, options: Options) -> Any:
-    """Return means of the unrotated keys, rotated to one member (..., K, d)."""
-    num_entries = straight.shape[-2]
-    labels = plan.labels
-    if options.rotate_at == "first":
-        # The last member in reverse order.
-        backwards = compute_group_positions(labels[:, ::-1], plan.groups)
-        member = num_entries - 1 - backwards
-    else:
-        member = compute_group_positions(labels, plan.groups)
-    member = np.clip(member, 0, num_entries - 1)  # padded groups have none
-    every = np.broadcast_to(positions, straight.shape[:-1]).reshape(labels.shape)
-    where = np.take_along_axis(every, member.astype(np.int64), -1)
-    return rotate(
-        plan.mean(straight),
-        where.reshape(*plan.leading, -1),
-        *rotary_arguments(options.rotary),
-    )
-
-
-def _summed_bias(plan: Plan, bias: Any, sizes: Any) -> Any:
-    """Return log Σ e^b of each group (..., K), and -inf for padded groups."""
-    dtype = plan.mass.dtype
-    summed = np.log(np.maximum(sizes, 1).astype(dtype))
-    if bias is not None:
-        # Relative to the mean of its group, so that no sum overflows or vanishes, and
-        # an entry that does not merge keeps the bits of its bias.
-        b = np.where(np.isfinite(bias), bias, bias.dtype.type(0)).astype(np.float64)
-        centre = plan.mean(b[..., None], weighted=False)[..., 0]
-        label = np.maximum(plan.labels, 0).astype(np.int64).reshape(b.shape)
-        shift = b - np.take_along_axis(centre, label, -1)
-        total = plan.sum(np.exp(np.clip(shift, -_MAX_EXPONENT, _MAX_EXPONENT)), sizes)
-        summed = np.log(np.where(total > 0, total, 1.0)) + centre.reshape(sizes.shape)
-        summed = summed.astype(dtype)
-    return np.where(sizes > 0, summed, dtype.type(-np.inf)).reshape(*plan.leading, -1)
-
-
-def _calibrated(
-    plan: Plan, last: LastQueries, received: Any, keys: Any, bias: Any, sizes: Any
-) -> Any:
-    """Return the biases (..., K) with which merged keys get their members' attention.
-
-    Where the attention is too small to say so, and for entries that did not merge, the
-    bias stays `bias`.
-    """
-    wanted = plan.sum(received.astype(plan.mass.dtype), sizes)
-    without = received_of_last(last, keys, None, None, causal=False)
-    without = without.reshape(wanted.shape).astype(wanted.dtype)
-    tiny = wanted.dtype.type(np.finfo(np.float32).tiny * 2**20)
-    known = (wanted > tiny) & (without > tiny) & (sizes > 1)
-    flat = bias.reshape(wanted.shape)
-    ratio = np.where(known, wanted, tiny) / np.where(known, without, tiny)
-    base = np.where(known, flat, wanted.dtype.type(0))
-    shift = np.clip(np.log(ratio) - base, -_MAX_SHIFT, _MAX_SHIFT)
-    return np.where(known, base + shift, flat).reshape(bias.shape)
-
-
-def rotary_arguments(rotary: Rotary | None) -> tuple[Any, ...]:
-    """Return the arguments of `rotate` after the positions."""
-    assert rotary is not None
-    return tuple(rotary)

@@ -104,7 +104,7 @@ class TestHeadBudgets:
 
     def test_with_per_head_only_the_mean_is_limited(self):
         counts = entries([9, 9], [4, 10])
-        got = head_budgets(7, (2, 2), counts, per_head=True)
+        got = head_budgets(7, (2, 2), counts, (-1,))
         np.testing.assert_array_equal(got, 7)
         with pytest.raises(ValueError, match=r"1\.\.7"):
-            head_budgets(8, (2, 2), counts, per_head=True)
+            head_budgets(8, (2, 2), counts, (-1,))

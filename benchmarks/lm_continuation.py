@@ -1,0 +1,107 @@
+"""Continuation: what a language model predicts after its cache was shortened.
+
+The model reads the context of a document, each method shortens the cache, and the model
+then reads the tokens that follow. All figures are means over these tokens:
+
+- KL: the divergence of the predictions from those with the whole cache, in nats.
+- loss: the negative log-probability of the true tokens. Its exponential is the
+  perplexity.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cache_methods import Shorten
+from cache_reading import predict, read
+from documents import Document
+from quality_tables import interval, ratio
+
+Report = dict[str, Any]
+
+
+class Trial(NamedTuple):
+    """A method at one budget."""
+
+    name: str
+    shorten: Shorten
+    budget: float  # the fraction of the entries that remain
+
+
+def continuation(
+    model: Any,
+    documents: list[Document],
+    num_tokens: int,
+    trials: list[Trial],
+    part: Report,
+) -> Iterator[str]:
+    """Add KL and loss of each trial and document to a part of a report.
+
+    `num_tokens` is the length of the context. Documents that the part has are not
+    measured again. The name of each document is yielded when it is done.
+    """
+    methods = part.setdefault("methods", {})
+    whole = part.setdefault("full", {"loss": []})["loss"]
+    names = part.setdefault("documents", [])
+    for document in (x for x in documents if x.name not in names):
+        prompt = read(model, document.context(num_tokens))
+        ids, true = document.continuation[:-1], document.continuation[1:]
+        expected = predict(model, prompt, prompt.whole, ids)
+        figures = []
+        for _, shorten, budget in trials:
+            layers = shorten(prompt, int(num_tokens * budget))
+            result = predict(model, prompt, layers, ids)
+            divergence = (expected.exp() * (expected - result)).sum(-1)
+            figures.append((float(divergence.mean()), _loss(result, true)))
+        # All figures of a document, or none.
+        for (name, _, budget), (kl, loss) in zip(trials, figures, strict=True):
+            row = methods.setdefault(name, {})
+            cell = row.setdefault(str(budget), {"kl": [], "loss": []})
+            cell["kl"].append(kl)
+            cell["loss"].append(loss)
+        whole.append(_loss(expected, true))
+        names.append(document.name)
+        yield document.name
+
+
+def _loss(predicted: torch.Tensor, true: list[int]) -> float:
+    """Return the mean negative log-probability of the true tokens."""
+    return -float(predicted.gather(1, torch.tensor(true)[:, None]).mean())
+
+
+def summary(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
+    """Print and return the means, with 95 % intervals by document.
+
+    `peers` are methods; the ratio of KL is that to each of them.
+    """
+    rows, whole = report["methods"], np.array(report["full"]["loss"])
+    print(f"\nContexts of {num_tokens} tokens, {len(whole)} documents")
+    print(f"whole cache: perplexity {np.exp(whole.mean()):.2f}")
+    means: Report = {}
+    for name, row in rows.items():
+        for budget, cell in row.items():
+            kl, loss = np.array(cell["kl"]), np.array(cell["loss"])
+            rise = [float(np.expm1(x)) for x in interval(loss - whole)]
+            figures: Report = {
+                "kl": interval(kl),
+                "perplexity": float(np.exp(loss.mean())),
+                "perplexity rise": rise,
+            }
+            for peer in peers:
+                figures[f"kl / {peer}"] = ratio(kl, np.array(rows[peer][budget]["kl"]))
+            means.setdefault(name, {})[budget] = figures
+            print(f"{name:44s} {float(budget):4.0%} {_cells(figures, peers)}")
+    return means
+
+
+def _cells(figures: Report, peers: tuple[str, ...]) -> str:
+    """Return the figures of one method and budget as text."""
+    text = "KL {:.4f} [{:.4f}, {:.4f}]".format(*figures["kl"])
+    text += f"  perplexity {figures['perplexity']:6.2f}"
+    text += " {:+6.1%} [{:+.1%}, {:+.1%}]".format(*figures["perplexity rise"])
+    for peer in peers:
+        text += f"  × {peer} {{:.2f}} [{{:.2f}}, {{:.2f}}]".format(
+            *figures[f"kl / {peer}"]
+        )
+    return text
