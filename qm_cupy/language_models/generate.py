@@ -41,6 +41,7 @@ def generate_ids(
     wanted = check_count("num_tokens", num_tokens)
     stop = None if stop is None else check_count("stop", stop)
     _check_budget(budget, every, options)
+    options = {"per_layer": True, **options}
     if wanted == 0:
         return convert_back(text[..., :0].copy())
     logits, state = model.read(text, last_only=True)

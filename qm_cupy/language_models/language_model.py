@@ -292,7 +292,8 @@ class LanguageModel(LlamaModel):
             A token that ends a text. Tokens after it are `stop` too, and there are
             fewer than T if all B texts have ended.
         **options
-            As in `ModelState.merge`.
+            As in `ModelState.merge`, but `per_layer` is True by default: the budget is
+            the mean of the layers.
 
         Returns
         -------

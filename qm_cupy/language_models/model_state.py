@@ -4,6 +4,7 @@ A model has L layers of H heads of keys of width d. It has read n tokens of each
 sequences, and the cache stores N entries for them: N = n, or fewer after a merge.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..arrays.conversion import FloatArray, scope_of
 from ..arrays.counts import GroupCounts
-from ..caches.cache_mass import NUM_QUERIES
+from ..caches.cache_features import MAX_QUERIES
 from ..caches.merge_kv_cache import merge_kv_cache
 from ..cuda.device import to_host
 from ..cuda.launch import contiguous
@@ -93,9 +94,9 @@ class ModelState:
         """Return the mean number of entries of a head, without padding."""
         if not self.biased:
             return self.num_stored
-        bias = self.entries.bias[0, :, :, : self.num_stored]
+        bias = self.entries.bias[:, :, :, : self.num_stored]
         present = np.asarray(to_host((bias > -np.inf).sum()))
-        return int(present) // max(1, bias.shape[0] * bias.shape[1])
+        return int(present) // max(1, math.prod(bias.shape[:-1]))
 
     def _copied(self, x: Any) -> Any:
         return self.convert_back(x[:, :, :, : self.num_stored].copy())
@@ -104,7 +105,7 @@ class ModelState:
         """Return a state with fewer entries, to which attention is almost the same.
 
         The entries of each layer and head are merged by `merge_kv_cache`, with the last
-        32 queries and the attention that the entries have received. Positions of later
+        queries and the attention that the entries have received. Positions of later
         tokens go on from `num_seen`.
 
         Parameters
@@ -114,7 +115,7 @@ class ModelState:
             fraction of the entries, or integers that broadcast to (L, B, H).
         **options
             `max_error`, `calibrate`, `rotate_at`, `protect`, `sinks`, `recent`,
-            `per_head` and `window` of `merge_kv_cache`.
+            `per_head`, `per_layer` and `window` of `merge_kv_cache`.
 
         Returns
         -------
@@ -148,7 +149,7 @@ class ModelState:
             keys,
             values,
             budget,
-            query=attended.query,
+            query=attended.query(),
             attention=attended.mean(),
             positions=positions,
             inv_freq=self.inv_freq,
@@ -181,18 +182,29 @@ class Attended:
     """(L, B, H, N): the sum of the attention that each entry received."""
     counts: Any
     """(L, B, H, N): from how many queries."""
-    query: Any
-    """(L, B, H_q, T, d): the last queries since the last merge, T ≤ 32, or None."""
+    queries: tuple[Any, ...] = ()
+    """(L, B, H_q, T, d): the last queries since the last merge, in parts."""
 
     def mean(self) -> Any:
         """Return the mean attention that each entry received (L, B, H, N)."""
         return self.received / np.maximum(self.counts, self.counts.dtype.type(1))
 
-    def with_queries(self, query: Any) -> Any:
-        """Return the last queries, of which `query` (L, B, H_q, T, d) are new."""
-        if self.query is not None and query.shape[-2] < NUM_QUERIES:
-            query = np.concatenate([self.query, query], axis=-2)
-        return contiguous(query[..., -NUM_QUERIES:, :])
+    def query(self) -> Any:
+        """Return the last queries (L, B, H_q, T, d) with T ≤ 256, or None."""
+        if not self.queries:
+            return None
+        last = np.concatenate(self.queries, axis=-2)[..., -MAX_QUERIES:, :]
+        return contiguous(last)
+
+    def with_queries(self, query: Any) -> tuple[Any, ...]:
+        """Return the parts of the last queries, of which `query` is a new part.
+
+        A step copies no earlier queries. Parts that are too old are left out.
+        """
+        parts = (*self.queries, query)
+        while sum(x.shape[-2] for x in parts[1:]) >= MAX_QUERIES:
+            parts = parts[1:]
+        return parts
 
 
 @dataclass(frozen=True)
@@ -224,7 +236,7 @@ class _Groups:
         flat = before.received.reshape(self.labels.shape)[..., None]
         mean = compute_merge_tokens(flat, self.labels, self.counts, mass=None)
         received = mean.reshape(self.sizes.shape) * self.sizes.astype(mean.dtype)
-        return Attended(received.reshape(self.shape), self.largest(before.counts), None)
+        return Attended(received.reshape(self.shape), self.largest(before.counts))
 
     def largest(self, x: Any) -> Any:
         """Return the largest x (L, B, H, N) of each group (L, B, H, K)."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..caches.attend import compute_attend
 from ..caches.attention_columns import attention_columns
-from ..caches.cache_mass import NUM_QUERIES
+from ..caches.cache_features import MAX_QUERIES
 from ..cuda.launch import contiguous
 from .llama_weights import Settings
 from .model_state import Attended, ModelState
@@ -76,7 +76,7 @@ class Reading:
     settings: Settings
     before: Attended | None
     received: list[Any] = field(default_factory=list)  # of each layer, (B, H, N + T)
-    query: list[Any] = field(default_factory=list)  # of each layer, (B, G H, ≤ 32, d)
+    query: list[Any] = field(default_factory=list)  # of each layer, (B, G H, ≤ 256, d)
 
     @classmethod
     def after(
@@ -116,7 +116,7 @@ class Reading:
         options: Any = {"bias": bias, "causal": True, "scale": scale}
         output, z = compute_attend(query, keys, values, **options)
         self.received.append(attention_columns(query, keys, z, **options))
-        self.query.append(query[:, :, -NUM_QUERIES:])
+        self.query.append(query[:, :, -MAX_QUERIES:])
         return output
 
     def state(
@@ -150,7 +150,7 @@ class Reading:
         counts += np.asarray(host, received.dtype, like=received)
         query = np.stack(self.query)
         if self.before is None:
-            return Attended(received, counts, contiguous(query))
+            return Attended(received, counts, (query,))
         received[..., : self.start] += self.before.received
         counts[..., : self.start] += self.before.counts
         return Attended(received, counts, self.before.with_queries(query))

@@ -29,7 +29,7 @@ def test_the_attention_received_is_that_of_the_queries():
     """It is what `attention_received` computes from all queries and keys."""
     model = qm.LanguageModel.init(VOCABULARY, 16, num_heads=2, num_layers=1)
     _, state = model.read(ids_of(2, 30))
-    query = state.attended.query  # all queries, because there are fewer than 32
+    query = state.attended.query()  # all queries, because there are fewer than 256
     assert query.shape == (1, 2, 2, 30, 8)
     wanted = qm.attention_received(query=query, key=state.keys, causal=True)
     np.testing.assert_allclose(state.attended.mean(), wanted, rtol=1e-4)
@@ -44,7 +44,7 @@ def test_merge_is_merge_kv_cache():
         state.keys,
         state.values,
         20,
-        query=state.attended.query,
+        query=state.attended.query(),
         attention=state.attended.mean(),
         inv_freq=10_000.0 ** -(np.arange(4) / 4),
         **options,

@@ -100,7 +100,13 @@ class TestAgainstTransformers:
         text, same = torch.from_numpy(ids), []
         options = {"attention_mask": torch.ones_like(text), "do_sample": False}
         plain = model.generate(ids, 20)
-        for settings in ({"per_head": True}, {"every": 6}, {"rotate_at": "first"}):
+        alone = {"per_layer": False}
+        for settings in (
+            {},
+            {"per_head": True, **alone},
+            {"every": 6},
+            {"every": 5, "rotate_at": "first", **alone},
+        ):
             cache = merged_cache(theirs, 0.3, **settings)
             wanted = theirs.generate(text, cache=cache, max_new_tokens=20, **options)
             got = model.generate(ids, 20, budget=0.3, **settings)
@@ -195,7 +201,10 @@ class TestParts:
             np.testing.assert_allclose(
                 getattr(state, name), getattr(whole, name), atol=1e-4
             )
-        for name in ("received", "counts", "query"):
+        np.testing.assert_allclose(
+            state.attended.query(), whole.attended.query(), atol=1e-4
+        )
+        for name in ("received", "counts"):
             np.testing.assert_allclose(
                 getattr(state.attended, name), getattr(whole.attended, name), atol=1e-4
             )
