@@ -34,7 +34,7 @@ def read_gguf(path: Path) -> tuple[dict[str, NDArray[Any]], Arguments]:
     try:
         import gguf
     except ImportError as error:
-        command = install_command("lm")
+        command = install_command("gguf")
         raise ImportError(f"{path} needs the gguf package: {command}") from error
     with path.open("rb") as file:  # the usual OSError for a missing file
         if file.read(len(_MAGIC)) != _MAGIC:

@@ -91,7 +91,13 @@ class ModelState:
         return self._copied(self.entries.bias)
 
     def mean_stored(self) -> int:
-        """Return the mean number of entries of a head, without padding."""
+        """Return the mean number of entries of a head, without padding.
+
+        Returns
+        -------
+        int
+            It is at most N, the length of the longest head.
+        """
         if not self.biased:
             return self.num_stored
         bias = self.entries.bias[:, :, :, : self.num_stored]
