@@ -16,6 +16,8 @@ from .caches.score_keys import score_keys
 from .choice import choose_merge
 from .cuda.compile import KernelCompilationError, warmup
 from .cuda.workspace import Workspace
+from .language_models.language_model import LanguageModel
+from .language_models.model_state import ModelState
 from .paper import (
     BidirectionalARAlignment,
     DifferentiableTokenMerging,
@@ -79,9 +81,11 @@ __all__ = [
     "KVCache",
     "KVStream",
     "KernelCompilationError",
+    "LanguageModel",
     "MLPPrior",
     "MergeStream",
     "Merged",
+    "ModelState",
     "NormBasedFidelityConstraint",
     "Prior",
     "QuickMergePP",

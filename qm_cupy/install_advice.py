@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # The requirement of each extra of pyproject.toml that adds one package for users. The
-# extra `cli` adds two packages, which have their own names here.
+# extras `cli` and `lm` add several packages, which have their own names here.
 REQUIREMENTS = {
     "cuda13": "cupy-cuda13x[ctk]>=14.2,<15",
     "cuda12": "cupy-cuda12x[ctk]>=14.2,<15",
@@ -20,6 +20,7 @@ REQUIREMENTS = {
     "jax": "jax>=0.8",
     "tqdm": "tqdm>=4.66",
     "shtab": "shtab>=1.7",
+    "gguf": "gguf>=0.17",
 }
 
 

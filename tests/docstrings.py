@@ -18,7 +18,11 @@ IGNORED = {
     "GL01", "GL08", "ES01", "EX01", "SA01", "SS05", "SS06", "RT02", "RT04", "RT05",
     "PR08", "PR09",
 }  # fmt: skip
-METHODS = qm_cupy.MLPPrior, qm_cupy.TransformerPrior  # their methods have pages
+# Their methods have pages.
+METHODS = (
+    qm_cupy.MLPPrior, qm_cupy.TransformerPrior, qm_cupy.LanguageModel,
+    qm_cupy.ModelState,
+)  # fmt: skip
 
 
 def public():

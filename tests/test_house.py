@@ -30,7 +30,8 @@ LAYERS = {
         "jax": "paper priors",
         "transformers": "caches arrays",
         "qm_cupy": "api",
-        "api": "paper choice pipeline caches stages priors results cuda settings",
+        "api": "paper choice pipeline language_models caches stages priors results cuda "
+        "settings",
         "plot": "results stages arrays install_advice",
         "corpus": "pipeline composition group_counts sources results stages files cuda "
         "arrays settings progress memory host_memory",
@@ -44,6 +45,7 @@ LAYERS = {
         "group_counts": "stages cuda arrays autodiff",
         "sources": "stages arrays settings",
         "results": "merged_file stages autodiff cuda arrays",
+        "language_models": "caches stages priors cuda arrays install_advice",
         "caches": "stages cuda arrays settings progress",
         "stages": "priors autodiff cuda arrays settings progress host_memory",
         "priors": "atomic_write cuda arrays settings install_advice",

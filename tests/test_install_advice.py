@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 FOR_USERS = {
     "plot", "text", "cli", "torch", "jax", "transformers", "cuda12", "cuda13",
-    "safetensors", "bfloat16",
+    "safetensors", "bfloat16", "lm",
 }  # fmt: skip
 FOR_DEVELOPERS = {"nvrtc", "notebooks", "test", "docs", "lint", "dev"}
 
@@ -29,12 +29,12 @@ def test_extras_are_named_by_what_people_do():
 
 def test_the_requirements_are_those_of_the_extras():
     requirements = dict(install_advice.REQUIREMENTS)
-    # The extra `cli` has two packages, and `transformers` has other extras too. Others
-    # have one package.
+    # The extra `cli` has two packages, `transformers` has other extras too, and `lm` is
+    # also for the benchmarks of language models. Others have one package.
+    assert requirements.pop("gguf") in EXTRAS["lm"]
     assert EXTRAS["cli"] == [requirements.pop("tqdm"), requirements.pop("shtab")]
-    single = {
-        extra: EXTRAS[extra] for extra in FOR_USERS - {"text", "cli", "transformers"}
-    }
+    several = {"text", "cli", "transformers", "lm"}
+    single = {extra: EXTRAS[extra] for extra in FOR_USERS - several}
     assert single == {k: [v] for k, v in requirements.items()}
 
 

@@ -5,8 +5,8 @@
 //
 // One thread, one output.
 
-// y = activated(x Wᵀ + b) + residual; `activated` is in common.cuh. The residual is
-// left out if it is null.
+// y = activated(x Wᵀ + b) + residual; `activated` is in common.cuh. The bias and the
+// residual are left out if they are null.
 // Shapes: input (rows, in), weight (out, in), bias (out,), residual and out
 // (rows, out).
 extern "C" __global__ void linear(const real_t* input, const real_t* weight,
@@ -20,7 +20,8 @@ extern "C" __global__ void linear(const real_t* input, const real_t* weight,
     const real_t* w = weight + index % out_dim * in_dim;
     acc_t sum = 0;
     for (long long i = 0; i < in_dim; ++i) sum += widen(x[i]) * widen(w[i]);
-    sum = activated(sum + widen(bias[index % out_dim]), activation);
+    if (bias) sum += widen(bias[index % out_dim]);
+    sum = activated(sum, activation);
     store(out + index, residual ? sum + widen(residual[index]) : sum);
 }
 

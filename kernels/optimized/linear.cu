@@ -26,13 +26,13 @@ __device__ __forceinline__ void linear_tile(unsigned char* stages, const real_t*
         multiply_tiles<Tile, false>(stages, rows, columns, 1, in_dim, sums, [](int) {});
     else
         multiply_tiles<Tile>(stages, rows, columns, 1, in_dim, sums, [](int) {});
-    // Add the bias and apply the activation.
+    // Add the bias, if there is one, and apply the activation.
     const int left = static_cast<int>(min(out_dim - column0, (long long)Tile::columns));
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
         const int column = Tile::column(j);
         const acc_t bias_value =
-            column < left ? widen(bias[column0 + column]) : acc_t(0);
+            bias && column < left ? widen(bias[column0 + column]) : acc_t(0);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             sums[0][i][j] = activated(sums[0][i][j] + bias_value, activation);
@@ -121,7 +121,8 @@ extern "C" __global__ void linear_few(const real_t* input, const real_t* gain,
     if (gain) dot *= 1 / sqrt(warp_reduce(squares, Add()) / in_dim + acc_t(epsilon));
     if (shift) dot += warp_reduce(sum, Add());
     if (lane > 0) return;
-    const acc_t y = activated(dot + widen(bias[index % out_dim]), activation);
+    if (bias) dot += widen(bias[index % out_dim]);
+    const acc_t y = activated(dot, activation);
     store(out + index, residual ? y + widen(residual[index]) : y);
 }
 

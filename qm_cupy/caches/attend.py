@@ -220,14 +220,17 @@ def _attend_head(
     step = max(1, _ENTRIES // max(1, len(head.keys)))
     for start in range(0, len(query), step):
         rows = slice(start, start + step)
+        # Causal queries do not see the last keys: leave out those that none sees.
+        seen = int(visible[rows].max(initial=0))
+        keys, bias = head.keys[:seen], None if head.bias is None else head.bias[:seen]
         # float32 can overflow for huge inputs: an infinite score would give NaN.
         with np.errstate(over="ignore", invalid="ignore"):
-            weights, z = softmax_rows(query[rows], head.keys, head.bias, visible[rows])
+            weights, z = softmax_rows(query[rows], keys, bias, visible[rows])
             if not np.isfinite(weights).all():
-                wide = query[rows].astype(np.float64), head.keys.astype(np.float64)
-                weights, z = softmax_rows(*wide, head.bias, visible[rows])
+                wide = query[rows].astype(np.float64), keys.astype(np.float64)
+                weights, z = softmax_rows(*wide, bias, visible[rows])
                 weights = weights.astype(query.dtype)
-            output[rows] = narrow(weights @ head.values, output.dtype)
+            output[rows] = narrow(weights @ head.values[:seen], output.dtype)
         log_sum_exp[rows] = narrow(z, log_sum_exp.dtype)
 
 

@@ -87,21 +87,24 @@ def _head_columns(
     """Return the sums (n,) for the rows (R, d) of one key head."""
     total = np.zeros(len(keys), query.dtype)
     for block in row_blocks(len(query), len(keys), _ENTRIES):
+        # Causal queries do not see the last keys: leave out those that none sees.
+        seen = int(visible[block].max(initial=0))
+        k = keys[:seen]
         # float32 overflows for huge inputs; then use float64.
         with np.errstate(over="ignore", invalid="ignore"):
-            scores = query[block] @ keys.T
+            scores = query[block] @ k.T
             if not np.isfinite(scores).all():
-                scores = query[block].astype(np.float64) @ keys.T.astype(np.float64)
+                scores = query[block].astype(np.float64) @ k.T.astype(np.float64)
             if bias is not None:
-                scores += bias
+                scores += bias[:seen]
             scores -= z[block, None]
             scores *= power
             # Z of other keys than these may be lower than a score.
             np.minimum(scores, 80, out=scores)
         weights = np.exp(scores)
-        if visible[block].min(initial=len(keys)) < len(keys):
-            weights[np.arange(len(keys)) >= visible[block, None]] = 0
-        total += weights.sum(axis=0).astype(query.dtype)
+        if visible[block].min(initial=seen) < seen:
+            weights[np.arange(seen) >= visible[block, None]] = 0
+        total[:seen] += weights.sum(axis=0).astype(query.dtype)
     return total
 
 

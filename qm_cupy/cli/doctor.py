@@ -20,6 +20,7 @@ _OPTIONAL = {
     ("ml_dtypes",): install_command("bfloat16"),
     ("torch",): install_command("torch"),
     ("jax",): install_command("jax"),
+    ("gguf",): install_command("gguf"),
     ("tqdm",): install_command("tqdm"),
     ("shtab",): install_command("shtab"),
 }

@@ -28,7 +28,8 @@ LINKAGE_THREADS = {4: 512, 8: 384}
 MAX_HEAD_DIM = 256
 # Rows and keys of a block of `attend`.
 ATTEND_ROWS, ATTEND_KEYS = 4, 512
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}  # functions after a linear map
+# Functions after a linear map.
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 NOISE_BITS = 23  # bits of the uniform numbers that Gumbel noise is computed from
 
 # Number of values in the softmax state (m, r, t) of a row of scores, which

@@ -2,8 +2,8 @@
 
 A prior is a model that predicts a merged token from the tokens before it. A layer maps
 rows x of `in` entries to rows y of `out` entries. W (out, in) is its weight, and b
-(out,) is its bias. A letter d before a name means the gradient of a loss with respect
-to the quantity.
+(out,) is its bias, which may be absent. A letter d before a name means the gradient of
+a loss with respect to the quantity.
 """
 
 import math
@@ -19,7 +19,7 @@ from ..cuda.launch import contiguous, launch
 from ..cuda.tiles import WHOLE, Tiling
 from ..settings import implementation
 
-Activation = Literal["none", "relu", "gelu"]
+Activation = Literal["none", "relu", "gelu", "silu"]
 
 _EPSILON = 1e-5  # ε of the norms: the default of torch's LayerNorm
 _MAX_WARP_ROWS = 16  # up to this many rows, one warp for each output is fast
@@ -36,12 +36,13 @@ class Norm(NamedTuple):
 
     weight: NDArray[Any]  # (in,)
     bias: NDArray[Any] | None  # (in,)
+    epsilon: float = _EPSILON  # ε
 
 
 def linear(
     x: NDArray[Any],
     weight: NDArray[Any],
-    bias: NDArray[Any],
+    bias: NDArray[Any] | None,
     *,
     norm: Norm | None = None,
     activation: Activation = "none",
@@ -50,7 +51,7 @@ def linear(
     """Return activation(norm(x) Wᵀ + b) + residual, (..., out), for x (..., in).
 
     All arrays have one dtype. `weight` is W, stored as (out, in) like in torch, and
-    `bias` is b (out,).
+    `bias` is b (out,), or None.
     """
     if is_cuda(x):
         return _linear_cuda(x, weight, bias, norm, activation, residual)
@@ -60,13 +61,14 @@ def linear(
 def _linear_reference(
     x: NDArray[Any],
     weight: NDArray[Any],
-    bias: NDArray[Any],
+    bias: NDArray[Any] | None,
     norm: Norm | None,
     activation: Activation,
     residual: NDArray[Any] | None,
 ) -> NDArray[Any]:
     y: NDArray[Any] = (x if norm is None else _normalize_reference(x, norm)) @ weight.T
-    y += bias
+    if bias is not None:
+        y += bias
     if activation == "relu":
         np.maximum(y, 0, out=y)
     elif activation == "gelu":
@@ -75,6 +77,10 @@ def _linear_reference(
         # Exact GELU: y Φ(y) = y (1 + erf(y / √2)) / 2. Φ is the cumulative distribution
         # function of the standard normal distribution.
         y *= (1 + erf(y * 0.5**0.5)) / 2
+    elif activation == "silu":
+        # y / (1 + e^-y). If e^-y overflows, the result rounds to 0, which is right.
+        with np.errstate(over="ignore"):
+            y /= 1 + np.exp(-y)
     if residual is not None:
         y += residual
     return y
@@ -87,7 +93,7 @@ def _normalize_reference(x: NDArray[Any], norm: Norm) -> NDArray[Any]:
     if norm.bias is not None:
         x = x - x.mean(axis=-1, keepdims=True)
     squares = np.einsum("...d,...d->...", x, x)[..., None]  # (..., 1)
-    y = x / np.sqrt(squares / x.shape[-1] + _EPSILON).astype(x.dtype)
+    y = x / np.sqrt(squares / x.shape[-1] + norm.epsilon).astype(x.dtype)
     y *= norm.weight
     if norm.bias is not None:
         y += norm.bias
@@ -113,7 +119,8 @@ def _linear_cuda(
     # and tiles would be nearly empty. So one warp computes each output, including the
     # norm.
     if implementation() == "optimized" and num_rows <= _MAX_WARP_ROWS:
-        args = (x, *(norm or (None, None)), *weights, *sizes, _EPSILON, out)
+        gain, shift, epsilon = norm or (None, None, _EPSILON)
+        args: tuple[Any, ...] = (x, gain, shift, *weights, *sizes, epsilon, out)
         launch("linear", "linear_few", dtype, args, rows=out.size)
         return out
     # Otherwise the norm is a kernel of its own. So each row is normalized once, and not
@@ -128,7 +135,8 @@ def _linear_cuda(
 
 def _normalize_cuda(x: Any, norm: Norm) -> Any:
     out, num_rows = empty(x.shape, x.dtype), math.prod(x.shape[:-1])
-    args = (x, *norm, num_rows, x.shape[-1], _EPSILON, out)
+    sizes = num_rows, x.shape[-1], norm.epsilon
+    args = (x, norm.weight, norm.bias, *sizes, out)
     launch("linear", "normalize", x.dtype, args, outputs=out.size, rows=num_rows)
     return out
 

@@ -505,7 +505,8 @@ def test_kernels_use_the_constants_of_python(rng, kernels, monkeypatch):
     mlp = qm.MLPPrior.init(5, hidden_dim=8)
     wanted = PRIOR.predict(tokens), mlp.predict(tokens)
     # A kernel that used its own literal numbers would now compute another activation.
-    monkeypatch.setattr(cuda, "ACTIVATIONS", {"none": 0, "relu": 7, "gelu": 1})
+    numbers = {"none": 0, "relu": 7, "gelu": 1, "silu": 9}
+    monkeypatch.setattr(cuda, "ACTIVATIONS", numbers)
     monkeypatch.setattr(cuda, "MAX_HEAD_DIM", 32)
     ptx.install(monkeypatch)
     # With an empty cache, the kernels are compiled again with these constants.

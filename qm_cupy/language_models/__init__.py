@@ -1,0 +1,1 @@
+"""Language models whose caches of keys and values can be merged."""

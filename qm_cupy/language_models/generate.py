@@ -1,0 +1,94 @@
+"""Generation of text, with or without merges of the cache."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..arrays.checks import check_integer
+from ..arrays.conversion import convert_inputs
+from ..caches.budgets import head_budgets
+from ..caches.cache_checks import check_count
+from ..caches.cache_entries import default_recent
+from ..cuda.device import to_host
+from .llama_weights import Settings
+from .model_state import ModelState
+from .read_checks import check_ids
+
+
+class Reader(Protocol):
+    """A model that reads tokens."""
+
+    def read(
+        self, tokens: Any, state: ModelState | None = None, *, last_only: bool = False
+    ) -> tuple[Any, ModelState]:
+        """Return logits and the state after tokens."""
+
+
+def generate_ids(
+    model: Reader,
+    settings: Settings,
+    ids: Any,
+    num_tokens: Any,
+    *,
+    budget: Any,
+    every: Any,
+    stop: Any,
+    options: dict[str, Any],
+) -> Any:
+    """Return the tokens (..., T) with the highest logits after ids (..., N)."""
+    convert_back, text = convert_inputs({"ids": ids})
+    check_ids("ids", text, settings)
+    wanted = check_count("num_tokens", num_tokens)
+    stop = None if stop is None else check_count("stop", stop)
+    _check_budget(budget, every, options)
+    options = {"per_layer": True, **options}
+    if wanted == 0:
+        return convert_back(text[..., :0].copy())
+    logits, state = model.read(text, last_only=True)
+    state, since_merge = _merged(state, budget, options), 0
+    new: list[Any] = []
+    while True:
+        token = np.argmax(logits, axis=-1).astype(text.dtype)  # (..., 1)
+        if stop is not None and new:
+            token = np.where(new[-1] == stop, new[-1], token)
+        new.append(token)
+        ended = stop is not None and bool(to_host((token == stop).all()))
+        if len(new) == wanted or ended:
+            return convert_back(np.concatenate(new, axis=-1))
+        logits, state = model.read(token, state)
+        since_merge += 1
+        if every is not None and since_merge >= every:
+            state, since_merge = _merged(state, budget, options), 0
+
+
+def _check_budget(budget: Any, every: Any, options: dict[str, Any]) -> None:
+    """Raise if a budget is wrong, or options are passed without one."""
+    if every is not None and check_integer("every", every) < 1:
+        raise ValueError(f"`every` must be at least 1, got {every}")
+    if budget is None:
+        names = ["every"] * (every is not None) + [*options]
+        if names:
+            raise TypeError(f"`{names[0]}` needs a `budget`, which is None")
+        return
+    head_budgets(budget, (), np.array(2**31 - 1))  # raises for a wrong budget
+    for name in ("sinks", "recent"):
+        if options.get(name) is not None:
+            check_count(name, options[name])
+
+
+def _merged(state: ModelState, budget: Any, options: dict[str, Any]) -> ModelState:
+    """Return a state merged to the budget, or the state if it is short enough.
+
+    A fraction is one of all tokens read.
+    """
+    if budget is None:
+        return state
+    seen = np.array(state.num_seen)
+    count = int(head_budgets(budget, (), seen)) if isinstance(budget, float) else budget
+    recent = options.get("recent")
+    if recent is None:
+        recent = int(default_recent(np.array(count), ()))
+    room = count - options.get("sinks", 4) - recent
+    if count >= state.mean_stored() or room < 1:
+        return state
+    return state.merge(count, **options)

@@ -1,0 +1,255 @@
+"""What a language model has read: its key-value cache, which can be merged.
+
+A model has L layers of H heads of keys of width d. It has read n tokens of each of B
+sequences, and the cache stores N entries for them: N = n, or fewer after a merge.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..arrays.conversion import FloatArray, scope_of
+from ..arrays.counts import GroupCounts
+from ..caches.cache_features import MAX_QUERIES
+from ..caches.merge_kv_cache import merge_kv_cache
+from ..cuda.device import to_host
+from ..cuda.launch import contiguous
+from ..stages.merging.groups import compute_group_positions
+from ..stages.merging.merge_tokens import compute_merge_tokens
+from .state_entries import Entries
+
+# Arguments of `merge_kv_cache` that a state has itself.
+_OWN = (
+    "keys", "values", "query", "attention", "positions", "inv_freq", "interleaved",
+    "rotary_scaling", "bias", "scale", "mask",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelState:
+    """The state of a `LanguageModel` after some tokens; reading goes on from it.
+
+    `LanguageModel.read` and `LanguageModel.step` return it. A state never changes, so
+    several texts may continue from one state.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qm_cupy as qm
+    >>> rng = np.random.default_rng(0)
+    >>> model = qm.LanguageModel.init(50, 16, num_heads=2, num_layers=2, seed=0)
+    >>> _, state = model.read(rng.integers(0, 50, 40))
+    >>> state = state.merge(20)
+    >>> state
+    ModelState(40 tokens, 20 entries in 2 layers, float32)
+    >>> _, state = model.read(rng.integers(0, 50, 5), state)
+    >>> state.num_seen, state.keys.shape  # the axes (L, B, H, N, d)
+    (45, (2, 1, 2, 25, 8))
+    """
+
+    num_seen: int
+    """Number n of tokens read so far."""
+    num_stored: int
+    """Number N of entries of each head, which later tokens attend to."""
+    entries: Entries
+    """Internal: arrays with free slots, in NumPy or CuPy."""
+    attended: "Attended"
+    """Internal: what the merge needs to know about the attention."""
+    next_position: Any
+    """Internal: position of the next token, an integer or (B,)."""
+    biased: bool
+    """Internal: whether a bias is not 0."""
+    inv_freq: Any
+    """Internal: the rotation, (d / 2,)."""
+    convert_back: Callable[[Any], Any]
+    """Internal: converts an array to the library of the tokens."""
+
+    def __repr__(self) -> str:
+        """Return sizes and dtype in one line."""
+        return (
+            f"ModelState({self.num_seen} tokens, {self.num_stored} entries in "
+            f"{len(self.entries.keys)} layers, {self.entries.keys.dtype})"
+        )
+
+    @property
+    def keys(self) -> FloatArray:
+        """Rotated keys (L, B, H, N, d), a copy in the library of the tokens."""
+        return self._copied(self.entries.keys)
+
+    @property
+    def values(self) -> FloatArray:
+        """Values (L, B, H, N, d), a copy."""
+        return self._copied(self.entries.values)
+
+    @property
+    def bias(self) -> FloatArray:
+        """What attention adds to the scores of the keys, (L, B, H, N), a copy."""
+        return self._copied(self.entries.bias)
+
+    def mean_stored(self) -> int:
+        """Return the mean number of entries of a head, without padding.
+
+        Returns
+        -------
+        int
+            It is at most N, the length of the longest head.
+        """
+        if not self.biased:
+            return self.num_stored
+        bias = self.entries.bias[:, :, :, : self.num_stored]
+        present = np.asarray(to_host((bias > -np.inf).sum()))
+        return int(present) // max(1, math.prod(bias.shape[:-1]))
+
+    def _copied(self, x: Any) -> Any:
+        return self.convert_back(x[:, :, :, : self.num_stored].copy())
+
+    def merge(self, budget: Any = None, **options: Any) -> "ModelState":
+        """Return a state with fewer entries, to which attention is almost the same.
+
+        The entries of each layer and head are merged by `merge_kv_cache`, with the last
+        queries and the attention that the entries have received. Positions of later
+        tokens go on from `num_seen`.
+
+        Parameters
+        ----------
+        budget : number or ndarray of int, optional
+            Entries that remain of each head, as in `merge_kv_cache`: an integer, a
+            fraction of the entries, or integers that broadcast to (L, B, H).
+        **options
+            `max_error`, `calibrate`, `rotate_at`, `protect`, `sinks`, `recent`,
+            `per_head`, `per_layer` and `window` of `merge_kv_cache`.
+
+        Returns
+        -------
+        ModelState
+            With heads of different lengths, all are padded to the longest.
+
+        Raises
+        ------
+        TypeError
+            If an option has a wrong type, or is one that the state has itself.
+        ValueError
+            If an option is out of range, or the budget is not below the entries.
+        """
+        own = [name for name in _OWN if name in options]
+        if own:
+            raise TypeError(
+                f"`{own[0]}` is not an option of `merge`: the state has it itself"
+            )
+        # The caller's stream, as in a function that gets these arrays.
+        like = self.convert_back(self.entries.bias[:1, :1, :1, :1].copy())
+        with scope_of((like,)) or nullcontext():
+            return self._merged(budget, options)
+
+    def _merged(self, budget: Any, options: dict[str, Any]) -> "ModelState":
+        count, entries, attended = self.num_stored, self.entries, self.attended
+        keys, values, bias, positions = (
+            contiguous(x[:, :, :, :count])
+            for x in (entries.keys, entries.values, entries.bias, entries.positions)
+        )
+        merged = merge_kv_cache(
+            keys,
+            values,
+            budget,
+            query=attended.query(),
+            attention=attended.mean(),
+            positions=positions,
+            inv_freq=self.inv_freq,
+            bias=bias if self.biased else None,
+            **options,
+        )
+        first = options.get("rotate_at") == "first"
+        groups = _Groups.of(merged)
+        # A mean of rotated keys counts as rotated to the position of its last member.
+        where = groups.positions(positions, merged.positions, first)
+        num_kept = merged.keys.shape[-2]
+        arrays = merged.keys, merged.values, merged.bias, where
+        return ModelState(
+            self.num_seen,
+            num_kept,
+            Entries(*arrays, num_kept),
+            groups.attended(attended),
+            self.next_position,
+            True,
+            self.inv_freq,
+            self.convert_back,
+        )
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The attention of the tokens so far, for the masses of the next merge."""
+
+    received: Any
+    """(L, B, H, N): the sum of the attention that each entry received."""
+    counts: Any
+    """(L, B, H, N): from how many queries."""
+    queries: tuple[Any, ...] = ()
+    """(L, B, H_q, T, d): the last queries since the last merge, in parts."""
+
+    def mean(self) -> Any:
+        """Return the mean attention that each entry received (L, B, H, N)."""
+        return self.received / np.maximum(self.counts, self.counts.dtype.type(1))
+
+    def query(self) -> Any:
+        """Return the last queries (L, B, H_q, T, d) with T ≤ 256, or None."""
+        if not self.queries:
+            return None
+        last = np.concatenate(self.queries, axis=-2)[..., -MAX_QUERIES:, :]
+        return contiguous(last)
+
+    def with_queries(self, query: Any) -> tuple[Any, ...]:
+        """Return the parts of the last queries, of which `query` is a new part.
+
+        A step copies no earlier queries. Parts that are too old are left out.
+        """
+        parts = (*self.queries, query)
+        while sum(x.shape[-2] for x in parts[1:]) >= MAX_QUERIES:
+            parts = parts[1:]
+        return parts
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Which of S = L B H sequences of N entries were merged to K."""
+
+    labels: Any  # (S, N)
+    sizes: Any  # (S, K)
+    counts: GroupCounts
+    shape: tuple[int, ...]  # (L, B, H, K)
+
+    @classmethod
+    def of(cls, merged: Any) -> "_Groups":
+        shape = merged.sizes.shape
+        sizes = merged.sizes.reshape(-1, shape[-1])
+        counts = np.asarray(to_host((sizes > 0).sum(axis=-1)), np.int64)
+        groups = GroupCounts(counts, shape[-1])
+        return cls(merged.labels.reshape(len(sizes), -1), sizes, groups, shape)
+
+    def positions(self, positions: Any, last: Any, first: bool) -> Any:
+        """Return the positions of merged entries; `last` are their last members."""
+        if first:
+            return -self.largest(-positions)
+        inside = np.clip(last, 0, positions.shape[-1] - 1).astype(np.int64)
+        return np.take_along_axis(positions, inside, -1)
+
+    def attended(self, before: Attended) -> Attended:
+        """Return the attention that merged entries received: the sum of members."""
+        flat = before.received.reshape(self.labels.shape)[..., None]
+        mean = compute_merge_tokens(flat, self.labels, self.counts, mass=None)
+        received = mean.reshape(self.sizes.shape) * self.sizes.astype(mean.dtype)
+        return Attended(received.reshape(self.shape), self.largest(before.counts))
+
+    def largest(self, x: Any) -> Any:
+        """Return the largest x (L, B, H, N) of each group (L, B, H, K)."""
+        flat = x.reshape(self.labels.shape)
+        order = np.argsort(flat, axis=-1)
+        ordered = np.take_along_axis(self.labels, order, -1)
+        at = compute_group_positions(contiguous(ordered), self.counts)
+        at = np.clip(at, 0, flat.shape[-1] - 1).astype(np.int64)  # padding has none
+        ranked = np.take_along_axis(flat, order, -1)
+        return np.take_along_axis(ranked, at, -1).reshape(self.shape)

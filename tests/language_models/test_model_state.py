@@ -1,0 +1,176 @@
+"""`ModelState`: what it holds, and what its merge keeps."""
+
+import numpy as np
+import pytest
+from llama_models import VOCABULARY, ids_of, random_model
+
+import qm_cupy as qm
+
+MODEL = random_model()
+
+
+def read(*shape, model=MODEL, seed=0):
+    return model.read(ids_of(*shape, seed=seed))[1]
+
+
+def test_fields():
+    state = read(2, 30)
+    assert state.keys.shape == state.values.shape == (3, 2, 2, 30, 8)
+    assert state.bias.shape == (3, 2, 2, 30)
+    assert not state.bias.any()
+    assert (state.num_seen, state.num_stored) == (30, 30)
+    assert repr(state) == "ModelState(30 tokens, 30 entries in 3 layers, float32)"
+    # The arrays are copies.
+    state.keys[:] = 0
+    assert state.keys.any()
+
+
+def test_the_attention_received_is_that_of_the_queries():
+    """It is what `attention_received` computes from all queries and keys."""
+    model = qm.LanguageModel.init(VOCABULARY, 16, num_heads=2, num_layers=1)
+    _, state = model.read(ids_of(2, 30))
+    query = state.attended.query()  # all queries, because there are fewer than 256
+    assert query.shape == (1, 2, 2, 30, 8)
+    wanted = qm.attention_received(query=query, key=state.keys, causal=True)
+    np.testing.assert_allclose(state.attended.mean(), wanted, rtol=1e-4)
+    np.testing.assert_array_equal(state.attended.counts[0, 0, 0], np.arange(30, 0, -1))
+
+
+def test_merge_is_merge_kv_cache():
+    state = read(2, 60)
+    options = {"sinks": 2, "recent": 8, "per_head": True}
+    merged = state.merge(20, **options)
+    wanted = qm.merge_kv_cache(
+        state.keys,
+        state.values,
+        20,
+        query=state.attended.query(),
+        attention=state.attended.mean(),
+        inv_freq=10_000.0 ** -(np.arange(4) / 4),
+        **options,
+    )
+    for name in ("keys", "values", "bias"):
+        got = getattr(merged, name)
+        np.testing.assert_allclose(got, getattr(wanted, name), atol=1e-5)
+    assert merged.num_seen == 60
+    assert merged.num_stored == wanted.keys.shape[-2]
+    # The attention of a merged entry is that of its members.
+    total = state.attended.received.sum(axis=-1)
+    np.testing.assert_allclose(merged.attended.received.sum(-1), total, rtol=1e-4)
+    # Its count is the largest one of them: the first entry is a sink.
+    first = merged.attended.counts[..., 0]
+    np.testing.assert_array_equal(first, np.full(first.shape, 60))
+
+
+def test_positions_of_new_tokens_continue_from_the_tokens_seen():
+    """If all entries that merge are equal, the merge changes no logit."""
+    model, ids = MODEL, ids_of(40)
+    _, state = model.read(ids)
+    merged = state.merge(39, sinks=0, recent=2)
+    assert merged.num_stored == 39
+    assert merged.next_position == 40
+    # One pair of 40 entries merged, so the next logits hardly change. With position 39
+    # of the shorter cache they change more.
+    new = ids_of(6, seed=1)
+    wanted, _ = model.read(new, state)
+    got, after = model.read(new, merged)
+    shifted, _ = model.read(new, merged, positions=np.arange(39, 45))
+    assert after.num_seen == 46
+    near, far = (np.abs(x - wanted).mean() for x in (got, shifted))
+    assert near < 0.8 * far
+
+
+def test_a_merge_of_duplicates_is_exact():
+    """Equal tokens at one position have equal keys and values in every layer."""
+    model, ids = MODEL, np.repeat(ids_of(10), 3)
+    tokens, positions = model.embed(ids), np.repeat(np.arange(10), 3)
+    # Only the first of three counts, so all three attend to the same tokens: the size
+    # of the others is tiny.
+    sizes = np.tile([1.0, 1e-30, 1e-30], 10).astype(np.float32)
+    _, state = model.read(tokens, positions=positions, sizes=sizes)
+    new = ids_of(5, seed=1)
+    wanted, _ = model.read(new, state)
+    merged = state.merge(10, sinks=0, recent=0, calibrate=False)
+    assert merged.num_stored == 10
+    np.testing.assert_allclose(merged.bias, 0, atol=1e-5)
+    got, after = model.read(new, merged)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert after.num_stored == 15
+    # Three that count are one entry of bias log 3.
+    first, _ = model.read(tokens[:3], positions=np.zeros(3, int))[1], None
+    one = first.merge(1, sinks=0, recent=0)
+    np.testing.assert_allclose(one.bias, np.log(3), atol=1e-5)
+    np.testing.assert_allclose(
+        model.read(new, one)[0], model.read(new, first)[0], atol=1e-4
+    )
+
+
+def test_a_state_does_not_change_when_it_is_merged_or_read():
+    state = read(2, 50)
+    before = state.keys, state.bias, state.attended.mean()
+    merged = state.merge(0.5)
+    MODEL.read(ids_of(2, 9), state)
+    MODEL.read(ids_of(2, 9), merged)
+    after = state.keys, state.bias, state.attended.mean()
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert merged.num_stored == 25
+
+
+@pytest.mark.parametrize("rotate_at", ["mean", "first", "last"])
+def test_merges_that_follow_each_other(rotate_at):
+    """Entries keep the position to which they were rotated."""
+    state = read(2, 90)
+    for round_ in range(3):
+        state = state.merge(30, rotate_at=rotate_at, per_head=bool(round_ % 2))
+        valid = state.bias > -np.inf
+        positions = state.entries.positions[..., : state.num_stored]
+        assert (positions[valid] >= 0).all()
+        assert (positions[valid] < state.num_seen).all()
+        # Each entry counts for the tokens in it.
+        logits, state = MODEL.read(ids_of(2, 40, seed=round_), state)
+        assert np.isfinite(logits).all()
+    assert state.num_seen == 210
+    # Padded entries stay without attention.
+    padded = state.bias == -np.inf
+    assert not state.attended.received[padded].any()
+
+
+def test_budgets_of_layers_and_errors():
+    state = read(60)
+    by_layer = np.array([20, 30, 40])[:, None, None]
+    merged = state.merge(by_layer)
+    counts = (merged.bias > -np.inf).sum(axis=-1)
+    np.testing.assert_array_equal(counts, np.broadcast_to(by_layer, counts.shape))
+    limited = state.merge(max_error=0.05, recent=8)
+    assert 12 < limited.num_stored <= 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((61,), {}, ValueError, r"`budget` must lie in 1..60"),
+        ((0,), {}, ValueError, r"`budget`"),
+        ((1.5,), {}, ValueError, r"budget"),
+        ((), {}, ValueError, r"budget"),
+        ((20,), {"bias": 1}, TypeError, "`bias` is not an option of `merge`"),
+        ((20,), {"inv_freq": 1}, TypeError, "`inv_freq` is not an option"),
+        ((20,), {"unknown": 1}, TypeError, "unknown"),
+        ((20,), {"window": 3}, ValueError, "`window` must be at least 8"),
+    ],
+)
+def test_wrong_options(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        read(60).merge(*arguments, **options)
+
+
+def test_a_merge_predicts_better_than_the_last_tokens_alone():
+    """On a text that repeats itself, a quarter of the cache nearly suffices."""
+    model = MODEL
+    ids = np.concatenate([np.tile(ids_of(40), 5), ids_of(8, seed=1)])
+    _, state = model.read(ids[:200])
+    wanted, _ = model.read(ids[200:], state)
+    merged, _ = model.read(ids[200:], state.merge(0.25))
+    _, last = model.read(ids[150:200])
+    alone, _ = model.read(ids[200:], last)
+    assert np.abs(merged - wanted).mean() < 0.7 * np.abs(alone - wanted).mean()
