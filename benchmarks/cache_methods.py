@@ -9,6 +9,10 @@ without one ingredient is of interest.
 The scores are those of `score_keys`, whose references name the papers. Sources of the
 others:
 
+- Expected attention: A. Devoto et al., arXiv:2510.00636, as in its authors' library
+  kvpress: with the queries before their rotation, and ε = 0.
+- Attention matching: arXiv:2602.16284. Its queries are those of a second reading of the
+  prompt's last tokens.
 - PyramidKV: Z. Cai et al., arXiv:2406.02069. The budgets of the layers fall linearly,
   from 2 K - K_min in the first layer to K_min in the last one, by SnapKV's score.
 - Ada-KV: Y. Feng et al., arXiv:2407.11550. The heads of a layer compete for its budget
@@ -20,6 +24,7 @@ others:
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,29 +59,39 @@ class Method(NamedTuple):
 
 def merged(
     prompt: Prompt,
-    layer: int,
     count: int,
     *,
-    queries: int = 32,
+    queries: int = 256,
     received: bool = True,
     rotated: bool = False,
     **options: Any,
-) -> Any:
-    """Merge by `merge_kv_cache`.
+) -> list[Shortened]:
+    """Merge all layers by `merge_kv_cache`.
 
     `queries=0` passes none of them, `received=False` not the attention received, and
     `rotated=True` compares rotated keys.
     """
-    query = prompt.queries[layer][:, :, -queries:] if queries else None
-    return qm.merge_kv_cache(
-        prompt.keys[layer],
-        prompt.values[layer],
+    query = [x[:, :, -queries:] for x in prompt.queries]
+    cache = qm.merge_kv_cache(
+        torch.stack(prompt.keys),
+        torch.stack(prompt.values),
         count,
-        query=query,
-        attention=prompt.received[layer] if received else None,
+        query=torch.stack(query) if queries else None,
+        attention=torch.stack(prompt.received) if received else None,
         inv_freq=None if rotated else prompt.inv_freq,
         **options,
     )
+    # Each layer has the length of its longest head.
+    return [
+        Shortened(k[..., :n, :], v[..., :n, :], b[..., :n])
+        for k, v, b, n in zip(
+            cache.keys,
+            cache.values,
+            cache.bias,
+            cache.valid.sum(-1).amax((-2, -1)).tolist(),
+            strict=True,
+        )
+    ]
 
 
 def kept(
@@ -91,18 +106,49 @@ def kept(
     return qm.evict(*arrays, scores=scores, recent=int(recent * count), **options)
 
 
-def scored(how: str, queries: int = 0) -> OneLayer:
-    """Return eviction by a score of `score_keys`, of the last queries (0: of all)."""
+def scored(how: str, queries: int) -> OneLayer:
+    """Return eviction by a score of `score_keys`, of the last queries."""
 
     def evicted(
         prompt: Prompt, layer: int, count: int, recent: float, **options: Any
     ) -> Any:
         query, keys = prompt.queries[layer][:, :, -queries:], prompt.keys[layer]
-        values = {"values": prompt.values[layer]} if how == "expected" else {}
-        scores = qm.score_keys(query, keys, how=how, **values)
+        scores = qm.score_keys(query, keys, how=how)
         return kept(prompt, layer, count, scores, recent, **options)
 
     return evicted
+
+
+def expected(prompt: Prompt, layer: int, count: int, future: int, recent: float) -> Any:
+    """Keep entries by the attention that the next `future` queries are to pay.
+
+    The mean μ and the covariance Σ of the queries before their rotation are rotated by
+    the mean rotation R of these positions: R μ and R Σ Rᵀ. The score is
+    (softmax(c k · Rμ + c² kᵀ RΣRᵀ k / 2) + ε) |v|, averaged over query heads.
+    """
+    keys, values = prompt.keys[layer][0], prompt.values[layer][0]  # (H, N, d)
+    heads, num_tokens, dim = keys.shape
+    query = prompt.queries[layer][0].reshape(heads, -1, num_tokens, dim)
+    rotation = rotations(np.arange(num_tokens), prompt.inv_freq)  # (N, d, d)
+    straight = (query[..., SINKS:, None, :] @ rotation[SINKS:])[..., 0, :]
+    mean = straight.mean(-2, keepdim=True)  # (H, G, 1, d)
+    centred = straight - mean
+    covariance = centred.mT @ centred / centred.shape[-2]
+    ahead = rotations(num_tokens + np.arange(future), prompt.inv_freq).mean(0)
+    mean, covariance = mean @ ahead.mT, ahead @ covariance @ ahead.mT
+    wide = keys[:, None]  # (H, 1, N, d)
+    scores = (wide @ mean.mT)[..., 0] * dim**-0.5  # (H, G, N)
+    scores = scores + ((wide @ covariance) * wide).sum(-1) / (2 * dim)
+    weights = scores.softmax(-1).mean(1)  # (H, N)
+    return kept(prompt, layer, count, (weights * values.norm(dim=-1))[None], recent)
+
+
+def rotations(positions: Any, inv_freq: Any) -> torch.Tensor:
+    """Return R (n, d, d) of positions; R x is x after its rotation."""
+    angle = torch.tensor(positions[:, None] * inv_freq)  # (n, d/2)
+    cosine, sine = (torch.diag_embed(f(angle)) for f in (torch.cos, torch.sin))
+    upper, lower = torch.cat([cosine, -sine], -1), torch.cat([sine, cosine], -1)
+    return torch.cat([upper, lower], -2).float()
 
 
 def h2o(prompt: Prompt, layer: int, count: int, recent: float, **options: Any) -> Any:
@@ -152,15 +198,20 @@ def sinks_and_recent(prompt: Prompt, layer: int, count: int) -> Any:
     return qm.evict(*arrays, scores=scores, sinks=SINKS, recent=count - SINKS)
 
 
-def matched(
-    prompt: Prompt, layer: int, count: int, queries: int, recent: float, ridge: float
-) -> Any:
-    """Keep entries, and fit their biases and values to the last queries."""
+def matched(prompt: Prompt, layer: int, count: int, recent: float, ridge: float) -> Any:
+    """Keep entries, and fit their biases and values to queries that read it again."""
+    query = prompt.repeated[layer]
+    # The queries follow the cache: entries in which they do not look stand for theirs.
+    num_queries, keys = query.shape[-2], prompt.keys[layer]
+    absent = torch.zeros((*keys.shape[:-2], num_queries, keys.shape[-1]))
+    bias = torch.zeros(keys.shape[:-1])
+    none = torch.full(absent.shape[:-1], -torch.inf)
     return qm.match_attention(
-        prompt.queries[layer][:, :, -queries:],
-        prompt.keys[layer],
-        prompt.values[layer],
+        query,
+        torch.cat([keys, absent], dim=-2),
+        torch.cat([prompt.values[layer], absent], dim=-2),
         count,
+        bias=torch.cat([bias, none], dim=-1),
         sinks=SINKS,
         recent=int(recent * count),
         ridge=ridge,
@@ -200,15 +251,29 @@ CONTENDERS: dict[str, list[Method]] = {
     "Ada-KV": [Method(ada_kv, x) for x in options(window=_WINDOWS)],
     "TOVA": [Method(scored("last", 1), x) for x in options(recent=[0.0, *_RECENT])],
     "expected attention": [
-        Method(scored("expected", queries), x)
-        for queries in (0, 256)
-        for x in options(recent=[0.0, *_RECENT])
+        Method(expected, x) for x in options(future=[128, 512], recent=[0.0, *_RECENT])
     ],
     "RMS attention": [Method(scored("rms", 256), x) for x in options(recent=_RECENT)],
     "key norm": [Method(key_norm, x) for x in options(recent=_RECENT)],
     "attention matching": [
-        Method(matched, x)
-        for x in options(queries=[256, 512], recent=[0.1, 0.5], ridge=[1e-3, 1e-1])
+        Method(matched, x) for x in options(recent=[0.1, 0.5], ridge=[1e-4, 1e-3, 1e-2])
     ],
     "ToMe matching": [Method(tome, x) for x in options(recent=[0.1, 0.3, 0.5])],
+}
+
+Shorten = Callable[[Prompt, int], list[Shortened]]
+LAYERS = {"per_layer": True}
+# Merging, also without one of its ingredients each.
+OURS: dict[str, Shorten] = {
+    "merge_kv_cache, per_layer, per_head": partial(merged, per_head=True, **LAYERS),
+    "merge_kv_cache, per_layer": partial(merged, **LAYERS),
+    "merge_kv_cache, per_head": partial(merged, per_head=True),
+    "merge_kv_cache": merged,
+    "per_layer, rotate_at=first": partial(merged, rotate_at="first", **LAYERS),
+    "per_layer, not calibrated": partial(merged, calibrate=False, **LAYERS),
+    "per_layer, 32 queries alone": partial(
+        merged, queries=32, received=False, **LAYERS
+    ),
+    "per_layer, keys alone": partial(merged, queries=0, received=False, **LAYERS),
+    "per_layer, rotated keys compared": partial(merged, rotated=True, **LAYERS),
 }

@@ -5,12 +5,14 @@ becomes a `Prompt`. A method returns the entries that each layer keeps, as `Shor
 The model then reads the next tokens, at their true positions, or generates them.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from qm_cupy.transformers import MergedCache
 
+REPEATED = 256  # last tokens of a prompt that are read again, for attention matching
 _ROWS = 256  # queries at once
 
 
@@ -31,6 +33,8 @@ class Prompt(NamedTuple):
     queries: list[torch.Tensor]  # rotated, (1, H_q, N, d)
     received: list[torch.Tensor]  # mean attention that each entry received, (1, H, N)
     inv_freq: Any  # of the rotation of keys (d/2,)
+    repeated: list[torch.Tensor]
+    """Queries (1, H_q, T, d) of the prompt's last tokens, read once more after it."""
 
     @property
     def num_tokens(self) -> int:
@@ -53,13 +57,24 @@ def read(model: Any, ids: list[int]) -> Prompt:
     tokens = torch.tensor([ids])
     with MergedCache(model, 1.0) as cache:
         for layer in cache.layers:
-            layer.after_attention = lambda query, num_new: queries.append(query)
+            layer.after_attention = partial(_take, layer, queries)
         model.model(tokens, cache=cache)  # without the logits
-    keys = [layer.keys for layer in cache.layers]
-    values = [layer.values for layer in cache.layers]
+        keys = [layer.keys for layer in cache.layers]
+        values = [layer.values for layer in cache.layers]
+        num_layers = len(queries)
+        model.model(tokens[:, -REPEATED:], cache=cache)  # keys and values stay
+    queries, repeated = queries[:num_layers], queries[num_layers:]
     received = [mean_received(q, k) for q, k in zip(queries, keys, strict=True)]
     inv_freq = model.model.rotary_emb.inv_freq.double().numpy()
-    return Prompt(tokens, keys, values, queries, received, inv_freq)
+    return Prompt(tokens, keys, values, queries, received, inv_freq, repeated)
+
+
+def _take(
+    layer: Any, queries: list[torch.Tensor], query: torch.Tensor, num_new: int
+) -> None:
+    """Append the queries of a layer to a list, instead of merging its entries."""
+    layer.waits = False
+    queries.append(query)
 
 
 def mean_received(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 S sequences, one for each head, have N entries each. Some entries are free to merge, and
 the other ones stay groups of their own. A window holds n free entries of one sequence,
 and a sequence has P windows (windows.py). Every window has a dendrogram. The cut makes
-the lowest merges of all windows of a pool: of one sequence, or of the heads of a layer.
-So parts of a cache that repeat themselves keep fewer entries than others.
+the lowest merges of all windows of a pool: a sequence, the heads of a layer, or all
+layers. So parts of a cache that repeat themselves keep fewer entries than others.
 """
 
 import math
@@ -40,6 +40,8 @@ class Cut(NamedTuple):
     """The largest squared error of a pool, relative to its squared vectors."""
     pool_size: int
     """Number of sequences of a pool, which follow one another."""
+    num_equal: int = 1
+    """Number of sequences, such as the heads of a layer, that merge equally often."""
 
 
 def group_entries(
@@ -161,33 +163,56 @@ def _cut_cuda(x: Any, weight: Any, real: Any, pools: Pools) -> tuple[Any, Counts
 def _merges_of_windows(height: NDArray[Any], pools: Pools) -> Counts:
     """Return the number of merges of each window (S · P,): the lowest of each pool.
 
-    `height` (S · P, M) has the heights of merges, infinite where there is none.
+    `height` (S · P, M) has the heights of merges, infinite where there is none. A merge
+    at height h adds h² / 2 to the squared error.
     """
-    cut, pool_size = pools.cut, pools.cut.pool_size
-    heights = height.reshape(pools.shape[0] // pool_size, -1)  # all windows of a pool
-    counts = np.zeros((len(heights), heights.shape[1] // height.shape[1]), np.int64)
+    cut, num_sequences = pools.cut, pools.shape[0]
+    heights = height.reshape(num_sequences, -1)  # all windows of a sequence
     order = np.argsort(heights, axis=-1, kind="stable")
-    for pool, (row, ascending) in enumerate(zip(heights, order, strict=True)):
-        rows = slice(pool * pool_size, (pool + 1) * pool_size)
-        if cut.counts is not None:
-            wanted = int((pools.totals - cut.counts)[rows].sum())
-        else:
-            squares = pools.squares.reshape(len(heights), -1)[pool].sum()
-            wanted = _within_error(row[ascending], cut.max_error, float(squares))
-        made = ascending[: min(max(wanted, 0), int(np.isfinite(row).sum()))]
-        np.add.at(counts[pool], made // height.shape[1], 1)
+    # The squared error of the i-th merge of each sequence. Sequences that merge equally
+    # often make it together.
+    with np.errstate(over="ignore"):
+        ascending = np.take_along_axis(heights, order, -1).astype(np.float64)
+        error = ascending**2 / 2
+    error = error.reshape(-1, cut.num_equal, error.shape[-1]).sum(axis=1)
+    steps = _steps_of_pools(error, pools)  # for each of these sequences
+    counts = np.zeros((num_sequences, heights.shape[1] // height.shape[1]), np.int64)
+    for sequence, made in enumerate(np.repeat(steps, cut.num_equal)):
+        np.add.at(counts[sequence], order[sequence, :made] // height.shape[1], 1)
     return counts.reshape(-1)
 
 
-def _within_error(height: NDArray[Any], max_error: Any, squares: float) -> int:
-    """Return how many of the ascending heights stay within the relative error.
+def _steps_of_pools(error: NDArray[Any], pools: Pools) -> Counts:
+    """Return how many steps each sequence makes, those with the least errors of a pool.
 
-    A merge at height h adds h² / 2 to the squared error. Some allowance is made for
-    rounding, so that an error of 0 merges equal entries.
+    `error` (S / E, M) ascends: a step is a merge in each of E sequences that merge
+    equally often. It is infinite where there is none.
+    """
+    cut = pools.cut
+    num_pools = pools.shape[0] // cut.pool_size
+    steps = np.zeros((num_pools, len(error) // num_pools), np.int64)
+    for pool, of_pool in enumerate(error.reshape(num_pools, -1)):
+        rows = slice(pool * cut.pool_size, (pool + 1) * cut.pool_size)
+        ascending = np.argsort(of_pool, kind="stable")
+        if cut.counts is not None:
+            merges = int((pools.totals - cut.counts)[rows].sum())
+            wanted = -(-max(merges, 0) // cut.num_equal)
+        else:
+            squares = pools.squares.reshape(num_pools, -1)[pool].sum()
+            wanted = _within_error(of_pool[ascending], cut.max_error, float(squares))
+        made = ascending[: min(wanted, int(np.isfinite(of_pool).sum()))]
+        np.add.at(steps[pool], made // error.shape[1], 1)
+    return steps.reshape(-1)
+
+
+def _within_error(error: NDArray[Any], max_error: Any, squares: float) -> int:
+    """Return how many of the ascending errors have a sum within the relative error.
+
+    Some allowance is made for rounding, so that an error of 0 merges equal entries.
     """
     with np.errstate(over="ignore"):
-        error = np.cumsum(height**2 / 2)
-    return int(np.count_nonzero(error <= (max_error + 2.0**-40) * squares))
+        total = np.cumsum(error)
+    return int(np.count_nonzero(total <= (max_error + 2.0**-40) * squares))
 
 
 def _squares(x: Any, weight: Any, real: Any) -> Any:

@@ -44,6 +44,7 @@ from .cache_entries import (
     num_present,
     present_entries,
 )
+from .cache_features import MAX_QUERIES, grouping_features, head_weights
 from .cache_groups import Cut, group_entries
 from .cache_mass import (
     cache_mass,
@@ -51,6 +52,7 @@ from .cache_mass import (
     queries_after,
     received_of_all,
     received_of_last,
+    select_queries,
 )
 from .cache_plan import (
     Plan,
@@ -119,13 +121,13 @@ def merge_kv_cache(
         entries that are not padding, or integers that broadcast to the leading axes of
         `keys`, such as (H,) or (L, 1, 1). Results are padded to the largest K.
     max_error : float, optional
-        Instead of a budget: the largest squared error of the grouped keys, relative to
-        their squared norms, both weighted by mass.
+        Instead of a budget: the largest squared error of the vectors by which entries
+        are grouped (see Notes), relative to their squared norms, weighted by mass.
     query : ndarray of shape (..., T, d), optional
         Queries of the last T ≤ N entries, rotated like the keys, of H or a multiple of
         H heads. The attention of the last 32 of them is a part of the mass, and
-        calibrates the bias. If T = N, and `attention` is not passed, all queries are
-        used for `attention`.
+        calibrates the bias; the last 256 compare heads and layers. If T = N, and
+        `attention` is not passed, all queries are used for `attention`.
     attention : ndarray of shape (..., N), optional
         Mean attention that each entry receives, such as the result of
         `attention_received` with ``causal=True``, of H or a multiple of H heads.
@@ -162,11 +164,13 @@ def merge_kv_cache(
         Number of last entries that do not merge; by default a third of K, or 32 if this
         is more (half of K, if K < 64).
     per_head : bool, default False
-        If True, the budget is the mean of the heads of a layer, and heads whose keys
-        are more similar keep fewer entries. Results are padded to the largest K.
+        If True, the budget is the mean of the heads of a layer, and heads in which
+        merging changes less keep fewer entries. Results are padded to the largest K.
     per_layer : bool, default False
-        If True, the budget is the mean of all layers and heads, and layers whose keys
-        are more similar keep fewer entries, too. `keys` must have an axis of layers.
+        If True, the budget is the mean of the layers, and layers in which merging
+        changes less keep fewer entries. `keys` must have the axis of layers. The heads
+        of a layer keep equally many entries, unless `per_head` is True, too. Results
+        are padded to the largest K: take ``x[layer, ..., :K, :]`` of each layer.
     window : int, default 128
         Largest number of entries that are compared with each other. More entries are
         first divided into parts of similar keys.
@@ -198,8 +202,17 @@ def merge_kv_cache(
     the attention of the last 32 queries, r is `attention`, and a bar is the mean over
     the entries that may merge. A term that is not known is left out; without both,
     :math:`m_j = e^{b_j} |v_j|`. Entries are grouped by ward linkage with Euclidean
-    distances and the masses :math:`m_j^{0.7}`. Time and memory are linear in N. The
-    calibrated bias is
+    distances and the masses :math:`m_j^{0.7}`. Their vectors are the keys, followed by
+    the values times a factor, with which they vary half as much as the keys do. Time
+    and memory are linear in N.
+
+    If several heads or layers have one budget, and queries are known, the elements of
+    keys are multiplied by the root mean square of those of the last 256 queries, which
+    are averaged over rotated pairs. The masses of a head are multiplied by
+    :math:`\sum_j a_j |q|^2` over the entries that may merge. Then the lowest merges of
+    all these heads are made.
+
+    The calibrated bias is
 
     .. math:: \bar b_G = \log \frac{\sum_i \sum_{j \in G} e^{s_{ij} - Z_i}}
         {\sum_i e^{c\,q_i \cdot \bar k - Z_i}}
@@ -266,6 +279,7 @@ def merge_kv_cache(
         )
         sources = sources.folded()
     heads = keys.shape[-3] if pooled else 1
+    num_equal = heads // num_layers if per_layer and not per_head else 1
     free, present = free_entries(
         keys,
         present,
@@ -275,7 +289,8 @@ def merge_kv_cache(
         counts,
         heads,
     )
-    cut = Cut(None if counts is None else counts.ravel(), max_error, heads)
+    counts = None if counts is None else counts.ravel()
+    cut = Cut(counts, max_error, heads, num_equal)
     cache = compute_merge_kv_cache(keys, values, sources, free, present, cut, options)
     if per_layer:
         cache = KVCache(*(unfold_layers(x, num_layers) for x in cache))
@@ -340,7 +355,7 @@ def compute_merge_kv_cache(
     not padding.
     """
     query, attention, bias, mask, positions = sources
-    leading, (num_entries, dim) = keys.shape[:-2], keys.shape[-2:]
+    leading, num_entries = keys.shape[:-2], keys.shape[-2]
     padded = bool(mask is not None or bias is not None)
     if padded:  # padding may be NaN
         keys, values = (
@@ -355,11 +370,17 @@ def compute_merge_kv_cache(
     if last is not None:
         received = received_of_last(last, keys, bias, mask)
     mass = cache_mass(received, attention, free, keys, values, bias)
-    mass = mass.reshape(-1, num_entries)
     straight = unrotated(keys, positions, options.rotary)
+    linkage_mass = mass ** mass.dtype.type(_LINKAGE_POWER)
+    comparing = None  # queries by which heads are compared
+    if cut.pool_size > 1 and query is not None:
+        comparing, _ = select_queries(query, keys, mask, MAX_QUERIES)
+        linkage_mass = linkage_mass * head_weights(received, comparing, free)
+    features = grouping_features(straight, values, comparing, free, options.rotary)
+    mass = mass.reshape(-1, num_entries)
     labels, counts = group_entries(
-        straight.reshape(-1, num_entries, dim),
-        mass ** mass.dtype.type(_LINKAGE_POWER),
+        features.reshape(-1, num_entries, features.shape[-1]),
+        linkage_mass.reshape(-1, num_entries),
         free.reshape(-1, num_entries),
         present.reshape(-1, num_entries),
         cut,

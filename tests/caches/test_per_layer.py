@@ -41,7 +41,8 @@ def test_layers_with_similar_keys_keep_fewer_entries(rng):
 
 def test_it_is_one_layer_with_the_heads_of_all(rng):
     options = arguments(rng)
-    got = qm.merge_kv_cache(budget=0.4, per_layer=True, **options)
+    flags = {"per_layer": True, "per_head": True}
+    got = qm.merge_kv_cache(budget=0.4, **flags, **options)
     heads = {
         name: np.concatenate(list(options[name]), axis=1)  # along the axis of heads
         for name in ("keys", "values", "query", "attention", "bias")
@@ -75,9 +76,7 @@ def test_budgets_of_layers_count_by_their_mean(rng):
     wanted = qm.merge_kv_cache(budget=20, per_layer=True, recent=6, **{
         name: x for name, x in options.items() if name != "recent"
     })  # fmt: skip
-    np.testing.assert_array_equal(
-        got.valid.sum((0, 2, 3)), wanted.valid.sum((0, 2, 3))
-    )
+    np.testing.assert_array_equal(got.valid.sum((0, 2, 3)), wanted.valid.sum((0, 2, 3)))
 
 
 def test_an_error_limits_all_layers_together(rng):
