@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from cache_methods import Method
-from cache_reading import Prompt, Shortened, filled_cache, read
-from quality_tables import interval
-from ruler import TASKS, Sample, samples, score
+from cache_reading import Shortened, filled_cache, read
+from ruler import TASKS, Sample, score
 
 Report = dict[str, Any]
 THRESHOLD = 0.5
@@ -56,20 +55,81 @@ def continued(
     A text ends where the model ends it. It may end earlier, if the rest cannot change
     the score: when it has all answers, or at the end of a line with the only answer.
     """
-    num_rows = len(ids)
-    tokens: list[list[int]] = [[] for _ in range(num_rows)]
-    texts, done = [""] * num_rows, [False] * num_rows
+    tokens: list[list[int]] = [[] for _ in ids]
+    texts, done = [""] * len(ids), [False] * len(ids)
     for _ in range(_ANSWER[sample.task]):
-        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = output.past_key_values, output.logits[:, -1].argmax(-1)[:, None]
-        for row in range(num_rows):
-            if done[row] or int(ids[row]) == tokenizer.eos_token_id:
-                done[row] = True
-                continue
-            tokens[row].append(int(ids[row]))
-            text = texts[row] = tokenizer.decode(tokens[row])
-            line = len(sample.answers) == 1 and "\n" in text.lstrip()
-            done[row] = line or score(text, sample.answers) == 1
+        output = model(ids, cache=cache, use_cache=True, logits_to_keep=1)
+        cache, ids = output.cache, output.logits[:, -1].argmax(-1)[:, None]
+        for row in np.flatnonzero(~np.array(done)):
+            token = int(ids[row])
+            done[row] = token == tokenizer.eos_token_id
+            if not done[row]:
+                tokens[row].append(token)
+                text = texts[row] = tokenizer.decode(tokens[row])
+                line = len(sample.answers) == 1 and "\n" in text.lstrip()
+                done[row] = line or score(text, sample.answers) == 1
         if all(done):
             break
     return texts
+
+
+def stacked(candidates: list[list[Shortened]]) -> list[Shortened]:
+    """Return the layers of several shortened caches as rows of one batch.
+
+    Shorter caches are padded with entries whose bias is -inf.
+    """
+    layers = []
+    for layer in zip(*candidates, strict=True):
+        longest = max(x.bias.shape[-1] for x in layer)
+        rows = []
+        for keys, values, bias in layer:
+            missing = longest - bias.shape[-1]
+            pad = torch.nn.functional.pad
+            rows.append(
+                (
+                    pad(keys, (0, 0, 0, missing)),
+                    pad(values, (0, 0, 0, missing)),
+                    pad(bias.float(), (0, missing), value=-torch.inf),
+                )
+            )
+        layers.append(Shortened(*(torch.cat(x) for x in zip(*rows, strict=True))))
+    return layers
+
+
+def full_scores(
+    model: Any, tokenizer: Any, some: list[Sample], chat: bool = False
+) -> list[float]:
+    """Return the score of each sample with the whole cache."""
+    result = []
+    for sample in some:
+        context, question = split_tokens(tokenizer, sample, chat)
+        ids = torch.tensor([context + question])
+        (text,) = continued(model, tokenizer, None, ids, sample)
+        result.append(score(text, sample.answers))
+    return result
+
+
+def scores(
+    model: Any,
+    tokenizer: Any,
+    sample: Sample,
+    methods: dict[str, Method],
+    budgets: tuple[float, ...] = BUDGETS,
+    chat: bool = False,
+) -> Report:
+    """Return the score of each method and budget on one sample.
+
+    All methods of a budget answer in one batch.
+    """
+    context, question = split_tokens(tokenizer, sample, chat)
+    prompt = read(model, context)
+    result: Report = {name: {} for name in methods}
+    for budget in budgets:
+        count = int(prompt.num_tokens * budget)
+        layers = stacked([method(prompt, count) for method in methods.values()])
+        ids = torch.tensor([question] * len(methods))
+        cache = filled_cache(model, layers, prompt.num_tokens)
+        texts = continued(model, tokenizer, cache, ids, sample)
+        for name, text in zip(methods, texts, strict=True):
+            result[name][str(budget)] = score(text, sample.answers)
+    return result
