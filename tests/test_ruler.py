@@ -124,7 +124,7 @@ def test_needles(drawn, task):
         values = [value for _, _, value in facts]
         assert len(set(values)) == len(values)
         assert len(facts) == num_facts if num_facts else len(facts) > 50
-        assert {found for found, _, _ in facts} == {name}
+        assert {magic for magic, _, _ in facts} == {name}
         # The keys of the question have exactly the values of the answers, in order.
         singular = name if num_answers > 1 else name[:-1]
         pattern = rf"magic {singular} for (.*) mentioned"
