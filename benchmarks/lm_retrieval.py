@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cache_methods import Method
+from cache_methods import Shorten
 from cache_reading import Shortened, filled_cache, read
 from ruler import TASKS, Sample, score
 
@@ -113,7 +113,7 @@ def scores(
     model: Any,
     tokenizer: Any,
     sample: Sample,
-    methods: dict[str, Method],
+    methods: dict[str, Shorten],
     budgets: tuple[float, ...] = BUDGETS,
     chat: bool = False,
 ) -> Report:
@@ -133,3 +133,52 @@ def scores(
         for name, text in zip(methods, texts, strict=True):
             result[name][str(budget)] = score(text, sample.answers)
     return result
+
+
+def retrieval(
+    model: Any,
+    tokenizer: Any,
+    cells: list[tuple[str, int]],
+    methods: dict[str, Shorten],
+    count: int,
+    split: str = "held_out",
+    budgets: tuple[float, ...] = BUDGETS,
+) -> Report:
+    """Return the scores of all methods, paired by sample.
+
+    `cells` are tasks with their lengths. The result has, for each of them, the scores
+    with the whole cache, and the scores of each method and budget. `split` is "tuning"
+    or "held_out"; their samples differ.
+    """
+    report: Report = {}
+    for task, num_tokens in cells:
+        some = samples(task, tokenizer, num_tokens, count, SEEDS[split])
+        rows = [scores(model, tokenizer, x, methods, budgets) for x in some]
+        report.setdefault(task, {})[str(num_tokens)] = {
+            "full": full_scores(model, tokenizer, some),
+            "methods": {
+                name: {str(b): [row[name][str(b)] for row in rows] for b in budgets}
+                for name in methods
+            },
+        }
+    return report
+
+
+def tables(report: Report) -> Report:
+    """Print and return mean scores, with 95 % intervals over samples."""
+    summary: Report = {}
+    for task, lengths in report.items():
+        for num_tokens, cell in lengths.items():
+            full = float(np.mean(cell["full"]))
+            print(f"\n{task}, {num_tokens} tokens, {len(cell['full'])} samples")
+            print(f"{'whole cache':44s} {full:.2f}")
+            rows = summary.setdefault(task, {})[num_tokens] = {"full": full}
+            for name, budgets in cell["methods"].items():
+                means = {b: interval(np.array(x)) for b, x in budgets.items()}
+                rows[name] = means
+                text = "".join(
+                    f"  {float(b):4.0%} {mean:.2f} [{low:.2f}, {high:.2f}]"
+                    for b, (mean, low, high) in means.items()
+                )
+                print(f"{name:44s}{text}")
+    return summary
