@@ -45,6 +45,12 @@ class Method(NamedTuple):
     beta: int = 1
     """The last layer keeps K / beta entries; the budgets of all layers are a line."""
 
+    @property
+    def text(self) -> str:
+        """The settings as text."""
+        settings = [f"{name}={value}" for name, value in self.settings.items()]
+        return " ".join(settings + [f"beta={self.beta}"] * (self.beta > 1))
+
     def __call__(self, prompt: Prompt, count: int) -> list[Shortened]:
         """Return what each layer keeps, with a mean of `count` entries of each head."""
         least = max(count // self.beta, 1)
@@ -238,37 +244,55 @@ def options(**lists: list[Any]) -> list[dict[str, Any]]:
     ]
 
 
-_RECENT = [0.1, 0.25, 0.5, 0.75]
-_WINDOWS = [16, 32, 64]
+_RECENT = [0.25, 0.5, 0.75, 0.9]
+_WINDOWS = [16, 64]
 # The settings that are compared on the tuning documents.
 CONTENDERS: dict[str, list[Method]] = {
     "sinks and recent": [Method(sinks_and_recent)],
     "H2O": [Method(h2o, x) for x in options(recent=_RECENT, total=[False, True])],
     "SnapKV": [Method(snapkv, x) for x in options(window=_WINDOWS)],
     "PyramidKV": [
-        Method(snapkv, x, beta) for x in options(window=_WINDOWS) for beta in (2, 5, 20)
+        Method(snapkv, x, beta) for x in options(window=_WINDOWS) for beta in (2, 5)
     ],
     "Ada-KV": [Method(ada_kv, x) for x in options(window=_WINDOWS)],
-    "TOVA": [Method(scored("last", 1), x) for x in options(recent=[0.0, *_RECENT])],
+    "TOVA": [Method(scored("last", 1), x) for x in options(recent=_RECENT)],
     "expected attention": [
-        Method(expected, x) for x in options(future=[128, 512], recent=[0.0, *_RECENT])
+        Method(expected, x) for x in options(future=[128, 512], recent=_RECENT)
     ],
     "RMS attention": [Method(scored("rms", 256), x) for x in options(recent=_RECENT)],
     "key norm": [Method(key_norm, x) for x in options(recent=_RECENT)],
     "attention matching": [
-        Method(matched, x) for x in options(recent=[0.1, 0.5], ridge=[1e-4, 1e-3, 1e-2])
+        Method(matched, x) for x in options(recent=[0.1, 0.5], ridge=[1e-5, 1e-4, 1e-3])
     ],
     "ToMe matching": [Method(tome, x) for x in options(recent=[0.1, 0.3, 0.5])],
 }
 
 Shorten = Callable[[Prompt, int], list[Shortened]]
+SNAPKV = "SnapKV"
+# The settings with the least KL divergence on the tuning documents.
+SELECTED: dict[str, Shorten] = {
+    "attention matching": Method(matched, {"recent": 0.1, "ridge": 1e-4}),
+    "H2O": Method(h2o, {"recent": 0.5, "total": False}),
+    SNAPKV: Method(snapkv, {"window": 64}),
+    "Ada-KV": Method(ada_kv, {"window": 64}),
+    "PyramidKV": Method(snapkv, {"window": 64}, 2),
+    "TOVA": Method(scored("last", 1), {"recent": 0.9}),
+    "RMS attention": Method(scored("rms", 256), {"recent": 0.25}),
+    "expected attention": Method(expected, {"future": 128, "recent": 0.5}),
+    "key norm": Method(key_norm, {"recent": 0.75}),
+    "ToMe matching": Method(tome, {"recent": 0.5}),
+    "sinks and recent": Method(sinks_and_recent),
+}
 LAYERS = {"per_layer": True}
-# Merging, also without one of its ingredients each.
+# Merging, with and without one budget of the layers, and of their heads.
 OURS: dict[str, Shorten] = {
     "merge_kv_cache, per_layer, per_head": partial(merged, per_head=True, **LAYERS),
     "merge_kv_cache, per_layer": partial(merged, **LAYERS),
     "merge_kv_cache, per_head": partial(merged, per_head=True),
     "merge_kv_cache": merged,
+}
+# `per_layer` with another choice each.
+VARIANTS: dict[str, Shorten] = {
     "per_layer, rotate_at=first": partial(merged, rotate_at="first", **LAYERS),
     "per_layer, not calibrated": partial(merged, calibrate=False, **LAYERS),
     "per_layer, 32 queries alone": partial(

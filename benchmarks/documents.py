@@ -90,6 +90,13 @@ CLASSES: dict[str, Callable[[], str]] = {
 }
 
 
+def byte_documents(count: int) -> list[Document]:
+    """Return documents for a random model: bytes of Python's reference."""
+    text = language().encode()
+    pieces = [text[i * LENGTH : (i + 1) * LENGTH] for i in range(count)]
+    return [Document(f"bytes {i}", list(piece)) for i, piece in enumerate(pieces)]
+
+
 def documents(
     tokenizer: Any, split: str, count: int, classes: Any = None
 ) -> list[Document]:

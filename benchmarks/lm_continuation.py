@@ -8,67 +8,61 @@ then reads the tokens that follow. All figures are means over these tokens:
   perplexity.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cache_methods import Method
-from cache_reading import Prompt, predict, read
+from cache_methods import Shorten
+from cache_reading import predict, read
 from documents import Document
 from quality_tables import interval, ratio
 
 Report = dict[str, Any]
-BUDGETS = 0.5, 0.25, 0.1, 0.05
+
+
+class Trial(NamedTuple):
+    """A method at one budget."""
+
+    name: str
+    shorten: Shorten
+    budget: float  # the fraction of the entries that remain
 
 
 def continuation(
     model: Any,
     documents: list[Document],
     num_tokens: int,
-    methods: dict[str, Method],
-    budgets: tuple[float, ...] = BUDGETS,
-) -> Report:
-    """Return KL and loss of each method, budget and document.
+    trials: list[Trial],
+    part: Report,
+) -> Iterator[str]:
+    """Add KL and loss of each trial and document to a part of a report.
 
-    `num_tokens` is the length of the context.
+    `num_tokens` is the length of the context. Documents that the part has are not
+    measured again. The name of each document is yielded when it is done.
     """
-    rows: Report = {
-        name: {str(budget): {"kl": [], "loss": []} for budget in budgets}
-        for name in methods
-    }
-    whole: list[float] = []
-    for document in documents:
+    methods = part.setdefault("methods", {})
+    whole = part.setdefault("full", {"loss": []})["loss"]
+    names = part.setdefault("documents", [])
+    for document in (x for x in documents if x.name not in names):
         prompt = read(model, document.context(num_tokens))
         ids, true = document.continuation[:-1], document.continuation[1:]
         expected = predict(model, prompt, prompt.whole, ids)
+        figures = []
+        for _, shorten, budget in trials:
+            layers = shorten(prompt, int(num_tokens * budget))
+            result = predict(model, prompt, layers, ids)
+            divergence = (expected.exp() * (expected - result)).sum(-1)
+            figures.append((float(divergence.mean()), _loss(result, true)))
+        # All figures of a document, or none.
+        for (name, _, budget), (kl, loss) in zip(trials, figures, strict=True):
+            row = methods.setdefault(name, {})
+            cell = row.setdefault(str(budget), {"kl": [], "loss": []})
+            cell["kl"].append(kl)
+            cell["loss"].append(loss)
         whole.append(_loss(expected, true))
-        for name, method in methods.items():
-            for budget in budgets:
-                cell = rows[name][str(budget)]
-                _measure(model, prompt, (method, budget), (ids, true), expected, cell)
-    return {
-        "documents": [document.name for document in documents],
-        "methods": rows,
-        "full": {"loss": whole},
-    }
-
-
-def _measure(
-    model: Any,
-    prompt: Prompt,
-    method: tuple[Method, float],
-    continuation: tuple[list[int], list[int]],
-    expected: torch.Tensor,
-    cell: Report,
-) -> None:
-    """Append the figures of one method and document to the lists of a cell."""
-    shorten, budget = method
-    ids, true = continuation
-    layers = shorten(prompt, int(prompt.num_tokens * budget))
-    result = predict(model, prompt, layers, ids)
-    divergence = (expected.exp() * (expected - result)).sum(-1)
-    cell["kl"].append(float(divergence.mean()))
-    cell["loss"].append(_loss(result, true))
+        names.append(document.name)
+        yield document.name
 
 
 def _loss(predicted: torch.Tensor, true: list[int]) -> float:
@@ -76,7 +70,7 @@ def _loss(predicted: torch.Tensor, true: list[int]) -> float:
     return -float(predicted.gather(1, torch.tensor(true)[:, None]).mean())
 
 
-def tables(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
+def summary(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
     """Print and return the means, with 95 % intervals by document.
 
     `peers` are methods; the ratio of KL is that to each of them.
@@ -84,7 +78,7 @@ def tables(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
     rows, whole = report["methods"], np.array(report["full"]["loss"])
     print(f"\nContexts of {num_tokens} tokens, {len(whole)} documents")
     print(f"whole cache: perplexity {np.exp(whole.mean()):.2f}")
-    summary: Report = {}
+    means: Report = {}
     for name, row in rows.items():
         for budget, cell in row.items():
             kl, loss = np.array(cell["kl"]), np.array(cell["loss"])
@@ -96,9 +90,9 @@ def tables(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
             }
             for peer in peers:
                 figures[f"kl / {peer}"] = ratio(kl, np.array(rows[peer][budget]["kl"]))
-            summary.setdefault(name, {})[budget] = figures
+            means.setdefault(name, {})[budget] = figures
             print(f"{name:44s} {float(budget):4.0%} {_cells(figures, peers)}")
-    return summary
+    return means
 
 
 def _cells(figures: Report, peers: tuple[str, ...]) -> str:

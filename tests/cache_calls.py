@@ -92,6 +92,22 @@ def calls(num_entries=40, masked=False):
             qm.merge_kv_cache,
             {**merged, "budget": 0.5, **rotary, "per_head": True, "rotate_at": "first"},
         ),
+        "merge_kv_cache, per layer": (
+            qm.merge_kv_cache,
+            # Two layers, of which the second has half as large keys.
+            {
+                **merged,
+                **{
+                    name: np.stack([x, 0.5 * x[..., ::-1]])
+                    for name, x in (
+                        ("keys", keys),
+                        ("values", values),
+                        ("query", query),
+                    )
+                },
+                **{"budget": 0.5, **rotary, "per_layer": True},
+            },
+        ),
         "merge_kv_cache, error": (
             qm.merge_kv_cache,
             {**cache, "max_error": 0.4, "sinks": 0, "recent": 2},

@@ -93,7 +93,8 @@ def _mean_of_pairs(weight: Any, rotary: Rotary) -> Any:
     width = 2 * len(rotary.inv_freq)
     if rotary.interleaved:  # elements 2i and 2i + 1
         pairs = weight[..., :width].reshape(*weight.shape[:-1], -1, 2)
-        even = np.repeat(pairs.mean(axis=-1), 2, axis=-1)
+        both = pairs.mean(axis=-1, keepdims=True)
+        even = np.concatenate((both, both), axis=-1).reshape(*weight.shape[:-1], width)
     else:  # elements i and i + r / 2
         pairs = weight[..., :width].reshape(*weight.shape[:-1], 2, -1)
         half = pairs.mean(axis=-2)

@@ -54,10 +54,16 @@ class MergedCache(Cache):
         the last 32, or only that of the last 32. For long prompts, "last" is faster:
         the time of "received" grows with the square of the prompt's length, as that of
         the model's own attention does.
+    per_layer : bool, default True
+        As in `merge_kv_cache`: the budget is the mean of the layers. They merge when
+        the last layer has read the prompt, and need memory for a copy of their entries
+        then. With False, each layer merges as soon as it has read the prompt, but the
+        output of the model changes more. With ``"flex_attention"``, and where several
+        tokens follow a merge, layers are padded to the largest.
     per_head : bool, default False
-        As in `merge_kv_cache`: the budget is the mean of the heads of a layer. All
-        heads and layers are padded to the largest, so that more memory is used than
-        without it, for an output that is nearer to that of the full cache.
+        As in `merge_kv_cache`: the budget is also the mean of the heads. Heads are
+        padded to the largest of their layer, so that more memory is used than without
+        it, for an output that is nearer to that of the full cache.
     sinks, recent, calibrate, rotate_at, window
         As in `merge_kv_cache`.
 
@@ -97,6 +103,7 @@ class MergedCache(Cache):
         *,
         every: int | None = None,
         mass: Literal["received", "last"] = "received",
+        per_layer: bool = True,
         per_head: bool = False,
         sinks: int = 4,
         recent: int | None = None,
@@ -122,6 +129,7 @@ class MergedCache(Cache):
         check_choice("mass", mass, ("received", "last"))
         rotary = rotary_of(config, model if is_model else None)
         options = {
+            "per_layer": check_flag("per_layer", per_layer),
             "per_head": check_flag("per_head", per_head),
             "sinks": check_count("sinks", sinks),
             "recent": None if recent is None else check_count("recent", recent),
@@ -139,6 +147,8 @@ class MergedCache(Cache):
         )
         count = config.num_hidden_layers
         super().__init__(layers=[MergedLayer(settings, config) for _ in range(count)])
+        for layer in self.layers:
+            layer.of_cache = self.layers
         self._config = config
         self._attach(model if is_model else None)
 
@@ -179,18 +189,24 @@ class MergedCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return the number of keys of the next mask, and its offset.
 
-        Layers that store fewer entries than others are padded: one mask serves all.
+        One mask serves all layers, so those that store fewer entries are padded. A
+        single new token of sdpa needs no mask.
         """
-        longest = max(layer.num_stored for layer in self.layers)
-        for layer in self.layers:
-            layer.pad(longest)
+        if query_length > 1 or self._config._attn_implementation != "sdpa":
+            longest = max(layer.num_stored for layer in self.layers)
+            for layer in self.layers:
+                layer.pad(longest)
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
     @property
     def num_stored(self) -> int:
-        """Number of entries of each head, N, of the layer with the largest number."""
-        return max(layer.num_stored for layer in self.layers)
+        """Number of stored entries of each head, the mean of the layers, rounded up.
+
+        It counts the padding of heads that have fewer than others of their layer.
+        """
+        total = sum(layer.num_stored for layer in self.layers)
+        return -(-total // len(self.layers))
 
     def remove(self) -> None:
         """Remove the hooks from the model. The cache no longer merges."""

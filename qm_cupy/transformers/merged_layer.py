@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer
 from ..caches.budgets import head_budgets
 from ..caches.cache_checks import Rotary
 from ..caches.cache_entries import default_recent
-from ..caches.cache_mass import NUM_QUERIES
+from ..caches.cache_features import MAX_QUERIES
+from ..caches.kv_cache import KVCache
 from ..caches.merge_kv_cache import merge_kv_cache
 from ..caches.score_keys import score_keys
 from .support import check_attention
@@ -55,6 +56,7 @@ class MergedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.settings, self.config = settings, config
         self.rotary = settings.rotary  # a hook corrects which elements are pairs
+        self.of_cache: list[MergedLayer] = [self]  # all layers of its cache
         self._clear()
 
     def _clear(self) -> None:
@@ -66,6 +68,7 @@ class MergedLayer(DynamicLayer):
         self.received: Any = None
         self.counts: Any = None
         self.queries: list[torch.Tensor] = []  # (B, H_q, T, d) since the last merge
+        self.last_queries: torch.Tensor | None = None  # of the merge that follows
         self.waits = False  # whether the hook has not run since the last `update`
         self.checked = False  # whether the hook computes the queries rightly
 
@@ -159,50 +162,43 @@ class MergedLayer(DynamicLayer):
         return num_new > 1 or self.settings.every is not None
 
     def merge(self) -> None:
-        """Merge the stored entries to the budget, if there are more."""
+        """Merge the stored entries to the budget, if there are more.
+
+        If all layers have one budget, the last layer merges the entries of all.
+        """
         query = torch.cat(self.queries, dim=-2) if self.queries else None
         self.queries, self.since_merge = [], 0
         if query is not None and self.settings.received:
             self._add_received(query)
-        count = self._num_kept()
-        has_room = num_free(count, self.settings.options) > 0
-        if count >= self._mean_present() or not has_room:
-            return
-        rotary, options = self.rotary, self.settings.options
-        if rotary is not None:
-            options = {
-                **options,
-                "inv_freq": rotary.inv_freq,
-                "interleaved": rotary.interleaved,
-                "rotary_scaling": rotary.scaling,
-            }
-        attention = None
-        if query is not None and self.settings.received:
-            attention = self.received / self.counts.clamp(min=1)
-        if query is not None:
-            query = query[..., -min(NUM_QUERIES, query.shape[-2]) :, :]
-        merged = merge_kv_cache(
-            self.keys,
-            self.values,
-            count,
-            query=query,
-            attention=attention,
-            positions=self.positions,
-            bias=self.bias,
-            scale=self.scale,
-            **options,
-        )
-        self.keys, self.values, self.bias = merged.keys, merged.values, merged.bias
-        self._merge_state(merged.labels.long(), merged.positions.long())
+        if query is not None:  # a copy, so that the memory of the others is free
+            query = query[..., -min(MAX_QUERIES, query.shape[-2]) :, :].clone()
+        self.last_queries = query
+        if not self.settings.options["per_layer"]:
+            merge_layers([self])
+        elif self is self.of_cache[-1]:
+            merge_layers(self.of_cache)
 
-    def _mean_present(self) -> int:
+    def attention(self) -> torch.Tensor | None:
+        """Return the mean attention received (B, H, N), if it counts and is known."""
+        if not (self.settings.from_queries and self.settings.received):
+            return None
+        return self.received / self.counts.clamp(min=1)
+
+    def take(self, merged: KVCache[Any], count: int) -> None:
+        """Store the first `count` merged entries of each head."""
+        keys, values, bias, labels, _, last = merged
+        self.keys, self.values = keys[:, :, :count], values[:, :, :count]
+        self.bias = bias[:, :, :count]
+        self._merge_state(labels.long(), last[:, :, :count].long())
+
+    def mean_present(self) -> int:
         """Return the mean number of entries of the heads, without padded ones."""
         if self.bias is None:
             return self.num_stored
         # The heads of every sequence have the same sum.
         return int((self.bias[0] > -torch.inf).sum()) // self.bias.shape[1]
 
-    def _num_kept(self) -> int:
+    def num_kept(self) -> int:
         """Return K: the budget, or its fraction of the tokens seen."""
         total = np.array(self.seen, np.int64)
         budget = self.settings.budget
@@ -305,3 +301,52 @@ class MergedLayer(DynamicLayer):
             x = getattr(self, name)
             setattr(self, name, None if x is None else select(x))
         self.queries = [select(x) for x in self.queries]
+
+
+def merge_layers(layers: list[MergedLayer]) -> None:
+    """Merge the entries of layers that have one budget, if there are more."""
+    first = layers[0]
+    count, options = first.num_kept(), first.settings.options
+    present = sum(layer.mean_present() for layer in layers)
+    queries = [layer.last_queries for layer in layers]
+    for layer in layers:
+        layer.last_queries = None
+    if count * len(layers) >= present or num_free(count, options) < 1:
+        return
+    if len({layer.keys.device for layer in layers}) > 1:
+        raise ValueError(
+            "`per_layer=True` needs all layers on one device: pass `per_layer=False` "
+            "for a model that is spread over several"
+        )
+    longest = max(layer.num_stored for layer in layers)
+    for layer in layers:
+        layer.pad(longest)
+    if first.rotary is not None:
+        options = {
+            **options,
+            "inv_freq": first.rotary.inv_freq,
+            "interleaved": first.rotary.interleaved,
+            "rotary_scaling": first.rotary.scaling,
+        }
+    merged = merge_kv_cache(
+        stacked([layer.keys for layer in layers]),
+        stacked([layer.values for layer in layers]),
+        count,
+        query=stacked(queries),
+        attention=stacked([layer.attention() for layer in layers]),
+        positions=stacked([layer.positions for layer in layers]),
+        bias=stacked([layer.bias for layer in layers]),
+        scale=first.scale,
+        **options,
+    )
+    # Each layer has the length of its longest head.
+    counts = merged.valid.sum(-1).flatten(1).amax(-1).tolist()
+    for index, (layer, kept) in enumerate(zip(layers, counts, strict=True)):
+        layer.take(KVCache(*(x[index] for x in merged)), kept)
+
+
+def stacked(arrays: list[Any]) -> Any:
+    """Return the arrays of layers as one (L, ...), or None if there are none."""
+    if arrays[0] is None:
+        return None
+    return torch.stack(arrays) if len(arrays) > 1 else arrays[0][None]

@@ -1,0 +1,126 @@
+"""A language model that reads fewer tokens: what it costs, against other methods.
+
+    python benchmarks/language_model.py [--quick] [--lengths N ...] [--json FILE]
+    python benchmarks/language_model.py --tune
+
+The model is SmolLM2-135M-Instruct (smollm2.py), on documents of three classes
+(documents.py). A context fills the cache, each method of cache_methods.py shortens it
+to a fraction, and the model predicts the 128 tokens that follow. KL is the divergence
+from its predictions with the whole cache, in nats. Figures are means over held-out
+documents, with 95 % intervals by a bootstrap over documents.
+
+`--tune` compares the settings of each method on the tuning documents, at a quarter of
+the cache. `--quick` uses a random model with one short document: it only shows that the
+code runs. With `--json`, the file is written after each document, and a document that
+it has is not measured again.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import smollm2
+import torch
+from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, VARIANTS
+from cache_reading import predict, read
+from documents import Document, byte_documents, documents
+from lm_continuation import Trial, continuation, summary
+from report import write_json
+
+import qm_cupy as qm
+
+Report = dict[str, Any]
+# How many held-out documents of each class are read with contexts of each length.
+COUNTS = {512: 4, 1024: 6, 2048: 3, 4096: 1}
+ALL_BUDGETS = 1024  # the length at which all budgets and variants are measured
+BUDGETS, FEW_BUDGETS = (0.5, 0.25, 0.1, 0.05), (0.25, 0.1)
+TUNING, TUNING_LENGTH = 2, 1024  # documents of each class, and their context
+PEERS = SNAPKV, "H2O"
+
+
+def plan(num_tokens: int) -> list[Trial]:
+    """Return which methods are measured at which budgets."""
+    whole = num_tokens == ALL_BUDGETS
+    budgets = BUDGETS if whole else FEW_BUDGETS
+    methods = {**OURS, **SELECTED}.items()
+    trials = [Trial(name, x, budget) for name, x in methods for budget in budgets]
+    if whole:
+        trials += [Trial(name, x, 0.25) for name, x in VARIANTS.items()]
+    return trials
+
+
+def tune(model: Any, tokenizer: Any) -> Report:
+    """Print and return the mean KL of every setting on the tuning documents."""
+    rows: dict[str, list[float]] = {}
+    for document in documents(tokenizer, "tuning", TUNING):
+        prompt = read(model, document.context(TUNING_LENGTH))
+        ids = document.continuation[:-1]
+        expected = predict(model, prompt, prompt.whole, ids)
+        for name, candidates in CONTENDERS.items():
+            for method in candidates:
+                result = predict(model, prompt, method(prompt, TUNING_LENGTH // 4), ids)
+                divergence = (expected.exp() * (expected - result)).sum(-1).mean()
+                rows.setdefault(f"{name} {method.text}", []).append(float(divergence))
+    means = {name: float(np.mean(row)) for name, row in rows.items()}
+    for name in sorted(means, key=lambda x: means[x]):
+        print(f"{means[name]:.4f}  {name}")
+    return means
+
+
+def continuations(
+    model: Any,
+    read_documents: Callable[[int], list[Document]],
+    counts: dict[int, int],
+    report: Report,
+    path: Path | None,
+) -> None:
+    """Measure contexts of each length, and write the report after each document."""
+    parts = report.setdefault("continuation", {})
+    for num_tokens, count in counts.items():
+        part = parts.setdefault(str(num_tokens), {})
+        chosen = read_documents(count)
+        for name in continuation(model, chosen, num_tokens, plan(num_tokens), part):
+            print(f"{num_tokens} tokens: {name} is done", flush=True)
+            if path:
+                write_json(path, report)
+
+
+def main() -> None:
+    """Run the parts, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="a random model, briefly")
+    parser.add_argument("--tune", action="store_true", help="compare all settings")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", choices=COUNTS, default=COUNTS
+    )
+    parser.add_argument("--json", type=Path, help="add the results to a file")
+    options = parser.parse_args()
+    print(f"qm_cupy {qm.__version__}, torch {torch.__version__}")
+    report: Report = {}
+    if options.json and options.json.exists():
+        report = json.loads(options.json.read_text(encoding="utf-8"))
+    if options.quick:
+        model = smollm2.random_model()
+        counts, of_count = {512: 1}, byte_documents
+    else:
+        model, tokenizer = smollm2.load()
+        counts = {length: COUNTS[length] for length in options.lengths}
+
+        def of_count(count: int) -> list[Document]:
+            return documents(tokenizer, "held_out", count)
+
+    if options.tune:
+        report["tuning"] = tune(model, tokenizer)
+        if options.json:
+            write_json(options.json, report)
+        return
+    continuations(model, of_count, counts, report, options.json)
+    for num_tokens, part in report["continuation"].items():
+        summary(part, PEERS, int(num_tokens))
+
+
+if __name__ == "__main__":
+    main()

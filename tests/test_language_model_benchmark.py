@@ -1,0 +1,189 @@
+"""The benchmark of language models: its parts, on a random model, and its figures."""
+
+import json
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qm_cupy as qm
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).parent.parent
+NAMES = "cache_methods", "cache_reading", "documents", "lm_continuation", "smollm2"
+LENGTH = 300  # tokens of the prompt
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """Return modules of benchmarks/, which import each other by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        # transformers looks for a package of this name.
+        patch.delitem(sys.modules, "kernels", raising=False)
+        yield types.SimpleNamespace(**{name: __import__(name) for name in NAMES})
+
+
+@pytest.fixture(scope="module")
+def model(scripts):
+    return scripts.smollm2.random_model()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(0).integers(0, 256, LENGTH + 20).tolist()
+
+
+@pytest.fixture(scope="module")
+def prompt(scripts, model, ids):
+    return scripts.cache_reading.read(model, ids[:LENGTH])
+
+
+class TestReading:
+    def test_keys_values_and_attention(self, model, ids, prompt):
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.tensor([ids[:LENGTH]]), cache=cache)
+        for i, layer in enumerate(cache.layers):
+            torch.testing.assert_close(prompt.keys[i], layer.keys)
+            torch.testing.assert_close(prompt.values[i], layer.values)
+            wanted = qm.score_keys(prompt.queries[i], layer.keys)
+            torch.testing.assert_close(prompt.received[i], wanted)
+
+    def test_the_second_reading_has_other_queries(self, scripts, prompt):
+        count = min(LENGTH, scripts.cache_reading.REPEATED)
+        for first, again in zip(prompt.queries, prompt.repeated, strict=True):
+            assert again.shape[-2] == count
+            # The positions, and what was read before, are others.
+            assert (again - first[:, :, -count:]).abs().max() > 0.1
+
+    def test_predictions_with_all_entries(self, scripts, model, ids, prompt):
+        got = scripts.cache_reading.predict(model, prompt, prompt.whole, ids[LENGTH:])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, LENGTH:]
+        torch.testing.assert_close(got, logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+    def test_text(self, scripts, model, ids, prompt):
+        arguments = model, prompt, prompt.whole, ids[LENGTH:]
+        got = scripts.cache_reading.generate(*arguments, 8)
+        text = torch.tensor([ids])
+        wanted = model.generate(
+            text, attention_mask=torch.ones_like(text), max_new_tokens=8,
+            do_sample=False, eos_token_id=None,
+        )  # fmt: skip
+        assert got == wanted[0, len(ids) :].tolist()
+        stop = frozenset(got[3:4])
+        first = got.index(got[3])
+        assert scripts.cache_reading.generate(*arguments, 8, stop) == got[:first]
+
+
+class TestMethods:
+    def test_each_keeps_its_budget(self, scripts, prompt):
+        methods = scripts.cache_methods
+        every = {**methods.OURS, **methods.VARIANTS, **methods.SELECTED}
+        for name, shorten in every.items():
+            layers = shorten(prompt, 75)
+            present = [x.bias.isfinite().sum(-1).float().mean() for x in layers]
+            # The mean of all heads and layers.
+            assert float(np.mean(present)) == pytest.approx(75, abs=0.5), name
+            for layer in layers:
+                assert layer.keys.shape == layer.values.shape
+                assert layer.bias.shape == layer.keys.shape[:-1]
+                assert layer.keys.isfinite().all()
+
+    def test_layers_of_pyramidkv_are_a_line(self, scripts, prompt):
+        method = scripts.cache_methods.SELECTED["PyramidKV"]
+        counts = [x.keys.shape[-2] for x in method(prompt, 60)]
+        assert counts == [90, 60, 30]
+
+    def test_every_selected_setting_was_compared(self, scripts):
+        methods = scripts.cache_methods
+        for name, method in methods.SELECTED.items():
+            assert method.text in [x.text for x in methods.CONTENDERS[name]]
+
+    def test_rotations(self, scripts, rng):
+        """They are those of the model: keys before the rotation do not differ."""
+        from qm_cupy.caches.rotary import rotate
+
+        positions, inv_freq = np.array([0, 3, 100]), 100.0 ** -np.linspace(0, 1, 4)
+        x = rng.standard_normal((3, 8)).astype(np.float32)
+        rotation = scripts.cache_methods.rotations(positions, inv_freq)
+        got = (rotation @ torch.from_numpy(x)[..., None])[..., 0]
+        wanted = torch.from_numpy(rotate(x, positions, inv_freq))
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_attention_matching_fits_the_second_reading(self, scripts, prompt):
+        """Its output is nearer to that of the whole cache than eviction's."""
+        query, keys = prompt.repeated[0], prompt.keys[0]
+        wanted, _ = qm.attend(query, keys, prompt.values[0])
+        errors = []
+        for name in ("attention matching", "RMS attention"):
+            cache = scripts.cache_methods.SELECTED[name](prompt, 75)[0]
+            got, _ = qm.attend(query, cache.keys, cache.values, bias=cache.bias)
+            errors.append(float((got - wanted).norm()))
+        assert errors[0] < 0.5 * errors[1]
+
+
+class TestDocuments:
+    @pytest.fixture
+    def split(self, scripts, monkeypatch):
+        """Return the documents of two classes whose tokens are numbers in order."""
+        documents = scripts.documents
+        size = 40 * 6 * documents.LENGTH
+        text = {"a": lambda: "x" * size, "b": lambda: "y" * size}
+        monkeypatch.setattr(documents, "CLASSES", text)
+        monkeypatch.setattr(documents, "_MAX_CHARACTERS", size)
+
+        def tokenizer(piece):
+            start = 0 if piece[0] == "x" else 10**6
+            return types.SimpleNamespace(input_ids=list(range(start, start + 5000)))
+
+        return lambda split, count: documents.documents(tokenizer, split, count)
+
+    def test_tuning_and_held_out_documents_are_apart(self, split):
+        tuning, held_out = split("tuning", 12), split("held_out", 20)
+        names = [{x.name for x in part} for part in (tuning, held_out)]
+        assert len(names[0]) == 24
+        assert len(names[1]) == 40
+        assert not names[0] & names[1]
+
+    def test_any_first_part_has_all_classes(self, split):
+        assert [x.name[0] for x in split("held_out", 3)] == ["a", "b"] * 3
+
+    def test_the_same_tokens_follow_contexts_of_every_length(self, scripts, split):
+        document = split("tuning", 1)[0]
+        for length in (512, 4096):
+            context = document.context(length)
+            assert len(context) == length
+            assert context[-1] + 1 == document.continuation[0]
+        assert len(document.continuation) == scripts.documents.PREDICTED + 1
+
+    def test_too_few_documents_are_refused(self, split):
+        with pytest.raises(ValueError, match="a has 13 documents, not 14"):
+            split("tuning", 14)
+
+    def test_pythons_reference(self, scripts):
+        documents = scripts.documents.byte_documents(2)
+        assert documents[0].ids != documents[1].ids
+        assert max(documents[0].ids) < 256
+
+
+@pytest.mark.slow("reads and merges the caches of a random model")
+@pytest.mark.rehearsal
+def test_quick_run(tmp_path):
+    path = tmp_path / "results.json"
+    script = "benchmarks/language_model.py", "--quick", "--json", path
+    done = subprocess.run(
+        [sys.executable, *script], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert "qm_cupy" in done.stdout
+    report = json.loads(path.read_text(encoding="utf-8"))["continuation"]["512"]
+    for row in report["methods"].values():
+        for cell in row.values():
+            assert len(cell["kl"]) == len(cell["loss"]) == len(report["documents"])
+            assert all(map(math.isfinite, cell["kl"] + cell["loss"]))
