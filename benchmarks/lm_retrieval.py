@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from cache_methods import Shorten
 from cache_reading import Shortened, filled_cache, read
-from ruler import TASKS, Sample, score
+from quality_tables import interval
+from ruler import TASKS, Sample, samples, score
 
 Report = dict[str, Any]
 THRESHOLD = 0.5
@@ -97,7 +98,7 @@ def stacked(candidates: list[list[Shortened]]) -> list[Shortened]:
 
 
 def full_scores(
-    model: Any, tokenizer: Any, some: list[Sample], chat: bool = False
+    model: Any, tokenizer: Any, some: list[Sample], chat: bool = True
 ) -> list[float]:
     """Return the score of each sample with the whole cache."""
     result = []
@@ -115,15 +116,19 @@ def scores(
     sample: Sample,
     methods: dict[str, Shorten],
     budgets: tuple[float, ...] = BUDGETS,
-    chat: bool = False,
+    chat: bool = True,
 ) -> Report:
-    """Return the score of each method and budget on one sample.
+    """Return the score of each method and budget on one sample, and of the whole cache.
 
     All methods of a budget answer in one batch.
     """
     context, question = split_tokens(tokenizer, sample, chat)
-    prompt = read(model, context)
+    prompt = read(model, context, repeated=len(context))
     result: Report = {name: {} for name in methods}
+    cache = filled_cache(model, prompt.whole, prompt.num_tokens)
+    ids = torch.tensor([question])
+    (text,) = continued(model, tokenizer, cache, ids, sample)
+    result["full"] = score(text, sample.answers)
     for budget in budgets:
         count = int(prompt.num_tokens * budget)
         layers = stacked([method(prompt, count) for method in methods.values()])
@@ -155,7 +160,7 @@ def retrieval(
         some = samples(task, tokenizer, num_tokens, count, SEEDS[split])
         rows = [scores(model, tokenizer, x, methods, budgets) for x in some]
         report.setdefault(task, {})[str(num_tokens)] = {
-            "full": full_scores(model, tokenizer, some),
+            "full": [row["full"] for row in rows],
             "methods": {
                 name: {str(b): [row[name][str(b)] for row in rows] for b in budgets}
                 for name in methods
