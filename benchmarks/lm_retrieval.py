@@ -4,15 +4,27 @@ The model reads the context of a task of RULER (ruler.py), each method shortens 
 cache, and the model then reads the question and the start of the answer, and continues
 it greedily. The score is the fraction of the right answers in this text. A task counts
 at a length if the mean score with the whole cache is at least `THRESHOLD`.
+
+    python benchmarks/lm_retrieval.py --json FILE [--tasks T ...] [--lengths N ...]
+    python benchmarks/lm_retrieval.py --full --json FILE [--tasks ...] [--lengths ...]
+
+The file is written after each sample, and what it has is not measured again. `--full`
+measures the whole cache alone.
 """
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import smollm2
 import torch
-from cache_methods import Shorten
+from cache_methods import OURS, SELECTED, SNAPKV, Shorten
 from cache_reading import Shortened, filled_cache, read
+from cache_rereading import REREADING
 from quality_tables import interval
+from report import write_json
 from ruler import TASKS, Sample, samples, score
 
 Report = dict[str, Any]
@@ -148,24 +160,35 @@ def retrieval(
     count: int,
     split: str = "held_out",
     budgets: tuple[float, ...] = BUDGETS,
+    path: Path | None = None,
 ) -> Report:
     """Return the scores of all methods, paired by sample.
 
     `cells` are tasks with their lengths. The result has, for each of them, the scores
     with the whole cache, and the scores of each method and budget. `split` is "tuning"
-    or "held_out"; their samples differ.
+    or "held_out"; their samples differ. With `path`, the report is written there after
+    each sample, and the samples that it has are not measured again.
     """
-    report: Report = {}
-    for task, num_tokens in cells:
-        some = samples(task, tokenizer, num_tokens, count, SEEDS[split])
-        rows = [scores(model, tokenizer, x, methods, budgets) for x in some]
-        report.setdefault(task, {})[str(num_tokens)] = {
-            "full": [row["full"] for row in rows],
-            "methods": {
-                name: {str(b): [row[name][str(b)] for row in rows] for b in budgets}
-                for name in methods
-            },
-        }
+    report: Report = json.loads(path.read_text()) if path and path.exists() else {}
+    for i in range(count):
+        for task, num_tokens in cells:
+            cell = report.setdefault(task, {}).setdefault(
+                str(num_tokens), {"full": [], "methods": {}}
+            )
+            if len(cell["full"]) > i:
+                continue
+            sample = samples(task, tokenizer, num_tokens, i + 1, SEEDS[split])[i]
+            if methods:
+                row = scores(model, tokenizer, sample, methods, budgets)
+            else:
+                row = {"full": full_scores(model, tokenizer, [sample])[0]}
+            cell["full"].append(row.pop("full"))
+            for name, by_budget in row.items():
+                lists = cell["methods"].setdefault(name, {})
+                for budget, result in by_budget.items():
+                    lists.setdefault(budget, []).append(result)
+            if path:
+                write_json(path, report)
     return report
 
 
@@ -176,8 +199,12 @@ def tables(report: Report) -> Report:
         for num_tokens, cell in lengths.items():
             full = float(np.mean(cell["full"]))
             print(f"\n{task}, {num_tokens} tokens, {len(cell['full'])} samples")
-            print(f"{'whole cache':44s} {full:.2f}")
-            rows = summary.setdefault(task, {})[num_tokens] = {"full": full}
+            counts = full >= THRESHOLD
+            print(f"{'whole cache':44s} {full:.2f}{'' if counts else ', too low'}")
+            rows = summary.setdefault(task, {})[num_tokens] = {
+                "full": full,
+                "counts": counts,
+            }
             for name, budgets in cell["methods"].items():
                 means = {b: interval(np.array(x)) for b, x in budgets.items()}
                 rows[name] = means
@@ -187,3 +214,34 @@ def tables(report: Report) -> Report:
                 )
                 print(f"{name:44s}{text}")
     return summary
+
+
+_PEERS = "H2O", SNAPKV, "Ada-KV", "TOVA", "expected attention", "key norm"
+METHODS: dict[str, Shorten] = {
+    **{name: OURS[name] for name in list(OURS) if name != "merge_kv_cache, per_head"},
+    **REREADING,
+    **{name: SELECTED[name] for name in (*_PEERS, "sinks and recent")},
+}
+# Tasks of which the whole cache solves enough at 512 tokens, for one right answer.
+SOLVED = "niah_single_1", "niah_single_2", "niah_multikey_1"
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tasks", nargs="+", default=SOLVED, choices=TASKS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512])
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--split", choices=SEEDS, default="held_out")
+    parser.add_argument("--full", action="store_true", help="the whole cache alone")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    model, tokenizer = smollm2.load()
+    cells = [(task, length) for length in options.lengths for task in options.tasks]
+    methods = {} if options.full else METHODS
+    arguments = cells, methods, options.samples, options.split
+    tables(retrieval(model, tokenizer, *arguments, path=options.json))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 The model is random. It reads bytes.
 """
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,11 +134,18 @@ def test_the_whole_cache_answers_like_one_reading(scripts, model):
     assert expected != [""]
 
 
-def test_a_report(scripts, model):
+def test_a_report(scripts, model, tmp_path):
     """Its samples are those of the split, and every method has a score for each."""
     methods = {"all": lambda prompt, count: prompt.whole}
     run, tasks = scripts.lm_retrieval.retrieval, [("niah_single_1", 200)]
-    report = run(model, Tokenizer(), tasks, methods, 2, "tuning", (0.5,))
+    path = tmp_path / "report.json"
+    arguments = model, Tokenizer(), tasks, methods
+    first = run(*arguments, 1, "tuning", (0.5,), path)
+    # The second run goes on from the file; the third needs no model.
+    report = run(*arguments, 2, "tuning", (0.5,), path)
+    assert json.loads(path.read_text(encoding="utf-8")) == report
+    assert run(None, *arguments[1:], 2, "tuning", (0.5,), path) == report
+    assert len(first["niah_single_1"]["200"]["full"]) == 1
     cell = report["niah_single_1"]["200"]
     drawn = scripts.ruler.samples("niah_single_1", Tokenizer(), 200, 2, 1)
     assert cell["full"] == scripts.lm_retrieval.full_scores(model, Tokenizer(), drawn)
@@ -172,7 +180,10 @@ def test_splits_have_different_samples(scripts):
 
 def test_tables(scripts, capsys):
     cell = {"full": [1.0, 0.5], "methods": {"m": {"0.25": [0.0, 1.0]}}}
-    summary = scripts.lm_retrieval.tables({"vt": {"512": cell}})
+    low = {"full": [0.0, 0.9], "methods": {}}
+    summary = scripts.lm_retrieval.tables({"vt": {"512": cell, "1024": low}})
+    assert summary["vt"]["512"]["counts"]
+    assert not summary["vt"]["1024"]["counts"]
     assert summary["vt"]["512"]["full"] == 0.75
     assert summary["vt"]["512"]["m"]["0.25"][0] == 0.5
     assert "vt, 512 tokens, 2 samples" in capsys.readouterr().out
