@@ -72,6 +72,7 @@ def continued(
     texts, done = [""] * len(ids), [False] * len(ids)
     for _ in range(_ANSWER[sample.task]):
         output = model(ids, cache=cache, use_cache=True, logits_to_keep=1)
+        # From now on, each row reads the token that it has just written.
         cache, ids = output.cache, output.logits[:, -1].argmax(-1)[:, None]
         for row in np.flatnonzero(~np.array(done)):
             token = int(ids[row])
@@ -137,6 +138,7 @@ def scores(
     context, question = split_tokens(tokenizer, sample, chat)
     prompt = read(model, context, repeated=len(context))
     result: Report = {name: {} for name in methods}
+    # Alone, because the shortened caches would be padded to its length.
     cache = filled_cache(model, prompt.whole, prompt.num_tokens)
     ids = torch.tensor([question])
     (text,) = continued(model, tokenizer, cache, ids, sample)
@@ -175,7 +177,7 @@ def retrieval(
             cell = report.setdefault(task, {}).setdefault(
                 str(num_tokens), {"full": [], "methods": {}}
             )
-            if len(cell["full"]) > i:
+            if len(cell["full"]) > i:  # an earlier run has it
                 continue
             sample = samples(task, tokenizer, num_tokens, i + 1, SEEDS[split])[i]
             if methods:

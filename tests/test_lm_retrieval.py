@@ -44,6 +44,7 @@ class Writer:
     def __call__(self, ids, **options):
         logits = torch.zeros(len(ids), 1, 256)
         for row, text in enumerate(self.texts):
+            # After its text, a row has the token that ends it.
             token = text[self.step] if self.step < len(text) else END
             logits[row, 0, token] = 1
         self.step += 1
@@ -66,6 +67,7 @@ def model(scripts):
 
 @pytest.fixture(scope="module")
 def prompt(scripts, model):
+    # Byte 0 ends a text, so it is left out.
     ids = np.random.default_rng(1).integers(1, 256, 120).tolist()
     return scripts.cache_reading.read(model, ids, repeated=120)
 
@@ -77,6 +79,7 @@ def sample_of(scripts, *answers):
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_question_follows_the_context(scripts, chat):
     sample = sample_of(scripts, "7")
+    # Both parts are tokens, so they are read as two texts of bytes.
     parts = scripts.lm_retrieval.split_tokens(Tokenizer(), sample, chat)
     texts = tuple(bytes(x).decode() for x in parts)
     if chat:  # the answer starts where the model's turn does
@@ -102,6 +105,7 @@ def test_an_answer_has_a_limit(scripts):
     ids, model = torch.ones(1, 1, dtype=torch.long), Writer("x" * 100)
     sample = sample_of(scripts, "12")
     texts = scripts.lm_retrieval.continued(model, Tokenizer(), None, ids, sample)
+    # The text goes on, but no more of it is generated.
     assert texts == ["x" * 32]
 
 
@@ -126,7 +130,9 @@ def test_the_whole_cache_answers_like_one_reading(scripts, model):
     (sample,) = scripts.ruler.samples("niah_single_1", Tokenizer(), 200, 1, 1)
     context, question = retrieval.split_tokens(Tokenizer(), sample, True)
     ids = torch.tensor([context + question])
+    # Without a shortened cache, context and question are one text.
     expected = retrieval.continued(model, Tokenizer(), None, ids, sample)
+    # With one, the question is read after the cache was filled.
     prompt = reading.read(model, context)
     cache = reading.filled_cache(model, prompt.whole, prompt.num_tokens)
     ids = torch.tensor([question])
@@ -147,6 +153,7 @@ def test_a_report(scripts, model, tmp_path):
     assert run(None, *arguments[1:], 2, "tuning", (0.5,), path) == report
     assert len(first["niah_single_1"]["200"]["full"]) == 1
     cell = report["niah_single_1"]["200"]
+    # The seed of the tuning samples is 1.
     drawn = scripts.ruler.samples("niah_single_1", Tokenizer(), 200, 2, 1)
     assert cell["full"] == scripts.lm_retrieval.full_scores(model, Tokenizer(), drawn)
     assert cell["methods"] == {"all": {"0.5": cell["full"]}}
@@ -157,12 +164,13 @@ def test_the_budget_is_a_mean(scripts, prompt, name):
     layers = scripts.cache_rereading.REREADING[name](prompt, 60)
     present = [x.bias.isfinite().sum(-1).float() for x in layers]
     assert float(torch.stack(present).mean()) == pytest.approx(60, abs=0.5)
-    # Heads have different budgets.
+    # Heads have different budgets, as all of them compete.
     assert torch.stack(present).std() > 0
 
 
 def test_kvzip_keeps_what_the_second_reading_looks_at(scripts, prompt):
     layers = scripts.cache_rereading.kvzip(prompt, 60)
+    # The first head of the first layer, by its scores and the entries always kept.
     largest = scripts.cache_rereading.largest_attention(prompt)
     keys, kept = prompt.keys[0][0, 0], layers[0]
     count = int(kept.bias[0, 0].isfinite().sum())
@@ -174,11 +182,13 @@ def test_kvzip_keeps_what_the_second_reading_looks_at(scripts, prompt):
 
 def test_splits_have_different_samples(scripts):
     seeds = scripts.lm_retrieval.SEEDS
+    # Otherwise the figures would be of samples that selected the settings.
     assert {*seeds} == {"tuning", "held_out"}
     assert seeds["tuning"] != seeds["held_out"]
 
 
 def test_tables(scripts, capsys):
+    # A mean of 0.75 counts, and one of 0.45 does not.
     cell = {"full": [1.0, 0.5], "methods": {"m": {"0.25": [0.0, 1.0]}}}
     low = {"full": [0.0, 0.9], "methods": {}}
     summary = scripts.lm_retrieval.tables({"vt": {"512": cell, "1024": low}})

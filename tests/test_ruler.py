@@ -55,6 +55,7 @@ def test_all_tasks_are_tested(ruler):
 @pytest.mark.parametrize("tokenizer", [whitespace, characters])
 @pytest.mark.parametrize("num_tokens", [700, 5000])
 def test_lengths(ruler, task, tokenizer, num_tokens):
+    # A word has about five characters, so the contexts are about as long.
     if tokenizer is characters:
         num_tokens *= 5
     for sample in ruler.samples(task, tokenizer, num_tokens, 2, seed=3):
@@ -90,6 +91,7 @@ def test_another_process_draws_the_same(drawn):
         "import ruler, types; w = lambda x: types.SimpleNamespace(input_ids=x.split());"
         "print([ruler.samples(t, w, 700, 1, 0)[0] for t in ruler.TASKS])"
     )
+    # Strings have another hash there.
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=FOLDER, capture_output=True, check=True
     )
@@ -145,6 +147,7 @@ def test_needles(drawn, task):
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "niah_multikey_2"])
 def test_needles_are_at_all_depths(ruler, task):
     samples = ruler.samples(task, whitespace, 700, 60, seed=5)
+    # Depths in the context are uniform, so no quarter stays almost empty.
     depths = [x.context.index(x.answers[0]) / len(x.context) for x in samples]
     quarters = Counter(int(4 * depth) for depth in depths)
     assert min(quarters[i] for i in range(4)) >= 5
@@ -153,6 +156,7 @@ def test_needles_are_at_all_depths(ruler, task):
 def test_the_answer_of_the_second_query_is_in_the_order_of_the_question(drawn):
     for sample in drawn["niah_multiquery"]:
         (asked,) = re.findall(r"numbers for (.*) mentioned", sample.question)
+        # Each of these keys has one value.
         values = {k: v for _, k, v in re.findall(FACT, sample.context)}
         expected = [values[key] for key in re.split(r", and |, ", asked)]
         assert sample.answers == expected
@@ -183,6 +187,7 @@ def test_chains(drawn, task, hops):
     [(700, 6, 1, (3, 1)), (5000, 30, 3, (10, 3))],
 )
 def test_common_words(ruler, num_tokens, common, uncommon, example):
+    # From 4096 tokens on, the words are repeated more often, as in RULER.
     (sample,) = ruler.samples("cwe", whitespace, num_tokens, 1, seed=0)
     shown, text = sample.context.split("Below")[1:]
     counts = [
