@@ -172,21 +172,25 @@ def snapkv_scores(prompt: Prompt, layer: int, window: int) -> torch.Tensor:
 
 
 def snapkv(prompt: Prompt, layer: int, count: int, window: int) -> Any:
-    """Keep entries by SnapKV's score."""
-    scores, recent = snapkv_scores(prompt, layer, window), min(window, count // 2)
+    """Keep entries by SnapKV's score, and the window of its queries.
+
+    The window is at most half of K, so that other entries are kept, too.
+    """
+    window = min(window, count // 2)
+    scores = snapkv_scores(prompt, layer, window)
     arrays = prompt.keys[layer], prompt.values[layer], count
-    return qm.evict(*arrays, scores=scores, recent=recent)
+    return qm.evict(*arrays, scores=scores, recent=window)
 
 
 def ada_kv(prompt: Prompt, layer: int, count: int, window: int) -> Any:
     """Let the heads of a layer compete by SnapKV's score, above a fifth of K."""
+    window = min(window, count // 2)
     scores = snapkv_scores(prompt, layer, window)
     least = max(count // 5, 1)
     first = scores.topk(least, dim=-1).indices
     scores = scores.scatter(-1, first, float(scores.max()) + 1)  # never dropped
-    recent = min(window, count // 2)
     arrays = prompt.keys[layer], prompt.values[layer], count
-    return qm.evict(*arrays, scores=scores, recent=recent, per_head=True)
+    return qm.evict(*arrays, scores=scores, recent=window, per_head=True)
 
 
 def key_norm(

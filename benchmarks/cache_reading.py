@@ -87,16 +87,16 @@ def mean_received(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """
     heads, num_tokens, dim = keys.shape[1:]
     rows = query.reshape(heads, -1, num_tokens, dim)  # (H, G, N, d)
-    total = torch.zeros(heads, num_tokens)
+    total = torch.zeros(heads, num_tokens, device=keys.device)
     for start in range(0, num_tokens, _ROWS):
         end = min(start + _ROWS, num_tokens)
         visible = keys[0, :, None, :end].transpose(-1, -2)
         scores = rows[:, :, start:end] @ visible * dim**-0.5  # (H, G, rows, end)
-        later = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(start + 1)
         scores = scores.masked_fill_(later, -torch.inf).softmax(-1)
         total[:, :end] += scores.sum((1, 2))
     # Entry j receives attention from N - j queries of each of the G heads.
-    counts = torch.arange(num_tokens, 0, -1) * rows.shape[1]
+    counts = torch.arange(num_tokens, 0, -1, device=keys.device) * rows.shape[1]
     return (total / counts)[None]
 
 
@@ -107,7 +107,7 @@ def filled_cache(model: Any, layers: list[Shortened], num_seen: int) -> MergedCa
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.bias = keys, values, bias.float()
         layer.seen = num_seen
-        state = torch.zeros(bias.shape)
+        state = torch.zeros_like(layer.bias)
         layer.positions, layer.received, layer.counts = state.long(), state, state
     return cache
 

