@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cache_reading import Prompt, Shortened
+from cache_reading import REPEATED, Prompt, Shortened
 
 import qm_cupy as qm
 
@@ -210,7 +210,7 @@ def sinks_and_recent(prompt: Prompt, layer: int, count: int) -> Any:
 
 def matched(prompt: Prompt, layer: int, count: int, recent: float, ridge: float) -> Any:
     """Keep entries, and fit their biases and values to queries that read it again."""
-    query = prompt.repeated[layer]
+    query = prompt.repeated[layer][:, :, -REPEATED:]
     # The queries follow the cache: entries in which they do not look stand for theirs.
     num_queries, keys = query.shape[-2], prompt.keys[layer]
     absent = torch.zeros((*keys.shape[:-2], num_queries, keys.shape[-1]))
