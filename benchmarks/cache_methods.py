@@ -140,8 +140,8 @@ def expected(prompt: Prompt, layer: int, count: int, future: int, recent: float)
     mean = straight.mean(-2, keepdim=True)  # (H, G, 1, d)
     centred = straight - mean
     covariance = centred.mT @ centred / centred.shape[-2]
-    ahead = rotations(num_tokens + np.arange(future), prompt.inv_freq).mean(0)
-    mean, covariance = mean @ ahead.mT, ahead @ covariance @ ahead.mT
+    average = rotations(num_tokens + np.arange(future), prompt.inv_freq).mean(0)
+    mean, covariance = mean @ average.mT, average @ covariance @ average.mT
     wide = keys[:, None]  # (H, 1, N, d)
     scores = (wide @ mean.mT)[..., 0] * dim**-0.5  # (H, G, N)
     scores = scores + ((wide @ covariance) * wide).sum(-1) / (2 * dim)

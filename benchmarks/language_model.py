@@ -81,8 +81,8 @@ def continuations(
     parts = report.setdefault("continuation", {})
     for num_tokens, count in counts.items():
         part = parts.setdefault(str(num_tokens), {})
-        chosen = read_documents(count)
-        for name in continuation(model, chosen, num_tokens, plan(num_tokens), part):
+        picked = read_documents(count)
+        for name in continuation(model, picked, num_tokens, plan(num_tokens), part):
             print(f"{num_tokens} tokens: {name} is done", flush=True)
             if path:
                 write_json(path, report)

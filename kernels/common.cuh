@@ -326,9 +326,8 @@ __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[W
         for (int i = 0; i < WIDTH && i < left; ++i) address[i] = v.element[i];
 }
 
-// The activation of a linear layer: none, ReLU, GELU y Phi(y), where Phi is the cumulative
-// normal distribution, or SiLU, y times the logistic function of y. `gelu` and `silu` are
-// not inlined: the optimized linear kernel computes up to 64 outputs in an unrolled loop.
+// Activation of a linear layer: none, ReLU, GELU y Phi(y) with the normal distribution
+// Phi, or SiLU y / (1 + e^-y). The last two are not inlined: there would be 64 copies.
 __device__ __noinline__ acc_t gelu(acc_t y) {
     return y * (1 + erf(y * acc_t(0.7071067811865476))) / 2;
 }
