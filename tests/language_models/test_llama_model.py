@@ -35,6 +35,7 @@ class TestAgainstTransformers:
         np.testing.assert_allclose(alone, got[1], atol=1e-4)
 
     # transformers rotates in float32, even if the weights are float64.
+    # So the tolerance is that of float32.
     @TIED
     def test_logits_in_float64(self, tied):
         theirs, ids = in_transformers(tied).double(), ids_of(1, 40)
@@ -68,6 +69,7 @@ class TestAgainstTransformers:
         state = theirs.state_dict()
         options = {"num_heads": 4, "num_key_heads": 2, "epsilon": 1e-2}
         arrays = {name: x.numpy() for name, x in state.items()}
+        # Tensors and arrays.
         wanted = logits_of(theirs, ids[None])[0]
         for weights in (state, arrays):
             model = qm.LanguageModel.from_state_dict(weights, **options)
@@ -82,6 +84,7 @@ class TestAgainstTransformers:
         torch = pytest.importorskip("torch")
         theirs, ids = in_transformers(tied), ids_of(2, 20)
         model = qm.LanguageModel.from_transformers(theirs)
+        # transformers needs a mask to know that nothing is padding.
         text = torch.from_numpy(ids)
         mask = torch.ones_like(text)
         wanted = theirs.generate(
@@ -100,6 +103,7 @@ class TestAgainstTransformers:
         text, same = torch.from_numpy(ids), []
         options = {"attention_mask": torch.ones_like(text), "do_sample": False}
         plain = model.generate(ids, 20)
+        # By default, all layers have one budget.
         alone = {"per_layer": False}
         for settings in (
             {},
@@ -140,6 +144,7 @@ class TestAgainstTransformers:
         torch = pytest.importorskip("torch")
         with pytest.raises(TypeError, match="must be a model of transformers, such as"):
             qm.LanguageModel.from_transformers(torch.nn.Linear(2, 2))
+        # The architecture is that of a Llama, but the name is not.
         theirs = in_transformers()
         theirs.config.model_type = "gemma"
         with pytest.raises(ValueError, match="\"llama\", got 'gemma'"):
@@ -167,6 +172,7 @@ class TestParts:
         positions = np.cumsum(sizes, axis=-1)
         wanted = model.predict(tokens, positions=positions, sizes=sizes)
         state = None
+        # One token at a time, with the same positions and sizes.
         for t in range(12):
             logits, state = model.step(
                 tokens[:, t], state, position=positions[:, t], size=sizes[:, t]
@@ -177,6 +183,7 @@ class TestParts:
         np.testing.assert_allclose(logits, wanted, atol=1e-4)
         np.testing.assert_array_equal(read.next_position, positions[:, -1] + 1)
         more = ids_of(2, 3, seed=1)
+        # Later tokens have size 1.
         whole, _ = model.read(
             np.concatenate([tokens, model.embed(more)], axis=1),
             positions=np.concatenate(
@@ -191,6 +198,7 @@ class TestParts:
         model, ids = random_model(), ids_of(2, 41)
         wanted, whole = model.read(ids)
         np.testing.assert_array_equal(wanted, model.read(model.embed(ids))[0])
+        # Parts of any length, also of one token.
         state, parts = None, []
         for part in np.split(ids, cuts, axis=-1):
             logits, state = model.read(part, state)
@@ -221,6 +229,7 @@ class TestParts:
         for branch, (logits, after) in zip(branches, read, strict=True):
             whole = np.concatenate([ids, branch])
             np.testing.assert_allclose(logits, model.read(whole)[0][10:], atol=1e-4)
+            # A branch can go on, too.
             again, _ = model.read(branch, after)
             np.testing.assert_allclose(
                 again, model.read(np.concatenate([whole, branch]))[0][14:], atol=1e-4
@@ -230,6 +239,7 @@ class TestParts:
     def test_padding_changes_nothing_before_it(self):
         model = random_model()
         tokens = model.embed(ids_of(2, 9))
+        # What follows the sixth token of the first text is padding.
         wanted = model.predict(tokens[:, :6])
         got = model.predict(tokens, num_groups=np.array([6, 9]))
         np.testing.assert_allclose(got[:, :6], wanted, atol=1e-4)
@@ -259,6 +269,7 @@ class TestLibrary:
 
     def test_decode(self):
         model = random_model()
+        # The decoder passes sizes and positions of merged tokens.
         merged = qm.quickmerge(model.embed(ids_of(2, 40)), 0.5)
         got = qm.decode(merged, model)
         wanted = model.predict(
@@ -276,6 +287,7 @@ class TestLibrary:
     def test_torch(self):
         torch = pytest.importorskip("torch")
         model, ids = random_model(), ids_of(2, 20)
+        # Integers of torch give embeddings of torch.
         tokens = model.embed(torch.from_numpy(ids))
         assert isinstance(tokens, torch.Tensor)
         wanted = model.predict(model.embed(ids))
@@ -293,6 +305,7 @@ class TestLibrary:
         model, name = random_model(), dtype
         dtype = getattr(ml_dtypes, name, None) or np.dtype(name)
         tokens = model.embed(ids_of(8)).astype(dtype)
+        # Embeddings in half precision are computed in float32.
         got = model.predict(tokens)
         assert got.dtype == (np.float64 if name == "float64" else np.float32)
         wanted = model.predict(tokens.astype(np.float64))
@@ -301,6 +314,7 @@ class TestLibrary:
     def test_copies(self):
         model, ids = random_model(), ids_of(5)
         wanted = model.predict(model.embed(ids))
+        # Converted weights are not a part of the copy.
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             np.testing.assert_array_equal(twin.predict(twin.embed(ids)), wanted)
         assert repr(model) == (

@@ -7,23 +7,30 @@ from llama_models import VOCABULARY, ids_of, random_model
 import qm_cupy as qm
 
 MODEL = random_model()
+# Two texts of six tokens, of which one is read before.
 TOKENS = MODEL.embed(ids_of(2, 6))
 STATE = MODEL.read(TOKENS)[1]
+# One element of every token is NaN.
 NAN = np.where(np.arange(32) == 3, np.nan, TOKENS)
+# The state of a model with fewer layers.
 OTHER = random_model(num_layers=2).read(ids_of(2, 6))[1]
 
 
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
+        # Beyond either end of the vocabulary. The message has the index.
         (np.array([1, 101]), ValueError, r"`ids` must lie in 0..100, got 101 at .*1,"),
         (np.array([[1], [-1]]), ValueError, r"0..100, got -1 at index \(1, 0\)"),
+        # More than int64 holds.
         (np.array([2**63], np.uint64), ValueError, "0..100, got 9223372036854775808"),
         (np.array([1.0]), TypeError, "`ids` must be integers, got float64"),
         (np.array([True]), TypeError, "`ids` must be integers, got bool"),
+        # Nothing to read.
         (np.array([], int), ValueError, "`ids` must not be empty"),
         (np.array(3), ValueError, r"`ids` must have shape \(N\) or \(B, N\), got \(\)"),
         (np.ones((1, 1, 1), int), ValueError, "`ids` must have shape"),
+        # Lists are not arrays.
         ([1, 2], TypeError, "`ids` must be an array of NumPy"),
         ("text", TypeError, "`ids` must be an array of NumPy"),
     ],
@@ -32,6 +39,7 @@ def test_ids(ids, error, message):
     with pytest.raises(error, match=message) as raised:
         MODEL.embed(ids)
     assert len(str(raised.value)) < 300
+    # `generate` checks its text in the same way.
     with pytest.raises(error, match=message):
         MODEL.generate(ids, 3)
 
@@ -39,10 +47,13 @@ def test_ids(ids, error, message):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
+        # The width is that of another model.
         ((TOKENS[..., :31],), {}, ValueError, "`tokens` must have width D = 32"),
         ((NAN,), {}, ValueError, r"`tokens` must be finite, got nan at index \(0, 0,"),
+        # An empty text.
         ((TOKENS[:, :0],), {}, ValueError, "`tokens` must not be empty"),
         ((TOKENS > 0,), {}, TypeError, "`tokens` must be float16"),
+        # One sequence of positions for a batch of two.
         ((TOKENS,), {"positions": np.ones(6, int)}, ValueError, "`positions`"),
         ((TOKENS,), {"positions": np.ones((2, 6))}, TypeError, "`positions` must be"),
         ((TOKENS,), {"sizes": np.full((2, 6), -1)}, ValueError, "`sizes` must be ≥ 0"),
@@ -60,6 +71,7 @@ def test_tokens(arguments, options, error, message):
 @pytest.mark.parametrize(
     ("tokens", "state", "error", "message"),
     [
+        # Not a state, another batch, another model, another precision.
         (TOKENS, (1, 2), TypeError, "`state` must be a ModelState, which .* got tuple"),
         (TOKENS[:1], STATE, ValueError, "the state has B = 2 sequences, but .* 1"),
         (TOKENS, OTHER, ValueError, "is of another model: it has 2 layers"),
@@ -79,6 +91,7 @@ def test_states(tokens, state, error, message):
 @pytest.mark.parametrize(
     ("token", "options", "error", "message"),
     [
+        # A whole text is not one token.
         (TOKENS, {}, ValueError, r"`token` must have shape \(D\) or \(B, D\)"),
         (TOKENS[0, 0, :5], {}, ValueError, "`token` must have width D = 32"),
         (np.arange(32), {}, TypeError, "`token` must be float16"),
@@ -95,15 +108,19 @@ def test_steps(token, options, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        # How many tokens.
         ({"num_tokens": -1}, ValueError, "`num_tokens` must be ≥ 0, got -1"),
         ({"num_tokens": 1.0}, TypeError, "`num_tokens` must be an integer"),
+        # The budget.
         ({"budget": 0}, ValueError, "`budget`"),
         ({"budget": 1.5}, ValueError, "budget"),
         ({"budget": True}, TypeError, "budget"),
+        # Options of a merge that does not happen.
         ({"every": 2}, TypeError, "`every` needs a `budget`"),
         ({"sinks": 2}, TypeError, "`sinks` needs a `budget`"),
         ({"budget": 0.5, "every": 0}, ValueError, "`every` must be at least 1"),
         ({"budget": 0.5, "sinks": -1}, ValueError, "`sinks` must be ≥ 0"),
+        # The state has the queries itself.
         ({"budget": 0.5, "query": 1}, TypeError, "`query` is not an option of `merge`"),
         ({"stop": -1}, ValueError, "`stop` must be ≥ 0"),
     ],
@@ -130,9 +147,11 @@ def test_stop():
     got = MODEL.generate(ids, 20, stop=stop)
     for row, wanted in zip(got, plain, strict=True):
         ended = np.flatnonzero(wanted == stop)
+        # A text that has not ended has all 20 tokens.
         end = ended[0] if len(ended) else 20
         np.testing.assert_array_equal(row[:end], wanted[: len(row)][:end])
         assert (row[end:] == stop).all()
+    # A text alone ends with its first `stop`.
     alone = MODEL.generate(ids[0], 20, stop=stop)
     assert len(alone) == np.flatnonzero(plain[0] == stop)[0] + 1
 
@@ -169,6 +188,7 @@ def insert_nan(weights):
 )
 def test_weights(change, error, message):
     weights = changed(change)
+    # State dicts are checked like weights.
     for make in (qm.LanguageModel, qm.LanguageModel.from_state_dict):
         with pytest.raises(error, match=message) as raised:
             make(weights, num_heads=4, num_key_heads=2)
@@ -178,6 +198,7 @@ def test_weights(change, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        # Heads that do not divide each other, or are of no size.
         ({"num_heads": 3}, ValueError, "multiple of `num_key_heads` = 2, got 3"),
         ({"num_heads": 0}, ValueError, "`num_heads` must be at least 1"),
         ({"num_heads": 2.0}, TypeError, "`num_heads` must be an integer"),
