@@ -326,16 +326,16 @@ __device__ __forceinline__ void store_vector(real_t* address, const acc_t (&x)[W
         for (int i = 0; i < WIDTH && i < left; ++i) address[i] = v.element[i];
 }
 
-// Activation of a linear layer: none, ReLU, GELU y Phi(y) with the normal distribution
-// Phi, or SiLU y / (1 + e^-y). The last two are not inlined: there would be 64 copies.
+// The activation of a linear layer: none, ReLU, GELU (y Phi(y) with the distribution
+// function Phi of the standard normal distribution) or SiLU. GELU and SiLU are not
+// inlined: the unrolled loop of the optimized kernel would contain up to 64 copies.
 __device__ __noinline__ acc_t gelu(acc_t y) {
     return y * (1 + erf(y * acc_t(0.7071067811865476))) / 2;
 }
 __device__ __noinline__ acc_t silu(acc_t y) { return y / (1 + exp(-y)); }
 __device__ __forceinline__ acc_t activated(acc_t y, long long activation) {
     if (activation == RELU) return y < 0 ? acc_t(0) : y;
-    if (activation == SILU) return silu(y);
-    return activation == GELU ? gelu(y) : y;
+    return activation == GELU ? gelu(y) : activation == SILU ? silu(y) : y;
 }
 
 // ---- Sums and maxima over warps and blocks

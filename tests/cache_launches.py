@@ -1,5 +1,7 @@
 """Calls of the functions of key-value caches at any sizes, for `launch_calls`."""
 
+import functools
+
 import qm_cupy as qm
 
 # Elements of keys of calls that read sizes and heights on the host between launches;
@@ -48,6 +50,21 @@ def _merge(c):
     qm.merge_kv_cache(heads, heads, max_error=0.1, inv_freq=[0.5], **options)
 
 
+@functools.cache
+def _language_model():
+    sizes = {"num_heads": 4, "num_key_heads": 2, "mlp_dim": 40, "num_layers": 1}
+    return qm.LanguageModel.init(50, 32, **sizes)
+
+
+def _read(c):
+    # Embeddings, which may have any value; ids are numbers of a vocabulary.
+    tokens = c.array(2, c.num_tokens, 32)
+    model = _language_model()
+    model.predict(tokens)
+    _, state = model.read(tokens, last_only=True)
+    model.step(tokens[:, 0], state)
+
+
 def _kv_stream(c):
     stream = qm.KVStream(8, buffer=8, sinks=1, recent=2)
     for _ in range(2):
@@ -78,6 +95,7 @@ CACHE_OPERATIONS = {
         lambda c: qm.match_attention(_queries(c), c.heads, c.heads, c.num_groups)
     ),
     "merge_kv_cache": _small(_merge),
+    "LanguageModel.read": _small(_read),
     "KVStream": _kv_stream,
     "MergeStream": _merge_stream,
 }

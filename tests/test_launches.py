@@ -123,7 +123,7 @@ def test_every_public_function_is_launched():
     called = {re.split(r"[ .,]", name)[0] for name in OPERATIONS}
     results = {  # named tuples and protocols
         "AlignmentLoss", "Choice", "KVCache", "KernelCompilationError", "MLP",
-        "Merged", "Prior", "SteppingPrior",
+        "Merged", "ModelState", "Prior", "SteppingPrior",
     }  # fmt: skip
     public = {name for name in qm.__all__ if callable(getattr(qm, name))}
     assert public - LAUNCH_NOTHING - results == called

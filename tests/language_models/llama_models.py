@@ -30,6 +30,7 @@ def in_transformers(tied=True, **options):
             # Large weights and ε, so that an error in either changes the logits.
             "initializer_range": 0.3,
             "rms_norm_eps": 1e-2,
+            # No token ends a text, so that `generate` returns all that were asked for.
             "bos_token_id": None,
             "eos_token_id": None,
             **options,
@@ -57,6 +58,7 @@ def write_gguf(path, model, *, change=lambda writer: None, skip=(), architecture
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, architecture or "llama")
     weights = {name: np.asarray(x, np.float32) for name, x in model.weights.items()}
+    # The settings are fields of the header.
     layers = sum(name.endswith("q_proj.weight") for name in weights)
     dim = weights["norm.weight"].size
     mlp_dim = len(weights["layers.0.mlp.gate_proj.weight"])
@@ -67,6 +69,7 @@ def write_gguf(path, model, *, change=lambda writer: None, skip=(), architecture
     writer.add_head_count_kv(model.num_key_heads)
     writer.add_rope_freq_base(model.rope_base)
     writer.add_layer_norm_rms_eps(model.epsilon)
+    # Names in files of llama.cpp.
     inner = {
         "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -77,6 +80,7 @@ def write_gguf(path, model, *, change=lambda writer: None, skip=(), architecture
     outer = {
         "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
     }  # fmt: skip
+    # The converter of llama.cpp changes only the queries and keys.
     for name, x in weights.items():
         base = name.removesuffix(".weight")
         if base in outer:
@@ -91,6 +95,7 @@ def write_gguf(path, model, *, change=lambda writer: None, skip=(), architecture
             x = x.reshape(heads, 2, -1, dim).swapaxes(1, 2).reshape(x.shape)
         if f"{new}.weight" not in skip:
             writer.add_tensor(f"{new}.weight", np.ascontiguousarray(x))
+    # A change may be a tensor, which must come before the file is written.
     change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -20,6 +20,7 @@ def model():
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_file_has_the_model(tied, tmp_path):
     """The rows of queries and keys are in another order in the file."""
+    # Weights of transformers, whose logits are tested elsewhere.
     theirs, ids = in_transformers(tied), ids_of(2, 20)
     model = qm.LanguageModel.from_transformers(theirs)
     read = qm.LanguageModel.from_gguf(write_gguf(tmp_path / "model.gguf", model))
@@ -61,6 +62,7 @@ def test_transformers_reads_the_same_file(tmp_path):
 
 def test_quantized_weights(tmp_path):
     """A file may have types of less than 4 bytes for each weight."""
+    # Q8_0 stores blocks of 32 weights with one scale.
     model = random_model(mlp_dim=64)
     path = tmp_path / "model.gguf"
     rows = np.asarray(model.weights["layers.0.mlp.down_proj.weight"])  # 64 columns
@@ -77,6 +79,7 @@ def test_quantized_weights(tmp_path):
     assert (got != rows).any()  # it was quantized
 
 
+# What makes a Llama file another network, and a part of the message.
 CHANGES = {
     "linear scaling": (
         lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
@@ -103,9 +106,11 @@ def test_networks_that_differ_are_refused(name, model, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", model, change=change)
     with pytest.raises(ValueError, match=message) as error:
         qm.LanguageModel.from_gguf(path)
+    # Without the path, which may have any length.
     assert len(str(error.value).replace(str(path), "")) < 300
 
 
+# A weight of a layer, and both that exist once.
 @pytest.mark.parametrize("name", ["blk.1.attn_v", "token_embd", "output_norm"])
 def test_missing_weights(name, model, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", model, skip=[f"{name}.weight"])
@@ -120,6 +125,7 @@ def test_other_architectures(model, tmp_path):
 
 
 def test_wrong_numbers_of_heads(model, tmp_path):
+    # No model has 0 heads, so change a frozen one.
     wrong = random_model(tied=False)
     object.__setattr__(wrong, "num_heads", 0)
     written = write_gguf(tmp_path / "model.gguf", wrong)
@@ -128,6 +134,7 @@ def test_wrong_numbers_of_heads(model, tmp_path):
 
 
 def test_nan_weights(model, tmp_path):
+    # The check of the model itself has passed already.
     model.weights["layers.1.mlp.up_proj.weight"][2, 3] = np.nan
     path = write_gguf(tmp_path / "model.gguf", model)
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight` must be fin"):
@@ -142,9 +149,11 @@ def test_truncated_files(part, model, tmp_path):
     path.write_bytes(content[: max(4, int(len(content) * part))])
     with pytest.raises(ValueError, match="is damaged") as error:
         qm.LanguageModel.from_gguf(path)
+    # Errors of NumPy may have several lines.
     assert "\n" not in str(error.value)
 
 
+# Empty, too short, a zip archive, and JSON.
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 archive", b"{}"])
 def test_files_of_another_format(content, tmp_path):
     path = tmp_path / "model.gguf"
@@ -168,6 +177,7 @@ def test_random_bytes_after_the_magic(tmp_path):
     """A hostile header ends in one error, whatever it says."""
     rng, path = np.random.default_rng(0), tmp_path / "model.gguf"
     for seed in range(20):
+        # Half of them have a valid version and a small number of fields.
         body = rng.bytes(200) if seed % 2 else b"\x03\0\0\0" + rng.bytes(3) + b"\0" * 90
         path.write_bytes(b"GGUF" + body)
         with pytest.raises(ValueError, match=r"is damaged|must have the architecture"):

@@ -24,6 +24,7 @@ def model():
     )
 
 
+# Arrays that the stand-in takes for those of a GPU.
 def on_device(*arrays):
     return [np.asarray(x).view(DeviceArray) for x in arrays]
 
@@ -37,12 +38,14 @@ def host(x):
 def test_predictions_and_states(kernels, model, monkeypatch):
     ids, more = ids_of(2, 37), ids_of(2, 3, seed=1)
     tokens = model.embed(ids)
+    # Positions with gaps, as those of merged tokens.
     sizes = np.random.default_rng(0).integers(1, 4, (2, 37))
     positions = np.cumsum(sizes, axis=-1) - 1
     layout = {"positions": positions, "sizes": sizes}
     predicted = model.predict(tokens, **layout)
     logits, state = model.read(ids)
     next_logits, after = model.read(more, state)
+    # From here on, the reference is not used any more.
     reads = device_values.install(monkeypatch)
     with qm.use_kernels(kernels):
         device = on_device(ids, more, positions, sizes)
@@ -52,6 +55,7 @@ def test_predictions_and_states(kernels, model, monkeypatch):
         assert_close(host(model.predict(embedded, **layout)), predicted, "float32")
         got, device_state = model.read(device[0])
         assert_close(host(got), logits, "float32")
+        # The state before the next tokens, to which a step returns below.
         first = device_state
         got, device_state = model.read(device[1], device_state)
         assert_close(host(got), next_logits, "float32")
@@ -70,6 +74,7 @@ def test_predictions_and_states(kernels, model, monkeypatch):
 @KERNELS
 def test_merged_states(kernels, model, monkeypatch):
     ids, more = ids_of(2, 60), ids_of(2, 3, seed=1)
+    # The positions of first members need minima of groups.
     options = {"sinks": 2, "recent": 6, "rotate_at": "first"}
     state = model.read(ids)[1].merge(20, **options)
     wanted, _ = model.read(more, state)
@@ -81,6 +86,7 @@ def test_merged_states(kernels, model, monkeypatch):
             np.testing.assert_allclose(
                 host(getattr(merged, name)), getattr(state, name), atol=1e-4
             )
+        # What the next merge needs.
         for name in ("received", "counts"):
             np.testing.assert_allclose(
                 host(getattr(merged.attended, name)),
@@ -97,6 +103,7 @@ def test_merged_states(kernels, model, monkeypatch):
 @KERNELS
 def test_generation(kernels, model, monkeypatch):
     ids = ids_of(2, 60)
+    # Two merges after the prompt, with heads of different lengths.
     options = {"budget": 30, "every": 4, "per_head": True, "sinks": 1}
     plain, wanted = model.generate(ids, 9), model.generate(ids, 9, **options)
     stop = int(plain[0, 3])
@@ -105,6 +112,7 @@ def test_generation(kernels, model, monkeypatch):
         (text,) = on_device(ids)
         np.testing.assert_array_equal(host(model.generate(text, 9)), plain)
         np.testing.assert_array_equal(host(model.generate(text, 9, **options)), wanted)
+        # The host reads whether a text has ended.
         stopped = host(model.generate(text[0], 9, stop=stop))
         np.testing.assert_array_equal(stopped, plain[0, : len(stopped)])
         assert stopped[-1] == stop

@@ -19,12 +19,14 @@ def logits_of(model, ids):
         return model(torch.from_numpy(ids)).logits.numpy()
 
 
+# The expected values come from torch, and not from code of this library.
 class TestAgainstTransformers:
     @TIED
     def test_logits(self, tied):
         theirs, ids = in_transformers(tied), ids_of(2, 60)
         model = qm.LanguageModel.from_transformers(theirs)
         wanted = logits_of(theirs, ids)
+        # The default computes in float32, whatever the library of the ids is.
         got = model.predict(model.embed(ids))
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, wanted, atol=1e-4)
@@ -49,6 +51,7 @@ class TestAgainstTransformers:
     @pytest.mark.parametrize(
         "options",
         [
+            # A head of keys for each head of queries, and one for all.
             {"num_key_value_heads": 4},
             {"num_key_value_heads": 1},
             {"head_dim": 12},  # queries are wider than tokens
@@ -71,6 +74,7 @@ class TestAgainstTransformers:
         arrays = {name: x.numpy() for name, x in state.items()}
         # Tensors and arrays.
         wanted = logits_of(theirs, ids[None])[0]
+        # Tensors of torch, and arrays of NumPy.
         for weights in (state, arrays):
             model = qm.LanguageModel.from_state_dict(weights, **options)
             got = model.predict(model.embed(ids))
@@ -100,8 +104,10 @@ class TestAgainstTransformers:
         torch = pytest.importorskip("torch")
         theirs, ids = in_transformers(), ids_of(2, 120)
         model = qm.LanguageModel.from_transformers(theirs)
+        # A merge that differs in one entry changes one of 40 tokens at least.
         text, same = torch.from_numpy(ids), []
         options = {"attention_mask": torch.ones_like(text), "do_sample": False}
+        # Without a budget, for comparison.
         plain = model.generate(ids, 20)
         # By default, all layers have one budget.
         alone = {"per_layer": False}
@@ -146,6 +152,7 @@ class TestAgainstTransformers:
             qm.LanguageModel.from_transformers(torch.nn.Linear(2, 2))
         # The architecture is that of a Llama, but the name is not.
         theirs = in_transformers()
+        # Other networks may have weights of the same names.
         theirs.config.model_type = "gemma"
         with pytest.raises(ValueError, match="\"llama\", got 'gemma'"):
             qm.LanguageModel.from_transformers(theirs)
@@ -182,6 +189,7 @@ class TestParts:
         logits, read = model.read(tokens, positions=positions, sizes=sizes)
         np.testing.assert_allclose(logits, wanted, atol=1e-4)
         np.testing.assert_array_equal(read.next_position, positions[:, -1] + 1)
+        # Ids after embeddings, without positions.
         more = ids_of(2, 3, seed=1)
         # Later tokens have size 1.
         whole, _ = model.read(
@@ -216,6 +224,7 @@ class TestParts:
             np.testing.assert_allclose(
                 getattr(state.attended, name), getattr(whole.attended, name), atol=1e-4
             )
+        # The head is the largest matrix, so `generate` runs it for one token.
         last, _ = model.read(ids, last_only=True)
         np.testing.assert_allclose(last, wanted[:, -1:], atol=1e-4)
 
@@ -223,6 +232,7 @@ class TestParts:
         """Two texts continue from one state, and do not disturb each other."""
         model, ids = random_model(), ids_of(10)
         _, state = model.read(ids)
+        # The second and third text find the slots after the state in use.
         before = state.keys
         branches = [ids_of(4, seed=seed) for seed in (1, 2, 3)]
         read = [model.read(branch, state) for branch in branches]
@@ -239,7 +249,7 @@ class TestParts:
     def test_padding_changes_nothing_before_it(self):
         model = random_model()
         tokens = model.embed(ids_of(2, 9))
-        # What follows the sixth token of the first text is padding.
+        # Attention is causal, so later tokens are not seen anyway.
         wanted = model.predict(tokens[:, :6])
         got = model.predict(tokens, num_groups=np.array([6, 9]))
         np.testing.assert_allclose(got[:, :6], wanted, atol=1e-4)
@@ -247,6 +257,7 @@ class TestParts:
     def test_a_size_counts_as_so_many_tokens(self):
         """Three equal keys at one position are one key of size three."""
         model = random_model()
+        # The last token attends to a key three times, or once with size 3.
         a, b = model.embed(ids_of(2))
         many = model.predict(np.stack([a, a, a, b]), positions=np.array([0, 0, 0, 5]))
         merged = model.predict(
@@ -271,6 +282,7 @@ class TestLibrary:
         model = random_model()
         # The decoder passes sizes and positions of merged tokens.
         merged = qm.quickmerge(model.embed(ids_of(2, 40)), 0.5)
+        # `decode` calls `step` for one merged token at a time.
         got = qm.decode(merged, model)
         wanted = model.predict(
             merged.tokens, positions=merged.positions, sizes=merged.sizes
@@ -308,13 +320,14 @@ class TestLibrary:
         # Embeddings in half precision are computed in float32.
         got = model.predict(tokens)
         assert got.dtype == (np.float64 if name == "float64" else np.float32)
+        # Narrow embeddings are widened without a loss.
         wanted = model.predict(tokens.astype(np.float64))
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
     def test_copies(self):
         model, ids = random_model(), ids_of(5)
         wanted = model.predict(model.embed(ids))
-        # Converted weights are not a part of the copy.
+        # Copies leave out the weights that are ready for use.
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             np.testing.assert_array_equal(twin.predict(twin.embed(ids)), wanted)
         assert repr(model) == (

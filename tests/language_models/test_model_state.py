@@ -20,7 +20,7 @@ def test_fields():
     assert not state.bias.any()
     assert (state.num_seen, state.num_stored) == (30, 30)
     assert repr(state) == "ModelState(30 tokens, 30 entries in 3 layers, float32)"
-    # The arrays are copies.
+    # The arrays are copies, so a caller cannot change a state.
     state.keys[:] = 0
     assert state.keys.any()
 
@@ -121,6 +121,7 @@ def test_a_state_does_not_change_when_it_is_merged_or_read():
 def test_merges_that_follow_each_other(rotate_at):
     """Entries keep the position to which they were rotated."""
     state = read(2, 90)
+    # Merge, read on, and merge what was merged.
     for round_ in range(3):
         state = state.merge(30, rotate_at=rotate_at, per_head=bool(round_ % 2))
         valid = state.bias > -np.inf
@@ -139,6 +140,7 @@ def test_merges_that_follow_each_other(rotate_at):
 def test_budgets_of_layers_and_errors():
     state = read(60)
     by_layer = np.array([20, 30, 40])[:, None, None]
+    # Layers with fewer entries are padded.
     merged = state.merge(by_layer)
     counts = (merged.bias > -np.inf).sum(axis=-1)
     np.testing.assert_array_equal(counts, np.broadcast_to(by_layer, counts.shape))
@@ -171,6 +173,7 @@ def test_a_merge_predicts_better_than_the_last_tokens_alone():
     _, state = model.read(ids[:200])
     wanted, _ = model.read(ids[200:], state)
     merged, _ = model.read(ids[200:], state.merge(0.25))
+    # The last quarter of the text, without the others.
     _, last = model.read(ids[150:200])
     alone, _ = model.read(ids[200:], last)
     assert np.abs(merged - wanted).mean() < 0.7 * np.abs(alone - wanted).mean()

@@ -6,31 +6,32 @@ from llama_models import VOCABULARY, ids_of, random_model
 
 import qm_cupy as qm
 
+# Inputs that are right, for changes that make them wrong.
 MODEL = random_model()
 # Two texts of six tokens, of which one is read before.
 TOKENS = MODEL.embed(ids_of(2, 6))
 STATE = MODEL.read(TOKENS)[1]
-# One element of every token is NaN.
+# One entry of each token is NaN.
 NAN = np.where(np.arange(32) == 3, np.nan, TOKENS)
-# The state of a model with fewer layers.
+# A state of another model.
 OTHER = random_model(num_layers=2).read(ids_of(2, 6))[1]
 
 
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        # Beyond either end of the vocabulary. The message has the index.
+        # Just above the vocabulary, below it, and larger than any int64.
         (np.array([1, 101]), ValueError, r"`ids` must lie in 0..100, got 101 at .*1,"),
         (np.array([[1], [-1]]), ValueError, r"0..100, got -1 at index \(1, 0\)"),
         # More than int64 holds.
         (np.array([2**63], np.uint64), ValueError, "0..100, got 9223372036854775808"),
         (np.array([1.0]), TypeError, "`ids` must be integers, got float64"),
         (np.array([True]), TypeError, "`ids` must be integers, got bool"),
-        # Nothing to read.
+        # Shapes that are no text, or no batch of texts.
         (np.array([], int), ValueError, "`ids` must not be empty"),
         (np.array(3), ValueError, r"`ids` must have shape \(N\) or \(B, N\), got \(\)"),
         (np.ones((1, 1, 1), int), ValueError, "`ids` must have shape"),
-        # Lists are not arrays.
+        # A list has no dtype, so it is refused like in every function.
         ([1, 2], TypeError, "`ids` must be an array of NumPy"),
         ("text", TypeError, "`ids` must be an array of NumPy"),
     ],
@@ -47,13 +48,13 @@ def test_ids(ids, error, message):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        # The width is that of another model.
+        # Wrong widths, values and dtypes of tokens.
         ((TOKENS[..., :31],), {}, ValueError, "`tokens` must have width D = 32"),
         ((NAN,), {}, ValueError, r"`tokens` must be finite, got nan at index \(0, 0,"),
         # An empty text.
         ((TOKENS[:, :0],), {}, ValueError, "`tokens` must not be empty"),
         ((TOKENS > 0,), {}, TypeError, "`tokens` must be float16"),
-        # One sequence of positions for a batch of two.
+        # A batch needs positions and sizes of each sequence.
         ((TOKENS,), {"positions": np.ones(6, int)}, ValueError, "`positions`"),
         ((TOKENS,), {"positions": np.ones((2, 6))}, TypeError, "`positions` must be"),
         ((TOKENS,), {"sizes": np.full((2, 6), -1)}, ValueError, "`sizes` must be ≥ 0"),
@@ -62,6 +63,7 @@ def test_ids(ids, error, message):
     ],
 )
 def test_tokens(arguments, options, error, message):
+    # Both read embeddings.
     for method in (MODEL.predict, MODEL.read):
         with pytest.raises(error, match=message) as raised:
             method(*arguments, **options)
@@ -115,7 +117,7 @@ def test_steps(token, options, error, message):
         ({"budget": 0}, ValueError, "`budget`"),
         ({"budget": 1.5}, ValueError, "budget"),
         ({"budget": True}, TypeError, "budget"),
-        # Options of a merge that does not happen.
+        # Options of a merge without a merge would have no effect.
         ({"every": 2}, TypeError, "`every` needs a `budget`"),
         ({"sinks": 2}, TypeError, "`sinks` needs a `budget`"),
         ({"budget": 0.5, "every": 0}, ValueError, "`every` must be at least 1"),
@@ -142,6 +144,7 @@ def test_generate_without_work():
 
 def test_stop():
     ids = ids_of(3, 30)
+    # A token that ends the first text early, and others perhaps later.
     plain = MODEL.generate(ids, 20)
     stop = int(plain[0, 4])
     got = MODEL.generate(ids, 20, stop=stop)
@@ -151,7 +154,7 @@ def test_stop():
         end = ended[0] if len(ended) else 20
         np.testing.assert_array_equal(row[:end], wanted[: len(row)][:end])
         assert (row[end:] == stop).all()
-    # A text alone ends with its first `stop`.
+    # One text ends with the token.
     alone = MODEL.generate(ids[0], 20, stop=stop)
     assert len(alone) == np.flatnonzero(plain[0] == stop)[0] + 1
 
@@ -172,6 +175,7 @@ def insert_nan(weights):
     [
         (insert_nan, ValueError, r"layers.2.self_attn.o_proj.weight` must be finite"),
         (lambda w: w.pop("norm.weight"), ValueError, r"missing are \['norm.weight'\]"),
+        # No weights at all, and one too many.
         (lambda w: w.clear(), ValueError, "`embed_tokens.weight` is missing"),
         (lambda w: w.update(extra=w["norm.weight"]), ValueError, "unknown are .'extra"),
         (
@@ -188,7 +192,7 @@ def insert_nan(weights):
 )
 def test_weights(change, error, message):
     weights = changed(change)
-    # State dicts are checked like weights.
+    # The class and the state dict have the same checks.
     for make in (qm.LanguageModel, qm.LanguageModel.from_state_dict):
         with pytest.raises(error, match=message) as raised:
             make(weights, num_heads=4, num_key_heads=2)
@@ -202,6 +206,7 @@ def test_weights(change, error, message):
         ({"num_heads": 3}, ValueError, "multiple of `num_key_heads` = 2, got 3"),
         ({"num_heads": 0}, ValueError, "`num_heads` must be at least 1"),
         ({"num_heads": 2.0}, TypeError, "`num_heads` must be an integer"),
+        # Heads of width 1 cannot rotate.
         ({"num_heads": 32}, ValueError, "heads of an even width, got 32 rows"),
         ({"num_key_heads": 4}, ValueError, "k_proj.weight` must have shape"),
         ({"rope_base": 0}, ValueError, "`rope_base` must lie in"),
@@ -226,5 +231,6 @@ def test_init(options):
 def test_huge_embeddings_stay_finite_or_are_reported():
     """Squares of float32 overflow in a norm; the logits must not be silently NaN."""
     tokens = TOKENS.copy()
+    # Its square is 1e30, and the sum of the squares is still a float32.
     tokens[0, 0, 0] = 1e15
     assert np.isfinite(MODEL.predict(tokens)).all()

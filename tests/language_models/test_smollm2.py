@@ -33,6 +33,7 @@ def loaded():
     return theirs, ids, Path(SPEC.origin).parent / FILE
 
 
+# 4-bit weights of the file, in float32.
 @pytest.fixture(scope="module")
 def model(loaded):
     return qm.LanguageModel.from_gguf(loaded[2])
@@ -61,12 +62,14 @@ def test_weights(loaded, model):
     assert set(other.weights) == set(model.weights)
     for name, weight in model.weights.items():
         np.testing.assert_allclose(other.weights[name], weight, atol=1e-6)
+    # The settings are those of the configuration.
     assert other.rope_base == model.rope_base == 100_000
     np.testing.assert_allclose(
         other.read(ids[:20])[0], model.read(ids[:20])[0], atol=1e-3
     )
 
 
+# In float64, so that small divergences are exact.
 def log_softmax(x):
     x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
@@ -84,11 +87,13 @@ def test_merged_states_predict_the_text(loaded, model):
         other = log_softmax(logits)
         return float((np.exp(exact) * (exact - other)).sum(axis=-1).mean())
 
+    # The divergences of half and of a quarter of the cache.
     losses = {}
     for budget in (0.5, 0.25):
         merged = state.merge(budget)
         assert merged.num_stored == 500 * budget
         losses[budget] = divergence(model.read(ids[500:], merged)[0])
+        # The same in transformers.
         cache, text = merged_cache(theirs, budget), torch.from_numpy(ids)[None]
         with torch.no_grad():
             theirs(text[:, :500], cache=cache)
@@ -108,6 +113,7 @@ def test_generation(loaded, model):
     options = {"max_new_tokens": 20, "do_sample": False}
     mask = torch.ones_like(text)
     wanted = theirs.generate(text, attention_mask=mask, **options)[0, 200:].numpy()
+    # transformers stops at this token, too.
     stop = int(theirs.generation_config.eos_token_id)
     got = model.generate(ids[:200], 20, stop=stop)
     np.testing.assert_array_equal(got, wanted)
