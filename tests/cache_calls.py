@@ -34,6 +34,19 @@ def merge_stream(tokens):
     return stream.tokens, stream.mass, stream.sizes, stream.positions
 
 
+def language_model(tokens):
+    """Return the logits of tokens, read at once, in parts and by a step."""
+    sizes = {"num_heads": 2, "num_key_heads": 1, "mlp_dim": 24}
+    # A new model, which has no copy of its weights on another stand-in of a device.
+    model = qm.LanguageModel.init(50, tokens.shape[-1], **sizes)
+    whole = model.predict(tokens)
+    size = tokens.shape[-2]
+    _, state = model.read(tokens[:, : size // 2])
+    rest, state = model.read(tokens[:, size // 2 :], state, last_only=True)
+    last, state = model.step(tokens[:, 0], state, size=3)
+    return whole, rest, last, state.keys, state.bias
+
+
 @functools.cache
 def calls(num_entries=40, masked=False):
     """Return {name: (function, arguments as NumPy arrays)}."""
@@ -116,6 +129,7 @@ def calls(num_entries=40, masked=False):
             kv_stream,
             {"keys": keys, "values": values, "query": every[:, ::2]},
         ),
+        "LanguageModel": (language_model, {"tokens": keys[:, 0]}),
         "MergeStream": (merge_stream, {"tokens": keys[:, 0]}),
     }
 
