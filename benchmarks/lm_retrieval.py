@@ -27,9 +27,11 @@ from quality_tables import interval
 from report import write_json
 from ruler import TASKS, Sample, samples, score
 
+import qm_cupy as qm
+
 Report = dict[str, Any]
 THRESHOLD = 0.5
-BUDGETS = 0.5, 0.25, 0.1
+BUDGETS = 0.25, 0.1
 SEEDS = {"tuning": 1, "held_out": 2}
 # Tokens that an answer may have. A digit is a token.
 _ANSWER = dict.fromkeys(TASKS, 32) | {
@@ -233,11 +235,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tasks", nargs="+", default=SOLVED, choices=TASKS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512])
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--split", choices=SEEDS, default="held_out")
     parser.add_argument("--full", action="store_true", help="the whole cache alone")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
+    print(f"qm_cupy {qm.__version__}, torch {torch.__version__}")
     model, tokenizer = smollm2.load()
     cells = [(task, length) for length in options.lengths for task in options.tasks]
     methods = {} if options.full else METHODS
