@@ -17,6 +17,7 @@ merging) / (time saved at each token) new tokens.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ import numpy as np
 import smollm2
 import torch
 from cache_reading import Shortened, filled_cache, mean_received
+from machine import cpu
 from report import write_json
 
 import qm_cupy as qm
@@ -131,14 +133,13 @@ def synchronize() -> None:
 def speed(model: Any, num_entries: int, steps: int = STEPS) -> Report:
     """Print and return the figures for caches of N entries."""
     config = model.config
-    inv_freq = model.model.rotary_emb.inv_freq.double().numpy()
+    inv_freq = model.model.rotary_emb.inv_freq.double().cpu().numpy()
     layers, queries = random_layers(model, num_entries)
     received, seconds_received = None, 0.0
     if num_entries < NO_RECEIVED:
         # The time for random queries of all tokens, layer by layer.
-        every = torch.randn(
-            1, config.num_attention_heads, num_entries, queries.shape[-1]
-        )
+        shape = 1, config.num_attention_heads, num_entries, queries.shape[-1]
+        every = torch.randn(shape, device=model.device)
 
         def receive() -> Any:
             return torch.stack([mean_received(every, x.keys) for x in layers])
@@ -194,7 +195,15 @@ def main() -> None:
     threads = torch.get_num_threads()
     print(f"qm_cupy {qm.__version__}, torch {torch.__version__}, {threads} threads")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    report: Report = {"device": device, "torch threads": threads, "sizes": []}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    report: Report = {
+        "device": device,
+        "machine": cpu(),
+        "torch": torch.__version__,
+        "torch threads": threads,
+        "load of the machine": load,  # other processes make times longer
+        "sizes": [],
+    }
     sizes = (512, 1024) if options.quick else SIZES
     model = smollm2.random_model() if options.quick else smollm2.load()[0]
     if torch.cuda.is_available():
