@@ -25,7 +25,7 @@ OTHER = random_model(num_layers=2).read(ids_of(2, 6))[1]
         (np.array([2**63], np.uint64), ValueError, "0..100, got 9223372036854775808"),
         (np.array([1.0]), TypeError, "`ids` must be integers, got float64"),
         (np.array([True]), TypeError, "`ids` must be integers, got bool"),
-        # Shapes that are no text, or no batch of texts.
+        # An empty text, and shapes of neither a text nor a batch.
         (np.array([], int), ValueError, "`ids` must not be empty"),
         (np.array(3), ValueError, r"`ids` must have shape \(N\) or \(B, N\), got \(\)"),
         (np.ones((1, 1, 1), int), ValueError, "`ids` must have shape"),
