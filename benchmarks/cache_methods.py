@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cache_reading import Prompt, Shortened
+from cache_reading import REPEATED, Prompt, Shortened
 
 import qm_cupy as qm
 
@@ -140,8 +140,8 @@ def expected(prompt: Prompt, layer: int, count: int, future: int, recent: float)
     mean = straight.mean(-2, keepdim=True)  # (H, G, 1, d)
     centred = straight - mean
     covariance = centred.mT @ centred / centred.shape[-2]
-    ahead = rotations(num_tokens + np.arange(future), prompt.inv_freq).mean(0)
-    mean, covariance = mean @ ahead.mT, ahead @ covariance @ ahead.mT
+    average = rotations(num_tokens + np.arange(future), prompt.inv_freq).mean(0)
+    mean, covariance = mean @ average.mT, average @ covariance @ average.mT
     wide = keys[:, None]  # (H, 1, N, d)
     scores = (wide @ mean.mT)[..., 0] * dim**-0.5  # (H, G, N)
     scores = scores + ((wide @ covariance) * wide).sum(-1) / (2 * dim)
@@ -210,7 +210,7 @@ def sinks_and_recent(prompt: Prompt, layer: int, count: int) -> Any:
 
 def matched(prompt: Prompt, layer: int, count: int, recent: float, ridge: float) -> Any:
     """Keep entries, and fit their biases and values to queries that read it again."""
-    query = prompt.repeated[layer]
+    query = prompt.repeated[layer][:, :, -REPEATED:]
     # The queries follow the cache: entries in which they do not look stand for theirs.
     num_queries, keys = query.shape[-2], prompt.keys[layer]
     absent = torch.zeros((*keys.shape[:-2], num_queries, keys.shape[-1]))

@@ -51,8 +51,11 @@ class Prompt(NamedTuple):
 
 
 @torch.no_grad()
-def read(model: Any, ids: list[int]) -> Prompt:
-    """Let the model read a prompt, and keep all keys, values and queries."""
+def read(model: Any, ids: list[int], repeated: int = REPEATED) -> Prompt:
+    """Let the model read a prompt, and keep all keys, values and queries.
+
+    Its last `repeated` tokens are then read once more, after it.
+    """
     queries: list[torch.Tensor] = []
     tokens = torch.tensor([ids])
     with MergedCache(model, 1.0) as cache:
@@ -62,11 +65,11 @@ def read(model: Any, ids: list[int]) -> Prompt:
         keys = [layer.keys for layer in cache.layers]
         values = [layer.values for layer in cache.layers]
         num_layers = len(queries)
-        model.model(tokens[:, -REPEATED:], cache=cache)  # keys and values stay
-    queries, repeated = queries[:num_layers], queries[num_layers:]
+        model.model(tokens[:, -repeated:], cache=cache)  # keys and values stay
+    queries, again = queries[:num_layers], queries[num_layers:]
     received = [mean_received(q, k) for q, k in zip(queries, keys, strict=True)]
     inv_freq = model.model.rotary_emb.inv_freq.double().numpy()
-    return Prompt(tokens, keys, values, queries, received, inv_freq, repeated)
+    return Prompt(tokens, keys, values, queries, received, inv_freq, again)
 
 
 def _take(

@@ -104,7 +104,7 @@ def documents(
 
     They are spread evenly over the documents of the class and the split.
     """
-    chosen = []
+    picked = []
     for name in classes or CLASSES:
         text = CLASSES[name]()
         # The same number of characters of each class, spread over the whole text.
@@ -121,7 +121,7 @@ def documents(
             if len(ids) < LENGTH:
                 raise ValueError(f"a document of {name} has only {len(ids)} tokens")
             offset = 0 if split == "tuning" else third
-            chosen.append(Document(f"{name} {number + offset}", ids))
+            picked.append(Document(f"{name} {number + offset}", ids))
     # One of each class, then the next of each class: any first part is balanced.
     names = list(classes or CLASSES)
-    return [chosen[c * count + i] for i in range(count) for c in range(len(names))]
+    return [picked[c * count + i] for i in range(count) for c in range(len(names))]

@@ -34,7 +34,7 @@ import qm_cupy as qm
 
 Report = dict[str, Any]
 # How many held-out documents of each class are read with contexts of each length.
-COUNTS = {512: 4, 1024: 6, 2048: 3, 4096: 1}
+COUNTS = {512: 4, 1024: 4, 2048: 2, 4096: 1}
 ALL_BUDGETS = 1024  # the length at which all budgets and variants are measured
 BUDGETS, FEW_BUDGETS = (0.5, 0.25, 0.1, 0.05), (0.25, 0.1)
 TUNING, TUNING_LENGTH = 2, 1024  # documents of each class, and their context
@@ -81,8 +81,8 @@ def continuations(
     parts = report.setdefault("continuation", {})
     for num_tokens, count in counts.items():
         part = parts.setdefault(str(num_tokens), {})
-        chosen = read_documents(count)
-        for name in continuation(model, chosen, num_tokens, plan(num_tokens), part):
+        picked = read_documents(count)
+        for name in continuation(model, picked, num_tokens, plan(num_tokens), part):
             print(f"{num_tokens} tokens: {name} is done", flush=True)
             if path:
                 write_json(path, report)

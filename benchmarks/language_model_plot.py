@@ -5,7 +5,10 @@
 It reads benchmarks/results/language_model.json and writes language_model.png beside it.
 """
 
+import html
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,25 @@ def divergence(axis: Any, results: Report, budget: str) -> None:
     axis.set_xlabel("KL divergence from the whole cache, nats")
     percent = f"{100 * float(budget):g} %"
     axis.set_title(f"{percent} of the entries kept (lower is better)", fontsize=10)
+
+
+def coloured_text(words: Sequence[str], labels: Sequence[int]) -> str:
+    """Return HTML of a text in which tokens of one group have one colour.
+
+    Tokens that are alone in their group are grey.
+    """
+    sizes = Counter(labels)
+    groups = {label: i for i, label in enumerate(x for x in sizes if sizes[x] > 1)}
+    spans = []
+    for word, label in zip(words, labels, strict=True):
+        style = "color:#999"
+        if label in groups:
+            # Steps of the golden angle, so that groups that follow differ.
+            hue = round(137.508 * groups[label]) % 360
+            style = f"color:black;background:hsl({hue},70%,80%)"
+        text = html.escape(word).replace("\n", "↵<br>")
+        spans.append(f'<span style="{style}" title="group {label}">{text}</span>')
+    return f'<div style="line-height:1.7">{"".join(spans)}</div>'
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"qm_cupy {qm.__version__}, torch {torch.__version__}")
     if options.quick:
-        model, chosen, layers, length = (
+        model, picked, layers, length = (
             smollm2.random_model(),
             byte_documents(1),
             (0, 2),
@@ -184,10 +184,10 @@ def main() -> None:
         )
     else:
         model, tokenizer = smollm2.load()
-        chosen = documents(tokenizer, "held_out", COUNT)
+        picked = documents(tokenizer, "held_out", COUNT)
         layers, length = LAYERS, LENGTH
     report: Report = {"documents": {}}
-    for document in chosen:
+    for document in picked:
         report["documents"][document.name] = measure(model, document, length, layers)
         print(f"{document.name} is done", flush=True)
         if options.json:

@@ -156,11 +156,11 @@ def speed(model: Any, num_entries: int, steps: int = STEPS) -> Report:
         report["bytes"][name] = bytes_of(shorter)
         report["merge seconds"][name] = seconds
     report["token seconds"] = decoding(model, caches, steps)
-    _add_gains(report)
+    add_gains(report)
     return report
 
 
-def _add_gains(report: Report) -> None:
+def add_gains(report: Report) -> None:
     """Add and print the speed-up of each budget, and after how many tokens it pays."""
     seconds = {name: x[1] for name, x in report["token seconds"].items()}
     report["speed-up"], report["pays after"] = {}, {}

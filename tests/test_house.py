@@ -30,8 +30,8 @@ LAYERS = {
         "jax": "paper priors",
         "transformers": "caches arrays",
         "qm_cupy": "api",
-        "api": "paper choice pipeline language_models caches stages priors results cuda "
-        "settings",
+        "api": "paper choice pipeline language_models caches stages priors results "
+        "cuda settings",
         "plot": "results stages arrays install_advice",
         "corpus": "pipeline composition group_counts sources results stages files cuda "
         "arrays settings progress memory host_memory",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import types
@@ -187,3 +188,68 @@ def test_quick_run(tmp_path):
         for cell in row.values():
             assert len(cell["kl"]) == len(cell["loss"]) == len(report["documents"])
             assert all(map(math.isfinite, cell["kl"] + cell["loss"]))
+
+
+class TestFigures:
+    """What README.md says is what the benchmark has written."""
+
+    budgets = "0.5", "0.25", "0.1", "0.05"
+    rows = {  # noqa: RUF012
+        "`merge_kv_cache`, `per_layer`, `per_head`": (
+            "merge_kv_cache, per_layer, per_head"
+        ),
+        "`merge_kv_cache`, `per_layer`": "merge_kv_cache, per_layer",
+        "`merge_kv_cache`": "merge_kv_cache",
+        "attention matching": "attention matching",
+        "eviction by RMS attention": "RMS attention",
+        "eviction by H2O's score": "H2O",
+        "eviction by SnapKV's score": "SnapKV",
+        "ToMe's matching of keys": "ToMe matching",
+        "the first 4 and the most recent": "sinks and recent",
+    }
+
+    @pytest.fixture(scope="class")
+    def results(self):
+        path = ROOT / "benchmarks" / "results" / "language_model.json"
+        return json.loads(path.read_text(encoding="utf-8"))["continuation"]
+
+    @pytest.fixture(scope="class")
+    def readme(self):
+        return (ROOT / "README.md").read_text(encoding="utf-8")
+
+    @staticmethod
+    def mean(part, name, budget):
+        return float(np.mean(part["methods"][name][budget]["kl"]))
+
+    def test_the_table(self, results, readme):
+        part = results["1024"]
+        for title, name in self.rows.items():
+            cells = re.search(rf"^\| {re.escape(title)} \| (.*) \|$", readme, re.M)[1]
+            wanted = [f"{self.mean(part, name, b):.4f}" for b in self.budgets]
+            assert cells.replace("*", "").split(" | ") == wanted
+        assert f"{len(part['documents'])} held-out documents" in readme
+
+    def test_the_sentence(self, results, readme):
+        part, ours = results["1024"], "merge_kv_cache, per_layer"
+        kl = {name: self.mean(part, name, "0.25") for name in part["methods"]}
+        loss = np.mean(part["methods"][ours]["0.25"]["loss"])
+        rise = np.expm1(loss - np.mean(part["full"]["loss"]))
+        text = " ".join(readme.split())
+        assert f"{kl[ours] / kl['SnapKV']:.2f} of SnapKV's" in text
+        assert f"{kl[ours] / kl['RMS attention']:.2f} of that of RMS attention" in text
+        assert f"rises by {100 * rise:.1f} %" in text
+
+    @pytest.mark.parametrize("length", ["512", "1024", "2048", "4096"])
+    def test_a_quarter_of_the_cache(self, results, scripts, length):
+        """Less divergence than every eviction, and half of that of the best."""
+        part = results[length]
+        names = {*scripts.cache_methods.SELECTED} - {"attention matching"}
+        least = min(self.mean(part, name, "0.25") for name in names)
+        for name in ("merge_kv_cache, per_layer", "merge_kv_cache, per_head"):
+            kl = self.mean(part, name, "0.25")
+            assert kl < 0.5 * least
+            assert kl < 0.35 * self.mean(part, "SnapKV", "0.25")
+            assert kl < self.mean(part, "attention matching", "0.25")
+        # The perplexity is within 5 % of that of the whole cache.
+        loss = part["methods"]["merge_kv_cache, per_layer"]["0.25"]["loss"]
+        assert np.mean(loss) - np.mean(part["full"]["loss"]) < np.log(1.05)

@@ -187,8 +187,10 @@ class MergedLayer(DynamicLayer):
     def take(self, merged: KVCache[Any], count: int) -> None:
         """Store the first `count` merged entries of each head."""
         keys, values, bias, labels, _, last = merged
-        self.keys, self.values = keys[:, :, :count], values[:, :, :count]
-        self.bias = bias[:, :, :count]
+        # Copies, so that the arrays of all layers, padded to the longest, are freed.
+        self.keys, self.values, self.bias = (
+            x[:, :, :count].clone() for x in (keys, values, bias)
+        )
         self._merge_state(labels.long(), last[:, :, :count].long())
 
     def mean_present(self) -> int:

@@ -37,6 +37,7 @@ class TestAgainstTransformers:
         np.testing.assert_allclose(alone, got[1], atol=1e-4)
 
     # transformers rotates in float32, even if the weights are float64.
+    # So the tolerance is that of float32.
     @TIED
     def test_logits_in_float64(self, tied):
         theirs, ids = in_transformers(tied).double(), ids_of(1, 40)
@@ -71,6 +72,7 @@ class TestAgainstTransformers:
         state = theirs.state_dict()
         options = {"num_heads": 4, "num_key_heads": 2, "epsilon": 1e-2}
         arrays = {name: x.numpy() for name, x in state.items()}
+        # Tensors and arrays.
         wanted = logits_of(theirs, ids[None])[0]
         # Tensors of torch, and arrays of NumPy.
         for weights in (state, arrays):
@@ -86,6 +88,7 @@ class TestAgainstTransformers:
         torch = pytest.importorskip("torch")
         theirs, ids = in_transformers(tied), ids_of(2, 20)
         model = qm.LanguageModel.from_transformers(theirs)
+        # transformers needs a mask to know that nothing is padding.
         text = torch.from_numpy(ids)
         mask = torch.ones_like(text)
         wanted = theirs.generate(
@@ -106,6 +109,7 @@ class TestAgainstTransformers:
         options = {"attention_mask": torch.ones_like(text), "do_sample": False}
         # Without a budget, for comparison.
         plain = model.generate(ids, 20)
+        # By default, all layers have one budget.
         alone = {"per_layer": False}
         for settings in (
             {},
@@ -146,6 +150,7 @@ class TestAgainstTransformers:
         torch = pytest.importorskip("torch")
         with pytest.raises(TypeError, match="must be a model of transformers, such as"):
             qm.LanguageModel.from_transformers(torch.nn.Linear(2, 2))
+        # The architecture is that of a Llama, but the name is not.
         theirs = in_transformers()
         # Other networks may have weights of the same names.
         theirs.config.model_type = "gemma"
@@ -174,6 +179,7 @@ class TestParts:
         positions = np.cumsum(sizes, axis=-1)
         wanted = model.predict(tokens, positions=positions, sizes=sizes)
         state = None
+        # One token at a time, with the same positions and sizes.
         for t in range(12):
             logits, state = model.step(
                 tokens[:, t], state, position=positions[:, t], size=sizes[:, t]
@@ -185,6 +191,7 @@ class TestParts:
         np.testing.assert_array_equal(read.next_position, positions[:, -1] + 1)
         # Ids after embeddings, without positions.
         more = ids_of(2, 3, seed=1)
+        # Later tokens have size 1.
         whole, _ = model.read(
             np.concatenate([tokens, model.embed(more)], axis=1),
             positions=np.concatenate(
@@ -199,6 +206,7 @@ class TestParts:
         model, ids = random_model(), ids_of(2, 41)
         wanted, whole = model.read(ids)
         np.testing.assert_array_equal(wanted, model.read(model.embed(ids))[0])
+        # Parts of any length, also of one token.
         state, parts = None, []
         for part in np.split(ids, cuts, axis=-1):
             logits, state = model.read(part, state)
@@ -231,6 +239,7 @@ class TestParts:
         for branch, (logits, after) in zip(branches, read, strict=True):
             whole = np.concatenate([ids, branch])
             np.testing.assert_allclose(logits, model.read(whole)[0][10:], atol=1e-4)
+            # A branch can go on, too.
             again, _ = model.read(branch, after)
             np.testing.assert_allclose(
                 again, model.read(np.concatenate([whole, branch]))[0][14:], atol=1e-4
@@ -271,6 +280,7 @@ class TestLibrary:
 
     def test_decode(self):
         model = random_model()
+        # The decoder passes sizes and positions of merged tokens.
         merged = qm.quickmerge(model.embed(ids_of(2, 40)), 0.5)
         # `decode` calls `step` for one merged token at a time.
         got = qm.decode(merged, model)
@@ -289,6 +299,7 @@ class TestLibrary:
     def test_torch(self):
         torch = pytest.importorskip("torch")
         model, ids = random_model(), ids_of(2, 20)
+        # Integers of torch give embeddings of torch.
         tokens = model.embed(torch.from_numpy(ids))
         assert isinstance(tokens, torch.Tensor)
         wanted = model.predict(model.embed(ids))
@@ -306,6 +317,7 @@ class TestLibrary:
         model, name = random_model(), dtype
         dtype = getattr(ml_dtypes, name, None) or np.dtype(name)
         tokens = model.embed(ids_of(8)).astype(dtype)
+        # Embeddings in half precision are computed in float32.
         got = model.predict(tokens)
         assert got.dtype == (np.float64 if name == "float64" else np.float32)
         # Narrow embeddings are widened without a loss.

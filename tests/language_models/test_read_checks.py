@@ -8,6 +8,7 @@ import qm_cupy as qm
 
 # Inputs that are right, for changes that make them wrong.
 MODEL = random_model()
+# Two texts of six tokens, of which one is read before.
 TOKENS = MODEL.embed(ids_of(2, 6))
 STATE = MODEL.read(TOKENS)[1]
 # One entry of each token is NaN.
@@ -22,10 +23,11 @@ OTHER = random_model(num_layers=2).read(ids_of(2, 6))[1]
         # Just above the vocabulary, below it, and larger than any int64.
         (np.array([1, 101]), ValueError, r"`ids` must lie in 0..100, got 101 at .*1,"),
         (np.array([[1], [-1]]), ValueError, r"0..100, got -1 at index \(1, 0\)"),
+        # More than int64 holds.
         (np.array([2**63], np.uint64), ValueError, "0..100, got 9223372036854775808"),
         (np.array([1.0]), TypeError, "`ids` must be integers, got float64"),
         (np.array([True]), TypeError, "`ids` must be integers, got bool"),
-        # An empty text, and shapes of neither a text nor a batch.
+        # An empty text.
         (np.array([], int), ValueError, "`ids` must not be empty"),
         (np.array(3), ValueError, r"`ids` must have shape \(N\) or \(B, N\), got \(\)"),
         (np.ones((1, 1, 1), int), ValueError, "`ids` must have shape"),
@@ -38,6 +40,7 @@ def test_ids(ids, error, message):
     with pytest.raises(error, match=message) as raised:
         MODEL.embed(ids)
     assert len(str(raised.value)) < 300
+    # `generate` checks its text in the same way.
     with pytest.raises(error, match=message):
         MODEL.generate(ids, 3)
 
@@ -48,6 +51,7 @@ def test_ids(ids, error, message):
         # Wrong widths, values and dtypes of tokens.
         ((TOKENS[..., :31],), {}, ValueError, "`tokens` must have width D = 32"),
         ((NAN,), {}, ValueError, r"`tokens` must be finite, got nan at index \(0, 0,"),
+        # An empty text.
         ((TOKENS[:, :0],), {}, ValueError, "`tokens` must not be empty"),
         ((TOKENS > 0,), {}, TypeError, "`tokens` must be float16"),
         # A batch needs positions and sizes of each sequence.
@@ -69,6 +73,7 @@ def test_tokens(arguments, options, error, message):
 @pytest.mark.parametrize(
     ("tokens", "state", "error", "message"),
     [
+        # Not a state, another batch, another model, another precision.
         (TOKENS, (1, 2), TypeError, "`state` must be a ModelState, which .* got tuple"),
         (TOKENS[:1], STATE, ValueError, "the state has B = 2 sequences, but .* 1"),
         (TOKENS, OTHER, ValueError, "is of another model: it has 2 layers"),
@@ -88,6 +93,7 @@ def test_states(tokens, state, error, message):
 @pytest.mark.parametrize(
     ("token", "options", "error", "message"),
     [
+        # A whole text is not one token.
         (TOKENS, {}, ValueError, r"`token` must have shape \(D\) or \(B, D\)"),
         (TOKENS[0, 0, :5], {}, ValueError, "`token` must have width D = 32"),
         (np.arange(32), {}, TypeError, "`token` must be float16"),
@@ -104,8 +110,10 @@ def test_steps(token, options, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        # How many tokens.
         ({"num_tokens": -1}, ValueError, "`num_tokens` must be ≥ 0, got -1"),
         ({"num_tokens": 1.0}, TypeError, "`num_tokens` must be an integer"),
+        # The budget.
         ({"budget": 0}, ValueError, "`budget`"),
         ({"budget": 1.5}, ValueError, "budget"),
         ({"budget": True}, TypeError, "budget"),
@@ -114,6 +122,7 @@ def test_steps(token, options, error, message):
         ({"sinks": 2}, TypeError, "`sinks` needs a `budget`"),
         ({"budget": 0.5, "every": 0}, ValueError, "`every` must be at least 1"),
         ({"budget": 0.5, "sinks": -1}, ValueError, "`sinks` must be ≥ 0"),
+        # The state has the queries itself.
         ({"budget": 0.5, "query": 1}, TypeError, "`query` is not an option of `merge`"),
         ({"stop": -1}, ValueError, "`stop` must be ≥ 0"),
     ],
@@ -141,6 +150,7 @@ def test_stop():
     got = MODEL.generate(ids, 20, stop=stop)
     for row, wanted in zip(got, plain, strict=True):
         ended = np.flatnonzero(wanted == stop)
+        # A text that has not ended has all 20 tokens.
         end = ended[0] if len(ended) else 20
         np.testing.assert_array_equal(row[:end], wanted[: len(row)][:end])
         assert (row[end:] == stop).all()
@@ -192,6 +202,7 @@ def test_weights(change, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        # Heads that do not divide each other, or are of no size.
         ({"num_heads": 3}, ValueError, "multiple of `num_key_heads` = 2, got 3"),
         ({"num_heads": 0}, ValueError, "`num_heads` must be at least 1"),
         ({"num_heads": 2.0}, TypeError, "`num_heads` must be an integer"),

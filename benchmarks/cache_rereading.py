@@ -1,0 +1,86 @@
+"""Methods that read the context a second time, before they shorten its cache.
+
+A question about a single fact looks at tokens to which the context itself pays little
+attention. When the model reads the context again, after it, the heads that find and
+copy look at the tokens that they would copy. The score of an entry is the largest
+attention that it receives from a query of the second reading; this is the score of
+KVzip (J.-H. Kim et al., arXiv:2505.23416, where the second reading follows a request to
+repeat the context). The attention is relative to the entries of the context alone.
+"""
+
+from typing import Any
+
+import torch
+from cache_methods import SINKS
+from cache_reading import Prompt, Shortened
+
+import qm_cupy as qm
+
+_QUERIES = 256  # of the second reading, which compare heads and calibrate biases
+RECENT = 8  # last entries that are kept as they are
+
+
+def largest_attention(prompt: Prompt) -> torch.Tensor:
+    """Return the scores (L, H, N) of the second reading."""
+    layers = []
+    for keys, query in zip(prompt.keys, prompt.repeated, strict=True):
+        heads, num_tokens, dim = keys.shape[1:]
+        rows = query[0, :, -num_tokens:].reshape(heads, -1, dim)  # of all their heads
+        weights = (rows @ keys[0].mT * dim**-0.5).softmax(-1)
+        layers.append(weights.amax(1))
+    return torch.stack(layers)
+
+
+def kvzip(prompt: Prompt, count: int) -> list[Shortened]:
+    """Keep the entries with the largest scores of all layers and heads."""
+    scores = largest_attention(prompt)
+    scores[..., :SINKS] = scores[..., -RECENT:] = torch.inf
+    # The entries of all heads compete, as with KVzip's own budgets.
+    limit = scores.flatten().topk(count * scores[..., 0].numel()).values[-1]
+    layers = []
+    rows = zip(scores >= limit, prompt.keys, prompt.values, strict=True)
+    for wanted, keys, values in rows:
+        longest = int(wanted.sum(-1).max())
+        order = wanted.byte().sort(dim=-1, descending=True, stable=True).indices
+        order = order[:, :longest]  # (H, K), the wanted entries first
+        bias = torch.zeros(order.shape)
+        bias[~wanted.gather(-1, order)] = -torch.inf
+        both = (x[0].gather(1, order[..., None].expand(-1, -1, x.shape[-1]))[None]
+                for x in (keys, values))  # fmt: skip
+        layers.append(Shortened(*both, bias[None]))
+    return layers
+
+
+def merged_again(prompt: Prompt, count: int, **options: Any) -> list[Shortened]:
+    """Merge all layers and heads by `merge_kv_cache`, with the second reading.
+
+    Its scores are `attention`, and some of its queries are `query`.
+    """
+    keys, values = torch.stack(prompt.keys), torch.stack(prompt.values)
+    scores = largest_attention(prompt)[:, None]  # (L, 1, H, N)
+    num_tokens = prompt.num_tokens
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(num_tokens, generator=generator)[:_QUERIES]
+    query = torch.stack([x[:, :, -num_tokens:][:, :, some] for x in prompt.repeated])
+    # These queries follow the whole cache: absent entries stand for their own.
+    absent = torch.zeros(*keys.shape[:-2], len(some), keys.shape[-1])
+    bias = torch.zeros(keys.shape[:-1])
+    cache = qm.merge_kv_cache(
+        torch.cat([keys, absent], -2),
+        torch.cat([values, absent], -2),
+        count,
+        query=query,
+        attention=torch.cat([scores, absent[..., 0]], -1),
+        bias=torch.cat([bias, torch.full(absent.shape[:-1], -torch.inf)], -1),
+        inv_freq=prompt.inv_freq,
+        recent=RECENT,
+        per_layer=True,
+        per_head=True,
+        **options,
+    )
+    lengths = cache.valid.sum(-1).amax((-2, -1)).tolist()
+    rows = zip(cache.keys, cache.values, cache.bias, lengths, strict=True)
+    return [Shortened(k[..., :n, :], v[..., :n, :], b[..., :n]) for k, v, b, n in rows]
+
+
+REREADING = {"KVzip": kvzip, "merge_kv_cache, second reading": merged_again}
