@@ -17,6 +17,7 @@ NAMES = (
     "language_model_plot",
     "lm_hidden_states",
     "lm_speed",
+    "lm_stream",
     "smollm2",
 )
 LENGTH = 200
@@ -92,6 +93,25 @@ class TestHiddenStates:
         assert recent == [0, 1, 2, 3, *range(LENGTH - 24, LENGTH)]
 
 
+class TestStream:
+    def test_constant_memory(self, scripts, model):
+        """Every contender stores its budget, except the tokens since the last merge."""
+        module = scripts.lm_stream
+        document = types.SimpleNamespace(ids=np.arange(230).tolist())
+        report = module.measure(model, document, (128, 96, 32), 64)
+        assert set(report["stored"]) == set(module.CONTENDERS)
+        assert set(report["stored"].values()) == {64}
+        for name in module.CONTENDERS:
+            assert np.isfinite(report[name]).all()
+
+    def test_budgets_of_all_tokens_change_nothing(self, scripts, model):
+        document = types.SimpleNamespace(ids=np.arange(230).tolist())
+        report = scripts.lm_stream.measure(model, document, (128, 96, 32), 300)
+        for name in scripts.lm_stream.CONTENDERS:
+            assert report[name][0] < 1e-6
+            assert report[name][1] == pytest.approx(report["full"], abs=1e-5)
+
+
 class TestSpeed:
     def test_figures(self, scripts, model, capsys):
         report = scripts.lm_speed.speed(model, 512, steps=2)
@@ -148,7 +168,7 @@ class TestPictures:
 
 @pytest.mark.slow("starts a process")
 @pytest.mark.rehearsal
-@pytest.mark.parametrize("script", ["lm_speed", "lm_hidden_states"])
+@pytest.mark.parametrize("script", ["lm_speed", "lm_hidden_states", "lm_stream"])
 def test_quick_run(script, tmp_path):
     path = tmp_path / "results.json"
     done = subprocess.run(
