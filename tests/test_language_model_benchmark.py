@@ -208,12 +208,12 @@ class TestFigures:
         "the first 4 and the most recent": "sinks and recent",
     }
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def results(self):
         path = ROOT / "benchmarks" / "results" / "language_model.json"
         return json.loads(path.read_text(encoding="utf-8"))["continuation"]
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def readme(self):
         return (ROOT / "README.md").read_text(encoding="utf-8")
 
