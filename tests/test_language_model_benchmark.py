@@ -239,6 +239,14 @@ class TestFigures:
         assert f"{kl[ours] / kl['RMS attention']:.2f} of that of RMS attention" in text
         assert f"rises by {100 * rise:.1f} %" in text
 
+    def test_the_speed(self, readme):
+        path = ROOT / "benchmarks" / "results" / "lm_speed.json"
+        run = json.loads(path.read_text(encoding="utf-8"))["sizes"][-1]
+        text = " ".join(readme.split())
+        assert run["entries"] == 32768
+        assert f"decodes {run['speed-up']['0.1']:.2f} times as many tokens" in text
+        assert f"pays after {run['pays after']['0.1']:.0f} tokens" in text
+
     @pytest.mark.parametrize("length", ["512", "1024", "2048", "4096"])
     def test_a_quarter_of_the_cache(self, results, scripts, length):
         """Less divergence than every eviction, and half of that of the best."""
