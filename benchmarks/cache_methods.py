@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cache_reading import REPEATED, Prompt, Shortened
+from cache_reading import REPEATED, Prompt, Shortened, layers_of
 
 import qm_cupy as qm
 
@@ -87,17 +87,7 @@ def merged(
         inv_freq=None if rotated else prompt.inv_freq,
         **options,
     )
-    # Each layer has the length of its longest head.
-    return [
-        Shortened(k[..., :n, :], v[..., :n, :], b[..., :n])
-        for k, v, b, n in zip(
-            cache.keys,
-            cache.values,
-            cache.bias,
-            cache.valid.sum(-1).amax((-2, -1)).tolist(),
-            strict=True,
-        )
-    ]
+    return layers_of(cache)
 
 
 def kept(

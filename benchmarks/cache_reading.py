@@ -41,6 +41,11 @@ class Prompt(NamedTuple):
         """N."""
         return self.ids.shape[-1]
 
+    def layers_from(self, first: int) -> "Prompt":
+        """Return the prompt without the layers before `first`."""
+        names = "keys", "values", "queries", "received", "repeated"
+        return self._replace(**{name: getattr(self, name)[first:] for name in names})
+
     @property
     def whole(self) -> list[Shortened]:
         """All entries of each layer."""
@@ -48,6 +53,29 @@ class Prompt(NamedTuple):
             Shortened(k, v, torch.zeros(k.shape[:-1]))
             for k, v in zip(self.keys, self.values, strict=True)
         ]
+
+
+def layers_of(cache: Any) -> list[Shortened]:
+    """Return the layers of a `KVCache` (L, 1, H, K, d), each without common padding.
+
+    They are copies, each as long as its longest head, so that the rest is freed.
+    """
+    counts = cache.valid.sum(-1).amax((-2, -1)).tolist()
+    rows = zip(cache.keys, cache.values, cache.bias, counts, strict=True)
+    return [
+        Shortened(k[..., :n, :].clone(), v[..., :n, :].clone(), b[..., :n].clone())
+        for k, v, b, n in rows
+    ]
+
+
+def mean_divergence(expected: torch.Tensor, predicted: torch.Tensor) -> float:
+    """Return the mean KL divergence of log-probabilities (T, V), in nats."""
+    return float((expected.exp() * (expected - predicted)).sum(-1).mean())
+
+
+def mean_loss(predicted: torch.Tensor, true: list[int]) -> float:
+    """Return the mean negative log-probability of the T true tokens."""
+    return -float(predicted.gather(1, torch.tensor(true)[:, None]).mean())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from cache_methods import SINKS
-from cache_reading import Prompt, Shortened
+from cache_reading import Prompt, Shortened, layers_of
 
 import qm_cupy as qm
 
@@ -78,9 +78,7 @@ def merged_again(prompt: Prompt, count: int, **options: Any) -> list[Shortened]:
         per_head=True,
         **options,
     )
-    lengths = cache.valid.sum(-1).amax((-2, -1)).tolist()
-    rows = zip(cache.keys, cache.values, cache.bias, lengths, strict=True)
-    return [Shortened(k[..., :n, :], v[..., :n, :], b[..., :n]) for k, v, b, n in rows]
+    return layers_of(cache)
 
 
 REREADING = {"KVzip": kvzip, "merge_kv_cache, second reading": merged_again}

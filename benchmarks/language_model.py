@@ -25,7 +25,7 @@ import numpy as np
 import smollm2
 import torch
 from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, VARIANTS
-from cache_reading import predict, read
+from cache_reading import mean_divergence, predict, read
 from documents import Document, byte_documents, documents
 from lm_continuation import Trial, continuation, summary
 from report import write_json
@@ -62,8 +62,8 @@ def tune(model: Any, tokenizer: Any) -> Report:
         for name, candidates in CONTENDERS.items():
             for method in candidates:
                 result = predict(model, prompt, method(prompt, TUNING_LENGTH // 4), ids)
-                divergence = (expected.exp() * (expected - result)).sum(-1).mean()
-                rows.setdefault(f"{name} {method.text}", []).append(float(divergence))
+                kl = mean_divergence(expected, result)
+                rows.setdefault(f"{name} {method.text}", []).append(kl)
     means = {name: float(np.mean(row)) for name, row in rows.items()}
     for name in sorted(means, key=lambda x: means[x]):
         print(f"{means[name]:.4f}  {name}")

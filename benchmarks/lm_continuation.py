@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from cache_methods import Shorten
-from cache_reading import predict, read
+from cache_reading import mean_divergence, mean_loss, predict, read
 from documents import Document
 from quality_tables import interval, ratio
 
@@ -52,22 +51,17 @@ def continuation(
         for _, shorten, budget in trials:
             layers = shorten(prompt, int(num_tokens * budget))
             result = predict(model, prompt, layers, ids)
-            divergence = (expected.exp() * (expected - result)).sum(-1)
-            figures.append((float(divergence.mean()), _loss(result, true)))
+            kl = mean_divergence(expected, result)
+            figures.append((kl, mean_loss(result, true)))
         # All figures of a document, or none.
         for (name, _, budget), (kl, loss) in zip(trials, figures, strict=True):
             row = methods.setdefault(name, {})
             cell = row.setdefault(str(budget), {"kl": [], "loss": []})
             cell["kl"].append(kl)
             cell["loss"].append(loss)
-        whole.append(_loss(expected, true))
+        whole.append(mean_loss(expected, true))
         names.append(document.name)
         yield document.name
-
-
-def _loss(predicted: torch.Tensor, true: list[int]) -> float:
-    """Return the mean negative log-probability of the true tokens."""
-    return -float(predicted.gather(1, torch.tensor(true)[:, None]).mean())
 
 
 def summary(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:

@@ -27,7 +27,15 @@ import numpy as np
 import smollm2
 import torch
 from cache_methods import SINKS
-from cache_reading import Prompt, Shortened, predict, read
+from cache_methods import merged as merged_caches
+from cache_reading import (
+    Prompt,
+    Shortened,
+    mean_divergence,
+    mean_loss,
+    predict,
+    read,
+)
 from documents import Document, byte_documents, documents
 from quality_tables import interval
 from report import write_json
@@ -101,28 +109,13 @@ def most_recent(num_tokens: int, count: int) -> torch.Tensor:
     return torch.cat([torch.arange(SINKS), recent])
 
 
-@torch.no_grad()
-def merged_caches(prompt: Prompt, first: int, count: int) -> list[Shortened]:
-    """Return the entries of the layers from `first` on, merged."""
-    cache = qm.merge_kv_cache(
-        torch.stack(prompt.keys[first:]),
-        torch.stack(prompt.values[first:]),
-        count,
-        query=torch.stack([x[:, :, -256:] for x in prompt.queries[first:]]),
-        attention=torch.stack(prompt.received[first:]),
-        inv_freq=prompt.inv_freq,
-        per_layer=True,
-    )
-    return [Shortened(*x) for x in zip(*cache[:3], strict=True)]
-
-
 def measure(model: Any, document: Document, length: int, layers: Any) -> Report:
     """Return KL and loss by layer, budget and contender of one document."""
     prompt = read(model, document.context(length))
     states = hidden_states(model, prompt)
     ids, true = document.continuation[:-1], document.continuation[1:]
     expected = predict(model, prompt, prompt.whole, ids)
-    report: Report = {"full": _loss(expected, true)}
+    report: Report = {"full": mean_loss(expected, true)}
     for first in layers:
         hidden, received = states[first], prompt.received[first].mean((0, 1))
         for budget in BUDGETS:
@@ -136,18 +129,14 @@ def measure(model: Any, document: Document, length: int, layers: Any) -> Report:
                 name: later_layers(model, *parts, first)
                 for name, parts in shorter.items()
             }
-            later["caches merged"] = merged_caches(prompt, first, count)
+            part = prompt.layers_from(first)
+            later["caches merged"] = merged_caches(part, count, per_layer=True)
             for name, entries in later.items():
                 result = predict(model, prompt, prompt.whole[:first] + entries, ids)
-                divergence = (expected.exp() * (expected - result)).sum(-1).mean()
                 row = report.setdefault(str(first), {}).setdefault(str(budget), {})
-                row[name] = float(divergence), _loss(result, true)
+                kl = mean_divergence(expected, result)
+                row[name] = kl, mean_loss(result, true)
     return report
-
-
-def _loss(predicted: torch.Tensor, true: list[int]) -> float:
-    """Return the mean negative log-probability of the true tokens."""
-    return -float(predicted.gather(1, torch.tensor(true)[:, None]).mean())
 
 
 def show(report: Report) -> None:

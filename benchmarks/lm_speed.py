@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import smollm2
 import torch
-from cache_reading import Shortened, filled_cache, mean_received
+from cache_reading import Shortened, filled_cache, layers_of, mean_received
 from machine import cpu
 from report import write_json
 
@@ -76,11 +76,7 @@ def merged(
         inv_freq=inv_freq,
         per_layer=True,
     )
-    counts = cache.valid.sum(-1).amax((-2, -1)).tolist()
-    return [
-        Shortened(*(x[i, ..., :count, :].clone() for x in cache[:2]), bias[..., :count])
-        for i, (count, bias) in enumerate(zip(counts, cache.bias, strict=True))
-    ]
+    return layers_of(cache)
 
 
 def whole_cache(model: Any, layers: list[Shortened]) -> Any:

@@ -25,6 +25,7 @@ import numpy as np
 import smollm2
 import torch
 from cache_methods import SINKS
+from cache_reading import mean_divergence, mean_loss
 from documents import Document, byte_documents, documents
 from quality_tables import interval
 from report import write_json
@@ -89,17 +90,16 @@ def measure(
         from transformers import DynamicCache
 
     prompt, following, _ = sizes
-    true = torch.tensor(document.ids[prompt + 1 : prompt + following + 1])[:, None]
+    true = document.ids[prompt + 1 : prompt + following + 1]
     whole = DynamicCache(config=model.config)
     expected = predictions(model, document.ids, whole, sizes)
-    report: Report = {"full": -float(expected.gather(1, true).mean())}
+    report: Report = {"full": mean_loss(expected, true)}
     for name, (function, options) in CONTENDERS.items():
         with shortening_by(function), MergedCache(model, budget, **options) as cache:
             result = predictions(model, document.ids, cache, sizes)
             report.setdefault("stored", {})[name] = cache.num_stored
-        divergence = (expected.exp() * (expected - result)).sum(-1).mean()
-        loss = -float(result.gather(1, true).mean())
-        report[name] = float(divergence), loss
+        kl = mean_divergence(expected, result)
+        report[name] = kl, mean_loss(result, true)
     return report
 
 

@@ -13,17 +13,20 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 ILLEGAL = "cudaErrorIllegalAddress: an illegal memory access was encountered"
 
 
+_NAMES = "guard", "kernels", "machine", "overhead", "pipeline", "report"
+_NAMES += "resources", "timing", "whole_calls", "workload"
+
+
 @contextmanager
-def loaded():
-    """Yield the modules of benchmarks/, which are scripts in one folder."""
+def loaded(*names):
+    """Yield modules of benchmarks/, by default those of kernels and pipelines."""
     # They import each other by name, so the folder must be on the path.
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         # transformers looks for a package of this name, and imports the folder with the
         # CUDA sources instead.
         patch.delitem(sys.modules, "kernels", raising=False)
-        names = "guard", "kernels", "machine", "overhead", "pipeline", "report"
-        names += "resources", "timing", "whole_calls", "workload"
+        names = names or _NAMES
         yield types.SimpleNamespace(**{name: __import__(name) for name in names})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_scripts import loaded
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -26,11 +27,8 @@ LENGTH = 200
 @pytest.fixture(scope="module")
 def scripts():
     """Return modules of benchmarks/, which import each other by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        # transformers looks for a package of this name.
-        patch.delitem(sys.modules, "kernels", raising=False)
-        yield types.SimpleNamespace(**{name: __import__(name) for name in NAMES})
+    with loaded(*NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
