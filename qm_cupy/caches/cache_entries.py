@@ -102,6 +102,13 @@ def default_recent(counts: Counts | None, leading: tuple[int, ...]) -> Counts:
     return np.maximum(np.minimum(32, counts // 2), counts // 3)
 
 
+def num_mergeable(count: int, sinks: int = 4, recent: int | None = None) -> int:
+    """Return how many of K entries are left for those that may merge."""
+    if recent is None:
+        recent = int(default_recent(np.array(count), ()))
+    return count - sinks - recent
+
+
 def _check_room(free: Any, present: Any, counts: Counts, heads: int) -> None:
     """Raise if a budget leaves no entry for those that may merge."""
     num_free = np.asarray(to_host(free.sum(axis=-1)), np.int64)

@@ -8,7 +8,7 @@ from ..arrays.checks import check_integer
 from ..arrays.conversion import convert_inputs
 from ..caches.budgets import head_budgets
 from ..caches.cache_checks import check_count
-from ..caches.cache_entries import default_recent
+from ..caches.cache_entries import num_mergeable
 from ..cuda.device import to_host
 from .llama_weights import Settings
 from .model_state import ModelState
@@ -85,10 +85,8 @@ def _merged(state: ModelState, budget: Any, options: dict[str, Any]) -> ModelSta
         return state
     seen = np.array(state.num_seen)
     count = int(head_budgets(budget, (), seen)) if isinstance(budget, float) else budget
-    recent = options.get("recent")
-    if recent is None:
-        recent = int(default_recent(np.array(count), ()))
-    room = count - options.get("sinks", 4) - recent
+    own = {name: options[name] for name in ("sinks", "recent") if name in options}
+    room = num_mergeable(count, **own)
     if count >= state.mean_stored() or room < 1:
         return state
     return state.merge(count, **options)

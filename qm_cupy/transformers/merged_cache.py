@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache
 from ..arrays.checks import check_choice, check_integer
 from ..caches.budgets import head_budgets
 from ..caches.cache_checks import check_count, check_flag, check_window
+from ..caches.cache_entries import num_mergeable
 from ..caches.merge_kv_cache import WINDOW, RotateAt, check_rotate_at
-from .merged_layer import MergedLayer, MergeSettings, num_free
+from .merged_layer import MergedLayer, MergeSettings
 from .query_hooks import check_positions, install
 from .support import check_attention, check_config, rotary_of
 
@@ -128,7 +129,7 @@ class MergedCache(Cache):
             raise ValueError(f"`every` must be at least 1, got {every}")
         check_choice("mass", mass, ("received", "last"))
         rotary = rotary_of(config, model if is_model else None)
-        options = {
+        options: dict[str, Any] = {
             "per_layer": check_flag("per_layer", per_layer),
             "per_head": check_flag("per_head", per_head),
             "sinks": check_count("sinks", sinks),
@@ -137,7 +138,10 @@ class MergedCache(Cache):
             "rotate_at": check_rotate_at(rotate_at, rotary),
             "window": check_window(window),
         }
-        if isinstance(budget, int) and num_free(budget, options) < 1:
+        if (
+            isinstance(budget, int)
+            and num_mergeable(budget, options["sinks"], options["recent"]) < 1
+        ):
             raise ValueError(
                 f"`budget` has no room beside `sinks` and `recent`, got {budget}: "
                 "raise the budget, or lower these"

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..caches.budgets import head_budgets
 from ..caches.cache_checks import Rotary
-from ..caches.cache_entries import default_recent
+from ..caches.cache_entries import num_mergeable
 from ..caches.cache_features import MAX_QUERIES
 from ..caches.kv_cache import KVCache
 from ..caches.merge_kv_cache import merge_kv_cache
@@ -34,15 +34,6 @@ class MergeSettings(NamedTuple):
     """Whether the attention of all queries counts, or only that of the last ones."""
     merges: bool = True
     """Whether entries merge at all; False after `remove`."""
-
-
-def num_free(count: int, options: dict[str, Any]) -> int:
-    """Return how many of K entries are left for those that may merge."""
-    recent = options["recent"]
-    if recent is None:
-        recent = int(default_recent(np.array(count), ()))
-    free: int = count - options["sinks"] - recent
-    return free
 
 
 class MergedLayer(DynamicLayer):
@@ -313,7 +304,10 @@ def merge_layers(layers: list[MergedLayer]) -> None:
     queries = [layer.last_queries for layer in layers]
     for layer in layers:
         layer.last_queries = None
-    if count * len(layers) >= present or num_free(count, options) < 1:
+    if (
+        count * len(layers) >= present
+        or num_mergeable(count, options["sinks"], options["recent"]) < 1
+    ):
         return
     if len({layer.keys.device for layer in layers}) > 1:
         raise ValueError(
