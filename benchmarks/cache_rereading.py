@@ -8,7 +8,7 @@ KVzip (J.-H. Kim et al., arXiv:2505.23416, where the second reading follows a re
 repeat the context). The attention is relative to the entries of the context alone.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 from cache_methods import SINKS
@@ -51,34 +51,33 @@ def kvzip(prompt: Prompt, count: int) -> list[Shortened]:
     return layers
 
 
-def merged_again(prompt: Prompt, count: int, **options: Any) -> list[Shortened]:
-    """Merge all layers and heads by `merge_kv_cache`, with the second reading.
+def merged_again(
+    prompt: Prompt, count: int, *, per_head: bool = True
+) -> list[Shortened]:
+    """Merge all layers by `merge_kv_cache`, with the second reading.
 
     Its scores are `attention`, and some of its queries are `query`.
     """
-    keys, values = torch.stack(prompt.keys), torch.stack(prompt.values)
-    scores = largest_attention(prompt)[:, None]  # (L, 1, H, N)
     num_tokens = prompt.num_tokens
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(num_tokens, generator=generator)[:_QUERIES]
-    query = torch.stack([x[:, :, -num_tokens:][:, :, some] for x in prompt.repeated])
-    # These queries follow the whole cache: absent entries stand for their own.
-    absent = torch.zeros(*keys.shape[:-2], len(some), keys.shape[-1])
-    bias = torch.zeros(keys.shape[:-1])
     cache = qm.merge_kv_cache(
-        torch.cat([keys, absent], -2),
-        torch.cat([values, absent], -2),
+        torch.stack(prompt.keys),
+        torch.stack(prompt.values),
         count,
-        query=query,
-        attention=torch.cat([scores, absent[..., 0]], -1),
-        bias=torch.cat([bias, torch.full(absent.shape[:-1], -torch.inf)], -1),
+        query=torch.stack([x[:, :, -num_tokens:][:, :, some] for x in prompt.repeated]),
+        causal=False,
+        attention=largest_attention(prompt)[:, None],  # (L, 1, H, N)
         inv_freq=prompt.inv_freq,
         recent=RECENT,
         per_layer=True,
-        per_head=True,
-        **options,
+        per_head=per_head,
     )
     return layers_of(cache)
 
 
-REREADING = {"KVzip": kvzip, "merge_kv_cache, second reading": merged_again}
+REREADING = {
+    "KVzip": kvzip,
+    "merge_kv_cache, second reading": merged_again,
+    "merge_kv_cache, per_layer, second reading": partial(merged_again, per_head=False),
+}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import smollm2
 import torch
-from cache_methods import OURS, SELECTED, SNAPKV, Shorten
+from cache_methods import OURS, SELECTED, Shorten
 from cache_reading import Shortened, filled_cache, read
 from cache_rereading import REREADING
 from quality_tables import interval
@@ -179,14 +179,22 @@ def retrieval(
             cell = report.setdefault(task, {}).setdefault(
                 str(num_tokens), {"full": [], "methods": {}}
             )
-            if len(cell["full"]) > i:  # an earlier run has it
+            missing = {
+                name: method
+                for name, method in methods.items()
+                if num_measured(cell["methods"].get(name, {})) <= i
+            }
+            known = len(cell["full"]) > i
+            if known and not missing:  # an earlier run has it
                 continue
             sample = samples(task, tokenizer, num_tokens, i + 1, SEEDS[split])[i]
-            if methods:
-                row = scores(model, tokenizer, sample, methods, budgets)
+            if missing:
+                row = scores(model, tokenizer, sample, missing, budgets)
             else:
                 row = {"full": full_scores(model, tokenizer, [sample])[0]}
-            cell["full"].append(row.pop("full"))
+            full = row.pop("full")
+            if not known:
+                cell["full"].append(full)
             for name, by_budget in row.items():
                 lists = cell["methods"].setdefault(name, {})
                 for budget, result in by_budget.items():
@@ -194,6 +202,11 @@ def retrieval(
             if path:
                 write_json(path, report)
     return report
+
+
+def num_measured(lists: dict[str, list[float]]) -> int:
+    """Return for how many samples a method has the scores of every budget."""
+    return min(map(len, lists.values()), default=0)
 
 
 def tables(report: Report) -> Report:
@@ -220,11 +233,10 @@ def tables(report: Report) -> Report:
     return summary
 
 
-_PEERS = "H2O", SNAPKV, "Ada-KV", "TOVA", "expected attention", "key norm"
 METHODS: dict[str, Shorten] = {
     **{name: OURS[name] for name in list(OURS) if name != "merge_kv_cache, per_head"},
     **REREADING,
-    **{name: SELECTED[name] for name in (*_PEERS, "sinks and recent")},
+    **SELECTED,
 }
 # Tasks of which the whole cache solves enough at 512 tokens, for one right answer.
 SOLVED = "niah_single_1", "niah_single_2", "niah_multikey_1"

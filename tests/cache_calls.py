@@ -87,15 +87,27 @@ def calls(num_entries=40, masked=False):
                 if how == "expected"
                 else {"query": every, "keys": keys, "mask": mask, "how": how},
             )
-            for how in ("received", "snapkv", "expected", "rms", "last")
+            for how in ("received", "snapkv", "expected", "rms", "last", "max")
         },
         "evict": (qm.evict, {**cache, "budget": 0.4, "scores": scores, "sinks": 1}),
         "evict, per head": (
             qm.evict,
             {**cache, "budget": 12, "scores": scores, "bias": bias, "per_head": True},
         ),
+        "score_keys, other queries": (
+            qm.score_keys,
+            {"query": every, "keys": keys[:, :, :9], "how": "snapkv", "causal": False},
+        ),
         "match_attention": (qm.match_attention, {**attended, "budget": 0.4}),
+        "match_attention, other queries": (
+            qm.match_attention,
+            {**attended, "budget": 0.4, "causal": False},
+        ),
         "merge_kv_cache": (qm.merge_kv_cache, {**merged, "budget": 0.5, **rotary}),
+        "merge_kv_cache, other queries": (
+            qm.merge_kv_cache,
+            {**merged, "budget": 0.5, "causal": False, "per_head": True},
+        ),
         "merge_kv_cache, windows": (
             qm.merge_kv_cache,
             # Several windows, whose lowest merges are made.

@@ -88,7 +88,7 @@ CACHE_OPERATIONS = {
     "fold_bias": _small(lambda c: qm.fold_bias(_queries(c), c.heads, c.head_rows)),
     **{
         f"score_keys, {how}": _small(lambda c, how=how: _scores(c, how))
-        for how in ("received", "snapkv", "expected", "rms", "last")
+        for how in ("received", "snapkv", "expected", "rms", "last", "max")
     },
     "evict": _small(_evict),
     "match_attention": _small(

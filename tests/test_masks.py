@@ -180,7 +180,7 @@ CALLS = {
             ),
             (HEAD_TOKENS, (-2,)), (HEAD_TOKENS * 2, (-2,)),
         )
-        for how in ("received", "snapkv", "expected", "rms", "last")
+        for how in ("received", "snapkv", "expected", "rms", "last", "max")
     },
     "evict": (
         lambda k, s, m: qm.evict(k, k, 3, scores=s, mask=m),
@@ -196,6 +196,12 @@ CALLS = {
         ),
         (HEAD_TOKENS, (-2,)), (HEAD_TOKENS * 2, (-2,)),
         (HEAD_SCORES, (-1,)), (HEAD_SCORES, (-1,)),
+    ),
+    "merge_kv_cache, other queries": (
+        lambda q, k, m: qm.merge_kv_cache(
+            k, k, 3, query=q, causal=False, sinks=0, recent=1, mask=m
+        ),
+        (HEAD_TOKENS, ()), (HEAD_TOKENS * 2, (-2,)),
     ),
     "choose_merge": (
         lambda x, m: qm.choose_merge(x, [{"method": "ward"}], PRIOR, budget=3, mask=m),

@@ -1,7 +1,8 @@
-// Sums of the attention of queries to each key.
+// Sums of the attention of queries to each key, or the largest attention.
 //
 //   s_ij = q_i . k_j scale + b_j
 //   a_j = sum_i exp(power (s_ij - Z_i))    over the queries i of all heads of a group
+//   a_j = max_i exp(s_ij - Z_i)            if power is 0
 //
 // One thread, one output. Z is `log_sum_exp`; a query with Z = -inf adds nothing. The
 // letters and the masks are those of attend.cu. An exponent is at most 80, because Z
@@ -28,7 +29,9 @@ extern "C" __global__ void attention_columns(
             if ((causal && j > last) || z < MASKED_SCORE) continue;
             const acc_t s =
                 score(query + row * head_dim, keys + key * head_dim, head_dim, scale);
-            sum += exp(min(acc_t(power) * (s + b - z), acc_t(80)));
+            const acc_t p = power ? acc_t(power) : acc_t(1);
+            const acc_t a = exp(min(p * (s + b - z), acc_t(80)));
+            sum = power ? sum + a : max(sum, a);
         }
     }
     out[key] = sum;

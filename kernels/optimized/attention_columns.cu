@@ -1,5 +1,5 @@
-// Sums of the attention of queries to each key; see basic/attention_columns.cu for the
-// formula and the shapes.
+// Sums of the attention of queries to each key, or the largest attention; see
+// basic/attention_columns.cu for the formula and the shapes.
 //
 // One block, 32 keys of one head: lane l of every warp has key l, and a warp has every
 // BLOCK_THREADS / 32-th query. All lanes read the same element of a query at a time, so
@@ -25,6 +25,7 @@ extern "C" __global__ void attention_columns(
                       is_token(mask, head / heads % batch * num_keys + j);
 
     acc_t sum = 0;
+    const acc_t p = power ? acc_t(power) : acc_t(1);
     const long long rows = group * num_queries;
     for (long long g = warp; g < rows; g += warps) {
         const long long row = head * rows + g;
@@ -40,11 +41,13 @@ extern "C" __global__ void attention_columns(
             for (int i = 0; i < WIDTH; ++i) dot += q[i] * k[i];  // 0 past the end
         }
         const acc_t s = rounded_product(dot, acc_t(scale)) + b;
-        sum += exp(min(acc_t(power) * (s - z), acc_t(80)));
+        const acc_t a = exp(min(p * (s - z), acc_t(80)));
+        sum = power ? sum + a : max(sum, a);
     }
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp > 0 || !exists) return;
-    for (int w = 1; w < warps; ++w) sum += sums[w][lane];
+    for (int w = 1; w < warps; ++w)
+        sum = power ? sum + sums[w][lane] : max(sum, sums[w][lane]);
     out[key] = sum;
 }

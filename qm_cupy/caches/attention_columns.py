@@ -1,11 +1,12 @@
-"""Sums of attention over queries, for each key.
+"""Sums of attention over queries, or the largest attention, for each key.
 
 The scores are s_ij = c q_i · k_j + b_j of T queries and N keys, and Z_i belongs to
 query i. For each key head, over the rows i of its G query heads:
 
     a_j = Σ_i exp(p (s_ij - Z_i))
 
-p = 1 for the sum of the attention, and p = 2 for the sum of its squares.
+p = 1 for the sum of the attention, and p = 2 for the sum of its squares. With p = 0, it
+is the largest attention instead, max_i exp(s_ij - Z_i).
 """
 
 import math
@@ -36,7 +37,7 @@ def attention_columns(
     scale: float,
     power: int = 1,
 ) -> Any:
-    """Return the sums a (..., N), float32 or float64, of converted arrays.
+    """Return a (..., N), float32 or float64, of converted arrays.
 
     Z is `log_sum_exp` (..., T), with the heads of the queries; a query with Z = -inf
     adds nothing. The other arguments are those of `attend`.
@@ -84,7 +85,7 @@ def _head_columns(
     visible: NDArray[np.int64],
     power: int,
 ) -> NDArray[Any]:
-    """Return the sums (n,) for the rows (R, d) of one key head."""
+    """Return a (n,) for the rows (R, d) of one key head."""
     total = np.zeros(len(keys), query.dtype)
     for block in row_blocks(len(query), len(keys), _ENTRIES):
         # Causal queries do not see the last keys: leave out those that none sees.
@@ -98,13 +99,17 @@ def _head_columns(
             if bias is not None:
                 scores += bias[:seen]
             scores -= z[block, None]
-            scores *= power
+            scores *= power or 1
             # Z of other keys than these may be lower than a score.
             np.minimum(scores, 80, out=scores)
         weights = np.exp(scores)
         if visible[block].min(initial=seen) < seen:
             weights[np.arange(seen) >= visible[block, None]] = 0
-        total[:seen] += weights.sum(axis=0).astype(query.dtype)
+        if power:
+            total[:seen] += weights.sum(axis=0).astype(query.dtype)
+        else:
+            largest = weights.max(axis=0, initial=0).astype(query.dtype)
+            np.maximum(total[:seen], largest, out=total[:seen])
     return total
 
 

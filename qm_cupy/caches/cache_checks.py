@@ -100,18 +100,23 @@ def check_queries(
     keys: NDArray[Any],
     mask: NDArray[np.bool_] | None,
     scale: Any,
+    causal: Any = True,
 ) -> float:
-    """Raise unless queries (..., T, d) fit the keys; return the scale of scores."""
+    """Raise unless queries (..., T, d) fit the keys; return the scale of scores.
+
+    `causal` is whether they are those of the last entries.
+    """
+    causal = check_flag("causal", causal)
     if query is not None:
         check_query_heads(query, keys)
         num_queries, num_entries = query.shape[-2], keys.shape[-2]
-        if num_queries > num_entries:
+        if causal and num_queries > num_entries:
             raise ValueError(
                 f"`query` must have those of the last T ≤ N = {num_entries} entries, "
-                f"got T = {num_queries}"
+                f"got T = {num_queries}: pass `causal=False` for other queries"
             )
         read = None
-        if mask is not None:
+        if causal and mask is not None:
             read = expand_mask(mask[..., num_entries - num_queries :], query.shape[:-1])
             read = read[..., None]
         check_finite_values("query", query, read)

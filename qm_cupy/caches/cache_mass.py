@@ -34,64 +34,63 @@ class LastQueries(NamedTuple):
     query: Any  # (..., T, d)
     log_sum_exp: Any  # Z (..., T); -inf for queries that do not count
     scale: float
+    causal: bool  # whether they are those of the last entries
 
 
 def last_queries(
-    query: Any, keys: Any, bias: Any, mask: Any, scale: float
+    query: Any, keys: Any, bias: Any, mask: Any, scale: float, causal: bool
 ) -> LastQueries:
     """Return the last queries that are not padding, and Z over the entries they see."""
-    query, counted = select_queries(query, keys, mask, NUM_QUERIES)
-    z = log_sum_exp_of(query, keys, counted, bias=bias, mask=mask, scale=scale)
-    return LastQueries(query, z, scale)
+    query, counted = select_queries(query, keys, mask, NUM_QUERIES, causal)
+    options = {"bias": bias, "mask": mask, "scale": scale, "causal": causal}
+    z = log_sum_exp_of(query, keys, counted, **options)
+    return LastQueries(query, z, scale, causal)
 
 
 def select_queries(
-    query: Any, keys: Any, mask: Any, wanted: int | None
+    query: Any, keys: Any, mask: Any, wanted: int | None, causal: bool
 ) -> tuple[Any, Any]:
     """Return the queries (..., T, d), and which rows (B, T) count, or None for all.
 
-    The last `wanted` queries that are not padding count. None means all of them.
+    The last `wanted` queries that are not padding count. None means all of them. If
+    they are not `causal`, the mask is not theirs, and none of them is padding.
     """
     num_queries, num_entries = query.shape[-2], keys.shape[-2]
-    if mask is None:  # the last rows are those that count
+    if mask is None or not causal:  # the last rows are those that count
         return query[..., -(wanted or num_queries) :, :], None
     # The last rows may be padding, so take all rows. Padding may be NaN.
     counted = mask[..., num_entries - num_queries :]
-    rows = expand_mask(counted, query.shape[:-1])[..., None]
-    query = zero_where_absent(query, rows)
     if wanted is not None:
         after = np.cumsum(counted[..., ::-1], axis=-1)[..., ::-1]  # tokens from here on
         counted = counted & (after <= wanted)
-    return query, counted
+    rows = expand_mask(counted, query.shape[:-1])[..., None]
+    return zero_where_absent(query, rows), counted
 
 
-def log_sum_exp_of(
-    query: Any, keys: Any, counted: Any, *, bias: Any, mask: Any, scale: float
-) -> Any:
-    """Return Z (..., T) of causal attention; -inf for rows that do not count."""
+def log_sum_exp_of(query: Any, keys: Any, counted: Any, **options: Any) -> Any:
+    """Return Z (..., T); -inf for rows that do not count.
+
+    The options are `bias`, `causal`, `mask` and `scale` of `attend`.
+    """
     # Only Z is needed, so attend to one column.
-    _, z = compute_attend(
-        query, keys, keys[..., :1], bias=bias, causal=True, mask=mask, scale=scale
-    )
+    _, z = compute_attend(query, keys, keys[..., :1], **options)
     if counted is None:
         return z
     return np.where(expand_mask(counted, z.shape), z, z.dtype.type(-np.inf))
 
 
-def received_of_last(
-    last: LastQueries, keys: Any, bias: Any, mask: Any, causal: bool = True
-) -> Any:
+def received_of_last(last: LastQueries, keys: Any, bias: Any, mask: Any) -> Any:
     """Return the sum (..., N) of the attention of the last queries to each key.
 
     Attention is relative to Z, which belongs to the original entries. `keys` may be
-    merged keys; then pass causal=False.
+    merged keys; then `last` must not be causal.
     """
     return attention_columns(
         last.query,
         keys,
         last.log_sum_exp,
         bias=bias,
-        causal=causal,
+        causal=last.causal,
         mask=mask,
         scale=last.scale,
     )
@@ -102,6 +101,8 @@ def queries_after(last: LastQueries, free: Any) -> LastQueries:
 
     The others see only a part of some groups. Return the argument if none is left out.
     """
+    if not last.causal:  # they see all
+        return last
     num_queries, num_entries = last.query.shape[-2], free.shape[-1]
     tail = free[..., num_entries - num_queries :]  # (..., H, T)
     if not is_cuda(free) and not tail.any():

@@ -104,7 +104,7 @@ def calibrated_bias(
     bias stays `bias`.
     """
     wanted = plan.sum(received.astype(plan.mass.dtype), sizes)
-    without = received_of_last(last, keys, None, None, causal=False)
+    without = received_of_last(last._replace(causal=False), keys, None, None)
     without = without.reshape(wanted.shape).astype(wanted.dtype)
     tiny = wanted.dtype.type(np.finfo(np.float32).tiny * 2**20)
     known = (wanted > tiny) & (without > tiny) & (sizes > 1)

@@ -66,6 +66,7 @@ def match_attention(
     budget: Any,
     *,
     scores: FloatArray | None = None,
+    causal: bool = True,
     bias: FloatArray | None = None,
     protect: Any = None,
     sinks: int = 0,
@@ -80,7 +81,7 @@ def match_attention(
     ----------
     query : ndarray of shape (T, d), (B, T, d), (B, H, T, d) or (L, B, H, T, d)
         Queries of the last T ≤ N entries, rotated like the keys: those to which biases
-        and values are fitted. Attention is causal.
+        and values are fitted.
     keys : ndarray of shape (..., N, d)
         Keys of the dtype of `query`, of H heads or a number that divides H.
     values : ndarray of shape (..., N, d_v)
@@ -90,6 +91,9 @@ def match_attention(
     scores : ndarray of shape (..., N), optional
         The entries with the largest scores are kept; by default those of
         ``score_keys(query, keys, how="rms")``. Any float dtype.
+    causal : bool, default True
+        Whether `query` are those of the last entries, so that attention is causal. With
+        False, each query attends to all entries, and T may be any number.
     bias : ndarray of shape (..., N), optional
         Bias of the entries, from an earlier call; 0 by default.
     protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
@@ -167,13 +171,13 @@ def match_attention(
     check_bias(bias, keys, mask)
     present = present_entries(keys, bias, mask)
     check_cache_values(keys, values, present)
-    scale = check_queries(query, keys, mask, scale)
+    scale = check_queries(query, keys, mask, scale, causal)
     ridge = check_number("ridge", ridge, 0, np.inf, "()")
     if present is not None:  # padding may be NaN
         read = present[..., None]
         keys, values = (zero_where_absent(x, read) for x in (keys, values))
     if scores is None:
-        arrays = Scored(query, keys, None, bias, mask, scale)
+        arrays = Scored(query, keys, None, bias, mask, scale, bool(causal))
         scores = compute_score_keys(arrays, "rms")
     check_floating("scores", scores)
     axes = layout_of(keys.ndim, "Nd")[:-1]
@@ -191,7 +195,8 @@ def match_attention(
     )
     kept, counts = select_entries(scores, free, present, counts, 1)
     cache = keep_entries(keys, values, bias, kept, counts)
-    fitted = _fitted(Scored(query, keys, values, bias, mask, scale), kept, cache, ridge)
+    arrays = Scored(query, keys, values, bias, mask, scale, bool(causal))
+    fitted = _fitted(arrays, kept, cache, ridge)
     return KVCache(*map(convert_back, fitted))
 
 
@@ -236,12 +241,12 @@ def _heads(arrays: Scored, kept: Any) -> Iterator[tuple[tuple[int, ...], _Head]]
     for index in np.ndindex(keys.shape[:-2]):
         valid = None if head_mask is None else head_mask[index]
         unpadded = slice(None) if valid is None else valid
-        visible = visible_keys(num_queries, num_entries, valid, True)
+        visible = visible_keys(num_queries, num_entries, valid, arrays.causal)
         q = rows[index].astype(np.float64) * arrays.scale
         group = len(q) // num_queries
         # Queries of padding, which may be NaN, do not count.
         counted = np.ones(len(q), np.bool_)
-        if valid is not None:
+        if valid is not None and arrays.causal:
             counted = np.tile(valid[num_entries - num_queries :], group)
         head = _Head(
             q[counted],

@@ -75,6 +75,7 @@ class Options(NamedTuple):
     rotary: Rotary | None
     calibrate: bool
     scale: float
+    causal: bool
     rotate_at: str
     window: int
 
@@ -87,6 +88,7 @@ def merge_kv_cache(
     *,
     max_error: float | None = None,
     query: Array | None = None,
+    causal: bool = True,
     attention: FloatArray | None = None,
     positions: IntArray | None = None,
     inv_freq: Any = None,
@@ -128,8 +130,12 @@ def merge_kv_cache(
         H heads. The attention of the last 32 of them is a part of the mass, and
         calibrates the bias; the last 256 compare heads and layers. If T = N, and
         `attention` is not passed, all queries are used for `attention`.
+    causal : bool, default True
+        Whether `query` are those of the last entries. With False, they are any others,
+        such as those of a second reading of the text: each attends to all entries, and
+        T may be any number.
     attention : ndarray of shape (..., N), optional
-        Mean attention that each entry receives, such as the result of
+        Attention that each entry receives, such as the result of `score_keys`, or of
         `attention_received` with ``causal=True``, of H or a multiple of H heads.
     positions : ndarray of int of shape (N,) or (B, N), optional
         Positions by which the keys were rotated; by default 0..N-1.
@@ -255,13 +261,14 @@ def merge_kv_cache(
     check_bias(bias, keys, mask)
     present = present_entries(keys, bias, mask)  # (..., N), or None
     check_cache_values(keys, values, present)
-    scale = check_queries(query, keys, mask, scale)
+    scale = check_queries(query, keys, mask, scale, causal)
     check_attention(attention, keys, present)
     rotary = check_rotary(inv_freq, interleaved, rotary_scaling, keys.shape[-1])
     options = Options(
         rotary,
         check_flag("calibrate", calibrate),
         scale,
+        bool(causal),
         check_rotate_at(rotate_at, rotary),
         check_window(window),
     )
@@ -363,8 +370,8 @@ def compute_merge_kv_cache(
         )
     last = None
     if query is not None:
-        last = last_queries(query, keys, bias, mask, options.scale)
-        if attention is None:
+        last = last_queries(query, keys, bias, mask, options.scale, options.causal)
+        if attention is None and options.causal:
             attention = received_of_all(query, keys, bias, mask, options.scale)
     received = None  # of the last queries, (..., N)
     if last is not None:
@@ -374,7 +381,7 @@ def compute_merge_kv_cache(
     linkage_mass = mass ** mass.dtype.type(_LINKAGE_POWER)
     comparing = None  # queries by which heads are compared
     if cut.pool_size > 1 and query is not None:
-        comparing, _ = select_queries(query, keys, mask, MAX_QUERIES)
+        comparing, _ = select_queries(query, keys, mask, MAX_QUERIES, options.causal)
         linkage_mass = linkage_mass * head_weights(received, comparing, free)
     features = grouping_features(straight, values, comparing, free, options.rotary)
     mass = mass.reshape(-1, num_entries)

@@ -1,7 +1,7 @@
 """Scores of the entries of a cache, by which eviction selects what it keeps.
 
-T queries q_i are those of the last T of N entries. A_ij is the attention of query i to
-key j, with a causal mask. A key head is read by G query heads.
+T queries q_i are those of the last T of N entries, or any others. A_ij is the attention
+of query i to key j. A key head is read by G query heads.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -31,10 +31,12 @@ from .cache_checks import (
 )
 from .cache_mass import log_sum_exp_of, select_queries
 
-How = Literal["received", "snapkv", "expected", "rms", "last"]
+How = Literal["received", "snapkv", "expected", "rms", "last", "max"]
 HOWS: tuple[How, ...] = get_args(How)
 # How many of the last queries each score uses; None: all.
 _NUM_QUERIES = {"snapkv": 64, "rms": 256, "last": 1}
+# The power of the attention in the sums over queries; 0: the largest.
+_POWERS = {"rms": 2, "max": 0}
 _POOL = 5  # neighbours that "snapkv" averages
 _EPSILON = 0.02  # of "expected", relative to the mean attention 1/N
 
@@ -46,6 +48,7 @@ def score_keys(
     *,
     values: Array | None = None,
     how: How = "received",
+    causal: bool = True,
     bias: FloatArray | None = None,
     mask: BoolArray | None = None,
     scale: float | None = None,
@@ -56,22 +59,27 @@ def score_keys(
     ----------
     query : ndarray of shape (T, d), (B, T, d), (B, H, T, d) or (L, B, H, T, d)
         Queries of the last T ≤ N entries, rotated like the keys; float16, bfloat16,
-        float32 or float64. Attention is causal.
+        float32 or float64.
     keys : ndarray of shape (..., N, d)
         Keys of the dtype of `query`, of H heads or a number that divides H.
     values : ndarray of shape (..., N, d_v), optional
         Values, which only "expected" needs.
-    how : {"received", "snapkv", "expected", "rms", "last"}, default "received"
+    how : {"received", "snapkv", "expected", "rms", "last", "max"}, default "received"
         "received": the mean attention of the queries that may attend to the entry, as
         in `attention_received`. H2O [1]_ accumulates this attention.
         "snapkv": the mean attention of the last 64 queries, averaged over 5 neighbours;
-        the entries of these queries get the largest score [2]_.
+        the entries of these queries get the largest score, if `causal` [2]_.
         "expected": the attention that queries of the mean μ and the covariance Σ of the
         given ones are expected to pay, times the norm of the value [3]_:
         :math:`(\operatorname{softmax}_j(c\,\mu \cdot k_j + c^2 k_j^T \Sigma k_j / 2)
         + 0.02 / N)\,|v_j|`.
         "rms": the root mean square of the attention of the last 256 queries [4]_.
         "last": the attention of the last query [5]_.
+        "max": the largest attention of a query. This is the score of KVzip, if the
+        queries are those of a second reading of the text, with ``causal=False`` [6]_.
+    causal : bool, default True
+        Whether `query` are those of the last entries, so that attention is causal. With
+        False, each query attends to all entries, and T may be any number.
     bias : ndarray of shape (..., N), optional
         Bias of the entries, which is added to their scores of attention.
     mask : ndarray of shape (N,) or (B, N), optional
@@ -83,7 +91,7 @@ def score_keys(
     -------
     ndarray of shape (..., N)
         Scores ≥ 0 with the heads of `keys`: means over the query heads that read a key
-        head. float32, or float64 for float64 input.
+        head, or the largest of them for "max". float32, or float64 for float64 input.
 
     Raises
     ------
@@ -107,6 +115,8 @@ def score_keys(
     .. [4] "Attention matching", arXiv:2602.16284.
     .. [5] M. Oren et al., "Transformers are multi-state RNNs", EMNLP 2024,
        arXiv:2401.06104.
+    .. [6] J.-H. Kim et al., "KVzip: Query-agnostic KV cache compression with context
+       reconstruction", NeurIPS 2025, arXiv:2505.23416.
 
     Examples
     --------
@@ -125,10 +135,10 @@ def score_keys(
     mask = check_cache(keys, keys if values is None else values, mask)
     check_query_heads(query, keys)
     check_bias(bias, keys, mask)
-    scale = check_queries(query, keys, mask, scale)
+    scale = check_queries(query, keys, mask, scale, causal)
     present = None if mask is None else expand_mask(mask, keys.shape[:-1])
     check_cache_values(keys, keys if values is None else values, present)
-    arrays = Scored(query, keys, values, bias, mask, scale)
+    arrays = Scored(query, keys, values, bias, mask, scale, bool(causal))
     return convert_back(compute_score_keys(arrays, how))
 
 
@@ -141,6 +151,7 @@ class Scored(NamedTuple):
     bias: Any
     mask: Any  # (B, N)
     scale: float
+    causal: bool
 
 
 def compute_score_keys(arrays: Any, how: str) -> Any:
@@ -154,20 +165,24 @@ def compute_score_keys(arrays: Any, how: str) -> Any:
         arrays = arrays._replace(**dict(zip(("keys", "values"), zeroed, strict=True)))
     if how == "expected":
         return _expected(arrays)
-    query, keys, _, bias, mask, scale = arrays
-    query, counted = select_queries(query, keys, mask, _NUM_QUERIES.get(how))
-    options = {"bias": bias, "mask": mask, "scale": scale}
+    query, keys, _, bias, mask, scale, causal = arrays
+    query, counted = select_queries(query, keys, mask, _NUM_QUERIES.get(how), causal)
+    options = {"bias": bias, "causal": causal, "mask": mask, "scale": scale}
     z = log_sum_exp_of(query, keys, counted, **options)
-    power = 2 if how == "rms" else 1
-    total = attention_columns(query, keys, z, causal=True, **options, power=power)
+    power = _POWERS.get(how, 1)
+    total = attention_columns(query, keys, z, **options, power=power)
+    if how == "max":
+        return total
     group = total.dtype.type(key_rows(query, keys).shape[-2] // query.shape[-2])  # G
-    if how == "received":
+    if how == "received" and causal:
         return total / (_num_attending(query, counted, total) * group)
     rows = _num_rows(query, counted, total)
     mean = total / (rows * group)
     if how == "rms":
         return np.sqrt(mean)
-    return _pooled(mean, rows, mask) if how == "snapkv" else mean
+    if how == "snapkv":
+        return _pooled(mean, rows if causal else 0, mask)
+    return mean
 
 
 def _num_attending(query: Any, counted: Any, total: Any) -> Any:
@@ -218,7 +233,7 @@ def _pooled(scores: Any, num_rows: Any, mask: Any) -> Any:
     pooled = wide[..., :num_entries]
     for shift in range(1, _POOL):
         pooled = pooled + wide[..., shift : shift + num_entries]
-    pooled = np.where(window, zero, pooled)
+    pooled = np.where(window | ~present, zero, pooled)
     top = pooled.max(axis=-1, keepdims=True)
     # If every entry is in the window, all scores are equal.
     top = np.where(top > 0, top, scores.dtype.type(1))
@@ -243,8 +258,8 @@ def _expected(arrays: Scored) -> Any:
 
 def _expected_in(dtype: np.dtype[Any], arrays: Scored) -> Any:
     """Return the scores of `_expected`, computed in float32 or float64."""
-    query, keys, values, bias, mask, scale = arrays
-    query, counted = select_queries(query, keys, mask, None)
+    query, keys, values, bias, mask, scale, causal = arrays
+    query, counted = select_queries(query, keys, mask, None, causal)
     rows = query.reshape(*keys.shape[:-2], -1, *query.shape[-2:]).astype(dtype)
     count: Any = dtype.type(query.shape[-2])
     valid = None

@@ -105,6 +105,11 @@ def score_last(query, keys, bias=None):
     return np.array([math.fsum(column) / len(column) for column in a[:, 0].T])
 
 
+def score_max(query, keys, bias=None):
+    # The largest over all heads that read the key head.
+    return attention_of_heads(query, keys, bias).max((0, 1))
+
+
 def score_snapkv(query, keys, bias=None):
     """The mean over the last 64 queries; the entries before theirs are pooled by 5."""
     query = query[:, -64:]

@@ -93,6 +93,31 @@ def test_all_entries_need_no_fit(rng):
     np.testing.assert_array_equal(got.keys, keys)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_queries", [8, 30])  # also more than there are keys
+def test_queries_of_another_text_attend_to_all_entries(rng, masked, num_queries):
+    query, keys, values = cache(rng, num_queries=num_queries)
+    mask = None
+    if masked:
+        mask = np.ones((2, 20), bool)
+        mask[0, [0, 7, 19]] = False
+    got = qm.match_attention(query, keys, values, 6, mask=mask, causal=False)
+    # Causal queries of entries that nothing attends to, which follow the others.
+    more = [
+        np.concatenate([x, np.ones((2, 2, num_queries, x.shape[-1]))], -2)
+        for x in (keys, values)
+    ]
+    bias = np.zeros((2, 2, 20 + num_queries))
+    bias[..., 20:] = -np.inf
+    if masked:
+        mask = np.concatenate([mask, np.ones((2, num_queries), bool)], -1)
+    wanted = qm.match_attention(query, *more, 6, bias=bias, mask=mask)
+    # The fit stops after some steps, at which the order of sums shows.
+    for x, y in zip(got[:3], wanted[:3], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(got.positions, wanted.positions)
+
+
 def test_repeated_entries_by_hand():
     """One of two equal keys is kept: it must count twice, with the mean value."""
     keys = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])

@@ -186,6 +186,60 @@ class TestBiases:
             assert_close(cache.bias[k], wanted)
 
 
+class TestQueriesOfAnotherText:
+    """`causal=False`: all queries attend to all entries."""
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("attention", [False, True])
+    @pytest.mark.parametrize("num_queries", [12, 300])  # also more than entries
+    def test_they_are_causal_queries_of_absent_entries(
+        self, rng, masked, attention, num_queries
+    ):
+        keys, values = cache_of(rng)
+        query = rng.standard_normal((2, 4, num_queries, 8))
+        received = rng.random((2, 2, 60)) if attention else None
+        mask = None
+        if masked:
+            mask = np.ones((2, 60), bool)
+            mask[0, [0, 1, 2, 30, 58]] = False
+        options = {"inv_freq": INV_FREQ, "per_head": True, "sinks": 1, "recent": 5}
+        got = qm.merge_kv_cache(
+            keys, values, 20, query=query, causal=False, attention=received, mask=mask,
+            **options,
+        )  # fmt: skip
+        # Entries that nothing attends to follow the others, and have the queries.
+        more = np.ones((2, 2, num_queries, 13))
+        long_keys = np.concatenate([keys, more[..., :8]], -2)
+        long_values = np.concatenate([values, more[..., :5]], -2)
+        bias = np.zeros((2, 2, 60 + num_queries))
+        bias[..., 60:] = -np.inf
+        if masked:
+            mask = np.concatenate([mask, np.ones((2, num_queries), bool)], -1)
+        if attention:
+            received = np.concatenate([received, more[..., 0]], -1)
+        wanted = qm.merge_kv_cache(
+            long_keys, long_values, 20, query=query, attention=received, bias=bias,
+            mask=mask, **options,
+        )  # fmt: skip
+        np.testing.assert_array_equal(got.labels, wanted.labels[..., :60])
+        assert_close(got.keys, wanted.keys)
+        assert_close(got.values, wanted.values)
+        assert_close(got.bias, wanted.bias)
+
+    def test_as_many_queries_as_entries_are_not_their_own(self, rng):
+        keys, values = cache_of(rng)
+        query = rng.standard_normal((2, 4, 60, 8))
+        options = {"query": query, "inv_freq": INV_FREQ}
+        own = qm.merge_kv_cache(keys, values, 20, **options)
+        other = qm.merge_kv_cache(keys, values, 20, causal=False, **options)
+        assert not np.array_equal(own.labels, other.labels)
+        # Only the last 32 count; without a budget of several heads, no others.
+        last = {**options, "query": query[:, :, -32:]}
+        again = qm.merge_kv_cache(keys, values, 20, causal=False, **last)
+        for x, y in zip(other, again, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
 class TestParts:
     def test_padding_has_the_result_of_removing_it(self, rng):
         keys, values = cache_of(rng)
@@ -265,6 +319,7 @@ class TestParts:
         ({"positions": np.arange(59)}, ValueError, "`positions` must have shape"),
         ({"bias": np.full((2, 2, 60), np.nan)}, ValueError, "finite or -inf"),
         ({"calibrate": 1}, TypeError, "`calibrate` must be True or False"),
+        ({"causal": None}, TypeError, "`causal` must be True or False"),
         ({"keys": np.full((2, 2, 60, 8), 1e200)}, ValueError, "must lie within"),
         ({"keys": np.zeros((2, 2, 0, 8))}, ValueError, "must not be empty"),
         ({"values": np.zeros((2, 60, 5))}, ValueError, "`values` must have"),

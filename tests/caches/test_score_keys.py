@@ -90,6 +90,38 @@ def test_scores_by_hand():
 
 
 @hows
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_queries", [5, 30])  # also more than there are keys
+def test_queries_of_another_text_attend_to_all_entries(rng, how, masked, num_queries):
+    query, keys, values = arrays(rng, np.float64, (2, 2), num_queries=num_queries)
+    bias = rng.standard_normal((2, 2, 9))
+    mask = None
+    if masked:
+        mask = np.ones((2, 9), bool)
+        mask[0, [0, 4, 8]] = False
+        keys[0, :, [0, 4, 8]] = values[0, :, [0, 4, 8]] = np.nan
+    got = score(query, keys, values, how, bias=bias, mask=mask, causal=False)
+    if how == "expected":  # queries and keys have no order in its oracle
+        for b, h in np.ndindex(2, 2):
+            present = slice(None) if mask is None else mask[b]
+            entries = (x[b, h][present] for x in (keys, values))
+            one = wanted(
+                query[b, 2 * h : 2 * h + 2], *entries, how, bias[b, h][present]
+            )
+            assert_close(got[b, h][present], one)
+        return
+    # Causal queries of entries that nothing attends to, which follow the others.
+    absent = np.full((2, 2, num_queries), -np.inf)
+    longer = np.concatenate([keys, np.ones((2, 2, num_queries, 6))], -2)
+    if mask is not None:
+        mask = np.concatenate([mask, np.ones((2, num_queries), bool)], -1)
+    causal = qm.score_keys(
+        query, longer, how=how, bias=np.concatenate([bias, absent], -1), mask=mask
+    )
+    assert_close(got, causal[..., :9])
+
+
+@hows
 @pytest.mark.parametrize("leading", [(), (3,), (2, 2), (2, 3, 2)])
 def test_every_layout_is_a_stack_of_heads(rng, how, leading):
     query, keys, values = arrays(rng, leading=leading)
@@ -178,6 +210,7 @@ def test_one_entry(rng, how):
         ({"bias": np.full(9, np.nan)}, ValueError, "finite or -inf"),
         ({"mask": np.zeros(9, bool)}, ValueError, "at least one token"),
         ({"scale": 0.0}, ValueError, "`scale` must lie in"),
+        ({"causal": 1}, TypeError, "`causal` must be True or False"),
     ],
 )
 def test_wrong_input_is_named(change, error, message):
