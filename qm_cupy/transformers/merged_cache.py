@@ -17,8 +17,9 @@ from ..caches.budgets import head_budgets
 from ..caches.cache_checks import check_count, check_flag, check_window
 from ..caches.cache_entries import num_mergeable
 from ..caches.merge_kv_cache import WINDOW, RotateAt, check_rotate_at
-from .merged_layer import MergedLayer, MergeSettings
+from .merged_layer import MergedLayer, MergeSettings, exceeds_budget
 from .query_hooks import check_positions, install
+from .second_reading import read_again
 from .support import check_attention, check_config, rotary_of
 
 
@@ -50,11 +51,16 @@ class MergedCache(Cache):
     every : int, optional
         Also merge while decoding, each time when this many tokens were added. By
         default, the tokens that the model generates do not merge.
-    mass : {"received", "last"}, default "received"
-        Which attention decides the weights of entries: that of all queries and that of
-        the last 32, or only that of the last 32. For long prompts, "last" is faster:
-        the time of "received" grows with the square of the prompt's length, as that of
-        the model's own attention does.
+    mass : {"received", "last", "reread"}, default "received"
+        Which attention decides the weights of entries. "received": that of all queries,
+        and that of the last 32. "last": only that of the last 32, which is faster for
+        long prompts; the time of the others grows with the square of the prompt's
+        length, as that of the model's own attention does. "reread": before entries
+        merge, the model reads their tokens a second time, after the text, and the
+        weight is the largest attention that an entry receives then. Use it if single
+        facts of the text will be asked for: a model looks at them when it copies them,
+        and not when it first reads them. It takes the time of a second prompt, and
+        positions of up to 2,048 more tokens. Pass ``recent=8, per_head=True`` with it.
     per_layer : bool, default True
         As in `merge_kv_cache`: the budget is the mean of the layers. They merge when
         the last layer has read the prompt, and need memory for a copy of their entries
@@ -103,7 +109,7 @@ class MergedCache(Cache):
         budget: float = 0.25,
         *,
         every: int | None = None,
-        mass: Literal["received", "last"] = "received",
+        mass: Literal["received", "last", "reread"] = "received",
         per_layer: bool = True,
         per_head: bool = False,
         sinks: int = 4,
@@ -127,7 +133,11 @@ class MergedCache(Cache):
         head_budgets(budget, (), large)  # raises for a wrong budget
         if every is not None and check_integer("every", every) < 1:
             raise ValueError(f"`every` must be at least 1, got {every}")
-        check_choice("mass", mass, ("received", "last"))
+        check_choice("mass", mass, ("received", "last", "reread"))
+        if mass == "reread" and not is_model:
+            raise ValueError(
+                '`mass="reread"` needs the model, got its configuration: pass the model'
+            )
         rotary = rotary_of(config, model if is_model else None)
         options: dict[str, Any] = {
             "per_layer": check_flag("per_layer", per_layer),
@@ -146,14 +156,13 @@ class MergedCache(Cache):
                 f"`budget` has no room beside `sinks` and `recent`, got {budget}: "
                 "raise the budget, or lower these"
             )
-        settings = MergeSettings(
-            budget, every, options, rotary, is_model, mass == "received"
-        )
+        settings = MergeSettings(budget, every, options, rotary, is_model, mass)
         count = config.num_hidden_layers
         super().__init__(layers=[MergedLayer(settings, config) for _ in range(count)])
         for layer in self.layers:
             layer.of_cache = self.layers
         self._config = config
+        self._reads_again = False
         self._attach(model if is_model else None)
 
     def _attach(self, model: Any) -> None:
@@ -202,6 +211,41 @@ class MergedCache(Cache):
                 layer.pad(longest)
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+    def before_model(self, inputs: dict[str, Any]) -> None:
+        """Note the tokens of a forward pass, if they are to be read again."""
+        first = self.layers[0]
+        if first.settings.mass != "reread" or self._reads_again:
+            return
+        for name in ("input_ids", "inputs_embeds"):
+            if inputs.get(name) is not None:
+                first.tokens.append((name, inputs[name].detach()))
+
+    def after_model(self, decoder: Any, name: str) -> None:
+        """Read the tokens again and merge, if that is due after a forward pass.
+
+        `name` is the name by which the decoder takes the cache.
+        """
+        first = self.layers[0]
+        if first.settings.mass != "reread" or self._reads_again:
+            return
+        if not first.is_due(first.tokens[-1][1].shape[1]):
+            return
+        groups = (
+            [self.layers]
+            if first.settings.options["per_layer"]
+            else [[layer] for layer in self.layers]
+        )
+        if any(map(exceeds_budget, groups)):
+            self._reads_again = True
+            try:
+                read_again(self, decoder, name)
+            finally:
+                self._reads_again = False
+            for layer in self.layers:
+                layer.merge()
+        for layer in self.layers:
+            layer.since_merge = 0
 
     @property
     def num_stored(self) -> int:

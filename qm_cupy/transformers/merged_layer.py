@@ -30,10 +30,16 @@ class MergeSettings(NamedTuple):
     rotary: Rotary | None
     from_queries: bool
     """Whether hooks bring the queries of a forward pass, and then merge."""
-    received: bool
-    """Whether the attention of all queries counts, or only that of the last ones."""
+    mass: str
+    """Which attention counts: "received", "last" or "reread"."""
     merges: bool = True
     """Whether entries merge at all; False after `remove`."""
+
+
+# What a forward pass changes in a layer.
+_STATE = (
+    "keys", "values", "bias", "positions", "received", "counts", "seen", "since_merge",
+)  # fmt: skip
 
 
 class MergedLayer(DynamicLayer):
@@ -55,13 +61,18 @@ class MergedLayer(DynamicLayer):
         self.since_merge = 0  # tokens since the last merge
         self.bias: torch.Tensor | None = None  # (B, H, N), None before the first merge
         self.positions: Any = None  # (B, H, N)
-        # The sum of the attention that each entry received, and from how many queries.
+        # The sum of the attention that each entry received, and from how many queries;
+        # or the largest attention in second readings, without the numbers.
         self.received: Any = None
         self.counts: Any = None
         self.queries: list[torch.Tensor] = []  # (B, H_q, T, d) since the last merge
         self.last_queries: torch.Tensor | None = None  # of the merge that follows
         self.waits = False  # whether the hook has not run since the last `update`
         self.checked = False  # whether the hook computes the queries rightly
+        # In the first layer: what the model has read since the last second reading.
+        self.tokens: list[tuple[str, torch.Tensor]] = []
+        self._before: dict[str, Any] | None = None  # the state, in a second reading
+        self._rows: Any = None  # of the queries to keep of a second reading
 
     def update(
         self,
@@ -100,7 +111,7 @@ class MergedLayer(DynamicLayer):
         self._append_state(keys, num_new)
         if self.bias is not None:
             arguments["position_bias"] = self._position_bias(keys, num_new, arguments)
-        if not self.settings.from_queries and self._is_due(num_new):
+        if not self.settings.from_queries and self.is_due(num_new):
             self.merge()  # `keys` and `values` still have all entries
         return keys, values
 
@@ -133,7 +144,7 @@ class MergedLayer(DynamicLayer):
         bias = self.bias.to(keys.dtype).repeat_interleave(heads, dim=1)
         return bias[:, :, None].expand(-1, -1, num_new, -1)
 
-    def _is_due(self, num_new: int) -> bool:
+    def is_due(self, num_new: int) -> bool:
         """Return whether the entries are to be merged after this forward pass."""
         every = self.settings.every
         if not self.settings.merges:
@@ -143,14 +154,45 @@ class MergedLayer(DynamicLayer):
     def after_attention(self, query: torch.Tensor | None, num_new: int) -> None:
         """Take the rotated queries (B, H_q, T, d) of a forward pass, and merge."""
         self.waits = False
+        if self.settings.mass == "reread":  # after all layers, the cache merges
+            if self.is_read_again:
+                self._score(query)
+            return
         if query is not None:
             self.queries.append(query)
-        if self._is_due(num_new):
+        if self.is_due(num_new):
             self.merge()
 
     def wants_queries(self, num_new: int) -> bool:
         """Return whether the queries of a forward pass will be used."""
+        if self.settings.mass == "reread":
+            return self.is_read_again
         return num_new > 1 or self.settings.every is not None
+
+    @property
+    def is_read_again(self) -> bool:
+        """Whether the forward pass is a part of a second reading."""
+        return self._before is not None
+
+    def start_second_reading(self, rows: torch.Tensor) -> None:
+        """Begin a pass that leaves no entries, but the queries of these rows (R,)."""
+        self._before = {name: getattr(self, name) for name in _STATE}
+        self._rows = rows
+
+    def end_second_reading(self) -> None:
+        """Remove the entries of the pass, if its attention has not done so."""
+        for name, x in (self._before or {}).items():
+            setattr(self, name, x)
+        self._before, self.waits = None, False
+
+    def _score(self, query: torch.Tensor | None) -> None:
+        """Score the entries by the queries (B, H_q, T, d) of a second reading."""
+        assert query is not None
+        self.end_second_reading()  # before the scores, whose entries are those before
+        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale}
+        largest = score_keys(query, self.keys, how="max", causal=False, **options)
+        self.received = torch.maximum(self.received, largest.float())
+        self.queries.append(query[:, :, self._rows.to(query.device)])
 
     def merge(self) -> None:
         """Merge the stored entries to the budget, if there are more.
@@ -159,7 +201,7 @@ class MergedLayer(DynamicLayer):
         """
         query = torch.cat(self.queries, dim=-2) if self.queries else None
         self.queries, self.since_merge = [], 0
-        if query is not None and self.settings.received:
+        if query is not None and self.settings.mass == "received":
             self._add_received(query)
         if query is not None:  # a copy, so that the memory of the others is free
             query = query[..., -min(MAX_QUERIES, query.shape[-2]) :, :].clone()
@@ -170,9 +212,12 @@ class MergedLayer(DynamicLayer):
             merge_layers(self.of_cache)
 
     def attention(self) -> torch.Tensor | None:
-        """Return the mean attention received (B, H, N), if it counts and is known."""
-        if not (self.settings.from_queries and self.settings.received):
+        """Return the attention received (B, H, N), if it counts and is known."""
+        mass = self.settings.mass
+        if mass == "last" or not self.settings.from_queries:
             return None
+        if mass == "reread":
+            return self.received
         return self.received / self.counts.clamp(min=1)
 
     def take(self, merged: KVCache[Any], count: int) -> None:
@@ -229,7 +274,9 @@ class MergedLayer(DynamicLayer):
         inside = labels.clamp(min=0)
         zeros = torch.zeros(shape, dtype=torch.float32, device=labels.device)
         present = (labels >= 0).float()
-        self.received = zeros.scatter_add(-1, inside, self.received * present)
+        how = "amax" if self.settings.mass == "reread" else "sum"
+        received = self.received * present
+        self.received = zeros.scatter_reduce(-1, inside, received, how)
         self.counts = zeros.scatter_reduce(-1, inside, self.counts * present, "amax")
         self.positions = self.positions.masked_fill(absent, 0)
 
@@ -294,20 +341,29 @@ class MergedLayer(DynamicLayer):
             x = getattr(self, name)
             setattr(self, name, None if x is None else select(x))
         self.queries = [select(x) for x in self.queries]
+        self.tokens = [(name, select(x)) for name, x in self.tokens]
+
+
+def exceeds_budget(layers: list[MergedLayer]) -> bool:
+    """Return whether layers that have one budget have more entries, so that they merge.
+
+    They do not if the budget has no room for entries that may merge.
+    """
+    first = layers[0]
+    count, options = first.num_kept(), first.settings.options
+    present = sum(layer.mean_present() for layer in layers)
+    room = num_mergeable(count, options["sinks"], options["recent"])
+    return count * len(layers) < present and room > 0
 
 
 def merge_layers(layers: list[MergedLayer]) -> None:
     """Merge the entries of layers that have one budget, if there are more."""
     first = layers[0]
     count, options = first.num_kept(), first.settings.options
-    present = sum(layer.mean_present() for layer in layers)
     queries = [layer.last_queries for layer in layers]
     for layer in layers:
         layer.last_queries = None
-    if (
-        count * len(layers) >= present
-        or num_mergeable(count, options["sinks"], options["recent"]) < 1
-    ):
+    if not exceeds_budget(layers):
         return
     if len({layer.keys.device for layer in layers}) > 1:
         raise ValueError(
@@ -329,6 +385,7 @@ def merge_layers(layers: list[MergedLayer]) -> None:
         stacked([layer.values for layer in layers]),
         count,
         query=stacked(queries),
+        causal=first.settings.mass != "reread",
         attention=stacked([layer.attention() for layer in layers]),
         positions=stacked([layer.positions for layer in layers]),
         bias=stacked([layer.bias for layer in layers]),

@@ -75,24 +75,47 @@ def install(cache: Any, model: Any) -> list[Any]:
             query = _query(module, hidden, embeddings, layer)
         layer.after_attention(query, num_new)
 
+    decoder = model.base_model
+
     def before_model(module: Any, args: Any, kwargs: Any) -> None:
-        owner = reference()
-        passed = dict(
-            zip(inspect.signature(module.forward).parameters, args, strict=False)
-        )
-        passed.update(kwargs)
-        caches = passed.get("cache"), passed.get("past_key_values")
-        if owner is not None and any(x is owner for x in caches):
-            check_padding(passed.get("attention_mask"))
+        owner, inputs = reference(), _arguments(module, args, kwargs)
+        if owner is None or _name_of(owner, inputs) is None:
+            return
+        check_padding(inputs.get("attention_mask"))
+        if module is decoder:
+            owner.before_model(inputs)
+
+    def after_model(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        owner, inputs = reference(), _arguments(module, args, kwargs)
+        if owner is None:
+            return
+        name = _name_of(owner, inputs)
+        if name is not None:
+            owner.after_model(module, name)
 
     handles = [
         module.register_forward_hook(after_attention, with_kwargs=True)
         for module in attention_modules(model)
     ]
     # A model with a head, and the decoder inside, which may be called by itself.
-    for module in {model, model.base_model}:
+    for module in {model, decoder}:
         handles.append(module.register_forward_pre_hook(before_model, with_kwargs=True))
+    handles.append(decoder.register_forward_hook(after_model, with_kwargs=True))
     return handles
+
+
+def _arguments(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
+    names = inspect.signature(module.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _name_of(cache: Any, inputs: dict[str, Any]) -> str | None:
+    """Return by which name a call has the cache, or None if it does not."""
+    for name in ("cache", "past_key_values"):
+        if inputs.get(name) is cache:
+            return name
+    return None
 
 
 def check_padding(mask: Any) -> None:
