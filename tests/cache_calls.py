@@ -44,7 +44,10 @@ def language_model(tokens):
     _, state = model.read(tokens[:, : size // 2])
     rest, state = model.read(tokens[:, size // 2 :], state, last_only=True)
     last, state = model.step(tokens[:, 0], state, size=3)
-    return whole, rest, last, state.keys, state.bias
+    again = model.reread(tokens, state)
+    merged = again.merge(size // 2 + 1, sinks=1, recent=2)
+    scores = again.attended.largest
+    return whole, rest, last, state.keys, state.bias, scores, merged.keys, merged.bias
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import numpy as np
 from ..arrays.checks import check_integer
 from ..arrays.conversion import convert_inputs
 from ..caches.budgets import head_budgets
-from ..caches.cache_checks import check_count
+from ..caches.cache_checks import check_count, check_flag
 from ..caches.cache_entries import num_mergeable
 from ..cuda.device import to_host
 from .llama_weights import Settings
@@ -23,6 +23,9 @@ class Reader(Protocol):
     ) -> tuple[Any, ModelState]:
         """Return logits and the state after tokens."""
 
+    def reread(self, tokens: Any, state: ModelState) -> ModelState:
+        """Return a state that merges by a second reading of tokens."""
+
 
 def generate_ids(
     model: Reader,
@@ -33,6 +36,7 @@ def generate_ids(
     budget: Any,
     every: Any,
     stop: Any,
+    reread: Any,
     options: dict[str, Any],
 ) -> Any:
     """Return the tokens (..., T) with the highest logits after ids (..., N)."""
@@ -40,12 +44,15 @@ def generate_ids(
     check_ids("ids", text, settings)
     wanted = check_count("num_tokens", num_tokens)
     stop = None if stop is None else check_count("stop", stop)
+    if check_flag("reread", reread) and budget is None:
+        raise TypeError("`reread` needs a `budget`, which is None")
     _check_budget(budget, every, options)
     options = {"per_layer": True, **options}
     if wanted == 0:
         return convert_back(text[..., :0].copy())
     logits, state = model.read(text, last_only=True)
-    state, since_merge = _merged(state, budget, options), 0
+    merge = _Merge(budget, options, model if reread else None)
+    state, since_merge = merge(state, text), 0
     new: list[Any] = []
     while True:
         token = np.argmax(logits, axis=-1).astype(text.dtype)  # (..., 1)
@@ -58,7 +65,7 @@ def generate_ids(
         logits, state = model.read(token, state)
         since_merge += 1
         if every is not None and since_merge >= every:
-            state, since_merge = _merged(state, budget, options), 0
+            state, since_merge = merge(state, *new[-since_merge:]), 0
 
 
 def _check_budget(budget: Any, every: Any, options: dict[str, Any]) -> None:
@@ -76,17 +83,31 @@ def _check_budget(budget: Any, every: Any, options: dict[str, Any]) -> None:
             check_count(name, options[name])
 
 
-def _merged(state: ModelState, budget: Any, options: dict[str, Any]) -> ModelState:
-    """Return a state merged to the budget, or the state if it is short enough.
+class _Merge:
+    """Merges states to a budget, and has their tokens read again before."""
 
-    A fraction is one of all tokens read.
-    """
-    if budget is None:
-        return state
-    seen = np.array(state.num_seen)
-    count = int(head_budgets(budget, (), seen)) if isinstance(budget, float) else budget
-    own = {name: options[name] for name in ("sinks", "recent") if name in options}
-    room = num_mergeable(count, **own)
-    if count >= state.mean_stored() or room < 1:
-        return state
-    return state.merge(count, **options)
+    def __init__(self, budget: Any, options: dict[str, Any], again: Any) -> None:
+        self.budget, self.options = budget, options
+        self.again = again  # the model, or None: then nothing is read again
+        self.tokens: list[Any] = []  # since the last merge
+
+    def __call__(self, state: ModelState, *tokens: Any) -> ModelState:
+        """Return a merged state after new tokens, or the state if it is short enough.
+
+        A fraction is one of all tokens read.
+        """
+        budget, options = self.budget, self.options
+        if budget is None:
+            return state
+        self.tokens += tokens
+        count, seen = budget, np.array(state.num_seen)
+        if isinstance(budget, float):
+            count = int(head_budgets(budget, (), seen))
+        own = {name: options[name] for name in ("sinks", "recent") if name in options}
+        room = num_mergeable(count, **own)
+        if count >= state.mean_stored() or room < 1:
+            return state
+        if self.again is not None:
+            state = self.again.reread(np.concatenate(self.tokens, axis=-1), state)
+        self.tokens = []
+        return state.merge(count, **options)

@@ -24,6 +24,7 @@ from .llama_weights import EMBEDDING
 from .model_state import ModelState
 from .read_checks import Inputs, check_embeddings, check_ids, check_state, inputs_of
 from .reading import predict_logits, read_tokens
+from .rereading import read_tokens_again
 
 
 class LanguageModel(LlamaModel):
@@ -211,6 +212,64 @@ class LanguageModel(LlamaModel):
         return convert_back(logits), state
 
     @on_callers_stream
+    def reread(self, tokens: Array, state: ModelState) -> ModelState:
+        """Read tokens of a state a second time, so that it merges by their attention.
+
+        The tokens are read after the text, but their entries are not kept. The next
+        merge weighs an entry by the largest attention that it receives from them [1]_,
+        and calibrates its bias by them. So it keeps single facts that later tokens may
+        ask for, to which the text itself pays little attention.
+
+        Parameters
+        ----------
+        tokens : ndarray of int of shape (K,) or (B, K), or of float (K, D) or (B, K, D)
+            The text that the state has read, or its part since the last merge.
+        state : ModelState
+            The state after these tokens.
+
+        Returns
+        -------
+        ModelState
+            A state with the same entries. Reading other tokens ends the effect of the
+            second reading: call `reread` just before `ModelState.merge`.
+
+        Raises
+        ------
+        TypeError
+            If a dtype is wrong, or `state` is not a state of `read` or `step`.
+        ValueError
+            If a shape does not fit, an entry is not finite, a number is not in the
+            vocabulary, or there are more tokens than the state has read.
+
+        References
+        ----------
+        .. [1] J.-H. Kim et al., "KVzip: Query-agnostic KV cache compression with
+           context reconstruction", NeurIPS 2025, arXiv:2505.23416.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qm_cupy as qm
+        >>> model = qm.LanguageModel.init(50, 16, num_heads=2, num_layers=2, seed=0)
+        >>> ids = np.random.default_rng(0).integers(0, 50, 40)
+        >>> _, state = model.read(ids)
+        >>> model.reread(ids, state).merge(20, recent=8)
+        ModelState(40 tokens, 20 entries in 2 layers, float32)
+        """
+        _, tokens = convert_inputs({"tokens": tokens})
+        if tokens.dtype.kind in "iu":
+            tokens = self._embedded("tokens", tokens)
+        check_embeddings("tokens", tokens, self._settings, "KD", "BKD")
+        x = inputs_of(tokens, None, None, ("positions", "sizes")).x
+        check_state(state, x, self._settings)
+        if not 1 <= x.shape[1] <= state.num_seen:
+            raise ValueError(
+                f"`tokens` must be among the {state.num_seen} that the state has read, "
+                f"got {x.shape[1]} tokens"
+            )
+        return read_tokens_again(x, state, self.prepared_weights(x), self._settings)
+
+    @on_callers_stream
     def step(
         self,
         token: Array,
@@ -271,6 +330,7 @@ class LanguageModel(LlamaModel):
         budget: Any = None,
         every: int | None = None,
         stop: int | None = None,
+        reread: bool = False,
         **options: Any,
     ) -> IntArray:
         """Return the tokens that follow a text: always the one with the highest logit.
@@ -291,6 +351,9 @@ class LanguageModel(LlamaModel):
         stop : int, optional
             A token that ends a text. Tokens after it are `stop` too, and there are
             fewer than T if all B texts have ended.
+        reread : bool, default False
+            Whether the tokens since the last merge are read a second time before a
+            merge, as in `reread`.
         **options
             As in `ModelState.merge`, but `per_layer` is True by default: the budget is
             the mean of the layers.
@@ -308,7 +371,7 @@ class LanguageModel(LlamaModel):
             If a shape does not fit, a number is not in the vocabulary, or an option is
             out of range.
         """
-        rest: Any = {"budget": budget, "every": every, "stop": stop}
+        rest: Any = {"budget": budget, "every": every, "stop": stop, "reread": reread}
         args = self, self._settings, ids, num_tokens
         return generate_ids(*args, **rest, options=options)
 

@@ -24,8 +24,8 @@ from .state_entries import Entries
 
 # Arguments of `merge_kv_cache` that a state has itself.
 _OWN = (
-    "keys", "values", "query", "attention", "positions", "inv_freq", "interleaved",
-    "rotary_scaling", "bias", "scale", "mask",
+    "keys", "values", "query", "causal", "attention", "positions", "inv_freq",
+    "interleaved", "rotary_scaling", "bias", "scale", "mask",
 )  # fmt: skip
 
 
@@ -111,7 +111,8 @@ class ModelState:
         """Return a state with fewer entries, to which attention is almost the same.
 
         The entries of each layer and head are merged by `merge_kv_cache`, with the last
-        queries and the attention that the entries have received. Positions of later
+        queries and the attention that the entries have received; after
+        `LanguageModel.reread`, with those of the second reading. Positions of later
         tokens go on from `num_seen`.
 
         Parameters
@@ -155,8 +156,7 @@ class ModelState:
             keys,
             values,
             budget,
-            query=attended.query(),
-            attention=attended.mean(),
+            **attended.arguments(),
             positions=positions,
             inv_freq=self.inv_freq,
             bias=bias if self.biased else None,
@@ -190,6 +190,16 @@ class Attended:
     """(L, B, H, N): from how many queries."""
     queries: tuple[Any, ...] = ()
     """(L, B, H_q, T, d): the last queries since the last merge, in parts."""
+    largest: Any = None
+    """(L, B, H, N): the largest attention in second readings, or None before one."""
+    again: Any = None
+    """(L, B, H_q, T, d): queries of a second reading, until other tokens are read."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `merge_kv_cache` by name."""
+        if self.again is not None:
+            return {"query": self.again, "causal": False, "attention": self.largest}
+        return {"query": self.query(), "attention": self.mean()}
 
     def mean(self) -> Any:
         """Return the mean attention that each entry received (L, B, H, N)."""
@@ -242,7 +252,9 @@ class _Groups:
         flat = before.received.reshape(self.labels.shape)[..., None]
         mean = compute_merge_tokens(flat, self.labels, self.counts, mass=None)
         received = mean.reshape(self.sizes.shape) * self.sizes.astype(mean.dtype)
-        return Attended(received.reshape(self.shape), self.largest(before.counts))
+        largest = None if before.largest is None else self.largest(before.largest)
+        counts = self.largest(before.counts)
+        return Attended(received.reshape(self.shape), counts, largest=largest)
 
     def largest(self, x: Any) -> Any:
         """Return the largest x (L, B, H, N) of each group (L, B, H, K)."""

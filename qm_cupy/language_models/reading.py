@@ -26,7 +26,7 @@ def predict_logits(inputs: Inputs, weights: Mapping[str, Any], model: Settings) 
     x, positions, bias = inputs
     scale = model.head_dim**-0.5
     if positions is None:
-        positions = _range(0, x)
+        positions = following(0, x)
 
     def attention(layer: int, query: Any, keys: Any, values: Any) -> Any:
         b = None if bias is None else np.broadcast_to(bias, keys.shape[:-1])
@@ -50,7 +50,7 @@ def read_tokens(
     first = 0 if state is None else state.next_position
     end = first + x.shape[1]
     if positions is None:
-        positions = _range(first, x)
+        positions = following(first, x)
     else:  # padding of merged tokens has position -1
         end = positions.max(axis=-1) + 1
     reading = Reading.after(state, x, positions, bias, model)
@@ -59,7 +59,7 @@ def read_tokens(
     return logits, reading.state(state, end, convert_back)
 
 
-def _range(first: Any, x: Any) -> Any:
+def following(first: Any, x: Any) -> Any:
     """Return the positions (T,) or (B, T) of tokens x from a first one () or (B,)."""
     count = np.arange(x.shape[1], like=x)
     return count + (first if isinstance(first, int) else first[:, None])
@@ -153,4 +153,8 @@ class Reading:
             return Attended(received, counts, (query,))
         received[..., : self.start] += self.before.received
         counts[..., : self.start] += self.before.counts
-        return Attended(received, counts, self.before.with_queries(query))
+        largest = self.before.largest
+        if largest is not None:  # 0 for the new entries
+            old, largest = largest, np.zeros(counts.shape, counts.dtype, like=counts)
+            largest[..., : self.start] = old
+        return Attended(received, counts, self.before.with_queries(query), largest)

@@ -9,7 +9,7 @@ DynamicCache = pytest.importorskip("transformers").DynamicCache
 ATTENTION = pytest.importorskip("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
 MergedCache = pytest.importorskip("qm_cupy.transformers").MergedCache
 merged_layer = pytest.importorskip("qm_cupy.transformers.merged_layer")
-second_reading = pytest.importorskip("qm_cupy.transformers.second_reading")
+second_reading = pytest.importorskip("qm_cupy.caches.second_reading")
 tiny_models = pytest.importorskip("tiny_models")
 model_of, prompt_of = tiny_models.model_of, tiny_models.prompt_of
 
