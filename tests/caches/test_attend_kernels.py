@@ -152,7 +152,10 @@ def test_attend_of_wide_heads(dtype):
 def test_attention_columns(dtype, num_tokens):
     num_queries = max(1, num_tokens // 16)
     query, keys, values, bias = inputs(dtype, num_tokens, num_queries)
-    for power, causal, b in ((1, True, None), (2, False, bias)):
+    # Power 0 is the largest attention.
+    for power, causal, b in (
+        (1, True, None), (2, False, bias), (0, True, bias), (0, False, None),
+    ):  # fmt: skip
         _, z = qm.attend(query, keys, values, bias=b, causal=causal)
         z[0, 0] = -np.inf  # this head's queries do not count
         got = qm_columns(query, keys, z, b, causal, power)
@@ -168,7 +171,11 @@ def test_attention_columns(dtype, num_tokens):
                     oracle.scores(q, keys[s, h], own, q.shape[1] ** -0.5, causal)
                 )
                 sums = np.array([oracle.log_sum_exp(row) for row in rows])
-                wanted = wanted + (np.exp(rows - sums[:, None]) ** power).sum(axis=0)
+                weights = np.exp(rows - sums[:, None])
+                if power:
+                    wanted = wanted + (weights**power).sum(axis=0)
+                else:
+                    wanted = np.maximum(wanted, weights.max(axis=0))
             np.testing.assert_allclose(got[s, h], wanted, rtol=2e-4, atol=1e-6)
 
 
