@@ -65,7 +65,7 @@ class Method(NamedTuple):
 
 def merged(
     prompt: Prompt,
-    count: int,
+    count: int | None,
     *,
     queries: int = 256,
     received: bool = True,
@@ -201,21 +201,9 @@ def sinks_and_recent(prompt: Prompt, layer: int, count: int) -> Any:
 def matched(prompt: Prompt, layer: int, count: int, recent: float, ridge: float) -> Any:
     """Keep entries, and fit their biases and values to queries that read it again."""
     query = prompt.repeated[layer][:, :, -REPEATED:]
-    # The queries follow the cache: entries in which they do not look stand for theirs.
-    num_queries, keys = query.shape[-2], prompt.keys[layer]
-    absent = torch.zeros((*keys.shape[:-2], num_queries, keys.shape[-1]))
-    bias = torch.zeros(keys.shape[:-1])
-    none = torch.full(absent.shape[:-1], -torch.inf)
-    return qm.match_attention(
-        query,
-        torch.cat([keys, absent], dim=-2),
-        torch.cat([prompt.values[layer], absent], dim=-2),
-        count,
-        bias=torch.cat([bias, none], dim=-1),
-        sinks=SINKS,
-        recent=int(recent * count),
-        ridge=ridge,
-    )
+    arrays = query, prompt.keys[layer], prompt.values[layer], count
+    options = {"sinks": SINKS, "recent": int(recent * count), "ridge": ridge}
+    return qm.match_attention(*arrays, causal=False, **options)
 
 
 def tome(prompt: Prompt, layer: int, count: int, recent: float) -> Any:

@@ -68,6 +68,12 @@ def layers_of(cache: Any) -> list[Shortened]:
     ]
 
 
+def mean_kept(layers: list[Shortened]) -> float:
+    """Return the mean number of entries of a head, without padding."""
+    present = [x.bias.isfinite().sum(-1).float().mean() for x in layers]
+    return float(torch.stack(present).mean())
+
+
 def mean_divergence(expected: torch.Tensor, predicted: torch.Tensor) -> float:
     """Return the mean KL divergence of log-probabilities (T, V), in nats."""
     return float((expected.exp() * (expected - predicted)).sum(-1).mean())
@@ -88,7 +94,7 @@ def read(model: Any, ids: list[int], repeated: int = REPEATED) -> Prompt:
     tokens = torch.tensor([ids])
     with MergedCache(model, 1.0) as cache:
         for layer in cache.layers:
-            layer.after_attention = partial(_take, layer, queries)
+            layer.after_attention = partial(take_queries, layer, queries)
         model.model(tokens, cache=cache)  # without the logits
         keys = [layer.keys for layer in cache.layers]
         values = [layer.values for layer in cache.layers]
@@ -100,7 +106,7 @@ def read(model: Any, ids: list[int], repeated: int = REPEATED) -> Prompt:
     return Prompt(tokens, keys, values, queries, received, inv_freq, again)
 
 
-def _take(
+def take_queries(
     layer: Any, queries: list[torch.Tensor], query: torch.Tensor, num_new: int
 ) -> None:
     """Append the queries of a layer to a list, instead of merging its entries."""
@@ -128,9 +134,14 @@ def mean_received(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (total / counts)[None]
 
 
-def filled_cache(model: Any, layers: list[Shortened], num_seen: int) -> MergedCache:
-    """Return a cache with these entries, after which position `num_seen` follows."""
-    cache = MergedCache(model.config, 1.0)
+def filled_cache(
+    model: Any, layers: list[Shortened], num_seen: int, hooks: bool = False
+) -> MergedCache:
+    """Return a cache with these entries, after which position `num_seen` follows.
+
+    With `hooks`, the model brings it the queries.
+    """
+    cache = MergedCache(model if hooks else model.config, 1.0)
     for layer, (keys, values, bias) in zip(cache.layers, layers, strict=True):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.bias = keys, values, bias.float()

@@ -11,7 +11,7 @@ repeat the context). The attention is relative to the entries of the context alo
 from functools import partial
 
 import torch
-from cache_methods import SINKS
+from cache_budgets import evicted
 from cache_reading import Prompt, Shortened, layers_of
 
 import qm_cupy as qm
@@ -33,22 +33,7 @@ def largest_attention(prompt: Prompt) -> torch.Tensor:
 
 def kvzip(prompt: Prompt, count: int) -> list[Shortened]:
     """Keep the entries with the largest scores of all layers and heads."""
-    scores = largest_attention(prompt)
-    scores[..., :SINKS] = scores[..., -RECENT:] = torch.inf
-    # The entries of all heads compete, as with KVzip's own budgets.
-    limit = scores.flatten().topk(count * scores[..., 0].numel()).values[-1]
-    layers = []
-    rows = zip(scores >= limit, prompt.keys, prompt.values, strict=True)
-    for wanted, keys, values in rows:
-        longest = int(wanted.sum(-1).max())
-        order = wanted.byte().sort(dim=-1, descending=True, stable=True).indices
-        order = order[:, :longest]  # (H, K), the wanted entries first
-        bias = torch.zeros(order.shape)
-        bias[~wanted.gather(-1, order)] = -torch.inf
-        both = (x[0].gather(1, order[..., None].expand(-1, -1, x.shape[-1]))[None]
-                for x in (keys, values))  # fmt: skip
-        layers.append(Shortened(*both, bias[None]))
-    return layers
+    return evicted(prompt, largest_attention(prompt), count, RECENT)
 
 
 def merged_again(

@@ -24,8 +24,11 @@ from typing import Any
 import numpy as np
 import smollm2
 import torch
+from cache_budgets import ONE_BUDGET
+from cache_improvements import TRIED
 from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, VARIANTS
 from cache_reading import mean_divergence, predict, read
+from cache_rereading import REREADING
 from documents import Document, byte_documents, documents
 from lm_continuation import Trial, continuation, summary
 from report import write_json
@@ -50,6 +53,18 @@ def plan(num_tokens: int) -> list[Trial]:
     if whole:
         trials += [Trial(name, x, 0.25) for name, x in VARIANTS.items()]
     return trials
+
+
+def more_trials() -> list[Trial]:
+    """Return what is compared with merging in a second table, at two budgets.
+
+    These are contenders with one budget for all heads, methods that read the context
+    twice, and what was tried to lose less. Merging itself is measured again beside
+    them, because all of the context is read a second time here.
+    """
+    ours = ("merge_kv_cache, per_layer, per_head", "merge_kv_cache, per_layer")
+    methods = {name: OURS[name] for name in ours} | ONE_BUDGET | REREADING | TRIED
+    return [Trial(name, x, b) for name, x in methods.items() for b in FEW_BUDGETS]
 
 
 def tune(model: Any, tokenizer: Any) -> Report:
@@ -86,6 +101,14 @@ def continuations(
             print(f"{num_tokens} tokens: {name} is done", flush=True)
             if path:
                 write_json(path, report)
+    num_tokens = ALL_BUDGETS if ALL_BUDGETS in counts else min(counts)
+    part = report.setdefault("more", {}).setdefault(str(num_tokens), {})
+    picked = read_documents(counts[num_tokens])
+    args = model, picked, num_tokens, more_trials(), part
+    for name in continuation(*args, repeated=num_tokens):
+        print(f"{num_tokens} tokens, more methods: {name} is done", flush=True)
+        if path:
+            write_json(path, report)
 
 
 def main() -> None:
@@ -120,6 +143,8 @@ def main() -> None:
     continuations(model, of_count, counts, report, options.json)
     for num_tokens, part in report["continuation"].items():
         summary(part, PEERS, int(num_tokens))
+    for num_tokens, part in report["more"].items():
+        summary(part, ("merge_kv_cache, per_layer",), int(num_tokens))
 
 
 if __name__ == "__main__":

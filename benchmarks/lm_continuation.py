@@ -4,6 +4,7 @@ The model reads the context of a document, each method shortens the cache, and t
 then reads the tokens that follow. All figures are means over these tokens:
 
 - KL: the divergence of the predictions from those with the whole cache, in nats.
+- kept: the fraction of the entries that remain, the mean of all heads.
 - loss: the negative log-probability of the true tokens. Its exponential is the
   perplexity.
 """
@@ -13,7 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cache_methods import Shorten
-from cache_reading import mean_divergence, mean_loss, predict, read
+from cache_reading import (
+    REPEATED,
+    mean_divergence,
+    mean_kept,
+    mean_loss,
+    predict,
+    read,
+)
 from documents import Document
 from quality_tables import interval, ratio
 
@@ -34,17 +42,19 @@ def continuation(
     num_tokens: int,
     trials: list[Trial],
     part: Report,
+    repeated: int = REPEATED,
 ) -> Iterator[str]:
     """Add KL and loss of each trial and document to a part of a report.
 
-    `num_tokens` is the length of the context. Documents that the part has are not
-    measured again. The name of each document is yielded when it is done.
+    `num_tokens` is the length of the context, whose last `repeated` tokens are read a
+    second time. Documents that the part has are not measured again. The name of each
+    document is yielded when it is done.
     """
     methods = part.setdefault("methods", {})
     whole = part.setdefault("full", {"loss": []})["loss"]
     names = part.setdefault("documents", [])
     for document in (x for x in documents if x.name not in names):
-        prompt = read(model, document.context(num_tokens))
+        prompt = read(model, document.context(num_tokens), repeated)
         ids, true = document.continuation[:-1], document.continuation[1:]
         expected = predict(model, prompt, prompt.whole, ids)
         figures = []
@@ -52,13 +62,13 @@ def continuation(
             layers = shorten(prompt, int(num_tokens * budget))
             result = predict(model, prompt, layers, ids)
             kl = mean_divergence(expected, result)
-            figures.append((kl, mean_loss(result, true)))
+            kept = mean_kept(layers) / num_tokens
+            figures.append({"kl": kl, "loss": mean_loss(result, true), "kept": kept})
         # All figures of a document, or none.
-        for (name, _, budget), (kl, loss) in zip(trials, figures, strict=True):
-            row = methods.setdefault(name, {})
-            cell = row.setdefault(str(budget), {"kl": [], "loss": []})
-            cell["kl"].append(kl)
-            cell["loss"].append(loss)
+        for (name, _, budget), row in zip(trials, figures, strict=True):
+            cell = methods.setdefault(name, {}).setdefault(str(budget), {})
+            for key, figure in row.items():
+                cell.setdefault(key, []).append(figure)
         whole.append(mean_loss(expected, true))
         names.append(document.name)
         yield document.name

@@ -3,12 +3,16 @@
     python benchmarks/lm_stream.py [--quick] [--json FILE]
 
 The model is SmolLM2-135M-Instruct (smollm2.py). It reads 1,024 tokens of a held-out
-document (documents.py), and then 2,048 more in parts of 64. After each part, the cache
-is shortened to 512 entries of each head, as `MergedCache(model, 512, every=64)` does
-while it decodes one token at a time. KL is the divergence from the predictions with the
-whole cache, a mean over the 2,048 tokens. The contenders:
+document (documents.py), and then 2,048 more in parts of 64: those of the document, or
+those that the model itself has generated after the 1,024, with the whole cache. After
+each part, the cache is shortened to 512 entries of each head, as
+`MergedCache(model, 512, every=64)` does while it decodes one token at a time. KL is the
+divergence from the predictions with the whole cache, a mean over the 2,048 tokens. The
+contenders:
 
 - merged: `MergedCache`, with one budget for all layers, and with equal budgets.
+- KVStream: `KVStream(512, buffer=64)` of all layers, which have equal budgets. It knows
+  the last queries, and not the attention that its entries have received.
 - H2O: the most recent half of the budget, and the entries that received the most
   attention so far.
 - the most recent: the first 4 entries and the most recent ones.
@@ -17,6 +21,7 @@ whole cache, a mean over the 2,048 tokens. The contenders:
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +30,15 @@ import numpy as np
 import smollm2
 import torch
 from cache_methods import SINKS
-from cache_reading import mean_divergence, mean_loss
-from documents import Document, byte_documents, documents
+from cache_reading import (
+    Shortened,
+    filled_cache,
+    mean_divergence,
+    mean_loss,
+    read,
+    take_queries,
+)
+from documents import byte_documents, documents
 from quality_tables import interval
 from report import write_json
 
@@ -60,6 +72,10 @@ CONTENDERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
+STREAM = "KVStream"
+TEXTS = "documents", "generated"
+
+
 @contextmanager
 def shortening_by(function: Callable[..., Any]) -> Iterator[None]:
     """Let `MergedCache` shorten its layers by another function."""
@@ -82,39 +98,86 @@ def predictions(
     return torch.cat(logits).log_softmax(-1)
 
 
+@torch.no_grad()
+def stream_predictions(
+    model: Any, ids: list[int], stream: qm.KVStream, sizes: tuple[int, int, int]
+) -> torch.Tensor:
+    """Return log-probabilities (T, V) after a prompt; a stream has all entries."""
+    prompt, following, part = sizes
+    first = read(model, ids[:prompt])
+    arrays = first.keys, first.values, first.queries
+    stream.append(*map(torch.stack, arrays))  # (L, 1, H, N, d)
+    logits = []
+    for start in range(prompt, prompt + following, part):
+        rows = zip(stream.keys, stream.values, stream.bias, strict=True)
+        layers = [Shortened(*row) for row in rows]
+        queries: list[torch.Tensor] = []
+        with filled_cache(model, layers, start, hooks=True) as cache:
+            for layer in cache.layers:
+                layer.after_attention = partial(take_queries, layer, queries)
+            tokens = torch.tensor([ids[start : start + part]])
+            logits.append(model(tokens, cache=cache).logits[0])
+            new = [
+                torch.stack([getattr(x, name)[:, :, -part:] for x in cache.layers])
+                for name in ("keys", "values")
+            ]
+        stream.append(*new, torch.stack(queries))
+    return torch.cat(logits).log_softmax(-1)
+
+
+@torch.no_grad()
+def generated(model: Any, ids: list[int], count: int) -> list[int]:
+    """Return the tokens of a prompt, and `count` more that the model draws."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, cache, text = torch.tensor([ids]), None, list(ids)
+    for _ in range(count):
+        output = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
+        cache, weights = output.cache, output.logits[0, -1].softmax(-1)
+        tokens = weights.multinomial(1, generator=generator)[None]
+        text.append(int(tokens))
+    return text
+
+
 def measure(
-    model: Any, document: Document, sizes: tuple[int, int, int], budget: int
+    model: Any, ids: list[int], sizes: tuple[int, int, int], budget: int
 ) -> Report:
-    """Return KL and loss of each contender on one document."""
+    """Return KL and loss of each contender on the tokens of a document."""
     with smollm2.other_kernels():
         from transformers import DynamicCache
 
-    prompt, following, _ = sizes
-    true = document.ids[prompt + 1 : prompt + following + 1]
+    prompt, following, part = sizes
+    true = ids[prompt + 1 : prompt + following + 1]
     whole = DynamicCache(config=model.config)
-    expected = predictions(model, document.ids, whole, sizes)
+    expected = predictions(model, ids, whole, sizes)
     report: Report = {"full": mean_loss(expected, true)}
+
+    def add(name: str, result: torch.Tensor, stored: int) -> None:
+        report.setdefault("stored", {})[name] = stored
+        report[name] = mean_divergence(expected, result), mean_loss(result, true)
+
     for name, (function, options) in CONTENDERS.items():
         with shortening_by(function), MergedCache(model, budget, **options) as cache:
-            result = predictions(model, document.ids, cache, sizes)
-            report.setdefault("stored", {})[name] = cache.num_stored
-        kl = mean_divergence(expected, result)
-        report[name] = kl, mean_loss(result, true)
+            result = predictions(model, ids, cache, sizes)
+            add(name, result, cache.num_stored)
+    inv_freq = model.model.rotary_emb.inv_freq.double().numpy()
+    stream = qm.KVStream(budget, buffer=part, inv_freq=inv_freq)
+    add(STREAM, stream_predictions(model, ids, stream, sizes), stream.keys.shape[-2])
     return report
 
 
 def show(report: Report) -> None:
     """Print the means of all documents, with 95 % intervals."""
-    parts = list(report["documents"].values())
-    full = np.mean([x["full"] for x in parts])
-    print(f"{len(parts)} documents; perplexity with all entries: {np.exp(full):.2f}")
-    for name in CONTENDERS:
-        figures = np.array([x[name] for x in parts])
-        mean, low, high = interval(figures[:, 0])
-        print(
-            f"{name:36s} KL {mean:.4f} [{low:.4f}, {high:.4f}]  perplexity "
-            f"{np.exp(figures[:, 1].mean()):6.2f}"
-        )
+    for text in TEXTS:
+        parts = list(report[text].values())
+        full = np.exp(np.mean([x["full"] for x in parts]))
+        print(f"{text}: {len(parts)}; perplexity with all entries: {full:.2f}")
+        for name in (*CONTENDERS, STREAM):
+            figures = np.array([x[name] for x in parts])
+            mean, low, high = interval(figures[:, 0])
+            print(
+                f"{name:36s} KL {mean:.4f} [{low:.4f}, {high:.4f}]  perplexity "
+                f"{np.exp(figures[:, 1].mean()):6.2f}"
+            )
 
 
 def main() -> None:
@@ -131,12 +194,15 @@ def main() -> None:
         model, tokenizer = smollm2.load()
         picked = documents(tokenizer, "held_out", 1)
         sizes, budget = (PROMPT, FOLLOWING, PART), BUDGET
-    report: Report = {"documents": {}}
+    report: Report = {text: {} for text in TEXTS}
+    prompt, following, _ = sizes
     for document in picked:
-        report["documents"][document.name] = measure(model, document, sizes, budget)
-        print(f"{document.name} is done", flush=True)
-        if options.json:
-            write_json(options.json, report)
+        own = generated(model, document.ids[:prompt], following + 1)
+        for text, ids in zip(TEXTS, (document.ids, own), strict=True):
+            report[text][document.name] = measure(model, ids, sizes, budget)
+            print(f"{text}: {document.name} is done", flush=True)
+            if options.json:
+                write_json(options.json, report)
     show(report)
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -95,19 +94,31 @@ class TestStream:
     def test_constant_memory(self, scripts, model):
         """Every contender stores its budget, except the tokens since the last merge."""
         module = scripts.lm_stream
-        document = types.SimpleNamespace(ids=np.arange(230).tolist())
-        report = module.measure(model, document, (128, 96, 32), 64)
-        assert set(report["stored"]) == set(module.CONTENDERS)
+        ids = np.arange(230).tolist()
+        report = module.measure(model, ids, (128, 96, 32), 64)
+        assert set(report["stored"]) == {*module.CONTENDERS, "KVStream"}
         assert set(report["stored"].values()) == {64}
-        for name in module.CONTENDERS:
+        for name in report["stored"]:
             assert np.isfinite(report[name]).all()
 
     def test_budgets_of_all_tokens_change_nothing(self, scripts, model):
-        document = types.SimpleNamespace(ids=np.arange(230).tolist())
-        report = scripts.lm_stream.measure(model, document, (128, 96, 32), 300)
-        for name in scripts.lm_stream.CONTENDERS:
+        ids = np.arange(230).tolist()
+        report = scripts.lm_stream.measure(model, ids, (128, 96, 32), 300)
+        for name in report["stored"]:
             assert report[name][0] < 1e-6
             assert report[name][1] == pytest.approx(report["full"], abs=1e-5)
+
+    def test_generated_text(self, scripts, model):
+        """It is drawn from the model's probabilities, the same in every run."""
+        ids = np.arange(40).tolist()
+        text = scripts.lm_stream.generated(model, ids, 30)
+        assert text[:40] == ids
+        assert text == scripts.lm_stream.generated(model, ids, 30)
+        with torch.no_grad():
+            logits = model(torch.tensor([text])).logits[0, 39:-1]
+        best = logits.argmax(-1).tolist()
+        assert len(best) == 30
+        assert text[40:] != best  # not the most probable ones
 
 
 class TestSpeed:
