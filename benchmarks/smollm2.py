@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,6 +63,26 @@ def random_model() -> Any:
         max_position_embeddings=65536,
     )
     return LlamaForCausalLM(config).eval()
+
+
+class ByteTokenizer:
+    """The tokenizer of the random model: bytes, of which 0 ends a text."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        """Return the tokens of a text, as `input_ids`."""
+        return SimpleNamespace(input_ids=list(text.encode()))
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of tokens."""
+        return bytes(ids).decode(errors="replace")
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        """Return one message of a user, and the start of the answer."""
+        assert not options["tokenize"]
+        assert options["add_generation_prompt"]
+        return f"<user>{messages[0]['content']}</user><model>"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ The model is random. It reads bytes.
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,23 +17,6 @@ pytest.importorskip("transformers")
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NAMES = "cache_reading", "cache_rereading", "lm_retrieval", "ruler", "smollm2"
 END = 0  # the token that ends a text
-
-
-class Tokenizer:
-    """Bytes, and a chat template."""
-
-    eos_token_id = END
-
-    def __call__(self, text):
-        return SimpleNamespace(input_ids=list(text.encode()))
-
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
-
-    def apply_chat_template(self, message, tokenize, add_generation_prompt):
-        assert not tokenize
-        assert add_generation_prompt
-        return f"<user>{message[0]['content']}</user><model>"
 
 
 class Writer:
@@ -66,6 +50,11 @@ def model(scripts):
 
 
 @pytest.fixture(scope="module")
+def tokenizer(scripts):
+    return scripts.smollm2.ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
 def prompt(scripts, model):
     # Byte 0 ends a text, so it is left out.
     ids = np.random.default_rng(1).integers(1, 256, 120).tolist()
@@ -77,10 +66,10 @@ def sample_of(scripts, *answers):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_question_follows_the_context(scripts, chat):
+def test_the_question_follows_the_context(scripts, chat, tokenizer):
     sample = sample_of(scripts, "7")
     # Both parts are tokens, so they are read as two texts of bytes.
-    parts = scripts.lm_retrieval.split_tokens(Tokenizer(), sample, chat)
+    parts = scripts.lm_retrieval.split_tokens(tokenizer, sample, chat)
     texts = tuple(bytes(x).decode() for x in parts)
     if chat:  # the answer starts where the model's turn does
         assert texts == ("<user>Text.", "\nWhat?</user><model> It")
@@ -88,23 +77,23 @@ def test_the_question_follows_the_context(scripts, chat):
         assert texts == ("Text.", "\nWhat? It")
 
 
-def test_ends_of_answers(scripts):
+def test_ends_of_answers(scripts, tokenizer):
     ids = torch.ones(4, 1, dtype=torch.long)
     model = Writer("is 5 or 12, and", "is 5\nmore 12", "\nis 12", "no answer")
     sample = sample_of(scripts, "12")
-    texts = scripts.lm_retrieval.continued(model, Tokenizer(), None, ids, sample)
+    texts = scripts.lm_retrieval.continued(model, tokenizer, None, ids, sample)
     # An answer, the end of a line that is not empty, an empty line, and the end.
     assert texts == ["is 5 or 12", "is 5\n", "\nis 12", "no answer"]
     # Lines do not end a list of several answers.
     model, sample = Writer("5\n12\n13"), sample_of(scripts, "5", "12")
-    texts = scripts.lm_retrieval.continued(model, Tokenizer(), None, ids[:1], sample)
+    texts = scripts.lm_retrieval.continued(model, tokenizer, None, ids[:1], sample)
     assert texts == ["5\n12"]
 
 
-def test_an_answer_has_a_limit(scripts):
+def test_an_answer_has_a_limit(scripts, tokenizer):
     ids, model = torch.ones(1, 1, dtype=torch.long), Writer("x" * 100)
     sample = sample_of(scripts, "12")
-    texts = scripts.lm_retrieval.continued(model, Tokenizer(), None, ids, sample)
+    texts = scripts.lm_retrieval.continued(model, tokenizer, None, ids, sample)
     # The text goes on, but no more of it is generated.
     assert texts == ["x" * 32]
 
@@ -125,27 +114,27 @@ def test_a_batch_of_caches_answers_like_each_of_them(scripts, model, prompt):
     assert (batch[0] - batch[1]).abs().max() > 1e-3
 
 
-def test_the_whole_cache_answers_like_one_reading(scripts, model):
+def test_the_whole_cache_answers_like_one_reading(scripts, model, tokenizer):
     reading, retrieval = scripts.cache_reading, scripts.lm_retrieval
-    (sample,) = scripts.ruler.samples("niah_single_1", Tokenizer(), 200, 1, 1)
-    context, question = retrieval.split_tokens(Tokenizer(), sample, True)
+    (sample,) = scripts.ruler.samples("niah_single_1", tokenizer, 200, 1, 1)
+    context, question = retrieval.split_tokens(tokenizer, sample, True)
     ids = torch.tensor([context + question])
     # Without a shortened cache, context and question are one text.
-    expected = retrieval.continued(model, Tokenizer(), None, ids, sample)
+    expected = retrieval.continued(model, tokenizer, None, ids, sample)
     # With one, the question is read after the cache was filled.
     prompt = reading.read(model, context)
     cache = reading.filled_cache(model, prompt.whole, prompt.num_tokens)
     ids = torch.tensor([question])
-    assert retrieval.continued(model, Tokenizer(), cache, ids, sample) == expected
+    assert retrieval.continued(model, tokenizer, cache, ids, sample) == expected
     assert expected != [""]
 
 
-def test_a_report(scripts, model, tmp_path):
+def test_a_report(scripts, model, tmp_path, tokenizer):
     """Its samples are those of the split, and every method has a score for each."""
     methods = {"all": lambda prompt, count: prompt.whole}
     run, tasks = scripts.lm_retrieval.retrieval, [("niah_single_1", 200)]
     path = tmp_path / "report.json"
-    arguments = model, Tokenizer(), tasks, methods
+    arguments = model, tokenizer, tasks, methods
     first = run(*arguments, 1, "tuning", (0.5,), path)
     # The second run goes on from the file; the third needs no model.
     report = run(*arguments, 2, "tuning", (0.5,), path)
@@ -154,8 +143,8 @@ def test_a_report(scripts, model, tmp_path):
     assert len(first["niah_single_1"]["200"]["full"]) == 1
     cell = report["niah_single_1"]["200"]
     # The seed of the tuning samples is 1.
-    drawn = scripts.ruler.samples("niah_single_1", Tokenizer(), 200, 2, 1)
-    assert cell["full"] == scripts.lm_retrieval.full_scores(model, Tokenizer(), drawn)
+    drawn = scripts.ruler.samples("niah_single_1", tokenizer, 200, 2, 1)
+    assert cell["full"] == scripts.lm_retrieval.full_scores(model, tokenizer, drawn)
     assert cell["methods"] == {"all": {"0.5": cell["full"]}}
 
 
@@ -197,3 +186,20 @@ def test_tables(scripts, capsys):
     assert summary["vt"]["512"]["full"] == 0.75
     assert summary["vt"]["512"]["m"]["0.25"][0] == 0.5
     assert "vt, 512 tokens, 2 samples" in capsys.readouterr().out
+
+
+@pytest.mark.slow("reads and merges the caches of a random model")
+def test_quick_run(tmp_path):
+    path = tmp_path / "results.json"
+    script = "benchmarks/lm_retrieval.py", "--quick", "--json", path
+    done = subprocess.run(
+        [sys.executable, *script], cwd=FOLDER.parent, check=True, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert "qm_cupy" in done.stdout
+    cell = json.loads(path.read_text(encoding="utf-8"))["niah_single_1"]["500"]
+    assert len(cell["full"]) == 1
+    assert "merge_kv_cache, second reading" in cell["methods"]
+    for budgets in cell["methods"].values():
+        assert {*budgets} == {"0.25", "0.1"}
+        assert all(len(x) == 1 for x in budgets.values())

@@ -6,6 +6,9 @@ look at the tokens that they would copy. The score of an entry is the largest at
 that it receives from a query of the second reading. This is the score of KVzip: J.-H.
 Kim et al., "KVzip: Query-agnostic KV cache compression with context reconstruction",
 NeurIPS 2025, arXiv:2505.23416, where a request to repeat the text comes first.
+
+The queries of the merge are some of the second reading, so that it keeps what these
+look at, and the last of the first reading, so that the text goes on as before.
 """
 
 from collections.abc import Iterator
@@ -18,6 +21,8 @@ from .cache_features import MAX_QUERIES
 # Tokens that are read again at once: the positions of the model exceed those of the
 # text by at most this.
 PART = 2048
+NUM_LAST = 32  # last queries of the first reading
+NUM_AGAIN = MAX_QUERIES - NUM_LAST  # queries of the second one, at most
 
 Indices = NDArray[np.int64]
 
@@ -25,14 +30,14 @@ Indices = NDArray[np.int64]
 def parts_of(count: int) -> Iterator[tuple[slice, Indices]]:
     """Yield the parts of T tokens, and which tokens of each give their queries.
 
-    At most `MAX_QUERIES` tokens, drawn at random, stand for all of them.
+    At most `NUM_AGAIN` tokens, drawn at random, stand for all of them.
     """
-    picked = np.random.default_rng(0).permutation(count)[:MAX_QUERIES]
+    picked = np.random.default_rng(0).permutation(count)[:NUM_AGAIN]
     for start in range(0, count, PART):
         end = min(start + PART, count)
         yield slice(start, end), picked[(picked >= start) & (picked < end)] - start
 
 
 def random_order(count: int) -> Indices:
-    """Return an order of the queries of all parts, so that the last are of any part."""
+    """Return an order of the queries of a merge, so that any of them are the last."""
     return np.random.default_rng(1).permutation(count)

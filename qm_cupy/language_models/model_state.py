@@ -193,7 +193,7 @@ class Attended:
     largest: Any = None
     """(L, B, H, N): the largest attention in second readings, or None before one."""
     again: Any = None
-    """(L, B, H_q, T, d): queries of a second reading, until other tokens are read."""
+    """(L, B, H_q, T, d): queries of both readings, until other tokens are read."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `merge_kv_cache` by name."""

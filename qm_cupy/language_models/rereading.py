@@ -13,7 +13,7 @@ import numpy as np
 from ..arrays.libraries import is_cuda
 from ..caches.attend import compute_attend
 from ..caches.score_keys import Scored, compute_score_keys
-from ..caches.second_reading import parts_of, random_order
+from ..caches.second_reading import NUM_LAST, parts_of, random_order
 from ..cuda.device import to_device
 from ..cuda.launch import contiguous
 from .llama_weights import Settings
@@ -29,7 +29,8 @@ def read_tokens_again(
 
     Its entries are those of the state.
     """
-    largest, queries = state.attended.largest, []
+    largest, last = state.attended.largest, state.attended.query()
+    queries = [] if last is None else [last[..., -NUM_LAST:, :]]
     for part, rows in parts_of(x.shape[1]):
         tokens = x[:, part]
         pass_ = _Pass(state, rows, model.head_dim**-0.5)

@@ -17,6 +17,7 @@ from ..caches.cache_features import MAX_QUERIES
 from ..caches.kv_cache import KVCache
 from ..caches.merge_kv_cache import merge_kv_cache
 from ..caches.score_keys import score_keys
+from ..caches.second_reading import NUM_LAST, random_order
 from .support import check_attention
 
 
@@ -71,6 +72,7 @@ class MergedLayer(DynamicLayer):
         self.checked = False  # whether the hook computes the queries rightly
         # In the first layer: what the model has read since the last second reading.
         self.tokens: list[tuple[str, torch.Tensor]] = []
+        self.queries_again: list[torch.Tensor] = []  # of the second reading
         self._before: dict[str, Any] | None = None  # the state, in a second reading
         self._rows: Any = None  # of the queries to keep of a second reading
 
@@ -154,20 +156,20 @@ class MergedLayer(DynamicLayer):
     def after_attention(self, query: torch.Tensor | None, num_new: int) -> None:
         """Take the rotated queries (B, H_q, T, d) of a forward pass, and merge."""
         self.waits = False
-        if self.settings.mass == "reread":  # after all layers, the cache merges
-            if self.is_read_again:
-                self._score(query)
+        if self.is_read_again:
+            self._score(query)
             return
         if query is not None:
             self.queries.append(query)
-        if self.is_due(num_new):
+        if self.settings.mass == "reread":  # after all layers, the cache merges
+            self.queries = last_queries(self.queries, NUM_LAST)
+        elif self.is_due(num_new):
             self.merge()
 
     def wants_queries(self, num_new: int) -> bool:
         """Return whether the queries of a forward pass will be used."""
-        if self.settings.mass == "reread":
-            return self.is_read_again
-        return num_new > 1 or self.settings.every is not None
+        several = num_new > 1 or self.is_read_again
+        return several or self.settings.every is not None
 
     @property
     def is_read_again(self) -> bool:
@@ -192,15 +194,20 @@ class MergedLayer(DynamicLayer):
         options: dict[str, Any] = {"bias": self.bias, "scale": self.scale}
         largest = score_keys(query, self.keys, how="max", causal=False, **options)
         self.received = torch.maximum(self.received, largest.float())
-        self.queries.append(query[:, :, self._rows.to(query.device)])
+        self.queries_again.append(query[:, :, self._rows.to(query.device)])
 
     def merge(self) -> None:
         """Merge the stored entries to the budget, if there are more.
 
         If all layers have one budget, the last layer merges the entries of all.
         """
-        query = torch.cat(self.queries, dim=-2) if self.queries else None
-        self.queries, self.since_merge = [], 0
+        query = None
+        if self.queries or self.queries_again:
+            query = torch.cat(self.queries + self.queries_again, dim=-2)
+        if query is not None and self.queries_again:
+            order = torch.from_numpy(random_order(query.shape[-2]))
+            query = query[..., order.to(query.device), :]
+        self.queries, self.queries_again, self.since_merge = [], [], 0
         if query is not None and self.settings.mass == "received":
             self._add_received(query)
         if query is not None:  # a copy, so that the memory of the others is free
@@ -342,6 +349,14 @@ class MergedLayer(DynamicLayer):
             setattr(self, name, None if x is None else select(x))
         self.queries = [select(x) for x in self.queries]
         self.tokens = [(name, select(x)) for name, x in self.tokens]
+
+
+def last_queries(parts: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """Return the last `count` queries of parts (B, H_q, T, d), a copy if some go."""
+    if sum(x.shape[-2] for x in parts) <= count:
+        return parts
+    query = torch.cat([x[..., -count:, :] for x in parts], dim=-2)
+    return [query[..., -count:, :].clone()]
 
 
 def exceeds_budget(layers: list[MergedLayer]) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..caches.second_reading import parts_of, random_order
+from ..caches.second_reading import parts_of
 
 
 def read_again(cache: Any, decoder: Any, name: str) -> None:
@@ -14,6 +14,8 @@ def read_again(cache: Any, decoder: Any, name: str) -> None:
     is the name by which the decoder takes the cache.
     """
     layers = cache.layers
+    for layer in layers:
+        layer.queries_again = []  # those of a reading that has failed
     for argument, tokens in _joined(layers[0].tokens):
         for part, rows in parts_of(tokens.shape[1]):
             for layer in layers:
@@ -23,10 +25,6 @@ def read_again(cache: Any, decoder: Any, name: str) -> None:
             finally:
                 for layer in layers:
                     layer.end_second_reading()
-    for layer in layers:
-        query = torch.cat(layer.queries, dim=-2)
-        order = torch.from_numpy(random_order(query.shape[-2]))
-        layer.queries = [query[..., order.to(query.device), :]]
     layers[0].tokens = []
 
 

@@ -34,12 +34,17 @@ def test_scores_are_the_largest_attention_of_the_text_read_again(merged):
     query = longer.attended.query()[..., -40:, :]
     wanted = largest_attention(query, state.keys, state.bias)
     np.testing.assert_allclose(again.attended.largest, wanted, rtol=1e-4, atol=1e-6)
-    # All queries are kept, in another order.
-    order = second_reading.random_order(40)
-    picked = np.concatenate([rows for _, rows in second_reading.parts_of(40)])
+    # All of its queries, and the last 32 of the first reading, in another order. After
+    # a merge, there are none of the first reading.
+    ((_, picked),) = second_reading.parts_of(40)
     assert sorted(picked) == list(range(40))
+    query = query[..., picked, :]
+    if not merged:
+        first = state.attended.query()[..., -32:, :]
+        query = np.concatenate([first, query], axis=-2)
+    order = second_reading.random_order(query.shape[-2])
     np.testing.assert_allclose(
-        again.attended.again, query[..., picked[order], :], rtol=1e-4, atol=1e-5
+        again.attended.again, query[..., order, :], rtol=1e-4, atol=1e-5
     )
 
 
@@ -88,15 +93,15 @@ def test_parts_have_the_largest_score(monkeypatch):
     got = MODEL.reread(ids, state)
     largest = np.max([x.attended.largest for x in wanted], axis=0)
     np.testing.assert_allclose(got.attended.largest, largest, rtol=1e-5)
-    assert got.attended.again.shape[-2] == 60
+    assert got.attended.again.shape[-2] == 32 + 60
 
 
 def test_some_queries_stand_for_all_of_a_long_text(monkeypatch):
-    monkeypatch.setattr(second_reading, "MAX_QUERIES", 7)
+    monkeypatch.setattr(second_reading, "NUM_AGAIN", 7)
     monkeypatch.setattr(second_reading, "PART", 25)
     ids = ids_of(60)
     _, state = MODEL.read(ids)
-    assert MODEL.reread(ids, state).attended.again.shape[-2] == 7
+    assert MODEL.reread(ids, state).attended.again.shape[-2] == 32 + 7
 
 
 def test_embeddings_are_read_as_their_ids():

@@ -46,9 +46,10 @@ def passes_of(model):
 
 
 def largest_attention(model, prompt, monkeypatch):
-    """Return the scores (L, B, H, N) and the queries of a second reading, without us.
+    """Return the scores (L, B, H, N), and the queries, of a second reading.
 
-    The model reads the prompt twice with its own cache.
+    The model reads the prompt twice with its own cache. The queries are the last 32 of
+    the first reading, and those of the second one.
     """
     seen = []
     sdpa = ATTENTION["sdpa"]
@@ -61,6 +62,7 @@ def largest_attention(model, prompt, monkeypatch):
         patch.setitem(ATTENTION, "sdpa", attend)
         cache, num_tokens = DynamicCache(config=model.config), prompt.shape[1]
         logits(model, prompt, cache)
+        first = [query[:, :, -32:] for query, _, _ in seen]
         seen.clear()
         logits(model, prompt, cache)
     scores = []
@@ -71,7 +73,9 @@ def largest_attention(model, prompt, monkeypatch):
         weights = (scale * query @ key.mT).softmax(-1)
         # Over the queries of all heads that read a key head.
         scores.append(weights.unflatten(1, (heads, -1)).amax((2, 3)))
-    return torch.stack(scores), torch.stack([query for query, _, _ in seen])
+    again = [query for query, _, _ in seen]
+    both = [torch.cat(pair, -2) for pair in zip(first, again, strict=True)]
+    return torch.stack(scores), torch.stack(both)
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -89,10 +93,11 @@ def test_scores_are_the_largest_attention(family, per_layer, merges, monkeypatch
     }
     torch.testing.assert_close(passed["attention"], scores, rtol=1e-4, atol=1e-6)
     assert not any(x["causal"] for x in merges)
-    # All of the 60 queries, in the same order for each layer.
+    # All of these queries, in the same order for each layer.
     order = torch.cdist(passed["query"][0, 0, 0], queries[0, 0, 0]).argmin(-1)
-    assert sorted(order.tolist()) == list(range(LENGTH))
-    assert order.tolist() != list(range(LENGTH))
+    assert sorted(order.tolist()) == list(range(32 + LENGTH))
+    assert (order[-32:] < 32).any()
+    assert (order[-32:] >= 32).any()
     torch.testing.assert_close(
         passed["query"], queries[..., order, :], rtol=1e-4, atol=1e-5
     )
