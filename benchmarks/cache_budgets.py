@@ -21,8 +21,10 @@ def kept_of_all(scores: torch.Tensor, count: int, recent: int) -> torch.Tensor:
     The sinks and the `recent` last entries of each head do, and those with the largest
     scores (L, H, N).
     """
+    # Entries that always remain come first.
     scores = scores.clone()
     scores[..., :SINKS] = scores[..., scores.shape[-1] - recent :] = torch.inf
+    # Equal scores: exactly K remain on average.
     wanted = torch.zeros(scores.shape, dtype=torch.bool)
     best = scores.flatten().topk(count * scores[..., 0].numel()).indices
     wanted.view(-1)[best] = True
@@ -36,6 +38,7 @@ def evicted(
     layers = []
     wanted = kept_of_all(scores, count, recent)
     for kept, keys, values in zip(wanted, prompt.keys, prompt.values, strict=True):
+        # Heads are padded to the longest of their layer.
         longest = int(kept.sum(-1).max())
         order = kept.byte().sort(dim=-1, descending=True, stable=True).indices
         order = order[:, :longest]  # (H, K), the entries that remain first
@@ -65,6 +68,7 @@ def scored(prompt: Prompt, count: int, *, how: str, recent: float) -> list[Short
         scores = torch.stack(prompt.received)[:, 0]
     else:
         layers = range(len(prompt.keys))
+        # As with equal budgets, so that other entries are kept, too.
         window = min(64, count // 2)
         scores = torch.stack([snapkv_scores(prompt, x, window)[0] for x in layers])
     return evicted(prompt, scores, count, int(recent * count))

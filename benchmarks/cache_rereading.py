@@ -15,8 +15,8 @@ from cache_budgets import evicted
 from cache_reading import Prompt, Shortened, layers_of
 
 import qm_cupy as qm
+from qm_cupy.caches.second_reading import NUM_AGAIN, NUM_LAST, random_order
 
-_QUERIES = 256  # of the second reading, which compare heads and calibrate biases
 RECENT = 8  # last entries that are kept as they are
 
 
@@ -41,16 +41,26 @@ def merged_again(
 ) -> list[Shortened]:
     """Merge all layers by `merge_kv_cache`, with the second reading.
 
-    Its scores are `attention`, and some of its queries are `query`.
+    Its scores are `attention`. Some of its queries, and the last of the first reading,
+    are `query`, as `MergedCache(mass="reread")` has them.
     """
     num_tokens = prompt.num_tokens
     generator = torch.Generator().manual_seed(0)
-    some = torch.randperm(num_tokens, generator=generator)[:_QUERIES]
+    some = torch.randperm(num_tokens, generator=generator)[:NUM_AGAIN]
+    query = torch.cat(
+        [
+            torch.stack([x[:, :, -num_tokens:][:, :, some] for x in prompt.repeated]),
+            torch.stack([x[:, :, -NUM_LAST:] for x in prompt.queries]),
+        ],
+        dim=-2,
+    )
+    # In a random order, because the last ones calibrate the biases.
+    query = query[..., torch.from_numpy(random_order(query.shape[-2])), :]
     cache = qm.merge_kv_cache(
         torch.stack(prompt.keys),
         torch.stack(prompt.values),
         count,
-        query=torch.stack([x[:, :, -num_tokens:][:, :, some] for x in prompt.repeated]),
+        query=query,
         causal=False,
         attention=largest_attention(prompt)[:, None],  # (L, 1, H, N)
         inv_freq=prompt.inv_freq,

@@ -187,13 +187,15 @@ def retrieval(
                 if num_measured(cell["methods"].get(name, {})) <= i
             }
             known = len(cell["full"]) > i
-            if known and not missing:  # an earlier run has it
+            # An earlier run has it.
+            if known and not missing:
                 continue
             sample = samples(task, tokenizer, num_tokens, i + 1, SEEDS[split])[i]
             if missing:
                 row = scores(model, tokenizer, sample, missing, budgets)
             else:
                 row = {"full": full_scores(model, tokenizer, [sample])[0]}
+            # The whole cache is measured again with each new method, and is the same.
             full = row.pop("full")
             if not known:
                 cell["full"].append(full)

@@ -109,6 +109,7 @@ def stream_predictions(
     stream.append(*map(torch.stack, arrays))  # (L, 1, H, N, d)
     logits = []
     for start in range(prompt, prompt + following, part):
+        # What each layer has stored, with the axis of sequences.
         rows = zip(stream.keys, stream.values, stream.bias, strict=True)
         layers = [Shortened(*row) for row in rows]
         queries: list[torch.Tensor] = []
@@ -121,6 +122,7 @@ def stream_predictions(
                 torch.stack([getattr(x, name)[:, :, -part:] for x in cache.layers])
                 for name in ("keys", "values")
             ]
+        # The stream merges when 64 entries were added.
         stream.append(*new, torch.stack(queries))
     return torch.cat(logits).log_softmax(-1)
 
@@ -132,6 +134,7 @@ def generated(model: Any, ids: list[int], count: int) -> list[int]:
     tokens, cache, text = torch.tensor([ids]), None, list(ids)
     for _ in range(count):
         output = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
+        # A text of the most probable tokens would soon repeat itself.
         cache, weights = output.cache, output.logits[0, -1].softmax(-1)
         tokens = weights.multinomial(1, generator=generator)[None]
         text.append(int(tokens))
