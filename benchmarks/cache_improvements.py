@@ -7,9 +7,9 @@ import torch
 from cache_methods import LAYERS, Shorten, merged
 from cache_reading import Prompt, Shortened
 
-# Bounds of the error with which the tuning documents (contexts of 1,024 tokens) keep a
-# quarter and a tenth of their entries on average.
-MAX_ERRORS = {0.25: 0.0115, 0.1: 0.025}
+# With this bound of the error, the tuning documents (contexts of 1,024 tokens) keep
+# about a quarter of their entries on average.
+MAX_ERROR = 0.0115
 
 
 def refitted(prompt: Prompt, count: int, *, ridge: float) -> list[Shortened]:
@@ -49,9 +49,8 @@ def _attention(rows: Any, keys: Any, bias: Any, last: int) -> torch.Tensor:
 
 
 def bounded(prompt: Prompt, count: int) -> list[Shortened]:
-    """Merge all layers to the bound of the error that keeps a quarter, or a tenth."""
-    fraction = 0.25 if count > 0.15 * prompt.num_tokens else 0.1
-    bound = {"max_error": MAX_ERRORS[fraction], "recent": count // 3}
+    """Merge all layers to the bound of the error; K only says how many stay."""
+    bound = {"max_error": MAX_ERROR, "recent": count // 3}
     return merged(prompt, None, **bound, **LAYERS)
 
 

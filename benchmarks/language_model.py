@@ -56,7 +56,7 @@ def plan(num_tokens: int) -> list[Trial]:
 
 
 def more_trials() -> list[Trial]:
-    """Return what is compared with merging in a second table, at two budgets.
+    """Return what is compared with merging in a second table, at a quarter.
 
     These are contenders with one budget for all heads, methods that read the context
     twice, and what was tried to lose less. Merging itself is measured again beside
@@ -64,7 +64,7 @@ def more_trials() -> list[Trial]:
     """
     ours = ("merge_kv_cache, per_layer, per_head", "merge_kv_cache, per_layer")
     methods = {name: OURS[name] for name in ours} | ONE_BUDGET | REREADING | TRIED
-    return [Trial(name, x, b) for name, x in methods.items() for b in FEW_BUDGETS]
+    return [Trial(name, x, 0.25) for name, x in methods.items()]
 
 
 def tune(model: Any, tokenizer: Any) -> Report:
