@@ -203,9 +203,7 @@ class LanguageModel(LlamaModel):
         convert_back, tokens, positions, sizes = convert_inputs(
             {"tokens": tokens, "positions": positions, "sizes": sizes}
         )
-        if tokens.dtype.kind in "iu":
-            tokens = self._embedded("tokens", tokens)
-        check_embeddings("tokens", tokens, self._settings, "KD", "BKD")
+        tokens = self._rows_of(tokens)
         inputs = inputs_of(tokens, positions, sizes, ("positions", "sizes"))
         logits, state = self._read(inputs, state, convert_back, last_only)
         logits = logits if tokens.ndim > 2 else logits[0]
@@ -257,9 +255,7 @@ class LanguageModel(LlamaModel):
         ModelState(40 tokens, 20 entries in 2 layers, float32)
         """
         _, tokens = convert_inputs({"tokens": tokens})
-        if tokens.dtype.kind in "iu":
-            tokens = self._embedded("tokens", tokens)
-        check_embeddings("tokens", tokens, self._settings, "KD", "BKD")
+        tokens = self._rows_of(tokens)
         x = inputs_of(tokens, None, None, ("positions", "sizes")).x
         check_state(state, x, self._settings)
         if not 1 <= x.shape[1] <= state.num_seen:
@@ -381,6 +377,13 @@ class LanguageModel(LlamaModel):
         dtype = accumulation_dtype(self.weights[EMBEDDING].dtype)
         table = self.prepared_weights(ids, dtype)[EMBEDDING]
         return table[np.clip(ids, 0, len(table) - 1)]
+
+    def _rows_of(self, tokens: Any) -> Any:
+        """Return embeddings (..., D) of numbers of tokens or embeddings, or raise."""
+        if tokens.dtype.kind in "iu":
+            tokens = self._embedded("tokens", tokens)
+        check_embeddings("tokens", tokens, self._settings, "KD", "BKD")
+        return tokens
 
     def _read(
         self, inputs: Inputs, state: Any, convert_back: Any, last_only: bool = False
