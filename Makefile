@@ -59,9 +59,11 @@ lint: $(VENV)/lint.done
 	$(BIN)/python tests/docstrings.py
 	find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
-# Build every page again, and run its examples and the notebooks. A warning is an error.
+# Build every page again, and run its examples and the notebooks. A warning is an error,
+# and so are other outputs than those that a notebook stores.
 docs: $(VENV)/docs.done $(VENV)/minilm $(VENV)/smollm2
 	$(BIN)/python -m sphinx -q -j $(CORES) -E -n -W --keep-going docs build/docs
+	$(BIN)/python docs/notebook_outputs.py
 
 # Each extra has one stamp file. The extra is installed again when a file that lists its
 # packages changes.
