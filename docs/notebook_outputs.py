@@ -64,7 +64,7 @@ def text_of(output: dict[str, Any]) -> str:
 
 
 def alike(stored: str, run: str) -> bool:
-    """Return whether two texts are equal but for the rounding of their numbers."""
+    """Return whether two texts are equal, except the rounding of their numbers."""
     if NUMBER.sub("#", stored) != NUMBER.sub("#", run):
         return False
     pairs = zip(NUMBER.findall(stored), NUMBER.findall(run), strict=True)
