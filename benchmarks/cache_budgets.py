@@ -96,7 +96,20 @@ def matched(
     return layers
 
 
-# The settings are those of cache_methods.py that are best with equal budgets.
+_NAMES = {"RMS attention": "rms", "H2O": "received", "SnapKV": "snapkv"}
+# The settings that `language_model.py --tune` compares.
+ONE_BUDGET_CONTENDERS: dict[str, list[Shorten]] = {
+    "attention matching, one budget": [
+        partial(matched, recent=x, ridge=1e-4) for x in (0.1, 0.5)
+    ],
+    **{
+        f"{name}, one budget": [
+            partial(scored, how=how, recent=x) for x in (0.1, 0.25, 0.5, 0.75)
+        ]
+        for name, how in _NAMES.items()
+    },
+}
+# Those with the least KL divergence on the tuning documents.
 ONE_BUDGET: dict[str, Shorten] = {
     "attention matching, one budget": partial(matched, recent=0.1, ridge=1e-4),
     "RMS attention, one budget": partial(scored, how="rms", recent=0.25),

@@ -17,16 +17,16 @@ it has is not measured again.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import smollm2
 import torch
-from cache_budgets import ONE_BUDGET
+from cache_budgets import ONE_BUDGET, ONE_BUDGET_CONTENDERS
 from cache_improvements import TRIED
-from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, VARIANTS
+from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, VARIANTS, Method, Shorten
 from cache_reading import mean_divergence, predict, read
 from cache_rereading import REREADING
 from documents import Document, byte_documents, documents
@@ -67,22 +67,31 @@ def more_trials() -> list[Trial]:
     return [Trial(name, x, 0.25) for name, x in methods.items()]
 
 
-def tune(model: Any, tokenizer: Any) -> Report:
-    """Print and return the mean KL of every setting on the tuning documents."""
-    rows: dict[str, list[float]] = {}
-    for document in documents(tokenizer, "tuning", TUNING):
-        prompt = read(model, document.context(TUNING_LENGTH))
+def candidates() -> dict[str, Shorten]:
+    """Return every method with every setting, by a text that has both."""
+    methods: dict[str, Shorten] = {}
+    for name, some in CONTENDERS.items():
+        methods |= {f"{name} {x.text}".strip(): x for x in some}
+    for name, partials in ONE_BUDGET_CONTENDERS.items():
+        for x in partials:
+            settings = {key: y for key, y in x.keywords.items() if key != "how"}
+            methods[f"{name} {Method(x.func, settings).text}"] = x
+    return methods
+
+
+def tune(
+    model: Any, some: list[Document], num_tokens: int, rows: dict[str, list[float]]
+) -> Iterator[str]:
+    """Append the KL of every setting on each document, and yield its name."""
+    done = min((len(rows.get(name, [])) for name in candidates()), default=0)
+    for document in some[done:]:
+        prompt = read(model, document.context(num_tokens))
         ids = document.continuation[:-1]
         expected = predict(model, prompt, prompt.whole, ids)
-        for name, candidates in CONTENDERS.items():
-            for method in candidates:
-                result = predict(model, prompt, method(prompt, TUNING_LENGTH // 4), ids)
-                kl = mean_divergence(expected, result)
-                rows.setdefault(f"{name} {method.text}", []).append(kl)
-    means = {name: float(np.mean(row)) for name, row in rows.items()}
-    for name in sorted(means, key=lambda x: means[x]):
-        print(f"{means[name]:.4f}  {name}")
-    return means
+        for name, method in candidates().items():
+            result = predict(model, prompt, method(prompt, num_tokens // 4), ids)
+            rows.setdefault(name, []).append(mean_divergence(expected, result))
+        yield document.name
 
 
 def continuations(
@@ -133,12 +142,17 @@ def main() -> None:
         counts = {length: COUNTS[length] for length in options.lengths}
 
         def of_count(count: int) -> list[Document]:
-            return documents(tokenizer, "held_out", count)
+            return documents(tokenizer, "tuning" if options.tune else "held_out", count)
 
     if options.tune:
-        report["tuning"] = tune(model, tokenizer)
-        if options.json:
-            write_json(options.json, report)
+        rows = report.setdefault("tuning", {})
+        length, count = (512, 1) if options.quick else (TUNING_LENGTH, TUNING)
+        for name in tune(model, of_count(count), length, rows):
+            print(f"{length} tokens, settings: {name} is done", flush=True)
+            if options.json:
+                write_json(options.json, report)
+        for name in sorted(rows, key=lambda x: float(np.mean(rows[x]))):
+            print(f"{np.mean(rows[name]):.4f}  {name}")
         return
     continuations(model, of_count, counts, report, options.json)
     for num_tokens, part in report["continuation"].items():

@@ -17,7 +17,15 @@ import qm_cupy as qm
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parent.parent
-NAMES = "cache_methods", "cache_reading", "documents", "lm_continuation", "smollm2"
+NAMES = (
+    "cache_budgets",
+    "cache_methods",
+    "cache_reading",
+    "documents",
+    "language_model",
+    "lm_continuation",
+    "smollm2",
+)
 LENGTH = 300  # tokens of the prompt
 
 
@@ -100,10 +108,30 @@ class TestMethods:
         counts = [x.keys.shape[-2] for x in method(prompt, 60)]
         assert counts == [90, 60, 30]
 
-    def test_every_selected_setting_was_compared(self, scripts):
-        methods = scripts.cache_methods
-        for name, method in methods.SELECTED.items():
-            assert method.text in [x.text for x in methods.CONTENDERS[name]]
+    def test_one_budget_keeps_a_mean_of_k(self, scripts, prompt):
+        reading = scripts.cache_reading
+        for shorten in scripts.cache_budgets.ONE_BUDGET.values():
+            assert reading.mean_kept(shorten(prompt, 75)) == pytest.approx(75, abs=0.5)
+
+    def test_every_setting_has_a_name(self, scripts):
+        candidates = scripts.language_model.candidates()
+        budgets = scripts.cache_budgets.ONE_BUDGET_CONTENDERS
+        lists = [*scripts.cache_methods.CONTENDERS.values(), *budgets.values()]
+        assert list(candidates.values()) == [x for some in lists for x in some]
+
+    def test_tuning_goes_on_where_it_ended(self, scripts, model, monkeypatch):
+        script = scripts.language_model
+        names = "H2O recent=0.5 total=False", "sinks and recent"
+        some = {name: script.candidates()[name] for name in names}
+        monkeypatch.setattr(script, "candidates", lambda: some)
+        texts, rows = scripts.documents.byte_documents(2), {}
+        assert list(script.tune(model, texts[:1], 64, rows)) == [texts[0].name]
+        first = {name: list(row) for name, row in rows.items()}
+        assert list(script.tune(model, texts, 64, rows)) == [texts[1].name]
+        for name, row in rows.items():
+            assert row[:1] == first[name]
+            assert len(row) == 2
+            assert row[0] > 0
 
     def test_rotations(self, scripts, rng):
         """They are those of the model: keys before the rotation do not differ."""
@@ -172,6 +200,23 @@ class TestDocuments:
         assert max(documents[0].ids) < 256
 
 
+def setting(method):
+    """Return what distinguishes the settings of a method from others."""
+    if isinstance(method, tuple):
+        return method.text
+    return method.func, method.keywords
+
+
+@pytest.mark.slow("shortens the caches of a random model")
+@pytest.mark.rehearsal
+def test_quick_tuning(tmp_path):
+    path = tmp_path / "results.json"
+    script = "benchmarks/language_model.py", "--quick", "--tune", "--json", path
+    subprocess.run([sys.executable, *script], cwd=ROOT, check=True)
+    rows = json.loads(path.read_text(encoding="utf-8"))["tuning"]
+    assert all(len(row) == 1 and math.isfinite(row[0]) for row in rows.values())
+
+
 @pytest.mark.slow("reads and merges the caches of a random model")
 @pytest.mark.rehearsal
 def test_quick_run(tmp_path):
@@ -189,7 +234,7 @@ def test_quick_run(tmp_path):
 
 
 class TestFigures:
-    """What README.md says is what the benchmark has written."""
+    """What README.md and the scripts say is what the benchmark has written."""
 
     budgets = "0.5", "0.25", "0.1", "0.05"
     rows = {  # noqa: RUF012
@@ -210,6 +255,24 @@ class TestFigures:
     def results(self):
         path = ROOT / "benchmarks" / "results" / "language_model.json"
         return json.loads(path.read_text(encoding="utf-8"))["continuation"]
+
+    def test_selected_settings_have_the_least_divergence(self, scripts):
+        path = ROOT / "benchmarks" / "results" / "language_model.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["tuning"]
+        candidates = scripts.language_model.candidates()
+        assert rows.keys() == candidates.keys()
+        assert {len(row) for row in rows.values()} == {6}  # documents
+        methods, budgets = scripts.cache_methods, scripts.cache_budgets
+        pairs = (
+            (methods.SELECTED, methods.CONTENDERS),
+            (budgets.ONE_BUDGET, budgets.ONE_BUDGET_CONTENDERS),
+        )
+        names = {id(method): name for name, method in candidates.items()}
+        for selected, lists in pairs:
+            assert selected.keys() == lists.keys()
+            for name, some in lists.items():
+                best = min(some, key=lambda x: np.mean(rows[names[id(x)]]))
+                assert setting(selected[name]) == setting(best), name
 
     @pytest.fixture
     def readme(self):
