@@ -15,25 +15,24 @@ from cache_budgets import evicted
 from cache_reading import Prompt, Shortened, layers_of
 
 import qm_cupy as qm
-from qm_cupy.caches.second_reading import NUM_AGAIN, NUM_LAST, random_order
-
-RECENT = 8  # last entries that are kept as they are
+from qm_cupy.caches.second_reading import NUM_LAST, parts_of, random_order
 
 
 def largest_attention(prompt: Prompt) -> torch.Tensor:
     """Return the scores (L, H, N) of the second reading."""
-    layers = []
-    for keys, query in zip(prompt.keys, prompt.repeated, strict=True):
-        heads, num_tokens, dim = keys.shape[1:]
-        rows = query[0, :, -num_tokens:].reshape(heads, -1, dim)  # of all their heads
-        weights = (rows @ keys[0].mT * dim**-0.5).softmax(-1)
-        layers.append(weights.amax(1))
-    return torch.stack(layers)
+    pairs = zip(again(prompt), prompt.keys, strict=True)
+    scores = [qm.score_keys(q, k, how="max", causal=False)[0] for q, k in pairs]
+    return torch.stack(scores)
+
+
+def again(prompt: Prompt) -> list[torch.Tensor]:
+    """Return the queries of the second reading (1, H_q, N, d) of each layer."""
+    return [x[:, :, -prompt.num_tokens :] for x in prompt.repeated]
 
 
 def kvzip(prompt: Prompt, count: int) -> list[Shortened]:
     """Keep the entries with the largest scores of all layers and heads."""
-    return evicted(prompt, largest_attention(prompt), count, RECENT)
+    return evicted(prompt, largest_attention(prompt), count, max(count // 8, 8))
 
 
 def merged_again(
@@ -44,16 +43,10 @@ def merged_again(
     Its scores are `attention`. Some of its queries, and the last of the first reading,
     are `query`, as `MergedCache(mass="reread")` has them.
     """
-    num_tokens = prompt.num_tokens
-    generator = torch.Generator().manual_seed(0)
-    some = torch.randperm(num_tokens, generator=generator)[:NUM_AGAIN]
-    query = torch.cat(
-        [
-            torch.stack([x[:, :, -num_tokens:][:, :, some] for x in prompt.repeated]),
-            torch.stack([x[:, :, -NUM_LAST:] for x in prompt.queries]),
-        ],
-        dim=-2,
-    )
+    rows = [torch.from_numpy(x) + p.start for p, x in parts_of(prompt.num_tokens)]
+    some = torch.stack([x[:, :, torch.cat(rows)] for x in again(prompt)])
+    last = torch.stack([x[:, :, -NUM_LAST:] for x in prompt.queries])
+    query = torch.cat([last, some], dim=-2)
     # In a random order, because the last ones calibrate the biases.
     query = query[..., torch.from_numpy(random_order(query.shape[-2])), :]
     cache = qm.merge_kv_cache(
@@ -64,7 +57,6 @@ def merged_again(
         causal=False,
         attention=largest_attention(prompt)[:, None],  # (L, 1, H, N)
         inv_freq=prompt.inv_freq,
-        recent=RECENT,
         per_layer=True,
         per_head=per_head,
     )

@@ -14,6 +14,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+from qm_cupy.transformers import MergedCache  # noqa: E402 (after the skip)
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NAMES = "cache_reading", "cache_rereading", "lm_retrieval", "ruler", "smollm2"
 END = 0  # the token that ends a text
@@ -167,6 +169,19 @@ def test_kvzip_keeps_what_the_second_reading_looks_at(scripts, prompt):
     scores[:4] = scores[-8:] = torch.inf
     expected = scores.topk(count).indices.sort().values
     assert torch.equal(kept.keys[0, 0, :count], keys[expected])
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_second_reading_is_the_librarys(scripts, model, prompt, per_head):
+    mine = scripts.cache_rereading.merged_again(prompt, 60, per_head=per_head)
+    options = {"mass": "reread", "per_head": per_head}
+    with MergedCache(model, 60, **options) as cache, torch.no_grad():
+        model.model(prompt.ids, cache=cache)
+    for ours, layer in zip(mine, cache.layers, strict=True):
+        assert ours.keys.shape == layer.keys.shape
+        torch.testing.assert_close(ours.keys, layer.keys)
+        torch.testing.assert_close(ours.values, layer.values)
+        torch.testing.assert_close(ours.bias, layer.bias)
 
 
 def test_splits_have_different_samples(scripts):

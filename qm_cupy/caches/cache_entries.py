@@ -65,12 +65,14 @@ def free_entries(
     recent: int | None,
     counts: Counts | None,
     heads: int = 1,
+    *,
+    causal: bool = True,
 ) -> tuple[Any, Any]:
     """Return which entries may merge, and which are not padding, both (..., N).
 
     `protect` has booleans, positions and the mask. `counts` (...) is K of each head,
-    or None. `heads` heads that follow one another have a common budget. Raise if the
-    entries that may not merge exceed a budget.
+    or None. `heads` heads that follow one another have a common budget. `causal` is
+    that of `default_recent`. Raise if the entries that may not merge exceed a budget.
     """
     shape = keys.shape[:-1]
     flags, positions, mask = protect
@@ -85,7 +87,7 @@ def free_entries(
     free = present & (rank > sinks)
     limit: Any = recent
     if recent is None:
-        limit = default_recent(counts, shape[:-1])[..., None]
+        limit = default_recent(counts, shape[:-1], causal)[..., None]
         limit = to_device(limit) if is_cuda(keys) else limit
     free &= after >= limit
     if kept is not None:
@@ -95,17 +97,26 @@ def free_entries(
     return free, contiguous(present)
 
 
-def default_recent(counts: Counts | None, leading: tuple[int, ...]) -> Counts:
-    """Return how many last entries do not merge, for K entries of each head."""
+def default_recent(
+    counts: Counts | None, leading: tuple[int, ...], causal: bool = True
+) -> Counts:
+    """Return how many last entries do not merge, for K entries of each head.
+
+    They are fewer if queries are not `causal`: those of a second reading look for any
+    entry, and not above all for the last ones.
+    """
+    least, part = (32, 3) if causal else (8, 8)
     if counts is None:
-        return np.full(leading, 32, np.int64)
-    return np.maximum(np.minimum(32, counts // 2), counts // 3)
+        return np.full(leading, least, np.int64)
+    return np.maximum(np.minimum(least, counts // 2), counts // part)
 
 
-def num_mergeable(count: int, sinks: int = 4, recent: int | None = None) -> int:
+def num_mergeable(
+    count: int, sinks: int = 4, recent: int | None = None, *, causal: bool = True
+) -> int:
     """Return how many of K entries are left for those that may merge."""
     if recent is None:
-        recent = int(default_recent(np.array(count), ()))
+        recent = int(default_recent(np.array(count), (), causal))
     return count - sinks - recent
 
 

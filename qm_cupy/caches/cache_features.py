@@ -16,6 +16,9 @@ by which an entry is grouped is
 When several heads have one budget, an error in each of them counts by its weight
 
     h = (attention of the last queries to the entries that may merge) · c² mean |q|²
+
+If the queries are those of a second reading, √(a_j r_j) takes the attention's part: r_j
+is the largest attention that any query of this reading pays to entry j.
 """
 
 from typing import Any
@@ -56,8 +59,8 @@ def grouping_features(
 def head_weights(received: Any, query: Any, free: Any) -> Any:
     """Return the weight h of each head (..., H, 1), relative to the largest of a pool.
 
-    `received` (..., H, N) is the attention of the last queries to each entry. The H
-    heads have one budget. The factor c² is the same in all of them.
+    `received` (..., H, N) is the attention that each entry receives. The H heads have
+    one budget. The factor c² is the same in all of them.
     """
     dtype = received.dtype
     attention = np.where(free, received, dtype.type(0)).sum(axis=-1, keepdims=True)

@@ -134,7 +134,7 @@ def cache_mass(
     if from_last is not None:
         terms.append(_relative(from_last.astype(dtype), free))
     if attention is not None:
-        terms.append(_relative(_mean_of_heads(attention.astype(dtype), keys), free))
+        terms.append(_relative(mean_of_heads(attention.astype(dtype), keys), free))
     if not terms and bias is not None:
         terms.append(_relative(_exponentials(bias.astype(dtype)), free))
     norms = _relative(_norms(values.astype(dtype)), free) + dtype.type(_LEAST)
@@ -165,7 +165,7 @@ def received_of_all(query: Any, keys: Any, bias: Any, mask: Any, scale: float) -
     )
 
 
-def _mean_of_heads(attention: Any, keys: Any) -> Any:
+def mean_of_heads(attention: Any, keys: Any) -> Any:
     """Return the mean over the query heads that read each key head (..., N)."""
     if attention.shape == keys.shape[:-1]:
         return attention

@@ -49,6 +49,7 @@ from .cache_groups import Cut, group_entries
 from .cache_mass import (
     cache_mass,
     last_queries,
+    mean_of_heads,
     queries_after,
     received_of_all,
     received_of_last,
@@ -67,6 +68,7 @@ from .layer_axis import fold_layers, unfold_layers
 RotateAt = Literal["mean", "first", "last"]
 WINDOW = 128  # entries that are compared with each other, at most
 _LINKAGE_POWER = 0.7  # of the masses, where they decide what is grouped
+_POWER_AGAIN = 1.0  # the same for the queries of a second reading
 
 
 class Options(NamedTuple):
@@ -160,15 +162,15 @@ def merge_kv_cache(
     rotate_at : {"mean", "first", "last"}, default "mean"
         "mean": merged keys are means of rotated keys. "first" and "last": they are
         means of the keys before the rotation, rotated to the position of the first or
-        the last member; these need `inv_freq`. "mean" predicts the next tokens best,
-        "first" may find a single fact in a long text better.
+        the last member; these need `inv_freq`. "mean" predicts the next tokens best.
     protect : ndarray of shape (N,) or (B, N), or sequence of int, optional
         Entries that do not merge: booleans, or positions in the cache. K counts them.
     sinks : int, default 4
         Number of first entries that do not merge, the attention sinks.
     recent : int, optional
         Number of last entries that do not merge; by default a third of K, or 32 if this
-        is more (half of K, if K < 64).
+        is more (half of K, if K < 64). With ``causal=False``, an eighth of K, or 8 if
+        this is more (half of K, if K < 16).
     per_head : bool, default False
         If True, the budget is the mean of the heads of a layer, and heads in which
         merging changes less keep fewer entries. Results are padded to the largest K.
@@ -217,6 +219,11 @@ def merge_kv_cache(
     are averaged over rotated pairs. The masses of a head are multiplied by
     :math:`\sum_j a_j |q|^2` over the entries that may merge. Then the lowest merges of
     all these heads are made.
+
+    Questions about single facts need the entries to which some query pays much
+    attention, and not those to which many pay a little. So with ``causal=False``, the
+    masses of the linkage are :math:`m_j`, and with `attention` too, those of a head are
+    multiplied by :math:`\sum_j \sqrt{a_j r_j}\,|q|^2`.
 
     The calibrated bias is
 
@@ -295,6 +302,7 @@ def merge_kv_cache(
         None if recent is None else check_count("recent", recent),
         counts,
         heads,
+        causal=options.causal,
     )
     counts = None if counts is None else counts.ravel()
     cut = Cut(counts, max_error, heads, num_equal)
@@ -378,11 +386,16 @@ def compute_merge_kv_cache(
         received = received_of_last(last, keys, bias, mask)
     mass = cache_mass(received, attention, free, keys, values, bias)
     straight = unrotated(keys, positions, options.rotary)
-    linkage_mass = mass ** mass.dtype.type(_LINKAGE_POWER)
+    power = _LINKAGE_POWER if options.causal else _POWER_AGAIN
+    linkage_mass = mass ** mass.dtype.type(power)
     comparing = None  # queries by which heads are compared
     if cut.pool_size > 1 and query is not None:
         comparing, _ = select_queries(query, keys, mask, MAX_QUERIES, options.causal)
-        linkage_mass = linkage_mass * head_weights(received, comparing, free)
+        looked_at = received
+        if attention is not None and not options.causal:
+            largest = mean_of_heads(attention.astype(mass.dtype), keys)
+            looked_at = np.sqrt(received) * np.sqrt(largest)
+        linkage_mass = linkage_mass * head_weights(looked_at, comparing, free)
     features = grouping_features(straight, values, comparing, free, options.rotary)
     mass = mass.reshape(-1, num_entries)
     labels, counts = group_entries(

@@ -104,7 +104,7 @@ class _Merge:
         if isinstance(budget, float):
             count = int(head_budgets(budget, (), seen))
         own = {name: options[name] for name in ("sinks", "recent") if name in options}
-        room = num_mergeable(count, **own)
+        room = num_mergeable(count, **own, causal=self.again is None)
         if count >= state.mean_stored() or room < 1:
             return state
         if self.again is not None:

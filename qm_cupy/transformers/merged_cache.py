@@ -60,7 +60,7 @@ class MergedCache(Cache):
         weight is the largest attention that an entry receives then. Use it if single
         facts of the text will be asked for: a model looks at them when it copies them,
         and not when it first reads them. It takes the time of a second prompt, and
-        positions of up to 2,048 more tokens. Pass ``recent=8, per_head=True`` with it.
+        positions of up to 2,048 more tokens. Pass ``per_head=True`` with it.
     per_layer : bool, default True
         As in `merge_kv_cache`: the budget is the mean of the layers. They merge when
         the last layer has read the prompt, and need memory for a copy of their entries
@@ -150,7 +150,10 @@ class MergedCache(Cache):
         }
         if (
             isinstance(budget, int)
-            and num_mergeable(budget, options["sinks"], options["recent"]) < 1
+            and num_mergeable(
+                budget, options["sinks"], options["recent"], causal=mass != "reread"
+            )
+            < 1
         ):
             raise ValueError(
                 f"`budget` has no room beside `sinks` and `recent`, got {budget}: "

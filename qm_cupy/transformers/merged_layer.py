@@ -367,7 +367,8 @@ def exceeds_budget(layers: list[MergedLayer]) -> bool:
     first = layers[0]
     count, options = first.num_kept(), first.settings.options
     present = sum(layer.mean_present() for layer in layers)
-    room = num_mergeable(count, options["sinks"], options["recent"])
+    causal = first.settings.mass != "reread"
+    room = num_mergeable(count, options["sinks"], options["recent"], causal=causal)
     return count * len(layers) < present and room > 0
 
 

@@ -1,5 +1,7 @@
 """`merge_kv_cache`: what merges, what attention then computes, and what is refused."""
 
+import sys
+
 import cache_oracle as oracle
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ from conftest import assert_close, to_library, to_numpy
 
 import qm_cupy as qm
 
+# `qm.merge_kv_cache` is the function, so the module has to be looked up.
+module = sys.modules["qm_cupy.caches.merge_kv_cache"]
 INV_FREQ = 1000.0 ** -(np.arange(4) / 4)
 ALL = {"sinks": 0, "recent": 1}  # everything may merge except the last entry
 
@@ -193,8 +197,11 @@ class TestQueriesOfAnotherText:
     @pytest.mark.parametrize("attention", [False, True])
     @pytest.mark.parametrize("num_queries", [12, 300])  # also more than entries
     def test_they_are_causal_queries_of_absent_entries(
-        self, rng, masked, attention, num_queries
+        self, rng, monkeypatch, masked, attention, num_queries
     ):
+        # test_other_queries.py tests what else differs: the powers, and the weights of
+        # heads with `attention`.
+        monkeypatch.setattr(module, "_POWER_AGAIN", module._LINKAGE_POWER)
         keys, values = cache_of(rng)
         query = rng.standard_normal((2, 4, num_queries, 8))
         received = rng.random((2, 2, 60)) if attention else None
@@ -202,7 +209,8 @@ class TestQueriesOfAnotherText:
         if masked:
             mask = np.ones((2, 60), bool)
             mask[0, [0, 1, 2, 30, 58]] = False
-        options = {"inv_freq": INV_FREQ, "per_head": True, "sinks": 1, "recent": 5}
+        options = {"inv_freq": INV_FREQ, "sinks": 1, "recent": 5}
+        options["per_head"] = not attention
         got = qm.merge_kv_cache(
             keys, values, 20, query=query, causal=False, attention=received, mask=mask,
             **options,
