@@ -251,7 +251,7 @@ class LanguageModel(LlamaModel):
         >>> model = qm.LanguageModel.init(50, 16, num_heads=2, num_layers=2, seed=0)
         >>> ids = np.random.default_rng(0).integers(0, 50, 40)
         >>> _, state = model.read(ids)
-        >>> model.reread(ids, state).merge(20, recent=8)
+        >>> model.reread(ids, state).merge(20)
         ModelState(40 tokens, 20 entries in 2 layers, float32)
         """
         _, tokens = convert_inputs({"tokens": tokens})
