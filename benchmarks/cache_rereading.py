@@ -43,6 +43,7 @@ def merged_again(
     Its scores are `attention`. Some of its queries, and the last of the first reading,
     are `query`, as `MergedCache(mass="reread")` has them.
     """
+    # The queries that the library would keep, of each part of the second reading.
     rows = [torch.from_numpy(x) + p.start for p, x in parts_of(prompt.num_tokens)]
     some = torch.stack([x[:, :, torch.cat(rows)] for x in again(prompt)])
     last = torch.stack([x[:, :, -NUM_LAST:] for x in prompt.queries])

@@ -74,6 +74,7 @@ def candidates() -> dict[str, Shorten]:
         methods |= {f"{name} {x.text}".strip(): x for x in some}
     for name, partials in ONE_BUDGET_CONTENDERS.items():
         for x in partials:
+            # `how` is the method itself, and is in its name.
             settings = {key: y for key, y in x.keywords.items() if key != "how"}
             methods[f"{name} {Method(x.func, settings).text}"] = x
     return methods
@@ -83,12 +84,16 @@ def tune(
     model: Any, some: list[Document], num_tokens: int, rows: dict[str, list[float]]
 ) -> Iterator[str]:
     """Append the KL of every setting on each document, and yield its name."""
-    done = min((len(rows.get(name, [])) for name in candidates()), default=0)
-    for document in some[done:]:
+    every = candidates()
+    for index, document in enumerate(some):
+        # An earlier run may have had fewer settings.
+        missing = {x: y for x, y in every.items() if len(rows.get(x, [])) <= index}
+        if not missing:
+            continue
         prompt = read(model, document.context(num_tokens))
         ids = document.continuation[:-1]
         expected = predict(model, prompt, prompt.whole, ids)
-        for name, method in candidates().items():
+        for name, method in missing.items():
             result = predict(model, prompt, method(prompt, num_tokens // 4), ids)
             rows.setdefault(name, []).append(mean_divergence(expected, result))
         yield document.name

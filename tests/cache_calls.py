@@ -109,7 +109,10 @@ def calls(num_entries=40, masked=False):
         "merge_kv_cache": (qm.merge_kv_cache, {**merged, "budget": 0.5, **rotary}),
         "merge_kv_cache, other queries": (
             qm.merge_kv_cache,
-            {**merged, "budget": 0.5, "causal": False, "per_head": True},
+            {
+                **{**merged, "attention": scores},
+                **{"budget": 0.5, "causal": False, "per_head": True},
+            },
         ),
         "merge_kv_cache, windows": (
             qm.merge_kv_cache,

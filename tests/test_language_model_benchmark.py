@@ -127,7 +127,9 @@ class TestMethods:
         texts, rows = scripts.documents.byte_documents(2), {}
         assert list(script.tune(model, texts[:1], 64, rows)) == [texts[0].name]
         first = {name: list(row) for name, row in rows.items()}
-        assert list(script.tune(model, texts, 64, rows)) == [texts[1].name]
+        del rows[names[0]]  # as if this setting was new
+        assert list(script.tune(model, texts, 64, rows)) == [x.name for x in texts]
+        assert list(script.tune(model, texts, 64, rows)) == []
         for name, row in rows.items():
             assert row[:1] == first[name]
             assert len(row) == 2

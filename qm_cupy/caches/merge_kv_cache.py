@@ -381,7 +381,7 @@ def compute_merge_kv_cache(
         last = last_queries(query, keys, bias, mask, options.scale, options.causal)
         if attention is None and options.causal:
             attention = received_of_all(query, keys, bias, mask, options.scale)
-    received = None  # of the last queries, (..., N)
+    received: Any = None  # of the last queries, (..., N)
     if last is not None:
         received = received_of_last(last, keys, bias, mask)
     mass = cache_mass(received, attention, free, keys, values, bias)
