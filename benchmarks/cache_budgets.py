@@ -112,7 +112,7 @@ ONE_BUDGET_CONTENDERS: dict[str, list[Shorten]] = {
 # Those with the least KL divergence on the tuning documents.
 ONE_BUDGET: dict[str, Shorten] = {
     "attention matching, one budget": partial(matched, recent=0.1, ridge=1e-4),
-    "RMS attention, one budget": partial(scored, how="rms", recent=0.25),
-    "H2O, one budget": partial(scored, how="received", recent=0.5),
-    "SnapKV, one budget": partial(scored, how="snapkv", recent=0.25),
+    "RMS attention, one budget": partial(scored, how="rms", recent=0.5),
+    "H2O, one budget": partial(scored, how="received", recent=0.75),
+    "SnapKV, one budget": partial(scored, how="snapkv", recent=0.5),
 }

@@ -261,7 +261,7 @@ SELECTED: dict[str, Shorten] = {
     "TOVA": Method(scored("last", 1), {"recent": 0.9}),
     "RMS attention": Method(scored("rms", 256), {"recent": 0.25}),
     "expected attention": Method(expected, {"future": 128, "recent": 0.5}),
-    "key norm": Method(key_norm, {"recent": 0.75}),
+    "key norm": Method(key_norm, {"recent": 0.9}),
     "ToMe matching": Method(tome, {"recent": 0.5}),
     "sinks and recent": Method(sinks_and_recent),
 }
