@@ -158,9 +158,10 @@ def deliver(convert_back: ConvertBack, result: Any, out: Any, target: Any) -> An
 def _prepare(name: str, x: Any, *, output: bool = False) -> Any:
     """Return an array that can be exported through DLPack, or raise."""
     if not hasattr(x, "__dlpack__"):
+        advice = ": make one array of it" if isinstance(x, list | tuple) else ""
         raise TypeError(
             f"`{name}` must be an array of NumPy or another library with DLPack, "
-            f"got {type(x).__module__}.{type(x).__qualname__}"
+            f"got {type(x).__module__}.{type(x).__qualname__}{advice}"
         )
     return library(x).prepare(name, x, output)
 
@@ -233,5 +234,8 @@ def _cupy(name: str) -> Any:
 
 def _convert_back_to(like: Any) -> ConvertBack:
     """Return the function that converts results to the library of the array `like`."""
-    from_result = library(like).from_result
-    return lambda x: from_result(x, like)
+    return functools.partial(_from_result, like)  # unlike a lambda, it can be pickled
+
+
+def _from_result(like: Any, x: Any) -> Any:
+    return library(like).from_result(x, like)

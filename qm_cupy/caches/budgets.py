@@ -51,8 +51,13 @@ def head_budgets(
     if len(wrong):
         at = tuple(wrong[0])
         limit, got = np.atleast_1d(limits)[at], np.atleast_1d(counts)[at]
-        hint = "" if got < 1 else ": a cache that is short enough needs no merge"
+        if got < 1:
+            raise ValueError(
+                "`budget` must be at least 1 entry, or a fraction within (0, 1] of the "
+                f"entries, got {got}"
+            )
         raise ValueError(
-            f"`budget` must lie in 1..{limit} (the entries of a head), got {got}{hint}"
+            f"`budget` must lie in 1..{limit} (the entries of a head), got {got}: a "
+            "cache that is short enough needs no merge"
         )
     return counts

@@ -18,6 +18,7 @@ from ..cuda.device import to_device, to_host
 from ..cuda.launch import contiguous
 
 Counts = NDArray[np.int64]
+_FEW = 33  # entries: so few may be the heads of keys in another layout
 
 
 def present_entries(keys: Any, bias: Any, mask: Any) -> Any:
@@ -131,8 +132,14 @@ def _check_room(free: Any, present: Any, counts: Counts, heads: int) -> None:
     if math.prod(least.shape) and (counts < least).any():
         at = tuple(np.argwhere(np.atleast_1d(counts < least))[0])
         kept, got = np.atleast_1d(num_kept)[at], np.atleast_1d(counts)[at]
+        hint = ""
+        if present.shape[-1] < _FEW:
+            hint = (
+                f". The heads have N = {present.shape[-1]} entries: is the layout "
+                "(..., H, N, d)?"
+            )
         raise ValueError(
             f"`budget` must be at least {kept + 1}, because {kept} entries do not "
             f"merge (`sinks`, `recent`, `protect`), got {got}: lower `recent`, "
-            "or raise the budget"
+            f"or raise the budget{hint}"
         )

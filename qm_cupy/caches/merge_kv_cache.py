@@ -263,6 +263,9 @@ def merge_kv_cache(
     )
     convert_back, keys, values, query, attention, positions = converted[:6]
     bias, flags, mask, budget, inv_freq, protected = converted[6:]
+    if (budget is None) == (max_error is None):
+        got = "none" if budget is None else "both"
+        raise ValueError(f"give exactly one of `budget` and `max_error`, got {got}")
     max_error = check_limits(budget, max_error, None, "ward", "budget").max_error
     mask = check_cache(keys, values, mask)  # (B, N)
     check_bias(bias, keys, mask)

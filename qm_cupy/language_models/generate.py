@@ -11,7 +11,7 @@ from ..caches.cache_checks import check_count, check_flag
 from ..caches.cache_entries import num_mergeable
 from ..cuda.device import to_host
 from .llama_weights import Settings
-from .model_state import ModelState
+from .model_state import ModelState, check_options
 from .read_checks import check_ids
 
 
@@ -32,6 +32,7 @@ def generate_ids(
     settings: Settings,
     ids: Any,
     num_tokens: Any,
+    state: Any,
     *,
     budget: Any,
     every: Any,
@@ -39,7 +40,7 @@ def generate_ids(
     reread: Any,
     options: dict[str, Any],
 ) -> Any:
-    """Return the tokens (..., T) with the highest logits after ids (..., N)."""
+    """Return the tokens (..., T) with the highest logits after a state and ids."""
     convert_back, text = convert_inputs({"ids": ids})
     check_ids("ids", text, settings)
     wanted = check_count("num_tokens", num_tokens)
@@ -47,10 +48,9 @@ def generate_ids(
     if check_flag("reread", reread) and budget is None:
         raise TypeError("`reread` needs a `budget`, which is None")
     _check_budget(budget, every, options)
-    options = {"per_layer": True, **options}
     if wanted == 0:
         return convert_back(text[..., :0].copy())
-    logits, state = model.read(text, last_only=True)
+    logits, state = model.read(text, state, last_only=True)
     merge = _Merge(budget, options, model if reread else None)
     state, since_merge = merge(state, text), 0
     new: list[Any] = []
@@ -72,6 +72,7 @@ def _check_budget(budget: Any, every: Any, options: dict[str, Any]) -> None:
     """Raise if a budget is wrong, or options are passed without one."""
     if every is not None and check_integer("every", every) < 1:
         raise ValueError(f"`every` must be at least 1, got {every}")
+    check_options(options)
     if budget is None:
         names = ["every"] * (every is not None) + [*options]
         if names:

@@ -251,8 +251,8 @@ class LanguageModel(LlamaModel):
         >>> model = qm.LanguageModel.init(50, 16, num_heads=2, num_layers=2, seed=0)
         >>> ids = np.random.default_rng(0).integers(0, 50, 40)
         >>> _, state = model.read(ids)
-        >>> model.reread(ids, state).merge(20)
-        ModelState(40 tokens, 20 entries in 2 layers, float32)
+        >>> model.reread(ids, state).merge(20, per_head=True)
+        ModelState(40 tokens, 20 entries on average in 2 layers, float32)
         """
         _, tokens = convert_inputs({"tokens": tokens})
         tokens = self._rows_of(tokens)
@@ -305,6 +305,11 @@ class LanguageModel(LlamaModel):
         arrays = {key: x for key, x in options.items() if hasattr(x, "__dlpack__")}
         convert_back, token, *converted = convert_inputs({"token": token} | arrays)
         position, size = (options | dict(zip(arrays, converted, strict=True))).values()
+        if token.dtype.kind in "iu":
+            raise TypeError(
+                f"`token` must be an embedding, got {token.dtype}: call `read` for "
+                "numbers of tokens, or `embed` them"
+            )
         check_embeddings("token", token, self._settings, "D", "BD")
         rows = token.reshape(-1, 1, token.shape[-1])  # (B, 1, D)
 
@@ -322,6 +327,7 @@ class LanguageModel(LlamaModel):
         self,
         ids: IntArray,
         num_tokens: int,
+        state: ModelState | None = None,
         *,
         budget: Any = None,
         every: int | None = None,
@@ -334,9 +340,12 @@ class LanguageModel(LlamaModel):
         Parameters
         ----------
         ids : ndarray of int of shape (N,) or (B, N)
-            The text.
+            The text, or the part of it that follows the state.
         num_tokens : int
             Number T of new tokens.
+        state : ModelState, optional
+            The state after an earlier part of the text, merged or not. So one text can
+            be read and merged once, and be asked many questions.
         budget : int or float, optional
             Entries of each head to which the text's cache is merged after it was read:
             a number, or a fraction within (0, 1] of the tokens read. Shorter texts do
@@ -349,10 +358,9 @@ class LanguageModel(LlamaModel):
             fewer than T if all B texts have ended.
         reread : bool, default False
             Whether the tokens since the last merge are read a second time before a
-            merge, as in `reread`.
+            merge, as in `reread`; those of `state` are not.
         **options
-            As in `ModelState.merge`, but `per_layer` is True by default: the budget is
-            the mean of the layers.
+            As in `ModelState.merge`.
 
         Returns
         -------
@@ -368,7 +376,7 @@ class LanguageModel(LlamaModel):
             out of range.
         """
         rest: Any = {"budget": budget, "every": every, "stop": stop, "reread": reread}
-        args = self, self._settings, ids, num_tokens
+        args = self, self._settings, ids, num_tokens, state
         return generate_ids(*args, **rest, options=options)
 
     def _embedded(self, name: str, ids: Any) -> Any:

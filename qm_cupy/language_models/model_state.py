@@ -1,11 +1,12 @@
 """What a language model has read: its key-value cache, which can be merged.
 
 A model has L layers of H heads of keys of width d. It has read n tokens of each of B
-sequences, and the cache stores N entries for them: N = n, or fewer after a merge.
+sequences, and a layer stores entries for them: n, or fewer after a merge. The longest
+layer has N.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,31 @@ from ..cuda.device import to_host
 from ..cuda.launch import contiguous
 from ..stages.merging.groups import compute_group_positions
 from ..stages.merging.merge_tokens import compute_merge_tokens
-from .state_entries import Entries
+from .state_entries import Entries, padded
 
-# Arguments of `merge_kv_cache` that a state has itself.
+# Arguments of `merge_kv_cache` that a state has itself, and those that it takes.
 _OWN = (
     "keys", "values", "query", "causal", "attention", "positions", "inv_freq",
     "interleaved", "rotary_scaling", "bias", "scale", "mask",
 )  # fmt: skip
+_OPTIONS = (
+    "max_error", "calibrate", "rotate_at", "protect", "sinks", "recent", "per_head",
+    "per_layer", "window",
+)  # fmt: skip
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise for options that `ModelState.merge` does not have."""
+    for name in options:
+        if name in _OWN:
+            raise TypeError(
+                f"`{name}` is not an option of `merge`: the state has it itself"
+            )
+        if name not in _OPTIONS:
+            raise TypeError(
+                f"`{name}` is not an option: the options of a merge are "
+                f"{', '.join(_OPTIONS)}"
+            )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,18 +64,19 @@ class ModelState:
     >>> _, state = model.read(rng.integers(0, 50, 40))
     >>> state = state.merge(20)
     >>> state
-    ModelState(40 tokens, 20 entries in 2 layers, float32)
+    ModelState(40 tokens, 20 entries on average in 2 layers, float32)
     >>> _, state = model.read(rng.integers(0, 50, 5), state)
-    >>> state.num_seen, state.keys.shape  # the axes (L, B, H, N, d)
-    (45, (2, 1, 2, 25, 8))
+    >>> state.num_seen, state.mean_stored()
+    (45, 25)
     """
 
     num_seen: int
     """Number n of tokens read so far."""
-    num_stored: int
-    """Number N of entries of each head, which later tokens attend to."""
-    entries: Entries
-    """Internal: arrays with free slots, in NumPy or CuPy."""
+    counts: tuple[int, ...]
+    """Number of entries of each layer, which later tokens attend to. Heads of different
+    lengths are padded to the longest of their layer."""
+    entries: tuple[Entries, ...]
+    """Internal: those of each layer, arrays with free slots, in NumPy or CuPy."""
     attended: "Attended"
     """Internal: what the merge needs to know about the attention."""
     next_position: Any
@@ -70,25 +90,38 @@ class ModelState:
 
     def __repr__(self) -> str:
         """Return sizes and dtype in one line."""
+        dtype = self.entries[0].keys.dtype
+        mean = " on average" if self.biased else ""
         return (
-            f"ModelState({self.num_seen} tokens, {self.num_stored} entries in "
-            f"{len(self.entries.keys)} layers, {self.entries.keys.dtype})"
+            f"ModelState({self.num_seen} tokens, {self.mean_stored()} entries{mean} in "
+            f"{len(self.entries)} layers, {dtype})"
         )
 
     @property
+    def num_stored(self) -> int:
+        """Number N of entries of the longest layer."""
+        return max(self.counts)
+
+    @property
     def keys(self) -> FloatArray:
-        """Rotated keys (L, B, H, N, d), a copy in the library of the tokens."""
-        return self._copied(self.entries.keys)
+        """Rotated keys (L, B, H, N, d), a copy in the library of the tokens.
+
+        Shorter layers are padded with zeros.
+        """
+        return self.convert_back(self._padded("keys"))
 
     @property
     def values(self) -> FloatArray:
         """Values (L, B, H, N, d), a copy."""
-        return self._copied(self.entries.values)
+        return self.convert_back(self._padded("values"))
 
     @property
     def bias(self) -> FloatArray:
-        """What attention adds to the scores of the keys, (L, B, H, N), a copy."""
-        return self._copied(self.entries.bias)
+        """What attention adds to the scores of the keys, (L, B, H, N), a copy.
+
+        It is -inf for padding.
+        """
+        return self.convert_back(self._padded("bias"))
 
     def mean_stored(self) -> int:
         """Return the mean number of entries of a head, without padding.
@@ -96,16 +129,19 @@ class ModelState:
         Returns
         -------
         int
-            It is at most N, the length of the longest head.
+            It is at most N, the length of the longest layer.
         """
         if not self.biased:
             return self.num_stored
-        bias = self.entries.bias[:, :, :, : self.num_stored]
+        bias = self._padded("bias")
         present = np.asarray(to_host((bias > -np.inf).sum()))
         return int(present) // max(1, math.prod(bias.shape[:-1]))
 
-    def _copied(self, x: Any) -> Any:
-        return self.convert_back(x[:, :, :, : self.num_stored].copy())
+    def _padded(self, name: str) -> Any:
+        """Return the entries of all layers (L, B, H, N, ...), a copy."""
+        pairs = zip(self.entries, self.counts, strict=True)
+        parts = [getattr(x, name)[:, :, :count] for x, count in pairs]
+        return padded(parts, -np.inf if name == "bias" else 0)
 
     def merge(self, budget: Any = None, **options: Any) -> "ModelState":
         """Return a state with fewer entries, to which attention is almost the same.
@@ -122,36 +158,32 @@ class ModelState:
             fraction of the entries, or integers that broadcast to (L, B, H).
         **options
             `max_error`, `calibrate`, `rotate_at`, `protect`, `sinks`, `recent`,
-            `per_head`, `per_layer` and `window` of `merge_kv_cache`.
+            `per_head` and `window` of `merge_kv_cache`, and its `per_layer`, which is
+            True by default here: the budget is the mean of the layers. With
+            ``per_head=True``, facts are found best after a second reading, but heads
+            are padded to the longest of their layer, which needs more memory.
 
         Returns
         -------
         ModelState
-            With heads of different lengths, all are padded to the longest.
+            Its layers have different numbers of entries (`counts`).
 
         Raises
         ------
         TypeError
-            If an option has a wrong type, or is one that the state has itself.
+            If an option has a wrong type, is one that the state has itself, or is none.
         ValueError
             If an option is out of range, or the budget is not below the entries.
         """
-        own = [name for name in _OWN if name in options]
-        if own:
-            raise TypeError(
-                f"`{own[0]}` is not an option of `merge`: the state has it itself"
-            )
+        check_options(options)
         # The caller's stream, as in a function that gets these arrays.
-        like = self.convert_back(self.entries.bias[:1, :1, :1, :1].copy())
+        like = self.convert_back(self.entries[0].bias[:1, :1, :1].copy())
         with scope_of((like,)) or nullcontext():
-            return self._merged(budget, options)
+            return self._merged(budget, {"per_layer": True, **options})
 
     def _merged(self, budget: Any, options: dict[str, Any]) -> "ModelState":
-        count, entries, attended = self.num_stored, self.entries, self.attended
-        keys, values, bias, positions = (
-            contiguous(x[:, :, :, :count])
-            for x in (entries.keys, entries.values, entries.bias, entries.positions)
-        )
+        attended, names = self.attended, ("keys", "values", "bias", "positions")
+        keys, values, bias, positions = map(self._padded, names)
         merged = merge_kv_cache(
             keys,
             values,
@@ -166,12 +198,13 @@ class ModelState:
         groups = _Groups.of(merged)
         # A mean of rotated keys counts as rotated to the position of its last member.
         where = groups.positions(positions, merged.positions, first)
-        num_kept = merged.keys.shape[-2]
+        # A layer has the length of its longest head.
+        counts = groups.counts.counts.reshape(len(keys), -1).max(axis=-1).tolist()
         arrays = merged.keys, merged.values, merged.bias, where
         return ModelState(
             self.num_seen,
-            num_kept,
-            Entries(*arrays, num_kept),
+            tuple(counts),
+            tuple(map(Entries.first, counts, *arrays)),
             groups.attended(attended),
             self.next_position,
             True,
@@ -249,12 +282,20 @@ class _Groups:
 
     def attended(self, before: Attended) -> Attended:
         """Return the attention that merged entries received: the sum of members."""
+        zero = before.received.dtype.type(0)
         flat = before.received.reshape(self.labels.shape)[..., None]
         mean = compute_merge_tokens(flat, self.labels, self.counts, mass=None)
         received = mean.reshape(self.sizes.shape) * self.sizes.astype(mean.dtype)
-        largest = None if before.largest is None else self.largest(before.largest)
-        counts = self.largest(before.counts)
+        # Padding has no attention: later entries take its slots.
+        counts, largest = (
+            None if x is None else np.where(self.valid(), self.largest(x), zero)
+            for x in (before.counts, before.largest)
+        )
         return Attended(received.reshape(self.shape), counts, largest=largest)
+
+    def valid(self) -> Any:
+        """Return which merged entries (L, B, H, K) are not padding."""
+        return self.sizes.reshape(self.shape) > 0
 
     def largest(self, x: Any) -> Any:
         """Return the largest x (L, B, H, N) of each group (L, B, H, K)."""

@@ -44,8 +44,8 @@ def check_state(state: Any, x: Any, settings: Settings) -> None:
             "`state` must be a ModelState, which `read` and `step` return, got "
             f"{type(state).__name__}"
         )
-    keys = state.entries.keys
-    layers, batch, heads, _, dim = keys.shape
+    keys, layers = state.entries[0].keys, len(state.entries)
+    batch, heads, _, dim = keys.shape
     wanted = settings.num_layers, settings.num_key_heads, settings.head_dim
     if (layers, heads, dim) != wanted:
         raise ValueError(

@@ -18,7 +18,7 @@ from .llama_weights import Settings
 from .model_state import Attended, ModelState
 from .network import run_head, run_layers
 from .read_checks import Inputs
-from .state_entries import Entries
+from .state_entries import Entries, padded
 
 
 def predict_logits(inputs: Inputs, weights: Mapping[str, Any], model: Settings) -> Any:
@@ -69,9 +69,9 @@ def following(first: Any, x: Any) -> Any:
 class Reading:
     """A pass that writes keys and values to the entries, layer by layer."""
 
-    entries: Entries
-    start: int  # N, the entries before the pass
-    end: int  # N + T
+    entries: tuple[Entries, ...]
+    starts: tuple[int, ...]  # N, the entries of each layer before the pass
+    num_new: int  # T
     biased: bool
     settings: Settings
     before: Attended | None
@@ -88,30 +88,32 @@ class Reading:
         model: Settings,
     ) -> "Reading":
         """Return the pass of tokens x (B, T, D); `bias` (B, 1, T) or None."""
-        num_new = x.shape[1]
-        start = 0 if state is None else state.num_stored
+        num_new, layers = x.shape[1], range(model.num_layers)
         if state is None:
-            entries = Entries.empty(x, model, num_new)
+            starts: tuple[int, ...] = (0,) * model.num_layers
+            entries = tuple(Entries.empty(x, model, num_new) for _ in layers)
         else:
-            entries = state.entries.with_room(start, num_new)
-        end = start + num_new
-        new = slice(start, end)
-        entries.bias[..., new] = 0 if bias is None else bias
-        entries.positions[..., new] = (
-            positions if positions.ndim < 2 else positions[:, None]
-        )
+            starts, old = state.counts, state.entries
+            entries = tuple(old[i].with_room(starts[i], num_new) for i in layers)
+        for start, layer in zip(starts, entries, strict=True):
+            new = slice(start, start + num_new)
+            layer.bias[..., new] = 0 if bias is None else bias
+            layer.positions[..., new] = (
+                positions if positions.ndim < 2 else positions[:, None]
+            )
         biased = bias is not None or (state is not None and state.biased)
         attended = None if state is None else state.attended
-        return cls(entries, start, end, biased, model, attended)
+        return cls(entries, starts, num_new, biased, model, attended)
 
     def attention(self, layer: int, query: Any, keys: Any, values: Any) -> Any:
         """Return the output (B, G H, T, d) of a layer; write its new entries."""
-        entries, end = self.entries, self.end
-        entries.keys[layer, :, :, self.start : end] = keys
-        entries.values[layer, :, :, self.start : end] = values
-        keys, values = (x[layer, :, :, :end] for x in (entries.keys, entries.values))
+        entries, start = self.entries[layer], self.starts[layer]
+        end = start + self.num_new
+        entries.keys[:, :, start:end] = keys
+        entries.values[:, :, start:end] = values
+        keys, values = (x[:, :, :end] for x in (entries.keys, entries.values))
         query, keys = contiguous(query), contiguous(keys)
-        bias = contiguous(entries.bias[layer, :, :, :end]) if self.biased else None
+        bias = contiguous(entries.bias[:, :, :end]) if self.biased else None
         scale = self.settings.head_dim**-0.5
         options: Any = {"bias": bias, "causal": True, "scale": scale}
         output, z = compute_attend(query, keys, values, **options)
@@ -126,11 +128,12 @@ class Reading:
         convert_back: Callable[[Any], Any],
     ) -> ModelState:
         """Return the state after the pass, whose layers have all run."""
-        self.entries.length = self.end  # marks the slots as taken
-        num_new = self.end - self.start
+        ends = tuple(start + self.num_new for start in self.starts)
+        for layer, end in zip(self.entries, ends, strict=True):
+            layer.length = end  # marks the slots as taken
         return ModelState(
-            num_new + (0 if before is None else before.num_seen),
-            self.end,
+            self.num_new + (0 if before is None else before.num_seen),
+            ends,
             self.entries,
             self._attended(),
             next_position,
@@ -141,20 +144,23 @@ class Reading:
 
     def _attended(self) -> Attended:
         group = self.settings.num_heads // self.settings.num_key_heads
-        received = np.stack(self.received)  # (L, B, H, N + T)
+        received = padded(self.received)  # (L, B, H, N + T)
         received /= received.dtype.type(group)  # the mean of the heads of queries
-        num_new = self.end - self.start
         # Entry j receives attention from the queries that may attend to it.
-        host = np.minimum(np.arange(self.end, 0, -1), num_new)
+        ends = np.array(self.starts)[:, None, None, None] + self.num_new
+        later = ends - np.arange(received.shape[-1])  # (L, 1, 1, N + T)
+        host = np.clip(later, 0, self.num_new)
         counts = np.zeros(received.shape, received.dtype, like=received)
         counts += np.asarray(host, received.dtype, like=received)
         query = np.stack(self.query)
         if self.before is None:
             return Attended(received, counts, (query,))
-        received[..., : self.start] += self.before.received
-        counts[..., : self.start] += self.before.counts
+        # Padding of shorter layers, whose slots have new entries, has none.
+        num_before = self.before.counts.shape[-1]
+        received[..., :num_before] += self.before.received
+        counts[..., :num_before] += self.before.counts
         largest = self.before.largest
         if largest is not None:  # 0 for the new entries
             old, largest = largest, np.zeros(counts.shape, counts.dtype, like=counts)
-            largest[..., : self.start] = old
+            largest[..., :num_before] = old
         return Attended(received, counts, self.before.with_queries(query), largest)

@@ -20,6 +20,7 @@ from .llama_weights import Settings
 from .model_state import ModelState
 from .network import run_layers
 from .reading import following
+from .state_entries import padded
 
 
 def read_tokens_again(
@@ -36,7 +37,7 @@ def read_tokens_again(
         pass_ = _Pass(state, rows, model.head_dim**-0.5)
         positions = following(state.next_position, tokens)
         run_layers(tokens, positions, weights, model, pass_.attention)
-        scores = np.stack(pass_.scores)  # (L, B, H, N)
+        scores = padded(pass_.scores)  # (L, B, H, N)
         largest = scores if largest is None else np.maximum(largest, scores)
         queries.append(np.stack(pass_.queries))
     every = np.concatenate(queries, axis=-2)  # (L, B, G H, R, d)
@@ -57,10 +58,10 @@ class _Pass:
 
     def attention(self, layer: int, query: Any, keys: Any, values: Any) -> Any:
         """Return the output (B, G H, T, d) of a layer."""
-        state, count = self.state, self.state.num_stored
-        entries = state.entries
+        state, count = self.state, self.state.counts[layer]
+        entries = state.entries[layer]
         old_keys, old_values, old_bias = (
-            contiguous(x[layer, :, :, :count])
+            contiguous(x[:, :, :count])
             for x in (entries.keys, entries.values, entries.bias)
         )
         query, bias = contiguous(query), old_bias if state.biased else None

@@ -230,7 +230,7 @@ def test_inputs_do_not_change_and_results_are_fresh(rng):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"budget": 0}, ValueError, "`budget` must lie in 1..12"),
+        ({"budget": 0}, ValueError, "`budget` must be at least 1 entry, or a fraction"),
         ({"budget": 13}, ValueError, "`budget` must lie in 1..12"),
         ({"budget": 1.5}, ValueError, r"`budget` must lie in \(0, 1\]"),
         ({"budget": True}, TypeError, "`budget` must be"),

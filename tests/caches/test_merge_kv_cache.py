@@ -302,10 +302,24 @@ class TestParts:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"budget": None}, ValueError, "exactly one of `budget`, `max_error`"),
-        ({"max_error": 0.1}, ValueError, "exactly one of"),
+        (
+            {"budget": None},
+            ValueError,
+            "exactly one of `budget` and `max_error`, got none",
+        ),
+        ({"max_error": 0.1}, ValueError, "`max_error`, got both"),
+        # Keys of shape (B, N, H, d): the heads seem to be entries.
+        (
+            {
+                "keys": np.ones((1, 60, 3, 8)),
+                "values": np.ones((1, 60, 3, 8)),
+                "budget": 2,
+            },
+            ValueError,
+            r"The heads have N = 3 entries: is the layout \(\.\.\., H, N, d\)",
+        ),
         ({"budget": 61}, ValueError, "`budget` must lie in 1..60"),
-        ({"budget": 0}, ValueError, "`budget` must lie in 1..60"),
+        ({"budget": 0}, ValueError, "`budget` must be at least 1 entry, or a fraction"),
         ({"budget": 1.5}, ValueError, "must lie in"),
         ({"budget": True}, TypeError, "`budget` must be"),
         ({"budget": np.array([3, 4, 5])}, ValueError, "must broadcast to the axes"),
@@ -330,6 +344,7 @@ class TestParts:
         ({"causal": None}, TypeError, "`causal` must be True or False"),
         ({"keys": np.full((2, 2, 60, 8), 1e200)}, ValueError, "must lie within"),
         ({"keys": np.zeros((2, 2, 0, 8))}, ValueError, "must not be empty"),
+        ({"keys": [np.zeros((2, 60, 8))] * 3}, TypeError, "list: make one array of it"),
         ({"values": np.zeros((2, 60, 5))}, ValueError, "`values` must have"),
     ],
 )

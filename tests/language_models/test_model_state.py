@@ -1,16 +1,25 @@
 """`ModelState`: what it holds, and what its merge keeps."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from llama_models import VOCABULARY, ids_of, random_model
 
 import qm_cupy as qm
+from qm_cupy.language_models.state_entries import Entries, padded
 
 MODEL = random_model()
 
 
 def read(*shape, model=MODEL, seed=0):
     return model.read(ids_of(*shape, seed=seed))[1]
+
+
+def positions_of(state):
+    """Return the positions (L, B, H, N) by which keys were rotated."""
+    pairs = zip(state.entries, state.counts, strict=True)
+    return padded([x.positions[:, :, :count] for x, count in pairs])
 
 
 def test_fields():
@@ -36,9 +45,11 @@ def test_the_attention_received_is_that_of_the_queries():
     np.testing.assert_array_equal(state.attended.counts[0, 0, 0], np.arange(30, 0, -1))
 
 
-def test_merge_is_merge_kv_cache():
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_merge_is_merge_kv_cache(per_head, per_layer):
     state = read(2, 60)
-    options = {"sinks": 2, "recent": 8, "per_head": True}
+    options = {"sinks": 2, "recent": 8, "per_head": per_head, "per_layer": per_layer}
     merged = state.merge(20, **options)
     wanted = qm.merge_kv_cache(
         state.keys,
@@ -53,7 +64,13 @@ def test_merge_is_merge_kv_cache():
         got = getattr(merged, name)
         np.testing.assert_allclose(got, getattr(wanted, name), atol=1e-5)
     assert merged.num_seen == 60
+    # A layer has the length of its longest head, and no padding of other layers.
+    counts = wanted.valid.sum(-1).max((1, 2))
+    assert merged.counts == tuple(counts)
+    assert [x.keys.shape[2] for x in merged.entries] == counts.tolist()
     assert merged.num_stored == wanted.keys.shape[-2]
+    assert merged.mean_stored() == 20
+    assert repr(merged).startswith("ModelState(60 tokens, 20 entries on average in 3")
     # The attention of a merged entry is that of its members.
     total = state.attended.received.sum(axis=-1)
     np.testing.assert_allclose(merged.attended.received.sum(-1), total, rtol=1e-4)
@@ -66,7 +83,7 @@ def test_positions_of_new_tokens_continue_from_the_tokens_seen():
     """If all entries that merge are equal, the merge changes no logit."""
     model, ids = MODEL, ids_of(40)
     _, state = model.read(ids)
-    merged = state.merge(39, sinks=0, recent=2)
+    merged = state.merge(39, sinks=0, recent=2, per_layer=False)
     assert merged.num_stored == 39
     assert merged.next_position == 40
     # One pair of 40 entries merged, so the next logits hardly change. With position 39
@@ -109,12 +126,53 @@ def test_a_state_does_not_change_when_it_is_merged_or_read():
     state = read(2, 50)
     before = state.keys, state.bias, state.attended.mean()
     merged = state.merge(0.5)
+    stored = merged.keys, merged.bias, merged.attended.mean()
     MODEL.read(ids_of(2, 9), state)
     MODEL.read(ids_of(2, 9), merged)
     after = state.keys, state.bias, state.attended.mean()
-    for x, y in zip(before, after, strict=True):
+    now = merged.keys, merged.bias, merged.attended.mean()
+    for x, y in zip(before + stored, after + now, strict=True):
         np.testing.assert_array_equal(x, y)
-    assert merged.num_stored == 25
+    assert merged.mean_stored() == 25
+
+
+def test_layers_of_different_lengths_are_read_as_padded_ones():
+    """A layer has no padding, and new tokens follow its last entry."""
+    ids, more = ids_of(2, 60), ids_of(2, 7, seed=1)
+    budgets = np.array([10, 50, 30])[:, None, None]
+    options = {"sinks": 2, "recent": 4, "per_layer": False}
+    _, state = MODEL.read(ids)
+    merged = state.merge(budgets, **options)
+    assert merged.counts == (10, 50, 30)
+    logits, after = MODEL.read(more, merged)
+    assert after.counts == (17, 57, 37)
+    # The same, where each layer is as long as the longest: a merge of the layers one by
+    # one, and padding of bias -inf in front of the new tokens.
+    longest = max(merged.counts)
+    absent = np.zeros((2, 2, longest, 8), np.float32)
+    fills = {"keys": 0, "values": 0, "bias": -np.inf, "positions": 0}
+
+    def lengthened(layer, count, name):
+        part = getattr(layer, name)[:, :, :count]
+        other = absent if part.ndim > 3 else absent[..., 0].astype(part.dtype)
+        return padded([part, other], fills[name])[0]
+
+    entries = tuple(
+        Entries(*(lengthened(*pair, name) for name in fills), longest)
+        for pair in zip(merged.entries, merged.counts, strict=True)
+    )
+    long = dataclasses.replace(merged, entries=entries, counts=(longest,) * 3)
+    wanted, _ = MODEL.read(more, long)
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    # The new tokens have received attention from themselves and later ones only.
+    counts = after.attended.counts
+    for layer, count in enumerate(merged.counts):
+        new = counts[layer, 0, 0, count : count + 7]
+        np.testing.assert_array_equal(new, np.arange(7, 0, -1))
+        assert not counts[layer, 0, 0, count + 7 :].any()
+        assert not after.attended.received[layer, 0, 0, count + 7 :].any()
+    # Another merge has the same mean.
+    assert after.merge(20).mean_stored() == 20
 
 
 @pytest.mark.parametrize("rotate_at", ["mean", "first", "last"])
@@ -125,7 +183,7 @@ def test_merges_that_follow_each_other(rotate_at):
     for round_ in range(3):
         state = state.merge(30, rotate_at=rotate_at, per_head=bool(round_ % 2))
         valid = state.bias > -np.inf
-        positions = state.entries.positions[..., : state.num_stored]
+        positions = positions_of(state)
         assert (positions[valid] >= 0).all()
         assert (positions[valid] < state.num_seen).all()
         # Each entry counts for the tokens in it.
@@ -133,19 +191,19 @@ def test_merges_that_follow_each_other(rotate_at):
         assert np.isfinite(logits).all()
     assert state.num_seen == 210
     # Padded entries stay without attention.
-    padded = state.bias == -np.inf
-    assert not state.attended.received[padded].any()
+    absent = state.bias == -np.inf
+    assert not state.attended.received[absent].any()
 
 
 def test_budgets_of_layers_and_errors():
     state = read(60)
     by_layer = np.array([20, 30, 40])[:, None, None]
     # Layers with fewer entries are padded.
-    merged = state.merge(by_layer)
+    merged = state.merge(by_layer, per_layer=False)
     counts = (merged.bias > -np.inf).sum(axis=-1)
     np.testing.assert_array_equal(counts, np.broadcast_to(by_layer, counts.shape))
     limited = state.merge(max_error=0.05, recent=8)
-    assert 12 < limited.num_stored <= 60
+    assert 12 < limited.mean_stored() <= 60
 
 
 @pytest.mark.parametrize(
@@ -157,7 +215,7 @@ def test_budgets_of_layers_and_errors():
         ((), {}, ValueError, r"budget"),
         ((20,), {"bias": 1}, TypeError, "`bias` is not an option of `merge`"),
         ((20,), {"inv_freq": 1}, TypeError, "`inv_freq` is not an option"),
-        ((20,), {"unknown": 1}, TypeError, "unknown"),
+        ((20,), {"perlayer": 1}, TypeError, "`perlayer` is not an option.*per_layer"),
         ((20,), {"window": 3}, ValueError, "`window` must be at least 8"),
     ],
 )

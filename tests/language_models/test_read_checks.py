@@ -1,5 +1,7 @@
 """Hostile inputs of a language model: each error says what is wrong."""
 
+import pickle
+
 import numpy as np
 import pytest
 from llama_models import VOCABULARY, ids_of, random_model
@@ -96,7 +98,7 @@ def test_states(tokens, state, error, message):
         # A whole text is not one token.
         (TOKENS, {}, ValueError, r"`token` must have shape \(D\) or \(B, D\)"),
         (TOKENS[0, 0, :5], {}, ValueError, "`token` must have width D = 32"),
-        (np.arange(32), {}, TypeError, "`token` must be float16"),
+        (np.arange(32), {}, TypeError, "`token` must be an embedding.*call `read`"),
         (TOKENS[:, 0], {"position": 1.5}, TypeError, "`position` must be integers"),
         (TOKENS[:, 0], {"position": np.arange(3)}, ValueError, "`position`"),
         (TOKENS[:, 0], {"size": -2}, ValueError, "`size` must be ≥ 0"),
@@ -114,7 +116,7 @@ def test_steps(token, options, error, message):
         ({"num_tokens": -1}, ValueError, "`num_tokens` must be ≥ 0, got -1"),
         ({"num_tokens": 1.0}, TypeError, "`num_tokens` must be an integer"),
         # The budget.
-        ({"budget": 0}, ValueError, "`budget`"),
+        ({"budget": 0}, ValueError, "`budget` must be at least 1 entry, or a fraction"),
         ({"budget": 1.5}, ValueError, "budget"),
         ({"budget": True}, TypeError, "budget"),
         # Options of a merge without a merge would have no effect.
@@ -124,6 +126,9 @@ def test_steps(token, options, error, message):
         ({"budget": 0.5, "sinks": -1}, ValueError, "`sinks` must be ≥ 0"),
         # The state has the queries itself.
         ({"budget": 0.5, "query": 1}, TypeError, "`query` is not an option of `merge`"),
+        # Not an option at all.
+        ({"foo": 1}, TypeError, "`foo` is not an option: the options of a merge are"),
+        ({"budget": 0.5, "foo": 1}, TypeError, "`foo` is not an option"),
         ({"stop": -1}, ValueError, "`stop` must be ≥ 0"),
     ],
 )
@@ -140,6 +145,48 @@ def test_generate_without_work():
     np.testing.assert_array_equal(MODEL.generate(ids, 4, budget=0.25), wanted)
     np.testing.assert_array_equal(MODEL.generate(ids, 4, budget=500), wanted)
     assert wanted.dtype == np.int32
+
+
+@pytest.mark.parametrize("shape", [(60,), (2, 60)])
+def test_generation_after_a_state(shape):
+    ids = ids_of(*shape)
+    _, state = MODEL.read(ids[..., :40])
+    got = MODEL.generate(ids[..., 40:], 6, state)
+    np.testing.assert_array_equal(got, MODEL.generate(ids, 6))
+    # A merged state, from which two texts go on.
+    merged = MODEL.reread(ids[..., :40], state).merge(20, per_head=True)
+    for question in (ids[..., 40:], ids[..., 50:]):
+        logits, after = MODEL.read(question, merged, last_only=True)
+        wanted = []
+        for _ in range(6):
+            wanted.append(logits.argmax(-1))
+            logits, after = MODEL.read(wanted[-1], after)
+        got = MODEL.generate(question, 6, merged)
+        np.testing.assert_array_equal(got, np.concatenate(wanted, axis=-1))
+    # A budget counts all tokens: half of 60.
+    wanted = MODEL.generate(ids, 6, budget=0.5)
+    np.testing.assert_array_equal(
+        MODEL.generate(ids[..., 40:], 6, state, budget=0.5), wanted
+    )
+
+
+def test_generation_after_a_wrong_state():
+    _, state = MODEL.read(ids_of(2, 40))
+    with pytest.raises(ValueError, match="the state has B = 2 sequences"):
+        MODEL.generate(ids_of(3, 5), 2, state)
+    with pytest.raises(TypeError, match="`state` must be a ModelState"):
+        MODEL.generate(ids_of(2, 5), 2, 3)
+
+
+def test_a_state_can_be_pickled():
+    ids = ids_of(2, 40)
+    _, state = MODEL.read(ids)
+    for kept in (state, state.merge(20), MODEL.reread(ids, state)):
+        again = pickle.loads(pickle.dumps(kept))
+        for x, y in zip(MODEL.read(ids, again), MODEL.read(ids, kept), strict=True):
+            if isinstance(x, np.ndarray):
+                np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(again.merge(15).keys, kept.merge(15).keys)
 
 
 def test_stop():

@@ -148,16 +148,25 @@ def test_transformers_cache_has_the_same_scores():
     source = in_transformers()
     model = qm.LanguageModel.from_transformers(source)
     ids = ids_of(2, 50)
-    cache = cache_class(source, 20, mass="reread", recent=4, per_layer=False)
+    cache = cache_class(source, 20, mass="reread", recent=4)
     with torch.no_grad():
         source(torch.from_numpy(ids), cache=cache)
     _, state = model.read(ids)
     state = model.reread(ids, state).merge(20, recent=4)
     for i, layer in enumerate(cache.layers):
-        np.testing.assert_allclose(layer.keys, state.keys[i], rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(layer.bias, state.bias[i], rtol=1e-3, atol=1e-3)
+        count = layer.num_stored
+        assert state.counts[i] == count
         np.testing.assert_allclose(
-            layer.received, state.attended.largest[i], rtol=1e-3, atol=1e-5
+            layer.keys, state.keys[i, :, :, :count], rtol=1e-3, atol=1e-3
+        )
+        np.testing.assert_allclose(
+            layer.bias, state.bias[i, :, :, :count], rtol=1e-3, atol=1e-3
+        )
+        np.testing.assert_allclose(
+            layer.received,
+            state.attended.largest[i, :, :, :count],
+            rtol=1e-3,
+            atol=1e-5,
         )
 
 

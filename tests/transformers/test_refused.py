@@ -188,7 +188,7 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"budget": 0}, ValueError, "`budget` must lie in 1"),
+            ({"budget": 0}, ValueError, "`budget` must be at least 1 entry"),
             ({"budget": 1.5}, ValueError, r"`budget` must lie in \(0, 1\]"),
             ({"budget": float("nan")}, ValueError, r"`budget` must lie in \(0, 1\]"),
             ({"budget": True}, TypeError, "`budget` must be an integer"),
