@@ -139,8 +139,9 @@ def merge_kv_cache(
     attention : ndarray of shape (..., N), optional
         Attention that each entry receives, such as the result of `score_keys`, or of
         `attention_received` with ``causal=True``, of H or a multiple of H heads.
-    positions : ndarray of int of shape (N,) or (B, N), optional
-        Positions by which the keys were rotated; by default 0..N-1.
+    positions : ndarray of int of shape (N,), (B, N) or (..., N), optional
+        Positions by which the keys were rotated, or those of a merged cache; by default
+        0..N-1.
     inv_freq : sequence of float of shape (r / 2,), optional
         Angles of the rotation for one position (RoPE), in radians: a model's
         ``rotary_emb.inv_freq``. The first r ≤ d elements of a key are rotated. With it,
