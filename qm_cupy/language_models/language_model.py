@@ -221,7 +221,8 @@ class LanguageModel(LlamaModel):
         Parameters
         ----------
         tokens : ndarray of int of shape (K,) or (B, K), or of float (K, D) or (B, K, D)
-            The text that the state has read, or its part since the last merge.
+            The text that the state has read, or its part since the last merge. They are
+            not compared with what it has read.
         state : ModelState
             The state after these tokens.
 
