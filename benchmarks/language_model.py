@@ -56,15 +56,18 @@ def plan(num_tokens: int) -> list[Trial]:
 
 
 def more_trials() -> list[Trial]:
-    """Return what is compared with merging in a second table, at a quarter.
+    """Return what is compared with merging in a second table.
 
-    These are contenders with one budget for all heads, methods that read the context
-    twice, and what was tried to lose less. Merging itself is measured again beside
-    them, because all of the context is read a second time here.
+    These are methods that read the context twice, with all budgets, and at a quarter
+    contenders with one budget for all heads, and what was tried to lose less. Merging
+    itself is measured again beside them, because all of the context is read a second
+    time here.
     """
     ours = ("merge_kv_cache, per_layer, per_head", "merge_kv_cache, per_layer")
-    methods = {name: OURS[name] for name in ours} | ONE_BUDGET | REREADING | TRIED
-    return [Trial(name, x, 0.25) for name, x in methods.items()]
+    methods = {name: OURS[name] for name in ours} | ONE_BUDGET | TRIED
+    trials = [Trial(name, x, 0.25) for name, x in methods.items()]
+    again = REREADING.items()
+    return trials + [Trial(name, x, budget) for name, x in again for budget in BUDGETS]
 
 
 def candidates() -> dict[str, Shorten]:

@@ -19,6 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 LENGTH = "1024"  # of the contexts
 # Methods of the first panel, with a colour of Okabe and Ito and a marker.
 LINES = {
+    "merge_kv_cache, second reading": ("black", "X"),
+    "KVzip": ("#999933", "<"),
     "merge_kv_cache, per_layer, per_head": ("#D55E00", "*"),
     "merge_kv_cache, per_layer": ("#E69F00", "P"),
     "merge_kv_cache": ("#0072B2", "s"),
@@ -31,13 +33,15 @@ Report = dict[str, Any]
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw both panels from the part `continuation` of a report."""
+    """Draw both panels from the parts `continuation` and `more` of a report."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    results = report["continuation"][LENGTH]
+    results, more = (report[name][LENGTH] for name in ("continuation", "more"))
+    assert results["documents"] == more["documents"]
+    results = {**results, "methods": more["methods"] | results["methods"]}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     perplexity(axes[0], results)
     divergence(axes[1], results, "0.25")
@@ -63,7 +67,7 @@ def perplexity(axis: Any, results: Report) -> None:
     axis.minorticks_off()
     axis.set_xlabel("entries kept, %")
     axis.set_title("perplexity of the next 128 tokens (lower is better)", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, edgecolor="none", framealpha=0.85)
 
 
 def divergence(axis: Any, results: Report, budget: str) -> None:

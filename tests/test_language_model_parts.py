@@ -169,9 +169,14 @@ class TestPictures:
             for name in plot.LINES
         }
         methods["at one budget"] = {"0.25": methods["H2O"]["0.25"]}
-        results = {"methods": methods, "full": {"loss": [0.1] * 5}}
+        common = {"documents": list("abcde"), "full": {"loss": [0.1] * 5}}
+        again = {"KVzip", "merge_kv_cache, second reading"}
+        report = {
+            part: {plot.LENGTH: {"methods": {x: methods[x] for x in names}, **common}}
+            for part, names in (("continuation", {*methods} - again), ("more", again))
+        }
         path = tmp_path / "picture.png"
-        plot.plot({"continuation": {plot.LENGTH: results}}, path)
+        plot.plot(report, path)
         assert path.read_bytes()[1:4] == b"PNG"
 
 
