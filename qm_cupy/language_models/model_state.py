@@ -171,7 +171,8 @@ class ModelState:
         Raises
         ------
         TypeError
-            If an option has a wrong type, is one that the state has itself, or is none.
+            If an option has a wrong type, is one that the state has itself, or is not
+            one of these.
         ValueError
             If an option is out of range, or the budget is not below the entries.
         """

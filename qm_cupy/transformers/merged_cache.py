@@ -60,7 +60,8 @@ class MergedCache(Cache):
         weight is the largest attention that an entry receives then. Use it if single
         facts of the text will be asked for: a model looks at them when it copies them,
         and not when it first reads them. It takes the time of a second prompt, and
-        positions of up to 2,048 more tokens. Pass ``per_head=True`` with it.
+        positions of up to 2,048 more tokens. Pass ``per_head=True`` with it, so that
+        more facts are found. `recent` is then an eighth of the budget by default.
     per_layer : bool, default True
         As in `merge_kv_cache`: the budget is the mean of the layers. They merge when
         the last layer has read the prompt, and need memory for a copy of their entries
