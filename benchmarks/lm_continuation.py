@@ -77,7 +77,7 @@ def continuation(
 def summary(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
     """Print and return the means, with 95 % intervals by document.
 
-    `peers` are methods; the ratio of KL is that to each of them.
+    `peers` are methods; the ratio of KL is that to each of them that has the budget.
     """
     rows, whole = report["methods"], np.array(report["full"]["loss"])
     print(f"\nContexts of {num_tokens} tokens, {len(whole)} documents")
@@ -92,14 +92,15 @@ def summary(report: Report, peers: tuple[str, ...], num_tokens: int) -> Report:
                 "perplexity": float(np.exp(loss.mean())),
                 "perplexity rise": rise,
             }
-            for peer in peers:
+            measured = [peer for peer in peers if budget in rows[peer]]
+            for peer in measured:
                 figures[f"kl / {peer}"] = ratio(kl, np.array(rows[peer][budget]["kl"]))
             means.setdefault(name, {})[budget] = figures
-            print(f"{name:44s} {float(budget):4.0%} {_cells(figures, peers)}")
+            print(f"{name:44s} {float(budget):4.0%} {_cells(figures, measured)}")
     return means
 
 
-def _cells(figures: Report, peers: tuple[str, ...]) -> str:
+def _cells(figures: Report, peers: list[str]) -> str:
     """Return the figures of one method and budget as text."""
     text = "KL {:.4f} [{:.4f}, {:.4f}]".format(*figures["kl"])
     text += f"  perplexity {figures['perplexity']:6.2f}"
