@@ -47,6 +47,7 @@ def check_cache(
     """
     check_heads("keys", keys, "Nd")
     check_heads("values", values, "Nd")
+    check_not_empty("keys", keys.shape)
     if values.shape[:-1] != keys.shape[:-1]:
         letters = ", ".join(layout_of(keys.ndim, "Nd")[:-1])
         raise ValueError(
@@ -58,6 +59,12 @@ def check_cache(
             f"`values` must be {keys.dtype} like `keys`, got {values.dtype}"
         )
     return check_mask(mask, saliency_shape(keys.shape[:-1]))
+
+
+def check_not_empty(name: str, shape: tuple[int, ...]) -> None:
+    """Raise if an axis is empty, such as that of a batch without sequences."""
+    if 0 in shape:
+        raise ValueError(f"`{name}` must not be empty, got shape {tuple(shape)}")
 
 
 def check_cache_values(

@@ -159,7 +159,8 @@ class ModelState:
         **options
             `max_error`, `calibrate`, `rotate_at`, `protect`, `sinks`, `recent`,
             `per_head` and `window` of `merge_kv_cache`, and its `per_layer`, which is
-            True by default here: the budget is the mean of the layers. With
+            True by default here: the budget is the mean of the layers (False for an
+            array of budgets, so that each layer has its own). With
             ``per_head=True``, facts are found best after a second reading, but heads
             are padded to the longest of their layer, which needs more memory.
 
@@ -180,7 +181,7 @@ class ModelState:
         # The caller's stream, as in a function that gets these arrays.
         like = self.convert_back(self.entries[0].bias[:1, :1, :1].copy())
         with scope_of((like,)) or nullcontext():
-            return self._merged(budget, {"per_layer": True, **options})
+            return self._merged(budget, {"per_layer": np.ndim(budget) == 0, **options})
 
     def _merged(self, budget: Any, options: dict[str, Any]) -> "ModelState":
         attended, names = self.attended, ("keys", "values", "bias", "positions")

@@ -7,6 +7,7 @@ import numpy as np
 from ..arrays.checks import check_axes, check_positions, check_sizes, check_values
 from ..arrays.dtypes import accumulation_dtype
 from ..arrays.libraries import is_cuda
+from ..caches.cache_checks import check_not_empty
 from .llama_weights import Settings
 from .model_state import ModelState
 
@@ -16,6 +17,7 @@ def check_ids(name: str, ids: Any, settings: Settings) -> None:
     if ids.dtype.kind not in "iu":
         raise TypeError(f"`{name}` must be integers, got {ids.dtype}")
     check_axes(name, ids.shape, "N", "BN")
+    check_not_empty(name, ids.shape)
     if is_cuda(ids) or not ids.size:
         return
     wrong = (ids < 0) | (ids >= settings.num_tokens)
@@ -30,6 +32,7 @@ def check_ids(name: str, ids: Any, settings: Settings) -> None:
 def check_embeddings(name: str, x: Any, settings: Settings, *layouts: str) -> None:
     """Raise unless embeddings are floating, finite, and have the model's width."""
     check_values(name, x, *layouts)
+    check_not_empty(name, x.shape)
     if x.shape[-1] != settings.dim:
         raise ValueError(
             f"`{name}` must have width D = {settings.dim} like the model, got "

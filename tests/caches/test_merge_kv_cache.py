@@ -344,6 +344,12 @@ class TestParts:
         ({"causal": None}, TypeError, "`causal` must be True or False"),
         ({"keys": np.full((2, 2, 60, 8), 1e200)}, ValueError, "must lie within"),
         ({"keys": np.zeros((2, 2, 0, 8))}, ValueError, "must not be empty"),
+        # A batch without sequences.
+        (
+            {"keys": np.zeros((0, 2, 60, 8)), "values": np.zeros((0, 2, 60, 5))},
+            ValueError,
+            "`keys` must not be empty",
+        ),
         ({"keys": [np.zeros((2, 60, 8))] * 3}, TypeError, "list: make one array of it"),
         ({"values": np.zeros((2, 60, 5))}, ValueError, "`values` must have"),
     ],

@@ -140,9 +140,8 @@ def test_layers_of_different_lengths_are_read_as_padded_ones():
     """A layer has no padding, and new tokens follow its last entry."""
     ids, more = ids_of(2, 60), ids_of(2, 7, seed=1)
     budgets = np.array([10, 50, 30])[:, None, None]
-    options = {"sinks": 2, "recent": 4, "per_layer": False}
     _, state = MODEL.read(ids)
-    merged = state.merge(budgets, **options)
+    merged = state.merge(budgets, sinks=2, recent=4)
     assert merged.counts == (10, 50, 30)
     logits, after = MODEL.read(more, merged)
     assert after.counts == (17, 57, 37)
@@ -199,9 +198,11 @@ def test_budgets_of_layers_and_errors():
     state = read(60)
     by_layer = np.array([20, 30, 40])[:, None, None]
     # Layers with fewer entries are padded.
-    merged = state.merge(by_layer, per_layer=False)
+    merged = state.merge(by_layer)
     counts = (merged.bias > -np.inf).sum(axis=-1)
     np.testing.assert_array_equal(counts, np.broadcast_to(by_layer, counts.shape))
+    # One budget of all layers is their mean.
+    assert state.merge(by_layer, per_layer=True).mean_stored() == 30
     limited = state.merge(max_error=0.05, recent=8)
     assert 12 < limited.mean_stored() <= 60
 

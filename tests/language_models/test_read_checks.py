@@ -170,6 +170,18 @@ def test_generation_after_a_state(shape):
     )
 
 
+def test_a_batch_without_texts_is_refused():
+    none = np.zeros((0, 5), np.int64)
+    calls = {
+        "tokens": (MODEL.read, lambda ids: MODEL.read(MODEL.embed(ids_of(2, 5))[:0])),
+        "ids": (MODEL.embed, lambda ids: MODEL.generate(ids, 2)),
+    }
+    for name, some in calls.items():
+        for call in some:
+            with pytest.raises(ValueError, match=f"`{name}` must not be empty"):
+                call(none)
+
+
 def test_generation_after_a_wrong_state():
     _, state = MODEL.read(ids_of(2, 40))
     with pytest.raises(ValueError, match="the state has B = 2 sequences"):
