@@ -37,6 +37,11 @@ OneLayer = Callable[..., Any]  # (prompt, layer, K, **settings) -> KVCache
 SINKS = 4
 
 
+def settings_text(settings: dict[str, Any]) -> str:
+    """Return settings as text."""
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
 class Method(NamedTuple):
     """A method with its settings."""
 
@@ -48,8 +53,8 @@ class Method(NamedTuple):
     @property
     def text(self) -> str:
         """The settings as text."""
-        settings = [f"{name}={value}" for name, value in self.settings.items()]
-        return " ".join(settings + [f"beta={self.beta}"] * (self.beta > 1))
+        beta = {"beta": self.beta} if self.beta > 1 else {}
+        return settings_text(self.settings | beta)
 
     def __call__(self, prompt: Prompt, count: int) -> list[Shortened]:
         """Return what each layer keeps, with a mean of `count` entries of each head."""

@@ -10,11 +10,13 @@ repeat the context). The attention is relative to the entries of the context alo
 
 from functools import partial
 
+import numpy as np
 import torch
 from cache_budgets import evicted
 from cache_reading import Prompt, Shortened, layers_of
 
 import qm_cupy as qm
+from qm_cupy.caches.cache_entries import default_recent
 from qm_cupy.caches.second_reading import NUM_LAST, parts_of, random_order
 
 
@@ -32,7 +34,8 @@ def again(prompt: Prompt) -> list[torch.Tensor]:
 
 def kvzip(prompt: Prompt, count: int) -> list[Shortened]:
     """Keep the entries with the largest scores of all layers and heads."""
-    return evicted(prompt, largest_attention(prompt), count, max(count // 8, 8))
+    recent = default_recent(np.array(count), (), causal=False)  # as when we merge
+    return evicted(prompt, largest_attention(prompt), count, int(recent))
 
 
 def merged_again(

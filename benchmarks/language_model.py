@@ -26,7 +26,15 @@ import smollm2
 import torch
 from cache_budgets import ONE_BUDGET, ONE_BUDGET_CONTENDERS
 from cache_improvements import TRIED
-from cache_methods import CONTENDERS, OURS, SELECTED, SNAPKV, VARIANTS, Method, Shorten
+from cache_methods import (
+    CONTENDERS,
+    OURS,
+    SELECTED,
+    SNAPKV,
+    VARIANTS,
+    Shorten,
+    settings_text,
+)
 from cache_reading import mean_divergence, predict, read
 from cache_rereading import REREADING
 from documents import Document, byte_documents, documents
@@ -79,7 +87,7 @@ def candidates() -> dict[str, Shorten]:
         for x in partials:
             # `how` is the method itself, and is in its name.
             settings = {key: y for key, y in x.keywords.items() if key != "how"}
-            methods[f"{name} {Method(x.func, settings).text}"] = x
+            methods[f"{name} {settings_text(settings)}"] = x
     return methods
 
 

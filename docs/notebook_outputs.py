@@ -1,11 +1,12 @@
 """Compare the outputs that notebooks store with those of the documentation's build.
 
-    python docs/notebook_outputs.py [--write]
+    python docs/notebook_outputs.py [--write NOTEBOOK ...]
 
 The build runs a copy of every notebook, and leaves it in build/jupyter_execute. The
-outputs in notebooks/ must be about those of this run: the same texts, with numbers that
+outputs in notebooks/ must have the same texts as those of this run, with numbers that
 differ by at most a tenth, because processors and libraries round differently. Colours
-and pictures are not compared. `--write` stores the outputs of the run instead.
+and pictures are not compared. `--write` first stores the outputs of the run in these
+notebooks.
 
 A notebook may also be stored without any output.
 """
@@ -100,26 +101,26 @@ def write(path: Path, run: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Compare all notebooks that have outputs, or write those that are named."""
+    """Write the notebooks that are named, and compare all that have outputs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write", nargs="+", type=Path, metavar="NOTEBOOK")
     options = parser.parse_args()
     for path in options.write or []:
         write(path, read(RUN / path.name))
-    failed = 0
+    failed = False
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         stored = read(path)
         if not any(cell["execution_count"] for cell in code(stored)):
             continue  # it has no outputs
         cells = differences(stored, read(RUN / path.name))
-        failed += bool(cells)
         if cells:
+            failed = True
             print(
                 f"{path.name}: the outputs of {', '.join(cells)} are not those of the "
                 "build: run `python docs/notebook_outputs.py --write "
                 f"notebooks/{path.name}`, and look at the difference"
             )
-    return min(failed, 1)
+    return int(failed)
 
 
 if __name__ == "__main__":

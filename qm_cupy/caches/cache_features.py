@@ -17,8 +17,8 @@ When several heads have one budget, an error in each of them counts by its weigh
 
     h = (attention of the last queries to the entries that may merge) · c² mean |q|²
 
-If the queries are those of a second reading, √(a_j r_j) takes the attention's part: r_j
-is the largest attention that any query of this reading pays to entry j.
+If the queries are those of a second reading, the attention to entry j is √(a_j r_j):
+a_j is that of the last queries, and r_j the largest of any query of this reading.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from ..arrays.checks import check_choice
+from ..arrays.checks import check_choice, check_number
 from ..arrays.conversion import (
     Array,
     BoolArray,
@@ -23,7 +23,6 @@ from ..arrays.conversion import (
 from ..arrays.counts import GroupCounts
 from ..arrays.dtypes import bfloat16_as_int16, zero_where_absent
 from ..arrays.protect import split_positions
-from ..stages.clustering.checks import check_limits
 from ..stages.merging.groups import compute_group_positions
 from .budgets import head_budgets
 from .cache_checks import (
@@ -267,7 +266,8 @@ def merge_kv_cache(
     if (budget is None) == (max_error is None):
         got = "none" if budget is None else "both"
         raise ValueError(f"give exactly one of `budget` and `max_error`, got {got}")
-    max_error = check_limits(budget, max_error, None, "ward", "budget").max_error
+    if max_error is not None:
+        max_error = check_number("max_error", max_error, 0, np.inf, "[]")
     mask = check_cache(keys, values, mask)  # (B, N)
     check_bias(bias, keys, mask)
     present = present_entries(keys, bias, mask)  # (..., N), or None

@@ -95,12 +95,12 @@ class Reading:
         else:
             starts, old = state.counts, state.entries
             entries = tuple(old[i].with_room(starts[i], num_new) for i in layers)
+        if positions.ndim > 1:
+            positions = positions[:, None]  # (B, 1, T): those of every head
         for start, layer in zip(starts, entries, strict=True):
             new = slice(start, start + num_new)
             layer.bias[..., new] = 0 if bias is None else bias
-            layer.positions[..., new] = (
-                positions if positions.ndim < 2 else positions[:, None]
-            )
+            layer.positions[..., new] = positions
         biased = bias is not None or (state is not None and state.biased)
         attended = None if state is None else state.attended
         return cls(entries, starts, num_new, biased, model, attended)

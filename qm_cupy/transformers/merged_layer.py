@@ -36,6 +36,11 @@ class MergeSettings(NamedTuple):
     merges: bool = True
     """Whether entries merge at all; False after `remove`."""
 
+    @property
+    def causal(self) -> bool:
+        """Whether the queries of a merge are the last ones, and not of a rereading."""
+        return self.mass != "reread"
+
 
 # What a forward pass changes in a layer.
 _STATE = (
@@ -367,7 +372,7 @@ def exceeds_budget(layers: list[MergedLayer]) -> bool:
     first = layers[0]
     count, options = first.num_kept(), first.settings.options
     present = sum(layer.mean_present() for layer in layers)
-    causal = first.settings.mass != "reread"
+    causal = first.settings.causal
     room = num_mergeable(count, options["sinks"], options["recent"], causal=causal)
     return count * len(layers) < present and room > 0
 
@@ -401,7 +406,7 @@ def merge_layers(layers: list[MergedLayer]) -> None:
         stacked([layer.values for layer in layers]),
         count,
         query=stacked(queries),
-        causal=first.settings.mass != "reread",
+        causal=first.settings.causal,
         attention=stacked([layer.attention() for layer in layers]),
         positions=stacked([layer.positions for layer in layers]),
         bias=stacked([layer.bias for layer in layers]),
